@@ -1,7 +1,8 @@
 # make quickstart   create .venv and run the quickstart on the CPU
-# make test         create .venv and run all checks
+# make test         create .venv and run the checks and the fast tests
+# make test-slow    run the slow tests: browser, processes, faults, invariants
+# make test-fuzz    fuzz importers, folders and the request parser (20 minutes)
 # make test-faults  inject faults at every known point instead of a sample (minutes)
-# make test-slow    fuzz importers and the request parser (minutes)
 # make test-docs    run all commands of the documentation and compare their output (minutes)
 # make measures     print the code and language measures
 # make docs         build the documentation in English and Chinese: build/docs/en/index.html
@@ -10,17 +11,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Tests use small tensors: one thread is faster than several. Each process uses up to 4 GB.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart test test-slow test-faults test-docs lint types layers unit measures docs clean
+.PHONY: quickstart test test-slow test-fuzz test-faults test-docs lint types layers unit measures docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/finesight quickstart --out quickstart
 
-test: lint types layers measures unit
+# The static checks run in parallel: each uses one core.
+test: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory --jobs 2 types lint layers
+	$(MAKE) --no-print-directory unit
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/house.py
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
@@ -31,19 +39,21 @@ layers: $(VENV)/.installed-dev
 measures: $(VENV)/.installed-dev
 	$(BIN)/python tools/house.py
 
-# Tests use small tensors: one thread is faster than several. Each process uses up to 4 GB.
 unit: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadscope
+	$(PYTEST) $(PARALLEL) -m "not slow and not fuzz"
 
 test-slow: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --slow -m slow
+	$(PYTEST) $(PARALLEL) -m slow
+
+test-fuzz: $(VENV)/.installed-dev
+	$(PYTEST) -m fuzz
 
 # Run the code blocks of the documentation; takes minutes.
 test-docs: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/docs --type-blocks
+	$(PYTEST) tests/docs --type-blocks
 
 test-faults: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults --every-fault
+	$(PYTEST) tests/faults --every-fault
 
 # Builds both languages; warnings are errors.
 docs: $(VENV)/.installed-dev

@@ -26,7 +26,7 @@ import tokenizers
 
 from finesight.data.jsonl import LocatedSample, read_samples
 from finesight.data.sample import TextPart
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import filter_samples
 from finesight.model_folder import locate_model
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finesight.encode.native_renderer import get_rope_index
+from finesight.encode.renderer import get_rope_index
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.infer.engine import GPU_BLOCK_SIZE, Engine
 from finesight.infer.request import GenerationRequest

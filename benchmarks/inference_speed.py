@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer.engine import Engine
 from finesight.infer.request import GenerationRequest

@@ -159,7 +159,7 @@ def disable_optimizations(*disabled: str) -> Iterator[None]:
         "layers": (fused_decoder, "supports_fused_layers", lambda *_: False),
         "vision_encoder": (layers, "has_kernels", lambda *_: False),
         "vision_attention": (attention.varlen_kernels, "vision_attention", _varlen),
-        "gelu": (layers, "_kernel_operands", lambda *_: None),
+        "gelu": (layers, "gemm_gelu_operands", lambda *_: None),
         "cuda_graphs": (cuda_graphs, "should_capture", lambda *_: False),
     }
     originals = {

@@ -25,8 +25,8 @@ import torch
 from report_speed import make_box_examples
 from rich.console import Console
 
-from finesight.run_files import PREDICTIONS_FOLDER
-from finesight.train import live_report
+from finesight.manifest import PREDICTIONS_FOLDER
+from finesight.train import finalize
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.console import TrainingConsole
 from finesight.train.oom import MemoryBudget
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_evaluation_line, make_step_line
 
 
-class TimedLivePage(live_report.LiveReport):
+class TimedLivePage(finalize.LiveReport):
     """Live page that records CPU time and wall time of each write."""
 
     def __init__(self, run: RunDir, screen: TrainingConsole) -> None:

@@ -68,7 +68,7 @@ def write_data(config: Path, work: Path, num_tokens: int, num_samples: int = 64)
 
     from finesight.data.jsonl import LocatedSample, write_samples
     from finesight.data.sample import ImagePart, Message, Sample, TextPart
-    from finesight.encode.native_renderer import NativeRenderer
+    from finesight.encode.renderer import NativeRenderer
     from finesight.model_folder import ModelFolder
 
     rng, renderer = random.Random(0), NativeRenderer(ModelFolder(config))
@@ -118,8 +118,8 @@ def measure_full_training(config: Path, data: Path, num_steps: int) -> dict[str,
 
     from finesight.config import TrainFileSettings, TrainSettings, TuneSettings
     from finesight.data.corpus import load_corpus
-    from finesight.encode.native_renderer import NativeRenderer
     from finesight.encode.packing import pack
+    from finesight.encode.renderer import NativeRenderer
     from finesight.model.lora.layer import stacked_row_counts
     from finesight.model.trainable import configure_tuning, trainable_parameters
     from finesight.model.weights_io import init_random_model

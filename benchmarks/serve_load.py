@@ -208,7 +208,9 @@ def main() -> None:
         "command": f"serve_load.py {options.model} --minutes {options.minutes:g}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
         + platform.python_version(),
-        "versions": {n: metadata.version(n) for n in ("torch", "fastapi", "uvicorn", "llguidance")},
+        "versions": {
+            n: metadata.version(n) for n in ("torch", "starlette", "uvicorn", "llguidance")
+        },
         "outcomes": dict(load.outcomes),
         "lost": sum(
             count

@@ -35,14 +35,13 @@ from train_stages import LAST_STAGE, TRAIN_STAGES, TrainStage
 
 from finesight.config import EvalSettings, MetricSpec
 from finesight.data.jsonl import LocatedSample, read_samples
-from finesight.digests import sha256_file
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
 from finesight.model.weights_io import save_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
 from finesight.recipe import load_recipe
-from finesight.storage import make_folder, write_file, write_folder
+from finesight.storage import make_folder, sha256_file, write_file, write_folder
 from finesight.train.trainer import train
 
 PRETRAINING_DIR = Path(__file__).parent

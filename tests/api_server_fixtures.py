@@ -20,14 +20,13 @@ import numpy as np
 from openai import OpenAI
 from PIL import Image
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.infer.inference_service import InferenceService, ServiceStats
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.serve.api_app import make_app
 from finesight.serve.api_server import ApiServer, bind_socket, create_worker_pool
-from finesight.serve.formats import DEFAULT_IMAGE_FORMATS
-from finesight.serve.image_fetcher import ImageFetcher
+from finesight.serve.image_sources import DEFAULT_IMAGE_FORMATS, ImageFetcher
 from finesight.serve.request_middleware import RequestMiddleware
 from finesight.serve.server_limits import ServerLimits
 from finesight.worker_pool import WorkerPool
@@ -179,7 +178,7 @@ def send_request(
         answer = there.getresponse()
         content = answer.read()
     kind = answer.headers.get("content-type", "")
-    return answer.status, json.loads(content) if "json" in kind else {}, answer
+    return answer.status, json.loads(content) if content and "json" in kind else {}, answer
 
 
 def make_auth_header(key: str) -> dict[str, str]:

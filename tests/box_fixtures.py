@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from finesight.data.exporter import ExportSummary, export_dataset
@@ -12,9 +13,25 @@ from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
 from finesight.data.jsonl import LocatedSample, read_samples
 from finesight.data.sample import BoxPart, Sample, TextPart
+from finesight.encode.family import ImageBox
 from finesight.vision.image_decoding import load_image
 
 PixelBox = tuple[int, int, int, int]
+
+
+@st.composite
+def image_boxes(
+    draw: st.DrawFn, factor: int, labels: tuple[str | None, ...], max_multiple: int = 40
+) -> ImageBox:
+    """Draw boxes in images whose resized sides are multiples of a factor."""
+    original_size = draw(st.tuples(*[st.integers(1, 3000)] * 2))
+    multiples = draw(st.tuples(*[st.integers(1, max_multiple)] * 2))
+    xs, ys = (
+        sorted(draw(st.tuples(*[st.floats(0, side)] * 2))) for side in reversed(original_size)
+    )
+    resized_size = multiples[0] * factor, multiples[1] * factor
+    label = draw(st.sampled_from(labels))
+    return ImageBox(label, (xs[0], ys[0], xs[1], ys[1]), original_size, resized_size)
 
 
 def write_box_image(path: Path, corners: PixelBox, size: tuple[int, int] = (40, 20)) -> Path:

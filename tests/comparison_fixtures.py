@@ -18,7 +18,7 @@ from run_dir_fixtures import (
 
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.evaluate.task_metrics import compute_metrics
-from finesight.report.charts import count_half_octaves
+from finesight.manifest import count_half_octaves
 
 RECIPE: dict[str, Any] = {
     "model": "Qwen/Qwen2-VL-2B-Instruct",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from tiers import is_slow
 
+TESTS = Path(__file__).parent
 _ASSETS = pytest.StashKey[str]()
 
 
@@ -20,25 +25,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--type-blocks", action="store_true", help="tests/docs types what pages tell to type"
     )
-    parser.addoption("--slow", action="store_true", help="run tests marked slow, such as fuzzing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """What runs keep for later ones stays apart from what is on this machine. Here, as
     huggingface_hub reads it when it is imported, and processes that tests start inherit it."""
+    settings.register_profile("finesight", deadline=None, derandomize=True)
+    settings.load_profile("finesight")
     config.stash[_ASSETS] = tempfile.mkdtemp(prefix="finesight-assets-")
     os.environ.update(HF_ASSETS_CACHE=config.stash[_ASSETS])
     # So does the list of trusted metric files.
     os.environ.update(XDG_STATE_HOME=config.stash[_ASSETS])
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked slow unless `--slow` is given."""
-    if config.getoption("--slow"):
-        return
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the slow tier; tests marked `fuzz` belong to their own tier."""
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow test: run with --slow"))
+        test_id = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
+        fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
+        if not item.get_closest_marker("fuzz") and is_slow(test_id, fixtures):
+            item.add_marker("slow")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -53,3 +59,20 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder with real data and model configurations beside the repository")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Exclude imported modules and collected tests from garbage collection.
+
+    Training and evaluation collect garbage to free memory, over all objects of the test process.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def skip_fsync() -> Iterator[None]:
+    """Do not wait for the disk: only a power loss loses unwritten data, which tests simulate."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield

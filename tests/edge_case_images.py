@@ -368,7 +368,7 @@ def main() -> None:
     from finesight.config import PixelRange, TrainFileSettings
     from finesight.data.corpus import load_corpus
     from finesight.data.image_header import CorruptImageError
-    from finesight.encode.native_renderer import NativeRenderer
+    from finesight.encode.renderer import NativeRenderer
     from finesight.model_folder import ModelFolder
 
     folder = Path(sys.argv[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,27 @@ from hf_reference import make_config, make_native_model, make_reference_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finesight.config import TuneSettings
+from finesight.config import Precision, TuneSettings
+from finesight.manifest import Manifest
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import hub_name, iter_adapters
-from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, save_adapter
+from finesight.model.lora.merge import (
+    dequantize_model,
+    merge_adapters,
+    resolve_precision,
+    save_merged_model,
+)
+from finesight.model.lora.peft_io import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    load_adapter,
+    save_adapter,
+)
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import DTYPES, load_model
+from finesight.model_folder import ModelFolder
+from finesight.storage import write_folder
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 LORA = {"rank": 4, "alpha": 6, "dropout": 0.1}
@@ -108,3 +124,32 @@ def edit_adapter_config(folder: Path, **settings: Any) -> Path:
 def to_transformers4_name(key: str) -> str:
     """Return the key that peft writes with transformers 4."""
     return key.replace(".model.language_model.", ".model.").replace(".model.visual.", ".visual.")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Result of `merge_to_folder`."""
+
+    folder: Path
+    merged_layers: int
+    dequantized_layers: int
+    precision: str
+
+
+def merge_to_folder(
+    base_folder: ModelFolder,
+    adapter: Path | None,
+    out: Path,
+    precision: Precision = "auto",
+    manifest: Manifest | None = None,
+) -> MergeResult:
+    """Merge an adapter into its base model on the CPU, without comparing the results."""
+    with write_folder(out) as folder:
+        resolved, compute_dtype = resolve_precision(base_folder, precision)
+        model = load_model(base_folder, compute_dtype, torch.device("cpu"))
+        dequantized_layers = dequantize_model(model)
+        if adapter is not None:
+            load_adapter(model, adapter, base_folder=base_folder, dtype=torch.float32)
+        merged_layers = merge_adapters(model)
+        save_merged_model(model, base_folder, folder, DTYPES[resolved], manifest)
+    return MergeResult(out, merged_layers, dequantized_layers, resolved)

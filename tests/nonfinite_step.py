@@ -14,7 +14,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 from finesight.recipe import load_recipe
-from finesight.train import rank_worker, trainer
+from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
 from finesight.train.setup import TrainState
 from finesight.train.step import StepOutput, train_step
@@ -44,10 +44,7 @@ def corrupt_steps(kind: CorruptionKind, steps: Collection[int]) -> Iterator[None
         finally:
             hook.remove()
 
-    with (
-        patch.object(trainer, "train_step", corrupted_train_step),
-        patch.object(rank_worker, "train_step", corrupted_train_step),
-    ):
+    with patch.object(trainer, "train_step", corrupted_train_step):
         yield
 
 

@@ -90,7 +90,10 @@ def test_scene_caption_accuracy(evaluate_task: EvaluateTask) -> None:
 
 
 def test_short_finetune_improves_json_answers(tmp_path: Path) -> None:
-    """A few steps teach a form that the model has never seen, and nothing else of it changes."""
+    """A few steps teach a form that the model has never seen, and nothing else of it changes.
+
+    Takes long: one run of 25 steps of finesight-tiny.
+    """
     plan = QuickstartSettings(num_images=220, num_eval_rows=20, steps=25)
     recipe = write_recipe(tmp_path / "quick", plan)
     console = Console(file=io.StringIO())

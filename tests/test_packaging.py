@@ -15,8 +15,8 @@ from module_loader import load_module
 from safetensors import safe_open
 
 from finesight import __version__
-from finesight.digests import sha256_file
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, locate_model
+from finesight.storage import sha256_file
 
 ROOT = Path(__file__).parents[1]
 

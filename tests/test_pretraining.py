@@ -11,10 +11,10 @@ import pytest
 from synthetic_tasks import fonts
 from synthetic_tasks.tasks import EVAL_TASKS
 
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.model_folder import ModelFolder
+from finesight.storage import verify_folder
 
 BUILD_PROGRAM = Path(__file__).parents[1] / "pretraining" / "build_tiny_model.py"
 
@@ -31,6 +31,7 @@ def make(out: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_pretraining_creates_a_loadable_model(tmp_path: Path) -> None:
+    """Takes long: one run of all stages, with generated images of each task."""
     try:
         fonts.require_fonts(family for family in fonts.FONT_FAMILIES if family.script == "latin")
         fonts.list_faces("seen", "chinese")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_bounded_yaml import LAUGHS
+from test_bounded_files import LAUGHS
 
 from finesight.config import ExactSize, LearningRates
 from finesight.errors import UserError

@@ -15,7 +15,7 @@ import pytest
 from crash_disk import run_in_crashing_child
 from safetensors.numpy import load_file, save_file
 
-from finesight import digests, storage
+from finesight import storage
 from finesight.errors import UserError
 
 OLD, NEW = {"a": b"old", "b/c": b"older"}, {"a": b"new" * 1000, "b/c": b"newer"}
@@ -62,12 +62,12 @@ def visible(store: Path) -> dict[str, dict[str, bytes]]:
     """Folders that a reader sees, each verified, with their contents."""
     folders = [path for path in store.iterdir() if not path.name.startswith(".")]
     for folder in folders:
-        digests.verify_folder(folder)
+        storage.verify_folder(folder)
     return {
         folder.name: {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*")
-            if path.is_file() and path.name != digests.DIGESTS_FILE
+            if path.is_file() and path.name != storage.DIGESTS_FILE
         }
         for folder in folders
     }
@@ -237,16 +237,16 @@ def test_every_bit_flip_is_reported_with_digests(tmp_path: Path) -> None:
         save_file({"w": np.arange(6, dtype=np.float32)}, folder / "w.safetensors")
     file = tmp_path / "x" / "w.safetensors"
     good = file.read_bytes()
-    expected = json.loads((tmp_path / "x" / digests.DIGESTS_FILE).read_text())["w.safetensors"]
+    expected = json.loads((tmp_path / "x" / storage.DIGESTS_FILE).read_text())["w.safetensors"]
     for at in range(0, len(good), 7):
         file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         with pytest.raises(UserError) as caught:
-            digests.verify_folder(tmp_path / "x")
+            storage.verify_folder(tmp_path / "x")
         assert str(file) in str(caught.value)
         assert expected in str(caught.value)
-        assert digests.sha256_file(file) in str(caught.value)
+        assert storage.sha256_file(file) in str(caught.value)
     file.write_bytes(good)
-    digests.verify_folder(tmp_path / "x")
+    storage.verify_folder(tmp_path / "x")
     assert load_file(file)["w"].tolist() == list(range(6))
 
 
@@ -255,11 +255,11 @@ def test_every_bit_flip_is_reported_with_digests(tmp_path: Path) -> None:
     [
         (lambda folder: (folder / "a").unlink(), "the file a is missing"),
         (
-            lambda folder: (folder / digests.DIGESTS_FILE).unlink(),
+            lambda folder: (folder / storage.DIGESTS_FILE).unlink(),
             "is missing: the folder is incomp",
         ),
-        (lambda folder: (folder / digests.DIGESTS_FILE).write_text("{"), "not readable as JSON"),
-        (lambda folder: (folder / digests.DIGESTS_FILE).write_text("{}"), "expected: file names"),
+        (lambda folder: (folder / storage.DIGESTS_FILE).write_text("{"), "not readable as JSON"),
+        (lambda folder: (folder / storage.DIGESTS_FILE).write_text("{}"), "expected: file names"),
     ],
 )
 def test_incomplete_folder_is_rejected(tmp_path: Path, break_it: object, message: str) -> None:
@@ -267,7 +267,7 @@ def test_incomplete_folder_is_rejected(tmp_path: Path, break_it: object, message
     assert callable(break_it)
     break_it(tmp_path / "x")
     with pytest.raises(UserError, match=message):
-        digests.verify_folder(tmp_path / "x")
+        storage.verify_folder(tmp_path / "x")
 
 
 def test_cut_file_preserves_the_prefix(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ pool = WorkerPool(jobs.load, 7, num_idle=1, memory_bytes=64 << 20)
 pool.start()
 busy = pool.fork()
 print(busy.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"])
-print(pool._process.pid, flush=True)
+print(pool.process.pid, flush=True)
 busy.start(jobs.spin, max_cpu_s=600)
 time.sleep(600)
 """
@@ -220,14 +220,14 @@ def test_processes_that_were_killed_are_replaced(pool):
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.1)
     assert len(pids(pool)) == 2
-    os.kill(pool._process.pid, signal.SIGKILL)
-    pool._process.wait()
+    os.kill(pool.process.pid, signal.SIGKILL)
+    pool.process.wait()
     with pool.fork() as worker:
         assert worker.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["number"] == 7
 
 
 def test_no_process_is_left(pool):
-    group = pool._process.pid
+    group = pool.process.pid
     found = pids(pool)
     pool.close()
     assert all(not alive(pid) for pid in (group, *found))
@@ -252,7 +252,7 @@ def test_many_threads_at_once(pool):
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(ask, range(200))) == list(range(200))
-    assert len(pool._idle_workers) == 2
+    assert len(pool.idle_workers) == 2
 
 
 def test_failing_setup_is_reported_at_start():

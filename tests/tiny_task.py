@@ -129,7 +129,7 @@ class TinyTask:
         assert result is not None
         return result
 
-    def read_metrics(self, name: str = "run") -> list[dict[str, Any]]:
+    def read_metrics(self, name: str | Path = "run") -> list[dict[str, Any]]:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from typer.testing import CliRunner
 
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml
 from finesight.check.check_issues import ISSUE_TYPES
 from finesight.cli.app import app
 from finesight.data.formats import FORMATS
 from finesight.report.i18n import Language, get_translations, use_language
-from finesight.serve.server_limits import ServerLimits, format_limits_table
+from finesight.serve.server_limits import ServerLimits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -211,7 +211,7 @@ def render_issues_table(translate: Translate) -> str:
 TABLE_RENDERERS: dict[str, Callable[[Translate], str]] = {
     "formats": render_formats_table,
     "issues": render_issues_table,
-    "limits": partial(format_limits_table, ServerLimits()),
+    "limits": ServerLimits().to_markdown,
 }
 """Table renderers by the name in the markers."""
 

@@ -1,7 +1,7 @@
 """Check code size, coding habits and language of the project against bounds.
 
 `python tools/house.py` prints all measures and exits with 1 if one is out of bounds.
-tests/test_style.py checks each measure. Modules are parsed, not imported.
+tests/test_style.py tests the measures themselves. Modules are parsed, not imported.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import io
 import re
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from statistics import median
 
 import yaml
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "finesight"
 REFLECTION_CALLS = {
     "getattr",
@@ -37,13 +40,14 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class CodeMeasure:
-    """A measured value, its bound, and the violations."""
+    """A measured value, its bound, the violations, and the target of a bound to be lowered."""
 
     name: str
     value: float
     bound: float
     is_minimum: bool = False
     violations: tuple[str, ...] = ()
+    target: float | None = None
 
     @property
     def is_met(self) -> bool:
@@ -52,7 +56,8 @@ class CodeMeasure:
     def __str__(self) -> str:
         sign = ">=" if self.is_minimum else "<="
         mark = "ok " if self.is_met else "NOT"
-        return f"{mark} {self.name:44} {self.value:8.4g}  {sign} {self.bound:g}"
+        target = "" if self.target is None else f"  (target {self.target:g})"
+        return f"{mark} {self.name:44} {self.value:8.4g}  {sign} {self.bound:g}{target}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class SourceModule:
     path: Path
     lines: tuple[str, ...]
     tree: ast.Module
+
+    @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        return tuple(ast.walk(self.tree))
 
     def location(self, node: ast.stmt | ast.expr) -> str:
         return f"{self.path}:{node.lineno}"
@@ -85,19 +94,76 @@ def measure_project(root: Path) -> list[CodeMeasure]:
     others = [*read_modules(root, "pretraining"), *read_modules(root, "examples")]
     return [
         *_size_measures(source, everything),
+        *_budget_measures(source),
         *_definition_measures(source),
         *_habit_measures(source),
         _vague_name_measure(everything),
         _import_cycle_measure(source),
         *_language_measures(root, source),
         *_glossary_measures(root, [*everything, *others]),
-        CodeMeasure(
-            "test lines to source lines",
-            _num_lines(tests) / _num_lines(source),
-            0.6,
-            is_minimum=True,
-        ),
+        *_test_measures(source, tests),
     ]
+
+
+# Bounds that still miss their target. Lower them as the code improves; never raise them.
+MAX_TEST_LINES_PER_SOURCE_LINE = 0.95
+MAX_PRIVATE_NAMES_IN_TESTS = 40
+
+
+def _test_measures(
+    source: Sequence[SourceModule], tests: Sequence[SourceModule]
+) -> Iterator[CodeMeasure]:
+    ratio = _num_lines(tests) / _num_lines(source)
+    yield CodeMeasure("test lines per source line, least", ratio, 0.5, is_minimum=True)
+    yield CodeMeasure(
+        "test lines per source line, most", ratio, MAX_TEST_LINES_PER_SOURCE_LINE, target=0.8
+    )
+    private = {
+        n for m in source for node in m.nodes for n in _defined_names(node) if _is_private(n)
+    }
+    uses = tuple(f"{m.location(n)} {ast.unparse(n)}" for m in tests for n in _uses(m, private))
+    yield CodeMeasure(
+        "private names of the package used in tests",
+        len(uses),
+        MAX_PRIVATE_NAMES_IN_TESTS,
+        violations=uses,
+        target=40,
+    )
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def _defined_names(node: ast.AST) -> tuple[str, ...]:
+    """Return the names of functions, classes, variables and attributes that a node defines."""
+    match node:
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+            return (name,)
+        case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+            return (name,)
+    return ()
+
+
+def _uses(module: SourceModule, names: set[str]) -> Iterator[ast.expr | ast.stmt]:
+    """Yield imports, attributes and strings (for `monkeypatch.setattr`) with one of the names.
+
+    Names that the module defines itself do not count.
+    """
+    own = {n for node in module.nodes if not _is_foreign(node) for n in _defined_names(node)}
+    for node in module.nodes:
+        match node:
+            case ast.ImportFrom(module=str(path)) if path.split(".")[0] == PACKAGE:
+                yield from (node for alias in node.names if _is_private(alias.name))
+            case ast.Attribute(attr=name) if name in names - own:
+                yield node
+            case ast.Constant(value=str(text)) if text.rpartition(".")[2] in names - own:
+                yield node
+
+
+def _is_foreign(node: ast.AST) -> bool:
+    """Check if a node is an attribute of another object than `self`."""
+    return isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls")
 
 
 @dataclass(frozen=True)
@@ -205,7 +271,7 @@ def _documentation_paragraphs(root: Path) -> list[tuple[str, str]]:
 
 
 def _iter_docstrings(module: SourceModule) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Module | ast.ClassDef | FunctionNode):
             text = ast.get_docstring(node)
             if text:
@@ -229,7 +295,7 @@ def _comments(source: Sequence[SourceModule]) -> Iterator[tuple[str, str]]:
 def _string_literals(source: Sequence[SourceModule]) -> Iterator[tuple[str, str]]:
     """Yield string literals with a space, docstrings included."""
     for module in source:
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
                 yield module.location(node), node.value
 
@@ -276,7 +342,7 @@ def _identifier_measures(source: Sequence[SourceModule], lists: WordLists) -> It
     for module in source:
         if module.path.stem != "__init__":
             names.modules.setdefault(module.path.stem, []).append(str(module.path))
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             names.add_node(module, node)
     bad = tuple(n for n in sorted(names.identifiers) if lists.colloquial & {*_name_parts(n)})
     share = len(bad) / len(names.identifiers) if names.identifiers else 0
@@ -364,9 +430,8 @@ def _glossary_measures(root: Path, modules: Sequence[SourceModule]) -> Iterator[
     found = tuple(f"{where}: use {use}: {line[:90]}" for where, use, line in sorted(misuses))
     yield CodeMeasure("misuses of glossary terms", len(found), 0, violations=found)
     num_exceptions = len(content["exceptions"])
-    yield CodeMeasure(
-        "glossary exceptions", num_exceptions, MAX_GLOSSARY_EXCEPTIONS, violations=tuple(unused)
-    )
+    yield CodeMeasure("glossary exceptions", num_exceptions, MAX_GLOSSARY_EXCEPTIONS)
+    yield CodeMeasure("unused glossary exceptions", len(unused), 0, violations=tuple(unused))
 
 
 def _compile_misuse(rule: dict[str, str], kind: str) -> re.Pattern[str]:
@@ -381,7 +446,7 @@ def _iter_search_texts(root: Path, modules: Sequence[SourceModule]) -> Iterator[
     """Yield names and prose of modules, prose of pages, and paths of all files."""
     for module in modules:
         path, names = module.path.as_posix(), {}
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             for name in _node_names(node):
                 names.setdefault(name, getattr(node, "lineno", 0))
         words = ((number, " ".join(_name_parts(name))) for name, number in names.items())
@@ -416,7 +481,7 @@ def _node_names(node: ast.AST) -> tuple[str, ...]:
 
 def _prose_lines(module: SourceModule) -> Iterator[tuple[int, str]]:
     """Yield the lines of string literals, separated by a null character, and of comments."""
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield from enumerate(node.value.replace("_", " ").split("\n"), node.lineno)
             yield node.lineno, "\0"
@@ -444,7 +509,7 @@ def _size_measures(
     yield CodeMeasure("lines over 100 columns", len(wide), 0, violations=tuple(wide))
     big = [f"{m.path}: {len(m.lines)} lines" for m in all_modules if len(m.lines) > 900]
     yield CodeMeasure("files over 900 lines", len(big), 0, violations=tuple(big))
-    functions = [(m, f) for m in source for f in ast.walk(m.tree) if isinstance(f, FunctionNode)]
+    functions = [(m, f) for m in source for f in m.nodes if isinstance(f, FunctionNode)]
     long = [(m, f) for m, f in functions if (f.end_lineno or f.lineno) - f.lineno + 1 > 60]
     names = tuple(f"{m.location(f)} {f.name}" for m, f in long)
     yield CodeMeasure(
@@ -452,11 +517,95 @@ def _size_measures(
     )
 
 
+# Bounds that still miss their target. Lower them as the code improves; never raise them.
+MAX_SOURCE_FILES = 292
+MAX_SOURCE_LINES = 75_700
+MIN_MEDIAN_FUNCTION_LINES = 6
+MAX_TRAINER_MODULES = 128
+MAX_TRAINER_LINES = 35_500
+MAX_SHORT_HELPERS = 105
+
+MIN_FILE_LINES = 60
+TRAINER_MODULE = f"{PACKAGE}.train.trainer"
+
+
+def _budget_measures(source: Sequence[SourceModule]) -> Iterator[CodeMeasure]:
+    """Yield the size of the package, of its functions, and of what the trainer imports."""
+    yield CodeMeasure("source files", len(source), MAX_SOURCE_FILES, target=240)
+    yield CodeMeasure("source lines", _num_lines(source), MAX_SOURCE_LINES, target=56_000)
+    free = {"families", "formats", "kernels"}
+    small = tuple(
+        f"{m.path}: {len(m.lines)} lines"
+        for m in source
+        if len(m.lines) < MIN_FILE_LINES
+        and m.path.name != "__init__.py"
+        and not free.intersection(m.path.parts)
+    )
+    yield CodeMeasure("files under 60 lines", len(small), 20, violations=small)
+    functions = [(m, f) for m in source for f in m.nodes if isinstance(f, FunctionNode)]
+    yield CodeMeasure(
+        "median lines of a function body",
+        median([_num_body_lines(f) for _, f in functions] or [8]),
+        MIN_MEDIAN_FUNCTION_LINES,
+        is_minimum=True,
+        target=8,
+    )
+    uses = Counter(
+        n.id if isinstance(n, ast.Name) else n.attr
+        for m in source
+        for n in m.nodes
+        if isinstance(n, ast.Name | ast.Attribute)
+    )
+    short = tuple(
+        f"{m.location(f)} {f.name}"
+        for m, f in functions
+        if _is_private(f.name) and _num_body_lines(f) < 4 and uses[f.name] == 1
+        if not f.decorator_list
+    )
+    yield CodeMeasure(
+        "private functions under 4 lines with one use",
+        len(short),
+        MAX_SHORT_HELPERS,
+        violations=short,
+        target=20,
+    )
+    imported = _transitive_imports(source, TRAINER_MODULE)
+    yield CodeMeasure(
+        "modules that the trainer imports", len(imported), MAX_TRAINER_MODULES, target=120
+    )
+    lines = _num_lines(imported)
+    yield CodeMeasure("lines that the trainer imports", lines, MAX_TRAINER_LINES, target=24_000)
+
+
+def _num_body_lines(function: FunctionNode) -> int:
+    """Count the lines of a function body without its docstring."""
+    has_docstring = ast.get_docstring(function) is not None and len(function.body) > 1
+    first, last = function.body[has_docstring], function.body[-1]
+    return (last.end_lineno or last.lineno) - first.lineno + 1
+
+
+def _transitive_imports(source: Sequence[SourceModule], start: str) -> list[SourceModule]:
+    """Return the modules that importing `start` executes, without imports inside functions."""
+    by_name = {_module_name(m.path): m for m in source}
+    seen: set[str] = set()
+    pending = [start] if start in by_name else []
+    while pending:
+        name = pending.pop()
+        if name not in seen:
+            seen.add(name)
+            pending += by_name.keys() & set(_imported_modules(by_name[name].tree, False))
+    return [by_name[name] for name in seen]
+
+
+def _module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts[1:]).removesuffix(".__init__")
+
+
 def _definition_measures(source: Sequence[SourceModule]) -> Iterator[CodeMeasure]:
     parameters = [
         (f"{m.location(f)} {p.arg}", p.annotation)
         for m in source
-        for f in ast.walk(m.tree)
+        for f in m.nodes
         if isinstance(f, FunctionNode)
         for p in _function_parameters(f)
     ]
@@ -494,7 +643,7 @@ def _public_definitions(body: Sequence[ast.stmt]) -> Iterator[FunctionNode | ast
 
 
 def _habit_measures(source: Sequence[SourceModule]) -> Iterator[CodeMeasure]:
-    nodes = [(m, node) for m in source for node in ast.walk(m.tree)]
+    nodes = [(m, node) for m in source for node in m.nodes]
     calls = [
         (m, n)
         for m, n in nodes
@@ -562,9 +711,9 @@ def _has_dynamic_argument(call: ast.Call) -> bool:
 
 def _imported_name_writes(module: SourceModule) -> Iterator[str]:
     """Yield locations that assign or delete an attribute or item of an imported name."""
-    imports = [n for n in ast.walk(module.tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    imports = [n for n in module.nodes if isinstance(n, ast.Import | ast.ImportFrom)]
     imported = {(a.asname or a.name).split(".")[0] for node in imports for a in node.names}
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Assign | ast.Delete):
             targets = node.targets
         elif isinstance(node, ast.AugAssign | ast.AnnAssign):
@@ -614,7 +763,7 @@ def _package_area(parts: Sequence[str]) -> str:
     return parts[1] if inside else ""
 
 
-def _imported_modules(node: ast.AST) -> Iterator[str]:
+def _imported_modules(node: ast.AST, in_functions: bool = True) -> Iterator[str]:
     """Yield the full names of all modules and names imported below a node."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
@@ -622,13 +771,15 @@ def _imported_modules(node: ast.AST) -> Iterator[str]:
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
+            yield str(child.module)
             yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        yield from _imported_modules(child)
+        if in_functions or not isinstance(child, FunctionNode):
+            yield from _imported_modules(child, in_functions)
 
 
 def main() -> int:
     """Print all measures and the violations of those out of bounds."""
-    measures = measure_project(Path(__file__).resolve().parents[1])
+    measures = measure_project(ROOT)
     for one in measures:
         print(one)
         for location in () if one.is_met else one.violations:

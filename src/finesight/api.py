@@ -315,7 +315,7 @@ def draw_boxes(prediction: Prediction, image_index: int = 0) -> Image.Image:
     Raises:
         UserError: The prediction has no such image.
     """
-    from finesight.infer.box_drawing import annotate_image
+    from finesight.infer.prediction import annotate_image
 
     if not 0 <= image_index < len(prediction.images):
         raise UserError(

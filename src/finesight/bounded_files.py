@@ -1,4 +1,4 @@
-"""Read untrusted files with limits on type, size and JSON depth, and decode their names.
+"""Read untrusted files, JSON and YAML with limits on type, size and depth, and decode names.
 
 Only regular files are read, since named pipes block and devices can be infinite.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic_core import from_json
 
 from finesight.errors import UserError, suggest_similar_path
@@ -91,7 +93,6 @@ Tokenizer files have up to 35 MB. Parsed JSON takes up to 30 times its size in m
 """
 
 MAX_LINE_BYTES = 8 * 2**20
-"""Maximum size of a line in a JSON Lines file, in bytes."""
 
 
 def read_bytes(
@@ -100,9 +101,6 @@ def read_bytes(
     """Read a regular file of at most `max_bytes` bytes.
 
     Folders, named pipes, devices and larger files are rejected before they are read.
-
-    Raises:
-        UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
     with (
         translate_os_errors(path, expected=expected, remedy=remedy),
@@ -185,9 +183,6 @@ def read_lines(
     """Yield the lines of a regular file of any size, with their line ends.
 
     A line of more than `max_bytes` bytes is truncated and has no line end.
-
-    Raises:
-        UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
     with (
         translate_os_errors(path, expected=expected, remedy=remedy),
@@ -286,3 +281,118 @@ def find_existing(folder: Path, name: str) -> Path | None:
     """Return the first spelling of a path that exists below `folder`, or None."""
     candidates = (os.path.join(folder, spelling) for spelling in iter_spellings(name))
     return next((Path(path) for path in candidates if os.path.exists(path)), None)
+
+
+MAX_DEPTH = 64
+
+MAX_ALIASED_VALUES = 100_000
+"""Maximum number of values that aliases expand to.
+
+Without a limit, nine lines of aliases can expand to a billion values.
+"""
+
+MAX_VALUES = 100_000
+"""Maximum number of values, including keys; parsing takes up to 50 microseconds per value."""
+
+MAX_INT_BITS = 1024
+"""Maximum size of an integer in bits; Python may refuse to print larger ones."""
+
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """Load YAML text as Python data of the standard types.
+
+    Raises YAMLError for any error, including malformed values (0x_, month 13) and exceeded limits.
+    """
+    loader = _BoundedLoader(text, MAX_VALUES)
+    node = loader.get_single_node()
+    return None if node is None else loader.construct_document(node)
+
+
+class TooManyValuesError(yaml.MarkedYAMLError):
+    """Raised when a YAML text has more values than the limit."""
+
+
+class ComposedYaml:
+    """A parsed YAML text: its syntax tree with line numbers, and its data.
+
+    Attributes:
+        root: Root node of the syntax tree; None for an empty text.
+
+    Raises:
+        yaml.YAMLError: See `load_yaml`.
+    """
+
+    def __init__(self, text: str, values: int = MAX_VALUES) -> None:
+        self._loader = _BoundedLoader(text, values)
+        self.root: yaml.Node | None = self._loader.get_single_node()
+
+    def data(self) -> Any:
+        """Convert the syntax tree to Python data. Raises YAMLError for a malformed value."""
+        return None if self.root is None else self._loader.construct_document(self.root)
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """A YAML loader for the standard data tags, like SafeLoader, with limits."""
+
+    def __init__(self, stream: str | bytes, values: int) -> None:
+        super().__init__(stream)
+        self._depth = self._num_values = self._num_aliased = self._nodes = 0
+        self._most = values
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        """Parse the next node. Raises YAMLError above the limits on depth, values and aliases."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        num_before, is_alias = self._num_values, isinstance(event, yaml.AliasEvent)
+        if self._depth >= MAX_DEPTH:
+            raise _build_error(f"more than {MAX_DEPTH} nested groups or lists", event)
+        self._nodes += 1
+        if self._nodes > self._most:
+            raise TooManyValuesError(
+                problem=f"more than {self._most:,} values", problem_mark=event.start_mark
+            )
+        self._depth += 1
+        node = super().compose_node(parent, index)  # type: ignore[arg-type]
+        self._depth -= 1
+        if node is None:
+            return None
+        if is_alias:
+            # A recursive node has no size yet.
+            self._num_values += self._sizes.get(node, 1)
+            self._num_aliased += self._sizes.get(node, 1)
+        else:
+            self._num_values += 1
+            self._sizes[node] = self._num_values - num_before
+        if self._num_aliased > MAX_ALIASED_VALUES:
+            raise _build_error(
+                f"aliases that expand to more than {MAX_ALIASED_VALUES} values", event
+            )
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Convert a node to a Python value, and any exception to a YAMLError."""
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise _build_error(
+                f"{_truncate_repr(node.value)} cannot be read as {kind}", node
+            ) from error
+        if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+            raise _build_error(f"a number of {value.bit_length()} bits", node)
+        if isinstance(value, str) and _UNWRITABLE.search(value):
+            raise _build_error(
+                f"{_truncate_repr(value)} has a character that is invalid in file names", node
+            )
+        return value
+
+
+def _truncate_repr(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _build_error(problem: str, location: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=location.start_mark)

@@ -181,10 +181,6 @@ Of the embeddings, only the output head is quantized, since the embedding table 
 """
 
 
-def _allowed_modes(part: str) -> str:
-    return "frozen" if part == "embeddings" else "lora or frozen"
-
-
 def _as_names(value: object) -> object:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
@@ -242,9 +238,10 @@ class TuneSettings(SettingsSection):
         }
         for part in self.quantize.nf4 or ():
             if modes[part] == "full":
+                allowed = "frozen" if part == "embeddings" else "lora or frozen"
                 raise ValueError(
                     f"{part} is full and in quantize.nf4: 4-bit weights cannot be trained;"
-                    f" set tune.{part} to {_allowed_modes(part)}, or remove it from quantize.nf4"
+                    f" set tune.{part} to {allowed}, or remove it from quantize.nf4"
                 )
         for part in self.quantize.fp8 or ():
             if modes[part] == "full":

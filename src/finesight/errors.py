@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 
@@ -40,12 +41,6 @@ class UserError(Exception):
 
     The message states location, problem, expected value and remedy. It needs no traceback and is
     safe to print.
-
-    Attributes:
-        what: The problem, such as an invalid value.
-        where: The location: file and line, setting or argument.
-        expected: Description of a valid value.
-        remedy: Command or change that fixes the problem.
     """
 
     def __init__(self, what: str, *, where: str = "", expected: str = "", remedy: str = "") -> None:
@@ -80,13 +75,18 @@ def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy
     return kind(what, where=where, expected=expected, remedy=remedy)
 
 
-def suggest_similar_path(path: Path) -> str:
-    """Return a remedy for a missing file: the most similar name in its folder."""
+def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = "") -> str:
+    """Return a remedy for an unknown name: the most similar valid name, or `otherwise`."""
     import difflib
 
+    similar = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean {prefix}{similar[0]}?" if similar else otherwise
+
+
+def suggest_similar_path(path: Path) -> str:
+    """Return a remedy for a missing file: the most similar name in its folder."""
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    similar = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"did you mean {path.parent / similar[0]}?" if similar else "check the path"
+    return suggest_name(path.name, siblings, "check the path", f"{path.parent}/")
 
 
 class TrainingInterrupted(Exception):

@@ -1,8 +1,11 @@
-"""Manifest of a run: the facts that inference and merging need."""
+"""Names and formats of the files in a run folder, and its manifest, which inference reads."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,6 +15,34 @@ from finesight.config import ImageRule, TuneSettings
 from finesight.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+SKIPPED_SAMPLES_FILE = "skipped_samples.jsonl"
+IMAGES_FILE = "images.safetensors"
+PARAM_AUDIT_FILE = "param_audit.json"
+RESULT_FILE = "result.json"
+REPORT_FILE = "report.html"
+CHECKPOINTS_FOLDER = "checkpoints"
+PREDICTIONS_FOLDER = "predictions"
+ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+TRACKING_FOLDER = "track"
+
+MAX_DATA_WAIT_FRACTION = 0.03
+"""Fraction of data wait in the step time above which the report gives advice."""
+
+HistogramCounts = Mapping[str, int]
+"""Number of values by bin. A bin is half an octave wide.
+
+Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
+"""
+
+
+def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
+    """Count positive integers by bins of half an octave (`HistogramCounts`)."""
+    counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
+    return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
+
 
 FORMAT_VERSION = 2
 """Version of the keys in a manifest; manifests of other versions are rejected."""
@@ -23,11 +54,8 @@ class Manifest(BaseModel):
     """Content of `manifest.json` in a run folder and in a merged model folder.
 
     Attributes:
-        format_version: Version of the keys.
-        base_model: Name or path of the base model in the recipe.
         base_fingerprint: SHA-256 over index and headers of the weight files of the base model. A
             base model with another fingerprint is rejected.
-        image_rule: Image rule of the run: that of the recipe, or the default of the family.
         system_prompt: System prompt of the run; None for a family without one.
     """
 
@@ -45,11 +73,7 @@ class Manifest(BaseModel):
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Read and validate a manifest.
-
-    Raises:
-        UserError: The file is unreadable or invalid, or has another format version.
-    """
+    """Read and validate a manifest."""
     content = read_bytes(path, expected="the manifest of a run", remedy=_REMEDY)
     _check_format_version(content, path)
     try:

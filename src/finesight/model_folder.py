@@ -39,9 +39,6 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
 
     A pickle can execute code when it is loaded. The `weights_only` loader of torch prevents this:
     it builds tensors and rejects everything else.
-
-    Raises:
-        UserError: A file requires more than tensors or is corrupt, or `target` cannot be written.
     """
     if _is_up_to_date(files, target):
         return
@@ -210,13 +207,10 @@ _QWEN_VL_FAMILY = "qwen"
 _FAMILIES_WITH_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
 
 TINY_MODEL = "finesight-tiny"
-"""Name of the bundled model, as in `model: finesight-tiny` in a recipe."""
 
 TINY_MODEL_FOLDER = Path(__file__).resolve().parent / "assets" / TINY_MODEL
-"""Path of the bundled model's folder."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""Maximum size of the header of a safetensors file in bytes, as defined by the format."""
 
 MAX_LAYERS = 1000
 """Maximum number of layers in a config. The largest models have about a hundred; each takes
@@ -255,12 +249,7 @@ class ModelFolder:
         content = self._read_json_file("config.json")
         for key, count in _iter_layer_counts(content):
             if count > MAX_LAYERS:
-                raise UserError(
-                    f"{key} is {count}",
-                    where=str(self.path / "config.json"),
-                    expected=f"at most {MAX_LAYERS} layers",
-                    remedy="use the config.json of the published model",
-                )
+                raise self._build_config_error(f"{key} is {count}", f"at most {MAX_LAYERS} layers")
         return content
 
     @cached_property
@@ -268,11 +257,8 @@ class ModelFolder:
         """Model family: `model_type` in the config, independent of the folder name."""
         family = self.config.get("model_type")
         if not isinstance(family, str):
-            raise UserError(
-                f"model_type is {family!r}",
-                where=str(self.path / "config.json"),
-                expected="the name of the model's family, such as qwen2_vl",
-                remedy="use the config.json of the published model",
+            raise self._build_config_error(
+                f"model_type is {family!r}", "the name of the model's family, such as qwen2_vl"
             )
         return family
 
@@ -297,18 +283,15 @@ class ModelFolder:
         for key in ("patch_size", "merge_size", "temporal_patch_size", *size_keys):
             value = merged[key]
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(
-                    f"{key} is {value!r}",
-                    where=str(self.path / name),
-                    expected="an integer of at least 1",
-                    remedy="use the preprocessor_config.json of the published model",
+                raise self._build_config_error(
+                    f"{key} is {value!r}", "an integer of at least 1", name, PREPROCESSOR_FILE
                 )
         if merged["min_pixels"] > merged["max_pixels"]:
-            raise UserError(
+            raise self._build_config_error(
                 f"min_pixels {merged['min_pixels']} is above max_pixels {merged['max_pixels']}",
-                where=str(self.path / name),
-                expected="a range of pixels",
-                remedy="use the preprocessor_config.json of the published model",
+                "a range of pixels",
+                name,
+                PREPROCESSOR_FILE,
             )
         return merged
 
@@ -333,11 +316,8 @@ class ModelFolder:
         for key, default in values.items():
             value = visual.get(key, default)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(
-                    f"visual.{key} is {visual.get(key)!r}",
-                    where=str(self.path / "config.json"),
-                    expected="an integer of at least 1",
-                    remedy="use the config.json of the published model",
+                raise self._build_config_error(
+                    f"visual.{key} is {visual.get(key)!r}", "an integer of at least 1"
                 )
             values[key] = value
         image_size, patch_size, num_queries = values.values()
@@ -406,10 +386,6 @@ class ModelFolder:
 
         The weights of hub models are downloaded on access. Pickled weights are converted into
         CONVERTED_FOLDER, and again if they changed.
-
-        Raises:
-            UserError: There are no weights, an index lists a missing file, or a pickle contains
-                more than tensors.
         """
         self.fetch_weights()
         single = self.find_file("model.safetensors")
@@ -469,6 +445,12 @@ class ModelFolder:
             )
         return sorted(set(weight_map.values()))
 
+    def _build_config_error(
+        self, what: str, expected: str, name: str = "config.json", published: str = "config.json"
+    ) -> UserError:
+        remedy = f"use the {published} of the published model"
+        return UserError(what, where=str(self.path / name), expected=expected, remedy=remedy)
+
     def _read_json_file(self, name: str) -> dict[str, Any]:
         return _read_json(self._require_file(name))
 
@@ -491,10 +473,6 @@ def locate_model(name_or_path: str) -> ModelFolder:
     access. The bare name `finesight-tiny` is always the bundled model, so that recipes and runs do
     not depend on the working directory; a folder of that name is `./finesight-tiny`. An existing
     folder takes precedence over a hub model of the same name, without network access.
-
-    Raises:
-        UserError: The folder is missing, or the model is unavailable (unknown, gated, offline, not
-            installed).
     """
     path = resolve_model_path(name_or_path)
     if name_or_path == TINY_MODEL and not any(path.glob("*.safetensors")):

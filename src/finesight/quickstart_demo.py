@@ -25,9 +25,9 @@ from finesight.data.importer import import_dataset
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import select_cpu_precision
+from finesight.manifest import PREDICTIONS_FOLDER, REPORT_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe
-from finesight.run_files import PREDICTIONS_FOLDER, REPORT_FILE
 from finesight.storage import write_file
 from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 from finesight.train.finalize import RunResult
@@ -35,10 +35,8 @@ from finesight.train.trainer import train
 
 PROMPT = "Read the ticket."
 NUM_SHOWN_PREDICTIONS = 4
-"""Number of tickets whose predictions are printed."""
 
 MAX_SHOWN_ISSUES = 3
-"""Maximum number of printed issues per issue code of the data check."""
 
 _COLUMNS = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
 
@@ -150,11 +148,7 @@ def run_quickstart(
 
 
 def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
-    """Write the recipe of the quickstart into the folder `out`, unless it exists.
-
-    Raises:
-        UserError: `out` contains other files.
-    """
+    """Write the recipe of the quickstart into the folder `out`, unless it exists."""
     recipe = out / "recipe.yaml"
     string_values = {
         "model": plan.model,
@@ -187,7 +181,6 @@ def _read_head(table: Path) -> str:
 
 
 def _import_table(table: Path, out: Path, settings: QuickstartSettings) -> str:
-    """Import the label file as samples, and return the equivalent command."""
     target = out / "data"
     if not target.exists():
         import_options = ImportOptions(
@@ -205,7 +198,6 @@ def _format_command(*arguments: str | Path) -> str:
 
 
 def _check_recipe_data(recipe: Path) -> str:
-    """Check the data of the recipe, and return the summary of `finesight data check`."""
     check_result = check_sources(*inputs_from_recipe(recipe))
     return "\n".join(f"   {line}" for line in format_summary(check_result, MAX_SHOWN_ISSUES))
 

@@ -16,11 +16,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from finesight.bounded_files import translate_os_errors
-from finesight.bounded_yaml import ComposedYaml, TooManyValuesError, load_yaml
+from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import UserError
-from finesight.run_files import RECIPE_FILE
+from finesight.manifest import RECIPE_FILE
 
 MAX_RECIPE_BYTES = 2**20
 """Maximum size of a recipe file in bytes; typical recipes have a few thousand."""
@@ -31,7 +30,6 @@ MAX_VALUES = 20_000
 """Maximum number of values and names in a recipe; the longest lists are data files."""
 
 SettingKey = tuple[str | int, ...]
-"""Key of a setting: names of sections and setting, and list indices, from the outside in."""
 
 
 def format_key(key: SettingKey) -> str:
@@ -81,15 +79,8 @@ def read_recipe_text(path: Path) -> str:
 def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
     """Parse the YAML of a recipe.
 
-    Args:
-        text: Text of the recipe.
-        path: File of the recipe, for messages.
-
     Returns:
         The parsed settings, and the line of each key, counted from 1.
-
-    Raises:
-        UserError: The YAML is invalid, has more than MAX_VALUES values, or has a duplicate key.
     """
     try:
         document = ComposedYaml(text, MAX_VALUES)
@@ -125,9 +116,6 @@ def _collect_lines(
     """Store the line of each key in a YAML node in `lines`.
 
     Args:
-        node: YAML node of the setting `key`.
-        key: Key of the setting.
-        path: File of the recipe, for messages.
         lines: Receives the line of each key, counted from 1.
         ancestors: Nodes that contain `node`, to detect aliases that contain themselves.
     """
@@ -161,13 +149,11 @@ MAX_REPORTED_ERRORS = 20
 """Maximum number of invalid settings that an error message describes; others are counted."""
 
 MAX_SHOWN_CHARS = 60
-"""Maximum number of characters of a value or name in an error message."""
 
 MIN_SIMILARITY = 0.7
 """Minimum similarity (difflib ratio) of a suggested setting in another section."""
 
 _LIST_INDEX = re.compile("[0-9]{1,9}")
-"""Pattern of a list index in the key of an override."""
 
 _EXPECTED_BY_TYPE = {
     "int_type": "an integer",
@@ -210,7 +196,6 @@ _EXAMPLES = {
     "min_pixels": "3136",
     "max_pixels": "401408",
 }
-"""Example values of settings without a default, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -235,10 +220,6 @@ def load_recipe(path: Path, overrides: Overrides = ()) -> Recipe:
     """Load a recipe from a YAML file, and apply overrides.
 
     Paths in the recipe are relative to the working directory, not to the recipe.
-
-    Raises:
-        UserError: The file is unreadable or invalid YAML, a key is duplicated, or settings are
-            unknown, missing or of a wrong type (all in one message).
     """
     text = read_recipe_text(path)
     content, lines = parse_recipe(text, path)
@@ -267,9 +248,6 @@ def _validate_recipe(
 
     Args:
         content: Nested settings; modified by the overrides.
-        where: File of the recipe, for messages.
-        lines: Line of each key in the file.
-        overrides: Overrides of settings.
 
     Raises UserError with all invalid settings.
     """
@@ -342,7 +320,6 @@ def _parse_override(override: str) -> tuple[str, object]:
 
 
 def _apply_override(content: dict[str, Any], name: str, value: object, override: str) -> SettingKey:
-    """Apply one override to the nested settings, and return its key."""
     key: SettingKey = tuple(
         int(p) if _LIST_INDEX.fullmatch(p) else p for p in name.strip().split(".")
     )
@@ -427,7 +404,8 @@ def _build_setting_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> _Se
         return _SettingError(key, f"unknown setting, given {value}", f"one of {siblings}", remedy)
     if first["type"] == "missing" and first["loc"][-1] == key[-1]:
         example = _EXAMPLES[str(key[-1])]
-        remedy = f"add {key[-1]} {_format_group(key[:-1])}"
+        group = f"under {format_key(key[:-1])}" if key[:-1] else "at the top level"
+        remedy = f"add {key[-1]} {group}"
         return _SettingError(key, "this setting is missing", f"for example {example}", remedy)
     if first["type"] == "value_error":
         reason = first["msg"].removeprefix("Value error, ")
@@ -447,7 +425,6 @@ def _format_expected(key: SettingKey, error: ErrorDetails) -> str:
 
 
 def _list_group_names(group: SettingKey) -> list[str]:
-    """Return the names of the settings and subsections in the section `group`."""
     prefix = "".join(f"{segment}." for segment in group if isinstance(segment, str))
     suffixes = (n.removeprefix(prefix) for n in list_setting_names() if n.startswith(prefix))
     return list(dict.fromkeys(name.split(".")[0] for name in suffixes))
@@ -501,10 +478,6 @@ def _abbreviate(name: str) -> str:
     return "".join(word[0] for word in name.split("_"))
 
 
-def _format_group(group: SettingKey) -> str:
-    return f"under {format_key(group)}" if group else "at the top level"
-
-
 def _truncate_repr(value: object) -> str:
     text = "null" if value is None else repr(value)
     text = re.sub(r"\s+", " ", text)
@@ -518,7 +491,6 @@ def _truncate(text: str) -> str:
 def _format_location(
     source: str, key: SettingKey, lines: dict[SettingKey, int], overridden: dict[SettingKey, str]
 ) -> str:
-    """Return the location of a setting for messages: its override, or file and line."""
     for depth in range(len(key), 0, -1):
         if key[:depth] in overridden:
             return f"override {overridden[key[:depth]]}"

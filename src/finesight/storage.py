@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -19,13 +20,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, NoReturn, Self
 
 from safetensors import SafetensorError
 
-from finesight.digests import DIGESTS_FILE, sha256_file
+from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 
 _PARTIAL_SUFFIX = ".partial"
@@ -71,7 +72,6 @@ class FileLock:
         Args:
             shared: Acquire a shared lock, which several processes can hold, instead of an exclusive
                 one.
-            wait: Wait until other processes release the lock.
 
         Raises:
             BlockingIOError: Another process holds the lock, and `wait` is False.
@@ -356,7 +356,7 @@ def _lock_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def _write_digests(folder: Path) -> None:
     file_system = _FILE_SYSTEM.get()
-    files = _list_files(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert files, f"no files were written to {folder}"
     names = [file.relative_to(folder).as_posix() for file in files]
     # Read again while they are flushed.
@@ -465,10 +465,6 @@ def _partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
 
 
-def _list_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def _write_new_file(path: Path, pieces: Iterable[bytes]) -> None:
     fd = _FILE_SYSTEM.get().create(path)
     try:
@@ -500,3 +496,43 @@ def raise_if_exists(target: Path) -> None:
             expected="an unused name",
             remedy="choose another name, or move it away first",
         )
+
+
+DIGESTS_FILE = "sha256.json"
+"""File in a written folder that lists the SHA-256 of each file, in hexadecimal by name."""
+
+
+def sha256_file(file: Path) -> str:
+    """Return the SHA-256 of the content of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify_folder(path: Path) -> None:
+    """Verify that the files of a folder written by `write_folder` match its list of digests."""
+    manifest, listing = path / DIGESTS_FILE, "file names with their SHA-256"
+    remedy = "restore the folder from a copy, or delete it and make it again"
+    if not path.is_dir():
+        expected, remedy = f"a folder with {DIGESTS_FILE}", "check the path"
+        raise UserError(
+            f"missing folder {path.name}", where=str(path), expected=expected, remedy=remedy
+        )
+
+    def fail(what: str, where: Path, expected: str) -> NoReturn:
+        raise UserError(what, where=str(where), expected=expected, remedy=remedy)
+
+    if not manifest.is_file():
+        what = f"{DIGESTS_FILE} is missing: the folder is incomplete"
+        fail(what, path, "every file that was written, and their digests")
+    digests = read_json_object(manifest, expected=listing, remedy=remedy)
+    if not digests:
+        fail("lists no file", manifest, listing)
+    for name, digest in digests.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            fail(f"lists {name}, which is not in the folder", manifest, listing)
+        if not (path / name).is_file():
+            fail(f"the file {name} is missing", path, f"every file that {DIGESTS_FILE} lists")
+        actual = sha256_file(path / name)
+        if actual != digest:
+            what = f"the file has changed since it was written, its SHA-256 is {actual}"
+            fail(what, path / name, str(digest))

@@ -202,7 +202,6 @@ def _run_job(
 def _outcome(
     function: Callable[[], JobOutput],
 ) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
-    """Call a function, and return its output or error as a reply."""
     try:
         output = function()
     except UserError as error:
@@ -344,7 +343,6 @@ class Worker:
 
         Args:
             function: Module-level function. Its first argument is the state of the pool.
-            max_cpu_s: Maximum CPU time in seconds.
             deadline: Time on the clock of `time.monotonic` at which waiting ends.
 
         Raises:
@@ -462,8 +460,10 @@ class WorkerPool:
         setup: Module-level function that returns the state that all jobs share. It runs in the
             template process and must not start threads.
         args: Arguments of `setup`; they are pickled.
-        num_idle: Number of idle workers to fork in advance.
-        memory_bytes: Memory limit of a worker, in addition to the memory of the template process.
+
+    Attributes:
+        process: Template process; None before the start.
+        idle_workers: Workers that wait for a job.
     """
 
     def __init__(
@@ -472,9 +472,9 @@ class WorkerPool:
         self._setup = pickle.dumps((setup, args), protocol=5)
         self._num_idle, self.memory_bytes = num_idle, memory_bytes
         self._lock = threading.Lock()
-        self._idle_workers: list[Worker] = []
+        self.idle_workers: list[Worker] = []
         self._control: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.is_closed = False
 
     def start(self) -> None:
@@ -484,8 +484,8 @@ class WorkerPool:
         started.
         """
         with self._lock:
-            while len(self._idle_workers) < self._num_idle:
-                self._idle_workers.append(self._fork(self.memory_bytes))
+            while len(self.idle_workers) < self._num_idle:
+                self.idle_workers.append(self._fork(self.memory_bytes))
 
     def fork(self, memory_bytes: int | None = None) -> Worker:
         """Fork a worker with its own memory limit, which the caller must close."""
@@ -497,11 +497,9 @@ class WorkerPool:
         """Lend an idle or new worker for the `with` block."""
         with self._lock:
             # An idle worker whose connection is readable has ended.
-            while self._idle_workers and self._idle_workers[-1].wait(0.0):
-                self._idle_workers.pop().close()
-            worker = (
-                self._idle_workers.pop() if self._idle_workers else self._fork(self.memory_bytes)
-            )
+            while self.idle_workers and self.idle_workers[-1].wait(0.0):
+                self.idle_workers.pop().close()
+            worker = self.idle_workers.pop() if self.idle_workers else self._fork(self.memory_bytes)
         try:
             yield worker
         finally:
@@ -512,14 +510,14 @@ class WorkerPool:
         with self._lock:
             self.is_closed = True
             self._end_template()
-            for worker in self._idle_workers:
+            for worker in self.idle_workers:
                 worker.close()
-            self._idle_workers.clear()
+            self.idle_workers.clear()
 
     def kill(self) -> None:
         """Kill all processes of the pool, without waiting for threads that use it."""
         self.is_closed = True
-        process = self._process
+        process = self.process
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -530,12 +528,12 @@ class WorkerPool:
         with self._lock:
             if worker.is_busy or not is_fresh:
                 worker.close()
-            if self.is_closed or len(self._idle_workers) >= self._num_idle:
+            if self.is_closed or len(self.idle_workers) >= self._num_idle:
                 worker.close()
                 return
             # If the fork fails, the next job forks its own worker.
             with contextlib.suppress(OSError, UserError, WorkerJobError):
-                self._idle_workers.append(
+                self.idle_workers.append(
                     self._fork(self.memory_bytes) if worker.is_killed else worker
                 )
 
@@ -562,7 +560,7 @@ class WorkerPool:
                 inherited = {k: v for k, v in os.environ.items() if k.startswith(_INHERITED)}
                 # A process group of its own: Ctrl-C in a terminal does not reach it, and one
                 # signal kills the template and all workers.
-                self._process = subprocess.Popen(
+                self.process = subprocess.Popen(
                     [sys.executable, "-P", "-c", _TEMPLATE, str(fd), json.dumps(sys.path)],
                     pass_fds=[fd],
                     stdin=subprocess.DEVNULL,
@@ -587,11 +585,11 @@ class WorkerPool:
         if self._control is not None:
             self._control.close()
             self._control = None
-        if self._process is not None:
+        if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
 
 
 def exit_with_parent() -> None:

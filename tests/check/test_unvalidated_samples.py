@@ -16,9 +16,8 @@ from pyarrow import parquet
 
 from finesight.check.check_issues import CheckResult
 from finesight.check.data_checker import (
+    CheckInput,
     DataChecker,
-    ImportCheckInput,
-    SampleCheckInput,
     inputs_from_files,
 )
 from finesight.check.image_catalog import MIN_PARALLEL_SAMPLES
@@ -174,18 +173,19 @@ def test_fixed_samples_keep_their_images(folder: Path, packed: Callable[[Path], 
 
 
 @pytest.mark.parametrize(
-    ("files", "kind"),
+    ("files", "is_imported"),
     [
-        ({"1.jpg": b"x", "1.txt": b"A square."}, ImportCheckInput),
-        ({"1.jpg": b"x", "1.json": b'{"caption": "A square."}'}, ImportCheckInput),
-        ({"1.json": json.dumps({"id": "1", **make_record(None)}).encode()}, SampleCheckInput),
+        ({"1.jpg": b"x", "1.txt": b"A square."}, True),
+        ({"1.jpg": b"x", "1.json": b'{"caption": "A square."}'}, True),
+        ({"1.json": json.dumps({"id": "1", **make_record(None)}).encode()}, False),
     ],
 )
 def test_other_webdatasets_are_read_like_imports(
-    tmp_path: Path, files: dict[str, bytes], kind: type
+    tmp_path: Path, files: dict[str, bytes], is_imported: bool
 ) -> None:
     source = write_tar(tmp_path / "a.tar", files)
-    assert [type(s) for s in inputs_from_files([source], [], ImportOptions())] == [kind]
+    (found,) = inputs_from_files([source], [], ImportOptions())
+    assert found.is_imported is is_imported
 
 
 def test_other_tables_are_read_like_imports(tmp_path: Path) -> None:
@@ -197,22 +197,20 @@ def test_other_tables_are_read_like_imports(tmp_path: Path) -> None:
     for number, row in enumerate(foreign):
         source = tmp_path / f"{number}.parquet"
         parquet.write_table(pyarrow.Table.from_pylist([row]), source)
-        assert [type(s) for s in inputs_from_files([source], [], ImportOptions())] == [
-            ImportCheckInput
-        ], row
+        assert inputs_from_files([source], [], ImportOptions())[0].is_imported, row
     own = structs(
         write_records(
             tmp_path / "t.jsonl", [make_record(write_gray_image(tmp_path / "0.png").name)]
         )
     )
-    assert [type(s) for s in inputs_from_files([own], [], ImportOptions())] == [SampleCheckInput]
+    assert not inputs_from_files([own], [], ImportOptions())[0].is_imported
     mapped = ImportOptions(columns={"answer": "id"})
-    assert [type(s) for s in inputs_from_files([own], [], mapped)] == [ImportCheckInput]
+    assert inputs_from_files([own], [], mapped)[0].is_imported
 
 
 def test_object_storage_address_is_accepted_as_path() -> None:
     (found,) = inputs_from_files([Path("s3://bucket/a/*.tar")], [], ImportOptions())
-    assert found == SampleCheckInput("s3://bucket/a/*.tar", ImportOptions())
+    assert found == CheckInput("s3://bucket/a/*.tar", ImportOptions(), is_imported=False)
     with pytest.raises(UserError, match="cannot be checked directly"):
         inputs_from_files([Path("https://host/a.tar")], [], ImportOptions())
 

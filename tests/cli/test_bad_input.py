@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_task import make_task, write_recipe
 
-from finesight import digests, storage
+from finesight import storage
 from finesight.cli.app import run_command
 
 
@@ -316,6 +316,6 @@ def test_full_disk_leaves_no_partial_files(
     assert [path for path in written.rglob("*") if path.name.startswith(".")] == []
     for full in (written / "model", written / "adapter", *written.glob("checkpoints/*")):
         if full.exists():
-            digests.verify_folder(full)
+            storage.verify_folder(full)
     assert not (written / "result.json").exists()
     assert run_command(train(folder, "--resume")) == 0

@@ -18,14 +18,13 @@ from typer.testing import CliRunner, Result
 
 from finesight.cli.models import merge
 from finesight.config import PixelRange, TuneSettings
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import write_folder
+from finesight.storage import verify_folder, write_folder
 
 TUNE = TuneSettings.model_validate({"language": "lora", "lora": {"rank": 2}})
 

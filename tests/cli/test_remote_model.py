@@ -13,8 +13,8 @@ from hub_fixtures import cache, huggingface, modelscope, without_sockets
 from tiny_task import make_task, write_recipe
 
 from finesight.cli.app import run_command
-from finesight.digests import sha256_file
 from finesight.model_folder import locate_model
+from finesight.storage import sha256_file
 
 __all__ = ["cache", "huggingface", "modelscope", "without_sockets"]
 

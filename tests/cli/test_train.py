@@ -18,14 +18,14 @@ import pytest
 import torch
 from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
-from finesight import digests
+from finesight import storage
 from finesight.cli.app import run_command
 
 COMMAND = [sys.executable, "-c", "from finesight.cli.app import main; main()", "train"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def use_one_thread() -> Iterator[None]:
     """On some CPUs, two threads sum in another order than one."""
     threads = torch.get_num_threads()
@@ -34,9 +34,10 @@ def use_one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    return write_recipe(tmp_path / "recipe.yaml", make_task(tmp_path / "task"))
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    return write_recipe(folder / "recipe.yaml", make_task(folder / "task"))
 
 
 def test_json_result(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,15 +77,28 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.005)
 
 
+LONG_RUN = ["train.epochs=60", "train.num_workers=2", "train.save_every=50"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_command(["train", str(recipe), *LONG_RUN, f"output_dir={output}"]) == 0
+    return output
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_checkpoint_and_exits_with_75(
-    recipe: Path, tmp_path: Path, number: signal.Signals
+    recipe: Path, tmp_path: Path, uninterrupted_run: Path, number: signal.Signals
 ) -> None:
-    """The process group receives the signal, as from a terminal; the resumed run is identical."""
-    settings = [str(recipe), "train.epochs=60", "train.num_workers=2", "train.save_every=50"]
-    stopped, full = tmp_path / "stopped", tmp_path / "whole"
+    """The process group receives the signal, as from a terminal; the resumed run is identical.
+
+    Takes long: the signal is to arrive before the last of 165 steps.
+    """
+    stopped = tmp_path / "stopped"
+    arguments = [str(recipe), *LONG_RUN, f"output_dir={stopped}"]
     process = subprocess.Popen(
-        [*COMMAND, *settings, f"output_dir={stopped}"],
+        [*COMMAND, *arguments],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -100,16 +114,14 @@ def test_signal_saves_checkpoint_and_exits_with_75(
     assert "--resume" in printed_text
     finished = len(read_losses(stopped))
     assert 4 <= finished < 165
-    digests.verify_folder(stopped / "checkpoints" / f"step-{finished}")
-    texts = []
-    for output, more in ((stopped, ["--resume"]), (full, [])):
-        command = [*COMMAND, *settings, f"output_dir={output}", *more]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        texts.append(done.stderr)
-    assert f"resuming after step {finished} of 165" in texts[0]
-    assert read_final_files(stopped) == read_final_files(full)
-    assert read_losses(stopped) == read_losses(full)
+    storage.verify_folder(stopped / "checkpoints" / f"step-{finished}")
+    done = subprocess.run(
+        [*COMMAND, *arguments, "--resume"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {finished} of 165" in done.stderr
+    assert read_final_files(stopped) == read_final_files(uninterrupted_run)
+    assert read_losses(stopped) == read_losses(uninterrupted_run)
 
 
 def test_full_disk_is_reported(recipe: Path, tmp_path: Path) -> None:
@@ -127,18 +139,15 @@ def test_full_disk_is_reported(recipe: Path, tmp_path: Path) -> None:
     assert "remedy: " in done.stderr
     assert "Traceback" not in done.stderr
     assert list((output / "checkpoints").iterdir()) == []
-    done = subprocess.run(
-        [*COMMAND, str(recipe), f"output_dir={output}", "--resume"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    assert run_command(["train", str(recipe), f"output_dir={output}", "--resume"]) == 0
     assert [step for step, _ in read_losses(output)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_killed_data_workers_leave_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
-    """Worker deaths are detected between two steps: the run saves a checkpoint and can resume."""
+    """Worker deaths are detected between two steps: the run saves a checkpoint and can resume.
+
+    Takes long: 330 steps, as many workers die only during a run of many steps.
+    """
     settings = [str(recipe), "train.epochs=60", "train.num_workers=2", "train.save_every=0"]
     killed, full = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
@@ -160,7 +169,7 @@ def test_killed_data_workers_leave_a_checkpoint(recipe: Path, tmp_path: Path) ->
     assert "Traceback" not in printed_text
     finished = len(read_losses(killed))
     assert finished < 165
-    digests.verify_folder(killed / "checkpoints" / f"step-{finished}")
+    storage.verify_folder(killed / "checkpoints" / f"step-{finished}")
     for output, more in ((killed, ["--resume"]), (full, [])):
         assert run_command(["train", *settings, "data.eval=[]", f"output_dir={output}", *more]) == 0
     assert read_final_files(killed) == read_final_files(full)

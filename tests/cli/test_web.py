@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -72,4 +73,4 @@ def _status(address: str) -> int:
         except urllib.error.HTTPError as refusal:
             return refusal.code
         except urllib.error.URLError:
-            continue
+            time.sleep(0.05)

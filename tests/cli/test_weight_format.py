@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from finesight.cli.answers import evaluate, predict
 from finesight.data.jsonl import write_samples
 from finesight.errors import UserError
-from finesight.infer.generate import generate
+from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_questions
 from finesight.model_folder import ModelFolder

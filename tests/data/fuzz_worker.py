@@ -25,8 +25,8 @@ from finesight.data.import_source import ImportOptions, open_unvalidated
 from finesight.data.importer import import_dataset
 from finesight.data.jsonl import read_samples
 from finesight.data.source_fetch import fetch_source
-from finesight.digests import verify_folder
 from finesight.errors import UserError
+from finesight.storage import verify_folder
 
 MEMORY = 2 * 10**9
 """Bytes of address space that a case may add to what the process has at its start."""

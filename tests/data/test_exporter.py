@@ -18,8 +18,8 @@ from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.data.jsonl import LocatedSample, read_samples, sample_from_dict
 from finesight.data.sample import Sample
-from finesight.digests import verify_folder
 from finesight.errors import UserError
+from finesight.storage import verify_folder
 
 IMAGE_PART = {"type": "image", "image": "in/a.png"}
 SECOND = {"type": "image", "image": "in/b.png"}

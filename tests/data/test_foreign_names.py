@@ -27,7 +27,7 @@ from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
 from finesight.data.jsonl import read_samples
 from finesight.data.source_fetch import fetch_source
-from finesight.digests import verify_folder
+from finesight.storage import verify_folder
 
 NAME = f"{CAT}.jpg"
 

@@ -128,7 +128,7 @@ def test_some_spoilt_sources(tmp_path: Path) -> None:
     fuzz(20 * len(fuzzed_sources.MAKERS), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_spoilt_sources(tmp_path: Path) -> None:
     """All importers, some 900 cases each."""
     fuzz(20_000, tmp_path)

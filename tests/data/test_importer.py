@@ -23,8 +23,8 @@ from finesight.data.importer import (
 )
 from finesight.data.jsonl import read_samples
 from finesight.data.sample import BoxPart, ImagePart, Sample
-from finesight.digests import verify_folder
 from finesight.errors import UserError
+from finesight.storage import verify_folder
 
 ANSWERS = ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?")
 

@@ -24,9 +24,8 @@ from finesight.data.image_header import (
 )
 from finesight.data.line_index import UnreadableFileError
 from finesight.data.sample import ImagePart
-from finesight.digests import sha256_file
 from finesight.errors import UserError
-from finesight.storage import FileSystem
+from finesight.storage import FileSystem, sha256_file
 
 NAMES = [f"images.d/{number}.png" for number in range(7)]
 

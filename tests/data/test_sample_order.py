@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from finesight.data.sample_order import SampleOrder, _stable_argsort
+from finesight.data.sample_order import SampleOrder, stable_argsort
 
 
 def epochs(order: SampleOrder, count: int) -> list[list[int]]:
@@ -91,8 +91,8 @@ def test_empty_order_is_rejected(sizes: list[int], weights: list[float]) -> None
 
 @pytest.mark.parametrize("upper", [0, 3, 2**40, 2**63])
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 1000, 4096])
-def test_partition_sort_matches_stable_argsort(upper: int, size: int) -> None:
+def test_partition_sort_matchesstable_argsort(upper: int, size: int) -> None:
     """Also where many draws agree in their upper bits, or in all."""
     raw = np.random.Philox(np.random.SeedSequence((size, upper))).random_raw(size)
     for draws in (raw, raw % np.uint64(500) + np.uint64(upper), raw | np.uint64(upper)):
-        assert _stable_argsort(draws).tolist() == np.argsort(draws, kind="stable").tolist()
+        assert stable_argsort(draws).tolist() == np.argsort(draws, kind="stable").tolist()

@@ -11,8 +11,8 @@ from image_fixtures import write_gray_image, write_jsonl
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import REASON_NOT_SELECTED, import_dataset
 from finesight.data.jsonl import read_samples
-from finesight.digests import verify_folder
 from finesight.errors import UserError
+from finesight.storage import verify_folder
 
 COLUMNS = {"image": "image", "answer": "answer"}
 

@@ -30,7 +30,7 @@ return [...missing, ...cut].map((at) => at.outerHTML.slice(0, 120));
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build both languages as `make docs` does."""
+    """Build both languages as `make docs` does, which takes long for all pages."""
     folder = tmp_path_factory.mktemp("site")
     for language, locale in LOCALES.items():
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", str(DOCS)]

@@ -7,9 +7,8 @@ import os
 import pytest
 from doctor_fixtures import list_codes, run_remedy
 
-from finesight.doctor import network_check, package_check
+from finesight.doctor import network_check
 
-NONE = package_check.InstalledPackages({}, (), True)
 PATH = {"PATH": os.environ["PATH"]}
 
 
@@ -32,21 +31,21 @@ PATH = {"PATH": os.environ["PATH"]}
 )
 def test_bad_variable_is_found_and_remedy_fixes_it(name: str, value: str, code: str) -> None:
     around = {**PATH, name: value}
-    (found,) = network_check.check_environment(around, NONE)
+    (found,) = network_check.check_environment(around)
     assert (found.code, found.severity) == (code, "error")
     assert name in found.what
-    assert list_codes(network_check.check_environment(run_remedy(found.remedy, around), NONE)) == []
+    assert list_codes(network_check.check_environment(run_remedy(found.remedy, around))) == []
 
 
 def test_proxy_without_scheme_keeps_its_host() -> None:
     around = {**PATH, "https_proxy": "proxy.example.org:3128"}
-    (found,) = network_check.check_environment(around, NONE)
+    (found,) = network_check.check_environment(around)
     assert run_remedy(found.remedy, around)["https_proxy"] == "http://proxy.example.org:3128"
 
 
 def test_secrets_are_never_printed() -> None:
     around = {"HF_TOKEN": "hf_secret secret", "https_proxy": "htp://me:secret@proxy:3128"}
-    for found in network_check.check_environment(around, NONE):
+    for found in network_check.check_environment(around):
         assert "secret" not in f"{found.what} {found.why} {found.remedy}"
 
 
@@ -60,18 +59,18 @@ def test_secrets_are_never_printed() -> None:
     ],
 )
 def test_valid_environment_has_no_issue(around: dict[str, str]) -> None:
-    (found,) = network_check.check_environment(around, NONE)
+    (found,) = network_check.check_environment(around)
     assert found.severity == "ok"
 
 
 def test_socks_proxy_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     around = {"all_proxy": "socks5://127.0.0.1:1080"}
     monkeypatch.setattr(network_check.importlib.util, "find_spec", lambda name: None)
-    (found,) = network_check.check_environment(around, NONE)
+    (found,) = network_check.check_environment(around)
     assert found.remedy.endswith("-m pip install socksio")
 
 
 def test_offline_mode_is_a_hint() -> None:
-    (found,) = network_check.check_environment({**PATH, "HF_HUB_OFFLINE": "1"}, NONE)
+    (found,) = network_check.check_environment({**PATH, "HF_HUB_OFFLINE": "1"})
     assert found.severity == "warning"
     assert "HF_HUB_OFFLINE" not in run_remedy(found.remedy, {**PATH, "HF_HUB_OFFLINE": "1"})

@@ -188,4 +188,4 @@ def test_source_of_cached_model(path: str, source: str | None) -> None:
 def test_truncated_adapter_is_found(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x10")
-    assert list_codes(model_check.check_adapter(tmp_path)) == ["adapter"]
+    assert list_codes([model_check.check_adapter(tmp_path)]) == ["adapter"]

@@ -114,7 +114,7 @@ def test_damaged_model_of_recipe_is_found(recipe: Path) -> None:
 
 def test_invalid_recipe_is_a_finding(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe.write_text(recipe.read_text().replace("learning_rate", "lerning_rate"))
-    ((section,)) = diagnostics.diagnose_recipe(recipe)
+    ((section,)) = diagnostics.diagnose(str(recipe))
     assert list_codes(section.diagnoses) == ["recipe"]
     assert "learning_rate" in section.diagnoses[0].why
 

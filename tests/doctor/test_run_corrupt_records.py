@@ -20,7 +20,7 @@ from run_dir_fixtures import (
     make_step_line,
 )
 
-from finesight.doctor.diagnostics import diagnose_run
+from finesight.doctor.diagnostics import diagnose
 
 ODD = (None, "", -1, 0, 1e300, float("nan"), float("inf"), [], {}, True, [1], {"a": 1}, [None], "x")
 RECIPE = {
@@ -96,7 +96,7 @@ def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
 def test_corrupt_records_still_give_remedies(tmp_path: Path, seed: int) -> None:
     Image.new("1", (200, 100)).save(tmp_path / "image.png")
     made = write_run(tmp_path / "run", random.Random(seed))
-    sections = diagnose_run(made.folder)
+    sections = diagnose(str(made.folder))
     assert [section.title for section in sections] == ["run end", "training", "predictions"]
     for found in (one for section in sections for one in section.diagnoses):
         assert found.severity == "ok" or (found.why and found.remedy), found

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from finesight.encode.family import FAMILIES, load_family
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.qwen3_vl import Qwen3VL
+from finesight.encode.renderer import FAMILIES, load_family
 from finesight.errors import UserError
 from finesight.model import vlm
 from finesight.model_folder import ModelFolder

@@ -15,7 +15,7 @@ from finesight.config import ExactSize, LongestSide
 from finesight.data.image_header import CorruptImageError
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
-from finesight.encode.native_renderer import DecodedCompletion, NativeRenderer
+from finesight.encode.renderer import DecodedCompletion, NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder

@@ -13,7 +13,6 @@ import torch
 from conversation_fixtures import make_conversation, make_folder, make_images
 from tiny_model import create_tiny_model
 
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import (
     PAD_MULTIPLE,
     compute_min_budget,
@@ -23,6 +22,7 @@ from finesight.encode.packing import (
     pad_batch,
     plan_packs,
 )
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

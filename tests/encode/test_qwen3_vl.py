@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from box_fixtures import image_boxes
 from conversation_fixtures import make_folder
+from hypothesis import given, settings
 from PIL import Image
 
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
-from finesight.encode.family_base import ImageBox, PredictedBox
-from finesight.encode.native_renderer import NativeRenderer, parse_reasoning, split_reasoning
+from finesight.encode.family import ImageBox, PredictedBox
 from finesight.encode.qwen3_vl import Qwen3VL
+from finesight.encode.renderer import NativeRenderer, parse_reasoning, split_reasoning
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.model_folder import ModelFolder
 
@@ -31,22 +32,16 @@ def test_boxes_are_written_in_thousandths() -> None:
     assert FAMILY.write_boxes([box, bare]) == [f'[{alone}, {{"bbox_2d": [0, 0, 467, 1000]}}]']
 
 
-def test_roundtrip_error_is_below_half_a_thousandth() -> None:
-    chance = random.Random(0)
-    for _ in range(500):
-        original = chance.randint(1, 3000), chance.randint(1, 3000)
-        resized = chance.randint(1, 40) * 32, chance.randint(1, 40) * 32
-        xs = sorted(chance.uniform(0, original[1]) for _ in range(2))
-        ys = sorted(chance.uniform(0, original[0]) for _ in range(2))
-        corners = (xs[0], ys[0], xs[1], ys[1])
-        label = chance.choice((None, "cat", 'a "b" {"bbox_2d": [1, 2, 3, 4]}', "猫\\n"))
-        (text,) = FAMILY.write_boxes([ImageBox(label, corners, original, resized)])
-        assert isinstance(text, str)
-        (found,) = FAMILY.read_boxes(f"Here: {text}<|im_end|>", original, resized)
-        assert found.label == label
-        steps = [original[1] / 1000, original[0] / 1000] * 2
-        for there, back, step in zip(corners, found.xyxy, steps, strict=True):
-            assert abs(there - back) <= step / 2 + 1e-9
+@settings(max_examples=500)
+@given(image_boxes(32, (None, "cat", 'a "b" {"bbox_2d": [1, 2, 3, 4]}', "猫\\n")))
+def test_roundtrip_error_is_below_half_a_thousandth(box: ImageBox) -> None:
+    (text,) = FAMILY.write_boxes([box])
+    assert isinstance(text, str)
+    (found,) = FAMILY.read_boxes(f"Here: {text}<|im_end|>", box.original_size, box.resized_size)
+    assert found.label == box.label
+    sides = box.original_size[::-1] * 2
+    for there, back, side in zip(box.xyxy, found.xyxy, sides, strict=True):
+        assert abs(there - back) <= side / 2000 + 1e-9
 
 
 def test_fenced_lists_are_parsed() -> None:

@@ -15,9 +15,9 @@ from PIL import Image
 from finesight.config import ExactSize, LongestSide
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
-from finesight.encode.family_base import ImageBox, PredictedBox, SpecialToken
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.family import ImageBox, PredictedBox, SpecialToken
 from finesight.encode.qwen_vl import QwenVL, from_folder
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conversation_fixtures import make_folder
 
-from finesight.encode.native_renderer import TokenBuilder
+from finesight.encode.renderer import TokenBuilder
 from finesight.encode.tokenizer import Tokenizer
 
 

@@ -11,7 +11,7 @@ from conversation_fixtures import make_conversation, make_folder, make_images
 
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import Message, Sample, TextPart
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import (
     format_token_table,
     iter_token_rows,

@@ -107,6 +107,6 @@ def test_texts_are_forgotten(path: Path):
     tokenizer = Tokenizer(path)
     before = tokenizer.encode("Hello")
     assert tokenizer.token_cache.bytes > 0
-    tokenizer.clear_cache()
+    tokenizer.token_cache.clear()
     assert tokenizer.token_cache.bytes == 0
     assert tokenizer.encode("Hello") == before

@@ -9,12 +9,18 @@ import pytest
 
 from finesight.evaluate.caption_metrics import (
     compute_cider_d,
-    compute_corpus_bleu,
     compute_rouge_l,
+    count_bleu_statistics,
+    estimate_bleu,
     score_captions,
     tokenize_caption,
 )
 from finesight.evaluate.eval_case import EvalCase
+
+
+def compute_corpus_bleu(candidates, references):
+    statistics = count_bleu_statistics(candidates, references)
+    return [estimate_bleu(statistics, order).score for order in range(1, 5)]
 
 
 def split(text: str) -> list[str]:

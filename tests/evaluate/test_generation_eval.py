@@ -12,7 +12,7 @@ from tiny_model import create_tiny_model
 from finesight.config import EvalSettings
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.generation_eval import evaluate

@@ -61,7 +61,7 @@ def test_intervals_cover_where_the_percentile_bootstrap_does_not(
     assert covered(name, samples, sets, score, "now") > least(sets)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("name", [one.name for one in POPULATIONS])
 def test_intervals_cover_in_every_population(name: str) -> None:
     population = BY_NAME[name]

@@ -47,7 +47,7 @@ def test_slow_formula_times_out():
 
 
 def test_killed_renderer_process_returns_empty():
-    with latex_rendering._start_render_process() as child:
+    with latex_rendering.start_render_process() as child:
         child.kill()
         child.wait()
-        assert latex_rendering._request_digest(child, "x") == ""
+        assert latex_rendering.request_digest(child, "x") == ""

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import random
-
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finesight.evaluate.text_metrics import compute_edit_distance, fold_text, normalize_text
 
@@ -26,13 +26,16 @@ def test_edit_distance_of_known_pairs(a, b, expected):
     assert compute_edit_distance(a, b) == expected
 
 
-def test_edit_distance_matches_reference():
-    chance = random.Random(1)
-    for _ in range(300):
-        # Beyond 64 tokens, so that no machine word holds a column.
-        a = [chance.choice("abcd") for _ in range(chance.randrange(100))]
-        b = [chance.choice("abcd") for _ in range(chance.randrange(100))]
-        assert compute_edit_distance(a, b) == _distance_by_table(a, b), (a, b)
+# Beyond 64 tokens, so that no machine word holds a column.
+TOKENS = st.integers(0, 99).flatmap(
+    lambda length: st.lists(st.sampled_from("abcd"), min_size=length, max_size=length)
+)
+
+
+@settings(max_examples=200)
+@given(TOKENS, TOKENS)
+def test_edit_distance_matches_reference(a, b):
+    assert compute_edit_distance(a, b) == _distance_by_table(a, b)
 
 
 def test_whitespace_normalization():

@@ -15,7 +15,8 @@ from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.config import Precision
 from finesight.export.hf_files import HF_ARCHITECTURES
-from finesight.export.verified_merge import VerifiedMerge, merge_and_verify
+from finesight.export.model_card import VerifiedMerge
+from finesight.export.verified_merge import merge_and_verify
 from finesight.infer.model_loader import resolve_model_source
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.weights_io import load_model

@@ -15,17 +15,18 @@ from lora_fixtures import tune_with_lora
 from PIL import Image
 
 from finesight.config import Device, Precision, TuneSettings
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.export import verified_merge
 from finesight.export.hf_files import find_missing_files
-from finesight.export.verified_merge import VerifiedMerge, merge_and_verify
+from finesight.export.model_card import VerifiedMerge
+from finesight.export.verified_merge import merge_and_verify
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.infer.prediction import build_questions, predict
 from finesight.manifest import Manifest
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.weights_io import load_model
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
+from finesight.storage import verify_folder
 
 PARTS = {"language": "lora", "vision": "lora", "merger": "lora"}
 TUNE: dict[str, Any] = PARTS | {"lora": {"rank": 4, "alpha": 4}}

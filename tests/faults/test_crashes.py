@@ -23,8 +23,8 @@ from tiny_task import TinyTask
 
 from finesight.cli.app import run_command as command
 from finesight.data.jsonl import read_samples
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.evaluate.metric_difference import read_predictions
+from finesight.storage import DIGESTS_FILE, verify_folder
 from finesight.train.checkpoint import CheckpointManager, CheckpointState
 from finesight.train.oom import MemoryBudget
 from finesight.train.run_dir import RunDir

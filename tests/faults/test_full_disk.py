@@ -10,7 +10,7 @@ from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 
 from finesight import storage
 from finesight.cli.app import run_command as command
-from finesight.digests import verify_folder
+from finesight.storage import verify_folder
 
 
 class NearlyFullDisk(storage.FileSystem):
@@ -41,7 +41,10 @@ def test_disk_full_at_any_write(
     task: TinyTask, every_point: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fill the disk at any write; earlier checkpoints stay valid, and the run resumes
-    bit-identically."""
+    bit-identically.
+
+    Takes long: each write is a run.
+    """
     assert command(["train", recipe(task, "whole")]) == 0
     retained: list[int] = []
     for last in range(1, 1000, 4 if every_point else 29):

@@ -84,7 +84,7 @@ def test_crash_at_operation_resumes_bit_exactly(
     task: TinyTask, uninterrupted_run: Path, every_point: bool
 ) -> None:
     """Breaks: the process, or the power, at an operation of a run. Survive: all bits, and every
-    step and measurement of the metrics."""
+    step and measurement of the metrics. Takes long: each operation is a run."""
     # Processes die at some operations in tests/invariants/test_resume.py, too.
     for crash in ("power", "process") if every_point else ("power",):
         deaths = 0

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 
-from finesight.digests import verify_folder
+from finesight.storage import verify_folder
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
 from finesight.train.setup import TrainState
@@ -75,12 +75,13 @@ def start_ranks(task: TinyTask, count: int) -> list[subprocess.Popen[str]]:
     ]
 
 
-def test_hung_rank_is_named(task: TinyTask) -> None:
-    """Stop one of two ranks in a step; the other saves a checkpoint and names it."""
+@pytest.mark.parametrize("lost", [signal.SIGSTOP, signal.SIGKILL], ids=["hung", "killed"])
+def test_lost_rank_is_named(task: TinyTask, lost: signal.Signals) -> None:
+    """Stop or kill one of two ranks in a step; the other saves a checkpoint and names it."""
     first, second = start_ranks(task, 2)
     try:
         wait_until(lambda: len(read_losses(task.folder / "run")) > 2, first)
-        second.send_signal(signal.SIGSTOP)
+        second.send_signal(lost)
         output, _ = first.communicate(timeout=120)
     finally:
         second.kill()

@@ -85,7 +85,7 @@ def test_run_is_unlocked_when_its_process_is_killed(recipe: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_supervisor_restarts_a_killed_run_twenty_times(recipe: Path) -> None:
     """Breaks: the training process, twenty times. Survives: every restart with `--resume`."""
     for kills in range(20):

@@ -15,10 +15,10 @@ from tiny_task import TinyTask, read_losses
 
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.hub import url_files
 from finesight.hub.url_files import fetch_objects
+from finesight.storage import verify_folder
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,7 @@ import numpy as np
 from PIL import Image
 
 from finesight.data.sample import BoxPart
-from finesight.infer.box_drawing import draw_boxes, save_annotated_images
-from finesight.infer.prediction import Prediction
+from finesight.infer.prediction import Prediction, draw_boxes, save_annotated_images
 
 
 def _prediction(images: tuple[Path, ...], *boxes: BoxPart) -> Prediction:

@@ -16,7 +16,7 @@ from engine_fixtures import (
 )
 from tiny_model import create_tiny_model
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer.decode_step import supports_fused_decode
 from finesight.infer.engine import Engine

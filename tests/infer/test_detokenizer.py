@@ -4,13 +4,15 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_model import TinyFamily, create_tiny_model
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from finesight.encode.native_renderer import NativeRenderer, parse_reasoning
+from finesight.encode.renderer import NativeRenderer, parse_reasoning
 from finesight.encode.tokenizer import TextTokenizer, Tokenizer
-from finesight.infer.detokenizer import IncrementalDetokenizer
+from finesight.infer.inference_service import IncrementalDetokenizer
 from finesight.model_folder import ModelFolder
 
 END = 256
@@ -68,12 +70,16 @@ def test_character_is_emitted_when_complete(byte_tokenizer, text):
         assert [delta for delta in deltas if delta] == list(text)
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_stream_matches_full_decoding(byte_tokenizer, seed):
-    """Whatever the bytes are: few of these make a character, many break one off."""
-    rng = random.Random(seed)
-    some = [0x41, 0x80, 0x98, 0xBF, 0xC3, 0xE4, 0xB8, 0xAD, 0xF0, 0x9F, *range(END + 1, END + 6)]
-    ids = [rng.choice(some) for _ in range(rng.choice([1, 5, 40, 300]))]
+# Few sequences of these bytes are a character, many are a part of one.
+BYTES = [0x41, 0x80, 0x98, 0xBF, 0xC3, 0xE4, 0xB8, 0xAD, 0xF0, 0x9F, *range(END + 1, END + 6)]
+
+
+@given(
+    st.sampled_from([1, 5, 40, 300]).flatmap(
+        lambda length: st.lists(st.sampled_from(BYTES), min_size=length, max_size=length)
+    )
+)
+def test_stream_matches_full_decoding(byte_tokenizer, ids):
     assert "".join(stream_text(byte_tokenizer, ids)) == byte_tokenizer.decode(
         ids, skip_special_tokens=True
     )

@@ -20,13 +20,12 @@ from engine_fixtures import (
 )
 from tiny_model import create_tiny_model
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.infer import scheduler as scheduler_area
 from finesight.infer.block_manager import append_tokens
-from finesight.infer.engine import CPU_BLOCK_SIZE, Engine, compute_cache_capacity
-from finesight.infer.generate import generate
+from finesight.infer.engine import CPU_BLOCK_SIZE, Engine, compute_cache_capacity, generate
 from finesight.infer.request import DecodingConstraint, GenerationRequest, SamplingParams
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

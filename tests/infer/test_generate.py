@@ -6,8 +6,8 @@ import torch
 from engine_fixtures import make_mixed_questions, make_sample
 from tiny_model import create_tiny_model
 
-from finesight.encode.native_renderer import NativeRenderer
-from finesight.infer.generate import generate
+from finesight.encode.renderer import NativeRenderer
+from finesight.infer.engine import generate
 from finesight.infer.prediction import predict
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -19,7 +19,7 @@ from engine_fixtures import (
 from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.infer.engine import Engine
 from finesight.infer.prediction import predict
 from finesight.model.vlm import VisionLanguageModel

@@ -17,11 +17,10 @@ from engine_fixtures import make_mixed_questions, make_sample
 from tiny_model import create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer import inference_service as area
-from finesight.infer.engine import Engine
-from finesight.infer.generate import generate
+from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.model_runner import ModelRunner

@@ -13,9 +13,9 @@ from hf_reference import CPU, max_relative_error
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.infer.generate import generate
+from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
 from finesight.model.quant.base import MAX_GEMM_ROWS, MAX_GEMV_ROWS
 from finesight.model.quant.int4 import Int4Matrix

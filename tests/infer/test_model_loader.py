@@ -10,7 +10,7 @@ from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 
 from finesight.config import ExactSize, LoraSettings, TuneSettings
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_device, resolve_precision
 from finesight.infer.prediction import predict

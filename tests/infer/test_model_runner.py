@@ -7,10 +7,9 @@ import torch
 from engine_fixtures import make_mixed_questions, make_sample, run_requests, write_noise_image
 from tiny_model import create_tiny_model
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.infer import model_runner as model_runner_module
-from finesight.infer.engine import Engine
-from finesight.infer.generate import generate
+from finesight.infer.engine import Engine, generate
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

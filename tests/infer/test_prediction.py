@@ -12,8 +12,8 @@ from tiny_model import create_tiny_model
 from finesight.data.image_header import CorruptImageError
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
-from finesight.encode.native_renderer import NativeRenderer
-from finesight.infer.generate import generate
+from finesight.encode.renderer import NativeRenderer
+from finesight.infer.engine import generate
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.prediction import Prediction, build_prediction, build_questions, predict
 from finesight.model.vlm import VisionLanguageModel

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_model import create_tiny_model
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
 from finesight.model_folder import ModelFolder

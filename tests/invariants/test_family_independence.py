@@ -16,8 +16,7 @@ from tiny_model import create_tiny_model
 
 from finesight.data.jsonl import LocatedSample, read_samples, write_samples
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
-from finesight.encode.family import FAMILIES
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import FAMILIES, NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.recipe import load_recipe
 from finesight.report.data_pages import render_sample_page

@@ -216,7 +216,7 @@ def prepared(rng: random.Random, original: Path, folder: Path, name: str) -> lis
     return command
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_commands_end_well_on_mutated_files(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

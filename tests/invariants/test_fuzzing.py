@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import yaml
 from mutations import at, mutated_bytes
-from test_bounded_yaml import LAUGHS, MERGED
+from test_bounded_files import LAUGHS, MERGED
 from tiny_task import make_task
 
 from finesight.cli.app import run_command
 from finesight.config import DataSettings, PixelRange, TrainFileSettings
 from finesight.data.corpus import load_corpus
 from finesight.data.jsonl import read_samples, write_samples
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.recipe import dump_recipe, load_recipe

@@ -21,11 +21,10 @@ from engine_fixtures import (
 from tiny_model import create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer import scheduler as scheduler_area
-from finesight.infer.engine import Engine
-from finesight.infer.generate import generate
+from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.request import GenerationOptions, GenerationRequest, SamplingParams

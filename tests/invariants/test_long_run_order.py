@@ -18,9 +18,8 @@ from finesight.data.corpus import Corpus
 from finesight.data.jsonl import JsonlSamples
 from finesight.data.line_index import SampleIndex
 from finesight.data.sample_order import SampleOrder
-from finesight.train.distributed_sampler import DistributedSampler
 from finesight.train.parallel.distributed import ProcessGroup
-from finesight.train.sampler import TrainSampler
+from finesight.train.sampler import DistributedSampler, TrainSampler
 
 SIZES, WEIGHTS = (7_000_000, 3_000_000), (1.0, 1.0)
 SAMPLES = sum(SIZES)
@@ -88,6 +87,7 @@ def assert_shared(course: TrainSampler, step: int, count: int) -> None:
 
 
 def test_elastic_restarts_visit_each_sample_once_per_epoch() -> None:
+    """Takes long: the order of ten million samples, computed again after each restart."""
     rng = random.Random(5)
     steps = len(make_sampler())
     day = SimulatedDay(np.full((steps, BATCH), -1, np.int64))

@@ -15,7 +15,7 @@ from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from tiny_model import create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer.engine import Engine
 from finesight.infer.inference_service import InferenceService

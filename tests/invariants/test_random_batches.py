@@ -13,7 +13,7 @@ from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer import scheduler as scheduler_area
 from finesight.infer.engine import Engine
@@ -107,7 +107,7 @@ def _assert_equal(found: RequestEvents, alone: RequestEvents) -> None:
     assert ours == pytest.approx([token.logprob for token in alone.tokens], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_random_request_mixes_equal_single_requests(
     loaded_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +151,7 @@ def test_random_request_mixes_equal_single_requests(
     assert len(answers) > MIXES, "a model whose answers hardly differ shows nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_random_sample_mixes_equal_single_samples(loaded_model: LoadedModel) -> None:
     model, renderer = loaded_model.model, loaded_model.renderer
     alone: dict[tuple[int, int], object] = {}

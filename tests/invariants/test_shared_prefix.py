@@ -14,8 +14,8 @@ from torch import Tensor
 from finesight.config import TuneSettings
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import Message, TextPart
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, pad_batch
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel

@@ -136,7 +136,10 @@ def test_invalid_directive_values_are_rejected(value: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bash and processes as on clusters")
 def test_slurm_warning_requeues_and_run_completes(tmp_path: Path) -> None:
-    """Train with two processes until the warning, then with three, and compare with one."""
+    """Train with two processes until the warning, then with three, and compare with one.
+
+    Takes long: each of the two jobs starts torchrun, and ranks that import torch.
+    """
     task = TinyTask(tmp_path / "task")
     text = build_slurm_script(make_job(task, "run", 2, epochs=20), SlurmOptions())
     folder, result = task.folder / "run", tmp_path / "slurm" / "told"

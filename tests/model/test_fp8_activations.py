@@ -15,7 +15,8 @@ from finesight.model.fused_ops import quick_gelu
 from finesight.model.layers import RmsNorm, add_norm
 from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.quant import fp8
-from finesight.model.quant.fp8 import Fp8Matrix, Fp8Rows, Fp8Weight, quantize_fp8, quantize_fp8_gelu
+from finesight.model.quant.base import Fp8Rows
+from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8, quantize_fp8_gelu
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finesight.model.quant import int4
+from finesight.model.quant import base
 from finesight.model.quant.int4 import DEFAULT_GROUP_SIZE, RtnInt4Matrix
 
 SHAPES = [(40, 64), (8, 256), (24, 96), (5, 200), (3, 2)]
@@ -29,7 +29,7 @@ def expand_scales(matrix: RtnInt4Matrix, of_groups: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 0.4, 3.0])
 @pytest.mark.parametrize("size", [1e-2, 1.0, 1e3])
-@pytest.mark.parametrize("at_once", [int4.CHUNK_ELEMENTS, 300])
+@pytest.mark.parametrize("at_once", [base.CHUNK_ELEMENTS, 300])
 def test_quantization_error_is_at_most_half_a_scale(
     shape: tuple[int, int],
     shift: float,
@@ -38,7 +38,7 @@ def test_quantization_error_is_at_most_half_a_scale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Includes groups with one sign, and a smaller last group."""
-    monkeypatch.setattr(int4, "CHUNK_ELEMENTS", at_once)
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
     values = (random_values(shape) + shift) * size
     matrix = quantize(values)
     off = (matrix.dequantize(torch.float32) - values).abs()

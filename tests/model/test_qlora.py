@@ -20,7 +20,7 @@ from hf_reference import (
     pack_conversations,
     reference_logits,
 )
-from lora_fixtures import FAMILIES, tune_with_lora
+from lora_fixtures import FAMILIES, merge_to_folder, tune_with_lora
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +29,7 @@ from finesight.errors import UserError
 from finesight.model.families.architecture import to_module_name
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import hub_name, iter_adapters
-from finesight.model.lora.merge import merge_adapters, merge_to_folder
+from finesight.model.lora.merge import merge_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant import nf4
 from finesight.model.quant.base import QuantizedWeight, find_quantized_weights

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from engine_fixtures import make_mixed_questions
+from lora_fixtures import merge_to_folder
 from safetensors.torch import load_file, save_file
 from tiny_model import create_tiny_model
 from torch import Tensor
 
 from finesight.config import TuneSettings
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model.lora.layer import iter_adapters
-from finesight.model.lora.merge import merge_to_folder
 from finesight.model.lora.peft_io import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,

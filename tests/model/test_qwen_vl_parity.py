@@ -22,7 +22,7 @@ from qwen_vl_reference import (
 )
 
 from finesight.encode.packing import PackedBatch, pack
-from finesight.infer.generate import generate
+from finesight.infer.engine import generate
 from finesight.model.vlm import VisionLanguageModel
 
 MODES = [

@@ -17,12 +17,12 @@ from hf_reference import (
     pack_conversations,
     reference_logits,
 )
+from lora_fixtures import merge_to_folder
 from safetensors.torch import load_file, save_file
 from tiny_model import create_tiny_model
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.model.lora.merge import merge_to_folder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import (
     hub_tensors,

@@ -14,32 +14,37 @@ from torch import Tensor
 
 from finesight.config import PixelRange, TrainFileSettings, TrainSettings, TuneSettings
 from finesight.data.corpus import load_corpus
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
-from finesight.plan.activation_memory import ActivationMemory
-from finesight.plan.graph_plan import plan_graph
+from finesight.plan.dry_run import ComputeTarget
 from finesight.plan.peak_memory import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,
     PeakMemory,
     compute_peak_memory,
     compute_persistent_memory,
+    plan_graph,
 )
+from finesight.plan.planned_model import build_meta_model
 from finesight.plan.planned_pack import PlannedPack, build_planned_pack
-from finesight.plan.saved_activations import ComputeConfig
 from finesight.plan.settings_search import PlannedSteps
+from finesight.plan.step_trace import StepTracer
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.graph_buffers import MAX_GRAPH_TOKENS, GraphInputs, GraphShape
-from finesight.train.graph_vision_buffers import GraphVisionShape
+from finesight.train.graph_buffers import (
+    MAX_GRAPH_TOKENS,
+    GraphInputs,
+    GraphShape,
+    GraphVisionShape,
+)
 
 CPU = torch.device("cpu")
-GPU = ComputeConfig(is_cuda=True, element_size=2, has_varlen_attention=True)
+GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
 LORA = {"language": "lora", "lora": {"rank": 8}}
 VISION_LORA = LORA | {"vision": "lora"}
 VISION_LORA_NO_DROPOUT = VISION_LORA | {"lora": {"rank": 8, "dropout": 0.0}}
@@ -132,7 +137,7 @@ def test_only_small_packs_are_captured(batch: PackedBatch, monkeypatch: pytest.M
     assert (
         plan_graph(
             model,
-            ComputeConfig(is_cuda=True, element_size=4, has_varlen_attention=False),
+            ComputeTarget(is_cuda=True, dtype=torch.float32, capability=(9, 0)),
             0.0,
             small_pack,
         )
@@ -143,61 +148,62 @@ def test_only_small_packs_are_captured(batch: PackedBatch, monkeypatch: pytest.M
     assert plan_graph(model, GPU, 0.0, small_pack) is None
 
 
+def make_tracer(tune: dict[str, object]) -> StepTracer:
+    model = build_meta_model(locate_model("finesight-tiny"), torch.bfloat16, (), ()).train()
+    configure_tuning(model, TuneSettings.model_validate(tune), 0)
+    return StepTracer(model, GPU)
+
+
 def compute_peak(
-    model: VisionLanguageModel, packs: list[PlannedPack], checkpointed_fraction: float
+    tune: dict[str, object], packs: list[PlannedPack], checkpointed_fraction: float = 0.0
 ) -> PeakMemory:
-    persistent, activations = (
-        compute_persistent_memory(model, TrainSettings(), GPU),
-        ActivationMemory(model, GPU, checkpointed_fraction),
+    tracer = make_tracer(tune)
+    persistent = compute_persistent_memory(tracer.model, TrainSettings(), GPU)
+    return compute_peak_memory(
+        persistent, tracer, packs, checkpointed_fraction, has_multiple_packs=False
     )
-    return compute_peak_memory(persistent, activations, packs, GPU, 588, has_multiple_packs=False)
 
 
 def test_cuda_graph_memory_includes_gradients(batch: PackedBatch) -> None:
-    model = make_model(LORA)
     small_pack = make_planned_pack(batch)
-    trainable_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    peak = compute_peak(model, [small_pack], 0.0)
-    graph_bytes = peak.activations + peak.workspace + peak.logits + peak.gradients - trainable_bytes
+    trainable_bytes = sum(p.nbytes for p in make_model(LORA).parameters() if p.requires_grad)
+    peak = compute_peak(LORA, [small_pack])
+    graph_bytes = peak.activations + peak.workspace + peak.gradients - trainable_bytes
     assert peak.gradients >= trainable_bytes
     assert peak.cuda_graphs == pytest.approx(graph_bytes, rel=0.1)
     assert peak.allocated == peak.total - peak.cuda_graphs - CUDA_CONTEXT_BYTES
     assert peak.libraries == 2 * CUBLAS_WORKSPACE_BYTES
-    checkpointed_peak = compute_peak(model, [small_pack], 1.0)
+    checkpointed_peak = compute_peak(LORA, [small_pack], 1.0)
     assert 0 < checkpointed_peak.cuda_graphs < peak.cuda_graphs
     long_pack = replace(small_pack, lengths=(MAX_GRAPH_TOKENS + 1,))
-    eager_peak = compute_peak(model, [long_pack], 0.0)
+    eager_peak = compute_peak(LORA, [long_pack])
     assert (eager_peak.cuda_graphs, eager_peak.libraries) == (0, CUBLAS_WORKSPACE_BYTES)
 
 
 def test_trainable_encoder_runs_outside_the_graph(batch: PackedBatch) -> None:
     """Its saved activations remain allocated during both passes of the decoder."""
     small_pack = make_planned_pack(batch)
-    frozen_model, trainable_model = make_model(LORA), make_model(VISION_LORA)
-    memories = [ActivationMemory(model, GPU, 0.0) for model in (frozen_model, trainable_model)]
-    saved_bytes = memories[1].saved_vision_bytes(small_pack)
-    assert saved_bytes > 4 * memories[0].saved_vision_bytes(small_pack)
-    peak = compute_peak(trainable_model, [small_pack], 0.0)
+    saved_bytes = make_tracer(VISION_LORA).trace_vision(small_pack, 0.0).saved
+    assert saved_bytes > 4 * make_tracer(LORA).trace_vision(small_pack, 0.0).saved
+    peak = compute_peak(VISION_LORA, [small_pack])
     assert peak.activations + peak.workspace >= saved_bytes
-    assert peak.cuda_graphs < 1.05 * compute_peak(frozen_model, [small_pack], 0.0).cuda_graphs
+    assert peak.cuda_graphs < 1.05 * compute_peak(LORA, [small_pack]).cuda_graphs
 
 
 def test_captured_encoder_memory_is_in_the_graph(batch: PackedBatch) -> None:
     small_pack = make_planned_pack(batch)
-    eager_model, captured_model = make_model(VISION_LORA), make_model(VISION_LORA_NO_DROPOUT)
-    saved_bytes = ActivationMemory(captured_model, GPU, 0.0).saved_vision_bytes(small_pack)
-    peaks = [compute_peak(model, [small_pack], 0.0) for model in (eager_model, captured_model)]
+    saved_bytes = make_tracer(VISION_LORA_NO_DROPOUT).trace_vision(small_pack, 0.0).saved
+    peaks = [compute_peak(tune, [small_pack]) for tune in (VISION_LORA, VISION_LORA_NO_DROPOUT)]
     assert peaks[1].cuda_graphs > peaks[0].cuda_graphs + 0.9 * saved_bytes
     assert peaks[1].activations + peaks[1].workspace == pytest.approx(peaks[1].cuda_graphs, rel=0.2)
 
 
 def test_excess_graph_shapes_run_eagerly(batch: PackedBatch) -> None:
-    model = make_model(LORA)
     packs = [PlannedPack((64 * n,), (), 10) for n in range(1, MAX_GRAPHS + 1)]
     excess_pack = PlannedPack((MAX_GRAPH_TOKENS - 64,), (), 10)
     captured_peak, excess_peak = (
-        compute_peak(model, packs, 0.0),
-        compute_peak(model, [*packs, excess_pack], 0.0),
+        compute_peak(LORA, packs),
+        compute_peak(LORA, [*packs, excess_pack]),
     )
     assert excess_peak.activations > 2 * captured_peak.activations
     assert excess_peak.cuda_graphs == captured_peak.cuda_graphs

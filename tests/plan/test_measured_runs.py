@@ -11,7 +11,6 @@ import pytest
 
 from finesight.config import QuantizablePart, Recipe, TrainFileSettings, TrainSettings, TuneSettings
 from finesight.model_folder import ModelFolder
-from finesight.plan.activation_memory import ActivationMemory
 from finesight.plan.peak_memory import compute_peak_memory
 from finesight.plan.planned_model import build_planned_model
 from finesight.plan.planned_pack import PlannedPack
@@ -158,10 +157,11 @@ def test_memory_within_10_and_time_within_15_percent(shared: Path, run: Measured
         use_graphs=run.uses_cuda_graphs,
         has_cached_features=run.uses_vision_cache,
     )
-    activations = ActivationMemory(planned.model, planned.compute, run.checkpointed_fraction)
     peak_memory = compute_peak_memory(
-        *(planned.persistent, activations, [make_pack(run, run.largest_pack_ratio)]),
-        *(planned.compute, planned.patch_bytes),
+        planned.persistent,
+        planned.tracer,
+        [make_pack(run, run.largest_pack_ratio)],
+        run.checkpointed_fraction,
         has_multiple_packs=run.packs > 1,
     )
     peak_gb, seconds = measured_run(run)

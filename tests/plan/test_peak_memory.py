@@ -9,22 +9,19 @@ from typing import Any
 import pytest
 import torch
 from memory_profile import profile_memory
-from stub_kernels import stub_triton_kernels
 from tiny_model import create_tiny_model
 from tiny_task import make_task
 
 from finesight.config import PixelRange, TrainFileSettings, TrainSettings, TuneSettings
 from finesight.data.corpus import load_corpus
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.model.lora.layer import stacked_row_counts
-from finesight.model.quant.base import HAS_TRITON
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.plan.activation_memory import ActivationMemory
-from finesight.plan.gradient_timeline import GradientTimeline
+from finesight.plan.dry_run import ComputeTarget
 from finesight.plan.peak_memory import (
     CPU_PROCESS_BYTES,
     CUBLAS_WORKSPACE_BYTES,
@@ -35,7 +32,7 @@ from finesight.plan.peak_memory import (
 )
 from finesight.plan.planned_model import build_meta_model
 from finesight.plan.planned_pack import PlannedPack
-from finesight.plan.saved_activations import ComputeConfig
+from finesight.plan.step_trace import StepTracer
 from finesight.train.loss import fused_linear_cross_entropy
 from finesight.train.optimizer import MasterWeightOptimizer
 
@@ -81,16 +78,16 @@ def run_forward_backward(model: VisionLanguageModel, batch: PackedBatch) -> None
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-class FusedComputeConfig(ComputeConfig):
-    """GPU configuration that also works in fp32."""
-
-    uses_elementwise_kernels = True
+def trace_model(task: Path, compute: ComputeTarget, tune: dict[str, Any]) -> StepTracer:
+    model = build_meta_model(ModelFolder(task / "deep"), compute.dtype, (), ()).train()
+    configure_tuning(model, TuneSettings.model_validate(tune), 0)
+    return StepTracer(model, compute)
 
 
 def measure_peak(
     task: Path,
     batch: PackedBatch,
-    compute: ComputeConfig,
+    compute: ComputeTarget,
     tune: dict[str, Any],
     checkpointed_fraction: float,
 ) -> tuple[int, int]:
@@ -98,7 +95,7 @@ def measure_peak(
 
     Both include gradients, but not memory that was allocated before.
     """
-    model = make_model(task, torch.float32 if compute.element_size == 4 else torch.bfloat16, tune)
+    model = make_model(task, compute.dtype, tune)
     model.activation_checkpointing = checkpointed_fraction
     run_forward_backward(model, batch)
     model.zero_grad(set_to_none=True)
@@ -107,9 +104,8 @@ def measure_peak(
     planned_pack = PlannedPack(
         batch.lengths, batch.grid_thw, batch.num_supervised_tokens, batch.prefix_length
     )
-    activations = ActivationMemory(model, compute, checkpointed_fraction)
-    snapshots = activations.iter_snapshots(planned_pack, activations.gradient_timeline())
-    return max(snapshot.total for snapshot in snapshots), measured.peak_bytes
+    memory = trace_model(task, compute, tune).trace(planned_pack, checkpointed_fraction)
+    return memory.total, measured.peak_bytes
 
 
 @pytest.mark.parametrize("checkpointed_fraction", [0.0, 0.6, 1.0])
@@ -123,7 +119,7 @@ def test_peak_memory_of_pack_is_within_an_eighth(
     tune: dict[str, Any],
     checkpointed_fraction: float,
 ) -> None:
-    compute = ComputeConfig(is_cuda=False, element_size=dtype.itemsize, has_varlen_attention=False)
+    compute = ComputeTarget(is_cuda=False, dtype=dtype)
     estimated, measured = measure_peak(
         task, make_batch(task, shares_prefix=shares_prefix), compute, tune, checkpointed_fraction
     )
@@ -139,29 +135,10 @@ def test_long_sequence_peak_is_within_six_percent(
     num_tokens = sum(batch.lengths)
     cu_seqlens_S1 = torch.tensor([0, num_tokens], dtype=torch.int32)
     long_batch = replace(batch, lengths=(num_tokens,), cu_seqlens_S1=cu_seqlens_S1)
-    compute = ComputeConfig(is_cuda=False, element_size=2, has_varlen_attention=False)
+    compute = ComputeTarget(is_cuda=False, dtype=torch.bfloat16)
     estimated, measured = measure_peak(task, long_batch, compute, tune, checkpointed_fraction)
     # The estimate of oneDNN buffers per thread is rough.
     assert estimated == pytest.approx(measured, rel=0.06)
-
-
-@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
-@pytest.mark.parametrize("checkpointed_fraction", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("tune", [LORA, ALL_BUT_VISION], ids=["lora", "all but vision"])
-@pytest.mark.parametrize("shares_prefix", [False, True])
-def test_fused_kernel_peak_is_within_two_percent(
-    task: Path,
-    shares_prefix: bool,
-    tune: dict[str, Any],
-    checkpointed_fraction: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    stub_triton_kernels(monkeypatch)
-    compute = FusedComputeConfig(is_cuda=True, element_size=4, has_varlen_attention=True)
-    estimated, measured = measure_peak(
-        task, make_batch(task, shares_prefix=shares_prefix), compute, tune, checkpointed_fraction
-    )
-    assert estimated == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
@@ -176,7 +153,7 @@ def test_static_memory_matches_a_run(
     estimated = compute_persistent_memory(
         meta_model,
         train,
-        ComputeConfig(is_cuda=False, element_size=dtype.itemsize, has_varlen_attention=False),
+        ComputeTarget(is_cuda=False, dtype=dtype),
     )
     model = make_model(task, dtype, tune)
     master_optimizer = MasterWeightOptimizer(
@@ -198,8 +175,8 @@ def test_static_memory_matches_a_run(
         if gradient is not None
     )
     # Large gradients are accumulated into existing sums and then freed.
-    timeline = GradientTimeline.from_model(meta_model, estimated.accumulated_ids[False])
-    assert timeline.at_end == grad_bytes
+    waiting = [p for p in meta_model.parameters() if id(p) not in estimated.accumulated_ids[False]]
+    assert sum(p.nbytes for p in waiting if p.requires_grad) == grad_bytes
     assert estimated.grad_sum_bytes + estimated.multi_pack_grad_sum_bytes == pytest.approx(
         grad_sum_bytes, rel=0.05
     )
@@ -209,7 +186,6 @@ def test_static_memory_matches_a_run(
 
 
 def test_memory_parts_sum_to_the_peak(task: Path) -> None:
-    model = make_model(task, torch.bfloat16, LORA)
     sizes = {
         "weight_bytes": 10,
         "master_weight_bytes": 20,
@@ -219,24 +195,13 @@ def test_memory_parts_sum_to_the_peak(task: Path) -> None:
         "optimizer_step_bytes": 5,
     }
     persistent = PersistentMemory(num_trainable=3, **sizes)
-    compute = ComputeConfig(is_cuda=True, element_size=2, has_varlen_attention=True)
-    activations = ActivationMemory(model, compute, 0.0)
-    arguments = persistent, activations, [], compute, 4
-    peak = compute_peak_memory(*arguments, has_multiple_packs=False)
-    expected_bytes = (
-        105
-        + activations.persistent_bytes
-        + sum(p.nbytes for p in trainable_parameters(model).values())
-    )
+    tracer = trace_model(task, ComputeTarget(is_cuda=True, dtype=torch.bfloat16), LORA)
+    peak = compute_peak_memory(persistent, tracer, [], 0.0, has_multiple_packs=False)
+    expected_bytes = 105 + sum(p.nbytes for p in trainable_parameters(tracer.model).values())
     assert peak.total == expected_bytes + CUBLAS_WORKSPACE_BYTES + CUDA_CONTEXT_BYTES
     assert peak.allocated == expected_bytes + CUBLAS_WORKSPACE_BYTES
-    assert compute_peak_memory(*arguments, has_multiple_packs=True).total == peak.total + 7
-    compute = ComputeConfig(is_cuda=False, element_size=2, has_varlen_attention=False)
-    peak = compute_peak_memory(
-        persistent, ActivationMemory(model, compute, 0.0), [], compute, 4, has_multiple_packs=False
-    )
-    assert (
-        peak.allocated
-        == peak.total
-        == expected_bytes - activations.persistent_bytes + CPU_PROCESS_BYTES
-    )
+    several = compute_peak_memory(persistent, tracer, [], 0.0, has_multiple_packs=True)
+    assert several.total == peak.total + 7
+    tracer = trace_model(task, ComputeTarget(is_cuda=False, dtype=torch.bfloat16), LORA)
+    peak = compute_peak_memory(persistent, tracer, [], 0.0, has_multiple_packs=False)
+    assert peak.allocated == peak.total == expected_bytes + CPU_PROCESS_BYTES

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_model import create_tiny_model
 
 from finesight.config import Recipe, TrainFileSettings
@@ -156,7 +157,7 @@ def test_own_machine_is_measured() -> None:
     assert 1e9 < target.peak_flops < 1e15
     assert 1e8 < target.memory_bandwidth < 1e13
     assert target.memory_bytes > 1e9
-    assert measure_local_target("cpu", "bf16").compute.element_size == 2
+    assert measure_local_target("cpu", "bf16").compute.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

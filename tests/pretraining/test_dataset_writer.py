@@ -9,8 +9,8 @@ from synthetic_tasks.tasks import SyntheticTask, generate_mixture_sample, genera
 
 from finesight.data.jsonl import read_samples
 from finesight.data.sample import BoxPart, ImagePart, TextPart
-from finesight.digests import verify_folder
 from finesight.errors import UserError
+from finesight.storage import verify_folder
 
 
 def test_written_folder_contains_the_samples(tmp_path):

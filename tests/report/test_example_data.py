@@ -28,7 +28,7 @@ from finesight.vision.image_decoding import load_image
 
 
 def example(before: Any = None, after: Any = None) -> Example:
-    return Example(before, after, "better", 0.5)
+    return Example([before, after], [None, None], "better", 0.5)
 
 
 def build_data(*examples: Example, folders: tuple[Path, ...] = ()) -> Any:
@@ -49,8 +49,8 @@ def test_example_has_both_answers(image_path: str) -> None:
     (found,) = build_data(example(before, after))["examples"]
     assert found["references"] == ["gold", "other"]
     assert found["images"] == [0]
-    assert (found["before"]["text"], found["before"]["is_complete"]) == ("b", False)
-    assert found["after"]["scores"] == {"similarity": 1.0, "exact match": 1.0}
+    assert (found["predictions"][0]["text"], found["predictions"][0]["is_complete"]) == ("b", False)
+    assert found["predictions"][1]["scores"] == {"similarity": 1.0, "exact match": 1.0}
 
 
 def test_images_are_embedded_once_with_pixel_boxes(image_path: str) -> None:
@@ -134,23 +134,23 @@ def test_long_answers_are_truncated() -> None:
     boxes = [{"image": 0, "label": "l" * 500, "xyxy": [0, 0, 1, 1]}] * 1000
     line = make_prediction_line("s", "x" * (MAX_ANSWER_CHARS + 1234), "", 0.0, boxes=boxes)
     (found,) = build_data(example(after=line))["examples"]
-    assert found["after"]["text"].endswith("x [and 1,234 more characters]")
-    assert len(found["after"]["boxes"]) == MAX_BOXES
-    assert len(found["after"]["boxes"][0]["label"]) == 80
+    assert found["predictions"][1]["text"].endswith("x [and 1,234 more characters]")
+    assert len(found["predictions"][1]["boxes"]) == MAX_BOXES
+    assert len(found["predictions"][1]["boxes"][0]["label"]) == 80
 
 
 def test_formulas_are_rendered_for_latex_answers() -> None:
     pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
     line = make_prediction_line("s", r"\frac ab", r"\frac{a}{b}", 1.0)
     (found,) = ExampleDataBuilder((), FormulaConverter()).build([example(after=line)])["examples"]
-    assert found["formula"][0] == found["after"]["formula"][0] == "math"
+    assert found["formula"][0] == found["predictions"][1]["formula"][0] == "math"
     assert build_data(example(after=line))["examples"][0]["formula"] is None
 
 
 def test_missing_keys_of_old_versions() -> None:
     (found,) = build_data(example(after={"id": "s", "answer": "a"}))["examples"]
     assert (found["question"], found["references"], found["boxes"]) == ("", [], [])
-    assert found["after"]["is_complete"] is True
+    assert found["predictions"][1]["is_complete"] is True
 
 
 def test_box_coordinates_follow_decoded_image_size(tmp_path: Path) -> None:
@@ -169,7 +169,10 @@ def test_box_coordinates_follow_decoded_image_size(tmp_path: Path) -> None:
 
 
 def test_large_images_use_bounded_memory(tmp_path: Path) -> None:
-    """Reports are rendered in training processes, which need the memory."""
+    """Reports are rendered in training processes, which need the memory.
+
+    Takes long: decodes eight images of 49 megapixels.
+    """
     Image.new("RGB", (7000, 7000)).save(tmp_path / "0.png", compress_level=1)
     for number in range(1, 8):
         os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
@@ -179,7 +182,7 @@ def test_large_images_use_bounded_memory(tmp_path: Path) -> None:
         "status = pathlib.Path('/proc/self/status');"
         "highest = lambda: int(status.read_text().split('VmHWM:')[1].split()[0]) / 1e3;"
         "before = highest();"
-        "example = Example(None, {'id': '', 'image': sys.argv[1:]}, 'right', 0.0);"
+        "example = Example([None, {'id': '', 'image': sys.argv[1:]}], [None, None], 'right', 0.0);"
         "found = ExampleDataBuilder((), None).build([example])['images'];"
         "print(sum('src' in one for one in found), highest() - before)"
     )
@@ -201,7 +204,7 @@ def test_truncated_formula_is_not_rendered() -> None:
     found = ExampleDataBuilder((), FormulaConverter()).build(
         [example(after=line) for line in lines]
     )["examples"]
-    assert [one["after"]["formula"] is None for one in found] == [False, True]
+    assert [one["predictions"][1]["formula"] is None for one in found] == [False, True]
 
 
 def test_ids_are_truncated(image_path: str) -> None:

@@ -89,7 +89,7 @@ def test_equal_ids_are_paired_in_order(tmp_path: Path) -> None:
     files = write_predictions(tmp_path / "b", before), write_predictions(tmp_path / "a", after)
     found = read_examples(*files, "similarity", 9)
     changes = {
-        (one.latest["id"], round(one.change, 3), one.before is None, one.after is None)
+        (one.latest["id"], round(one.change, 3), *(line is None for line in one.predictions))
         for one in found.displayed
     }
     assert changes == {

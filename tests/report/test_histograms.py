@@ -6,7 +6,8 @@ import json
 import math
 import random
 
-from finesight.report.charts import build_histogram, count_half_octaves, parse_counts
+from finesight.manifest import count_half_octaves
+from finesight.report.charts import build_histogram, parse_counts
 
 
 def test_values_fall_into_half_octave_bins() -> None:

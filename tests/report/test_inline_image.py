@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finesight.report.html import build_inline_image, encode_data_url
+from finesight.report.html import build_inline_image
 
 
 def decode_data_url(data: str) -> Image.Image:
@@ -23,10 +23,12 @@ def noise(width: int, height: int) -> Image.Image:
 
 def test_smaller_encoding_is_used() -> None:
     flat = Image.new("RGB", (64, 32), (10, 200, 30))
-    assert encode_data_url(flat).startswith("data:image/png;base64,")
-    assert np.array_equal(np.asarray(decode_data_url(encode_data_url(flat))), np.asarray(flat))
-    assert encode_data_url(noise(64, 32)).startswith("data:image/jpeg;base64,")
-    assert decode_data_url(encode_data_url(noise(64, 32))).size == (64, 32)
+    assert build_inline_image(flat)["src"].startswith("data:image/png;base64,")
+    assert np.array_equal(
+        np.asarray(decode_data_url(build_inline_image(flat)["src"])), np.asarray(flat)
+    )
+    assert build_inline_image(noise(64, 32))["src"].startswith("data:image/jpeg;base64,")
+    assert decode_data_url(build_inline_image(noise(64, 32))["src"]).size == (64, 32)
 
 
 @pytest.mark.parametrize(

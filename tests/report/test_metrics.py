@@ -10,6 +10,7 @@ from finesight.report.metrics import (
     MetricRow,
     build_metric_rows,
     describe_change,
+    describe_metric,
     format_change,
     format_interval,
     format_metric_name,
@@ -38,7 +39,12 @@ def test_primary_score_is_first_and_loss_is_last() -> None:
     found = build_metric_rows([before, after], {})
     assert [one.name for one in found] == ["similarity", "stopped", "new", "validation_loss"]
     assert [one.is_primary for one in found] == [True, False, False, False]
-    assert [one.lower_is_better for one in found] == [False, False, False, True]
+    assert ["lower is better" in describe_metric(one.name) for one in found] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert found[0].before_interval == pytest.approx((0.15, 0.25))
     assert [one.verdict for one in found] == ["better", "better", "", "better"]
     assert found[2].before is None

@@ -101,7 +101,7 @@ def test_example_data_with_images_boxes_and_formulas(run: FakeRunDir) -> None:
     assert len(data["images"]) == 12
     first = data["examples"][0]
     assert (first["id"], first["change"]) == ("s0", -0.5)
-    assert first["after"]["boxes"][0]["xyxy"] == [10, 10, 40, 40]
+    assert first["predictions"][1]["boxes"][0]["xyxy"] == [10, 10, 40, 40]
 
 
 def test_omitted_examples_are_counted(run: FakeRunDir) -> None:
@@ -135,7 +135,7 @@ def test_run_before_first_step(tmp_path: Path) -> None:
     page = render_run_page(made.folder)
     assert "not finished: 0 of 60 steps so far" in read_visible_text(page)
     assert "evaluated once" in read_visible_text(page)
-    assert [one["after"] for one in read_script_data(page)["examples"]] == [None, None]
+    assert [one["predictions"][1] for one in read_script_data(page)["examples"]] == [None, None]
     assert read_script_data(page)["evaluation_names"] == ["before"]
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from finesight.config import ExactSize
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Sample, TextPart
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import iter_token_rows
 from finesight.model_folder import ModelFolder
 from finesight.report.data_pages import render_sample_page

@@ -1,6 +1,6 @@
 """Load tests with 500 hostile requests of 8 clients and 20,000 fuzzed requests (slow tier).
 
-`pytest --slow -s tests/serve/test_attack.py` prints the statistics.
+`pytest -m fuzz -s tests/serve/test_attack.py` prints the statistics.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hostile_requests import CHAT, hostile_requests, request_makers
 CLIENTS, REQUESTS, CASES = 8, 500, 20_000
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_500_hostile_requests_of_8_clients(tmp_path: Path):
     with start_server_process(tmp_path) as server:
         for number in range(8):
@@ -47,7 +47,7 @@ def test_500_hostile_requests_of_8_clients(tmp_path: Path):
         print(f"SIGTERM: ended after {time.monotonic() - began:.1f} s")
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_20000_fuzzed_bodies(tmp_path: Path):
     with start_server_process(tmp_path) as server:
 

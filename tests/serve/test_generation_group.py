@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from finesight.infer.request import CompletionDelta, GeneratedToken
-from finesight.serve.generation_group import merge_deltas
+from finesight.serve.chat_completions import merge_deltas
 
 
 def test_pending_deltas_are_merged_per_choice():

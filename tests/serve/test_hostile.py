@@ -42,7 +42,7 @@ from PIL import Image
 from finesight.encode.tokenizer import Tokenizer
 from finesight.errors import UserError
 from finesight.serve.api_errors import ApiError
-from finesight.serve.formats import read_formats
+from finesight.serve.image_sources import read_formats
 from finesight.serve.request_middleware import ByteBudget, ByteReservation
 
 SHORT = replace(LIMITS, max_image_cpu_s=0.4, max_schema_cpu_s=0.3, max_request_cpu_s=2.0)
@@ -291,7 +291,7 @@ def test_decoded_images_count_towards_the_budget(inference_model, tmp_path):
     Image.new("RGB", (56, 56)).save(small, "PNG")
     Image.new("RGB", (560, 560)).save(large, "PNG")
     with run_server(inference_model, tmp_path, limits=limits) as server:
-        budget = server.app._budget
+        budget = server.app.budget
         assert (
             post_request(
                 server,

@@ -29,7 +29,7 @@ from hub_fixtures import certificate
 
 from finesight.errors import UserError
 from finesight.hub.url_policy import is_public_address
-from finesight.serve.image_fetcher import ImageFetcher
+from finesight.serve.image_sources import ImageFetcher
 
 __all__ = ["certificate"]
 

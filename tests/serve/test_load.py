@@ -21,6 +21,7 @@ from openai import APIStatusError, RateLimitError
 
 
 def test_concurrent_requests_with_images(ask_about_scene, server):
+    """Takes long: 200 requests, more than the server runs at once."""
     before = server.service.get_stats()
 
     def ask(number: int) -> str:

@@ -30,9 +30,9 @@ from api_server_fixtures import (
 )
 
 from finesight.errors import UserError
-from finesight.serve import api_keys as area
-from finesight.serve.api_keys import ApiKeys, check_exposure, is_loopback, read_api_keys
+from finesight.serve import request_middleware as area
 from finesight.serve.api_server import bind_socket
+from finesight.serve.request_middleware import ApiKeys, check_exposure, is_loopback, read_api_keys
 
 OTHER = "second-key-0123456789"
 
@@ -47,7 +47,7 @@ def routes(server: RunningServer) -> list[tuple[str, str]]:
     """Return all routes by method and path, and unknown paths."""
     found = [
         (method, route.path.replace("{name:path}", "a").replace("{name}", "a"))
-        for route in server.app._app.routes
+        for route in server.app.app.routes
         for method in route.methods
     ]
     assert ("POST", "/v1/chat/completions") in found

@@ -88,11 +88,11 @@ def test_widest_city_name_fits_every_layout():
         for name in ("to", "price"):
             assert _overlap(boxes["from"], boxes[name]) <= 0, f"ticket {number}: {output}"
         seen.add((boxes["to"][0], boxes["to"][2]))
-    assert len(seen) == len(tickets._LAYOUTS) * len(tickets._FONT_SIZES)
+    assert len(seen) == len(tickets.LAYOUTS) * len(tickets.FONT_SIZES)
 
 
 def _widest(texts):
-    font = canvas.load_builtin_font(max(tickets._FONT_SIZES))
+    font = canvas.load_builtin_font(max(tickets.FONT_SIZES))
     return max(texts, key=font.getlength)
 
 
@@ -102,10 +102,10 @@ def test_too_wide_city_name_is_not_used():
 
 
 def test_text_has_contrast():
-    for band in tickets._BAND_COLORS:
-        assert canvas.compute_luma(tickets._WHITE_COLOR) - canvas.compute_luma(band) >= MIN_CONTRAST
-    for paper in tickets._PAPER_COLORS:
-        for ink in (tickets._INK_COLOR, tickets._LABEL_COLOR):
+    for band in tickets.BAND_COLORS:
+        assert canvas.compute_luma(tickets.WHITE_COLOR) - canvas.compute_luma(band) >= MIN_CONTRAST
+    for paper in tickets.PAPER_COLORS:
+        for ink in (tickets.INK_COLOR, tickets.LABEL_COLOR):
             assert canvas.compute_luma(paper) - canvas.compute_luma(ink) >= MIN_CONTRAST
 
 

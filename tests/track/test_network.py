@@ -110,7 +110,7 @@ def test_offline_tracker_opens_no_connection(
     # What failed is what packages report to their makers.
     lane.submit(FinishRecord(state="failed", reason="why"))
     # Also of its process: some packages report when Python ends.
-    lane._thread.join(100)
+    lane.thread.join(100)
     assert lane.wait(0), (tmp_path / "log").read_text()
     assert lane.num_delivered == lane.num_submitted == 5, (tmp_path / "log").read_text()
     assert not refused.exists(), refused.read_text()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from finesight.infer.box_drawing import BOX_COLORS
+from finesight.infer.prediction import BOX_COLORS
 from finesight.track.tracked_images import (
     MAX_PANEL_SIDE,
     MAX_SAMPLES,

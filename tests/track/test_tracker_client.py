@@ -98,7 +98,7 @@ def test_pending_metrics_are_batched_in_order(
     ]
     for record in given:
         one.submit(record)
-    sent = list(one._iter_batched())
+    sent = list(one.iter_batched())
     steps = [
         [row.step for row in r.steps] if isinstance(r, MetricsRecord) else r.type for r in sent
     ]
@@ -192,9 +192,9 @@ def test_tracker_process_ignores_job_signals(
     while not (result := list(one.poll_responses())):
         assert not one.wait(0.01)
     assert isinstance(result[0], RunStarted)
-    assert one._process is not None
+    assert one.process is not None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        one._process.send_signal(number)
+        one.process.send_signal(number)
     one.submit(FinishRecord(state="interrupted"))
     assert one.wait(LONG)
     assert one.num_delivered == 2
@@ -208,6 +208,6 @@ def test_hung_tracker_of_dead_run_is_killed(
     monkeypatch.setattr(tracker_process, "ORPHAN_TIMEOUT_S", 0.01)
     monkeypatch.setattr(tracker_process.os, "_exit", ended.append)
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    tracker_process._read_lines(io.BytesIO(b"one\ntwo\n"), lines)
+    tracker_process.read_lines(io.BytesIO(b"one\ntwo\n"), lines)
     assert [lines.get() for _ in range(3)] == [b"one\n", b"two\n", b""]
     assert ended == [1]

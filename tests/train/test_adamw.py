@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finesight.config import TrainSettings
-from finesight.train.master_weights import break_bf16_ties
+from finesight.train.optim_states import break_bf16_ties
 from finesight.train.optimizer import MasterWeightOptimizer
 
 MATRIX, BIAS = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias"

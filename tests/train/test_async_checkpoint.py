@@ -12,8 +12,7 @@ from torch import Tensor
 
 from finesight.errors import UserError
 from finesight.storage import FileSystem, use_file_system
-from finesight.train.async_checkpoint import AsyncCheckpointer
-from finesight.train.checkpoint import CheckpointManager, CheckpointState
+from finesight.train.checkpoint import AsyncCheckpointer, CheckpointManager, CheckpointState
 from finesight.train.oom import MemoryBudget
 
 

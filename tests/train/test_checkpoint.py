@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from finesight import digests, storage
+from finesight import storage
 from finesight.errors import UserError
 from finesight.train.checkpoint import (
     OPTIMIZER_FILE,
@@ -81,7 +81,7 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE, digests.DIGESTS_FILE])
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE, storage.DIGESTS_FILE])
 @pytest.mark.parametrize(("spoil", "words"), [(flip, ""), (Path.unlink, "missing")])
 def test_damaged_checkpoint_falls_back_to_previous(
     tmp_path: Path, name: str, spoil: Callable[[Path], None], words: str
@@ -98,9 +98,9 @@ def test_damaged_checkpoint_falls_back_to_previous(
     assert str(tmp_path / "step-9") in message
     assert words in message
     assert "resuming from step 5" in outcome
-    if spoil is flip and name != digests.DIGESTS_FILE:
+    if spoil is flip and name != storage.DIGESTS_FILE:
         assert name in message
-        assert digests.sha256_file(tmp_path / "step-9" / name) in message
+        assert storage.sha256_file(tmp_path / "step-9" / name) in message
     checkpoints.quarantine_after(5)
     assert checkpoints.steps() == [5]
     assert (tmp_path / "corrupt-step-9").is_dir()

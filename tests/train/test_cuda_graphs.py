@@ -30,7 +30,7 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.model import attention
 from finesight.model.trainable import trainable_parameters
-from finesight.train import cuda_graphs, graph_gradients, graph_vision_buffers
+from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.graph_buffers import GraphInputs, GraphShape
 
@@ -102,11 +102,12 @@ class FakeGpu:
 def test_larger_packs_are_captured_if_launch_bound(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Takes long: larger packs are captured only after many passes."""
     card = FakeGpu()
-    monkeypatch.setattr(cuda_graphs, "_is_capturable", lambda model, device: True)
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", CountingGraphCache)
-    monkeypatch.setattr(cuda_graphs, "_record_event", lambda device: card)
-    monkeypatch.setattr(cuda_graphs, "_has_half_free", lambda device: card.half_free)
+    monkeypatch.setattr(cuda_graphs, "record_event", lambda device: card)
+    monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: card.half_free)
     model = make_model(torch.float32, CPU).eval()
     samples = encode_samples(folder)
     batch, longer = pack(samples[:4]), pack(samples[:12])
@@ -117,8 +118,8 @@ def test_larger_packs_are_captured_if_launch_bound(
     def count_requests(packs: list[PackedBatch]) -> int:
         passes = CudaGraphRunner(model, list(trainable_parameters(model).values()))
         # Empty segments of static buffers require a GPU.
-        monkeypatch.setattr(passes, "_run_static", lambda static_inputs: share)
-        found = passes._graphs
+        monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
+        found = passes.graphs
         for one in packs:
             passes.forward_backward(one, None, share)
         assert isinstance(found, CountingGraphCache)
@@ -139,10 +140,10 @@ def test_larger_packs_are_captured_if_launch_bound(
 
 def test_packs_share_graphs_if_launch_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = FakeGpu()
-    monkeypatch.setattr(cuda_graphs, "_is_capturable", lambda model, device: True)
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", CountingGraphCache)
-    monkeypatch.setattr(cuda_graphs, "_record_event", lambda device: card)
-    monkeypatch.setattr(cuda_graphs, "_has_half_free", lambda device: card.half_free)
+    monkeypatch.setattr(cuda_graphs, "record_event", lambda device: card)
+    monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: card.half_free)
     model = make_model(torch.float32, CPU).eval()
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", cuda_graphs.MIN_STARVED_PACKS)
     packs = make_packs(encode_samples(folder), monkeypatch) * cuda_graphs.MIN_STARVED_PACKS
@@ -150,12 +151,12 @@ def test_packs_share_graphs_if_launch_bound(folder: Path, monkeypatch: pytest.Mo
 
     def count_graphs() -> tuple[int, int]:
         passes = CudaGraphRunner(model, list(trainable_parameters(model).values()))
-        monkeypatch.setattr(passes, "_run_static", lambda static_inputs: share)
-        found = passes._graphs
+        monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
+        found = passes.graphs
         for one in packs:
             passes.forward_backward(one, None, share)
         assert isinstance(found, CountingGraphCache)
-        return len(packs) - found.num_requests, len(passes._inputs)
+        return len(packs) - found.num_requests, len(passes.static_inputs)
 
     assert count_graphs() == (cuda_graphs.MIN_STARVED_PACKS, 1)
     # There may be hundreds of shapes: they are searched for each capture, not for each pack.
@@ -170,10 +171,10 @@ def test_packs_share_graphs_if_launch_bound(folder: Path, monkeypatch: pytest.Mo
 
 def test_slow_shared_graphs_are_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = FakeGpu()
-    monkeypatch.setattr(cuda_graphs, "_is_capturable", lambda model, device: True)
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", CountingGraphCache)
-    monkeypatch.setattr(cuda_graphs, "_record_event", lambda device: card)
-    monkeypatch.setattr(cuda_graphs, "_has_half_free", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "record_event", lambda device: card)
+    monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: True)
     model = make_model(torch.float32, CPU).eval()
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 100)
     packs = make_packs(encode_samples(folder), monkeypatch)
@@ -185,17 +186,17 @@ def test_slow_shared_graphs_are_dropped(folder: Path, monkeypatch: pytest.Monkey
         CudaGraphRunner(model, list(trainable_parameters(model).values())),
         torch.tensor(0.25),
     )
-    monkeypatch.setattr(passes, "_run_static", lambda static_inputs: share)
-    found = passes._graphs
+    monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
+    found = passes.graphs
     assert isinstance(found, CountingGraphCache)
     for one in [smaller, larger] * cuda_graphs.MIN_STARVED_PACKS:
         passes.forward_backward(one, None, share)
     assert found.num_requests == cuda_graphs.MIN_STARVED_PACKS, "both kinds, once they were late"
-    monkeypatch.setattr(passes._timer, "is_replay_faster", lambda tokens: False)
+    monkeypatch.setattr(passes.timer, "is_replay_faster", lambda tokens: False)
     for one in [smaller, larger] * 3:
         passes.forward_backward(one, None, share)
     assert found.num_requests == cuda_graphs.MIN_STARVED_PACKS, "it is of neither's own kind"
-    monkeypatch.setattr(passes._timer, "is_replay_faster", lambda tokens: True)
+    monkeypatch.setattr(passes.timer, "is_replay_faster", lambda tokens: True)
     card.ahead, card.num_requests = 1, 0
     for one in [smaller, larger] * 3:
         passes.forward_backward(one, None, share)
@@ -208,8 +209,8 @@ def test_smallest_fitting_graph_is_used(folder: Path) -> None:
     kind = GraphShape.from_batch(batch)._replace(num_tokens=1024)
     sizes = [kind._replace(num_tokens=1088 + n, num_sequences=16) for n in (8, 0, 16)]
     for size in (*sizes, sizes[1]._replace(num_labels=2 * kind.num_labels)):
-        passes._inputs[size] = GraphInputs.allocate(size, batch, None, passes._vision_encoder)
-    found = passes._find_wider_inputs(kind)
+        passes.static_inputs[size] = GraphInputs.allocate(size, batch, None, passes.vision_encoder)
+    found = passes.find_wider_inputs(kind)
     assert found is not None
     assert found.shape == sizes[1]
 
@@ -217,20 +218,20 @@ def test_smallest_fitting_graph_is_used(folder: Path) -> None:
 def test_capture_out_of_memory_disables_graphs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_graphs, "_is_capturable", lambda model, device: True)
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
     model = make_model(torch.float32, CPU).eval()
     learning = list(trainable_parameters(model).values())
     passes, baseline = CudaGraphRunner(model, learning), CudaGraphRunner(model, learning)
     baseline.release_graphs()
-    launch = passes._run_eager
+    launch = passes.run_eager
 
     def launched(*inputs: Any) -> Tensor:
         assert [one() for one in WAITING] == [None] * len(WAITING), "memory is not given back yet"
         return launch(*inputs)
 
-    monkeypatch.setattr(passes, "_run_eager", launched)
-    full = passes._graphs
+    monkeypatch.setattr(passes, "run_eager", launched)
+    full = passes.graphs
     batch, share = pack(encode_samples(folder)[:4]), torch.tensor(0.25)
     found = []
     for own in (baseline, *[passes] * (cuda_graphs.NUM_WARMUP_PACKS + 2)):
@@ -241,7 +242,7 @@ def test_capture_out_of_memory_disables_graphs(
             parameter.grad = None
     assert isinstance(full, FailingGraphCache)
     assert full.num_requests == 1, "single shapes are not captured, and one failure disables graphs"
-    assert passes._graphs is None
+    assert passes.graphs is None
     (loss, grads), *others = found
     for loss_1, grads_1 in others:
         assert torch.equal(loss, loss_1)
@@ -252,7 +253,7 @@ def test_text_only_packs_give_encoder_no_gradients(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Among pictured packs there may be one of texts alone."""
-    monkeypatch.setattr(cuda_graphs, "_is_capturable", lambda model, device: True)
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
     tune = TuneSettings.model_validate({"vision": "lora", "language": "frozen"})
     model = make_model(torch.float32, CPU, tune)
@@ -267,8 +268,8 @@ def test_text_only_packs_give_encoder_no_gradients(
     for _ in range(cuda_graphs.NUM_WARMUP_PACKS + 2):
         assert passes.forward_backward(texts, None, torch.tensor(1.0)) > 0
     assert all(parameter.grad is None for parameter in learning)
-    assert isinstance(passes._graphs, FailingGraphCache)
-    assert passes._graphs.num_requests == 0
+    assert isinstance(passes.graphs, FailingGraphCache)
+    assert passes.graphs.num_requests == 0
     passes.forward_backward(pack(encode_samples(folder)[:2]), None, torch.tensor(1.0))
     assert any(parameter.grad is not None for parameter in learning)
 
@@ -320,7 +321,7 @@ def test_graph_replay_matches_eager_training(
     samples = encode_samples(folder)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
     # So that some take their way by the hooks, and others not.
-    monkeypatch.setattr(graph_gradients, "LARGE_PARAM_ELEMENTS", 10_000)
+    monkeypatch.setattr(graph_buffers, "LARGE_PARAM_ELEMENTS", 10_000)
     monkeypatch.setattr(attention, "MAX_TRITON_SEQLEN", short)
     packs = [packed(samples[start : start + 4]).to(cuda) for start in (0, 4, 0, 4, 2, 0)]
     learning = list(trainable_parameters(model).values())
@@ -340,8 +341,8 @@ def test_graph_replay_matches_eager_training(
         return results
 
     launched, first, again = train_all(0), train_all(6144), train_all(6144)
-    assert passes._graphs is not None, "capture failed"
-    assert passes._graphs._graphs, "nothing was captured"
+    assert passes.graphs is not None, "capture failed"
+    assert len(passes.graphs), "nothing was captured"
     for (loss, grads), (loss_1, grads_1), (loss_2, grads_2) in zip(
         launched, first, again, strict=True
     ):
@@ -364,11 +365,11 @@ def test_shared_graph_matches_eager_training(folder: Path, monkeypatch: pytest.M
     passes = CudaGraphRunner(model, learning)
     monkeypatch.setattr(cuda_graphs, "MIN_STARVED_PACKS", 0)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 100)
-    monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", 0)
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", 0)
     # Of so few tokens a replay always is the sooner one; but a test hangs on no clock.
-    monkeypatch.setattr(passes._timer, "is_replay_faster", lambda tokens: True)
+    monkeypatch.setattr(passes.timer, "is_replay_faster", lambda tokens: True)
     # Simulate that each shape has occurred, and none was captured.
-    passes._shape_counts.update(GraphShape.from_batch(one) for one in packs)
+    passes.shape_counts.update(GraphShape.from_batch(one) for one in packs)
 
     def train_all(most: int) -> list[tuple[Tensor, list[Tensor]]]:
         monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS_STARVED", most)
@@ -383,8 +384,8 @@ def test_shared_graph_matches_eager_training(folder: Path, monkeypatch: pytest.M
         return results
 
     launched, shared = train_all(0), train_all(6144)
-    assert passes._graphs is not None, "capture failed"
-    assert len(passes._graphs._graphs) == len(passes._inputs) == 1
+    assert passes.graphs is not None, "capture failed"
+    assert len(passes.graphs) == len(passes.static_inputs) == 1
     for (loss, grads), (loss_1, grads_1) in zip(launched, shared, strict=True):
         torch.testing.assert_close(loss_1, loss, rtol=2e-3, atol=2e-3)
         assert len(grads) == len(grads_1)

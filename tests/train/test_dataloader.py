@@ -15,18 +15,19 @@ from torch import Tensor
 from finesight.config import LongestSide, PixelRange, TrainFileSettings
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch
+from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.train.dataloader import (
+    DataWorkerError,
     StepBatch,
     StepDataset,
     StepTransfer,
     TensorBlock,
     TensorSpec,
+    catch_user_error,
     read_steps,
 )
-from finesight.train.dataloader_workers import DataWorkerError
 from finesight.train.sampler import SequentialSampler
 
 RULE = PixelRange(min_pixels=784, max_pixels=7056)
@@ -134,7 +135,7 @@ def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("finesight.train.dataloader.get_worker_info", lambda: object())
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    found = steps_of(folder)[0]
+    found = catch_user_error(steps_of(folder).load_step, 0)
     assert isinstance(found, DataWorkerError), "the run saves a checkpoint before it ends"
     assert "no shared memory for" in str(found)
     assert "--shm-size" in str(found)

@@ -6,32 +6,29 @@ import multiprocessing
 import os
 import signal
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from finesight.errors import UserError
-from finesight.train.dataloader_workers import MAX_RESTARTS, catch_user_error, prefetch_items
+from finesight.train.dataloader import MAX_RESTARTS, prefetch_items
 
 
-class NumberItems(Dataset[int | UserError]):
+class NumberItems:
     """Item k is k, but for the one that does something else."""
 
     def __init__(self, odd: int = -1, signal_number: int = 0) -> None:
         self.odd, self.signal_number, self.home = odd, signal_number, os.getpid()
 
-    def __getitem__(self, number: int) -> int | UserError:
+    def __call__(self, number: int) -> int:
         if number == self.odd and self.signal_number:
             assert os.getpid() != self.home, "not in a worker"
             os.kill(os.getpid(), self.signal_number)
         elif number == self.odd:
-            return catch_user_error(self.fail)
+            raise UserError("it broke", where="here", expected="better", remedy="fix it")
         return number
-
-    def fail(self) -> int:
-        raise UserError("it broke", where="here", expected="better", remedy="fix it")
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -51,8 +48,8 @@ def test_worker_errors_are_reraised(workers: int) -> None:
     assert (error.what, error.where, error.remedy) == ("it broke", "here", "fix it")
 
 
-class ProcessGroupItems(Dataset[int | UserError]):
-    def __getitem__(self, number: int) -> int:
+class ProcessGroupItems:
+    def __call__(self, number: int) -> int:
         return os.getpgid(0)
 
 
@@ -85,16 +82,16 @@ def test_killed_worker_is_explained() -> None:
     assert f"{MAX_RESTARTS + 1} times at the same item" in caught.value.what
 
 
-class TensorItems(Dataset[torch.Tensor | UserError]):
+class TensorItems:
     """What it sends has to be fetched from the worker, if it is still there."""
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def __call__(self, number: int) -> torch.Tensor:
         return torch.full((9,), number)
 
 
 @pytest.mark.parametrize("data", [NumberItems(), TensorItems()], ids=["numbers", "tensors"])
 def test_killed_worker_is_restarted_at_next_item(
-    data: Dataset[Any], caplog: pytest.LogCaptureFixture
+    data: Callable[[int], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """And is no loss: the worker is started again, with the item that was due."""
     before = signal.getsignal(signal.SIGCHLD)
@@ -114,11 +111,11 @@ def test_killed_worker_is_restarted_at_next_item(
     assert multiprocessing.active_children() == []
 
 
-class FailingItems(Dataset[int | UserError]):
+class FailingItems:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def __getitem__(self, number: int) -> int:
+    def __call__(self, number: int) -> int:
         raise self.error
 
 

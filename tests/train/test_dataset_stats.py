@@ -12,8 +12,8 @@ from tiny_task import make_task
 from finesight.config import DataSettings, PixelRange, TrainFileSettings
 from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import find_shared_prefix_length
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.train.dataset_stats import (

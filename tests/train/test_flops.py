@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finesight.config import PixelRange, TrainFileSettings, TuneSettings
 from finesight.data.corpus import load_corpus
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

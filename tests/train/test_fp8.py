@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 from hf_reference import CPU
+from lora_fixtures import merge_to_folder
 from tiny_model import TINY_PRESETS, create_tiny_model
 from tiny_task import TinyTask
 
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
-from finesight.model.lora.merge import merge_to_folder
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Weight
 from finesight.model.weights_io import load_model

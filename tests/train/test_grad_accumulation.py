@@ -51,7 +51,7 @@ def sums(masters: MasterWeightOptimizer) -> dict[str, Tensor | None]:
 
 def has_accumulator(masters: MasterWeightOptimizer) -> bool:
     """Whether there is memory for sums."""
-    return any(own is not None for group in masters.param_groups for own in group.gradients._sums)
+    return any(own is not None for group in masters.param_groups for own in group.gradients.sums)
 
 
 def test_optimizer_memory_is_released_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,7 @@ from tiny_task import make_task
 
 from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.train.graph_buffers import GraphInputs, GraphShape
-from finesight.train.graph_vision_buffers import GraphVisionShape
+from finesight.train.graph_buffers import GraphInputs, GraphShape, GraphVisionShape
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora import fused
 from finesight.model.lora.fused import LoraMatmul
-from finesight.train import graph_gradients
+from finesight.train import graph_buffers
 from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
-from finesight.train.graph_gradients import GraphGradients
+from finesight.train.graph_buffers import GraphGradients
 
 
 def test_static_gradients_keep_their_addresses() -> None:
@@ -65,7 +65,7 @@ class _Product(torch.autograd.Function):
 def test_large_weight_gradient_is_written_directly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(graph_gradients, "LARGE_PARAM_ELEMENTS", 20)
+    monkeypatch.setattr(graph_buffers, "LARGE_PARAM_ELEMENTS", 20)
     large, small = (FusedLinear(5, {"up": rows}, bias=False) for rows in (4, 3))
     weights = [group.weight for group in (large, small)]
     came: list[int] = []

@@ -14,9 +14,8 @@ from torch import Tensor
 from finesight.encode.packing import pack
 from finesight.model.trainable import trainable_parameters
 from finesight.train import cuda_graphs
-from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.cuda_graphs import CudaGraphRunner, GraphTimer
 from finesight.train.graph_buffers import GraphShape
-from finesight.train.graph_timing import GraphTimer
 
 
 class FakeEvent:
@@ -92,21 +91,21 @@ class FakeGraphCache:
 
 def test_launches_and_replays_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_task(tmp_path)
-    monkeypatch.setattr(cuda_graphs, "_is_capturable", lambda model, device: True)
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FakeGraphCache)
-    monkeypatch.setattr(cuda_graphs, "_record_event", lambda device: None)
+    monkeypatch.setattr(cuda_graphs, "record_event", lambda device: None)
     FakeEvent.through = True
     model = make_model(torch.float32, CPU).eval()
     batch, share = pack(encode_samples(tmp_path)[:4]), torch.tensor(0.25)
     passes = CudaGraphRunner(model, list(trainable_parameters(model).values()))
-    monkeypatch.setattr(passes, "_run_static", lambda static_inputs: share)
+    monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
     for _ in range(cuda_graphs.NUM_WARMUP_PACKS + 2):
         passes.forward_backward(batch, None, share)
-    assert passes._timer.is_replay_faster(1) is None, "eager launches and captures are no replays"
+    assert passes.timer.is_replay_faster(1) is None, "eager launches and captures are no replays"
     passes.forward_backward(batch, None, share)
     tokens = GraphShape.from_batch(batch).num_tokens
-    assert passes._timer.is_replay_faster(100 * tokens) is False
-    assert passes._timer._replay_s_per_token == 1 / tokens
-    assert 0 < passes._timer._launch_s < 100
+    assert passes.timer.is_replay_faster(100 * tokens) is False
+    assert passes.timer.replay_s_per_token == 1 / tokens
+    assert 0 < passes.timer.launch_s < 100
     passes.warm_up(batch)
-    assert passes._timer.is_replay_faster(tokens) is None
+    assert passes.timer.is_replay_faster(tokens) is None

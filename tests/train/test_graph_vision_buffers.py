@@ -15,18 +15,19 @@ from torch import Tensor
 
 from finesight.config import PixelRange, TrainFileSettings, TuneSettings
 from finesight.data.corpus import load_corpus
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.model import attention, layers
 from finesight.model.attention import Segments
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.train import cuda_graphs, graph_vision_buffers
+from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.graph_buffers import GraphInputs, GraphShape
-from finesight.train.graph_vision_buffers import (
+from finesight.train.graph_buffers import (
+    GraphInputs,
+    GraphShape,
     GraphVisionShape,
     can_capture_vision,
     should_capture_vision,
@@ -185,7 +186,7 @@ def test_capturable_vision_encoders(folder: Path, monkeypatch: pytest.MonkeyPatc
     odd = make_model(folder, "qwen2_vl")
     odd.visual.config = replace(odd.visual.config, num_heads=odd.visual.config.hidden_size // 4)
     assert not can_capture_vision(odd), "heads that the kernel does not take"
-    monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", 99)
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", 99)
     assert not is_captured("qwen2_vl", ALL)
     assert not should_capture_vision(0, 0.0), "texts"
 
@@ -228,7 +229,7 @@ def run_graphs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (attention, layers):
         monkeypatch.setattr(module, "varlen_attention", attend_nonempty)
     monkeypatch.setattr(cuda_graphs, "fused_linear_cross_entropy", of_targets)
-    monkeypatch.setattr(cuda_graphs, "_is_capturable", lambda *_: True)
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda *_: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FakeGraphCache)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
 
@@ -243,7 +244,7 @@ def test_each_pack_gets_its_own_gradients(
     run_graphs_eagerly(monkeypatch)
     model = make_model(folder, family, dict.fromkeys(parts, "full"))
     few, many = packs(folder, family, 1)[0], packs(folder, family, 5)[0]
-    monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", len(many.patches_ND) - 1)
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", len(many.patches_ND) - 1)
     texts = replace(
         few,
         grid_thw=(),
@@ -265,9 +266,9 @@ def test_each_pack_gets_its_own_gradients(
         for mine, theirs in zip(found, expected, strict=True):
             assert (mine is None) == (theirs is None)
             assert mine is None or relative_error(mine, theirs) < 1e-5
-    assert isinstance(passes._graphs, FakeGraphCache)
-    assert len(passes._graphs.keys) == 8
-    assert [kind.vision_shape is not None for kind in passes._inputs] == [True, False, False]
+    assert isinstance(passes.graphs, FakeGraphCache)
+    assert len(passes.graphs.keys) == 8
+    assert [kind.vision_shape is not None for kind in passes.static_inputs] == [True, False, False]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -277,10 +278,10 @@ def test_shared_graph_gives_each_pack_its_gradients(
     run_graphs_eagerly(monkeypatch)
     monkeypatch.setattr(cuda_graphs, "MIN_STARVED_PACKS", 0)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 100)
-    monkeypatch.setattr(cuda_graphs, "_has_half_free", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: True)
     monkeypatch.setattr("finesight.train.graph_buffers.MAX_PADDING_DIVISOR", 1)
     # The vision encoder runs eagerly; captured, it would need equal numbers of images.
-    monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", 0)
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", 0)
     model = make_model(folder, family, {"merger": "full", "language": "full"})
     few, more = packs(folder, family, 2)[0], packs(folder, family, 3)[0]
     texts = replace(
@@ -289,8 +290,8 @@ def test_shared_graph_gives_each_pack_its_gradients(
     assert GraphShape.from_batch(few) != GraphShape.from_batch(more)
     learning = list(trainable_parameters(model).values())
     passes, share = CudaGraphRunner(model, learning), torch.tensor(0.5)
-    passes._shape_counts.update(map(GraphShape.from_batch, (few, more)))
-    monkeypatch.setattr(passes._timer, "is_replay_faster", lambda tokens: True)
+    passes.shape_counts.update(map(GraphShape.from_batch, (few, more)))
+    monkeypatch.setattr(passes.timer, "is_replay_faster", lambda tokens: True)
     for batch in (few, more, texts, few, more, texts, few):
         loss = passes.forward_backward(batch, None, share)
         found = [None if p.grad is None else p.grad.clone() for p in learning]
@@ -304,8 +305,8 @@ def test_shared_graph_gives_each_pack_its_gradients(
         for mine, theirs in zip(found, expected, strict=True):
             assert (mine is None) == (theirs is None)
             assert mine is None or relative_error(mine, theirs) < 1e-5
-    assert isinstance(passes._graphs, FakeGraphCache)
-    assert passes._graphs.keys == [0, 0, 1, 0, 0, 1, 0]
+    assert isinstance(passes.graphs, FakeGraphCache)
+    assert passes.graphs.keys == [0, 0, 1, 0, 0, 1, 0]
 
 
 def test_rare_pack_sizes_exclude_the_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +323,7 @@ def test_rare_pack_sizes_exclude_the_encoder(folder: Path, monkeypatch: pytest.M
     )
     for _ in range(5):
         passes.forward_backward(batch, None, torch.tensor(1.0))
-    assert [kind.vision_shape for kind in passes._inputs] == [None]
+    assert [kind.vision_shape for kind in passes.static_inputs] == [None]
 
 
 @pytest.mark.gpu
@@ -357,5 +358,7 @@ def test_graph_encoder_matches_eager_training(
             assert (mine is None) == (theirs is None)
             if mine is not None and theirs is not None:
                 assert relative_error(mine, theirs.float()) < 0.05
-    assert passes._graphs is not None, "a capture failed"
-    assert any(static_inputs.vision_inputs is not None for static_inputs in passes._inputs.values())
+    assert passes.graphs is not None, "a capture failed"
+    assert any(
+        static_inputs.vision_inputs is not None for static_inputs in passes.static_inputs.values()
+    )

@@ -14,10 +14,10 @@ from tiny_task import TinyTask
 
 from finesight.errors import TrainingInterrupted
 from finesight.storage import FileSystem, use_file_system
-from finesight.train import live_report
+from finesight.train import finalize
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.console import TrainingConsole
-from finesight.train.live_report import MIN_IDLE_RATIO, LiveReport
+from finesight.train.finalize import MIN_IDLE_RATIO, LiveReport
 from finesight.train.oom import MemoryBudget
 from finesight.train.run_dir import RunDir
 
@@ -66,12 +66,12 @@ def test_live_report_shows_newest_progress(run: RunDir) -> None:
 def test_slow_report_lowers_the_update_rate(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Updates take at most 1/300 of the time."""
 
-    def slow(*rest: object) -> None:
+    def slow(*rest: object, **options: object) -> None:
         start = time.thread_time()
         while time.thread_time() - start < 0.05:
             pass
 
-    monkeypatch.setattr(live_report, "write_run_report", slow)
+    monkeypatch.setattr(finalize, "write_run_report", slow)
     page = page_of(run, 0.001)
     with page.run_in_background(PROGRESS):
         end = time.monotonic() + PATIENCE

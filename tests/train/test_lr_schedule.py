@@ -8,7 +8,7 @@ import pytest
 
 from finesight.config import TrainSettings
 from finesight.errors import UserError
-from finesight.train.lr_schedule import LRSchedule, resolve_steps
+from finesight.train.optimizer import LRSchedule, resolve_steps
 
 
 def factors(total: int, **settings: object) -> list[float]:

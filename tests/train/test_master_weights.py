@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finesight.train.master_weights import SplitBf16Master, break_bf16_ties, merge_fp32, split_fp32
+from finesight.train.optim_states import SplitBf16Master, break_bf16_ties, merge_fp32, split_fp32
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 

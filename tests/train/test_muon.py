@@ -14,9 +14,14 @@ from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.train.master_weights import SplitBf16Master
-from finesight.train.muon import ADAMW_RMS, MatrixSlice, Muon, newton_schulz
-from finesight.train.optimizer import MasterWeightOptimizer
+from finesight.train.optim_states import SplitBf16Master
+from finesight.train.optimizer import (
+    ADAMW_RMS,
+    MasterWeightOptimizer,
+    MatrixSlice,
+    Muon,
+    newton_schulz,
+)
 
 NAMES = {
     "visual.blocks.0.attn.qkv.weight": (12, 4),
@@ -89,7 +94,7 @@ def reference(master: Tensor, grads: list[Tensor], learning_rate: float, decay: 
 @pytest.mark.parametrize("most", [1 << 26, 30, 1])
 def test_stacked_steps_match_single_matrices(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """However many of one shape are stacked at a time."""
-    monkeypatch.setattr("finesight.train.muon.MAX_STACK_ELEMENTS", most)
+    monkeypatch.setattr("finesight.train.optimizer.MAX_STACK_ELEMENTS", most)
     generator = torch.Generator().manual_seed(2)
     shapes = [(4, 6), (4, 6), (9, 2)]
     masters = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -125,9 +130,9 @@ def test_cuda_graph_steps_match_eager_steps() -> None:
         muon = Muon(SplitBf16Master(master_E), grad_E, matrices)
         for grad, learning_rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
             grad_E.copy_(grad)
-            muon._is_warmed_up &= recorded
+            muon.is_warmed_up &= recorded
             muon.step(learning_rate, 0.5, torch.ones((), device="cuda"))
-        assert (muon._graph is not None) is recorded
+        assert (muon.graph is not None) is recorded
         changed.append((master_E, muon.momentum_E))
     for one, other in zip(*changed, strict=True):
         assert torch.equal(one, other)
@@ -268,7 +273,7 @@ def test_cuda_graph_uses_loaded_state() -> None:
         take(others, again, 10 + seed)
     steps = [group.optimizer for group in others.param_groups if isinstance(group.optimizer, Muon)]
     assert steps
-    assert all(own._graph for own in steps)
+    assert all(own.graph for own in steps)
     others.load_state(
         {name: value.clone() for name, value in masters.master_weights().items()},
         {name: value.clone() for name, value in masters.optimizer_state().items()},
@@ -292,7 +297,7 @@ def test_fused_layers_of_model_are_separated(tmp_path: Path) -> None:
     masters = MasterWeightOptimizer({name: model.get_parameter(name)}, settings(), rows)
     muon = masters.param_groups[0].optimizer
     assert isinstance(muon, Muon)
-    assert {tuple(view.shape) for views in muon._stacks for view in views} == {(64, 64), (32, 64)}
+    assert {tuple(view.shape) for views in muon.stacks for view in views} == {(64, 64), (32, 64)}
     configure_tuning(
         model, TuneSettings.model_validate({"language": "lora", "lora": {"rank": 4}}), seed=0
     )

@@ -11,13 +11,13 @@ import torch
 import yaml
 from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import CPU
+from lora_fixtures import merge_to_folder
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
 from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
-from finesight.model.lora.merge import merge_to_folder
 from finesight.model.quant import nf4
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import configure_tuning

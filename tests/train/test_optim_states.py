@@ -8,7 +8,7 @@ from torch import nn
 
 from finesight.config import TrainSettings
 from finesight.model.quant.nf4 import import_bitsandbytes
-from finesight.train import adamw, optim_states
+from finesight.train import optim_states, optimizer
 from finesight.train.optim_states import BLOCK_SIZE, OptimState8bit
 from finesight.train.optimizer import MasterWeightOptimizer
 
@@ -119,9 +119,9 @@ def test_steps_are_close_to_bitsandbytes() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_steps_are_close_to_adamw(dtype: torch.dtype) -> None:
     values = []
-    for optimizer in ("adamw", "adamw_8bit"):
+    for name in ("adamw", "adamw_8bit"):
         named = parameters(dtype)
-        masters = MasterWeightOptimizer(named, settings(optimizer))
+        masters = MasterWeightOptimizer(named, settings(name))
         start = {name: value.clone() for name, value in masters.master_weights().items()}
         for seed in range(20):
             take(masters, named, seed)
@@ -191,8 +191,8 @@ def test_padding_between_parameters_stays_zero() -> None:
 def test_chunked_steps_match(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which may begin and end within a parameter."""
     changed = []
-    for most in (adamw.MAX_CHUNK_ELEMENTS, 2 * BLOCK_SIZE):
-        monkeypatch.setattr(adamw, "MAX_CHUNK_ELEMENTS", most)
+    for most in (optimizer.MAX_CHUNK_ELEMENTS, 2 * BLOCK_SIZE):
+        monkeypatch.setattr(optimizer, "MAX_CHUNK_ELEMENTS", most)
         named = parameters()
         masters = MasterWeightOptimizer(named, settings())
         for seed in range(3):

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from finesight.train import optim_states
-from finesight.train.adamw import AdamW
 from finesight.train.grad_accumulation import GradientAccumulator, ParamSlice
-from finesight.train.master_weights import SplitBf16Master
-from finesight.train.optim_states import BLOCK_SIZE, OptimState8bit
+from finesight.train.optim_states import BLOCK_SIZE, OptimState8bit, SplitBf16Master
+from finesight.train.optimizer import AdamW
 
 pytestmark = [
     pytest.mark.gpu,

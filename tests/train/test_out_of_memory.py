@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def exceeds_tokens(tokens: int) -> OomPredicate:
     return lambda batch, model: len(batch.lengths) > 1 and sum(batch.lengths) > tokens
 
 
-def steps_of(task: TinyTask, name: str = "run") -> list[dict[str, Any]]:
+def steps_of(task: TinyTask, name: str | Path = "run") -> list[dict[str, Any]]:
     return [line for line in task.read_metrics(name) if "loss" in line]
 
 
@@ -46,7 +47,24 @@ def read_trained(task: TinyTask, name: str = "run", step: int = 6) -> dict[str, 
     return load_file(folder / "trainable.safetensors")
 
 
-def assert_bit_identical(task: TinyTask, one: str, other: str) -> None:
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run without memory limit."""
+    task = TinyTask(tmp_path_factory.mktemp("plain"))
+    task.run()
+    return task.folder / "run"
+
+
+@pytest.fixture(scope="module")
+def limited_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Uninterrupted run in which packs above 60 tokens exceed the memory."""
+    task = TinyTask(tmp_path_factory.mktemp("limited"))
+    with simulate_oom(exceeds_tokens(60)):
+        task.run()
+    return task.folder / "run"
+
+
+def assert_bit_identical(task: TinyTask, one: str, other: str | Path) -> None:
     a, b = read_final_files(task.folder / one), read_final_files(task.folder / other)
     # What names the recipe's own budget differs.
     own = {name for name in a if name.endswith(("state.json", "sha256.json"))}
@@ -112,7 +130,7 @@ def enable_fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def test_graph_memory_is_freed_before_packs_shrink(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
+    task: TinyTask, plain_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enable_fake_graphs(monkeypatch)
     refused: list[int] = []
@@ -126,8 +144,7 @@ def test_graph_memory_is_freed_before_packs_shrink(
     assert result.steps == 6
     assert "continuing with the same packs without CUDA graphs" in task.console_output
     assert {line["pack_tokens"] for line in steps_of(task)} == {100}
-    task.run(name="roomy")
-    assert_bit_identical(task, "run", "roomy")
+    assert_bit_identical(task, "run", plain_run)
 
 
 def from_third_step(
@@ -199,10 +216,8 @@ def test_failed_pack_frees_its_tensors(task: TinyTask, checkpointed: bool) -> No
 
 
 @pytest.mark.parametrize("call", [2, 5, 9, 13, 17])
-def test_resumed_oom_run_equals_uninterrupted(task: TinyTask, call: int) -> None:
+def test_resumed_oom_run_equals_uninterrupted(task: TinyTask, limited_run: Path, call: int) -> None:
     """Stopped in a step that is refused, in the one that is done again, and later; with dropout."""
-    with simulate_oom(exceeds_tokens(60)):
-        task.run(name="whole")
     calls = 0
 
     def stopping(batch: PackedBatch, model: VisionLanguageModel) -> bool:
@@ -219,9 +234,9 @@ def test_resumed_oom_run_equals_uninterrupted(task: TinyTask, call: int) -> None
         task.run(resume=True)
     if len(before):
         assert all(tokens <= 60 for tokens in tried), "the smaller budget was forgotten"
-    assert_bit_identical(task, "run", "whole")
+    assert_bit_identical(task, "run", limited_run)
     assert [line["pack_tokens"] for line in steps_of(task)] == [
-        line["pack_tokens"] for line in steps_of(task, "whole")
+        line["pack_tokens"] for line in steps_of(task, limited_run)
     ]
 
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from finesight.train.evaluation import EvalResult
+from finesight.train.logging import TrackingEvents
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import TrainState
-from finesight.train.tracking_events import TrackingEvents
 
 
 class Recorder:

@@ -15,7 +15,7 @@ from tiny_model import create_tiny_model
 from tiny_task import TinyTask, read_losses
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from finesight import digests, storage
+from finesight import storage
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
@@ -45,7 +45,7 @@ def test_run_folder_contents(task: TinyTask) -> None:
         ),
     ]
     for folder in (run / "adapter", run / "model", run / "checkpoints" / "step-6"):
-        digests.verify_folder(folder)
+        storage.verify_folder(folder)
     names = sorted(path.name for path in (run / "predictions").iterdir())
     assert names == ["after.jsonl", "before.jsonl", "step-4.jsonl"]
     assert load_recipe(run / "recipe.yaml").train.batch_size == 4

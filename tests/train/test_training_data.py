@@ -16,7 +16,7 @@ SAMPLES = 11
 @pytest.fixture(autouse=True)
 def large_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat eleven samples as a large dataset, of which three are scanned."""
-    monkeypatch.setattr("finesight.train.training_data.MAX_FULL_SCAN_SAMPLES", SAMPLES - 1)
+    monkeypatch.setattr("finesight.train.dataset_stats.MAX_FULL_SCAN_SAMPLES", SAMPLES - 1)
     monkeypatch.setattr("finesight.train.dataset_stats.PARTIAL_SCAN_SAMPLES", 3)
 
 
@@ -104,6 +104,6 @@ def test_full_inspection_changes_the_run_identity(
     task: TinyTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task.rewind_to_checkpoint()
-    monkeypatch.setattr("finesight.train.training_data.MAX_FULL_SCAN_SAMPLES", SAMPLES)
+    monkeypatch.setattr("finesight.train.dataset_stats.MAX_FULL_SCAN_SAMPLES", SAMPLES)
     with pytest.raises(UserError, match=r"samples of data\.train"):
         task.run(resume=True)

@@ -30,7 +30,7 @@ from vision_cache_fixtures import (
 )
 
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.train import vision_cache, vision_store_files
+from finesight.train import vision_cache, vision_store
 from finesight.train.console import TrainingConsole
 from finesight.train.signals import StopRequest
 
@@ -186,7 +186,7 @@ def test_cache_disk_full_during_build(
         raise OSError(number, os.strerror(number))
 
     session = make_train_state(tmp_path / "task", vision_cache=cache)
-    monkeypatch.setattr("finesight.train.vision_store_files.save_file", full)
+    monkeypatch.setattr("finesight.train.vision_store.save_file", full)
     console, shown = screen()
     if cache == "disk":
         with pytest.raises(UserError, match="cannot be written"):
@@ -202,16 +202,16 @@ def test_write_error_of_the_disk_tier_disables_the_cache(
 ) -> None:
     """Without the missing files, training would read features that do not exist."""
     session = make_train_state(tmp_path / "task", vision_cache="auto")
-    save_file, num_saved = vision_store_files.save_file, itertools.count()
+    save_file, num_saved = vision_store.save_file, itertools.count()
 
     def fill_disk(*args: Any, **kwargs: Any) -> None:
         if next(num_saved) >= num_written:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(*args, **kwargs)
 
-    monkeypatch.setattr(vision_store_files, "save_file", fill_disk)
+    monkeypatch.setattr(vision_store, "save_file", fill_disk)
     monkeypatch.setattr(vision_cache, "choose_cache_tier", lambda *args: "disk")
-    monkeypatch.setattr("finesight.train.vision_cache_index.CHUNK_PATCHES", 1)
+    monkeypatch.setattr("finesight.train.vision_store.CHUNK_PATCHES", 1)
     console, shown = screen()
     result = decide_vision_cache(session, console)
     assert result.cache is None

@@ -10,8 +10,8 @@ from vision_cache_fixtures import make_train_state
 
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.tokenized_sample import VisualSpan
-from finesight.train import vision_cache_index
-from finesight.train.vision_cache_index import (
+from finesight.train import vision_store
+from finesight.train.vision_store import (
     CHUNK_PATCHES,
     ImageChunk,
     ImageIndex,
@@ -72,7 +72,7 @@ def test_feature_offsets_are_cumulative() -> None:
 def test_images_are_identified_by_model_input(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vision_cache_index, "_SAMPLES_PER_ITEM", 2)
+    monkeypatch.setattr(vision_store, "SAMPLES_PER_ITEM", 2)
     session = make_train_state(tmp_path / "task")
     folder = tmp_path / "task"
     (folder / "train1.png").write_bytes((folder / "train0.png").read_bytes())

@@ -13,7 +13,7 @@ from vision_cache_fixtures import LORA, make_train_state
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train import trainer
 from finesight.train.setup import TrainState
-from finesight.train.vision_encoder_offload import EncoderOffloader, fingerprint_encoder
+from finesight.train.vision_cache import EncoderOffloader, fingerprint_encoder
 
 CPU = torch.device("cpu")
 

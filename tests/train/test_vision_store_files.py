@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from finesight.errors import UserError
-from finesight.train import vision_store_files
-from finesight.train.vision_store_files import VisionFileStore, read_rows
+from finesight.train import vision_store
+from finesight.train.vision_store import VisionFileStore, read_rows
 
 
 def features(number: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_least_recently_used_files_are_evicted(
 ) -> None:
     paths = make_aged_files(tmp_path, 5)
     size = paths[0].stat().st_size
-    monkeypatch.setattr(vision_store_files, "MAX_STORE_BYTES", 6 * size)
+    monkeypatch.setattr(vision_store, "MAX_STORE_BYTES", 6 * size)
     with closing(VisionFileStore(tmp_path, "old")) as files:
         assert files.read("0", torch.empty(5, 2, 8)) is not None, "used just now"
         assert files.evict(["1"], size) == size
@@ -86,7 +86,7 @@ def test_least_recently_used_files_are_evicted(
 def test_files_in_use_are_not_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = make_aged_files(tmp_path, 2)
     size = paths[0].stat().st_size
-    monkeypatch.setattr(vision_store_files, "MAX_STORE_BYTES", 2 * size)
+    monkeypatch.setattr(vision_store, "MAX_STORE_BYTES", 2 * size)
     with closing(VisionFileStore(tmp_path, "old")) as reading:
         reading.evict(["0", "1"], 0)
         with closing(VisionFileStore(tmp_path, "new")) as files:

@@ -80,10 +80,12 @@ def test_stop_regenerate_and_undo(browser, image_paths):
     with run_web_page(parrot) as location:
         visit = ChatPageDriver(browser, location.address, PHONE_WIDTH)
         visit.click("#settings > button")
-        visit.wait_for_script("return !!document.querySelector('#temperature input[type=range]');")
-        browser.run(
+        # The slider ignores events until the page has attached its handlers.
+        visit.wait_for_script(
             "const slider = document.querySelector('#temperature input[type=range]');"
+            " if (!slider) return false;"
             " slider.value = 1.5; slider.dispatchEvent(new Event('input', {bubbles: true}));"
+            " return document.querySelector('#temperature input[type=number]').value === '1.5';"
         )
         visit.submit("Say it.", [image_paths[0][0]])
         for requested in (1, 2):

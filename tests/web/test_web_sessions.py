@@ -17,16 +17,17 @@ from finesight.data.image_header import CorruptImageError, ImageTooLargeError
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply
 from finesight.infer.request import GenerationOptions
-from finesight.web import disk_budget
 from finesight.web import web_sessions as module
-from finesight.web.web_limits import (
+from finesight.web.web_server import create_session_store
+from finesight.web.web_sessions import (
+    MAX_DISPLAY_SIDE,
     MAX_IMAGES_PER_CHAT,
     MAX_IMAGES_PER_MESSAGE,
     MAX_MESSAGE_CHARS,
     MAX_SESSIONS,
+    WebSession,
+    WebSessionStore,
 )
-from finesight.web.web_server import create_session_store
-from finesight.web.web_sessions import MAX_DISPLAY_SIDE, WebSession, WebSessionStore
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_images_over_the_disk_limit_are_rejected(visitors, tmp_path, monkeypatch
     upload = tmp_path / "uploads" / "a.png"
     write_noise_image(upload, 400, 400)
     monkeypatch.setattr(module, "MAX_DISPLAY_BYTES", 0)
-    monkeypatch.setattr(disk_budget, "MAX_STORED_BYTES", 4 * upload.stat().st_size)
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", 4 * upload.stat().st_size)
     visitor = visitors.get_or_create("one")
     for _ in range(20):
         with contextlib.suppress(UserError):
@@ -73,7 +74,7 @@ def test_images_over_the_disk_limit_are_rejected(visitors, tmp_path, monkeypatch
     with pytest.raises(UserError, match="no disk space"):
         visitor.add_uploads("", [upload])
     retained = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    assert retained <= disk_budget.MAX_STORED_BYTES
+    assert retained <= module.MAX_STORED_BYTES
     assert 1 <= len(visitor.images) <= 3
     visitors.close("one")
     visitors.get_or_create("two").add_uploads("", [upload])
@@ -87,7 +88,7 @@ def test_exports_count_until_they_are_closed(visitors, tmp_path, monkeypatch):
     turn = visitor.chat.send("What?", visitor.add_uploads("", [upload]), [GenerationOptions()])
     asyncio.run(_consume_reply(turn.replies[0]))
     size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    monkeypatch.setattr(disk_budget, "MAX_STORED_BYTES", size + 2 * upload.stat().st_size)
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", size + 2 * upload.stat().st_size)
     archive = visitor.export_archive()
     with pytest.raises(UserError, match="no disk space"):
         visitor.export_archive()

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import MAX_OVERHANG_PX, BoxConvention, BoxFormat
+from finesight.data.boxes import MAX_OVERHANG_PX, BoxConvention, BoxFormat, BoxUnits
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -97,6 +97,15 @@ class BoxFrame:
     is_capped: bool = False
     side_multiple: int = 1
 
+    @property
+    def units(self) -> BoxUnits | None:
+        """Units of coordinates in this frame, or None for a resized image."""
+        if self.base == "image":
+            return "pixel"
+        is_square = self.base == "fixed" and self.frame_width == self.frame_height
+        named_units: dict[float, BoxUnits] = {1.0: "1", 1000.0: "1000"}
+        return named_units.get(self.frame_width) if is_square else None
+
     def compute_size(self, width: Floats, height: Floats) -> tuple[Floats, Floats]:
         """Compute width and height of the frame for images of the given sizes."""
         if self.base == "fixed":
@@ -138,24 +147,25 @@ class BoxHypothesis:
         """
         corners = to_corners(self.box_format, claims.coordinates)
         if self.frame.base != "stored":
-            frame_width, frame_height = self.frame.compute_size(claims.width, claims.height)
-            return corners / np.stack(
-                (frame_width, frame_height, frame_width, frame_height), axis=1
-            )
-        is_transposed = claims.exif_orientation >= 5
-        frame_width = np.where(is_transposed, claims.height, claims.width)
-        frame_height = np.where(is_transposed, claims.width, claims.height)
+            return divide_by_size(corners, *self.frame.compute_size(claims.width, claims.height))
+        orientation, sides = claims.exif_orientation, (claims.width, claims.height)
+        stored_width, stored_height = np.where(orientation >= 5, sides[::-1], sides)
         return apply_exif_orientation(
-            corners / np.stack((frame_width, frame_height, frame_width, frame_height), axis=1),
-            claims.exif_orientation,
+            divide_by_size(corners, stored_width, stored_height), orientation
         )
+
+
+def divide_by_size(corners: Floats, width: Floats, height: Floats) -> Floats:
+    """Divide the corners of boxes [N, 4] by the size of their images [N]."""
+    return corners / np.stack((width, height, width, height), axis=1)
 
 
 def hypothesis_from_convention(convention: BoxConvention) -> BoxHypothesis:
     """Return the hypothesis that corresponds to a declared box convention."""
-    full_side = 1.0 if convention.units == "pixel" else float(convention.units)
-    base: FrameBase = "image" if convention.units == "pixel" else "fixed"
-    return BoxHypothesis(convention.format, BoxFrame(base, full_side, full_side))
+    if convention.units == "pixel":
+        return BoxHypothesis(convention.format)
+    side = float(convention.units)
+    return BoxHypothesis(convention.format, BoxFrame("fixed", side, side))
 
 
 def to_corners(box_format: BoxFormat, coordinates: Floats) -> Floats:

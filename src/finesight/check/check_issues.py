@@ -38,55 +38,55 @@ The exit code is 0 without issues.
 
 LOG_FILES = SKIPPED_SAMPLES_FILE, CHANGES_FILE = "skipped_samples.jsonl", "changes.jsonl"
 
+_DESCRIPTIONS: dict[Severity, dict[str, str]] = {
+    "error": {
+        "boxes-xywh": "boxes are xywh (corner and size) but are parsed differently",
+        "boxes-cxcywh": "boxes are cxcywh (center and size) but are parsed differently",
+        "boxes-xyxy": "boxes are xyxy (two corners) but are parsed differently",
+        "boxes-pixels": "boxes are in pixels but are parsed differently",
+        "boxes-thousandths": "boxes are in thousandths of the image but are parsed differently",
+        "boxes-normalized": "boxes are normalized to 0-1 but are parsed differently",
+        "boxes-resized": "boxes are in pixels of a resized image",
+        "boxes-before-exif-rotation": "boxes are in coordinates before EXIF rotation",
+        "boxes-mixed": "one source mixes two box conventions",
+        "invalid-row": "the row is invalid",
+        "image-missing": "the image file is missing",
+        "image-truncated": "the image file is truncated",
+        "image-corrupt": "the file is corrupt or not an image",
+        "image-too-large": "the image exceeds the pixel limit or the aspect ratio limit",
+        "video-frame-sizes-differ": "the frames of a video differ in size",
+        "placeholder-count-mismatch": "the text and the sample differ in the number of images",
+        "placeholder-in-text": "the text contains an image or box placeholder",
+        "special-token-in-text": "the text contains a special token",
+        "invalid-role-order": "the role order of the turns is invalid",
+        "image-in-answer": "an image is in a turn that is not a user turn",
+        "empty-answer": "the answer is empty",
+        "empty-question": "a turn before the answer is empty",
+        "box-outside": "a box is outside its image",
+        "box-inverted": "the corners of a box are inverted",
+        "box-empty": "a box has no area",
+        "box-without-image": "a box refers to an image that the sample does not have",
+        "too-long": "the sample exceeds the maximum length",
+        "leaked-image": "a validation image is in the training data",
+        "leaked-image-reencoded": "a re-encoded copy of a validation image is in the training data",
+    },
+    "warning": {
+        "box-in-text": "the text contains a box",
+        "contradictory-answers": "the same question about the same image has different answers",
+    },
+    "note": {
+        "box-at-edge": "a box exceeds its image by a rounding error",
+        "box-tiny": "a box is smaller than 2 pixels",
+        "box-covers-image": "a box covers the full image",
+        "duplicate-sample": "the sample is a duplicate",
+        "dominant-answer": "most answers are identical",
+    },
+}
+
 ISSUE_TYPES: dict[str, tuple[Severity, str]] = {
-    "boxes-xywh": ("error", "boxes are xywh (corner and size) but are parsed differently"),
-    "boxes-cxcywh": ("error", "boxes are cxcywh (center and size) but are parsed differently"),
-    "boxes-xyxy": ("error", "boxes are xyxy (two corners) but are parsed differently"),
-    "boxes-pixels": ("error", "boxes are in pixels but are parsed differently"),
-    "boxes-thousandths": (
-        "error",
-        "boxes are in thousandths of the image but are parsed differently",
-    ),
-    "boxes-normalized": ("error", "boxes are normalized to 0-1 but are parsed differently"),
-    "boxes-resized": ("error", "boxes are in pixels of a resized image"),
-    "boxes-before-exif-rotation": ("error", "boxes are in coordinates before EXIF rotation"),
-    "boxes-mixed": ("error", "one source mixes two box conventions"),
-    "invalid-row": ("error", "the row is invalid"),
-    "image-missing": ("error", "the image file is missing"),
-    "image-truncated": ("error", "the image file is truncated"),
-    "image-corrupt": ("error", "the file is corrupt or not an image"),
-    "image-too-large": ("error", "the image exceeds the pixel limit or the aspect ratio limit"),
-    "video-frame-sizes-differ": ("error", "the frames of a video differ in size"),
-    "placeholder-count-mismatch": (
-        "error",
-        "the text and the sample differ in the number of images",
-    ),
-    "placeholder-in-text": ("error", "the text contains an image or box placeholder"),
-    "special-token-in-text": ("error", "the text contains a special token"),
-    "invalid-role-order": ("error", "the role order of the turns is invalid"),
-    "image-in-answer": ("error", "an image is in a turn that is not a user turn"),
-    "empty-answer": ("error", "the answer is empty"),
-    "empty-question": ("error", "a turn before the answer is empty"),
-    "box-outside": ("error", "a box is outside its image"),
-    "box-inverted": ("error", "the corners of a box are inverted"),
-    "box-empty": ("error", "a box has no area"),
-    "box-without-image": ("error", "a box refers to an image that the sample does not have"),
-    "too-long": ("error", "the sample exceeds the maximum length"),
-    "leaked-image": ("error", "a validation image is in the training data"),
-    "leaked-image-reencoded": (
-        "error",
-        "a re-encoded copy of a validation image is in the training data",
-    ),
-    "box-in-text": ("warning", "the text contains a box"),
-    "contradictory-answers": (
-        "warning",
-        "the same question about the same image has different answers",
-    ),
-    "box-at-edge": ("note", "a box exceeds its image by a rounding error"),
-    "box-tiny": ("note", "a box is smaller than 2 pixels"),
-    "box-covers-image": ("note", "a box covers the full image"),
-    "duplicate-sample": ("note", "the sample is a duplicate"),
-    "dominant-answer": ("note", "most answers are identical"),
+    code: (severity, description)
+    for severity, descriptions in _DESCRIPTIONS.items()
+    for code, description in descriptions.items()
 }
 """Severity and description of each issue code, most severe first."""
 
@@ -134,19 +134,13 @@ class CheckIssue:
 
     def as_json(self) -> dict[str, Any]:
         """Convert the issue to JSON data. NaN and infinity become text."""
-        record = {"severity": self.severity, **asdict(self)}
-        record["images"] = [
-            {
-                "path": str(issue_image.path),
-                "image_index": issue_image.image_index,
-                "boxes": [
-                    [value if math.isfinite(value) else str(value) for value in box]
-                    for box in issue_image.boxes
-                ],
-                "labels": list(issue_image.labels),
-            }
-            for issue_image in self.images
-        ]
+        record: dict[str, Any] = {"severity": self.severity, **asdict(self)}
+        for image in record["images"]:
+            image["path"] = str(image["path"])
+            image["boxes"] = [
+                [value if math.isfinite(value) else str(value) for value in box]
+                for box in image["boxes"]
+            ]
         return record
 
 
@@ -260,6 +254,11 @@ class FixResult:
         """Convert the result to JSON data."""
         files = [{"file": str(path), "num_samples": samples} for path, samples in self.output_files]
         return {"files": files, "num_changed": self.num_changed, "num_skipped": self.num_skipped}
+
+
+def shorten(text: str, max_chars: int) -> str:
+    """Truncate a text to a number of characters, with an ellipsis."""
+    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
 
 
 def format_location(source: str, row_location: str) -> str:
@@ -395,9 +394,8 @@ def _format_issues(
         # Issues of a full data file are rare and contain the evidence, so they are not truncated.
         what, sample_note = issue.what, ""
         if issue.sample_id:
-            what, sample_note = " ".join(what.split()), f" (sample {issue.sample_id})"
-            if len(what) > _MAX_LINE_LENGTH:
-                what = f"{what[: _MAX_LINE_LENGTH - 3]}..."
+            what = shorten(" ".join(what.split()), _MAX_LINE_LENGTH)
+            sample_note = f" (sample {issue.sample_id})"
         lines.append(f"  {issue.where}{sample_note}: {what}")
         lines += [f"    {line}" for line in issue.evidence if line not in issue.what]
         if issue.remedy != remedy:

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,6 +47,7 @@ from finesight.check.box_hypothesis import (
     BoxFrame,
     BoxHypothesis,
     FrameBase,
+    divide_by_size,
     find_invalid_boxes,
     find_inverted_boxes,
     get_reference_side,
@@ -54,14 +55,10 @@ from finesight.check.box_hypothesis import (
     pairwise_iou,
     to_corners,
 )
-from finesight.check.convention_issue import (
-    ConventionIssue,
-    HypothesisComparison,
-    build_convention_issue,
-    build_mixed_issue,
-)
+from finesight.check.convention_issue import ConventionIssue, HypothesisComparison
 from finesight.check.image_evidence import (
     MAX_SCORE,
+    NUM_CONTROLS,
     ImageEvidence,
     ImageOpener,
     min_z_score,
@@ -84,7 +81,9 @@ The smallest candidate just contains all boxes. In larger frames, all boxes woul
 """
 
 NUM_COARSE_IMAGES = 150
-"""Number of images that are measured in the coarse search."""
+
+NUM_SEEDS = 3
+"""Number of sizes of each resize rule that are refined."""
 
 OUTLIER_FRACTION = 0.01
 """Fraction of boxes that may be outside of a candidate frame."""
@@ -129,89 +128,79 @@ def find_frame(
     rule. The rules differ only if the images differ in size. Of rules that fit equally well, the
     simplest is returned.
     """
-    coarse_search = _FrameScorer(claims, evidence.take(NUM_COARSE_IMAGES), box_format)
-    coarse_frames = coarse_search.fixed_frames() + coarse_search.scaled_frames()
-    coarse_means = _mean_scores(coarse_search.score_frames(coarse_frames, controls=1))
-    seeds = [frame for group in _select_best(coarse_frames, coarse_means) for frame in group]
-    fine_frames = [frame for seed in seeds for frame in _refine_frame(seed)]
-    scores = _FrameScorer(claims, evidence, box_format).score_frames(fine_frames)
-    best_of_kind = [_best_frame(kind, scores) for kind in _group_by_kind(fine_frames)]
-    best = best_of_kind[0]
-    for index in best_of_kind[1:]:
+    corners = to_corners(box_format, claims.coordinates)
+
+    def score_frames(
+        frames: Sequence[BoxFrame], evidence: ImageEvidence, num_controls: int
+    ) -> Floats:
+        """Return the image scores [n, R] of n boxes in R frames, summed over the sides."""
+        rows = evidence.claim_rows
+        sizes = (frame.compute_size(claims.width[rows], claims.height[rows]) for frame in frames)
+        boxes = np.stack([divide_by_size(corners[rows], *size) for size in sizes], axis=1)
+        scores: Floats = evidence.score_boxes(boxes, num_controls).sum(axis=2)
+        return scores
+
+    coarse_frames = _list_candidate_frames(claims, corners)
+    means = _mean_scores(score_frames(coarse_frames, evidence.take(NUM_COARSE_IMAGES), 1))
+    seeds = [
+        coarse_frames[index]
+        for group in _group_by_kind(coarse_frames)
+        for index in sorted(group, key=lambda n: -means[n])[:NUM_SEEDS]
+    ]
+    fine_steps = [FINE_STEP**step for step in range(-3, 4)]
+    fine_frames = []
+    for seed in seeds:
+        is_fixed = seed.base == "fixed"
+        combine = itertools.product if is_fixed else zip
+        for x, y in combine(fine_steps, fine_steps):
+            width, height = seed.frame_width * x, seed.frame_height * y
+            fine_frames.append(replace(seed, frame_width=width, frame_height=height))
+    scores = score_frames(fine_frames, evidence, NUM_CONTROLS)
+    means = _mean_scores(scores)
+    best, *others = (max(group, key=means.__getitem__) for group in _group_by_kind(fine_frames))
+    for index in others:
         if evidence.z_score(scores[:, index] - scores[:, best]) > MIN_Z_GAIN:
             best = index
-    return FrameSearchResult(
-        BoxHypothesis(box_format, fine_frames[best]), len(coarse_frames) + len(fine_frames)
-    )
+    num_tries = len(coarse_frames) + len(fine_frames)
+    return FrameSearchResult(BoxHypothesis(box_format, fine_frames[best]), num_tries)
 
 
-class _FrameScorer:
-    def __init__(
-        self, claims: BoxClaimTable, evidence: ImageEvidence, box_format: BoxFormat
-    ) -> None:
-        rows = evidence.claim_rows
-        self._evidence = evidence
-        self._corners = to_corners(box_format, claims.coordinates[rows])
-        self._width, self._height = claims.width[rows], claims.height[rows]
-        all_corners = to_corners(box_format, claims.coordinates)
-        self._x, self._y = all_corners[:, 2], all_corners[:, 3]
-        self._claims = claims
-        sizes = np.stack((claims.width, claims.height), axis=1)
-        self._is_single_size = len(np.unique(sizes, axis=0)) == 1
+def _list_candidate_frames(claims: BoxClaimTable, corners: Floats) -> list[BoxFrame]:
+    """Return frames of one size for all images, and frames with the aspect ratio of each image.
 
-    def fixed_frames(self) -> list[BoxFrame]:
-        """Return candidate frames with the same size for all images."""
-        widths, heights = (_candidate_sizes(_max_extent(extents)) for extents in (self._x, self._y))
-        return [BoxFrame("fixed", x, y) for x, y in itertools.product(widths, heights)]
+    The latter are omitted if all images have the same size, because both are then equivalent.
+    """
 
-    def scaled_frames(self) -> list[BoxFrame]:
-        """Return candidate frames with the aspect ratio of each image.
+    def max_extent(values: Floats) -> float:
+        return max(float(np.quantile(values, 1 - OUTLIER_FRACTION)), 1e-3)
 
-        There are none if all images have the same size, because fixed frames are then equivalent.
-        """
-        if self._is_single_size:
-            return []
-        claims, frames = self._claims, []
-        extent = np.maximum(self._x / claims.width, self._y / claims.height)
-        for base, capped, grid in FRAME_KINDS:
-            if capped and _max_extent(extent) > 1.01:
-                continue
-            min_side = extent * get_reference_side(base, claims.width, claims.height)
-            frames += [
-                BoxFrame(base, size, size, capped, grid)
-                for size in _candidate_sizes(_max_extent(min_side))
-            ]
+    def list_sizes(values: Floats) -> list[float]:
+        num_steps = math.ceil(math.log(MAX_SCALE) / math.log(COARSE_STEP))
+        return [0.99 * max_extent(values) * COARSE_STEP**step for step in range(num_steps)]
+
+    x, y = corners[:, 2], corners[:, 3]
+    frames = [
+        BoxFrame("fixed", width, height)
+        for width, height in itertools.product(list_sizes(x), list_sizes(y))
+    ]
+    if np.ptp(claims.width) == 0 and np.ptp(claims.height) == 0:
         return frames
-
-    def score_frames(self, frames: Sequence[BoxFrame], controls: int = 3) -> Floats:
-        """Return the image scores [n, R] of n boxes in R candidate frames.
-
-        The scores are summed over all sides of a box.
-        """
-        boxes = np.empty((len(self._corners), len(frames), 4))
-        for frame_index, frame in enumerate(frames):
-            frame_width, frame_height = frame.compute_size(self._width, self._height)
-            boxes[:, frame_index] = self._corners / np.stack(
-                (frame_width, frame_height, frame_width, frame_height), axis=1
-            )
-        scores: Floats = self._evidence.score_boxes(boxes, controls).sum(axis=2)
-        return scores
+    extent = np.maximum(x / claims.width, y / claims.height)
+    for base, is_capped, side_multiple in FRAME_KINDS:
+        if is_capped and max_extent(extent) > 1.01:
+            continue
+        min_side = extent * get_reference_side(base, claims.width, claims.height)
+        sizes = list_sizes(min_side)
+        frames += [BoxFrame(base, size, size, is_capped, side_multiple) for size in sizes]
+    return frames
 
 
 def _mean_scores(scores: Floats) -> Floats:
+    """Return the mean score of each frame, and minus infinity if too many boxes are outside."""
     clipped = np.clip(scores, -MAX_SCORE, MAX_SCORE)
     is_valid = np.isfinite(clipped)
     means = np.where(is_valid, clipped, 0).sum(axis=0) / np.maximum(is_valid.sum(axis=0), 1)
     return np.where(is_valid.mean(axis=0) > 1 - 3 * OUTLIER_FRACTION, means, -np.inf)
-
-
-def _max_extent(values: Floats) -> float:
-    return max(float(np.quantile(values, 1 - OUTLIER_FRACTION)), 1e-3)
-
-
-def _candidate_sizes(min_size: float) -> list[float]:
-    steps = math.ceil(math.log(MAX_SCALE) / math.log(COARSE_STEP))
-    return [0.99 * min_size * COARSE_STEP**step for step in range(steps)]
 
 
 def _group_by_kind(frames: Sequence[BoxFrame]) -> list[list[int]]:
@@ -224,36 +213,7 @@ def _group_by_kind(frames: Sequence[BoxFrame]) -> list[list[int]]:
     return [group for group in groups if group]
 
 
-def _select_best(frames: Sequence[BoxFrame], values: Floats) -> list[list[BoxFrame]]:
-    """Return the frames with the best scores for each resize rule."""
-    num_best = 3
-    groups = [
-        sorted(group, key=lambda n: -values[n])[:num_best] for group in _group_by_kind(frames)
-    ]
-    return [[frames[n] for n in group] for group in groups]
-
-
-def _refine_frame(frame: BoxFrame) -> list[BoxFrame]:
-    steps = [FINE_STEP**step for step in range(-3, 4)]
-    if frame.base != "fixed":
-        return [
-            replace(frame, frame_width=frame.frame_width * s, frame_height=frame.frame_height * s)
-            for s in steps
-        ]
-    pairs = itertools.product(steps, steps)
-    return [
-        replace(frame, frame_width=frame.frame_width * x, frame_height=frame.frame_height * y)
-        for x, y in pairs
-    ]
-
-
-def _best_frame(group: Sequence[int], scores: Floats) -> int:
-    means = _mean_scores(scores[:, list(group)])
-    return group[int(np.argmax(means))]
-
-
 MIN_SAMPLES = 20
-"""Minimum number of samples for which a convention is tested."""
 
 MAX_INVALID_FRACTION = 0.05
 """Maximum fraction of samples with impossible boxes that is attributed to annotation errors."""
@@ -296,55 +256,35 @@ def find_convention_issues(
     issues: list[ConventionIssue] = []
     usable = [claim for claim in claims if np.isfinite(claim.coordinates).all()]
     for convention in dict.fromkeys(claim.convention for claim in usable):
-        issues += _detect_convention(
-            [claim for claim in usable if claim.convention == convention], open_image
-        )
+        group = [claim for claim in usable if claim.convention == convention]
+        # Images with EXIF rotation are tested first and separately, because other images carry no
+        # information about it.
+        rotated = [claim for claim in group if claim.orientation != 1]
+        if convention.units == "pixel" and _has_enough_samples(rotated):
+            detector = ConventionDetector(BoxClaimTable(rotated), open_image)
+            stored = BoxHypothesis(convention.format, BoxFrame("stored"))
+            if issue := detector.detect([stored], search_frames=False):
+                issues.append(issue)
+                group = [claim for claim in group if claim.orientation == 1]
+        if _has_enough_samples(group):
+            detector = ConventionDetector(BoxClaimTable(group), open_image)
+            search_frames = convention.units == "pixel"
+            alternatives = _list_alternatives(convention)
+            if issue := detector.detect(alternatives, search_frames=search_frames):
+                issues.append(issue)
     return issues
-
-
-def _detect_convention(
-    claims: Sequence[BoxClaim], open_image: ImageOpener | None
-) -> list[ConventionIssue]:
-    """Detect a wrong convention among boxes with the same declared convention.
-
-    Images with EXIF rotation are tested first and separately, because other images carry no
-    information about it.
-    """
-    rotated = [claim for claim in claims if claim.orientation != 1]
-    if _has_enough_samples(rotated):
-        detector = ConventionDetector(BoxClaimTable(rotated), open_image)
-        stored_hypothesis = BoxHypothesis(detector.declared.box_format, BoxFrame("stored"))
-        if detector.claims.convention.units == "pixel":
-            issue = detector.detect([stored_hypothesis], search_frames=False)
-            if issue is not None:
-                upright = [claim for claim in claims if claim.orientation == 1]
-                return [issue, *_detect_convention(upright, open_image)]
-    if not _has_enough_samples(claims):
-        return []
-    detector = ConventionDetector(BoxClaimTable(claims), open_image)
-    issue = detector.detect(
-        list(_iter_alternatives(detector.claims.convention)),
-        search_frames=detector.claims.convention.units == "pixel",
-    )
-    return [] if issue is None else [issue]
 
 
 def _has_enough_samples(claims: Sequence[BoxClaim]) -> bool:
     return len({(claim.location, claim.sample_id) for claim in claims}) >= MIN_SAMPLES
 
 
-def _iter_alternatives(convention: BoxConvention) -> Iterator[BoxHypothesis]:
-    """Yield all other combinations of box format and units, the most likely mistakes first."""
-    box_formats = (
-        convention.format,
-        *(box_format for box_format in BOX_FORMATS if box_format != convention.format),
-    )
-    units = (convention.units, *(unit for unit in BOX_UNITS if unit != convention.units))
-    for unit in units:
-        for box_format in box_formats:
-            alternative = BoxConvention(box_format, unit)
-            if alternative != convention:
-                yield hypothesis_from_convention(alternative)
+def _list_alternatives(convention: BoxConvention) -> list[BoxHypothesis]:
+    """Return all other combinations of box format and units, the most likely mistakes first."""
+    units = sorted(BOX_UNITS, key=lambda unit: unit != convention.units)
+    box_formats = sorted(BOX_FORMATS, key=lambda box_format: box_format != convention.format)
+    combinations = [BoxConvention(one, unit) for unit in units for one in box_formats]
+    return [hypothesis_from_convention(one) for one in combinations if one != convention]
 
 
 class ConventionDetector:
@@ -356,6 +296,8 @@ class ConventionDetector:
         evidence = ImageEvidence(claims, open_image) if open_image is not None else None
         self._evidence = evidence if evidence is not None and evidence.is_sufficient else None
         self._scores: dict[BoxHypothesis, Floats] = {}
+        self._max_invalid_samples = MAX_INVALID_FRACTION * claims.num_samples
+        """Maximum number of samples with impossible boxes due to annotation errors."""
 
     def detect(
         self, alternatives: Sequence[BoxHypothesis], *, search_frames: bool
@@ -365,30 +307,24 @@ class ConventionDetector:
         Args:
             search_frames: Also search for boxes that were annotated in resized images.
         """
-        if self._count_invalid(self.declared) <= self._max_invalid_samples and self._is_supported(
-            self.declared
-        ):
+        num_tries = len(alternatives)
+        is_possible = self._count_invalid(self.declared) <= self._max_invalid_samples
+        if is_possible and self._is_supported(self.declared):
             return None
         feasible = [
-            alternative
-            for alternative in alternatives
-            if self._count_invalid(alternative) <= self._max_invalid_samples
+            one for one in alternatives if self._count_invalid(one) <= self._max_invalid_samples
         ]
         self._ensure_scores([self.declared, *feasible])
-        for alternative in sorted(feasible, key=lambda alternative: -self._mean_score(alternative)):
-            if self._is_supported(alternative, len(alternatives)) and self._is_preferred(
-                alternative
-            ):
+        for alternative in sorted(feasible, key=lambda one: -self._mean_score(one)):
+            if self._is_supported(alternative, num_tries) and self._is_preferred(alternative):
                 if not search_frames or not self._exceeds_thousandths(alternative):
-                    return self._build_issue(alternative, len(alternatives))
+                    return self._compare(alternative, num_tries).build_issue()
                 break
-        if search_frames and self._evidence is not None:
-            issue = self._detect_resized_frames(feasible)
-            if issue is not None:
-                return issue
+        if search_frames and (issue := self._detect_resized_frames(feasible)):
+            return issue
         for alternative in feasible:
             if self._is_certain_by_bounds(alternative) and self._is_preferred(alternative):
-                return self._build_issue(alternative, len(alternatives))
+                return self._compare(alternative, num_tries).build_issue()
         return self._find_mixed_issue(alternatives)
 
     def _detect_resized_frames(self, feasible: Sequence[BoxHypothesis]) -> ConventionIssue | None:
@@ -396,68 +332,49 @@ class ConventionDetector:
 
         A size close to a known hypothesis is attributed to that hypothesis.
         """
-        assert self._evidence is not None, "a search without images"
-        searches = [
-            find_frame(self.claims, self._evidence, box_format)
-            for box_format in self._list_feasible_formats()
+        if self._evidence is None:
+            return None
+        # Only the declared format, if few of its boxes are inverted in any frame.
+        box_formats = [
+            box_format
+            for box_format in (self.declared.box_format, *BOX_FORMATS)
+            if self.claims.count_samples(
+                find_inverted_boxes(to_corners(box_format, self.claims.coordinates))
+            )
+            <= self._max_invalid_samples
         ]
+        if self.declared.box_format in box_formats:
+            box_formats = [self.declared.box_format]
+        searches = [find_frame(self.claims, self._evidence, one) for one in box_formats]
         best = max(searches, key=lambda result: self._mean_score(result.hypothesis), default=None)
         if best is None or self._z_score(best.hypothesis) < min_z_score(best.num_tries):
             return None
-        for hypothesis in (self.declared, *feasible):
-            if hypothesis.box_format == best.hypothesis.box_format and self._is_same_frame(
-                hypothesis, best.hypothesis
-            ):
-                is_better = hypothesis != self.declared and self._is_preferred(hypothesis)
-                return self._build_issue(hypothesis, best.num_tries) if is_better else None
-        return (
-            self._build_issue(best.hypothesis, best.num_tries)
-            if self._is_preferred(best.hypothesis)
-            else None
+        found = next(
+            (one for one in (self.declared, *feasible) if self._is_same(one, best.hypothesis)),
+            best.hypothesis,
         )
+        if found == self.declared or not self._is_preferred(found):
+            return None
+        return self._compare(found, best.num_tries).build_issue()
 
-    def _is_same_frame(self, hypothesis: BoxHypothesis, candidate: BoxHypothesis) -> bool:
-        """Return whether a candidate frame equals a known hypothesis within annotation accuracy.
+    def _is_same(self, hypothesis: BoxHypothesis, candidate: BoxHypothesis) -> bool:
+        """Return whether a searched frame equals a known hypothesis within annotation accuracy.
 
         Coordinates in thousandths do not exceed 1000. If some do, the frame is a resized image of
         about that size.
         """
-        if self._exceeds_thousandths(hypothesis):
+        if hypothesis.box_format != candidate.box_format or self._exceeds_thousandths(hypothesis):
             return False
-        width, height = self.claims.width, self.claims.height
-        pairs = zip(
-            hypothesis.frame.compute_size(width, height),
-            candidate.frame.compute_size(width, height),
-            strict=True,
+        sizes = (
+            one.frame.compute_size(self.claims.width, self.claims.height)
+            for one in (hypothesis, candidate)
         )
         return all(
-            abs(float(np.median(np.log(one / other)))) < MAX_FRAME_DIFF for one, other in pairs
+            abs(float(np.median(np.log(one / other)))) < MAX_FRAME_DIFF
+            for one, other in zip(*sizes, strict=True)
         )
 
-    def _list_feasible_formats(self) -> list[BoxFormat]:
-        """Return the box formats that can be valid in some coordinate frame.
-
-        This is only the declared format if few of its boxes are inverted.
-        """
-
-        def count_inverted(box_format: BoxFormat) -> int:
-            inverted = find_inverted_boxes(to_corners(box_format, self.claims.coordinates))
-            return self.claims.count_samples(inverted)
-
-        if count_inverted(self.declared.box_format) <= self._max_invalid_samples:
-            return [self.declared.box_format]
-        return [
-            box_format
-            for box_format in BOX_FORMATS
-            if count_inverted(box_format) <= self._max_invalid_samples
-        ]
-
     # Evidence from the bounds of boxes
-
-    @property
-    def _max_invalid_samples(self) -> float:
-        """Maximum number of samples with impossible boxes due to annotation errors."""
-        return MAX_INVALID_FRACTION * self.claims.num_samples
 
     def _find_invalid(self, hypothesis: BoxHypothesis) -> Bools:
         return find_invalid_boxes(hypothesis.normalize_boxes(self.claims), self.claims)
@@ -467,24 +384,16 @@ class ConventionDetector:
 
     def _is_favored_by_bounds(self, alternative: BoxHypothesis) -> bool:
         """Return whether many boxes are impossible as declared but possible as the alternative."""
-        num_declared, num_alternative = (
-            self._count_invalid(self.declared),
-            self._count_invalid(alternative),
-        )
-        return (
-            num_declared >= max(10.0, self._max_invalid_samples)
-            and 4 * num_alternative <= num_declared
-        )
+        num_declared = self._count_invalid(self.declared)
+        is_often_invalid = num_declared >= max(10.0, self._max_invalid_samples)
+        return is_often_invalid and 4 * self._count_invalid(alternative) <= num_declared
 
     def _exceeds_thousandths(self, hypothesis: BoxHypothesis) -> bool:
         """Return whether a hypothesis in thousandths has more than a few boxes beyond 1000."""
-        frame = hypothesis.frame
-        if frame.base != "fixed" or frame.frame_width != 1000:
-            return False
-        above: Bools = np.any(
-            to_corners(hypothesis.box_format, self.claims.coordinates) > 1001, axis=1
-        )
-        return self.claims.count_samples(above) > 0.005 * self.claims.num_samples
+        corners = to_corners(hypothesis.box_format, self.claims.coordinates)
+        is_above: Bools = np.any(corners > 1001, axis=1)
+        num_above = self.claims.count_samples(is_above)
+        return hypothesis.frame.units == "1000" and num_above > 0.005 * self.claims.num_samples
 
     def _is_certain_by_bounds(self, alternative: BoxHypothesis) -> bool:
         """Return whether impossible boxes suffice as evidence for an alternative without images.
@@ -493,70 +402,49 @@ class ConventionDetector:
         the far end of the shorter image side; boxes in a resized image of the same aspect ratio are
         not.
         """
-        if (
-            not self._is_favored_by_bounds(alternative)
-            or self._count_invalid(self.declared) < MIN_INVALID_FRACTION * self.claims.num_samples
-        ):
+        claims = self.claims
+        num_declared = self._count_invalid(self.declared)
+        is_often_invalid = num_declared >= MIN_INVALID_FRACTION * claims.num_samples
+        if not is_often_invalid or not self._is_favored_by_bounds(alternative):
             return False
-        if alternative.frame.base != "fixed" or alternative.frame.frame_width == 1:
-            return True
-        normalized = alternative.normalize_boxes(self.claims)
-        wide = self.claims.width >= self.claims.height
-        return bool(max(np.where(wide, normalized[:, 3], normalized[:, 2])) > 0.9)
+        boxes = alternative.normalize_boxes(claims)
+        far_ends = np.where(claims.width >= claims.height, boxes[:, 3], boxes[:, 2])
+        return alternative.frame.units != "1000" or float(far_ends.max()) > 0.9
 
     # Evidence from images
 
-    def _get_side_scores(self, hypothesis: BoxHypothesis) -> Floats:
-        """Return the image scores [n, 2] of the tested boxes under a hypothesis.
-
-        The columns are the left and upper sides, and the right and lower sides.
-        """
-        self._ensure_scores([hypothesis])
-        return self._scores[hypothesis]
-
     def _ensure_scores(self, hypotheses: Sequence[BoxHypothesis]) -> None:
-        """Compute the image scores of the hypotheses that have none, in one batch."""
+        """Compute the image scores of the hypotheses that have none, in one batch.
+
+        The scores [n, 2] of the tested boxes are those of the left and upper sides, and of the
+        right and lower sides.
+        """
         new = [hypothesis for hypothesis in hypotheses if hypothesis not in self._scores]
         if self._evidence is not None and new:
             rows = self._evidence.claim_rows
-            boxes = np.stack(
-                [hypothesis.normalize_boxes(self.claims)[rows] for hypothesis in new], axis=1
-            )
-            scores = self._evidence.score_boxes(boxes)
+            boxes = [hypothesis.normalize_boxes(self.claims)[rows] for hypothesis in new]
+            scores = self._evidence.score_boxes(np.stack(boxes, axis=1))
             self._scores.update((hypothesis, scores[:, n]) for n, hypothesis in enumerate(new))
 
     def _get_scores(self, hypothesis: BoxHypothesis) -> Floats:
-        summed: Floats = self._get_side_scores(hypothesis).sum(axis=1)
+        self._ensure_scores([hypothesis])
+        summed: Floats = self._scores[hypothesis].sum(axis=1)
         return summed
 
-    def _z_score(self, hypothesis: BoxHypothesis) -> float:
-        return (
-            0.0 if self._evidence is None else self._evidence.z_score(self._get_scores(hypothesis))
-        )
+    def _z_score(self, hypothesis: BoxHypothesis, other: BoxHypothesis | None = None) -> float:
+        """Return the z score of a hypothesis, or that by which it fits better than another."""
+        if self._evidence is None:
+            return 0.0
+        baseline = 0.0 if other is None else self._get_scores(other)
+        return self._evidence.z_score(self._get_scores(hypothesis) - baseline)
 
     def _mean_score(self, hypothesis: BoxHypothesis) -> float:
         """Return the mean image score of a hypothesis, 0 if there are no images."""
         if self._evidence is None:
             return 0.0
         scores = self._get_scores(hypothesis)
-        is_valid = np.isfinite(scores)
-        return (
-            float(np.clip(scores[is_valid], -MAX_SCORE, MAX_SCORE).mean())
-            if is_valid.any()
-            else -MAX_SCORE
-        )
-
-    def _compare(self, hypothesis: BoxHypothesis, other: BoxHypothesis) -> float:
-        """Return the z score by which one hypothesis fits the images better than another."""
-        if self._evidence is None:
-            return 0.0
-        return self._evidence.z_score(self._get_scores(hypothesis) - self._get_scores(other))
-
-    def _is_better(self, hypothesis: BoxHypothesis, other: BoxHypothesis) -> bool:
-        return self._compare(hypothesis, other) >= MIN_Z
-
-    def _is_refuted(self, alternative: BoxHypothesis) -> bool:
-        return self._is_better(self.declared, alternative)
+        clipped = np.clip(scores[np.isfinite(scores)], -MAX_SCORE, MAX_SCORE)
+        return float(clipped.mean()) if len(clipped) else -MAX_SCORE
 
     def _is_supported(self, hypothesis: BoxHypothesis, num_tries: int = 1) -> bool:
         """Return whether boxes match their images, and better than stretched or shrunk boxes."""
@@ -568,38 +456,28 @@ class ConventionDetector:
         stretched = self._evidence.score_boxes(normalized[:, None] * np.tile(factors, 2))
         differences = self._get_scores(hypothesis)[:, None] - stretched.sum(axis=2)
         return all(
-            self._evidence.z_score(differences[:, factor_index]) >= MIN_Z / 2
-            for factor_index in range(len(factors))
-            if np.isfinite(differences[:, factor_index]).sum() >= MIN_SAMPLES
+            self._evidence.z_score(difference) >= MIN_Z / 2
+            for difference in differences.T
+            if np.isfinite(difference).sum() >= MIN_SAMPLES
         )
 
     def _is_preferred(self, alternative: BoxHypothesis) -> bool:
         """Return whether an alternative is better than the declared convention, and different.
 
-        It is better by bounds, or by images on all sides. It is different if the median overlap of
-        the boxes is below `MAX_SAME_IOU`.
+        It is better by bounds, or by images on all sides that it shifts: a frame that only
+        compensates for boxes drawn too large or too small improves two sides and worsens the other
+        two. It is different if the median overlap of the boxes is below `MAX_SAME_IOU`.
         """
-        ious = pairwise_iou(
-            self.declared.normalize_boxes(self.claims), alternative.normalize_boxes(self.claims)
-        )
-        if float(np.median(ious)) >= MAX_SAME_IOU:
+        declared, claims = self.declared, self.claims
+        boxes, declared_boxes = (one.normalize_boxes(claims) for one in (alternative, declared))
+        if float(np.median(pairwise_iou(declared_boxes, boxes))) >= MAX_SAME_IOU:
             return False
         if self._is_favored_by_bounds(alternative):
-            return not self._is_refuted(alternative)
-        return self._is_better(alternative, self.declared) and self._improves_all_sides(alternative)
-
-    def _improves_all_sides(self, alternative: BoxHypothesis) -> bool:
-        """Return whether an alternative fits the images better on all sides that it shifts.
-
-        A frame that only compensates for boxes drawn too large or too small improves two sides and
-        worsens the other two.
-        """
-        assert self._evidence is not None, "a comparison without images"
-        gains = self._get_side_scores(alternative) - self._get_side_scores(self.declared)
-        rows = self._evidence.claim_rows
-        shifts = np.abs(
-            alternative.normalize_boxes(self.claims) - self.declared.normalize_boxes(self.claims)
-        )[rows]
+            return self._z_score(declared, alternative) < MIN_Z
+        if self._evidence is None or self._z_score(alternative, declared) < MIN_Z:
+            return False
+        gains = self._scores[alternative] - self._scores[declared]
+        shifts = np.abs(boxes - declared_boxes)[self._evidence.claim_rows]
         is_shifted = shifts.reshape(-1, 2, 2).max(axis=2) > MIN_SIDE_SHIFT
         return all(
             self._evidence.z_score(gain, rows) >= MIN_Z / 2
@@ -609,51 +487,28 @@ class ConventionDetector:
 
     # Construction of issues
 
-    def _build_issue(self, alternative: BoxHypothesis, num_tries: int) -> ConventionIssue:
-        return build_convention_issue(self._compare_hypotheses(alternative, num_tries))
-
-    def _compare_hypotheses(
-        self, alternative: BoxHypothesis, num_tries: int
-    ) -> HypothesisComparison:
-        declared_invalid, alternative_invalid = (
-            self._find_invalid(self.declared),
-            self._find_invalid(alternative),
-        )
-        comparison = HypothesisComparison(
-            self.claims,
-            self.declared,
-            alternative,
-            declared_invalid,
-            alternative_invalid,
-            num_tries,
-        )
-        if self._evidence is None:
-            return comparison
-        return comparison.with_evidence(
-            self._evidence, self._get_scores(self.declared), self._get_scores(alternative)
-        )
+    def _compare(self, alternative: BoxHypothesis, num_tries: int) -> HypothesisComparison:
+        evidence = None
+        if self._evidence is not None:
+            scores = self._get_scores(self.declared), self._get_scores(alternative)
+            evidence = self._evidence, *scores
+        return HypothesisComparison(self.claims, self.declared, alternative, num_tries, evidence)
 
     def _find_mixed_issue(self, alternatives: Sequence[BoxHypothesis]) -> ConventionIssue | None:
         """Detect a data file in which some boxes follow one convention and the rest another."""
-        min_samples = max(MIN_SAMPLES, 2 * MAX_INVALID_FRACTION * self.claims.num_samples)
+        count_samples, evidence = self.claims.count_samples, self._evidence
+        min_samples = max(MIN_SAMPLES, 2 * self._max_invalid_samples)
         declared_invalid = self._find_invalid(self.declared)
-        if self._evidence is None or self.claims.count_samples(declared_invalid) < min_samples:
+        if evidence is None or count_samples(declared_invalid) < min_samples:
             return None
+        rows, num_tries = evidence.claim_rows, len(alternatives)
         for alternative in alternatives:
-            alternative_invalid = self._find_invalid(alternative)
-            num_both_invalid = self.claims.count_samples(declared_invalid & alternative_invalid)
-            if (
-                self.claims.count_samples(alternative_invalid) < min_samples
-                or num_both_invalid > MAX_INVALID_FRACTION * self.claims.num_samples
-            ):
+            invalid = self._find_invalid(alternative)
+            num_both = count_samples(declared_invalid & invalid)
+            if count_samples(invalid) < min_samples or num_both > self._max_invalid_samples:
                 continue
-            rows = self._evidence.claim_rows
-            alternative_z = self._evidence.z_score(
-                self._get_scores(alternative), declared_invalid[rows]
-            )
-            declared_z = self._evidence.z_score(
-                self._get_scores(self.declared), alternative_invalid[rows]
-            )
-            if alternative_z >= min_z_score(len(alternatives)) and declared_z >= MIN_Z:
-                return build_mixed_issue(self._compare_hypotheses(alternative, len(alternatives)))
+            z = evidence.z_score(self._get_scores(alternative), declared_invalid[rows])
+            declared_z = evidence.z_score(self._get_scores(self.declared), invalid[rows])
+            if z >= min_z_score(num_tries) and declared_z >= MIN_Z:
+                return self._compare(alternative, num_tries).build_mixed_issue()
         return None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.check.box_hypothesis import (
-    Bools,
     BoxClaimTable,
     BoxFrame,
     BoxHypothesis,
+    find_invalid_boxes,
     pairwise_iou,
 )
 from finesight.check.check_issues import CheckIssue
@@ -27,6 +27,11 @@ _FORMAT_NAMES = {
     "xywh": "a corner and a size (x, y, width, height)",
     "cxcywh": "a center and a size (x, y, width, height)",
 }
+_UNIT_NAMES = {
+    "pixel": "pixels",
+    "1": "fractions of the image",
+    "1000": "thousandths of the image",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class ConventionIssue:
         hypothesis: The detected meaning of the coordinates; `description` is its text.
         num_invalid: Number of the `num_samples` that have an impossible box under the declared
             convention.
+        options: Command-line options that declare the detected convention.
     """
 
     code: str
@@ -69,255 +75,183 @@ class ConventionIssue:
         )
 
 
-@dataclass(frozen=True)
 class HypothesisComparison:
     """Comparison of the declared box convention with an alternative hypothesis.
 
-    Attributes:
-        declared_invalid: Mask of boxes that are impossible under the declared convention.
-        alternative_invalid: Mask of boxes that are impossible under the alternative.
-        num_images: Number of measured images; this and the following fields are 0 without images.
-        difference_z: z score of the alternative minus the declared convention.
-        positive_fractions: Fractions of boxes with a positive image score, declared and
-            alternative.
-        num_for_alternative: Number of tested samples whose images favor the alternative.
-        num_for_declared: Number of tested samples whose images favor the declared convention.
-        num_tested: Number of measured samples that are possible under the declared convention.
+    Args:
+        num_tries: Number of tested hypotheses, which increases the false-positive probability.
+        evidence: Measured images, with the image scores of both hypotheses; None without images.
     """
 
-    claims: BoxClaimTable
-    declared: BoxHypothesis
-    alternative: BoxHypothesis
-    declared_invalid: Bools
-    alternative_invalid: Bools
-    num_tries: int
-    num_images: int = 0
-    z: float = 0.0
-    difference_z: float = 0.0
-    positive_fractions: tuple[float, float] = (0.0, 0.0)
-    num_for_alternative: int = 0
-    num_for_declared: int = 0
-    num_tested: int = 0
+    def __init__(
+        self,
+        claims: BoxClaimTable,
+        declared: BoxHypothesis,
+        alternative: BoxHypothesis,
+        num_tries: int,
+        evidence: tuple[ImageEvidence, Floats, Floats] | None,
+    ) -> None:
+        self.claims, self.alternative, self.total = claims, alternative, claims.num_samples
+        boxes = [hypothesis.normalize_boxes(claims) for hypothesis in (declared, alternative)]
+        declared_invalid, alternative_invalid = (find_invalid_boxes(one, claims) for one in boxes)
+        self.num_invalid = claims.count_samples(declared_invalid)
+        self.num_alternative_invalid = claims.count_samples(alternative_invalid)
+        self.undecided_fraction = 1 - self.num_invalid / self.total
+        convention = claims.convention
+        self.declared_name = (
+            f"{_FORMAT_NAMES[convention.format]} in {_UNIT_NAMES[convention.units]}"
+        )
+        self.p_value_text, self.votes = "", ""
+        self.image_lines: list[str] = []
+        if evidence is not None:
+            is_same = pairwise_iou(*boxes) > 0.95
+            self._add_image_evidence(*evidence, is_same, declared_invalid, num_tries)
 
-    def with_evidence(
-        self, evidence: ImageEvidence, declared_scores: Floats, alternative_scores: Floats
-    ) -> HypothesisComparison:
-        """Return a copy that includes the image scores of both hypotheses."""
+    def _add_image_evidence(
+        self,
+        evidence: ImageEvidence,
+        declared_scores: Floats,
+        alternative_scores: Floats,
+        is_same: NDArray[np.bool_],
+        declared_invalid: NDArray[np.bool_],
+        num_tries: int,
+    ) -> None:
+        """Let the images of samples that are possible both ways vote for a hypothesis."""
         rows = evidence.claim_rows
-        is_undecided = ~np.isin(
-            self.claims.sample_index[rows], self.claims.sample_index[self.declared_invalid]
-        )
-        is_same = (
-            pairwise_iou(
-                self.declared.normalize_boxes(self.claims),
-                self.alternative.normalize_boxes(self.claims),
-            )[rows]
-            > 0.95
-        )
-        difference = np.where(is_same, 0.0, alternative_scores - declared_scores)
+        sample_index = self.claims.sample_index
+        is_undecided = ~np.isin(sample_index[rows], sample_index[declared_invalid])
+        difference = np.where(is_same[rows], 0.0, alternative_scores - declared_scores)
         is_used = is_undecided & np.isfinite(difference)
-        samples, sample_positions = np.unique(
-            self.claims.sample_index[rows[is_used]], return_inverse=True
+        samples, positions = np.unique(sample_index[rows[is_used]], return_inverse=True)
+        counts = np.maximum(np.bincount(positions, minlength=len(samples)), 1)
+        means = np.bincount(positions, difference[is_used], len(samples)) / counts
+        num_for_alternative = int((means >= MIN_SCORE_DIFF).sum())
+        num_for_declared = int((means <= -MIN_SCORE_DIFF).sum())
+        num_tested = len(np.unique(sample_index[rows[is_undecided]]))
+
+        p_value = hoeffding_bound(evidence.z_score(alternative_scores), num_tries)
+        self.p_value_text = f"below {max(p_value, 1e-12):.0e}" if p_value < 1 else "not excluded"
+        num_images = len(np.unique(evidence.image_of_claim))
+        if num_images:
+            positive = [
+                float((scores[np.isfinite(scores)] > 0).mean()) if np.isfinite(scores).any() else 0
+                for scores in (declared_scores, alternative_scores)
+            ]
+            self.image_lines.append(
+                f"measured on {num_images} images, the sides of the detected boxes are on edges"
+                f" better than in other images for {100 * positive[1]:.0f} % (false-positive"
+                f" probability: {self.p_value_text}), and as declared for {100 * positive[0]:.0f} %"
+                " of the possible boxes; chance level is 50 %"
+            )
+        if num_tested:
+            self.undecided_fraction *= 1 - (num_for_alternative + num_for_declared) / num_tested
+            self.votes = (
+                f"of {num_tested} tested samples that are possible both ways,"
+                f" {num_for_alternative} fit their image better as detected,"
+                f" {num_for_declared} as declared"
+            )
+            self.image_lines.append(self.votes)
+
+    def build_issue(self) -> ConventionIssue:
+        """Build the issue of a data file whose boxes follow the alternative hypothesis."""
+        code, description, options, manual_fix = self._describe_alternative()
+        invalid_share = _format_share(self.num_invalid, self.total)
+        summary = self.votes
+        if self.num_invalid >= 0.1 * self.total or not self.votes:
+            summary = f"{invalid_share} have a box that is impossible as declared"
+        undecided = f"{100 * self.undecided_fraction:.0f} % of the samples are undecided"
+        evidence = (
+            f"{invalid_share} have a box that is impossible as {self.declared_name} (inverted,"
+            " outside the image, or below one pixel); as detected,"
+            f" {self.num_alternative_invalid} do",
+            *self.image_lines,
+            undecided,
         )
-        counts = np.maximum(np.bincount(sample_positions, minlength=len(samples)), 1)
-        means = np.bincount(sample_positions, difference[is_used], len(samples)) / counts
-        return replace(
-            self,
-            num_images=len(np.unique(evidence.image_of_claim)),
-            z=evidence.z_score(alternative_scores),
-            difference_z=evidence.z_score(alternative_scores - declared_scores),
-            positive_fractions=(
-                _positive_fraction(declared_scores),
-                _positive_fraction(alternative_scores),
-            ),
-            num_for_alternative=int((means >= MIN_SCORE_DIFF).sum()),
-            num_for_declared=int((means <= -MIN_SCORE_DIFF).sum()),
-            num_tested=len(np.unique(self.claims.sample_index[rows[is_undecided]])),
+        return ConventionIssue(
+            code,
+            self.alternative,
+            description,
+            self.total,
+            self.num_invalid,
+            self.undecided_fraction,
+            f"{summary}; {undecided}",
+            evidence,
+            options,
+            manual_fix,
         )
 
-    @property
-    def num_invalid(self) -> int:
-        return self.claims.count_samples(self.declared_invalid)
-
-    @property
-    def undecided_fraction(self) -> float:
-        """Fraction of samples that neither bounds nor images assign to a hypothesis."""
-        share = 1 - self.num_invalid / self.claims.num_samples
-        if self.num_tested:
-            share *= 1 - (self.num_for_alternative + self.num_for_declared) / self.num_tested
-        return share
-
-
-def _positive_fraction(scores: Floats) -> float:
-    is_valid = np.isfinite(scores)
-    return float((scores[is_valid] > 0).mean()) if is_valid.any() else 0.0
-
-
-def build_convention_issue(comparison: HypothesisComparison) -> ConventionIssue:
-    """Build the issue of a data file whose boxes follow the alternative hypothesis."""
-    code, description, options, manual_fix = _describe_alternative(comparison)
-    return ConventionIssue(
-        code,
-        comparison.alternative,
-        description,
-        comparison.claims.num_samples,
-        comparison.num_invalid,
-        comparison.undecided_fraction,
-        f"{_format_summary(comparison)}; {_format_undecided(comparison)}",
-        tuple(_format_evidence(comparison)),
-        options,
-        manual_fix,
-    )
-
-
-def build_mixed_issue(comparison: HypothesisComparison) -> ConventionIssue:
-    """Build the issue of a data file that mixes two box conventions."""
-    total, num_alternative = (
-        comparison.claims.num_samples,
-        comparison.claims.count_samples(comparison.alternative_invalid),
-    )
-    _, description, *_ = _describe_alternative(comparison)
-    declared_name = _describe_declared(comparison)
-    evidence = (
-        (
-            f"{_format_share(comparison.num_invalid, total)} cannot be {declared_name},"
-            f" {_format_share(num_alternative, total)} cannot be {description}"
-        ),
-        (
-            f"image evidence: the former fit as {description} (false-positive probability:"
-            f" {_format_p_value(comparison)})"
-        ),
-    )
-    return ConventionIssue(
-        "boxes-mixed",
-        comparison.alternative,
-        f"partly {declared_name}, partly {description}",
-        total,
-        comparison.num_invalid,
-        max(0.0, 1 - (comparison.num_invalid + num_alternative) / total),
-        evidence[0],
-        evidence,
-        manual_fix="separate the rows by origin, and import them as two files",
-    )
-
-
-def _format_evidence(comparison: HypothesisComparison) -> list[str]:
-    num_alternative = comparison.claims.count_samples(comparison.alternative_invalid)
-    lines = [
-        f"{_format_share(comparison.num_invalid, comparison.claims.num_samples)} have a box that"
-        " is impossible as"
-        f" {_describe_declared(comparison)} (inverted, outside the image, or below one pixel);"
-        f" as detected, {num_alternative} do"
-    ]
-    if comparison.num_images:
-        declared_share, alternative_share = (
-            f"{100 * share:.0f} %" for share in comparison.positive_fractions
+    def build_mixed_issue(self) -> ConventionIssue:
+        """Build the issue of a data file that mixes both conventions."""
+        _, description, *_ = self._describe_alternative()
+        shares = [
+            _format_share(count, self.total)
+            for count in (self.num_invalid, self.num_alternative_invalid)
+        ]
+        counts = f"{shares[0]} cannot be {self.declared_name}, {shares[1]} cannot be {description}"
+        probability = f"(false-positive probability: {self.p_value_text})"
+        num_decided = self.num_invalid + self.num_alternative_invalid
+        return ConventionIssue(
+            "boxes-mixed",
+            self.alternative,
+            f"partly {self.declared_name}, partly {description}",
+            self.total,
+            self.num_invalid,
+            max(0.0, 1 - num_decided / self.total),
+            counts,
+            (counts, f"image evidence: the former fit as {description} {probability}"),
+            manual_fix="separate the rows by origin, and import them as two files",
         )
-        lines.append(
-            f"measured on {comparison.num_images} images, the sides of the detected boxes are on"
-            " edges"
-            f" better than in other images for {alternative_share} (false-positive probability:"
-            f" {_format_p_value(comparison)}),"
-            f" and as declared for {declared_share} of the possible boxes; chance level is 50 %"
-        )
-    if comparison.num_tested:
-        lines.append(_format_votes(comparison))
-    return [*lines, _format_undecided(comparison)]
 
-
-def _format_summary(comparison: HypothesisComparison) -> str:
-    total = comparison.claims.num_samples
-    if comparison.num_invalid >= 0.1 * total or not comparison.num_tested:
-        return (
-            f"{_format_share(comparison.num_invalid, total)} have a box that is impossible as"
-            " declared"
-        )
-    return _format_votes(comparison)
-
-
-def _format_votes(comparison: HypothesisComparison) -> str:
-    return (
-        f"of {comparison.num_tested} tested samples that are possible both ways,"
-        f" {comparison.num_for_alternative} fit their"
-        f" image better as detected, {comparison.num_for_declared} as declared"
-    )
-
-
-def _format_undecided(comparison: HypothesisComparison) -> str:
-    return f"{100 * comparison.undecided_fraction:.0f} % of the samples are undecided"
-
-
-def _format_p_value(comparison: HypothesisComparison) -> str:
-    p_value = hoeffding_bound(comparison.z, comparison.num_tries)
-    return f"below {max(p_value, 1e-12):.0e}" if p_value < 1 else "not excluded"
+    def _describe_alternative(self) -> tuple[str, str, str, str]:
+        """Return issue code, description, command-line options and manual steps."""
+        convention, frame = self.claims.convention, self.alternative.frame
+        box_format = self.alternative.box_format
+        form = _FORMAT_NAMES[box_format]
+        option = "" if box_format == convention.format else f"--box-format {box_format}"
+        if frame.base == "stored":
+            return (
+                "boxes-before-exif-rotation",
+                f"{form} in coordinates of the stored image, before EXIF rotation",
+                "",
+                "rotate the boxes like their image; or keep them and remove the rotation (EXIF tag"
+                " Orientation) from the images",
+            )
+        units = frame.units
+        if units is None:
+            return (
+                "boxes-resized",
+                f"{form} in pixels of a resized image, {_describe_frame(frame, self.claims)}",
+                option,
+                "scale the boxes to the referenced image: x by its width divided by the resized"
+                " width, y by its height divided by the resized height; or reference the resized"
+                " images",
+            )
+        description = f"{form} in {_UNIT_NAMES[units]}"
+        if units == convention.units:
+            return f"boxes-{box_format}", description, option, ""
+        codes = {"pixel": "boxes-pixels", "1": "boxes-normalized", "1000": "boxes-thousandths"}
+        return codes[units], description, f"{option} --box-units {units}".strip(), ""
 
 
 def _format_share(count: int, total: int) -> str:
     return f"{count} of {total} samples ({100 * count / total:.0f} %)"
 
 
-def _describe_declared(comparison: HypothesisComparison) -> str:
-    form = comparison.claims.convention
-    units = {"pixel": "pixels", "1": "fractions of the image", "1000": "thousandths"}
-    return f"{_FORMAT_NAMES[form.format]} in {units[form.units]}"
-
-
-def _describe_alternative(comparison: HypothesisComparison) -> tuple[str, str, str, str]:
-    """Return issue code, description, command-line options and manual steps for the alternative."""
-    alternative, convention = comparison.alternative, comparison.claims.convention
-    format_name = _FORMAT_NAMES[alternative.box_format]
-    option = (
-        f"--box-format {alternative.box_format}"
-        if alternative.box_format != convention.format
-        else ""
-    )
-    base = alternative.frame.base
-    if base == "stored":
-        return (
-            "boxes-before-exif-rotation",
-            f"{format_name} in coordinates of the stored image, before EXIF rotation",
-            "",
-            "rotate the boxes like their image; or keep them and remove the rotation (EXIF tag"
-            " Orientation) from the images",
-        )
-    side = alternative.frame.frame_width
-    if base == "fixed" and side in (1, 1000) and side == alternative.frame.frame_height:
-        code = "boxes-thousandths" if side == 1000 else "boxes-normalized"
-        name = "thousandths of the image" if side == 1000 else "fractions of the image"
-        if convention.units == f"{side:g}":
-            return f"boxes-{alternative.box_format}", f"{format_name} in {name}", option, ""
-        return code, f"{format_name} in {name}", f"{option} --box-units {side:g}".strip(), ""
-    if base == "image":
-        if convention.units == "pixel":
-            return f"boxes-{alternative.box_format}", f"{format_name} in pixels", option, ""
-        return "boxes-pixels", f"{format_name} in pixels", f"{option} --box-units pixel".strip(), ""
-    copy_description = _describe_copy(alternative.frame, comparison.claims)
-    return (
-        "boxes-resized",
-        f"{format_name} in pixels of a resized image, {copy_description}",
-        option,
-        "scale the boxes to the referenced image: x by its width divided by the resized"
-        " width, y by its height divided by the resized height; or reference the resized images",
-    )
-
-
-def _describe_copy(frame: BoxFrame, claims: BoxClaimTable) -> str:
-    size = f"about {frame.frame_width:.3g}"
+def _describe_frame(frame: BoxFrame, claims: BoxClaimTable) -> str:
+    """Describe the size of the resized images."""
+    width, height = frame.frame_width, frame.frame_height
     if frame.base == "fixed":
-        text = f"about {frame.frame_width:.0f} x {frame.frame_height:.0f}"
-        width, height = claims.width[0], claims.height[0]
-        if (claims.width == width).all() and (claims.height == height).all():
-            text += (
-                f" ({frame.frame_width / width:.2f} x {frame.frame_height / height:.2f} of the"
-                " size)"
-            )
+        text = f"about {width:.0f} x {height:.0f}"
+        image_width, image_height = claims.width[0], claims.height[0]
+        if (claims.width == image_width).all() and (claims.height == image_height).all():
+            text += f" ({width / image_width:.2f} x {height / image_height:.2f} of the size)"
         return text
     if frame.base == "factor":
-        return f"{size} times the size"
+        return f"about {width:.3g} times the size"
     description = {
-        "longest": f"the longest side {size}",
-        "shortest": f"the shortest side {size}",
-        "pixels": f"about {frame.frame_width**2:.2g} pixels in all",
+        "longest": f"the longest side about {width:.3g}",
+        "shortest": f"the shortest side about {width:.3g}",
+        "pixels": f"about {width**2:.2g} pixels in all",
     }[frame.base]
     if frame.side_multiple > 1:
         description += f", sides in multiples of {frame.side_multiple}"

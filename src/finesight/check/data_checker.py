@@ -10,11 +10,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import yaml
 
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml
 from finesight.check.box_hypothesis import BoxClaim
 from finesight.check.check_issues import (
     ISSUE_TYPES,
@@ -58,24 +59,18 @@ _OBJECT_STORE_PATH = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/(?P<name>.+\.(?
 
 
 @dataclass(frozen=True, slots=True)
-class ImportCheckInput:
-    """A dataset to check that must be imported before training."""
+class CheckInput:
+    """A data file to check.
 
-    path: Path
-    options: ImportOptions
-    is_validation: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class SampleCheckInput:
-    """Samples to check that training reads directly, without an import.
-
-    These are tar and Parquet files of samples, glob patterns, and object storage URLs.
+    Attributes:
+        is_imported: Whether the file must be imported before training. Training reads other files
+            directly: tar and Parquet files of samples, glob patterns, and object storage URLs.
     """
 
     path: Path | str
     options: ImportOptions
     is_validation: bool = False
+    is_imported: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,41 +89,36 @@ class ModelRequirements:
 
 def inputs_from_files(
     train: Sequence[Path], validation: Sequence[Path], options: ImportOptions
-) -> list[ImportCheckInput | SampleCheckInput]:
+) -> list[CheckInput]:
     """Build the check inputs of files given on the command line.
 
     Raises:
         UserError: A file is given more than once, or is an archive or a remote source.
     """
-    inputs = [_input_from_file(path, options, is_validation=False) for path in train]
-    inputs += [_input_from_file(path, options, is_validation=True) for path in validation]
+    inputs = []
     seen: set[Path | str] = set()
-    for check_input in inputs:
-        path = (
-            check_input.path.resolve() if isinstance(check_input.path, Path) else check_input.path
-        )
-        if path in seen:
+    for path, is_validation in [*((p, False) for p in train), *((p, True) for p in validation)]:
+        match = _OBJECT_STORE_PATH.fullmatch(str(path))
+        is_sample_format = options.format in (None, "samples") and not options.columns
+        if match is not None and match["scheme"] not in WEB_SCHEMES:
+            url = f"{match['scheme']}://{match['name']}"
+            check_input = CheckInput(url, options, is_validation, is_imported=False)
+        elif is_sample_format and is_sample_source(path):
+            check_input = CheckInput(path, options, is_validation, is_imported=False)
+        else:
+            _reject_remote_source(path)
+            check_input = CheckInput(path, options, is_validation)
+        key = check_input.path if isinstance(check_input.path, str) else check_input.path.resolve()
+        if key in seen:
             raise UserError(
                 "source is given more than once",
                 where=str(check_input.path),
                 expected="each source once: as training data, or with --against",
                 remedy="remove one of the two",
             )
-        seen.add(path)
+        seen.add(key)
+        inputs.append(check_input)
     return inputs
-
-
-def _input_from_file(
-    path: Path, options: ImportOptions, *, is_validation: bool
-) -> ImportCheckInput | SampleCheckInput:
-    match = _OBJECT_STORE_PATH.fullmatch(str(path))
-    if match is not None and match["scheme"] not in WEB_SCHEMES:
-        return SampleCheckInput(f"{match['scheme']}://{match['name']}", options, is_validation)
-    is_sample_format = options.format in (None, "samples") and not options.columns
-    if is_sample_format and is_sample_source(path):
-        return SampleCheckInput(path, options, is_validation)
-    _reject_remote_source(path)
-    return ImportCheckInput(path, options, is_validation)
 
 
 def _reject_remote_source(source: Path) -> None:
@@ -164,12 +154,10 @@ def load_model_requirements(name_or_path: str | None, max_length: int | None) ->
             )
         return ModelRequirements()
     folder = locate_model(name_or_path)
-    if max_length is None:
-        return ModelRequirements(filter_known_tokens(load_tokenizer(folder).list_special_tokens()))
-    renderer = build_renderer(folder)
-    return ModelRequirements(
-        filter_known_tokens(renderer.tokenizer.list_special_tokens()), renderer, max_length
-    )
+    renderer = build_renderer(folder) if max_length is not None else None
+    tokenizer = renderer.tokenizer if renderer else load_tokenizer(folder)
+    special_tokens = filter_known_tokens(tokenizer.list_special_tokens())
+    return ModelRequirements(special_tokens, renderer, max_length)
 
 
 def is_recipe(path: Path) -> bool:
@@ -183,23 +171,9 @@ def is_recipe(path: Path) -> bool:
     return not isinstance(content, dict) or "names" not in content
 
 
-def _input_from_data_file(
-    path_or_url: Path | str, limit: int | None, *, is_validation: bool
-) -> ImportCheckInput | SampleCheckInput:
-    """Build the check input of a data file in a recipe."""
-    options = ImportOptions(format="samples", limit=limit)
-    if (
-        isinstance(path_or_url, str)
-        or path_or_url.suffix.lower() in PACKED_SUFFIXES
-        or is_glob(path_or_url)
-    ):
-        return SampleCheckInput(path_or_url, options, is_validation)
-    return ImportCheckInput(path_or_url, options, is_validation)
-
-
 def inputs_from_recipe(
     recipe: Path,
-) -> tuple[list[ImportCheckInput | SampleCheckInput], ModelRequirements]:
+) -> tuple[list[CheckInput], ModelRequirements]:
     """Build check inputs and model requirements from a recipe.
 
     Sample lengths are computed with the image settings, system prompt and max_length of the recipe.
@@ -208,14 +182,16 @@ def inputs_from_recipe(
         UserError: The recipe is invalid, or the model is not found.
     """
     settings = load_recipe(recipe)
-    inputs = [
-        _input_from_data_file(file.path, file.limit, is_validation=is_validation)
-        for is_validation, files in ((False, settings.data.train), (True, settings.data.eval))
-        for file in files
-    ]
-    renderer = build_renderer(
-        locate_model(settings.model), settings.image, settings.data.system_prompt
-    )
+    inputs = []
+    for is_validation, files in ((False, settings.data.train), (True, settings.data.eval)):
+        for file in files:
+            options = ImportOptions(format="samples", limit=file.limit)
+            is_imported = isinstance(file.path, Path) and not (
+                file.path.suffix.lower() in PACKED_SUFFIXES or is_glob(file.path)
+            )
+            inputs.append(CheckInput(file.path, options, is_validation, is_imported))
+    model = locate_model(settings.model)
+    renderer = build_renderer(model, settings.image, settings.data.system_prompt)
     special_tokens = filter_known_tokens(renderer.tokenizer.list_special_tokens())
     return inputs, ModelRequirements(special_tokens, renderer, settings.data.max_length)
 
@@ -248,7 +224,7 @@ class DataChecker:
 
     def __init__(
         self,
-        inputs: Sequence[ImportCheckInput | SampleCheckInput],
+        inputs: Sequence[CheckInput],
         output_folder: Path,
         model: ModelRequirements | None = None,
         max_issues: int = 1000,
@@ -256,12 +232,10 @@ class DataChecker:
         """Open all data files. Raises UserError like `open_unvalidated`."""
         self._requirements = model or ModelRequirements()
         self._max_issues = max_issues
-        self._on_issue: Callable[[CheckIssue], None] = _no_callback
-        self._on_progress: Callable[[int], None] = _no_callback
         ordered_inputs = sorted(inputs, key=lambda check_input: not check_input.is_validation)
         self._inputs = [
-            (s, _open_source(s, output_folder / f"source-{n}"))
-            for n, s in enumerate(ordered_inputs)
+            (one, _open_source(one, output_folder / f"source-{n}"))
+            for n, one in enumerate(ordered_inputs)
         ]
         self.fixer = DatasetFixer()
         self._counts: Counter[str] = Counter()
@@ -298,27 +272,17 @@ class DataChecker:
         """
         self._on_issue, self._on_progress = on_issue, on_progress
         with open_executor(0 if single_process else self.num_rows) as executor:
-            catalog = ImageCatalog(executor)
-            leakage = LeakageDetector(catalog)
-            consistency_by_split = {
+            self._catalog = catalog = ImageCatalog(executor)
+            self._leakage = LeakageDetector(catalog)
+            self._consistency = {
                 is_validation: ConsistencyChecker(catalog) for is_validation in (True, False)
             }
-            source_stats = []
-            for check_input, source in self._inputs:
-                source_stats.append(
-                    self._check_source(
-                        check_input,
-                        source,
-                        catalog,
-                        leakage,
-                        consistency_by_split[check_input.is_validation],
-                    )
-                )
-            for is_validation, consistency in consistency_by_split.items():
+            source_stats = [self._check_source(*pair) for pair in self._inputs]
+            for is_validation, consistency in self._consistency.items():
                 names = [str(s.path) for s, _ in self._inputs if s.is_validation is is_validation]
                 for issue_location, issue in consistency.find_global_issues(", ".join(names)):
                     self._add_issue(issue, issue_location)
-            for location, issue in leakage.find_near_duplicates():
+            for location, issue in self._leakage.find_near_duplicates():
                 self._add_issue(issue, location)
         code_order = list(ISSUE_TYPES)
         sorted_issues = sorted(self._issues, key=lambda issue: code_order.index(issue.code))
@@ -334,44 +298,28 @@ class DataChecker:
         )
         return result, catalog
 
-    def _check_source(
-        self,
-        check_input: ImportCheckInput | SampleCheckInput,
-        source: UnvalidatedSource,
-        catalog: ImageCatalog,
-        leakage: LeakageDetector,
-        consistency: ConsistencyChecker,
-    ) -> SourceStats:
+    def _check_source(self, check_input: CheckInput, source: UnvalidatedSource) -> SourceStats:
         claims = BoxClaimCollector()
         num_samples = num_unreadable = 0
-        for group in catalog.process_groups(_group_rows(source), _iter_image_paths):
+        name = str(check_input.path)
+        for group in self._catalog.process_groups(_group_rows(source), _iter_image_paths):
             for row_index, row in group:
-                name = str(check_input.path)
-                location_text = format_location(name, row.location)
+                where = format_location(name, row.location)
                 if row.error is not None:
                     num_unreadable += 1
-                    location = SampleLocation(name, location_text, "", row_index, -1)
+                    location = SampleLocation(name, where, "", row_index, -1)
                     self._add_issue(issue_from_error(row.error, location), location)
                 for sample_index, sample in enumerate(row.samples):
-                    location = SampleLocation(
-                        name, location_text, sample.id, row_index, sample_index
-                    )
-                    self._check_sample(sample, location, catalog, consistency)
-                    if check_input.is_validation:
-                        leakage.add_validation_sample(sample, location)
-                    else:
-                        for issue in leakage.add_train_sample(sample, location):
-                            self._add_issue(issue, location)
+                    location = SampleLocation(name, where, sample.id, row_index, sample_index)
+                    self._check_sample(sample, location, is_validation=check_input.is_validation)
                 num_samples += len(row.samples)
-                claims.add_row(row, location_text, catalog)
+                claims.add_row(row, where, self._catalog)
             self._on_progress(len(group))
-        for convention_issue in find_convention_issues(claims.claims):
-            takes_options = "boxes" in source.source.data_format.supported_options
-            self._add_issue(
-                convention_issue.to_check_issue(str(check_input.path), takes_options=takes_options)
-            )
+        takes_options = "boxes" in source.source.data_format.supported_options
+        for issue in find_convention_issues(claims.claims):
+            self._add_issue(issue.to_check_issue(name, takes_options=takes_options))
         return SourceStats(
-            path=str(check_input.path),
+            path=name,
             is_validation=check_input.is_validation,
             format=source.source.data_format.name,
             detected_by=source.source.detected_by,
@@ -381,27 +329,22 @@ class DataChecker:
         )
 
     def _check_sample(
-        self,
-        sample: Sample,
-        location: SampleLocation,
-        catalog: ImageCatalog,
-        consistency: ConsistencyChecker,
+        self, sample: Sample, location: SampleLocation, *, is_validation: bool
     ) -> None:
         for part in sample.iter_parts():
             if isinstance(part, VideoPart):
                 self._frame_paths.update(part.frames)
-        is_valid = True
-        for issue in find_sample_issues(
-            sample, location, catalog, self._requirements.special_tokens
-        ):
-            is_valid = is_valid and issue.severity != "error"
+        special_tokens = self._requirements.special_tokens
+        issues = list(find_sample_issues(sample, location, self._catalog, special_tokens))
+        if all(issue.severity != "error" for issue in issues):
+            issues += self._consistency[is_validation].add_sample(sample, location)
+            issues += self._check_length(sample, location)
+        if is_validation:
+            self._leakage.add_validation_sample(sample, location)
+        else:
+            issues += self._leakage.add_train_sample(sample, location)
+        for issue in issues:
             self._add_issue(issue, location)
-        if is_valid:
-            for issue in (
-                *consistency.add_sample(sample, location),
-                *self._check_length(sample, location),
-            ):
-                self._add_issue(issue, location)
 
     def _check_length(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
         """Yield an issue if the sample has too many tokens or cannot be rendered."""
@@ -436,7 +379,7 @@ class DataChecker:
 
 
 def check_sources(
-    inputs: Sequence[ImportCheckInput | SampleCheckInput],
+    inputs: Sequence[CheckInput],
     model: ModelRequirements | None = None,
     max_issues: int = 1000,
 ) -> CheckResult:
@@ -471,44 +414,31 @@ class BoxClaimCollector:
             return
         sample_id = row.samples[0].id if row.samples else ""
         for box in row.boxes:
-            image_info = catalog[str(box.image_path)]
-            if image_info.issue_code is None:
+            image = catalog[str(box.image_path)]
+            if image.issue_code is None:
+                size, orientation = image.size, image.exif_orientation
+                key = location, sample_id, box.image_path
                 self.claims.append(
-                    BoxClaim(
-                        location,
-                        sample_id,
-                        box.image_path,
-                        image_info.size,
-                        image_info.exif_orientation,
-                        box.coordinates,
-                        box.convention,
-                    )
+                    BoxClaim(*key, size, orientation, box.coordinates, box.convention)
                 )
         if len(self.claims) > self._max_claims:
             self._step *= 2
-            sampled_locations = set(
-                list(dict.fromkeys(claim.location for claim in self.claims))[1::2]
-            )
+            locations = list(dict.fromkeys(claim.location for claim in self.claims))
+            sampled_locations = set(locations[1::2])
             self.claims = [claim for claim in self.claims if claim.location in sampled_locations]
 
 
-def _open_source(
-    check_input: ImportCheckInput | SampleCheckInput, output_folder: Path
-) -> UnvalidatedSource:
+def _open_source(check_input: CheckInput, output_folder: Path) -> UnvalidatedSource:
     output_folder.mkdir()
-    if isinstance(check_input, SampleCheckInput):
-        return open_unvalidated_samples(check_input.path, check_input.options, output_folder)
-    return open_unvalidated(check_input.path, check_input.options, output_folder)
+    path, options = check_input.path, check_input.options
+    if isinstance(path, Path) and check_input.is_imported:
+        return open_unvalidated(path, options, output_folder)
+    return open_unvalidated_samples(path, options, output_folder)
 
 
 def _group_rows(source: UnvalidatedSource) -> Iterator[list[tuple[int, UnvalidatedRow]]]:
-    group: list[tuple[int, UnvalidatedRow]] = []
-    for row_index, row in enumerate(source):
-        group.append((row_index, row))
-        if len(group) == ROWS_PER_GROUP:
-            yield group
-            group = []
-    if group:
+    rows = enumerate(source)
+    while group := list(islice(rows, ROWS_PER_GROUP)):
         yield group
 
 

@@ -124,11 +124,8 @@ class DatasetFixer:
                 fixes = self._fixes.get(key, set())
                 fixed_sample = _fix_sample(sample, fixes, catalog)
                 if fixed_sample != sample:
-                    self._changes.append(
-                        _describe_change(
-                            format_location(source_name, row.location), sample, fixed_sample, fixes
-                        )
-                    )
+                    where = format_location(source_name, row.location)
+                    self._changes.append(_describe_change(where, sample, fixed_sample, fixes))
                 yield fixed_sample
 
 
@@ -159,19 +156,16 @@ def _describe_change(
 ) -> dict[str, Any]:
     """Describe a changed sample as JSON data, with messages before and after."""
     pairs = zip(sample_to_dict(before)["messages"], sample_to_dict(after)["messages"], strict=True)
+    messages = [
+        {"message": index, "before": one["content"], "after": other["content"]}
+        for index, (one, other) in enumerate(pairs)
+        if one != other
+    ]
     return {
         "location": where,
         "sample_id": before.id,
         "fixes": sorted(fixes),
-        "messages": [
-            {
-                "message": message_index,
-                "before": before_message["content"],
-                "after": after_message["content"],
-            }
-            for message_index, (before_message, after_message) in enumerate(pairs)
-            if before_message != after_message
-        ],
+        "messages": messages,
     }
 
 

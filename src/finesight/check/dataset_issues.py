@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation
+from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation, shorten
 from finesight.check.image_catalog import ImageCatalog
 from finesight.check.near_duplicates import has_contrast
 from finesight.check.sample_issues import iter_media_paths
@@ -114,37 +114,35 @@ class ConsistencyChecker:
 
     def _find_multi_answer_questions(self) -> set[int]:
         """Return the hashes of questions that have several correct answers by design."""
-        conflict_counts = Counter(other.question_hash for _, other in self._conflicts)
+        counts = Counter(other.question_hash for _, other in self._conflicts)
         long_counts = Counter(
-            pair[1].question_hash for pair in self._conflicts if not _are_short(pair)
+            other.question_hash
+            for one, other in self._conflicts
+            if max(len(one.preview), len(other.preview)) > MAX_SHORT_ANSWER
         )
+
+        def exceeds(count: int, fraction: float, question: int) -> bool:
+            min_count = fraction * self._question_counts[question]
+            return count >= max(MIN_MULTI_ANSWER_SAMPLES, min_count)
+
         return {
             question
-            for question, count in conflict_counts.items()
-            if count
-            >= max(
-                MIN_MULTI_ANSWER_SAMPLES,
-                MIN_MULTI_ANSWER_FRACTION * self._question_counts[question],
-            )
-            or long_counts[question]
-            >= max(
-                MIN_MULTI_ANSWER_SAMPLES, MIN_LONG_ANSWER_FRACTION * self._question_counts[question]
-            )
+            for question, count in counts.items()
+            if exceeds(count, MIN_MULTI_ANSWER_FRACTION, question)
+            or exceeds(long_counts[question], MIN_LONG_ANSWER_FRACTION, question)
         }
 
     def _record_answer(self, sample: Sample, location: SampleLocation) -> _AnswerRecord:
         *turns, answer = sample.messages
         boxes = [part for part in answer.content if isinstance(part, BoxPart)]
         text = " ".join(join_text(answer.content).split())
-        first = next(
-            (part.image for part in sample.iter_parts() if isinstance(part, ImagePart)), ""
-        )
+        images = (part.image for part in sample.iter_parts() if isinstance(part, ImagePart))
         return _AnswerRecord(
             location,
             hash((self._hash_message(answer), sample.references)),
-            text if len(text) <= _MAX_PREVIEW else f"{text[: _MAX_PREVIEW - 3]}...",
+            shorten(text, _MAX_PREVIEW),
             tuple((box.image, box.xyxy) for box in boxes),
-            first,
+            next(images, ""),
             hash(tuple((turn.role, join_text(turn.content)) for turn in turns)),
         )
 
@@ -157,9 +155,7 @@ class ConsistencyChecker:
             elif isinstance(part, BoxPart):
                 segments.append((part.image, part.label, part.xyxy))
             else:
-                segments.append(
-                    tuple(self._catalog.image_index(path) for path in list_media_paths(part))
-                )
+                segments.append(tuple(map(self._catalog.image_index, list_media_paths(part))))
         return hash(tuple(segments))
 
 
@@ -174,35 +170,25 @@ def _are_contradictory(one: _AnswerRecord, other: _AnswerRecord) -> bool:
             for image, box in one.boxes
         )
         return not boxes_match
-    return _normalize_text(one.preview) != _normalize_text(other.preview)
-
-
-def _are_short(pair: tuple[_AnswerRecord, _AnswerRecord]) -> bool:
-    return all(len(answer.preview) <= MAX_SHORT_ANSWER for answer in pair)
-
-
-def _normalize_text(text: str) -> str:
-    return text.casefold().strip(" .!?\"'")
+    texts = {answer.preview.casefold().strip(" .!?\"'") for answer in (one, other)}
+    return len(texts) == 2
 
 
 def _create_contradiction_issue(one: _AnswerRecord, other: _AnswerRecord) -> CheckIssue:
+    texts, images = [], []
+    for answer in (other, one):
+        boxes = ", ".join(f"[{', '.join(f'{n:g}' for n in box)}]" for _, box in answer.boxes[:3])
+        preview = repr(answer.preview) if answer.preview else ""
+        texts.append(" ".join(filter(None, [preview, boxes])))
+        first_boxes = tuple(box for image, box in answer.boxes if image == 0)
+        images.append(IssueImage(Path(answer.image_path), 0, first_boxes))
     return other.location.create_issue(
         "contradictory-answers",
-        f"{_format_answer(other)}, but {_format_answer(one)} at {one.location.where}",
+        f"{texts[0]}, but {texts[1]} at {one.location.where}",
         "keep the correct one; if both are, merge them into one answer"
         " or make the question more specific",
-        (_build_issue_image(other), _build_issue_image(one)) if other.image_path else (),
+        tuple(images) if other.image_path else (),
     )
-
-
-def _format_answer(answer: _AnswerRecord) -> str:
-    boxes = ", ".join(f"[{', '.join(f'{n:g}' for n in box)}]" for _, box in answer.boxes[:3])
-    return " ".join(filter(None, [repr(answer.preview) if answer.preview else "", boxes]))
-
-
-def _build_issue_image(answer: _AnswerRecord) -> IssueImage:
-    boxes = tuple(box for image, box in answer.boxes if image == 0)
-    return IssueImage(Path(answer.image_path), 0, boxes)
 
 
 _REMEDY = "remove one of the two: scores on training images do not measure generalization"
@@ -230,10 +216,7 @@ class LeakageDetector:
             return
         for image_index in self._image_indices(sample):
             if image_index in self._validation_locations:
-                message = f"{self._catalog.example_paths[image_index]} is in the validation data,"
-                yield self._create_issue(
-                    "leaked-image", location, image_index, image_index, message
-                )
+                yield self._create_issue("leaked-image", location, image_index, image_index)
             else:
                 self._train_locations[image_index].append(location)
 
@@ -242,17 +225,9 @@ class LeakageDetector:
         for validation_image, train_image in self._catalog.find_near_duplicates(
             self._validation_locations, self._train_locations
         ):
-            message = (
-                f"{self._catalog.example_paths[train_image]} is a re-encoded copy of a validation"
-                " image,"
-            )
             for location in self._train_locations[train_image]:
-                yield (
-                    location,
-                    self._create_issue(
-                        "leaked-image-reencoded", location, train_image, validation_image, message
-                    ),
-                )
+                code = "leaked-image-reencoded"
+                yield location, self._create_issue(code, location, train_image, validation_image)
 
     def _image_indices(self, sample: Sample) -> list[int]:
         """Return the catalog indices of the images in a sample.
@@ -270,18 +245,16 @@ class LeakageDetector:
         ]
 
     def _create_issue(
-        self,
-        code: str,
-        location: SampleLocation,
-        train_image: int,
-        validation_image: int,
-        message: str,
+        self, code: str, location: SampleLocation, train_image: int, validation_image: int
     ) -> CheckIssue:
-        validation_location = self._validation_locations[validation_image]
-        issue_images = [
-            IssueImage(Path(self._catalog.example_paths[image_index]))
-            for image_index in (train_image, validation_image)
-        ]
+        paths = self._catalog.example_paths
+        kind = "in the validation data"
+        if code == "leaked-image-reencoded":
+            kind = "a re-encoded copy of a validation image"
         return location.create_issue(
-            code, f"{message} {validation_location.where}", _REMEDY, tuple(issue_images), "skipped"
+            code,
+            f"{paths[train_image]} is {kind}, {self._validation_locations[validation_image].where}",
+            _REMEDY,
+            tuple(IssueImage(Path(paths[index])) for index in (train_image, validation_image)),
+            "skipped",
         )

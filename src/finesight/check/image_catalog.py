@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -58,7 +58,12 @@ def open_executor(num_samples: int) -> Iterator[Executor]:
     Raises:
         UserError: A worker died, most likely from lack of memory.
     """
-    pool = _create_pool() if num_samples >= MIN_PARALLEL_SAMPLES else None
+    pool = None
+    if num_samples >= MIN_PARALLEL_SAMPLES:
+        context = multiprocessing.get_context("spawn")
+        # Inter-process communication may be unavailable, such as with a read-only /dev/shm.
+        with suppress(OSError):
+            pool = ProcessPoolExecutor(num_allowed_cpus(), context, initializer=_start_worker)
     if pool is None:
         yield _InlineExecutor()
         return
@@ -73,18 +78,6 @@ def open_executor(num_samples: int) -> Iterator[Executor]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _create_pool() -> ProcessPoolExecutor | None:
-    """Create a process pool.
-
-    Returns None if inter-process communication is unavailable, such as with a read-only /dev/shm.
-    """
-    context = multiprocessing.get_context("spawn")
-    try:
-        return ProcessPoolExecutor(num_allowed_cpus(), context, initializer=_start_worker)
-    except OSError:
-        return None
 
 
 def prefetch_map(
@@ -124,7 +117,6 @@ def _start_worker() -> None:
 
 
 FILES_PER_TASK = 16
-"""Number of image files per task of a worker process."""
 
 MAX_COMPARISONS = 16
 """Maximum number of detailed comparisons per image, made with the most similar candidates."""
@@ -133,7 +125,6 @@ _MIN_SIDE = 64
 """Minimum shorter side in pixels of an image decoded for its thumbnail."""
 
 ISSUE_IMAGE_MISSING = "image-missing"
-"""Issue code of an image whose file does not exist."""
 
 _FileIdentity = tuple[int, int, int, int, str]
 """Key that identifies file content without reading it.
@@ -221,52 +212,30 @@ class ImageCatalog:
         self, queries: Iterable[int], candidates: Iterable[int]
     ) -> Iterator[tuple[int, int]]:
         """Yield pairs (query, candidate) of images that are re-encoded copies of each other."""
-        valid = [
-            image_index
-            for image_index in candidates
-            if self.image_infos[image_index].issue_code is None
-        ]
-        image_infos = [self.image_infos[image_index] for image_index in valid]
+        infos = self.image_infos
+        valid = [n for n in candidates if infos[n].issue_code is None]
         index = NearDuplicateIndex(
-            [c.thumbnail for c in image_infos], [c.size for c in image_infos]
+            [infos[n].thumbnail for n in valid], [infos[n].size for n in valid]
         )
 
-        def iter_candidates() -> Iterator[tuple[int, list[int]]]:
-            for image_index in queries:
-                image_info = self.image_infos[image_index]
-                similar = (
-                    []
-                    if image_info.issue_code
-                    else index.find_similar(image_info.thumbnail, image_info.size)
-                )
-                matches = [valid[index] for index in similar if valid[index] != image_index][
-                    :MAX_COMPARISONS
-                ]
-                if matches:
-                    yield image_index, matches
-
-        def submit_comparison(job: tuple[int, list[int]]) -> Future[list[bool]]:
-            image_index, matches = job
-            return self._pool.submit(
-                _compare_images,
-                self.example_paths[image_index],
-                [self.example_paths[match] for match in matches],
-            )
+        def submit_comparison(query: int) -> tuple[list[int], Future[list[bool]] | None]:
+            info = infos[query]
+            similar = [] if info.issue_code else index.find_similar(info.thumbnail, info.size)
+            matches = [valid[n] for n in similar if valid[n] != query][:MAX_COMPARISONS]
+            paths = [self.example_paths[match] for match in matches]
+            if not matches:
+                return [], None
+            return matches, self._pool.submit(_compare_images, self.example_paths[query], paths)
 
         def collect_pairs(
-            job: tuple[int, list[int]], same: Future[list[bool]]
+            query: int, job: tuple[list[int], Future[list[bool]] | None]
         ) -> list[tuple[int, int]]:
-            image_index, matches = job
-            return [
-                (image_index, match)
-                for match, is_same in zip(matches, same.result(), strict=True)
-                if is_same
-            ]
+            matches, future = job
+            is_same = future.result() if future else []
+            return [(query, match) for match, same in zip(matches, is_same, strict=True) if same]
 
-        for pairs_chunk in prefetch_map(
-            iter_candidates(), submit_comparison, collect_pairs, max_pending=FILES_PER_TASK
-        ):
-            yield from pairs_chunk
+        for pairs in prefetch_map(queries, submit_comparison, collect_pairs, FILES_PER_TASK):
+            yield from pairs
 
     def _submit_hashing(self, paths: Iterable[str]) -> list[_HashTask]:
         """Submit tasks that hash the files among the given paths that are not known yet.
@@ -290,11 +259,10 @@ class ImageCatalog:
                     self._by_identity[identity] = file_index
                     unread.append((file_index, path))
             self._file_indices[path] = file_index
-        jobs = [
-            unread[start : start + FILES_PER_TASK]
-            for start in range(0, len(unread), FILES_PER_TASK)
+        return [
+            (job, self._pool.submit(_hash_files, [path for _, path in job]))
+            for job in _split_tasks(unread)
         ]
-        return [(job, self._pool.submit(_hash_files, [path for _, path in job])) for job in jobs]
 
     def _assign_image_indices(self, group: ItemT, jobs: list[_HashTask]) -> ItemT:
         """Assign image indices to hashed files, with one index per distinct content."""
@@ -314,17 +282,10 @@ class ImageCatalog:
         """Submit tasks that decode all images that were indexed since the last call."""
         pending = range(self._num_submitted, len(self.image_infos))
         self._num_submitted = len(self.image_infos)
-        valid = [
-            image_index
-            for image_index in pending
-            if self.image_infos[image_index].issue_code is None
-        ]
-        jobs = [
-            valid[start : start + FILES_PER_TASK] for start in range(0, len(valid), FILES_PER_TASK)
-        ]
+        valid = [n for n in pending if self.image_infos[n].issue_code is None]
         return [
             (job, self._pool.submit(inspect_images, [self.example_paths[n] for n in job]))
-            for job in jobs
+            for job in _split_tasks(valid)
         ]
 
     def _store_image_infos(self, group: ItemT, jobs: list[_DecodeTask]) -> ItemT:
@@ -341,36 +302,43 @@ def _read_identity(path: str) -> _FileIdentity | None:
             stat_result = os.stat(file)
         except (OSError, ValueError):  # name too long, or with a null byte
             continue
-        return (
-            stat_result.st_dev,
-            stat_result.st_ino,
-            stat_result.st_size,
-            stat_result.st_mtime_ns,
-            inner_path,
-        )
+        device, inode, size = stat_result.st_dev, stat_result.st_ino, stat_result.st_size
+        return device, inode, size, stat_result.st_mtime_ns, inner_path
     return None
+
+
+def _split_tasks(items: list[ItemT]) -> list[list[ItemT]]:
+    starts = range(0, len(items), FILES_PER_TASK)
+    return [items[start : start + FILES_PER_TASK] for start in starts]
 
 
 def _hash_files(paths: Sequence[str]) -> list[bytes]:
     """Return the SHA-256 of each file; an unreadable file is identified by its path instead."""
-    return [_hash_file(path) for path in paths]
-
-
-def _hash_file(path: str) -> bytes:
-    try:
-        if os.path.isfile(path):  # pipes block, devices never end
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
-        if split_container_path(path)[1]:
-            return bytes.fromhex(sha256_content(Path(path)))
-    except (OSError, ValueError, UserError):
-        pass  # the decoder reports the error
-    return hashlib.sha256(os.fsencode(path)).digest()
+    digests = []
+    for path in paths:
+        digest = hashlib.sha256(os.fsencode(path)).digest()
+        # The decoder reports errors.
+        with suppress(OSError, ValueError, UserError):
+            if os.path.isfile(path):  # pipes block, devices never end
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").digest()
+            elif split_container_path(path)[1]:
+                digest = bytes.fromhex(sha256_content(Path(path)))
+        digests.append(digest)
+    return digests
 
 
 def inspect_images(paths: Sequence[str]) -> list[ImageInfo]:
     """Decode each image completely and return its properties."""
     return [_inspect_image(Path(path)) for path in paths]
+
+
+_CODE_BY_ERROR: dict[type[CorruptImageError], str] = {
+    MissingImageError: ISSUE_IMAGE_MISSING,
+    TruncatedImageError: "image-truncated",
+    ImageTooLargeError: "image-too-large",
+    CorruptImageError: "image-corrupt",
+}
 
 
 def _inspect_image(path: Path) -> ImageInfo:
@@ -379,14 +347,9 @@ def _inspect_image(path: Path) -> ImageInfo:
         with open_image_header(path) as header:
             width, height = header.size
             orientation = read_exif_orientation(header)
-    except MissingImageError:
-        return ImageInfo(issue_code=ISSUE_IMAGE_MISSING)
-    except TruncatedImageError as error:
-        return ImageInfo(issue_code="image-truncated", error=error.what)
-    except ImageTooLargeError as error:
-        return ImageInfo(issue_code="image-too-large", error=error.what)
     except CorruptImageError as error:
-        return ImageInfo(issue_code="image-corrupt", error=error.what)
+        code = next(code for kind, code in _CODE_BY_ERROR.items() if isinstance(error, kind))
+        return ImageInfo(issue_code=code, error="" if code == ISSUE_IMAGE_MISSING else error.what)
     size = (width, height) if orientation in TRANSPOSED_ORIENTATIONS else (height, width)
     if max(size) > MAX_ASPECT_RATIO * min(size):
         error_text = f"{size[1]} x {size[0]}, one side over {MAX_ASPECT_RATIO} times the other"

@@ -9,6 +9,7 @@ boxes, so all three cues are larger there than at random positions. No model is 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -91,9 +92,9 @@ class EdgeContrast:
         self._grad_x_mean = float(grad_x.mean()) + 0.3
         self._grad_y_mean = float(grad_y.mean()) + 0.3
         self._gray, self._gradient = gray_HW, gradient.astype(np.uint8)
-        # An edge may be one pixel off its side: use the maximum of three neighbors.
-        self._max_grad_x = _max_with_neighbors(grad_x.T).astype(np.uint8)
-        self._max_grad_y = _max_with_neighbors(grad_y).astype(np.uint8)
+        # Edges along vertical lines [W, H] and horizontal lines [H, W].
+        self._edges_x = _max_with_neighbors(grad_x.T).astype(np.uint8)
+        self._edges_y = _max_with_neighbors(grad_y).astype(np.uint8)
 
     def score_boxes(self, boxes: Floats) -> Floats:
         """Score how well the sides of boxes match edges in the image.
@@ -105,141 +106,86 @@ class EdgeContrast:
             Scores [N, 2] of the left and upper sides and of the right and lower sides. Sides on the
                 image border are excluded; the score is 0 if both are excluded.
         """
-        x1, y1, x2, y2 = self._to_pixel_corners(boxes)
-        strip_width = np.maximum(2, np.minimum(x2 - x1, y2 - y1) // STRIP_DIVISOR)
-        left, top = np.maximum(x1 - strip_width, 0), np.maximum(y1 - strip_width, 0)
-        right = np.minimum(x2 + strip_width, self._width)
-        bottom = np.minimum(y2 + strip_width, self._height)
-        strip_xs = (x1 + strip_width).clip(max=x2), (x2 - strip_width).clip(min=x1)
-        strip_ys = (y1 + strip_width).clip(max=y2), (y2 - strip_width).clip(min=y1)
-        cumsum_x, cumsum_y = _row_cumsum(self._max_grad_x), _row_cumsum(self._max_grad_y)
-        box_sides = (
-            (
-                (x1, y1, strip_xs[0], y2),
-                (left, y1, x1, y2),
-                self._vertical_edge(cumsum_x, x1, y1, y2),
-            ),
-            (
-                (x1, y1, x2, strip_ys[0]),
-                (x1, top, x2, y1),
-                self._horizontal_edge(cumsum_y, y1, x1, x2),
-            ),
-            (
-                (strip_xs[1], y1, x2, y2),
-                (x2, y1, right, y2),
-                self._vertical_edge(cumsum_x, x2, y1, y2),
-            ),
-            (
-                (x1, strip_ys[1], x2, y2),
-                (x1, y2, x2, bottom),
-                self._horizontal_edge(cumsum_y, y2, x1, x2),
-            ),
+        # Pixel corners of at least 2 x 2 pixels.
+        width, height = self._width, self._height
+        x1, y1, x2, y2 = np.rint(boxes * [width, height, width, height]).astype(np.int64).T
+        x1, y1 = x1.clip(0, max(width - 2, 0)), y1.clip(0, max(height - 2, 0))
+        x2 = np.minimum(np.maximum(x2, x1 + 2), width)
+        y2 = np.minimum(np.maximum(y2, y1 + 2), height)
+        strip = np.maximum(2, np.minimum(x2 - x1, y2 - y1) // STRIP_DIVISOR)
+        # Strips inside and outside of the left, upper, right and lower side.
+        sides: tuple[tuple[PixelBox, PixelBox], ...] = (
+            ((x1, y1, (x1 + strip).clip(max=x2), y2), (np.maximum(x1 - strip, 0), y1, x1, y2)),
+            ((x1, y1, x2, (y1 + strip).clip(max=y2)), (x1, np.maximum(y1 - strip, 0), x2, y1)),
+            (((x2 - strip).clip(min=x1), y1, x2, y2), (x2, y1, np.minimum(x2 + strip, width), y2)),
+            ((x1, (y2 - strip).clip(min=y1), x2, y2), (x1, y2, x2, np.minimum(y2 + strip, height))),
         )
-        gray_integral, gradient_integral = (
-            _integral_image(self._gray),
-            _integral_image(self._gradient),
+        sums_x, sums_y = _cumsum_rows(self._edges_x), _cumsum_rows(self._edges_y)
+        edges = (
+            _measure_edges(sums_x, x1, y1, y2, self._grad_x_mean),
+            _measure_edges(sums_y, y1, x1, x2, self._grad_y_mean),
+            _measure_edges(sums_x, x2, y1, y2, self._grad_x_mean),
+            _measure_edges(sums_y, y2, x1, x2, self._grad_y_mean),
         )
-        visible = np.stack((x1 > 0, y1 > 0, x2 < self._width, y2 < self._height))
+        gray_sums, gradient_sums = _integral_image(self._gray), _integral_image(self._gradient)
+        floor = 0.1 * self._gradient_mean
+        visible = np.stack((x1 > 0, y1 > 0, x2 < width, y2 < height))
         scores = np.empty((4, len(boxes)))
-        for side_index, (inside, outside, edge) in enumerate(box_sides):
-            cues = self._contrast_cues(gray_integral, gradient_integral, inside, outside)
-            scores[side_index] = np.stack((*cues, edge), axis=1) @ CUE_WEIGHTS
+        for side_index, (inside, outside) in enumerate(sides):
+            step = _box_means(gray_sums, inside) - _box_means(gray_sums, outside)
+            busy_inside = _box_means(gradient_sums, inside) + floor
+            busy_outside = _box_means(gradient_sums, outside) + floor
+            cues = np.abs(step) / self._gray_std, np.log(busy_inside / busy_outside)
+            scores[side_index] = np.stack((*cues, edges[side_index]), axis=1) @ CUE_WEIGHTS
         pairs = np.where(visible, scores, 0.0).reshape(2, 2, -1).sum(axis=1)
         means: Floats = pairs / np.maximum(visible.reshape(2, 2, -1).sum(axis=1), 1)
         return means.T
 
     def mean_brightness(self) -> Floats:
         """Return the mean brightness (0 to 255) of grid cells, flattened to [GRID_CELLS ** 2]."""
-        cell_xs = np.linspace(0, self._width, GRID_CELLS + 1).astype(np.int64)
-        cell_ys = np.linspace(0, self._height, GRID_CELLS + 1).astype(np.int64)
-        y1, x1 = (grid.ravel() for grid in np.meshgrid(cell_ys[:-1], cell_xs[:-1], indexing="ij"))
-        y2, x2 = (grid.ravel() for grid in np.meshgrid(cell_ys[1:], cell_xs[1:], indexing="ij"))
-        box = x1, y1, x2, y2
-        means: Floats = self._box_sum(_integral_image(self._gray), box) / _strip_area(box)
-        return means
-
-    def _to_pixel_corners(self, boxes: Floats) -> tuple[Ints, Ints, Ints, Ints]:
-        """Convert normalized boxes to pixel corners of the small image.
-
-        The result is at least two pixels wide and high.
-        """
-        scale = np.array([self._width, self._height, self._width, self._height])
-        x1, y1, x2, y2 = np.rint(boxes * scale).astype(np.int64).T
-        x1, y1 = x1.clip(0, max(self._width - 2, 0)), y1.clip(0, max(self._height - 2, 0))
-        x2 = np.minimum(np.maximum(x2, x1 + 2), self._width)
-        y2 = np.minimum(np.maximum(y2, y1 + 2), self._height)
-        return x1, y1, x2, y2
-
-    def _contrast_cues(
-        self,
-        gray_integral: Sums,
-        gradient_integral: Sums,
-        inside: tuple[Ints, ...],
-        outside: tuple[Ints, ...],
-    ) -> tuple[Floats, Floats]:
-        """Return two cues of a box side from the strips inside and outside.
-
-        These are the brightness difference and the logarithmic ratio of gradient magnitudes.
-        """
-        area_in, area_out = _strip_area(inside), _strip_area(outside)
-        step = (
-            self._box_sum(gray_integral, inside) / area_in
-            - self._box_sum(gray_integral, outside) / area_out
-        )
-        floor = 0.1 * self._gradient_mean
-        busy_in = self._box_sum(gradient_integral, inside) / area_in + floor
-        busy_out = self._box_sum(gradient_integral, outside) / area_out + floor
-        return np.abs(step) / self._gray_std, np.log(busy_in / busy_out)
-
-    def _box_sum(self, integral: Sums, box: tuple[Ints, ...]) -> Ints:
-        x1, y1, x2, y2 = box
-        stride = self._width + 1
-        top_offset, bottom_offset = y1 * stride, y2 * stride
-        lower = integral[bottom_offset + x2] - integral[bottom_offset + x1]
-        sums: Ints = lower - integral[top_offset + x2] + integral[top_offset + x1]
-        return sums
-
-    def _vertical_edge(self, cumsum_x: Sums, x: Ints, y1: Ints, y2: Ints) -> Floats:
-        """Return the log edge strength along a vertical side, relative to the image mean."""
-        offset = x.clip(max=self._width - 1) * (self._height + 1)
-        mean = (cumsum_x[offset + y2] - cumsum_x[offset + y1]) / np.maximum(y2 - y1, 1)
-        edge: Floats = np.log(mean / self._grad_x_mean + 0.3)
-        return edge
-
-    def _horizontal_edge(self, cumsum_y: Sums, y: Ints, x1: Ints, x2: Ints) -> Floats:
-        """Return the log edge strength along a horizontal side, relative to the image mean."""
-        offset = y.clip(max=self._height - 1) * (self._width + 1)
-        mean = (cumsum_y[offset + x2] - cumsum_y[offset + x1]) / np.maximum(x2 - x1, 1)
-        edge: Floats = np.log(mean / self._grad_y_mean + 0.3)
-        return edge
+        xs = np.linspace(0, self._width, GRID_CELLS + 1).astype(np.int64)
+        ys = np.linspace(0, self._height, GRID_CELLS + 1).astype(np.int64)
+        y1, x1 = np.meshgrid(ys[:-1], xs[:-1], indexing="ij")
+        y2, x2 = np.meshgrid(ys[1:], xs[1:], indexing="ij")
+        return _box_means(_integral_image(self._gray), (x1, y1, x2, y2)).ravel()
 
 
-def _integral_image(values: NDArray[np.uint8]) -> Sums:
-    """Compute the flattened integral image, with a leading row and column of zeros."""
-    table = np.zeros((values.shape[0] + 1, values.shape[1] + 1), np.int32)
-    np.cumsum(values, axis=0, dtype=np.int32, out=table[1:, 1:])
-    np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
-    return table.ravel()
-
-
-def _row_cumsum(values: NDArray[np.uint8]) -> Sums:
-    """Compute the cumulative sums along each row with a leading 0, flattened."""
-    table = np.zeros((values.shape[0], values.shape[1] + 1), np.int32)
-    np.cumsum(values, axis=1, dtype=np.int32, out=table[:, 1:])
-    return table.ravel()
+PixelBox = tuple[Ints, Ints, Ints, Ints]
 
 
 def _max_with_neighbors(values: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the maximum of each value and its neighbors in the rows above and below."""
-    result = values.copy()
-    np.maximum(result[1:], values[:-1], out=result[1:])
-    np.maximum(result[:-1], values[1:], out=result[:-1])
-    return result
+    """Return the maximum of each value and its neighbors in the rows above and below.
+
+    An edge may be one pixel off its side.
+    """
+    padded = np.pad(values, ((1, 1), (0, 0)))
+    return np.maximum(np.maximum(padded[:-2], values), padded[2:])
 
 
-def _strip_area(box: tuple[Ints, ...]) -> Ints:
+def _cumsum_rows(values: NDArray[np.uint8]) -> Sums:
+    """Compute the cumulative sums along each row, with a leading 0."""
+    return np.pad(values, ((0, 0), (1, 0))).cumsum(axis=1, dtype=np.int32)
+
+
+def _measure_edges(sums: Sums, line: Ints, start: Ints, stop: Ints, mean_gradient: float) -> Floats:
+    """Return the log edge strength along parts of lines, relative to the image mean."""
+    line = line.clip(max=len(sums) - 1)
+    strength = (sums[line, stop] - sums[line, start]) / np.maximum(stop - start, 1)
+    edges: Floats = np.log(strength / mean_gradient + 0.3)
+    return edges
+
+
+def _integral_image(values: NDArray[np.uint8]) -> Sums:
+    """Compute the integral image, with a leading row and column of zeros."""
+    rows = np.pad(values, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int32)
+    return rows.cumsum(axis=1, dtype=np.int32, out=rows)
+
+
+def _box_means(integral: Sums, box: PixelBox) -> Floats:
     x1, y1, x2, y2 = box
-    return np.maximum((x2 - x1) * (y2 - y1), 1)
+    sums = integral[y2, x2] - integral[y2, x1] - integral[y1, x2] + integral[y1, x1]
+    means: Floats = sums / np.maximum((x2 - x1) * (y2 - y1), 1)
+    return means
 
 
 ImageOpener = Callable[[Path], EdgeContrast]
@@ -253,10 +199,8 @@ MAX_BOXES = 1200
 """Approximate maximum number of measured boxes; at least 4 per image are measured."""
 
 NUM_CONTROLS = 3
-"""Number of control images in which each box is also measured."""
 
 MIN_IMAGES = 20
-"""Minimum number of dissimilar images for image evidence."""
 
 MAX_BRIGHTNESS_DIFF = 2.0
 """Mean brightness difference (of 255) below which two images are considered similar."""
@@ -298,14 +242,9 @@ class ImageEvidence:
                 self._images.append(open_image(claims.image_paths[image_index]))
             except CorruptImageError:
                 continue  # reported as a separate issue
-            claim_rows = np.flatnonzero(claims.image_index == image_index)
-            groups.append(
-                claim_rows[
-                    np.linspace(
-                        0, len(claim_rows) - 1, min(len(claim_rows), boxes_per_image)
-                    ).astype(int)
-                ]
-            )
+            rows = np.flatnonzero(claims.image_index == image_index)
+            count = min(len(rows), boxes_per_image)
+            groups.append(rows[np.linspace(0, len(rows) - 1, count).astype(int)])
         self.claim_rows = np.concatenate(groups) if groups else np.zeros(0, int)
         self.image_of_claim = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         self._vote_groups = self._assign_vote_groups(claims)
@@ -316,10 +255,8 @@ class ImageEvidence:
         subset = copy.copy(self)
         subset._images = self._images[:num_images]
         is_included = self.image_of_claim < num_images
-        subset.claim_rows, subset.image_of_claim = (
-            self.claim_rows[is_included],
-            self.image_of_claim[is_included],
-        )
+        subset.claim_rows = self.claim_rows[is_included]
+        subset.image_of_claim = self.image_of_claim[is_included]
         subset._vote_groups = self._vote_groups[:num_images]
         return subset
 
@@ -332,20 +269,15 @@ class ImageEvidence:
         first_rows = np.searchsorted(self.image_of_claim, np.arange(len(self._images)))
         boxes = claims.coordinates[self.claim_rows[first_rows]]
         scale = np.abs(claims.coordinates).max(initial=1e-9)
-        brightness_maps = np.stack(
-            [contrast.mean_brightness() for contrast in self._images] or [np.zeros(1)]
-        )
+        images = [image.mean_brightness() for image in self._images] or [np.zeros(1)]
+        brightness = np.stack(images)
         groups = np.arange(len(self._images))
-        for image_index in range(1, len(groups)):
-            is_similar = (
-                np.abs(brightness_maps[:image_index] - brightness_maps[image_index]).mean(axis=1)
-                < MAX_BRIGHTNESS_DIFF
-            )
-            has_close_box = (
-                np.abs(boxes[:image_index] - boxes[image_index]).max(axis=1) < scale * MAX_BOX_DIFF
-            )
-            if (is_similar & has_close_box).any():
-                groups[image_index] = groups[np.argmax(is_similar & has_close_box)]
+        for n in range(1, len(groups)):
+            brightness_diff = np.abs(brightness[:n] - brightness[n]).mean(axis=1)
+            box_diff = np.abs(boxes[:n] - boxes[n]).max(axis=1)
+            is_similar = (brightness_diff < MAX_BRIGHTNESS_DIFF) & (box_diff < scale * MAX_BOX_DIFF)
+            if is_similar.any():
+                groups[n] = groups[np.argmax(is_similar)]
         return groups
 
     def score_boxes(self, boxes: Floats, num_controls: int = NUM_CONTROLS) -> Floats:
@@ -362,25 +294,21 @@ class ImageEvidence:
                 box is not inside its image.
         """
         with np.errstate(invalid="ignore"):
-            is_inside = (boxes > -0.01) & (boxes < 1.01)
-            is_valid: Bools = np.all(is_inside, axis=2)
+            is_valid: Bools = np.all((boxes > -0.01) & (boxes < 1.01), axis=2)
             is_valid &= np.all(boxes[..., 2:] > boxes[..., :2], axis=2)
         safe_boxes = np.where(is_valid[..., None], boxes, np.array([0.0, 0.0, 1.0, 1.0]))
         own_scores, control_scores = np.zeros((2, *boxes.shape[:2], 2))
         num_images = len(self._images)
         starts = np.searchsorted(self.image_of_claim, np.arange(num_images + 1))
-        members = [np.arange(starts[k], starts[k + 1]) for k in range(num_images)]
-        for image_index, contrast in enumerate(self._images):
-            row_groups = [
+        members = [np.arange(*pair) for pair in itertools.pairwise(starts)]
+        for image_index, image in enumerate(self._images):
+            own_rows, *other_rows = (
                 members[(image_index + step) % num_images] for step in range(num_controls + 1)
-            ]
-            rows = np.concatenate(row_groups)
-            measured_scores = contrast.score_boxes(safe_boxes[rows].reshape(-1, 4)).reshape(
-                len(rows), -1, 2
             )
-            num_own = len(row_groups[0])
-            own_scores[row_groups[0]] = measured_scores[:num_own]
-            control_scores[rows[num_own:]] += measured_scores[num_own:]
+            rows = np.concatenate([own_rows, *other_rows])
+            scores = image.score_boxes(safe_boxes[rows].reshape(-1, 4)).reshape(len(rows), -1, 2)
+            own_scores[own_rows] = scores[: len(own_rows)]
+            control_scores[rows[len(own_rows) :]] += scores[len(own_rows) :]
         return np.where(is_valid[..., None], own_scores - control_scores / num_controls, np.nan)
 
     def z_score(self, values: Floats, mask: Bools | None = None) -> float:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation, issue_from_error
+from finesight.check.check_issues import (
+    CheckIssue,
+    FixAction,
+    IssueImage,
+    SampleLocation,
+    issue_from_error,
+    shorten,
+)
 from finesight.check.image_catalog import ImageCatalog
 from finesight.data.boxes import MAX_OVERHANG_PX, Box
 from finesight.data.sample import (
@@ -48,21 +55,15 @@ def find_box_issues(
         if not isinstance(box, BoxPart):
             continue
         if box.image >= len(image_paths):
-            yield location.create_issue(
-                "box-without-image",
-                (
-                    f"box refers to image {box.image} (0-based); the sample has {len(image_paths)}"
-                    " images"
-                ),
-                "correct the box's `image`, or add the image",
-            )
+            count = f"the sample has {len(image_paths)} images"
+            message = f"box refers to image {box.image} (0-based); {count}"
+            remedy = "correct the box's `image`, or add the image"
+            yield location.create_issue("box-without-image", message, remedy)
             continue
-        image_info = catalog[image_paths[box.image]]
-        if image_info.issue_code is None:
-            issue_image = IssueImage(
-                Path(image_paths[box.image]), box.image, (box.xyxy,), (box.label or "",)
-            )
-            yield from _check_box(box.xyxy, image_info.size, location, issue_image)
+        path = image_paths[box.image]
+        if catalog[path].issue_code is None:
+            issue_image = IssueImage(Path(path), box.image, (box.xyxy,), (box.label or "",))
+            yield from _check_box(box.xyxy, catalog[path].size, location, issue_image)
 
 
 def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
@@ -74,11 +75,7 @@ def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
     height, width = size
     a, b, c, d = xyxy
     sorted_box = (min(a, c), min(b, d), max(a, c), max(b, d))
-    if (
-        sorted_box[0] == sorted_box[2]
-        or sorted_box[1] == sorted_box[3]
-        or not _is_within(sorted_box, size, 0)
-    ):
+    if a == c or b == d or not _is_within(sorted_box, size, 0):
         return None
     fits_as_xywh = a + c <= width + MAX_OVERHANG_PX and b + d <= height + MAX_OVERHANG_PX
     fits_as_cxcywh = _is_within((a - c / 2, b - d / 2, a + c / 2, b + d / 2), size, MAX_OVERHANG_PX)
@@ -89,10 +86,8 @@ def clip_box(xyxy: Box, size: tuple[int, int]) -> Box | None:
     """Clip a box to its image; return None if no area remains."""
     height, width = size
     x1, y1, x2, y2 = xyxy
-    clipped_box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    return (
-        clipped_box if clipped_box[0] < clipped_box[2] and clipped_box[1] < clipped_box[3] else None
-    )
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
 def _check_box(
@@ -102,38 +97,25 @@ def _check_box(
     x1, y1, x2, y2 = xyxy
     coordinates = ", ".join(f"{value:g}" for value in xyxy)
     message = f"[{coordinates}] in an image of {width} x {height}"
-    issue_images = (issue_image,)
+    fix: FixAction | None = None
     if not all(map(math.isfinite, xyxy)):
-        yield location.create_issue(
-            "box-empty", f"{message}: not four finite values", _ORDER_HINT, issue_images
-        )
+        code, message, remedy = "box-empty", f"{message}: not four finite values", _ORDER_HINT
     elif x2 < x1 or y2 < y1:
-        is_certain = sort_corners(xyxy, size) is not None
-        yield location.create_issue(
-            "box-inverted",
-            message,
-            _ORDER_HINT,
-            issue_images,
-            "reordered" if is_certain else None,
-        )
+        code, remedy = "box-inverted", _ORDER_HINT
+        fix = None if sort_corners(xyxy, size) is None else "reordered"
     elif x1 == x2 or y1 == y2:
-        yield location.create_issue(
-            "box-empty", f"{message}: a line or a point", _ORDER_HINT, issue_images
-        )
+        code, message, remedy = "box-empty", f"{message}: a line or a point", _ORDER_HINT
     elif not _is_within(xyxy, size, MAX_OVERHANG_PX) or clip_box(xyxy, size) is None:
-        yield location.create_issue("box-outside", message, _CONVENTION_HINT, issue_images)
+        code, remedy = "box-outside", _CONVENTION_HINT
     elif not _is_within(xyxy, size, 0):
-        yield location.create_issue(
-            "box-at-edge", message, "clip it to the image", issue_images, "clipped"
-        )
+        code, remedy, fix = "box-at-edge", "clip it to the image", "clipped"
     elif min(x2 - x1, y2 - y1) < MIN_BOX_SIDE:
-        yield location.create_issue(
-            "box-tiny", message, "check that the box is not too small", issue_images
-        )
+        code, remedy = "box-tiny", "check that the box is not too small"
     elif (x2 - x1) * (y2 - y1) >= FULL_IMAGE_FRACTION * width * height:
-        yield location.create_issue(
-            "box-covers-image", message, "check that the box locates an object", issue_images
-        )
+        code, remedy = "box-covers-image", "check that the box locates an object"
+    else:
+        return
+    yield location.create_issue(code, message, remedy, (issue_image,), fix)
 
 
 def _is_within(xyxy: Box, size: tuple[int, int], tolerance: float) -> bool:
@@ -188,18 +170,19 @@ def find_text_issues(
         return
     yield from _check_placeholders(sample, location)
     stripped_texts = [_IMAGE_PLACEHOLDER.sub("", text) for text in texts]
-    found = _find_first(_TYPED_PLACEHOLDER, stripped_texts)
-    if found:
-        yield location.create_issue("placeholder-in-text", f"{found} in a text", _REMEDY)
-    found = _find_first(_TYPED_BOX, stripped_texts)
-    if found:
-        remedy = "write boxes as box parts in pixels; `finesight data import` reads them"
-        yield location.create_issue("box-in-text", f"{found} in a text", remedy)
-    found = _find_first(_SPECIAL_TOKEN, stripped_texts) or _find_token(
-        special_tokens, stripped_texts
-    )
-    if found:
-        yield location.create_issue("special-token-in-text", f"{found} in a text", _REMEDY)
+    box_remedy = "write boxes as box parts in pixels; `finesight data import` reads them"
+    for pattern, code, remedy in (
+        (_TYPED_PLACEHOLDER, "placeholder-in-text", _REMEDY),
+        (_TYPED_BOX, "box-in-text", box_remedy),
+        (_SPECIAL_TOKEN, "special-token-in-text", _REMEDY),
+    ):
+        matches = (found[0] for text in stripped_texts for found in pattern.finditer(text))
+        found = next(matches, None)
+        if found is None and pattern is _SPECIAL_TOKEN:
+            tokens = (one for one in special_tokens for text in stripped_texts if one in text)
+            found = next(tokens, None)
+        if found:
+            yield location.create_issue(code, f"{found} in a text", remedy)
 
 
 def remove_placeholders(sample: Sample) -> Sample:
@@ -231,47 +214,30 @@ def _check_placeholders(sample: Sample, location: SampleLocation) -> Iterator[Ch
     if not placeholders:
         return
     num_images = sum(isinstance(part, ImagePart) for part in sample.iter_parts())
-    preview = (
-        placeholders[0][1] if len(placeholders[0][1]) <= 60 else f"{placeholders[0][1][:57]}..."
-    )
+    preview = shorten(placeholders[0][1], 60)
     if len(placeholders) != num_images:
         yield location.create_issue(
             "placeholder-count-mismatch",
             f"{len(placeholders)} image placeholders in the texts ({preview}), {num_images} images",
             "one image part per placeholder, and no placeholders in the text",
         )
-    else:
-        is_fixable = all(role == "user" for role, _ in placeholders) and _are_at_edges(sample)
-        yield location.create_issue(
-            "placeholder-in-text",
-            f"{preview} in a text; the {num_images} images of the sample are image parts",
-            "remove the placeholders from the text: the image parts define the positions",
-            fix="placeholders removed" if is_fixable and _stays_valid(sample) else None,
-        )
-
-
-def _are_at_edges(sample: Sample) -> bool:
-    """Return whether all placeholders are before or after the text of their part.
-
-    Placeholders within the text may be quoted content and are not removed.
-    """
-    texts = (part.text for part in sample.iter_parts() if isinstance(part, TextPart))
-    return all(
+        return
+    # Placeholders within the text of a part may be quoted content and are not removed.
+    texts = [part.text for part in sample.iter_parts() if isinstance(part, TextPart)]
+    are_at_edges = all(
         sum(bool(piece.strip()) for piece in _IMAGE_PLACEHOLDER.split(text)) <= 1 for text in texts
     )
-
-
-def _stays_valid(sample: Sample) -> bool:
-    """Return whether every message still has content after the placeholders are removed."""
-    return all(message.content for message in remove_placeholders(sample).messages)
-
-
-def _find_first(pattern: re.Pattern[str], texts: list[str]) -> str | None:
-    return next((found[0] for text in texts for found in pattern.finditer(text)), None)
-
-
-def _find_token(tokens: Collection[str], texts: list[str]) -> str | None:
-    return next((token for token in tokens for text in texts if token in text), None)
+    is_fixable = (
+        are_at_edges
+        and all(role == "user" for role, _ in placeholders)
+        and all(message.content for message in remove_placeholders(sample).messages)
+    )
+    yield location.create_issue(
+        "placeholder-in-text",
+        f"{preview} in a text; the {num_images} images of the sample are image parts",
+        "remove the placeholders from the text: the image parts define the positions",
+        fix="placeholders removed" if is_fixable else None,
+    )
 
 
 _FETCH_REMEDY = "download or export the image again, or remove the sample"
@@ -295,8 +261,11 @@ def find_sample_issues(
     Args:
         special_tokens: Special tokens of the tokenizer that must not occur in texts.
     """
-    yield from _check_roles(sample, location)
-    yield from _check_empty_turns(sample, location)
+    try:
+        validate_roles(sample.messages, "")
+    except InvalidTurnsError as error:
+        yield issue_from_error(error, location)
+    yield from _check_turns(sample, location)
     yield from _check_images(sample, location, catalog)
     yield from find_text_issues(sample, location, special_tokens)
     yield from find_box_issues(sample, location, catalog)
@@ -307,14 +276,7 @@ def iter_media_paths(sample: Sample) -> Iterator[str]:
     return (path for part in sample.iter_parts() for path in list_media_paths(part))
 
 
-def _check_roles(sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
-    try:
-        validate_roles(sample.messages, "")
-    except InvalidTurnsError as error:
-        yield issue_from_error(error, location)
-
-
-def _check_empty_turns(sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
+def _check_turns(sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
     for message_index, message in enumerate(sample.messages):
         texts = [part.text for part in message.content if isinstance(part, TextPart)]
         if len(texts) == len(message.content) and not "".join(texts).strip():
@@ -343,22 +305,17 @@ def _check_images(
                     image_info.issue_code, message, _REMEDIES[image_info.issue_code], (issue_image,)
                 )
         if isinstance(part, VideoPart):
-            yield from _check_frames(part.frames, location, catalog)
+            valid = [path for path in part.frames if catalog[path].issue_code is None]
+            other = next((one for one in valid if catalog[one].size != catalog[valid[0]].size), "")
+            if other:
+                (height, width), (first_height, first_width) = (
+                    catalog[path].size for path in (other, valid[0])
+                )
+                sizes = f"{width} x {height} pixels, {valid[0]} {first_width} x {first_height}"
+                yield location.create_issue(
+                    "video-frame-sizes-differ",
+                    f"{other} has {sizes}",
+                    "extract the frames again at one size",
+                    (IssueImage(Path(other)),),
+                )
         image_index += isinstance(part, ImagePart)
-
-
-def _check_frames(
-    frames: Sequence[str], location: SampleLocation, catalog: ImageCatalog
-) -> Iterator[CheckIssue]:
-    frame_sizes = [
-        (path, catalog[path].size) for path in frames if catalog[path].issue_code is None
-    ]
-    other = next((frame for frame in frame_sizes if frame[1] != frame_sizes[0][1]), None)
-    if other is not None:
-        (first, (height, width)), (path, (other_height, other_width)) = frame_sizes[0], other
-        yield location.create_issue(
-            "video-frame-sizes-differ",
-            f"{path} has {other_width} x {other_height} pixels, {first} {width} x {height}",
-            "extract the frames again at one size",
-            (IssueImage(Path(path)),),
-        )

@@ -170,9 +170,9 @@ def predict(
     """
     from rich.console import Console
 
-    from finesight.infer.box_drawing import save_annotated_images
     from finesight.infer.model_loader import load_inference_model
     from finesight.infer.prediction import predict as run_prediction
+    from finesight.infer.prediction import save_annotated_images
     from finesight.train.console import TrainingConsole
 
     samples = _load_samples(images or [], prompt, data)

@@ -27,7 +27,7 @@ from finesight.errors import UserError
 
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue
-    from finesight.check.data_checker import ImportCheckInput, ModelRequirements, SampleCheckInput
+    from finesight.check.data_checker import CheckInput, ModelRequirements
 
 MAX_PRINTED_ISSUES = 3
 """Maximum number of printed examples per kind of issue; further ones are only counted."""
@@ -151,7 +151,7 @@ def check(
 
 
 def _run_check(
-    inputs: Sequence[ImportCheckInput | SampleCheckInput],
+    inputs: Sequence[CheckInput],
     model_context: ModelRequirements,
     fix: Path | None,
     html: Path | None,

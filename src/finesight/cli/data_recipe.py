@@ -139,7 +139,7 @@ def _write_sample_page(
     """
     from rich.console import Console
 
-    from finesight.encode.native_renderer import NativeRenderer
+    from finesight.encode.renderer import NativeRenderer
     from finesight.report.data_pages import render_sample_page
     from finesight.report.html import write_page
     from finesight.train.console import TrainingConsole

@@ -14,7 +14,7 @@ from finesight.errors import UserError
 from finesight.hub.address import HubAddress, parse_address
 
 if TYPE_CHECKING:
-    from finesight.export.verified_merge import VerifiedMerge
+    from finesight.export.model_card import VerifiedMerge
     from finesight.infer.model_loader import ModelSource
 
 

@@ -91,15 +91,15 @@ def serve(
     Example: finesight serve runs/latex
     """
     try:
-        from finesight.serve.api_keys import read_api_keys
         from finesight.serve.api_server import bind_socket, run_api_server
-        from finesight.serve.formats import read_formats
+        from finesight.serve.image_sources import read_formats
+        from finesight.serve.request_middleware import read_api_keys
         from finesight.serve.server_limits import ServerLimits
     except ImportError as error:
         raise UserError(
             f"the package {error.name} cannot be imported: {error}",
             where="finesight serve",
-            expected="fastapi, uvicorn, prometheus-client, python-multipart and llguidance",
+            expected="starlette, uvicorn, prometheus-client, python-multipart and llguidance",
             remedy="pip install 'finesight[serve]'",
         ) from error
     from finesight.infer.model_loader import load_multi_adapter_model
@@ -122,7 +122,7 @@ def serve(
         api_keys=keys,
         limits=limits,
         allowed_media_hosts=allow_media_host or (),
-        extra_image_formats=formats,
+        image_formats=formats,
         on_ready=lambda service: _print_address(service, address, has_api_key=bool(keys)),
     )
 

@@ -162,8 +162,8 @@ def _find_run_recipe(folder: Path, overrides: Sequence[str]) -> Path:
     Raises UserError if the folder has no recipe, or if the recipe writes to another folder: a run
     that was moved or copied would continue elsewhere.
     """
+    from finesight.manifest import RECIPE_FILE
     from finesight.recipe import load_recipe
-    from finesight.run_files import RECIPE_FILE
 
     file = folder / RECIPE_FILE
     if not file.is_file():

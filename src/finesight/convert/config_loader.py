@@ -12,8 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from finesight.bounded_files import parse_json
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml, parse_json
 from finesight.convert.external_config import (
     ConversionNote,
     ExternalConfig,
@@ -81,10 +80,7 @@ _QUOTED_OR_SKIPPED = re.compile(
 
 
 def load_external_config(path: Path) -> ExternalConfig:
-    """Load a training configuration of ms-swift or LLaMA-Factory.
-
-    YAML and JSON files contain the settings. In any other file, a shell script is assumed, whose
-    training command is parsed but not executed.
+    """Load a training configuration from YAML, JSON, or a shell script, which is not executed.
 
     Raises UserError for an unreadable file and for one without a training configuration.
     """
@@ -127,11 +123,7 @@ def _parse_content(path: Path) -> dict[str, object]:
 
 
 def _config_from_content(content: dict[str, object], path: Path) -> ExternalConfig:
-    """Build the configuration from the settings of a file.
-
-    The program is detected by its name of the model setting: `model_name_or_path` in LLaMA-Factory,
-    `model` or `model_id_or_path` in ms-swift.
-    """
+    """Build the configuration from a file, detecting its program by the name of the model."""
     if isinstance(content.get("data"), dict) and "model" in content and "output_dir" in content:
         raise _build_error(path, "is a finesight recipe already", f"finesight train {path}")
     if "model_name_or_path" in content:
@@ -238,11 +230,7 @@ def _build_unresolved_error(path: Path, text: str) -> UserError:
 
 
 def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]:
-    """Find the call of ms-swift or LLaMA-Factory in the words of a shell command.
-
-    Returns the program, its subcommand such as `sft`, and the index of the first argument. The
-    program is None if the command calls neither.
-    """
+    """Find the training program in a shell command, its subcommand, and its first argument."""
     for index, word in enumerate(words):
         basename, following = word.rpartition("/")[2], words[index + 1 : index + 2]
         name = following[0].replace("_", "-") if following else ""
@@ -261,10 +249,7 @@ def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]
 def _config_from_command(
     program: SourceProgram, arguments: list[str], environment: Mapping[str, str], path: Path
 ) -> ExternalConfig:
-    """Build the configuration from the arguments of a training command.
-
-    Options override the configuration file that the command names.
-    """
+    """Build the configuration from a file that the command names, and options that override it."""
     content: dict[str, object] = {}
     if arguments and arguments[0].endswith(_CONFIG_SUFFIXES):
         config_path = Path(arguments.pop(0))
@@ -302,11 +287,7 @@ def _parse_options(words: Sequence[str]) -> dict[str, object]:
 
 
 def _read_launcher(words: Sequence[str]) -> dict[str, str]:
-    """Read the number of processes from the words of torchrun, deepspeed or accelerate.
-
-    Returns NPROC_PER_NODE and NNODES, the environment variables that both programs use for it, or
-    an empty dict without a launcher.
-    """
+    """Return NPROC_PER_NODE and NNODES as set by torchrun, deepspeed or accelerate."""
     basenames = [word.rpartition("/")[2] for word in words]
     is_torchrun = any(re.match(r"torchrun$|torch\.distributed\.", name) for name in basenames)
     if not is_torchrun and not {"deepspeed", "accelerate"} & {*basenames}:

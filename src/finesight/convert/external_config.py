@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml
 from finesight.errors import UserError
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory"]
@@ -38,14 +38,8 @@ class SettingRule:
 
 @dataclass(frozen=True)
 class ProgramRules:
-    """Rules for the settings of a program.
-
-    Attributes:
-        defaults: Default values of the program.
-        aliases: Current names of renamed settings, by old name.
-        converted: Settings that a converter reads.
-        other: Rules for all other settings.
-    """
+    """Rules for settings: defaults, current names of renamed settings, those that a converter
+    reads, and rules for all others."""
 
     defaults: Mapping[str, object]
     aliases: Mapping[str, str]
@@ -54,21 +48,27 @@ class ProgramRules:
 
 
 @cache
+def load_rules_file() -> dict[str, Any]:
+    """Load `rules.yaml`."""
+    file = importlib.resources.files("finesight.convert") / "rules.yaml"
+    content: dict[str, Any] = load_yaml(file.read_text(encoding="utf-8"))
+    return content
+
+
+@cache
 def load_rules(program: SourceProgram) -> ProgramRules:
     """Load the rules of a program, including those of the transformers Trainer."""
-    file = importlib.resources.files("finesight.convert") / "rules.yaml"
-    content = load_yaml(file.read_text(encoding="utf-8"))
+    content = load_rules_file()
     other: dict[str, SettingRule] = {}
     converted: set[str] = set()
     for section in (content["transformers"], content[program]):
-        own_converted = section["converted"].split()
         for group in (*section["ignored"], *section["unsupported"]):
             is_ignored = group in section["ignored"]
             rule = SettingRule(group["reason"], is_ignored, tuple(group.get("equivalent", ())))
             other |= dict.fromkeys(group["keys"].split(), rule)
             converted -= set(group["keys"].split())
-        converted |= set(own_converted)
-        other = {key: rule for key, rule in other.items() if key not in own_converted}
+        converted |= set(section["converted"].split())
+        other = {key: rule for key, rule in other.items() if key not in converted}
     own = content[program]
     return ProgramRules(own["defaults"], own["aliases"], frozenset(converted), other)
 
@@ -90,8 +90,9 @@ class ConversionNote:
 class ExternalConfig:
     """Configuration of an ms-swift or LLaMA-Factory training.
 
+    Methods that read a setting raise UserError for values of another type.
+
     Attributes:
-        program: Program that the configuration is written for.
         where: File of the configuration, for messages.
         values: Settings by name, as written.
         environment: Environment variables of the training.
@@ -121,23 +122,14 @@ class ExternalConfig:
         return None if is_empty(value) else format_value(value)
 
     def get_bool(self, key: str) -> bool:
-        """Return a setting as a bool, False if it has no value.
-
-        Raises UserError for other text than true and false.
-        """
-        value = self.get_value(key)
-        if is_empty(value):
-            return False
-        text = str(value).strip().lower()
+        """Return a setting as a bool, False if it has no value."""
+        text = (self.get_str(key) or "false").lower()
         if text in _TRUE_WORDS | _FALSE_WORDS:
             return text in _TRUE_WORDS
         raise self.build_error(key, "true or false")
 
     def get_float(self, key: str) -> float | None:
-        """Return a setting as a finite number, or None if it has no value.
-
-        Raises UserError for other values.
-        """
+        """Return a setting as a finite number, or None if it has no value."""
         value = self.get_value(key)
         if is_empty(value):
             return None
@@ -150,10 +142,7 @@ class ExternalConfig:
         return number
 
     def get_int(self, key: str) -> int | None:
-        """Return a setting as an integer, or None if it has no value.
-
-        Raises UserError for other values.
-        """
+        """Return a setting as an integer, or None if it has no value."""
         number = self.get_float(key)
         if number is not None and not number.is_integer():
             raise self.build_error(key, "an integer")
@@ -173,10 +162,7 @@ class ExternalConfig:
         return tuple(part.strip() for part in parts if part.strip())
 
     def get_env_int(self, name: str) -> int | None:
-        """Return an environment variable of the training as an integer, None if it is not set.
-
-        Raises UserError for other values.
-        """
+        """Return an environment variable of the training as an integer, None if it is not set."""
         text = self.environment.get(name, "").strip()
         if not text:
             return None

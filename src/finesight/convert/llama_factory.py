@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 
 from finesight.bounded_files import read_json_object
-from finesight.convert.model_detection import FamilySettings
+from finesight.convert.model_detection import PARTS, FamilySettings
 from finesight.convert.trainer_converter import (
     NOTE_UNKNOWN_PROCESSES,
-    PARTS,
     DatasetSource,
     TrainerConverter,
 )
@@ -90,12 +89,11 @@ class LlamaFactoryConverter(TrainerConverter):
         if val_size and not eval_sources:
             if val_size < 0 or (val_size >= 1 and not val_size.is_integer()):
                 raise config.build_error("val_size", "a fraction below 1, or a count")
+            options = "--eval-last", str(int(val_size))
+            text = "the last rows of each dataset are the validation split"
             if val_size < 1:
                 options = "--train-fraction", f"{round(1 - val_size, 6):g}"
                 text = "split by image"
-            else:
-                options = "--eval-last", str(int(val_size))
-                text = "the last rows of each dataset are the validation split"
             draft.add_note("val_size", f"{val_size:g}", f"{text}; LLaMA-Factory draws random rows")
         self.set_data_files(sources, eval_sources, options)
         if system_prompt := config.get_str("default_system"):
@@ -121,13 +119,13 @@ class LlamaFactoryConverter(TrainerConverter):
             hub = "modelscope" if self.uses_modelscope else "hf"
             return [DatasetSource(f"{hub}:{name}", max_samples) for name in names]
         info_folder = self._find_dataset_info(folder) if names else None
-        if names and info_folder is None:
+        if info_folder is None:
             text = (
                 f"{folder}/{DATASET_INFO_FILE} does not exist: correct the commands below, or run"
                 " this command in its folder"
             )
-            self.draft.add_note("dataset_dir", folder, text)
-        if info_folder is None:
+            if names:
+                self.draft.add_note("dataset_dir", folder, text)
             return [DatasetSource(f"{folder}/{name}.json", max_samples) for name in names]
         entries = read_json_object(
             info_folder / DATASET_INFO_FILE,
@@ -137,17 +135,12 @@ class LlamaFactoryConverter(TrainerConverter):
         return [self._build_source(info_folder, name, entries, max_samples) for name in names]
 
     def _find_dataset_info(self, folder: str) -> Path | None:
-        """Find the folder of dataset_info.json.
-
-        `folder` is searched relative to the working directory, then to the folder of the
-        configuration and its parents.
-        """
+        """Find dataset_info.json in a folder relative to the working directory, the configuration
+        and its parents."""
         config_folder = Path(self.config.where).parent
         parents = (config_folder, *config_folder.resolve().parents[:3])
-        for candidate in (Path(folder), *(parent / folder for parent in parents)):
-            if os.path.exists(candidate / DATASET_INFO_FILE):
-                return candidate
-        return None
+        candidates = (Path(folder), *(parent / folder for parent in parents))
+        return next((one for one in candidates if os.path.exists(one / DATASET_INFO_FILE)), None)
 
     def _build_source(
         self, folder: Path, name: str, entries: dict[str, object], max_samples: int | None
@@ -258,14 +251,8 @@ class LlamaFactoryConverter(TrainerConverter):
             self.set_lora_targets(family, parts, "lora_target", targets, False)
         alpha = config.get_float("lora_alpha") or 2.0 * (config.get_int("lora_rank") or 0)
         self.set_lora_config(alpha, "additional_target")
-        bits = config.get_str("quantization_bit")
-        quant_method = config.get_str("quantization_method") or "bnb"
-        if bits == "4" and quant_method in ("bnb", "bitsandbytes"):
-            is_double = config.get_bool("double_quantization")
-            self.set_nf4(PARTS, config.get_str("quantization_type"), is_double)
-        elif bits is not None:
-            text = "weights remain in 16 bits: tune.quantize.nf4 supports 4 bits"
-            draft.add_difference("quantization_bit", f"{bits} by {quant_method}", text)
+        keys = ("quantization_method", "quantization_bit", "quantization_type")
+        self.set_quantization(PARTS, *keys, "double_quantization")
 
     def _set_batch_size(self) -> None:
         num_gpus, suffix = self.count_processes()
@@ -281,9 +268,7 @@ class LlamaFactoryConverter(TrainerConverter):
         if self.config.get_bool("pure_bf16"):
             text = "trainable weights always have fp32 master weights in finesight"
             self.draft.add_note("pure_bf16", "true", text)
-        if self.config.get_bool("bf16") or self.config.get_bool("pure_bf16"):
-            self.draft.set("train.precision", "bf16")
-        elif self.config.get_bool("fp16"):
-            self.draft.set("train.precision", "fp16")
-        else:
-            self.draft.set("train.precision", "auto", "neither bf16 nor fp16 is set")
+        names = {"pure_bf16": "bf16", "bf16": "bf16", "fp16": "fp16"}
+        precision = next((name for key, name in names.items() if self.config.get_bool(key)), "auto")
+        comment = "neither bf16 nor fp16 is set" if precision == "auto" else ""
+        self.draft.set("train.precision", precision, comment)

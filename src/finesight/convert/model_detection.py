@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.bounded_files import read_json
+from finesight.convert.external_config import load_rules_file
 from finesight.errors import UserError
+
+PARTS = ("vision", "merger", "language")
 
 
 @dataclass(frozen=True)
 class FamilySettings:
-    """Properties of a model family that determine recipe settings.
+    """Properties of a model family that determine recipe settings, from `rules.yaml`.
 
     Attributes:
-        name: Name of the family, as in `model_type` of config.json.
+        names: `model_type` in config.json, and model type and template names of other programs.
+        pattern: Regular expression for names of models.
         token_size: Side of the image area of one token in pixels; 0 for a fixed image size.
         min_pixels: Minimum number of pixels per image in the default image processor settings.
         max_length: Maximum number of tokens per sample.
@@ -24,55 +28,24 @@ class FamilySettings:
     """
 
     name: str
+    names: tuple[str, ...]
+    pattern: str
     token_size: int
     min_pixels: int
     max_length: int
     layers: Mapping[str, tuple[str, ...]]
 
 
-def _list_layers(language: str, vision: str, merger: str) -> dict[str, tuple[str, ...]]:
-    texts = {"vision": vision, "merger": merger, "language": language}
-    return {part: tuple(text.split()) for part, text in texts.items()}
-
-
-_ATTENTION = "q_proj k_proj v_proj o_proj"
-_DECODER = f"{_ATTENTION} gate_proj up_proj down_proj"
-_QWEN3_VISION = "qkv proj linear_fc1 linear_fc2", "linear_fc1 linear_fc2"
-_QWEN = FamilySettings(
-    "qwen",
-    0,
-    0,
-    8192,
-    _list_layers("c_attn c_proj w1 w2", "in_proj out_proj c_fc c_proj", "kv_proj out_proj"),
-)
-_QWEN2 = FamilySettings(
-    "qwen2_vl", 28, 3136, 32_768, _list_layers(_DECODER, "qkv proj fc1 fc2", "mlp.0 mlp.2")
-)
-_QWEN2_5 = FamilySettings(
-    "qwen2_5_vl",
-    28,
-    3136,
-    128_000,
-    _list_layers(_DECODER, "qkv proj gate_proj up_proj down_proj", "mlp.0 mlp.2"),
-)
-_QWEN3 = FamilySettings("qwen3_vl", 32, 65_536, 262_144, _list_layers(_DECODER, *_QWEN3_VISION))
-_QWEN3_MOE = FamilySettings(
-    "qwen3_vl_moe", 32, 65_536, 262_144, _list_layers(_ATTENTION, *_QWEN3_VISION)
-)
-
-_FAMILY_BY_TYPE = {
-    family.name: family for family in (_QWEN, _QWEN2, _QWEN2_5, _QWEN3, _QWEN3_MOE)
-} | {"qwen_vl": _QWEN, "qvq": _QWEN2, "qwen3_vl_nothink": _QWEN3, "qwen3_moe_vl": _QWEN3_MOE}
-"""Family of each `model_type` in config.json, and of model type and template names of ms-swift and
-LLaMA-Factory."""
-
-_FAMILY_PATTERNS = (
-    (r"qwen3-?vl.*-a\d+b", _QWEN3_MOE),
-    (r"qwen3-?vl", _QWEN3),
-    (r"qwen2[.-]5-?vl", _QWEN2_5),
-    (r"qwen2-?vl|qvq-", _QWEN2),
-    (r"qwen-?vl", _QWEN),
-)
+def _list_families() -> list[FamilySettings]:
+    families = []
+    for name, entry in load_rules_file()["families"].items():
+        texts = {key: tuple(entry[key].split()) for key in ("names", *PARTS)}
+        numbers = {key: entry[key] for key in ("token_size", "min_pixels", "max_length")}
+        layers = {part: texts[part] for part in PARTS}
+        families.append(
+            FamilySettings(name, texts["names"], entry["pattern"], **numbers, layers=layers)
+        )
+    return families
 
 
 def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> FamilySettings:
@@ -87,19 +60,21 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     """
     what = f"cannot determine whether {model!r} is a Qwen vision-language model"
     model_type = _read_model_type(Path(model).expanduser()) if model else None
+    families = _list_families()
+    by_type = {name: family for family in families for name in family.names}
     if model_type is not None:
-        if model_type in _FAMILY_BY_TYPE:
-            return _FAMILY_BY_TYPE[model_type]
+        if model_type in by_type:
+            return by_type[model_type]
         what = f"{model} has the model type {model_type}"
     elif model:
         name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())
-        for pattern, family in _FAMILY_PATTERNS:
-            if re.search(pattern, name):
+        for family in families:
+            if re.search(family.pattern, name):
                 return family
         for hint in hints:
             # qwen without vl means a text model in both programs.
-            if hint in _FAMILY_BY_TYPE and hint != "qwen":
-                return _FAMILY_BY_TYPE[hint]
+            if hint in by_type and hint != "qwen":
+                return by_type[hint]
     raise UserError(
         what if model else "the configuration has no model",
         where=where,

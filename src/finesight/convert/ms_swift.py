@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from finesight.bounded_files import parse_json
-from finesight.convert.model_detection import FamilySettings
+from finesight.convert.model_detection import PARTS, FamilySettings
 from finesight.convert.trainer_converter import (
     NOTE_UNKNOWN_PROCESSES,
-    PARTS,
     DatasetSource,
     TrainerConverter,
 )
@@ -186,13 +185,8 @@ class MsSwiftConverter(TrainerConverter):
                 self.set_lora_targets(family, {*PARTS}, "target_modules", targets, True)
         self.set_lora_config(config.get_float("lora_alpha") or 0.0, "modules_to_save")
         self.config = config
-        quant_method, bits = config.get_str("quant_method"), config.get_str("quant_bits")
-        if quant_method in (None, "bnb") and bits == "4":
-            is_double = config.get_bool("bnb_4bit_use_double_quant")
-            self.set_nf4(["language"], config.get_str("bnb_4bit_quant_type"), is_double)
-        elif quant_method or bits:
-            text = "weights remain in 16 bits: tune.quantize.nf4 supports 4 bits"
-            draft.add_difference("quant_method", f"{quant_method}, {bits} bits", text)
+        quant = ("quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        self.set_quantization(["language"], *quant)
 
     def _note_frozen_parameters(self) -> None:
         """Add notes about settings that freeze parameters by name, which recipes do not support.
@@ -201,12 +195,9 @@ class MsSwiftConverter(TrainerConverter):
         and are not noted.
         """
         for key in ("freeze_parameters", "trainable_parameters"):
-            names = [
-                name
-                for item in self.config.get_list(key)
-                for name in item.split()
-                if not (self.config.is_recorded and name.endswith(_PART_NAMES))
-            ]
+            names = [name for item in self.config.get_list(key) for name in item.split()]
+            if self.config.is_recorded:
+                names = [name for name in names if not name.endswith(_PART_NAMES)]
             if names:
                 text = "only whole parts can be frozen: tune.vision, tune.merger, tune.language"
                 self.draft.add_difference(key, ", ".join(names), text)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml
 from finesight.config import Recipe
 from finesight.convert.config_loader import CONVERTED_VARIABLES, load_external_config
 from finesight.convert.external_config import (
@@ -43,14 +43,7 @@ _VIDEO_VARIABLES = ("VIDEO", "FPS", "NFRAMES")
 
 @dataclass(frozen=True)
 class ConvertedRecipe:
-    """Result of a conversion.
-
-    Attributes:
-        program: Program of the converted configuration.
-        recipe_text: YAML text of the recipe.
-        notes: Notes for the user about settings.
-        import_commands: Shell commands that create the data files of the recipe.
-    """
+    """Result of a conversion: recipe text in YAML, notes, and commands that import its data."""
 
     program: SourceProgram
     recipe_text: str

@@ -16,13 +16,12 @@ import yaml
 from finesight.bounded_files import parse_json, read_json
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import ConversionNote, ExternalConfig
-from finesight.convert.model_detection import FamilySettings, detect_family
+from finesight.convert.model_detection import PARTS, FamilySettings, detect_family
 from finesight.errors import UserError, escape_unprintable
 
 SettingValue = str | bool | int | float | None | list[object] | dict[str, object]
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
-PARTS = ("vision", "merger", "language")
 
 _LR_SCHEDULES = {
     "cosine": "cosine",
@@ -192,42 +191,40 @@ class TrainerConverter(ABC):
     ) -> None:
         """Set `data.train` and `data.eval`, and add the commands that import them.
 
-        Args:
-            sources: Training datasets.
-            eval_sources: Validation datasets.
-            split_options: Import options that split each training dataset; empty for none.
+        Without `split_options` of the import, `eval_sources` are the validation datasets.
         """
         used: set[str] = set()
 
         def add_imports(
-            datasets: Iterable[DatasetSource], options: tuple[str, ...]
-        ) -> list[object]:
-            folders: list[object] = []
+            name: str, file_name: str, datasets: Iterable[DatasetSource], comment: str = ""
+        ) -> list[str]:
+            folders = []
             for source in datasets:
-                stem = name = source.folder_name()
+                stem = folder = source.folder_name()
                 suffix = 2
-                while name in used:
-                    name, suffix = f"{stem}-{suffix}", suffix + 1
-                used.add(name)
+                while folder in used:
+                    folder, suffix = f"{stem}-{suffix}", suffix + 1
+                used.add(folder)
+                folders.append(f"samples/{folder}")
                 limit = () if source.limit is None else ("--limit", str(source.limit))
-                words = ["finesight", "data", "import", source.name, f"samples/{name}"]
-                self.draft.import_commands.append(shlex.join([*words, *limit, *options]))
-                folders.append(f"samples/{name}")
+                words = ["finesight", "data", "import", source.name, folders[-1], *limit]
+                options = split_options if name == "data.train" else ()
+                self.draft.import_commands.append(shlex.join([*words, *options]))
+            set_files(name, folders, file_name, comment)
             return folders
 
-        def set_files(name: str, folders: list[object], file_name: str, comment: str) -> None:
+        def set_files(name: str, folders: list[str], file_name: str, comment: str = "") -> None:
             files: list[object] = [f"{folder}/{file_name}" for folder in folders]
-            value: SettingValue = str(files[0]) if len(files) == 1 else files
-            self.draft.set(name, value, comment)
+            if files:
+                self.draft.set(name, str(files[0]) if len(files) == 1 else files, comment)
 
-        train_folders = add_imports(sources, split_options)
-        comment = "from the commands printed by `finesight convert`"
         train_file = "train.jsonl" if split_options else "data.jsonl"
-        set_files("data.train", train_folders, train_file, comment)
+        comment = "from the commands printed by `finesight convert`"
+        folders = add_imports("data.train", train_file, sources, comment)
         if split_options:
-            set_files("data.eval", train_folders, "eval.jsonl", "")
-        elif eval_folders := add_imports(eval_sources, ()):
-            set_files("data.eval", eval_folders, "data.jsonl", "")
+            set_files("data.eval", folders, "eval.jsonl")
+        else:
+            add_imports("data.eval", "data.jsonl", eval_sources)
 
     def set_trainer_settings(self) -> None:
         """Set schedule, optimizer, checkpoints, parallelism and trackers."""
@@ -286,10 +283,9 @@ class TrainerConverter(ABC):
             draft.set("train.device", "cpu")
 
     def count_processes(self) -> tuple[int | None, str]:
-        """Return the number of training processes, which is the number of GPUs.
+        """Return the number of GPUs, NPROC_PER_NODE x NNODES, and a note if a launcher sets it.
 
-        It is the product of NPROC_PER_NODE and NNODES. The number is None if NPROC_PER_NODE is not
-        set, or if a launcher determines it. The second value is a note for the latter case.
+        The number is None if NPROC_PER_NODE is not set, or if a launcher determines it.
         """
         if self.config.environment.get("NPROC_PER_NODE") == UNKNOWN_COUNT:
             return None, NOTE_UNKNOWN_PROCESSES
@@ -298,13 +294,7 @@ class TrainerConverter(ABC):
         return None if procs_per_node is None else procs_per_node * num_nodes, ""
 
     def set_batch_size(self, accumulation: int, num_gpus: int, comment_suffix: str) -> None:
-        """Set `train.batch_size`, the number of samples per optimizer step over all GPUs.
-
-        Args:
-            accumulation: Gradient accumulation steps.
-            num_gpus: Number of GPUs with different samples.
-            comment_suffix: End of the recipe comment.
-        """
+        """Set `train.batch_size`, the number of samples per optimizer step over all GPUs."""
         key = "per_device_train_batch_size"
         per_device = self.config.get_int(key) or 0
         factors = (per_device, accumulation, num_gpus)
@@ -394,30 +384,20 @@ class TrainerConverter(ABC):
         targets: tuple[str, ...],
         match_suffix: bool,
     ) -> None:
-        """Set LoRA on the layers that a list of names matches.
+        """Set LoRA on the layers that a list of names matches; parts without one are frozen.
 
-        Parts without a matching layer are frozen.
-
-        Args:
-            family: Layer names of the model.
-            parts: Parts that may have adapters.
-            key: Setting with the names, for notes.
-            targets: Layer names or parts of them.
-            match_suffix: Whether a name must end with the name of the layer (ms-swift) or be
-                contained in it (LLaMA-Factory).
+        A name must end with the name of a layer (`match_suffix`, ms-swift) or be contained in it
+        (LLaMA-Factory).
         """
         matched: dict[str, set[str]] = {part: set() for part in PARTS}
         unmatched, dotted = list[str](), list[str]()
         for target in targets:
             found = False
             for part, layers in family.layers.items():
-                matches = {
-                    layer
-                    for layer in layers
-                    if (f".{target}".endswith(f".{layer}") if match_suffix else target in layer)
-                }
-                matched[part] |= matches
-                found = found or bool(matches)
+                for layer in layers:
+                    if f".{target}".endswith(f".{layer}") if match_suffix else target in layer:
+                        matched[part].add(layer)
+                        found = True
             if not found:
                 unmatched.append(target)
             elif "." in target:
@@ -464,13 +444,28 @@ class TrainerConverter(ABC):
             draft.set("tune.lora.alpha", alpha, config.default_comment("lora_alpha"))
         self.copy_setting("tune.lora.dropout", "lora_dropout")
 
-    def set_nf4(self, parts: Iterable[str], quant_type: str | None, is_double: bool) -> None:
-        """Set NF4 quantization of the parts, and report a difference for another 4-bit format."""
-        self.draft.set("tune.quantize.nf4", list[object](parts))
-        if quant_type not in (None, "nf4") or not is_double:
-            what = f"{quant_type or 'nf4'}{'' if is_double else ' without double quantization'}"
-            text = "4-bit weights use NF4 with double quantization in finesight"
-            self.draft.add_difference("quantization", what, text)
+    def set_quantization(
+        self, parts: Iterable[str], method_key: str, bits_key: str, type_key: str, double_key: str
+    ) -> None:
+        """Set NF4 quantization of the parts, and report a difference for another format.
+
+        The keys are the settings of method, number of bits, 4-bit format and double quantization.
+        """
+        config = self.config
+        method, bits = config.get_str(method_key), config.get_str(bits_key)
+        if bits == "4" and method in (None, "bnb", "bitsandbytes"):
+            self.draft.set("tune.quantize.nf4", list[object](parts))
+            quant_type, is_double = config.get_str(type_key), config.get_bool(double_key)
+            if quant_type not in (None, "nf4") or not is_double:
+                what = f"{quant_type or 'nf4'}{'' if is_double else ' without double quantization'}"
+                text = "4-bit weights use NF4 with double quantization in finesight"
+                self.draft.add_difference("quantization", what, text)
+        elif bits or (method and config.program == "ms-swift"):
+            text = "weights remain in 16 bits: tune.quantize.nf4 supports 4 bits"
+            if bits:
+                self.draft.add_difference(bits_key, f"{bits} by {method or 'bnb'}", text)
+            else:
+                self.draft.add_difference(method_key, method, text)
 
 
 def _read_deepspeed_stage(deepspeed: object) -> tuple[int | None, bool]:

@@ -28,7 +28,6 @@ class InvalidBoxError(UserError):
 
 
 BOX_DECIMALS = 6
-"""Number of decimals to which converted pixel coordinates are rounded."""
 
 MAX_OVERHANG_PX = 1.0
 """Maximum overhang of a box beyond its image due to rounding, in pixels."""
@@ -42,12 +41,7 @@ class BoxConvention:
     units: BoxUnits = "pixel"
 
     def to_pixels(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> Box:
-        """Convert four coordinates of this convention to two corners in pixels.
-
-        Args:
-            coordinates: Four numbers in the format and units of this convention.
-            image_size: Height and width of the image in pixels.
-        """
+        """Convert four coordinates of this convention to two corners in pixels."""
         a, b, c, d = (float(value) for value in coordinates)
         if self.format == "xywh":
             corners = (a, b, a + c, b + d)
@@ -91,11 +85,6 @@ def parse_coordinates(value: object) -> list[float]:
 
 def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConvention) -> Box:
     """Clip a box that exceeds its image by no more than a rounding error.
-
-    Args:
-        box: Two corners in pixels.
-        image_size: Height and width of the image in pixels.
-        convention: Convention that the box was converted from, named in the error message.
 
     Raises:
         InvalidBoxError: The box is inverted, has no area, or exceeds the image by more than

@@ -51,16 +51,14 @@ from finesight.data.parquet_reader import (
 from finesight.data.row_reader import MemberGroup as Members
 from finesight.data.row_reader import iter_member_groups, split_member_name
 from finesight.data.sample import validate_sample
-from finesight.digests import sha256_file
 from finesight.errors import UserError, suggest_similar_path
 from finesight.hub.archive import TarArchive, open_tar
+from finesight.storage import sha256_file
 from finesight.worker_pool import exit_with_parent
 
 PACKED_SUFFIXES = (".tar", ".parquet")
-"""Suffixes of sample files that contain their images."""
 
 GLOB_CHARACTERS = frozenset("*?[")
-"""Characters that mark a path as a glob pattern."""
 
 
 class SampleSource(Protocol):
@@ -236,7 +234,6 @@ def _build_tar_index(path: Path) -> SampleIndex:
 
 
 def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
-    """Return the JSON of a sample and its folder, given its tar members."""
     for member in members:
         if split_member_name(member)[1] == "json":
             return tar.read_member(member), posixpath.dirname(member.name)
@@ -249,7 +246,6 @@ def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
 
 
 JSON_COLUMNS = ("messages", "references", "meta")
-"""Names of the columns that may contain JSON text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +346,6 @@ def _drop_none(value: Any) -> Any:
 
 
 MIN_PARALLEL_FILES = 8
-"""Minimum number of data files that are indexed in parallel by worker processes."""
 
 
 @dataclass(frozen=True)
@@ -361,8 +356,6 @@ class Corpus:
     memory.
 
     Attributes:
-        sources: One source of samples per entry of `data.train` or `data.eval`.
-        weights: Sampling weight of each source.
         fingerprint: SHA-256 over the contents of the files, their limits and weights. Corpora with
             equal fingerprints contain the same samples in the same order, regardless of the path of
             the files.
@@ -416,9 +409,6 @@ def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = Tru
     Args:
         files: Entries of the recipe with path, limit and weight.
         require_answer: Whether validation rejects samples without a final assistant message.
-
-    Raises:
-        UserError: A file is missing, unreadable or empty.
     """
     sha256 = hashlib.sha256()
     sources: list[SampleSource] = []
@@ -431,11 +421,7 @@ def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = Tru
 
 
 def open_sample_source(path_or_url: Path | str) -> SampleSource:
-    """Open a data file, a glob pattern or an object storage URL as one source.
-
-    Raises:
-        UserError: No file matches, a file is unreadable, or there are no samples.
-    """
+    """Open a data file, a glob pattern or an object storage URL as one source."""
     if isinstance(path_or_url, Path):
         files = expand_files(path_or_url)
     else:

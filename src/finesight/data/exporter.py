@@ -30,7 +30,6 @@ class ExportSummary:
 
     Attributes:
         lost_counts: Counts of sample content that the format cannot represent, by description.
-        notes: Notes for the user about reading the exported files.
     """
 
     format: str
@@ -47,10 +46,6 @@ def export_dataset(
     """Export samples to a folder in a format that `finesight data import` can read.
 
     Images are referenced by their path relative to `out`, or copied to the folder `out`/images.
-
-    Raises:
-        UserError: `out` exists, the format is unknown, an image is missing, or the format cannot
-            represent a sample. `out` is not created.
     """
     data_format = get_format(format_name, "--to")
     assert data_format.write_files is not None, f"no exporter for {format_name}"
@@ -161,7 +156,6 @@ def _is_exif_rotated(path: Path) -> bool:
 
 
 def _iter_boxed_images(located_sample: LocatedSample) -> Iterator[Path]:
-    """Yield the path of the image of each box in a sample."""
     sample: Sample = located_sample.sample
     image_paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     for part in sample.iter_parts():

@@ -19,8 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from finesight.data.parquet_reader import read_parquet_image
-from finesight.digests import sha256_file
 from finesight.errors import UserError
+from finesight.storage import sha256_file
 
 MAX_MEMBER_BYTES = 256 * 2**20
 """Maximum number of bytes of an image in a tar, read into memory at once."""
@@ -98,7 +98,6 @@ def _read_range(container: Path, start: int, size: int) -> bytes:
 
 
 ImageSize = tuple[int, int]
-"""Height and width in pixels."""
 
 MAX_IMAGE_PIXELS = 64_000_000
 """Maximum number of pixels of an image (8000 x 8000).
@@ -121,7 +120,6 @@ IMAGE_SUFFIXES = frozenset(
         *(".tif", ".tiff", ".ppm", ".jp2", ".avif"),
     }
 )
-"""Suffixes of image files, in lower case."""
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
@@ -163,45 +161,30 @@ def open_image_header(
             `max_pixels` pixels.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe blocks
-        raise CorruptImageError(
-            "a folder" if os.path.isdir(path) else "a pipe or a device, not a file",
-            where=str(path),
-            expected="an image file",
-            remedy="correct the path",
-        )
+        what = "a folder" if os.path.isdir(path) else "a pipe or a device, not a file"
+        raise _build_error(path, what, "an image file", "correct the path")
     try:
         source = resolve_content(path)
-        if isinstance(source, Path):
-            _check_file_size(source)
+        num_bytes = path.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
+        if isinstance(source, Path) and num_bytes > MAX_IMAGE_BYTES:
+            what, expected = f"a file of {num_bytes} bytes", f"at most {MAX_IMAGE_BYTES} bytes"
+            remedy = "compress or downscale the image"
+            raise _build_error(path, what, expected, remedy, ImageTooLargeError)
         image = Image.open(source, formats=tuple(formats))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingImageError(
-            "no such image",
-            where=str(path),
-            expected="an existing file",
-            remedy="correct the path; relative paths in data files start at their folder",
+        remedy = "correct the path; relative paths in data files start at their folder"
+        raise _build_error(
+            path, "no such image", "an existing file", remedy, MissingImageError
         ) from error
     except Image.DecompressionBombError as error:
         raise _build_too_large_error(path, "more than 178 million", max_pixels) from error
     except UnidentifiedImageError as error:
-        is_empty = (
-            path.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
-        ) == 0
-        raise CorruptImageError(
-            "an empty file" if is_empty else "not an image",
-            where=str(path),
-            expected=f"one of {', '.join(formats)}",
-            remedy="download or export the image again, or remove it",
-        ) from error
+        what = "not an image" if num_bytes else "an empty file"
+        raise _build_error(path, what, f"one of {', '.join(formats)}") from error
     except CorruptImageError:
         raise
     except Exception as error:  # Pillow raises many error types
-        raise CorruptImageError(
-            f"cannot be opened ({error})",
-            where=str(path),
-            expected="a readable image",
-            remedy="download or export the image again, or remove it",
-        ) from error
+        raise _build_error(path, f"cannot be opened ({error})", "a readable image") from error
     width, height = image.size
     if width * height > max_pixels:
         image.close()
@@ -212,15 +195,19 @@ def open_image_header(
     return image
 
 
-def _check_file_size(path: Path) -> None:
-    num_bytes = path.stat().st_size
-    if num_bytes > MAX_IMAGE_BYTES:
-        raise ImageTooLargeError(
-            f"a file of {num_bytes} bytes",
-            where=str(path),
-            expected=f"at most {MAX_IMAGE_BYTES} bytes",
-            remedy="compress or downscale the image",
-        )
+def _build_error(
+    path: Path,
+    what: str,
+    expected: str,
+    remedy: str = "download or export the image again, or remove it",
+    error_class: type[CorruptImageError] = CorruptImageError,
+) -> CorruptImageError:
+    return error_class(what, where=str(path), expected=expected, remedy=remedy)
+
+
+def _build_too_large_error(path: Path, pixels: str, max_pixels: int) -> CorruptImageError:
+    expected, remedy = f"at most {max_pixels} pixels", "downscale the image"
+    return _build_error(path, f"{pixels} pixels", expected, remedy, ImageTooLargeError)
 
 
 def _count_tile_pixels(image: TiffImageFile) -> int:
@@ -257,19 +244,7 @@ def read_image_size(
         try:
             is_transposed = read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
         except Exception as error:  # invalid EXIF raises many types
-            raise CorruptImageError(
-                f"its EXIF data cannot be read ({error})",
-                where=str(path),
-                expected="valid EXIF data, or none",
-                remedy="save the image again without metadata",
-            ) from error
+            what, expected = f"its EXIF data cannot be read ({error})", "valid EXIF data, or none"
+            remedy = "save the image again without metadata"
+            raise _build_error(path, what, expected, remedy) from error
     return (width, height) if is_transposed else (height, width)
-
-
-def _build_too_large_error(path: Path, pixels: str, max_pixels: int) -> ImageTooLargeError:
-    return ImageTooLargeError(
-        f"{pixels} pixels",
-        where=str(path),
-        expected=f"at most {max_pixels} pixels",
-        remedy="downscale the image",
-    )

@@ -19,9 +19,8 @@ from finesight.data.image_header import (
     read_image_size,
     resolve_content,
 )
-from finesight.digests import sha256_file
 from finesight.errors import UserError
-from finesight.storage import translate_os_errors
+from finesight.storage import sha256_file, translate_os_errors
 
 if TYPE_CHECKING:
     # Imported for type checking only: the import is slow, and only web imports need it.
@@ -49,8 +48,6 @@ class ImageResolver:
     slashes.
 
     Args:
-        folder: Folder of the data file.
-        output_folder: Folder of the import, in which embedded images are saved.
         validate: Reject missing and invalid images. Otherwise, they keep their expected path.
         exact_paths: Search relative paths only in `folder` and without variations, as in training.
         web_images: Downloader of image URLs. None rejects URLs.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,14 +40,13 @@ from finesight.data.row_reader import (
     open_webdataset,
 )
 from finesight.data.sample import Sample, validate_roles
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_name
 
 if TYPE_CHECKING:
     from finesight.hub.url_files import RemoteImages
 
 
 NUM_DETECTION_ROWS = 100
-"""Number of rows that are examined to detect the dataset format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +55,9 @@ class ImportOptions:
 
     Attributes:
         format: Name of the dataset format, None to detect it.
-        columns: Column name per role (`--map ROLE=COLUMN`).
-        prompt: Question or prompt template from the user.
         row_range: Slice bounds of the rows, 0-based. None means the first or last row.
-        limit: Maximum number of rows within `row_range`.
-        eval_last: Number of rows at the end for validation.
         train_fraction: Fraction of the rows for training; the rest is for validation.
-        seed: Seed of the random split by `train_fraction`.
         box_task: Whether box datasets become detection or grounding questions.
-        on_invalid_row: Fail at invalid rows, or skip them.
         row_files: Files of a folder that contain its rows; empty to detect them.
         web_images: Downloader of image URLs, None to reject URLs.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
@@ -94,8 +86,6 @@ class ImportSource:
     """An opened dataset with its detected format and selected rows.
 
     Attributes:
-        detected_by: Reason for the detected format, shown to the user.
-        columns: Keys of the first selected row.
         row_bounds: First and last (exclusive) selected row, 0-based.
     """
 
@@ -116,7 +106,6 @@ class ImportSource:
         """Create the import context that parses the rows of this source.
 
         Args:
-            options: Options of the import.
             output_folder: Folder below which embedded images are saved.
             lenient: Accept invalid images and boxes unchanged, for data checks.
         """
@@ -194,20 +183,12 @@ def open_unvalidated(
 
     Missing and corrupt images keep their expected paths. Embedded images are saved below
     `output_folder`, which must exist. See `UnvalidatedRow` for invalid rows and boxes.
-
-    Raises:
-        UserError: The source cannot be opened, as in `open_source`.
     """
     return UnvalidatedSource(open_source(source, options), options, output_folder)
 
 
 def open_source(source: Path, options: ImportOptions) -> ImportSource:
-    """Open a dataset, detect its format, and select its rows.
-
-    Raises:
-        UserError: The source is unreadable, its format is ambiguous, an option does not apply, or
-            no rows are selected.
-    """
+    """Open a dataset, detect its format, and select its rows."""
     _check_options(options)
     rows, data_format, detected_by = _open_rows(source, options)
     start, stop, _ = slice(*options.row_range).indices(rows.num_rows)
@@ -233,12 +214,11 @@ def _check_options(options: ImportOptions) -> None:
     """Reject import options that are invalid for every source."""
     unknown = sorted(options.columns.keys() - set(table_format.MAPPABLE_COLUMNS))
     if unknown:
-        matches = difflib.get_close_matches(unknown[0], table_format.MAPPABLE_COLUMNS, n=1)
         raise UserError(
             f"unknown role {unknown[0]!r}",
             where="--map",
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
-            remedy=f"did you mean {matches[0]}?" if matches else "remove the column",
+            remedy=suggest_name(unknown[0], table_format.MAPPABLE_COLUMNS, "remove the column"),
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
@@ -396,6 +376,5 @@ def open_unvalidated_samples(
 
 
 def _strip_source(location: str, path_or_url: Path | str) -> str:
-    """Remove the path of the source from the location of a sample."""
     suffix = location.removeprefix(f"{path_or_url}, ")
     return suffix if suffix != location else location.rpartition("/")[2]

@@ -63,12 +63,7 @@ class SpoolSpan(NamedTuple):
 
 
 class Spool:
-    """Temporary file of encoded samples. Callers keep only their byte ranges in memory.
-
-    Args:
-        folder: Folder of the temporary file.
-        source_bytes: Size of the source in bytes, which limits the size of the spool.
-    """
+    """Temporary file of encoded samples. Callers keep only their byte ranges in memory."""
 
     def __init__(self, folder: Path, source_bytes: int) -> None:
         self._folder = folder
@@ -148,14 +143,6 @@ def split_by_image(
     """Split rows randomly into training and validation rows without shared images.
 
     Rows that share an image stay together.
-
-    Args:
-        rows: Image keys of each row.
-        train_fraction: Approximate fraction of training rows.
-        seed: Seed of the random order of groups of rows.
-
-    Returns:
-        Indices of the training rows and of the validation rows, in ascending order.
     """
     groups = _group_rows(rows)
     num_eval_rows = max(1, round((1 - train_fraction) * len(rows)))
@@ -206,7 +193,6 @@ Above it, the box convention is probably wrong, and boxes that pass validation a
 """
 
 MAX_ROW_BYTES = 2**28
-"""Maximum number of bytes of all samples that one row yields."""
 
 LINE_OVERHEAD_BYTES, MAX_ESCAPED_BYTES = 100, 6
 """Bytes of a JSON line besides ID and content, and maximum bytes per ID character.
@@ -244,11 +230,8 @@ class ImportSummary:
     """Result of an import. Each source row is counted in `output_files` or in `skipped_rows`.
 
     Attributes:
-        detected_by: Reason for the detected format, shown to the user.
-        skipped_rows: Numbers of rows without output, by reason.
         num_clipped_boxes: Number of boxes that exceeded their image by a rounding error.
         source_notes: Counts of source content that samples do not represent, by description.
-        unused_columns: Table columns that no `--map` option uses.
         skipped_rows_file: File that lists the invalid rows, None if there are none.
     """
 
@@ -265,13 +248,7 @@ class ImportSummary:
 
 
 class _EncodedExample(NamedTuple):
-    """An imported example as JSON lines without the ID, which may still change.
-
-    Attributes:
-        training: One encoded training sample per answer.
-        evaluation: The encoded evaluation sample.
-        images: Paths of all images of the example.
-    """
+    """An imported example as JSON lines without the ID, which may still change."""
 
     id: str
     training: tuple[bytes, ...]
@@ -302,15 +279,7 @@ RowExamples = list[_SpooledExample]
 
 @dataclass(slots=True)
 class _InvalidRows:
-    """Invalid rows of an import.
-
-    Attributes:
-        first: The first invalid row.
-        described: Location and error of the first `MAX_DESCRIBED_ROWS` invalid rows.
-        reasons: Number of invalid rows by reason.
-        boxes: Number of rows with an invalid box.
-        lines: Lines of skipped_rows.jsonl in the spool.
-    """
+    """Invalid rows of an import."""
 
     first: SourceRow | None = None
     described: list[tuple[str, UserError]] = field(default_factory=list)
@@ -359,14 +328,7 @@ def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSumma
     images and images embedded in a table are saved in `out`/images.
 
     Args:
-        path: Dataset file or folder.
-        out: Folder to create.
         options: How to parse, select and split the rows.
-
-    Raises:
-        UserError: `out` exists, an option does not apply, or a row is invalid. `out` is not
-            created. With `on_invalid_row="skip"`, invalid rows are listed in
-            `out`/skipped_rows.jsonl instead.
     """
     source = open_source(path, options)
     with write_folder(out) as staging, Spool(staging, _source_bytes(source, options)) as spool:
@@ -422,7 +384,6 @@ def _paused_gc() -> Iterator[None]:
 
 
 def _source_bytes(opened: ImportSource, request: ImportOptions) -> int:
-    """Return the total size of the source files in bytes."""
     files = request.row_files
     if not files:
         files = list_folder(opened.path).files if opened.path.is_dir() else (opened.path,)
@@ -550,7 +511,6 @@ def _format_line(name: str, encoded: bytes) -> bytes:
 def _suggest_format(
     row: SourceRow, context: ImportContext, data_format: DatasetFormat
 ) -> str | None:
-    """Return the `--format` option of another format that can parse the row, or None."""
     try:
         candidate, detected_by = detect_format([row.record], "")
         candidate.parse_examples(row, context)

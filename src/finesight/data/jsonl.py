@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +31,7 @@ from finesight.data.sample import (
     format_number,
     validate_sample,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_name
 
 SAMPLE_KEYS = tuple(
     dict.fromkeys(
@@ -41,7 +40,6 @@ SAMPLE_KEYS = tuple(
         for name in kind.model_fields
     )
 )
-"""All keys of samples, messages and content parts."""
 
 FOREIGN_KEYS = frozenset(
     ("image", "images", "conversations", "conversation", "query", "response", "objects")
@@ -65,14 +63,6 @@ def read_samples(path: Path, *, require_answer: bool = True) -> list[Sample]:
     """Read and validate all samples of a JSONL file. Blank lines are skipped.
 
     Image paths are returned as stored in the file.
-
-    Args:
-        path: JSONL file.
-        require_answer: Reject samples without a final assistant message.
-
-    Raises:
-        UserError: The file is unreadable or empty, or a sample is invalid. The error names file and
-            line.
     """
     samples = []
     for line, where in read_lines(path):
@@ -124,7 +114,6 @@ def sample_to_dict(sample: Sample, renamed: Callable[[str], str] | None = None) 
     """Convert a sample to JSON data without empty keys.
 
     Args:
-        sample: The sample.
         renamed: Function that maps each image and frame path to the path to write. None keeps them.
     """
     fields = sample_fields(sample.messages, sample.references, sample.meta, renamed or str)
@@ -254,14 +243,13 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             remedy="import it with `finesight data import` first",
         )
     if error_type == "extra_forbidden":
-        matches = difflib.get_close_matches(str(error_location[-1]), SAMPLE_KEYS, n=1)
         return UserError(
             f"unknown key {key} with the value {value_repr}",
             where=where,
             expected=f"the keys {', '.join(SAMPLE_KEYS)}",
-            remedy=f"did you mean {matches[0]}?"
-            if matches
-            else "remove it; `meta` accepts arbitrary metadata",
+            remedy=suggest_name(
+                str(error_location[-1]), SAMPLE_KEYS, "remove it; `meta` accepts arbitrary metadata"
+            ),
         )
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error_type == "union_tag_invalid":

@@ -45,7 +45,6 @@ class SampleIndex(NamedTuple):
 
     Attributes:
         offsets_N1: Byte offsets of N samples, followed by the end of the last one.
-        extra_B: Additional values that depend on the file type.
         digest: SHA-256 of the file content in hexadecimal.
     """
 
@@ -339,10 +338,6 @@ def open_unchanged(path: Path, file_state: FileState) -> Iterator[BinaryIO]:
 @contextmanager
 def open_data_file(path: Path, *, may_be_pipe: bool = False) -> Iterator[BinaryIO]:
     """Open a data file for reading.
-
-    Args:
-        path: Path of the file.
-        may_be_pipe: Accept a named pipe.
 
     Raises:
         UnreadableFileError: The file is missing, unreadable, a device, or a pipe that is not

@@ -31,7 +31,6 @@ Each decoded row is assumed to be as large as its row group.
 """
 
 MAX_BATCH_ROWS = 64
-"""Maximum number of rows in a batch."""
 
 MAX_UNCHECKED_ROWS = 100_000
 """Number of rows that is accepted for any file size.
@@ -144,7 +143,6 @@ def _convert_time(scalar: Any) -> Any:
 
 
 IMAGES_COLUMN = "images"
-"""Name of the column with images, a list of structs of `path` and `bytes`."""
 
 MAX_ROW_GROUP_BYTES = 256 * 2**20
 """Maximum number of bytes of a row group; larger ones are rewritten.
@@ -159,7 +157,6 @@ Cached indexes refer to these row groups: increase `INDEX_VERSION` when this val
 """
 
 MAX_GROUP_ROWS = 1024
-"""Maximum number of rows per row group of a rewritten file."""
 
 
 _DAMAGE = (
@@ -260,7 +257,6 @@ def read_parquet_image(path: Path, row: int, name: str) -> bytes:
     """Read the bytes of an image stored in a Parquet row.
 
     Args:
-        path: Parquet file.
         row: Row number, 1-based.
         name: Name of the image or, for an image without a name, its 0-based index in the row.
 

@@ -35,9 +35,9 @@ from finesight.data.parquet_reader import (
     translate_parquet_errors,
 )
 from finesight.data.sample import check_json
-from finesight.digests import DIGESTS_FILE
 from finesight.errors import UserError
 from finesight.hub.archive import TarArchive, open_tar
+from finesight.storage import DIGESTS_FILE
 
 Record = dict[str, Any]
 """A dataset row as JSON-like data; rows from Parquet may contain bytes."""
@@ -57,8 +57,6 @@ class SourceRow:
     Attributes:
         number: 1-based line number in JSON Lines, else 1-based row number.
         location: Location of the row for messages, such as "line 12".
-        record: Keys and values of the row.
-        stem: Name of the source file without suffix, used for generated IDs.
     """
 
     number: int
@@ -79,7 +77,6 @@ class RowReader:
     """Access to the rows of a dataset.
 
     Attributes:
-        num_rows: Total number of rows.
         iter_range: Function that yields the rows from `start` to `stop` (exclusive), 0-based.
     """
 
@@ -96,7 +93,6 @@ def rows_from_items(
     """Create a row reader that builds one row per item on access.
 
     Args:
-        items: Items such as file paths, one per row.
         make_row: Function that builds a row from its 1-based number and its item.
     """
 
@@ -130,9 +126,8 @@ def open_row_file(source: Path) -> RowReader:
     if suffix == ".parquet":
         rows = _open_parquet(source)
     elif suffix in (".csv", ".tsv"):
-        rows = _rows_from_list(
-            _read_csv(source, "\t" if suffix == ".tsv" else _detect_delimiter(source))
-        )
+        table = _read_csv(source, "\t" if suffix == ".tsv" else _detect_delimiter(source))
+        rows = RowReader(len(table), lambda start, stop: itertools.islice(table, start, stop))
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
     else:
@@ -147,10 +142,6 @@ def open_row_file(source: Path) -> RowReader:
             "contains no rows", where=str(source), expected="at least one", remedy="check the file"
         )
     return rows
-
-
-def _rows_from_list(rows: list[SourceRow]) -> RowReader:
-    return RowReader(len(rows), lambda start, stop: itertools.islice(rows, start, stop))
 
 
 def _read_text(source: Path) -> str:
@@ -232,7 +223,6 @@ def _iter_json_lines(source: Path) -> Iterator[SourceRow]:
 
 
 def _parse_json(content: bytes, source: Path, line: int) -> Any:
-    """Parse JSON that starts at line `line` of a file."""
     try:
         return parse_json(content)
     except ValueError as error:
@@ -557,8 +547,8 @@ def open_annotation_files(
     files: Sequence[Path],
     stem: str,
     description: str,
-    is_annotation: Callable[[Path], bool],
-    read_classes: Callable[[Path], set[str]],
+    marker: bytes,
+    read_classes: Callable[[Path], tuple[bool, set[str]]],
 ) -> tuple[RowReader, str] | None:
     """Open annotation files as rows, one per image.
 
@@ -566,16 +556,25 @@ def open_annotation_files(
         files: All candidate annotation files.
         stem: Name used for generated IDs.
         description: Description of the format, part of the reason for the match.
-        is_annotation: Function that returns whether a file is an annotation of the format.
-        read_classes: Function that returns the class names in a file.
+        marker: Text near the start of an annotation file, which may be invalid.
+        read_classes: Function that returns whether a file is an annotation of the format, and its
+            class names. It raises UserError for an invalid file.
 
     Returns:
         The rows and the reason for the match, or None if none of the first files is an annotation
             of the format. Each row lists the class names of all files.
     """
-    if not any(map(is_annotation, files[:NUM_DETECTION_FILES])):
+
+    def scan(file: Path) -> tuple[bool, set[str]]:
+        try:
+            return read_classes(file)
+        except UserError:  # reported when the row is parsed
+            with open_data_file(file) as content:
+                return marker in content.read(SNIFF_BYTES), set()
+
+    if not any(scan(file)[0] for file in files[:NUM_DETECTION_FILES]):
         return None
-    classes = sorted({name for file in files for name in read_classes(file)})
+    classes = sorted({name for file in files for name in scan(file)[1]})
 
     def make_row(row_number: int, file: Path) -> SourceRow:
         record = {"id": file.stem, "file": str(file), "classes": classes}

@@ -24,13 +24,11 @@ MAX_PARTS = 30_000
 """Maximum number of content parts (texts, images, videos and boxes) in a sample."""
 
 MAX_MESSAGES = 10_000
-"""Maximum number of messages in a sample."""
 
 MAX_ANSWERS = 10_000
 """Maximum number of answers to a question. Each becomes a training sample or a reference."""
 
 MAX_LABEL_FILE_BYTES = 2**24
-"""Maximum number of bytes of a label file, which annotates a single image."""
 
 MAX_DESCRIPTION_BYTES = 2**19
 """Maximum number of bytes of a YAML dataset description, parsed in up to 5 s."""
@@ -41,6 +39,15 @@ MAX_CONTAINERS = 1_000_000
 
 An empty list takes 2 to 3 bytes of text but 72 bytes of memory.
 """
+
+
+class InvalidRowError(UserError):
+    """Raised for content of a dataset row that its format does not allow."""
+
+    def __init__(
+        self, what: str, expected: str = "", remedy: str = "correct the row", *, where: str = ""
+    ) -> None:
+        super().__init__(what, where=where, expected=expected, remedy=remedy)
 
 
 class LimitExceededError(UserError):
@@ -62,14 +69,7 @@ def check_json(content: bytes, where: str) -> None:
 
 
 def check_limit(count: int, limit: int, what: str, where: str = "") -> None:
-    """Raise LimitExceededError if a count exceeds its limit.
-
-    Args:
-        count: Counted number.
-        limit: Largest valid number.
-        what: Name of the counted items in the error message.
-        where: Location in the error message.
-    """
+    """Raise LimitExceededError if a count exceeds its limit."""
     if count > limit:
         raise LimitExceededError(
             f"{count:,} {what}",
@@ -131,7 +131,6 @@ ContentPart = Annotated[TextPart | ImagePart | VideoPart | BoxPart, Discriminato
 
 
 Role = Literal["system", "user", "assistant"]
-"""Role of the author of a message."""
 
 
 def _as_parts(value: object) -> object:
@@ -148,7 +147,6 @@ class Sample(FrozenModel):
 
     Attributes:
         references: Further correct answers to the last user turn, used only for scoring.
-        meta: Arbitrary metadata.
     """
 
     id: str
@@ -210,11 +208,6 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
     that start with the user. Images are in user turns. Boxes have a positive area and a valid image
     index. Whether a box is inside its image is checked by `finesight data import` and the renderer,
     which read the image header.
-
-    Args:
-        sample: The sample.
-        where: Location of the sample in the error message.
-        require_answer: Require an assistant message at the end.
     """
     check_messages(sample.messages, sample.references, where, answered=require_answer)
 

@@ -64,7 +64,6 @@ class SampleOrder:
         return np.concatenate(source_indices)[order]
 
     def _epoch_slice(self, source: int, epoch: int) -> NDArray[np.int64]:
-        """Return the indices within a source that the source contributes to an epoch."""
         size, count = self._sizes[source], self._samples_per_epoch[source]
         start, stop = epoch * count, (epoch + 1) * count
         passes = range(start // size, -(-stop // size))
@@ -77,10 +76,10 @@ class SampleOrder:
 
 
 def _random_permutation(size: int, *key: int) -> NDArray[np.int64]:
-    return _stable_argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size))
+    return stable_argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size))
 
 
-def _stable_argsort(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
+def stable_argsort(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return the indices that sort the values; equal values keep their order.
 
     Equivalent to `argsort(kind="stable")` in a third of the time.

@@ -20,8 +20,7 @@ from typing import Any
 
 import yaml
 
-from finesight.bounded_files import reject_special_file
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml, reject_special_file
 from finesight.data.formats import FORMATS
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions
@@ -74,7 +73,6 @@ class SelectedFiles:
         row_files: Files with rows, in order. Empty for a dataset that consists of image folders.
         support_files: Files that the rows may reference, such as images and archives.
         split: Name of the selected split, None if the repository has no splits.
-        other_splits: Names of the splits that are not selected.
     """
 
     row_files: tuple[str, ...]
@@ -135,11 +133,8 @@ def select_files(
     """Select the files of a split, a subset, SUBSET/SPLIT, or a single file.
 
     Args:
-        paths: Paths of all files of the repository.
         selector: Requested split, subset, SUBSET/SPLIT or file path. None selects the default
             split.
-        card: Text of the dataset card (README.md).
-        source: Name of the dataset for error messages.
     """
     data = filter_data_files(paths)
     if not data:
@@ -342,12 +337,7 @@ def fetch_source(
 
     Args:
         source: Local path, archive, hub address or URL.
-        out: Output folder of the import.
-        options: Import options.
         hosts: Host names from which sources and images may be downloaded.
-
-    Raises:
-        UserError: The source is unavailable, or `out` exists.
     """
     raise_if_exists(out)
     if hosts:
@@ -531,20 +521,14 @@ def _link_files(folder: Path, paths: Sequence[str], work_folder: Path) -> None:
         unpacked = work_folder / ".unpacked"
         unpack_archive(folder / path, unpacked)
         for file in filter(Path.is_file, sorted(unpacked.rglob("*"))):
-            _add_file(file, target.parent / file.relative_to(unpacked), path, _move_file)
+            _add_file(
+                file, target.parent / file.relative_to(unpacked), path, lambda a, b: b.rename(a)
+            )
         shutil.rmtree(unpacked)
 
 
-def _is_license(file: Path) -> bool:
-    return file.name.lower().startswith(LICENSE_PREFIXES)
-
-
-def _move_file(target: Path, file: Path) -> None:
-    file.rename(target)
-
-
 def _add_file(
-    file: Path, target: Path, source: str, transfer: Callable[[Path, Path], None]
+    file: Path, target: Path, source: str, transfer: Callable[[Path, Path], object]
 ) -> None:
     """Link or move a file to its target path; an identical existing file is accepted.
 
@@ -554,7 +538,9 @@ def _add_file(
         make_folder(target.parent)
         if not os.path.lexists(target):
             transfer(target, file.resolve())
-        elif not (target.is_file() and (_is_license(target) or filecmp.cmp(file, target, False))):
+        elif not target.is_file() or not (
+            target.name.lower().startswith(LICENSE_PREFIXES) or filecmp.cmp(file, target, False)
+        ):
             raise UserError(
                 f"{target.name} is duplicated in this repository, with different content",
                 where=source,

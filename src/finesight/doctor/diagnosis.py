@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -13,12 +14,7 @@ import yaml
 from finesight.errors import UserError, escape_unprintable
 
 DiagnosisSeverity = Literal["error", "warning", "ok"]
-"""Severity of a diagnosis.
-
-- `error`: something does not work or gives wrong results.
-- `warning`: something works but can be improved.
-- `ok`: no problem.
-"""
+"""`error`: something fails or gives wrong results. `warning`: something can be improved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +64,25 @@ def make_diagnosis(
     """
     entry = load_catalog()[code]
     texts = (entry.get(name, "").format(**values) for name in ("what", "why", "remedy"))
-    what, why, remedy = map(escape_unprintable, texts)
-    catalog_severity: DiagnosisSeverity = entry.get("severity", "error")
-    return Diagnosis(code.partition(".")[0], severity or catalog_severity, what, why, remedy)
+    severity = severity or entry.get("severity", "error")
+    return Diagnosis(code.partition(".")[0], severity, *map(escape_unprintable, texts))
 
 
 def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnosis:
-    """Convert a UserError to a diagnosis of severity error.
-
-    Args:
-        code: Code of the diagnosis.
-        error: Error of the failed operation. Its own remedy becomes part of the reason.
-        remedy: Shell command that fixes the problem.
-    """
-    what = f"{error.where}: {error.what}" if error.where else error.what
+    """Convert a UserError to a diagnosis. Its own remedy becomes part of the reason."""
     why = "; ".join(filter(None, [error.expected and f"expected: {error.expected}", error.remedy]))
-    return Diagnosis(code, "error", *map(escape_unprintable, (what, why, remedy)))
+    texts = map(escape_unprintable, (describe_error(error), why, remedy))
+    return Diagnosis(code, "error", *texts)
+
+
+def describe_error(error: UserError) -> str:
+    """Return the place and the problem of a UserError."""
+    return f"{error.where}: {error.what}" if error.where else error.what
+
+
+def join_command(*words: object) -> str:
+    """Join the quoted words of a shell command."""
+    return shlex.join(map(str, words))
 
 
 def has_errors(diagnoses: Iterable[Diagnosis]) -> bool:

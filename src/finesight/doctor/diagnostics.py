@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from finesight.doctor import (
 from finesight.doctor.diagnosis import (
     Diagnosis,
     DiagnosisSection,
+    join_command,
     user_error_to_diagnosis,
 )
 from finesight.errors import UserError
@@ -55,7 +55,7 @@ def diagnose_machine(
         "machine": machine_check.check_machine(machine),
         "packages": package_check.check_packages(packages),
         "torch and GPUs": gpu_check.check_gpus(gpu_system, torch_info, packages, environment),
-        "environment": network_check.check_environment(environment, packages),
+        "environment": network_check.check_environment(environment),
     }
     if hub is not None:
         sections[f"hub {hub}"] = network_check.check_hub(hub, environment)
@@ -66,21 +66,19 @@ def diagnose_machine(
 
 
 def diagnose(subject: str) -> list[DiagnosisSection]:
-    """Check a run, a recipe, a model folder or an adapter folder.
-
-    Args:
-        subject: Path of the run, recipe or folder.
+    """Check the run, recipe, model folder or adapter folder with a path.
 
     Raises:
         UserError: The path is none of these.
     """
     path = resolve_model_path(subject)
     if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
-        return diagnose_recipe(path)
+        return [DiagnosisSection("recipe", tuple(_diagnose_recipe(path)))]
     if (path / MANIFEST_FILE).is_file() and not (path / "config.json").is_file():
-        return diagnose_run(path)
+        run = read_run(path)
+        return [DiagnosisSection(title, tuple(check(run))) for title, check in RUN_CHECKS.items()]
     if (path / model_check.ADAPTER_CONFIG_FILE).is_file():
-        return [DiagnosisSection("adapter", tuple(model_check.check_adapter(path)))]
+        return [DiagnosisSection("adapter", (model_check.check_adapter(path),))]
     if path.is_dir():
         diagnoses = model_check.check_model(path, package_check.list_packages())
         return [DiagnosisSection("model", tuple(diagnoses))]
@@ -93,26 +91,13 @@ def diagnose(subject: str) -> list[DiagnosisSection]:
     )
 
 
-def diagnose_run(folder: Path) -> list[DiagnosisSection]:
-    """Check a run from its recorded files, without loading the model."""
-    run_record = read_run(folder)
-    return [
-        DiagnosisSection(title, tuple(check(run_record))) for title, check in RUN_CHECKS.items()
-    ]
-
-
-def diagnose_recipe(path: Path) -> list[DiagnosisSection]:
+def _diagnose_recipe(path: Path) -> list[Diagnosis]:
     """Check that this machine meets the requirements of a recipe."""
     try:
         recipe = load_recipe(path)
     except UserError as error:
-        remedy = shlex.join(["finesight", "data", "show", str(path)])
-        return [DiagnosisSection("recipe", (user_error_to_diagnosis("recipe", error, remedy),))]
-    diagnoses = model_check.check_recipe(
-        path,
-        recipe,
-        package_check.list_packages(),
-        gpu_check.probe_torch(),
-        machine_check.inspect_location("output", recipe.output_dir),
-    )
-    return [DiagnosisSection("recipe", tuple(diagnoses))]
+        remedy = join_command("finesight", "data", "show", path)
+        return [user_error_to_diagnosis("recipe", error, remedy)]
+    packages, torch_info = package_check.list_packages(), gpu_check.probe_torch()
+    location = machine_check.inspect_location("output", recipe.output_dir)
+    return model_check.check_recipe(path, recipe, packages, torch_info, location)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -18,18 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from finesight.doctor import probes
-from finesight.doctor.diagnosis import Diagnosis, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, join_command, make_diagnosis
 from finesight.doctor.machine_check import GB
-from finesight.doctor.package_check import PIP_COMMAND, InstalledPackages
+from finesight.doctor.package_check import InstalledPackages, install_command
 
 TORCH_TIMEOUT_S = 120.0
-"""Seconds to import torch in a child process. A slow disk needs many of them."""
+"""Time limit for importing torch, which may be on a slow disk."""
 
 SMOKE_TEST_TIMEOUT_S = 180.0
-"""Timeout of the smoke test per device in seconds.
-
-The test takes about 10 seconds, and longer if kernels are compiled.
-"""
+"""Time limit of the smoke test per device: about 10 s, longer if kernels are compiled."""
 
 SMOKE_TEST_STAGES = ("load", "data", "train", "generate")
 
@@ -49,21 +45,25 @@ _DRIVER_COMMANDS = {
 }
 """Shell commands that install a GPU driver, by `ID` of /etc/os-release."""
 
+_COMPILER_COMMANDS = {
+    **dict.fromkeys(("debian", "ubuntu"), "sudo apt install gcc libc6-dev python{}-dev"),
+    "fedora": "sudo dnf install gcc python{}-devel",
+    "arch": "sudo pacman -S gcc",
+    "": "conda install -c conda-forge c-compiler",
+}
+"""Shell commands that install a compiler and Python headers, by `ID` of /etc/os-release."""
+
 
 @dataclass(frozen=True, slots=True)
 class GpuSystem:
     """GPU information from the operating system, collected without torch.
 
     Attributes:
-        num_pci_gpus: Number of NVIDIA GPUs on the PCI bus.
         driver_version: Version of the loaded kernel module. None if no driver is loaded.
         driver_cuda_version: Newest CUDA version (major, minor) that the driver supports. None
             without the driver library.
-        has_nvidia_smi: True if nvidia-smi is in PATH.
         visible_devices: Value of CUDA_VISIBLE_DEVICES. None if unset.
         os_id: Field `ID` of /etc/os-release.
-        is_container: True in a Docker or Podman container.
-        gpu_processes: Processes on the GPUs, as listed by nvidia-smi.
         missing_build_tools: Build tools that Triton needs and that are not installed.
     """
 
@@ -80,12 +80,10 @@ class GpuSystem:
 
 @dataclass(frozen=True, slots=True)
 class GpuInfo:
-    """GPU properties that torch reports.
+    """GPU as seen by torch.
 
     Attributes:
-        name: Name of the GPU model.
         capability: CUDA compute capability, major and minor.
-        total_bytes: GPU memory.
         free_bytes: Free GPU memory. None if the query failed.
         error: Error of a test matrix product. Empty if it succeeded.
     """
@@ -102,11 +100,9 @@ class TorchInfo:
     """Installed torch and its GPUs.
 
     Attributes:
-        module_file: File that was imported.
         cuda_version: CUDA version of the build. None for a CPU build.
         arch_list: GPU architectures for which the build has kernels.
         cuda_warnings: Warnings of torch about unavailable GPUs.
-        gpus: Available GPUs.
         broken_packages: Other packages that fail to import, with the error.
         error: Error of importing torch. All other attributes are empty then.
     """
@@ -208,7 +204,15 @@ def check_gpus(
     Checks that depend on a failed one are omitted.
     """
     if torch_info.error:
-        yield _diagnose_broken_torch(torch_info, environment)
+        variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if environment.get(name)]
+        commands = install_command("--force-reinstall", "torch")
+        path_note = ""
+        if variables:
+            path_note = f"; {' and '.join(variables)} may add incompatible libraries"
+            unset = f"unset {' '.join(variables)}   # keep it unset if this fixes the import"
+            commands = f"{unset}\n{commands}"
+        values = {"error": torch_info.error, "path_note": path_note, "commands": commands}
+        yield make_diagnosis("torch-broken", **values)
         return
     target = f"CUDA {torch_info.cuda_version}" if torch_info.cuda_version else "a CPU"
     yield make_diagnosis("torch", version=torch_info.version, target=target)
@@ -220,7 +224,7 @@ def check_gpus(
             yield make_diagnosis("torch-shadowed", file=torch_info.module_file, folder=folder)
     for name, error in (torch_info.broken_packages or {}).items():
         package = {"PIL": "pillow", "triton.language": "triton"}.get(name, name)
-        install = packages.install_command("--force-reinstall", "--no-deps", package)
+        install = install_command("--force-reinstall", "--no-deps", package)
         yield make_diagnosis("package-broken", name=name, error=error, install=install)
     if not torch_info.gpus:
         yield _diagnose_no_gpu(gpu_system, torch_info)
@@ -228,22 +232,16 @@ def check_gpus(
     for index in range(len(torch_info.gpus)):
         yield from _check_gpu(index, gpu_system, torch_info)
     if gpu_system.missing_build_tools and "triton" in packages.by_name:
-        yield _diagnose_missing_compiler(gpu_system)
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        yield make_diagnosis(
+            "no-compiler",
+            missing=" and no ".join(gpu_system.missing_build_tools),
+            install=_COMPILER_COMMANDS.get(gpu_system.os_id, _COMPILER_COMMANDS[""]).format(
+                version
+            ),
+        )
     if not gpu_system.has_nvidia_smi:
         yield make_diagnosis("no-nvidia-smi")
-
-
-def _diagnose_broken_torch(torch_info: TorchInfo, environment: Mapping[str, str]) -> Diagnosis:
-    variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if environment.get(name)]
-    commands = [shlex.join([*PIP_COMMAND, "install", "--force-reinstall", "torch"])]
-    path_note = ""
-    if variables:
-        path_note = f"; {' and '.join(variables)} may add incompatible libraries"
-        commands.insert(
-            0, f"unset {' '.join(variables)}   # keep it unset if this fixes the import"
-        )
-    values = {"error": torch_info.error, "path_note": path_note}
-    return make_diagnosis("torch-broken", **values, commands="\n".join(commands))
 
 
 def _check_gpu(index: int, gpu_system: GpuSystem, torch_info: TorchInfo) -> Iterator[Diagnosis]:
@@ -303,29 +301,11 @@ def _supports_capability(arch: str, capability: tuple[int, int]) -> bool:
     return is_compatible and built_for <= capability
 
 
-def _diagnose_missing_compiler(gpu_system: GpuSystem) -> Diagnosis:
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    apt_command = f"sudo apt install gcc libc6-dev python{version}-dev"
-    install_commands = {
-        "debian": apt_command,
-        "ubuntu": apt_command,
-        "fedora": f"sudo dnf install gcc python{version}-devel",
-        "arch": "sudo pacman -S gcc",
-    }
-    install = install_commands.get(gpu_system.os_id, "conda install -c conda-forge c-compiler")
-    missing = " and no ".join(gpu_system.missing_build_tools)
-    return make_diagnosis("no-compiler", missing=missing, install=install)
-
-
 def install_torch_command() -> str:
-    """Return the shell command that installs torch for the driver of this machine.
-
-    The package installer uv selects the build.
-    """
+    """Return the shell command that installs the build of torch for the driver, selected by uv."""
     uv_install = (sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable)
     options = ("--reinstall-package", "torch", "--torch-backend=auto", "torch>=2.11")
-    install = shlex.join([*uv_install, *options])
-    return f"{shlex.join([*PIP_COMMAND, 'install', 'uv'])} && {install}"
+    return f"{install_command('uv')} && {join_command(*uv_install, *options)}"
 
 
 def _diagnose_no_gpu(gpu_system: GpuSystem, torch_info: TorchInfo) -> Diagnosis:
@@ -358,9 +338,8 @@ def _diagnose_no_gpu(gpu_system: GpuSystem, torch_info: TorchInfo) -> Diagnosis:
 
 def list_visible_devices(num_devices: int) -> list[str]:
     """Return the value of CUDA_VISIBLE_DEVICES that selects each visible GPU alone."""
-    names = os.environ.get(CUDA_VISIBLE_DEVICES, "").split(",")
-    names = [name.strip() for name in names if name.strip()]
-    return names[:num_devices] if names else [str(index) for index in range(num_devices)]
+    names = [name.strip() for name in os.environ.get(CUDA_VISIBLE_DEVICES, "").split(",")]
+    return [*filter(None, names)][:num_devices] or [str(index) for index in range(num_devices)]
 
 
 def check_smoke_tests(torch_info: TorchInfo) -> Iterator[Diagnosis]:

@@ -5,40 +5,32 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finesight.doctor.diagnosis import Diagnosis, DiagnosisSeverity, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, join_command, make_diagnosis
 from finesight.host_memory import available_memory, num_allowed_cpus, total_memory
 
 GB = 1_000_000_000
 MIN_FREE_BYTES = 50_000_000
-"""Minimum free disk space of each write location in bytes. Less is an error."""
+"""Free disk space of a write location below which an error is reported."""
 
 RECOMMENDED_FREE_BYTES = {"models": 10 * GB, "temporary files": GB, "current folder": 2 * GB}
-"""Recommended free disk space of each write location in bytes. Less is a warning.
+"""Free disk space of each write location below which a warning is reported.
 
 A model with 2 billion parameters has 4.4 GB. Checkpoints of a small run have a few hundred MB.
 """
 
 MIN_MEMORY_BYTES, LOW_MEMORY_BYTES = GB, 6 * GB
-"""Available memory in bytes below which an error or a warning is reported.
-
-Below the first value, runs fail. Below the second, a model with 2 billion parameters does not fit.
-"""
+"""Available memory below which runs fail, or a model with 2 billion parameters does not fit."""
 
 MIN_SHM_BYTES, LOW_SHM_BYTES = 16_000_000, 128_000_000
-"""Free space of /dev/shm in bytes below which an error or a warning is reported.
-
-Below the first value, data loading always fails. Below the second, it fails with large images.
-"""
+"""Free space of /dev/shm below which data loading always fails, or fails with large images."""
 
 MIN_OPEN_FILES = 256
-"""Minimum limit of the system on open files per process."""
 
 _VIRTUAL_FILE_SYSTEMS = (
     *("proc", "sysfs", "cgroup", "devpts", "mqueue", "squashfs", "iso9660", "devtmpfs", "tmpfs"),
@@ -47,13 +39,9 @@ _VIRTUAL_FILE_SYSTEMS = (
 
 @dataclass(frozen=True, slots=True)
 class WriteLocation:
-    """Folder to which finesight writes. It may not exist yet.
+    """Folder to which finesight writes, which may not exist yet, and its purpose (`role`).
 
-    Attributes:
-        role: Purpose of the folder, such as `models`.
-        folder: Path of the folder.
-        free_bytes: Free disk space of the folder or its nearest existing parent.
-        is_writable: True if the folder or its nearest existing parent is writable.
+    Free space and permission are those of the nearest existing parent.
     """
 
     role: str
@@ -64,14 +52,9 @@ class WriteLocation:
 
 @dataclass(frozen=True, slots=True)
 class MachineInfo:
-    """Hardware and limits of a machine. Sizes are in bytes.
+    """Hardware and limits of a machine. Sizes are in bytes, `free_shm` is that of /dev/shm.
 
-    Attributes:
-        num_cpus: Number of CPU cores that this process may use.
-        free_shm: Free space of /dev/shm. None if it does not exist.
-        max_open_files: Limit on open files per process.
-        locations: Folders to which finesight writes.
-        largest_location: Writable folder on the disk with the most free space.
+    `largest_location` is the writable folder on the disk with the most free space.
     """
 
     python_version: str
@@ -92,16 +75,19 @@ def inspect_machine(environment: Mapping[str, str], working_dir: Path) -> Machin
         environment: Environment variables, which may set folders for models and temporary files.
         working_dir: Current folder.
     """
-    shm_path = Path("/dev/shm")
+    shm_path, mounts = Path("/dev/shm"), Path("/proc/mounts")
     cache_home = environment.get("XDG_CACHE_HOME") or "~/.cache"
     hub_cache = environment.get("HF_HOME") or os.path.join(cache_home, "huggingface")
-    locations = [
-        inspect_location("models", Path(os.path.expanduser(hub_cache))),
-        inspect_location(
-            "temporary files", Path(environment.get("TMPDIR") or tempfile.gettempdir())
-        ),
-        inspect_location("current folder", working_dir),
-    ]
+    temp_dir = environment.get("TMPDIR") or tempfile.gettempdir()
+    folders = (Path(os.path.expanduser(hub_cache)), Path(temp_dir), working_dir)
+    locations = tuple(map(inspect_location, RECOMMENDED_FREE_BYTES, folders))
+    candidates = [*locations, inspect_location("home", Path.home())]
+    for line in mounts.read_text().splitlines() if mounts.is_file() else ():
+        _, folder, file_system_type, *_ = line.split()
+        path = Path(folder.encode().decode("unicode_escape"))
+        if file_system_type not in _VIRTUAL_FILE_SYSTEMS and path.is_dir():
+            candidates.append(inspect_location("disk", path))
+    writable = [location for location in candidates if location.is_writable]
     return MachineInfo(
         python_version=platform.python_version(),
         platform_name=f"{platform.system()} {platform.machine()}",
@@ -110,8 +96,8 @@ def inspect_machine(environment: Mapping[str, str], working_dir: Path) -> Machin
         available_memory=available_memory(),
         free_shm=shutil.disk_usage(shm_path).free if shm_path.is_dir() else None,
         max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        locations=tuple(locations),
-        largest_location=_find_largest_location(locations),
+        locations=locations,
+        largest_location=max(writable, key=lambda one: one.free_bytes, default=None),
     )
 
 
@@ -128,38 +114,27 @@ def _find_existing_parent(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _find_largest_location(locations: Sequence[WriteLocation]) -> WriteLocation | None:
-    candidates = [*locations, inspect_location("home", Path.home())]
-    mounts = Path("/proc/mounts")
-    for line in mounts.read_text().splitlines() if mounts.is_file() else ():
-        _, folder, file_system_type, *_ = line.split()
-        path = Path(folder.encode().decode("unicode_escape"))
-        if file_system_type not in _VIRTUAL_FILE_SYSTEMS and path.is_dir():
-            candidates.append(inspect_location("disk", path))
-    writable = [location for location in candidates if location.is_writable]
-    return max(writable, key=lambda location: location.free_bytes, default=None)
-
-
 def check_machine(machine: MachineInfo) -> Iterator[Diagnosis]:
     """Compare the memory, disk space and limits of a machine with recommended values."""
-    free_memory = machine.available_memory
+    memory, shm = machine.available_memory, machine.free_shm
     yield make_diagnosis(
         "machine",
         python=machine.python_version,
         platform=machine.platform_name,
         cpus=machine.num_cpus,
-        free=free_memory / GB,
+        free=memory / GB,
         total=machine.total_memory / GB,
     )
     for location in machine.locations:
         yield _check_location(location, machine.largest_location)
-    if free_memory < LOW_MEMORY_BYTES:
-        is_low = free_memory < MIN_MEMORY_BYTES
-        severity: DiagnosisSeverity = "error" if is_low else "warning"
-        yield make_diagnosis("low-memory", severity, free=free_memory / GB)
-    if machine.free_shm is not None and machine.free_shm < LOW_SHM_BYTES:
-        severity = "error" if machine.free_shm < MIN_SHM_BYTES else "warning"
-        yield make_diagnosis("low-shared-memory", severity, free=machine.free_shm / 1e6)
+    if memory < LOW_MEMORY_BYTES:
+        is_error = memory < MIN_MEMORY_BYTES
+        yield make_diagnosis("low-memory", "error" if is_error else "warning", free=memory / GB)
+    if shm is not None and shm < LOW_SHM_BYTES:
+        is_error = shm < MIN_SHM_BYTES
+        yield make_diagnosis(
+            "low-shared-memory", "error" if is_error else "warning", free=shm / 1e6
+        )
     if machine.max_open_files < MIN_OPEN_FILES:
         yield make_diagnosis("low-open-files-limit", limit=machine.max_open_files)
 
@@ -177,16 +152,16 @@ def _check_location(location: WriteLocation, largest: WriteLocation | None) -> D
     if largest is None or largest.free_bytes < needed:
         remedy = largest_files_command(_find_existing_parent(location.folder))
     else:
-        folder = shlex.join([str(largest.folder / "finesight")])
+        folder = join_command(largest.folder / "finesight")
         select = {"models": "export HF_HOME=", "temporary files": "export TMPDIR="}
         remedy = f"mkdir -p {folder} && {select.get(location.role, 'cd ')}{folder}"
     if not location.is_writable:
         return make_diagnosis("not-writable", location=text, remedy=remedy)
-    severity: DiagnosisSeverity = "error" if free < MIN_FREE_BYTES else "warning"
     values = {"location": text, "free": free / GB, "needed": needed / GB, "remedy": remedy}
-    return make_diagnosis("disk-full", severity, **values)
+    is_error = free < MIN_FREE_BYTES
+    return make_diagnosis("disk-full", "error" if is_error else "warning", **values)
 
 
 def largest_files_command(folder: Path) -> str:
     """Return the shell command that lists the largest folders within a folder."""
-    return f"du -xh --max-depth=2 {shlex.join([str(folder)])} | sort -h | tail -n 20"
+    return f"du -xh --max-depth=2 {join_command(folder)} | sort -h | tail -n 20"

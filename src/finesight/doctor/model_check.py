@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 from finesight.bounded_files import read_json, read_json_object
 from finesight.config import Recipe
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.doctor.diagnosis import (
     Diagnosis,
     has_errors,
+    join_command,
     make_diagnosis,
     user_error_to_diagnosis,
 )
@@ -24,12 +23,14 @@ from finesight.doctor.machine_check import GB, WriteLocation
 from finesight.doctor.package_check import (
     EXTRA_DESCRIPTIONS,
     PACKAGE_NAME,
-    PIP_COMMAND,
     InstalledPackages,
+    install_command,
+    install_extra_command,
 )
-from finesight.encode.family import FAMILIES
+from finesight.encode.renderer import FAMILIES
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder, resolve_model_path
+from finesight.storage import DIGESTS_FILE, verify_folder
 from finesight.track.backends import TRACKERS
 
 LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"
@@ -65,7 +66,7 @@ def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
     required = {"hf": "transformers", "qwen-vl": "tiktoken"}.get(extra or "")
     if extra and required and packages.get_version(required) is None:
         values = {"path": path, "family": family, "extra": extra}
-        install = packages.install_extra_command(extra)
+        install = install_extra_command(extra)
         diagnoses.append(make_diagnosis("model-needs-extra", **values, install=install))
     diagnoses += _check_files(folder, redownload)
     diagnoses += _check_weights(folder, redownload)
@@ -79,7 +80,7 @@ def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
     return diagnoses
 
 
-def check_adapter(path: Path) -> list[Diagnosis]:
+def check_adapter(path: Path) -> Diagnosis:
     """Check the folder of a LoRA adapter that finesight or PEFT has written."""
     try:
         read_json(path / ADAPTER_CONFIG_FILE, expected="the original file")
@@ -87,9 +88,8 @@ def check_adapter(path: Path) -> list[Diagnosis]:
         if (path / DIGESTS_FILE).is_file():
             verify_folder(path)
     except UserError as error:
-        remedy = shlex.join(["ls", "-l", str(path)])
-        return [user_error_to_diagnosis("adapter", error, remedy)]
-    return [make_diagnosis("adapter", path=path)]
+        return user_error_to_diagnosis("adapter", error, join_command("ls", "-l", path))
+    return make_diagnosis("adapter", path=path)
 
 
 def find_hub_source(path: Path) -> str | None:
@@ -108,13 +108,11 @@ def redownload_command(path: Path) -> str:
     to it.
     """
     if path.resolve() == TINY_MODEL_FOLDER.resolve():
-        options = ("--force-reinstall", "--no-deps", PACKAGE_NAME)
-        return shlex.join([*PIP_COMMAND, "install", *options])
+        return install_command("--force-reinstall", "--no-deps", PACKAGE_NAME)
     source = find_hub_source(path)
     if source is None:
-        return shlex.join(["finesight", "download", "OWNER/NAME", "--to", f"{path}-again"])
-    remove = shlex.join(["rm", "-r", str(path)])
-    return f"{remove} && {shlex.join(['finesight', 'download', source])}"
+        return join_command("finesight", "download", "OWNER/NAME", "--to", f"{path}-again")
+    return f"{join_command('rm', '-r', path)} && {join_command('finesight', 'download', source)}"
 
 
 def _check_download(path: Path, redownload: str) -> Iterator[Diagnosis]:
@@ -126,7 +124,7 @@ def _check_download(path: Path, redownload: str) -> Iterator[Diagnosis]:
                 if stream.read(len(LFS_POINTER_PREFIX)) == LFS_POINTER_PREFIX:
                     pointers.append(file.name)
     if pointers:
-        lfs_pull = shlex.join(["git", "-C", str(path), "lfs", "pull"])
+        lfs_pull = join_command("git", "-C", path, "lfs", "pull")
         remedy = lfs_pull if (path / ".git").exists() else redownload
         names = ", ".join(pointers[:3])
         yield make_diagnosis("model-lfs-pointers", path=path, names=names, remedy=remedy)
@@ -157,7 +155,7 @@ def _check_weights(folder: ModelFolder, redownload: str) -> Iterator[Diagnosis]:
     has_pickle = any(folder.find_file(name) for name in pickle_names)
     if has_pickle and not (folder.find_file("model.safetensors") or folder.find_file(index.name)):
         # Pickles are converted on first use. This check writes no files.
-        remedy = shlex.join(["df", "-h", str(folder.path)])
+        remedy = join_command("df", "-h", folder.path)
         yield make_diagnosis("model-pickled", path=folder.path, remedy=remedy)
         return
     try:
@@ -198,16 +196,8 @@ def check_recipe(
     torch_info: TorchInfo,
     location: WriteLocation,
 ) -> list[Diagnosis]:
-    """Detect problems that would stop `finesight train` on this machine.
-
-    Args:
-        path: Path of the recipe.
-        recipe: Content of the recipe.
-        packages: Installed packages.
-        torch_info: Installed torch and its GPUs.
-        location: Output folder.
-    """
-    train_command = shlex.join(["finesight", "train", str(path)])
+    """Detect problems of a recipe and its output folder that stop training on this machine."""
+    train_command = join_command("finesight", "train", path)
     diagnoses = [
         *_check_extras(recipe, packages),
         *_check_precision(train_command, recipe, torch_info),
@@ -221,7 +211,7 @@ def check_recipe(
         text = str(file.path)
         is_local_path = "://" not in text and not any(character in text for character in "*?[")
         if is_local_path and not os.path.exists(text):
-            find = shlex.join(["find", ".", "-name", Path(text).name])
+            find = join_command("find", ".", "-name", Path(text).name)
             diagnoses.append(
                 make_diagnosis("data-missing", file=text, folder=Path.cwd(), find=find)
             )
@@ -252,7 +242,7 @@ def _check_extras(recipe: Recipe, packages: InstalledPackages) -> Iterator[Diagn
                 name=name,
                 description=EXTRA_DESCRIPTIONS[name],
                 missing=", ".join(missing),
-                install=packages.install_extra_command(name),
+                install=install_extra_command(name),
             )
 
 

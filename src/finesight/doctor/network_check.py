@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,8 +19,8 @@ from urllib.parse import urlsplit
 import httpx2
 
 from finesight import __version__
-from finesight.doctor.diagnosis import Diagnosis, make_diagnosis
-from finesight.doctor.package_check import InstalledPackages
+from finesight.doctor.diagnosis import Diagnosis, join_command, make_diagnosis
+from finesight.doctor.package_check import install_command
 from finesight.hub.url_policy import is_offline
 
 HubService = Literal["huggingface", "modelscope"]
@@ -39,45 +38,50 @@ TIMEOUT_S = 10.0
 """Timeout of each request to the hub in seconds."""
 
 
-def check_environment(
-    environment: Mapping[str, str], packages: InstalledPackages
-) -> list[Diagnosis]:
+def check_environment(environment: Mapping[str, str]) -> list[Diagnosis]:
     """Check the environment variables. Diagnoses never contain secret values."""
     diagnoses = [
-        *_check_proxies(environment, packages),
-        *_check_endpoints(environment),
-        *_check_tokens(environment),
+        diagnosis
+        for name, value in environment.items()
+        if value and (diagnosis := _check_variable(name, value))
     ]
-    for name in CERTIFICATE_VARIABLES:
-        value = environment.get(name, "")
-        if value and not Path(os.path.expanduser(value)).exists():
-            diagnoses.append(make_diagnosis("certificates-missing", name=name, value=value))
-    if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        diagnoses.append(make_diagnosis("offline"))
     return diagnoses or [make_diagnosis("environment")]
 
 
-def _check_proxies(
-    environment: Mapping[str, str], packages: InstalledPackages
-) -> Iterator[Diagnosis]:
-    for name in PROXY_VARIABLES:
-        value = environment.get(name, "")
-        if not value:
-            continue
+def _check_variable(name: str, value: str) -> Diagnosis | None:
+    if name in PROXY_VARIABLES:
         scheme = value.partition("://")[0].lower() if "://" in value else ""
         host = _get_host(value)
         if scheme not in PROXY_SCHEMES or not host:
             has_host_only = re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?/?", value)
-            yield make_diagnosis(
+            return make_diagnosis(
                 "proxy-malformed",
                 name=name,
                 description=f"{scheme or 'no'} scheme, host {host or 'none'}",
                 schemes=" or ".join(PROXY_SCHEMES),
                 remedy=f"export {name}=http://{value}" if has_host_only else f"unset {name}",
             )
-        elif scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
-            install = packages.install_command("socksio")
-            yield make_diagnosis("proxy-socks", name=name, install=install)
+        if scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+            return make_diagnosis("proxy-socks", name=name, install=install_command("socksio"))
+    elif name in ENDPOINT_VARIABLES.values():
+        # finesight adds the scheme for ModelScope; huggingface_hub uses its variable unchanged.
+        has_scheme = name == "MODELSCOPE_ENDPOINT" or re.match(r"https?://[^/\s]", value)
+        if not (has_scheme and _get_host(value)):
+            return make_diagnosis("endpoint-malformed", name=name, value=value[:80])
+    elif name in (*HF_TOKEN_VARIABLES, "MODELSCOPE_API_TOKEN"):
+        problem = ""
+        if not re.fullmatch(r"[!-~]+", value.strip()):
+            problem = "contains characters that are invalid in a token"
+        elif value != value.strip() or re.search(r"^['\"]|['\"]$|^Bearer", value):
+            problem = "has spaces, quotes or the word Bearer around the token"
+        elif name in HF_TOKEN_VARIABLES and not value.startswith("hf_"):
+            problem = "does not start with hf_"
+        return make_diagnosis("token-malformed", name=name, problem=problem) if problem else None
+    elif name in CERTIFICATE_VARIABLES and not Path(os.path.expanduser(value)).exists():
+        return make_diagnosis("certificates-missing", name=name, value=value)
+    elif name == "HF_HUB_OFFLINE" and value.upper() in ("1", "ON", "YES", "TRUE"):
+        return make_diagnosis("offline")
+    return None
 
 
 def _get_host(value: str) -> str:
@@ -87,29 +91,6 @@ def _get_host(value: str) -> str:
         return f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname or ""
     except ValueError:
         return ""
-
-
-def _check_endpoints(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
-    for name in ENDPOINT_VARIABLES.values():
-        value = environment.get(name, "")
-        # finesight adds the scheme for ModelScope; huggingface_hub uses its variable unchanged.
-        has_scheme = name == "MODELSCOPE_ENDPOINT" or re.match(r"https?://[^/\s]", value)
-        if value and not (has_scheme and _get_host(value)):
-            yield make_diagnosis("endpoint-malformed", name=name, value=value[:80])
-
-
-def _check_tokens(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
-    for name in (*HF_TOKEN_VARIABLES, "MODELSCOPE_API_TOKEN"):
-        value = environment.get(name, "")
-        if value and not re.fullmatch(r"[!-~]+", value.strip()):
-            problem = "contains characters that are invalid in a token"
-        elif value != value.strip() or re.search(r"^['\"]|['\"]$|^Bearer", value):
-            problem = "has spaces, quotes or the word Bearer around the token"
-        elif name in HF_TOKEN_VARIABLES and value and not value.startswith("hf_"):
-            problem = "does not start with hf_"
-        else:
-            continue
-        yield make_diagnosis("token-malformed", name=name, problem=problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +165,7 @@ def _check_hub_token(url: str, token: str) -> Diagnosis:
     if source not in HF_TOKEN_VARIABLES:
         hf_program = Path(sys.executable).with_name("hf")
         program = str(hf_program) if hf_program.exists() else "hf"
-        remedy = shlex.join([program, "auth", "logout"])
+        remedy = join_command(program, "auth", "logout")
     return make_diagnosis("token-rejected", source=source, response=response, remedy=remedy)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import shlex
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
-from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from finesight.doctor.diagnosis import Diagnosis, has_errors, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, has_errors, join_command, make_diagnosis
 
 PACKAGE_NAME = "finesight"
 
@@ -52,13 +51,7 @@ PIP_COMMAND = (sys.executable, "-m", "pip")
 
 @dataclass(frozen=True, slots=True)
 class InstalledPackage:
-    """Installed distribution, from its metadata.
-
-    Attributes:
-        folder: Folder that contains its modules.
-        requires: Requirements (PEP 508).
-        extras: Names of its extras.
-    """
+    """Installed distribution: folder of its modules, requirements (PEP 508) and extras."""
 
     name: str
     version: str
@@ -89,14 +82,6 @@ class InstalledPackages:
         installed = self.by_name.get(canonicalize_name(name))
         return installed[0].version if installed else None
 
-    def install_command(self, *requirements: str) -> str:
-        """Return the shell command that installs requirements for this Python interpreter."""
-        return shlex.join([*PIP_COMMAND, "install", *requirements])
-
-    def install_extra_command(self, name: str) -> str:
-        """Return the shell command that installs an extra of finesight."""
-        return self.install_command(f"{PACKAGE_NAME}[{name}]")
-
     def find_missing_packages(self) -> dict[str, list[str]]:
         """Return the packages that each extra requires and that are not installed.
 
@@ -106,41 +91,45 @@ class InstalledPackages:
         missing: dict[str, list[str]] = {}
         for package in self.by_name.get(PACKAGE_NAME, ())[:1]:
             missing = {name: [] for name in EXTRA_DESCRIPTIONS if name in package.extras}
-            for requirement in map(_parse_requirement, package.requires):
-                if requirement is None or _is_applicable(requirement, ()):
+            for requirement in _parse_requirements(package.requires):
+                is_installed = self.get_version(requirement.name) is not None
+                if is_installed or _is_applicable(requirement, ()):
                     continue
                 for name, names in missing.items():
-                    is_installed = self.get_version(requirement.name) is not None
-                    if _is_applicable(requirement, [name]) and not is_installed:
+                    if _is_applicable(requirement, [name]):
                         names.append(requirement.name)
         return missing
 
 
-def list_packages(path: Sequence[str] | None = None) -> InstalledPackages:
-    """List the installed packages without importing them.
+def install_command(*requirements: str) -> str:
+    """Return the shell command that installs requirements for this Python interpreter."""
+    return join_command(*PIP_COMMAND, "install", *requirements)
 
-    Args:
-        path: Folders to search, by default `sys.path`.
-    """
+
+def install_extra_command(name: str) -> str:
+    """Return the shell command that installs an extra of finesight."""
+    return install_command(f"{PACKAGE_NAME}[{name}]")
+
+
+def list_packages(path: Sequence[str] | None = None) -> InstalledPackages:
+    """List the packages in folders, by default `sys.path`, without importing them."""
     search_path = list(sys.path if path is None else path)
-    packages_by_name: dict[str, list[InstalledPackage]] = {}
+    packages_by_name: dict[str, dict[InstalledPackage, None]] = {}
     for distribution in distributions(path=search_path):
-        name = distribution.metadata["Name"]
-        installed = InstalledPackage(
-            name or "",
-            distribution.version,
-            Path(str(distribution.locate_file(""))),
-            tuple(distribution.requires or ()),
-            tuple(distribution.metadata.get_all("Provides-Extra") or ()),
-        )
-        same_name = packages_by_name.setdefault(canonicalize_name(name or ""), [])
-        if name and installed not in same_name:
-            same_name.append(installed)
+        if name := distribution.metadata["Name"]:
+            installed = InstalledPackage(
+                name,
+                distribution.version,
+                Path(str(distribution.locate_file(""))),
+                tuple(distribution.requires or ()),
+                tuple(distribution.metadata.get_all("Provides-Extra") or ()),
+            )
+            packages_by_name.setdefault(canonicalize_name(name), {})[installed] = None
     folders = [folder for folder in map(Path, search_path) if folder.name in SITE_FOLDERS]
     leftovers = (file for folder in dict.fromkeys(folders) for file in sorted(folder.glob("~*")))
     managed_marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
     return InstalledPackages(
-        {name: tuple(packages) for name, packages in packages_by_name.items() if packages},
+        {name: tuple(packages) for name, packages in packages_by_name.items()},
         tuple(leftovers),
         importlib.util.find_spec("pip") is not None,
         sys.prefix == sys.base_prefix and managed_marker.is_file(),
@@ -150,14 +139,18 @@ def list_packages(path: Sequence[str] | None = None) -> InstalledPackages:
 def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
     """Check the installed packages against the requirements of finesight."""
     dependencies = _group_dependencies(packages)
-    diagnoses = [
-        *_check_python(packages),
-        *_check_unmet(packages, dependencies),
-        *_check_duplicates(packages, dependencies),
-    ]
+    diagnoses = []
+    if PACKAGE_NAME not in packages.by_name:
+        diagnoses.append(make_diagnosis("not-installed", install=install_command("-e", ".")))
+    if packages.is_managed:
+        diagnoses.append(make_diagnosis("python-managed", python=sys.executable))
+    if not packages.has_pip:
+        install = join_command(sys.executable, "-m", "ensurepip")
+        diagnoses.append(make_diagnosis("no-pip", install=install))
+    diagnoses += _check_versions(packages, dependencies)
     if packages.leftovers:
         names = ", ".join(path.name for path in packages.leftovers[:5])
-        remove = shlex.join(["rm", "-r", *map(str, packages.leftovers)])
+        remove = join_command("rm", "-r", *packages.leftovers)
         folder = packages.leftovers[0].parent
         diagnoses.append(make_diagnosis("leftovers", names=names, folder=folder, remove=remove))
     if not has_errors(diagnoses):
@@ -165,22 +158,9 @@ def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
     return diagnoses
 
 
-def _check_python(packages: InstalledPackages) -> Iterator[Diagnosis]:
-    if PACKAGE_NAME not in packages.by_name:
-        yield make_diagnosis("not-installed", install=packages.install_command("-e", "."))
-    if packages.is_managed:
-        yield make_diagnosis("python-managed", python=sys.executable)
-    if not packages.has_pip:
-        install = shlex.join([sys.executable, "-m", "ensurepip"])
-        yield make_diagnosis("no-pip", install=install)
-
-
 @dataclass(frozen=True, slots=True)
 class _Dependency:
-    """Requirement of an installed package.
-
-    `is_optional` is true if only an extra of finesight leads to it.
-    """
+    """Requirement of an installed package; optional if only an extra of finesight leads to it."""
 
     required_by: str
     requirement: Requirement
@@ -194,79 +174,85 @@ def _group_dependencies(packages: InstalledPackages) -> dict[str, list[_Dependen
     it then.
     """
     # Each entry: requiring package, requirement, requested extras, and whether it is optional.
-    queue: list[tuple[str, str, tuple[str, ...], bool]] = []
+    queue: list[tuple[str, Requirement, Iterable[str], bool]] = []
     for package in packages.by_name.get(PACKAGE_NAME, ())[:1]:
-        extras = tuple(name for name in package.extras if name not in DEV_EXTRAS)
-        queue += [(PACKAGE_NAME, text, (), False) for text in package.requires]
-        queue += [(PACKAGE_NAME, text, extras, True) for text in package.requires]
+        extras = [name for name in package.extras if name not in DEV_EXTRAS]
+        requirements = list(_parse_requirements(package.requires))
+        queue += [(PACKAGE_NAME, one, (), False) for one in requirements]
+        queue += [(PACKAGE_NAME, one, extras, True) for one in requirements]
     grouped: dict[str, list[_Dependency]] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, Requirement]] = set()
     while queue:
-        required_by, text, extras, is_optional = queue.pop(0)
-        requirement = _parse_requirement(text)
-        if requirement is None or not _is_applicable(requirement, extras):
-            continue
+        required_by, requirement, extras_requested, is_optional = queue.pop(0)
         name = canonicalize_name(requirement.name)
         installed = packages.by_name.get(name, ())
         is_unused = is_optional and required_by == PACKAGE_NAME and not installed
-        if (required_by, text) in seen or name == PACKAGE_NAME or is_unused:
+        if (
+            (required_by, requirement) in seen
+            or name == PACKAGE_NAME
+            or is_unused
+            or not _is_applicable(requirement, extras_requested)
+        ):
             continue
-        seen.add((required_by, text))
+        seen.add((required_by, requirement))
         grouped.setdefault(name, []).append(_Dependency(required_by, requirement, is_optional))
         for package in installed[:1]:
-            nested_extras = tuple(requirement.extras)
-            queue += [(name, nested, nested_extras, is_optional) for nested in package.requires]
+            nested = _parse_requirements(package.requires)
+            queue += [(name, one, requirement.extras, is_optional) for one in nested]
     return grouped
 
 
-def _parse_requirement(text: str) -> Requirement | None:
-    try:
-        return Requirement(text)
-    except InvalidRequirement:
-        return None
+def _parse_requirements(texts: Iterable[str]) -> Iterator[Requirement]:
+    """Parse requirements. Invalid ones are omitted."""
+    for text in texts:
+        with contextlib.suppress(InvalidRequirement):
+            yield Requirement(text)
 
 
 def _is_applicable(requirement: Requirement, extras: Iterable[str]) -> bool:
     """Return whether a requirement applies to this machine, given the requested extras."""
-    marker, environment = requirement.marker, dict[str, str]()
-    environment |= {key: str(value) for key, value in default_environment().items()}
-    return marker is None or any(
-        marker.evaluate(environment | {"extra": extra}) for extra in ("", *extras)
-    )
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
-def _combine_bounds(name: str, dependencies: Sequence[_Dependency]) -> str:
-    """Combine the version bounds of a package from all requirements.
-
-    Installing a version within these bounds causes no other conflict.
-    """
-    bounds = {str(spec) for one in dependencies for spec in one.requirement.specifier}
-    return f"{name}{','.join(sorted(bounds))}"
-
-
-def _check_unmet(
+def _check_versions(
     packages: InstalledPackages, dependencies_by_name: Mapping[str, Sequence[_Dependency]]
 ) -> Iterator[Diagnosis]:
-    """Report missing packages and version conflicts, one diagnosis per package.
+    """Report missing packages, version conflicts and packages that are installed twice.
 
-    Duplicate packages are reported separately, since their effective version is unknown.
+    A remedy installs a version that satisfies all requirements. The effective version of a
+    duplicate package is unknown, so that its requirements are not checked.
     """
-    for name, dependencies in sorted(dependencies_by_name.items()):
-        version = packages.get_version(name)
-        unmet = [one for one in dependencies if not _is_satisfied(version, one.requirement)]
-        if not unmet or len(_list_duplicates(packages, name)) > 1:
+    for name in sorted({*dependencies_by_name, *packages.by_name}):
+        dependencies = dependencies_by_name.get(name, ())
+        bounds = {str(spec) for one in dependencies for spec in one.requirement.specifier}
+        install = install_command(f"{name}{','.join(sorted(bounds))}")
+        same_name = packages.by_name.get(name, ())
+        duplicates = [package for package in same_name if package.folder == same_name[0].folder]
+        if len(duplicates) > 1:
+            uninstall = join_command(*PIP_COMMAND, "uninstall", "--yes", name)
+            yield make_diagnosis(
+                "duplicate-package",
+                "error" if dependencies else "warning",
+                name=name,
+                folder=duplicates[0].folder,
+                versions=" and ".join(sorted(package.version for package in duplicates)),
+                commands=" && ".join([*[uninstall] * len(duplicates), install]),
+            )
             continue
-        required = (
-            f"{one.required_by} requires {name}{one.requirement.specifier}" for one in unmet
-        )
-        yield make_diagnosis(
-            "package-missing" if version is None else "version-conflict",
-            "warning" if all(one.is_optional for one in unmet) else "error",
-            name=name,
-            version=version,
-            required="; ".join(required),
-            install=packages.install_command(_combine_bounds(name, dependencies)),
-        )
+        version = packages.get_version(name)
+        if unmet := [one for one in dependencies if not _is_satisfied(version, one.requirement)]:
+            required = [
+                f"{one.required_by} requires {name}{one.requirement.specifier}" for one in unmet
+            ]
+            yield make_diagnosis(
+                "package-missing" if version is None else "version-conflict",
+                "warning" if all(one.is_optional for one in unmet) else "error",
+                name=name,
+                version=version,
+                required="; ".join(required),
+                install=install,
+            )
 
 
 def _is_satisfied(version: str | None, requirement: Requirement) -> bool:
@@ -274,33 +260,6 @@ def _is_satisfied(version: str | None, requirement: Requirement) -> bool:
         return version is not None and requirement.specifier.contains(Version(version), True)
     except InvalidVersion:  # handled by the maintainer of the package
         return True
-
-
-def _list_duplicates(packages: InstalledPackages, name: str) -> list[InstalledPackage]:
-    """Return the distributions of a package in the same folder as the imported one."""
-    same_name = packages.by_name.get(name, ())
-    return [package for package in same_name if package.folder == same_name[0].folder]
-
-
-def _check_duplicates(
-    packages: InstalledPackages, dependencies_by_name: Mapping[str, Sequence[_Dependency]]
-) -> Iterator[Diagnosis]:
-    for name in sorted(packages.by_name):
-        duplicates = _list_duplicates(packages, name)
-        if len(duplicates) < 2:
-            continue
-        uninstall = shlex.join([*PIP_COMMAND, "uninstall", "--yes", name])
-        bounds = _combine_bounds(name, dependencies_by_name.get(name, ()))
-        yield make_diagnosis(
-            "duplicate-package",
-            "error" if name in dependencies_by_name else "warning",
-            name=name,
-            folder=duplicates[0].folder,
-            versions=" and ".join(sorted(package.version for package in duplicates)),
-            commands=" && ".join(
-                [*[uninstall] * len(duplicates), packages.install_command(bounds)]
-            ),
-        )
 
 
 def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
@@ -312,9 +271,9 @@ def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
             name=name,
             description=EXTRA_DESCRIPTIONS[name],
             missing=", ".join(missing),
-            install=packages.install_extra_command(name),
+            install=install_extra_command(name),
         )
     unknown = [name for name in EXTRA_DESCRIPTIONS if name not in missing_by_extra]
     if unknown and PACKAGE_NAME in packages.by_name:
-        install = packages.install_command("--no-deps", "-e", ".")
+        install = install_command("--no-deps", "-e", ".")
         yield make_diagnosis("metadata-outdated", names=", ".join(unknown), install=install)

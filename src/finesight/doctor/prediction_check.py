@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -27,8 +26,13 @@ from finesight.check.box_hypothesis import (
 from finesight.config import ExactSize, LongestSide
 from finesight.data.image_header import read_image_size
 from finesight.data.sample import BoxPart
-from finesight.doctor.diagnosis import Diagnosis, make_diagnosis
-from finesight.doctor.run_check import load_run_recipe, rerun_command, scale_duration
+from finesight.doctor.diagnosis import Diagnosis, join_command, make_diagnosis
+from finesight.doctor.run_check import (
+    check_data_command,
+    load_run_recipe,
+    rerun_command,
+    scale_duration,
+)
 from finesight.errors import UserError
 from finesight.report.run_reader import RunRecord, read_json_lines
 from finesight.report.summary import get_last_start
@@ -43,11 +47,8 @@ MIN_BOXES = 8
 """Minimum number of predicted boxes for the comparison of box conventions."""
 
 LOW_IOU, GOOD_IOU, MIN_IOU_GAIN = 0.5, 0.5, 0.2
-"""Thresholds of the mean IoU for the comparison of box conventions.
-
-They are the value below which boxes count as wrong, the minimum of a matching convention, and its
-minimum gain over the current convention.
-"""
+"""Mean IoU below which boxes count as wrong, minimum mean IoU of a matching convention, and its
+minimum gain over the current convention."""
 
 DEFAULT_MAX_NEW_TOKENS = 512
 """Limit on new tokens of a run whose recipe has no evaluation settings."""
@@ -111,42 +112,33 @@ def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
     evaluations = run_record.evaluations
     primary = next((line.get("primary_metric") for line in reversed(evaluations)), None)
     differences = (run_record.result or {}).get("metric_differences")
-    for change in _parse_lines(RecordedDifference, differences):
-        if change.name != primary:
-            continue
-        text = f"{change.name} {change.before:.4f} before, {change.after:.4f} after training"
-        if change.verdict == "worse":
-            yield _diagnose_worse(run_record, change, text)
-        elif change.verdict == "better":
-            yield make_diagnosis("metric", change=text)
-        else:
-            yield _diagnose_unclear(run_record, change, text)
+    changes = (one for one in _parse_lines(RecordedDifference, differences) if one.name == primary)
+    if (change := next(changes, None)) is None:
         return
-
-
-def _diagnose_worse(run_record: RunRecord, change: RecordedDifference, text: str) -> Diagnosis:
-    scores = [(line.get("scores") or {}, line["step"]) for line in run_record.evaluations]
-    values = [(by_name.get(change.name), step) for by_name, step in scores if step]
-    measured = [(value, step) for value, step in values if isinstance(value, int | float)]
-    best, step = max(measured, default=(-math.inf, 0))
-    if best > change.after:
-        remedy = rerun_command(run_record, "eval.every=0.1", "eval.patience=2")
-        return make_diagnosis("metric-worse.peak", change=text, best=best, step=step, remedy=remedy)
-    remedy = shlex.join(["finesight", "report", str(run_record.folder)])
-    return make_diagnosis("metric-worse", change=text, remedy=remedy)
-
-
-def _diagnose_unclear(run_record: RunRecord, change: RecordedDifference, text: str) -> Diagnosis:
-    interval = ""
-    if change.low is not None and change.high is not None:
-        interval = f" ({change.low:+.4f} to {change.high:+.4f})"
-    settings = load_run_recipe(run_record).eval
-    remedy = rerun_command(run_record, *scale_duration(run_record, 2.0))
-    if settings is not None and settings.limit:
-        # The interval width is proportional to 1 / sqrt(number of samples).
-        options = ("--limit", str(4 * settings.limit))
-        remedy = shlex.join(["finesight", "eval", str(run_record.folder), *options])
-    return make_diagnosis("metric-unclear", change=text, interval=interval, remedy=remedy)
+    values = {"change": f"{primary} {change.before:.4f} before, {change.after:.4f} after training"}
+    if change.verdict == "better":
+        yield make_diagnosis("metric", **values)
+    elif change.verdict == "worse":
+        scores = [((line.get("scores") or {}).get(primary), line["step"]) for line in evaluations]
+        numbers = [(value, s) for value, s in scores if s and isinstance(value, int | float)]
+        best, step = max(numbers, default=(-math.inf, 0))
+        if best > change.after:
+            remedy = rerun_command(run_record, "eval.every=0.1", "eval.patience=2")
+            yield make_diagnosis("metric-worse.peak", **values, best=best, step=step, remedy=remedy)
+        else:
+            remedy = join_command("finesight", "report", run_record.folder)
+            yield make_diagnosis("metric-worse", **values, remedy=remedy)
+    else:
+        interval = ""
+        if change.low is not None and change.high is not None:
+            interval = f" ({change.low:+.4f} to {change.high:+.4f})"
+        settings = load_run_recipe(run_record).eval
+        remedy = rerun_command(run_record, *scale_duration(run_record, 2.0))
+        if settings is not None and settings.limit:
+            # The interval width is proportional to 1 / sqrt(number of samples).
+            limit = 4 * settings.limit
+            remedy = join_command("finesight", "eval", run_record.folder, "--limit", limit)
+        yield make_diagnosis("metric-unclear", **values, interval=interval, remedy=remedy)
 
 
 def _check_unfinished(
@@ -165,7 +157,7 @@ def _check_unfinished(
     if num_repeating * 2 < len(unfinished) and longest > 0.9 * shortest:
         folder = run_record.folder
         options = ["--max-new-tokens", str(4 * limit), "--out", str(folder / "longer.jsonl")]
-        remedy = shlex.join(["finesight", "eval", str(folder), *options])
+        remedy = join_command("finesight", "eval", folder, *options)
         lengths = {"limit": limit, "longest": longest, "shortest": shortest}
         yield make_diagnosis("answers-cut-off", **counts, **lengths, remedy=remedy)
         return
@@ -197,17 +189,13 @@ def _check_box_conventions(
     current_iou = mean_iou(current, current)
     if current_iou >= LOW_IOU:
         return
-    candidates = [
-        (mean_iou(one, current), one, "predictions")
-        for one in _list_hypotheses(run_record, predicted, labels)
-    ] + [
-        (mean_iou(current, one), one, "labels")
-        for one in _list_hypotheses(run_record, labels, predicted)
-    ]
+    for_predicted = _list_hypotheses(run_record, predicted, labels)
+    for_labels = _list_hypotheses(run_record, labels, predicted)
+    candidates = [(mean_iou(one, current), one, "predictions") for one in for_predicted]
+    candidates += [(mean_iou(current, one), one, "labels") for one in for_labels]
     best_iou, hypothesis, subject = max(candidates, key=lambda candidate: candidate[0])
     if best_iou >= max(GOOD_IOU, current_iou + MIN_IOU_GAIN):
         convention, options = _describe_hypothesis(hypothesis)
-        recipe_path = str(run_record.folder / "recipe.yaml")
         yield make_diagnosis(
             "box-convention-mismatch",
             subject=subject,
@@ -215,7 +203,7 @@ def _check_box_conventions(
             best=best_iou,
             current=current_iou,
             options=options,
-            remedy=shlex.join(["finesight", "data", "check", recipe_path]),
+            remedy=check_data_command(run_record),
         )
 
 

@@ -170,8 +170,8 @@ def _train_model(device: str, folder: Path) -> str:
     """Train for a few steps, check that the loss falls, and describe the result."""
     from rich.console import Console
 
+    from finesight.manifest import METRICS_FILE
     from finesight.recipe import load_recipe
-    from finesight.run_files import METRICS_FILE
     from finesight.train.trainer import train
 
     recipe_file, run = folder / "recipe.yaml", folder / "run"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +15,27 @@ from statistics import median
 from pydantic import ValidationError
 
 from finesight.config import DataSettings, Recipe, TrainFileSettings
-from finesight.digests import verify_folder
-from finesight.doctor.diagnosis import Diagnosis, has_errors, make_diagnosis
+from finesight.doctor.diagnosis import (
+    Diagnosis,
+    describe_error,
+    has_errors,
+    join_command,
+    make_diagnosis,
+)
 from finesight.doctor.machine_check import GB, largest_files_command
 from finesight.errors import UserError
+from finesight.manifest import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    MAX_DATA_WAIT_FRACTION,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RESULT_FILE,
+)
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.report.run_reader import JsonObject, RunRecord, is_finite
 from finesight.report.summary import (
-    MAX_DATA_WAIT_FRACTION,
     count_training_samples,
     describe_progress,
     get_last_start,
@@ -33,13 +44,7 @@ from finesight.report.summary import (
     list_memory_remarks,
     list_skipped_samples,
 )
-from finesight.run_files import (
-    ADAPTER_FOLDER,
-    CHECKPOINTS_FOLDER,
-    MODEL_FOLDER,
-    RECIPE_FILE,
-    RESULT_FILE,
-)
+from finesight.storage import verify_folder
 
 MAX_NONFINITE_STEPS = 5
 """Number of consecutive steps with a non-finite loss after which a run stops."""
@@ -47,66 +52,37 @@ MAX_NONFINITE_STEPS = 5
 MAX_SKIPPED_FRACTION = 0.05
 """Fraction of skipped samples above which an error is reported."""
 
-MAX_SAFE_LEARNING_RATE = 1e-3
-"""Maximum learning rate that diagnoses suggest. It is safe for small adapters."""
-
-LOW_LEARNING_RATE = 5e-5
-"""Learning rate below which a flat loss is attributed to the learning rate.
-
-It applies to adapters and to full fine-tuning.
-"""
-
-MIN_WEIGHT_CHANGE = 0.05
-"""Relative weight change below which a flat loss is attributed to small updates."""
+MAX_SAFE_LEARNING_RATE, LOW_LEARNING_RATE, MIN_WEIGHT_CHANGE = 1e-3, 5e-5, 0.05
+"""Maximum learning rate that diagnoses suggest, and the learning rate and the relative weight
+change below which a flat loss is attributed to small updates."""
 
 MIN_STEPS, NUM_WINDOWS = 12, 10
 """Minimum number of steps for the checks of the loss curve, and its maximum number of windows."""
 
 RISE_RATIO, SPIKE_RATIO, FLAT_FRACTION = 1.25, 1.5, 0.02
-"""Thresholds of the loss curve.
+"""Ratio of the final loss to the minimum above which it has risen, ratio of the maximum to the
+first loss above which it has spiked, and relative decrease below which it is flat."""
 
-They are the ratio of the final loss to the minimum above which it has risen, the ratio of the
-maximum to the first loss above which it has spiked (smaller increases may be noise between
-batches), and the relative decrease below which it is flat.
-"""
+VANISHED_GRAD_RATIO, CONVERGED_LOSS_RATIO, MIN_LEARNABLE_LOSS = 0.1, 0.5, 0.05
+"""Ratio of final to initial gradient norm of vanished gradients, ratio of final to initial loss of
+a converged run, and initial loss in nats per token below which training has little effect."""
 
-VANISHED_GRAD_RATIO = 0.1
-"""Ratio of the final to the initial gradient norm below which gradients have vanished."""
-
-CONVERGED_LOSS_RATIO = 0.5
-"""Ratio of the final to the initial loss below which training has converged."""
-
-MIN_LEARNABLE_LOSS = 0.05
-"""Initial loss in nats per token below which training has little effect."""
-
-MAX_USEFUL_WORKERS = 12
-"""Maximum number of data loader workers that a diagnosis suggests."""
-
-MIN_LOSS_SPIKES = 3
-"""Minimum number of loss spikes for a warning."""
-
-OVERFIT_RATIO = 1.05
-"""Ratio of the last to the best validation loss above which a run has overfitted."""
+MIN_LOSS_SPIKES, OVERFIT_RATIO, MAX_USEFUL_WORKERS = 3, 1.05, 12
+"""Number of loss spikes for a warning, ratio of the last to the best validation loss of an
+overfitted run, and maximum number of data loader workers that a diagnosis suggests."""
 
 
-def resume_command(run_record: RunRecord, *overrides: str) -> str:
-    """Return the shell command that resumes a run from its newest checkpoint."""
-    recipe_path = str(run_record.folder / RECIPE_FILE)
-    return shlex.join(["finesight", "train", recipe_path, *overrides, "--resume"])
+def train_command(run_record: RunRecord, *words: str) -> str:
+    """Return the shell command that trains with the recipe of a run, and overrides or options."""
+    return join_command("finesight", "train", run_record.folder / RECIPE_FILE, *words)
 
 
 def rerun_command(run_record: RunRecord, *overrides: str) -> str:
-    """Return the shell command that repeats a run in a new folder, such as `run-2` for `run`.
-
-    Args:
-        run_record: Content of the run directory.
-        *overrides: Recipe overrides, such as `train.steps=100`.
-    """
+    """Return the shell command that repeats a run in a new folder, such as `run-2` for `run`."""
     folder, suffix = run_record.folder, 2
     while (free := folder.with_name(f"{folder.name}-{suffix}")).exists():
         suffix += 1
-    recipe_path = str(folder / RECIPE_FILE)
-    return shlex.join(["finesight", "train", recipe_path, *overrides, f"output_dir={free}"])
+    return train_command(run_record, *overrides, f"output_dir={free}")
 
 
 def load_run_recipe(run_record: RunRecord) -> Recipe:
@@ -143,10 +119,7 @@ def _scale_learning_rates(run_record: RunRecord, factor: float) -> list[str]:
 
 
 def _lower_learning_rates(run_record: RunRecord) -> list[str]:
-    """Return the overrides that divide every learning rate of a run by ten or more.
-
-    The results are at most `MAX_SAFE_LEARNING_RATE`.
-    """
+    """Return the overrides that divide learning rates by ten or more, to a safe maximum."""
     highest = max(_get_learning_rates(run_record).values())
     return _scale_learning_rates(run_record, min(0.1, MAX_SAFE_LEARNING_RATE / highest))
 
@@ -155,11 +128,7 @@ def check_run_end(run_record: RunRecord) -> list[Diagnosis]:
     """Check that a run has finished and that its files are complete."""
     process_id = _find_running_process(run_record.folder)
     nonfinite = list(_check_nonfinite_steps(run_record))
-    diagnoses = [
-        *nonfinite,
-        *_check_base_model(run_record),
-        *_check_files(run_record),
-    ]
+    diagnoses = [*nonfinite, *_check_base_model(run_record), *_check_files(run_record)]
     if run_record.result is not None or process_id:
         progress = f"is {describe_progress(run_record)}"
         status = f"is running (process {process_id})" if process_id else progress
@@ -170,16 +139,11 @@ def check_run_end(run_record: RunRecord) -> list[Diagnosis]:
 
 
 def _find_running_process(folder: Path) -> int | None:
-    """Return the ID of the process that holds the lock of a run directory.
-
-    Returns None if there is none or if it is unknown. The function takes no lock itself.
-    """
+    """Return the ID of the process that holds the lock of a run directory, None if unknown."""
     locks = Path("/proc/locks")
-    if not locks.is_file():
-        return None
     stat = folder.stat()
     lock_id = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
-    for line in locks.read_text().splitlines():
+    for line in locks.read_text().splitlines() if locks.is_file() else ():
         words = line.split()
         if words[1:2] == ["FLOCK"] and lock_id in words:
             return int(words[4])
@@ -199,14 +163,18 @@ def _check_nonfinite_steps(run_record: RunRecord) -> Iterator[Diagnosis]:
         remedy = rerun_command(run_record, *overrides)
         yield make_diagnosis("not-finite", count=num_trailing, samples=samples, remedy=remedy)
         return
-    recipe_path = str(run_record.folder / RECIPE_FILE)
     yield make_diagnosis(
         "not-finite.single",
         count=sum(is_nonfinite),
         total=len(is_nonfinite),
         samples=samples,
-        remedy=shlex.join(["finesight", "data", "check", recipe_path]),
+        remedy=check_data_command(run_record),
     )
+
+
+def check_data_command(run_record: RunRecord) -> str:
+    """Return the shell command that checks the data of a run."""
+    return join_command("finesight", "data", "check", run_record.folder / RECIPE_FILE)
 
 
 def _check_unfinished(run_record: RunRecord) -> Iterator[Diagnosis]:
@@ -234,7 +202,7 @@ def _check_unfinished(run_record: RunRecord) -> Iterator[Diagnosis]:
         progress=describe_progress(run_record),
         checkpoint=checkpoint,
         cause=cause,
-        resume=resume_command(run_record),
+        resume=train_command(run_record, "--resume"),
     )
     if checkpoint_steps:
         yield from _check_newest_checkpoint(run_record, checkpoint_steps)
@@ -252,9 +220,9 @@ def _check_newest_checkpoint(
         fallback = f"; the previous checkpoint is from step {checkpoint_steps[-2:][0]}"
         yield make_diagnosis(
             "checkpoint-damaged",
-            problem=f"{error.where}: {error.what}",
+            problem=describe_error(error),
             fallback=fallback * has_fallback,
-            resume=resume_command(run_record),
+            resume=train_command(run_record, "--resume"),
         )
     num_bytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     free_bytes = shutil.disk_usage(run_record.folder).free
@@ -275,7 +243,7 @@ def _check_base_model(run_record: RunRecord) -> Iterator[Diagnosis]:
     if not isinstance(base_model, str) or not (path.is_absolute() or path.is_dir()):
         return
     if not path.is_dir():
-        remedy = shlex.join(["find", "/", "-xdev", "-type", "d", "-name", path.name])
+        remedy = join_command("find", "/", "-xdev", "-type", "d", "-name", path.name)
         yield make_diagnosis("base-missing", path=path, remedy=remedy)
         return
     try:
@@ -284,7 +252,7 @@ def _check_base_model(run_record: RunRecord) -> Iterator[Diagnosis]:
         fingerprint = error.what
     if fingerprint != expected:
         values = {"path": path, "fingerprint": fingerprint, "expected": str(expected)}
-        remedy = shlex.join(["finesight", "doctor", str(path)])
+        remedy = join_command("finesight", "doctor", path)
         yield make_diagnosis("base-changed", **values, remedy=remedy)
 
 
@@ -297,15 +265,12 @@ def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
                 verify_folder(folder / part)
         except UserError as error:
             # A run without a result writes the final files again from the last checkpoint.
-            remove = shlex.join(["rm", "-r", str(folder / part), str(folder / RESULT_FILE)])
-            remedy = f"{remove} && {resume_command(run_record)}"
-            problem = f"{error.where}: {error.what}"
+            remove = join_command("rm", "-r", folder / part, folder / RESULT_FILE)
+            remedy = f"{remove} && {train_command(run_record, '--resume')}"
+            problem = describe_error(error)
             yield make_diagnosis("weights-damaged", problem=problem, remedy=remedy)
     if run_record.unreadable_files:
-        files, remedy = (
-            ", ".join(run_record.unreadable_files),
-            shlex.join(["ls", "-l", str(folder)]),
-        )
+        files, remedy = ", ".join(run_record.unreadable_files), join_command("ls", "-l", folder)
         yield make_diagnosis("records-damaged", files=files, remedy=remedy)
     try:
         load_recipe(folder / RECIPE_FILE)
@@ -313,9 +278,9 @@ def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
         yield make_diagnosis(
             "recipe.run",
             "error" if run_record.result is None else "warning",
-            problem=f"{error.where}: {error.what}",
+            problem=describe_error(error),
             advice=error.remedy,
-            remedy=shlex.join(["finesight", "doctor", str(folder / RECIPE_FILE)]),
+            remedy=join_command("finesight", "doctor", folder / RECIPE_FILE),
         )
 
 
@@ -342,11 +307,10 @@ def _fix_samples_command(run_record: RunRecord, reason: str) -> str:
         return rerun_command(run_record, f"data.max_length={2 * int(match[1])}")
     files = [Path(file.path) for file in load_run_recipe(run_record).data.train]
     if len(files) != 1 or files[0].suffix != ".jsonl":
-        recipe_path = str(run_record.folder / RECIPE_FILE)
-        return shlex.join(["finesight", "data", "check", recipe_path])
+        return check_data_command(run_record)
     parent = files[0].parent
     fixed = parent.parent / f"{parent.name or 'data'}-fixed"
-    check = shlex.join(["finesight", "data", "check", str(files[0]), "--fix", str(fixed)])
+    check = join_command("finesight", "data", "check", files[0], "--fix", fixed)
     # The check exits with 2 after fixing issues.
     return f"{check}\n{rerun_command(run_record, f'data.train={fixed / files[0].name}')}"
 
@@ -363,14 +327,10 @@ def _check_memory(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 @dataclass(frozen=True, slots=True)
 class LossCurve:
-    """Training loss of a run, as medians of windows of consecutive steps.
+    """Training loss as medians of windows of steps, with its noise, and gradient norms.
 
-    Attributes:
-        first_loss: Loss of the first step.
-        window_medians: Median loss of each window.
-        noise: Standard deviation of the loss within windows, estimated from the median deviation.
-        initial_grad_norm: Median gradient norm at the start of training.
-        final_grad_norm: Median gradient norm at the end of training.
+    The noise is the standard deviation within windows, estimated from the median deviation. The
+    gradient norms are medians at the start and at the end of training.
     """
 
     first_loss: float
@@ -381,10 +341,7 @@ class LossCurve:
 
     @classmethod
     def from_steps(cls, steps: Sequence[JsonObject]) -> LossCurve | None:
-        """Build the loss curve from steps with finite values.
-
-        Returns None if there are fewer than `MIN_STEPS`.
-        """
+        """Build the loss curve. Returns None for fewer than `MIN_STEPS` finite values."""
         losses = [line["loss"] for line in steps if is_finite(line.get("loss"))]
         norms = [line["grad_norm"] for line in steps if is_finite(line.get("grad_norm"))]
         if len(losses) < MIN_STEPS or len(norms) < MIN_STEPS:
@@ -393,11 +350,8 @@ class LossCurve:
         ends = [round(len(losses) * index / count) for index in range(count + 1)]
         windows = [losses[start:end] for start, end in pairwise(ends)]
         medians = tuple(median(window) for window in windows)
-        deviations = [
-            abs(loss - center)
-            for window, center in zip(windows, medians, strict=True)
-            for loss in window
-        ]
+        pairs = zip(windows, medians, strict=True)
+        deviations = [abs(loss - center) for window, center in pairs for loss in window]
         edge = max(2, len(norms) // NUM_WINDOWS)
         noise = 1.4826 * median(deviations)
         return cls(losses[0], medians, noise, median(norms[:edge]), median(norms[-edge:]))
@@ -462,7 +416,7 @@ def _check_loss(run_record: RunRecord, curve: LossCurve | None) -> Iterator[Diag
             **values,
         )
     elif curve.is_flat:
-        show = shlex.join(["finesight", "data", "show", str(run_record.folder / RECIPE_FILE)])
+        show = join_command("finesight", "data", "show", run_record.folder / RECIPE_FILE)
         if medians[0] < MIN_LEARNABLE_LOSS:
             yield make_diagnosis("low-initial-loss", first=medians[0], remedy=show, **values)
             return
@@ -544,10 +498,11 @@ def _check_data_wait(run_record: RunRecord) -> Iterator[Diagnosis]:
     num_workers = recorded if isinstance(recorded, int) else None
     suggested = max((num_workers or 0) + 1, min(MAX_USEFUL_WORKERS, (os.cpu_count() or 4) - 2))
     override = f"train.num_workers={suggested}"
-    is_finished = run_record.result is not None
+    build_command = rerun_command if run_record.result is not None else train_command
+    resume = () if run_record.result is not None else ("--resume",)
     yield make_diagnosis(
         "data-wait",
         fraction=fraction,
         workers="the" if num_workers is None else num_workers,
-        remedy=(rerun_command if is_finished else resume_command)(run_record, override),
+        remedy=build_command(run_record, override, *resume),
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,26 +26,24 @@ from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_header import ImageSize
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.jsonl import read_text_file
-from finesight.encode.family_base import (
+from finesight.encode.family import (
     FRAME_1000,
-    QWEN_VL_MAX_COORDINATE,
     BoxCorners,
     ImageBox,
-    PromptPiece,
+    ModelFamily,
     SpecialToken,
     round_to_frame,
     scale_box,
 )
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
-from finesight.encode.qwen_vl import BOX_TOKENS
+from finesight.encode.qwen_vl import BOX_TOKENS, QwenVL
 from finesight.errors import UserError
 from finesight.storage import write_file
 from finesight.vision.resize import compute_resized_size
 
 BOX_FORMATS = ("qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PIXEL_BOX_FORMAT = "qwen2_5_vl"
-"""Box format with coordinates in pixels of the resized image."""
 
 _JSON_FORMATS = ("qwen2_5_vl", "qwen3_vl")
 
@@ -97,13 +95,7 @@ def convert_boxes(
     around the JSON.
 
     Args:
-        text: Answer.
-        source_format: Current box format, one of `BOX_FORMATS`.
-        target_format: New box format.
         get_frames: Returns source and target frame; called only if there are boxes.
-
-    Returns:
-        The converted text and the number of boxes.
     """
     for name, pattern in _FORMAT_PATTERNS.items():
         foreign_box = (
@@ -219,64 +211,24 @@ def _format_piece(
 ) -> str:
     if isinstance(piece, str):
         return piece
+    is_json = target_format in _JSON_FORMATS
     if isinstance(piece, LabelReference):
-        reference_pieces: list[PromptPiece] = [
-            SpecialToken("<|object_ref_start|>"),
-            piece.text,
-            SpecialToken("<|object_ref_end|>"),
-        ]
-        return (
-            piece.text
-            if target_format in _JSON_FORMATS
-            else _join_pieces(reference_pieces, target_format)
-        )
+        start, end, *_ = BOX_TOKENS.values() if target_format == "qwen_vl" else BOX_TOKENS
+        return piece.text if is_json else f"{start}{piece.text}{end}"
     source_frame, target_frame = get_frames()
+    boxes = []
     for box in piece:
         _check_in_frame(box.xyxy, source_frame, source_format)
-    if target_format in _JSON_FORMATS:
-        return _join_pieces(
-            Qwen25VL().write_boxes(
-                [_to_image_box(b, b.label, source_frame, target_frame) for b in piece]
-            ),
-            target_format,
+        # A label shared by several boxes is written once.
+        label = None if box.shares_label and not is_json else box.label
+        if label and not is_json:
+            _check_label(label, target_format)
+        boxes.append(
+            ImageBox(label, box.xyxy, original_size=source_frame, resized_size=target_frame)
         )
-    # A label shared by several boxes is written once.
-    labels = [None if box.shares_label else box.label for box in piece]
-    for label in filter(None, labels):
-        _check_label(label, target_format)
-    image_boxes = [
-        _to_image_box(box, label, source_frame, target_frame)
-        for box, label in zip(piece, labels, strict=True)
-    ]
-    if target_format == "qwen_vl":
-        image_boxes = [_clamp_below_1000(box) for box in image_boxes]
-    return _join_pieces(Qwen2VL().write_boxes(image_boxes), target_format)
-
-
-def _to_image_box(
-    box: ParsedBox, label: str | None, source_frame: ImageSize, target_frame: ImageSize
-) -> ImageBox:
-    return ImageBox(label, box.xyxy, original_size=source_frame, resized_size=target_frame)
-
-
-def _clamp_below_1000(box: ImageBox) -> ImageBox:
-    x1, y1, x2, y2 = scale_box(box.xyxy, box.original_size, FRAME_1000)
-    clamped = (
-        min(x1, QWEN_VL_MAX_COORDINATE),
-        min(y1, QWEN_VL_MAX_COORDINATE),
-        min(x2, QWEN_VL_MAX_COORDINATE),
-        min(y2, QWEN_VL_MAX_COORDINATE),
-    )
-    return ImageBox(box.label, clamped, original_size=FRAME_1000, resized_size=box.resized_size)
-
-
-def _join_pieces(pieces: Sequence[PromptPiece], target_format: str) -> str:
-    """Join prompt pieces to text, with the special tokens of the target format."""
-    token_names = BOX_TOKENS if target_format == "qwen_vl" else {}
-    return "".join(
-        token_names.get(piece.token, piece.token) if isinstance(piece, SpecialToken) else piece
-        for piece in pieces
-    )
+    families: dict[str, ModelFamily] = {"qwen_vl": QwenVL(), "qwen2_vl": Qwen2VL()}
+    pieces = families.get(target_format, Qwen25VL()).write_boxes(boxes)
+    return "".join(part.token if isinstance(part, SpecialToken) else part for part in pieces)
 
 
 def _check_label(label: str, target_format: str) -> None:
@@ -336,7 +288,6 @@ POINT_KEY = "point_2d"
 
 NON_PATH_KEYS = ("type", "detail")
 MAX_LISTED_ERRORS = 5
-"""Maximum number of answers listed in an error message."""
 
 _IMAGE_TAG = re.compile(
     r"<img>([^<]*)</img>|<\|vision_start\|>((?:(?!<\|vision_).)*)<\|vision_end\|>", re.DOTALL
@@ -351,12 +302,7 @@ _BOX_FORMAT_REQUEST = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ResizeSpec:
-    """Image resizing of a Qwen2.5-VL model, which determines the pixels of its boxes.
-
-    Attributes:
-        image_rule: Resize rule.
-        factor: Both sides of a resized image are multiples of this.
-    """
+    """Image resizing of a Qwen2.5-VL model, which determines the pixels of its boxes."""
 
     image_rule: ImageRule
     factor: int
@@ -389,9 +335,7 @@ class _TextNode:
     """A string value of a JSON record.
 
     Attributes:
-        literal_index: Index among all string literals of the JSON text.
         role: Role of the message that contains the text; None if it is not part of a message.
-        is_image: Whether the string is the name of an image.
     """
 
     literal_index: int
@@ -422,15 +366,8 @@ def migrate_box_file(
     """Convert the boxes of a dataset file from one box format to another.
 
     Args:
-        file: Input file, JSON or JSONL.
-        out: New output file.
-        source_format: Box format of the input, one of `BOX_FORMATS`.
-        target_format: Box format of the output.
         resize_spec: Required if and only if one format is qwen2_5_vl, whose boxes are in pixels of
             the resized image of the record.
-
-    Raises:
-        UserError: `out` exists, or a box is invalid; no file is written.
     """
     _check_arguments(out, source_format, target_format, resize_spec)
     images = ImageResolver(file.parent, out.parent)
@@ -551,7 +488,6 @@ def _split_json(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, An
 
 
 def _convert_chunk(text: str, records: list[tuple[str, Any]], state: _MigrationState) -> str:
-    """Convert the answers of a JSON chunk, and record counts and errors in `state`."""
     literal_indices = itertools.count()
     changes: dict[int, str] = {}
     for location, record in records:

@@ -1,89 +1,141 @@
-"""Registry of model families, and the interface that each family implements."""
+"""Interface of model families: prompt pieces, box types, JSON boxes and defaults of Qwen2-VL.
+
+The JSON box format of Qwen2.5-VL and Qwen3-VL is `{"bbox_2d": [x1, y1, x2, y2], "label": ...}`; the
+coordinate frame depends on the family.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.boxes import BOX_KEY, LABEL_KEYS, iter_json_values
 from finesight.data.image_header import ImageSize
-from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vl
-from finesight.encode.family_base import (
-    ImageBox,
-    PredictedBox,
-    PromptPiece,
-    VideoSegment,
-    VisualMarkers,
-)
-from finesight.errors import UserError
-from finesight.model_folder import ModelFolder
+
+BoxCorners = tuple[float, float, float, float]
+"""A box as left, top, right, bottom."""
+
+FRAME_1000: ImageSize = (1000, 1000)
+"""Coordinate frame (height, width) of boxes in thousandths of the image size."""
+
+QWEN_VL_MAX_COORDINATE = 999
+"""Largest box coordinate of Qwen-VL, whose boxes are in thousandths of the image size."""
 
 
-class ModelFamily(Protocol):
-    """Family-specific parts of prompt rendering and answer parsing."""
+@dataclass(frozen=True, slots=True)
+class SpecialToken:
+    """A special token of a prompt, given by its text, for example `<|im_end|>`.
 
-    @property
-    def name(self) -> str:
-        """Name of the model family: `model_type` of config.json."""
+    Strings in a prompt are always tokenized as text, even if they contain a special token.
+    """
 
-    @property
-    def system_prompt(self) -> str | None:
-        """System prompt of the published chat template; None if it has no system turn."""
+    token: str
 
-    @property
-    def has_reasoning(self) -> bool:
-        """True if the model generates reasoning before its answer (see `encode.reasoning`)."""
 
-    @property
-    def uses_1d_positions(self) -> bool:
-        """True if the decoder uses 1D position ids instead of M-RoPE."""
+PromptPiece = str | SpecialToken
 
-    @property
-    def splits_role_tokens(self) -> bool:
-        """True if role name, newline and content of a chat turn are tokenized separately."""
 
-    @property
-    def token_id_keys(self) -> Mapping[str, str]:
-        """Keys of config.json (dotted paths) that store the ids of special tokens, by token.
+@dataclass(frozen=True, slots=True)
+class VisualMarkers:
+    """Prompt pieces around an image or video, and the placeholder token of its features."""
 
-        The renderer checks that these ids match the tokenizer.
-        """
+    prefix: tuple[PromptPiece, ...]
+    placeholder: str
+    suffix: tuple[PromptPiece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSegment:
+    """Consecutive frames of a video that the prompt contains as one unit.
+
+    Attributes:
+        timestamp_text: Text before the frames; empty without a timestamp.
+    """
+
+    timestamp_text: str
+    frame_slice: slice
+    seconds_per_grid: float
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedBox:
+    """A bounding box parsed from a generated answer, in pixels of the original image."""
+
+    label: str | None
+    xyxy: BoxCorners
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBox:
+    """A bounding box of a sample before formatting, in pixels of the original image."""
+
+    label: str | None
+    xyxy: BoxCorners
+    original_size: ImageSize
+    resized_size: ImageSize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFamily(ABC):
+    """Family-specific parts of prompt rendering and answer parsing, with defaults of Qwen2-VL.
+
+    Attributes:
+        name: `model_type` of config.json.
+        system_prompt: System prompt of the published chat template; None if it has no system turn.
+        has_reasoning: Whether the model generates reasoning before its answer.
+        uses_1d_positions: Whether the decoder uses 1D position ids instead of M-RoPE.
+        splits_role_tokens: Whether role name, newline and content of a turn are tokenized
+            separately.
+        token_id_keys: Keys of config.json (dotted paths) with the ids of special tokens, by token.
+            The renderer checks that these ids match the tokenizer.
+    """
+
+    name: str
+    system_prompt: str | None = "You are a helpful assistant."
+    has_reasoning: bool = False
+    uses_1d_positions: ClassVar[bool] = False
+    splits_role_tokens: ClassVar[bool] = False
+    token_id_keys: ClassVar[Mapping[str, str]] = {
+        "<|image_pad|>": "image_token_id",
+        "<|video_pad|>": "video_token_id",
+    }
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
-        """Return the special tokens and text around an image or video in the prompt.
-
-        Args:
-            kind: Type of the input.
-            visual_number: 1-based number of the image or video in the conversation.
-        """
-
-    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format one or more adjacent boxes in the box format of the family."""
-
-    def read_boxes(
-        self, text: str, original_size: ImageSize, resized_size: ImageSize
-    ) -> list[PredictedBox]:
-        """Parse the boxes of a generated answer.
-
-        Args:
-            text: Answer, including its special tokens.
-            original_size: Size of the original image. The returned boxes are in its pixels.
-            resized_size: Size of the resized image that the model received.
-        """
+        """Return the tokens around an image or video with its 1-based number in the sample."""
+        start, end = SpecialToken("<|vision_start|>"), SpecialToken("<|vision_end|>")
+        return VisualMarkers((start,), f"<|{kind}_pad|>", (end,))
 
     def split_video(
         self, num_frames: int, fps: float, temporal_patch_size: int
     ) -> list[VideoSegment]:
-        """Split a video into the segments that the prompt contains separately.
+        """Split a video into the segments that the prompt contains separately: by default one."""
+        return [VideoSegment("", slice(0, num_frames), temporal_patch_size / fps)]
+
+    @abstractmethod
+    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
+        """Format one or more adjacent boxes in the box format of the family."""
+
+    @abstractmethod
+    def read_boxes(
+        self, text: str, original_size: ImageSize, resized_size: ImageSize
+    ) -> list[PredictedBox]:
+        """Parse the boxes of a generated answer, in pixels of the original image.
 
         Args:
-            num_frames: Number of frames of the video.
-            fps: Frames per second.
-            temporal_patch_size: Number of frames that each patch covers.
+            text: Answer, including its special tokens.
+            original_size: Size of the original image.
+            resized_size: Size of the resized image that the model received.
         """
 
+    @abstractmethod
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
         """Return the temporal position id of each frame group of a video, starting at 0.
 
@@ -93,28 +145,97 @@ class ModelFamily(Protocol):
         """
 
 
-FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
-    "qwen2_vl": qwen2_vl.from_folder,
-    "qwen2_5_vl": qwen2_5_vl.from_folder,
-    "qwen3_vl": qwen3_vl.from_folder,
-    "qwen3_vl_moe": qwen3_vl.from_folder,
-    "qwen": qwen_vl.from_folder,
-}
-"""Constructors of native families by `model_type` of config.json. Add new families here."""
+def scale_box(xyxy: BoxCorners, source_frame: ImageSize, target_frame: ImageSize) -> BoxCorners:
+    """Scale box corners from one coordinate frame (height, width) to another."""
+    scale_x, scale_y = target_frame[1] / source_frame[1], target_frame[0] / source_frame[0]
+    x1, y1, x2, y2 = xyxy
+    return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
 
 
-def load_family(folder: ModelFolder) -> ModelFamily:
-    """Create the `ModelFamily` of the model in a folder."""
-    if folder.family not in FAMILIES:
-        raise UserError(
-            f"unsupported model family {folder.family}",
-            where=str(folder.path / "config.json"),
-            expected=f"one of {', '.join(FAMILIES)}",
-            remedy="choose a model of one of these families",
-        )
-    return FAMILIES[folder.family](folder)
+def round_to_frame(xyxy: BoxCorners, frame: ImageSize) -> tuple[int, int, int, int]:
+    """Round box corners to integers (halves up) and clamp them to a frame (height, width)."""
+    height, width = frame
+    x1, y1, x2, y2 = (math.floor(value + 0.5) for value in xyxy)
+    return (
+        min(max(x1, 0), width),
+        min(max(y1, 0), height),
+        min(max(x2, 0), width),
+        min(max(y2, 0), height),
+    )
 
 
-def is_native(folder: ModelFolder) -> bool:
-    """Return whether finesight has its own implementation of the model family."""
-    return folder.family in FAMILIES
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_FOUR_VALUES = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_ONLY_VALUES = re.compile(r"(?:```(?:json)?)?[\s\d\[\],.-]*(?:```)?\s*")
+
+
+def write_json_boxes(
+    boxes: Sequence[ImageBox], get_frame: Callable[[ImageBox], ImageSize]
+) -> list[PromptPiece]:
+    """Format one box as a JSON object, or several boxes as a list.
+
+    Corners are rounded to integers.
+    """
+    items = [_to_json_item(box, get_frame(box)) for box in boxes]
+    return [json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)]
+
+
+def read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> list[PredictedBox]:
+    """Parse the boxes of an answer and scale them from `frame` to the original image.
+
+    Accepts text and code fences around the JSON, truncated lists, missing labels and fractions.
+    Without any JSON box, four values in brackets count as a box if the answer contains only digits
+    or mentions a bbox.
+    """
+    parsed = list(_iter_json_boxes(text))
+    if not parsed and ("bbox" in text or _ONLY_VALUES.fullmatch(text)):
+        parsed = [(None, _parse_corners(match.groups())) for match in _FOUR_VALUES.finditer(text)]
+    return [
+        PredictedBox(label, scale_box(corners, frame, original_size))
+        for label, corners in parsed
+        if corners is not None
+    ]
+
+
+def _to_json_item(box: ImageBox, frame: ImageSize) -> dict[str, Any]:
+    corners = round_to_frame(scale_box(box.xyxy, box.original_size, frame), frame)
+    item: dict[str, Any] = {BOX_KEY: list(corners)}
+    return item if box.label is None else {**item, "label": box.label}
+
+
+def _iter_json_boxes(text: str) -> Iterator[tuple[str | None, BoxCorners | None]]:
+    """Yield the label and corners of every JSON object with the key `bbox_2d`.
+
+    Corners are None if they are invalid.
+    """
+    # Parse single objects: the surrounding list may be truncated.
+    for found in iter_json_values(text, "{"):
+        yield from _iter_nested_boxes(found.value)
+
+
+def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, BoxCorners | None]]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _iter_nested_boxes(item)
+    elif isinstance(value, dict) and BOX_KEY in value:
+        # JSON may contain an unpaired surrogate, which UTF-8 cannot encode.
+        labels = [
+            value[key].encode("utf-8", "replace").decode()
+            for key in LABEL_KEYS
+            if isinstance(value.get(key), str)
+        ]
+        yield (labels[0] if labels else None), _parse_corners(value[BOX_KEY])
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _iter_nested_boxes(item)
+
+
+def _parse_corners(values: object) -> BoxCorners | None:
+    """Convert a JSON list of four finite values to box corners; None for other input."""
+    if not isinstance(values, list | tuple) or len(values) != 4:
+        return None
+    try:
+        x1, y1, x2, y2 = (float(value) for value in values)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else None

@@ -24,9 +24,8 @@ from finesight.config import ImageRule, PixelRange
 from finesight.data.image_header import MAX_IMAGE_PIXELS
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import ContentPart, ImagePart, Message, TextPart
-from finesight.encode.family import FAMILIES
-from finesight.encode.family_base import PredictedBox
-from finesight.encode.native_renderer import DecodedCompletion
+from finesight.encode.family import PredictedBox
+from finesight.encode.renderer import FAMILIES, Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.encode.tokenizer import LARGEST_ID, Tokenizer, check_tokenizer_file, is_rust_panic
 from finesight.errors import UserError
@@ -134,7 +133,7 @@ class _ProcessorOutput:
     hf_inputs: dict[str, Tensor]
 
 
-class HfRenderer:
+class HfRenderer(Renderer):
     """Converts samples to inputs of a transformers model.
 
     The chat template renders the turns, with `enable_thinking=False` if it supports that.
@@ -146,8 +145,6 @@ class HfRenderer:
     supported, because their format depends on the family.
     """
 
-    has_reasoning = False
-
     def __init__(
         self,
         folder: ModelFolder,
@@ -157,7 +154,6 @@ class HfRenderer:
         """Load the tokenizer and the processor of a model folder.
 
         Args:
-            folder: Model folder.
             image_rule: Image rule of the recipe; None for the resizing of the processor.
             system_prompt: System prompt of the recipe; None for the default of the chat template.
         """
@@ -181,42 +177,27 @@ class HfRenderer:
         # Spawned processes load the processor again.
         return HfRenderer, self._init_args
 
-    def tokenize(self, located_sample: LocatedSample) -> TokenizedSample:
-        """Tokenize a sample; images are processed to determine their number of tokens.
-
-        Raises:
-            CorruptImageError: An image cannot be used.
-            UserError: The sample has boxes, videos or special tokens in its text, or the chat
-                template does not allow locating answers.
-        """
-        return self.encode(located_sample).tokenized
-
     def encode(self, located_sample: LocatedSample) -> EncodedSample:
         """Encode a sample as model inputs, including its processed images."""
         return self._encode_messages(
             located_sample.sample.id,
-            self._get_messages(located_sample),
+            self._check_messages(located_sample, located_sample.sample.messages),
             located_sample.folder,
             False,
         )
 
-    def encode_without_patches(self, located_sample: LocatedSample) -> EncodedSample:
-        """Raise AssertionError, because the transformers backend has no vision cache.
-
-        It computes image features in every step.
-        """
-        raise AssertionError(f"image features of {located_sample.sample.id} cannot be cached")
-
-    def tokenize_prompt(self, located_sample: LocatedSample) -> TokenizedSample:
-        """Tokenize the prompt of a sample for generation.
-
-        The prompt contains all turns except a final assistant turn, followed by the generation
-        prompt.
-        """
-        messages = self._get_messages(located_sample)
-        prompt_messages = messages[:-1] if messages[-1].role == "assistant" else messages
+    def _tokenize_messages(
+        self,
+        located_sample: LocatedSample,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+    ) -> TokenizedSample:
         return self._encode_messages(
-            located_sample.sample.id, prompt_messages, located_sample.folder, True
+            located_sample.sample.id,
+            self._check_messages(located_sample, messages),
+            located_sample.folder,
+            add_generation_prompt,
         ).tokenized
 
     def load_patches(self, tokenized: TokenizedSample) -> EncodedSample:
@@ -229,25 +210,15 @@ class HfRenderer:
         )
         return EncodedSample(tokenized, _EMPTY_PATCHES, output.hf_inputs)
 
-    def decode_completion(self, ids: Sequence[int]) -> DecodedCompletion:
-        """Decode the token ids of a completion up to its end token.
-
-        `raw_text` is decoded from all ids and contains special tokens.
-        """
-        stop_positions = (position for position, token in enumerate(ids) if token in self.end_ids)
-        text = self.tokenizer.decode(
-            ids[: next(stop_positions, len(ids))], skip_special_tokens=True
-        )
-        return DecodedCompletion(text, self.tokenizer.decode(ids, skip_special_tokens=False), None)
-
     def parse_boxes(
         self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
     ) -> list[PredictedBox]:
         """Return an empty list, because the box format of the family is unknown."""
         return []
 
-    def _get_messages(self, located_sample: LocatedSample) -> tuple[Message, ...]:
-        messages = located_sample.sample.messages
+    def _check_messages(
+        self, located_sample: LocatedSample, messages: Sequence[Message]
+    ) -> tuple[Message, ...]:
         for part in located_sample.sample.iter_parts():
             if not isinstance(part, TextPart | ImagePart):
                 raise UserError(
@@ -256,12 +227,7 @@ class HfRenderer:
                     expected="text and images: the transformers backend supports only these",
                     remedy="use a model of a native family, or remove these parts",
                 )
-        if messages[0].role != "system" and self.system_prompt is not None:
-            messages = (
-                Message(role="system", content=(TextPart(text=self.system_prompt),)),
-                *messages,
-            )
-        return messages
+        return self._with_system_prompt(messages)
 
     def _encode_messages(
         self,

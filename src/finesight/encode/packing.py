@@ -54,14 +54,11 @@ class PackedBatch:
     and the other sequences continue it.
 
     Attributes:
-        lengths: Number of tokens of each sequence.
         cu_seqlens_S1: Cumulative sequence lengths, starting at 0 (int32).
         patches_ND: Patches. They store a single frame if all frames of every patch are equal, as
             for images.
-        visual_indices_M: Token index of each merged vision feature.
         logit_indices_L: Indices of tokens whose logits predict a supervised token. Padding added by
             `pad_batch` has no label.
-        labels_L: Ids of the supervised tokens.
         hf_inputs: Other model inputs by name, for a batch of one sample of a non-native family.
         context_shard: Shard of a sample under context parallelism, else None. All other fields are
             sharded, too.
@@ -118,12 +115,7 @@ class PackedBatch:
 
 
 class SharedPrefix(NamedTuple):
-    """Common token prefix of one or more samples, which a packed batch contains only once.
-
-    Attributes:
-        ids_P: Token ids of the prefix.
-        min_length: Smallest prefix length that any of the samples can share.
-    """
+    """Common token prefix of one or more samples, which a packed batch contains only once."""
 
     ids_P: NDArray[np.int32]
     min_length: int
@@ -166,12 +158,7 @@ class SharedPrefix(NamedTuple):
 
 
 def effective_prefix_length(prefix_length: int, lengths: Sequence[int]) -> int:
-    """Return the shared prefix length, or 0 if sharing saves too few tokens.
-
-    Args:
-        prefix_length: Length of the common prefix.
-        lengths: Number of tokens of each sample, including the prefix.
-    """
+    """Return the shared prefix length, or 0 if sharing saves too few tokens."""
     return (
         prefix_length
         if prefix_length * (len(lengths) - 1) * MIN_PREFIX_SAVING >= sum(lengths)
@@ -218,9 +205,7 @@ def pack(
     requires), patches are uint8.
 
     Args:
-        samples: Encoded samples, at least one.
         patch_buffer: Output array for the patches; None to allocate one.
-        prefix_length: Number of shared prefix tokens, see `find_shared_prefix_length`.
     """
     assert samples, "cannot pack 0 samples"
     first_sample = samples[0]
@@ -289,7 +274,6 @@ def pad_batch(batch: PackedBatch, merge_size: int | None) -> PackedBatch:
     has no labels, so `logit_indices_L` is longer than `labels_L`.
 
     Args:
-        batch: Packed batch.
         merge_size: Number of patches per side of a merged token; None for a vision encoder with a
             fixed image size, whose patches are not padded.
     """
@@ -316,10 +300,7 @@ def append_dummy_image(
     With sharded parameters, all ranks must run the vision encoder in the same steps.
 
     Args:
-        batch: Packed batch without images.
         dummy_grid: Patch grid of the image (time, height, width).
-        num_features: Number of vision features of the image.
-        patch_dim: Values per patch.
     """
     assert not batch.grid_thw, f"the batch already has {len(batch.grid_thw)} images"
     patches_ND = batch.patches_ND.new_zeros(math.prod(dummy_grid), patch_dim)
@@ -382,9 +363,6 @@ def plan_packs(
     The result depends on the arguments only. Packs, and the samples within a pack, keep the given
     order. A sample longer than the budget is packed alone. A shared prefix counts once per pack,
     but each sample counts as at least 1 / MAX_CONTEXT_RATIO of its tokens.
-
-    Returns:
-        Sample indices of each pack.
     """
     packs: list[list[int]] = []
     free_tokens: list[int] = []
@@ -444,10 +422,6 @@ class ContextShard:
     """Part of a sample that one rank processes under context parallelism.
 
     Attributes:
-        token_ranges: The two token ranges of this rank.
-        patch_range: Range of patches that this rank encodes.
-        grid_thw: Grids of these patches.
-        features_per_rank: Number of vision features that each rank computes.
         feature_ranges: Ranges of all vision features that the two token ranges of this rank need.
     """
 

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import ImageSize
-from finesight.encode import family_base
-from finesight.encode.family_base import ImageBox, PredictedBox, PromptPiece, Qwen2VLBase
+from finesight.encode import family
+from finesight.encode.family import ImageBox, ModelFamily, PredictedBox, PromptPiece
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen25VL(Qwen2VLBase):
+class Qwen25VL(ModelFamily):
     """Box format and temporal positions of Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923).
 
     `tokens_per_second` is the number of temporal positions per second of video.
@@ -30,13 +30,13 @@ class Qwen25VL(Qwen2VLBase):
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format boxes as JSON with coordinates in integer pixels of the resized image."""
-        return family_base.write_json_boxes(boxes, lambda box: box.resized_size)
+        return family.write_json_boxes(boxes, lambda box: box.resized_size)
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
         """Parse the JSON boxes of an answer and scale them to the original image."""
-        return family_base.read_json_boxes(text, resized_size, original_size)
+        return family.read_json_boxes(text, resized_size, original_size)
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
         """Return the temporal position of each frame group, rounded down.

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import ImageSize
-from finesight.encode.family_base import (
+from finesight.encode.family import (
     FRAME_1000,
     ImageBox,
+    ModelFamily,
     PredictedBox,
     PromptPiece,
-    Qwen2VLBase,
     SpecialToken,
     round_to_frame,
     scale_box,
@@ -36,7 +36,7 @@ _BOX = re.compile(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen2VL(Qwen2VLBase):
+class Qwen2VL(ModelFamily):
     """Box format and temporal positions of Qwen2-VL (Wang et al. 2024, arXiv 2409.12191)."""
 
     name: str = "qwen2_vl"

@@ -12,20 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import ImageSize
-from finesight.encode import family_base
-from finesight.encode.family_base import (
+from finesight.encode import family
+from finesight.encode.family import (
     FRAME_1000,
     ImageBox,
+    ModelFamily,
     PredictedBox,
     PromptPiece,
-    Qwen2VLBase,
     VideoSegment,
 )
 from finesight.model_folder import ModelFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen3VL(Qwen2VLBase):
+class Qwen3VL(ModelFamily):
     """Box format and video timestamps of Qwen3-VL models, dense or MoE.
 
     See the Qwen3-VL Technical Report (Bai et al. 2025). `has_reasoning` is True for Thinking
@@ -37,13 +37,13 @@ class Qwen3VL(Qwen2VLBase):
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format boxes as JSON with coordinates in integer thousandths of the image size."""
-        return family_base.write_json_boxes(boxes, lambda box: FRAME_1000)
+        return family.write_json_boxes(boxes, lambda box: FRAME_1000)
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
         """Parse the JSON boxes of an answer and scale them to the original image."""
-        return family_base.read_json_boxes(text, FRAME_1000, original_size)
+        return family.read_json_boxes(text, FRAME_1000, original_size)
 
     def split_video(
         self, num_frames: int, fps: float, temporal_patch_size: int

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import ImageSize
-from finesight.encode.family_base import (
+from finesight.encode.family import (
     FRAME_1000,
     QWEN_VL_MAX_COORDINATE,
     ImageBox,
+    ModelFamily,
     PredictedBox,
     PromptPiece,
     SpecialToken,
@@ -35,8 +36,8 @@ BOX_TOKENS = {
 """Special tokens of Qwen2-VL boxes, mapped to the corresponding tokens of Qwen-VL."""
 
 
-@dataclass(frozen=True, slots=True)
-class QwenVL:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QwenVL(ModelFamily):
     """Image markup and box format of Qwen-VL (Bai et al. 2023, arXiv 2308.12966).
 
     The published prompt contains the image path between `<img>` and `</img>`, padded to 256 tokens,
@@ -45,13 +46,9 @@ class QwenVL:
     """
 
     name: str = "qwen"
-    system_prompt: str | None = "You are a helpful assistant."
-    has_reasoning: bool = False
-    uses_1d_positions: bool = True
-    splits_role_tokens: bool = True
-    token_id_keys: Mapping[str, str] = field(
-        default_factory=lambda: {"<img>": "visual.image_start_id"}
-    )
+    uses_1d_positions: ClassVar[bool] = True
+    splits_role_tokens: ClassVar[bool] = True
+    token_id_keys: ClassVar[Mapping[str, str]] = {"<img>": "visual.image_start_id"}
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
         """Return the markup of an image: `Picture 1: <img>`, placeholder, `</img>` and newline.

@@ -1,56 +1,678 @@
-"""Interface of renderers, and the function that creates the renderer of a model."""
+"""Renderers convert samples to tokens and image inputs, and completions to text and boxes.
+
+Native families are rendered here, with M-RoPE position ids and image patches; other families by
+`HfRenderer`.
+
+A turn of a model with reasoning is `<think>`, newline, reasoning, newline, `</think>`, two
+newlines, answer (chat template of Qwen3-VL Thinking). The prompt ends after `<think>` and its
+newline. If `</think>` occurs several times, the answer in a turn of a sample starts after the last
+one, as in the template. The answer of a completion starts after the first one, as in vLLM, because
+it is streamed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from finesight.config import ImageRule
+from finesight.data.boxes import MAX_OVERHANG_PX
+from finesight.data.image_header import ImageSize, read_image_size
 from finesight.data.jsonl import LocatedSample
-from finesight.encode.family import is_native
-from finesight.encode.family_base import PredictedBox
-from finesight.encode.native_renderer import DecodedCompletion, NativeRenderer
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+)
+from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vl
+from finesight.encode.family import (
+    ImageBox,
+    ModelFamily,
+    PredictedBox,
+    PromptPiece,
+    SpecialToken,
+    VideoSegment,
+)
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
-from finesight.encode.tokenizer import TextTokenizer
+from finesight.encode.tokenizer import TextTokenizer, load_tokenizer
+from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+from finesight.vision.image_decoding import load_image
+from finesight.vision.patches import (
+    GridTHW,
+    concat_patches,
+    get_frame_size,
+    load_patch_config,
+    patchify,
+    patchify_video,
+)
+from finesight.vision.resize import compute_resized_size, resolve_image_rule
+
+THINK_START = "<think>\n"
+THINK_END = "\n</think>\n\n"
+_THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
 
 
-class Renderer(Protocol):
-    """Converts samples to tokens and image inputs, and completions to answers.
+@dataclass(frozen=True, slots=True)
+class ReasoningAndAnswer:
+    """Content parts of an assistant turn, split into reasoning and answer.
 
-    See `NativeRenderer` for the members.
+    `reasoning` is None if the turn contains no `</think>`.
     """
 
-    @property
-    def image_rule(self) -> ImageRule: ...
+    reasoning: tuple[ContentPart, ...] | None
+    answer: tuple[ContentPart, ...]
+
+
+def split_reasoning(content: Sequence[ContentPart]) -> ReasoningAndAnswer:
+    """Split the content of an assistant turn at its last `</think>`.
+
+    A leading `<think>` and newlines around both parts are removed.
+    """
+    end_indices = [
+        index
+        for index, part in enumerate(content)
+        if isinstance(part, TextPart) and _THINK_END_TAG in part.text
+    ]
+    if not end_indices:
+        return ReasoningAndAnswer(None, tuple(content))
+    end_index = end_indices[-1]
+    part = content[end_index]
+    assert isinstance(part, TextPart), f"reasoning that ends in a {part.type} part"
+    before, _, after = part.text.rpartition(_THINK_END_TAG)
+    reasoning = [*content[:end_index], TextPart(text=before.rstrip("\n"))]
+    first = reasoning[0]
+    if isinstance(first, TextPart):
+        reasoning_text = first.text.lstrip().removeprefix(_THINK_TAG)
+        reasoning[0] = TextPart(text=reasoning_text.lstrip("\n"))
+    return ReasoningAndAnswer(
+        tuple(reasoning), (TextPart(text=after.lstrip("\n")), *content[end_index + 1 :])
+    )
+
+
+def parse_reasoning(text: str) -> tuple[str, str]:
+    """Split the text of a completion at its first `</think>` into reasoning and answer.
+
+    The text starts within the reasoning, because the prompt already contains `<think>`. Without
+    `</think>`, the answer is empty.
+    """
+    reasoning, _, answer = text.partition(_THINK_END_TAG)
+    return reasoning.strip("\n"), answer.lstrip("\n")
+
+
+class TokenBuilder:
+    """Builds the token ids and loss mask of a sample from text and special tokens.
+
+    Adjacent texts are tokenized together, so that byte pairs merge across their boundaries as in
+    the published chat template (for example, the newline after "user" with a newline at the start
+    of a caption). Supervised and unsupervised text is never merged: during generation, the prompt
+    ends before the answer, so the answer is tokenized separately.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._loss_mask: list[bool] = []
+        self._pending_texts: list[str] = []
+        self._is_pending_supervised = False
 
     @property
-    def system_prompt(self) -> str | None: ...
+    def length(self) -> int:
+        """Number of tokens added so far. Reading it tokenizes pending text."""
+        self._tokenize_pending()
+        return len(self._ids)
 
-    @property
-    def tokenizer(self) -> TextTokenizer: ...
+    def add_text(self, text: str, *, is_supervised: bool) -> None:
+        """Append text; special tokens in it are tokenized as ordinary text."""
+        if is_supervised != self._is_pending_supervised:
+            self._tokenize_pending()
+            self._is_pending_supervised = is_supervised
+        self._pending_texts.append(text)
 
-    @property
-    def end_ids(self) -> tuple[int, ...]: ...
+    def add_special_token(self, token: str, *, is_supervised: bool, count: int = 1) -> None:
+        """Append a special token `count` times."""
+        self._tokenize_pending()
+        self._ids += [self._tokenizer.token_to_id(token)] * count
+        self._loss_mask += [is_supervised] * count
 
-    @property
-    def has_reasoning(self) -> bool: ...
+    def add_pieces(self, pieces: Iterable[PromptPiece], *, is_supervised: bool) -> None:
+        """Append prompt pieces, each of which is text or a special token."""
+        for piece in pieces:
+            if isinstance(piece, SpecialToken):
+                self.add_special_token(piece.token, is_supervised=is_supervised)
+            else:
+                self.add_text(piece, is_supervised=is_supervised)
 
-    def tokenize(self, located_sample: LocatedSample) -> TokenizedSample: ...
+    def flush(self) -> None:
+        """Tokenize pending text now, so that it does not merge with later text."""
+        self._tokenize_pending()
 
-    def encode(self, located_sample: LocatedSample) -> EncodedSample: ...
+    def to_arrays(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Return the token ids and the loss mask of all added pieces, both [T]."""
+        self._tokenize_pending()
+        return np.array(self._ids, dtype=np.int32), np.array(self._loss_mask, dtype=np.bool_)
 
-    def encode_without_patches(self, located_sample: LocatedSample) -> EncodedSample: ...
+    def _tokenize_pending(self) -> None:
+        if self._pending_texts:
+            ids = self._tokenizer.encode("".join(self._pending_texts))
+            self._ids += ids
+            self._loss_mask += [self._is_pending_supervised] * len(ids)
+            self._pending_texts = []
 
-    def tokenize_prompt(self, located_sample: LocatedSample) -> TokenizedSample: ...
 
-    def load_patches(self, tokenized: TokenizedSample) -> EncodedSample: ...
+def get_rope_index(
+    num_tokens: int,
+    spans: Sequence[VisualSpan],
+    temporal_ids: Sequence[NDArray[np.int64]],
+    merge_size: int,
+) -> NDArray[np.int32]:
+    """Compute M-RoPE position ids [3, T] of time, height and width.
 
-    def decode_completion(self, ids: Sequence[int]) -> DecodedCompletion: ...
+    See Wang et al. 2024 (Qwen2-VL), section 2.1. A text token has the same position in all three
+    rows. The placeholder tokens of an image or video start at the next text position, to which
+    their temporal id, row and column are added. Later text continues at the largest position in any
+    row plus one, as in transformers 4.45 to 5.2, the official fine-tuning code, vLLM and SGLang.
+
+    transformers 5.3 and later continue after the larger side of the grid instead. If a video is
+    longer than its frames are wide, text then reuses positions of the video, while generation
+    continues from the largest position. Both rules agree if time is the smallest dimension
+    (tests/export/test_video_in_transformers.py).
+
+    Args:
+        spans: Images and videos in token order.
+        temporal_ids: Temporal position ids of the frame groups of each span, starting at 0.
+    """
+    position_ids_3T = np.empty((3, num_tokens), dtype=np.int32)
+    num_filled, next_position = 0, 0
+    for span, frame_ids in zip(spans, temporal_ids, strict=True):
+        t, h, w = span.grid_thw[0], span.grid_thw[1] // merge_size, span.grid_thw[2] // merge_size
+        assert len(frame_ids) == t, f"{len(frame_ids)} temporal ids for {t} frame groups"
+        assert span.stop - span.start == t * h * w, f"{span} has not {t * h * w} placeholders"
+        next_position += span.start - num_filled
+        position_ids_3T[:, num_filled : span.start] = np.arange(
+            next_position - span.start + num_filled, next_position
+        )
+        span_ids_3M = position_ids_3T[:, span.start : span.stop]
+        span_ids_3M[0] = np.repeat(frame_ids, h * w) + next_position
+        np.add(_grid_rows_columns(t, h, w), next_position, out=span_ids_3M[1:])
+        num_filled, next_position = span.stop, next_position + max(int(frame_ids[-1]) + 1, h, w)
+    position_ids_3T[:, num_filled:] = np.arange(
+        next_position, next_position + num_tokens - num_filled
+    )
+    return position_ids_3T
+
+
+@lru_cache(maxsize=256)
+def _grid_rows_columns(t: int, h: int, w: int) -> NDArray[np.int32]:
+    """Return the row and column of each placeholder token of a grid: [2, t x h x w]."""
+    return np.indices((t, h, w), dtype=np.int32)[1:].reshape(2, -1)
+
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedCompletion:
+    """Text of a generated completion, separated into reasoning and answer.
+
+    Attributes:
+        reasoning: Reasoning before the answer; None for models without reasoning.
+    """
+
+    text: str
+    raw_text: str
+    reasoning: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _VisualInput:
+    """An image or video segment of a sample, before tokenization."""
+
+    kind: Literal["image", "video"]
+    timestamp_text: str
+    files: tuple[Path, ...]
+    original_size: ImageSize
+    resized_size: ImageSize
+    grid_thw: GridTHW
+    seconds_per_grid: float
+
+
+@dataclass(frozen=True, slots=True)
+class _RenderState:
+    """State of the token builder while a sample is rendered.
+
+    Attributes:
+        pending_visuals: Images or video segments of each image and video part that is not rendered
+            yet.
+        images: All images of the sample, including those of later turns, because boxes may refer to
+            any image.
+        spans: Images and video segments rendered so far.
+    """
+
+    sample_id: str
+    token_builder: TokenBuilder
+    pending_visuals: Iterator[Sequence[_VisualInput]]
+    images: Sequence[_VisualInput]
+    spans: list[VisualSpan]
+    temporal_ids: list[NDArray[np.int64]]
+
+
+FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
+    "qwen2_vl": qwen2_vl.from_folder,
+    "qwen2_5_vl": qwen2_5_vl.from_folder,
+    "qwen3_vl": qwen3_vl.from_folder,
+    "qwen3_vl_moe": qwen3_vl.from_folder,
+    "qwen": qwen_vl.from_folder,
+}
+"""Constructors of native families by `model_type` of config.json. Add new families here."""
+
+
+def load_family(folder: ModelFolder) -> ModelFamily:
+    """Create the `ModelFamily` of the model in a folder."""
+    if folder.family not in FAMILIES:
+        raise UserError(
+            f"unsupported model family {folder.family}",
+            where=str(folder.path / "config.json"),
+            expected=f"one of {', '.join(FAMILIES)}",
+            remedy="choose a model of one of these families",
+        )
+    return FAMILIES[folder.family](folder)
+
+
+def is_native(folder: ModelFolder) -> bool:
+    """Return whether finesight has its own implementation of the model family."""
+    return folder.family in FAMILIES
+
+
+class Renderer(ABC):
+    """Converts samples to tokens and image inputs, and completions to answers.
+
+    Attributes:
+        system_prompt: System prompt of samples without one; None for the default of the model.
+        end_ids: Ids of the tokens that end a completion.
+    """
+
+    image_rule: ImageRule
+    system_prompt: str | None
+    tokenizer: TextTokenizer
+    end_ids: tuple[int, ...]
+    has_reasoning: bool = False
+
+    @abstractmethod
+    def _tokenize_messages(
+        self,
+        located_sample: LocatedSample,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+    ) -> TokenizedSample:
+        """Tokenize messages of a sample, optionally followed by the header of an answer."""
+
+    @abstractmethod
+    def load_patches(self, tokenized: TokenizedSample) -> EncodedSample:
+        """Decode the images and videos of a tokenized sample into patches."""
+
+    @abstractmethod
+    def parse_boxes(
+        self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
+    ) -> list[PredictedBox]:
+        """Parse the boxes of an answer, in pixels of an original image.
+
+        Args:
+            raw_text: Answer with special tokens.
+            spans: Images and videos of the prompt. Without images, there are no boxes.
+            image_index: Index of the image that the boxes refer to, because answers do not name an
+                image.
+        """
+
+    def tokenize(self, located_sample: LocatedSample) -> TokenizedSample:
+        """Tokenize a sample from its text and image headers.
+
+        Raises:
+            CorruptImageError: An image cannot be used, or its aspect ratio exceeds 200.
+            UserError: The model does not support a part of the sample, or a box exceeds its image.
+        """
+        return self._tokenize_messages(
+            located_sample, located_sample.sample.messages, add_generation_prompt=False
+        )
+
+    def tokenize_prompt(self, located_sample: LocatedSample) -> TokenizedSample:
+        """Tokenize the prompt of a sample for generation; no token is supervised.
+
+        The prompt contains all turns except a final assistant turn, followed by the generation
+        prompt.
+        """
+        messages = located_sample.sample.messages
+        prompt_messages = messages[:-1] if messages[-1].role == "assistant" else messages
+        return self._tokenize_messages(located_sample, prompt_messages, add_generation_prompt=True)
+
+    def encode(self, located_sample: LocatedSample) -> EncodedSample:
+        """Tokenize a sample and decode its images and videos into patches."""
+        return self.load_patches(self.tokenize(located_sample))
+
+    def encode_without_patches(self, located_sample: LocatedSample) -> EncodedSample:
+        """Encode a sample with empty patches, for training with a vision cache."""
+        raise AssertionError(f"image features of {located_sample.sample.id} cannot be cached")
+
+    def encode_prompt(self, located_sample: LocatedSample) -> EncodedSample:
+        """Encode the prompt of a sample for generation; see `tokenize_prompt`."""
+        return self.load_patches(self.tokenize_prompt(located_sample))
+
+    def encode_question(self, image_paths: Sequence[Path], prompt: str) -> EncodedSample:
+        """Encode a prompt of one user turn with images followed by text."""
+        parts = [ImagePart(image=str(path)) for path in image_paths]
+        message = Message(role="user", content=(*parts, TextPart(text=prompt)))
+        return self.encode_prompt(LocatedSample(Sample(id=prompt, messages=(message,)), Path()))
+
+    def decode_completion(self, ids: Sequence[int]) -> DecodedCompletion:
+        """Decode the token ids of a completion up to its end token.
+
+        `raw_text` is decoded from all ids and contains special tokens, but not the reasoning.
+        """
+        stop_positions = (position for position, token in enumerate(ids) if token in self.end_ids)
+        text = self.tokenizer.decode(
+            ids[: next(stop_positions, len(ids))], skip_special_tokens=True
+        )
+        raw_text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        if not self.has_reasoning:
+            return DecodedCompletion(text, raw_text, None)
+        reasoning, answer = parse_reasoning(text)
+        return DecodedCompletion(answer, parse_reasoning(raw_text)[1], reasoning)
+
+    def _with_system_prompt(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        if messages[0].role == "system" or self.system_prompt is None:
+            return tuple(messages)
+        return (
+            Message(role="system", content=(TextPart(text=self.system_prompt),)),
+            *messages,
+        )
+
+
+class NativeRenderer(Renderer):
+    """Converts samples to tokens and patches for one model, image rule and system prompt.
+
+    Each turn is `<|im_start|>role`, a newline, the content, `<|im_end|>` and a newline, as in the
+    published chat template. The system turn is that of the sample, else `system_prompt`, else the
+    default of the family. An image is `<|vision_start|>`, one `<|image_pad|>` per merged patch, and
+    `<|vision_end|>`. Adjacent boxes are formatted by the family. For models with reasoning, only
+    the reasoning of the last answer is rendered.
+
+    Supervised tokens are the content of assistant turns and their `<|im_end|>`, without the newline
+    after it. Answers are tokenized separately from the `assistant` header, because the prompt ends
+    there during generation: the tokens of `encode_prompt` are always a prefix of the tokens of
+    `encode`. Tokenizing the full template text gives the same ids, except for answers that start
+    with whitespace and a newline, which would merge with the newline of the prompt.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        image_rule: ImageRule | None = None,
+        system_prompt: str | None = None,
+    ) -> None:
+        """Load the tokenizer and check its token ids against config.json.
+
+        Args:
+            image_rule: Image rule of the recipe; None for the default of the model.
+            system_prompt: System prompt of the recipe; None for the default of the family.
+        """
+        self.family: ModelFamily = load_family(folder)
+        self.patch_config = load_patch_config(folder)
+        self.image_rule: ImageRule = resolve_image_rule(folder.preprocessor_config, image_rule)
+        self.system_prompt = self.family.system_prompt if system_prompt is None else system_prompt
+        self.has_reasoning = self.family.has_reasoning
+        self.tokenizer = load_tokenizer(folder)
+        self.end_ids = (self.tokenizer.token_to_id(IM_END), self.tokenizer.token_to_id(END_OF_TEXT))
+        for token, key in self.family.token_id_keys.items():
+            self._check_token_id(folder, key, token)
+
+    def encode_without_patches(self, located_sample: LocatedSample) -> EncodedSample:
+        empty = np.empty((0, self.patch_config.patch_dim), dtype=np.uint8)
+        return EncodedSample(self.tokenize(located_sample), empty)
+
+    def load_patches(self, tokenized: TokenizedSample) -> EncodedSample:
+        empty = np.empty((0, self.patch_config.patch_dim), dtype=np.uint8)
+        return EncodedSample(
+            tokenized,
+            concat_patches([self.span_patches(span) for span in tokenized.spans] or [empty]),
+        )
 
     def parse_boxes(
         self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
-    ) -> list[PredictedBox]: ...
+    ) -> list[PredictedBox]:
+        images = [span for span in spans if span.kind == "image"]
+        if not images:
+            return []
+        return self.family.read_boxes(
+            raw_text, images[image_index].original_size, images[image_index].resized_size
+        )
+
+    def _tokenize_messages(
+        self,
+        located_sample: LocatedSample,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+    ) -> TokenizedSample:
+        inputs_by_part = [
+            self._build_visuals(part, located_sample)
+            for part in located_sample.sample.iter_parts()
+            if isinstance(part, ImagePart | VideoPart)
+        ]
+        images = [
+            vision_input
+            for part_inputs in inputs_by_part
+            for vision_input in part_inputs
+            if vision_input.kind == "image"
+        ]
+        token_builder = TokenBuilder(self.tokenizer)
+        state = _RenderState(
+            located_sample.sample.id, token_builder, iter(inputs_by_part), images, [], []
+        )
+        messages = self._with_system_prompt(messages)
+        for message in messages:
+            token_builder.add_special_token(IM_START, is_supervised=False)
+            self._add_role(token_builder, message.role)
+            is_assistant = message.role == "assistant"
+            content: Sequence[ContentPart] = message.content
+            if self.family.has_reasoning and is_assistant:
+                content = self._add_reasoning(state, message, is_last=message is messages[-1])
+            self._add_content(state, content, is_supervised=is_assistant)
+            token_builder.add_special_token(IM_END, is_supervised=is_assistant)
+            token_builder.add_text("\n", is_supervised=False)
+        if add_generation_prompt:
+            token_builder.add_special_token(IM_START, is_supervised=False)
+            self._add_role(token_builder, "assistant")
+            token_builder.add_text(
+                THINK_START if self.family.has_reasoning else "", is_supervised=False
+            )
+        ids_T, loss_mask_T = token_builder.to_arrays()
+        if add_generation_prompt:
+            loss_mask_T = np.zeros_like(loss_mask_T)
+        spans, temporal_ids = (
+            ([], []) if self.family.uses_1d_positions else (state.spans, state.temporal_ids)
+        )
+        position_ids_3T = get_rope_index(
+            len(ids_T), spans, temporal_ids, self.patch_config.merge_size
+        )
+        return TokenizedSample(
+            located_sample.sample.id, ids_T, loss_mask_T, position_ids_3T, tuple(state.spans)
+        )
+
+    def _add_role(self, token_builder: TokenBuilder, role: str) -> None:
+        for piece in (role, "\n") if self.family.splits_role_tokens else (f"{role}\n",):
+            token_builder.add_text(piece, is_supervised=False)
+            if self.family.splits_role_tokens:
+                token_builder.flush()
+
+    def _add_reasoning(
+        self, state: _RenderState, message: Message, *, is_last: bool
+    ) -> tuple[ContentPart, ...]:
+        """Append the reasoning of the last message, and return the answer of any message.
+
+        Reasoning of earlier messages is omitted. A last answer without reasoning is rendered with
+        an empty reasoning section.
+        """
+        parts = split_reasoning(message.content)
+        if is_last:
+            state.token_builder.add_text(THINK_START, is_supervised=False)
+            self._add_content(state, parts.reasoning or (), is_supervised=True)
+            state.token_builder.add_text(THINK_END, is_supervised=True)
+        return parts.answer
+
+    def _add_content(
+        self, state: _RenderState, content: Sequence[ContentPart], *, is_supervised: bool
+    ) -> None:
+        """Append the content parts of a turn; adjacent boxes are formatted together."""
+        token_builder = state.token_builder
+        adjacent_boxes: list[ImageBox] = []
+        for part in (*content, None):
+            if isinstance(part, BoxPart):
+                adjacent_boxes.append(_to_image_box(part, state.images, state.sample_id))
+                continue
+            if adjacent_boxes:
+                token_builder.add_pieces(
+                    self.family.write_boxes(adjacent_boxes), is_supervised=is_supervised
+                )
+                adjacent_boxes = []
+            if isinstance(part, TextPart):
+                token_builder.add_text(part.text, is_supervised=is_supervised)
+            elif part is not None:
+                for vision_input in next(state.pending_visuals):
+                    self._add_visual(state, vision_input)
+
+    def _add_visual(self, state: _RenderState, vision_input: _VisualInput) -> None:
+        token_builder = state.token_builder
+        token_builder.add_text(vision_input.timestamp_text, is_supervised=False)
+        markers = self.family.visual_markers(vision_input.kind, len(state.spans) + 1)
+        token_builder.add_pieces(markers.prefix, is_supervised=False)
+        start = token_builder.length
+        num_placeholders = self.patch_config.count_tokens(vision_input.grid_thw)
+        token_builder.add_special_token(
+            markers.placeholder, is_supervised=False, count=num_placeholders
+        )
+        token_builder.add_pieces(markers.suffix, is_supervised=False)
+        span = VisualSpan(
+            kind=vision_input.kind,
+            start=start,
+            stop=start + num_placeholders,
+            grid_thw=vision_input.grid_thw,
+            files=vision_input.files,
+            original_size=vision_input.original_size,
+            resized_size=vision_input.resized_size,
+        )
+        state.spans.append(span)
+        state.temporal_ids.append(
+            self.family.temporal_position_ids(
+                vision_input.grid_thw[0], vision_input.seconds_per_grid
+            )
+        )
+
+    def _build_visuals(
+        self, part: ImagePart | VideoPart, located_sample: LocatedSample
+    ) -> list[_VisualInput]:
+        if isinstance(part, ImagePart):
+            path = located_sample.resolve_path(part.image)
+            return [
+                self._build_visual(
+                    "image", (path,), read_image_size(path), VideoSegment("", slice(1), 0.0)
+                )
+            ]
+        files = tuple(located_sample.resolve_path(name) for name in part.frames)
+        original_size = get_frame_size(files)
+        try:
+            segments = self.family.split_video(
+                len(files), part.fps, self.patch_config.temporal_patch_size
+            )
+        except UserError as error:
+            error.where = f"sample {located_sample.sample.id}"
+            raise
+        return [self._build_visual("video", files, original_size, segment) for segment in segments]
+
+    def _build_visual(
+        self,
+        kind: Literal["image", "video"],
+        files: tuple[Path, ...],
+        original_size: ImageSize,
+        segment: VideoSegment,
+    ) -> _VisualInput:
+        resized_size = compute_resized_size(
+            original_size, self.image_rule, self.patch_config.resize_factor, where=str(files[0])
+        )
+        files = files[segment.frame_slice]
+        grid_thw = self.patch_config.compute_grid(resized_size, len(files))
+        return _VisualInput(
+            kind,
+            segment.timestamp_text,
+            files,
+            original_size,
+            resized_size,
+            grid_thw,
+            segment.seconds_per_grid,
+        )
+
+    def span_patches(self, span: VisualSpan) -> NDArray[np.uint8]:
+        """Decode one image or video of a tokenized sample into patches."""
+        if span.kind == "video":
+            return patchify_video(span.files, span.resized_size, self.patch_config)
+        return patchify([load_image(span.files[0])], span.resized_size, self.patch_config)
+
+    def _check_token_id(self, folder: ModelFolder, key: str, token: str) -> None:
+        found, expected = self.tokenizer.token_to_id(token), _get_nested(folder.config, key)
+        if expected not in (None, found):
+            raise UserError(
+                f"{token} is {found} in {folder.tokenizer_file.name}, but {key} is {expected} in"
+                " config.json",
+                where=str(folder.path),
+                expected="the same id in both files",
+                remedy="use both files of the same model",
+            )
+
+
+def _get_nested(config: Mapping[str, Any], key: str) -> object:
+    """Return the config value of a dotted key such as `visual.image_start_id`, or None."""
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = config.get(section)
+        config = inner if isinstance(inner, dict) else {}
+    return config.get(last)
+
+
+def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) -> ImageBox:
+    if box.image >= len(images):
+        raise UserError(
+            f"a box refers to image {box.image} (0-based)",
+            where=f"sample {sample_id}",
+            expected=f"an index below {len(images)}, the number of images",
+            remedy="correct `image` of the box, or add the image",
+        )
+    image = images[box.image]
+    height, width = image.original_size
+    x1, y1, x2, y2 = box.xyxy
+    if not (
+        -MAX_OVERHANG_PX <= x1 < x2 <= width + MAX_OVERHANG_PX
+        and -MAX_OVERHANG_PX <= y1 < y2 <= height + MAX_OVERHANG_PX
+    ):
+        raise UserError(
+            f"the box {list(box.xyxy)} in an image of {width} x {height} pixels",
+            where=f"sample {sample_id} ({image.files[0]})",
+            expected=f"[x1, y1, x2, y2] with x1 < x2 up to {width} and y1 < y2 up to {height}",
+            remedy="use pixels of the original image after EXIF rotation;"
+            " `finesight data import --box-format --box-units` converts boxes",
+        )
+    return ImageBox(box.label, box.xyxy, image.original_size, image.resized_size)
 
 
 def build_renderer(
@@ -58,13 +680,7 @@ def build_renderer(
 ) -> Renderer:
     """Create the native renderer of a model family, or else the transformers renderer.
 
-    Args:
-        folder: Model folder.
-        image_rule: Image rule of the recipe; None for the default of the model.
-        system_prompt: System prompt of the recipe; None for the default of the model.
-
-    Raises:
-        UserError: The family is not supported.
+    `image_rule` and `system_prompt` are those of the recipe; None for the defaults of the model.
     """
     if is_native(folder):
         return NativeRenderer(folder, image_rule, system_prompt)

@@ -25,15 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class VisualSpan:
-    """An image or video of a tokenized sample, and the range of its placeholder tokens.
-
-    Attributes:
-        start: Index of the first placeholder token.
-        stop: Index after the last placeholder token.
-        files: Image file, or the frames of a video.
-        original_size: Size of the image or frames before resizing.
-        resized_size: Size after resizing for the model.
-    """
+    """An image or video of a tokenized sample, and the range of its placeholder tokens."""
 
     kind: Literal["image", "video"]
     start: int
@@ -51,7 +43,6 @@ class TokenizedSample:
     Built from the text and the image headers; pixels are not decoded.
 
     Attributes:
-        loss_mask_T: True for tokens that contribute to the loss.
         position_ids_3T: M-RoPE positions: time, height and width (Wang et al. 2024, Qwen2-VL,
             section 2.1).
     """

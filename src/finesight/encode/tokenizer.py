@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import tokenizers
 
@@ -35,16 +35,10 @@ MAX_TEXT_SHARE = 16
 """Texts that need more than 1 / MAX_TEXT_SHARE of the cache memory are not cached."""
 
 _ID_BYTES = 28
-"""Size of a Python int in bytes."""
 
 
 class TokenCache:
-    """LRU cache of the token ids of texts, with a memory limit.
-
-    Args:
-        tokenize: Function that tokenizes a text.
-        max_bytes: Memory limit for the cached texts and their token ids.
-    """
+    """LRU cache of the token ids of texts, with a memory limit."""
 
     def __init__(
         self, tokenize: Callable[[str], tuple[int, ...]], max_bytes: int = CACHE_BYTES
@@ -96,37 +90,8 @@ def _build_byte_decoder() -> dict[str, int]:
 _BYTE_DECODER = _build_byte_decoder()
 
 
-class TextTokenizer(Protocol):
-    """Interface of tokenizers, independent of the tokenizer file format."""
-
-    @property
-    def path(self) -> Path:
-        """Path of the tokenizer file."""
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Tokenize text; special tokens in it are tokenized as ordinary text."""
-
-    def clear_cache(self) -> None:
-        """Remove all cached token ids."""
-
-    def token_to_id(self, token: str) -> int:
-        """Return the id of a special token."""
-
-    def list_special_tokens(self) -> tuple[str, ...]:
-        """Return all special tokens in the order of their ids."""
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Decode token ids to text; an incomplete UTF-8 character becomes U+FFFD."""
-
-    def id_to_token(self, token_id: int) -> str:
-        """Return the vocabulary entry of a token id; empty for an unknown id."""
-
-    def id_to_bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes of a token id; empty for an unknown id."""
-
-
-class CachedTokenizer(ABC):
-    """Base of tokenizers that are loaded from a file: token cache, and pickling by path."""
+class TextTokenizer(ABC):
+    """Tokenizer of a file, independent of its format: token cache, and pickling by path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,16 +105,32 @@ class CachedTokenizer(ABC):
         """Tokenize text; special tokens in it are tokenized as ordinary text."""
         return self.token_cache(text) if text else ()
 
-    def clear_cache(self) -> None:
-        """Remove all cached token ids."""
-        self.token_cache.clear()
-
     @abstractmethod
     def _tokenize(self, text: str) -> tuple[int, ...]:
         """Tokenize text without the cache."""
 
+    @abstractmethod
+    def token_to_id(self, token: str) -> int:
+        """Return the id of a special token."""
 
-class Tokenizer(CachedTokenizer):
+    @abstractmethod
+    def list_special_tokens(self) -> tuple[str, ...]:
+        """Return all special tokens in the order of their ids."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Decode token ids to text; an incomplete UTF-8 character becomes U+FFFD."""
+
+    @abstractmethod
+    def id_to_token(self, token_id: int) -> str:
+        """Return the vocabulary entry of a token id; empty for an unknown id."""
+
+    @abstractmethod
+    def id_to_bytes(self, token_id: int) -> bytes:
+        """Return the UTF-8 bytes of a token id; empty for an unknown id."""
+
+
+class Tokenizer(TextTokenizer):
     """Tokenizer loaded from `tokenizer.json` that never parses special tokens in text.
 
     Otherwise, `<|im_end|>` in a caption would end the turn, and `<|image_pad|>` would refer to a
@@ -168,7 +149,6 @@ class Tokenizer(CachedTokenizer):
         self._added_token_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def token_to_id(self, token: str) -> int:
-        """Return the id of a token."""
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
             raise UserError(
@@ -180,23 +160,19 @@ class Tokenizer(CachedTokenizer):
         return int(token_id)
 
     def list_special_tokens(self) -> tuple[str, ...]:
-        """Return all special tokens in the order of their ids."""
         added_tokens = self._tokenizer.get_added_tokens_decoder()
         return tuple(
             str(added_tokens[i].content) for i in sorted(added_tokens) if added_tokens[i].special
         )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Decode token ids to text; an incomplete UTF-8 character becomes U+FFFD."""
         with _translate_library_errors(self.path):
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def id_to_token(self, token_id: int) -> str:
-        """Return the vocabulary entry of a token id; empty for an unknown id."""
         return self._tokenizer.id_to_token(token_id) or ""
 
     def id_to_bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes of a token id; empty for an unknown id."""
         name = self.id_to_token(token_id)
         if token_id in self._added_token_ids or not set(name) <= set(_BYTE_DECODER):
             return name.encode()
@@ -227,7 +203,6 @@ def check_tokenizer_file(path: Path, *, is_native_family: bool, vocabulary: int)
     the embedding.
 
     Args:
-        path: Path of the `tokenizer.json`.
         is_native_family: Whether the family has a byte-level vocabulary, so that only
             ALLOWED_NORMALIZERS are accepted.
         vocabulary: Number of rows of the token embedding; all token ids must be smaller.
@@ -305,7 +280,6 @@ def _is_valid_charsmap(charsmap: object) -> bool:
 def _translate_library_errors(
     path: Path, error_types: type[Exception] | tuple[()] = ()
 ) -> Iterator[None]:
-    """Convert errors of the given types and panics of the Rust library to UserError."""
     try:
         yield
     except BaseException as error:
@@ -328,7 +302,6 @@ PRETOKENIZE_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Pre-tokenization pattern of all Qwen tokenizers."""
 
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -341,11 +314,8 @@ The ids follow those of the rank file. No file of the model lists the special to
 """
 
 
-class TiktokenTokenizer(CachedTokenizer):
-    """Tokenizer loaded from `qwen.tiktoken` that never parses special tokens in text.
-
-    Implements the interface `encode.tokenizer.TextTokenizer`.
-    """
+class TiktokenTokenizer(TextTokenizer):
+    """Tokenizer loaded from `qwen.tiktoken` that never parses special tokens in text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -358,7 +328,6 @@ class TiktokenTokenizer(CachedTokenizer):
         self.encoding = _build_encoding(ranks, self._special_ids, path)
 
     def token_to_id(self, token: str) -> int:
-        """Return the id of a special token."""
         token_id = self._special_ids.get(token)
         if token_id is None:
             raise UserError(
@@ -370,14 +339,9 @@ class TiktokenTokenizer(CachedTokenizer):
         return token_id
 
     def list_special_tokens(self) -> tuple[str, ...]:
-        """Return all special tokens in the order of their ids."""
         return SPECIAL_TOKENS
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Decode token ids to text.
-
-        Incomplete UTF-8 characters become U+FFFD, and unknown ids are ignored.
-        """
         special_tokens = {} if skip_special_tokens else self._special_tokens_by_id
         pieces = (
             self._bytes_by_id.get(token_id) or special_tokens.get(token_id, "").encode()
@@ -386,10 +350,6 @@ class TiktokenTokenizer(CachedTokenizer):
         return b"".join(pieces).decode(errors="replace")
 
     def id_to_token(self, token_id: int) -> str:
-        """Return the text of a special token, or the escaped bytes of another token.
-
-        An unknown id gives an empty string.
-        """
         token_bytes = self._bytes_by_id.get(token_id)
         return (
             self._special_tokens_by_id.get(token_id, "")
@@ -398,7 +358,6 @@ class TiktokenTokenizer(CachedTokenizer):
         )
 
     def id_to_bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes of a token id; empty for an unknown id."""
         token_bytes = self._bytes_by_id.get(token_id)
         return (
             self._special_tokens_by_id.get(token_id, "").encode()

@@ -203,22 +203,15 @@ class ScoreEstimator:
     @property
     def plug_in_score(self) -> float:
         """Plug-in estimate: the score computed from the sums over all samples."""
-        return float(
-            self.score_from_sums(self.weighted_sums(np.ones((1, len(self.sample_rates)))))[0]
-        )
+        sums = self.weighted_sums(np.ones((1, len(self.sample_rates))))
+        return float(self.score_from_sums(sums)[0])
 
     @property
     def num_samples(self) -> int:
         """Number of samples that the score is based on."""
-        return (
-            len(self.sample_rates)
-            if self.successes_and_trials is None
-            else int(self.successes_and_trials[1].sum())
-        )
-
-    def get_pseudo_sums(self, rate: float) -> FloatArray:
-        """Return the sums of the pseudo-observation with the given rate: shape (K,)."""
-        return self.pseudo_sums + rate * self.pseudo_slope
+        if self.successes_and_trials is not None:
+            return int(self.successes_and_trials[1].sum())
+        return len(self.sample_rates)
 
     def get_missing_reason(self) -> str:
         """Return the reason why the score has no confidence interval, or an empty string."""
@@ -256,9 +249,7 @@ def estimate_ratio(
         pseudo_sums=np.array([0.0, size]),
         pseudo_slope=np.array([size, 0.0]),
         pseudo_rates=(0.0, top),
-        successes_and_trials=np.stack([numerator, denominator])
-        if _is_proportion(numerator, denominator)
-        else None,
+        successes_and_trials=_get_trials(numerator, denominator),
         undefined_reason="" if size else REASON_NO_SAMPLES,
     )
 
@@ -277,7 +268,6 @@ def estimate_mean(values: FloatArray, bounds: ScoreBounds = BOUNDED) -> ScoreEst
     least, most = float(values.min()), float(values.max())
     beyond = (most - least) / 2
     bounded = all(map(math.isfinite, bounds))
-    shares = bounds != NON_NEGATIVE and _is_proportion(values, ones)
     return ScoreEstimator(
         weighted_sums=lambda weights: weights @ columns,
         score_from_sums=lambda sums: safe_divide(sums[:, 0], sums[:, 1]),
@@ -286,7 +276,7 @@ def estimate_mean(values: FloatArray, bounds: ScoreBounds = BOUNDED) -> ScoreEst
         pseudo_slope=np.array([1.0, 0.0]),
         pseudo_rates=bounds if bounded else (max(bounds[0], least - beyond), most + beyond),
         is_bounded=bounded,
-        successes_and_trials=np.stack([values, ones]) if shares else None,
+        successes_and_trials=None if bounds == NON_NEGATIVE else _get_trials(values, ones),
     )
 
 
@@ -324,11 +314,11 @@ def build_grouped_sums(groups: Sequence[SampleGroup], num_samples: int) -> Weigh
     It maps resample weights (R, N) to the V sums of each group, concatenated: (R, groups * V).
     """
     # For large groups a dense matrix product is faster than indexing the weights.
-    dense = {
-        index: _to_dense(group, num_samples)
-        for index, group in enumerate(groups)
-        if 2 * len(group.sample_indices) > num_samples
-    }
+    dense: dict[int, FloatArray] = {}
+    for index, group in enumerate(groups):
+        if 2 * len(group.sample_indices) > num_samples:
+            dense[index] = np.zeros((num_samples, group.values.shape[1]))
+            dense[index][group.sample_indices] = group.values
 
     def sums(weights: ResampleWeights) -> FloatArray:
         found = [
@@ -342,17 +332,12 @@ def build_grouped_sums(groups: Sequence[SampleGroup], num_samples: int) -> Weigh
     return sums
 
 
-def _to_dense(group: SampleGroup, num_samples: int) -> FloatArray:
-    values = np.zeros((num_samples, group.values.shape[1]))
-    values[group.sample_indices] = group.values
-    return values
-
-
-def _is_proportion(numerator: FloatArray, denominator: FloatArray) -> bool:
-    """Return whether each sample is at most one trial with a binary outcome."""
-    return bool(
-        np.isin(denominator, (0, 1)).all() and ((numerator == 0) | (numerator == denominator)).all()
-    )
+def _get_trials(numerator: FloatArray, denominator: FloatArray) -> FloatArray | None:
+    """Return successes and trials (2, N) if each sample is at most one binary trial."""
+    is_binary = (numerator == 0) | (numerator == denominator)
+    if not (np.isin(denominator, (0, 1)) & is_binary).all():
+        return None
+    return np.stack([numerator, denominator])
 
 
 def iter_resample_weights(num_samples: int) -> Iterator[tuple[ResampleWeights, FloatArray]]:
@@ -384,10 +369,10 @@ def compute_intervals(
             successes, trials = one.successes_and_trials.sum(axis=1)
             result[name] = clopper_pearson_interval(float(successes), float(trials))
         else:
-            statistics[name] = partial(_score_bounds, one)
-    for name, values in _compute_quantile_intervals(statistics, _count_samples(estimators)).items():
+            statistics[name] = partial(_compute_score_bounds, one)
+    for name, values in _resample(statistics, _count_samples(estimators)).items():
         one = estimators[name]
-        result[name] = _interval(values, one.plug_in_score, one.score, one.pseudo_rates)
+        result[name] = _build_interval(values, one.plug_in_score, one.score, one.pseudo_rates)
     return result
 
 
@@ -398,24 +383,20 @@ def compute_difference_intervals(
 
     Both evaluations must have the same samples in the same order.
     """
-    shared = [name for name in before if name in after]
-    result: dict[str, ConfidenceInterval | None] = dict.fromkeys(shared)
+    pairs = {name: (before[name], after[name]) for name in before if name in after}
+    result: dict[str, ConfidenceInterval | None] = dict.fromkeys(pairs)
     statistics: dict[str, BoundStatistic] = {}
-    for name in shared:
-        before_estimator, after_estimator = before[name], after[name]
-        if get_missing_difference_reason(before_estimator, after_estimator):
+    for name, pair in pairs.items():
+        if get_missing_difference_reason(*pair):
             continue
-        pairs = _count_discordant_pairs(before_estimator, after_estimator)
-        if pairs is not None:
-            result[name] = tango_interval(*pairs)
+        if (counts := _count_discordant_pairs(*pair)) is not None:
+            result[name] = tango_interval(*counts)
         else:
-            statistics[name] = partial(_change_bounds, before_estimator, after_estimator)
-    for name, values in _compute_quantile_intervals(statistics, _count_samples(before)).items():
-        before_estimator, after_estimator = before[name], after[name]
-        plug_in = after_estimator.plug_in_score - before_estimator.plug_in_score
-        result[name] = _interval(
-            values, plug_in, after_estimator.score - before_estimator.score, UNBOUNDED
-        )
+            statistics[name] = partial(_compute_change_bounds, *pair)
+    for name, values in _resample(statistics, _count_samples(before)).items():
+        old, new = pairs[name]
+        plug_in, score = new.plug_in_score - old.plug_in_score, new.score - old.score
+        result[name] = _build_interval(values, plug_in, score, UNBOUNDED)
     return result
 
 
@@ -462,83 +443,60 @@ class _ResampleChunk:
         if estimator.weighted_sums not in self._sums:
             self._sums[estimator.weighted_sums] = estimator.weighted_sums(self._weights)
         sums = self._sums[estimator.weighted_sums]
-        return estimator.score_from_sums(
-            sums
-            if rate is None
-            else sums + self._pseudo_weights[:, None] * estimator.get_pseudo_sums(rate)
-        )
+        if rate is not None:
+            pseudo_sums = estimator.pseudo_sums + rate * estimator.pseudo_slope
+            sums = sums + self._pseudo_weights[:, None] * pseudo_sums
+        return estimator.score_from_sums(sums)
 
 
-Values = tuple[FloatArray, FloatArray, FloatArray | None]
-"""Values of each resample: for the lower bound, for the upper bound, and for bias correction.
+BoundStatistic = Callable[[_ResampleChunk], FloatArray]
+"""Function that returns values of R resamples for the lower and the upper bound: (2, R).
 
-The last are computed without pseudo-observation; None for an unbiased score.
+A third row has values without pseudo-observation for the correction of a biased score.
 """
 
-BoundStatistic = Callable[[_ResampleChunk], Values]
+
+def _compute_score_bounds(estimator: ScoreEstimator, resamples: _ResampleChunk) -> FloatArray:
+    rates = [*estimator.pseudo_rates, *([None] if estimator.is_biased else [])]
+    return np.stack([resamples.compute_scores(estimator, rate) for rate in rates])
 
 
-def _score_bounds(estimator: ScoreEstimator, resamples: _ResampleChunk) -> Values:
-    low, high = estimator.pseudo_rates
-    unshifted = resamples.compute_scores(estimator) if estimator.is_biased else None
-    return (
-        resamples.compute_scores(estimator, low),
-        resamples.compute_scores(estimator, high),
-        unshifted,
-    )
-
-
-def _change_bounds(
+def _compute_change_bounds(
     before: ScoreEstimator, after: ScoreEstimator, resamples: _ResampleChunk
-) -> Values:
-    """Return the score differences of resamples for the lower and the upper bound.
+) -> FloatArray:
+    """Return the score differences of resamples.
 
     The pseudo-observation changes as much as the sample with the largest change. If no sample
     changed, it changes by the full scale.
     """
-    least, most = (
-        min(before.pseudo_rates[0], after.pseudo_rates[0]),
-        max(before.pseudo_rates[1], after.pseudo_rates[1]),
-    )
-    change = (
-        min(float(np.abs(after.sample_rates - before.sample_rates).max()), most - least)
-        or most - least
-    )
+    least = min(before.pseudo_rates[0], after.pseudo_rates[0])
+    most = max(before.pseudo_rates[1], after.pseudo_rates[1])
+    max_change = float(np.abs(after.sample_rates - before.sample_rates).max())
+    change = min(max_change, most - least) or most - least
     low = min(max((before.score + after.score - change) / 2, least), most - change)
-    high = low + change
-    lower_values = resamples.compute_scores(after, low) - resamples.compute_scores(before, high)
-    upper_values = resamples.compute_scores(after, high) - resamples.compute_scores(before, low)
-    unshifted = (
-        resamples.compute_scores(after) - resamples.compute_scores(before)
-        if before.is_biased or after.is_biased
-        else None
+    rates: list[tuple[float | None, float | None]] = [(low + change, low), (low, low + change)]
+    if before.is_biased or after.is_biased:
+        rates.append((None, None))
+    return np.stack(
+        [
+            resamples.compute_scores(after, new_rate) - resamples.compute_scores(before, old_rate)
+            for old_rate, new_rate in rates
+        ]
     )
-    return lower_values, upper_values, unshifted
 
 
-def _compute_quantile_intervals(
-    statistics: Mapping[str, BoundStatistic], samples: int
-) -> dict[str, list[FloatArray]]:
-    """Return the values of each statistic for all resamples, from which quantiles are computed."""
-    if not statistics:
-        return {}
-    chunks: dict[str, list[Values]] = {name: [] for name in statistics}
-    for weights, extra in iter_resample_weights(samples):
-        resamples = _ResampleChunk(weights, extra)
+def _resample(statistics: Mapping[str, BoundStatistic], num_samples: int) -> dict[str, FloatArray]:
+    """Return the values of each statistic for all resamples."""
+    chunks: dict[str, list[FloatArray]] = {name: [] for name in statistics}
+    for weights, pseudo_weights in iter_resample_weights(num_samples) if statistics else ():
+        resamples = _ResampleChunk(weights, pseudo_weights)
         for name, statistic in statistics.items():
             chunks[name].append(statistic(resamples))
-    return {
-        name: [
-            np.concatenate(parts)
-            for parts in zip(*value_pairs, strict=True)
-            if parts[0] is not None
-        ]
-        for name, value_pairs in chunks.items()
-    }
+    return {name: np.concatenate(parts, axis=1) for name, parts in chunks.items()}
 
 
-def _interval(
-    values: Sequence[FloatArray], plug_in: float, score: float, ends: ScoreBounds
+def _build_interval(
+    values: FloatArray, plug_in: float, score: float, ends: ScoreBounds
 ) -> ConfidenceInterval:
     """Return the interval between bias-corrected quantiles of the resamples.
 

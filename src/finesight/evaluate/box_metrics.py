@@ -130,20 +130,17 @@ def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
     over ten IoU thresholds, at 0.5 and at 0.75. Labels must match, ignoring case.
     """
     classes = match_detections(cases)
-    num_predicted, num_correct, num_references = (np.zeros(len(cases)) for _ in range(3))
-    for detections in classes:
-        np.add.at(num_predicted, detections.sample_indices, 1.0)
-        np.add.at(
-            num_correct, detections.sample_indices, detections.is_correct[0].astype(np.float64)
-        )
-        num_references += detections.num_references
+    counts = np.zeros((len(cases), 3))
+    for group in map(_count_boxes, classes):
+        counts[group.sample_indices] += group.values[:, :3]
+    num_predicted, num_references, num_correct = counts.T
+    f1 = np.where(
+        num_predicted + num_references > 0,
+        safe_divide(2 * num_correct, num_predicted + num_references),
+        1.0,
+    )
     per_sample: list[MetricValues] = [
-        compute_box_scores(case.boxes, case.reference_boxes)
-        | {
-            "f1": 2 * num_correct[i] / (num_predicted[i] + num_references[i])
-            if num_predicted[i] + num_references[i]
-            else 1.0
-        }
+        compute_box_scores(case.boxes, case.reference_boxes) | {"f1": float(f1[i])}
         for i, case in enumerate(cases)
     ]
     estimators = {
@@ -162,33 +159,27 @@ def match_detections(cases: Sequence[EvalCase]) -> list[ClassDetections]:
     Predicted boxes are matched in order. Each is matched with the unmatched reference box of the
     highest IoU, if that IoU reaches the threshold.
     """
-    names = sorted(
-        {normalize_label(box) for case in cases for box in (*case.boxes, *case.reference_boxes)}
-    )
-    sample_indices: dict[str, list[int]] = {name: [] for name in names}
-    is_correct: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in names}
+    names = {normalize_label(box) for case in cases for box in (*case.boxes, *case.reference_boxes)}
+    sample_indices: dict[str, list[int]] = {name: [] for name in sorted(names)}
+    is_correct = {name: [np.zeros((0, len(IOU_THRESHOLDS)), np.bool_)] for name in names}
     num_references = {name: np.zeros(len(cases)) for name in names}
     for i, case in enumerate(cases):
-        predicted_by_class, references_by_class = (
-            _group_by_class(case.boxes),
-            _group_by_class(case.reference_boxes),
-        )
-        for image_and_class in sorted({*predicted_by_class, *references_by_class}):
-            name = image_and_class[1]
-            predicted = predicted_by_class[image_and_class][:MAX_DETECTIONS]
-            sample_indices[name] += [i] * len(predicted)
-            is_correct[name] += _match_at_thresholds(
-                predicted, references_by_class[image_and_class]
+        predicted_by_class = _group_by_class(case.boxes)
+        references_by_class = _group_by_class(case.reference_boxes)
+        for key in sorted({*predicted_by_class, *references_by_class}):
+            predicted, references = (
+                predicted_by_class[key][:MAX_DETECTIONS],
+                references_by_class[key],
             )
-            num_references[name][i] += len(references_by_class[image_and_class])
-    empty = np.zeros((len(IOU_THRESHOLDS), 0), np.bool_)
+            _, name = key
+            sample_indices[name] += [i] * len(predicted)
+            is_correct[name].append(_match_at_thresholds(predicted, references))
+            num_references[name][i] += len(references)
     return [
         ClassDetections(
-            np.array(sample_indices[name], np.int64),
-            np.stack(is_correct[name], axis=1) if is_correct[name] else empty,
-            num_references[name],
+            np.array(indices, np.int64), np.concatenate(is_correct[name]).T, num_references[name]
         )
-        for name in names
+        for name, indices in sample_indices.items()
     ]
 
 
@@ -202,8 +193,8 @@ def _group_by_class(boxes: Sequence[BoxPart]) -> dict[tuple[int, str], list[BoxP
 
 def _match_at_thresholds(
     predicted: Sequence[BoxPart], references: Sequence[BoxPart]
-) -> list[NDArray[np.bool_]]:
-    """Return whether each predicted box matches a reference box at each IoU threshold."""
+) -> NDArray[np.bool_]:
+    """Return whether each predicted box matches a reference box at each IoU threshold, (D, 10)."""
     overlaps = [[iou(box.xyxy, reference.xyxy) for reference in references] for box in predicted]
     is_correct = np.zeros((len(predicted), len(IOU_THRESHOLDS)), np.bool_)
     for t, threshold in enumerate(IOU_THRESHOLDS):
@@ -214,7 +205,7 @@ def _match_at_thresholds(
             if best is not None and row[best] >= threshold:
                 free_references.remove(best)
                 is_correct[i, t] = True
-    return list(is_correct)
+    return is_correct
 
 
 def build_average_precision_fn(

@@ -231,14 +231,6 @@ def score_captions(cases: Sequence[EvalCase]) -> MetricResult:
     )
 
 
-def compute_corpus_bleu(
-    candidates: Sequence[WordSequence], references: Sequence[Sequence[WordSequence]]
-) -> list[float]:
-    """Compute corpus BLEU-1 to BLEU-4, in [0, 1]."""
-    totals = count_bleu_statistics(candidates, references).sum(axis=0, keepdims=True)
-    return [float(_compute_bleu(totals, order)[0]) for order in range(1, MAX_NGRAM_ORDER + 1)]
-
-
 def count_bleu_statistics(
     candidates: Sequence[WordSequence], references: Sequence[Sequence[WordSequence]]
 ) -> FloatArray:
@@ -257,9 +249,8 @@ def count_bleu_statistics(
                 max_reference_counts |= _count_ngrams(reference, order)
             num_matches.append((candidate_ngrams & max_reference_counts).total())
             num_candidate_ngrams.append(candidate_ngrams.total())
-        closest_length = min((abs(len(t) - len(candidate)), len(t)) for t in candidate_references)[
-            1
-        ]
+        lengths = [len(reference) for reference in candidate_references]
+        closest_length = min(lengths, key=lambda n: (abs(n - len(candidate)), n))
         rows.append([*num_matches, *num_candidate_ngrams, len(candidate), closest_length])
     return np.array(rows, np.float64)
 
@@ -328,18 +319,19 @@ def compute_cider_d(
         [_count_all_ngrams(reference) for reference in truths] for truths in references
     ]
     document_frequency: NGramCounts = Counter()
-    for candidate_references in reference_counts:
-        document_frequency.update(set().union(*candidate_references))
+    for counts in reference_counts:
+        document_frequency.update(set().union(*counts))
     log_num_images = math.log(max(1, len(candidates)))
     idf = {ngram: log_num_images - math.log(n) for ngram, n in document_frequency.items()}
     scores = []
-    for candidate, candidate_references in zip(candidates, reference_counts, strict=True):
-        candidate_vector = _compute_tf_idf(_count_all_ngrams(candidate), idf, log_num_images)
-        similarities = [
-            _cider_similarity(candidate_vector, _compute_tf_idf(t, idf, log_num_images))
-            for t in candidate_references
-        ]
-        scores.append(CIDER_SCALE * sum(similarities) / len(similarities))
+    for candidate, counts in zip(candidates, reference_counts, strict=True):
+        own, *others = (
+            _compute_tf_idf(one, idf, log_num_images)
+            for one in (_count_all_ngrams(candidate), *counts)
+        )
+        scores.append(
+            CIDER_SCALE * sum(_cider_similarity(own, other) for other in others) / len(others)
+        )
     return scores
 
 
@@ -354,40 +346,37 @@ def _count_all_ngrams(sentence: WordSequence) -> NGramCounts:
     return counts
 
 
-_TfIdfWeights = list[dict[NGram, float]]
+_TfIdf = tuple[dict[NGram, float], list[float], int]
 
 
-def _compute_tf_idf(
-    counts: NGramCounts, idf: dict[NGram, float], default_idf: float
-) -> tuple[_TfIdfWeights, list[float], int]:
-    """Return the TF-IDF weights of a sentence by n-gram order, their norms, and its length.
+def _compute_tf_idf(counts: NGramCounts, idf: dict[NGram, float], default_idf: float) -> _TfIdf:
+    """Return the TF-IDF weights of a sentence, their norms by n-gram order, and its length.
 
     The length is the number of bigrams, as in the COCO evaluation.
     """
-    weights: _TfIdfWeights = [{} for _ in range(MAX_NGRAM_ORDER)]
-    for ngram, count in counts.items():
-        weights[len(ngram) - 1][ngram] = count * idf.get(ngram, default_idf)
-    norms = [math.sqrt(sum(w * w for w in order_weights.values())) for order_weights in weights]
-    return weights, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
+    weights = {ngram: count * idf.get(ngram, default_idf) for ngram, count in counts.items()}
+    squares = [0.0] * MAX_NGRAM_ORDER
+    for ngram, weight in weights.items():
+        squares[len(ngram) - 1] += weight * weight
+    num_bigrams = sum(count for ngram, count in counts.items() if len(ngram) == 2)
+    return weights, [math.sqrt(square) for square in squares], num_bigrams
 
 
-def _cider_similarity(
-    candidate: tuple[_TfIdfWeights, list[float], int],
-    reference: tuple[_TfIdfWeights, list[float], int],
-) -> float:
-    candidate_weights, candidate_norms, candidate_length = candidate
-    reference_weights, reference_norms, reference_length = reference
-    total = 0.0
-    for order in range(MAX_NGRAM_ORDER):
+def _cider_similarity(candidate: _TfIdf, reference: _TfIdf) -> float:
+    (weights, norms, length), (reference_weights, reference_norms, reference_length) = (
+        candidate,
+        reference,
+    )
+    dots = [0.0] * MAX_NGRAM_ORDER
+    for ngram, weight in weights.items():
         # Candidate weights are clipped to the reference: repeated words do not raise the score.
-        dot = sum(
-            min(weight, reference_weights[order].get(ngram, 0.0))
-            * reference_weights[order].get(ngram, 0.0)
-            for ngram, weight in candidate_weights[order].items()
-        )
-        norm = candidate_norms[order] * reference_norms[order]
-        total += dot / norm if norm else 0.0
-    length_difference = candidate_length - reference_length
+        other = reference_weights.get(ngram, 0.0)
+        dots[len(ngram) - 1] += min(weight, other) * other
+    total = sum(
+        dot / (norm * other) if norm * other else 0.0
+        for dot, norm, other in zip(dots, norms, reference_norms, strict=True)
+    )
+    length_difference = length - reference_length
     return total / MAX_NGRAM_ORDER * math.exp(-(length_difference**2) / (2 * CIDER_SIGMA**2))
 
 

@@ -34,12 +34,10 @@ from finesight.evaluate.eval_case import (
     MetricValues,
     mean_metrics,
 )
-from finesight.manifest import MANIFEST_FILE
-from finesight.run_files import RECIPE_FILE
+from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import append_line, make_folder
 
 METRIC_COPY_FILE = "metric.py"
-"""Name of the copy of a metric file in a run folder."""
 
 EXPECTED_FUNCTION = "a function of one case that returns a finite number or a dict of them"
 
@@ -75,19 +73,19 @@ def load_custom_metric(file: Path, function: str) -> MetricFn:
     Raises:
         UserError: The file fails, or the function does not exist.
     """
-    namespace = _run_file(file)
+    require_metric_file(file)
+    try:
+        namespace = runpy.run_path(str(file))
+    except (Exception, SystemExit) as error:
+        raise _build_function_error(error, file, "during execution of the file") from error
     metric_fn = namespace.get(function)
     if not callable(metric_fn):
-        candidates = sorted(
-            n for n, v in namespace.items() if callable(v) and not n.startswith("_")
-        )
+        names = sorted(n for n, v in namespace.items() if callable(v) and not n.startswith("_"))
         raise UserError(
             f"no function {function!r}",
             where=str(file),
             expected=EXPECTED_FUNCTION,
-            remedy=f"use one of {', '.join(candidates)}"
-            if candidates
-            else f"define {function}(case)",
+            remedy=f"use one of {', '.join(names)}" if names else f"define {function}(case)",
         )
     primary_metric = namespace.get("HEADLINE")
     return lambda cases: _score_cases(metric_fn, file, function, primary_metric, cases)
@@ -104,14 +102,6 @@ def require_metric_file(file: Path) -> None:
         )
 
 
-def _run_file(file: Path) -> dict[str, Any]:
-    require_metric_file(file)
-    try:
-        return runpy.run_path(str(file))
-    except (Exception, SystemExit) as error:
-        raise _build_function_error(error, file, "during execution of the file") from error
-
-
 def _score_cases(
     metric_fn: Callable[[EvalCase], Any],
     file: Path,
@@ -119,6 +109,11 @@ def _score_cases(
     primary_metric: str | None,
     cases: Sequence[EvalCase],
 ) -> MetricResult:
+    def require(condition: object, problem: str) -> None:
+        if not condition:
+            remedy = "correct the function: return finite values with the same names for every case"
+            raise UserError(problem, where=str(file), expected=EXPECTED_FUNCTION, remedy=remedy)
+
     per_sample: list[MetricValues] = []
     for case in cases:
         try:
@@ -126,37 +121,23 @@ def _score_cases(
         except (Exception, SystemExit) as error:
             context = f"for sample {case.id!r}, answer {case.answer[:80]!r}"
             raise _build_function_error(error, file, context) from error
-        per_sample.append(_to_metric_values(value, file, function_name, case))
-        if per_sample[-1].keys() != per_sample[0].keys():
-            raise _build_invalid_result_error(
-                f"the scores {', '.join(per_sample[-1])} after {', '.join(per_sample[0])}", file
-            )
-    if primary_metric is not None and primary_metric not in per_sample[0]:
-        raise _build_invalid_result_error(
-            f"HEADLINE is {primary_metric!r}, the scores are {', '.join(per_sample[0])}", file
+        values = value if isinstance(value, dict) else {function_name: value}
+        require(values, f"no score for sample {case.id!r}")
+        for name, number in values.items():
+            is_valid = isinstance(number, numbers.Real) and math.isfinite(number)
+            require(is_valid, f"{name} is {number!r} for sample {case.id!r}")
+        scores = {str(name): float(number) for name, number in values.items()}
+        previous = per_sample[0] if per_sample else scores
+        require(
+            scores.keys() == previous.keys(),
+            f"the scores {', '.join(scores)} after {', '.join(previous)}",
         )
+        per_sample.append(scores)
+    names = ", ".join(per_sample[0])
     first = primary_metric or next(iter(per_sample[0]))
+    require(first in per_sample[0], f"HEADLINE is {primary_metric!r}, the scores are {names}")
     ordered = [{first: scores[first]} | scores for scores in per_sample]
     return MetricResult(ordered, mean_metrics(ordered, bounds=UNBOUNDED))
-
-
-def _to_metric_values(value: object, file: Path, function: str, case: EvalCase) -> MetricValues:
-    values_by_name = value if isinstance(value, dict) else {function: value}
-    scores: MetricValues = {}
-    for name, value_number in values_by_name.items():
-        if not isinstance(value_number, numbers.Real) or not math.isfinite(value_number):
-            raise _build_invalid_result_error(
-                f"{name} is {value_number!r} for sample {case.id!r}", file
-            )
-        scores[str(name)] = float(value_number)
-    if not scores:
-        raise _build_invalid_result_error(f"no score for sample {case.id!r}", file)
-    return scores
-
-
-def _build_invalid_result_error(problem: str, file: Path) -> UserError:
-    remedy = "correct the function: return finite values with the same names for every case"
-    return UserError(problem, where=str(file), expected=EXPECTED_FUNCTION, remedy=remedy)
 
 
 def _build_function_error(error: BaseException, file: Path, context: str) -> UserError:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finesight.data.sample import BoxPart, Sample, TextPart
-from finesight.encode.native_renderer import split_reasoning
+from finesight.encode.renderer import split_reasoning
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     BOUNDED,
@@ -88,7 +88,6 @@ def note_lines(notes: Iterable[tuple[str, str]]) -> list[str]:
 
 
 MetricFn = Callable[[Sequence[EvalCase]], MetricResult]
-"""Function that scores one or more predictions."""
 
 
 def mean_metrics(

@@ -63,9 +63,7 @@ def load_eval_inputs(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
     }
-    settings: dict[str, Any] = {
-        name: value for name, value in overrides.items() if value is not None
-    }
+    settings = {name: value for name, value in overrides.items() if value is not None}
     if recipe is not None and recipe.eval is not None:
         copied_metric = custom_metric.resolve_metric_path(
             recipe.eval.metric, path.parent, prefer_copy=True
@@ -88,9 +86,9 @@ def load_eval_inputs(
 def _build_missing_error(setting: str, expected: str, run_or_model: str) -> UserError:
     """Create the UserError for an evaluation without a metric or data."""
     is_run = (Path(run_or_model) / RECIPE_FILE).is_file()
+    reason = "has a recipe without it" if is_run else "is not a run folder with a recipe"
     return UserError(
-        f"not set, and {run_or_model} "
-        + ("has a recipe without it" if is_run else "is not a run folder with a recipe"),
+        f"not set, and {run_or_model} {reason}",
         where=setting,
         expected=expected,
         remedy=f"set {setting}" if is_run else f"set {setting}, or correct the run folder",
@@ -100,22 +98,17 @@ def _build_missing_error(setting: str, expected: str, run_or_model: str) -> User
 def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> UserError:
     """Build the error of invalid evaluation settings."""
     messages = {str(one["loc"][0]): one["msg"] for one in error.errors(include_url=False)}
-    if "metric" not in messages:
-        name, expected = next(iter(messages.items()))
-        problem, remedy = f"{name} is {settings[name]}", "correct the value, or omit it"
-        return UserError(problem, where=name, expected=expected, remedy=remedy)
-    metric = str(settings["metric"])
-    suggestions = difflib.get_close_matches(metric, TASK_METRICS, n=1)
-    return UserError(
-        f"unknown metric {metric!r}",
-        where="metric",
-        expected=METRIC_CHOICES,
-        remedy=f"did you mean {suggestions[0]}?" if suggestions else "choose one of these",
-    )
+    name = "metric" if "metric" in messages else next(iter(messages))
+    problem, expected = f"{name} is {settings[name]}", messages[name]
+    remedy = "correct the value, or omit it"
+    if name == "metric":
+        suggestions = difflib.get_close_matches(str(settings[name]), TASK_METRICS, n=1)
+        problem, expected = f"unknown metric {str(settings[name])!r}", METRIC_CHOICES
+        remedy = f"did you mean {suggestions[0]}?" if suggestions else "choose one of these"
+    return UserError(problem, where=name, expected=expected, remedy=remedy)
 
 
 MAX_LISTED_DETAILS = 10
-"""Maximum number of confusions and of fields listed in a text table."""
 
 
 PredictOutput = tuple[list[Prediction], dict[int, str]]
@@ -161,50 +154,29 @@ class GenerationEvalResult:
     def as_table(self) -> str:
         """Format the scores as a text table; the primary score is marked."""
         skipped_note = f", {len(self.corrupt_samples)} skipped" if self.corrupt_samples else ""
-        rows = [
-            f"{name + ('*' if name == self.primary_metric else ''):<18}  {value:8.4f}"
-            f"   {_between(self.intervals[name])}"
-            for name, value in self.scores.items()
-        ]
-        header = (
+        lines = [
             f"{self.metric}: {len(self.predictions)} samples{skipped_note}, with 95 % intervals"
+        ]
+        for name, value in self.scores.items():
+            title = f"{name}*" if name == self.primary_metric else name
+            interval = self.intervals[name]
+            bounds = "-" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
+            lines.append(f"{title:<18}  {value:8.4f}   {bounds}")
+        lines += note_lines(self.notes.items())
+        # The most frequent confusions, and the fields with the lowest F1.
+        confusions = [row for row in self.details.get("confusion", []) if row[0] != row[1]]
+        for expected, predicted, count in confusions[:MAX_LISTED_DETAILS]:
+            lines.append(f"{expected!r} predicted as {predicted!r}: {count}")
+        f1_by_field = {n: float(row["f1"]) for n, row in self.details.get("fields", {}).items()}
+        for name in sorted(f1_by_field, key=f1_by_field.__getitem__)[:MAX_LISTED_DETAILS]:
+            lines.append(f"field {name}: f1 {f1_by_field[name]:.4f}")
+        num_truncated = sum(
+            bool(one.reasoning) and not one.answer and not one.stopped for one in self.predictions
         )
-        notes = note_lines(self.notes.items())
-        return "\n".join(
-            [
-                header,
-                *rows,
-                *notes,
-                *_format_details(self.details),
-                *_build_truncation_note(self.predictions),
-            ]
-        )
-
-
-def _between(interval: ConfidenceInterval | None) -> str:
-    return "-" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
-
-
-def _build_truncation_note(predictions: Sequence[Prediction]) -> list[str]:
-    """Return a line that counts completions that ended within their reasoning, if any."""
-    num_truncated = sum(bool(p.reasoning) and not p.answer and not p.stopped for p in predictions)
-    end = "ended within the reasoning: raise eval.max_new_tokens (--max-new-tokens)"
-    return [f"{num_truncated} of {len(predictions)} completions {end}"] if num_truncated else []
-
-
-def _format_details(details: dict[str, Any]) -> list[str]:
-    """Format the most frequent confusions, and the fields with the lowest F1."""
-    confusions = [(r, s, n) for r, s, n in details.get("confusion", []) if r != s][
-        :MAX_LISTED_DETAILS
-    ]
-    lines = [
-        f"{expected!r} predicted as {predicted!r}: {count}"
-        for expected, predicted, count in confusions
-    ]
-    fields = sorted(details.get("fields", {}).items(), key=lambda pair: float(pair[1]["f1"]))
-    return lines + [
-        f"field {name}: f1 {row['f1']:.4f}" for name, row in fields[:MAX_LISTED_DETAILS]
-    ]
+        if num_truncated:
+            end = "ended within the reasoning: raise eval.max_new_tokens (--max-new-tokens)"
+            lines.append(f"{num_truncated} of {len(self.predictions)} completions {end}")
+        return "\n".join(lines)
 
 
 def evaluate(
@@ -294,11 +266,7 @@ def _generate_predictions(
     on_batch_reduced: Callable[[int], None] | None,
     samples: Sequence[LocatedSample],
 ) -> PredictOutput:
-    corrupt_reasons: dict[int, str] = {}
-
-    def record_corrupt(index: int, error: CorruptImageError) -> None:
-        corrupt_reasons[index] = str(error).splitlines()[0]
-
+    errors: dict[int, CorruptImageError] = {}
     predictions = predict(
         model,
         renderer,
@@ -306,7 +274,7 @@ def _generate_predictions(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         on_progress=on_progress,
-        on_corrupt_image=record_corrupt,
+        on_corrupt_image=errors.__setitem__,
         on_batch_reduced=on_batch_reduced,
     )
-    return predictions, corrupt_reasons
+    return predictions, {index: str(error).splitlines()[0] for index, error in errors.items()}

@@ -40,7 +40,6 @@ MAX_DEPTH = 64
 """Maximum nesting depth of an answer; a deeper answer is invalid."""
 
 MAX_LISTED_FIELDS = 200
-"""Maximum number of fields in `details`, the most frequent ones."""
 
 _CODE_FENCE = "```"
 
@@ -63,42 +62,30 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
             map(count_fields, reference_forms),
             key=lambda fields: _compute_f1(predicted_fields, fields),
         )
-        exact, parsed = float(predicted_form in reference_forms), float(predicted_form is not None)
         per_sample.append(
             {
                 "f1": _compute_f1(predicted_fields, reference_fields),
-                "exact": exact,
-                "parsed": parsed,
+                "exact": float(predicted_form in reference_forms),
+                "parsed": float(predicted_form is not None),
             }
         )
         pairs.append((predicted_fields, reference_fields))
-    num_correct = np.array(
-        [(predicted & reference).total() for predicted, reference in pairs], np.float64
-    )
-    num_total = np.array(
-        [predicted.total() + reference.total() for predicted, reference in pairs], np.float64
-    )
+    totals = [((one & other).total(), one.total() + other.total()) for one, other in pairs]
+    num_correct, num_total = np.array(totals, np.float64).T
     counts_by_field = {
         name: field_counts
         for name, field_counts in _count_by_field(pairs).items()
         if field_counts.values[:, 2].any()
     }
-
+    f1_values = np.array([scores["f1"] for scores in per_sample])
     estimators = {
         "f1": estimate_ratio(2 * num_correct, num_total),
-        "f1_macro": _compute_f1_macro(
-            counts_by_field, np.array([scores["f1"] for scores in per_sample])
-        ),
+        "f1_macro": _compute_f1_macro(counts_by_field, f1_values),
         **mean_metrics(per_sample, {"exact": "exact", "parse_rate": "parsed"}),
     }
-    scores_by_field = {name: _compute_field_scores(one) for name, one in counts_by_field.items()}
-    by_frequency = sorted(
-        scores_by_field, key=lambda name: -scores_by_field[name]["num_references"]
-    )
-    listed_fields = by_frequency[:MAX_LISTED_FIELDS]
-    return MetricResult(
-        per_sample, estimators, {"fields": {name: scores_by_field[name] for name in listed_fields}}
-    )
+    fields = [(name, _compute_field_scores(one)) for name, one in counts_by_field.items()]
+    fields.sort(key=lambda field: -field[1]["num_references"])
+    return MetricResult(per_sample, estimators, {"fields": dict(fields[:MAX_LISTED_FIELDS])})
 
 
 def parse_form(text: str) -> JsonForm | None:

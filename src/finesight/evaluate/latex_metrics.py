@@ -72,21 +72,20 @@ def compare_renderings(
     formulas = [
         [strip_math_delimiters(text) for text in (case.answer, *case.references)] for case in cases
     ]
-    to_render = {reference for _, *several in formulas for reference in several}
     has_same_tokens = [
         tokens in case_references
         for tokens, case_references in zip(predictions, references, strict=True)
     ]
-    to_render |= {
-        answer for (answer, *_), equal in zip(formulas, has_same_tokens, strict=True) if not equal
-    }
-    digests = latex_rendering.render_digests(to_render)
+    digests = latex_rendering.render_digests(
+        text
+        for texts, is_same in zip(formulas, has_same_tokens, strict=True)
+        for text in texts[1 if is_same else 0 :]
+    )
     render_matches: list[float | None] = []
     for (answer, *several), is_same in zip(formulas, has_same_tokens, strict=True):
         reference_digests = {digests[truth] for truth in several} - {None}
-        render_matches.append(
-            float(is_same or digests[answer] in reference_digests) if reference_digests else None
-        )
+        is_match = is_same or digests[answer] in reference_digests
+        render_matches.append(float(is_match) if reference_digests else None)
     return render_matches
 
 
@@ -99,11 +98,8 @@ def tokenize_latex(formula: str) -> list[str]:
     explicit spaces such as `\,`, affect the output and are retained. Formulas with different
     tokens may render identically (`\frac12` and `{1\over 2}`), so exact match is a lower bound.
     """
-    return _order_scripts(
-        _drop_redundant_braces(
-            _drop_whitespace(_LATEX_TOKEN.findall(strip_math_delimiters(formula)))
-        )
-    )
+    tokens = _drop_whitespace(_LATEX_TOKEN.findall(strip_math_delimiters(formula)))
+    return _order_scripts(_drop_redundant_braces(tokens))
 
 
 def strip_math_delimiters(formula: str) -> str:
@@ -111,13 +107,7 @@ def strip_math_delimiters(formula: str) -> str:
     formula = formula.strip()
     for left, right in (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)")):
         inner = formula[len(left) : len(formula) - len(right)]
-        is_long_enough = len(formula) >= len(left) + len(right)
-        if (
-            is_long_enough
-            and formula.startswith(left)
-            and formula.endswith(right)
-            and left not in inner
-        ):
+        if f"{left}{inner}{right}" == formula and left not in inner:
             return inner.strip()
     return formula
 

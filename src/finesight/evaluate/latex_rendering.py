@@ -71,10 +71,10 @@ def _render_chunk(formulas: list[str]) -> list[str | None]:
     """
     digests: list[str | None] = []
     while len(digests) < len(formulas):
-        with _start_render_process() as process:
+        with start_render_process() as process:
             for formula in formulas[len(digests) :]:
                 response = (
-                    _request_digest(process, formula)
+                    request_digest(process, formula)
                     if len(formula) <= MAX_FORMULA_LENGTH
                     else "null"
                 )
@@ -85,7 +85,8 @@ def _render_chunk(formulas: list[str]) -> list[str | None]:
     return digests
 
 
-def _start_render_process() -> subprocess.Popen[str]:
+def start_render_process() -> subprocess.Popen[str]:
+    """Start the child process, which renders formulas."""
     # Run as a script with -P: the child process does not import finesight.
     command = [sys.executable, "-P", __file__]
     return subprocess.Popen(
@@ -100,7 +101,7 @@ def _start_render_process() -> subprocess.Popen[str]:
     )
 
 
-def _request_digest(process: subprocess.Popen[str], formula: str) -> str:
+def request_digest(process: subprocess.Popen[str], formula: str) -> str:
     """Return the response line for a formula, or an empty string on failure."""
     assert process.stdin is not None, "the child process has no stdin"
     assert process.stdout is not None, "the child process has no stdout"

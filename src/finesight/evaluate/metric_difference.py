@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,7 +24,9 @@ from finesight.evaluate.bootstrap import (
 )
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, compute_metrics
-from finesight.infer.prediction import Prediction
+
+if TYPE_CHECKING:
+    from finesight.infer.prediction import Prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,16 @@ class ScoredPrediction:
 def format_prediction_line(prediction: Prediction, case: EvalCase, scores: MetricValues) -> str:
     """Format a prediction with its references and scores as one line of JSON."""
     gold, *references = case.references
+    # Boxes are not rounded, so that scores computed from the file are identical.
+    boxes, gold_boxes = (
+        [{"image": box.image, "label": box.label, "xyxy": list(box.xyxy)} for box in several]
+        for several in (case.boxes, case.reference_boxes)
+    )
     record = prediction.as_json() | {
-        # Boxes are not rounded, so that scores computed from the file are identical.
-        "boxes": [_box_to_record(box) for box in case.boxes],
+        "boxes": boxes,
         "gold": gold,
         "references": references,
-        "gold_boxes": [_box_to_record(box) for box in case.reference_boxes],
+        "gold_boxes": gold_boxes,
         "scores": scores,
         "num_tokens": prediction.num_tokens,
         "stopped": prediction.stopped,
@@ -65,8 +71,12 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
             record = parse_json(line)
             record_fields = _PredictionRecord.model_validate(record)
         except ValueError as error:
+            problem = str(error)[:80]
+            if isinstance(error, ValidationError):
+                first = error.errors(include_url=False)[0]
+                problem = f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"
             raise UserError(
-                f"not a scored prediction: {_describe_error(error)}",
+                f"not a scored prediction: {problem}",
                 where=f"{path}:{line_number}",
                 expected="a line in the format of `finesight train` or `finesight eval --out`",
                 remedy="create the file again",
@@ -83,10 +93,6 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
     return predictions
 
 
-def _box_to_record(box: BoxPart) -> dict[str, Any]:
-    return {"image": box.image, "label": box.label, "xyxy": list(box.xyxy)}
-
-
 class _PredictionRecord(BaseModel):
     """Validated fields of one line of a prediction file."""
 
@@ -98,13 +104,6 @@ class _PredictionRecord(BaseModel):
     gold_boxes: tuple[BoxPart, ...]
     scores: dict[str, float]
     stopped: bool
-
-
-def _describe_error(error: ValueError) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)[:80]
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"
 
 
 T = TypeVar("T")
@@ -147,17 +146,17 @@ def compare_cases(
     Raises:
         UserError: The sets have no sample in common.
     """
-    before_cases, after_cases = _match_cases(before, after)
-    if not before_cases:
+    old, new = (index_by_sample(cases, lambda case: case.id) for cases in (before, after))
+    keys = [key for key in old if key in new]
+    if not keys:
         raise UserError(
             f"{len(before)} predictions before and {len(after)} after have no sample in common",
             where="comparison",
             expected="predictions for the same samples",
             remedy="evaluate both on the same data",
         )
-    return compare_results(
-        compute_metrics(metric, before_cases), compute_metrics(metric, after_cases)
-    )
+    results = (compute_metrics(metric, [cases[key] for key in keys]) for cases in (old, new))
+    return compare_results(*results)
 
 
 def compare_results(before: MetricResult, after: MetricResult) -> list[MetricDifference]:
@@ -171,17 +170,13 @@ def compare_estimators(
     """Compare score estimators of the same samples in the same order."""
     differences = []
     for name, interval in compute_difference_intervals(before, after).items():
-        before_score, after_score = before[name], after[name]
+        old, new = before[name], after[name]
         low, high = interval or (None, None)
-        verdict = (
-            _classify_change(name, interval)
-            if before_score.num_samples >= MIN_SAMPLES
-            else "no clear change"
-        )
-        note = get_missing_difference_reason(before_score, after_score) or before_score.note
-        differences.append(
-            MetricDifference(name, before_score.score, after_score.score, low, high, verdict, note)
-        )
+        verdict: Verdict = "no clear change"
+        if old.num_samples >= MIN_SAMPLES:
+            verdict = _classify_change(name, interval)
+        note = get_missing_difference_reason(old, new) or old.note
+        differences.append(MetricDifference(name, old.score, new.score, low, high, verdict, note))
     return differences
 
 
@@ -205,15 +200,8 @@ def build_unsampled_difference(
     The verdict depends on the values only, because there is no interval.
     """
     change = after - before
-    return MetricDifference(
-        name,
-        before,
-        after,
-        None,
-        None,
-        _classify_change(name, ConfidenceInterval(change, change)),
-        note,
-    )
+    verdict = _classify_change(name, ConfidenceInterval(change, change))
+    return MetricDifference(name, before, after, None, None, verdict, note)
 
 
 def _classify_change(name: str, interval: ConfidenceInterval | None) -> Verdict:
@@ -231,20 +219,13 @@ def format_differences(
 ) -> str:
     """Format one line per score; the primary metric is marked."""
     rows = [("score", "before", "after", "difference", "95 % interval", "")]
-    for difference in differences:
-        primary_mark = "*" if difference.name == primary_metric else ""
-        values = (
-            f"{difference.before:.4f}",
-            f"{difference.after:.4f}",
-            f"{difference.after - difference.before:+.4f}",
-        )
-        interval_text = (
-            "" if difference.low is None else f"{difference.low:+.4f} to {difference.high:+.4f}"
-        )
-        rows.append((difference.name + primary_mark, *values, interval_text, difference.verdict))
-    return "\n".join(
-        [align_columns(rows, 1), *note_lines((one.name, one.note) for one in differences)]
-    )
+    for one in differences:
+        name = f"{one.name}*" if one.name == primary_metric else one.name
+        values = f"{one.before:.4f}", f"{one.after:.4f}", f"{one.after - one.before:+.4f}"
+        interval_text = "" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}"
+        rows.append((name, *values, interval_text, one.verdict))
+    notes = note_lines((one.name, one.note) for one in differences)
+    return "\n".join([align_columns(rows, 1), *notes])
 
 
 def align_columns(rows: Sequence[Sequence[str]], num_left: int) -> str:
@@ -254,32 +235,12 @@ def align_columns(rows: Sequence[Sequence[str]], num_left: int) -> str:
     padded.
     """
     *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    alignments = ["<" if column_index < num_left else ">" for column_index in range(len(widths))]
-    return "\n".join(
-        "  ".join(
-            [
-                *(
-                    f"{text:{side}{width}}"
-                    for text, side, width in zip(row[:-1], alignments, widths, strict=True)
-                ),
-                row[-1],
-            ]
-        ).rstrip()
+    formats = [f"{'<' if index < num_left else '>'}{width}" for index, width in enumerate(widths)]
+    lines = (
+        [*(format(text, spec) for text, spec in zip(row[:-1], formats, strict=True)), row[-1]]
         for row in rows
     )
-
-
-def _match_cases(
-    before: Sequence[EvalCase], after: Sequence[EvalCase]
-) -> tuple[list[EvalCase], list[EvalCase]]:
-    """Return the cases of samples that both sets contain, in the order of `before`."""
-    before_by_sample, after_by_sample = (
-        index_by_sample(cases, lambda case: case.id) for cases in (before, after)
-    )
-    shared_keys = [key for key in before_by_sample if key in after_by_sample]
-    return [before_by_sample[key] for key in shared_keys], [
-        after_by_sample[key] for key in shared_keys
-    ]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def index_by_sample(

@@ -56,7 +56,6 @@ TASK_METRICS: dict[TaskName, TaskMetric] = {
 }
 
 LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "validation_loss"})
-"""Names of scores for which lower is better."""
 
 
 def get_task_metric(metric: MetricSpec) -> TaskMetric:
@@ -90,37 +89,18 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
     if any(has_reference) and (reference_kind != "json" or all(has_reference)):
         return
     problem = f"none of {len(references)} references has {reference_kind} content"
-    if reference_kind == "json" and any(has_reference):
-        problem = f"the reference {references[has_reference.index(False)][0][0][:80]!r} is not JSON"
+    expected = f"samples whose last turn has a {reference_kind} part"
+    if reference_kind == "json":
+        expected = "samples whose last turn is a JSON object or list"
+        if any(has_reference):
+            text = references[has_reference.index(False)][0][0]
+            problem = f"the reference {text[:80]!r} is not JSON"
     raise UserError(
         problem,
         where=f"metric {metric}",
-        expected=f"samples whose last turn has a {reference_kind} part"
-        if reference_kind != "json"
-        else "samples whose last turn is a JSON object or list",
+        expected=expected,
         remedy="choose the metric of this task, or import the data again with answers",
     )
-
-
-def _dry_run_metric(metric: MetricSpec, metric_fn: MetricFn, reference: ReferenceAnswer) -> None:
-    """Score a reference and an empty answer with a custom metric.
-
-    Errors then occur before generation.
-    """
-    texts, reference_boxes = reference
-    cases = [
-        EvalCase(texts[0], reference_boxes, texts, reference_boxes),
-        EvalCase("", (), texts, reference_boxes),
-    ]
-    scores = metric_fn(cases).scores
-    reserved_names = sorted(scores.keys() & (LOWER_IS_BETTER | {"stopped"}))
-    if reserved_names:
-        raise UserError(
-            f"the score name {reserved_names[0]} is reserved",
-            where=f"metric {metric}",
-            expected="an unreserved name; custom scores must be higher for better answers",
-            remedy=f"rename the score; return 1 - {reserved_names[0]} for an error rate",
-        )
 
 
 def _has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
@@ -130,6 +110,24 @@ def _has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool
     if reference_kind == "box":
         return bool(reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())
+
+
+def _dry_run_metric(metric: MetricSpec, metric_fn: MetricFn, reference: ReferenceAnswer) -> None:
+    """Score a reference and an empty answer with a custom metric.
+
+    Errors then occur before generation.
+    """
+    texts, reference_boxes = reference
+    answers = (texts[0], reference_boxes), ("", ())
+    cases = [EvalCase(text, boxes, texts, reference_boxes) for text, boxes in answers]
+    reserved_names = metric_fn(cases).scores.keys() & (LOWER_IS_BETTER | {"stopped"})
+    for name in sorted(reserved_names):
+        raise UserError(
+            f"the score name {name} is reserved",
+            where=f"metric {metric}",
+            expected="an unreserved name; custom scores must be higher for better answers",
+            remedy=f"rename the score; return 1 - {name} for an error rate",
+        )
 
 
 def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResult:

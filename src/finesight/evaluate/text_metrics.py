@@ -42,10 +42,7 @@ def score_ocr(cases: Sequence[EvalCase]) -> MetricResult:
     per_sample: list[MetricValues] = []
     character_errors, word_errors = [], []
     for case in cases:
-        prediction, references = (
-            normalize_text(case.answer),
-            [normalize_text(truth) for truth in case.references],
-        )
+        prediction, *references = map(normalize_text, (case.answer, *case.references))
         edits, max_length, length = find_nearest_reference(prediction, references)
         word_edits, _, word_count = find_nearest_reference(
             prediction.split(), [truth.split() for truth in references]
@@ -92,15 +89,10 @@ def find_nearest_reference(
     Returns:
         Edit distance, length of the longer text, and length of the reference.
     """
-    distances = [
-        (
-            compute_edit_distance(candidate, reference),
-            max(len(candidate), len(reference)),
-            len(reference),
-        )
-        for reference in references
-    ]
-    return min(distances, key=lambda edits: edits[0] / max(1, edits[1]))
+    lengths = [(max(len(candidate), len(one)), len(one)) for one in references]
+    distances = [compute_edit_distance(candidate, reference) for reference in references]
+    rows = zip(distances, *zip(*lengths, strict=True), strict=True)
+    return min(rows, key=lambda row: row[0] / max(1, row[1]))
 
 
 def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
@@ -152,10 +144,7 @@ def score_qa(cases: Sequence[EvalCase]) -> MetricResult:
     per_sample: list[MetricValues] = [
         {
             "anls": max(compute_anls(case.answer, reference) for reference in case.references),
-            "exact": max(
-                float(normalize_answer(case.answer) == normalize_answer(truth))
-                for truth in case.references
-            ),
+            "exact": float(normalize_answer(case.answer) in map(normalize_answer, case.references)),
             "f1": max(compute_word_f1(case.answer, truth) for truth in case.references),
         }
         for case in cases
@@ -170,10 +159,7 @@ def normalize_answer(text: str) -> str:
 
 def compute_word_f1(answer: str, reference: str) -> float:
     """Compute the word F1 of two texts after normalization; 1 if both are empty."""
-    answer_words, reference_words = (
-        normalize_answer(answer).split(),
-        normalize_answer(reference).split(),
-    )
+    answer_words, reference_words = (normalize_answer(text).split() for text in (answer, reference))
     if not answer_words or not reference_words:
         return float(answer_words == reference_words)
     common = (Counter(answer_words) & Counter(reference_words)).total()
@@ -186,16 +172,14 @@ def compute_anls(answer: str, reference: str) -> float:
     The result is 0 or in [0.5, 1], and 1 if both texts are empty.
     """
     answer_text, reference_text = (" ".join(text.lower().split()) for text in (answer, reference))
-    similarity = 1.0 - compute_edit_distance(answer_text, reference_text) / max(
-        1, len(answer_text), len(reference_text)
-    )
+    max_length = max(1, len(answer_text), len(reference_text))
+    similarity = 1.0 - compute_edit_distance(answer_text, reference_text) / max_length
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
 
 OTHER_CLASS = "(something else)"
 
 MAX_CONFUSION_PAIRS = 200
-"""Maximum number of confusion matrix entries in `details`, the most frequent ones."""
 
 
 def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
@@ -218,13 +202,10 @@ def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
     estimators["f1_macro"] = _compute_f1_macro(
         classes, predicted, expected, estimators["accuracy"].sample_rates
     )
-    pairs = Counter(zip(expected, predicted, strict=True))
-    confusion_pairs = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))[
-        :MAX_CONFUSION_PAIRS
-    ]
-    return MetricResult(
-        per_sample, estimators, {"confusion": [[r, s, count] for (r, s), count in confusion_pairs]}
-    )
+    counts = Counter(zip(expected, predicted, strict=True))
+    pairs = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSION_PAIRS]
+    confusion = [[*pair, count] for pair, count in pairs]
+    return MetricResult(per_sample, estimators, {"confusion": confusion})
 
 
 def _compute_f1_macro(

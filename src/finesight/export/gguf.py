@@ -81,12 +81,8 @@ def write_gguf(
     """Convert a model to GGUF files of the language model and of the vision encoder.
 
     Args:
-        model_source: Model from `resolve_model_source`.
-        out: Folder to create.
-        converter: Path of convert_hf_to_gguf.py.
         outtype: Data type of the language model. Vision encoder and merger have at least 16 bits,
             since fewer bits degrade the image features.
-        python: Python interpreter with the packages of the converter.
 
     Raises UserError for an adapter, an existing `out`, an unsupported family, too little disk
     space, and a failing converter. No files remain then.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from finesight.bounded_files import read_json_object
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.errors import UserError
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import (
@@ -19,6 +18,7 @@ from finesight.model_folder import (
     PROCESSOR_FILE,
     ModelFolder,
 )
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -34,7 +34,6 @@ HF_PROCESSORS: Mapping[str, str] = {
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
 }
-"""Processor class of each family, for folders that do not name it."""
 
 GREEDY_CONFIG = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "repetition_penalty": 1.0}
 """Greedy decoding without penalties, as in the evaluation.

@@ -33,17 +33,16 @@ from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
-from finesight.infer.generate import generate
+from finesight.infer.engine import generate
+from finesight.manifest import RECIPE_FILE
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe
-from finesight.run_files import RECIPE_FILE
 from finesight.synth.scenes import compose_scene
 
 IMAGE_SEED = 20260
 """Random seed of the images that are generated if a run has no validation samples."""
 
 MAX_SCANNED_SAMPLES = 200
-"""Maximum number of validation samples that are searched for images."""
 
 
 def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample]:
@@ -60,7 +59,11 @@ def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample
         candidates = [corpus[i] for i in range(min(len(corpus), MAX_SCANNED_SAMPLES))]
     except UserError:
         return []
-    return [candidate for candidate in candidates if _has_image(candidate)][:max_samples]
+    return [
+        candidate
+        for candidate in candidates
+        if any(isinstance(part, ImagePart) for part in candidate.sample.iter_parts())
+    ][:max_samples]
 
 
 def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
@@ -91,10 +94,6 @@ def encode_prompts(
     return encoded_samples
 
 
-def _has_image(located_sample: LocatedSample) -> bool:
-    return any(isinstance(part, ImagePart) for part in located_sample.sample.iter_parts())
-
-
 MAX_NEW_TOKENS = 48
 """Maximum number of tokens per compared completion, because their logits are kept in memory."""
 
@@ -111,7 +110,6 @@ class ModelOutputs:
     """Completions of a model, with the logits of each token.
 
     Attributes:
-        completions: Token ids of one completion per prompt.
         logits: One tensor [n, V] per prompt, in fp32 on the CPU.
     """
 
@@ -124,9 +122,6 @@ class Divergence:
     """First token at which the completions of two models for one prompt differ.
 
     Attributes:
-        sample_id: Sample of the prompt.
-        token_index: Index of the token in the completion.
-        logit_gap: Difference between the logits of the two tokens in the reference model.
         max_difference: Largest difference between the logits of both models at this token.
     """
 
@@ -153,17 +148,12 @@ class MergeParity:
 
     Attributes:
         origin: Kind of the images in the prompts: validation or generated images.
-        num_prompts: Number of prompts.
-        num_tokens: Number of generated tokens over all completions.
-        compute_precision: Precision in which both models are computed.
-        weight_precision: Precision of the written weights.
         adapter_change: Difference between base model and base model with adapter; None without an
             adapter.
         merge_change: Difference due to merging, or to dequantizing 4-bit weights; None without
             either.
         rounding_change: Difference due to rounding to `weight_precision`; None if it is lossless.
         reload_difference: Difference between the written weights and those loaded from disk.
-        num_equal: Number of prompts with equal completions.
         divergences: First different token of the other completions.
         quantized_comparison: For a run with quantized weights, logit difference and fraction of
             equal completions between the merged model and the quantized model of the training.
@@ -255,6 +245,14 @@ def generate_completions(
     return tuple(tuple(sequence) for sequence in output_ids)
 
 
+def generate_outputs(
+    model: VisionLanguageModel, prompts: Sequence[EncodedSample], eos_ids: Sequence[int]
+) -> ModelOutputs:
+    """Generate completions, and compute the logits of their tokens."""
+    completions = generate_completions(model, prompts, eos_ids)
+    return ModelOutputs(completions, compute_logits(model, prompts, completions))
+
+
 @torch.no_grad()
 def compute_logits(
     model: VisionLanguageModel,
@@ -317,9 +315,7 @@ def find_divergences(
     """Count the equal completions of two models, and find the first difference of the others.
 
     Args:
-        reference: Completions and logits of the trained model.
         other: Completions of the merged model, and its logits for the tokens of `reference`.
-        sample_ids: Sample id of each prompt.
     """
     num_equal, divergences = 0, []
     for sample_id, reference_ids, other_ids, reference_logits, other_logits in zip(

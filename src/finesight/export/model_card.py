@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from finesight import __version__
-from finesight.bounded_files import read_bytes
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml, read_bytes
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import note_lines
 from finesight.export.hf_files import HF_ARCHITECTURES
@@ -38,37 +37,37 @@ _PRIVATE_SECTIONS = ("output_dir", "track")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCardInfo:
-    """Content of the model card of a merged model.
+class VerifiedMerge:
+    """A merged model that was compared with the trained model.
 
     Attributes:
+        folder: Folder of the merged model, whose name is the title of the model card.
         source: Run, adapter or model that was merged.
-        model_source: Base model, adapter and manifest of the source.
-        name: Title of the card: the name of the output folder.
-        precision: Data type of the weights.
+        merged_layers: Number of layers with adapters.
         dequantized_layers: Number of layers dequantized from 4 bits.
-        parity: Comparison with the trained model.
+        precision: Data type of the written weights.
         missing_files: Files that other programs need and the base model does not contain.
         dropped_sampling: Generation settings of the base model that were removed.
     """
 
+    folder: Path
     source: Path
     model_source: ModelSource
-    name: str
-    precision: str
+    merged_layers: int
     dequantized_layers: int
+    precision: str
     parity: MergeParity
     missing_files: tuple[str, ...]
     dropped_sampling: dict[str, Any]
 
 
-def write_model_card(folder: Path, info: ModelCardInfo) -> None:
+def write_model_card(folder: Path, info: VerifiedMerge) -> None:
     """Write the model card of a merged folder, which already contains all other files."""
     manifest_file = info.source / MANIFEST_FILE
     run_record = read_run(info.source) if manifest_file.is_file() else None
     blocks = [
         _format_front_matter(info),
-        f"# {info.name}",
+        f"# {info.folder.name}",
         _format_summary(info, run_record),
         *_format_prompts(run_record),
         *_format_scores(run_record),
@@ -88,7 +87,7 @@ def _get_base_name(model_source: ModelSource) -> str:
     )
 
 
-def _format_front_matter(info: ModelCardInfo) -> str:
+def _format_front_matter(info: VerifiedMerge) -> str:
     model_source, base_name = info.model_source, _get_base_name(info.model_source)
     metadata: dict[str, Any] = {
         "library_name": "transformers",
@@ -103,7 +102,7 @@ def _format_front_matter(info: ModelCardInfo) -> str:
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---"
 
 
-def _format_summary(info: ModelCardInfo, run_record: RunRecord | None) -> str:
+def _format_summary(info: VerifiedMerge, run_record: RunRecord | None) -> str:
     manifest, parity = info.model_source.manifest, info.parity
     sentences = [
         f"{_get_base_name(info.model_source)} (family {info.model_source.folder.family}),"
@@ -233,7 +232,7 @@ def _strip_paths(value: Any) -> Any:
     return value
 
 
-def _format_parity(info: ModelCardInfo) -> str:
+def _format_parity(info: VerifiedMerge) -> str:
     lines = "\n".join(info.parity.format_lines())
     is_full_model = info.model_source.adapter is None
     return (
@@ -244,9 +243,9 @@ def _format_parity(info: ModelCardInfo) -> str:
     )
 
 
-def _format_serving(folder: ModelFolder, info: ModelCardInfo) -> str:
+def _format_serving(folder: ModelFolder, info: VerifiedMerge) -> str:
     title = "## Serving"
-    name = shlex.quote(info.name)
+    name = shlex.quote(info.folder.name)
     commands = ("predict", " IMAGE --prompt TEXT"), ("chat", ""), ("web", ""), ("serve", "")
     command_lines = "\n".join(
         f"finesight {command} {name}{arguments}" for command, arguments in commands
@@ -258,7 +257,7 @@ def _format_serving(folder: ModelFolder, info: ModelCardInfo) -> str:
     system_prompt = manifest.system_prompt if manifest else None
     image_rule = manifest.image_rule if manifest else None
     serving_commands = format_serving_commands(
-        folder, info.name, info.name, image_rule, system_prompt
+        folder, info.folder.name, info.folder.name, image_rule, system_prompt
     )
     notes = "\n".join(f"- {note}" for note in serving_commands.notes)
     engine_commands = f"```sh\n{serving_commands.vllm}\n\n{serving_commands.sglang}\n```"

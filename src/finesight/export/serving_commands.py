@@ -90,9 +90,6 @@ def format_serving_commands(
     """Format the serving commands of a model folder.
 
     Args:
-        folder: Model folder to read the configuration from.
-        path: Path of the folder in the commands.
-        name: Model name in requests.
         image_rule: Image rule of the run; None for the default of the model.
         system_prompt: System prompt of the run; None without one.
     """

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from finesight.export.merge_parity import (
     encode_prompts,
     load_validation_samples,
 )
-from finesight.export.model_card import ModelCardInfo, write_model_card
+from finesight.export.model_card import VerifiedMerge, write_model_card
 from finesight.infer.model_loader import ModelSource, resolve_device, resolve_model_source
 from finesight.model.config import ConfigReader
 from finesight.model.lora.layer import iter_adapters
@@ -59,29 +58,6 @@ DISK_RESERVE_BYTES = 64 * 2**20
 LogFn = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class VerifiedMerge:
-    """A merged model that was compared with the trained model.
-
-    Attributes:
-        folder: Folder of the merged model.
-        merged_layers: Number of layers with adapters.
-        dequantized_layers: Number of layers dequantized from 4 bits.
-        precision: Data type of the written weights.
-        parity: Results of the comparison.
-        missing_files: Files that other programs need and the base model does not contain.
-        dropped_sampling: Generation settings of the base model that were removed.
-    """
-
-    folder: Path
-    merged_layers: int
-    dequantized_layers: int
-    precision: str
-    parity: MergeParity
-    missing_files: tuple[str, ...]
-    dropped_sampling: dict[str, Any]
-
-
 def merge_and_verify(
     source: str,
     model_source: ModelSource,
@@ -96,15 +72,8 @@ def merge_and_verify(
     """Merge an adapter into a new folder, and compare it with the trained model.
 
     Args:
-        source: Run, adapter or model as the user named it.
-        model_source: Base model and adapter of `source`, from `resolve_model_source`.
-        out: Folder to create.
-        precision: Data type of the written weights.
-        device: Device of the comparison.
         num_samples: Number of questions about images: validation samples of the run, or generated
             images.
-        max_shard_bytes: Maximum size of a weight file in bytes.
-        log: Prints a progress message.
 
     Raises UserError for an existing `out`, too little disk space, an unsupported family, an
     incompatible adapter, and a merged model that differs from the trained one. `out` does not exist
@@ -136,28 +105,19 @@ def merge_and_verify(
             questions, target, written_outputs, trained_outputs, folder, weight_precision
         )
         merge_parity.check_parity(parity, merge_parity.LOGIT_TOLERANCES[target.dtype])
-        missing_files = tuple(find_missing_files(ModelFolder(folder)))
-        dropped_sampling = find_dropped_sampling(base_folder)
-        card_info = ModelCardInfo(
+        merge = VerifiedMerge(
+            out,
             Path(source),
             model_source,
-            out.name,
-            weight_precision,
+            written_outputs.merged_layers,
             written_outputs.dequantized_layers,
+            weight_precision,
             parity,
-            missing_files,
-            dropped_sampling,
+            tuple(find_missing_files(ModelFolder(folder))),
+            find_dropped_sampling(base_folder),
         )
-        write_model_card(folder, card_info)
-    return VerifiedMerge(
-        out,
-        written_outputs.merged_layers,
-        written_outputs.dequantized_layers,
-        weight_precision,
-        parity,
-        missing_files,
-        dropped_sampling,
-    )
+        write_model_card(folder, merge)
+    return merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +145,7 @@ class _WrittenOutputs:
     """Logits before the model is saved, for the completions of base and adapter.
 
     Attributes:
-        merged_layers: Number of layers with adapters.
         dequantized_layers: Number of layers dequantized from 4 bits.
-        adapter_outputs: Completions and logits of the base model with the adapter.
-        base_logits: Logits of the base model.
-        merged_logits: Logits of the merged weights.
         rounded_logits: Logits of the merged weights in the written precision; None if rounding is
             lossless.
     """
@@ -268,12 +224,7 @@ def _run_quantized(
     except UserError as error:
         log(f"not compared with {model_source.quantization_summary}: {error.what}")
         return None
-    completions = merge_parity.generate_completions(
-        model, questions.prompts, questions.renderer.end_ids
-    )
-    return ModelOutputs(
-        completions, merge_parity.compute_logits(model, questions.prompts, completions)
-    )
+    return merge_parity.generate_outputs(model, questions.prompts, questions.renderer.end_ids)
 
 
 def _write_merged(
@@ -286,11 +237,10 @@ def _write_merged(
 ) -> _WrittenOutputs:
     model = _load_model(model_source.folder, model_source.adapter, target)
     prompts = questions.prompts
-    completions = merge_parity.generate_completions(model, prompts, questions.renderer.end_ids)
-    adapter_outputs = ModelOutputs(
-        completions, merge_parity.compute_logits(model, prompts, completions)
-    )
-    _remove_adapters(model)
+    adapter_outputs = merge_parity.generate_outputs(model, prompts, questions.renderer.end_ids)
+    completions = adapter_outputs.completions
+    for _, linear, _ in list(iter_adapters(model)):
+        linear.adapter = None
     base_logits = merge_parity.compute_logits(model, prompts, completions)
     dequantized_layers = dequantize_model(model)
     if model_source.adapter is not None:
@@ -315,11 +265,6 @@ def _write_merged(
         merged_logits,
         rounded_logits,
     )
-
-
-def _remove_adapters(model: VisionLanguageModel) -> None:
-    for _, linear, _ in list(iter_adapters(model)):
-        linear.adapter = None
 
 
 def _compare_folder(
@@ -370,7 +315,7 @@ def _compare_folder(
         origin=questions.origin,
         num_prompts=len(prompts),
         num_tokens=sum(map(len, adapter_outputs.completions)),
-        compute_precision=_get_precision_name(target.dtype),
+        compute_precision=next(name for name, dtype in DTYPES.items() if dtype == target.dtype),
         weight_precision=weight_precision,
         adapter_change=relative_difference(adapter_outputs.logits, written_outputs.base_logits)
         if written_outputs.merged_layers
@@ -386,10 +331,6 @@ def _compare_folder(
         divergences=divergences,
         quantized_comparison=quantized_comparison,
     )
-
-
-def _get_precision_name(dtype: torch.dtype) -> str:
-    return next(name for name, candidate in DTYPES.items() if candidate == dtype)
 
 
 def _is_small(path: Path) -> bool:

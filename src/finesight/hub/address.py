@@ -29,7 +29,6 @@ class HubAddress:
     """Address of a model or dataset repository on a hub.
 
     Attributes:
-        repo_id: Name of the repository, `OWNER/NAME`.
         revision: Branch, tag or commit; None for the default branch.
         data_part: Split, `SUBSET/SPLIT` or file of a data set; None for the complete data set.
     """
@@ -73,9 +72,6 @@ def parse_dataset_address(text: str) -> HubAddress:
 
     Accepted forms are `hf:OWNER/NAME` and `modelscope:OWNER/NAME`, optionally followed by
     `@REVISION` and `:PART`.
-
-    Raises:
-        UserError: The text has another form, or is the address of a model.
     """
     address = _parse(text, "dataset")
     if address is None or address.repo_type == "model" or not is_hub_address(text):
@@ -92,9 +88,6 @@ def parse_address(text: str) -> HubAddress:
     """Parse the hub address of a model or data set.
 
     The address of a data set has the prefix `datasets/`, as in `hf:datasets/OWNER/NAME`.
-
-    Raises:
-        UserError: The text is not the address of a repository.
     """
     address = _parse(text)
     if address is None or (address.repo_type == "model" and address.data_part is not None):

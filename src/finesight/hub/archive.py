@@ -73,11 +73,6 @@ def safe_join(folder: Path, name: str, source: str) -> Path:
 
     Args:
         folder: Folder that must contain the result.
-        name: Untrusted name, with slashes or backslashes.
-        source: Origin of the name, for the error message.
-
-    Raises:
-        UserError: The name is an absolute path, or contains a drive letter, `..` or NUL.
     """
     # Archives from Windows separate folders with backslashes.
     path = PurePosixPath(name.replace("\\", "/"))
@@ -137,10 +132,6 @@ def unpack_archive(archive: Path, target: Path) -> None:
     """Unpack a zip or tar archive into a folder.
 
     After an error, the caller must remove the folder, which may contain some of the files.
-
-    Raises:
-        UserError: The archive is corrupt or encrypted, exceeds a size limit, or contains links,
-            devices or paths outside the folder.
     """
     budget = _UnpackBudget(archive, archive.stat().st_size)
     make_folder(target)
@@ -289,11 +280,7 @@ def build_archive_limit_error(archive: Path, what: str, expected: str) -> UserEr
 
 
 def iter_limited(archive: Path, headers: Iterable[HeaderT]) -> Iterator[HeaderT]:
-    """Iterate over the headers of an archive, up to the maximum number of files.
-
-    Raises:
-        UserError: The archive has more than `MAX_MEMBERS` files, or a header is corrupt.
-    """
+    """Iterate over the headers of an archive, up to the maximum number of files."""
     iterator = iter(headers)
     for _ in range(MAX_MEMBERS):
         with translate_archive_errors(archive):
@@ -314,12 +301,7 @@ class TarArchive:
     file: tarfile.TarFile
 
     def iter_headers(self) -> Iterator[tarfile.TarInfo]:
-        """Iterate over the headers of the archive.
-
-        Raises:
-            UserError: A header is corrupt. This includes a negative size, with which tarfile would
-                loop.
-        """
+        """Iterate over the headers of the archive."""
         for header in iter_limited(self.archive, self.file):
             if header.size < 0:
                 raise build_corrupt_archive_error(
@@ -328,11 +310,7 @@ class TarArchive:
             yield header
 
     def read_member(self, header: tarfile.TarInfo) -> bytes:
-        """Return the content of one file in the archive.
-
-        Raises:
-            UserError: The file is truncated or cannot be read.
-        """
+        """Return the content of one file in the archive."""
         with translate_archive_errors(self.archive):
             content: bytes = self.open_member(header).read()
         if len(content) != header.size:
@@ -363,11 +341,7 @@ def open_tar(archive: Path, start: int = 0) -> Iterator[TarArchive]:
     """Open an uncompressed or compressed tar archive.
 
     Args:
-        archive: Path of the archive.
         start: Byte offset of the first header to read, in the uncompressed archive.
-
-    Raises:
-        UserError: The file is not a tar archive.
     """
     openers: dict[str, Callable[..., Any]]
     openers = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}

@@ -50,7 +50,6 @@ HTTP_TIMEOUT = httpx2.Timeout(60.0, connect=15.0)
 
 MAX_REDIRECTS = 10
 MAX_ERROR_BYTES = 4096
-"""Maximum number of bytes of an error response that are read."""
 
 RETRY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP status codes of temporary failures, after which a request is retried."""
@@ -131,7 +130,6 @@ class RemoteFile:
         size: Size in bytes; None if unknown.
         sha256: SHA-256 digest in hexadecimal; None if unknown.
         git_sha1: SHA-1 digest of the git blob, which includes the git header; None if unknown.
-        limit: Maximum number of bytes to download if the size is unknown.
         is_mutable: Whether the content at the URL may change. An existing file is then kept only if
             the server confirms that it is unchanged, or in offline mode.
     """
@@ -212,14 +210,6 @@ class Downloader:
 
         After an error, the other downloads are stopped. Partial files remain, so that the next
         attempt resumes them.
-
-        Args:
-            files: Files to download.
-            folder: Target folder.
-            source: Address as the user wrote it, for messages.
-
-        Raises:
-            UserError: A download fails, or the disk has too little free space.
         """
         targets = [(file, safe_join(folder, file.path, source)) for file in files]
         missing = [(file, target) for file, target in targets if file.needs_download(target)]
@@ -268,12 +258,6 @@ class Downloader:
 
         A partial file of an earlier attempt is resumed. If several processes request the same file,
         one downloads it and the others wait.
-
-        Args:
-            file: File to download.
-            target: Path of the downloaded file.
-            on_progress: Called with the number of new bytes.
-            stop_event: Event that cancels the download.
 
         Raises:
             UserError: The file is not available, fails verification, or `target` is not writable.
@@ -396,9 +380,6 @@ class _Transfer:
 
         Returns:
             False if the server confirms that the target is unchanged.
-
-        Raises:
-            UserError: All attempts fail.
         """
         file, num_failures, max_received = self.file, 0, 0
         while True:
@@ -458,7 +439,6 @@ class _Transfer:
 
         Returns:
             True if the file is complete. If the server does not support the range, the partial file
-            is truncated.
         """
         file, headers = self.file, response.headers
         content_range = headers.get("content-range", "").removeprefix("bytes ")

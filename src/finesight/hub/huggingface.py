@@ -50,11 +50,7 @@ def get_endpoint() -> str:
 
 
 def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
-    """Return the current commit of a repository and its files.
-
-    Raises:
-        UserError: The repository is unknown, gated or private, or the hub does not respond.
-    """
+    """Return the current commit of a repository and its files."""
     api = HfApi(library_name="finesight", library_version=__version__)
     revision = address.revision or _DEFAULT_REVISION
     try:
@@ -110,10 +106,6 @@ def find_cached_snapshot(address: HubAddress, patterns: Sequence[str]) -> Path |
     """Find the cached snapshot of a repository in the cache of huggingface_hub.
 
     No request is sent.
-
-    Args:
-        address: Address of the repository.
-        patterns: Glob patterns of the required files.
 
     Returns:
         The snapshot folder, or None if the repository is not cached.

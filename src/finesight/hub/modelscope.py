@@ -24,7 +24,6 @@ from urllib.parse import urlencode, urlsplit
 import httpx2
 
 from finesight import __version__
-from finesight.digests import sha256_file
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress
 from finesight.hub.download import (
@@ -35,6 +34,7 @@ from finesight.hub.download import (
     RetryableError,
 )
 from finesight.hub.url_policy import strip_query
+from finesight.storage import sha256_file
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi
@@ -56,11 +56,7 @@ def get_endpoint() -> str:
 
 
 def build_site(address: HubAddress) -> HttpSite:
-    """Build the `HttpSite` of a repository, with the token of the user.
-
-    Raises:
-        UserError: The token contains invalid characters.
-    """
+    """Build the `HttpSite` of a repository, with the token of the user."""
     token = _read_token()
     # Older services of the hub read the cookie, newer ones the header.
     headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"}
@@ -77,9 +73,6 @@ def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
 
     The hub does not return the commit of a branch. The digest covers the names, sizes and SHA-256
     digests of all files.
-
-    Raises:
-        UserError: The repository is unknown or private, or the hub does not respond.
     """
     revision = address.revision or DEFAULT_REVISION
     with _open_api(address, _build_refusal_error) as api:
@@ -104,21 +97,7 @@ def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
 def publish_files(
     address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
 ) -> str:
-    """Publish files in a model repository on ModelScope in one commit.
-
-    Args:
-        address: Address of the repository, which is created if it does not exist.
-        files: Local paths of the files by their name in the repository.
-        public: Whether the repository is public.
-        commit_message: Message of the commit.
-
-    Returns:
-        URL of the repository page.
-
-    Raises:
-        UserError: There is no token, the repository has another visibility, or the hub rejects a
-            request.
-    """
+    """Publish files in a model repository on ModelScope in one commit."""
     if not _read_token():
         raise UserError(
             f"no token for {address}",

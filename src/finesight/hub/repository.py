@@ -60,12 +60,7 @@ class _Hub(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HubRepository:
-    """A hub repository at one commit.
-
-    Attributes:
-        files: Files in the listing of the hub.
-        folder: Local folder of downloaded files.
-    """
+    """A hub repository at one commit."""
 
     address: HubAddress
     commit: str
@@ -78,11 +73,7 @@ class HubRepository:
         return [file.path for file in self.files]
 
     def fetch_files(self, paths: Sequence[str]) -> Path:
-        """Download and verify files of the repository, and return their local folder.
-
-        Raises:
-            UserError: A download or the verification of a file fails.
-        """
+        """Download and verify files of the repository, and return their local folder."""
         return self.download_files(paths, self.locate_folder(paths))
 
     def locate_folder(self, paths: Sequence[str]) -> Path:
@@ -99,14 +90,7 @@ class HubRepository:
         return self.folder
 
     def download_files(self, paths: Sequence[str], folder: Path) -> Path:
-        """Download the files that are missing in a folder.
-
-        Returns:
-            The same folder.
-
-        Raises:
-            UserError: A download fails, or files are missing in offline mode.
-        """
+        """Download the files that are missing in a folder."""
         names = set(paths)
         requested = [file for file in self.files if file.path in names]
         source = str(self.address)
@@ -132,10 +116,6 @@ def open_repository(address: HubAddress) -> HubRepository:
     """Request the file listing of a repository from the hub and cache it.
 
     In offline mode, the cached listing is used.
-
-    Raises:
-        UserError: The repository is unknown or private, the hub does not respond, or offline mode
-            is set and there is no cached listing.
     """
     listing_path = _get_listing_path(address)
     if is_offline():
@@ -168,10 +148,6 @@ def open_model_repository(address: HubAddress, patterns: Sequence[str]) -> HubRe
 
     No file is downloaded. In offline mode without a cached listing, the repository is the cached
     snapshot of huggingface_hub and `files` is empty.
-
-    Raises:
-        UserError: The repository is not available, or contains only weights that cannot be read
-            safely.
     """
     if is_offline() and address.hub == "hf" and not _get_listing_path(address).exists():
         from finesight.hub.huggingface import find_cached_snapshot
@@ -186,11 +162,7 @@ def open_model_repository(address: HubAddress, patterns: Sequence[str]) -> HubRe
 
 
 def fetch_model(address: HubAddress, patterns: Sequence[str]) -> Path:
-    """Download the files of a model that match patterns, and return their folder.
-
-    Raises:
-        UserError: The repository is not available, has no readable weights, or a download fails.
-    """
+    """Download the files of a model that match patterns, and return their folder."""
     repository = open_model_repository(address, patterns)
     return repository.download_files(repository.paths, repository.folder)
 
@@ -199,9 +171,6 @@ def select_model_files(repository: HubRepository, patterns: Sequence[str]) -> li
     """Return the paths of a model repository that match patterns.
 
     If no safetensors file matches, pickled weights that can be converted are added.
-
-    Raises:
-        UserError: The repository contains only pickled weights that cannot be converted.
     """
     paths = repository.paths
     selected = [path for path in paths if any(fnmatch(path, pattern) for pattern in patterns)]
@@ -226,9 +195,6 @@ def download_folder(repository: HubRepository, paths: Sequence[str], target: Pat
 
     After an error, partial files remain in a hidden folder next to the target, so that the next
     attempt resumes them.
-
-    Raises:
-        UserError: The target exists, or a download fails.
     """
     raise_if_exists(target)
     partial = target.absolute().with_name(
@@ -254,19 +220,6 @@ def publish_model(
     """Upload files to a model repository in one commit.
 
     A missing repository is created. Files that exist in the repository under other names are kept.
-
-    Args:
-        address: Address of the repository, without a revision.
-        files: Local paths of the files by their name in the repository.
-        public: Whether the repository is public.
-        message: Message of the commit.
-
-    Returns:
-        URL of the repository page.
-
-    Raises:
-        UserError: There is no token, the repository has another visibility, the hub rejects the
-            request, or HF_HUB_OFFLINE is set.
     """
     if address.repo_type != "model" or address.revision or address.data_part:
         raise UserError(

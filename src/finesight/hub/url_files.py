@@ -23,7 +23,6 @@ from finesight.hub.url_policy import WEB_SCHEMES, strip_query
 from finesight.storage import write_folder_once
 
 MAX_FILE_BYTES = 50 * 10**9
-"""Maximum size of a downloaded file in bytes."""
 
 MAX_IMAGE_BYTES = 200 * 10**6
 
@@ -43,14 +42,7 @@ def fetch_url(source: str, hosts: Sequence[str], folder: Path) -> Path:
     Args:
         source: URL. With `#sha256=HEX` at its end, the file is verified. Otherwise an existing file
             is downloaded again if the server reports a change.
-        hosts: Allowed hosts, including those of redirects.
         folder: Cache folder. The file is stored in a subfolder per URL.
-
-    Returns:
-        Local path, with the file name of the URL.
-
-    Raises:
-        UserError: The scheme or host is not allowed, the download fails, or the file is too large.
     """
     url, _, fragment = source.partition("#")
     allowed_hosts = frozenset(host.lower() for host in hosts)
@@ -73,11 +65,6 @@ def fetch_url(source: str, hosts: Sequence[str], folder: Path) -> Path:
 
 
 def _check_url(url: str, allowed_hosts: frozenset[str]) -> str:
-    """Return the host of an HTTPS URL.
-
-    Raises:
-        UserError: The URL is invalid, or its host is not allowed.
-    """
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -125,12 +112,7 @@ class RemoteImages:
         self._fetched_urls: set[str] = set()
 
     def fetch(self, url: str) -> Path:
-        """Download an image from an allowed host, and return its local path.
-
-        Raises:
-            UserError: The URL or host is not allowed, the download fails, or the image is too
-                large.
-        """
+        """Download an image from an allowed host, and return its local path."""
         _check_url(url, self._allowed_hosts)
         target = self._folder / hashlib.sha256(url.encode()).hexdigest()
         file = RemoteFile(url, url, limit=MAX_IMAGE_BYTES, is_mutable=True)
@@ -156,12 +138,6 @@ def fetch_objects(url: str) -> list[Path]:
     Args:
         url: URL such as `s3://bucket/data.tar`, or a glob pattern such as
             `s3://bucket/shards/*.tar`.
-
-    Returns:
-        Local paths of the files, sorted by name.
-
-    Raises:
-        UserError: No file matches, a download fails, or the package of the storage is missing.
     """
     file_system, path = _open_file_system(url)
     is_pattern = GLOB_CHARACTERS & {*path}
@@ -200,7 +176,6 @@ def _build_fetch_error(url: str, error: Exception) -> UserError:
 
 
 def _open_file_system(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL and the path within it."""
     scheme = url.partition("://")[0].lower()
     if scheme in WEB_SCHEMES:
         raise UserError(

@@ -15,7 +15,6 @@ WEB_SCHEMES = frozenset({"http", "https"})
 PRIVATE_DOMAINS = frozenset(
     {"localhost", "local", "lan", "internal", "intranet", "home", "corp", "arpa"}
 )
-"""Top-level domains of private networks."""
 
 SPECIAL_NETWORKS = tuple(
     ipaddress.ip_network(network)
@@ -64,8 +63,6 @@ def is_allowed_url(original: str, target: str, allowed_hosts: frozenset[str] | N
     neither listed nor public.
 
     Args:
-        original: URL of the request.
-        target: URL of the redirect, or the original URL.
         allowed_hosts: Hosts that the user allows; None for a hub (see `HttpSite`).
     """
     original_parts, target_parts = urlsplit(original), urlsplit(target)

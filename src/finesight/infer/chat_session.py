@@ -23,10 +23,9 @@ from finesight.data.boxes import (
 from finesight.data.image_header import read_image_size
 from finesight.data.jsonl import LocatedSample, write_samples
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Sample, TextPart
-from finesight.encode.native_renderer import THINK_END, THINK_START
+from finesight.encode.renderer import THINK_END, THINK_START
 from finesight.errors import UserError
-from finesight.infer.box_drawing import draw_boxes, find_unused_path
-from finesight.infer.prediction import Prediction
+from finesight.infer.prediction import Prediction, draw_boxes, find_unused_path
 from finesight.infer.request import FinishReason, GenerationOptions
 from finesight.storage import raise_if_exists, write_file
 from finesight.vision.image_decoding import load_image

@@ -38,6 +38,9 @@ class CudaGraphCache:
         graph.replay()
         return result
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     def contains(self, key: int) -> bool:
         """Return whether the next `run` with this key replays a captured graph."""
         return key in self._graphs

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.errors import UserError
-from finesight.infer.async_copy import AsyncTokens
 from finesight.infer.kv_cache import get_kv_bytes_per_token
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.request import EngineEvent, FinishReason, GeneratedToken, GenerationRequest
@@ -29,7 +28,7 @@ from finesight.infer.scheduler import (
     Scheduler,
     SequenceState,
 )
-from finesight.infer.token_sampler import SampledTokens, sample_tokens
+from finesight.infer.token_sampler import AsyncTokens, SampledTokens, sample_tokens
 from finesight.model.vlm import VisionLanguageModel
 
 KV_CACHE_BYTES = 7 << 30
@@ -414,3 +413,87 @@ def compute_required_tokens(
         reverse=True,
     )[:max_num_seqs]
     return max(min(sum(longest_first), compute_cache_capacity(model)), longest_first[0])
+
+
+def generate(
+    model: VisionLanguageModel,
+    prompts: Sequence[EncodedSample],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    on_progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Generate a greedy completion of each prompt, all in one batch. See `iter_completions`."""
+    assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
+    completions = iter_completions(
+        model,
+        enumerate(prompts),
+        [prompt.tokenized.num_tokens for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        end_ids=end_ids,
+        batch_size=len(prompts),
+        on_progress=on_progress,
+    )
+    output_ids = {index: ids for index, _, ids in completions}
+    return [output_ids[index] for index in range(len(prompts))]
+
+
+def iter_completions(
+    model: VisionLanguageModel,
+    prompts: Iterable[tuple[int, EncodedSample]],
+    prompt_lengths: Sequence[int],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, TokenizedSample, list[int]]]:
+    """Generate greedy completions with continuous batching, and yield each at its end.
+
+    A completion ends with one of `end_ids` (included), after `max_new_tokens` tokens, or at the
+    last position of the model. Except for rounding, completions do not depend on the batch.
+
+    Args:
+        model: Model in evaluation mode.
+        prompts: Index and encoded prompt of each sample; read when a sequence can start.
+        prompt_lengths: Number of tokens of each prompt.
+        max_new_tokens: Maximum length of a completion, at least 1.
+        end_ids: Token ids that end a completion.
+        batch_size: Maximum number of concurrent sequences.
+        on_progress: Called after each step with the number of completions that ended in it; an
+            exception stops generation.
+
+    Yields:
+        Index, tokenized prompt and token ids of a completion.
+
+    Raises:
+        UserError: A prompt exceeds the model's positions, or logits overflow.
+    """
+    if not prompt_lengths:
+        return
+    max_num_seqs = min(batch_size, len(prompt_lengths))
+    num_cache_tokens = compute_required_tokens(model, prompt_lengths, max_new_tokens, max_num_seqs)
+    engine = Engine(model, end_ids, max_num_seqs=max_num_seqs, num_cache_tokens=num_cache_tokens)
+    waiting = iter(prompts)
+    active: dict[int, tuple[int, TokenizedSample, list[int]]] = {}
+    has_more = True
+    while has_more or engine.has_work:
+        while has_more and engine.num_waiting + engine.num_running < batch_size:
+            next_prompt = next(waiting, None)
+            has_more = next_prompt is not None
+            if next_prompt is not None:
+                index, prompt = next_prompt
+                max_tokens = min(max_new_tokens, engine.get_max_new_tokens(prompt))
+                request = GenerationRequest(prompt=prompt, max_new_tokens=max_tokens)
+                active[engine.add_request(request)] = (index, prompt.tokenized, [])
+        num_finished = 0
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            if event.token is not None:
+                active[event.request_id][2].append(event.token.id)
+            if event.finish_reason is not None:
+                num_finished += 1
+                yield active.pop(event.request_id)
+        if on_progress is not None:
+            on_progress(num_finished)

@@ -29,7 +29,7 @@ def generate_hf(
 ) -> list[list[int]]:
     """Generate greedy completions with transformers, one prompt at a time.
 
-    Arguments and results are those of `infer.generate.generate`.
+    Arguments and results are those of `infer.engine.generate`.
     """
     report_progress = on_progress or _ignore_progress
 

@@ -1,8 +1,9 @@
-"""Prediction pipeline: encode prompts, generate in batches, parse boxes."""
+"""Prediction pipeline: encode prompts, generate in batches, parse and draw boxes."""
 
 from __future__ import annotations
 
 import gc
+import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.image_header import CorruptImageError, read_image_size
 from finesight.data.jsonl import LocatedSample
@@ -20,15 +22,21 @@ from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.infer import hf_generation
-from finesight.infer.engine import Engine, compute_required_tokens
-from finesight.infer.request import GenerationRequest
+from finesight.infer.engine import iter_completions
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
+from finesight.storage import make_folder, write_file
+from finesight.vision.image_decoding import load_image
 
 T = TypeVar("T")
 
 NUM_READER_THREADS = 4
 """Threads that load and resize images while the model generates."""
+
+BOX_COLORS = (
+    *("#e6194b", "#3cb44b", "#4363d8", "#f58231"),
+    *("#911eb4", "#008080", "#9a6324", "#808000"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +202,17 @@ def _generate_with_oom_retry(
     """Generate with the engine, and halve the batch size after each out-of-memory error."""
     while True:
         try:
-            for index, prompt, output_ids in _generate_with_engine(
-                model, renderer, prompt_reader, max_new_tokens, batch_size, on_progress
+            for completion in iter_completions(
+                model,
+                prompt_reader.iter_prompts(batch_size),
+                [tokenized.num_tokens for tokenized in prompt_reader.remaining.values()],
+                max_new_tokens=max_new_tokens,
+                end_ids=renderer.end_ids,
+                batch_size=batch_size,
+                on_progress=on_progress,
             ):
-                prompt_reader.finished_indices.add(index)
-                yield index, prompt, output_ids
+                prompt_reader.finished_indices.add(completion[0])
+                yield completion
             return
         except torch.OutOfMemoryError:
             batch_size = min(batch_size, len(prompt_reader.remaining)) // 2
@@ -208,48 +222,6 @@ def _generate_with_oom_retry(
         gc.collect()
         if on_batch_reduced is not None:
             on_batch_reduced(batch_size)
-
-
-def _generate_with_engine(
-    model: VisionLanguageModel,
-    renderer: Renderer,
-    prompt_reader: _PromptReader,
-    max_new_tokens: int,
-    batch_size: int,
-    on_progress: Callable[[int], None] | None,
-) -> CompletionIterator:
-    """Generate with continuous batching of up to `batch_size` sequences."""
-    prompt_lengths = [tokenized.num_tokens for tokenized in prompt_reader.remaining.values()]
-    if not prompt_lengths:
-        return
-    max_num_seqs = min(batch_size, len(prompt_lengths))
-    num_cache_tokens = compute_required_tokens(model, prompt_lengths, max_new_tokens, max_num_seqs)
-    engine = Engine(
-        model, renderer.end_ids, max_num_seqs=max_num_seqs, num_cache_tokens=num_cache_tokens
-    )
-    prompts = prompt_reader.iter_prompts(batch_size)
-    active: dict[int, tuple[int, TokenizedSample, list[int]]] = {}
-    has_more = True
-    while has_more or engine.has_work:
-        while has_more and engine.num_waiting + engine.num_running < batch_size:
-            next_prompt = next(prompts, None)
-            has_more = next_prompt is not None
-            if next_prompt is not None:
-                index, prompt = next_prompt
-                max_tokens = min(max_new_tokens, engine.get_max_new_tokens(prompt))
-                request = GenerationRequest(prompt=prompt, max_new_tokens=max_tokens)
-                active[engine.add_request(request)] = (index, prompt.tokenized, [])
-        num_finished = 0
-        for event in engine.step():
-            if event.error is not None:
-                raise event.error
-            if event.token is not None:
-                active[event.request_id][2].append(event.token.id)
-            if event.finish_reason is not None:
-                num_finished += 1
-                yield active.pop(event.request_id)
-        if on_progress is not None:
-            on_progress(num_finished)
 
 
 def _generate_with_hf(
@@ -389,3 +361,58 @@ def _get_last_user_text(sample: Sample) -> str:
         if message.role == "user":
             return "".join(p.text for p in message.content if isinstance(p, TextPart))
     return ""
+
+
+def save_annotated_images(predictions: Sequence[Prediction], out_dir: Path) -> list[Path]:
+    """Write one PNG with drawn boxes per image of each prediction, and return the paths.
+
+    Existing files are not overwritten: a new file gets a numeric suffix.
+    """
+    make_folder(out_dir)
+    paths = []
+    for prediction in predictions:
+        for image_index, path in enumerate(prediction.images):
+            target = find_unused_path(out_dir, path.stem)
+            buffer = io.BytesIO()
+            annotate_image(prediction, image_index).save(buffer, format="PNG")
+            write_file(target, buffer.getvalue())
+            paths.append(target)
+    return paths
+
+
+def annotate_image(prediction: Prediction, image_index: int) -> Image.Image:
+    """Return an RGB copy of one image of a prediction with its boxes drawn."""
+    boxes = [box for box in prediction.boxes if box.image == image_index]
+    return draw_boxes(load_image(prediction.images[image_index]), boxes)
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
+    """Draw boxes and their labels on a copy of an RGB image."""
+    annotated = image.copy()
+    draw = ImageDraw.Draw(annotated)
+    short_side = min(annotated.size)
+    line_width = max(1, round(short_side / 150))
+    font = ImageFont.load_default(size=max(10, short_side / 30))
+    for box_index, box in enumerate(boxes):
+        color = BOX_COLORS[box_index % len(BOX_COLORS)]
+        x1, y1, x2, y2 = box.xyxy
+        # Inverted corners are sorted for drawing only; metrics still reject such a box.
+        corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        draw.rectangle(corners, outline=color, width=line_width)
+        if box.label:
+            # Above the box, or inside the box at the upper image border.
+            _, _, width, height = draw.textbbox((0, 0), box.label, font=font)
+            x, y = corners[0], corners[1]
+            top = y - height if y >= height else y
+            draw.rectangle((x, top, x + width, top + height), fill=color)
+            draw.text((x, top), box.label, fill="white", font=font)
+    return annotated
+
+
+def find_unused_path(folder: Path, stem: str) -> Path:
+    """Return an unused PNG path in `folder`, with a numeric suffix if necessary."""
+    target, suffix = folder / f"{stem}.png", 1
+    while target.exists():
+        suffix += 1
+        target = folder / f"{stem}-{suffix}.png"
+    return target

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.boxes import BOX_KEY
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.qwen_vl import BOX_TOKENS
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenizer import TiktokenTokenizer, Tokenizer
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint

@@ -1,12 +1,12 @@
 """Token sampling: temperature, top-k, top-p, repetition penalty and decoding constraints.
 
-Shapes: S sampled rows, V vocabulary, W 32-bit words of a token bitmask, N listed log
-probabilities.
+Shapes: R batch rows, S sampled (not greedily decoded) rows, V vocabulary, W 32-bit words of a token
+bitmask, N listed log probabilities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finesight.infer.request import DecodingConstraint, SamplingParams
+from finesight.infer.request import DecodingConstraint, GeneratedToken, SamplingParams
 from finesight.model.cpu_attention import copy_to_device
 
 _MIN_TEMPERATURE = 1e-30
@@ -205,3 +205,78 @@ def _build_sampled_tokens(
     sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
     top = logprobs_SV.topk(min(max(num_logprobs), logprobs_SV.shape[1]), dim=-1)
     return SampledTokens(ids_S, sampled_logprobs_S, top.indices, top.values)
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncTokens:
+    """Sampled tokens of a decoding step with a pending copy to pinned host memory.
+
+    Attributes:
+        ids_R: Token id of each batch row.
+        sampled: Sampler output and the index within it, by batch row, without greedy rows.
+        is_finite_R: Whether the logits of each row are finite.
+        ready: CUDA event recorded after the copies; None on CPU.
+    """
+
+    ids_R: Tensor
+    sampled: Mapping[int, tuple[SampledTokens, int]]
+    is_finite_R: Tensor
+    ready: torch.cuda.Event | None
+
+    @classmethod
+    def from_device(
+        cls, ids_R: Tensor, sampled: Mapping[int, tuple[SampledTokens, int]], is_finite_R: Tensor
+    ) -> AsyncTokens:
+        """Start to copy sampled tokens to pinned host memory on the current CUDA stream."""
+        host_copies = {id(tokens): _copy_to_host(tokens) for tokens, _ in sampled.values()}
+        on_host = {row: (host_copies[id(one)], index) for row, (one, index) in sampled.items()}
+        if not ids_R.is_cuda:
+            return cls(ids_R.clone(), on_host, is_finite_R.clone(), None)
+        ids_R, is_finite_R = _copy_to_pinned(ids_R), _copy_to_pinned(is_finite_R)
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record()
+        return cls(ids_R, on_host, is_finite_R, ready)
+
+    def wait_tokens(self, logprobs: Sequence[int | None]) -> list[GeneratedToken | None]:
+        """Wait for the copies and return one token per row; None for non-finite logits.
+
+        `logprobs` is the number of log probabilities that each row requested; None for none.
+        """
+        if self.ready is not None:
+            self.ready.synchronize()
+        ids: list[int] = self.ids_R.tolist()
+        is_finite: list[bool] = self.is_finite_R.tolist()
+        return [
+            self._build_token(row, ids[row], num_logprobs) if is_finite[row] else None
+            for row, num_logprobs in enumerate(logprobs)
+        ]
+
+    def _build_token(self, row: int, id_: int, logprobs: int | None) -> GeneratedToken:
+        if row not in self.sampled or logprobs is None:
+            return GeneratedToken(id_)
+        sampled, index = self.sampled[row]
+        top_ids_SN, top_logprobs_SN = sampled.top_ids_SN, sampled.top_logprobs_SN
+        assert sampled.logprobs_S is not None, "no log probabilities"
+        assert top_ids_SN is not None, "no other tokens"
+        assert top_logprobs_SN is not None, "no other tokens' log probabilities"
+        ids = top_ids_SN[index, :logprobs].tolist()
+        top_logprobs = top_logprobs_SN[index, :logprobs].tolist()
+        return GeneratedToken(
+            id_, float(sampled.logprobs_S[index]), tuple(zip(ids, top_logprobs, strict=True))
+        )
+
+
+def _copy_to_pinned(x: Tensor) -> Tensor:
+    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return pinned.copy_(x, non_blocking=True)
+
+
+def _copy_to_host(sampled: SampledTokens) -> SampledTokens:
+    if sampled.logprobs_S is None or not sampled.ids_S.is_cuda:
+        return sampled
+    tops = (sampled.top_ids_SN, sampled.top_logprobs_SN)
+    return SampledTokens(
+        sampled.ids_S,
+        _copy_to_pinned(sampled.logprobs_S),
+        *(None if x is None else _copy_to_pinned(x) for x in tops),
+    )

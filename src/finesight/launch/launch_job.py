@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.errors import UserError
+from finesight.manifest import RESULT_FILE
 from finesight.recipe import load_recipe
-from finesight.run_files import RESULT_FILE
 from finesight.storage import raise_if_exists, write_file
 
 MAX_RESTARTS = 3

@@ -48,25 +48,11 @@ class AttentionBackend(Protocol):
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Context length of the sequence of each new token, [T] on the device.
-
-        During generation this is the length of the prompt. Decoders whose rotary base depends on
-        the context length use it.
-        """
+        """Context length of the sequence of each new token, [T] on the device."""
         ...
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute the attention of the new tokens in one decoder layer.
-
-        Args:
-            layer_index: Index of the decoder layer.
-            q_THD: Queries of the new tokens.
-            k_TKD: Keys of the new tokens; K < H with grouped-query attention.
-            v_TKD: Values of the new tokens.
-
-        Returns:
-            Attention output of each query, [T, H, D].
-        """
+        """Compute the attention of the new tokens in one decoder layer."""
         ...
 
 
@@ -75,11 +61,6 @@ class Segments:
     """Boundaries of the attention segments in a packed tensor.
 
     A segment is a sequence of the decoder, or a frame or window of the vision encoder.
-
-    Attributes:
-        lengths: Length of each segment in tokens or patches.
-        cu_seqlens_S1: Cumulative lengths, starting at 0 (int32, on the device).
-        max_seqlen: Length of the longest segment.
     """
 
     lengths: tuple[int, ...]
@@ -123,11 +104,9 @@ class PackedAttention:
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Length of the sequence that each token belongs to, [T]."""
         return self.segments.context_lengths_T
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute causal attention within each sequence; see `AttentionBackend`."""
         return varlen_attention(q_THD, k_TKD, v_TKD, self.segments, causal=True)
 
 
@@ -136,11 +115,6 @@ class SharedPrefixIndices(NamedTuple):
 
     The packed batch has T rows and stores the prefix of P tokens once. In the expanded batch of M
     rows, each sequence starts with a copy of the prefix.
-
-    Attributes:
-        source_indices_M: Packed row that each expanded row is copied from.
-        position_indices_T: Expanded row of each packed row.
-        prefix_indices_SP: Expanded rows of the prefix in each sequence.
     """
 
     source_indices_M: Tensor
@@ -149,10 +123,7 @@ class SharedPrefixIndices(NamedTuple):
 
 
 class _ExpandSharedPrefix(torch.autograd.Function):
-    """Autograd function that copies packed rows [T, ...] to expanded rows [M, ...].
-
-    The backward pass sums the gradients of all copies of the prefix.
-    """
+    """Autograd function that copies packed rows [T, ...] to expanded rows [M, ...]."""
 
     @staticmethod
     def forward(ctx: Any, x_TX: Tensor, indices: SharedPrefixIndices) -> Tensor:
@@ -163,10 +134,8 @@ class _ExpandSharedPrefix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_MX: Tensor) -> tuple[Tensor, None]:
         _, position_indices_T, prefix_indices_SP = ctx.indices
-        dx_TX, shape = (
-            dy_MX.index_select(0, position_indices_T),
-            (*prefix_indices_SP.shape, *dy_MX.shape[1:]),
-        )
+        shape = *prefix_indices_SP.shape, *dy_MX.shape[1:]
+        dx_TX = dy_MX.index_select(0, position_indices_T)
         # Sum the prefix gradients of all sequences in fp32 and round once.
         prefix_grads_SPX = dy_MX.index_select(0, prefix_indices_SP.flatten()).view(shape)
         wide_dtype = torch.promote_types(dy_MX.dtype, torch.float32)
@@ -176,24 +145,15 @@ class _ExpandSharedPrefix(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class SharedPrefixAttention(PackedAttention):
-    """Causal attention of sequences that share a prefix, which is computed once.
-
-    The first segment is the prefix. The tokens of each other segment attend to the prefix and to
-    earlier tokens of their own segment. `num_tokens` is the total number of packed tokens.
-    """
+    """Causal attention of sequences that share a prefix, which is computed once."""
 
     num_tokens: int
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Raise AssertionError: context lengths are undefined with a shared prefix.
-
-        A token of the shared prefix belongs to several sequences.
-        """
         raise AssertionError("prefix tokens belong to several sequences and have no context length")
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute attention with the shared prefix; see `AttentionBackend`."""
         segments, full_segments = self.segments, self.full_segments
         if _use_triton_attention(q_THD, full_segments):
             cu_seqlens = varlen_kernels.CuSeqlens(
@@ -215,51 +175,39 @@ class SharedPrefixAttention(PackedAttention):
 
     @property
     def prefix_length(self) -> int:
-        """Number of tokens in the shared prefix."""
         return self.segments.lengths[0]
 
     @cached_property
     def full_segments(self) -> Segments:
-        """Segments of the expanded batch, in which each sequence starts with the prefix."""
-        first, *others = self.segments.lengths
-        lengths, cu_seqlens_S1 = (first, *(first + n for n in others)), self.segments.cu_seqlens_S1
-        num_prefixes_S1 = torch.arange(-1, len(others) + 1, device=cu_seqlens_S1.device).clamp_(
-            min=0
-        )
+        cu_seqlens_S1, (first, *others) = self.segments.cu_seqlens_S1, self.segments.lengths
+        lengths = first, *(first + length for length in others)
+        num_prefixes_S1 = torch.arange(-1, len(others) + 1, device=cu_seqlens_S1.device).clamp(0)
         full_cu_seqlens_S1 = (cu_seqlens_S1 + num_prefixes_S1 * first).to(cu_seqlens_S1.dtype)
         return Segments(lengths, full_cu_seqlens_S1, max(lengths))
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
-        """Sequences including their prefix, grouped into padded buckets for a CPU."""
         return bucket_shared_prefix(self.segments.lengths)
 
     @cached_property
     def indices(self) -> SharedPrefixIndices:
-        """Row indices of the expanded batch, computed on the device.
-
-        When a CUDA graph is replayed, the sequence lengths are known on the device only.
-        """
-        (cu_seqlens_S1, full_cu_seqlens_S1), prefix_length = (
-            (self.segments.cu_seqlens_S1, self.full_segments.cu_seqlens_S1),
-            self.prefix_length,
-        )
-        token_T = torch.arange(
-            self.num_tokens, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
-        )
-        position_indices_T = token_T + prefix_length * torch.searchsorted(
-            cu_seqlens_S1[1:], token_T, right=True
-        )
-        prefix_indices_SP = full_cu_seqlens_S1[:-1, None] + token_T[:prefix_length]
+        """Row indices of the expanded batch, computed on the device."""
+        cu_seqlens_S1, prefix_length = self.segments.cu_seqlens_S1, self.prefix_length
+        full_cu_seqlens_S1 = self.full_segments.cu_seqlens_S1
         num_positions = self.num_tokens + prefix_length * (len(cu_seqlens_S1) - 2)
         position_M = torch.arange(
             num_positions, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
         )
+        token_T = position_M[: self.num_tokens]
+        sequence_T = torch.searchsorted(cu_seqlens_S1[1:], token_T, right=True)
+        prefix_indices_SP = full_cu_seqlens_S1[:-1, None] + token_T[:prefix_length]
         sequence_M = torch.searchsorted(full_cu_seqlens_S1[1:], position_M, right=True)
         offset_M = position_M - full_cu_seqlens_S1[sequence_M]
         suffix_source_M = cu_seqlens_S1[sequence_M] + offset_M - prefix_length * (sequence_M > 0)
         source_indices_M = torch.where(offset_M < prefix_length, offset_M, suffix_source_M)
-        return SharedPrefixIndices(source_indices_M, position_indices_T, prefix_indices_SP)
+        return SharedPrefixIndices(
+            source_indices_M, token_T + prefix_length * sequence_T, prefix_indices_SP
+        )
 
 
 def varlen_attention(
@@ -275,18 +223,6 @@ def varlen_attention(
 
     Uses FlashAttention or Triton kernels for variable lengths where the device supports them,
     explicit matmuls or one SDPA call per segment length otherwise.
-
-    Args:
-        q_THD: Queries of all segments.
-        k_TKD: Keys of all segments.
-        v_TKD: Values of all segments.
-        segments: Segments of the queries, and of the keys without `key_segments`.
-        causal: Mask the keys after each query.
-        key_segments: Segments of the keys if there are more keys than queries. The queries are then
-            the last tokens of each segment.
-
-    Returns:
-        Attention output of each query, [T, H, D].
     """
     if key_segments is not None and supports_varlen_attention(q_THD):
         return _flash_attention(q_THD, k_TKD, v_TKD, segments, key_segments, causal)
@@ -306,12 +242,8 @@ def varlen_attention(
 
 
 def _use_cpu_attention(q_THD: Tensor, segments: Segments) -> bool:
-    """Return True if explicit matmuls are faster than torch's fused CPU attention.
-
-    Without gradients on a CPU with AMX, the fused kernel is faster (twice as fast for a vision
-    encoder on a Xeon).
-    """
-    if q_THD.device.type != "cpu" or q_THD.dtype != torch.bfloat16:
+    """Return True if explicit matmuls are faster than torch's fused CPU attention."""
+    if q_THD.is_cuda or q_THD.dtype != torch.bfloat16:
         return False
     return segments.max_seqlen <= MAX_CPU_SEQLEN and (torch.is_grad_enabled() or not has_amx_bf16())
 
@@ -323,7 +255,6 @@ def has_amx_bf16() -> bool:
 
 
 def _use_triton_attention(q_THD: Tensor, segments: Segments) -> bool:
-    """Return True if the Triton kernels for short segments support these queries."""
     return (
         HAS_TRITON and segments.max_seqlen <= MAX_TRITON_SEQLEN and supports_varlen_attention(q_THD)
     )
@@ -374,20 +305,20 @@ def _flash_attention(
     # Imported lazily: this loads torch's compiler, which takes as long as importing torch.
     from torch.nn.attention.varlen import varlen_attn
 
-    # If a segment has fewer queries than keys, the causal mask is aligned to its last key.
-    window = (-1, 0) if causal else (-1, -1)
-    cu_seqlens = (
+    # If a segment has fewer queries than keys, the causal mask is aligned to its last key. Releases
+    # before 2.12 support grouped-query attention without a flag.
+    options: dict[str, Any] = {"enable_gqa": True} if _TORCH_VERSION >= (2, 12) else {}
+    o_THD = varlen_attn(
+        q_THD,
+        k_TKD,
+        v_TKD,
         query_segments.cu_seqlens_S1,
         key_segments.cu_seqlens_S1,
         query_segments.max_seqlen,
         key_segments.max_seqlen,
+        window_size=(-1, 0) if causal else (-1, -1),
+        **options,
     )
-    arguments = (q_THD, k_TKD, v_TKD, *cu_seqlens)
-    if _TORCH_VERSION >= (2, 12):
-        o_THD = varlen_attn(*arguments, window_size=window, enable_gqa=True)
-    else:
-        # Earlier releases support grouped-query attention without a flag.
-        o_THD = varlen_attn(*arguments, window_size=window)
     assert isinstance(o_THD, Tensor), f"varlen_attn returned {type(o_THD)}"
     return o_THD
 
@@ -395,11 +326,7 @@ def _flash_attention(
 def _suffix_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, query_segments: Segments, key_segments: Segments
 ) -> Tensor:
-    """Compute causal attention of the last tokens of each segment with SDPA.
-
-    Fallback without a variable-length kernel: one call per segment, with an explicit mask.
-    """
-    enable_gqa = q_THD.shape[1] > k_TKD.shape[1]
+    """Compute causal attention of the last tokens of each segment with SDPA."""
     outputs = []
     for q_LHD, k_LKD, v_LKD in zip(
         torch.split(q_THD, [*query_segments.lengths]),
@@ -409,27 +336,21 @@ def _suffix_attention(
     ):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHD, k_LKD, v_LKD))
         all_true = torch.ones(len(q_LHD), len(k_LKD), dtype=torch.bool, device=q.device)
-        mask = all_true.tril(len(k_LKD) - len(q_LHD))
+        mask, enable_gqa = all_true.tril(len(k_LKD) - len(q_LHD)), q.shape[1] > k.shape[1]
         o_1HLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
         outputs.append(o_1HLD.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 
 def supports_varlen_attention(q_THD: Tensor) -> bool:
-    """Return True if variable-length FlashAttention supports these queries.
-
-    It requires a 16-bit dtype, a head dimension divisible by 8 and compute capability 8.0 or newer.
-    """
+    """Return True if variable-length FlashAttention supports these queries."""
     return q_THD.shape[-1] % 8 == 0 and has_tensor_cores(q_THD.dtype, q_THD.device)
 
 
 def bucketed_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, buckets: LengthBuckets, causal: bool
 ) -> Tensor:
-    """Compute attention with SDPA, one call per segment length.
-
-    Fallback without a variable-length kernel.
-    """
+    """Compute attention with SDPA, one call per segment length."""
     # The fused kernels for CPU and older GPUs require as many key heads as query heads.
     repeats = q_THD.shape[1] // k_TKD.shape[1]
     if repeats > 1:
@@ -473,10 +394,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_rows(rows_R: Tensor, world_size: int) -> Tensor:
-    """Gather rows from all ranks by an all-gather, [P, R, ...].
-
-    Every rank must pass the same number of rows. The backward pass reduce-scatters the gradients.
-    """
+    """Gather the same number of rows from all ranks, [P, R, ...], with reduce-scatter backward."""
     apply: Callable[..., Tensor] = _AllGather.apply
     return apply(rows_R, world_size)
 
@@ -489,15 +407,11 @@ class ContextParallelAttention(PackedAttention):
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Length of the full sequence, repeated for each token of this rank."""
         cu_seqlens_S1 = self.segments.cu_seqlens_S1
         return cu_seqlens_S1.new_full((sum(self.segments.lengths),), self.context_shard.num_tokens)
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute the attention output of this rank's tokens.
-
-        This is a collective operation: all ranks must call it for the same layer.
-        """
+        """Compute the attention output of this rank's tokens."""
         k_WKD, v_WKD = self._all_gather_kv(torch.stack([k_TKD, v_TKD], dim=1)).unbind(1)
         queries = torch.split(q_THD, self.context_shard.lengths)
         outputs = [
@@ -518,10 +432,7 @@ class ContextParallelAttention(PackedAttention):
 
     @cached_property
     def _chunk_segments(self) -> tuple[tuple[Segments, Segments], ...]:
-        """Query and key segments of each chunk of this rank.
-
-        The keys of a chunk are all tokens of the sequence up to the end of the chunk.
-        """
+        """Query and key segments of each chunk of this rank."""
         device = self.segments.cu_seqlens_S1.device
         return tuple(
             (Segments.from_lengths([stop - start], device), Segments.from_lengths([stop], device))
@@ -543,11 +454,7 @@ class ContextParallelAttention(PackedAttention):
 
 
 def exchange_features(features_MFD: Tensor, shard: ContextShard) -> Tensor:
-    """Exchange image features so that each rank has those of its own image tokens.
-
-    Each rank encodes a part of the frames, which may belong to tokens of other ranks. This is a
-    collective operation that all ranks must call.
-    """
+    """Exchange image features so that each rank has those of its own image tokens."""
     # At least one row, so that the features of a dummy image remain in the autograd graph.
     max_features = max(1, *shard.features_per_rank)
     local_MFD = features_MFD[: shard.features_per_rank[shard.rank]]

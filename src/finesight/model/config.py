@@ -22,6 +22,10 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 3.4e38
 
 
+def _is_int(value: object, minimum: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= MAX_INT
+
+
 class ConfigReader:
     """Typed access to the keys of a JSON config.
 
@@ -45,7 +49,6 @@ class ConfigReader:
         )
 
     def has(self, key: str) -> bool:
-        """Return True if `key` is present and not null."""
         return self._values.get(key) is not None
 
     def _get(self, key: str, default: object) -> object:
@@ -61,7 +64,7 @@ class ConfigReader:
     def get_int(self, key: str, default: int | None = None) -> int:
         """Return an integer from 1 to MAX_INT, or `default` if the key is missing."""
         value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_INT:
+        if not _is_int(value, 1):
             self.raise_invalid(key, f"an integer from 1 to {MAX_INT}")
         return value
 
@@ -73,7 +76,6 @@ class ConfigReader:
         return float(value)
 
     def get_bool(self, key: str, default: bool) -> bool:
-        """Return a boolean, or `default` if the key is missing."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             self.raise_invalid(key, "true or false")
@@ -84,50 +86,32 @@ class ConfigReader:
         value = self._values.get(key)
         if not isinstance(value, list | tuple):
             self.raise_invalid(key, "a list of integers")
-        ints = tuple(
-            item
-            for item in value
-            if isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_INT
-        )
-        if len(ints) != len(value):
+        if not all(_is_int(item, 0) for item in value):
             self.raise_invalid(key, f"a list of integers from 0 to {MAX_INT}")
-        return ints
+        return tuple(value)
 
     def get_floats(self, key: str, length: int) -> tuple[float, ...]:
         """Return the list of `length` finite floats stored under `key`."""
         value = self._values.get(key)
-        if not isinstance(value, list | tuple) or len(value) != length:
+        if not isinstance(value, list | tuple) or [*map(_is_number, value)] != [True] * length:
             self.raise_invalid(key, f"a list of {length} values")
-        floats = tuple(float(item) for item in value if _is_number(item))
-        if len(floats) != length:
-            self.raise_invalid(key, f"a list of {length} values")
-        return floats
+        return tuple(map(float, value))
 
     def get_str(self, key: str) -> str:
-        """Return the string stored under `key`."""
         value = self._values.get(key)
         if not isinstance(value, str):
             self.raise_invalid(key, "a string")
         return value
 
     def require_supported(self, key: str, default: object, supported: tuple[object, ...]) -> None:
-        """Raise a UserError unless the value of `key` is one of `supported`.
-
-        Rejects configs whose computation is not implemented. A missing key has the value `default`.
-        """
+        """Raise a UserError unless the value of `key` is one of `supported`."""
         if self._get(key, default) not in supported:
             self.raise_invalid(key, " or ".join(repr(value) for value in supported))
 
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """Mixture-of-experts config of the decoder.
-
-    Attributes:
-        num_experts: Number of experts per layer.
-        num_experts_per_tok: Number of experts that process each token.
-        intermediate_size: Intermediate size of one expert.
-    """
+    """Mixture-of-experts config of the decoder."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -163,22 +147,13 @@ class DecoderConfig:
     moe: MoeConfig | None = None
 
     def prefix_cache_key(self, num_tokens: int) -> str:
-        """Return a key that separates prompts which cannot share KV cache entries.
-
-        Prompts of `num_tokens` tokens with equal keys have equal keys and values for a shared
-        prefix. Configs whose rotary base depends on the prompt length override this.
-        """
+        """Return a key that separates prompts which cannot share KV cache entries."""
         return ""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Vision encoder config.
-
-    A patch covers `temporal_patch_size` frames of `patch_size` x `patch_size` pixels. The merger
-    combines each square of `merge_size` x `merge_size` patches into one feature with the hidden
-    size of the decoder.
-    """
+    """Vision encoder config."""
 
     hidden_size: int
     intermediate_size: int
@@ -197,10 +172,7 @@ class VisionConfig:
 
     @property
     def patch_shape(self) -> tuple[int, ...]:
-        """Shape of one patch as input of the published convolution weight.
-
-        Includes a frame axis if a patch covers several frames.
-        """
+        """Shape of one patch as input of the published convolution weight."""
         frames = (self.temporal_patch_size,) if self.temporal_patch_size > 1 else ()
         return (self.in_channels, *frames, self.patch_size, self.patch_size)
 
@@ -227,10 +199,7 @@ class ModelConfig:
 
 
 def sequential_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
-    """Assign rotary frequencies to the axes time, height and width in consecutive sections.
-
-    `sections` holds the number of frequencies per axis.
-    """
+    """Assign rotary frequencies to the axes time, height and width in consecutive sections."""
     return tuple(row for row, size in enumerate(sections) for _ in range(size))
 
 
@@ -241,15 +210,7 @@ def parse_decoder_config(
     use_qk_norm: bool = False,
     mrope_axes: Callable[[tuple[int, ...]], tuple[int, ...]] = sequential_mrope_axes,
 ) -> DecoderConfig:
-    """Parse the decoder config from config.json.
-
-    Args:
-        hf_config: Content of config.json in either layout.
-        head_dim: Head dimension; by default the hidden size divided by the number of heads.
-        use_qk_norm: Normalize each head of queries and keys.
-        mrope_axes: Function that assigns rotary frequencies to position axes, given the number of
-            frequencies per axis (`mrope_section`).
-    """
+    """Parse the decoder config from config.json."""
     text = get_text_config(hf_config)
     text.require_supported("hidden_act", "silu", ("silu",))
     text.require_supported("use_sliding_window", False, (False,))
@@ -263,10 +224,8 @@ def parse_decoder_config(
     sections = rope.get_ints("mrope_section")
     if head_dim is None:
         if hidden_size % num_heads or (hidden_size // num_heads) % 2:
-            text.raise_invalid(
-                "num_attention_heads",
-                f"a divisor of hidden_size {hidden_size} with an even quotient",
-            )
+            expected = f"a divisor of hidden_size {hidden_size} with an even quotient"
+            text.raise_invalid("num_attention_heads", expected)
         head_dim = hidden_size // num_heads
         text.require_supported("head_dim", None, (None, head_dim))
     if num_heads % num_kv_heads:
@@ -277,6 +236,8 @@ def parse_decoder_config(
         rope.raise_invalid(
             "mrope_section", "sections that can be interleaved, with the first as the longest"
         )
+    # The top-level value takes precedence: the config class of the text part has another default.
+    tied = text.get_bool("tie_word_embeddings", False)
     return DecoderConfig(
         vocab_size=text.get_int("vocab_size"),
         hidden_size=hidden_size,
@@ -290,11 +251,7 @@ def parse_decoder_config(
         rope_theta=(rope if rope.has("rope_theta") else text).get_float("rope_theta"),
         mrope_axes=mrope_axes(sections),
         max_position_embeddings=text.get_int("max_position_embeddings", 32768),
-        # The top-level value takes precedence: the config class of the text part has another
-        # default.
-        tie_word_embeddings=hf_config.get_bool(
-            "tie_word_embeddings", text.get_bool("tie_word_embeddings", False)
-        ),
+        tie_word_embeddings=hf_config.get_bool("tie_word_embeddings", tied),
     )
 
 
@@ -315,19 +272,13 @@ def parse_vision_config(
     out_hidden_size_key: str = "out_hidden_size",
     intermediate_size: int | None = None,
 ) -> VisionConfig:
-    """Parse the vision encoder config.
-
-    The key arguments are the names of settings that differ between families. `intermediate_size` is
-    read from the config if None.
-    """
-    if intermediate_size is None:
-        intermediate_size = vision.get_int("intermediate_size")
+    """Parse the vision encoder config."""
     rope_theta = 10000.0
     if vision.has("rope_parameters"):
         rope_theta = vision.section("rope_parameters").get_float("rope_theta", rope_theta)
     config = VisionConfig(
         hidden_size=vision.get_int(hidden_size_key),
-        intermediate_size=intermediate_size,
+        intermediate_size=intermediate_size or vision.get_int("intermediate_size"),
         num_layers=vision.get_int("depth"),
         num_heads=vision.get_int("num_heads"),
         out_hidden_size=vision.get_int(out_hidden_size_key),
@@ -352,10 +303,9 @@ def parse_pixel_normalization(
     """Parse the pixel normalization from preprocessor_config.json."""
     preprocessor.require_supported("do_normalize", True, (True,))
     preprocessor.require_supported("do_rescale", True, (True,))
-    if min(preprocessor.get_floats("image_std", num_channels)) <= 0:
+    std = preprocessor.get_floats("image_std", num_channels)
+    if min(std) <= 0:
         preprocessor.raise_invalid("image_std", f"a list of {num_channels} positive values")
-    return PixelNormalization(
-        rescale_factor=preprocessor.get_float("rescale_factor", 1 / 255),
-        mean=preprocessor.get_floats("image_mean", num_channels),
-        std=preprocessor.get_floats("image_std", num_channels),
-    )
+    rescale_factor = preprocessor.get_float("rescale_factor", 1 / 255)
+    mean = preprocessor.get_floats("image_mean", num_channels)
+    return PixelNormalization(rescale_factor, mean, std)

@@ -44,8 +44,6 @@ def copy_to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 class HeadRowIndices(NamedTuple):
     """Row indices that group the heads of each segment.
 
-    A row is one head of one token.
-
     Attributes:
         order_X: Row at each bucket position.
         inverse_Y: Bucket position of each row.
@@ -83,7 +81,6 @@ class LengthBuckets:
 
     @property
     def num_positions(self) -> int:
-        """Number of positions in all buckets, including padding."""
         return sum(length * count for length, count in self.shapes)
 
     def head_rows(self, num_heads: int) -> HeadRowIndices:
@@ -113,7 +110,6 @@ class LengthBuckets:
         return HeadRowIndices(order_X, inverse_Y, unused_Y if len(unused_Y) else None, copies_RC)
 
     def _repeat_per_head(self, values_P: Tensor, offsets_H: Tensor) -> Tensor:
-        """Repeat position values for each head and add the head's offset."""
         parts = torch.split(values_P, [length * count for length, count in self.shapes])
         lengths = (length for length, _ in self.shapes)
         repeated = (
@@ -128,22 +124,12 @@ def bucket_by_length(lengths: Sequence[int], device: torch.device) -> LengthBuck
     contiguous = _run_lengths(lengths)
     if len(contiguous) == len(set(lengths)):
         return LengthBuckets(contiguous)
-    lengths_S = np.array(lengths)
-    by_length = np.argsort(lengths_S, kind="stable")
-    order = _source_indices(lengths_S, by_length, lengths_S[by_length])
-    inverse = np.argsort(order)
-    return LengthBuckets(
-        _run_lengths(lengths_S[by_length].tolist()),
-        copy_to_device(order, device),
-        copy_to_device(inverse, device),
-    )
+    return _sort_segments(np.array(lengths), np.sort(lengths), device)
 
 
 def bucket_with_padding(lengths: Sequence[int], device: torch.device) -> LengthBuckets:
     """Group segments of similar length into buckets and pad each bucket to one length."""
-    lengths_S = np.array(lengths)
-    by_length = np.argsort(lengths_S, kind="stable")
-    sorted_S = lengths_S[by_length]
+    sorted_S = np.sort(lengths)
     padded_S = np.empty_like(sorted_S)
     stop = len(padded_S)
     while stop:
@@ -153,22 +139,28 @@ def bucket_with_padding(lengths: Sequence[int], device: torch.device) -> LengthB
         stop = int(start)
     if np.array_equal(padded_S, sorted_S):
         return bucket_by_length(lengths, device)
-    order = _source_indices(lengths_S, by_length, padded_S)
+    return _sort_segments(np.array(lengths), padded_S, device)
+
+
+def _sort_segments(
+    lengths_S: NDArray[np.int64], padded_S: NDArray[np.int64], device: torch.device
+) -> LengthBuckets:
+    """Sort segments by length and pad them to `padded_S`, in ascending order."""
+    by_length = np.argsort(lengths_S, kind="stable")
+    starts = np.cumsum(lengths_S) - lengths_S
     within = np.arange(padded_S.sum()) - np.repeat(np.cumsum(padded_S) - padded_S, padded_S)
-    padding = within >= np.repeat(sorted_S, padded_S)
+    order = np.repeat(starts[by_length], padded_S) + within
+    padding = within >= np.repeat(lengths_S[by_length], padded_S)
     order[padding] = 0
     real = np.flatnonzero(~padding)
     inverse = real[np.argsort(order[real])]
-    tensors = (copy_to_device(array, device) for array in (order, inverse, padding))
+    arrays = (order, inverse, padding) if padding.any() else (order, inverse)
+    tensors = (copy_to_device(array, device) for array in arrays)
     return LengthBuckets(_run_lengths(padded_S.tolist()), *tensors)
 
 
 def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
-    """Build padded buckets of sequences with a shared prefix, on the CPU.
-
-    `lengths` starts with that of the prefix. Every sequence contains a copy of the prefix tokens,
-    which are marked as duplicates in all sequences except the first.
-    """
+    """Build padded buckets of sequences with a shared prefix, on the CPU."""
     prefix_length, *suffix_lengths = lengths
     full_lengths = [prefix_length + length for length in suffix_lengths]
     starts = np.cumsum([prefix_length, *suffix_lengths[:-1]])
@@ -193,19 +185,6 @@ def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
 
 def _run_lengths(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((length, len(list(group))) for length, group in groupby(lengths))
-
-
-def _source_indices(
-    lengths_S: NDArray[np.int64], by_length: NDArray[np.int64], padded_S: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return the source token of each bucket position.
-
-    Segments are in the order `by_length` and have the lengths `padded_S`.
-    """
-    starts = np.cumsum(lengths_S) - lengths_S
-    padded_starts = np.cumsum(padded_S) - padded_S
-    order: NDArray[np.int64] = np.repeat(starts[by_length] - padded_starts, padded_S)
-    return order + np.arange(len(order))
 
 
 MAX_CPU_SEQLEN = 512
@@ -237,11 +216,8 @@ class _CpuAttention(torch.autograd.Function):
     ) -> Tensor:
         scale = q_THD.shape[-1] ** -0.5
         query_rows, key_rows = (buckets.head_rows(x.shape[1]) for x in (q_THD, k_TKD))
-        q_XD, k_XD, v_XD = (
-            _select_rows(q_THD, query_rows),
-            _select_rows(k_TKD, key_rows),
-            _select_rows(v_TKD, key_rows),
-        )
+        q_XD = _select_rows(q_THD, query_rows)
+        k_XD, v_XD = (_select_rows(x, key_rows) for x in (k_TKD, v_TKD))
         o_XD = torch.empty_like(q_XD)
         weights: list[Tensor] = []
         batches = (_split_batches(x, buckets, k_TKD.shape[1]) for x in (q_XD, k_XD, v_XD, o_XD))
@@ -256,12 +232,8 @@ class _CpuAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        query_rows, key_rows, weights = (
-            HeadRowIndices(*saved[:4]),
-            HeadRowIndices(*saved[4:8]),
-            saved[11:],
-        )
-        q_XD, k_XD, v_XD = saved[8:11]
+        query_rows, key_rows = HeadRowIndices(*saved[:4]), HeadRowIndices(*saved[4:8])
+        (q_XD, k_XD, v_XD), weights = saved[8:11], saved[11:]
         scale, num_kv_heads = ctx.scale, ctx.num_kv_heads
         do_XD = _select_rows(do_THD, query_rows)
         if query_rows.padding_Y is not None:
@@ -272,7 +244,10 @@ class _CpuAttention(torch.autograd.Function):
         for weights_BQL, q_BQD, k_BLD, v_BLD, do_BQD, dq_BQD, dk_BLD, dv_BLD in zip(
             weights, *batches, strict=True
         ):
-            dscores_BQL = _score_gradients(do_BQD, v_BLD, weights_BQL)
+            dscores_BQL = torch.bmm(do_BQD, v_BLD.mT)
+            torch.ops.aten._softmax_backward_data.out(
+                dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL
+            )
             dq_BQD.baddbmm_(dscores_BQL, k_BLD, beta=0, alpha=scale)
             dk_BLD.baddbmm_(dscores_BQL.mT, q_BQD, beta=0, alpha=scale)
             torch.bmm(weights_BQL.mT, do_BQD, out=dv_BLD)
@@ -310,25 +285,13 @@ def _attention_weights(q_BQD: Tensor, k_BLD: Tensor, scale: float, causal: bool)
 def _scaled_softmax(
     q_BGCD: Tensor, k_BSD: Tensor, scale: float, causal_mask_CC: Tensor | None = None
 ) -> Tensor:
-    """Compute the softmax of the attention scores of one query block.
-
-    `causal_mask_CC` is added to the scores of the last C keys.
-    """
+    """Compute the softmax of the attention scores of one query block."""
     scores_BGCS = q_BGCD.new_empty(*q_BGCD.shape[:3], k_BSD.shape[1])
     # With beta 0 the first operand is only a buffer; its content is not read.
     scores_BGCS.flatten(1, 2).baddbmm_(q_BGCD.flatten(1, 2), k_BSD.mT, beta=0, alpha=scale)
     if causal_mask_CC is not None:
         scores_BGCS[..., -len(causal_mask_CC) :] += causal_mask_CC
     return torch.softmax(scores_BGCS, -1, out=scores_BGCS)
-
-
-def _score_gradients(do_BQD: Tensor, v_BLD: Tensor, weights_BQL: Tensor) -> Tensor:
-    """Compute the gradients of the attention scores before the softmax."""
-    dscores_BQL = torch.bmm(do_BQD, v_BLD.mT)
-    torch.ops.aten._softmax_backward_data.out(
-        dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL
-    )
-    return dscores_BQL
 
 
 def _select_rows(x_THD: Tensor, rows: HeadRowIndices) -> Tensor:
@@ -351,10 +314,7 @@ def _sum_duplicates(dx_XD: Tensor, rows: HeadRowIndices) -> Tensor:
 
 
 def _split_batches(x_XD: Tensor, buckets: LengthBuckets, num_kv_heads: int) -> Iterator[Tensor]:
-    """Yield one batch of matrices [B, Q, D] per bucket.
-
-    Each matrix holds the rows of one key head of one sequence.
-    """
+    """Yield one batch of matrices [B, Q, D] per bucket."""
     num_heads = len(x_XD) // buckets.num_positions
     parts = torch.split(x_XD, [num_heads * length * count for length, count in buckets.shapes])
     for (_, count), x in zip(buckets.shapes, parts, strict=True):

@@ -31,31 +31,20 @@ from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, compute_mro
 
 @dataclass(frozen=True, slots=True)
 class DeepstackFeatures:
-    """Image features added to hidden states after the first layers (DeepStack, Meng et al. 2024).
-
-    Attributes:
-        visual_indices_M: Indices of the image tokens in the packed batch.
-        features_MKD: Features of each image token; the k-th is added after layer k.
-    """
+    """Image features added to hidden states after the first layers (Meng et al. 2024)."""
 
     visual_indices_M: Tensor
     features_MKD: Tensor
 
     def add_after_layer(self, layer_index: int, x_TD: Tensor) -> Tensor:
-        """Add the features of one layer to the hidden states of the image tokens.
-
-        Layers without features return `x_TD` unchanged.
-        """
+        """Add the features of one layer to the hidden states of the image tokens."""
         if layer_index >= self.features_MKD.shape[1]:
             return x_TD
         return x_TD.index_add(0, self.visual_indices_M, self.features_MKD[:, layer_index])
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention of a decoder layer (Ainslie et al. 2023).
-
-    Qwen2 adds a bias to queries, keys and values; Qwen3 normalizes each head of queries and keys.
-    """
+    """Grouped-query attention of a decoder layer (Ainslie et al. 2023)."""
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
         super().__init__()
@@ -71,7 +60,6 @@ class DecoderAttention(nn.Module):
         self.o_proj = FusedLinear(q_size, {"o_proj": config.hidden_size}, bias=False)
 
     def forward(self, x_TD: Tensor, rotary: RotaryCosSin, attention: AttentionBackend) -> Tensor:
-        """Map hidden states [T, D] to attention outputs [T, D]."""
         shape = (len(x_TD), -1, self.head_dim)
         q_THD, k_TKD, v_TKD = (y.view(shape) for y in self.qkv_proj(x_TD))
         if self.q_norm is not None and self.k_norm is not None:
@@ -102,10 +90,7 @@ class DecoderLayer(nn.Module):
         attention: AttentionBackend,
         logit_indices_L: Tensor | None = None,
     ) -> Tensor:
-        """Map hidden states [T, D] to [T, D].
-
-        With `logit_indices_L`, only these tokens pass the MLP and are returned, [L, D].
-        """
+        """Map hidden states [T, D] to [T, D]."""
         if isinstance(attention, PackedAttention) and self.can_fuse(x_TD):
             return self._forward_fused(x_TD, rotary, attention, logit_indices_L)
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, attention)
@@ -158,11 +143,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embeddings and decoder layers, without the final norm.
-
-    Callers apply the final norm separately, only to the tokens that need logits. Families with
-    other layers pass `layer_class` and override `compute_rotary`.
-    """
+    """Token embeddings and decoder layers, without the final norm."""
 
     def __init__(
         self,
@@ -182,7 +163,6 @@ class Decoder(nn.Module):
         return compute_mrope(position_ids_3T, self.config, dtype)
 
     def embed(self, ids_T: Tensor) -> Tensor:
-        """Embed token ids, [T] to [T, D]."""
         return F.embedding(ids_T, self.embed_tokens.weight)
 
     def forward(
@@ -194,21 +174,7 @@ class Decoder(nn.Module):
         logit_indices_L: Tensor | None = None,
         deepstack: DeepstackFeatures | None = None,
     ) -> Tensor:
-        """Compute hidden states before the final norm.
-
-        Args:
-            x_TD: Embedded tokens.
-            position_ids_3T: M-RoPE position ids.
-            attention: Attention backend.
-            activation_checkpointing: Fraction of layers that are checkpointed, counted from the
-                first.
-            logit_indices_L: Indices of the tokens to return; the others skip the last MLP. None
-                returns all tokens.
-            deepstack: Image features to add after the first layers, but never after the last layer.
-
-        Returns:
-            Hidden states [T, D], or [L, D] with `logit_indices_L`.
-        """
+        """Compute hidden states before the final norm."""
         rotary = self.compute_rotary(position_ids_3T, attention, x_TD.dtype)
         num_checkpointed = num_checkpointed_layers(activation_checkpointing, len(self.layers))
         *layers, last_layer = self.layers
@@ -230,8 +196,5 @@ class Decoder(nn.Module):
 
 
 def _uses_rng(layer: nn.Module, x_TD: Tensor) -> bool:
-    """Return True if recomputing the layer requires torch's RNG state.
-
-    Fused layers derive their dropout mask from a seed instead.
-    """
+    """Return True if recomputing the layer requires torch's RNG state."""
     return not (isinstance(layer, DecoderLayer) and layer.can_fuse(x_TD))

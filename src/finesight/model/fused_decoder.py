@@ -22,8 +22,8 @@ from finesight.model.attention import supports_varlen_attention
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.fused import LoraMatmul
 from finesight.model.lora.layer import LoraLinear
-from finesight.model.quant.base import HAS_TRITON
-from finesight.model.quant.fp8 import Fp8Rows, empty_fp8_rows
+from finesight.model.quant.base import HAS_TRITON, Fp8Rows
+from finesight.model.quant.fp8 import empty_fp8_rows
 from finesight.model.rope import RotaryCosSin
 
 if HAS_TRITON:
@@ -55,15 +55,11 @@ def is_fusible(linear: FusedLinear) -> bool:
 
 
 def supports_fused_layers(x_TD: Tensor) -> bool:
-    """Return True if the fused kernels support the device and dtype of the hidden states."""
     return HAS_TRITON and len(x_TD) > 0 and supports_varlen_attention(x_TD.unsqueeze(0))
 
 
 class LayerDropout(NamedTuple):
-    """Seed of the LoRA dropout of one decoder layer in one forward pass.
-
-    `dropout_seed_1` may be None if no adapter uses dropout.
-    """
+    """Seed of the LoRA dropout of one decoder layer in one forward pass."""
 
     layer_index: int
     dropout_seed_1: Tensor | None
@@ -85,11 +81,7 @@ def norm_qkv_rope(
     rotary: RotaryCosSin,
     layer_dropout: LayerDropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Apply RMS norm, QKV projection and rotary embedding of a decoder layer.
-
-    Returns:
-        The layer input for the residual connection, queries [T, H, D], keys and values [T, K, D].
-    """
+    """Apply RMS norm, QKV projection and rotary embedding of a decoder layer."""
     num_heads, num_kv_heads, _ = (size // head_dim for size in qkv.output_sizes.values())
     layout = QkvLayout(num_heads, num_kv_heads, head_dim)
     matmul = layer_dropout.prepare_matmul(qkv, 0)
@@ -154,11 +146,7 @@ class _NormQkvRope(torch.autograd.Function):
 def _rms_norm_lora(
     x_TD: Tensor, w_D: Tensor, eps: float, matmul: LoraMatmul
 ) -> tuple[Tensor | Fp8Rows, Tensor, Tensor | None]:
-    """Compute the RMS norm, the reciprocal RMS of each row and the LoRA activations.
-
-    With a fused LoRA weight, the norm has padding columns that hold the LoRA activations. The norm
-    is quantized to FP8 if the linear accepts FP8 input.
-    """
+    """Compute the RMS norm, the reciprocal RMS of each row and the LoRA activations."""
     if matmul.accepts_fp8_input:
         fp8_rows = empty_fp8_rows(x_TD)
         d_TD, rstd_T = norm_kernels.rms_norm_dropout(x_TD, w_D, eps, None, matmul.dropout, fp8_rows)
@@ -170,10 +158,7 @@ def _rms_norm_lora(
 
 
 def _lora_down(d_TI: Tensor, matmul: LoraMatmul, padded_TJ: Tensor | None) -> Tensor | None:
-    """Compute LoRA activations; also write them to the padding columns of `padded_TJ`.
-
-    Returns None without an adapter.
-    """
+    """Compute LoRA activations; also write them to the padding columns of `padded_TJ`."""
     lora_A_SI = matmul.lora_A_SI
     if lora_A_SI is None:
         return None
@@ -192,12 +177,7 @@ def _lora_down_backward(
     grads: tuple[Tensor, Tensor | None],
     matmul: LoraMatmul,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the backward pass of the LoRA down-projection.
-
-    Adds the LoRA gradient to the input gradient and computes the gradient of lora_A. `grads` are
-    the gradients of the input from the base product and of the LoRA activations. Both may be views
-    of one tensor, which is freed if there are no other references.
-    """
+    """Compute the backward pass of the LoRA down-projection."""
     dn_TI, dlow_TS = grads
     if dlow_TS is None or matmul.lora_A_SI is None:
         return dn_TI, None
@@ -215,10 +195,7 @@ def out_proj_mlp(
     down: FusedLinear,
     layer_dropout: LayerDropout,
 ) -> Tensor:
-    """Compute the output projection, the residual additions and the MLP of a decoder layer.
-
-    With y = x + out(o), returns y plus the gated MLP of the RMS norm of y.
-    """
+    """Compute the output projection, the residual additions and the MLP of a decoder layer."""
     linears = enumerate((out, gate_up, down), 1)
     matmuls = [layer_dropout.prepare_matmul(linear, index) for index, linear in linears]
     parameters = (parameter for matmul in matmuls for parameter in matmul.parameters)

@@ -23,40 +23,26 @@ from torch import Tensor, nn
 
 from finesight.model.quant.base import (
     HAS_TRITON,
+    Fp8Rows,
     QuantizedMatrix,
     QuantizedWeight,
     has_tensor_cores,
+    require_dense,
+    split_outputs,
 )
-from finesight.model.quant.fp8 import Fp8Rows, Fp8Weight, accepts_fp8_input
+from finesight.model.quant.fp8 import Fp8Weight, accepts_fp8_input
 
 if HAS_TRITON:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
 
 
 class LoraDelta(NamedTuple):
-    """LoRA delta of one layer of a fused linear, scale * low B^T.
-
-    `low_TR` are the LoRA activations.
-    """
+    """LoRA delta of one layer of a fused linear, scale * low B^T."""
 
     layer_index: int
     low_TR: Tensor
     lora_B_OR: Tensor
     scale: float
-
-
-def linear_with_delta(
-    delta: LoraDelta, x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None
-) -> Tensor:
-    """Compute x W^T + bias plus a LoRA delta, [T, O], on a CPU.
-
-    See the module docstring for the order of the operations.
-    """
-    _, low_TR, lora_B_OR, scale = delta
-    y_TO = x_TI.new_empty(len(x_TI), len(w_OI))
-    # With beta 0 the content of the buffer is not read.
-    y_TO.addmm_(low_TR, lora_B_OR.T, beta=0, alpha=scale).addmm_(x_TI, w_OI.T)
-    return y_TO if bias_O is None else y_TO.add_(bias_O)
 
 
 def add_lora_delta(y_TO: Tensor, low_TR: Tensor, lora_B_OR: Tensor, scale: float = 1.0) -> Tensor:
@@ -83,12 +69,6 @@ class FusedLinear(nn.Module):
     For example, q_proj, k_proj and v_proj share one weight of shape [sum of widths, in_features]. A
     fused linear with a single layer has the name of this layer as its module name. A frozen weight
     may be quantized.
-
-    Attributes:
-        output_sizes: Output width of each layer, in the order of the rows of the weight. The keys
-            are the last components of the layers' hub names.
-        adapter: Module set by `model.lora` that computes the base product together with the LoRA
-            delta, or None.
     """
 
     weight: nn.Parameter | QuantizedWeight
@@ -110,21 +90,12 @@ class FusedLinear(nn.Module):
         matrix_type: Callable[[int, int], QuantizedMatrix],
         weight_type: type[QuantizedWeight] = QuantizedWeight,
     ) -> None:
-        """Replace the weight by empty quantized matrices, one per layer.
-
-        The values of the weight are dropped; its dtype remains the compute dtype.
-
-        Args:
-            matrix_type: Constructor of a matrix, with the numbers of outputs and inputs as
-                arguments.
-            weight_type: Class of the module that holds the matrices.
-        """
+        """Replace the weight by empty quantized matrices, one per layer."""
         matrices = [matrix_type(size, self.in_features) for size in self.output_sizes.values()]
         self._replace_weight(weight_type(matrices, self.weight.dtype))
 
     @torch.no_grad()
     def dequantize(self) -> None:
-        """Replace a quantized weight by its dequantized values."""
         if isinstance(self.weight, QuantizedWeight):
             self._replace_weight(nn.Parameter(torch.cat(list(self.weight.dequantize_layers()))))
 
@@ -135,16 +106,12 @@ class FusedLinear(nn.Module):
 
     @property
     def accepts_fp8_input(self) -> bool:
-        """True if callers may quantize the input to FP8.
-
-        The weight must use FP8 matmuls, and neither an adapter nor a gradient may need the input.
-        """
+        """True if callers may quantize the input to FP8."""
         return (
             self.adapter is None and not torch.is_grad_enabled() and accepts_fp8_input(self.weight)
         )
 
     def forward(self, x: Tensor | Fp8Rows) -> tuple[Tensor, ...]:
-        """Map [..., in_features] to one output [..., width] per layer."""
         if self.adapter is not None:
             return tuple(self.adapter(x, self.weight, self.bias))
         return linear_per_layer(x, self.weight, self.bias, tuple(self.output_sizes.values()))
@@ -161,15 +128,13 @@ def linear_per_layer(
     Separate matmuls give contiguous outputs. Later kernels read those several times faster than
     slices of one output, and the backward pass need not concatenate gradients.
     """
-    if isinstance(weight, Fp8Weight):
-        return weight.linear_per_layer(x, bias)
-    x = _require_dense_input(x)
     if isinstance(weight, QuantizedWeight):
         return weight.linear_per_layer(x, bias)
+    x = require_dense(x)
     if len(output_sizes) == 1:
         return (F.linear(x, weight, bias),)
-    biases = [None] * len(output_sizes) if bias is None else torch.split(bias, list(output_sizes))
     weights = torch.split(weight, list(output_sizes))
+    biases = split_outputs(bias, output_sizes)
     return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
 
 
@@ -180,11 +145,7 @@ def linear_with_deltas(
     output_sizes: Sequence[int],
     deltas: Sequence[LoraDelta],
 ) -> tuple[Tensor, ...]:
-    """Compute x W_i^T + bias_i for each layer and add the LoRA deltas, without autograd.
-
-    GPUs add the deltas to the base products, CPUs the base products to the deltas; see
-    `model.fused_linear`.
-    """
+    """Compute x W_i^T + bias_i for each layer and add the LoRA deltas, without autograd."""
     if x_TI.is_cuda:
         ys_TO = linear_per_layer(x_TI, weight, bias, output_sizes)
         for layer_index, low_TR, lora_B_OR, scale in deltas:
@@ -197,18 +158,24 @@ def linear_with_deltas(
             wide_TO[layer_index].addmm_(low_TR.float(), lora_B_OR.float().T, alpha=scale)
         return tuple(y_TO.to(x_TI.dtype) for y_TO in wide_TO)
     delta_by_layer = {delta.layer_index: delta for delta in deltas}
-    biases = [None] * len(output_sizes) if bias is None else torch.split(bias, list(output_sizes))
     weights = (
         torch.split(weight, list(output_sizes))
         if isinstance(weight, Tensor)
         else weight.dequantize_layers()
     )
-    return tuple(
-        linear_with_delta(delta_by_layer[layer], x_TI, w, b)
-        if layer in delta_by_layer
-        else F.linear(x_TI, w, b)
-        for layer, (w, b) in enumerate(zip(weights, biases, strict=True))
-    )
+    outputs = []
+    for layer, (w_OI, bias_O) in enumerate(
+        zip(weights, split_outputs(bias, output_sizes), strict=True)
+    ):
+        if layer not in delta_by_layer:
+            outputs.append(F.linear(x_TI, w_OI, bias_O))
+            continue
+        _, low_TR, lora_B_OR, scale = delta_by_layer[layer]
+        y_TO = x_TI.new_empty(len(x_TI), len(w_OI))
+        # With beta 0 the content of the buffer is not read.
+        y_TO.addmm_(low_TR, lora_B_OR.T, beta=0, alpha=scale).addmm_(x_TI, w_OI.T)
+        outputs.append(y_TO if bias_O is None else y_TO.add_(bias_O))
+    return tuple(outputs)
 
 
 def add_input_gradient(
@@ -223,21 +190,13 @@ def add_input_gradient(
         dx_TI.addmm_(dy_TO, w_OI)
 
 
-def _require_dense_input(x: Tensor | Fp8Rows) -> Tensor:
-    assert isinstance(x, Tensor), "FP8 input for a weight that is not FP8"
-    return x
-
-
 def linear_concat(
     x: Tensor | Fp8Rows, weight: Tensor | QuantizedWeight, bias: Tensor | None
 ) -> Tensor:
     """Compute x W^T + bias of all fused layers, concatenated to [T, sum of widths]."""
-    if isinstance(weight, Fp8Weight):
+    if isinstance(weight, QuantizedWeight):
         return weight.linear_concat(x, bias)
-    x = _require_dense_input(x)
-    return (
-        F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.linear_concat(x, bias)
-    )
+    return F.linear(require_dense(x), weight, bias)
 
 
 def linear_concat_backward(dy: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:

@@ -26,11 +26,7 @@ if HAS_TRITON:
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """Apply rotary embeddings: x cos + swap(x) sin.
-
-    `swap` exchanges the halves of a head; `sin` is negative in the first half. The computation uses
-    the wider of both dtypes and the result has the dtype of `x_THD`.
-    """
+    """Apply rotary embeddings: x cos + swap(x) sin."""
     y_THD: Tensor = _ApplyRotary.apply(x_THD, cos_T1D, sin_T1D)  # type: ignore[no-untyped-call]
     return y_THD
 
@@ -57,10 +53,7 @@ def swiglu_concat(gate_up_TF2: Tensor, padding: int) -> Tensor:
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Compute RMS norm, x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019).
-
-    The result is rounded once.
-    """
+    """Compute RMS norm, x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019)."""
     if x_TD.is_cuda or x_TD.dtype not in _KERNEL_TYPES:
         return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
     # For 16-bit dtypes on a CPU, torch saves fp32 copies of intermediate results for the backward
@@ -78,7 +71,7 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """
     if x.is_cuda:
         return torch.native_dropout(x, p, True)
-    dropped_indices = _sample_dropped_indices(x.numel(), p)
+    dropped_indices = draw_dropped_indices(x.numel(), p)
     return _zero_indices(x * (1.0 / (1.0 - p)), dropped_indices), dropped_indices
 
 
@@ -92,7 +85,7 @@ def dropout_matmul(x_TS: Tensor, y_SD: Tensor, dropout_mask: Tensor, p: float) -
     return _zero_indices(torch.addmm(x_TS[:1, :1], x_TS, y_SD, beta=0, alpha=scale), dropout_mask)
 
 
-def _sample_dropped_indices(num_elements: int, p: float) -> Tensor:
+def draw_dropped_indices(num_elements: int, p: float) -> Tensor:
     """Sample the indices of dropped elements in ascending order.
 
     On a CPU torch draws one random value per element. Here each random value is the gap to the next
@@ -116,10 +109,7 @@ def _zero_indices(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Return True if Triton is installed and a tensor has 16-bit elements on a GPU.
-
-    The fused elementwise kernels require this.
-    """
+    """Return True if Triton is installed and a tensor has 16-bit elements on a GPU."""
     return HAS_TRITON and x.is_cuda and x.dtype in _KERNEL_TYPES
 
 

@@ -15,14 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.config import WeightFormat
-from finesight.digests import DIGESTS_FILE, verify_folder
-from finesight.encode.family import is_native
-from finesight.encode.hf_renderer import (
-    FROM_PRETRAINED_OPTIONS,
-    import_transformers,
-    load_hf_config,
-)
 from finesight.encode.packing import PackedBatch
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.model.families.architecture import KeyMapping
 from finesight.model.fused_linear import FusedLinear, single_output
@@ -30,6 +24,7 @@ from finesight.model.trainable import HF_PREFIX, ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import copy_model_files, load_model, save_model
 from finesight.model_folder import ModelFolder
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 LIMITATIONS = (
     "has no native implementation in finesight and runs through transformers. Samples run one at a "
@@ -44,10 +39,7 @@ NUM_COMPARED_TOKENS = 64
 
 
 class HfLinear(FusedLinear):
-    """Linear layer of a transformers model that supports an adapter.
-
-    It replaces an `nn.Linear` and shares its parameters.
-    """
+    """Linear layer of a transformers model that supports an adapter."""
 
     def __init__(self, layer: nn.Linear, name: str) -> None:
         with torch.device("meta"):
@@ -59,7 +51,6 @@ class HfLinear(FusedLinear):
             self.register_parameter(key, parameter)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Map [..., in_features] to one tensor [..., out_features], as transformers expects."""
         return single_output(super().forward(x))
 
 
@@ -87,26 +78,20 @@ class HfModel(nn.Module):
 
     @property
     def adapter_key_mapping(self) -> KeyMapping:
-        """Mapping from native layer names to PEFT module names for saving adapters."""
         return self.adapter_key_mappings[0]
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """Weight of the output head, [V, D]; the embedding weight if tied."""
         weight: Tensor = self.inner.get_output_embeddings().weight
         return weight
 
     @property
     def max_position_embeddings(self) -> int:
-        """Context length of the model."""
         return int(self.inner.config.get_text_config().max_position_embeddings)
 
     @property
     def activation_checkpointing(self) -> float:
-        """Fraction of layers with activation checkpointing.
-
-        transformers checkpoints all layers for any fraction above 0.
-        """
+        """Fraction of layers with activation checkpointing."""
         return self._activation_checkpointing
 
     @activation_checkpointing.setter
@@ -116,10 +101,7 @@ class HfModel(nn.Module):
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     def prepare_inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """Build the keyword arguments of the transformers model for a packed batch.
-
-        Pixel values are converted to the model's dtype.
-        """
+        """Build the keyword arguments of the transformers model for a packed batch."""
         dtype = self.inner.dtype
         extra_inputs = {
             name: value.to(dtype) if value.is_floating_point() else value
@@ -128,12 +110,7 @@ class HfModel(nn.Module):
         return {"input_ids": batch.ids_T[None], **extra_inputs}
 
     def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
-        """Compute the normalized hidden states [L, D] of the tokens that need logits.
-
-        The packed batch must hold one sample, and cached image features are not supported. The
-        first call checks that the output head alone maps the hidden states to the model's logits,
-        and raises UserError otherwise.
-        """
+        """Compute the normalized hidden states [L, D] of the tokens that need logits."""
         assert features_MKD is None, "cached image features are not supported"
         if not self._head_checked:
             self._check_head(batch)
@@ -153,44 +130,39 @@ class HfModel(nn.Module):
         addition; they raise UserError.
         """
         if self.inner.base_model is self.inner or self.inner.get_output_embeddings() is None:
-            raise UserError(
+            raise _unsupported_head(
                 f"the class {type(self.inner).__name__} has no base model apart from its head",
-                where="model",
-                expected="hidden states and a head, from which the loss is computed",
-                remedy="choose another family; inference with this one works",
+                "hidden states and a head, from which the loss is computed",
             )
         was_training = self.training
         self.eval()
-        token_indices = batch.logit_indices_L[:NUM_COMPARED_TOKENS]
+        indices = batch.logit_indices_L[:NUM_COMPARED_TOKENS]
         # Nearly all classes can skip the logits of other tokens, which may be gigabytes.
-        supports_logits_to_keep = "logits_to_keep" in signature(self.inner.forward).parameters
-        logits_kwargs = {"logits_to_keep": token_indices} if supports_logits_to_keep else {}
-        model_logits_CV = (
-            self.inner(**self.prepare_inputs(batch), use_cache=False, **logits_kwargs)
-            .logits[0]
-            .float()
-        )
-        model_logits_CV = (
-            model_logits_CV if supports_logits_to_keep else model_logits_CV[token_indices]
-        )
-        head_logits_CV = F.linear(
-            self._forward_hidden(batch)[token_indices], self.lm_head_weight
-        ).float()
+        skips_logits = "logits_to_keep" in signature(self.inner.forward).parameters
+        options = {"logits_to_keep": indices} if skips_logits else {}
+        out = self.inner(**self.prepare_inputs(batch), use_cache=False, **options)
+        model_logits_CV = (out.logits[0] if skips_logits else out.logits[0][indices]).float()
+        h_CD = self._forward_hidden(batch)[indices]
+        head_logits_CV = F.linear(h_CD, self.lm_head_weight).float()
         self.train(was_training)
-        relative_error = (
-            model_logits_CV - head_logits_CV
-        ).abs().max() / model_logits_CV.abs().max().clamp(min=1e-6)
+        largest = model_logits_CV.abs().max().clamp(min=1e-6)
+        relative_error = (model_logits_CV - head_logits_CV).abs().max() / largest
         # The tolerance allows for the rounding of both results to the model's dtype.
         if not relative_error <= max(1e-4, 2 * torch.finfo(self.inner.dtype).eps):
-            family = self.inner.config.model_type
-            raise UserError(
-                f"logits of {family} differ by {float(relative_error):.2g} of the largest from "
-                "hidden states times head",
-                where="model",
-                expected="logits equal to hidden states times head weight, from which the loss is "
-                "computed",
-                remedy="choose another family; inference with this one works",
+            raise _unsupported_head(
+                f"logits of {self.inner.config.model_type} differ by {float(relative_error):.2g} "
+                "of the largest from hidden states times head",
+                "logits equal to hidden states times head weight, from which the loss is computed",
             )
+
+
+def _unsupported_head(problem: str, expected: str) -> UserError:
+    return UserError(
+        problem,
+        where="model",
+        expected=expected,
+        remedy="choose another family; inference with this one works",
+    )
 
 
 def load_hf_model(
@@ -201,12 +173,6 @@ def load_hf_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[str] = (),
 ) -> HfModel:
-    """Load the model of a folder with its transformers class.
-
-    Raises:
-        UserError: The family is unsupported, a tensor is missing or has a wrong shape, the folder
-            was changed since finesight wrote it, or quantization is requested.
-    """
     if nf4_parts or fp8_parts or weight_format != "auto":
         where, requested = "--weight-format", f"weights in {weight_format}"
         if weight_format == "auto":
@@ -218,31 +184,37 @@ def load_hf_model(
             expected="a native family; transformers uses the published weights",
             remedy=f"leave {where} out",
         )
+    # Native families do not need this backend.
+    from finesight.encode.hf_renderer import (
+        FROM_PRETRAINED_OPTIONS,
+        import_transformers,
+        load_hf_config,
+    )
+
     config = load_hf_config(folder)
     # Weights published as pickles are converted to safetensors in a separate folder.
     weights_folder = folder.weight_files()[0].parent
     if (weights_folder / DIGESTS_FILE).is_file():
         verify_folder(weights_folder)
-    inner, loading_info = import_transformers().AutoModelForImageTextToText.from_pretrained(
+    transformers = import_transformers()
+    inner, loading_info = transformers.AutoModelForImageTextToText.from_pretrained(
         str(weights_folder),
         config=config,
         # Ignore the folder's settings: decoding is greedy, and penalties damage correct
         # repetitions.
-        generation_config=import_transformers().GenerationConfig(),
+        generation_config=transformers.GenerationConfig(),
         dtype=dtype,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **FROM_PRETRAINED_OPTIONS,
     )
-    invalid_keys = [
-        *loading_info["missing_keys"],
-        *(str(key) for key in loading_info["mismatched_keys"]),
-    ]
+    mismatched = (str(key) for key in loading_info["mismatched_keys"])
+    invalid_keys = sorted([*loading_info["missing_keys"], *mismatched])
     if invalid_keys:
-        listed = ", ".join(sorted(invalid_keys)[:5])
         raise UserError(
-            f"{len(invalid_keys)} tensors are missing or of another shape: {listed}",
+            f"{len(invalid_keys)} tensors are missing or of another shape: "
+            f"{', '.join(invalid_keys[:5])}",
             where=str(folder.path),
             expected="all tensors of config.json",
             remedy="download the model again",
@@ -251,11 +223,6 @@ def load_hf_model(
 
 
 def save_hf_model(model: HfModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Write the model to `target` in the transformers format.
-
-    Tokenizer, processor and other small files are copied from `folder`. Adapters must be removed
-    before.
-    """
     copy_model_files(folder, target, dtype)
     state = model.inner.state_dict()
     copies_by_pointer: dict[int, Tensor] = {}
@@ -280,19 +247,11 @@ def load_auto_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[ModelPart] = (),
 ) -> AnyModel:
-    """Load the model of a folder with native code or, for other families, transformers.
-
-    Arguments and errors are those of `load_model` and `load_hf_model`.
-    """
     loader = load_model if is_native(folder) else load_hf_model
     return loader(folder, dtype, device, nf4_parts, weight_format, fp8_parts)
 
 
 def save_auto_model(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Write the weights of a model without adapters to `target`.
-
-    Config and tokenizer files are copied from `folder`, which the model was loaded from.
-    """
     if isinstance(model, HfModel):
         save_hf_model(model, folder, target, dtype)
     else:

@@ -6,7 +6,6 @@ Shapes: T tokens, N patches, D width, M merged patch squares, R rows of a table.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,8 +21,8 @@ from finesight.model.config import PixelNormalization, VisionConfig
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.fused_ops import has_kernels, quick_gelu, rms_norm, swiglu, swiglu_concat
 from finesight.model.lora.fused import fuse_lora_weight, padding_columns
-from finesight.model.quant.base import HAS_TRITON
-from finesight.model.quant.fp8 import Fp8Rows, quantize_fp8
+from finesight.model.quant.base import HAS_TRITON, Fp8Rows
+from finesight.model.quant.fp8 import quantize_fp8
 from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb
 
 if HAS_TRITON:
@@ -37,11 +36,7 @@ ALIGNMENT = 8
 
 
 def num_checkpointed_layers(fraction: float, num_layers: int) -> int:
-    """Return the number of layers with activation checkpointing, counted from the first.
-
-    The first layers are chosen because the backward pass recomputes them after the activations of
-    the last ones have been freed.
-    """
+    """Return the number of layers with activation checkpointing, counted from the first."""
     # Round first: in floating point, 0.28 x 25 is slightly more than 7.
     return math.ceil(round(fraction * num_layers, 6))
 
@@ -49,10 +44,7 @@ def num_checkpointed_layers(fraction: float, num_layers: int) -> int:
 def run_layer(
     layer: nn.Module, checkpointed: bool, *inputs: object, preserve_rng_state: bool = True
 ) -> Any:
-    """Run a layer, with activation checkpointing if `checkpointed`.
-
-    With `preserve_rng_state` the recomputation uses the RNG state of the forward pass.
-    """
+    """Run a layer, with activation checkpointing if `checkpointed`."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(
             layer, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state
@@ -77,7 +69,6 @@ class RmsNorm(nn.RMSNorm):
     """RMS norm with a trainable weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension of [..., width]."""
         assert self.eps is not None, "a norm without eps"
         return rms_norm(x, self.weight, self.eps)
 
@@ -85,12 +76,7 @@ class RmsNorm(nn.RMSNorm):
 def add_norm(
     x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module, next_linear: FusedLinear
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """Add the output of a block to the residual stream and normalize the sum.
-
-    Returns:
-        The sum x + y (x if `y_ND` is None), and its norm, quantized to FP8 if `next_linear` accepts
-        that.
-    """
+    """Add the output of a block to the residual stream and normalize the sum."""
     if y_ND is not None:
         if has_kernels(x_ND) and not torch.is_grad_enabled():
             fused = _fused_add_norm(x_ND, y_ND, norm, to_fp8=next_linear.accepts_fp8_input)
@@ -108,23 +94,19 @@ def _fused_add_norm(
     if not isinstance(norm, nn.LayerNorm | RmsNorm) or norm.eps is None:
         return None
     is_layer_norm = isinstance(norm, nn.LayerNorm)
-    bias_D = norm.bias if isinstance(norm, nn.LayerNorm) else None
-    norm_parameters = norm.weight, bias_D, norm.eps
+    parameters = norm.weight, norm.bias if isinstance(norm, nn.LayerNorm) else None, norm.eps
     return norm_kernels.add_norm(
-        x_ND, y_ND, *norm_parameters, is_layer_norm=is_layer_norm, to_fp8=to_fp8
+        x_ND, y_ND, *parameters, is_layer_norm=is_layer_norm, to_fp8=to_fp8
     )
 
 
-class FeedForward(nn.Module, ABC):
-    """MLP that exposes its first linear layer.
-
-    The preceding norm is quantized to FP8 if this layer accepts that.
-    """
+class FeedForward(nn.Module):
+    """MLP whose first child is the linear layer that reads its input."""
 
     @property
-    @abstractmethod
     def input_linear(self) -> FusedLinear:
-        """First linear layer, which reads the input of the MLP."""
+        """First linear layer, which determines the format of the preceding norm."""
+        return next(module for module in self.children() if isinstance(module, FusedLinear))
 
 
 class GatedMlp(FeedForward):
@@ -136,13 +118,7 @@ class GatedMlp(FeedForward):
         self.gate_up_proj = FusedLinear(hidden_size, output_sizes, bias=bias)
         self.down_proj = FusedLinear(intermediate_size, {"down_proj": hidden_size}, bias=bias)
 
-    @property
-    def input_linear(self) -> FusedLinear:
-        """Fused gate and up projections."""
-        return self.gate_up_proj
-
     def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
-        """Apply the MLP, [T, width] to [T, width]."""
         if self.padding_columns and isinstance(x_TD, Tensor) and has_kernels(x_TD):
             return self._forward_padded(x_TD)
         gate, up = self.gate_up_proj(x_TD)
@@ -150,29 +126,19 @@ class GatedMlp(FeedForward):
 
     @property
     def padding_columns(self) -> int:
-        """Number of padding columns that align the rows of `down_proj` for tensor cores.
-
-        Zero if the rows are aligned, and with adapters or quantized weights.
-        """
+        """Number of padding columns that align the rows of `down_proj` for tensor cores."""
         down = self.down_proj
-        linears = self.gate_up_proj, down
         all_dense = all(
-            isinstance(linear.weight, nn.Parameter) and linear.adapter is None for linear in linears
+            isinstance(linear.weight, nn.Parameter) and linear.adapter is None
+            for linear in (self.gate_up_proj, down)
         )
-        if down.in_features % ALIGNMENT == 0 or not all_dense:
+        missing = -down.in_features % ALIGNMENT
+        if not missing or not all_dense:
             return 0
-        return (
-            -down.in_features % ALIGNMENT
-            if _must_copy(down)
-            else padding_columns(down.in_features, 0)
-        )
+        return missing if _must_copy(down) else padding_columns(down.in_features, 0)
 
     def _forward_padded(self, x_TD: Tensor) -> Tensor:
-        """Compute the MLP with zero-padded rows of the `down_proj` weight.
-
-        Required for intermediate sizes that are not aligned for tensor cores, such as 3420 in
-        Qwen2.5-VL's vision encoder.
-        """
+        """Compute the MLP with zero-padded rows of the `down_proj` weight."""
         gate_up, down = self.gate_up_proj, self.down_proj
         assert isinstance(gate_up.weight, nn.Parameter), "the gate and up weights must be dense"
         assert isinstance(down.weight, nn.Parameter), "the down weight must be dense"
@@ -187,22 +153,14 @@ class GatedMlp(FeedForward):
 
 
 def _must_copy(linear: FusedLinear) -> bool:
-    """Return True if padding must copy the weight in each forward pass.
-
-    Trainable weights are views of master buffers and sharded weights are managed by FSDP, so
-    neither can be replaced by a padded weight.
-    """
+    """Return True if padding must copy the weight in each forward pass."""
     return linear.is_sharded or (
         isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad
     )
 
 
 class PatchEmbed(nn.Module):
-    """Projection of the pixels of a patch to the hidden size of the vision encoder.
-
-    The published weight is a convolution whose stride equals its kernel size. On patches this is a
-    linear layer, which is much faster.
-    """
+    """Projection of the pixels of a patch to the hidden size of the vision encoder."""
 
     def __init__(
         self, config: VisionConfig, normalization: PixelNormalization, *, bias: bool
@@ -212,22 +170,14 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(config.patch_dim, config.hidden_size, bias=bias)
 
     def forward(self, patches_ND: Tensor) -> Tensor:
-        """Normalize uint8 patches and project them to [N, width].
-
-        Patches have the shape [N, channels x frames x patch x patch]. Without the frames, [N,
-        channels x patch x patch], they are repeated for all frames.
-        """
-        scale, mean, std = (
-            self.normalization.rescale_factor,
-            self.normalization.mean,
-            self.normalization.std,
-        )
-        channels = patches_ND.chunk(len(mean), dim=1)
+        """Normalize uint8 patches and project them to [N, width]."""
+        norm, dtype = self.normalization, self.proj.weight.dtype
+        channels = patches_ND.chunk(len(norm.mean), dim=1)
         # With Python scalars torch converts the bytes to fp32 without copying constants to the
         # device.
-        dtype = self.proj.weight.dtype
         normalized = [
-            (x * (scale / std[c])).sub_(mean[c] / std[c]).to(dtype) for c, x in enumerate(channels)
+            (x * (norm.rescale_factor / std)).sub_(mean / std).to(dtype)
+            for x, mean, std in zip(channels, norm.mean, norm.std, strict=True)
         ]
         frames = self.proj.in_features // patches_ND.shape[1]
         y_ND: Tensor = self.proj(torch.cat([x for x in normalized for _ in range(frames)], 1))
@@ -244,7 +194,6 @@ class VisionAttention(nn.Module):
         self.proj = FusedLinear(hidden_size, {"proj": hidden_size}, bias=True)
 
     def forward(self, x_ND: Tensor | Fp8Rows, rotary: RotaryCosSin, segments: Segments) -> Tensor:
-        """Apply attention to patches, [N, width] to [N, width]."""
         num_heads = self.num_heads
         qkv_NE = single_output(self.qkv(x_ND))
         qk_NHD, v_NHD = torch.split(
@@ -277,12 +226,6 @@ class VisionBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Compute the block with deferred residual additions.
 
-        Args:
-            x_ND: Residual stream.
-            y_ND: Output of the previous block that is not yet added to the stream, or None.
-            rotary: Rotary embedding of the patches.
-            segments: Attention segments.
-
         Returns:
             Residual stream and MLP output. The next block adds them, fused with its first norm.
         """
@@ -307,21 +250,13 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map patches [N, width] to features [M, out_width].
-
-        The patches of each merged square must be adjacent.
-        """
         hidden = single_output(self.mlp["0"](self.ln_q(x_ND).view(-1, self.merged_size)))
         return single_output(self.mlp["2"](F.gelu(hidden)))
 
 
 @dataclass(frozen=True)
 class FusedGelu:
-    """GELU approximation of the form x sigmoid(linear x + cubic x^3).
-
-    See Hendrycks & Gimpel 2016, arXiv:1606.08415. `eager` computes the same function without the
-    fused kernel.
-    """
+    """GELU approximation of the form x sigmoid(linear x + cubic x^3)."""
 
     linear: float
     cubic: float
@@ -345,28 +280,20 @@ TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, appro
 
 
 def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:
-    """Return the operands of the fused kernel, or None if it cannot be used.
-
-    The kernel requires 16-bit dense rows and weight without gradients or an adapter, a Hopper GPU
-    and a sufficiently large matmul.
-    """
+    """Return the operands of the fused kernel, or None if it cannot be used."""
     w_FD = linear.weight
     if linear.adapter is not None or torch.is_grad_enabled():
         return None
     if not (isinstance(x_ND, Tensor) and isinstance(w_FD, Tensor) and has_kernels(x_ND)):
         return None
-    tma_aligned = _is_tma_aligned(x_ND) and _is_tma_aligned(w_FD) and len(w_FD) % ALIGNMENT == 0
-    if (
-        tma_aligned
-        and is_hopper(x_ND.device)
-        and gemm_gelu_kernels.saturates_device(len(x_ND), len(w_FD), x_ND.device)
-    ):
-        return x_ND, w_FD
-    return None
+    is_aligned = _is_tma_aligned(x_ND) and _is_tma_aligned(w_FD) and len(w_FD) % ALIGNMENT == 0
+    if not (is_aligned and is_hopper(x_ND.device)):
+        return None
+    is_large = gemm_gelu_kernels.saturates_device(len(x_ND), len(w_FD), x_ND.device)
+    return (x_ND, w_FD) if is_large else None
 
 
 def _is_tma_aligned(x: Tensor) -> bool:
-    """Return True if the rows of a matrix are aligned for TMA copies."""
     return x.stride(1) == 1 and x.stride(0) % ALIGNMENT == 0 and x.data_ptr() % 16 == 0
 
 

@@ -15,11 +15,7 @@ from finesight.model.fused_ops import swiglu
 
 
 def requires_host_sync(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if the matmuls of the experts synchronize the host with the device.
-
-    Without a grouped matmul, torch loops over the experts and reads their row counts from the
-    device, which prevents CUDA graphs.
-    """
+    """Return True if the matmuls of the experts synchronize the host with the device."""
     has_grouped_mm = dtype == torch.bfloat16 and device.type == "cuda"
     return not has_grouped_mm or torch.cuda.get_device_capability(device) < (9, 0)
 
@@ -36,10 +32,7 @@ class MoeExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 
     def forward(self, x_PD: Tensor, expert_offsets_E: Tensor) -> Tensor:
-        """Apply the experts to rows [P, D] that are sorted by expert.
-
-        `expert_offsets_E` (int32) holds the end row of each expert.
-        """
+        """Apply the experts to rows [P, D] that are sorted by expert."""
         gate_up_PE = F.grouped_mm(x_PD, self.gate_up_proj, offs=expert_offsets_E)
         gate_PI, up_PI = (half.contiguous() for half in gate_up_PE.chunk(2, dim=-1))
         y_PD: Tensor = F.grouped_mm(swiglu(gate_PI, up_PI), self.down_proj, offs=expert_offsets_E)
@@ -60,7 +53,6 @@ class SparseMoeBlock(nn.Module):
         self.experts = MoeExperts(hidden_size, moe_config)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Apply the experts to tokens, [T, D] to [T, D]."""
         router_probs_TE = self.gate(x_TD).softmax(-1, dtype=torch.float32)
         expert_weights_TK, expert_ids_TK = router_probs_TE.topk(self.top_k, dim=-1)
         expert_weights_TK = (expert_weights_TK / expert_weights_TK.sum(-1, keepdim=True)).to(

@@ -20,18 +20,13 @@ from finesight.model.fused_ops import apply_rotary
 
 @dataclass(frozen=True)
 class RotaryCosSin:
-    """Cosines and signed sines of the rotation angles of each token, shared by all heads.
-
-    The rotation is x cos + swap(x) sin, where swap exchanges the halves of a head and sin is
-    negative in the first half.
-    """
+    """Cosines and signed sines of the rotation angles of each token, shared by all heads."""
 
     cos_T1D: Tensor
     sin_T1D: Tensor
 
     @classmethod
     def from_angles(cls, angles_TF: Tensor, dtype: torch.dtype) -> RotaryCosSin:
-        """Compute cosines and sines of fp32 angles in radians, rounded once to `dtype`."""
         cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
         cos_TD = torch.cat([cos_TF, cos_TF], -1)
         sin_TD = torch.cat([-sin_TF, sin_TF], -1)
@@ -39,10 +34,7 @@ class RotaryCosSin:
 
 
 def apply_rotary_pos_emb(x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
-    """Rotate each head by the angles of its token, in the wider of both dtypes.
-
-    The result has the dtype of `x_THD`.
-    """
+    """Rotate each head by the angles of its token, in the wider of both dtypes."""
     return apply_rotary(x_THD, rotary.cos_T1D, rotary.sin_T1D)
 
 

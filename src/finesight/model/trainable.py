@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Literal, get_args
 
 from torch import nn
 
-from finesight.config import LoraSettings, TuneSettings
+from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.lora.layer import LoraConfig, LoraLinear, find_adaptable_layers, iter_adapters
 from finesight.model.quant.base import find_quantized_weights
@@ -17,19 +17,13 @@ from finesight.model.quant.base import find_quantized_weights
 ModelPart = Literal["vision", "merger", "language", "embeddings"]
 MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 
-_NATIVE_PREFIXES: tuple[tuple[str, ModelPart], ...] = (
-    ("visual.merger.", "merger"),
-    ("visual.deepstack_merger_list.", "merger"),
-    ("visual.patch_embed.", "vision"),
-    ("visual.pos_embed.", "vision"),
-    ("visual.positional_embedding", "vision"),
-    ("visual.ln_pre.", "vision"),
-    ("visual.blocks.", "vision"),
-    ("model.layers.", "language"),
-    ("model.norm.", "language"),
-    ("model.embed_tokens.", "embeddings"),
-    ("lm_head.", "embeddings"),
+_NATIVE_PATTERNS: tuple[tuple[ModelPart, str], ...] = (
+    ("merger", r"visual\.(merger|deepstack_merger_list)\."),
+    ("vision", r"visual\.(patch_embed|pos_embed|ln_pre|blocks)\.|visual\.positional_embedding"),
+    ("language", r"model\.(layers|norm)\."),
+    ("embeddings", r"(model\.embed_tokens|lm_head)\."),
 )
+"""Parameter name patterns of native models by model part."""
 
 EMBEDDING_SUFFIXES = (
     *(".pos_embed", ".pos_embed.weight", ".positional_embedding", ".query", ".cls_token"),
@@ -60,10 +54,18 @@ _HF_PATTERNS: tuple[tuple[ModelPart, str], ...] = (
 """Parameter name patterns of transformers models by model part; the first match decides."""
 
 
-def _hf_part(name: str) -> ModelPart:
-    for part, pattern in _HF_PATTERNS:
+def get_part(name: str) -> ModelPart:
+    """Return the model part that a parameter or linear layer belongs to.
+
+    The head belongs to the embeddings because many models tie the two. Unknown names of native
+    models raise AssertionError, so that unknown parts cannot be trained by accident. Unknown names
+    of transformers models raise UserError.
+    """
+    is_native = not name.startswith(HF_PREFIX)
+    for part, pattern in _NATIVE_PATTERNS if is_native else _HF_PATTERNS:
         if re.match(pattern, name):
             return part
+    assert not is_native, f"the parameter {name} belongs to no part: {_NATIVE_PATTERNS}"
     raise UserError(
         f"the parameter {name.removeprefix(HF_PREFIX)} belongs to no known part",
         where="model",
@@ -73,51 +75,19 @@ def _hf_part(name: str) -> ModelPart:
     )
 
 
-def get_part(name: str) -> ModelPart:
-    """Return the model part that a parameter or linear layer belongs to.
-
-    The head belongs to the embeddings because many models tie the two. Unknown names of native
-    models raise AssertionError, so that unknown parts cannot be trained by accident. Unknown names
-    of transformers models raise UserError.
-    """
-    if name.startswith(HF_PREFIX):
-        return _hf_part(name)
-    for prefix, part in _NATIVE_PREFIXES:
-        if name.startswith(prefix):
-            return part
-    raise AssertionError(
-        f"the parameter {name} belongs to no part: {[p for p, _ in _NATIVE_PREFIXES]}"
-    )
-
-
 def configure_tuning(model: nn.Module, tune: TuneSettings, seed: int) -> None:
     """Set `requires_grad` of every parameter and add LoRA adapters.
 
-    Adapters of a part with the mode `lora` cover its linear layers, filtered by
-    `tune.lora.target_modules`. Their initial values depend only on `seed` and the layer name.
-
-    Raises:
-        UserError: No layer of these parts has the name of a target module, a part has no layer with
-            any of these names, or a part with the mode `full` has quantized weights.
+    The initial values of an adapter depend only on `seed` and the layer name.
     """
     assert not list(iter_adapters(model)), "the model already has adapters"
-    tuning_modes = _tuning_modes(tune)
-    _check_quantized_parts(model, tuning_modes)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(tuning_modes[get_part(name)] == "full")
-    adapted = [part for part in MODEL_PARTS if tuning_modes[part] == "lora"]
-    if adapted:
-        layers = find_adaptable_layers(model)
-        targeted = _select_targets(
-            [n for n in layers if get_part(n) in adapted], adapted, tune.lora.target_modules
-        )
-        lora_config = LoraConfig(tune.lora.rank, tune.lora.alpha)
-        apply_lora(model, dict.fromkeys(targeted, lora_config), tune.lora, seed)
-
-
-def _check_quantized_parts(model: nn.Module, tuning_modes: Mapping[ModelPart, str]) -> None:
-    for name in find_quantized_weights(model):
-        part = get_part(name)
+    tuning_modes: dict[ModelPart, str] = {
+        "vision": tune.vision,
+        "merger": tune.merger,
+        "language": tune.language,
+        "embeddings": tune.embeddings,
+    }
+    for part in map(get_part, find_quantized_weights(model)):
         if tuning_modes[part] == "full":
             raise UserError(
                 f"{part} is full, but the model has 4-bit weights, which cannot be trained",
@@ -125,30 +95,22 @@ def _check_quantized_parts(model: nn.Module, tuning_modes: Mapping[ModelPart, st
                 expected="frozen or lora",
                 remedy="train the same model without quantization, or adapters on this one",
             )
-
-
-def _tuning_modes(tune: TuneSettings) -> dict[ModelPart, str]:
-    return {
-        "vision": tune.vision,
-        "merger": tune.merger,
-        "language": tune.language,
-        "embeddings": tune.embeddings,
-    }
-
-
-def apply_lora(
-    model: nn.Module, configs: dict[str, LoraConfig], lora: LoraSettings, seed: int
-) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(tuning_modes[get_part(name)] == "full")
+    adapted = [part for part in MODEL_PARTS if tuning_modes[part] == "lora"]
+    if not adapted:
+        return
     layers = find_adaptable_layers(model)
-    for path in dict.fromkeys(layers[name].path for name in configs):
-        layer_names = [name for name in configs if layers[name].path == path]
-        linear = layers[layer_names[0]].linear
-        adapter = LoraLinear(
-            linear, {layers[n].output_name: configs[n] for n in layer_names}, lora.dropout
-        )
+    names = [name for name in layers if get_part(name) in adapted]
+    lora_config = LoraConfig(tune.lora.rank, tune.lora.alpha)
+    configs: dict[str, dict[str, LoraConfig]] = {}
+    for name in _select_targets(names, adapted, tune.lora.target_modules):
+        configs.setdefault(layers[name].path, {})[layers[name].output_name] = lora_config
+    linears = {layer.path: layer.linear for layer in layers.values()}
+    for path, layer_configs in configs.items():
+        adapter = LoraLinear(linears[path], layer_configs, tune.lora.dropout)
         adapter.reset_parameters(seed, path)
-        adapter.train(linear.training)
-        linear.adapter = adapter
+        linears[path].adapter = adapter.train(linears[path].training)
 
 
 def _select_targets(
@@ -157,14 +119,19 @@ def _select_targets(
     if targets is None:
         return names
     for target in targets:
-        if not any(_is_target(name, target) for name in names):
+        if not any(name.endswith(f".{target}") for name in names):
+            similar = sorted(
+                _name_suffixes(names),
+                key=lambda suffix: difflib.SequenceMatcher(None, target, suffix).ratio(),
+                reverse=True,
+            )
             raise UserError(
                 f"{target!r} matches no linear layer of {' or '.join(parts)}",
                 where="tune.lora.target_modules",
-                expected=f"some of {', '.join(_sort_by_similarity(target, _name_suffixes(names)))}",
+                expected=f"some of {', '.join(similar)}",
                 remedy="correct the name, or remove target_modules to adapt every linear layer",
             )
-    selected = [name for name in names if any(_is_target(name, target) for target in targets)]
+    selected = [name for name in names if name.endswith(tuple(f".{target}" for target in targets))]
     for part in parts:
         if not any(get_part(name) == part for name in selected):
             part_names = [name for name in names if get_part(name) == part]
@@ -177,15 +144,8 @@ def _select_targets(
     return selected
 
 
-def _is_target(name: str, target: str) -> bool:
-    return name.endswith(f".{target}")
-
-
 def _name_suffixes(names: Iterable[str]) -> list[str]:
-    """Return the distinct name suffixes of linear layers.
-
-    A suffix is the last component of the name, or the last two if the last one is a number.
-    """
+    """Return the distinct last components of layer names, or the last two if one is a number."""
     suffixes: dict[str, None] = {}
     for name in names:
         pieces = name.split(".")
@@ -193,16 +153,6 @@ def _name_suffixes(names: Iterable[str]) -> list[str]:
     return list(suffixes)
 
 
-def _sort_by_similarity(target: str, names: list[str]) -> list[str]:
-    def similarity(name: str) -> float:
-        return difflib.SequenceMatcher(None, target, name).ratio()
-
-    return sorted(names, key=similarity, reverse=True)
-
-
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by name, in model order.
-
-    Tied parameters are listed once.
-    """
+    """Return the trainable parameters by name, in model order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -5,12 +5,10 @@ Shapes: N patches, D hidden size, M merged patch squares, K features of each.
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,71 +22,15 @@ from finesight.model.layers import PatchEmbed, num_checkpointed_layers, run_laye
 from finesight.model.rope import compute_vision_rope
 from finesight.vision.patches import GridTHW
 
-Given = ParamSpec("Given")
-
-Arrays = TypeVar("Arrays", bound=NDArray[Any] | tuple[NDArray[Any], ...])
-
-CACHE_BYTES = 64 << 20
-"""Default memory limit of one cached function, in bytes: enough for the results of hundreds of
-image sizes with a thousand tokens each."""
-
-
-def array_cache(
-    max_bytes: int = CACHE_BYTES,
-) -> Callable[[Callable[Given, Arrays]], Callable[Given, Arrays]]:
-    """Cache the arrays that a function returns, keyed by its arguments.
-
-    The least recently used results are evicted when the cached arrays exceed `max_bytes` in total;
-    `functools.lru_cache` limits only the number of results. Callers share the arrays and must not
-    modify them.
-    """
-
-    def decorate(function: Callable[Given, Arrays]) -> Callable[Given, Arrays]:
-        results: OrderedDict[Hashable, Arrays] = OrderedDict()
-        lock, cached_bytes = threading.Lock(), 0
-
-        @functools.wraps(function)
-        def cached(*args: Given.args, **kwargs: Given.kwargs) -> Arrays:
-            nonlocal cached_bytes
-            key = (args, tuple(kwargs.items()))
-            with lock:
-                if key in results:
-                    results.move_to_end(key)
-                    return results[key]
-            result = function(*args, **kwargs)
-            with lock:
-                if key not in results:
-                    results[key] = result
-                    cached_bytes += _bytes(result)
-                while cached_bytes > max_bytes:
-                    cached_bytes -= _bytes(results.popitem(last=False)[1])
-            return result
-
-        return cached
-
-    return decorate
-
-
-def _bytes(arrays: NDArray[Any] | tuple[NDArray[Any], ...]) -> int:
-    return (
-        arrays.nbytes if isinstance(arrays, np.ndarray) else sum(array.nbytes for array in arrays)
-    )
-
+MAX_CACHED_GRIDS = 128
+"""Number of image sizes whose patch indices are cached. Callers must not modify the arrays."""
 
 ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """Patch order and attention segments for the images of a packed batch.
-
-    Attributes:
-        position_ids_N2: Row and column of each patch, in the patch order of the blocks.
-        segments: Attention segments of each block.
-        window_index_M: Indices that reorder merged patch squares from the packed order to that of
-            the blocks; None if the orders are equal.
-        reverse_index_M: Indices that restore the packed order; None if the orders are equal.
-    """
+    """Patch order and attention segments for the images of a packed batch."""
 
     position_ids_N2: Tensor
     segments: tuple[Segments, ...]
@@ -97,15 +39,11 @@ class PatchLayout:
 
 
 class VisionEncoder(nn.Module):
-    """Base class of vision encoders.
-
-    A model family defines its blocks and merger, and overrides the patch layout, position
-    embeddings and intermediate mergers as needed.
-    """
+    """Base class of vision encoders."""
 
     supports_cuda_graphs = False
     """True if training steps can capture the encoder as a CUDA graph (see
-    `train.graph_vision_buffers`). This requires that only the patch layout depends on image sizes:
+    `train.graph_buffers`). This requires that only the patch layout depends on image sizes:
     position embeddings ignore the grids, and segments are frames or windows."""
 
     def __init__(
@@ -139,16 +77,12 @@ class VisionEncoder(nn.Module):
         )
 
     def segment_lengths(self, grid_thw: Sequence[GridTHW]) -> tuple[tuple[int, ...], ...]:
-        """Return the attention segment lengths of each block, by default one segment per frame.
-
-        Blocks with equal segments share the same tuple object.
-        """
+        """Return the attention segment lengths of each block, by default one segment per frame."""
         return (frame_lengths(grid_thw),) * self.config.num_layers
 
     def build_segments(
         self, grid_thw: Sequence[GridTHW], device: torch.device
     ) -> tuple[Segments, ...]:
-        """Build the attention segments of each block on the device."""
         lengths_by_block = self.segment_lengths(grid_thw)
         segments_by_id = {
             id(block_lengths): Segments.from_lengths(block_lengths, device)
@@ -162,12 +96,10 @@ class VisionEncoder(nn.Module):
 
     @property
     def features_per_token(self) -> int:
-        """Number of features per merged patch square, K."""
         return 1 + len(self.deepstack_indexes)
 
     @property
     def min_grid(self) -> GridTHW:
-        """Patch grid of the smallest supported image: frames, rows, columns."""
         return 1, self.config.merge_size, self.config.merge_size
 
     @property
@@ -186,13 +118,6 @@ class VisionEncoder(nn.Module):
     ) -> Tensor:
         """Encode packed image patches.
 
-        Args:
-            patches_ND: uint8 patches of all images.
-            grid_thw: Patch grid of each image or video.
-            activation_checkpointing: Fraction of blocks that are checkpointed, counted from the
-                first.
-            layout: Patch layout; passed inside CUDA graphs, where the grids are unknown.
-
         Returns:
             Features [M, K, out_width]: those of the last block, then those of the DeepStack blocks.
         """
@@ -201,7 +126,7 @@ class VisionEncoder(nn.Module):
             assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
             layout = self.compute_patch_layout(grid_thw, patches_ND.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_encoder_trainable):
-            # Reorder uint8 patches, the smallest representation.
+            # Reorder uint8 patches, the smallest representation; the copy is freed afterwards.
             x_ND = self.patch_embed(self._reorder_patches(patches_ND, layout.window_index_M))
             x_ND = self.add_position_embeddings(x_ND, grid_thw)
             rotary = compute_vision_rope(layout.position_ids_N2, self.config)
@@ -219,11 +144,9 @@ class VisionEncoder(nn.Module):
         mergers = zip(self.deepstack_merger_list, deepstack_hidden, strict=True)
         merged = [self.merger(x_ND), *(merger(h_ND) for merger, h_ND in mergers)]
         features_MKD = torch.stack(merged, 1)
-        return (
-            features_MKD
-            if layout.reverse_index_M is None
-            else features_MKD.index_select(0, layout.reverse_index_M)
-        )
+        if layout.reverse_index_M is None:
+            return features_MKD
+        return features_MKD.index_select(0, layout.reverse_index_M)
 
     def _reorder_patches(self, patches_ND: Tensor, window_index_M: Tensor | None) -> Tensor:
         if window_index_M is None:
@@ -233,7 +156,6 @@ class VisionEncoder(nn.Module):
 
 
 def frame_lengths(grid_thw: Sequence[GridTHW]) -> tuple[int, ...]:
-    """Return the number of patches in each frame of each image or video."""
     return tuple(h * w for t, h, w in grid_thw for _ in range(t))
 
 
@@ -242,13 +164,9 @@ def unique_objects(objects: Iterable[ItemT]) -> list[ItemT]:
     return [*{id(item): item for item in objects}.values()]
 
 
-@array_cache()
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
 def patch_coordinates(grid: GridTHW, merge_size: int) -> NDArray[np.int32]:
-    """Return row and column of each patch, [M, merge x merge, 2].
-
-    `grid` is the patch grid of an image or video. Merged patch squares are in reading order, with
-    the patches of a square adjacent.
-    """
+    """Return row and column of each patch, [M, merge x merge, 2]."""
     frames, height, width = grid
     row_column = np.moveaxis(np.indices((height, width), dtype=np.int32), 0, -1)
     squares = row_column.reshape(

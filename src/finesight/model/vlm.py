@@ -76,14 +76,9 @@ class VisionLanguageModel(nn.Module):
         self._fused_weight_sync = FusedWeightSync()
         self.visual = visual
         self.model = architecture.decoder_class(config.decoder)
-        decoder_config = config.decoder
-        self.lm_head = (
-            None
-            if decoder_config.tie_word_embeddings
-            else FusedLinear(
-                decoder_config.hidden_size, {"lm_head": decoder_config.vocab_size}, bias=False
-            )
-        )
+        width, vocab_size = config.decoder.hidden_size, config.decoder.vocab_size
+        is_tied = config.decoder.tie_word_embeddings
+        self.lm_head = None if is_tied else FusedLinear(width, {"lm_head": vocab_size}, bias=False)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -98,10 +93,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def supports_cuda_graphs(self) -> bool:
-        """True if a decode step can be captured as a CUDA graph.
-
-        This requires a GPU and no synchronization with the host.
-        """
+        """True if a decode step can be captured as a CUDA graph."""
         weight = self.model.embed_tokens.weight
         has_experts = self.config.decoder.moe is not None
         return weight.is_cuda and not (
@@ -110,25 +102,17 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def adapter_key_mapping(self) -> KeyMapping:
-        """Mapping from native layer names to PEFT module names for saving adapters."""
         return self.architecture.adapter_key_mapping
 
     def encode_images(self, patches_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
-        """Encode uint8 patches to image features [M, K, D].
-
-        A frozen vision encoder runs without autograd.
-        """
+        """Encode uint8 patches to image features [M, K, D]."""
         features_MKD: Tensor = self.visual(patches_ND, grid_thw, self.activation_checkpointing)
         return features_MKD
 
     def _resolve_features(
         self, batch: PackedBatch, cached_features_MKD: Tensor | None
     ) -> Tensor | None:
-        """Return the features of the batch's image tokens, [M, K, D], or None without images.
-
-        Cached features are returned unchanged. With context parallelism and without cached
-        features, all ranks must call this.
-        """
+        """Return the features of the batch's image tokens, [M, K, D], or None without images."""
         shard = batch.context_shard
         if cached_features_MKD is not None:
             return cached_features_MKD
@@ -158,15 +142,6 @@ class VisionLanguageModel(nn.Module):
 
         The first feature of an image token replaces its placeholder embedding; the others are added
         after the first layers (DeepStack).
-
-        Args:
-            batch: Packed batch.
-            attention: Attention backend.
-            logit_indices_L: Indices of the tokens to return; all tokens if None.
-            features_MKD: Cached image features of the batch; computed if None.
-
-        Returns:
-            Hidden states [T, D] or [L, D].
         """
         x_TD = self.model.embed(batch.ids_T)
         features_MKD = self._resolve_features(batch, features_MKD)
@@ -192,17 +167,14 @@ class VisionLanguageModel(nn.Module):
     def decode_step(
         self, ids_R: Tensor, position_ids_3R: Tensor, attention: AttentionBackend
     ) -> Tensor:
-        """Compute hidden states before the final norm for one new token of each sequence."""
         h_RD: Tensor = self.model(self.model.embed(ids_R), position_ids_3R, attention)
         return h_RD
 
     def apply_final_norm(self, h_TD: Tensor) -> Tensor:
-        """Apply the final norm of the decoder, which precedes the output head."""
         y_TD: Tensor = self.model.norm(h_TD)
         return y_TD
 
     def compute_logits(self, h_TD: Tensor) -> Tensor:
-        """Map normalized hidden states to logits [T, V]."""
         if self.lm_head is None:
             return F.linear(h_TD, self.model.embed_tokens.weight)
         return single_output(self.lm_head(h_TD))
@@ -213,14 +185,7 @@ class VisionLanguageModel(nn.Module):
         features_MKD: Tensor | None = None,
         dropout_seed_1: Tensor | None = None,
     ) -> Tensor:
-        """Compute the normalized hidden states [L, D] of the tokens that need logits.
-
-        Args:
-            batch: Packed batch.
-            features_MKD: Cached image features of the batch; computed if None.
-            dropout_seed_1: Seed of LoRA dropout in the fused layers on a GPU (int32, on the
-                device); drawn from torch's RNG if None.
-        """
+        """Compute the normalized hidden states [L, D] of the tokens that need logits."""
         # Compute features before the seed is drawn, so that the RNG state does not depend on
         # cached features.
         features_MKD = self._resolve_features(batch, features_MKD)
@@ -239,7 +204,6 @@ class VisionLanguageModel(nn.Module):
 
 
 def _build_attention(batch: PackedBatch, dropout_seed_1: Tensor | None) -> PackedAttention:
-    """Build the attention backend of a packed batch."""
     segments = Segments(batch.lengths, batch.cu_seqlens_S1, max(batch.lengths))
     if batch.prefix_length:
         return SharedPrefixAttention(segments, dropout_seed_1, num_tokens=len(batch.ids_T))
@@ -273,11 +237,7 @@ def raise_on_failed_allocation(file: str) -> Iterator[None]:
 def build_model(
     hf_config: ConfigReader, preprocessor: ConfigReader, dtype: torch.dtype, device: torch.device
 ) -> VisionLanguageModel:
-    """Build a model with uninitialized parameters from its config.json.
-
-    Raises UserError for an unknown family, for missing or invalid values, and for sizes that exceed
-    memory.
-    """
+    """Build a model with uninitialized parameters from its config.json."""
     family = hf_config.get_str("model_type")
     if family not in ARCHITECTURES:
         hf_config.raise_invalid("model_type", " or ".join(ARCHITECTURES))

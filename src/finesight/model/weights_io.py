@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finesight.config import WeightFormat
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
@@ -31,6 +30,7 @@ from finesight.model.quant.base import (
     QuantizedWeight,
     WeightTensorSpec,
     find_quantized_weights,
+    split_outputs,
 )
 from finesight.model.quant.fp8 import FP8_ALIGNMENT, Fp8Matrix, Fp8Weight
 from finesight.model.quant.int4 import RtnInt4Matrix, gptq_group_size, quantize_gptq_layers
@@ -44,14 +44,12 @@ from finesight.model.vlm import (
     raise_on_failed_allocation,
 )
 from finesight.model_folder import PICKLE_INDEX_FILE, PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Header entry of a tensor in a safetensors file.
-
-    `name` is the published name of the tensor and `native_name` its name in the native model.
-    """
+    """Header entry of a tensor in a safetensors file."""
 
     file: Path
     name: str
@@ -61,22 +59,17 @@ class TensorHeader:
 
     @property
     def layer_name(self) -> str:
-        """Native name of the layer that owns the tensor."""
         return self.native_name.rpartition(".")[0]
 
 
 def read_headers(
     files: Sequence[Path], to_native_name: Callable[[str], str] = str
 ) -> list[TensorHeader]:
-    """Read the header entries of safetensors files.
-
-    `to_native_name` maps published tensor names to native names.
-    """
     headers = []
     for file in files:
-        with open_safetensors(file) as file_handle:
-            for name in file_handle.keys():  # noqa: SIM118
-                piece = file_handle.get_slice(name)
+        with open_safetensors(file) as weights:
+            for name in weights.keys():  # noqa: SIM118
+                piece = weights.get_slice(name)
                 shape = tuple(piece.get_shape())
                 headers.append(
                     TensorHeader(file, name, to_native_name(name), shape, piece.get_dtype())
@@ -84,30 +77,27 @@ def read_headers(
     return headers
 
 
-def tensor_error(names: list[str], problem: str, expected: str, where: Path) -> UserError:
+def _damaged_file(
+    problem: str, where: Path, expected: str, remedy: str = "download the model again"
+) -> UserError:
+    return UserError(problem, where=str(where), expected=expected, remedy=remedy)
+
+
+def _tensor_error(names: list[str], problem: str, expected: str, where: Path) -> UserError:
     """Build a UserError that lists up to five affected tensors."""
     listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return UserError(
-        f"{len(names)} tensors are {problem}: {listed}",
-        where=str(where),
-        expected=expected,
-        remedy=_REMEDY,
-    )
+    return _damaged_file(f"{len(names)} tensors are {problem}: {listed}", where, expected)
 
 
 @contextmanager
-def open_safetensors(file: Path) -> Iterator[Any]:
+def open_safetensors(file: Path, remedy: str = "download the model again") -> Iterator[Any]:
     """Open a safetensors file for reading; raises UserError if it is damaged."""
     try:
         with safe_open(file, framework="pt") as file_handle:
             yield file_handle
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"not a complete safetensors file ({error})",
-            where=str(file),
-            expected="a safetensors file as published",
-            remedy=_REMEDY,
-        ) from error
+        problem = f"not a complete safetensors file ({error})"
+        raise _damaged_file(problem, file, "a safetensors file as published", remedy) from error
 
 
 MATRIX_TYPES: Mapping[str, Callable[[int, int], QuantizedMatrix]] = {
@@ -116,9 +106,6 @@ MATRIX_TYPES: Mapping[str, Callable[[int, int], QuantizedMatrix]] = {
     "int8": Int8Matrix,
     "int4": RtnInt4Matrix,
 }
-
-_DECODER_PARTS: tuple[ModelPart, ...] = ("language", "embeddings")
-"""Model parts that `--weight-format` quantizes, if the head is not tied to the embeddings."""
 
 
 def quantize_model_parts(
@@ -132,32 +119,25 @@ def quantize_model_parts(
 
     `nf4_parts` selects all linear layers of these parts, `fp8_parts` those whose sizes support FP8
     matmuls (`model.quant.fp8`). A `weight_format` other than auto selects the decoder and the head
-    in that format instead.
-
-    With `weight_format`, vision encoder and merger remain in their stored dtype: they process an
-    image once, with more rows than quantized kernels accelerate, and their errors affect all later
+    instead. Vision encoder and merger then remain in their stored dtype: they process an image
+    once, with more rows than quantized kernels accelerate, and their errors affect all later
     tokens. A tied head remains as well, because it is the embedding table.
-
-    Raises:
-        UserError: Quantization was requested for a tied head or for a decoder with experts, or a
-            package is missing. The message names `folder`.
     """
     requests: list[tuple[Collection[ModelPart], str, str]] = [
         (nf4_parts, "nf4", "tune.quantize.nf4"),
         (fp8_parts, "fp8", "tune.quantize.fp8"),
     ]
     if weight_format != "auto":
-        decoder: tuple[ModelPart, ...] = ("language",) if model.lm_head is None else _DECODER_PARTS
-        requests = [(decoder, weight_format, "--weight-format")]
+        decoder: tuple[ModelPart, ...] = ("language", "embeddings")
+        requests = [(decoder[: 1 + (model.lm_head is not None)], weight_format, "--weight-format")]
     for parts, bit_format, where in requests:
         _check_quantizable(model, parts, bit_format, where, folder)
         uses_fp8_matmul = where == "tune.quantize.fp8"
+        weight_type = Fp8Weight if uses_fp8_matmul else QuantizedWeight
         for linear in _select_linears(model, parts):
             if supports_fp8_matmul(linear) or not uses_fp8_matmul:
                 with torch.device("meta"):
-                    linear.set_quantized_weight(
-                        MATRIX_TYPES[bit_format], Fp8Weight if uses_fp8_matmul else QuantizedWeight
-                    )
+                    linear.set_quantized_weight(MATRIX_TYPES[bit_format], weight_type)
 
 
 def _check_quantizable(
@@ -225,19 +205,13 @@ _INDEX_FILE = "model.safetensors.index.json"
 
 _COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 
-_REMEDY = "download the model again"
+_OWN_FILES = {DIGESTS_FILE, MANIFEST_FILE, _INDEX_FILE, PICKLE_INDEX_FILE, "config.json"}
+"""Files that describe one folder and are not copied to another."""
 
 
 @dataclass(frozen=True)
 class HubTensor:
-    """Tensor of the published model and its location in the native model.
-
-    Attributes:
-        name: Native name, which `Architecture.to_hub_name` maps to the published name.
-        data: View of the parameter that holds the tensor, or part of a quantized matrix. Fused
-            linears hold several tensors, and the patch embedding is flattened.
-        shape: Published shape.
-    """
+    """Tensor of the published model and its location in the native model."""
 
     name: str
     data: Tensor | WeightTensorSpec
@@ -245,12 +219,10 @@ class HubTensor:
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the tensor."""
         return math.prod(self.shape)
 
     @property
     def dtypes(self) -> Collection[str]:
-        """Dtypes that a file may have for this tensor, by their safetensors names."""
         return self.data.dtypes if isinstance(self.data, WeightTensorSpec) else SAFETENSORS_DTYPES
 
     @property
@@ -263,12 +235,10 @@ class HubTensor:
 
         Weights of experts may be transposed: transformers 5 writes them with outputs first.
         """
-        shape = header.shape
-        transposed = (shape[0], shape[2], shape[1]) if len(shape) == 3 else None
-        return self.shape in (shape, transposed)
+        first, *others = header.shape or (0,)
+        return self.shape in (header.shape, (first, *others[::-1]) if len(others) == 2 else None)
 
     def load(self, values: Tensor) -> None:
-        """Load the values of a file tensor, and quantize them if the model requires it."""
         if isinstance(self.data, WeightTensorSpec):
             self.data.load(values)
         else:
@@ -282,46 +252,39 @@ def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
     """
     skipped: list[str] = []
     for path, module in model.named_modules():
-        if any(path == prefix or path.startswith(f"{prefix}.") for prefix in skipped):
+        if f"{path}.".startswith(tuple(skipped)):
             continue
         if isinstance(module, FusedLinear):
-            skipped += [f"{path}.adapter", f"{path}.weight"]
+            skipped += [f"{path}.adapter.", f"{path}.weight."]
             yield from _linear_tensors(path, module)
-        else:
-            # Buffers hold constants that are stored but never trained.
-            named_tensors = (
-                module.named_parameters(recurse=False),
-                module.named_buffers(recurse=False),
-            )
-            for key, parameter in chain(*named_tensors):
-                name, data = f"{path}.{key}", parameter.detach()
-                shape = tuple(data.shape)
-                if name == _PATCH_EMBED_KEY:
-                    shape = (len(data), *model.config.vision.patch_shape)
-                yield HubTensor(name, data, shape)
+            continue
+        # Buffers hold constants that are stored but never trained.
+        for key, parameter in chain(
+            module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+        ):
+            name, data = f"{path}.{key}", parameter.detach()
+            is_patch_embed = name == _PATCH_EMBED_KEY
+            patch_shape = (len(data), *model.config.vision.patch_shape) if is_patch_embed else None
+            yield HubTensor(name, data, patch_shape or tuple(data.shape))
 
 
 def _linear_tensors(path: str, linear: FusedLinear) -> Iterator[HubTensor]:
-    sizes = list(linear.output_sizes.values())
+    sizes, weight, bias = list(linear.output_sizes.values()), linear.weight, linear.bias
     weights: Sequence[Tensor | QuantizedMatrix] = (
-        linear.weight.matrices
-        if isinstance(linear.weight, QuantizedWeight)
-        else torch.split(linear.weight.detach(), sizes)
+        weight.matrices
+        if isinstance(weight, QuantizedWeight)
+        else torch.split(weight.detach(), sizes)
     )
-    biases = (
-        [None] * len(sizes) if linear.bias is None else torch.split(linear.bias.detach(), sizes)
-    )
-    for output, weight, bias in zip(linear.output_sizes, weights, biases, strict=True):
+    biases = split_outputs(None if bias is None else bias.detach(), sizes)
+    for output, layer_weight, layer_bias in zip(linear.output_sizes, weights, biases, strict=True):
         layer = hub_name(path, output)
-        if isinstance(weight, QuantizedMatrix):
-            for spec in weight.tensor_specs():
+        if isinstance(layer_weight, QuantizedMatrix):
+            for spec in layer_weight.tensor_specs():
                 yield HubTensor(f"{layer}.{spec.name}", spec, spec.shape)
         else:
-            yield HubTensor(
-                f"{layer}.weight", weight, (linear.output_sizes[output], linear.in_features)
-            )
-        if bias is not None:
-            yield HubTensor(f"{layer}.bias", bias, tuple(bias.shape))
+            yield HubTensor(f"{layer}.weight", layer_weight, tuple(layer_weight.shape))
+        if layer_bias is not None:
+            yield HubTensor(f"{layer}.bias", layer_bias, tuple(layer_bias.shape))
 
 
 def load_model(
@@ -334,24 +297,9 @@ def load_model(
 ) -> VisionLanguageModel:
     """Load the native model of a hub folder, reading every tensor exactly once.
 
-    Layers published with GPTQ (`model.quant.int4`) remain in that format.
-
-    Args:
-        folder: Folder of the model.
-        dtype: Compute dtype.
-        device: Target device.
-        nf4_parts: Parts whose linear layers are quantized to NF4 one by one while they are read,
-            from the stored dtype, so that the codes do not depend on the compute dtype. Of the
-            embeddings this is the head.
-        weight_format: If not auto, format to which the decoder and an untied head are quantized,
-            instead of the other parts (`model.weights_io`).
-        fp8_parts: Parts with FP8 weights, which use FP8 matmuls in training (`model.quant.fp8`).
-
-    Raises:
-        UserError: A file is damaged; a tensor is missing, unknown, duplicate or wrongly shaped; the
-            quantization is unsupported; the folder was changed since finesight wrote it;
-            quantization of a tied head or of a decoder with experts was requested; or a package is
-            missing.
+    Layers published with GPTQ (`model.quant.int4`) remain in that format. Layers of `nf4_parts` are
+    quantized one by one while they are read, from the stored dtype, so that the codes do not depend
+    on the compute dtype. `quantize_model_parts` describes the formats.
     """
     group_size = gptq_group_size(folder)
     hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
@@ -382,12 +330,11 @@ def load_model(
     transposed = _find_transposed_experts(headers, expected)
     for file in files:
         with open_safetensors(file) as weights:
-            for tensor in headers:
-                if tensor.file == file:
-                    values = weights.get_tensor(tensor.name)
-                    expected[tensor.native_name].load(
-                        values.mT if tensor.native_name in transposed else values
-                    )
+            for tensor in (header for header in headers if header.file == file):
+                values = weights.get_tensor(tensor.name)
+                expected[tensor.native_name].load(
+                    values.mT if tensor.native_name in transposed else values
+                )
     return model
 
 
@@ -406,10 +353,7 @@ def _find_transposed_experts(
 def _drop_zero_biases(
     headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor]
 ) -> list[TensorHeader]:
-    """Remove the zero biases that AutoGPTQ adds to layers without a bias.
-
-    Raises UserError for a bias with other values.
-    """
+    """Remove the zero biases that AutoGPTQ adds to layers without a bias."""
     zero_biases = [
         t
         for t in headers
@@ -420,7 +364,7 @@ def _drop_zero_biases(
     for tensor in zero_biases:
         with open_safetensors(tensor.file) as weights:
             if weights.get_tensor(tensor.name).any():
-                raise tensor_error([tensor.name], "of layers without a bias", "zeros", tensor.file)
+                raise _tensor_error([tensor.name], "of layers without a bias", "zeros", tensor.file)
     return [tensor for tensor in headers if tensor not in zero_biases]
 
 
@@ -437,11 +381,10 @@ def stored_precision(folder: ModelFolder) -> str:
     dtypes = {tensor.dtype for tensor in tensors if tensor.layer_name not in packed_layers}
     unsupported = sorted(dtypes.difference(SAFETENSORS_DTYPES)) if dtypes else ["none"]
     if unsupported:
-        raise UserError(
+        raise _damaged_file(
             f"weights of type {unsupported[0]}",
-            where=str(folder.path),
-            expected=f"one of {', '.join(SAFETENSORS_DTYPES)}",
-            remedy=_REMEDY,
+            folder.path,
+            f"one of {', '.join(SAFETENSORS_DTYPES)}",
         )
     return SAFETENSORS_DTYPES[dtypes.pop()] if len(dtypes) == 1 else "fp32"
 
@@ -449,34 +392,33 @@ def stored_precision(folder: ModelFolder) -> str:
 def _check_tensors(
     headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor], folder: Path
 ) -> None:
-    """Check that every expected tensor exists exactly once, and no others.
-
-    Only names, shapes and dtypes in the file headers are checked. Raises UserError.
-    """
+    """Check that every expected tensor exists exactly once, and no others."""
     unknown = [t for t in headers if t.native_name not in expected]
     if unknown:
         names = [t.name for t in unknown]
-        raise tensor_error(
+        raise _tensor_error(
             names, "unknown to this model", "the tensors of config.json", unknown[0].file
         )
     counts = Counter(t.native_name for t in headers)
     repeated = [t for t in headers if counts[t.native_name] > 1]
     if repeated:
-        raise tensor_error([t.name for t in repeated], "duplicates", "each once", repeated[-1].file)
-    wrong_shape = [t for t in headers if not expected[t.native_name].matches_shape(t)]
-    if wrong_shape:
-        shapes = [f"{t.name} {t.shape} not {expected[t.native_name].shape}" for t in wrong_shape]
-        raise tensor_error(
-            shapes, "of another shape", "the shapes of config.json", wrong_shape[0].file
+        names = [t.name for t in repeated]
+        raise _tensor_error(names, "duplicates", "each once", repeated[-1].file)
+    pairs = [(t, expected[t.native_name]) for t in headers]
+    wrong = [(t, target) for t, target in pairs if not target.matches_shape(t)]
+    if wrong:
+        shapes = [f"{t.name} {t.shape} not {target.shape}" for t, target in wrong]
+        raise _tensor_error(
+            shapes, "of another shape", "the shapes of config.json", wrong[0][0].file
         )
-    unsupported = [t for t in headers if t.dtype not in expected[t.native_name].dtypes]
-    if unsupported:
-        found_dtypes = [f"{t.name} {t.dtype}" for t in unsupported]
-        supported = f"one of {', '.join(expected[unsupported[0].native_name].dtypes)}"
-        raise tensor_error(found_dtypes, "of another type", supported, unsupported[0].file)
+    wrong = [(t, target) for t, target in pairs if t.dtype not in target.dtypes]
+    if wrong:
+        dtypes = [f"{t.name} {t.dtype}" for t, _ in wrong]
+        supported = f"one of {', '.join(wrong[0][1].dtypes)}"
+        raise _tensor_error(dtypes, "of another type", supported, wrong[0][0].file)
     missing = [name for name in expected if name not in counts]
     if missing:
-        raise tensor_error(missing, "missing", "all tensors of config.json", folder)
+        raise _tensor_error(missing, "missing", "all tensors of config.json", folder)
 
 
 def save_model(
@@ -488,16 +430,11 @@ def save_model(
 ) -> None:
     """Write the weights of a model, without adapters, as a hub folder.
 
-    Quantized weights are written as stored in `folder`.
-
-    Args:
-        model: Model whose adapters are merged or removed.
-        folder: Folder that the model was loaded from; config and tokenizer files are copied.
-        target: Target folder; `storage.write_folder` makes the write atomic.
-        dtype: Dtype of dense weights.
-        max_shard_bytes: Maximum size of a weight file in bytes.
+    Dense weights are written in `dtype`, quantized weights as stored in `folder`, the folder that
+    the model was loaded from. Its config and tokenizer files are copied. Use `storage.write_folder`
+    for an atomic write.
     """
-    linears = [module for module in model.modules() if isinstance(module, FusedLinear)]
+    linears = (module for module in model.modules() if isinstance(module, FusedLinear))
     num_adapters = sum(linear.adapter is not None for linear in linears)
     assert num_adapters == 0, f"{num_adapters} linear layers still have an adapter"
     tensors = list(hub_tensors(model))
@@ -518,10 +455,8 @@ def save_model(
     to_hub_name = model.architecture.to_hub_name
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        file = (
-            "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        )
+        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"model{suffix}.safetensors"
         # Always copy: safetensors rejects views of a shared parameter.
         content = {to_hub_name(t.name): _to_file_tensor(t, dtype, source_headers) for t in shard}
         save_file(content, target / file, metadata={"format": "pt"})
@@ -559,34 +494,23 @@ def _stored_dtype(
 def _to_file_tensor(
     tensor: HubTensor, dtype: torch.dtype, source_headers: Mapping[str, TensorHeader]
 ) -> Tensor:
-    if isinstance(tensor.data, WeightTensorSpec):
-        source = source_headers[tensor.name]
-        with open_safetensors(source.file) as weights:
-            values: Tensor = weights.get_tensor(source.name)
-        return values
-    return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
+    if not isinstance(tensor.data, WeightTensorSpec):
+        return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
+    source = source_headers[tensor.name]
+    with open_safetensors(source.file) as weights:
+        values: Tensor = weights.get_tensor(source.name)
+    return values
 
 
 def copy_model_files(
     folder: ModelFolder, target: Path, dtype: torch.dtype, dropped_keys: Collection[str] = ()
 ) -> None:
-    """Copy config.json and other small files of a model folder to `target`.
-
-    The config is written with `dtype` and without `dropped_keys`. Weights, manifests and digests
-    are not copied.
-    """
+    """Copy config.json and other small files of a model folder to `target`."""
     for path in sorted(folder.path.iterdir()):
         is_copied = path.suffix in _COPIED_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
         source = folder.find_file(path.name) if is_copied else None
-        if source is None or path.name in (
-            DIGESTS_FILE,
-            MANIFEST_FILE,
-            _INDEX_FILE,
-            PICKLE_INDEX_FILE,
-            "config.json",
-        ):
-            continue
-        (target / path.name).write_bytes(source.read_bytes())
+        if source is not None and path.name not in _OWN_FILES:
+            (target / path.name).write_bytes(source.read_bytes())
     dtype_name = str(dtype).removeprefix("torch.")
     config = {
         key: dtype_name if key in ("dtype", "torch_dtype") else value
@@ -605,20 +529,17 @@ def init_random_model(
     device: torch.device,
     preprocessor: Mapping[str, object] = PREPROCESSOR_DEFAULTS,
 ) -> VisionLanguageModel:
-    """Build a model with random weights, drawn on `device`.
+    """Build a model with random weights, which depend on seed, dtype and device type.
 
-    Weights and biases are drawn from a normal distribution with standard deviation 0.02, norm
-    weights are one and norm biases zero. The values depend on seed, dtype and device type. Constant
-    position embeddings are those of published models.
+    Weights and biases are normal with standard deviation 0.02, norm weights one, norm biases zero.
     """
     model = build_model(
         ConfigReader(config), ConfigReader(preprocessor, "preprocessor_config.json"), dtype, device
     )
     generator = torch.Generator(device).manual_seed(seed)
     for module in model.modules():
-        norm = isinstance(module, nn.LayerNorm | nn.RMSNorm)
         for key, parameter in module.named_parameters(recurse=False):
-            if norm:
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 parameter.fill_(1.0 if key == "weight" else 0.0)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)

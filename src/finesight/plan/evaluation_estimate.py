@@ -16,7 +16,7 @@ from finesight.plan.planned_model import PlannedModel
 from finesight.plan.planned_pack import build_planned_pack
 from finesight.plan.target_device import TargetDevice
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.lr_schedule import resolve_steps
+from finesight.train.optimizer import resolve_steps
 
 MIN_DECODE_STEP_S = 3.0e-3
 """Minimum seconds of a decode step on a GPU for any model.

@@ -6,26 +6,39 @@ temporary memory of a pack (`plan.activation_memory`) or of the optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from finesight.config import TrainSettings
+from finesight.model.families.qwen2_5_vl import WindowVisionEncoder
 from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
+from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
-from finesight.plan.activation_memory import ActivationMemory, MemorySnapshot
+from finesight.plan.dry_run import ComputeTarget
 from finesight.plan.planned_pack import PlannedPack
-from finesight.plan.saved_activations import FP32_BYTES, ComputeConfig
-from finesight.train.adamw import MAX_CHUNK_ELEMENTS
-from finesight.train.cuda_graphs import MAX_GRAPHS
+from finesight.plan.step_trace import StepMemory, StepTracer
+from finesight.train.cuda_graphs import MAX_GRAPHS, has_few_trainable_params, should_capture
 from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
-from finesight.train.graph_buffers import GraphShape
-from finesight.train.muon import MAX_STACK_ELEMENTS
+from finesight.train.graph_buffers import (
+    GraphShape,
+    GraphVisionShape,
+    can_capture_vision,
+    should_capture_vision,
+)
 from finesight.train.optim_states import BLOCK_SIZE
-from finesight.train.optimizer import MasterWeightOptimizer, ParamGroup
+from finesight.train.optimizer import (
+    MAX_CHUNK_ELEMENTS,
+    MAX_STACK_ELEMENTS,
+    MasterWeightOptimizer,
+    ParamGroup,
+)
+
+FP32_BYTES, INDEX_BYTES, CU_SEQLEN_BYTES = 4, 8, 4
+"""Bytes of an fp32 element, of an int64 index, and of an element of `cu_seqlens` (int32)."""
 
 ADAMW_STEP_BYTES = 20
-"""Workspace bytes per parameter of an AdamW step on a CPU, without a kernel (`train.adamw`)."""
+"""Workspace bytes per parameter of an AdamW step on a CPU, without a kernel (`train.optimizer`)."""
 
 CUBLAS_WORKSPACE_BYTES = 70 << 20
 """Bytes of the cuBLAS workspace that torch allocates on compute capability 9.0.
@@ -93,7 +106,6 @@ class PeakMemory:
     optimizer_states: int
     activations: int
     workspace: int
-    logits: int
     inputs: int
     libraries: int
     cuda_graphs: int
@@ -111,7 +123,7 @@ class PeakMemory:
 
 
 def compute_persistent_memory(
-    model: VisionLanguageModel, train: TrainSettings, compute: ComputeConfig
+    model: VisionLanguageModel, train: TrainSettings, compute: ComputeTarget
 ) -> PersistentMemory:
     """Compute the persistent memory of a tuned model on the meta device.
 
@@ -164,7 +176,7 @@ def _optimizer_state_bytes(group: ParamGroup, train: TrainSettings) -> int:
     return 2 * FP32_BYTES * num_elements
 
 
-def _optimizer_step_bytes(group: ParamGroup, train: TrainSettings, compute: ComputeConfig) -> int:
+def _optimizer_step_bytes(group: ParamGroup, train: TrainSettings, compute: ComputeTarget) -> int:
     """Return the workspace bytes of an optimizer step; 0 for the AdamW kernel."""
     num_elements = len(group.master_weights)
     if group.is_matmul and train.optimizer == "muon":
@@ -172,12 +184,111 @@ def _optimizer_step_bytes(group: ParamGroup, train: TrainSettings, compute: Comp
     return 0 if compute.is_cuda else ADAMW_STEP_BYTES * min(num_elements, MAX_CHUNK_ELEMENTS)
 
 
+@dataclass(frozen=True, slots=True)
+class GraphPlan:
+    """Predicted CUDA graph for all packs of one shape.
+
+    Attributes:
+        shape: Shape of the graph, which identifies it.
+        padded_pack: Pack padded to this shape. It contains images if the graph includes the vision
+            encoder.
+        buffer_bytes: Bytes of the static inputs and outputs.
+    """
+
+    shape: GraphShape
+    padded_pack: PlannedPack
+    buffer_bytes: int
+
+
+def compute_graph_shape(
+    encoder: VisionEncoder, pack: PlannedPack, captures_vision: bool
+) -> GraphShape:
+    """Return the shape of the CUDA graph of a pack.
+
+    Args:
+        encoder: Vision encoder of the model.
+        pack: Pack to plan.
+        captures_vision: Whether the graph contains the vision encoder.
+    """
+    vision_shape = None
+    if captures_vision:
+        patch_bytes = pack.stored_patch_dim(encoder.config)
+        vision_shape = GraphVisionShape.from_grids(
+            encoder, pack.grid_thw, pack.num_patches, patch_bytes
+        )
+    return GraphShape.from_lengths(
+        pack.lengths,
+        pack.prefix_length,
+        pack.num_patches // encoder.config.merge_size**2,
+        pack.num_supervised_tokens,
+        vision_shape,
+    )
+
+
+def plan_graph(
+    model: VisionLanguageModel,
+    compute: ComputeTarget,
+    activation_checkpointing: float,
+    pack: PlannedPack,
+) -> GraphPlan | None:
+    """Return the CUDA graph plan of a pack, or None if no graph is used.
+
+    Args:
+        model: Model, configured for tuning.
+        compute: Device properties.
+        activation_checkpointing: Fraction of layers with activation checkpointing.
+        pack: Pack to plan.
+    """
+    encoder = model.visual
+    if not (compute.has_varlen_attention and has_few_trainable_params(model)):
+        return None
+    if not should_capture(
+        model, pack.num_tokens, pack.num_supervised_tokens, activation_checkpointing
+    ):
+        return None
+    merge_size = encoder.config.merge_size
+    captures_vision = can_capture_vision(model) and should_capture_vision(
+        pack.num_patches, activation_checkpointing
+    )
+    shape = compute_graph_shape(encoder, pack, captures_vision)
+    vision_shape = shape.vision_shape
+    # Token ids, three position ids and indices of tokens; logit indices and labels.
+    buffer_bytes = INDEX_BYTES * (
+        4 * shape.num_tokens + shape.num_features + 2 * shape.num_labels
+    ) + CU_SEQLEN_BYTES * (shape.num_sequences + 1)
+    lengths = *pack.lengths, shape.num_tokens - pack.num_tokens
+    if vision_shape is None:
+        feature_bytes = (
+            shape.num_features
+            * encoder.features_per_token
+            * encoder.config.out_hidden_size
+            * compute.dtype.itemsize
+        )
+        is_trainable = any(parameter.requires_grad for parameter in encoder.parameters())
+        buffer_bytes += feature_bytes * (2 if is_trainable else 1)
+        return GraphPlan(
+            shape, PlannedPack(lengths, (), shape.num_labels, pack.prefix_length), buffer_bytes
+        )
+    # Patch bytes, row and column of each patch; permutation of merge windows and its inverse.
+    buffer_bytes += vision_shape.num_patches * (vision_shape.patch_bytes + 2 * CU_SEQLEN_BYTES)
+    buffer_bytes += 2 * INDEX_BYTES * shape.num_features * isinstance(encoder, WindowVisionEncoder)
+    buffer_bytes += sum(CU_SEQLEN_BYTES * (count + 1) for count, _ in vision_shape.segment_shapes)
+    num_padding = vision_shape.num_patches - pack.num_patches
+    grid_thw = (
+        (*pack.grid_thw, (1, merge_size, num_padding // merge_size))
+        if num_padding
+        else pack.grid_thw
+    )
+    return GraphPlan(
+        shape, PlannedPack(lengths, grid_thw, shape.num_labels, pack.prefix_length), buffer_bytes
+    )
+
+
 def compute_peak_memory(
     persistent: PersistentMemory,
-    activations: ActivationMemory,
-    packs: Iterable[PlannedPack],
-    compute: ComputeConfig,
-    patch_bytes: int,
+    tracer: StepTracer,
+    packs: Sequence[PlannedPack],
+    activation_checkpointing: float,
     *,
     has_multiple_packs: bool,
     use_graphs: bool = True,
@@ -186,82 +297,105 @@ def compute_peak_memory(
 
     Args:
         persistent: Persistent memory of the run.
-        activations: Activation memory of the model.
+        tracer: Traces the packs.
         packs: Packs that may be the peak.
-        compute: Device properties.
-        patch_bytes: Bytes of a patch copied to the device.
+        activation_checkpointing: Fraction of layers with activation checkpointing.
         has_multiple_packs: Whether any step has several packs.
         use_graphs: Whether CUDA graphs are used where possible.
     """
-    timeline = activations.gradient_timeline(persistent.accumulated_ids[has_multiple_packs])
-    peak_snapshot, input_bytes = (
-        MemorySnapshot(
-            saved_activations=0,
-            workspace=persistent.optimizer_step_bytes,
-            gradients=timeline.at_end,
-        ),
-        0,
-    )
-    graphs = _GraphMemory(activations, persistent.accumulated_ids[True])
+    model, compute = tracer.model, tracer.compute
+    graphs: dict[GraphShape, GraphPlan] = {}
+    graph_packs, eager_packs = [], []
     for pack in packs:
-        pack_input_bytes = pack.num_patches * patch_bytes + pack.num_tokens * 40
-        graph_snapshots = graphs.collect_snapshots(pack) if use_graphs else []
-        for snapshot in graph_snapshots or activations.iter_snapshots(pack, timeline):
-            if snapshot.total + pack_input_bytes > peak_snapshot.total + input_bytes:
-                peak_snapshot, input_bytes = snapshot, pack_input_bytes
+        graph = plan_graph(model, compute, activation_checkpointing, pack) if use_graphs else None
+        if graph is None or (graph.shape not in graphs and len(graphs) == MAX_GRAPHS):
+            eager_packs.append(pack)
+        else:
+            graphs[graph.shape] = graph
+            graph_packs.append(pack)
+    parameters = trainable_parameters(model).values()
+    accumulated_ids = persistent.accumulated_ids[has_multiple_packs]
+    waiting_bytes = sum(p.nbytes for p in parameters if id(p) not in accumulated_ids)
+    peak = StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
+    input_bytes = pool_bytes = 0
+    for pack in bound_packs(eager_packs, compute):
+        memory = tracer.trace(pack, activation_checkpointing, accumulated_ids)
+        if memory.total + count_input_bytes(model, pack) > peak.total + input_bytes:
+            peak, input_bytes = memory, count_input_bytes(model, pack)
+    for pack in bound_packs(graph_packs, compute):
+        graph = plan_graph(model, compute, activation_checkpointing, pack)
+        assert graph is not None, "a pack with a graph"
+        for memory, pool in _trace_graph(
+            tracer, pack, graph, activation_checkpointing, persistent.accumulated_ids[True]
+        ):
+            pool_bytes = max(pool_bytes, pool)
+            if memory.total + count_input_bytes(model, pack) > peak.total + input_bytes:
+                peak, input_bytes = memory, count_input_bytes(model, pack)
     return PeakMemory(
-        weights=persistent.weight_bytes + activations.persistent_bytes,
+        weights=persistent.weight_bytes + tracer.persistent_bytes,
         master_weights=persistent.master_weight_bytes,
-        gradients=peak_snapshot.gradients
-        + graphs.grad_bytes
+        gradients=peak.gradients
+        + (sum(p.nbytes for p in parameters) if graphs else 0)
         + persistent.grad_sum_bytes
         + (persistent.multi_pack_grad_sum_bytes if has_multiple_packs else 0),
         optimizer_states=persistent.optimizer_state_bytes,
-        activations=peak_snapshot.saved_activations,
-        workspace=peak_snapshot.workspace,
-        logits=peak_snapshot.logits,
-        inputs=input_bytes + sum(graphs.buffer_bytes.values()),
+        activations=peak.activations,
+        workspace=peak.workspace,
+        inputs=input_bytes + sum(graph.buffer_bytes for graph in graphs.values()),
         libraries=(CUBLAS_WORKSPACE_BYTES if compute.is_cuda else CPU_PROCESS_BYTES)
-        * (2 if graphs.buffer_bytes else 1),
-        cuda_graphs=graphs.pool_bytes,
+        * (2 if graphs else 1),
+        cuda_graphs=pool_bytes,
         cuda_context=CUDA_CONTEXT_BYTES if compute.is_cuda else 0,
     )
 
 
-class _GraphMemory:
-    """Memory of the CUDA graphs of a run: static buffers, gradient buffers and memory pool.
+def count_input_bytes(model: VisionLanguageModel, pack: PlannedPack) -> int:
+    """Return the bytes of a pack that are copied to the device: pixels, ids and positions."""
+    vision_config = model.config.vision
+    patch_bytes = vision_config.in_channels * vision_config.patch_size**2
+    return pack.num_patches * patch_bytes + pack.num_tokens * 5 * INDEX_BYTES
 
-    Tensors outside of graphs cannot use the pool, and allocator metrics do not contain it.
+
+def bound_packs(packs: Sequence[PlannedPack], compute: ComputeTarget) -> list[PlannedPack]:
+    """Return few packs that need at least the memory of each given pack.
+
+    They combine the most tokens with the most patches and supervised tokens. Where attention scores
+    are stored, the pack with the most scores counts, too.
     """
+    if not packs:
+        return []
+    longest = [max(packs, key=lambda pack: pack.num_tokens)]
+    if not compute.has_varlen_attention:
+        longest.append(max(packs, key=lambda pack: pack.num_attention_scores))
+    grid_thw = max(packs, key=lambda pack: pack.num_patches).grid_thw
+    num_supervised = max(pack.num_supervised_tokens for pack in packs)
+    bounds = (replace(p, grid_thw=grid_thw, num_supervised_tokens=num_supervised) for p in longest)
+    return list(dict.fromkeys(bounds))
 
-    def __init__(self, activations: ActivationMemory, large_param_ids: frozenset[int]) -> None:
-        self._activations = activations
-        self._full_timeline, self._timeline = (
-            activations.gradient_timeline(),
-            activations.gradient_timeline(large_param_ids),
-        )
-        self.buffer_bytes: dict[GraphShape, int] = {}
-        self.grad_bytes = self.pool_bytes = 0
 
-    def collect_snapshots(self, pack: PlannedPack) -> list[MemorySnapshot]:
-        """Return the memory snapshots of capturing a pack as a CUDA graph.
+def _trace_graph(
+    tracer: StepTracer,
+    pack: PlannedPack,
+    graph: GraphPlan,
+    activation_checkpointing: float,
+    accumulated_ids: frozenset[int],
+) -> Iterator[tuple[StepMemory, int]]:
+    """Yield the memory at possible peaks of capturing a pack, with the size of the memory pool.
 
-        Returns an empty list for a pack that runs without a CUDA graph.
-        """
-        graph = self._activations.plan_graph(pack)
-        if graph is None or (
-            graph.shape not in self.buffer_bytes and len(self.buffer_bytes) == MAX_GRAPHS
-        ):
-            return []
-        self.buffer_bytes[graph.shape] = graph.buffer_bytes
-        self.grad_bytes = self._full_timeline.at_end
-        snapshots = [*self._activations.iter_snapshots(graph.padded_pack, self._timeline)]
-        self.pool_bytes = max(self.pool_bytes, *(snapshot.total for snapshot in snapshots))
-        if graph.shape.vision_shape is not None:
-            return snapshots
-        saved_vision = self._activations.saved_vision_bytes(pack)
-        with_vision = [
-            replace(snapshot, saved_activations=snapshot.saved_activations + saved_vision)
-            for snapshot in snapshots
-        ]
-        return [*with_vision, *self._activations.iter_vision_snapshots(pack, self._timeline)]
+    Tensors outside of graphs cannot use the pool, and allocator metrics do not contain it. Without
+    the vision encoder in the graph, its saved activations exist during the graph.
+    """
+    padded_pack, shape = graph.padded_pack, graph.shape
+    if shape.vision_shape is not None:
+        memory = tracer.trace(padded_pack, activation_checkpointing, accumulated_ids)
+        yield memory, memory.total
+        return
+    memory = tracer.trace(
+        padded_pack, activation_checkpointing, accumulated_ids, shape.num_features
+    )
+    if not pack.num_patches:
+        yield memory, memory.total
+        return
+    vision = tracer.trace_vision(pack, activation_checkpointing)
+    yield replace(memory, activations=memory.activations + vision.saved), memory.total
+    yield vision, 0

@@ -21,7 +21,6 @@ MEMORY_ROWS = {
     "optimizer_states": "optimizer state",
     "activations": "saved activations",
     "workspace": "workspace",
-    "logits": "logits",
     "inputs": "inputs",
     "libraries": "libraries",
     "cuda_graphs": "CUDA graphs",

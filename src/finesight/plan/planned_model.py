@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from finesight.config import QuantizablePart, Recipe
-from finesight.encode.family import is_native
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader
 from finesight.model.lora.layer import find_adaptable_layers
@@ -19,17 +19,17 @@ from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import quantize_model_parts
 from finesight.model_folder import ModelFolder
 from finesight.plan.peak_memory import PersistentMemory, compute_persistent_memory
-from finesight.plan.saved_activations import ComputeConfig
 from finesight.plan.step_time import StepTimeEstimator
+from finesight.plan.step_trace import StepTracer
 from finesight.plan.target_device import TargetDevice
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """Model on the meta device, with estimates of persistent memory and step time."""
+    """Model on the meta device, with its traces and estimates."""
 
     model: VisionLanguageModel
-    compute: ComputeConfig
+    tracer: StepTracer
     persistent: PersistentMemory
     step_timer: StepTimeEstimator
 
@@ -58,12 +58,6 @@ class PlannedModel:
         Image features are then constant, so that a vision cache is possible.
         """
         return not any(parameter.requires_grad for parameter in self.model.visual.parameters())
-
-    @property
-    def patch_bytes(self) -> int:
-        """Bytes of a patch copied to the device: one frame of uint8 pixels."""
-        vision_config = self.model.config.vision
-        return vision_config.in_channels * vision_config.patch_size**2
 
 
 def build_planned_model(
@@ -94,12 +88,10 @@ def build_planned_model(
     model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
     configure_tuning(model.train(), recipe.tune, train.seed)
     persistent = compute_persistent_memory(model, train, target.compute)
+    tracer = StepTracer(model, target.compute)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
     return PlannedModel(
-        model,
-        target.compute,
-        persistent,
-        StepTimeEstimator(model, target, persistent, train, num_workers),
+        model, tracer, persistent, StepTimeEstimator(tracer, target, persistent, train, num_workers)
     )
 
 

@@ -52,6 +52,11 @@ class PlannedPack:
         """Number of patches of all images and videos."""
         return sum(t * h * w for t, h, w in self.grid_thw)
 
+    @property
+    def num_attention_scores(self) -> int:
+        """Number of attention scores of a head of the decoder."""
+        return sum(length**2 for length in self.context_lengths)
+
     def stored_patch_dim(self, config: VisionConfig) -> int:
         """Return the number of elements that the pack stores per patch.
 

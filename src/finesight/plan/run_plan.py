@@ -28,13 +28,12 @@ from finesight.plan.settings_search import (
 )
 from finesight.plan.step_time import estimate_startup_seconds
 from finesight.plan.target_device import TargetDevice, build_named_target, measure_local_target
-from finesight.train.base_model import resolve_base_model
 from finesight.train.console import TrainingConsole
-from finesight.train.dataloader_workers import MAX_WORKERS
-from finesight.train.dataset_stats import DatasetStats
+from finesight.train.dataloader import MAX_WORKERS
+from finesight.train.dataset_stats import DatasetStats, load_training_data
 from finesight.train.flops import FlopCounter
 from finesight.train.sampler import TrainSampler
-from finesight.train.training_data import load_training_data
+from finesight.train.setup import resolve_base_model
 
 WORKER_MARGIN = 1.3
 """Safety factor for the number of data loader workers, since images differ in size."""

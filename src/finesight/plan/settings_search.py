@@ -6,23 +6,26 @@ The search covers the pack size, activation checkpointing and NF4 quantization.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from statistics import fmean
 
 from finesight.config import QuantizablePart
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
 from finesight.model.vlm import VisionLanguageModel
-from finesight.plan.activation_memory import ActivationMemory
-from finesight.plan.graph_plan import compute_graph_shape
-from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION, PeakMemory, compute_peak_memory
+from finesight.plan.peak_memory import (
+    USABLE_MEMORY_FRACTION,
+    PeakMemory,
+    compute_graph_shape,
+    compute_peak_memory,
+)
 from finesight.plan.planned_model import PlannedModel
 from finesight.plan.planned_pack import PlannedPack, plan_step_packs
 from finesight.plan.step_time import StepTime
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.graph_buffers import GraphShape
-from finesight.train.graph_vision_buffers import can_capture_vision, should_capture_vision
+from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
 
 MIN_EFFICIENT_PACK_TOKENS = 4096
 """Pack size in tokens that saturates a GPU. Smaller packs are launch-bound."""
@@ -105,7 +108,7 @@ class PlannedSteps:
         """Return the packs that may need the most memory with this token budget.
 
         These are the first pack of each CUDA graph shape, and the packs with the most tokens,
-        patches, supervised tokens, attention scores, and all of these combined.
+        patches, supervised tokens and attention scores.
 
         Args:
             token_budget: Maximum number of tokens per pack.
@@ -164,26 +167,9 @@ def _select_per_graph_shape(
     return list(pack_by_shape.values())
 
 
-def _select_largest(packs: Sequence[PlannedPack]) -> Iterator[PlannedPack]:
-    size_functions: tuple[Callable[[PlannedPack], float], ...] = (
-        lambda pack: pack.num_tokens,
-        lambda pack: pack.num_patches,
-        lambda pack: pack.num_supervised_tokens,
-        lambda pack: sum(length**2 for length in pack.context_lengths),
-    )
-    max_sizes = [max(map(size, packs)) or 1 for size in size_functions]
-
-    def combined_size(pack: PlannedPack) -> float:
-        return sum(
-            size(pack) / max_size for size, max_size in zip(size_functions, max_sizes, strict=True)
-        )
-
-    indices = {
-        max(range(len(packs)), key=lambda i: size(packs[i]))
-        for size in (*size_functions, combined_size)
-    }
-    for index in sorted(indices):
-        yield packs[index]
+def _select_largest(packs: Sequence[PlannedPack]) -> list[PlannedPack]:
+    size_names = "num_tokens", "num_patches", "num_supervised_tokens", "num_attention_scores"
+    return list(dict.fromkeys(max(packs, key=attrgetter(name)) for name in size_names))
 
 
 class SettingsSearch:
@@ -257,19 +243,15 @@ class SettingsSearch:
 
     def _compute_peak(self, settings: PlannedSettings, *, use_graphs: bool) -> PeakMemory:
         planned = self._build_model(settings.nf4_parts)
-        activations = ActivationMemory(
-            planned.model, planned.compute, settings.activation_checkpointing
-        )
         packs = self._steps.largest_packs(
             settings.pack_tokens, planned.model, settings.activation_checkpointing
         )
         has_multiple_packs = self._steps.has_multiple_packs(settings.pack_tokens)
-        sizes = planned.compute, planned.patch_bytes
         return compute_peak_memory(
             planned.persistent,
-            activations,
+            planned.tracer,
             packs,
-            *sizes,
+            settings.activation_checkpointing,
             has_multiple_packs=has_multiple_packs,
             use_graphs=use_graphs,
         )

@@ -14,18 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from finesight.config import TrainSettings
 from finesight.model.decoder import DecoderLayer
+from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Weight
 from finesight.model.trainable import MODEL_PARTS, ModelPart, get_part
 from finesight.model.vlm import VisionLanguageModel
-from finesight.plan.activation_memory import ActivationMemory
-from finesight.plan.graph_plan import plan_graph
-from finesight.plan.peak_memory import PersistentMemory
+from finesight.plan.peak_memory import PersistentMemory, plan_graph
 from finesight.plan.planned_pack import PlannedPack
-from finesight.plan.saved_activations import FP32_BYTES
+from finesight.plan.step_trace import StepTracer
 from finesight.plan.target_device import TargetDevice
 from finesight.train.flops import FlopBreakdown, FlopCounter
 
@@ -144,16 +145,17 @@ class StepTimeEstimator:
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        tracer: StepTracer,
         target: TargetDevice,
         persistent: PersistentMemory,
         train: TrainSettings,
         num_workers: int,
     ) -> None:
+        model = tracer.model
         self._model, self._target, self._num_workers = model, target, num_workers
+        self._tracer = tracer
         self._efficiency = _get_efficiency(target)
         self._flop_counter = FlopCounter(model)
-        self._activations = ActivationMemory(model, target.compute, 0.0)
         num_trainable = persistent.num_trainable
         bytes_per_param = OPTIMIZER_BYTES_PER_PARAM[train.optimizer]
         if target.compute.is_cuda:
@@ -188,12 +190,10 @@ class StepTimeEstimator:
             flops += self._flop_counter.count_checkpointing(pack, activation_checkpointing)
             memory_bytes += (
                 efficiency.traffic_per_saved_byte
-                * self._activations.saved_bytes(pack)
+                * self._tracer.saved_bytes(pack)
                 * (1 + FORWARD_TRAFFIC_FRACTION * activation_checkpointing)
             )
-            memory_bytes += (
-                0 if has_cached_features else 2 * self._activations.frozen_encoder_bytes(pack)
-            )
+            memory_bytes += 0 if has_cached_features else 2 * self._frozen_encoder_bytes(pack)
             memory_bytes += self._dequantize_bytes * (2 + activation_checkpointing)
             host_s += self._estimate_host_seconds(
                 pack, activation_checkpointing, has_cached_features, use_graphs
@@ -222,6 +222,22 @@ class StepTimeEstimator:
             else flops + breakdown.vision_attention
         )
 
+    def _frozen_encoder_bytes(self, pack: PlannedPack) -> int:
+        """Return the activation bytes of all blocks of a frozen vision encoder.
+
+        Counts hidden states and MLP features, each written and read. Returns 0 for a trainable
+        encoder.
+        """
+        encoder = self._model.visual
+        if encoder.is_encoder_trainable:
+            return 0
+        num_elements = 0
+        for block in encoder.blocks:
+            linears = (m for m in block.modules() if isinstance(m, FusedLinear))
+            up_features = max(sum(linear.output_sizes.values()) for linear in linears)
+            num_elements += encoder.config.hidden_size + up_features
+        return pack.num_patches * 2 * num_elements * self._target.dtype.itemsize
+
     def _estimate_host_seconds(
         self,
         pack: PlannedPack,
@@ -239,7 +255,7 @@ class StepTimeEstimator:
             has_lora = any(path.startswith("model.") for path in adapted_paths)
             for layer in model.model.layers:
                 is_fused = (
-                    compute.uses_fused_layers
+                    compute.has_varlen_attention
                     and isinstance(layer, DecoderLayer)
                     and layer.fusible_linears
                 )
@@ -289,7 +305,7 @@ def _compute_fp8_fractions(model: VisionLanguageModel) -> dict[ModelPart, float]
 def _get_efficiency(target: TargetDevice) -> DeviceEfficiency:
     if target.compute.is_cuda:
         return GPU_EFFICIENCY
-    return CPU_EFFICIENCY if target.compute.element_size == FP32_BYTES else CPU_16BIT_EFFICIENCY
+    return CPU_EFFICIENCY if target.dtype == torch.float32 else CPU_16BIT_EFFICIENCY
 
 
 def estimate_startup_seconds(persistent: PersistentMemory, target: TargetDevice) -> float:

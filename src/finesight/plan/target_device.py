@@ -13,11 +13,11 @@ import torch
 
 from finesight.config import Device, Precision
 from finesight.infer.model_loader import resolve_device, resolve_precision
-from finesight.model.attention import supports_varlen_attention
+from finesight.model.quant.base import get_device_capability
 from finesight.model.weights_io import DTYPES
+from finesight.plan.dry_run import ComputeTarget
 from finesight.plan.gpu_specs import find_gpu_spec
-from finesight.plan.saved_activations import ComputeConfig
-from finesight.train.dataloader_workers import default_num_workers
+from finesight.train.dataloader import default_num_workers
 from finesight.train.flops import measure_peak_flops
 from finesight.train.logging import get_device_name
 
@@ -29,12 +29,6 @@ An H200 reaches 784 of 989 TFLOP/s in bf16. Measured FLOP/s need no such correct
 
 ACHIEVABLE_BANDWIDTH_FRACTION = 0.85
 """Fraction of the memory bandwidth in a data sheet that a large copy reaches."""
-
-PROBE_HEAD_DIM = 128
-"""Head size of the tensor that tests for a varlen attention kernel.
-
-Any multiple of 8 gives the same result.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ class TargetDevice:
     peak_flops: float
     memory_bandwidth: float
     dtype: torch.dtype
-    compute: ComputeConfig
+    compute: ComputeTarget
     num_workers: int
     is_measured: bool
 
@@ -81,16 +75,13 @@ def build_named_target(name: str, precision: Precision) -> TargetDevice:
     dtype = DTYPES[precision] if precision != "auto" else _select_dtype(spec.supports_bf16)
     # torch computes fp32 products at an eighth or less of the 16-bit speed.
     datasheet_flops = spec.tflops * 1e12 / (1 if dtype.itemsize == 2 else 8)
-    has_varlen_attention = spec.supports_bf16 and dtype.itemsize == 2
     return TargetDevice(
         name=spec.name,
         memory_bytes=round(spec.memory_gb * 1e9),
         peak_flops=datasheet_flops * ACHIEVABLE_PEAK_FRACTION,
         memory_bandwidth=spec.gb_per_s * 1e9 * ACHIEVABLE_BANDWIDTH_FRACTION,
         dtype=dtype,
-        compute=ComputeConfig(
-            is_cuda=True, element_size=dtype.itemsize, has_varlen_attention=has_varlen_attention
-        ),
+        compute=ComputeTarget(True, dtype, spec.capability),
         num_workers=default_num_workers(torch.device("cuda")),
         is_measured=False,
     )
@@ -111,7 +102,6 @@ def measure_local_target(device: Device, precision: Precision) -> TargetDevice:
     torch_device = resolve_device(device)
     dtype = resolve_precision(precision, torch_device)
     is_cuda = torch_device.type == "cuda"
-    probe = torch.empty(1, 1, PROBE_HEAD_DIM, dtype=dtype, device=torch_device)
     return TargetDevice(
         name=get_device_name(torch_device),
         memory_bytes=torch.cuda.mem_get_info(torch_device)[1]
@@ -120,11 +110,7 @@ def measure_local_target(device: Device, precision: Precision) -> TargetDevice:
         peak_flops=measure_peak_flops(torch_device, dtype),
         memory_bandwidth=_measure_bandwidth(torch_device),
         dtype=dtype,
-        compute=ComputeConfig(
-            is_cuda=is_cuda,
-            element_size=dtype.itemsize,
-            has_varlen_attention=supports_varlen_attention(probe),
-        ),
+        compute=ComputeTarget(is_cuda, dtype, get_device_capability(torch_device)),
         num_workers=default_num_workers(torch_device),
         is_measured=True,
     )

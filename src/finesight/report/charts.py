@@ -6,19 +6,18 @@ A page draws axis ticks and downsampled lines. Its script shows values under the
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
+from finesight.manifest import HistogramCounts
 from finesight.report.i18n import translate
-from finesight.report.metrics import format_metric_name, read_interval
-from finesight.report.run_reader import JsonObject, RunRecord, is_finite
+from finesight.report.metrics import format_metric_name, read_interval, read_metrics
+from finesight.report.run_reader import RunRecord, is_finite
 
 Point = tuple[float, float]
-"""A (step, value) pair."""
 
 MAX_POINTS = 1000
 """Maximum number of points of a line. A screen cannot show more."""
@@ -35,6 +34,7 @@ class ChartSeries:
     Attributes:
         style: `line`, `faint` (a line behind its smoothed series), or `marks` (a line with
             markers).
+        error_bars: Step, low and high of each error bar.
     """
 
     name: str
@@ -63,84 +63,26 @@ class ChartLine:
     name: str
     style: str
     path: str
-    markers: tuple[Point, ...]
-    error_bars: tuple[tuple[float, float, float], ...]
+    markers: tuple[Point, ...] = ()
+    error_bars: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Chart for a page template, with all coordinates computed."""
+    """Chart for a page template, with all coordinates computed.
+
+    Attributes:
+        data: Data for the script of the page: the ends of the axes `x` and `y`, and `series` with
+            `name` and `points` (x, y, formatted y). Histograms have `labels` of x = 0, 1, 2, ...
+    """
 
     title: str
     caption: str
     summary: str
-    lines: tuple[ChartLine, ...]
-    x_ticks: tuple[AxisTick, ...]
-    y_ticks: tuple[AxisTick, ...]
-    data: ChartData
-
-
-class ChartData(TypedDict):
-    """Chart data for the JavaScript of the page, which shows values under the cursor.
-
-    Attributes:
-        labels: Texts for x values 0, 1, 2 and so on. Only histograms have them.
-    """
-
-    x: list[float]
-    y: list[float]
-    series: list[SeriesData]
-    labels: NotRequired[list[str]]
-
-
-class SeriesData(TypedDict):
-    """Line in `ChartData`: its name, and points (x, y, formatted y)."""
-
-    name: str
-    points: list[tuple[float, float, str]]
-
-
-def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") -> Chart | None:
-    """Build a chart from all series that have points.
-
-    Returns None if no series has points.
-    """
-    visible = [item for item in series if item.points]
-    if not visible:
-        return None
-    downsampled = [downsample(item.points) for item in visible]
-    steps = [step for item in visible for step, _ in item.points]
-    values = [value for points in downsampled for _, value in points]
-    values += [bound for item in visible for _, *bounds in item.error_bars for bound in bounds]
-    x_low, x_high = min(steps), max(steps)
-    if x_low == x_high:
-        x_low, x_high = x_low - 1, x_high + 1
-    y_tick_values = compute_ticks(min(values), max(values), 5, include_ends=True)
-    x_tick_values = compute_ticks(x_low, x_high, 6, integer_only=True)
-    scale = _AxisScale(x_low, x_high, y_tick_values[0], y_tick_values[-1])
-    return Chart(
-        title=title,
-        caption=caption,
-        summary=_summarize_chart(title, visible),
-        lines=tuple(
-            scale.build_line(item, points)
-            for item, points in zip(visible, downsampled, strict=True)
-        ),
-        x_ticks=tuple(
-            AxisTick(scale.to_x(value), format_compact(value)) for value in x_tick_values
-        ),
-        y_ticks=tuple(
-            AxisTick(scale.to_y(value), label) for value, label in _format_ticks(y_tick_values)
-        ),
-        data=ChartData(
-            x=[x_low, x_high],
-            y=[y_tick_values[0], y_tick_values[-1]],
-            series=[
-                SeriesData(name=item.name, points=[(x, y, format_exact(y)) for x, y in points])
-                for item, points in zip(visible, downsampled, strict=True)
-            ],
-        ),
-    )
+    lines: list[ChartLine]
+    x_ticks: list[AxisTick]
+    y_ticks: list[AxisTick]
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -160,26 +102,55 @@ class _AxisScale:
 
     def build_line(self, series: ChartSeries, points: Sequence[Point]) -> ChartLine:
         coordinates = [(self.to_x(x), self.to_y(y)) for x, y in points]
-        return ChartLine(
-            name=series.name,
-            style=series.style,
-            path="M" + "L".join(f"{x:g} {y:g}" for x, y in coordinates),
-            # A line with one point is invisible without a marker.
-            markers=tuple(coordinates) if series.style == "marks" or len(coordinates) == 1 else (),
-            error_bars=tuple(
-                (self.to_x(x), self.to_y(high), self.to_y(low))
-                for x, low, high in series.error_bars
-            ),
+        path = "M" + "L".join(f"{x:g} {y:g}" for x, y in coordinates)
+        # A line with one point is invisible without a marker.
+        has_markers = series.style == "marks" or len(coordinates) == 1
+        error_bars = (
+            (self.to_x(x), self.to_y(high), self.to_y(low)) for x, low, high in series.error_bars
         )
+        markers = tuple(coordinates) if has_markers else ()
+        return ChartLine(series.name, series.style, path, markers, tuple(error_bars))
 
-    def build_step_path(self, values: Sequence[float]) -> str:
-        """Return the path of a histogram line, one horizontal segment per value."""
-        bottom = self.to_y(0)
-        segments = [f"M{self.to_x(0):g} {bottom:g}"]
-        segments += [
-            f"V{self.to_y(value):g}H{self.to_x(index + 1):g}" for index, value in enumerate(values)
-        ]
-        return "".join([*segments, f"V{bottom:g}"])
+
+def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") -> Chart | None:
+    """Build a chart from all series that have points.
+
+    Returns None if no series has points.
+    """
+    visible = [(item, downsample(item.points)) for item in series if item.points]
+    if not visible:
+        return None
+    steps = [step for item, _ in visible for step, _ in item.points]
+    values = [value for _, points in visible for _, value in points]
+    values += [bound for item, _ in visible for _, *bounds in item.error_bars for bound in bounds]
+    x_low, x_high = min(steps), max(steps)
+    if x_low == x_high:
+        x_low, x_high = x_low - 1, x_high + 1
+    x_ticks = compute_ticks(x_low, x_high, 6, integer_only=True)
+    y_ticks = compute_ticks(min(values), max(values), 5, include_ends=True)
+    scale = _AxisScale(x_low, x_high, y_ticks[0], y_ticks[-1])
+    descriptions = []
+    for item, _ in visible:
+        if item.style != "faint":
+            (x1, y1), (x2, y2) = item.points[0], item.points[-1]
+            texts = item.name, format_exact(y1), f"{x1:g}", format_exact(y2), f"{x2:g}"
+            descriptions.append(translate("{} {} at step {}, {} at step {}", *texts))
+    return Chart(
+        title,
+        caption,
+        translate("{}: {}", title, translate("; ").join(descriptions)),
+        [scale.build_line(item, points) for item, points in visible],
+        [AxisTick(scale.to_x(tick), format_compact(tick)) for tick in x_ticks],
+        [AxisTick(scale.to_y(tick), label) for tick, label in _format_ticks(y_ticks)],
+        {
+            "x": [x_low, x_high],
+            "y": [y_ticks[0], y_ticks[-1]],
+            "series": [
+                {"name": item.name, "points": [(x, y, format_exact(y)) for x, y in points]}
+                for item, points in visible
+            ],
+        },
+    )
 
 
 def filter_finite(points: Iterable[tuple[object, object]]) -> list[Point]:
@@ -268,9 +239,8 @@ def format_compact(value: float) -> str:
     if magnitude and (magnitude < 0.01 or magnitude >= 1e9):
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    for limit, unit in ((1e6, "M"), (1e4, "k")):
-        if magnitude >= limit:
-            return f"{value / (1e6 if unit == 'M' else 1e3):.3g}{unit}"
+    if magnitude >= 1e4:
+        return f"{value / 1e6:.3g}M" if magnitude >= 1e6 else f"{value / 1e3:.3g}k"
     return f"{value:,.4g}" if magnitude < 1000 else f"{value:,.0f}"
 
 
@@ -282,41 +252,13 @@ def format_exact(value: float) -> str:
     return f"{value:,.1f}" if magnitude >= 1000 else f"{value:.4g}"
 
 
-def _summarize_chart(title: str, series: Sequence[ChartSeries]) -> str:
-    """Describe a chart as text for screen readers: first and last value of each series."""
-    descriptions = []
-    for item in series:
-        if item.style != "faint":
-            (x1, y1), (x2, y2) = item.points[0], item.points[-1]
-            values = item.name, format_exact(y1), f"{x1:g}", format_exact(y2), f"{x2:g}"
-            descriptions.append(translate("{} {} at step {}, {} at step {}", *values))
-    return translate("{}: {}", title, translate("; ").join(descriptions))
-
-
-HistogramCounts = Mapping[str, int]
-"""Number of values by bin. A bin is half an octave wide.
-
-Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
-"""
-
-
-def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
-    """Count positive integers by bins of half an octave (`HistogramCounts`)."""
-    counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
-    return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
-
-
 def parse_counts(content: object) -> HistogramCounts:
     """Return the valid bins of a histogram that a run has recorded."""
-    items = content if isinstance(content, dict) else {}
+    bins = {str(index) for index in range(120)}
     return {
         name: count
-        for name, count in items.items()
-        if isinstance(name, str)
-        and name.isdecimal()
-        and int(name) < 120
-        and isinstance(count, int)
-        and count > 0
+        for name, count in (content.items() if isinstance(content, dict) else ())
+        if name in bins and isinstance(count, int) and count > 0
     }
 
 
@@ -327,64 +269,53 @@ def build_histogram(
 
     Runs without values are omitted. Returns None if no run has values.
     """
-    nonempty = [(name, counts) for name, counts in counts_by_run if counts]
-    if not nonempty:
+    bins = [int(name) for _, counts in counts_by_run for name in counts]
+    if not bins:
         return None
-    bins = [int(name) for _, counts in nonempty for name in counts]
-    low, high = min(bins), max(bins)
-    percentages = []
-    for name, counts in nonempty:
-        total = sum(counts.values())
-        values = [100 * counts.get(str(index), 0) / total for index in range(low, high + 1)]
-        percentages.append((name, values))
-    max_percentage = max(max(values) for _, values in percentages)
-    y_tick_values = compute_ticks(0.0, max_percentage, 4, include_ends=True)
-    edges = [math.ceil(2 ** (index / 2) - 1e-9) for index in range(low, high + 2)]
-    label_interval = max(1, math.ceil(len(edges) / 7))
-    scale = _AxisScale(0, len(edges) - 1, 0, y_tick_values[-1])
-    return Chart(
-        title=title,
-        caption=caption,
-        summary=_summarize_histogram(title, percentages, edges),
-        lines=tuple(
-            ChartLine(name, "line", scale.build_step_path(values), (), ())
-            for name, values in percentages
-        ),
-        x_ticks=tuple(
-            AxisTick(scale.to_x(index), f"{edge:,}")
-            for index, edge in enumerate(edges)
-            if index % label_interval == 0
-        ),
-        y_ticks=tuple(AxisTick(scale.to_y(value), f"{value:g} %") for value in y_tick_values),
-        data=ChartData(
-            x=[-0.5, len(edges) - 1.5],
-            y=[0.0, y_tick_values[-1]],
-            series=[
-                SeriesData(
-                    name=name,
-                    points=[
-                        (x, value, f"{format_exact(value)} %") for x, value in enumerate(values)
-                    ],
-                )
-                for name, values in percentages
-            ],
-            labels=[
-                translate("{:,} to {:,}", lower, upper - 1) if upper - 1 > lower else f"{lower:,}"
-                for lower, upper in pairwise(edges)
-            ],
-        ),
+    bin_range = range(min(bins), max(bins) + 1)
+    edges = [math.ceil(2 ** (index / 2) - 1e-9) for index in (*bin_range, bin_range.stop)]
+    labels = [
+        translate("{:,} to {:,}", lower, upper - 1) if upper - 1 > lower else f"{lower:,}"
+        for lower, upper in pairwise(edges)
+    ]
+    percentages = [
+        (name, [100 * counts.get(str(index), 0) / sum(counts.values()) for index in bin_range])
+        for name, counts in counts_by_run
+        if counts
+    ]
+    y_ticks = compute_ticks(
+        0.0, max(max(values) for _, values in percentages), 4, include_ends=True
     )
-
-
-def _summarize_histogram(
-    title: str, percentages: Sequence[tuple[str, Sequence[float]]], edges: list[int]
-) -> str:
-    descriptions = []
+    scale = _AxisScale(0, len(edges) - 1, 0, y_ticks[-1])
+    lines, series, descriptions = [], [], []
     for name, values in percentages:
-        index = max(range(len(values)), key=values.__getitem__)
-        low, high = edges[index], max(edges[index], edges[index + 1] - 1)
-        descriptions.append(translate("{} mostly {:,} to {:,}", name, low, high))
-    return translate("{}: {}", title, translate("; ").join(descriptions))
+        # One horizontal segment per bin.
+        segments = [f"V{scale.to_y(y):g}H{scale.to_x(x):g}" for x, y in enumerate(values, 1)]
+        bottom = f"{scale.to_y(0):g}"
+        path = f"M{scale.to_x(0):g} {bottom}{''.join(segments)}V{bottom}"
+        lines.append(ChartLine(name, "line", path))
+        points = [(x, value, f"{format_exact(value)} %") for x, value in enumerate(values)]
+        series.append({"name": name, "points": points})
+        most_frequent = labels[values.index(max(values))]
+        descriptions.append(translate("{} mostly {}", name, most_frequent))
+    label_interval = max(1, math.ceil(len(edges) / 7))
+    return Chart(
+        title,
+        caption,
+        translate("{}: {}", title, translate("; ").join(descriptions)),
+        lines,
+        [
+            AxisTick(scale.to_x(index), f"{edges[index]:,}")
+            for index in range(0, len(edges), label_interval)
+        ],
+        [AxisTick(scale.to_y(tick), f"{tick:g} %") for tick in y_ticks],
+        {
+            "x": [-0.5, len(edges) - 1.5],
+            "y": [0.0, y_ticks[-1]],
+            "series": series,
+            "labels": labels,
+        },
+    )
 
 
 def build_run_charts(run_record: RunRecord) -> list[Chart]:
@@ -392,62 +323,54 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
 
     They show loss, primary metric, learning rate, gradient norm, throughput and MFU.
     """
-    evaluations = run_record.evaluations
-    points = {
-        name: filter_finite((line.get("step"), line.get(name)) for line in run_record.steps)
-        for name in ("loss", "grad_norm", "samples_per_s", "mfu")
-    }
+
+    def read_series(title: str, key: str, factor: float = 1.0) -> list[ChartSeries]:
+        """Return a value of all steps and, if there are many, a smoothed series."""
+        lines = run_record.steps
+        points = [
+            (step, factor * value)
+            for step, value in filter_finite((line.get("step"), line.get(key)) for line in lines)
+        ]
+        if not (smoothed := smooth_points(points)):
+            return [ChartSeries(title, points)]
+        return [ChartSeries(title, points, "faint"), ChartSeries(translate("smoothed"), smoothed)]
+
+    evaluations = [(line.get("step"), read_metrics(line)) for line in run_record.evaluations]
     validation_points = filter_finite(
-        (line.get("step"), line.get("validation_loss")) for line in evaluations
+        (s, values.get("validation_loss")) for s, values in evaluations
     )
-    mfu_percentages = [(step, 100 * mfu) for step, mfu in points["mfu"]]
+    samples_text, mfu_text = translate("samples/s"), translate("% of the measured peak FLOPS")
     charts = [
         build_chart(
             translate("Loss"),
             [
-                *_build_smoothed_series(translate("training"), points["loss"]),
+                *read_series(translate("training"), "loss"),
                 ChartSeries(translate("validation"), validation_points, "marks"),
             ],
             translate("nats per supervised token"),
         ),
-        _build_primary_metric_chart(evaluations),
-        build_chart(translate("Learning rate"), _build_lr_series(run_record.steps)),
+        _build_primary_metric_chart(run_record),
+        build_chart(translate("Learning rate"), _build_lr_series(run_record)),
         build_chart(
             translate("Gradient norm"),
-            _build_smoothed_series(translate("norm"), points["grad_norm"]),
+            read_series(translate("norm"), "grad_norm"),
             translate("before clipping"),
         ),
         build_chart(
-            translate("Throughput"),
-            _build_smoothed_series(translate("samples/s"), points["samples_per_s"]),
-            translate("samples/s"),
+            translate("Throughput"), read_series(samples_text, "samples_per_s"), samples_text
         ),
-        build_chart(
-            translate("MFU"),
-            _build_smoothed_series(translate("MFU"), mfu_percentages),
-            translate("% of the measured peak FLOPS"),
-        ),
+        build_chart(translate("MFU"), read_series(translate("MFU"), "mfu", 100), mfu_text),
     ]
     return [chart for chart in charts if chart is not None]
 
 
-def _build_smoothed_series(name: str, points: Sequence[Point]) -> list[ChartSeries]:
-    """Return a series and, if it has many points, its smoothed version."""
-    smoothed = smooth_points(points)
-    if not smoothed:
-        return [ChartSeries(name, points)]
-    return [ChartSeries(name, points, "faint"), ChartSeries(translate("smoothed"), smoothed)]
-
-
-def _build_primary_metric_chart(evaluations: Sequence[JsonObject]) -> Chart | None:
-    names = [line["primary_metric"] for line in evaluations if line.get("primary_metric")]
-    if not names:
+def _build_primary_metric_chart(run_record: RunRecord) -> Chart | None:
+    name = run_record.primary_metric
+    if name is None:
         return None
-    name = str(names[-1])
     points, error_bars = [], []
-    for line in evaluations:
-        scores: Any = line.get("scores")
-        points += filter_finite([(line.get("step"), scores.get(name) if scores else None)])
+    for line in run_record.evaluations:
+        points += filter_finite([(line.get("step"), read_metrics(line).get(name))])
         interval = read_interval(line, name)
         if interval is not None:
             error_bars.append((float(line["step"]), *interval))
@@ -456,16 +379,15 @@ def _build_primary_metric_chart(evaluations: Sequence[JsonObject]) -> Chart | No
     return build_chart(title, [ChartSeries(title, points, "marks", error_bars)], note)
 
 
-def _build_lr_series(steps: Sequence[JsonObject]) -> list[ChartSeries]:
-    """Return the learning rate of each part of the model.
-
-    Parts with equal learning rates share a line.
-    """
-    lr_by_step = [
-        (line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)
+def _build_lr_series(run_record: RunRecord) -> list[ChartSeries]:
+    """Return the learning rate of each part of the model. Parts with equal values share a line."""
+    values = [
+        (line.get("step"), line["lr"])
+        for line in run_record.steps
+        if isinstance(line.get("lr"), dict)
     ]
     parts_by_line: dict[tuple[Point, ...], list[str]] = {}
-    for part in dict.fromkeys(part for _, lr_by_part in lr_by_step for part in lr_by_part):
-        points = filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in lr_by_step)
+    for part in dict.fromkeys(part for _, lr_by_part in values for part in lr_by_part):
+        points = filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in values)
         parts_by_line.setdefault(tuple(points), []).append(part)
     return [ChartSeries(", ".join(parts), points) for points, parts in parts_by_line.items()]

@@ -10,14 +10,13 @@ from typing import Any
 
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.metric_difference import align_columns
+from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.report import summary
 from finesight.report.charts import (
     Chart,
     ChartSeries,
-    HistogramCounts,
     build_chart,
     build_histogram,
-    count_half_octaves,
     filter_finite,
     parse_counts,
     smooth_points,
@@ -25,30 +24,24 @@ from finesight.report.charts import (
 from finesight.report.comparison import (
     MAX_SAMPLES,
     ComparedRun,
-    ComparedSamples,
     MetricCell,
     MetricComparisonRow,
-    build_sample_data,
     compare_metrics,
     compare_samples,
     list_warnings,
     read_compared_runs,
 )
+from finesight.report.examples import MAX_SCORES, ExampleDataBuilder, ExampleSet
 from finesight.report.html import FormulaConverter, render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metrics import (
-    METRIC_DESCRIPTIONS,
+    TEMPLATE_FUNCTIONS,
     VALIDATION_LOSS,
-    VERDICT_TEXTS,
-    format_change,
-    format_change_interval,
-    format_interval,
     format_metric_name,
     format_notes,
-    format_value,
     read_metrics,
 )
-from finesight.report.run_reader import RunRecord, list_image_folders
+from finesight.report.run_reader import RunRecord, as_object, list_image_folders
 
 DiffRow = tuple[str, list[str]]
 """Row of the table of differences: a name, and its value in each run."""
@@ -59,7 +52,6 @@ IGNORED_SETTINGS = {"output_dir"}
 """Settings that are not compared because they always differ."""
 
 DIGEST_CHARS = 12
-"""Number of characters of a SHA-256 digest that are displayed."""
 
 DATA_TITLES = {
     "train": {
@@ -82,7 +74,7 @@ def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
     Prediction files have no recorded values.
     """
     rows = []
-    for collect in (_collect_settings, _collect_run_facts):
+    for collect in (lambda record: _flatten_settings(record.recipe), _collect_run_facts):
         for name, values in _build_rows(runs, collect):
             recorded = {value for value, run in zip(values, runs, strict=True) if run.run_record}
             if len(recorded) > 1 and name not in IGNORED_SETTINGS:
@@ -105,10 +97,6 @@ def _build_rows(
         (name, [run_values.get(name, MISSING_VALUE) for run_values in values_by_run])
         for name in names
     ]
-
-
-def _collect_settings(run_record: RunRecord) -> dict[str, str]:
-    return _flatten_settings(run_record.recipe)
 
 
 def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
@@ -142,8 +130,7 @@ def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
     for key, title in titles.items():
         if start.get(key) is not None:
             facts_by_title[translate(title)] = str(start[key])
-    versions: Any = start.get("versions")
-    for name, value in (versions or {}).items():
+    for name, value in as_object(start.get("versions")).items():
         facts_by_title[translate("version of {}", name)] = str(value)
     return facts_by_title
 
@@ -159,9 +146,6 @@ def _collect_costs(run_record: RunRecord) -> dict[str, str]:
         **{phase.name: phase.duration_text for phase in phases},
         **dict(summary.summarize_cost(run_record)),
     }
-
-
-DEFAULT_PAGE_NAME = "comparison.html"
 
 
 @dataclass(frozen=True)
@@ -265,14 +249,14 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
     file_folders = [run.path.parent for run in runs if run.run_record is None]
     folders = [*list_image_folders(records), *file_folders]
     has_latex = any(run.metric == "latex" for run in runs)
-    sample_data = build_sample_data(samples, folders, FormulaConverter() if has_latex else None)
+    data_builder = ExampleDataBuilder(folders, FormulaConverter() if has_latex else None)
     charts = [chart for chart in _build_charts(runs) if chart is not None]
     histograms = [chart for chart in _build_histograms(runs) if chart is not None]
     labels = [run.label for run in runs]
     return render_page(
         "compare",
         data={
-            **sample_data,
+            **data_builder.build(samples.displayed),
             "charts": [chart.data for chart in (*charts, *histograms)],
             "runs": labels,
             "metric": format_metric_name(samples.metric),
@@ -281,9 +265,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         title=translate("Comparison of {} runs", len(runs)),
         runs=runs,
         labels=labels,
-        model_names=[
-            summary.get_model_name(run.run_record) if run.run_record else "" for run in runs
-        ],
+        get_model_name=summary.get_model_name,
         metric_rows=comparison.metric_rows,
         warnings=comparison.warnings,
         config_diff=diff_configs(runs),
@@ -292,23 +274,15 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         charts=charts,
         histograms=histograms,
         samples=samples,
+        max_score=MAX_SCORES.get(samples.metric, 1.0),
         note=_describe_selection(samples),
         metric_name=format_metric_name(samples.metric) or translate("score"),
         notes=format_notes(iter_notes(comparison.metric_rows)),
-        metric_descriptions={
-            row.name: translate(METRIC_DESCRIPTIONS.get(row.name, ""))
-            for row in comparison.metric_rows
-        },
-        verdict_texts={kind: translate(text) for kind, text in VERDICT_TEXTS.items()},
-        format_value=format_value,
-        format_metric_name=format_metric_name,
-        format_interval=format_interval,
-        format_change=format_change,
-        format_change_interval=format_change_interval,
+        **TEMPLATE_FUNCTIONS,
     )
 
 
-def _describe_selection(samples: ComparedSamples) -> str:
+def _describe_selection(samples: ExampleSet) -> str:
     text = "{:,} validation samples, sorted by the difference in {} between the runs."
     note = translate(text, samples.total, format_metric_name(samples.metric))
     num_hidden = samples.total - len(samples.displayed)
@@ -346,10 +320,9 @@ def _build_histograms(runs: Sequence[ComparedRun]) -> list[Chart | None]:
     for run in runs:
         if run.run_record is None:
             continue
-        recorded: Any = summary.get_last_start(run.run_record).get("size_histograms")
+        recorded = as_object(summary.get_last_start(run.run_record).get("size_histograms"))
         for name, counts in counts_by_name.items():
-            content = recorded.get(name) if isinstance(recorded, dict) else None
-            counts.append((run.label, parse_counts(content)))
+            counts.append((run.label, parse_counts(recorded.get(name))))
     completion_counts: list[tuple[str, HistogramCounts]] = []
     for run in runs:
         lengths = [prediction.record.get("num_tokens") for prediction in run.predictions.values()]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
 
 from finesight.errors import UserError, suggest_similar_path
 from finesight.evaluate.bootstrap import UNBOUNDED
@@ -23,22 +23,8 @@ from finesight.evaluate.metric_difference import (
     index_by_sample,
     read_predictions,
 )
-from finesight.evaluate.task_metrics import (
-    LOWER_IS_BETTER,
-    TASK_METRICS,
-    check_references,
-    compute_metrics,
-)
-from finesight.report.examples import (
-    MAX_SCORES,
-    MIN_SCORE_CHANGE,
-    ExampleDataBuilder,
-    JsonData,
-    read_scores,
-    select_by_quota,
-    select_sample_metric,
-)
-from finesight.report.html import FormulaConverter
+from finesight.evaluate.task_metrics import TASK_METRICS, check_references, compute_metrics
+from finesight.report.examples import ExampleSet, build_example_set
 from finesight.report.i18n import translate
 from finesight.report.metrics import (
     VALIDATION_LOSS,
@@ -49,7 +35,7 @@ from finesight.report.metrics import (
     read_interval,
     read_metrics,
 )
-from finesight.report.run_reader import JsonObject, RunRecord, read_run
+from finesight.report.run_reader import JsonObject, RunRecord, as_object, read_run
 from finesight.report.summary import RunStatus, get_data_stats, get_run_status
 
 COMMAND = "finesight compare"
@@ -64,7 +50,7 @@ IDs need not be unique.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ComparedRun:
     """Input of a comparison: a run or a prediction file.
 
@@ -97,8 +83,8 @@ class ComparedRun:
 
     def get_setting(self, group: str, name: str) -> object:
         """Return a recipe setting of the run, or None if it is not recorded."""
-        settings: Any = self.run_record.recipe.get(group) if self.run_record else None
-        return settings.get(name) if isinstance(settings, dict) else None
+        recipe = self.run_record.recipe if self.run_record else {}
+        return as_object(recipe.get(group)).get(name)
 
 
 def read_compared_runs(paths: Sequence[Path]) -> list[ComparedRun]:
@@ -162,8 +148,7 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
     )
     files = run_record.predictions_files
     predictions = _read_predictions(files[-1]) if files and read_metrics(evaluation) else {}
-    settings = run_record.recipe.get("eval")
-    metric = settings.get("metric") if isinstance(settings, dict) else None
+    metric = as_object(run_record.recipe.get("eval")).get("metric")
     return ComparedRun(
         letter,
         name,
@@ -325,48 +310,37 @@ class MetricComparisonRow:
     is_primary: bool
     cells: list[MetricCell]
 
-    @property
-    def lower_is_better(self) -> bool:
-        """True if lower values of the metric are better."""
-        return self.name in LOWER_IS_BETTER
+
+ComputeResultFn = Callable[[ComparedRun, tuple[SampleKey, ...]], MetricResult | None]
 
 
-class _MetricResultCache:
-    """Cache of metric results by run and subset of samples."""
+def _compute_result(run: ComparedRun, keys: tuple[SampleKey, ...]) -> MetricResult | None:
+    """Return the metric result of a run on the given samples.
 
-    def __init__(self) -> None:
-        self._results: dict[tuple[str, tuple[SampleKey, ...]], MetricResult] = {}
-
-    def get_result(self, run: ComparedRun, keys: Sequence[SampleKey]) -> MetricResult | None:
-        """Return the metric result of a run on the given samples.
-
-        Built-in metrics are computed again. Custom metrics are not executed: the result is the mean
-        of recorded scores, or None if the predictions have different score names.
-        """
-        cache_key = run.letter, tuple(keys)
-        predictions = [run.predictions[key] for key in keys]
-        if cache_key not in self._results and predictions:
-            task = next((task for task in TASK_METRICS if task == run.metric), None)
-            if task is not None:
-                cases = [prediction.case for prediction in predictions]
-                self._results[cache_key] = compute_metrics(task, cases)
-            elif len({frozenset(prediction.scores) for prediction in predictions}) == 1:
-                per_sample = [prediction.scores for prediction in predictions]
-                estimators = mean_metrics(per_sample, bounds=UNBOUNDED)
-                self._results[cache_key] = MetricResult(per_sample, estimators)
-        return self._results.get(cache_key)
+    Built-in metrics are computed again. Custom metrics are not executed: the result is the mean of
+    recorded scores, or None if the predictions have different score names.
+    """
+    predictions = [run.predictions[key] for key in keys]
+    task = next((task for task in TASK_METRICS if task == run.metric), None)
+    if task is not None and predictions:
+        return compute_metrics(task, [prediction.case for prediction in predictions])
+    if len({frozenset(prediction.scores) for prediction in predictions}) != 1:
+        return None
+    per_sample = [prediction.scores for prediction in predictions]
+    return MetricResult(per_sample, mean_metrics(per_sample, bounds=UNBOUNDED))
 
 
 def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricComparisonRow]:
     """Compare all metrics of all runs. The primary metric is first, the validation loss last."""
-    result_cache = _MetricResultCache()
-    cells_by_run = [_collect_cells(run, result_cache) for run in runs]
+    # The baseline is compared with several runs on the same samples.
+    compute_result = cache(_compute_result)
+    cells_by_run = [_collect_cells(run, compute_result) for run in runs]
     names = {name for cells in cells_by_run for name in cells}
     primary_metrics = [str(run.evaluation.get("primary_metric") or "") for run in runs]
     primary_metric = next(filter(None, primary_metrics), "")
     order = dict.fromkeys([primary_metric, *(name for cells in cells_by_run for name in cells)])
     for run, cells in zip(runs[1:], cells_by_run[1:], strict=True):
-        for name, difference in _compute_differences(runs[0], run, result_cache).items():
+        for name, difference in _compute_differences(runs[0], run, compute_result).items():
             cells[name] = replace(cells.get(name, MISSING_CELL), difference=difference)
     return [
         MetricComparisonRow(
@@ -377,7 +351,7 @@ def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricComparisonRow]:
     ]
 
 
-def _collect_cells(run: ComparedRun, result_cache: _MetricResultCache) -> dict[str, MetricCell]:
+def _collect_cells(run: ComparedRun, compute_result: ComputeResultFn) -> dict[str, MetricCell]:
     """Return the recorded metrics of a run, or compute those of a prediction file."""
     if run.run_record is not None:
         line = run.evaluation
@@ -385,7 +359,7 @@ def _collect_cells(run: ComparedRun, result_cache: _MetricResultCache) -> dict[s
             name: MetricCell(value, read_interval(line, name), None, get_note(line, name))
             for name, value in read_metrics(line).items()
         }
-    metric_result = result_cache.get_result(run, list(run.predictions))
+    metric_result = compute_result(run, tuple(run.predictions))
     if metric_result is None:
         return {}
     intervals, notes = metric_result.intervals(), metric_result.notes()
@@ -396,13 +370,13 @@ def _collect_cells(run: ComparedRun, result_cache: _MetricResultCache) -> dict[s
 
 
 def _compute_differences(
-    reference_run: ComparedRun, other_run: ComparedRun, result_cache: _MetricResultCache
+    reference_run: ComparedRun, other_run: ComparedRun, compute_result: ComputeResultFn
 ) -> dict[str, MetricDifference]:
     differences: dict[str, MetricDifference] = {}
     pair = reference_run, other_run
     keys, _ = find_common_samples(*pair)
     if reference_run.metric == other_run.metric and keys:
-        before, after = (result_cache.get_result(run, keys) for run in pair)
+        before, after = (compute_result(run, tuple(keys)) for run in pair)
         if before is not None and after is not None:
             differences = {one.name: one for one in compare_results(before, after)}
     before_loss, after_loss = (read_metrics(run.evaluation).get(VALIDATION_LOSS) for run in pair)
@@ -413,15 +387,6 @@ def _compute_differences(
     return differences
 
 
-AgreementKind = Literal["differ", "wrong", "right"]
-AGREEMENT_KINDS: tuple[AgreementKind, ...] = ("differ", "wrong", "right")
-"""Classes of compared samples by score, in the order in which samples are selected.
-
-- `differ`: the runs have different scores.
-- `wrong`: all scores are equal and below the maximum.
-- `right`: all scores are the maximum.
-"""
-
 MAX_SAMPLES = 600
 """Maximum number of samples on a comparison page.
 
@@ -429,49 +394,12 @@ With eight runs, their answers take a few megabytes.
 """
 
 
-@dataclass(frozen=True)
-class ComparedSample:
-    """Validation sample with the predictions of all runs.
+def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES) -> ExampleSet:
+    """Compare the validation samples that the baseline and another run answered.
 
-    Attributes:
-        lines: Prediction of each run. None if missing.
-        scores: Compared score of each prediction. None if unknown.
-        kind: Class by score, see `AGREEMENT_KINDS`.
-        score_range: Difference between the highest and the lowest score.
+    Samples with different scores are selected first. If all scores are equal, samples are `right`
+    (the maximum) or `wrong`.
     """
-
-    lines: list[JsonObject | None]
-    scores: list[float | None]
-    kind: AgreementKind
-    score_range: float
-
-    @property
-    def question_line(self) -> JsonObject:
-        """Any prediction of the sample, since all contain the same question."""
-        return next(line for line in self.lines if line is not None)
-
-
-@dataclass(frozen=True)
-class ComparedSamples:
-    """Validation samples of a comparison page.
-
-    Attributes:
-        counts: Number of samples by class, including those that are not displayed.
-    """
-
-    displayed: list[ComparedSample]
-    counts: dict[AgreementKind, int]
-    metric: str
-    max_score: float
-
-    @property
-    def total(self) -> int:
-        """Number of samples, including those that are not displayed."""
-        return sum(self.counts.values())
-
-
-def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES) -> ComparedSamples:
-    """Compare the validation samples that the baseline and another run answered."""
     reference_run = runs[0]
     common_keys = [
         set(reference_run.predictions),
@@ -486,57 +414,9 @@ def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES)
         if any(key in run_keys for run_keys in common_keys[1:])
     ]
     primary_metric = reference_run.evaluation.get("primary_metric")
-    metric = select_sample_metric(
+    return build_example_set(
+        lines_by_sample,
         primary_metric if isinstance(primary_metric, str) else None,
-        [line for lines in lines_by_sample for line in lines if line is not None],
+        {"differ": max_samples // 2, "wrong": max_samples // 4, "right": max_samples // 4},
+        max_samples,
     )
-    max_score = MAX_SCORES.get(metric, 1.0)
-    groups: dict[AgreementKind, list[ComparedSample]] = {kind: [] for kind in AGREEMENT_KINDS}
-    for lines in lines_by_sample:
-        sample = _classify_sample(lines, metric, max_score)
-        groups[sample.kind].append(sample)
-    groups["differ"].sort(key=lambda sample: -sample.score_range)
-    # The other classes get a quarter each.
-    quotas = [max_samples // 2, max_samples // 4, max_samples // 4]
-    return ComparedSamples(
-        select_by_quota(list(groups.values()), quotas, max_samples),
-        {kind: len(group) for kind, group in groups.items()},
-        metric,
-        max_score,
-    )
-
-
-def _classify_sample(
-    lines: list[JsonObject | None], metric: str, max_score: float
-) -> ComparedSample:
-    scores = [read_scores(line).get(metric) if line else None for line in lines]
-    known_scores = [score for score in scores if score is not None]
-    score_range = max(known_scores, default=0.0) - min(known_scores, default=0.0)
-    kind: AgreementKind = "wrong"
-    if score_range > MIN_SCORE_CHANGE:
-        kind = "differ"
-    elif known_scores and min(known_scores) >= max_score - MIN_SCORE_CHANGE:
-        kind = "right"
-    return ComparedSample(lines, scores, kind, score_range)
-
-
-def build_sample_data(
-    samples: ComparedSamples, folders: Sequence[Path], formula_converter: FormulaConverter | None
-) -> JsonData:
-    """Return page data with samples, and `images` to which the samples refer by index."""
-    data_builder = ExampleDataBuilder(folders, formula_converter)
-    thumbnails, image_indices = data_builder.build_thumbnails(
-        sample.question_line for sample in samples.displayed
-    )
-    return {
-        "images": thumbnails,
-        "examples": [
-            {
-                **data_builder.build_question(sample.question_line, image_indices),
-                "kind": sample.kind,
-                "predictions": [data_builder.build_answer(line) for line in sample.lines],
-                "scores": [None if score is None else round(score, 4) for score in sample.scores],
-            }
-            for sample in samples.displayed
-        ],
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, zip_longest
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from finesight.check.check_issues import (
 from finesight.data.image_header import CorruptImageError
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart
-from finesight.encode.family_base import PredictedBox, scale_box
-from finesight.encode.native_renderer import IM_START, NativeRenderer
+from finesight.encode.family import PredictedBox, scale_box
+from finesight.encode.renderer import IM_START, NativeRenderer
 from finesight.encode.tokenized_sample import (
     EncodedSample,
     TokenizedSample,
@@ -209,10 +209,8 @@ MAX_IMAGES = 300
 """Maximum number of images on the page. Further issues are listed without images."""
 
 MAX_IMAGES_PER_ISSUE = 4
-"""Maximum number of images per issue."""
 
 MAX_ISSUE_IMAGE_SIDE = 360
-"""Maximum width and height of an image of an issue, in pixels."""
 
 
 def render_check_page(
@@ -228,36 +226,54 @@ def render_check_page(
         on_progress: Called with 1 after each issue.
     """
     selected = _select_illustrated_issues(check_result.issues, max_images)
-    page_images = _PageImages()
+    images: dict[Path, InlineImage | str] = {}
     records = []
     for issue_index, issue in enumerate(check_result.issues):
-        selected_images = issue.images[:MAX_IMAGES_PER_ISSUE] if issue_index in selected else ()
+        shown = issue.images[:MAX_IMAGES_PER_ISSUE] if issue_index in selected else ()
         records.append(
-            _build_issue_record(
-                issue,
-                [_build_image_record(issue_image, page_images) for issue_image in selected_images],
-            )
+            {
+                "code": issue.code,
+                "severity": issue.severity,
+                "description": translate(ISSUE_TYPES[issue.code][1]),
+                "location": issue.where,
+                "sample_id": issue.sample_id,
+                "message": issue.what,
+                "remedy": issue.remedy,
+                "evidence": list(issue.evidence),
+                "fix": issue.fix,
+                "images": [_build_image_record(issue_image, images) for issue_image in shown],
+                "num_more": len(issue.images) - len(shown),
+            }
         )
         on_progress(1)
-    num_unique = check_result.num_unique_images
+    num_unique, num_frames = check_result.num_unique_images, check_result.num_video_frames
     files_text = translate("{:,} images ({:,} unique)", check_result.num_images, num_unique)
-    if check_result.num_video_frames:
+    if num_frames:
         text = "{:,} images and {:,} video frames ({:,} unique)"
-        counts = check_result.num_images, check_result.num_video_frames, num_unique
-        files_text = translate(text, *counts)
-    num_without_images = sum(bool(issue.images) for issue in check_result.issues) - len(selected)
+        files_text = translate(text, check_result.num_images, num_frames, num_unique)
+    listed_counts = Counter(issue.code for issue in check_result.issues)
+    issue_types = [
+        {
+            "code": code,
+            "severity": severity,
+            "description": description,
+            "count": check_result.issue_counts[code],
+            "num_listed": listed_counts[code],
+            "num_samples": check_result.affected_samples.get(code, 0),
+        }
+        for code, (severity, description) in ISSUE_TYPES.items()
+        if check_result.issue_counts.get(code)
+    ]
     return render_page(
         "check",
-        {"issues": records, "images": page_images.images},
+        {"issues": records, "images": list(images.values())},
         title=translate("Data check"),
         check_result=check_result,
         files_text=files_text,
-        issue_types=_summarize_issue_types(check_result),
-        severities={
-            severity: _count_by_severity(check_result, severity) for severity in EXIT_CODES
-        },
-        num_images=sum(not isinstance(image, str) for image in page_images.images),
-        num_without_images=num_without_images,
+        issue_types=issue_types,
+        severities=EXIT_CODES,
+        num_images=sum(not isinstance(image, str) for image in images.values()),
+        num_without_images=sum(bool(one.images) for one in check_result.issues) - len(selected),
     )
 
 
@@ -279,78 +295,28 @@ def _select_illustrated_issues(issues: Sequence[CheckIssue], max_images: int) ->
     return selected
 
 
-def _summarize_issue_types(check_result: CheckResult) -> list[dict[str, Any]]:
-    """Return the issue types that occur, with their counts, most severe first."""
-    listed_counts = Counter(issue.code for issue in check_result.issues)
-    return [
-        {
-            "code": code,
-            "severity": severity,
-            "description": description,
-            "count": count,
-            "num_listed": listed_counts[code],
-            "num_samples": check_result.affected_samples.get(code, 0),
-        }
-        for code, (severity, description) in ISSUE_TYPES.items()
-        if (count := check_result.issue_counts.get(code, 0))
-    ]
+def _build_image_record(
+    issue_image: IssueImage, images: dict[Path, InlineImage | str]
+) -> dict[str, Any]:
+    """Return the page data of an image: its name, index and boxes with finite corners.
 
-
-def _count_by_severity(check_result: CheckResult, severity: str) -> int:
-    return sum(
-        count
-        for code, count in check_result.issue_counts.items()
-        if ISSUE_TYPES[code][0] == severity
-    )
-
-
-def _build_issue_record(issue: CheckIssue, image_records: list[dict[str, Any]]) -> dict[str, Any]:
+    Args:
+        images: Thumbnails of the page by path, to which the image is added. Each image is included
+            once, unreadable ones as an error message.
+    """
+    path = issue_image.path
+    if path not in images:
+        try:
+            images[path] = build_inline_image(load_image(path), MAX_ISSUE_IMAGE_SIDE)
+        except CorruptImageError as error:
+            images[path] = error.what
+    labels = chain(issue_image.labels, repeat(""))
     return {
-        "code": issue.code,
-        "severity": issue.severity,
-        "description": translate(ISSUE_TYPES[issue.code][1]),
-        "location": issue.where,
-        "sample_id": issue.sample_id,
-        "message": issue.what,
-        "remedy": issue.remedy,
-        "evidence": list(issue.evidence),
-        "fix": issue.fix,
-        "images": image_records,
-        "num_more": max(0, len(issue.images) - len(image_records)),
-    }
-
-
-def _build_image_record(issue_image: IssueImage, page_images: _PageImages) -> dict[str, Any]:
-    """Return the page data of an image: its name, index and boxes with finite corners."""
-    labels = (*issue_image.labels, *[""] * len(issue_image.boxes))
-    return {
-        "name": str(issue_image.path),
-        "image_index": page_images.get_index(issue_image.path),
+        "name": str(path),
+        "image_index": list(images).index(path),
         "boxes": [
             {"xyxy": list(box), "label": label}
             for box, label in zip(issue_image.boxes, labels, strict=False)
             if all(map(math.isfinite, box))
         ],
     }
-
-
-class _PageImages:
-    """Thumbnails of a page. Each image is included once, unreadable ones as an error message."""
-
-    def __init__(self) -> None:
-        self.images: list[InlineImage | str] = []
-        self._index_by_path: dict[Path, int] = {}
-
-    def get_index(self, path: Path) -> int:
-        """Return the index of an image on the page. A new image is added."""
-        if path not in self._index_by_path:
-            self._index_by_path[path] = len(self.images)
-            self.images.append(_make_thumbnail(path))
-        return self._index_by_path[path]
-
-
-def _make_thumbnail(path: Path) -> InlineImage | str:
-    try:
-        return build_inline_image(load_image(path), MAX_ISSUE_IMAGE_SIDE)
-    except CorruptImageError as error:
-        return error.what

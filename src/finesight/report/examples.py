@@ -6,13 +6,13 @@ Page data contain thumbnails, boxes, and formulas as MathML.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -24,17 +24,18 @@ from finesight.evaluate.bootstrap import (
     ScoreEstimator,
     estimate_mean,
 )
-from finesight.evaluate.metric_difference import MetricDifference, compare_estimators
+from finesight.evaluate.metric_difference import (
+    MetricDifference,
+    compare_estimators,
+    index_by_sample,
+)
 from finesight.report.html import FormulaConverter, build_inline_image
 from finesight.report.i18n import translate
 from finesight.report.metrics import format_metric_name
-from finesight.report.run_reader import JsonObject, is_finite, read_json_lines
+from finesight.report.run_reader import JsonObject, as_object, is_finite, read_json_lines
 from finesight.vision.image_decoding import load_image
 
-T = TypeVar("T")
-
-ExampleKind = Literal["better", "worse", "wrong", "right"]
-EXAMPLE_KINDS: tuple[ExampleKind, ...] = ("worse", "better", "wrong", "right")
+EXAMPLE_KINDS = ("worse", "better", "wrong", "right")
 """Classes of examples by score, in the order in which examples are selected.
 
 - `worse`: the score decreased.
@@ -64,44 +65,39 @@ MIN_SCORE_CHANGE = 1e-6
 
 @dataclass(frozen=True)
 class Example:
-    """Validation sample with its predictions before and after training.
+    """Validation sample with its predictions, such as those before and after training.
 
     Attributes:
-        before: Prediction before training. None if missing.
-        after: Prediction after training. None if missing.
-        kind: Class by score, see `EXAMPLE_KINDS`.
-        change: Increase of the compared score. 0 if unknown.
+        predictions: Prediction of each evaluation or run. None if missing.
+        scores: Compared score of each prediction. None if unknown.
+        kind: Class by score, such as `better`.
+        change: Increase of the compared score, or range of the scores of several runs.
     """
 
-    before: JsonObject | None
-    after: JsonObject | None
-    kind: ExampleKind
+    predictions: Sequence[JsonObject | None]
+    scores: Sequence[float | None]
+    kind: str
     change: float
 
     @property
     def latest(self) -> JsonObject:
-        """Prediction after training, or before training if there is no other.
-
-        Both contain the same question.
-        """
-        line = self.before if self.after is None else self.after
-        assert line is not None, "example without a prediction"
-        return line
+        """Last prediction of the sample. All predictions contain the same question."""
+        return next(line for line in reversed(self.predictions) if line is not None)
 
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples of a report, with the total number of validation samples by class.
+    """Examples of a page, with the total number of validation samples by class.
 
     Attributes:
         displayed: Examples on the page, by class, largest change first.
         counts: Number of examples by class, including those that are not displayed.
         metric: Name of the compared per-sample score. Empty if there is none.
-        is_paired: True if there are predictions before and after training.
+        is_paired: True if there are predictions of several evaluations or runs.
     """
 
     displayed: list[Example]
-    counts: dict[ExampleKind, int]
+    counts: dict[str, int]
     metric: str
     is_paired: bool
 
@@ -110,7 +106,7 @@ class ExampleSet:
         """Number of examples, including those that are not displayed."""
         return sum(self.counts.values())
 
-    def count_hidden(self) -> dict[ExampleKind, int]:
+    def count_hidden(self) -> dict[str, int]:
         """Return the number of examples by class that are not displayed."""
         displayed_counts = Counter(example.kind for example in self.displayed)
         return {
@@ -118,6 +114,50 @@ class ExampleSet:
             for kind, count in self.counts.items()
             if count > displayed_counts[kind]
         }
+
+
+def build_example_set(
+    line_groups: Sequence[Sequence[JsonObject | None]],
+    primary_metric: str | None,
+    quotas: Mapping[str, int],
+    max_examples: int,
+) -> ExampleSet:
+    """Classify the predictions of each sample, and select the examples of a page.
+
+    Args:
+        line_groups: Predictions of each sample. None if missing.
+        primary_metric: Primary metric, by which examples are classified.
+        quotas: Classes with the number of examples that are selected first. With the class
+            `differ`, examples of unequal scores belong to it instead of `better` or `worse`.
+    """
+    metric = select_sample_metric(
+        primary_metric, [line for lines in line_groups for line in lines if line is not None]
+    )
+    groups: dict[str, list[Example]] = {kind: [] for kind in quotas}
+    for lines in line_groups:
+        scores = [read_scores(line).get(metric) if line else None for line in lines]
+        known_scores = [score for score in scores if score is not None]
+        change = max(known_scores, default=0.0) - min(known_scores, default=0.0)
+        if "differ" not in quotas:
+            change = known_scores[-1] - known_scores[0] if known_scores else 0.0
+        kind = "wrong"
+        if abs(change) > MIN_SCORE_CHANGE:
+            kind = "differ" if "differ" in quotas else "better" if change > 0 else "worse"
+        elif known_scores and min(known_scores) >= MAX_SCORES.get(metric, 1.0) - MIN_SCORE_CHANGE:
+            kind = "right"
+        groups[kind].append(Example(lines, scores, kind, change))
+    for group in groups.values():
+        group.sort(key=lambda example: -abs(example.change))
+    # Classes with more examples use the rest of the quotas of smaller ones.
+    counts = {kind: min(len(group), quotas[kind]) for kind, group in groups.items()}
+    for kind, group in groups.items():
+        counts[kind] += min(len(group) - counts[kind], max_examples - sum(counts.values()))
+    return ExampleSet(
+        displayed=[one for kind, group in groups.items() for one in group[: counts[kind]]],
+        counts={kind: len(group) for kind, group in groups.items()},
+        metric=metric,
+        is_paired=any(len(lines) > 1 for lines in line_groups),
+    )
 
 
 def read_examples(
@@ -130,23 +170,11 @@ def read_examples(
         after: Prediction file after training. None if missing.
         primary_metric: Primary metric of the run, by which examples are classified.
     """
-    line_pairs = list(pair_predictions(before, after))
-    metric = select_sample_metric(
-        primary_metric, [line for pair in line_pairs for line in pair if line is not None]
-    )
-    groups: dict[ExampleKind, list[Example]] = {kind: [] for kind in EXAMPLE_KINDS}
-    for pair in line_pairs:
-        example = _classify_example(*pair, metric)
-        groups[example.kind].append(example)
-    for group in groups.values():
-        group.sort(key=lambda example: -abs(example.change))
-    quotas = [max_examples // len(EXAMPLE_KINDS)] * len(EXAMPLE_KINDS)
-    return ExampleSet(
-        displayed=select_by_quota(list(groups.values()), quotas, max_examples),
-        counts={kind: len(group) for kind, group in groups.items()},
-        metric=metric,
-        is_paired=before is not None and after is not None,
-    )
+    quotas = dict.fromkeys(EXAMPLE_KINDS, max_examples // len(EXAMPLE_KINDS))
+    is_paired = before is not None and after is not None
+    pairs = list(pair_predictions(before, after))
+    examples = build_example_set(pairs, primary_metric, quotas, max_examples)
+    return replace(examples, is_paired=is_paired)
 
 
 def pair_predictions(
@@ -156,14 +184,16 @@ def pair_predictions(
 
     The missing prediction of a pair is None. Samples with duplicate IDs are paired in order.
     """
-    unmatched: defaultdict[str, list[JsonObject]] = defaultdict(list)
-    for line in read_json_lines(before) if before else ():
-        unmatched[str(line.get("id"))].append(line)
-    for line in read_json_lines(after) if after else ():
-        candidates = unmatched.get(str(line.get("id")))
-        yield (candidates.pop(0) if candidates else None), line
-    for remaining in unmatched.values():
-        yield from ((line, None) for line in remaining)
+    before_lines, after_lines = (
+        index_by_sample(
+            list(read_json_lines(path)) if path else [], lambda line: str(line.get("id"))
+        )
+        for path in (before, after)
+    )
+    for key, line in after_lines.items():
+        yield before_lines.pop(key, None), line
+    for line in before_lines.values():
+        yield line, None
 
 
 def select_sample_metric(primary_metric: str | None, lines: Sequence[JsonObject]) -> str:
@@ -178,42 +208,8 @@ def select_sample_metric(primary_metric: str | None, lines: Sequence[JsonObject]
 
 def read_scores(line: JsonObject) -> dict[str, float]:
     """Return the per-sample scores of a prediction that are finite numbers."""
-    scores = line.get("scores")
-    return {
-        str(name): float(value)
-        for name, value in (scores.items() if isinstance(scores, dict) else ())
-        if is_finite(value)
-    }
-
-
-def _classify_example(before: JsonObject | None, after: JsonObject | None, metric: str) -> Example:
-    before_score, after_score = (
-        read_scores(line).get(metric) if line else None for line in (before, after)
-    )
-    change = 0.0
-    if before_score is not None and after_score is not None:
-        change = after_score - before_score
-    last_score = after_score if after_score is not None else before_score
-    max_score = MAX_SCORES.get(metric, 1.0)
-    kind: ExampleKind = "wrong"
-    if abs(change) > MIN_SCORE_CHANGE:
-        kind = "better" if change > 0 else "worse"
-    elif last_score is not None and last_score >= max_score - MIN_SCORE_CHANGE:
-        kind = "right"
-    return Example(before, after, kind, change)
-
-
-def select_by_quota(
-    groups: Sequence[Sequence[T]], quotas: Sequence[int], max_items: int
-) -> list[T]:
-    """Select at most `max_items` items, the first ones of each group up to its quota.
-
-    Groups with more items use the rest of the quotas of smaller ones.
-    """
-    counts = [min(len(group), quota) for group, quota in zip(groups, quotas, strict=True)]
-    for index, group in enumerate(groups):
-        counts[index] += min(len(group) - counts[index], max_items - sum(counts))
-    return [item for group, count in zip(groups, counts, strict=True) for item in group[:count]]
+    scores = as_object(line.get("scores"))
+    return {str(name): float(value) for name, value in scores.items() if is_finite(value)}
 
 
 def read_image_paths(line: JsonObject) -> list[str]:
@@ -242,25 +238,20 @@ def estimate_differences(
         Difference with confidence interval by metric name. Other metrics are omitted.
     """
     line_pairs = [pair for pair in pair_predictions(before, after) if None not in pair]
-    old_means: dict[str, ScoreEstimator] = {}
-    new_means: dict[str, ScoreEstimator] = {}
-    if not line_pairs:
-        return {}
-    for name in before_metrics.keys() & after_metrics.keys():
-        before_scores, after_scores = (
-            _read_score_column(name, lines) for lines in zip(*line_pairs, strict=True)
-        )
-        if before_scores is None or after_scores is None:
-            continue
-        if (
-            abs(before_scores.mean() - before_metrics[name]) < MAX_MEAN_ERROR
-            and abs(after_scores.mean() - after_metrics[name]) < MAX_MEAN_ERROR
+    estimators: tuple[dict[str, ScoreEstimator], dict[str, ScoreEstimator]] = ({}, {})
+    for name in before_metrics.keys() & after_metrics.keys() if line_pairs else ():
+        columns = [_read_score_column(name, lines) for lines in zip(*line_pairs, strict=True)]
+        values = before_metrics[name], after_metrics[name]
+        if not all(
+            column is not None and abs(column.mean() - value) < MAX_MEAN_ERROR
+            for column, value in zip(columns, values, strict=True)
         ):
-            all_scores = np.concatenate([before_scores, after_scores])
-            bounds = BOUNDED if ((all_scores >= 0) & (all_scores <= 1)).all() else UNBOUNDED
-            old_means[name] = estimate_mean(before_scores, bounds)
-            new_means[name] = estimate_mean(after_scores, bounds)
-    return {difference.name: difference for difference in compare_estimators(old_means, new_means)}
+            continue
+        scores = np.array(columns)
+        bounds = BOUNDED if ((scores >= 0) & (scores <= 1)).all() else UNBOUNDED
+        for column, target in zip(scores, estimators, strict=True):
+            target[name] = estimate_mean(column, bounds)
+    return {difference.name: difference for difference in compare_estimators(*estimators)}
 
 
 def _read_score_column(metric: str, lines: tuple[Any, ...]) -> FloatArray | None:
@@ -278,16 +269,13 @@ Thumbnails are limited by area, which keeps wide formulas and tall pages readabl
 """
 
 THUMBNAIL_QUALITY = 70
-"""JPEG quality of thumbnails."""
 
 MAX_ANSWER_CHARS = 4000
-"""Maximum number of displayed characters of an answer."""
 
 MAX_BOXES = 200
 """Maximum number of boxes that are drawn per answer."""
 
 NUM_DECODE_THREADS = 8
-"""Number of threads that decode images for thumbnails."""
 
 MAX_PARALLEL_PIXELS = 16_000_000
 """Pixels of an image above which it is not decoded in parallel with others.
@@ -297,7 +285,6 @@ gigabytes.
 """
 
 MAX_ID_CHARS = 200
-"""Maximum number of displayed characters of a sample ID."""
 
 JsonData = dict[str, Any]
 
@@ -326,13 +313,24 @@ class ExampleDataBuilder:
 
     def build(self, examples: Sequence[Example]) -> JsonData:
         """Return page data with `examples`, and `images` to which the examples refer by index."""
-        thumbnails, image_indices = self.build_thumbnails([example.latest for example in examples])
+        thumbnails, image_indices = self._build_thumbnails([example.latest for example in examples])
         return {
             "images": thumbnails,
-            "examples": [self._build_example(example, image_indices) for example in examples],
+            "examples": [
+                {
+                    **self._build_question(example.latest, image_indices),
+                    "kind": example.kind,
+                    "change": round(example.change, 4),
+                    "predictions": [self._build_answer(line) for line in example.predictions],
+                    "scores": [
+                        None if score is None else round(score, 4) for score in example.scores
+                    ],
+                }
+                for example in examples
+            ],
         }
 
-    def build_thumbnails(
+    def _build_thumbnails(
         self, lines: Iterable[JsonObject]
     ) -> tuple[list[JsonData | None], dict[str, int]]:
         """Return the thumbnails of all images of the given samples, and their indices by path.
@@ -390,16 +388,7 @@ class ExampleDataBuilder:
             return {"path": name, "error": f"unreadable ({error})"}
         return {"path": name, "src": inline_image["src"], "width": width, "height": height}
 
-    def _build_example(self, example: Example, image_indices: dict[str, int]) -> JsonData:
-        return {
-            **self.build_question(example.latest, image_indices),
-            "kind": example.kind,
-            "change": round(example.change, 4),
-            "before": self.build_answer(example.before),
-            "after": self.build_answer(example.after),
-        }
-
-    def build_question(self, line: JsonObject, image_indices: dict[str, int]) -> JsonData:
+    def _build_question(self, line: JsonObject, image_indices: dict[str, int]) -> JsonData:
         """Return the page data of a sample without answers: question, images and references."""
         reference = line.get("gold")
         references = line.get("references")
@@ -414,7 +403,7 @@ class ExampleDataBuilder:
             "boxes": read_boxes(line.get("gold_boxes")),
         }
 
-    def build_answer(self, line: JsonObject | None) -> JsonData | None:
+    def _build_answer(self, line: JsonObject | None) -> JsonData | None:
         """Return the page data of an answer and its scores, or None without a prediction."""
         if line is None:
             return None

@@ -15,6 +15,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TypedDict
@@ -31,7 +32,6 @@ from finesight.report.i18n import LANGUAGE_TAGS, get_language, get_translations,
 from finesight.storage import write_file
 
 JPEG_QUALITY = 88
-"""Default JPEG quality of embedded images."""
 
 MAX_PNG_COLORS = 4096
 """Maximum number of colors for which PNG is tried.
@@ -56,32 +56,22 @@ class InlineImage(TypedDict):
 def build_inline_image(
     image: Image.Image, max_side: int | None = None, quality: int = JPEG_QUALITY
 ) -> InlineImage:
-    """Embed an RGB image, shrunk to sides of at most `max_side`.
+    """Embed an RGB image in PNG or JPEG, whichever is smaller, with sides of at most `max_side`.
 
     The width and height of the result are those of the original image, to which boxes refer.
     """
-    data_url = encode_data_url(image, max_side, quality)
-    return InlineImage(src=data_url, width=image.width, height=image.height)
-
-
-def encode_data_url(
-    image: Image.Image, max_side: int | None = None, quality: int = JPEG_QUALITY
-) -> str:
-    """Encode an RGB image as a data URL, in PNG or JPEG, whichever is smaller.
-
-    Larger images are shrunk to sides of at most `max_side`.
-    """
     assert image.mode == "RGB", f"image mode is {image.mode}, not RGB"
+    width, height = image.size
     if max_side is not None and max(image.size) > max_side:
         image = image.copy()
         image.thumbnail((max_side, max_side))
-    image_format, encoded = "jpeg", _encode_image(image, "JPEG", quality=quality)
+    encodings = []
     if image.getcolors(MAX_PNG_COLORS) is not None:
-        png = _encode_image(image, "PNG")
-        image_format, encoded = (
-            ("png", png) if len(png) <= len(encoded) else (image_format, encoded)
-        )
-    return f"data:image/{image_format};base64,{base64.b64encode(encoded).decode()}"
+        encodings.append(("png", _encode_image(image, "PNG")))
+    encodings.append(("jpeg", _encode_image(image, "JPEG", quality=quality)))
+    name, content = min(encodings, key=lambda encoding: len(encoding[1]))
+    data_url = f"data:image/{name};base64,{base64.b64encode(content).decode()}"
+    return InlineImage(src=data_url, width=width, height=height)
 
 
 def _encode_image(image: Image.Image, image_format: str, **options: int) -> bytes:
@@ -97,29 +87,25 @@ MAX_FORMULA_CHARS = 2000
 """Maximum length of a LaTeX source. Longer sources are displayed as text."""
 
 MAX_TREE_DEPTH = 60
-"""Maximum nesting depth of MathML elements."""
 
-ALLOWED_ELEMENTS = {
-    *("math", "mrow", "mstyle", "mi", "mn", "mo", "mtext", "mspace", "ms", "mpadded", "mphantom"),
-    *("mfrac", "msqrt", "mroot", "msub", "msup", "msubsup", "munder", "mover", "munderover"),
-    *("mmultiscripts", "mprescripts", "menclose", "merror", "mtable", "mtr", "mtd"),
+_ELEMENT_NAMES = (
+    "math mrow mstyle mi mn mo mtext mspace ms mpadded mphantom mfrac msqrt mroot msub msup msubsup"
+    " munder mover munderover mmultiscripts mprescripts menclose merror mtable mtr mtd"
+)
+ALLOWED_ELEMENTS = set(_ELEMENT_NAMES.split())
+
+_ATTRIBUTES_BY_PATTERN = {
+    r"[a-z -]{1,24}": "accent accentunder displaystyle fence form largeop movablelimits separator"
+    " stretchy symmetric columnalign mathvariant notation",
+    r"[+-]?\d{1,2}": "scriptlevel columnspan rowspan",
+    r"[+-]?(\d{1,2}(\.\d{1,4})?|\.\d{1,4})(em|ex|px|pt|mm|cm|%)?": "width height depth lspace"
+    " rspace voffset minsize maxsize mathsize linethickness",
+    r"#[0-9a-fA-F]{3,8}|[a-zA-Z]{1,24}": "mathcolor mathbackground",
 }
-
-_KEYWORD_PATTERN = re.compile(r"[a-z -]{1,24}")
-_INTEGER_PATTERN = re.compile(r"[+-]?\d{1,2}")
-_LENGTH_PATTERN = re.compile(r"[+-]?(\d{1,2}(\.\d{1,4})?|\.\d{1,4})(em|ex|px|pt|mm|cm|%)?")
-_COLOR_PATTERN = re.compile(r"#[0-9a-fA-F]{3,8}|[a-zA-Z]{1,24}")
-
 ALLOWED_ATTRIBUTES = {
-    **dict.fromkeys(["accent", "accentunder", "displaystyle", "fence", "form"], _KEYWORD_PATTERN),
-    **dict.fromkeys(
-        ["largeop", "movablelimits", "separator", "stretchy", "symmetric"], _KEYWORD_PATTERN
-    ),
-    **dict.fromkeys(["columnalign", "mathvariant", "notation"], _KEYWORD_PATTERN),
-    **dict.fromkeys(["scriptlevel", "columnspan", "rowspan"], _INTEGER_PATTERN),
-    **dict.fromkeys(["width", "height", "depth", "lspace", "rspace", "voffset"], _LENGTH_PATTERN),
-    **dict.fromkeys(["minsize", "maxsize", "mathsize", "linethickness"], _LENGTH_PATTERN),
-    **dict.fromkeys(["mathcolor", "mathbackground"], _COLOR_PATTERN),
+    name: re.compile(pattern)
+    for pattern, names in _ATTRIBUTES_BY_PATTERN.items()
+    for name in names.split()
 }
 """Allowed MathML attributes, each with the pattern of its values."""
 
@@ -130,7 +116,11 @@ class FormulaConverter:
     """Converts LaTeX formulas to MathML and caches the results."""
 
     def __init__(self) -> None:
-        self._convert_element = _import_converter()
+        self._convert_element: Callable[[str], Element] | None = None
+        with suppress(ImportError):
+            from latex2mathml.converter import convert_to_element
+
+            self._convert_element = convert_to_element
         self._cache: dict[str, MathMLTree | None] = {}
 
     @property
@@ -144,31 +134,18 @@ class FormulaConverter:
         Returns None if the page should display the source: it is empty, too long, invalid or
         defines macros, or the converter package is not installed.
         """
-        if source not in self._cache:
-            self._cache[source] = self._convert_uncached(source)
-        return self._cache[source]
-
-    def _convert_uncached(self, source: str) -> MathMLTree | None:
-        formula = strip_math_delimiters(source)
-        if self._convert_element is None or not formula or len(formula) > MAX_FORMULA_CHARS:
-            return None
-        if _MACRO_PATTERN.search(formula):
-            return None
-        try:
-            tree = _sanitize(self._convert_element(formula), MAX_TREE_DEPTH)
-        except Exception:  # the converter raises many types for generated text
-            return None
-        # Display style: fractions and sums in full size.
-        return [tree[0], {"displaystyle": "true"}, *tree[2:]]
-
-
-def _import_converter() -> Callable[[str], Element] | None:
-    try:
-        from latex2mathml.converter import convert_to_element
-    except ImportError:
-        return None
-    convert: Callable[[str], Element] = convert_to_element
-    return convert
+        if source in self._cache:
+            return self._cache[source]
+        formula, tree = strip_math_delimiters(source), None
+        is_supported = 0 < len(formula) <= MAX_FORMULA_CHARS and not _MACRO_PATTERN.search(formula)
+        if self._convert_element is not None and is_supported:
+            # The converter raises many types of errors for generated text.
+            with suppress(Exception):
+                tree = _sanitize(self._convert_element(formula), MAX_TREE_DEPTH)
+                # Display style: fractions and sums in full size.
+                tree[1] = {"displaystyle": "true"}
+        self._cache[source] = tree
+        return tree
 
 
 def _sanitize(element: Element, max_depth: int) -> MathMLTree:
@@ -195,7 +172,7 @@ def _sanitize(element: Element, max_depth: int) -> MathMLTree:
     return tree
 
 
-GENERATOR_TAG = '<meta name="generator" content="finesight'
+GENERATOR_TAG = b'<meta name="generator" content="finesight'
 """Prefix of the HTML tag that marks pages of this package, within their first kilobyte."""
 
 _TEMPLATES_FOLDER = importlib.resources.files("finesight.report") / "templates"
@@ -223,12 +200,17 @@ def render_page(
         for extension in ("js", "css")
     )
     assert "</script" not in script, f"the script of {template} contains an end tag"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline';"
+        f" script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
     page = _get_environment().get_template(f"{template}.html")
     text = page.render(
         **values,
         data=Markup(_to_safe_json(data)),
         language=LANGUAGE_TAGS[get_language()],
-        policy=_build_policy(script),
+        policy=policy,
         script=Markup(script),
         style=Markup(style),
         translations=json.dumps(dict(get_translations()), ensure_ascii=False),
@@ -253,20 +235,19 @@ def raise_if_not_generated(file: Path) -> None:
 
     Commands call this function before minutes of computation, since `write_page` would fail.
     """
-    if file.exists() and not _is_generated_page(file):
+    if not file.exists():
+        return
+    start = b""
+    if file.is_file():
+        with file.open("rb") as stream:
+            start = stream.read(1024)
+    if GENERATOR_TAG not in start:
         raise UserError(
             f"{file.name} exists and is not a page of finesight",
             where=str(file),
             expected="a new file name, or an older page to replace",
             remedy="choose another name, or move the file",
         )
-
-
-def _is_generated_page(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return GENERATOR_TAG.encode() in stream.read(1024)
 
 
 @cache
@@ -278,41 +259,13 @@ def _get_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {
-        "translate": translate_markup,
-        "code": _code_markup,
-        "key": _key_markup,
-        "mark_box_kind": _mark_box_kind,
-    }
+    environment.globals["translate"] = translate_markup
     return environment
-
-
-def _code_markup(text: str) -> Markup:
-    """Format a command as code within a sentence."""
-    return Markup("<code>{}</code>").format(text)
-
-
-def _key_markup(name: str) -> Markup:
-    """Format the name of a key as a keyboard key within a sentence."""
-    return Markup("<kbd>{}</kbd>").format(name)
-
-
-def _mark_box_kind(kind: str, text: str) -> Markup:
-    """Format a word in the color of a kind of boxes, such as predicted boxes."""
-    return Markup('<b class="{}">{}</b>').format(kind, translate_markup(text))
 
 
 def _read_asset(name: str, *, optional: bool = False) -> str:
     file = _TEMPLATES_FOLDER / name
     return "" if optional and not file.is_file() else file.read_text(encoding="utf-8")
-
-
-def _build_policy(script: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    )
 
 
 def _to_safe_json(data: object) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml
 
 Language = Literal["en", "zh"]
 

@@ -15,7 +15,7 @@ from finesight.evaluate.metric_difference import (
 )
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.report.i18n import translate
-from finesight.report.run_reader import JsonObject, is_finite
+from finesight.report.run_reader import JsonObject, as_object, is_finite
 
 Verdict = Literal["better", "worse", "unsure", "same", ""]
 
@@ -29,64 +29,50 @@ VERDICT_TEXTS: dict[Verdict, str] = {
 
 VALIDATION_LOSS = "validation_loss"
 
-METRIC_DESCRIPTIONS = {
-    VALIDATION_LOSS: "cross-entropy of the reference answers, in nats per token",
-    "similarity": "1 minus the normalized edit distance",
-    "exact": "answers equal to a reference",
-    "exact_folded": "exact match, ignoring case and character width",
-    "edit_distance": "token edits per answer",
-    "cer": "character edits divided by the characters of the references",
-    "wer": "word edits divided by the words of the references",
-    "rendered": "formulas whose rendered image equals that of a reference",
-    "rendered_share": "samples with a reference that can be rendered",
-    "stopped": "answers that ended before the token limit",
-    "accuracy": "answers with the correct class",
-    "bleu": "precision of n-grams of up to four tokens",
-    "f1": "harmonic mean of precision and recall over words, classes or fields",
-    "ap": "average precision over ten IoU thresholds, 0.5 to 0.95",
-    "accuracy_at_0.5": "boxes with an IoU of at least 0.5",
-    "accuracy_at_0.75": "boxes with an IoU of at least 0.75",
-    "mean_iou": "overlap with the reference boxes",
-    "parse_rate": "answers that could be parsed",
-    "anls": "similarity to a reference, 0 below 0.5",
-    "cider_d": "TF-IDF n-gram similarity to the reference captions",
-    "rouge_l": "longest common subsequence of words",
+METRIC_TEXTS = {
+    VALIDATION_LOSS: (
+        "validation loss",
+        "cross-entropy of the reference answers, in nats per token",
+    ),
+    "similarity": ("similarity", "1 minus the normalized edit distance"),
+    "exact": ("exact match", "answers equal to a reference"),
+    "exact_folded": (
+        "exact match, ignoring case and width",
+        "exact match, ignoring case and character width",
+    ),
+    "edit_distance": ("edit distance", "token edits per answer"),
+    "cer": ("CER", "character edits divided by the characters of the references"),
+    "wer": ("WER", "word edits divided by the words of the references"),
+    "rendered": ("equal when rendered", "formulas whose rendered image equals that of a reference"),
+    "rendered_share": ("renderable share", "samples with a reference that can be rendered"),
+    "stopped": ("completed answers", "answers that ended before the token limit"),
+    "accuracy": ("accuracy", "answers with the correct class"),
+    "bleu": ("BLEU", "precision of n-grams of up to four tokens"),
+    "f1": ("F1", "harmonic mean of precision and recall over words, classes or fields"),
+    "ap": ("AP", "average precision over ten IoU thresholds, 0.5 to 0.95"),
+    "accuracy_at_0.5": ("accuracy at IoU 0.5", "boxes with an IoU of at least 0.5"),
+    "accuracy_at_0.75": ("accuracy at IoU 0.75", "boxes with an IoU of at least 0.75"),
+    "mean_iou": ("mean IoU", "overlap with the reference boxes"),
+    "parse_rate": ("parsable answers", "answers that could be parsed"),
+    "anls": ("ANLS", "similarity to a reference, 0 below 0.5"),
+    "cider_d": ("CIDEr-D", "TF-IDF n-gram similarity to the reference captions"),
+    "rouge_l": ("ROUGE-L", "longest common subsequence of words"),
+    "parsed": ("parsable", ""),
+    "iou": ("IoU", ""),
+    "hit": ("hit at IoU 0.5", ""),
+    "hit_at_0.75": ("hit at IoU 0.75", ""),
+    "f1_macro": ("macro F1", ""),
+    "f1_at_0.5": ("F1 at IoU 0.5", ""),
+    "precision_at_0.5": ("precision at IoU 0.5", ""),
+    "recall_at_0.5": ("recall at IoU 0.5", ""),
+    "ap_50": ("AP at IoU 0.5", ""),
+    "ap_75": ("AP at IoU 0.75", ""),
+    "bleu_1": ("BLEU-1", ""),
+    "bleu_2": ("BLEU-2", ""),
+    "bleu_3": ("BLEU-3", ""),
+    "bleu_4": ("BLEU-4", ""),
 }
-"""Descriptions of built-in metrics for report readers."""
-
-METRIC_TITLES = {
-    VALIDATION_LOSS: "validation loss",
-    "accuracy_at_0.5": "accuracy at IoU 0.5",
-    "accuracy_at_0.75": "accuracy at IoU 0.75",
-    "mean_iou": "mean IoU",
-    "parse_rate": "parsable answers",
-    "parsed": "parsable",
-    "iou": "IoU",
-    "hit": "hit at IoU 0.5",
-    "hit_at_0.75": "hit at IoU 0.75",
-    "f1": "F1",
-    "f1_macro": "macro F1",
-    "f1_at_0.5": "F1 at IoU 0.5",
-    "precision_at_0.5": "precision at IoU 0.5",
-    "recall_at_0.5": "recall at IoU 0.5",
-    "ap": "AP",
-    "ap_50": "AP at IoU 0.5",
-    "ap_75": "AP at IoU 0.75",
-    "exact": "exact match",
-    "exact_folded": "exact match, ignoring case and width",
-    "edit_distance": "edit distance",
-    "cer": "CER",
-    "wer": "WER",
-    "bleu": "BLEU",
-    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
-    "cider_d": "CIDEr-D",
-    "rouge_l": "ROUGE-L",
-    "anls": "ANLS",
-    "rendered": "equal when rendered",
-    "rendered_share": "renderable share",
-    "stopped": "completed answers",
-}
-"""Display names of built-in metrics. Others are displayed by their own name."""
+"""Display names and descriptions of built-in metrics. Others are displayed by their own name."""
 
 IntervalBounds = tuple[float, float]
 
@@ -104,10 +90,8 @@ class MetricChange(ABC):
     @property
     def change_interval(self) -> IntervalBounds | None:
         """95 % confidence interval of the difference. None if unknown."""
-        difference = self.difference
-        if difference is None or difference.low is None or difference.high is None:
-            return None
-        return difference.low, difference.high
+        low, high = (self.difference.low, self.difference.high) if self.difference else (None, None)
+        return None if low is None or high is None else (low, high)
 
     @property
     def verdict(self) -> Verdict:
@@ -116,8 +100,13 @@ class MetricChange(ABC):
             return ""
         if self.change == 0:
             return "same"
-        difference_verdict = self.difference.verdict
-        return difference_verdict if difference_verdict in ("better", "worse") else "unsure"
+        verdict = self.difference.verdict
+        return "unsure" if verdict == "no clear change" else verdict
+
+    @property
+    def verdict_text(self) -> str:
+        """Translated verdict on the difference."""
+        return translate(VERDICT_TEXTS[self.verdict])
 
 
 @dataclass(frozen=True)
@@ -129,7 +118,6 @@ class MetricRow(MetricChange):
 
     name: str
     is_primary: bool
-    lower_is_better: bool
     before: float | None
     before_interval: IntervalBounds | None
     after: float | None
@@ -141,19 +129,6 @@ class MetricRow(MetricChange):
     def change(self) -> float | None:
         """Value after training minus value before."""
         return None if self.before is None or self.after is None else self.after - self.before
-
-    @property
-    def description(self) -> str:
-        """Translated description of the metric, and whether lower or higher is better."""
-        direction = translate("lower is better" if self.lower_is_better else "higher is better")
-        if self.name not in METRIC_DESCRIPTIONS:
-            return direction
-        return translate("{}; {}", translate(METRIC_DESCRIPTIONS[self.name]), direction)
-
-    @property
-    def verdict_text(self) -> str:
-        """Translated verdict on the difference."""
-        return translate(VERDICT_TEXTS[self.verdict])
 
 
 def build_metric_rows(
@@ -174,27 +149,24 @@ def build_metric_rows(
     before_metrics, after_metrics = read_metrics(before), read_metrics(after)
     primary_metric = (after or before).get("primary_metric")
     order = [*([primary_metric] if primary_metric else []), *before_metrics, *after_metrics]
-    names = [name for name in dict.fromkeys(order) if name != VALIDATION_LOSS]
     metric_rows = []
-    for name in (*names, VALIDATION_LOSS):
-        before_value, after_value = before_metrics.get(name), after_metrics.get(name)
+    for name in sorted(dict.fromkeys((*order, VALIDATION_LOSS)), key=VALIDATION_LOSS.__eq__):
+        values = before_metrics.get(name), after_metrics.get(name)
         difference = differences.get(name)
-        if difference is None and before_value is not None and after_value is not None:
-            difference = build_unsampled_difference(
-                name, before_value, after_value, REASON_UNSAMPLED if name == VALIDATION_LOSS else ""
-            )
-        notes = [get_note(line, name) for line in (before, after)]
+        if difference is None and values[0] is not None and values[1] is not None:
+            note = REASON_UNSAMPLED if name == VALIDATION_LOSS else ""
+            difference = build_unsampled_difference(name, values[0], values[1], note)
+        notes = get_note(before, name), get_note(after, name), difference.note if difference else ""
         metric_rows.append(
             MetricRow(
                 name=name,
                 is_primary=name == primary_metric,
-                lower_is_better=name in LOWER_IS_BETTER,
-                before=before_value,
+                before=values[0],
                 before_interval=read_interval(before, name),
-                after=after_value,
+                after=values[1],
                 after_interval=read_interval(after, name),
                 difference=difference,
-                notes=(*notes, difference.note if difference else ""),
+                notes=notes,
             )
         )
     return metric_rows
@@ -202,23 +174,27 @@ def build_metric_rows(
 
 def format_metric_name(metric: str) -> str:
     """Return the translated display name of a metric."""
-    return translate(METRIC_TITLES.get(metric, metric))
+    return translate(METRIC_TEXTS.get(metric, (metric, ""))[0])
+
+
+def describe_metric(metric: str) -> str:
+    """Return the translated description of a metric, and whether lower or higher is better."""
+    direction = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
+    _, description = METRIC_TEXTS.get(metric, ("", ""))
+    if not description:
+        return translate(direction)
+    return translate("{}; {}", translate(description), translate(direction))
 
 
 def read_metrics(line: JsonObject) -> dict[str, float]:
     """Return all metrics of an evaluation that are finite, including the validation loss."""
-    scores = line.get("scores")
-    values = {
-        **(scores if isinstance(scores, dict) else {}),
-        VALIDATION_LOSS: line.get(VALIDATION_LOSS),
-    }
+    values = as_object(line.get("scores")) | {VALIDATION_LOSS: line.get(VALIDATION_LOSS)}
     return {str(name): float(value) for name, value in values.items() if is_finite(value)}
 
 
 def read_interval(line: JsonObject, name: str) -> IntervalBounds | None:
     """Return the recorded 95 % confidence interval of a metric, or None."""
-    intervals = line.get("intervals")
-    return parse_interval(intervals.get(name)) if isinstance(intervals, dict) else None
+    return parse_interval(as_object(line.get("intervals")).get(name))
 
 
 def get_note(line: JsonObject, name: str) -> str:
@@ -226,8 +202,7 @@ def get_note(line: JsonObject, name: str) -> str:
 
     A note explains a missing confidence interval or is a warning. It is empty for most metrics.
     """
-    notes = line.get("notes")
-    return str(notes.get(name, "")) if isinstance(notes, dict) else ""
+    return str(as_object(line.get("notes")).get(name, ""))
 
 
 def format_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
@@ -259,26 +234,19 @@ def describe_change(row: MetricRow) -> str:
         return translate("The {} was evaluated once, so there is no comparison yet.", name)
     if row.change == 0:
         return translate("The {} did not change.", name)
-    change_text = translate(
-        "The {} increased by {}" if row.change > 0 else "The {} decreased by {}",
-        name,
-        format_value(abs(row.change)),
-    )
+    text = "The {} increased by {}" if row.change > 0 else "The {} decreased by {}"
+    change_text = translate(text, name, format_value(abs(row.change)))
     if row.change_interval is None:
         return translate("{}. The confidence interval of the difference is unknown.", change_text)
-    interval_text = format_change_interval(row.change_interval)
+    low, high = row.change_interval
     confidence_text = "more than expected by chance"
     if row.verdict == "unsure":
-        low, high = row.change_interval
         confidence_text = "which may be due to chance"
         if low > 0 or high < 0:
             confidence_text = "on too few samples for a verdict"
-    return translate(
-        "{}, {}: the 95 % interval of the difference is {}.",
-        change_text,
-        translate(confidence_text),
-        interval_text,
-    )
+    text = "{}, {}: the 95 % interval of the difference is {}."
+    interval_text = format_change_interval(row.change_interval)
+    return translate(text, change_text, translate(confidence_text), interval_text)
 
 
 def format_value(value: float) -> str:
@@ -306,3 +274,17 @@ def format_interval(interval: IntervalBounds | None) -> str:
 def format_bound(value: float) -> str:
     """Format one bound of a confidence interval."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+TEMPLATE_FUNCTIONS = {
+    function.__name__: function
+    for function in (
+        describe_metric,
+        format_change,
+        format_change_interval,
+        format_interval,
+        format_metric_name,
+        format_value,
+    )
+}
+"""Functions of this module that page templates use."""

@@ -12,15 +12,14 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from finesight import run_files
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
+from finesight.manifest import REPORT_FILE
 from finesight.report import summary
 from finesight.report.charts import build_run_charts
 from finesight.report.examples import (
     EXAMPLE_KINDS,
     ExampleDataBuilder,
-    ExampleKind,
     ExampleSet,
     JsonData,
     ThumbnailCache,
@@ -30,18 +29,22 @@ from finesight.report.examples import (
 from finesight.report.html import FormulaConverter, render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metrics import (
+    TEMPLATE_FUNCTIONS,
     VALIDATION_LOSS,
     build_metric_rows,
     describe_change,
-    format_change,
-    format_change_interval,
-    format_interval,
     format_metric_name,
     format_notes,
     format_value,
     read_metrics,
 )
-from finesight.report.run_reader import JsonObject, RunRecord, list_image_folders, read_run
+from finesight.report.run_reader import (
+    JsonObject,
+    RunRecord,
+    as_object,
+    list_image_folders,
+    read_run,
+)
 from finesight.report.summary import get_run_status
 
 MAX_EXAMPLES = 2000
@@ -51,18 +54,17 @@ Their thumbnails take about 20 MB.
 """
 
 MAX_LIVE_EXAMPLES = 200
-"""Maximum number of examples in a report that is written during training."""
 
 MAX_DETAIL_ROWS = 20
 """Maximum number of rows in the tables of class confusions and of field scores."""
 
-KIND_LABELS: dict[ExampleKind, str] = {
+KIND_LABELS: dict[str, str] = {
     "better": "improved",
     "worse": "worsened",
     "wrong": "still incorrect",
     "right": "still correct",
 }
-UNPAIRED_KIND_LABELS: dict[ExampleKind, str] = {"wrong": "incorrect", "right": "correct"}
+UNPAIRED_KIND_LABELS: dict[str, str] = {"wrong": "incorrect", "right": "correct"}
 
 
 @dataclass
@@ -84,7 +86,7 @@ class LiveReportState:
         file_versions = [
             (str(path), path.stat().st_mtime_ns) for path in run_record.predictions_files
         ]
-        cache_key = max_examples, _get_primary_metric(run_record), tuple(file_versions)
+        cache_key = max_examples, run_record.primary_metric, tuple(file_versions)
         if cache_key != self._cache_key:
             self._cached_examples = _build_examples(run_record, max_examples, self._thumbnails)
             self._cache_key = cache_key
@@ -111,7 +113,7 @@ def write_report(
     Raises:
         UserError: `run_dir` is not a run, or the file cannot be written.
     """
-    target = out or run_dir / run_files.REPORT_FILE
+    target = out or run_dir / REPORT_FILE
     with use_language(language or detect_language()):
         write_page(target, render_run_page(run_dir, max_examples, live_state))
     return target
@@ -159,7 +161,9 @@ def render_run_page(
         report_command=summary.format_command("report", str(run_record.folder)),
         **_build_result_context(run_record, evaluations),
         **_build_examples_context(run_record, examples),
-        **_build_summary_context(run_record, questions[0] if questions else ""),
+        **TEMPLATE_FUNCTIONS,
+        summary=summary,
+        example_question=questions[0] if questions else "",
     )
 
 
@@ -183,11 +187,6 @@ def _build_result_context(
         "has_intervals": has_intervals,
         "notes": format_notes((row.name, note) for row in metric_rows for note in row.notes),
         **_build_details(evaluations[-1] if evaluations else {}),
-        "format_value": format_value,
-        "format_metric_name": format_metric_name,
-        "format_interval": format_interval,
-        "format_change": format_change,
-        "format_change_interval": format_change_interval,
     }
 
 
@@ -241,17 +240,8 @@ _DIFFERENCES: TypeAdapter[list[MetricDifference]] = TypeAdapter(list[MetricDiffe
 def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict[str, Any]:
     """Return the template values of the examples section."""
     kind_labels = KIND_LABELS if examples.is_paired else UNPAIRED_KIND_LABELS
+    labels = {kind: translate(label) for kind, label in kind_labels.items()}
     displayed_counts = Counter(example.kind for example in examples.displayed)
-    return {
-        "examples": examples,
-        "kind_labels": [(kind, translate(label)) for kind, label in kind_labels.items()],
-        "displayed_counts": {kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
-        "examples_note": _describe_examples(examples, kind_labels),
-    }
-
-
-def _describe_examples(examples: ExampleSet, kind_labels: dict[ExampleKind, str]) -> str:
-    """Describe how examples are classified, and how many are not displayed."""
     text = "{:,} validation samples."
     if examples.metric and examples.is_paired:
         text = (
@@ -261,56 +251,21 @@ def _describe_examples(examples: ExampleSet, kind_labels: dict[ExampleKind, str]
     elif examples.metric:
         text = "{:,} validation samples, classified by {}: the maximum is correct."
     note = translate(text, examples.total, format_metric_name(examples.metric))
-    hidden_texts = [
-        translate("{:,} {}", count, translate(kind_labels[kind]))
-        for kind, count in examples.count_hidden().items()
-    ]
-    text = " Not on this page: {}. The run folder contains all of them."
-    return note + (translate(text, summary.join_words(hidden_texts)) if hidden_texts else "")
-
-
-def _build_summary_context(run_record: RunRecord, question: str) -> dict[str, Any]:
-    """Return the template values of the summary, cost, data and command sections."""
+    hidden = examples.count_hidden()
+    if hidden:
+        hidden_texts = [translate("{:,} {}", count, labels[kind]) for kind, count in hidden.items()]
+        text = " Not on this page: {}. The run folder contains all of them."
+        note += translate(text, summary.join_words(hidden_texts))
     return {
-        "summary": summary.summarize_run(run_record),
-        "param_rows": list(map(_build_param_row, run_record.param_changes or ())),
-        "phases": summary.compute_phases(run_record),
-        "cost_items": summary.summarize_cost(run_record),
-        "remarks": summary.list_remarks(run_record),
-        "skipped_groups": summary.list_skipped_samples(run_record),
-        "commands": summary.list_commands(run_record, question),
-        "versions": summary.list_versions(run_record),
-        "checksums": summary.list_checksums(run_record),
-    }
-
-
-def _build_param_row(line: JsonObject) -> dict[str, Any]:
-    """Return a formatted row of the parameter audit, for one part of the model."""
-    is_trained, num_changed = bool(line.get("is_trained")), int(line.get("num_changed") or 0)
-    num_with_grad = int(line.get("num_with_grad") or 0)
-    relative_change = line.get("relative_change") if is_trained else None
-    is_expected = bool(num_changed and num_with_grad) if is_trained else not num_changed
-    check_texts = {
-        (True, True): translate("yes: {:,} tensors with gradients", num_with_grad),
-        (True, False): translate("no: trainable but not updated"),
-        (False, True): translate("yes: bitwise unchanged"),
-        (False, False): translate("no: frozen but changed"),
-    }
-    return {
-        "name": str(line.get("part")),
-        "is_trained": is_trained,
-        "num_tensors": f"{int(line.get('num_tensors') or 0):,}",
-        "num_params": f"{int(line.get('num_params') or 0):,}",
-        "num_changed": f"{num_changed:,}",
-        "relative_change": "" if relative_change is None else f"{100 * relative_change:.3g} %",
-        "is_expected": is_expected,
-        "check_text": check_texts[is_trained, is_expected],
+        "examples": examples,
+        "kind_labels": list(labels.items()),
+        "displayed_counts": {kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
+        "examples_note": note,
     }
 
 
 def _get_metric(run_record: RunRecord) -> str | None:
-    settings = run_record.recipe.get("eval")
-    return settings.get("metric") if isinstance(settings, dict) else None
+    return as_object(run_record.recipe.get("eval")).get("metric")
 
 
 def _build_examples(
@@ -320,18 +275,11 @@ def _build_examples(
     files = run_record.predictions_files
     first = files[0] if files and files[0].stem == "before" else None
     last = files[-1] if files and files[-1] != first else None
-    examples = read_examples(first, last, _get_primary_metric(run_record), max_examples)
+    examples = read_examples(first, last, run_record.primary_metric, max_examples)
     formula_converter = FormulaConverter() if _get_metric(run_record) == "latex" else None
     folders = list_image_folders([run_record])
     builder = ExampleDataBuilder(folders, formula_converter, thumbnails)
     return examples, builder.build(examples.displayed)
-
-
-def _get_primary_metric(run_record: RunRecord) -> str | None:
-    primary_metrics = [
-        line["primary_metric"] for line in run_record.evaluations if line.get("primary_metric")
-    ]
-    return str(primary_metrics[-1]) if primary_metrics else None
 
 
 def _select_evaluations(run_record: RunRecord) -> list[JsonObject]:
@@ -352,9 +300,10 @@ def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) 
     names = []
     for line in evaluations:
         step = line.get("step") or 0
-        is_final = run_record.result is not None and step == summary.get_last_step(run_record)
-        step_name = translate("after step {:,}", step) if step else translate("before")
-        names.append(translate("after") if is_final else step_name)
+        name = translate("after step {:,}", step) if step else translate("before")
+        if run_record.result is not None and step == summary.get_last_step(run_record):
+            name = translate("after")
+        names.append(name)
     return names
 
 

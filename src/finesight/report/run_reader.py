@@ -1,4 +1,4 @@
-"""Reader for run directories that may be incomplete, damaged, or from an older version.
+"""Reader for run directories that may be incomplete or damaged.
 
 Only the manifest is required. Missing values are None or empty, and the names of unreadable files
 are recorded.
@@ -14,12 +14,22 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from finesight import bounded_files, run_files
-from finesight.bounded_files import MAX_LINE_BYTES, parse_json, read_text
-from finesight.bounded_yaml import load_yaml
-from finesight.digests import DIGESTS_FILE
+from finesight import bounded_files
+from finesight.bounded_files import MAX_LINE_BYTES, load_yaml, parse_json, read_text
 from finesight.errors import UserError
-from finesight.manifest import MANIFEST_FILE
+from finesight.manifest import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    PARAM_AUDIT_FILE,
+    PREDICTIONS_FOLDER,
+    RECIPE_FILE,
+    RESULT_FILE,
+    SKIPPED_SAMPLES_FILE,
+)
+from finesight.storage import DIGESTS_FILE
 
 JsonObject = dict[str, Any]
 """JSON object of a run: a record of a step, an evaluation or a prediction."""
@@ -82,21 +92,22 @@ class RunRecord:
     unreadable_files: list[str] = field(default_factory=list)
 
     @property
+    def primary_metric(self) -> str | None:
+        """Primary metric of the last evaluation that has one."""
+        names = [line.get("primary_metric") for line in self.evaluations]
+        return next((str(name) for name in reversed(names) if name), None)
+
+    @property
     def predictions_files(self) -> list[Path]:
         """Prediction files in chronological order.
 
         The order is: before training, during training by step, after training.
         """
-        folder = self.folder / run_files.PREDICTIONS_FOLDER
+        folder = self.folder / PREDICTIONS_FOLDER
         paths = {path.stem: path for path in folder.glob("*.jsonl") if path.is_file()}
-        step_texts = {name: name.removeprefix("step-") for name in paths}
-        interim_names = sorted(
-            (int(step_text), name)
-            for name, step_text in step_texts.items()
-            if step_text.isdecimal()
-        )
-        order = ["before", *(name for _, name in interim_names), "after"]
-        return [paths[name] for name in order if name in paths]
+        interim_names = [name for name in paths if name.removeprefix("step-").isdecimal()]
+        interim_names.sort(key=lambda name: (int(name.removeprefix("step-")), name))
+        return [paths[name] for name in ("before", *interim_names, "after") if name in paths]
 
 
 def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
@@ -113,31 +124,33 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
             remedy="Use the output directory of a run.",
         )
     reader = _RunFolderReader(folder)
-    lines = [_drop_invalid_values(line) for line in reader.read_lines(run_files.METRICS_FILE)]
+    lines = [_drop_invalid_values(line) for line in reader.read_lines(METRICS_FILE)]
     lines = [line for line in lines if line.get("step") is not None]
-    start_end_events = [line for line in lines if line.get("started_at") or line.get("ended_at")]
-    reader.record_irregular_files(run_files.PREDICTIONS_FOLDER)
-    param_changes = reader.read_json(run_files.PARAM_AUDIT_FILE)
-    text = reader.read_text(run_files.RECIPE_FILE) or ""
+    events = [line for line in lines if line.get("started_at") or line.get("ended_at")]
+    reader.record_irregular_files(PREDICTIONS_FOLDER)
+    param_changes = reader.read_json(PARAM_AUDIT_FILE)
+    text = reader.read_text(RECIPE_FILE) or ""
+    result = _drop_invalid_values(as_object(reader.read_json(RESULT_FILE)))
+    for name in ("before", "after"):
+        if result.get(name) is not None:
+            result[name] = _drop_invalid_values(result[name])
     return RunRecord(
         folder=folder,
         recipe=reader.parse_recipe(text),
         recipe_text=text,
-        manifest=_as_object(reader.read_json(MANIFEST_FILE)),
+        manifest=as_object(reader.read_json(MANIFEST_FILE)),
         steps=[line for line in lines if "loss" in line and line.get("step_s") is not None],
         evaluations=[line for line in lines if "validation_loss" in line],
         starts=[line for line in lines if line.get("started_at")],
         vision_cache_builds=[line for line in lines if "vision_cache_s" in line],
-        skipped_samples=list(reader.read_lines(run_files.SKIPPED_SAMPLES_FILE)),
-        param_changes=[_drop_invalid_values(_as_object(row)) for row in param_changes]
+        skipped_samples=list(reader.read_lines(SKIPPED_SAMPLES_FILE)),
+        param_changes=[_drop_invalid_values(as_object(row)) for row in param_changes]
         if isinstance(param_changes, list)
         else None,
-        result=_read_result(_as_object(reader.read_json(run_files.RESULT_FILE))) or None,
+        result=result or None,
         weight_digests=reader.read_weight_digests(),
         checkpoint_identity=reader.read_checkpoint_identity(),
-        end_event=start_end_events[-1]
-        if start_end_events and start_end_events[-1].get("ended_at")
-        else None,
+        end_event=events[-1] if events and events[-1].get("ended_at") else None,
         unreadable_files=reader.unreadable_files,
     )
 
@@ -180,16 +193,9 @@ def is_finite(value: object) -> TypeGuard[int | float]:
         return False
 
 
-def _as_object(content: object) -> JsonObject:
+def as_object(content: object) -> JsonObject:
+    """Return a JSON object, or an empty one for another value."""
     return content if isinstance(content, dict) else {}
-
-
-def _read_result(content: JsonObject) -> JsonObject:
-    result = _drop_invalid_values(content)
-    for name in ("before", "after"):
-        if result.get(name) is not None:
-            result[name] = _drop_invalid_values(result[name])
-    return result
 
 
 def _drop_invalid_values(line: JsonObject) -> JsonObject:
@@ -210,29 +216,26 @@ class _RunFolderReader:
 
     def read_text(self, name: str) -> str | None:
         path = self._folder / name
-        if not path.exists():
-            return None
-        try:
-            return read_text(path, expected="a file of a run directory")
-        except UserError:
-            self.unreadable_files.append(name)
-            return None
+        if path.exists():
+            try:
+                return read_text(path, expected="a file of a run directory")
+            except UserError:
+                self.unreadable_files.append(name)
+        return None
 
     def read_json(self, name: str) -> object:
         text = self.read_text(name)
-        if text is None:
-            return None
         try:
-            return parse_json(text)
+            return None if text is None else parse_json(text)
         except ValueError:
             self.unreadable_files.append(name)
             return None
 
     def parse_recipe(self, text: str) -> JsonObject:
         try:
-            return _as_object(load_yaml(text))
+            return as_object(load_yaml(text))
         except yaml.YAMLError:
-            self.unreadable_files.append(run_files.RECIPE_FILE)
+            self.unreadable_files.append(RECIPE_FILE)
             return {}
 
     def read_lines(self, name: str) -> Iterator[JsonObject]:
@@ -257,24 +260,19 @@ class _RunFolderReader:
 
     def read_weight_digests(self) -> dict[str, str]:
         """Return the SHA-256 digests of the trained weights by path in the run directory."""
-        weight_digests: dict[str, str] = {}
-        for part in (run_files.ADAPTER_FOLDER, run_files.MODEL_FOLDER):
-            digests = _as_object(self.read_json(f"{part}/{DIGESTS_FILE}"))
-            weight_digests |= {
-                f"{part}/{name}": str(value)
-                for name, value in digests.items()
-                if name.endswith(".safetensors")
-            }
-        return weight_digests
+        return {
+            f"{part}/{name}": str(value)
+            for part in (ADAPTER_FOLDER, MODEL_FOLDER)
+            for name, value in as_object(self.read_json(f"{part}/{DIGESTS_FILE}")).items()
+            if name.endswith(".safetensors")
+        }
 
     def read_checkpoint_identity(self) -> JsonObject:
         """Return the fingerprints of data and base model in the newest checkpoint."""
-        checkpoints = self._folder / run_files.CHECKPOINTS_FOLDER
+        checkpoints = self._folder / CHECKPOINTS_FOLDER
         step_texts = [path.name.removeprefix("step-") for path in checkpoints.glob("step-*")]
         steps = sorted(int(step_text) for step_text in step_texts if step_text.isdecimal())
         if not steps:
             return {}
-        state = _as_object(
-            self.read_json(f"{run_files.CHECKPOINTS_FOLDER}/step-{steps[-1]}/state.json")
-        )
-        return _as_object(state.get("identity"))
+        state_file = f"{CHECKPOINTS_FOLDER}/step-{steps[-1]}/state.json"
+        return as_object(as_object(self.read_json(state_file)).get("identity"))

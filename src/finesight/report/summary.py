@@ -13,14 +13,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from finesight import run_files
+from finesight.manifest import MAX_DATA_WAIT_FRACTION, METRICS_FILE
 from finesight.report.i18n import translate
-from finesight.report.run_reader import JsonObject, RunRecord
+from finesight.report.run_reader import JsonObject, RunRecord, as_object
 
 NOT_RECORDED = "not recorded"
-
-MAX_DATA_WAIT_FRACTION = 0.03
-"""Fraction of data wait in the step time above which the report gives advice."""
 
 SummaryItem = tuple[str, str]
 """Pair of name and text in a list of the report."""
@@ -55,16 +52,14 @@ class SkippedGroup:
 def get_last_start(run_record: RunRecord) -> JsonObject:
     """Return the start event of the last training process.
 
-    Returns an empty object for runs of older versions, which have no start events.
+    Returns an empty object for a run without readable start events.
     """
     return run_record.starts[-1] if run_record.starts else {}
 
 
 def get_data_stats(run_record: RunRecord, name: str) -> JsonObject:
     """Return the recorded statistics of a data split (`train` or `eval`)."""
-    data = get_last_start(run_record).get("data")
-    stats = data.get(name) if isinstance(data, dict) else None
-    return stats if isinstance(stats, dict) else {}
+    return as_object(as_object(get_last_start(run_record).get("data")).get(name))
 
 
 def get_last_step(run_record: RunRecord) -> int:
@@ -75,28 +70,24 @@ def get_last_step(run_record: RunRecord) -> int:
 
 def get_total_steps(run_record: RunRecord) -> int | None:
     """Return the total number of training steps of a run, or None if unknown."""
-    if run_record.result is not None and isinstance(run_record.result.get("steps"), int):
-        return int(run_record.result["steps"])
-    total = get_last_start(run_record).get("total_steps")
-    return total if isinstance(total, int) else None
+    recorded = (run_record.result or {}).get("steps"), get_last_start(run_record).get("total_steps")
+    return next((total for total in recorded if isinstance(total, int)), None)
 
 
 def describe_progress(run_record: RunRecord) -> str:
     """Describe the progress of a run: finished, stopped early, or steps so far."""
     total, current_step = get_total_steps(run_record), get_last_step(run_record)
-    if run_record.result is not None:
-        weights_step = run_record.result.get("weights_step")
-        stopped_early = run_record.result.get("stopped_early")
-        text = translate("finished after {:,} steps", current_step)
-        text += (
-            translate(", stopped early because the score did not improve") if stopped_early else ""
-        )
-        if weights_step not in (None, current_step):
-            text += translate("; the saved weights are from step {:,}, the best", weights_step)
-        return text
-    if total:
-        return translate("not finished: {:,} of {:,} steps so far", current_step, total)
-    return translate("not finished: {:,} steps so far", current_step)
+    if run_record.result is None:
+        if total:
+            return translate("not finished: {:,} of {:,} steps so far", current_step, total)
+        return translate("not finished: {:,} steps so far", current_step)
+    text = translate("finished after {:,} steps", current_step)
+    if run_record.result.get("stopped_early"):
+        text += translate(", stopped early because the score did not improve")
+    weights_step = run_record.result.get("weights_step")
+    if weights_step not in (None, current_step):
+        text += translate("; the saved weights are from step {:,}, the best", weights_step)
+    return text
 
 
 def get_model_name(run_record: RunRecord) -> str:
@@ -115,35 +106,31 @@ def get_model_name(run_record: RunRecord) -> str:
 def count_training_samples(run_record: RunRecord) -> int | None:
     """Return the number of distinct training samples, or None if unknown."""
     num_samples = get_data_stats(run_record, "train").get("num_samples")
-    if isinstance(num_samples, int):
-        return num_samples
-    # Older runs recorded the epoch of each step only.
-    epoch = run_record.steps[-1].get("epoch") if run_record.steps else None
-    num_processed = sum(int(line.get("num_samples") or 0) for line in run_record.steps)
-    has_epoch = isinstance(epoch, float) and epoch > 0
-    return round(num_processed / epoch) if has_epoch and epoch and num_processed else None
+    return num_samples if isinstance(num_samples, int) else None
 
 
 def describe_trained_parts(run_record: RunRecord) -> str:
     """Describe the trained parts of the model and its quantized weights."""
-    tune = run_record.manifest.get("tune")
-    tune = tune if isinstance(tune, dict) else {}
+    tune = as_object(run_record.manifest.get("tune"))
+    quantize = as_object(tune.get("quantize"))
     parts = ("vision", "merger", "language", "embeddings")
-    lora = tune.get("lora")
-    rank = lora.get("rank") if isinstance(lora, dict) else "unknown"
-    full_parts = [part for part in parts if tune.get(part) == "full"]
-    lora_parts = [part for part in parts if tune.get(part) == "lora"]
-    phrases = []
-    if lora_parts:
-        phrases.append(translate("{} with LoRA of rank {}", join_words(lora_parts), rank))
-    if full_parts:
-        phrases.append(translate("{} with full fine-tuning", join_words(full_parts)))
-    quantize = tune.get("quantize")
-    quantize = quantize if isinstance(quantize, dict) else {}
-    texts = {"nf4": "frozen weights of {} in NF4", "fp8": "frozen weights of {} in FP8"}
-    for key, text in texts.items():
-        if isinstance(quantize.get(key), list) and quantize[key]:
-            phrases.append(translate(text, join_words(quantize[key])))
+    parts_by_mode = {
+        mode: [part for part in parts if tune.get(part) == mode] for mode in ("lora", "full")
+    }
+    for key in ("nf4", "fp8"):
+        parts_by_mode[key] = quantize[key] if isinstance(quantize.get(key), list) else []
+    rank = as_object(tune.get("lora")).get("rank", "unknown")
+    texts = {
+        "lora": "{} with LoRA of rank {}",
+        "full": "{} with full fine-tuning",
+        "nf4": "frozen weights of {} in NF4",
+        "fp8": "frozen weights of {} in FP8",
+    }
+    phrases = [
+        translate(text, join_words(parts_by_mode[mode]), rank)
+        for mode, text in texts.items()
+        if parts_by_mode[mode]
+    ]
     return translate("; ").join(phrases) or translate(NOT_RECORDED)
 
 
@@ -152,14 +139,12 @@ def summarize_run(run_record: RunRecord) -> str:
     num_samples = count_training_samples(run_record)
     epoch = run_record.steps[-1].get("epoch") if run_record.steps else 0
     samples_text = translate(" on {:,} samples", num_samples) if num_samples else ""
-    epochs_text = ""
-    if epoch:
-        epochs_text = translate(", {:.4g} epoch" if epoch == 1 else ", {:.4g} epochs", epoch)
+    epochs = ", {:.4g} epoch" if epoch == 1 else ", {:.4g} epochs"
     return translate(
         "{} fine-tuned{}{}: {}. The run is {}.",
         get_model_name(run_record),
         samples_text,
-        epochs_text,
+        translate(epochs, epoch) if epoch else "",
         describe_trained_parts(run_record),
         describe_progress(run_record),
     )
@@ -209,11 +194,6 @@ def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
     return [(translate(name), text) for name, text in texts.items()]
 
 
-def list_remarks(run_record: RunRecord) -> list[str]:
-    """Return advice about data wait, and notes on reduced memory settings."""
-    return [*_list_data_wait_remarks(run_record), *list_memory_remarks(run_record)]
-
-
 def _compute_data_wait_fraction(run_record: RunRecord) -> float | None:
     """Return the fraction of the step time spent on data wait, or None if unknown."""
     timed_steps = [line for line in run_record.steps if line.get("data_wait_s") is not None]
@@ -221,25 +201,26 @@ def _compute_data_wait_fraction(run_record: RunRecord) -> float | None:
     return _sum_field(timed_steps, "data_wait_s") / seconds if seconds else None
 
 
-def _list_data_wait_remarks(run_record: RunRecord) -> list[str]:
+def list_remarks(run_record: RunRecord) -> list[str]:
+    """Return advice about data wait, and a note on settings changed to save GPU memory."""
+    remarks = []
     fraction = _compute_data_wait_fraction(run_record)
-    if fraction is None or fraction <= MAX_DATA_WAIT_FRACTION:
-        return []
-    num_workers = get_last_start(run_record).get("num_workers")
-    workers_text = translate(" (now {})", num_workers) if isinstance(num_workers, int) else ""
-    text = (
-        "Data wait is {:.2g} % of the step time. To reduce it, increase train.num_workers{}, use"
-        " smaller image files, or reduce the image size of the model (image.max_pixels)."
-    )
-    return [translate(text, 100 * fraction, workers_text)]
+    if fraction is not None and fraction > MAX_DATA_WAIT_FRACTION:
+        num_workers = get_last_start(run_record).get("num_workers")
+        workers_text = translate(" (now {})", num_workers) if isinstance(num_workers, int) else ""
+        text = (
+            "Data wait is {:.2g} % of the step time. To reduce it, increase train.num_workers{},"
+            " use smaller image files, or reduce the image size of the model (image.max_pixels)."
+        )
+        remarks.append(translate(text, 100 * fraction, workers_text))
+    return [*remarks, *list_memory_remarks(run_record)]
 
 
 def list_memory_remarks(run_record: RunRecord) -> list[str]:
     """Return a note on settings that the run changed after running out of GPU memory."""
-    settings = run_record.recipe.get("train")
-    settings = settings if isinstance(settings, dict) else {}
+    settings = as_object(run_record.recipe.get("train"))
     pack_tokens = settings.get("pack_tokens")
-    activation_checkpointing = settings.get("activation_checkpointing")
+    is_checkpointing = float(settings.get("activation_checkpointing") or 0) > 0
     changes = []
     for line in run_record.steps:
         step, new_tokens = line["step"], line.get("pack_tokens")
@@ -247,18 +228,15 @@ def list_memory_remarks(run_record: RunRecord) -> list[str]:
             text = "packs of at most {:,} tokens from step {:,}"
             changes.append(translate(text, new_tokens, step))
             pack_tokens = new_tokens
-        if float(line.get("activation_checkpointing") or 0) > float(activation_checkpointing or 0):
+        if line.get("activation_checkpointing") and not is_checkpointing:
             changes.append(translate("activation checkpointing from step {:,}", step))
-            activation_checkpointing = True
-    if not changes:
-        return []
+            is_checkpointing = True
     text = "The run ran out of GPU memory and continued with less: {}."
-    return [translate(text, join_words(changes))]
+    return [translate(text, join_words(changes))] if changes else []
 
 
 def _sum_field(lines: Iterable[JsonObject], name: str) -> float:
-    values = (line.get(name) for line in lines)
-    return sum(float(value) for value in values if isinstance(value, int | float))
+    return sum(float(line[name]) for line in lines if isinstance(line.get(name), int | float))
 
 
 def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
@@ -281,15 +259,13 @@ def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
 
 def list_versions(run_record: RunRecord) -> list[SummaryItem]:
     """Return the versions of packages, the device, the model family and the start time."""
-    start = get_last_start(run_record)
-    recorded_versions = start.get("versions") or run_record.manifest.get("versions")
-    package_versions: JsonObject = recorded_versions if isinstance(recorded_versions, dict) else {}
-    device = f"{start['device']}, {start.get('precision')}" if start.get("device") else ""
-    missing = translate(NOT_RECORDED)
+    start, missing = get_last_start(run_record), translate(NOT_RECORDED)
+    versions = as_object(start.get("versions") or run_record.manifest.get("versions"))
+    device = f"{start['device']}, {start.get('precision')}" if start.get("device") else missing
     started_at = str(run_record.starts[0]["started_at"]) if run_record.starts else missing
     return [
-        *((name, str(value)) for name, value in package_versions.items()),
-        (translate("device"), device or missing),
+        *((name, str(value)) for name, value in versions.items()),
+        (translate("device"), device),
         (translate("model family"), str(run_record.manifest.get("family", missing))),
         (translate("started"), started_at),
     ]
@@ -316,23 +292,18 @@ def list_commands(run_record: RunRecord, prompt: str) -> list[SummaryItem]:
         prompt: Prompt of a validation sample, used as an example.
     """
     folder = str(run_record.folder)
-    example_prompt = prompt if prompt and len(prompt) <= 200 else "TEXT"
-    items = []
+    recipe = f"{folder}/recipe.yaml"
+    commands: dict[str, tuple[str, ...]] = {}
     if run_record.weight_digests:
-        predict_command = format_command("predict", folder, "IMAGE", "--prompt", example_prompt)
-        items = [
-            (translate("Predict"), predict_command),
-            (translate("Evaluate again"), format_command("eval", folder)),
-        ]
+        example_prompt = prompt if prompt and len(prompt) <= 200 else "TEXT"
+        commands["Predict"] = "predict", folder, "IMAGE", "--prompt", example_prompt
+        commands["Evaluate again"] = "eval", folder
         if any(name.startswith("adapter/") for name in run_record.weight_digests):
-            merge_command = format_command("merge", folder, f"{folder}-merged")
-            items.append((translate("Merge for other inference engines"), merge_command))
+            commands["Merge for other inference engines"] = "merge", folder, f"{folder}-merged"
     elif run_record.result is None:
-        items = [
-            (translate("Resume"), format_command("train", f"{folder}/recipe.yaml", "--resume"))
-        ]
-    rerun_command = format_command("train", f"{folder}/recipe.yaml", f"output_dir={folder}-again")
-    return [*items, (translate("Train again"), rerun_command)]
+        commands["Resume"] = "train", recipe, "--resume"
+    commands["Train again"] = "train", recipe, f"output_dir={folder}-again"
+    return [(translate(name), format_command(*words)) for name, words in commands.items()]
 
 
 def format_command(*arguments: str) -> str:
@@ -399,7 +370,12 @@ class RunStatus:
         if self.kind == "running" and not self.step:
             return translate("The run is in progress, before its first step.")
         if self.kind == "running" and self.remaining_s is not None:
-            remaining = _format_remaining(self.remaining_s)
+            remaining = translate("a minute")
+            if self.remaining_s >= 60:
+                hours, minutes = divmod(round(self.remaining_s / 60), 60)
+                remaining = translate("{} min", minutes)
+                if hours:
+                    remaining = translate("{} h {:02d} min", hours, minutes)
             return translate("The run is in progress: {}, about {} remaining.", steps, remaining)
         texts = {
             "finished": "The run is finished: {}.",
@@ -443,7 +419,7 @@ def _is_training_in(folder: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        metrics_file = folder / run_files.METRICS_FILE
+        metrics_file = folder / METRICS_FILE
         return (
             metrics_file.is_file()
             and time.time() - metrics_file.stat().st_mtime < LIVENESS_TIMEOUT_S
@@ -467,12 +443,3 @@ def _estimate_remaining_s(run_record: RunRecord) -> float | None:
     num_evaluations_left = len(interim_evaluations) * steps_left / current_step + 1
     step_s = mean(float(line["step_s"]) for line in recent)
     return steps_left * step_s + num_evaluations_left * (mean(durations) if durations else 0.0)
-
-
-def _format_remaining(seconds: float) -> str:
-    if seconds < 60:
-        return translate("a minute")
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return translate("{} min", minutes)
-    return translate("{} h {:02d} min", *divmod(minutes, 60))

@@ -1,4 +1,4 @@
-"""FastAPI application of the inference server, with all routes."""
+"""Starlette application of the inference server, with all routes."""
 
 from __future__ import annotations
 
@@ -7,39 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from fastapi.telemetry import TelemetryConfig
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from finesight.infer.inference_service import InferenceService
 from finesight.serve.api_errors import ApiError, ClientDisconnectedError, internal_error
-from finesight.serve.api_keys import ApiKeys
 from finesight.serve.chat_completions import ChatCompletionsHandler
-from finesight.serve.file_store import FILE_PURPOSE, FileStore
-from finesight.serve.formats import DEFAULT_IMAGE_FORMATS
-from finesight.serve.image_fetcher import ImageFetcher
-from finesight.serve.request_middleware import CLIENT_CLOSED_REQUEST, RequestMiddleware
+from finesight.serve.image_sources import (
+    DEFAULT_IMAGE_FORMATS,
+    FILE_PURPOSE,
+    FileStore,
+    ImageFetcher,
+)
+from finesight.serve.request_middleware import CLIENT_CLOSED_REQUEST, ApiKeys, RequestMiddleware
 from finesight.serve.request_preprocessor import RequestPreprocessor
 from finesight.serve.server_limits import ServerLimits
 from finesight.serve.server_metrics import ServerMetrics
-from finesight.serve.thread_pool import ThreadPool
 from finesight.serve.worker_constraint import ConstraintFactory
 from finesight.worker_pool import WorkerPool
-
-TELEMETRY_DISABLED: TelemetryConfig = {
-    "tracing": False,
-    "metrics": False,
-    "logs": False,
-    "operation_spans": False,
-    "auto_configure": False,
-}
-"""Settings that disable the OpenTelemetry export of FastAPI.
-
-If OpenTelemetry is configured in the environment, FastAPI would export paths and error messages.
-"""
 
 
 def make_app(
@@ -57,7 +47,7 @@ def make_app(
 
     Args:
         service: Inference service that generates completions.
-        worker_pool: Worker processes with the state of `worker_jobs.load_worker_state`.
+        worker_pool: Worker processes with the state of `load_worker_state`.
         vocab_size: Number of logits of the model.
         folder: Private folder for files of clients.
         api_keys: API keys of clients. Without keys, every client is accepted.
@@ -66,13 +56,9 @@ def make_app(
         image_formats: Accepted image formats.
     """
     limits = limits or ServerLimits()
-    store = FileStore(folder / "files", limits)
     request_folder = folder / "requests"
     request_folder.mkdir(mode=0o700)
-    metrics = ServerMetrics(lambda: _get_service_gauges(service))
-    disabled_fetcher = ImageFetcher(
-        (), timeout_s=limits.fetch_timeout_s, max_bytes=limits.max_image_bytes
-    )
+    metrics = ServerMetrics(service)
     completions = ChatCompletionsHandler(
         service=service,
         worker_pool=worker_pool,
@@ -82,72 +68,64 @@ def make_app(
         image_formats=image_formats,
         limits=limits,
         metrics=metrics,
-        thread_pool=ThreadPool(limits.num_reader_threads),
-        submit_pool=ThreadPool(limits.num_reader_threads),
-        fetcher=fetcher or disabled_fetcher,
-        store=store,
+        fetcher=fetcher
+        or ImageFetcher((), timeout_s=limits.fetch_timeout_s, max_bytes=limits.max_image_bytes),
+        store=FileStore(folder / "files", limits),
         folder=request_folder,
-        active_requests=set(),
     )
-    # The documentation pages of FastAPI would be accessible without an API key.
-    app = FastAPI(
-        openapi_url=None,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        telemetry=TELEMETRY_DISABLED,
+
+    async def get_metrics(request: Request) -> Response:
+        return Response(metrics.render_text(), media_type=CONTENT_TYPE_LATEST)
+
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", completions.create_chat_completion, methods=["POST"]),
+            Route("/metrics", get_metrics),
+            *_build_model_routes(service),
+            *_build_file_routes(completions),
+        ],
+        exception_handlers={
+            ApiError: _handle_api_error,
+            ClientDisconnectedError: _handle_client_disconnect,
+            HTTPException: _handle_http_error,
+            Exception: _handle_internal_error,
+        },
     )
-    app.post("/v1/chat/completions")(completions.create_chat_completion)
-    _add_info_routes(app, service, metrics)
-    _add_file_routes(app, store, completions)
-    _add_error_handlers(app)
+    app.router.redirect_slashes = False
     return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics)
 
 
-def _get_service_gauges(service: InferenceService) -> dict[str, float]:
-    stats = service.get_stats()
-    return {
-        "requests_running": stats.num_running,
-        "requests_waiting": stats.num_waiting,
-        "kv_cache_blocks_free": stats.num_free_blocks,
-        "kv_cache_blocks": stats.num_blocks,
-    }
-
-
-def _add_info_routes(app: FastAPI, service: InferenceService, metrics: ServerMetrics) -> None:
+def _build_model_routes(service: InferenceService) -> list[Route]:
     created_at = int(time.time())
 
     def model_to_dict(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": created_at, "owned_by": "finesight"}
 
-    @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
         models = [model_to_dict(name) for name in service.model_names]
         return JSONResponse({"object": "list", "data": models})
 
-    @app.get("/v1/models/{name:path}")
     async def get_model(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in service.model_names:
             raise ApiError(404, f"unknown model {name[:80]!r}", "model", "model_not_found")
         return JSONResponse(model_to_dict(name))
 
-    @app.get("/health")
     async def get_health(request: Request) -> Response:
         if service.is_alive:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "unavailable"}, status_code=503)
 
-    @app.get("/metrics")
-    async def get_metrics(request: Request) -> Response:
-        return Response(metrics.render_text(), media_type=CONTENT_TYPE_LATEST)
+    return [
+        Route("/v1/models", list_models),
+        Route("/v1/models/{name:path}", get_model),
+        Route("/health", get_health),
+    ]
 
 
-def _add_file_routes(app: FastAPI, store: FileStore, completions: ChatCompletionsHandler) -> None:
-    def get_owner(request: Request) -> str:
-        return str(request.scope["state"]["owner"])
+def _build_file_routes(completions: ChatCompletionsHandler) -> list[Route]:
+    store = completions.store
 
-    @app.post("/v1/files")
     async def upload_file(request: Request) -> Response:
         async with request.form(max_files=1, max_fields=8) as form:
             file, purpose = form.get("file"), form.get("purpose")
@@ -157,8 +135,8 @@ def _add_file_routes(app: FastAPI, store: FileStore, completions: ChatCompletion
                 raise ApiError(
                     400, f"purpose is {purpose!r:.40}; expected {FILE_PURPOSE}", "purpose"
                 )
-            uploaded_file = await completions.thread_pool.run(
-                store.add, get_owner(request), file.filename or "", file.file
+            uploaded_file = await completions.run_in_thread(
+                store.add, request.state.owner, file.filename or "", file.file
             )
         preprocessor = RequestPreprocessor(
             completions.worker_pool,
@@ -167,49 +145,48 @@ def _add_file_routes(app: FastAPI, store: FileStore, completions: ChatCompletion
             uploaded_file.path.parent,
         )
         try:
-            await completions.thread_pool.run(
-                preprocessor.inspect_image, uploaded_file.path, "file"
-            )
+            await completions.run_in_thread(preprocessor.inspect_image, uploaded_file.path, "file")
         except BaseException:
             store.delete(uploaded_file.owner, uploaded_file.id)
             raise
         return JSONResponse(uploaded_file.as_json())
 
-    @app.get("/v1/files")
     async def list_files(request: Request) -> Response:
-        files = [uploaded_file.as_json() for uploaded_file in store.list_files(get_owner(request))]
+        files = [file.as_json() for file in store.list_files(request.state.owner)]
         return JSONResponse({"object": "list", "data": files, "has_more": False})
 
-    @app.get("/v1/files/{name}")
     async def get_file(request: Request) -> Response:
-        return JSONResponse(store.get(get_owner(request), request.path_params["name"]).as_json())
+        file = store.get(request.state.owner, request.path_params["name"])
+        return JSONResponse(file.as_json())
 
-    @app.delete("/v1/files/{name}")
     async def delete_file(request: Request) -> Response:
         name = request.path_params["name"]
-        store.delete(get_owner(request), name)
+        store.delete(request.state.owner, name)
         return JSONResponse({"id": name, "object": "file", "deleted": True})
 
+    return [
+        Route("/v1/files", upload_file, methods=["POST"]),
+        Route("/v1/files", list_files),
+        Route("/v1/files/{name}", get_file),
+        Route("/v1/files/{name}", delete_file, methods=["DELETE"]),
+    ]
 
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def handle_api_error(request: Request, api_error: ApiError) -> Response:
-        return JSONResponse(api_error.body, api_error.status, api_error.response_headers)
 
-    @app.exception_handler(ClientDisconnectedError)
-    async def handle_client_disconnect(
-        request: Request, error: ClientDisconnectedError
-    ) -> Response:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+async def _handle_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError), f"unexpected {type(error)}"
+    return JSONResponse(error.body, error.status, error.response_headers)
 
-    @app.exception_handler(HTTPException)
-    async def handle_http_error(request: Request, error: HTTPException) -> Response:
-        messages = {404: "unknown path", 405: "method not allowed"}
-        api_error = ApiError(
-            error.status_code, messages.get(error.status_code, str(error.detail)[:200])
-        )
-        return JSONResponse(api_error.body, api_error.status, error.headers)
 
-    @app.exception_handler(Exception)
-    async def handle_internal_error(request: Request, error: Exception) -> Response:
-        return JSONResponse(internal_error().body, internal_error().status)
+async def _handle_client_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _handle_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), f"unexpected {type(error)}"
+    messages = {404: "unknown path", 405: "method not allowed"}
+    message = messages.get(error.status_code, str(error.detail)[:200])
+    return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
+
+
+async def _handle_internal_error(request: Request, error: Exception) -> Response:
+    return JSONResponse(internal_error().body, internal_error().status)

@@ -49,22 +49,15 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """Error body in the format of the OpenAI API."""
         error_type = ERROR_TYPES.get(self.status, "server_error")
-        return {
-            "error": {
-                "message": self.message,
-                "type": error_type,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        fields = {"message": self.message, "type": error_type}
+        return {"error": {**fields, "param": self.param, "code": self.code}}
 
     @property
     def response_headers(self) -> dict[str, str]:
         """HTTP headers of the error response, with `Retry-After` if a retry is useful."""
-        retry_headers = (
-            {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
-        )
-        return {**self.headers, **retry_headers}
+        if self.retry_after_s is None:
+            return self.headers
+        return {**self.headers, "Retry-After": str(self.retry_after_s)}
 
 
 class ClientDisconnectedError(Exception):

@@ -1,7 +1,8 @@
-"""Process of the inference server, with graceful shutdown."""
+"""Process of the inference server: HTTP/1.1 protocol with limits, and graceful shutdown."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -13,20 +14,21 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.serve.api_app import make_app
-from finesight.serve.api_keys import check_exposure
-from finesight.serve.formats import DEFAULT_IMAGE_FORMATS
-from finesight.serve.http_protocol import build_protocol_class
-from finesight.serve.image_fetcher import ImageFetcher
-from finesight.serve.request_middleware import RequestMiddleware
+from finesight.serve.image_sources import DEFAULT_IMAGE_FORMATS, ImageFetcher
+from finesight.serve.request_middleware import ABORT_STATE_KEY, RequestMiddleware, check_exposure
 from finesight.serve.server_limits import ServerLimits
 from finesight.serve.worker_jobs import load_worker_state
 from finesight.worker_pool import WorkerPool
@@ -43,6 +45,106 @@ FORCED_SECONDS = 2.0
 
 ENDING_SECONDS = 5.0
 """Seconds after the shutdown timeout until the process is ended without waiting."""
+
+MAX_HEAD_BYTES = 1 << 14
+"""Maximum size of a request header."""
+
+NUM_UNCHECKED_CHUNKS = 1000
+MIN_MEAN_CHUNK_BYTES = 256
+"""Minimum mean chunk size of a body, checked after `NUM_UNCHECKED_CHUNKS` chunks."""
+
+
+class ChunkCountingConnection(h11.Connection):
+    """h11 connection that detects request bodies in tiny chunks, and then sets `is_flooded`.
+
+    They would block the event loop: parsing a one-byte chunk takes as long as a thousand bytes.
+    """
+
+    def __init__(self, max_incomplete_event_size: int) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size)
+        self.is_flooded = False
+        self._num_chunks = self._num_bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Parse the next event, or return NEED_DATA if the connection is flooded."""
+        if self.is_flooded:
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_chunks = self._num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self._num_chunks += 1
+            self._num_bytes += len(event.data)
+            self.is_flooded = (
+                self._num_chunks > NUM_UNCHECKED_CHUNKS
+                and self._num_bytes < MIN_MEAN_CHUNK_BYTES * self._num_chunks
+            )
+        return event
+
+
+def build_protocol_class(limits: ServerLimits) -> type[H11Protocol]:
+    """Create a uvicorn protocol class with limits on connections, headers and slow clients.
+
+    uvicorn only closes connections that are idle between requests. This protocol also closes
+    connections with an incomplete request header, without a first request, or whose client does
+    not read its response.
+    """
+
+    class LimitedH11Protocol(H11Protocol):
+        def __init__(
+            self,
+            config: uvicorn.Config,
+            server_state: ServerState,
+            app_state: dict[str, Any],
+            _loop: asyncio.AbstractEventLoop | None = None,
+        ) -> None:
+            super().__init__(
+                config, server_state, {**app_state, ABORT_STATE_KEY: self._abort}, _loop
+            )
+            self._head_timeout: asyncio.TimerHandle | None = None
+            self.conn = self._counter = ChunkCountingConnection(MAX_HEAD_BYTES)
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > limits.max_connections:
+                transport.abort()
+                return
+            self._start_head_timeout()
+
+        def data_received(self, data: bytes) -> None:
+            # In slices, because h11 limits a header only if it arrives in several reads.
+            for start in range(0, len(data), MAX_HEAD_BYTES):
+                if not self.transport.is_closing():
+                    super().data_received(data[start : start + MAX_HEAD_BYTES])
+            if self._counter.is_flooded:
+                self._abort()
+            if self.cycle is None or self.cycle.response_complete:
+                self._start_head_timeout()
+            else:
+                self._cancel_head_timeout()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._cancel_head_timeout()
+            super().connection_lost(exc)
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            # A closing connection waits until the client has read the rest.
+            self.loop.call_later(limits.send_timeout_s, self._abort)
+
+        def _start_head_timeout(self) -> None:
+            if self._head_timeout is None:
+                self._head_timeout = self.loop.call_later(limits.header_timeout_s, self._abort)
+
+        def _cancel_head_timeout(self) -> None:
+            if self._head_timeout is not None:
+                self._head_timeout.cancel()
+                self._head_timeout = None
+
+        def _abort(self) -> None:
+            self.transport.abort()
+
+    return LimitedH11Protocol
 
 
 class ApiServer(uvicorn.Server):
@@ -110,10 +212,7 @@ class ApiServer(uvicorn.Server):
             yield
             return
         signals = (signal.SIGINT, signal.SIGTERM)
-        previous_handlers = {
-            signal_number: signal.signal(signal_number, self.handle_exit)
-            for signal_number in signals
-        }
+        previous_handlers = {number: signal.signal(number, self.handle_exit) for number in signals}
         try:
             yield
         finally:
@@ -148,21 +247,14 @@ def run_api_server(
     api_keys: Sequence[str],
     limits: ServerLimits,
     allowed_media_hosts: Sequence[str] = (),
-    extra_image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
+    image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
     on_ready: Callable[[InferenceService], None],
 ) -> None:
-    """Serve requests until a signal stops the server.
+    """Serve requests until a signal stops the server, then close the listener.
 
-    At shutdown, running requests have `shutdown_timeout_s` to complete.
-
-    Args:
-        inference_model: Model and renderer.
-        listener: Bound socket. It is closed at the end.
-        api_keys: API keys of clients.
-        limits: Limits of the server.
-        allowed_media_hosts: Hosts from which images may be fetched.
-        extra_image_formats: Accepted image formats.
-        on_ready: Called with the inference service when the server listens.
+    At shutdown, running requests have `shutdown_timeout_s` to complete. `on_ready` is called with
+    the inference service when the server listens. Images may be fetched from
+    `allowed_media_hosts`.
     """
     renderer, model = inference_model.renderer, inference_model.model
     assert isinstance(model, VisionLanguageModel), f"unsupported model {type(model)}"
@@ -192,7 +284,7 @@ def run_api_server(
                 timeout_s=limits.fetch_timeout_s,
                 max_bytes=limits.max_image_bytes,
             ),
-            image_formats=extra_image_formats,
+            image_formats=image_formats,
         )
 
         def abort() -> None:

@@ -3,52 +3,72 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import secrets
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 import numpy as np
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import ImagePart, Message, Sample, TextPart
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
-from finesight.infer.inference_service import InferenceService
-from finesight.infer.request import GREEDY_SAMPLING, GenerationOptions
+from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
+from finesight.infer.request import (
+    GREEDY_SAMPLING,
+    CompletionDelta,
+    GenerationOptions,
+    TokenUsage,
+)
 from finesight.serve.api_errors import ApiError, ClientDisconnectedError, from_user_error
-from finesight.serve.chat_response import ChoiceBuilder, CompletionEnvelope, format_usage
-from finesight.serve.chat_schema import ChatCompletionParameters, NamedToolChoice
-from finesight.serve.file_store import FileStore
-from finesight.serve.generation_group import GenerationGroup
-from finesight.serve.image_fetcher import ImageFetcher
-from finesight.serve.media_loader import MediaLoader
+from finesight.serve.chat_response import (
+    ChoiceBuilder,
+    CompletionEnvelope,
+    ToolCallParser,
+    format_usage,
+)
+from finesight.serve.chat_schema import (
+    ChatCompletionParameters,
+    NamedToolChoice,
+    StructuredFormat,
+    UnstructuredFormat,
+)
+from finesight.serve.image_sources import FileStore, ImageFetcher
 from finesight.serve.message_conversion import get_image_name
 from finesight.serve.request_middleware import (
-    ByteReservation,
     ClientStalledError,
-    Receive,
-    Scope,
-    Send,
     get_reservation,
     log_internal_error,
 )
-from finesight.serve.request_preprocessor import ParsedBody, RequestPreprocessor
+from finesight.serve.request_preprocessor import ImageRequest, ParsedBody, RequestPreprocessor
 from finesight.serve.server_limits import ServerLimits
 from finesight.serve.server_metrics import ServerMetrics
-from finesight.serve.thread_pool import ThreadPool
-from finesight.serve.tool_calls import ToolCallParser
 from finesight.serve.worker_constraint import ConstraintFactory, WorkerConstraint
 from finesight.serve.worker_jobs import GrammarSpec
 from finesight.worker_pool import WorkerPool
+
+ArgTs = TypeVarTuple("ArgTs")
+ResultT = TypeVar("ResultT")
+
+ChoiceDelta = tuple[int, CompletionDelta | Exception | None]
+"""Index of a choice, and its next text delta.
+
+None instead of a delta marks the end of the choice. An exception means that the choice failed.
+"""
 
 SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -58,23 +78,132 @@ SSE_HEADERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+class GenerationGroup:
+    """Generations of one request, one for each choice (`n` in the OpenAI API).
+
+    `submit` runs in a thread that cannot be interrupted. If `cancel` is called meanwhile,
+    generations that `submit` still adds are canceled as well.
+    """
+
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+        self._lock = threading.Lock()
+        self._is_cancelled = False
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self.streams: list[GenerationStream] = []
+
+    def submit(
+        self,
+        located_sample: LocatedSample,
+        options: Sequence[GenerationOptions],
+        prompt: EncodedSample,
+    ) -> None:
+        """Submit one generation per choice, all with the same prompt and images.
+
+        Raises:
+            ApiError: The inference service is busy, or the request is invalid.
+        """
+        for choice_options in options:
+            if self._is_cancelled:
+                return
+            try:
+                stream = self._service.submit(located_sample, choice_options, prompt)
+            except ServiceBusyError as error:
+                raise ApiError(
+                    429, error.what, code="rate_limit_exceeded", retry_after_s=1
+                ) from error
+            except UserError as error:
+                raise from_user_error(
+                    error, "messages", hidden_path=f"{located_sample.folder}/"
+                ) from error
+            with self._lock:
+                self.streams.append(stream)
+                if self._is_cancelled:
+                    stream.cancel()
+
+    def cancel(self) -> None:
+        """Cancel all generations, including those that are submitted later."""
+        with self._lock:
+            self._is_cancelled = True
+            for stream in self.streams:
+                stream.cancel()
+
+    @property
+    def usages(self) -> list[TokenUsage]:
+        """Token usage of each choice so far."""
+        return [stream.usage for stream in self.streams]
+
+    async def iter_deltas(self) -> AsyncGenerator[tuple[int, CompletionDelta | None]]:
+        """Yield (choice index, text delta) pairs of all choices as tokens arrive.
+
+        A delta of None marks the end of a choice. The first error of any choice is raised.
+        """
+        queue: asyncio.Queue[ChoiceDelta] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(_forward_deltas(choice_index, stream, queue))
+            for choice_index, stream in enumerate(self.streams)
+        ]
+        try:
+            num_running = len(tasks)
+            while num_running:
+                received = [await queue.get()]
+                while not queue.empty():
+                    received.append(queue.get_nowait())
+                for choice_index, delta in merge_deltas(received):
+                    if isinstance(delta, UserError):
+                        raise ApiError(503, delta.what, retry_after_s=5) from delta
+                    if isinstance(delta, Exception):
+                        raise delta
+                    num_running -= delta is None
+                    yield choice_index, delta
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def merge_deltas(deltas: Sequence[ChoiceDelta]) -> list[ChoiceDelta]:
+    """Merge the text deltas of each choice that have arrived together.
+
+    With many clients, tokens arrive faster than single deltas can be sent.
+    """
+    merged: list[ChoiceDelta] = []
+    last_by_choice: dict[int, tuple[int, CompletionDelta]] = {}
+    for choice_index, delta in deltas:
+        if not isinstance(delta, CompletionDelta):
+            merged.append((choice_index, delta))
+        elif choice_index in last_by_choice:
+            position, previous = last_by_choice[choice_index]
+            combined = CompletionDelta(previous.text + delta.text, previous.tokens + delta.tokens)
+            merged[position], last_by_choice[choice_index] = (
+                (choice_index, combined),
+                (position, combined),
+            )
+        else:
+            last_by_choice[choice_index] = (len(merged), delta)
+            merged.append((choice_index, delta))
+    return merged
+
+
+async def _forward_deltas(
+    choice_index: int, stream: GenerationStream, queue: asyncio.Queue[ChoiceDelta]
+) -> None:
+    try:
+        async for delta in stream:
+            queue.put_nowait((choice_index, delta))
+        assert stream.finish_reason is not None, (
+            f"choice {choice_index} ended without a finish reason"
+        )
+    except Exception as error:
+        queue.put_nowait((choice_index, error))
+    else:
+        queue.put_nowait((choice_index, None))
+
+
+@dataclass(frozen=True)
 class ChatCompletionsHandler:
     """Handles chat completion requests with the resources that all requests share.
 
-    Attributes:
-        service: Inference service that generates completions.
-        worker_pool: Worker processes that preprocess requests.
-        constraint_factory: Creates decoding constraints for structured output.
-        image_formats: Accepted image formats.
-        limits: Limits of the server.
-        metrics: Metrics of the server.
-        thread_pool: Threads that wait for the preprocessing of requests.
-        submit_pool: Threads that submit requests to the service.
-        fetcher: Fetches images from the web.
-        store: Files that clients have uploaded.
-        folder: Folder with a subfolder for each active request.
-        active_requests: Generations of all admitted requests.
+    `folder` has a subfolder for each active request.
     """
 
     service: InferenceService
@@ -83,12 +212,30 @@ class ChatCompletionsHandler:
     image_formats: Sequence[str]
     limits: ServerLimits
     metrics: ServerMetrics
-    thread_pool: ThreadPool
-    submit_pool: ThreadPool
     fetcher: ImageFetcher
     store: FileStore
     folder: Path
-    active_requests: set[GenerationGroup]
+    active_requests: set[GenerationGroup] = field(default_factory=set)
+
+    @functools.cached_property
+    def executor(self) -> ThreadPoolExecutor:
+        """Threads that wait for the preprocessing of requests."""
+        return ThreadPoolExecutor(self.limits.num_reader_threads, "finesight-serve")
+
+    @functools.cached_property
+    def submit_executor(self) -> ThreadPoolExecutor:
+        """Threads that submit requests, since all other threads may be busy."""
+        return ThreadPoolExecutor(self.limits.num_reader_threads, "finesight-submit")
+
+    async def run_in_thread(
+        self,
+        function: Callable[[Unpack[ArgTs]], ResultT],
+        *args: *ArgTs,
+        executor: ThreadPoolExecutor | None = None,
+    ) -> ResultT:
+        """Run a function that would block the event loop, by default in `executor`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(executor or self.executor, function, *args)
 
     async def create_chat_completion(self, request: Request) -> Response:
         """Complete a chat, as a single response or as a stream.
@@ -100,59 +247,40 @@ class ChatCompletionsHandler:
         start_time = asyncio.get_running_loop().time()
         body_slot = await _read_body(request)
         with ExitStack() as stack:
-            generations = self._admit_request(stack)
+            if len(self.active_requests) >= self.limits.max_requests:
+                raise ApiError(
+                    429,
+                    f"the queue is full: {len(self.active_requests)} active requests",
+                    code="rate_limit_exceeded",
+                    retry_after_s=2,
+                )
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             deadline = time.monotonic() + self.limits.request_timeout_s
             preprocessor = RequestPreprocessor(
                 self.worker_pool, self.limits, self.image_formats, folder, deadline
             )
+            generations = GenerationGroup(self.service)
             completion = ActiveCompletion(
                 self, generations, preprocessor, start_time, request.receive
             )
+            self.active_requests.add(generations)
             stack.callback(completion.close)
             disconnect_task = asyncio.create_task(completion.watch_disconnect())
             stack.callback(disconnect_task.cancel)
-            media_loader = MediaLoader(
-                folder, request.scope["state"]["owner"], self.fetcher, self.store
-            )
-            await completion.start(body_slot, media_loader, get_reservation(request.scope))
+            await completion.start(body_slot, request)
             if not completion.chat_request.stream:
                 return await completion.build_response()
             return ChatCompletionStreamResponse(completion, stack.pop_all())
         raise AssertionError("the exit stack suppressed an error")
-
-    def _admit_request(self, stack: ExitStack) -> GenerationGroup:
-        """Admit a request, or raise ApiError if the queue is full.
-
-        The request counts as active until the stack is closed.
-        """
-        if len(self.active_requests) >= self.limits.max_requests:
-            raise ApiError(
-                429,
-                f"the queue is full: {len(self.active_requests)} active requests",
-                code="rate_limit_exceeded",
-                retry_after_s=2,
-            )
-        generations = GenerationGroup(self.service)
-        self.active_requests.add(generations)
-        stack.callback(self.active_requests.discard, generations)
-        stack.callback(generations.cancel)
-        return generations
 
 
 @dataclass(slots=True)
 class ActiveCompletion:
     """Chat completion request from its admission to the end of its response.
 
-    Attributes:
-        handler: Resources that all requests share.
-        generations: Generations of the request, one per choice.
-        preprocessor: Preprocesses the request in worker processes.
-        start_time: Arrival time on the event-loop clock.
-        receive: ASGI function that reports the disconnection of the client.
-        constraints: Decoding constraint of each choice. None without structured output.
-        chat_request: Parameters of the request, set by `start`.
+    `start_time` is on the clock of the event loop. `start` sets `chat_request`. `constraints` has
+    None for each choice without structured output.
     """
 
     handler: ChatCompletionsHandler
@@ -168,37 +296,32 @@ class ActiveCompletion:
         """Time at which the request is canceled, on the event-loop clock."""
         return self.start_time + self.handler.limits.request_timeout_s
 
-    async def start(
-        self,
-        body_slot: list[NDArray[np.uint8]],
-        media_loader: MediaLoader,
-        reservation: ByteReservation,
-    ) -> None:
+    async def start(self, body_slot: list[NDArray[np.uint8]], request: Request) -> None:
         """Preprocess the request and submit it to the inference service.
 
         Args:
             body_slot: List with the request body. It is cleared after parsing to release memory.
-            media_loader: Loads images that are not in the body.
-            reservation: Memory reservation of the request.
+            request: Request with the key owner and the memory reservation in its state.
 
         Raises:
             ApiError: The request is invalid, exceeds a limit or timed out.
             ClientDisconnectedError: The client disconnected.
         """
-        run_in_thread = self.handler.thread_pool.run
+        handler, reservation = self.handler, get_reservation(request.scope)
         try:
             async with asyncio.timeout_at(self.deadline):
-                parsed_body, prompt = await run_in_thread(self._parse_and_encode, body_slot)
+                parsed_body, prompt = await handler.run_in_thread(self._parse_and_encode, body_slot)
                 reservation.release()
                 for image in parsed_body.images:
-                    await media_loader.fetch_image(image)
+                    await self._fetch_image(image, request.state.owner)
                 if prompt is None:
-                    prompt = await run_in_thread(
-                        self.preprocessor.encode, parsed_body, self.handler.service.max_model_len
+                    prompt = await handler.run_in_thread(
+                        self.preprocessor.encode, parsed_body, handler.service.max_model_len
                     )
                 reservation.reserve(prompt.patches_ND.nbytes)
-                await self.handler.submit_pool.run(
-                    self._submit, _build_image_sample(parsed_body, media_loader.folder), prompt
+                sample = _build_image_sample(parsed_body, self.preprocessor.folder)
+                await handler.run_in_thread(
+                    self._submit, sample, prompt, executor=handler.submit_executor
                 )
         except TimeoutError as error:
             raise self._timeout_error() from error
@@ -211,6 +334,7 @@ class ActiveCompletion:
 
     def close(self) -> None:
         """Cancel the preprocessing, the generations and the constraints of this request."""
+        self.handler.active_requests.discard(self.generations)
         self.generations.cancel()
         self.preprocessor.cancel()
         for constraint in self.constraints:
@@ -308,6 +432,25 @@ class ActiveCompletion:
             parsed_body, self.handler.service.max_model_len
         )
 
+    async def _fetch_image(self, image: ImageRequest, owner: str) -> None:
+        """Link an uploaded file to the folder of the request, or fetch an image URL.
+
+        A worker process checks the content of the file later.
+        """
+        folder = self.preprocessor.folder
+        path = folder / get_image_name(image.image_number)
+        try:
+            if image.file_id is not None:
+                self.handler.store.link(owner, image.file_id, path)
+            elif image.url is not None:
+                with open(path, "xb") as file:
+                    await self.handler.fetcher.fetch(image.url, file)
+        except UserError as error:
+            raise from_user_error(error, image.param, hidden_path=f"{folder}/") from error
+        except ApiError as error:
+            error.param = image.param
+            raise
+
     def _set_chat_request(self, chat_request: ChatCompletionParameters) -> None:
         """Set the request parameters. Raises ApiError if the model is unknown."""
         names = self.handler.service.model_names
@@ -321,22 +464,16 @@ class ActiveCompletion:
         self.chat_request = chat_request
 
     def _submit(self, located_sample: LocatedSample, prompt: EncodedSample) -> None:
-        """Submit one generation per choice to the inference service.
-
-        Runs in `submit_pool`, since all threads that preprocess requests may be busy.
-        """
-        constraint_factory, grammar = self.handler.constraint_factory, self._get_grammar_spec()
-        if grammar is not None and not constraint_factory.is_accepted(grammar[0]):
+        """Submit one generation per choice to the inference service."""
+        factory, grammar = self.handler.constraint_factory, self._get_grammar_spec()
+        if grammar is not None and not factory.is_accepted(grammar[0]):
             self.preprocessor.check_grammar(*grammar)
-            constraint_factory.mark_accepted(grammar[0])
-        for _ in range(self.chat_request.n or 1):
-            self.constraints.append(
-                None if grammar is None else constraint_factory.create(grammar[0])
-            )
-        options = [
-            self._build_options(choice_index, constraint)
-            for choice_index, constraint in enumerate(self.constraints)
-        ]
+            factory.mark_accepted(grammar[0])
+        options = []
+        for choice_index in range(self.chat_request.n or 1):
+            constraint = None if grammar is None else factory.create(grammar[0])
+            self.constraints.append(constraint)
+            options.append(self._build_options(choice_index, constraint))
         self.generations.submit(located_sample, options, prompt)
 
     def _check_constraint(self, choice_index: int) -> None:
@@ -351,11 +488,7 @@ class ActiveCompletion:
     def _build_options(
         self, choice_index: int, constraint: WorkerConstraint | None
     ) -> GenerationOptions:
-        """Build the generation options of one choice.
-
-        Raises:
-            ApiError: A sampling parameter is invalid.
-        """
+        """Build the generation options of a choice. Raise ApiError for an invalid parameter."""
         chat_request = self.chat_request
         settings: dict[str, Any] = {
             "temperature": chat_request.temperature,
@@ -387,49 +520,40 @@ class ActiveCompletion:
         Raises:
             ApiError: `response_format`, `tools` and `tool_choice` are inconsistent.
         """
-        response_format, tool_choice = (
-            self.chat_request.response_format,
-            self.chat_request.tool_choice,
-        )
+        response_format = self.chat_request.response_format
+        tool_choice = self.chat_request.tool_choice
         tools = {
             tool.function.name: tool.function.parameters for tool in self.chat_request.tools or []
         }
         if tool_choice not in (None, "none") and not tools:
             raise ApiError(400, f"tool_choice {tool_choice!r:.80} without tools", "tool_choice")
-        requires_tool_call = isinstance(tool_choice, NamedToolChoice) or tool_choice == "required"
         if isinstance(tool_choice, NamedToolChoice):
-            if tool_choice.function.name not in tools:
+            name = tool_choice.function.name
+            if name not in tools:
+                raise ApiError(400, f"unknown tool {name[:80]!r}", "tool_choice")
+            tools = {name: tools[name]}
+        is_structured = not isinstance(response_format, UnstructuredFormat | None)
+        if isinstance(tool_choice, NamedToolChoice) or tool_choice == "required":
+            if is_structured:
                 raise ApiError(
-                    400, f"unknown tool {tool_choice.function.name[:80]!r}", "tool_choice"
+                    400, f"tool_choice {tool_choice!r:.80} with a response_format", "tool_choice"
                 )
-            tools = {tool_choice.function.name: tools[tool_choice.function.name]}
-        has_response_format = response_format is not None and response_format.type != "text"
-        if requires_tool_call and has_response_format:
-            raise ApiError(
-                400, f"tool_choice {tool_choice!r:.80} with a response_format", "tool_choice"
-            )
-        if requires_tool_call:
             return ("calls", (list(tools.items()),)), "tools"
-        if response_format is None or response_format.type == "text":
+        if isinstance(response_format, UnstructuredFormat | None):
             return None
-        if response_format.type != "json_schema":
-            return (response_format.type, ()), "response_format"
-        if response_format.json_schema is None:
-            raise ApiError(400, f"{response_format.type} without json_schema", "response_format")
-        return ("json_schema", (response_format.json_schema.schema_,)), "response_format"
+        args = (
+            (response_format.json_schema.schema_,)
+            if isinstance(response_format, StructuredFormat)
+            else ()
+        )
+        return (response_format.type, args), "response_format"
 
     def _build_choices(self) -> list[ChoiceBuilder]:
         tokenizer = self.handler.service.renderer.tokenizer
-        parses_tool_calls = (
-            bool(self.chat_request.tools) and self.chat_request.tool_choice != "none"
-        )
+        has_tools = bool(self.chat_request.tools) and self.chat_request.tool_choice != "none"
+        with_logprobs = bool(self.chat_request.logprobs)
         return [
-            ChoiceBuilder(
-                n,
-                tokenizer,
-                bool(self.chat_request.logprobs),
-                ToolCallParser() if parses_tool_calls else None,
-            )
+            ChoiceBuilder(n, tokenizer, with_logprobs, ToolCallParser() if has_tools else None)
             for n in range(len(self.generations.streams))
         ]
 

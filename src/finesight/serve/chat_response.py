@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +12,97 @@ from typing import Any
 from finesight.encode.tokenizer import TextTokenizer
 from finesight.infer.prediction import Prediction, box_to_dict
 from finesight.infer.request import CompletionDelta, FinishReason, GeneratedToken, TokenUsage
-from finesight.serve.tool_calls import ParsedToolCall, ToolCallParser
+from finesight.serve.message_conversion import TOOL_CALL_END, TOOL_CALL_START
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedToolCall:
+    """Tool call that the model has generated, with its arguments as JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the tool call object of the OpenAI API."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(slots=True)
+class ToolCallParser:
+    """Splits a streamed completion into text and tool calls.
+
+    Text that may start a tool call is held back until it is complete.
+    """
+
+    pending: str = ""
+    after_call: bool = False
+
+    def add_text(self, delta: str) -> tuple[str, list[ParsedToolCall]]:
+        """Add generated text. Returns text that can be sent, and complete tool calls."""
+        self._set_pending(self.pending + delta)
+        text, calls = "", list[ParsedToolCall]()
+        while TOOL_CALL_START in self.pending:
+            before, _, rest = self.pending.partition(TOOL_CALL_START)
+            call_text, end_tag, after = rest.partition(TOOL_CALL_END)
+            if not end_tag:
+                text, self.pending = text + before.rstrip("\n"), self.pending[len(before) :]
+                return text, calls
+            call = parse_tool_call(call_text)
+            if call is None:  # the text remains in the answer
+                text += f"{before}{TOOL_CALL_START}{call_text}{TOOL_CALL_END}"
+            else:
+                text += before.rstrip("\n")
+                calls.append(call)
+            self.after_call = call is not None
+            self._set_pending(after)
+        end = len(self.pending) - _count_partial_tag(self.pending)
+        text, self.pending = text + self.pending[:end], self.pending[end:]
+        return text, calls
+
+    def flush(self) -> tuple[str, list[ParsedToolCall]]:
+        """Return the text or tool call that is left at the end of the completion.
+
+        The last tool call may lack its end tag.
+        """
+        rest, self.pending = self.pending, ""
+        if rest.startswith(TOOL_CALL_START):
+            call = parse_tool_call(rest.removeprefix(TOOL_CALL_START))
+            if call is not None:
+                return "", [call]
+        return rest, []
+
+    def _set_pending(self, text: str) -> None:
+        """Set the text that is held back, without newlines after a tool call."""
+        self.pending = text.lstrip("\n") if self.after_call else text
+        self.after_call = self.after_call and not self.pending
+
+
+def parse_tool_call(text: str) -> ParsedToolCall | None:
+    """Parse the text between the tool call tags, or return None if it is invalid."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", {})
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return ParsedToolCall(f"call_{secrets.token_hex(12)}", value["name"], arguments)
+
+
+def _count_partial_tag(text: str) -> int:
+    """Count the last characters of a text that may belong to a tool call.
+
+    These are newlines and a partial start tag.
+    """
+    for length in range(min(len(TOOL_CALL_START) - 1, len(text)), 0, -1):
+        if TOOL_CALL_START.startswith(text[-length:]):
+            rest = text[:-length]
+            return length + len(rest) - len(rest.rstrip("\n"))
+    return len(text) - len(text.rstrip("\n"))
 
 
 @dataclass(slots=True)
@@ -28,24 +120,15 @@ class ChoiceBuilder:
     prediction: Prediction | None = None
 
     def add_delta(self, delta: CompletionDelta) -> dict[str, Any] | None:
-        """Append a text delta of the generation.
-
-        Returns a stream chunk, or None if the text is held back because it may start a tool call.
-        """
-        text, calls = (
-            self.tool_call_parser.add_text(delta.text)
-            if self.tool_call_parser
-            else (delta.text, [])
-        )
-        return self._append(text, calls, delta.tokens)
+        """Append a text delta and return a stream chunk, or None if all text is held back."""
+        if self.tool_call_parser is None:
+            return self._append(delta.text, (), delta.tokens)
+        return self._append(*self.tool_call_parser.add_text(delta.text), delta.tokens)
 
     def finish(self, finish_reason: FinishReason, prediction: Prediction) -> list[dict[str, Any]]:
-        """Return the last stream chunks of the choice.
-
-        These are text that was held back, if any, and the finish reason.
-        """
-        text, calls = self.tool_call_parser.flush() if self.tool_call_parser else ("", [])
-        remaining_chunk = self._append(text, calls, ())
+        """Return the last stream chunks: text that was held back, if any, and finish reason."""
+        remaining = self.tool_call_parser.flush() if self.tool_call_parser else ("", [])
+        remaining_chunk = self._append(*remaining, ())
         self.finish_reason, self.prediction = finish_reason, prediction
         last_chunk = self._build_chunk(self._get_extra_fields())
         last_chunk["finish_reason"] = self.openai_finish_reason
@@ -60,19 +143,13 @@ class ChoiceBuilder:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the complete choice with its message, for a response without streaming."""
-        tool_calls = (
-            {"tool_calls": [call.as_json() for call in self.tool_calls]} if self.tool_calls else {}
-        )
         content = self.text if self.text or not self.tool_calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_json() for call in self.tool_calls]
         return {
             "index": self.index,
-            "message": {
-                "role": "assistant",
-                "content": content,
-                "refusal": None,
-                **tool_calls,
-                **self._get_extra_fields(),
-            },
+            "message": message | self._get_extra_fields(),
             "finish_reason": self.openai_finish_reason,
             "logprobs": {"content": self.logprobs, "refusal": None} if self.with_logprobs else None,
         }
@@ -82,21 +159,15 @@ class ChoiceBuilder:
         return self._build_chunk({"role": "assistant", "content": ""})
 
     def _get_extra_fields(self) -> dict[str, Any]:
-        """Return the message fields that extend the OpenAI API.
-
-        These are `boxes`, `raw_text` and, for reasoning models, `reasoning_content`.
-        """
+        """Return `boxes`, `raw_text` and `reasoning_content`, which extend the OpenAI API."""
         prediction = self.prediction
         if prediction is None:
             return {}
-        reasoning = (
-            {} if prediction.reasoning is None else {"reasoning_content": prediction.reasoning}
-        )
-        return {
-            "boxes": [box_to_dict(box) for box in prediction.boxes],
-            "raw_text": prediction.raw_text,
-            **reasoning,
-        }
+        boxes = [box_to_dict(box) for box in prediction.boxes]
+        fields: dict[str, Any] = {"boxes": boxes, "raw_text": prediction.raw_text}
+        if prediction.reasoning is not None:
+            fields["reasoning_content"] = prediction.reasoning
+        return fields
 
     def _append(
         self, text: str, calls: Sequence[ParsedToolCall], tokens: Sequence[GeneratedToken]
@@ -106,10 +177,9 @@ class ChoiceBuilder:
             return None
         delta: dict[str, Any] = {"content": text} if text else {}
         if calls:
-            num_calls = len(self.tool_calls)
             delta["tool_calls"] = [
                 {"index": call_index, **call.as_json()}
-                for call_index, call in enumerate(calls, num_calls)
+                for call_index, call in enumerate(calls, len(self.tool_calls))
             ]
         self.text += text
         self.tool_calls += calls
@@ -137,13 +207,7 @@ class ChoiceBuilder:
 
 @dataclass(frozen=True, slots=True)
 class CompletionEnvelope:
-    """Builds response objects with the fields that all chunks of a stream share.
-
-    Attributes:
-        id: ID of the completion.
-        model: Model name of the request.
-        created_at: Unix time of the response.
-    """
+    """Builds response objects with the fields that all chunks of a stream share."""
 
     id: str
     model: str
@@ -153,35 +217,28 @@ class CompletionEnvelope:
         self, choices: Sequence[ChoiceBuilder], usage: dict[str, Any]
     ) -> dict[str, Any]:
         """Build the response body of a request without streaming."""
-        body = {"choices": [choice.to_dict() for choice in choices], "usage": usage}
-        return {**self._build_header("chat.completion"), **body}
+        return self._build_object(
+            "chat.completion", [choice.to_dict() for choice in choices], usage
+        )
 
     def build_chunk(
         self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Build one chunk of a streamed response."""
-        usage_field = {} if usage is None else {"usage": usage}
-        return {
-            **self._build_header("chat.completion.chunk"),
-            "choices": list(choices),
-            **usage_field,
-        }
+        return self._build_object("chat.completion.chunk", list(choices), usage)
 
-    def _build_header(self, object_type: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": object_type,
-            "created": self.created_at,
-            "model": self.model,
-        }
+    def _build_object(
+        self, object_type: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        header = {"id": self.id, "object": object_type, "created": self.created_at}
+        usage_field = {} if usage is None else {"usage": usage}
+        return {**header, "model": self.model, "choices": choices, **usage_field}
 
 
 def format_usage(usages: Sequence[TokenUsage]) -> dict[str, Any]:
     """Format the token usage of a request. The prompt counts once for all choices."""
-    prompt_tokens, completion_tokens = (
-        usages[0].prompt_tokens,
-        sum(usage.completion_tokens for usage in usages),
-    )
+    prompt_tokens = usages[0].prompt_tokens
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -6,14 +6,12 @@ unsupported fields that would influence it, are rejected.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 
 from finesight.serve.api_errors import ApiError
 from finesight.serve.server_limits import ServerLimits
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MAX_NAME_CHARS = 1000
 """Maximum length of model names, function names and file IDs in characters."""
@@ -126,14 +124,28 @@ class JsonSchemaFormat(StrictModel):
     strict: bool | None = None
 
 
-class ResponseFormat(StrictModel):
-    """Format of the completion (`response_format`).
+class UnstructuredFormat(StrictModel):
+    type: Literal["text"]
 
-    The type `boxes` extends the OpenAI API: bounding boxes in the format of the model family.
-    """
 
-    type: Literal["text", "json_object", "json_schema", "boxes"]
-    json_schema: JsonSchemaFormat | None = None
+class JsonObjectFormat(StrictModel):
+    type: Literal["json_object"]
+
+
+class StructuredFormat(StrictModel):
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaFormat
+
+
+class BoxesFormat(StrictModel):
+    """Bounding boxes in the format of the model family, which extends the OpenAI API."""
+
+    type: Literal["boxes"]
+
+
+ResponseFormat = Annotated[
+    UnstructuredFormat | JsonObjectFormat | StructuredFormat | BoxesFormat, Discriminator("type")
+]
 
 
 class FunctionDefinition(StrictModel):
@@ -221,12 +233,8 @@ class ChatCompletionRequest(ChatCompletionParameters):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=ignored)
 
 
-def validate_body(model_type: type[ModelT], body: bytes) -> ModelT:
+def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     """Parse and validate a JSON request body.
-
-    Args:
-        model_type: Type of the request.
-        body: JSON text.
 
     Raises:
         ApiError: The body is invalid. The message names the field, but not its value.
@@ -239,7 +247,7 @@ def validate_body(model_type: type[ModelT], body: bytes) -> ModelT:
             f" {MAX_JSON_SEPARATORS}",
         )
     try:
-        return model_type.model_validate_json(body)
+        return ChatCompletionRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         location = ".".join(map(str, first["loc"]))
@@ -255,11 +263,7 @@ def check_limits(
 ) -> None:
     """Raise ApiError if a chat completion request exceeds a limit.
 
-    Args:
-        chat_request: Chat completion request.
-        limits: Limits of the server.
-        max_text_chars: Maximum number of characters of all texts. It depends on the context length
-            of the model.
+    `max_text_chars` limits the length of all texts. It depends on the context length of the model.
     """
     contents = [message.content or "" for message in chat_request.messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
@@ -274,8 +278,9 @@ def check_limits(
     num_images = sum(not isinstance(part, TextContent) for part in parts)
     stop_strings = chat_request.stop_strings
     tool_chars = sum(len(tool.model_dump_json()) for tool in chat_request.tools or [])
-    schema = chat_request.response_format and chat_request.response_format.json_schema
-    schema_chars = len(schema.model_dump_json()) if schema else 0
+    schema_chars = 0
+    if isinstance(chat_request.response_format, StructuredFormat):
+        schema_chars = len(chat_request.response_format.json_schema.model_dump_json())
     for param, unit, value, max_value in (
         ("messages", "messages", len(chat_request.messages), limits.max_messages),
         ("messages", "images", num_images, limits.max_images),

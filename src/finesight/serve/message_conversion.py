@@ -1,8 +1,14 @@
-"""Convert the messages of a chat completion request to a sample."""
+"""Convert the messages of a chat completion request to a sample.
+
+Tools follow the Qwen3-VL chat template: definitions are JSON within `<tools>` in the system turn,
+calls are JSON within `<tool_call>` in an assistant turn, and results are within `<tool_response>`
+in the next user turn.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 
 from finesight.data.sample import ContentPart, ImagePart, Message, Sample, TextPart, validate_sample
@@ -15,12 +21,25 @@ from finesight.serve.chat_schema import (
     ImageContent,
     TextContent,
     Tool,
+    ToolCall,
     ToolMessage,
     UserMessage,
 )
-from finesight.serve.tool_calls import format_system_prompt, format_tool_calls, format_tool_result
 
 MessageTurn = tuple[str, list[ContentPart]]
+
+TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
+
+# The exact text of the chat template.
+_TOOLS_PREFIX = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_SUFFIX = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments"
+    " within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
 
 
 def get_image_name(image_number: int) -> str:
@@ -43,11 +62,8 @@ def build_sample(chat_request: ChatCompletionRequest, system_prompt: str | None)
     """Convert the messages of a request to a sample.
 
     Its images are named by `get_image_name`, numbered from 1. Consecutive messages of one role
-    become one turn, and tool results become user turns.
-
-    Args:
-        chat_request: Chat completion request.
-        system_prompt: System prompt of the model, used with tools if the request has none.
+    become one turn, and tool results become user turns. The system prompt of the model is used
+    with tools if the request has none.
 
     Raises:
         UserError: The order of the turns is invalid.
@@ -65,10 +81,14 @@ def build_sample(chat_request: ChatCompletionRequest, system_prompt: str | None)
         turns.append((role, parts))
     if not turns:
         raise ApiError(400, f"{len(chat_request.messages)} messages are empty", "messages")
-    tools = chat_request.tools if chat_request.tool_choice != "none" else None
+    if chat_request.tools and chat_request.tool_choice != "none":
+        if turns[0][0] == "system":
+            parts = turns.pop(0)[1]
+            system_prompt = "".join(part.text for part in parts if isinstance(part, TextPart))
+        text = format_system_prompt(system_prompt, chat_request.tools)
+        turns.insert(0, ("system", [TextPart(text=text)]))
     messages = [
-        Message.model_validate({"role": role, "content": tuple(parts)})
-        for role, parts in (_add_tools_to_system(turns, tools, system_prompt) if tools else turns)
+        Message.model_validate({"role": role, "content": tuple(parts)}) for role, parts in turns
     ]
     sample = Sample(id="request", messages=tuple(messages))
     validate_sample(sample, "messages", require_answer=False)
@@ -82,6 +102,29 @@ def build_sample(chat_request: ChatCompletionRequest, system_prompt: str | None)
     return sample
 
 
+def format_system_prompt(system_prompt: str | None, tools: Sequence[Tool]) -> str:
+    """Append the tool definitions to a system prompt, as in the chat template."""
+    lines = "".join(
+        "\n" + json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools
+    )
+    prefix = "" if system_prompt is None else f"{system_prompt}\n\n"
+    return f"{prefix}{_TOOLS_PREFIX}{lines}{_TOOLS_SUFFIX}"
+
+
+def format_tool_calls(calls: Sequence[ToolCall]) -> str:
+    """Format the tool calls of an earlier assistant message as text of the chat template."""
+    return "\n".join(
+        f'{TOOL_CALL_START}\n{{"name": "{call.function.name}",'
+        f' "arguments": {call.function.arguments}}}\n{TOOL_CALL_END}'
+        for call in calls
+    )
+
+
+def format_tool_result(content: str) -> str:
+    """Format the result of a tool call as text of the chat template."""
+    return f"<tool_response>\n{content}\n</tool_response>"
+
+
 def _convert_message(message: ChatMessage, image_counter: Iterator[int]) -> MessageTurn:
     if isinstance(message, UserMessage):
         if isinstance(message.content, str):
@@ -93,7 +136,8 @@ def _convert_message(message: ChatMessage, image_counter: Iterator[int]) -> Mess
             for part in message.content
         ]
         return "user", parts
-    text = _join_text(message.content)
+    content = message.content or ""
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
     if isinstance(message, ToolMessage):
         return "user", [TextPart(text=format_tool_result(text))]
     if isinstance(message, AssistantMessage):
@@ -101,24 +145,3 @@ def _convert_message(message: ChatMessage, image_counter: Iterator[int]) -> Mess
         both = f"{text}\n{calls}" if text and calls else text or calls
         return "assistant", [TextPart(text=both)]
     return "system", [TextPart(text=text)]
-
-
-def _join_text(content: str | Sequence[TextContent] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text for part in content)
-
-
-def _add_tools_to_system(
-    turns: list[MessageTurn], tools: Sequence[Tool], system_prompt: str | None
-) -> list[MessageTurn]:
-    has_system_turn = turns[0][0] == "system"
-    system_text = (
-        "".join(p.text for p in turns[0][1] if isinstance(p, TextPart))
-        if has_system_turn
-        else system_prompt
-    )
-    return [
-        ("system", [TextPart(text=format_system_prompt(system_text, tools))]),
-        *turns[has_system_turn:],
-    ]

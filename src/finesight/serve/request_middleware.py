@@ -1,4 +1,4 @@
-"""ASGI middleware for authentication, limits, logging and internal errors.
+"""ASGI middleware for API keys, limits, logging and internal errors.
 
 It is the outermost layer of the application, so that it covers every path: no body is read before
 authentication, even for an unknown path.
@@ -8,35 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import hashlib
+import hmac
+import ipaddress
 import logging
+import os
 import time
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from finesight.errors import UserError
 from finesight.serve.api_errors import ApiError, ClientDisconnectedError, internal_error
-from finesight.serve.api_keys import ApiKeys, is_loopback
-from finesight.serve.http_protocol import ABORT_STATE_KEY
 from finesight.serve.server_limits import ServerLimits
 from finesight.serve.server_metrics import ServerMetrics
 from finesight.worker_pool import WorkerJobError
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 LOGGER = logging.getLogger("finesight.serve")
+API_KEY_VARIABLE = "FINESIGHT_KEY"
+GENERATE_KEY_COMMAND = "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+MIN_KEY_LENGTH = 16
+
 DRAIN_TIMEOUT_S = 10.0
 """Seconds to receive the rest of a rejected request.
 
 Many clients read a response only after they have sent their request.
 """
-
 
 MAX_TRACEBACK_FRAMES = 20
 """Number of innermost traceback frames that are logged.
@@ -44,12 +47,94 @@ MAX_TRACEBACK_FRAMES = 20
 An error that several completions share is raised in each of them, which extends its traceback.
 """
 
-
 RESERVATION_STATE_KEY = "finesight_reservation"
 """Key of the memory reservation (`ByteReservation`) in the state of a request."""
 
+ABORT_STATE_KEY = "finesight_abort"
+"""Key of the request state whose value is a function that closes the connection."""
+
 CLIENT_CLOSED_REQUEST = 499
 """HTTP status, in logs and metrics, of a request whose client disconnected early."""
+
+
+class ApiKeys:
+    """Authenticates clients by API key. Without keys, every client is accepted."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def authenticate(self, authorization: str | None) -> str | None:
+        """Return the owner name of the key in an Authorization header, or None if it is invalid.
+
+        The comparison takes constant time: all keys are always compared.
+        """
+        if not self._digests:
+            return "everyone"
+        scheme, _, key = (authorization or "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode()).digest()
+        matches = [hmac.compare_digest(digest, known_digest) for known_digest in self._digests]
+        return digest.hex()[:16] if any(matches) and scheme.lower() == "bearer" else None
+
+
+def read_api_keys(file: Path | None) -> list[str]:
+    """Read API keys, one per line, from a file or the environment variable `FINESIGHT_KEY`.
+
+    Blank lines and lines that start with # are ignored.
+    """
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot be read ({error})",
+                where=str(file),
+                expected="a text file with one API key per line",
+                remedy="Correct the path.",
+            ) from error
+    else:
+        lines = os.environ.get(API_KEY_VARIABLE, "").splitlines()
+    stripped_lines = (line.strip() for line in lines)
+    keys = [line for line in stripped_lines if line and not line.startswith("#")]
+    where = str(file) if file else API_KEY_VARIABLE
+    for key_number, key in enumerate(keys, 1):
+        # HTTP headers have the same restriction.
+        if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
+            raise UserError(
+                f"API key {key_number} is invalid ({len(key)} characters)",
+                where=where,
+                expected=f"at least {MIN_KEY_LENGTH} printable ASCII characters without spaces",
+                remedy=f"Generate a key: {GENERATE_KEY_COMMAND}",
+            )
+    if file is not None and not keys:
+        raise UserError(
+            f"no API key in {len(lines)} lines",
+            where=where,
+            expected="one API key per line",
+            remedy=f"Generate a key: {GENERATE_KEY_COMMAND}",
+        )
+    return keys
+
+
+def check_exposure(host: str, keys: Sequence[str]) -> None:
+    """Raise UserError if other machines could reach the server without an API key."""
+    if not keys and not is_loopback(host):
+        raise UserError(
+            f"other machines can reach {host}, but there is no API key",
+            where="--host",
+            expected=f"an API key in --key-file or {API_KEY_VARIABLE}, or the host 127.0.0.1",
+            remedy=f"Run {GENERATE_KEY_COMMAND} > keys.txt, then use --key-file keys.txt.",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only processes of this machine can reach the host."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 class ClientStalledError(Exception):
@@ -102,21 +187,21 @@ class RequestMiddleware:
     """ASGI middleware that authenticates requests and applies the limits of the server."""
 
     def __init__(
-        self, app: AsgiApp, api_keys: ApiKeys, limits: ServerLimits, metrics: ServerMetrics
+        self, app: ASGIApp, api_keys: ApiKeys, limits: ServerLimits, metrics: ServerMetrics
     ) -> None:
-        self._app, self._api_keys, self._limits, self._metrics = app, api_keys, limits, metrics
-        self._budget = ByteBudget(limits.max_total_body_bytes)
+        self.app, self._api_keys, self._limits, self._metrics = app, api_keys, limits, metrics
+        self.budget = ByteBudget(limits.max_total_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", f"unexpected connection type {scope['type']}"
-        scope["state"][RESERVATION_STATE_KEY] = reservation = ByteReservation(self._budget)
+        scope["state"][RESERVATION_STATE_KEY] = reservation = ByteReservation(self.budget)
         exchange = RequestExchange(scope, receive, send, self._limits, reservation)
         start_time = time.monotonic()
         try:
             try:
                 scope["state"]["owner"] = self._authenticate(scope)
                 exchange.check_content_length()
-                await self._app(scope, exchange.receive, exchange.send)
+                await self.app(scope, exchange.receive, exchange.send)
             except ApiError as refusal:
                 await exchange.send_error(refusal)
         except ClientStalledError:
@@ -141,7 +226,7 @@ class RequestMiddleware:
             ApiError: The API key is missing or wrong, or a server without keys receives a
                 cross-site request of a browser.
         """
-        headers = _read_headers(scope)
+        headers = Headers(scope=scope)
         owner = self._api_keys.authenticate(headers.get("authorization"))
         if owner is None:
             raise ApiError(
@@ -152,11 +237,8 @@ class RequestMiddleware:
             )
         if not self._api_keys:
             # A foreign host name may resolve to this machine (DNS rebinding).
-            origin_and_host = (
-                headers.get("origin", "http://localhost"),
-                f"//{headers.get('host', '')}",
-            )
-            if not all(is_loopback(_parse_host(url)) for url in origin_and_host):
+            urls = headers.get("origin", "http://localhost"), f"//{headers.get('host', '')}"
+            if not all(is_loopback(_parse_host(url)) for url in urls):
                 raise ApiError(403, "without API keys, only local requests are accepted")
         return owner
 
@@ -181,7 +263,7 @@ class RequestExchange:
 
     def check_content_length(self) -> None:
         """Raise ApiError if the `Content-Length` header exceeds the body limit."""
-        length = _read_headers(self._scope).get("content-length", "0")
+        length = Headers(scope=self._scope).get("content-length", "0")
         if not length.isdecimal() or int(length) > self._limits.max_body_bytes:
             raise self._body_too_large_error(length)
 
@@ -233,21 +315,14 @@ class RequestExchange:
             if not self._response_complete:
                 self.abort()
             return
-        body = json.dumps(api_error.body).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            "connection": "close",
-            **api_error.response_headers,
-        }
-        start = {
-            "type": "http.response.start",
-            "status": api_error.status,
-            "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
-        }
+        headers = {"connection": "close", **api_error.response_headers}
+        response = JSONResponse(api_error.body, api_error.status, headers)
+        start = {"type": "http.response.start", "status": response.status_code}
         with contextlib.suppress(ClientStalledError):
-            await self.send(start)
-            await self.send({"type": "http.response.body", "body": body, "more_body": True})
+            await self.send({**start, "headers": response.raw_headers})
+            await self.send(
+                {"type": "http.response.body", "body": response.body, "more_body": True}
+            )
             if api_error.status != 408:
                 await self._drain_body()
             await self.send({"type": "http.response.body", "body": b""})
@@ -262,20 +337,12 @@ class RequestExchange:
         )
 
     async def _drain_body(self) -> None:
-        """Receive and discard the rest of a request body.
-
-        Many clients read a response only after they have sent their request.
-        """
+        """Receive and discard the rest of a request body."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 while not self._body_complete:
                     message = await self._receive()
                     self._body_complete = not message.get("more_body", False)
-
-
-def _read_headers(scope: Scope) -> dict[str, str]:
-    """Return the request headers by lower-case name. The last duplicate counts."""
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def _parse_host(url: str) -> str:

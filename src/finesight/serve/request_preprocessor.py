@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,10 +109,6 @@ class RequestPreprocessor:
     def parse_body(self, body: NDArray[np.uint8], max_model_len: int) -> ParsedBody:
         """Parse and validate a request body, and write images of data URLs to the folder.
 
-        Args:
-            body: Body as bytes.
-            max_model_len: Context length of the model in tokens, which limits the length of texts.
-
         Raises:
             ApiError: The request is invalid or exceeds a limit.
         """
@@ -128,11 +125,7 @@ class RequestPreprocessor:
         )
 
     def encode(self, body: ParsedBody, max_model_len: int) -> EncodedSample:
-        """Tokenize the conversation of a request, then decode its images.
-
-        Args:
-            body: Parsed body. All images are in the folder.
-            max_model_len: Context length of the model in tokens.
+        """Tokenize the conversation of a request, then decode its images in the folder.
 
         Raises:
             ApiError: An image is invalid, or the request exceeds a limit.
@@ -230,6 +223,8 @@ class RequestPreprocessor:
                 raise ClientDisconnectedError from error
             raise ApiError(503, "the server is stopping", retry_after_s=5) from error
         except UserError as error:
+            if time.monotonic() >= self.deadline:
+                raise TimeoutError from error
             raise from_user_error(error, param, hidden_path=f"{folder}/") from error
 
 

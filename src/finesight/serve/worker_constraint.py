@@ -22,7 +22,11 @@ from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint
 from finesight.infer.structured_output import BITMASK_WORD_BITS, build_bitmask
 from finesight.serve.server_limits import ServerLimits
-from finesight.serve.worker_jobs import GrammarSpec, compile_grammar, compute_next_bitmask
+from finesight.serve.worker_jobs import (
+    GrammarSpec,
+    compile_grammar,
+    compute_next_bitmask,
+)
 from finesight.worker_pool import Worker, WorkerLostError, WorkerPool
 
 MAX_ACCEPTED_GRAMMARS = 1024

@@ -49,16 +49,16 @@ _LABEL_SETS: tuple[tuple[str, ...], ...] = (
 )
 """Printed labels of the fields for each company, in the order of TICKET_FIELDS."""
 
-_BAND_COLORS: tuple[Color, ...] = ((20, 70, 150), (170, 30, 40), (15, 105, 75), (60, 50, 90))
-_PAPER_COLORS: tuple[Color, ...] = (
+BAND_COLORS: tuple[Color, ...] = ((20, 70, 150), (170, 30, 40), (15, 105, 75), (60, 50, 90))
+PAPER_COLORS: tuple[Color, ...] = (
     (255, 255, 255),
     (250, 240, 215),
     (225, 240, 250),
     (252, 228, 200),
 )
-_INK_COLOR: Color = (20, 20, 25)
-_LABEL_COLOR: Color = (95, 95, 105)
-_WHITE_COLOR: Color = (255, 255, 255)
+INK_COLOR: Color = (20, 20, 25)
+LABEL_COLOR: Color = (95, 95, 105)
+WHITE_COLOR: Color = (255, 255, 255)
 
 _CITY_STEMS = (
     *("Ash", "Elm", "Oak", "Red", "Stone", "River", "Wood", "Hill", "Clear", "Long", "North"),
@@ -102,7 +102,7 @@ BLOCKED_FRAGMENTS = split_words(
 
 _BAND_HEIGHT = 26
 _MARGIN = 8
-_LABEL_SIZE, _FONT_SIZES = 14, (16, 17)
+_LABEL_SIZE, FONT_SIZES = 14, (16, 17)
 """Font sizes of printed labels, and of the field values, in pixels per em."""
 
 _FIRST_DAY = datetime.date(2024, 1, 1)
@@ -173,7 +173,7 @@ def _sample_city(rng: random.Random) -> str:
         if (
             len(name) <= _MAX_CITY_LETTERS
             and not is_blocked
-            and load_builtin_font(max(_FONT_SIZES)).getlength(name) <= _MAX_CITY_WIDTH
+            and load_builtin_font(max(FONT_SIZES)).getlength(name) <= _MAX_CITY_WIDTH
         ):
             return name
 
@@ -197,9 +197,9 @@ def draw_ticket(fields: TicketFields, rng: random.Random) -> Image.Image:
     The image is IMAGE_WIDTH pixels wide.
     """
     labels = dict(zip(TICKET_FIELDS, rng.choice(_LABEL_SETS), strict=True))
-    company, size = rng.choice(_COMPANIES), rng.choice(_FONT_SIZES)
-    style = _TicketStyle(company, labels, rng.choice(_BAND_COLORS), rng.choice(_PAPER_COLORS), size)
-    layout, height = rng.choice(_LAYOUTS)
+    company, size = rng.choice(_COMPANIES), rng.choice(FONT_SIZES)
+    style = _TicketStyle(company, labels, rng.choice(BAND_COLORS), rng.choice(PAPER_COLORS), size)
+    layout, height = rng.choice(LAYOUTS)
     canvas = _draw_background(height, style, rng)
     layout(canvas, fields, style, rng)
     return canvas.image
@@ -213,7 +213,7 @@ def _draw_background(height: int, style: _TicketStyle, rng: random.Random) -> Ca
     image = Image.new("RGB", (IMAGE_WIDTH, height), style.background)
     draw, canvas = ImageDraw.Draw(image), Canvas(image, style.background)
     draw.rectangle((0, 0, IMAGE_WIDTH, _BAND_HEIGHT - 1), style.band_color)
-    _draw_text(canvas, style.company, _LABEL_SIZE, _MARGIN, 18, _WHITE_COLOR)
+    _draw_text(canvas, style.company, _LABEL_SIZE, _MARGIN, 18, WHITE_COLOR)
     number = f"No {rng.randrange(1000, 10_000)}"
     _draw_text(
         canvas,
@@ -221,7 +221,7 @@ def _draw_background(height: int, style: _TicketStyle, rng: random.Random) -> Ca
         _LABEL_SIZE,
         IMAGE_WIDTH - _MARGIN - load_builtin_font(_LABEL_SIZE).getlength(number),
         18,
-        _WHITE_COLOR,
+        WHITE_COLOR,
     )
     if rng.random() < 0.5:
         draw.rectangle((0, height - 4, IMAGE_WIDTH, height), style.band_color)
@@ -256,8 +256,8 @@ def _draw_list(
     shuffled = rng.sample(TICKET_FIELDS[2:], 3)
     for line, name in enumerate((*TICKET_FIELDS[:2], *shuffled)):
         base = _BAND_HEIGHT + 18 + 20 * line
-        _draw_text(canvas, style.labels[name], _LABEL_SIZE, _MARGIN, base, _LABEL_COLOR)
-        _draw_text(canvas, fields[name], style.font_size, 84, base, _INK_COLOR)
+        _draw_text(canvas, style.labels[name], _LABEL_SIZE, _MARGIN, base, LABEL_COLOR)
+        _draw_text(canvas, fields[name], style.font_size, 84, base, INK_COLOR)
 
 
 def _draw_route(
@@ -271,14 +271,14 @@ def _draw_route(
     draw.line((15, _BAND_HEIGHT + 14, 15, _BAND_HEIGHT + 38), style.band_color, 2)
     for y, name in ((_BAND_HEIGHT + 14, "from"), (_BAND_HEIGHT + 38, "to")):
         draw.ellipse((11, y - 4, 19, y + 4), style.band_color)
-        _draw_text(canvas, fields[name], style.font_size + 2, 30, y + 6, _INK_COLOR)
-    _draw_text(canvas, fields["price"], style.font_size, 158, _BAND_HEIGHT + 20, _INK_COLOR)
+        _draw_text(canvas, fields[name], style.font_size + 2, 30, y + 6, INK_COLOR)
+    _draw_text(canvas, fields["price"], style.font_size, 158, _BAND_HEIGHT + 20, INK_COLOR)
     _draw_labeled_fields(
         canvas, fields, style, (("date", _MARGIN), ("seat", 138)), _BAND_HEIGHT + 42
     )
 
 
-_LAYOUTS: tuple[
+LAYOUTS: tuple[
     tuple[Callable[[Canvas, TicketFields, _TicketStyle, random.Random], None], int], ...
 ] = (
     (_draw_two_rows, 112),
@@ -297,8 +297,8 @@ def _draw_labeled_fields(
 ) -> None:
     """Draw fields of a ticket side by side, each under its label."""
     for name, x in columns:
-        _draw_text(canvas, style.labels[name], _LABEL_SIZE, x, top + 16, _LABEL_COLOR)
-        _draw_text(canvas, fields[name], style.font_size, x, top + 35, _INK_COLOR)
+        _draw_text(canvas, style.labels[name], _LABEL_SIZE, x, top + 16, LABEL_COLOR)
+        _draw_text(canvas, fields[name], style.font_size, x, top + 35, INK_COLOR)
 
 
 def _draw_text(

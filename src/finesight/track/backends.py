@@ -13,6 +13,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -139,14 +140,45 @@ class TensorBoardTracker(Tracker):
         self._event_writer.add_event(Event(wall_time=time.time(), step=step, **fields))
 
 
-class SwanLabTracker(Tracker):
+class _LoggingTracker(Tracker):
+    """Base class of trackers whose run has a `log` method for metrics and images.
+
+    Attributes:
+        package: Name of the package, which has a class `Image`.
+        image_options: Additional arguments of `Image`.
+    """
+
+    package: ClassVar[str]
+    image_options: ClassVar[Mapping[str, str]] = {}
+    _run: Any
+
+    def log_values(self, step: int, values: dict[str, Any]) -> None:
+        """Log values of a training step by name."""
+        self._run.log(values, step=step)
+
+    def log_metrics(self, record: MetricsRecord) -> None:
+        for step_metrics in record.steps:
+            self.log_values(step_metrics.step, dict(step_metrics.values))
+
+    def log_images(self, record: ImagesRecord) -> None:
+        # Separate names, since W&B would resize the images of a list to one size.
+        create_image = import_module(self.package).Image
+        images = {
+            name: create_image(image.decode(), caption=image.caption, **self.image_options)
+            for name, image in record.iter_named()
+        }
+        self.log_values(record.step, images)
+
+
+class SwanLabTracker(_LoggingTracker):
     """Tracker for the SwanLab cloud, a self-hosted SwanLab server, or local SwanLab files.
 
     Machine, user, command, terminal output, code and packages are not recorded. Alerts are logged
     as texts, and sent to the webhook in the environment variable `SWANLAB_WEBHOOK`, if it is set.
     """
 
-    extra = "track"
+    extra, package = "track", "swanlab"
+    image_options: ClassVar = {"file_type": "jpg"}
 
     def start_run(self, record: StartRecord) -> RunStarted:
         import swanlab
@@ -176,37 +208,22 @@ class SwanLabTracker(Tracker):
         os.chdir(record.folder)
         # Without a URI, SWANLAB_MODE applies.
         requested_mode = settings.mode if tracker.uri is None else tracker.uri
-        mode = requested_mode if requested_mode in ("local", "offline", "disabled") else "online"
-        reason = ""
-        if mode == "online" and not settings.api_key:
+        mode, reason = requested_mode, ""
+        if mode not in ("local", "offline", "disabled"):
             mode, reason = "offline", " (no key)"
-        if mode == "online":
-            try:
-                self._run: Any = swanlab.init(mode="online", **init_options)
-                return RunStarted(id=self._run.id, message=f"SwanLab: {self._run.url}")
-            except Exception as error:  # SwanLab, HTTP and OS errors
-                mode, reason = "offline", f" ({type(error).__name__}: {error})"
+            if settings.api_key:
+                try:
+                    self._run = swanlab.init(mode="online", **init_options)
+                    return RunStarted(id=self._run.id, message=f"SwanLab: {self._run.url}")
+                except Exception as error:  # SwanLab, HTTP and OS errors
+                    reason = f" ({type(error).__name__}: {error})"
         self._run = swanlab.init(mode=mode, **init_options)
         commands = {
             "offline": f"swanlab sync {record.folder / self._run.dir.name}",
             "local": f"swanlab watch {record.folder}",
         }
-        return RunStarted(
-            id=self._run.id, message=f"SwanLab: {mode}{reason}: {commands.get(mode, 'disabled')}"
-        )
-
-    def log_metrics(self, record: MetricsRecord) -> None:
-        for step_metrics in record.steps:
-            self._run.log(dict(step_metrics.values), step=step_metrics.step)
-
-    def log_images(self, record: ImagesRecord) -> None:
-        import swanlab
-
-        images = {
-            name: swanlab.Image(image.decode(), caption=image.caption, file_type="jpg")
-            for name, image in record.iter_named()
-        }
-        self._run.log(images, step=record.step)
+        message = f"SwanLab: {mode}{reason}: {commands.get(mode, 'disabled')}"
+        return RunStarted(id=self._run.id, message=message)
 
     def send_alert(self, record: AlertRecord) -> None:
         import requests
@@ -240,13 +257,14 @@ class SwanLabTracker(Tracker):
         self._run.finish(state=states[record.state], error=error)
 
 
-class WandbTracker(Tracker):
+class WandbTracker(_LoggingTracker):
     """Tracker for the Weights & Biases cloud, a self-hosted server, or offline files.
 
     The x axis is the training step. Machine, user, command, code and packages are not recorded.
     """
 
-    extra = "wandb"
+    extra, package = "wandb", "wandb"
+    image_options: ClassVar = {"file_type": "jpg"}
     telemetry_off_env: ClassVar = {"WANDB_ERROR_REPORTING": "false"}
 
     def start_run(self, record: StartRecord) -> RunStarted:
@@ -282,7 +300,7 @@ class WandbTracker(Tracker):
         mode = uri if uri in (None, "offline") else "online"
         reason = ""
         try:
-            self._run: Any = wandb.init(mode=mode, **init_options)
+            self._run = wandb.init(mode=mode, **init_options)
         except wandb.errors.Error as error:
             if mode == "offline":
                 raise
@@ -298,19 +316,8 @@ class WandbTracker(Tracker):
             message = f"offline{reason}: wandb sync {Path(self._run.dir).parent}"
         return RunStarted(id=self._run.id, message=f"W&B: {message}")
 
-    def log_metrics(self, record: MetricsRecord) -> None:
-        for step_metrics in record.steps:
-            self._run.log({"step": step_metrics.step, **step_metrics.values})
-
-    def log_images(self, record: ImagesRecord) -> None:
-        import wandb
-
-        # Separate keys, since a list would be resized to one size.
-        images = {
-            name: wandb.Image(image.decode(), caption=image.caption, file_type="jpg")
-            for name, image in record.iter_named()
-        }
-        self._run.log({"step": record.step, **images})
+    def log_values(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log({"step": step, **values})
 
     def send_alert(self, record: AlertRecord) -> None:
         import wandb
@@ -412,13 +419,13 @@ class MLflowTracker(Tracker):
         self._client.set_terminated(self._run_id, statuses[record.state])
 
 
-class TrackioTracker(Tracker):
+class TrackioTracker(_LoggingTracker):
     """Tracker for Trackio: a local folder, a Hugging Face Space, or a self-hosted server.
 
     A run is resumed by its name. A Space that the tracker creates is private.
     """
 
-    extra = "trackio"
+    extra, package = "trackio", "trackio"
     telemetry_off_env: ClassVar = {"HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def start_run(self, record: StartRecord) -> RunStarted:
@@ -426,7 +433,7 @@ class TrackioTracker(Tracker):
 
         uri, project = record.tracker.uri, record.tracker.project
         is_self_hosted = uri is not None and uri.startswith(("http://", "https://"))
-        self._run: Any = trackio.init(
+        self._run = trackio.init(
             project=project,
             # Runs in other folders may have the same name.
             name=record.id or f"{record.name}-{secrets.token_hex(2)}",
@@ -441,19 +448,6 @@ class TrackioTracker(Tracker):
         )
         dashboard = uri or f"trackio show --project {project}"
         return RunStarted(id=self._run.name, message=f"Trackio: {dashboard}")
-
-    def log_metrics(self, record: MetricsRecord) -> None:
-        for step_metrics in record.steps:
-            self._run.log(dict(step_metrics.values), step=step_metrics.step)
-
-    def log_images(self, record: ImagesRecord) -> None:
-        import trackio
-
-        images = {
-            name: trackio.Image(image.decode(), caption=image.caption)
-            for name, image in record.iter_named()
-        }
-        self._run.log(images, step=record.step)
 
     def send_alert(self, record: AlertRecord) -> None:
         import trackio
@@ -474,7 +468,6 @@ TRACKERS: dict[TrackerKind, type[Tracker]] = {
 }
 
 ALERT_LEVEL_NAMES: dict[AlertLevel, str] = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
-"""Names of alert levels in W&B and Trackio."""
 
 
 def require_packages(trackers: Sequence[TrackerSettings]) -> None:

@@ -6,14 +6,13 @@ Trackers show them. The samples are the same at every evaluation of a run.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from finesight.data.image_header import CorruptImageError, read_image_size
 from finesight.data.sample import BoxPart
-from finesight.infer.box_drawing import draw_boxes
+from finesight.infer.prediction import draw_boxes
 from finesight.report.examples import pair_predictions, read_boxes, read_image_paths
 from finesight.report.run_reader import JsonObject
 from finesight.track.tracker_records import TrackedImage
@@ -29,7 +28,6 @@ PANEL_GAP = 6
 """Gap between two panels in pixels."""
 
 MAX_CAPTION_CHARS = 1000
-"""Maximum number of characters of each text in a caption, such as the answer."""
 
 
 def render_example_images(before: Path, after: Path) -> list[TrackedImage]:
@@ -43,50 +41,46 @@ def render_example_images(before: Path, after: Path) -> list[TrackedImage]:
     """
     baseline = before if before.is_file() and before != after else None
     line_pairs = list(pair_predictions(baseline, after)) if after.is_file() else []
-    selected = (line_pairs[index] for index in _spread_indices(len(line_pairs)))
-    images = (
-        _render_example(before_line, after_line)
-        for before_line, after_line in selected
-        if after_line is not None
-    )
-    return [image for image in images if image is not None]
-
-
-def _spread_indices(count: int) -> list[int]:
-    num_samples = min(count, MAX_SAMPLES)
-    return [
-        round(position * (count - 1) / max(1, num_samples - 1)) for position in range(num_samples)
-    ]
+    num_samples = min(len(line_pairs), MAX_SAMPLES)
+    images = []
+    for n in range(num_samples):
+        index = round(n * (len(line_pairs) - 1) / max(1, num_samples - 1))
+        before_line, after_line = line_pairs[index]
+        image = _render_example(before_line, after_line) if after_line is not None else None
+        images += [] if image is None else [image]
+    return images
 
 
 def _render_example(before: JsonObject | None, after: JsonObject) -> TrackedImage | None:
-    named_boxes = [("reference", after.get("gold_boxes")), ("before", (before or {}).get("boxes"))]
-    named_boxes.append(("after", after.get("boxes")))
-    parsed_boxes = [(name, read_boxes(boxes)) for name, boxes in named_boxes]
+    boxes_by_name = {
+        "reference": read_boxes(after.get("gold_boxes")),
+        "before": read_boxes((before or {}).get("boxes")),
+        "after": read_boxes(after.get("boxes")),
+    }
     paths = read_image_paths(after)
     # Of several images, use the one with boxes.
-    image_index = next((box["image"] for _, boxes in parsed_boxes for box in boxes), 0)
+    image_index = next((one["image"] for boxes in boxes_by_name.values() for one in boxes), 0)
     if not 0 <= image_index < len(paths):
         return None
     try:
         image, scale = _open_resized(Path(paths[image_index]))
     except (CorruptImageError, OSError, ValueError):
         return None
-    panels = [
-        (
-            name,
-            draw_boxes(
-                image, [_scale_box(box, scale) for box in boxes if box["image"] == image_index]
-            ),
-        )
-        for name, boxes in parsed_boxes
-        if boxes
-    ]
-    combined = _join_panels([panel for _, panel in panels] or [image])
-    panel_names = ", ".join(name for name, _ in panels)
-    return TrackedImage(
-        jpeg=_encode_jpeg(combined), caption=_format_caption(before, after, panel_names)
-    )
+    panels = {}
+    for name, boxes in boxes_by_name.items():
+        shown = [_scale_box(box, scale) for box in boxes if box["image"] == image_index]
+        if boxes:
+            panels[name] = draw_boxes(image, shown)
+    width, height = image.size
+    num_panels = max(1, len(panels))
+    combined = Image.new("RGB", (num_panels * (width + PANEL_GAP) - PANEL_GAP, height), "white")
+    for panel_index, panel in enumerate(panels.values() if panels else [image]):
+        combined.paste(panel, (panel_index * (width + PANEL_GAP), 0))
+    buffer = io.BytesIO()
+    # Without chroma subsampling, so that thin lines keep their colors.
+    combined.save(buffer, "JPEG", quality=88, subsampling=0)
+    caption = _format_caption(before, after, ", ".join(panels))
+    return TrackedImage(jpeg=buffer.getvalue(), caption=caption)
 
 
 def _open_resized(path: Path) -> tuple[Image.Image, float]:
@@ -100,21 +94,6 @@ def _open_resized(path: Path) -> tuple[Image.Image, float]:
 def _scale_box(box: JsonObject, scale: float) -> BoxPart:
     x1, y1, x2, y2 = (corner * scale for corner in box["xyxy"])
     return BoxPart(image=box["image"], label=box["label"] or None, xyxy=(x1, y1, x2, y2))
-
-
-def _join_panels(panels: Sequence[Image.Image]) -> Image.Image:
-    width, height = panels[0].size
-    combined = Image.new("RGB", (len(panels) * (width + PANEL_GAP) - PANEL_GAP, height), "white")
-    for panel_index, panel in enumerate(panels):
-        combined.paste(panel, (panel_index * (width + PANEL_GAP), 0))
-    return combined
-
-
-def _encode_jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    # Without chroma subsampling, so that thin lines keep their colors.
-    image.save(buffer, "JPEG", quality=88, subsampling=0)
-    return buffer.getvalue()
 
 
 def _format_caption(before: JsonObject | None, after: JsonObject, panel_names: str) -> str:

@@ -15,15 +15,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from finesight.bounded_files import read_bytes
 from finesight.config import Recipe, TrackerKind, TrackerSettings
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.run_files import TRACKING_FOLDER
+from finesight.manifest import TRACKING_FOLDER
 from finesight.storage import write_file
 from finesight.track.backends import TRACKERS
 from finesight.track.tracker_records import (
@@ -54,7 +55,6 @@ A record takes about a kilobyte, except for the images of an evaluation.
 """
 
 MAX_BATCHED_STEPS = 50
-"""Maximum number of training steps whose metrics are sent in one record."""
 
 EXIT_TIMEOUT_S = 5.0
 """Seconds that the tracker process may take to exit after the run is closed."""
@@ -64,7 +64,8 @@ class _TrackerFailedError(Exception):
     """Raised when the tracker process exits or reports an error."""
 
 
-class TrackerStopped(NamedTuple):
+@dataclass(frozen=True)
+class TrackerStopped:
     """Response of a tracker that stopped before the end of the run, with the reason."""
 
     message: str
@@ -77,6 +78,7 @@ class TrackerClient:
 
     Attributes:
         num_submitted: Number of submitted records, including dropped ones.
+        process: Process of the tracker; None before it has started.
     """
 
     def __init__(self, kind: TrackerKind, log_file: Path) -> None:
@@ -85,9 +87,9 @@ class TrackerClient:
         self._queue: queue.SimpleQueue[TrackerRecord] = queue.SimpleQueue()
         self._responses: queue.SimpleQueue[RunStarted | TrackerStopped] = queue.SimpleQueue()
         self._finished = threading.Event()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._thread = threading.Thread(target=self._run, name=f"track {kind}", daemon=True)
-        self._thread.start()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.thread = threading.Thread(target=self._run, name=f"track {kind}", daemon=True)
+        self.thread.start()
 
     def submit(self, record: TrackerRecord) -> None:
         """Queue a record without blocking.
@@ -95,10 +97,8 @@ class TrackerClient:
         The record is dropped if the queue is full or the tracker has stopped.
         """
         self.num_submitted += 1
-        has_capacity = (
-            isinstance(record, StartRecord | FinishRecord)
-            or self._queue.qsize() < MAX_QUEUED_RECORDS
-        )
+        is_required = isinstance(record, StartRecord | FinishRecord)
+        has_capacity = self._queue.qsize() < MAX_QUEUED_RECORDS or is_required
         if has_capacity and not self._finished.is_set():
             self._queue.put(record)
 
@@ -117,15 +117,15 @@ class TrackerClient:
             return
         self._responses.put(TrackerStopped("stopped before all records were delivered"))
         self._finished.set()
-        if self._process is not None:
-            self._process.kill()
+        if self.process is not None:
+            self.process.kill()
 
     def _run(self) -> None:
         connection, child_connection = socket.socketpair()
         try:
             with connection, connection.makefile("rb") as response_file:
                 with child_connection:
-                    self._process = _start_process(self.kind, child_connection, self._log_file)
+                    self.process = _start_process(self.kind, child_connection, self._log_file)
                 if not self._finished.is_set():
                     self._send_records(connection, response_file)
         except (_TrackerFailedError, OSError, ValueError) as error:
@@ -136,12 +136,16 @@ class TrackerClient:
                 self._responses.put(TrackerStopped(f"{reason}; the run continues without it"))
         finally:
             self._finished.set()
-            if self._process is not None:
-                _wait_or_kill(self._process)
+            if self.process is not None:
+                try:
+                    self.process.wait(EXIT_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+                    self.process.wait()
 
     def _send_records(self, connection: socket.socket, response_file: BinaryIO) -> None:
         connection.settimeout(RESPONSE_TIMEOUT_S)
-        for record in self._iter_batched():
+        for record in self.iter_batched():
             connection.sendall(record.model_dump_json().encode() + b"\n")
             line = response_file.readline()
             if not line.endswith(b"\n"):
@@ -153,7 +157,7 @@ class TrackerClient:
             if reply.started is not None:
                 self._responses.put(reply.started)
 
-    def _iter_batched(self) -> Iterator[TrackerRecord]:
+    def iter_batched(self) -> Iterator[TrackerRecord]:
         """Yield queued records up to the end of the run, with consecutive metrics merged.
 
         With one request per step, a remote tracker would be slower than the training.
@@ -194,14 +198,6 @@ def _start_process(
         )
 
 
-def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(EXIT_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 LogFn = Callable[[str], None]
 
 RUN_IDS_FILE = "ids.json"
@@ -210,7 +206,6 @@ FINISH_TIMEOUTS_S: dict[RunState, float] = {"finished": 60.0, "failed": 20.0, "i
 """Maximum seconds for all trackers to deliver queued records at the end of a run, by its state."""
 
 WAIT_NOTICE_DELAY_S = 2.0
-"""Seconds of waiting for trackers before a message is logged."""
 
 
 class TrackerRun(BaseModel):
@@ -220,7 +215,7 @@ class TrackerRun(BaseModel):
     id: str
 
 
-_TRACKER_RUNS_ADAPTER: TypeAdapter[list[TrackerRun]] = TypeAdapter(list[TrackerRun])
+_RUN_IDS_ADAPTER: TypeAdapter[list[TrackerRun]] = TypeAdapter(list[TrackerRun])
 
 
 class TrackerManager:
@@ -233,9 +228,7 @@ class TrackerManager:
         self._recipe, self._run_dir, self._step, self._log = recipe, run_dir, step, log
         self._folder = run_dir / TRACKING_FOLDER
         self._is_started = False
-        self._tracker_runs = (
-            _load_tracker_runs(self._folder / RUN_IDS_FILE, log) if recipe.track else []
-        )
+        self._run_ids = _load_run_ids(self._folder / RUN_IDS_FILE, log) if recipe.track else []
         self._clients = [
             (tracker, TrackerClient(tracker.kind, self._folder / f"{tracker.kind}.log"))
             for tracker in recipe.track
@@ -255,12 +248,13 @@ class TrackerManager:
         settings = self._recipe.model_dump(mode="json", exclude={"track"}) | {
             "run": dict(run_facts)
         }
+        name, folder = self._run_dir.resolve().name, self._folder.resolve()
         for tracker, client in self._clients:
             client.submit(
                 StartRecord(
                     tracker=tracker,
-                    name=self._run_dir.resolve().name,
-                    folder=self._folder.resolve() / tracker.kind,
+                    name=name,
+                    folder=folder / tracker.kind,
                     settings=settings,
                     step=self._step,
                     id=self.get_run_id(tracker),
@@ -270,14 +264,7 @@ class TrackerManager:
 
     def get_run_id(self, tracker: TrackerSettings) -> str | None:
         """Return the stored run id of a tracker, or None for a new run."""
-        return next(
-            (
-                tracker_run.id
-                for tracker_run in self._tracker_runs
-                if tracker_run.tracker == tracker
-            ),
-            None,
-        )
+        return next((run.id for run in self._run_ids if run.tracker == tracker), None)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Queue the metrics of a training step for all trackers."""
@@ -337,29 +324,21 @@ class TrackerManager:
         """
         for tracker, client in self._clients:
             for response in client.poll_responses():
-                match response:
-                    case RunStarted():
-                        self._log(response.message)
-                        self._save_run_id(tracker, response.id)
-                    case TrackerStopped():
-                        self._log(f"{tracker.kind}: {response.message}")
+                if isinstance(response, TrackerStopped):
+                    self._log(f"{tracker.kind}: {response.message}")
+                    continue
+                self._log(response.message)
+                if response.id is not None:
+                    self._save_run_id(TrackerRun(tracker=tracker, id=response.id))
 
-    def _save_run_id(self, tracker: TrackerSettings, run_id: str | None) -> None:
-        if run_id is None:
-            return
-        others = [
-            tracker_run
-            for tracker_run in self._tracker_runs
-            if tracker_run.tracker.kind != tracker.kind
-        ]
-        self._tracker_runs = [*others, TrackerRun(tracker=tracker, id=run_id)]
+    def _save_run_id(self, run: TrackerRun) -> None:
+        kind = run.tracker.kind
+        self._run_ids = [*(one for one in self._run_ids if one.tracker.kind != kind), run]
+        content = _RUN_IDS_ADAPTER.dump_json(self._run_ids, indent=1) + b"\n"
         try:
-            write_file(
-                self._folder / RUN_IDS_FILE,
-                _TRACKER_RUNS_ADAPTER.dump_json(self._tracker_runs, indent=1) + b"\n",
-            )
+            write_file(self._folder / RUN_IDS_FILE, content)
         except (UserError, OSError) as error:
-            self._log(f"{tracker.kind}: run ID not saved, so a resume starts a new run ({error})")
+            self._log(f"{kind}: run ID not saved, so a resume starts a new run ({error})")
 
 
 @contextmanager
@@ -384,11 +363,11 @@ def start_trackers(
     tracker_manager.finish_run(FinishRecord(state="finished"))
 
 
-def _load_tracker_runs(path: Path, log: LogFn) -> list[TrackerRun]:
+def _load_run_ids(path: Path, log: LogFn) -> list[TrackerRun]:
     if not path.exists():
         return []
     try:
-        return _TRACKER_RUNS_ADAPTER.validate_json(read_bytes(path, expected="run IDs of trackers"))
+        return _RUN_IDS_ADAPTER.validate_json(read_bytes(path, expected="run IDs of trackers"))
     except (UserError, ValidationError) as error:
         log(f"{path} is unreadable, so trackers start new runs ({type(error).__name__})")
         return []

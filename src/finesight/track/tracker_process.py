@@ -39,18 +39,12 @@ def main(kind: TrackerKind, connection: socket.socket) -> None:
 
     If the training process dies, the run is closed as failed.
     """
-    for signal_number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-    ):
-        # A scheduler signals all processes of a job. This process ends after the run.
-        signal.signal(signal_number, signal.SIG_IGN)
+    # A scheduler signals all processes of a job. This process ends after the run.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(
-        target=_read_lines, args=(connection.makefile("rb"), lines), daemon=True
+        target=read_lines, args=(connection.makefile("rb"), lines), daemon=True
     ).start()
     tracker = None
     while line := lines.get():
@@ -68,7 +62,7 @@ def main(kind: TrackerKind, connection: socket.socket) -> None:
         tracker.finish_run(FinishRecord(state="failed", reason="the training process died"))
 
 
-def _read_lines(file: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
+def read_lines(file: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
     """Queue the lines of the connection.
 
     At its end, when the training process has finished or died, end this process after

@@ -1,6 +1,8 @@
 """Checkpoints of a run in the folders `checkpoints/step-N`, written atomically.
 
-A checkpoint contains the fp32 master weights, the optimizer state and `state.json`.
+A checkpoint contains the fp32 master weights, the optimizer state and `state.json`. Asynchronous
+checkpoints copy the tensors to CPU memory, and a background thread writes the files while training
+continues.
 """
 
 from __future__ import annotations
@@ -8,8 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -19,13 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finesight.bounded_files import read_bytes
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.storage import (
     move_folder,
     remove_folder,
     remove_partial_files,
     translate_os_errors,
+    verify_folder,
     write_folder,
 )
 from finesight.train.oom import MemoryBudget
@@ -219,9 +223,7 @@ class CheckpointManager:
                     folder = stack.enter_context(write_folder(self.step_dir(state.step)))
             finally:
                 # The other ranks need an answer even after an error.
-                folder_name = process_group.all_gather_str(folder.name if folder else "")[
-                    0
-                ].decode()
+                folder_name = process_group.broadcast_str(folder.name if folder else "")
             if folder_name:
                 with process_group.sync_errors():
                     _write_tensors(
@@ -400,3 +402,129 @@ def check_resume_config(stored: Mapping[str, Any], current: Mapping[str, Any], w
             expected="; ".join(f"{name}={stored.get(name)!r}" for name in different),
             remedy="resume with the original recipe and data, or set another output_dir",
         )
+
+
+MAX_ASYNC_PARAMS = 400_000_000
+"""Maximum number of trainable parameters per rank for asynchronous checkpoints.
+
+The CPU copy takes 12 bytes per parameter: the fp32 weight and two fp32 moments.
+"""
+
+_ALIGNMENT = 64
+"""Alignment of the tensors in the staging buffer, in bytes."""
+
+
+class _StagingBuffer:
+    """Reusable CPU buffer for a copy of all checkpoint tensors.
+
+    The buffer is in pinned memory if the system allows it, because copies from a GPU are then
+    faster.
+    """
+
+    def __init__(self) -> None:
+        self._bytes_N: Tensor | None = None
+
+    def copy_tensors(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Copy several mappings of tensors to the buffer and return the mappings of the copies.
+
+        The first call allocates the buffer, so later calls must pass tensors of the same names and
+        shapes. The copies are complete on return.
+        """
+        if self._bytes_N is None:
+            # Only in the first call, because some tensors are computed on access.
+            self._bytes_N = _allocate_pinned(
+                sum(_align(t.nbytes) for tensors in tensor_sets for t in tensors.values())
+            )
+        offset, copies = 0, [dict[str, Tensor]() for _ in tensor_sets]
+        for tensors, copied in zip(tensor_sets, copies, strict=True):
+            for name, tensor in tensors.items():
+                buffer = self._bytes_N[offset : offset + tensor.nbytes].view(tensor.dtype)
+                copied[name] = buffer.view(tensor.shape).copy_(tensor, non_blocking=True)
+                offset += _align(tensor.nbytes)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+
+def _allocate_pinned(size: int) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    except RuntimeError:
+        # The system limits pinned memory.
+        return torch.empty(size, dtype=torch.uint8)
+
+
+def _align(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class AsyncCheckpointer:
+    """Writer of checkpoints in a background thread, one checkpoint at a time.
+
+    An error of the thread is raised by the next call of `save` or `wait`.
+    """
+
+    def __init__(
+        self,
+        checkpoint_manager: CheckpointManager,
+        *,
+        is_async: bool,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+    ) -> None:
+        self._checkpoint_manager, self._is_async, self._process_group = (
+            checkpoint_manager,
+            is_async,
+            process_group,
+        )
+        self._staging_buffer = _StagingBuffer()
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        state: CheckpointState,
+        weights: Mapping[str, Tensor],
+        optimizer_state: Mapping[str, Tensor],
+    ) -> None:
+        """Start writing a checkpoint in the background; call `wait` to complete it.
+
+        A synchronous writer returns after the checkpoint is complete. See `CheckpointManager.save`
+        for the arguments.
+        """
+        self.wait()
+        is_written = (
+            self._process_group.is_single_process and state.step in self._checkpoint_manager.steps()
+        )
+        if is_written or not self._is_async:
+            self._checkpoint_manager.save(state, weights, optimizer_state, self._process_group)
+            return
+        copies = self._staging_buffer.copy_tensors((weights, optimizer_state))
+        # The thread inherits the context variables.
+        context = copy_context()
+        self._thread = Thread(target=context.run, args=(self._write, state, *copies))
+        self._thread.start()
+
+    def _write(
+        self,
+        state: CheckpointState,
+        weights: Mapping[str, Tensor],
+        optimizer_state: Mapping[str, Tensor],
+    ) -> None:
+        try:
+            self._checkpoint_manager.save(state, weights, optimizer_state, self._process_group)
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait until the pending checkpoint is written; raise its error if writing failed."""
+        error = self.join()
+        if error is not None:
+            raise error
+
+    def join(self) -> BaseException | None:
+        """Wait until the pending checkpoint is written; return its error instead of raising it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        return error

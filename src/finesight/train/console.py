@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from finesight.report.summary import MAX_DATA_WAIT_FRACTION
+from finesight.manifest import MAX_DATA_WAIT_FRACTION
 
 ProgressCallback = Callable[[int], None]
 """Callback that receives the number of newly processed samples or images."""

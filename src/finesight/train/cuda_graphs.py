@@ -3,8 +3,7 @@
 Small packs are launch-bound on the CPU: the device computes kernels faster than the host launches
 them. A graph has a fixed shape (`train.graph_buffers`), and packs are padded to it with a masked
 dummy sequence. It contains the forward pass from image features to the loss and the backward pass.
-A trainable vision encoder is part of the graph (`train.graph_vision_buffers`) or runs eagerly
-before it.
+A trainable vision encoder is part of the graph or runs eagerly before it.
 
 Shapes: M image tokens, K features per token, D width, L tokens that predict a supervised token.
 """
@@ -12,10 +11,11 @@ Shapes: M image tokens, K features per token, D width, L tokens that predict a s
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +31,75 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.train.graph_buffers import (
     MAX_GRAPH_TOKENS,
     MAX_GRAPH_TOKENS_CACHED,
+    GraphGradients,
     GraphInputs,
     GraphShape,
-)
-from finesight.train.graph_gradients import GraphGradients
-from finesight.train.graph_timing import GraphTimer
-from finesight.train.graph_vision_buffers import (
     GraphVisionShape,
     can_capture_vision,
     should_capture_vision,
 )
 from finesight.train.loss import fused_linear_cross_entropy
+
+
+class GraphTimer:
+    """Timer of eager launches and graph replays, without synchronizing with the device."""
+
+    def __init__(self) -> None:
+        self.launch_s = math.inf
+        self.replay_s_per_token = math.inf
+        self._pending: tuple[int, torch.cuda.Event, torch.cuda.Event] | None = None
+
+    def record_launch(self, seconds: float) -> None:
+        """Record the host time for launching the kernels of an eager pack.
+
+        The timer stores the minimum of all packs: the first packs include kernel compilation, and
+        launches block when the queue of the device is full.
+        """
+        self.launch_s = min(self.launch_s, seconds)
+
+    @contextmanager
+    def time_replay(self, num_tokens: int) -> Iterator[None]:
+        """Measure the device time of a graph replay in the context.
+
+        The timer stores the minimum per token, because the device may also run other kernels. The
+        graph must not contain the vision encoder.
+        """
+        self._poll()
+        if self._pending is not None:
+            yield
+            return
+        start, end = _create_event(), _create_event()
+        start.record()
+        yield
+        end.record()
+        self._pending = num_tokens, start, end
+
+    def _poll(self) -> None:
+        if self._pending is None:
+            return
+        num_tokens, start, end = self._pending
+        if end.query():  # type: ignore[no-untyped-call]
+            self.replay_s_per_token = min(
+                self.replay_s_per_token, start.elapsed_time(end) / 1000 / num_tokens
+            )
+            self._pending = None
+
+    def is_replay_faster(self, num_tokens: int) -> bool | None:
+        """Return whether a replay takes less device time than eager launches take host time.
+
+        The result is None until both have been measured.
+
+        Args:
+            num_tokens: Number of tokens of the graph.
+        """
+        self._poll()
+        is_measured = math.isfinite(self.replay_s_per_token) and math.isfinite(self.launch_s)
+        return num_tokens * self.replay_s_per_token < self.launch_s if is_measured else None
+
+
+def _create_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
 
 MAX_GRAPH_TOKENS_STARVED = 16384
 """Maximum tokens of a pack in a CUDA graph while the host starves the device.
@@ -105,7 +163,7 @@ def _has_fused_layers(model: VisionLanguageModel) -> bool:
     return all(isinstance(layer, DecoderLayer) and layer.fusible_linears for layer in layers)
 
 
-def _is_capturable(model: AnyModel, device: torch.device) -> bool:
+def is_capturable(model: AnyModel, device: torch.device) -> bool:
     """Return whether the forward and backward pass can be captured as a CUDA graph.
 
     The pass must not synchronize with the host, and attention must read the segment lengths on the
@@ -122,7 +180,7 @@ def _is_capturable(model: AnyModel, device: torch.device) -> bool:
     return supports_varlen_attention(torch.empty(1, 1, head_dim, dtype=dtype, device=device))
 
 
-def _record_event(device: torch.device) -> torch.cuda.Event | None:
+def record_event(device: torch.device) -> torch.cuda.Event | None:
     """Record a CUDA event after all queued kernels; return None on a CPU."""
     if device.type != "cuda":
         return None
@@ -131,7 +189,8 @@ def _record_event(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def _has_half_free(device: torch.device) -> bool:
+def has_half_free(device: torch.device) -> bool:
+    """Return whether more than half of the GPU memory is free."""
     free, total = torch.cuda.mem_get_info(device)
     return 2 * free > total
 
@@ -152,20 +211,20 @@ class CudaGraphRunner:
         """
         self._model = model
         self._trainable_params = list(trainable_params)
-        self._shape_counts: Counter[GraphShape] = Counter()
-        self._inputs: dict[GraphShape, GraphInputs] = {}
+        self.shape_counts: Counter[GraphShape] = Counter()
+        self.static_inputs: dict[GraphShape, GraphInputs] = {}
         self._gradients = GraphGradients(self._trainable_params)
         self._launch_event: torch.cuda.Event | None = None
         self._num_starved = 0
-        self._timer = GraphTimer()
+        self.timer = GraphTimer()
         vision_param_ids = {id(p) for n, p in model.named_parameters() if n.startswith("visual.")}
         self._vision_param_indices = frozenset(
             n for n, p in enumerate(self._trainable_params) if id(p) in vision_param_ids
         )
         device = self._trainable_params[0].device
         self._captures_vision = isinstance(model, VisionLanguageModel) and can_capture_vision(model)
-        use_graphs = is_local and _is_capturable(model, device) and has_few_trainable_params(model)
-        self._graphs = CudaGraphCache(device) if use_graphs else None
+        use_graphs = is_local and is_capturable(model, device) and has_few_trainable_params(model)
+        self.graphs = CudaGraphCache(device) if use_graphs else None
 
     def forward_backward(
         self, batch: PackedBatch, features_MKD: Tensor | None, loss_weight: Tensor
@@ -180,8 +239,8 @@ class CudaGraphRunner:
         Returns:
             Weighted loss, a scalar on the device.
         """
-        if self._graphs is None or batch.context_shard is not None:
-            return self._run_eager(batch, features_MKD, loss_weight)
+        if self.graphs is None or batch.context_shard is not None:
+            return self.run_eager(batch, features_MKD, loss_weight)
         self._poll_launch()
         max_tokens = self._max_tokens(has_cached_features=features_MKD is not None)
         inputs = self._find_inputs(
@@ -193,13 +252,13 @@ class CudaGraphRunner:
                 GraphShape.from_batch(batch), batch, features_MKD, max_tokens
             )
         if inputs is None:
-            return self._run_eager(batch, features_MKD, loss_weight)
-        inputs.copy_from(batch, features_MKD, loss_weight, self._vision_encoder)
+            return self.run_eager(batch, features_MKD, loss_weight)
+        inputs.copy_from(batch, features_MKD, loss_weight, self.vision_encoder)
         loss = self._replay(inputs)
         if loss is None:
             # Outside the except block, because the traceback keeps tensors alive.
             self.release_graphs()
-            return self._run_eager(batch, features_MKD, loss_weight)
+            return self.run_eager(batch, features_MKD, loss_weight)
         self._gradients.assign_grads(
             self._vision_param_indices if inputs.vision_inputs is None else ()
         )
@@ -213,12 +272,12 @@ class CudaGraphRunner:
             Loss; None if the graph failed, usually for lack of memory. The caller then runs the
             pack eagerly, which raises the errors of the pack itself.
         """
-        assert self._graphs is not None, "CUDA graphs are disabled"
-        graph_index = [*self._inputs].index(inputs.shape)
-        is_timed = inputs.vision_inputs is None and self._graphs.contains(graph_index)
+        assert self.graphs is not None, "CUDA graphs are disabled"
+        graph_index = [*self.static_inputs].index(inputs.shape)
+        is_timed = inputs.vision_inputs is None and self.graphs.contains(graph_index)
         try:
-            with self._timer.time_replay(inputs.shape.num_tokens) if is_timed else nullcontext():
-                return self._graphs.run(graph_index, lambda: self._run_static(inputs)).clone()
+            with self.timer.time_replay(inputs.shape.num_tokens) if is_timed else nullcontext():
+                return self.graphs.run(graph_index, lambda: self.run_static(inputs)).clone()
         except RuntimeError as error:
             logging.getLogger(__name__).debug("CUDA graphs are disabled: %s", error)
             return None
@@ -226,8 +285,8 @@ class CudaGraphRunner:
     def warm_up(self, batch: PackedBatch) -> None:
         """Run a pack eagerly and from static buffers, so that all its kernels are compiled."""
         loss_weight = torch.zeros((), device=batch.ids_T.device)
-        self._run_eager(batch, None, loss_weight)
-        if self._graphs is None:
+        self.run_eager(batch, None, loss_weight)
+        if self.graphs is None:
             return
         uncaptured_vision = GraphShape.from_batch(batch), self._encode_images(batch, None)
         for shape, features_MKD in (
@@ -238,27 +297,28 @@ class CudaGraphRunner:
                 shape, batch, features_MKD, MAX_GRAPH_TOKENS
             ):
                 continue
-            inputs = GraphInputs.allocate(shape, batch, features_MKD, self._vision_encoder)
-            inputs.copy_from(batch, features_MKD, loss_weight, self._vision_encoder)
+            inputs = GraphInputs.allocate(shape, batch, features_MKD, self.vision_encoder)
+            inputs.copy_from(batch, features_MKD, loss_weight, self.vision_encoder)
             try:
-                self._run_static(inputs)
+                self.run_static(inputs)
             finally:
                 self._gradients.clear()
         # The launch times of the warm-up include kernel compilation.
-        self._timer = GraphTimer()
+        self.timer = GraphTimer()
 
     def release_graphs(self) -> bool:
         """Free all CUDA graphs and disable further captures; return whether any graph existed."""
-        had_graphs = bool(self._inputs)
+        had_graphs = bool(self.static_inputs)
         for parameter in self._trainable_params:
             parameter.grad = None
-        self._graphs = None
+        self.graphs = None
         self._gradients.clear()
-        self._inputs.clear()
+        self.static_inputs.clear()
         return had_graphs
 
     @property
-    def _vision_encoder(self) -> VisionEncoder:
+    def vision_encoder(self) -> VisionEncoder:
+        """Vision encoder of the native model."""
         assert isinstance(self._model, VisionLanguageModel), "only native models use CUDA graphs"
         return self._model.visual
 
@@ -291,40 +351,42 @@ class CudaGraphRunner:
         """
         if shape is None:
             return None
-        if shape in self._inputs:
-            return self._inputs[shape]
+        if shape in self.static_inputs:
+            return self.static_inputs[shape]
         if not self._should_capture(shape, batch, features_MKD, max_tokens):
             return None
-        if wider_inputs := self._find_wider_inputs(shape):
+        if wider_inputs := self.find_wider_inputs(shape):
             return wider_inputs
-        self._shape_counts[shape] += 1
-        if len(self._inputs) == MAX_GRAPHS:
+        self.shape_counts[shape] += 1
+        if len(self.static_inputs) == MAX_GRAPHS:
             return None
-        device, is_frequent = batch.ids_T.device, self._shape_counts[shape] > NUM_WARMUP_PACKS
-        if self._should_share_graph(shape, is_frequent) and _has_half_free(device):
+        device, is_frequent = batch.ids_T.device, self.shape_counts[shape] > NUM_WARMUP_PACKS
+        if self._should_share_graph(shape, is_frequent) and has_half_free(device):
             shape = shape.widen(
-                [k for k, _ in self._shape_counts.most_common() if not self._is_covered(k)]
+                [k for k, _ in self.shape_counts.most_common() if not self._is_covered(k)]
             )
         elif not is_frequent:
             return None
-        elif len(batch.ids_T) > MAX_GRAPH_TOKENS and not _has_half_free(device):
+        elif len(batch.ids_T) > MAX_GRAPH_TOKENS and not has_half_free(device):
             # Keep the memory for eager passes.
             return None
-        self._inputs[shape] = GraphInputs.allocate(shape, batch, features_MKD, self._vision_encoder)
-        return self._inputs[shape]
+        self.static_inputs[shape] = GraphInputs.allocate(
+            shape, batch, features_MKD, self.vision_encoder
+        )
+        return self.static_inputs[shape]
 
-    def _find_wider_inputs(self, shape: GraphShape) -> GraphInputs | None:
+    def find_wider_inputs(self, shape: GraphShape) -> GraphInputs | None:
         """Return the buffers of the smallest existing graph that fits packs of this shape.
 
         The result is None if no graph fits, or if eager passes are faster than its replay.
         """
-        fitting = [inputs for inputs in self._inputs.values() if inputs.shape.fits(shape)]
+        fitting = [inputs for inputs in self.static_inputs.values() if inputs.shape.fits(shape)]
         widest = min(
             fitting,
             key=lambda h: (h.shape.num_tokens, h.shape.max_seqlen, h.shape.num_labels),
             default=None,
         )
-        if widest is None or self._timer.is_replay_faster(widest.shape.num_tokens) is False:
+        if widest is None or self.timer.is_replay_faster(widest.shape.num_tokens) is False:
             return None
         return widest
 
@@ -336,16 +398,18 @@ class CudaGraphRunner:
         if shape.vision_shape is not None:
             # Image sizes of several packs rarely match.
             return False
-        is_faster = self._timer.is_replay_faster(shape.max_tokens)
+        is_faster = self.timer.is_replay_faster(shape.max_tokens)
         if is_faster is None:
             # Capture a single graph first, to measure its replay.
             return self._is_starved and all(
-                shape.vision_shape is not None for shape in self._inputs
+                shape.vision_shape is not None for shape in self.static_inputs
             )
-        return is_faster and (is_frequent or 2 * len(self._inputs) < MAX_GRAPHS)
+        return is_faster and (is_frequent or 2 * len(self.static_inputs) < MAX_GRAPHS)
 
     def _is_covered(self, shape: GraphShape) -> bool:
-        return shape in self._inputs or any(inputs.fits(shape) for inputs in self._inputs)
+        return shape in self.static_inputs or any(
+            inputs.fits(shape) for inputs in self.static_inputs
+        )
 
     def _poll_launch(self) -> None:
         """Count the pack as starved if the device had finished the previous pack already."""
@@ -390,9 +454,10 @@ class CudaGraphRunner:
             model, len(batch.ids_T), len(batch.labels_L), model.activation_checkpointing, max_tokens
         )
 
-    def _run_eager(
+    def run_eager(
         self, batch: PackedBatch, features_MKD: Tensor | None, loss_weight: Tensor
     ) -> Tensor:
+        """Run the forward and backward pass without a graph; return the weighted loss."""
         start = time.perf_counter()
         h_LD = self._model(batch, features_MKD)
         loss = fused_linear_cross_entropy(
@@ -400,12 +465,12 @@ class CudaGraphRunner:
         )
         if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
             loss.backward()  # type: ignore[no-untyped-call]
-            self._timer.record_launch(time.perf_counter() - start)
-        if self._graphs is not None:
-            self._launch_event = _record_event(loss.device)
+            self.timer.record_launch(time.perf_counter() - start)
+        if self.graphs is not None:
+            self._launch_event = record_event(loss.device)
         return loss.detach()
 
-    def _run_static(self, inputs: GraphInputs) -> Tensor:
+    def run_static(self, inputs: GraphInputs) -> Tensor:
         """Run the forward and backward pass from static buffers to static gradient buffers."""
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"

@@ -1,18 +1,26 @@
-"""Training data loader: reads, encodes and packs the samples of each step in worker processes."""
+"""Training data loader: reads, encodes and packs the samples of each step in worker processes.
+
+Worker processes are restarted when they are killed.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar
 from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from finesight.data.corpus import Corpus
 from finesight.data.jsonl import LocatedSample
@@ -25,53 +33,181 @@ from finesight.encode.packing import (
     plan_packs,
 )
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, find_sample_error
+from finesight.encode.tokenized_sample import EncodedSample, find_sample_error
 from finesight.errors import UserError
-from finesight.train.dataloader_workers import DataWorkerError, catch_user_error, prefetch_items
-from finesight.train.sampler import StepSampler
+from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.vision.patches import concat_shape
+from finesight.worker_pool import exit_with_parent
+
+Item = TypeVar("Item")
+
+MAX_WORKERS = 12
+"""Maximum default number of workers per rank; more workers did not increase the throughput."""
+
+
+def default_num_workers(device: torch.device, local_world_size: int = 1) -> int:
+    """Return the default number of data loader workers of a rank.
+
+    The local ranks share the CPU cores equally. With a GPU, the default is all but two of the
+    rank's cores, between 1 and `MAX_WORKERS`. On a CPU, it is 1, or 0 with at most two cores.
+    """
+    cores = max(1, (os.cpu_count() or 1) // local_world_size)
+    if device.type == "cuda":
+        return max(1, min(MAX_WORKERS, cores - 2))
+    return 1 if cores > 2 else 0
+
+
+def prefetch_items(
+    load_item: Callable[[int], Item], indices: Iterable[int], num_workers: int, pin_memory: bool
+) -> Iterator[Item]:
+    """Iterate over items in the given order, loaded by worker processes.
+
+    The workers start immediately. If a worker is killed, all workers are restarted at the next
+    pending item.
+
+    Args:
+        load_item: Function from an index to an item; must be picklable.
+        indices: Indices of the items.
+        num_workers: Number of worker processes; 0 loads in this process.
+        pin_memory: Whether to copy items to pinned memory.
+
+    Raises:
+        UserError: An item cannot be loaded.
+        DataWorkerError: Workers were killed repeatedly at the same item.
+    """
+    dataset = _ItemDataset(load_item)
+    # A range of any length takes no memory.
+    index_list = indices if isinstance(indices, range) else list(indices)
+
+    def iter_from(start: int) -> Iterator[Item | UserError]:
+        return _start_workers(dataset, index_list[start:], num_workers, pin_memory)
+
+    return _iter_items(iter_from, iter_from(0), num_workers)
+
+
+class _ItemDataset(Dataset[Item | UserError]):
+    """Map-style dataset over a function from an index to an item."""
+
+    def __init__(self, load_item: Callable[[int], Item]) -> None:
+        self._load_item = load_item
+
+    def __getitem__(self, index: int) -> Item | UserError:
+        return catch_user_error(self._load_item, index)
+
+
+def _start_workers(
+    dataset: Dataset[Item | UserError], indices: Sequence[int], num_workers: int, pin_memory: bool
+) -> Iterator[Item | UserError]:
+    loader: DataLoader[Item | UserError] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=indices,
+        num_workers=num_workers,
+        collate_fn=_identity_collate,
+        pin_memory=pin_memory,
+        prefetch_factor=2 if num_workers else None,
+        # A fork starts in milliseconds without pickling; the workers never use CUDA.
+        multiprocessing_context=("fork" if sys.platform == "linux" else "spawn")
+        if num_workers
+        else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+    previous_handler = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # The handler of torch raises at any point of the training step when a worker dies. Without
+        # it, the loader detects the death at the next item.
+        signal.signal(signal.SIGCHLD, previous_handler or signal.SIG_DFL)
+    return items
+
+
+MAX_RESTARTS = 2
+"""Maximum number of worker restarts at one item, which may itself cause the crash."""
+
+
+class DataWorkerError(UserError):
+    """Raised when a data loader worker was killed or lacks memory, usually shared memory."""
+
+
+def _iter_items(
+    iter_from: Callable[[int], Iterator[Item | UserError]],
+    source: Iterator[Item | UserError],
+    num_workers: int,
+) -> Iterator[Item]:
+    num_done = num_deaths = 0
+    try:
+        while True:
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                if not num_workers or not _is_worker_death(error):
+                    raise
+                first = (str(error) or type(error).__name__).splitlines()[0]
+                num_deaths += 1
+                if num_deaths > MAX_RESTARTS:
+                    raise DataWorkerError(
+                        f"a data loader worker died {num_deaths} times at the same item: {first}",
+                        where="train.num_workers",
+                        expected="sufficient memory and shared memory (/dev/shm)",
+                        remedy="lower train.num_workers, or set it to 0, and use --resume",
+                    ) from error
+                logging.getLogger(__name__).warning(
+                    "a data loader worker died and is restarted: %s", first
+                )
+                item = None
+            if item is None:
+                # Outside the except block, because the error keeps the old workers alive.
+                source = iter(())
+                source = iter_from(num_done)
+                continue
+            num_done, num_deaths = num_done + 1, 0
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        # Drop the last reference, so that the workers end now.
+        del source
+
+
+def _is_worker_death(error: Exception) -> bool:
+    """Return whether a worker process was killed, as opposed to an exception raised in it."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return text.startswith("DataLoader worker (pid")
+    return "in DataLoader worker process" not in text
+
+
+def _identity_collate(item: Item) -> Item:
+    return item
+
+
+def _start_worker(worker: int) -> None:
+    exit_with_parent()
+    # Ctrl-C and SIGTERM of a shell reach the complete process group. The training process decides
+    # when to stop, and then ends its workers.
+    os.setsid()
+
+
+def catch_user_error(load_item: Callable[[int], Item], index: int) -> Item | UserError:
+    """Load an item, and return it or the `UserError` that was raised.
+
+    PyTorch's data loader wraps an exception of a worker in its traceback. Returned as a value, the
+    error reaches the main process unchanged.
+    """
+    try:
+        return load_item(index)
+    except UserError as error:
+        return error
+
 
 _ALIGNMENT = 64
 """Alignment of the tensors in a `TensorBlock`, in bytes."""
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
-
-
-@runtime_checkable
-class ContextParallelSampler(StepSampler, Protocol):
-    """Interface of a step sampler of one rank that splits long samples over all ranks.
-
-    `batch_indices` returns the samples that this rank processes alone.
-    """
-
-    def with_pack_tokens(self, pack_tokens: int) -> ContextParallelSampler:
-        """Return a copy of the sampler for packs of at most `pack_tokens` tokens."""
-        ...
-
-    def split_indices(self, step: int) -> Sequence[int]:
-        """Return the corpus indices of a step's samples that are split over all ranks."""
-        ...
-
-    def context_shard(self, tokenized: TokenizedSample) -> ContextShard:
-        """Return the part of a split sample that this rank processes."""
-        ...
-
-    @property
-    def max_unsplit_tokens(self) -> int | None:
-        """Maximum number of tokens of a sample that is not split over the ranks.
-
-        None if samples are never split.
-        """
-        ...
-
-    @property
-    def reports_skipped(self) -> bool:
-        """True if this rank reports skipped split samples.
-
-        One rank reports them, so that each sample is counted once.
-        """
-        ...
 
 
 class VisionCacheReader(Protocol):
@@ -283,10 +419,8 @@ def _with_tensors(batch: PackedBatch, patches_ND: Tensor, tensors: Iterator[Tens
 
 
 @dataclass(frozen=True)
-class StepDataset(Dataset[StepTransfer | UserError]):
-    """Map-style dataset of training steps of one rank.
-
-    Item k contains the encoded and packed samples of step k. Samples that are split over the ranks
+class StepDataset:
+    """Training steps of one rank: encoded and packed samples. Samples that are split over the ranks
     come first, then the other samples of the rank. A sample that cannot be read or encoded is
     skipped, or raises an error with `on_invalid_sample="fail"`.
 
@@ -320,15 +454,16 @@ class StepDataset(Dataset[StepTransfer | UserError]):
     def with_pack_tokens(self, pack_tokens: int) -> StepDataset:
         """Return a copy of the dataset with packs of at most `pack_tokens` tokens."""
         sampler = self.sampler
-        if isinstance(sampler, ContextParallelSampler):
+        if isinstance(sampler, DistributedSampler):
             sampler = sampler.with_pack_tokens(pack_tokens)
         return replace(self, sampler=sampler, pack_tokens=pack_tokens)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __getitem__(self, step_index: int) -> StepTransfer | UserError:
-        return catch_user_error(lambda: StepTransfer.from_step(*self.build_step(step_index)))
+    def load_step(self, step_index: int) -> StepTransfer:
+        """Build a step in a data loader worker."""
+        return StepTransfer.from_step(*self.build_step(step_index))
 
     def compute_order(self, step_index: int) -> None:
         """Compute the sample order around a step, so that forked workers inherit it."""
@@ -395,7 +530,7 @@ class StepDataset(Dataset[StepTransfer | UserError]):
             samples if this rank reports them.
         """
         sampler = self.sampler
-        if not isinstance(sampler, ContextParallelSampler):
+        if not isinstance(sampler, DistributedSampler):
             return [], [], []
         samples, skipped = self._read_samples(sampler.split_indices(step_index))
         shards = [sampler.context_shard(encoded.tokenized) for _, encoded in samples]
@@ -455,7 +590,5 @@ def read_steps(
     """
     if num_workers:
         data.compute_order(start)
-    transfers: Iterator[StepTransfer] = prefetch_items(
-        data, range(start, len(data)), num_workers, pin_memory
-    )
+    transfers = prefetch_items(data.load_step, range(start, len(data)), num_workers, pin_memory)
     return (transfer.unpack() for transfer in transfers)

@@ -1,21 +1,22 @@
-"""Scan of a dataset before training: checks samples and counts tokens and patches.
+"""Loading and scan of the data of a run: checks samples and counts tokens and patches.
 
 Large datasets are scanned partially, and their statistics are estimates.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from finesight.config import DataSettings
-from finesight.data.corpus import Corpus
+from finesight.config import DataSettings, Recipe
+from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import list_media_paths
@@ -23,10 +24,11 @@ from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import filter_samples, find_sample_error
 from finesight.errors import UserError
-from finesight.train.console import ProgressCallback
-from finesight.train.dataloader import SkippedSample
-from finesight.train.dataloader_workers import catch_user_error, prefetch_items
+from finesight.evaluate import custom_metric
+from finesight.train.console import ProgressCallback, TrainingConsole
+from finesight.train.dataloader import SkippedSample, StepDataset, catch_user_error, prefetch_items
 from finesight.train.image_record import ImageState, ImageStates, read_image_state
+from finesight.train.sampler import StepSampler
 from finesight.vision.patches import GridTHW
 
 MAX_FULL_SCAN_SAMPLES = 500_000
@@ -117,27 +119,16 @@ class _ScanResult(NamedTuple):
     images: ImageState
 
 
-class _ScanDataset(Dataset[list[_ScanResult | UserError] | UserError]):
-    """Map-style dataset of scan results; an item contains up to `SCAN_CHUNK_SIZE` samples."""
-
-    def __init__(
-        self, corpus: Corpus, indices: Sequence[int], renderer: Renderer, watched_images: Set[str]
-    ) -> None:
-        self._corpus, self._indices = corpus, indices
-        self._renderer, self._watched_images = renderer, watched_images
-
-    def __getitem__(self, chunk_index: int) -> list[_ScanResult | UserError] | UserError:
-        chunk = self._indices[chunk_index * SCAN_CHUNK_SIZE : (chunk_index + 1) * SCAN_CHUNK_SIZE]
-        return [self._scan_guarded(index) for index in chunk]
-
-    def _scan_guarded(self, index: int) -> _ScanResult | UserError:
-        return catch_user_error(
-            lambda: _scan_sample(self._corpus, index, self._renderer, self._watched_images)
-        )
+def _scan_chunk(
+    scan_sample: Callable[[int], _ScanResult], indices: Sequence[int], chunk_index: int
+) -> list[_ScanResult | UserError]:
+    """Scan up to `SCAN_CHUNK_SIZE` samples; a sample with an error gives the error."""
+    start = chunk_index * SCAN_CHUNK_SIZE
+    return [catch_user_error(scan_sample, i) for i in indices[start : start + SCAN_CHUNK_SIZE]]
 
 
 def _scan_sample(
-    corpus: Corpus, index: int, renderer: Renderer, watched_images: Set[str]
+    corpus: Corpus, renderer: Renderer, watched_images: Set[str], index: int
 ) -> _ScanResult:
     sample = corpus.read_validated(index)
     tokenized = renderer.tokenize(sample)
@@ -168,12 +159,11 @@ class SampleStatsMap(dict[int, SampleStats]):
             zip(dataset_stats.scanned_indices, dataset_stats.sample_stats, strict=True)
         )
         self.prefix_length = dataset_stats.prefix_length
-        self._corpus, self._renderer, self._max_length = corpus, renderer, max_length
+        self._max_length = max_length
+        self._scan_sample = partial(_scan_sample, corpus, renderer, frozenset())
 
     def __missing__(self, index: int) -> SampleStats:
-        result = catch_user_error(
-            lambda: _scan_sample(self._corpus, index, self._renderer, frozenset())
-        )
+        result = catch_user_error(self._scan_sample, index)
         if (
             isinstance(result, UserError)
             or find_sample_error(result.stats, self._max_length) is not None
@@ -219,9 +209,10 @@ def compute_dataset_stats(
     """
     indices = range(len(corpus)) if subset is None else subset
     chunks = range(-(-len(indices) // SCAN_CHUNK_SIZE))
-    source = _ScanDataset(corpus, indices, renderer, watched_images)
-    result_lists: Iterator[list[_ScanResult | UserError]] = prefetch_items(
-        source, chunks, min(num_workers, len(chunks) // 4), pin_memory=False
+    scan_sample = partial(_scan_sample, corpus, renderer, watched_images)
+    scan_chunk = partial(_scan_chunk, scan_sample, indices)
+    result_lists = prefetch_items(
+        scan_chunk, chunks, min(num_workers, len(chunks) // 4), pin_memory=False
     )
     corrupt_samples: dict[int, str] = {}
     all_stats: list[SampleStats] = []
@@ -331,4 +322,148 @@ def _estimate_stats(
         scanned_indices=fitting_indices,
         num_scanned=len(indices),
         prefix_length=prefix_length,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """Samples of one split, and their statistics with the selection of valid samples."""
+
+    corpus: Corpus
+    stats: DatasetStats
+
+    @property
+    def index_signature(self) -> str:
+        """Text that identifies the valid samples of the split, compared on resume."""
+        indices = self.stats.sample_indices
+        # A list of millions of indices would be too long.
+        return json.dumps(indices) if self.stats.is_complete else f"all of {len(indices)}"
+
+    def build_sample_stats(self, renderer: Renderer, data: DataSettings) -> SampleStatsMap:
+        """Return a mapping from corpus indices to sample statistics."""
+        return SampleStatsMap(self.corpus, self.stats, renderer, data.max_length)
+
+    def build_step_dataset(
+        self,
+        renderer: Renderer,
+        sampler: StepSampler,
+        pack_tokens: int,
+        data: DataSettings,
+        *,
+        use_shared_prefix: bool = False,
+    ) -> StepDataset:
+        """Create the dataset of packed steps of the split.
+
+        Args:
+            renderer: Tokenizer and image processor.
+            sampler: Samples of each step.
+            pack_tokens: Maximum number of tokens of a pack.
+            data: Data settings of the recipe.
+            use_shared_prefix: Whether each pack stores the prefix shared by all samples of a step
+                only once.
+        """
+        source = self.corpus, renderer, sampler, pack_tokens, data.on_invalid_sample
+        max_length = None if self.stats.is_complete else data.max_length
+        return StepDataset(*source, max_length=max_length, use_shared_prefix=use_shared_prefix)
+
+
+def load_training_data(
+    recipe: Recipe, renderer: Renderer, num_workers: int, console: TrainingConsole
+) -> tuple[TrainingData, TrainingData | None]:
+    """Load and check the training and validation samples of a recipe.
+
+    Skipped samples are logged. A large training split is scanned partially.
+
+    Returns:
+        Training split, and validation split or None.
+
+    Raises:
+        UserError: The data are invalid, or a metric is set without validation data.
+    """
+    if recipe.eval is not None and not recipe.data.eval:
+        raise UserError(
+            f"eval.metric is {recipe.eval.metric}, but there is no validation data",
+            where="data.eval",
+            expected="a JSONL file of validation samples",
+            remedy="set data.eval, for example by `finesight data import --train-fraction 0.9`",
+        )
+    metric_location = (
+        custom_metric.parse_metric_path(
+            custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
+        )
+        if recipe.eval
+        else None
+    )
+    if metric_location is not None:
+        custom_metric.require_metric_file(
+            metric_location[0]
+        )  # not executed here: a plan does not need it
+    corpus = load_corpus(recipe.data.train)
+    if not recipe.data.eval:
+        return _scan_split(corpus, recipe, renderer, num_workers, console, "train"), None
+    validation_corpus = load_corpus(recipe.data.eval)
+    watched_images = {
+        path for sample in validation_corpus.read_samples() for path in list_image_paths(sample)
+    }
+    train_data = _scan_split(
+        corpus, recipe, renderer, num_workers, console, "train", watched_images
+    )
+    if train_data.stats.leaked_images:
+        console.log(
+            f"{len(train_data.stats.leaked_images)} images of data.eval are also in data.train:"
+            " metrics on them do not measure generalization"
+        )
+    return train_data, _scan_split(
+        validation_corpus, recipe, renderer, num_workers, console, "eval"
+    )
+
+
+def _scan_split(
+    corpus: Corpus,
+    recipe: Recipe,
+    renderer: Renderer,
+    num_workers: int,
+    console: TrainingConsole,
+    split_name: str,
+    watched_images: Set[str] = frozenset(),
+) -> TrainingData:
+    # Validation data are always read completely.
+    subset = (
+        draw_subset(len(corpus))
+        if split_name == "train" and len(corpus) > MAX_FULL_SCAN_SAMPLES
+        else None
+    )
+    num_samples = len(corpus) if subset is None else len(subset)
+    with console.progress_stage(
+        f"reading headers of data.{split_name}", num_samples
+    ) as on_progress:
+        stats = compute_dataset_stats(
+            corpus, renderer, recipe.data, num_workers, on_progress, watched_images, subset
+        )
+    if not stats.is_complete:
+        _log_partial_scan(stats, console, split_name)
+        return TrainingData(corpus, stats)
+    console.log(
+        f"data.{split_name}: {len(stats.sample_indices)} samples, {stats.num_tokens} tokens"
+        f" (longest {stats.max_sample_tokens}),"
+        f" {stats.num_patches} patches, {len(stats.skipped)} samples skipped"
+    )
+    for skipped in stats.skipped[:5]:
+        console.log(f"  skipped {skipped.id}: {skipped.reason}")
+    if len(stats.skipped) > 5:
+        console.log(f"  and {len(stats.skipped) - 5} more, listed in skipped_samples.jsonl")
+    return TrainingData(corpus, stats)
+
+
+def _log_partial_scan(stats: DatasetStats, console: TrainingConsole, split_name: str) -> None:
+    num_invalid = stats.num_scanned - len(stats.scanned_indices)
+    console.log(
+        f"data.{split_name}: {len(stats.sample_indices)} samples, too many for a full scan;"
+        f" {stats.num_scanned} samples scanned, {num_invalid} of them invalid; estimated total:"
+        f" {stats.num_tokens} tokens (longest {stats.max_sample_tokens}),"
+        f" {stats.num_patches} patches"
+    )
+    console.log(
+        "  other samples are checked when they are read, and skipped if they are invalid; only the"
+        " scanned samples are compared with the images of data.eval"
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -21,13 +21,6 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
-from finesight.evaluate.generation_eval import (
-    GenerationEvalResult,
-    PredictFn,
-    PredictOutput,
-    evaluate,
-)
-from finesight.infer.prediction import Prediction
 from finesight.train.console import ProgressCallback, TrainingConsole
 from finesight.train.dataloader import SkippedSample, read_steps
 from finesight.train.loss import fused_linear_cross_entropy
@@ -42,6 +35,10 @@ from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import TrainState
 from finesight.train.signals import StopRequest
+
+if TYPE_CHECKING:
+    from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput
+    from finesight.infer.prediction import Prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +185,9 @@ def _evaluate_generation(
     console: TrainingConsole,
     stop: StopRequest,
 ) -> GenerationEvalResult:
+    # A run without `eval.metric` needs no inference engine.
+    from finesight.evaluate.generation_eval import evaluate
+
     metric, process_group = (
         custom_metric.resolve_metric_path(settings.metric, state.run_dir.path),
         state.hardware.process_group,
@@ -221,14 +221,14 @@ def _evaluate_generation(
         )
 
 
-_GENERATIONS_ADAPTER: TypeAdapter[PredictOutput] = TypeAdapter(PredictOutput)
-
-
 def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> PredictFn:
     """Wrap a generation function so that each rank generates for its share of the samples.
 
     The wrapped function returns the predictions for all samples on every rank.
     """
+    from finesight.evaluate.generation_eval import PredictOutput
+
+    adapter: TypeAdapter[PredictOutput] = TypeAdapter(PredictOutput)
 
     def generate_on_all_ranks(samples: Sequence[LocatedSample]) -> PredictOutput:
         own_samples = process_group.shard(samples)
@@ -242,9 +242,9 @@ def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> 
         predictions: dict[int, Prediction] = {}
         unreadable: dict[int, str] = {}
         for rank, payload in enumerate(
-            process_group.all_gather_str(_GENERATIONS_ADAPTER.dump_json(generations).decode())
+            process_group.all_gather_str(adapter.dump_json(generations).decode())
         ):
-            rank_predictions, missing = _GENERATIONS_ADAPTER.validate_json(payload)
+            rank_predictions, missing = adapter.validate_json(payload)
             sample_positions = range(rank, len(samples), process_group.world_size)
             unreadable |= {sample_positions[index]: reason for index, reason in missing.items()}
             readable = (

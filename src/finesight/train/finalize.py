@@ -1,17 +1,22 @@
-"""End of a run: parameter audit, export of the trained weights, `result.json` and report."""
+"""Results of a run: parameter audit, exported weights, `result.json`, final and live report."""
 
 from __future__ import annotations
 
+import contextvars
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from finesight.errors import UserError
+from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.metric_difference import (
     REASON_NO_PREDICTIONS,
@@ -20,20 +25,21 @@ from finesight.evaluate.metric_difference import (
     compare_prediction_files,
     format_differences,
 )
+from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.model.hf_backend import AnyModel, save_auto_model
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder
-from finesight.report.run_page import MAX_EXAMPLES, LiveReportState, write_report
-from finesight.run_files import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.storage import write_file, write_folder
-from finesight.train.checkpoint import BestEval, CheckpointManager
+from finesight.train.checkpoint import BestEval, CheckpointManager, TrainProgress
 from finesight.train.console import TrainingConsole
 from finesight.train.evaluation import EvalResult, load_eval_history
-from finesight.train.parallel.distributed import RankCommand
 from finesight.train.param_audit import ParamChange, check_param_changes
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import TrainState
+
+if TYPE_CHECKING:
+    from finesight.report.run_page import LiveReportState
 
 
 class RunResult(BaseModel):
@@ -85,8 +91,10 @@ class RunResult(BaseModel):
 
 def finalize_run(
     state: TrainState, console: TrainingConsole, checkpoint_manager: CheckpointManager
-) -> RunResult:
+) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
+
+    All ranks must call this function. Only the main process writes files and returns a result.
 
     LoRA weights are exported to `adapter/`, fully fine-tuned parts to `model/`. If both exist, the
     base model of the adapter is `model/`. The weights are those of the last step; with early
@@ -96,8 +104,8 @@ def finalize_run(
         RuntimeError: A frozen part changed, which is a bug.
         UserError: A trainable part did not change.
     """
-    run_dir = state.run_dir
-    eval_history = load_eval_history(run_dir)
+    run_dir, process_group = state.run_dir, state.hardware.process_group
+    eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval = _select_best(eval_history[1:])
     before, after = (eval_history[0], eval_history[-1]) if len(eval_history) > 1 else (None, None)
     step = state.progress.step
@@ -107,12 +115,18 @@ def finalize_run(
             step = best_eval.step
             console.log(f"restoring the weights of step {step}, which have the best evaluation")
         _copy_best_predictions(run_dir, best_eval)
-    state.shard_group.sync_command(RankCommand.FINALIZE, step)
+    step = int(process_group.broadcast_str(str(step)))
+    if not (process_group.is_main or state.parallel.is_sharded):
+        return None
     with load_final_weights(state, checkpoint_manager, step) as param_changes:
-        run_dir.write(PARAM_AUDIT_FILE, [change.as_json() for change in param_changes])
-        console.log(format_param_changes(param_changes))
+        if process_group.is_main:
+            run_dir.write(PARAM_AUDIT_FILE, [change.as_json() for change in param_changes])
+            console.log(format_param_changes(param_changes))
         check_param_changes(param_changes)
-        _save_weights(state, checkpoint_manager, step)
+        if process_group.is_main:
+            _save_weights(state, checkpoint_manager, step)
+    if not process_group.is_main:
+        return None
     loss, num_late_skipped = None, 0
     for line in run_dir.iter_metrics():
         line_loss = line.get("loss")
@@ -168,8 +182,9 @@ def load_final_weights(
 def write_run_report(
     run_dir: RunDir,
     console: TrainingConsole,
-    max_examples: int = MAX_EXAMPLES,
     live_report: LiveReportState | None = None,
+    *,
+    is_complete: bool = True,
 ) -> None:
     """Write `report.html` of a run.
 
@@ -178,9 +193,13 @@ def write_run_report(
     Args:
         run_dir: Run directory.
         console: Console for messages.
-        max_examples: Maximum number of example predictions in the report.
         live_report: State of the live report while the run is in progress.
+        is_complete: Whether the run is finished. The report then has more examples.
     """
+    # Only the main process needs the report.
+    from finesight.report.run_page import MAX_EXAMPLES, MAX_LIVE_EXAMPLES, write_report
+
+    max_examples = MAX_EXAMPLES if is_complete else MAX_LIVE_EXAMPLES
     try:
         page = write_report(run_dir.path, max_examples=max_examples, live_state=live_report)
     except Exception as error:
@@ -345,4 +364,103 @@ def _align_columns(cells: Sequence[Sequence[str]]) -> str:
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in cells
+    )
+
+
+REPORT_INTERVAL_S = 60.0
+"""Minimum number of seconds between two periodic updates."""
+
+MIN_IDLE_RATIO = 300
+"""Minimum ratio of the update interval to the CPU time of an update.
+
+The thread shares the Python interpreter with the training step, and takes at most 1/300 of its
+time.
+"""
+
+
+class LiveReport:
+    """Writer of the report of a run in progress, on demand and periodically."""
+
+    def __init__(
+        self, run_dir: RunDir, console: TrainingConsole, interval_s: float = REPORT_INTERVAL_S
+    ) -> None:
+        self._run_dir, self._console, self._min_interval_s = run_dir, console, interval_s
+        self._write_lock = threading.Lock()
+        self._stop_event = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @cached_property
+    def _live(self) -> LiveReportState:
+        from finesight.report.run_page import LiveReportState
+
+        return LiveReportState(interval_s=self._min_interval_s)
+
+    @property
+    def interval_s(self) -> float:
+        """Current number of seconds between two periodic updates."""
+        return self._live.interval_s
+
+    def write(self) -> None:
+        """Write the report now; errors are logged."""
+        with self._write_lock:
+            write_run_report(self._run_dir, self._console, self._live, is_complete=False)
+
+    def stop(self) -> None:
+        """Stop the background thread after its current update."""
+        self._stop_event.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    @contextmanager
+    def run_in_background(self, progress: TrainProgress) -> Iterator[None]:
+        """Update the report periodically within the context.
+
+        An exception in the context is recorded in `metrics.jsonl` with the current step, shown in a
+        final report, and raised again.
+        """
+        # Import the report now: workers may be forked while the thread runs.
+        live, context = self._live, contextvars.copy_context()
+        arguments = [self._write_loop, live]
+        self._thread = threading.Thread(target=context.run, args=arguments, daemon=True)
+        self._thread.start()
+        try:
+            yield
+        except Exception as error:
+            self.stop()
+            self._record_end(error, progress.step)
+            write_run_report(self._run_dir, self._console, is_complete=False)
+            raise
+        finally:
+            self.stop()
+
+    def _write_loop(self, live: LiveReportState) -> None:
+        while not self._stop_event.wait(live.interval_s):
+            start = time.thread_time()
+            self.write()
+            live.interval_s = max(
+                self._min_interval_s, MIN_IDLE_RATIO * (time.thread_time() - start)
+            )
+
+    def _record_end(self, error: Exception, step: int) -> None:
+        status = "interrupted" if isinstance(error, TrainingInterrupted) else "failed"
+        ended_at = datetime.now(UTC).isoformat(timespec="seconds")
+        # A full disk must not hide the original error.
+        with suppress(UserError, OSError):
+            self._run_dir.append_metrics(
+                {
+                    "step": step,
+                    "ended_at": ended_at,
+                    "status": status,
+                    "reason": _describe_error(error),
+                }
+            )
+
+
+def _describe_error(error: Exception) -> str:
+    """Format the error that ended a run as one line."""
+    if isinstance(error, UserError):
+        return f"{error.where}: {error.what}" if error.where else error.what
+    return (
+        str(error) if isinstance(error, TrainingInterrupted) else f"{type(error).__name__}: {error}"
     )

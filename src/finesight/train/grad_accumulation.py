@@ -12,21 +12,27 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from finesight.model.quant.base import HAS_TRITON
-from finesight.train.muon import MatrixSlice
-
-if HAS_TRITON:
-    from finesight.train import optimizer_kernels
+from finesight.train import kernels
 
 LARGE_PARAM_ELEMENTS = 1 << 20
 """Number of elements from which a parameter's gradient is accumulated by an autograd hook.
 
-CUDA graphs write the gradients of these parameters to static buffers (`train.graph_gradients`).
+CUDA graphs write the gradients of these parameters to static buffers (`train.graph_buffers`).
 """
+
+
+class MatrixSlice(NamedTuple):
+    """Elements of a matrix in the flat buffer of its parameter group, and its shape."""
+
+    flat_slice: slice
+    num_rows: int
+    num_columns: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class GradientAccumulator:
             [param_slice.flat_slice.start for param_slice in param_slices],
         )
         self._flat_E: Tensor | None = None
-        self._sums: list[Tensor | None] = [None] * len(param_slices)
+        self.sums: list[Tensor | None] = [None] * len(param_slices)
         # Whether the sum contains a gradient of this step.
         self._has_sum = [False] * len(param_slices)
         self._large_indices = [
@@ -92,12 +98,10 @@ class GradientAccumulator:
         ]
         use_kernels = HAS_TRITON and self.device.type == "cuda"
         flat_slices = [param_slice.flat_slice for param_slice in param_slices]
-        self.tiles = optimizer_kernels.ParamTiles(flat_slices, self.device) if use_kernels else None
+        self.tiles = kernels.ParamTiles(flat_slices, self.device) if use_kernels else None
         small_slices = [flat_slices[n] for n in self._small_indices]
         self._small_tiles = (
-            optimizer_kernels.ParamTiles(small_slices, self.device)
-            if use_kernels and small_slices
-            else None
+            kernels.ParamTiles(small_slices, self.device) if use_kernels and small_slices else None
         )
         for index in self._large_indices:
             self._register_hook(index)
@@ -110,7 +114,7 @@ class GradientAccumulator:
 
         def accumulate_hook(parameter: Tensor) -> None:
             accumulator = accumulator_ref()
-            if accumulator is not None and accumulator._sums[index] is not None:
+            if accumulator is not None and accumulator.sums[index] is not None:
                 accumulator._accumulate_one(index)
 
         register(accumulate_hook)
@@ -125,11 +129,11 @@ class GradientAccumulator:
         self._has_sum[index], parameter.grad = True, None
 
     def _get_sum(self, index: int) -> Tensor:
-        sum_ = self._sums[index]
+        sum_ = self.sums[index]
         if sum_ is None:
             parameter = self.param_slices[index].parameter
             sum_ = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-            self._sums[index] = sum_
+            self.sums[index] = sum_
         return sum_
 
     def use_flat_buffer(self) -> None:
@@ -140,7 +144,7 @@ class GradientAccumulator:
         if self._flat_E is not None:
             return
         self._flat_E = torch.zeros(self._length, dtype=torch.float32, device=self.device)
-        self._sums = [param_slice.view(self._flat_E) for param_slice in self.param_slices]
+        self.sums = [param_slice.view(self._flat_E) for param_slice in self.param_slices]
 
     @torch.no_grad()
     def flat_gradient(self) -> Tensor:
@@ -151,7 +155,7 @@ class GradientAccumulator:
         """
         assert self._flat_E is not None, f"{len(self.param_slices)} sums are not in a flat buffer"
         self.accumulate()
-        for sum_, has_sum in zip(self._sums, self._has_sum, strict=True):
+        for sum_, has_sum in zip(self.sums, self._has_sum, strict=True):
             if sum_ is not None and not has_sum:
                 sum_.zero_()
         return self._flat_E
@@ -177,7 +181,7 @@ class GradientAccumulator:
                 self._accumulate_one(index)
         small = [n for n in self._small_indices if self.param_slices[n].parameter.grad is not None]
         if self._small_tiles is not None and small:
-            optimizer_kernels.accumulate_gradients(
+            kernels.accumulate_gradients(
                 self._small_tiles,
                 [self.param_slices[n].parameter.grad for n in self._small_indices],
                 [self._get_sum(n) for n in self._small_indices],
@@ -194,7 +198,7 @@ class GradientAccumulator:
         if self._flat_E is not None or any(self._has_sum):
             self.accumulate()
             return [
-                s if has_sum else None for s, has_sum in zip(self._sums, self._has_sum, strict=True)
+                s if has_sum else None for s, has_sum in zip(self.sums, self._has_sum, strict=True)
             ]
         return [param_slice.parameter.grad for param_slice in self.param_slices]
 
@@ -208,7 +212,7 @@ class GradientAccumulator:
         if not present:
             return torch.zeros((), device=self.device)
         if self.tiles is not None:
-            return optimizer_kernels.squared_norm(self.tiles, all_gradients)
+            return kernels.squared_norm(self.tiles, all_gradients)
         norms = torch._foreach_norm(
             present, 2, torch.promote_types(present[0].dtype, torch.float32)
         )
@@ -231,7 +235,7 @@ class GradientAccumulator:
                 min(param_range.stop, flat_slice.stop),
             )
             param_grad = self.param_slices[index].parameter.grad
-            gradient = self._sums[index] if self._has_sum[index] else param_grad
+            gradient = self.sums[index] if self._has_sum[index] else param_grad
             if start < stop and gradient is not None:
                 targets.append(flat_N[start - flat_slice.start : stop - flat_slice.start])
                 sources.append(
@@ -254,4 +258,4 @@ class GradientAccumulator:
         """
         self.zero_grad()
         if self._flat_E is None:
-            self._sums = [None] * len(self.param_slices)
+            self.sums = [None] * len(self.param_slices)

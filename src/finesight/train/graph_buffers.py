@@ -1,24 +1,285 @@
-"""Static input buffers of CUDA graphs, and rounding of pack sizes to graph shapes.
+"""Static inputs and gradients of CUDA graphs, and rounding of pack sizes to graph shapes.
 
-Packs are padded to the shape of a graph with a masked dummy sequence.
+Packs are padded to the shape of a graph with a masked dummy sequence. If a graph contains a
+trainable vision encoder, patches are padded with dummy segments, whose features belong to the dummy
+sequence.
 
 Shapes: T tokens, S sequences, M image tokens, K features per token, D width, L tokens that predict
-a supervised token.
+a supervised token; N patches, B bytes of a patch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, compute_context_lengths
 from finesight.model import attention
-from finesight.model.vision_encoder import VisionEncoder
-from finesight.train.graph_vision_buffers import GraphVisionInputs, GraphVisionShape, round_up
+from finesight.model.attention import Segments
+from finesight.model.lora.fused import write_gradients_to
+from finesight.model.lora.layer import LoraLinear
+from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_objects
+from finesight.model.vlm import VisionLanguageModel
+from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
+from finesight.vision.patches import GridTHW
+
+MAX_GRAPH_PATCHES = 4096
+"""Maximum number of patches of a pack for capturing the vision encoder.
+
+Larger packs are not launch-bound on an H200, and a graph holds all activations of the encoder.
+"""
+
+HEAD_DIM_MULTIPLE = 8
+"""Divisor of the head dimension that `model.attention.supports_varlen_attention` requires."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Round a value up to a multiple of another one."""
+    return -(-value // multiple) * multiple
+
+
+def can_capture_vision(model: VisionLanguageModel) -> bool:
+    """Return whether CUDA graphs can contain the vision encoder of a model.
+
+    The encoder must be trainable, have no dropout, and depend on image sizes only through its patch
+    layout. Attention must read the segment lengths on the device.
+    """
+    vision_encoder = model.visual
+    if (
+        not vision_encoder.supports_cuda_graphs
+        or vision_encoder.config.head_dim % HEAD_DIM_MULTIPLE
+    ):
+        return False
+    lora_layers = (module for module in vision_encoder.modules() if isinstance(module, LoraLinear))
+    has_dropout = any(layer.dropout for layer in lora_layers)
+    return not has_dropout and any(
+        parameter.requires_grad for parameter in vision_encoder.parameters()
+    )
+
+
+def should_capture_vision(num_patches: int, activation_checkpointing: float) -> bool:
+    """Return whether the CUDA graph of a pack should contain the vision encoder."""
+    return 0 < num_patches <= MAX_GRAPH_PATCHES and not activation_checkpointing
+
+
+class GraphVisionShape(NamedTuple):
+    """Fixed sizes of the vision encoder inputs of a CUDA graph.
+
+    Attributes:
+        num_patches: Number of patches.
+        patch_bytes: Bytes per patch.
+        segment_shapes: Number and maximum length of the attention segments, for each distinct
+            segmentation.
+    """
+
+    num_patches: int
+    patch_bytes: int
+    segment_shapes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_batch(cls, batch: PackedBatch, vision_encoder: VisionEncoder) -> GraphVisionShape:
+        """Return the sizes for the images of a pack, rounded up."""
+        num_patches, patch_bytes = batch.patches_ND.shape
+        return cls.from_grids(vision_encoder, batch.grid_thw, num_patches, patch_bytes)
+
+    @classmethod
+    def from_grids(
+        cls,
+        vision_encoder: VisionEncoder,
+        grid_thw: Sequence[GridTHW],
+        num_patches: int,
+        patch_bytes: int,
+    ) -> GraphVisionShape:
+        """Return the sizes for images with the given patch grids, rounded up."""
+        multiple, segment_shapes = PAD_MULTIPLE * vision_encoder.config.merge_size**2, []
+        for lengths in unique_objects(vision_encoder.segment_lengths(grid_thw)):
+            max_seqlen = round_up(max(lengths), PAD_MULTIPLE)
+            max_segments = len(lengths) + -(-multiple // max_seqlen)
+            segment_shapes.append(
+                (round_up(max_segments, max(8, (1 << max_segments.bit_length()) // 16)), max_seqlen)
+            )
+        return cls(round_up(num_patches, multiple), patch_bytes, tuple(segment_shapes))
+
+
+@dataclass(frozen=True)
+class GraphVisionInputs:
+    """Static buffers for the patches of a pack and their layout."""
+
+    shape: GraphVisionShape
+    patches_NB: Tensor
+    layout: PatchLayout
+
+    @classmethod
+    def allocate(
+        cls, shape: GraphVisionShape, batch: PackedBatch, vision_encoder: VisionEncoder
+    ) -> GraphVisionInputs:
+        """Allocate buffers of the given sizes, with the dtypes and device of `batch`."""
+        num_patches, device = shape.num_patches, batch.patches_ND.device
+        layout = vision_encoder.compute_patch_layout(batch.grid_thw, device)
+        segment_buffers = [
+            Segments((max_seqlen,) * count, _zeros(count + 1, device, torch.int32), max_seqlen)
+            for count, max_seqlen in shape.segment_shapes
+        ]
+        segment_ids = [id(segments) for segments in unique_objects(layout.segments)]
+        order_M = None
+        if layout.window_index_M is not None:
+            order_M = _zeros(
+                num_patches // vision_encoder.config.merge_size**2, device, torch.int64
+            )
+        return cls(
+            shape,
+            batch.patches_ND.new_zeros(num_patches, shape.patch_bytes),
+            PatchLayout(
+                position_ids_N2=_zeros(num_patches, device, layout.position_ids_N2.dtype, 2),
+                segments=tuple(
+                    segment_buffers[segment_ids.index(id(own))] for own in layout.segments
+                ),
+                window_index_M=order_M,
+                reverse_index_M=None if order_M is None else torch.zeros_like(order_M),
+            ),
+        )
+
+    @torch.no_grad()
+    def copy_from(self, batch: PackedBatch, vision_encoder: VisionEncoder) -> None:
+        """Copy the patches and layout of a pack to the buffers, without synchronization."""
+        num_patches, layout = (
+            len(batch.patches_ND),
+            vision_encoder.compute_patch_layout(batch.grid_thw, batch.patches_ND.device),
+        )
+        self.patches_NB[:num_patches].copy_(batch.patches_ND)
+        self.patches_NB[num_patches:].zero_()
+        self.layout.position_ids_N2[:num_patches].copy_(layout.position_ids_N2)
+        self.layout.position_ids_N2[num_patches:].zero_()
+        segment_pairs = unique_objects(self.layout.segments), unique_objects(layout.segments)
+        for buffer_segments, segments in zip(*segment_pairs, strict=True):
+            _copy_segments(buffer_segments, segments, num_patches, self.shape.num_patches)
+        pairs = (
+            (self.layout.window_index_M, layout.window_index_M),
+            (self.layout.reverse_index_M, layout.reverse_index_M),
+        )
+        for buffer, order_M in pairs:
+            if buffer is not None and order_M is not None:
+                num_merged = len(order_M)
+                buffer[:num_merged].copy_(order_M)
+                buffer[num_merged:].copy_(
+                    torch.arange(num_merged, len(buffer), device=buffer.device)
+                )
+
+    def encode(self, vision_encoder: VisionEncoder) -> Tensor:
+        """Encode the patches in the buffers to features [M, K, D].
+
+        The features of padding patches come last.
+        """
+        features_MKD: Tensor = vision_encoder(self.patches_NB, (), layout=self.layout)
+        return features_MKD
+
+
+def _copy_segments(
+    buffer_segments: Segments, segments: Segments, num_patches: int, max_patches: int
+) -> None:
+    """Copy cumulative segment lengths to a buffer, followed by padding.
+
+    Dummy segments cover the padding patches; empty segments fill the rest of the buffer.
+    """
+    count = len(segments.lengths)
+    buffer_segments.cu_seqlens_S1[: count + 1].copy_(segments.cu_seqlens_S1)
+    num_padding = len(buffer_segments.cu_seqlens_S1) - count - 1
+    ends = torch.arange(
+        1, num_padding + 1, device=buffer_segments.cu_seqlens_S1.device, dtype=torch.int32
+    )
+    buffer_segments.cu_seqlens_S1[count + 1 :].copy_(
+        (ends * buffer_segments.max_seqlen + num_patches).clamp_(max=max_patches)
+    )
+
+
+def _zeros(rows: int, device: torch.device, dtype: torch.dtype, *extra_dims: int) -> Tensor:
+    return torch.zeros(rows, *extra_dims, dtype=dtype, device=device)
+
+
+class GraphGradients:
+    """Static gradient buffers of the trainable parameters, shared by all CUDA graphs.
+
+    The optimizer accumulates the gradients before the next replay overwrites them. Gradients of
+    large parameters are computed in their buffers or copied to them immediately, so that two copies
+    of all gradients never exist at the same time.
+    """
+
+    def __init__(self, trainable_params: Sequence[nn.Parameter]) -> None:
+        self._trainable_params = trainable_params
+        self._large_indices = {
+            id(one): n
+            for n, one in enumerate(trainable_params)
+            if one.numel() >= LARGE_PARAM_ELEMENTS
+        }
+        self._buffers: dict[int, Tensor] = {}
+
+    def backward(self, loss: Tensor, extra_outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Compute the gradients of a loss and write them to static buffers.
+
+        Args:
+            loss: Loss of a pack.
+            extra_outputs: Additional tensors that require gradients, each with its gradient buffer.
+        """
+        handles = [self._register_hook(index) for index in self._large_indices.values()]
+        inputs = [*self._trainable_params, *(tensor for tensor, _ in extra_outputs)]
+        try:
+            with write_gradients_to(self._find_buffer):
+                gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        param_gradients, extra_gradients = (
+            gradients[: len(self._trainable_params)],
+            gradients[len(self._trainable_params) :],
+        )
+        for (_, buffer), gradient in zip(extra_outputs, extra_gradients, strict=True):
+            buffer.copy_(gradient)
+        large = self._large_indices.values()
+        small = {
+            n: one for n, one in enumerate(param_gradients) if one is not None and n not in large
+        }
+        if small:
+            torch._foreach_copy_([self._get_buffer(n) for n in small], [*small.values()])
+
+    def assign_grads(self, excluded: Collection[int] = ()) -> None:
+        """Set `parameter.grad` to the static buffers after a replay.
+
+        Args:
+            excluded: Indices of parameters that the graph does not use; their gradient is None.
+        """
+        for index, parameter in enumerate(self._trainable_params):
+            parameter.grad = None if index in excluded else self._buffers.get(index)
+
+    def clear(self) -> None:
+        """Free the gradient buffers."""
+        self._buffers.clear()
+
+    def _register_hook(self, index: int) -> RemovableHandle:
+        register: Callable[..., RemovableHandle] = self._trainable_params[index].register_hook
+        return register(partial(self._copy_to_buffer, index))
+
+    def _copy_to_buffer(self, index: int, gradient: Tensor) -> Tensor:
+        buffer = self._get_buffer(index)
+        return buffer if buffer.data_ptr() == gradient.data_ptr() else buffer.copy_(gradient)
+
+    def _find_buffer(self, weight: Tensor) -> Tensor | None:
+        index = self._large_indices.get(id(weight))
+        return None if index is None else self._get_buffer(index)
+
+    def _get_buffer(self, index: int) -> Tensor:
+        if index not in self._buffers:
+            # The layout of the parameter, because a gradient may be transposed.
+            self._buffers[index] = torch.empty_like(
+                self._trainable_params[index], requires_grad=False
+            )
+        return self._buffers[index]
+
 
 MAX_GRAPH_TOKENS = 6144
 """Maximum number of tokens of a pack that is launch-bound on an H200."""

@@ -4,31 +4,146 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finesight.encode.packing import PackedBatch
 from finesight.evaluate.eval_case import note_lines
+from finesight.evaluate.task_metrics import LOWER_IS_BETTER
+from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.model.moe import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers
-from finesight.report.charts import HistogramCounts, count_half_octaves
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.anomaly import AnomalyDetector
 from finesight.train.console import StepProgress, TrainingConsole
-from finesight.train.data_wait import DataWait
+from finesight.train.dataloader import StepBatch
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.evaluation import EvalResult, peak_memory_gb
+from finesight.train.evaluation import EvalResult, load_eval_history, peak_memory_gb
 from finesight.train.finalize import RunResult
 from finesight.train.setup import TrainState, library_versions
 from finesight.train.step import StepOutput, record_event
-from finesight.train.tracking_events import TrackingEvents
 from finesight.train.vision_cache import VisionCacheResult
+
+
+@dataclass(frozen=True, slots=True)
+class DataWait:
+    """Timing of the request for the data of one step.
+
+    Attributes:
+        blocked_s: Seconds in which the host waited for the data loader.
+        request_event: CUDA event recorded when the data were requested; None on a CPU.
+        ready_event: CUDA event recorded when the data arrived; None on a CPU.
+    """
+
+    blocked_s: float
+    request_event: torch.cuda.Event | None
+    ready_event: torch.cuda.Event | None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in which the device was idle.
+
+        On a GPU, read it after the step has finished.
+        """
+        if self.request_event is None or self.ready_event is None:
+            return self.blocked_s
+        # A GPU with an empty queue is idle for other reasons as well.
+        idle: float = self.request_event.elapsed_time(self.ready_event) / 1000
+        return min(self.blocked_s, idle)
+
+
+def time_data_waits(
+    steps: Iterator[StepBatch], device: torch.device
+) -> Iterator[tuple[StepBatch, DataWait]]:
+    """Yield each step of a data loader with the timing of its data wait."""
+    while True:
+        request_event, start = record_event(device), time.perf_counter()
+        step_batch = next(steps, None)
+        if step_batch is None:
+            return
+        yield step_batch, DataWait(time.perf_counter() - start, request_event, record_event(device))
+
+
+class TrackingEvents:
+    """Sender of training events to the experiment trackers of a run, if it has any."""
+
+    def __init__(self, state: TrainState, tracking: TrackerManager) -> None:
+        self._state, self._tracking = state, tracking
+
+    def log_start(self, facts: Mapping[str, Any]) -> None:
+        """Send the start of a run, with hardware and data."""
+        parallel = self._state.parallel
+        self._tracking.start_run({**facts, "num_trainable_params": parallel.num_trainable_params})
+
+    def log_step(self, metrics: Mapping[str, Any]) -> None:
+        """Send the metrics of a step, and an alert for an anomaly."""
+        scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        learning_rates = {f"learning_rate/{part}": lr for part, lr in metrics["lr"].items()}
+        self._tracking.log_metrics(metrics["step"], scalars | learning_rates)
+        if metrics["nonfinite_samples"]:
+            text = (
+                f"step {metrics['step']} had a non-finite loss or gradient; its update was skipped"
+            )
+            self._tracking.send_alert("warning", "non-finite step", text)
+        if metrics["loss_spike_samples"]:
+            text = f"the loss of step {metrics['step']} increased to {metrics['loss']:.4g}"
+            self._tracking.send_alert("warning", "loss spike", text)
+
+    def log_evaluation(self, eval_result: EvalResult, name: str) -> None:
+        """Send the scores and example images of an evaluation, and an alert if it regressed.
+
+        Args:
+            eval_result: Result of the evaluation.
+            name: Name of the file in `predictions/` with its predictions.
+        """
+        if not self._tracking.is_active:
+            return
+        scores = {f"scores/{score}": value for score, value in eval_result.scores.items()}
+        loss = {"validation_loss": eval_result.validation_loss}
+        self._tracking.log_metrics(eval_result.step, loss | scores)
+        # Only needed with a tracker.
+        from finesight.track.tracked_images import render_example_images
+
+        predictions_dir = self._state.run_dir.predictions_dir
+        images = render_example_images(
+            predictions_dir / "before.jsonl", predictions_dir / f"{name}.jsonl"
+        )
+        self._tracking.log_images(eval_result.step, images)
+        baseline = load_eval_history(self._state.run_dir)[0]
+        if (text := _describe_regression(baseline, eval_result)) is not None:
+            self._tracking.send_alert("warning", "worse than before training", text)
+
+    def log_result(self, result: RunResult) -> None:
+        """Send an alert that the run has finished, with its result."""
+        text = f"{result.steps} steps"
+        if result.before is not None and result.after is not None:
+            name, before = _primary_score(result.before)
+            _, after = _primary_score(result.after)
+            text += f", {name} {before:.4f} before, {after:.4f} after"
+        self._tracking.send_alert("info", "run finished", text)
+
+
+def _primary_score(eval_result: EvalResult) -> tuple[str, float]:
+    """Return name and value of the primary metric, by default the validation loss."""
+    if eval_result.primary_metric is None:
+        return "validation_loss", eval_result.validation_loss
+    return eval_result.primary_metric, eval_result.scores[eval_result.primary_metric]
+
+
+def _describe_regression(baseline: EvalResult, current: EvalResult) -> str | None:
+    """Describe the regression if an evaluation is worse than before training; otherwise None."""
+    (name, old), (current_name, new) = _primary_score(baseline), _primary_score(current)
+    if name != current_name or not (new > old if name in LOWER_IS_BETTER else new < old):
+        return None
+    return f"{name} {new:.4f} after {current.step} steps, {old:.4f} before"
 
 
 class StepTimer:
@@ -60,7 +175,7 @@ class MetricsLogger:
     """Logger of finished steps, with a delay of one step.
 
     A step is logged after the next one has been queued, so that the device stays busy while the
-    host waits for the results.
+    host waits for the results. All ranks check the steps. Only the main process writes files.
     """
 
     def __init__(
@@ -106,8 +221,12 @@ class MetricsLogger:
                 if data is not None
             },
         }
-        state.run_dir.append_metrics(entry | facts)
+        self._append_metrics(entry | facts)
         self._tracking_events.log_start(facts)
+
+    def _append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        if self._state.hardware.process_group.is_main:
+            self._state.run_dir.append_metrics(metrics)
 
     def log_vision_cache(self, seconds: float, result: VisionCacheResult) -> None:
         """Log the vision cache, or the reason for training without it.
@@ -119,7 +238,7 @@ class MetricsLogger:
         self._console.log(result.reason)
         timing = {"vision_cache_s": seconds} if result.cache is not None else {}
         step = self._state.progress.step
-        self._state.run_dir.append_metrics({"step": step, **timing, **result.as_json()})
+        self._append_metrics({"step": step, **timing, **result.as_json()})
 
     @contextmanager
     def show_progress(self, total: int) -> Iterator[None]:
@@ -154,7 +273,7 @@ class MetricsLogger:
             return
         step_output, data_wait = pending
         metrics = self._build_metrics(step_output, data_wait)
-        self._state.run_dir.append_metrics(metrics)
+        self._append_metrics(metrics)
         self._tracking_events.log_step(metrics)
         for skipped in step_output.global_stats.skipped:
             self._console.log(f"skipped {skipped.id}: {skipped.reason}")
@@ -173,6 +292,7 @@ class MetricsLogger:
         position = min(
             (step_batch.step_index + 1) * state.recipe.train.batch_size, state.sampler.num_samples
         )
+        flops = sum(count_flops(state, batch) for batch in step_batch.packs)
         return {
             "step": step_batch.step_index + 1,
             "epoch": round(position / state.sampler.epoch_length, 4),
@@ -193,7 +313,7 @@ class MetricsLogger:
             "samples_per_s": global_stats.num_samples / seconds,
             "tokens_per_s": global_stats.num_tokens / seconds,
             # None for the transformers backend, whose FLOPs are unknown.
-            "mfu": step_output.flops / seconds / state.hardware.peak_flops or None,
+            "mfu": flops / seconds / state.hardware.peak_flops or None,
             "peak_memory_gb": peak_memory_gb(state.hardware.device),
         }
 
@@ -205,7 +325,7 @@ class MetricsLogger:
             name: Name of the file in `predictions/` with its predictions.
             seconds: Duration of the evaluation.
         """
-        self._state.run_dir.append_metrics(eval_result.as_json() | {"eval_s": seconds})
+        self._append_metrics(eval_result.as_json() | {"eval_s": seconds})
         self._tracking_events.log_evaluation(eval_result, name)
         summary = "  ".join(f"{score} {value:.4f}" for score, value in eval_result.scores.items())
         interval = eval_result.intervals.get(eval_result.primary_metric or "")
@@ -224,6 +344,17 @@ class MetricsLogger:
     def log_result(self, result: RunResult) -> None:
         """Send the result of the run to the experiment trackers."""
         self._tracking_events.log_result(result)
+
+
+def count_flops(state: TrainState, batch: PackedBatch) -> float:
+    """Count the FLOPs of a pack on this rank.
+
+    The shards of a split sample count equally.
+    """
+    context_shard = batch.context_shard
+    if context_shard is None:
+        return state.flop_counter.count(batch)
+    return state.flop_counter.count(context_shard.sample_shape) / context_shard.world_size
 
 
 def build_size_histograms(sample_stats: Sequence[SampleStats]) -> dict[str, HistogramCounts]:

@@ -1,24 +1,351 @@
-"""Mixed-precision optimizer: fp32 master weights, gradient accumulation, clipping and loss scaling.
+"""Mixed-precision optimizers with fp32 master weights: AdamW, 8-bit AdamW and Muon.
 
-Shapes: E flat elements of a parameter group.
+AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) updates a group with a fused kernel on a GPU with
+Triton, and otherwise in chunks. Its bytes per trainable bf16 parameter are:
+
+- 2 for the parameter.
+- 2 for the residual of the fp32 master weight.
+- 2 for the gradient, from the backward pass to the optimizer step; 4 with several micro-batches.
+- 8 for the fp32 moments, or 2.03 for 8-bit moments.
+
+An optimizer step reads and writes 26 bytes per parameter, or 14 bytes with 8-bit moments, plus 2
+bytes for the gradient norm. Muon (Jordan et al. 2024) orthogonalizes the momentum of matrices,
+because the few dominant directions of a gradient hide rare ones.
+
+Shapes: E flat elements of a parameter group, M elements of a slice, N matrices of R rows and C
+columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from finesight.config import TrainSettings
+from finesight.config import StepsOrFraction, TrainSettings
 from finesight.errors import UserError
+from finesight.model.quant.base import has_tensor_cores
 from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart, get_part
-from finesight.train.adamw import AdamW
-from finesight.train.grad_accumulation import GradientAccumulator, ParamSlice
-from finesight.train.master_weights import SplitBf16Master, break_bf16_ties
-from finesight.train.muon import Muon
-from finesight.train.optim_states import BLOCK_SIZE
+from finesight.train import kernels
+from finesight.train.grad_accumulation import GradientAccumulator, MatrixSlice, ParamSlice
+from finesight.train.optim_states import (
+    ADAM_EPS,
+    BLOCK_SIZE,
+    AdamWHyperparams,
+    OptimState,
+    OptimState8bit,
+    SplitBf16Master,
+    break_bf16_ties,
+)
+
+DEFAULT_SAVE_INTERVAL = 0.25
+"""Default interval between two checkpoints, as a fraction of the run."""
+
+
+def resolve_steps(value: StepsOrFraction, total_steps: int) -> int:
+    """Convert a number of steps or a fraction of the run to steps.
+
+    Fractions are rounded up.
+    """
+    return value if isinstance(value, int) else math.ceil(value * total_steps)
+
+
+def resolve_save_interval(train: TrainSettings, total_steps: int) -> int:
+    """Return the number of steps between two checkpoints; 0 saves only the last step."""
+    return resolve_steps(
+        DEFAULT_SAVE_INTERVAL if train.save_every is None else train.save_every, total_steps
+    )
+
+
+class LRSchedule:
+    """Learning rate schedule: linear warmup, then cosine, linear or no decay.
+
+    The factor is positive in every step, including the first and the last one.
+
+    Raises:
+        UserError: The warmup is not shorter than the run.
+    """
+
+    def __init__(self, train: TrainSettings, total_steps: int) -> None:
+        self.kind, self.total_steps = train.lr_schedule, total_steps
+        self.warmup_steps = resolve_steps(train.warmup, total_steps)
+        if self.warmup_steps >= total_steps and self.warmup_steps > 1:
+            raise UserError(
+                f"{self.warmup_steps} warmup steps in a run of {total_steps} steps",
+                where="train.warmup",
+                expected=f"fewer than {total_steps} steps, or a fraction of the run such as 0.03",
+                remedy="lower train.warmup or train for more steps",
+            )
+
+    def lr_factor(self, step: int) -> float:
+        """Return the factor in (0, 1] that multiplies the learning rates in a step."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if self.kind == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1 - progress if self.kind == "linear" else 1.0
+
+
+MAX_CHUNK_ELEMENTS = 1 << 20
+"""Elements per chunk of the step without Triton; each element takes about 20 temporary bytes."""
+
+
+class AdamW:
+    """AdamW optimizer for the master weights of one parameter group.
+
+    The step count is a scalar tensor on the device, because only the device knows whether a step
+    with a non-finite gradient was skipped.
+    """
+
+    def __init__(
+        self,
+        master_weights: SplitBf16Master,
+        gradients: GradientAccumulator,
+        betas: tuple[float, float],
+        use_8bit: bool = False,
+    ) -> None:
+        self._master_weights, self._gradients, self._betas = master_weights, gradients, betas
+        num_elements, device = len(master_weights), master_weights.params_E.device
+        self.exp_avg: OptimState
+        self.exp_avg_sq: OptimState
+        if use_8bit:
+            self.exp_avg = OptimState8bit(num_elements, device, signed=True)
+            self.exp_avg_sq = OptimState8bit(num_elements, device, signed=False)
+        else:
+            self.exp_avg, self.exp_avg_sq = (
+                OptimState(num_elements, device),
+                OptimState(num_elements, device),
+            )
+        self._num_steps = torch.zeros((), dtype=torch.float64, device=device)
+        self._next_num_steps = self._num_steps.clone()
+
+    @property
+    def num_steps(self) -> int:
+        """Number of applied optimizer steps, without skipped ones.
+
+        Reading it synchronizes with the device.
+        """
+        return int(self._num_steps)
+
+    @num_steps.setter
+    def num_steps(self, number: int) -> None:
+        self._num_steps.fill_(number)
+
+    @torch.no_grad()
+    def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
+        """Update the master weights from the accumulated gradients.
+
+        A step whose `grad_factor` is NaN is skipped and not counted. With the Triton kernel, the
+        host does not synchronize with the device.
+
+        Args:
+            grad_factor: Scalar on the device that multiplies all gradients, for clipping and
+                unscaling.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+        """
+        hparams = AdamWHyperparams(lr, weight_decay, self._betas)
+        tiles, states = self._gradients.tiles, (self.exp_avg, self.exp_avg_sq)
+        gradients = self._gradients.per_parameter()
+        if tiles is not None:
+            step_counts = self._num_steps, self._next_num_steps
+            kernels.adamw_step(
+                tiles, gradients, self._master_weights, states, grad_factor, step_counts, hparams
+            )
+            self._next_num_steps, self._num_steps = step_counts
+            return
+        if not grad_factor.isfinite():
+            return
+        self.num_steps += 1
+        num_steps = self.num_steps
+        for start in range(0, len(self._master_weights), MAX_CHUNK_ELEMENTS):
+            self._step_chunk(
+                slice(start, min(start + MAX_CHUNK_ELEMENTS, len(self._master_weights))),
+                grad_factor,
+                hparams,
+                num_steps,
+            )
+
+    def _step_chunk(
+        self, flat_slice: slice, grad_factor: Tensor, hparams: AdamWHyperparams, num_steps: int
+    ) -> None:
+        beta_1, beta_2 = hparams.betas
+        grad_M = self._gradients.read_slice(flat_slice).mul_(grad_factor)
+        exp_avg_M = self.exp_avg.read(flat_slice).lerp_(grad_M, 1 - beta_1)
+        exp_avg_sq_M = self.exp_avg_sq.read(flat_slice).mul_(beta_2)
+        exp_avg_sq_M.addcmul_(grad_M, grad_M, value=1 - beta_2)
+        self.exp_avg.write(exp_avg_M, flat_slice)
+        self.exp_avg_sq.write(exp_avg_sq_M, flat_slice)
+        # The update uses the moments before rounding.
+        denom_M = exp_avg_sq_M.sqrt().div_(hparams.bias_correction2_sqrt(num_steps)).add_(ADAM_EPS)
+        master_M = self._master_weights.read(flat_slice).mul_(hparams.decay_factor)
+        self._master_weights.write(
+            master_M.addcdiv_(exp_avg_M, denom_M, value=-hparams.step_size(num_steps)), flat_slice
+        )
+
+    def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
+        """Return views of the AdamW moments of one parameter, for saving and loading checkpoints.
+
+        The last tensor belongs to the second moment. It stays zero until the parameter receives a
+        non-zero gradient, because a sum of squares cannot cancel.
+
+        Args:
+            flat_slice: Elements of the parameter in its group.
+            shape: Shape of the parameter.
+        """
+        return {
+            f"{name}{suffix}": tensor
+            for name, state in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
+            for suffix, tensor in state.state_tensors(flat_slice, shape).items()
+        }
+
+
+MOMENTUM = 0.95
+NUM_NS_STEPS = 5
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+"""Coefficients of the Newton-Schulz polynomial, which maps singular values to about one."""
+
+ADAMW_RMS = 0.2
+"""Root mean square of a Muon update, chosen to match a typical AdamW update.
+
+Both optimizers then work with similar learning rates (Liu et al. 2025, Muon is Scalable for LLM
+Training, section 2.2).
+"""
+
+
+MAX_STACK_ELEMENTS = 1 << 26
+"""Maximum number of elements of matrices that are orthogonalized in one batch; limits memory."""
+
+MAX_MUON_CHUNK_ELEMENTS = 1 << 24
+"""Maximum number of master weight elements that are updated at once; limits memory."""
+
+MAX_GRAPH_ELEMENTS = 1 << 24
+"""Maximum number of elements of a group whose update is captured as a CUDA graph.
+
+Updates of small groups are launch-bound on the CPU. The graph holds the temporary memory of one
+update.
+"""
+
+
+class Muon:
+    """Muon optimizer for the matrices of one parameter group, with the momentum `momentum_E`.
+
+    The length of an update depends only on the direction of the momentum, not on the gradient norm.
+
+    Args:
+        master_weights: fp32 master weights of the group.
+        grad_E: Flat gradient buffer of the group.
+        matrices: Locations and shapes of the matrices.
+    """
+
+    def __init__(
+        self, master_weights: SplitBf16Master, grad_E: Tensor, matrices: Iterable[MatrixSlice]
+    ) -> None:
+        self.momentum_E = torch.zeros_like(grad_E)
+        self._master_weights, self._grad_E = master_weights, grad_E
+        slices_by_shape: dict[tuple[int, int], list[slice]] = {}
+        for flat_slice, rows, columns in matrices:
+            slices_by_shape.setdefault((rows, columns), []).append(flat_slice)
+        # Create the views once: a hundred matrices are slow to view in every step.
+        self.stacks = [
+            [grad_E[flat_slice].view(shape) for flat_slice in stack]
+            for shape, flat_slices in slices_by_shape.items()
+            for stack in _stack_slices(flat_slices, shape)
+        ]
+        # Static input of the CUDA graph.
+        self._lerp_weight = torch.zeros((), device=grad_E.device)
+        self.is_warmed_up = False
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float, grad_factor: Tensor) -> None:
+        """Update the master weights by the orthogonalized Nesterov momentum.
+
+        A step whose `grad_factor` is NaN is skipped. The gradient buffer is overwritten. The host
+        synchronizes with the device only to capture the CUDA graph of a small group.
+
+        Args:
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+            grad_factor: Scalar on the device that multiplies all gradients, for clipping and
+                unscaling.
+        """
+        is_nonfinite = grad_factor.isnan()
+        self._grad_E.mul_(grad_factor).masked_fill_(is_nonfinite, 0.0)
+        self._lerp_weight.fill_(1 - MOMENTUM).masked_fill_(is_nonfinite, 0.0)
+        self._orthogonalize()
+        decay_factor = torch.where(is_nonfinite, 1.0, 1 - lr * weight_decay)
+        step_size = torch.where(is_nonfinite, 0.0, -lr)
+        for start in range(0, len(self._master_weights), MAX_MUON_CHUNK_ELEMENTS):
+            flat_slice = slice(start, start + MAX_MUON_CHUNK_ELEMENTS)
+            master_N = self._master_weights.read(flat_slice).mul_(decay_factor)
+            self._master_weights.write(
+                master_N.addcmul_(self._grad_E[flat_slice], step_size), flat_slice
+            )
+
+    def _orthogonalize(self) -> None:
+        """Compute the updates, as a CUDA graph for small groups on a GPU.
+
+        The first call runs eagerly, and the second one captures the graph.
+        """
+        if (
+            not self._grad_E.is_cuda
+            or self._grad_E.numel() > MAX_GRAPH_ELEMENTS
+            or not self.is_warmed_up
+        ):
+            self.is_warmed_up = True
+            self._compute_updates()
+            return
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # Another thread may pin memory during the capture.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._compute_updates()
+            self.graph = graph
+        self.graph.replay()
+
+    def _compute_updates(self) -> None:
+        """Replace the gradients in the buffer by the updates for a learning rate of one."""
+        self.momentum_E.lerp_(self._grad_E, self._lerp_weight)
+        self._grad_E.lerp_(self.momentum_E, MOMENTUM)
+        for stack in self.stacks:
+            update_NRC = newton_schulz(torch.stack(stack))
+            update_NRC.mul_(ADAMW_RMS * max(update_NRC.shape[1:]) ** 0.5)
+            torch._foreach_copy_(stack, update_NRC.unbind())
+
+
+def _stack_slices(flat_slices: list[slice], shape: tuple[int, int]) -> list[list[slice]]:
+    """Split the slices of equally shaped matrices into batches for orthogonalization.
+
+    A batch has at most `MAX_STACK_ELEMENTS` elements, or one matrix.
+    """
+    stack_size = max(1, MAX_STACK_ELEMENTS // (shape[0] * shape[1]))
+    return [
+        flat_slices[start : start + stack_size] for start in range(0, len(flat_slices), stack_size)
+    ]
+
+
+def newton_schulz(x_NRC: Tensor) -> Tensor:
+    """Approximate the orthogonal factor U V^T of each matrix U S V^T by Newton-Schulz iteration.
+
+    Singular values above a hundredth of the matrix norm are mapped to between 0.6 and 1.3. Zero
+    matrices stay zero. The computation uses bf16 on GPUs with bf16 tensor cores.
+
+    Returns:
+        fp32 matrices [N, R, C].
+    """
+    is_wide = x_NRC.shape[1] <= x_NRC.shape[2]
+    y = x_NRC if is_wide else x_NRC.mT
+    y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-12)
+    y = y.bfloat16() if has_tensor_cores(torch.bfloat16, y.device) else y
+    for _ in range(NUM_NS_STEPS):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), y, beta=_A)
+    return (y if is_wide else y.mT).float()
+
 
 _ALIGNMENT = 64
 """Alignment of the parameters in a flat buffer, in elements; 128 bytes in bf16."""

@@ -15,12 +15,11 @@ from finesight.bounded_files import parse_json, read_bytes, read_lines
 from finesight.config import MAX_COUNT, Recipe
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
-from finesight.manifest import MANIFEST_FILE, Manifest
-from finesight.recipe import dump_recipe
-from finesight.run_files import (
+from finesight.manifest import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
     IMAGES_FILE,
+    MANIFEST_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
     PREDICTIONS_FOLDER,
@@ -28,7 +27,9 @@ from finesight.run_files import (
     REPORT_FILE,
     RESULT_FILE,
     SKIPPED_SAMPLES_FILE,
+    Manifest,
 )
+from finesight.recipe import dump_recipe
 from finesight.storage import (
     FileLock,
     append_line,

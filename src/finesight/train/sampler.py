@@ -1,19 +1,26 @@
 """Step samplers: map a step index to its samples, depending only on settings and seed.
 
-They have no state, so a resumed run continues with the same samples.
+They have no state, so a resumed run continues with the same samples. In a distributed run, each
+rank gets a share of the samples of each step.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from heapq import heapify, heapreplace
 from itertools import accumulate
 from typing import Protocol
 
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
 from finesight.data.sample_order import SampleOrder
+from finesight.encode.packing import ContextShard
+from finesight.encode.tokenized_sample import TokenizedSample
+from finesight.train.oom import max_unsplit_packs
+from finesight.train.parallel.distributed import ProcessGroup
 
 
 class StepSampler(Protocol):
@@ -78,3 +85,80 @@ class SequentialSampler:
 
     def batch_indices(self, step: int) -> Sequence[int]:
         return self._indices[step * self._batch_size : (step + 1) * self._batch_size]
+
+
+@dataclass(frozen=True)
+class DistributedSampler:
+    """Step sampler of one rank, with the computational cost balanced over the ranks.
+
+    The samples of a step are assigned in order of decreasing cost to the rank with the lowest load.
+    Samples above `max_unsplit_tokens` are split over all ranks.
+
+    Attributes:
+        sampler: Sampler of complete steps, the same on all ranks.
+        process_group: Ranks of the run.
+        cost_fn: Function from a corpus index to the cost of the sample.
+        num_tokens_fn: Function from a corpus index to the number of tokens; None never splits
+            samples.
+        pack_tokens: Maximum number of tokens of a pack.
+    """
+
+    sampler: StepSampler
+    process_group: ProcessGroup
+    cost_fn: Callable[[int], float]
+    num_tokens_fn: Callable[[int], int] | None
+    pack_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def with_pack_tokens(self, pack_tokens: int) -> DistributedSampler:
+        """Return a copy for another pack size, which determines the split samples."""
+        return replace(self, pack_tokens=pack_tokens)
+
+    def batch_indices(self, step: int) -> Sequence[int]:
+        indices = [index for index in self.sampler.batch_indices(step) if not self._is_split(index)]
+        costs = [self.cost_fn(index) for index in indices]
+        loads = [(0.0, 0, rank) for rank in range(self.process_group.world_size)]
+        heapify(loads)
+        own_positions: list[int] = []
+        for position in sorted(range(len(indices)), key=lambda position: -costs[position]):
+            load, num_samples, rank = loads[0]
+            heapreplace(loads, (load + costs[position], num_samples + 1, rank))
+            if rank == self.process_group.rank:
+                own_positions.append(position)
+        return [indices[position] for position in sorted(own_positions)]
+
+    def split_indices(self, step: int) -> Sequence[int]:
+        """Return the corpus indices of a step's split samples, in order."""
+        return [index for index in self.sampler.batch_indices(step) if self._is_split(index)]
+
+    def context_shard(self, tokenized: TokenizedSample) -> ContextShard:
+        """Return the part of a split sample that this rank processes."""
+        return ContextShard.from_sample(
+            tokenized, self.process_group.rank, self.process_group.world_size
+        )
+
+    @property
+    def reports_skipped(self) -> bool:
+        """True on the main process, which reports skipped split samples."""
+        return self.process_group.is_main
+
+    @property
+    def max_unsplit_tokens(self) -> int | None:
+        """Maximum number of tokens of a sample that is not split over the ranks.
+
+        None if samples are never split. The limit is at least two tokens per rank, so that every
+        shard contains tokens.
+        """
+        if self.num_tokens_fn is None:
+            return None
+        return max_unsplit_packs(self.process_group.world_size) * max(2, self.pack_tokens)
+
+    def _is_split(self, index: int) -> bool:
+        max_tokens = self.max_unsplit_tokens
+        return (
+            self.num_tokens_fn is not None
+            and max_tokens is not None
+            and self.num_tokens_fn(index) > max_tokens
+        )

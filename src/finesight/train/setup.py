@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,23 +16,25 @@ from torch import Tensor
 
 from finesight import __version__
 from finesight.config import Recipe
-from finesight.digests import sha256_file
-from finesight.encode.packing import PackedBatch, pad_batch
-from finesight.encode.renderer import Renderer
+from finesight.encode.packing import PackedBatch, SampleShape, pad_batch
+from finesight.encode.renderer import Renderer, build_renderer
+from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.task_metrics import get_task_metric
-from finesight.infer.model_loader import resolve_device, resolve_precision
-from finesight.manifest import Manifest
+from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
+from finesight.manifest import MANIFEST_FILE, Manifest
 from finesight.model.families.qwen_vl import QwenVisionEncoder
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
 from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.quant.fp8 import require_fp8_support
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.base_model import BaseModelRef, resolve_base_model
+from finesight.model_folder import ModelFolder, get_portable_name
+from finesight.storage import sha256_file
 from finesight.train.checkpoint import (
     CheckpointManager,
     CheckpointState,
@@ -40,9 +44,8 @@ from finesight.train.checkpoint import (
 )
 from finesight.train.console import TrainingConsole
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataloader import ContextParallelSampler, StepDataset
-from finesight.train.dataloader_workers import default_num_workers
-from finesight.train.distributed_sampler import build_rank_sampler
+from finesight.train.dataloader import StepDataset, default_num_workers
+from finesight.train.dataset_stats import SampleStatsMap, TrainingData, load_training_data
 from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
 from finesight.train.image_record import (
     ImageStates,
@@ -50,15 +53,81 @@ from finesight.train.image_record import (
     collect_reported_errors,
     load_image_record,
 )
-from finesight.train.lr_schedule import LRSchedule
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
+from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.ddp import ParallelStrategy, parallelize_model
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 from finesight.train.param_audit import ParamAudit
 from finesight.train.run_dir import RunDir
-from finesight.train.sampler import SequentialSampler, TrainSampler
-from finesight.train.training_data import TrainingData, load_training_data
+from finesight.train.sampler import DistributedSampler, SequentialSampler, StepSampler, TrainSampler
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelRef:
+    """Base model that a run starts from.
+
+    Attributes:
+        name: Name stored in manifests and adapters: an absolute path, or the name of a hub model.
+        folder: Folder of the model files.
+        adapter: Folder of an adapter to continue training; None to start with a new one.
+        manifest: Manifest of the run that produced the model or adapter, if any.
+    """
+
+    name: str
+    folder: ModelFolder
+    adapter: Path | None
+    manifest: Manifest | None
+
+    def build_renderer(self, recipe: Recipe) -> Renderer:
+        """Create the renderer (tokenizer, chat template and image processor) of a recipe.
+
+        Image settings and the system prompt that the recipe does not set are read from the manifest
+        of the run that produced the model.
+        """
+        image_rule, system_prompt = recipe.image, recipe.data.system_prompt
+        if self.manifest is not None:
+            image_rule = self.manifest.image_rule if image_rule is None else image_rule
+            system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
+        return build_renderer(self.folder, image_rule, system_prompt)
+
+
+def resolve_base_model(recipe: Recipe) -> BaseModelRef:
+    """Resolve the `model` and `adapter` settings of a recipe.
+
+    `model` is a model folder, a hub name, an adapter folder or a run directory.
+
+    Raises:
+        UserError: The model or adapter does not exist, or the recipe specifies two adapters.
+    """
+    parts = resolve_model_source(recipe.model)
+    # Store absolute paths of folders, and names of hub models and packaged models.
+    is_path = Path(recipe.model).expanduser().exists()
+    name = get_portable_name(parts.folder) if is_path else recipe.model
+    adapter = recipe.adapter
+    if adapter is None:
+        return BaseModelRef(name, parts.folder, parts.adapter, parts.manifest)
+    if parts.adapter is not None:
+        raise UserError(
+            f"model {recipe.model} already has an adapter, and adapter is {adapter}",
+            where="adapter",
+            expected="a single adapter to continue",
+            remedy="remove adapter, or set model to the base model of the adapter",
+        )
+    manifest = parts.manifest
+    if os.path.isfile(adapter / MANIFEST_FILE):
+        parts.folder.fetch_weights()  # needed for the fingerprint of the base model
+        manifest = resolve_model_source(str(adapter), base=str(parts.folder.path)).manifest
+    if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
+        adapter = adapter / "adapter"
+    if not os.path.isfile(adapter / ADAPTER_CONFIG):
+        raise UserError(
+            f"no {ADAPTER_CONFIG} in {adapter}",
+            where="adapter",
+            expected="an adapter folder, or a run folder with an adapter",
+            remedy="correct the path",
+        )
+    return BaseModelRef(name, parts.folder, adapter, manifest)
+
 
 MUTABLE_SETTINGS = {
     *("num_workers", "vision_cache", "parallel", "pack_tokens", "activation_checkpointing"),
@@ -151,7 +220,7 @@ class TrainState:
         None if samples are never split.
         """
         sampler = self.step_dataset.with_pack_tokens(self.progress.budget.pack_tokens).sampler
-        return sampler.max_unsplit_tokens if isinstance(sampler, ContextParallelSampler) else None
+        return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
 
     def build_validation_dataset(self, pack_tokens: int) -> StepDataset | None:
         """Create the dataset of this rank's validation samples; None without validation data.
@@ -359,6 +428,51 @@ def build_train_state(
     return state
 
 
+def build_rank_sampler(
+    sampler: StepSampler,
+    process_group: ProcessGroup,
+    sample_stats: SampleStatsMap | None,
+    flop_counter: FlopCounter | NullFlopCounter,
+    pack_tokens: int,
+) -> StepSampler:
+    """Create the step sampler of this rank, balanced by estimated FLOPs.
+
+    The cost ignores the shared prefix, which adds almost no computation.
+
+    Args:
+        sampler: Sampler of complete steps, returned unchanged in a single-process run.
+        process_group: Ranks of the run.
+        sample_stats: Statistics of all samples. Without them (None), all ranks get the same number
+            of samples, because the ranks must agree on the costs.
+        flop_counter: Counter that estimates the cost of a sample.
+        pack_tokens: Maximum number of tokens of a pack.
+    """
+    if process_group.is_single_process:
+        return sampler
+    if sample_stats is None:
+        return DistributedSampler(sampler, process_group, lambda index: 1.0, None, pack_tokens)
+    stats = sample_stats
+
+    def estimate_cost(index: int) -> float:
+        sample = stats[index]
+        num_tokens = max(0, sample.num_packed_tokens - stats.prefix_length)
+        return (
+            flop_counter.count(
+                SampleShape((num_tokens,), sample.grid_thw, sample.num_supervised_tokens)
+            )
+            or sample.num_packed_tokens
+        )
+
+    def count_tokens(index: int) -> int:
+        return stats[index].num_packed_tokens
+
+    # Models of the transformers backend cannot split samples.
+    can_split = not isinstance(flop_counter, NullFlopCounter)
+    return DistributedSampler(
+        sampler, process_group, estimate_cost, count_tokens if can_split else None, pack_tokens
+    )
+
+
 def _images(
     train_data: TrainingData, validation_data: TrainingData | None
 ) -> dict[str, ImageStates]:
@@ -455,9 +569,7 @@ def _load_latest_checkpoint(
     with process_group.sync_errors():
         if process_group.is_main and resume:
             checkpoint = checkpoint_manager.load_latest(console.log)
-    step_text = process_group.all_gather_str("" if checkpoint is None else str(checkpoint[0].step))[
-        0
-    ]
+    step_text = process_group.broadcast_str("" if checkpoint is None else str(checkpoint[0].step))
     if step_text and not process_group.is_main:
         checkpoint = checkpoint_manager.load_unverified(int(step_text), "start again with --resume")
     return checkpoint

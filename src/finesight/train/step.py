@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +16,84 @@ from torch import Tensor
 from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
 from finesight.model.attention import select_shard_features
-from finesight.train.dataloader import StepBatch, read_steps
+from finesight.train.dataloader import SkippedSample, StepBatch, read_steps
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, build_pack_oom_error
-from finesight.train.parallel.distributed import GlobalStepStats, ProcessGroup, RankDesyncError
+from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankDesyncError
 from finesight.train.setup import TrainState
 from finesight.train.signals import StopRequest
 from finesight.train.vision_store import VisionCache
+
+
+class GlobalStepStats(NamedTuple):
+    """Statistics of a step over all ranks.
+
+    Attributes:
+        num_supervised_tokens: Number of tokens that contribute to the loss.
+        num_samples: Number of samples.
+        num_tokens: Number of tokens.
+        max_packs: Largest number of packs on one rank.
+        skipped: Samples that were skipped because reading or encoding failed.
+        signal: Number of a stop signal that any rank received, or 0.
+    """
+
+    num_supervised_tokens: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    max_packs: int = 0
+    skipped: tuple[SkippedSample, ...] = ()
+    signal: int = 0
+
+    @classmethod
+    def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
+        """Compute the statistics of a step on this rank alone."""
+        metrics = (
+            step_batch.num_supervised_tokens,
+            step_batch.num_samples,
+            step_batch.num_tokens,
+            len(step_batch.packs),
+        )
+        return cls(*metrics, step_batch.skipped, signal)
+
+
+def sync_step(
+    process_group: ProcessGroup, step_batch: StepBatch, signal: int = 0
+) -> GlobalStepStats:
+    """Exchange step statistics with all ranks; all ranks must call this before each step.
+
+    Args:
+        process_group: Ranks of the run.
+        step_batch: Step data of this rank.
+        signal: Number of the stop signal that this rank received, or 0.
+
+    Returns:
+        Statistics over all ranks.
+
+    Raises:
+        PeerFailedError: A rank has failed, or the ranks have different data.
+        RankDesyncError: The ranks are at different steps.
+    """
+    local_stats = GlobalStepStats.from_step(step_batch, signal)
+    if process_group.is_single_process:
+        return local_stats
+    own_values = (step_batch.split_checksum, *local_stats[:4], len(step_batch.skipped), signal)
+    payloads = process_group.start_step(step_batch.step_index, json.dumps(own_values))
+    checksums, supervised, samples, tokens, packs, skipped_counts, signals = zip(
+        *map(json.loads, payloads), strict=True
+    )
+    if len({*checksums}) > 1:
+        raise PeerFailedError(
+            "a sample that is split over the ranks differs between them",
+            where="training",
+            expected="the same files on every rank during the run",
+            remedy="verify that every machine can read the images of the sample, then start"
+            " again with --resume",
+        )
+    skipped: list[SkippedSample] = []
+    if any(skipped_counts):
+        for payload in process_group.all_gather_str(json.dumps(step_batch.skipped)):
+            skipped += [SkippedSample(*sample) for sample in json.loads(payload)]
+    totals = sum(supervised), sum(samples), sum(tokens), max(packs)
+    return GlobalStepStats(*totals, tuple(skipped), max(signals))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +105,6 @@ class StepOutput:
         global_stats: Statistics over all ranks.
         budget: Memory budget of the step.
         lr_factor: Factor of the learning rate schedule.
-        flops: FLOPs of this rank.
         is_applied: False if the gradients overflowed in fp16, or no sample was valid.
         loss_and_norm_2: Mean loss per supervised token and gradient norm. The CPU tensor is valid
             after `event`. If one of them is not finite, the device has skipped the update.
@@ -42,7 +115,6 @@ class StepOutput:
     global_stats: GlobalStepStats
     budget: MemoryBudget
     lr_factor: float
-    flops: float
     is_applied: bool
     loss_and_norm_2: Tensor
     event: torch.cuda.Event | None
@@ -126,7 +198,6 @@ def train_step(
         global_stats=global_stats,
         budget=state.progress.budget,
         lr_factor=state.lr_schedule.lr_factor(step_batch.step_index),
-        flops=sum(_count_flops(state, batch) for batch in step_batch.packs),
         is_applied=global_stats.num_supervised_tokens > 0,
         loss_and_norm_2=(torch.stack([total, grad_norm]) / loss_scale).to("cpu", non_blocking=True),
         event=record_event(total.device),
@@ -181,17 +252,6 @@ def _accumulate_all_packs(
         state.zero_grad()
         raise
     return total
-
-
-def _count_flops(state: TrainState, batch: PackedBatch) -> float:
-    """Count the FLOPs of a pack on this rank.
-
-    The shards of a split sample count equally.
-    """
-    context_shard = batch.context_shard
-    if context_shard is None:
-        return state.flop_counter.count(batch)
-    return state.flop_counter.count(context_shard.sample_shape) / context_shard.world_size
 
 
 @contextmanager

@@ -7,36 +7,118 @@ width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from finesight.config import VisionCacheMode
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import pad_patches
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.errors import UserError
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.dataloader import TensorBlock
-from finesight.train.dataloader_workers import catch_user_error, prefetch_items
+from finesight.train.dataloader import TensorBlock, prefetch_items
 from finesight.train.setup import TrainState, padding_merge_size
-from finesight.train.vision_cache_index import ImageChunk, ImageIndex
-from finesight.train.vision_cache_tier import CacheTier
 from finesight.train.vision_store import (
+    ImageChunk,
+    ImageIndex,
+    StoredChunk,
     VisionCache,
     VisionDiskReader,
+    VisionFileStore,
     VisionIndexReader,
     VisionRamReader,
 )
-from finesight.train.vision_store_files import StoredChunk, VisionFileStore
 from finesight.vision.patches import concat_patches, concat_shape
+
+CacheTier = Literal["gpu", "memory", "disk"]
+
+MAX_GPU_FRACTION = 1 / 16
+"""Maximum fraction of the free GPU memory, after loading the model, for cached features.
+
+Training and evaluation need an unknown amount of the rest, and the other tiers are fast enough as
+well.
+"""
+
+MAX_RAM_FRACTION = 1 / 2
+"""Maximum fraction of the available CPU memory for cached features."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeBytes:
+    """Free bytes for cached features in each storage tier.
+
+    Attributes:
+        gpu: GPU memory; None without a GPU.
+        memory: CPU memory per rank.
+        disk: Disk space.
+    """
+
+    gpu: int | None
+    memory: int
+    disk: int
+
+
+def estimate_feature_bytes(num_patches: int, model: VisionLanguageModel, dtype: torch.dtype) -> int:
+    """Compute the size in bytes of the cached features of a number of patches.
+
+    The weights of the model are not read. The result is an upper bound if samples share images.
+    """
+    vision_encoder, decoder_config = model.visual, model.config.decoder
+    num_features = num_patches // vision_encoder.config.merge_size**2
+    return (
+        num_features
+        * vision_encoder.features_per_token
+        * decoder_config.hidden_size
+        * dtype.itemsize
+    )
+
+
+def choose_cache_tier(
+    setting: VisionCacheMode, needed_bytes: int, missing_bytes: int, free: FreeBytes
+) -> CacheTier | None:
+    """Choose the fastest storage tier with enough free space: GPU, CPU memory, then disk.
+
+    The setting restricts the choice: `memory` excludes the disk, and `disk` allows only the disk.
+
+    Args:
+        setting: Value of `train.vision_cache`.
+        needed_bytes: Size of all features.
+        missing_bytes: Size of the features that are not yet on disk.
+        free: Free bytes in each tier.
+
+    Returns:
+        Storage tier; None if no tier fits, or for `never`.
+    """
+    if setting == "never":
+        return None
+    fits_on_disk = missing_bytes <= free.disk
+    if setting == "disk":
+        return "disk" if fits_on_disk else None
+    if free.gpu is not None and needed_bytes <= MAX_GPU_FRACTION * free.gpu:
+        return "gpu"
+    if needed_bytes <= MAX_RAM_FRACTION * free.memory:
+        return "memory"
+    return "disk" if setting == "auto" and fits_on_disk else None
+
+
+def free_gpu_memory(device: torch.device) -> int | None:
+    """Return the bytes of GPU memory available to this process; None on a CPU.
+
+    Memory that PyTorch has cached but does not use counts as available.
+    """
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
 
 MAX_PENDING_CHUNKS = 8
 """Maximum number of chunks that wait to be written to disk; limits memory."""
@@ -78,50 +160,33 @@ class DecodedChunk:
         return replace(self, patches=self.patches.pin_memory())
 
 
-class _ChunkDataset(Dataset[DecodedChunk | UserError]):
-    """Map-style dataset of image chunks, which are decoded on access."""
-
-    def __init__(
-        self,
-        image_index: ImageIndex,
-        chunks: Sequence[ImageChunk],
-        renderer: Renderer,
-        on_invalid_sample: Literal["skip", "fail"],
-    ) -> None:
-        self._image_index, self._chunks = image_index, chunks
-        self._renderer, self._on_invalid_sample = renderer, on_invalid_sample
-
-    def __getitem__(self, index: int) -> DecodedChunk | UserError:
-        return catch_user_error(lambda: self._decode_chunk(self._chunks[index]))
-
-    def _decode_chunk(self, chunk: ImageChunk) -> DecodedChunk:
-        patches, corrupt_images = [], {}
-        for index in range(chunk.start, chunk.stop):
-            try:
-                patches.append(self._decode_patches(index))
-            except CorruptImageError as error:
-                if self._on_invalid_sample == "fail":
-                    raise
-                corrupt_images[index] = error
-        if not patches:
-            return DecodedChunk(
-                chunk,
-                TensorBlock(((torch.uint8, (0, 0)),), torch.empty(0, dtype=torch.uint8)),
-                corrupt_images,
-            )
-        block = TensorBlock.allocate((torch.uint8, concat_shape(patches)))
-        concat_patches(patches, next(block.tensors()).numpy())
-        return DecodedChunk(chunk, block, corrupt_images)
-
-    def _decode_patches(self, index: int) -> NDArray[np.uint8]:
+def _decode_chunk(
+    image_index: ImageIndex,
+    chunks: Sequence[ImageChunk],
+    renderer: Renderer,
+    on_invalid_sample: Literal["skip", "fail"],
+    index: int,
+) -> DecodedChunk:
+    chunk, patches, corrupt_images = chunks[index], [], {}
+    empty_ids_T, position_ids = np.empty(0, dtype=np.int32), np.empty((3, 0), dtype=np.int32)
+    for image in range(chunk.start, chunk.stop):
+        span = image_index.image_refs[image].span
         # A sample with this image and no text.
-        empty_ids_T = np.empty(0, dtype=np.int32)
-        position_ids = np.empty((3, 0), dtype=np.int32)
-        span = self._image_index.image_refs[index].span
         tokenized = TokenizedSample(
             span.files[0].name, empty_ids_T, empty_ids_T > 0, position_ids, (span,)
         )
-        return self._renderer.load_patches(tokenized).patches_ND
+        try:
+            patches.append(renderer.load_patches(tokenized).patches_ND)
+        except CorruptImageError as error:
+            if on_invalid_sample == "fail":
+                raise
+            corrupt_images[image] = error
+    if not patches:
+        no_patches = TensorBlock(((torch.uint8, (0, 0)),), torch.empty(0, dtype=torch.uint8))
+        return DecodedChunk(chunk, no_patches, corrupt_images)
+    block = TensorBlock.allocate((torch.uint8, concat_shape(patches)))
+    concat_patches(patches, next(block.tensors()).numpy())
+    return DecodedChunk(chunk, block, corrupt_images)
 
 
 def read_image_chunks(
@@ -134,10 +199,11 @@ def read_image_chunks(
     Raises:
         UserError: An image is corrupt and `on_invalid_sample` is `fail`.
     """
-    source = _ChunkDataset(image_index, chunks, state.renderer, state.recipe.data.on_invalid_sample)
+    on_invalid_sample = state.recipe.data.on_invalid_sample
+    decode_chunk = partial(_decode_chunk, image_index, chunks, state.renderer, on_invalid_sample)
     num_workers, pin_memory = state.hardware.num_workers, state.hardware.device.type == "cuda"
-    decoded_chunks: Iterator[DecodedChunk] = prefetch_items(
-        source, range(len(chunks)), min(num_workers, len(chunks)), pin_memory
+    decoded_chunks = prefetch_items(
+        decode_chunk, range(len(chunks)), min(num_workers, len(chunks)), pin_memory
     )
     return (chunk for chunk in decoded_chunks)
 

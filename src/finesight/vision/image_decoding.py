@@ -46,7 +46,6 @@ def load_image(
     pixels is checked before decoding.
 
     Args:
-        max_pixels: Maximum number of pixels.
         min_side: Allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size with no side below this.
             The complete file is still validated.
 
@@ -129,7 +128,6 @@ def _to_finite_array(image: Image.Image) -> NDArray[np.number]:
 
 
 def _get_value_range(image: Image.Image) -> tuple[float, float]:
-    """Return the minimum and maximum pixel value."""
     width, height = image.size
     band_rows = max(1, MAX_BAND_PIXELS // width)
     bands = (

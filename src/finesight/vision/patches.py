@@ -29,9 +29,7 @@ class PatchConfig:
     """Patch sizes of a vision encoder.
 
     Attributes:
-        patch_size: Height and width of a patch in pixels.
         merge_size: Number of patches per side of a merge block, which becomes one token.
-        temporal_patch_size: Number of frames per patch.
     """
 
     patch_size: int = 14
@@ -107,14 +105,8 @@ def patchify(
     those of the reference processor. Each frame is resized in one bicubic step of Pillow from the
     original size. An incomplete group of frames is padded with the last frame.
 
-    Args:
-        frames: One image, or the frames of a video.
-        size: Height and width after resizing.
-        config: Patch sizes.
-
     Returns:
         Patches, uint8 [N, D]. Those of a single image store one frame; `repeat_still_frames` adds
-        the others.
     """
     t, h, w = config.compute_grid(size, len(frames))
     p, m = config.patch_size, config.merge_size

@@ -44,9 +44,6 @@ def compute_resized_size(
     in the reference preprocessor. ExactSize rounds each side to the nearest multiple. LongestSide
     scales the longer side to its value, also upwards, then rounds each side. Halves round to even.
 
-    Args:
-        where: Location in error messages.
-
     Raises:
         CorruptImageError: The aspect ratio exceeds 200 under a rule that preserves it.
     """

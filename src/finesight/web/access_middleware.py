@@ -18,11 +18,14 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel
-from starlette.datastructures import Headers, MutableHeaders, QueryParams
-from starlette.requests import ClientDisconnect
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, computed_field
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import (
     HTMLResponse,
     JSONResponse,
@@ -32,13 +35,13 @@ from starlette.responses import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finesight.web.disk_budget import DiskBudget, DiskFullError, DiskReservation
-from finesight.web.events import Cancel, Inputs, Reset, parse_event
-from finesight.web.web_limits import (
-    MAX_MESSAGE_BYTES,
-    MAX_NAME_BYTES,
-    MAX_UPLOAD_BYTES,
-    UPLOAD_IDLE_TIMEOUT_S,
+from finesight.web.web_sessions import (
+    MAX_IMAGE_BYTES,
+    MAX_NEW_TOKENS,
+    MAX_TEMPERATURE,
+    DiskBudget,
+    DiskFullError,
+    DiskReservation,
 )
 
 SESSION_COOKIE = "finesight"
@@ -50,13 +53,6 @@ QUEUE_JOIN_PATH, UPLOAD_PATH, FILE_PATH_PREFIX = (
     "/gradio_api/file=",
 )
 STREAM_PATH = "/gradio_api/queue/data"
-END_EVENT_ROUTES: dict[str, type[BaseModel]] = {
-    "/gradio_api/cancel": Cancel,
-    "/gradio_api/reset": Reset,
-    "/gradio_api/reset/": Reset,
-}
-"""Routes that end a running event, with the types of their request bodies."""
-
 GET_ROUTES = re.compile(
     r"/|/config/?|/theme\.css|/page\.css|/favicon\.ico|/(?:assets|static|images|export)/.+"
     r"|/gradio_api/(?:queue/data|upload_progress|startup-events|info/?|heartbeat/\w+|file=.+)"
@@ -83,19 +79,113 @@ _PAGE_POLICY = (
 )
 _FILE_POLICY = "default-src 'none'; sandbox"
 
+MAX_UPLOAD_BYTES = 8 * MAX_IMAGE_BYTES
+"""Maximum size of an upload request in bytes."""
+
+MAX_MESSAGE_BYTES = 1 << 20
+"""Maximum size of any other request in bytes."""
+
+MAX_NAME_BYTES = 255
+"""Maximum length of a path component in bytes, as in file systems."""
+
+UPLOAD_IDLE_TIMEOUT_S = 30
+"""Seconds without data after which an upload is rejected.
+
+A stalled upload would keep its reserved disk space.
+"""
+
+NONCE_KEY = "finesight_nonce"
+"""Key of the nonce of the content security policy in the ASGI scope."""
+
 RenderSignIn = Callable[[bool, str], str]
 """Function that renders the sign-in page.
 
 Its arguments are whether the last password was wrong, and the Accept-Language header.
 """
 
+EventId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+"""Gradio session ID or event ID."""
 
-class _RequestRejected(Exception):
-    """Raised to reject a request before its body has been read completely."""
 
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.response = PlainTextResponse(text, status)
+class FrozenModel(BaseModel):
+    """Base class of the data in browser events."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Upload(FrozenModel):
+    """Reference to an uploaded file in a message, by its path on the server."""
+
+    path: str
+
+    @computed_field
+    def meta(self) -> dict[str, str]:
+        """Marker by which Gradio recognizes a file."""
+        return {"_type": "gradio.FileData"}
+
+
+class Question(FrozenModel):
+    """Message of the user: a text and uploaded images."""
+
+    text: str = ""
+    files: list[Upload] = []
+
+
+MaxTokens = Annotated[FiniteFloat, Field(ge=1, le=MAX_NEW_TOKENS)]
+Temperature = Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)]
+
+Inputs = TypeAdapter[Any]
+"""Validator for the input data of an event."""
+
+EMPTY_INPUT: Inputs = TypeAdapter(tuple[()])
+QUESTION_INPUT: Inputs = TypeAdapter(tuple[Question, bool, MaxTokens, Temperature])
+REGENERATE_INPUT: Inputs = TypeAdapter(tuple[bool, MaxTokens, Temperature])
+
+
+class Event(FrozenModel):
+    """Event that the page sends to Gradio, without fields that are not used."""
+
+    fn_index: int
+    session_hash: EventId
+    trigger_id: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    data: list[Any]
+
+
+class Cancel(FrozenModel):
+    """Request to cancel a running event."""
+
+    fn_index: int
+    session_hash: EventId
+    event_id: EventId
+
+
+class Reset(FrozenModel):
+    """Request to reset the iterator of an event."""
+
+    event_id: EventId
+
+
+def parse_event(body: bytes, inputs: Mapping[int, Inputs]) -> tuple[Event, list[Upload]]:
+    """Validate an event from the browser, given as JSON text, and list its uploaded files.
+
+    Raises:
+        ValueError: The event is invalid, or its number is not in `inputs`.
+    """
+    event = Event.model_validate_json(body)
+    if event.fn_index not in inputs:
+        raise ValueError(f"unknown event {event.fn_index}")
+    adapter = inputs[event.fn_index]
+    checked = adapter.validate_python(event.data)
+    uploads = [file for item in checked if isinstance(item, Question) for file in item.files]
+    return event.model_copy(update={"data": adapter.dump_python(checked, mode="json")}), uploads
+
+
+END_EVENT_ROUTES: dict[str, type[BaseModel]] = {
+    "/gradio_api/cancel": Cancel,
+    "/gradio_api/reset": Reset,
+    "/gradio_api/reset/": Reset,
+}
+"""Routes that end a running event, with the types of their request bodies."""
 
 
 @dataclass(slots=True)
@@ -128,50 +218,53 @@ class AccessMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        elif scope["type"] == "http":
+            return
+        if scope["type"] != "http":
+            return
+        path, nonce = scope["path"], secrets.token_urlsafe(16)
+        policy = _PAGE_POLICY.format(nonce=f" 'nonce-{nonce}'" if path == "/" else "")
+        if path.startswith((FILE_PATH_PREFIX, "/images/", "/export/")):
+            policy = _FILE_POLICY
+        scope = {**scope, NONCE_KEY: nonce}
+        limited_app = RequestBodyLimitMiddleware(self._handle_request, _get_body_limit(path))
+        try:
+            await limited_app(scope, receive, _add_security_headers(send, policy))
+        except (asyncio.CancelledError, ClientDisconnect):
             # Event streams are canceled at shutdown.
-            try:
-                await self._handle_request(scope, receive, send)
-            except (asyncio.CancelledError, ClientDisconnect):
-                return
-            except Exception:
-                # The log level of uvicorn hides errors, since it reports canceled streams.
-                traceback.print_exc()
-                raise
+            return
+        except Exception:
+            # The log level of uvicorn hides errors, since it reports canceled streams.
+            traceback.print_exc()
+            raise
 
     async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, path = Headers(scope=scope), scope["path"]
-        rejection = self._check_request(scope, headers)
-        if rejection is not None:
-            await _send_response(rejection, scope, receive, send)
-            return
-        scope = {
-            **scope,
-            "headers": [header for header in scope["headers"] if _is_forwardable_header(*header)],
+        request = Request(scope, receive)
+        path = scope["path"]
+        handlers = {
+            UPLOAD_PATH: self._handle_upload,
+            SIGN_IN_PATH: self._handle_sign_in,
+            QUEUE_JOIN_PATH: self._handle_queue_join,
+            "/": self._handle_page,
+            **dict.fromkeys(END_EVENT_ROUTES, self._handle_event_end),
         }
-        try:
-            limited_receive = _limit_body(receive, MAX_MESSAGE_BYTES)
-            if path == UPLOAD_PATH:
-                await self._handle_upload(scope, headers, receive, send)
-            elif path == SIGN_IN_PATH:
-                response = await self._handle_sign_in(scope, headers, limited_receive)
-                await _send_response(response, scope, receive, send)
-            elif path == QUEUE_JOIN_PATH:
-                await self._handle_queue_join(scope, limited_receive, send)
-            elif path in END_EVENT_ROUTES:
-                await self._handle_event_end(scope, limited_receive, send)
-            elif path == "/":
-                await self._handle_page(scope, limited_receive, send)
+        response = self._check_request(request)
+        if response is None:
+            scope["headers"] = [
+                (name, value)
+                for name, value in scope["headers"]
+                # Gradio would derive the URL of the page from these headers.
+                if not name.lower().startswith(FORWARDING_HEADER_PREFIXES)
+            ]
+            if path in handlers:
+                response = await handlers[path](request, send)
             else:
-                is_private = path.startswith((FILE_PATH_PREFIX, "/images/", "/export/"))
-                policy = _FILE_POLICY if is_private else _PAGE_POLICY.format(nonce="")
-                await self.app(scope, limited_receive, _add_security_headers(send, policy))
-        except _RequestRejected as rejection_error:
-            await _send_response(rejection_error.response, scope, receive, send)
+                await self.app(scope, receive, send)
+        if response is not None:
+            await response(scope, receive, send)
 
-    def _check_request(self, scope: Scope, headers: Headers) -> Response | None:
+    def _check_request(self, request: Request) -> Response | None:
         """Check a request, except for its body, and return a response if it is rejected."""
-        method, path = scope["method"], scope["path"]
+        method, path, headers = request.method, request.scope["path"], request.headers
         if any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in path.split("/")):
             return PlainTextResponse("not found", 404)
         host = headers.get("host", "")
@@ -190,29 +283,26 @@ class AccessMiddleware:
         )
         if not is_readable and not (method == "POST" and POST_ROUTES.fullmatch(path)):
             return PlainTextResponse("not found", 404)
-        if path not in (SIGN_IN_PATH, STYLE_PATH) and not self._is_authenticated(headers):
-            return RedirectResponse("sign-in", 303) if path == "/" else _unauthorized_response()
+        if path not in (SIGN_IN_PATH, STYLE_PATH) and not self._is_authenticated(request):
+            if path == "/":
+                return RedirectResponse("sign-in", 303)
+            return PlainTextResponse("sign-in required", 401)
         if path.startswith(FILE_PATH_PREFIX) and not self._is_uploaded_file(
             path.removeprefix(FILE_PATH_PREFIX)
         ):
             return PlainTextResponse("not found", 404)
         length = headers.get("content-length", "0")
-        max_bytes = MAX_UPLOAD_BYTES if path == UPLOAD_PATH else MAX_MESSAGE_BYTES
-        if not length.isdecimal() or int(length) > max_bytes:
+        if not length.isdecimal() or int(length) > _get_body_limit(path):
             return PlainTextResponse("request too large", 413)
-        session = QueryParams(scope["query_string"]).get("session_hash", "")
+        session = request.query_params.get("session_hash", "")
         if path == STREAM_PATH and not self.knows_session(session):
             return PlainTextResponse("unknown session", 404)
         return None
 
-    def _is_authenticated(self, headers: Headers) -> bool:
-        if self.password is None:
-            return True
-        cookie_match = re.search(
-            rf"(?:^|;\s*){SESSION_COOKIE}=([\w-]+)", headers.get("cookie", ""), re.ASCII
-        )
-        return cookie_match is not None and hmac.compare_digest(
-            cookie_match[1], self._session_token
+    def _is_authenticated(self, request: Request) -> bool:
+        token = request.cookies.get(SESSION_COOKIE, "")
+        return self.password is None or hmac.compare_digest(
+            token.encode(), self._session_token.encode()
         )
 
     def _is_uploaded_file(self, name: str) -> bool:
@@ -222,41 +312,36 @@ class AccessMiddleware:
         except (OSError, ValueError):
             return False
 
-    async def _handle_sign_in(self, scope: Scope, headers: Headers, receive: Receive) -> Response:
-        languages = headers.get("accept-language", "")
+    async def _handle_sign_in(self, request: Request, send: Send) -> Response:
+        languages = request.headers.get("accept-language", "")
         if self.password is None:
             return RedirectResponse("./", 303)
-        if scope["method"] != "POST":
+        if request.method != "POST":
             return HTMLResponse(self.render_sign_in(False, languages))
-        form = parse_qs((await _read_body(receive)).decode("utf-8", "replace"))
+        form = parse_qs((await request.body()).decode("utf-8", "replace"))
         password = form.get("password", [""])[0]
         # Serialized per client address: more connections do not speed up password guessing,
         # and other clients are not delayed.
-        async with self._login_locks.setdefault(str((scope["client"] or [""])[0]), asyncio.Lock()):
+        address = request.client.host if request.client else ""
+        async with self._login_locks.setdefault(address, asyncio.Lock()):
             if not hmac.compare_digest(password.encode(), self.password.encode()):
                 await asyncio.sleep(FAILED_LOGIN_DELAY_S)
                 return HTMLResponse(self.render_sign_in(True, languages), 401)
         response = RedirectResponse("./", 303)
-        is_https = headers.get("origin", "").startswith("https://")
+        is_https = request.headers.get("origin", "").startswith("https://")
         response.set_cookie(
             SESSION_COOKIE, self._session_token, httponly=True, samesite="strict", secure=is_https
         )
         return response
 
-    async def _handle_upload(
-        self, scope: Scope, headers: Headers, receive: Receive, send: Send
-    ) -> None:
-        """Forward an upload to Gradio after reserving disk space for it.
-
-        Raises:
-            _RequestRejected: The disk space is exhausted, or the form field is not a file.
-        """
-        size = int(headers.get("content-length", MAX_UPLOAD_BYTES))
+    async def _handle_upload(self, request: Request, send: Send) -> Response | None:
+        """Forward an upload to Gradio after reserving disk space for it."""
+        size = int(request.headers.get("content-length", MAX_UPLOAD_BYTES))
         try:
             # In a thread, because all files are counted.
             reservation = await asyncio.to_thread(self.budget.reserve, size)
-        except DiskFullError as error:
-            raise _RequestRejected(507, "no disk space for more images") from error
+        except DiskFullError:
+            return PlainTextResponse("no disk space for more images", 507)
         has_failed = False
 
         async def send_unless_failed(message: Message) -> None:
@@ -266,97 +351,76 @@ class AccessMiddleware:
                 await send(message)
 
         with reservation:
-            received = _count_received(_limit_body(receive, MAX_UPLOAD_BYTES), reservation)
+            received = _count_received(request.receive, reservation)
             try:
-                await self.app(
-                    scope, received, _add_security_headers(send_unless_failed, _FILE_POLICY)
-                )
-            except TypeError as error:
+                await self.app(request.scope, received, send_unless_failed)
+            except TypeError:
                 # Gradio raises it if the field `files` is not a file.
-                raise _RequestRejected(422, "not a file") from error
-            except (_RequestRejected, ClientDisconnect):
+                return PlainTextResponse("not a file", 422)
+            except ClientDisconnect:
                 raise
             except Exception:
                 if has_failed:
-                    await _send_response(
-                        PlainTextResponse("upload failed", 500), scope, receive, send
-                    )
+                    traceback.print_exc()
+                    return PlainTextResponse("upload failed", 500)
                 raise
+        return None
 
-    async def _handle_queue_join(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle_queue_join(self, request: Request, send: Send) -> Response | None:
         """Forward an event of the page to Gradio if its files have been uploaded."""
         try:
-            event, uploads = parse_event(await _read_body(receive), self.inputs)
+            event, uploads = parse_event(await request.body(), self.inputs)
         except ValueError:
-            await _send_response(
-                JSONResponse({"detail": "malformed event"}, 422), scope, receive, send
-            )
-            return
+            return JSONResponse({"detail": "malformed event"}, 422)
         if not all(self._is_uploaded_file(upload.path) for upload in uploads):
-            await _send_response(
-                JSONResponse({"detail": "not an uploaded file"}, 403), scope, receive, send
-            )
-            return
-        await self._forward(event, scope, receive, send)
+            return JSONResponse({"detail": "not an uploaded file"}, 403)
+        await self._forward(event, request, send)
+        return None
 
-    async def _handle_event_end(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle_event_end(self, request: Request, send: Send) -> Response | None:
         """Forward a request that ends a running event to Gradio."""
+        body_type = END_EVENT_ROUTES[request.scope["path"]]
         try:
-            content = END_EVENT_ROUTES[scope["path"]].model_validate_json(await _read_body(receive))
+            content = body_type.model_validate_json(await request.body())
         except ValueError:
-            await _send_response(
-                JSONResponse({"detail": "malformed event"}, 422), scope, receive, send
-            )
-            return
-        await self._forward(content, scope, receive, send)
+            return JSONResponse({"detail": "malformed event"}, 422)
+        await self._forward(content, request, send)
+        return None
 
-    async def _forward(
-        self, content: BaseModel, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _forward(self, content: BaseModel, request: Request, send: Send) -> None:
         """Forward a request to Gradio with its validated body."""
         body = content.model_dump_json().encode()
-        headers = MutableHeaders(raw=list(scope["headers"]))
+        headers = MutableHeaders(raw=list(request.scope["headers"]))
         headers["content-length"] = str(len(body))
         headers["content-type"] = "application/json"
-        scope = {**scope, "headers": headers.raw}
-        await self.app(
-            scope, _replay_body(body, receive), _add_security_headers(send, _FILE_POLICY)
-        )
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def _handle_page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive() -> Message:
+            return pending.pop() if pending else await request.receive()
+
+        await self.app({**request.scope, "headers": headers.raw}, receive, send)
+
+    async def _handle_page(self, request: Request, send: Send) -> Response:
         """Serve the chat page with a nonce for its own scripts (content security policy)."""
-        request_headers = [
-            (key, value) for key, value in scope["headers"] if key != b"accept-encoding"
-        ]
-        start_messages: list[Message] = []
-        chunks: list[bytes] = []
+        headers = [header for header in request.scope["headers"] if header[0] != b"accept-encoding"]
+        messages: list[Message] = []
 
         async def capture_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                start_messages.append(message)
-            else:
-                chunks.append(message.get("body", b""))
+            messages.append(message)
 
-        await self.app({**scope, "headers": request_headers}, receive, capture_send)
-        nonce = secrets.token_urlsafe(16)
+        await self.app({**request.scope, "headers": headers}, request.receive, capture_send)
+        start, *chunks = messages
         # Remove the web app manifest of Gradio.
-        page = re.sub(rb'<link rel="manifest"[^>]*>', b"", b"".join(chunks))
-        page = re.sub(rb"<script(?=[\s>])", b'<script nonce="%s"' % nonce.encode(), page)
-        content_type = Headers(raw=start_messages[0]["headers"]).get("content-type")
-        response = Response(page, start_messages[0]["status"], media_type=content_type)
-        await response(
-            scope,
-            receive,
-            _add_security_headers(send, _PAGE_POLICY.format(nonce=f" 'nonce-{nonce}'")),
-        )
+        content = b"".join(chunk.get("body", b"") for chunk in chunks)
+        page = re.sub(rb'<link rel="manifest"[^>]*>', b"", content)
+        nonce = request.scope[NONCE_KEY].encode()
+        page = re.sub(rb"<script(?=[\s>])", b'<script nonce="%s"' % nonce, page)
+        content_type = MutableHeaders(raw=start["headers"]).get("content-type")
+        return Response(page, start["status"], media_type=content_type)
 
 
-def _unauthorized_response() -> Response:
-    return PlainTextResponse("sign-in required", 401)
-
-
-async def _send_response(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-    await response(scope, receive, _add_security_headers(send, _PAGE_POLICY.format(nonce="")))
+def _get_body_limit(path: str) -> int:
+    return MAX_UPLOAD_BYTES if path == UPLOAD_PATH else MAX_MESSAGE_BYTES
 
 
 def _add_security_headers(send: Send, policy: str) -> Send:
@@ -371,14 +435,6 @@ def _add_security_headers(send: Send, policy: str) -> Send:
         await send(message)
 
     return send_with_headers
-
-
-def _is_forwardable_header(name: bytes, value: bytes) -> bool:
-    """Return whether a header may be forwarded to Gradio.
-
-    Headers from which Gradio would derive the URL of the page are not forwarded.
-    """
-    return not name.lower().startswith(FORWARDING_HEADER_PREFIXES)
 
 
 def _is_same_origin(origin: str | None, host: str) -> bool:
@@ -411,53 +467,18 @@ def _split_host_port(address: str, default_port: int) -> tuple[str, int]:
     return (parts.hostname or "") if is_bare else "", port
 
 
-def _limit_body(receive: Receive, max_bytes: int) -> Receive:
-    """Wrap an ASGI receive function to raise _RequestRejected if the body is too large."""
-    num_bytes = 0
-
-    async def receive_limited() -> Message:
-        nonlocal num_bytes
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > max_bytes:
-            raise _RequestRejected(413, "request too large")
-        return message
-
-    return receive_limited
-
-
 def _count_received(receive: Receive, reservation: DiskReservation) -> Receive:
     """Wrap an ASGI receive function to count the received bytes as written to the disk.
 
-    The wrapped function raises _RequestRejected if no data arrives within the idle timeout.
+    It raises HTTPException if no data arrives within the idle timeout.
     """
 
     async def receive_counted() -> Message:
         try:
             message = await asyncio.wait_for(receive(), UPLOAD_IDLE_TIMEOUT_S)
         except TimeoutError as error:
-            raise _RequestRejected(408, "upload timeout") from error
+            raise HTTPException(408, "upload timeout") from error
         reservation.write(len(message.get("body", b"")))
         return message
 
     return receive_counted
-
-
-async def _read_body(receive: Receive) -> bytes:
-    chunks = []
-    while True:
-        message = await receive()
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _replay_body(body: bytes, receive: Receive) -> Receive:
-    pending = [body]
-
-    async def receive_replayed() -> Message:
-        if pending:
-            return {"type": "http.request", "body": pending.pop(), "more_body": False}
-        return await receive()
-
-    return receive_replayed

@@ -8,8 +8,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from finesight.data.sample import BoxPart
-from finesight.infer.box_drawing import BOX_COLORS
 from finesight.infer.chat_session import ChatReply, ChatTurn
+from finesight.infer.prediction import BOX_COLORS
 from finesight.web.web_sessions import ChatImage, WebSession
 
 BOXED_IMAGE_WIDTHS = (320, 640)

@@ -15,6 +15,7 @@ import gradio as gr
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.request import GenerationOptions, SamplingParams
+from finesight.web.access_middleware import EMPTY_INPUT, QUESTION_INPUT, REGENERATE_INPUT, Inputs
 from finesight.web.chat_html import (
     render_export_link,
     render_notice,
@@ -22,10 +23,14 @@ from finesight.web.chat_html import (
     render_turns,
     render_welcome,
 )
-from finesight.web.events import EMPTY_INPUT, QUESTION_INPUT, REGENERATE_INPUT, Inputs
 from finesight.web.ui_text import ENGLISH, get_other_language, select_ui_text
-from finesight.web.web_limits import MAX_MESSAGE_CHARS, MAX_NEW_TOKENS, MAX_TEMPERATURE
-from finesight.web.web_sessions import WebSession, WebSessionStore
+from finesight.web.web_sessions import (
+    MAX_MESSAGE_CHARS,
+    MAX_NEW_TOKENS,
+    MAX_TEMPERATURE,
+    WebSession,
+    WebSessionStore,
+)
 
 BASE_MODEL_NAME = "base"
 UPDATE_INTERVAL_S = 0.08

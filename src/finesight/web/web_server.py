@@ -19,10 +19,13 @@ from finesight.errors import UserError
 from finesight.infer.inference_service import InferenceService
 from finesight.web.access_middleware import AccessMiddleware
 from finesight.web.chat_html import render_sign_in_page
-from finesight.web.disk_budget import DiskBudget
 from finesight.web.ui_text import CHINESE, select_ui_text
-from finesight.web.web_limits import MAX_IMAGE_BYTES
-from finesight.web.web_sessions import WebSession, WebSessionStore
+from finesight.web.web_sessions import (
+    MAX_IMAGE_BYTES,
+    DiskBudget,
+    WebSession,
+    WebSessionStore,
+)
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -1,12 +1,14 @@
-"""Chat sessions of the chat page, each with a private folder for its images."""
+"""Chat sessions of the chat page, each with a private folder, and their limits."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 import zipfile
 from collections.abc import Sequence
@@ -19,20 +21,111 @@ from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
 from finesight.vision.image_decoding import load_image
-from finesight.web.disk_budget import DiskBudget, DiskFullError
 from finesight.web.ui_text import ENGLISH, UiText
-from finesight.web.web_limits import (
-    MAX_IMAGES_PER_CHAT,
-    MAX_IMAGES_PER_MESSAGE,
-    MAX_MESSAGE_CHARS,
-    MAX_SESSIONS,
-)
+
+MAX_IMAGE_BYTES = 20 << 20
+"""Maximum size of an uploaded image in bytes."""
+
+MAX_STORED_BYTES = 2 << 30
+"""Maximum size of the stored files of all users in bytes, including reserved space."""
+
+UPLOAD_TTL_S = 3600
+"""Seconds after which an uploaded file is deleted.
+
+Chats contain copies of the images that they use.
+"""
+
+MAX_IMAGES_PER_MESSAGE = 8
+MAX_IMAGES_PER_CHAT = 64
+MAX_MESSAGE_CHARS = 20_000
+MAX_SESSIONS = 64
+"""Maximum number of chat sessions. A new session replaces the least recently used one."""
+
+MAX_NEW_TOKENS = 4096
+"""Maximum number of tokens per completion that a user may select."""
+
+MAX_TEMPERATURE = 2.0
 
 MAX_DISPLAY_SIDE = 1600
 """Maximum width and height of an image that the browser receives, in pixels."""
 
 MAX_DISPLAY_BYTES = 4 << 20
 """Maximum file size of an image that the browser receives."""
+
+
+class DiskFullError(Exception):
+    """Raised when stored files would exceed the limit `MAX_STORED_BYTES`."""
+
+
+class DiskBudget:
+    """Limits the disk space of uploads and chats.
+
+    Space is reserved before each write, so that concurrent writers respect the limit. Expired
+    uploads are deleted.
+    """
+
+    def __init__(self, uploads: Path, conversations: Path) -> None:
+        self._uploads, self._conversations = uploads, conversations
+        self._reserved = 0
+        self._lock = threading.Lock()
+
+    def reserve(self, num_bytes: int) -> DiskReservation:
+        """Reserve disk space before writing files.
+
+        Raises:
+            DiskFullError: The stored and reserved bytes would exceed the limit.
+        """
+        with self._lock:
+            if self._count_stored_bytes() + self._reserved + num_bytes > MAX_STORED_BYTES:
+                raise DiskFullError
+            self._reserved += num_bytes
+        return DiskReservation(self, num_bytes)
+
+    def free(self, num_bytes: int) -> None:
+        """Release reserved bytes."""
+        with self._lock:
+            self._reserved -= num_bytes
+
+    def _count_stored_bytes(self) -> int:
+        """Delete expired uploads, then count the bytes of all stored files."""
+        min_mtime, total = time.time() - UPLOAD_TTL_S, 0
+        for root in (self._uploads, self._conversations):
+            for folder, _, names in os.walk(root):
+                for file in (Path(folder, name) for name in names):
+                    # Files of a closed session may disappear in the meantime.
+                    with contextlib.suppress(FileNotFoundError):
+                        state = file.stat()
+                        if root == self._uploads and state.st_mtime < min_mtime:
+                            file.unlink()
+                        else:
+                            total += state.st_size
+        return total
+
+
+class DiskReservation:
+    """Reserved disk space. It is released at the end of a `with` block."""
+
+    def __init__(self, budget: DiskBudget, num_bytes: int) -> None:
+        self._budget, self._remaining = budget, num_bytes
+
+    def write(self, num_bytes: int) -> None:
+        """Reduce the reservation by bytes that have been written to files.
+
+        Written files are counted by their size.
+        """
+        num_bytes = min(num_bytes, self._remaining)
+        self._remaining -= num_bytes
+        self._budget.free(num_bytes)
+
+    def release(self) -> None:
+        """Release the rest of the reservation."""
+        self.write(self._remaining)
+
+    def __enter__(self) -> DiskReservation:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +169,7 @@ class WebSession:
     _upload_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_uploads(self, text: str, uploads: Sequence[Path]) -> list[Path]:
-        """Validate the uploaded images of a message and copy them into the session.
-
-        Args:
-            text: Text of the message, whose length is checked as well.
-            uploads: Paths of the uploaded files.
-
-        Returns:
-            Paths of the copies.
+        """Validate a message and copy its uploaded images into the session. Return the copies.
 
         Raises:
             UserError: A file is not an image, or a limit is exceeded.

@@ -19,17 +19,17 @@ from hf_reference import (
     pack_conversations,
     reference_logits,
 )
-from lora_fixtures import FAMILIES, LORA, TUNE_SETTINGS, tune_with_lora
+from lora_fixtures import FAMILIES, LORA, TUNE_SETTINGS, merge_to_folder, tune_with_lora
 from safetensors.torch import load_file
 
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.model.lora.layer import find_adaptable_layers, iter_adapters
-from finesight.model.lora.merge import Precision, merge_adapters, merge_to_folder
+from finesight.model.lora.merge import Precision, merge_adapters
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.storage import verify_folder
 
 SAMPLES = [make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)]
 

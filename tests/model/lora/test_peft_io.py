@@ -385,7 +385,7 @@ def test_damaged_and_missing_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / ADAPTER_WEIGHTS_FILE).write_bytes(
         (tmp_path / ADAPTER_WEIGHTS_FILE).read_bytes()[:1000]
     )
-    assert "not readable as safetensors" in load_error(tmp_path)
+    assert "not a complete safetensors file" in load_error(tmp_path)
     (tmp_path / ADAPTER_WEIGHTS_FILE).unlink()
     assert f"{ADAPTER_WEIGHTS_FILE} is missing" in load_error(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"")

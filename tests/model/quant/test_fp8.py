@@ -144,8 +144,8 @@ def test_backward_uses_the_forward_codes() -> None:
     """Only the gradient is rounded."""
     group = make_layer()
     dy_TO = random_rows((30, sum(WIDTHS.values())))
-    rows = quantize_fp8(dy_TO, torch.cat([m.scales_O for m in get_fp8_weight(group)._fp8_matrices]))
-    codes_OI = torch.cat([m.codes_OI for m in get_fp8_weight(group)._fp8_matrices]).double()
+    rows = quantize_fp8(dy_TO, torch.cat([m.scales_O for m in get_fp8_weight(group).matrices]))
+    codes_OI = torch.cat([m.codes_OI for m in get_fp8_weight(group).matrices]).double()
     exact = rows.scales_T1.double() * (rows.codes_TI.double() @ codes_OI)
     found = linear_concat_backward(dy_TO, get_fp8_weight(group)).double()
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))

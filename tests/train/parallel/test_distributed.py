@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,15 +26,19 @@ from torch import Tensor
 
 from finesight.encode.packing import SampleShape
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
+from finesight.train.dataloader import StepBatch
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.distributed_sampler import DistributedSampler, build_rank_sampler
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, max_unsplit_packs
+from finesight.train.parallel import distributed
 from finesight.train.parallel.distributed import (
     PeerFailedError,
     ProcessGroup,
-    RankCommand,
+    RankDesyncError,
     RankMonitor,
 )
+from finesight.train.sampler import DistributedSampler
+from finesight.train.setup import build_rank_sampler
+from finesight.train.step import sync_step
 
 
 def read_trained_state(folder: Path) -> dict[str, Tensor]:
@@ -107,27 +112,77 @@ def test_out_of_memory_reduces_budget_on_all_ranks() -> None:
     assert run_ranks([no_op, no_op]) == [None, None]
 
 
-def test_mismatched_collectives_are_detected() -> None:
-    """A rank in another collective is reported to the main process."""
+def test_failure_is_reported_in_next_collective() -> None:
+    """All ranks then exchange their state."""
+    store = dist.HashStore()
+    ranks = [ProcessGroup(n, 3, monitor=RankMonitor(store, n, 3)) for n in range(3)]
+
+    def fail_after(group: ProcessGroup, collective: Callable[[], object]) -> list[list[int]]:
+        with pytest.raises(PeerFailedError, match="rank 1 of 3 failed"):
+            collective()
+        return group.sync_failure([group.rank, 15])
+
+    def check_errors() -> None:
+        with ranks[0].sync_errors():
+            pass
+
+    with ThreadPoolExecutor(3) as pool:
+        failed = pool.submit(ranks[1].sync_failure, [1, 0])
+        others = [
+            pool.submit(fail_after, ranks[0], check_errors),
+            pool.submit(fail_after, ranks[2], partial(ranks[2].broadcast_str, "")),
+        ]
+        for result in (failed, *others):
+            assert result.result() == [[0, 15], [1, 0], [2, 15]]
+
+
+def test_ranks_at_different_steps_are_detected() -> None:
+    """The error contains both step numbers, or both collectives."""
     store = dist.HashStore()
     first, second = (ProcessGroup(n, 2, monitor=RankMonitor(store, n, 2)) for n in range(2))
     with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(second.sync_command, RankCommand.WAIT)
-        with pytest.raises(PeerFailedError, match="rank 1 of 2"), first.sync_errors():
+        other = pool.submit(sync_step, second, StepBatch(4, (), (), ()))
+        with pytest.raises(RankDesyncError, match=r"rank 0 at 3 \(step\), rank 1 at 4 \(step\)"):
+            sync_step(first, StepBatch(3, (), (), ()))
+        assert isinstance(other.exception(), RankDesyncError)
+        other = pool.submit(second.broadcast_str, "")
+        with (
+            pytest.raises(RankDesyncError, match=r"rank 0 .* \(status\), rank 1 .* \(data\)"),
+            first.sync_errors(),
+        ):
             pass
-        assert waits.result().command is RankCommand.WAIT
-        waits = pool.submit(second.sync_command, RankCommand.WAIT)
-        assert first.sync_command(RankCommand.SHUTDOWN).command is RankCommand.SHUTDOWN
-        assert waits.result().command is RankCommand.SHUTDOWN
-        for signal_number in (0, 15):
-            fails = pool.submit(second.sync_command, RankCommand.FAILED, signal=signal_number)
-            with pytest.raises(PeerFailedError, match="rank 1 of 2"):
-                first.sync_command(RankCommand.SAVE)
-            assert fails.result().command is RankCommand.SAVE
+        assert isinstance(other.exception(), RankDesyncError)
+
+
+def test_rank_zero_waits_until_all_ranks_leave() -> None:
+    """Rank 0 hosts the store, which the other ranks read in their last collective."""
+    store = dist.HashStore()
+    monitors = [RankMonitor(store, rank, 3) for rank in range(3)]
+    left: list[int] = []
+
+    def leave(rank: int) -> None:
+        monitors[rank].leave()
+        left.append(rank)
+
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(leave, 0)
+        leave(2)
+        assert not waiting.done()
+        leave(1)
+        waiting.result()
+    assert left == [2, 1, 0]
+
+
+def test_rank_zero_does_not_wait_for_lost_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "EXIT_TIMEOUT", timedelta(seconds=0.01))
+    RankMonitor(dist.HashStore(), 0, 2).leave()
 
 
 def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
-    """The last step has two samples for four ranks; each run resumes with another world size."""
+    """The last step has two samples for four ranks; each run resumes with another world size.
+
+    Takes long: six runs of up to four processes.
+    """
     task = TinyTask(tmp_path / "task")
     alone, two, four = (run_to_completion(task, count, f"run{count}") for count in (1, 2, 4))
     assert_close(two, alone)
@@ -146,7 +201,8 @@ def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
 def test_evaluation_is_distributed(tmp_path: Path) -> None:
     """Evaluate three validation samples, one of them corrupt, on four ranks, and compare with one.
 
-    Some ranks have no sample. Only the main process uses the tracker.
+    Some ranks have no sample. Only the main process uses the tracker. Takes long: three runs of up
+    to four processes.
     """
     task = TinyTask(tmp_path / "task")
     task.recipe["track"] = ["tensorboard"]
@@ -177,7 +233,10 @@ def test_other_optimizers_match_single_process(tmp_path: Path, optimizer: str) -
 
 
 def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
-    """A corrupt image on one rank ends the run on all ranks; the repaired run resumes."""
+    """A corrupt image on one rank ends the run on all ranks; the repaired run resumes.
+
+    Takes long: torchrun starts two runs, each in processes that import torch.
+    """
     task = TinyTask(tmp_path / "task")
     full_value = run_to_completion(task, 2, "whole", epochs=1)
     for number in (3, 4):

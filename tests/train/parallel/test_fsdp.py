@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tiny_task import TinyTask, read_losses, write_recipe
 from torch import Tensor
 
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_model_source
 from finesight.model.hf_backend import load_auto_model
 from finesight.recipe import load_recipe
+from finesight.storage import verify_folder
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, CheckpointManager
 from finesight.train.parallel.ddp import parallelize_model
 from finesight.train.parallel.distributed import ProcessGroup
@@ -98,7 +98,7 @@ def test_single_process_does_not_import_fsdp(tmp_path: Path) -> None:
 def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
     """Resume each run with another world size, another sharding and smaller packs.
 
-    Some samples are then too long for one rank.
+    Some samples are then too long for one rank. Takes long: six runs of up to four processes.
     """
     task = make_mixed_task(tmp_path / "task")
     alone = run_training(task, 1, "alone")

@@ -7,7 +7,6 @@ documentation to tests/data/formats/test_documented.py.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from finesight.data.formats import (
@@ -25,7 +24,7 @@ from finesight.data.formats import (
 )
 from finesight.data.formats.dataset_format import IMAGE_KEYS, DatasetFormat
 from finesight.data.row_reader import Record
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_name
 
 FORMATS = (
     coco.FORMAT,
@@ -56,27 +55,21 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
 
     Args:
         name: Name of the format, such as "coco".
-        option: Command-line option that the name comes from, for error messages.
     """
     for data_format in FORMATS:
         if data_format.name == name:
             return data_format
     names = [data_format.name for data_format in FORMATS]
-    matches = difflib.get_close_matches(name, names, n=1)
     raise UserError(
         f"unknown format {name!r}",
         where=option,
         expected=f"one of {', '.join(names)}",
-        remedy=f"did you mean {matches[0]}?" if matches else f"name one of these with {option}",
+        remedy=suggest_name(name, names, f"name one of these with {option}"),
     )
 
 
 def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat, str]:
-    """Detect the dataset format of the first records of a source.
-
-    Returns:
-        The format, and the reason for the match.
-    """
+    """Detect the dataset format of the first records of a source."""
     for data_format in FORMATS:
         detected_by = data_format.detect(records)
         if detected_by is not None:

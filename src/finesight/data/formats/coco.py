@@ -30,7 +30,6 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     RowImages,
     make_text_part,
-    never_detect,
 )
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
@@ -354,7 +353,6 @@ FORMAT = DatasetFormat(
     name="coco",
     description='a .json file of {"images": [...], "annotations": [...], "categories": [...]}',
     typical_keys=frozenset({"annotations", "categories"}),
-    detect=never_detect,
     parse_row=parse_row,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=open_document,

@@ -49,6 +49,7 @@ from finesight.data.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
+    InvalidRowError,
     Role,
     TextPart,
     check_limit,
@@ -171,17 +172,15 @@ def _iter_json_boxes(text: str) -> Iterator[str | JsonBoxes]:
             check_limit(len(piece), MAX_BOXES, "boxes")
             boxes = [parse_json_box(value) for value in piece]
             if None in boxes:
-                raise UserError(
+                raise InvalidRowError(
                     f"the box {str(piece[boxes.index(None)])[:80]}",
-                    expected=f'{{"{BOX_KEY}": [four values], "label": text}}',
-                    remedy="correct the row",
+                    f'{{"{BOX_KEY}": [four values], "label": text}}',
                 )
             yield [box for box in boxes if box is not None]
         elif BOX_KEY in piece:
-            raise UserError(
+            raise InvalidRowError(
                 f"{BOX_KEY} outside of JSON in the answer {piece[:80]!r}",
-                expected=f'{{"{BOX_KEY}": [x1, y1, x2, y2]}}',
-                remedy="correct the row",
+                f'{{"{BOX_KEY}": [x1, y1, x2, y2]}}',
             )
         elif piece:
             yield piece
@@ -197,10 +196,6 @@ def build_turns_example(
     """Build a training example from the turns of a row.
 
     Args:
-        row: Dataset row.
-        context: State of the import.
-        turns: Role and content of each turn, such as its text.
-        parse_turn: Function that parses the content of a turn, given its role.
         *handled_keys: Keys of the row that the format has parsed. Other keys become metadata or,
             with unsupported content, are rejected.
     """
@@ -225,18 +220,15 @@ def parse_turns(record: Record, key: str = "conversations") -> list[Turn]:
     """
     values = record.get(key)
     if not isinstance(values, list) or not values:
-        raise UserError(
-            f"{key} is {str(values)[:60]!r}", expected="a list of turns", remedy="correct the row"
-        )
+        raise InvalidRowError(f"{key} is {str(values)[:60]!r}", "a list of turns")
     turns = parse_system(record)
     for turn in values:
         role = get_role(turn) if isinstance(turn, dict) else None
         text = turn.get("value", turn.get("content")) if role is not None else None
         if role is None or not isinstance(text, str):
-            raise UserError(
+            raise InvalidRowError(
                 f"the turn {str(turn)[:80]}",
-                expected=f"{{from: ..., value: text}} from one of {', '.join(ROLES)}",
-                remedy="correct the row",
+                f"{{from: ..., value: text}} from one of {', '.join(ROLES)}",
             )
         reject_unsupported_turn_keys(turn)
         turns.append((role, text))
@@ -254,10 +246,8 @@ def parse_history(record: Record) -> list[Turn]:
     turns: list[Turn] = []
     for pair in as_list(record.get("history")):
         if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
-            raise UserError(
-                f"history with {str(pair)[:60]!r}",
-                expected="pairs of texts, [question, answer]",
-                remedy="correct the row",
+            raise InvalidRowError(
+                f"history with {str(pair)[:60]!r}", "pairs of texts, [question, answer]"
             )
         turns += [("user", pair[0]), ("assistant", pair[1])]
     return turns
@@ -365,16 +355,7 @@ def add_box_note(
 def render_turns(
     located_sample: LocatedSample, context: ExportContext, placeholder: str = "<image>"
 ) -> tuple[list[Turn], list[str]]:
-    """Render the turns of a sample as texts, with boxes in answers as JSON.
-
-    Args:
-        located_sample: The sample.
-        context: State of the export.
-        placeholder: Text of an image, in which `{}` stands for its name.
-
-    Returns:
-        The turns, and the image names in order.
-    """
+    """Render the turns of a sample as texts, with boxes in answers as JSON."""
     sample = located_sample.sample
     num_images = sum(isinstance(part, ImagePart) for part in sample.iter_parts())
     renderer = PartRenderer(located_sample, context, placeholder)

@@ -66,7 +66,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import ContentPart, ImagePart, Role, TextPart
+from finesight.data.sample import ContentPart, ImagePart, InvalidRowError, Role, TextPart
 from finesight.errors import UserError
 
 IMAGE_PLACEHOLDER = re.compile(
@@ -213,10 +213,9 @@ def _parse_llama_factory(row: SourceRow, context: ImportContext) -> ImportExampl
         and isinstance(output, str)
         and isinstance(input_text, str | None)
     ):
-        raise UserError(
+        raise InvalidRowError(
             ", ".join(f"{key} {str(record.get(key))[:30]!r}" for key in ALPACA_KEYS[:3]),
-            expected="three texts, input being optional",
-            remedy="correct the row",
+            "three texts, input being optional",
         )
     question = f"{instruction}\n{input_text}" if has_value(input_text) else instruction
     system: list[Turn] = [("system", str(record["system"]))] if record.get("system") else []

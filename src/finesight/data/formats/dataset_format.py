@@ -41,8 +41,6 @@ class ImportExample:
     """A question of a dataset row with all its correct answers.
 
     Attributes:
-        prompt_messages: All messages except the last.
-        answers: Correct contents of the last message, at least one.
         references: Further correct answers that are used only for scoring.
     """
 
@@ -87,11 +85,6 @@ def build_example(
     sample_id: str, messages: Sequence[tuple[Role, tuple[ContentPart, ...]]], meta: dict[str, Any]
 ) -> ImportExample:
     """Build an example from messages whose last message is the only answer.
-
-    Args:
-        sample_id: ID of the example.
-        messages: Role and content of each message.
-        meta: Metadata from the other keys of the row.
 
     Raises:
         InvalidTurnsError: The last message is not from the assistant.
@@ -180,8 +173,6 @@ class ImportContext:
     """State of one import that dataset formats use to parse rows.
 
     Attributes:
-        images: Resolver of image paths and embedded images.
-        columns: Column name per role (`--map ROLE=COLUMN`).
         prompt: Question or prompt template from the user; None uses the default.
         box_format: Box format from the user; None uses the default of the dataset format.
         box_units: Box units from the user; None uses the default of the dataset format.
@@ -189,8 +180,6 @@ class ImportContext:
         lenient: Accept every box unchanged, for data checks.
         raw_boxes: Boxes of the current row with coordinates as stored in the source.
         num_clipped: Number of boxes that exceeded their image by a rounding error.
-        source_notes: Counts of source content that samples do not represent, by description.
-        skipped_rows: Counts of rows without training content, by reason.
     """
 
     images: ImageResolver
@@ -219,12 +208,6 @@ class ImportContext:
         self, value: object, image_path: Path, default: BoxConvention, label: str | None = None
     ) -> Box:
         """Convert four coordinates of a row to two corners in pixels inside the image.
-
-        Args:
-            value: Four coordinates as stored in the source.
-            image_path: Image that contains the box.
-            default: Convention of the dataset format, which user options override.
-            label: Label of the box.
 
         Raises:
             InvalidBoxError: The value is not a box, or the box is not inside the image; see
@@ -287,9 +270,6 @@ class RowImages:
         """Create a box part from four coordinates.
 
         Args:
-            value: Four coordinates as stored in the source.
-            label: Label of the box.
-            default: Convention of the dataset format, which user options override.
             image_index: 0-based index of the image; None is the last added image.
         """
         if not self.paths:
@@ -326,9 +306,6 @@ class ExportContext:
 
     Attributes:
         image_names: Path relative to the output folder, by absolute image path.
-        read_size: Function that returns height and width of an image.
-        lost_counts: Counts of sample content that the format cannot represent, by description.
-        notes: Notes for the user about reading the exported files.
     """
 
     image_names: Mapping[Path, str]
@@ -354,11 +331,8 @@ class DatasetFormat:
     """A dataset format: how to detect, parse and write it.
 
     Attributes:
-        name: Name for `--format` and `--to`.
-        description: Example or description of the format for messages.
-        typical_keys: Keys that suggest this format for records that no format matches.
-        detect: Function that returns the reason why records match this format, or None.
-        parse_row: Function that returns one example, or several (such as one question per label).
+        detect: Function that returns the reason why records match this format, or None. By
+            default, a format is detected when its source is opened, or selected explicitly.
         supported_options: Supported import options: "map", "prompt", "boxes", "box_task".
         open_dataset: Function that opens sources other than row files, such as a folder or a COCO
             document. It returns the rows and the reason for the match, or None.
@@ -368,9 +342,9 @@ class DatasetFormat:
 
     name: str
     description: str
-    typical_keys: frozenset[str]
-    detect: Callable[[Sequence[Record]], str | None]
     parse_row: Callable[[SourceRow, ImportContext], ImportExample | list[ImportExample]]
+    typical_keys: frozenset[str] = frozenset()
+    detect: Callable[[Sequence[Record]], str | None] = lambda records: None
     supported_options: frozenset[str] = frozenset()
     open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
     write_files: (
@@ -381,14 +355,6 @@ class DatasetFormat:
         """Parse a row and return its examples as a list, which may be empty."""
         result = self.parse_row(row, context)
         return [result] if isinstance(result, ImportExample) else result
-
-
-def never_detect(records: Sequence[Record]) -> str | None:
-    """Return None, for formats that cannot be detected from records.
-
-    They are detected when their source is opened, or selected explicitly.
-    """
-    return None
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:

@@ -72,7 +72,6 @@ GROUNDING_PROMPT = "Locate every {label} in the image."
 """Default question for `--box-task grounding`; `--prompt` overrides it."""
 
 NO_OBJECTS_ANSWER = "none"
-"""Answer text for an image without objects."""
 
 REASON_UNSUPPORTED_OBJECTS = "images whose objects are all of unsupported types"
 REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
@@ -86,7 +85,6 @@ class ObjectAnnotation:
     """An annotated object with its class name and box.
 
     Attributes:
-        coordinates: Four coordinates in the convention of the source.
         attributes: Further properties such as `difficult`, stored in the metadata of the sample.
     """
 
@@ -100,7 +98,6 @@ class ImageAnnotation:
     """Annotations of one image in a box dataset.
 
     Attributes:
-        image: Path or embedded bytes of the image.
         class_names: Class names of the full dataset, listed in detection questions.
         declared_size: Height and width stated by the annotation file, None if missing.
         source_notes: Counts of ignored content, by description.
@@ -185,7 +182,6 @@ def format_prompt(
 
     Args:
         prompt: Template from the user, None for the default. "" yields no text part.
-        default_template: Default template of the task.
         values: Value per placeholder. Doubled braces in the template are literal braces.
 
     Raises:
@@ -331,13 +327,7 @@ class ImageRecord:
 def group_boxes_by_image(
     samples: Iterable[LocatedSample], context: ExportContext, meta_keys: Set[str]
 ) -> list[ImageRecord]:
-    """Group the boxes of all samples by image, in order of appearance.
-
-    Args:
-        samples: Samples to export.
-        context: State of the export, which counts lost content.
-        meta_keys: Metadata keys that the format preserves.
-    """
+    """Group the boxes of all samples by image, in order of appearance."""
     records: dict[Path, ImageRecord] = {}
     for located_sample in samples:
         record = _get_record(located_sample, records, context, meta_keys)
@@ -349,13 +339,7 @@ def group_boxes_by_image(
 def group_texts_by_image(
     samples: Iterable[LocatedSample], context: ExportContext, meta_keys: Set[str]
 ) -> list[ImageRecord]:
-    """Group the answers and references of all samples by image, in order of appearance.
-
-    Args:
-        samples: Samples to export.
-        context: State of the export, which counts lost content.
-        meta_keys: Metadata keys that the format preserves.
-    """
+    """Group the answers and references of all samples by image, in order of appearance."""
     records: dict[Path, ImageRecord] = {}
     for located_sample in samples:
         record = _get_record(located_sample, records, context, meta_keys)
@@ -440,7 +424,6 @@ def _get_record(
 
 
 def _get_single_image(sample: Sample) -> str:
-    """Return the image path of a sample with a single question about one image."""
     turns = [message.role for message in sample.messages if message.role != "system"]
     images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     if turns != ["user", "assistant"] or len(images) != 1:
@@ -454,7 +437,11 @@ def _get_single_image(sample: Sample) -> str:
 
 
 def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
-    parts = [part for part in sample.messages[-1].content if not _is_blank(part)]
+    parts = [
+        part
+        for part in sample.messages[-1].content
+        if not isinstance(part, TextPart) or part.text.strip()
+    ]
     attributes_list = sample.meta.get("boxes", ())
     if [part.text for part in parts if isinstance(part, TextPart)] == [NO_OBJECTS_ANSWER] and len(
         parts
@@ -474,10 +461,6 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
             else {}
         )
         yield ExportBox(part.label, part.xyxy, attributes if isinstance(attributes, dict) else {})
-
-
-def _is_blank(part: object) -> bool:
-    return isinstance(part, TextPart) and not part.text.strip()
 
 
 def _get_answer_text(sample: Sample) -> str:

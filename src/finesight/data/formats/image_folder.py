@@ -17,7 +17,6 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     RowImages,
     make_text_part,
-    never_detect,
 )
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
@@ -92,8 +91,6 @@ def write_files(
 FORMAT = DatasetFormat(
     name="folder",
     description="a folder of images, each with a .txt file of the same name",
-    typical_keys=frozenset(),
-    detect=never_detect,
     parse_row=parse_row,
     supported_options=frozenset({"prompt"}),
     open_dataset=open_folder,

@@ -28,7 +28,6 @@ from finesight.data.formats.dataset_format import (
     ExportContext,
     ImportContext,
     ImportExample,
-    never_detect,
 )
 from finesight.data.formats.image_annotations import (
     NOTE_POLYGON_AS_BOX,
@@ -41,9 +40,8 @@ from finesight.data.formats.image_annotations import (
     parse_declared_size,
 )
 from finesight.data.jsonl import LocatedSample, read_data_file
-from finesight.data.line_index import MAX_LINE_BYTES, open_data_file
+from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import (
-    SNIFF_BYTES,
     Record,
     RowReader,
     SourceRow,
@@ -68,7 +66,7 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
     if source.is_dir():
         files = list_folder(source).files_with_suffix(".json")
     description = "JSON files with shapes and imagePath: LabelMe"
-    return open_annotation_files(files, source.stem, description, _is_labelme, _read_classes)
+    return open_annotation_files(files, source.stem, description, b'"shapes"', _read_classes)
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -124,25 +122,11 @@ def _read_record(file: Path) -> Record:
     return dict(record)
 
 
-def _is_labelme(file: Path) -> bool:
-    try:
-        return "imagePath" in _read_record(file)
-    except UserError:  # reported when the row is parsed
-        with open_data_file(file) as content:
-            return b'"shapes"' in content.read(SNIFF_BYTES)
-
-
-def _read_classes(file: Path) -> set[str]:
-    """Return the labels of the boxes in a LabelMe file.
-
-    An invalid file has none; its error is reported when the row is parsed.
-    """
-    try:
-        shapes = _read_record(file)["shapes"]
-    except UserError:
-        return set()
-    box_shapes = [shape for shape in shapes if _get_shape_type(shape) in ("rectangle", "polygon")]
-    return {shape["label"] for shape in box_shapes if isinstance(shape.get("label"), str)}
+def _read_classes(file: Path) -> tuple[bool, set[str]]:
+    record = _read_record(file)
+    shapes = [s for s in record["shapes"] if _get_shape_type(s) in ("rectangle", "polygon")]
+    labels = {shape["label"] for shape in shapes if isinstance(shape.get("label"), str)}
+    return "imagePath" in record, labels
 
 
 def _get_shape_type(shape: Record) -> str:
@@ -225,7 +209,6 @@ FORMAT = DatasetFormat(
     name="labelme",
     description='a folder of JSON files, {"imagePath": "a.jpg", "shapes": [...]}',
     typical_keys=frozenset({"imagePath", "shapes"}),
-    detect=never_detect,
     parse_row=parse_row,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=open_folder,

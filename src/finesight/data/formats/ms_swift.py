@@ -61,7 +61,15 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import BoxPart, ContentPart, Message, Role, TextPart, format_number
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    InvalidRowError,
+    Message,
+    Role,
+    TextPart,
+    format_number,
+)
 from finesight.errors import UserError
 
 IMAGE_PLACEHOLDER = re.compile("<image>")
@@ -138,10 +146,9 @@ def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
     # Remaining references are ignored, as in ms-swift.
     num_boxes_left = len(list(objects.boxes))
     if num_boxes_left:
-        raise UserError(
+        raise InvalidRowError(
             f"{num_boxes_left} boxes under objects.bbox have no `<bbox>` in the text",
-            expected="a `<bbox>` for each box",
-            remedy="correct the row",
+            "a `<bbox>` for each box",
         )
     return example
 
@@ -155,10 +162,8 @@ def _parse_turns(record: Record) -> list[Turn]:
     for pair in as_list(record["conversation"]):
         texts = [pair.get(key) for key in ("human", "assistant")] if isinstance(pair, dict) else []
         if [type(text) for text in texts] != [str, str]:
-            raise UserError(
-                f"the turn {str(pair)[:80]}",
-                expected='{"human": text, "assistant": text}',
-                remedy="correct the row",
+            raise InvalidRowError(
+                f"the turn {str(pair)[:80]}", '{"human": text, "assistant": text}'
             )
         turns += [("user", str(texts[0])), ("assistant", str(texts[1]))]
     return turns
@@ -174,7 +179,7 @@ def _parse_query(record: Record) -> list[Turn]:
     query, response = record["query"], record["response"]
     if not isinstance(query, str) or not isinstance(response, str):
         key = "response" if isinstance(query, str) else "query"
-        raise UserError(f"{key} is {record[key]!r}", expected="text", remedy="correct the row")
+        raise InvalidRowError(f"{key} is {record[key]!r}", "text")
     history = parse_history(record)
     return [*parse_system(record), *history, ("user", query), ("assistant", response)]
 
@@ -194,10 +199,8 @@ def _add_image_placeholders(turns: list[Turn], num_images: int) -> list[Turn]:
         if role == "user":
             question = (role, "<image>" * num_images + text)
             return [*turns[:turn_index], question, *turns[turn_index + 1 :]]
-    raise UserError(
-        f"{num_images} images but no user message",
-        expected="a user message that the images belong to",
-        remedy="correct the row",
+    raise InvalidRowError(
+        f"{num_images} images but no user message", "a user message that the images belong to"
     )
 
 
@@ -217,10 +220,9 @@ class _ObjectQueue:
         unknown = objects.keys() - {"ref", "bbox", "bbox_type", "image_id", "width", "height"}
         is_known = isinstance(bbox_type, str) and bbox_type in CONVENTIONS
         if unknown or not is_known or (has_value(value) and not objects):
-            raise UserError(
+            raise InvalidRowError(
                 f"objects {str(value)[:80]}",
-                expected="{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: indices}",
-                remedy="correct the row",
+                "{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: indices}",
             )
         boxes, image_ids = as_list(objects.get("bbox")), as_list(objects.get("image_id"))
         image_ids += [0] * (len(boxes) - len(image_ids))
@@ -228,10 +230,9 @@ class _ObjectQueue:
             image_id for image_id in image_ids if isinstance(image_id, int) and image_id >= 0
         ]
         if not len(valid_ids) == len(image_ids) == len(boxes):
-            raise UserError(
+            raise InvalidRowError(
                 f"image_id {str(objects.get('image_id'))[:60]} for {len(boxes)} boxes",
-                expected="a 0-based image index for each box",
-                remedy="correct the row",
+                "a 0-based image index for each box",
             )
         located_boxes = zip(boxes, valid_ids, strict=True)
         return cls(iter(as_list(objects.get("ref"))), located_boxes, CONVENTIONS[bbox_type])
@@ -240,20 +241,17 @@ class _ObjectQueue:
         ref = next(self.refs, None)
         if isinstance(ref, str):
             return ref
-        raise UserError(
+        raise InvalidRowError(
             f"a `<ref-object>` for the reference {ref!r}",
-            expected="a text under objects.ref for each `<ref-object>`",
-            remedy="correct the row",
+            "a text under objects.ref for each `<ref-object>`",
         )
 
     def next_box(self, images: RowImages, label: str | None) -> BoxPart:
         box = next(self.boxes, None)
         if box is not None:
             return images.create_box(box[0], label, self.convention, image_index=box[1])
-        raise UserError(
-            "a `<bbox>` without a box",
-            expected="a box under objects.bbox for each `<bbox>`",
-            remedy="correct the row",
+        raise InvalidRowError(
+            "a `<bbox>` without a box", "a box under objects.bbox for each `<bbox>`"
         )
 
 

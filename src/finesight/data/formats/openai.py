@@ -48,6 +48,7 @@ from finesight.data.sample import (
     MAX_MESSAGES,
     ContentPart,
     ImagePart,
+    InvalidRowError,
     Role,
     TextPart,
     check_limit,
@@ -79,11 +80,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a row of OpenAI chat messages."""
     messages, row_images = row.record.get("messages"), RowImages(context)
     if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f"messages is {str(messages)[:60]!r}",
-            expected="a list of messages",
-            remedy="correct the row",
-        )
+        raise InvalidRowError(f"messages is {str(messages)[:60]!r}", "a list of messages")
     check_limit(len(messages), MAX_MESSAGES, "messages")
     system = row.record.get("system")
     messages = [{"role": "system", "content": system}, *messages] if has_value(system) else messages
@@ -128,10 +125,9 @@ def _parse_message(message: object) -> tuple[Role, list[object]]:
             return role, content if isinstance(content, list) else [
                 {"type": "text", "text": content}
             ]
-    raise UserError(
+    raise InvalidRowError(
         f"the message {str(message)[:80]}",
-        expected='{"role": "system", "user" or "assistant", "content": text or a list}',
-        remedy="correct the row",
+        '{"role": "system", "user" or "assistant", "content": text or a list}',
     )
 
 

@@ -100,7 +100,6 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
 
 
 def _iter_texts(message: Message, renderer: PartRenderer, context: ExportContext) -> Iterator[str]:
-    """Yield the text of each part of a message, and number its images."""
     label = None
     for part in message.content:
         if not isinstance(part, BoxPart):

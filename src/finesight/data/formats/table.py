@@ -40,6 +40,7 @@ from finesight.data.sample import (
     BoxPart,
     ContentPart,
     EmptyAnswerError,
+    InvalidRowError,
     Message,
     TextPart,
     check_limit,
@@ -58,7 +59,6 @@ _SEPARATOR = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 """Pattern of white space or a semicolon between coordinates or boxes in a cell."""
 
 MAX_CELL_CHARS = 2**20
-"""Maximum number of characters of a table cell with boxes."""
 
 _COMMON_NAMES = {
     "image": ("image", "img", "picture", "path", "file"),
@@ -66,11 +66,6 @@ _COMMON_NAMES = {
     "question": ("question", "query", "instruction"),
     "box": ("bbox", "box"),
 }
-
-
-def detect(records: Sequence[Record]) -> str | None:
-    """Return None: a table is never detected, but selected with --map or --format."""
-    return None
 
 
 def suggest_mapping(record: Record) -> str:
@@ -207,7 +202,6 @@ def _is_empty(value: object) -> bool:
 
 
 def _format_member(name: str, value: object) -> str:
-    """Format a column name and its value as a member of a JSON object."""
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
         return make_text_part(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
@@ -236,10 +230,8 @@ def _iter_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> It
     if boxes:
         images.require_single_image()
     if len(labels) != len(boxes):
-        raise UserError(
-            f"{len(labels)} labels for {len(boxes)} boxes",
-            expected="a label for each box",
-            remedy="correct the row",
+        raise InvalidRowError(
+            f"{len(labels)} labels for {len(boxes)} boxes", "a label for each box"
         )
     for box, label in zip(boxes, labels, strict=True):
         yield images.create_box(
@@ -336,8 +328,6 @@ def _build_unsupported_error(what: str) -> UserError:
 FORMAT = DatasetFormat(
     name="table",
     description="any columns, named by --map image=COLUMN --map answer=COLUMN",
-    typical_keys=frozenset(),
-    detect=detect,
     parse_row=parse_row,
     supported_options=frozenset({"map", "prompt", "boxes"}),
     write_files=write_files,

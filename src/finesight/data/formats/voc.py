@@ -30,7 +30,6 @@ from finesight.data.formats.dataset_format import (
     ExportContext,
     ImportContext,
     ImportExample,
-    never_detect,
 )
 from finesight.data.formats.image_annotations import (
     ImageAnnotation,
@@ -77,7 +76,7 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
     if source.is_dir():
         files = list_folder(source).files_with_suffix(".xml")
     description = "XML files with <annotation>: Pascal VOC"
-    return open_annotation_files(files, source.stem, description, _is_annotation, _read_classes)
+    return open_annotation_files(files, source.stem, description, b"<annotation", _read_classes)
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -137,24 +136,10 @@ def _parse_xml(file: Path) -> ElementTree.Element:
     return root
 
 
-def _is_annotation(file: Path) -> bool:
-    try:
-        return _parse_xml(file).tag == "annotation"
-    except UserError:  # reported when the row is parsed
-        return b"<annotation" in read_data_file(file, MAX_LABEL_FILE_BYTES)
-
-
-def _read_classes(file: Path) -> set[str]:
-    """Return the class names of the objects in a Pascal VOC file.
-
-    An invalid file has none; its error is reported when the row is parsed.
-    """
-    try:
-        root = _parse_xml(file)
-    except UserError:
-        return set()
+def _read_classes(file: Path) -> tuple[bool, set[str]]:
+    root = _parse_xml(file)
     names = (element.findtext("name", "").strip() for element in root.iterfind("object"))
-    return {name for name in names if name}
+    return root.tag == "annotation", {name for name in names if name}
 
 
 def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnnotation:
@@ -230,8 +215,6 @@ def _add_child(parent: ElementTree.Element, tag: str, value: object) -> None:
 FORMAT = DatasetFormat(
     name="voc",
     description="a folder of XML files, <annotation><filename>..., <object><name>..., <bndbox>",
-    typical_keys=frozenset(),
-    detect=never_detect,
     parse_row=parse_row,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=open_folder,

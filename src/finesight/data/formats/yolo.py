@@ -25,8 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from finesight.bounded_files import find_existing
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import find_existing, load_yaml
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -34,7 +33,6 @@ from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
     as_list,
-    never_detect,
 )
 from finesight.data.formats.image_annotations import (
     NOTE_POLYGON_AS_BOX,
@@ -82,10 +80,8 @@ class _YoloDataset:
     """Class names and images of a YOLO dataset.
 
     Attributes:
-        class_names: Class name by class ID.
         images: Split and path of each image; the split is "" in a dataset without splits.
         has_keypoints: Whether label lines contain keypoints after the box.
-        detected_by: Reason for the match.
     """
 
     class_names: dict[int, str]
@@ -386,8 +382,6 @@ def _format_labels(record: ImageRecord, classes: Sequence[str], context: ExportC
 FORMAT = DatasetFormat(
     name="yolo",
     description="a folder with data.yaml or classes.txt, images, and a .txt label file per image",
-    typical_keys=frozenset(),
-    detect=never_detect,
     parse_row=parse_row,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=open_folder,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -27,29 +27,26 @@ QWEN_VL_MAPPING: KeyMapping = (
 """Mapping to the module names in the published code of the first Qwen-VL."""
 
 
-def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING) -> str:
-    """Map a native layer name to a PEFT module name.
+def replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """Replace the first old prefix that matches by the new one; other names are unchanged."""
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
-    With an empty mapping the name is unchanged; otherwise a prefix must match.
-    """
-    for native, foreign in key_mapping:
-        if layer.startswith(native):
-            return foreign + layer.removeprefix(native)
-    assert not key_mapping, f"no adapter is published for a layer named {layer}"
-    return layer
+
+def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING) -> str:
+    """Map a native layer name to a PEFT module name; an empty mapping changes no name."""
+    is_known = not key_mapping or layer.startswith(tuple(native for native, _ in key_mapping))
+    assert is_known, f"no adapter is published for a layer named {layer}"
+    return replace_prefix(layer, key_mapping)
 
 
 def to_layer_name(
     module: str, key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
 ) -> str:
-    """Map a PEFT module name to the native layer name, by the first matching prefix.
-
-    Names without a match are unchanged, such as those of transformers 4.
-    """
-    for native, foreign in chain(*key_mappings):
-        if module.startswith(foreign):
-            return native + module.removeprefix(foreign)
-    return module
+    """Map a PEFT module name to the native layer name; those of transformers 4 are equal."""
+    return replace_prefix(module, ((new, old) for old, new in chain(*key_mappings)))
 
 
 TRANSFORMERS_V5_PREFIXES = {"model.": "model.language_model.", "visual.": "model.visual."}
@@ -59,17 +56,7 @@ family."""
 
 @dataclass(frozen=True)
 class Architecture:
-    """Config parsers and weight names of a model family.
-
-    Attributes:
-        parse_decoder_config: Function that parses the decoder config from config.json. Raises
-            UserError for missing or unsupported values.
-        build_vision_encoder: Function that builds the vision encoder from config.json. Raises
-            UserError for missing or unsupported values.
-        hub_prefixes: Prefixes of published tensor names by native prefix, where they differ.
-        decoder_class: Decoder class, for families with their own.
-        adapter_key_mapping: Mapping from native layer names to PEFT module names.
-    """
+    """Config parsers and weight names of a model family."""
 
     parse_decoder_config: Callable[[ConfigReader], DecoderConfig]
     build_vision_encoder: Callable[[ConfigReader, PixelNormalization], VisionEncoder]
@@ -79,15 +66,9 @@ class Architecture:
 
     def to_hub_name(self, name: str) -> str:
         """Map the native name of a tensor to its published name."""
-        for native_prefix, hub_prefix in self.hub_prefixes.items():
-            if name.startswith(native_prefix):
-                return hub_prefix + name.removeprefix(native_prefix)
-        return name
+        return replace_prefix(name, self.hub_prefixes.items())
 
     def to_native_name(self, hub_name: str) -> str:
         """Map a published tensor name, or one of transformers 5, to its native name."""
-        for prefix_maps in (self.hub_prefixes, TRANSFORMERS_V5_PREFIXES):
-            for native_prefix, hub_prefix in prefix_maps.items():
-                if hub_name.startswith(hub_prefix):
-                    return native_prefix + hub_name.removeprefix(hub_prefix)
-        return hub_name
+        pairs = chain(self.hub_prefixes.items(), TRANSFORMERS_V5_PREFIXES.items())
+        return replace_prefix(hub_name, ((hub, native) for native, hub in pairs))

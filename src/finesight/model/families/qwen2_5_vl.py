@@ -6,7 +6,7 @@ Most blocks attend within windows of 112 x 112 pixels, a few to the full frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from finesight.model.cpu_attention import copy_to_device
 from finesight.model.families.architecture import Architecture
 from finesight.model.layers import GatedMlp, PatchMerger, RmsNorm, VisionBlock
 from finesight.model.vision_encoder import (
+    MAX_CACHED_GRIDS,
     PatchLayout,
     VisionEncoder,
-    array_cache,
     frame_lengths,
     patch_coordinates,
 )
@@ -35,11 +35,7 @@ _norm = partial(RmsNorm, eps=1e-6)
 
 
 class WindowVisionEncoder(VisionEncoder):
-    """Vision encoder of Qwen2.5-VL with window attention.
-
-    `window_size` is the side of a window in merged patch squares. Blocks in `full_attention_blocks`
-    attend to full frames.
-    """
+    """Vision encoder of Qwen2.5-VL with window attention."""
 
     supports_cuda_graphs = True
 
@@ -63,7 +59,6 @@ class WindowVisionEncoder(VisionEncoder):
     def compute_patch_layout(
         self, grid_thw: Sequence[GridTHW], device: torch.device
     ) -> PatchLayout:
-        """Return the patch layout, with the merged squares of each window adjacent."""
         merge_size, orders, positions, num_squares = self.config.merge_size, [], [], 0
         for grid in grid_thw:
             order, _ = window_order(grid, merge_size, self.window_size)
@@ -79,7 +74,6 @@ class WindowVisionEncoder(VisionEncoder):
         )
 
     def segment_lengths(self, grid_thw: Sequence[GridTHW]) -> tuple[tuple[int, ...], ...]:
-        """Return the attention segment lengths of each block: windows or full frames."""
         merge_size = self.config.merge_size
         window_squares = [window_order(grid, merge_size, self.window_size)[1] for grid in grid_thw]
         window_lengths = (
@@ -95,15 +89,11 @@ class WindowVisionEncoder(VisionEncoder):
         )
 
 
-@array_cache()
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
 def window_order(
     grid: GridTHW, merge_size: int, window_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the order of merged patch squares by window, and the window sizes.
-
-    The squares of an image or video are sorted by frame, window and position in the window, each in
-    reading order. Windows at the right and bottom edges are smaller. Sizes are in squares.
-    """
+    """Return the order of merged patch squares by window, and the window sizes."""
     frames, height, width = grid[0], grid[1] // merge_size, grid[2] // merge_size
     frame, row, column = np.indices((frames, height, width)).reshape(3, -1)
     num_columns, num_rows = -(-width // window_size), -(-height // window_size)
@@ -114,10 +104,6 @@ def window_order(
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the Qwen2.5-VL vision encoder from `vision_config`.
-
-    The config states `window_size` in pixels.
-    """
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "silu", ("silu",))
     config = parse_vision_config(vision)

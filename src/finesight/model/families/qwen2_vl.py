@@ -15,7 +15,8 @@ from finesight.model.config import (
 from finesight.model.families.architecture import Architecture
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import QUICK_GELU, FeedForward, PatchMerger, VisionBlock
-from finesight.model.quant.fp8 import Fp8Rows, quantize_fp8_gelu
+from finesight.model.quant.base import Fp8Rows
+from finesight.model.quant.fp8 import quantize_fp8_gelu
 from finesight.model.vision_encoder import VisionEncoder
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
@@ -29,13 +30,7 @@ class Qwen2VisionMlp(FeedForward):
         self.fc1 = FusedLinear(hidden_size, {"fc1": intermediate_size}, bias=True)
         self.fc2 = FusedLinear(intermediate_size, {"fc2": hidden_size}, bias=True)
 
-    @property
-    def input_linear(self) -> FusedLinear:
-        """First linear layer of the MLP."""
-        return self.fc1
-
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Apply the MLP to patches, [N, width] to [N, width]."""
         if self.fc2.accepts_fp8_input:
             return single_output(self.fc2(quantize_fp8_gelu(single_output(self.fc1(x_ND)))))
         return single_output(self.fc2(QUICK_GELU.apply_linear(self.fc1, x_ND)))
@@ -44,10 +39,6 @@ class Qwen2VisionMlp(FeedForward):
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the Qwen2-VL vision encoder from `vision_config`.
-
-    In this family `hidden_size` is the width of the features and `embed_dim` that of the encoder.
-    """
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "quick_gelu", ("quick_gelu",))
     intermediate_size = int(vision.get_int("embed_dim") * vision.get_float("mlp_ratio"))

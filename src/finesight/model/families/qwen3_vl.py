@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ from finesight.model.cpu_attention import copy_to_device
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import TANH_GELU, FeedForward, VisionBlock, empty_embedding
-from finesight.model.quant.fp8 import Fp8Rows
-from finesight.model.vision_encoder import VisionEncoder, array_cache, patch_coordinates
+from finesight.model.quant.base import Fp8Rows
+from finesight.model.vision_encoder import MAX_CACHED_GRIDS, VisionEncoder, patch_coordinates
 from finesight.vision.patches import GridTHW
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
@@ -45,21 +45,12 @@ class Qwen3VisionMlp(FeedForward):
         self.linear_fc1 = FusedLinear(hidden_size, {"linear_fc1": intermediate_size}, bias=True)
         self.linear_fc2 = FusedLinear(intermediate_size, {"linear_fc2": hidden_size}, bias=True)
 
-    @property
-    def input_linear(self) -> FusedLinear:
-        """First linear layer of the MLP."""
-        return self.linear_fc1
-
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Apply the MLP to patches, [N, width] to [N, width]."""
         return single_output(self.linear_fc2(TANH_GELU.apply_linear(self.linear_fc1, x_ND)))
 
 
 class DeepstackMerger(nn.Module):
-    """Merger of `merge_size` x `merge_size` adjacent patches into one feature.
-
-    With `use_postshuffle_norm` the merged square is normalized, otherwise each patch.
-    """
+    """Merger of `merge_size` x `merge_size` adjacent patches into one feature."""
 
     def __init__(self, config: VisionConfig, *, use_postshuffle_norm: bool) -> None:
         super().__init__()
@@ -73,10 +64,6 @@ class DeepstackMerger(nn.Module):
         )
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map patches [N, width] to features [M, out_width].
-
-        The patches of each merged square must be adjacent.
-        """
         normed = self.norm(x_ND.view(-1, self.norm_size)).view(-1, self.merged_size)
         return single_output(self.linear_fc2(F.gelu(single_output(self.linear_fc1(normed)))))
 
@@ -106,10 +93,7 @@ class DeepstackVisionEncoder(VisionEncoder):
         )
 
     def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
-        """Add position embeddings, interpolated bilinearly from the trained table to each image.
-
-        The corners of table and image are aligned.
-        """
+        """Add position embeddings, interpolated bilinearly from the trained table to each image."""
         interpolations = [
             interpolate_positions(grid, self.config.merge_size, self.position_grid_size)
             for grid in grid_thw
@@ -126,15 +110,11 @@ class DeepstackVisionEncoder(VisionEncoder):
         return x_ND + position_embeddings_ND.to(x_ND.dtype)
 
 
-@array_cache()
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
 def interpolate_positions(
     grid: GridTHW, merge_size: int, grid_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the four table entries around each patch and their bilinear weights.
-
-    Both arrays have shape [N, 4]. The table of position embeddings has `grid_size` x `grid_size`
-    entries.
-    """
+    """Return the four table entries around each patch and their bilinear weights."""
     row_column = patch_coordinates(grid, merge_size).reshape(-1, 2)
     last_indices = np.array([grid[1] - 1, grid[2] - 1])
     # An image with a single row or column of patches uses the first one of the table.
@@ -158,15 +138,11 @@ def interpolate_positions(
 
 
 def interleaved_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
-    """Assign rotary frequencies to the axes time, height and width in turn (interleaved M-RoPE).
-
-    Height and width receive the numbers of frequencies in `sections`, time the remaining ones.
-    """
+    """Assign rotary frequencies to the axes time, height and width in turn (interleaved M-RoPE)."""
     return tuple(n % 3 if n < 3 * sections[n % 3] else 0 for n in range(sum(sections)))
 
 
 def parse_qwen3_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    """Parse the Qwen3 decoder config from `text_config`."""
     text = get_text_config(hf_config)
     text.require_supported("attention_bias", False, (False,))
     get_rope_config(text).require_supported("mrope_interleaved", True, (True,))
@@ -181,7 +157,6 @@ def parse_qwen3_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the Qwen3-VL vision encoder from `vision_config`."""
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
     config = parse_vision_config(vision)
@@ -210,7 +185,6 @@ ARCHITECTURE = Architecture(
 
 
 def parse_qwen3_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    """Parse the config of the Qwen3 decoder with experts from `text_config`."""
     text = get_text_config(hf_config)
     text.require_supported("decoder_sparse_step", 1, (1,))
     text.require_supported("mlp_only_layers", (), ((), []))

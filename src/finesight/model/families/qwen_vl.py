@@ -28,7 +28,7 @@ from finesight.model.families.architecture import QWEN_VL_MAPPING, Architecture
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.fused_ops import swiglu
 from finesight.model.layers import RmsNorm, add_norm
-from finesight.model.quant.fp8 import Fp8Rows
+from finesight.model.quant.base import Fp8Rows
 from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, inverse_frequencies
 from finesight.model.vision_encoder import VisionEncoder, patch_coordinates
 from finesight.vision.patches import GridTHW
@@ -39,22 +39,13 @@ MAX_NTK_DOUBLINGS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class QwenDecoderConfig(DecoderConfig):
-    """Config of the Qwen-7B decoder.
-
-    The base model was trained on sequences of `train_length` tokens. Beyond this length, the rotary
-    base grows with the sequence length (dynamic NTK), and queries are scaled by the logarithm of
-    their position (LogN).
-    """
+    """Config of the Qwen-7B decoder."""
 
     train_length: int
     use_dynamic_ntk: bool
     use_logn_attn: bool
 
     def prefix_cache_key(self, num_tokens: int) -> str:
-        """Return a key of the rotary base that applies to this prompt length.
-
-        Prompts with different rotary bases have different keys and values for the same prefix.
-        """
         return (
             f"ntk {count_ntk_doublings(torch.tensor(num_tokens), self.train_length)}"
             if self.use_dynamic_ntk
@@ -81,7 +72,6 @@ class QwenAttention(nn.Module):
         self.c_proj = FusedLinear(config.hidden_size, {"c_proj": config.hidden_size}, bias=False)
 
     def forward(self, x_TD: Tensor, rotary: QueryKeyRotary, attention: AttentionBackend) -> Tensor:
-        """Map hidden states [T, D] to attention outputs [T, D]."""
         heads_THD = single_output(self.c_attn(x_TD)).view(len(x_TD), -1, self.head_dim)
         q_THD, k_THD, v_THD = heads_THD.chunk(3, dim=1)
         q_THD, k_THD = (
@@ -103,7 +93,6 @@ class QwenMlp(nn.Module):
         self.c_proj = FusedLinear(intermediate_size, {"c_proj": hidden_size}, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Apply the MLP to hidden states, [T, width] to [T, width]."""
         gate, up = self.w2_w1(x_TD)
         return single_output(self.c_proj(swiglu(gate, up)))
 
@@ -125,10 +114,6 @@ class QwenDecoderLayer(nn.Module):
         attention: AttentionBackend,
         logit_indices_L: Tensor | None = None,
     ) -> Tensor:
-        """Map hidden states [T, D] to [T, D].
-
-        With `logit_indices_L`, only these tokens pass the MLP and are returned, [L, D].
-        """
         x_TD = x_TD + self.attn(self.ln_1(x_TD), rotary, attention)
         if logit_indices_L is not None:
             x_TD = x_TD.index_select(0, logit_indices_L)
@@ -200,27 +185,16 @@ def _inverse_frequencies_by_doubling(
 
 
 def ntk_base(rope_theta: float, head_dim: int, num_doublings: int) -> float:
-    """Return the rotary base of NTK-aware interpolation for a number of context doublings.
-
-    It covers 2^(num_doublings + 1) - 1 training lengths (Bai et al. 2023, arXiv 2309.16609).
-    """
+    """Return the rotary base of NTK-aware interpolation for a number of context doublings."""
     return rope_theta * math.pow(2 ** (num_doublings + 1) - 1, head_dim / (head_dim - 2))
 
 
 def logn_scale(position_ids: Tensor, train_length: int) -> Tensor:
-    """Return the LogN scale of the query at each position.
-
-    The scale is log(n) / log(train_length) for positions beyond the training length and 1 up to it
-    (Bai et al. 2023, arXiv 2309.16609). It is computed in fp64.
-    """
+    """Return the LogN scale of the query at each position."""
     return ((position_ids + 1).double().log() / math.log(train_length)).clamp_min(1.0).float()
 
 
 def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:
-    """Parse the Qwen-7B decoder config from config.json.
-
-    Raises UserError for missing and unsupported values.
-    """
     hf_config.require_supported("rotary_pct", 1.0, (1.0,))
     hf_config.require_supported("no_bias", True, (True,))
     hf_config.require_supported("scale_attn_weights", True, (True,))
@@ -288,7 +262,6 @@ class QwenVisionAttention(nn.Module):
         self.out_proj = FusedLinear(hidden_size, {"out_proj": hidden_size}, bias=True)
 
     def forward(self, x_ND: Tensor | Fp8Rows, segments: Segments) -> Tensor:
-        """Apply attention to patches, [N, width] to [N, width]."""
         qkv_NE = single_output(self.in_proj(x_ND))
         heads_NHD = qkv_NE.view(len(qkv_NE), self.num_heads, -1)
         q_NHD, k_NHD, v_NHD = heads_NHD.chunk(3, dim=-1)
@@ -305,7 +278,6 @@ class QwenVisionMlp(nn.Module):
         self.c_proj = FusedLinear(intermediate_size, {"c_proj": hidden_size}, bias=True)
 
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Apply the MLP to patches, [N, width] to [N, width]."""
         return single_output(self.c_proj(F.gelu(single_output(self.c_fc(x_ND)))))
 
 
@@ -322,21 +294,13 @@ class QwenVisionBlock(nn.Module):
     def forward(
         self, x_ND: Tensor, y_ND: Tensor | None, rotary: RotaryCosSin, segments: Segments
     ) -> tuple[Tensor, Tensor]:
-        """Compute the block with deferred residual additions, as in `VisionBlock`.
-
-        `rotary` is not used: this vision encoder has no rotary embeddings.
-        """
         x_ND, n_ND = add_norm(x_ND, y_ND, self.ln_1, self.attn.in_proj)
         x_ND, n_ND = add_norm(x_ND, self.attn(n_ND, segments), self.ln_2, self.mlp.c_fc)
         return x_ND, self.mlp(n_ND)
 
 
 class ResamplerAttention(nn.Module):
-    """Cross-attention from the resampler's queries to the patches of an image.
-
-    The QKV projections are published as one weight but have different inputs; adapters do not
-    support this.
-    """
+    """Cross-attention from the resampler's queries to the patches of an image."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -381,17 +345,12 @@ class AttentionPool(nn.Module):
 
     @torch.no_grad()
     def init_position_embeddings(self) -> None:
-        """Initialize the position embeddings with the values of published models."""
         num_queries, hidden_size = self.pos_embed.shape
         self.pos_embed.copy_(
             torch.from_numpy(sincos_positions(math.isqrt(num_queries), hidden_size))
         )
 
     def forward(self, x_PGD: Tensor, order_G: Tensor) -> Tensor:
-        """Pool patches [P, G, D] to features [P, Q, width].
-
-        `order_G` holds the reading-order index of each patch.
-        """
         if self.kv_proj is not None:
             x_PGD = single_output(self.kv_proj(x_PGD))
         x_PGD = self.ln_kv(x_PGD)
@@ -412,7 +371,6 @@ class VisionResampler(nn.Module):
         self.proj = nn.Parameter(torch.empty(config.out_hidden_size, config.out_hidden_size))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map patches [N, width] to features [M, out_width]."""
         x_PGD = torch.unflatten(x_ND, 0, (-1, self.grid_size**2))
         order_G = _patch_order(self.grid_size, self.merge_size, x_ND.device)
         y_PQD: Tensor = self.ln_post(self.attn_pool(x_PGD, order_G)) @ self.proj
@@ -420,10 +378,7 @@ class VisionResampler(nn.Module):
 
 
 class QwenVisionEncoder(VisionEncoder):
-    """Vision encoder of the first Qwen-VL, for images of one size.
-
-    Each image has a fixed number of features.
-    """
+    """Vision encoder of the first Qwen-VL, for images of one size."""
 
     def __init__(
         self,
@@ -442,11 +397,9 @@ class QwenVisionEncoder(VisionEncoder):
 
     @property
     def min_grid(self) -> GridTHW:
-        """Patch grid of every image, since only one image size is supported."""
         return 1, self.grid_size, self.grid_size
 
     def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
-        """Add position embeddings to the embedded patches and normalize the sum."""
         invalid = [grid for grid in grid_thw if grid != (1, self.grid_size, self.grid_size)]
         assert not invalid, (
             f"an image of {invalid[0]} patches, not {self.grid_size} x {self.grid_size}"
@@ -471,11 +424,7 @@ def _interpolate_table(table_SD: Tensor, num_positions: int) -> Tensor:
 
 @lru_cache
 def _bicubic_weights(source: int, target: int, device: torch.device) -> Tensor:
-    """Return the matrix of a bicubic interpolation, [target x target, source x source].
-
-    A matmul with it takes negligible time, whereas torch's interpolation takes a tenth of a
-    training step.
-    """
+    """Return the matrix of a bicubic interpolation, [target x target, source x source]."""
     with torch.inference_mode(False):
         basis = torch.eye(source**2).view(1, source**2, source, source)
         interpolated = F.interpolate(
@@ -494,11 +443,7 @@ def _patch_order(grid_size: int, merge_size: int, device: torch.device) -> Tenso
 
 
 def sincos_positions(grid_size: int, embedding_dim: int) -> NDArray[np.float32]:
-    """Return 2-D sine-cosine position embeddings, [grid_size x grid_size, embedding_dim].
-
-    The first half of the dimensions encodes the column, the second half the row. Each half holds
-    the sines, then the cosines, of decreasing frequencies (Vaswani et al. 2017).
-    """
+    """Return 2-D sine-cosine position embeddings, [grid_size x grid_size, embedding_dim]."""
     frequencies = 10000.0 ** (
         -np.arange(embedding_dim // 4, dtype=np.float32) / (embedding_dim / 4)
     )
@@ -511,10 +456,6 @@ def sincos_positions(grid_size: int, embedding_dim: int) -> NDArray[np.float32]:
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> QwenVisionEncoder:
-    """Build the vision encoder of the first Qwen-VL from `visual`.
-
-    Raises UserError if the patch grid is not a multiple of the resampler's query grid.
-    """
     visual = hf_config.section("visual")
     patch_size, out_hidden_size = visual.get_int("patch_size"), visual.get_int("output_dim")
     grid_size, pixel_rest = divmod(visual.get_int("image_size"), patch_size)

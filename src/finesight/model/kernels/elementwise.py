@@ -8,9 +8,9 @@ Shapes: T tokens or patches, H heads, D head dimension, E elements of a contiguo
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor, empty_like
+
+from finesight.model.kernels.runtime import tl, triton
 
 _WARPS = 4
 
@@ -44,10 +44,7 @@ def _rotary_kernel(
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
-    """Apply rotary embeddings, x cos + sign swap(x) sin, in fp32; see `model.rope`.
-
-    `sign` is -1 in the backward pass. The result is contiguous.
-    """
+    """Apply rotary embeddings, x cos + sign swap(x) sin, in fp32; see `model.rope`."""
     tokens, num_heads, head_dim = x_THD.shape
     x_THD = x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
     y_THD = x_THD.new_empty(x_THD.shape)

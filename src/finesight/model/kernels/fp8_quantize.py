@@ -8,11 +8,10 @@ Shapes: T rows, I elements of a row or of its power-of-two head, J elements of t
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.elementwise import quick_gelu_rounded
+from finesight.model.kernels.runtime import tl, triton
 
 _MAX_REGISTER_ROW = 16384
 """Maximum number of elements of a row that fits the registers of a program."""
@@ -91,9 +90,6 @@ def quantize_fp8_rows(
     With `column_scales_I` the columns are scaled first; with `gelu` quick GELU is applied first,
     rounded to the dtype of `x_TI`. The largest magnitude of a row, at least `min_amax`, has the
     code `max_code`.
-
-    Returns:
-        Codes [T, I] and fp32 scales [T, 1].
     """
     x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
     rows, num_columns = x_TI.shape

@@ -12,13 +12,11 @@ import math
 from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from finesight.model.kernels.launch_config import TileConfig
 from finesight.model.kernels.primitives import Ptr, times_sigmoid
+from finesight.model.kernels.runtime import TensorDescriptor, tl, triton
 
 GEMM_TILE, BLOCK_K, GROUP_M = TileConfig(128, 256, 8, 3), 64, 16
 """Rows and outputs per tile, inputs per step, and row tiles per group that share cached operands.
@@ -79,10 +77,7 @@ def _gemm_gelu_kernel(
 def gemm_gelu(
     x_ND: Tensor, w_FD: Tensor, bias_F: Tensor | None, *, linear: float, cubic: float
 ) -> Tensor:
-    """Compute a matmul followed by GELU, y sigmoid(linear y + cubic y^3), [N, F].
-
-    y = x W^T + bias is not rounded. The rows of both operands must be aligned to 16 bytes.
-    """
+    """Compute a matmul followed by GELU, y sigmoid(linear y + cubic y^3), [N, F]."""
     (rows, in_features), out_features = x_ND.shape, len(w_FD)
     y_NF = x_ND.new_empty(rows, out_features)
     half, num_programs = (
@@ -103,10 +98,7 @@ def gemm_gelu(
 
 
 def saturates_device(rows: int, out_features: int, device: torch.device) -> bool:
-    """Return True if a matmul of this size saturates the GPU with the fused kernel.
-
-    Separate kernels for matmul and GELU give results that differ in the last bit.
-    """
+    """Return True if a matmul of this size saturates the GPU with the fused kernel."""
     tile_elements, num_programs = GEMM_TILE.block_m * GEMM_TILE.block_n, _count_sms(device)
     tiles_per_program = -(-_count_tiles(rows, out_features) // num_programs)
     return (

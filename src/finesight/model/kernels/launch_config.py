@@ -18,14 +18,7 @@ reduces."""
 
 
 class TileConfig(NamedTuple):
-    """Tile of a Triton kernel.
-
-    Attributes:
-        block_m: Rows.
-        block_n: Columns.
-        num_warps: Warps per program.
-        num_stages: Stages of the software pipeline.
-    """
+    """Tile of a Triton kernel."""
 
     block_m: int
     block_n: int
@@ -41,19 +34,13 @@ LORA_DOWN_BACKWARD_TILE = TileConfig(32, 64, 4, 4)
 
 
 def rows_per_chunk(rows: int, programs_per_row: int, programs: int = TARGET_PROGRAMS) -> int:
-    """Return the number of rows per program, a multiple of 64.
-
-    `programs_per_row` programs process each row. The launch has at most about `programs` programs.
-    """
+    """Return the number of rows per program, a multiple of 64."""
     chunks = max(1, min(programs // programs_per_row, _ceil_div(rows, 64)))
     return max(1, _ceil_div(_ceil_div(rows, chunks), 64)) * 64
 
 
 def columns_per_chunk(rows: int, width: int, tile: TileConfig) -> int:
-    """Return the number of columns per program, a multiple of the tile's columns.
-
-    Each program processes one row tile. Wide matrices are split to launch enough programs.
-    """
+    """Return the number of columns per program, a multiple of the tile's columns."""
     row_tiles = max(1, _ceil_div(rows, tile.block_m))
     chunks = max(1, min(TARGET_PROGRAMS // row_tiles, _ceil_div(width, 4 * tile.block_n)))
     return _ceil_div(_ceil_div(width, chunks), tile.block_n) * tile.block_n
@@ -67,12 +54,6 @@ class SeededDropout(NamedTuple):
     """Dropout of an adapter's input, with a reproducible mask.
 
     The mask is a hash of seed, salt, row and column, so that the backward pass can recompute it.
-
-    Attributes:
-        seed_1: Seed of the forward pass (int32, on the device); None without dropout.
-        salt: Integer that is distinct for each adapter.
-        p: Dropout probability.
-        scale: Factor of retained elements, which includes the adapter's scale.
     """
 
     seed_1: Tensor | None

@@ -13,8 +13,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.launch_config import (
@@ -32,6 +30,7 @@ from finesight.model.kernels.primitives import (
     rank_block_size,
     sum_partials,
 )
+from finesight.model.kernels.runtime import tl, triton
 
 DOWN_TILE, UP_TILE = TileConfig(32, 64, 4, 4), TileConfig(64, 64, 4, 2)
 """Tiles of the down-projection and the up-projection; fastest on an H200."""
@@ -99,10 +98,7 @@ def lora_down(
 
 
 class RmsNormStats(NamedTuple):
-    """Weight and reciprocal RMS of the RMS norm before a linear layer.
-
-    The backward kernel recomputes the normalized input of the adapter from them.
-    """
+    """Weight and reciprocal RMS of the RMS norm before a linear layer."""
 
     weight_I: Tensor
     rstd_T: Tensor
@@ -185,14 +181,6 @@ def lora_down_backward(
     Here n is the input of the adapter: the RMS norm of `x_TI`, which is recomputed from
     `norm_stats`, or `x_TI` itself without a norm.
 
-    Args:
-        x_TI: Input of the norm, or of the adapter without a norm.
-        norm_stats: Weight and reciprocal RMS of the norm, if any.
-        dn_TI: Gradient of n from the base product.
-        dlow_TS: Gradient of the LoRA activations.
-        lora_A_SI: Down-projections.
-        dropout: Dropout of the adapter's input.
-
     Returns:
         The total gradient of n in a new tensor, and the gradient of lora_A, summed in a
         deterministic order.
@@ -222,11 +210,7 @@ def _launch_lora_down_backward(
     lora_A_SI: Tensor,
     dropout: SeededDropout,
 ) -> Tensor:
-    """Launch the backward kernel of the LoRA down-projection and return the gradient of lora_A.
-
-    `input_grads` are the gradient from the base product and the output buffer for the total
-    gradient; None skips the input gradient.
-    """
+    """Launch the backward kernel of the LoRA down-projection and return the gradient of lora_A."""
     (rows, width), ranks, tile = x_TI.shape, len(lora_A_SI), LORA_DOWN_BACKWARD_TILE
     column_tiles = triton.cdiv(width, tile.block_n)
     per_chunk = rows_per_chunk(rows, column_tiles, CONCURRENT_PROGRAMS)
@@ -247,10 +231,7 @@ def _launch_lora_down_backward(
 
 
 def _split_ranks(ranks: int) -> tuple[int, int]:
-    """Split the ranks into two power-of-two blocks.
-
-    The second block is 0 if it would not reduce the padding.
-    """
+    """Split the ranks into two power-of-two blocks."""
     padded_ranks = rank_block_size(ranks)
     is_split_cheaper = padded_ranks >= 64 and 4 * ranks <= 3 * padded_ranks
     return (padded_ranks // 2, padded_ranks // 4) if is_split_cheaper else (padded_ranks, 0)
@@ -303,10 +284,7 @@ def _add_lora_up_kernel(
 
 
 def add_lora_up(y_TO: Tensor, low_TR: Tensor, lora_B_OR: Tensor, scale: float) -> None:
-    """Add the LoRA delta, scale * low B^T, to a 16-bit base product in place.
-
-    Rounds stochastically, see `model.fused_linear`. Rows of each tensor may be strided.
-    """
+    """Add the LoRA delta, scale * low B^T, to a 16-bit base product in place."""
     (rows, width), ranks, tile = y_TO.shape, lora_B_OR.shape[1], UP_TILE
     assert low_TR.shape == (rows, ranks), f"{tuple(low_TR.shape)}, not {rows, ranks}"
     assert len(lora_B_OR) == width, f"{len(lora_B_OR)} outputs, not {width}"

@@ -6,14 +6,14 @@ Accumulation is fp32. Shapes: N or T rows, D width.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.fp8_quantize import fp8_factor_and_scale
 from finesight.model.kernels.launch_config import MAX_PARTIAL_SUMS, SeededDropout, TileConfig
 from finesight.model.kernels.primitives import Ptr, keep_mask, sum_partials
-from finesight.model.quant.fp8 import FP8_MAX, MIN_AMAX, Fp8Rows, empty_fp8_rows
+from finesight.model.kernels.runtime import tl, triton
+from finesight.model.quant.base import Fp8Rows
+from finesight.model.quant.fp8 import FP8_MAX, MIN_AMAX, empty_fp8_rows
 
 RMS_NORM_TILE = TileConfig(4, 0, 8, 1)
 """Tile of the RMS norm kernel, whose programs process complete rows; fastest on an H200."""
@@ -60,11 +60,7 @@ def add_norm(
     is_layer_norm: bool,
     to_fp8: bool,
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """Add two tensors and apply layer norm or RMS norm to the sum.
-
-    Returns:
-        The sum x + y, and its norm, quantized to FP8 with `to_fp8`.
-    """
+    """Add two tensors and apply layer norm or RMS norm to the sum."""
     rows, width = x_ND.shape
     residual_ND = torch.empty_like(x_ND)
     normed = empty_fp8_rows(x_ND) if to_fp8 else torch.empty_like(x_ND)
@@ -120,9 +116,6 @@ def rms_norm_dropout(
 
     The norm before dropout, x / sqrt(mean(x^2) + eps) * w, is written to `n_TD`, whose rows may be
     strided, or quantized to `fp8_rows`; exactly one of them is given.
-
-    Returns:
-        The norm after dropout, and the reciprocal RMS of each row, [T] in fp32.
     """
     rows, width = x_TD.shape
     assert (n_TD is None) != (fp8_rows is None), "either a 16-bit or an FP8 output is required"

@@ -17,9 +17,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from triton import knobs
-from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from finesight.model.kernels.runtime import JITFunction, TensorDescriptor, knobs
 
 COMPILE_THREADS, SWITCH_INTERVAL_S = 8, 2e-4
 """Number of compile threads, and the thread switch interval of the interpreter during compilation.

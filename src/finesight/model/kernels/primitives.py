@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import TypeAlias
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
+
+from finesight.model.kernels.runtime import libdevice, tl, triton
 
 Ptr: TypeAlias = tl.tensor
 """Pointer to a tensor, in the signature of a Triton kernel."""

@@ -10,12 +10,13 @@ group, K inputs of a slice per step.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.quant_gemv import MatmulTiling, load_codebook_lane, lookup_codebook
+from finesight.model.kernels.runtime import tl, triton
 
 
 def choose_gemm_tiling(out_features: int, rows: int) -> MatmulTiling:
@@ -155,72 +156,54 @@ def _rowwise_gemm_kernel(
     _store(total_RO, bias, y, rows, out_features, has_bias, block_r, block_o)
 
 
+def _launch_gemm(
+    kernel: Any, x_RI: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, out_features: int,
+    tiling: MatmulTiling, **constants: int,
+) -> Tensor:  # fmt: skip
+    """Compute x W^T + bias [R, O] with a kernel for the quantized matrix `weights`."""
+    rows, in_features = x_RI.shape
+    y_RO = x_RI.new_empty(rows, out_features)
+    kernel[(triton.cdiv(out_features, tiling.block_outputs),)](
+        x_RI, *weights, x_RI if bias is None else bias, y_RO, rows, out_features, in_features,
+        has_bias=bias is not None, slices=tiling.num_warps,
+        block_r=max(16, 1 << (rows - 1).bit_length()), block_o=tiling.block_outputs,
+        # The pipeline stages must fit the shared memory of small GPUs.
+        num_warps=tiling.num_warps, num_stages=3 if rows <= 16 else 2, **constants,
+    )  # fmt: skip
+    return y_RO
+
+
 def nf4_gemm(
     x_RI: Tensor, codes: Tensor, absmax_B: Tensor, nested_absmax: Tensor, absmax_mean: Tensor,
     codebooks: tuple[Tensor, Tensor], bias: Tensor | None, tiling: MatmulTiling,
 ) -> Tensor:  # fmt: skip
-    """Compute x W^T + bias [R, O] with an NF4 matrix of `model.quant.nf4`.
-
-    The input has a 16-bit dtype and full blocks of 64 elements per row.
-    """
-    rows, in_features = x_RI.shape
-    out_features = 2 * codes.numel() // in_features
-    y_RO = x_RI.new_empty(rows, out_features)
-    _nf4_gemm_kernel[(triton.cdiv(out_features, tiling.block_outputs),)](
-        x_RI, codes, absmax_B, nested_absmax, absmax_mean, *codebooks,
-        x_RI if bias is None else bias, y_RO, rows, out_features, in_features,
-        has_bias=bias is not None, shuffled=x_RI.is_cuda, slices=tiling.num_warps,
-        block_r=_row_block_size(rows), block_o=tiling.block_outputs, block_g=tiling.block_chunks,
-        num_warps=tiling.num_warps, num_stages=_num_stages(rows),
+    """Compute x W^T + bias [R, O] with an NF4 matrix of `model.quant.nf4`."""
+    weights = codes, absmax_B, nested_absmax, absmax_mean, *codebooks
+    return _launch_gemm(
+        _nf4_gemm_kernel, x_RI, weights, bias, 2 * codes.numel() // x_RI.shape[1], tiling,
+        shuffled=x_RI.is_cuda, block_g=tiling.block_chunks,
     )  # fmt: skip
-    return y_RO
 
 
 def int4_gemm(
     x_RI: Tensor, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias: Tensor | None,
     group_size: int, tiling: MatmulTiling,
 ) -> Tensor:  # fmt: skip
-    """Compute x W^T + bias [R, O] with an INT4 matrix of `model.quant.int4`.
-
-    The input has a 16-bit dtype and a row size divisible by 64.
-    """
-    rows, in_features = x_RI.shape
-    out_features = len(codes)
-    y_RO = x_RI.new_empty(rows, out_features)
-    _int4_gemm_kernel[(triton.cdiv(out_features, tiling.block_outputs),)](
-        x_RI, codes, scales_OG, zeros_OG, x_RI if bias is None else bias, y_RO, rows, out_features,
-        in_features, group_size=group_size, has_bias=bias is not None, slices=tiling.num_warps,
-        block_r=_row_block_size(rows), block_o=tiling.block_outputs, block_g=tiling.block_chunks,
-        num_warps=tiling.num_warps, num_stages=_num_stages(rows),
+    """Compute x W^T + bias [R, O] with an INT4 matrix of `model.quant.int4`."""
+    return _launch_gemm(
+        _int4_gemm_kernel, x_RI, (codes, scales_OG, zeros_OG), bias, len(codes), tiling,
+        group_size=group_size, block_g=tiling.block_chunks,
     )  # fmt: skip
-    return y_RO
 
 
 def rowwise_gemm(
     x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, tiling: MatmulTiling
 ) -> Tensor:
-    """Compute x W^T + bias [R, O] with an INT8 or FP8 matrix of `model.quant.int8`.
-
-    The input has a 16-bit dtype.
-    """
-    rows, (out_features, in_features) = len(x_RI), codes_OI.shape
-    y_RO = x_RI.new_empty(rows, out_features)
-    _rowwise_gemm_kernel[(triton.cdiv(out_features, tiling.block_outputs),)](
-        x_RI, codes_OI, scales_O, x_RI if bias is None else bias, y_RO, rows, out_features,
-        in_features, has_bias=bias is not None, slices=tiling.num_warps,
-        block_r=_row_block_size(rows), block_o=tiling.block_outputs,
-        block_k=64 * tiling.block_chunks, num_warps=tiling.num_warps, num_stages=_num_stages(rows),
+    """Compute x W^T + bias [R, O] with an INT8 or FP8 matrix of `model.quant.int8`."""
+    return _launch_gemm(
+        _rowwise_gemm_kernel, x_RI, (codes_OI, scales_O), bias, len(codes_OI), tiling,
+        block_k=64 * tiling.block_chunks,
     )  # fmt: skip
-    return y_RO
-
-
-def _row_block_size(rows: int) -> int:
-    return max(16, 1 << (rows - 1).bit_length())
-
-
-def _num_stages(rows: int) -> int:
-    """Return the number of pipeline stages that fits the shared memory of small GPUs."""
-    return 3 if rows <= 16 else 2
 
 
 @triton.jit

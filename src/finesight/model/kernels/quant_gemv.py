@@ -17,21 +17,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from finesight.model.kernels.runtime import tl, triton
 from finesight.model.quant.base import PackedInput, RmsNormParams
 
 
 class MatmulTiling(NamedTuple):
-    """Tiling of a matmul with a quantized matrix.
-
-    Attributes:
-        block_outputs: Outputs per program.
-        block_chunks: Chunks or groups of inputs per step.
-        num_warps: Warps per program.
-    """
+    """Tiling of a matmul with a quantized matrix."""
 
     block_outputs: int
     block_chunks: int
@@ -83,10 +76,7 @@ def _rowwise_gemv_kernel(
 def rowwise_gemv(
     x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, tiling: MatmulTiling
 ) -> Tensor:
-    """Compute x W^T + bias [R, O] with an 8-bit matrix of `model.quant.int8`.
-
-    The number of inputs must be divisible by 16.
-    """
+    """Compute x W^T + bias [R, O] with an 8-bit matrix of `model.quant.int8`."""
     rows, (out_features, in_features) = len(x_RI), codes_OI.shape
     y_RO = x_RI.new_empty(rows, out_features)
     _rowwise_gemv_kernel[(rows, triton.cdiv(out_features, tiling.block_outputs))](
@@ -235,11 +225,7 @@ def int4_gemv(
     x: PackedInput, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, group_size: int,
     y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None,
 ) -> None:  # fmt: skip
-    """Compute x W^T + bias + residual of a packed row and an INT4 matrix.
-
-    The result is written to `y_O`. The packed row must have the column order of the codes
-    (`model.quant.int4`).
-    """
+    """Compute x W^T + bias + residual of a packed row and an INT4 matrix."""
     assert x.group_sums_G is not None, "packed input without group sums"
     out_features, num_words = len(codes), codes.shape[1] // 4
     # Fastest on an H200 (benchmarks/quant_gemv.py).
@@ -324,11 +310,7 @@ def nf4_gemv(
     x: PackedInput, codes: Tensor, absmax_B: Tensor, nested_absmax: Tensor, absmax_mean: Tensor,
     codebooks: tuple[Tensor, Tensor], y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None,
 ) -> None:  # fmt: skip
-    """Compute x W^T + bias + residual of a packed row and an NF4 matrix.
-
-    The result is written to `y_O`. The rows of the matrix (`model.quant.nf4`) must consist of full
-    blocks. `codebooks` hold the values of the scale codes and of the weight codes.
-    """
+    """Compute x W^T + bias + residual of a packed row and an NF4 matrix."""
     out_features, num_words = len(y_O), x.values_8N.shape[1]
     # Fastest on an H200 (benchmarks/quant_gemv.py).
     block_o, block_j, warps = (8, 512, 4) if num_words <= 1024 else (4, 512, 2)
@@ -369,21 +351,11 @@ def dequantize_int4(
     codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, permutation_I: Tensor, group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return the dequantized matrix [O, I], scale * (code - zero), rounded once.
-
-    Column n of the codes is written to column `permutation_I[n]`.
-    """
+    """Return the dequantized matrix [O, I], scale * (code - zero), rounded once."""
     out_features, half = codes.shape
     w_OI = torch.empty(out_features, 2 * half, dtype=dtype, device=codes.device)
     _dequantize_int4_kernel[(out_features, triton.cdiv(half, _BLOCK))](
-        codes,
-        scales_OG,
-        zeros_OG,
-        permutation_I,
-        w_OI,
-        half,
-        scales_OG.shape[1],
-        group_size,
+        codes, scales_OG, zeros_OG, permutation_I, w_OI, half, scales_OG.shape[1], group_size,
         block=_BLOCK,
-    )
+    )  # fmt: skip
     return w_OI

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.launch_config import TileConfig
 from finesight.model.kernels.primitives import Ptr
+from finesight.model.kernels.runtime import tl, triton
 
 MAX_HEADS_PER_PROGRAM = 32
 """Maximum number of heads of a row per program; fastest on an H200."""
@@ -115,14 +114,7 @@ def _rotate_qk_backward_kernel(
 def rotate_qk_backward(
     grads: tuple[Tensor, Tensor, Tensor], layout: QkvLayout, cos_T1D: Tensor, sin_T1D: Tensor
 ) -> Tensor:
-    """Compute the gradient of a fused QKV projection [T, E] after rotary embeddings.
-
-    Args:
-        grads: Gradients of queries [T, H, D], keys and values [T, K, D].
-        layout: Layout of the projection.
-        cos_T1D: Cosines of the rotary embedding.
-        sin_T1D: Sines of the rotary embedding, negative in the first half.
-    """
+    """Compute the gradient of a fused QKV projection [T, E] after rotary embeddings."""
     rows, half = len(grads[0]), layout.head_dim // 2
     dqkv_TE = grads[0].new_empty(rows, layout.num_columns)
     head_counts = layout.num_heads, layout.num_kv_heads, layout.num_kv_heads

@@ -11,8 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.launch_config import (
@@ -30,6 +28,7 @@ from finesight.model.kernels.primitives import (
     sum_partials,
     times_sigmoid,
 )
+from finesight.model.kernels.runtime import tl, triton
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
@@ -154,13 +153,7 @@ def _swiglu_lora_backward_kernel(
 
 
 class SwigluGradients(NamedTuple):
-    """Gradients of `swiglu_lora`.
-
-    Attributes:
-        gate_up_TF2: Gradient of the fused gate and up projections.
-        h_TF: Recomputed output h of SwiGLU, or None if it was not requested.
-        lora_A_RF: Gradient of lora_A, or None without an adapter.
-    """
+    """Gradients of `swiglu_lora`."""
 
     gate_up_TF2: Tensor
     h_TF: Tensor | None

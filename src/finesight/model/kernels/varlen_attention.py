@@ -19,12 +19,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.launch_config import TileConfig
 from finesight.model.kernels.primitives import Ptr, sum_partials
+from finesight.model.kernels.runtime import tl, triton
 
 FORWARD_TILE = TileConfig(64, 32, 4, 3)
 
@@ -35,13 +34,7 @@ BACKWARD_DKV_TILE = TileConfig(32, 64, 4, 2)
 
 
 class CuSeqlens(NamedTuple):
-    """Boundaries of packed segments, as arguments of the attention kernels.
-
-    Attributes:
-        cu_seqlens_S1: Cumulative segment lengths (int32, on the device).
-        max_seqlen: Maximum segment length including the shared prefix.
-        prefix_length: Length of the first segment if it is a shared prefix, else 0.
-    """
+    """Boundaries of packed segments, as arguments of the attention kernels."""
 
     cu_seqlens_S1: Tensor
     max_seqlen: int
@@ -250,8 +243,6 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute softmax(q k^T / sqrt(D)) v within each segment.
 
-    The elements of the heads of a token must be contiguous.
-
     Returns:
         The output [T, H, D], and the base-2 log-sum-exp of the scores of each query, [H, T].
     """
@@ -437,10 +428,7 @@ def _vision_attention_kernel(
 
 
 def vision_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: CuSeqlens) -> Tensor:
-    """Compute softmax(q k^T / sqrt(D)) v within each segment, without gradients.
-
-    The elements of the heads of a token must be contiguous. Returns [T, H, D].
-    """
+    """Compute softmax(q k^T / sqrt(D)) v within each segment, without gradients."""
     rows, num_heads, width = q_THD.shape
     o_THD = q_THD.new_empty(rows, num_heads, width)
     main_dim = 1 << (width.bit_length() - 1)

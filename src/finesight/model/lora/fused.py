@@ -28,8 +28,8 @@ from finesight.model.fused_linear import (
 )
 from finesight.model.kernels.launch_config import SeededDropout
 from finesight.model.lora.layer import LoraLinear
-from finesight.model.quant.base import HAS_TRITON, QuantizedWeight
-from finesight.model.quant.fp8 import Fp8Rows, accepts_fp8_input
+from finesight.model.quant.base import HAS_TRITON, Fp8Rows, QuantizedWeight
+from finesight.model.quant.fp8 import accepts_fp8_input
 
 if HAS_TRITON:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
@@ -75,7 +75,6 @@ class FusedLoraWeight:
             self.copies.append((lora_B_OR, target_OR))
 
     def matches(self, weight: Tensor, adapter: LoraLinear | None) -> bool:
-        """Return True if this is the fused weight of `weight` and an adapter."""
         copied = [id(lora_B_OR) for lora_B_OR, _ in self.copies]
         current = (
             [] if adapter is None else [id(lora_B_OR) for lora_B_OR in adapter.lora_B.values()]
@@ -84,10 +83,7 @@ class FusedLoraWeight:
 
 
 def fuse_lora_weight(linear: FusedLinear) -> FusedLoraWeight:
-    """Fuse the frozen weight of a linear with its up-projections, on the first call.
-
-    Callers that change the up-projections must copy them again with `FusedWeightSync`.
-    """
+    """Fuse the frozen weight of a linear with its up-projections, on the first call."""
     weight, fused = linear.weight, linear.fused_lora_weight
     assert isinstance(weight, nn.Parameter), f"cannot fuse a {type(weight).__name__}"
     adapter = linear.adapter if isinstance(linear.adapter, LoraLinear) else None
@@ -112,10 +108,7 @@ class FusedWeightSync:
 
     @torch.no_grad()
     def copy_up_projections(self, linears: Iterable[FusedLinear]) -> None:
-        """Copy the current up-projections of these linears into their fused weights.
-
-        Missing fused weights are created. Linears that cannot be fused are omitted.
-        """
+        """Copy the current up-projections of these linears into their fused weights."""
         fusible = filter(is_lora_fusible, linears)
         copies = [pair for linear in fusible for pair in fuse_lora_weight(linear).copies]
         if not copies:
@@ -158,16 +151,6 @@ class LoraMatmul:
 
     It computes the same as `LoraLinear.forward` for concatenated outputs, given LoRA activations
     `low` that include dropout and scale. All layers must be adapted, with equal ranks.
-
-    Attributes:
-        in_features: Number of inputs.
-        num_layers: Number of layers of the fused linear.
-        weight: Base weight.
-        bias: Bias, or None.
-        fused_weight_OJ: Base weight fused with the up-projections, or None.
-        lora_A_SI: Stacked down-projections; None without an adapter.
-        lora_Bs_OR: Up-projection of each layer; empty without an adapter.
-        dropout: Dropout and scale of the adapter's input, for the kernels.
     """
 
     in_features: int
@@ -183,13 +166,7 @@ class LoraMatmul:
     def from_linear(
         cls, linear: FusedLinear, dropout_seed_1: Tensor | None = None, salt: int = 0
     ) -> LoraMatmul:
-        """Collect the operands of a fused linear for one forward pass.
-
-        Args:
-            linear: Fused linear.
-            dropout_seed_1: Seed of LoRA dropout; may be None if the adapter uses no dropout.
-            salt: Distinct number of the linear in the decoder.
-        """
+        """Collect the operands of a fused linear for one forward pass."""
         common = linear.in_features, len(linear.output_sizes), linear.weight, linear.bias
         adapter = linear.adapter
         if not isinstance(adapter, LoraLinear):
@@ -207,37 +184,28 @@ class LoraMatmul:
 
     @property
     def is_trainable(self) -> bool:
-        """True if the base weight is trainable."""
         return isinstance(self.weight, Tensor) and self.weight.requires_grad
 
     @property
     def padding(self) -> int:
-        """Number of additional input columns for LoRA activations and alignment."""
         return (
             0 if self.fused_weight_OJ is None else self.fused_weight_OJ.shape[1] - self.in_features
         )
 
     @property
     def accepts_fp8_input(self) -> bool:
-        """True if the input of `forward` may be quantized to FP8."""
         return accepts_fp8_input(self.weight)
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """Inputs of the autograd function: weight, bias, lora_A and lora_B of each layer.
-
-        Frozen base parameters and missing LoRA parameters are None.
-        """
+        """Inputs of the autograd function: weight, bias, lora_A and lora_B of each layer."""
         weight = self.weight if isinstance(self.weight, Tensor) and self.is_trainable else None
         bias = self.bias if self.bias is not None and self.bias.requires_grad else None
         lora_Bs_OR = self.lora_Bs_OR or (None,) * self.num_layers
         return weight, bias, self.lora_A_SI, *lora_Bs_OR
 
     def forward(self, x_TJ: Tensor | Fp8Rows, low_TS: Tensor | None) -> Tensor:
-        """Compute x W^T + bias plus the LoRA delta of all layers, concatenated.
-
-        `low_TS` are the LoRA activations of the input.
-        """
+        """Compute x W^T + bias plus the LoRA delta of all layers, concatenated."""
         if self.fused_weight_OJ is not None and isinstance(x_TJ, Tensor):
             return F.linear(x_TJ, self.fused_weight_OJ, self.bias)
         y_TO = linear_concat(x_TJ, self.weight, self.bias)
@@ -254,10 +222,7 @@ class LoraMatmul:
         return self.forward(h_TJ, low_TS).add_(x_TO)
 
     def backward(self, dy_TO: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradients of the input and of the LoRA activations.
-
-        The second is None without an adapter.
-        """
+        """Compute the gradients of the input and of the LoRA activations."""
         if self.fused_weight_OJ is None:
             return linear_concat_backward(dy_TO, self.weight), self.lora_backward(dy_TO)
         num_ranks = sum(lora_B_OR.shape[1] for lora_B_OR in self.lora_Bs_OR)
@@ -267,17 +232,13 @@ class LoraMatmul:
         ]
 
     def lora_backward(self, dy_TO: Tensor) -> Tensor | None:
-        """Compute the gradient of the LoRA activations; return None without an adapter."""
         grads = [dy @ lora_B_OR for dy, _, lora_B_OR in self._split_layers(dy_TO, None)]
         return torch.cat(grads, 1) if grads else None
 
     def _split_layers(
         self, y_TO: Tensor, low_TS: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield output columns, LoRA activations and up-projection of each layer with LoRA.
-
-        Without `low_TS` the second item repeats the output columns.
-        """
+        """Yield output columns, LoRA activations and up-projection of each layer with LoRA."""
         if not self.lora_Bs_OR:
             return
         ys = torch.split(y_TO, [len(lora_B_OR) for lora_B_OR in self.lora_Bs_OR], 1)
@@ -285,13 +246,14 @@ class LoraMatmul:
         yield from zip(ys, lows, self.lora_Bs_OR, strict=True)
 
     def base_grads(self, dy_TO: Tensor, x_TI: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Compute the gradients of weight, dy^T x, and bias, the sum of dy.
-
-        Gradients of frozen parameters are None.
-        """
+        """Compute the gradients of weight, dy^T x, and bias, the sum of dy."""
         weight, bias, *_ = self.parameters
-        assert weight is None or x_TI is not None, "a trainable weight requires its saved input"
-        dw_OI = None if weight is None or x_TI is None else _weight_grad(weight, dy_TO, x_TI)
+        dw_OI = None
+        if weight is not None:
+            assert x_TI is not None, "a trainable weight requires its saved input"
+            # Write to the preallocated buffer if there is one.
+            buffer_OI = _GRADIENT_BUFFERS[-1](weight) if _GRADIENT_BUFFERS else None
+            dw_OI = torch.mm(dy_TO.T, x_TI, out=buffer_OI)
         # Use a matmul: torch's sum over many rows needs more memory than the rows.
         return dw_OI, None if bias is None else (dy_TO.new_ones(1, len(dy_TO)) @ dy_TO)[0]
 
@@ -300,9 +262,3 @@ class LoraMatmul:
         if not self.lora_Bs_OR:
             return [None] * self.num_layers
         return [dy.T @ low_TR for dy, low_TR, _ in self._split_layers(dy_TO, low_TS)]
-
-
-def _weight_grad(weight: Tensor, dy_TO: Tensor, x_TI: Tensor) -> Tensor:
-    """Compute a weight gradient, in its preallocated buffer if there is one."""
-    buffer_OI = _GRADIENT_BUFFERS[-1](weight) if _GRADIENT_BUFFERS else None
-    return torch.mm(dy_TO.T, x_TI, out=buffer_OI)

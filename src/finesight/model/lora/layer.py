@@ -28,29 +28,18 @@ from finesight.model.quant.base import QuantizedWeight
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA rank and alpha of one layer.
-
-    The weight delta is `scale * B A` with `scale = alpha / rank`.
-    """
+    """LoRA rank and alpha of one layer."""
 
     rank: int
     alpha: float
 
     @property
     def scale(self) -> float:
-        """Scale of the LoRA delta, alpha / rank."""
         return self.alpha / self.rank
 
 
 class LoraSlice(NamedTuple):
-    """Position of one adapted layer within a fused linear.
-
-    Attributes:
-        layer_index: Index of the layer in the fused linear.
-        output_slice: Columns of the fused output.
-        rank_slice: Rows of the stacked lora_A.
-        scale: Scale of the LoRA delta.
-    """
+    """Position of one adapted layer within a fused linear."""
 
     layer_index: int
     output_slice: slice
@@ -67,9 +56,6 @@ class LoraFactors(NamedTuple):
 
 class LoraLinear(nn.Module):
     """LoRA adapter of some or all layers of a `FusedLinear`: its parameters and reference forward.
-
-    The fused decoder (`lora.fused`), multi-LoRA (`lora.multi`) and with it the decode step compute
-    the same from `lora_A`, `lora_B` and `slices`.
 
     `lora_A` stacks the down-projections of the adapted layers, [sum of ranks, inputs], so that the
     input is read once. `lora_B` holds one up-projection [outputs, rank] per layer. In training the
@@ -103,12 +89,11 @@ class LoraLinear(nn.Module):
         column = row = 0
         for index, (name, size) in enumerate(linear.output_sizes.items()):
             if name in self.configs:
-                rank, scale = self.configs[name].rank, self.configs[name].scale
+                rank, columns = self.configs[name].rank, slice(column, column + size)
                 lora_B_OR = torch.zeros(size, rank, dtype=factor_dtype, device=device)
                 self.lora_B[name] = nn.Parameter(lora_B_OR)
-                self.slices[name] = LoraSlice(
-                    index, slice(column, column + size), slice(row, row + rank), scale
-                )
+                ranks, scale = slice(row, row + rank), self.configs[name].scale
+                self.slices[name] = LoraSlice(index, columns, ranks, scale)
                 row += rank
             column += size
 
@@ -130,10 +115,7 @@ class LoraLinear(nn.Module):
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     def factors(self) -> dict[str, LoraFactors]:
-        """Return A and B of each adapted layer by layer name.
-
-        A is a view of the stacked `lora_A`.
-        """
+        """Return A and B of each adapted layer by layer name."""
         return {
             name: LoraFactors(self.lora_A[lora_slice.rank_slice], self.lora_B[name])
             for name, lora_slice in self.slices.items()
@@ -148,16 +130,13 @@ class LoraLinear(nn.Module):
         dtype, device and set of adapted layers.
         """
         for name, (lora_A_RI, lora_B_OR) in self.factors().items():
-            generator = torch.Generator().manual_seed(_derive_seed(seed, hub_name(path, name)))
-            bound = lora_A_RI.shape[1] ** -0.5
-            drawn = torch.empty(lora_A_RI.shape).uniform_(-bound, bound, generator=generator)
-            lora_A_RI.copy_(drawn)
+            digest = hashlib.sha256(f"{seed}:{hub_name(path, name)}".encode()).digest()
+            layer_seed = int.from_bytes(digest[:8], "little") >> 1
+            bound, generator = lora_A_RI.shape[1] ** -0.5, torch.Generator().manual_seed(layer_seed)
+            lora_A_RI.copy_(
+                torch.empty(lora_A_RI.shape).uniform_(-bound, bound, generator=generator)
+            )
             lora_B_OR.zero_()
-
-
-def _derive_seed(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class _LoraLinearFunction(torch.autograd.Function):
@@ -214,10 +193,11 @@ class _LoraLinearFunction(torch.autograd.Function):
         da_SI = dlow_TS.T @ x_TI if needs_a else None
         dx_TI: Tensor | None = None
         if needs_x:
-            if dropout_mask is None:
-                dx_TI = dlow_TS @ lora_A_SI
-            else:
-                dx_TI = dropout_matmul(dlow_TS, lora_A_SI, dropout_mask, ctx.dropout)
+            dx_TI = (
+                dlow_TS @ lora_A_SI
+                if dropout_mask is None
+                else dropout_matmul(dlow_TS, lora_A_SI, dropout_mask, ctx.dropout)
+            )
             add_input_gradient(dx_TI, dys_TO, ctx.weight)
         return dx_TI, None, None, None, None, da_SI, *dbs_OR
 
@@ -231,11 +211,7 @@ class LinearRef(NamedTuple):
 
 
 def stacked_row_counts(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the number of rows of each layer in stacked parameters, by parameter name.
-
-    Stacked parameters are fused weights and lora_A. Matrices that are published fused, such as the
-    qkv of a vision encoder, count as one layer.
-    """
+    """Return the number of rows of each layer in stacked parameters, by parameter name."""
     row_counts: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
         if isinstance(module, FusedLinear):
@@ -247,11 +223,7 @@ def stacked_row_counts(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def find_adaptable_layers(model: nn.Module) -> dict[str, LinearRef]:
-    """Return the linear layers that support an adapter, by hub name without `.weight`.
-
-    The head and the patch embedding (published as a convolution) are excluded: the head is trained
-    fully or frozen (`tune.embeddings`), and the patch embedding is as small as an adapter.
-    """
+    """Return the linear layers that support an adapter, by hub name without `.weight`."""
     layers: dict[str, LinearRef] = {}
     for path, module in model.named_modules():
         if isinstance(module, FusedLinear) and not path.startswith(("lm_head", "visual.patch_")):
@@ -268,9 +240,5 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, FusedLinear, LoraLine
 
 
 def hub_name(path: str, output_name: str) -> str:
-    """Return the hub name of one layer of a fused linear, without `.weight`.
-
-    `path` is the module path of the fused linear.
-    """
     parent, dot, _ = path.rpartition(".")
     return f"{parent}{dot}{output_name}"

@@ -7,7 +7,6 @@ quantized.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,16 @@ from torch import nn
 
 from finesight.bounded_files import read_json_object
 from finesight.config import PixelRange, Precision
-from finesight.encode.family import is_native
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.hub.address import parse_model_address
 from finesight.manifest import MANIFEST_FILE, Manifest
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import iter_adapters
-from finesight.model.lora.peft_io import load_adapter
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import DTYPES, hub_tensors, load_model, save_model, stored_precision
+from finesight.model.weights_io import DTYPES, hub_tensors, save_model, stored_precision
 from finesight.model_folder import PREPROCESSOR_FILE, PROCESSOR_FILE, ModelFolder
-from finesight.storage import write_folder
 
 MAX_SHARD_BYTES = 5e9
 """Maximum size of a weight file in bytes, as is usual on model hubs."""
@@ -35,11 +32,7 @@ MAX_SHARD_BYTES = 5e9
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> int:
-    """Merge all LoRA adapters of a model into its weights and remove them.
-
-    The sum of weight and `scale * B A` is computed in fp32 and rounded once to the weight's dtype.
-    Returns the number of merged layers.
-    """
+    """Merge all LoRA adapters of a model into its weights and remove them."""
     num_merged = 0
     for path, linear, adapter in list(iter_adapters(model)):
         assert isinstance(linear.weight, nn.Parameter), (
@@ -58,10 +51,7 @@ def merge_adapters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module) -> int:
-    """Replace all quantized weights by dequantized values, rounded once to the compute dtype.
-
-    Returns the number of dequantized layers.
-    """
+    """Replace all quantized weights by dequantized values, rounded once to the compute dtype."""
     num_layers = 0
     for module in model.modules():
         if isinstance(module, FusedLinear) and isinstance(module.weight, QuantizedWeight):
@@ -87,23 +77,6 @@ def round_weights(model: VisionLanguageModel, dtype: torch.dtype) -> None:
         tensor.data.copy_(tensor.data.to(dtype))
 
 
-@dataclass(frozen=True)
-class MergeResult:
-    """Result of `merge_to_folder`.
-
-    Attributes:
-        folder: Path of the merged model.
-        merged_layers: Number of layers with a merged adapter.
-        dequantized_layers: Number of layers that were dequantized.
-        precision: Name of the dtype of the written weights.
-    """
-
-    folder: Path
-    merged_layers: int
-    dequantized_layers: int
-    precision: str
-
-
 def require_native_family(base_folder: ModelFolder) -> None:
     """Raise UserError for a model family without a native implementation."""
     if not is_native(base_folder):
@@ -116,50 +89,11 @@ def require_native_family(base_folder: ModelFolder) -> None:
 
 
 def resolve_precision(base_folder: ModelFolder, requested: Precision) -> tuple[str, torch.dtype]:
-    """Return the dtype name of merged weights and the dtype for loading the base model.
-
-    `auto` keeps the dtype of the base weights, or fp32 if they are mixed.
-    """
+    """Return the dtype name of merged weights and the dtype for loading the base model."""
     stored = stored_precision(base_folder)
     resolved = stored if requested == "auto" else requested
     # For another output dtype the base is loaded in fp32, so that the sum is rounded only once.
     return resolved, DTYPES[stored] if resolved == stored else torch.float32
-
-
-def merge_to_folder(
-    base_folder: ModelFolder,
-    adapter: Path | None,
-    out: Path,
-    precision: Precision = "auto",
-    manifest: Manifest | None = None,
-) -> MergeResult:
-    """Merge an adapter into its base model and write the result to a new folder.
-
-    The merge runs on the CPU. The base weights are used as published, even if the run quantized
-    them; GPTQ weights are dequantized. The result is not verified here; see
-    `export.verified_merge`.
-
-    Args:
-        base_folder: Folder of the base model.
-        adapter: Folder of the adapter; None only dequantizes the base model.
-        out: New folder; removed after an error.
-        precision: Output dtype, as in `resolve_precision`.
-        manifest: Manifest of the run, as in `save_merged_model`.
-
-    Raises:
-        UserError: `out` exists, the adapter is incompatible (for example trained on another base),
-            or the disk is full.
-    """
-    require_native_family(base_folder)
-    with write_folder(out) as folder:
-        resolved, compute_dtype = resolve_precision(base_folder, precision)
-        model = load_model(base_folder, compute_dtype, torch.device("cpu"))
-        dequantized_layers = dequantize_model(model)
-        if adapter is not None:
-            load_adapter(model, adapter, base_folder=base_folder, dtype=torch.float32)
-        merged_layers = merge_adapters(model)
-        save_merged_model(model, base_folder, folder, DTYPES[resolved], manifest)
-    return MergeResult(out, merged_layers, dequantized_layers, resolved)
 
 
 def save_merged_model(
@@ -170,11 +104,7 @@ def save_merged_model(
     manifest: Manifest | None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a merged model with config and tokenizer files to the empty folder `folder`.
-
-    `manifest` describes the run of the adapter. It is copied, so that inference uses the same
-    prompts, but without the local path of the base model.
-    """
+    """Write a merged model with config and tokenizer files to the empty folder `folder`."""
     save_model(model, base_folder, folder, dtype, max_shard_bytes)
     if manifest is not None:
         named = manifest.model_copy(update={"base": public_model_name(manifest.base_model)})
@@ -184,10 +114,7 @@ def save_merged_model(
 
 
 def public_model_name(base_model: str) -> str:
-    """Return the public name of a base model.
-
-    Hub names are unchanged; of a local path, only the last component is returned.
-    """
+    """Return the public name of a base model."""
     return base_model if parse_model_address(base_model) is not None else Path(base_model).name
 
 
@@ -195,35 +122,22 @@ def _write_pixel_limits(folder: Path, pixel_range: PixelRange) -> None:
     """Write the pixel limits of the run to the image settings of a merged model.
 
     Existing files are changed. A new file is written only if there is none, since it would hide the
-    patch and color settings of the others.
+    patch and color settings of the others. The limits have the names of transformers 4; `size`, if
+    present, has those of transformers 5.
     """
+    smallest, largest = pixel_range.min_pixels, pixel_range.max_pixels
+
+    def limit(settings: dict[str, Any]) -> dict[str, Any]:
+        size = {"size": {"shortest_edge": smallest, "longest_edge": largest}}
+        limits = {"min_pixels": smallest, "max_pixels": largest}
+        return settings | limits | (size if "size" in settings else {})
+
     processor, preprocessor_path = _read_json(folder / PROCESSOR_FILE), folder / PREPROCESSOR_FILE
     nested = processor.get("image_processor")
     if isinstance(nested, dict):
-        processor["image_processor"] = _with_pixel_limits(nested, pixel_range)
-        _write_json(folder / PROCESSOR_FILE, processor)
+        _write_json(folder / PROCESSOR_FILE, processor | {"image_processor": limit(nested)})
     if preprocessor_path.exists() or not isinstance(nested, dict):
-        _write_json(
-            preprocessor_path, _with_pixel_limits(_read_json(preprocessor_path), pixel_range)
-        )
-
-
-def _with_pixel_limits(settings: dict[str, Any], pixel_range: PixelRange) -> dict[str, Any]:
-    """Return image settings with these pixel limits.
-
-    The limits have the names of transformers 4. If `size` is present, they are also written there,
-    with the names of transformers 5.
-    """
-    limited = settings | {
-        "min_pixels": pixel_range.min_pixels,
-        "max_pixels": pixel_range.max_pixels,
-    }
-    if "size" in settings:
-        limited["size"] = {
-            "shortest_edge": pixel_range.min_pixels,
-            "longest_edge": pixel_range.max_pixels,
-        }
-    return limited
+        _write_json(preprocessor_path, limit(_read_json(preprocessor_path)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -36,10 +36,7 @@ class LoraRouting:
         self.rank_scales_TX = self._scales_NX[:1]
 
     def register_ranks(self, scales_NS: Tensor) -> slice:
-        """Register the ranks of a linear and return their slice of all ranks.
-
-        `scales_NS` holds the scale of each rank in the row of its adapter and zeros elsewhere.
-        """
+        """Register the ranks of a linear and return their slice of all ranks."""
         start = sum(scales.shape[1] for scales in self._scales)
         self._scales.append(scales_NS)
         self._scales_NX = torch.cat(self._scales, 1)
@@ -47,17 +44,12 @@ class LoraRouting:
         return slice(start, start + scales_NS.shape[1])
 
     def build_mask(self, adapter_index: int | None) -> Tensor:
-        """Return the one-hot mask [1, N] that selects an adapter, or zeros for None."""
         mask_1N = torch.zeros(1, self.num_adapters, dtype=torch.float32)
         if adapter_index is not None:
             mask_1N[0, adapter_index] = 1
         return mask_1N.to(self._device)
 
     def set_mask(self, mask_TN: Tensor) -> None:
-        """Select the adapter of each token of the next forward pass.
-
-        `mask_TN` holds one-hot masks; a single row applies to all tokens.
-        """
         self.rank_scales_TX = mask_TN @ self._scales_NX
 
 
@@ -83,25 +75,22 @@ class MultiLoraLinear(nn.Module):
         block_diagonals: list[Tensor] = []
         scales: list[Tensor] = []
         self._rank_slices: list[slice | None] = []
-        """Columns of the stacked ranks that belong to each layer; None for layers without an
-        adapter."""
+        """Columns of the stacked ranks of each layer; None for layers without an adapter."""
+        start = 0
         for name, width in linear.output_sizes.items():
-            adapted = [
-                (n, m) for n, m in enumerate(adapters) if m is not None and name in m.configs
-            ]
-            start = sum(len(a_RI) for a_RI in lora_As_RI)
-            factors = [(n, m.configs[name].scale, m.factors()[name]) for n, m in adapted]
-            lora_Bs_OR = [lora_B_OR for _, _, (_, lora_B_OR) in factors]
-            for adapter_index, scale, (lora_A_RI, _) in factors:
-                lora_As_RI.append(lora_A_RI)
-                scale_NR = lora_A_RI.new_zeros(len(adapters), len(lora_A_RI), dtype=torch.float32)
-                scale_NR[adapter_index] = scale
-                scales.append(scale_NR)
-            stop = sum(len(a_RI) for a_RI in lora_As_RI)
-            self._rank_slices.append(slice(start, stop) if lora_Bs_OR else None)
-            block_diagonals.append(
-                torch.cat(lora_Bs_OR, 1) if lora_Bs_OR else reference.new_zeros(width, 0)
-            )
+            lora_Bs_OR = [reference.new_zeros(width, 0)]
+            for index, adapter in enumerate(adapters):
+                if adapter is not None and name in adapter.configs:
+                    lora_A_RI, lora_B_OR = adapter.factors()[name]
+                    lora_As_RI.append(lora_A_RI)
+                    lora_Bs_OR.append(lora_B_OR)
+                    rank = len(lora_A_RI)
+                    scales.append(lora_A_RI.new_zeros(len(adapters), rank, dtype=torch.float32))
+                    scales[-1][index] = adapter.configs[name].scale
+            block_diagonals.append(torch.cat(lora_Bs_OR, 1))
+            stop = start + block_diagonals[-1].shape[1]
+            self._rank_slices.append(slice(start, stop) if stop > start else None)
+            start = stop
         lora_B_OS: Tensor = torch.block_diag(*block_diagonals)  # type: ignore[no-untyped-call]
         self.register_buffer("lora_A_SI", torch.cat(lora_As_RI).detach(), persistent=False)
         self.register_buffer("lora_B_OS", lora_B_OS.detach(), persistent=False)
@@ -109,14 +98,9 @@ class MultiLoraLinear(nn.Module):
 
     @property
     def rank_scales_TS(self) -> Tensor:
-        """LoRA scale of each rank for each token of the next forward pass.
-
-        The scales of ranks of other adapters are zero.
-        """
         return self._routing.rank_scales_TX[:, self._routing_slice]
 
     def scale_activations(self, low_TS: Tensor) -> Tensor:
-        """Multiply LoRA activations by the scale of each rank, without changing their dtype."""
         return (low_TS * self.rank_scales_TS).to(low_TS.dtype)
 
     def add_delta(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
@@ -127,7 +111,6 @@ class MultiLoraLinear(nn.Module):
     def forward(
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Compute the base product plus LoRA deltas, [..., I] to one [..., O] per layer."""
         x_TI = x.reshape(-1, x.shape[-1])
         low_TS = self.scale_activations(F.linear(x_TI, self.lora_A_SI))
         lora_Bs_OS = torch.split(self.lora_B_OS, list(self._output_sizes))
@@ -158,10 +141,7 @@ class MultiLora:
         self._adapters.append(collected)
 
     def install(self) -> LoraRouting | None:
-        """Install all collected adapters in the model.
-
-        Returns the routing that selects adapters per token, or None if there are no adapters.
-        """
+        """Install all collected adapters in the model."""
         any_adapter = next((m for members in self._adapters for m in members.values()), None)
         if any_adapter is None:
             return None

@@ -20,12 +20,10 @@ from typing import Annotated, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finesight.bounded_files import read_bytes
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.errors import UserError
 from finesight.model.families.architecture import (
     QWEN_VL_MAPPING,
@@ -34,6 +32,7 @@ from finesight.model.families.architecture import (
     to_layer_name,
     to_module_name,
 )
+from finesight.model.fused_linear import FusedLinear
 from finesight.model.hf_backend import AnyModel
 from finesight.model.lora.layer import (
     LoraConfig,
@@ -43,24 +42,15 @@ from finesight.model.lora.layer import (
     hub_name,
     iter_adapters,
 )
+from finesight.model.weights_io import open_safetensors
 from finesight.model_folder import ModelFolder
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 _IGNORED_SETTINGS = {
-    "auto_mapping",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
 """PEFT settings without effect on a trained adapter, or only in combination with another
 setting."""
 
@@ -68,45 +58,32 @@ _SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Supported values of `init_lora_weights`, which leave the base weight unchanged. Others, such as
 PiSSA, change it."""
 
-
 _NOT_MERGED = {
-    "alora_invocation_tokens",
-    "arrow_config",
-    "layer_replication",
-    "megatron_config",
-    "r",
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config", "r",
     "use_qalora",
-}
+}  # fmt: skip
 """Settings of LoRA adapters that peft cannot merge into a base model."""
 
 _PROMPTS = {
-    "ADAPTION_PROMPT",
-    "CARTRIDGE",
-    "CPT",
-    "MULTITASK_PROMPT_TUNING",
-    "POLY",
-    "PREFIX_TUNING",
-    "PROMPT_TUNING",
-    "P_TUNING",
-    "SHADOW",
-    "XLORA",
-}
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING",
+    "PROMPT_TUNING", "P_TUNING", "SHADOW", "XLORA",
+}  # fmt: skip
 """PEFT types that train prompts or route by the input, and cannot be merged into a base model."""
 
 _SUPPORTED_FORMS = {"peft_type": "with peft_type=LORA", "r": "with a rank of at least 1"}
 
-Value = TypeVar("Value")
+_MERGE_WITH_PEFT = (
+    "merge the adapter into its base with peft (merge_and_unload), and use the merged model"
+)
 
+Value = TypeVar("Value")
 
 Alpha = Annotated[int | float, Field(ge=-1e9, le=1e9)]
 """LoRA alpha in a PEFT config, limited to magnitudes up to 1e9."""
 
 
 class PeftConfig(BaseModel):
-    """Supported settings of a PEFT config.
-
-    `read_peft_config` raises an error that names any other active setting.
-    """
+    """Supported settings of a PEFT config."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -126,40 +103,29 @@ class PeftConfig(BaseModel):
     layers_pattern: str | list[str] | None = None
 
     def is_target(self, module: str) -> bool:
-        """Return True if peft would adapt the linear layer with this module name.
-
-        Callers exclude the output head, which peft never adapts.
-        """
+        """Return True if peft would adapt the linear layer with this module name."""
         if self.target_modules is None or _matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str):
             return self.target_modules == "all-linear" or _matches(self.target_modules, module)
         if not _matches(self.target_modules, module):
             return False
-        layer_indices = self.layers_to_transform
-        if layer_indices is None or layer_indices == [] or module in self.target_modules:
+        indices = self.layers_to_transform
+        if indices is None or indices == [] or module in self.target_modules:
             return True
-        layer_index = self._layer_index(module)
-        return (
-            layer_index == layer_indices
-            if isinstance(layer_indices, int)
-            else layer_index in layer_indices
-        )
+        return self._layer_index(module) in ([indices] if isinstance(indices, int) else indices)
 
     def _layer_index(self, module: str) -> int | None:
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else None
-        for pattern in patterns or self.layers_pattern or ["[^.]*"]:
+        for pattern in _as_list(self.layers_pattern) or ["[^.]*"]:
             if match := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module):
                 return int(match[1])
         return None
 
     def regex_patterns(self) -> list[str]:
-        """Return all settings of the config that are regular expressions."""
         rules = [self.target_modules, self.exclude_modules]
-        layers = self.layers_pattern or []
         return [
             *(rule for rule in rules if isinstance(rule, str)),
-            *([layers] if isinstance(layers, str) else layers),
+            *_as_list(self.layers_pattern),
             *(self.rank_pattern or {}),
             *(self.alpha_pattern or {}),
         ]
@@ -176,11 +142,12 @@ class PeftConfig(BaseModel):
         return LoraConfig(rank, alpha * math.sqrt(rank) if self.use_rslora else alpha)
 
 
-def _matches(rule: str | list[str] | None, module: str) -> bool:
-    """Return True if a rule of PEFT matches a module name.
+def _as_list(rule: str | list[str] | None) -> list[str]:
+    return [rule] if isinstance(rule, str) else rule or []
 
-    A regular expression must match the full name, a list item the last components.
-    """
+
+def _matches(rule: str | list[str] | None, module: str) -> bool:
+    """Return True if a rule of PEFT matches a module name."""
     if not rule:
         return False
     if isinstance(rule, str):
@@ -196,10 +163,7 @@ def _first_match(patterns: Mapping[str, Value], module: str, default: Value) -> 
 
 
 def _detect_key_mapping(modules: Collection[str], key_mappings: Sequence[KeyMapping]) -> KeyMapping:
-    """Return the mapping that matches all PEFT module names in an adapter file.
-
-    It is empty for the module names of transformers 4.
-    """
+    """Return the mapping that matches all PEFT module names in an adapter file."""
     for key_mapping in key_mappings:
         if all(
             module.startswith(tuple(foreign for _, foreign in key_mapping)) for module in modules
@@ -210,76 +174,28 @@ def _detect_key_mapping(modules: Collection[str], key_mappings: Sequence[KeyMapp
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Description of a PEFT adapter.
+    """Description of a PEFT adapter."""
 
-    Attributes:
-        base_model: Folder or hub name of the base model, as stated in the config.
-        base_fingerprint: Fingerprint of the base model if finesight wrote the adapter, else None.
-        dropout: LoRA dropout probability.
-        configs: Rank and alpha of each layer by native layer name.
-        peft_config: Settings in the PEFT config.
-        key_mapping: Mapping to the module names in the adapter file.
-    """
-
-    base_model: str
-    base_fingerprint: str | None
-    dropout: float
-    configs: Mapping[str, LoraConfig]
     peft_config: PeftConfig
+    base_fingerprint: str | None
+    configs: Mapping[str, LoraConfig]
     key_mapping: KeyMapping
 
+    @property
+    def base_model(self) -> str:
+        """Folder or hub name of the base model, as stated in the config."""
+        return self.peft_config.base_model_name_or_path or ""
+
+    @property
+    def dropout(self) -> float:
+        return self.peft_config.lora_dropout
+
     def targets_layer(self, layer: str) -> bool:
-        """Return True if peft would adapt the layer with this native name."""
         return self.peft_config.is_target(to_module_name(layer, self.key_mapping))
 
 
-def build_adapter_spec(
-    peft_config: PeftConfig,
-    path: Path,
-    ranks: Mapping[str, int],
-    fingerprint: str | None,
-    key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING),
-) -> AdapterSpec:
-    """Build the description of an adapter from its settings and the ranks in its file.
-
-    Args:
-        peft_config: Settings from `read_peft_config`.
-        path: Path of the settings file, for error messages.
-        ranks: Rank of each layer by its module name in the file.
-        fingerprint: Fingerprint of the base, if finesight wrote the adapter.
-        key_mappings: Supported mappings of layer names to module names.
-
-    Raises:
-        UserError: A rank differs from the one in the settings.
-    """
-    configs = {}
-    for module, rank in ranks.items():
-        lora_config = peft_config.lora_config(module)
-        if lora_config.rank != rank:
-            raise UserError(
-                f"{module} has rank {lora_config.rank}, but {rank} in the adapter's tensors",
-                where=str(path),
-                expected="r and rank_pattern as the adapter was trained",
-                remedy="take both files from the same training",
-            )
-        configs[to_layer_name(module, key_mappings)] = lora_config
-    return AdapterSpec(
-        base_model=peft_config.base_model_name_or_path or "",
-        base_fingerprint=fingerprint,
-        dropout=peft_config.lora_dropout,
-        configs=configs,
-        peft_config=peft_config,
-        key_mapping=_detect_key_mapping(ranks, key_mappings),
-    )
-
-
 def read_peft_config(path: Path) -> PeftConfig:
-    """Read `adapter_config.json`.
-
-    Raises:
-        UserError: The file is missing or damaged, or an active setting is not supported; the
-            message names it.
-    """
+    """Read `adapter_config.json`."""
     remedy = "give the folder of an adapter saved by finesight or peft"
     if not path.is_file():
         raise UserError(f"{path.name} is missing", where=str(path.parent), remedy=remedy)
@@ -305,46 +221,44 @@ def read_peft_config(path: Path) -> PeftConfig:
 
 
 def _check_supported(peft_config: PeftConfig, path: Path) -> None:
-    unsupported = {
+    settings = {
         name: value
         for name, value in (peft_config.model_extra or {}).items()
         if value and name not in _IGNORED_SETTINGS
     }
-    if peft_config.peft_type != "LORA":
-        unsupported["peft_type"] = peft_config.peft_type
-    if peft_config.bias != "none":
-        unsupported["bias"] = peft_config.bias
-    if peft_config.init_lora_weights not in _SUPPORTED_INITS:
-        unsupported["init_lora_weights"] = peft_config.init_lora_weights
-    if peft_config.r <= 0:
-        unsupported["r"] = peft_config.r
-    if unsupported:
-        listed = ", ".join(f"{name}={json.dumps(value):.80}" for name, value in unsupported.items())
+    supported_values = {
+        "peft_type": peft_config.peft_type == "LORA",
+        "bias": peft_config.bias == "none",
+        "init_lora_weights": peft_config.init_lora_weights in _SUPPORTED_INITS,
+        "r": peft_config.r > 0,
+    }
+    values = peft_config.model_dump()
+    settings |= {name: values[name] for name, is_ok in supported_values.items() if not is_ok}
+    if settings:
+        listed = ", ".join(f"{name}={json.dumps(value):.80}" for name, value in settings.items())
         raise UserError(
             f"the adapter was made with {listed}, which finesight does not support",
             where=str(path),
             expected="standard LoRA of linear layers (rank-stabilized scale, rank_pattern and "
             "alpha_pattern included)",
-            remedy=_remedy(unsupported),
+            remedy=_remedy(settings),
         )
 
 
 def _remedy(unsupported: Mapping[str, object]) -> str:
-    """Return the remedy for unsupported settings in an error message.
-
-    It is merging with peft if peft supports all of these settings, otherwise training again.
-    """
+    """Return the remedy for unsupported settings: merging with peft, or training again."""
     fixed = [name for name in unsupported if name in _NOT_MERGED]
     if unsupported.get("peft_type") in _PROMPTS:
         fixed.append("peft_type")
     if fixed:
         supported = ", ".join(_SUPPORTED_FORMS.get(name, f"without {name}") for name in fixed)
         return f"train the adapter again, {supported}: peft cannot merge such an adapter"
-    merge = "merge the adapter into its base with peft (merge_and_unload), and use the merged model"
     if "lora_bias" in unsupported:
-        again = "or train the adapter again, with lora_bias=false"
-        return f"{merge}; {again}, where an adapted layer of the base has no bias"
-    return merge
+        return (
+            f"{_MERGE_WITH_PEFT}; or train the adapter again, with lora_bias=false, where an "
+            "adapted layer of the base has no bias"
+        )
+    return _MERGE_WITH_PEFT
 
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -371,14 +285,6 @@ def save_adapter(
     """Write the LoRA adapters of a model to a folder, in PEFT format and fp32.
 
     The folder must exist; use `storage.write_folder` for an atomic write.
-
-    Args:
-        folder: Target folder.
-        model: Model with adapters.
-        base_model: Folder or hub name of the base model.
-        base_fingerprint: Fingerprint of the base, stored in the file header; loading rejects
-            another base.
-        master_values: More precise values (fp32 master weights) by native parameter name.
     """
     master_values = master_values or {}
     layers: dict[str, LoraConfig] = {}
@@ -435,10 +341,10 @@ def _build_peft_config(
         for name, lora_config in configs.items()
         if lora_config != most_common
     }
+    alphas = {module: _as_int_if_integral(low.alpha) for module, low in exceptions.items()}
+    available = list(find_adaptable_layers(model))
     return {
-        "alpha_pattern": {
-            module: _as_int_if_integral(low.alpha) for module, low in exceptions.items()
-        },
+        "alpha_pattern": alphas,
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -450,9 +356,7 @@ def _build_peft_config(
         "peft_type": "LORA",
         "r": most_common.rank,
         "rank_pattern": {module: low.rank for module, low in exceptions.items()},
-        "target_modules": build_target_pattern(
-            list(configs), list(find_adaptable_layers(model)), key_mapping
-        ),
+        "target_modules": build_target_pattern(list(configs), available, key_mapping),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -466,36 +370,25 @@ def _as_int_if_integral(value: float) -> int | float:
 def build_target_pattern(
     selected: list[str], available: list[str], key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING
 ) -> str:
-    """Build a regular expression for `target_modules` that matches exactly the selected layers.
-
-    A list item such as `gate_proj` would also match Qwen2.5-VL's vision encoder.
-    """
-    layer_indices = _group_layer_indices(available)
-    unnumbered = [
-        re.escape(to_module_name(name, key_mapping))
-        for name in selected
-        if not _NUMBERED_LAYER.fullmatch(name)
-    ]
+    """Build a regular expression for `target_modules` that matches exactly the selected layers."""
+    all_indices: dict[str, set[int]] = {}
+    for (stem, _), indices in _group_layer_indices(available).items():
+        all_indices.setdefault(stem, set()).update(indices)
     tails_by_stem: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for (stem, tail), indices in _group_layer_indices(selected).items():
         tails_by_stem.setdefault((stem, tuple(indices)), []).append(re.escape(tail))
     patterns = []
     for (stem, selected_indices), tails in tails_by_stem.items():
-        all_indices = {
-            i for (other, _), all_of in layer_indices.items() if other == stem for i in all_of
-        }
-        index_pattern = (
-            r"\d+"
-            if set(selected_indices) == all_indices
-            else f"({'|'.join(map(str, selected_indices))})"
-        )
+        is_every_layer = set(selected_indices) == all_indices.get(stem, set())
+        index_pattern = r"\d+" if is_every_layer else f"({'|'.join(map(str, selected_indices))})"
         prefix = re.escape(to_module_name(f"{stem}.", key_mapping))
         patterns.append(rf"{prefix}{index_pattern}\.({'|'.join(tails)})")
-    return "|".join(f"({pattern})" for pattern in patterns + unnumbered)
+    unnumbered = (name for name in selected if not _NUMBERED_LAYER.fullmatch(name))
+    patterns += [re.escape(to_module_name(name, key_mapping)) for name in unnumbered]
+    return "|".join(f"({pattern})" for pattern in patterns)
 
 
 def _group_layer_indices(names: list[str]) -> dict[tuple[str, str], list[int]]:
-    """Group layer indices by the parts of the name before and after the index."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         if match := _NUMBERED_LAYER.fullmatch(name):
@@ -508,10 +401,8 @@ def read_adapter(
 ) -> tuple[AdapterSpec, dict[str, LoraFactors]]:
     """Read a PEFT adapter: its description, and the LoRA matrices by native layer name.
 
-    Raises:
-        UserError: A file is missing or damaged, a setting is unsupported (DoRA, trained biases and
-            others), a key is no LoRA matrix, a layer has only one matrix or duplicates, or the
-            ranks contradict the config.
+    Raises UserError if a file is missing or damaged, a setting or tensor is unsupported, or the
+    matrices are incomplete, duplicate or contradict the config.
     """
     # Read the config first, because most unsupported settings also change the tensor keys.
     settings = read_peft_config(folder / ADAPTER_CONFIG_FILE)
@@ -530,50 +421,49 @@ def read_adapter(
             duplicates.append(key)
         pair[match["side"]] = match["module"], tensor
     where = str(folder / ADAPTER_WEIGHTS_FILE)
-    _raise_for_keys(invalid, "are not factors of linear layers", where, _merge_remedy(invalid))
+    # Complete tensors, such as embeddings, can only be merged.
+    is_complete = all(
+        k.startswith(_PEFT_PREFIX) and k.endswith((".weight", ".bias")) for k in invalid
+    )
+    remedy = _MERGE_WITH_PEFT if is_complete else ""
+    _raise_for_keys(invalid, "are not factors of linear layers", where, remedy)
     _raise_for_keys(duplicates, "duplicate the layers of other keys", where)
     unpaired = [f"{pair[s][0]}.lora_{s}" for pair in sides.values() if len(pair) == 1 for s in pair]
     _raise_for_keys(unpaired, "lack the other factor of their layer (A or B)", where)
     factors = {name: LoraFactors(pair["A"][1], pair["B"][1]) for name, pair in sides.items()}
-    ranks = {pair["A"][0]: len(pair["A"][1]) for pair in sides.values()}
-    fingerprint = metadata.get(_FINGERPRINT_KEY)
-    return build_adapter_spec(
-        settings, folder / ADAPTER_CONFIG_FILE, ranks, fingerprint, key_mappings
-    ), factors
-
-
-def _merge_remedy(keys: Sequence[str]) -> str:
-    """Return the remedy for adapter files with complete tensors, such as embeddings.
-
-    Returns an empty string if peft cannot have written the keys.
-    """
-    if not all(key.startswith(_PEFT_PREFIX) and key.endswith((".weight", ".bias")) for key in keys):
-        return ""
-    return "merge the adapter into its base with peft (merge_and_unload), and use the merged model"
+    configs = {}
+    for name, pair in sides.items():
+        (module, lora_A_RI), lora_config = pair["A"], settings.lora_config(pair["A"][0])
+        if lora_config.rank != len(lora_A_RI):
+            raise UserError(
+                f"{module} has rank {lora_config.rank}, but {len(lora_A_RI)} in the adapter's "
+                "tensors",
+                where=str(folder / ADAPTER_CONFIG_FILE),
+                expected="r and rank_pattern as the adapter was trained",
+                remedy="take both files from the same training",
+            )
+        configs[name] = lora_config
+    key_mapping = _detect_key_mapping([pair["A"][0] for pair in sides.values()], key_mappings)
+    return AdapterSpec(settings, metadata.get(_FINGERPRINT_KEY), configs, key_mapping), factors
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = folder / ADAPTER_WEIGHTS_FILE
     if not path.is_file():
         has_pickle = (folder / "adapter_model.bin").is_file()
+        suffix, remedy = "", "give the folder that holds the adapter itself"
+        if has_pickle:
+            suffix = ", and adapter_model.bin is a pickle"
+            remedy = "save the adapter again with safe_serialization=True"
         raise UserError(
-            f"{ADAPTER_WEIGHTS_FILE} is missing"
-            + (", and adapter_model.bin is a pickle" if has_pickle else ""),
+            f"{ADAPTER_WEIGHTS_FILE} is missing{suffix}",
             where=str(folder),
             expected=f"a PEFT adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}",
-            remedy="save the adapter again with safe_serialization=True"
-            if has_pickle
-            else "give the folder that holds the adapter itself",
+            remedy=remedy,
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = file.keys()
-            tensors = {key: file.get_tensor(key) for key in keys}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"not readable as safetensors: {error}", where=str(path), remedy="copy the file again"
-        ) from error
+    with open_safetensors(path, remedy="copy the file again") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     if not tensors:
         raise UserError("the adapter holds no tensors", where=str(path), remedy="save it again")
     return tensors, metadata
@@ -598,13 +488,10 @@ def load_adapter(
     base_folder: ModelFolder | None = None,
     dtype: torch.dtype | None = None,
 ) -> AdapterSpec:
-    """Load the adapter of `folder` into a model and freeze all parameters.
+    """Load the adapter of `folder` into a model without adapters and freeze all parameters.
 
-    Args:
-        model: Model without adapters.
-        folder: Adapter folder.
-        base_folder: Folder of the base model; its fingerprint must match the adapter's.
-        dtype: Dtype of the adapter; the model's by default.
+    The adapter has the model's dtype unless `dtype` is given. The fingerprint of `base_folder` must
+    match the adapter's.
 
     Raises:
         UserError: `read_adapter` fails, the adapter was trained on another base, or a layer is
@@ -612,21 +499,14 @@ def load_adapter(
             file.
     """
     assert not list(iter_adapters(model)), "the model already has adapters"
-    spec, factors = read_adapter(folder, model.adapter_key_mappings)
-    if base_folder is not None:
-        _check_base_fingerprint(spec, folder, base_folder)
-    linears = find_adaptable_layers(model)
-    _check_layers(model, spec, factors, folder)
-    for path in dict.fromkeys(linears[name].path for name in spec.configs):
-        own_configs = {
-            linears[n].output_name: lora_config
-            for n, lora_config in spec.configs.items()
-            if linears[n].path == path
-        }
-        linear = next(ref.linear for ref in linears.values() if ref.path == path)
-        adapter = LoraLinear(linear, own_configs, spec.dropout, dtype)
-        adapter.train(linear.training)
-        linear.adapter = adapter
+    spec, factors = _read_matching_adapter(model, folder, base_folder)
+    layers = find_adaptable_layers(model)
+    configs: dict[FusedLinear, dict[str, LoraConfig]] = {}
+    for name, lora_config in spec.configs.items():
+        configs.setdefault(layers[name].linear, {})[layers[name].output_name] = lora_config
+    for linear, layer_configs in configs.items():
+        adapter = LoraLinear(linear, layer_configs, spec.dropout, dtype)
+        linear.adapter = adapter.train(linear.training)
     _copy_factors(model, factors)
     model.requires_grad_(False)
     return spec
@@ -639,26 +519,21 @@ def load_trainable_adapter(
 
     Raises UserError as `load_adapter`, and if layers, ranks or scales differ from the model's.
     """
-    spec, factors = read_adapter(folder, model.adapter_key_mappings)
-    if base_folder is not None:
-        _check_base_fingerprint(spec, folder, base_folder)
-    _check_layers(model, spec, factors, folder)
+    spec, factors = _read_matching_adapter(model, folder, base_folder)
     expected = {
         hub_name(path, output): low
         for path, _, adapter in iter_adapters(model)
         for output, low in adapter.configs.items()
     }
+    where = str(folder)
     remedy = (
         "set tune as the adapter was trained, or merge the adapter (finesight merge) and start "
         "from the merged model"
     )
-    where = str(folder)
-    _raise_for_keys(
-        [n for n in spec.configs if n not in expected], "have no adapter here", where, remedy
-    )
-    _raise_for_keys(
-        [n for n in expected if n not in spec.configs], "are not in the adapter", where, remedy
-    )
+    extra = [name for name in spec.configs if name not in expected]
+    _raise_for_keys(extra, "have no adapter here", where, remedy)
+    missing = [name for name in expected if name not in spec.configs]
+    _raise_for_keys(missing, "are not in the adapter", where, remedy)
     for name, lora_config in expected.items():
         found = spec.configs[name]
         if found.rank != lora_config.rank or not math.isclose(found.scale, lora_config.scale):
@@ -673,35 +548,30 @@ def load_trainable_adapter(
     return spec
 
 
-def _check_base_fingerprint(spec: AdapterSpec, folder: Path, base_folder: ModelFolder) -> None:
-    expected, found = spec.base_fingerprint, base_folder.fingerprint()
-    if expected is not None and found != expected:
+def _read_matching_adapter(
+    model: AnyModel, folder: Path, base_folder: ModelFolder | None
+) -> tuple[AdapterSpec, dict[str, LoraFactors]]:
+    """Read an adapter and check that it fits the layers of a model and its base."""
+    spec, factors = read_adapter(folder, model.adapter_key_mappings)
+    if base_folder is not None and spec.base_fingerprint not in (None, base_folder.fingerprint()):
         raise UserError(
-            f"the base {base_folder.path} has the fingerprint {found}",
+            f"the base {base_folder.path} has the fingerprint {base_folder.fingerprint()}",
             where=str(folder),
-            expected=f"{expected}, the model {spec.base_model} that the adapter was trained on",
+            expected=f"{spec.base_fingerprint}, the model {spec.base_model} that the adapter was "
+            "trained on",
             remedy="use that model; an adapter fits no other",
         )
-
-
-def _check_layers(
-    model: nn.Module, spec: AdapterSpec, factors: Mapping[str, LoraFactors], folder: Path
-) -> None:
-    linears, where = find_adaptable_layers(model), str(folder / ADAPTER_WEIGHTS_FILE)
-    _raise_for_keys(
-        [name for name in factors if name not in linears], "are no layers of the model", where
-    )
-    missing = [name for name in linears if name not in factors and spec.targets_layer(name)]
+    layers, where = find_adaptable_layers(model), str(folder / ADAPTER_WEIGHTS_FILE)
+    unknown = [name for name in factors if name not in layers]
+    _raise_for_keys(unknown, "are no layers of the model", where)
+    missing = [name for name in layers if name not in factors and spec.targets_layer(name)]
     _raise_for_keys(
         missing, f"are named by target_modules in {ADAPTER_CONFIG_FILE} but missing", where
     )
     for name, (lora_A_RI, lora_B_OR) in factors.items():
-        linear, _, output = linears[name]
-        expected = [
-            (len(lora_A_RI), linear.in_features),
-            (linear.output_sizes[output], len(lora_A_RI)),
-        ]
-        found = [tuple(lora_A_RI.shape), tuple(lora_B_OR.shape)]
+        linear, _, output = layers[name]
+        rank, found = len(lora_A_RI), [tuple(lora_A_RI.shape), tuple(lora_B_OR.shape)]
+        expected = [(rank, linear.in_features), (linear.output_sizes[output], rank)]
         if found != expected:
             raise UserError(
                 f"A and B of {name} have shapes {found[0]} and {found[1]}",
@@ -709,6 +579,7 @@ def _check_layers(
                 expected=f"{expected[0]} and {expected[1]} for this model",
                 remedy="use the adapter's own base model",
             )
+    return spec, factors
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ inputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -21,8 +21,11 @@ from torch.autograd.function import once_differentiable
 SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """Names of dense dtypes in settings, by their names in safetensors files."""
 
-HAS_TRITON = find_spec("triton") is not None
-"""True if Triton is installed."""
+HAS_TRITON = find_spec("triton") is not None or torch.version.cuda is None
+"""True if the Triton kernels can be imported.
+
+Without GPU support in torch, the kernels are placeholders for memory estimates.
+"""
 
 MAX_GEMV_ROWS, MAX_GEMM_ROWS = 8, 64
 """Maximum number of input rows for GEMV kernels, and for tensor-core (GEMM) kernels on quantized
@@ -35,14 +38,7 @@ kernel."""
 
 @dataclass(frozen=True)
 class WeightTensorSpec:
-    """Tensor in a weight file that a matrix is loaded from.
-
-    Attributes:
-        name: Suffix of the tensor name.
-        shape: Shape in the file.
-        dtypes: Allowed dtypes, by their names in safetensors files.
-        load: Function that loads the values.
-    """
+    """Tensor in a weight file that a matrix is loaded from."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +47,11 @@ class WeightTensorSpec:
 
 
 class QuantizedMatrix(nn.Module, ABC):
-    """Frozen quantized matrix [O, I] with matmul kernels and dequantization."""
+    """Frozen quantized matrix [O, I] with matmul kernels and dequantization.
+
+    By default it is computed from a dense weight while loading, in chunks of rows. The codes of a
+    row depend on that row alone.
+    """
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -59,21 +59,52 @@ class QuantizedMatrix(nn.Module, ABC):
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the dequantized matrix."""
         return self.out_features * self.in_features
 
     @property
     def device(self) -> torch.device:
-        """Device of the quantized codes."""
         return next(self.buffers()).device
 
-    @abstractmethod
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the file tensors that the matrix is loaded from."""
+        """Return the file tensors that the matrix is loaded from, by default a dense weight."""
+        shape = self.out_features, self.in_features
+        return (WeightTensorSpec("weight", shape, tuple(SAFETENSORS_DTYPES), self.quantize),)
 
-    @abstractmethod
+    @torch.no_grad()
+    def quantize(self, values_OI: Tensor) -> None:
+        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
+        shape = tuple(values_OI.shape)
+        assert shape == (self.out_features, self.in_features), (
+            f"{shape}, not {self.out_features, self.in_features}"
+        )
+        self.quantize_values(values_OI)
+
+    def quantize_values(self, values_OI: Tensor) -> None:
+        for rows in self._row_chunks():
+            self.quantize_rows(rows, values_OI[rows].to(self.device).float())
+
+    def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
+        raise NotImplementedError
+
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        """Return the dequantized values of a range of rows, [R, I] in fp32."""
+        raise NotImplementedError
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I] in bf16, fp16 or fp32."""
+        """Return the dequantized matrix [O, I] in bf16, fp16 or fp32, each element rounded once."""
+        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        for rows in self._row_chunks():
+            w_OI[rows] = self.dequantize_rows(rows).to(dtype)
+        return w_OI
+
+    def _row_chunks(self) -> Iterator[slice]:
+        step = max(1, CHUNK_ELEMENTS // self.in_features)
+        return (slice(start, start + step) for start in range(0, self.out_features, step))
+
+    @property
+    def has_kernels(self) -> bool:
+        """True if Triton kernels can run on the device of the codes."""
+        return HAS_TRITON and self.device.type == "cuda"
 
     @abstractmethod
     def supports_kernels(self) -> bool:
@@ -87,94 +118,33 @@ class QuantizedMatrix(nn.Module, ABC):
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias [R, O] with a tensor-core kernel, for 16-bit rows."""
 
-    def _dense_spec(self, load: Callable[[Tensor], None]) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of a dense weight that is quantized while loading."""
-        return (
-            WeightTensorSpec(
-                "weight", (self.out_features, self.in_features), tuple(SAFETENSORS_DTYPES), load
-            ),
-        )
-
-    def _check_shape(self, values_OI: Tensor) -> None:
-        shape = tuple(values_OI.shape)
-        assert shape == (self.out_features, self.in_features), (
-            f"{shape}, not {self.out_features, self.in_features}"
-        )
-
-    def kernel_matmul(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Compute x W^T + bias with a kernel for quantized weights, without autograd.
-
-        Returns None if no kernel supports the matrix, the device or the number of rows.
-        """
-        num_rows = x.numel() // self.in_features
-        if not (x.is_cuda and self.supports_kernels()) or not 0 < num_rows <= MAX_GEMM_ROWS:
-            return None
-        use_gemm = num_rows > 1 and has_tensor_cores(x.dtype, x.device)
-        if not use_gemm and num_rows > MAX_GEMV_ROWS:
-            return None
-        x_RI = x.reshape(num_rows, self.in_features).contiguous()
-        y_RO = self.gemm(x_RI, bias) if use_gemm else self.gemv(x_RI, bias)
-        return y_RO.view(*x.shape[:-1], self.out_features)
-
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias with autograd, [..., I] to [..., O].
-
-        The backward pass dequantizes the matrix again instead of storing it.
-        """
+        """Compute x W^T + bias with autograd, [..., I] to [..., O]."""
         y: Tensor = _QuantizedMatmul.apply(x, bias, self)  # type: ignore[no-untyped-call]
         return y
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias without autograd, [..., I] to [..., O]."""
-        y = self.kernel_matmul(x, bias)
-        return F.linear(x, self.dequantize(x.dtype), bias) if y is None else y
+        """Compute x W^T + bias without autograd, by a kernel for quantized weights if possible."""
+        num_rows = x.numel() // self.in_features
+        if x.is_cuda and 0 < num_rows <= MAX_GEMM_ROWS and self.supports_kernels():
+            use_gemm = num_rows > 1 and has_tensor_cores(x.dtype, x.device)
+            if use_gemm or num_rows <= MAX_GEMV_ROWS:
+                x_RI = x.reshape(num_rows, self.in_features).contiguous()
+                y_RO = self.gemm(x_RI, bias) if use_gemm else self.gemv(x_RI, bias)
+                return y_RO.view(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.dequantize(x.dtype), bias)
+
+
+def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return True if Triton and flash attention can use tensor cores for this dtype."""
+    is_16_bit = dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and get_device_capability(device) >= (8, 0)
 
 
 @lru_cache
-def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if Triton and flash attention can use tensor cores for this dtype.
-
-    Requires 16-bit dtypes and compute capability 8.0 or newer.
-    """
-    is_16_bit = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-class OnlineQuantizedMatrix(QuantizedMatrix):
-    """Quantized matrix that is computed from a dense weight while loading.
-
-    Rows are quantized in chunks. The codes of each row depend on that row alone.
-    """
-
-    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of the dense weight."""
-        return self._dense_spec(self.quantize)
-
-    @torch.no_grad()
-    def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
-        self._check_shape(values_OI)
-        for rows in self._row_chunks():
-            self.quantize_rows(rows, values_OI[rows].to(self.device).float())
-
-    @abstractmethod
-    def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        """Quantize a range of rows, [R, I] in fp32."""
-
-    @abstractmethod
-    def dequantize_rows(self, rows: slice) -> Tensor:
-        """Return the dequantized values of a range of rows, [R, I] in fp32."""
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I], each element rounded once."""
-        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
-        for rows in self._row_chunks():
-            w_OI[rows] = self.dequantize_rows(rows).to(dtype)
-        return w_OI
-
-    def _row_chunks(self) -> Iterator[slice]:
-        step = max(1, CHUNK_ELEMENTS // self.in_features)
-        return (slice(start, start + step) for start in range(0, self.out_features, step))
+def get_device_capability(device: torch.device) -> tuple[int, int]:
+    """Return the CUDA compute capability of a device, or (0, 0) without CUDA."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 class _QuantizedMatmul(torch.autograd.Function):
@@ -191,11 +161,21 @@ class _QuantizedMatmul(torch.autograd.Function):
         return dy @ ctx.matrix.dequantize(dy.dtype), None, None
 
 
-class QuantizedWeight(nn.Module):
-    """Quantized weight of a fused linear, with one matrix per layer.
+class Fp8Rows(NamedTuple):
+    """Rows quantized to FP8, with the values `codes_TI` times `scales_T1`."""
 
-    `dtype` is the compute dtype, which is also that of bias and adapter.
-    """
+    codes_TI: Tensor
+    scales_T1: Tensor
+
+
+def split_outputs(x: Tensor | None, sizes: Iterable[int]) -> Sequence[Tensor | None]:
+    """Split the rows of a fused parameter by layer; None values for a missing parameter."""
+    sizes = list(sizes)
+    return [None] * len(sizes) if x is None else torch.split(x, sizes)
+
+
+class QuantizedWeight(nn.Module):
+    """Quantized weight of a fused linear, with one matrix per layer."""
 
     def __init__(self, matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> None:
         super().__init__()
@@ -204,21 +184,17 @@ class QuantizedWeight(nn.Module):
 
     @property
     def matrices(self) -> tuple[QuantizedMatrix, ...]:
-        """Quantized matrices of the layers, in order."""
         return tuple(layer for layer in self.layers if isinstance(layer, QuantizedMatrix))
 
     @property
     def device(self) -> torch.device:
-        """Device of the quantized codes."""
         return self.matrices[0].device
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the dequantized weight."""
         return sum(matrix.num_elements for matrix in self.matrices)
 
     def dequantize(self) -> Tensor:
-        """Return the dequantized matrices of all layers, concatenated."""
         matrices = [*self.dequantize_layers()]
         return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
@@ -227,28 +203,30 @@ class QuantizedWeight(nn.Module):
         for matrix in self.matrices:
             yield matrix.dequantize(self.dtype)
 
-    def linear_per_layer(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i of each layer, with autograd."""
+    def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """Compute x W_i^T + bias_i of each layer, with autograd unless `x` is FP8."""
         pairs = zip(self.matrices, self.split_bias(bias), strict=True)
-        return tuple(matrix(x, layer_bias) for matrix, layer_bias in pairs)
+        return tuple(matrix(require_dense(x), layer_bias) for matrix, layer_bias in pairs)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
         """Add the input gradient of a fused linear, the sum of dy_i W_i, to `dx_TI`."""
         for dy_TO, w_OI in zip(dys_TO, self.dequantize_layers(), strict=True):
             dx_TI.addmm_(dy_TO, w_OI)
 
-    def linear_concat(self, x_TI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias of all layers concatenated, without autograd."""
-        return F.linear(x_TI, self.dequantize(), bias)
+    def linear_concat(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
+        return F.linear(require_dense(x_TI), self.dequantize(), bias)
 
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
-        """Compute dy W, the input gradient for the concatenated output gradients."""
         return dy_TO @ self.dequantize()
 
     def split_bias(self, bias: Tensor | None) -> Sequence[Tensor | None]:
-        """Split a bias by layer; None values without a bias."""
-        sizes = [matrix.out_features for matrix in self.matrices]
-        return [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+        return split_outputs(bias, (matrix.out_features for matrix in self.matrices))
+
+
+def require_dense(x: Tensor | Fp8Rows) -> Tensor:
+    """Return the input of a weight that is not FP8."""
+    assert isinstance(x, Tensor), "FP8 input for a weight that is not FP8"
+    return x
 
 
 def find_quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
@@ -264,12 +242,7 @@ class RmsNormParams(NamedTuple):
 
 
 class PackedInput(NamedTuple):
-    """Input row in the layout that GEMV kernels for 4-bit matrices read.
-
-    Attributes:
-        values_8N: Inputs of the k-th code of all words, for each of the 8 codes of a word.
-        group_sums_G: Sum of the inputs of each group, for formats with zero points; else None.
-    """
+    """Input row in the layout that GEMV kernels for 4-bit matrices read."""
 
     values_8N: Tensor
     group_sums_G: Tensor | None
@@ -278,13 +251,8 @@ class PackedInput(NamedTuple):
 class Packed4BitMatrix(QuantizedMatrix):
     """Quantized 4-bit matrix whose GEMV kernel requires a packed input row."""
 
-    @property
-    def is_unpermuted(self) -> bool:
-        """True if the columns are in their original order.
-
-        Matrices of a fused linear can then share the packed input.
-        """
-        return True
+    is_unpermuted = True
+    """True if the columns are in their original order."""
 
     @abstractmethod
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
@@ -297,7 +265,6 @@ class Packed4BitMatrix(QuantizedMatrix):
         """Compute x W^T + bias + residual of a packed input row into `y_O`."""
 
     def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O], row by row."""
         y_RO = x_RI.new_empty(len(x_RI), self.out_features)
         for x_1I, y_O in zip(torch.split(x_RI, 1), y_RO, strict=True):
             self.gemv_packed(self.pack_input(x_1I, None), y_O, bias, None)
@@ -307,10 +274,7 @@ class Packed4BitMatrix(QuantizedMatrix):
 def pack_inputs(
     matrices: Sequence[Packed4BitMatrix], x_1I: Tensor, norm: RmsNormParams | None
 ) -> Iterator[PackedInput]:
-    """Yield the packed input row for each matrix of a fused linear.
-
-    The row is packed once unless the columns of a matrix are permuted.
-    """
+    """Yield the packed input row for each matrix of a fused linear."""
     shared = matrices[0].pack_input(x_1I, norm)
     all_unpermuted = all(matrix.is_unpermuted for matrix in matrices)
     yield shared

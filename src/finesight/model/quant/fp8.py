@@ -26,6 +26,7 @@ from finesight.errors import UserError
 from finesight.model.fused_ops import has_kernels, quick_gelu
 from finesight.model.quant.base import (
     HAS_TRITON,
+    Fp8Rows,
     QuantizedMatrix,
     QuantizedWeight,
 )
@@ -36,25 +37,19 @@ if HAS_TRITON:
 
 
 class Fp8Matrix(RowwiseMatrix):
-    """FP8 matrix (e4m3, three mantissa bits).
-
-    The error of an element is at most a sixteenth of it or 2^-10 of the scale, whichever is larger.
-    """
+    """FP8 matrix (e4m3, three mantissa bits)."""
 
     code_dtype = torch.float8_e4m3fn
     max_code = 448.0
 
     def round_to_codes(self, values_RI: Tensor) -> Tensor:
-        """Round scaled values to the nearest FP8 value."""
         # The next code after the largest value is NaN; clamp quotients that were rounded up.
         return values_RI.clamp(-self.max_code, self.max_code).to(torch.float8_e4m3fn)
 
-    def _kernels_available(self) -> bool:
+    @property
+    def has_kernels(self) -> bool:
         # Older GPUs cannot convert this dtype.
-        return super()._kernels_available() and torch.cuda.get_device_capability(self.device) >= (
-            8,
-            9,
-        )
+        return super().has_kernels and torch.cuda.get_device_capability(self.device) >= (8, 9)
 
 
 FP8_ALIGNMENT = 16
@@ -68,10 +63,7 @@ MIN_AMAX = 1e-30
 
 
 def require_fp8_support(device: torch.device, setting: str) -> None:
-    """Raise UserError if the GPU has no FP8 matmuls.
-
-    The error names `setting`. CPUs are accepted, since they emulate FP8.
-    """
+    """Raise UserError if the GPU has no FP8 matmuls."""
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -85,25 +77,13 @@ def require_fp8_support(device: torch.device, setting: str) -> None:
         )
 
 
-class Fp8Rows(NamedTuple):
-    """Rows quantized to FP8, with the values `codes_TI` times `scales_T1`."""
-
-    codes_TI: Tensor
-    scales_T1: Tensor
-
-
 def empty_fp8_rows(x_TI: Tensor) -> Fp8Rows:
-    """Allocate FP8 rows with the shape of a tensor."""
     scales_T1 = x_TI.new_empty(len(x_TI), 1, dtype=torch.float32)
     return Fp8Rows(x_TI.new_empty(x_TI.shape, dtype=FP8_DTYPE), scales_T1)
 
 
 def quantize_fp8(x_TI: Tensor, column_scales_I: Tensor | None = None) -> Fp8Rows:
-    """Quantize the rows of a tensor to FP8, optionally after scaling its columns.
-
-    The error of an element is at most a sixteenth of it or 2^-10 of the row's scale, whichever is
-    larger. Rows with non-finite elements become NaN.
-    """
+    """Quantize the rows of a tensor to FP8, optionally after scaling its columns."""
     if HAS_TRITON and x_TI.is_cuda:
         return Fp8Rows(
             *fp8_kernels.quantize_fp8_rows(x_TI, column_scales_I, FP8_DTYPE, FP8_MAX, MIN_AMAX)
@@ -176,28 +156,23 @@ class Fp8Weight(QuantizedWeight):
         """Concatenate codes and scales of all layers; the layers' tensors become views of them."""
         if self._forward_codes is None:
             layers = self._fp8_matrices
-            concatenated = _ScaledCodes(
-                _concat([layer.codes_OI for layer in layers], 0),
-                _concat([layer.scales_O for layer in layers], 0),
-            )
+            codes_OI = _concat([layer.codes_OI for layer in layers], 0)
+            scales_O = _concat([layer.scales_O for layer in layers], 0)
             widths = [layer.out_features for layer in layers]
-            views = (torch.split(part, widths) for part in concatenated)
-            for layer, codes_OI, scales_O in zip(layers, *views, strict=True):
-                layer.codes_OI, layer.scales_O = codes_OI, scales_O
-            self._forward_codes = concatenated
+            views = torch.split(codes_OI, widths), torch.split(scales_O, widths)
+            for layer, codes, scales in zip(layers, *views, strict=True):
+                layer.codes_OI, layer.scales_O = codes, scales
+            self._forward_codes = _ScaledCodes(codes_OI, scales_O)
         return self._forward_codes
 
     def _transpose(self) -> _ScaledCodes:
-        """Return the transposed codes [I, O] with unit scales for the backward pass."""
         if self.backward_codes is None:
             codes_IO = self._concatenate().codes.t().contiguous()
-            self.backward_codes = _ScaledCodes(
-                codes_IO, codes_IO.new_ones(len(codes_IO), dtype=torch.float32)
-            )
+            unit_scales_I = codes_IO.new_ones(len(codes_IO), dtype=torch.float32)
+            self.backward_codes = _ScaledCodes(codes_IO, unit_scales_I)
         return self.backward_codes
 
     def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i for each layer, with autograd unless `x` is FP8."""
         if isinstance(x, Fp8Rows):
             return self.linear_fp8(x, bias)
         if not self.training:
@@ -209,10 +184,7 @@ class Fp8Weight(QuantizedWeight):
     def linear_fp8(
         self, x_TI: Tensor | Fp8Rows, bias: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i for each layer in FP8, without autograd.
-
-        The outputs have the dtype of the input unless `dtype` is given.
-        """
+        """Compute x W_i^T + bias_i for each layer in FP8, without autograd."""
         rows, input_dtype = self._to_fp8_rows(x_TI)
         return tuple(
             fp8_linear(rows, layer.codes_OI, layer.scales_O, layer_bias, dtype or input_dtype)
@@ -220,27 +192,23 @@ class Fp8Weight(QuantizedWeight):
         )
 
     def linear_concat(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias of all layers concatenated, without autograd."""
         if not (self.training or isinstance(x_TI, Fp8Rows)):
             return super().linear_concat(x_TI, bias)
         rows, dtype = self._to_fp8_rows(x_TI)
         return fp8_linear(rows, *self._concatenate(), bias, dtype)
 
     def _to_fp8_rows(self, x_TI: Tensor | Fp8Rows) -> tuple[Fp8Rows, torch.dtype]:
-        """Quantize the input to FP8 and return it with the output dtype."""
         if isinstance(x_TI, Fp8Rows):
             return x_TI, self.dtype
         return quantize_fp8(x_TI), x_TI.dtype
 
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
-        """Compute dy W, the input gradient for the concatenated output gradients."""
         if not self.training:
             return super().linear_concat_backward(dy_TO)
         rows = quantize_fp8(dy_TO, self._concatenate().scales)
         return fp8_linear(rows, *self._transpose(), None, dy_TO.dtype)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
-        """Add the input gradient of a fused linear, the sum of dy_i W_i, to `dx_TI`."""
         if not self.training:
             super().add_input_gradient(dx_TI, dys_TO)
             return
@@ -248,10 +216,7 @@ class Fp8Weight(QuantizedWeight):
 
 
 def accepts_fp8_input(weight: Tensor | QuantizedWeight) -> bool:
-    """Return True if the weight quantizes its input to FP8.
-
-    Callers may then pass an input that is already quantized.
-    """
+    """Return True if the weight quantizes its input to FP8."""
     return isinstance(weight, Fp8Weight) and weight.training
 
 

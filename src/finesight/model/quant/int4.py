@@ -18,7 +18,6 @@ from finesight.errors import UserError
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import hub_name
 from finesight.model.quant.base import (
-    CHUNK_ELEMENTS,
     HAS_TRITON,
     Packed4BitMatrix,
     PackedInput,
@@ -58,29 +57,29 @@ class Int4Matrix(Packed4BitMatrix):
         super().__init__(out_features, in_features)
         self.group_size, self.where = group_size, where
         self._num_groups = -(-in_features // group_size)
-        self._is_unpermuted = True
         self._loaded: dict[str, Tensor] = {}
-        self.register_buffer(
-            "codes", torch.empty(out_features, in_features // 2, dtype=torch.uint8)
-        )
-        shape = out_features, self._num_groups
-        self.register_buffer("scales_OG", torch.empty(shape, dtype=torch.float16))
-        self.register_buffer("zeros_OG", torch.empty(shape, dtype=torch.uint8))
-        self.register_buffer("permutation_I", torch.empty(in_features, dtype=torch.int32))
+        group_shape = out_features, self._num_groups
+        for name, shape, dtype in (
+            ("codes", (out_features, in_features // 2), torch.uint8),
+            ("scales_OG", group_shape, torch.float16),
+            ("zeros_OG", group_shape, torch.uint8),
+            ("permutation_I", (in_features,), torch.int32),
+        ):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the specs of AutoGPTQ's tensors `qweight`, `qzeros`, `scales` and `g_idx`."""
+        inputs, outputs, groups = self.in_features, self.out_features, self._num_groups
         shapes = {
-            "qweight": (self.in_features // PACK_FACTOR, self.out_features),
-            "qzeros": (self._num_groups, self.out_features // PACK_FACTOR),
-            "scales": (self._num_groups, self.out_features),
-            "g_idx": (self.in_features,),
+            "qweight": (inputs // PACK_FACTOR, outputs),
+            "qzeros": (groups, outputs // PACK_FACTOR),
+            "scales": (groups, outputs),
+            "g_idx": (inputs,),
         }
         return tuple(
             WeightTensorSpec(
                 name,
                 shape,
-                ("F16",) if name == "scales" else ("I32",),
+                ("F16" if name == "scales" else "I32",),
                 partial(self.load_tensor, name),
             )
             for name, shape in shapes.items()
@@ -91,9 +90,6 @@ class Int4Matrix(Packed4BitMatrix):
         """Load one of AutoGPTQ's tensors: `qweight`, `qzeros`, `scales` or `g_idx`.
 
         The matrix is assembled when all four tensors are loaded.
-
-        Raises:
-            UserError: The groups in `g_idx` contradict the group size of the config.
         """
         self._loaded[name] = values.to(self.device)
         if len(self._loaded) == len(self.tensor_specs()):
@@ -103,7 +99,7 @@ class Int4Matrix(Packed4BitMatrix):
             # AutoGPTQ stores zero points minus 1, and zero as 15.
             self.zeros_OG.copy_(_unpack_codes(loaded["qzeros"].T).add_(1).bitwise_and_(15))
             codes_IO = _unpack_codes(loaded["qweight"])
-            if not self._is_unpermuted:
+            if not self.is_unpermuted:
                 codes_IO = codes_IO.index_select(0, self.permutation_I)
             low, high = codes_IO.chunk(2)
             self.codes.copy_(high.bitwise_left_shift_(4).bitwise_or_(low).T)
@@ -119,63 +115,40 @@ class Int4Matrix(Packed4BitMatrix):
                 remedy="use the config.json that was published with the weights",
             )
         self.permutation_I.copy_(permutation_I)
-        self._is_unpermuted = torch.equal(permutation_I, positions_I)
+        self.is_unpermuted = torch.equal(permutation_I, positions_I)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I], each element rounded once."""
+        if not self.has_kernels:
+            return super().dequantize(dtype)
         quant_params = self.scales_OG, self.zeros_OG, self.permutation_I, self.group_size
-        if self._kernels_available():
-            return quant_gemv_kernels.dequantize_int4(self.codes, *quant_params, dtype)
-        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
-        rows_per_chunk = max(1, CHUNK_ELEMENTS // self.in_features)
-        for rows in (
-            slice(start, start + rows_per_chunk)
-            for start in range(0, self.out_features, rows_per_chunk)
-        ):
-            codes = self.codes[rows]
-            values = torch.cat([codes & 15, codes >> 4], dim=1).float()
-            values -= self._expand_groups(self.zeros_OG[rows])
-            values *= self._expand_groups(self.scales_OG[rows])
-            w_OI[rows].index_copy_(1, self.permutation_I.long(), values.to(dtype))
-        return w_OI
+        return quant_gemv_kernels.dequantize_int4(self.codes, *quant_params, dtype)
+
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        codes = self.codes[rows]
+        values_RI = torch.cat([codes & 15, codes >> 4], dim=1).float()
+        values_RI -= self._expand_groups(self.zeros_OG[rows])
+        values_RI *= self._expand_groups(self.scales_OG[rows])
+        return torch.empty_like(values_RI).index_copy_(1, self.permutation_I.long(), values_RI)
 
     def _expand_groups(self, values: Tensor) -> Tensor:
-        """Repeat the values of each group for all inputs of the group."""
         return values.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
 
     def supports_kernels(self) -> bool:
-        """Return True if the kernels support this matrix and its device.
-
-        Each half row must consist of full groups of 32, 64 or 128 inputs.
-        """
-        is_aligned = (
-            self.group_size in KERNEL_GROUP_SIZES and self.in_features % (2 * self.group_size) == 0
-        )
-        return self._kernels_available() and is_aligned
-
-    @property
-    def is_unpermuted(self) -> bool:
-        """True if the columns of the codes are in their original order."""
-        return self._is_unpermuted
+        is_aligned = self.in_features % (2 * self.group_size) == 0
+        return self.has_kernels and is_aligned and self.group_size in KERNEL_GROUP_SIZES
 
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
-        """Pack an input row for `gemv_packed`, after an optional RMS norm.
-
-        A word holds the codes of four inputs of the first half and four of the second.
-        """
-        if not self._is_unpermuted and norm is not None:
+        if not self.is_unpermuted and norm is not None:
             x_1I, norm = F.rms_norm(x_1I, norm.weight_I.shape, *norm), None
         return quant_gemv_kernels.pack_input(self._permute_input(x_1I), norm, self.group_size)
 
     def gemv_packed(
         self, x: PackedInput, y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None
     ) -> None:
-        """Compute x W^T + bias + residual of a packed input row into `y_O`."""
         quant_params = self.codes, self.scales_OG, self.zeros_OG, self.group_size
         quant_gemv_kernels.int4_gemv(x, *quant_params, y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O] with a tensor-core kernel."""
         quant_params = self.codes, self.scales_OG, self.zeros_OG
         tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
         return quant_gemm_kernels.int4_gemm(
@@ -183,50 +156,35 @@ class Int4Matrix(Packed4BitMatrix):
         )
 
     def _permute_input(self, x_RI: Tensor) -> Tensor:
-        return x_RI if self._is_unpermuted else x_RI.index_select(1, self.permutation_I)
-
-    def _kernels_available(self) -> bool:
-        return HAS_TRITON and self.codes.is_cuda
+        return x_RI if self.is_unpermuted else x_RI.index_select(1, self.permutation_I)
 
 
 class RtnInt4Matrix(Int4Matrix):
-    """INT4 matrix [O, I] rounded to nearest while loading, with about 4.38 bits per element.
-
-    The 16 codes of a group cover the range from its minimum to its maximum, including zero. The
-    error of an element is at most half a scale, plus the fp16 rounding of the scale.
-    """
+    """INT4 matrix [O, I] rounded to nearest while loading, with about 4.38 bits per element."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__(
             out_features, in_features, group_size=DEFAULT_GROUP_SIZE, where="--weight-format"
         )
 
-    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of the dense weight."""
-        return self._dense_spec(self.quantize)
+    tensor_specs = Packed4BitMatrix.tensor_specs
 
-    @torch.no_grad()
-    def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
-        self._check_shape(values_OI)
+    def quantize_values(self, values_OI: Tensor) -> None:
         self.permutation_I.copy_(torch.arange(self.in_features))
-        rows_per_chunk = max(1, CHUNK_ELEMENTS // self.in_features)
-        for rows in (
-            slice(start, start + rows_per_chunk)
-            for start in range(0, self.out_features, rows_per_chunk)
-        ):
-            w_RI = values_OI[rows].to(self.device).float()
-            w_RGE = F.pad(w_RI, (0, -self.in_features % self.group_size)).view(
-                len(w_RI), -1, self.group_size
-            )
-            minimum, maximum = w_RGE.amin(2).clamp(max=0), w_RGE.amax(2).clamp(min=0)
-            # Use at least the smallest positive fp16 value, to avoid division by zero.
-            scales = ((maximum - minimum) / 15).half().clamp(min=2**-24)
-            zeros = (-minimum / scales.float()).round().clamp(0, 15)
-            codes = (w_RGE / scales.float()[..., None]).round() + zeros[..., None]
-            low, high = codes.clamp(0, 15).byte().flatten(1)[:, : self.in_features].chunk(2, 1)
-            self.codes[rows] = low | (high << 4)
-            self.scales_OG[rows], self.zeros_OG[rows] = scales, zeros.byte()
+        super().quantize_values(values_OI)
+
+    def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
+        w_RGE = F.pad(values_RI, (0, -self.in_features % self.group_size)).view(
+            len(values_RI), -1, self.group_size
+        )
+        minimum, maximum = w_RGE.amin(2).clamp(max=0), w_RGE.amax(2).clamp(min=0)
+        # Use at least the smallest positive fp16 value, to avoid division by zero.
+        scales = ((maximum - minimum) / 15).half().clamp(min=2**-24)
+        zeros = (-minimum / scales.float()).round().clamp(0, 15)
+        codes = (w_RGE / scales.float()[..., None]).round() + zeros[..., None]
+        low, high = codes.clamp(0, 15).byte().flatten(1)[:, : self.in_features].chunk(2, 1)
+        self.codes[rows] = low | (high << 4)
+        self.scales_OG[rows], self.zeros_OG[rows] = scales, zeros.byte()
 
 
 def _unpack_codes(packed: Tensor) -> Tensor:
@@ -273,18 +231,7 @@ def gptq_group_size(folder: ModelFolder) -> int | None:
 def quantize_gptq_layers(
     model: nn.Module, layer_names: Collection[str], group_size: int, where: str
 ) -> None:
-    """Replace the weights of layers that GPTQ quantized by empty INT4 matrices.
-
-    Args:
-        model: Model without values.
-        layer_names: Native names of the quantized layers.
-        group_size: Inputs per group; -1 for one group per row.
-        where: Path of the model, for error messages.
-
-    Raises:
-        UserError: Only some layers of a fused linear are quantized, a size is not a multiple of 8,
-            or another quantization was requested for a layer.
-    """
+    """Replace the weights of layers that GPTQ quantized by empty INT4 matrices."""
     for path, module in list(model.named_modules()):
         if not isinstance(module, FusedLinear):
             continue

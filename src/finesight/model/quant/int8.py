@@ -14,7 +14,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from finesight.model.quant.base import HAS_TRITON, OnlineQuantizedMatrix
+from finesight.model.quant.base import HAS_TRITON, QuantizedMatrix
 
 if HAS_TRITON:
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels
@@ -25,7 +25,7 @@ KERNEL_VECTOR_SIZE = 16
 """Number of inputs that a kernel reads at once, and divisor of supported row sizes."""
 
 
-class RowwiseMatrix(OnlineQuantizedMatrix):
+class RowwiseMatrix(QuantizedMatrix):
     """8-bit matrix [O, I] with the values `scales_O` times `codes_OI`.
 
     The largest magnitude of each output row has the code `max_code`.
@@ -48,7 +48,6 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
         """Round scaled values, with magnitudes up to `max_code`, to codes."""
 
     def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        """Quantize a range of rows, [R, I] in fp32."""
         # A row of zeros has the scale 1, to avoid division by zero.
         amax_R = values_RI.abs().amax(1)
         scales_R = torch.where(amax_R > 0, amax_R / self.max_code, 1.0)
@@ -56,42 +55,30 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
         self.scales_O[rows] = scales_R
 
     def dequantize_rows(self, rows: slice) -> Tensor:
-        """Return the dequantized values of a range of rows, [R, I] in fp32."""
         return self.codes_OI[rows].float() * self.scales_O[rows, None]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I], each element rounded once."""
-        if self._kernels_available():
+        if self.has_kernels:
             return quant_gemm_kernels.dequantize_rowwise(self.codes_OI, self.scales_O, dtype)
         return super().dequantize(dtype)
 
-    def _kernels_available(self) -> bool:
-        return HAS_TRITON and self.codes_OI.is_cuda
-
     def supports_kernels(self) -> bool:
-        """Return True if the kernels support the row size and the device."""
-        return self.in_features % KERNEL_VECTOR_SIZE == 0 and self._kernels_available()
+        return self.in_features % KERNEL_VECTOR_SIZE == 0 and self.has_kernels
 
     def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O] with a GEMV kernel, row by row."""
         tiling = quant_gemv_kernels.choose_gemv_tiling(self.out_features, self.in_features)
         return quant_gemv_kernels.rowwise_gemv(x_RI, self.codes_OI, self.scales_O, bias, tiling)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O] with a tensor-core kernel."""
         tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
         return quant_gemm_kernels.rowwise_gemm(x_RI, self.codes_OI, self.scales_O, bias, tiling)
 
 
 class Int8Matrix(RowwiseMatrix):
-    """INT8 matrix with codes from -127 to 127.
-
-    The error of an element is at most half a scale, 1/254 of the largest magnitude in its row.
-    """
+    """INT8 matrix with codes from -127 to 127."""
 
     code_dtype = torch.int8
     max_code = 127.0
 
     def round_to_codes(self, values_RI: Tensor) -> Tensor:
-        """Round scaled values to the nearest integer from -127 to 127."""
         return values_RI.round().clamp(-self.max_code, self.max_code).to(torch.int8)

@@ -21,7 +21,6 @@ from finesight.model.quant.base import (
     Packed4BitMatrix,
     PackedInput,
     RmsNormParams,
-    WeightTensorSpec,
 )
 
 if HAS_TRITON:
@@ -104,14 +103,7 @@ class Nf4Matrix(Packed4BitMatrix):
         self.register_buffer("nested_absmax", torch.empty(-(-blocks // SCALE_BLOCK_SIZE)))
         self.register_buffer("absmax_mean", torch.empty(()))
 
-    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of the dense weight, which is quantized while loading."""
-        return self._dense_spec(self.quantize)
-
-    @torch.no_grad()
-    def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
-        self._check_shape(values_OI)
+    def quantize_values(self, values_OI: Tensor) -> None:
         functional = _import_bitsandbytes().functional
         # Create it now: during a CUDA graph capture it would be allocated in the memory pool of the
         # graph.
@@ -151,7 +143,6 @@ class Nf4Matrix(Packed4BitMatrix):
         )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I] in bf16, fp16 or fp32."""
         # Dequantize as one row: on a CPU, bitsandbytes starts a new block at each row if rows are
         # not multiples of a block, although its quantization does not.
         state = self._quant_state((self.num_elements,), dtype)
@@ -159,27 +150,17 @@ class Nf4Matrix(Packed4BitMatrix):
         return flat.reshape(self.out_features, self.in_features)
 
     def supports_kernels(self) -> bool:
-        """Return True if the kernels support this matrix and its device.
-
-        Each row must consist of full blocks of 64 inputs.
-        """
-        return HAS_TRITON and self.codes.is_cuda and self.in_features % BLOCK_SIZE == 0
+        return self.has_kernels and self.in_features % BLOCK_SIZE == 0
 
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
-        """Pack an input row for `gemv_packed`, after an optional RMS norm.
-
-        A word holds the codes of eight adjacent inputs.
-        """
         return quant_gemv_kernels.pack_input(x_1I, norm, None)
 
     def gemv_packed(
         self, x: PackedInput, y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None
     ) -> None:
-        """Compute x W^T + bias + residual of a packed input row into `y_O`."""
         quant_gemv_kernels.nf4_gemv(x, *self._kernel_args(), y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O] with a tensor-core kernel."""
         return quant_gemm_kernels.nf4_gemm(
             x_RI,
             *self._kernel_args(),

@@ -74,16 +74,6 @@ function drawPredictions(sample) {
   return rows;
 }
 
-function searchText(sample) {
-  sample.searchText ||= [sample.id, sample.question, ...sample.references,
-    ...sample.predictions.map((prediction) => prediction?.text || ""),
-    ...sample.images.map((index) => DATA.images[index].path),
-    ...[sample, ...sample.predictions].flatMap(
-      (item) => (item?.boxes || []).map(({label}) => label)),
-  ].join("\n").toLowerCase();
-  return sample.searchText;
-}
-
 /* Apply a filter: `better 2` or `worse 2` for a run index, or a kind of sample. */
 function matchesFilter(sample, filter) {
   if (!filter) return true;

@@ -159,6 +159,17 @@ function highlightDiff(text, reference) {
   });
 }
 
+/* Lower-case text for the search, computed on first use. */
+function searchText(sample) {
+  sample.searchText ||= [sample.id, sample.question, ...sample.references,
+    ...sample.predictions.map((prediction) => prediction?.text || ""),
+    ...sample.images.map((index) => DATA.images[index].path),
+    ...[sample, ...sample.predictions].flatMap(
+      (item) => (item?.boxes || []).map(({label}) => label)),
+  ].join("\n").toLowerCase();
+  return sample.searchText;
+}
+
 document.querySelectorAll("[data-chart]").forEach((figure) => {
   attachReadout(figure, DATA.charts[figure.dataset.chart]);
 });

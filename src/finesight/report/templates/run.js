@@ -36,8 +36,9 @@ function drawExampleImage(image, index, example) {
   const boxes = [];
   const hasSeveralImages = example.images.length > 1;
   /* Labels cover the image, so boxes have labels only if an answer contains several. */
-  const hasLabels = [example, example.before, example.after].some((item) => item?.boxes.length > 1);
-  for (const [kind, kindBoxes] of [["before", example.before?.boxes], ["after", example.after?.boxes],
+  const [before, after] = example.predictions;
+  const hasLabels = [example, before, after].some((item) => item?.boxes.length > 1);
+  for (const [kind, kindBoxes] of [["before", before?.boxes], ["after", after?.boxes],
                                    ["truth", example.boxes]]) {
     for (const box of kindBoxes || []) {
       if (!hasSeveralImages || box.image === index) {
@@ -53,14 +54,14 @@ function drawExampleImage(image, index, example) {
 
 function drawAnswers(example) {
   const [firstName, lastName] = DATA.evaluation_names;
-  const {references} = example;
+  const {references, predictions: [before, after]} = example;
   const rows = [];
   if (references.length || example.boxes.length) {
     const title = translate(references.length > 1 ? "reference answers" : "reference answer");
     rows.push(answerRow("truth", title, references.join("\n"), example.formula, example.boxes));
   }
-  for (const [kind, answer, name] of [["before", example.before, firstName],
-                                      ["after", example.after, lastName || firstName]]) {
+  for (const [kind, answer, name] of [["before", before, firstName],
+                                      ["after", after, lastName || firstName]]) {
     if (!answer) continue;
     const scores = Object.entries(answer.scores).map(([key, value]) => `${key} ${value}`);
     if (!answer.is_complete) scores.push(translate("truncated after {} tokens", answer.num_tokens));
@@ -68,17 +69,6 @@ function drawAnswers(example) {
       scores.join(" · "), references.length === 1 ? references[0] : null));
   }
   return rows;
-}
-
-/* Lower-case text for the search, computed on first use. */
-function searchText(example) {
-  example.searchText ||= [example.id, example.question, ...example.references,
-    example.before?.text, example.after?.text,
-    ...example.images.map((index) => DATA.images[index].path),
-    ...[example, example.before, example.after].flatMap(
-      (item) => (item?.boxes || []).map(({label}) => label)),
-  ].join("\n").toLowerCase();
-  return example.searchText;
 }
 
 function startExamples() {

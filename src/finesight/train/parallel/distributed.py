@@ -12,10 +12,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from enum import IntEnum
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
 
 T = TypeVar("T")
@@ -34,30 +32,14 @@ MAIN_RANK_TIMEOUT = timedelta(hours=2)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Time that the main process waits for other ranks; also the timeout of torch collectives."""
 
+EXIT_TIMEOUT = timedelta(seconds=10)
+"""Time that rank 0 waits for the other ranks before it exits."""
+
 REQUIRED_ENV_VARS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PeerFailedError(UserError):
-    """Raised on all ranks when a rank has failed; no rank applies the current step."""
-
-
-class RankCommand(IntEnum):
-    """Command that the ranks exchange before each action.
-
-    The main process sends the next action of all ranks. Another rank sends STEP if it is ready for
-    a step, WAIT if it accepts any command, or FAILED after an error.
-    """
-
-    STEP = 0
-    SAVE = 1
-    EVALUATE = 2
-    FINALIZE = 3
-    """Audit the parameters and export the weights at the end of the run."""
-    SHUTDOWN = 4
-    WAIT = 5
-    FAILED = 6
-    TRAIN = 7
-    """Build the vision cache, then run training steps."""
+    """Raised when another rank has failed; no rank applies the current step."""
 
 
 class RankTimeoutError(PeerFailedError):
@@ -65,45 +47,18 @@ class RankTimeoutError(PeerFailedError):
 
 
 class RankDesyncError(UserError):
-    """Raised when this rank fails within a step while others wait in a collective.
+    """Raised when the ranks are in different steps or collectives.
 
     No further communication between the ranks is possible.
     """
 
 
-class GlobalStepStats(NamedTuple):
-    """Statistics of a step over all ranks, and the command of the main process.
+class _RankMessage(NamedTuple):
+    """Value that a rank sent, with the kind and the step of its collective."""
 
-    Attributes:
-        num_supervised_tokens: Number of tokens that contribute to the loss.
-        num_samples: Number of samples.
-        num_tokens: Number of tokens.
-        max_packs: Largest number of packs on one rank.
-        skipped: Samples that were skipped because reading or encoding failed.
-        signal: Number of a stop signal that any rank received, or 0.
-        command: Command of the main process.
-        argument: Argument of the command, such as a step.
-    """
-
-    num_supervised_tokens: int = 0
-    num_samples: int = 0
-    num_tokens: int = 0
-    max_packs: int = 0
-    skipped: tuple[SkippedSample, ...] = ()
-    signal: int = 0
-    command: RankCommand = RankCommand.STEP
-    argument: int = 0
-
-    @classmethod
-    def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
-        """Compute the statistics of a step on this rank alone."""
-        metrics = (
-            step_batch.num_supervised_tokens,
-            step_batch.num_samples,
-            step_batch.num_tokens,
-            len(step_batch.packs),
-        )
-        return cls(*metrics, step_batch.skipped, signal)
+    kind: str
+    step: str
+    value: bytes
 
 
 class RankMonitor:
@@ -120,8 +75,8 @@ class RankMonitor:
         """
         self._store, self._rank, self._world_size, self._name = store, rank, world_size, name
         self._round = 0
-        self.has_stepped = False
-        """Whether all ranks have completed a step."""
+        self.step: int | None = None
+        """Index of the last step that all ranks have started; None before the first one."""
         self._missing_ranks = ""
 
     def new_channel(self) -> RankMonitor:
@@ -148,11 +103,24 @@ class RankMonitor:
         self._store.delete_key(f"{self._name}/{self._round - 2}/{self._rank}")
         try:
             self._store.wait(keys, timeout)
+            values: list[bytes] = self._store.multi_get(keys)
         except RuntimeError as error:
             self._missing_ranks = self._find_missing_ranks(keys) or "one"
             raise self._build_timeout_error(timeout) from error
-        values: list[bytes] = self._store.multi_get(keys)
         return values
+
+    def leave(self) -> None:
+        """Announce that this rank makes no further calls. Rank 0 waits for the other ranks.
+
+        Without a launcher that hosts the store, the store ends with the process of rank 0, while
+        the other ranks still read the values of the last collective.
+        """
+        keys = [f"{self._name}/exit/{rank}" for rank in range(self._world_size)]
+        # Ranks that have failed may not leave, or may have ended the store.
+        with suppress(RuntimeError):
+            self._store.set(keys[self._rank], "")
+            if self._rank == 0 and not self._missing_ranks:
+                self._store.wait(keys, EXIT_TIMEOUT)
 
     def _build_timeout_error(self, timeout: timedelta) -> RankTimeoutError:
         return RankTimeoutError(
@@ -228,67 +196,39 @@ class ProcessGroup:
         """Return every `world_size`-th item, starting at the rank of this process."""
         return items[self.rank :: self.world_size]
 
-    def sync_step(self, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
-        """Exchange step statistics with all ranks before a training step.
-
-        All ranks must call this method before each step. If the main process sends another command
-        instead, the result contains only that command.
-
-        Args:
-            step_batch: Step data of this rank.
-            signal: Number of the stop signal that this rank received, or 0.
-
-        Returns:
-            Statistics over all ranks.
+    def start_step(self, step_index: int, value: str) -> list[bytes]:
+        """Exchange strings at the start of a step; later collectives belong to this step.
 
         Raises:
-            PeerFailedError: A rank cannot continue, or the ranks have different steps or data.
+            PeerFailedError: A rank has failed.
+            RankDesyncError: The ranks are at different steps.
         """
-        local_stats = GlobalStepStats.from_step(step_batch, signal)
-        if self.is_single_process:
-            return local_stats
-        stats = (
-            step_batch.step_index,
-            step_batch.split_checksum,
-            *local_stats[:4],
-            len(step_batch.skipped),
-        )
-        commands = self._all_gather_commands((*stats, signal, RankCommand.STEP))
-        return self._aggregate_stats(commands, step_batch.skipped)
+        assert self.monitor is not None, f"rank {self.rank} of {self.world_size} has no monitor"
+        values = self._exchange("step", value, step_index)
+        self.monitor.step = step_index
+        return values
 
-    def sync_command(
-        self, command: RankCommand, argument: int = 0, signal: int = 0
-    ) -> GlobalStepStats:
-        """Exchange a command other than a training step.
+    def sync_failure(self, own_state: Sequence[int]) -> list[list[int]]:
+        """Report a failure to all ranks, and wait until every rank reports one.
 
-        The main process sends the command for all ranks. Another rank sends WAIT to receive it, or
-        FAILED if it cannot continue. Such a rank is not informed of failures of other ranks. It
-        receives WAIT if the main process sends no command.
+        A rank that has not failed raises `PeerFailedError` in its next collective. It must then
+        call this method as well.
 
         Args:
-            command: Command that this rank sends.
-            argument: Argument of the command.
-            signal: Number of the stop signal that this rank received, or 0.
+            own_state: Integers that describe this rank.
 
         Returns:
-            Command of the main process, with its argument and a stop signal of any rank.
+            Integers of all ranks, in rank order.
 
         Raises:
-            PeerFailedError: A rank failed; not raised on a rank that sends WAIT or FAILED.
             RankTimeoutError: A rank did not arrive.
         """
         if self.is_single_process:
-            return GlobalStepStats(command=command, argument=argument)
-        try:
-            return self._aggregate_stats(
-                self._all_gather_commands((argument, 0, 0, 0, 0, 0, 0, signal, command))
-            )
-        except RankTimeoutError:
-            raise
-        except PeerFailedError:
-            if command not in (RankCommand.WAIT, RankCommand.FAILED):
-                raise
-            return GlobalStepStats(command=RankCommand.WAIT)
+            return [[*own_state]]
+        while True:
+            messages = self._all_gather_messages("failure", json.dumps(own_state))
+            if all(message.kind == "failure" for message in messages):
+                return [json.loads(message.value) for message in messages]
 
     def _raise_peer_failure(self, failed_ranks: Sequence[int]) -> None:
         if failed_ranks:
@@ -316,95 +256,61 @@ class ProcessGroup:
                 remedy="put model, data and recipe on a disk shared by all machines",
             )
 
-    def _all_gather_commands(self, command: Sequence[int]) -> list[list[int]]:
-        return [
-            json.loads(payload)
-            for payload in self._all_gather_tagged(json.dumps(command), "command")
-        ]
+    def all_gather_str(self, value: str) -> list[bytes]:
+        """Return the strings of all ranks in rank order, encoded in UTF-8."""
+        return [value.encode()] if self.is_single_process else self._exchange("data", value)
 
-    def _all_gather_tagged(self, value: str, tag: str = "data") -> list[bytes]:
-        """Exchange strings of one kind with every rank.
+    def broadcast_str(self, value: str) -> str:
+        """Return the string of the main process on all ranks."""
+        return self.all_gather_str(value)[0].decode()
+
+    def _exchange(self, kind: str, value: str, step: int | None = None) -> list[bytes]:
+        """Exchange strings with all ranks, which must be in the same collective and step.
 
         Args:
+            kind: Kind of the collective.
             value: String of this rank.
-            tag: Kind of the value, such as `command`.
+            step: Index of the step that begins; the current step by default.
+
+        Returns:
+            Strings in rank order, encoded in UTF-8.
 
         Raises:
-            PeerFailedError: A rank sent a different kind of value.
+            PeerFailedError: A rank has failed.
+            RankDesyncError: The ranks are in different steps or collectives.
             RankTimeoutError: A rank did not arrive.
         """
-        assert self.monitor is not None, f"rank {self.rank} of {self.world_size} has no monitor"
-        # Before the first step, other ranks may encode all images.
-        timeout = (
-            COLLECTIVE_TIMEOUT if self.is_main and self.monitor.has_stepped else MAIN_RANK_TIMEOUT
-        )
-        values = self.monitor.all_gather(f"{tag} {value}", timeout)
-        tags, payloads = zip(*(tag_value.split(b" ", 1) for tag_value in values), strict=True)
+        messages = self._all_gather_messages(kind, value, step)
         self._raise_peer_failure(
-            [rank for rank, tag_value in enumerate(tags) if tag_value != tag.encode()]
+            [rank for rank, message in enumerate(messages) if message.kind == "failure"]
         )
-        return list(payloads)
-
-    def _aggregate_stats(
-        self, commands: list[list[int]], skipped: Sequence[SkippedSample] = ()
-    ) -> GlobalStepStats:
-        *stats, packs, skipped_counts, signals, rank_commands = zip(*commands, strict=True)
-        steps, checksums, supervised, samples, tokens = stats
-        own_command, main_command = rank_commands[self.rank], RankCommand(rank_commands[0])
-        blocking_commands = (
-            (RankCommand.FAILED, RankCommand.WAIT)
-            if main_command is RankCommand.STEP
-            else (RankCommand.FAILED,)
-        )
-        failed_ranks = [
-            rank
-            for rank, rank_command in enumerate(rank_commands)
-            if rank_command in blocking_commands
-        ]
-        if failed_ranks and max(signals) and main_command is RankCommand.STEP:
-            # That rank received a stop signal before its step.
-            return GlobalStepStats(signal=max(signals), command=main_command, argument=steps[0])
-        if own_command != RankCommand.FAILED:
-            self._raise_peer_failure(failed_ranks)
-        if main_command is not RankCommand.STEP or own_command != RankCommand.STEP:
-            return GlobalStepStats(signal=max(signals), command=main_command, argument=steps[0])
-        if len({*steps}) > 1:
-            raise PeerFailedError(
-                f"the ranks are at different steps: {', '.join(map(str, steps))}",
+        if len({(message.kind, message.step) for message in messages}) > 1:
+            positions = (
+                f"rank {rank} at {message.step} ({message.kind})"
+                for rank, message in enumerate(messages)
+            )
+            raise RankDesyncError(
+                f"the ranks are at different steps: {', '.join(positions)}",
                 where="training",
                 expected="one output folder shared by all ranks",
                 remedy="put the run on a disk shared by all machines",
             )
-        if len({*checksums}) > 1:
-            raise PeerFailedError(
-                "a sample that is split over the ranks differs between them",
-                where="training",
-                expected="the same files on every rank during the run",
-                remedy="verify that every machine can read the images of the sample, then start"
-                " again with --resume",
-            )
-        all_skipped = self._all_gather_skipped(skipped) if any(skipped_counts) else ()
-        if self.monitor is not None:
-            self.monitor.has_stepped = True
-        totals = sum(supervised), sum(samples), sum(tokens), max(packs)
-        return GlobalStepStats(*totals, all_skipped, max(signals))
+        return [message.value for message in messages]
 
-    def _all_gather_skipped(self, skipped: Sequence[SkippedSample]) -> tuple[SkippedSample, ...]:
-        payloads = self.all_gather_str(json.dumps(skipped))
-        return tuple(
-            SkippedSample(*sample)
-            for rank_skipped in map(json.loads, payloads)
-            for sample in rank_skipped
-        )
-
-    def _all_gather_statuses(self, status: Any) -> list[Any]:
-        return [
-            json.loads(payload) for payload in self._all_gather_tagged(json.dumps(status), "status")
-        ]
-
-    def all_gather_str(self, value: str) -> list[bytes]:
-        """Return the strings of all ranks in rank order, encoded in UTF-8."""
-        return [value.encode()] if self.is_single_process else self._all_gather_tagged(value)
+    def _all_gather_messages(
+        self, kind: str, value: str, step: int | None = None
+    ) -> list[_RankMessage]:
+        assert self.monitor is not None, f"rank {self.rank} of {self.world_size} has no monitor"
+        current_step = self.monitor.step if step is None else step
+        # Before the first step, other ranks may encode all images.
+        has_stepped = self.monitor.step is not None
+        timeout = COLLECTIVE_TIMEOUT if self.is_main and has_stepped else MAIN_RANK_TIMEOUT
+        values = self.monitor.all_gather(f"{kind} {current_step} {value}", timeout)
+        messages = []
+        for rank_value in values:
+            rank_kind, rank_step, payload = rank_value.split(b" ", 2)
+            messages.append(_RankMessage(rank_kind.decode(), rank_step.decode(), payload))
+        return messages
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
@@ -424,7 +330,9 @@ class ProcessGroup:
         finally:
             next_budget = oom_error and oom_error.next_budget
             status = [succeeded, next_budget.model_dump() if next_budget else None]
-            statuses = [status] if self.is_single_process else self._all_gather_statuses(status)
+            statuses = [status]
+            if not self.is_single_process:
+                statuses = [*map(json.loads, self._exchange("status", json.dumps(status)))]
         self._raise_oom_on_any_rank(statuses, oom_error)
 
     def _raise_oom_on_any_rank(
@@ -469,7 +377,7 @@ class ProcessGroup:
             dist.all_reduce(tensor)
         except RuntimeError:
             # Every rank on which the collective failed reports it here.
-            self._all_gather_tagged("")
+            self.all_gather_str("")
             raise
         return tensor
 
@@ -513,6 +421,9 @@ def init_distributed() -> Iterator[ProcessGroup]:
     rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
     # The key-value store of the rendezvous.
     monitor = RankMonitor(dist.distributed_c10d._get_default_store(), rank, world_size)
-    yield ProcessGroup(rank, world_size, local_rank, local_world_size, monitor)
+    try:
+        yield ProcessGroup(rank, world_size, local_rank, local_world_size, monitor)
+    finally:
+        monitor.leave()
     # Skipped after an exception, because the other ranks may never reach this call.
     dist.destroy_process_group()

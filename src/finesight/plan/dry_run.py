@@ -1,0 +1,262 @@
+"""Run model code on meta tensors as if they were on a target device, and track their memory.
+
+`emulate_device` selects the code path of the target: fused Triton kernels, whose launches are
+skipped, or the fallbacks of older GPUs and CPUs. `MemoryTracker` counts live storages. Temporary
+memory inside the kernels of torch is declared here (`_kernel_workspace`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finesight.model import fused_ops
+from finesight.model.kernels.runtime import JITFunction
+from finesight.model.quant import base
+
+META = torch.device("meta")
+
+BLOCK_BYTES = 512
+"""Allocations of the CUDA allocator are rounded up to a multiple of this size."""
+
+FLASH_BACKWARD_TILE, FLASH_HEAD_DIM_MULTIPLE = 128, 32
+"""Padding of torch's varlen attention backward pass: rows per sequence, and head size multiple."""
+
+MAX_REORDERED_ELEMENTS = 1 << 18
+"""Maximum number of elements, approximately, that oneDNN copies to transpose a large matrix."""
+
+CPU_BATCH_PRODUCTS = (
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.bmm.out,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten.baddbmm_.default,
+)
+"""Batched matrix products of attention on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeTarget:
+    """Properties of a device that determine the code path and the saved activations.
+
+    Attributes:
+        is_cuda: True for a GPU.
+        dtype: Data type of the weights and activations.
+        capability: CUDA compute capability, major and minor. Ignored for a CPU.
+    """
+
+    is_cuda: bool
+    dtype: torch.dtype
+    capability: tuple[int, int] = (8, 0)
+
+    @property
+    def has_varlen_attention(self) -> bool:
+        """True if one attention kernel handles sequences of different lengths.
+
+        Decoder layers then run as fused layers (`model.fused_decoder`).
+        """
+        return self.is_cuda and self.dtype.itemsize == 2 and self.capability >= (8, 0)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Memory of a fused attention kernel, which does not store attention scores."""
+
+    @staticmethod
+    def forward(ctx: Any, q_NHLD: Tensor, k_NHLD: Tensor, v_NHLD: Tensor) -> Tensor:
+        o_NLHD = q_NHLD.new_empty(q_NHLD.transpose(1, 2).shape)
+        lse_NHL = q_NHLD.new_empty(q_NHLD.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q_NHLD, k_NHLD, v_NHLD, o_NLHD, lse_NHL)
+        return o_NLHD.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_NHLD: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(x.shape) for x in ctx.saved_tensors[:3])
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """Memory of the RMS norm kernels of a GPU, which torch composes on the meta device."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor) -> Tensor:
+        rstd_T1 = x_TD.new_empty((*x_TD.shape[:-1], 1), dtype=torch.float32)
+        ctx.save_for_backward(x_TD, weight_D, rstd_T1)
+        return x_TD.new_empty(x_TD.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_D, _ = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        return (
+            x_TD.new_empty(x_TD.shape) if needs_x else None,
+            weight_D.new_empty(weight_D.shape) if needs_weight else None,
+        )
+
+
+def _emulate_rms_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
+    y: Tensor = _FusedRmsNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _emulate_sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+    o: Tensor = _FusedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return o
+
+
+@contextmanager
+def emulate_device(target: ComputeTarget) -> Iterator[None]:
+    """Run the code path of a target device on meta tensors within the block.
+
+    Triton kernels are not launched, so that all outputs remain undefined.
+    """
+
+    def get_capability(device: torch.device) -> tuple[int, int]:
+        return target.capability if target.is_cuda else (0, 0)
+
+    def sample_indices(num_elements: int, p: float) -> Tensor:
+        return torch.empty(round(num_elements * p), dtype=torch.int64, device=META)
+
+    with ExitStack() as stack:
+        for owner, name, replacement in (
+            (Tensor, "is_cuda", target.is_cuda),
+            (F, "scaled_dot_product_attention", _emulate_sdpa),
+            (base, "get_device_capability", get_capability),
+            (F, "rms_norm", _emulate_rms_norm if target.is_cuda else F.rms_norm),
+            (fused_ops, "draw_dropped_indices", sample_indices),
+            (torch.cuda, "get_device_capability", get_capability),
+            (torch.cuda, "get_device_properties", lambda device: _Gpu),
+            (JITFunction, "run", _skip_launch),
+        ):
+            stack.enter_context(patch.object(owner, name, replacement))
+        yield
+
+
+class _Gpu:
+    """Properties of the emulated GPU that do not affect memory."""
+
+    multi_processor_count = 132
+
+
+def _skip_launch(*arguments: object, **options: object) -> None:
+    """Replace the launch of a Triton kernel."""
+
+
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tracks the bytes of live storages, without those of the given tensors.
+
+    Attributes:
+        live_bytes: Bytes of live storages.
+        peak_bytes: Maximum of `live_bytes` and the workspace of the current operation.
+        grads_at_peak: Bytes of parameter gradients at the peak.
+        forward_at_peak: Bytes at the peak that were allocated before `start_backward`.
+        saved_bytes: Bytes of live storages when the backward pass starts.
+    """
+
+    def __init__(self, known_tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: dict[int, Any] = {
+            id(storage): storage
+            for storage in (tensor.untyped_storage() for tensor in known_tensors)
+        }
+        self._grad_bytes, self._forward_bytes, self._is_backward = 0, 0, False
+        self.live_bytes = self.peak_bytes = self.saved_bytes = 0
+        self.grads_at_peak = self.forward_at_peak = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation and count the storages of its outputs."""
+        if func is torch.ops.aten.native_dropout_backward.default:
+            # One kernel on a GPU; torch decomposes it on the meta device.
+            outputs = torch.empty_like(args[0])
+        elif func is torch.ops.aten._grouped_mm.default:
+            # The meta kernel accepts bf16 only.
+            operands = [matrix.to(torch.bfloat16) for matrix in args[:2]]
+            outputs = func(*operands, *args[2:], **(kwargs or {})).to(args[0].dtype)
+        else:
+            outputs = func(*_move_indices(args), **(kwargs or {}))
+        for output in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
+            if isinstance(output, Tensor):
+                self._count(output.untyped_storage())
+        total = self.live_bytes + _kernel_workspace(func, args)
+        if total > self.peak_bytes:
+            self.peak_bytes = total
+            self.grads_at_peak, self.forward_at_peak = self._grad_bytes, self._forward_bytes
+        return outputs
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._storages:
+            return
+        num_bytes = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+        is_forward = not self._is_backward
+
+        def release(_: object) -> None:
+            del self._storages[key]
+            self.live_bytes -= num_bytes
+            self._forward_bytes -= num_bytes * is_forward
+
+        self._storages[key] = weakref.ref(storage, release)
+        self.live_bytes += num_bytes
+        self._forward_bytes += num_bytes * is_forward
+
+    def start_backward(self) -> None:
+        """Start the backward pass: live storages are saved activations."""
+        self._is_backward, self.saved_bytes = True, self.live_bytes
+
+    def add_gradient(self, parameter: Tensor) -> None:
+        """Count the gradient of a parameter; a hook of autograd."""
+        self._grad_bytes += parameter.nbytes
+
+
+def _move_indices(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replace CPU tensors, such as indices, by meta tensors if other operands are meta tensors."""
+    devices = {value.device.type for value in args if isinstance(value, Tensor)}
+    if devices != {"cpu", "meta"}:
+        return args
+    return tuple(
+        value.to(META) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+        for value in args
+    )
+
+
+def _kernel_workspace(func: Any, args: tuple[Any, ...]) -> int:
+    """Return the temporary bytes that an operation of torch allocates inside its kernel.
+
+    The backward pass of FlashAttention accumulates fp32 gradients of padded queries. With
+    grouped-query attention, each query head first has its own gradient of keys and values.
+
+    On a CPU, each thread of oneDNN copies the operands of a 16-bit product whose left operand is
+    transposed.
+    """
+    if func in CPU_BATCH_PRODUCTS and not args[0].is_cuda:
+        x_BMK, y_BKN = args[-2:]
+        if x_BMK.element_size() != 2 or x_BMK.stride(-2) != 1:
+            return 0
+        num_copied: int = x_BMK.shape[-1] * (x_BMK.shape[-2] + y_BKN.shape[-1])
+        return 2 * torch.get_num_threads() * min(MAX_REORDERED_ELEMENTS, num_copied)
+    if func.name() != "torch_attn::_varlen_attn_backward":
+        return 0
+    _, q_THD, k_MKD, _, _, _, cu_seqlens_S1 = args[:7]
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_rows = num_tokens + FLASH_BACKWARD_TILE * (len(cu_seqlens_S1) - 1)
+    padded_dim = -(-head_dim // FLASH_HEAD_DIM_MULTIPLE) * FLASH_HEAD_DIM_MULTIPLE
+    num_bytes: int = num_rows * num_heads * (padded_dim + 1) * torch.float32.itemsize
+    if k_MKD.shape[1] < num_heads:
+        num_bytes += 2 * len(k_MKD) * num_heads * head_dim * q_THD.element_size()
+    return num_bytes

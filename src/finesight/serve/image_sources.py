@@ -1,0 +1,299 @@
+"""Sources of request images: uploaded files, and URLs on allowed web hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+import httpx2
+
+from finesight import __version__
+from finesight.data.image_header import IMAGE_FORMATS as DECODABLE_FORMATS
+from finesight.errors import UserError
+from finesight.hub.url_policy import (
+    is_allowed_url,
+    is_offline,
+    is_public_address,
+    join_url,
+    parse_int,
+)
+from finesight.serve.api_errors import ApiError
+from finesight.serve.server_limits import ServerLimits
+
+FILE_PURPOSE = "vision"
+CHUNK_BYTES = 2**20
+MAX_REDIRECTS = 5
+CONTENT_TYPE_PREFIXES = ("image/", "application/octet-stream", "binary/octet-stream")
+"""Accepted prefixes of the HTTP content type of an image."""
+
+DEFAULT_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+"""Image formats that are always accepted.
+
+The decoders of other formats are slow or rarely fuzzed.
+"""
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+ResolveFn = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+def read_formats(more: Sequence[str]) -> tuple[str, ...]:
+    """Return the default image formats and additional ones (`--image-format`)."""
+    names = tuple(name.upper().replace(" ", "") for name in more)
+    for name in names:
+        if name not in DECODABLE_FORMATS:
+            others = sorted(set(DECODABLE_FORMATS) - set(DEFAULT_IMAGE_FORMATS))
+            raise UserError(
+                f"unknown image format {name!r:.40}",
+                where="--image-format",
+                expected=" or ".join(others),
+                remedy="Correct the name or omit it.",
+            )
+    return tuple(dict.fromkeys((*DEFAULT_IMAGE_FORMATS, *names)))
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedFile:
+    """File that a client has uploaded. Its `filename` is never used as a path."""
+
+    id: str
+    owner: str
+    filename: str
+    num_bytes: int
+    created_at: int
+    path: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the file object of the OpenAI API."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.num_bytes,
+            "created_at": self.created_at,
+            "filename": self.filename,
+            "purpose": FILE_PURPOSE,
+            "status": "processed",
+        }
+
+
+class FileStore:
+    """Stores uploaded files by ID. An API key has access to its own files only."""
+
+    def __init__(self, folder: Path, limits: ServerLimits) -> None:
+        self._folder, self._limits = folder, limits
+        self._uploads: dict[str, UploadedFile] = {}
+        self._lock = threading.Lock()
+        folder.mkdir(mode=0o700)
+
+    def add(self, owner: str, filename: str, source: BinaryIO) -> UploadedFile:
+        """Store a file of a client. Raise ApiError if the file or the store exceeds a limit."""
+        file_id = f"file-{secrets.token_hex(16)}"
+        path = self._folder / file_id
+        try:
+            num_bytes = self._copy_file(source, path)
+            upload = UploadedFile(file_id, owner, filename[:255], num_bytes, int(time.time()), path)
+            with self._lock:
+                total_bytes = sum(other.num_bytes for other in self._uploads.values())
+                if len(self._uploads) >= self._limits.max_files or (
+                    total_bytes + num_bytes > self._limits.max_total_file_bytes
+                ):
+                    raise ApiError(
+                        413,
+                        f"file storage is full: {len(self._uploads)} files, {total_bytes} bytes."
+                        f" Expected at most {self._limits.max_files} files with"
+                        f" {self._limits.max_total_file_bytes} bytes. Delete files.",
+                        "file",
+                    )
+                self._uploads[file_id] = upload
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return upload
+
+    def list_files(self, owner: str) -> list[UploadedFile]:
+        """Return the files of an owner, newest first."""
+        with self._lock:
+            owned = [upload for upload in self._uploads.values() if upload.owner == owner]
+        return owned[::-1]
+
+    def get(self, owner: str, file_id: str) -> UploadedFile:
+        """Return an uploaded file. Raise ApiError if it is missing or has another owner."""
+        with self._lock:
+            upload = self._uploads.get(file_id)
+        if upload is None or upload.owner != owner:
+            raise ApiError(404, f"no file {file_id[:64]!r}", "file_id")
+        return upload
+
+    def link(self, owner: str, file_id: str, target: Path) -> None:
+        """Create a hard link to an uploaded file, which remains valid if the file is deleted."""
+        upload = self.get(owner, file_id)
+        try:
+            os.link(upload.path, target)
+        except FileNotFoundError as error:
+            raise ApiError(404, f"file {file_id[:64]!r} was deleted", "file_id") from error
+
+    def delete(self, owner: str, file_id: str) -> None:
+        """Delete an uploaded file. Raise ApiError if it is missing or has another owner."""
+        upload = self.get(owner, file_id)
+        with self._lock:
+            self._uploads.pop(file_id, None)
+        upload.path.unlink(missing_ok=True)
+
+    def _copy_file(self, source: BinaryIO, path: Path) -> int:
+        num_bytes = 0
+        with open(path, "xb") as file:
+            while chunk := source.read(CHUNK_BYTES):
+                num_bytes += len(chunk)
+                if num_bytes > self._limits.max_image_bytes:
+                    raise ApiError(
+                        413,
+                        f"file is too large: expected at most {self._limits.max_image_bytes} bytes",
+                        "file",
+                    )
+                file.write(chunk)
+        return num_bytes
+
+
+async def resolve_host(host: str, port: int) -> list[str]:
+    """Resolve a host name to IP addresses with the resolver of the system."""
+    addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in addresses]
+
+
+class ImageFetcher:
+    """Fetches images over HTTPS from allowed hosts, with limits on size and time.
+
+    It prevents server-side request forgery (SSRF): a host name is resolved once per request, all of
+    its addresses must be public, and the connection uses a checked address, so that DNS rebinding
+    has no effect.
+
+    Args:
+        hosts: Allowed host names.
+        timeout_s: Time limit of a fetch, including redirects.
+        max_bytes: Maximum file size.
+        resolve: Resolves a host name and port to IP addresses.
+        is_allowed_address: Checks an IP address before the connection.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[str],
+        *,
+        timeout_s: float,
+        max_bytes: int,
+        resolve: ResolveFn = resolve_host,
+        is_allowed_address: Callable[[IpAddress], bool] = is_public_address,
+    ) -> None:
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._timeout_s, self._max_bytes = timeout_s, max_bytes
+        self._resolve, self._is_allowed_address = resolve, is_allowed_address
+        self._ssl_context = ssl.create_default_context() if hosts else None
+
+    async def fetch(self, url: str, file: BinaryIO) -> None:
+        """Fetch an image and write it to a file.
+
+        Raises:
+            UserError: The scheme, host or address of the URL or of a redirect is not allowed, or
+                the response is too large, too slow or not an image.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._follow_redirects(url, file)
+        except TimeoutError as error:
+            raise _fetch_error(f"timeout after {self._timeout_s:g} seconds") from error
+        except (httpx2.TransportError, httpx2.InvalidURL, OSError, ValueError) as error:
+            raise _fetch_error(type(error).__name__) from error
+
+    async def _follow_redirects(self, url: str, file: BinaryIO) -> None:
+        target = url
+        for _ in range(MAX_REDIRECTS + 1):
+            host, port = self._check_url(url, target)
+            address = await self._resolve_address(host, port)
+            redirect_url = await self._request(target, host, address, file)
+            if redirect_url is None:
+                return
+            target = join_url(target, redirect_url)
+        raise _fetch_error(f"more than {MAX_REDIRECTS} redirects")
+
+    def _check_url(self, original_url: str, target_url: str) -> tuple[str, int]:
+        try:
+            is_allowed = is_allowed_url(original_url, target_url, self._hosts)
+        except ValueError:  # invalid port, address or name
+            is_allowed = False
+        parts = urlsplit(target_url) if is_allowed else urlsplit("")
+        if is_offline() or not is_allowed or parts.hostname is None:
+            raise _url_error(
+                "image URLs are disabled because HF_HUB_OFFLINE is set"
+                if is_allowed
+                else "image URL or its redirect is not allowed",
+                "a data URL, or https:// and a host that the server allows (--allow-media-host)",
+            )
+        return parts.hostname, parts.port or 443
+
+    async def _resolve_address(self, host: str, port: int) -> str:
+        """Resolve a host name to one IP address after checking all of its addresses."""
+        addresses = await self._resolve(host, port)
+        # An address may contain a local zone: fe80::1%eth0.
+        if not addresses or not all(
+            self._is_allowed_address(ipaddress.ip_address(a)) for a in addresses
+        ):
+            raise _url_error(
+                "image host has no public address", "a host with public addresses only"
+            )
+        return addresses[0]
+
+    async def _request(self, url: str, host: str, address: str, file: BinaryIO) -> str | None:
+        """Send one request and write the response to the file.
+
+        Returns the target of a redirect, or None after the file is written.
+        """
+        assert self._ssl_context is not None, f"{host} is allowed without allowed hosts"
+        connect_url = httpx2.URL(url).copy_with(host=address)
+        headers = {
+            "Host": urlsplit(url).netloc,
+            "User-Agent": f"finesight/{__version__}",
+            "Accept-Encoding": "identity",
+        }
+        # trust_env=False: a proxy would resolve the name again.
+        async with (
+            httpx2.AsyncClient(verify=self._ssl_context, trust_env=False) as client,
+            client.stream(
+                "GET", connect_url, headers=headers, extensions={"sni_hostname": host}
+            ) as response,
+        ):
+            if response.has_redirect_location:
+                return str(response.headers["location"])
+            content_type = response.headers.get("content-type", "").lower()
+            if response.status_code != 200 or not content_type.startswith(CONTENT_TYPE_PREFIXES):
+                raise _fetch_error(
+                    f"status {response.status_code}, content type {content_type[:40]!r}"
+                )
+            content_length = parse_int(response.headers.get("content-length", ""))
+            num_bytes = content_length or 0
+            async for chunk in response.aiter_raw():
+                num_bytes = max(num_bytes, file.tell() + len(chunk))
+                if num_bytes > self._max_bytes:
+                    break
+                file.write(chunk)
+        if num_bytes > self._max_bytes:
+            raise _fetch_error(f"at least {num_bytes} bytes; expected at most {self._max_bytes}")
+        return None
+
+
+def _fetch_error(what: str) -> UserError:
+    return _url_error(f"image could not be fetched: {what}", "an image at the URL")
+
+
+def _url_error(what: str, expected: str) -> UserError:
+    remedy = "Send the image as a data URL, or upload it to /v1/files."
+    return UserError(what, where="image_url", expected=expected, remedy=remedy)

@@ -1,0 +1,97 @@
+"""Compare the request schema with the types of the openai package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
+from pydantic import TypeAdapter
+
+from finesight.serve.chat_schema import IGNORED_FIELDS, ChatCompletionRequest
+
+EXTENSIONS = {
+    "top_k",
+    "repetition_penalty",
+    "response_format.type: boxes",
+    "messages.[].content.[].image_url.detail: any",
+    # The type for streams allows true only.
+    "stream: any",
+}
+UNSUPPORTED = {
+    *("audio", "function_call", "functions", "moderation", "prediction", "prompt_cache_options"),
+    *("prompt_cache_retention", "reasoning_effort", "verbosity", "web_search_options"),
+}
+
+Schema = dict[str, Any]
+
+
+def get_alternatives(schema: Schema, root: Schema) -> list[Schema]:
+    """Resolve references and unions of a JSON schema."""
+    if "$ref" in schema:
+        return get_alternatives(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
+    if "allOf" in schema:
+        return get_alternatives(schema["allOf"][0], root)
+    members = schema.get("anyOf") or schema.get("oneOf")
+    if members is not None:
+        return [found for member in members for found in get_alternatives(member, root)]
+    for name in {"role", "type"} & schema.get("properties", {}).keys():
+        tag = schema["properties"][name]
+        if "enum" in tag:
+            return [
+                schema | {"properties": schema["properties"] | {name: tag | {"enum": [value]}}}
+                for value in tag["enum"]
+            ]
+    return [schema]
+
+
+class SchemaComparison:
+    """Lists the JSON values that one schema accepts and another one rejects, by field path."""
+
+    def __init__(self, ours: Schema, theirs: Schema) -> None:
+        self.ours, self.theirs = ours, theirs
+
+    def compare(self, ours: Schema, theirs: Schema, path: str = "") -> set[str]:
+        """Return the field paths in `ours` that `theirs` does not accept."""
+        accepted = get_alternatives(theirs, self.theirs)
+        problems: set[str] = set()
+        for one in get_alternatives(ours, self.ours):
+            if one.get("type") != "null":
+                same = [a for a in accepted if a.get("type") == one.get("type")] or accepted
+                problems |= min((self.compare_one(one, a, path) for a in same), key=len)
+        return problems
+
+    def compare_one(self, ours: Schema, theirs: Schema, path: str) -> set[str]:
+        """Compare two schemas without unions."""
+        kind, other_kind = ours.get("type"), theirs.get("type")
+        if kind is None or other_kind is None:  # any value
+            return set()
+        if kind == "object" and other_kind == "object":
+            prefix = f"{path}." if path else ""
+            fields, known = ours.get("properties", {}), theirs.get("properties", {})
+            problems = {f"{prefix}{name}" for name in fields if known and name not in known}
+            for name in fields.keys() & known.keys():
+                problems |= self.compare(fields[name], known[name], f"{prefix}{name}")
+            return problems
+        if kind == "array" and other_kind == "array":
+            return self.compare(ours.get("items", {}), theirs.get("items", {}), f"{path}.[]")
+        if kind != other_kind and (kind, other_kind) != ("integer", "number"):
+            return {f"{path}: {kind}"}
+        values = ours.get("enum", [ours["const"]] if "const" in ours else None)
+        known_values = theirs.get("enum", [theirs["const"]] if "const" in theirs else None)
+        if known_values is None:
+            return set()
+        return {f"{path}: {value}" for value in values or ["any"] if value not in known_values}
+
+
+def test_schema_is_a_subset_of_the_openai_types():
+    ours = ChatCompletionRequest.model_json_schema()
+    theirs = TypeAdapter(CompletionCreateParamsStreaming).json_schema()
+    problems = SchemaComparison(ours, theirs).compare(ours, theirs)
+    assert problems == EXTENSIONS
+
+
+def test_every_openai_field_is_supported_or_known():
+    theirs = set(TypeAdapter(CompletionCreateParamsStreaming).json_schema()["properties"])
+    ours = set(ChatCompletionRequest.model_fields)
+    assert theirs - ours == UNSUPPORTED
+    assert set(IGNORED_FIELDS) <= theirs

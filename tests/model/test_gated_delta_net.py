@@ -96,8 +96,7 @@ def test_packed_convolution_equals_the_convolution_of_each_sequence():
     lengths = [7, 1, 2, 3, 10]
     x = torch.randn(sum(lengths), 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    output = causal_conv1d(x, weight, positions)
+    output = causal_conv1d(x, weight, ChunkLayout.from_lengths(lengths, CPU))
     expected = torch.cat(
         [
             torch.nn.functional.conv1d(

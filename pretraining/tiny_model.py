@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from finesight.encode import tokenizer as qwen_vl_tokenizer
 from finesight.encode.tokenizer import PRETOKENIZE_PATTERN
+from finesight.model.families.qwen3_5 import DepthwiseConv
 from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM, ResamplerAttention, VisionResampler
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.weights_io import init_random_model, save_model
@@ -218,6 +219,8 @@ def rescale_weights(model: nn.Module) -> None:
             _rescale(module.weight)
         elif isinstance(module, ResamplerAttention):
             _rescale(module.in_proj_weight)
+        elif isinstance(module, DepthwiseConv):
+            _rescale(module.weight.squeeze(1))
         elif isinstance(module, VisionResampler):
             _rescale(module.proj)
 

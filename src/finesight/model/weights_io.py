@@ -21,6 +21,7 @@ from finesight.config import WeightFormat
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
+from finesight.model.families.qwen3_5 import GatedDeltaNet
 from finesight.model.families.qwen_vl import AttentionPool
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import hub_name
@@ -593,4 +594,6 @@ def init_random_model(
             module.reset_parameters()
         if isinstance(module, AttentionPool):
             module.init_position_embeddings()
+        if isinstance(module, GatedDeltaNet):
+            module.init_decay()
     return model

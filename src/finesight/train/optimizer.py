@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from finesight.config import StepsOrFraction, TrainSettings
 from finesight.errors import UserError
 from finesight.model.quant.base import has_tensor_cores
-from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart, get_part
+from finesight.model.trainable import (
+    CONV_SUFFIX,
+    EMBEDDING_SUFFIXES,
+    MODEL_PARTS,
+    ModelPart,
+    get_part,
+)
 from finesight.train import kernels
 from finesight.train.grad_accumulation import GradientAccumulator, MatrixSlice, ParamSlice
 from finesight.train.optim_states import (
@@ -659,7 +665,7 @@ def _build_param_groups(
 
 def _is_matmul_weight(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a parameter is a matrix or stack of matrices, excluding lookup tables."""
-    is_lookup = get_part(name) == "embeddings" or name.endswith(EMBEDDING_SUFFIXES)
+    is_lookup = get_part(name) == "embeddings" or name.endswith((*EMBEDDING_SUFFIXES, CONV_SUFFIX))
     return parameter.dim() in (2, 3) and not is_lookup
 
 

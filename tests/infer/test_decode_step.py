@@ -122,7 +122,7 @@ def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, nor
 def test_paged_attention_matches_reference(
     dtype: torch.dtype, num_seqs: int, heads: int, key_heads: int, width: int, block_size: int
 ) -> None:
-    from finesight.infer import paged_attention_kernels
+    from finesight.infer import decode_kernels
 
     num_blocks, blocks = 40, 7
     keys, values = (
@@ -134,9 +134,7 @@ def test_paged_attention_matches_reference(
         [torch.randperm(num_blocks, generator=generator)[:blocks] for _ in range(num_seqs)]
     )
     lengths = torch.randint(1, blocks * block_size + 1, (num_seqs,), generator=generator)
-    found = paged_attention_kernels.paged_attention(
-        q_RHD, keys, values, table.int().cuda(), lengths.cuda()
-    )
+    found = decode_kernels.paged_attention(q_RHD, keys, values, table.int().cuda(), lengths.cuda())
     for index in range(num_seqs):
         k, v = (x[table[index].cuda()].flatten(0, 1)[: lengths[index]] for x in (keys, values))
         k, v = (x.double().repeat_interleave(heads // key_heads, 1) for x in (k, v))

@@ -188,7 +188,7 @@ def test_bytes_per_cached_token():
 )
 def test_paged_kernel_matches_reference(stale, block_size, heads, key_heads, width, dtype, bound):
     """Check lengths around block sizes, for one sequence and many, with many, few and no splits."""
-    from finesight.infer.paged_attention_kernels import paged_attention
+    from finesight.infer.decode_kernels import paged_attention
 
     card = torch.device("cuda")
     for lengths in (

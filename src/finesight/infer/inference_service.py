@@ -35,10 +35,8 @@ from finesight.model.hf_backend import HfModel
 from finesight.model.vlm import VisionLanguageModel
 
 DEFAULT_MAX_NUM_SEQS = 64
-"""Default number of concurrent sequences."""
 
 DEFAULT_MAX_WAITING = 256
-"""Default number of queued requests."""
 
 CPU_KV_CACHE_BYTES = 1 << 30
 GPU_MEMORY_FRACTION = 0.6
@@ -319,9 +317,6 @@ class InferenceService:
     """Runs one model in a background thread and streams completions.
 
     Args:
-        inference_model: Model, renderer and adapters.
-        max_num_seqs: Maximum number of concurrent sequences.
-        max_waiting: Maximum number of queued requests.
         kv_cache_bytes: Size of the KV cache; by default a share of free GPU memory.
     """
 
@@ -377,7 +372,6 @@ class InferenceService:
 
         Args:
             located_sample: Sample whose turns, except a final assistant turn, are the prompt.
-            options: Generation options.
             prompt: Encoded prompt. If None, the prompt, including images, is encoded in the calling
                 thread.
             image_index: Index of the image that predicted boxes refer to. If None, that of the

@@ -7,7 +7,7 @@ from typing import Any
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter
 
-from finesight.serve.chat_schema import IGNORED_FIELDS, ChatCompletionRequest
+from finesight.serve.api_schema import IGNORED_FIELDS, ChatCompletionRequest
 
 EXTENSIONS = {
     "top_k",

@@ -11,7 +11,7 @@ from finesight.infer.inference_service import (
     DEFAULT_MAX_NUM_SEQS,
     DEFAULT_MAX_WAITING,
 )
-from finesight.serve.server_limits import ServerLimits
+from finesight.serve.api_schema import ServerLimits
 
 PAGE = Path(__file__).parents[2] / "docs" / "en" / "serving.md"
 

@@ -217,6 +217,7 @@ class GenerationStream:
             yield delta
 
     async def __aiter__(self) -> AsyncIterator[CompletionDelta]:
+        """Yield deltas. Those that have arrived together are merged."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
         with self._changed:
             self._wake = lambda: _wake_loop(loop, changed)
@@ -224,9 +225,12 @@ class GenerationStream:
             changed.clear()
             # Read before the deltas, so that no delta before the end is missed.
             is_finished = self._is_finished
-            while (delta := self._pop_delta()) is not None:
-                yield delta
+            arrived = [self._deltas.popleft() for _ in range(len(self._deltas))]
+            if arrived:
+                tokens = tuple(token for delta in arrived for token in delta.tokens)
+                yield CompletionDelta("".join(delta.text for delta in arrived), tokens)
             if is_finished:
+                self._pop_delta()
                 return
             await changed.wait()
 

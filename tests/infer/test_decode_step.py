@@ -114,35 +114,6 @@ def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, nor
         assert int(values.flatten(0, 1).any(-1).any(-1).sum()) == num_seqs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("num_seqs", "heads", "key_heads", "width", "block_size"),
-    [(1, 12, 2, 128, 64), (3, 4, 2, 16, 16), (70, 28, 4, 128, 64), (2, 7, 1, 80, 64)],
-)
-def test_paged_attention_matches_reference(
-    dtype: torch.dtype, num_seqs: int, heads: int, key_heads: int, width: int, block_size: int
-) -> None:
-    from finesight.infer import decode_kernels
-
-    num_blocks, blocks = 40, 7
-    keys, values = (
-        random_tensor(num_blocks, block_size, key_heads, width, dtype=dtype) + n for n in range(2)
-    )
-    q_RHD = random_tensor(num_seqs, heads, width, dtype=dtype)
-    generator = torch.Generator().manual_seed(num_seqs)
-    table = torch.stack(
-        [torch.randperm(num_blocks, generator=generator)[:blocks] for _ in range(num_seqs)]
-    )
-    lengths = torch.randint(1, blocks * block_size + 1, (num_seqs,), generator=generator)
-    found = decode_kernels.paged_attention(q_RHD, keys, values, table.int().cuda(), lengths.cuda())
-    for index in range(num_seqs):
-        k, v = (x[table[index].cuda()].flatten(0, 1)[: lengths[index]] for x in (keys, values))
-        k, v = (x.double().repeat_interleave(heads // key_heads, 1) for x in (k, v))
-        scores = torch.einsum("hd,mhd->hm", q_RHD[index].double(), k) / width**0.5
-        wanted = torch.einsum("hm,mhd->hd", scores.softmax(-1), v)
-        assert relative_error(found[index], wanted, 1e-5 if dtype == torch.float32 else 8e-3)
-
-
 def generate_tokens(
     model: VisionLanguageModel,
     prompts: list[EncodedSample],

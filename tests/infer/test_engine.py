@@ -14,6 +14,8 @@ from engine_fixtures import (
     make_mixed_questions,
     make_request,
     make_sample,
+    record_encoder_calls,
+    run_alone,
     run_engine,
     run_requests,
     write_noise_image,
@@ -23,9 +25,11 @@ from tiny_model import create_tiny_model
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
+from finesight.infer import model_runner as model_runner_module
 from finesight.infer import scheduler as scheduler_area
 from finesight.infer.block_manager import append_tokens
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine, compute_cache_capacity, generate
+from finesight.infer.prediction import predict
 from finesight.infer.request import DecodingConstraint, GenerationRequest, SamplingParams
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
@@ -153,10 +157,7 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
     monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", rng.choice([8, 50, 8192]))
     monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", rng.choice([1, 20, 2048]))
     end_ids = {token for token in range(400) if rng.random() < 0.1}
-    alone = [
-        run_requests(Engine(model, tuple(end_ids), max_num_seqs=1, num_cache_tokens=512), prompt)[0]
-        for prompt in prompts
-    ]
+    alone = [run_alone(model, prompt, end_ids=tuple(end_ids)) for prompt in prompts]
     engine = Engine(model, tuple(end_ids), max_num_seqs=rng.choice([1, 2, 4]), num_cache_tokens=176)
     engine._max_pending = late
     result: dict[int, RequestEvents] = {}
@@ -230,7 +231,7 @@ def test_answer_is_cached_for_next_turn(loaded_model, tmp_path, tokens):
         found.num_cached_tokens
         == (prompt.tokenized.num_tokens + tokens - 1) // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE
     )
-    (fresh,) = run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), following)
+    fresh = run_alone(model, following)
     assert (fresh.ids, fresh.num_cached_tokens) == (found.ids, 0)
 
 
@@ -268,10 +269,7 @@ def test_different_prompt_shares_only_the_common_prefix(loaded_model, tiny, tmp_
         pairs = zip(first.tokenized.ids_T, other.tokenized.ids_T, strict=False)
         equal = next(n for n, (mine, yours) in enumerate(pairs) if mine != yours)
     assert found.num_cached_tokens == equal // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE
-    assert (
-        found.ids
-        == run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), other)[0].ids
-    )
+    assert found.ids == run_alone(model, other).ids
     assert result.ids == run_requests(engine, first)[0].ids
 
 
@@ -295,10 +293,7 @@ def test_qwen_vl_shares_no_cache_across_trained_length(tmp_path):
     # Of one base again.
     assert result[2].num_cached_tokens >= lengths[0] // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE
     for prompt, found in zip(prompts, result, strict=True):
-        assert (
-            found.ids
-            == run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=4096), prompt)[0].ids
-        )
+        assert found.ids == run_alone(model, prompt).ids
 
 
 def _run_with_cancellation(
@@ -324,10 +319,7 @@ def test_request_can_be_cancelled_at_any_step(loaded_model, tmp_path, steps, lat
     monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", 30)
     model, renderer = loaded_model
     prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)[:3]]
-    wanted = [
-        run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=512), p, tokens=5)[0]
-        for p in prompts
-    ]
+    wanted = [run_alone(model, prompt, 5) for prompt in prompts]
     engine = Engine(model, (), max_num_seqs=3, num_cache_tokens=512)
     engine._max_pending = late
     requests = [make_request(prompt, 5) for prompt in prompts]
@@ -535,3 +527,89 @@ def test_missing_mask_does_not_block_others(loaded_model, tmp_path, late):
     ]
     assert not engine.has_work
     assert engine.num_free_blocks == engine.num_blocks
+
+
+def test_progress_callback_counts_finished_answers(loaded_model, tmp_path):
+    model, renderer = loaded_model
+    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+    result: list[int] = []
+    answers = generate(model, prompts, max_new_tokens=4, end_ids=(), on_progress=result.append)
+    assert sum(result) == len(prompts) == len(answers)
+    assert generate(model, [], max_new_tokens=4, end_ids=()) == []
+
+
+def test_generation_stops_at_max_positions(loaded_model, tmp_path):
+    """Check that no KV cache is reserved for tokens that are never generated."""
+    model, renderer = loaded_model
+    requested = [make_sample(name, tmp_path, name) for name in ("Why?", "Why? Why?")]
+    prompts = [renderer.encode_prompt(question) for question in requested]
+    lengths = [prompt.tokenized.num_tokens for prompt in prompts]
+    language = replace(model.config.decoder, max_position_embeddings=max(lengths) + 3)
+    model.config = replace(model.config, decoder=language)
+    answers = generate(model, prompts, max_new_tokens=10**12, end_ids=())
+    full = [tokens + len(answer) for tokens, answer in zip(lengths, answers, strict=True)]
+    assert full == [language.max_position_embeddings] * 2
+    ended = generate(model, prompts, max_new_tokens=10**12, end_ids=renderer.end_ids)
+    found = predict(model, renderer, requested, max_new_tokens=10**12, batch_size=1)
+    assert [prediction.num_tokens for prediction in found] == [len(answer) for answer in ended]
+
+
+def test_image_is_encoded_once(loaded_model, tmp_path, monkeypatch):
+    """Beside others, in one prompt and in many, before another text; not where all of it is known
+    from the cache."""
+    model, renderer = loaded_model
+    make_mixed_questions(tmp_path)
+    texts = [("What?", "a.png"), ("a.png", "Where?"), ("a.png", "b.png", "Why?", "b.png")]
+    prompts = [
+        renderer.encode_prompt(make_sample(f"{n}", tmp_path, *text)) for n, text in enumerate(texts)
+    ]
+    wanted = [run_alone(model, prompt).ids for prompt in prompts]
+    calls = record_encoder_calls(model, monkeypatch)
+    engine = Engine(model, (), max_num_seqs=4, num_cache_tokens=1024)
+    assert [told.ids for told in run_requests(engine, *prompts)] == wanted
+    assert [call.num_images for call in calls] == [2]
+    assert [told.ids for told in run_requests(engine, *reversed(prompts))] == wanted[::-1]
+    assert [call.num_images for call in calls] == [2]
+
+
+def test_vision_feature_cache_is_bounded(loaded_model, tmp_path, monkeypatch):
+    """Check that the least recently used features are evicted and computed again on demand."""
+    model, renderer = loaded_model
+    prompts = []
+    for seed in range(4):
+        write_noise_image(tmp_path / f"{seed}.png", 56, 56, seed)
+        prompts.append(
+            renderer.encode_prompt(make_sample("s", tmp_path, f"x{seed}", f"{seed}.png"))
+        )
+    (span,) = prompts[0].tokenized.spans
+    image = (span.stop - span.start) * model.config.decoder.hidden_size * 4
+    monkeypatch.setattr(model_runner_module, "CPU_FEATURE_CACHE_BYTES", 2 * image)
+    calls = record_encoder_calls(model, monkeypatch)
+    # Blocks for one request only: prefix cache entries are soon evicted.
+    engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=80)
+    outcome = []
+    for number in (0, 1, 0, 2, 0, 1):
+        before = len(calls)
+        run_requests(engine, prompts[number], tokens=80 - prompts[number].tokenized.num_tokens)
+        assert engine._runner._feature_cache._num_bytes <= 2 * image
+        outcome.append(len(calls) > before)
+    assert outcome == [True, True, False, True, False, True]
+
+
+def test_images_are_encoded_in_bounded_batches(loaded_model, tmp_path, monkeypatch):
+    model, renderer = loaded_model
+    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+    wanted = generate(model, prompts, max_new_tokens=5, end_ids=())
+    calls = record_encoder_calls(model, monkeypatch)
+    generate(model, prompts, max_new_tokens=1, end_ids=())
+    assert len(calls) == 1
+    largest = max(
+        len(model_runner_module.get_span_patches(p, n))
+        for p in prompts
+        for n in range(len(p.tokenized.spans))
+    )
+    monkeypatch.setattr(model_runner_module, "MAX_ENCODER_PATCHES", largest)
+    calls.clear()
+    assert generate(model, prompts, max_new_tokens=5, end_ids=()) == wanted
+    assert len(calls) > 1
+    assert max(call.num_patches for call in calls) <= largest

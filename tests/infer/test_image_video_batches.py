@@ -13,6 +13,8 @@ from engine_fixtures import (
     generate_cached,
     generate_uncached,
     make_sample,
+    record_encoder_calls,
+    run_alone,
     run_requests,
     write_noise_image,
 )
@@ -96,10 +98,7 @@ def test_engine_and_predict_match_single_samples(
     model, renderer = loaded_model
     located_sample = [*questions.values()]
     prompts = [renderer.encode_prompt(one) for one in located_sample]
-    alone = [
-        run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), one, tokens=STEPS)[0]
-        for one in prompts
-    ]
+    alone = [run_alone(model, one, STEPS) for one in prompts]
     batched = run_requests(
         Engine(model, (), max_num_seqs=len(prompts), num_cache_tokens=4096), *prompts, tokens=STEPS
     )
@@ -108,12 +107,8 @@ def test_engine_and_predict_match_single_samples(
         predict(model, renderer, [one], max_new_tokens=STEPS, batch_size=1)[0]
         for one in located_sample
     ]
-    assert (
-        predict(
-            model, renderer, located_sample, max_new_tokens=STEPS, batch_size=len(located_sample)
-        )
-        == single
-    )
+    options = {"max_new_tokens": STEPS, "batch_size": len(located_sample)}
+    assert predict(model, renderer, located_sample, **options) == single
 
 
 def test_image_only_batch_uploads_one_frame_per_patch(
@@ -121,19 +116,15 @@ def test_image_only_batch_uploads_one_frame_per_patch(
 ) -> None:
     """Only a batch with a video of several frames uploads the temporal repetition."""
     model, renderer = loaded_model
-    widths: list[int] = []
-    see = model.encode_images
-
-    def record(patches_ND, grids):
-        widths.append(patches_ND.shape[1])
-        return see(patches_ND, grids)
-
-    monkeypatch.setattr(model, "encode_images", record)
+    calls = record_encoder_calls(model, monkeypatch)
     prompts = {name: renderer.encode_prompt(one) for name, one in questions.items()}
     values = renderer.patch_config.patch_dim
     generate_cached(model, [prompts["image"], prompts["one frame"], prompts["text"]], 1)
     generate_cached(model, [prompts["image"], prompts["two frames"]], 1)
-    assert widths == [values // renderer.patch_config.temporal_patch_size, values]
+    assert [call.patch_width for call in calls] == [
+        values // renderer.patch_config.temporal_patch_size,
+        values,
+    ]
 
 
 def test_cached_image_is_reused_with_a_later_video(
@@ -149,21 +140,12 @@ def test_cached_image_is_reused_with_a_later_video(
     later = renderer.encode_prompt(
         make_sample("two", tmp_path, "image0.png", "What is it? " * 3, frames, "Now?")
     )
-    (alone,) = run_requests(
-        Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), later, tokens=STEPS
-    )
+    alone = run_alone(model, later, STEPS)
     engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
     run_requests(engine, first, tokens=STEPS)
-    seen: list[int] = []
-    see = model.encode_images
-
-    def record(patches_ND, grids):
-        seen.append(len(grids))
-        return see(patches_ND, grids)
-
-    monkeypatch.setattr(model, "encode_images", record)
+    calls = record_encoder_calls(model, monkeypatch)
     (found,) = run_requests(engine, later, tokens=STEPS)
     assert found.ids == alone.ids
-    assert seen == [len(later.tokenized.spans) - 1]
+    assert [call.num_images for call in calls] == [len(later.tokenized.spans) - 1]
     image = first.tokenized.spans[0]
     assert found.num_cached_tokens > image.stop

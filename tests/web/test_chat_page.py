@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe import AxeChecker
 from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
 from chat_page_driver import ChatPageDriver
 from PIL import Image
@@ -246,3 +247,14 @@ def test_password_sign_in(browser):
         assert [cookie["httpOnly"] for cookie in browser.driver.get_cookies()] == [True]
         visit.ask("Who is there?")
         assert visit.read_texts(".reply .message-text") == ["Who is there?"]
+
+
+def test_page_has_no_severe_violations(browser):
+    axe = AxeChecker()
+    with run_web_page(ScriptedService(lambda text: (text, ()))) as location:
+        visit = ChatPageDriver(browser, location.address, PHONE_WIDTH, "zh-CN,zh")
+        visit.ask("Hello?")
+        assert axe.find_violations(browser) == []
+        browser.visit(location.address, DESKTOP_WIDTH, dark=True)
+        visit.wait_for_script("return !!document.querySelector('.welcome');")
+        assert axe.find_violations(browser) == []

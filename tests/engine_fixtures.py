@@ -267,14 +267,18 @@ def _extend_prompt(prompt: EncodedSample, tokens: Sequence[int]) -> EncodedSampl
     return replace(prompt, tokenized=extended)
 
 
-def make_request(prompt: EncodedSample, tokens: int = 9) -> GenerationRequest:
+def make_request(
+    prompt: EncodedSample, tokens: int = 9, adapter: int | None = None
+) -> GenerationRequest:
     """A greedy request for so many tokens."""
-    return GenerationRequest(prompt=prompt, max_new_tokens=tokens)
+    return GenerationRequest(prompt=prompt, max_new_tokens=tokens, adapter_index=adapter)
 
 
-def run_requests(engine: Engine, *prompts: EncodedSample, tokens: int = 9) -> list[RequestEvents]:
+def run_requests(
+    engine: Engine, *prompts: EncodedSample, tokens: int = 9, adapter: int | None = None
+) -> list[RequestEvents]:
     """What the engine tells of these prompts, asked all at once."""
-    tickets = [engine.add_request(make_request(prompt, tokens)) for prompt in prompts]
+    tickets = [engine.add_request(make_request(prompt, tokens, adapter)) for prompt in prompts]
     events_by_ticket: dict[int, RequestEvents] = {}
     run_engine(engine, events_by_ticket)
     return [events_by_ticket[ticket] for ticket in tickets]

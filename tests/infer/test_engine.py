@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 import torch
 from engine_fixtures import (
     ForcedTokens,
+    Generated,
     RequestEvents,
+    generate_cached,
+    generate_uncached,
     make_mixed_questions,
     make_request,
     make_sample,
@@ -20,8 +24,9 @@ from engine_fixtures import (
     run_requests,
     write_noise_image,
 )
-from tiny_model import create_tiny_model
+from tiny_model import TinyFamily, create_tiny_model
 
+from finesight.data.jsonl import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
@@ -170,6 +175,7 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
         if requested and rng.random() < 0.15:
             ticket = rng.choice(list(requested))
             engine.cancel(ticket)
+            engine.cancel(10**6)
             gone.add(ticket)
         for event in engine.step():
             result.setdefault(event.request_id, RequestEvents()).add_event(event)
@@ -296,41 +302,6 @@ def test_qwen_vl_shares_no_cache_across_trained_length(tmp_path):
         assert found.ids == run_alone(model, prompt).ids
 
 
-def _run_with_cancellation(
-    engine: Engine, requests: Sequence[GenerationRequest], steps: int
-) -> dict[int, RequestEvents]:
-    """The second request cancelled after so many steps."""
-    result: dict[int, RequestEvents] = {}
-    tickets = [engine.add_request(request) for request in requests]
-    for _ in range(steps):
-        for event in engine.step():
-            result.setdefault(event.request_id, RequestEvents()).add_event(event)
-    engine.cancel(tickets[1])
-    engine.cancel(10**6)
-    run_engine(engine, result)
-    return result
-
-
-@pytest.mark.parametrize("late", [0, 1])
-@pytest.mark.parametrize("steps", range(12))
-def test_request_can_be_cancelled_at_any_step(loaded_model, tmp_path, steps, late, monkeypatch):
-    """While it waits, is read in chunks, grows, and after its end."""
-    monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", 30)
-    monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", 30)
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)[:3]]
-    wanted = [run_alone(model, prompt, 5) for prompt in prompts]
-    engine = Engine(model, (), max_num_seqs=3, num_cache_tokens=512)
-    engine._max_pending = late
-    requests = [make_request(prompt, 5) for prompt in prompts]
-    found = _run_with_cancellation(engine, requests, steps)
-    for ticket in (0, 2):
-        assert (found[ticket].ids, found[ticket].finish_reason) == (wanted[ticket].ids, "length")
-    assert found[1].ids == wanted[1].ids[: len(found[1].ids)]
-    assert (found[1].finish_reason == "length") == (len(found[1].ids) == 5)
-    assert engine.num_free_blocks == engine.num_blocks
-
-
 def test_sampled_requests_do_not_delay_greedy_ones(loaded_model, tmp_path):
     """Rows of every kind in one step: each is told a token with every step."""
     model, renderer = loaded_model
@@ -343,14 +314,6 @@ def test_sampled_requests_do_not_delay_greedy_ones(loaded_model, tmp_path):
     engine.step()
     for _ in range(4):
         assert sorted(event.request_id for event in engine.step()) == [0, 1, 2]
-
-
-def test_answers_of_random_model_depend_on_the_prompt(tmp_path: Path, loaded_model):
-    """The tests above hold for a model whose answers depend on what is asked."""
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
-    answers = generate(model, prompts, max_new_tokens=STEPS, end_ids=())
-    assert len({tuple(answer) for answer in answers}) == len(prompts)
 
 
 def test_overflow_during_decoding_ends_only_that_request(loaded_model, tmp_path, monkeypatch):
@@ -613,3 +576,113 @@ def test_images_are_encoded_in_bounded_batches(loaded_model, tmp_path, monkeypat
     assert generate(model, prompts, max_new_tokens=5, end_ids=()) == wanted
     assert len(calls) > 1
     assert max(call.num_patches for call in calls) <= largest
+
+
+NUM_STEPS = 4
+VIDEO_FAMILIES: list[TinyFamily] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+
+
+def _load_video_model(folder: Path, family: TinyFamily) -> Loaded:
+    """A random model whose weights are large enough that attention matters."""
+    tiny = ModelFolder(create_tiny_model(folder / "tiny", family, 2))
+    model = load_model(tiny, torch.float32, torch.device("cpu")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and name.startswith("model.layers"):
+                parameter.mul_(2)
+    return model, NativeRenderer(tiny)
+
+
+@pytest.fixture(scope="module", params=VIDEO_FAMILIES)
+def video_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return _load_video_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> dict[str, LocatedSample]:
+    """Text, images, and videos of one, two, three and five frames, alone and in one sample."""
+    for seed, (width, height) in enumerate([(84, 56), (112, 84)]):
+        write_noise_image(tmp_path / f"image{seed}.png", width, height, seed)
+    frames = [
+        write_noise_image(tmp_path / f"frame{seed}.png", 84, 84, 10 + seed).name
+        for seed in range(5)
+    ]
+    contents: dict[str, tuple[str | tuple[str, ...], ...]] = {
+        "text": ("Why is the sky blue?",),
+        "image": ("image0.png", "What is it?"),
+        "one frame": (tuple(frames[:1]), "What happens?"),
+        "two frames": (tuple(frames[1:3]), "Who is there?"),
+        "five frames": (tuple(frames), "Count them."),
+        "both": ("image1.png", tuple(frames[:3]), "image0.png", "Which one moves?"),
+    }
+    return {name: make_sample(name, tmp_path, *content) for name, content in contents.items()}
+
+
+def _assert_equal(found: Sequence[Generated], wanted: Sequence[Generated]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.tokens == other.tokens
+        for found_V, wanted_V in zip(one.logits, other.logits, strict=True):
+            assert (found_V - wanted_V).abs().max() <= 1e-5 * wanted_V.abs().max()
+
+
+def test_mixed_batch_matches_single_samples(video_model, questions, tmp_path):
+    model, renderer = video_model
+    prompts = {name: renderer.encode_prompt(one) for name, one in questions.items()}
+    alone = {name: generate_uncached(model, one, NUM_STEPS) for name, one in prompts.items()}
+    assert len({tuple(grown.tokens) for grown in alone.values()}) == len(alone)
+    for size in range(2, len(prompts) + 1):
+        for mix in combinations(prompts, size):
+            found = generate_cached(model, [prompts[name] for name in mix], NUM_STEPS)
+            _assert_equal(found, [alone[name] for name in mix])
+
+
+def test_engine_and_predict_match_single_samples(video_model, questions):
+    model, renderer = video_model
+    located_sample = [*questions.values()]
+    prompts = [renderer.encode_prompt(one) for one in located_sample]
+    alone = [run_alone(model, one, NUM_STEPS) for one in prompts]
+    batched = run_requests(
+        Engine(model, (), max_num_seqs=len(prompts), num_cache_tokens=4096),
+        *prompts,
+        tokens=NUM_STEPS,
+    )
+    assert [told.ids for told in batched] == [told.ids for told in alone]
+    single = [
+        predict(model, renderer, [one], max_new_tokens=NUM_STEPS, batch_size=1)[0]
+        for one in located_sample
+    ]
+    options = {"max_new_tokens": NUM_STEPS, "batch_size": len(located_sample)}
+    assert predict(model, renderer, located_sample, **options) == single
+
+
+def test_image_only_batch_uploads_one_frame_per_patch(video_model, questions, monkeypatch):
+    """Only a batch with a video of several frames uploads the temporal repetition."""
+    model, renderer = video_model
+    calls = record_encoder_calls(model, monkeypatch)
+    prompts = {name: renderer.encode_prompt(one) for name, one in questions.items()}
+    values = renderer.patch_config.patch_dim
+    generate_cached(model, [prompts["image"], prompts["one frame"], prompts["text"]], 1)
+    generate_cached(model, [prompts["image"], prompts["two frames"]], 1)
+    assert [call.patch_width for call in calls] == [
+        values // renderer.patch_config.temporal_patch_size,
+        values,
+    ]
+
+
+def test_cached_image_is_reused_with_a_later_video(video_model, questions, tmp_path, monkeypatch):
+    """Its features are reused, and so are the tokens up to the video of a later turn."""
+    model, renderer = video_model
+    frames = tuple(f"frame{number}.png" for number in range(4))
+    first = renderer.encode_prompt(make_sample("one", tmp_path, "image0.png", "What is it? " * 3))
+    later = renderer.encode_prompt(
+        make_sample("two", tmp_path, "image0.png", "What is it? " * 3, frames, "Now?")
+    )
+    alone = run_alone(model, later, NUM_STEPS)
+    engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
+    run_requests(engine, first, tokens=NUM_STEPS)
+    calls = record_encoder_calls(model, monkeypatch)
+    (found,) = run_requests(engine, later, tokens=NUM_STEPS)
+    assert found.ids == alone.ids
+    assert [call.num_images for call in calls] == [len(later.tokenized.spans) - 1]
+    image = first.tokenized.spans[0]
+    assert found.num_cached_tokens > image.stop

@@ -56,9 +56,7 @@ def reference(folder: Path, question: str, num_images: list[Path], most: int) ->
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_answers_match_transformers_generate(
-    inference_model: InferenceModel, folder: Path, tmp_path: Path, images: int
-) -> None:
+def test_answers_match_transformers_generate(inference_model, folder, tmp_path, images):
     requested = hf_models.make_sample(tmp_path, ("Which colour?", ""), num_images=images)
     (found,) = run_predict(inference_model, [requested], 20, batch_size=4)
     paths = [tmp_path / f"{n}.png" for n in range(images)]
@@ -81,9 +79,7 @@ def test_batched_answers_match_single_ones(inference_model: InferenceModel, tmp_
     assert len({one.raw_text for one in batched}) == 3
 
 
-def test_completion_ends_at_the_last_position(
-    inference_model: InferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completion_ends_at_the_last_position(inference_model, tmp_path, monkeypatch):
     requested = hf_models.make_sample(tmp_path, ("Which colour?", ""))
     prompt = inference_model.renderer.tokenize_prompt(requested)
     text_config = inference_model.model.inner.config.get_text_config()
@@ -92,9 +88,7 @@ def test_completion_ends_at_the_last_position(
     assert found.num_tokens == 3
 
 
-def test_generation_can_be_stopped_between_tokens(
-    inference_model: InferenceModel, tmp_path: Path
-) -> None:
+def test_generation_can_be_stopped_between_tokens(inference_model, tmp_path):
     result: list[int] = []
 
     def stop(ended: int) -> None:
@@ -116,9 +110,7 @@ def test_predict_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("command", ["predict", "train"])
-def test_model_with_remote_code_is_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
+def test_model_with_remote_code_is_rejected(tmp_path, capsys, command):
     folder = tmp_path / "chatty"
     folder.mkdir()
     auto = {"AutoConfig": "chatty.Config", "AutoModelForImageTextToText": "chatty.Model"}

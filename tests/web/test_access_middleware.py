@@ -28,19 +28,15 @@ from finesight.web.web_sessions import MAX_IMAGE_BYTES, UPLOAD_TTL_S
 PASSWORD = "right-password"
 
 
-def _echo(text: str) -> tuple[str, tuple[()]]:
-    return text, ()
-
-
 @pytest.fixture(scope="module")
 def open_page() -> Iterator[RunningWebPage]:
-    with run_web_page(ScriptedService(_echo)) as location:
+    with run_web_page(ScriptedService()) as location:
         yield location
 
 
 @pytest.fixture(scope="module")
 def locked_page() -> Iterator[RunningWebPage]:
-    with run_web_page(ScriptedService(_echo), password=PASSWORD, loopback=False) as location:
+    with run_web_page(ScriptedService(), password=PASSWORD, loopback=False) as location:
         yield location
 
 
@@ -269,7 +265,7 @@ def test_server_opens_no_external_connections():
 
     sys.addaudithook(watch)  # for the rest of the process; `watching` turns it off
     try:
-        with run_web_page(ScriptedService(_echo)) as location:
+        with run_web_page(ScriptedService()) as location:
             assert _ask(location, "GET", "/")[0] == 200
             assert _join(location, "http://93.184.216.34/x.png") == 403
     finally:
@@ -280,7 +276,7 @@ def test_server_opens_no_external_connections():
 
 
 def test_uploads_are_stored_in_a_private_temp_folder():
-    with run_web_page(ScriptedService(_echo)) as location:
+    with run_web_page(ScriptedService()) as location:
         assert _upload(location, "a.png", b"picture")[0] == 200
         folder = location.folder
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -393,7 +389,7 @@ def _partial_upload(location: RunningWebPage, size: int) -> bytes:
 def test_concurrent_uploads_keep_the_limit(monkeypatch):
     monkeypatch.setattr(web_sessions, "MAX_STORED_BYTES", 1_000_000)
     size = 300_000
-    with run_web_page(ScriptedService(_echo)) as location, contextlib.ExitStack() as stack:
+    with run_web_page(ScriptedService()) as location, contextlib.ExitStack() as stack:
         links = [
             stack.enter_context(socket.create_connection(("127.0.0.1", location.port), timeout=20))
             for _ in range(8)
@@ -420,7 +416,7 @@ def test_concurrent_uploads_keep_the_limit(monkeypatch):
 def test_upload_that_stops_is_ended(monkeypatch):
     monkeypatch.setattr(access_middleware, "UPLOAD_IDLE_TIMEOUT_S", 0.2)
     with (
-        run_web_page(ScriptedService(_echo)) as location,
+        run_web_page(ScriptedService()) as location,
         socket.create_connection(("127.0.0.1", location.port), timeout=20) as link,
     ):
         link.sendall(_partial_upload(location, 1000))
@@ -431,7 +427,7 @@ BEHIND_PROXY = {"host": "chat.example.com", "origin": "https://chat.example.com"
 
 
 def test_page_works_behind_a_proxy_with_tls():
-    with run_web_page(ScriptedService(_echo), password=PASSWORD) as location:
+    with run_web_page(ScriptedService(), password=PASSWORD) as location:
         right = _ask(location, "POST", "/sign-in", f"password={PASSWORD}".encode(), **BEHIND_PROXY)
         assert right[0] == 303
         cookie, *marks = right[1]["set-cookie"].split("; ")

@@ -34,7 +34,7 @@ from finesight.web.web_sessions import (
 def visitors(tmp_path: Path) -> WebSessionStore:
     (tmp_path / "chats").mkdir()
     (tmp_path / "uploads").mkdir()
-    return create_session_store(tmp_path, ScriptedService(lambda text: (text, ())))
+    return create_session_store(tmp_path, ScriptedService())
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ REPORTED_SECTIONS = ("image", "tune", "train", "eval")
 def train_variant(recipe: Path, output: Path, overrides: list[str]) -> dict[str, Any]:
     """Train one variant in this process and return its results."""
     from finesight.recipe import load_recipe
-    from finesight.train.trainer import train
+    from finesight.train.training_run import train
 
     result = train(load_recipe(recipe, [*overrides, f"output_dir={output}"]))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

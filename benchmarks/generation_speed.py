@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finesight.encode.renderer import get_rope_index
+from finesight.encode.renderer import compute_position_ids
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.infer.engine import GPU_BLOCK_SIZE, Engine
 from finesight.infer.request import GenerationRequest
@@ -42,7 +42,7 @@ def make_prompt(
     tokens = IMAGE_SIDE_TOKENS**2 + num_text_tokens
     size = (grid[1] * vision.patch_size, grid[2] * vision.patch_size)
     span = VisualSpan("image", 1, 1 + IMAGE_SIDE_TOKENS**2, grid, (Path("image"),), size, size)
-    positions = get_rope_index(tokens, [span], [np.zeros(1, np.int64)], vision.merge_size)
+    positions = compute_position_ids(tokens, [span], [np.zeros(1, np.int64)], vision.merge_size)
     ids = rng.integers(0, 1000, tokens).astype(np.int32)
     outline = TokenizedSample("prompt", ids, np.zeros(tokens, np.bool_), positions, (span,))
     patches = rng.integers(0, 256, (grid[1] * grid[2], vision.patch_dim), dtype=np.uint8)

@@ -41,7 +41,7 @@ def train_variant(overrides: list[str], output: Path, *, is_unoptimized: bool) -
     from ladder import OPTIMIZATIONS, disable_optimizations
 
     from finesight.recipe import load_recipe
-    from finesight.train.trainer import train
+    from finesight.train.training_run import train
 
     recipe = output.with_suffix(".yaml")
     recipe.write_text("{}\n", encoding="utf-8")

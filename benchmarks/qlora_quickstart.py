@@ -49,7 +49,7 @@ def train_variant(recipe: Path, output: Path, overrides: list[str]) -> dict[str,
     from finesight.model.weights_io import load_model
     from finesight.model_folder import locate_model
     from finesight.recipe import load_recipe
-    from finesight.train.trainer import train
+    from finesight.train.training_run import train
 
     settings = load_recipe(recipe, [*overrides, f"output_dir={output}"])
     result = train(settings)

@@ -42,7 +42,7 @@ from finesight.model.weights_io import save_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
 from finesight.recipe import load_recipe
 from finesight.storage import make_folder, sha256_file, write_file, write_folder
-from finesight.train.trainer import train
+from finesight.train.training_run import train
 
 PRETRAINING_DIR = Path(__file__).parent
 

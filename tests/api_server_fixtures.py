@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,15 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.infer.inference_service import InferenceService, ServiceStats
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
-from finesight.serve.api_app import make_app
-from finesight.serve.api_server import ApiServer, bind_socket, create_worker_pool
+from finesight.serve.api_schema import ServerLimits
+from finesight.serve.api_server import ApiServer, bind_socket, create_worker_pool, make_app
 from finesight.serve.image_sources import DEFAULT_IMAGE_FORMATS, ImageFetcher
 from finesight.serve.request_middleware import RequestMiddleware
-from finesight.serve.server_limits import ServerLimits
 from finesight.worker_pool import WorkerPool
+
+CHAT = "/v1/chat/completions"
+POST_CHAT = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
+"""Start of a raw request."""
 
 LIMITS = ServerLimits(max_num_seqs=8, max_waiting=64)
 
@@ -51,6 +55,12 @@ class RunningServer:
     def client(self, key: str = "none needed", **given: Any) -> OpenAI:
         """Return an OpenAI client without retries."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **given)
+
+    def connect(self, data: bytes = b"", timeout: float = 10.0) -> socket.socket:
+        """Open a connection and send data."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+        connection.sendall(data)
+        return connection
 
 
 def make_service(
@@ -194,3 +204,12 @@ def make_request_body(server: RunningServer, *parts: Any, **given: Any) -> str:
         **given,
     }
     return json.dumps(body)
+
+
+def post_chat(
+    server: RunningServer, *parts: Any, headers: dict[str, str] | None = None, **given: Any
+) -> tuple[int, dict[str, Any]]:
+    """Post a chat completion. Returns its status, and its error or its response."""
+    body = make_request_body(server, *parts, **given)
+    status, output, _ = send_request(server, "POST", CHAT, body, headers)
+    return status, output.get("error", output)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -271,14 +273,49 @@ def _extend_prompt(prompt: EncodedSample, tokens: Sequence[int]) -> EncodedSampl
     return replace(prompt, tokenized=extended)
 
 
-def make_request(prompt: EncodedSample, tokens: int = 9) -> GenerationRequest:
+def make_request(
+    prompt: EncodedSample, tokens: int = 9, adapter: int | None = None
+) -> GenerationRequest:
     """A greedy request for so many tokens."""
-    return GenerationRequest(prompt=prompt, max_new_tokens=tokens)
+    return GenerationRequest(prompt=prompt, max_new_tokens=tokens, adapter_index=adapter)
 
 
-def run_requests(engine: Engine, *prompts: EncodedSample, tokens: int = 9) -> list[RequestEvents]:
+def run_requests(
+    engine: Engine, *prompts: EncodedSample, tokens: int = 9, adapter: int | None = None
+) -> list[RequestEvents]:
     """What the engine tells of these prompts, asked all at once."""
-    tickets = [engine.add_request(make_request(prompt, tokens)) for prompt in prompts]
+    tickets = [engine.add_request(make_request(prompt, tokens, adapter)) for prompt in prompts]
     events_by_ticket: dict[int, RequestEvents] = {}
     run_engine(engine, events_by_ticket)
     return [events_by_ticket[ticket] for ticket in tickets]
+
+
+def run_alone(
+    model: VisionLanguageModel, prompt: EncodedSample, tokens: int = 9, end_ids: Sequence[int] = ()
+) -> RequestEvents:
+    """What a new engine tells of a prompt without others."""
+    engine = Engine(model, tuple(end_ids), max_num_seqs=1, num_cache_tokens=4096)
+    return run_requests(engine, prompt, tokens=tokens)[0]
+
+
+class EncoderCall(NamedTuple):
+    """Sizes of a vision-encoder pass."""
+
+    num_images: int
+    num_patches: int
+    patch_width: int
+
+
+def record_encoder_calls(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> list[EncoderCall]:
+    """Return the passes of the vision encoder from now on."""
+    calls: list[EncoderCall] = []
+    encode_images = model.encode_images
+
+    def record(patches_ND: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        calls.append(EncoderCall(len(grids), *patches_ND.shape))
+        return encode_images(patches_ND, grids)
+
+    monkeypatch.setattr(model, "encode_images", record)
+    return calls

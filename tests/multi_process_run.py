@@ -20,7 +20,7 @@ from finesight.storage import remove_folder
 # Without dropout, whose masks depend on the rank.
 TUNE = {"merger": "full", "language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
 # The fork server imports these once; each rank would take two seconds of CPU time for them.
-PRELOADED = ("multi_process_run", "finesight.train.trainer", "finesight.train.parallel.fsdp")
+PRELOADED = ("multi_process_run", "finesight.train.training_run", "finesight.train.parallel.fsdp")
 
 
 def _write_recipe(task: TinyTask, name: str, tune: dict[str, Any], train: dict[str, Any]) -> Path:

@@ -25,7 +25,7 @@ from finesight import storage
 from finesight.errors import TrainingInterrupted
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe
-from finesight.train.trainer import train
+from finesight.train.training_run import train
 
 
 class SignalAtCall:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 from finesight.infer.model_loader import load_inference_model
+from finesight.serve.api_schema import ServerLimits
 from finesight.serve.api_server import bind_socket, run_api_server
-from finesight.serve.server_limits import ServerLimits
 
 
 def main() -> None:

@@ -315,7 +315,7 @@ def test_resumed_run_returns_the_same_result(task, tmp_path, monkeypatch):
         api.train(recipe)
     assert api.train(recipe, resume=True) == result
     # What a process that follows another one comes back with.
-    monkeypatch.setattr("finesight.train.trainer.train", lambda *_, **__: None)
+    monkeypatch.setattr("finesight.train.training_run.train", lambda *_, **__: None)
     assert api.train(recipe, resume=True) == result
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(UserError, match="no result"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from finesight import storage
 from finesight.recipe import load_recipe
 from finesight.train.finalize import RunResult
-from finesight.train.trainer import train
+from finesight.train.training_run import train
 
 COLORS = {
     "red": (255, 0, 0),

@@ -17,8 +17,9 @@ from torch import Tensor
 from finesight.recipe import load_recipe
 from finesight.train.console import TrainingConsole
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import TrainState, build_train_state
+from finesight.train.setup import build_train_state
 from finesight.train.signals import StopRequest
+from finesight.train.train_state import TrainState
 from finesight.train.vision_cache import VisionCacheResult, open_vision_cache
 from finesight.train.vision_store import VisionCache
 

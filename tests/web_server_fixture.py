@@ -65,7 +65,7 @@ class ScriptedGeneration:
 class ScriptedService:
     """Fake inference service that answers with `answer`."""
 
-    answer: AnswerFunction
+    answer: AnswerFunction = lambda text: (text, ())
     model_names: tuple[str, ...] = ("parrot", "base")
     is_endless: bool = False
     requests: list[GenerationOptions] = field(default_factory=list)

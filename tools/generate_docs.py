@@ -20,7 +20,7 @@ from finesight.check.check_issues import ISSUE_TYPES
 from finesight.cli.app import app
 from finesight.data.formats import FORMATS
 from finesight.report.i18n import Language, get_translations, use_language
-from finesight.serve.server_limits import ServerLimits
+from finesight.serve.api_schema import ServerLimits
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -452,7 +452,7 @@ def train(
     from finesight.recipe import load_recipe, recipe_from_dict
     from finesight.train.finalize import load_result
     from finesight.train.run_dir import RunDir
-    from finesight.train.trainer import train as run_training
+    from finesight.train.training_run import train as run_training
 
     if isinstance(recipe, Recipe):
         recipe = recipe.model_dump(mode="json")

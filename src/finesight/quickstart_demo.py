@@ -31,7 +31,7 @@ from finesight.recipe import load_recipe
 from finesight.storage import write_file
 from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 from finesight.train.finalize import RunResult
-from finesight.train.trainer import train
+from finesight.train.training_run import train
 
 PROMPT = "Read the ticket."
 NUM_SHOWN_PREDICTIONS = 4

@@ -61,6 +61,21 @@ TABLE["qwen3_vl_moe"] = (
     language(r"model\.language_model\.", EXPERTS, NORMS),
     TABLE["qwen3_vl"][1],
 )
+HYBRID_LAYER = (
+    r"self_attn\.(q|k|v|o)_proj\.weight|self_attn\.(q|k)_norm\.weight"
+    r"|linear_attn\.(A_log|dt_bias|(conv1d|norm|out_proj|in_proj_(qkv|z|b|a))\.weight)"
+    r"|(input|post_attention)_layernorm\.weight|{mlp}"
+)
+for hybrid, mlp in {
+    "qwen3_5": DENSE,
+    "qwen3_5_moe": rf"{EXPERTS}|mlp\.shared_expert\.(gate|up|down)_proj\.weight"
+    r"|mlp\.shared_expert_gate\.weight",
+}.items():
+    layer = HYBRID_LAYER.format(mlp=mlp)
+    TABLE[hybrid] = (
+        r"model\.language_model\.(embed_tokens\.weight|norm\.weight|layers\.\d+\.(" + layer + "))",
+        TABLE["qwen3_vl"][1],
+    )
 
 
 def names(folder: Path) -> set[str]:

@@ -18,7 +18,7 @@ from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 
 from finesight import storage
 from finesight.recipe import load_recipe
-from finesight.train.trainer import train
+from finesight.train.training_run import train
 
 SETTINGS = {"save_every": 1, "epochs": 4}
 

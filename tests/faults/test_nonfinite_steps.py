@@ -18,13 +18,14 @@ from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 from finesight.errors import UserError
 from finesight.recipe import load_recipe
 from finesight.train import trainer
-from finesight.train.anomaly import MAX_CONSECUTIVE_NONFINITE
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.console import TrainingConsole
+from finesight.train.logging import MAX_CONSECUTIVE_NONFINITE
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import TrainState, build_train_state
+from finesight.train.setup import build_train_state
 from finesight.train.signals import StopRequest
-from finesight.train.step import train_step
+from finesight.train.train_state import TrainState
+from finesight.train.trainer import train_step
 
 TESTS = Path(__file__).parents[1]
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")

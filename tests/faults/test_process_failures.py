@@ -19,8 +19,8 @@ from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 from finesight.storage import verify_folder
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
-from finesight.train.setup import TrainState
-from finesight.train.step import StepOutput
+from finesight.train.train_state import TrainState
+from finesight.train.trainer import StepOutput
 
 TESTS = Path(__file__).parents[1]
 

@@ -170,12 +170,8 @@ def test_prompts_share_blocks_up_to_first_difference():
     for at in range(16):
         ids = prompt.tokenized.ids_T.copy()
         ids[at] = 99
-        assert (
-            _num_shared_blocks(
-                prompt, replace(prompt, tokenized=replace(prompt.tokenized, ids_T=ids))
-            )
-            == at // S
-        )
+        changed = replace(prompt.tokenized, ids_T=ids)
+        assert _num_shared_blocks(prompt, replace(prompt, tokenized=changed)) == at // S
         positions = prompt.tokenized.position_ids_3T.copy()
         positions[at % 3, at] = 99
         changed = replace(prompt.tokenized, position_ids_3T=positions)

@@ -22,6 +22,11 @@ from finesight.vision.image_decoding import load_image
 SHORT = [GenerationOptions(max_new_tokens=60)]
 
 
+def _sampled(tokens: int, temperature: float, seed: int) -> GenerationOptions:
+    sampling = SamplingParams(temperature=temperature, seed=seed)
+    return GenerationOptions(max_new_tokens=tokens, sampling_params=sampling)
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[InferenceService]:
     with run_service("finesight-tiny") as started:
@@ -57,13 +62,8 @@ def test_streamed_reply_matches_predict(service, first):
     turn = ChatSession(service).send(question, [image], SHORT)
     pieces = list(turn.replies[0])
     alone = load_inference_model("finesight-tiny", "cpu", "fp32")
-    [expected] = predict(
-        alone.model,
-        alone.renderer,
-        build_questions([image], question),
-        max_new_tokens=60,
-        batch_size=1,
-    )
+    questions = build_questions([image], question)
+    [expected] = predict(alone.model, alone.renderer, questions, max_new_tokens=60, batch_size=1)
     assert len(pieces) > 3
     assert "".join(pieces) == turn.replies[0].text == expected.answer
     assert turn.replies[0].boxes == expected.boxes != ()
@@ -141,12 +141,7 @@ def test_undo_removes_the_last_turn(service, first):
 
 def test_regenerate_replaces_the_last_reply(service, first):
     chat = ChatSession(service)
-    warm = [
-        GenerationOptions(
-            max_new_tokens=20, sampling_params=SamplingParams(temperature=5.0, seed=n)
-        )
-        for n in (1, 2)
-    ]
+    warm = [_sampled(20, 5.0, seed) for seed in (1, 2)]
     one = _ask(chat, first[1], first[0], options=warm[:1])
     two = "".join(chat.regenerate(warm[1:]).replies[0])
     assert one != two
@@ -156,10 +151,7 @@ def test_regenerate_replaces_the_last_reply(service, first):
 
 def test_cancelled_reply_is_saved_partially(service, first, tmp_path):
     chat = ChatSession(service)
-    hot = GenerationOptions(
-        max_new_tokens=900, sampling_params=SamplingParams(temperature=50.0, seed=3)
-    )
-    turn = chat.send(first[1], [first[0]], [hot])
+    turn = chat.send(first[1], [first[0]], [_sampled(900, 50.0, 3)])
     pieces = iter(turn.replies[0])
     next(pieces)
     turn.replies[0].cancel()
@@ -174,18 +166,12 @@ def test_cancelled_reply_is_saved_partially(service, first, tmp_path):
 
 def test_parallel_models_use_their_own_history(pair, first):
     chat = ChatSession(pair)
-    both = [
-        GenerationOptions(max_new_tokens=30),
-        GenerationOptions(max_new_tokens=30, model="base"),
-    ]
+    both = [GenerationOptions(max_new_tokens=30, model=name) for name in (None, "base")]
     turn = chat.send(first[1], [first[0]], both)
     tuned, base = ("".join(reply) for reply in turn.replies)
     assert tuned != base
     assert [reply.model for reply in turn.replies] == [pair.model_names[0], "base"]
-    warm = GenerationOptions(
-        max_new_tokens=8, sampling_params=SamplingParams(temperature=9.0, seed=1)
-    )
-    list(chat.send("And now?", [], [warm]).replies[0])
+    list(chat.send("And now?", [], [_sampled(8, 9.0, 1)]).replies[0])
     samples = {sample.meta["model"]: sample for sample in chat.to_samples(str)}
     assert _answers(samples["base"])[0] != _answers(samples[pair.model_names[0]])[0]
     assert _answers(samples["base"])[1] == _answers(samples[pair.model_names[0]])[1]

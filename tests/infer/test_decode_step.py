@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,16 +10,14 @@ from engine_fixtures import (
     install_adapters,
     install_request_adapters,
     make_mixed_questions,
+    run_requests,
 )
 from tiny_model import create_tiny_model
 
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer.decode_step import supports_fused_decode
 from finesight.infer.engine import Engine
-from finesight.infer.request import GenerationRequest
 from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb
-from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 
@@ -50,9 +45,7 @@ def random_tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 @NARROW
 @pytest.mark.parametrize("inputs", [96, 1536, 5000])
 @pytest.mark.parametrize("outputs", [40, 3100, 70000])
-def test_fused_gemv_with_norm_bias_and_residual(
-    dtype: torch.dtype, inputs: int, outputs: int
-) -> None:
+def test_fused_gemv_with_norm_bias_and_residual(dtype, inputs, outputs):
     from finesight.infer import decode_kernels
 
     x_1I, norm_I = random_tensor(1, inputs, dtype=dtype), random_tensor(inputs, dtype=dtype)
@@ -114,71 +107,10 @@ def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, nor
         assert int(values.flatten(0, 1).any(-1).any(-1).sum()) == num_seqs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("num_seqs", "heads", "key_heads", "width", "block_size"),
-    [(1, 12, 2, 128, 64), (3, 4, 2, 16, 16), (70, 28, 4, 128, 64), (2, 7, 1, 80, 64)],
-)
-def test_paged_attention_matches_reference(
-    dtype: torch.dtype, num_seqs: int, heads: int, key_heads: int, width: int, block_size: int
-) -> None:
-    from finesight.infer import paged_attention_kernels
-
-    num_blocks, blocks = 40, 7
-    keys, values = (
-        random_tensor(num_blocks, block_size, key_heads, width, dtype=dtype) + n for n in range(2)
-    )
-    q_RHD = random_tensor(num_seqs, heads, width, dtype=dtype)
-    generator = torch.Generator().manual_seed(num_seqs)
-    table = torch.stack(
-        [torch.randperm(num_blocks, generator=generator)[:blocks] for _ in range(num_seqs)]
-    )
-    lengths = torch.randint(1, blocks * block_size + 1, (num_seqs,), generator=generator)
-    found = paged_attention_kernels.paged_attention(
-        q_RHD, keys, values, table.int().cuda(), lengths.cuda()
-    )
-    for index in range(num_seqs):
-        k, v = (x[table[index].cuda()].flatten(0, 1)[: lengths[index]] for x in (keys, values))
-        k, v = (x.double().repeat_interleave(heads // key_heads, 1) for x in (k, v))
-        scores = torch.einsum("hd,mhd->hm", q_RHD[index].double(), k) / width**0.5
-        wanted = torch.einsum("hm,mhd->hd", scores.softmax(-1), v)
-        assert relative_error(found[index], wanted, 1e-5 if dtype == torch.float32 else 8e-3)
-
-
-def generate_tokens(
-    model: VisionLanguageModel,
-    prompts: list[EncodedSample],
-    num_seqs: int,
-    use_cuda_graphs: bool = True,
-) -> list[list[int]]:
-    engine = Engine(
-        model, (), max_num_seqs=num_seqs, num_cache_tokens=5000, use_cuda_graphs=use_cuda_graphs
-    )
-    number = None if model.lora_routing is None else 0
-    tickets = [
-        engine.add_request(
-            GenerationRequest(prompt=prompt, max_new_tokens=STEPS, adapter_index=number)
-        )
-        for prompt in prompts
-    ]
-    answers: dict[int, list[int]] = {ticket: [] for ticket in tickets}
-    while engine.has_work:
-        for event in engine.step():
-            if event.token is not None:
-                answers[event.request_id].append(event.token.id)
-    assert engine.num_free_blocks == engine.num_blocks
-    return [answers[ticket] for ticket in tickets]
-
-
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("change", [None, install_adapters, install_request_adapters])
-def test_fused_decode_matches_uncached_generation(
-    family: str,
-    dtype: torch.dtype,
-    change: Callable[[VisionLanguageModel], None] | None,
-    tmp_path: Path,
-) -> None:
+def test_fused_decode_matches_uncached_generation(family, dtype, change, tmp_path):
     """Equal in fp32; in 16 bits up to a first token that was as good as tied."""
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny", family))
     model = load_model(tiny, dtype, torch.device("cuda")).eval()
@@ -189,11 +121,14 @@ def test_fused_decode_matches_uncached_generation(
         NativeRenderer(tiny).encode_prompt(question) for question in make_mixed_questions(tmp_path)
     ]
     wanted = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
+    adapter = None if model.lora_routing is None else 0
     for num_seqs, use_cuda_graphs in ((6, True), (6, False), (1, True), (3, True)):
-        for found, generated in zip(
-            generate_tokens(model, prompts, num_seqs, use_cuda_graphs), wanted, strict=True
-        ):
-            ids, logits = generated.tokens, generated.logits
+        size = {"max_num_seqs": num_seqs, "num_cache_tokens": 5000}
+        engine = Engine(model, (), **size, use_cuda_graphs=use_cuda_graphs)
+        answers = run_requests(engine, *prompts, tokens=STEPS, adapter=adapter)
+        assert engine.num_free_blocks == engine.num_blocks
+        for answer, generated in zip(answers, wanted, strict=True):
+            found, ids, logits = answer.ids, generated.tokens, generated.logits
             if dtype == torch.float32:
                 assert found == ids
                 continue

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +11,30 @@ import pytest
 import torch
 from engine_fixtures import (
     ForcedTokens,
+    Generated,
     RequestEvents,
+    generate_cached,
+    generate_uncached,
     make_mixed_questions,
     make_request,
     make_sample,
+    record_encoder_calls,
+    run_alone,
     run_engine,
     run_requests,
     write_noise_image,
 )
-from tiny_model import create_tiny_model
+from tiny_model import TinyFamily, create_tiny_model
 
+from finesight.data.jsonl import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
+from finesight.infer import model_runner as model_runner_module
 from finesight.infer import scheduler as scheduler_area
 from finesight.infer.block_manager import append_tokens
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine, compute_cache_capacity, generate
+from finesight.infer.prediction import predict
 from finesight.infer.request import DecodingConstraint, GenerationRequest, SamplingParams
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
@@ -153,10 +162,7 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
     monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", rng.choice([8, 50, 8192]))
     monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", rng.choice([1, 20, 2048]))
     end_ids = {token for token in range(400) if rng.random() < 0.1}
-    alone = [
-        run_requests(Engine(model, tuple(end_ids), max_num_seqs=1, num_cache_tokens=512), prompt)[0]
-        for prompt in prompts
-    ]
+    alone = [run_alone(model, prompt, end_ids=tuple(end_ids)) for prompt in prompts]
     engine = Engine(model, tuple(end_ids), max_num_seqs=rng.choice([1, 2, 4]), num_cache_tokens=176)
     engine._max_pending = late
     result: dict[int, RequestEvents] = {}
@@ -169,6 +175,7 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
         if requested and rng.random() < 0.15:
             ticket = rng.choice(list(requested))
             engine.cancel(ticket)
+            engine.cancel(10**6)
             gone.add(ticket)
         for event in engine.step():
             result.setdefault(event.request_id, RequestEvents()).add_event(event)
@@ -230,7 +237,7 @@ def test_answer_is_cached_for_next_turn(loaded_model, tmp_path, tokens):
         found.num_cached_tokens
         == (prompt.tokenized.num_tokens + tokens - 1) // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE
     )
-    (fresh,) = run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), following)
+    fresh = run_alone(model, following)
     assert (fresh.ids, fresh.num_cached_tokens) == (found.ids, 0)
 
 
@@ -268,10 +275,7 @@ def test_different_prompt_shares_only_the_common_prefix(loaded_model, tiny, tmp_
         pairs = zip(first.tokenized.ids_T, other.tokenized.ids_T, strict=False)
         equal = next(n for n, (mine, yours) in enumerate(pairs) if mine != yours)
     assert found.num_cached_tokens == equal // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE
-    assert (
-        found.ids
-        == run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), other)[0].ids
-    )
+    assert found.ids == run_alone(model, other).ids
     assert result.ids == run_requests(engine, first)[0].ids
 
 
@@ -295,48 +299,7 @@ def test_qwen_vl_shares_no_cache_across_trained_length(tmp_path):
     # Of one base again.
     assert result[2].num_cached_tokens >= lengths[0] // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE
     for prompt, found in zip(prompts, result, strict=True):
-        assert (
-            found.ids
-            == run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=4096), prompt)[0].ids
-        )
-
-
-def _run_with_cancellation(
-    engine: Engine, requests: Sequence[GenerationRequest], steps: int
-) -> dict[int, RequestEvents]:
-    """The second request cancelled after so many steps."""
-    result: dict[int, RequestEvents] = {}
-    tickets = [engine.add_request(request) for request in requests]
-    for _ in range(steps):
-        for event in engine.step():
-            result.setdefault(event.request_id, RequestEvents()).add_event(event)
-    engine.cancel(tickets[1])
-    engine.cancel(10**6)
-    run_engine(engine, result)
-    return result
-
-
-@pytest.mark.parametrize("late", [0, 1])
-@pytest.mark.parametrize("steps", range(12))
-def test_request_can_be_cancelled_at_any_step(loaded_model, tmp_path, steps, late, monkeypatch):
-    """While it waits, is read in chunks, grows, and after its end."""
-    monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", 30)
-    monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", 30)
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)[:3]]
-    wanted = [
-        run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=512), p, tokens=5)[0]
-        for p in prompts
-    ]
-    engine = Engine(model, (), max_num_seqs=3, num_cache_tokens=512)
-    engine._max_pending = late
-    requests = [make_request(prompt, 5) for prompt in prompts]
-    found = _run_with_cancellation(engine, requests, steps)
-    for ticket in (0, 2):
-        assert (found[ticket].ids, found[ticket].finish_reason) == (wanted[ticket].ids, "length")
-    assert found[1].ids == wanted[1].ids[: len(found[1].ids)]
-    assert (found[1].finish_reason == "length") == (len(found[1].ids) == 5)
-    assert engine.num_free_blocks == engine.num_blocks
+        assert found.ids == run_alone(model, prompt).ids
 
 
 def test_sampled_requests_do_not_delay_greedy_ones(loaded_model, tmp_path):
@@ -351,14 +314,6 @@ def test_sampled_requests_do_not_delay_greedy_ones(loaded_model, tmp_path):
     engine.step()
     for _ in range(4):
         assert sorted(event.request_id for event in engine.step()) == [0, 1, 2]
-
-
-def test_answers_of_random_model_depend_on_the_prompt(tmp_path: Path, loaded_model):
-    """The tests above hold for a model whose answers depend on what is asked."""
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
-    answers = generate(model, prompts, max_new_tokens=STEPS, end_ids=())
-    assert len({tuple(answer) for answer in answers}) == len(prompts)
 
 
 def test_overflow_during_decoding_ends_only_that_request(loaded_model, tmp_path, monkeypatch):
@@ -535,3 +490,199 @@ def test_missing_mask_does_not_block_others(loaded_model, tmp_path, late):
     ]
     assert not engine.has_work
     assert engine.num_free_blocks == engine.num_blocks
+
+
+def test_progress_callback_counts_finished_answers(loaded_model, tmp_path):
+    model, renderer = loaded_model
+    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+    result: list[int] = []
+    answers = generate(model, prompts, max_new_tokens=4, end_ids=(), on_progress=result.append)
+    assert sum(result) == len(prompts) == len(answers)
+    assert generate(model, [], max_new_tokens=4, end_ids=()) == []
+
+
+def test_generation_stops_at_max_positions(loaded_model, tmp_path):
+    """Check that no KV cache is reserved for tokens that are never generated."""
+    model, renderer = loaded_model
+    requested = [make_sample(name, tmp_path, name) for name in ("Why?", "Why? Why?")]
+    prompts = [renderer.encode_prompt(question) for question in requested]
+    lengths = [prompt.tokenized.num_tokens for prompt in prompts]
+    language = replace(model.config.decoder, max_position_embeddings=max(lengths) + 3)
+    model.config = replace(model.config, decoder=language)
+    answers = generate(model, prompts, max_new_tokens=10**12, end_ids=())
+    full = [tokens + len(answer) for tokens, answer in zip(lengths, answers, strict=True)]
+    assert full == [language.max_position_embeddings] * 2
+    ended = generate(model, prompts, max_new_tokens=10**12, end_ids=renderer.end_ids)
+    found = predict(model, renderer, requested, max_new_tokens=10**12, batch_size=1)
+    assert [prediction.num_tokens for prediction in found] == [len(answer) for answer in ended]
+
+
+def test_image_is_encoded_once(loaded_model, tmp_path, monkeypatch):
+    """Beside others, in one prompt and in many, before another text; not where all of it is known
+    from the cache."""
+    model, renderer = loaded_model
+    make_mixed_questions(tmp_path)
+    texts = [("What?", "a.png"), ("a.png", "Where?"), ("a.png", "b.png", "Why?", "b.png")]
+    prompts = [
+        renderer.encode_prompt(make_sample(f"{n}", tmp_path, *text)) for n, text in enumerate(texts)
+    ]
+    wanted = [run_alone(model, prompt).ids for prompt in prompts]
+    calls = record_encoder_calls(model, monkeypatch)
+    engine = Engine(model, (), max_num_seqs=4, num_cache_tokens=1024)
+    assert [told.ids for told in run_requests(engine, *prompts)] == wanted
+    assert [call.num_images for call in calls] == [2]
+    assert [told.ids for told in run_requests(engine, *reversed(prompts))] == wanted[::-1]
+    assert [call.num_images for call in calls] == [2]
+
+
+def test_vision_feature_cache_is_bounded(loaded_model, tmp_path, monkeypatch):
+    """Check that the least recently used features are evicted and computed again on demand."""
+    model, renderer = loaded_model
+    prompts = []
+    for seed in range(4):
+        write_noise_image(tmp_path / f"{seed}.png", 56, 56, seed)
+        prompts.append(
+            renderer.encode_prompt(make_sample("s", tmp_path, f"x{seed}", f"{seed}.png"))
+        )
+    (span,) = prompts[0].tokenized.spans
+    image = (span.stop - span.start) * model.config.decoder.hidden_size * 4
+    monkeypatch.setattr(model_runner_module, "CPU_FEATURE_CACHE_BYTES", 2 * image)
+    calls = record_encoder_calls(model, monkeypatch)
+    # Blocks for one request only: prefix cache entries are soon evicted.
+    engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=80)
+    outcome = []
+    for number in (0, 1, 0, 2, 0, 1):
+        before = len(calls)
+        run_requests(engine, prompts[number], tokens=80 - prompts[number].tokenized.num_tokens)
+        assert engine._runner._feature_cache._num_bytes <= 2 * image
+        outcome.append(len(calls) > before)
+    assert outcome == [True, True, False, True, False, True]
+
+
+def test_images_are_encoded_in_bounded_batches(loaded_model, tmp_path, monkeypatch):
+    model, renderer = loaded_model
+    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+    wanted = generate(model, prompts, max_new_tokens=5, end_ids=())
+    calls = record_encoder_calls(model, monkeypatch)
+    generate(model, prompts, max_new_tokens=1, end_ids=())
+    assert len(calls) == 1
+    largest = max(
+        len(model_runner_module.get_span_patches(p, n))
+        for p in prompts
+        for n in range(len(p.tokenized.spans))
+    )
+    monkeypatch.setattr(model_runner_module, "MAX_ENCODER_PATCHES", largest)
+    calls.clear()
+    assert generate(model, prompts, max_new_tokens=5, end_ids=()) == wanted
+    assert len(calls) > 1
+    assert max(call.num_patches for call in calls) <= largest
+
+
+NUM_STEPS = 4
+VIDEO_FAMILIES: list[TinyFamily] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+
+
+def _load_video_model(folder: Path, family: TinyFamily) -> Loaded:
+    """A random model whose weights are large enough that attention matters."""
+    tiny = ModelFolder(create_tiny_model(folder / "tiny", family, 2))
+    model = load_model(tiny, torch.float32, torch.device("cpu")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and name.startswith("model.layers"):
+                parameter.mul_(2)
+    return model, NativeRenderer(tiny)
+
+
+@pytest.fixture(scope="module", params=VIDEO_FAMILIES)
+def video_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return _load_video_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> dict[str, LocatedSample]:
+    """Text, images, and videos of one, two, three and five frames, alone and in one sample."""
+    for seed, (width, height) in enumerate([(84, 56), (112, 84)]):
+        write_noise_image(tmp_path / f"image{seed}.png", width, height, seed)
+    frames = [
+        write_noise_image(tmp_path / f"frame{seed}.png", 84, 84, 10 + seed).name
+        for seed in range(5)
+    ]
+    contents: dict[str, tuple[str | tuple[str, ...], ...]] = {
+        "text": ("Why is the sky blue?",),
+        "image": ("image0.png", "What is it?"),
+        "one frame": (tuple(frames[:1]), "What happens?"),
+        "two frames": (tuple(frames[1:3]), "Who is there?"),
+        "five frames": (tuple(frames), "Count them."),
+        "both": ("image1.png", tuple(frames[:3]), "image0.png", "Which one moves?"),
+    }
+    return {name: make_sample(name, tmp_path, *content) for name, content in contents.items()}
+
+
+def _assert_equal(found: Sequence[Generated], wanted: Sequence[Generated]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.tokens == other.tokens
+        for found_V, wanted_V in zip(one.logits, other.logits, strict=True):
+            assert (found_V - wanted_V).abs().max() <= 1e-5 * wanted_V.abs().max()
+
+
+def test_mixed_batch_matches_single_samples(video_model, questions, tmp_path):
+    model, renderer = video_model
+    prompts = {name: renderer.encode_prompt(one) for name, one in questions.items()}
+    alone = {name: generate_uncached(model, one, NUM_STEPS) for name, one in prompts.items()}
+    assert len({tuple(grown.tokens) for grown in alone.values()}) == len(alone)
+    for size in range(2, len(prompts) + 1):
+        for mix in combinations(prompts, size):
+            found = generate_cached(model, [prompts[name] for name in mix], NUM_STEPS)
+            _assert_equal(found, [alone[name] for name in mix])
+
+
+def test_engine_and_predict_match_single_samples(video_model, questions):
+    model, renderer = video_model
+    located_sample = [*questions.values()]
+    prompts = [renderer.encode_prompt(one) for one in located_sample]
+    alone = [run_alone(model, one, NUM_STEPS) for one in prompts]
+    batched = run_requests(
+        Engine(model, (), max_num_seqs=len(prompts), num_cache_tokens=4096),
+        *prompts,
+        tokens=NUM_STEPS,
+    )
+    assert [told.ids for told in batched] == [told.ids for told in alone]
+    single = [
+        predict(model, renderer, [one], max_new_tokens=NUM_STEPS, batch_size=1)[0]
+        for one in located_sample
+    ]
+    options = {"max_new_tokens": NUM_STEPS, "batch_size": len(located_sample)}
+    assert predict(model, renderer, located_sample, **options) == single
+
+
+def test_image_only_batch_uploads_one_frame_per_patch(video_model, questions, monkeypatch):
+    """Only a batch with a video of several frames uploads the temporal repetition."""
+    model, renderer = video_model
+    calls = record_encoder_calls(model, monkeypatch)
+    prompts = {name: renderer.encode_prompt(one) for name, one in questions.items()}
+    values = renderer.patch_config.patch_dim
+    generate_cached(model, [prompts["image"], prompts["one frame"], prompts["text"]], 1)
+    generate_cached(model, [prompts["image"], prompts["two frames"]], 1)
+    assert [call.patch_width for call in calls] == [
+        values // renderer.patch_config.temporal_patch_size,
+        values,
+    ]
+
+
+def test_cached_image_is_reused_with_a_later_video(video_model, questions, tmp_path, monkeypatch):
+    """Its features are reused, and so are the tokens up to the video of a later turn."""
+    model, renderer = video_model
+    frames = tuple(f"frame{number}.png" for number in range(4))
+    first = renderer.encode_prompt(make_sample("one", tmp_path, "image0.png", "What is it? " * 3))
+    later = renderer.encode_prompt(
+        make_sample("two", tmp_path, "image0.png", "What is it? " * 3, frames, "Now?")
+    )
+    alone = run_alone(model, later, NUM_STEPS)
+    engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
+    run_requests(engine, first, tokens=NUM_STEPS)
+    calls = record_encoder_calls(model, monkeypatch)
+    (found,) = run_requests(engine, later, tokens=NUM_STEPS)
+    assert found.ids == alone.ids
+    assert [call.num_images for call in calls] == [len(later.tokenized.spans) - 1]
+    image = first.tokenized.spans[0]
+    assert found.num_cached_tokens > image.stop

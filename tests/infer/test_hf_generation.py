@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import hf_models
 import pytest
@@ -11,11 +12,12 @@ import torch
 from PIL import Image
 
 from finesight.cli.app import run_command
+from finesight.data.jsonl import LocatedSample
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel, load_inference_model
-from finesight.infer.prediction import predict
+from finesight.infer.prediction import Prediction, predict
 from finesight.infer.request import GenerationOptions, SamplingParams
 
 
@@ -27,6 +29,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def inference_model(folder: Path) -> InferenceModel:
     return load_inference_model(str(folder), "cpu")
+
+
+def run_predict(
+    inference_model: InferenceModel, samples: list[LocatedSample], tokens: int, **given: Any
+) -> list[Prediction]:
+    options = {"max_new_tokens": tokens, "batch_size": 1, **given}
+    return predict(inference_model.model, inference_model.renderer, samples, **options)
 
 
 @torch.no_grad()
@@ -47,17 +56,9 @@ def reference(folder: Path, question: str, num_images: list[Path], most: int) ->
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_answers_match_transformers_generate(
-    inference_model: InferenceModel, folder: Path, tmp_path: Path, images: int
-) -> None:
+def test_answers_match_transformers_generate(inference_model, folder, tmp_path, images):
     requested = hf_models.make_sample(tmp_path, ("Which colour?", ""), num_images=images)
-    (found,) = predict(
-        inference_model.model,
-        inference_model.renderer,
-        [requested],
-        max_new_tokens=20,
-        batch_size=4,
-    )
+    (found,) = run_predict(inference_model, [requested], 20, batch_size=4)
     paths = [tmp_path / f"{n}.png" for n in range(images)]
     ids = reference(folder, "Which colour?", paths, 20)
     assert found.raw_text == inference_model.renderer.tokenizer.decode(
@@ -72,39 +73,22 @@ def test_batched_answers_match_single_ones(inference_model: InferenceModel, tmp_
         hf_models.make_sample(tmp_path, ("Which?", "red"), num_images=2, name="b"),
         hf_models.make_sample(tmp_path, ("Hello", ""), num_images=0, name="c"),
     ]
-    batched = predict(
-        inference_model.model, inference_model.renderer, samples, max_new_tokens=9, batch_size=4
-    )
-    alone = [
-        predict(
-            inference_model.model, inference_model.renderer, [one], max_new_tokens=9, batch_size=1
-        )[0]
-        for one in samples
-    ]
+    batched = run_predict(inference_model, samples, 9, batch_size=4)
+    alone = [run_predict(inference_model, [one], 9)[0] for one in samples]
     assert batched == alone
     assert len({one.raw_text for one in batched}) == 3
 
 
-def test_completion_ends_at_the_last_position(
-    inference_model: InferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completion_ends_at_the_last_position(inference_model, tmp_path, monkeypatch):
     requested = hf_models.make_sample(tmp_path, ("Which colour?", ""))
     prompt = inference_model.renderer.tokenize_prompt(requested)
     text_config = inference_model.model.inner.config.get_text_config()
     monkeypatch.setattr(text_config, "max_position_embeddings", prompt.num_tokens + 3)
-    (found,) = predict(
-        inference_model.model,
-        inference_model.renderer,
-        [requested],
-        max_new_tokens=20,
-        batch_size=1,
-    )
+    (found,) = run_predict(inference_model, [requested], 20)
     assert found.num_tokens == 3
 
 
-def test_generation_can_be_stopped_between_tokens(
-    inference_model: InferenceModel, tmp_path: Path
-) -> None:
+def test_generation_can_be_stopped_between_tokens(inference_model, tmp_path):
     result: list[int] = []
 
     def stop(ended: int) -> None:
@@ -114,14 +98,7 @@ def test_generation_can_be_stopped_between_tokens(
 
     requested = hf_models.make_sample(tmp_path, ("Which colour?", ""))
     with pytest.raises(TrainingInterrupted):
-        predict(
-            inference_model.model,
-            inference_model.renderer,
-            [requested],
-            max_new_tokens=9,
-            batch_size=1,
-            on_progress=stop,
-        )
+        run_predict(inference_model, [requested], 9, on_progress=stop)
     assert result == [0, 0, 0]
 
 
@@ -133,9 +110,7 @@ def test_predict_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("command", ["predict", "train"])
-def test_model_with_remote_code_is_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
+def test_model_with_remote_code_is_rejected(tmp_path, capsys, command):
     folder = tmp_path / "chatty"
     folder.mkdir()
     auto = {"AutoConfig": "chatty.Config", "AutoModelForImageTextToText": "chatty.Model"}
@@ -165,9 +140,7 @@ def test_service_answers_match_predict(inference_model: InferenceModel, tmp_path
         hf_models.make_sample(tmp_path, ("Which colour?", ""), name="a"),
         hf_models.make_sample(tmp_path, ("Hello", ""), num_images=0, name="b"),
     ]
-    wanted = predict(
-        inference_model.model, inference_model.renderer, samples, max_new_tokens=9, batch_size=1
-    )
+    wanted = run_predict(inference_model, samples, 9)
     service = InferenceService(inference_model)
     try:
         requested = [
@@ -177,13 +150,11 @@ def test_service_answers_match_predict(inference_model: InferenceModel, tmp_path
         assert [answering.build_prediction() for answering in requested] == wanted
         assert texts == [one.answer for one in wanted]
         assert service.max_model_len == 512
-        drawn = service.submit(
-            samples[1],
-            GenerationOptions(max_new_tokens=9, sampling_params=SamplingParams(temperature=0.5)),
+        sampled = GenerationOptions(
+            max_new_tokens=9, sampling_params=SamplingParams(temperature=0.5)
         )
-        with pytest.raises(
-            UserError, match="temperature: not supported by the transformers backend"
-        ):
+        drawn = service.submit(samples[1], sampled)
+        with pytest.raises(UserError, match="temperature: not supported by the transformers"):
             list(drawn)
         again = service.submit(samples[1], GenerationOptions(max_new_tokens=9))
         assert "".join(delta.text for delta in again) == texts[1]

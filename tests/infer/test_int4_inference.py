@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -79,13 +79,7 @@ def force_decode(
     "way", [GptqConfig(), GptqConfig(64, act_order=True, symmetric=False)], ids=str
 )
 @pytest.mark.parametrize("change", [None, install_request_adapters])
-def test_cuda_graph_steps_match_the_dequantized_model(
-    family: TinyFamily,
-    num_seqs: int,
-    way: GptqConfig,
-    change: Callable[[VisionLanguageModel], None] | None,
-    tmp_path: Path,
-) -> None:
+def test_cuda_graph_steps_match_the_dequantized_model(family, num_seqs, way, change, tmp_path):
     four, dense = write_quantized_and_dense(tmp_path, family, way)
     prompts = [make_prompts(four, tmp_path)[0]] * num_seqs
     tokens = [[(7 * step + row) % 200 for step in range(STEPS)] for row in range(num_seqs)]

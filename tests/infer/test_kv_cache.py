@@ -182,13 +182,16 @@ def test_bytes_per_cached_token():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("stale", [0.0, float("nan")])
 @pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize(("heads", "key_heads", "width"), [(12, 2, 128), (4, 4, 64), (5, 1, 40)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width"),
+    [(12, 2, 128), (4, 4, 64), (5, 1, 40), (28, 4, 128), (7, 1, 80)],
+)
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
 )
 def test_paged_kernel_matches_reference(stale, block_size, heads, key_heads, width, dtype, bound):
     """Check lengths around block sizes, for one sequence and many, with many, few and no splits."""
-    from finesight.infer.paged_attention_kernels import paged_attention
+    from finesight.infer.decode_kernels import paged_attention
 
     card = torch.device("cuda")
     for lengths in (

@@ -46,6 +46,11 @@ def _manifest(run: Path, base: Path) -> Manifest:
     return manifest
 
 
+def _edit_manifest(run: Path, **changes: object) -> None:
+    path = run / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def _load_with_adapter(base: Path, seed: int = 0):
     """The base with an adapter whose B is not zero."""
     model = load_model(ModelFolder(base), torch.float32, CPU)
@@ -116,20 +121,15 @@ def test_full_finetune_run_needs_no_base(base, tmp_path):
     model = load_model(ModelFolder(other), torch.float32, CPU)
     with write_folder(run / "model") as folder:
         save_model(model, ModelFolder(base), folder, torch.float32)
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["base_model"] = str(tmp_path / "gone")
-    manifest["tune"]["language"] = "full"
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    _edit_manifest(run, base_model=str(tmp_path / "gone"), tune={"language": "full"})
     answerer = load_inference_model(str(run), "cpu")
     expected = _answer(model, answerer.renderer, tmp_path)
     assert _answer(answerer.model, answerer.renderer, tmp_path) == expected
 
 
 def test_changed_base_is_rejected_with_both_fingerprints(run, base, tmp_path):
-    manifest = json.loads((run / "manifest.json").read_text())
-    right = manifest["base_fingerprint"]
-    manifest["base_fingerprint"] = "0" * 64
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    right = ModelFolder(base).fingerprint()
+    _edit_manifest(run, base_fingerprint="0" * 64)
     with pytest.raises(UserError, match=f"(?s){right}.*{'0' * 64}"):
         load_inference_model(str(run), "cpu")
 
@@ -147,9 +147,7 @@ def test_changed_base_is_rejected_with_both_fingerprints(run, base, tmp_path):
 def test_unfinished_run_is_rejected(base, tmp_path, tune, written, missing):
     run = tmp_path / "run"
     _manifest(run, base)
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["tune"] |= tune
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    _edit_manifest(run, tune=tune)
     for name in written:
         (run / name).mkdir()
     with pytest.raises(UserError, match=missing):
@@ -212,8 +210,7 @@ def test_unknown_family_is_rejected_before_reading_weights(base, tmp_path):
 
 
 def test_family_mismatch_of_run_and_base_is_rejected(run, tmp_path):
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps(manifest | {"family": "qwen2_vl"}))
+    _edit_manifest(run, family="qwen2_vl")
     with pytest.raises(UserError, match=r"(?s)qwen2_5_vl.*qwen2_vl"):
         load_inference_model(str(run), "cpu")
 

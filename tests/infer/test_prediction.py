@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from engine_fixtures import make_mixed_questions, make_sample, write_noise_image
+from PIL import Image
 from tiny_model import create_tiny_model
 
 from finesight.data.image_header import CorruptImageError
@@ -15,7 +18,14 @@ from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart,
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer.engine import generate
 from finesight.infer.model_runner import ModelRunner
-from finesight.infer.prediction import Prediction, build_prediction, build_questions, predict
+from finesight.infer.prediction import (
+    Prediction,
+    build_prediction,
+    build_questions,
+    draw_boxes,
+    predict,
+    save_annotated_images,
+)
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
@@ -94,15 +104,9 @@ def test_callback_can_stop_generation(loaded_model, tmp_path):
         if len(result) == 3:
             raise KeyboardInterrupt
 
+    samples, options = [make_sample("a", tmp_path, "Why?")], {"max_new_tokens": 50, "batch_size": 1}
     with pytest.raises(KeyboardInterrupt):
-        predict(
-            model,
-            renderer,
-            [make_sample("a", tmp_path, "Why?")],
-            max_new_tokens=50,
-            batch_size=1,
-            on_progress=stop,
-        )
+        predict(model, renderer, samples, **options, on_progress=stop)
     assert result == [0, 0, 0]
     assert model.training
 
@@ -126,19 +130,13 @@ def test_damaged_image_is_reported_or_raised(loaded_model, tmp_path):
     requested = [
         make_sample(name, tmp_path, f"{name}.png", "What?") for name in ("a", "cut", "missing", "a")
     ]
-    with pytest.raises(CorruptImageError, match=r"missing\.png"):
-        predict(model, renderer, requested, max_new_tokens=2, batch_size=4)
-    with pytest.raises(CorruptImageError, match=r"cut\.png"):
-        predict(model, renderer, requested[:2], max_new_tokens=2, batch_size=4)
+    options: dict[str, Any] = {"max_new_tokens": 2, "batch_size": 4}
+    for samples, name in ((requested, "missing"), (requested[:2], "cut")):
+        with pytest.raises(CorruptImageError, match=rf"{name}\.png"):
+            predict(model, renderer, samples, **options)
     result: list[tuple[int, str]] = []
-    found = predict(
-        model,
-        renderer,
-        requested,
-        max_new_tokens=2,
-        batch_size=4,
-        on_corrupt_image=lambda index, error: result.append((index, str(error))),
-    )
+    options["on_corrupt_image"] = lambda index, error: result.append((index, str(error)))
+    found = predict(model, renderer, requested, **options)
     assert [prediction.id for prediction in found] == ["a", "a"]
     # A missing file is reported before any image is decoded, a truncated one while decoding.
     assert [index for index, _ in result] == [2, 1]
@@ -199,16 +197,8 @@ def test_build_questions_validates_images(tmp_path):
     [((), None), (("a.png",), "a.png"), (("a.png", "b.png"), ["a.png", "b.png"])],
 )
 def test_as_json_and_text(images, expected):
-    prediction = Prediction(
-        id="s",
-        images=tuple(map(Path, images)),
-        prompt="Where?",
-        answer="there",
-        raw_text="there<|im_end|>",
-        boxes=(BoxPart(label="dog", xyxy=(1, 2.3456, 3, 4)),),
-        num_tokens=2,
-        stopped=False,
-    )
+    box = BoxPart(label="dog", xyxy=(1, 2.3456, 3, 4))
+    prediction = replace(_prediction(tuple(map(Path, images)), box), stopped=False)
     assert prediction.as_json() == {
         "id": "s",
         "image": expected,
@@ -259,3 +249,55 @@ def test_out_of_memory_reduces_the_batch_size(loaded_model, tmp_path, capacity):
     assert result == ([3] if capacity == 3 else [3, 1])
     assert sum(done) == 6
     assert set(damaged) == {6}
+
+
+def _prediction(images: tuple[Path, ...], *boxes: BoxPart) -> Prediction:
+    return Prediction("s", images, "Where?", "there", "there<|im_end|>", boxes, 2, True)
+
+
+def _write_gray(path: Path, size: tuple[int, int] = (60, 40)) -> Path:
+    Image.new("RGB", size, (128, 128, 128)).save(path)
+    return path
+
+
+def _changed(path: Path) -> np.ndarray:
+    return (np.asarray(Image.open(path)) != 128).any(-1)
+
+
+def test_box_is_drawn_at_its_coordinates():
+    drawn = draw_boxes(Image.new("RGB", (60, 40), (128,) * 3), [BoxPart(xyxy=(10, 5, 50, 30))])
+    changed = (np.asarray(drawn) != 128).any(-1)
+    assert drawn.size == (60, 40)
+    assert changed[5, 10:51].all()
+    assert changed[30, 10:51].all()
+    assert changed[5:31, 10].all()
+    assert changed[5:31, 50].all()
+    assert not changed[7:29, 12:49].any()
+    assert not changed[:4].any()
+
+
+def test_labels_and_reversed_corners_are_drawn():
+    image = Image.new("RGB", (200, 100), (128,) * 3)
+    baseline = draw_boxes(image, [BoxPart(xyxy=(100, 80, 20, 40))])
+    named = draw_boxes(image, [BoxPart(label="dog", xyxy=(100, 80, 20, 40))])
+    assert (np.asarray(baseline) != 128).any()
+    assert (np.asarray(named) != np.asarray(baseline)).any()
+    assert (np.asarray(image) == 128).all()
+
+
+def test_each_image_gets_its_own_file(tmp_path):
+    first, second = _write_gray(tmp_path / "a.png"), _write_gray(tmp_path / "b.jpg.png")
+    box = BoxPart(image=1, xyxy=(10, 5, 50, 30))
+    written = save_annotated_images([_prediction((first, second), box)], tmp_path / "out")
+    assert written == [tmp_path / "out/a.png", tmp_path / "out/b.jpg.png"]
+    assert not _changed(written[0]).any()
+    assert _changed(written[1]).any()
+
+
+def test_existing_files_are_not_overwritten(tmp_path):
+    image = _write_gray(tmp_path / "a.png")
+    bytes_before = image.read_bytes()
+    prediction = _prediction((image,), BoxPart(xyxy=(1, 1, 9, 9)))
+    written = save_annotated_images([prediction, prediction], tmp_path)
+    assert [path.name for path in written] == ["a-2.png", "a-3.png"]
+    assert image.read_bytes() == bytes_before

@@ -9,21 +9,15 @@ import torch
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.infer.request import DecodingConstraint, SamplingParams
+from finesight.infer.request import DecodingConstraint, GenerationOptions, SamplingParams
 from finesight.infer.token_sampler import TokenSampler, sample_tokens
 
 VOCABULARY = 8
 DRAWS = 4000
 
 
-def _make_sampler(
-    sampling: SamplingParams,
-    *,
-    logprobs: int | None = None,
-    constraint: DecodingConstraint | None = None,
-    prompt: Sequence[int] = (),
-) -> TokenSampler:
-    return TokenSampler(sampling, logprobs, constraint, prompt)
+def _make_sampler(sampling: SamplingParams, *, prompt: Sequence[int] = (), **given) -> TokenSampler:
+    return TokenSampler(sampling, given.get("logprobs"), given.get("constraint"), prompt)
 
 
 def _logits(num_seqs: int = 1, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
@@ -307,6 +301,11 @@ def test_half_precision_logits_are_sampled_in_fp32(dtype):
 def test_invalid_sampling_params_are_rejected(name, value):
     with pytest.raises(UserError, match=f"{name} is"):
         SamplingParams(**{name: value})
+
+
+def test_empty_stop_string_is_rejected():
+    with pytest.raises(UserError, match="empty stop string"):
+        GenerationOptions(stop_strings=("end", ""))
 
 
 @pytest.mark.gpu

@@ -16,9 +16,10 @@ from finesight.recipe import load_recipe
 from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import StepBatch
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import TrainState, build_train_state
+from finesight.train.setup import build_train_state
 from finesight.train.signals import StopRequest
-from finesight.train.step import train_step
+from finesight.train.train_state import TrainState
+from finesight.train.trainer import train_step
 
 FULL_FINETUNE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
 

@@ -20,7 +20,7 @@ from finesight.encode.renderer import FAMILIES, NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.recipe import load_recipe
 from finesight.report.data_pages import render_sample_page
-from finesight.train.trainer import train
+from finesight.train.training_run import train
 
 
 def _step(

@@ -18,7 +18,7 @@ from finesight.data.importer import import_dataset
 from finesight.recipe import load_recipe
 from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 from finesight.train.finalize import RunResult
-from finesight.train.trainer import train
+from finesight.train.training_run import train
 
 STEPS = 20
 """Of a mean."""

@@ -12,7 +12,7 @@ from tiny_task import make_task, write_recipe
 
 from finesight.recipe import load_recipe
 from finesight.train.finalize import RunResult
-from finesight.train.trainer import train
+from finesight.train.training_run import train
 
 
 def train_with(folder: Path, parts: list[str] | None, optimizer: str, device: str) -> RunResult:

@@ -22,7 +22,7 @@ from finesight.data.jsonl import LocatedSample, write_samples
 from finesight.data.sample import BoxPart, TextPart
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
-from finesight.train.trainer import train
+from finesight.train.training_run import train
 
 SIZES = [(84, 56), (56, 56), (112, 56), (56, 112)]
 CHARACTERS = "abcxyz0123456789+-=^_{}\\ é"

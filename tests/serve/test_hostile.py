@@ -1,34 +1,41 @@
-"""Tests of requests that try to stall the server: limits apply, and other requests continue."""
+"""Tests of requests that try to stall the server: limits apply, and other requests continue.
+
+`pytest -m fuzz -s tests/serve/test_hostile.py` prints the statistics of the load tests.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-import socket
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from api_server_fixtures import (
     LIMITS,
+    POST_CHAT,
     RunningServer,
     make_request_body,
+    post_chat,
     run_server,
     send_request,
     wait_until_idle,
 )
+from attack_client import MIB, MODEL, run_attack, start_server_process
+from fuzzed_bodies import make_fuzzed_body
 from hostile_requests import (
     CHAT,
     FILES,
     SCHEMAS,
     HostileRequest,
-    make_chat_body,
+    hostile_requests,
     make_header_flood,
     make_image_content,
     make_jpeg2000,
@@ -36,14 +43,17 @@ from hostile_requests import (
     make_multipart_form,
     make_progressive_jpeg,
     make_schema_format,
+    request_makers,
 )
 from PIL import Image
 
 from finesight.encode.tokenizer import Tokenizer
 from finesight.errors import UserError
-from finesight.serve.api_errors import ApiError
+from finesight.serve.api_schema import ApiError
 from finesight.serve.image_sources import read_formats
 from finesight.serve.request_middleware import ByteBudget, ByteReservation
+
+CLIENTS, REQUESTS, CASES = 8, 500, 20_000
 
 SHORT = replace(LIMITS, max_image_cpu_s=0.4, max_schema_cpu_s=0.3, max_request_cpu_s=2.0)
 
@@ -57,16 +67,6 @@ def strict_server(inference_model, tmp_path_factory) -> Iterator[RunningServer]:
         yield there
 
 
-def post_request(server: RunningServer, body: bytes | str) -> tuple[int, dict[str, Any]]:
-    """Post a chat completion and return its status and error."""
-    status, output, _ = send_request(server, "POST", CHAT, body)
-    return status, output.get("error", {})
-
-
-def get_model_name(server: RunningServer) -> str:
-    return server.service.model_names[0]
-
-
 @contextlib.contextmanager
 def ordinary_client(server: RunningServer) -> Iterator[list[int]]:
     """Send ordinary requests in sequence within the block; yields their statuses."""
@@ -75,9 +75,7 @@ def ordinary_client(server: RunningServer) -> Iterator[list[int]]:
 
     def ask() -> None:
         while not stop.is_set():
-            statuses.append(
-                post_request(server, make_request_body(server, f"Hello {len(statuses)}"))[0]
-            )
+            statuses.append(post_chat(server, f"Hello {len(statuses)}")[0])
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -92,13 +90,9 @@ def ordinary_client(server: RunningServer) -> Iterator[list[int]]:
     "schema", ["intersection", "multiple of", "stars", "options", "letters", "negations"]
 )
 def test_slow_schemas_are_rejected(strict_server, schema):
-    body = make_chat_body(
-        get_model_name(strict_server),
-        "Answer.",
-        response_format=make_schema_format(SCHEMAS[schema]),
-    )
+    response_format = make_schema_format(SCHEMAS[schema])
     with ordinary_client(strict_server) as statuses:
-        status, error = post_request(strict_server, body)
+        status, error = post_chat(strict_server, "Answer.", response_format=response_format)
     assert (status, error["param"]) == (400, "response_format")
     assert set(statuses) <= {200}
     wait_until_idle(strict_server)
@@ -108,45 +102,33 @@ def test_schema_with_slow_later_mask_is_rejected(strict_server):
     """The first masks are fast, so only the affected answer fails."""
     given = {"response_format": make_schema_format(SCHEMAS["later"]), "max_tokens": 400}
     with ordinary_client(strict_server) as statuses:
-        status, error = post_request(
-            strict_server, make_chat_body(get_model_name(strict_server), "Answer.", **given)
-        )
-        stream = make_chat_body(get_model_name(strict_server), "Answer.", stream=True, n=2, **given)
-        _, _, answer = send_request(strict_server, "POST", CHAT, stream)
-    assert status == 400
+        status, error = post_chat(strict_server, "Answer.", **given)
+        stream_status, _ = post_chat(strict_server, "Answer.", stream=True, n=2, **given)
+    assert (status, stream_status, set(statuses)) == (400, 200, {200})
     assert "exceeds a limit" in error["message"]
-    assert answer.status == 200
-    assert statuses
-    assert set(statuses) == {200}
     wait_until_idle(strict_server)
 
 
 def test_tool_schemas_have_the_same_limits(strict_server):
     function = {"name": "f", "parameters": SCHEMAS["intersection"]}
     tools = [{"type": "function", "function": function}]
-    body = make_chat_body(
-        get_model_name(strict_server), "Call.", tools=tools, tool_choice="required"
-    )
-    status, error = post_request(strict_server, body)
+    status, error = post_chat(strict_server, "Call.", tools=tools, tool_choice="required")
     assert (status, error["param"]) == (400, "tools")
     # Without a required call, the schema is prompt text only.
-    assert (
-        post_request(
-            strict_server, make_chat_body(get_model_name(strict_server), "Hello", tools=tools)
-        )[0]
-        == 200
-    )
+    assert post_chat(strict_server, "Hello", tools=tools)[0] == 200
 
 
 def test_disconnect_ends_the_schema_worker(strict_server):
-    body = make_chat_body(
-        get_model_name(strict_server), "A.", response_format=make_schema_format(SCHEMAS["states"])
-    )
-    with socket.create_connection(("127.0.0.1", strict_server.port), timeout=10) as there:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        there.sendall(head.encode() + body)
+    response_format = make_schema_format(SCHEMAS["states"])
+    send_and_disconnect(strict_server, "A.", response_format=response_format)
     wait_until_idle(strict_server)
-    assert post_request(strict_server, make_request_body(strict_server, "Hello"))[0] == 200
+    assert post_chat(strict_server, "Hello")[0] == 200
+
+
+def send_and_disconnect(server: RunningServer, *parts: Any, wait_s: float = 0.0, **given: Any):
+    body = make_request_body(server, *parts, **given).encode()
+    with server.connect(POST_CHAT + b"Content-Length: %d\r\n\r\n" % len(body) + body):
+        time.sleep(wait_s)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "GIF", "PNG"])
@@ -154,9 +136,7 @@ def test_slow_image_headers_are_rejected(strict_server, kind):
     data = make_header_flood(kind, 12 << 20)
     content = [{"type": "text", "text": "What?"}, make_image_content(data)]
     with ordinary_client(strict_server) as statuses:
-        status, error = post_request(
-            strict_server, make_chat_body(get_model_name(strict_server), content)
-        )
+        status, error = post_chat(strict_server, *content)
         body, content_type = make_multipart_form(data)
         uploaded, output, _ = send_request(
             strict_server, "POST", FILES, body, {"Content-Type": content_type}
@@ -171,14 +151,7 @@ def test_slow_image_headers_are_rejected(strict_server, kind):
 def test_slow_image_decoding_is_rejected(strict_server):
     content = [make_image_content(make_progressive_jpeg())] * 4
     with ordinary_client(strict_server) as statuses, ThreadPoolExecutor(4) as pool:
-        found = list(
-            pool.map(
-                lambda _: post_request(
-                    strict_server, make_chat_body(get_model_name(strict_server), content)
-                ),
-                range(4),
-            )
-        )
+        found = list(pool.map(lambda _: post_chat(strict_server, *content), range(4)))
     assert [status for status, _ in found] == [400] * 4
     assert {error["param"] for _, error in found} == {"messages.0.content.0"}
     assert set(statuses) <= {200}
@@ -189,10 +162,7 @@ def test_cpu_time_limit_covers_all_images(inference_model, tmp_path):
     file = io.BytesIO()
     Image.new("RGB", (3000, 3000)).save(file, "JPEG")
     with run_server(inference_model, tmp_path, limits=limits) as server:
-        status, error = post_request(
-            server,
-            make_chat_body(get_model_name(server), [make_image_content(file.getvalue())] * 30),
-        )
+        status, error = post_chat(server, *[make_image_content(file.getvalue())] * 30)
     assert status == 400
     assert "CPU time" in error["message"]
 
@@ -204,41 +174,20 @@ def save_image(kind: str) -> bytes:
 
 
 def test_additional_image_formats(inference_model, strict_server, tmp_path):
+    def post_image(server: RunningServer, data: bytes, times: int = 1) -> tuple[int, Any]:
+        return post_chat(server, *[make_image_content(data)] * times)
+
     for kind in ("JPEG", "PNG", "WEBP", "GIF"):
-        assert (
-            post_request(
-                strict_server,
-                make_chat_body(
-                    get_model_name(strict_server), [make_image_content(save_image(kind))]
-                ),
-            )[0]
-            == 200
-        )
-    others = {"JPEG2000": make_jpeg2000(), "TIFF": save_image("TIFF"), "BMP": save_image("BMP")}
-    for data in others.values():
-        status, error = post_request(
-            strict_server,
-            make_chat_body(get_model_name(strict_server), [make_image_content(data)] * 8),
-        )
+        assert post_image(strict_server, save_image(kind))[0] == 200
+    for data in (make_jpeg2000(), save_image("TIFF"), save_image("BMP")):
+        status, error = post_image(strict_server, data, 8)
         assert status == 400
         assert "expected one of JPEG, PNG, WEBP, GIF" in error["message"]
     formats = read_formats(["tiff", "JPEG 2000"])
     assert formats == ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000")
     with run_server(inference_model, tmp_path, formats=formats) as server:
-        assert (
-            post_request(
-                server,
-                make_chat_body(get_model_name(server), [make_image_content(save_image("TIFF"))]),
-            )[0]
-            == 200
-        )
-        assert (
-            post_request(
-                server,
-                make_chat_body(get_model_name(server), [make_image_content(save_image("BMP"))]),
-            )[0]
-            == 400
-        )
+        assert post_image(server, save_image("TIFF"))[0] == 200
+        assert post_image(server, save_image("BMP"))[0] == 400
     with pytest.raises(UserError, match="unknown image format 'EPS'") as raised:
         read_formats(["eps"])
     assert "TIFF" in raised.value.expected
@@ -247,10 +196,7 @@ def test_additional_image_formats(inference_model, strict_server, tmp_path):
 @pytest.mark.parametrize("kind", ["digits", "jamo", "marks"])
 def test_long_texts_are_rejected(strict_server, kind):
     for length in (990_000, 2_000_000):
-        status, error = post_request(
-            strict_server,
-            make_chat_body(get_model_name(strict_server), make_long_text(kind, length, 1)),
-        )
+        status, error = post_chat(strict_server, make_long_text(kind, length, 1))
         assert status == 400
         assert "characters of text" in error["message"]
 
@@ -261,11 +207,9 @@ def test_tokenization_runs_in_workers(strict_server, monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "encode", fail)
     max_model_len = strict_server.service.max_model_len
-    assert post_request(strict_server, make_request_body(strict_server, "Hello"))[0] == 200
+    assert post_chat(strict_server, "Hello")[0] == 200
     # Within the limit of characters, beyond that of tokens.
-    status, error = post_request(
-        strict_server, make_request_body(strict_server, "0123456789" * (max_model_len // 8))
-    )
+    status, error = post_chat(strict_server, "0123456789" * (max_model_len // 8))
     assert status == 400
     assert f"expected fewer than {max_model_len}" in error["message"]
 
@@ -287,38 +231,27 @@ def test_byte_budget_of_all_requests():
 
 def test_decoded_images_count_towards_the_budget(inference_model, tmp_path):
     limits = replace(LIMITS, max_total_body_bytes=60_000)
-    small, large = io.BytesIO(), io.BytesIO()
-    Image.new("RGB", (56, 56)).save(small, "PNG")
+    large = io.BytesIO()
     Image.new("RGB", (560, 560)).save(large, "PNG")
     with run_server(inference_model, tmp_path, limits=limits) as server:
         budget = server.app.budget
-        assert (
-            post_request(
-                server,
-                make_chat_body(get_model_name(server), [make_image_content(small.getvalue())]),
-            )[0]
-            == 200
-        )
-        status, error = post_request(
-            server, make_chat_body(get_model_name(server), [make_image_content(large.getvalue())])
-        )
+        assert post_chat(server, make_image_content(save_image("PNG")))[0] == 200
+        status, error = post_chat(server, make_image_content(large.getvalue()))
         assert (status, error["type"]) == (503, "overloaded_error")
         assert budget.used_bytes == 0
 
 
 def test_disconnect_during_the_request(strict_server, caplog):
     caplog.set_level(logging.INFO, logger="finesight.serve")
-    body = make_chat_body(get_model_name(strict_server), make_long_text("digits", 500_000, 0))
+    body = make_request_body(strict_server, make_long_text("digits", 500_000, 0)).encode()
     upload, content_type = make_multipart_form(b"\x89PNG" * 100_000)
     for number in range(10):
-        request = HostileRequest("cut", CHAT, body, cut=number / 10)
-        assert request.send(strict_server.port) == 0
-        assert (
-            HostileRequest("cut", FILES, upload, content_type, cut=number / 10).send(
-                strict_server.port
-            )
-            == 0
-        )
+        cut = number / 10
+        for request in (
+            HostileRequest("cut", CHAT, body, cut=cut),
+            HostileRequest("cut", FILES, upload, content_type, cut=cut),
+        ):
+            assert request.send(strict_server.port) == 0
     for _ in range(200):
         lines = [r.getMessage() for r in caplog.records if r.name == "finesight.serve"]
         if sum(" 499 " in line for line in lines) >= 20:
@@ -333,12 +266,7 @@ def test_disconnect_during_the_request(strict_server, caplog):
 
 def test_disconnect_before_the_response(strict_server, caplog):
     caplog.set_level(logging.INFO, logger="finesight.serve")
-    content = [make_image_content(make_progressive_jpeg())]
-    body = make_chat_body(get_model_name(strict_server), content)
-    with socket.create_connection(("127.0.0.1", strict_server.port), timeout=10) as there:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        there.sendall(head.encode() + body)
-        time.sleep(0.1)
+    send_and_disconnect(strict_server, make_image_content(make_progressive_jpeg()), wait_s=0.1)
     for _ in range(200):
         lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("POST")]
         if lines:
@@ -349,13 +277,11 @@ def test_disconnect_before_the_response(strict_server, caplog):
 
 
 def test_tiny_chunks_are_rejected(strict_server):
-    with socket.create_connection(("127.0.0.1", strict_server.port), timeout=30) as there:
-        there.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode())
-        there.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
-        with contextlib.suppress(ConnectionError):
-            for _ in range(100):
-                there.sendall(b"1\r\nx\r\n" * 10_000)
-            raise AssertionError("all of it was read")
+    head = POST_CHAT + b"Transfer-Encoding: chunked\r\n\r\n"
+    with strict_server.connect(head, timeout=30) as there, contextlib.suppress(ConnectionError):
+        for _ in range(100):
+            there.sendall(b"1\r\nx\r\n" * 10_000)
+        raise AssertionError("all of it was read")
     # Small ones of a small body, or larger ones, are read.
     for size, length in ((7, 10), (300, 600_000)):
         body = make_request_body(strict_server, "Hello", metadata="x" * length).encode()
@@ -365,7 +291,90 @@ def test_tiny_chunks_are_rejected(strict_server):
 
 def test_large_request_headers_are_rejected(strict_server):
     for number, expected in ((100, 200), (10_000, 400)):
-        with socket.create_connection(("127.0.0.1", strict_server.port), timeout=30) as there:
-            head = "GET /health HTTP/1.1\r\nHost: localhost\r\n" + "a: b\r\n" * number + "\r\n"
-            there.sendall(head.encode())
+        head = "GET /health HTTP/1.1\r\nHost: localhost\r\n" + "a: b\r\n" * number + "\r\n"
+        with strict_server.connect(head.encode(), timeout=30) as there:
             assert f" {expected} ".encode() in there.recv(100)
+
+
+@pytest.mark.fuzz
+def test_500_hostile_requests_of_8_clients(tmp_path: Path):
+    with start_server_process(tmp_path) as server:
+        for number in range(8):
+            assert server.request("POST", CHAT, server.make_ordinary_body(number))[1] == 200
+        time.sleep(2)
+        before = server.read_memory()
+        stats = run_attack(server, hostile_requests(MODEL, REQUESTS), CLIENTS)
+        time.sleep(5)
+        after = server.read_memory()
+        growth = sum(after.values()) - sum(before.values())
+        print(f"\n{stats}")
+        print(f"memory: {sum(before.values()) // MIB} MiB, grown by {growth // MIB} MiB")
+        assert growth <= 200 * MIB
+        assert max(stats.health) <= 0.5
+        assert {status for _, status in stats.ordinary} == {200}
+        assert stats.largest_process <= 2048 * MIB
+        # 0: the client, or the server, has closed the connection.
+        assert {status for _, status in stats.hostile} <= {0, 200, 400, 413, 503}
+        assert "Traceback" not in server.log.read_text()
+        assert "not logged" not in server.log.read_text()
+        began = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(90) == 0
+        print(f"SIGTERM: ended after {time.monotonic() - began:.1f} s")
+
+
+@pytest.mark.fuzz
+def test_20000_fuzzed_bodies(tmp_path: Path):
+    with start_server_process(tmp_path) as server:
+
+        def ask(seed: int) -> tuple[float, int]:
+            return server.request("POST", CHAT, make_fuzzed_body(MODEL, seed))
+
+        largest = 0
+        statuses: dict[int, int] = {}
+        slowest = 0.0
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            for number, (seconds, status) in enumerate(pool.map(ask, range(CASES))):
+                statuses[status] = statuses.get(status, 0) + 1
+                slowest = max(slowest, seconds)
+                if number % 200 == 0:
+                    largest = max(largest, *server.read_memory().values())
+        print(f"\n{statuses}, slowest {slowest:.1f} s, largest process {largest // MIB} MiB")
+        assert set(statuses) <= {200, 400, 404, 413, 429}
+        assert slowest <= 20
+        assert largest <= 2048 * MIB
+        assert "not logged" not in server.log.read_text()
+
+
+def test_fuzzed_bodies(inference_model, tmp_path, caplog):
+    """Send 300 fuzzed bodies to an in-process server."""
+    caplog.set_level(logging.INFO, logger="finesight.serve")
+    with run_server(
+        inference_model, tmp_path, limits=replace(LIMITS, max_completion_tokens=8)
+    ) as server:
+
+        def ask(seed: int) -> int:
+            return send_request(server, "POST", CHAT, make_fuzzed_body(MODEL, seed))[0]
+
+        with ThreadPoolExecutor(4) as pool:
+            statuses = list(pool.map(ask, range(300)))
+        wait_until_idle(server)
+    assert set(statuses) <= {200, 400, 404}
+    assert {200, 400} <= set(statuses)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_other_hostile_requests(inference_model, tmp_path, caplog):
+    """Send hostile requests without slow schemas and images, which test_hostile.py covers."""
+    limits = replace(LIMITS, max_schema_cpu_s=0.3, max_completion_tokens=400)
+    other = ("body", "text", "disconnect", "image: cut off", "schema: properties", "schema: states")
+    makers = request_makers(MODEL, flood=1 << 20, length=990_000)
+    requests = [make(1) for name, make in makers.items() if name.startswith(other)]
+    with (
+        run_server(inference_model, tmp_path, limits=limits) as server,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        statuses = set(pool.map(lambda request: request.send(server.port), requests))
+        wait_until_idle(server)
+    assert statuses <= {0, 200, 400, 413}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import io
 import ipaddress
-import json
 import ssl
 import threading
 import time
@@ -21,9 +20,8 @@ from api_server_fixtures import (
     make_image_part,
     make_messages,
     make_noise_png,
-    make_request_body,
+    post_chat,
     run_server,
-    send_request,
 )
 from hub_fixtures import certificate
 
@@ -37,6 +35,13 @@ OUTSIDE, INSIDE = "127.0.0.2", "127.0.0.1"
 """Addresses that represent the public network and the local network."""
 
 IMAGE_BYTES = make_noise_png()
+
+
+FIXED_ANSWERS = {
+    "text": (200, b"<html>", {"Content-Type": "text/html"}),
+    "missing": (404, b"", {"Content-Type": "image/png"}),
+    "large": (200, b"x", {"Content-Type": "image/png", "Content-Length": "999999"}),
+}
 
 
 class TlsServer(ThreadingHTTPServer):
@@ -69,12 +74,8 @@ class Answers(BaseHTTPRequestHandler):
         name = self.path.split("/")[1]
         if name == "to":
             self._send(302, b"", {"Location": self.path.removeprefix("/to/")})
-        elif name == "text":
-            self._send(200, b"<html>", {"Content-Type": "text/html"})
-        elif name == "missing":
-            self._send(404, b"", {"Content-Type": "image/png"})
-        elif name == "large":
-            self._send(200, b"x", {"Content-Type": "image/png", "Content-Length": "999999"})
+        elif name in FIXED_ANSWERS:
+            self._send(*FIXED_ANSWERS[name])
         elif name in ("endless", "slow"):
             self.send_response(200)
             self.send_header("Content-Type", "image/png")
@@ -133,12 +134,11 @@ class FakeResolver:
         return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
 
 
-def fetcher(names: FakeResolver, **given: float) -> ImageFetcher:
-    limits = {"seconds": 5.0, "most": 100_000, **given}
+def fetcher(names: FakeResolver, timeout_s: float = 5.0) -> ImageFetcher:
     return ImageFetcher(
         ["localhost"],
-        timeout_s=limits["seconds"],
-        max_bytes=int(limits["most"]),
+        timeout_s=timeout_s,
+        max_bytes=100_000,
         resolve=names,
         is_allowed_address=lambda address: str(address) == OUTSIDE,
     )
@@ -230,9 +230,7 @@ def test_invalid_responses(public_and_local_servers, path, output):
     port = public_and_local_servers[0].server_address[1]
     patience = 0.3 if path == "slow" else 5.0
     with pytest.raises(UserError, match=output):
-        fetch_bytes(
-            fetcher(FakeResolver([OUTSIDE]), seconds=patience), f"https://localhost:{port}/{path}"
-        )
+        fetch_bytes(fetcher(FakeResolver([OUTSIDE]), patience), f"https://localhost:{port}/{path}")
 
 
 def test_certificate_of_another_host(public_and_local_servers):
@@ -257,71 +255,30 @@ def test_offline_mode_sends_no_requests(public_and_local_servers, monkeypatch):
     assert not public_and_local_servers[0].requests
 
 
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("93.184.215.14", True),
-        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
-        ("127.0.0.1", False),
-        ("0.0.0.0", False),
-        ("10.1.2.3", False),
-        ("172.16.0.1", False),
-        ("192.168.1.1", False),
-        ("100.64.0.1", False),
-        ("169.254.169.254", False),
-        ("224.0.0.1", False),
-        ("240.0.0.1", False),
-        ("255.255.255.255", False),
-        ("::1", False),
-        ("::", False),
-        ("::127.0.0.1", False),
-        ("::ffff:127.0.0.1", False),
-        ("::ffff:93.184.215.14", False),
-        ("64:ff9b::7f00:1", False),
-        ("2002:7f00:1::", False),
-        ("2001:0:7f00:1::", False),
-        ("fe80::1", False),
-        ("fe80::1%eth0", False),
-        ("fec0::1", False),
-        ("fc00::1", False),
-        ("fd00:ec2::254", False),
-        ("ff02::1", False),
-        # Special-purpose networks that Python 3.11 takes for public ones.
-        ("192.0.0.8", False),
-        ("192.0.0.9", False),
-        ("192.0.0.170", False),
-        ("192.31.196.1", False),
-        ("192.52.193.1", False),
-        ("192.88.99.1", False),
-        ("192.175.48.1", False),
-        ("64:ff9b:1::a00:1", False),
-        ("100::1", False),
-        ("100:0:0:1::1", False),
-        ("2001:1::1", False),
-        ("2001:4:112::1", False),
-        ("2001:20::1", False),
-        ("2001:30::1", False),
-        ("2001:db8::1", False),
-        ("2620:4f:8000::1", False),
-        ("3fff::1", False),
-        ("3fff:fff:ffff::1", False),
-        ("5f00::1", False),
-        # Not allocated: nobody's.
-        ("4000::1", False),
-        ("8000::1", False),
-        # Adjacent addresses.
-        ("192.0.1.1", True),
-        ("192.88.98.255", True),
-        ("192.88.100.0", True),
-        ("198.17.255.255", True),
-        ("2001:200::1", True),
-        ("2003::1", True),
-        ("3ffe:ffff::1", True),
-        ("2620:4f:8001::1", True),
-    ],
-)
-def test_public_address_detection(address, expected):
-    assert is_public_address(ipaddress.ip_address(address)) is expected
+LOCAL_ADDRESSES = """
+127.0.0.1 0.0.0.0 10.1.2.3 172.16.0.1 192.168.1.1 100.64.0.1 169.254.169.254 224.0.0.1 240.0.0.1
+255.255.255.255 ::1 :: ::127.0.0.1 ::ffff:127.0.0.1 ::ffff:93.184.215.14 64:ff9b::7f00:1
+2002:7f00:1:: 2001:0:7f00:1:: fe80::1 fe80::1%eth0 fec0::1 fc00::1 fd00:ec2::254 ff02::1
+"""
+SPECIAL_ADDRESSES = """
+192.0.0.8 192.0.0.9 192.0.0.170 192.31.196.1 192.52.193.1 192.88.99.1 192.175.48.1
+64:ff9b:1::a00:1 100::1 100:0:0:1::1 2001:1::1 2001:4:112::1 2001:20::1 2001:30::1 2001:db8::1
+2620:4f:8000::1 3fff::1 3fff:fff:ffff::1 5f00::1 4000::1 8000::1
+"""
+"""Special-purpose networks that Python 3.11 takes for public ones, and unallocated addresses."""
+
+PUBLIC_ADDRESSES = """
+93.184.215.14 2606:2800:21f:cb07:6820:80da:af6b:8b2c 192.0.1.1 192.88.98.255 192.88.100.0
+198.17.255.255 2001:200::1 2003::1 3ffe:ffff::1 2620:4f:8001::1
+"""
+"""Public addresses, also adjacent to special-purpose networks."""
+
+
+def test_public_address_detection():
+    local_addresses = (LOCAL_ADDRESSES + SPECIAL_ADDRESSES).split()
+    for addresses, expected in ((local_addresses, False), (PUBLIC_ADDRESSES.split(), True)):
+        for address in addresses:
+            assert is_public_address(ipaddress.ip_address(address)) is expected, address
 
 
 @pytest.fixture(scope="module")
@@ -360,12 +317,10 @@ def open_server(inference_model, tmp_path_factory):
 )
 def test_local_urls_are_rejected(open_server, public_and_local_servers, url):
     url = url.format(port=public_and_local_servers[0].server_address[1])
-    body = make_request_body(open_server, make_image_part(url), "What?")
-    status, output, _ = send_request(open_server, "POST", "/v1/chat/completions", body)
-    assert status == 400, output
-    assert output["error"]["param"] == "messages.0.content.0"
+    status, error = post_chat(open_server, make_image_part(url), "What?")
+    assert (status, error["param"]) == (400, "messages.0.content.0")
     # Where the server keeps what it was sent is nobody's business.
-    assert str(open_server.folder) not in output["error"]["message"]
+    assert str(open_server.folder) not in error["message"]
     assert not public_and_local_servers[0].requests
     assert not public_and_local_servers[1].requests
     assert list((open_server.folder / "requests").iterdir()) == []
@@ -375,31 +330,18 @@ def test_question_about_web_image(inference_model, public_and_local_servers, tmp
     outside, inside = public_and_local_servers
     url = f"https://localhost:{outside.server_address[1]}/a.png"
     with run_server(inference_model, tmp_path, fetcher=fetcher(FakeResolver([OUTSIDE]))) as server:
-        found = [
-            send_request(
-                server,
-                "POST",
-                "/v1/chat/completions",
-                make_request_body(server, make_image_part(at), "What?"),
-            )
-            for at in (url, make_data_url(IMAGE_BYTES))
-        ]
-    assert [status for status, _, _ in found] == [200, 200]
-    contents = [output["choices"][0]["message"]["content"] for _, output, _ in found]
+        urls = url, make_data_url(IMAGE_BYTES)
+        found = [post_chat(server, make_image_part(at), "What?") for at in urls]
+    assert [status for status, _ in found] == [200, 200]
+    contents = [output["choices"][0]["message"]["content"] for _, output in found]
     assert contents[0] == contents[1]
     assert len(outside.requests) == 1
     assert not inside.requests
 
 
 def test_image_files_are_deleted_after_request(server):
-    body = make_request_body(
-        server,
-        make_image_part(make_data_url(IMAGE_BYTES)),
-        make_image_part(make_data_url(make_noise_png(seed=1))),
-        "Which?",
-    )
-    status, _, _ = send_request(server, "POST", "/v1/chat/completions", body)
-    assert status == 200
+    urls = [make_data_url(data) for data in (IMAGE_BYTES, make_noise_png(seed=1))]
+    assert post_chat(server, *map(make_image_part, urls), "Which?")[0] == 200
     assert list((server.folder / "requests").iterdir()) == []
     for folder in ("requests", "files"):
         assert (server.folder / folder).stat().st_mode & 0o777 == 0o700
@@ -408,8 +350,7 @@ def test_image_files_are_deleted_after_request(server):
 @pytest.mark.parametrize("file_id", ["../../../etc/passwd", "/etc/passwd", "file-0", ""])
 def test_file_ids_are_not_paths(server, file_id):
     part = {"type": "file", "file": {"file_id": file_id}}
-    body = make_request_body(server, part, "What?")
-    assert send_request(server, "POST", "/v1/chat/completions", body)[0] == 404
+    assert post_chat(server, part, "What?")[0] == 404
 
 
 def test_images_are_allowed_only_in_user_messages(server):
@@ -417,5 +358,4 @@ def test_images_are_allowed_only_in_user_messages(server):
         {"role": "system", "content": [make_image_part(make_data_url(IMAGE_BYTES))]},
         *make_messages("What?"),
     ]
-    given = json.dumps({"model": server.service.model_names[0], "messages": messages})
-    assert send_request(server, "POST", "/v1/chat/completions", given)[0] == 400
+    assert post_chat(server, messages=messages)[0] == 400

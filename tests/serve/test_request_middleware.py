@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import json
+import io
 import resource
 import socket
-import struct
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from api_server_fixtures import (
+    CHAT,
     ENDLESS_REQUEST,
     KEY,
     LIMITS,
+    POST_CHAT,
     RunningServer,
     make_auth_header,
     make_data_url,
     make_image_part,
     make_noise_png,
     make_request_body,
+    post_chat,
     run_server,
     send_request,
     wait_until_idle,
 )
+from PIL import Image
 
 from finesight.errors import UserError
 from finesight.serve import request_middleware as area
@@ -50,39 +52,28 @@ def routes(server: RunningServer) -> list[tuple[str, str]]:
         for route in server.app.app.routes
         for method in route.methods
     ]
-    assert ("POST", "/v1/chat/completions") in found
+    assert ("POST", CHAT) in found
     return [*found, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("PUT", "/v1/none")]
 
 
 def test_every_route_requires_a_key(server_with_keys):
     assert len(routes(server_with_keys)) > 10
-    wrong = [
-        {},
-        make_auth_header("wrong-key-0123456789"),
-        make_auth_header(""),
-        {"Authorization": KEY},
-    ]
-    wrong += [
-        {"Authorization": f"Basic {KEY}"},
-        make_auth_header(KEY[:-1]),
-        make_auth_header(KEY + "a"),
-    ]
+    wrong_keys = "wrong-key-0123456789", "", KEY[:-1], KEY + "a"
+    wrong = [{}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}]
+    wrong += [make_auth_header(key) for key in wrong_keys]
     for method, path in routes(server_with_keys):
         for headers in wrong:
             status, output, answer = send_request(server_with_keys, method, path, headers=headers)
             assert status == 401, (method, path, headers)
             assert answer.headers["www-authenticate"] == "Bearer"
             assert method == "HEAD" or output["error"]["code"] == "invalid_api_key"
-        for key in (KEY, OTHER):
-            assert send_request(server_with_keys, method, path, headers=make_auth_header(key))[
-                0
-            ] not in (401, 403)
+        for headers in (make_auth_header(KEY), make_auth_header(OTHER)):
+            status = send_request(server_with_keys, method, path, headers=headers)[0]
+            assert status not in (401, 403)
 
 
 def test_body_is_not_read_before_authentication(server_with_keys):
-    with socket.create_connection(("127.0.0.1", server_with_keys.port), timeout=10) as there:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
-        there.sendall(head.encode())
+    with server_with_keys.connect(POST_CHAT + b"Content-Length: 1000\r\n\r\n") as there:
         assert b"401" in there.recv(100)
 
 
@@ -114,19 +105,9 @@ def test_files_belong_to_their_key(server_with_keys):
     )
     assert (status, output["error"]["type"]) == (404, "not_found_error")
     part = {"type": "file", "file": {"file_id": retained.id}}
-    body = make_request_body(server_with_keys, part, "What?")
-    assert (
-        send_request(
-            server_with_keys, "POST", "/v1/chat/completions", body, make_auth_header(OTHER)
-        )[0]
-        == 404
-    )
-    assert (
-        send_request(server_with_keys, "POST", "/v1/chat/completions", body, make_auth_header(KEY))[
-            0
-        ]
-        == 200
-    )
+    for key, status in ((OTHER, 404), (KEY, 200)):
+        headers = make_auth_header(key)
+        assert post_chat(server_with_keys, part, "What?", headers=headers)[0] == status
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.com", "localhost.a.de"])
@@ -169,39 +150,26 @@ def test_key_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "headers",
-    [
-        {"Host": "evil.example"},
-        {"Host": "127.0.0.1.evil.example:80"},
-        {"Origin": "https://evil.example"},
-        {"Origin": "null"},
-        {"Host": "["},
-        {"Origin": "http://["},
-    ],
+    [{"Host": host} for host in ("evil.example", "127.0.0.1.evil.example:80", "[")]
+    + [{"Origin": origin} for origin in ("https://evil.example", "null", "http://[")],
 )
 def test_cross_origin_requests_are_rejected_without_key(server, headers):
     assert send_request(server, "GET", "/v1/models", headers=headers)[0] == 403
-    assert (
-        send_request(server, "GET", "/v1/models", headers={"Origin": "http://localhost:3"})[0]
-        == 200
-    )
+    local = {"Origin": "http://localhost:3"}
+    assert send_request(server, "GET", "/v1/models", headers=local)[0] == 200
 
 
 def test_body_of_100_mb_is_rejected(server):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = 100 * 10**6
-    status, output, _ = send_request(
-        server, "POST", "/v1/chat/completions", _zeros(size), _length(size)
-    )
+    headers = {"Content-Length": str(size)}
+    status, output, _ = send_request(server, "POST", CHAT, _zeros(size), headers)
     assert (status, output["error"]["type"]) == (413, "invalid_request_error")
     # Without a Content-Length header.
-    sent = _zeros(size)
-    status, _, _ = send_request(server, "POST", "/v1/chat/completions", sent, chunked=True)
-    assert status == 413
+    assert send_request(server, "POST", CHAT, _zeros(size), chunked=True)[0] == 413
     for length in ("-1", "1e3", "99999999999999999999", "\xb2"):
-        assert send_request(server, "POST", "/v1/files", headers={"Content-Length": length})[0] in (
-            400,
-            413,
-        )
+        headers = {"Content-Length": length}
+        assert send_request(server, "POST", "/v1/files", headers=headers)[0] in (400, 413)
     generated = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     # What was held up to the limit, once as pieces and once joined.
     assert generated < 300_000, f"{generated} KiB"
@@ -213,10 +181,6 @@ def _zeros(size: int) -> Iterator[bytes]:
         yield bytes(10**5)
 
 
-def _length(size: int) -> dict[str, str]:
-    return {"Content-Length": str(size)}
-
-
 def test_total_body_size_limit(inference_model, tmp_path):
     limits = replace(LIMITS, max_body_bytes=1000, max_total_body_bytes=1500, body_timeout_s=5.0)
     with (
@@ -224,10 +188,8 @@ def test_total_body_size_limit(inference_model, tmp_path):
         contextlib.ExitStack() as stack,
     ):
         for _ in range(2):
-            there = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            there = server.connect(POST_CHAT + b"Content-Length: 900\r\n\r\n" + bytes(800))
             stack.enter_context(there)
-            there.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
-            there.sendall(b"Content-Length: 900\r\n\r\n" + bytes(800))
         assert b" 503 " in there.recv(100)
 
 
@@ -236,52 +198,38 @@ def test_body_with_many_small_values_is_rejected(server, value):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     many = ",".join([value] * 1_000_000)
     body = f'{{"model": "a", "messages": [{many}]}}'.encode()
-    status, output, _ = send_request(server, "POST", "/v1/chat/completions", body)
+    status, output, _ = send_request(server, "POST", CHAT, body)
     assert (status, output["error"]["type"]) == (400, "invalid_request_error")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
 def test_ten_thousand_images_are_rejected(server):
-    body = make_request_body(server, *[make_image_part(make_data_url(b"no picture"))] * 10_000)
-    status, output, _ = send_request(server, "POST", "/v1/chat/completions", body)
+    status, error = post_chat(server, *[make_image_part(make_data_url(b"no picture"))] * 10_000)
     assert status == 400
-    assert "10000 images" in output["error"]["message"]
-
-
-def _bomb(side: int) -> bytes:
-    """Return a 1-bit PNG of black pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
-
-    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    pixels = zlib.compress(bytes((1 + (side + 7) // 8) * side), 9)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    assert "10000 images" in error["message"]
 
 
 def test_decompression_bomb_is_rejected(server):
-    bomb = _bomb(10_000)
+    file = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(file, "PNG")
+    bomb = file.getvalue()
     assert len(bomb) < 20_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    body = make_request_body(server, make_image_part(make_data_url(bomb)), "What?")
-    status, output, _ = send_request(server, "POST", "/v1/chat/completions", body)
+    status, error = post_chat(server, make_image_part(make_data_url(bomb)), "What?")
     assert status == 400
-    assert "100000000 pixels" in output["error"]["message"]
+    assert "100000000 pixels" in error["message"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", "null", '{"a": 1}', "[" * 100_000, "\xff\xfe"])
 def test_invalid_bodies(server, body):
-    status, output, _ = send_request(server, "POST", "/v1/chat/completions", body.encode("latin-1"))
+    status, output, _ = send_request(server, "POST", CHAT, body.encode("latin-1"))
     assert (status, output["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_invalid_paths_and_methods(server):
     for method, path, expected in (
-        ("GET", "/v1/chat/completions", 405),
+        ("GET", CHAT, 405),
         ("GET", "/v1/files/../../../etc/passwd", 404),
         ("GET", "/v1/files/%2e%2e%2f%2e%2e%2fetc%2fpasswd", 404),
         ("DELETE", "/v1/files/..%2frequests", 404),
@@ -314,10 +262,9 @@ def wait_until_closed(there: socket.socket) -> bool:
 
 
 def test_header_timeout(short_timeout_server):
-    address = ("127.0.0.1", short_timeout_server.port)
-    with socket.create_connection(address, timeout=10) as silent:
+    with short_timeout_server.connect() as silent:
         assert wait_until_closed(silent)
-    with socket.create_connection(address, timeout=10) as slow:
+    with short_timeout_server.connect() as slow:
         slow.settimeout(0.05)
         with contextlib.suppress(ConnectionError):
             for _ in range(200):
@@ -331,26 +278,20 @@ def test_header_timeout(short_timeout_server):
 
 
 def test_body_timeout(short_timeout_server):
-    with socket.create_connection(("127.0.0.1", short_timeout_server.port), timeout=10) as there:
-        there.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
-        there.sendall(b"Content-Length: 900\r\n\r\n{")
+    with short_timeout_server.connect(POST_CHAT + b"Content-Length: 900\r\n\r\n{") as there:
         assert b" 408 " in there.recv(100)
 
 
 def test_keep_alive_timeout(short_timeout_server):
-    with socket.create_connection(("127.0.0.1", short_timeout_server.port), timeout=10) as there:
-        there.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    with short_timeout_server.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as there:
         assert b" 200 " in there.recv(1000)
         there.sendall(b"GET /hea")
         assert wait_until_closed(there)
 
 
 def test_connection_limit(short_timeout_server):
-    address = ("127.0.0.1", short_timeout_server.port)
     with contextlib.ExitStack() as stack:
-        many = [
-            stack.enter_context(socket.create_connection(address, timeout=10)) for _ in "1" * 20
-        ]
+        many = [stack.enter_context(short_timeout_server.connect()) for _ in range(20)]
         time.sleep(0.1)
         shut = 0
         for there in many:
@@ -364,17 +305,14 @@ def test_connection_limit(short_timeout_server):
 
 def test_stalled_client_is_disconnected(short_timeout_server):
     before = short_timeout_server.service.get_stats().completion_tokens
-    shape = json.loads(json.dumps(ENDLESS_REQUEST))
     # Long lines, so that what the sockets hold is soon full.
     more = {"stream": True, "n": 4, "logprobs": True, "top_logprobs": 20}
-    body = make_request_body(short_timeout_server, "Count.", **{**shape, **more})
+    body = make_request_body(short_timeout_server, "Count.", **{**ENDLESS_REQUEST, **more})
     there = socket.socket()
     with contextlib.closing(there):
         there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         there.connect(("127.0.0.1", short_timeout_server.port))
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        there.sendall(head.encode() + body.encode())
+        there.sendall(POST_CHAT + b"Content-Length: %d\r\n\r\n" % len(body) + body.encode())
         while not short_timeout_server.service.get_stats().num_running:
             time.sleep(0.01)
         wait_until_idle(short_timeout_server, seconds=60)

@@ -18,6 +18,7 @@ from api_server_fixtures import (
     make_image_part,
     make_noise_png,
     make_request_body,
+    post_chat,
     run_server,
     send_request,
 )
@@ -64,15 +65,10 @@ def test_request_content_is_not_logged(inference_model, tmp_path, caplog, capfd,
             (f"/v1/files/{SECRET}", ""),
             (f"/{SECRET}?{SECRET}", ""),
         ):
-            assert send_request(server, "POST", path, given, make_auth_header(KEY))[0] in (
-                400,
-                404,
-                405,
-            )
-        assert (
-            send_request(server, "GET", "/v1/models", headers=make_auth_header(SECRET * 3))[0]
-            == 401
-        )
+            status = send_request(server, "POST", path, given, make_auth_header(KEY))[0]
+            assert status in (400, 404, 405)
+        headers = make_auth_header(SECRET * 3)
+        assert send_request(server, "GET", "/v1/models", headers=headers)[0] == 401
         with server.client(KEY) as client:
             retained = client.files.create(file=(f"{SECRET}.png", input_image), purpose="vision")
         caplog.set_level(logging.DEBUG)
@@ -82,12 +78,9 @@ def test_request_content_is_not_logged(inference_model, tmp_path, caplog, capfd,
 
         monkeypatch.setattr(server.service, "submit", fail)
         for stream in (False, True):
-            given = make_request_body(server, SECRET, stream=stream)
-            status, output, _ = send_request(
-                server, "POST", "/v1/chat/completions", given, make_auth_header(KEY)
-            )
+            status, error = post_chat(server, SECRET, stream=stream, headers=make_auth_header(KEY))
             assert status == 500
-            assert SECRET not in json.dumps(output)
+            assert SECRET not in json.dumps(error)
     records = [r for r in caplog.records if not r.name.startswith(("openai", "httpcore2.client"))]
     ours = [r for r in records if r.name == "finesight.serve"]
     assert any("POST /v1/chat/completions 200" in r.getMessage() for r in ours)
@@ -156,17 +149,11 @@ def test_server_opens_media_in_one_module():
 
 
 def test_in_the_server_only_workers_read_what_clients_send():
-    reading = (
-        "a2b_base64",
-        "read_image_size",
-        "tokenize_prompt",
-        "span_patches",
-        "GrammarCompiler",
-    )
-    assert _calling(*reading) == {"serve/worker_jobs.py"}
+    names = "a2b_base64 read_image_size tokenize_prompt span_patches GrammarCompiler"
+    assert _calling(*names.split()) == {"serve/worker_jobs.py"}
     assert _calling("parse_chat_request", "model_validate_json") == {
         "serve/worker_jobs.py",
-        "serve/chat_schema.py",
+        "serve/api_schema.py",
     }
     assert not _calling("load_image", "load_patches", "renderer.encode", "tokenizer.encode")
 

@@ -6,13 +6,9 @@ from pathlib import Path
 import pytest
 from jinja2 import Environment
 
+from finesight.serve.api_schema import Tool, ToolCall
 from finesight.serve.chat_response import ToolCallParser, parse_tool_call
-from finesight.serve.chat_schema import Tool, ToolCall
-from finesight.serve.message_conversion import (
-    format_system_prompt,
-    format_tool_calls,
-    format_tool_result,
-)
+from finesight.serve.worker_jobs import format_system_prompt, format_tool_calls, format_tool_result
 
 BOOK = {
     "type": "function",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from finesight.train.anomaly import MIN_LOSS_WINDOW, is_loss_spike
+from finesight.train.logging import MIN_LOSS_WINDOW, is_loss_spike
 
 CALM = [2.0 + 0.1 * math.sin(number) for number in range(64)]
 

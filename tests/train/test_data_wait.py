@@ -13,10 +13,9 @@ import torch
 from rich.console import Console
 from tiny_task import TinyTask
 
-from finesight.train import logging
+from finesight.train import dataloader
 from finesight.train.console import TrainingConsole
-from finesight.train.dataloader import StepBatch
-from finesight.train.logging import DataWait, time_data_waits
+from finesight.train.dataloader import DataWait, StepBatch, time_data_waits
 
 CPU = torch.device("cpu")
 
@@ -34,7 +33,7 @@ def test_cpu_wait_is_blocked_time(monkeypatch: pytest.MonkeyPatch) -> None:
             now += blocked
             yield step
 
-    monkeypatch.setattr(logging, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(dataloader, "time", SimpleNamespace(perf_counter=lambda: now))
     found = []
     for step, wait in time_data_waits(late([2.0, 0.5, 0.0]), CPU):
         now += 7.0  # learning

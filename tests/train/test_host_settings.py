@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-from finesight.train.trainer import retain_freed_memory
+from finesight.train.training_run import retain_freed_memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc alone")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_task import TinyTask
 
-from finesight.train import trainer as module
+from finesight.train import training_run as module
 from finesight.train.dataloader import StepDataset
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

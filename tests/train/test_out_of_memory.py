@@ -29,8 +29,8 @@ from finesight.train import trainer
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataloader import StepBatch
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
-from finesight.train.setup import TrainState
-from finesight.train.step import StepOutput
+from finesight.train.train_state import TrainState
+from finesight.train.trainer import StepOutput
 
 
 def exceeds_tokens(tokens: int) -> OomPredicate:

@@ -12,7 +12,7 @@ import pytest
 from finesight.train.evaluation import EvalResult
 from finesight.train.logging import TrackingEvents
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import TrainState
+from finesight.train.train_state import TrainState
 
 
 class Recorder:

@@ -17,8 +17,8 @@ from vision_cache_fixtures import CONSOLE, decide_vision_cache, make_train_state
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.train import vision_store
 from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankMonitor
-from finesight.train.setup import TrainState
 from finesight.train.signals import StopRequest
+from finesight.train.train_state import TrainState
 from finesight.train.vision_cache import VisionCacheResult
 from finesight.vision.patches import GridTHW
 

@@ -11,8 +11,8 @@ from tiny_task import TinyTask, read_losses
 from vision_cache_fixtures import LORA, make_train_state
 
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train import trainer
-from finesight.train.setup import TrainState
+from finesight.train import vision_cache
+from finesight.train.train_state import TrainState
 from finesight.train.vision_cache import EncoderOffloader, fingerprint_encoder
 
 CPU = torch.device("cpu")
@@ -116,8 +116,8 @@ def test_offloaded_run_equals_resident_run(tmp_path: Path, monkeypatch: pytest.M
             super()._move_to_cpu()
             away.append(True)
 
-    monkeypatch.setattr(trainer, "EncoderOffloader", Spying)
-    monkeypatch.setattr(trainer, "should_offload", lambda device: True)
+    monkeypatch.setattr(vision_cache, "EncoderOffloader", Spying)
+    monkeypatch.setattr(vision_cache, "should_offload", lambda device: True)
     task.run(name="away", **settings)
     assert len(away) == 3, "for the steps, and after each of the measurements between them"
     assert read_losses(tmp_path / "away") == read_losses(tmp_path / "there")

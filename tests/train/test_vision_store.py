@@ -33,9 +33,9 @@ from finesight.train import trainer, vision_cache
 from finesight.train.checkpoint import WEIGHTS_FILE
 from finesight.train.dataloader import StepBatch
 from finesight.train.logging import count_flops
-from finesight.train.setup import TrainState
 from finesight.train.signals import StopRequest
-from finesight.train.step import StepOutput, train_step
+from finesight.train.train_state import TrainState
+from finesight.train.trainer import StepOutput, train_step
 
 TESTS = Path(__file__).parents[1]
 STARTS = {"started_at", "vision_cache_s"}

@@ -28,35 +28,33 @@ from finesight.web.web_sessions import MAX_IMAGE_BYTES, UPLOAD_TTL_S
 PASSWORD = "right-password"
 
 
-def _echo(text: str) -> tuple[str, tuple[()]]:
-    return text, ()
-
-
 @pytest.fixture(scope="module")
-def page_without_password() -> Iterator[RunningWebPage]:
-    with run_web_page(ScriptedService(_echo)) as location:
+def open_page() -> Iterator[RunningWebPage]:
+    with run_web_page(ScriptedService()) as location:
         yield location
 
 
 @pytest.fixture(scope="module")
-def page_with_password() -> Iterator[RunningWebPage]:
-    with run_web_page(ScriptedService(_echo), password=PASSWORD, loopback=False) as location:
+def locked_page() -> Iterator[RunningWebPage]:
+    with run_web_page(ScriptedService(), password=PASSWORD, loopback=False) as location:
         yield location
 
 
 def _ask(
     location: RunningWebPage, method: str, path: str, body: bytes | None = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", location.port, timeout=20)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    try:
+    with _connect(location) as connection:
         connection.request(method, path, body, named)
         answer = connection.getresponse()
         given = {name.lower(): value for name, value in answer.getheaders()}
         stream = given.get("content-type", "").startswith("text/event-stream")
         return answer.status, given, b"" if stream else answer.read()
-    finally:
-        connection.close()
+
+
+def _connect(location: RunningWebPage) -> contextlib.closing[http.client.HTTPConnection]:
+    connection = http.client.HTTPConnection("127.0.0.1", location.port, timeout=20)
+    return contextlib.closing(connection)
 
 
 def _upload(location: RunningWebPage, name: str, content: bytes) -> tuple[int, str]:
@@ -106,11 +104,11 @@ def _routes(location: RunningWebPage) -> list[tuple[str, str]]:
     return sorted(set(below(location.app.app.routes, "")))
 
 
-def test_every_route_requires_the_password(page_with_password):
-    routes = _routes(page_with_password)
+def test_every_route_requires_the_password(locked_page):
+    routes = _routes(locked_page)
     assert len(routes) > 60, "the walk finds no routes"
     for method, path in [*routes, ("GET", "/assets/x.js"), ("PUT", "/"), ("OPTIONS", "/config")]:
-        status, headers, body = _ask(page_with_password, method, path)
+        status, headers, body = _ask(locked_page, method, path)
         if path == "/page.css":
             continue
         assert status in (303, 401, 404), f"{method} {path}: {status}"
@@ -118,12 +116,8 @@ def test_every_route_requires_the_password(page_with_password):
         assert headers.get("location", "sign-in") == "sign-in"
 
 
-def test_unneeded_routes_are_closed(page_without_password):
-    closed = [
-        (m, p)
-        for m, p in _routes(page_without_password)
-        if _ask(page_without_password, m, p)[2] == b"not found"
-    ]
+def test_unneeded_routes_are_closed(open_page):
+    closed = [(m, p) for m, p in _routes(open_page) if _ask(open_page, m, p)[2] == b"not found"]
     for method, path in (
         ("GET", "/gradio_api/proxy=1"),
         ("GET", "/gradio_api/file/1"),
@@ -137,43 +131,41 @@ def test_unneeded_routes_are_closed(page_without_password):
         assert (method, path) in closed, f"{method} {path}"
 
 
-def test_wrong_password_or_cookie_is_rejected(page_with_password):
-    wrong = _ask(page_with_password, "POST", "/sign-in", b"password=wrong")
+def test_wrong_password_or_cookie_is_rejected(locked_page):
+    wrong = _ask(locked_page, "POST", "/sign-in", b"password=wrong")
     assert wrong[0] == 401
     assert "set-cookie" not in wrong[1]
     for value in ("", "x", PASSWORD, "é"):
         cookie = f"{SESSION_COOKIE}={value}".encode().decode("latin-1")
-        assert _ask(page_with_password, "GET", "/config", cookie=cookie)[0] == 401
-    right = _ask(page_with_password, "POST", "/sign-in", f"password={PASSWORD}".encode())
+        assert _ask(locked_page, "GET", "/config", cookie=cookie)[0] == 401
+    right = _ask(locked_page, "POST", "/sign-in", f"password={PASSWORD}".encode())
     assert right[0] == 303
     cookie = right[1]["set-cookie"]
     assert {"HttpOnly", "SameSite=strict"} <= set(cookie.split("; "))
-    assert _ask(page_with_password, "GET", "/config", cookie=cookie.split(";")[0])[0] == 200
+    assert _ask(locked_page, "GET", "/config", cookie=cookie.split(";")[0])[0] == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:1", "", "[::2]:80", "["])
-def test_invalid_host_headers_are_rejected(page_without_password, host):
-    assert _ask(page_without_password, "GET", "/config", host=host)[0] in (400, 403)
+def test_invalid_host_headers_are_rejected(open_page, host):
+    assert _ask(open_page, "GET", "/config", host=host)[0] in (400, 403)
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1"])
-def test_cross_origin_requests_are_rejected(page_without_password, origin):
+def test_cross_origin_requests_are_rejected(open_page, origin):
     body = b"{}"
-    assert (
-        _ask(page_without_password, "POST", "/gradio_api/queue/join", body, origin=origin)[0] == 403
-    )
-    assert _ask(page_without_password, "POST", "/gradio_api/upload", body, origin=origin)[0] == 403
+    for path in ("queue/join", "upload"):
+        assert _ask(open_page, "POST", f"/gradio_api/{path}", body, origin=origin)[0] == 403
 
 
-def test_only_uploaded_files_are_served(page_without_password, tmp_path):
+def test_only_uploaded_files_are_served(open_page, tmp_path):
     own = tmp_path / "secret.png"
     own.write_bytes(b"secret")
-    status, path = _upload(page_without_password, "a.png", b"picture")
+    status, path = _upload(open_page, "a.png", b"picture")
     assert status == 200
-    served_file = _ask(page_without_password, "GET", f"/gradio_api/file={quote(path)}")
+    served_file = _ask(open_page, "GET", f"/gradio_api/file={quote(path)}")
     assert (served_file[0], served_file[2]) == (200, b"picture")
     assert "sandbox" in served_file[1]["content-security-policy"]
-    uploads = page_without_password.folder / "uploads"
+    uploads = open_page.folder / "uploads"
     (uploads / "link").symlink_to(tmp_path)
     for outside in (
         str(own),
@@ -186,95 +178,81 @@ def test_only_uploaded_files_are_served(page_without_password, tmp_path):
         "\0",
         "",
     ):
-        requested = _ask(page_without_password, "GET", f"/gradio_api/file={quote(outside)}")
+        requested = _ask(open_page, "GET", f"/gradio_api/file={quote(outside)}")
         assert requested[0] in (400, 404), outside
-        assert _join(page_without_password, outside) == 403, outside
+        assert _join(open_page, outside) == 403, outside
     for odd in (None, 7, ["x"], {"path": path}):
-        assert _join(page_without_password, odd) == 422, odd
+        assert _join(open_page, odd) == 422, odd
 
 
-def test_upload_names_cannot_escape_the_folder(page_without_password, tmp_path):
+def test_upload_names_cannot_escape_the_folder(open_page, tmp_path):
     for name in ("../../../x.png", "/etc/x.png", "..", "a/../../x.png", "\\..\\x.png"):
-        status, path = _upload(page_without_password, name, b"picture")
+        status, path = _upload(open_page, name, b"picture")
         assert status in (200, 400)
         if path:
-            assert Path(path).resolve().is_relative_to(page_without_password.folder / "uploads")
+            assert Path(path).resolve().is_relative_to(open_page.folder / "uploads")
 
 
-def test_request_body_limits(page_without_password):
+def test_request_body_limits(open_page):
     much = b"x" * (MAX_MESSAGE_BYTES + 1)
-    assert _ask(page_without_password, "POST", "/gradio_api/queue/join", much)[0] == 413
+    assert _ask(open_page, "POST", "/gradio_api/queue/join", much)[0] == 413
     length = str(100 << 20)
     assert MAX_UPLOAD_BYTES > 100 << 20, "the rejection below depends on the Content-Length only"
     result = {"content_length": str(MAX_UPLOAD_BYTES + 1), "content_type": "multipart/form-data"}
-    assert _ask(page_without_password, "POST", "/gradio_api/upload", b"", **result)[0] == 413
-    assert (
-        _ask(page_without_password, "POST", "/gradio_api/cancel", b"", content_length=length)[0]
-        == 413
-    )
-    assert _upload(page_without_password, "large.png", bytes(MAX_IMAGE_BYTES + 1))[0] == 413
-    before = [*(page_without_password.folder / "uploads").rglob("large.png")]
+    assert _ask(open_page, "POST", "/gradio_api/upload", b"", **result)[0] == 413
+    assert _ask(open_page, "POST", "/gradio_api/cancel", b"", content_length=length)[0] == 413
+    assert _upload(open_page, "large.png", bytes(MAX_IMAGE_BYTES + 1))[0] == 413
+    before = [*(open_page.folder / "uploads").rglob("large.png")]
     assert before == []
 
 
-def test_unused_uploads_are_removed(page_without_password):
+def test_unused_uploads_are_removed(open_page):
     old, new = (
-        Path(_upload(page_without_password, f"{name}.png", name.encode())[1])
-        for name in ("old", "new")
+        Path(_upload(open_page, f"{name}.png", name.encode())[1]) for name in ("old", "new")
     )
     assert old.exists()
     past = time.time() - UPLOAD_TTL_S - 60
     os.utime(old, (past, past))
-    assert _upload(page_without_password, "next.png", b"next")[0] == 200
+    assert _upload(open_page, "next.png", b"next")[0] == 200
     assert (old.exists(), new.exists()) == (False, True)
     # The same again is as new.
-    again = Path(_upload(page_without_password, "old.png", b"old")[1])
-    assert _upload(page_without_password, "next.png", b"next")[0] == 200
+    again = Path(_upload(open_page, "old.png", b"old")[1])
+    assert _upload(open_page, "next.png", b"next")[0] == 200
     assert again.exists()
 
 
-def test_chunked_body_is_limited(page_without_password):
-    connection = http.client.HTTPConnection("127.0.0.1", page_without_password.port, timeout=20)
+def test_chunked_body_is_limited(open_page):
     chunks = iter([b"x" * 65536] * (MAX_MESSAGE_BYTES // 65536 + 2))
-    try:
-        connection.request("POST", "/gradio_api/queue/join", chunks, encode_chunked=True)
-        status = connection.getresponse().status
-    except (BrokenPipeError, ConnectionResetError):
-        status = 413
-    finally:
-        connection.close()
-    assert status == 413
-
-
-def test_images_and_exports_need_secret_urls(page_without_password):
-    for path in (
-        "/images/x/1",
-        "/export/x/chat.zip",
-        "/images/x/..%2f..%2fx",
-        "/images/%C3%A9/1",
+    with (
+        _connect(open_page) as connection,
+        contextlib.suppress(BrokenPipeError, ConnectionResetError),
     ):
-        assert _ask(page_without_password, "GET", path)[0] in (404, 422), path
+        connection.request("POST", "/gradio_api/queue/join", chunks, encode_chunked=True)
+        assert connection.getresponse().status == 413
 
 
-def test_every_response_has_security_headers(page_without_password):
+def test_images_and_exports_need_secret_urls(open_page):
+    for path in ("/images/x/1", "/export/x/chat.zip", "/images/x/..%2f..%2fx", "/images/%C3%A9/1"):
+        assert _ask(open_page, "GET", path)[0] in (404, 422), path
+
+
+def test_every_response_has_security_headers(open_page):
     for path in ("/", "/config", "/theme.css", "/page.css", "/no", "/gradio_api/file=/etc/hosts"):
-        headers = _ask(page_without_password, "GET", path)[1]
+        headers = _ask(open_page, "GET", path)[1]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["x-frame-options"] == "DENY"
         assert "default-src 'none'" in headers["content-security-policy"]
-    first, second = (
-        _ask(page_without_password, "GET", "/")[1]["content-security-policy"] for _ in range(2)
-    )
+    first, second = (_ask(open_page, "GET", "/")[1]["content-security-policy"] for _ in range(2))
     assert "nonce-" in first
     assert first != second
     assert "unsafe-inline" not in first.partition("script-src")[2].partition(";")[0]
 
 
-def test_page_loads_no_external_resources(page_without_password):
-    page = _ask(page_without_password, "GET", "/")[2].decode()
+def test_page_loads_no_external_resources(open_page):
+    page = _ask(open_page, "GET", "/")[2].decode()
     fetched = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", page)
     assert fetched == []
-    assert "fonts.g" not in page + _ask(page_without_password, "GET", "/theme.css")[2].decode()
+    assert "fonts.g" not in page + _ask(open_page, "GET", "/theme.css")[2].decode()
 
 
 def test_server_opens_no_external_connections():
@@ -287,7 +265,7 @@ def test_server_opens_no_external_connections():
 
     sys.addaudithook(watch)  # for the rest of the process; `watching` turns it off
     try:
-        with run_web_page(ScriptedService(_echo)) as location:
+        with run_web_page(ScriptedService()) as location:
             assert _ask(location, "GET", "/")[0] == 200
             assert _join(location, "http://93.184.216.34/x.png") == 403
     finally:
@@ -298,7 +276,7 @@ def test_server_opens_no_external_connections():
 
 
 def test_uploads_are_stored_in_a_private_temp_folder():
-    with run_web_page(ScriptedService(_echo)) as location:
+    with run_web_page(ScriptedService()) as location:
         assert _upload(location, "a.png", b"picture")[0] == 200
         folder = location.folder
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -340,26 +318,24 @@ MALFORMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_event_is_refused_without_a_traceback(page_without_password, change, capfd):
-    status, output = _send_event(
-        page_without_password, **({"data": [QUESTION, False, 9, 0]} | change)
-    )
+def test_malformed_event_is_refused_without_a_traceback(open_page, change, capfd):
+    status, output = _send_event(open_page, **({"data": [QUESTION, False, 9, 0]} | change))
     assert (status, json.loads(output)) == (422, {"detail": "malformed event"})
     # Gradio answers first, and fails later.
-    assert _converse(page_without_password, "still there") == "still there"
+    assert _converse(open_page, "still there") == "still there"
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"null", b"[" * 100_000, b"9" * 5000])
 @pytest.mark.parametrize("path", ["queue/join", "cancel", "reset"])
-def test_malformed_json_is_refused_without_a_traceback(page_without_password, path, body, capfd):
-    assert _ask(page_without_password, "POST", f"/gradio_api/{path}", body)[0] == 422
+def test_malformed_json_is_refused_without_a_traceback(open_page, path, body, capfd):
+    assert _ask(open_page, "POST", f"/gradio_api/{path}", body)[0] == 422
     odd = json.dumps({"event_id": "\ud800", "session_hash": "a", "fn_index": 1}).encode()
-    assert _ask(page_without_password, "POST", f"/gradio_api/{path}", odd)[0] == 422
+    assert _ask(open_page, "POST", f"/gradio_api/{path}", odd)[0] == 422
     assert capfd.readouterr().err == ""
 
 
-def test_malformed_requests_are_refused_without_a_traceback(page_without_password, capfd):
+def test_malformed_requests_are_refused_without_a_traceback(open_page, capfd):
     field = b'--x\r\ncontent-disposition: form-data; name="files"\r\n\r\nabc\r\n--x--\r\n'
     kind = "multipart/form-data; boundary=x"
     for status, method, path, body, headers in (
@@ -371,14 +347,14 @@ def test_malformed_requests_are_refused_without_a_traceback(page_without_passwor
         (404, "GET", "/static/" + "a" * 5000, None, {}),
         (404, "GET", "/gradio_api/file=" + "a" * 5000, None, {}),
     ):
-        assert _ask(page_without_password, method, path, body, **headers)[0] == status, path
+        assert _ask(open_page, method, path, body, **headers)[0] == status, path
     assert capfd.readouterr().err == ""
 
 
-def test_client_that_leaves_during_an_upload_leaves_no_traceback(page_without_password, capfd):
-    with socket.create_connection(("127.0.0.1", page_without_password.port)) as link:
-        link.sendall(_partial_upload(page_without_password, 1000) + b"x" * 100)
-    assert _converse(page_without_password, "still there") == "still there"
+def test_client_that_leaves_during_an_upload_leaves_no_traceback(open_page, capfd):
+    with socket.create_connection(("127.0.0.1", open_page.port)) as link:
+        link.sendall(_partial_upload(open_page, 1000) + b"x" * 100)
+    assert _converse(open_page, "still there") == "still there"
     assert capfd.readouterr().err == ""
 
 
@@ -387,8 +363,7 @@ def _converse(location: RunningWebPage, text: str) -> str:
     session = secrets.token_hex(8)
     question = {"text": text, "files": []}
     assert _send_event(location, [question, False, 9, 0], session_hash=session)[0] == 200
-    connection = http.client.HTTPConnection("127.0.0.1", location.port, timeout=20)
-    try:
+    with _connect(location) as connection:
         connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
         for line in connection.getresponse():
             event = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: ") else {}
@@ -398,8 +373,6 @@ def _converse(location: RunningWebPage, text: str) -> str:
                 answer = visitor.chat.turns[-1].replies[0].text
                 location.visitors.close(session)
                 return answer
-    finally:
-        connection.close()
     raise AssertionError("the stream has ended without an answer")
 
 
@@ -416,7 +389,7 @@ def _partial_upload(location: RunningWebPage, size: int) -> bytes:
 def test_concurrent_uploads_keep_the_limit(monkeypatch):
     monkeypatch.setattr(web_sessions, "MAX_STORED_BYTES", 1_000_000)
     size = 300_000
-    with run_web_page(ScriptedService(_echo)) as location, contextlib.ExitStack() as stack:
+    with run_web_page(ScriptedService()) as location, contextlib.ExitStack() as stack:
         links = [
             stack.enter_context(socket.create_connection(("127.0.0.1", location.port), timeout=20))
             for _ in range(8)
@@ -430,9 +403,8 @@ def test_concurrent_uploads_keep_the_limit(monkeypatch):
             statuses += [int(link.recv(12).split()[1]) for link in readable]
         assert statuses == [507] * 5
         stack.close()
-        retained = sum(
-            f.stat().st_size for f in (location.folder / "uploads").rglob("*") if f.is_file()
-        )
+        files = [file for file in (location.folder / "uploads").rglob("*") if file.is_file()]
+        retained = sum(file.stat().st_size for file in files)
         assert retained < 1_000_000
         # What was reserved for those that have left is free again.
         deadline = time.monotonic() + 20
@@ -444,7 +416,7 @@ def test_concurrent_uploads_keep_the_limit(monkeypatch):
 def test_upload_that_stops_is_ended(monkeypatch):
     monkeypatch.setattr(access_middleware, "UPLOAD_IDLE_TIMEOUT_S", 0.2)
     with (
-        run_web_page(ScriptedService(_echo)) as location,
+        run_web_page(ScriptedService()) as location,
         socket.create_connection(("127.0.0.1", location.port), timeout=20) as link,
     ):
         link.sendall(_partial_upload(location, 1000))
@@ -455,18 +427,15 @@ BEHIND_PROXY = {"host": "chat.example.com", "origin": "https://chat.example.com"
 
 
 def test_page_works_behind_a_proxy_with_tls():
-    with run_web_page(ScriptedService(_echo), password=PASSWORD) as location:
+    with run_web_page(ScriptedService(), password=PASSWORD) as location:
         right = _ask(location, "POST", "/sign-in", f"password={PASSWORD}".encode(), **BEHIND_PROXY)
         assert right[0] == 303
         cookie, *marks = right[1]["set-cookie"].split("; ")
         assert {"HttpOnly", "SameSite=strict", "Secure"} <= set(marks)
         headers = BEHIND_PROXY | {"cookie": cookie}
         assert _ask(location, "GET", "/", **headers)[0] == 200
-        body = {"event_id": "x"}
-        status = _ask(location, "POST", "/gradio_api/reset", json.dumps(body).encode(), **headers)[
-            0
-        ]
-        assert status == 200
+        body = json.dumps({"event_id": "x"}).encode()
+        assert _ask(location, "POST", "/gradio_api/reset", body, **headers)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -489,22 +458,20 @@ def test_page_works_behind_a_proxy_with_tls():
         ("127.0.0.1:7860", "https://chat.example.com", 403),
     ],
 )
-def test_origin_must_have_the_host_and_port_of_the_request(
-    page_with_password, host, origin, status
-):
+def test_origin_must_have_the_host_and_port_of_the_request(locked_page, host, origin, status):
     for forwarded in ({}, {"x_forwarded_host": "evil.example", "x_forwarded_proto": "https"}):
         body = f"password={PASSWORD}".encode()
         headers = {"host": host, "origin": origin} | forwarded
-        assert _ask(page_with_password, "POST", "/sign-in", body, **headers)[0] == status
+        assert _ask(locked_page, "POST", "/sign-in", body, **headers)[0] == status
 
 
-def test_forwarding_headers_are_not_believed(page_without_password):
+def test_forwarding_headers_are_not_believed(open_page):
     forged = {"x_forwarded_host": "evil.example", "x_gradio_server": "http://evil.example"}
     for path in ("/", "/config"):
-        assert b"evil.example" not in _ask(page_without_password, "GET", path, **forged)[2]
+        assert b"evil.example" not in _ask(open_page, "GET", path, **forged)[2]
 
 
-def test_other_names_are_refused_without_a_password_alone(page_without_password):
-    result = _ask(page_without_password, "GET", "/", **BEHIND_PROXY)
+def test_other_names_are_refused_without_a_password_alone(open_page):
+    result = _ask(open_page, "GET", "/", **BEHIND_PROXY)
     assert result[0] == 403
     assert b"password" in result[2]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe import AxeChecker
 from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
 from chat_page_driver import ChatPageDriver
 from PIL import Image
@@ -148,7 +149,7 @@ def test_exported_chat_is_a_sample_with_images(browser, tiny_page, image_paths, 
 
 def test_later_images_are_stored_in_the_private_folder(browser, image_paths, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with run_web_page(ScriptedService(lambda text: (text, ()))) as location:
+    with run_web_page(ScriptedService()) as location:
         visit = ChatPageDriver(browser, location.address)
         for image, question in image_paths[:2]:
             visit.ask(question, [image])
@@ -209,7 +210,7 @@ def test_html_payloads_are_escaped(browser, tmp_path):
 
 def test_errors_are_shown_as_text(browser, tmp_path):
     (tmp_path / "<b>x<b>.png").write_text("no image")
-    with run_web_page(ScriptedService(lambda text: (text, ()))) as location:
+    with run_web_page(ScriptedService()) as location:
         visit = ChatPageDriver(browser, location.address)
         visit.submit("What?", [tmp_path / "<b>x<b>.png"])
         visit.wait_for_script("return !!document.querySelector('.notice');")
@@ -223,7 +224,7 @@ def test_errors_are_shown_as_text(browser, tmp_path):
 
 def test_markup_and_formulas_are_shown_verbatim(browser):
     typed = "# no heading\n**no** $$x^2$$ `code` [x](http://127.0.0.1:9/)\n\n  two blanks"
-    with run_web_page(ScriptedService(lambda text: (text, ()))) as location:
+    with run_web_page(ScriptedService()) as location:
         visit = ChatPageDriver(browser, location.address)
         visit.ask(typed)
         assert visit.read_texts(".reply .message-text") == [typed]
@@ -234,9 +235,7 @@ def test_markup_and_formulas_are_shown_verbatim(browser):
 
 
 def test_password_sign_in(browser):
-    with run_web_page(
-        ScriptedService(lambda text: (text, ())), password=PASSWORD, loopback=False
-    ) as location:
+    with run_web_page(ScriptedService(), password=PASSWORD, loopback=False) as location:
         visit = ChatPageDriver(browser, location.address)
         assert browser.run("return location.pathname;") == "/sign-in"
         assert browser.unlabeled_elements() == []
@@ -246,3 +245,14 @@ def test_password_sign_in(browser):
         assert [cookie["httpOnly"] for cookie in browser.driver.get_cookies()] == [True]
         visit.ask("Who is there?")
         assert visit.read_texts(".reply .message-text") == ["Who is there?"]
+
+
+def test_page_has_no_severe_violations(browser):
+    axe = AxeChecker()
+    with run_web_page(ScriptedService()) as location:
+        visit = ChatPageDriver(browser, location.address, PHONE_WIDTH, "zh-CN,zh")
+        visit.ask("Hello?")
+        assert axe.find_violations(browser) == []
+        browser.visit(location.address, DESKTOP_WIDTH, dark=True)
+        visit.wait_for_script("return !!document.querySelector('.welcome');")
+        assert axe.find_violations(browser) == []

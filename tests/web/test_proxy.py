@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
-import pytest
 from chat_page_driver import ChatPageDriver
+from hub_fixtures import certificate
 from PIL import Image
 from web_server_fixture import ScriptedService, run_web_page
 
+__all__ = ["certificate"]
+
 PASSWORD = "right-password"
-
-
-def certificate(folder: Path) -> ssl.SSLContext:
-    """Create a self-signed certificate."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl on the search path")
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-    command += ["-subj", "/CN=127.0.0.1"]
-    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
-    return context
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -61,14 +47,13 @@ def tls_proxy(context: ssl.SSLContext, port: int) -> Iterator[int]:
         server.close()
 
 
-def test_question_with_an_image_is_answered_behind_tls(browser, tmp_path):
+def test_question_with_an_image_is_answered_behind_tls(browser, certificate, tmp_path):
     Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
-    context = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
     browser.driver.execute_cdp_cmd("Security.setIgnoreCertificateErrors", {"ignore": True})
     with (
-        run_web_page(
-            ScriptedService(lambda text: (text, ())), password=PASSWORD, loopback=False
-        ) as location,
+        run_web_page(ScriptedService(), password=PASSWORD, loopback=False) as location,
         tls_proxy(context, location.port) as port,
     ):
         address = f"https://127.0.0.1:{port}/"

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import struct
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply
 from finesight.infer.request import GenerationOptions
 from finesight.web import web_sessions as module
+from finesight.web.ui_text import CHINESE, ENGLISH, UiText, get_other_language, select_ui_text
 from finesight.web.web_server import create_session_store
 from finesight.web.web_sessions import (
     MAX_DISPLAY_SIDE,
@@ -33,7 +33,8 @@ from finesight.web.web_sessions import (
 @pytest.fixture
 def visitors(tmp_path: Path) -> WebSessionStore:
     (tmp_path / "chats").mkdir()
-    return create_session_store(tmp_path, ScriptedService(lambda text: (text, ())))
+    (tmp_path / "uploads").mkdir()
+    return create_session_store(tmp_path, ScriptedService())
 
 
 @pytest.fixture
@@ -62,9 +63,7 @@ async def _consume_reply(reply: ChatReply) -> None:
 
 def test_images_over_the_disk_limit_are_rejected(visitors, tmp_path, monkeypatch):
     """Chats contain copies of uploads, so small uploads count as well."""
-    (tmp_path / "uploads").mkdir()
-    upload = tmp_path / "uploads" / "a.png"
-    write_noise_image(upload, 400, 400)
+    upload = write_noise_image(tmp_path / "uploads" / "a.png", 400, 400)
     monkeypatch.setattr(module, "MAX_DISPLAY_BYTES", 0)
     monkeypatch.setattr(module, "MAX_STORED_BYTES", 4 * upload.stat().st_size)
     visitor = visitors.get_or_create("one")
@@ -81,9 +80,7 @@ def test_images_over_the_disk_limit_are_rejected(visitors, tmp_path, monkeypatch
 
 
 def test_exports_count_until_they_are_closed(visitors, tmp_path, monkeypatch):
-    (tmp_path / "uploads").mkdir()
-    upload = tmp_path / "uploads" / "a.png"
-    write_noise_image(upload, 400, 400)
+    upload = write_noise_image(tmp_path / "uploads" / "a.png", 400, 400)
     visitor = visitors.get_or_create("one")
     turn = visitor.chat.send("What?", visitor.add_uploads("", [upload]), [GenerationOptions()])
     asyncio.run(_consume_reply(turn.replies[0]))
@@ -139,12 +136,10 @@ def test_images_are_stored_original_and_shown_without_metadata(visitor, tmp_path
 
 def test_equal_image_names_do_not_collide(visitor, tmp_path):
     (tmp_path / "b").mkdir()
-    one, two = (
-        write_noise_image(tmp_path / "a.png", 30, 30),
-        write_noise_image(tmp_path / "b" / "a.png", 30, 30, seed=1),
-    )
-    retained = visitor.add_uploads("What?", [one, two])
-    assert [path.read_bytes() for path in retained] == [one.read_bytes(), two.read_bytes()]
+    paths = [tmp_path / "a.png", tmp_path / "b" / "a.png"]
+    uploads = [write_noise_image(path, 30, 30, seed) for seed, path in enumerate(paths)]
+    retained = visitor.add_uploads("What?", uploads)
+    assert [path.read_bytes() for path in retained] == [path.read_bytes() for path in uploads]
 
 
 def test_oversized_questions_are_rejected(visitor, tmp_path):
@@ -160,7 +155,7 @@ def test_oversized_questions_are_rejected(visitor, tmp_path):
 
 
 def test_decompression_bomb_is_rejected_by_header(visitor, tmp_path):
-    (tmp_path / "bomb.png").write_bytes(_bomb(10_000))
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 20_000
     with pytest.raises(ImageTooLargeError, match="100000000"):
         visitor.add_uploads("What?", [tmp_path / "bomb.png"])
@@ -188,14 +183,23 @@ def test_empty_chat_cannot_be_exported(visitor):
         visitor.export_archive()
 
 
-def _bomb(side: int) -> bytes:
-    """Return a small PNG with `side` x `side` pixels."""
+@pytest.mark.parametrize(
+    ("accepted", "words"),
+    [
+        ("zh-CN,zh;q=0.9,en;q=0.8", CHINESE),
+        ("en-GB,en;q=0.9,zh;q=0.8", ENGLISH),
+        ("de-DE,de;q=0.9,zh-TW;q=0.3", CHINESE),
+        ("de", ENGLISH),
+        ("", ENGLISH),
+    ],
+)
+def test_first_available_language_is_used(accepted, words):
+    assert select_ui_text(accepted) is words
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
 
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    pixels = zlib.compress(bytes(side * (side // 8 + 1)), 9)
-    ends = chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + ends
+def test_both_languages_have_all_texts_and_placeholders():
+    assert get_other_language(get_other_language(ENGLISH)) is ENGLISH
+    for field in fields(UiText):
+        english, chinese = (str(getattr(words, field.name)) for words in (ENGLISH, CHINESE))
+        assert english != chinese, field.name
+        assert english.count("{}") == chinese.count("{}"), field.name

@@ -91,10 +91,10 @@ def serve(
     Example: finesight serve runs/latex
     """
     try:
+        from finesight.serve.api_schema import ServerLimits
         from finesight.serve.api_server import bind_socket, run_api_server
         from finesight.serve.image_sources import read_formats
         from finesight.serve.request_middleware import read_api_keys
-        from finesight.serve.server_limits import ServerLimits
     except ImportError as error:
         raise UserError(
             f"the package {error.name} cannot be imported: {error}",

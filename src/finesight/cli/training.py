@@ -149,7 +149,7 @@ def train(
     settings = load_recipe(recipe, overrides or ())
     check_recipe_metric(settings, recipe, overrides or (), trust=trust_metric)
     # This import takes seconds. It follows the recipe checks so that errors appear at once.
-    from finesight.train.trainer import train as run_training
+    from finesight.train.training_run import train as run_training
 
     result = run_training(settings, resume=resume)
     if as_json and result is not None:

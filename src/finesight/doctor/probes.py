@@ -149,7 +149,7 @@ def run_smoke_stages(device: Literal["cpu", "cuda"], folder: Path) -> None:
 
 
 def _import_trainer() -> str:
-    importlib.import_module("finesight.train.trainer")
+    importlib.import_module("finesight.train.training_run")
     return ""
 
 
@@ -172,7 +172,7 @@ def _train_model(device: str, folder: Path) -> str:
 
     from finesight.manifest import METRICS_FILE
     from finesight.recipe import load_recipe
-    from finesight.train.trainer import train
+    from finesight.train.training_run import train
 
     recipe_file, run = folder / "recipe.yaml", folder / "run"
     files = {"train": folder / "data" / "data.jsonl", "run": run}

@@ -172,7 +172,7 @@ class TokenBuilder:
             self._pending_texts = []
 
 
-def get_rope_index(
+def compute_position_ids(
     num_tokens: int,
     spans: Sequence[VisualSpan],
     temporal_ids: Sequence[NDArray[np.int64]],
@@ -506,7 +506,7 @@ class NativeRenderer(Renderer):
         spans, temporal_ids = (
             ([], []) if self.family.uses_1d_positions else (state.spans, state.temporal_ids)
         )
-        position_ids_3T = get_rope_index(
+        position_ids_3T = compute_position_ids(
             len(ids_T), spans, temporal_ids, self.patch_config.merge_size
         )
         return TokenizedSample(

@@ -46,11 +46,7 @@ class BlockManager:
         return len(self._free_blocks) + len(self._evictable)
 
     def acquire_cached(self, block_hashes: Iterable[BlockHash]) -> list[int]:
-        """Add a reference to each cached block of the longest matching prompt prefix.
-
-        Returns:
-            Ids of these blocks.
-        """
+        """Add a reference to each cached block of the longest matching prompt prefix."""
         block_ids: list[int] = []
         for block_hash in block_hashes:
             if block_hash not in self._block_by_hash:
@@ -111,9 +107,6 @@ def compute_block_hashes(
     """Compute the hash of each full block of a prompt, for prefix caching.
 
     Args:
-        tokenized: Prompt tokens.
-        image_hashes: Pixel hash of each image or video.
-        block_size: Tokens per block.
         cache_salt: Identifies the adapter and the model state, which change the keys and values.
     """
     block_hashes: list[BlockHash] = []

@@ -51,9 +51,7 @@ class ChatReply:
     `finish_reason` and `content` are set when the stream ends.
 
     Attributes:
-        model: Name of the model.
         image_path: Image that predicted boxes refer to; None without an image.
-        text: Text received so far.
     """
 
     def __init__(self, model: str, stream: GenerationStream, image_path: Path | None) -> None:
@@ -120,10 +118,6 @@ class ChatSession:
         """Send a message to one model per entry of `options` and start the replies.
 
         Images are read in the calling thread. After an error the session is unchanged.
-
-        Raises:
-            UserError: The message is empty, an image is invalid, or the service rejects the
-                request.
         """
         assert options, f"no models requested: options are {options!r}"
         if not text.strip() and not image_paths:
@@ -157,11 +151,7 @@ class ChatSession:
         return turn
 
     def regenerate(self, options: Sequence[GenerationOptions]) -> ChatTurn:
-        """Send the last message again and replace its replies.
-
-        Raises:
-            UserError: There is no turn, or `send` fails.
-        """
+        """Send the last message again and replace its replies."""
         last_turn = self.undo()
         if last_turn is None:
             raise UserError(
@@ -177,14 +167,9 @@ class ChatSession:
             raise
 
     def to_samples(self, name_image: Callable[[Path], str]) -> list[Sample]:
-        """Convert the conversation to one sample per model.
+        """Convert the conversation to one sample per model, with images renamed by `name_image`.
 
-        Args:
-            name_image: Returns the path to store in the sample for an image file.
-
-        Returns:
-            Samples; `meta["truncated_turns"]` lists turns whose reply did not end with the end
-            token.
+        `meta["truncated_turns"]` lists turns whose reply did not end with the end token.
         """
         models = dict.fromkeys(reply.model for turn in self.turns for reply in turn.replies)
         samples = []
@@ -206,14 +191,7 @@ class ChatSession:
         return samples
 
     def save(self, file: Path) -> int:
-        """Write the conversation as JSONL, one sample per model, with absolute image paths.
-
-        Returns:
-            Number of samples.
-
-        Raises:
-            UserError: There is no reply to save, or the file exists.
-        """
+        """Write the conversation as JSONL, one sample per model, with absolute image paths."""
         raise_if_exists(file)
         samples = self.to_samples(lambda path: str(path.absolute()))
         if not samples:
@@ -231,12 +209,6 @@ class ChatSession:
 
         Args:
             file: Output file; by default `<image>-boxes.png` in the working directory.
-
-        Returns:
-            Path of the written file.
-
-        Raises:
-            UserError: There is no image, or the file exists.
         """
         reply = self.turns[-1].replies[0] if self.turns else None
         if reply is None or reply.image_path is None:

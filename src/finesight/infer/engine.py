@@ -35,7 +35,6 @@ KV_CACHE_BYTES = 7 << 30
 """Default size of the KV cache in bytes: 2^18 tokens of Qwen2-VL-2B in bf16."""
 
 GPU_BLOCK_SIZE = 64
-"""Tokens per KV-cache block on a GPU."""
 
 CPU_BLOCK_SIZE = 16
 """Tokens per KV-cache block on a CPU.
@@ -123,9 +122,6 @@ class Engine:
         """Return the maximum number of completion tokens for a prompt.
 
         The size of the KV cache and the model's `max_position_embeddings` limit it.
-
-        Raises:
-            UserError: The prompt exceeds the KV cache or the model's positions.
         """
         max_positions = self.model.config.decoder.max_position_embeddings
         last_position = _get_last_position(prompt, max_positions)
@@ -142,11 +138,7 @@ class Engine:
         return max(1, min(available, max_positions - 1 - last_position))
 
     def add_request(self, request: GenerationRequest) -> int:
-        """Queue a request and return its id.
-
-        Raises:
-            UserError: The request exceeds the KV cache or the model's positions.
-        """
+        """Queue a request and return its id."""
         requested, available = request.max_new_tokens, self.get_max_new_tokens(request.prompt)
         assert requested >= 1, f"max_new_tokens is {requested}, less than 1"
         tokenized = request.prompt.tokenized
@@ -236,9 +228,7 @@ class Engine:
     def _wait_for_bitmask(self, sequence: SequenceState, timeout_s: float) -> bool:
         """Wait until the token bitmask of a constrained sequence is available.
 
-        Returns:
-            False after a timeout. If the computation of the bitmask fails, the sequence is finished
-            with the error and the result is True.
+        Returns False after a timeout. A failed computation finishes the sequence with the error.
         """
         constraint = sequence.request.constraint
         if constraint is None or sequence.is_finished:
@@ -402,12 +392,6 @@ def compute_required_tokens(
 
     The cache fits the longest `max_num_seqs` prompts with their completions, up to
     `compute_cache_capacity`, and always at least one sequence.
-
-    Args:
-        model: Model.
-        prompt_lengths: Number of tokens of each prompt.
-        max_new_tokens: Maximum number of completion tokens.
-        max_num_seqs: Maximum number of concurrent sequences.
     """
     max_completion = min(max_new_tokens, model.config.decoder.max_position_embeddings)
     # One block more per sequence for its partially filled last block.
@@ -457,20 +441,10 @@ def iter_completions(
     last position of the model. Except for rounding, completions do not depend on the batch.
 
     Args:
-        model: Model in evaluation mode.
         prompts: Index and encoded prompt of each sample; read when a sequence can start.
-        prompt_lengths: Number of tokens of each prompt.
         max_new_tokens: Maximum length of a completion, at least 1.
-        end_ids: Token ids that end a completion.
-        batch_size: Maximum number of concurrent sequences.
         on_progress: Called after each step with the number of completions that ended in it; an
             exception stops generation.
-
-    Yields:
-        Index, tokenized prompt and token ids of a completion.
-
-    Raises:
-        UserError: A prompt exceeds the model's positions, or logits overflow.
     """
     if not prompt_lengths:
         return

@@ -103,11 +103,7 @@ class HfEngine:
         return get_max_new_tokens(self.model, prompt)
 
     def add_request(self, request: GenerationRequest) -> int:
-        """Queue a request and return its id.
-
-        Raises:
-            UserError: The request needs sampling, log probabilities or a constraint.
-        """
+        """Queue a request and return its id."""
         native_only = {
             "temperature": not request.sampling_params.is_greedy,
             "repetition_penalty": request.sampling_params.repetition_penalty != 1.0,

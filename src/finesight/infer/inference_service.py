@@ -36,10 +36,8 @@ from finesight.model.hf_backend import HfModel
 from finesight.model.vlm import VisionLanguageModel
 
 DEFAULT_MAX_NUM_SEQS = 64
-"""Default number of concurrent sequences."""
 
 DEFAULT_MAX_WAITING = 256
-"""Default number of queued requests."""
 
 CPU_KV_CACHE_BYTES = 1 << 30
 GPU_MEMORY_FRACTION = 0.6
@@ -220,6 +218,7 @@ class GenerationStream:
             yield delta
 
     async def __aiter__(self) -> AsyncIterator[CompletionDelta]:
+        """Yield deltas. Those that have arrived together are merged."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
         with self._changed:
             self._wake = lambda: _wake_loop(loop, changed)
@@ -227,9 +226,12 @@ class GenerationStream:
             changed.clear()
             # Read before the deltas, so that no delta before the end is missed.
             is_finished = self._is_finished
-            while (delta := self._pop_delta()) is not None:
-                yield delta
+            arrived = [self._deltas.popleft() for _ in range(len(self._deltas))]
+            if arrived:
+                tokens = tuple(token for delta in arrived for token in delta.tokens)
+                yield CompletionDelta("".join(delta.text for delta in arrived), tokens)
             if is_finished:
+                self._pop_delta()
                 return
             await changed.wait()
 
@@ -320,9 +322,6 @@ class InferenceService:
     """Runs one model in a background thread and streams completions.
 
     Args:
-        inference_model: Model, renderer and adapters.
-        max_num_seqs: Maximum number of concurrent sequences.
-        max_waiting: Maximum number of queued requests.
         kv_cache_bytes: Size of the KV cache; by default a share of free GPU memory.
     """
 
@@ -378,7 +377,6 @@ class InferenceService:
 
         Args:
             located_sample: Sample whose turns, except a final assistant turn, are the prompt.
-            options: Generation options.
             prompt: Encoded prompt. If None, the prompt, including images, is encoded in the calling
                 thread.
             image_index: Index of the image that predicted boxes refer to. If None, that of the

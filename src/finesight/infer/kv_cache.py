@@ -29,7 +29,7 @@ from finesight.model.gated_delta_net import (
 _HAS_TRITON = find_spec("triton") is not None
 
 if _HAS_TRITON:
-    from finesight.infer import paged_attention_kernels
+    from finesight.infer import decode_kernels
 
 
 class KVCache:
@@ -39,9 +39,6 @@ class KVCache:
     zero-initialized: a masked entry has weight 0, but 0 times NaN is NaN.
 
     Attributes:
-        block_table_RB: Block ids of each sequence.
-        seq_lens_R: Number of cached tokens of each sequence.
-        prompt_lens_R: Number of prompt tokens of each sequence.
         active_R: 1 for a decoding sequence, 0 for an unused row, which writes to block 0.
     """
 
@@ -170,13 +167,7 @@ def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) ->
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Tokens [start, stop) of a prompt, which one prefill step processes.
-
-    Attributes:
-        block_ids: KV-cache blocks of the prompt.
-        prompt_length: Number of tokens of the full prompt.
-        state_slot: Slot of the prompt's linear attention states.
-    """
+    """Tokens [start, stop) of a prompt, which one prefill step processes."""
 
     block_ids: Sequence[int]
     start: int
@@ -319,7 +310,7 @@ class DecodeAttention:
         keys_PSKD, values_PSKD = cache.keys_LPSKD[layer_index], cache.values_LPSKD[layer_index]
         if self._use_kernels:
             block_args = self.block_table_RB, self.seq_lens_R
-            o_RHD: Tensor = paged_attention_kernels.paged_attention(
+            o_RHD: Tensor = decode_kernels.paged_attention(
                 q_RHD, keys_PSKD, values_PSKD, *block_args
             )
             return o_RHD

@@ -83,9 +83,6 @@ def load_inference_model(
         precision: `auto` is bf16 on GPUs that support it, fp16 on older GPUs, fp32 on CPU.
         weight_format: `auto` is the stored format, or the format of the training run. Other formats
             are converted while loading.
-
-    Raises:
-        UserError: Files are missing or incomplete, or the base model differs from that of the run.
     """
     source = resolve_model_source(run_or_model)
     model, renderer = _load_base_model(source, device, precision, weight_format)
@@ -114,7 +111,6 @@ def _load_base_model(
 
 
 BASE_MODEL_NAME = "base"
-"""Model name that selects the base model without an adapter."""
 
 
 def load_multi_adapter_model(
@@ -128,14 +124,6 @@ def load_multi_adapter_model(
 
     The name of a model is its folder name. The name `base` selects the base model. Other arguments
     are those of `load_inference_model`.
-
-    Args:
-        run_or_model: First adapter, or the base model.
-        extra_adapters: Other adapters of the same base model.
-
-    Raises:
-        UserError: As `load_inference_model`; also if an adapter has another base model, a
-            duplicate name or the name `base`.
     """
     base_source = resolve_model_source(run_or_model)
     if base_source.adapter is None and not extra_adapters:
@@ -233,11 +221,7 @@ def select_cpu_precision() -> Literal["bf16", "fp32"]:
 
 
 def resolve_device(device: Device) -> torch.device:
-    """Return the torch device of a setting; `auto` is CUDA if available, else CPU.
-
-    Raises:
-        UserError: CUDA is requested but not available.
-    """
+    """Return the torch device of a setting; `auto` is CUDA if available, else CPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"device is {device}, but torch {torch.__version__} finds no CUDA device",
@@ -264,16 +248,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 
 def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSource:
-    """Locate the files of a run, adapter or model without loading the weights.
-
-    Args:
-        run_or_model: Run folder, adapter folder, model folder or hub name.
-        base: Current location of the base model of a run or adapter, if it has changed.
-
-    Raises:
-        UserError: Files are missing or incomplete, the base model differs from that of the run, or
-            `base` is not needed.
-    """
+    """Locate the files of a run, adapter or model without loading the weights."""
     # os.path.isfile returns False for invalid paths (unknown home, name too long).
     path = resolve_model_path(run_or_model)
     manifest = load_manifest(path / MANIFEST_FILE) if os.path.isfile(path / MANIFEST_FILE) else None

@@ -40,7 +40,6 @@ GPU_FEATURE_CACHE_BYTES = 1 << 28
 """Size of the image-feature cache on a GPU: 37 images of 1,000 tokens for 7B models."""
 
 CPU_FEATURE_CACHE_BYTES = 1 << 26
-"""Size of the image-feature cache on CPU."""
 
 
 class ModelRunner:
@@ -93,7 +92,6 @@ class ModelRunner:
         Args:
             prompts: Prompts to process, starting at their first token without cached keys and
                 values.
-            stops: Index of the token before which each prompt stops in this step.
 
         Returns:
             Next-token logits [n, V] of the n prompts that are complete, or None.
@@ -137,7 +135,6 @@ class ModelRunner:
         """Add a sequence to the decoding batch.
 
         Args:
-            batch_index: Row of the sequence.
             id_1: Next token id [1].
             num_generated: Number of completion tokens in the KV cache, without the next one.
         """
@@ -191,9 +188,6 @@ class ModelRunner:
 
         Writes the most probable tokens to `ids_R` and whether the logits are finite to
         `is_finite_R`.
-
-        Args:
-            max_seq_len: Length of the longest sequence after this step.
 
         Returns:
             Logits [R, V], valid until the next step.

@@ -45,11 +45,7 @@ class Prediction:
 
     Attributes:
         images: Image files of the sample without videos; `BoxPart.image` is an index into them.
-        prompt: Text of the last user turn.
-        answer: Text without special tokens.
         raw_text: Text with special tokens, including the end token.
-        boxes: Parsed boxes in pixels of the original images.
-        num_tokens: Number of generated tokens.
         stopped: Whether the completion ended with an end token or a stop string.
         reasoning: Reasoning of a thinking model; None for other models.
     """
@@ -146,11 +142,6 @@ def predict(
     mode is restored.
 
     Args:
-        model: Model.
-        renderer: Renderer of the model.
-        samples: Samples to predict.
-        max_new_tokens: Maximum length of a completion in tokens.
-        batch_size: Maximum number of concurrent sequences.
         on_progress: Called after each step with the number of finished completions; an exception
             stops generation.
         on_corrupt_image: Called with index and error of a sample with an unreadable image, which is
@@ -187,7 +178,6 @@ def predict(
 
 
 CompletionIterator = Iterator[tuple[int, TokenizedSample, list[int]]]
-"""Iterator of (sample index, tokenized prompt, token ids of the completion)."""
 
 
 def _generate_with_oom_retry(
@@ -312,10 +302,6 @@ def build_prediction(
     """Decode a completion, parse its boxes and build the prediction of a sample.
 
     Args:
-        renderer: Renderer of the model.
-        located_sample: Sample that was completed.
-        prompt: Tokenized prompt of the sample.
-        output_ids: Token ids of the completion.
         image_index: Index of the image that predicted boxes refer to. If None, that of the boxes in
             the reference answer, or else the first image.
     """

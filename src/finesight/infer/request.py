@@ -91,7 +91,6 @@ class GenerationOptions:
     Attributes:
         max_new_tokens: Maximum completion length; None for the default limit of the service.
         sampling_params: Sampling parameters; greedy by default.
-        stop_strings: Strings that end the completion, excluded from it.
         logprobs: Number of alternative tokens with log probabilities; None for no log
             probabilities.
         constraint: Decoding constraint for this request only.
@@ -123,7 +122,6 @@ class GeneratedToken:
 
     Attributes:
         logprob: Log probability of the token; None if not requested.
-        top_logprobs: (token id, log probability) of the most probable tokens.
     """
 
     id: int
@@ -136,9 +134,7 @@ class TokenUsage:
     """Token counts of a request.
 
     Attributes:
-        prompt_tokens: Number of prompt tokens.
         cached_tokens: Number of prompt tokens whose keys and values were in the prefix cache.
-        completion_tokens: Number of generated tokens.
     """
 
     prompt_tokens: int
@@ -181,8 +177,6 @@ class EngineEvent:
 
     Attributes:
         finish_reason: Reason for the end of the request; None while it runs.
-        error: Error of a failed request.
-        num_cached_tokens: Number of prompt tokens from the prefix cache.
     """
 
     request_id: int

@@ -51,9 +51,6 @@ class PromptState:
     """A prompt and its KV-cache blocks.
 
     Attributes:
-        block_ids: KV-cache blocks of the prompt and its completion.
-        image_hashes: Pixel hash of each image or video.
-        num_computed_tokens: Number of prompt tokens whose keys and values are in the KV cache.
         features: Vision features of each image or video that the rest of the prompt needs; None for
             others.
         state_slot: Slot of the linear attention states; 0 without a slot.
@@ -122,9 +119,7 @@ class Scheduler:
     It decides which sequences a step processes, but does not run the model.
 
     Attributes:
-        waiting: Requests without KV-cache blocks.
         prefilling: Sequences whose prompt is not completely in the KV cache yet.
-        decoding: Sequences of the decoding batch, by row.
         paused: Sequences with a late bitmask, which hold KV-cache blocks but no batch row.
     """
 
@@ -197,11 +192,8 @@ class Scheduler:
     def admit_next(self) -> SequenceState | None:
         """Admit the next request and allocate KV-cache blocks for its maximum length.
 
-        Blocks of a cached prefix are reused.
-
-        Returns:
-            The admitted sequence, or None if there is no request, or too few blocks, batch rows or
-            prefill tokens.
+        Blocks of a cached prefix are reused. Returns None without a request, or with too few
+        blocks, batch rows or prefill tokens.
         """
         num_unread = sum(
             other.prompt.num_tokens - other.prompt.num_computed_tokens for other in self.prefilling
@@ -229,9 +221,6 @@ class Scheduler:
         """Select the prompt chunks of the next prefill step, first come, first served.
 
         All selected prompts use the same adapter.
-
-        Returns:
-            Pairs of a sequence and the prompt index before which its chunk ends.
         """
         token_budget = self.token_budget
         chunks: list[tuple[SequenceState, int]] = []

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 JsonSchema = Mapping[str, Any]
 
 BITMASK_WORD_BITS = 32
-"""Bits per word of a token bitmask."""
 
 MAX_LEXER_STATES = 50_000
 """Maximum number of lexer states per grammar; a state takes 1 to 2 kB.
@@ -65,9 +64,6 @@ class GrammarCompiler:
         """Load the llguidance tokenizer in advance.
 
         Loading takes one second and would delay the first request.
-
-        Raises:
-            UserError: llguidance is not installed.
         """
         self._get_ll_tokenizer()
 
@@ -76,11 +72,7 @@ class GrammarCompiler:
         return self.compile_json_schema(_ANY_OBJECT_SCHEMA)
 
     def compile_json_schema(self, schema: JsonSchema) -> GrammarConstraint:
-        """Compile a constraint for a JSON schema.
-
-        Raises:
-            UserError: The schema is not supported.
-        """
+        """Compile a constraint for a JSON schema."""
         return self._compile(f"answer: %json {json.dumps({**schema, **_WHITESPACE_OPTIONS})}\n")
 
     def compile_boxes(self) -> GrammarConstraint:
@@ -214,11 +206,7 @@ def build_bitmask(token_ids: Sequence[int], num_words: int) -> NDArray[np.int32]
 
 
 def import_llguidance() -> ModuleType:
-    """Import llguidance.
-
-    Raises:
-        UserError: llguidance is not installed.
-    """
+    """Import llguidance."""
     try:
         import llguidance as package
     except ImportError as error:

@@ -214,7 +214,6 @@ class AsyncTokens:
     Attributes:
         ids_R: Token id of each batch row.
         sampled: Sampler output and the index within it, by batch row, without greedy rows.
-        is_finite_R: Whether the logits of each row are finite.
         ready: CUDA event recorded after the copies; None on CPU.
     """
 

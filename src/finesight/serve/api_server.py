@@ -1,4 +1,4 @@
-"""Process of the inference server: HTTP/1.1 protocol with limits, and graceful shutdown."""
+"""Inference server: routes, HTTP/1.1 protocol with limits, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,13 @@ from typing import Any
 
 import h11
 import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -26,10 +34,28 @@ from finesight.errors import UserError
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
-from finesight.serve.api_app import make_app
-from finesight.serve.image_sources import DEFAULT_IMAGE_FORMATS, ImageFetcher
-from finesight.serve.request_middleware import ABORT_STATE_KEY, RequestMiddleware, check_exposure
-from finesight.serve.server_limits import ServerLimits
+from finesight.serve.api_schema import (
+    ApiError,
+    ClientDisconnectedError,
+    ServerLimits,
+    internal_error,
+)
+from finesight.serve.chat_completions import ChatCompletionsHandler
+from finesight.serve.image_sources import (
+    DEFAULT_IMAGE_FORMATS,
+    FILE_PURPOSE,
+    FileStore,
+    ImageFetcher,
+)
+from finesight.serve.request_middleware import (
+    ABORT_STATE_KEY,
+    CLIENT_CLOSED_REQUEST,
+    ApiKeys,
+    RequestMiddleware,
+    ServerMetrics,
+    check_exposure,
+)
+from finesight.serve.request_preprocessor import ConstraintFactory, RequestPreprocessor
 from finesight.serve.worker_jobs import load_worker_state
 from finesight.worker_pool import WorkerPool
 
@@ -47,11 +73,156 @@ ENDING_SECONDS = 5.0
 """Seconds after the shutdown timeout until the process is ended without waiting."""
 
 MAX_HEAD_BYTES = 1 << 14
-"""Maximum size of a request header."""
 
 NUM_UNCHECKED_CHUNKS = 1000
 MIN_MEAN_CHUNK_BYTES = 256
 """Minimum mean chunk size of a body, checked after `NUM_UNCHECKED_CHUNKS` chunks."""
+
+
+def make_app(
+    service: InferenceService,
+    worker_pool: WorkerPool,
+    vocab_size: int,
+    folder: Path,
+    *,
+    api_keys: Sequence[str] = (),
+    limits: ServerLimits | None = None,
+    fetcher: ImageFetcher | None = None,
+    image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
+) -> RequestMiddleware:
+    """Build the inference server as an ASGI application.
+
+    Args:
+        worker_pool: Worker processes with the state of `load_worker_state`.
+        folder: Private folder for files of clients.
+        api_keys: API keys of clients. Without keys, every client is accepted.
+        fetcher: Fetches images from the web. Without it, image URLs are rejected.
+    """
+    limits = limits or ServerLimits()
+    request_folder = folder / "requests"
+    request_folder.mkdir(mode=0o700)
+    metrics = ServerMetrics(service)
+    completions = ChatCompletionsHandler(
+        service=service,
+        worker_pool=worker_pool,
+        constraint_factory=ConstraintFactory(
+            worker_pool, limits, vocab_size, service.renderer.end_ids
+        ),
+        image_formats=image_formats,
+        limits=limits,
+        metrics=metrics,
+        fetcher=fetcher
+        or ImageFetcher((), timeout_s=limits.fetch_timeout_s, max_bytes=limits.max_image_bytes),
+        store=FileStore(folder / "files", limits),
+        folder=request_folder,
+    )
+
+    async def get_metrics(request: Request) -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", completions.create_chat_completion, methods=["POST"]),
+            Route("/metrics", get_metrics),
+            *_build_model_routes(service),
+            *_build_file_routes(completions),
+        ],
+        exception_handlers=dict.fromkeys(
+            (ApiError, ClientDisconnectedError, HTTPException, Exception), _handle_error
+        ),
+    )
+    app.router.redirect_slashes = False
+    return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics)
+
+
+def _build_model_routes(service: InferenceService) -> list[Route]:
+    created_at = int(time.time())
+
+    def model_to_dict(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created_at, "owned_by": "finesight"}
+
+    async def list_models(request: Request) -> Response:
+        models = [model_to_dict(name) for name in service.model_names]
+        return JSONResponse({"object": "list", "data": models})
+
+    async def get_model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in service.model_names:
+            raise ApiError(404, f"unknown model {name[:80]!r}", "model", "model_not_found")
+        return JSONResponse(model_to_dict(name))
+
+    async def get_health(request: Request) -> Response:
+        if service.is_alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "unavailable"}, status_code=503)
+
+    return [
+        Route("/v1/models", list_models),
+        Route("/v1/models/{name:path}", get_model),
+        Route("/health", get_health),
+    ]
+
+
+def _build_file_routes(completions: ChatCompletionsHandler) -> list[Route]:
+    store = completions.store
+
+    async def upload_file(request: Request) -> Response:
+        async with request.form(max_files=1, max_fields=8) as form:
+            file, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(file, UploadFile):
+                raise ApiError(400, f"no file in {len(form)} form fields", "file")
+            if purpose != FILE_PURPOSE:
+                raise ApiError(
+                    400, f"purpose is {purpose!r:.40}; expected {FILE_PURPOSE}", "purpose"
+                )
+            uploaded_file = await completions.run_in_thread(
+                store.add, request.state.owner, file.filename or "", file.file
+            )
+        preprocessor = RequestPreprocessor(
+            completions.worker_pool,
+            completions.limits,
+            completions.image_formats,
+            uploaded_file.path.parent,
+        )
+        try:
+            await completions.run_in_thread(preprocessor.inspect_image, uploaded_file.path, "file")
+        except BaseException:
+            store.delete(uploaded_file.owner, uploaded_file.id)
+            raise
+        return JSONResponse(uploaded_file.as_json())
+
+    async def list_files(request: Request) -> Response:
+        files = [file.as_json() for file in store.list_files(request.state.owner)]
+        return JSONResponse({"object": "list", "data": files, "has_more": False})
+
+    async def get_file(request: Request) -> Response:
+        file = store.get(request.state.owner, request.path_params["name"])
+        return JSONResponse(file.as_json())
+
+    async def delete_file(request: Request) -> Response:
+        name = request.path_params["name"]
+        store.delete(request.state.owner, name)
+        return JSONResponse({"id": name, "object": "file", "deleted": True})
+
+    return [
+        Route("/v1/files", upload_file, methods=["POST"]),
+        Route("/v1/files", list_files),
+        Route("/v1/files/{name}", get_file),
+        Route("/v1/files/{name}", delete_file, methods=["DELETE"]),
+    ]
+
+
+async def _handle_error(request: Request, error: Exception) -> Response:
+    """Convert an exception to a response in the format of the OpenAI API."""
+    if isinstance(error, ClientDisconnectedError):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if isinstance(error, HTTPException):
+        messages = {404: "unknown path", 405: "method not allowed"}
+        message = messages.get(error.status_code, str(error.detail)[:200])
+        error = ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    elif not isinstance(error, ApiError):
+        error = internal_error()
+    return JSONResponse(error.body, error.status, error.response_headers)
 
 
 class ChunkCountingConnection(h11.Connection):
@@ -150,12 +321,8 @@ def build_protocol_class(limits: ServerLimits) -> type[H11Protocol]:
 class ApiServer(uvicorn.Server):
     """uvicorn server with limits on connections and on the duration of the shutdown.
 
-    Args:
-        app: ASGI application to serve.
-        limits: Limits on connections and times.
-        on_ready: Called when the server listens.
-        abort: Ends the process immediately. It is called if the process still runs some time after
-            a signal, since Python waits for busy threads.
+    `abort` ends the process immediately. It is called if the process still runs some time after a
+    signal, since Python waits for busy threads.
     """
 
     def __init__(
@@ -221,12 +388,7 @@ class ApiServer(uvicorn.Server):
 
 
 def bind_socket(host: str, port: int, keys: Sequence[str]) -> socket.socket:
-    """Return a socket bound to a host and port.
-
-    Raises:
-        UserError: The address is in use or not local, or other machines could reach it without an
-            API key.
-    """
+    """Bind a socket. Raises UserError if other machines could reach it without an API key."""
     check_exposure(host, keys)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

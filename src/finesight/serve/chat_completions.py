@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import secrets
@@ -12,7 +13,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple, Unpack
@@ -28,47 +28,37 @@ from finesight.data.sample import ImagePart, Message, Sample, TextPart
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
-from finesight.infer.request import (
-    GREEDY_SAMPLING,
-    CompletionDelta,
-    GenerationOptions,
-    TokenUsage,
-)
-from finesight.serve.api_errors import ApiError, ClientDisconnectedError, from_user_error
-from finesight.serve.chat_response import (
-    ChoiceBuilder,
-    CompletionEnvelope,
-    ToolCallParser,
-    format_usage,
-)
-from finesight.serve.chat_schema import (
+from finesight.infer.request import GREEDY_SAMPLING, CompletionDelta, GenerationOptions
+from finesight.serve.api_schema import (
+    ApiError,
     ChatCompletionParameters,
+    ClientDisconnectedError,
     NamedToolChoice,
+    ServerLimits,
     StructuredFormat,
     UnstructuredFormat,
+    from_user_error,
 )
+from finesight.serve.chat_response import ChoiceBuilder, ToolCallParser, format_usage
 from finesight.serve.image_sources import FileStore, ImageFetcher
-from finesight.serve.message_conversion import get_image_name
 from finesight.serve.request_middleware import (
     ClientStalledError,
+    ServerMetrics,
     get_reservation,
     log_internal_error,
 )
-from finesight.serve.request_preprocessor import ImageRequest, ParsedBody, RequestPreprocessor
-from finesight.serve.server_limits import ServerLimits
-from finesight.serve.server_metrics import ServerMetrics
-from finesight.serve.worker_constraint import ConstraintFactory, WorkerConstraint
-from finesight.serve.worker_jobs import GrammarSpec
+from finesight.serve.request_preprocessor import (
+    ConstraintFactory,
+    ImageRequest,
+    ParsedBody,
+    RequestPreprocessor,
+    WorkerConstraint,
+)
+from finesight.serve.worker_jobs import GrammarSpec, get_image_name
 from finesight.worker_pool import WorkerPool
 
 ArgTs = TypeVarTuple("ArgTs")
 ResultT = TypeVar("ResultT")
-
-ChoiceDelta = tuple[int, CompletionDelta | Exception | None]
-"""Index of a choice, and its next text delta.
-
-None instead of a delta marks the end of the choice. An exception means that the choice failed.
-"""
 
 SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -76,127 +66,6 @@ SSE_HEADERS = {
     # Disable buffering in proxies.
     "x-accel-buffering": "no",
 }
-
-
-class GenerationGroup:
-    """Generations of one request, one for each choice (`n` in the OpenAI API).
-
-    `submit` runs in a thread that cannot be interrupted. If `cancel` is called meanwhile,
-    generations that `submit` still adds are canceled as well.
-    """
-
-    def __init__(self, service: InferenceService) -> None:
-        self._service = service
-        self._lock = threading.Lock()
-        self._is_cancelled = False
-        self.id = f"chatcmpl-{secrets.token_hex(12)}"
-        self.streams: list[GenerationStream] = []
-
-    def submit(
-        self,
-        located_sample: LocatedSample,
-        options: Sequence[GenerationOptions],
-        prompt: EncodedSample,
-    ) -> None:
-        """Submit one generation per choice, all with the same prompt and images.
-
-        Raises:
-            ApiError: The inference service is busy, or the request is invalid.
-        """
-        for choice_options in options:
-            if self._is_cancelled:
-                return
-            try:
-                stream = self._service.submit(located_sample, choice_options, prompt)
-            except ServiceBusyError as error:
-                raise ApiError(
-                    429, error.what, code="rate_limit_exceeded", retry_after_s=1
-                ) from error
-            except UserError as error:
-                raise from_user_error(
-                    error, "messages", hidden_path=f"{located_sample.folder}/"
-                ) from error
-            with self._lock:
-                self.streams.append(stream)
-                if self._is_cancelled:
-                    stream.cancel()
-
-    def cancel(self) -> None:
-        """Cancel all generations, including those that are submitted later."""
-        with self._lock:
-            self._is_cancelled = True
-            for stream in self.streams:
-                stream.cancel()
-
-    @property
-    def usages(self) -> list[TokenUsage]:
-        """Token usage of each choice so far."""
-        return [stream.usage for stream in self.streams]
-
-    async def iter_deltas(self) -> AsyncGenerator[tuple[int, CompletionDelta | None]]:
-        """Yield (choice index, text delta) pairs of all choices as tokens arrive.
-
-        A delta of None marks the end of a choice. The first error of any choice is raised.
-        """
-        queue: asyncio.Queue[ChoiceDelta] = asyncio.Queue()
-        tasks = [
-            asyncio.create_task(_forward_deltas(choice_index, stream, queue))
-            for choice_index, stream in enumerate(self.streams)
-        ]
-        try:
-            num_running = len(tasks)
-            while num_running:
-                received = [await queue.get()]
-                while not queue.empty():
-                    received.append(queue.get_nowait())
-                for choice_index, delta in merge_deltas(received):
-                    if isinstance(delta, UserError):
-                        raise ApiError(503, delta.what, retry_after_s=5) from delta
-                    if isinstance(delta, Exception):
-                        raise delta
-                    num_running -= delta is None
-                    yield choice_index, delta
-        finally:
-            for task in tasks:
-                task.cancel()
-
-
-def merge_deltas(deltas: Sequence[ChoiceDelta]) -> list[ChoiceDelta]:
-    """Merge the text deltas of each choice that have arrived together.
-
-    With many clients, tokens arrive faster than single deltas can be sent.
-    """
-    merged: list[ChoiceDelta] = []
-    last_by_choice: dict[int, tuple[int, CompletionDelta]] = {}
-    for choice_index, delta in deltas:
-        if not isinstance(delta, CompletionDelta):
-            merged.append((choice_index, delta))
-        elif choice_index in last_by_choice:
-            position, previous = last_by_choice[choice_index]
-            combined = CompletionDelta(previous.text + delta.text, previous.tokens + delta.tokens)
-            merged[position], last_by_choice[choice_index] = (
-                (choice_index, combined),
-                (position, combined),
-            )
-        else:
-            last_by_choice[choice_index] = (len(merged), delta)
-            merged.append((choice_index, delta))
-    return merged
-
-
-async def _forward_deltas(
-    choice_index: int, stream: GenerationStream, queue: asyncio.Queue[ChoiceDelta]
-) -> None:
-    try:
-        async for delta in stream:
-            queue.put_nowait((choice_index, delta))
-        assert stream.finish_reason is not None, (
-            f"choice {choice_index} ended without a finish reason"
-        )
-    except Exception as error:
-        queue.put_nowait((choice_index, error))
-    else:
-        queue.put_nowait((choice_index, None))
 
 
 @dataclass(frozen=True)
@@ -215,7 +84,7 @@ class ChatCompletionsHandler:
     fetcher: ImageFetcher
     store: FileStore
     folder: Path
-    active_requests: set[GenerationGroup] = field(default_factory=set)
+    active_requests: set[ActiveCompletion] = field(default_factory=set)
 
     @functools.cached_property
     def executor(self) -> ThreadPoolExecutor:
@@ -245,8 +114,11 @@ class ChatCompletionsHandler:
             ClientDisconnectedError: The client disconnected.
         """
         start_time = asyncio.get_running_loop().time()
-        body_slot = await _read_body(request)
-        with ExitStack() as stack:
+        # In a list, so that the body can be released after parsing. Starlette would retain it.
+        chunks = b"".join([chunk async for chunk in request.stream()])
+        body_slot = [np.frombuffer(chunks, dtype=np.uint8)]
+        del chunks
+        with contextlib.ExitStack() as stack:
             if len(self.active_requests) >= self.limits.max_requests:
                 raise ApiError(
                     429,
@@ -260,13 +132,10 @@ class ChatCompletionsHandler:
             preprocessor = RequestPreprocessor(
                 self.worker_pool, self.limits, self.image_formats, folder, deadline
             )
-            generations = GenerationGroup(self.service)
-            completion = ActiveCompletion(
-                self, generations, preprocessor, start_time, request.receive
-            )
-            self.active_requests.add(generations)
+            completion = ActiveCompletion(self, preprocessor, start_time)
+            self.active_requests.add(completion)
             stack.callback(completion.close)
-            disconnect_task = asyncio.create_task(completion.watch_disconnect())
+            disconnect_task = asyncio.create_task(completion.watch_disconnect(request.receive))
             stack.callback(disconnect_task.cancel)
             await completion.start(body_slot, request)
             if not completion.chat_request.stream:
@@ -275,67 +144,65 @@ class ChatCompletionsHandler:
         raise AssertionError("the exit stack suppressed an error")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ActiveCompletion:
     """Chat completion request from its admission to the end of its response.
 
-    `start_time` is on the clock of the event loop. `start` sets `chat_request`. `constraints` has
-    None for each choice without structured output.
+    `start_time` is on the clock of the event loop. `start` sets `chat_request`. Each choice (`n` in
+    the OpenAI API) has a stream, and None or a constraint for structured output.
     """
 
     handler: ChatCompletionsHandler
-    generations: GenerationGroup
     preprocessor: RequestPreprocessor
     start_time: float
-    receive: Receive
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created_at: int = field(default_factory=lambda: int(time.time()))
+    streams: list[GenerationStream] = field(default_factory=list)
     constraints: list[WorkerConstraint | None] = field(default_factory=list)
     chat_request: ChatCompletionParameters = field(init=False)
-
-    @property
-    def deadline(self) -> float:
-        """Time at which the request is canceled, on the event-loop clock."""
-        return self.start_time + self.handler.limits.request_timeout_s
+    _is_closed: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     async def start(self, body_slot: list[NDArray[np.uint8]], request: Request) -> None:
         """Preprocess the request and submit it to the inference service.
 
-        Args:
-            body_slot: List with the request body. It is cleared after parsing to release memory.
-            request: Request with the key owner and the memory reservation in its state.
+        The body in `body_slot` is removed after parsing to release memory.
 
         Raises:
             ApiError: The request is invalid, exceeds a limit or timed out.
             ClientDisconnectedError: The client disconnected.
         """
         handler, reservation = self.handler, get_reservation(request.scope)
-        try:
-            async with asyncio.timeout_at(self.deadline):
-                parsed_body, prompt = await handler.run_in_thread(self._parse_and_encode, body_slot)
-                reservation.release()
-                for image in parsed_body.images:
-                    await self._fetch_image(image, request.state.owner)
-                if prompt is None:
-                    prompt = await handler.run_in_thread(
-                        self.preprocessor.encode, parsed_body, handler.service.max_model_len
-                    )
-                reservation.reserve(prompt.patches_ND.nbytes)
-                sample = _build_image_sample(parsed_body, self.preprocessor.folder)
-                await handler.run_in_thread(
-                    self._submit, sample, prompt, executor=handler.submit_executor
-                )
-        except TimeoutError as error:
-            raise self._timeout_error() from error
+        folder, max_model_len = self.preprocessor.folder, handler.service.max_model_len
+        async with self._limit_time():
+            body, prompt = await handler.run_in_thread(self._parse_and_encode, body_slot)
+            reservation.release()
+            for image in body.images:
+                await self._fetch_image(image, request.state.owner)
+            if prompt is None:
+                prompt = await handler.run_in_thread(self.preprocessor.encode, body, max_model_len)
+            reservation.reserve(prompt.patches_ND.nbytes)
+            # The service needs the image sizes to parse bounding boxes in completions.
+            images = [ImagePart(image=get_image_name(image.image_number)) for image in body.images]
+            message = Message(role="user", content=(*images, TextPart(text="")))
+            sample = LocatedSample(Sample(id="request", messages=(message,)), folder)
+            await handler.run_in_thread(
+                self._submit, sample, prompt, executor=handler.submit_executor
+            )
 
-    async def watch_disconnect(self) -> None:
+    async def watch_disconnect(self, receive: Receive) -> None:
         """Wait until the client disconnects, then cancel the request."""
-        while (await self.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
         self.close()
 
     def close(self) -> None:
-        """Cancel the preprocessing, the generations and the constraints of this request."""
-        self.handler.active_requests.discard(self.generations)
-        self.generations.cancel()
+        """Cancel the preprocessing and the generations, including those submitted later."""
+        self.handler.active_requests.discard(self)
+        with self._lock:
+            self._is_closed = True
+            for stream in self.streams:
+                stream.cancel()
         self.preprocessor.cancel()
         for constraint in self.constraints:
             if constraint is not None:
@@ -349,29 +216,23 @@ class ActiveCompletion:
             ClientDisconnectedError: The client disconnected.
         """
         choices = self._build_choices()
-        try:
-            async with (
-                asyncio.timeout_at(self.deadline),
-                aclosing(self._iter_choice_chunks(choices)) as chunks,
-            ):
-                async for _ in chunks:
-                    pass
-        except TimeoutError as error:
-            raise self._timeout_error() from error
+        async with (
+            self._limit_time(),
+            contextlib.aclosing(self._iter_choice_chunks(choices)) as chunks,
+        ):
+            async for _ in chunks:
+                pass
         if any(choice.finish_reason == "cancelled" for choice in choices):
             raise ClientDisconnectedError
-        return JSONResponse(
-            self._build_envelope().build_response(choices, format_usage(self.generations.usages))
-        )
+        message = self._build_object("chat.completion", [choice.to_dict() for choice in choices])
+        return JSONResponse(message | {"usage": self._format_usage()})
 
     async def send_stream(self, send: Send) -> None:
         """Send the completion as server-sent events. An error is sent as the last event."""
         try:
-            async with asyncio.timeout_at(self.deadline), aclosing(self._iter_chunks()) as chunks:
+            async with self._limit_time(), contextlib.aclosing(self._iter_chunks()) as chunks:
                 async for chunk in chunks:
                     await send(_format_sse_event(chunk))
-        except TimeoutError:
-            await send(_format_sse_event(self._timeout_error().body))
         except ApiError as api_error:
             await send(_format_sse_event(api_error.body))
         except ClientStalledError:
@@ -380,57 +241,116 @@ class ActiveCompletion:
             await send(_format_sse_event(log_internal_error(error).body))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
+    @contextlib.asynccontextmanager
+    async def _limit_time(self) -> AsyncGenerator[None]:
+        """Raise an API error in a `with` block that exceeds the time limit of the request."""
+        seconds = self.handler.limits.request_timeout_s
+        try:
+            async with asyncio.timeout_at(self.start_time + seconds):
+                yield
+        except TimeoutError as error:
+            raise ApiError(
+                504, f"timeout: no complete answer within {seconds:g} seconds", code="timeout"
+            ) from error
+
+    def _build_object(self, object_type: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Build a response object, or a chunk of a stream, with the fields that all share."""
+        header = {"id": self.id, "object": object_type, "created": self.created_at}
+        return {**header, "model": self.chat_request.model, "choices": choices}
+
+    def _format_usage(self) -> dict[str, Any]:
+        return format_usage([stream.usage for stream in self.streams])
+
     async def _iter_chunks(self) -> AsyncGenerator[dict[str, Any]]:
-        envelope, choices = self._build_envelope(), self._build_choices()
+        object_type, choices = "chat.completion.chunk", self._build_choices()
         for choice in choices:
-            yield envelope.build_chunk([choice.build_first_chunk()])
-        async with aclosing(self._iter_choice_chunks(choices)) as choice_chunks:
+            yield self._build_object(object_type, [choice.build_first_chunk()])
+        async with contextlib.aclosing(self._iter_choice_chunks(choices)) as choice_chunks:
             async for chunk in choice_chunks:
-                yield envelope.build_chunk([chunk])
+                yield self._build_object(object_type, [chunk])
         options = self.chat_request.stream_options
         if options is not None and options.include_usage:
-            yield envelope.build_chunk([], format_usage(self.generations.usages))
+            yield self._build_object(object_type, []) | {"usage": self._format_usage()}
 
     async def _iter_choice_chunks(
         self, choices: list[ChoiceBuilder]
     ) -> AsyncGenerator[dict[str, Any]]:
         """Yield stream chunks of all choices as tokens arrive, and append them to `choices`."""
-        is_first = True
-        async with aclosing(self.generations.iter_deltas()) as deltas:
+        metrics, is_first = self.handler.metrics, True
+        async with contextlib.aclosing(self._iter_deltas()) as deltas:
             async for choice_index, delta in deltas:
-                choice, stream = choices[choice_index], self.generations.streams[choice_index]
+                choice, stream = choices[choice_index], self.streams[choice_index]
                 if is_first:
                     seconds = asyncio.get_running_loop().time() - self.start_time
-                    self.handler.metrics.record_first_token(seconds)
+                    metrics.time_to_first_token.observe(seconds)
                     is_first = False
                 if delta is not None:
                     chunk = choice.add_delta(delta)
                     if chunk is not None:
                         yield chunk
                     continue
-                assert stream.finish_reason is not None, (
-                    f"choice {choice_index} continues after its end"
-                )
-                self._check_constraint(choice_index)
-                self.handler.metrics.record_completion(stream.finish_reason, stream.usage)
-                for chunk in choice.finish(stream.finish_reason, stream.build_prediction()):
+                constraint, reason = self.constraints[choice_index], stream.finish_reason
+                assert reason is not None, f"choice {choice_index} continues after its end"
+                if constraint is not None and constraint.has_failed:
+                    raise ApiError(
+                        400,
+                        f"the schema of choice {choice_index} exceeds a limit; simplify the schema",
+                        "response_format",
+                    )
+                metrics.record_completion(reason, stream.usage)
+                for chunk in choice.finish(reason, stream.build_prediction()):
                     yield chunk
 
+    async def _iter_deltas(self) -> AsyncGenerator[tuple[int, CompletionDelta | None]]:
+        """Yield (choice index, text delta) pairs of all choices as tokens arrive.
+
+        A delta of None marks the end of a choice. The first error of any choice is raised.
+        """
+        # With a larger queue, streams could not merge tokens that arrive faster than they are sent.
+        queue: asyncio.Queue[tuple[int, CompletionDelta | Exception | None]] = asyncio.Queue(1)
+
+        async def forward_deltas(choice_index: int, stream: GenerationStream) -> None:
+            try:
+                async for delta in stream:
+                    await queue.put((choice_index, delta))
+            except Exception as error:
+                await queue.put((choice_index, error))
+            else:
+                await queue.put((choice_index, None))
+
+        tasks = [asyncio.create_task(forward_deltas(*pair)) for pair in enumerate(self.streams)]
+        try:
+            num_running = len(tasks)
+            while num_running:
+                choice_index, delta = await queue.get()
+                if isinstance(delta, UserError):
+                    raise ApiError(503, delta.what, retry_after_s=5) from delta
+                if isinstance(delta, Exception):
+                    raise delta
+                num_running -= delta is None
+                yield choice_index, delta
+        finally:
+            for task in tasks:
+                task.cancel()
+
     def _parse_and_encode(
-        self, body: list[NDArray[np.uint8]]
+        self, body_slot: list[NDArray[np.uint8]]
     ) -> tuple[ParsedBody, EncodedSample | None]:
         """Parse the request body, and encode the prompt if the body contains all images.
 
         Both steps run in one call, so that a request waits for a thread only once.
         """
-        parsed_body = self.preprocessor.parse_body(body[0], self.handler.service.max_model_len)
-        body.clear()
-        self._set_chat_request(parsed_body.chat_request)
-        if any(image.is_remote for image in parsed_body.images):
-            return parsed_body, None
-        return parsed_body, self.preprocessor.encode(
-            parsed_body, self.handler.service.max_model_len
-        )
+        service = self.handler.service
+        body = self.preprocessor.parse_body(body_slot[0], service.max_model_len)
+        body_slot.clear()
+        names, name = service.model_names, body.chat_request.model
+        if name not in names:
+            message = f"unknown model {name[:80]!r}; expected {' or '.join(names)}"
+            raise ApiError(404, message, "model", "model_not_found")
+        self.chat_request = body.chat_request
+        if any(image.is_remote for image in body.images):
+            return body, None
+        return body, self.preprocessor.encode(body, service.max_model_len)
 
     async def _fetch_image(self, image: ImageRequest, owner: str) -> None:
         """Link an uploaded file to the folder of the request, or fetch an image URL.
@@ -451,56 +371,48 @@ class ActiveCompletion:
             error.param = image.param
             raise
 
-    def _set_chat_request(self, chat_request: ChatCompletionParameters) -> None:
-        """Set the request parameters. Raises ApiError if the model is unknown."""
-        names = self.handler.service.model_names
-        if chat_request.model not in names:
-            raise ApiError(
-                404,
-                f"unknown model {chat_request.model[:80]!r}; expected {' or '.join(names)}",
-                "model",
-                "model_not_found",
-            )
-        self.chat_request = chat_request
-
     def _submit(self, located_sample: LocatedSample, prompt: EncodedSample) -> None:
-        """Submit one generation per choice to the inference service."""
+        """Submit one generation per choice, all with the same prompt and images.
+
+        It runs in a thread that cannot be interrupted, so `close` may be called meanwhile.
+
+        Raises:
+            ApiError: The inference service is busy, or the request is invalid.
+        """
         factory, grammar = self.handler.constraint_factory, self._get_grammar_spec()
         if grammar is not None and not factory.is_accepted(grammar[0]):
             self.preprocessor.check_grammar(*grammar)
             factory.mark_accepted(grammar[0])
-        options = []
         for choice_index in range(self.chat_request.n or 1):
-            constraint = None if grammar is None else factory.create(grammar[0])
+            constraint = None if grammar is None else WorkerConstraint(factory, grammar[0])
             self.constraints.append(constraint)
-            options.append(self._build_options(choice_index, constraint))
-        self.generations.submit(located_sample, options, prompt)
-
-    def _check_constraint(self, choice_index: int) -> None:
-        constraint = self.constraints[choice_index]
-        if constraint is not None and constraint.has_failed:
-            raise ApiError(
-                400,
-                f"the schema of choice {choice_index} exceeds a limit; simplify the schema",
-                "response_format",
-            )
+            if self._is_closed:
+                return
+            try:
+                options = self._build_options(choice_index, constraint)
+                stream = self.handler.service.submit(located_sample, options, prompt)
+            except ServiceBusyError as error:
+                raise ApiError(
+                    429, error.what, code="rate_limit_exceeded", retry_after_s=1
+                ) from error
+            except UserError as error:
+                hidden_path = f"{located_sample.folder}/"
+                raise from_user_error(error, "messages", hidden_path) from error
+            with self._lock:
+                self.streams.append(stream)
+                if self._is_closed:
+                    stream.cancel()
 
     def _build_options(
         self, choice_index: int, constraint: WorkerConstraint | None
     ) -> GenerationOptions:
-        """Build the generation options of a choice. Raise ApiError for an invalid parameter."""
         chat_request = self.chat_request
-        settings: dict[str, Any] = {
-            "temperature": chat_request.temperature,
-            "top_p": chat_request.top_p,
-            "top_k": chat_request.top_k,
-            "repetition_penalty": chat_request.repetition_penalty,
-            "seed": None if chat_request.seed is None else chat_request.seed + choice_index,
-        }
+        names = {"temperature", "top_p", "top_k", "repetition_penalty", "seed"}
+        settings = chat_request.model_dump(include=names, exclude_none=True)
+        if "seed" in settings:
+            settings["seed"] += choice_index
         try:
-            sampling_params = replace(
-                GREEDY_SAMPLING, **{k: v for k, v in settings.items() if v is not None}
-            )
+            sampling_params = replace(GREEDY_SAMPLING, **settings)
         except UserError as error:
             raise from_user_error(error) from error
         return GenerationOptions(
@@ -520,33 +432,26 @@ class ActiveCompletion:
         Raises:
             ApiError: `response_format`, `tools` and `tool_choice` are inconsistent.
         """
-        response_format = self.chat_request.response_format
-        tool_choice = self.chat_request.tool_choice
-        tools = {
-            tool.function.name: tool.function.parameters for tool in self.chat_request.tools or []
-        }
-        if tool_choice not in (None, "none") and not tools:
-            raise ApiError(400, f"tool_choice {tool_choice!r:.80} without tools", "tool_choice")
-        if isinstance(tool_choice, NamedToolChoice):
-            name = tool_choice.function.name
-            if name not in tools:
-                raise ApiError(400, f"unknown tool {name[:80]!r}", "tool_choice")
-            tools = {name: tools[name]}
+        response_format, choice = self.chat_request.response_format, self.chat_request.tool_choice
         is_structured = not isinstance(response_format, UnstructuredFormat | None)
-        if isinstance(tool_choice, NamedToolChoice) or tool_choice == "required":
+        functions = [tool.function for tool in self.chat_request.tools or []]
+        if isinstance(choice, NamedToolChoice):
+            functions = [
+                function for function in functions if function.name == choice.function.name
+            ]
+        if choice not in (None, "none") and not functions:
+            raise ApiError(400, f"tool_choice {choice!r:.80} without this tool", "tool_choice")
+        if isinstance(choice, NamedToolChoice) or choice == "required":
             if is_structured:
-                raise ApiError(
-                    400, f"tool_choice {tool_choice!r:.80} with a response_format", "tool_choice"
-                )
-            return ("calls", (list(tools.items()),)), "tools"
+                message = f"tool_choice {choice!r:.80} with a response_format"
+                raise ApiError(400, message, "tool_choice")
+            parameters = {function.name: function.parameters for function in functions}
+            return ("calls", (list(parameters.items()),)), "tools"
         if isinstance(response_format, UnstructuredFormat | None):
             return None
-        args = (
-            (response_format.json_schema.schema_,)
-            if isinstance(response_format, StructuredFormat)
-            else ()
-        )
-        return (response_format.type, args), "response_format"
+        if isinstance(response_format, StructuredFormat):
+            return ("json_schema", (response_format.json_schema.schema_,)), "response_format"
+        return (response_format.type, ()), "response_format"
 
     def _build_choices(self) -> list[ChoiceBuilder]:
         tokenizer = self.handler.service.renderer.tokenizer
@@ -554,24 +459,14 @@ class ActiveCompletion:
         with_logprobs = bool(self.chat_request.logprobs)
         return [
             ChoiceBuilder(n, tokenizer, with_logprobs, ToolCallParser() if has_tools else None)
-            for n in range(len(self.generations.streams))
+            for n in range(len(self.streams))
         ]
-
-    def _build_envelope(self) -> CompletionEnvelope:
-        return CompletionEnvelope(self.generations.id, self.chat_request.model)
-
-    def _timeout_error(self) -> ApiError:
-        return ApiError(
-            504,
-            f"timeout: no complete answer within {self.handler.limits.request_timeout_s:g} seconds",
-            code="timeout",
-        )
 
 
 class ChatCompletionStreamResponse(Response):
     """Streaming response. At its end, it releases the resources of the request."""
 
-    def __init__(self, completion: ActiveCompletion, stack: ExitStack) -> None:
+    def __init__(self, completion: ActiveCompletion, stack: contextlib.ExitStack) -> None:
         super().__init__()
         self._completion, self._stack = completion, stack
 
@@ -581,25 +476,6 @@ class ChatCompletionStreamResponse(Response):
         with self._stack:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await self._completion.send_stream(send)
-
-
-async def _read_body(request: Request) -> list[NDArray[np.uint8]]:
-    """Read the request body into a list with one element.
-
-    The list allows the caller to release the body. Starlette would retain it.
-    """
-    chunks = [chunk async for chunk in request.stream()]
-    return [np.frombuffer(b"".join(chunks), dtype=np.uint8)]
-
-
-def _build_image_sample(body: ParsedBody, folder: Path) -> LocatedSample:
-    """Build a sample with the images of a request.
-
-    The inference service needs their sizes to parse bounding boxes in completions.
-    """
-    images = [ImagePart(image=get_image_name(image.image_number)) for image in body.images]
-    message = Message(role="user", content=(*images, TextPart(text="")))
-    return LocatedSample(Sample(id="request", messages=(message,)), folder)
 
 
 def _format_sse_event(data: dict[str, Any]) -> dict[str, Any]:

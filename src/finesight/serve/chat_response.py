@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from finesight.encode.tokenizer import TextTokenizer
 from finesight.infer.prediction import Prediction, box_to_dict
 from finesight.infer.request import CompletionDelta, FinishReason, GeneratedToken, TokenUsage
-from finesight.serve.message_conversion import TOOL_CALL_END, TOOL_CALL_START
+from finesight.serve.worker_jobs import TOOL_CALL_END, TOOL_CALL_START
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,36 +202,6 @@ class ChoiceBuilder:
         bounded_logprob = max(logprob, -9999.0)
         text = token_bytes.decode(errors="replace")
         return {"token": text, "logprob": bounded_logprob, "bytes": list(token_bytes)}
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionEnvelope:
-    """Builds response objects with the fields that all chunks of a stream share."""
-
-    id: str
-    model: str
-    created_at: int = field(default_factory=lambda: int(time.time()))
-
-    def build_response(
-        self, choices: Sequence[ChoiceBuilder], usage: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Build the response body of a request without streaming."""
-        return self._build_object(
-            "chat.completion", [choice.to_dict() for choice in choices], usage
-        )
-
-    def build_chunk(
-        self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Build one chunk of a streamed response."""
-        return self._build_object("chat.completion.chunk", list(choices), usage)
-
-    def _build_object(
-        self, object_type: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        header = {"id": self.id, "object": object_type, "created": self.created_at}
-        usage_field = {} if usage is None else {"usage": usage}
-        return {**header, "model": self.model, "choices": choices, **usage_field}
 
 
 def format_usage(usages: Sequence[TokenUsage]) -> dict[str, Any]:

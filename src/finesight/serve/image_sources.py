@@ -28,14 +28,12 @@ from finesight.hub.url_policy import (
     join_url,
     parse_int,
 )
-from finesight.serve.api_errors import ApiError
-from finesight.serve.server_limits import ServerLimits
+from finesight.serve.api_schema import ApiError, ServerLimits
 
 FILE_PURPOSE = "vision"
 CHUNK_BYTES = 2**20
 MAX_REDIRECTS = 5
 CONTENT_TYPE_PREFIXES = ("image/", "application/octet-stream", "binary/octet-stream")
-"""Accepted prefixes of the HTTP content type of an image."""
 
 DEFAULT_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """Image formats that are always accepted.
@@ -50,15 +48,14 @@ ResolveFn = Callable[[str, int], Awaitable[Sequence[str]]]
 def read_formats(more: Sequence[str]) -> tuple[str, ...]:
     """Return the default image formats and additional ones (`--image-format`)."""
     names = tuple(name.upper().replace(" ", "") for name in more)
-    for name in names:
-        if name not in DECODABLE_FORMATS:
-            others = sorted(set(DECODABLE_FORMATS) - set(DEFAULT_IMAGE_FORMATS))
-            raise UserError(
-                f"unknown image format {name!r:.40}",
-                where="--image-format",
-                expected=" or ".join(others),
-                remedy="Correct the name or omit it.",
-            )
+    for name in set(names) - set(DECODABLE_FORMATS):
+        others = sorted(set(DECODABLE_FORMATS) - set(DEFAULT_IMAGE_FORMATS))
+        raise UserError(
+            f"unknown image format {name!r:.40}",
+            where="--image-format",
+            expected=" or ".join(others),
+            remedy="Correct the name or omit it.",
+        )
     return tuple(dict.fromkeys((*DEFAULT_IMAGE_FORMATS, *names)))
 
 
@@ -103,15 +100,14 @@ class FileStore:
             num_bytes = self._copy_file(source, path)
             upload = UploadedFile(file_id, owner, filename[:255], num_bytes, int(time.time()), path)
             with self._lock:
+                num_files = len(self._uploads)
                 total_bytes = sum(other.num_bytes for other in self._uploads.values())
-                if len(self._uploads) >= self._limits.max_files or (
-                    total_bytes + num_bytes > self._limits.max_total_file_bytes
-                ):
+                max_files, max_bytes = self._limits.max_files, self._limits.max_total_file_bytes
+                if num_files >= max_files or total_bytes + num_bytes > max_bytes:
                     raise ApiError(
                         413,
-                        f"file storage is full: {len(self._uploads)} files, {total_bytes} bytes."
-                        f" Expected at most {self._limits.max_files} files with"
-                        f" {self._limits.max_total_file_bytes} bytes. Delete files.",
+                        f"file storage is full: {num_files} files, {total_bytes} bytes. Expected at"
+                        f" most {max_files} files with {max_bytes} bytes. Delete files.",
                         "file",
                     )
                 self._uploads[file_id] = upload
@@ -150,16 +146,13 @@ class FileStore:
         upload.path.unlink(missing_ok=True)
 
     def _copy_file(self, source: BinaryIO, path: Path) -> int:
-        num_bytes = 0
+        num_bytes, limit = 0, self._limits.max_image_bytes
         with open(path, "xb") as file:
             while chunk := source.read(CHUNK_BYTES):
                 num_bytes += len(chunk)
-                if num_bytes > self._limits.max_image_bytes:
-                    raise ApiError(
-                        413,
-                        f"file is too large: expected at most {self._limits.max_image_bytes} bytes",
-                        "file",
-                    )
+                if num_bytes > limit:
+                    message = f"file is too large: expected at most {limit} bytes"
+                    raise ApiError(413, message, "file")
                 file.write(chunk)
         return num_bytes
 
@@ -175,14 +168,7 @@ class ImageFetcher:
 
     It prevents server-side request forgery (SSRF): a host name is resolved once per request, all of
     its addresses must be public, and the connection uses a checked address, so that DNS rebinding
-    has no effect.
-
-    Args:
-        hosts: Allowed host names.
-        timeout_s: Time limit of a fetch, including redirects.
-        max_bytes: Maximum file size.
-        resolve: Resolves a host name and port to IP addresses.
-        is_allowed_address: Checks an IP address before the connection.
+    has no effect. The time limit of a fetch includes redirects.
     """
 
     def __init__(
@@ -253,10 +239,7 @@ class ImageFetcher:
         return addresses[0]
 
     async def _request(self, url: str, host: str, address: str, file: BinaryIO) -> str | None:
-        """Send one request and write the response to the file.
-
-        Returns the target of a redirect, or None after the file is written.
-        """
+        """Send a request and write the response to the file, or return the redirect target."""
         assert self._ssl_context is not None, f"{host} is allowed without allowed hosts"
         connect_url = httpx2.URL(url).copy_with(host=address)
         headers = {

@@ -1,4 +1,4 @@
-"""ASGI middleware for API keys, limits, logging and internal errors.
+"""ASGI middleware for API keys, limits, metrics, logging and internal errors.
 
 It is the outermost layer of the application, so that it covers every path: no body is read before
 authentication, even for an unknown path.
@@ -15,19 +15,33 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+)
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finesight.errors import UserError
-from finesight.serve.api_errors import ApiError, ClientDisconnectedError, internal_error
-from finesight.serve.server_limits import ServerLimits
-from finesight.serve.server_metrics import ServerMetrics
+from finesight.infer.inference_service import InferenceService
+from finesight.infer.request import TokenUsage
+from finesight.serve.api_schema import (
+    ApiError,
+    ClientDisconnectedError,
+    ServerLimits,
+    internal_error,
+)
 from finesight.worker_pool import WorkerJobError
 
 LOGGER = logging.getLogger("finesight.serve")
@@ -48,13 +62,57 @@ An error that several completions share is raised in each of them, which extends
 """
 
 RESERVATION_STATE_KEY = "finesight_reservation"
-"""Key of the memory reservation (`ByteReservation`) in the state of a request."""
-
 ABORT_STATE_KEY = "finesight_abort"
 """Key of the request state whose value is a function that closes the connection."""
 
 CLIENT_CLOSED_REQUEST = 499
 """HTTP status, in logs and metrics, of a request whose client disconnected early."""
+
+LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class ServerMetrics:
+    """Prometheus metrics of requests and of the inference service, without client data."""
+
+    def __init__(self, service: InferenceService) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        GCCollector(registry=registry)
+        counter = partial(Counter, namespace="finesight", registry=registry)
+        histogram = partial(
+            Histogram, namespace="finesight", buckets=LATENCY_BUCKETS_S, registry=registry
+        )
+        self._requests = counter("requests", "Requests by route and status.", ["route", "status"])
+        self._tokens = counter("tokens", "Tokens by kind: prompt, cached, completion.", ["kind"])
+        self._completions = counter(
+            "completions", "Completions by finish reason.", ["finish_reason"]
+        )
+        self.time_to_first_token = histogram("time_to_first_token_seconds", "Time to first token.")
+        self._request_seconds = histogram(
+            "request_seconds", "Duration of requests by route.", ["route"]
+        )
+        gauges: dict[str, Callable[[], int]] = {
+            "requests_running": lambda: service.get_stats().num_running,
+            "requests_waiting": lambda: service.get_stats().num_waiting,
+            "kv_cache_blocks_free": lambda: service.get_stats().num_free_blocks,
+            "kv_cache_blocks": lambda: service.get_stats().num_blocks,
+        }
+        for name, get_value in gauges.items():
+            description = f"Current {name.replace('_', ' ')}."
+            gauge = Gauge(name, description, namespace="finesight", registry=registry)
+            gauge.set_function(get_value)
+
+    def record_request(self, route: str, status: int, seconds: float) -> None:
+        """Record a complete response for a route template, such as `/v1/files/{name}`."""
+        self._requests.labels(route, str(status)).inc()
+        self._request_seconds.labels(route).observe(seconds)
+
+    def record_completion(self, finish_reason: str, usage: TokenUsage) -> None:
+        """Record a finished completion, its finish reason and its token usage."""
+        self._completions.labels(finish_reason).inc()
+        self._tokens.labels("prompt").inc(usage.prompt_tokens)
+        self._tokens.labels("cached").inc(usage.cached_tokens)
+        self._tokens.labels("completion").inc(usage.completion_tokens)
 
 
 class ApiKeys:
@@ -84,37 +142,25 @@ def read_api_keys(file: Path | None) -> list[str]:
 
     Blank lines and lines that start with # are ignored.
     """
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot be read ({error})",
-                where=str(file),
-                expected="a text file with one API key per line",
-                remedy="Correct the path.",
-            ) from error
-    else:
-        lines = os.environ.get(API_KEY_VARIABLE, "").splitlines()
-    stripped_lines = (line.strip() for line in lines)
-    keys = [line for line in stripped_lines if line and not line.startswith("#")]
-    where = str(file) if file else API_KEY_VARIABLE
+    where, remedy = str(file or API_KEY_VARIABLE), f"Generate a key: {GENERATE_KEY_COMMAND}"
+    expected = "a text file with one API key per line"
+    try:
+        text = file.read_text(encoding="utf-8") if file else os.environ.get(API_KEY_VARIABLE, "")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot be read ({error})", where=where, expected=expected, remedy="Correct the path."
+        ) from error
+    keys = [line.strip() for line in text.splitlines()]
+    keys = [key for key in keys if key and not key.startswith("#")]
     for key_number, key in enumerate(keys, 1):
         # HTTP headers have the same restriction.
         if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
-            raise UserError(
-                f"API key {key_number} is invalid ({len(key)} characters)",
-                where=where,
-                expected=f"at least {MIN_KEY_LENGTH} printable ASCII characters without spaces",
-                remedy=f"Generate a key: {GENERATE_KEY_COMMAND}",
-            )
+            what = f"API key {key_number} is invalid ({len(key)} characters)"
+            expected = f"at least {MIN_KEY_LENGTH} printable ASCII characters without spaces"
+            raise UserError(what, where=where, expected=expected, remedy=remedy)
     if file is not None and not keys:
-        raise UserError(
-            f"no API key in {len(lines)} lines",
-            where=where,
-            expected="one API key per line",
-            remedy=f"Generate a key: {GENERATE_KEY_COMMAND}",
-        )
+        what = f"no API key in {len(text.splitlines())} lines"
+        raise UserError(what, where=where, expected=expected, remedy=remedy)
     return keys
 
 
@@ -141,39 +187,34 @@ class ClientStalledError(Exception):
     """Raised when a client does not read its response within the send timeout."""
 
 
-class ByteReservation:
-    """Memory that one request has reserved in a `ByteBudget`. Not thread-safe."""
-
-    def __init__(self, budget: ByteBudget) -> None:
-        self._budget, self._num_bytes = budget, 0
-
-    def reserve(self, num_bytes: int) -> None:
-        """Reserve more bytes for the request.
-
-        Raises:
-            ApiError: The bytes of all requests would exceed the budget.
-        """
-        if self._budget.used_bytes + num_bytes > self._budget.max_bytes:
-            raise ApiError(
-                503,
-                f"request memory is full: {self._budget.used_bytes} bytes in use",
-                retry_after_s=2,
-            )
-        self._budget.used_bytes += num_bytes
-        self._num_bytes += num_bytes
-
-    def release(self) -> None:
-        """Release all bytes of the request."""
-        self._budget.used_bytes -= self._num_bytes
-        self._num_bytes = 0
-
-
 @dataclass(slots=True)
 class ByteBudget:
     """Limit on the memory of all requests, and the number of bytes in use."""
 
     max_bytes: int
     used_bytes: int = 0
+
+
+@dataclass(slots=True)
+class ByteReservation:
+    """Memory that one request has reserved in a `ByteBudget`. Not thread-safe."""
+
+    budget: ByteBudget
+    num_bytes: int = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Reserve more bytes. Raises ApiError if all requests would exceed the budget."""
+        used_bytes = self.budget.used_bytes
+        if used_bytes + num_bytes > self.budget.max_bytes:
+            message = f"request memory is full: {used_bytes} bytes in use"
+            raise ApiError(503, message, retry_after_s=2)
+        self.budget.used_bytes += num_bytes
+        self.num_bytes += num_bytes
+
+    def release(self) -> None:
+        """Release all bytes of the request."""
+        self.budget.used_bytes -= self.num_bytes
+        self.num_bytes = 0
 
 
 def get_reservation(scope: Scope) -> ByteReservation:
@@ -200,7 +241,7 @@ class RequestMiddleware:
         try:
             try:
                 scope["state"]["owner"] = self._authenticate(scope)
-                exchange.check_content_length()
+                exchange.check_body_size(Headers(scope=scope).get("content-length", "0"))
                 await self.app(scope, exchange.receive, exchange.send)
             except ApiError as refusal:
                 await exchange.send_error(refusal)
@@ -229,16 +270,17 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         owner = self._api_keys.authenticate(headers.get("authorization"))
         if owner is None:
-            raise ApiError(
-                401,
-                "wrong or missing API key; expected Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            message = "wrong or missing API key; expected Authorization: Bearer KEY"
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, message, code="invalid_api_key", headers=challenge)
         if not self._api_keys:
             # A foreign host name may resolve to this machine (DNS rebinding).
             urls = headers.get("origin", "http://localhost"), f"//{headers.get('host', '')}"
-            if not all(is_loopback(_parse_host(url)) for url in urls):
+            try:
+                is_local = all(is_loopback(urlsplit(url).hostname or "") for url in urls)
+            except ValueError:  # invalid address in brackets
+                is_local = False
+            if not is_local:
                 raise ApiError(403, "without API keys, only local requests are accepted")
         return owner
 
@@ -261,11 +303,11 @@ class RequestExchange:
         self._body_bytes = 0
         self.status = 0
 
-    def check_content_length(self) -> None:
-        """Raise ApiError if the `Content-Length` header exceeds the body limit."""
-        length = Headers(scope=self._scope).get("content-length", "0")
-        if not length.isdecimal() or int(length) > self._limits.max_body_bytes:
-            raise self._body_too_large_error(length)
+    def check_body_size(self, length: str) -> None:
+        """Raise ApiError if a number of bytes exceeds the body limit, or is no number."""
+        limit = self._limits.max_body_bytes
+        if not length.isdecimal() or int(length) > limit:
+            raise ApiError(413, f"the body has {length[:20]} bytes; expected at most {limit}")
 
     async def receive(self) -> Message:
         """Return the next ASGI message of the request body.
@@ -280,25 +322,19 @@ class RequestExchange:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError as error:
-            raise ApiError(
-                408, f"the body was not complete within {self._limits.body_timeout_s:g} seconds"
-            ) from error
+            seconds = self._limits.body_timeout_s
+            raise ApiError(408, f"the body was not complete within {seconds:g} seconds") from error
         if message["type"] == "http.disconnect":
             raise ClientDisconnectedError
         num_bytes = len(message.get("body", b""))
         self._body_complete = not message.get("more_body", False)
         self._body_bytes += num_bytes
         self._reservation.reserve(num_bytes)
-        if self._body_bytes > self._limits.max_body_bytes:
-            raise self._body_too_large_error(str(self._body_bytes))
+        self.check_body_size(str(self._body_bytes))
         return message
 
     async def send(self, message: Message) -> None:
-        """Send an ASGI message of the response.
-
-        Raises:
-            ClientStalledError: The client did not read the response within the send timeout.
-        """
+        """Send an ASGI message. Raises ClientStalledError after the send timeout."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
         elif not message.get("more_body", False):
@@ -318,38 +354,21 @@ class RequestExchange:
         headers = {"connection": "close", **api_error.response_headers}
         response = JSONResponse(api_error.body, api_error.status, headers)
         start = {"type": "http.response.start", "status": response.status_code}
+        body = {"type": "http.response.body", "body": response.body, "more_body": True}
         with contextlib.suppress(ClientStalledError):
             await self.send({**start, "headers": response.raw_headers})
-            await self.send(
-                {"type": "http.response.body", "body": response.body, "more_body": True}
-            )
-            if api_error.status != 408:
-                await self._drain_body()
+            await self.send(body)
+            with contextlib.suppress(TimeoutError):
+                # Receive and discard the rest of the body.
+                async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                    while not self._body_complete and api_error.status != 408:
+                        message = await self._receive()
+                        self._body_complete = not message.get("more_body", False)
             await self.send({"type": "http.response.body", "body": b""})
 
     def abort(self) -> None:
         """Close the connection of the client immediately, without a response."""
         self._scope["state"].get(ABORT_STATE_KEY, lambda: None)()
-
-    def _body_too_large_error(self, size: str) -> ApiError:
-        return ApiError(
-            413, f"the body has {size[:20]} bytes; expected at most {self._limits.max_body_bytes}"
-        )
-
-    async def _drain_body(self) -> None:
-        """Receive and discard the rest of a request body."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                while not self._body_complete:
-                    message = await self._receive()
-                    self._body_complete = not message.get("more_body", False)
-
-
-def _parse_host(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:  # invalid address in brackets
-        return ""
 
 
 def log_internal_error(error: Exception) -> ApiError:

@@ -1,11 +1,21 @@
-"""Preprocess a request in worker processes: parsing, tokenization and image decoding."""
+"""Preprocess requests in worker processes: parsing, tokenization, image decoding and grammars.
+
+Grammars are untrusted as well. llguidance limits the work of a step, but neither the time nor the
+memory of a single operation: the bitmask of `.*.*.*...` takes a minute. Each constrained completion
+therefore has its own worker process with limits on both. The engine waits for a bitmask for a
+limited time only.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +25,20 @@ from numpy.typing import NDArray
 
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.errors import UserError
-from finesight.serve.api_errors import ApiError, ClientDisconnectedError, from_user_error
-from finesight.serve.chat_schema import ChatCompletionParameters
-from finesight.serve.message_conversion import get_image_name
-from finesight.serve.server_limits import ServerLimits
+from finesight.infer.request import DecodingConstraint
+from finesight.infer.structured_output import BITMASK_WORD_BITS, build_bitmask
+from finesight.serve.api_schema import (
+    ApiError,
+    ChatCompletionParameters,
+    ClientDisconnectedError,
+    ServerLimits,
+    from_user_error,
+)
 from finesight.serve.worker_jobs import (
     GrammarSpec,
     compile_grammar,
+    compute_next_bitmask,
+    get_image_name,
     inspect_image,
     load_image_patches,
     parse_request,
@@ -36,16 +53,15 @@ MAX_CHARS_PER_TOKEN = 16
 Longer texts are rejected before tokenization.
 """
 
+MAX_ACCEPTED_GRAMMARS = 1024
+"""Number of grammars whose successful compilation is remembered."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """Reference to an image in a request.
+    """Reference to an image in a request, by its number from 1.
 
-    Attributes:
-        image_number: Number of the image in the request, from 1.
-        param: Path of its field in the request body.
-        url: URL to fetch the image from. None for a data URL or an uploaded file.
-        file_id: ID of an uploaded file. None for other images.
+    `url` is None for a data URL or an uploaded file. `file_id` is None for other images.
     """
 
     image_number: int
@@ -61,13 +77,7 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True)
 class ParsedBody:
-    """Parsed body of a chat completion request.
-
-    Attributes:
-        chat_request: All fields except for the messages.
-        images: Images in the order of the messages.
-        sample_json: Conversation as JSON text, the input of `RequestPreprocessor.encode`.
-    """
+    """Parsed body: fields except for the messages, images, and conversation as JSON text."""
 
     chat_request: ChatCompletionParameters
     images: tuple[ImageRequest, ...]
@@ -79,14 +89,8 @@ class RequestPreprocessor:
     """Preprocesses one request in worker processes, within the limits of the server.
 
     The methods block. Any thread may call `cancel`; the blocked method then raises
-    ClientDisconnectedError.
-
-    Attributes:
-        worker_pool: Worker processes with the state of `worker_jobs.load_worker_state`.
-        limits: Limits of the server.
-        image_formats: Accepted image formats.
-        folder: Private folder of the request, which contains its images.
-        deadline: Time at which the request is canceled, on the clock of `time.monotonic`.
+    ClientDisconnectedError. `folder` contains the images of the request. The deadline is on the
+    clock of `time.monotonic`.
     """
 
     worker_pool: WorkerPool
@@ -107,11 +111,7 @@ class RequestPreprocessor:
                 self._worker.kill()
 
     def parse_body(self, body: NDArray[np.uint8], max_model_len: int) -> ParsedBody:
-        """Parse and validate a request body, and write images of data URLs to the folder.
-
-        Raises:
-            ApiError: The request is invalid or exceeds a limit.
-        """
+        """Parse and validate a request body, and write images of data URLs to the folder."""
         max_chars = min(self.limits.max_text_chars, MAX_CHARS_PER_TOKEN * max_model_len)
         with self._borrow_worker() as worker:
             reply = self._call(worker, parse_request, body, self.folder, self.limits, max_chars)
@@ -125,11 +125,7 @@ class RequestPreprocessor:
         )
 
     def encode(self, body: ParsedBody, max_model_len: int) -> EncodedSample:
-        """Tokenize the conversation of a request, then decode its images in the folder.
-
-        Raises:
-            ApiError: An image is invalid, or the request exceeds a limit.
-        """
+        """Tokenize the conversation of a request, then decode its images in the folder."""
         with self._borrow_worker() as worker:
             for image in body.images:
                 self._inspect_image(
@@ -195,19 +191,15 @@ class RequestPreprocessor:
         job: Callable[..., JobOutput],
         *args: Any,
         param: str = "messages",
-        max_cpu_s: float = np.inf,
+        max_cpu_s: float | None = None,
         folder: Path | None = None,
     ) -> WorkerReply:
-        remaining_s = self.limits.max_request_cpu_s - self._cpu_seconds
+        used_s = self._cpu_seconds
+        remaining_s = self.limits.max_request_cpu_s - used_s
         if remaining_s <= 0:
-            raise ApiError(
-                400,
-                f"preprocessing took {self._cpu_seconds:.1f} s of CPU time; send a smaller request",
-                param,
-            )
-        max_cpu_s = min(
-            self.limits.max_image_cpu_s if max_cpu_s == np.inf else max_cpu_s, remaining_s
-        )
+            message = f"preprocessing took {used_s:.1f} s of CPU time; send a smaller request"
+            raise ApiError(400, message, param)
+        max_cpu_s = min(max_cpu_s or self.limits.max_image_cpu_s, remaining_s)
         with self._translate_errors(param, folder or self.folder):
             reply = worker.call(job, *args, max_cpu_s=max_cpu_s, deadline=self.deadline)
         self._cpu_seconds += reply.cpu_seconds
@@ -249,3 +241,122 @@ def _build_tokenized_sample(reply: WorkerReply, folder: Path) -> TokenizedSample
         position_ids_3T=positions_3T.view(np.int32),
         spans=spans,
     )
+
+
+class ConstraintFactory:
+    """Resources of all decoding constraints of one model, and its valid grammars."""
+
+    def __init__(
+        self, pool: WorkerPool, limits: ServerLimits, vocab_size: int, eos_ids: Sequence[int]
+    ) -> None:
+        self.pool, self.limits = pool, limits
+        self.eos_only_bitmask = build_bitmask(eos_ids, -(-vocab_size // BITMASK_WORD_BITS))
+        self.start_executor = ThreadPoolExecutor(2, thread_name_prefix="finesight-grammars")
+        self._lock = threading.Lock()
+        self._accepted: OrderedDict[bytes, None] = OrderedDict()
+
+    def is_accepted(self, spec: GrammarSpec) -> bool:
+        """Return whether a grammar has been marked as valid."""
+        with self._lock:
+            return _hash_grammar(spec) in self._accepted
+
+    def mark_accepted(self, spec: GrammarSpec) -> None:
+        """Remember that a grammar can be compiled within the limits."""
+        with self._lock:
+            self._accepted[_hash_grammar(spec)] = None
+            while len(self._accepted) > MAX_ACCEPTED_GRAMMARS:
+                self._accepted.popitem(last=False)
+
+
+def _hash_grammar(spec: GrammarSpec) -> bytes:
+    return hashlib.sha256(json.dumps(spec).encode()).digest()
+
+
+class WorkerConstraint(DecodingConstraint):
+    """Decoding constraint of one completion, computed in its own worker process.
+
+    The process starts when the engine starts the completion. It computes the next bitmask while the
+    model computes logits. `has_failed` is true if the grammar exceeded a limit. Only end tokens are
+    allowed then.
+    """
+
+    def __init__(self, factory: ConstraintFactory, spec: GrammarSpec) -> None:
+        self._factory, self._spec = factory, spec
+        self._worker_future: Future[Worker] | None = None
+        self._worker: Worker | None = None
+        self._ready_worker: Worker | None = None
+        """Worker process after its first job has started, used by the engine thread only."""
+        self._bitmask: NDArray[np.int32] | None = None
+        self._cpu_seconds = 0.0
+        self._lock = threading.Lock()
+        self._closed = False
+        self.has_failed = False
+
+    def start(self) -> None:
+        """Start the worker process, which compiles the grammar."""
+        # In another thread: a large grammar does not fit into the buffer of a socket.
+        self._worker_future = self._factory.start_executor.submit(self._start_worker)
+
+    def wait_bitmask(self, timeout_s: float) -> bool:
+        """Wait for the bitmask of the next token, and return whether it is available."""
+        if self._bitmask is not None or self.has_failed:
+            return True
+        assert self._worker_future is not None, f"the {self._spec[0]} constraint has not started"
+        try:
+            if self._ready_worker is None:
+                self._ready_worker = self._worker_future.result(timeout_s)
+            if not self._ready_worker.wait(timeout_s):
+                return False
+            reply = self._ready_worker.get_result()
+        except TimeoutError:
+            return False
+        except (UserError, WorkerLostError):
+            self._fail()
+            return True
+        self._cpu_seconds += reply.cpu_seconds
+        self._bitmask = reply.arrays[0].view(np.int32)
+        if reply.value["failed"] or self._cpu_seconds > self._factory.limits.max_constraint_cpu_s:
+            self._fail()
+        return True
+
+    def compute_bitmask(self) -> NDArray[np.int32]:
+        """Return the bitmask of the next token, waiting as long as necessary."""
+        while not self.wait_bitmask(1.0):
+            pass
+        if self.has_failed:
+            return self._factory.eos_only_bitmask
+        assert self._bitmask is not None, f"the {self._spec[0]} constraint has no bitmask"
+        return self._bitmask
+
+    def accept_token(self, token: int) -> None:
+        """Report a generated token, so that the worker computes the next bitmask."""
+        self._bitmask = None
+        if self.has_failed or self._ready_worker is None:
+            return
+        try:
+            max_cpu_s = self._factory.limits.max_schema_cpu_s
+            self._ready_worker.start(compute_next_bitmask, token, max_cpu_s=max_cpu_s)
+        except (UserError, WorkerLostError):
+            self._fail()
+
+    def close(self) -> None:
+        """End the worker process. Any thread may call this method at any time."""
+        with self._lock:
+            self._closed = True
+            worker = self._worker
+        if worker is not None:
+            worker.close()
+
+    def _start_worker(self) -> Worker:
+        limits = self._factory.limits
+        worker = self._factory.pool.fork(limits.max_schema_memory_bytes)
+        with self._lock:
+            if self._closed:
+                worker.close()
+            self._worker = worker
+        worker.start(compile_grammar, self._spec, True, max_cpu_s=limits.max_schema_cpu_s)
+        return worker
+
+    def _fail(self) -> None:
+        self.has_failed = True
+        self.close()

@@ -1,13 +1,19 @@
 """Jobs of the worker processes: parsing, tokenization, image decoding and grammars.
 
-The first argument of each job is the `WorkerState` of its process. `serve.request_preprocessor` and
-`serve.worker_constraint` run the jobs in a `finesight.worker_pool.WorkerPool`.
+The first argument of each job is the `WorkerState` of its process. `serve.request_preprocessor`
+runs the jobs in a `finesight.worker_pool.WorkerPool`.
+
+Messages become turns of a sample. Tools follow the Qwen3-VL chat template: definitions are JSON
+within `<tools>` in the system turn, calls are JSON within `<tool_call>` in an assistant turn, and
+results are within `<tool_response>` in the next user turn.
 """
 
 from __future__ import annotations
 
 import binascii
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +23,47 @@ from numpy.typing import NDArray
 
 from finesight.data.image_header import read_image_size
 from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import Sample
+from finesight.data.sample import ContentPart, ImagePart, Message, Sample, TextPart, validate_sample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.errors import UserError
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
-from finesight.serve.api_errors import ApiError
-from finesight.serve.chat_schema import (
+from finesight.serve.api_schema import (
     MAX_URL_CHARS,
+    ApiError,
+    AssistantMessage,
+    ChatCompletionRequest,
+    ChatMessage,
     FileContent,
     ImageContent,
+    ServerLimits,
+    TextContent,
+    Tool,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
     check_limits,
     parse_chat_request,
 )
-from finesight.serve.message_conversion import build_sample, get_image_name, iter_images
-from finesight.serve.server_limits import ServerLimits
 from finesight.worker_pool import JobOutput
 
 GrammarSpec = tuple[str, tuple[Any, ...]]
 """Grammar for structured output: its kind in `compile_grammar`, and its arguments."""
+
+MessageTurn = tuple[str, list[ContentPart]]
+
+TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
+
+# The exact text of the chat template.
+_TOOLS_PREFIX = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_SUFFIX = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments"
+    " within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
 
 
 @dataclass(slots=True)
@@ -60,10 +88,9 @@ def parse_request(
 ) -> JobOutput:
     """Parse the body of a chat completion request, and write images of data URLs to the folder.
 
-    Returns:
-        The value has `parameters`, the fields of the request except for its messages, and `images`,
-        a list of arguments for `ImageRequest`. The array is the conversation as JSON text. For an
-        invalid request, the value has the fields of an `api_error` only.
+    The value has `parameters`, the fields of the request except for its messages, and `images`, a
+    list of arguments for `ImageRequest`. The array is the conversation as JSON text. For an invalid
+    request, the value has the fields of an `api_error` only.
     """
     try:
         chat_request = parse_chat_request(body.tobytes())
@@ -93,33 +120,28 @@ def _read_image_part(
         return image_number, param, None, part.file.file_id
     url = part.image_url.url
     if url[:5].lower() == "data:":
-        path = folder / get_image_name(image_number)
-        try:
-            path.write_bytes(_decode_data_url(url, limits.max_image_bytes))
-        except ApiError as error:
-            error.param = param
-            raise
+        data = _decode_data_url(url, limits.max_image_bytes, param)
+        (folder / get_image_name(image_number)).write_bytes(data)
         return image_number, param, None, None
     if len(url) > MAX_URL_CHARS:
-        raise ApiError(
-            400, f"the URL has {len(url)} characters; expected at most {MAX_URL_CHARS}", param
-        )
+        message = f"the URL has {len(url)} characters; expected at most {MAX_URL_CHARS}"
+        raise ApiError(400, message, param)
     return image_number, param, url, None
 
 
-def _decode_data_url(url: str, max_bytes: int) -> bytes:
+def _decode_data_url(url: str, max_bytes: int, param: str) -> bytes:
     """Decode a base64 data URL (RFC 2397). Raise ApiError if it is invalid or too large."""
     comma = url.find(",", 0, 200)
     if comma < 0 or not url[:comma].lower().endswith(";base64"):
-        raise ApiError(400, f"invalid data URL {url[:20]!r}; expected data:image/...;base64,")
-    if (len(url) - comma) * 3 // 4 > max_bytes + 3:
-        raise ApiError(
-            413, f"the image has {(len(url) - comma) * 3 // 4} bytes; expected at most {max_bytes}"
-        )
+        message = f"invalid data URL {url[:20]!r}; expected data:image/...;base64,"
+        raise ApiError(400, message, param)
+    num_bytes = (len(url) - comma) * 3 // 4
+    if num_bytes > max_bytes + 3:
+        raise ApiError(413, f"the image has {num_bytes} bytes; expected at most {max_bytes}", param)
     try:
         return binascii.a2b_base64(url[comma + 1 :].encode("ascii"))
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise ApiError(400, f"data URL is not base64: {type(error).__name__}") from error
+        raise ApiError(400, f"data URL is not base64: {type(error).__name__}", param) from error
 
 
 def inspect_image(
@@ -134,12 +156,8 @@ def tokenize_sample(
 ) -> JobOutput:
     """Tokenize a conversation from `parse_request`, without decoding its images.
 
-    Returns:
-        The value has the `spans` of image tokens and the `patch_dim`. The arrays are the token IDs
-        and the position IDs.
-
-    Raises:
-        UserError: The prompt has `max_model_len` tokens or more.
+    The value has the `spans` of image tokens and the `patch_dim`. The arrays are the token IDs and
+    the position IDs. Raises UserError if the prompt has `max_model_len` tokens or more.
     """
     located_sample = LocatedSample(Sample.model_validate_json(sample.tobytes()), folder)
     try:
@@ -172,10 +190,7 @@ def load_image_patches(state: WorkerState, image_index: int) -> JobOutput:
 
 
 def compile_grammar(state: WorkerState, spec: GrammarSpec, with_bitmask: bool) -> JobOutput:
-    """Compile the grammar of a completion.
-
-    Returns the bitmask of the first token if `with_bitmask` is true.
-    """
+    """Compile the grammar of a completion, and optionally return its first bitmask."""
     name, args = spec
     compilers: Mapping[str, Callable[..., GrammarConstraint]] = {
         "json_object": state.grammar_compiler.compile_json_object,
@@ -197,3 +212,99 @@ def compute_next_bitmask(state: WorkerState, token_id: int) -> JobOutput:
 def _compute_bitmask(constraint: GrammarConstraint) -> JobOutput:
     bitmask = constraint.compute_bitmask()
     return JobOutput({"failed": constraint.has_failed}, [bitmask])
+
+
+def get_image_name(image_number: int) -> str:
+    """Return the file name of an image in the folder of its request."""
+    return f"image-{image_number}"
+
+
+def iter_images(
+    chat_request: ChatCompletionRequest,
+) -> Iterator[tuple[str, ImageContent | FileContent]]:
+    """Yield (field path, image) pairs for all images of a request."""
+    for message_index, message in enumerate(chat_request.messages):
+        if isinstance(message, UserMessage) and not isinstance(message.content, str):
+            for part_index, part in enumerate(message.content):
+                if not isinstance(part, TextContent):
+                    yield f"messages.{message_index}.content.{part_index}", part
+
+
+def build_sample(chat_request: ChatCompletionRequest, system_prompt: str | None) -> Sample:
+    """Convert the messages of a request to a sample.
+
+    Its images are named by `get_image_name`, numbered from 1. Consecutive messages of one role
+    become one turn, and tool results become user turns. The system prompt of the model is used
+    with tools if the request has none. Raises UserError or ApiError for an invalid order of turns.
+    """
+    image_counter = itertools.count(1)
+    turns: list[MessageTurn] = []
+    for message in chat_request.messages:
+        role, parts = _convert_message(message, image_counter)
+        if parts == [TextPart(text="")] and role == "assistant":
+            # An empty answer that a client sends back.
+            continue
+        if turns and turns[-1][0] == role:
+            parts = [*turns.pop()[1], TextPart(text="\n"), *parts]
+        turns.append((role, parts))
+    if not turns:
+        raise ApiError(400, f"{len(chat_request.messages)} messages are empty", "messages")
+    if chat_request.tools and chat_request.tool_choice != "none":
+        if turns[0][0] == "system":
+            parts = turns.pop(0)[1]
+            system_prompt = "".join(part.text for part in parts if isinstance(part, TextPart))
+        text = format_system_prompt(system_prompt, chat_request.tools)
+        turns.insert(0, ("system", [TextPart(text=text)]))
+    messages = [{"role": role, "content": tuple(parts)} for role, parts in turns]
+    sample = Sample(id="request", messages=tuple(map(Message.model_validate, messages)))
+    validate_sample(sample, "messages", require_answer=False)
+    role = turns[-1][0]
+    if role != "user":
+        # The models are not trained to continue an answer.
+        raise ApiError(400, f"the last turn is a {role} turn; expected a user turn", "messages")
+    return sample
+
+
+def format_system_prompt(system_prompt: str | None, tools: Sequence[Tool]) -> str:
+    """Append the tool definitions to a system prompt, as in the chat template."""
+    lines = "".join(
+        "\n" + json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools
+    )
+    prefix = "" if system_prompt is None else f"{system_prompt}\n\n"
+    return f"{prefix}{_TOOLS_PREFIX}{lines}{_TOOLS_SUFFIX}"
+
+
+def format_tool_calls(calls: Sequence[ToolCall]) -> str:
+    """Format the tool calls of an earlier assistant message as text of the chat template."""
+    return "\n".join(
+        f'{TOOL_CALL_START}\n{{"name": "{call.function.name}",'
+        f' "arguments": {call.function.arguments}}}\n{TOOL_CALL_END}'
+        for call in calls
+    )
+
+
+def format_tool_result(content: str) -> str:
+    """Format the result of a tool call as text of the chat template."""
+    return f"<tool_response>\n{content}\n</tool_response>"
+
+
+def _convert_message(message: ChatMessage, image_counter: Iterator[int]) -> MessageTurn:
+    if isinstance(message, UserMessage):
+        if isinstance(message.content, str):
+            return "user", [TextPart(text=message.content)]
+        parts: list[ContentPart] = [
+            TextPart(text=part.text)
+            if isinstance(part, TextContent)
+            else ImagePart(image=get_image_name(next(image_counter)))
+            for part in message.content
+        ]
+        return "user", parts
+    content = message.content or ""
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    if isinstance(message, ToolMessage):
+        return "user", [TextPart(text=format_tool_result(text))]
+    if isinstance(message, AssistantMessage):
+        calls = format_tool_calls(message.tool_calls or [])
+        both = f"{text}\n{calls}" if text and calls else text or calls
+        return "assistant", [TextPart(text=both)]
+    return "system", [TextPart(text=text)]

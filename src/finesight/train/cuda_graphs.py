@@ -28,6 +28,7 @@ from finesight.model.hf_backend import AnyModel
 from finesight.model.quant.base import HAS_TRITON
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
+from finesight.train.dataloader import record_event
 from finesight.train.graph_buffers import (
     MAX_GRAPH_TOKENS,
     MAX_GRAPH_TOKENS_CACHED,
@@ -178,15 +179,6 @@ def is_capturable(model: AnyModel, device: torch.device) -> bool:
         return False
     head_dim, dtype = model.config.decoder.head_dim, model.model.embed_tokens.weight.dtype
     return supports_varlen_attention(torch.empty(1, 1, head_dim, dtype=dtype, device=device))
-
-
-def record_event(device: torch.device) -> torch.cuda.Event | None:
-    """Record a CUDA event after all queued kernels; return None on a CPU."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
 
 
 def has_half_free(device: torch.device) -> bool:

@@ -12,18 +12,17 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from finesight.data.corpus import Corpus
-from finesight.data.jsonl import LocatedSample
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import (
     ContextShard,
@@ -32,12 +31,16 @@ from finesight.encode.packing import (
     pack,
     plan_packs,
 )
-from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample, find_sample_error
 from finesight.errors import UserError
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.vision.patches import concat_shape
 from finesight.worker_pool import exit_with_parent
+
+if TYPE_CHECKING:
+    from finesight.data.corpus import Corpus
+    from finesight.data.jsonl import LocatedSample
+    from finesight.encode.renderer import Renderer
 
 Item = TypeVar("Item")
 
@@ -592,3 +595,53 @@ def read_steps(
         data.compute_order(start)
     transfers = prefetch_items(data.load_step, range(start, len(data)), num_workers, pin_memory)
     return (transfer.unpack() for transfer in transfers)
+
+
+@dataclass(frozen=True, slots=True)
+class DataWait:
+    """Timing of the request for the data of one step.
+
+    Attributes:
+        blocked_s: Seconds in which the host waited for the data loader.
+        request_event: CUDA event recorded when the data were requested; None on a CPU.
+        ready_event: CUDA event recorded when the data arrived; None on a CPU.
+    """
+
+    blocked_s: float
+    request_event: torch.cuda.Event | None
+    ready_event: torch.cuda.Event | None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in which the device was idle.
+
+        On a GPU, read it after the step has finished.
+        """
+        if self.request_event is None or self.ready_event is None:
+            return self.blocked_s
+        # A GPU with an empty queue is idle for other reasons as well.
+        idle: float = self.request_event.elapsed_time(self.ready_event) / 1000
+        return min(self.blocked_s, idle)
+
+
+def time_data_waits(
+    steps: Iterator[StepBatch], device: torch.device
+) -> Iterator[tuple[StepBatch, DataWait]]:
+    """Yield each step of a data loader with the timing of its data wait."""
+    while True:
+        request_event, start = record_event(device, enable_timing=True), time.perf_counter()
+        step_batch = next(steps, None)
+        if step_batch is None:
+            return
+        blocked_s = time.perf_counter() - start
+        ready_event = record_event(device, enable_timing=True)
+        yield step_batch, DataWait(blocked_s, request_event, ready_event)
+
+
+def record_event(device: torch.device, *, enable_timing: bool = False) -> torch.cuda.Event | None:
+    """Record a CUDA event after all queued kernels; return None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing)  # type: ignore[no-untyped-call]
+    event.record()
+    return event

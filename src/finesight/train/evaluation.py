@@ -21,6 +21,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
+from finesight.train.checkpoint import BestEval
 from finesight.train.console import ProgressCallback, TrainingConsole
 from finesight.train.dataloader import SkippedSample, read_steps
 from finesight.train.loss import fused_linear_cross_entropy
@@ -33,8 +34,8 @@ from finesight.train.oom import (
 from finesight.train.optimizer import build_nonfinite_error
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import TrainState
 from finesight.train.signals import StopRequest
+from finesight.train.train_state import TrainState
 
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput
@@ -79,6 +80,15 @@ class EvalResult:
             "details": self.details,
             "notes": self.notes,
         }
+
+    def as_best_eval(self) -> BestEval:
+        """Return the fields that rank evaluations."""
+        return BestEval(
+            step=self.step,
+            validation_loss=self.validation_loss,
+            primary_metric=self.primary_metric,
+            primary_score=self.primary_score,
+        )
 
     @classmethod
     def from_metrics(cls, line: dict[str, Any]) -> EvalResult | None:

@@ -31,12 +31,12 @@ from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder
 from finesight.storage import write_file, write_folder
-from finesight.train.checkpoint import BestEval, CheckpointManager, TrainProgress
+from finesight.train.checkpoint import BestEval, TrainProgress
 from finesight.train.console import TrainingConsole
 from finesight.train.evaluation import EvalResult, load_eval_history
 from finesight.train.param_audit import ParamChange, check_param_changes
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import TrainState
+from finesight.train.train_state import TrainState
 
 if TYPE_CHECKING:
     from finesight.report.run_page import LiveReportState
@@ -89,9 +89,7 @@ class RunResult(BaseModel):
         return format_differences(self.metric_differences, self.after.primary_metric)
 
 
-def finalize_run(
-    state: TrainState, console: TrainingConsole, checkpoint_manager: CheckpointManager
-) -> RunResult | None:
+def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
 
     All ranks must call this function. Only the main process writes files and returns a result.
@@ -118,13 +116,13 @@ def finalize_run(
     step = int(process_group.broadcast_str(str(step)))
     if not (process_group.is_main or state.parallel.is_sharded):
         return None
-    with load_final_weights(state, checkpoint_manager, step) as param_changes:
+    with load_final_weights(state, step) as param_changes:
         if process_group.is_main:
             run_dir.write(PARAM_AUDIT_FILE, [change.as_json() for change in param_changes])
             console.log(format_param_changes(param_changes))
         check_param_changes(param_changes)
         if process_group.is_main:
-            _save_weights(state, checkpoint_manager, step)
+            _save_weights(state, step)
     if not process_group.is_main:
         return None
     loss, num_late_skipped = None, 0
@@ -146,7 +144,7 @@ def finalize_run(
         metric_differences=tuple(_compute_differences(state, before, after))
         if before and after
         else (),
-        best_eval=build_best_eval(best_eval) if best_eval else None,
+        best_eval=best_eval.as_best_eval() if best_eval else None,
         weights_step=after.step if after else state.progress.step,
         stopped_early=state.progress.step < len(state.sampler),
     )
@@ -158,9 +156,7 @@ def finalize_run(
 
 
 @contextmanager
-def load_final_weights(
-    state: TrainState, checkpoint_manager: CheckpointManager, step: int
-) -> Iterator[list[ParamChange]]:
+def load_final_weights(state: TrainState, step: int) -> Iterator[list[ParamChange]]:
     """Load the weights of a step and unshard the model within the context.
 
     All ranks of a sharded run must call this function.
@@ -170,7 +166,7 @@ def load_final_weights(
     """
     if step != state.progress.step:
         remedy = "set eval.patience=null and resume to use the weights of the last step"
-        _, weights, optimizer_state = checkpoint_manager.load(step, remedy)
+        _, weights, optimizer_state = state.checkpoint_manager.load(step, remedy)
         state.load_state(weights, optimizer_state)
     param_changes = state.param_audit.compute_changes(
         state.optimizer.params_with_grad(), state.shard_group
@@ -212,23 +208,11 @@ def write_run_report(
             console.log(f"Report:  {page}")
 
 
-def build_best_eval(eval_result: EvalResult) -> BestEval:
-    """Reduce an evaluation to the fields that rank evaluations."""
-    return BestEval(
-        step=eval_result.step,
-        validation_loss=eval_result.validation_loss,
-        primary_metric=eval_result.primary_metric,
-        primary_score=eval_result.primary_score,
-    )
-
-
 def _select_best(results: Sequence[EvalResult]) -> EvalResult | None:
     """Return the best evaluation; of equally good ones, the first."""
     best_result: EvalResult | None = None
     for result in results:
-        if best_result is None or build_best_eval(result).is_better_than(
-            build_best_eval(best_result)
-        ):
+        if best_result is None or result.as_best_eval().is_better_than(best_result.as_best_eval()):
             best_result = result
     return best_result
 
@@ -279,17 +263,7 @@ def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -
         )
 
 
-def _export_weights(
-    state: TrainState, checkpoint_manager: CheckpointManager, step: int
-) -> Mapping[str, Tensor]:
-    """Return the complete fp32 master weights; a sharded model reads them from its checkpoint."""
-    if not state.parallel.is_sharded:
-        return state.optimizer.export_weights()
-    _, weights, _ = checkpoint_manager.load(step, "start again with --resume")
-    return weights
-
-
-def _save_weights(state: TrainState, checkpoint_manager: CheckpointManager, step: int) -> None:
+def _save_weights(state: TrainState, step: int) -> None:
     run_dir, base, model = state.run_dir, state.base_model, state.model
     tune = state.recipe.tune
     has_full_parts = tune.has_mode("full")
@@ -301,13 +275,18 @@ def _save_weights(state: TrainState, checkpoint_manager: CheckpointManager, step
     # The base of the adapter is the trained model, if there is one.
     adapter_base = ModelFolder(run_dir.model_dir) if has_full_parts else base.folder
     base_name = str(run_dir.model_dir.resolve()) if has_full_parts else base.name
+    weights: Mapping[str, Tensor]
+    if state.parallel.is_sharded:
+        _, weights, _ = state.checkpoint_manager.load(step, "start again with --resume")
+    else:
+        weights = state.optimizer.export_weights()
     with write_folder(run_dir.adapter_dir) as folder:
         save_adapter(
             folder,
             model,
             base_model=base_name,
             base_fingerprint=adapter_base.fingerprint(),
-            master_values=_export_weights(state, checkpoint_manager, step),
+            master_values=weights,
         )
 
 

@@ -12,15 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 from itertools import accumulate
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from finesight.config import TrainSettings
-from finesight.data.corpus import Corpus
 from finesight.data.sample_order import SampleOrder
 from finesight.encode.packing import ContextShard
-from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.train.oom import max_unsplit_packs
 from finesight.train.parallel.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from finesight.data.corpus import Corpus
+    from finesight.encode.tokenized_sample import TokenizedSample
 
 
 class StepSampler(Protocol):

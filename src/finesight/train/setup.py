@@ -9,14 +9,13 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from finesight import __version__
 from finesight.config import Recipe
-from finesight.encode.packing import PackedBatch, SampleShape, pad_batch
+from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
@@ -32,7 +31,6 @@ from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.quant.fp8 import require_fp8_support
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
-from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder, get_portable_name
 from finesight.storage import sha256_file
 from finesight.train.checkpoint import (
@@ -44,22 +42,26 @@ from finesight.train.checkpoint import (
 )
 from finesight.train.console import TrainingConsole
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataloader import StepDataset, default_num_workers
+from finesight.train.dataloader import default_num_workers
 from finesight.train.dataset_stats import SampleStatsMap, TrainingData, load_training_data
 from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
 from finesight.train.image_record import (
-    ImageStates,
     check_images,
     collect_reported_errors,
     load_image_record,
 )
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
-from finesight.train.parallel.ddp import ParallelStrategy, parallelize_model
-from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
+from finesight.train.parallel.distributed import (
+    SINGLE_PROCESS,
+    DDPStrategy,
+    ParallelStrategy,
+    ProcessGroup,
+)
 from finesight.train.param_audit import ParamAudit
 from finesight.train.run_dir import RunDir
-from finesight.train.sampler import DistributedSampler, SequentialSampler, StepSampler, TrainSampler
+from finesight.train.sampler import DistributedSampler, StepSampler, TrainSampler
+from finesight.train.train_state import Hardware, TrainState
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,178 +142,6 @@ resolved `precision` is still rejected.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """Hardware settings of a rank.
-
-    Attributes:
-        device: Device of the model.
-        dtype: Compute dtype.
-        num_workers: Number of data loader workers.
-        peak_flops: Measured peak FLOP/s of the device.
-        process_group: Ranks of the run.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    num_workers: int
-    peak_flops: float
-    process_group: ProcessGroup = SINGLE_PROCESS
-
-    @property
-    def precision(self) -> str:
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        return names[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainState:
-    """State of a training run: settings, data, model, optimizer and progress."""
-
-    recipe: Recipe
-    run_dir: RunDir
-    hardware: Hardware
-    base_model: BaseModelRef
-    renderer: Renderer
-    train_data: TrainingData
-    validation_data: TrainingData | None
-    sampler: TrainSampler
-    step_dataset: StepDataset
-    model: AnyModel
-    parallel: ParallelStrategy
-    optimizer: MasterWeightOptimizer
-    graph_runner: CudaGraphRunner
-    param_audit: ParamAudit
-    loss_scaler: LossScaler
-    lr_schedule: LRSchedule
-    flop_counter: FlopCounter | NullFlopCounter
-    resume_config: dict[str, Any]
-    progress: TrainProgress
-
-    def check_ranks_match(self) -> None:
-        """Verify that all ranks have the same settings, model, data and images.
-
-        Raises:
-            UserError: The configurations differ.
-        """
-        train_settings = self.recipe.train.model_dump(mode="json")
-        shared_settings = {
-            name: train_settings[name]
-            for name in ("parallel", "pack_tokens", "activation_checkpointing")
-        }
-        images = {split: states.digest for split, states in self.images().items()}
-        self.hardware.process_group.check_identical(
-            self.resume_config | shared_settings | {"images": images}
-        )
-
-    def images(self) -> dict[str, ImageStates]:
-        """Return the image fingerprints of each split (`train`, `eval`)."""
-        return _images(self.train_data, self.validation_data)
-
-    @property
-    def shard_group(self) -> ProcessGroup:
-        """Process group over which the model is sharded; a single process without sharding."""
-        return self.hardware.process_group if self.parallel.is_sharded else SINGLE_PROCESS
-
-    @property
-    def max_unsplit_tokens(self) -> int | None:
-        """Maximum number of tokens of a sample that is not split over the ranks.
-
-        None if samples are never split.
-        """
-        sampler = self.step_dataset.with_pack_tokens(self.progress.budget.pack_tokens).sampler
-        return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
-
-    def build_validation_dataset(self, pack_tokens: int) -> StepDataset | None:
-        """Create the dataset of this rank's validation samples; None without validation data.
-
-        It does not use shared prefixes: in evaluation mode, some families compute a token depending
-        on the length of its sample (`model.families.qwen_vl`).
-
-        Args:
-            pack_tokens: Maximum number of tokens of a pack.
-        """
-        if self.validation_data is None:
-            return None
-        own_indices = self.hardware.process_group.shard(self.validation_data.stats.sample_indices)
-        sampler = SequentialSampler(own_indices, self.recipe.train.batch_size)
-        return self.validation_data.build_step_dataset(
-            self.renderer, sampler, pack_tokens, self.recipe.data
-        )
-
-    def to_device(self, packed_batch: PackedBatch) -> PackedBatch:
-        """Move a packed batch to the device, after padding it if `pads_shapes` is set."""
-        packed_batch = self.parallel.prepare_batch(packed_batch)
-        if (
-            self.pads_shapes
-            and packed_batch.context_shard is None
-            and not isinstance(self.model, HfModel)
-        ):
-            return pad_batch(packed_batch, padding_merge_size(self.model))
-        return packed_batch.to(self.hardware.device)
-
-    @property
-    def pads_shapes(self) -> bool:
-        """True if packs are padded to a few shapes.
-
-        This is done for 16-bit training on a CPU, because oneDNN compiles a kernel for every new
-        shape.
-        """
-        return self.hardware.device.type == "cpu" and self.hardware.dtype != torch.float32
-
-    def zero_grad(self) -> None:
-        """Discard the gradients of a skipped or aborted step."""
-        self.optimizer.zero_grad()
-        self.parallel.zero_grad()
-
-    def load_state(
-        self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
-    ) -> None:
-        """Restore master weights and optimizer state from complete checkpoint tensors."""
-        self.optimizer.load_state(
-            self.parallel.shard_state(weights), self.parallel.shard_state(optimizer_state)
-        )
-        self.parallel.sync_params()
-
-    def apply_budget(self, budget: MemoryBudget) -> None:
-        """Use a memory budget from the next step on."""
-        self.progress.budget = budget
-        self.model.activation_checkpointing = budget.activation_checkpointing
-
-    def checkpoint_state(self) -> CheckpointState:
-        """Return the state that a checkpoint stores in addition to tensors."""
-        step = self.progress.step
-        return CheckpointState(
-            step=step,
-            consumed_samples=min(step * self.recipe.train.batch_size, self.sampler.num_samples),
-            last_eval_step=self.progress.last_eval_step,
-            best=self.progress.best,
-            loss_scale=self.loss_scaler.state_dict(),
-            budget=self.progress.budget,
-            nonfinite_steps=self.progress.nonfinite_steps,
-            consecutive_nonfinite_steps=self.progress.consecutive_nonfinite_steps,
-            resume_config=self.resume_config,
-        )
-
-    def build_manifest(self) -> Manifest:
-        """Build the manifest of the run, which evaluation, prediction and merging read."""
-        return Manifest(
-            family=self.base_model.folder.family,
-            base_model=self.base_model.name,
-            base_fingerprint=self.base_model.folder.fingerprint(),
-            image_rule=self.renderer.image_rule,
-            system_prompt=self.renderer.system_prompt,
-            eos_token=self.renderer.tokenizer.id_to_token(self.renderer.end_ids[0]),
-            tune=self.recipe.tune,
-            versions=library_versions(),
-        )
-
-
-def padding_merge_size(model: VisionLanguageModel) -> int | None:
-    """Return the merge size for padding patches; None for encoders with a fixed image size."""
-    return None if isinstance(model.visual, QwenVisionEncoder) else model.config.vision.merge_size
-
-
 def library_versions() -> dict[str, str]:
     """Return the versions of finesight, PyTorch and Python."""
     return {
@@ -319,6 +149,21 @@ def library_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def build_manifest(state: TrainState) -> Manifest:
+    """Build the manifest of a run, which evaluation, prediction and merging read."""
+    base_model, renderer = state.base_model, state.renderer
+    return Manifest(
+        family=base_model.folder.family,
+        base_model=base_model.name,
+        base_fingerprint=base_model.folder.fingerprint(),
+        image_rule=renderer.image_rule,
+        system_prompt=renderer.system_prompt,
+        eos_token=renderer.tokenizer.id_to_token(renderer.end_ids[0]),
+        tune=state.recipe.tune,
+        versions=library_versions(),
+    )
 
 
 def build_train_state(
@@ -395,6 +240,7 @@ def build_train_state(
     state = TrainState(
         recipe=recipe,
         run_dir=run_dir,
+        checkpoint_manager=checkpoint_manager,
         hardware=hardware,
         base_model=base_model,
         renderer=renderer,
@@ -420,6 +266,12 @@ def build_train_state(
         flop_counter=flop_counter,
         resume_config=resume_config,
         progress=TrainProgress(budget),
+        pads_shapes=not isinstance(model, HfModel)
+        and hardware.device.type == "cpu"
+        and hardware.dtype != torch.float32,
+        padding_merge_size=None
+        if isinstance(model, HfModel) or isinstance(model.visual, QwenVisionEncoder)
+        else model.config.vision.merge_size,
     )
     state.apply_budget(budget)
     if checkpoint is not None:
@@ -471,13 +323,6 @@ def build_rank_sampler(
     return DistributedSampler(
         sampler, process_group, estimate_cost, count_tokens if can_split else None, pack_tokens
     )
-
-
-def _images(
-    train_data: TrainingData, validation_data: TrainingData | None
-) -> dict[str, ImageStates]:
-    splits = {"train": train_data.stats.images}
-    return splits if validation_data is None else splits | {"eval": validation_data.stats.images}
 
 
 def _check_images(
@@ -643,3 +488,35 @@ def _build_resume_config(
     }
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
+
+
+def parallelize_model(
+    recipe: Recipe, model: AnyModel, dtype: torch.dtype, process_group: ProcessGroup
+) -> ParallelStrategy:
+    """Distribute a model over the ranks according to `train.parallel`.
+
+    Raises:
+        UserError: The model or the optimizer does not support sharding.
+    """
+    mode = recipe.train.parallel
+    if mode == "ddp" or process_group.is_single_process:
+        return DDPStrategy(model, process_group)
+    if isinstance(model, HfModel):
+        _raise_unsupported(mode, "models of the transformers backend")
+    if mode == "fsdp_offload" and model.model.embed_tokens.weight.device.type == "cpu":
+        _raise_unsupported(mode, "models on a CPU")
+    if recipe.train.optimizer != "adamw":
+        _raise_unsupported(mode, f"the state of train.optimizer={recipe.train.optimizer}")
+    # Imported on demand, because the FSDP modules of torch take a second to import.
+    from finesight.train.parallel.fsdp import FSDPStrategy
+
+    return FSDPStrategy(model, dtype, mode)
+
+
+def _raise_unsupported(mode: str, feature: str) -> NoReturn:
+    raise UserError(
+        f"train.parallel={mode} does not support {feature}",
+        where="train.parallel",
+        expected="a natively implemented model family and train.optimizer=adamw",
+        remedy="set train.parallel=ddp, which replicates the model on every rank",
+    )

@@ -1,44 +1,40 @@
-"""Training loop of every rank, and the public function `train`."""
+"""Training loop of every rank, and the training step: all packs, then one optimizer step."""
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import platform
+import hashlib
+import json
+import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from rich.console import Console
+from torch import Tensor
 
-from finesight.config import Recipe
 from finesight.data.line_index import UnreadableFileError
+from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
-from finesight.model.quant.base import HAS_TRITON
-from finesight.model.vlm import VisionLanguageModel
+from finesight.model.attention import select_shard_features
 from finesight.storage import require_free_space
-from finesight.track.backends import require_packages
-from finesight.track.tracker_manager import start_trackers
-from finesight.train.checkpoint import MAX_ASYNC_PARAMS, AsyncCheckpointer, CheckpointManager
+from finesight.train.checkpoint import MAX_ASYNC_PARAMS, AsyncCheckpointer
 from finesight.train.console import TrainingConsole
-from finesight.train.dataloader import DataWorkerError, StepBatch
-from finesight.train.evaluation import count_evals_since_best, load_eval_history, run_evaluation
-from finesight.train.finalize import (
-    LiveReport,
-    RunResult,
-    build_best_eval,
-    finalize_run,
-    load_result,
-    write_run_report,
+from finesight.train.dataloader import (
+    DataWorkerError,
+    SkippedSample,
+    StepBatch,
+    read_steps,
+    record_event,
+    time_data_waits,
 )
-from finesight.train.image_record import save_image_record
-from finesight.train.logging import MetricsLogger, describe_run, time_data_waits
+from finesight.train.evaluation import count_evals_since_best, load_eval_history, run_evaluation
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
+    build_pack_oom_error,
     retry_on_oom,
-    translate_oom_errors,
 )
 from finesight.train.optimizer import resolve_save_interval, resolve_steps
 from finesight.train.parallel.distributed import (
@@ -46,231 +42,337 @@ from finesight.train.parallel.distributed import (
     ProcessGroup,
     RankDesyncError,
     RankTimeoutError,
-    init_distributed,
 )
-from finesight.train.run_dir import RunDir
-from finesight.train.setup import TrainState, build_train_state
 from finesight.train.signals import StopRequest
-from finesight.train.step import StepOutput, iter_train_steps, sync_step, train_step
-from finesight.train.vision_cache import EncoderOffloader, open_vision_cache, should_offload
-from finesight.train.vision_store import VisionCache
+from finesight.train.train_state import TrainState
+
+if TYPE_CHECKING:
+    from finesight.train.finalize import LiveReport, RunResult
+    from finesight.train.logging import MetricsLogger
+    from finesight.train.vision_cache import VisionFeatures
+    from finesight.train.vision_store import VisionCache
 
 
-def estimate_checkpoint_bytes(state: TrainState) -> int:
-    """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""
-    optimizer = state.optimizer
-    rank_bytes = 4 * optimizer.num_params + sum(
-        moment.nbytes for moment in optimizer.optimizer_state().values()
+class GlobalStepStats(NamedTuple):
+    """Statistics of a step over all ranks.
+
+    Attributes:
+        num_supervised_tokens: Number of tokens that contribute to the loss.
+        num_samples: Number of samples.
+        num_tokens: Number of tokens.
+        max_packs: Largest number of packs on one rank.
+        skipped: Samples that were skipped because reading or encoding failed.
+        signal: Number of a stop signal that any rank received, or 0.
+    """
+
+    num_supervised_tokens: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    max_packs: int = 0
+    skipped: tuple[SkippedSample, ...] = ()
+    signal: int = 0
+
+    @classmethod
+    def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
+        """Compute the statistics of a step on this rank alone."""
+        metrics = (
+            step_batch.num_supervised_tokens,
+            step_batch.num_samples,
+            step_batch.num_tokens,
+            len(step_batch.packs),
+        )
+        return cls(*metrics, step_batch.skipped, signal)
+
+
+def sync_step(
+    process_group: ProcessGroup, step_batch: StepBatch, signal: int = 0
+) -> GlobalStepStats:
+    """Exchange step statistics with all ranks; all ranks must call this before each step.
+
+    Args:
+        process_group: Ranks of the run.
+        step_batch: Step data of this rank.
+        signal: Number of the stop signal that this rank received, or 0.
+
+    Returns:
+        Statistics over all ranks.
+
+    Raises:
+        PeerFailedError: A rank has failed, or the ranks have different data.
+        RankDesyncError: The ranks are at different steps.
+    """
+    local_stats = GlobalStepStats.from_step(step_batch, signal)
+    if process_group.is_single_process:
+        return local_stats
+    own_values = (step_batch.split_checksum, *local_stats[:4], len(step_batch.skipped), signal)
+    payloads = process_group.start_step(step_batch.step_index, json.dumps(own_values))
+    checksums, supervised, samples, tokens, packs, skipped_counts, signals = zip(
+        *map(json.loads, payloads), strict=True
     )
-    return rank_bytes * state.shard_group.world_size
+    if len({*checksums}) > 1:
+        raise PeerFailedError(
+            "a sample that is split over the ranks differs between them",
+            where="training",
+            expected="the same files on every rank during the run",
+            remedy="verify that every machine can read the images of the sample, then start"
+            " again with --resume",
+        )
+    skipped: list[SkippedSample] = []
+    if any(skipped_counts):
+        for payload in process_group.all_gather_str(json.dumps(step_batch.skipped)):
+            skipped += [SkippedSample(*sample) for sample in json.loads(payload)]
+    totals = sum(supervised), sum(samples), sum(tokens), max(packs)
+    return GlobalStepStats(*totals, tuple(skipped), max(signals))
 
 
-def check_disk_space(state: TrainState, num_existing: int) -> None:
-    """Verify that the disk has space for the checkpoints and trained weights of a run.
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Result of a training step, which the device may still be computing.
 
-    The estimate includes the retained checkpoints, the best checkpoint and one that is being
-    written.
+    Attributes:
+        step_batch: Step data of this rank.
+        global_stats: Statistics over all ranks.
+        budget: Memory budget of the step.
+        lr_factor: Factor of the learning rate schedule.
+        is_applied: False if the gradients overflowed in fp16, or no sample was valid.
+        loss_and_norm_2: Mean loss per supervised token and gradient norm. The CPU tensor is valid
+            after `event`. If one of them is not finite, the device has skipped the update.
+        event: CUDA event after the copy to the CPU; None on a CPU.
+    """
+
+    step_batch: StepBatch
+    global_stats: GlobalStepStats
+    budget: MemoryBudget
+    lr_factor: float
+    is_applied: bool
+    loss_and_norm_2: Tensor
+    event: torch.cuda.Event | None
+
+    def wait(self) -> tuple[float, float]:
+        """Wait for the device, and return the loss and the gradient norm."""
+        if self.event is not None:
+            self.event.synchronize()
+        loss, norm = self.loss_and_norm_2.tolist()
+        return loss, norm
+
+
+def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
+    """Derive the random seed of a micro-batch from the seed of the run.
+
+    Dropout masks then need no random state in a checkpoint.
+
+    Args:
+        seed: Seed of the run (`train.seed`).
+        step: Index of the step.
+        micro_index: Index of the micro-batch over all ranks.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def train_step(
+    state: TrainState,
+    step_batch: StepBatch,
+    stop: StopRequest,
+    vision_cache: VisionCache | None = None,
+    global_stats: GlobalStepStats | None = None,
+) -> StepOutput:
+    """Run one training step; in a distributed run, the share of this rank.
+
+    The loss is the mean over the supervised tokens of all packs on all ranks, so it does not depend
+    on the packing. The device skips a step with a non-finite loss or gradient, on every rank.
+
+    Args:
+        state: State of the run; its optimizer is updated.
+        step_batch: Step data of this rank.
+        stop: Stop request, checked between packs.
+        vision_cache: Cached image features, if any.
+        global_stats: Statistics over all ranks; those of this rank by default.
+
+    Raises:
+        TrainingInterrupted: A stop was requested; no parameter is updated.
+        GpuOutOfMemoryError: A pack exceeds the GPU memory; no parameter is updated.
+        RankDesyncError: This rank failed while the other ranks wait in a collective.
+    """
+    optimizer, loss_scaler = state.optimizer, state.loss_scaler
+    loss_scale = loss_scaler.scale
+    process_group = state.hardware.process_group
+    global_stats = global_stats or GlobalStepStats.from_step(step_batch)
+    total = _accumulate_all_packs(state, step_batch, global_stats, stop, vision_cache)
+    process_group.all_reduce(total)
+    grad_norm = state.parallel.reduce_gradients(optimizer)
+    step_output = StepOutput(
+        step_batch=step_batch,
+        global_stats=global_stats,
+        budget=state.progress.budget,
+        lr_factor=state.lr_schedule.lr_factor(step_batch.step_index),
+        is_applied=global_stats.num_supervised_tokens > 0,
+        loss_and_norm_2=(torch.stack([total, grad_norm]) / loss_scale).to("cpu", non_blocking=True),
+        event=record_event(total.device, enable_timing=True),
+    )
+    if not step_output.is_applied:
+        return step_output
+    if loss_scaler.is_enabled:
+        # The loss scale of the next step depends on the norm.
+        loss, grad_norm_value = step_output.wait()
+        if math.isfinite(loss) and not loss_scaler.update(grad_norm_value):
+            state.zero_grad()
+            return replace(step_output, is_applied=False)
+    optimizer.step(
+        step_output.lr_factor, grad_norm.masked_fill(~total.isfinite(), math.nan), loss_scale
+    )
+    state.parallel.sync_params()
+    return step_output
+
+
+def _accumulate_all_packs(
+    state: TrainState,
+    step_batch: StepBatch,
+    global_stats: GlobalStepStats,
+    stop: StopRequest,
+    vision_cache: VisionCache | None,
+) -> Tensor:
+    """Accumulate the gradients of all packs of a step.
+
+    Packs whose layers communicate with other ranks come first: all packs of a sharded model, or
+    those of split samples.
+
+    Returns:
+        Loss of this rank's packs times the loss scale.
+    """
+    process_group, is_sharded = state.hardware.process_group, state.parallel.is_sharded
+    packs = [*enumerate(_pad_micro_batches(state, step_batch, global_stats))]
+    num_synced = len(packs) if is_sharded else step_batch.num_split_packs
+    total = torch.zeros((), device=state.hardware.device)
+    try:
+        if num_synced:
+            with _raise_desync(process_group):
+                total += _accumulate_gradients(
+                    state, step_batch, global_stats, packs[:num_synced], stop, vision_cache
+                )
+        if not is_sharded:
+            # Agree on success before the all-reduce, so that a failed rank cannot block the others.
+            with process_group.sync_errors():
+                total += _accumulate_gradients(
+                    state, step_batch, global_stats, packs[num_synced:], stop, vision_cache
+                )
+    except Exception:
+        state.zero_grad()
+        raise
+    return total
+
+
+@contextmanager
+def _raise_desync(process_group: ProcessGroup) -> Iterator[None]:
+    """Convert an error in the context, where other ranks wait, to a `RankDesyncError`."""
+    try:
+        yield
+    except Exception as error:
+        is_oom = isinstance(error, GpuOutOfMemoryError)
+        raise RankDesyncError(
+            f"rank {process_group.rank} of {process_group.world_size} failed in the middle of a"
+            f" step: {error}",
+            where="training",
+            expected="all ranks in every layer",
+            remedy="lower train.pack_tokens or set train.activation_checkpointing=true, then start"
+            " again with --resume"
+            if is_oom
+            else "start again with --resume",
+        ) from error
+
+
+def _accumulate_gradients(
+    state: TrainState,
+    step_batch: StepBatch,
+    global_stats: GlobalStepStats,
+    packs: Sequence[tuple[int, PackedBatch]],
+    stop: StopRequest,
+    vision_cache: VisionCache | None,
+) -> Tensor:
+    """Accumulate the gradients of several packs.
 
     Args:
         state: State of the run.
-        num_existing: Number of checkpoints that are already on disk, which need no more space.
-
-    Raises:
-        UserError: There is not enough free space.
-    """
-    recipe, total_steps = state.recipe, len(state.sampler)
-    checkpoint_size, interval = (
-        estimate_checkpoint_bytes(state),
-        resolve_save_interval(recipe.train, total_steps),
-    )
-    num_remaining = 1 + ((total_steps - state.progress.step) // interval if interval else 0)
-    num_new = max(
-        1,
-        min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1) - num_existing,
-    )
-    weight_bytes = 4 * state.parallel.num_trainable_params if recipe.tune.has_mode("lora") else 0
-    if recipe.tune.has_mode("full"):
-        weight_bytes += sum(parameter.nbytes for parameter in state.model.parameters())
-    require_free_space(
-        state.run_dir.path,
-        num_new * checkpoint_size + weight_bytes,
-        f"{num_new} checkpoints of {checkpoint_size / 1e9:.3g} GB and"
-        f" {weight_bytes / 1e9:.3g} GB of trained weights",
-        "free disk space, set another output_dir, or lower train.keep_checkpoints",
-    )
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of `mallopt` in glibc's malloc.h."""
-
-_DEFAULT_THRESHOLD = 128 << 10
-"""Default value of both `mallopt` thresholds, in bytes."""
-
-_LARGE_THRESHOLD = 1 << 30
-
-
-@contextmanager
-def configure_host(device: torch.device) -> Iterator[None]:
-    """Apply the CPU thread and allocator settings for a device within the context."""
-    with _limit_cpu_threads(device), retain_freed_memory(device):
-        yield
-
-
-@contextmanager
-def _limit_cpu_threads(device: torch.device) -> Iterator[None]:
-    """Use one CPU thread of PyTorch within the context if the device is a GPU.
-
-    More threads would compete with the data loader workers.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-@contextmanager
-def retain_freed_memory(device: torch.device) -> Iterator[None]:
-    """Keep freed CPU memory in the process within the context, for training on a CPU.
-
-    By default, glibc returns large blocks to the system. Page faults of new blocks then take a
-    tenth of the step time of a small model. Blocks above 1 GiB are still returned.
-    """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_THRESHOLD)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
-        libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
-        libc.malloc_trim(0)
-
-
-if HAS_TRITON:
-    from finesight.model.kernels.parallel_compile import compile_in_parallel, is_compile_cache_empty
-
-
-def warm_up_kernels(state: TrainState) -> None:
-    """Compile all Triton kernels in parallel, by running packs of the next step.
-
-    This is done only if the Triton cache is empty. No parameter is updated. Errors are only logged
-    at debug level, because the training step raises them again.
-    """
-    device = state.hardware.device
-    is_native = isinstance(state.model, VisionLanguageModel)
-    if not (HAS_TRITON and device.type == "cuda" and is_native) or state.parallel.is_sharded:
-        return
-    if not is_compile_cache_empty() or state.progress.step == len(state.sampler):
-        return
-    try:
-        packs = state.step_dataset.get_step(state.progress.step).packs
-        # Split packs need all ranks. Packs with and without shared prefix use other kernels.
-        unsplit = [packed_batch for packed_batch in packs if packed_batch.context_shard is None]
-        variants = {packed_batch.prefix_length > 0: packed_batch for packed_batch in unsplit}
-        for packed_batch in variants.values():
-            with torch.random.fork_rng([device]), compile_in_parallel(device):
-                state.graph_runner.warm_up(state.to_device(packed_batch))
-    except Exception as error:
-        logging.getLogger(__name__).debug("kernels were not compiled beforehand: %s", error)
-    finally:
-        state.optimizer.zero_grad()
-
-
-def train(
-    recipe: Recipe, *, resume: bool = False, console: Console | None = None
-) -> RunResult | None:
-    """Train a recipe from the start, or resume from its newest checkpoint.
-
-    Args:
-        recipe: Settings of the run.
-        resume: Whether to continue an existing run.
-        console: Console for progress and messages; standard error by default.
+        step_batch: Step data of this rank.
+        global_stats: Statistics over all ranks.
+        packs: Packs with their micro-batch indices.
+        stop: Stop request, checked between packs.
+        vision_cache: Cached image features, if any.
 
     Returns:
-        Result of the run. In a distributed run, only the main process returns a result and writes
-        the run directory; the other ranks return None.
-
-    Raises:
-        UserError: The user can fix the problem; raised before any file is written where possible.
-        TrainingInterrupted: One of `signals.SIGNALS` arrived. A checkpoint of the last finished
-            step is written first.
+        Sum of the losses, divided by the supervised tokens of all ranks and multiplied by the loss
+        scale.
     """
-    with init_distributed() as process_group:
-        if process_group.is_main:
-            rich_console = console or Console(stderr=True)
-        else:
-            rich_console, recipe = Console(quiet=True), recipe.model_copy(update={"track": []})
-        with translate_oom_errors():
-            return _train_rank(recipe, process_group, resume, TrainingConsole(rich_console))
-
-
-def _train_rank(
-    recipe: Recipe, process_group: ProcessGroup, resume: bool, console: TrainingConsole
-) -> RunResult | None:
-    """Train on this rank; only the main process writes files and returns a result."""
-    start, is_main = time.perf_counter(), process_group.is_main
-    run_dir = RunDir(recipe.output_dir)
-    if is_main:
-        run_dir.check_available(resume)
-    is_resumed = resume and run_dir.is_started
-    with ExitStack() as stack:
-        if is_resumed and is_main:
-            # No other process may write to the run while it is read.
-            stack.enter_context(run_dir.lock())
-        if resume and (result := load_result(run_dir)) is not None:
-            console.log(f"{run_dir.path}: the run is already complete")
-            if is_main and not run_dir.report_path.exists():
-                write_run_report(run_dir, console)
-            return result if is_main else None
-        require_packages(recipe.track)
-        state = build_train_state(
-            recipe, run_dir, console, resume=is_resumed, process_group=process_group
+    device = state.hardware.device
+    total = torch.zeros((), device=device)
+    loss_weight = torch.full(
+        (), state.loss_scaler.scale / max(1, global_stats.num_supervised_tokens), device=device
+    )
+    process_group = state.hardware.process_group
+    for micro_index, packed_batch in packs:
+        # In a distributed run, the other ranks would wait for this one.
+        if stop.is_requested and process_group.is_single_process:
+            raise TrainingInterrupted(
+                f"in step {step_batch.step_index + 1}, which is repeated on resume"
+            )
+        global_index = micro_index * process_group.world_size + process_group.rank
+        torch.manual_seed(
+            micro_batch_seed(state.recipe.train.seed, step_batch.step_index, global_index)
         )
-        checkpoint_manager = CheckpointManager(
-            run_dir.checkpoint_dir, recipe.train.keep_checkpoints
-        )
-        if is_main:
-            check_disk_space(state, len(checkpoint_manager.steps()))
-        if is_main and not is_resumed:
-            stack.enter_context(run_dir.lock())
-            # Another process may have started meanwhile.
-            run_dir.check_available(resume=False)
-        state.check_ranks_match()
-        stop = StopRequest()
-        with process_group.sync_errors():
-            if is_main:
-                _prepare_run_dir(state, checkpoint_manager)
-            trackers = start_trackers(recipe, run_dir.path, state.progress.step, console.log)
-            tracking = stack.enter_context(trackers)
-        metrics_logger = MetricsLogger(state, console, tracking)
-        if is_main:
-            warm_up_kernels(state)
-        metrics_logger.log_start(time.perf_counter() - start)
-        with stop.install_handlers(), configure_host(state.hardware.device):
-            result = Trainer(state, console, metrics_logger, stop).run()
-        if result is not None:
-            metrics_logger.log_result(result)
-        return result
+        cache_inputs = None if vision_cache is None else step_batch.cache_inputs[micro_index]
+        pack_weight = loss_weight if packed_batch.sample_ids else torch.zeros_like(loss_weight)
+        try:
+            if micro_index:
+                state.optimizer.accumulate_gradients()
+            total += _forward_backward(state, packed_batch, pack_weight, vision_cache, cache_inputs)
+        except torch.OutOfMemoryError as error:
+            # A retry can use the memory of the freed CUDA graphs.
+            has_freed_memory = state.graph_runner.release_graphs()
+            world_size = 1 if state.max_unsplit_tokens is None else process_group.world_size
+            budget = state.progress.budget
+            raise build_pack_oom_error(
+                error,
+                packed_batch,
+                budget,
+                is_training=True,
+                world_size=world_size,
+                has_freed_memory=has_freed_memory,
+            ) from None
+    return total
 
 
-def _prepare_run_dir(state: TrainState, checkpoint_manager: CheckpointManager) -> None:
-    """Write the files of a new run, or remove what a resumed run writes again."""
-    run_dir, progress = state.run_dir, state.progress
-    if not progress.step:
-        run_dir.initialize(state.recipe, state.build_manifest())
-    save_image_record(run_dir.images_path, state.images())
-    checkpoint_manager.quarantine_after(progress.step)
-    run_dir.truncate_metrics(progress.step, progress.last_eval_step)
-    run_dir.copy_metric(state.recipe)
-    run_dir.write_skipped_samples(state.train_data.stats.skipped)
+def _pad_micro_batches(
+    state: TrainState, step_batch: StepBatch, global_stats: GlobalStepStats
+) -> Sequence[PackedBatch]:
+    """Return the packs of a step, with dummy packs for a sharded model.
+
+    All ranks of a sharded model must run the same number of packs.
+    """
+    if not state.parallel.is_sharded:
+        return step_batch.packs
+    return *step_batch.packs, *[dummy_batch()] * (global_stats.max_packs - len(step_batch.packs))
+
+
+def _forward_backward(
+    state: TrainState,
+    packed_batch: PackedBatch,
+    loss_weight: Tensor,
+    vision_cache: VisionCache | None,
+    cache_inputs: Tensor | None,
+) -> Tensor:
+    """Run the forward and backward pass of a pack, and return its weighted loss.
+
+    This is a separate function so that the tensors of the pack are freed on return.
+    """
+    batch = state.to_device(packed_batch)
+    if cache_inputs is not None and packed_batch.context_shard is not None:
+        cache_inputs = select_shard_features(cache_inputs, packed_batch.context_shard)
+    features_MKD = (
+        None
+        if vision_cache is None or cache_inputs is None
+        else vision_cache.load_features(cache_inputs)
+    )
+    return state.graph_runner.forward_backward(batch, features_MKD, loss_weight)
 
 
 RECOVERABLE_ERRORS = (
@@ -285,21 +387,29 @@ RECOVERABLE_ERRORS = (
 
 
 class Trainer:
-    """Training loop of every rank: steps, evaluations, checkpoints and results."""
+    """Training loop of every rank: steps, evaluations, checkpoints and results.
+
+    Args:
+        state: State of the run.
+        console: Console for progress and messages.
+        stop: Stop request of signal handlers.
+        metrics_logger: Logger of steps and evaluations.
+        vision_features: Vision cache of the run, if it pays off.
+        live_report: Report of the run in progress.
+    """
 
     def __init__(
         self,
         state: TrainState,
         console: TrainingConsole,
-        metrics_logger: MetricsLogger,
         stop: StopRequest,
+        metrics_logger: MetricsLogger,
+        vision_features: VisionFeatures,
+        live_report: LiveReport,
     ) -> None:
-        self.state, self.console, self.metrics_logger, self.stop = (
-            state,
-            console,
-            metrics_logger,
-            stop,
-        )
+        self.state, self.console, self.stop = state, console, stop
+        self.metrics_logger, self.vision_features = metrics_logger, vision_features
+        self.live_report = live_report
         self.total_steps = len(state.sampler)
         settings, eval_settings = state.recipe.train, state.recipe.eval
         self.save_interval = resolve_save_interval(settings, self.total_steps)
@@ -309,36 +419,27 @@ class Trainer:
             eval_interval = resolve_steps(eval_settings.every or 0, self.total_steps)
         self.eval_interval = eval_interval if state.validation_data else 0
         self.early_stopping_patience = eval_settings.patience if eval_settings else None
-        self.checkpoint_manager = CheckpointManager(
-            state.run_dir.checkpoint_dir, settings.keep_checkpoints
-        )
         on_gpu = state.hardware.device.type == "cuda"
         self.checkpointer = AsyncCheckpointer(
-            self.checkpoint_manager,
+            state.checkpoint_manager,
             is_async=on_gpu and state.optimizer.num_params <= MAX_ASYNC_PARAMS,
             process_group=state.shard_group.new_group(),
         )
-        self.encoder_offloader = EncoderOffloader(state.model)
         self.process_group = state.hardware.process_group
         self.is_main = self.process_group.is_main
-        self.live_report = LiveReport(state.run_dir, console)
 
-    def run(self) -> RunResult | None:
-        """Run the training from the current step to the result."""
-        progress = self.state.progress
-        self.console.log(describe_run(self.state))
-        if progress.step:
-            self.console.log(f"resuming after step {progress.step} of {self.total_steps}")
-        reporting = self.live_report.run_in_background(progress) if self.is_main else nullcontext()
-        with reporting:
-            return self.train_and_finalize()
-
-    def train_and_finalize(self) -> RunResult | None:
-        """Run the remaining steps and evaluations, and export the weights.
+    def run(self, finalize: Callable[[], RunResult | None]) -> RunResult | None:
+        """Run the remaining steps and evaluations, and return the result.
 
         A checkpoint is saved when the run is interrupted or fails with a recoverable error.
+
+        Args:
+            finalize: Function that exports the weights and returns the result, or None on other
+                ranks than the main process.
         """
         progress = self.state.progress
+        if progress.step:
+            self.console.log(f"resuming after step {progress.step} of {self.total_steps}")
         try:
             if self.state.validation_data is not None and progress.last_eval_step < 0:
                 self.evaluate("before")
@@ -350,7 +451,7 @@ class Trainer:
                 )
             self.checkpointer.wait()
             self.live_report.stop()
-            result = finalize_run(self.state, self.console, self.checkpoint_manager)
+            result = finalize()
             # The other ranks wait for the main process.
             self.process_group.all_gather_str("")
             return result
@@ -399,7 +500,7 @@ class Trainer:
             return
         budget, device = self.state.progress.budget, self.state.hardware.device
         with (
-            self.open_vision_cache() as vision_cache,
+            self.vision_features.open(self.metrics_logger.log_vision_cache) as vision_cache,
             self.metrics_logger.show_progress(self.total_steps),
         ):
             retry_on_oom(
@@ -414,8 +515,14 @@ class Trainer:
         """Run the remaining steps within a memory budget."""
         state, progress = self.state, self.state.progress
         state.apply_budget(budget)
-        with closing(iter_train_steps(state, vision_cache)) as steps:
-            for step_batch, data_wait in time_data_waits(steps, state.hardware.device):
+        hardware, dataset = state.hardware, state.step_dataset.with_pack_tokens(budget.pack_tokens)
+        if vision_cache is not None:
+            dataset = dataset.with_vision_cache(vision_cache.reader)
+        pin_memory = hardware.device.type == "cuda"
+        with closing(
+            read_steps(dataset, progress.step, hardware.num_workers, pin_memory)
+        ) as step_batches:
+            for step_batch, data_wait in time_data_waits(step_batches, hardware.device):
                 step_output = self.train_step(step_batch, vision_cache)
                 progress.step += 1
                 self.metrics_logger.log_step(step_output, data_wait)
@@ -435,22 +542,6 @@ class Trainer:
         if global_stats.signal and not self.process_group.is_single_process:
             self.stop.raise_if_requested()
         return train_step(self.state, step_batch, self.stop, vision_cache, global_stats)
-
-    @contextmanager
-    def open_vision_cache(self) -> Iterator[VisionCache | None]:
-        """Build the vision cache if it pays off, and provide it within the context.
-
-        The vision encoder is then offloaded from the GPU to the CPU. Evaluations reload it.
-
-        Yields:
-            Vision cache; None to encode images in every step.
-        """
-        state, start = self.state, time.perf_counter()
-        with open_vision_cache(state, self.console, self.stop) as result:
-            self.metrics_logger.log_vision_cache(time.perf_counter() - start, result)
-            offload_encoder = result.cache is not None and should_offload(state.hardware.device)
-            with self.encoder_offloader.offload() if offload_encoder else nullcontext():
-                yield result.cache
 
     def on_step_end(self) -> bool:
         """Evaluate, save a checkpoint and stop the run if due.
@@ -513,11 +604,11 @@ class Trainer:
         """
         progress = self.state.progress
         start = time.perf_counter()
-        with self.encoder_offloader.reload():
+        with self.vision_features.reload_encoder():
             eval_result = run_evaluation(self.state, name, self.console, self.stop)
         self.metrics_logger.log_evaluation(eval_result, name, time.perf_counter() - start)
         progress.last_eval_step = progress.step
-        best_eval = build_best_eval(eval_result)
+        best_eval = eval_result.as_best_eval()
         is_best = self.decide_on_main(best_eval.is_better_than(progress.best))
         if is_best and 0 < progress.step < self.total_steps:
             progress.best = best_eval
@@ -552,11 +643,11 @@ class Trainer:
         Raises:
             UserError: There is not enough free space.
         """
-        step, checkpoint_dir = self.state.progress.step, self.checkpoint_manager.checkpoint_dir
-        if step not in self.checkpoint_manager.steps():
+        step, checkpoint_manager = self.state.progress.step, self.state.checkpoint_manager
+        if step not in checkpoint_manager.steps():
             require_free_space(
-                checkpoint_dir,
-                estimate_checkpoint_bytes(self.state),
+                checkpoint_manager.checkpoint_dir,
+                self.state.estimate_checkpoint_bytes(),
                 f"a checkpoint of step {step}",
                 "free some space, then start again with --resume",
             )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -30,8 +31,8 @@ from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.console import TrainingConsole
 from finesight.train.oom import first_error_line, release_memory
-from finesight.train.setup import TrainState
 from finesight.train.signals import StopRequest
+from finesight.train.train_state import TrainState
 from finesight.train.vision_cache_build import (
     CacheTier,
     ChunkFeatures,
@@ -271,6 +272,38 @@ def open_vision_cache(
             # Other runs may now remove the files.
             stack.close()
         yield result
+
+
+class VisionFeatures:
+    """Image features of a training run: from the vision cache, or from the encoder in every step.
+
+    The vision encoder is offloaded from the GPU to the CPU while the cache replaces it.
+    """
+
+    def __init__(self, state: TrainState, console: TrainingConsole, stop: StopRequest) -> None:
+        self._state, self._console, self._stop = state, console, stop
+        self._offloader = EncoderOffloader(state.model)
+
+    @contextmanager
+    def open(self, log: Callable[[float, VisionCacheResult], None]) -> Iterator[VisionCache | None]:
+        """Build the vision cache if it pays off, and provide it within the context.
+
+        Args:
+            log: Callback for the seconds to build the cache, and the result.
+
+        Yields:
+            Vision cache; None to encode images in every step.
+        """
+        start = time.perf_counter()
+        with open_vision_cache(self._state, self._console, self._stop) as result:
+            log(time.perf_counter() - start, result)
+            offload = result.cache is not None and should_offload(self._state.hardware.device)
+            with self._offloader.offload() if offload else nullcontext():
+                yield result.cache
+
+    def reload_encoder(self) -> AbstractContextManager[None]:
+        """Keep the weights of the vision encoder on the device within the context."""
+        return self._offloader.reload()
 
 
 class _CacheUnavailable(Exception):

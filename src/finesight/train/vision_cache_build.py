@@ -25,7 +25,7 @@ from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.errors import UserError
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.dataloader import TensorBlock, prefetch_items
-from finesight.train.setup import TrainState, padding_merge_size
+from finesight.train.train_state import TrainState
 from finesight.train.vision_store import (
     ImageChunk,
     ImageIndex,
@@ -414,9 +414,8 @@ class VisionCacheBuilder:
             return torch.zeros(shape, dtype=dtype, device=device)
         (patches_ND,) = decoded_chunk.patches.tensors()
         grids = tuple(image_refs[image_index].span.grid_thw for image_index in valid_indices)
-        merge_size = padding_merge_size(self._model)
-        if state.pads_shapes and merge_size is not None:
-            patches_ND, grids = pad_patches(patches_ND, grids, merge_size)
+        if state.pads_shapes and state.padding_merge_size is not None:
+            patches_ND, grids = pad_patches(patches_ND, grids, state.padding_merge_size)
         features_MKD = self._model.encode_images(patches_ND.to(device, non_blocking=True), grids)
         if len(valid_indices) == decoded_chunk.chunk.stop - decoded_chunk.chunk.start:
             return features_MKD[: shape[0]]

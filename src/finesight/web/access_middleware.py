@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, computed_field
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, computed_field
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -35,6 +35,8 @@ from starlette.responses import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finesight.web.chat_html import render_sign_in_page
+from finesight.web.ui_text import select_ui_text
 from finesight.web.web_sessions import (
     MAX_IMAGE_BYTES,
     MAX_NEW_TOKENS,
@@ -47,14 +49,10 @@ from finesight.web.web_sessions import (
 SESSION_COOKIE = "finesight"
 SIGN_IN_PATH = "/sign-in"
 STYLE_PATH = "/page.css"
-QUEUE_JOIN_PATH, UPLOAD_PATH, FILE_PATH_PREFIX = (
-    "/gradio_api/queue/join",
-    "/gradio_api/upload",
-    "/gradio_api/file=",
-)
-STREAM_PATH = "/gradio_api/queue/data"
+QUEUE_JOIN_PATH, STREAM_PATH = "/gradio_api/queue/join", "/gradio_api/queue/data"
+UPLOAD_PATH, FILE_PATH_PREFIX = "/gradio_api/upload", "/gradio_api/file="
 GET_ROUTES = re.compile(
-    r"/|/config/?|/theme\.css|/page\.css|/favicon\.ico|/(?:assets|static|images|export)/.+"
+    r"/|/sign-in|/config/?|/theme\.css|/page\.css|/favicon\.ico|/(?:assets|static|images|export)/.+"
     r"|/gradio_api/(?:queue/data|upload_progress|startup-events|info/?|heartbeat/\w+|file=.+)"
 )
 POST_ROUTES = re.compile(r"/sign-in|/gradio_api/(?:queue/join|upload|cancel|reset/?)")
@@ -80,13 +78,10 @@ _PAGE_POLICY = (
 _FILE_POLICY = "default-src 'none'; sandbox"
 
 MAX_UPLOAD_BYTES = 8 * MAX_IMAGE_BYTES
-"""Maximum size of an upload request in bytes."""
 
 MAX_MESSAGE_BYTES = 1 << 20
-"""Maximum size of any other request in bytes."""
 
 MAX_NAME_BYTES = 255
-"""Maximum length of a path component in bytes, as in file systems."""
 
 UPLOAD_IDLE_TIMEOUT_S = 30
 """Seconds without data after which an upload is rejected.
@@ -97,23 +92,10 @@ A stalled upload would keep its reserved disk space.
 NONCE_KEY = "finesight_nonce"
 """Key of the nonce of the content security policy in the ASGI scope."""
 
-RenderSignIn = Callable[[bool, str], str]
-"""Function that renders the sign-in page.
-
-Its arguments are whether the last password was wrong, and the Accept-Language header.
-"""
-
 EventId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-"""Gradio session ID or event ID."""
 
 
-class FrozenModel(BaseModel):
-    """Base class of the data in browser events."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-class Upload(FrozenModel):
+class Upload(BaseModel, frozen=True):
     """Reference to an uploaded file in a message, by its path on the server."""
 
     path: str
@@ -124,7 +106,7 @@ class Upload(FrozenModel):
         return {"_type": "gradio.FileData"}
 
 
-class Question(FrozenModel):
+class Question(BaseModel, frozen=True):
     """Message of the user: a text and uploaded images."""
 
     text: str = ""
@@ -135,14 +117,13 @@ MaxTokens = Annotated[FiniteFloat, Field(ge=1, le=MAX_NEW_TOKENS)]
 Temperature = Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)]
 
 Inputs = TypeAdapter[Any]
-"""Validator for the input data of an event."""
 
 EMPTY_INPUT: Inputs = TypeAdapter(tuple[()])
 QUESTION_INPUT: Inputs = TypeAdapter(tuple[Question, bool, MaxTokens, Temperature])
 REGENERATE_INPUT: Inputs = TypeAdapter(tuple[bool, MaxTokens, Temperature])
 
 
-class Event(FrozenModel):
+class Event(BaseModel, frozen=True):
     """Event that the page sends to Gradio, without fields that are not used."""
 
     fn_index: int
@@ -151,7 +132,7 @@ class Event(FrozenModel):
     data: list[Any]
 
 
-class Cancel(FrozenModel):
+class Cancel(BaseModel, frozen=True):
     """Request to cancel a running event."""
 
     fn_index: int
@@ -159,7 +140,7 @@ class Cancel(FrozenModel):
     event_id: EventId
 
 
-class Reset(FrozenModel):
+class Reset(BaseModel, frozen=True):
     """Request to reset the iterator of an event."""
 
     event_id: EventId
@@ -193,12 +174,7 @@ class AccessMiddleware:
     """ASGI middleware that controls access to the Gradio app of the chat page.
 
     Attributes:
-        app: Gradio app.
-        upload_folder: Folder in which Gradio stores uploaded files.
-        budget: Disk space for uploads and chats.
-        inputs: Input types of the events of the page, by event number.
         knows_session: Returns whether a session ID has an open event stream.
-        render_sign_in: Renders the sign-in page.
         password: Password of the page. None admits everyone.
         loopback_only: Whether other host names than `LOOPBACK_HOSTS` are rejected if there is no
             password.
@@ -209,7 +185,6 @@ class AccessMiddleware:
     budget: DiskBudget
     inputs: Mapping[int, Inputs]
     knows_session: Callable[[str], bool]
-    render_sign_in: RenderSignIn
     password: str | None = None
     loopback_only: bool = True
     _session_token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
@@ -243,9 +218,8 @@ class AccessMiddleware:
         handlers = {
             UPLOAD_PATH: self._handle_upload,
             SIGN_IN_PATH: self._handle_sign_in,
-            QUEUE_JOIN_PATH: self._handle_queue_join,
             "/": self._handle_page,
-            **dict.fromkeys(END_EVENT_ROUTES, self._handle_event_end),
+            **dict.fromkeys((QUEUE_JOIN_PATH, *END_EVENT_ROUTES), self._handle_event),
         }
         response = self._check_request(request)
         if response is None:
@@ -268,22 +242,22 @@ class AccessMiddleware:
         if any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in path.split("/")):
             return PlainTextResponse("not found", 404)
         host = headers.get("host", "")
-        if (
-            self.loopback_only
-            and self.password is None
-            and _split_host_port(f"//{host}", 0)[0] not in LOOPBACK_HOSTS
-        ):
+        is_local = _split_host_port(f"//{host}", 0)[0] in LOOPBACK_HOSTS
+        if self.loopback_only and self.password is None and not is_local:
             text = "host not allowed: set a password to use another host name"
             return PlainTextResponse(text, 403)
         if method == "POST" and not _is_same_origin(headers.get("origin"), host):
             text = "origin not allowed: a proxy must forward the Host header"
             return PlainTextResponse(text, 403)
-        is_readable = method in ("GET", "HEAD") and (
-            GET_ROUTES.fullmatch(path) or path == SIGN_IN_PATH
-        )
-        if not is_readable and not (method == "POST" and POST_ROUTES.fullmatch(path)):
+        routes = {"GET": GET_ROUTES, "HEAD": GET_ROUTES, "POST": POST_ROUTES}.get(method)
+        if routes is None or not routes.fullmatch(path):
             return PlainTextResponse("not found", 404)
-        if path not in (SIGN_IN_PATH, STYLE_PATH) and not self._is_authenticated(request):
+        token = request.cookies.get(SESSION_COOKIE, "")
+        if (
+            path not in (SIGN_IN_PATH, STYLE_PATH)
+            and self.password is not None
+            and not hmac.compare_digest(token.encode(), self._session_token.encode())
+        ):
             if path == "/":
                 return RedirectResponse("sign-in", 303)
             return PlainTextResponse("sign-in required", 401)
@@ -299,12 +273,6 @@ class AccessMiddleware:
             return PlainTextResponse("unknown session", 404)
         return None
 
-    def _is_authenticated(self, request: Request) -> bool:
-        token = request.cookies.get(SESSION_COOKIE, "")
-        return self.password is None or hmac.compare_digest(
-            token.encode(), self._session_token.encode()
-        )
-
     def _is_uploaded_file(self, name: str) -> bool:
         try:
             path = Path(name).resolve()
@@ -313,11 +281,11 @@ class AccessMiddleware:
             return False
 
     async def _handle_sign_in(self, request: Request, send: Send) -> Response:
-        languages = request.headers.get("accept-language", "")
+        ui_text = select_ui_text(request.headers.get("accept-language", ""))
         if self.password is None:
             return RedirectResponse("./", 303)
         if request.method != "POST":
-            return HTMLResponse(self.render_sign_in(False, languages))
+            return HTMLResponse(render_sign_in_page(False, ui_text))
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
         password = form.get("password", [""])[0]
         # Serialized per client address: more connections do not speed up password guessing,
@@ -326,7 +294,7 @@ class AccessMiddleware:
         async with self._login_locks.setdefault(address, asyncio.Lock()):
             if not hmac.compare_digest(password.encode(), self.password.encode()):
                 await asyncio.sleep(FAILED_LOGIN_DELAY_S)
-                return HTMLResponse(self.render_sign_in(True, languages), 401)
+                return HTMLResponse(render_sign_in_page(True, ui_text), 401)
         response = RedirectResponse("./", 303)
         is_https = request.headers.get("origin", "").startswith("https://")
         response.set_cookie(
@@ -366,24 +334,20 @@ class AccessMiddleware:
                 raise
         return None
 
-    async def _handle_queue_join(self, request: Request, send: Send) -> Response | None:
-        """Forward an event of the page to Gradio if its files have been uploaded."""
+    async def _handle_event(self, request: Request, send: Send) -> Response | None:
+        """Forward a valid event, or the end of an event, to Gradio."""
+        body, body_type = await request.body(), END_EVENT_ROUTES.get(request.scope["path"])
+        content: BaseModel
+        uploads: list[Upload] = []
         try:
-            event, uploads = parse_event(await request.body(), self.inputs)
+            if body_type is None:
+                content, uploads = parse_event(body, self.inputs)
+            else:
+                content = body_type.model_validate_json(body)
         except ValueError:
             return JSONResponse({"detail": "malformed event"}, 422)
         if not all(self._is_uploaded_file(upload.path) for upload in uploads):
             return JSONResponse({"detail": "not an uploaded file"}, 403)
-        await self._forward(event, request, send)
-        return None
-
-    async def _handle_event_end(self, request: Request, send: Send) -> Response | None:
-        """Forward a request that ends a running event to Gradio."""
-        body_type = END_EVENT_ROUTES[request.scope["path"]]
-        try:
-            content = body_type.model_validate_json(await request.body())
-        except ValueError:
-            return JSONResponse({"detail": "malformed event"}, 422)
         await self._forward(content, request, send)
         return None
 
@@ -445,12 +409,11 @@ def _is_same_origin(origin: str | None, host: str) -> bool:
     """
     if origin is None:
         return True
-    scheme = origin.partition("://")[0]
-    port = DEFAULT_PORTS.get(scheme)
+    port = DEFAULT_PORTS.get(origin.partition("://")[0])
     if port is None:
         return False
-    origin_address = _split_host_port(origin, port)
-    return origin_address[0] != "" and origin_address == _split_host_port(f"//{host}", port)
+    address = _split_host_port(origin, port)
+    return address[0] != "" and address == _split_host_port(f"//{host}", port)
 
 
 def _split_host_port(address: str, default_port: int) -> tuple[str, int]:

@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.request import GenerationOptions, SamplingParams
 from finesight.web.access_middleware import EMPTY_INPUT, QUESTION_INPUT, REGENERATE_INPUT, Inputs
-from finesight.web.chat_html import (
-    render_export_link,
-    render_notice,
-    render_title,
-    render_turns,
-    render_welcome,
-)
-from finesight.web.ui_text import ENGLISH, get_other_language, select_ui_text
+from finesight.web.chat_html import render_notice, render_turns
+from finesight.web.ui_text import ENGLISH, UiText, get_other_language, select_ui_text
 from finesight.web.web_sessions import (
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
@@ -75,6 +70,7 @@ class ChatPage:
                 self._undo_button = gr.Button(ui_text.undo, size="sm", interactive=False)
                 self._new_chat_button = gr.Button(ui_text.new_chat, size="sm", interactive=False)
                 self._export_html = _create_html("export")
+            self._tool_buttons = self._regenerate_button, self._undo_button, self._new_chat_button
             self._composer = gr.MultimodalTextbox(
                 label=ui_text.question_label,
                 show_label=False,
@@ -111,27 +107,16 @@ class ChatPage:
             self._max_new_tokens_slider,
             self._temperature_slider,
         ]
-        labeled_components = [
-            *(
-                self._language_button,
-                self._regenerate_button,
-                self._undo_button,
-                self._new_chat_button,
-                self._export_html,
-            ),
-            *(
-                self._composer,
-                self._compare_checkbox,
-                self._settings_panel,
-                self._max_new_tokens_slider,
-                self._temperature_slider,
-            ),
-        ]
         outputs = [
             self._history_html,
             self._current_turn_html,
             self._notice_html,
-            *labeled_components,
+            self._export_html,
+            self._language_button,
+            *self._tool_buttons,
+            self._composer,
+            self._settings_panel,
+            *option_inputs,
         ]
         event_options: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
         output_options = event_options | {"outputs": outputs}
@@ -162,8 +147,9 @@ class ChatPage:
     def _on_load(self, request: gr.Request) -> ComponentUpdates:
         session = self._get_session(request)
         session.ui_text = select_ui_text(request.headers.get("accept-language", ""))
-        title = {self._title_html: render_title(self._model_names[0])}
-        return title | self._render_labels(session) | self._render_chat(session)
+        title = Markup("<h1>finesight <span>{}</span></h1>").format(self._model_names[0])
+        updates = self._render_labels(session.ui_text) | self._render_chat(session)
+        return {self._title_html: title} | updates
 
     def _on_unload(self, request: gr.Request) -> None:
         self._session_store.close(str(request.session_hash))
@@ -171,7 +157,7 @@ class ChatPage:
     def _on_language_click(self, request: gr.Request) -> ComponentUpdates:
         session = self._get_session(request)
         session.ui_text = get_other_language(session.ui_text)
-        return self._render_labels(session) | self._render_chat(session)
+        return self._render_labels(session.ui_text) | self._render_chat(session)
 
     def _on_stop(self, request: gr.Request) -> None:
         turns = self._get_session(request).chat.turns
@@ -203,33 +189,29 @@ class ChatPage:
     ) -> AsyncIterator[ComponentUpdates]:
         session = self._get_session(request)
         text, uploads = str(message["text"] or ""), [Path(name) for name in message["files"]]
+        options = self._build_options(compare, max_new_tokens, temperature)
 
         def start_turn() -> ChatTurn:
             image_paths = session.add_uploads(text, uploads)
             try:
-                return session.chat.send(
-                    text, image_paths, self._build_options(compare, max_new_tokens, temperature)
-                )
+                return session.chat.send(text, image_paths, options)
             except BaseException:
                 session.remove_images(image_paths)
                 raise
 
-        async for updates in self._stream_replies(
-            session, start_turn, composer_updates={"value": None}
-        ):
+        async for updates in self._stream_replies(session, start_turn, {"value": None}):
             yield updates
 
     async def _on_regenerate(
         self, compare: bool, max_new_tokens: float, temperature: float, request: gr.Request
     ) -> AsyncIterator[ComponentUpdates]:
         session = self._get_session(request)
+        options = self._build_options(compare, max_new_tokens, temperature)
 
         def start_turn() -> ChatTurn:
-            return session.chat.regenerate(
-                self._build_options(compare, max_new_tokens, temperature)
-            )
+            return session.chat.regenerate(options)
 
-        async for updates in self._stream_replies(session, start_turn, composer_updates={}):
+        async for updates in self._stream_replies(session, start_turn, {}):
             yield updates
 
     def _build_options(
@@ -265,7 +247,7 @@ class ChatPage:
             turn_future.add_done_callback(_cancel_replies)
             raise
         except UserError as error:
-            yield {self._notice_html: _render_user_error(session, error)}
+            yield {self._notice_html: _render_failure(session, error)}
             return
         turn_index = len(session.chat.turns) - 1
         yield {
@@ -273,10 +255,7 @@ class ChatPage:
             self._current_turn_html: render_turns(session, [turn], turn_index),
             self._notice_html: "",
             self._composer: gr.MultimodalTextbox(**composer_updates, **RUNNING_BUTTONS),
-            **dict.fromkeys(
-                (self._regenerate_button, self._undo_button, self._new_chat_button),
-                gr.Button(interactive=False),
-            ),
+            **dict.fromkeys(self._tool_buttons, gr.Button(interactive=False)),
         }
         pending = {asyncio.create_task(_drain_reply(reply)) for reply in turn.replies}
         notice = ""
@@ -293,26 +272,24 @@ class ChatPage:
 
     def _render_idle(self, session: WebSession) -> ComponentUpdates:
         """Return the updates that show the page without a running generation."""
-        button = gr.Button(interactive=bool(session.chat.turns))
         return {
             **self._render_chat(session),
             self._notice_html: "",
             self._composer: gr.MultimodalTextbox(**IDLE_BUTTONS),
-            **dict.fromkeys(
-                (self._regenerate_button, self._undo_button, self._new_chat_button), button
-            ),
+            **dict.fromkeys(self._tool_buttons, gr.Button(interactive=bool(session.chat.turns))),
         }
 
     def _render_chat(self, session: WebSession) -> ComponentUpdates:
-        turns = session.chat.turns
+        ui_text, turns = session.ui_text, session.chat.turns
+        history = Markup('<p class="welcome">{}</p>').format(ui_text.welcome)
+        link = Markup('<a href="export/{}/chat.zip" download>{}</a>')
         return {
-            self._history_html: render_turns(session, turns) if turns else render_welcome(session),
+            self._history_html: render_turns(session, turns) if turns else history,
             self._current_turn_html: "",
-            self._export_html: render_export_link(session),
+            self._export_html: link.format(session.token, ui_text.export) if turns else "",
         }
 
-    def _render_labels(self, session: WebSession) -> ComponentUpdates:
-        ui_text = session.ui_text
+    def _render_labels(self, ui_text: UiText) -> ComponentUpdates:
         return {
             self._language_button: gr.Button(ui_text.other_language),
             self._regenerate_button: gr.Button(ui_text.regenerate),
@@ -345,14 +322,10 @@ async def _drain_reply(reply: ChatReply) -> None:
         pass
 
 
-def _render_user_error(session: WebSession, error: UserError) -> str:
-    return render_notice(session.ui_text.error_title, str(error))
-
-
 def _render_failure(session: WebSession, error: BaseException | None) -> str:
     if error is None:
         return ""
-    if isinstance(error, UserError):
-        return _render_user_error(session, error)
-    traceback.print_exception(error)
-    return render_notice(session.ui_text.error_title, session.ui_text.server_error)
+    message = str(error) if isinstance(error, UserError) else session.ui_text.server_error
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+    return render_notice(session.ui_text.error_title, message)

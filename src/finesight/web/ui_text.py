@@ -10,66 +10,43 @@ UiLanguage = Literal["en", "zh"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UiText:
-    """Texts of the chat page in one language."""
+    """Texts of the chat page in one language, by default English."""
 
-    language: UiLanguage
-    other_language: str
-    question_label: str
-    question_placeholder: str
-    welcome: str
-    regenerate: str
-    undo: str
-    new_chat: str
-    export: str
-    compare: str
-    settings: str
-    max_new_tokens: str
-    temperature: str
-    temperature_hint: str
-    question: str
-    image: str
-    reasoning: str
-    boxes: str
-    tokens: str
-    finish_length: str
-    finish_cancelled: str
-    empty_reply: str
-    error_title: str
-    too_many_images: str
-    message_too_long: str
-    disk_full: str
-    server_error: str
+    language: UiLanguage = "en"
+    other_language: str = "中文"
+    question_label: str = "Your question"
+    question_placeholder: str = "Ask about images. Drop or paste them here."
+    welcome: str = "Drop or paste an image below and ask about it."
+    regenerate: str = "Regenerate"
+    undo: str = "Undo"
+    new_chat: str = "New chat"
+    export: str = "Export"
+    compare: str = "Ask the base model too"
+    settings: str = "Settings"
+    max_new_tokens: str = "Maximum tokens per answer"
+    temperature: str = "Temperature"
+    temperature_hint: str = "0: greedy decoding"
+    question: str = "Question {}"
+    image: str = "Image {}: {}"
+    reasoning: str = "Reasoning"
+    boxes: str = "boxes: {}"
+    tokens: str = "tokens: {}"
+    finish_length: str = "truncated at the maximum length"
+    finish_cancelled: str = "stopped"
+    empty_reply: str = "no answer; following prompts omit this turn"
+    error_title: str = "Request failed"
+    too_many_images: str = "{} images; at most {} per question and {} per chat."
+    message_too_long: str = "{} characters; at most {} per question."
+    disk_full: str = (
+        "The server has no disk space for more images. Start a new chat, or try again later."
+    )
+    server_error: str = "The answer ended with a server error. See the terminal of the server."
+    password: str = "Password"
+    sign_in: str = "Sign in"
+    wrong_password: str = "Wrong password"
 
 
-ENGLISH = UiText(
-    language="en",
-    other_language="中文",
-    question_label="Your question",
-    question_placeholder="Ask about images. Drop or paste them here.",
-    welcome="Drop or paste an image below and ask about it.",
-    regenerate="Regenerate",
-    undo="Undo",
-    new_chat="New chat",
-    export="Export",
-    compare="Ask the base model too",
-    settings="Settings",
-    max_new_tokens="Maximum tokens per answer",
-    temperature="Temperature",
-    temperature_hint="0: greedy decoding",
-    question="Question {}",
-    image="Image {}: {}",
-    reasoning="Reasoning",
-    boxes="boxes: {}",
-    tokens="tokens: {}",
-    finish_length="truncated at the maximum length",
-    finish_cancelled="stopped",
-    empty_reply="no answer; following prompts omit this turn",
-    error_title="Request failed",
-    too_many_images="{} images; at most {} per question and {} per chat.",
-    message_too_long="{} characters; at most {} per question.",
-    disk_full="The server has no disk space for more images. Start a new chat, or try again later.",
-    server_error="The answer ended with a server error. See the terminal of the server.",
-)
+ENGLISH = UiText()
 
 CHINESE = UiText(
     language="zh",
@@ -99,6 +76,9 @@ CHINESE = UiText(
     message_too_long="共 {} 个字符；每个问题最多 {} 个。",
     disk_full="服务器没有空间存放更多图像。请开始新对话，或稍后再试。",
     server_error="服务器出错，回答中断；详情见其终端。",
+    password="密码",
+    sign_in="登录",
+    wrong_password="密码错误",
 )
 
 

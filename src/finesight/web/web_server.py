@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response, StreamingResponse
@@ -18,19 +18,9 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from finesight.errors import UserError
 from finesight.infer.inference_service import InferenceService
 from finesight.web.access_middleware import AccessMiddleware
-from finesight.web.chat_html import render_sign_in_page
-from finesight.web.ui_text import CHINESE, select_ui_text
-from finesight.web.web_sessions import (
-    MAX_IMAGE_BYTES,
-    DiskBudget,
-    WebSession,
-    WebSessionStore,
-)
+from finesight.web.chat_html import STATIC_FOLDER
+from finesight.web.web_sessions import MAX_IMAGE_BYTES, DiskBudget, WebSessionStore
 
-if TYPE_CHECKING:
-    import gradio as gr
-
-STATIC_FOLDER = Path(__file__).parent / "static"
 UPLOADS_FOLDER, CHATS_FOLDER = "uploads", "chats"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
 MONOSPACE_FONTS = ("ui-monospace", "Menlo", "Consolas", "monospace")
@@ -42,21 +32,15 @@ def run_web_server(
     """Serve the chat page until a signal stops the server.
 
     Args:
-        service: Inference service that generates completions.
-        listener: Bound socket.
         password: Password of the page. None admits everyone.
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
     """
     import uvicorn
 
     with create_private_folder() as folder:
+        session_store = create_session_store(folder, service)
         config = uvicorn.Config(
-            make_app(
-                create_session_store(folder, service),
-                folder / UPLOADS_FOLDER,
-                password,
-                loopback_only,
-            ),
+            make_app(session_store, folder / UPLOADS_FOLDER, password, loopback_only),
             log_level="critical",
             access_log=False,
             server_header=False,
@@ -64,40 +48,26 @@ def run_web_server(
             timeout_graceful_shutdown=1,
         )
         # uvicorn raises the signal again at its end, after which the folder must be deleted.
-        with contextlib.suppress(KeyboardInterrupt), _handle_sigterm_as_interrupt():
-            uvicorn.Server(config).run(sockets=[listener])
-
-
-@contextmanager
-def _handle_sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C within a `with` block."""
-    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)
-
-
-@contextmanager
-def bind_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Bind a socket to a host and port within a `with` block.
-
-    Raises:
-        UserError: The address is in use or not local.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            listener.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise UserError(
-                f"cannot listen on {host}:{port} ({error})",
-                where="--host, --port",
-                expected="a local address and a free port",
-                remedy="choose another --port",
-            ) from error
-        yield listener
+            with contextlib.suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            signal.signal(signal.SIGTERM, previous_handler)
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Return a socket bound to a host and port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen on {host}:{port} ({error})",
+            where="--host, --port",
+            expected="a local address and a free port",
+            remedy="choose another --port",
+        ) from error
 
 
 @contextmanager
@@ -129,8 +99,6 @@ def make_app(
     """Build the chat page as an ASGI application with access control.
 
     Args:
-        session_store: Chat sessions of all users.
-        upload_folder: Folder in which Gradio stores uploaded files.
         password: Password of the page. None admits everyone.
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
     """
@@ -146,7 +114,14 @@ def make_app(
         app,
         page.blocks,
         path="/",
-        theme=_build_theme(),
+        # The default themes would load fonts from other servers.
+        theme=gr.themes.Base(
+            primary_hue="teal",
+            neutral_hue="slate",
+            radius_size="lg",
+            font=FONTS,
+            font_mono=MONOSPACE_FONTS,
+        ),
         css=(STATIC_FOLDER / "page.css").read_text(encoding="utf-8"),
         js=(STATIC_FOLDER / "page.js").read_text(encoding="utf-8"),
         max_file_size=MAX_IMAGE_BYTES,
@@ -160,18 +135,12 @@ def make_app(
         show_error=False,
     )
 
-    def render_sign_in(is_rejected: bool, languages: str) -> str:
-        return render_sign_in_page(
-            STATIC_FOLDER / "sign-in.html", is_rejected, select_ui_text(languages) is CHINESE
-        )
-
     return AccessMiddleware(
         mounted_app,
         upload_folder,
         session_store.budget,
         page.inputs,
         lambda name: name in page.blocks._queue.pending_messages_per_session,
-        render_sign_in,
         password,
         loopback_only,
     )
@@ -199,22 +168,6 @@ def _configure_gradio(folder: Path) -> Iterator[None]:
             os.environ.update({} if value is None else {name: value})
 
 
-def _build_theme() -> gr.themes.Base:
-    """Build a Gradio theme with system fonts.
-
-    The default themes would load fonts from other servers.
-    """
-    import gradio as gr
-
-    return gr.themes.Base(
-        primary_hue="teal",
-        neutral_hue="slate",
-        radius_size="lg",
-        font=FONTS,
-        font_mono=MONOSPACE_FONTS,
-    )
-
-
 def _add_file_routes(app: FastAPI, session_store: WebSessionStore) -> None:
     @app.get("/page.css")
     def get_style() -> Response:
@@ -223,35 +176,30 @@ def _add_file_routes(app: FastAPI, session_store: WebSessionStore) -> None:
     @app.get("/images/{token}/{number}")
     def get_image(token: str, number: int) -> Response:
         session = session_store.find_by_token(token)
-        images = [] if session is None else [*session.images.values()]
-        browser_copy = next(
-            (image.display_path for image in images if image.number == number), None
-        )
-        if browser_copy is None or not browser_copy.is_file():
-            return Response("no such image", 404)
-        headers = {"cache-control": "private, max-age=3600"}
-        return FileResponse(browser_copy, media_type="image/webp", headers=headers)
+        for image in [] if session is None else [*session.images.values()]:
+            if image.number == number and image.display_path.is_file():
+                headers = {"cache-control": "private, max-age=3600"}
+                return FileResponse(image.display_path, media_type="image/webp", headers=headers)
+        return Response("no such image", 404)
 
     @app.get("/export/{token}/chat.zip")
     def export_chat(token: str) -> Response:
-        session: WebSession | None = session_store.find_by_token(token)
+        session = session_store.find_by_token(token)
         if session is None:
             return Response("no such chat", 404)
         try:
             archive = session.export_archive()
         except UserError as error:
             return Response(str(error), 409, media_type="text/plain")
-        size = os.fstat(archive.fileno()).st_size
         headers = {
             "content-disposition": 'attachment; filename="chat.zip"',
-            "content-length": str(size),
+            "content-length": str(os.fstat(archive.fileno()).st_size),
         }
         return StreamingResponse(
-            _iter_chunks(archive), headers=headers, media_type="application/zip"
+            iter_chunks(archive), headers=headers, media_type="application/zip"
         )
 
-
-def _iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:
-    with archive:
-        while chunk := archive.read(1 << 16):
-            yield chunk
+    def iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:
+        with archive:
+            while chunk := archive.read(1 << 16):
+                yield chunk

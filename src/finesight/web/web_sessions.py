@@ -24,7 +24,6 @@ from finesight.vision.image_decoding import load_image
 from finesight.web.ui_text import ENGLISH, UiText
 
 MAX_IMAGE_BYTES = 20 << 20
-"""Maximum size of an uploaded image in bytes."""
 
 MAX_STORED_BYTES = 2 << 30
 """Maximum size of the stored files of all users in bytes, including reserved space."""
@@ -42,7 +41,6 @@ MAX_SESSIONS = 64
 """Maximum number of chat sessions. A new session replaces the least recently used one."""
 
 MAX_NEW_TOKENS = 4096
-"""Maximum number of tokens per completion that a user may select."""
 
 MAX_TEMPERATURE = 2.0
 
@@ -50,7 +48,6 @@ MAX_DISPLAY_SIDE = 1600
 """Maximum width and height of an image that the browser receives, in pixels."""
 
 MAX_DISPLAY_BYTES = 4 << 20
-"""Maximum file size of an image that the browser receives."""
 
 
 class DiskFullError(Exception):
@@ -133,10 +130,7 @@ class ChatImage:
     """Image of a chat session.
 
     Attributes:
-        name: File name of the upload.
         number: Number of the image in the session, from 1.
-        width: Original width in pixels.
-        height: Original height in pixels.
         display_path: Copy without metadata that the browser receives. It may be smaller.
     """
 
@@ -152,12 +146,7 @@ class WebSession:
     """Chat session of one browser tab, with a private folder.
 
     Attributes:
-        chat: Conversation with the model.
-        folder: Private folder of the session.
-        budget: Disk space that all sessions share.
-        ui_text: Texts of the page in the language of the user.
         token: Secret part of the URLs of its images and its export.
-        images: Images by their path in the folder.
     """
 
     chat: ChatSession
@@ -169,11 +158,7 @@ class WebSession:
     _upload_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_uploads(self, text: str, uploads: Sequence[Path]) -> list[Path]:
-        """Validate a message and copy its uploaded images into the session. Return the copies.
-
-        Raises:
-            UserError: A file is not an image, or a limit is exceeded.
-        """
+        """Validate a message and copy its uploaded images into the session. Return the copies."""
         num_images = len(self.images) + len(uploads)
         if len(uploads) > MAX_IMAGES_PER_MESSAGE or num_images > MAX_IMAGES_PER_CHAT:
             message = self.ui_text.too_many_images.format(
@@ -209,9 +194,6 @@ class WebSession:
         """Export the conversation and its images as a zip archive in the sample format.
 
         The archive is an anonymous temporary file, which is deleted when it is closed.
-
-        Raises:
-            UserError: The conversation has no answer, or the disk space is exhausted.
         """
         archive_names = {
             path: f"images/{image.number}-{path.name.partition('-')[2]}"

@@ -38,7 +38,7 @@ from finesight.train.parallel.distributed import (
 )
 from finesight.train.sampler import DistributedSampler
 from finesight.train.setup import build_rank_sampler
-from finesight.train.step import sync_step
+from finesight.train.trainer import sync_step
 
 
 def read_trained_state(folder: Path) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ from finesight.model.hf_backend import load_auto_model
 from finesight.recipe import load_recipe
 from finesight.storage import verify_folder
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, CheckpointManager
-from finesight.train.parallel.ddp import parallelize_model
 from finesight.train.parallel.distributed import ProcessGroup
+from finesight.train.setup import parallelize_model
 
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
 
@@ -91,7 +91,7 @@ def test_single_process_does_not_import_fsdp(tmp_path: Path) -> None:
     words = [sys.executable, "-c", code, "train", str(file)]
     subprocess.run(words, check=True, cwd=tmp_path, capture_output=True)
     loaded = set((tmp_path / "modules.txt").read_text().split())
-    assert "finesight.train.parallel.ddp" in loaded
+    assert "finesight.train.parallel.distributed" in loaded
     assert not loaded & {"torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
 
 

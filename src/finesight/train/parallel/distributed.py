@@ -1,4 +1,4 @@
-"""Process group of a distributed run, whose collectives report failed ranks.
+"""Process group of a distributed run, and data parallelism. Collectives report failed ranks.
 
 A launcher such as torchrun starts the ranks and sets their environment variables. The result of a
 step does not depend on the world size: the samples are the same, and the gradients are all-reduced
@@ -12,17 +12,23 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
+from finesight.model.trainable import trainable_parameters
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
+
+if TYPE_CHECKING:
+    from finesight.model.hf_backend import AnyModel
+    from finesight.train.optimizer import MasterWeightOptimizer
 
 T = TypeVar("T")
 
@@ -427,3 +433,101 @@ def init_distributed() -> Iterator[ProcessGroup]:
         monitor.leave()
     # Skipped after an exception, because the other ranks may never reach this call.
     dist.destroy_process_group()
+
+
+class ParallelStrategy(Protocol):
+    """Interface of a mode of `train.parallel`; all ranks call the same methods in the same order.
+
+    - `ddp` replicates the model and all-reduces gradients.
+    - `zero2` shards master weights, gradients and optimizer state (Rajbhandari et al. 2020,
+      arXiv:1910.02054).
+    - `fsdp` shards the model weights as well (Zhao et al. 2023, arXiv:2304.11277).
+    - `fsdp_offload` is `fsdp` with shards in CPU memory.
+
+    The sharded modes use `fully_shard` of PyTorch.
+    """
+
+    is_sharded: bool
+    """True if parameters, gradients or optimizer states are sharded over the ranks."""
+
+    num_trainable_params: int
+    """Number of trainable parameters of the complete model."""
+
+    trainable_params: Mapping[str, nn.Parameter]
+    """Parameters that the optimizer of this rank updates, by native name.
+
+    These are all trainable parameters, or the shard of this rank of each.
+    """
+
+    def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
+        """Extend a packed batch where needed, so that every rank runs the same layers."""
+        ...
+
+    def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
+        """Sum the gradients of all ranks before the optimizer step.
+
+        Returns:
+            Euclidean norm of all gradients, a scalar on the device.
+        """
+        ...
+
+    def sync_params(self) -> None:
+        """Copy the updated master weights to the model after an optimizer step."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Discard the gradients of a skipped or aborted step."""
+        ...
+
+    def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Select the shard of this rank from complete checkpoint tensors.
+
+        Args:
+            tensors: Tensors by parameter name, optionally with a prefix such as `exp_avg.`.
+        """
+        ...
+
+    def summon_full_params(self) -> AbstractContextManager[None]:
+        """Provide the unsharded model on every rank within the context."""
+        ...
+
+
+class DDPStrategy:
+    """Data parallelism with a replica of the model on every rank."""
+
+    is_sharded = False
+
+    def __init__(self, model: AnyModel, process_group: ProcessGroup) -> None:
+        self.trainable_params: Mapping[str, nn.Parameter] = trainable_parameters(model)
+        self.num_trainable_params = sum(
+            parameter.numel() for parameter in self.trainable_params.values()
+        )
+        self._process_group = process_group
+
+    def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
+        """Return the batch unchanged."""
+        return packed_batch
+
+    def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
+        """Sum the fp32 gradients of all ranks by an all-reduce after the backward pass.
+
+        Communication and computation do not overlap. See Li et al. 2020 (arXiv:2006.15704).
+        """
+        if not self._process_group.is_single_process:
+            optimizer.all_reduce_gradients(self._process_group.all_reduce)
+        return optimizer.grad_norm()
+
+    def sync_params(self) -> None:
+        """No-op: the model parameters are part of the master weights."""
+
+    def zero_grad(self) -> None:
+        """No-op: the optimizer clears the gradients."""
+
+    def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return all tensors, since the model is not sharded."""
+        return tensors
+
+    @contextmanager
+    def summon_full_params(self) -> Iterator[None]:
+        """No-op: every rank has the complete model."""
+        yield

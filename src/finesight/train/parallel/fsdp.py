@@ -1,6 +1,6 @@
 """Sharding of the model over the ranks with PyTorch's `fully_shard` (FSDP and ZeRO-2).
 
-`train.parallel.ddp` describes the modes.
+`ParallelStrategy` describes the modes.
 """
 
 from __future__ import annotations

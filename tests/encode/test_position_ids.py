@@ -12,7 +12,7 @@ from chat_reference import build_rope_model
 
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
-from finesight.encode.renderer import get_rope_index
+from finesight.encode.renderer import compute_position_ids
 from finesight.encode.tokenized_sample import VisualSpan
 
 FPS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 2.5, 3.0, 6.0, 7.0, 11.0, 12.0, 23.976, 24.0, 29.97, 60.0)
@@ -27,11 +27,11 @@ def span(
 
 
 def test_text_positions_are_sequential() -> None:
-    assert get_rope_index(4, [], [], 2).tolist() == [[0, 1, 2, 3]] * 3
+    assert compute_position_ids(4, [], [], 2).tolist() == [[0, 1, 2, 3]] * 3
 
 
 def test_image_between_texts() -> None:
-    found = get_rope_index(10, [span(2, (1, 4, 6))], [np.array([0])], 2)
+    found = compute_position_ids(10, [span(2, (1, 4, 6))], [np.array([0])], 2)
     assert found.tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
         [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
@@ -41,13 +41,13 @@ def test_image_between_texts() -> None:
 
 def test_two_adjacent_images() -> None:
     spans = [span(0, (1, 2, 4)), span(2, (1, 4, 2))]
-    found = get_rope_index(5, spans, [np.array([0])] * 2, 2)
+    found = compute_position_ids(5, spans, [np.array([0])] * 2, 2)
     assert found.tolist() == [[0, 0, 2, 2, 4], [0, 0, 2, 3, 4], [0, 1, 2, 2, 4]]
 
 
 def test_text_after_long_video_continues_after_its_time() -> None:
     # transformers 5.23 would continue at 1, a position of the third group of the video.
-    found = get_rope_index(4, [span(0, (3, 2, 2), "video")], [np.array([0, 2, 4])], 2)
+    found = compute_position_ids(4, [span(0, (3, 2, 2), "video")], [np.array([0, 2, 4])], 2)
     assert found.tolist() == [[0, 2, 4, 5], [0, 0, 0, 5], [0, 0, 0, 5]]
 
 
@@ -75,7 +75,7 @@ def test_only_qwen2_5_vl_scales_time_by_seconds() -> None:
 
 def test_wrong_placeholder_count_raises() -> None:
     with pytest.raises(AssertionError, match="2 temporal ids for 1 frame groups"):
-        get_rope_index(2, [span(0, (1, 2, 2))], [np.array([0, 1])], 2)
+        compute_position_ids(2, [span(0, (1, 2, 2))], [np.array([0, 1])], 2)
     wrong = VisualSpan("image", 0, 3, (1, 2, 2), (Path("a"),), (28, 28), (28, 28))
     with pytest.raises(AssertionError, match="has not 1 placeholders"):
-        get_rope_index(3, [wrong], [np.array([0])], 2)
+        compute_position_ids(3, [wrong], [np.array([0])], 2)

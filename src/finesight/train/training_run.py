@@ -1,0 +1,251 @@
+"""Public function `train`: sets up a run, trains and writes the result."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import torch
+from rich.console import Console
+
+from finesight.config import Recipe
+from finesight.model.quant.base import HAS_TRITON
+from finesight.model.vlm import VisionLanguageModel
+from finesight.storage import require_free_space
+from finesight.track.backends import require_packages
+from finesight.track.tracker_manager import start_trackers
+from finesight.train.console import TrainingConsole
+from finesight.train.finalize import (
+    LiveReport,
+    RunResult,
+    finalize_run,
+    load_result,
+    write_run_report,
+)
+from finesight.train.image_record import save_image_record
+from finesight.train.logging import MetricsLogger, describe_run
+from finesight.train.oom import translate_oom_errors
+from finesight.train.optimizer import resolve_save_interval
+from finesight.train.parallel.distributed import ProcessGroup, init_distributed
+from finesight.train.run_dir import RunDir
+from finesight.train.setup import build_manifest, build_train_state
+from finesight.train.signals import StopRequest
+from finesight.train.train_state import TrainState
+from finesight.train.trainer import Trainer
+from finesight.train.vision_cache import VisionFeatures
+
+if HAS_TRITON:
+    from finesight.model.kernels.parallel_compile import compile_in_parallel, is_compile_cache_empty
+
+
+def check_disk_space(state: TrainState, num_existing: int) -> None:
+    """Verify that the disk has space for the checkpoints and trained weights of a run.
+
+    The estimate includes the retained checkpoints, the best checkpoint and one that is being
+    written.
+
+    Args:
+        state: State of the run.
+        num_existing: Number of checkpoints that are already on disk, which need no more space.
+
+    Raises:
+        UserError: There is not enough free space.
+    """
+    recipe, total_steps = state.recipe, len(state.sampler)
+    checkpoint_size, interval = (
+        state.estimate_checkpoint_bytes(),
+        resolve_save_interval(recipe.train, total_steps),
+    )
+    num_remaining = 1 + ((total_steps - state.progress.step) // interval if interval else 0)
+    num_new = max(
+        1,
+        min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1) - num_existing,
+    )
+    weight_bytes = 4 * state.parallel.num_trainable_params if recipe.tune.has_mode("lora") else 0
+    if recipe.tune.has_mode("full"):
+        weight_bytes += sum(parameter.nbytes for parameter in state.model.parameters())
+    require_free_space(
+        state.run_dir.path,
+        num_new * checkpoint_size + weight_bytes,
+        f"{num_new} checkpoints of {checkpoint_size / 1e9:.3g} GB and"
+        f" {weight_bytes / 1e9:.3g} GB of trained weights",
+        "free disk space, set another output_dir, or lower train.keep_checkpoints",
+    )
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of `mallopt` in glibc's malloc.h."""
+
+_DEFAULT_THRESHOLD = 128 << 10
+"""Default value of both `mallopt` thresholds, in bytes."""
+
+_LARGE_THRESHOLD = 1 << 30
+
+
+@contextmanager
+def configure_host(device: torch.device) -> Iterator[None]:
+    """Apply the CPU thread and allocator settings for a device within the context."""
+    with _limit_cpu_threads(device), retain_freed_memory(device):
+        yield
+
+
+@contextmanager
+def _limit_cpu_threads(device: torch.device) -> Iterator[None]:
+    """Use one CPU thread of PyTorch within the context if the device is a GPU.
+
+    More threads would compete with the data loader workers.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@contextmanager
+def retain_freed_memory(device: torch.device) -> Iterator[None]:
+    """Keep freed CPU memory in the process within the context, for training on a CPU.
+
+    By default, glibc returns large blocks to the system. Page faults of new blocks then take a
+    tenth of the step time of a small model. Blocks above 1 GiB are still returned.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_THRESHOLD)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
+        libc.malloc_trim(0)
+
+
+def warm_up_kernels(state: TrainState) -> None:
+    """Compile all Triton kernels in parallel, by running packs of the next step.
+
+    This is done only if the Triton cache is empty. No parameter is updated. Errors are only logged
+    at debug level, because the training step raises them again.
+    """
+    device = state.hardware.device
+    is_native = isinstance(state.model, VisionLanguageModel)
+    if not (HAS_TRITON and device.type == "cuda" and is_native) or state.parallel.is_sharded:
+        return
+    if not is_compile_cache_empty() or state.progress.step == len(state.sampler):
+        return
+    try:
+        packs = state.step_dataset.get_step(state.progress.step).packs
+        # Split packs need all ranks. Packs with and without shared prefix use other kernels.
+        unsplit = [packed_batch for packed_batch in packs if packed_batch.context_shard is None]
+        variants = {packed_batch.prefix_length > 0: packed_batch for packed_batch in unsplit}
+        for packed_batch in variants.values():
+            with torch.random.fork_rng([device]), compile_in_parallel(device):
+                state.graph_runner.warm_up(state.to_device(packed_batch))
+    except Exception as error:
+        logging.getLogger(__name__).debug("kernels were not compiled beforehand: %s", error)
+    finally:
+        state.optimizer.zero_grad()
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, console: Console | None = None
+) -> RunResult | None:
+    """Train a recipe from the start, or resume from its newest checkpoint.
+
+    Args:
+        recipe: Settings of the run.
+        resume: Whether to continue an existing run.
+        console: Console for progress and messages; standard error by default.
+
+    Returns:
+        Result of the run. In a distributed run, only the main process returns a result and writes
+        the run directory; the other ranks return None.
+
+    Raises:
+        UserError: The user can fix the problem; raised before any file is written where possible.
+        TrainingInterrupted: One of `signals.SIGNALS` arrived. A checkpoint of the last finished
+            step is written first.
+    """
+    with init_distributed() as process_group:
+        if process_group.is_main:
+            rich_console = console or Console(stderr=True)
+        else:
+            rich_console, recipe = Console(quiet=True), recipe.model_copy(update={"track": []})
+        with translate_oom_errors():
+            return _train_rank(recipe, process_group, resume, TrainingConsole(rich_console))
+
+
+def _train_rank(
+    recipe: Recipe, process_group: ProcessGroup, resume: bool, console: TrainingConsole
+) -> RunResult | None:
+    """Train on this rank; only the main process writes files and returns a result."""
+    start, is_main = time.perf_counter(), process_group.is_main
+    run_dir = RunDir(recipe.output_dir)
+    if is_main:
+        run_dir.check_available(resume)
+    is_resumed = resume and run_dir.is_started
+    with ExitStack() as stack:
+        if is_resumed and is_main:
+            # No other process may write to the run while it is read.
+            stack.enter_context(run_dir.lock())
+        if resume and (result := load_result(run_dir)) is not None:
+            console.log(f"{run_dir.path}: the run is already complete")
+            if is_main and not run_dir.report_path.exists():
+                write_run_report(run_dir, console)
+            return result if is_main else None
+        require_packages(recipe.track)
+        state = build_train_state(
+            recipe, run_dir, console, resume=is_resumed, process_group=process_group
+        )
+        if is_main:
+            check_disk_space(state, len(state.checkpoint_manager.steps()))
+        if is_main and not is_resumed:
+            stack.enter_context(run_dir.lock())
+            # Another process may have started meanwhile.
+            run_dir.check_available(resume=False)
+        state.check_ranks_match()
+        stop = StopRequest()
+        with process_group.sync_errors():
+            if is_main:
+                _prepare_run_dir(state)
+            trackers = start_trackers(recipe, run_dir.path, state.progress.step, console.log)
+            tracking = stack.enter_context(trackers)
+        metrics_logger = MetricsLogger(state, console, tracking)
+        if is_main:
+            warm_up_kernels(state)
+        metrics_logger.log_start(time.perf_counter() - start)
+        console.log(describe_run(state))
+        vision_features = VisionFeatures(state, console, stop)
+        live_report = LiveReport(run_dir, console)
+        trainer = Trainer(state, console, stop, metrics_logger, vision_features, live_report)
+        with (
+            stop.install_handlers(),
+            configure_host(state.hardware.device),
+            live_report.run_in_background(state.progress) if is_main else nullcontext(),
+        ):
+            result = trainer.run(lambda: finalize_run(state, console))
+        if result is not None:
+            metrics_logger.log_result(result)
+        return result
+
+
+def _prepare_run_dir(state: TrainState) -> None:
+    """Write the files of a new run, or remove what a resumed run writes again."""
+    run_dir, progress = state.run_dir, state.progress
+    if not progress.step:
+        run_dir.initialize(state.recipe, build_manifest(state))
+    save_image_record(run_dir.images_path, state.images())
+    state.checkpoint_manager.quarantine_after(progress.step)
+    run_dir.truncate_metrics(progress.step, progress.last_eval_step)
+    run_dir.copy_metric(state.recipe)
+    run_dir.write_skipped_samples(state.train_data.stats.skipped)

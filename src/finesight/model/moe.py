@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.model.config import MoeConfig
+from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.fused_ops import swiglu
 from finesight.model.layers import GatedMlp
 
@@ -90,9 +91,9 @@ class SharedExpertMoeBlock(SparseMoeBlock):
         shared_size = moe_config.shared_intermediate_size
         assert shared_size is not None, "a config without a shared expert"
         self.shared_expert = GatedMlp(hidden_size, shared_size, bias=False)
-        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
+        self.shared_expert_gate = FusedLinear(hidden_size, {"shared_expert_gate": 1}, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_T1 = self.shared_expert_gate(x_TD).sigmoid()
+        gate_T1 = single_output(self.shared_expert_gate(x_TD)).sigmoid()
         y_TD: Tensor = super().forward(x_TD) + gate_T1 * self.shared_expert(x_TD)
         return y_TD

@@ -636,7 +636,7 @@ class MasterWeightOptimizer:
 def _build_param_groups(
     trainable_params: Mapping[str, nn.Parameter], train: TrainSettings
 ) -> Iterator[ParamGroup]:
-    """Group parameters by model part, and into matrices, embeddings and vectors.
+    """Group parameters by model part and dtype, and into matrices, embeddings and vectors.
 
     Vectors, such as biases and norm weights, have no weight decay.
     """
@@ -659,8 +659,9 @@ def _build_param_groups(
         for named_params, weight_decay in zip(
             (matrices, embeddings, vectors), weight_decays, strict=True
         ):
-            if named_params:
-                yield ParamGroup(part, weight_decay, lr, named_params, alignment)
+            for dtype in dict.fromkeys(p.dtype for p in named_params.values()):
+                same_dtype = {name: p for name, p in named_params.items() if p.dtype == dtype}
+                yield ParamGroup(part, weight_decay, lr, same_dtype, alignment)
 
 
 def _is_matmul_weight(name: str, parameter: nn.Parameter) -> bool:

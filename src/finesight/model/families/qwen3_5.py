@@ -30,6 +30,7 @@ from finesight.model.decoder import Decoder
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.families.qwen3_vl import build_vision_encoder, interleaved_mrope_axes
 from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.fused_ops import rms_norm
 from finesight.model.gated_delta_net import DeltaNetInputs
 from finesight.model.layers import GatedMlp, RmsNorm, ZeroCenteredRmsNorm
 from finesight.model.moe import SharedExpertMoeBlock
@@ -102,18 +103,21 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x_TD: Tensor, attention: AttentionBackend) -> Tensor:
         qkv_TN, z_TE, b_TH, a_TH = self.in_proj(x_TD)
-        dtype = self.A_log.dtype
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
         step_TH = F.softplus(a_TH.to(dtype) + self.dt_bias.to(dtype))
         inputs = DeltaNetInputs(
             self.config,
             qkv_TN,
             self.conv1d.weight.squeeze(1),
-            -self.A_log.exp() * step_TH,
+            -self.A_log.to(dtype).exp() * step_TH,
             b_TH.to(dtype).sigmoid(),
         )
         o_THV = attention.linear_attention(self.attention_index, inputs)
         z_THV = z_TE.view(o_THV.shape)
-        y_THV = self.norm(o_THV.to(dtype)) * F.silu(z_THV.to(dtype))
+        norm = self.norm
+        assert norm.eps is not None, "a norm without eps"
+        normed_THV = rms_norm(o_THV.to(dtype), norm.weight.to(dtype), norm.eps)
+        y_THV = normed_THV * F.silu(z_THV.to(dtype))
         return single_output(self.out_proj(y_THV.to(x_TD.dtype).flatten(1)))
 
 

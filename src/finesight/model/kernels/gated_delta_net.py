@@ -1,0 +1,700 @@
+"""Triton kernels of Gated DeltaNet: convolution, chunked gated delta rule, and gated RMS norm.
+
+All of them start anew with each sequence of a packed batch. With G the cumulative log decay within
+a chunk, S the state before the chunk and M_ij = exp(G_i - G_j) for i >= j, a chunk computes
+
+    A = strictly lower part of b_i (k_i . k_j) M_ij,  T = (I + A)^-1,  P = (q k^T) * M
+    R = b (v - exp(G) k S),  U = T R,  O = exp(G) q S + P U
+    S <- exp(G_L) S + (exp(G_L - G) k)^T U
+
+T and P depend on one chunk only and are computed for all chunks at once. The recurrence computes
+the rest with the state in registers. The backward pass computes T, P, U and the states again.
+
+Shapes: T tokens, S sequences, C chunks, L = 64 tokens of a chunk, K heads of queries and keys,
+H heads of values (a multiple of K), D dimension of a query and a key, V dimension of a value,
+N channels of the convolution, W width of its kernel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from finesight.model.kernels.launch_config import MAX_PARTIAL_SUMS
+from finesight.model.kernels.primitives import Ptr, sum_partials
+from finesight.model.kernels.runtime import tl, triton
+
+CHUNK_LENGTH = 64
+BLOCK_LENGTH = 16
+"""Rows of the diagonal blocks of I + A, which are inverted row by row."""
+
+CONV_BLOCK, NORM_BLOCK = 32, 16
+"""Tokens per program of the convolution, and rows per program of the norm."""
+
+
+class SequenceChunks(NamedTuple):
+    """Chunks of a packed batch, in the order of the tokens.
+
+    Attributes:
+        first_chunk_S1: First chunk of each sequence, and the number of chunks.
+        start_C: First token of each chunk.
+        end_C: Token after the last one of each chunk.
+    """
+
+    first_chunk_S1: Tensor
+    start_C: Tensor
+    end_C: Tensor
+
+
+@triton.jit
+def _load_gates(
+    log_decay: Ptr, beta: Ptr, start: tl.tensor, end: tl.tensor, head: tl.tensor,
+    heads: tl.constexpr, length: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Load the cumulative log decay of a chunk, its last value and the step sizes."""
+    rows = start + tl.arange(0, length)
+    mask = rows < end
+    offsets = rows.to(tl.int64) * heads + head
+    g_L = tl.load(log_decay + offsets, mask=mask, other=0.0).to(tl.float32)
+    beta_L = tl.load(beta + offsets, mask=mask, other=0.0).to(tl.float32)
+    return tl.cumsum(g_L, 0), tl.sum(g_L, 0), beta_L
+
+
+@triton.jit
+def _load_rows(
+    x: Ptr, start: tl.tensor, end: tl.tensor, head: tl.tensor, first: tl.tensor,
+    heads: tl.constexpr, width: tl.constexpr, length: tl.constexpr, block: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Load columns of one head of a chunk [L, block], zeros after its end."""
+    rows = start + tl.arange(0, length)
+    columns = first + tl.arange(0, block)
+    offsets = (rows.to(tl.int64) * heads + head)[:, None] * width + columns[None, :]
+    return tl.load(x + offsets, mask=(rows < end)[:, None], other=0.0)
+
+
+@triton.jit
+def _store_rows(
+    x: Ptr, value: tl.tensor, start: tl.tensor, end: tl.tensor, head: tl.tensor, first: tl.tensor,
+    heads: tl.constexpr, width: tl.constexpr, length: tl.constexpr, block: tl.constexpr,
+) -> None:  # fmt: skip
+    rows = start + tl.arange(0, length)
+    columns = first + tl.arange(0, block)
+    offsets = (rows.to(tl.int64) * heads + head)[:, None] * width + columns[None, :]
+    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=(rows < end)[:, None])
+
+
+@triton.jit
+def _decay_matrix(g_L: tl.tensor, length: tl.constexpr) -> tl.tensor:
+    """Compute exp(G_i - G_j) for i >= j, otherwise 0. The mask comes first: exp would overflow."""
+    index = tl.arange(0, length)
+    difference = g_L[:, None] - g_L[None, :]
+    return tl.exp(tl.where(index[:, None] >= index[None, :], difference, float("-inf")))
+
+
+@triton.jit
+def _invert_unit_lower(
+    a_LL: tl.tensor, length: tl.constexpr, block: tl.constexpr, precision: tl.constexpr
+) -> tl.tensor:
+    """Compute (I + A)^-1 for a strictly lower triangular A.
+
+    The diagonal blocks are inverted by forward substitution, all at once. With E their inverse and
+    N = E (A without the diagonal blocks), N^4 = 0 and the inverse is (I - N) (I + N^2) E.
+    """
+    blocks: tl.constexpr = length // block
+    b = tl.arange(0, blocks)
+    i = tl.arange(0, block)
+    is_diagonal = (b[:, None] == b[None, :])[:, None, :, None]
+    a_BIBI = tl.reshape(a_LL, (blocks, block, blocks, block))
+    diagonal_BII = tl.sum(tl.where(is_diagonal, a_BIBI, 0.0), 2)
+    identity_II = (i[:, None] == i[None, :]).to(tl.float32)
+    inverse_BII = tl.broadcast_to(identity_II[None, :, :], (blocks, block, block))
+    for row in range(1, block):
+        is_row = (i == row)[None, :, None]
+        row_BI = tl.sum(tl.where(is_row, diagonal_BII, 0.0), 1)
+        # Rows from `row` on are those of the identity, but their coefficients are zero.
+        update_BI = tl.sum(row_BI[:, :, None] * inverse_BII, 1)
+        inverse_BII -= tl.where(is_row, update_BI[:, None, :], 0.0)
+    inverse_BIBI = tl.where(is_diagonal, inverse_BII[:, :, None, :], 0.0)
+    inverse_LL = tl.reshape(inverse_BIBI, (length, length))
+    outer_LL = tl.reshape(tl.where(is_diagonal, 0.0, a_BIBI), (length, length))
+    index = tl.arange(0, length)
+    identity_LL = (index[:, None] == index[None, :]).to(tl.float32)
+    n_LL = tl.dot(inverse_LL, outer_LL, input_precision=precision)
+    square_LL = tl.dot(n_LL, n_LL, input_precision=precision)
+    series_LL = tl.dot(identity_LL - n_LL, identity_LL + square_LL, input_precision=precision)
+    return tl.dot(series_LL, inverse_LL, input_precision=precision)
+
+
+@triton.jit
+def _chunk_matrices_kernel(
+    q: Ptr, k: Ptr, log_decay: Ptr, beta: Ptr, starts: Ptr, ends: Ptr, inverse: Ptr, product: Ptr,
+    key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, length: tl.constexpr,
+    block: tl.constexpr, precision: tl.constexpr,
+) -> None:  # fmt: skip
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+    key_head = head // (heads // key_heads)
+    g_L, _, beta_L = _load_gates(log_decay, beta, start, end, head, heads, length)
+    k_LD = _load_rows(k, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+    q_LD = _load_rows(q, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+    decay_LL = _decay_matrix(g_L, length)
+    index = tl.arange(0, length)
+    is_lower = index[:, None] > index[None, :]
+    kk_LL = tl.dot(k_LD, tl.trans(k_LD), input_precision=precision)
+    a_LL = tl.where(is_lower, kk_LL * decay_LL * beta_L[:, None], 0.0)
+    p_LL = tl.dot(q_LD, tl.trans(k_LD), input_precision=precision) * decay_LL
+    inverse_LL = _invert_unit_lower(a_LL, length, block, precision)
+    base = (chunk.to(tl.int64) * heads + head) * length * length
+    offsets = base + index[:, None] * length + index[None, :]
+    tl.store(inverse + offsets, inverse_LL.to(inverse.dtype.element_ty))
+    tl.store(product + offsets, p_LL.to(product.dtype.element_ty))
+
+
+@triton.jit
+def _recurrence_kernel(
+    q: Ptr, k: Ptr, v: Ptr, log_decay: Ptr, beta: Ptr, inverse: Ptr, product: Ptr, initial: Ptr,
+    first_chunks: Ptr, starts: Ptr, ends: Ptr, out: Ptr, final: Ptr, states: Ptr, updates: Ptr,
+    key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
+    length: tl.constexpr, block_v: tl.constexpr, has_initial: tl.constexpr,
+    for_backward: tl.constexpr, precision: tl.constexpr,
+) -> None:  # fmt: skip
+    first_v = tl.program_id(0) * block_v
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    key_head = head // (heads // key_heads)
+    d = tl.arange(0, head_dim)
+    columns = first_v + tl.arange(0, block_v)
+    index = tl.arange(0, length)
+    state_offsets = d[:, None] * value_dim + columns[None, :]
+    own_state = (sequence.to(tl.int64) * heads + head) * head_dim * value_dim
+    if has_initial:
+        state_DV = tl.load(initial + own_state + state_offsets).to(tl.float32)
+    else:
+        state_DV = tl.zeros((head_dim, block_v), tl.float32)
+    dtype = q.dtype.element_ty
+    for chunk in range(tl.load(first_chunks + sequence), tl.load(first_chunks + sequence + 1)):
+        start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+        row = tl.cast(chunk, tl.int64) * heads + head
+        g_L, last, beta_L = _load_gates(log_decay, beta, start, end, head, heads, length)
+        from_start_L = tl.exp(g_L)[:, None]
+        k_LD = _load_rows(k, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+        v_LV = _load_rows(v, start, end, head, first_v, heads, value_dim, length, block_v)
+        matrix_offsets = row * length * length + index[:, None] * length + index[None, :]
+        inverse_LL = tl.load(inverse + matrix_offsets)
+        rounded_DV = state_DV.to(dtype)
+        kS_LV = tl.dot(k_LD, rounded_DV, input_precision=precision)
+        r_LV = (v_LV - from_start_L * kS_LV) * beta_L[:, None]
+        u_LV = tl.dot(inverse_LL, r_LV.to(dtype), input_precision=precision).to(dtype)
+        if for_backward:
+            offsets = row * head_dim * value_dim + state_offsets
+            tl.store(states + offsets, rounded_DV)
+            _store_rows(updates, u_LV, start, end, head, first_v, heads, value_dim, length, block_v)
+        else:
+            q_LD = _load_rows(q, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+            p_LL = tl.load(product + matrix_offsets)
+            o_LV = from_start_L * tl.dot(q_LD, rounded_DV, input_precision=precision)
+            o_LV += tl.dot(p_LL, u_LV, input_precision=precision)
+            _store_rows(out, o_LV, start, end, head, first_v, heads, value_dim, length, block_v)
+        to_end_LD = (k_LD * tl.exp(last - g_L)[:, None]).to(dtype)
+        state_DV = state_DV * tl.exp(last) + tl.dot(
+            tl.trans(to_end_LD), u_LV, input_precision=precision
+        )
+    if not for_backward:
+        tl.store(final + own_state + state_offsets, state_DV)
+
+
+@triton.jit
+def _recurrence_backward_kernel(
+    q: Ptr, k: Ptr, log_decay: Ptr, beta: Ptr, inverse: Ptr, product: Ptr, dout: Ptr, dfinal: Ptr,
+    first_chunks: Ptr, starts: Ptr, ends: Ptr, dstates: Ptr, drs: Ptr, dinitial: Ptr,
+    key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
+    length: tl.constexpr, block_v: tl.constexpr, has_final: tl.constexpr,
+    has_initial: tl.constexpr, precision: tl.constexpr,
+) -> None:  # fmt: skip
+    first_v = tl.program_id(0) * block_v
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    key_head = head // (heads // key_heads)
+    d = tl.arange(0, head_dim)
+    columns = first_v + tl.arange(0, block_v)
+    index = tl.arange(0, length)
+    state_offsets = d[:, None] * value_dim + columns[None, :]
+    own_state = (sequence.to(tl.int64) * heads + head) * head_dim * value_dim
+    if has_final:
+        dstate_DV = tl.load(dfinal + own_state + state_offsets).to(tl.float32)
+    else:
+        dstate_DV = tl.zeros((head_dim, block_v), tl.float32)
+    dtype = q.dtype.element_ty
+    first, stop = tl.load(first_chunks + sequence), tl.load(first_chunks + sequence + 1)
+    for step in range(stop - first):
+        chunk = stop - 1 - step
+        start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+        row = tl.cast(chunk, tl.int64) * heads + head
+        g_L, last, beta_L = _load_gates(log_decay, beta, start, end, head, heads, length)
+        from_start_L = tl.exp(g_L)
+        k_LD = _load_rows(k, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+        q_LD = _load_rows(q, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+        do_LV = _load_rows(dout, start, end, head, first_v, heads, value_dim, length, block_v)
+        matrix_offsets = row * length * length + index[:, None] * length + index[None, :]
+        inverse_LL, p_LL = tl.load(inverse + matrix_offsets), tl.load(product + matrix_offsets)
+        rounded_DV = dstate_DV.to(dtype)
+        tl.store(dstates + row * head_dim * value_dim + state_offsets, rounded_DV)
+        to_end_LD = (k_LD * tl.exp(last - g_L)[:, None]).to(dtype)
+        du_LV = tl.dot(to_end_LD, rounded_DV, input_precision=precision)
+        du_LV += tl.dot(tl.trans(p_LL), do_LV, input_precision=precision)
+        dr_LV = tl.dot(tl.trans(inverse_LL), du_LV.to(dtype), input_precision=precision).to(dtype)
+        _store_rows(drs, dr_LV, start, end, head, first_v, heads, value_dim, length, block_v)
+        decayed_q_LD = (q_LD * from_start_L[:, None]).to(dtype)
+        decayed_k_LD = (k_LD * (from_start_L * beta_L)[:, None]).to(dtype)
+        dstate_DV = dstate_DV * tl.exp(last)
+        dstate_DV += tl.dot(tl.trans(decayed_q_LD), do_LV, input_precision=precision)
+        dstate_DV -= tl.dot(tl.trans(decayed_k_LD), dr_LV, input_precision=precision)
+    if has_initial:
+        tl.store(dinitial + own_state + state_offsets, dstate_DV)
+
+
+@triton.jit
+def _chunk_gradients_kernel(
+    q: Ptr, k: Ptr, v: Ptr, log_decay: Ptr, beta: Ptr, dout: Ptr, states: Ptr, dstates: Ptr,
+    updates: Ptr, drs: Ptr, starts: Ptr, ends: Ptr, dq: Ptr, dk: Ptr, dv: Ptr, dlog_decay: Ptr,
+    dbeta: Ptr, key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr,
+    value_dim: tl.constexpr, length: tl.constexpr, block_v: tl.constexpr, precision: tl.constexpr,
+) -> None:  # fmt: skip
+    chunk, key_head = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+    dtype = q.dtype.element_ty
+    index = tl.arange(0, length)
+    d = tl.arange(0, head_dim)
+    is_lower = index[:, None] > index[None, :]
+    k_LD = _load_rows(k, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+    q_LD = _load_rows(q, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+    dq_LD = tl.zeros((length, head_dim), tl.float32)
+    dk_LD = tl.zeros((length, head_dim), tl.float32)
+    group: tl.constexpr = heads // key_heads
+    for member in range(group):
+        head = key_head * group + member
+        row = chunk.to(tl.int64) * heads + head
+        g_L, last, beta_L = _load_gates(log_decay, beta, start, end, head, heads, length)
+        from_start_L, to_end_L = tl.exp(g_L), tl.exp(last - g_L)
+        da_LL = tl.zeros((length, length), tl.float32)
+        dp_LL = tl.zeros((length, length), tl.float32)
+        from_state_LD = tl.zeros((length, head_dim), tl.float32)
+        key_LD = tl.zeros((length, head_dim), tl.float32)
+        end_LD = tl.zeros((length, head_dim), tl.float32)
+        dbeta_L = tl.zeros((length,), tl.float32)
+        dlast = 0.0
+        for first_v in range(0, value_dim, block_v):
+            columns = first_v + tl.arange(0, block_v)
+            offsets = row * head_dim * value_dim + d[:, None] * value_dim + columns[None, :]
+            state_DV, dstate_DV = tl.load(states + offsets), tl.load(dstates + offsets)
+            do_LV = _load_rows(dout, start, end, head, first_v, heads, value_dim, length, block_v)
+            u_LV = _load_rows(updates, start, end, head, first_v, heads, value_dim, length, block_v)
+            dr_LV = _load_rows(drs, start, end, head, first_v, heads, value_dim, length, block_v)
+            v_LV = _load_rows(v, start, end, head, first_v, heads, value_dim, length, block_v)
+            from_state_LD += tl.dot(do_LV, tl.trans(state_DV), input_precision=precision)
+            key_LD += tl.dot(dr_LV, tl.trans(state_DV), input_precision=precision)
+            end_LD += tl.dot(u_LV, tl.trans(dstate_DV), input_precision=precision)
+            da_LL -= tl.dot(dr_LV, tl.trans(u_LV), input_precision=precision)
+            dp_LL += tl.dot(do_LV, tl.trans(u_LV), input_precision=precision)
+            dr_wide_LV = dr_LV.to(tl.float32)
+            dbeta_L += tl.sum(dr_wide_LV * v_LV, 1)
+            dlast += tl.sum(state_DV.to(tl.float32) * dstate_DV)
+            dv_LV = dr_wide_LV * beta_L[:, None]
+            _store_rows(dv, dv_LV, start, end, head, first_v, heads, value_dim, length, block_v)
+        from_state_LD *= from_start_L[:, None]
+        end_LD *= to_end_L[:, None]
+        through_key_L = from_start_L * tl.sum(key_LD * k_LD, 1)
+        through_end_L = tl.sum(end_LD * k_LD, 1)
+        dbeta_L -= through_key_L
+        dg_L = tl.sum(from_state_LD * q_LD, 1) - beta_L * through_key_L - through_end_L
+        dlast = dlast * tl.exp(last) + tl.sum(through_end_L, 0)
+        dq_LD += from_state_LD
+        dk_LD += end_LD - key_LD * (beta_L * from_start_L)[:, None]
+
+        decay_LL = _decay_matrix(g_L, length)
+        kk_LL = tl.dot(k_LD, tl.trans(k_LD), input_precision=precision) * decay_LL
+        da_LL = tl.where(is_lower, da_LL, 0.0)
+        da_kk_LL = da_LL * kk_LL
+        dbeta_L += tl.sum(da_kk_LL, 1)
+        through_LL = da_kk_LL * beta_L[:, None]
+        dp_LL *= decay_LL
+        qk_LL = tl.dot(q_LD, tl.trans(k_LD), input_precision=precision)
+        through_LL += dp_LL * qk_LL
+        dg_L += tl.sum(through_LL, 1) - tl.sum(through_LL, 0)
+        dkk_LL = (da_LL * decay_LL * beta_L[:, None]).to(dtype)
+        dp_rounded_LL = dp_LL.to(dtype)
+        dq_LD += tl.dot(dp_rounded_LL, k_LD, input_precision=precision)
+        dk_LD += tl.dot(tl.trans(dp_rounded_LL), q_LD, input_precision=precision)
+        dk_LD += tl.dot(dkk_LL, k_LD, input_precision=precision)
+        dk_LD += tl.dot(tl.trans(dkk_LL), k_LD, input_precision=precision)
+
+        rows = start + index
+        gate_offsets = rows.to(tl.int64) * heads + head
+        dlog_L = tl.sum(dg_L, 0) - tl.cumsum(dg_L, 0) + dg_L + dlast
+        tl.store(dlog_decay + gate_offsets, dlog_L, mask=rows < end)
+        tl.store(dbeta + gate_offsets, dbeta_L, mask=rows < end)
+    _store_rows(dq, dq_LD, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+    _store_rows(dk, dk_LD, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+
+
+def _precision(x: Tensor) -> str:
+    """Return the precision of fp32 products, which 16-bit inputs need for the inverse only."""
+    return "ieee" if x.dtype == torch.float32 else "tf32x3"
+
+
+def _value_block(num_sequences: int, heads: int, value_dim: int) -> int:
+    """Return the columns of a state per program: fewer columns for few sequences."""
+    block = min(64, value_dim)
+    while block > 16 and num_sequences * heads * (value_dim // block) < 264:
+        block //= 2
+    return block
+
+
+def _chunk_matrices(
+    q_TKD: Tensor, k_TKD: Tensor, log_decay_TH: Tensor, beta_TH: Tensor, chunks: SequenceChunks
+) -> tuple[Tensor, Tensor]:
+    """Compute the inverse T and the product P of all chunks, both [C, H, L, L]."""
+    heads, num_chunks = log_decay_TH.shape[1], len(chunks.start_C)
+    inverse = q_TKD.new_empty(num_chunks, heads, CHUNK_LENGTH, CHUNK_LENGTH)
+    product = torch.empty_like(inverse)
+    _chunk_matrices_kernel[(num_chunks, heads)](
+        q_TKD, k_TKD, log_decay_TH, beta_TH, chunks.start_C, chunks.end_C, inverse, product,
+        key_heads=q_TKD.shape[1], heads=heads, head_dim=q_TKD.shape[2], length=CHUNK_LENGTH,
+        block=BLOCK_LENGTH, precision=_precision(q_TKD), num_warps=4,
+    )  # fmt: skip
+    return inverse, product
+
+
+def _run_recurrence(
+    q_TKD: Tensor, k_TKD: Tensor, v_THV: Tensor, log_decay_TH: Tensor, beta_TH: Tensor,
+    matrices: tuple[Tensor, Tensor], initial_SHDV: Tensor | None, chunks: SequenceChunks,
+    outputs: tuple[Tensor, Tensor], *, for_backward: bool,
+) -> None:  # fmt: skip
+    """Run the recurrence.
+
+    The outputs are the attention output and the final states, or, for the backward pass, the states
+    before each chunk and the updates U.
+    """
+    num_sequences, (_, heads, value_dim) = len(chunks.first_chunk_S1) - 1, v_THV.shape
+    block_v = _value_block(num_sequences, heads, value_dim)
+    unused = (outputs[0],) * 2
+    _recurrence_kernel[(value_dim // block_v, heads, num_sequences)](
+        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, *matrices,
+        q_TKD if initial_SHDV is None else initial_SHDV, *chunks,
+        *(unused + outputs if for_backward else outputs + unused), key_heads=q_TKD.shape[1],
+        heads=heads, head_dim=q_TKD.shape[2], value_dim=value_dim, length=CHUNK_LENGTH,
+        block_v=block_v, has_initial=initial_SHDV is not None, for_backward=for_backward,
+        precision=_precision(q_TKD), num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def gated_delta_rule(
+    q_TKD: Tensor,
+    k_TKD: Tensor,
+    v_THV: Tensor,
+    log_decay_TH: Tensor,
+    beta_TH: Tensor,
+    initial_SHDV: Tensor | None,
+    chunks: SequenceChunks,
+) -> tuple[Tensor, Tensor]:
+    """Compute the outputs [T, H, V] and the final states [S, H, D, V] in fp32."""
+    matrices = _chunk_matrices(q_TKD, k_TKD, log_decay_TH, beta_TH, chunks)
+    out_THV = torch.empty_like(v_THV)
+    final_SHDV = torch.empty(
+        (len(chunks.first_chunk_S1) - 1, v_THV.shape[1], q_TKD.shape[2], v_THV.shape[2]),
+        dtype=torch.float32,
+        device=v_THV.device,
+    )
+    _run_recurrence(
+        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, matrices, initial_SHDV, chunks,
+        (out_THV, final_SHDV), for_backward=False,
+    )  # fmt: skip
+    return out_THV, final_SHDV
+
+
+def gated_delta_rule_backward(
+    q_TKD: Tensor,
+    k_TKD: Tensor,
+    v_THV: Tensor,
+    log_decay_TH: Tensor,
+    beta_TH: Tensor,
+    initial_SHDV: Tensor | None,
+    chunks: SequenceChunks,
+    dout_THV: Tensor,
+    dfinal_SHDV: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute the gradients of q, k, v, log decay, beta and the initial state."""
+    (_, key_heads, head_dim), (_, heads, value_dim) = q_TKD.shape, v_THV.shape
+    num_sequences, num_chunks = len(chunks.first_chunk_S1) - 1, len(chunks.start_C)
+    matrices = _chunk_matrices(q_TKD, k_TKD, log_decay_TH, beta_TH, chunks)
+    states = q_TKD.new_empty(num_chunks, heads, head_dim, value_dim)
+    dstates, updates_THV, dr_THV = (torch.empty_like(x) for x in (states, v_THV, v_THV))
+    _run_recurrence(
+        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, matrices, initial_SHDV, chunks,
+        (states, updates_THV), for_backward=True,
+    )  # fmt: skip
+    dinitial = None if initial_SHDV is None else torch.empty_like(initial_SHDV, dtype=torch.float32)
+    sizes = {
+        "key_heads": key_heads, "heads": heads, "head_dim": head_dim, "value_dim": value_dim,
+        "length": CHUNK_LENGTH, "precision": _precision(q_TKD),
+    }  # fmt: skip
+    block_v = _value_block(num_sequences, heads, value_dim)
+    _recurrence_backward_kernel[(value_dim // block_v, heads, num_sequences)](
+        q_TKD, k_TKD, log_decay_TH, beta_TH, *matrices, dout_THV,
+        dout_THV if dfinal_SHDV is None else dfinal_SHDV, *chunks, dstates, dr_THV,
+        dout_THV if dinitial is None else dinitial, block_v=block_v,
+        has_final=dfinal_SHDV is not None, has_initial=dinitial is not None, num_warps=4,
+        num_stages=2, **sizes,
+    )  # fmt: skip
+    del matrices
+    dq, dk, dv = (torch.empty_like(x) for x in (q_TKD, k_TKD, v_THV))
+    dlog_decay, dbeta = (
+        torch.empty_like(x, dtype=torch.float32) for x in (log_decay_TH, beta_TH)
+    )
+    _chunk_gradients_kernel[(num_chunks, key_heads)](
+        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, dout_THV, states, dstates, updates_THV, dr_THV,
+        chunks.start_C, chunks.end_C, dq, dk, dv, dlog_decay, dbeta, block_v=min(32, value_dim),
+        num_warps=8, num_stages=1, **sizes,
+    )  # fmt: skip
+    return dq, dk, dv, dlog_decay.to(log_decay_TH.dtype), dbeta.to(beta_TH.dtype), dinitial
+
+
+@triton.jit
+def _conv_rows(
+    x: Ptr, x_stride: tl.tensor, weight: Ptr, position: Ptr, t: tl.tensor, n: tl.tensor,
+    num_tokens: tl.tensor, width: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Compute the convolution at tokens `t` of channels `n`, in fp32; zeros outside the batch."""
+    is_token = (t >= 0) & (t < num_tokens)
+    position_T = tl.load(position + t, mask=is_token, other=-1)
+    y_TN = tl.zeros((block_t, block_n), tl.float32)
+    for distance in tl.static_range(width):
+        weight_N = tl.load(weight + n * width + (width - 1 - distance)).to(tl.float32)
+        mask = (position_T >= distance)[:, None]
+        rows = (t - distance).to(tl.int64)[:, None] * x_stride + n[None, :]
+        y_TN += tl.load(x + rows, mask=mask, other=0.0).to(tl.float32) * weight_N[None, :]
+    return y_TN
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _conv_kernel(
+    x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, y: Ptr, num_tokens: int,
+    scale: float, eps: float, heads: tl.constexpr, width: tl.constexpr, is_normed: tl.constexpr,
+    block_t: tl.constexpr, block_n: tl.constexpr,
+) -> None:  # fmt: skip
+    t = tl.program_id(0) * block_t + tl.arange(0, block_t)
+    column = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    n = first_channel + column
+    y_TN = _conv_rows(x, x_stride, weight, position, t, n, num_tokens, width, block_t, block_n)
+    y_TN = y_TN * tl.sigmoid(y_TN)
+    if is_normed:
+        y_TN *= (scale / tl.sqrt(tl.sum(y_TN * y_TN, 1) + eps))[:, None]
+    offsets = t.to(tl.int64)[:, None] * (heads * block_n) + column[None, :]
+    tl.store(y + offsets, y_TN.to(y.dtype.element_ty), mask=(t < num_tokens)[:, None])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "per_program"])
+def _conv_backward_kernel(
+    x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, dy: Ptr, dx: Ptr,
+    dweight: Ptr, num_tokens: int, per_program: int, channels: int, scale: float, eps: float,
+    heads: tl.constexpr, width: tl.constexpr, block_w: tl.constexpr, is_normed: tl.constexpr,
+    needs_weight_grad: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr,
+) -> None:  # fmt: skip
+    column = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    n = first_channel + column
+    w = tl.arange(0, block_w)
+    dweight_NW = tl.zeros((block_n, block_w), tl.float32)
+    first = tl.program_id(0) * per_program
+    for begin in range(first, first + per_program, block_t):
+        t = begin + tl.arange(0, block_t)
+        position_T = tl.load(position + t, mask=t < num_tokens, other=-2 * width)
+        dx_TN = tl.zeros((block_t, block_n), tl.float32)
+        for distance in tl.static_range(width):
+            # A later token of the sequence whose convolution contains token t.
+            later = t + distance
+            later_position_T = tl.load(position + later, mask=later < num_tokens, other=-1)
+            is_same_T1 = (later_position_T == position_T + distance)[:, None]
+            a_TN = _conv_rows(
+                x, x_stride, weight, position, later, n, num_tokens, width, block_t, block_n
+            )
+            sigmoid_TN = tl.sigmoid(a_TN)
+            y_TN = a_TN * sigmoid_TN
+            offsets = later.to(tl.int64)[:, None] * (heads * block_n) + column[None, :]
+            dy_TN = tl.load(dy + offsets, mask=is_same_T1, other=0.0).to(tl.float32)
+            if is_normed:
+                rnorm_T = 1.0 / tl.sqrt(tl.sum(y_TN * y_TN, 1) + eps)
+                dot_T = tl.sum(dy_TN * y_TN, 1) * rnorm_T * rnorm_T
+                dy_TN = (dy_TN - y_TN * dot_T[:, None]) * (rnorm_T * scale)[:, None]
+            da_TN = dy_TN * (sigmoid_TN + y_TN * (1.0 - sigmoid_TN))
+            weight_N = tl.load(weight + n * width + (width - 1 - distance)).to(tl.float32)
+            dx_TN += da_TN * weight_N[None, :]
+            if needs_weight_grad:
+                rows = t.to(tl.int64)[:, None] * x_stride + n[None, :]
+                x_TN = tl.load(x + rows, mask=is_same_T1, other=0.0).to(tl.float32)
+                sum_N = tl.sum(da_TN * x_TN, 0)
+                dweight_NW += tl.where((w == width - 1 - distance)[None, :], sum_N[:, None], 0.0)
+        offsets = t.to(tl.int64)[:, None] * channels + n[None, :]
+        tl.store(dx + offsets, dx_TN.to(dx.dtype.element_ty), mask=(t < num_tokens)[:, None])
+    if needs_weight_grad:
+        base = tl.program_id(0).to(tl.int64) * channels * width
+        offsets = base + n[:, None] * width + w[None, :]
+        tl.store(dweight + offsets, dweight_NW, mask=(w < width)[None, :])
+
+
+class ConvOutput(NamedTuple):
+    """Heads that the convolution computes: queries, keys or values.
+
+    Attributes:
+        first_channel: First channel of the heads.
+        num_heads: Number of heads.
+        head_dim: Dimension of a head.
+        norm_scale: Norm of each head after normalization. None: no normalization.
+    """
+
+    first_channel: int
+    num_heads: int
+    head_dim: int
+    norm_scale: float | None
+
+
+def conv_outputs(key_heads: int, heads: int, head_dim: int, value_dim: int) -> list[ConvOutput]:
+    """Return the heads of queries (scaled by D^-1/2), keys and values."""
+    keys = key_heads * head_dim
+    return [
+        ConvOutput(0, key_heads, head_dim, head_dim**-0.5),
+        ConvOutput(keys, key_heads, head_dim, 1.0),
+        ConvOutput(2 * keys, heads, value_dim, None),
+    ]
+
+
+def causal_conv_silu(
+    x_TN: Tensor, weight_NW: Tensor, position_T: Tensor, outputs: list[ConvOutput], eps: float
+) -> list[Tensor]:
+    """Compute convolution and SiLU, and normalize queries and keys.
+
+    Args:
+        x_TN: Channels of the tokens; rows may be strided.
+        weight_NW: Kernel of each channel; the last weight belongs to the token itself.
+        position_T: Index of each token in its sequence, int32.
+        outputs: Heads to compute.
+        eps: Added to the squared norm.
+    """
+    num_tokens = len(x_TN)
+    results = []
+    for first_channel, heads, head_dim, norm_scale in outputs:
+        results.append(x_TN.new_empty(num_tokens, heads, head_dim))
+        _conv_kernel[(triton.cdiv(num_tokens, CONV_BLOCK), heads)](
+            x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, results[-1], num_tokens,
+            norm_scale or 1.0, eps, heads=heads, width=weight_NW.shape[1],
+            is_normed=norm_scale is not None, block_t=CONV_BLOCK, block_n=head_dim, num_warps=4,
+        )  # fmt: skip
+    return results
+
+
+def causal_conv_silu_backward(
+    x_TN: Tensor, weight_NW: Tensor, position_T: Tensor, outputs: list[ConvOutput], eps: float,
+    grads: list[Tensor], *, needs_weight_grad: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Compute the gradients of the channels and of the kernel."""
+    (num_tokens, channels), width = x_TN.shape, weight_NW.shape[1]
+    dx_TN = torch.empty_like(x_TN, memory_format=torch.contiguous_format)
+    blocks = triton.cdiv(num_tokens, CONV_BLOCK)
+    blocks_per_program = triton.cdiv(blocks, MAX_PARTIAL_SUMS) if needs_weight_grad else 1
+    programs = triton.cdiv(blocks, blocks_per_program)
+    dweight = torch.empty(
+        (programs if needs_weight_grad else 0, channels, width),
+        dtype=torch.float32,
+        device=x_TN.device,
+    )
+    for (first_channel, heads, head_dim, norm_scale), dy in zip(outputs, grads, strict=True):
+        _conv_backward_kernel[(programs, heads)](
+            x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, dy.contiguous(), dx_TN,
+            dweight, num_tokens, blocks_per_program * CONV_BLOCK, channels, norm_scale or 1.0, eps,
+            heads=heads, width=width, block_w=triton.next_power_of_2(width),
+            is_normed=norm_scale is not None, needs_weight_grad=needs_weight_grad,
+            block_t=CONV_BLOCK, block_n=head_dim, num_warps=4,
+        )  # fmt: skip
+    return dx_TN, sum_partials(dweight, weight_NW.dtype) if needs_weight_grad else None
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gated_norm_kernel(
+    x: Ptr, z: Ptr, weight: Ptr, y: Ptr, rows: int, eps: float, width: tl.constexpr,
+    block_m: tl.constexpr,
+) -> None:  # fmt: skip
+    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
+    d = tl.arange(0, width)
+    mask = (m < rows)[:, None]
+    offsets = m.to(tl.int64)[:, None] * width + d[None, :]
+    x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    z_MD = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+    weight_D = tl.load(weight + d).to(tl.float32)
+    rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
+    y_MD = x_MD * rstd_M[:, None] * weight_D[None, :] * (z_MD * tl.sigmoid(z_MD))
+    tl.store(y + offsets, y_MD.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "per_program"])
+def _gated_norm_backward_kernel(
+    x: Ptr, z: Ptr, weight: Ptr, dy: Ptr, dx: Ptr, dz: Ptr, dweight: Ptr, rows: int,
+    per_program: int, eps: float, width: tl.constexpr, needs_weight_grad: tl.constexpr,
+    block_m: tl.constexpr,
+) -> None:  # fmt: skip
+    d = tl.arange(0, width)
+    weight_D = tl.load(weight + d).to(tl.float32)
+    dweight_D = tl.zeros((width,), tl.float32)
+    first = tl.program_id(0) * per_program
+    for begin in range(first, first + per_program, block_m):
+        m = begin + tl.arange(0, block_m)
+        mask = (m < rows)[:, None]
+        offsets = m.to(tl.int64)[:, None] * width + d[None, :]
+        x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        z_MD = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+        dy_MD = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
+        n_MD = x_MD * rstd_M[:, None]
+        sigmoid_MD = tl.sigmoid(z_MD)
+        silu_MD = z_MD * sigmoid_MD
+        dz_MD = dy_MD * n_MD * weight_D[None, :] * (sigmoid_MD + silu_MD * (1.0 - sigmoid_MD))
+        dn_MD = dy_MD * silu_MD
+        if needs_weight_grad:
+            dweight_D += tl.sum(dn_MD * n_MD, 0)
+        dn_MD *= weight_D[None, :]
+        mean_M = tl.sum(dn_MD * n_MD, 1) / width
+        dx_MD = (dn_MD - n_MD * mean_M[:, None]) * rstd_M[:, None]
+        tl.store(dx + offsets, dx_MD.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dz + offsets, dz_MD.to(dz.dtype.element_ty), mask=mask)
+    if needs_weight_grad:
+        tl.store(dweight + tl.program_id(0).to(tl.int64) * width + d, dweight_D)
+
+
+def gated_rms_norm(x_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Compute RMS norm of the last dimension, times weight and SiLU of the gate."""
+    width = x_TD.shape[-1]
+    rows = x_TD.numel() // width
+    y_TD = torch.empty_like(x_TD)
+    _gated_norm_kernel[(triton.cdiv(rows, NORM_BLOCK),)](
+        x_TD, z_TD, weight_D, y_TD, rows, eps, width=width, block_m=NORM_BLOCK, num_warps=4
+    )
+    return y_TD
+
+
+def gated_rms_norm_backward(
+    x_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, dy_TD: Tensor, *,
+    needs_weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Compute the gradients of input, gate and weight."""
+    width = x_TD.shape[-1]
+    rows = x_TD.numel() // width
+    blocks = triton.cdiv(rows, NORM_BLOCK)
+    blocks_per_program = triton.cdiv(blocks, MAX_PARTIAL_SUMS) if needs_weight_grad else 1
+    programs = triton.cdiv(blocks, blocks_per_program)
+    dweight = torch.empty(
+        programs if needs_weight_grad else 0, width, dtype=torch.float32, device=x_TD.device
+    )
+    dx, dz = torch.empty_like(x_TD), torch.empty_like(z_TD)
+    _gated_norm_backward_kernel[(programs,)](
+        x_TD, z_TD, weight_D, dy_TD, dx, dz, dweight, rows, blocks_per_program * NORM_BLOCK, eps,
+        width=width, needs_weight_grad=needs_weight_grad, block_m=NORM_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return dx, dz, sum_partials(dweight, weight_D.dtype) if needs_weight_grad else None

@@ -164,3 +164,24 @@ def make_idefics3(folder: Path) -> Path:
     torch.manual_seed(0)
     save_model(folder, Idefics3ForConditionalGeneration(config), processor)
     return folder
+
+
+QWEN3_5_CHAT_TEMPLATE = """\
+{%- for turn in messages -%}
+{{ '<|im_start|>' + turn['role'] + '\\n' }}
+{%- if turn['role'] == 'assistant' and loop.last -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
+{%- for part in turn['content'] -%}
+{%- if part['type'] == 'image' -%}
+{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- else -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n<think>\\n' }}
+{{- '\\n</think>\\n\\n' if enable_thinking is defined and enable_thinking is false }}
+{%- endif -%}
+"""
+"""Like those of published models that think: an earlier answer loses its empty thought."""

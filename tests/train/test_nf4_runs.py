@@ -55,8 +55,6 @@ def test_saved_run_reloads_its_nf4_weights(task: TinyTask, tune: dict[str, Any])
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     again = task.run("train.steps=1", "train.epochs=null", tune=tune, name="again", model=str(run))
-    assert again.before is not None
-    assert result.after is not None
     assert again.before.validation_loss == pytest.approx(result.after.validation_loss, rel=1e-6)
 
 
@@ -72,8 +70,6 @@ def test_nf4_loss_matches_bf16(task: TinyTask) -> None:
     for number, nf4_parts in enumerate((None, ["vision", "merger", "language"])):
         tune = LORA | {"quantize": {"nf4": nf4_parts}}
         result = task.run("train.epochs=6", tune=tune, name=f"run{number}")
-        assert result.before is not None
-        assert result.after is not None
         losses.append((result.before.validation_loss, result.after.validation_loss))
     (before, after), (before_4, after_4) = losses
     assert before != before_4
@@ -203,8 +199,6 @@ def test_run_with_quantized_lm_head(task: TinyTask) -> None:
     _, dense = write_quantized_model(ModelFolder(task.folder / "tiny"), task.folder, GptqConfig())
     base = with_untied_head(dense)
     result = task.run("train.epochs=4", tune=tune, model=str(base.path))
-    assert result.before is not None
-    assert result.after is not None
     assert result.after.validation_loss < result.before.validation_loss
     model = load_inference_model(str(task.folder / "run"), "cpu").model
     assert "lm_head.weight" in find_quantized_weights(model)
@@ -215,5 +209,4 @@ def test_run_with_quantized_lm_head(task: TinyTask) -> None:
         name="again",
         model=str(task.folder / "run"),
     )
-    assert again.before is not None
     assert again.before.validation_loss == pytest.approx(result.after.validation_loss, rel=1e-6)

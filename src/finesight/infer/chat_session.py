@@ -11,7 +11,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finesight.data.boxes import (
     BOX_KEY,
@@ -177,14 +177,10 @@ class ChatSession:
             turns = _select_answered_turns(self.turns, model)
             if not turns:
                 continue
-            truncated_turns = [
-                turn_index
-                for turn_index, turn in enumerate(turns)
-                if turn.reply_from(model).finish_reason != "stop"
-            ]
-            meta = {"model": model} | (
-                {"truncated_turns": truncated_turns} if truncated_turns else {}
-            )
+            meta: dict[str, Any] = {"model": model}
+            reasons = [turn.reply_from(model).finish_reason for turn in turns]
+            if any(reason != "stop" for reason in reasons):
+                meta["truncated_turns"] = [i for i, why in enumerate(reasons) if why != "stop"]
             messages = tuple(_build_messages(turns, model))
             sample = Sample(id=f"chat-{model_number}", messages=messages, meta=meta)
             samples.append(sample.map_paths(lambda path: name_image(Path(path))))

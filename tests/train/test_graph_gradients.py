@@ -13,8 +13,8 @@ from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora import fused
 from finesight.model.lora.fused import LoraMatmul
 from finesight.train import graph_buffers
-from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
 from finesight.train.graph_buffers import GraphGradients
+from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 
 
 def test_static_gradients_keep_their_addresses() -> None:

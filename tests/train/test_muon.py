@@ -14,14 +14,9 @@ from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.train.muon import ADAMW_RMS, MatrixSlice, Muon, newton_schulz
 from finesight.train.optim_states import SplitBf16Master
-from finesight.train.optimizer import (
-    ADAMW_RMS,
-    MasterWeightOptimizer,
-    MatrixSlice,
-    Muon,
-    newton_schulz,
-)
+from finesight.train.optimizer import MasterWeightOptimizer
 
 NAMES = {
     "visual.blocks.0.attn.qkv.weight": (12, 4),
@@ -94,7 +89,7 @@ def reference(master: Tensor, grads: list[Tensor], learning_rate: float, decay: 
 @pytest.mark.parametrize("most", [1 << 26, 30, 1])
 def test_stacked_steps_match_single_matrices(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """However many of one shape are stacked at a time."""
-    monkeypatch.setattr("finesight.train.optimizer.MAX_STACK_ELEMENTS", most)
+    monkeypatch.setattr("finesight.train.muon.MAX_STACK_ELEMENTS", most)
     generator = torch.Generator().manual_seed(2)
     shapes = [(4, 6), (4, 6), (9, 2)]
     masters = [torch.randn(shape, generator=generator) for shape in shapes]

@@ -330,24 +330,6 @@ def test_steps_are_close_to_adamw(dtype: torch.dtype) -> None:
         assert off == 0.0 if name not in (MATRIX, OTHER, EXPERTS) else 0.0 < off < 0.1, name
 
 
-def test_state_memory_per_parameter() -> None:
-    masters = MasterWeightOptimizer(parameters(), settings())
-    retained = masters.optimizer_state()
-    for name, num_elements in ((MATRIX, 33 * 50), (OTHER, 64 * 64), (EXPERTS, 1800)):
-        blocks = -(-num_elements // BLOCK_SIZE)
-        own = {key: retained[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
-        assert all(
-            t.dtype == torch.uint8 and t.numel() == blocks * BLOCK_SIZE for t in own.values()
-        )
-        assert (
-            retained[f"exp_avg_scale.{name}"].shape
-            == retained[f"exp_avg_sq_scale.{name}"].shape
-            == (blocks,)
-        )
-    assert retained["exp_avg.model.embed_tokens.weight"].dtype == torch.float32
-    assert "exp_avg_scale.model.layers.0.mlp.down_proj.bias" not in retained
-
-
 def test_padding_between_parameters_stays_zero() -> None:
     named = parameters()
     masters = MasterWeightOptimizer(named, settings())

@@ -539,7 +539,7 @@ class VisionCacheBuilder:
                 blocker = str(error)
             except torch.OutOfMemoryError as error:
                 blocker = f"the GPU memory is full ({first_error_line(error)})"
-        signals, reasons = zip(*self._all_gather([self._stop.signal_number, blocker]), strict=True)
+        signals, reasons = zip(*self._all_gather([self._stop.signal or 0, blocker]), strict=True)
         self._stop.request(max(signals))
         # Signals that arrive later are exchanged at the next barrier.
         if max(signals):

@@ -28,8 +28,9 @@ def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
     with pytest.raises(UserError, match="rank 2"):
         task.run(tune={"language": "lora"}, name="third", adapter=str(task.folder / "first"))
     assert not (task.folder / "third").exists()
-    with pytest.raises(UserError, match=r"no adapter_config\.json"):
-        task.run(name="fourth", adapter=str(task.folder / "tiny"))
+    for path in (str(task.folder / "tiny"), "a" * 5000):
+        with pytest.raises(UserError, match=r"no adapter_config\.json"):
+            task.run(name="fourth", adapter=path)
     with pytest.raises(UserError, match=r"already has an adapter[\s\S]*remove adapter"):
         task.run(
             tune=lora, name="fifth", model=str(task.folder / "first"), adapter=str(task.folder)
@@ -82,11 +83,6 @@ def test_eval_without_data_is_rejected(task: TinyTask) -> None:
     with pytest.raises(UserError, match=r"data\.eval"):
         task.run(data=data, eval={"metric": "ocr"})
     assert task.run(data=data).before is None
-
-
-def test_unreadable_adapter_path(task: TinyTask) -> None:
-    with pytest.raises(UserError, match=r"no adapter_config\.json"):
-        task.run(adapter="a" * 5000)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_metrics_of_each_step(task: TinyTask) -> None:
         assert line["num_tokens"] > line["num_supervised_tokens"] > 0
         assert line["samples_per_s"] == pytest.approx(line["num_samples"] / line["step_s"])
         assert line["mfu"] > 0
+        assert 0 < line["data_wait_s"] < line["step_s"]
         assert line["peak_memory_gb"] > 0
     assert lines[-1]["lr"]["merger"] < lines[1]["lr"]["merger"]
     measured = [line["step"] for line in task.read_metrics() if "validation_loss" in line]

@@ -17,7 +17,7 @@ from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply
 from finesight.infer.request import GenerationOptions
 from finesight.web import web_sessions as module
-from finesight.web.ui_text import CHINESE, ENGLISH, UiText, get_other_language, select_ui_text
+from finesight.web.chat_html import CHINESE, ENGLISH, UiText, get_other_language, select_ui_text
 from finesight.web.web_server import create_session_store
 from finesight.web.web_sessions import WebSession, WebSessionStore
 

@@ -253,7 +253,10 @@ class GenerationStream:
 
     def cancel(self) -> None:
         """Cancel the request and release its KV-cache blocks."""
-        self._service._cancel(self)
+        service = self._service
+        with service._lock:
+            service._cancelled.append(self)
+            service._lock.notify_all()
 
     @property
     def text(self) -> str:
@@ -467,11 +470,6 @@ class InferenceService:
         else:
             return
         raise ServiceBusyError(what, where="queue", expected=expected, remedy="retry later")
-
-    def _cancel(self, stream: GenerationStream) -> None:
-        with self._lock:
-            self._cancelled.append(stream)
-            self._lock.notify_all()
 
     def _create_engine(self, max_num_seqs: int, num_cache_tokens: int) -> Engine | HfEngine:
         if isinstance(self._model, HfModel):

@@ -64,7 +64,7 @@ class AttackedServer:
     def read_memory(self) -> dict[int, int]:
         """Return the resident bytes of the server and its descendants by process."""
         found = {}
-        for pid in _process_tree(self.process.pid):
+        for pid in list_process_tree(self.process.pid):
             with contextlib.suppress(OSError):
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 found[pid] = pages * os.sysconf("SC_PAGE_SIZE")
@@ -160,14 +160,15 @@ def run_attack(
     return stats
 
 
-def _process_tree(pid: int) -> set[int]:
+def list_process_tree(pid: int) -> set[int]:
     """Return a process and all of its descendants."""
     parents = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 stat = Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()
-                parents[int(entry)] = int(stat[1])
+                if stat[0] != "Z":
+                    parents[int(entry)] = int(stat[1])
     found = {pid}
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more

@@ -25,9 +25,10 @@ from finesight.data.sample import (
     VideoPart,
 )
 from finesight.encode.packing import pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
-from finesight.infer.block_manager import hash_images
+from finesight.infer.block_manager import append_tokens, hash_images
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.request import (
@@ -38,6 +39,7 @@ from finesight.infer.request import (
     GenerationRequest,
 )
 from finesight.infer.scheduler import PromptState
+from finesight.infer.structured_output import build_bitmask
 from finesight.model.attention import PackedAttention, Segments
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import LoraConfig, LoraLinear
@@ -90,6 +92,10 @@ def make_mixed_questions(folder: Path) -> list[LocatedSample]:
     ]
 
 
+def encode_mixed_questions(renderer: NativeRenderer, folder: Path) -> list[EncodedSample]:
+    return [renderer.encode_prompt(question) for question in make_mixed_questions(folder)]
+
+
 class ForcedTokens(DecodingConstraint):
     """A constraint that allows one token after another, whatever the model would say."""
 
@@ -98,11 +104,9 @@ class ForcedTokens(DecodingConstraint):
         self.accepted: list[int] = []
 
     def compute_bitmask(self) -> NDArray[np.int32]:
-        bits = np.zeros(self._num_words, dtype=np.uint32)
         # A card asks once more after the last token, before it knows that it was the last one.
         token = self._tokens[min(len(self.accepted), len(self._tokens) - 1)]
-        bits[token // 32] = 1 << token % 32
-        return bits.view(np.int32)
+        return build_bitmask([token], self._num_words)
 
     def accept_token(self, token: int) -> None:
         self.accepted.append(token)
@@ -134,11 +138,26 @@ class RequestEvents:
         )
 
 
-def run_engine(engine: Engine, events_by_ticket: dict[int, RequestEvents]) -> None:
+def step_engine(engine: Engine, events_by_ticket: dict[int, RequestEvents]) -> None:
+    """Run a step, and note what the engine tells, by ticket."""
+    for event in engine.step():
+        events_by_ticket.setdefault(event.request_id, RequestEvents()).add_event(event)
+
+
+def run_engine(
+    engine: Engine, events_by_ticket: dict[int, RequestEvents] | None = None
+) -> dict[int, RequestEvents]:
     """Step until the engine has nothing to do, and note what it tells, by ticket."""
+    events_by_ticket = {} if events_by_ticket is None else events_by_ticket
     while engine.has_work:
-        for event in engine.step():
-            events_by_ticket.setdefault(event.request_id, RequestEvents()).add_event(event)
+        step_engine(engine, events_by_ticket)
+    return events_by_ticket
+
+
+def list_allowed(constraint: DecodingConstraint) -> list[int]:
+    """The tokens that may come next."""
+    bits = np.unpackbits(constraint.compute_bitmask().view(np.uint8), bitorder="little")
+    return np.flatnonzero(bits).tolist()
 
 
 @dataclass
@@ -250,27 +269,13 @@ def generate_uncached(model: VisionLanguageModel, prompt: EncodedSample, steps: 
     """The most probable tokens, the whole sequence run anew for each."""
     generated = Generated()
     for _ in range(steps):
-        batch = pack([_extend_prompt(prompt, generated.tokens)]).to(model.lm_head_weight.device)
+        extended = replace(prompt, tokenized=append_tokens(prompt.tokenized, generated.tokens))
+        batch = pack([extended]).to(model.lm_head_weight.device)
         segments = Segments(batch.lengths, batch.cu_seqlens_S1, max(batch.lengths))
         h_TD = model.forward_hidden(batch, PackedAttention(segments))
         generated.logits.append(model.compute_logits(model.apply_final_norm(h_TD[-1:]))[0])
         generated.tokens.append(int(generated.logits[-1].argmax()))
     return generated
-
-
-def _extend_prompt(prompt: EncodedSample, tokens: Sequence[int]) -> EncodedSample:
-    """The prompt with answer tokens after it: text, each one position on in all three axes."""
-    outline = prompt.tokenized
-    following = outline.position_ids_3T.max() + 1 + np.arange(len(tokens), dtype=np.int32)
-    extended = replace(
-        outline,
-        ids_T=np.concatenate([outline.ids_T, np.array(tokens, dtype=np.int32)]),
-        loss_mask_T=np.concatenate([outline.loss_mask_T, np.zeros(len(tokens), dtype=bool)]),
-        position_ids_3T=np.concatenate(
-            [outline.position_ids_3T, np.tile(following, (3, 1))], axis=1
-        ),
-    )
-    return replace(prompt, tokenized=extended)
 
 
 def make_request(
@@ -285,8 +290,7 @@ def run_requests(
 ) -> list[RequestEvents]:
     """What the engine tells of these prompts, asked all at once."""
     tickets = [engine.add_request(make_request(prompt, tokens, adapter)) for prompt in prompts]
-    events_by_ticket: dict[int, RequestEvents] = {}
-    run_engine(engine, events_by_ticket)
+    events_by_ticket = run_engine(engine)
     return [events_by_ticket[ticket] for ticket in tickets]
 
 

@@ -70,12 +70,7 @@ def _make_valid_body(model: str, rng: random.Random) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
         "response_format": rng.choice(
-            [
-                make_schema_format(SCHEMA),
-                {"type": "json_object"},
-                {"type": "boxes"},
-                {"type": "text"},
-            ]
+            [make_schema_format(SCHEMA), *({"type": t} for t in ("json_object", "boxes", "text"))]
         ),
         "tools": [TOOL],
         "tool_choice": rng.choice(["none", "auto", "required"]),

@@ -94,6 +94,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
+SLOW_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": SCHEMAS["intersection"]},
+}
+
+
 @cache
 def make_jpeg2000() -> bytes:
     """Make an image of a few hundred bytes that takes seconds to decode."""
@@ -201,15 +207,7 @@ def request_makers(
         "image: progressive": lambda _: shown("progressive", make_progressive_jpeg(), 4, n=4),
         "image: cut off": lambda _: shown("cut off", make_small_image("PNG")[:60]),
         "tools": lambda _: requested(
-            "tools",
-            "Call it.",
-            tools=[
-                {
-                    "type": "function",
-                    "function": {"name": "f", "parameters": SCHEMAS["intersection"]},
-                }
-            ],
-            tool_choice="required",
+            "tools", "Call it.", tools=[SLOW_TOOL], tool_choice="required"
         ),
         "body: escapes": lambda seed: requested("escapes", f"{seed}" + "\u4e00" * (flood // 6)),
         "body: brackets": lambda _: HostileRequest("brackets", CHAT, b"[" * flood),

@@ -50,7 +50,7 @@ TUNE_SETTINGS: dict[str, dict[str, Any]] = {
 
 def get_tolerance(family: str) -> float:
     """Return the relative error of logits; linear attention amplifies rounding errors."""
-    return 5e-5 if family.startswith("qwen3_5") else 1e-5
+    return 1e-4 if family.startswith("qwen3_5") else 1e-5
 
 
 GROUP_WIDTHS = {"q_proj": 5, "k_proj": 3, "v_proj": 4}

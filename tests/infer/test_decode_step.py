@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_fixtures import (
+    encode_mixed_questions,
     generate_uncached,
     install_adapters,
     install_request_adapters,
-    make_mixed_questions,
     run_requests,
 )
 from tiny_model import create_tiny_model
@@ -117,9 +117,7 @@ def test_fused_decode_matches_uncached_generation(family, dtype, change, tmp_pat
     if change is not None:
         change(model)
     assert supports_fused_decode(model) == (dtype != torch.float32 and family != "qwen")
-    prompts = [
-        NativeRenderer(tiny).encode_prompt(question) for question in make_mixed_questions(tmp_path)
-    ]
+    prompts = encode_mixed_questions(NativeRenderer(tiny), tmp_path)
     wanted = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
     adapter = None if model.lora_routing is None else 0
     for num_seqs, use_cuda_graphs in ((6, True), (6, False), (1, True), (3, True)):

@@ -13,6 +13,7 @@ from engine_fixtures import (
     ForcedTokens,
     Generated,
     RequestEvents,
+    encode_mixed_questions,
     generate_cached,
     generate_uncached,
     make_mixed_questions,
@@ -22,6 +23,7 @@ from engine_fixtures import (
     run_alone,
     run_engine,
     run_requests,
+    step_engine,
     write_noise_image,
 )
 from tiny_model import TinyFamily, create_tiny_model
@@ -53,6 +55,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 @pytest.fixture
 def loaded_model(tiny: ModelFolder) -> Loaded:
     return load_model(tiny, torch.float32, CPU).eval(), NativeRenderer(tiny)
+
+
+@pytest.fixture
+def prompts(loaded_model: Loaded, tmp_path: Path) -> list[EncodedSample]:
+    return encode_mixed_questions(loaded_model[1], tmp_path)
 
 
 def test_cache_size_is_bounded_in_bytes(tiny):
@@ -124,13 +131,9 @@ def test_float16_overflow_is_reported(tiny, tmp_path):
 def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeypatch):
     """Check the KV cache blocks of concurrent and later requests."""
     model, renderer = loaded_model
-    questions = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
-    wanted = [
-        told.ids
-        for told in run_requests(
-            Engine(model, (), max_num_seqs=8, num_cache_tokens=1024), *questions
-        )
-    ]
+    questions = encode_mixed_questions(renderer, tmp_path)
+    engine = Engine(model, (), max_num_seqs=8, num_cache_tokens=1024)
+    wanted = [told.ids for told in run_requests(engine, *questions)]
     too_much = renderer.tokenizer.encode("§")[0]
     assert all(too_much not in prompt.tokenized.ids_T for prompt in questions)
     embed = model.model.embed
@@ -153,11 +156,10 @@ def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeyp
 
 @pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monkeypatch):
+def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monkeypatch):
     """Random requests, cancelled at random, in a cache that is too small for all of them; what is
     not cancelled is answered as alone."""
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+    model, _ = loaded_model
     rng = random.Random(seed)
     monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", rng.choice([8, 50, 8192]))
     monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", rng.choice([1, 20, 2048]))
@@ -177,8 +179,7 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
             engine.cancel(ticket)
             engine.cancel(10**6)
             gone.add(ticket)
-        for event in engine.step():
-            result.setdefault(event.request_id, RequestEvents()).add_event(event)
+        step_engine(engine, result)
         running = [*engine._scheduler.prefilling, *engine._scheduler.decoding]
         used = {block for sequence in running for block in sequence.prompt.block_ids}
         assert engine.num_free_blocks == engine.num_blocks - len(used)
@@ -198,10 +199,9 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
             assert found.finish_reason == ("stop" if full[-1] in end_ids else "length")
 
 
-def test_repeated_prompt_reuses_cached_blocks(loaded_model, tmp_path):
+def test_repeated_prompt_reuses_cached_blocks(loaded_model, prompts):
     """Count the full blocks without that of the last token."""
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+    model, _ = loaded_model
     engine = Engine(model, (), max_num_seqs=4, num_cache_tokens=1024)
     for prompt in prompts:
         first, again = run_requests(engine, prompt)[0], run_requests(engine, prompt)[0]
@@ -319,14 +319,10 @@ def test_sampled_requests_do_not_delay_greedy_ones(loaded_model, tmp_path):
 def test_overflow_during_decoding_ends_only_that_request(loaded_model, tmp_path, monkeypatch):
     """And not the answers beside it."""
     model, renderer = loaded_model
-    prompts = [
-        renderer.encode_prompt(make_sample(name, tmp_path, text))
-        for name, text in (("a", "Why?"), ("b", "How?"))
-    ]
+    samples = [make_sample(text, tmp_path, text) for text in ("Why?", "How?")]
     engine = Engine(model, (), max_num_seqs=2, num_cache_tokens=400)
-    tickets = [
-        engine.add_request(GenerationRequest(prompt=prompt, max_new_tokens=6)) for prompt in prompts
-    ]
+    requests = [make_request(renderer.encode_prompt(sample), 6) for sample in samples]
+    tickets = [engine.add_request(request) for request in requests]
     logits, calls = model.compute_logits, []
 
     def overflowing(h_RW: torch.Tensor) -> torch.Tensor:
@@ -337,11 +333,7 @@ def test_overflow_during_decoding_ends_only_that_request(loaded_model, tmp_path,
         return found
 
     monkeypatch.setattr(model, "compute_logits", overflowing)
-    ends = {}
-    while engine.has_work:
-        for event in engine.step():
-            if event.finish_reason is not None or event.error is not None:
-                ends[event.request_id] = event
+    ends = run_engine(engine)
     assert "overflow" in str(ends[tickets[0]].error)
     assert ends[tickets[1]].finish_reason == "length"
     assert engine.num_free_blocks == engine.num_blocks
@@ -367,9 +359,8 @@ class FailingConstraint(DecodingConstraint):
 
 @pytest.mark.parametrize("failing", ["compute_bitmask", "accept_token"])
 @pytest.mark.parametrize("late", [0, 1])
-def test_failing_constraint_ends_only_its_request(loaded_model, tmp_path, failing, late):
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+def test_failing_constraint_ends_only_its_request(loaded_model, prompts, failing, late):
+    model, _ = loaded_model
     (wanted,) = generate(model, prompts[1:2], max_new_tokens=STEPS, end_ids=())
     engine = Engine(model, (), max_num_seqs=3, num_cache_tokens=2000)
     engine._max_pending = late
@@ -379,17 +370,9 @@ def test_failing_constraint_ends_only_its_request(loaded_model, tmp_path, failin
         make_request(prompts[1]),
     ]
     tickets = [engine.add_request(request) for request in requests]
-    result: dict[int, RequestEvents] = {}
-    errors = {}
-    while engine.has_work:
-        for event in engine.step():
-            if event.error is not None:
-                errors[event.request_id] = event.error
-            if event.token is not None:
-                result.setdefault(event.request_id, RequestEvents()).tokens.append(event.token)
-    assert isinstance(errors.pop(tickets[0]), ZeroDivisionError)
-    assert not errors
-    assert result[tickets[1]].ids == wanted
+    result = run_engine(engine)
+    assert isinstance(result[tickets[0]].error, ZeroDivisionError)
+    assert (result[tickets[1]].error, result[tickets[1]].ids) == (None, wanted)
     assert engine.num_free_blocks == engine.num_blocks
 
 
@@ -415,11 +398,10 @@ class Late(ForcedTokens):
 
 @pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("seed", range(4))
-def test_answers_whose_masks_are_late_are_paused_and_equal(loaded_model, tmp_path, seed, late):
+def test_answers_whose_masks_are_late_are_paused_and_equal(loaded_model, prompts, seed, late):
     """They say what they would say in time; the others do not wait for them."""
-    model, renderer = loaded_model
+    model, _ = loaded_model
     vocabulary = model.config.decoder.vocab_size
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
     output = [7, 8, 9, 10, 11, 12, 13, 14, 15]
     rng = random.Random(seed)
 
@@ -428,20 +410,12 @@ def test_answers_whose_masks_are_late_are_paused_and_equal(loaded_model, tmp_pat
         for number, prompt in enumerate(prompts):
             constraint: DecodingConstraint | None = None
             if number % 2:
-                kind = rng if late_masks else None
-                constraint = (
-                    Late(output, vocabulary, kind) if kind else ForcedTokens(output, vocabulary)
-                )
+                constraint = ForcedTokens(output, vocabulary)
+                if late_masks:
+                    constraint = Late(output, vocabulary, rng)
             sampling = SamplingParams(temperature=1.0, seed=number, repetition_penalty=1.1)
-            made.append(
-                GenerationRequest(
-                    prompt=prompt,
-                    max_new_tokens=STEPS,
-                    constraint=constraint,
-                    sampling_params=sampling,
-                    logprobs=2,
-                )
-            )
+            options = {"constraint": constraint, "sampling_params": sampling, "logprobs": 2}
+            made.append(GenerationRequest(prompt=prompt, max_new_tokens=STEPS, **options))
         return made
 
     answers = []
@@ -449,8 +423,7 @@ def test_answers_whose_masks_are_late_are_paused_and_equal(loaded_model, tmp_pat
         engine = Engine(model, (), max_num_seqs=4, num_cache_tokens=2000)
         engine._max_pending = late
         tickets = [engine.add_request(request) for request in requests(late_masks)]
-        events_by_id: dict[int, RequestEvents] = {}
-        run_engine(engine, events_by_id)
+        events_by_id = run_engine(engine)
         assert engine.num_free_blocks == engine.num_blocks
         answers.append([events_by_id[ticket] for ticket in tickets])
     for in_time, paused in zip(*answers, strict=True):
@@ -461,9 +434,8 @@ def test_answers_whose_masks_are_late_are_paused_and_equal(loaded_model, tmp_pat
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_missing_mask_does_not_block_others(loaded_model, tmp_path, late):
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+def test_missing_mask_does_not_block_others(loaded_model, prompts, late):
+    model, _ = loaded_model
     (wanted,) = generate(model, prompts[1:2], max_new_tokens=STEPS, end_ids=())
     engine = Engine(model, (), max_num_seqs=2, num_cache_tokens=2000)
     engine._max_pending = late
@@ -475,26 +447,17 @@ def test_missing_mask_does_not_block_others(loaded_model, tmp_path, late):
     waiting = engine.add_request(make_request(prompts[1]))
     output: dict[int, RequestEvents] = {}
     for _ in range(60):
-        for event in engine.step():
-            output.setdefault(event.request_id, RequestEvents()).add_event(event)
+        step_engine(engine, output)
     assert output[other].ids == output[waiting].ids == wanted
-    assert (never.started, stuck in output, engine.has_work, engine.num_running) == (
-        1,
-        False,
-        True,
-        1,
-    )
+    assert (never.started, stuck in output, engine.num_running) == (1, False, 1)
     engine.cancel(stuck)
-    assert [(event.request_id, event.finish_reason) for event in engine.step()] == [
-        (stuck, "cancelled")
-    ]
-    assert not engine.has_work
+    step_engine(engine, output)
+    assert (output[stuck].finish_reason, engine.has_work) == ("cancelled", False)
     assert engine.num_free_blocks == engine.num_blocks
 
 
-def test_progress_callback_counts_finished_answers(loaded_model, tmp_path):
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+def test_progress_callback_counts_finished_answers(loaded_model, prompts):
+    model, _ = loaded_model
     result: list[int] = []
     answers = generate(model, prompts, max_new_tokens=4, end_ids=(), on_progress=result.append)
     assert sum(result) == len(prompts) == len(answers)
@@ -559,9 +522,8 @@ def test_vision_feature_cache_is_bounded(loaded_model, tmp_path, monkeypatch):
     assert outcome == [True, True, False, True, False, True]
 
 
-def test_images_are_encoded_in_bounded_batches(loaded_model, tmp_path, monkeypatch):
-    model, renderer = loaded_model
-    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+def test_images_are_encoded_in_bounded_batches(loaded_model, prompts, monkeypatch):
+    model, _ = loaded_model
     wanted = generate(model, prompts, max_new_tokens=5, end_ids=())
     calls = record_encoder_calls(model, monkeypatch)
     generate(model, prompts, max_new_tokens=1, end_ids=())

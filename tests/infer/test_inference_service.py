@@ -50,12 +50,9 @@ def question_set(tmp_path_factory: pytest.TempPathFactory) -> QuestionSet:
     questions = make_mixed_questions(folder)
     with torch.no_grad():
         model.lm_head_weight[list(renderer.end_ids)] = 0.0
-    answers = [
-        generate(
-            model, [renderer.encode_prompt(q)], max_new_tokens=TOKENS, end_ids=renderer.end_ids
-        )[0]
-        for q in questions
-    ]
+    prompts = [renderer.encode_prompt(question) for question in questions]
+    options = {"max_new_tokens": TOKENS, "end_ids": renderer.end_ids}
+    answers = [generate(model, [prompt], **options)[0] for prompt in prompts]
     assert all(len(answer) == TOKENS for answer in answers)
     return QuestionSet(InferenceModel(model, renderer, {"tiny": None}), questions, answers)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_fixtures import generate_cached, install_request_adapters, make_mixed_questions
+from engine_fixtures import encode_mixed_questions, generate_cached, install_request_adapters
 from gptq_fixtures import GptqConfig, pack_weight, with_untied_head, write_quantized_model
 from hf_reference import CPU, max_relative_error
 from tiny_model import TinyFamily, create_tiny_model
@@ -39,10 +39,7 @@ def write_quantized_and_dense(
 
 
 def make_prompts(folder: ModelFolder, tmp_path: Path) -> list[EncodedSample]:
-    return [
-        NativeRenderer(folder).encode_prompt(question)
-        for question in make_mixed_questions(tmp_path)
-    ]
+    return encode_mixed_questions(NativeRenderer(folder), tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,14 @@ from finesight.model.attention import PackedAttention, Segments
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
 CPU = torch.device("cpu")
-SIZE = SimpleNamespace(num_layers=LAYERS, num_heads=HEADS, num_kv_heads=KEY_HEADS, head_dim=WIDTH)
+SIZE = SimpleNamespace(
+    num_layers=LAYERS,
+    num_full_attention_layers=LAYERS,
+    num_heads=HEADS,
+    num_kv_heads=KEY_HEADS,
+    head_dim=WIDTH,
+    linear_attention=None,
+)
 
 
 def _cache(
@@ -82,7 +89,9 @@ def _prefill(lengths: tuple[int, ...], block_size: int, chunk: int) -> tuple[KVC
             PrefillChunk(blocks[n], start, min(start + chunk, lengths[n]), lengths[n]) for n in here
         ]
         attention = PrefillAttention(cache, chunks)
-        contexts = [lengths[n] for n, c in zip(here, chunks, strict=True) for _ in _tokens(c)]
+        contexts = [
+            lengths[n] for n, c in zip(here, chunks, strict=True) for _ in range(c.start, c.stop)
+        ]
         assert attention.context_lengths_T.tolist() == contexts
         inputs = [
             torch.cat([x[n][c.start : c.stop] for n, c in zip(here, chunks, strict=True)])
@@ -95,10 +104,6 @@ def _prefill(lengths: tuple[int, ...], block_size: int, chunk: int) -> tuple[KVC
 
 
 _HEADS = ((0, HEADS), (1, KEY_HEADS), (2, KEY_HEADS))
-
-
-def _tokens(chunk: PrefillChunk) -> range:
-    return range(chunk.start, chunk.stop)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 9, 13])

@@ -4,8 +4,8 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
+from engine_fixtures import list_allowed
 from tiny_model import create_tiny_model
 
 from finesight.encode.renderer import NativeRenderer
@@ -36,18 +36,13 @@ def renderers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeRende
     return {path.name: NativeRenderer(ModelFolder(path)) for path in made}
 
 
-def allowed(constraint: GrammarConstraint) -> list[int]:
-    bits = constraint.compute_bitmask().view(np.uint8)
-    return np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
-
-
 def walk(
     renderer: NativeRenderer, constraint: GrammarConstraint, seed: int, hurry: int = 40
 ) -> str:
     """A random answer that the constraint allows, ended as soon as it may after `hurry` tokens."""
     rng, ids = random.Random(seed), []
     for _ in range(2000):
-        choices = allowed(constraint)
+        choices = list_allowed(constraint)
         assert choices, "no token may come"
         assert max(choices) < VOCABULARY
         ends = [token for token in choices if token in renderer.end_ids]
@@ -64,14 +59,16 @@ def follows(renderer: NativeRenderer, constraint: GrammarConstraint, text: str) 
     a forced piece is parted into tokens is llguidance's choice), and then the end."""
     rest = text.encode()
     while rest:
-        spelled = {token: renderer.tokenizer.id_to_bytes(token) for token in allowed(constraint)}
+        spelled = {
+            token: renderer.tokenizer.id_to_bytes(token) for token in list_allowed(constraint)
+        }
         fitting = [token for token, word in spelled.items() if word and rest.startswith(word)]
         if not fitting:
             return False
         token = max(fitting, key=lambda token: len(spelled[token]))
         constraint.accept_token(token)
         rest = rest[len(spelled[token]) :]
-    return renderer.end_ids[0] in allowed(constraint)
+    return renderer.end_ids[0] in list_allowed(constraint)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,7 +151,7 @@ def test_published_tokenizers(shared: Path):
         assert len(grammars.compile_json_object().compute_bitmask()) == 151936 // 32
         constraint = grammars.compile_json_object()
         for token in (*renderer.tokenizer.encode('{"größe": "12 ½"}'), renderer.end_ids[0]):
-            assert token in allowed(constraint)
+            assert token in list_allowed(constraint)
             constraint.accept_token(token)
         assert renderer.tokenizer.encode(word)
     called = '<tool_call>\n{"name": "book", "arguments": {}}\n</tool_call>'

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint, GenerationOptions, SamplingParams
+from finesight.infer.structured_output import build_bitmask
 from finesight.infer.token_sampler import TokenSampler, sample_tokens
 
 VOCABULARY = 8
@@ -221,10 +222,7 @@ class FixedConstraint(DecodingConstraint):
     """A constraint that allows the same tokens always, of a tokenizer of so many."""
 
     def __init__(self, allowed: set[int], tokens: int) -> None:
-        bits = np.zeros(-(-tokens // 32), dtype=np.uint32)
-        for token in allowed:
-            bits[token // 32] |= np.uint32(1 << token % 32)
-        self._bits = bits.view(np.int32)
+        self._bits = build_bitmask(sorted(allowed), -(-tokens // 32))
 
     def compute_bitmask(self) -> np.ndarray:
         return self._bits

@@ -13,10 +13,12 @@ from engine_fixtures import (
     ForcedTokens,
     Generated,
     RequestEvents,
+    encode_mixed_questions,
     generate_cached,
     generate_uncached,
     make_mixed_questions,
     run_engine,
+    step_engine,
 )
 from tiny_model import create_tiny_model
 
@@ -183,10 +185,8 @@ def _requests(overrides: GenerationSetup) -> list[Callable[[], GenerationRequest
 
 def _alone(model: VisionLanguageModel, request: GenerationRequest) -> RequestEvents:
     engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
-    result: dict[int, RequestEvents] = {}
     ticket = engine.add_request(request)
-    run_engine(engine, result)
-    return result[ticket]
+    return run_engine(engine)[ticket]
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,7 @@ def test_mixed_requests_match_single_requests(setup, max_num_seqs, tokens, late)
         gone = engine.add_request(_requests(setup)[(number + 4) % len(wanted)]())
         tickets.append(engine.add_request(request()))
         for _ in range(number % 3):
-            for event in engine.step():
-                output.setdefault(event.request_id, RequestEvents()).add_event(event)
+            step_engine(engine, output)
         engine.cancel(gone)
     run_engine(engine, output)
     for ticket, alone in zip(tickets, wanted, strict=True):
@@ -250,9 +249,7 @@ def test_gpu_batched_and_cached_equals_uncached(tmp_path, family, dtype, toleran
     # sizes are used, because half of the sequences are removed.
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny", family))
     model = load_model(tiny, dtype, torch.device("cuda")).eval()
-    prompts = [
-        NativeRenderer(tiny).encode_prompt(question) for question in make_mixed_questions(tmp_path)
-    ]
+    prompts = encode_mixed_questions(NativeRenderer(tiny), tmp_path)
     single = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
     forced = [grown.tokens for grown in single]
     batched = generate_cached(
@@ -270,8 +267,7 @@ def _on_card(overrides: GenerationSetup, record: bool) -> list[RequestEvents]:
     model = copy.deepcopy(overrides.model).cuda()
     engine = Engine(model, (), max_num_seqs=12, num_cache_tokens=8192, use_cuda_graphs=record)
     tickets = [engine.add_request(request()) for request in _requests(overrides)]
-    result: dict[int, RequestEvents] = {}
-    run_engine(engine, result)
+    result = run_engine(engine)
     return [result[ticket] for ticket in tickets]
 
 
@@ -289,9 +285,7 @@ def test_gpu_mixed_requests_match_cpu(setup, record):
 def test_generation_frees_gpu_memory(tmp_path):
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     model = load_model(tiny, torch.bfloat16, torch.device("cuda")).eval()
-    prompts = [
-        NativeRenderer(tiny).encode_prompt(question) for question in make_mixed_questions(tmp_path)
-    ]
+    prompts = encode_mixed_questions(NativeRenderer(tiny), tmp_path)
     generate(model, prompts, max_new_tokens=STEPS, end_ids=())
     gc.collect()
     gc.disable()

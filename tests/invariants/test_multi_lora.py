@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engine_fixtures import RequestEvents, make_mixed_questions, run_engine
+from engine_fixtures import RequestEvents, make_mixed_questions, run_engine, step_engine
 from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from tiny_model import create_tiny_model
 
@@ -81,9 +81,7 @@ def _answers(model: VisionLanguageModel, prompts: list[EncodedSample]) -> list[R
         ticket = engine.add_request(
             GenerationRequest(prompt=prompt, max_new_tokens=STEPS, logprobs=1)
         )
-        result: dict[int, RequestEvents] = {}
-        run_engine(engine, result)
-        found.append(result[ticket])
+        found.append(run_engine(engine)[ticket])
     return found
 
 
@@ -141,8 +139,7 @@ def test_mixed_adapter_batch_matches_single_adapters(
                 adapter_index=values[name],
             )
             tickets[engine.add_request(request)] = name, n
-            for event in engine.step():
-                result.setdefault(event.request_id, RequestEvents()).add_event(event)
+            step_engine(engine, result)
         run_engine(engine, result)
         known.append(dict.fromkeys(values, 0))
         for ticket, (name, n) in tickets.items():
@@ -245,8 +242,7 @@ def test_multi_lora_on_gpu(setup, single_adapter_answers, use_cuda_graphs):
                 prompt=prompt, max_new_tokens=STEPS, logprobs=1, adapter_index=number
             )
             tickets[engine.add_request(request)] = name, n
-    result: dict[int, RequestEvents] = {}
-    run_engine(engine, result)
+    result = run_engine(engine)
     for ticket, (name, n) in tickets.items():
         _assert_equal_events(result[ticket], single_adapter_answers[name][n])
 

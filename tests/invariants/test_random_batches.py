@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conversation_fixtures import make_conversation, make_images
-from engine_fixtures import RequestEvents, run_engine
+from engine_fixtures import RequestEvents, run_engine, step_engine
 from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from tiny_model import TinyFamily, create_tiny_model
 
@@ -130,10 +130,8 @@ def test_random_request_mixes_equal_single_requests(
         alone = []
         for setting in settings:
             engine = Engine(model, renderer.end_ids, max_num_seqs=1, num_cache_tokens=CACHE_BYTES)
-            result: dict[int, RequestEvents] = {}
             ticket = engine.add_request(_request(loaded_model, setting))
-            run_engine(engine, result)
-            alone.append(result[ticket])
+            alone.append(run_engine(engine)[ticket])
         monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", chance.choice([64, 1000, 8192]))
         monkeypatch.setattr(
             scheduler_area, "MAX_MIXED_PREFILL_TOKENS", chance.choice([17, 300, 2048])
@@ -146,12 +144,12 @@ def test_random_request_mixes_equal_single_requests(
             model, renderer.end_ids, max_num_seqs=chance.randint(1, 8), num_cache_tokens=buffer
         )
         engine._max_pending = chance.randint(0, 1)
-        result, tickets = {}, []
+        result: dict[int, RequestEvents] = {}
+        tickets = []
         for setting in settings:
             tickets.append(engine.add_request(_request(loaded_model, setting)))
             for _ in range(chance.randint(0, 2)):
-                for event in engine.step():
-                    result.setdefault(event.request_id, RequestEvents()).add_event(event)
+                step_engine(engine, result)
         run_engine(engine, result)
         for ticket, expected in zip(tickets, alone, strict=True):
             _assert_equal(result[ticket], expected)

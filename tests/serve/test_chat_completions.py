@@ -2,22 +2,46 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Literal
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+import torch
 from api_server_fixtures import (
     PROMPT,
+    RunningServer,
     make_data_url,
     make_image_part,
     make_messages,
     make_noise_png,
+    run_server,
+    wait_until_idle,
 )
+from hostile_requests import make_schema_format
+from lora_fixtures import TUNE_SETTINGS, randomize_parameters
 from openai import APIError, AsyncOpenAI, BadRequestError, NotFoundError
 from pydantic import BaseModel, Field
+from tiny_model import create_tiny_model
 
+from finesight.config import TuneSettings
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import ImagePart, Message, Sample, TextPart
+from finesight.errors import UserError
+from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
 from finesight.infer.prediction import predict
+from finesight.model.lora.layer import iter_adapters
+from finesight.model.lora.peft_io import save_adapter
+from finesight.model.trainable import configure_tuning
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
+
+
+def make_object_schema(**properties: Any) -> dict[str, Any]:
+    """Make the schema of an object with these properties only."""
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return schema | {"additionalProperties": False}
 
 
 def test_list_models(client, server):
@@ -110,19 +134,9 @@ def test_stop_strings(ask_about_scene, client, server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_json_schema_response(ask_about_scene, client, server, stream):
-    schema = {
-        "type": "object",
-        "properties": {
-            "row": {"type": "integer", "minimum": 1, "maximum": 9},
-            "kind": {"enum": ["a", "b"]},
-        },
-        "required": ["row", "kind"],
-        "additionalProperties": False,
-    }
-    shape = {
-        "type": "json_schema",
-        "json_schema": {"name": "ticket", "strict": True, "schema": schema},
-    }
+    row = {"type": "integer", "minimum": 1, "maximum": 9}
+    schema = make_object_schema(row=row, kind={"enum": ["a", "b"]})
+    shape = make_schema_format(schema)
     found = ask_about_scene(client, response_format=shape, max_tokens=60, stream=stream)
     if stream:
         text = "".join(c.choices[0].delta.content or "" for c in found)
@@ -136,8 +150,7 @@ def test_json_schema_response(ask_about_scene, client, server, stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_oversized_schema_is_rejected(ask_about_scene, client, stream):
     properties = {f"p{number}": {"type": "string"} for number in range(3000)}
-    schema = {"type": "object", "properties": properties}
-    shape = {"type": "json_schema", "json_schema": {"name": "many", "schema": schema}}
+    shape = make_schema_format({"type": "object", "properties": properties})
     with pytest.raises(APIError, match="exceeds a limit"):
         list(ask_about_scene(client, response_format=shape, stream=stream))
 
@@ -163,11 +176,8 @@ def test_parsed_python_objects(client, server):
 def test_async_client(server):
     async def both() -> list[str]:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-            given = {
-                "model": server.service.model_names[0],
-                "messages": make_messages("Who?"),
-                "max_tokens": 5,
-            }
+            name = server.service.model_names[0]
+            given = {"model": name, "messages": make_messages("Who?"), "max_tokens": 5}
             full = await client.chat.completions.create(**given)
             stream = await client.chat.completions.create(**given, stream=True)
             output = [chunk.choices[0].delta.content or "" async for chunk in stream]
@@ -178,11 +188,9 @@ def test_async_client(server):
 
 
 def test_json_object_response(ask_about_scene, client, server):
-    schema = {"type": "object", "properties": {}, "additionalProperties": False}
-    shape = {"type": "json_schema", "json_schema": {"name": "none", "schema": schema}}
-    assert (
-        json.loads(ask_about_scene(client, response_format=shape).choices[0].message.content) == {}
-    )
+    shape = make_schema_format(make_object_schema())
+    found = ask_about_scene(client, response_format=shape)
+    assert json.loads(found.choices[0].message.content) == {}
     started = ask_about_scene(client, response_format={"type": "json_object"}, max_tokens=5)
     assert started.choices[0].message.content.startswith("{")
 
@@ -194,11 +202,8 @@ def test_box_response(ask_about_scene, client, scenes):
     free = ask_about_scene(client, messages=messages, max_tokens=60).choices[0].message
     # OpenAI's client knows no such format; it takes it as an extra of the body.
     shape = {"response_format": {"type": "boxes"}}
-    held = (
-        ask_about_scene(client, messages=messages, max_tokens=60, extra_body=shape)
-        .choices[0]
-        .message
-    )
+    answer = ask_about_scene(client, messages=messages, max_tokens=60, extra_body=shape)
+    held = answer.choices[0].message
     assert held.model_extra == free.model_extra
     (box,) = held.model_extra["boxes"]
     assert box["label"] == "hollow gray hexagon"
@@ -206,27 +211,15 @@ def test_box_response(ask_about_scene, client, scenes):
     assert box["xyxy"] == pytest.approx([80, 88, 108, 120], abs=8)
     assert "<|box_start|>" in held.model_extra["raw_text"]
     caption = ask_about_scene(client, extra_body=shape).choices[0].message
-    assert caption.model_extra["raw_text"].startswith(
-        ("<|box_start|>", "<|object_ref_start|>", "<|im_e")
-    )
+    starts = "<|box_start|>", "<|object_ref_start|>", "<|im_e"
+    assert caption.model_extra["raw_text"].startswith(starts)
 
 
+ROW = make_object_schema(row={"type": "integer", "minimum": 1, "maximum": 9})
 TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "book",
-            "parameters": {
-                "type": "object",
-                "properties": {"row": {"type": "integer", "minimum": 1, "maximum": 9}},
-                "required": ["row"],
-                "additionalProperties": False,
-            },
-        },
-    },
-    {"type": "function", "function": {"name": "stop", "parameters": {
-        "type": "object", "properties": {}, "additionalProperties": False}}},
-]  # fmt: skip
+    {"type": "function", "function": {"name": name, "parameters": parameters}}
+    for name, parameters in (("book", ROW), ("stop", make_object_schema()))
+]
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book"}}])
@@ -318,8 +311,7 @@ def test_uploaded_files(ask_about_scene, client, server, scenes):
         ({"logit_bias": {"1": 1}}, "logit_bias"),
         ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
         ({"extra_body": {"top_k": -1}}, None),
-        ({"response_format": {"type": "json_schema", "json_schema": {
-            "name": "a", "schema": {"type": "strange"}}}}, "response_format"),
+        ({"response_format": make_schema_format({"type": "strange"})}, "response_format"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages"),
@@ -351,7 +343,78 @@ def test_empty_assistant_message_is_accepted(ask_about_scene, client, empty):
     """Clients send back the empty answer of a model that generated an end token first."""
     messages = [*make_messages("a"), {"role": "assistant", "content": empty}, *make_messages("b")]
     found = ask_about_scene(client, messages=messages, max_tokens=4)
-    both = ask_about_scene(
-        client, messages=[*make_messages("a"), *make_messages("b")], max_tokens=4
-    )
+    messages = [*make_messages("a"), *make_messages("b")]
+    both = ask_about_scene(client, messages=messages, max_tokens=4)
     assert found.choices[0].message.content == both.choices[0].message.content
+
+
+NAMES = ("tickets", "formulas")
+IMAGE_BYTES = make_noise_png(84, 84, seed=2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base model, and adapters of different parts that change its answers."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = create_tiny_model(folder / "base")
+    for name, how in zip(NAMES, ("language", "all parts"), strict=True):
+        model = load_model(ModelFolder(base), torch.float32, torch.device("cpu"))
+        configure_tuning(model, TuneSettings.model_validate(TUNE_SETTINGS[how]), seed=0)
+        randomize_parameters(
+            factor for _, _, one in iter_adapters(model) for factor in one.parameters()
+        )
+        (folder / name).mkdir()
+        save_adapter(folder / name, model.eval(), base_model=str(base))
+    return {name: folder / name for name in (*NAMES, "base")}
+
+
+@pytest.fixture(scope="module")
+def multi_adapter_server(
+    folders, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    first, *more = (str(folders[name]) for name in NAMES)
+    inference_model = load_multi_adapter_model(first, more, "cpu", "fp32")
+    with run_server(inference_model, tmp_path_factory.mktemp("several")) as server:
+        yield server
+
+
+def test_adapter_named_base_is_rejected(folders, tmp_path):
+    """The name selects the base model."""
+    named_base = shutil.copytree(folders[NAMES[0]], tmp_path / "base")
+    for first, more in ((named_base, ()), (folders[NAMES[1]], (named_base,))):
+        with pytest.raises(UserError, match="has the name base, which selects the base model"):
+            load_multi_adapter_model(str(first), [str(path) for path in more], "cpu", "fp32")
+
+
+def test_base_model_among_adapters_is_rejected(folders):
+    first, base = str(folders[NAMES[0]]), str(folders["base"])
+    with pytest.raises(UserError, match="is the base model, not an adapter"):
+        load_multi_adapter_model(first, (base,), "cpu", "fp32")
+
+
+def test_each_adapter_answers_like_alone(multi_adapter_server, folders, tmp_path):
+    client = multi_adapter_server.client()
+    assert [model.id for model in client.models.list()] == [*NAMES, "base"]
+    (tmp_path / "a.png").write_bytes(IMAGE_BYTES)
+    parts = (ImagePart(image="a.png"), TextPart(text="What is it?"))
+    sample = LocatedSample(
+        Sample(id="a", messages=(Message(role="user", content=parts),)), tmp_path
+    )
+    answers = []
+    for name, folder in folders.items():
+        alone = load_inference_model(str(folder), "cpu", "fp32")
+        (expected,) = predict(
+            alone.model, alone.renderer, [sample], max_new_tokens=12, batch_size=1
+        )
+        found = client.chat.completions.create(
+            model=name,
+            messages=make_messages(make_image_part(make_data_url(IMAGE_BYTES)), "What is it?"),
+            max_tokens=12,
+        )
+        assert found.model == name
+        assert found.choices[0].message.model_extra["raw_text"] == expected.raw_text
+        answers.append(expected.raw_text)
+    assert len(set(answers)) == 3
+    with pytest.raises(NotFoundError):
+        client.models.retrieve("other")
+    wait_until_idle(multi_adapter_server)

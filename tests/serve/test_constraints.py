@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from api_server_fixtures import LIMITS, get_worker_pool
+from engine_fixtures import list_allowed
 from hostile_requests import SCHEMAS
 
 from finesight.infer.structured_output import GrammarCompiler
@@ -43,10 +44,6 @@ def constraint_of_ticket(factory) -> Iterator[WorkerConstraint]:
     constraint.close()
 
 
-def allowed_tokens(mask: np.ndarray) -> list[int]:
-    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
-
-
 @pytest.mark.parametrize(
     "spec",
     [
@@ -73,7 +70,7 @@ def test_worker_bitmasks_match_the_grammar(inference_model, factory, vocab_size,
         mask = local_constraint.compute_bitmask()
         for _ in range(2):
             assert np.array_equal(worker_constraint.compute_bitmask(), mask)
-        token = rng.choice(allowed_tokens(mask))
+        token = rng.choice(list_allowed(local_constraint))
         if token in inference_model.renderer.end_ids:
             break
         local_constraint.accept_token(token)
@@ -86,17 +83,15 @@ def test_exceeded_limit_allows_only_the_end_token(inference_model, factory):
     slow_constraint = WorkerConstraint(factory, ("json_schema", (SCHEMAS["stars"],)))
     slow_constraint.start()
     end = sorted(inference_model.renderer.end_ids)
-    assert allowed_tokens(slow_constraint.compute_bitmask()) == end
+    assert list_allowed(slow_constraint) == end
     assert slow_constraint.has_failed
     slow_constraint.accept_token(end[0])
-    assert allowed_tokens(slow_constraint.compute_bitmask()) == end
+    assert list_allowed(slow_constraint) == end
 
 
 def test_cpu_time_limit_covers_all_tokens(inference_model, factory, constraint_of_ticket):
     factory.limits = replace(factory.limits, max_constraint_cpu_s=0.0)
-    assert allowed_tokens(constraint_of_ticket.compute_bitmask()) == sorted(
-        inference_model.renderer.end_ids
-    )
+    assert list_allowed(constraint_of_ticket) == sorted(inference_model.renderer.end_ids)
     assert constraint_of_ticket.has_failed
 
 

@@ -34,6 +34,7 @@ from hostile_requests import (
     CHAT,
     FILES,
     SCHEMAS,
+    SLOW_TOOL,
     HostileRequest,
     hostile_requests,
     make_header_flood,
@@ -110,8 +111,7 @@ def test_schema_with_slow_later_mask_is_rejected(strict_server):
 
 
 def test_tool_schemas_have_the_same_limits(strict_server):
-    function = {"name": "f", "parameters": SCHEMAS["intersection"]}
-    tools = [{"type": "function", "function": function}]
+    tools = [SLOW_TOOL]
     status, error = post_chat(strict_server, "Call.", tools=tools, tool_choice="required")
     assert (status, error["param"]) == (400, "tools")
     # Without a required call, the schema is prompt text only.
@@ -241,6 +241,17 @@ def test_decoded_images_count_towards_the_budget(inference_model, tmp_path):
         assert budget.used_bytes == 0
 
 
+def wait_for_log(caplog: pytest.LogCaptureFixture, text: str, count: int) -> list[str]:
+    """Wait for log lines of the server that contain a text."""
+    end = time.monotonic() + 10
+    while True:
+        messages = [r.getMessage() for r in caplog.records if r.name == "finesight.serve"]
+        lines = [message for message in messages if text in message]
+        if len(lines) >= count or time.monotonic() > end:
+            return lines
+        time.sleep(0.05)
+
+
 def test_disconnect_during_the_request(strict_server, caplog):
     caplog.set_level(logging.INFO, logger="finesight.serve")
     body = make_request_body(strict_server, make_long_text("digits", 500_000, 0)).encode()
@@ -252,12 +263,7 @@ def test_disconnect_during_the_request(strict_server, caplog):
             HostileRequest("cut", FILES, upload, content_type, cut=cut),
         ):
             assert request.send(strict_server.port) == 0
-    for _ in range(200):
-        lines = [r.getMessage() for r in caplog.records if r.name == "finesight.serve"]
-        if sum(" 499 " in line for line in lines) >= 20:
-            break
-        time.sleep(0.05)
-    assert sum(" 499 " in line for line in lines) == 20
+    assert len(wait_for_log(caplog, " 499 ", 20)) == 20
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     stats = urllib.request.urlopen(f"{strict_server.url}/metrics").read().decode()
     assert 'status="499"' in stats
@@ -267,13 +273,8 @@ def test_disconnect_during_the_request(strict_server, caplog):
 def test_disconnect_before_the_response(strict_server, caplog):
     caplog.set_level(logging.INFO, logger="finesight.serve")
     send_and_disconnect(strict_server, make_image_content(make_progressive_jpeg()), wait_s=0.1)
-    for _ in range(200):
-        lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("POST")]
-        if lines:
-            break
-        time.sleep(0.05)
-    assert len(lines) == 1
-    assert f"POST {CHAT} 499 " in lines[0]
+    (line,) = wait_for_log(caplog, "POST", 1)
+    assert f"POST {CHAT} 499 " in line
 
 
 def test_tiny_chunks_are_rejected(strict_server):

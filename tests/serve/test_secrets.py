@@ -10,7 +10,6 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import pytest
 from api_server_fixtures import (
     KEY,
     make_auth_header,
@@ -156,8 +155,3 @@ def test_in_the_server_only_workers_read_what_clients_send():
         "serve/api_schema.py",
     }
     assert not _calling("load_image", "load_patches", "renderer.encode", "tokenizer.encode")
-
-
-@pytest.mark.parametrize("name", sorted(OPENERS))
-def test_listed_modules_exist(name):
-    assert (PACKAGE / name).is_file()

@@ -50,7 +50,6 @@ def test_checkpoint_roundtrip(tmp_path: Path) -> None:
     assert checkpoints.load_latest(print) is None
     save(checkpoints, 7)
     found = checkpoints.load_latest(print)
-    assert found is not None
     assert found[0] == state(7)
     assert {name: value.tolist() for name, value in found[1].items()} == {
         name: value.tolist() for name, value in tensors(7).items()
@@ -92,7 +91,6 @@ def test_damaged_checkpoint_falls_back_to_previous(
     spoil(tmp_path / "step-9" / name)
     output: list[str] = []
     found = checkpoints.load_latest(output.append)
-    assert found is not None
     assert found[0].step == 5
     message, outcome = output
     assert str(tmp_path / "step-9") in message
@@ -120,7 +118,6 @@ def test_leftover_files_of_a_crash_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".step-9.partial").mkdir()
     (tmp_path / ".step-9.partial" / WEIGHTS_FILE).write_bytes(b"half")
     found = checkpoints.load_latest(print)
-    assert found is not None
     assert found[0].step == 5
     assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
 

@@ -30,6 +30,7 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.model import attention
 from finesight.model.trainable import trainable_parameters
+from finesight.model.vlm import VisionLanguageModel
 from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.graph_buffers import GraphInputs, GraphShape
@@ -99,15 +100,41 @@ class FakeGpu:
         return self.num_requests % self.ahead > 0
 
 
-def test_larger_packs_are_captured_if_launch_bound(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Takes long: larger packs are captured only after many passes."""
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     card = FakeGpu()
     monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", CountingGraphCache)
     monkeypatch.setattr(cuda_graphs, "record_event", lambda device: card)
     monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: card.half_free)
+    return card
+
+
+def make_runner(model: VisionLanguageModel) -> CudaGraphRunner:
+    return CudaGraphRunner(model, list(trainable_parameters(model).values()))
+
+
+def collect_grads(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    """Return the gradients, and clear them."""
+    grads = [p.grad.float().clone() for p in parameters if p.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
+    return grads
+
+
+def assert_close(
+    result: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]
+) -> None:
+    """Compare losses and gradients."""
+    torch.testing.assert_close(result[0], expected[0], rtol=2e-3, atol=2e-3)
+    for one, other in zip(result[1], expected[1], strict=True):
+        assert float((one - other).norm()) <= 0.05 * float(other.norm()) + 1e-5
+
+
+def test_larger_packs_are_captured_if_launch_bound(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, card: FakeGpu
+) -> None:
+    """Takes long: larger packs are captured only after many passes."""
     model = make_model(torch.float32, CPU).eval()
     samples = encode_samples(folder)
     batch, longer = pack(samples[:4]), pack(samples[:12])
@@ -116,7 +143,7 @@ def test_larger_packs_are_captured_if_launch_bound(
     share = torch.tensor(0.25)
 
     def count_requests(packs: list[PackedBatch]) -> int:
-        passes = CudaGraphRunner(model, list(trainable_parameters(model).values()))
+        passes = make_runner(model)
         # Empty segments of static buffers require a GPU.
         monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
         found = passes.graphs
@@ -138,19 +165,16 @@ def test_larger_packs_are_captured_if_launch_bound(
     assert count_requests([larger] * 4 * several) == 0, "not so often in a row"
 
 
-def test_packs_share_graphs_if_launch_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = FakeGpu()
-    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
-    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", CountingGraphCache)
-    monkeypatch.setattr(cuda_graphs, "record_event", lambda device: card)
-    monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: card.half_free)
+def test_packs_share_graphs_if_launch_bound(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, card: FakeGpu
+) -> None:
     model = make_model(torch.float32, CPU).eval()
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", cuda_graphs.MIN_STARVED_PACKS)
     packs = make_packs(encode_samples(folder), monkeypatch) * cuda_graphs.MIN_STARVED_PACKS
     share = torch.tensor(0.25)
 
     def count_graphs() -> tuple[int, int]:
-        passes = CudaGraphRunner(model, list(trainable_parameters(model).values()))
+        passes = make_runner(model)
         monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
         found = passes.graphs
         for one in packs:
@@ -169,12 +193,9 @@ def test_packs_share_graphs_if_launch_bound(folder: Path, monkeypatch: pytest.Mo
     )
 
 
-def test_slow_shared_graphs_are_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = FakeGpu()
-    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
-    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", CountingGraphCache)
-    monkeypatch.setattr(cuda_graphs, "record_event", lambda device: card)
-    monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: True)
+def test_slow_shared_graphs_are_dropped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, card: FakeGpu
+) -> None:
     model = make_model(torch.float32, CPU).eval()
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 100)
     packs = make_packs(encode_samples(folder), monkeypatch)
@@ -182,10 +203,7 @@ def test_slow_shared_graphs_are_dropped(folder: Path, monkeypatch: pytest.Monkey
     smaller = next(
         one for one in packs if GraphShape.from_batch(one) != GraphShape.from_batch(larger)
     )
-    passes, share = (
-        CudaGraphRunner(model, list(trainable_parameters(model).values())),
-        torch.tensor(0.25),
-    )
+    passes, share = make_runner(model), torch.tensor(0.25)
     monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
     found = passes.graphs
     assert isinstance(found, CountingGraphCache)
@@ -211,7 +229,6 @@ def test_smallest_fitting_graph_is_used(folder: Path) -> None:
     for size in (*sizes, sizes[1]._replace(num_labels=2 * kind.num_labels)):
         passes.static_inputs[size] = GraphInputs.allocate(size, batch, None, passes.vision_encoder)
     found = passes.find_wider_inputs(kind)
-    assert found is not None
     assert found.shape == sizes[1]
 
 
@@ -236,10 +253,7 @@ def test_capture_out_of_memory_disables_graphs(
     found = []
     for own in (baseline, *[passes] * (cuda_graphs.NUM_WARMUP_PACKS + 2)):
         loss = own.forward_backward(batch, None, share)
-        grads = [p.grad.clone() for p in learning if p.grad is not None]
-        found.append((loss, grads))
-        for parameter in learning:
-            parameter.grad = None
+        found.append((loss, collect_grads(learning)))
     assert isinstance(full, FailingGraphCache)
     assert full.num_requests == 1, "single shapes are not captured, and one failure disables graphs"
     assert passes.graphs is None
@@ -335,24 +349,17 @@ def test_graph_replay_matches_eager_training(
             features = encode_images(model, batch) if known else None
             share = torch.tensor(1.0 / batch.num_supervised_tokens, device=cuda)
             loss = passes.forward_backward(batch, features, share)
-            results.append((loss, [p.grad.float().clone() for p in learning if p.grad is not None]))
-            for parameter in learning:
-                parameter.grad = None
+            results.append((loss, collect_grads(learning)))
         return results
 
     launched, first, again = train_all(0), train_all(6144), train_all(6144)
     assert passes.graphs is not None, "capture failed"
     assert len(passes.graphs), "nothing was captured"
-    for (loss, grads), (loss_1, grads_1), (loss_2, grads_2) in zip(
-        launched, first, again, strict=True
-    ):
-        torch.testing.assert_close(loss_1, loss, rtol=2e-3, atol=2e-3)
-        assert len(grads) == len(grads_1)
-        for one, other in zip(grads_1, grads, strict=True):
-            assert float((one - other).norm()) <= 0.05 * float(other.norm()) + 1e-5
+    for eager, replayed, (loss, grads) in zip(launched, first, again, strict=True):
+        assert_close(replayed, eager)
         # From the same seed, a replay gives the same bits.
-        assert torch.equal(loss_2, loss_1)
-        assert all(torch.equal(one, other) for one, other in zip(grads_2, grads_1, strict=True))
+        assert torch.equal(loss, replayed[0])
+        assert all(torch.equal(one, other) for one, other in zip(grads, replayed[1], strict=True))
 
 
 @pytest.mark.gpu
@@ -378,16 +385,11 @@ def test_shared_graph_matches_eager_training(folder: Path, monkeypatch: pytest.M
             torch.manual_seed(len(batch.ids_T))
             share = torch.tensor(1.0 / batch.num_supervised_tokens, device=cuda)
             loss = passes.forward_backward(batch, None, share)
-            results.append((loss, [p.grad.float().clone() for p in learning if p.grad is not None]))
-            for parameter in learning:
-                parameter.grad = None
+            results.append((loss, collect_grads(learning)))
         return results
 
     launched, shared = train_all(0), train_all(6144)
     assert passes.graphs is not None, "capture failed"
     assert len(passes.graphs) == len(passes.static_inputs) == 1
-    for (loss, grads), (loss_1, grads_1) in zip(launched, shared, strict=True):
-        torch.testing.assert_close(loss_1, loss, rtol=2e-3, atol=2e-3)
-        assert len(grads) == len(grads_1)
-        for one, other in zip(grads_1, grads, strict=True):
-            assert float((one - other).norm()) <= 0.05 * float(other.norm()) + 1e-5
+    for eager, replayed in zip(launched, shared, strict=True):
+        assert_close(replayed, eager)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_task import TinyTask
 
 from finesight.train import dataloader
 from finesight.train.console import TrainingConsole
@@ -85,13 +84,6 @@ def test_gpu_wait_measurement(busy: bool) -> None:
     for wait in waits[1:]:
         assert wait.blocked_s >= 0.05
         assert (wait.seconds >= 0.04) is not busy
-
-
-def test_data_wait_is_logged_per_step(task: TinyTask) -> None:
-    task.run()
-    lines = [line for line in task.read_metrics() if "loss" in line]
-    assert len(lines) == 6
-    assert all(0 < line["data_wait_s"] < line["step_s"] for line in lines)
 
 
 def logged_lines(waits: list[float]) -> list[str]:

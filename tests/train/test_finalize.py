@@ -62,13 +62,11 @@ def test_best_checkpoint_weights_are_restored(task: TinyTask) -> None:
     )
     run = task.folder / "run"
     assert (result.weights_step, result.steps, result.stopped_early) == (2, 4, True)
-    assert result.best_eval is not None
     assert (
         result.best_eval.step,
         result.best_eval.primary_metric,
         result.best_eval.primary_score,
     ) == (2, "score", 0.0)
-    assert result.after is not None
     assert result.after.step == 2
     stored = _weights(run, 2)
     model = load_file(run / "model" / "model.safetensors")
@@ -92,7 +90,6 @@ def test_last_weights_compete_with_best(task: TinyTask) -> None:
 def test_without_patience_last_weights_are_used(task: TinyTask) -> None:
     result = task.run("train.keep_checkpoints=1", eval=_eval(task, RISES_AND_FALLS, "score"))
     assert (result.weights_step, result.stopped_early) == (6, False)
-    assert result.best_eval is not None
     assert result.best_eval.step == 2
     assert "The score was better after step 2 (0.0000); its checkpoint is " in task.console_output
     steps = sorted(path.name for path in (task.folder / "run" / "checkpoints").iterdir())
@@ -110,7 +107,6 @@ def test_final_comparison_has_intervals(task: TinyTask) -> None:
     assert exact.low is not None
     assert exact.high is not None
     assert exact.low <= exact.after - exact.before <= exact.high
-    assert result.after is not None
     assert result.after.intervals.keys() == result.after.scores.keys()
     stored = json.loads((task.folder / "run" / "result.json").read_text())
     assert RunResult.model_validate_json(json.dumps(stored)) == result

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from finesight.config import TrainSettings
-from finesight.train import grad_accumulation
-from finesight.train.grad_accumulation import GradientAccumulator, ParamSlice
-from finesight.train.optimizer import MasterWeightOptimizer
+from finesight.train import optimizer as module
+from finesight.train.optimizer import GradientAccumulator, MasterWeightOptimizer, ParamSlice
 
 MATRIX, VISION = "model.layers.0.mlp.down_proj.weight", "visual.blocks.0.attn.qkv.weight"
 SHAPES = {VISION: (8, 12), MATRIX: (33, 50), "model.layers.1.mlp.down_proj.weight": (5, 7)}
@@ -56,7 +55,7 @@ def has_accumulator(masters: MasterWeightOptimizer) -> bool:
 
 def test_optimizer_memory_is_released_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run in a long-lived process, such as a notebook, frees its memory."""
-    monkeypatch.setattr(grad_accumulation, "LARGE_PARAM_ELEMENTS", 1)
+    monkeypatch.setattr(module, "LARGE_PARAM_ELEMENTS", 1)
     named = parameters(torch.bfloat16)
     masters = masters_of(named)
     backward(named, 1)
@@ -86,7 +85,7 @@ def test_gradients_are_accumulated_in_fp32(
     dtype: torch.dtype, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that come at once and those that come later, to all parameters or not, step by step."""
-    monkeypatch.setattr(grad_accumulation, "LARGE_PARAM_ELEMENTS", large)
+    monkeypatch.setattr(module, "LARGE_PARAM_ELEMENTS", large)
     named = parameters(dtype)
     masters = masters_of(named)
     for step in range(3):
@@ -108,7 +107,7 @@ def test_gradients_are_accumulated_in_fp32(
 def test_large_gradients_are_accumulated_during_backward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(grad_accumulation, "LARGE_PARAM_ELEMENTS", 1000)
+    monkeypatch.setattr(module, "LARGE_PARAM_ELEMENTS", 1000)
     named = parameters(torch.bfloat16)
     masters = masters_of(named)
     backward(named, 1)

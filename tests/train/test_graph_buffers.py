@@ -22,6 +22,7 @@ from tiny_task import make_task
 
 from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
 from finesight.encode.tokenized_sample import EncodedSample
+from finesight.model.vision_encoder import VisionEncoder
 from finesight.train.graph_buffers import GraphInputs, GraphShape, GraphVisionShape
 
 
@@ -77,6 +78,18 @@ def test_pack_padding_does_not_change_results(
     assert static_inputs.loss_weight.item() == 0.5
 
 
+def assert_filled(
+    static_inputs: GraphInputs, batch: PackedBatch, prefix: int, encoder: VisionEncoder
+) -> None:
+    """Fill the buffers with a pack, and check the lengths of its sequences and of the padding."""
+    static_inputs.copy_from(batch, None, torch.tensor(1.0), encoder)
+    lengths = static_inputs.batch.cu_seqlens_S1.diff()
+    assert lengths[: len(batch.lengths)].tolist() == list(batch.lengths)
+    assert int(lengths.sum()) == static_inputs.shape.num_tokens
+    assert int(lengths.min()) >= 0
+    assert int(lengths[prefix > 0 :].max()) + prefix <= static_inputs.shape.max_seqlen
+
+
 def test_padding_stays_within_graph_shape(folder: Path) -> None:
     """Padding sequences continue from the shared prefix as well."""
     model, chance = make_model(torch.float32, CPU), random.Random(0)
@@ -90,12 +103,7 @@ def test_padding_stays_within_graph_shape(folder: Path) -> None:
         batch = make_pack(some, lengths, prefix, some.num_supervised_tokens)
         kind = GraphShape.from_batch(batch)
         static_inputs = GraphInputs.allocate(kind, batch, None, model.visual)
-        static_inputs.copy_from(batch, None, torch.tensor(1.0), model.visual)
-        packed_value = static_inputs.batch.cu_seqlens_S1.diff()
-        assert packed_value[: len(lengths)].tolist() == lengths
-        assert int(packed_value.sum()) == kind.num_tokens
-        assert int(packed_value.min()) >= 0
-        assert int(packed_value[prefix > 0 :].max()) + prefix <= kind.max_seqlen
+        assert_filled(static_inputs, batch, prefix, model.visual)
 
 
 def test_few_graph_shapes_are_used(folder: Path) -> None:
@@ -133,12 +141,7 @@ def test_merged_graph_shape_accepts_its_packs(folder: Path) -> None:
             if not kind.fits(own):
                 continue
             taken += own != kind
-            static_inputs.copy_from(batch, None, torch.tensor(1.0), model.visual)
-            packed_value, count = static_inputs.batch.cu_seqlens_S1.diff(), len(batch.lengths)
-            assert packed_value[:count].tolist() == list(batch.lengths)
-            assert int(packed_value.sum()) == kind.num_tokens
-            assert int(packed_value.min()) >= 0
-            assert int(packed_value[prefix > 0 :].max()) + prefix <= kind.max_seqlen
+            assert_filled(static_inputs, batch, prefix, model.visual)
             assert len(static_inputs.batch.labels_L) >= batch.num_supervised_tokens
     assert taken > 100
 

@@ -6,21 +6,28 @@ import io
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
 from tiny_task import TinyTask
 
 from finesight.errors import TrainingInterrupted
 from finesight.storage import FileSystem, use_file_system
+from finesight.train import finalize
+from finesight.train.checkpoint import TrainProgress
 from finesight.train.console import TrainingConsole
-from finesight.train.finalize import write_run_report
+from finesight.train.finalize import MIN_IDLE_RATIO, LiveReport, write_run_report
 from finesight.train.logging import get_device_name
+from finesight.train.oom import MemoryBudget
 from finesight.train.run_dir import RunDir
 
+PATIENCE = 30.0
+PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
 METRIC = {"metric": "ocr", "every": 2, "max_new_tokens": 4}
 
 
@@ -71,7 +78,11 @@ def test_interrupted_run_has_a_report(task: TinyTask) -> None:
 
     with use_file_system(disk := Stopping()), pytest.raises(TrainingInterrupted):
         task.run(eval={"metric": "ocr", "max_new_tokens": 4})
-    assert read_status(disk.pages[-1]).startswith("not finished: ")
+    assert "not finished: " in disk.pages[0]
+    assert "The run was interrupted after step " in disk.pages[-1]
+    assert "stopped by SIGTERM" in disk.pages[-1]
+    last = task.read_metrics()[-1]
+    assert (last["status"], last["step"] >= 2) == ("interrupted", True)
     task.run(resume=True, eval={"metric": "ocr", "max_new_tokens": 4})
     page = (task.folder / "run" / "report.html").read_text()
     assert read_status(page) == "finished after 6 steps"
@@ -146,3 +157,61 @@ def test_evaluation_records_have_durations(history: list[dict[str, Any]]) -> Non
 
 def test_cpu_device_name() -> None:
     assert f"{torch.get_num_threads()} threads" in get_device_name(torch.device("cpu"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = FakeRunDir(tmp_path / "run")
+    made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
+    return RunDir(made.folder)
+
+
+def page_of(run: RunDir, every: float) -> LiveReport:
+    return LiveReport(run, TrainingConsole(Console(file=io.StringIO())), every)
+
+
+def test_live_report_shows_newest_progress(run: RunDir) -> None:
+    with use_file_system(disk := HistoryFileSystem()):
+        page = page_of(run, 0.001)
+        with page.run_in_background(PROGRESS):
+            run.append_metrics(make_step_line(9))
+            end = time.monotonic() + PATIENCE
+            while not any("step 9 of 60" in text for text in disk.pages):
+                assert time.monotonic() < end, f"{len(disk.pages)} pages, none of step 9"
+                time.sleep(0.01)
+        written = len(disk.pages)
+    assert "The run is in progress: " in disk.pages[-1]
+    time.sleep(0.05)
+    assert len(disk.pages) == written, "a page after the end"
+
+
+def test_slow_report_lowers_the_update_rate(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates take at most 1/300 of the time."""
+
+    def slow(*rest: object, **options: object) -> None:
+        start = time.thread_time()
+        while time.thread_time() - start < 0.05:
+            pass
+
+    monkeypatch.setattr(finalize, "write_run_report", slow)
+    page = page_of(run, 0.001)
+    with page.run_in_background(PROGRESS):
+        end = time.monotonic() + PATIENCE
+        while page.interval_s < 0.05 * MIN_IDLE_RATIO:
+            assert time.monotonic() < end, page.interval_s
+            time.sleep(0.01)
+
+
+def test_failed_run_reports_its_error(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*rest: object) -> None:
+        raise ValueError("a fault of <ours>")
+
+    monkeypatch.setattr("finesight.train.trainer.train_step", broken)
+    with pytest.raises(ValueError, match="a fault of <ours>"):
+        task.run()
+    page = (task.folder / "run" / "report.html").read_text()
+    assert "The run failed after step 0 of 6." in page
+    assert "ValueError: a fault of &lt;ours&gt;" in page
+    monkeypatch.undo()
+    assert task.run(resume=True).steps == 6
+    assert 'role="status"' not in (task.folder / "run" / "report.html").read_text()

@@ -110,9 +110,3 @@ def test_loaded_values_are_exact(dtype: torch.dtype) -> None:
     assert torch.equal(values.params_E[2:8], round_to_dtype(given_N, dtype))
     assert not values.params_E[:2].any()
     assert not values.params_E[8:].any()
-
-
-@pytest.mark.parametrize(("dtype", "bytes_"), [*zip(TYPES, (0, 2, 4), strict=True)], ids=str)
-def test_extra_bytes_per_parameter(dtype: torch.dtype, bytes_: int) -> None:
-    rest_E = SplitBf16Master(torch.zeros(8, dtype=dtype)).residual_E
-    assert (0 if rest_E is None else rest_E.itemsize) == bytes_

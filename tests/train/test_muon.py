@@ -14,14 +14,9 @@ from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.train.muon import ADAMW_RMS, MatrixSlice, Muon, newton_schulz
 from finesight.train.optim_states import SplitBf16Master
-from finesight.train.optimizer import (
-    ADAMW_RMS,
-    MasterWeightOptimizer,
-    MatrixSlice,
-    Muon,
-    newton_schulz,
-)
+from finesight.train.optimizer import MasterWeightOptimizer
 
 NAMES = {
     "visual.blocks.0.attn.qkv.weight": (12, 4),
@@ -94,7 +89,7 @@ def reference(master: Tensor, grads: list[Tensor], learning_rate: float, decay: 
 @pytest.mark.parametrize("most", [1 << 26, 30, 1])
 def test_stacked_steps_match_single_matrices(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """However many of one shape are stacked at a time."""
-    monkeypatch.setattr("finesight.train.optimizer.MAX_STACK_ELEMENTS", most)
+    monkeypatch.setattr("finesight.train.muon.MAX_STACK_ELEMENTS", most)
     generator = torch.Generator().manual_seed(2)
     shapes = [(4, 6), (4, 6), (9, 2)]
     masters = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -231,31 +226,6 @@ def test_vectors_and_embeddings_use_adamw() -> None:
     assert masters.params_with_grad() == set(NAMES)
 
 
-@pytest.mark.parametrize("only", [None, "model.layers.0.mlp.down_proj.weight"])
-def test_state_resumes_bit_exactly(only: str | None) -> None:
-    """This includes the case without AdamW parameters."""
-
-    def chosen() -> dict[str, nn.Parameter]:
-        named = parameters()
-        return named if only is None else {only: named[only]}
-
-    named, again = chosen(), chosen()
-    masters, others = (
-        MasterWeightOptimizer(named, settings()),
-        MasterWeightOptimizer(again, settings()),
-    )
-    for seed in range(3):
-        take(masters, named, seed)
-    others.load_state(
-        {name: value.clone() for name, value in masters.master_weights().items()},
-        {name: value.clone() for name, value in masters.optimizer_state().items()},
-    )
-    take(masters, named, 9)
-    take(others, again, 9)
-    for name, parameter in named.items():
-        assert torch.equal(parameter, again[name]), name
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graph_uses_loaded_state() -> None:
@@ -302,18 +272,3 @@ def test_fused_layers_of_model_are_separated(tmp_path: Path) -> None:
         model, TuneSettings.model_validate({"language": "lora", "lora": {"rank": 4}}), seed=0
     )
     assert stacked_row_counts(model)[name.replace("weight", "adapter.lora_A")] == (4, 4, 4)
-
-
-def test_loss_scale_does_not_change_steps() -> None:
-    one, other = parameters(), parameters()
-    for named, scale in ((one, 1.0), (other, 1024.0)):
-        masters = MasterWeightOptimizer(named, settings())
-        generator = torch.Generator().manual_seed(8)
-        terms = [
-            (p * torch.randn(p.shape, generator=generator).to(p.device)).sum()
-            for p in named.values()
-        ]
-        (torch.stack(terms).sum() * scale).backward()
-        masters.step(1.0, masters.grad_norm(), scale)
-    for name, parameter in one.items():
-        torch.testing.assert_close(parameter, other[name], msg=name)

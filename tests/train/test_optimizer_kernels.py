@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from finesight.train import optim_states
-from finesight.train.grad_accumulation import GradientAccumulator, ParamSlice
 from finesight.train.optim_states import BLOCK_SIZE, OptimState8bit, SplitBf16Master
-from finesight.train.optimizer import AdamW
+from finesight.train.optimizer import AdamW, GradientAccumulator, ParamSlice
 
 pytestmark = [
     pytest.mark.gpu,

@@ -320,8 +320,6 @@ def test_validation_loss_uses_smaller_packs(task: TinyTask) -> None:
     # Training packs stay unchanged.
     assert {line["pack_tokens"] for line in steps_of(task)} == {100}
     baseline = task.run(name="plain")
-    assert result.before is not None
-    assert baseline.before is not None
     assert result.before.validation_loss == pytest.approx(baseline.before.validation_loss, rel=1e-5)
     assert read_losses(task.folder / "run") == read_losses(task.folder / "plain")
 
@@ -334,8 +332,6 @@ def test_evaluation_frees_graph_memory(task: TinyTask, monkeypatch: pytest.Monke
     assert task.console_output.count("the GPU memory is full") == 1
     assert "continuing with the same packs without CUDA graphs" in task.console_output
     baseline = task.run(name="plain")
-    assert result.before is not None
-    assert baseline.before is not None
     assert result.before.validation_loss == baseline.before.validation_loss
 
 

@@ -45,12 +45,6 @@ def test_dangling_symlink_is_rejected(tmp_path: Path, resume: bool) -> None:
             RunDir(link).check_available(resume)
 
 
-def test_user_recipe_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").touch()
-    with pytest.raises(UserError, match=r"contains recipe\.yaml, but no run"):
-        RunDir(tmp_path).check_available(resume=False)
-
-
 def test_invalid_folder_name_is_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"file name too long[\s\S]*shorter output"):
         RunDir(tmp_path / ("long" * 100)).check_available(resume=False)
@@ -85,20 +79,12 @@ def make_run(folder: Path) -> RunDir:
 
 def test_metrics_after_checkpoint_are_removed(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    run.truncate_metrics(step=3, last_eval_step=2)
-    assert [(line["step"], "loss" in line) for line in run.read_metrics()] == [
-        (0, False),
-        (1, True),
-        (2, True),
-        (2, False),
-        (3, True),
-    ]
-
-
-def test_evaluation_after_checkpoint_is_removed(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    run.truncate_metrics(step=2, last_eval_step=0)
-    assert [(line["step"], "loss" in line) for line in run.read_metrics()][-1] == (2, True)
+    expected = [(0, False), (1, True), (2, True), (2, False), (3, True)]
+    # The second call also removes the evaluation of step 2.
+    for step, last_eval_step, count in ((3, 2, 5), (2, 0, 3)):
+        run.truncate_metrics(step, last_eval_step)
+        lines = [(line["step"], "loss" in line) for line in run.read_metrics()]
+        assert lines == expected[:count]
 
 
 @pytest.mark.parametrize("truncated", ['{"step": 6, "lo', '{"step": 6}', "7\n", "\x00\x00"])

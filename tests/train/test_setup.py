@@ -16,7 +16,6 @@ from finesight.train.oom import translate_oom_errors
 def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
     lora = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
     first = task.run(tune=lora, name="first")
-    assert first.after is not None
     for number, start in enumerate(
         (
             {"model": str(task.folder / "first")},
@@ -25,13 +24,13 @@ def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
         )
     ):
         result = task.run(tune=lora, name=f"second{number}", **start)
-        assert result.before is not None
         assert result.before.validation_loss == pytest.approx(first.after.validation_loss, rel=1e-6)
     with pytest.raises(UserError, match="rank 2"):
         task.run(tune={"language": "lora"}, name="third", adapter=str(task.folder / "first"))
     assert not (task.folder / "third").exists()
-    with pytest.raises(UserError, match=r"no adapter_config\.json"):
-        task.run(name="fourth", adapter=str(task.folder / "tiny"))
+    for path in (str(task.folder / "tiny"), "a" * 5000):
+        with pytest.raises(UserError, match=r"no adapter_config\.json"):
+            task.run(name="fourth", adapter=path)
     with pytest.raises(UserError, match=r"already has an adapter[\s\S]*remove adapter"):
         task.run(
             tune=lora, name="fifth", model=str(task.folder / "first"), adapter=str(task.folder)
@@ -84,11 +83,6 @@ def test_eval_without_data_is_rejected(task: TinyTask) -> None:
     with pytest.raises(UserError, match=r"data\.eval"):
         task.run(data=data, eval={"metric": "ocr"})
     assert task.run(data=data).before is None
-
-
-def test_unreadable_adapter_path(task: TinyTask) -> None:
-    with pytest.raises(UserError, match=r"no adapter_config\.json"):
-        task.run(adapter="a" * 5000)
 
 
 @pytest.mark.parametrize(

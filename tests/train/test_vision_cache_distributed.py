@@ -67,7 +67,6 @@ def test_each_rank_encodes_its_shard(
 ) -> None:
     alone = make_train_state(tmp_path / "task", vision_cache="memory")
     seen = decide_vision_cache(alone).cache
-    assert seen is not None
     expected = read_all_features(alone, seen)
     those = sessions(tmp_path / "task", vision_cache=cache)
     patches = [0] * COUNT
@@ -116,7 +115,6 @@ def test_damaged_image_is_known_to_all_ranks(
     result = set()
     for one in found:
         assert isinstance(one, VisionCacheResult), one
-        assert one.cache is not None
         (sample,) = one.cache.reader.image_index.corrupt_samples
         result.add((sample, str(one.cache.reader.image_index.corrupt_samples[sample])))
     assert len(result) == 1

@@ -12,7 +12,7 @@ from vision_cache_fixtures import build_vision_store, make_train_state
 from finesight.config import VisionCacheMode
 from finesight.host_memory import available_memory
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.vision_cache_build import (
+from finesight.train.vision_cache import (
     CacheTier,
     FreeBytes,
     choose_cache_tier,

@@ -17,17 +17,9 @@ from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply
 from finesight.infer.request import GenerationOptions
 from finesight.web import web_sessions as module
-from finesight.web.ui_text import CHINESE, ENGLISH, UiText, get_other_language, select_ui_text
+from finesight.web.chat_html import CHINESE, ENGLISH, UiText, get_other_language, select_ui_text
 from finesight.web.web_server import create_session_store
-from finesight.web.web_sessions import (
-    MAX_DISPLAY_SIDE,
-    MAX_IMAGES_PER_CHAT,
-    MAX_IMAGES_PER_MESSAGE,
-    MAX_MESSAGE_CHARS,
-    MAX_SESSIONS,
-    WebSession,
-    WebSessionStore,
-)
+from finesight.web.web_sessions import WebSession, WebSessionStore
 
 
 @pytest.fixture
@@ -109,17 +101,17 @@ def test_each_session_has_its_own_chat_and_folder(visitors):
 def test_least_recently_used_session_is_evicted(visitors):
     first = visitors.get_or_create("0")
     second = visitors.get_or_create("1")
-    for number in range(2, MAX_SESSIONS):
+    for number in range(2, module.MAX_SESSIONS):
         visitors.get_or_create(str(number))
     visitors.get_or_create("0")
     visitors.get_or_create("another")
-    assert len(visitors.list_sessions()) == MAX_SESSIONS
+    assert len(visitors.list_sessions()) == module.MAX_SESSIONS
     assert first.folder.exists()
     assert not second.folder.exists()
 
 
 def test_images_are_stored_original_and_shown_without_metadata(visitor, tmp_path):
-    image = Image.new("RGB", (2 * MAX_DISPLAY_SIDE, 40), "red")
+    image = Image.new("RGB", (2 * module.MAX_DISPLAY_SIDE, 40), "red")
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "a secret place"
@@ -127,9 +119,9 @@ def test_images_are_stored_original_and_shown_without_metadata(visitor, tmp_path
     [retained] = visitor.add_uploads("What?", [tmp_path / "a.jpg"])
     assert retained.read_bytes() == (tmp_path / "a.jpg").read_bytes()
     shown = visitor.images[retained]
-    assert (shown.width, shown.height) == (40, 2 * MAX_DISPLAY_SIDE)
+    assert (shown.width, shown.height) == (40, 2 * module.MAX_DISPLAY_SIDE)
     with Image.open(shown.display_path) as copy:
-        assert copy.size == (20, MAX_DISPLAY_SIDE)
+        assert copy.size == (20, module.MAX_DISPLAY_SIDE)
         assert not copy.getexif()
     assert b"secret" not in shown.display_path.read_bytes()
 
@@ -144,11 +136,11 @@ def test_equal_image_names_do_not_collide(visitor, tmp_path):
 
 def test_oversized_questions_are_rejected(visitor, tmp_path):
     image = write_noise_image(tmp_path / "a.png", 30, 30)
-    with pytest.raises(UserError, match=f"{MAX_IMAGES_PER_MESSAGE + 1} images"):
-        visitor.add_uploads("What?", [image] * (MAX_IMAGES_PER_MESSAGE + 1))
-    with pytest.raises(UserError, match=f"{MAX_MESSAGE_CHARS + 1} characters"):
-        visitor.add_uploads("x" * (MAX_MESSAGE_CHARS + 1), [])
-    for _ in range(MAX_IMAGES_PER_CHAT):
+    with pytest.raises(UserError, match=f"{module.MAX_IMAGES_PER_MESSAGE + 1} images"):
+        visitor.add_uploads("What?", [image] * (module.MAX_IMAGES_PER_MESSAGE + 1))
+    with pytest.raises(UserError, match=f"{module.MAX_MESSAGE_CHARS + 1} characters"):
+        visitor.add_uploads("x" * (module.MAX_MESSAGE_CHARS + 1), [])
+    for _ in range(module.MAX_IMAGES_PER_CHAT):
         visitor.add_uploads("What?", [image])
     with pytest.raises(UserError, match="1 images"):
         visitor.add_uploads("What?", [image])

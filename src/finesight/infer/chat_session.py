@@ -11,7 +11,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finesight.data.boxes import (
     BOX_KEY,
@@ -121,12 +121,9 @@ class ChatSession:
         """
         assert options, f"no models requested: options are {options!r}"
         if not text.strip() and not image_paths:
-            raise UserError(
-                f"text is {text!r} and no image is attached",
-                where="message",
-                expected="text, an image, or both",
-                remedy="enter a question or attach an image",
-            )
+            what, expected = f"text is {text!r} and no image is attached", "text, an image, or both"
+            remedy = "enter a question or attach an image"
+            raise UserError(what, where="message", expected=expected, remedy=remedy)
         for image_path in image_paths:
             read_image_size(image_path)
         replies: list[ChatReply] = []
@@ -154,12 +151,7 @@ class ChatSession:
         """Send the last message again and replace its replies."""
         last_turn = self.undo()
         if last_turn is None:
-            raise UserError(
-                "the conversation has 0 turns",
-                where="regenerate",
-                expected="at least one turn",
-                remedy="send a message first",
-            )
+            raise _build_empty_error("regenerate", "the conversation has 0 turns", "a turn")
         try:
             return self.send(last_turn.text, last_turn.image_paths, options)
         except BaseException:
@@ -177,14 +169,10 @@ class ChatSession:
             turns = _select_answered_turns(self.turns, model)
             if not turns:
                 continue
-            truncated_turns = [
-                turn_index
-                for turn_index, turn in enumerate(turns)
-                if turn.reply_from(model).finish_reason != "stop"
-            ]
-            meta = {"model": model} | (
-                {"truncated_turns": truncated_turns} if truncated_turns else {}
-            )
+            meta: dict[str, Any] = {"model": model}
+            reasons = [turn.reply_from(model).finish_reason for turn in turns]
+            if any(reason != "stop" for reason in reasons):
+                meta["truncated_turns"] = [i for i, why in enumerate(reasons) if why != "stop"]
             messages = tuple(_build_messages(turns, model))
             sample = Sample(id=f"chat-{model_number}", messages=messages, meta=meta)
             samples.append(sample.map_paths(lambda path: name_image(Path(path))))
@@ -195,12 +183,8 @@ class ChatSession:
         raise_if_exists(file)
         samples = self.to_samples(lambda path: str(path.absolute()))
         if not samples:
-            raise UserError(
-                f"no conversation to save: {len(self.turns)} turns without a reply",
-                where=str(file),
-                expected="at least one turn with a reply",
-                remedy="send a message first",
-            )
+            what = f"no conversation to save: {len(self.turns)} turns without a reply"
+            raise _build_empty_error(str(file), what, "at least one turn with a reply")
         write_samples(file, samples)
         return len(samples)
 
@@ -212,15 +196,9 @@ class ChatSession:
         """
         reply = self.turns[-1].replies[0] if self.turns else None
         if reply is None or reply.image_path is None:
-            raise UserError(
-                f"no image in {len(self.turns)} turns",
-                where="annotated image",
-                expected="a reply about an image",
-                remedy="send a message with an image first",
-            )
-        target = (
-            find_unused_path(Path(), f"{reply.image_path.stem}-boxes") if file is None else file
-        )
+            what = f"no image in {len(self.turns)} turns"
+            raise _build_empty_error("annotated image", what, "a reply about an image")
+        target = file or find_unused_path(Path(), f"{reply.image_path.stem}-boxes")
         raise_if_exists(target)
         buffer = io.BytesIO()
         draw_boxes(load_image(reply.image_path), reply.boxes).save(buffer, format="PNG")
@@ -245,6 +223,10 @@ class ChatSession:
             LocatedSample(sample, Path()), replace(options, model=model), image_index=image_index
         )
         return ChatReply(model, stream, target_image)
+
+
+def _build_empty_error(where: str, what: str, expected: str) -> UserError:
+    return UserError(what, where=where, expected=expected, remedy="send a message first")
 
 
 def _select_answered_turns(turns: Sequence[ChatTurn], model: str) -> list[ChatTurn]:
@@ -329,8 +311,5 @@ def _split_at_boxes(prediction: Prediction) -> Iterator[str | int]:
 
 def _is_inside(box: BoxPart, image_path: Path) -> bool:
     height, width = read_image_size(image_path)
-    x1, y1, x2, y2 = box.xyxy
-    return (
-        -MAX_OVERHANG_PX <= x1 < x2 <= width + MAX_OVERHANG_PX
-        and -MAX_OVERHANG_PX <= y1 < y2 <= height + MAX_OVERHANG_PX
-    )
+    ranges = (*box.xyxy[::2], width), (*box.xyxy[1::2], height)
+    return all(-MAX_OVERHANG_PX <= a < b <= size + MAX_OVERHANG_PX for a, b, size in ranges)

@@ -8,15 +8,19 @@ finished sequence therefore decodes one more token, which is discarded.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from finesight.encode.hf_renderer import import_transformers
+from finesight.encode.packing import pack
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.errors import UserError
 from finesight.infer.kv_cache import get_kv_bytes_per_token
@@ -29,6 +33,7 @@ from finesight.infer.scheduler import (
     SequenceState,
 )
 from finesight.infer.token_sampler import AsyncTokens, SampledTokens, sample_tokens
+from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
 
 KV_CACHE_BYTES = 7 << 30
@@ -124,18 +129,21 @@ class Engine:
         The size of the KV cache and the model's `max_position_embeddings` limit it.
         """
         max_positions = self.model.config.decoder.max_position_embeddings
-        last_position = _get_last_position(prompt, max_positions)
+        last_position = int(prompt.tokenized.position_ids_3T.max())
         prompt_length = prompt.tokenized.num_tokens
         capacity = self.num_blocks * self.block_size
-        available = capacity - prompt_length
-        if available < 1:
-            raise UserError(
-                f"the prompt has {prompt_length} tokens",
-                where=f"sample {prompt.tokenized.id:.80}",
-                expected=f"fewer than {capacity} tokens, the size of the KV cache",
-                remedy="shorten the prompt, or use fewer or smaller images",
-            )
-        return max(1, min(available, max_positions - 1 - last_position))
+        what = expected = ""
+        if last_position >= max_positions:
+            what = f"prompt of {prompt_length} tokens with last position {last_position}"
+            expected = f"positions below {max_positions}, the model's max_position_embeddings"
+        elif prompt_length >= capacity:
+            what = f"the prompt has {prompt_length} tokens"
+            expected = f"fewer than {capacity} tokens, the size of the KV cache"
+        if what:
+            where = f"sample {prompt.tokenized.id:.80}"
+            remedy = "shorten the prompt, or use fewer or smaller images"
+            raise UserError(what, where=where, expected=expected, remedy=remedy)
+        return max(1, min(capacity - prompt_length, max_positions - 1 - last_position))
 
     def add_request(self, request: GenerationRequest) -> int:
         """Queue a request and return its id."""
@@ -362,17 +370,105 @@ def _build_overflow_error(model: VisionLanguageModel) -> UserError:
     )
 
 
-def _get_last_position(prompt: EncodedSample, max_positions: int) -> int:
-    tokenized = prompt.tokenized
-    last_position = int(tokenized.position_ids_3T.max())
-    if last_position >= max_positions:
-        raise UserError(
-            f"prompt of {tokenized.num_tokens} tokens with last position {last_position}",
-            where=f"sample {tokenized.id:.80}",
-            expected=f"positions below {max_positions}, the model's max_position_embeddings",
-            remedy="shorten the prompt, or use fewer or smaller images",
+class HfEngine:
+    """Engine for families without native code, with the interface of `Engine`.
+
+    It decodes greedily with transformers, and generates one full completion per step. `on_progress`
+    is called with 0 for each token. It may raise an exception to stop the generation.
+    """
+
+    num_free_blocks = num_blocks = block_size = num_running = 0
+
+    def __init__(
+        self,
+        model: HfModel,
+        end_ids: Sequence[int],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model = model
+        self._end_ids, self._on_progress = end_ids, on_progress
+        self._request_ids = itertools.count()
+        self._waiting: deque[tuple[int, GenerationRequest]] = deque()
+        self._events: list[EngineEvent] = []
+
+    @property
+    def has_work(self) -> bool:
+        """True while any request or event is pending."""
+        return bool(self._waiting or self._events)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of queued requests."""
+        return len(self._waiting)
+
+    def get_max_new_tokens(self, prompt: EncodedSample) -> int:
+        """Return the maximum completion length, limited by the positions of the model."""
+        return max(1, self.model.max_position_embeddings - prompt.tokenized.num_tokens)
+
+    def add_request(self, request: GenerationRequest) -> int:
+        """Queue a request and return its id."""
+        native_only = {
+            "temperature": not request.sampling_params.is_greedy,
+            "repetition_penalty": request.sampling_params.repetition_penalty != 1.0,
+            "logprobs": request.logprobs is not None,
+            "a decoding constraint": request.constraint is not None,
+        }
+        unsupported = [name for name, is_requested in native_only.items() if is_requested]
+        if unsupported:
+            raise UserError(
+                f"{' and '.join(unsupported)}: not supported by the transformers backend",
+                where="sampling",
+                expected="greedy decoding for a family without native code",
+                remedy="remove the option",
+            )
+        request_id = next(self._request_ids)
+        self._waiting.append((request_id, request))
+        return request_id
+
+    def cancel(self, request_id: int) -> None:
+        """Cancel a queued request."""
+        waiting = [item for item in self._waiting if item[0] != request_id]
+        if len(waiting) < len(self._waiting):
+            self._waiting = deque(waiting)
+            self._events.append(EngineEvent(request_id, finish_reason="cancelled"))
+
+    def step(self) -> list[EngineEvent]:
+        """Generate the full completion of the next request and return its events."""
+        if self._waiting and not self._events:
+            request_id, request = self._waiting.popleft()
+            ids = self._generate(request)
+            self._events += [EngineEvent(request_id, GeneratedToken(id_)) for id_ in ids]
+            has_stopped = bool(ids) and ids[-1] in self._end_ids
+            self._events.append(
+                EngineEvent(request_id, finish_reason="stop" if has_stopped else "length")
+            )
+        events, self._events = self._events, []
+        return events
+
+    @torch.no_grad()
+    def _generate(self, request: GenerationRequest) -> list[int]:
+        package = import_transformers()
+
+        def report_token(ids_1T: Tensor, scores: object, **_: Any) -> Tensor:
+            if self._on_progress is not None:
+                self._on_progress(0)
+            return torch.zeros(len(ids_1T), dtype=torch.bool, device=ids_1T.device)
+
+        generation_config = package.GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_id=list(self._end_ids),
+            pad_token_id=self._end_ids[0],
         )
-    return last_position
+        batch = pack([request.prompt]).to(self.model.inner.device)
+        output_ids_1T = self.model.inner.generate(
+            **self.model.prepare_inputs(batch),
+            generation_config=generation_config,
+            stopping_criteria=package.StoppingCriteriaList([report_token]),
+        )
+        output_ids: list[int] = output_ids_1T[0, request.prompt.tokenized.num_tokens :].tolist()
+        return output_ids
 
 
 def compute_cache_capacity(model: VisionLanguageModel, max_bytes: int = KV_CACHE_BYTES) -> int:
@@ -426,7 +522,7 @@ def generate(
 
 
 def iter_completions(
-    model: VisionLanguageModel,
+    model: AnyModel,
     prompts: Iterable[tuple[int, EncodedSample]],
     prompt_lengths: Sequence[int],
     *,
@@ -448,9 +544,13 @@ def iter_completions(
     """
     if not prompt_lengths:
         return
-    max_num_seqs = min(batch_size, len(prompt_lengths))
-    num_cache_tokens = compute_required_tokens(model, prompt_lengths, max_new_tokens, max_num_seqs)
-    engine = Engine(model, end_ids, max_num_seqs=max_num_seqs, num_cache_tokens=num_cache_tokens)
+    engine: Engine | HfEngine
+    if isinstance(model, HfModel):
+        engine = HfEngine(model, end_ids, on_progress)
+    else:
+        num_seqs = min(batch_size, len(prompt_lengths))
+        num_cache_tokens = compute_required_tokens(model, prompt_lengths, max_new_tokens, num_seqs)
+        engine = Engine(model, end_ids, max_num_seqs=num_seqs, num_cache_tokens=num_cache_tokens)
     waiting = iter(prompts)
     active: dict[int, tuple[int, TokenizedSample, list[int]]] = {}
     has_more = True

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,8 +19,7 @@ from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.encode.tokenizer import TextTokenizer
 from finesight.errors import UserError
 from finesight.infer.block_manager import hash_images
-from finesight.infer.engine import Engine, compute_cache_capacity
-from finesight.infer.hf_generation import HfEngine
+from finesight.infer.engine import Engine, HfEngine, compute_cache_capacity
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, build_prediction
 from finesight.infer.request import (
@@ -220,8 +219,14 @@ class GenerationStream:
     async def __aiter__(self) -> AsyncIterator[CompletionDelta]:
         """Yield deltas. Those that have arrived together are merged."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            # A closed event loop has no waiting consumer.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(changed.set)
+
         with self._changed:
-            self._wake = lambda: _wake_loop(loop, changed)
+            self._wake = wake
         while True:
             changed.clear()
             # Read before the deltas, so that no delta before the end is missed.
@@ -248,7 +253,10 @@ class GenerationStream:
 
     def cancel(self) -> None:
         """Cancel the request and release its KV-cache blocks."""
-        self._service._cancel(self)
+        service = self._service
+        with service._lock:
+            service._cancelled.append(self)
+            service._lock.notify_all()
 
     @property
     def text(self) -> str:
@@ -263,18 +271,11 @@ class GenerationStream:
     def build_prediction(self) -> Prediction:
         """Build the prediction of the finished completion, truncated at a stop string."""
         assert self.finish_reason is not None, "the completion has not ended"
-        prediction = build_prediction(
-            self._service.renderer,
-            self._located_sample,
-            self._tokenized,
-            self.output_ids,
-            self._image_index,
-        )
-        return (
-            replace(prediction, answer=self.text, stopped=True)
-            if self._detokenizer.has_stopped
-            else prediction
-        )
+        inputs = self._located_sample, self._tokenized, self.output_ids, self._image_index
+        prediction = build_prediction(self._service.renderer, *inputs)
+        if not self._detokenizer.has_stopped:
+            return prediction
+        return replace(prediction, answer=self.text, stopped=True)
 
     def _handle_event(self, event: EngineEvent) -> bool:
         """Process an engine event in the service thread.
@@ -312,12 +313,6 @@ class GenerationStream:
             wake()
 
 
-def _wake_loop(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
-    # A closed event loop has no waiting consumer.
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(changed.set)
-
-
 class InferenceService:
     """Runs one model in a background thread and streams completions.
 
@@ -339,9 +334,11 @@ class InferenceService:
         self._max_waiting, self._max_num_seqs = max_waiting, max_num_seqs
         self._num_cache_tokens = 0
         if isinstance(model, VisionLanguageModel):
-            max_bytes = _default_kv_cache_bytes(model) if kv_cache_bytes is None else kv_cache_bytes
+            device = model.model.embed_tokens.weight.device
+            if kv_cache_bytes is None and device.type == "cuda":
+                kv_cache_bytes = int(torch.cuda.mem_get_info(device)[0] * GPU_MEMORY_FRACTION)
             self._num_cache_tokens = min(
-                compute_cache_capacity(model, max_bytes),
+                compute_cache_capacity(model, kv_cache_bytes or CPU_KV_CACHE_BYTES),
                 max_num_seqs * model.config.decoder.max_position_embeddings,
             )
         self._engine = self._create_engine(max_num_seqs, self._num_cache_tokens)
@@ -350,7 +347,7 @@ class InferenceService:
         self._cancelled: list[GenerationStream] = []
         self._streams: dict[int, GenerationStream] = {}
         self._is_closing, self._cancels_all = False, False
-        self._counts = {"prompt": 0, "cached": 0, "completion": 0, "requests": 0}
+        self._counts = Counter[str]()
         self._thread = threading.Thread(target=self._run, name="finesight-inference", daemon=True)
         self._thread.start()
 
@@ -393,11 +390,9 @@ class InferenceService:
             prompt = self.renderer.load_patches(self.renderer.tokenize_prompt(located_sample))
         with self._lock:
             available = self._engine.get_max_new_tokens(prompt)
-        max_new_tokens = (
-            min(DEFAULT_MAX_NEW_TOKENS, available)
-            if options.max_new_tokens is None
-            else options.max_new_tokens
-        )
+        max_new_tokens = options.max_new_tokens
+        if max_new_tokens is None:
+            max_new_tokens = min(DEFAULT_MAX_NEW_TOKENS, available)
         if not 1 <= max_new_tokens <= available:
             raise UserError(
                 f"{max_new_tokens} with a prompt of {prompt.tokenized.num_tokens} tokens",
@@ -468,24 +463,13 @@ class InferenceService:
         with self._lock:
             num_waiting = self._engine.num_waiting + len(self._new_requests)
         if not self.is_alive:
-            raise ServiceBusyError(
-                "the service accepts no more requests",
-                where="queue",
-                expected="a running service",
-                remedy="retry after the service has restarted",
-            )
-        if num_waiting >= self._max_waiting:
-            raise ServiceBusyError(
-                f"{num_waiting} requests are already waiting",
-                where="queue",
-                expected=f"fewer than {self._max_waiting}",
-                remedy="retry later",
-            )
-
-    def _cancel(self, stream: GenerationStream) -> None:
-        with self._lock:
-            self._cancelled.append(stream)
-            self._lock.notify_all()
+            what, expected = "the service accepts no more requests", "a running service"
+        elif num_waiting >= self._max_waiting:
+            what = f"{num_waiting} requests are already waiting"
+            expected = f"fewer than {self._max_waiting}"
+        else:
+            return
+        raise ServiceBusyError(what, where="queue", expected=expected, remedy="retry later")
 
     def _create_engine(self, max_num_seqs: int, num_cache_tokens: int) -> Engine | HfEngine:
         if isinstance(self._model, HfModel):
@@ -500,14 +484,13 @@ class InferenceService:
     def _run(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(
-                    lambda: (
-                        self._new_requests
-                        or self._cancelled
-                        or self._is_closing
-                        or self._engine.has_work
-                    )
-                )
+                while not (
+                    self._new_requests
+                    or self._cancelled
+                    or self._is_closing
+                    or self._engine.has_work
+                ):
+                    self._lock.wait()
                 new_requests, self._new_requests = self._new_requests, []
                 cancelled, self._cancelled = self._cancelled, []
                 if self._is_closing and not (new_requests or cancelled or self._engine.has_work):
@@ -583,11 +566,3 @@ def _to_user_error(error: Exception) -> Exception:
         expected="enough memory for the images and prompts of one prefill step",
         remedy="use smaller images, or a smaller KV cache",
     )
-
-
-def _default_kv_cache_bytes(model: VisionLanguageModel) -> int:
-    device = model.model.embed_tokens.weight.device
-    if device.type != "cuda":
-        return CPU_KV_CACHE_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * GPU_MEMORY_FRACTION)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 
@@ -18,7 +18,6 @@ from finesight.model.hf_backend import AnyModel, load_auto_model
 from finesight.model.lora.multi import MultiLora
 from finesight.model.lora.peft_io import (
     ADAPTER_CONFIG_FILE,
-    PeftConfig,
     load_adapter,
     read_peft_config,
 )
@@ -146,13 +145,9 @@ def load_multi_adapter_model(
     )
     model.lora_routing = multi_lora.install()
     model.eval()
-    return InferenceModel(
-        model,
-        renderer,
-        adapter_indices
-        if base_source.adapter is None
-        else adapter_indices | {BASE_MODEL_NAME: None},
-    )
+    if base_source.adapter is not None:
+        adapter_indices[BASE_MODEL_NAME] = None
+    return InferenceModel(model, renderer, adapter_indices)
 
 
 def _check_same_base(
@@ -162,47 +157,32 @@ def _check_same_base(
     existing_names: Mapping[str, int | None],
 ) -> None:
     """Raise UserError unless an adapter can be served together with the first one."""
-    if source.folder.path.resolve() != base_source.folder.path.resolve():
+
+    def reject(what: str, expected: str, remedy: str) -> NoReturn:
         raise UserError(
-            f"{run_or_adapter} has the base model {source.folder.path}",
-            where="adapters",
-            expected=f"adapters of {base_source.folder.path}, the base of the first adapter",
-            remedy="start another server for it",
+            f"{run_or_adapter} {what}", where="adapters", expected=expected, remedy=remedy
         )
+
+    name, base_path = _get_model_name(run_or_adapter), base_source.folder.path
+    if source.folder.path.resolve() != base_path.resolve():
+        expected = f"adapters of {base_path}, the base of the first adapter"
+        reject(f"has the base model {source.folder.path}", expected, "start another server for it")
     if source.adapter is None and existing_names:
-        raise UserError(
-            f"{run_or_adapter} is the base model, not an adapter",
-            where="adapters",
-            expected="adapters; the base model is always available",
-            remedy="omit it",
-        )
-    name = _get_model_name(run_or_adapter)
+        expected = "adapters; the base model is always available"
+        reject("is the base model, not an adapter", expected, "omit it")
     if base_source.adapter is not None and name == BASE_MODEL_NAME:
-        raise UserError(
-            f"{run_or_adapter} has the name {name}, which selects the base model",
-            where="adapters",
-            expected="another folder name",
-            remedy="rename the folder",
-        )
+        what = f"has the name {name}, which selects the base model"
+        reject(what, "another folder name", "rename the folder")
     if name in existing_names:
-        raise UserError(
-            f"{run_or_adapter} has the duplicate name {name}",
-            where="adapters",
-            expected="unique folder names",
-            remedy="rename the folder",
-        )
+        reject(f"has the duplicate name {name}", "unique folder names", "rename the folder")
     if source.manifest is not None and base_source.manifest is not None:
         for key in ("image_rule", "system_prompt"):
-            value, expected = (
+            value, first = (
                 str(m.model_dump()[key]) for m in (source.manifest, base_source.manifest)
             )
-            if value != expected:
-                raise UserError(
-                    f"{run_or_adapter} was trained with {key} {value}",
-                    where="adapters",
-                    expected=f"{expected}, the value of the first adapter",
-                    remedy="start another server for it",
-                )
+            if value != first:
+                expected = f"{first}, the value of the first adapter"
+                reject(f"was trained with {key} {value}", expected, "start another server for it")
 
 
 def _get_model_name(run_or_model: str) -> str:
@@ -213,11 +193,8 @@ def _get_model_name(run_or_model: str) -> str:
 def select_cpu_precision() -> Literal["bf16", "fp32"]:
     """Return the fastest training precision of this CPU: bf16 with native support, else fp32."""
     capabilities = torch.cpu.get_capabilities()
-    return (
-        "bf16"
-        if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        else "fp32"
-    )
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bf16" if has_bf16 else "fp32"
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -257,7 +234,15 @@ def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSou
     if os.path.isfile(path / ADAPTER_CONFIG_FILE):
         # Reject unsupported adapter settings before reading weights.
         settings = read_peft_config(path / ADAPTER_CONFIG_FILE)
-        return ModelSource(locate_model(base or _base_of(settings, path)), path, None)
+        base = base or settings.base_model_name_or_path
+        if not base:
+            raise UserError(
+                f"base_model_name_or_path is {base!r}",
+                where=str(path / ADAPTER_CONFIG_FILE),
+                expected="the folder or hub name of the adapter's base model",
+                remedy="set it in this file",
+            )
+        return ModelSource(locate_model(base), path, None)
     _reject_base(base, run_or_model, "is a complete model")
     return ModelSource(locate_model(run_or_model), None, manifest)
 
@@ -288,7 +273,14 @@ def _resolve_run(run_dir: Path, manifest: Manifest, base: str | None) -> ModelSo
         folder = ModelFolder(model_dir)
     else:
         folder = locate_model(base or manifest.base_model)
-        _check_base_fingerprint(manifest, folder, run_dir)
+        fingerprint = folder.fingerprint()
+        if fingerprint != manifest.base_fingerprint:
+            raise UserError(
+                f"the base model {folder.path} has the fingerprint {fingerprint}",
+                where=str(run_dir / MANIFEST_FILE),
+                expected=f"{manifest.base_fingerprint}, the base model of the run",
+                remedy="restore that version of the model; the adapter is not valid for another",
+            )
     if folder.family != manifest.family:
         raise UserError(
             f"{folder.path} has the family {folder.family}",
@@ -300,26 +292,3 @@ def _resolve_run(run_dir: Path, manifest: Manifest, base: str | None) -> ModelSo
     return ModelSource(
         folder, adapter_dir, manifest, tune.quantize.nf4 or (), tune.quantize.fp8 or ()
     )
-
-
-def _check_base_fingerprint(manifest: Manifest, folder: ModelFolder, run_dir: Path) -> None:
-    fingerprint = folder.fingerprint()
-    if fingerprint != manifest.base_fingerprint:
-        raise UserError(
-            f"the base model {folder.path} has the fingerprint {fingerprint}",
-            where=str(run_dir / MANIFEST_FILE),
-            expected=f"{manifest.base_fingerprint}, the base model of the run",
-            remedy="restore that version of the model; the adapter is not valid for another",
-        )
-
-
-def _base_of(settings: PeftConfig, adapter: Path) -> str:
-    base = settings.base_model_name_or_path
-    if not base:
-        raise UserError(
-            f"base_model_name_or_path is {base!r}",
-            where=str(adapter / ADAPTER_CONFIG_FILE),
-            expected="the folder or hub name of the adapter's base model",
-            remedy="set it in this file",
-        )
-    return base

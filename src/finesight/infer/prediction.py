@@ -21,10 +21,8 @@ from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
-from finesight.infer import hf_generation
 from finesight.infer.engine import iter_completions
 from finesight.model.hf_backend import AnyModel, HfModel
-from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import make_folder, write_file
 from finesight.vision.image_decoding import load_image
 
@@ -156,80 +154,31 @@ def predict(
     predictions: dict[int, Prediction] = {}
     try:
         with _PromptReader(renderer, samples, on_corrupt_image) as prompt_reader:
-            if isinstance(model, VisionLanguageModel):
-                completions = _generate_with_oom_retry(
-                    model,
-                    renderer,
-                    prompt_reader,
-                    max_new_tokens,
-                    batch_size,
-                    on_progress,
-                    on_batch_reduced,
-                )
-            else:
-                completions = _generate_with_hf(
-                    model, renderer, prompt_reader, max_new_tokens, on_progress
-                )
-            for i, prompt, output_ids in completions:
-                predictions[i] = build_prediction(renderer, samples[i], prompt, output_ids)
+            while prompt_reader.remaining:
+                try:
+                    for i, prompt, output_ids in iter_completions(
+                        model,
+                        prompt_reader.iter_prompts(batch_size),
+                        [prompt.num_tokens for prompt in prompt_reader.remaining.values()],
+                        max_new_tokens=max_new_tokens,
+                        end_ids=renderer.end_ids,
+                        batch_size=batch_size,
+                        on_progress=on_progress,
+                    ):
+                        prompt_reader.finished_indices.add(i)
+                        predictions[i] = build_prediction(renderer, samples[i], prompt, output_ids)
+                    break
+                except torch.OutOfMemoryError:
+                    batch_size = min(batch_size, len(prompt_reader.remaining)) // 2
+                    if not batch_size or isinstance(model, HfModel):
+                        raise
+                # After the except block, no exception references frames that hold GPU memory.
+                gc.collect()
+                if on_batch_reduced is not None:
+                    on_batch_reduced(batch_size)
     finally:
         model.train(was_training)
     return [predictions[index] for index in sorted(predictions)]
-
-
-CompletionIterator = Iterator[tuple[int, TokenizedSample, list[int]]]
-
-
-def _generate_with_oom_retry(
-    model: VisionLanguageModel,
-    renderer: Renderer,
-    prompt_reader: _PromptReader,
-    max_new_tokens: int,
-    batch_size: int,
-    on_progress: Callable[[int], None] | None,
-    on_batch_reduced: Callable[[int], None] | None,
-) -> CompletionIterator:
-    """Generate with the engine, and halve the batch size after each out-of-memory error."""
-    while True:
-        try:
-            for completion in iter_completions(
-                model,
-                prompt_reader.iter_prompts(batch_size),
-                [tokenized.num_tokens for tokenized in prompt_reader.remaining.values()],
-                max_new_tokens=max_new_tokens,
-                end_ids=renderer.end_ids,
-                batch_size=batch_size,
-                on_progress=on_progress,
-            ):
-                prompt_reader.finished_indices.add(completion[0])
-                yield completion
-            return
-        except torch.OutOfMemoryError:
-            batch_size = min(batch_size, len(prompt_reader.remaining)) // 2
-            if not batch_size:
-                raise
-        # After the except block, no exception references the frames that hold GPU memory.
-        gc.collect()
-        if on_batch_reduced is not None:
-            on_batch_reduced(batch_size)
-
-
-def _generate_with_hf(
-    model: HfModel,
-    renderer: Renderer,
-    prompt_reader: _PromptReader,
-    max_new_tokens: int,
-    on_progress: Callable[[int], None] | None,
-) -> CompletionIterator:
-    for index, prompt in prompt_reader.iter_prompts(NUM_READER_THREADS):
-        (output_ids,) = hf_generation.generate_hf(
-            model,
-            [prompt],
-            max_new_tokens=min(max_new_tokens, hf_generation.get_max_new_tokens(model, prompt)),
-            end_ids=renderer.end_ids,
-            on_progress=on_progress,
-        )
-        yield index, prompt.tokenized, output_ids
 
 
 class _PromptReader:
@@ -307,6 +256,7 @@ def build_prediction(
     """
     completion = renderer.decode_completion(output_ids)
     sample = located_sample.sample
+    user_turns = [message.content for message in sample.messages if message.role == "user"]
     if image_index is None:
         image_index = _get_target_image(sample)
     return Prediction(
@@ -316,7 +266,9 @@ def build_prediction(
             for p in sample.iter_parts()
             if isinstance(p, ImagePart)
         ),
-        prompt=_get_last_user_text(sample),
+        prompt="".join(
+            part.text for turn in user_turns[-1:] for part in turn if isinstance(part, TextPart)
+        ),
         answer=completion.text,
         raw_text=completion.raw_text,
         boxes=tuple(
@@ -340,13 +292,6 @@ def _get_target_image(sample: Sample) -> int:
         {box.image for box in boxes} if sample.messages[-1].role == "assistant" else set()
     )
     return image_indices.pop() if len(image_indices) == 1 else 0
-
-
-def _get_last_user_text(sample: Sample) -> str:
-    for message in reversed(sample.messages):
-        if message.role == "user":
-            return "".join(p.text for p in message.content if isinstance(p, TextPart))
-    return ""
 
 
 def save_annotated_images(predictions: Sequence[Prediction], out_dir: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -58,22 +58,17 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        self._check("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "0 to 100")
-        self._check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, up to 1")
-        self._check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 for all tokens, or a count")
-        penalty = self.repetition_penalty
-        self._check("repetition_penalty", penalty, 0.0 < penalty <= 100.0, "above 0, up to 100")
-        seed = self.seed
-        self._check("seed", seed, seed is None or -(2**63) <= seed < 2**64, "up to 64 bits")
-
-    def _check(self, name: str, value: object, is_valid: bool, expected: str) -> None:
-        if not is_valid:
-            raise UserError(
-                f"{name} is {value!r}",
-                where="sampling",
-                expected=expected,
-                remedy="correct the value, or omit it",
-            )
+        seed, penalty = self.seed, self.repetition_penalty
+        for name, is_valid, expected in (
+            ("temperature", 0.0 <= self.temperature <= 100.0, "0 to 100"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0, up to 1"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 for all tokens, or a count"),
+            ("repetition_penalty", 0.0 < penalty <= 100.0, "above 0, up to 100"),
+            ("seed", seed is None or -(2**63) <= seed < 2**64, "up to 64 bits"),
+        ):
+            if not is_valid:
+                what, remedy = f"{name} is {asdict(self)[name]!r}", "correct the value, or omit it"
+                raise UserError(what, where="sampling", expected=expected, remedy=remedy)
 
     @property
     def is_greedy(self) -> bool:

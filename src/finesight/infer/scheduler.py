@@ -163,8 +163,7 @@ class Scheduler:
 
         Blocks are shared only between requests with the same `cache_salt`.
         """
-        tokenized = request.prompt.tokenized
-        image_hashes = request.image_hashes
+        tokenized, image_hashes = request.prompt.tokenized, request.image_hashes
         if image_hashes is None:
             image_hashes = hash_images(request.prompt)
         sequence = SequenceState(

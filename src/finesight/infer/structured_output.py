@@ -60,13 +60,6 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._ll_tokenizer: LLTokenizer | None = None
 
-    def load_tokenizer(self) -> None:
-        """Load the llguidance tokenizer in advance.
-
-        Loading takes one second and would delay the first request.
-        """
-        self._get_ll_tokenizer()
-
     def compile_json_object(self) -> GrammarConstraint:
         """Compile a constraint for any JSON object."""
         return self.compile_json_schema(_ANY_OBJECT_SCHEMA)
@@ -137,7 +130,7 @@ class GrammarCompiler:
         package = import_llguidance()
         grammar = package.LLMatcher.grammar_from_lark(start_rule + rules)
         limits = package.LLParserLimits(max_lexer_states=MAX_LEXER_STATES)
-        matcher = package.LLMatcher(self._get_ll_tokenizer(), grammar, log_level=0, limits=limits)
+        matcher = package.LLMatcher(self.load_tokenizer(), grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise UserError(
                 f"the grammar cannot be compiled: {matcher.get_error():.300}",
@@ -149,18 +142,16 @@ class GrammarCompiler:
 
     def _token_symbol(self, text: str) -> str:
         """Return the grammar symbol of a special token; for other text, a string literal."""
-        tokenizer = self._get_ll_tokenizer()
+        tokenizer = self.load_tokenizer()
         ids = tokenizer.tokenize_str(text, parse_special=True)
         is_single_token = len(ids) == 1 and tokenizer.is_special_token(ids[0])
         return f"<[{ids[0]}]>" if is_single_token else json.dumps(text)
 
-    def _get_ll_tokenizer(self) -> LLTokenizer:
-        """Return the llguidance tokenizer, built on first use."""
+    def load_tokenizer(self) -> LLTokenizer:
+        """Return the llguidance tokenizer, which is built on first use within a second."""
         with self._lock:
             if self._ll_tokenizer is None:
-                self._ll_tokenizer = _build_ll_tokenizer(
-                    import_llguidance(), self._renderer, self._vocab_size
-                )
+                self._ll_tokenizer = _build_ll_tokenizer(self._renderer, self._vocab_size)
             return self._ll_tokenizer
 
 
@@ -219,9 +210,8 @@ def import_llguidance() -> ModuleType:
     return package
 
 
-def _build_ll_tokenizer(
-    package: ModuleType, renderer: NativeRenderer, vocab_size: int
-) -> LLTokenizer:
+def _build_ll_tokenizer(renderer: NativeRenderer, vocab_size: int) -> LLTokenizer:
+    package = import_llguidance()
     from llguidance.tiktoken import lltokenizer_from_encoding
 
     tokenizer, eos_ids = renderer.tokenizer, list(renderer.end_ids)

@@ -103,26 +103,21 @@ def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Sample
     raw_SV = logits_SV.float()
     processed_SV = _apply_constraints(_apply_penalties(raw_SV, samplers), samplers)
     ids_S = processed_SV.argmax(-1)
-    stochastic_rows = [
-        row for row, sampler in enumerate(samplers) if not sampler.sampling_params.is_greedy
-    ]
-    filtered_rows = [row for row in stochastic_rows if _has_filter(samplers[row].sampling_params)]
-    for selected_rows, draw_ids in (
-        (filtered_rows, _sample_filtered),
-        (sorted({*stochastic_rows} - {*filtered_rows}), _sample_full),
-    ):
+    rows_by_filter: dict[bool, list[int]] = {True: [], False: []}
+    for row, sampler in enumerate(samplers):
+        params = sampler.sampling_params
+        if not params.is_greedy:
+            rows_by_filter[params.top_k > 0 or params.top_p < 1.0].append(row)
+    for is_filtered, selected_rows in rows_by_filter.items():
         if selected_rows:
             rows_S = copy_to_device(np.array(selected_rows), logits_SV.device)
-            selected_samplers = [samplers[row] for row in selected_rows]
-            ids = draw_ids(processed_SV.index_select(0, rows_S), selected_samplers)
-            ids_S = ids_S.index_copy(0, rows_S, ids)
+            selected = [samplers[row] for row in selected_rows]
+            probs_SV = _compute_probs(processed_SV.index_select(0, rows_S), selected)
+            draw_ids = _sample_filtered if is_filtered else _sample_inverse_cdf
+            ids_S = ids_S.index_copy(0, rows_S, draw_ids(probs_SV, selected))
     for row, sampler in enumerate(samplers):
         sampler.record_token(ids_S[row : row + 1])
     return _build_sampled_tokens(raw_SV, ids_S, samplers)
-
-
-def _has_filter(sampling_params: SamplingParams) -> bool:
-    return sampling_params.top_k > 0 or sampling_params.top_p < 1.0
 
 
 def _apply_penalties(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
@@ -176,14 +171,9 @@ def _sample_inverse_cdf(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> T
     return torch.minimum(sampled_S, last_S.amax(-1))
 
 
-def _sample_full(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    return _sample_inverse_cdf(_compute_probs(logits_SV, samplers), samplers)
-
-
-def _sample_filtered(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    probs_SV, ids_SV = _compute_probs(logits_SV, samplers).sort(
-        stable=True, dim=-1, descending=True
-    )
+def _sample_filtered(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    """Sample from the tokens that top-k and top-p allow."""
+    probs_SV, ids_SV = probs_SV.sort(stable=True, dim=-1, descending=True)
     ranks_V = torch.arange(probs_SV.shape[1], device=probs_SV.device)
     ks_S1 = _to_column([c.sampling_params.top_k or probs_SV.shape[1] for c in samplers], probs_SV)
     ps_S1 = _to_column([c.sampling_params.top_p for c in samplers], probs_SV)

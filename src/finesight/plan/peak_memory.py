@@ -19,17 +19,17 @@ from finesight.plan.dry_run import ComputeTarget
 from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.step_trace import StepMemory, StepTracer
 from finesight.train.cuda_graphs import MAX_GRAPHS, has_few_trainable_params, should_capture
-from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
 from finesight.train.graph_buffers import (
     GraphShape,
     GraphVisionShape,
     can_capture_vision,
     should_capture_vision,
 )
+from finesight.train.muon import MAX_STACK_ELEMENTS
 from finesight.train.optim_states import BLOCK_SIZE
 from finesight.train.optimizer import (
+    LARGE_PARAM_ELEMENTS,
     MAX_CHUNK_ELEMENTS,
-    MAX_STACK_ELEMENTS,
     MasterWeightOptimizer,
     ParamGroup,
 )

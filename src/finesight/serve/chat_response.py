@@ -192,16 +192,15 @@ class ChoiceBuilder:
         return {"index": self.index, "delta": delta, "finish_reason": None, "logprobs": None}
 
     def _format_logprob(self, token: GeneratedToken) -> dict[str, Any]:
-        top_logprobs = [self._format_token(id, logprob) for id, logprob in token.top_logprobs]
         assert token.logprob is not None, f"token {token.id} has no log probability"
-        return {**self._format_token(token.id, token.logprob), "top_logprobs": top_logprobs}
-
-    def _format_token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        token_bytes = self.tokenizer.id_to_bytes(token_id)
-        # JSON has no infinity, the log probability of an excluded token.
-        bounded_logprob = max(logprob, -9999.0)
-        text = token_bytes.decode(errors="replace")
-        return {"token": text, "logprob": bounded_logprob, "bytes": list(token_bytes)}
+        entries = []
+        for token_id, logprob in ((token.id, token.logprob), *token.top_logprobs):
+            token_bytes = self.tokenizer.id_to_bytes(token_id)
+            text = token_bytes.decode(errors="replace")
+            # JSON has no infinity, the log probability of an excluded token.
+            bounded = max(logprob, -9999.0)
+            entries.append({"token": text, "logprob": bounded, "bytes": list(token_bytes)})
+        return {**entries[0], "top_logprobs": entries[1:]}
 
 
 def format_usage(usages: Sequence[TokenUsage]) -> dict[str, Any]:

@@ -114,67 +114,49 @@ class TrainProgress:
     consecutive_nonfinite_steps: int = 0
 
 
-class SafetensorsFile(Mapping[str, Tensor]):
-    """Mapping from names to the tensors of a safetensors file, which are read on access.
+class CheckpointTensors(Mapping[str, Tensor]):
+    """Mapping from names to the tensors of safetensors files, which are read on access.
+
+    A sharded run writes one file per rank. The rows of a tensor are then concatenated. Scalars are
+    equal in all files.
 
     Raises:
-        UserError: The file is corrupt.
+        UserError: A file is corrupt.
     """
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = _open_safetensors(path)
-            self._names: list[str] = list(self._file.keys())
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"not readable as safetensors: {error}",
-                where=str(path),
-                expected="a file as `finesight train` wrote it",
-                remedy=f"delete {path.parent} to resume from the previous checkpoint",
-            ) from error
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files: dict[str, list[Any]] = {}
+        for path in paths:
+            try:
+                # The methods of the file object are untyped.
+                file: Any = safe_open(path, framework="pt")
+                for name in file.keys():  # noqa: SIM118
+                    self._files.setdefault(name, []).append(file)
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"not readable as safetensors: {error}",
+                    where=str(path),
+                    expected="a file as `finesight train` wrote it",
+                    remedy=f"delete {path.parent} to resume from the previous checkpoint",
+                ) from error
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+        rows: list[Tensor] = [file.get_tensor(name) for file in self._files[name]]
+        return torch.cat(rows) if rows[0].dim() and len(rows) > 1 else rows[0]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._names)
-
-
-class ShardedSafetensors(Mapping[str, Tensor]):
-    """Mapping of tensors whose rows are split over several safetensors files, one file per rank.
-
-    A tensor is read and concatenated on access. Scalars are equal in all files.
-    """
-
-    def __init__(self, files: Sequence[SafetensorsFile]) -> None:
-        self._files = files
-        self._names = [*dict.fromkeys(name for file in files for name in file)]
-
-    def __getitem__(self, name: str) -> Tensor:
-        rows = [file[name] for file in self._files if name in file]
-        return torch.cat(rows) if rows[0].dim() else rows[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-TensorSource = SafetensorsFile | ShardedSafetensors
-
-
-def _open_safetensors(path: Path) -> Any:
-    # The methods of the returned object are untyped.
-    return safe_open(path, framework="pt")
+        return len(self._files)
 
 
 class CorruptCheckpointError(UserError):
     """Raised when a checkpoint file is missing or was changed after it was written."""
+
+
+Checkpoint = tuple[CheckpointState, CheckpointTensors, CheckpointTensors]
+"""State without tensors, master weights and optimizer state."""
 
 
 class CheckpointManager:
@@ -247,9 +229,7 @@ class CheckpointManager:
             if step not in retained_steps:
                 remove_folder(self.step_dir(step))
 
-    def load_latest(
-        self, log: Callable[[str], None]
-    ) -> tuple[CheckpointState, TensorSource, TensorSource] | None:
+    def load_latest(self, log: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest valid checkpoint after verifying the digests of its files.
 
         Corrupt checkpoints are logged and ignored; `quarantine_after` renames them later.
@@ -286,7 +266,7 @@ class CheckpointManager:
             if later > step:
                 move_folder(self.step_dir(later), self.checkpoint_dir / f"corrupt-step-{later}")
 
-    def load(self, step: int, remedy: str) -> tuple[CheckpointState, TensorSource, TensorSource]:
+    def load(self, step: int, remedy: str) -> Checkpoint:
         """Load the checkpoint of a step after verifying the digests of its files.
 
         Args:
@@ -306,9 +286,7 @@ class CheckpointManager:
             ) from error
         return self.load_unverified(step, remedy)
 
-    def load_unverified(
-        self, step: int, remedy: str
-    ) -> tuple[CheckpointState, TensorSource, TensorSource]:
+    def load_unverified(self, step: int, remedy: str) -> Checkpoint:
         """Load the checkpoint of a step that another rank has already verified."""
         folder = self.step_dir(step)
         state = _read_state(folder / STATE_FILE, remedy)
@@ -337,10 +315,10 @@ def _shard_name(name: str, rank: int, world_size: int) -> str:
     return f"{stem}-{rank + 1:05}-of-{world_size:05}.{extension}"
 
 
-def _open_tensors(folder: Path, name: str) -> TensorSource:
+def _open_tensors(folder: Path, name: str) -> CheckpointTensors:
     unsharded = folder / name
     if unsharded.is_file():
-        return SafetensorsFile(unsharded)
+        return CheckpointTensors([unsharded])
     stem, _, extension = name.rpartition(".")
     shards = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
     expected = [_shard_name(name, rank, len(shards)) for rank in range(len(shards))]
@@ -351,7 +329,7 @@ def _open_tensors(folder: Path, name: str) -> TensorSource:
             expected=f"{name}, or all of its shards",
             remedy=f"delete {folder}, and start again with --resume",
         )
-    return ShardedSafetensors([SafetensorsFile(shard) for shard in shards])
+    return CheckpointTensors(shards)
 
 
 class _StateVersion(BaseModel):

@@ -244,51 +244,47 @@ def compute_dataset_stats(
             if on_progress is not None:
                 on_progress(len(results))
         if not all_stats:
-            raise _build_all_corrupt_error(len(indices), next(iter(corrupt_samples.values())))
+            raise UserError(
+                f"none of {len(indices)} samples has readable images",
+                where="data",
+                expected="valid images at the paths in the samples",
+                remedy="fix the images; the first error is:"
+                f" {next(iter(corrupt_samples.values()))}",
+            )
 
     chosen = filter_samples(iter_stats(), data.max_length, data.on_invalid_sample)
     readable = [index for position, index in enumerate(indices) if position not in corrupt_samples]
     sample_stats = tuple(all_stats[i] for i in chosen.sample_indices)
     sample_indices = tuple(readable[i] for i in chosen.sample_indices)
-    images = ImageStates.from_states(sample_indices, [states[i] for i in chosen.sample_indices])
-    prefix_length = 0 if shared_prefix is None else shared_prefix.length
-    if subset is not None:
-        estimate = _estimate_stats(
-            len(corpus), indices, sample_indices, sample_stats, leaked_images, prefix_length
-        )
-        return replace(estimate, images=images)
-    skipped = [
-        SkippedSample(corpus[index].sample.id, reason) for index, reason in corrupt_samples.items()
-    ]
-    skipped += [
-        SkippedSample(name, f"over {data.max_length} tokens") for name in chosen.too_long_ids
-    ]
-    skipped += [SkippedSample(name, "no supervised tokens") for name in chosen.unsupervised_ids]
-    return DatasetStats(
-        sample_indices=sample_indices,
-        skipped=tuple(skipped),
-        num_tokens=sum(chosen.token_counts),
-        num_patches=sum(stats.num_patches for stats in sample_stats),
+    scanned = DatasetStats(
+        sample_indices=range(len(corpus)),
+        skipped=(),
+        # A partial scan is extrapolated to the complete dataset.
+        num_tokens=round(len(corpus) / len(indices) * sum(chosen.token_counts)),
+        num_patches=round(
+            len(corpus) / len(indices) * sum(stats.num_patches for stats in sample_stats)
+        ),
         max_sample_tokens=max(chosen.token_counts),
+        leaked_images=frozenset(leaked_images),
+        sample_stats=sample_stats,
+        scanned_indices=sample_indices,
+        num_scanned=len(indices),
+        prefix_length=0 if shared_prefix is None else shared_prefix.length,
+        images=ImageStates.from_states(sample_indices, [states[i] for i in chosen.sample_indices]),
+    )
+    if subset is not None:
+        return scanned
+    reasons = [(corpus[index].sample.id, reason) for index, reason in corrupt_samples.items()]
+    reasons += [(name, f"over {data.max_length} tokens") for name in chosen.too_long_ids]
+    reasons += [(name, "no supervised tokens") for name in chosen.unsupervised_ids]
+    return replace(
+        scanned,
+        sample_indices=sample_indices,
+        skipped=tuple(SkippedSample(*reason) for reason in reasons),
         num_images=sum(len(stats.image_hashes) for stats in sample_stats),
         num_unique_images=len(
             {image_hash for stats in sample_stats for image_hash in stats.image_hashes}
         ),
-        leaked_images=frozenset(leaked_images),
-        sample_stats=sample_stats,
-        scanned_indices=sample_indices,
-        num_scanned=len(corpus),
-        prefix_length=prefix_length,
-        images=images,
-    )
-
-
-def _build_all_corrupt_error(num_samples: int, first_reason: str) -> UserError:
-    return UserError(
-        f"none of {num_samples} samples has readable images",
-        where="data",
-        expected="valid images at the paths in the samples",
-        remedy=f"fix the images; the first error is: {first_reason}",
     )
 
 
@@ -299,30 +295,6 @@ def draw_subset(num_samples: int) -> Sequence[int]:
     """
     draws = np.random.Philox(np.random.SeedSequence(num_samples)).random_raw(PARTIAL_SCAN_SAMPLES)
     return [int(index) for index in np.unique(draws % num_samples)]
-
-
-def _estimate_stats(
-    num_samples: int,
-    indices: Sequence[int],
-    fitting_indices: Sequence[int],
-    sample_stats: tuple[SampleStats, ...],
-    leaked_images: set[str],
-    prefix_length: int,
-) -> DatasetStats:
-    """Extrapolate the statistics of a partial scan to the complete dataset."""
-    scale = num_samples / len(indices)
-    return DatasetStats(
-        sample_indices=range(num_samples),
-        skipped=(),
-        num_tokens=round(scale * sum(stats.num_tokens for stats in sample_stats)),
-        num_patches=round(scale * sum(stats.num_patches for stats in sample_stats)),
-        max_sample_tokens=max(stats.num_tokens for stats in sample_stats),
-        leaked_images=frozenset(leaked_images),
-        sample_stats=sample_stats,
-        scanned_indices=fitting_indices,
-        num_scanned=len(indices),
-        prefix_length=prefix_length,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,30 +412,26 @@ def _scan_split(
         stats = compute_dataset_stats(
             corpus, renderer, recipe.data, num_workers, on_progress, watched_images, subset
         )
+    log, num_tokens = console.log, f"{stats.num_tokens} tokens (longest {stats.max_sample_tokens})"
+    totals = f"{num_tokens}, {stats.num_patches} patches"
     if not stats.is_complete:
-        _log_partial_scan(stats, console, split_name)
+        log(
+            f"data.{split_name}: {len(stats.sample_indices)} samples, too many for a full scan;"
+            f" {stats.num_scanned} samples scanned,"
+            f" {stats.num_scanned - len(stats.scanned_indices)} of them invalid;"
+            f" estimated total: {totals}"
+        )
+        log(
+            "  other samples are checked when they are read, and skipped if they are invalid; only"
+            " the scanned samples are compared with the images of data.eval"
+        )
         return TrainingData(corpus, stats)
-    console.log(
-        f"data.{split_name}: {len(stats.sample_indices)} samples, {stats.num_tokens} tokens"
-        f" (longest {stats.max_sample_tokens}),"
-        f" {stats.num_patches} patches, {len(stats.skipped)} samples skipped"
+    log(
+        f"data.{split_name}: {len(stats.sample_indices)} samples, {totals},"
+        f" {len(stats.skipped)} samples skipped"
     )
     for skipped in stats.skipped[:5]:
-        console.log(f"  skipped {skipped.id}: {skipped.reason}")
+        log(f"  skipped {skipped.id}: {skipped.reason}")
     if len(stats.skipped) > 5:
-        console.log(f"  and {len(stats.skipped) - 5} more, listed in skipped_samples.jsonl")
+        log(f"  and {len(stats.skipped) - 5} more, listed in skipped_samples.jsonl")
     return TrainingData(corpus, stats)
-
-
-def _log_partial_scan(stats: DatasetStats, console: TrainingConsole, split_name: str) -> None:
-    num_invalid = stats.num_scanned - len(stats.scanned_indices)
-    console.log(
-        f"data.{split_name}: {len(stats.sample_indices)} samples, too many for a full scan;"
-        f" {stats.num_scanned} samples scanned, {num_invalid} of them invalid; estimated total:"
-        f" {stats.num_tokens} tokens (longest {stats.max_sample_tokens}),"
-        f" {stats.num_patches} patches"
-    )
-    console.log(
-        "  other samples are checked when they are read, and skipped if they are invalid; only the"
-        " scanned samples are compared with the images of data.eval"
-    )

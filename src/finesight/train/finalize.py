@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,7 +25,7 @@ from finesight.evaluate.metric_difference import (
     format_differences,
 )
 from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
-from finesight.model.hf_backend import AnyModel, save_auto_model
+from finesight.model.hf_backend import save_auto_model
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder
@@ -104,7 +103,11 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
     """
     run_dir, process_group = state.run_dir, state.hardware.process_group
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
-    best_eval = _select_best(eval_history[1:])
+    best_eval: EvalResult | None = None
+    for result in eval_history[1:]:
+        # Of equally good evaluations, the first one.
+        if best_eval is None or result.as_best_eval().is_better_than(best_eval.as_best_eval()):
+            best_eval = result
     before, after = (eval_history[0], eval_history[-1]) if len(eval_history) > 1 else (None, None)
     step = state.progress.step
     if best_eval is not None and state.recipe.eval is not None and state.recipe.eval.patience:
@@ -112,7 +115,9 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
         if best_eval.step != step:
             step = best_eval.step
             console.log(f"restoring the weights of step {step}, which have the best evaluation")
-        _copy_best_predictions(run_dir, best_eval)
+        predictions = run_dir.predictions_dir / f"step-{best_eval.step}.jsonl"
+        if predictions.is_file():
+            write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
     step = int(process_group.broadcast_str(str(step)))
     if not (process_group.is_main or state.parallel.is_sharded):
         return None
@@ -132,7 +137,7 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
         if line_loss is not None and isfinite(line_loss):
             loss = line_loss
         num_late_skipped += len(line.get("skipped_samples", ()))
-    result = RunResult(
+    run_result = RunResult(
         run_dir=str(run_dir.path),
         steps=state.progress.step,
         samples=state.checkpoint_state().consumed_samples,
@@ -148,11 +153,11 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
         weights_step=after.step if after else state.progress.step,
         stopped_early=state.progress.step < len(state.sampler),
     )
-    run_dir.write_result(result.as_json())
-    _log_summary(result, run_dir, console)
+    run_dir.write_result(run_result.as_json())
+    _log_summary(run_result, run_dir, console)
     write_run_report(run_dir, console)
     console.log(f"Try it:  finesight predict {run_dir.path} IMAGE --prompt TEXT")
-    return result
+    return run_result
 
 
 @contextmanager
@@ -208,22 +213,6 @@ def write_run_report(
             console.log(f"Report:  {page}")
 
 
-def _select_best(results: Sequence[EvalResult]) -> EvalResult | None:
-    """Return the best evaluation; of equally good ones, the first."""
-    best_result: EvalResult | None = None
-    for result in results:
-        if best_result is None or result.as_best_eval().is_better_than(best_result.as_best_eval()):
-            best_result = result
-    return best_result
-
-
-def _copy_best_predictions(run_dir: RunDir, best: EvalResult) -> None:
-    """Copy the predictions of the best evaluation to `predictions/after.jsonl`."""
-    predictions = run_dir.predictions_dir / f"step-{best.step}.jsonl"
-    if predictions.is_file():
-        write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
-
-
 def _compute_differences(
     state: TrainState, before: EvalResult, after: EvalResult
 ) -> list[MetricDifference]:
@@ -264,13 +253,20 @@ def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -
 
 
 def _save_weights(state: TrainState, step: int) -> None:
+    """Export fully fine-tuned parts to `model/`, and adapters to `adapter/`."""
     run_dir, base, model = state.run_dir, state.base_model, state.model
-    tune = state.recipe.tune
-    has_full_parts = tune.has_mode("full")
+    has_full_parts = state.recipe.tune.has_mode("full")
+    lora_layers = [(layer, adapter) for _, layer, adapter in iter_adapters(model)]
     if has_full_parts and not run_dir.model_dir.exists():
         with write_folder(run_dir.model_dir) as folder:
-            _save_without_adapters(model, base.folder, folder, state)
-    if not list(iter_adapters(model)) or run_dir.adapter_dir.exists():
+            for layer, _ in lora_layers:
+                layer.adapter = None
+            try:
+                save_auto_model(model, base.folder, folder, state.hardware.dtype)
+            finally:
+                for layer, adapter in lora_layers:
+                    layer.adapter = adapter
+    if not lora_layers or run_dir.adapter_dir.exists():
         return
     # The base of the adapter is the trained model, if there is one.
     adapter_base = ModelFolder(run_dir.model_dir) if has_full_parts else base.folder
@@ -288,19 +284,6 @@ def _save_weights(state: TrainState, step: int) -> None:
             base_fingerprint=adapter_base.fingerprint(),
             master_values=weights,
         )
-
-
-def _save_without_adapters(
-    model: AnyModel, base: ModelFolder, folder: Path, state: TrainState
-) -> None:
-    lora_layers = [(layer, adapter) for _, layer, adapter in iter_adapters(model)]
-    for layer, _ in lora_layers:
-        layer.adapter = None
-    try:
-        save_auto_model(model, base, folder, state.hardware.dtype)
-    finally:
-        for layer, adapter in lora_layers:
-            layer.adapter = adapter
 
 
 def load_result(run_dir: RunDir) -> RunResult | None:
@@ -332,10 +315,6 @@ def format_param_changes(changes: list[ParamChange]) -> str:
         cells.append(
             (change.part, "trained" if change.is_trained else "frozen", *counts, relative_change)
         )
-    return _align_columns(cells)
-
-
-def _align_columns(cells: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join(
         "  ".join(

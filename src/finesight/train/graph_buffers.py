@@ -26,7 +26,7 @@ from finesight.model.lora.fused import write_gradients_to
 from finesight.model.lora.layer import LoraLinear
 from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_objects
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
+from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 from finesight.vision.patches import GridTHW
 
 MAX_GRAPH_PATCHES = 4096

@@ -155,7 +155,9 @@ def save_image_record(path: Path, record: Mapping[str, ImageStates]) -> None:
     tensors = {
         f"{split}.{name}": column
         for split, states in record.items()
-        for name, column in zip(_COLUMN_NAMES, _columns(states), strict=True)
+        for name, column in zip(
+            _COLUMN_NAMES, (states.samples_N, states.contents_N, states.times_N), strict=True
+        )
     }
     write_file(path, save(tensors, {_CHECKSUM_KEY: _checksum(tensors)}))
 
@@ -167,7 +169,8 @@ def load_image_record(path: Path) -> dict[str, ImageStates]:
         UserError: The file is corrupt.
     """
     try:
-        with _open_safetensors(path) as file:
+        reader: Any = safe_open(path, framework="numpy")  # its methods are untyped
+        with reader as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             checksum = (file.metadata() or {}).get(_CHECKSUM_KEY)
         splits = sorted({name.rpartition(".")[0] for name in tensors})
@@ -186,15 +189,6 @@ def load_image_record(path: Path) -> dict[str, ImageStates]:
             remedy=f"delete {path} to resume without comparing images",
         )
     return record
-
-
-def _open_safetensors(path: Path) -> Any:
-    # The methods of the returned object are untyped.
-    return safe_open(path, framework="numpy")
-
-
-def _columns(states: ImageStates) -> tuple[NDArray[np.int64], ...]:
-    return states.samples_N, states.contents_N, states.times_N
 
 
 def _checksum(tensors: Mapping[str, NDArray[np.int64]]) -> str:
@@ -241,21 +235,24 @@ def check_images(
     Raises:
         UserError: Images have changed that the run had not reported as corrupt.
     """
-    changed: list[int] = []
-    repaired: list[int] = []
-    for sample in current.find_changed(recorded):
-        (repaired if _was_reported(corpus[sample], reported_errors) else changed).append(sample)
-    if repaired:
-        log(f"data.{split}: corrupt images of {len(repaired)} samples were replaced")
+    changed: list[str] = []
+    num_repaired = 0
+    for index in current.find_changed(recorded):
+        sample = corpus[index]
+        first, *others = map(str, list_sample_images(sample))
+        names = json.dumps(sample.sample.id), first, *others
+        if any(name in reported_errors for name in names):
+            num_repaired += 1
+        else:
+            changed.append(
+                f"{first} (or one of {len(others)} others of its sample)" if others else first
+            )
+    if num_repaired:
+        log(f"data.{split}: corrupt images of {num_repaired} samples were replaced")
     if changed:
-        named = ", ".join(
-            _describe_images(corpus[sample]) for sample in changed[:MAX_LISTED_IMAGES]
-        )
-        more = (
-            f" and {len(changed) - MAX_LISTED_IMAGES} more"
-            if len(changed) > MAX_LISTED_IMAGES
-            else ""
-        )
+        named = ", ".join(changed[:MAX_LISTED_IMAGES])
+        num_more = len(changed) - MAX_LISTED_IMAGES
+        more = f" and {num_more} more" if num_more > 0 else ""
         raise UserError(
             f"data.{split}: the images of {len(changed)} samples have changed since the start of"
             f" the run: {named}{more}",
@@ -269,13 +266,3 @@ def check_images(
             f" at the start of the run; their sizes and their first and last"
             f" {EDGE_BYTES // 1024} KiB are equal, so they count as unchanged"
         )
-
-
-def _was_reported(sample: LocatedSample, reported_errors: str) -> bool:
-    names = [json.dumps(sample.sample.id), *map(str, list_sample_images(sample))]
-    return any(name in reported_errors for name in names)
-
-
-def _describe_images(sample: LocatedSample) -> str:
-    first, *others = list_sample_images(sample)
-    return f"{first} (or one of {len(others)} others of its sample)" if others else str(first)

@@ -1,4 +1,4 @@
-"""Mixed-precision optimizers with fp32 master weights: AdamW, 8-bit AdamW and Muon.
+"""Gradient accumulation and mixed-precision optimizers with fp32 master weights.
 
 AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) updates a group with a fused kernel on a GPU with
 Triton, and otherwise in chunks. Its bytes per trainable bf16 parameter are:
@@ -9,24 +9,26 @@ Triton, and otherwise in chunks. Its bytes per trainable bf16 parameter are:
 - 8 for the fp32 moments, or 2.03 for 8-bit moments.
 
 An optimizer step reads and writes 26 bytes per parameter, or 14 bytes with 8-bit moments, plus 2
-bytes for the gradient norm. Muon (Jordan et al. 2024) orthogonalizes the momentum of matrices,
-because the few dominant directions of a gradient hide rare ones.
+bytes for the gradient norm. A single micro-batch uses `parameter.grad` directly; several are
+accumulated in fp32.
 
-Shapes: E flat elements of a parameter group, M elements of a slice, N matrices of R rows and C
-columns.
+Shapes: E flat elements of a parameter group, M or N elements of a slice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from finesight.config import StepsOrFraction, TrainSettings
 from finesight.errors import UserError
-from finesight.model.quant.base import has_tensor_cores
+from finesight.model.quant.base import HAS_TRITON
 from finesight.model.trainable import (
     CONV_SUFFIX,
     EMBEDDING_SUFFIXES,
@@ -35,7 +37,7 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.train import kernels
-from finesight.train.grad_accumulation import GradientAccumulator, MatrixSlice, ParamSlice
+from finesight.train.muon import MatrixSlice, Muon
 from finesight.train.optim_states import (
     ADAM_EPS,
     BLOCK_SIZE,
@@ -93,6 +95,239 @@ class LRSchedule:
         if self.kind == "cosine":
             return 0.5 * (1 + math.cos(math.pi * progress))
         return 1 - progress if self.kind == "linear" else 1.0
+
+
+LARGE_PARAM_ELEMENTS = 1 << 20
+"""Number of elements from which a parameter's gradient is accumulated by an autograd hook.
+
+CUDA graphs write the gradients of these parameters to static buffers (`train.graph_buffers`).
+"""
+
+
+@dataclass(frozen=True)
+class ParamSlice:
+    """Parameter and its location in the flat buffer of its parameter group."""
+
+    name: str
+    parameter: nn.Parameter
+    flat_slice: slice
+
+    def view(self, flat_E: Tensor) -> Tensor:
+        """Return the view of a flat group tensor [E] that belongs to this parameter."""
+        return flat_E[self.flat_slice].view(self.parameter.shape)
+
+    @property
+    def matrix_rows(self) -> Sequence[int]:
+        """Number of rows of each matrix in the parameter.
+
+        Stacked MoE experts are several matrices.
+        """
+        *batch_shape, rows, _ = self.parameter.shape
+        return (rows,) * math.prod(batch_shape)
+
+    def split_matrices(self, row_counts: Sequence[int]) -> Iterator[MatrixSlice]:
+        """Split the parameter into matrices with the given row counts."""
+        columns, start = self.parameter.shape[-1], self.flat_slice.start
+        message = f"{row_counts} rows of {columns} in {self.parameter.shape}"
+        assert sum(row_counts) * columns == self.parameter.numel(), message
+        for num_rows in row_counts:
+            yield MatrixSlice(slice(start, start + num_rows * columns), num_rows, columns)
+            start += num_rows * columns
+
+
+class GradientAccumulator:
+    """Gradient accumulator of one parameter group.
+
+    The gradients of the first micro-batch stay in `parameter.grad` in the dtype of the parameter.
+    `accumulate` adds them to fp32 sums before each further micro-batch. The sum of a parameter is
+    allocated on first use and then retained. Once it exists, an autograd hook adds the gradient of
+    a large parameter as soon as it is computed, so the gradients of all large parameters never
+    exist in addition to their sums.
+
+    Args:
+        param_slices: Parameters of the group.
+        length: Number of elements of the flat buffers of the group, including padding.
+    """
+
+    def __init__(self, param_slices: Sequence[ParamSlice], length: int) -> None:
+        self.param_slices, self.device = param_slices, param_slices[0].parameter.device
+        self._length, self._starts = (
+            length,
+            [param_slice.flat_slice.start for param_slice in param_slices],
+        )
+        self._flat_E: Tensor | None = None
+        self.sums: list[Tensor | None] = [None] * len(param_slices)
+        # Whether the sum contains a gradient of this step.
+        self._has_sum = [False] * len(param_slices)
+        self._large_indices = [
+            n for n, p in enumerate(param_slices) if p.parameter.numel() >= LARGE_PARAM_ELEMENTS
+        ]
+        self._small_indices = [
+            n for n, p in enumerate(param_slices) if p.parameter.numel() < LARGE_PARAM_ELEMENTS
+        ]
+        use_kernels = HAS_TRITON and self.device.type == "cuda"
+        flat_slices = [param_slice.flat_slice for param_slice in param_slices]
+        self.tiles = kernels.ParamTiles(flat_slices, self.device) if use_kernels else None
+        small_slices = [flat_slices[n] for n in self._small_indices]
+        self._small_tiles = (
+            kernels.ParamTiles(small_slices, self.device) if use_kernels and small_slices else None
+        )
+        for index in self._large_indices:
+            self._register_hook(index)
+
+    def _register_hook(self, index: int) -> None:
+        parameter = self.param_slices[index].parameter
+        register: Callable[..., object] = parameter.register_post_accumulate_grad_hook
+        # A weak reference: the garbage collector cannot see hooks of a parameter.
+        accumulator_ref = weakref.ref(self)
+
+        def accumulate_hook(parameter: Tensor) -> None:
+            accumulator = accumulator_ref()
+            if accumulator is not None and accumulator.sums[index] is not None:
+                accumulator._accumulate_one(index)
+
+        register(accumulate_hook)
+
+    def _accumulate_one(self, index: int) -> None:
+        parameter, sum_ = self.param_slices[index].parameter, self._get_sum(index)
+        assert parameter.grad is not None, f"no gradient for {self.param_slices[index].name}"
+        if self._has_sum[index]:
+            sum_.add_(parameter.grad)
+        else:
+            sum_.copy_(parameter.grad)
+        self._has_sum[index], parameter.grad = True, None
+
+    def _get_sum(self, index: int) -> Tensor:
+        sum_ = self.sums[index]
+        if sum_ is None:
+            parameter = self.param_slices[index].parameter
+            sum_ = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            self.sums[index] = sum_
+        return sum_
+
+    def use_flat_buffer(self) -> None:
+        """Store the fp32 gradient sums in one flat tensor, even for one micro-batch.
+
+        `flat_gradient` and `all_reduce` require it.
+        """
+        if self._flat_E is not None:
+            return
+        self._flat_E = torch.zeros(self._length, dtype=torch.float32, device=self.device)
+        self.sums = [param_slice.view(self._flat_E) for param_slice in self.param_slices]
+
+    @torch.no_grad()
+    def flat_gradient(self) -> Tensor:
+        """Return the accumulated gradients of the group as a flat fp32 tensor [E].
+
+        Parameters without a gradient contain zeros. Every call returns the same tensor, and the
+        caller may overwrite it.
+        """
+        assert self._flat_E is not None, f"{len(self.param_slices)} sums are not in a flat buffer"
+        self.accumulate()
+        for sum_, has_sum in zip(self.sums, self._has_sum, strict=True):
+            if sum_ is not None and not has_sum:
+                sum_.zero_()
+        return self._flat_E
+
+    @torch.no_grad()
+    def all_reduce(self, reduce_fn: Callable[[Tensor], object]) -> None:
+        """Reduce the flat gradient of the group over all ranks; requires `use_flat_buffer`.
+
+        Args:
+            reduce_fn: Function that reduces a tensor over all ranks in-place.
+        """
+        reduce_fn(self.flat_gradient())
+        self._has_sum = [True] * len(self.param_slices)
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add the gradients in `parameter.grad` to the fp32 sums, and clear them.
+
+        Call this between two micro-batches. Otherwise, autograd adds the next gradient in 16 bits.
+        """
+        for index in self._large_indices:
+            if self.param_slices[index].parameter.grad is not None:
+                self._accumulate_one(index)
+        small = [n for n in self._small_indices if self.param_slices[n].parameter.grad is not None]
+        if self._small_tiles is not None and small:
+            kernels.accumulate_gradients(
+                self._small_tiles,
+                [self.param_slices[n].parameter.grad for n in self._small_indices],
+                [self._get_sum(n) for n in self._small_indices],
+                [self._has_sum[n] for n in self._small_indices],
+            )
+            for index in small:
+                self._has_sum[index], self.param_slices[index].parameter.grad = True, None
+        else:
+            for index in small:
+                self._accumulate_one(index)
+
+    def per_parameter(self) -> Sequence[Tensor | None]:
+        """Return the gradient of each parameter; None for a parameter without a gradient."""
+        if self._flat_E is not None or any(self._has_sum):
+            self.accumulate()
+            return [
+                s if has_sum else None for s, has_sum in zip(self.sums, self._has_sum, strict=True)
+            ]
+        return [param_slice.parameter.grad for param_slice in self.param_slices]
+
+    def squared_norm(self) -> Tensor:
+        """Return the sum of squares of all gradients.
+
+        The result is a scalar on the device, in fp32 or wider.
+        """
+        all_gradients = self.per_parameter()
+        present = [gradient for gradient in all_gradients if gradient is not None]
+        if not present:
+            return torch.zeros((), device=self.device)
+        if self.tiles is not None:
+            return kernels.squared_norm(self.tiles, all_gradients)
+        norms = torch._foreach_norm(
+            present, 2, torch.promote_types(present[0].dtype, torch.float32)
+        )
+        return torch.stack(norms).square_().sum()
+
+    def read_slice(self, flat_slice: slice) -> Tensor:
+        """Copy a slice of the group's flattened gradients to fp32.
+
+        Parameters without a gradient contribute zeros. Returns a tensor of shape [N].
+        """
+        flat_N = torch.zeros(
+            flat_slice.stop - flat_slice.start, dtype=torch.float32, device=self.device
+        )
+        targets, sources = [], []
+        first = max(0, bisect_right(self._starts, flat_slice.start) - 1)
+        for index in range(first, bisect_left(self._starts, flat_slice.stop)):
+            param_range = self.param_slices[index].flat_slice
+            start, stop = (
+                max(param_range.start, flat_slice.start),
+                min(param_range.stop, flat_slice.stop),
+            )
+            param_grad = self.param_slices[index].parameter.grad
+            gradient = self.sums[index] if self._has_sum[index] else param_grad
+            if start < stop and gradient is not None:
+                targets.append(flat_N[start - flat_slice.start : stop - flat_slice.start])
+                sources.append(
+                    gradient.view(-1)[start - param_range.start : stop - param_range.start]
+                )
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return flat_N
+
+    def zero_grad(self) -> None:
+        """Clear the gradients after an optimizer step; the allocated sums are retained."""
+        self._has_sum = [False] * len(self.param_slices)
+        for param_slice in self.param_slices:
+            param_slice.parameter.grad = None
+
+    def release(self) -> None:
+        """Clear the gradients of an aborted step and free the fp32 sums.
+
+        A retry of the step then has the same memory available as the first attempt.
+        """
+        self.zero_grad()
+        if self._flat_E is None:
+            self.sums = [None] * len(self.param_slices)
 
 
 MAX_CHUNK_ELEMENTS = 1 << 20
@@ -207,150 +442,6 @@ class AdamW:
             for name, state in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
             for suffix, tensor in state.state_tensors(flat_slice, shape).items()
         }
-
-
-MOMENTUM = 0.95
-NUM_NS_STEPS = 5
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-"""Coefficients of the Newton-Schulz polynomial, which maps singular values to about one."""
-
-ADAMW_RMS = 0.2
-"""Root mean square of a Muon update, chosen to match a typical AdamW update.
-
-Both optimizers then work with similar learning rates (Liu et al. 2025, Muon is Scalable for LLM
-Training, section 2.2).
-"""
-
-
-MAX_STACK_ELEMENTS = 1 << 26
-"""Maximum number of elements of matrices that are orthogonalized in one batch; limits memory."""
-
-MAX_MUON_CHUNK_ELEMENTS = 1 << 24
-"""Maximum number of master weight elements that are updated at once; limits memory."""
-
-MAX_GRAPH_ELEMENTS = 1 << 24
-"""Maximum number of elements of a group whose update is captured as a CUDA graph.
-
-Updates of small groups are launch-bound on the CPU. The graph holds the temporary memory of one
-update.
-"""
-
-
-class Muon:
-    """Muon optimizer for the matrices of one parameter group, with the momentum `momentum_E`.
-
-    The length of an update depends only on the direction of the momentum, not on the gradient norm.
-
-    Args:
-        master_weights: fp32 master weights of the group.
-        grad_E: Flat gradient buffer of the group.
-        matrices: Locations and shapes of the matrices.
-    """
-
-    def __init__(
-        self, master_weights: SplitBf16Master, grad_E: Tensor, matrices: Iterable[MatrixSlice]
-    ) -> None:
-        self.momentum_E = torch.zeros_like(grad_E)
-        self._master_weights, self._grad_E = master_weights, grad_E
-        slices_by_shape: dict[tuple[int, int], list[slice]] = {}
-        for flat_slice, rows, columns in matrices:
-            slices_by_shape.setdefault((rows, columns), []).append(flat_slice)
-        # Create the views once: a hundred matrices are slow to view in every step.
-        self.stacks = [
-            [grad_E[flat_slice].view(shape) for flat_slice in stack]
-            for shape, flat_slices in slices_by_shape.items()
-            for stack in _stack_slices(flat_slices, shape)
-        ]
-        # Static input of the CUDA graph.
-        self._lerp_weight = torch.zeros((), device=grad_E.device)
-        self.is_warmed_up = False
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, grad_factor: Tensor) -> None:
-        """Update the master weights by the orthogonalized Nesterov momentum.
-
-        A step whose `grad_factor` is NaN is skipped. The gradient buffer is overwritten. The host
-        synchronizes with the device only to capture the CUDA graph of a small group.
-
-        Args:
-            lr: Learning rate.
-            weight_decay: Decoupled weight decay.
-            grad_factor: Scalar on the device that multiplies all gradients, for clipping and
-                unscaling.
-        """
-        is_nonfinite = grad_factor.isnan()
-        self._grad_E.mul_(grad_factor).masked_fill_(is_nonfinite, 0.0)
-        self._lerp_weight.fill_(1 - MOMENTUM).masked_fill_(is_nonfinite, 0.0)
-        self._orthogonalize()
-        decay_factor = torch.where(is_nonfinite, 1.0, 1 - lr * weight_decay)
-        step_size = torch.where(is_nonfinite, 0.0, -lr)
-        for start in range(0, len(self._master_weights), MAX_MUON_CHUNK_ELEMENTS):
-            flat_slice = slice(start, start + MAX_MUON_CHUNK_ELEMENTS)
-            master_N = self._master_weights.read(flat_slice).mul_(decay_factor)
-            self._master_weights.write(
-                master_N.addcmul_(self._grad_E[flat_slice], step_size), flat_slice
-            )
-
-    def _orthogonalize(self) -> None:
-        """Compute the updates, as a CUDA graph for small groups on a GPU.
-
-        The first call runs eagerly, and the second one captures the graph.
-        """
-        if (
-            not self._grad_E.is_cuda
-            or self._grad_E.numel() > MAX_GRAPH_ELEMENTS
-            or not self.is_warmed_up
-        ):
-            self.is_warmed_up = True
-            self._compute_updates()
-            return
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Another thread may pin memory during the capture.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._compute_updates()
-            self.graph = graph
-        self.graph.replay()
-
-    def _compute_updates(self) -> None:
-        """Replace the gradients in the buffer by the updates for a learning rate of one."""
-        self.momentum_E.lerp_(self._grad_E, self._lerp_weight)
-        self._grad_E.lerp_(self.momentum_E, MOMENTUM)
-        for stack in self.stacks:
-            update_NRC = newton_schulz(torch.stack(stack))
-            update_NRC.mul_(ADAMW_RMS * max(update_NRC.shape[1:]) ** 0.5)
-            torch._foreach_copy_(stack, update_NRC.unbind())
-
-
-def _stack_slices(flat_slices: list[slice], shape: tuple[int, int]) -> list[list[slice]]:
-    """Split the slices of equally shaped matrices into batches for orthogonalization.
-
-    A batch has at most `MAX_STACK_ELEMENTS` elements, or one matrix.
-    """
-    stack_size = max(1, MAX_STACK_ELEMENTS // (shape[0] * shape[1]))
-    return [
-        flat_slices[start : start + stack_size] for start in range(0, len(flat_slices), stack_size)
-    ]
-
-
-def newton_schulz(x_NRC: Tensor) -> Tensor:
-    """Approximate the orthogonal factor U V^T of each matrix U S V^T by Newton-Schulz iteration.
-
-    Singular values above a hundredth of the matrix norm are mapped to between 0.6 and 1.3. Zero
-    matrices stay zero. The computation uses bf16 on GPUs with bf16 tensor cores.
-
-    Returns:
-        fp32 matrices [N, R, C].
-    """
-    is_wide = x_NRC.shape[1] <= x_NRC.shape[2]
-    y = x_NRC if is_wide else x_NRC.mT
-    y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-12)
-    y = y.bfloat16() if has_tensor_cores(torch.bfloat16, y.device) else y
-    for _ in range(NUM_NS_STEPS):
-        gram = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), y, beta=_A)
-    return (y if is_wide else y.mT).float()
 
 
 _ALIGNMENT = 64

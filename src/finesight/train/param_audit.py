@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import fsum
 from typing import Any, NamedTuple
@@ -66,7 +66,9 @@ class ParamAudit:
         self._frozen = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if name not in master_weights and not _is_sharded_trainable(parameter)
+            # A trainable DTensor without master weights on this rank has no local rows.
+            if name not in master_weights
+            and not (hasattr(parameter, "to_local") and parameter.requires_grad)
         }
         self._quantized = find_quantized_weights(model)
         self._master_weights = master_weights
@@ -100,59 +102,63 @@ class ParamAudit:
         Returns:
             Changes by model part, separately for trainable and frozen parameters.
         """
-        payloads = process_group.all_gather_str(
-            json.dumps(self._audit_tensors(params_with_grad, process_group))
-        )
+        sums = self._compute_checksums()
+        own_changes = {
+            name: _TensorChange(
+                is_trained,
+                # Quantized weights are replicated on every rank.
+                0 if name in self._quantized and not process_group.is_main else num_params,
+                sums[name] != self._sums[name],
+                name in params_with_grad,
+                *(self._sampled_change(name) if is_trained else (0.0, 0.0)),
+            )
+            for is_trained, param_counts in self._param_counts.items()
+            for name, num_params in param_counts.items()
+        }
         changes_by_name: dict[str, _TensorChange] = {}
-        for tensor_changes in map(json.loads, payloads):
-            for name, tensor_change in tensor_changes.items():
-                changes_by_name[name] = changes_by_name.get(name, _TensorChange()).merge(
-                    _TensorChange(*tensor_change)
-                )
+        for payload in process_group.all_gather_str(json.dumps(own_changes)):
+            # The changes of all shards of a parameter are added.
+            for name, shard in json.loads(payload).items():
+                total = zip(changes_by_name.get(name, _TensorChange()), shard, strict=True)
+                changes_by_name[name] = _TensorChange(*(a + b for a, b in total))
         param_changes = []
         for part in MODEL_PARTS:
             for is_trained in self._param_counts:
-                part_changes = [
-                    tensor_change
-                    for name, tensor_change in changes_by_name.items()
-                    if get_part(name) == part and tensor_change.is_trained == is_trained
+                changes = [
+                    change
+                    for name, change in changes_by_name.items()
+                    if get_part(name) == part and bool(change.is_trained) == is_trained
                 ]
-                if part_changes:
-                    param_changes.append(_summarize_part(part, is_trained, part_changes))
+                if not changes:
+                    continue
+                change_norm = fsum(change.change_sq for change in changes) ** 0.5
+                start_norm = fsum(change.start_sq for change in changes) ** 0.5
+                ratio = float("inf") if change_norm else 0.0
+                param_changes.append(
+                    ParamChange(
+                        part=part,
+                        is_trained=is_trained,
+                        num_tensors=len(changes),
+                        num_params=sum(change.num_params for change in changes),
+                        num_changed=sum(change.is_changed > 0 for change in changes),
+                        num_with_grad=sum(change.has_grad > 0 for change in changes),
+                        relative_change=change_norm / start_norm if start_norm else ratio,
+                    )
+                )
         return param_changes
 
-    def _audit_tensors(
-        self, params_with_grad: Collection[str], process_group: ProcessGroup
-    ) -> dict[str, _TensorChange]:
-        current, changes = self._compute_checksums(), {}
-        for is_trained, param_counts in self._param_counts.items():
-            for name, num_params in param_counts.items():
-                change_sq, start_sq = self._sampled_change(name) if is_trained else (0.0, 0.0)
-                if name in self._quantized and not process_group.is_main:
-                    # Quantized weights are replicated on every rank.
-                    num_params = 0
-                is_changed = current[name] != self._sums[name]
-                changes[name] = _TensorChange(
-                    is_trained,
-                    num_params,
-                    is_changed,
-                    name in params_with_grad,
-                    change_sq,
-                    start_sq,
-                )
-        return changes
-
     def _sampled_change(self, name: str) -> tuple[float, float]:
+        """Return the squared norms of the change and of the initial values, of sampled elements."""
         start = self._start_samples[name]
         change = _sample_values(self._master_weights[name]) - start
         return float(change.square().sum()), float(start.square().sum())
 
 
 class _TensorChange(NamedTuple):
-    """Change of a parameter, or of the shard of one rank.
+    """Change of a parameter, or sums over its shards.
 
     Attributes:
-        is_trained: Whether the parameter is trainable.
+        is_trained: Whether the parameter is trainable; a count of shards, as the other flags.
         num_params: Number of elements.
         is_changed: Whether at least one bit changed.
         has_grad: Whether the parameter received a non-zero gradient.
@@ -160,45 +166,12 @@ class _TensorChange(NamedTuple):
         start_sq: Squared norm of the initial sampled elements.
     """
 
-    is_trained: bool = False
+    is_trained: int = 0
     num_params: int = 0
-    is_changed: bool = False
-    has_grad: bool = False
+    is_changed: int = 0
+    has_grad: int = 0
     change_sq: float = 0.0
     start_sq: float = 0.0
-
-    def merge(self, other: _TensorChange) -> _TensorChange:
-        """Combine the changes of two shards of the same parameter."""
-        return _TensorChange(
-            self.is_trained or other.is_trained,
-            self.num_params + other.num_params,
-            self.is_changed or other.is_changed,
-            self.has_grad or other.has_grad,
-            self.change_sq + other.change_sq,
-            self.start_sq + other.start_sq,
-        )
-
-
-def _summarize_part(
-    part: ModelPart, is_trained: bool, tensor_changes: Sequence[_TensorChange]
-) -> ParamChange:
-    change_norm, start_norm = (
-        fsum(squares) ** 0.5
-        for squares in zip(*(tensor_change[-2:] for tensor_change in tensor_changes), strict=True)
-    )
-    return ParamChange(
-        part=part,
-        is_trained=is_trained,
-        num_tensors=len(tensor_changes),
-        num_params=sum(tensor_change.num_params for tensor_change in tensor_changes),
-        num_changed=sum(tensor_change.is_changed for tensor_change in tensor_changes),
-        num_with_grad=sum(tensor_change.has_grad for tensor_change in tensor_changes),
-        relative_change=change_norm / start_norm
-        if start_norm
-        else float("inf")
-        if change_norm
-        else 0.0,
-    )
 
 
 def _local_tensor(tensor: Tensor) -> Tensor:
@@ -210,30 +183,18 @@ def _local_tensor(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
-def _is_sharded_trainable(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is a trainable DTensor.
-
-    Without master weights on this rank, such a parameter has no local rows.
-    """
-    return hasattr(parameter, "to_local") and parameter.requires_grad
-
-
 def compute_checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Sum the bits of each tensor as integers.
 
     A change of a single element always changes the sum.
     """
-    sums = [
-        _checksum(tensor.reshape(-1).view(_INT_DTYPES[tensor.itemsize]))
-        for tensor in tensors.values()
-    ]
+    sums = []
+    for tensor in tensors.values():
+        bits_E = tensor.reshape(-1).view(_INT_DTYPES[tensor.itemsize])
+        # In chunks, because torch first converts to int64.
+        chunks = torch.split(bits_E, CHECKSUM_CHUNK_ELEMENTS)
+        sums.append(torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum())
     return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}
-
-
-def _checksum(bits_E: Tensor) -> Tensor:
-    # In chunks, because torch first converts to int64.
-    chunks = torch.split(bits_E, CHECKSUM_CHUNK_ELEMENTS)
-    return torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum()
 
 
 def _sample_values(tensor: Tensor) -> Tensor:

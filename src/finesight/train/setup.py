@@ -34,9 +34,9 @@ from finesight.model.trainable import configure_tuning
 from finesight.model_folder import ModelFolder, get_portable_name
 from finesight.storage import sha256_file
 from finesight.train.checkpoint import (
+    Checkpoint,
     CheckpointManager,
     CheckpointState,
-    TensorSource,
     TrainProgress,
     check_resume_config,
 )
@@ -217,7 +217,8 @@ def build_train_state(
                 _check_images(
                     run_dir, checkpoint[0], resume_config, train_data, validation_data, console
                 )
-        _check_resume(checkpoint[0], resume_config, checkpoint_manager)
+        folder = checkpoint_manager.step_dir(checkpoint[0].step)
+        check_resume_config(checkpoint[0].resume_config, resume_config, folder)
     model = _load_model(recipe, hardware, base_model, console)
     flop_counter = NullFlopCounter() if isinstance(model, HfModel) else FlopCounter(model)
     sample_stats = (
@@ -226,7 +227,12 @@ def build_train_state(
         else None
     )
     rank_sampler = build_rank_sampler(
-        sampler, hardware.process_group, sample_stats, flop_counter, recipe.train.pack_tokens
+        sampler,
+        hardware.process_group,
+        sample_stats,
+        flop_counter,
+        recipe.train.pack_tokens,
+        can_split_samples=supports_context_parallelism(model),
     )
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
@@ -237,6 +243,17 @@ def build_train_state(
         pack_tokens=recipe.train.pack_tokens,
         activation_checkpointing=recipe.train.activation_checkpointing,
     )
+    progress = TrainProgress(budget)
+    if checkpoint is not None:
+        stored = checkpoint[0]
+        progress = TrainProgress(
+            budget=stored.budget.min_with(budget),
+            step=stored.step,
+            last_eval_step=stored.last_eval_step,
+            best=stored.best,
+            nonfinite_steps=stored.nonfinite_steps,
+            consecutive_nonfinite_steps=stored.consecutive_nonfinite_steps,
+        )
     state = TrainState(
         recipe=recipe,
         run_dir=run_dir,
@@ -265,7 +282,7 @@ def build_train_state(
         lr_schedule=lr_schedule,
         flop_counter=flop_counter,
         resume_config=resume_config,
-        progress=TrainProgress(budget),
+        progress=progress,
         pads_shapes=not isinstance(model, HfModel)
         and hardware.device.type == "cpu"
         and hardware.dtype != torch.float32,
@@ -273,9 +290,11 @@ def build_train_state(
         if isinstance(model, HfModel) or isinstance(model.visual, QwenVisionEncoder)
         else model.config.vision.merge_size,
     )
-    state.apply_budget(budget)
     if checkpoint is not None:
-        _restore_checkpoint(state, *checkpoint)
+        stored, weights, optimizer_state = checkpoint
+        state.load_state(weights, optimizer_state)
+        state.loss_scaler.load_state_dict(stored.loss_scale)
+    state.apply_budget(progress.budget)
     _log_overrides(state, budget, console)
     return state
 
@@ -286,6 +305,8 @@ def build_rank_sampler(
     sample_stats: SampleStatsMap | None,
     flop_counter: FlopCounter | NullFlopCounter,
     pack_tokens: int,
+    *,
+    can_split_samples: bool,
 ) -> StepSampler:
     """Create the step sampler of this rank, balanced by estimated FLOPs.
 
@@ -298,6 +319,7 @@ def build_rank_sampler(
             of samples, because the ranks must agree on the costs.
         flop_counter: Counter that estimates the cost of a sample.
         pack_tokens: Maximum number of tokens of a pack.
+        can_split_samples: Split long samples over all ranks (context parallelism).
     """
     if process_group.is_single_process:
         return sampler
@@ -318,11 +340,21 @@ def build_rank_sampler(
     def count_tokens(index: int) -> int:
         return stats[index].num_packed_tokens
 
-    # Models of the transformers backend cannot split samples.
-    can_split = not isinstance(flop_counter, NullFlopCounter)
     return DistributedSampler(
-        sampler, process_group, estimate_cost, count_tokens if can_split else None, pack_tokens
+        sampler,
+        process_group,
+        estimate_cost,
+        count_tokens if can_split_samples else None,
+        pack_tokens,
     )
+
+
+def supports_context_parallelism(model: AnyModel) -> bool:
+    """Return True if the tokens of a sample can be split over ranks.
+
+    Models of the transformers backend and linear attention layers do not support it.
+    """
+    return not isinstance(model, HfModel) and model.config.decoder.linear_attention is None
 
 
 def _check_images(
@@ -360,20 +392,6 @@ def _check_images(
             check_images(split, data.corpus, current, *where, console.log)
 
 
-def _check_resume(
-    checkpoint_state: CheckpointState,
-    resume_config: Mapping[str, Any],
-    checkpoint_manager: CheckpointManager,
-) -> None:
-    """Verify that a checkpoint belongs to a run with the same configuration.
-
-    Raises:
-        UserError: The configurations differ.
-    """
-    folder = checkpoint_manager.step_dir(checkpoint_state.step)
-    check_resume_config(checkpoint_state.resume_config, resume_config, folder)
-
-
 def _log_overrides(state: TrainState, requested: MemoryBudget, console: TrainingConsole) -> None:
     """Log a memory budget of the checkpoint that differs from the recipe, and split samples."""
     if state.progress.budget != requested:
@@ -405,7 +423,7 @@ def _load_latest_checkpoint(
     process_group: ProcessGroup,
     resume: bool,
     console: TrainingConsole,
-) -> tuple[CheckpointState, TensorSource, TensorSource] | None:
+) -> Checkpoint | None:
     """Load the checkpoint to resume from; None to start with step 0.
 
     Only the main process verifies the digests; the other ranks load the same step.
@@ -418,27 +436,6 @@ def _load_latest_checkpoint(
     if step_text and not process_group.is_main:
         checkpoint = checkpoint_manager.load_unverified(int(step_text), "start again with --resume")
     return checkpoint
-
-
-def _restore_checkpoint(
-    state: TrainState,
-    checkpoint_state: CheckpointState,
-    weights: TensorSource,
-    optimizer_state: TensorSource,
-) -> None:
-    state.load_state(weights, optimizer_state)
-    state.loss_scaler.load_state_dict(checkpoint_state.loss_scale)
-    progress = state.progress
-    progress.step, progress.last_eval_step, progress.best = (
-        checkpoint_state.step,
-        checkpoint_state.last_eval_step,
-        checkpoint_state.best,
-    )
-    progress.nonfinite_steps, progress.consecutive_nonfinite_steps = (
-        checkpoint_state.nonfinite_steps,
-        checkpoint_state.consecutive_nonfinite_steps,
-    )
-    state.apply_budget(checkpoint_state.budget.min_with(progress.budget))
 
 
 def _detect_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:

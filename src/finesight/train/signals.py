@@ -22,6 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        """Received signal, possibly of another rank."""
         self._has_arrived = False
 
     @contextmanager
@@ -56,15 +57,6 @@ class StopRequest:
         finally:
             for signum, handler in previous_handlers.items():
                 signal.signal(signum, handler or signal.SIG_DFL)
-
-    @property
-    def is_requested(self) -> bool:
-        return self.signal is not None
-
-    @property
-    def signal_number(self) -> int:
-        """Number of the received signal, or 0."""
-        return 0 if self.signal is None else int(self.signal)
 
     def request(self, signal_number: int) -> None:
         """Set the stop request for a signal, possibly of another rank; ignore 0."""

@@ -311,7 +311,7 @@ def _accumulate_gradients(
     process_group = state.hardware.process_group
     for micro_index, packed_batch in packs:
         # In a distributed run, the other ranks would wait for this one.
-        if stop.is_requested and process_group.is_single_process:
+        if stop.signal is not None and process_group.is_single_process:
             raise TrainingInterrupted(
                 f"in step {step_batch.step_index + 1}, which is repeated on resume"
             )
@@ -477,7 +477,7 @@ class Trainer:
         if isinstance(error, RankDesyncError):
             can_save = is_recoverable and not is_sharded
         else:
-            own_state = self.state.progress.step, is_recoverable, self.stop.signal_number
+            own_state = self.state.progress.step, is_recoverable, int(self.stop.signal or 0)
             # A rank that does not respond has been reported before.
             with suppress(RankTimeoutError):
                 steps, recoverable, signals = zip(
@@ -491,7 +491,7 @@ class Trainer:
             self.save_checkpoint()
             self.checkpointer.wait()
         # A job scheduler may send the signal to the data loader workers as well.
-        if is_recoverable and self.stop.is_requested:
+        if is_recoverable and self.stop.signal is not None:
             raise self.build_interruption() from error
 
     def run_steps(self) -> None:
@@ -536,10 +536,10 @@ class Trainer:
             TrainingInterrupted: A stop was requested.
             PeerFailedError: A rank failed.
         """
-        global_stats = sync_step(self.process_group, step_batch, self.stop.signal_number)
-        self.stop.request(global_stats.signal)
+        global_stats = sync_step(self.process_group, step_batch, int(self.stop.signal or 0))
         # A signal that arrives later is shared before the next step.
         if global_stats.signal and not self.process_group.is_single_process:
+            self.stop.request(global_stats.signal)
             self.stop.raise_if_requested()
         return train_step(self.state, step_batch, self.stop, vision_cache, global_stats)
 
@@ -557,7 +557,7 @@ class Trainer:
         )
         # In a distributed run, all ranks stop before the next step.
         is_single_process = self.process_group.is_single_process
-        should_stop = is_single_process and self.stop.is_requested
+        should_stop = is_single_process and self.stop.signal is not None
         if not (should_evaluate or should_save or should_stop):
             return True
         self.metrics_logger.flush()

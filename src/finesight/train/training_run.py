@@ -88,26 +88,20 @@ _LARGE_THRESHOLD = 1 << 30
 
 @contextmanager
 def configure_host(device: torch.device) -> Iterator[None]:
-    """Apply the CPU thread and allocator settings for a device within the context."""
-    with _limit_cpu_threads(device), retain_freed_memory(device):
-        yield
+    """Apply the CPU thread and allocator settings for a device within the context.
 
-
-@contextmanager
-def _limit_cpu_threads(device: torch.device) -> Iterator[None]:
-    """Use one CPU thread of PyTorch within the context if the device is a GPU.
-
-    More threads would compete with the data loader workers.
+    With a GPU, PyTorch uses one CPU thread, because more would compete with the data loader
+    workers.
     """
-    if device.type != "cuda":
-        yield
-        return
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.set_num_threads(1)
     try:
-        yield
+        with retain_freed_memory(device):
+            yield
     finally:
-        torch.set_num_threads(num_threads)
+        if device.type == "cuda":
+            torch.set_num_threads(num_threads)
 
 
 @contextmanager

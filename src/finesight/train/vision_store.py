@@ -18,7 +18,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -250,6 +252,11 @@ MAX_STORE_BYTES = 64 << 30
 MAX_FREE_FRACTION = 0.5
 """Maximum fraction of the free disk space for new feature files."""
 
+MAX_PENDING_CHUNKS = 8
+"""Maximum number of chunks that wait to be written to disk; limits memory."""
+
+NUM_WRITER_THREADS = 2
+
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _TENSOR_KEY, _SHA256_KEY = "features", "sha256"
 
@@ -424,6 +431,46 @@ class VisionFileStore:
         with suppress(OSError):
             os.utime(path)
         return StoredChunk(path, data_offset)
+
+
+class FeatureWriter:
+    """Writer of image features to disk in background threads; call `close` to end them.
+
+    Args:
+        store: Feature files on disk.
+        on_error: Callback for the first error, after which no more files are written.
+    """
+
+    def __init__(self, store: VisionFileStore, on_error: Callable[[UserError], None]) -> None:
+        self._store, self._on_error, self._is_active = store, on_error, True
+        self._pool = ThreadPoolExecutor(NUM_WRITER_THREADS)
+        self._pending: deque[tuple[ImageChunk, Future[StoredChunk]]] = deque()
+        self._stored: dict[ImageChunk, StoredChunk] = {}
+
+    def write(self, chunk: ImageChunk, features_MKD: Tensor, name: str) -> None:
+        """Queue features on the CPU for the file `name`; blocks while the queue is full."""
+        if self._is_active:
+            self._pending.append((chunk, self._pool.submit(self._store.write, name, features_MKD)))
+        self._wait_until_pending(MAX_PENDING_CHUNKS)
+
+    def flush(self) -> dict[ImageChunk, StoredChunk]:
+        """Wait for all queued chunks, and return all files written so far."""
+        self._wait_until_pending(0)
+        return self._stored
+
+    def close(self) -> None:
+        """End the threads; queued chunks are discarded."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _wait_until_pending(self, count: int) -> None:
+        while len(self._pending) > count:
+            chunk, future = self._pending.popleft()
+            try:
+                self._stored[chunk] = future.result()
+            except UserError as error:
+                if self._is_active:
+                    self._is_active = False
+                    self._on_error(error)
 
 
 def _read_verified(file: BinaryIO, features_MKD: Tensor) -> int:

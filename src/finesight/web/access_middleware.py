@@ -35,8 +35,7 @@ from starlette.responses import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finesight.web.chat_html import render_sign_in_page
-from finesight.web.ui_text import select_ui_text
+from finesight.web.chat_html import render_sign_in_page, select_ui_text
 from finesight.web.web_sessions import (
     MAX_IMAGE_BYTES,
     MAX_NEW_TOKENS,

@@ -17,8 +17,14 @@ from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.request import GenerationOptions, SamplingParams
 from finesight.web.access_middleware import EMPTY_INPUT, QUESTION_INPUT, REGENERATE_INPUT, Inputs
-from finesight.web.chat_html import render_notice, render_turns
-from finesight.web.ui_text import ENGLISH, UiText, get_other_language, select_ui_text
+from finesight.web.chat_html import (
+    ENGLISH,
+    UiText,
+    get_other_language,
+    render_notice,
+    render_turns,
+    select_ui_text,
+)
 from finesight.web.web_sessions import (
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,

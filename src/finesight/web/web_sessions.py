@@ -21,7 +21,7 @@ from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
 from finesight.vision.image_decoding import load_image
-from finesight.web.ui_text import ENGLISH, UiText
+from finesight.web.chat_html import ENGLISH, UiText
 
 MAX_IMAGE_BYTES = 20 << 20
 
@@ -99,27 +99,22 @@ class DiskBudget:
         return total
 
 
-class DiskReservation:
+@dataclass(slots=True)
+class DiskReservation(contextlib.AbstractContextManager["DiskReservation"]):
     """Reserved disk space. It is released at the end of a `with` block."""
 
-    def __init__(self, budget: DiskBudget, num_bytes: int) -> None:
-        self._budget, self._remaining = budget, num_bytes
+    budget: DiskBudget
+    remaining: int
 
     def write(self, num_bytes: int) -> None:
-        """Reduce the reservation by bytes that have been written to files.
-
-        Written files are counted by their size.
-        """
-        num_bytes = min(num_bytes, self._remaining)
-        self._remaining -= num_bytes
-        self._budget.free(num_bytes)
+        """Reduce the reservation by bytes of files, which are counted by their size."""
+        num_bytes = min(num_bytes, self.remaining)
+        self.remaining -= num_bytes
+        self.budget.free(num_bytes)
 
     def release(self) -> None:
         """Release the rest of the reservation."""
-        self.write(self._remaining)
-
-    def __enter__(self) -> DiskReservation:
-        return self
+        self.write(self.remaining)
 
     def __exit__(self, *raised: object) -> None:
         self.release()

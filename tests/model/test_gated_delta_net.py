@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from finesight.model import gated_delta_net
+from finesight.model.config import LinearAttentionConfig
 from finesight.model.gated_delta_net import (
     ChunkLayout,
+    DeltaNetInputs,
+    DeltaNetState,
     causal_conv1d,
     chunk_gated_delta_rule,
+    forward_packed,
+    gated_rms_norm,
     recurrent_gated_delta_rule,
 )
 
@@ -113,3 +119,62 @@ def test_packed_convolution_equals_the_convolution_of_each_sequence():
         strict=True,
     ):
         torch.testing.assert_close(got, right)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("lengths", [[1], [64, 63, 65], [5, 130, 1, 700], [4097]])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_kernels_are_as_exact_as_bf16_operations(lengths, has_state, monkeypatch):
+    """Errors of outputs, states and gradients against fp64, next to those of the PyTorch path."""
+    device, num_tokens = torch.device("cuda"), sum(lengths)
+    generator = torch.Generator(device).manual_seed(num_tokens)
+    config = LinearAttentionConfig(
+        full_attention_layers=(),
+        num_key_heads=2,
+        num_value_heads=4,
+        key_head_dim=128,
+        value_head_dim=128,
+        conv_kernel_size=4,
+    )
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    values = {
+        "qkv": draw(num_tokens, config.conv_size).bfloat16(),
+        "weight": (0.5 * draw(config.conv_size, 4)).bfloat16(),
+        "log_decay": -torch.nn.functional.softplus(2 * draw(num_tokens, 4)),
+        "beta": draw(num_tokens, 4).sigmoid(),
+        "z": draw(num_tokens, 4, 128).bfloat16(),
+        "norm_weight": 1 + 0.1 * draw(128),
+    }
+    if has_state:
+        values["conv_state"] = draw(len(lengths), 3, config.conv_size).bfloat16()
+        values["delta_state"] = draw(len(lengths), 4, 128, 128)
+    dout = draw(num_tokens, 4, 128).bfloat16()
+    layout = ChunkLayout.from_lengths(lengths, device)
+
+    def run(dtype: torch.dtype | None) -> dict[str, Tensor]:
+        leaves = {
+            name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in values.items()
+        }
+        state = DeltaNetState(leaves["conv_state"], leaves["delta_state"]) if has_state else None
+        inputs = DeltaNetInputs(
+            config, leaves["qkv"], leaves["weight"], leaves["log_decay"], leaves["beta"]
+        )
+        o_THV, final = forward_packed(inputs, layout, state)
+        y_THV = gated_rms_norm(o_THV, leaves["z"], leaves["norm_weight"], 1e-6)
+        (y_THV * dout.to(y_THV.dtype)).sum().backward()
+        results = {name: x.grad for name, x in leaves.items()}
+        return results | {"out": y_THV.detach(), "final": final.delta_SHDV.detach()}
+
+    expected, kernels = run(torch.float64), run(None)
+    monkeypatch.setattr(gated_delta_net, "has_kernels", lambda _: False)
+    eager = run(None)
+    for name, value in expected.items():
+
+        def error(x: Tensor, value: Tensor = value) -> float:
+            return float((x.double() - value).norm() / value.norm())
+
+        assert error(kernels[name]) <= max(1.5 * error(eager[name]), 4e-3), name

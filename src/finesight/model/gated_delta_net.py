@@ -19,14 +19,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from finesight.model.config import LinearAttentionConfig
+from finesight.model.fused_ops import has_kernels, rms_norm
+from finesight.model.kernels import gated_delta_net as kernels
+from finesight.model.kernels.gated_delta_net import ConvOutput, SequenceChunks
 
 CHUNK_LENGTH = 64
 """Tokens of a chunk. Within a chunk the tokens are computed in parallel."""
@@ -124,6 +128,27 @@ class ChunkLayout:
         return cls(indices, slots, order, position, sequence, lengths_device, counts, num_tokens)
 
     @cached_property
+    def sequence_chunks(self) -> SequenceChunks:
+        """Chunks in the order of the tokens, for the kernels."""
+        lengths_S = self.lengths_S
+        num_chunks_S = (lengths_S + CHUNK_LENGTH - 1) // CHUNK_LENGTH
+        first_chunk_S1 = F.pad(num_chunks_S.cumsum(0), (1, 0))
+        num_chunks = sum(self.chunks_per_step)
+        sequence_C = torch.arange(len(lengths_S), device=lengths_S.device).repeat_interleave(
+            num_chunks_S, output_size=num_chunks
+        )
+        index_C = torch.arange(num_chunks, device=lengths_S.device) - first_chunk_S1[sequence_C]
+        end_S = lengths_S.cumsum(0)
+        start_C = (end_S - lengths_S)[sequence_C] + index_C * CHUNK_LENGTH
+        end_C = torch.minimum(start_C + CHUNK_LENGTH, end_S[sequence_C])
+        return SequenceChunks(*(x.int() for x in (first_chunk_S1, start_C, end_C)))
+
+    @cached_property
+    def position_int32_T(self) -> Tensor:
+        """Index of each token in its sequence, for the kernels."""
+        return self.position_T.int()
+
+    @cached_property
     def inverse_order_S(self) -> Tensor:
         """Position of each sequence in `order_S`."""
         return torch.argsort(self.order_S)
@@ -147,6 +172,25 @@ class ChunkLayout:
         state_rows_T = self.sequence_T * state_length + state_length + self.position_T - distance
         rows_T = torch.where(self.position_T >= distance, rows_T, self.num_tokens + state_rows_T)
         return torch.cat([x_TN, state_SWN.flatten(0, 1)])[rows_T]
+
+    def prepend_states(self, x_TN: Tensor, state_SWN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Insert the state rows before each sequence.
+
+        Returns:
+            The rows, the position of each in its sequence, and the row of each token.
+        """
+        num_rows = state_SWN.shape[1]
+        rows_T = torch.arange(self.num_tokens, device=x_TN.device)
+        rows_T = rows_T + (self.sequence_T + 1) * num_rows
+        extended_RN = x_TN.new_empty(self.num_tokens + state_SWN[..., 0].numel(), x_TN.shape[1])
+        starts_S1 = (self.lengths_S + num_rows).cumsum(0)[:, None] - self.lengths_S[:, None]
+        state_rows_SW = starts_S1 - torch.arange(num_rows, 0, -1, device=x_TN.device)
+        index = torch.cat([rows_T, state_rows_SW.flatten()])
+        values = torch.cat([x_TN, state_SWN.flatten(0, 1).to(x_TN.dtype)])
+        position_R = torch.empty_like(index)
+        states = torch.arange(num_rows, device=x_TN.device).repeat(len(state_SWN))
+        position_R[index] = torch.cat([self.position_T + num_rows, states])
+        return extended_RN.index_copy(0, index, values), position_R.int(), rows_T
 
     def last_rows(self, x_TN: Tensor, count: int, state_SWN: Tensor | None) -> Tensor:
         """Return the last `count` rows of each sequence, preceded by its state or zeros."""
@@ -287,11 +331,17 @@ def forward_packed(
         Outputs [T, H, V], and the state after the last token of each sequence.
     """
     conv_SWN, delta_SHDV = (None, None) if state is None else state
-    y_TN = F.silu(causal_conv1d(inputs.qkv_TN, inputs.conv_weight_NW, layout, conv_SWN))
-    q, k, v = _split_heads(y_TN.to(inputs.qkv_TN.dtype), inputs.config)
-    o_THV, final_SHDV = chunk_gated_delta_rule(
-        q, k, v, inputs.log_decay_TH, inputs.beta_TH, layout, delta_SHDV
-    )
+    if _supports_kernels(inputs):
+        q, k, v = _apply_conv_kernels(inputs, layout, conv_SWN)
+        o_THV, final_SHDV = _GatedDeltaRule.apply(  # type: ignore[no-untyped-call]
+            q, k, v, inputs.log_decay_TH, inputs.beta_TH, delta_SHDV, layout.sequence_chunks
+        )
+    else:
+        y_TN = F.silu(causal_conv1d(inputs.qkv_TN, inputs.conv_weight_NW, layout, conv_SWN))
+        q, k, v = _split_heads(y_TN.to(inputs.qkv_TN.dtype), inputs.config)
+        o_THV, final_SHDV = chunk_gated_delta_rule(
+            q, k, v, inputs.log_decay_TH, inputs.beta_TH, layout, delta_SHDV
+        )
     state_length = inputs.conv_weight_NW.shape[1] - 1
     last_SWN = layout.last_rows(inputs.qkv_TN, state_length, conv_SWN)
     return o_THV, DeltaNetState(last_SWN, final_SHDV)
@@ -327,3 +377,121 @@ def _l2_normalize(x_THD: Tensor) -> Tensor:
     """Normalize each head to length 1, in fp32 at least."""
     wide_THD = x_THD.to(torch.promote_types(x_THD.dtype, torch.float32))
     return wide_THD * (wide_THD.square().sum(-1, keepdim=True) + L2_NORM_EPS).rsqrt()
+
+
+def gated_rms_norm(x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+    """Compute RMS norm times weight times SiLU of the gate, in fp32 at least.
+
+    The result has the dtype of the gate.
+    """
+    if has_kernels(z_THV) and _is_kernel_size(x_THV.shape[-1]):
+        y: Tensor = _GatedRmsNorm.apply(  # type: ignore[no-untyped-call]
+            x_THV.contiguous(), z_THV.contiguous(), weight_V, eps
+        )
+        return y
+    dtype = torch.promote_types(z_THV.dtype, torch.float32)
+    normed_THV = rms_norm(x_THV.to(dtype), weight_V.to(dtype), eps)
+    return (normed_THV * F.silu(z_THV.to(dtype))).to(z_THV.dtype)
+
+
+def _is_kernel_size(size: int) -> bool:
+    """Return True for the head dimensions that the kernels support."""
+    return size in (16, 32, 64, 128)
+
+
+def _supports_kernels(inputs: DeltaNetInputs) -> bool:
+    config = inputs.config
+    is_supported = all(map(_is_kernel_size, (config.key_head_dim, config.value_head_dim)))
+    return is_supported and has_kernels(inputs.qkv_TN)
+
+
+def _apply_conv_kernels(
+    inputs: DeltaNetInputs, layout: ChunkLayout, conv_SWN: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute queries and keys [T, K, D] and values [T, H, V] with the kernels."""
+    config, x_TN, rows_T = inputs.config, inputs.qkv_TN, None
+    position_T = layout.position_int32_T
+    if conv_SWN is not None:
+        x_TN, position_T, rows_T = layout.prepend_states(x_TN, conv_SWN)
+    outputs = kernels.conv_outputs(
+        config.num_key_heads, config.num_value_heads, config.key_head_dim, config.value_head_dim
+    )
+    q, k, v = _CausalConvSilu.apply(  # type: ignore[no-untyped-call]
+        x_TN, inputs.conv_weight_NW, position_T, outputs
+    )
+    return (q, k, v) if rows_T is None else (q[rows_T], k[rows_T], v[rows_T])
+
+
+class _CausalConvSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TN: Tensor, weight_NW: Tensor, position_T: Tensor, outputs: list[ConvOutput]
+    ) -> tuple[Tensor, ...]:
+        weight_NW = weight_NW.contiguous()
+        ctx.save_for_backward(x_TN, weight_NW, position_T)
+        ctx.outputs = outputs
+        return tuple(kernels.causal_conv_silu(x_TN, weight_NW, position_T, outputs, L2_NORM_EPS))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx_TN, dweight_NW = kernels.causal_conv_silu_backward(
+            *ctx.saved_tensors,
+            ctx.outputs,
+            L2_NORM_EPS,
+            list(grads),
+            needs_weight_grad=ctx.needs_input_grad[1],
+        )
+        return dx_TN, dweight_NW, None, None
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TKD: Tensor,
+        k_TKD: Tensor,
+        v_THV: Tensor,
+        log_decay_TH: Tensor,
+        beta_TH: Tensor,
+        initial_SHDV: Tensor | None,
+        chunks: SequenceChunks,
+    ) -> tuple[Tensor, Tensor]:
+        if initial_SHDV is not None:
+            initial_SHDV = initial_SHDV.contiguous()
+        gates = log_decay_TH.contiguous(), beta_TH.contiguous()
+        ctx.save_for_backward(q_TKD, k_TKD, v_THV, *gates, initial_SHDV)
+        ctx.chunks = chunks
+        ctx.set_materialize_grads(False)
+        return kernels.gated_delta_rule(q_TKD, k_TKD, v_THV, *gates, initial_SHDV, chunks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout_THV: Tensor | None, dfinal_SHDV: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dout_THV is None:
+            dout_THV = torch.zeros_like(ctx.saved_tensors[2])
+        if dfinal_SHDV is not None:
+            dfinal_SHDV = dfinal_SHDV.contiguous()
+        grads = kernels.gated_delta_rule_backward(
+            *ctx.saved_tensors, ctx.chunks, dout_THV.contiguous(), dfinal_SHDV
+        )
+        return *grads, None
+
+
+class _GatedRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x_THV, z_THV, weight_V)
+        ctx.eps = eps
+        return kernels.gated_rms_norm(x_THV, z_THV, weight_V, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_THV: Tensor) -> tuple[Tensor | None, ...]:
+        grads = kernels.gated_rms_norm_backward(
+            *ctx.saved_tensors, ctx.eps, dy_THV.contiguous(),
+            needs_weight_grad=ctx.needs_input_grad[2],
+        )  # fmt: skip
+        return *grads, None

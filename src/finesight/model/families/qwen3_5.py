@@ -30,8 +30,7 @@ from finesight.model.decoder import Decoder
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.families.qwen3_vl import build_vision_encoder, interleaved_mrope_axes
 from finesight.model.fused_linear import FusedLinear, single_output
-from finesight.model.fused_ops import rms_norm
-from finesight.model.gated_delta_net import DeltaNetInputs
+from finesight.model.gated_delta_net import DeltaNetInputs, gated_rms_norm
 from finesight.model.layers import GatedMlp, RmsNorm, ZeroCenteredRmsNorm
 from finesight.model.moe import SharedExpertMoeBlock
 from finesight.model.rope import RotaryCosSin, apply_partial_rotary_pos_emb
@@ -116,9 +115,8 @@ class GatedDeltaNet(nn.Module):
         z_THV = z_TE.view(o_THV.shape)
         norm = self.norm
         assert norm.eps is not None, "a norm without eps"
-        normed_THV = rms_norm(o_THV.to(dtype), norm.weight.to(dtype), norm.eps)
-        y_THV = normed_THV * F.silu(z_THV.to(dtype))
-        return single_output(self.out_proj(y_THV.to(x_TD.dtype).flatten(1)))
+        y_THV = gated_rms_norm(o_THV, z_THV, norm.weight, norm.eps)
+        return single_output(self.out_proj(y_THV.flatten(1)))
 
 
 class HybridDecoderLayer(nn.Module):

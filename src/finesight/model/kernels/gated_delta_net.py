@@ -448,9 +448,7 @@ def gated_delta_rule_backward(
     )  # fmt: skip
     del matrices
     dq, dk, dv = (torch.empty_like(x) for x in (q_TKD, k_TKD, v_THV))
-    dlog_decay, dbeta = (
-        torch.empty_like(x, dtype=torch.float32) for x in (log_decay_TH, beta_TH)
-    )
+    dlog_decay, dbeta = (torch.empty_like(x, dtype=torch.float32) for x in (log_decay_TH, beta_TH))
     _chunk_gradients_kernel[(num_chunks, key_heads)](
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, dout_THV, states, dstates, updates_THV, dr_THV,
         chunks.start_C, chunks.end_C, dq, dk, dv, dlog_decay, dbeta, block_v=min(32, value_dim),

@@ -23,7 +23,7 @@ from finesight.data.boxes import (
 from finesight.data.image_header import read_image_size
 from finesight.data.jsonl import LocatedSample, write_samples
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Sample, TextPart
-from finesight.encode.renderer import THINK_END, THINK_START
+from finesight.encode.family import THINK_END, THINK_START
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction, draw_boxes, find_unused_path
 from finesight.infer.request import FinishReason, GenerationOptions

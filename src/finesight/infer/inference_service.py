@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import THINK_END, Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.encode.tokenizer import TextTokenizer

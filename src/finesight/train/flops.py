@@ -21,7 +21,7 @@ from finesight.model.families.qwen2_5_vl import WindowVisionEncoder
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart, get_part
 from finesight.model.vlm import VisionLanguageModel
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 LAYER_PREFIXES = ("model.layers.", "visual.blocks.")
 """Name prefixes of the parameters in layers with activation checkpointing."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from finesight.encode import tokenizer as qwen_vl_tokenizer
 from finesight.encode.tokenizer import PRETOKENIZE_PATTERN
+from finesight.model.families.qwen3_5 import DepthwiseConv
 from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM, ResamplerAttention, VisionResampler
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.weights_io import init_random_model, save_model
@@ -63,9 +64,13 @@ TINY_PRESETS: dict[TinyPreset, TinyConfig] = {
 }
 """Presets by name: `test` has 0.2 M parameters, `small` 5 M and `finesight-tiny` 12.6 M."""
 
-TinyFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
+TinyFamily = Literal[
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"
+]
 
-_QWEN3_FAMILIES = ("qwen3_vl", "qwen3_vl_moe")
+_HYBRID_FAMILIES = ("qwen3_5", "qwen3_5_moe")
+
+_QWEN3_FAMILIES = ("qwen3_vl", "qwen3_vl_moe", *_HYBRID_FAMILIES)
 
 
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -119,6 +124,41 @@ _CHAT_TEMPLATE = """\
 """
 
 
+_NON_THINKING_CHAT_TEMPLATE = """\
+{%- set questions = namespace(last=0) -%}
+{%- for turn in messages -%}
+{%- if turn['role'] == 'user' -%}{%- set questions.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for turn in messages -%}
+{{ '<|im_start|>' + turn['role'] + '\\n' }}
+{%- if turn['role'] == 'assistant' and loop.index0 > questions.last -%}
+{{ '<think>\\n\\n</think>\\n\\n' }}
+{%- endif -%}
+{%- set parts = turn['content'] -%}
+{%- if parts is string -%}
+{{ parts | trim }}
+{%- else -%}
+{%- set content -%}
+{%- for part in parts -%}
+{%- if part['type'] == 'image' -%}
+{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part['type'] == 'video' -%}
+{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- else -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endset -%}
+{{ content | trim }}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}
+{%- endif -%}
+"""
+
+
 def create_tiny_model(
     target: Path,
     family: TinyFamily = "qwen2_vl",
@@ -155,9 +195,11 @@ def _write_model_files(
 ) -> None:
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     _write_json(folder / "config.json", _hf_config(family, tiny_config, tokenizer))
-    template = (
-        _CHAT_TEMPLATE if family in _QWEN3_FAMILIES else _DEFAULT_SYSTEM_TEMPLATE + _CHAT_TEMPLATE
-    )
+    template = _CHAT_TEMPLATE if family in _QWEN3_FAMILIES else _DEFAULT_SYSTEM_TEMPLATE
+    if family in _HYBRID_FAMILIES:
+        template = _NON_THINKING_CHAT_TEMPLATE
+    elif family not in _QWEN3_FAMILIES:
+        template += _CHAT_TEMPLATE
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, template))
     _write_json(folder / "preprocessor_config.json", _preprocessor_config(family))
     _write_json(folder / "chat_template.json", {"chat_template": template})
@@ -177,6 +219,8 @@ def rescale_weights(model: nn.Module) -> None:
             _rescale(module.weight)
         elif isinstance(module, ResamplerAttention):
             _rescale(module.in_proj_weight)
+        elif isinstance(module, DepthwiseConv):
+            _rescale(module.weight.squeeze(1))
         elif isinstance(module, VisionResampler):
             _rescale(module.proj)
 
@@ -271,7 +315,11 @@ def _hf_config(family: TinyFamily, tiny_config: TinyConfig, tokenizer: Tokenizer
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
         # No stacked expert weight is square, so that swapped axes would be detected.
         experts |= {"moe_intermediate_size": tiny_config.intermediate_size // 4 + 8}
-        text = language | head | (experts if family == "qwen3_vl_moe" else {})
+        if family in _HYBRID_FAMILIES:
+            head = _hybrid_config(half)
+            del language["rope_theta"]
+            experts["shared_expert_intermediate_size"] = tiny_config.intermediate_size // 4
+        text = language | head | (experts if family.endswith("_moe") else {})
         return shared | {"dtype": "float32", "text_config": text}
     temporal = half // 4
     rows = (half - temporal) // 2
@@ -287,6 +335,29 @@ def _hf_config(family: TinyFamily, tiny_config: TinyConfig, tokenizer: Tokenizer
         "torch_dtype": "float32",
     }
     return shared | language | flat
+
+
+def _hybrid_config(half: int) -> dict[str, Any]:
+    """Build the keys of attention in text_config of Qwen3.5; half of a head is rotated."""
+    rows = half // 2 // 3
+    return {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "head_dim": 2 * half,
+        "full_attention_interval": 2,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": half,
+        "linear_value_head_dim": half,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.5,
+            "mrope_interleaved": True,
+            "mrope_section": [half // 2 - 2 * rows, rows, rows],
+        },
+    }
 
 
 def _language_config(tiny_config: TinyConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -314,6 +385,8 @@ _ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
 }
 
 
@@ -334,7 +407,7 @@ def _vision_config(family: TinyFamily, tiny_config: TinyConfig) -> dict[str, Any
             "intermediate_size": 4 * tiny_config.vision_hidden_size,
             "out_hidden_size": tiny_config.hidden_size,
             "num_position_embeddings": 49,
-            "deepstack_visual_indexes": [0],
+            "deepstack_visual_indexes": [] if family in _HYBRID_FAMILIES else [0],
         }
     common |= {"in_chans": 3, "spatial_patch_size": 14}
     if family == "qwen2_vl":
@@ -356,7 +429,9 @@ def _vision_config(family: TinyFamily, tiny_config: TinyConfig) -> dict[str, Any
 
 def _preprocessor_config(family: TinyFamily) -> dict[str, Any]:
     """Return the published preprocessor settings of a family, with a smaller pixel limit."""
-    processor = _ARCHITECTURES[family].replace("ForConditionalGeneration", "Processor")
+    # Qwen3.5 has the processor of Qwen3-VL.
+    model_class = _ARCHITECTURES["qwen3_vl" if family in _HYBRID_FAMILIES else family]
+    processor = model_class.replace("ForConditionalGeneration", "Processor")
     shared = {"merge_size": 2, "temporal_patch_size": 2, "processor_class": processor}
     if family in _QWEN3_FAMILIES:
         return shared | {

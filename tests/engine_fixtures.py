@@ -215,8 +215,14 @@ def generate_cached(
     free = (np.random.default_rng(0).permutation(sum(needed)) + 1).tolist()
     adapter = None if model.lora_routing is None else 0
     requests = [
-        PromptState(prompt, [free.pop() for _ in range(number)], adapter, hash_images(prompt))
-        for prompt, number in zip(prompts, needed, strict=True)
+        PromptState(
+            prompt,
+            [free.pop() for _ in range(number)],
+            adapter,
+            hash_images(prompt),
+            state_slot=len(prompts) - index,
+        )
+        for index, (prompt, number) in enumerate(zip(prompts, needed, strict=True))
     ]
     found = [Generated() for _ in prompts]
 

@@ -30,6 +30,8 @@ def make_config(family: str, **changes: Any) -> dict[str, Any]:
     if family == "qwen3_vl_moe":
         experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
         return _nested(experts | {"norm_topk_prob": True} | changes) | {"model_type": family}
+    if family in ("qwen3_5", "qwen3_5_moe"):
+        return _hybrid(family, changes)
     vision = {"depth": 2, "num_heads": 2, "in_chans": 3, "patch_size": 14} | {
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
@@ -114,6 +116,38 @@ def _nested(changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _hybrid(family: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The same for Qwen3.5."""
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "attn_output_gate": True,
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000000.0,
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 0.25,
+        },
+    }
+    if family == "qwen3_5_moe":
+        linear |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        linear |= {"shared_expert_intermediate_size": 24}
+    vision = {"deepstack_visual_indexes": []} | changes.pop("vision", {})
+    config = _nested(linear | {"vision": vision} | changes)
+    text = config["text_config"]
+    for key in ("rope_theta", "rope_scaling"):
+        del text[key]
+    if family == "qwen3_5_moe":
+        del text["intermediate_size"]
+    return config | {"model_type": family}
+
+
 def make_reference_model(settings: dict[str, Any], seed: int = 0, attention: str = "sdpa") -> Any:
     """The transformers model of this config.json, every parameter random, in fp32."""
     from transformers import (
@@ -121,6 +155,10 @@ def make_reference_model(settings: dict[str, Any], seed: int = 0, attention: str
         Qwen2_5_VLForConditionalGeneration,
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
+        Qwen3_5Config,
+        Qwen3_5ForConditionalGeneration,
+        Qwen3_5MoeConfig,
+        Qwen3_5MoeForConditionalGeneration,
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
         Qwen3VLMoeConfig,
@@ -132,6 +170,8 @@ def make_reference_model(settings: dict[str, Any], seed: int = 0, attention: str
         "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
         "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
         "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
+        "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+        "qwen3_5_moe": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
     }
     kind, model_kind = kinds[settings["model_type"]]
     typed = kind.from_dict(deepcopy(settings))
@@ -141,8 +181,14 @@ def make_reference_model(settings: dict[str, Any], seed: int = 0, attention: str
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.15, generator=generator)
-            if parameter.ndim == 1 and name.endswith("weight"):
+            # The norms of Qwen3.5 are zero-centred, except that of linear attention.
+            is_centred = kind in (Qwen3_5Config, Qwen3_5MoeConfig) and ".visual." not in name
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
+            if is_norm and (not is_centred or ".linear_attn." in name):
                 parameter.add_(1.0)
+            if name.endswith(".linear_attn.out_proj.weight"):
+                # The norm amplifies the rounding error of small outputs.
+                parameter.mul_(0.1)
     return model
 
 
@@ -165,6 +211,8 @@ def to_published_layout(
 ) -> dict[str, Tensor]:
     """The reference's tensors by native name; it holds experts outputs first."""
     named = {model.architecture.to_native_name(name): tensor for name, tensor in tensors.items()}
+    if model.config.decoder.linear_attention is not None:
+        return named
     return {name: t.mT if ".experts." in name else t for name, t in named.items()}
 
 
@@ -182,7 +230,7 @@ class ConversationSpec:
     def build_for(self, model: Any) -> RandomConversation:
         """As the reference model's family reads it: Qwen3-VL takes the pairs of frames of a video
         one by one, with text before each."""
-        newest = model.config.model_type.startswith("qwen3_vl")
+        newest = model.config.model_type.startswith("qwen3_")
         parts = _split_video_frames(self.parts) if newest else self.parts
         return _draw_conversation(self.seed, parts, side=16 if newest else 14)
 

@@ -42,7 +42,10 @@ def test_converted_lr_schedule_matches_transformers(kind, warmup, tmp_path):
         assert ours.lr_factor(step) == pytest.approx(expected, abs=1e-9), step
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"],
+)
 def test_layer_names_match_transformers_models(family, tmp_path):
     """Check that the converter finds targets by the layer names of transformers."""
     made = ModelFolder(create_tiny_model(tmp_path / family, family))

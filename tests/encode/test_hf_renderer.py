@@ -213,12 +213,12 @@ def test_package_required_by_processor_is_named(folder: Path, tmp_path: Path) ->
     for file in folder.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+    (tmp_path / "config.json").write_text('{"model_type": "glm4v"}')
     (tmp_path / "processor_config.json").unlink()
     read = {"image_processor_type": "Qwen2VLImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(read))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    with pytest.raises(UserError, match=r"(?i)processor of qwen3_5: .*torchvision"):
+    with pytest.raises(UserError, match=r"(?i)processor of glm4v: .*torchvision"):
         build_renderer(ModelFolder(tmp_path))
 
 

@@ -15,8 +15,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hf_reference import make_config, make_native_model, make_reference_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from finesight.model.weights_io import save_model
 from finesight.model_folder import ModelFolder
@@ -61,6 +63,21 @@ TABLE["qwen3_vl_moe"] = (
     language(r"model\.language_model\.", EXPERTS, NORMS),
     TABLE["qwen3_vl"][1],
 )
+HYBRID_LAYER = (
+    r"self_attn\.(q|k|v|o)_proj\.weight|self_attn\.(q|k)_norm\.weight"
+    r"|linear_attn\.(A_log|dt_bias|(conv1d|norm|out_proj|in_proj_(qkv|z|b|a))\.weight)"
+    r"|(input|post_attention)_layernorm\.weight|{mlp}"
+)
+for hybrid, mlp in {
+    "qwen3_5": DENSE,
+    "qwen3_5_moe": rf"{EXPERTS}|mlp\.shared_expert\.(gate|up|down)_proj\.weight"
+    r"|mlp\.shared_expert_gate\.weight",
+}.items():
+    layer = HYBRID_LAYER.format(mlp=mlp)
+    TABLE[hybrid] = (
+        r"model\.language_model\.(embed_tokens\.weight|norm\.weight|layers\.\d+\.(" + layer + "))",
+        TABLE["qwen3_vl"][1],
+    )
 
 
 def names(folder: Path) -> set[str]:
@@ -78,6 +95,7 @@ def test_tensor_names_are_loadable_by_engines(family: str, tied: bool, tmp_path:
     settings = make_config(family, tie_word_embeddings=tied)
     model = make_native_model(settings, make_reference_model(settings))
     (tmp_path / "config.json").write_text("{}")
+    save_file({"mtp.fc.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     source = ModelFolder(tmp_path)
     source.__dict__["config"] = settings
     out = tmp_path / "out"
@@ -86,6 +104,9 @@ def test_tensor_names_are_loadable_by_engines(family: str, tied: bool, tmp_path:
     assert len(ModelFolder(out).weight_files()) > 1, "one file proves nothing about shards"
     found = names(out)
     allowed = "|".join(TABLE[family]) + ("" if tied else r"|lm_head\.weight")
+    if family.startswith("qwen3_5"):
+        assert "mtp.fc.weight" in found
+        allowed += r"|mtp\.fc\.weight"
     strange = {name for name in found if not re.fullmatch(allowed, name)}
     assert not strange
     # A tied head has no tensor of its own: SGLang passes one over, vLLM would load it twice.

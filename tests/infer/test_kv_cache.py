@@ -19,7 +19,14 @@ from finesight.model.attention import PackedAttention, Segments
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
 CPU = torch.device("cpu")
-SIZE = SimpleNamespace(num_layers=LAYERS, num_heads=HEADS, num_kv_heads=KEY_HEADS, head_dim=WIDTH)
+SIZE = SimpleNamespace(
+    num_layers=LAYERS,
+    num_full_attention_layers=LAYERS,
+    num_heads=HEADS,
+    num_kv_heads=KEY_HEADS,
+    head_dim=WIDTH,
+    linear_attention=None,
+)
 
 
 def _cache(

@@ -35,7 +35,7 @@ from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 
 STEPS = 9
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"]
 on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -55,7 +55,7 @@ def setup(
         pytest.importorskip("tiktoken")
     folder = tmp_path_factory.mktemp(request.param)
     # Of the others' seed an answer is one token again and again, by chance.
-    seed = 2 if request.param == "qwen3_vl_moe" else 0
+    seed = {"qwen3_vl_moe": 2, "qwen3_5": 3, "qwen3_5_moe": 3}.get(request.param, 0)
     tiny = ModelFolder(create_tiny_model(folder / "tiny", request.param, seed))
     model = load_model(tiny, torch.float32, torch.device("cpu")).eval()
     with torch.no_grad():

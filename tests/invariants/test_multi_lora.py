@@ -31,7 +31,7 @@ from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 
 STEPS = 7
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"]
 WIDE = {"language": "lora", "lora": {"rank": 3, "alpha": 9}}
 ADAPTERS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, TUNE_SETTINGS["all parts"]),
@@ -146,8 +146,11 @@ def test_mixed_adapter_batch_matches_single_adapters(
             _assert_equal_events(result[ticket], single_adapter_answers[name][n])
             known[-1][name] += result[ticket].num_cached_tokens
     full = sum((prompt.tokenized.num_tokens - 1) // 16 * 16 for prompt in setup.prompts)
+    if setup.multi_lora_model.config.decoder.linear_attention is not None:
+        # States of linear attention are not cached.
+        full = 0
     assert set(known[1].values()) == {full}
-    assert max(known[0].values()) < full
+    assert max(known[0].values()) <= full
     assert engine.num_free_blocks == engine.num_blocks
 
 

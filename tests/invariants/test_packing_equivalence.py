@@ -23,7 +23,9 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
+)
 def test_packed_logits_and_gradients_equal_single_samples(family: str) -> None:
     theirs = make_reference_model(make_config(family))
     packed_model, alone = (

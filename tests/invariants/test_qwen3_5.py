@@ -1,102 +1,148 @@
-"""Qwen3.5, dense and with experts, through transformers: training, prediction, and loading by peft.
-
-Its processor requires torchvision, also for images only.
-"""
+"""Qwen3.5, dense and with experts: training, evaluation, merging and transformers' answers."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import json
 from pathlib import Path
+from typing import Any
 
-import hf_models
 import pytest
 import torch
+from hf_models import make_sample
+from safetensors.torch import load_file, save_file
+from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import TinyTask
+from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 
-from finesight.encode.renderer import build_renderer
-from finesight.errors import UserError
-from finesight.infer.model_loader import load_inference_model
-from finesight.infer.prediction import predict
+from finesight.cli.app import app
+from finesight.encode.tokenized_sample import EncodedSample
+from finesight.infer.engine import generate
+from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.model_folder import ModelFolder
 
-pytestmark = pytest.mark.skipif(find_spec("torchvision") is None, reason="no torchvision")
-CARD = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    ],
-)
-TUNE = {
-    "vision": "lora",
-    "merger": "lora",
-    "language": "lora",
-    "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
+TUNES: dict[str, dict[str, Any]] = {
+    "lora": {"vision": "lora", "merger": "lora", "language": "lora", "lora": LORA},
+    "full": dict.fromkeys(("vision", "merger", "language", "embeddings"), "full"),
 }
+MTP = "mtp."
+STEPS = 12
 
 
-@pytest.fixture(scope="module", params=[0, 4], ids=["dense", "experts"])
+@pytest.fixture(scope="module", params=["qwen3_5", "qwen3_5_moe"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hf_models.make_qwen3_5(tmp_path_factory.mktemp("models") / "qwen3_5", request.param)
+    """A random model with weights of multi-token prediction, in bf16 and fp32."""
+    family: TinyFamily = request.param
+    tiny = create_tiny_model(tmp_path_factory.mktemp(family) / "tiny", family, seed=3)
+    weights = load_file(tiny / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    width = weights["model.language_model.norm.weight"].shape[0]
+    weights[f"{MTP}fc.weight"] = torch.randn(width, 2 * width, generator=generator).bfloat16()
+    weights[f"{MTP}norm.weight"] = torch.randn(width, generator=generator).bfloat16()
+    weights[f"{MTP}layers.0.mlp.up_proj.weight"] = torch.randn(9, width, generator=generator)
+    save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+    (tiny / "sha256.json").unlink()
+    return tiny
 
 
-def test_answers_are_supervised_without_reasoning(folder: Path, tmp_path: Path) -> None:
-    renderer = build_renderer(ModelFolder(folder))
-    outline = renderer.tokenize(hf_models.make_sample(tmp_path, ("Which?", "light red")))
-    supervised = outline.ids_T[outline.loss_mask_T].tolist()
-    assert renderer.tokenizer.decode(supervised, skip_special_tokens=False) == "light red<|im_end|>"
-    full = renderer.tokenizer.decode(outline.ids_T.tolist(), skip_special_tokens=False)
-    assert full == (
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Which?<|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\nlight red<|im_end|>\n"
-    )
-    with pytest.raises(UserError, match="use single-turn conversations"):
-        renderer.tokenize(hf_models.make_sample(tmp_path, ("Which?", "red"), ("Sure?", "yes")))
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = ModelFolder(folder).weight_files()
+    return {name: value for file in files for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("device", ["cpu", CARD])
-def test_training_reduces_loss_and_peft_loads_adapter(
-    folder: Path, tmp_path: Path, device: str
-) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
+def assert_mtp_is_unchanged(written: Path, source: Path) -> None:
+    expected = {n: t for n, t in read_weights(source).items() if n.startswith(MTP)}
+    found = {n: t for n, t in read_weights(written).items() if n.startswith(MTP)}
+    assert found.keys() == expected.keys() != set()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].view(torch.uint8).equal(tensor.view(torch.uint8))
 
+
+def generate_with_transformers(folder: Path, prompt: EncodedSample, side: int = 16) -> list[int]:
+    """Return the greedy completion of the published code."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    patches = torch.from_numpy(prompt.patches_ND).unflatten(1, (3, -1)).double() / 255
+    pixels = (patches - 0.5) / 0.5
+    frames = 2 * side**2 // pixels.shape[2]
+    grids = torch.tensor([span.grid_thw for span in prompt.tokenized.spans])
+    ids = torch.from_numpy(prompt.tokenized.ids_T).long()[None]
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids,
+            pixel_values=pixels.repeat_interleave(frames, 1).flatten(1).float(),
+            image_grid_thw=grids,
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            max_new_tokens=STEPS,
+            do_sample=False,
+        )
+    completion: list[int] = output[0, ids.shape[1] :].tolist()
+    return completion
+
+
+def generate_natively(loaded: InferenceModel, prompts: list[EncodedSample]) -> list[list[int]]:
+    return generate(loaded.model, prompts, max_new_tokens=STEPS, end_ids=loaded.renderer.end_ids)
+
+
+def assert_equal_answers(folder: Path, tmp_path: Path) -> list[list[int]]:
+    loaded = load_inference_model(str(folder), "cpu", precision="fp32")
+    samples = [
+        make_sample(tmp_path, (question, ""), num_images=number)
+        for number, question in ((1, "Which colour?"), (2, "Which is larger?"), (1, "Why?"))
+    ]
+    prompts = [loaded.renderer.encode_prompt(sample) for sample in samples]
+    answers = generate_natively(loaded, prompts)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert generate_with_transformers(folder, prompt) == answer
+    return answers
+
+
+def test_greedy_answers_equal_transformers(folder: Path, tmp_path: Path) -> None:
+    answers = assert_equal_answers(folder, tmp_path)
+    assert len({tuple(answer) for answer in answers}) == len(answers)
+
+
+@pytest.mark.parametrize("how", TUNES)
+def test_run_trains_evaluates_and_merges(folder: Path, how: str, tmp_path: Path) -> None:
     task = TinyTask(tmp_path / "task")
-    task.recipe |= {"model": str(folder), "image": None, "tune": TUNE}
+    task.recipe |= {"model": str(folder), "tune": TUNES[how]}
     task.run(
-        "train.epochs=5",
-        f"train.device={device}",
+        "train.epochs=4",
+        "train.device=cpu",
         "train.precision=fp32",
         eval={"metric": "qa", "max_new_tokens": 5},
     )
     measured = [x["validation_loss"] for x in task.read_metrics() if "validation_loss" in x]
-    assert measured[-1] < measured[0] - 0.5
-
-    run = task.folder / "run"
-    answerer = load_inference_model(str(run), "cpu")
-    requested = hf_models.make_sample(tmp_path, ("Which colour?", ""))
-    (found,) = predict(
-        answerer.model, answerer.renderer, [requested], max_new_tokens=8, batch_size=1
-    )
-    prompt = answerer.renderer.load_patches(answerer.renderer.tokenize_prompt(requested))
-    ids = torch.from_numpy(prompt.tokenized.ids_T).long()[None]
-    base = AutoModelForImageTextToText.from_pretrained(folder)
-    theirs = PeftModel.from_pretrained(base, run / "adapter").eval()
-    with torch.no_grad():
-        output = theirs.generate(
-            input_ids=ids, **prompt.hf_inputs, max_new_tokens=8, do_sample=False
-        )[0, len(prompt.tokenized.ids_T) :].tolist()
-    assert found.raw_text == answerer.renderer.tokenizer.decode(output, skip_special_tokens=False)
+    assert measured[-1] < measured[0] - 0.3
+    assert load_inference_model(str(task.folder / "run"), "cpu").renderer.end_ids
+    written = task.folder / "run" / "model"
+    if how == "lora":
+        written = tmp_path / "merged"
+        merged = CliRunner().invoke(app, ["merge", str(task.folder / "run"), str(written)])
+        assert merged.exit_code == 0, merged.output
+    assert_mtp_is_unchanged(written, folder)
+    assert_equal_answers(written, tmp_path)
 
 
-def test_full_model_is_saved(folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForImageTextToText
-
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_decay_keeps_its_stored_dtype(folder: Path, stored: torch.dtype, tmp_path: Path) -> None:
+    """A bf16 model with A_log in fp32 or bf16 is trained in bf16 and written as it was stored."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in folder.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    suffixes = (".A_log", ".linear_attn.norm.weight")
+    weights = {
+        name: value.to(stored if name.endswith(suffixes) else torch.bfloat16)
+        for name, value in read_weights(folder).items()
+    }
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     task = TinyTask(tmp_path / "task")
-    full = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
-    task.recipe |= {"model": str(folder), "image": None, "tune": full}
-    task.run("train.epochs=1", "train.learning_rate=0.001")
-    ours = load_inference_model(str(task.folder / "run"), "cpu").model
-    theirs = AutoModelForImageTextToText.from_pretrained(task.folder / "run" / "model")
-    stored = {f"inner.{name}": value for name, value in theirs.state_dict().items()}
-    assert all(torch.equal(value, stored[name]) for name, value in ours.state_dict().items())
+    task.recipe |= {"model": str(base), "tune": TUNES["full"]}
+    task.run("train.epochs=1", "train.device=cpu", "train.precision=bf16")
+    written = read_weights(task.folder / "run" / "model")
+    assert {n: t.dtype for n, t in written.items()} == {n: t.dtype for n, t in weights.items()}
+    assert any(not written[name].equal(weights[name]) for name in weights if ".A_log" in name)

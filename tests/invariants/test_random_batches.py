@@ -27,7 +27,15 @@ from finesight.model_folder import ModelFolder
 MIXES = 40
 """Of each family: 200 in all."""
 
-FAMILIES: list[TinyFamily] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
+FAMILIES: list[TinyFamily] = [
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen",
+]
 CACHE_BYTES = 1 << 14
 """Tokens of the cache of a request alone."""
 

@@ -55,7 +55,10 @@ def encoded(folder: Path, model: ModelFolder, *, videos: bool) -> list[EncodedSa
     return [renderer.encode(make_prefixed_conversation(chat)) for chat in chats]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"],
+)
 @pytest.mark.parametrize("tune", [ALL, LORA], ids=["all", "lora"])
 def test_shared_prefix_loss_and_gradients_match(
     tmp_path: Path, family: TinyFamily, tune: TuneSettings

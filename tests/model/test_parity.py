@@ -79,6 +79,54 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
 }
 
+MODELS |= {
+    "qwen3.5": make_config("qwen3_5"),
+    "qwen3.5 untied, equal numbers of heads, one full layer": make_config(
+        "qwen3_5",
+        tie_word_embeddings=False,
+        linear_num_value_heads=2,
+        num_hidden_layers=2,
+        full_attention_interval=2,
+        num_key_value_heads=1,
+    ),
+    "qwen3.5 linear last, wide kernel, wider values": make_config(
+        "qwen3_5",
+        num_hidden_layers=3,
+        linear_conv_kernel_dim=5,
+        linear_value_head_dim=20,
+        layer_types=["full_attention", "linear_attention", "linear_attention"],
+    ),
+    "qwen3.5 only full attention": make_config(
+        "qwen3_5", layer_types=["full_attention"] * 2, num_hidden_layers=2
+    ),
+    "qwen3.5 narrow kernel, half of a head rotated": make_config(
+        "qwen3_5",
+        linear_conv_kernel_dim=2,
+        head_dim=16,
+        linear_num_key_heads=1,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "qwen3.5 deep": make_config("qwen3_5", num_hidden_layers=8, vision={"depth": 1}),
+    "qwen3.5 with experts": make_config("qwen3_5_moe"),
+    "qwen3.5 with one expert, untied": make_config(
+        "qwen3_5_moe", num_experts=1, num_experts_per_tok=1, tie_word_embeddings=False
+    ),
+    "qwen3.5 with all experts": make_config("qwen3_5_moe", num_experts=4, num_experts_per_tok=4),
+    "qwen3.5 with a wide shared expert": make_config(
+        "qwen3_5_moe",
+        shared_expert_intermediate_size=64,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        full_attention_interval=2,
+    ),
+}
+
 TEXT = make_conversation(1, 11)
 ONE_IMAGE = make_conversation(2, 5, ("image", (1, 4, 6)), 7)
 TWO_IMAGES = make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)

@@ -20,7 +20,8 @@ from hf_reference import (
     pack_conversations,
     reference_logits,
 )
-from lora_fixtures import FAMILIES, merge_to_folder, tune_with_lora
+from lora_fixtures import FAMILIES as ALL_FAMILIES
+from lora_fixtures import merge_to_folder, tune_with_lora
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,12 +36,12 @@ from finesight.model.quant import nf4
 from finesight.model.quant.base import QuantizedWeight, find_quantized_weights
 from finesight.model.quant.nf4 import Nf4Matrix
 from finesight.model.trainable import ModelPart, configure_tuning
-from finesight.model.vlm import ARCHITECTURES as ARCHITECTURES
-from finesight.model.vlm import VisionLanguageModel
+from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
 from finesight.model.weights_io import hub_tensors, load_model, save_model
 from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder, locate_model
 from finesight.train.loss import fused_linear_cross_entropy
 
+FAMILIES = [family for family in ALL_FAMILIES if family != "qwen3_5_moe"]
 EVERY: tuple[ModelPart, ...] = ("vision", "merger", "language")
 LORA = {"rank": 4, "alpha": 6, "dropout": 0.0}
 TUNE = {"language": "lora", "vision": "lora", "merger": "lora", "lora": LORA}
@@ -60,6 +61,8 @@ def make_settings(family: str, **changes: Any) -> dict[str, Any]:
     if family == "qwen3_vl":
         more = {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}}
         more |= {"head_dim": 32}
+    if family == "qwen3_5":
+        more = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
     more |= changes
     return make_config(family, hidden_size=128, intermediate_size=192, vision=own, **more)
 
@@ -92,6 +95,7 @@ def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
         "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
         "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
+        "qwen3_5": transformers.Qwen3_5ForConditionalGeneration,
     }
     four_bits = transformers.BitsAndBytesConfig(
         load_in_4bit=True,

@@ -15,7 +15,7 @@ from finesight.model.trainable import MODEL_PARTS, configure_tuning, get_part, t
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import hub_tensors, init_random_model
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 
 
 def make_model(family: str = "qwen2_5_vl", **changes: Any) -> VisionLanguageModel:

@@ -30,7 +30,7 @@ SAMPLES = [
     make_conversation(3, 1, ("video", (2, 4, 6)), 2),
 ]
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -129,7 +129,7 @@ def test_frozen_encoder_builds_no_graph(reference_model: Any) -> None:
         part.requires_grad_(False)
     assert not model.encode_images(batch.patches_ND, batch.grid_thw).requires_grad
     model(batch).sum().backward()
-    assert model.model.layers[0].self_attn.o_proj.weight.grad is not None
+    assert model.model.layers[-1].self_attn.o_proj.weight.grad is not None
 
 
 def test_merger_trains_with_frozen_encoder(reference_model: Any) -> None:
@@ -211,7 +211,8 @@ def test_hub_names_are_separate_linear_layers(reference_model: Any) -> None:
     model = with_noise_adapters(reference_model)
     names = [tensor.name for tensor in hub_tensors(model)]
     assert len(names) == len(set(names))
-    assert "model.layers.1.self_attn.k_proj.weight" in names
+    last_layer = len(model.model.layers) - 1
+    assert f"model.layers.{last_layer}.self_attn.k_proj.weight" in names
     assert {"visual.merger.mlp.2.weight", "visual.merger.linear_fc2.weight"} & set(names)
     assert not [name for name in names if "adapter" in name or "qkv_proj" in name]
     assert sum(tensor.data.numel() for tensor in hub_tensors(model)) == sum(

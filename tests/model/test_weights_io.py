@@ -34,7 +34,7 @@ from finesight.model.weights_io import (
 from finesight.model_folder import ModelFolder
 from finesight.storage import write_folder
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
 SAMPLES = [make_conversation(1, 3, ("image", (1, 10, 12)), 4), make_conversation(2, 9)]
 
 
@@ -88,7 +88,7 @@ def test_saved_model_loads_in_transformers(
     ours = make_native_model(settings, theirs)
     own = {ours.architecture.to_hub_name(tensor.name) for tensor in hub_tensors(ours)}
     assert names == own
-    if settings["model_type"].startswith("qwen3_vl"):
+    if settings["model_type"].startswith("qwen3_"):
         assert names == set(again.state_dict()) - ({"lm_head.weight"} if tied else set())
     assert ("lm_head.weight" in names) != tied
     assert {path.name for path in target.iterdir() if path.suffix != ".safetensors"} == {
@@ -101,7 +101,20 @@ def test_saved_model_loads_in_transformers(
 def test_transformers_model_loads(tmp_path: Path, settings: dict[str, Any], tied: bool) -> None:
     settings = settings | {"tie_word_embeddings": tied}
     theirs = make_reference_model(settings)
-    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    if settings["model_type"] == "qwen3_5_moe":
+        # transformers would save each expert alone, unlike the published files.
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        tensors = theirs.state_dict()
+        if tied:
+            del tensors["lm_head.weight"]
+        halves = [list(tensors)[::2], list(tensors)[1::2]]
+        for number, names in enumerate(halves):
+            save_file({n: tensors[n] for n in names}, tmp_path / f"model-{number}.safetensors")
+        weight_map = {n: f"model-{h}.safetensors" for h, names in enumerate(halves) for n in names}
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+    else:
+        theirs.save_pretrained(tmp_path, max_shard_size="60KB")
     (tmp_path / "preprocessor_config.json").write_text("{}")
     assert len(ModelFolder(tmp_path).weight_files()) > 1
     ours = load_model(ModelFolder(tmp_path), torch.float32, CPU)
@@ -117,7 +130,7 @@ def test_published_and_transformers_5_names_are_equivalent(
     expected = logits(load_model(source, torch.float32, CPU), theirs)
     tensors = {n: t for file in source.weight_files() for n, t in load_file(file).items()}
     old = {"visual.": "model.visual.", "model.": "model.language_model."}
-    if settings["model_type"].startswith("qwen3_vl"):
+    if settings["model_type"].startswith("qwen3_"):
         # Published as transformers 5 writes them; finesight reads the shorter names as well.
         old = {new: short for short, new in old.items()}
     starts = {n: next(start for start in old if n.startswith(start)) for n in tensors}
@@ -177,7 +190,10 @@ def test_dtypes_are_converted_while_loading(
     target = tmp_path / "target"
     target.mkdir()
     save_model(load_model(source, torch.float32, CPU), source, target, stored)
-    assert {t.dtype for t in load_file(target / "model.safetensors").values()} == {stored}
+    fp32_suffixes = make_native_model(settings, theirs).architecture.fp32_suffixes
+    dtypes = {n: t.dtype for n, t in load_file(target / "model.safetensors").items()}
+    assert {dtypes[n] for n in dtypes if not n.endswith(fp32_suffixes)} == {stored}
+    assert {dtypes[n] for n in dtypes if n.endswith(fp32_suffixes)} <= {torch.float32}
     written = json.loads((target / "config.json").read_text())
     assert written["torch_dtype"] == str(stored).removeprefix("torch.")
     loaded = {t.name: t.data for t in hub_tensors(load_model(source, stored, CPU))}
@@ -324,9 +340,10 @@ def test_random_model_depends_on_seed(settings: dict[str, Any]) -> None:
         init_random_model(settings, seed, torch.bfloat16, CPU).state_dict() for seed in (1, 1, 2)
     )
     assert all(torch.equal(first[name], same[name]) for name in first)
-    weight = "model.layers.0.self_attn.qkv_proj.weight"
+    weight = next(name for name in first if name.endswith("self_attn.qkv_proj.weight"))
     assert not torch.equal(first[weight], other[weight])
     assert first[weight].float().std().item() == pytest.approx(0.02, rel=0.05)
-    assert set(first["model.norm.weight"].tolist()) == {1.0}
-    norm = "norm" if settings["model_type"].startswith("qwen3_vl") else "ln_q"
+    is_zero_centred = settings["model_type"].startswith("qwen3_5")
+    assert set(first["model.norm.weight"].tolist()) == {0.0 if is_zero_centred else 1.0}
+    norm = "norm" if settings["model_type"].startswith("qwen3_") else "ln_q"
     assert first[f"visual.merger.{norm}.weight"].unique().tolist() == [1.0]

@@ -27,7 +27,15 @@ from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.step_trace import StepTracer
 from finesight.train.loss import fused_linear_cross_entropy
 
-FAMILIES: tuple[TinyFamily, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen")
+FAMILIES: tuple[TinyFamily, ...] = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen",
+)
 GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
 LORA = {"rank": 8, "dropout": 0.05}
 TUNES: dict[str, dict[str, Any]] = {
@@ -93,7 +101,7 @@ def test_traced_cpu_memory_matches_allocated_memory(
 ) -> None:
     batch = make_batch(task, family)
     for case in CASES:
-        if family in ("qwen", "qwen3_vl_moe") and case.tune == "partial lora":
+        if family in ("qwen", "qwen3_vl_moe", "qwen3_5_moe") and case.tune == "partial lora":
             continue
         model = load_model(ModelFolder(task / family), dtype, torch.device("cpu")).train()
         configure_tuning(model, TuneSettings.model_validate(TUNES[case.tune]), 0)
@@ -144,7 +152,7 @@ def test_traced_gpu_memory_matches_allocated_memory(task: Path, family: str) -> 
     compute = ComputeTarget(True, torch.bfloat16, capability)
     batch = make_batch(task, family)
     for tune in TUNES:
-        if family in ("qwen", "qwen3_vl_moe") and tune == "partial lora":
+        if family in ("qwen", "qwen3_vl_moe", "qwen3_5_moe") and tune == "partial lora":
             continue
         model = load_model(ModelFolder(task / family), compute.dtype, device).train()
         configure_tuning(model, TuneSettings.model_validate(TUNES[tune]), 0)

@@ -51,12 +51,28 @@ def interpolate_without_matmul(table_SD: Tensor, locations: int) -> Tensor:
     return spread.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def delta_rule_without_matmul(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    log_decay_TH: Tensor,
+    beta_TH: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    """Depend on all inputs of the gated delta rule, without a product of matrices."""
+    scale_TH = (q_THD * k_THD).sum(-1) + log_decay_TH * beta_TH
+    return v_THV * scale_TH[..., None].to(v_THV.dtype), v_THV
+
+
 def grouped(a: Sequence[int], b: Sequence[int], *_: object, **__: object) -> int:
     """Of rows with a matrix for each stretch of them, and of the gradients of both."""
     return 2 * a[0] * a[1] * b[-1]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"],
+)
 @pytest.mark.parametrize(
     "tune",
     [
@@ -71,6 +87,10 @@ def test_flops_match_torch_counter(
 ) -> None:
     monkeypatch.setattr(
         "finesight.model.families.qwen_vl._interpolate_table", interpolate_without_matmul
+    )
+    # The delta rule counts as attention.
+    monkeypatch.setattr(
+        "finesight.model.gated_delta_net.chunk_gated_delta_rule", delta_rule_without_matmul
     )
     make_task(tmp_path)
     create_tiny_model(tmp_path / family, family)
@@ -134,3 +154,13 @@ def test_shared_prefix_is_counted_once(tmp_path: Path) -> None:
 
 def test_peak_flops_is_plausible() -> None:
     assert 1e8 < measure_peak_flops(CPU, torch.float32) < 1e14
+
+
+def test_delta_rule_flops_hand_computed(tmp_path: Path) -> None:
+    """One layer with 4 heads of 8 x 8, one with full attention; three passes."""
+    folder = ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen3_5"))
+    model = load_model(folder, torch.float32, CPU)
+    configure_tuning(model, TuneSettings(language="lora"), 0)
+    causal = (10**2 + 30**2) * 4 * 64 // 2
+    delta_rule = 40 * 4 * 6 * 8 * 8
+    assert FlopCounter(model).count_attention([10, 30], []) == 3 * (causal + delta_rule)

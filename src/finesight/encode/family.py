@@ -19,12 +19,16 @@ from numpy.typing import NDArray
 
 from finesight.data.boxes import BOX_KEY, LABEL_KEYS, iter_json_values
 from finesight.data.image_header import ImageSize
+from finesight.data.sample import ContentPart, Message, TextPart
 
 BoxCorners = tuple[float, float, float, float]
 """A box as left, top, right, bottom."""
 
 FRAME_1000: ImageSize = (1000, 1000)
 """Coordinate frame (height, width) of boxes in thousandths of the image size."""
+
+THINK_START = "<think>\n"
+THINK_END = "\n</think>\n\n"
 
 QWEN_VL_MAX_COORDINATE = 999
 """Largest box coordinate of Qwen-VL, whose boxes are in thousandths of the image size."""
@@ -92,6 +96,7 @@ class ModelFamily(ABC):
         system_prompt: System prompt of the published chat template; None if it has no system turn.
         has_reasoning: Whether the model generates reasoning before its answer.
         uses_1d_positions: Whether the decoder uses 1D position ids instead of M-RoPE.
+        strips_content: Whether the template strips whitespace around the content of a turn.
         splits_role_tokens: Whether role name, newline and content of a turn are tokenized
             separately.
         token_id_keys: Keys of config.json (dotted paths) with the ids of special tokens, by token.
@@ -102,11 +107,35 @@ class ModelFamily(ABC):
     system_prompt: str | None = "You are a helpful assistant."
     has_reasoning: bool = False
     uses_1d_positions: ClassVar[bool] = False
+    strips_content: ClassVar[bool] = False
     splits_role_tokens: ClassVar[bool] = False
     token_id_keys: ClassVar[Mapping[str, str]] = {
         "<|image_pad|>": "image_token_id",
         "<|video_pad|>": "video_token_id",
     }
+
+    @property
+    def renders_reasoning(self) -> bool:
+        """True if the template separates the reasoning of assistant turns from their answers."""
+        return self.has_reasoning
+
+    @property
+    def supervises_empty_reasoning(self) -> bool:
+        """True if an answer without reasoning is trained to end its empty reasoning section."""
+        return True
+
+    @property
+    def generation_prompt(self) -> str:
+        """Text after the header of the answer to generate."""
+        return THINK_START if self.has_reasoning else ""
+
+    def keeps_reasoning(self, messages: Sequence[Message], index: int) -> bool:
+        """Return whether the template renders the reasoning of an assistant turn."""
+        return index == len(messages) - 1
+
+    def format_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Apply the changes of the template to the content of turns; none by default."""
+        return messages
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
         """Return the tokens around an image or video with its 1-based number in the sample."""
@@ -143,6 +172,22 @@ class ModelFamily(ABC):
             grid_t: Number of frame groups (patches along time).
             seconds_per_grid: Time between consecutive frame groups.
         """
+
+
+def strip_content(content: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
+    """Remove whitespace at both ends of the content of a turn, across adjacent text parts."""
+    parts = list(content)
+    while parts and isinstance(first := parts[0], TextPart):
+        text = first.text.lstrip()
+        parts[:1] = [TextPart(text=text)] if text else []
+        if text:
+            break
+    while parts and isinstance(last := parts[-1], TextPart):
+        text = last.text.rstrip()
+        parts[-1:] = [TextPart(text=text)] if text else []
+        if text:
+            break
+    return tuple(parts)
 
 
 def scale_box(xyxy: BoxCorners, source_frame: ImageSize, target_frame: ImageSize) -> BoxCorners:

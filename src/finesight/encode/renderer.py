@@ -35,14 +35,17 @@ from finesight.data.sample import (
     TextPart,
     VideoPart,
 )
-from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vl
+from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
 from finesight.encode.family import (
+    THINK_END,
+    THINK_START,
     ImageBox,
     ModelFamily,
     PredictedBox,
     PromptPiece,
     SpecialToken,
     VideoSegment,
+    strip_content,
 )
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.encode.tokenizer import TextTokenizer, load_tokenizer
@@ -60,8 +63,6 @@ from finesight.vision.image_processing import (
     resolve_image_rule,
 )
 
-THINK_START = "<think>\n"
-THINK_END = "\n</think>\n\n"
 _THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
 
 
@@ -275,6 +276,8 @@ FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
     "qwen2_5_vl": qwen2_5_vl.from_folder,
     "qwen3_vl": qwen3_vl.from_folder,
     "qwen3_vl_moe": qwen3_vl.from_folder,
+    "qwen3_5": qwen3_5.from_folder,
+    "qwen3_5_moe": qwen3_5.from_folder,
     "qwen": qwen_vl.from_folder,
 }
 """Constructors of native families by `model_type` of config.json. Add new families here."""
@@ -482,23 +485,22 @@ class NativeRenderer(Renderer):
         state = _RenderState(
             located_sample.sample.id, token_builder, iter(inputs_by_part), images, [], []
         )
-        messages = self._with_system_prompt(messages)
-        for message in messages:
+        messages = self.family.format_messages(self._with_system_prompt(messages))
+        for index, message in enumerate(messages):
             token_builder.add_special_token(IM_START, is_supervised=False)
             self._add_role(token_builder, message.role)
             is_assistant = message.role == "assistant"
             content: Sequence[ContentPart] = message.content
-            if self.family.has_reasoning and is_assistant:
-                content = self._add_reasoning(state, message, is_last=message is messages[-1])
+            if self.family.renders_reasoning and is_assistant:
+                is_kept = self.family.keeps_reasoning(messages, index)
+                content = self._add_reasoning(state, message, is_kept=is_kept)
             self._add_content(state, content, is_supervised=is_assistant)
             token_builder.add_special_token(IM_END, is_supervised=is_assistant)
             token_builder.add_text("\n", is_supervised=False)
         if add_generation_prompt:
             token_builder.add_special_token(IM_START, is_supervised=False)
             self._add_role(token_builder, "assistant")
-            token_builder.add_text(
-                THINK_START if self.family.has_reasoning else "", is_supervised=False
-            )
+            token_builder.add_text(self.family.generation_prompt, is_supervised=False)
         ids_T, loss_mask_T = token_builder.to_arrays()
         if add_generation_prompt:
             loss_mask_T = np.zeros_like(loss_mask_T)
@@ -519,18 +521,21 @@ class NativeRenderer(Renderer):
                 token_builder.flush()
 
     def _add_reasoning(
-        self, state: _RenderState, message: Message, *, is_last: bool
+        self, state: _RenderState, message: Message, *, is_kept: bool
     ) -> tuple[ContentPart, ...]:
-        """Append the reasoning of the last message, and return the answer of any message.
+        """Append the reasoning of a message if it is kept, and return the answer.
 
-        Reasoning of earlier messages is omitted. A last answer without reasoning is rendered with
-        an empty reasoning section.
+        An answer without reasoning is rendered with an empty reasoning section.
         """
         parts = split_reasoning(message.content)
-        if is_last:
+        reasoning = parts.reasoning or ()
+        if self.family.strips_content:
+            reasoning = strip_content(reasoning)
+        if is_kept:
+            is_supervised = bool(reasoning) or self.family.supervises_empty_reasoning
             state.token_builder.add_text(THINK_START, is_supervised=False)
-            self._add_content(state, parts.reasoning or (), is_supervised=True)
-            state.token_builder.add_text(THINK_END, is_supervised=True)
+            self._add_content(state, reasoning, is_supervised=is_supervised)
+            state.token_builder.add_text(THINK_END, is_supervised=is_supervised)
         return parts.answer
 
     def _add_content(

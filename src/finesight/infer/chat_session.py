@@ -31,7 +31,7 @@ from finesight.data.sample import (
     TextPart,
     write_samples,
 )
-from finesight.encode.renderer import THINK_END, THINK_START
+from finesight.encode.family import THINK_END, THINK_START
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction, draw_boxes, find_unused_path
 from finesight.infer.request import FinishReason, GenerationOptions

@@ -81,7 +81,10 @@ class Engine:
         self.block_size = GPU_BLOCK_SIZE if is_cuda else CPU_BLOCK_SIZE
         num_blocks = -(-num_cache_tokens // self.block_size) + 1
         self._scheduler = Scheduler(
-            max_num_seqs=max_num_seqs, num_blocks=num_blocks, block_size=self.block_size
+            max_num_seqs=max_num_seqs,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            has_linear_states=model.config.decoder.linear_attention is not None,
         )
         self._runner = ModelRunner(
             model,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from finesight.data.sample import LocatedSample
-from finesight.encode.renderer import THINK_END, Renderer
+from finesight.encode.family import THINK_END
+from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.encode.tokenizer import TextTokenizer
 from finesight.errors import UserError

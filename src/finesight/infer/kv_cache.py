@@ -19,6 +19,12 @@ from torch import Tensor
 from finesight.model.attention import Segments, supports_varlen_attention, varlen_attention
 from finesight.model.config import DecoderConfig
 from finesight.model.cpu_attention import copy_to_device
+from finesight.model.gated_delta_net import (
+    DeltaNetInputs,
+    DeltaNetState,
+    forward_packed,
+    forward_step,
+)
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -47,7 +53,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (
-            decoder_config.num_layers,
+            decoder_config.num_full_attention_layers,
             num_blocks,
             block_size,
             decoder_config.num_kv_heads,
@@ -60,6 +66,11 @@ class KVCache:
         )
         self.seq_lens_R, self.prompt_lens_R, self.active_R = (
             torch.zeros(max_num_seqs, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self.linear_states = (
+            LinearStateCache(decoder_config, max_num_seqs, dtype, device)
+            if decoder_config.linear_attention is not None
+            else None
         )
 
     @property
@@ -88,10 +99,68 @@ class KVCache:
         return self.values_LPSKD[layer_index].flatten(0, 1)
 
 
+class LinearStateCache:
+    """States of the linear attention layers of all sequences.
+
+    Each sequence has a slot from its first prefill step to its end. Slot 0 is reserved for unused
+    rows of the decoding batch.
+
+    Attributes:
+        slots_R: Slot of each row of the decoding batch.
+    """
+
+    def __init__(
+        self,
+        decoder_config: DecoderConfig,
+        max_num_seqs: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        config = decoder_config.linear_attention
+        assert config is not None, "a decoder without linear attention"
+        shape = (
+            decoder_config.num_layers - decoder_config.num_full_attention_layers,
+            max_num_seqs + 1,
+        )
+        conv_shape = (config.conv_kernel_size - 1, config.conv_size)
+        delta_shape = (config.num_value_heads, config.key_head_dim, config.value_head_dim)
+        self._conv_LSWN = torch.zeros(*shape, *conv_shape, dtype=dtype, device=device)
+        wide_dtype = torch.promote_types(dtype, torch.float32)
+        self._delta_LSHDV = torch.zeros(*shape, *delta_shape, dtype=wide_dtype, device=device)
+        self.slots_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+
+    def reset(self, slots_S: Tensor) -> None:
+        """Set the states of new sequences to zero."""
+        self._conv_LSWN[:, slots_S] = 0
+        self._delta_LSHDV[:, slots_S] = 0
+
+    def read(self, layer_index: int, slots_S: Tensor) -> DeltaNetState:
+        states = (self._conv_LSWN[layer_index], self._delta_LSHDV[layer_index])
+        return DeltaNetState(*(x.index_select(0, slots_S) for x in states))
+
+    def write(self, layer_index: int, slots_S: Tensor, state: DeltaNetState) -> None:
+        self._conv_LSWN[layer_index].index_copy_(0, slots_S, state.conv_SWN)
+        self._delta_LSHDV[layer_index].index_copy_(0, slots_S, state.delta_SHDV)
+
+
+def get_linear_state_bytes(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Return the size of the linear attention states of one sequence in bytes."""
+    config = decoder_config.linear_attention
+    if config is None:
+        return 0
+    conv_bytes = (config.conv_kernel_size - 1) * config.conv_size * dtype.itemsize
+    delta_bytes = 4 * config.num_value_heads * config.key_head_dim * config.value_head_dim
+    num_layers = decoder_config.num_layers - decoder_config.num_full_attention_layers
+    return num_layers * (conv_bytes + delta_bytes)
+
+
 def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:
     """Return the KV-cache size of one token in bytes, over all layers."""
     num_elements = (
-        2 * decoder_config.num_layers * decoder_config.num_kv_heads * decoder_config.head_dim
+        2
+        * decoder_config.num_full_attention_layers
+        * decoder_config.num_kv_heads
+        * decoder_config.head_dim
     )
     return num_elements * dtype.itemsize
 
@@ -104,6 +173,7 @@ class PrefillChunk:
     start: int
     stop: int
     prompt_length: int
+    state_slot: int = 0
 
     def compute_slot_mapping(
         self, block_size: int, start: int
@@ -134,6 +204,11 @@ class PrefillAttention:
         if not self._is_first_chunk:
             slot_mapping = np.concatenate([c.compute_slot_mapping(block_size, 0) for c in chunks])
             self._context_slots_M = copy_to_device(slot_mapping, device)
+        if cache.linear_states is not None:
+            slots = np.array([chunk.state_slot for chunk in chunks], dtype=np.int64)
+            self._state_slots_S = copy_to_device(slots, device)
+            is_new_S = np.array([chunk.start == 0 for chunk in chunks])
+            cache.linear_states.reset(copy_to_device(slots[is_new_S], device))
 
     @property
     def context_lengths_T(self) -> Tensor:
@@ -159,6 +234,15 @@ class PrefillAttention:
                 key_segments=self._kv_segments,
             )
         return self._attend_per_chunk(q_THD, k_MKD, v_MKD)
+
+    def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
+        """Continue from the states of the prompts, and update them."""
+        states = self._cache.linear_states
+        assert states is not None, "a cache without linear attention states"
+        state = states.read(layer_index, self._state_slots_S)
+        o_THV, state = forward_packed(inputs, self._query_segments.chunk_layout, state)
+        states.write(layer_index, self._state_slots_S, state)
+        return o_THV
 
     def _attend_per_chunk(self, q_THD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
         queries = torch.split(q_THD, list(self._query_segments.lengths))
@@ -210,6 +294,15 @@ class DecodeAttention:
         """Write the new keys and values, then compute attention: [R, H, D] to [R, H, D]."""
         self.cache.write(layer_index, self.slot_mapping_R, k_TKD, v_TKD)
         return self.attend(layer_index, q_THD)
+
+    def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
+        """Compute the next token of each sequence from its state, and update the state."""
+        states = self.cache.linear_states
+        assert states is not None, "a cache without linear attention states"
+        slots_R = states.slots_R[: self.num_seqs]
+        o_RHV, state = forward_step(inputs, states.read(layer_index, slots_R))
+        states.write(layer_index, slots_R, state)
+        return o_RHV
 
     def attend(self, layer_index: int, q_RHD: Tensor) -> Tensor:
         """Compute attention [R, H, D] after the new keys and values have been cached."""

@@ -102,7 +102,13 @@ class ModelRunner:
             )
         load_image_features(self.model, prompts, self._feature_cache)
         chunks = [
-            PrefillChunk(prompt.block_ids, prompt.num_computed_tokens, stop, prompt.num_tokens)
+            PrefillChunk(
+                prompt.block_ids,
+                prompt.num_computed_tokens,
+                stop,
+                prompt.num_tokens,
+                prompt.state_slot,
+            )
             for prompt, stop in zip(prompts, stops, strict=True)
         ]
         batch, features_MKD = _pack_chunks(prompts, chunks)
@@ -146,6 +152,8 @@ class ModelRunner:
             strict=True,
         ):
             buffer[batch_index].fill_(value)
+        if cache.linear_states is not None:
+            cache.linear_states.slots_R[batch_index].fill_(prompt.state_slot)
         if self.model.lora_routing is not None:
             self._lora_masks_RN[batch_index] = self.model.lora_routing.build_mask(
                 prompt.adapter_index
@@ -156,19 +164,23 @@ class ModelRunner:
     def remove_sequence(self, batch_index: int, last_index: int) -> None:
         """Remove a sequence from the decoding batch; the last sequence takes its row."""
         cache = self.cache
-        buffers = (
+        buffers: tuple[Tensor, ...] = (
             cache.seq_lens_R,
             cache.prompt_lens_R,
             cache.active_R,
             self._position_ids_R,
             self.ids_R,
         )
+        if cache.linear_states is not None:
+            buffers = (*buffers, cache.linear_states.slots_R)
         if batch_index != last_index:
             masks = () if self.model.lora_routing is None else (self._lora_masks_RN,)
             for buffer in (*buffers, cache.block_table_RB, *masks):
                 buffer[batch_index] = buffer[last_index]
         for buffer in (cache.seq_lens_R, cache.active_R):
             buffer[last_index].fill_(0)
+        if cache.linear_states is not None:
+            cache.linear_states.slots_R[last_index].fill_(0)
         cache.block_table_RB[last_index].fill_(0)
 
     def decode(self, num_seqs: int, max_seq_len: int) -> Tensor:

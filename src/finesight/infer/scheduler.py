@@ -53,6 +53,7 @@ class PromptState:
     Attributes:
         features: Vision features of each image or video that the rest of the prompt needs; None for
             others.
+        state_slot: Slot of the linear attention states; 0 without a slot.
     """
 
     encoded: EncodedSample
@@ -61,6 +62,7 @@ class PromptState:
     image_hashes: tuple[bytes, ...]
     num_computed_tokens: int = 0
     features: list[Tensor | None] = field(default_factory=list)
+    state_slot: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -121,7 +123,19 @@ class Scheduler:
         paused: Sequences with a late bitmask, which hold KV-cache blocks but no batch row.
     """
 
-    def __init__(self, *, max_num_seqs: int, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        num_blocks: int,
+        block_size: int,
+        has_linear_states: bool = False,
+    ) -> None:
+        """Create a scheduler without requests.
+
+        With `has_linear_states`, each sequence has a slot for its linear attention states. Prompts
+        then share no blocks, since the states at the end of a block are not retained.
+        """
         self.block_manager = BlockManager(num_blocks)
         self.waiting: deque[SequenceState] = deque()
         self.prefilling: list[SequenceState] = []
@@ -131,6 +145,8 @@ class Scheduler:
         """Sequences that `remove_finished` will remove from the decoding batch."""
         self.max_num_seqs, self.block_size = max_num_seqs, block_size
         self._request_ids = itertools.count()
+        self._has_linear_states = has_linear_states
+        self._free_state_slots = list(range(max_num_seqs, 0, -1))
 
     @property
     def num_running(self) -> int:
@@ -158,7 +174,9 @@ class Scheduler:
                 request.sampling_params, request.logprobs, request.constraint, tokenized.ids_T
             ),
             cache_salt=cache_salt,
-            block_hashes=compute_block_hashes(tokenized, image_hashes, self.block_size, cache_salt),
+            block_hashes=[]
+            if self._has_linear_states
+            else compute_block_hashes(tokenized, image_hashes, self.block_size, cache_salt),
         )
         self.waiting.append(sequence)
         return sequence.request_id
@@ -193,6 +211,8 @@ class Scheduler:
             return None
         sequence.num_cached_tokens = prompt.num_computed_tokens = len(block_ids) * self.block_size
         prompt.block_ids = block_ids + self.block_manager.allocate(num_new_blocks)
+        if self._has_linear_states:
+            prompt.state_slot = self._free_state_slots.pop()
         self.prefilling.append(self.waiting.popleft())
         return sequence
 
@@ -266,7 +286,10 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         self._leaving.append(sequence)
-        if sequence.output_ids:
+        if prompt.state_slot:
+            self._free_state_slots.append(prompt.state_slot)
+            prompt.state_slot = 0
+        if sequence.output_ids and not self._has_linear_states:
             # Keys and values of the last token have not been computed.
             tokenized = append_tokens(prompt.encoded.tokenized, sequence.output_ids[:-1])
             block_hashes = compute_block_hashes(

@@ -30,6 +30,12 @@ from finesight.model.cpu_attention import (
     copy_to_device,
     cpu_attention,
 )
+from finesight.model.gated_delta_net import (
+    ChunkLayout,
+    DeltaNetInputs,
+    DeltaNetState,
+    forward_packed,
+)
 from finesight.model.quant.base import HAS_TRITON, has_tensor_cores
 
 if HAS_TRITON:
@@ -53,6 +59,10 @@ class AttentionBackend(Protocol):
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """Compute the attention of the new tokens in one decoder layer."""
+        ...
+
+    def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
+        """Compute the linear attention [T, H, V] of the new tokens in one decoder layer."""
         ...
 
 
@@ -79,6 +89,11 @@ class Segments:
         """Length of the segment that each token belongs to, [T]."""
         lengths_S = self.cu_seqlens_S1.diff()
         return lengths_S.repeat_interleave(lengths_S, output_size=sum(self.lengths))
+
+    @cached_property
+    def chunk_layout(self) -> ChunkLayout:
+        """Chunks of the segments for linear attention."""
+        return ChunkLayout.from_lengths(self.lengths, self.cu_seqlens_S1.device)
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
@@ -108,6 +123,10 @@ class PackedAttention:
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         return varlen_attention(q_THD, k_TKD, v_TKD, self.segments, causal=True)
+
+    def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
+        o_THV, _ = forward_packed(inputs, self.segments.chunk_layout)
+        return o_THV
 
 
 class SharedPrefixIndices(NamedTuple):
@@ -168,6 +187,16 @@ class SharedPrefixAttention(PackedAttention):
         o_MHD = varlen_attention(self._expand(q_THD), k_MKD, v_MKD, full_segments, causal=True)
         return o_MHD.index_select(0, self.indices.position_indices_T)
 
+    def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
+        """Compute the prefix once; its state is the initial state of the other sequences."""
+        prefix_layout, suffix_layout = self.chunk_layouts
+        prefix, suffixes = inputs.split([self.prefix_length, suffix_layout.num_tokens])
+        prefix_THV, state = forward_packed(prefix, prefix_layout)
+        num_suffixes = len(suffix_layout.lengths_S)
+        states = DeltaNetState(*(x.expand(num_suffixes, *x.shape[1:]) for x in state))
+        suffix_THV, _ = forward_packed(suffixes, suffix_layout, states)
+        return torch.cat([prefix_THV, suffix_THV])
+
     def _expand(self, x_TX: Tensor) -> Tensor:
         expand = _ExpandSharedPrefix.apply
         y_MX: Tensor = expand(x_TX, self.indices)  # type: ignore[no-untyped-call]
@@ -176,6 +205,12 @@ class SharedPrefixAttention(PackedAttention):
     @property
     def prefix_length(self) -> int:
         return self.segments.lengths[0]
+
+    @cached_property
+    def chunk_layouts(self) -> tuple[ChunkLayout, ChunkLayout]:
+        """Chunks of the prefix and of the other sequences for linear attention."""
+        (prefix, *others), device = self.segments.lengths, self.segments.cu_seqlens_S1.device
+        return ChunkLayout.from_lengths([prefix], device), ChunkLayout.from_lengths(others, device)
 
     @cached_property
     def full_segments(self) -> Segments:
@@ -429,6 +464,9 @@ class ContextParallelAttention(PackedAttention):
             if len(q_SHD)
         ]
         return torch.cat(outputs)
+
+    def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
+        raise AssertionError("context parallelism does not support linear attention layers")
 
     @cached_property
     def _chunk_segments(self) -> tuple[tuple[Segments, Segments], ...]:

@@ -90,6 +90,13 @@ class ConfigReader:
             self.raise_invalid(key, f"a list of integers from 0 to {MAX_INT}")
         return tuple(value)
 
+    def get_strs(self, key: str) -> tuple[str, ...]:
+        """Return the list of strings stored under `key`."""
+        value = self._values.get(key)
+        if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
+            self.raise_invalid(key, "a list of strings")
+        return tuple(value)
+
     def get_floats(self, key: str, length: int) -> tuple[float, ...]:
         """Return the list of `length` finite floats stored under `key`."""
         value = self._values.get(key)
@@ -111,11 +118,46 @@ class ConfigReader:
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """Mixture-of-experts config of the decoder."""
+    """Mixture-of-experts config of the decoder.
+
+    Attributes:
+        shared_intermediate_size: Intermediate size of the shared expert; None without one.
+    """
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int
+    shared_intermediate_size: int | None = None
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Config of the linear attention layers (Gated DeltaNet) of a hybrid decoder.
+
+    Attributes:
+        full_attention_layers: Indices of the decoder layers with full attention.
+        conv_kernel_size: Kernel size of the causal convolution.
+    """
+
+    full_attention_layers: tuple[int, ...]
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel_size: int
+
+    @property
+    def key_size(self) -> int:
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_size(self) -> int:
+        return self.num_value_heads * self.value_head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Number of channels of the convolution: queries, keys and values."""
+        return 2 * self.key_size + self.value_size
 
 
 @dataclass(frozen=True)
@@ -129,6 +171,7 @@ class DecoderConfig:
         max_position_embeddings: Context length of the base model.
         tie_word_embeddings: The head shares the weight of the token embedding.
         moe: Config of the experts that replace the MLPs; None for a dense model.
+        linear_attention: Config of the linear attention layers; None without such layers.
     """
 
     vocab_size: int
@@ -145,6 +188,19 @@ class DecoderConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     moe: MoeConfig | None = None
+    linear_attention: LinearAttentionConfig | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of leading elements of a head that the rotary embedding rotates."""
+        return 2 * len(self.mrope_axes)
+
+    @property
+    def num_full_attention_layers(self) -> int:
+        """Number of layers with full attention, which have a KV cache."""
+        if self.linear_attention is None:
+            return self.num_layers
+        return len(self.linear_attention.full_attention_layers)
 
     def prefix_cache_key(self, num_tokens: int) -> str:
         """Return a key that separates prompts which cannot share KV cache entries."""
@@ -207,10 +263,15 @@ def parse_decoder_config(
     hf_config: ConfigReader,
     *,
     head_dim: int | None = None,
+    rotary_dim: int | None = None,
+    intermediate_size: int | None = None,
     use_qk_norm: bool = False,
     mrope_axes: Callable[[tuple[int, ...]], tuple[int, ...]] = sequential_mrope_axes,
 ) -> DecoderConfig:
-    """Parse the decoder config from config.json."""
+    """Parse the decoder config from config.json.
+
+    The rotary embedding rotates `rotary_dim` elements of a head; None means all.
+    """
     text = get_text_config(hf_config)
     text.require_supported("hidden_act", "silu", ("silu",))
     text.require_supported("use_sliding_window", False, (False,))
@@ -230,8 +291,9 @@ def parse_decoder_config(
         text.require_supported("head_dim", None, (None, head_dim))
     if num_heads % num_kv_heads:
         text.raise_invalid("num_key_value_heads", f"a divisor of {num_heads} heads")
-    if len(sections) != 3 or sum(sections) * 2 != head_dim:
-        rope.raise_invalid("mrope_section", f"three integers with the sum {head_dim / 2:g}")
+    rotary_dim = rotary_dim or head_dim
+    if len(sections) != 3 or sum(sections) * 2 != rotary_dim:
+        rope.raise_invalid("mrope_section", f"three integers with the sum {rotary_dim / 2:g}")
     if sequential_mrope_axes(sections) != tuple(sorted(mrope_axes(sections))):
         rope.raise_invalid(
             "mrope_section", "sections that can be interleaved, with the first as the longest"
@@ -241,7 +303,7 @@ def parse_decoder_config(
     return DecoderConfig(
         vocab_size=text.get_int("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=text.get_int("intermediate_size"),
+        intermediate_size=intermediate_size or text.get_int("intermediate_size"),
         num_layers=text.get_int("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

@@ -19,7 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from finesight.model.attention import Segments, varlen_attention
 from finesight.model.config import PixelNormalization, VisionConfig
 from finesight.model.fused_linear import FusedLinear, single_output
-from finesight.model.fused_ops import has_kernels, quick_gelu, rms_norm, swiglu, swiglu_concat
+from finesight.model.fused_ops import (
+    RmsNormFunction,
+    has_kernels,
+    quick_gelu,
+    rms_norm,
+    swiglu,
+    swiglu_concat,
+)
 from finesight.model.lora.fused import fuse_lora_weight, padding_columns
 from finesight.model.quant.base import HAS_TRITON, Fp8Rows
 from finesight.model.quant.fp8 import quantize_fp8
@@ -71,6 +78,22 @@ class RmsNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None, "a norm without eps"
         return rms_norm(x, self.weight, self.eps)
+
+
+class ZeroCenteredRmsNorm(RmsNorm):
+    """RMS norm that scales by 1 + weight, computed in fp32 at least."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None, "a norm without eps"
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = 1.0 + self.weight.to(wide)
+        if x.dtype == wide:
+            return rms_norm(x, scale, self.eps)
+        y: Tensor = RmsNormFunction.apply(x, scale, self.eps)  # type: ignore[no-untyped-call]
+        return y
 
 
 def add_norm(

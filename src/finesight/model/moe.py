@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.model.config import MoeConfig
+from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.fused_ops import swiglu
+from finesight.model.layers import GatedMlp
 
 
 def requires_host_sync(dtype: torch.dtype, device: torch.device) -> bool:
@@ -21,21 +23,32 @@ def requires_host_sync(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class MoeExperts(nn.Module):
-    """Experts with stacked weights in the published layout, inputs before outputs."""
+    """Experts with stacked weights in the published layout.
 
-    def __init__(self, hidden_size: int, moe_config: MoeConfig) -> None:
+    Qwen3-VL publishes inputs before outputs, Qwen3.5 outputs before inputs (`outputs_first`).
+    """
+
+    def __init__(
+        self, hidden_size: int, moe_config: MoeConfig, *, outputs_first: bool = False
+    ) -> None:
         super().__init__()
+        self.outputs_first = outputs_first
         num_experts, intermediate_size = moe_config.num_experts, moe_config.intermediate_size
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(num_experts, hidden_size, 2 * intermediate_size)
-        )
-        self.down_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        gate_up_shape = (hidden_size, 2 * intermediate_size)
+        down_shape = (intermediate_size, hidden_size)
+        step = -1 if outputs_first else 1
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, *gate_up_shape[::step]))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, *down_shape[::step]))
 
     def forward(self, x_PD: Tensor, expert_offsets_E: Tensor) -> Tensor:
         """Apply the experts to rows [P, D] that are sorted by expert."""
-        gate_up_PE = F.grouped_mm(x_PD, self.gate_up_proj, offs=expert_offsets_E)
+        gate_up, down = (
+            weight.mT if self.outputs_first else weight
+            for weight in (self.gate_up_proj, self.down_proj)
+        )
+        gate_up_PE = F.grouped_mm(x_PD, gate_up, offs=expert_offsets_E)
         gate_PI, up_PI = (half.contiguous() for half in gate_up_PE.chunk(2, dim=-1))
-        y_PD: Tensor = F.grouped_mm(swiglu(gate_PI, up_PI), self.down_proj, offs=expert_offsets_E)
+        y_PD: Tensor = F.grouped_mm(swiglu(gate_PI, up_PI), down, offs=expert_offsets_E)
         return y_PD
 
 
@@ -46,11 +59,13 @@ class SparseMoeBlock(nn.Module):
     router probabilities. See Yang et al. 2025, Qwen3 Technical Report, section 2.
     """
 
-    def __init__(self, hidden_size: int, moe_config: MoeConfig) -> None:
+    def __init__(
+        self, hidden_size: int, moe_config: MoeConfig, *, outputs_first: bool = False
+    ) -> None:
         super().__init__()
         self.top_k = moe_config.num_experts_per_tok
         self.gate = nn.Linear(hidden_size, moe_config.num_experts, bias=False)
-        self.experts = MoeExperts(hidden_size, moe_config)
+        self.experts = MoeExperts(hidden_size, moe_config, outputs_first=outputs_first)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         router_probs_TE = self.gate(x_TD).softmax(-1, dtype=torch.float32)
@@ -65,4 +80,20 @@ class SparseMoeBlock(nn.Module):
         y_PD = self.experts(x_TD.index_select(0, order_P // self.top_k), expert_offsets_E)
         y_TKD = y_PD.index_select(0, order_P.argsort()).unflatten(0, (-1, self.top_k))
         y_TD: Tensor = (y_TKD * expert_weights_TK.unsqueeze(-1)).sum(1)
+        return y_TD
+
+
+class SharedExpertMoeBlock(SparseMoeBlock):
+    """Sparse mixture of experts with a gated shared expert, which processes every token."""
+
+    def __init__(self, hidden_size: int, moe_config: MoeConfig) -> None:
+        super().__init__(hidden_size, moe_config, outputs_first=True)
+        shared_size = moe_config.shared_intermediate_size
+        assert shared_size is not None, "a config without a shared expert"
+        self.shared_expert = GatedMlp(hidden_size, shared_size, bias=False)
+        self.shared_expert_gate = FusedLinear(hidden_size, {"shared_expert_gate": 1}, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_T1 = single_output(self.shared_expert_gate(x_TD)).sigmoid()
+        y_TD: Tensor = super().forward(x_TD) + gate_T1 * self.shared_expert(x_TD)
         return y_TD

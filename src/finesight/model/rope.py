@@ -38,6 +38,13 @@ def apply_rotary_pos_emb(x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
     return apply_rotary(x_THD, rotary.cos_T1D, rotary.sin_T1D)
 
 
+def apply_partial_rotary_pos_emb(x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
+    """Rotate the leading elements of each head, as many as there are angles."""
+    rotary_dim = rotary.cos_T1D.shape[-1]
+    rotated_THR = apply_rotary_pos_emb(x_THD[..., :rotary_dim].contiguous(), rotary)
+    return torch.cat([rotated_THR, x_THD[..., rotary_dim:]], dim=-1)
+
+
 @torch.no_grad()
 def compute_mrope(
     position_ids_3T: Tensor, config: DecoderConfig, dtype: torch.dtype
@@ -51,7 +58,7 @@ def compute_mrope(
     axes_F = _axis_tensor(config.mrope_axes, device)
     position_ids_TF = position_ids_3T.index_select(0, axes_F).T.float()
     return RotaryCosSin.from_angles(
-        position_ids_TF * inverse_frequencies(config.head_dim, config.rope_theta, device), dtype
+        position_ids_TF * inverse_frequencies(config.rotary_dim, config.rope_theta, device), dtype
     )
 
 

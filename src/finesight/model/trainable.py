@@ -32,6 +32,9 @@ EMBEDDING_SUFFIXES = (
 """Name suffixes of additive embedding parameters, such as position embeddings. The token embedding
 table is handled separately."""
 
+CONV_SUFFIX = ".conv1d.weight"
+"""Name suffix of the depthwise convolutions of linear attention layers."""
+
 HF_PREFIX = "inner."
 """Parameter name prefix of models that run through transformers."""
 

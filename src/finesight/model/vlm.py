@@ -26,7 +26,7 @@ from finesight.model.attention import (
 )
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
 from finesight.model.decoder import DecoderLayer, DeepstackFeatures
-from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vl
+from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
 from finesight.model.families.architecture import (
     QWEN_VL_MAPPING,
     TRANSFORMERS_V5_MAPPING,
@@ -46,6 +46,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
     "qwen3_vl": qwen3_vl.ARCHITECTURE,
     "qwen3_vl_moe": qwen3_vl.MOE_ARCHITECTURE,
+    "qwen3_5": qwen3_5.ARCHITECTURE,
+    "qwen3_5_moe": qwen3_5.MOE_ARCHITECTURE,
     "qwen": qwen_vl.ARCHITECTURE,
 }
 """Model families by `model_type` of config.json; a new family is a module and an entry here."""
@@ -96,6 +98,8 @@ class VisionLanguageModel(nn.Module):
         """True if a decode step can be captured as a CUDA graph."""
         weight = self.model.embed_tokens.weight
         has_experts = self.config.decoder.moe is not None
+        if self.config.decoder.linear_attention is not None:
+            return False
         return weight.is_cuda and not (
             has_experts and requires_host_sync(weight.dtype, weight.device)
         )
@@ -258,6 +262,9 @@ def build_model(
             remedy="take the file from the model's own folder",
         )
     model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(architecture.fp32_suffixes):
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
     materialize_parameters(model, device)
     return model.eval()
 

@@ -21,6 +21,7 @@ from finesight.config import WeightFormat
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
+from finesight.model.families.qwen3_5 import GatedDeltaNet
 from finesight.model.families.qwen_vl import AttentionPool
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import hub_name
@@ -38,6 +39,7 @@ from finesight.model.quant.int8 import Int8Matrix
 from finesight.model.quant.nf4 import Nf4Matrix, import_bitsandbytes
 from finesight.model.trainable import ModelPart, get_part
 from finesight.model.vlm import (
+    ARCHITECTURES,
     VisionLanguageModel,
     build_model,
     materialize_parameters,
@@ -211,10 +213,13 @@ _OWN_FILES = {DIGESTS_FILE, MANIFEST_FILE, _INDEX_FILE, PICKLE_INDEX_FILE, "conf
 
 @dataclass(frozen=True)
 class HubTensor:
-    """Tensor of the published model and its location in the native model."""
+    """Tensor of the published model and its location in the native model.
+
+    `data` is None for a tensor that the model does not load.
+    """
 
     name: str
-    data: Tensor | WeightTensorSpec
+    data: Tensor | WeightTensorSpec | None
     shape: tuple[int, ...]
 
     @property
@@ -228,7 +233,9 @@ class HubTensor:
     @property
     def is_dense(self) -> bool:
         """True if files store dense values, even if the model quantizes them."""
-        return not isinstance(self.data, WeightTensorSpec) or self.data.name == "weight"
+        if isinstance(self.data, WeightTensorSpec):
+            return self.data.name == "weight"
+        return self.data is not None
 
     def matches_shape(self, header: TensorHeader) -> bool:
         """Return True if the shape of a tensor in a file matches this tensor.
@@ -239,6 +246,7 @@ class HubTensor:
         return self.shape in (header.shape, (first, *others[::-1]) if len(others) == 2 else None)
 
     def load(self, values: Tensor) -> None:
+        assert self.data is not None, f"{self.name} is not loaded"
         if isinstance(self.data, WeightTensorSpec):
             self.data.load(values)
         else:
@@ -313,7 +321,11 @@ def load_model(
             verify_folder(written_folder)
     model = build_model(hf_config, preprocessor, dtype, torch.device("meta"))
     quantize_model_parts(model, nf4_parts, fp8_parts, weight_format, folder.path)
-    headers = read_headers(files, model.architecture.to_native_name)
+    headers = [
+        header
+        for header in read_headers(files, model.architecture.to_native_name)
+        if not header.native_name.startswith(model.architecture.copied_prefixes)
+    ]
     if group_size is not None:
         layers = {t.layer_name for t in headers if t.native_name.endswith(_QWEIGHT_SUFFIX)}
         quantize_gptq_layers(model, layers, group_size, str(folder.path))
@@ -371,14 +383,24 @@ def _drop_zero_biases(
 def stored_precision(folder: ModelFolder) -> str:
     """Return the dtype name of a folder's weights, fp32 for mixed dtypes.
 
-    Quantized layers are ignored. Raises UserError for unsupported dtypes.
+    Quantized layers, parameters that are always in fp32 and tensors that the model does not load
+    are ignored. Raises UserError for unsupported dtypes.
     """
+    architecture = ARCHITECTURES.get(folder.family)
+    fp32_suffixes = architecture.fp32_suffixes if architecture is not None else ()
+    copied_prefixes = architecture.copied_prefixes if architecture is not None else ()
     is_quantized = gptq_group_size(folder) is not None
     tensors = read_headers(folder.weight_files())
     packed_layers = {
         t.layer_name for t in tensors if is_quantized and t.native_name.endswith(_QWEIGHT_SUFFIX)
     }
-    dtypes = {tensor.dtype for tensor in tensors if tensor.layer_name not in packed_layers}
+    dtypes = {
+        tensor.dtype
+        for tensor in tensors
+        if tensor.layer_name not in packed_layers
+        and not tensor.name.endswith(fp32_suffixes)
+        and not tensor.name.startswith(copied_prefixes)
+    }
     unsupported = sorted(dtypes.difference(SAFETENSORS_DTYPES)) if dtypes else ["none"]
     if unsupported:
         raise _damaged_file(
@@ -431,34 +453,48 @@ def save_model(
     """Write the weights of a model, without adapters, as a hub folder.
 
     Dense weights are written in `dtype`, quantized weights as stored in `folder`, the folder that
-    the model was loaded from. Its config and tokenizer files are copied. Use `storage.write_folder`
-    for an atomic write.
+    the model was loaded from. Parameters that are always in fp32 are written in the wider of
+    `dtype` and their stored dtype. Tensors that the model does not load are copied, as are the
+    config and tokenizer files. Use `storage.write_folder` for an atomic write.
     """
     linears = (module for module in model.modules() if isinstance(module, FusedLinear))
     num_adapters = sum(linear.adapter is not None for linear in linears)
     assert num_adapters == 0, f"{num_adapters} linear layers still have an adapter"
     tensors = list(hub_tensors(model))
     source_headers: dict[str, TensorHeader] = {}
-    if find_quantized_weights(model):
-        headers = read_headers(folder.weight_files(), model.architecture.to_native_name)
+    architecture = model.architecture
+    if find_quantized_weights(model) or architecture.fp32_suffixes or architecture.copied_prefixes:
+        headers = read_headers(_source_files(folder, target), architecture.to_native_name)
         source_headers = {header.native_name: header for header in headers}
-    dtypes = {t.name: _stored_dtype(t, dtype, source_headers) for t in tensors}
+    tensors += [
+        HubTensor(name, None, header.shape)
+        for name, header in source_headers.items()
+        if name.startswith(architecture.copied_prefixes)
+    ]
+    fp32_suffixes = architecture.fp32_suffixes
+    dtypes = {t.name: _stored_dtype(t, dtype, source_headers, fp32_suffixes) for t in tensors}
     shards = _split_shards(tensors, dtypes, max_shard_bytes)
     dropped_keys = (
         () if any(name.endswith(_QWEIGHT_SUFFIX) for name in dtypes) else ("quantization_config",)
     )
-    dense_dtypes = {dtypes[t.name] for t in tensors if t.is_dense}
+    dense_dtypes = {
+        dtypes[t.name]
+        for t in tensors
+        if t.is_dense and not t.name.endswith(architecture.fp32_suffixes)
+    }
     # config.json names one dtype for all tensors: fp32 if they differ.
     copy_model_files(
         folder, target, dtype if dense_dtypes == {dtype} else torch.float32, dropped_keys
     )
-    to_hub_name = model.architecture.to_hub_name
+    to_hub_name = architecture.to_hub_name
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         file = f"model{suffix}.safetensors"
         # Always copy: safetensors rejects views of a shared parameter.
-        content = {to_hub_name(t.name): _to_file_tensor(t, dtype, source_headers) for t in shard}
+        content = {
+            to_hub_name(t.name): _to_file_tensor(t, dtypes[t.name], source_headers) for t in shard
+        }
         save_file(content, target / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(content, file)
     if len(shards) > 1:
@@ -482,19 +518,30 @@ def _split_shards(
     return shards
 
 
+def _source_files(folder: ModelFolder, target: Path) -> Sequence[Path]:
+    """Return the weight files of the source; none for a new model, which has no source yet."""
+    return () if folder.path == target else folder.weight_files()
+
+
 def _stored_dtype(
-    tensor: HubTensor, dtype: torch.dtype, source_headers: Mapping[str, TensorHeader]
+    tensor: HubTensor,
+    dtype: torch.dtype,
+    source_headers: Mapping[str, TensorHeader],
+    fp32_suffixes: tuple[str, ...],
 ) -> torch.dtype:
-    if not isinstance(tensor.data, WeightTensorSpec):
-        return dtype
-    kind = source_headers[tensor.name].dtype
-    return torch.int32 if kind == "I32" else DTYPES[SAFETENSORS_DTYPES[kind]]
+    header = source_headers.get(tensor.name)
+    if isinstance(tensor.data, Tensor):
+        if header is None or not tensor.name.endswith(fp32_suffixes):
+            return dtype
+        return torch.promote_types(dtype, DTYPES[SAFETENSORS_DTYPES[header.dtype]])
+    assert header is not None, f"{tensor.name} has no source"
+    return torch.int32 if header.dtype == "I32" else DTYPES[SAFETENSORS_DTYPES[header.dtype]]
 
 
 def _to_file_tensor(
     tensor: HubTensor, dtype: torch.dtype, source_headers: Mapping[str, TensorHeader]
 ) -> Tensor:
-    if not isinstance(tensor.data, WeightTensorSpec):
+    if isinstance(tensor.data, Tensor):
         return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
     source = source_headers[tensor.name]
     with open_safetensors(source.file) as weights:
@@ -512,11 +559,13 @@ def copy_model_files(
         if source is not None and path.name not in _OWN_FILES:
             (target / path.name).write_bytes(source.read_bytes())
     dtype_name = str(dtype).removeprefix("torch.")
-    config = {
-        key: dtype_name if key in ("dtype", "torch_dtype") else value
-        for key, value in folder.config.items()
-        if key not in dropped_keys
-    }
+
+    def set_dtype(section: Mapping[str, Any]) -> dict[str, Any]:
+        values = {key: set_dtype(x) if isinstance(x, dict) else x for key, x in section.items()}
+        return values | {key: dtype_name for key in ("dtype", "torch_dtype") if key in section}
+
+    kept = {key: value for key, value in folder.config.items() if key not in dropped_keys}
+    config = set_dtype(kept)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (target / "config.json").write_text(text, encoding="utf-8")
 
@@ -538,11 +587,13 @@ def init_random_model(
     )
     generator = torch.Generator(device).manual_seed(seed)
     for module in model.modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                parameter.fill_(1.0 if key == "weight" else 0.0)
-            else:
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 parameter.normal_(0.0, 0.02, generator=generator)
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            module.reset_parameters()
         if isinstance(module, AttentionPool):
             module.init_position_embeddings()
+        if isinstance(module, GatedDeltaNet):
+            module.init_decay()
     return model

@@ -19,7 +19,13 @@ from torch import nn
 from finesight.encode.packing import compute_context_lengths
 from finesight.model.families.qwen2_5_vl import WindowVisionEncoder
 from finesight.model.quant.base import QuantizedWeight
-from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart, get_part
+from finesight.model.trainable import (
+    CONV_SUFFIX,
+    EMBEDDING_SUFFIXES,
+    MODEL_PARTS,
+    ModelPart,
+    get_part,
+)
 from finesight.model.vlm import VisionLanguageModel
 from finesight.vision.image_processing import GridTHW
 
@@ -180,16 +186,29 @@ class FlopCounter:
             length**2 for length in compute_context_lengths(lengths, prefix_length)
         )
         squared_lengths -= prefix_length**2 * (len(lengths) - 1)
-        causal = squared_lengths * 2 * width * decoder_config.num_layers
+        causal = squared_lengths * 2 * width * decoder_config.num_full_attention_layers
         full_attention = sum(t * (h * w) ** 2 for t, h, w in grid_thw) * (
             vision_config.num_layers - num_windowed
         )
         window_attention = (
             sum(t * h * w * min(window, h * w) for t, h, w in grid_thw) * num_windowed
         )
+        causal += self._count_linear_attention(lengths)
         return causal * self._decoder_passes, 4 * vision_config.hidden_size * (
             full_attention + window_attention
         ) * self._vision_passes
+
+    def _count_linear_attention(self, lengths: Sequence[int]) -> int:
+        """Count the FLOPs of the gated delta rule in a forward pass, as a recurrence.
+
+        Each token reads the state of a head twice and updates it once, 2 x D x V FLOPs each.
+        """
+        decoder_config = self._config.decoder
+        linear = decoder_config.linear_attention
+        if linear is None:
+            return 0
+        num_layers = decoder_config.num_layers - decoder_config.num_full_attention_layers
+        return 6 * sum(lengths) * num_layers * linear.key_head_dim * linear.value_size
 
 
 class NullFlopCounter:
@@ -240,12 +259,14 @@ def _iter_weights(model: VisionLanguageModel) -> Iterator[_WeightInfo]:
             yield _WeightInfo(path, module.num_elements, is_matmul=True, is_trainable=False)
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
             num_params = parameter.numel()
-            if parameter.dim() == 3 and experts is not None:
+            if ".experts." in name and experts is not None:
                 num_params = num_params // experts.num_experts * experts.num_experts_per_tok
-            is_embedding = isinstance(module, nn.Embedding) or name.endswith(EMBEDDING_SUFFIXES)
-            yield _WeightInfo(
-                name, num_params, parameter.dim() > 1 and not is_embedding, parameter.requires_grad
+            is_matmul = (
+                parameter.dim() > 1
+                and not isinstance(module, nn.Embedding)
+                and not name.endswith((*EMBEDDING_SUFFIXES, CONV_SUFFIX))
             )
+            yield _WeightInfo(name, num_params, is_matmul, parameter.requires_grad)
 
 
 def _count_passes(is_trainable: bool, has_input_grad: bool) -> int:

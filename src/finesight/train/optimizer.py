@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from finesight.config import StepsOrFraction, TrainSettings
 from finesight.errors import UserError
 from finesight.model.quant.base import HAS_TRITON
-from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart, get_part
+from finesight.model.trainable import (
+    CONV_SUFFIX,
+    EMBEDDING_SUFFIXES,
+    MODEL_PARTS,
+    ModelPart,
+    get_part,
+)
 from finesight.train import kernels
 from finesight.train.muon import MatrixSlice, Muon
 from finesight.train.optim_states import (
@@ -721,7 +727,7 @@ class MasterWeightOptimizer:
 def _build_param_groups(
     trainable_params: Mapping[str, nn.Parameter], train: TrainSettings
 ) -> Iterator[ParamGroup]:
-    """Group parameters by model part, and into matrices, embeddings and vectors.
+    """Group parameters by model part and dtype, and into matrices, embeddings and vectors.
 
     Vectors, such as biases and norm weights, have no weight decay.
     """
@@ -744,13 +750,14 @@ def _build_param_groups(
         for named_params, weight_decay in zip(
             (matrices, embeddings, vectors), weight_decays, strict=True
         ):
-            if named_params:
-                yield ParamGroup(part, weight_decay, lr, named_params, alignment)
+            for dtype in dict.fromkeys(p.dtype for p in named_params.values()):
+                same_dtype = {name: p for name, p in named_params.items() if p.dtype == dtype}
+                yield ParamGroup(part, weight_decay, lr, same_dtype, alignment)
 
 
 def _is_matmul_weight(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a parameter is a matrix or stack of matrices, excluding lookup tables."""
-    is_lookup = get_part(name) == "embeddings" or name.endswith(EMBEDDING_SUFFIXES)
+    is_lookup = get_part(name) == "embeddings" or name.endswith((*EMBEDDING_SUFFIXES, CONV_SUFFIX))
     return parameter.dim() in (2, 3) and not is_lookup
 
 

@@ -227,7 +227,12 @@ def build_train_state(
         else None
     )
     rank_sampler = build_rank_sampler(
-        sampler, hardware.process_group, sample_stats, flop_counter, recipe.train.pack_tokens
+        sampler,
+        hardware.process_group,
+        sample_stats,
+        flop_counter,
+        recipe.train.pack_tokens,
+        can_split_samples=supports_context_parallelism(model),
     )
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
@@ -300,6 +305,8 @@ def build_rank_sampler(
     sample_stats: SampleStatsMap | None,
     flop_counter: FlopCounter | NullFlopCounter,
     pack_tokens: int,
+    *,
+    can_split_samples: bool,
 ) -> StepSampler:
     """Create the step sampler of this rank, balanced by estimated FLOPs.
 
@@ -312,6 +319,7 @@ def build_rank_sampler(
             of samples, because the ranks must agree on the costs.
         flop_counter: Counter that estimates the cost of a sample.
         pack_tokens: Maximum number of tokens of a pack.
+        can_split_samples: Split long samples over all ranks (context parallelism).
     """
     if process_group.is_single_process:
         return sampler
@@ -332,11 +340,21 @@ def build_rank_sampler(
     def count_tokens(index: int) -> int:
         return stats[index].num_packed_tokens
 
-    # Models of the transformers backend cannot split samples.
-    can_split = not isinstance(flop_counter, NullFlopCounter)
     return DistributedSampler(
-        sampler, process_group, estimate_cost, count_tokens if can_split else None, pack_tokens
+        sampler,
+        process_group,
+        estimate_cost,
+        count_tokens if can_split_samples else None,
+        pack_tokens,
     )
+
+
+def supports_context_parallelism(model: AnyModel) -> bool:
+    """Return True if the tokens of a sample can be split over ranks.
+
+    Models of the transformers backend and linear attention layers do not support it.
+    """
+    return not isinstance(model, HfModel) and model.config.decoder.linear_attention is None
 
 
 def _check_images(

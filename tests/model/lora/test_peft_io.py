@@ -24,6 +24,7 @@ from lora_fixtures import (
     FAMILIES,
     TUNE_SETTINGS,
     edit_adapter_config,
+    get_tolerance,
     list_adapted_layers,
     randomize_parameters,
     rename_adapter_keys,
@@ -88,7 +89,7 @@ def test_saved_adapter_gives_the_same_logits_in_peft(family: str, how: str, tmp_
         loaded = peft.PeftModel.from_pretrained(theirs, tmp_path)
     expected = their_logits(theirs)
     assert list_peft_layers(loaded) == list_adapted_layers(ours)
-    assert max_relative_error(our_logits(ours, theirs), expected) <= 1e-5
+    assert max_relative_error(our_logits(ours, theirs), expected) <= get_tolerance(family)
     assert max_relative_error(baseline, expected) > 1e-2
 
 
@@ -107,7 +108,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {r"layers\.1\.self_attn\.[qv]_proj": 20},
     },
     "rank-stabilised": {"target_modules": ["qkv", "v_proj"], "use_rslora": True},
-    "some layers": {"target_modules": ["o_proj"], "layers_to_transform": [1]},
+    "some layers": {"target_modules": ["o_proj", "out_proj"], "layers_to_transform": [1]},
     "some excluded": {
         "target_modules": ["q_proj", "down_proj"],
         "exclude_modules": r".*visual.*",
@@ -129,7 +130,7 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
     expected = their_logits(theirs)
     load_adapter(ours, tmp_path)
     assert list_adapted_layers(ours) == list_peft_layers(model)
-    assert max_relative_error(our_logits(ours, theirs), expected) <= 1e-5
+    assert max_relative_error(our_logits(ours, theirs), expected) <= get_tolerance(family)
     assert max_relative_error(baseline, expected) > 1e-2
     assert not any(p.requires_grad for p in ours.parameters())
 
@@ -140,7 +141,7 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
     fresh = make_reference_model(make_config(family))
     reloaded = peft.PeftModel.from_pretrained(fresh, again)
     assert list_peft_layers(reloaded) == list_adapted_layers(ours)
-    assert max_relative_error(their_logits(fresh), expected) <= 1e-5
+    assert max_relative_error(their_logits(fresh), expected) <= get_tolerance(family)
 
 
 # transformers had its present names before Qwen3-VL was added.

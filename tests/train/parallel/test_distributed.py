@@ -369,7 +369,12 @@ def test_batch_split_is_balanced_by_tokens() -> None:
     needed = {0: most, 1: most + 1, 2: 10}
     glances = {n: SampleStats(str(n), k + 2, k, 3, (), (), frozenset()) for n, k in needed.items()}
     share: Any = build_rank_sampler(
-        SingleBatchSampler(), ProcessGroup(0, 2), Seen(glances), counting, 50
+        SingleBatchSampler(),
+        ProcessGroup(0, 2),
+        Seen(glances),
+        counting,
+        50,
+        can_split_samples=True,
     )  # type: ignore[arg-type]
     assert list(share.split_indices(0)) == [1]
     assert len(share.batch_indices(0)) == 1

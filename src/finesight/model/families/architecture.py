@@ -56,13 +56,22 @@ family."""
 
 @dataclass(frozen=True)
 class Architecture:
-    """Config parsers and weight names of a model family."""
+    """Config parsers and weight names of a model family.
+
+    Attributes:
+        fp32_suffixes: Name suffixes of parameters that are in fp32 for any dtype of the model.
+            Files store them in the dtype of the source folder.
+        copied_prefixes: Name prefixes of published tensors that the model does not load. Saved
+            models contain unchanged copies.
+    """
 
     parse_decoder_config: Callable[[ConfigReader], DecoderConfig]
     build_vision_encoder: Callable[[ConfigReader, PixelNormalization], VisionEncoder]
     hub_prefixes: Mapping[str, str] = field(default_factory=dict)
     decoder_class: Callable[[DecoderConfig], Decoder] = Decoder
     adapter_key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING
+    fp32_suffixes: tuple[str, ...] = ()
+    copied_prefixes: tuple[str, ...] = ()
 
     def to_hub_name(self, name: str) -> str:
         """Map the native name of a tensor to its published name."""

@@ -164,7 +164,9 @@ def build_vision_encoder(
     grid_size = round(num_positions**0.5)
     if grid_size**2 != num_positions:
         vision.raise_invalid("num_position_embeddings", "a square number")
-    deepstack_indexes = vision.get_ints("deepstack_visual_indexes")
+    # The config class of Qwen3.5 in transformers has no DeepStack.
+    has_deepstack = vision.has("deepstack_visual_indexes")
+    deepstack_indexes = vision.get_ints("deepstack_visual_indexes") if has_deepstack else ()
     if sorted(set(deepstack_indexes)) != list(deepstack_indexes) or any(
         n >= config.num_layers for n in deepstack_indexes
     ):

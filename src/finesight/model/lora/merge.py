@@ -62,10 +62,15 @@ def dequantize_model(model: nn.Module) -> int:
 
 @torch.no_grad()
 def round_weights(model: VisionLanguageModel, dtype: torch.dtype) -> None:
-    """Round all weights of a model to a storage dtype; raises UserError on overflow."""
+    """Round all weights of a model to a storage dtype; raises UserError on overflow.
+
+    Parameters that are always in fp32 are not rounded.
+    """
     dtype_max = torch.finfo(dtype).max
     for tensor in hub_tensors(model):
         assert isinstance(tensor.data, torch.Tensor), f"{tensor.name} is quantized"
+        if tensor.name.endswith(model.architecture.fp32_suffixes):
+            continue
         largest = float(tensor.data.abs().max())
         if largest > dtype_max:
             raise UserError(

@@ -1,0 +1,93 @@
+"""Model families Qwen3.5, Qwen3.6 and Qwen3.8: boxes and videos of Qwen3-VL, reasoning by turn.
+
+The prompt of an answer without reasoning ends with an empty reasoning section, the non-thinking
+mode of the published templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from finesight.data.sample import Message, TextPart
+from finesight.encode.family import THINK_END, THINK_START, strip_content
+from finesight.encode.qwen3_vl import Qwen3VL
+from finesight.model_folder import ModelFolder
+
+ReasoningEffort = Literal["xhigh", "medium", "low"]
+
+EFFORT_INSTRUCTIONS: dict[ReasoningEffort, str] = {
+    "xhigh": (
+        "Reasoning effort is set to xhigh. Please think carefully through the task, validate key "
+        "assumptions, consider plausible alternatives, and prioritize correctness, consistency, "
+        "and clarity in the final answer."
+    ),
+    "medium": "",
+    "low": (
+        "Reasoning effort is set to low. Keep your thinking brief and focused, moving directly to "
+        "the conclusion without unnecessary elaboration."
+    ),
+}
+"""Start of the system prompt of Qwen3.8 by reasoning effort."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen35(Qwen3VL):
+    """Prompt format of Qwen3.5 models, dense or MoE.
+
+    Attributes:
+        has_reasoning: Generate in thinking mode.
+        preserves_reasoning: Render the reasoning of turns before the last question.
+        reasoning_effort: Reasoning effort of Qwen3.8; None for models without this setting.
+    """
+
+    name: str = "qwen3_5"
+    preserves_reasoning: bool = False
+    reasoning_effort: ReasoningEffort | None = None
+    strips_content: ClassVar[bool] = True
+
+    @property
+    def renders_reasoning(self) -> bool:
+        return True
+
+    @property
+    def supervises_empty_reasoning(self) -> bool:
+        return False
+
+    @property
+    def generation_prompt(self) -> str:
+        return THINK_START if self.has_reasoning else THINK_START + THINK_END
+
+    def keeps_reasoning(self, messages: Sequence[Message], index: int) -> bool:
+        """Return True after the last question, or for all turns of a family that keeps them."""
+        return self.preserves_reasoning or all(x.role != "user" for x in messages[index:])
+
+    def format_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Strip whitespace around contents, and add the reasoning effort to the system prompt."""
+        stripped = [
+            message.model_copy(update={"content": strip_content(message.content)})
+            for message in messages
+        ]
+        if self.reasoning_effort is None:
+            return stripped
+        instructions = EFFORT_INSTRUCTIONS[self.reasoning_effort] if self.has_reasoning else ""
+        has_system = stripped[0].role == "system"
+        system_content = stripped[0].content if has_system else ()
+        others = stripped[1:] if has_system else stripped
+        if instructions:
+            separator = "\n\n" if system_content else ""
+            system_content = (TextPart(text=instructions + separator), *system_content)
+        if not system_content:
+            return others
+        return [Message.model_construct(role="system", content=system_content), *others]
+
+
+def from_folder(folder: ModelFolder) -> Qwen35:
+    """Create the family in non-thinking mode, with the reasoning rules of the chat template."""
+    template = folder.chat_template
+    return Qwen35(
+        name=folder.family,
+        preserves_reasoning="preserve_thinking is undefined" in template,
+        reasoning_effort="xhigh" if "reasoning_effort" in template else None,
+    )

@@ -1,0 +1,262 @@
+"""Qwen3.5, Qwen3.6 and Qwen3.8: hybrid decoder of Gated DeltaNet and gated attention layers.
+
+Three of four decoder layers are linear attention layers (Gated DeltaNet, Yang et al. 2024). The
+vision encoder is that of Qwen3-VL without DeepStack. Weights of multi-token prediction (MTP) are
+copied unchanged from the source folder when a model is saved.
+
+Shapes: T tokens, D hidden size, H heads, K key heads, V value dimension, L tokens that need logits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finesight.model.attention import AttentionBackend
+from finesight.model.config import (
+    ConfigReader,
+    DecoderConfig,
+    LinearAttentionConfig,
+    MoeConfig,
+    get_rope_config,
+    get_text_config,
+    parse_decoder_config,
+)
+from finesight.model.decoder import Decoder
+from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
+from finesight.model.families.qwen3_vl import build_vision_encoder, interleaved_mrope_axes
+from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.fused_ops import rms_norm
+from finesight.model.gated_delta_net import DeltaNetInputs
+from finesight.model.layers import GatedMlp, RmsNorm, ZeroCenteredRmsNorm
+from finesight.model.moe import SharedExpertMoeBlock
+from finesight.model.rope import RotaryCosSin, apply_partial_rotary_pos_emb
+
+_LAYER_TYPES = ("linear_attention", "full_attention")
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention with an output gate per query head and partial rotary embedding."""
+
+    def __init__(self, config: DecoderConfig, attention_index: int) -> None:
+        super().__init__()
+        self.attention_index = attention_index
+        self.head_dim = config.head_dim
+        q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        # Each head of q_proj has its query first and its gate last.
+        output_sizes = {"q_proj": 2 * q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = FusedLinear(config.hidden_size, output_sizes, bias=False)
+        self.q_norm, self.k_norm = (
+            ZeroCenteredRmsNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2)
+        )
+        self.o_proj = FusedLinear(q_size, {"o_proj": config.hidden_size}, bias=False)
+
+    def forward(self, x_TD: Tensor, rotary: RotaryCosSin, attention: AttentionBackend) -> Tensor:
+        q_gate_TE, k_TE, v_TE = self.qkv_proj(x_TD)
+        q_THD, gate_THD = q_gate_TE.view(len(x_TD), -1, 2 * self.head_dim).chunk(2, dim=-1)
+        k_TKD, v_TKD = (y_TE.view(len(x_TD), -1, self.head_dim) for y_TE in (k_TE, v_TE))
+        q_THD = apply_partial_rotary_pos_emb(self.q_norm(q_THD), rotary)
+        k_TKD = apply_partial_rotary_pos_emb(self.k_norm(k_TKD), rotary)
+        o_THD = attention(self.attention_index, q_THD, k_TKD, v_TKD) * gate_THD.sigmoid()
+        return single_output(self.o_proj(o_THD.flatten(1)))
+
+
+class DepthwiseConv(nn.Module):
+    """Weight of the depthwise causal convolution, [N, 1, W] as in `nn.Conv1d`."""
+
+    def __init__(self, num_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_channels, 1, kernel_size))
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention with the gated delta rule.
+
+    `A_log` and the weight of the norm are in fp32 for any dtype of the model.
+    """
+
+    def __init__(self, config: LinearAttentionConfig, decoder: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.config, self.attention_index = config, index
+        output_sizes = {
+            "in_proj_qkv": config.conv_size,
+            "in_proj_z": config.value_size,
+            "in_proj_b": config.num_value_heads,
+            "in_proj_a": config.num_value_heads,
+        }
+        self.in_proj = FusedLinear(decoder.hidden_size, output_sizes, bias=False)
+        self.conv1d = DepthwiseConv(config.conv_size, config.conv_kernel_size)
+        self.dt_bias = nn.Parameter(torch.empty(config.num_value_heads))
+        self.A_log = nn.Parameter(torch.empty(config.num_value_heads))
+        self.norm = RmsNorm(config.value_head_dim, eps=decoder.rms_norm_eps)
+        self.out_proj = FusedLinear(
+            config.value_size, {"out_proj": decoder.hidden_size}, bias=False
+        )
+
+    def init_decay(self) -> None:
+        """Initialize the decay rates of the heads from 0.01 to 1, on a logarithmic scale."""
+        self.A_log.copy_(torch.linspace(math.log(0.01), 0.0, len(self.A_log)))
+
+    def forward(self, x_TD: Tensor, attention: AttentionBackend) -> Tensor:
+        qkv_TN, z_TE, b_TH, a_TH = self.in_proj(x_TD)
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        step_TH = F.softplus(a_TH.to(dtype) + self.dt_bias.to(dtype))
+        inputs = DeltaNetInputs(
+            self.config,
+            qkv_TN,
+            self.conv1d.weight.squeeze(1),
+            -self.A_log.to(dtype).exp() * step_TH,
+            b_TH.to(dtype).sigmoid(),
+        )
+        o_THV = attention.linear_attention(self.attention_index, inputs)
+        z_THV = z_TE.view(o_THV.shape)
+        norm = self.norm
+        assert norm.eps is not None, "a norm without eps"
+        normed_THV = rms_norm(o_THV.to(dtype), norm.weight.to(dtype), norm.eps)
+        y_THV = normed_THV * F.silu(z_THV.to(dtype))
+        return single_output(self.out_proj(y_THV.to(x_TD.dtype).flatten(1)))
+
+
+class HybridDecoderLayer(nn.Module):
+    """Pre-norm decoder layer: full or linear attention, then an MLP or a mixture of experts."""
+
+    def __init__(self, config: DecoderConfig, layer_index: int) -> None:
+        super().__init__()
+        linear_attention = config.linear_attention
+        assert linear_attention is not None, "a config without linear attention"
+        full_layers = linear_attention.full_attention_layers
+        num_full = sum(n < layer_index for n in full_layers)
+        self.input_layernorm = ZeroCenteredRmsNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn: GatedAttention | None = None
+        self.linear_attn: GatedDeltaNet | None = None
+        if layer_index in full_layers:
+            self.self_attn = GatedAttention(config, num_full)
+        else:
+            self.linear_attn = GatedDeltaNet(linear_attention, config, layer_index - num_full)
+        self.post_attention_layernorm = ZeroCenteredRmsNorm(
+            config.hidden_size, eps=config.rms_norm_eps
+        )
+        self.mlp = (
+            GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
+            if config.moe is None
+            else SharedExpertMoeBlock(config.hidden_size, config.moe)
+        )
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        rotary: RotaryCosSin,
+        attention: AttentionBackend,
+        logit_indices_L: Tensor | None = None,
+    ) -> Tensor:
+        """Map hidden states [T, D] to [T, D]."""
+        normed_TD = self.input_layernorm(x_TD)
+        if self.self_attn is not None:
+            x_TD = x_TD + self.self_attn(normed_TD, rotary, attention)
+        else:
+            assert self.linear_attn is not None, "a layer without attention"
+            x_TD = x_TD + self.linear_attn(normed_TD, attention)
+        if logit_indices_L is not None:
+            x_TD = x_TD.index_select(0, logit_indices_L)
+        y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return y_TD
+
+
+class HybridDecoder(Decoder):
+    """Decoder of Qwen3.5."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config, HybridDecoderLayer)
+        self.norm = ZeroCenteredRmsNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+def parse_hybrid_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
+    return _parse_decoder_config(hf_config, intermediate_size=None)
+
+
+def _parse_decoder_config(hf_config: ConfigReader, intermediate_size: int | None) -> DecoderConfig:
+    text, rope = get_text_config(hf_config), get_rope_config(get_text_config(hf_config))
+    text.require_supported("attention_bias", False, (False,))
+    text.require_supported("attn_output_gate", True, (True,))
+    # Gate of the linear attention layers; full attention always has a sigmoid gate.
+    text.require_supported("output_gate_type", "swish", ("swish", "silu"))
+    rope.require_supported("mrope_interleaved", True, (True,))
+    head_dim = text.get_int("head_dim", 256)
+    rotary_factor = rope.get_float(
+        "partial_rotary_factor", text.get_float("partial_rotary_factor", 0.25)
+    )
+    rotary_dim = int(head_dim * rotary_factor)
+    if rotary_factor > 1 or rotary_dim < 2 or rotary_dim % 2:
+        rope.raise_invalid(
+            "partial_rotary_factor", f"a fraction that makes head_dim {head_dim} an even number"
+        )
+    config = parse_decoder_config(
+        hf_config,
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        intermediate_size=intermediate_size,
+        use_qk_norm=True,
+        mrope_axes=interleaved_mrope_axes,
+    )
+    return replace(config, linear_attention=_parse_linear_attention(text, config.num_layers))
+
+
+def _parse_linear_attention(text: ConfigReader, num_layers: int) -> LinearAttentionConfig:
+    if text.has("layer_types"):
+        layer_types = text.get_strs("layer_types")
+        full_layers = tuple(n for n, name in enumerate(layer_types) if name == "full_attention")
+        if len(layer_types) != num_layers or not {*layer_types} <= {*_LAYER_TYPES}:
+            text.raise_invalid("layer_types", f"{num_layers} of {' or '.join(_LAYER_TYPES)}")
+    else:
+        interval = text.get_int("full_attention_interval", 4)
+        full_layers = tuple(range(interval - 1, num_layers, interval))
+    if not full_layers:
+        text.raise_invalid("layer_types", "at least one layer with full attention")
+    config = LinearAttentionConfig(
+        full_attention_layers=full_layers,
+        num_key_heads=text.get_int("linear_num_key_heads"),
+        num_value_heads=text.get_int("linear_num_value_heads"),
+        key_head_dim=text.get_int("linear_key_head_dim"),
+        value_head_dim=text.get_int("linear_value_head_dim"),
+        conv_kernel_size=text.get_int("linear_conv_kernel_dim", 4),
+    )
+    if config.num_value_heads % config.num_key_heads:
+        text.raise_invalid(
+            "linear_num_value_heads", f"a multiple of {config.num_key_heads} key heads"
+        )
+    return config
+
+
+def parse_hybrid_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
+    text = get_text_config(hf_config)
+    text.require_supported("mlp_only_layers", (), ((), []))
+    moe_config = MoeConfig(
+        num_experts=text.get_int("num_experts"),
+        num_experts_per_tok=text.get_int("num_experts_per_tok"),
+        intermediate_size=text.get_int("moe_intermediate_size"),
+        shared_intermediate_size=text.get_int("shared_expert_intermediate_size"),
+    )
+    if moe_config.num_experts_per_tok > moe_config.num_experts:
+        text.raise_invalid("num_experts_per_tok", f"at most the {moe_config.num_experts} experts")
+    if moe_config.intermediate_size % 8 or text.get_int("hidden_size") % 8:
+        text.raise_invalid(
+            "moe_intermediate_size", "a multiple of 8, as hidden_size, for grouped matmuls"
+        )
+    decoder_config = _parse_decoder_config(hf_config, moe_config.intermediate_size)
+    return replace(decoder_config, moe=moe_config)
+
+
+ARCHITECTURE = Architecture(
+    parse_hybrid_decoder_config,
+    build_vision_encoder,
+    TRANSFORMERS_V5_PREFIXES,
+    HybridDecoder,
+    fp32_suffixes=(".linear_attn.A_log", ".linear_attn.norm.weight"),
+    copied_prefixes=("mtp.",),
+)
+
+MOE_ARCHITECTURE = replace(ARCHITECTURE, parse_decoder_config=parse_hybrid_moe_decoder_config)

@@ -1,0 +1,329 @@
+"""Gated delta rule and causal convolution of packed sequences (Gated DeltaNet, Yang et al. 2024).
+
+A layer of linear attention keeps one state matrix per head. For a token with query q, key k, value
+v, log decay g and step size b:
+
+    S <- exp(g) S;    S <- S + b k (v - S^T k)^T;    o = S^T q
+
+`chunk_gated_delta_rule` computes all tokens of a packed batch in chunks, for training and prompts.
+`recurrent_gated_delta_rule` computes one token per sequence, for decoding. The state and the
+convolution start anew with each sequence. `forward_packed` and `forward_step` combine the
+convolution and the rule.
+
+Shapes: T tokens, S sequences, C chunks, L tokens of a chunk, H heads, D dimension of a query and a
+key, V dimension of a value, N channels of the convolution, W width of its kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finesight.model.config import LinearAttentionConfig
+
+CHUNK_LENGTH = 64
+"""Tokens of a chunk. Within a chunk the tokens are computed in parallel."""
+
+L2_NORM_EPS = 1e-6
+
+
+class DeltaNetState(NamedTuple):
+    """State of a linear attention layer after the tokens of each sequence.
+
+    `conv_SWN` holds the last W - 1 inputs of the convolution, oldest first.
+    """
+
+    conv_SWN: Tensor
+    delta_SHDV: Tensor
+
+
+@dataclass(frozen=True)
+class DeltaNetInputs:
+    """Inputs of the convolution and the gated delta rule of one layer.
+
+    Attributes:
+        qkv_TN: Queries, keys and values before the convolution.
+        log_decay_TH: Logarithm of the decay, in fp32.
+        beta_TH: Step size, 0 to 1, in fp32.
+    """
+
+    config: LinearAttentionConfig
+    qkv_TN: Tensor
+    conv_weight_NW: Tensor
+    log_decay_TH: Tensor
+    beta_TH: Tensor
+
+    def split(self, sizes: Sequence[int]) -> list[DeltaNetInputs]:
+        """Split the tokens into consecutive groups of these sizes."""
+        tensors = (self.qkv_TN, self.log_decay_TH, self.beta_TH)
+        return [
+            DeltaNetInputs(self.config, qkv_TN, self.conv_weight_NW, log_decay_TH, beta_TH)
+            for qkv_TN, log_decay_TH, beta_TH in zip(
+                *(torch.split(x, [*sizes]) for x in tensors), strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Assignment of the tokens of a packed batch to chunks.
+
+    Sequences are sorted by length, longest first, and chunks by their position in the sequence.
+    The chunks of one position are therefore contiguous, and their sequences are the first ones.
+
+    Attributes:
+        token_indices_CL: Index of each token; `num_tokens` for padding.
+        slots_T: Index of each token in the flattened chunks.
+        order_S: Sequences, longest first.
+        position_T: Index of each token in its sequence.
+        sequence_T: Sequence of each token.
+        lengths_S: Length of each sequence.
+        chunks_per_step: Number of sequences with at least 1, 2, ... chunks.
+        num_tokens: Tokens of the packed batch.
+    """
+
+    token_indices_CL: Tensor
+    slots_T: Tensor
+    order_S: Tensor
+    position_T: Tensor
+    sequence_T: Tensor
+    lengths_S: Tensor
+    chunks_per_step: tuple[int, ...]
+    num_tokens: int
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int], device: torch.device, chunk_length: int = CHUNK_LENGTH
+    ) -> ChunkLayout:
+        """Lay out sequences of these lengths, each at least 1."""
+        lengths_S = np.asarray(lengths, dtype=np.int64)
+        starts_S = np.cumsum(lengths_S) - lengths_S
+        num_chunks_S = -(-lengths_S // chunk_length)
+        order_S = np.argsort(-num_chunks_S, kind="stable")
+        num_tokens, num_steps = int(lengths_S.sum()), int(num_chunks_S.max())
+        counts = tuple(int((num_chunks_S > step).sum()) for step in range(num_steps))
+        sequence_C = np.concatenate([order_S[:count] for count in counts])
+        step_C = np.repeat(np.arange(num_steps), counts)
+        offsets_CL = step_C[:, None] * chunk_length + np.arange(chunk_length)
+        is_token_CL = offsets_CL < lengths_S[sequence_C, None]
+        indices_CL = np.where(is_token_CL, starts_S[sequence_C, None] + offsets_CL, num_tokens)
+        slots_T = np.empty(num_tokens, dtype=np.int64)
+        slots_T[indices_CL[is_token_CL]] = np.flatnonzero(is_token_CL)
+        sequence_T = np.repeat(np.arange(len(lengths_S)), lengths_S)
+        position_T = np.arange(num_tokens) - starts_S[sequence_T]
+        arrays = indices_CL, slots_T, order_S, position_T, sequence_T, lengths_S
+        indices, *others = (torch.from_numpy(x).to(device) for x in arrays)
+        slots, order, position, sequence, lengths_device = others
+        return cls(indices, slots, order, position, sequence, lengths_device, counts, num_tokens)
+
+    @cached_property
+    def inverse_order_S(self) -> Tensor:
+        """Position of each sequence in `order_S`."""
+        return torch.argsort(self.order_S)
+
+    def split(self, x_T: Tensor) -> Tensor:
+        """Gather [T, H, ...] to [C, H, L, ...], with zeros as padding."""
+        padded = torch.cat([x_T, x_T.new_zeros(1, *x_T.shape[1:])])
+        return padded[self.token_indices_CL].transpose(1, 2)
+
+    def join(self, x_CHL: Tensor) -> Tensor:
+        """Gather [C, H, L, ...] to [T, H, ...]."""
+        return x_CHL.transpose(1, 2).flatten(0, 1)[self.slots_T]
+
+    def shift(self, x_TN: Tensor, distance: int, state_SWN: Tensor | None) -> Tensor:
+        """Return the row `distance` tokens before each token, from the state or 0 at the start."""
+        if state_SWN is None:
+            earlier_TN = F.pad(x_TN[:-distance], (0, 0, min(distance, len(x_TN)), 0))
+            return torch.where((self.position_T >= distance)[:, None], earlier_TN, 0)
+        rows_T = torch.arange(self.num_tokens, device=x_TN.device) - distance
+        state_length = state_SWN.shape[1]
+        state_rows_T = self.sequence_T * state_length + state_length + self.position_T - distance
+        rows_T = torch.where(self.position_T >= distance, rows_T, self.num_tokens + state_rows_T)
+        return torch.cat([x_TN, state_SWN.flatten(0, 1)])[rows_T]
+
+    def last_rows(self, x_TN: Tensor, count: int, state_SWN: Tensor | None) -> Tensor:
+        """Return the last `count` rows of each sequence, preceded by its state or zeros."""
+        device = x_TN.device
+        starts_S1 = (self.lengths_S.cumsum(0) - self.lengths_S)[:, None]
+        position_SW = self.lengths_S[:, None] - torch.arange(count, 0, -1, device=device)
+        is_token_SW1 = (position_SW >= 0)[..., None]
+        last_SWN = x_TN[(starts_S1 + position_SW).clamp_min(0)]
+        if state_SWN is None:
+            return torch.where(is_token_SW1, last_SWN, 0)
+        earlier_SW1 = (position_SW + count).clamp_max(count - 1)[..., None]
+        return torch.where(is_token_SW1, last_SWN, state_SWN.take_along_dim(earlier_SW1, 1))
+
+
+def chunk_gated_delta_rule(
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THV: Tensor,
+    log_decay_TH: Tensor,
+    beta_TH: Tensor,
+    layout: ChunkLayout,
+    initial_state_SHDV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gated delta rule for all sequences of a packed batch.
+
+    The computation is in fp32, or in fp64 for fp64 inputs.
+
+    Args:
+        q_THD: Queries, normalized and scaled.
+        k_THD: Keys, normalized.
+        v_THV: Values.
+        log_decay_TH: Logarithm of the decay, at most 0.
+        beta_TH: Step size, 0 to 1.
+        layout: Assignment of the tokens to chunks.
+        initial_state_SHDV: State before the first token of each sequence. None means zeros.
+
+    Returns:
+        Outputs [T, H, V] in the dtype of the values, and final states [S, H, D, V].
+    """
+    dtype = torch.promote_types(v_THV.dtype, torch.float32)
+    q, k, v = (layout.split(x.to(dtype)) for x in (q_THD, k_THD, v_THV))
+    g, beta = (layout.split(x.to(dtype)) for x in (log_decay_TH, beta_TH))
+    decay_CHL = g.cumsum(-1)
+    # Decay from token j to token i >= j of a chunk. The mask comes first: exp would overflow.
+    difference = decay_CHL[..., :, None] - decay_CHL[..., None, :]
+    is_later = torch.ones_like(difference, dtype=torch.bool).tril()
+    decay_CHLL = difference.masked_fill(~is_later, -torch.inf).exp()
+
+    # Updates of a chunk depend on earlier updates of it: solve (I + A) u = b v, A lower triangular.
+    k_beta = k * beta[..., None]
+    lower = (k_beta @ k.mT * decay_CHLL).tril(-1)
+    from_start = decay_CHL.exp()[..., None]
+    right = torch.cat([v * beta[..., None], k_beta * from_start], dim=-1)
+    solved = torch.linalg.solve_triangular(
+        lower + torch.eye(lower.shape[-1], dtype=dtype, device=lower.device),
+        right,
+        upper=False,
+        unitriangular=True,
+    )
+    value_updates, key_updates = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    inner = q @ k.mT * decay_CHLL
+    q_decayed = q * from_start
+    k_to_end = k * (decay_CHL[..., -1:] - decay_CHL).exp()[..., None]
+    chunk_decay = decay_CHL[..., -1].exp()[..., None, None]
+
+    if initial_state_SHDV is None:
+        num_sequences, (num_heads, head_dim) = len(layout.order_S), q_THD.shape[1:]
+        state = v.new_zeros(num_sequences, num_heads, head_dim, v.shape[-1])
+    else:
+        state = initial_state_SHDV.to(dtype)[layout.order_S]
+    outputs, finished, begin = [], [], 0
+    for count in layout.chunks_per_step:
+        # Sequences that end before this chunk are the last ones of the state.
+        finished.append(state[count:])
+        state, chunks = state[:count], slice(begin, begin + count)
+        update = value_updates[chunks] - key_updates[chunks] @ state
+        outputs.append(q_decayed[chunks] @ state + inner[chunks] @ update)
+        state = state * chunk_decay[chunks] + k_to_end[chunks].mT @ update
+        begin += count
+    final = torch.cat([state, *reversed(finished)])[layout.inverse_order_S]
+    return layout.join(torch.cat(outputs)).to(v_THV.dtype), final
+
+
+def recurrent_gated_delta_rule(
+    q_SHD: Tensor,
+    k_SHD: Tensor,
+    v_SHV: Tensor,
+    log_decay_SH: Tensor,
+    beta_SH: Tensor,
+    state_SHDV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Compute one token of each sequence from its state. Returns outputs [S, H, V] and new states.
+
+    The arguments are those of `chunk_gated_delta_rule`.
+    """
+    dtype = state_SHDV.dtype
+    q, k, v, beta = (x.to(dtype) for x in (q_SHD, k_SHD, v_SHV, beta_SH))
+    decayed = state_SHDV * log_decay_SH.to(dtype).exp()[..., None, None]
+    predicted = torch.einsum("shdv,shd->shv", decayed, k)
+    update = (v - predicted) * beta[..., None]
+    state = decayed + k[..., :, None] * update[..., None, :]
+    return torch.einsum("shdv,shd->shv", state, q).to(v_SHV.dtype), state
+
+
+def causal_conv1d(
+    x_TN: Tensor, weight_NW: Tensor, layout: ChunkLayout, state_SWN: Tensor | None = None
+) -> Tensor:
+    """Apply a depthwise causal convolution to each sequence of a packed batch.
+
+    The result is in fp32, or in fp64 for fp64 inputs.
+
+    Args:
+        x_TN: Channels of the tokens.
+        weight_NW: Kernel of each channel; the last weight belongs to the token itself.
+        layout: Layout of the sequences.
+        state_SWN: Inputs before the first token of each sequence. None means zeros.
+    """
+    dtype = torch.promote_types(x_TN.dtype, torch.float32)
+    x_TN, weight_NW = x_TN.to(dtype), weight_NW.to(dtype)
+    state_SWN = None if state_SWN is None else state_SWN.to(dtype)
+    y_TN = x_TN * weight_NW[:, -1]
+    for distance in range(1, weight_NW.shape[1]):
+        y_TN = y_TN + layout.shift(x_TN, distance, state_SWN) * weight_NW[:, -1 - distance]
+    return y_TN
+
+
+def forward_packed(
+    inputs: DeltaNetInputs, layout: ChunkLayout, state: DeltaNetState | None = None
+) -> tuple[Tensor, DeltaNetState]:
+    """Compute a linear attention layer for a packed batch.
+
+    Args:
+        inputs: Inputs of the layer.
+        layout: Layout of the sequences.
+        state: State before the first token of each sequence. None means zeros.
+
+    Returns:
+        Outputs [T, H, V], and the state after the last token of each sequence.
+    """
+    conv_SWN, delta_SHDV = (None, None) if state is None else state
+    y_TN = F.silu(causal_conv1d(inputs.qkv_TN, inputs.conv_weight_NW, layout, conv_SWN))
+    q, k, v = _split_heads(y_TN.to(inputs.qkv_TN.dtype), inputs.config)
+    o_THV, final_SHDV = chunk_gated_delta_rule(
+        q, k, v, inputs.log_decay_TH, inputs.beta_TH, layout, delta_SHDV
+    )
+    state_length = inputs.conv_weight_NW.shape[1] - 1
+    last_SWN = layout.last_rows(inputs.qkv_TN, state_length, conv_SWN)
+    return o_THV, DeltaNetState(last_SWN, final_SHDV)
+
+
+def forward_step(inputs: DeltaNetInputs, state: DeltaNetState) -> tuple[Tensor, DeltaNetState]:
+    """Compute one token of each sequence and its new state, for decoding."""
+    dtype = torch.promote_types(inputs.qkv_TN.dtype, torch.float32)
+    window_SWN = torch.cat([state.conv_SWN, inputs.qkv_TN[:, None]], dim=1)
+    y_SN = (window_SWN.to(dtype) * inputs.conv_weight_NW.T.to(dtype)).sum(1)
+    q, k, v = _split_heads(F.silu(y_SN).to(inputs.qkv_TN.dtype), inputs.config)
+    o_SHV, delta_SHDV = recurrent_gated_delta_rule(
+        q, k, v, inputs.log_decay_TH, inputs.beta_TH, state.delta_SHDV
+    )
+    return o_SHV, DeltaNetState(window_SWN[:, 1:], delta_SHDV)
+
+
+def _split_heads(qkv_TN: Tensor, config: LinearAttentionConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the convolution output into normalized queries and keys, and values, per value head."""
+    sizes = [config.key_size, config.key_size, config.value_size]
+    q_TE, k_TE, v_TE = torch.split(qkv_TN, sizes, dim=-1)
+    q_TKD, k_TKD = (
+        _l2_normalize(torch.unflatten(x_TE, -1, (config.num_key_heads, -1)))
+        for x_TE in (q_TE, k_TE)
+    )
+    q_TKD = q_TKD * config.key_head_dim**-0.5
+    repeats = config.num_value_heads // config.num_key_heads
+    q_THD, k_THD = (x.repeat_interleave(repeats, dim=1) for x in (q_TKD, k_TKD))
+    return q_THD, k_THD, torch.unflatten(v_TE, -1, (config.num_value_heads, -1))
+
+
+def _l2_normalize(x_THD: Tensor) -> Tensor:
+    """Normalize each head to length 1, in fp32 at least."""
+    wide_THD = x_THD.to(torch.promote_types(x_THD.dtype, torch.float32))
+    return wide_THD * (wide_THD.square().sum(-1, keepdim=True) + L2_NORM_EPS).rsqrt()

@@ -1,0 +1,165 @@
+"""Qwen3.5, 3.6 and 3.8 are rendered token by token like the published chat templates."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tokenizer_strings import random_text_without_specials
+
+from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
+from finesight.encode.qwen3_5 import Qwen35, ReasoningEffort
+from finesight.encode.renderer import NativeRenderer, build_renderer, split_reasoning
+from finesight.model_folder import ModelFolder
+
+ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets"
+needs_assets = pytest.mark.skipif(
+    not (ASSETS / "Qwen3.5-4B" / "tokenizer.json").exists(), reason="no published files"
+)
+IMAGE_TOKENS = 4
+
+
+def make_model_folder(name: str, target: Path) -> ModelFolder:
+    """Copy the small files of a published model."""
+    target.mkdir()
+    for file in ("config.json", "chat_template.jinja", "tokenizer_config.json"):
+        (target / file).write_bytes((ASSETS / name / file).read_bytes())
+    # All models of the family have the same tokenizer.
+    (target / "tokenizer.json").symlink_to(ASSETS / "Qwen3.5-4B" / "tokenizer.json")
+    limits = {"size": {"shortest_edge": 64 * 64, "longest_edge": 64 * 64}}
+    given = json.loads((ASSETS / name / "preprocessor_config.json").read_text())
+    (target / "preprocessor_config.json").write_text(json.dumps(given | limits))
+    return ModelFolder(target)
+
+
+def make_conversation(rng: random.Random) -> list[Message]:
+    """Make one to four questions with images, whitespace around texts and some reasoning."""
+    messages = []
+    if rng.random() < 0.4:
+        messages.append(Message(role="system", content=(make_text(rng),)))
+    for _ in range(rng.randrange(1, 5)):
+        images = [ImagePart(image="image.png") for _ in range(rng.randrange(3))]
+        messages.append(Message(role="user", content=(*images, make_text(rng))))
+        answer = make_text(rng)
+        if rng.random() < 0.5:
+            thought = make_text(rng).text
+            answer = TextPart(text=f"<think>\n{thought}\n</think>\n\n{answer.text.strip()}")
+        messages.append(Message(role="assistant", content=(answer,)))
+    return messages
+
+
+def make_text(rng: random.Random) -> TextPart:
+    space = rng.choice(["", "", " ", "\n", " \n\n", "\t"])
+    text = random_text_without_specials(rng).replace("<", "(") + "x"
+    return TextPart(text=space + text + rng.choice(["", " ", "\n"]))
+
+
+def render_published(
+    folder: ModelFolder, messages: list[Message], *, inline_reasoning: bool, **kwargs: Any
+) -> str:
+    """Render messages with the published template."""
+    jinja2 = pytest.importorskip("jinja2")
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        content: list[dict[str, Any]] = [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            for part in message.content
+        ]
+        turns.append({"role": message.role, "content": content})
+        if message.role == "assistant" and not inline_reasoning:
+            parts = split_reasoning(message.content)
+            (answer,) = parts.answer
+            assert isinstance(answer, TextPart)
+            turns[-1]["content"] = answer.text
+            if parts.reasoning is not None:
+                (thought,) = parts.reasoning
+                assert isinstance(thought, TextPart)
+                turns[-1]["reasoning_content"] = thought.text
+    text: str = environment.from_string(folder.chat_template).render(messages=turns, **kwargs)
+    return text
+
+
+@needs_assets
+@pytest.mark.parametrize(
+    ("name", "thinking", "effort"),
+    [
+        ("Qwen3.5-0.8B", False, None),
+        ("Qwen3.5-0.8B", True, None),
+        ("Qwen3.5-4B", False, None),
+        ("Qwen3.5-4B", True, None),
+        ("Qwen3.6-27B", False, None),
+        ("Qwen3.6-27B", True, None),
+        ("Qwen3.8-27B", False, "xhigh"),
+        ("Qwen3.8-27B", True, "xhigh"),
+        ("Qwen3.8-27B", True, "medium"),
+        ("Qwen3.8-27B", True, "low"),
+    ],
+)
+def test_tokens_equal_published_template(
+    name: str, thinking: bool, effort: ReasoningEffort | None, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    folder = make_model_folder(name, tmp_path / "model")
+    renderer = build_renderer(folder)
+    assert isinstance(renderer, NativeRenderer)
+    family = renderer.family
+    assert isinstance(family, Qwen35)
+    assert family.preserves_reasoning == (name == "Qwen3.8-27B")
+    renderer.family = replace(family, has_reasoning=thinking, reasoning_effort=effort)
+    published = Tokenizer.from_file(str(folder.tokenizer_file))
+    rng = random.Random(f"{name} {thinking} {effort}")
+    kwargs: dict[str, Any] = {"enable_thinking": thinking}
+    if effort is not None:
+        kwargs["reasoning_effort"] = effort
+    for number in range(200):
+        messages = make_conversation(rng)
+        sample = Sample(id=str(number), messages=tuple(messages))
+        for is_prompt in (False, True):
+            rendered = render_published(
+                folder,
+                messages[:-1] if is_prompt else messages,
+                inline_reasoning=effort is None,
+                add_generation_prompt=is_prompt,
+                **kwargs,
+            )
+            pad = "<|image_pad|>"
+            expected = published.encode(rendered.replace(pad, pad * IMAGE_TOKENS)).ids
+            tokenize = renderer.tokenize_prompt if is_prompt else renderer.tokenize
+            found = tokenize(LocatedSample(sample, tmp_path))
+            assert found.ids_T.tolist() == expected, rendered
+
+
+@needs_assets
+@pytest.mark.parametrize("thinking", [False, True])
+def test_answers_and_their_reasoning_are_supervised(thinking: bool, tmp_path: Path) -> None:
+    folder = make_model_folder("Qwen3.5-4B", tmp_path / "model")
+    renderer = NativeRenderer(folder)
+    assert isinstance(renderer.family, Qwen35)
+    renderer.family = replace(renderer.family, has_reasoning=thinking)
+    answers = {
+        "red": "red<|im_end|>",
+        "<think>\nIt glows.\n</think>\n\nred": "It glows.\n</think>\n\nred<|im_end|>",
+    }
+    for answer, expected in answers.items():
+        messages = [("user", "Which?"), ("assistant", "blue"), ("user", "Sure?")]
+        turns = tuple(
+            Message(role=role, content=(TextPart(text=text),))  # type: ignore[arg-type]
+            for role, text in [*messages, ("assistant", answer)]
+        )
+        outline = renderer.tokenize(LocatedSample(Sample(id="s", messages=turns), tmp_path))
+        supervised = outline.ids_T[outline.loss_mask_T].tolist()
+        text = renderer.tokenizer.decode(supervised, skip_special_tokens=False)
+        assert text == "blue<|im_end|>" + expected

@@ -1,0 +1,115 @@
+"""The gated delta rule against its definition, token by token, and against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from finesight.model.gated_delta_net import (
+    ChunkLayout,
+    causal_conv1d,
+    chunk_gated_delta_rule,
+    recurrent_gated_delta_rule,
+)
+
+CPU = torch.device("cpu")
+
+
+def make_inputs(num_tokens: int, seed: int, heads: int = 2, dim: int = 8, value_dim: int = 6):
+    """Random normalized queries and keys, values, log decays and step sizes in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, k = (torch.nn.functional.normalize(draw(num_tokens, heads, dim), dim=-1) for _ in range(2))
+    log_decay = -torch.nn.functional.softplus(3 * draw(num_tokens, heads))
+    return (
+        q * dim**-0.5,
+        k,
+        draw(num_tokens, heads, value_dim),
+        log_decay,
+        draw(num_tokens, heads).sigmoid(),
+    )
+
+
+def run_recurrence(inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for token in zip(*(x.unsqueeze(1) for x in inputs), strict=True):
+        output, state = recurrent_gated_delta_rule(*token, state)
+        outputs.append(output)
+    return torch.cat(outputs), state
+
+
+@pytest.mark.parametrize("lengths", [[1], [64], [65], [5, 130, 64, 1, 63, 129]])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_packed_chunks_equal_the_recurrence_of_each_sequence(lengths, has_state):
+    """Outputs, final states and the gradients of all inputs."""
+    inputs = [x.requires_grad_() for x in make_inputs(sum(lengths), seed=sum(lengths))]
+    state = torch.randn(len(lengths), 2, 8, 6, dtype=torch.float64) * has_state
+    state.requires_grad_()
+    layout = ChunkLayout.from_lengths(lengths, CPU)
+    output, final = chunk_gated_delta_rule(*inputs, layout, state if has_state else None)
+    pieces = [
+        run_recurrence(tuple(part), state[n : n + 1])
+        for n, part in enumerate(zip(*(x.split(lengths) for x in inputs), strict=True))
+    ]
+    expected = torch.cat([piece[0] for piece in pieces])
+    expected_final = torch.cat([piece[1] for piece in pieces])
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(final, expected_final, rtol=1e-10, atol=1e-12)
+    wanted = [*inputs, state] if has_state else inputs
+    weights = torch.randn_like(output), torch.randn_like(final)
+    got = torch.autograd.grad((output, final), wanted, weights)
+    reference = torch.autograd.grad((expected, expected_final), wanted, weights)
+    for gradient, right in zip(got, reference, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-9, atol=1e-11)
+
+
+def test_strong_decay_gives_finite_gradients():
+    inputs = [x.float() for x in make_inputs(200, seed=1)]
+    inputs[3] = inputs[3] * 100
+    inputs = [x.requires_grad_() for x in inputs]
+    output, _ = chunk_gated_delta_rule(*inputs, ChunkLayout.from_lengths([150, 50], CPU))
+    for gradient in torch.autograd.grad(output.sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+def test_chunks_equal_transformers():
+    modeling = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    q, k, v, log_decay, beta = (x.float() for x in make_inputs(150, seed=2))
+    expected, final = modeling.torch_chunk_gated_delta_rule(
+        *(x[None] for x in (q * 8**0.5, k, v)),
+        g=log_decay[None],
+        beta=beta[None],
+        output_final_state=True,
+    )
+    output, state = chunk_gated_delta_rule(
+        q, k, v, log_decay, beta, ChunkLayout.from_lengths([150], CPU)
+    )
+    torch.testing.assert_close(output, expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_convolution_equals_the_convolution_of_each_sequence():
+    lengths = [7, 1, 2, 3, 10]
+    x = torch.randn(sum(lengths), 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    output = causal_conv1d(x, weight, ChunkLayout.from_lengths(lengths, CPU))
+    expected = torch.cat(
+        [
+            torch.nn.functional.conv1d(
+                torch.nn.functional.pad(part.T[None], (3, 0)), weight[:, None], groups=5
+            )[0].T
+            for part in x.split(lengths)
+        ]
+    )
+    torch.testing.assert_close(output, expected)
+    ones = torch.randn_like(output)
+    for got, right in zip(
+        torch.autograd.grad(output, (x, weight), ones),
+        torch.autograd.grad(expected, (x, weight), ones),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, right)

@@ -117,8 +117,6 @@ def test_ctrl_c_cancels_reply_but_not_session():
     pipe = subprocess.PIPE
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as chat:
-        assert chat.stdin is not None
-        assert chat.stdout is not None
         chat.stdin.write(b"Tell me everything.\n")
         chat.stdin.flush()
         assert chat.stdout.read(1), "no answer has begun"

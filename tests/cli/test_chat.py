@@ -11,10 +11,9 @@ from service_fixture import write_shape_image
 from typer.testing import CliRunner
 
 from finesight.cli.app import app
-from finesight.data.jsonl import read_samples
-from finesight.data.sample import ImagePart
+from finesight.data.sample import ImagePart, read_samples
 from finesight.errors import UserError
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.model.vlm import VisionLanguageModel
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 LAYER_PREFIXES = ("model.layers.", "visual.blocks.")
 """Name prefixes of the parameters in layers with activation checkpointing."""

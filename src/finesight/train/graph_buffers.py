@@ -26,7 +26,7 @@ from finesight.model.lora.layer import LoraLinear
 from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_objects
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 MAX_GRAPH_PATCHES = 4096
 """Maximum number of patches of a pack for capturing the vision encoder.

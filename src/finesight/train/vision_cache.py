@@ -55,7 +55,7 @@ from finesight.train.vision_store import (
     index_images,
     vision_store_root,
 )
-from finesight.vision.patches import concat_patches, concat_shape
+from finesight.vision.image_processing import concat_patches, concat_shape
 
 T = TypeVar("T")
 CacheTier = Literal["gpu", "memory", "disk"]

@@ -69,11 +69,25 @@ class DecoderAttention(nn.Module):
         return single_output(self.o_proj(o_THD.flatten(1)))
 
 
-class DecoderLayer(nn.Module):
+class FusibleLayer(nn.Module):
+    """Decoder layer that `fused_decoder` can compute."""
+
+    @property
+    def fusible_linears(self) -> tuple[FusedLinear, ...]:
+        """Linear layers that `fused_decoder` computes; empty if it does not support this layer."""
+        raise NotImplementedError
+
+    def can_fuse(self, x_TD: Tensor) -> bool:
+        """Return True if `fused_decoder` can compute this layer for these hidden states."""
+        return bool(self.fusible_linears) and fused_decoder.supports_fused_layers(x_TD)
+
+
+class DecoderLayer(FusibleLayer):
     """Pre-norm decoder layer: attention, then an MLP or a mixture of experts."""
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
         super().__init__()
+        self.eps = config.rms_norm_eps
         self.input_layernorm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = DecoderAttention(config, layer_index)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -99,13 +113,8 @@ class DecoderLayer(nn.Module):
         y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
         return y_TD
 
-    def can_fuse(self, x_TD: Tensor) -> bool:
-        """Return True if `fused_decoder` can compute this layer for these hidden states."""
-        return bool(self.fusible_linears) and fused_decoder.supports_fused_layers(x_TD)
-
     @property
     def fusible_linears(self) -> tuple[FusedLinear, ...]:
-        """Linear layers that `fused_decoder` computes; empty if it does not support this layer."""
         mlp, attn = self.mlp, self.self_attn
         if not isinstance(mlp, GatedMlp) or attn.q_norm is not None:
             return ()
@@ -123,7 +132,13 @@ class DecoderLayer(nn.Module):
         layer_dropout = fused_decoder.LayerDropout(attn.layer_index, attention.dropout_seed_1)
         assert isinstance(mlp, GatedMlp), f"expected a gated MLP, got {type(mlp).__name__}"
         x_TD, q_THD, k_TKD, v_TKD = fused_decoder.norm_qkv_rope(
-            x_TD, self.input_layernorm, attn.qkv_proj, attn.head_dim, rotary, layer_dropout
+            x_TD,
+            self.input_layernorm.weight,
+            self.eps,
+            attn.qkv_proj,
+            attn.head_dim,
+            rotary,
+            layer_dropout,
         )
         o_TI = attention(attn.layer_index, q_THD, k_TKD, v_TKD).flatten(1)
         if logit_indices_L is not None:
@@ -135,7 +150,8 @@ class DecoderLayer(nn.Module):
             x_TD,
             o_TI,
             attn.o_proj,
-            self.post_attention_layernorm,
+            self.post_attention_layernorm.weight,
+            self.eps,
             mlp.gate_up_proj,
             mlp.down_proj,
             layer_dropout,
@@ -197,4 +213,4 @@ class Decoder(nn.Module):
 
 def _uses_rng(layer: nn.Module, x_TD: Tensor) -> bool:
     """Return True if recomputing the layer requires torch's RNG state."""
-    return not (isinstance(layer, DecoderLayer) and layer.can_fuse(x_TD))
+    return not (isinstance(layer, FusibleLayer) and layer.can_fuse(x_TD))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import supports_varlen_attention
@@ -75,42 +75,60 @@ class LayerDropout(NamedTuple):
 
 def norm_qkv_rope(
     x_TD: Tensor,
-    norm: nn.RMSNorm,
+    w_D: Tensor,
+    eps: float,
     qkv: FusedLinear,
     head_dim: int,
     rotary: RotaryCosSin,
     layer_dropout: LayerDropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Apply RMS norm, QKV projection and rotary embedding of a decoder layer."""
+    """Apply RMS norm with weight `w_D`, QKV projection and rotary embedding."""
     num_heads, num_kv_heads, _ = (size // head_dim for size in qkv.output_sizes.values())
     layout = QkvLayout(num_heads, num_kv_heads, head_dim)
     matmul = layer_dropout.prepare_matmul(qkv, 0)
-    apply = _NormQkvRope.apply
+    apply = _NormLinear.apply
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = apply(  # type: ignore[no-untyped-call]
-        x_TD, norm.weight, norm.eps, matmul, layout, rotary, *matmul.parameters
+        x_TD, w_D, eps, matmul, layout, rotary, *matmul.parameters
     )
     return outputs
 
 
-class _NormQkvRope(torch.autograd.Function):
+def norm_linear(
+    x_TD: Tensor, w_D: Tensor, eps: float, linear: FusedLinear, layer_dropout: LayerDropout
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Apply RMS norm with weight `w_D` and a linear.
+
+    Returns:
+        The layer input, for the residual addition, and the outputs of the linear.
+    """
+    matmul = layer_dropout.prepare_matmul(linear, 0)
+    x_TD, y_TE = _NormLinear.apply(  # type: ignore[no-untyped-call]
+        x_TD, w_D, eps, matmul, None, None, *matmul.parameters
+    )
+    return x_TD, torch.split(y_TE, list(linear.output_sizes.values()), dim=1)
+
+
+class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_TD: Tensor,
         w_D: Tensor,
         eps: float,
-        qkv: LoraMatmul,
-        layout: QkvLayout,
-        rotary: RotaryCosSin,
+        linear: LoraMatmul,
+        layout: QkvLayout | None,
+        rotary: RotaryCosSin | None,
         *_parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        n_TJ, rstd_T, low_TS = _rms_norm_lora(x_TD, w_D, eps, qkv)
-        qkv_TE = qkv.forward(n_TJ, low_TS)
-        rotary_kernels.rotate_qk(qkv_TE, layout, rotary.cos_T1D, rotary.sin_T1D)
-        saved_TD = n_TJ if qkv.is_trainable else None
+        n_TJ, rstd_T, low_TS = _rms_norm_lora(x_TD, w_D, eps, linear)
+        y_TE = linear.forward(n_TJ, low_TS)
+        saved_TD = n_TJ if linear.is_trainable else None
         ctx.save_for_backward(x_TD, w_D, rstd_T, saved_TD, low_TS)
-        ctx.qkv, ctx.layout, ctx.rotary = qkv, layout, rotary
-        heads_TND = qkv_TE.view(len(x_TD), -1, layout.head_dim)
+        ctx.linear, ctx.layout, ctx.rotary = linear, layout, rotary
+        if layout is None or rotary is None:
+            return x_TD, y_TE
+        rotary_kernels.rotate_qk(y_TE, layout, rotary.cos_T1D, rotary.sin_T1D)
+        heads_TND = y_TE.view(len(x_TD), -1, layout.head_dim)
         return x_TD, *torch.split(
             heads_TND, [layout.num_heads, layout.num_kv_heads, layout.num_kv_heads], 1
         )
@@ -119,13 +137,16 @@ class _NormQkvRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, residual_grad_TD: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, w_D, rstd_T, n_TD, low_TS = ctx.saved_tensors
-        qkv, rotary = ctx.qkv, ctx.rotary
-        dqkv_TE = rotary_kernels.rotate_qk_backward(
-            (grads[0], grads[1], grads[2]), ctx.layout, rotary.cos_T1D, rotary.sin_T1D
-        )
+        linear, layout, rotary = ctx.linear, ctx.layout, ctx.rotary
+        if layout is None:
+            dy_TE = grads[0].contiguous()
+        else:
+            dy_TE = rotary_kernels.rotate_qk_backward(
+                (grads[0], grads[1], grads[2]), layout, rotary.cos_T1D, rotary.sin_T1D
+            )
         norm_stats, dx_TD, dw_D, da_SD = RmsNormStats(w_D, rstd_T), None, None, None
         if any(ctx.needs_input_grad[:2]):
-            dn_TD, da_SD = _lora_down_backward(x_TD, norm_stats, qkv.backward(dqkv_TE), qkv)
+            dn_TD, da_SD = _lora_down_backward(x_TD, norm_stats, linear.backward(dy_TE), linear)
             dx_TD, dw_D = norm_kernels.rms_norm_backward(
                 x_TD,
                 *norm_stats,
@@ -134,12 +155,12 @@ class _NormQkvRope(torch.autograd.Function):
                 needs_weight_grad=ctx.needs_input_grad[1],
             )
         else:
-            dlow_TS = qkv.lora_backward(dqkv_TE)
+            dlow_TS = linear.lora_backward(dy_TE)
             if dlow_TS is not None:
                 da_SD = lora_gemm_kernels.lora_A_grad(
-                    x_TD, norm_stats, dlow_TS, qkv.lora_A_SI, qkv.dropout
+                    x_TD, norm_stats, dlow_TS, linear.lora_A_SI, linear.dropout
                 )
-        base_grads, dbs_OR = qkv.base_grads(dqkv_TE, n_TD), qkv.lora_B_grads(dqkv_TE, low_TS)
+        base_grads, dbs_OR = linear.base_grads(dy_TE, n_TD), linear.lora_B_grads(dy_TE, low_TS)
         return dx_TD, dw_D, None, None, None, None, *base_grads, da_SD, *dbs_OR
 
 
@@ -190,17 +211,21 @@ def out_proj_mlp(
     x_TD: Tensor,
     o_TI: Tensor,
     out: FusedLinear,
-    norm: nn.RMSNorm,
+    w_D: Tensor,
+    eps: float,
     gate_up: FusedLinear,
     down: FusedLinear,
     layer_dropout: LayerDropout,
 ) -> Tensor:
-    """Compute the output projection, the residual additions and the MLP of a decoder layer."""
+    """Compute the output projection, the residual additions and the MLP of a decoder layer.
+
+    The MLP's RMS norm has weight `w_D`.
+    """
     linears = enumerate((out, gate_up, down), 1)
     matmuls = [layer_dropout.prepare_matmul(linear, index) for index, linear in linears]
     parameters = (parameter for matmul in matmuls for parameter in matmul.parameters)
     y_TD: Tensor = _OutProjMlp.apply(  # type: ignore[no-untyped-call]
-        x_TD, o_TI, norm.weight, norm.eps, *matmuls, *parameters
+        x_TD, o_TI, w_D, eps, *matmuls, *parameters
     )
     return y_TD
 

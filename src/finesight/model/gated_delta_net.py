@@ -435,8 +435,11 @@ class _CausalConvSilu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TN, weight_NW, position_T = ctx.saved_tensors
         dx_TN, dweight_NW = kernels.causal_conv_silu_backward(
-            *ctx.saved_tensors,
+            x_TN,
+            weight_NW,
+            position_T,
             ctx.outputs,
             L2_NORM_EPS,
             list(grads),
@@ -470,12 +473,21 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(
         ctx: Any, dout_THV: Tensor | None, dfinal_SHDV: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, initial_SHDV = ctx.saved_tensors
         if dout_THV is None:
-            dout_THV = torch.zeros_like(ctx.saved_tensors[2])
+            dout_THV = torch.zeros_like(v_THV)
         if dfinal_SHDV is not None:
             dfinal_SHDV = dfinal_SHDV.contiguous()
         grads = kernels.gated_delta_rule_backward(
-            *ctx.saved_tensors, ctx.chunks, dout_THV.contiguous(), dfinal_SHDV
+            q_TKD,
+            k_TKD,
+            v_THV,
+            log_decay_TH,
+            beta_TH,
+            initial_SHDV,
+            ctx.chunks,
+            dout_THV.contiguous(),
+            dfinal_SHDV,
         )
         return *grads, None
 
@@ -490,8 +502,13 @@ class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THV: Tensor) -> tuple[Tensor | None, ...]:
+        x_THV, z_THV, weight_V = ctx.saved_tensors
         grads = kernels.gated_rms_norm_backward(
-            *ctx.saved_tensors, ctx.eps, dy_THV.contiguous(),
+            x_THV,
+            z_THV,
+            weight_V,
+            ctx.eps,
+            dy_THV.contiguous(),
             needs_weight_grad=ctx.needs_input_grad[2],
-        )  # fmt: skip
+        )
         return *grads, None

@@ -86,10 +86,13 @@ class ZeroCenteredRmsNorm(RmsNorm):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """Return 1 + weight, in fp32 at least."""
+        return 1.0 + self.weight.to(torch.promote_types(dtype, torch.float32))
+
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None, "a norm without eps"
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale = 1.0 + self.weight.to(wide)
+        wide, scale = torch.promote_types(x.dtype, torch.float32), self.scale(x.dtype)
         if x.dtype == wide:
             return rms_norm(x, scale, self.eps)
         y: Tensor = RmsNormFunction.apply(x, scale, self.eps)  # type: ignore[no-untyped-call]

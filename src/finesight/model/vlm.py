@@ -25,7 +25,7 @@ from finesight.model.attention import (
     exchange_features,
 )
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
-from finesight.model.decoder import DecoderLayer, DeepstackFeatures
+from finesight.model.decoder import DeepstackFeatures, FusibleLayer
 from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
 from finesight.model.families.architecture import (
     QWEN_VL_MAPPING,
@@ -199,7 +199,7 @@ class VisionLanguageModel(nn.Module):
             )
         attention = _build_attention(batch, dropout_seed_1)
         if fused_decoder.supports_fused_layers(self.model.embed_tokens.weight):
-            layers = (layer for layer in self.model.layers if isinstance(layer, DecoderLayer))
+            layers = (layer for layer in self.model.layers if isinstance(layer, FusibleLayer))
             linears = (linear for layer in layers for linear in layer.fusible_linears)
             self._fused_weight_sync.copy_up_projections(linears)
         return self.apply_final_norm(

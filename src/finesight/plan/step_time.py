@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from finesight.config import TrainSettings
-from finesight.model.decoder import DecoderLayer
+from finesight.model.decoder import FusibleLayer
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.quant.base import find_quantized_weights
@@ -256,7 +256,7 @@ class StepTimeEstimator:
             for layer in model.model.layers:
                 is_fused = (
                     compute.has_varlen_attention
-                    and isinstance(layer, DecoderLayer)
+                    and isinstance(layer, FusibleLayer)
                     and layer.fusible_linears
                 )
                 seconds += (

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from finesight.encode.packing import PackedBatch
 from finesight.infer.cuda_graph_cache import CudaGraphCache
 from finesight.model.attention import supports_varlen_attention
-from finesight.model.decoder import DecoderLayer
+from finesight.model.decoder import FusibleLayer
 from finesight.model.hf_backend import AnyModel
 from finesight.model.quant.base import HAS_TRITON
 from finesight.model.vision_encoder import VisionEncoder
@@ -154,7 +154,7 @@ def should_capture(
         max_tokens: Maximum number of tokens of a pack in a graph.
     """
     if activation_checkpointing and not all(
-        isinstance(layer, DecoderLayer) and layer.fusible_linears for layer in model.model.layers
+        isinstance(layer, FusibleLayer) and layer.fusible_linears for layer in model.model.layers
     ):
         # A graph cannot restore the random state for activation checkpointing of torch.
         return False

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.model.attention import AttentionBackend
+from finesight.model import fused_decoder
+from finesight.model.attention import AttentionBackend, PackedAttention
 from finesight.model.config import (
     ConfigReader,
     DecoderConfig,
@@ -26,7 +27,7 @@ from finesight.model.config import (
     get_text_config,
     parse_decoder_config,
 )
-from finesight.model.decoder import Decoder
+from finesight.model.decoder import Decoder, FusibleLayer
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.families.qwen3_vl import build_vision_encoder, interleaved_mrope_axes
 from finesight.model.fused_linear import FusedLinear, single_output
@@ -54,14 +55,22 @@ class GatedAttention(nn.Module):
         )
         self.o_proj = FusedLinear(q_size, {"o_proj": config.hidden_size}, bias=False)
 
-    def forward(self, x_TD: Tensor, rotary: RotaryCosSin, attention: AttentionBackend) -> Tensor:
-        q_gate_TE, k_TE, v_TE = self.qkv_proj(x_TD)
-        q_THD, gate_THD = q_gate_TE.view(len(x_TD), -1, 2 * self.head_dim).chunk(2, dim=-1)
-        k_TKD, v_TKD = (y_TE.view(len(x_TD), -1, self.head_dim) for y_TE in (k_TE, v_TE))
+    @property
+    def linears(self) -> tuple[FusedLinear, FusedLinear]:
+        """Linear layers before and after attention."""
+        return self.qkv_proj, self.o_proj
+
+    def forward(
+        self, projected: tuple[Tensor, ...], rotary: RotaryCosSin, attention: AttentionBackend
+    ) -> Tensor:
+        """Compute the input of the output projection from the outputs of `qkv_proj`."""
+        q_gate_TE, k_TE, v_TE = projected
+        q_THD, gate_THD = torch.unflatten(q_gate_TE, 1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        k_TKD, v_TKD = (torch.unflatten(y_TE, 1, (-1, self.head_dim)) for y_TE in (k_TE, v_TE))
         q_THD = apply_partial_rotary_pos_emb(self.q_norm(q_THD), rotary)
         k_TKD = apply_partial_rotary_pos_emb(self.k_norm(k_TKD), rotary)
-        o_THD = attention(self.attention_index, q_THD, k_TKD, v_TKD) * gate_THD.sigmoid()
-        return single_output(self.o_proj(o_THD.flatten(1)))
+        o_THD = attention(self.attention_index, q_THD, k_TKD, v_TKD)
+        return (o_THD * gate_THD.sigmoid()).flatten(1)
 
 
 class DepthwiseConv(nn.Module):
@@ -100,9 +109,17 @@ class GatedDeltaNet(nn.Module):
         """Initialize the decay rates of the heads from 0.01 to 1, on a logarithmic scale."""
         self.A_log.copy_(torch.linspace(math.log(0.01), 0.0, len(self.A_log)))
 
-    def forward(self, x_TD: Tensor, attention: AttentionBackend) -> Tensor:
-        qkv_TN, z_TE, b_TH, a_TH = self.in_proj(x_TD)
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    @property
+    def linears(self) -> tuple[FusedLinear, FusedLinear]:
+        """Linear layers before and after the gated delta rule."""
+        return self.in_proj, self.out_proj
+
+    def forward(
+        self, projected: tuple[Tensor, ...], _: RotaryCosSin, attention: AttentionBackend
+    ) -> Tensor:
+        """Compute the input of the output projection from the outputs of `in_proj`."""
+        qkv_TN, z_TE, b_TH, a_TH = projected
+        dtype = torch.promote_types(qkv_TN.dtype, torch.float32)
         step_TH = F.softplus(a_TH.to(dtype) + self.dt_bias.to(dtype))
         inputs = DeltaNetInputs(
             self.config,
@@ -115,11 +132,10 @@ class GatedDeltaNet(nn.Module):
         z_THV = z_TE.view(o_THV.shape)
         norm = self.norm
         assert norm.eps is not None, "a norm without eps"
-        y_THV = gated_rms_norm(o_THV, z_THV, norm.weight, norm.eps)
-        return single_output(self.out_proj(y_THV.flatten(1)))
+        return gated_rms_norm(o_THV, z_THV, norm.weight, norm.eps).flatten(1)
 
 
-class HybridDecoderLayer(nn.Module):
+class HybridDecoderLayer(FusibleLayer):
     """Pre-norm decoder layer: full or linear attention, then an MLP or a mixture of experts."""
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
@@ -128,21 +144,34 @@ class HybridDecoderLayer(nn.Module):
         assert linear_attention is not None, "a config without linear attention"
         full_layers = linear_attention.full_attention_layers
         num_full = sum(n < layer_index for n in full_layers)
-        self.input_layernorm = ZeroCenteredRmsNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layer_index, self.eps = layer_index, config.rms_norm_eps
+        self.input_layernorm = ZeroCenteredRmsNorm(config.hidden_size, eps=self.eps)
         self.self_attn: GatedAttention | None = None
         self.linear_attn: GatedDeltaNet | None = None
         if layer_index in full_layers:
             self.self_attn = GatedAttention(config, num_full)
         else:
             self.linear_attn = GatedDeltaNet(linear_attention, config, layer_index - num_full)
-        self.post_attention_layernorm = ZeroCenteredRmsNorm(
-            config.hidden_size, eps=config.rms_norm_eps
-        )
+        self.post_attention_layernorm = ZeroCenteredRmsNorm(config.hidden_size, eps=self.eps)
         self.mlp = (
             GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
             if config.moe is None
             else SharedExpertMoeBlock(config.hidden_size, config.moe)
         )
+
+    @property
+    def attn(self) -> GatedAttention | GatedDeltaNet:
+        """Full or linear attention of this layer."""
+        attn = self.self_attn or self.linear_attn
+        assert attn is not None, "a layer without attention"
+        return attn
+
+    @property
+    def fusible_linears(self) -> tuple[FusedLinear, ...]:
+        if not isinstance(self.mlp, GatedMlp):
+            return ()
+        linears = *self.attn.linears, self.mlp.gate_up_proj, self.mlp.down_proj
+        return linears if all(map(fused_decoder.is_fusible, linears)) else ()
 
     def forward(
         self,
@@ -152,16 +181,33 @@ class HybridDecoderLayer(nn.Module):
         logit_indices_L: Tensor | None = None,
     ) -> Tensor:
         """Map hidden states [T, D] to [T, D]."""
-        normed_TD = self.input_layernorm(x_TD)
-        if self.self_attn is not None:
-            x_TD = x_TD + self.self_attn(normed_TD, rotary, attention)
+        in_proj, out_proj = self.attn.linears
+        if isinstance(attention, PackedAttention) and self.can_fuse(x_TD):
+            layer_dropout = fused_decoder.LayerDropout(self.layer_index, attention.dropout_seed_1)
+            x_TD, projected = fused_decoder.norm_linear(
+                x_TD, self.input_layernorm.scale(x_TD.dtype), self.eps, in_proj, layer_dropout
+            )
         else:
-            assert self.linear_attn is not None, "a layer without attention"
-            x_TD = x_TD + self.linear_attn(normed_TD, attention)
+            layer_dropout = None
+            projected = in_proj(self.input_layernorm(x_TD))
+        o_TI = self.attn(projected, rotary, attention)
         if logit_indices_L is not None:
-            x_TD = x_TD.index_select(0, logit_indices_L)
-        y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        return y_TD
+            x_TD, o_TI = (y.index_select(0, logit_indices_L) for y in (x_TD, o_TI))
+        if layer_dropout is None:
+            x_TD = x_TD + single_output(out_proj(o_TI))
+            y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+            return y_TD
+        assert isinstance(self.mlp, GatedMlp), f"a fused layer with {type(self.mlp).__name__}"
+        return fused_decoder.out_proj_mlp(
+            x_TD,
+            o_TI,
+            out_proj,
+            self.post_attention_layernorm.scale(x_TD.dtype),
+            self.eps,
+            self.mlp.gate_up_proj,
+            self.mlp.down_proj,
+            layer_dropout,
+        )
 
 
 class HybridDecoder(Decoder):

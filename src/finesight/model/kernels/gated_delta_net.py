@@ -338,8 +338,8 @@ def _chunk_gradients_kernel(
 
 
 def _precision(x: Tensor) -> str:
-    """Return the precision of fp32 products, which 16-bit inputs need for the inverse only."""
-    return "ieee" if x.dtype == torch.float32 else "tf32x3"
+    """Return the precision of fp32 products; with 16-bit inputs, only the inverse has them."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def _value_block(num_sequences: int, heads: int, value_dim: int) -> int:

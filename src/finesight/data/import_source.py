@@ -271,8 +271,10 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy=listing.suggest_source(),
         )
     files = options.row_files or (source,)
-    rows = [open_webdataset(file) if is_tar_file(file) else open_row_file(file) for file in files]
-    return rows[0] if len(rows) == 1 else concat_rows(files, rows), None, ""
+    readers = [
+        open_webdataset(file) if is_tar_file(file) else open_row_file(file) for file in files
+    ]
+    return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 
 def _detect_format(

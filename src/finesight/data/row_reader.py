@@ -388,13 +388,14 @@ def iter_member_groups(tar: TarArchive) -> Iterator[MemberGroup]:
 
     Hidden files are skipped.
     """
-    files = (member for member in tar.iter_headers() if member.isreg() and not _is_hidden(member))
+    files = (
+        member
+        for member in tar.iter_headers()
+        if member.isreg()
+        and not posixpath.basename(member.name.rstrip("/")).startswith((".", "__"))
+    )
     for _, members in itertools.groupby(files, key=lambda member: split_member_name(member)[0]):
         yield list(members)
-
-
-def _is_hidden(member: tarfile.TarInfo) -> bool:
-    return posixpath.basename(member.name.rstrip("/")).startswith((".", "__"))
 
 
 def split_member_name(member: tarfile.TarInfo) -> tuple[str, str]:

@@ -141,8 +141,10 @@ def select_files(
         raise _build_no_data_error(paths, source)
     if selector is not None and selector in paths:
         return _add_support_files((selector,), data)
+    # Without a match in the card, a subset is a folder of this name.
+    subset = (selector or "").rpartition("/")[0]
     splits = _read_card_splits(data, card, selector) or _infer_splits(
-        _filter_subset(data, selector)
+        [path for path in data if not subset or subset in path.split("/")[:-1]]
     )
     if not splits:
         if selector is not None:
@@ -205,15 +207,6 @@ def _infer_splits(data: Sequence[str]) -> dict[str, list[str]]:
         return {DEFAULT_SPLIT: splits[""]}
     splits.pop("", None)
     return splits
-
-
-def _filter_subset(data: Sequence[str], selector: str | None) -> Sequence[str]:
-    """Keep the files in folders named like the subset of a SUBSET/SPLIT selector.
-
-    This finds subsets that the dataset card does not list.
-    """
-    subset = (selector or "").rpartition("/")[0]
-    return [path for path in data if subset in path.split("/")[:-1]] if subset else data
 
 
 def _read_card_splits(data: Sequence[str], card: str, selector: str | None) -> dict[str, list[str]]:

@@ -238,7 +238,9 @@ def check_declared_size(
         return
     message = f"the boxes refer to an image of {declared[1]} x {declared[0]} pixels, the image has "
     message += f"{actual[1]} x {actual[0]}"
-    if declared == actual[::-1] and _is_transposed(image_path):
+    with open_image_header(image_path) as image:
+        is_transposed = read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
+    if declared == actual[::-1] and is_transposed:
         raise InvalidBoxError(
             f"{message} after EXIF rotation: it was annotated before rotation",
             where=str(image_path),
@@ -252,11 +254,6 @@ def check_declared_size(
         expected="the annotated image in its original size",
         remedy="use the annotated images instead of resized or cropped copies",
     )
-
-
-def _is_transposed(image_path: Path) -> bool:
-    with open_image_header(image_path) as image:
-        return read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
 
 
 def _build_example(

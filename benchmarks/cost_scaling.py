@@ -31,7 +31,7 @@ from subprocess_timer import run_timed
 
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
-from finesight.data.jsonl import sample_to_dict
+from finesight.data.sample import sample_to_dict
 
 LIMIT_S = 540.0
 LONG_SAMPLES = 16

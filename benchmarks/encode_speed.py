@@ -24,8 +24,7 @@ import numpy
 import PIL
 import tokenizers
 
-from finesight.data.jsonl import LocatedSample, read_samples
-from finesight.data.sample import TextPart
+from finesight.data.sample import LocatedSample, TextPart, read_samples
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import filter_samples
 from finesight.model_folder import locate_model

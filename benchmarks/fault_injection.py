@@ -14,8 +14,7 @@ from PIL import Image
 
 from finesight.data.image_header import read_image_size
 from finesight.data.import_source import ImportOptions, open_unvalidated
-from finesight.data.jsonl import sample_to_dict
-from finesight.data.sample import Sample
+from finesight.data.sample import Sample, sample_to_dict
 
 Record = dict[str, Any]
 

@@ -33,7 +33,7 @@ from finesight.model.config import ConfigReader
 from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel, build_model
 from finesight.model.weights_io import hub_tensors
 from finesight.model_folder import PREPROCESSOR_DEFAULTS
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 
 @dataclass(frozen=True)

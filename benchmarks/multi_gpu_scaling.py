@@ -37,7 +37,7 @@ from subprocess_timer import run_timed
 
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 
 BENCHMARKS_DIR = Path(__file__).resolve().parent
 LIMIT_S, STARTUP_LIMIT_S = 240.0, 120.0

@@ -14,7 +14,7 @@ from PIL import Image
 
 from finesight.config import ExactSize, LoraSettings, TrainFileSettings, TuneSettings
 from finesight.data.corpus import load_corpus
-from finesight.data.jsonl import write_samples
+from finesight.data.sample import write_samples
 from finesight.encode.renderer import build_renderer
 from finesight.infer.model_loader import resolve_device
 from finesight.model.config import ConfigReader

@@ -66,8 +66,14 @@ def write_data(config: Path, work: Path, num_tokens: int, num_samples: int = 64)
     """Write samples of exactly `num_tokens` tokens with one image each."""
     from PIL import Image
 
-    from finesight.data.jsonl import LocatedSample, write_samples
-    from finesight.data.sample import ImagePart, Message, Sample, TextPart
+    from finesight.data.sample import (
+        ImagePart,
+        LocatedSample,
+        Message,
+        Sample,
+        TextPart,
+        write_samples,
+    )
     from finesight.encode.renderer import NativeRenderer
     from finesight.model_folder import ModelFolder
 

@@ -34,7 +34,7 @@ from tiny_model import create_tiny_model
 from train_stages import LAST_STAGE, TRAIN_STAGES, TrainStage
 
 from finesight.config import EvalSettings, MetricSpec
-from finesight.data.jsonl import LocatedSample, read_samples
+from finesight.data.sample import LocatedSample, read_samples
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model

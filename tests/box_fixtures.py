@@ -11,10 +11,9 @@ from PIL import Image, ImageDraw
 from finesight.data.exporter import ExportSummary, export_dataset
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
-from finesight.data.jsonl import LocatedSample, read_samples
-from finesight.data.sample import BoxPart, Sample, TextPart
+from finesight.data.sample import BoxPart, LocatedSample, Sample, TextPart, read_samples
 from finesight.encode.family import ImageBox
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 PixelBox = tuple[int, int, int, int]
 

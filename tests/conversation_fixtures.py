@@ -12,8 +12,15 @@ from PIL import Image
 from tiny_model import SPECIAL_TOKENS, create_tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+)
 
 WORDS = (
     "a cat sits on the table, and it's 42 years old.",

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
+    LocatedSample,
     Message,
     Sample,
     TextPart,

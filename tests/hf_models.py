@@ -11,8 +11,7 @@ from PIL import Image
 from tiny_model import create_tiny_model
 from tokenizers import Tokenizer
 
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import Sample
+from finesight.data.sample import LocatedSample, Sample
 
 CHAT_TEMPLATE = """\
 {%- for turn in messages -%}

@@ -17,7 +17,7 @@ from finesight.model.config import ConfigReader
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import hub_tensors
 from finesight.model_folder import PREPROCESSOR_DEFAULTS
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 IMAGE, VIDEO, START, END = 96, 97, 98, 99
 CPU = torch.device("cpu")

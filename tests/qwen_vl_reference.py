@@ -27,7 +27,7 @@ from finesight.model.config import ConfigReader
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import hub_tensors
 from finesight.model_folder import PREPROCESSOR_DEFAULTS
-from finesight.vision.patches import GridTHW, PatchConfig, patchify
+from finesight.vision.image_processing import GridTHW, PatchConfig, patchify
 
 _REFERENCE_DIR = Path(__file__).parent / "model" / "reference_values"
 _REFERENCE_DATA = json.loads((_REFERENCE_DIR / "qwen_vl.json").read_text(encoding="utf-8"))

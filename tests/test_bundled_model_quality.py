@@ -16,7 +16,7 @@ from synthetic_tasks.dataset_writer import write_task
 from synthetic_tasks.tasks import SyntheticTask
 
 from finesight.config import EvalSettings
-from finesight.data.jsonl import LocatedSample, read_samples
+from finesight.data.sample import LocatedSample, read_samples
 from finesight.evaluate.generation_eval import GenerationEvalResult, evaluate
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import predict

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from finesight.cli.app import run_command
-from finesight.data.jsonl import read_samples
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, read_samples
 from finesight.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"

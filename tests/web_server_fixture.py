@@ -12,8 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ImagePart, TextPart
+from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions

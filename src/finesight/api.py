@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from finesight.check.check_issues import CheckResult
     from finesight.config import Device, MetricSpec, Precision, Recipe, WeightFormat
     from finesight.data.importer import ImportSummary
-    from finesight.data.jsonl import LocatedSample
+    from finesight.data.sample import LocatedSample
     from finesight.encode.tokenized_sample import EncodedSample, VisualSpan
     from finesight.encode.tokenizer import TextTokenizer
     from finesight.evaluate.generation_eval import GenerationEvalResult

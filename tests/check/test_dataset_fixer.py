@@ -12,7 +12,7 @@ from shape_images import write_shape_images
 
 from finesight.check.data_checker import DataChecker, inputs_from_files
 from finesight.data.import_source import ImportOptions
-from finesight.data.jsonl import read_samples
+from finesight.data.sample import read_samples
 from finesight.errors import UserError
 from finesight.storage import write_folder
 

@@ -22,7 +22,7 @@ from finesight.check.image_catalog import (
 )
 from finesight.data.image_header import TruncatedImageError
 from finesight.errors import UserError
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 
 class CountingPool(Executor):

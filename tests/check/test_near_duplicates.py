@@ -16,7 +16,7 @@ from finesight.check.near_duplicates import (
     has_contrast,
     is_same_image,
 )
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from archive_fixtures import (
 from fake_hub_servers import FakeHubServer
 from hub_fixtures import cache, certificate, make_png, web_server, without_sockets
 
-from finesight.data.jsonl import read_samples
+from finesight.data.sample import read_samples
 
 __all__ = ["cache", "certificate", "web_server", "without_sockets"]
 

@@ -11,10 +11,9 @@ from service_fixture import write_shape_image
 from typer.testing import CliRunner
 
 from finesight.cli.app import app
-from finesight.data.jsonl import read_samples
-from finesight.data.sample import ImagePart
+from finesight.data.sample import ImagePart, read_samples
 from finesight.errors import UserError
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +117,6 @@ def test_ctrl_c_cancels_reply_but_not_session():
     pipe = subprocess.PIPE
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as chat:
-        assert chat.stdin is not None
-        assert chat.stdout is not None
         chat.stdin.write(b"Tell me everything.\n")
         chat.stdin.flush()
         assert chat.stdout.read(1), "no answer has begun"

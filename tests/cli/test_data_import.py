@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from finesight.cli.data_files import import_data
 from finesight.data.formats import FORMATS
-from finesight.data.jsonl import read_samples
+from finesight.data.sample import read_samples
 from finesight.errors import UserError
 
 app = typer.Typer()

@@ -11,7 +11,7 @@ from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
 from finesight.cli.answers import predict
-from finesight.data.jsonl import write_samples
+from finesight.data.sample import write_samples
 from finesight.errors import UserError
 
 

@@ -12,8 +12,7 @@ from PIL import Image
 from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
-from finesight.data.jsonl import read_samples
-from finesight.data.sample import BoxPart, ImagePart
+from finesight.data.sample import BoxPart, ImagePart, read_samples
 
 STEPS = 120
 

@@ -31,8 +31,7 @@ from hub_fixtures import (
 )
 
 from finesight.cli.app import run_command
-from finesight.data.jsonl import read_samples
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, read_samples
 
 __all__ = ["cache", "huggingface", "modelscope", "without_sockets"]
 

@@ -37,7 +37,6 @@ def start_server(*arguments: str, **environment: str) -> tuple[subprocess.Popen[
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
     )
-    assert program.stdout is not None
     first, second = program.stdout.readline(), program.stdout.readline()
     assert first.startswith("serving finesight-tiny at http://127.0.0.1:"), first
     address = first.split()[-1]

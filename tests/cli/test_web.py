@@ -51,7 +51,6 @@ def test_public_host_requires_a_password_unless_open(options: list[str], tmp_pat
         env=environment | {"PYTHONUNBUFFERED": "1"},
         text=True,
     ) as page:
-        assert page.stdout is not None
         port = int(page.stdout.readline().rsplit(":", 1)[1])
         if not options:
             assert len(page.stdout.readline().removeprefix("password: ").strip()) >= 16

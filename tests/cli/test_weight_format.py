@@ -14,7 +14,7 @@ from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
 from finesight.cli.answers import evaluate, predict
-from finesight.data.jsonl import write_samples
+from finesight.data.sample import write_samples
 from finesight.errors import UserError
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model

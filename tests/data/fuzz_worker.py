@@ -23,7 +23,7 @@ from fuzzed_sources import Source, case
 
 from finesight.data.import_source import ImportOptions, open_unvalidated
 from finesight.data.importer import import_dataset
-from finesight.data.jsonl import read_samples
+from finesight.data.sample import read_samples
 from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError
 from finesight.storage import verify_folder

@@ -16,8 +16,7 @@ from finesight.data.exporter import export_dataset
 from finesight.data.formats import FORMATS
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.jsonl import LocatedSample, read_samples, sample_from_dict
-from finesight.data.sample import Sample
+from finesight.data.sample import LocatedSample, Sample, read_samples, sample_from_dict
 from finesight.errors import UserError
 from finesight.storage import verify_folder
 

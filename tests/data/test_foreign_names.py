@@ -25,7 +25,7 @@ from finesight.cli.app import run_command
 from finesight.data.corpus import open_sample_source
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
-from finesight.data.jsonl import read_samples
+from finesight.data.sample import read_samples
 from finesight.data.source_fetch import fetch_source
 from finesight.storage import verify_folder
 

@@ -18,7 +18,7 @@ from image_fixtures import write_gray_image, write_jsonl
 from finesight.data import importer, line_index
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
-from finesight.data.jsonl import read_samples
+from finesight.data.sample import read_samples
 from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError
 

@@ -21,8 +21,7 @@ from finesight.data.importer import (
     ImportSummary,
     import_dataset,
 )
-from finesight.data.jsonl import read_samples
-from finesight.data.sample import BoxPart, ImagePart, Sample
+from finesight.data.sample import BoxPart, ImagePart, Sample, read_samples
 from finesight.errors import UserError
 from finesight.storage import verify_folder
 

@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-from finesight.data.jsonl import LocatedSample, read_samples, write_samples
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+    read_samples,
+    write_samples,
+)
 from finesight.errors import UserError
 
 SAMPLE = Sample(

@@ -10,7 +10,7 @@ from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import REASON_NOT_SELECTED, import_dataset
-from finesight.data.jsonl import read_samples
+from finesight.data.sample import read_samples
 from finesight.errors import UserError
 from finesight.storage import verify_folder
 

@@ -23,8 +23,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ImagePart, TextPart, VideoPart
+from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart, VideoPart
 from finesight.model_folder import ModelFolder
 
 DEFAULT_SYSTEM = "You are a helpful assistant."

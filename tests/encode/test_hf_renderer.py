@@ -13,8 +13,7 @@ import hf_models
 import pytest
 
 from finesight.config import ExactSize
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import Sample
+from finesight.data.sample import LocatedSample, Sample
 from finesight.encode.hf_renderer import HfRenderer, import_transformers
 from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError

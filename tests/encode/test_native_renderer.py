@@ -13,13 +13,20 @@ from PIL import Image
 
 from finesight.config import ExactSize, LongestSide
 from finesight.data.image_header import CorruptImageError
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+)
 from finesight.encode.renderer import DecodedCompletion, NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.vision.patches import repeat_still_frames
+from finesight.vision.image_processing import repeat_still_frames
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PUBLISHED = ("Qwen2-VL-2B-Instruct", "Qwen2.5-VL-3B-Instruct", "Qwen3-VL-Embedding-8B")

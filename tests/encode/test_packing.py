@@ -27,7 +27,7 @@ from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, Vi
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train.loss import fused_linear_cross_entropy
-from finesight.vision.patches import repeat_still_frames
+from finesight.vision.image_processing import repeat_still_frames
 
 SPAN = VisualSpan("image", 6, 8, (1, 2, 4), (), (28, 56), (28, 56))
 

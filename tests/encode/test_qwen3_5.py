@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import ImagePart, Message, Sample, TextPart
+from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.qwen3_5 import Qwen35, ReasoningEffort
 from finesight.encode.renderer import NativeRenderer, build_renderer, split_reasoning
 from finesight.model_folder import ModelFolder

@@ -13,8 +13,15 @@ from conversation_fixtures import make_folder
 from hypothesis import given, settings
 from PIL import Image
 
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+)
 from finesight.encode.family import ImageBox, PredictedBox
 from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.encode.renderer import NativeRenderer, parse_reasoning, split_reasoning

@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finesight.config import ExactSize, LongestSide
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+)
 from finesight.encode.family import ImageBox, PredictedBox, SpecialToken
 from finesight.encode.qwen_vl import QwenVL, from_folder
 from finesight.encode.renderer import NativeRenderer

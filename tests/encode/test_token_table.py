@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from conversation_fixtures import make_conversation, make_folder, make_images
 
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import Message, Sample, TextPart
+from finesight.data.sample import LocatedSample, Message, Sample, TextPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import (
     format_token_table,

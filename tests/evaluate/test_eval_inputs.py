@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finesight.data.jsonl import write_samples
-from finesight.data.sample import Message, Sample, TextPart
+from finesight.data.sample import Message, Sample, TextPart, write_samples
 from finesight.errors import UserError
 from finesight.evaluate.generation_eval import load_eval_inputs
 

@@ -10,8 +10,7 @@ from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 
 from finesight.config import EvalSettings
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase

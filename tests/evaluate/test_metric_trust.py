@@ -246,6 +246,5 @@ def test_a_metric_file_that_cannot_be_there_is_named(
     location = custom_metric.parse_metric_path(
         custom_metric.resolve_metric_path(f"{name}:score", tmp_path / "other")
     )
-    assert location is not None
     with pytest.raises(UserError, match="no such file"):
         custom_metric.require_metric_file(location[0])

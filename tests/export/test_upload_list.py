@@ -92,7 +92,6 @@ def test_new_version_is_a_new_commit(
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     (folder / "README.md").write_text("# Better\n")
-    assert hub.storage is not None
     before = sum(asked.path.endswith("x") for asked in hub.storage.requests)
     upload(folder, name)
     assert hub.repositories["models/me/latex"]["README.md"] == b"# Better\n"
@@ -126,7 +125,6 @@ def test_missing_and_wrong_tokens(
 
 def test_token_is_not_sent_to_storage(hub: FakeHubServer, name: str, model: Path) -> None:
     upload(model, name)
-    assert hub.storage is not None
     assert hub.storage.requests
     for requested in hub.storage.requests:
         assert "Authorization" not in requested.headers
@@ -134,14 +132,12 @@ def test_token_is_not_sent_to_storage(hub: FakeHubServer, name: str, model: Path
 
 
 def test_transient_storage_errors_are_retried(hub: FakeHubServer, name: str, model: Path) -> None:
-    assert hub.storage is not None
     hub.storage.faults.statuses["PUT"] = [503, 500]
     upload(model, name)
     assert len(hub.repositories["models/me/latex"]) == len(list(model.iterdir()))
 
 
 def test_failed_upload_leaves_repository_empty(hub: FakeHubServer, name: str, model: Path) -> None:
-    assert hub.storage is not None
     hub.storage.faults.statuses["PUT"] = [403] * 100
     with pytest.raises(UserError):
         upload(model, name)

@@ -25,7 +25,7 @@ from finesight.encode.tokenized_sample import EncodedSample
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.vision.patches import NUM_CHANNELS, repeat_still_frames
+from finesight.vision.image_processing import NUM_CHANNELS, repeat_still_frames
 
 STEPS = 6
 MODELS: dict[TinyFamily, Any] = {

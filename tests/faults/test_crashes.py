@@ -22,7 +22,7 @@ from PIL import Image
 from tiny_task import TinyTask
 
 from finesight.cli.app import run_command as command
-from finesight.data.jsonl import read_samples
+from finesight.data.sample import read_samples
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.storage import DIGESTS_FILE, verify_folder
 from finesight.train.checkpoint import CheckpointManager, CheckpointState

@@ -57,7 +57,6 @@ def list_weight_ranges(hub: FakeHubServer) -> list[str | None]:
 
 
 def weight_paths(hub: FakeHubServer) -> set[str]:
-    assert hub.storage is not None
     return {
         f"/{digest}"
         for digest, (name, _) in hub.storage.blobs.items()

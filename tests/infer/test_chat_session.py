@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 from service_fixture import run_service, write_random_adapter, write_shape_image
 
-from finesight.data.jsonl import LocatedSample, read_samples
-from finesight.data.sample import BoxPart, TextPart
+from finesight.data.sample import BoxPart, LocatedSample, TextPart, read_samples
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession, build_answer_parts
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import Prediction, build_questions, predict
 from finesight.infer.request import GenerationOptions, SamplingParams
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 SHORT = [GenerationOptions(max_new_tokens=60)]
 

@@ -28,7 +28,7 @@ from engine_fixtures import (
 )
 from tiny_model import TinyFamily, create_tiny_model
 
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError

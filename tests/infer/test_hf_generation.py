@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from finesight.cli.app import run_command
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService

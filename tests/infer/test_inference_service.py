@@ -16,7 +16,7 @@ import torch
 from engine_fixtures import make_mixed_questions, make_sample
 from tiny_model import create_tiny_model
 
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer import inference_service as area

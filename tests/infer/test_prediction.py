@@ -13,8 +13,15 @@ from PIL import Image
 from tiny_model import create_tiny_model
 
 from finesight.data.image_header import CorruptImageError
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+)
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer.engine import generate
 from finesight.infer.model_runner import ModelRunner

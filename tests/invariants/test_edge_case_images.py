@@ -120,14 +120,14 @@ def test_high_bit_depth_conversion_is_memory_bounded(mode: str, tmp_path: Path) 
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from finesight.vision import image_decoding\n"
+        "from finesight.vision import image_processing\n"
         "status = Path('/proc/self/status')\n"
         "peak = lambda: int(status.read_text().split('VmHWM:')[1].split()[0])\n"
         "before = peak()\n"
-        "image = image_decoding.load_image(Path(sys.argv[1]))\n"
+        "image = image_processing.load_image(Path(sys.argv[1]))\n"
         "used = peak() - before\n"
-        "image_decoding.MAX_BAND_PIXELS = 1 << 60\n"
-        "assert image.tobytes() == image_decoding.load_image(Path(sys.argv[1])).tobytes()\n"
+        "image_processing.MAX_BAND_PIXELS = 1 << 60\n"
+        "assert image.tobytes() == image_processing.load_image(Path(sys.argv[1])).tobytes()\n"
         "print(used * 1024 / 4096**2)\n"
     )
     done = subprocess.run(

@@ -14,8 +14,16 @@ from PIL import Image
 from rich.console import Console
 from tiny_model import create_tiny_model
 
-from finesight.data.jsonl import LocatedSample, read_samples, write_samples
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    read_samples,
+    write_samples,
+)
 from finesight.encode.renderer import FAMILIES, NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.recipe import load_recipe

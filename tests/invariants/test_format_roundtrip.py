@@ -12,14 +12,15 @@ from finesight.data.exporter import export_dataset
 from finesight.data.image_header import read_image_size
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.jsonl import LocatedSample, read_samples
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
+    LocatedSample,
     Message,
     Sample,
     TextPart,
+    read_samples,
     validate_sample,
 )
 from finesight.errors import UserError

@@ -17,7 +17,7 @@ from tiny_task import make_task
 from finesight.cli.app import run_command
 from finesight.config import DataSettings, PixelRange, TrainFileSettings
 from finesight.data.corpus import load_corpus
-from finesight.data.jsonl import read_samples, write_samples
+from finesight.data.sample import read_samples, write_samples
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder

@@ -22,7 +22,7 @@ from engine_fixtures import (
 )
 from tiny_model import create_tiny_model
 
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer import scheduler as scheduler_area

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
-from finesight.data.jsonl import JsonlSamples
 from finesight.data.line_index import SampleIndex
-from finesight.data.sample_order import SampleOrder
+from finesight.data.sample import JsonlSamples
 from finesight.train.parallel.distributed import ProcessGroup
-from finesight.train.sampler import DistributedSampler, TrainSampler
+from finesight.train.sampler import DistributedSampler, SampleOrder, TrainSampler
 
 SIZES, WEIGHTS = (7_000_000, 3_000_000), (1.0, 1.0)
 SAMPLES = sum(SIZES)

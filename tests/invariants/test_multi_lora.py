@@ -14,7 +14,7 @@ from engine_fixtures import RequestEvents, make_mixed_questions, run_engine, ste
 from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from tiny_model import create_tiny_model
 
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer.engine import Engine

@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 
 from finesight.cli.answers import predict
 from finesight.config import EvalSettings, Recipe
-from finesight.data.jsonl import LocatedSample, write_samples
-from finesight.data.sample import BoxPart, TextPart
+from finesight.data.sample import BoxPart, LocatedSample, TextPart, write_samples
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
 from finesight.train.training_run import train

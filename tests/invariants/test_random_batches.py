@@ -12,7 +12,7 @@ from engine_fixtures import RequestEvents, run_engine, step_engine
 from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from tiny_model import TinyFamily, create_tiny_model
 
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer import scheduler as scheduler_area

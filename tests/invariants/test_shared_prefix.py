@@ -12,8 +12,7 @@ from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.config import TuneSettings
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import Message, TextPart
+from finesight.data.sample import LocatedSample, Message, TextPart
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, pad_batch
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample

@@ -15,7 +15,7 @@ from finesight.plan.peak_memory import compute_peak_memory
 from finesight.plan.planned_model import build_planned_model
 from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.target_device import build_named_target
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ADAPTER = {"rank": 64, "alpha": 16, "dropout": 0.05}

@@ -7,8 +7,7 @@ from PIL import Image
 from synthetic_tasks.dataset_writer import write_mixture, write_task
 from synthetic_tasks.tasks import SyntheticTask, generate_mixture_sample, generate_sample
 
-from finesight.data.jsonl import read_samples
-from finesight.data.sample import BoxPart, ImagePart, TextPart
+from finesight.data.sample import BoxPart, ImagePart, TextPart, read_samples
 from finesight.errors import UserError
 from finesight.storage import verify_folder
 

@@ -105,7 +105,6 @@ def _parse_coordinates(path: str) -> list[float]:
 def test_chart_stays_within_its_frame() -> None:
     points = [(float(step), 3.0 - step / 10) for step in range(1, 31)]
     drawing = build_chart("Loss", [ChartSeries("training", points)])
-    assert drawing is not None
     values = _parse_coordinates(drawing.lines[0].path)
     across, up = values[::2], values[1::2]
     assert (min(across), max(across)) == (MARGIN_LEFT, WIDTH - MARGIN_RIGHT)
@@ -121,7 +120,6 @@ def test_markers_and_error_bars_have_positions() -> None:
     drawing = build_chart(
         "s", [ChartSeries("s", [(0, 0.5), (10, 0.75)], "marks", [(10, 0.25, 1.0)])]
     )
-    assert drawing is not None
     (line,) = drawing.lines
     assert len(line.markers) == 2
     ((x, high, low),) = line.error_bars
@@ -132,7 +130,6 @@ def test_markers_and_error_bars_have_positions() -> None:
 
 def test_single_point_is_a_marker() -> None:
     drawing = build_chart("s", [ChartSeries("s", [(5, 1.0)]), ChartSeries("none", [])])
-    assert drawing is not None
     assert len(drawing.lines) == 1
     assert drawing.lines[0].markers
     assert build_chart("s", [ChartSeries("s", [])]) is None

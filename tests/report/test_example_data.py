@@ -24,7 +24,7 @@ from finesight.report.examples import (
     read_boxes,
 )
 from finesight.report.html import FormulaConverter
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 
 def example(before: Any = None, after: Any = None) -> Example:

@@ -34,7 +34,6 @@ def test_fractions_of_runs_share_bins() -> None:
     drawing = build_histogram(
         "Tokens", "", [("A", {"10": 1, "12": 3}), ("B", {}), ("C", {"11": 5})]
     )
-    assert drawing is not None
     data = drawing.data
     assert [one["name"] for one in data["series"]] == ["A", "C"]
     assert [value for _, value, _ in data["series"][0]["points"]] == [25.0, 0.0, 75.0]

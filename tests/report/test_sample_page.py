@@ -15,8 +15,15 @@ from conversation_fixtures import make_conversation, make_folder, make_images
 from PIL import Image, ImageDraw
 
 from finesight.config import ExactSize
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Sample, TextPart
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+)
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import iter_token_rows
 from finesight.model_folder import ModelFolder

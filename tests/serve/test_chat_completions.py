@@ -26,8 +26,7 @@ from pydantic import BaseModel, Field
 from tiny_model import create_tiny_model
 
 from finesight.config import TuneSettings
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import ImagePart, Message, Sample, TextPart
+from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
 from finesight.infer.prediction import predict

@@ -16,7 +16,7 @@ from synthetic_tasks.tasks import EVAL_TASKS, MAIN_MIXTURE, TASK_GENERATORS
 
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.jsonl import read_samples
+from finesight.data.sample import read_samples
 from finesight.errors import UserError
 from finesight.synth import canvas, tickets
 from finesight.synth.tickets import TICKET_FIELDS, draw_ticket, sample_ticket, write_tickets

@@ -192,7 +192,6 @@ def test_tracker_process_ignores_job_signals(
     while not (result := list(one.poll_responses())):
         assert not one.wait(0.01)
     assert isinstance(result[0], RunStarted)
-    assert one.process is not None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         one.process.send_signal(number)
     one.submit(FinishRecord(state="interrupted"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,10 +23,12 @@ from finesight.storage import FileSystem, use_file_system
 from finesight.train import finalize
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.console import TrainingConsole
+from finesight.train.evaluation import EvalResult
 from finesight.train.finalize import MIN_IDLE_RATIO, LiveReport, write_run_report
-from finesight.train.logging import get_device_name
+from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, get_device_name, is_loss_spike
 from finesight.train.oom import MemoryBudget
 from finesight.train.run_dir import RunDir
+from finesight.train.train_state import TrainState
 
 PATIENCE = 30.0
 PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
@@ -215,3 +219,123 @@ def test_failed_run_reports_its_error(task: TinyTask, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     assert task.run(resume=True).steps == 6
     assert 'role="status"' not in (task.folder / "run" / "report.html").read_text()
+
+
+CALM = [2.0 + 0.1 * math.sin(number) for number in range(64)]
+
+
+def test_outlier_loss_is_a_jump() -> None:
+    assert is_loss_spike(20.0, CALM)
+    assert is_loss_spike(4.3, CALM)
+
+
+def test_small_fluctuations_are_no_jump() -> None:
+    assert not is_loss_spike(2.2, CALM)
+    assert not is_loss_spike(3.9, CALM)
+    noisy = [0.1 * 2 ** (number % 6) for number in range(64)]
+    assert not is_loss_spike(3.2, noisy)
+
+
+def test_few_losses_give_no_jump() -> None:
+    assert not is_loss_spike(20.0, CALM[: MIN_LOSS_WINDOW - 1])
+    assert is_loss_spike(20.0, CALM[:MIN_LOSS_WINDOW])
+
+
+def test_new_loss_level_stops_being_a_jump() -> None:
+    high = [20.0 + number % 5 for number in range(40)]
+    assert is_loss_spike(20.0, [*CALM[:30], *high[:10]])
+    assert not is_loss_spike(20.0, [*CALM[:20], *high])
+
+
+class Recorder:
+    """Tracker manager that records all calls."""
+
+    is_active = True
+
+    def __init__(self) -> None:
+        self.records: list[tuple[Any, ...]] = []
+
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        self.records.append(("figures", step, values))
+
+    def log_images(self, step: int, images: list[Any]) -> None:
+        self.records.append(("images", step, len(images)))
+
+    def send_alert(self, level: str, title: str, text: str) -> None:
+        self.records.append((level, title, text))
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def tracking_events(tmp_path: Path, recorder: Recorder) -> TrackingEvents:
+    session = cast(TrainState, SimpleNamespace(run_dir=RunDir(tmp_path)))
+    return TrackingEvents(session, cast(Any, recorder))
+
+
+STEP = {"step": 7, "loss": 2.5, "lr": {"language": 1e-4}, "num_samples": 16, "grad_norm": None}
+
+
+def test_step_metrics(tracking_events: TrackingEvents, recorder: Recorder) -> None:
+    tracking_events.log_step(STEP | {"nonfinite_samples": [], "loss_spike_samples": []})
+    assert recorder.records == [("figures", 7, {"loss": 2.5, "learning_rate/language": 1e-4})]
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "text"),
+    [
+        (
+            "nonfinite_samples",
+            "non-finite step",
+            "step 7 had a non-finite loss or gradient; its update was skipped",
+        ),
+        ("loss_spike_samples", "loss spike", "the loss of step 7 increased to 2.5"),
+    ],
+)
+def test_skipped_step_and_loss_jump_send_alerts(
+    tracking_events: TrackingEvents, recorder: Recorder, name: str, title: str, text: str
+) -> None:
+    tracking_events.log_step(
+        STEP | {"nonfinite_samples": (), "loss_spike_samples": ()} | {name: ("train.jsonl:3",)}
+    )
+    assert recorder.records[1:] == [("warning", title, text)]
+
+
+@pytest.mark.parametrize(
+    ("headline", "before", "now", "worse"),
+    [
+        ("f1", (0.5, 2.0), (0.4, 1.0), "f1 0.4000 after 4 steps, 0.5000 before"),
+        ("f1", (0.5, 2.0), (0.5, 3.0), None),
+        ("cer", (0.5, 2.0), (0.6, 1.0), "cer 0.6000 after 4 steps, 0.5000 before"),
+        ("cer", (0.5, 2.0), (0.4, 3.0), None),
+        (None, (0.5, 2.0), (0.4, 2.1), "validation_loss 2.1000 after 4 steps, 2.0000 before"),
+        (None, (0.5, 2.0), (0.4, 1.9), None),
+    ],
+)
+def test_worse_evaluation_sends_alert(
+    tracking_events: TrackingEvents,
+    recorder: Recorder,
+    tmp_path: Path,
+    headline: str | None,
+    before: tuple[float, float],
+    now: tuple[float, float],
+    worse: str | None,
+) -> None:
+    first, second = (
+        EvalResult(step, loss, {headline: score} if headline else {}, headline)
+        for step, (score, loss) in ((0, before), (4, now))
+    )
+    RunDir(tmp_path).metrics_path.write_text(
+        "".join(json.dumps(one.as_json()) + "\n" for one in (first, second))
+    )
+    tracking_events.log_evaluation(second, "step-4")
+    scores = {f"scores/{headline}": now[0]} if headline else {}
+    assert recorder.records[:2] == [
+        ("figures", 4, {"validation_loss": now[1], **scores}),
+        ("images", 4, 0),
+    ]
+    alerts = [] if worse is None else [("warning", "worse than before training", worse)]
+    assert recorder.records[2:] == alerts

@@ -9,8 +9,8 @@ import numpy as np
 
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
-from finesight.data.jsonl import JsonlSamples
 from finesight.data.line_index import SampleIndex
+from finesight.data.sample import JsonlSamples
 from finesight.train.sampler import SequentialSampler, TrainSampler
 
 

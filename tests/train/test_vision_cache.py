@@ -19,7 +19,8 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
-from tiny_task import TinyTask
+from tiny_model import TinyFamily
+from tiny_task import TinyTask, read_losses
 from vision_cache_fixtures import (
     CONSOLE,
     LORA,
@@ -29,10 +30,23 @@ from vision_cache_fixtures import (
     read_all_features,
 )
 
+from finesight.config import VisionCacheMode
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.host_memory import available_memory
+from finesight.model.vlm import VisionLanguageModel
 from finesight.train import vision_cache, vision_store
 from finesight.train.console import TrainingConsole
 from finesight.train.signals import StopRequest
+from finesight.train.train_state import TrainState
+from finesight.train.vision_cache import (
+    CacheTier,
+    EncoderOffloader,
+    FreeBytes,
+    choose_cache_tier,
+    estimate_feature_bytes,
+    fingerprint_encoder,
+    free_gpu_memory,
+)
 
 
 def screen() -> tuple[TrainingConsole, Callable[[], str]]:
@@ -243,3 +257,201 @@ def test_signal_interrupts_cache_build(tmp_path: Path) -> None:
     stop.signal = signal.SIGTERM
     with pytest.raises(TrainingInterrupted):
         decide_vision_cache(make_train_state(tmp_path / "task"), CONSOLE, stop)
+
+
+FAMILIES: list[TinyFamily] = ["qwen2_vl", "qwen3_vl", "qwen"]
+GB = 10**9
+H200 = FreeBytes(gpu=130 * GB, memory=120 * GB, disk=64 * GB)
+DESKTOP = FreeBytes(gpu=6 * GB, memory=20 * GB, disk=64 * GB)
+LAPTOP = FreeBytes(gpu=None, memory=4 * GB, disk=0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "free", "location"),
+    [
+        ("auto", GB * 0.15, H200, "gpu"),
+        ("auto", 8 * GB, H200, "gpu"),
+        ("auto", 9 * GB, H200, "memory"),
+        ("auto", 31 * GB, H200, "memory"),
+        ("auto", 61 * GB, H200, "disk"),
+        ("auto", 65 * GB, H200, None),
+        ("auto", GB * 0.15, DESKTOP, "gpu"),
+        ("auto", GB, DESKTOP, "memory"),
+        ("auto", 31 * GB, DESKTOP, "disk"),
+        ("auto", 2 * GB, LAPTOP, "memory"),
+        ("auto", 3 * GB, LAPTOP, None),
+        ("memory", GB * 0.15, H200, "gpu"),
+        ("memory", 61 * GB, H200, None),
+        ("disk", 1000, H200, "disk"),
+        ("disk", 1000, LAPTOP, None),
+        ("never", 1000, H200, None),
+    ],
+)
+def test_first_tier_with_enough_space_is_used(
+    setting: VisionCacheMode, size: float, free: FreeBytes, location: CacheTier | None
+) -> None:
+    assert choose_cache_tier(setting, int(size), int(size), free) == location
+
+
+def test_cached_files_need_no_extra_space() -> None:
+    crowded = FreeBytes(gpu=None, memory=GB, disk=GB)
+    assert choose_cache_tier("auto", 30 * GB, 2 * GB, crowded) is None
+    assert choose_cache_tier("auto", 30 * GB, GB, crowded) == "disk"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_feature_bytes_match_actual_features(
+    tmp_path: Path, family: TinyFamily, precision: str
+) -> None:
+    """Each image is in one sample; a model on the meta device suffices."""
+    session = make_train_state(tmp_path / "task", family=family, precision=precision)
+    model, patches = session.model, session.train_data.stats.num_patches
+    assert isinstance(model, VisionLanguageModel)
+    known = build_vision_store(session).reader
+    dtype, shape = known.tensor_spec(session.train_data.stats.sample_indices)
+    expected = torch.Size(shape).numel() * dtype.itemsize
+    assert estimate_feature_bytes(patches, model, session.hardware.dtype) == expected
+    assert estimate_feature_bytes(patches, model.to("meta"), session.hardware.dtype) == expected
+
+
+def test_cpu_has_no_gpu_memory() -> None:
+    assert free_gpu_memory(torch.device("cpu")) is None
+    assert available_memory() > 0
+
+
+def test_memory_of_machine_and_container(tmp_path: Path) -> None:
+    system, group = tmp_path / "proc", tmp_path / "group"
+    system.mkdir()
+    group.mkdir()
+    meminfo = "MemTotal:       2000 kB\nMemFree:  10 kB\nMemAvailable:    1000 kB\n"
+    (system / "meminfo").write_text(meminfo)
+    assert available_memory(system, group) == 1000 * 1024
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("600\n")
+    assert available_memory(system, group) == 1000 * 1024
+    (group / "memory.max").write_text("1000\n")
+    assert available_memory(system, group) == 400
+    (group / "memory.stat").write_text("anon 5\ninactive_file 250\nslab 3\n")
+    assert available_memory(system, group) == 650
+    (group / "memory.current").write_text("1600\n")
+    assert available_memory(system, group) == 0
+    assert available_memory(tmp_path / "nothing", tmp_path / "nothing") > 1 << 20
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> TrainState:
+    return make_train_state(tmp_path / "task")
+
+
+def model_of(session: TrainState) -> VisionLanguageModel:
+    assert isinstance(session.model, VisionLanguageModel)
+    return session.model
+
+
+def test_fingerprint_covers_weights_and_settings(session: TrainState) -> None:
+    encoder = model_of(session).visual
+    first = fingerprint_encoder(encoder, {"heads": 2}, CPU)
+    assert fingerprint_encoder(encoder, {"heads": 2}, CPU) == first
+    found = {first, fingerprint_encoder(encoder, {"heads": 4}, CPU)}
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            flat = parameter.view(-1)
+            old = flat[-1].clone()
+            flat[-1] += 1
+            found.add(fingerprint_encoder(encoder, {"heads": 2}, CPU))
+            flat[-1] = old
+    assert len(found) == 2 + len(list(encoder.parameters()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert fingerprint_encoder(encoder, {"heads": 2}, CPU) != first
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_weights_are_offloaded_and_restored(session: TrainState) -> None:
+    """For everything that has a view of them too, as what watches frozen parts does."""
+    model = model_of(session)
+    batch = session.step_dataset.get_step(0).packs[0]
+    expected = model.encode_images(batch.patches_ND, batch.grid_thw)
+    views = [parameter.detach() for parameter in model.visual.parameters()]
+    before = [view.clone() for view in views]
+    others = {name: p.clone() for name, p in model.model.named_parameters()}
+    card = EncoderOffloader(model)
+
+    def held() -> int:
+        return sum(p.untyped_storage().nbytes() for p in model.visual.parameters())
+
+    full = held()
+    for _ in range(2):
+        with card.offload():
+            assert held() == 0
+            assert all(torch.equal(p, others[name]) for name, p in model.model.named_parameters())
+            with card.reload():
+                assert torch.equal(model.encode_images(batch.patches_ND, batch.grid_thw), expected)
+            assert held() == 0
+        assert held() == full
+    assert all(torch.equal(view, old) for view, old in zip(views, before, strict=True))
+    assert torch.equal(model.encode_images(batch.patches_ND, batch.grid_thw), expected)
+    with card.reload():
+        assert held() == full, "it was not away"
+    with pytest.raises(ZeroDivisionError), card.offload():
+        raise ZeroDivisionError
+    assert held() == full
+
+
+def test_reallocated_weight_is_offloaded(session: TrainState) -> None:
+    """Kernels may reallocate weights at the first image."""
+    model = model_of(session)
+    card = EncoderOffloader(model)
+    with card.offload(), card.reload():
+        changed = next(model.visual.parameters())
+        before = changed.detach().clone()
+        buffer = before.new_zeros(len(before), before.shape[1] + 3)
+        buffer[:, :-3] = before
+        changed.data = buffer[:, :-3]
+    with card.offload():
+        assert changed.untyped_storage().nbytes() == 0
+        assert buffer.untyped_storage().nbytes() == 0
+    assert torch.equal(changed, before)
+
+
+def test_shared_parameters_stay_on_device(session: TrainState) -> None:
+    model = model_of(session)
+    model.visual.register_buffer("shared", model.model.norm.weight.detach())
+    with EncoderOffloader(model).offload():
+        assert torch.equal(model.model.norm.weight, model.visual.get_buffer("shared"))
+        assert model.model.norm.weight.untyped_storage().nbytes() > 0
+
+
+def test_offloaded_run_equals_resident_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; frozen parts are compared with what they were in the end."""
+    task, away = TinyTask(tmp_path), []
+    evaluation = {"metric": "classification", "every": 2, "max_new_tokens": 4}
+    settings: dict[str, Any] = {"tune": LORA, "eval": evaluation}
+    task.run(name="there", **settings)
+
+    class Spying(EncoderOffloader):
+        def _move_to_cpu(self) -> None:
+            super()._move_to_cpu()
+            away.append(True)
+
+    monkeypatch.setattr(vision_cache, "EncoderOffloader", Spying)
+    monkeypatch.setattr(vision_cache, "should_offload", lambda device: True)
+    task.run(name="away", **settings)
+    assert len(away) == 3, "for the steps, and after each of the measurements between them"
+    assert read_losses(tmp_path / "away") == read_losses(tmp_path / "there")
+    measured = [
+        [
+            (line["step"], line["validation_loss"], line["scores"])
+            for line in task.read_metrics(name)
+            if "validation_loss" in line
+        ]
+        for name in ("there", "away")
+    ]
+    assert measured[0] == measured[1]
+    assert len(measured[0]) == 4

@@ -20,7 +20,7 @@ from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, 
 from finesight.train.signals import StopRequest
 from finesight.train.train_state import TrainState
 from finesight.train.vision_cache import VisionCacheResult
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 COUNT = 3
 Result = VisionCacheResult | BaseException

@@ -13,17 +13,17 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from finesight.config import PixelRange
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.vision.image_decoding import load_image
-from finesight.vision.patches import (
+from finesight.vision.image_processing import (
     PatchConfig,
+    compute_resized_size,
     concat_patches,
     first_frame,
+    load_image,
     load_patch_config,
     patchify,
     repeat_still_frames,
     unpatchify,
 )
-from finesight.vision.resize import compute_resized_size
 
 RULE = PixelRange(min_pixels=3136, max_pixels=200704)
 PROCESSOR = Qwen2VLImageProcessorPil(min_pixels=RULE.min_pixels, max_pixels=RULE.max_pixels)

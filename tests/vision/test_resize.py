@@ -13,7 +13,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from finesight.config import ExactSize, LongestSide, PixelRange
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
-from finesight.vision.resize import compute_resized_size, get_default_image_rule, resolve_image_rule
+from finesight.vision.image_processing import (
+    compute_resized_size,
+    get_default_image_rule,
+    resolve_image_rule,
+)
 
 
 @pytest.mark.parametrize("limits", [(3136, 12845056), (3136, 1003520), (50176, 50176), (1, 784)])

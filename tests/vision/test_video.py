@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from finesight.data.image_header import CorruptImageError
-from finesight.vision.patches import PatchConfig, get_frame_size, patchify, patchify_video
+from finesight.vision.image_processing import PatchConfig, get_frame_size, patchify, patchify_video
 
 
 def write_frames(folder: Path, count: int, size: tuple[int, int] = (56, 84)) -> list[Path]:

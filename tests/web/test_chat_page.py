@@ -17,9 +17,8 @@ from PIL import Image
 from service_fixture import run_service, write_random_adapter, write_shape_image
 from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
-from finesight.data.jsonl import read_samples
-from finesight.data.sample import BoxPart, ImagePart
-from finesight.vision.image_decoding import load_image
+from finesight.data.sample import BoxPart, ImagePart, read_samples
+from finesight.vision.image_processing import load_image
 
 PASSWORD = "right-password"
 WIDTHS = pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])

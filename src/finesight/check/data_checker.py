@@ -40,9 +40,8 @@ from finesight.data.import_source import (
     open_unvalidated,
     open_unvalidated_samples,
 )
-from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import is_tar_file, is_webdataset
-from finesight.data.sample import Sample, VideoPart
+from finesight.data.sample import LocatedSample, Sample, VideoPart
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tokenizer import load_tokenizer
 from finesight.errors import UserError

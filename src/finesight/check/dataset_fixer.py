@@ -28,8 +28,14 @@ from finesight.check.sample_issues import (
 from finesight.data.corpus import GLOB_CHARACTERS, is_glob
 from finesight.data.image_resolver import ImageNames
 from finesight.data.import_source import UnvalidatedSource
-from finesight.data.jsonl import sample_to_dict, write_samples
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, Sample
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    Sample,
+    sample_to_dict,
+    write_samples,
+)
 from finesight.errors import UserError, escape_surrogates
 from finesight.storage import write_file
 

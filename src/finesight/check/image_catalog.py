@@ -32,8 +32,7 @@ from finesight.data.image_header import (
 )
 from finesight.errors import UserError
 from finesight.host_memory import num_allowed_cpus
-from finesight.vision.image_decoding import load_image
-from finesight.vision.resize import MAX_ASPECT_RATIO
+from finesight.vision.image_processing import MAX_ASPECT_RATIO, load_image
 from finesight.worker_pool import exit_with_parent
 
 ItemT = TypeVar("ItemT")

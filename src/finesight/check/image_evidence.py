@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from finesight.check.box_hypothesis import Bools, BoxClaimTable
 from finesight.data.image_header import CorruptImageError, open_image_header
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 MAX_SIDE = 448
 """Length of the longer side in pixels to which images are downscaled.

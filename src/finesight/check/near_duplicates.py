@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 THUMBNAIL_SIZE = 16
 """Side length of a square thumbnail in pixels; the aspect ratio is not preserved."""

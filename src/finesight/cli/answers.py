@@ -22,7 +22,7 @@ from finesight.cli.options import (
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.data.jsonl import LocatedSample
+    from finesight.data.sample import LocatedSample
 
 
 def evaluate(
@@ -199,7 +199,7 @@ def predict(
 
 
 def _load_samples(images: list[Path], prompt: str | None, data: Path | None) -> list[LocatedSample]:
-    from finesight.data.jsonl import LocatedSample, read_samples
+    from finesight.data.sample import LocatedSample, read_samples
     from finesight.infer.prediction import build_questions
 
     if data is not None and prompt is None and not images:

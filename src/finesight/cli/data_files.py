@@ -204,7 +204,7 @@ def export_data(
     Example: finesight data export latex/train.jsonl latex-swift --to ms-swift
     """
     from finesight.data.exporter import export_dataset
-    from finesight.data.jsonl import LocatedSample, read_samples
+    from finesight.data.sample import LocatedSample, read_samples
 
     located_samples = [LocatedSample(sample, samples.parent) for sample in read_samples(samples)]
     summary = export_dataset(located_samples, out, target_format, copy_images=copy_images)
@@ -312,7 +312,7 @@ def _resolve_resize_rule(model: str | None, pairs: list[str]) -> ResizeSpec | No
     from finesight.config import ImageRule
     from finesight.encode.box_migration import ResizeSpec
     from finesight.model_folder import locate_model
-    from finesight.vision.resize import get_default_image_rule
+    from finesight.vision.image_processing import get_default_image_rule
 
     if model is None and not pairs:
         return None

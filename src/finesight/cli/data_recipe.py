@@ -20,7 +20,7 @@ from finesight.cli.options import (
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.data.jsonl import LocatedSample
+    from finesight.data.sample import LocatedSample
     from finesight.encode.renderer import Renderer
 
 

@@ -23,13 +23,6 @@ import numpy as np
 from finesight.bounded_files import parse_json, to_readable_name
 from finesight.config import DataFileSettings, TrainFileSettings
 from finesight.data.image_header import parquet_row_path, tar_member_path
-from finesight.data.jsonl import (
-    LocatedSample,
-    build_no_samples_error,
-    open_jsonl_samples,
-    parse_sample,
-    sample_from_dict,
-)
 from finesight.data.line_index import (
     IndexedFile,
     SampleIndex,
@@ -50,7 +43,14 @@ from finesight.data.parquet_reader import (
 )
 from finesight.data.row_reader import MemberGroup as Members
 from finesight.data.row_reader import iter_member_groups, split_member_name
-from finesight.data.sample import validate_sample
+from finesight.data.sample import (
+    LocatedSample,
+    build_no_samples_error,
+    open_jsonl_samples,
+    parse_sample,
+    sample_from_dict,
+    validate_sample,
+)
 from finesight.errors import UserError, suggest_similar_path
 from finesight.hub.archive import TarArchive, open_tar
 from finesight.storage import sha256_file

@@ -19,8 +19,7 @@ from finesight.data.image_header import (
     read_image_size,
 )
 from finesight.data.image_resolver import name_images
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ImagePart, Sample, list_media_paths
+from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Sample, list_media_paths
 from finesight.storage import translate_os_errors, write_folder
 
 

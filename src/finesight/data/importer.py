@@ -34,7 +34,6 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.image_header import CorruptImageError
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
 from finesight.data.import_source import ImportOptions, ImportSource, open_source
-from finesight.data.jsonl import encode_json_line, sample_fields, to_json_data
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import SourceRow, list_folder
 from finesight.data.sample import (
@@ -43,6 +42,9 @@ from finesight.data.sample import (
     Message,
     check_limit,
     check_messages,
+    encode_json_line,
+    sample_fields,
+    to_json_data,
 )
 from finesight.errors import UserError, escape_surrogates
 from finesight.storage import translate_os_errors, write_chunks, write_folder

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 from finesight.bounded_files import parse_json, reject_special_file, to_readable_name
 from finesight.data.image_header import IMAGE_SUFFIXES
-from finesight.data.jsonl import read_data_file
 from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
 from finesight.data.parquet_reader import (
     check_row_count,
@@ -34,7 +33,7 @@ from finesight.data.parquet_reader import (
     read_parquet_metadata,
     translate_parquet_errors,
 )
-from finesight.data.sample import check_json
+from finesight.data.sample import check_json, read_data_file
 from finesight.errors import UserError
 from finesight.hub.archive import TarArchive, open_tar
 from finesight.storage import DIGESTS_FILE

@@ -25,7 +25,7 @@ from finesight.data.boxes import BOX_KEY, parse_json_box, split_at_boxes, strip_
 from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_header import ImageSize
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.jsonl import read_text_file
+from finesight.data.sample import read_text_file
 from finesight.encode.family import (
     FRAME_1000,
     BoxCorners,
@@ -40,7 +40,7 @@ from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.qwen_vl import BOX_TOKENS, QwenVL
 from finesight.errors import UserError
 from finesight.storage import write_file
-from finesight.vision.resize import compute_resized_size
+from finesight.vision.image_processing import compute_resized_size
 
 BOX_FORMATS = ("qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PIXEL_BOX_FORMAT = "qwen2_5_vl"

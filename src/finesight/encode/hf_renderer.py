@@ -22,16 +22,14 @@ from torch import Tensor
 
 from finesight.config import ImageRule, PixelRange
 from finesight.data.image_header import MAX_IMAGE_PIXELS
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import ContentPart, ImagePart, Message, TextPart
+from finesight.data.sample import ContentPart, ImagePart, LocatedSample, Message, TextPart
 from finesight.encode.family import PredictedBox
 from finesight.encode.renderer import FAMILIES, Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.encode.tokenizer import LARGEST_ID, Tokenizer, check_tokenizer_file, is_rust_panic
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.vision.image_decoding import load_image
-from finesight.vision.resize import compute_resized_size
+from finesight.vision.image_processing import compute_resized_size, load_image
 
 FROM_PRETRAINED_OPTIONS = {"local_files_only": True, "trust_remote_code": False}
 """Arguments of `from_pretrained`: no downloads, and no code from the model folder."""

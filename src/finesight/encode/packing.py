@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
-from finesight.vision.patches import GridTHW, concat_patches
+from finesight.vision.image_processing import GridTHW, concat_patches
 
 PAD_MULTIPLE = 64
 """Multiple to which `pad_batch` pads the token, patch and logit dimensions."""

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from finesight.config import ImageRule
 from finesight.data.boxes import MAX_OVERHANG_PX
 from finesight.data.image_header import ImageSize, read_image_size
-from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
+    LocatedSample,
     Message,
     Sample,
     TextPart,
@@ -51,16 +51,17 @@ from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, Vi
 from finesight.encode.tokenizer import TextTokenizer, load_tokenizer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.vision.image_decoding import load_image
-from finesight.vision.patches import (
+from finesight.vision.image_processing import (
     GridTHW,
+    compute_resized_size,
     concat_patches,
     get_frame_size,
+    load_image,
     load_patch_config,
     patchify,
     patchify_video,
+    resolve_image_rule,
 )
-from finesight.vision.resize import compute_resized_size, resolve_image_rule
 
 _THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
 

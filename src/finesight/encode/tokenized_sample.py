@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from finesight.data.image_header import ImageSize
 from finesight.encode.tokenizer import TextTokenizer
 from finesight.errors import UserError
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from finesight.config import EvalSettings, MetricSpec
 from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
-from finesight.data.jsonl import LocatedSample, read_samples
+from finesight.data.sample import LocatedSample, read_samples
 from finesight.encode.renderer import Renderer
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import ImagePart, Message, Sample, TextPart
+from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finesight.config import Device, Precision
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError

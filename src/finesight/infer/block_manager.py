@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
-from finesight.vision.patches import first_frame
+from finesight.vision.image_processing import first_frame
 
 BlockHash = bytes
 """Hash of a prompt from its start to the end of a KV-cache block."""

@@ -21,14 +21,22 @@ from finesight.data.boxes import (
     strip_code_fences,
 )
 from finesight.data.image_header import read_image_size
-from finesight.data.jsonl import LocatedSample, write_samples
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Sample, TextPart
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    write_samples,
+)
 from finesight.encode.family import THINK_END, THINK_START
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction, draw_boxes, find_unused_path
 from finesight.infer.request import FinishReason, GenerationOptions
 from finesight.storage import raise_if_exists, write_file
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 if TYPE_CHECKING:
     from finesight.infer.inference_service import GenerationStream, InferenceService

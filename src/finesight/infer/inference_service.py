@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.family import THINK_END
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample

@@ -28,7 +28,7 @@ from finesight.infer.kv_cache import (
 from finesight.infer.scheduler import PromptState
 from finesight.model.cpu_attention import copy_to_device
 from finesight.model.vlm import VisionLanguageModel
-from finesight.vision.patches import concat_patches
+from finesight.vision.image_processing import concat_patches
 
 MAX_ENCODER_PATCHES = 1 << 15
 """Maximum number of patches per vision-encoder pass over several images.

@@ -20,7 +20,7 @@ from finesight.model.config import PixelNormalization, VisionConfig
 from finesight.model.cpu_attention import copy_to_device
 from finesight.model.layers import PatchEmbed, num_checkpointed_layers, run_layer
 from finesight.model.rope import compute_vision_rope
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 MAX_CACHED_GRIDS = 128
 """Number of image sizes whose patch indices are cached. Callers must not modify the arrays."""

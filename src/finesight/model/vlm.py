@@ -39,7 +39,7 @@ from finesight.model.lora.multi import LoraRouting
 from finesight.model.moe import requires_host_sync
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vision_encoder import VisionEncoder
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_vl": qwen2_vl.ARCHITECTURE,

@@ -9,7 +9,7 @@ from finesight.encode.packing import compute_context_lengths, effective_prefix_l
 from finesight.model.config import VisionConfig
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.sampler import StepSampler
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 MAX_PLANNED_STEPS = 2000
 """Maximum number of training steps to inspect, evenly spaced over the run."""

@@ -17,8 +17,7 @@ from finesight.check.check_issues import (
     IssueImage,
 )
 from finesight.data.image_header import CorruptImageError
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, LocatedSample
 from finesight.encode.family import PredictedBox, scale_box
 from finesight.encode.renderer import IM_START, NativeRenderer
 from finesight.encode.tokenized_sample import (
@@ -30,8 +29,7 @@ from finesight.encode.tokenized_sample import (
 )
 from finesight.report.html import InlineImage, build_inline_image, render_page
 from finesight.report.i18n import translate
-from finesight.vision.image_decoding import load_image
-from finesight.vision.patches import unpatchify
+from finesight.vision.image_processing import load_image, unpatchify
 
 MAX_IMAGE_SIDE = 1024
 """Maximum width and height of an image on the page, in pixels.

@@ -33,7 +33,7 @@ from finesight.report.html import FormulaConverter, build_inline_image
 from finesight.report.i18n import translate
 from finesight.report.metrics import format_metric_name
 from finesight.report.run_reader import JsonObject, as_object, is_finite, read_json_lines
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 EXAMPLE_KINDS = ("worse", "better", "wrong", "right")
 """Classes of examples by score, in the order in which examples are selected.

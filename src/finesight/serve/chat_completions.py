@@ -23,8 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import ImagePart, Message, Sample, TextPart
+from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError

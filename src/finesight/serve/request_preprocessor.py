@@ -44,7 +44,7 @@ from finesight.serve.worker_jobs import (
     parse_request,
     tokenize_sample,
 )
-from finesight.vision.patches import concat_patches
+from finesight.vision.image_processing import concat_patches
 from finesight.worker_pool import JobOutput, Worker, WorkerLostError, WorkerPool, WorkerReply
 
 MAX_CHARS_PER_TOKEN = 16

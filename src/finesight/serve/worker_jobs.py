@@ -22,8 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import read_image_size
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import ContentPart, ImagePart, Message, Sample, TextPart, validate_sample
+from finesight.data.sample import (
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    validate_sample,
+)
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.errors import UserError

@@ -16,7 +16,7 @@ from finesight.infer.prediction import draw_boxes
 from finesight.report.examples import pair_predictions, read_boxes, read_image_paths
 from finesight.report.run_reader import JsonObject
 from finesight.track.tracker_records import TrackedImage
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 
 MAX_SAMPLES = 8
 """Maximum number of rendered samples, evenly spaced over the validation data."""

@@ -153,15 +153,12 @@ def should_capture(
         activation_checkpointing: Fraction of layers with activation checkpointing.
         max_tokens: Maximum number of tokens of a pack in a graph.
     """
-    if activation_checkpointing and not _has_fused_layers(model):
+    if activation_checkpointing and not all(
+        isinstance(layer, DecoderLayer) and layer.fusible_linears for layer in model.model.layers
+    ):
         # A graph cannot restore the random state for activation checkpointing of torch.
         return False
     return num_tokens <= max_tokens and num_labels > 0
-
-
-def _has_fused_layers(model: VisionLanguageModel) -> bool:
-    layers = model.model.layers
-    return all(isinstance(layer, DecoderLayer) and layer.fusible_linears for layer in layers)
 
 
 def is_capturable(model: AnyModel, device: torch.device) -> bool:
@@ -234,7 +231,9 @@ class CudaGraphRunner:
         if self.graphs is None or batch.context_shard is not None:
             return self.run_eager(batch, features_MKD, loss_weight)
         self._poll_launch()
-        max_tokens = self._max_tokens(has_cached_features=features_MKD is not None)
+        max_tokens = MAX_GRAPH_TOKENS if features_MKD is None else MAX_GRAPH_TOKENS_CACHED
+        if self._is_starved:
+            max_tokens = MAX_GRAPH_TOKENS_STARVED
         inputs = self._find_inputs(
             self._vision_graph_shape(batch, features_MKD), batch, None, max_tokens
         )
@@ -354,8 +353,13 @@ class CudaGraphRunner:
             return None
         device, is_frequent = batch.ids_T.device, self.shape_counts[shape] > NUM_WARMUP_PACKS
         if self._should_share_graph(shape, is_frequent) and has_half_free(device):
+            known = self.static_inputs
             shape = shape.widen(
-                [k for k, _ in self.shape_counts.most_common() if not self._is_covered(k)]
+                [
+                    frequent
+                    for frequent, _ in self.shape_counts.most_common()
+                    if frequent not in known and not any(wide.fits(frequent) for wide in known)
+                ]
             )
         elif not is_frequent:
             return None
@@ -398,11 +402,6 @@ class CudaGraphRunner:
             )
         return is_faster and (is_frequent or 2 * len(self.static_inputs) < MAX_GRAPHS)
 
-    def _is_covered(self, shape: GraphShape) -> bool:
-        return shape in self.static_inputs or any(
-            inputs.fits(shape) for inputs in self.static_inputs
-        )
-
     def _poll_launch(self) -> None:
         """Count the pack as starved if the device had finished the previous pack already."""
         if self._launch_event is not None:
@@ -422,12 +421,6 @@ class CudaGraphRunner:
     def _is_starved(self) -> bool:
         """True if the device was idle before each of the last `MIN_STARVED_PACKS` packs."""
         return self._num_starved >= MIN_STARVED_PACKS
-
-    def _max_tokens(self, *, has_cached_features: bool) -> int:
-        """Return the maximum number of tokens of a pack that runs as a CUDA graph."""
-        if self._is_starved:
-            return MAX_GRAPH_TOKENS_STARVED
-        return MAX_GRAPH_TOKENS_CACHED if has_cached_features else MAX_GRAPH_TOKENS
 
     def _should_capture(
         self, shape: GraphShape, batch: PackedBatch, features_MKD: Tensor | None, max_tokens: int

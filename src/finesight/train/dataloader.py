@@ -34,12 +34,12 @@ from finesight.encode.packing import (
 from finesight.encode.tokenized_sample import EncodedSample, find_sample_error
 from finesight.errors import UserError
 from finesight.train.sampler import DistributedSampler, StepSampler
-from finesight.vision.patches import concat_shape
+from finesight.vision.image_processing import concat_shape
 from finesight.worker_pool import exit_with_parent
 
 if TYPE_CHECKING:
     from finesight.data.corpus import Corpus
-    from finesight.data.jsonl import LocatedSample
+    from finesight.data.sample import LocatedSample
     from finesight.encode.renderer import Renderer
 
 Item = TypeVar("Item")

@@ -18,8 +18,7 @@ import numpy as np
 from finesight.config import DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import list_media_paths
+from finesight.data.sample import LocatedSample, list_media_paths
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import filter_samples, find_sample_error
@@ -29,7 +28,7 @@ from finesight.train.console import ProgressCallback, TrainingConsole
 from finesight.train.dataloader import SkippedSample, StepDataset, catch_user_error, prefetch_items
 from finesight.train.image_record import ImageState, ImageStates, read_image_state
 from finesight.train.sampler import StepSampler
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 MAX_FULL_SCAN_SAMPLES = 500_000
 """Maximum number of samples of a completely scanned dataset; limits time and memory."""

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from finesight.config import EvalSettings
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric

@@ -27,7 +27,7 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.model.vlm import VisionLanguageModel
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 LAYER_PREFIXES = ("model.layers.", "visual.blocks.")
 """Name prefixes of the parameters in layers with activation checkpointing."""
@@ -86,7 +86,13 @@ class FlopCounter:
         needs_input_grad = False
         # In forward order: all layers after the first trainable one need input gradients.
         for _, layer_weights in groupby(
-            _iter_weights(model), lambda weight: _layer_name(weight.name)
+            # Adapters belong to the adapted layer.
+            _iter_weights(model),
+            lambda weight: (
+                weight.name.partition(".adapter.")
+                if ".adapter." in weight.name
+                else weight.name.rpartition(".")
+            )[0],
         ):
             has_trainable = False
             for weight in layer_weights:
@@ -228,11 +234,6 @@ def _patch_fraction(name: str) -> float:
     if name.startswith("visual.merger.attn_pool.kv_proj."):
         return 1.0
     return 2 / 3 if name == "visual.merger.attn_pool.attn.in_proj_weight" else 0.0
-
-
-def _layer_name(name: str) -> str:
-    """Return the layer name of a parameter; adapters belong to the adapted layer."""
-    return name.partition(".adapter.")[0] if ".adapter." in name else name.rpartition(".")[0]
 
 
 class _WeightInfo(NamedTuple):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from finesight.model.lora.layer import LoraLinear
 from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_objects
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 MAX_GRAPH_PATCHES = 4096
 """Maximum number of patches of a pack for capturing the vision encoder.
@@ -228,8 +227,13 @@ class GraphGradients:
         """
         handles = [self._register_hook(index) for index in self._large_indices.values()]
         inputs = [*self._trainable_params, *(tensor for tensor, _ in extra_outputs)]
+
+        def find_buffer(weight: Tensor) -> Tensor | None:
+            index = self._large_indices.get(id(weight))
+            return None if index is None else self._get_buffer(index)
+
         try:
-            with write_gradients_to(self._find_buffer):
+            with write_gradients_to(find_buffer):
                 gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
         finally:
             for handle in handles:
@@ -261,16 +265,12 @@ class GraphGradients:
         self._buffers.clear()
 
     def _register_hook(self, index: int) -> RemovableHandle:
+        def copy_to_buffer(gradient: Tensor) -> Tensor:
+            buffer = self._get_buffer(index)
+            return buffer if buffer.data_ptr() == gradient.data_ptr() else buffer.copy_(gradient)
+
         register: Callable[..., RemovableHandle] = self._trainable_params[index].register_hook
-        return register(partial(self._copy_to_buffer, index))
-
-    def _copy_to_buffer(self, index: int, gradient: Tensor) -> Tensor:
-        buffer = self._get_buffer(index)
-        return buffer if buffer.data_ptr() == gradient.data_ptr() else buffer.copy_(gradient)
-
-    def _find_buffer(self, weight: Tensor) -> Tensor | None:
-        index = self._large_indices.get(id(weight))
-        return None if index is None else self._get_buffer(index)
+        return register(copy_to_buffer)
 
     def _get_buffer(self, index: int) -> Tensor:
         if index not in self._buffers:

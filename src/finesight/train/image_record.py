@@ -22,8 +22,7 @@ from safetensors.numpy import save
 
 from finesight.data.corpus import Corpus
 from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import list_media_paths
+from finesight.data.sample import LocatedSample, list_media_paths
 from finesight.errors import UserError
 from finesight.storage import write_file
 

@@ -71,37 +71,31 @@ class RunDir:
         """
         with translate_os_errors(self.path):
             is_started = self.is_started
-        if is_started and not resume:
-            raise UserError(
-                f"{self.path.name} contains another run",
-                where=str(self.path),
-                expected="a new folder, or a run that is resumed",
-                remedy="add --resume (in Python, resume=True) to continue it, or set another"
-                f" folder: output_dir={self.path}-2",
-            )
-        if self.path.is_symlink() and not self.path.exists():
-            raise UserError(
-                f"{self.path.name} is a broken link",
-                where=str(self.path),
-                expected="a folder, or a path that does not exist",
-                remedy="remove the link, or set another output_dir",
-            )
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(
-                f"{self.path.name} is a file",
-                where=str(self.path),
-                expected="a folder, or a path that does not exist",
-                remedy="set another output_dir",
-            )
         entries = [] if is_started or not self.path.is_dir() else list(self.path.iterdir())
         visible = sorted(path.name for path in entries if not path.name.startswith("."))
-        if visible:
-            raise UserError(
-                f"contains {', '.join(visible[:5])}, but no run",
-                where=str(self.path),
-                expected="an empty folder, or a path that does not exist",
-                remedy="set another output_dir",
+        name, absent, remedy = (
+            self.path.name,
+            "a path that does not exist",
+            "set another output_dir",
+        )
+        problem = None
+        if is_started and not resume:
+            problem = f"{name} contains another run", "a new folder, or a run that is resumed"
+            remedy = (
+                "add --resume (in Python, resume=True) to continue it, or set another folder:"
+                f" output_dir={self.path}-2"
             )
+        elif self.path.is_symlink() and not self.path.exists():
+            problem = f"{name} is a broken link", f"a folder, or {absent}"
+            remedy = f"remove the link, or {remedy}"
+        elif self.path.exists() and not self.path.is_dir():
+            problem = f"{name} is a file", f"a folder, or {absent}"
+        elif visible:
+            found = ", ".join(visible[:5])
+            problem = f"contains {found}, but no run", f"an empty folder, or {absent}"
+        if problem is not None:
+            what, expected = problem
+            raise UserError(what, where=str(self.path), expected=expected, remedy=remedy)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -241,7 +241,9 @@ def _accumulate_all_packs(
         Loss of this rank's packs times the loss scale.
     """
     process_group, is_sharded = state.hardware.process_group, state.parallel.is_sharded
-    packs = [*enumerate(_pad_micro_batches(state, step_batch, global_stats))]
+    # All ranks of a sharded model must run the same number of packs.
+    num_dummies = global_stats.max_packs - len(step_batch.packs) if is_sharded else 0
+    packs = [*enumerate([*step_batch.packs, *[dummy_batch()] * num_dummies])]
     num_synced = len(packs) if is_sharded else step_batch.num_split_packs
     total = torch.zeros((), device=state.hardware.device)
     try:
@@ -339,18 +341,6 @@ def _accumulate_gradients(
                 has_freed_memory=has_freed_memory,
             ) from None
     return total
-
-
-def _pad_micro_batches(
-    state: TrainState, step_batch: StepBatch, global_stats: GlobalStepStats
-) -> Sequence[PackedBatch]:
-    """Return the packs of a step, with dummy packs for a sharded model.
-
-    All ranks of a sharded model must run the same number of packs.
-    """
-    if not state.parallel.is_sharded:
-        return step_batch.packs
-    return *step_batch.packs, *[dummy_batch()] * (global_stats.max_packs - len(step_batch.packs))
 
 
 def _forward_backward(

@@ -55,7 +55,7 @@ from finesight.train.vision_store import (
     index_images,
     vision_store_root,
 )
-from finesight.vision.patches import concat_patches, concat_shape
+from finesight.vision.image_processing import concat_patches, concat_shape
 
 T = TypeVar("T")
 CacheTier = Literal["gpu", "memory", "disk"]
@@ -505,9 +505,11 @@ class VisionCacheBuilder:
             return self._load_chunks(on_disk)
 
         loaded_chunks = self._run_on_all_ranks(start_build)
-        self._encode_chunks(
-            self._find_missing_chunks(chunks, loaded_chunks), missing_bytes <= free.disk
-        )
+        # Chunks that at least one rank could not load.
+        missing = self._all_gather([c.start for c in {*chunks}.difference(loaded_chunks)])
+        starts = {*chain.from_iterable(missing)}
+        missing_chunks = [chunk for chunk in chunks if chunk.start in starts]
+        self._encode_chunks(missing_chunks, missing_bytes <= free.disk)
         num_images = len(self._image_index.image_refs)
         num_from_disk = self._image_index.count_images(loaded_chunks)
         location = {"gpu": "on the GPU", "memory": "in memory", "disk": "on disk"}[self._tier]
@@ -679,14 +681,6 @@ class VisionCacheBuilder:
                 " corrupt and are computed again"
             )
         return [chunk for chunk in chunks_on_disk if chunk in self._stored]
-
-    def _find_missing_chunks(
-        self, chunks: Sequence[ImageChunk], loaded_chunks: Sequence[ImageChunk]
-    ) -> list[ImageChunk]:
-        """Return the chunks that at least one rank could not load."""
-        missing = self._all_gather([c.start for c in {*chunks}.difference(loaded_chunks)])
-        starts = {*chain.from_iterable(missing)}
-        return [chunk for chunk in chunks if chunk.start in starts]
 
     def _encode_chunks(self, chunks: Sequence[ImageChunk], write_to_disk: bool) -> None:
         """Encode the images of the missing chunks and store their features on all ranks.

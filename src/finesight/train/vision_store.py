@@ -138,14 +138,11 @@ class ImageIndex:
             if last or image_ref.key[-1] == "0" or num_patches >= CHUNK_PATCHES:
                 chunk_ends.append(position)
                 num_patches = 0
+        keys = [image_ref.key for image_ref in self.image_refs]
         return [
-            ImageChunk(self._hash_keys(start, stop), start, stop)
+            ImageChunk(hashlib.sha256("".join(keys[start:stop]).encode()).hexdigest(), start, stop)
             for start, stop in pairwise(chunk_ends)
         ]
-
-    def _hash_keys(self, start: int, stop: int) -> str:
-        keys = "".join(image_ref.key for image_ref in self.image_refs[start:stop])
-        return hashlib.sha256(keys.encode()).hexdigest()
 
 
 class _ImageRefReader:

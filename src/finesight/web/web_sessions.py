@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from finesight.data.jsonl import write_samples
+from finesight.data.sample import write_samples
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
-from finesight.vision.image_decoding import load_image
+from finesight.vision.image_processing import load_image
 from finesight.web.chat_html import ENGLISH, UiText
 
 MAX_IMAGE_BYTES = 20 << 20

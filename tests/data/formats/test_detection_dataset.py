@@ -10,7 +10,7 @@ import pytest
 from box_fixtures import import_samples, list_answers, list_questions, write_box_image
 
 from finesight.data.exporter import export_dataset
-from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
 
 WHITE = (12, 3, 32, 17)

@@ -14,8 +14,7 @@ from PIL import Image
 from finesight.data.exporter import export_dataset
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.jsonl import LocatedSample, read_samples
-from finesight.data.sample import Sample
+from finesight.data.sample import LocatedSample, Sample, read_samples
 
 
 def messages(*texts: str, system: str = "") -> list[dict[str, Any]]:

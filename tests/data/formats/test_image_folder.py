@@ -16,8 +16,7 @@ from box_fixtures import (
 from finesight.data.formats import image_folder
 from finesight.data.formats.dataset_format import ExportContext
 from finesight.data.image_header import read_image_size
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import ImagePart, Message, Sample, TextPart
+from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.errors import UserError
 
 WHITE = (1, 1, 2, 2)

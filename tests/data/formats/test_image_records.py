@@ -14,8 +14,15 @@ from finesight.data.formats.image_annotations import (
     round_coordinate,
 )
 from finesight.data.image_header import read_image_size
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Sample, TextPart
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+)
 from finesight.errors import UserError
 
 DOG = BoxPart(label="dog", xyxy=(1, 2, 3, 4))

@@ -12,8 +12,7 @@ from box_fixtures import find_box, write_box_image
 from finesight.data.exporter import export_dataset
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.jsonl import LocatedSample, read_samples
-from finesight.data.sample import BoxPart, ImagePart, Sample
+from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Sample, read_samples
 
 WHITE = (10, 4, 30, 16)
 """Corners in an image of 40 x 20 pixels."""

@@ -20,8 +20,7 @@ from finesight.data.formats.dataset_format import ExportContext
 from finesight.data.image_header import read_image_size
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import ImagePart
+from finesight.data.sample import ImagePart, LocatedSample
 from finesight.errors import UserError
 
 WHITE = (12, 3, 32, 17)

@@ -22,7 +22,7 @@ from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.config import EvalSettings, TuneSettings, WeightFormat
-from finesight.data.jsonl import LocatedSample, read_samples
+from finesight.data.sample import LocatedSample, read_samples
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError

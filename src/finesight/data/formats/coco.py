@@ -44,9 +44,16 @@ from finesight.data.formats.image_annotations import (
     parse_declared_size,
     round_coordinate,
 )
-from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
-from finesight.data.sample import MAX_ANSWERS, MAX_BOXES, ContentPart, Message, check_limit
+from finesight.data.sample import (
+    MAX_ANSWERS,
+    MAX_BOXES,
+    ContentPart,
+    LocatedSample,
+    Message,
+    check_limit,
+    read_data_file,
+)
 from finesight.errors import UserError
 
 CAPTION_PROMPT = "Describe the image."

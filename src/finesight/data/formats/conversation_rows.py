@@ -40,7 +40,6 @@ from finesight.data.formats.dataset_format import (
     split_at_pattern,
     strip_object_refs,
 )
-from finesight.data.jsonl import LocatedSample, to_json_data
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_BOXES,
@@ -50,10 +49,12 @@ from finesight.data.sample import (
     ContentPart,
     ImagePart,
     InvalidRowError,
+    LocatedSample,
     Role,
     TextPart,
     check_limit,
     format_number,
+    to_json_data,
 )
 from finesight.errors import UserError
 

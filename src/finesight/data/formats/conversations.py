@@ -64,9 +64,15 @@ from finesight.data.formats.dataset_format import (
     has_value,
     split_at_pattern,
 )
-from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import ContentPart, ImagePart, InvalidRowError, Role, TextPart
+from finesight.data.sample import (
+    ContentPart,
+    ImagePart,
+    InvalidRowError,
+    LocatedSample,
+    Role,
+    TextPart,
+)
 from finesight.errors import UserError
 
 IMAGE_PLACEHOLDER = re.compile(

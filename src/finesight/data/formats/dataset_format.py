@@ -19,7 +19,6 @@ from finesight.data.boxes import (
     parse_coordinates,
 )
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, RowReader, SourceRow
 from finesight.data.sample import (
     MAX_BOXES,
@@ -27,6 +26,7 @@ from finesight.data.sample import (
     ContentPart,
     ImagePart,
     InvalidTurnsError,
+    LocatedSample,
     Message,
     Role,
     Sample,

@@ -35,13 +35,13 @@ from finesight.data.image_header import (
     open_image_header,
     read_exif_orientation,
 )
-from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_BOXES,
     BoxPart,
     ContentPart,
     ImagePart,
+    LocatedSample,
     Message,
     Sample,
     TextPart,

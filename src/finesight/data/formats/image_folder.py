@@ -24,9 +24,8 @@ from finesight.data.formats.image_annotations import (
     group_texts_by_image,
     require_inside_output,
 )
-from finesight.data.jsonl import LocatedSample, read_text_file
 from finesight.data.row_reader import RowReader, SourceRow, list_folder, rows_from_items
-from finesight.data.sample import MAX_LABEL_FILE_BYTES, Message
+from finesight.data.sample import MAX_LABEL_FILE_BYTES, LocatedSample, Message, read_text_file
 from finesight.errors import UserError
 
 REASON_NO_TEXT_FILE = "images without a text file of the same name"

@@ -39,7 +39,6 @@ from finesight.data.formats.image_annotations import (
     make_unique_stem,
     parse_declared_size,
 )
-from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import (
     Record,
@@ -49,7 +48,7 @@ from finesight.data.row_reader import (
     list_folder,
     open_annotation_files,
 )
-from finesight.data.sample import MAX_BOXES, check_json, check_limit
+from finesight.data.sample import MAX_BOXES, LocatedSample, check_json, check_limit, read_data_file
 from finesight.errors import UserError
 
 LABELME_VERSION = "5.5.0"

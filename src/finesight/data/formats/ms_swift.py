@@ -59,12 +59,12 @@ from finesight.data.formats.dataset_format import (
     reject_unsupported_keys,
     split_at_pattern,
 )
-from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
     InvalidRowError,
+    LocatedSample,
     Message,
     Role,
     TextPart,

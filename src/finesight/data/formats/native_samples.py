@@ -15,14 +15,16 @@ from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
 )
-from finesight.data.jsonl import LocatedSample, sample_from_dict, sample_to_dict
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
+    LocatedSample,
     Sample,
     check_limits,
+    sample_from_dict,
+    sample_to_dict,
     validate_roles,
     validate_sample,
 )

@@ -42,13 +42,13 @@ from finesight.data.formats.dataset_format import (
     has_value,
 )
 from finesight.data.image_resolver import encode_data_url
-from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_MESSAGES,
     ContentPart,
     ImagePart,
     InvalidRowError,
+    LocatedSample,
     Role,
     TextPart,
     check_limit,

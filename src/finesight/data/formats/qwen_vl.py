@@ -34,9 +34,8 @@ from finesight.data.formats.dataset_format import (
     reject_unsupported_keys,
     split_at_pattern,
 )
-from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Role
+from finesight.data.sample import BoxPart, ContentPart, ImagePart, LocatedSample, Message, Role
 from finesight.errors import UserError
 
 _POINT = r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)"

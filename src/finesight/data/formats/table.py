@@ -33,7 +33,6 @@ from finesight.data.formats.dataset_format import (
     as_list,
     make_text_part,
 )
-from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_ANSWERS,
@@ -41,6 +40,7 @@ from finesight.data.sample import (
     ContentPart,
     EmptyAnswerError,
     InvalidRowError,
+    LocatedSample,
     Message,
     TextPart,
     check_limit,

@@ -42,9 +42,8 @@ from finesight.data.formats.image_annotations import (
     round_coordinate,
 )
 from finesight.data.image_header import CorruptImageError, ImageSize
-from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.row_reader import RowReader, SourceRow, list_folder, open_annotation_files
-from finesight.data.sample import MAX_LABEL_FILE_BYTES
+from finesight.data.sample import MAX_LABEL_FILE_BYTES, LocatedSample, read_data_file
 from finesight.errors import UserError
 
 BNDBOX_TAGS = ("xmin", "ymin", "xmax", "ymax")

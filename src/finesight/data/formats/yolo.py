@@ -46,7 +46,6 @@ from finesight.data.formats.image_annotations import (
     parse_integer,
     require_inside_output,
 )
-from finesight.data.jsonl import LocatedSample, read_data_file, read_text_file
 from finesight.data.line_index import open_data_file
 from finesight.data.row_reader import (
     SNIFF_BYTES,
@@ -60,7 +59,10 @@ from finesight.data.sample import (
     MAX_BOXES,
     MAX_DESCRIPTION_BYTES,
     MAX_LABEL_FILE_BYTES,
+    LocatedSample,
     check_limit,
+    read_data_file,
+    read_text_file,
 )
 from finesight.errors import UserError
 

@@ -29,7 +29,7 @@ from finesight.model.vision_encoder import (
     frame_lengths,
     patch_coordinates,
 )
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 _norm = partial(RmsNorm, eps=1e-6)
 

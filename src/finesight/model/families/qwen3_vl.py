@@ -32,7 +32,7 @@ from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import TANH_GELU, FeedForward, VisionBlock, empty_embedding
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.vision_encoder import MAX_CACHED_GRIDS, VisionEncoder, patch_coordinates
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
 

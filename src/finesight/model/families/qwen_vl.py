@@ -31,7 +31,7 @@ from finesight.model.layers import RmsNorm, add_norm
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, inverse_frequencies
 from finesight.model.vision_encoder import VisionEncoder, patch_coordinates
-from finesight.vision.patches import GridTHW
+from finesight.vision.image_processing import GridTHW
 
 MAX_NTK_DOUBLINGS = 10
 """Maximum number of doublings of the training length: two million tokens for a length of 2048."""

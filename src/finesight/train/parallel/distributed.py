@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -363,12 +364,7 @@ class ProcessGroup:
         oom_error = oom_error or GpuOutOfMemoryError(
             f"the GPU memory of rank {', '.join(map(str, budgets))} is full"
         )
-        oom_error.next_budget = MemoryBudget(
-            pack_tokens=min(budget.pack_tokens for budget in budgets.values()),
-            activation_checkpointing=max(
-                budget.activation_checkpointing for budget in budgets.values()
-            ),
-        )
+        oom_error.next_budget = reduce(MemoryBudget.min_with, budgets.values())
         raise oom_error
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from finesight.data.sample_order import SampleOrder, stable_argsort
+from finesight.train.sampler import SampleOrder, stable_argsort
 
 
 def epochs(order: SampleOrder, count: int) -> list[list[int]]:

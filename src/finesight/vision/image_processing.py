@@ -1,0 +1,464 @@
+"""Decoding of images, resizing, and conversion to patches of a vision encoder.
+
+Images become upright RGB images on a white background. Patches are stored as bytes before
+normalization. Videos are sequences of frame images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from finesight.config import ExactSize, ImageRule, LongestSide, PixelRange
+from finesight.data.image_header import (
+    MAX_IMAGE_PIXELS,
+    CorruptImageError,
+    ImageSize,
+    TruncatedImageError,
+    open_image_header,
+    read_exif_orientation,
+    read_image_size,
+)
+from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
+
+_EXIF_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Transpose operation of each EXIF orientation (Exif 2.32, tag 0x0112)."""
+
+_WHITE_RGBA = (255, 255, 255, 255)
+
+MAX_BAND_PIXELS = 1 << 20
+"""Maximum number of pixels per horizontal band in conversions of wide pixel types.
+
+Conversion in bands limits the memory of 16-bit, 32-bit and floating-point intermediates.
+"""
+
+
+def load_image(
+    path: Path, max_pixels: int = MAX_IMAGE_PIXELS, min_side: int | None = None
+) -> Image.Image:
+    """Load an image as RGB with EXIF rotation applied and transparency blended on white.
+
+    16-bit grayscale is scaled to 8 bits. Animated images give their first frame. The number of
+    pixels is checked before decoding.
+
+    Args:
+        min_side: Allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size with no side below this.
+            The complete file is still validated.
+
+    Raises:
+        CorruptImageError: The file is missing, truncated, not an image, or too large.
+    """
+    with open_image_header(path, max_pixels) as image:
+        try:
+            exif_orientation = read_exif_orientation(image)
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
+            image.load()
+            rgb_image = _convert_to_rgb(image)
+        except Exception as error:  # decoders raise various exceptions on corrupt data
+            raise _build_corrupt_image_error(path, error) from error
+    return (
+        rgb_image.transpose(_EXIF_TRANSPOSES[exif_orientation])
+        if exif_orientation in _EXIF_TRANSPOSES
+        else rgb_image
+    )
+
+
+def _build_corrupt_image_error(path: Path, error: Exception) -> CorruptImageError:
+    is_truncated = "truncated" in str(error) or isinstance(error, EOFError)
+    error_class = TruncatedImageError if is_truncated else CorruptImageError
+    return error_class(
+        "truncated: the file ends within the image data" if is_truncated else f"corrupt ({error})",
+        where=str(path),
+        expected="a complete image file",
+        remedy="download or export the image again, or remove it from the data",
+    )
+
+
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _convert_in_bands(
+            image, lambda band: _gray_to_rgb(_uint16_to_uint8(np.asarray(band)))
+        )
+    if image.mode in ("I", "F"):
+        low, high = _get_value_range(image)
+        return _convert_in_bands(
+            image, lambda band: _gray_to_rgb(_rescale_to_uint8(_to_finite_array(band), low, high))
+        )
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        return _convert_in_bands(image, _blend_on_white)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _convert_in_bands(
+    image: Image.Image, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """Convert an image in horizontal bands to limit the memory of wide intermediate types."""
+    width, height = image.size
+    band_rows = max(1, MAX_BAND_PIXELS // width)
+    if band_rows >= height:
+        return convert(image)
+    result = Image.new("RGB", image.size)
+    for top in range(0, height, band_rows):
+        result.paste(convert(image.crop((0, top, width, min(top + band_rows, height)))), (0, top))
+    return result
+
+
+def _blend_on_white(image: Image.Image) -> Image.Image:
+    opaque = Image.new("RGBA", image.size, _WHITE_RGBA)
+    return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
+
+
+def _gray_to_rgb(values_HW: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(values_HW).convert("RGB")
+
+
+def _uint16_to_uint8(values_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Scale 0..65535 to 0..255 and round to nearest: 65535 = 255 x 257."""
+    return ((values_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _to_finite_array(image: Image.Image) -> NDArray[np.number]:
+    values_HW: NDArray[np.number] = np.nan_to_num(np.asarray(image))
+    return values_HW
+
+
+def _get_value_range(image: Image.Image) -> tuple[float, float]:
+    width, height = image.size
+    band_rows = max(1, MAX_BAND_PIXELS // width)
+    bands = (
+        _to_finite_array(image.crop((0, top, width, min(top + band_rows, height))))
+        for top in range(0, height, band_rows)
+    )
+    lows, highs = zip(*((float(band.min()), float(band.max())) for band in bands), strict=True)
+    return min(lows), max(highs)
+
+
+def _rescale_to_uint8(values_HW: NDArray[np.number], low: float, high: float) -> NDArray[np.uint8]:
+    """Scale pixel values to 0..255.
+
+    Integers within 16 bits and fractions within 0..1 use that range. Other images are normalized
+    by their minimum and maximum.
+    """
+    is_integer = np.issubdtype(values_HW.dtype, np.integer)
+    if is_integer and low >= 0 and high <= 65535:
+        return _uint16_to_uint8(values_HW.astype(np.uint16))
+    if not is_integer and low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    scaled = (values_HW.astype(np.float64) - low) * (255 / max(high - low, 1e-12))
+    return np.rint(scaled).astype(np.uint8)
+
+
+MAX_ASPECT_RATIO = 200
+"""Maximum aspect ratio; the reference processors reject other images."""
+
+
+def get_default_image_rule(preprocessor: Mapping[str, Any]) -> PixelRange:
+    """Return the range of pixel counts in the preprocessor config of a model."""
+    return PixelRange(min_pixels=preprocessor["min_pixels"], max_pixels=preprocessor["max_pixels"])
+
+
+def resolve_image_rule(preprocessor: Mapping[str, Any], requested: ImageRule | None) -> ImageRule:
+    """Return the image rule of the recipe, or the default of the model."""
+    fixed_side = preprocessor.get("image_size")
+    if fixed_side is None:
+        return requested or get_default_image_rule(preprocessor)
+    fixed_rule = ExactSize(height=fixed_side, width=fixed_side)
+    if requested not in (None, fixed_rule):
+        raise UserError(
+            f"image rule {requested}",
+            where="image",
+            expected=f"{fixed_side} x {fixed_side} pixels, the fixed image size of this model",
+            remedy="remove `image` from the recipe",
+        )
+    return fixed_rule
+
+
+def compute_resized_size(
+    original_size: ImageSize, rule: ImageRule, factor: int, where: str = ""
+) -> ImageSize:
+    """Compute height and width after resizing, multiples of `factor` (patch size x merge size).
+
+    PixelRange preserves the aspect ratio as closely as the factor allows and limits the area, as
+    in the reference preprocessor. ExactSize rounds each side to the nearest multiple. LongestSide
+    scales the longer side to its value, also upwards, then rounds each side. Halves round to even.
+
+    Raises:
+        CorruptImageError: The aspect ratio exceeds 200 under a rule that preserves it.
+    """
+    height, width = original_size
+    assert height > 0, f"image height is {height}"
+    assert width > 0, f"image width is {width}"
+    if isinstance(rule, ExactSize):
+        return _round_to_factor(rule.height, factor), _round_to_factor(rule.width, factor)
+    if max(original_size) / min(original_size) > MAX_ASPECT_RATIO:
+        raise CorruptImageError(
+            f"{width} x {height} pixels",
+            where=where,
+            expected=f"one side at most {MAX_ASPECT_RATIO} times the other",
+            remedy="crop the image or remove it from the data",
+        )
+    if isinstance(rule, LongestSide):
+        scale = rule.longest_side / max(original_size)
+        return _round_to_factor(height * scale, factor), _round_to_factor(width * scale, factor)
+    return _smart_resize(original_size, rule, factor)
+
+
+def _round_to_factor(side: float, factor: int) -> int:
+    return max(factor, round(side / factor) * factor)
+
+
+def _smart_resize(original_size: ImageSize, rule: PixelRange, factor: int) -> ImageSize:
+    """Scale an image size into a range of pixel counts, rounded to multiples of `factor`.
+
+    Sides are rounded down to meet the maximum and up to meet the minimum. As in the reference
+    preprocessor, they are rounded before the pixel count is compared.
+    """
+    height, width = original_size
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    if math.prod(rounded) > rule.max_pixels:
+        downscale = math.sqrt((height * width) / rule.max_pixels)
+        return (
+            max(factor, math.floor(height / downscale / factor) * factor),
+            max(factor, math.floor(width / downscale / factor) * factor),
+        )
+    if math.prod(rounded) < rule.min_pixels:
+        upscale = math.sqrt(rule.min_pixels / (height * width))
+        return (
+            math.ceil(height * upscale / factor) * factor,
+            math.ceil(width * upscale / factor) * factor,
+        )
+    return rounded
+
+
+GridTHW = tuple[int, int, int]
+"""Number of patches along time, height and width."""
+
+NUM_CHANNELS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PatchConfig:
+    """Patch sizes of a vision encoder.
+
+    Attributes:
+        merge_size: Number of patches per side of a merge block, which becomes one token.
+    """
+
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+
+    @property
+    def resize_factor(self) -> int:
+        """Divisor of both sides of a resized image, in pixels."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Number of values per patch, including all channels and frames."""
+        return NUM_CHANNELS * self.temporal_patch_size * self.patch_size**2
+
+    def compute_grid(self, size: ImageSize, num_frames: int = 1) -> GridTHW:
+        """Return the patch grid of an image or video of the given size.
+
+        The last group of frames may be incomplete, because `patchify` repeats the last frame.
+        """
+        height, width = size
+        return (
+            -(-num_frames // self.temporal_patch_size),
+            height // self.patch_size,
+            width // self.patch_size,
+        )
+
+    def count_tokens(self, grid_thw: GridTHW) -> int:
+        """Return the number of placeholder tokens of an image or video with a patch grid."""
+        t, h, w = grid_thw
+        return t * h * w // self.merge_size**2
+
+
+def load_patch_config(folder: ModelFolder) -> PatchConfig:
+    """Load the patch sizes of a model folder."""
+    preprocessor = folder.preprocessor_config
+    raw_config = folder.config.get("vision_config")
+    # A missing or invalid vision_config is rejected when the model is built.
+    vision_config = raw_config if isinstance(raw_config, dict) else {}
+    config_keys = {
+        "patch_size": "patch_size",
+        "merge_size": "spatial_merge_size",
+        "temporal_patch_size": "temporal_patch_size",
+    }
+    for preprocessor_key, config_key in config_keys.items():
+        if (
+            vision_config.get(config_key, preprocessor[preprocessor_key])
+            != preprocessor[preprocessor_key]
+        ):
+            raise UserError(
+                f"{preprocessor_key} {preprocessor[preprocessor_key]} in"
+                f" preprocessor_config.json, but {config_key} {vision_config[config_key]} under"
+                " vision_config in config.json",
+                where=str(folder.path),
+                expected="the same value in both files",
+                remedy="use both files of the same model",
+            )
+    return PatchConfig(
+        patch_size=preprocessor["patch_size"],
+        merge_size=preprocessor["merge_size"],
+        temporal_patch_size=preprocessor["temporal_patch_size"],
+    )
+
+
+def patchify(
+    frames: Sequence[Image.Image], size: ImageSize, config: PatchConfig
+) -> NDArray[np.uint8]:
+    """Resize RGB frames and split them into patches.
+
+    Patches are ordered by time, rows and columns of merge blocks, and rows and columns within a
+    block. The values of a patch are ordered by channel, frame, row and column. Both orders are
+    those of the reference processor. Each frame is resized in one bicubic step of Pillow from the
+    original size. An incomplete group of frames is padded with the last frame.
+
+    Returns:
+        Patches, uint8 [N, D]. Those of a single image store one frame; `repeat_still_frames` adds
+    """
+    t, h, w = config.compute_grid(size, len(frames))
+    p, m = config.patch_size, config.merge_size
+    temporal_size = 1 if len(frames) == 1 else config.temporal_patch_size
+    shape = (t, h // m, w // m, m, m, NUM_CHANNELS, temporal_size, p, p)
+    patches = np.empty(shape, dtype=np.uint8)
+    for frame_index in range(t * temporal_size):
+        if frame_index < len(frames):
+            planes_CHW = _to_channel_planes(frames[frame_index], size)
+            blocks = planes_CHW.reshape(NUM_CHANNELS, h // m, m, p, w // m, m, p)
+            ordered = blocks.transpose(1, 4, 2, 5, 0, 3, 6)
+        patches[frame_index // temporal_size, :, :, :, :, :, frame_index % temporal_size] = ordered
+    return patches.reshape(t * h * w, NUM_CHANNELS * temporal_size * p * p)
+
+
+def repeat_still_frames(patches_ND: NDArray[np.uint8], patch_dim: int) -> NDArray[np.uint8]:
+    """Expand patches that store one frame to `patch_dim` values by repeating the frame.
+
+    Patches of that dimension are returned unchanged.
+    """
+    num_patches, current_dim = patches_ND.shape
+    if current_dim == patch_dim:
+        return patches_ND
+    frames_NCFP = patches_ND.reshape(num_patches, NUM_CHANNELS, 1, current_dim // NUM_CHANNELS)
+    return np.repeat(frames_NCFP, patch_dim // current_dim, axis=2).reshape(num_patches, patch_dim)
+
+
+def first_frame(patches_ND: NDArray[np.uint8], patch: int) -> NDArray[np.uint8]:
+    """Return the first frame of each patch.
+
+    This is the inverse of `repeat_still_frames`. The argument `patch` is the patch size in pixels.
+    """
+    number, width = patches_ND.shape
+    values_per_frame = NUM_CHANNELS * patch**2
+    if width == values_per_frame:
+        return patches_ND
+    frames_NCFP = patches_ND.reshape(number, NUM_CHANNELS, width // values_per_frame, patch**2)
+    return frames_NCFP[:, :, 0].reshape(number, values_per_frame)
+
+
+def concat_shape(patches: Sequence[NDArray[np.uint8]]) -> tuple[int, int]:
+    """Return the shape [N, D] of the result of `concat_patches`.
+
+    Patches store a single frame if those of all images and videos do.
+    """
+    patch_dims = (array.shape[1] for array in patches if len(array))
+    return sum(map(len, patches)), max(patch_dims, default=patches[0].shape[1])
+
+
+def concat_patches(
+    patches: Sequence[NDArray[np.uint8]], out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """Concatenate the patches of several images and videos.
+
+    If any patches store several frames, single frames of the others are repeated.
+
+    Args:
+        patches: Patches of each image or video, uint8 [N, D].
+        out: Output array of shape `concat_shape(patches)`; allocated if None.
+    """
+    if len(patches) == 1 and out is None:
+        return patches[0]
+    _, patch_dim = concat_shape(patches)
+    return np.concatenate([repeat_still_frames(array, patch_dim) for array in patches], out=out)
+
+
+def unpatchify(
+    patches_ND: NDArray[np.uint8], grid_thw: GridTHW, config: PatchConfig
+) -> list[Image.Image]:
+    """Reconstruct the resized frames from the patches that `patchify` returned.
+
+    Frames that were repeated to complete a group are included.
+    """
+    t, h, w = grid_thw
+    p, m = config.patch_size, config.merge_size
+    temporal_size = patches_ND.shape[1] // (NUM_CHANNELS * p * p)
+    blocks = patches_ND.reshape(t, h // m, w // m, m, m, NUM_CHANNELS, temporal_size, p, p)
+    ordered = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    frames_FHWC = ordered.reshape(t * temporal_size, h * p, w * p, NUM_CHANNELS)
+    return [Image.fromarray(frame_HWC) for frame_HWC in frames_FHWC]
+
+
+def _to_channel_planes(frame: Image.Image, size: ImageSize) -> NDArray[np.uint8]:
+    """Resize a frame and convert it to a contiguous array [C, H, W].
+
+    The rows of a patch are then contiguous in memory.
+    """
+    assert frame.mode == "RGB", f"frame has mode {frame.mode}, not RGB"
+    height, width = size
+    if frame.size != (width, height):
+        frame = frame.resize((width, height), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(frame).transpose(2, 0, 1))
+
+
+def get_frame_size(files: Sequence[Path]) -> ImageSize:
+    """Return the common height and width of all frames of a video.
+
+    Only image headers are read.
+
+    Raises:
+        CorruptImageError: A frame cannot be used, or the frame sizes differ.
+    """
+    assert files, "the video has no frames"
+    first_size = read_image_size(files[0])
+    for file in files[1:]:
+        size = read_image_size(file)
+        if size != first_size:
+            raise CorruptImageError(
+                f"{size[1]} x {size[0]} pixels, but the first frame has"
+                f" {first_size[1]} x {first_size[0]}",
+                where=str(file),
+                expected="frames of equal size",
+                remedy="extract the frames again at one size",
+            )
+    return first_size
+
+
+def patchify_video(
+    files: Sequence[Path], size: ImageSize, config: PatchConfig
+) -> NDArray[np.uint8]:
+    """Resize the frames of a video and split them into patches, uint8 [N, D].
+
+    Each patch spans several frames. As in the reference video processor, the last frame is repeated
+    if the last group of frames is incomplete.
+    """
+    return patchify([load_image(file) for file in files], size, config)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from multi_process_run import run_to_completion
-from tiny_model import create_tiny_model
+from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import TinyTask, read_losses
 
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
@@ -14,9 +14,9 @@ LORA = {"language": "lora", "lora": {"rank": 4}}
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
-def test_losses_are_equal_for_one_and_two_ranks(family: str, tmp_path: Path) -> None:
+def test_losses_are_equal_for_one_and_two_ranks(family: TinyFamily, tmp_path: Path) -> None:
     task = TinyTask(tmp_path / "task")
-    task.recipe["model"] = str(create_tiny_model(tmp_path / "model", family, seed=3))  # type: ignore[arg-type]
+    task.recipe["model"] = str(create_tiny_model(tmp_path / "model", family, seed=3))
     alone = run_to_completion(task, 1, "alone", tune=FULL_FINETUNE)
     for parallel in ("ddp", "fsdp"):
         two = run_to_completion(task, 2, parallel, tune=FULL_FINETUNE, parallel=parallel)

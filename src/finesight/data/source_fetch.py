@@ -151,8 +151,9 @@ def select_files(
     split = (selector or "").rpartition("/")[2]
     if split not in splits:
         # A selector that names only a subset, like no selector, selects its default split.
+        subset_names = (subset["config_name"] for subset in _iter_subsets(card))
         split = _SPLIT_ALIASES.get(
-            split, DEFAULT_SPLIT if selector is None or _is_subset(card, selector) else split
+            split, DEFAULT_SPLIT if selector in (None, *subset_names) else split
         )
     if selector is None and split not in splits and len(splits) == 1:
         split = next(iter(splits))
@@ -242,10 +243,6 @@ def _find_subset(card: str, selector: str | None) -> dict[str, Any] | None:
             return subset
     defaults = [s for s in subsets if s.get("default") is True or s["config_name"] == "default"]
     return next(iter([*defaults, *subsets]), None)
-
-
-def _is_subset(card: str, selector: str) -> bool:
-    return selector in [subset["config_name"] for subset in _iter_subsets(card)]
 
 
 def _iter_subsets(card: str) -> Iterator[dict[str, Any]]:

@@ -134,8 +134,9 @@ def build_detection_examples(
         (images.create_box(obj.coordinates, obj.label, default_convention), obj.attributes)
         for obj in annotation.objects
     ]
+    # By label, then from top to bottom and left to right.
     boxes_with_attributes.sort(
-        key=lambda box_with_attributes: _box_sort_key(box_with_attributes[0])
+        key=lambda pair: (str(pair[0].label), *(pair[0].xyxy[axis] for axis in (1, 0, 3, 2)))
     )
     context.source_notes.update(annotation.source_notes)
     if not boxes_with_attributes and +annotation.source_notes:
@@ -256,11 +257,6 @@ def check_declared_size(
 def _is_transposed(image_path: Path) -> bool:
     with open_image_header(image_path) as image:
         return read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
-
-
-def _box_sort_key(box: BoxPart) -> tuple[str, float, float, float, float]:
-    x1, y1, x2, y2 = box.xyxy
-    return (str(box.label), y1, x1, y2, x2)
 
 
 def _build_example(

@@ -270,13 +270,11 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             ),
             remedy=listing.suggest_source(),
         )
-    return _open_row_files(options.row_files or (source,)), None, ""
-
-
-def _open_row_files(files: Sequence[Path]) -> RowReader:
-    """Open the rows of one file, or the concatenated rows of several files."""
-    rows = [open_webdataset(file) if is_tar_file(file) else open_row_file(file) for file in files]
-    return rows[0] if len(rows) == 1 else concat_rows(files, rows)
+    files = options.row_files or (source,)
+    readers = [
+        open_webdataset(file) if is_tar_file(file) else open_row_file(file) for file in files
+    ]
+    return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 
 def _detect_format(
@@ -354,9 +352,11 @@ def open_unvalidated_samples(
 
     def select(start: int, stop: int) -> Iterator[SourceRow]:
         for index in range(start, min(stop, len(samples))):
-            yield SourceRow(
-                index + 1, _strip_source(samples.location(index), path_or_url), {}, stem
-            )
+            full_location = samples.location(index)
+            location = full_location.removeprefix(f"{path_or_url}, ")
+            if location == full_location:
+                location = location.rpartition("/")[2]
+            yield SourceRow(index + 1, location, {}, stem)
 
     def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         located_sample = samples.read_sample(row.number - 1)
@@ -373,8 +373,3 @@ def open_unvalidated_samples(
         Path(path_or_url), rows, data_format, "as in training", (), (0, len(samples))
     )
     return UnvalidatedSource(source, options, output_folder)
-
-
-def _strip_source(location: str, path_or_url: Path | str) -> str:
-    suffix = location.removeprefix(f"{path_or_url}, ")
-    return suffix if suffix != location else location.rpartition("/")[2]

@@ -421,7 +421,9 @@ def _parse_rows(
             context.num_clipped = num_clipped
             skipped.add(row, error)
             if options.on_invalid_row == "skip":
-                skipped.lines.append(spool.add(_format_skipped_row(row, error)))
+                line = {"location": row.location, "reason": get_skip_reason(error)}
+                text = escape_surrogates(encode_json_line({**line, "error": str(error)}))
+                skipped.lines.append(spool.add(f"{text}\n".encode()))
         else:
             rows.append([_spool_example(example, spool) for example in encoded])
     is_systematic = skipped.boxes > max(1, MAX_INVALID_BOX_FRACTION * (len(rows) + len(skipped)))
@@ -523,12 +525,6 @@ def _suggest_format(
         if candidate is data_format
         else f"--format {candidate.name}: {row.location} has {detected_by}"
     )
-
-
-def _format_skipped_row(row: SourceRow, error: UserError) -> bytes:
-    """Encode an invalid row as a line of skipped_rows.jsonl with location, reason and error."""
-    line = {"location": row.location, "reason": get_skip_reason(error), "error": str(error)}
-    return f"{escape_surrogates(encode_json_line(line))}\n".encode()
 
 
 def _build_import_error(

@@ -388,13 +388,14 @@ def iter_member_groups(tar: TarArchive) -> Iterator[MemberGroup]:
 
     Hidden files are skipped.
     """
-    files = (member for member in tar.iter_headers() if member.isreg() and not _is_hidden(member))
+    files = (
+        member
+        for member in tar.iter_headers()
+        if member.isreg()
+        and not posixpath.basename(member.name.rstrip("/")).startswith((".", "__"))
+    )
     for _, members in itertools.groupby(files, key=lambda member: split_member_name(member)[0]):
         yield list(members)
-
-
-def _is_hidden(member: tarfile.TarInfo) -> bool:
-    return posixpath.basename(member.name.rstrip("/")).startswith((".", "__"))
 
 
 def split_member_name(member: tarfile.TarInfo) -> tuple[str, str]:
@@ -543,8 +544,8 @@ def list_folder(root: Path) -> FolderListing:
 
 
 def open_annotation_files(
-    files: Sequence[Path],
-    stem: str,
+    source: Path,
+    suffix: str,
     description: str,
     marker: bytes,
     read_classes: Callable[[Path], tuple[bool, set[str]]],
@@ -552,8 +553,8 @@ def open_annotation_files(
     """Open annotation files as rows, one per image.
 
     Args:
-        files: All candidate annotation files.
-        stem: Name used for generated IDs.
+        source: A single annotation file, or a folder of them.
+        suffix: Suffix of annotation files in lower case.
         description: Description of the format, part of the reason for the match.
         marker: Text near the start of an annotation file, which may be invalid.
         read_classes: Function that returns whether a file is an annotation of the format, and its
@@ -563,6 +564,12 @@ def open_annotation_files(
         The rows and the reason for the match, or None if none of the first files is an annotation
             of the format. Each row lists the class names of all files.
     """
+
+    if source.is_dir():
+        files = list_folder(source).files_with_suffix(suffix)
+    else:
+        is_annotation = source.suffix.lower() == suffix and source.is_file()
+        files = [source] if is_annotation and (suffix != ".json" or is_json_object(source)) else []
 
     def scan(file: Path) -> tuple[bool, set[str]]:
         try:
@@ -577,7 +584,7 @@ def open_annotation_files(
 
     def make_row(row_number: int, file: Path) -> SourceRow:
         record = {"id": file.stem, "file": str(file), "classes": classes}
-        return SourceRow(row_number, str(file), record, stem)
+        return SourceRow(row_number, str(file), record, source.stem)
 
     return rows_from_items(files, make_row), f"{description}, {len(classes)} classes"
 

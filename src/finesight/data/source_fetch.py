@@ -141,8 +141,10 @@ def select_files(
         raise _build_no_data_error(paths, source)
     if selector is not None and selector in paths:
         return _add_support_files((selector,), data)
+    # Without a match in the card, a subset is a folder of this name.
+    subset = (selector or "").rpartition("/")[0]
     splits = _read_card_splits(data, card, selector) or _infer_splits(
-        _filter_subset(data, selector)
+        [path for path in data if not subset or subset in path.split("/")[:-1]]
     )
     if not splits:
         if selector is not None:
@@ -151,8 +153,9 @@ def select_files(
     split = (selector or "").rpartition("/")[2]
     if split not in splits:
         # A selector that names only a subset, like no selector, selects its default split.
+        subset_names = (subset["config_name"] for subset in _iter_subsets(card))
         split = _SPLIT_ALIASES.get(
-            split, DEFAULT_SPLIT if selector is None or _is_subset(card, selector) else split
+            split, DEFAULT_SPLIT if selector in (None, *subset_names) else split
         )
     if selector is None and split not in splits and len(splits) == 1:
         split = next(iter(splits))
@@ -206,15 +209,6 @@ def _infer_splits(data: Sequence[str]) -> dict[str, list[str]]:
     return splits
 
 
-def _filter_subset(data: Sequence[str], selector: str | None) -> Sequence[str]:
-    """Keep the files in folders named like the subset of a SUBSET/SPLIT selector.
-
-    This finds subsets that the dataset card does not list.
-    """
-    subset = (selector or "").rpartition("/")[0]
-    return [path for path in data if subset in path.split("/")[:-1]] if subset else data
-
-
 def _read_card_splits(data: Sequence[str], card: str, selector: str | None) -> dict[str, list[str]]:
     subset_config = _find_subset(card, selector)
     if subset_config is None:
@@ -242,10 +236,6 @@ def _find_subset(card: str, selector: str | None) -> dict[str, Any] | None:
             return subset
     defaults = [s for s in subsets if s.get("default") is True or s["config_name"] == "default"]
     return next(iter([*defaults, *subsets]), None)
-
-
-def _is_subset(card: str, selector: str) -> bool:
-    return selector in [subset["config_name"] for subset in _iter_subsets(card)]
 
 
 def _iter_subsets(card: str) -> Iterator[dict[str, Any]]:

@@ -85,7 +85,9 @@ def merge_and_verify(
     weight_precision, fallback_dtype = resolve_precision(base_folder, precision)
     num_params = _count_params(base_folder)
     small_file_bytes = sum(
-        path.stat().st_size for path in base_folder.path.iterdir() if _is_small(path)
+        path.stat().st_size
+        for path in base_folder.path.iterdir()
+        if path.is_file() and path.suffix not in (".safetensors", ".bin")
     )
     require_free_space(
         out,
@@ -331,10 +333,6 @@ def _compare_folder(
         divergences=divergences,
         quantized_comparison=quantized_comparison,
     )
-
-
-def _is_small(path: Path) -> bool:
-    return path.is_file() and path.suffix not in (".safetensors", ".bin")
 
 
 def _count_params(base_folder: ModelFolder) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from finesight.config import EvalSettings, Recipe
 from finesight.infer.engine import KV_CACHE_BYTES
-from finesight.infer.kv_cache import get_kv_bytes_per_token
+from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.plan.planned_model import PlannedModel
 from finesight.plan.planned_pack import build_planned_pack
@@ -129,6 +129,7 @@ def _estimate_generation_bytes(
         KV_CACHE_BYTES,
         num_seqs * max_seq_len * get_kv_bytes_per_token(decoder_config, target.dtype),
     )
+    cache_bytes += num_seqs * get_linear_state_bytes(decoder_config, target.dtype)
     num_prefill_tokens = min(MAX_PREFILL_TOKENS, sum(sample.num_tokens for sample in eval_stats))
     elements_per_token = 3 * decoder_config.intermediate_size + 4 * decoder_config.hidden_size
     return cache_bytes + num_prefill_tokens * elements_per_token * target.dtype.itemsize

@@ -74,7 +74,10 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
         detected_by = data_format.detect(records)
         if detected_by is not None:
             return data_format, detected_by
-    record_keys = _collect_keys(records[0])
+    turns = records[0].get("conversations", records[0].get("messages"))
+    first_turn = turns[0] if isinstance(turns, list) and turns else None
+    turn_keys = first_turn if isinstance(first_turn, dict) else {}
+    record_keys = {*records[0], *turn_keys}.difference(IMAGE_KEYS)
     # If several formats are equally close, choose the most general one.
     closest = max(
         reversed(FORMATS), key=lambda data_format: len(data_format.typical_keys & record_keys)
@@ -88,10 +91,3 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
         expected=f"one of {', '.join(data_format.name for data_format in FORMATS)}",
         remedy=f"the closest is {closest.name}: {suggestion}",
     )
-
-
-def _collect_keys(record: Record) -> set[str]:
-    """Return the keys of a record and its first turn, except image keys."""
-    turns = record.get("conversations", record.get("messages"))
-    first = turns[0] if isinstance(turns, list) and turns else {}
-    return {*record, *(first if isinstance(first, dict) else {})}.difference(IMAGE_KEYS)

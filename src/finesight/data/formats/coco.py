@@ -151,7 +151,10 @@ def write_files(
     group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
     records = group_by_image(samples, context, {"image_id", "license"})
     classes = collect_classes(records)
-    ids = _assign_image_ids(records)
+    declared_ids = [record.meta.get("image_id") for record in records]
+    ids = [value for value in declared_ids if isinstance(value, int)]
+    if len(set(ids)) < len(records):
+        ids = list(range(1, len(records) + 1))
     annotations: list[Record] = []
     for image_id, record in zip(ids, records, strict=True):
         record_annotations = (
@@ -320,13 +323,6 @@ def _read_caption(annotation: Record) -> str:
             remedy="add one, or remove the annotation",
         )
     return text.strip()
-
-
-def _assign_image_ids(records: Sequence[ImageRecord]) -> list[int]:
-    """Return the image IDs of the imported data if they are unique, else sequential IDs."""
-    declared_ids = [record.meta.get("image_id") for record in records]
-    ids = [value for value in declared_ids if isinstance(value, int)]
-    return ids if len(set(ids)) == len(declared_ids) else list(range(1, len(declared_ids) + 1))
 
 
 def _build_image(image_id: int, image_record: ImageRecord, context: ExportContext) -> Record:

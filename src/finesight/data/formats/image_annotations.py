@@ -134,8 +134,9 @@ def build_detection_examples(
         (images.create_box(obj.coordinates, obj.label, default_convention), obj.attributes)
         for obj in annotation.objects
     ]
+    # By label, then from top to bottom and left to right.
     boxes_with_attributes.sort(
-        key=lambda box_with_attributes: _box_sort_key(box_with_attributes[0])
+        key=lambda pair: (str(pair[0].label), *(pair[0].xyxy[axis] for axis in (1, 0, 3, 2)))
     )
     context.source_notes.update(annotation.source_notes)
     if not boxes_with_attributes and +annotation.source_notes:
@@ -237,7 +238,9 @@ def check_declared_size(
         return
     message = f"the boxes refer to an image of {declared[1]} x {declared[0]} pixels, the image has "
     message += f"{actual[1]} x {actual[0]}"
-    if declared == actual[::-1] and _is_transposed(image_path):
+    with open_image_header(image_path) as image:
+        is_transposed = read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
+    if declared == actual[::-1] and is_transposed:
         raise InvalidBoxError(
             f"{message} after EXIF rotation: it was annotated before rotation",
             where=str(image_path),
@@ -251,16 +254,6 @@ def check_declared_size(
         expected="the annotated image in its original size",
         remedy="use the annotated images instead of resized or cropped copies",
     )
-
-
-def _is_transposed(image_path: Path) -> bool:
-    with open_image_header(image_path) as image:
-        return read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
-
-
-def _box_sort_key(box: BoxPart) -> tuple[str, float, float, float, float]:
-    x1, y1, x2, y2 = box.xyxy
-    return (str(box.label), y1, x1, y2, x2)
 
 
 def _build_example(

@@ -44,8 +44,6 @@ from finesight.data.row_reader import (
     Record,
     RowReader,
     SourceRow,
-    is_json_object,
-    list_folder,
     open_annotation_files,
 )
 from finesight.data.sample import MAX_BOXES, LocatedSample, check_json, check_limit, read_data_file
@@ -61,11 +59,8 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
     Returns:
         The rows and the reason for the match, or None if the first files are not from LabelMe.
     """
-    files = [source] if is_json_object(source) else []
-    if source.is_dir():
-        files = list_folder(source).files_with_suffix(".json")
     description = "JSON files with shapes and imagePath: LabelMe"
-    return open_annotation_files(files, source.stem, description, b'"shapes"', _read_classes)
+    return open_annotation_files(source, ".json", description, b'"shapes"', _read_classes)
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:

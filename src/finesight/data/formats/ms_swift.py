@@ -108,28 +108,39 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
 
 
 def _parse_query_response(row: SourceRow, context: ImportContext) -> ImportExample:
-    row_images, listed_images = RowImages(context), list_checked_images(row.record)
-    remaining_images = iter(listed_images)
-
-    def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
-        for piece in split_at_pattern(text, IMAGE_PLACEHOLDER):
-            if isinstance(piece, str):
-                yield from parse_text(role, piece, row_images)
-            else:
-                yield row_images.add_image(next(remaining_images))
-
-    turns = _add_image_placeholders(_parse_query(row.record), len(listed_images))
-    return build_turns_example(row, context, turns, parse_turn, *QUERY_KEYS)
+    turns, no_objects = _parse_query(row.record), _ObjectQueue.from_value(None)
+    return _build_example(row, context, turns, IMAGE_PLACEHOLDER, no_objects, QUERY_KEYS)
 
 
 def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
     reject_unsupported_keys(row.record, ("label",))
+    objects = _ObjectQueue.from_value(row.record.get("objects"))
+    turns = _parse_turns(row.record)
+    example = _build_example(row, context, turns, PLACEHOLDER, objects, SWIFT_KEYS)
+    # Remaining references are ignored, as in ms-swift.
+    num_boxes_left = len(list(objects.boxes))
+    if num_boxes_left:
+        raise InvalidRowError(
+            f"{num_boxes_left} boxes under objects.bbox have no `<bbox>` in the text",
+            "a `<bbox>` for each box",
+        )
+    return example
+
+
+def _build_example(
+    row: SourceRow,
+    context: ImportContext,
+    turns: list[Turn],
+    placeholder: re.Pattern[str],
+    objects: _ObjectQueue,
+    keys: Sequence[str],
+) -> ImportExample:
+    """Build a training example from turns whose placeholders stand for images and objects."""
     row_images, listed_images = RowImages(context), list_checked_images(row.record)
     remaining_images = iter(listed_images)
-    objects = _ObjectQueue.from_value(row.record.get("objects"))
 
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
-        for piece in split_at_pattern(text, PLACEHOLDER):
+        for piece in split_at_pattern(text, placeholder):
             if isinstance(piece, str):
                 yield from parse_text(role, piece, row_images)
             elif piece[0] == "<image>":
@@ -141,16 +152,8 @@ def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
                 for _ in range(piece["boxes"].count("<bbox>")):
                     yield objects.next_box(row_images, label)
 
-    turns = _add_image_placeholders(_parse_turns(row.record), len(listed_images))
-    example = build_turns_example(row, context, turns, parse_turn, *SWIFT_KEYS)
-    # Remaining references are ignored, as in ms-swift.
-    num_boxes_left = len(list(objects.boxes))
-    if num_boxes_left:
-        raise InvalidRowError(
-            f"{num_boxes_left} boxes under objects.bbox have no `<bbox>` in the text",
-            "a `<bbox>` for each box",
-        )
-    return example
+    turns = _add_image_placeholders(turns, len(listed_images))
+    return build_turns_example(row, context, turns, parse_turn, *keys)
 
 
 def _parse_turns(record: Record) -> list[Turn]:

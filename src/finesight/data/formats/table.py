@@ -83,7 +83,10 @@ def suggest_mapping(record: Record) -> str:
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a table row with mapped columns."""
     images = RowImages(context)
-    parts: list[ContentPart] = list(_iter_images(row, context, images))
+    parts: list[ContentPart] = []
+    if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected
+        values = _read_cell(row, context, "image")
+        parts += map(images.add_image, values if isinstance(values, list) else [values])
     question = _read_cell(row, context, "question")
     if question is not None:
         parts.append(make_text_part(_get_text(question, "question")))
@@ -108,18 +111,6 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
             "that one: --map answer=COLUMN, --map fields=COLUMN,COLUMN or --map box=COLUMN",
         )
     return ImportExample(row.id, (user,), tuple(answers))
-
-
-def _iter_images(
-    row: SourceRow, context: ImportContext, images: RowImages
-) -> Iterator[ContentPart]:
-    """Yield the image parts of a table row.
-
-    An empty list yields no images; an empty cell is rejected.
-    """
-    if "image" in context.columns:
-        values = _read_cell(row, context, "image")
-        yield from map(images.add_image, values if isinstance(values, list) else [values])
 
 
 def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:

@@ -42,7 +42,7 @@ from finesight.data.formats.image_annotations import (
     round_coordinate,
 )
 from finesight.data.image_header import CorruptImageError, ImageSize
-from finesight.data.row_reader import RowReader, SourceRow, list_folder, open_annotation_files
+from finesight.data.row_reader import RowReader, SourceRow, open_annotation_files
 from finesight.data.sample import MAX_LABEL_FILE_BYTES, LocatedSample, read_data_file
 from finesight.errors import UserError
 
@@ -71,11 +71,8 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
     Returns:
         The rows and the reason for the match, or None if the first files are not annotations.
     """
-    files = [source] if source.suffix.lower() == ".xml" and source.is_file() else []
-    if source.is_dir():
-        files = list_folder(source).files_with_suffix(".xml")
     description = "XML files with <annotation>: Pascal VOC"
-    return open_annotation_files(files, source.stem, description, b"<annotation", _read_classes)
+    return open_annotation_files(source, ".xml", description, b"<annotation", _read_classes)
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:

@@ -71,6 +71,12 @@ class FSDPStrategy:
             for parameter in chain.from_iterable(module.parameters() for module in unit):
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
                     parameter.data = parameter.data.float()
+            # Frozen fp32 parameters are small and would be rounded by the all-gather.
+            fp32_params = {
+                parameter
+                for parameter in chain.from_iterable(module.parameters() for module in unit)
+                if not parameter.requires_grad and parameter.dtype == torch.float32 != dtype
+            }
             # The loss uses the language model head after the forward pass.
             reshard = not self._is_zero2 and unit is not units[-1]
             fully_shard(
@@ -79,6 +85,7 @@ class FSDPStrategy:
                 mp_policy=policy,
                 offload_policy=offload,
                 reshard_after_forward=reshard,
+                ignored_params=fp32_params,
             )
         self._fsdp_modules = [_as_fsdp_module(unit[0]) for unit in units]
         for fsdp_module in self._fsdp_modules:

@@ -90,7 +90,7 @@ class EncodedSample:
         patches_ND: uint8 patches of all images and videos in the order of the transformers image
             processor: grouped by merge block, D = channels x frames x patch_size x patch_size.
             Samples with images only store one frame, which the processor repeats
-            (`vision.patches.repeat_still_frames`).
+            (`vision.image_processing.repeat_still_frames`).
         hf_inputs: Processor outputs by name for families without native code, which have no
             patches.
     """

@@ -6,6 +6,8 @@ intermediate size of an expert.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,6 +41,14 @@ class MoeExperts(nn.Module):
         step = -1 if outputs_first else 1
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, *gate_up_shape[::step]))
         self.down_proj = nn.Parameter(torch.empty(num_experts, *down_shape[::step]))
+
+    def split_experts(self) -> Iterator[dict[str, Tensor]]:
+        """Yield views of the weights of each expert, outputs before inputs."""
+        for gate_up, down in zip(self.gate_up_proj.detach(), self.down_proj.detach(), strict=True):
+            if not self.outputs_first:
+                gate_up, down = gate_up.mT, down.mT
+            gate, up = gate_up.chunk(2)
+            yield {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
     def forward(self, x_PD: Tensor, expert_offsets_E: Tensor) -> Tensor:
         """Apply the experts to rows [P, D] that are sorted by expert."""

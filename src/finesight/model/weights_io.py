@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from finesight.model.families.qwen3_5 import GatedDeltaNet
 from finesight.model.families.qwen_vl import AttentionPool
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import hub_name
+from finesight.model.moe import MoeExperts
 from finesight.model.quant.base import (
     SAFETENSORS_DTYPES,
     QuantizedMatrix,
@@ -203,6 +205,9 @@ _PATCH_EMBED_KEY = "visual.patch_embed.proj.weight"
 _QWEIGHT_SUFFIX = ".qweight"
 """Suffix of a tensor name that only layers quantized with GPTQ have."""
 
+_EXPERT_PATTERN = re.compile(r"(.+\.experts)\.\d+\.(gate|up|down)_proj\.weight")
+"""Native name of a weight of a single expert."""
+
 _INDEX_FILE = "model.safetensors.index.json"
 
 _COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
@@ -329,7 +334,7 @@ def load_model(
     if group_size is not None:
         layers = {t.layer_name for t in headers if t.native_name.endswith(_QWEIGHT_SUFFIX)}
         quantize_gptq_layers(model, layers, group_size, str(folder.path))
-    expected = {tensor.name: tensor for tensor in hub_tensors(model)}
+    expected = _list_expected(model, headers)
     if model.config.decoder.tie_word_embeddings:
         # A tied head may be stored in addition; the embedding is used.
         headers = [tensor for tensor in headers if tensor.native_name != _LM_HEAD_KEY]
@@ -338,7 +343,7 @@ def load_model(
     with raise_on_failed_allocation(hf_config.file):
         materialize_parameters(model, device)
     # List the tensors again, with allocated parameters.
-    expected = {tensor.name: tensor for tensor in hub_tensors(model)}
+    expected = _list_expected(model, headers)
     transposed = _find_transposed_experts(headers, expected)
     for file in files:
         with open_safetensors(file) as weights:
@@ -348,6 +353,28 @@ def load_model(
                     values.mT if tensor.native_name in transposed else values
                 )
     return model
+
+
+def _list_expected(
+    model: VisionLanguageModel, headers: Sequence[TensorHeader]
+) -> dict[str, HubTensor]:
+    """Return the tensors of a model by native name, with experts as in the files.
+
+    transformers writes each expert of Qwen3.5 separately. Published files have stacked weights.
+    """
+    expected = {tensor.name: tensor for tensor in hub_tensors(model)}
+    matches = (_EXPERT_PATTERN.fullmatch(header.native_name) for header in headers)
+    for path in {match[1] for match in matches if match is not None}:
+        module = model.get_submodule(path) if f"{path}.gate_up_proj" in expected else None
+        if not isinstance(module, MoeExperts):
+            continue
+        for name in ("gate_up_proj", "down_proj"):
+            del expected[f"{path}.{name}"]
+        for index, weights in enumerate(module.split_experts()):
+            for name, weight in weights.items():
+                hub_tensor = HubTensor(f"{path}.{index}.{name}.weight", weight, tuple(weight.shape))
+                expected[hub_tensor.name] = hub_tensor
+    return expected
 
 
 def _find_transposed_experts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from finesight.model import fused_decoder
 from finesight.model.attention import PackedAttention, Segments
+from finesight.model.config import LinearAttentionConfig
 from finesight.model.decoder import DecoderLayer
+from finesight.model.families.qwen3_5 import HybridDecoderLayer
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora import fused
 from finesight.model.lora.layer import LoraConfig, LoraLinear
@@ -38,6 +40,20 @@ CONFIG = replace(
 ONLY = torch.tensor([2, 139, 141, 200, 413])
 
 
+LayerType = TypeVar("LayerType", DecoderLayer, HybridDecoderLayer)
+HYBRID_CONFIG = replace(
+    CONFIG,
+    linear_attention=LinearAttentionConfig(
+        full_attention_layers=(1,),
+        num_key_heads=2,
+        num_value_heads=4,
+        key_head_dim=64,
+        value_head_dim=32,
+        conv_kernel_size=4,
+    ),
+)
+
+
 @dataclass(frozen=True)
 class PassResult:
     """Output and gradients of one pass, in fp32."""
@@ -47,7 +63,13 @@ class PassResult:
 
 
 def layer(rank: int | None, dropout: float = 0.0, *, trainable: bool = False) -> DecoderLayer:
-    made = DecoderLayer(CONFIG, 0)
+    return initialize(DecoderLayer(CONFIG, 0), rank, dropout, trainable=trainable)
+
+
+def initialize(
+    made: LayerType, rank: int | None, dropout: float = 0.0, *, trainable: bool = False
+) -> LayerType:
+    """Draw the weights, and add adapters of this rank."""
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
@@ -74,12 +96,12 @@ def to_fp8(made: DecoderLayer) -> DecoderLayer:
     return made
 
 
-def groups(made: DecoderLayer) -> list[FusedLinear]:
+def groups(made: LayerType) -> list[FusedLinear]:
     return [module for module in made.modules() if isinstance(module, FusedLinear)]
 
 
 def run_pass(
-    made: DecoderLayer,
+    made: LayerType,
     dtype: torch.dtype,
     only: Tensor | None,
     seed: int = 7,
@@ -133,6 +155,31 @@ def test_fused_layer_error_is_bounded(
     assert relative_error(fused.y, exact.y) <= 1.2 * relative_error(baseline.y, exact.y)
     for name, grad in exact.grads.items():
         assert relative_error(fused.grads[name], grad) <= 1.3 * relative_error(
+            baseline.grads[name], grad
+        ), name
+    assert not torch.equal(fused.y, baseline.y), "the same path twice"
+
+
+@pytest.mark.parametrize("only", [None, ONLY], ids=["all", "labels"])
+@pytest.mark.parametrize("rank", ["all trainable", None, 4, 64])
+@pytest.mark.parametrize("index", [0, 1], ids=["linear attention", "full attention"])
+def test_fused_hybrid_layer_error_is_bounded(
+    index: int,
+    rank: int | Literal["all trainable"] | None,
+    only: Tensor | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only = None if only is None else only.to(CUDA)
+    made = HybridDecoderLayer(HYBRID_CONFIG, index)
+    trainable = rank == "all trainable"
+    made = initialize(made, None if rank == "all trainable" else rank, trainable=trainable)
+    fused = run_pass(made, torch.bfloat16, only)
+    monkeypatch.setattr(fused_decoder, "supports_fused_layers", lambda *_: False)
+    baseline = run_pass(made, torch.bfloat16, only)
+    exact = run_pass(made, torch.float32, only)
+    assert relative_error(fused.y, exact.y) <= 1.2 * relative_error(baseline.y, exact.y)
+    for name, grad in exact.grads.items():
+        assert relative_error(fused.grads[name], grad) <= 1.4 * relative_error(
             baseline.grads[name], grad
         ), name
     assert not torch.equal(fused.y, baseline.y), "the same path twice"

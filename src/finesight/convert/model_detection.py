@@ -78,7 +78,7 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     raise UserError(
         what if model else "the configuration has no model",
         where=where,
-        expected="a model of Qwen-VL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL",
+        expected="a model of Qwen-VL, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5",
         remedy="use the name on its hub, or run this command where the model folder exists",
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn, TypeGuard
 
 from finesight.errors import UserError
@@ -190,7 +191,7 @@ class DecoderConfig:
     moe: MoeConfig | None = None
     linear_attention: LinearAttentionConfig | None = None
 
-    @property
+    @cached_property
     def rotary_dim(self) -> int:
         """Number of leading elements of a head that the rotary embedding rotates."""
         return 2 * len(self.mrope_axes)
@@ -222,7 +223,7 @@ class VisionConfig:
     merge_size: int
     rope_theta: float
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 

@@ -79,7 +79,9 @@ class FusibleLayer(nn.Module):
 
     def can_fuse(self, x_TD: Tensor) -> bool:
         """Return True if `fused_decoder` can compute this layer for these hidden states."""
-        return bool(self.fusible_linears) and fused_decoder.supports_fused_layers(x_TD)
+        if not x_TD.is_cuda or not self.fusible_linears:
+            return False
+        return fused_decoder.supports_fused_layers(x_TD)
 
 
 class DecoderLayer(FusibleLayer):

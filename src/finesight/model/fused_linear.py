@@ -30,7 +30,7 @@ from finesight.model.quant.base import (
     require_dense,
     split_outputs,
 )
-from finesight.model.quant.fp8 import Fp8Weight, accepts_fp8_input
+from finesight.model.quant.fp8 import Fp8Weight
 
 if HAS_TRITON:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
@@ -115,6 +115,11 @@ class FusedLinear(nn.Module):
         if self.adapter is not None:
             return tuple(self.adapter(x, self.weight, self.bias))
         return linear_per_layer(x, self.weight, self.bias, tuple(self.output_sizes.values()))
+
+
+def accepts_fp8_input(weight: Tensor | QuantizedWeight) -> bool:
+    """Return True if the weight quantizes its input to FP8."""
+    return isinstance(weight, Fp8Weight) and weight.training
 
 
 def linear_per_layer(

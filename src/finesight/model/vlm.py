@@ -198,7 +198,8 @@ class VisionLanguageModel(nn.Module):
                 2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32
             )
         attention = _build_attention(batch, dropout_seed_1)
-        if fused_decoder.supports_fused_layers(self.model.embed_tokens.weight):
+        embedding = self.model.embed_tokens.weight
+        if embedding.is_cuda and fused_decoder.supports_fused_layers(embedding):
             layers = (layer for layer in self.model.layers if isinstance(layer, FusibleLayer))
             linears = (linear for layer in layers for linear in layer.fusible_linears)
             self._fused_weight_sync.copy_up_projections(linears)

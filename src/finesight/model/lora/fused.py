@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from finesight.model.cpu_attention import copy_to_device
 from finesight.model.fused_linear import (
     FusedLinear,
+    accepts_fp8_input,
     add_lora_delta,
     linear_concat,
     linear_concat_backward,
@@ -29,7 +30,6 @@ from finesight.model.fused_linear import (
 from finesight.model.kernels.launch_config import SeededDropout
 from finesight.model.lora.layer import LoraLinear
 from finesight.model.quant.base import HAS_TRITON, Fp8Rows, QuantizedWeight
-from finesight.model.quant.fp8 import accepts_fp8_input
 
 if HAS_TRITON:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels

@@ -215,11 +215,6 @@ class Fp8Weight(QuantizedWeight):
         dx_TI.add_(self.linear_concat_backward(_concat(dys_TO, 1)))
 
 
-def accepts_fp8_input(weight: Tensor | QuantizedWeight) -> bool:
-    """Return True if the weight quantizes its input to FP8."""
-    return isinstance(weight, Fp8Weight) and weight.training
-
-
 def _concat(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 

@@ -106,7 +106,7 @@ def measure_project(root: Path) -> list[CodeMeasure]:
 
 
 # Bounds that still miss their target. Lower them as the code improves; never raise them.
-MAX_TEST_LINES_PER_SOURCE_LINE = 0.95
+MAX_TEST_LINES_PER_SOURCE_LINE = 0.94
 MAX_PRIVATE_NAMES_IN_TESTS = 40
 
 
@@ -518,12 +518,12 @@ def _size_measures(
 
 
 # Bounds that still miss their target. Lower them as the code improves; never raise them.
-MAX_SOURCE_FILES = 292
-MAX_SOURCE_LINES = 76_600
+MAX_SOURCE_FILES = 282
+MAX_SOURCE_LINES = 76_400
 MIN_MEDIAN_FUNCTION_LINES = 6
 MAX_TRAINER_MODULES = 120
 MAX_TRAINER_LINES = 24_000
-MAX_SHORT_HELPERS = 105
+MAX_SHORT_HELPERS = 75
 
 MIN_FILE_LINES = 60
 TRAINER_MODULE = f"{PACKAGE}.train.trainer"

@@ -191,12 +191,14 @@ class HybridDecoderLayer(FusibleLayer):
             layer_dropout = None
             projected = in_proj(self.input_layernorm(x_TD))
         o_TI = self.attn(projected, rotary, attention)
-        if logit_indices_L is not None:
-            x_TD, o_TI = (y.index_select(0, logit_indices_L) for y in (x_TD, o_TI))
         if layer_dropout is None:
             x_TD = x_TD + single_output(out_proj(o_TI))
+            if logit_indices_L is not None:
+                x_TD = x_TD.index_select(0, logit_indices_L)
             y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
             return y_TD
+        if logit_indices_L is not None:
+            x_TD, o_TI = (y.index_select(0, logit_indices_L) for y in (x_TD, o_TI))
         assert isinstance(self.mlp, GatedMlp), f"a fused layer with {type(self.mlp).__name__}"
         return fused_decoder.out_proj_mlp(
             x_TD,

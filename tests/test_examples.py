@@ -111,10 +111,10 @@ def test_notebook_format_is_valid():
 def test_notebook_runs_repeatedly(cells, tmp_path, monkeypatch, capsys):
     """Run all cells on a CPU with small sizes, and again as after a restart."""
     monkeypatch.chdir(tmp_path)
-    model = create_tiny_model(tmp_path / "tiny")
+    model = create_tiny_model(tmp_path / "tiny", "qwen3_5")
     smaller = {
         f"{SIZES} = 660, 60, 75": f"{SIZES} = 20, 4, 2",
-        'MODEL = "Qwen/Qwen2-VL-2B-Instruct"': f"MODEL = {str(model)!r}",
+        'MODEL = "Qwen/Qwen3.5-2B"': f"MODEL = {str(model)!r}",
     }
     first = with_small_settings(f"{cells[0]}\n", smaller)
     results = []

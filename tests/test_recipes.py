@@ -42,8 +42,9 @@ def source_data_folder(tmp_path, monkeypatch):
         path = f"images/{number}.png"
         Path(path).parent.mkdir(exist_ok=True)
         Image.new("RGB", (40, 30), (number % 256, number // 256, 0)).save(path)
-        rows.append({"image_path": path, "text": f"x ^ {number}", "caption": f"Number {number}."})
-    for name in ("coco.csv", "latex_ocr_train.csv"):
+        row = {"image_path": path, "text": f"x ^ {number}", "caption": f"Number {number}."}
+        rows.append(row | {"number": str(number), "date": "2 May 2026", "total": f"${number}.00"})
+    for name in ("coco.csv", "latex_ocr_train.csv", "invoices.csv"):
         with Path(name).open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
@@ -84,6 +85,9 @@ def test_tutorial_recipes_exist():
         "chat_qwen_vl_7b",
         "captions_qwen2_vl_2b",
         "captions_qwen2_5_vl_7b",
+        "captions_qwen3_5_4b",
+        "document_json_qwen3_5_2b",
+        "grounding_qwen3_5_9b",
         "grounding_qwen2_5_vl_3b",
         "latex_ocr_qwen2_vl_2b",
     }
@@ -106,8 +110,13 @@ def test_commands_in_comments_prepare_the_data(recipe, command, source_data_fold
     validation = read_samples(data.eval[0].path)
     assert len(train) + len(validation) == 400
     answer = train[0].messages[-1].content[0]
-    if load_recipe(recipe).eval.metric == "grounding":
+    metric = load_recipe(recipe).eval.metric
+    if metric == "grounding":
         assert isinstance(answer, BoxPart)
         assert answer.xyxy == (3.0, 4.0, 23.0, 14.0)
+    elif metric == "json":
+        fields = json.loads(answer.text)
+        assert fields["total"] == f"${fields['number']}.00"
+        assert list(fields) == ["number", "date", "total"]
     else:
         assert answer.text.startswith(("x ^", "Number"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import create_tiny_model
+from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.errors import UserError
 from finesight.export.gguf import (
@@ -128,6 +128,13 @@ def test_unsupported_models_are_rejected(model: ModelSource, tmp_path: Path) -> 
     with pytest.raises(UserError, match="of the family qwen\n"):
         write_gguf(first, tmp_path / "gguf", program)
     assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_qwen3_5_is_converted(family: TinyFamily, tmp_path: Path) -> None:
+    source = ModelSource(ModelFolder(create_tiny_model(tmp_path / "tiny", family)), None, None)
+    made = write_gguf(source, tmp_path / "gguf", converter(tmp_path))
+    assert made.model.read_bytes()[:4] == made.mmproj.read_bytes()[:4] == b"GGUF"
 
 
 def test_too_little_disk_space(

@@ -11,7 +11,12 @@ import pytest
 
 from finesight.config import ExactSize, PixelRange
 from finesight.errors import UserError
-from finesight.export.serving_commands import build_serving_commands, format_serving_commands
+from finesight.export.gguf import GgufFiles
+from finesight.export.serving_commands import (
+    build_serving_commands,
+    format_llama_server_command,
+    format_serving_commands,
+)
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 
@@ -121,3 +126,25 @@ def test_model_of_run_is_named_after_the_run() -> None:
     given = options(build_serving_commands(parts, "runs/latex").vllm, 3)
     assert given["--served-model-name"] == "latex"
     assert f"vllm serve {TINY_MODEL_FOLDER}" in build_serving_commands(parts, "runs/latex").vllm
+
+
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="published configurations are not there")
+@pytest.mark.parametrize("name", ["Qwen3.5-2B", "Qwen3.5-4B", "Qwen3.8-27B"])
+def test_thinking_mode_is_selected_by_the_server(name: str) -> None:
+    folder = ModelFolder(ASSETS / name)
+    serving = format_serving_commands(folder, "models/a", "a", None, None)
+    for line, words in ((serving.vllm, 3), (serving.sglang, 3)):
+        given = options(line, words)
+        assert json.loads(given["--default-chat-template-kwargs"]) == {"enable_thinking": False}
+    assert any('"chat_template_kwargs": {"enable_thinking": false}' in x for x in serving.notes)
+    line = format_llama_server_command(folder, GgufFiles(Path("a/model.gguf"), Path("a/m.gguf")))
+    given = shlex.split(line)
+    assert given[given.index("--chat-template-kwargs") + 1] == '{"enable_thinking": false}'
+
+
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="published configurations are not there")
+def test_models_with_one_mode_have_no_template_options() -> None:
+    folder = ModelFolder(ASSETS / "Qwen3-VL-Embedding-8B")
+    assert "chat-template" not in format_serving_commands(folder, "a", "a", None, None).vllm
+    line = format_llama_server_command(folder, GgufFiles(Path("model.gguf"), Path("m.gguf")))
+    assert line == "llama-server -m model.gguf --mmproj m.gguf --special --temp 0"

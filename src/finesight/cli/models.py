@@ -296,6 +296,7 @@ def export(
         _upload_to_hub(source, out, list_uploads(model_source, source), public, confirm, as_json)
     else:
         from finesight.export.gguf import find_converter, write_gguf
+        from finesight.export.serving_commands import format_llama_server_command
 
         gguf_files = write_gguf(model_source, Path(out), find_converter(converter), outtype, python)
         paths = {"model": gguf_files.model, "mmproj": gguf_files.mmproj}
@@ -304,9 +305,7 @@ def export(
             return
         for path in paths.values():
             typer.echo(f"{path}  {path.stat().st_size:,} bytes")
-        typer.echo(
-            f"llama-server -m {gguf_files.model} --mmproj {gguf_files.mmproj} --special --temp 0"
-        )
+        typer.echo(format_llama_server_command(model_source.folder, gguf_files))
 
 
 def _print_serving_commands(model_source: ModelSource, source: str, as_json: bool) -> None:

@@ -25,8 +25,15 @@ GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
 GGUF_MODEL_FILE, MMPROJ_FILE = "model.gguf", "mmproj.gguf"
 
-SUPPORTED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""Families that the converter supports.
+SUPPORTED_FAMILIES = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
+"""Families that the converter supports; Qwen3.5 since llama.cpp pull request 19468.
 
 It does not support the vision encoder of Qwen-VL (2023).
 """

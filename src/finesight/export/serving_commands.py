@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from finesight.config import ImageRule, PixelRange
+from finesight.encode.renderer import load_family
 from finesight.errors import UserError
+from finesight.export.gguf import GgufFiles
 from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import ModelFolder
@@ -104,16 +106,41 @@ def format_serving_commands(
         f"--served-model-name {shlex.quote(name or 'model')}",
     )
     greedy_config = _quote_json({"temperature": 0})
+    template_options = _format_template_options(folder)
     return ServingCommands(
         vllm=f"vllm serve {quoted} {common_options} --max-model-len {context_length}"
         f" --mm-processor-kwargs {_quote_json(pixel_limits)}"
-        f" --override-generation-config {greedy_config}",
+        f" --override-generation-config {greedy_config}{template_options}",
         sglang=f"python -m sglang.launch_server --model-path {quoted} {common_options}"
         f" --context-length {context_length}"
-        f" --mm-process-config {_quote_json({'image': pixel_limits})}",
+        f" --mm-process-config {_quote_json({'image': pixel_limits})}{template_options}",
         request=json.dumps(REQUEST_PARAMETERS),
         notes=tuple(_list_notes(folder, image_rule, system_prompt)),
     )
+
+
+def get_template_arguments(folder: ModelFolder) -> dict[str, bool]:
+    """Return the arguments of the chat template that select the prompt format of finesight.
+
+    They are empty for templates without a thinking mode. finesight prompts models of Qwen3.5 and
+    later in non-thinking mode, and most of their templates select thinking mode by default.
+    """
+    family = load_family(folder)
+    has_modes = family.renders_reasoning and "enable_thinking" in folder.chat_template
+    return {"enable_thinking": family.has_reasoning} if has_modes else {}
+
+
+def _format_template_options(folder: ModelFolder) -> str:
+    arguments = get_template_arguments(folder)
+    return f" --default-chat-template-kwargs {_quote_json(arguments)}" if arguments else ""
+
+
+def format_llama_server_command(folder: ModelFolder, gguf_files: GgufFiles) -> str:
+    """Format the command of llama.cpp that serves the GGUF files of a model folder."""
+    arguments = get_template_arguments(folder)
+    options = f" --chat-template-kwargs {_quote_json(arguments)}" if arguments else ""
+    model, mmproj = (shlex.quote(str(path)) for path in (gguf_files.model, gguf_files.mmproj))
+    return f"llama-server -m {model} --mmproj {mmproj} --special --temp 0{options}"
 
 
 def _list_notes(
@@ -123,6 +150,12 @@ def _list_notes(
         'each request must set "skip_special_tokens": false (the openai client:'
         " extra_body={'skip_special_tokens': False}), otherwise boxes lose their tokens"
     ]
+    if get_template_arguments(folder):
+        notes.append(
+            "vLLM supports this family from version 0.17.0. For SGLang versions without"
+            " --default-chat-template-kwargs, remove the option and set"
+            f' "chat_template_kwargs": {json.dumps(get_template_arguments(folder))} in each request'
+        )
     if image_rule is not None and not isinstance(image_rule, PixelRange):
         sizes = ", ".join(f"{key} {value}" for key, value in image_rule)
         notes.append(f"these engines support pixel limits only: send images resized to {sizes}")

@@ -28,6 +28,7 @@ TINY_MODELS: dict[str, TinyFamily] = {
     "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl",
     "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3.5-2B": "qwen3_5",
     "Qwen/Qwen3.5-4B": "qwen3_5",
     "Qwen/Qwen-VL-Chat": "qwen",
 }

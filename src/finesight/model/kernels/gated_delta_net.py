@@ -152,12 +152,12 @@ def _chunk_matrices_kernel(
     tl.store(product + offsets, p_LL.to(product.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["initial_stride"])
 def _recurrence_kernel(
     q: Ptr, k: Ptr, v: Ptr, log_decay: Ptr, beta: Ptr, inverse: Ptr, product: Ptr, initial: Ptr,
     first_chunks: Ptr, starts: Ptr, ends: Ptr, out: Ptr, final: Ptr, states: Ptr, updates: Ptr,
-    key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
-    length: tl.constexpr, block_v: tl.constexpr, has_initial: tl.constexpr,
+    initial_stride: int, key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr,
+    value_dim: tl.constexpr, length: tl.constexpr, block_v: tl.constexpr, has_initial: tl.constexpr,
     for_backward: tl.constexpr, precision: tl.constexpr,
 ) -> None:  # fmt: skip
     first_v = tl.program_id(0) * block_v
@@ -169,7 +169,8 @@ def _recurrence_kernel(
     state_offsets = d[:, None] * value_dim + columns[None, :]
     own_state = (sequence.to(tl.int64) * heads + head) * head_dim * value_dim
     if has_initial:
-        state_DV = tl.load(initial + own_state + state_offsets).to(tl.float32)
+        first = sequence.to(tl.int64) * initial_stride + head * head_dim * value_dim
+        state_DV = tl.load(initial + first + state_offsets).to(tl.float32)
     else:
         state_DV = tl.zeros((head_dim, block_v), tl.float32)
     dtype = q.dtype.element_ty
@@ -377,11 +378,14 @@ def _run_recurrence(
     """
     num_sequences, (_, heads, value_dim) = len(chunks.first_chunk_S1) - 1, v_THV.shape
     block_v = _value_block(num_sequences, heads, value_dim)
+    # The states of several sequences may be one expanded tensor.
+    assert initial_SHDV is None or initial_SHDV[0].is_contiguous(), "a state with strides"
     unused = (outputs[0],) * 2
     _recurrence_kernel[(value_dim // block_v, heads, num_sequences)](
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, *matrices,
         q_TKD if initial_SHDV is None else initial_SHDV, *chunks,
-        *(unused + outputs if for_backward else outputs + unused), key_heads=q_TKD.shape[1],
+        *(unused + outputs if for_backward else outputs + unused),
+        0 if initial_SHDV is None else initial_SHDV.stride(0), key_heads=q_TKD.shape[1],
         heads=heads, head_dim=q_TKD.shape[2], value_dim=value_dim, length=CHUNK_LENGTH,
         block_v=block_v, has_initial=initial_SHDV is not None, for_backward=for_backward,
         precision=_precision(q_TKD), num_warps=4, num_stages=2,
@@ -433,7 +437,9 @@ def gated_delta_rule_backward(
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, matrices, initial_SHDV, chunks,
         (states, updates_THV), for_backward=True,
     )  # fmt: skip
-    dinitial = None if initial_SHDV is None else torch.empty_like(initial_SHDV, dtype=torch.float32)
+    dinitial = None
+    if initial_SHDV is not None:
+        dinitial = initial_SHDV.new_empty(initial_SHDV.shape, dtype=torch.float32)
     sizes = {
         "key_heads": key_heads, "heads": heads, "head_dim": head_dim, "value_dim": value_dim,
         "length": CHUNK_LENGTH, "precision": _precision(q_TKD),
@@ -696,3 +702,112 @@ def gated_rms_norm_backward(
         width=width, needs_weight_grad=needs_weight_grad, block_m=NORM_BLOCK, num_warps=4,
     )  # fmt: skip
     return dx, dz, sum_partials(dweight, weight_D.dtype) if needs_weight_grad else None
+
+
+@triton.jit
+def _conv_step_kernel(
+    x: Ptr, weight: Ptr, states: Ptr, slots: Ptr, y: Ptr, x_stride: int, scale: float, eps: float,
+    key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
+    width: tl.constexpr, block_n: tl.constexpr,
+) -> None:  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    channels: tl.constexpr = 2 * key_heads * head_dim + heads * value_dim
+    is_key = head < 2 * key_heads
+    first_value: tl.constexpr = 2 * key_heads * head_dim
+    first = tl.where(is_key, head * head_dim, first_value + (head - 2 * key_heads) * value_dim)
+    column = tl.arange(0, block_n)
+    mask = column < tl.where(is_key, head_dim, value_dim)
+    n = first + column
+    state = states + tl.load(slots + row).to(tl.int64) * (width - 1) * channels + n
+    x_N = tl.load(x + row * x_stride + n, mask=mask, other=0.0)
+    y_N = tl.load(weight + n * width + width - 1, mask=mask, other=0.0).to(tl.float32)
+    y_N *= x_N.to(tl.float32)
+    for w in tl.static_range(width - 1):
+        earlier_N = tl.load(state + w * channels, mask=mask, other=0.0)
+        weight_N = tl.load(weight + n * width + w, mask=mask, other=0.0).to(tl.float32)
+        y_N += earlier_N.to(tl.float32) * weight_N
+        if w > 0:
+            tl.store(state + (w - 1) * channels, earlier_N, mask=mask)
+    tl.store(state + (width - 2) * channels, x_N, mask=mask)
+    y_N *= tl.sigmoid(y_N)
+    norm = tl.sqrt(tl.sum(y_N * y_N, 0) + eps)
+    y_N *= tl.where(is_key, tl.where(head < key_heads, scale, 1.0) / norm, 1.0)
+    tl.store(y + row * channels + n, y_N, mask=mask)
+
+
+@triton.jit
+def _delta_step_kernel(
+    qkv: Ptr, a: Ptr, b: Ptr, a_log: Ptr, dt_bias: Ptr, z: Ptr, norm: Ptr, states: Ptr, slots: Ptr,
+    y: Ptr, a_stride: int, b_stride: int, z_stride: int, eps: float, key_heads: tl.constexpr,
+    heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
+) -> None:  # fmt: skip
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    key_head = head // (heads // key_heads)
+    d, v = tl.arange(0, head_dim), tl.arange(0, value_dim)
+    slot = tl.load(slots + row).to(tl.int64)
+    state = states + (slot * heads + head) * head_dim * value_dim
+    state_DV = tl.load(state + d[:, None] * value_dim + v[None, :])
+    own = qkv + row * (2 * key_heads * head_dim + heads * value_dim)
+    q_D = tl.load(own + key_head * head_dim + d).to(tl.float32)
+    k_D = tl.load(own + (key_heads + key_head) * head_dim + d).to(tl.float32)
+    v_V = tl.load(own + 2 * key_heads * head_dim + head * value_dim + v).to(tl.float32)
+    step = tl.load(a + row * a_stride + head).to(tl.float32)
+    step += tl.load(dt_bias + head).to(tl.float32)
+    step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(step)))
+    decay = tl.exp(-tl.exp(tl.load(a_log + head).to(tl.float32)) * step)
+    beta = tl.sigmoid(tl.load(b + row * b_stride + head).to(tl.float32))
+    state_DV *= decay
+    update_V = (v_V - tl.sum(state_DV * k_D[:, None], 0)) * beta
+    state_DV += k_D[:, None] * update_V[None, :]
+    tl.store(state + d[:, None] * value_dim + v[None, :], state_DV)
+    o_V = tl.sum(state_DV * q_D[:, None], 0).to(y.dtype.element_ty).to(tl.float32)
+    z_V = tl.load(z + row * z_stride + head * value_dim + v).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(o_V * o_V, 0) / value_dim + eps)
+    o_V *= rstd * tl.load(norm + v).to(tl.float32) * (z_V * tl.sigmoid(z_V))
+    tl.store(y + (row * heads + head) * value_dim + v, o_V)
+
+
+def causal_conv_step(
+    x_RN: Tensor, weight_NW: Tensor, states_SWN: Tensor, slots_R: Tensor, key_heads: int,
+    heads: int, value_dim: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """Compute convolution, SiLU and normalization of one token per sequence.
+
+    Args:
+        x_RN: Channels of the tokens; rows may be strided.
+        states_SWN: Earlier inputs, updated in place.
+        slots_R: State of each token.
+    """
+    (num_rows, channels), width = x_RN.shape, weight_NW.shape[1]
+    head_dim = (channels - heads * value_dim) // (2 * key_heads)
+    y_RN = x_RN.new_empty(num_rows, channels)
+    _conv_step_kernel[(num_rows, 2 * key_heads + heads)](
+        x_RN, weight_NW, states_SWN, slots_R, y_RN, x_RN.stride(0), head_dim**-0.5, eps,
+        key_heads=key_heads, heads=heads, head_dim=head_dim, value_dim=value_dim, width=width,
+        block_n=max(head_dim, value_dim), num_warps=1,
+    )  # fmt: skip
+    return y_RN
+
+
+def gated_delta_step(
+    qkv_RN: Tensor, a_RH: Tensor, b_RH: Tensor, a_log_H: Tensor, dt_bias_H: Tensor, z_RE: Tensor,
+    norm_V: Tensor, states_SHDV: Tensor, slots_R: Tensor, key_heads: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """Compute the gated delta rule and the gated RMS norm of one token per sequence.
+
+    Args:
+        qkv_RN: Result of `causal_conv_step`.
+        a_RH: Decay before softplus; rows may be strided, as those of `b_RH` and `z_RE`.
+        b_RH: Step size before the sigmoid.
+        z_RE: Gate of the norm.
+        states_SHDV: States in fp32, updated in place.
+        slots_R: State of each token.
+    """
+    _, heads, head_dim, value_dim = states_SHDV.shape
+    y_RE = qkv_RN.new_empty(len(qkv_RN), heads * value_dim)
+    _delta_step_kernel[(heads, len(qkv_RN))](
+        qkv_RN, a_RH, b_RH, a_log_H, dt_bias_H, z_RE, norm_V, states_SHDV, slots_R, y_RE,
+        a_RH.stride(0), b_RH.stride(0), z_RE.stride(0), eps, key_heads=key_heads, heads=heads,
+        head_dim=head_dim, value_dim=value_dim, num_warps=8,
+    )  # fmt: skip
+    return y_RE

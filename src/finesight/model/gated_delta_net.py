@@ -166,7 +166,7 @@ class ChunkLayout:
         position_R = torch.empty_like(index)
         states = self._arange(num_rows).repeat(len(state_SWN))
         position_R[index] = torch.cat([self.position_T + num_rows, states])
-        return extended_RN.index_copy(0, index, values), position_R, rows_T
+        return extended_RN.index_copy(0, index.long(), values), position_R, rows_T
 
     def last_rows(self, x_TN: Tensor, count: int, state_SWN: Tensor | None) -> Tensor:
         """Return the last `count` rows of each sequence, preceded by its state or zeros."""
@@ -427,7 +427,7 @@ def gated_rms_norm(x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -
     """
     if has_kernels(z_THV) and _is_kernel_size(x_THV.shape[-1]):
         y: Tensor = _GatedRmsNorm.apply(  # type: ignore[no-untyped-call]
-            x_THV.contiguous(), z_THV.contiguous(), weight_V, eps
+            x_THV.contiguous(), z_THV, weight_V, eps
         )
         return y
     dtype = torch.promote_types(z_THV.dtype, torch.float32)
@@ -505,17 +505,20 @@ class _GatedDeltaRule(torch.autograd.Function):
         chunks: SequenceChunks,
     ) -> tuple[Tensor, Tensor]:
         gates = log_decay_TH.contiguous(), beta_TH.contiguous()
-        ctx.save_for_backward(q_TKD, k_TKD, v_THV, *gates, initial_SHDV)
+        o_THV, final_SHDV, matrices = kernels.gated_delta_rule(
+            q_TKD, k_TKD, v_THV, *gates, initial_SHDV, chunks
+        )
+        ctx.save_for_backward(q_TKD, k_TKD, v_THV, *gates, initial_SHDV, *matrices)
         ctx.chunks = chunks
         ctx.set_materialize_grads(False)
-        return kernels.gated_delta_rule(q_TKD, k_TKD, v_THV, *gates, initial_SHDV, chunks)
+        return o_THV, final_SHDV
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, dout_THV: Tensor | None, dfinal_SHDV: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, initial_SHDV = ctx.saved_tensors
+        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, initial_SHDV, *matrices = ctx.saved_tensors
         if dout_THV is None:
             dout_THV = torch.zeros_like(v_THV)
         if dfinal_SHDV is not None:
@@ -528,6 +531,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             beta_TH,
             initial_SHDV,
             ctx.chunks,
+            matrices,
             dout_THV.contiguous(),
             dfinal_SHDV,
         )

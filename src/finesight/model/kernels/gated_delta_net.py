@@ -8,7 +8,7 @@ a chunk, S the state before the chunk and M_ij = exp(G_i - G_j) for i >= j, a ch
     S <- exp(G_L) S + (exp(G_L - G) k)^T U
 
 T and P depend on one chunk only and are computed for all chunks at once. The recurrence computes
-the rest with the state in registers. The backward pass computes T, P, U and the states again.
+the rest with the state in registers. The backward pass computes U and the states again.
 
 Shapes: T tokens, S sequences, C chunks, L = 64 tokens of a chunk, K heads of queries and keys,
 H heads of values (a multiple of K), D dimension of a query and a key, V dimension of a value,
@@ -261,81 +261,77 @@ def _chunk_gradients_kernel(
     dbeta: Ptr, key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr,
     value_dim: tl.constexpr, length: tl.constexpr, block_v: tl.constexpr, precision: tl.constexpr,
 ) -> None:  # fmt: skip
-    chunk, key_head = tl.program_id(0), tl.program_id(1)
+    """Compute the gradients of one value head; those of queries and keys are summed later."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+    key_head = head // (heads // key_heads)
     dtype = q.dtype.element_ty
     index = tl.arange(0, length)
     d = tl.arange(0, head_dim)
-    is_lower = index[:, None] > index[None, :]
+    row = chunk.to(tl.int64) * heads + head
+    g_L, last, beta_L = _load_gates(log_decay, beta, start, end, head, heads, length)
+    from_start_L, to_end_L = tl.exp(g_L), tl.exp(last - g_L)
+    da_LL = tl.zeros((length, length), tl.float32)
+    dp_LL = tl.zeros((length, length), tl.float32)
+    dq_LD = tl.zeros((length, head_dim), tl.float32)
+    key_LD = tl.zeros((length, head_dim), tl.float32)
+    end_LD = tl.zeros((length, head_dim), tl.float32)
+    dbeta_L = tl.zeros((length,), tl.float32)
+    dlast = 0.0
+    for first_v in range(0, value_dim, block_v):
+        columns = first_v + tl.arange(0, block_v)
+        offsets = row * head_dim * value_dim + d[:, None] * value_dim + columns[None, :]
+        state_DV, dstate_DV = tl.load(states + offsets), tl.load(dstates + offsets)
+        do_LV = _load_rows(dout, start, end, head, first_v, heads, value_dim, length, block_v)
+        u_LV = _load_rows(updates, start, end, head, first_v, heads, value_dim, length, block_v)
+        dr_LV = _load_rows(drs, start, end, head, first_v, heads, value_dim, length, block_v)
+        v_LV = _load_rows(v, start, end, head, first_v, heads, value_dim, length, block_v)
+        dq_LD += tl.dot(do_LV, tl.trans(state_DV), input_precision=precision)
+        key_LD += tl.dot(dr_LV, tl.trans(state_DV), input_precision=precision)
+        end_LD += tl.dot(u_LV, tl.trans(dstate_DV), input_precision=precision)
+        da_LL -= tl.dot(dr_LV, tl.trans(u_LV), input_precision=precision)
+        dp_LL += tl.dot(do_LV, tl.trans(u_LV), input_precision=precision)
+        dr_wide_LV = dr_LV.to(tl.float32)
+        dbeta_L += tl.sum(dr_wide_LV * v_LV, 1)
+        dlast += tl.sum(state_DV.to(tl.float32) * dstate_DV)
+        dv_LV = dr_wide_LV * beta_L[:, None]
+        _store_rows(dv, dv_LV, start, end, head, first_v, heads, value_dim, length, block_v)
     k_LD = _load_rows(k, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
     q_LD = _load_rows(q, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
-    dq_LD = tl.zeros((length, head_dim), tl.float32)
-    dk_LD = tl.zeros((length, head_dim), tl.float32)
-    group: tl.constexpr = heads // key_heads
-    for member in range(group):
-        head = key_head * group + member
-        row = chunk.to(tl.int64) * heads + head
-        g_L, last, beta_L = _load_gates(log_decay, beta, start, end, head, heads, length)
-        from_start_L, to_end_L = tl.exp(g_L), tl.exp(last - g_L)
-        da_LL = tl.zeros((length, length), tl.float32)
-        dp_LL = tl.zeros((length, length), tl.float32)
-        from_state_LD = tl.zeros((length, head_dim), tl.float32)
-        key_LD = tl.zeros((length, head_dim), tl.float32)
-        end_LD = tl.zeros((length, head_dim), tl.float32)
-        dbeta_L = tl.zeros((length,), tl.float32)
-        dlast = 0.0
-        for first_v in range(0, value_dim, block_v):
-            columns = first_v + tl.arange(0, block_v)
-            offsets = row * head_dim * value_dim + d[:, None] * value_dim + columns[None, :]
-            state_DV, dstate_DV = tl.load(states + offsets), tl.load(dstates + offsets)
-            do_LV = _load_rows(dout, start, end, head, first_v, heads, value_dim, length, block_v)
-            u_LV = _load_rows(updates, start, end, head, first_v, heads, value_dim, length, block_v)
-            dr_LV = _load_rows(drs, start, end, head, first_v, heads, value_dim, length, block_v)
-            v_LV = _load_rows(v, start, end, head, first_v, heads, value_dim, length, block_v)
-            from_state_LD += tl.dot(do_LV, tl.trans(state_DV), input_precision=precision)
-            key_LD += tl.dot(dr_LV, tl.trans(state_DV), input_precision=precision)
-            end_LD += tl.dot(u_LV, tl.trans(dstate_DV), input_precision=precision)
-            da_LL -= tl.dot(dr_LV, tl.trans(u_LV), input_precision=precision)
-            dp_LL += tl.dot(do_LV, tl.trans(u_LV), input_precision=precision)
-            dr_wide_LV = dr_LV.to(tl.float32)
-            dbeta_L += tl.sum(dr_wide_LV * v_LV, 1)
-            dlast += tl.sum(state_DV.to(tl.float32) * dstate_DV)
-            dv_LV = dr_wide_LV * beta_L[:, None]
-            _store_rows(dv, dv_LV, start, end, head, first_v, heads, value_dim, length, block_v)
-        from_state_LD *= from_start_L[:, None]
-        end_LD *= to_end_L[:, None]
-        through_key_L = from_start_L * tl.sum(key_LD * k_LD, 1)
-        through_end_L = tl.sum(end_LD * k_LD, 1)
-        dbeta_L -= through_key_L
-        dg_L = tl.sum(from_state_LD * q_LD, 1) - beta_L * through_key_L - through_end_L
-        dlast = dlast * tl.exp(last) + tl.sum(through_end_L, 0)
-        dq_LD += from_state_LD
-        dk_LD += end_LD - key_LD * (beta_L * from_start_L)[:, None]
+    dq_LD *= from_start_L[:, None]
+    end_LD *= to_end_L[:, None]
+    through_key_L = from_start_L * tl.sum(key_LD * k_LD, 1)
+    through_end_L = tl.sum(end_LD * k_LD, 1)
+    dbeta_L -= through_key_L
+    dg_L = tl.sum(dq_LD * q_LD, 1) - beta_L * through_key_L - through_end_L
+    dlast = dlast * tl.exp(last) + tl.sum(through_end_L, 0)
+    dk_LD = end_LD - key_LD * (beta_L * from_start_L)[:, None]
 
-        decay_LL = _decay_matrix(g_L, length)
-        kk_LL = tl.dot(k_LD, tl.trans(k_LD), input_precision=precision) * decay_LL
-        da_LL = tl.where(is_lower, da_LL, 0.0)
-        da_kk_LL = da_LL * kk_LL
-        dbeta_L += tl.sum(da_kk_LL, 1)
-        through_LL = da_kk_LL * beta_L[:, None]
-        dp_LL *= decay_LL
-        qk_LL = tl.dot(q_LD, tl.trans(k_LD), input_precision=precision)
-        through_LL += dp_LL * qk_LL
-        dg_L += tl.sum(through_LL, 1) - tl.sum(through_LL, 0)
-        dkk_LL = (da_LL * decay_LL * beta_L[:, None]).to(dtype)
-        dp_rounded_LL = dp_LL.to(dtype)
-        dq_LD += tl.dot(dp_rounded_LL, k_LD, input_precision=precision)
-        dk_LD += tl.dot(tl.trans(dp_rounded_LL), q_LD, input_precision=precision)
-        dk_LD += tl.dot(dkk_LL, k_LD, input_precision=precision)
-        dk_LD += tl.dot(tl.trans(dkk_LL), k_LD, input_precision=precision)
+    decay_LL = _decay_matrix(g_L, length)
+    is_lower = index[:, None] > index[None, :]
+    kk_LL = tl.dot(k_LD, tl.trans(k_LD), input_precision=precision) * decay_LL
+    da_LL = tl.where(is_lower, da_LL, 0.0)
+    da_kk_LL = da_LL * kk_LL
+    dbeta_L += tl.sum(da_kk_LL, 1)
+    through_LL = da_kk_LL * beta_L[:, None]
+    dp_LL *= decay_LL
+    qk_LL = tl.dot(q_LD, tl.trans(k_LD), input_precision=precision)
+    through_LL += dp_LL * qk_LL
+    dg_L += tl.sum(through_LL, 1) - tl.sum(through_LL, 0)
+    dkk_LL = (da_LL * decay_LL * beta_L[:, None]).to(dtype)
+    dp_rounded_LL = dp_LL.to(dtype)
+    dq_LD += tl.dot(dp_rounded_LL, k_LD, input_precision=precision)
+    dk_LD += tl.dot(tl.trans(dp_rounded_LL), q_LD, input_precision=precision)
+    dk_LD += tl.dot(dkk_LL, k_LD, input_precision=precision)
+    dk_LD += tl.dot(tl.trans(dkk_LL), k_LD, input_precision=precision)
 
-        rows = start + index
-        gate_offsets = rows.to(tl.int64) * heads + head
-        dlog_L = tl.sum(dg_L, 0) - tl.cumsum(dg_L, 0) + dg_L + dlast
-        tl.store(dlog_decay + gate_offsets, dlog_L, mask=rows < end)
-        tl.store(dbeta + gate_offsets, dbeta_L, mask=rows < end)
-    _store_rows(dq, dq_LD, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
-    _store_rows(dk, dk_LD, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+    rows = start + index
+    gate_offsets = rows.to(tl.int64) * heads + head
+    dlog_L = tl.sum(dg_L, 0) - tl.cumsum(dg_L, 0) + dg_L + dlast
+    tl.store(dlog_decay + gate_offsets, dlog_L, mask=rows < end)
+    tl.store(dbeta + gate_offsets, dbeta_L, mask=rows < end)
+    _store_rows(dq, dq_LD, start, end, head, 0, heads, head_dim, length, head_dim)
+    _store_rows(dk, dk_LD, start, end, head, 0, heads, head_dim, length, head_dim)
 
 
 def _precision(x: Tensor) -> str:
@@ -361,7 +357,7 @@ def _chunk_matrices(
     _chunk_matrices_kernel[(num_chunks, heads)](
         q_TKD, k_TKD, log_decay_TH, beta_TH, chunks.start_C, chunks.end_C, inverse, product,
         key_heads=q_TKD.shape[1], heads=heads, head_dim=q_TKD.shape[2], length=CHUNK_LENGTH,
-        block=BLOCK_LENGTH, precision=_precision(q_TKD), num_warps=4,
+        block=BLOCK_LENGTH, precision=_precision(q_TKD), num_warps=2,
     )  # fmt: skip
     return inverse, product
 
@@ -400,8 +396,11 @@ def gated_delta_rule(
     beta_TH: Tensor,
     initial_SHDV: Tensor | None,
     chunks: SequenceChunks,
-) -> tuple[Tensor, Tensor]:
-    """Compute the outputs [T, H, V] and the final states [S, H, D, V] in fp32."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Compute the outputs [T, H, V] and the final states [S, H, D, V] in fp32.
+
+    The matrices T and P of all chunks, the last result, are inputs of the backward pass.
+    """
     matrices = _chunk_matrices(q_TKD, k_TKD, log_decay_TH, beta_TH, chunks)
     out_THV = torch.empty_like(v_THV)
     final_SHDV = torch.empty(
@@ -413,7 +412,7 @@ def gated_delta_rule(
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, matrices, initial_SHDV, chunks,
         (out_THV, final_SHDV), for_backward=False,
     )  # fmt: skip
-    return out_THV, final_SHDV
+    return out_THV, final_SHDV, matrices
 
 
 def gated_delta_rule_backward(
@@ -424,13 +423,13 @@ def gated_delta_rule_backward(
     beta_TH: Tensor,
     initial_SHDV: Tensor | None,
     chunks: SequenceChunks,
+    matrices: tuple[Tensor, Tensor],
     dout_THV: Tensor,
     dfinal_SHDV: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the gradients of q, k, v, log decay, beta and the initial state."""
     (_, key_heads, head_dim), (_, heads, value_dim) = q_TKD.shape, v_THV.shape
     num_sequences, num_chunks = len(chunks.first_chunk_S1) - 1, len(chunks.start_C)
-    matrices = _chunk_matrices(q_TKD, k_TKD, log_decay_TH, beta_TH, chunks)
     states = q_TKD.new_empty(num_chunks, heads, head_dim, value_dim)
     dstates, updates_THV, dr_THV = (torch.empty_like(x) for x in (states, v_THV, v_THV))
     _run_recurrence(
@@ -452,14 +451,18 @@ def gated_delta_rule_backward(
         has_final=dfinal_SHDV is not None, has_initial=dinitial is not None, num_warps=4,
         num_stages=2, **sizes,
     )  # fmt: skip
-    del matrices
-    dq, dk, dv = (torch.empty_like(x) for x in (q_TKD, k_TKD, v_THV))
+    # A key head has one or several value heads, whose gradients are summed in fp32.
+    dtype = q_TKD.dtype if heads == key_heads else torch.float32
+    dq, dk = (x.new_empty(len(x), heads, head_dim, dtype=dtype) for x in (q_TKD, k_TKD))
+    dv = torch.empty_like(v_THV)
     dlog_decay, dbeta = (torch.empty_like(x, dtype=torch.float32) for x in (log_decay_TH, beta_TH))
-    _chunk_gradients_kernel[(num_chunks, key_heads)](
+    _chunk_gradients_kernel[(num_chunks, heads)](
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, dout_THV, states, dstates, updates_THV, dr_THV,
         chunks.start_C, chunks.end_C, dq, dk, dv, dlog_decay, dbeta, block_v=min(32, value_dim),
         num_warps=8, num_stages=1, **sizes,
     )  # fmt: skip
+    if heads != key_heads:
+        dq, dk = (x.unflatten(1, (key_heads, -1)).sum(2).to(q_TKD.dtype) for x in (dq, dk))
     return dq, dk, dv, dlog_decay.to(log_decay_TH.dtype), dbeta.to(beta_TH.dtype), dinitial
 
 
@@ -497,15 +500,38 @@ def _conv_kernel(
     tl.store(y + offsets, y_TN.to(y.dtype.element_ty), mask=(t < num_tokens)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "per_program"])
-def _conv_backward_kernel(
-    x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, dy: Ptr, dx: Ptr,
-    dweight: Ptr, num_tokens: int, per_program: int, channels: int, scale: float, eps: float,
-    heads: tl.constexpr, width: tl.constexpr, block_w: tl.constexpr, is_normed: tl.constexpr,
-    needs_weight_grad: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr,
+@triton.jit(do_not_specialize=["num_tokens"])
+def _conv_activation_backward_kernel(
+    x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, dy: Ptr, da: Ptr,
+    num_tokens: int, channels: int, scale: float, eps: float, heads: tl.constexpr,
+    width: tl.constexpr, is_normed: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr,
 ) -> None:  # fmt: skip
+    """Compute the gradient of the convolution before SiLU and normalization."""
+    t = tl.program_id(0) * block_t + tl.arange(0, block_t)
     column = tl.program_id(1) * block_n + tl.arange(0, block_n)
     n = first_channel + column
+    mask = (t < num_tokens)[:, None]
+    a_TN = _conv_rows(x, x_stride, weight, position, t, n, num_tokens, width, block_t, block_n)
+    sigmoid_TN = tl.sigmoid(a_TN)
+    y_TN = a_TN * sigmoid_TN
+    offsets = t.to(tl.int64)[:, None] * (heads * block_n) + column[None, :]
+    dy_TN = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    if is_normed:
+        rnorm_T = 1.0 / tl.sqrt(tl.sum(y_TN * y_TN, 1) + eps)
+        dot_T = tl.sum(dy_TN * y_TN, 1) * rnorm_T * rnorm_T
+        dy_TN = (dy_TN - y_TN * dot_T[:, None]) * (rnorm_T * scale)[:, None]
+    da_TN = dy_TN * (sigmoid_TN + y_TN * (1.0 - sigmoid_TN))
+    offsets = t.to(tl.int64)[:, None] * channels + n[None, :]
+    tl.store(da + offsets, da_TN.to(da.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "per_program"])
+def _conv_backward_kernel(
+    x: Ptr, x_stride: int, weight: Ptr, position: Ptr, da: Ptr, dx: Ptr, dweight: Ptr,
+    num_tokens: int, per_program: int, channels: int, width: tl.constexpr, block_w: tl.constexpr,
+    needs_weight_grad: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr,
+) -> None:  # fmt: skip
+    n = tl.program_id(1) * block_n + tl.arange(0, block_n)
     w = tl.arange(0, block_w)
     dweight_NW = tl.zeros((block_n, block_w), tl.float32)
     first = tl.program_id(0) * per_program
@@ -518,31 +544,25 @@ def _conv_backward_kernel(
             later = t + distance
             later_position_T = tl.load(position + later, mask=later < num_tokens, other=-1)
             is_same_T1 = (later_position_T == position_T + distance)[:, None]
-            a_TN = _conv_rows(
-                x, x_stride, weight, position, later, n, num_tokens, width, block_t, block_n
-            )
-            sigmoid_TN = tl.sigmoid(a_TN)
-            y_TN = a_TN * sigmoid_TN
-            offsets = later.to(tl.int64)[:, None] * (heads * block_n) + column[None, :]
-            dy_TN = tl.load(dy + offsets, mask=is_same_T1, other=0.0).to(tl.float32)
-            if is_normed:
-                rnorm_T = 1.0 / tl.sqrt(tl.sum(y_TN * y_TN, 1) + eps)
-                dot_T = tl.sum(dy_TN * y_TN, 1) * rnorm_T * rnorm_T
-                dy_TN = (dy_TN - y_TN * dot_T[:, None]) * (rnorm_T * scale)[:, None]
-            da_TN = dy_TN * (sigmoid_TN + y_TN * (1.0 - sigmoid_TN))
-            weight_N = tl.load(weight + n * width + (width - 1 - distance)).to(tl.float32)
-            dx_TN += da_TN * weight_N[None, :]
+            mask = is_same_T1 & (n < channels)[None, :]
+            offsets = later.to(tl.int64)[:, None] * channels + n[None, :]
+            da_TN = tl.load(da + offsets, mask=mask, other=0.0).to(tl.float32)
+            weight_offsets = n * width + (width - 1 - distance)
+            weight_N = tl.load(weight + weight_offsets, mask=n < channels, other=0.0)
+            dx_TN += da_TN * weight_N.to(tl.float32)[None, :]
             if needs_weight_grad:
                 rows = t.to(tl.int64)[:, None] * x_stride + n[None, :]
-                x_TN = tl.load(x + rows, mask=is_same_T1, other=0.0).to(tl.float32)
+                x_TN = tl.load(x + rows, mask=mask, other=0.0).to(tl.float32)
                 sum_N = tl.sum(da_TN * x_TN, 0)
                 dweight_NW += tl.where((w == width - 1 - distance)[None, :], sum_N[:, None], 0.0)
         offsets = t.to(tl.int64)[:, None] * channels + n[None, :]
-        tl.store(dx + offsets, dx_TN.to(dx.dtype.element_ty), mask=(t < num_tokens)[:, None])
+        mask = (t < num_tokens)[:, None] & (n < channels)[None, :]
+        tl.store(dx + offsets, dx_TN.to(dx.dtype.element_ty), mask=mask)
     if needs_weight_grad:
         base = tl.program_id(0).to(tl.int64) * channels * width
         offsets = base + n[:, None] * width + w[None, :]
-        tl.store(dweight + offsets, dweight_NW, mask=(w < width)[None, :])
+        mask = (n < channels)[:, None] & (w < width)[None, :]
+        tl.store(dweight + offsets, dweight_NW, mask=mask)
 
 
 class ConvOutput(NamedTuple):
@@ -610,28 +630,43 @@ def causal_conv_silu_backward(
         dtype=torch.float32,
         device=x_TN.device,
     )
+    da_TN = torch.empty_like(dx_TN, dtype=torch.float32)
     for (first_channel, heads, head_dim, norm_scale), dy in zip(outputs, grads, strict=True):
-        _conv_backward_kernel[(programs, heads)](
-            x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, dy.contiguous(), dx_TN,
-            dweight, num_tokens, blocks_per_program * CONV_BLOCK, channels, norm_scale or 1.0, eps,
-            heads=heads, width=width, block_w=triton.next_power_of_2(width),
-            is_normed=norm_scale is not None, needs_weight_grad=needs_weight_grad,
-            block_t=CONV_BLOCK, block_n=head_dim, num_warps=4,
+        _conv_activation_backward_kernel[(blocks, heads)](
+            x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, dy.contiguous(), da_TN,
+            num_tokens, channels, norm_scale or 1.0, eps, heads=heads, width=width,
+            is_normed=norm_scale is not None, block_t=CONV_BLOCK, block_n=head_dim, num_warps=4,
         )  # fmt: skip
+    block_n = min(128, triton.next_power_of_2(channels))
+    _conv_backward_kernel[(programs, triton.cdiv(channels, block_n))](
+        x_TN, x_TN.stride(0), weight_NW, position_T, da_TN, dx_TN, dweight, num_tokens,
+        blocks_per_program * CONV_BLOCK, channels, width=width,
+        block_w=triton.next_power_of_2(width), needs_weight_grad=needs_weight_grad,
+        block_t=CONV_BLOCK, block_n=block_n, num_warps=4,
+    )  # fmt: skip
     return dx_TN, sum_partials(dweight, weight_NW.dtype) if needs_weight_grad else None
+
+
+@triton.jit
+def _gate_offsets(
+    m: tl.tensor, d: tl.tensor, stride: tl.tensor, heads: tl.constexpr, width: tl.constexpr
+) -> tl.tensor:
+    """Compute the offsets of rows `m` of a gate [T, H, width] whose tokens may be strided."""
+    return (m // heads).to(tl.int64)[:, None] * stride + ((m % heads) * width)[:, None] + d[None, :]
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _gated_norm_kernel(
-    x: Ptr, z: Ptr, weight: Ptr, y: Ptr, rows: int, eps: float, width: tl.constexpr,
-    block_m: tl.constexpr,
+    x: Ptr, z: Ptr, weight: Ptr, y: Ptr, rows: int, z_stride: int, eps: float,
+    heads: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr,
 ) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     d = tl.arange(0, width)
     mask = (m < rows)[:, None]
     offsets = m.to(tl.int64)[:, None] * width + d[None, :]
     x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    z_MD = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+    z_MD = tl.load(z + _gate_offsets(m, d, z_stride, heads, width), mask=mask, other=0.0)
+    z_MD = z_MD.to(tl.float32)
     weight_D = tl.load(weight + d).to(tl.float32)
     rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
     y_MD = x_MD * rstd_M[:, None] * weight_D[None, :] * (z_MD * tl.sigmoid(z_MD))
@@ -641,8 +676,8 @@ def _gated_norm_kernel(
 @triton.jit(do_not_specialize=["rows", "per_program"])
 def _gated_norm_backward_kernel(
     x: Ptr, z: Ptr, weight: Ptr, dy: Ptr, dx: Ptr, dz: Ptr, dweight: Ptr, rows: int,
-    per_program: int, eps: float, width: tl.constexpr, needs_weight_grad: tl.constexpr,
-    block_m: tl.constexpr,
+    per_program: int, z_stride: int, eps: float, heads: tl.constexpr, width: tl.constexpr,
+    needs_weight_grad: tl.constexpr, block_m: tl.constexpr,
 ) -> None:  # fmt: skip
     d = tl.arange(0, width)
     weight_D = tl.load(weight + d).to(tl.float32)
@@ -653,7 +688,8 @@ def _gated_norm_backward_kernel(
         mask = (m < rows)[:, None]
         offsets = m.to(tl.int64)[:, None] * width + d[None, :]
         x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        z_MD = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+        z_MD = tl.load(z + _gate_offsets(m, d, z_stride, heads, width), mask=mask, other=0.0)
+        z_MD = z_MD.to(tl.float32)
         dy_MD = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
         rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
         n_MD = x_MD * rstd_M[:, None]
@@ -672,36 +708,39 @@ def _gated_norm_backward_kernel(
         tl.store(dweight + tl.program_id(0).to(tl.int64) * width + d, dweight_D)
 
 
-def gated_rms_norm(x_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Compute RMS norm of the last dimension, times weight and SiLU of the gate."""
-    width = x_TD.shape[-1]
-    rows = x_TD.numel() // width
-    y_TD = torch.empty_like(x_TD)
-    _gated_norm_kernel[(triton.cdiv(rows, NORM_BLOCK),)](
-        x_TD, z_TD, weight_D, y_TD, rows, eps, width=width, block_m=NORM_BLOCK, num_warps=4
-    )
-    return y_TD
+def gated_rms_norm(x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+    """Compute RMS norm of the last dimension, times weight and SiLU of the gate.
+
+    The tokens of the gate may be strided.
+    """
+    num_tokens, heads, width = x_THV.shape
+    y_THV = torch.empty_like(x_THV)
+    _gated_norm_kernel[(triton.cdiv(num_tokens * heads, NORM_BLOCK),)](
+        x_THV, z_THV, weight_V, y_THV, num_tokens * heads, z_THV.stride(0), eps, heads=heads,
+        width=width, block_m=NORM_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return y_THV
 
 
 def gated_rms_norm_backward(
-    x_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, dy_TD: Tensor, *,
+    x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float, dy_THV: Tensor, *,
     needs_weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Compute the gradients of input, gate and weight."""
-    width = x_TD.shape[-1]
-    rows = x_TD.numel() // width
-    blocks = triton.cdiv(rows, NORM_BLOCK)
+    num_tokens, heads, width = x_THV.shape
+    blocks = triton.cdiv(num_tokens * heads, NORM_BLOCK)
     blocks_per_program = triton.cdiv(blocks, MAX_PARTIAL_SUMS) if needs_weight_grad else 1
     programs = triton.cdiv(blocks, blocks_per_program)
     dweight = torch.empty(
-        programs if needs_weight_grad else 0, width, dtype=torch.float32, device=x_TD.device
+        programs if needs_weight_grad else 0, width, dtype=torch.float32, device=x_THV.device
     )
-    dx, dz = torch.empty_like(x_TD), torch.empty_like(z_TD)
+    dx, dz = torch.empty_like(x_THV), torch.empty_like(x_THV, dtype=z_THV.dtype)
     _gated_norm_backward_kernel[(programs,)](
-        x_TD, z_TD, weight_D, dy_TD, dx, dz, dweight, rows, blocks_per_program * NORM_BLOCK, eps,
-        width=width, needs_weight_grad=needs_weight_grad, block_m=NORM_BLOCK, num_warps=4,
+        x_THV, z_THV, weight_V, dy_THV, dx, dz, dweight, num_tokens * heads,
+        blocks_per_program * NORM_BLOCK, z_THV.stride(0), eps, heads=heads, width=width,
+        needs_weight_grad=needs_weight_grad, block_m=NORM_BLOCK, num_warps=4,
     )  # fmt: skip
-    return dx, dz, sum_partials(dweight, weight_D.dtype) if needs_weight_grad else None
+    return dx, dz, sum_partials(dweight, weight_V.dtype) if needs_weight_grad else None
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from finesight.model import gated_delta_net
 from finesight.model.config import LinearAttentionConfig
+from finesight.model.fused_ops import norm_rotary, sigmoid_gate
 from finesight.model.gated_delta_net import (
     ChunkLayout,
     DeltaNetInputs,
@@ -20,6 +21,8 @@ from finesight.model.gated_delta_net import (
     recurrent_gated_delta_rule,
 )
 from finesight.model.kernels import gated_delta_net as kernels
+from finesight.model.layers import ZeroCenteredRmsNorm
+from finesight.model.rope import RotaryCosSin, apply_partial_rotary_pos_emb
 
 CPU = torch.device("cpu")
 
@@ -183,6 +186,43 @@ def test_step_kernels_match_the_step_in_pytorch(key_dim, value_dim):
         torch.testing.assert_close(delta[slots], state.delta_SHDV, rtol=1e-2, atol=2e-2)
     for x, before in zip((conv, delta), untouched, strict=True):
         assert torch.equal(x[[0, 2, 3, 4]], before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("trains_norm", [False, True])
+def test_kernels_of_gated_attention_match_pytorch(trains_norm):
+    """Norm, partial rotation and gate of strided heads: outputs and gradients against fp64."""
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+
+    values = {"q_gate": draw(37, 3 * 192), "weight": 0.3 * draw(96)}
+    dout = draw(37, 3, 96)
+    angles = 10 * draw(37, 12).float()
+
+    def run(dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in values.items()}
+        leaves["weight"].requires_grad_(trains_norm)
+        norm = ZeroCenteredRmsNorm(96, eps=1e-6)
+        norm.weight = torch.nn.Parameter(leaves["weight"], trains_norm)
+        x, gate = leaves["q_gate"].unflatten(1, (3, 192)).chunk(2, dim=-1)
+        wide = torch.promote_types(dtype, torch.float32)
+        rotary = RotaryCosSin.from_angles(angles.to(wide), wide)
+        if dtype == torch.float64:
+            y = apply_partial_rotary_pos_emb(norm(x), rotary)
+        else:
+            y = norm_rotary(x, norm.weight, 1e-6, rotary.cos_T1D, rotary.sin_T1D, weight_offset=1.0)
+        out = sigmoid_gate(y, gate)
+        out.backward(dout.to(dtype))
+        results = {"out": out.detach(), "q_gate": leaves["q_gate"].grad}
+        return results | ({"weight": norm.weight.grad} if trains_norm else {})
+
+    found = run(torch.bfloat16)
+    for name, expected in run(torch.float64).items():
+        assert (found[name].double() - expected).norm() <= 4e-3 * expected.norm(), name
 
 
 @pytest.mark.gpu

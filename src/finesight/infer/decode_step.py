@@ -20,6 +20,7 @@ from finesight.infer.kv_cache import DecodeAttention
 from finesight.model.decoder import DecoderAttention, DecoderLayer
 from finesight.model.families.qwen3_5 import GatedAttention, GatedDeltaNet, HybridDecoderLayer
 from finesight.model.fused_linear import FusedLinear, add_lora_delta, single_output
+from finesight.model.fused_ops import sigmoid_gate
 from finesight.model.gated_delta_net import L2_NORM_EPS, supports_kernels
 from finesight.model.kernels import gated_delta_net as delta_net_kernels
 from finesight.model.layers import GatedMlp, RmsNorm, ZeroCenteredRmsNorm
@@ -116,7 +117,7 @@ def _attention_block(
     )  # fmt: skip
     o_RHD = attention.attend(layer_index, q_RHD)
     if gate_RHD is not None:
-        o_RHD = o_RHD * gate_RHD.sigmoid()
+        o_RHD = sigmoid_gate(o_RHD, gate_RHD)
     return _linear_add(self_attn.o_proj, o_RHD.flatten(1), x_RD)
 
 

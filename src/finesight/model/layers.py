@@ -94,7 +94,7 @@ class ZeroCenteredRmsNorm(RmsNorm):
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None, "a norm without eps"
         if has_kernels(x) and not torch.is_grad_enabled():
-            x_TD = x.reshape(-1, x.shape[-1])
+            x_TD = x.reshape(-1, x.shape[-1]).contiguous()
             n_TD, _ = norm_kernels.rms_norm_dropout(
                 x_TD, self.weight, self.eps, torch.empty_like(x_TD), NO_DROPOUT, w_offset=1.0
             )

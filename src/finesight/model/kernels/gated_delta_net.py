@@ -17,6 +17,7 @@ N channels of the convolution, W width of its kernel.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ CHUNK_LENGTH = 64
 BLOCK_LENGTH = 16
 """Rows of the diagonal blocks of I + A, which are inverted row by row."""
 
-CONV_BLOCK, NORM_BLOCK = 32, 16
-"""Tokens per program of the convolution, and rows per program of the norm."""
+CONV_BLOCK, CONV_BACKWARD_BLOCK, NORM_BLOCK = 16, 32, 16
+"""Tokens per program of the convolution and its gradient, and rows per program of the norm."""
 
 
 class SequenceChunks(NamedTuple):
@@ -339,6 +340,13 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
+@lru_cache
+def _num_stages(device: torch.device) -> int:
+    """Return the pipeline stages of loops that load large tiles: 2 where shared memory allows."""
+    properties = torch.cuda.get_device_properties(device)
+    return 2 if properties.shared_memory_per_block_optin >= 160 * 1024 else 1
+
+
 def _value_block(num_sequences: int, heads: int, value_dim: int) -> int:
     """Return the columns of a state per program: fewer columns for few sequences."""
     block = min(64, value_dim)
@@ -384,7 +392,7 @@ def _run_recurrence(
         0 if initial_SHDV is None else initial_SHDV.stride(0), key_heads=q_TKD.shape[1],
         heads=heads, head_dim=q_TKD.shape[2], value_dim=value_dim, length=CHUNK_LENGTH,
         block_v=block_v, has_initial=initial_SHDV is not None, for_backward=for_backward,
-        precision=_precision(q_TKD), num_warps=4, num_stages=2,
+        precision=_precision(q_TKD), num_warps=4, num_stages=_num_stages(q_TKD.device),
     )  # fmt: skip
 
 
@@ -449,20 +457,19 @@ def gated_delta_rule_backward(
         dout_THV if dfinal_SHDV is None else dfinal_SHDV, *chunks, dstates, dr_THV,
         dout_THV if dinitial is None else dinitial, block_v=block_v,
         has_final=dfinal_SHDV is not None, has_initial=dinitial is not None, num_warps=4,
-        num_stages=2, **sizes,
+        num_stages=_num_stages(q_TKD.device), **sizes,
     )  # fmt: skip
-    # A key head has one or several value heads, whose gradients are summed in fp32.
-    dtype = q_TKD.dtype if heads == key_heads else torch.float32
-    dq, dk = (x.new_empty(len(x), heads, head_dim, dtype=dtype) for x in (q_TKD, k_TKD))
+    dq, dk = (x.new_empty(len(x), heads, head_dim) for x in (q_TKD, k_TKD))
     dv = torch.empty_like(v_THV)
     dlog_decay, dbeta = (torch.empty_like(x, dtype=torch.float32) for x in (log_decay_TH, beta_TH))
     _chunk_gradients_kernel[(num_chunks, heads)](
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, dout_THV, states, dstates, updates_THV, dr_THV,
-        chunks.start_C, chunks.end_C, dq, dk, dv, dlog_decay, dbeta, block_v=min(32, value_dim),
-        num_warps=8, num_stages=1, **sizes,
+        chunks.start_C, chunks.end_C, dq, dk, dv, dlog_decay, dbeta, block_v=min(64, value_dim),
+        num_warps=8, num_stages=_num_stages(q_TKD.device), **sizes,
     )  # fmt: skip
     if heads != key_heads:
-        dq, dk = (x.unflatten(1, (key_heads, -1)).sum(2).to(q_TKD.dtype) for x in (dq, dk))
+        # A key head has several value heads.
+        dq, dk = (x.unflatten(1, (key_heads, -1)).sum(2) for x in (dq, dk))
     return dq, dk, dv, dlog_decay.to(log_decay_TH.dtype), dbeta.to(beta_TH.dtype), dinitial
 
 
@@ -610,7 +617,7 @@ def causal_conv_silu(
         _conv_kernel[(triton.cdiv(num_tokens, CONV_BLOCK), heads)](
             x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, results[-1], num_tokens,
             norm_scale or 1.0, eps, heads=heads, width=weight_NW.shape[1],
-            is_normed=norm_scale is not None, block_t=CONV_BLOCK, block_n=head_dim, num_warps=4,
+            is_normed=norm_scale is not None, block_t=CONV_BLOCK, block_n=head_dim, num_warps=1,
         )  # fmt: skip
     return results
 
@@ -622,7 +629,7 @@ def causal_conv_silu_backward(
     """Compute the gradients of the channels and of the kernel."""
     (num_tokens, channels), width = x_TN.shape, weight_NW.shape[1]
     dx_TN = torch.empty_like(x_TN, memory_format=torch.contiguous_format)
-    blocks = triton.cdiv(num_tokens, CONV_BLOCK)
+    blocks = triton.cdiv(num_tokens, CONV_BACKWARD_BLOCK)
     blocks_per_program = triton.cdiv(blocks, MAX_PARTIAL_SUMS) if needs_weight_grad else 1
     programs = triton.cdiv(blocks, blocks_per_program)
     dweight = torch.empty(
@@ -635,14 +642,14 @@ def causal_conv_silu_backward(
         _conv_activation_backward_kernel[(blocks, heads)](
             x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, dy.contiguous(), da_TN,
             num_tokens, channels, norm_scale or 1.0, eps, heads=heads, width=width,
-            is_normed=norm_scale is not None, block_t=CONV_BLOCK, block_n=head_dim, num_warps=4,
+            is_normed=norm_scale is not None, block_t=CONV_BACKWARD_BLOCK, block_n=head_dim, num_warps=4,
         )  # fmt: skip
     block_n = min(128, triton.next_power_of_2(channels))
     _conv_backward_kernel[(programs, triton.cdiv(channels, block_n))](
         x_TN, x_TN.stride(0), weight_NW, position_T, da_TN, dx_TN, dweight, num_tokens,
-        blocks_per_program * CONV_BLOCK, channels, width=width,
+        blocks_per_program * CONV_BACKWARD_BLOCK, channels, width=width,
         block_w=triton.next_power_of_2(width), needs_weight_grad=needs_weight_grad,
-        block_t=CONV_BLOCK, block_n=block_n, num_warps=4,
+        block_t=CONV_BACKWARD_BLOCK, block_n=block_n, num_warps=4,
     )  # fmt: skip
     return dx_TN, sum_partials(dweight, weight_NW.dtype) if needs_weight_grad else None
 

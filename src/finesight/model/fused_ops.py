@@ -218,7 +218,8 @@ class _SigmoidGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor, Tensor]:
-        return elementwise.sigmoid_gate_backward(*ctx.saved_tensors, dy_THD.contiguous())
+        x_THD, gate_THD = ctx.saved_tensors
+        return elementwise.sigmoid_gate_backward(x_THD, gate_THD, dy_THD.contiguous())
 
 
 class _NormRotary(torch.autograd.Function):

@@ -343,8 +343,8 @@ def _precision(x: Tensor) -> str:
 @lru_cache
 def _num_stages(device: torch.device) -> int:
     """Return the pipeline stages of loops that load large tiles: 2 where shared memory allows."""
-    properties = torch.cuda.get_device_properties(device)
-    return 2 if properties.shared_memory_per_block_optin >= 160 * 1024 else 1
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return 2 if properties["max_shared_mem"] >= 160 * 1024 else 1
 
 
 def _value_block(num_sequences: int, heads: int, value_dim: int) -> int:
@@ -459,7 +459,9 @@ def gated_delta_rule_backward(
         has_final=dfinal_SHDV is not None, has_initial=dinitial is not None, num_warps=4,
         num_stages=_num_stages(q_TKD.device), **sizes,
     )  # fmt: skip
-    dq, dk = (x.new_empty(len(x), heads, head_dim) for x in (q_TKD, k_TKD))
+    # A key head has one or several value heads, whose gradients are summed in fp32.
+    dtype = q_TKD.dtype if heads == key_heads else torch.float32
+    dq, dk = (x.new_empty(len(x), heads, head_dim, dtype=dtype) for x in (q_TKD, k_TKD))
     dv = torch.empty_like(v_THV)
     dlog_decay, dbeta = (torch.empty_like(x, dtype=torch.float32) for x in (log_decay_TH, beta_TH))
     _chunk_gradients_kernel[(num_chunks, heads)](
@@ -468,8 +470,7 @@ def gated_delta_rule_backward(
         num_warps=8, num_stages=_num_stages(q_TKD.device), **sizes,
     )  # fmt: skip
     if heads != key_heads:
-        # A key head has several value heads.
-        dq, dk = (x.unflatten(1, (key_heads, -1)).sum(2) for x in (dq, dk))
+        dq, dk = (x.unflatten(1, (key_heads, -1)).sum(2).to(q_TKD.dtype) for x in (dq, dk))
     return dq, dk, dv, dlog_decay.to(log_decay_TH.dtype), dbeta.to(beta_TH.dtype), dinitial
 
 
@@ -642,7 +643,8 @@ def causal_conv_silu_backward(
         _conv_activation_backward_kernel[(blocks, heads)](
             x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, dy.contiguous(), da_TN,
             num_tokens, channels, norm_scale or 1.0, eps, heads=heads, width=width,
-            is_normed=norm_scale is not None, block_t=CONV_BACKWARD_BLOCK, block_n=head_dim, num_warps=4,
+            is_normed=norm_scale is not None, block_t=CONV_BACKWARD_BLOCK, block_n=head_dim,
+            num_warps=4,
         )  # fmt: skip
     block_n = min(128, triton.next_power_of_2(channels))
     _conv_backward_kernel[(programs, triton.cdiv(channels, block_n))](

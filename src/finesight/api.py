@@ -267,6 +267,8 @@ def load_model(
     device: Device = "auto",
     precision: Precision = "auto",
     weights: WeightFormat = "auto",
+    thinking: bool | None = None,
+    reasoning_effort: str | None = None,
 ) -> Model:
     """Load a run, a model or adapter folder, a hub model, or `finesight-tiny`.
 
@@ -276,18 +278,24 @@ def load_model(
         precision: auto is bf16 on GPUs that support it, fp16 on older ones, fp32 on a CPU.
         weights: auto is the stored format, or the format of the run's training; nf4, fp8, int8 and
             int4 quantize the weights while loading.
+        thinking: Whether to generate reasoning before answers, with models that have both modes;
+            None for the mode of the run's training, else without reasoning.
+        reasoning_effort: Reasoning effort in thinking mode, such as `low` for Qwen3.8.
 
     Raises:
-        UserError: The model is missing, incomplete, or not the base model of the run or adapter.
+        UserError: The model is missing, incomplete, or not the base model of the run or adapter;
+            or it does not have this thinking mode or reasoning effort.
     """
     from finesight.config import Device, Precision, WeightFormat
+    from finesight.encode.family import ThinkingOptions
     from finesight.infer.model_loader import load_inference_model
 
     check_choice("device", device, Device)
     check_choice("precision", precision, Precision)
     check_choice("weights", weights, WeightFormat)
     name = to_name(model)
-    return Model(name, load_inference_model(name, device, precision, weights))
+    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
+    return Model(name, load_inference_model(name, device, precision, weights, options))
 
 
 def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:

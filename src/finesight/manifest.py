@@ -57,6 +57,8 @@ class Manifest(BaseModel):
         base_fingerprint: SHA-256 over index and headers of the weight files of the base model. A
             base model with another fingerprint is rejected.
         system_prompt: System prompt of the run; None for a family without one.
+        enable_thinking: Thinking mode of the majority of the training samples; None for a family
+            without reasoning.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,6 +69,7 @@ class Manifest(BaseModel):
     base_fingerprint: str
     image_rule: ImageRule
     system_prompt: str | None
+    enable_thinking: bool | None = None
     eos_token: str
     tune: TuneSettings
     versions: dict[str, str]

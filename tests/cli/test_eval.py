@@ -51,6 +51,14 @@ def test_json_scores_and_predictions_file(tiny, data, tmp_path):
     assert len(out.read_text().splitlines()) == 2
 
 
+def test_thinking_mode_is_selected(data, tmp_path):
+    model, out = create_tiny_model(tmp_path / "qwen3_5", "qwen3_5"), tmp_path / "answers.jsonl"
+    result = run_eval(model, "--data", data, "--metric", "qa", "--thinking", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 completions ended within the reasoning" in result.stdout
+    assert all(json.loads(line)["answer"] == "" for line in out.read_text().splitlines())
+
+
 def test_batched_images_and_videos_match_single_answers(tiny, tmp_path):
     frames = tuple(write_noise_image(tmp_path / f"{n}.png", 56, 84, seed=n).name for n in range(3))
     contents = {"image": "0.png", "one": frames[:1], "two": frames[1:], "three": frames}

@@ -53,6 +53,25 @@ def test_one_json_line_per_image(tiny, image_paths):
     assert all(line["prompt"] == "What?" for line in lines)
 
 
+def test_thinking_mode_is_selected(image_paths, tmp_path):
+    model = create_tiny_model(tmp_path / "qwen3_5", "qwen3_5")
+    ask = (model, image_paths[0], "--prompt", "What?", "--max-new-tokens", 3, "--device", "cpu")
+    for options, has_reasoning in (
+        ((), False),
+        (("--thinking",), True),
+        (("--no-thinking",), False),
+    ):
+        result = run_predict(*ask, *options, "--json")
+        assert result.exit_code == 0, result.output
+        assert ("reasoning" in json.loads(result.stdout)) == has_reasoning
+    assert "no reasoning effort" in run_rejected(*ask, "--reasoning-effort", "low").expected
+
+
+def test_model_without_thinking_rejects_the_mode(tiny):
+    error = run_rejected(tiny, "--prompt", "What?", "--thinking", "--device", "cpu")
+    assert "non-thinking mode" in error.expected
+
+
 def test_text_output(tiny, image_paths):
     result = run_predict(
         tiny, image_paths[0], "--prompt", "What?", "--max-new-tokens", 2, "--device", "cpu"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finesight.encode.family import ThinkingOptions
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.qwen3_vl import Qwen3VL
@@ -60,6 +61,16 @@ def test_thinking_edition_is_detected_from_template(
     folder = write_config(tmp_path / "model", "qwen3_vl")
     (folder.path / name).write_text(content)
     assert load_family(folder) == Qwen3VL(has_reasoning=True)
+
+
+@pytest.mark.parametrize("has_reasoning", [False, True])
+def test_single_mode_cannot_be_changed(has_reasoning: bool) -> None:
+    family = Qwen3VL(has_reasoning=has_reasoning)
+    assert family.with_thinking(ThinkingOptions(enable_thinking=has_reasoning)) == family
+    with pytest.raises(UserError, match="the only mode of this model"):
+        family.with_thinking(ThinkingOptions(enable_thinking=not has_reasoning))
+    with pytest.raises(UserError, match="no reasoning effort"):
+        family.with_thinking(ThinkingOptions(reasoning_effort="low"))
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "llama", ""])

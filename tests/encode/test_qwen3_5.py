@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
 from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
-from finesight.encode.qwen3_5 import Qwen35, ReasoningEffort
+from finesight.encode.family import ThinkingOptions
+from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.renderer import NativeRenderer, build_renderer, split_reasoning
+from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets"
@@ -57,6 +58,10 @@ def make_text(rng: random.Random) -> TextPart:
     space = rng.choice(["", "", " ", "\n", " \n\n", "\t"])
     text = random_text_without_specials(rng).replace("<", "(") + "x"
     return TextPart(text=space + text + rng.choice(["", " ", "\n"]))
+
+
+def get_text(message: Message) -> str:
+    return "".join(part.text for part in message.content if isinstance(part, TextPart))
 
 
 def render_published(
@@ -107,7 +112,7 @@ def render_published(
     ],
 )
 def test_tokens_equal_published_template(
-    name: str, thinking: bool, effort: ReasoningEffort | None, tmp_path: Path
+    name: str, thinking: bool, effort: str | None, tmp_path: Path
 ) -> None:
     from tokenizers import Tokenizer
 
@@ -118,21 +123,26 @@ def test_tokens_equal_published_template(
     family = renderer.family
     assert isinstance(family, Qwen35)
     assert family.preserves_reasoning == (name == "Qwen3.8-27B")
-    renderer.family = replace(family, has_reasoning=thinking, reasoning_effort=effort)
+    options = ThinkingOptions(
+        enable_thinking=thinking, reasoning_effort=effort if thinking else None
+    )
+    renderer = renderer.with_thinking(options)
+    assert renderer.has_reasoning == thinking
     published = Tokenizer.from_file(str(folder.tokenizer_file))
     rng = random.Random(f"{name} {thinking} {effort}")
-    kwargs: dict[str, Any] = {"enable_thinking": thinking}
-    if effort is not None:
-        kwargs["reasoning_effort"] = effort
+    kwargs = {} if effort is None else {"reasoning_effort": effort}
     for number in range(200):
         messages = make_conversation(rng)
         sample = Sample(id=str(number), messages=tuple(messages))
         for is_prompt in (False, True):
+            # The last answer of a training sample selects its mode.
+            mode = thinking if is_prompt else "</think>" in get_text(messages[-1])
             rendered = render_published(
                 folder,
                 messages[:-1] if is_prompt else messages,
                 inline_reasoning=effort is None,
                 add_generation_prompt=is_prompt,
+                enable_thinking=mode,
                 **kwargs,
             )
             pad = "<|image_pad|>"
@@ -140,15 +150,14 @@ def test_tokens_equal_published_template(
             tokenize = renderer.tokenize_prompt if is_prompt else renderer.tokenize
             found = tokenize(LocatedSample(sample, tmp_path))
             assert found.ids_T.tolist() == expected, rendered
+            assert found.is_thinking == mode
 
 
 @needs_assets
 @pytest.mark.parametrize("thinking", [False, True])
 def test_answers_and_their_reasoning_are_supervised(thinking: bool, tmp_path: Path) -> None:
     folder = make_model_folder("Qwen3.5-4B", tmp_path / "model")
-    renderer = NativeRenderer(folder)
-    assert isinstance(renderer.family, Qwen35)
-    renderer.family = replace(renderer.family, has_reasoning=thinking)
+    renderer = NativeRenderer(folder).with_thinking(ThinkingOptions(enable_thinking=thinking))
     answers = {
         "red": "red<|im_end|>",
         "<think>\nIt glows.\n</think>\n\nred": "It glows.\n</think>\n\nred<|im_end|>",
@@ -163,3 +172,44 @@ def test_answers_and_their_reasoning_are_supervised(thinking: bool, tmp_path: Pa
         supervised = outline.ids_T[outline.loss_mask_T].tolist()
         text = renderer.tokenizer.decode(supervised, skip_special_tokens=False)
         assert text == "blue<|im_end|>" + expected
+
+
+@needs_assets
+@pytest.mark.parametrize("name", ["Qwen3.5-4B", "Qwen3.8-27B"])
+@pytest.mark.parametrize("answer", ["red", "<think>\nIt glows.\n</think>\n\nred"])
+def test_prompt_in_mode_of_sample_is_its_prefix(name: str, answer: str, tmp_path: Path) -> None:
+    renderer = NativeRenderer(make_model_folder(name, tmp_path / "model"))
+    turns = (
+        Message(role="user", content=(TextPart(text="Which?"),)),
+        Message(role="assistant", content=(TextPart(text=answer),)),
+    )
+    located_sample = LocatedSample(Sample(id="s", messages=turns), tmp_path)
+    full = renderer.tokenize(located_sample)
+    options = ThinkingOptions(enable_thinking=full.is_thinking)
+    prompt = renderer.with_thinking(options).tokenize_prompt(located_sample)
+    assert prompt.is_thinking == full.is_thinking == ("think" in answer)
+    assert prompt.ids_T.tolist() == full.ids_T[: prompt.num_tokens].tolist()
+    assert full.loss_mask_T[prompt.num_tokens :].tolist().count(False) == 1
+    completion = renderer.decode_completion(
+        full.ids_T[prompt.num_tokens :].tolist(), is_thinking=prompt.is_thinking
+    )
+    assert completion.text == "red"
+    assert completion.reasoning == ("It glows." if prompt.is_thinking else None)
+
+
+@needs_assets
+def test_mode_without_support_is_rejected(tmp_path: Path) -> None:
+    newest, older = (
+        NativeRenderer(make_model_folder(name, tmp_path / name))
+        for name in ("Qwen3.8-27B", "Qwen3.5-4B")
+    )
+    assert newest.with_thinking(ThinkingOptions(reasoning_effort="low")).has_reasoning
+    for renderer, options, expected in (
+        (newest, ThinkingOptions(reasoning_effort="high"), "xhigh, medium, low"),
+        (newest, ThinkingOptions(enable_thinking=False, reasoning_effort="low"), "thinking mode"),
+        (older, ThinkingOptions(reasoning_effort="low"), "no value"),
+    ):
+        with pytest.raises(UserError) as caught:
+            renderer.with_thinking(options)
+        assert expected in caught.value.expected
+        assert not renderer.has_reasoning

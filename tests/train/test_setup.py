@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
 from finesight.errors import UserError
+from finesight.infer.model_loader import load_inference_model
 from finesight.train.oom import translate_oom_errors
 
 
@@ -56,6 +58,31 @@ def test_continued_run_keeps_image_size_and_prompt(task: TinyTask, setting: str)
     assert manifests[1]["system_prompt"] == manifests[0]["system_prompt"] == "Name colours."
     assert manifests[2]["image_rule"] == {"longest_side": 56}
     assert manifests[2]["system_prompt"] == "Speak."
+
+
+@pytest.mark.parametrize("num_thoughts", [0, 5, 6])
+def test_run_uses_thinking_mode_of_most_samples(task: TinyTask, num_thoughts: int) -> None:
+    """Six of the eleven samples with reasoning select thinking mode; five do not."""
+    data = task.folder / "train.jsonl"
+    samples = [json.loads(line) for line in data.read_text().splitlines()]
+    for sample in samples[:num_thoughts]:
+        answer = sample["messages"][-1]
+        answer["content"] = f"<think>\nIt is plain.\n</think>\n\n{answer['content']}"
+    data.write_text("\n".join(map(json.dumps, samples)) + "\n")
+    model = create_tiny_model(task.folder / "qwen3_5", "qwen3_5")
+    task.recipe |= {"model": str(model), "tune": {"language": "lora", "lora": {"rank": 2}}}
+    result = task.run(
+        "train.steps=1", "train.epochs=null", eval={"metric": "qa", "max_new_tokens": 3}
+    )
+    is_thinking = num_thoughts == 6
+    manifest = json.loads((task.folder / "run" / "manifest.json").read_text())
+    assert manifest["enable_thinking"] is is_thinking
+    assert (
+        load_inference_model(str(task.folder / "run"), "cpu").renderer.has_reasoning is is_thinking
+    )
+    lines = (task.folder / "run" / "predictions" / "before.jsonl").read_text().splitlines()
+    assert all(("reasoning" in json.loads(line)) is is_thinking for line in lines)
+    assert result.before is not None
 
 
 def test_images_in_both_splits_are_reported(task: TinyTask) -> None:

@@ -14,7 +14,9 @@ from finesight.cli.options import (
     DeviceOption,
     MaxNewTokensOption,
     PrecisionOption,
+    ReasoningEffortOption,
     RunOrModelArgument,
+    ThinkingOption,
     TrustMetricOption,
     WeightFormatOption,
     echo_json,
@@ -73,6 +75,8 @@ def evaluate(
         ),
     ] = None,
     trust_metric: TrustMetricOption = False,
+    thinking: ThinkingOption = None,
+    reasoning_effort: ReasoningEffortOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
@@ -89,6 +93,7 @@ def evaluate(
     """
     from rich.console import Console
 
+    from finesight.encode.family import ThinkingOptions
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
@@ -106,7 +111,8 @@ def evaluate(
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     if parse_metric_path(settings.metric) is not None:
         typer.echo(f"custom metric: {settings.metric}", err=True)
-    inference_model = load_inference_model(run_or_model, device, precision, weight_format)
+    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
+    inference_model = load_inference_model(run_or_model, device, precision, weight_format, options)
     total = min(len(samples), settings.limit or len(samples))
     with TrainingConsole(Console(stderr=True)).progress_stage("answers", total) as on_progress:
         result = run_evaluation(
@@ -150,6 +156,8 @@ def predict(
             help="Write a copy of each image with the predicted boxes into this folder.",
         ),
     ] = None,
+    thinking: ThinkingOption = None,
+    reasoning_effort: ReasoningEffortOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
@@ -170,13 +178,15 @@ def predict(
     """
     from rich.console import Console
 
+    from finesight.encode.family import ThinkingOptions
     from finesight.infer.model_loader import load_inference_model
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
     from finesight.train.console import TrainingConsole
 
     samples = _load_samples(images or [], prompt, data)
-    inference_model = load_inference_model(run_or_model, device, precision, weight_format)
+    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
+    inference_model = load_inference_model(run_or_model, device, precision, weight_format, options)
     with TrainingConsole(Console(stderr=True)).progress_stage(
         "answers", len(samples)
     ) as on_progress:

@@ -55,6 +55,24 @@ WeightFormatOption = Annotated[
     ),
 ]
 
+ThinkingOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--thinking/--no-thinking",
+        help="Generate reasoning before the answer, with models that have both modes, such as "
+        "Qwen3.5. Default: as in the training of the run, else without reasoning.",
+    ),
+]
+
+ReasoningEffortOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="EFFORT",
+        help="Reasoning effort in thinking mode, with models whose chat template defines it: "
+        "xhigh, medium or low for Qwen3.8. Implies --thinking.",
+    ),
+]
+
 MaxNewTokensOption = Annotated[
     int, typer.Option(min=1, help="Maximum number of tokens per answer.")
 ]

@@ -11,8 +11,8 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from finesight.data.boxes import BOX_KEY, LABEL_KEYS, iter_json_values
 from finesight.data.image_header import ImageSize
 from finesight.data.sample import ContentPart, Message, TextPart
+from finesight.errors import UserError
 
 BoxCorners = tuple[float, float, float, float]
 """A box as left, top, right, bottom."""
@@ -69,6 +70,14 @@ class VideoSegment:
     seconds_per_grid: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingOptions:
+    """Thinking mode and reasoning effort of a prompt; None selects the default of the model."""
+
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class PredictedBox:
     """A bounding box parsed from a generated answer, in pixels of the original image."""
@@ -95,6 +104,8 @@ class ModelFamily(ABC):
         name: `model_type` of config.json.
         system_prompt: System prompt of the published chat template; None if it has no system turn.
         has_reasoning: Whether the model generates reasoning before its answer.
+        reasoning_effort: Reasoning effort in thinking mode; None for models without this setting.
+        has_thinking_modes: Whether the template has a thinking and a non-thinking mode.
         uses_1d_positions: Whether the decoder uses 1D position ids instead of M-RoPE.
         strips_content: Whether the template strips whitespace around the content of a turn.
         splits_role_tokens: Whether role name, newline and content of a turn are tokenized
@@ -106,6 +117,8 @@ class ModelFamily(ABC):
     name: str
     system_prompt: str | None = "You are a helpful assistant."
     has_reasoning: bool = False
+    reasoning_effort: str | None = None
+    has_thinking_modes: ClassVar[bool] = False
     uses_1d_positions: ClassVar[bool] = False
     strips_content: ClassVar[bool] = False
     splits_role_tokens: ClassVar[bool] = False
@@ -113,6 +126,47 @@ class ModelFamily(ABC):
         "<|image_pad|>": "image_token_id",
         "<|video_pad|>": "video_token_id",
     }
+
+    @property
+    def reasoning_efforts(self) -> tuple[str, ...]:
+        """Values of the reasoning effort that the template defines."""
+        return ()
+
+    def with_thinking(self, options: ThinkingOptions) -> Self:
+        """Return the family in a thinking mode; a reasoning effort implies thinking.
+
+        Raises:
+            UserError: The template does not define this mode or reasoning effort.
+        """
+        has_reasoning, effort = options.enable_thinking, options.reasoning_effort
+        if effort is not None and effort not in self.reasoning_efforts:
+            raise UserError(
+                f"reasoning effort {effort!r:.80} for a model of the family {self.name}",
+                where="reasoning_effort",
+                expected=", ".join(self.reasoning_efforts)
+                or "no value: the chat template of the model has no reasoning effort",
+                remedy="choose one of these" if self.reasoning_efforts else "omit it",
+            )
+        if effort is not None and has_reasoning is False:
+            raise UserError(
+                f"reasoning effort {effort} in non-thinking mode",
+                where="reasoning_effort",
+                expected="a reasoning effort in thinking mode only",
+                remedy="omit it, or enable thinking",
+            )
+        if has_reasoning is None:
+            has_reasoning = self.has_reasoning or effort is not None
+        if has_reasoning != self.has_reasoning and not self.has_thinking_modes:
+            modes = ("non-thinking", "thinking")
+            raise UserError(
+                f"{modes[has_reasoning]} mode for a model of the family {self.name}",
+                where="thinking",
+                expected=f"{modes[self.has_reasoning]} mode, the only mode of this model",
+                remedy="omit the mode, or use a model with both modes, such as Qwen3.5",
+            )
+        return replace(
+            self, has_reasoning=has_reasoning, reasoning_effort=effort or self.reasoning_effort
+        )
 
     @property
     def renders_reasoning(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from finesight.config import ImageRule, PixelRange
 from finesight.data.image_header import MAX_IMAGE_PIXELS
 from finesight.data.sample import ContentPart, ImagePart, LocatedSample, Message, TextPart
-from finesight.encode.family import PredictedBox
+from finesight.encode.family import PredictedBox, ThinkingOptions
 from finesight.encode.renderer import FAMILIES, Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.encode.tokenizer import LARGEST_ID, Tokenizer, check_tokenizer_file, is_rust_panic
@@ -174,6 +174,17 @@ class HfRenderer(Renderer):
     def __reduce__(self) -> tuple[type[HfRenderer], tuple[Any, ...]]:
         # Spawned processes load the processor again.
         return HfRenderer, self._init_args
+
+    def with_thinking(self, options: ThinkingOptions) -> Self:
+        """Return the renderer, which supports the non-thinking mode only."""
+        if options.enable_thinking or options.reasoning_effort is not None:
+            raise UserError(
+                f"thinking mode for a model of the family {self.family}",
+                where="thinking",
+                expected="non-thinking mode: the transformers backend supports only this mode",
+                remedy="omit the mode, or use a model of a native family",
+            )
+        return self
 
     def encode(self, located_sample: LocatedSample) -> EncodedSample:
         """Encode a sample as model inputs, including its processed images."""

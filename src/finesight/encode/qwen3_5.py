@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from finesight.data.sample import Message, TextPart
 from finesight.encode.family import THINK_END, THINK_START, strip_content
 from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.model_folder import ModelFolder
 
-ReasoningEffort = Literal["xhigh", "medium", "low"]
-
-EFFORT_INSTRUCTIONS: dict[ReasoningEffort, str] = {
+EFFORT_INSTRUCTIONS: dict[str, str] = {
     "xhigh": (
         "Reasoning effort is set to xhigh. Please think carefully through the task, validate key "
         "assumptions, consider plausible alternatives, and prioritize correctness, consistency, "
@@ -39,13 +37,16 @@ class Qwen35(Qwen3VL):
     Attributes:
         has_reasoning: Generate in thinking mode.
         preserves_reasoning: Render the reasoning of turns before the last question.
-        reasoning_effort: Reasoning effort of Qwen3.8; None for models without this setting.
     """
 
     name: str = "qwen3_5"
     preserves_reasoning: bool = False
-    reasoning_effort: ReasoningEffort | None = None
+    has_thinking_modes: ClassVar[bool] = True
     strips_content: ClassVar[bool] = True
+
+    @property
+    def reasoning_efforts(self) -> tuple[str, ...]:
+        return () if self.reasoning_effort is None else tuple(EFFORT_INSTRUCTIONS)
 
     @property
     def renders_reasoning(self) -> bool:

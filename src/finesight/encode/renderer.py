@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,7 @@ from finesight.encode.family import (
     PredictedBox,
     PromptPiece,
     SpecialToken,
+    ThinkingOptions,
     VideoSegment,
     strip_content,
 )
@@ -312,7 +314,24 @@ class Renderer(ABC):
     system_prompt: str | None
     tokenizer: TextTokenizer
     end_ids: tuple[int, ...]
-    has_reasoning: bool = False
+
+    @property
+    def has_reasoning(self) -> bool:
+        """True if prompts are rendered in thinking mode."""
+        return False
+
+    @property
+    def renders_reasoning(self) -> bool:
+        """True if the reasoning of assistant turns is separated from their answers."""
+        return False
+
+    @abstractmethod
+    def with_thinking(self, options: ThinkingOptions) -> Self:
+        """Return a copy of the renderer whose prompts have a thinking mode.
+
+        Raises:
+            UserError: The chat template does not define this mode or reasoning effort.
+        """
 
     @abstractmethod
     def _tokenize_messages(
@@ -380,17 +399,23 @@ class Renderer(ABC):
         message = Message(role="user", content=(*parts, TextPart(text=prompt)))
         return self.encode_prompt(LocatedSample(Sample(id=prompt, messages=(message,)), Path()))
 
-    def decode_completion(self, ids: Sequence[int]) -> DecodedCompletion:
+    def decode_completion(
+        self, ids: Sequence[int], *, is_thinking: bool | None = None
+    ) -> DecodedCompletion:
         """Decode the token ids of a completion up to its end token.
 
         `raw_text` is decoded from all ids and contains special tokens, but not the reasoning.
+
+        Args:
+            is_thinking: Whether the completion starts within the reasoning
+                (`TokenizedSample.is_thinking`); None for the mode of the renderer.
         """
         stop_positions = (position for position, token in enumerate(ids) if token in self.end_ids)
         text = self.tokenizer.decode(
             ids[: next(stop_positions, len(ids))], skip_special_tokens=True
         )
         raw_text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        if not self.has_reasoning:
+        if not (self.has_reasoning if is_thinking is None else is_thinking):
             return DecodedCompletion(text, raw_text, None)
         reasoning, answer = parse_reasoning(text)
         return DecodedCompletion(answer, parse_reasoning(raw_text)[1], reasoning)
@@ -411,7 +436,8 @@ class NativeRenderer(Renderer):
     published chat template. The system turn is that of the sample, else `system_prompt`, else the
     default of the family. An image is `<|vision_start|>`, one `<|image_pad|>` per merged patch, and
     `<|vision_end|>`. Adjacent boxes are formatted by the family. For models with reasoning, only
-    the reasoning of the last answer is rendered.
+    the reasoning of the last answer is rendered. If the template has two modes, a sample whose last
+    answer contains reasoning is rendered in thinking mode, and any other in non-thinking mode.
 
     Supervised tokens are the content of assistant turns and their `<|im_end|>`, without the newline
     after it. Answers are tokenized separately from the `assistant` header, because the prompt ends
@@ -436,11 +462,23 @@ class NativeRenderer(Renderer):
         self.patch_config = load_patch_config(folder)
         self.image_rule: ImageRule = resolve_image_rule(folder.preprocessor_config, image_rule)
         self.system_prompt = self.family.system_prompt if system_prompt is None else system_prompt
-        self.has_reasoning = self.family.has_reasoning
         self.tokenizer = load_tokenizer(folder)
         self.end_ids = (self.tokenizer.token_to_id(IM_END), self.tokenizer.token_to_id(END_OF_TEXT))
         for token, key in self.family.token_id_keys.items():
             self._check_token_id(folder, key, token)
+
+    @property
+    def has_reasoning(self) -> bool:
+        return self.family.has_reasoning
+
+    @property
+    def renders_reasoning(self) -> bool:
+        return self.family.renders_reasoning
+
+    def with_thinking(self, options: ThinkingOptions) -> Self:
+        renderer = copy(self)
+        renderer.family = self.family.with_thinking(options)
+        return renderer
 
     def encode_without_patches(self, located_sample: LocatedSample) -> EncodedSample:
         empty = np.empty((0, self.patch_config.patch_dim), dtype=np.uint8)
@@ -485,14 +523,17 @@ class NativeRenderer(Renderer):
         state = _RenderState(
             located_sample.sample.id, token_builder, iter(inputs_by_part), images, [], []
         )
-        messages = self.family.format_messages(self._with_system_prompt(messages))
+        family = self.family
+        if family.has_thinking_modes and not add_generation_prompt:
+            family = replace(family, has_reasoning=_has_reasoning(messages))
+        messages = family.format_messages(self._with_system_prompt(messages))
         for index, message in enumerate(messages):
             token_builder.add_special_token(IM_START, is_supervised=False)
             self._add_role(token_builder, message.role)
             is_assistant = message.role == "assistant"
             content: Sequence[ContentPart] = message.content
-            if self.family.renders_reasoning and is_assistant:
-                is_kept = self.family.keeps_reasoning(messages, index)
+            if family.renders_reasoning and is_assistant:
+                is_kept = family.keeps_reasoning(messages, index)
                 content = self._add_reasoning(state, message, is_kept=is_kept)
             self._add_content(state, content, is_supervised=is_assistant)
             token_builder.add_special_token(IM_END, is_supervised=is_assistant)
@@ -500,18 +541,23 @@ class NativeRenderer(Renderer):
         if add_generation_prompt:
             token_builder.add_special_token(IM_START, is_supervised=False)
             self._add_role(token_builder, "assistant")
-            token_builder.add_text(self.family.generation_prompt, is_supervised=False)
+            token_builder.add_text(family.generation_prompt, is_supervised=False)
         ids_T, loss_mask_T = token_builder.to_arrays()
         if add_generation_prompt:
             loss_mask_T = np.zeros_like(loss_mask_T)
         spans, temporal_ids = (
-            ([], []) if self.family.uses_1d_positions else (state.spans, state.temporal_ids)
+            ([], []) if family.uses_1d_positions else (state.spans, state.temporal_ids)
         )
         position_ids_3T = compute_position_ids(
             len(ids_T), spans, temporal_ids, self.patch_config.merge_size
         )
         return TokenizedSample(
-            located_sample.sample.id, ids_T, loss_mask_T, position_ids_3T, tuple(state.spans)
+            located_sample.sample.id,
+            ids_T,
+            loss_mask_T,
+            position_ids_3T,
+            tuple(state.spans),
+            is_thinking=family.has_reasoning,
         )
 
     def _add_role(self, token_builder: TokenBuilder, role: str) -> None:
@@ -645,6 +691,13 @@ class NativeRenderer(Renderer):
                 expected="the same id in both files",
                 remedy="use both files of the same model",
             )
+
+
+def _has_reasoning(messages: Sequence[Message]) -> bool:
+    """Return whether the last assistant turn of a conversation contains reasoning."""
+    answers = [message.content for message in messages if message.role == "assistant"]
+    reasoning = split_reasoning(answers[-1]).reasoning if answers else None
+    return bool(strip_content(reasoning or ()))
 
 
 def _get_nested(config: Mapping[str, Any], key: str) -> object:

@@ -45,6 +45,8 @@ class TokenizedSample:
     Attributes:
         position_ids_3T: M-RoPE positions: time, height and width (Wang et al. 2024, Qwen2-VL,
             section 2.1).
+        is_thinking: Whether the sample is rendered in thinking mode. A prompt then ends within the
+            reasoning section.
     """
 
     id: str
@@ -52,6 +54,7 @@ class TokenizedSample:
     loss_mask_T: NDArray[np.bool_]
     position_ids_3T: NDArray[np.int32]
     spans: tuple[VisualSpan, ...]
+    is_thinking: bool = field(default=False, kw_only=True)
 
     @property
     def num_tokens(self) -> int:

@@ -214,9 +214,9 @@ def evaluate(
             expected="at least one sample with an answer",
             remedy="set validation samples, for example with `finesight data import --eval-last`",
         )
-    has_reasoning = renderer.has_reasoning
     references = [
-        get_reference_answer(sample.sample, has_reasoning=has_reasoning) for sample in selected
+        get_reference_answer(sample.sample, has_reasoning=renderer.renders_reasoning)
+        for sample in selected
     ]
     check_references(settings.metric, references)
     predict_fn = partial(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finesight.config import Device, Precision
 from finesight.data.sample import LocatedSample
-from finesight.encode.renderer import Renderer, build_renderer
+from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.export import merge_parity
@@ -163,7 +163,7 @@ class _WrittenOutputs:
 def _collect_questions(
     source: str, model_source: ModelSource, num_samples: int, folder: Path
 ) -> _ParityQuestions:
-    renderer = _build_renderer(model_source.folder, model_source)
+    renderer = model_source.build_renderer()
     pairs, origin = (
         encode_prompts(renderer, load_validation_samples(source, num_samples)),
         "validation images",
@@ -181,15 +181,6 @@ def _collect_questions(
         where=str(model_source.folder.path),
         expected="a model for images of 200 x 200 pixels and a short question",
         remedy="check the image settings in the manifest of the run",
-    )
-
-
-def _build_renderer(folder: ModelFolder, model_source: ModelSource) -> Renderer:
-    manifest = model_source.manifest
-    return build_renderer(
-        folder,
-        manifest.image_rule if manifest else None,
-        manifest.system_prompt if manifest else None,
     )
 
 
@@ -278,7 +269,7 @@ def _compare_folder(
     weight_precision: str,
 ) -> MergeParity:
     written_source = resolve_model_source(str(folder))
-    renderer = _build_renderer(written_source.folder, written_source)
+    renderer = written_source.build_renderer()
     prompts = [prompt for _, prompt in encode_prompts(renderer, questions.samples)]
     merge_parity.check_same_prompts(prompts, questions.prompts)
     # The written model is already freed: only one model is in memory at a time.

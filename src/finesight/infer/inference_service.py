@@ -196,7 +196,7 @@ class GenerationStream:
         self._service, self._located_sample, self._tokenized = service, located_sample, tokenized
         self._image_index = image_index
         self._detokenizer = IncrementalDetokenizer(
-            renderer.tokenizer, renderer.end_ids, options.stop_strings, renderer.has_reasoning
+            renderer.tokenizer, renderer.end_ids, options.stop_strings, tokenized.is_thinking
         )
         self._deltas: deque[CompletionDelta] = deque()
         self._changed = threading.Condition()

@@ -11,6 +11,7 @@ from typing import Literal, NoReturn
 import torch
 
 from finesight.config import Device, Precision, WeightFormat
+from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE, Manifest, load_manifest
@@ -25,6 +26,8 @@ from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES
 from finesight.model_folder import ModelFolder, locate_model, resolve_model_path
+
+DEFAULT_THINKING = ThinkingOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,14 @@ class ModelSource:
     nf4_parts: tuple[ModelPart, ...] = ()
     fp8_parts: tuple[ModelPart, ...] = ()
 
+    def build_renderer(self) -> Renderer:
+        """Create the renderer with the settings in the manifest of the run."""
+        if self.manifest is None:
+            return build_renderer(self.folder)
+        manifest = self.manifest
+        renderer = build_renderer(self.folder, manifest.image_rule, manifest.system_prompt)
+        return renderer.with_thinking(ThinkingOptions(enable_thinking=manifest.enable_thinking))
+
     @property
     def quantization_summary(self) -> str:
         """Description of the quantized parts; empty without quantization."""
@@ -72,6 +83,7 @@ def load_inference_model(
     device: Device = "auto",
     precision: Precision = "auto",
     weight_format: WeightFormat = "auto",
+    thinking: ThinkingOptions = DEFAULT_THINKING,
 ) -> InferenceModel:
     """Load a single model for inference, as in `finesight predict` and `finesight eval`.
 
@@ -82,9 +94,10 @@ def load_inference_model(
         precision: `auto` is bf16 on GPUs that support it, fp16 on older GPUs, fp32 on CPU.
         weight_format: `auto` is the stored format, or the format of the training run. Other formats
             are converted while loading.
+        thinking: Thinking mode and reasoning effort; by default those of the training run.
     """
     source = resolve_model_source(run_or_model)
-    model, renderer = _load_base_model(source, device, precision, weight_format)
+    model, renderer = _load_base_model(source, device, precision, weight_format, thinking)
     if source.adapter is not None:
         load_adapter(model, source.adapter, base_folder=source.folder)
     model.eval()
@@ -92,16 +105,15 @@ def load_inference_model(
 
 
 def _load_base_model(
-    source: ModelSource, device: Device, precision: Precision, weight_format: WeightFormat
+    source: ModelSource,
+    device: Device,
+    precision: Precision,
+    weight_format: WeightFormat,
+    thinking: ThinkingOptions,
 ) -> tuple[AnyModel, Renderer]:
     torch_device = resolve_device(device)
-    manifest = source.manifest
     # The renderer reads small files and rejects an unsupported family before weights are loaded.
-    renderer = build_renderer(
-        source.folder,
-        manifest.image_rule if manifest else None,
-        manifest.system_prompt if manifest else None,
-    )
+    renderer = source.build_renderer().with_thinking(thinking)
     dtype = resolve_precision(precision, torch_device)
     model = load_auto_model(
         source.folder, dtype, torch_device, source.nf4_parts, weight_format, source.fp8_parts
@@ -118,6 +130,7 @@ def load_multi_adapter_model(
     device: Device = "auto",
     precision: Precision = "auto",
     weight_format: WeightFormat = "auto",
+    thinking: ThinkingOptions = DEFAULT_THINKING,
 ) -> InferenceModel:
     """Load a model with several LoRA adapters that requests select by name.
 
@@ -126,8 +139,8 @@ def load_multi_adapter_model(
     """
     base_source = resolve_model_source(run_or_model)
     if base_source.adapter is None and not extra_adapters:
-        return load_inference_model(run_or_model, device, precision, weight_format)
-    model, renderer = _load_base_model(base_source, device, precision, weight_format)
+        return load_inference_model(run_or_model, device, precision, weight_format, thinking)
+    model, renderer = _load_base_model(base_source, device, precision, weight_format, thinking)
     multi_lora, num_adapters = MultiLora(model), 0
     adapter_indices: dict[str, int | None] = {}
     for run_or_adapter in (run_or_model, *extra_adapters):

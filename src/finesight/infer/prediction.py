@@ -253,7 +253,7 @@ def build_prediction(
         image_index: Index of the image that predicted boxes refer to. If None, that of the boxes in
             the reference answer, or else the first image.
     """
-    completion = renderer.decode_completion(output_ids)
+    completion = renderer.decode_completion(output_ids, is_thinking=prompt.is_thinking)
     sample = located_sample.sample
     user_turns = [message.content for message in sample.messages if message.role == "user"]
     if image_index is None:

@@ -19,6 +19,7 @@ from finesight.config import DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample, list_media_paths
+from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import filter_samples, find_sample_error
@@ -94,6 +95,7 @@ class SampleStats(NamedTuple):
         grid_thw: Patch grid of each image or video.
         image_hashes: Short digests of the image paths.
         leaked_images: Paths of validation images that occur in the sample.
+        is_thinking: Whether the sample is rendered in thinking mode.
     """
 
     id: str
@@ -103,6 +105,7 @@ class SampleStats(NamedTuple):
     grid_thw: tuple[GridTHW, ...]
     image_hashes: tuple[bytes, ...]
     leaked_images: frozenset[str]
+    is_thinking: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -140,6 +143,7 @@ def _scan_sample(
         grid_thw=tuple(span.grid_thw for span in tokenized.spans),
         image_hashes=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in paths),
         leaked_images=frozenset(paths & watched_images),
+        is_thinking=tokenized.is_thinking,
     )
     return _ScanResult(stats, SharedPrefix.from_sample(tokenized), read_image_state(sample))
 
@@ -309,6 +313,13 @@ class TrainingData:
         indices = self.stats.sample_indices
         # A list of millions of indices would be too long.
         return json.dumps(indices) if self.stats.is_complete else f"all of {len(indices)}"
+
+    def select_thinking_mode(self, renderer: Renderer) -> Renderer:
+        """Return the renderer in the thinking mode of the majority of the scanned samples."""
+        modes = [stats.is_thinking for stats in self.stats.sample_stats]
+        if not modes:
+            return renderer
+        return renderer.with_thinking(ThinkingOptions(enable_thinking=2 * sum(modes) > len(modes)))
 
     def build_sample_stats(self, renderer: Renderer, data: DataSettings) -> SampleStatsMap:
         """Return a mapping from corpus indices to sample statistics."""

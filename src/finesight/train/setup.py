@@ -160,6 +160,7 @@ def build_manifest(state: TrainState) -> Manifest:
         base_fingerprint=base_model.folder.fingerprint(),
         image_rule=renderer.image_rule,
         system_prompt=renderer.system_prompt,
+        enable_thinking=renderer.has_reasoning if renderer.renders_reasoning else None,
         eos_token=renderer.tokenizer.id_to_token(renderer.end_ids[0]),
         tune=state.recipe.tune,
         versions=library_versions(),
@@ -202,6 +203,7 @@ def build_train_state(
     train_data, validation_data = load_training_data(
         recipe, renderer, hardware.num_workers, console
     )
+    renderer = train_data.select_thinking_mode(renderer)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
     lr_schedule = LRSchedule(recipe.train, len(sampler))
     resume_config = _build_resume_config(

@@ -391,6 +391,13 @@ class InferenceService:
         return tuple(self._adapters)
 
     @property
+    def default_thinking(self) -> bool | None:
+        """Thinking mode of the default model; None if its chat template has only one mode."""
+        if not self.renderer.has_thinking_modes:
+            return None
+        return self.select_renderer(None, DEFAULT_THINKING).has_reasoning
+
+    @property
     def max_model_len(self) -> int:
         """Maximum number of prompt and completion tokens of a request."""
         if isinstance(self._model, HfModel):

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from finesight.data.image_header import ImageSize
 from finesight.encode.family import (
     FRAME_1000,
+    BoxTokens,
     ImageBox,
     ModelFamily,
     PredictedBox,
@@ -40,6 +42,12 @@ class Qwen2VL(ModelFamily):
     """Box format and temporal positions of Qwen2-VL (Wang et al. 2024, arXiv 2409.12191)."""
 
     name: str = "qwen2_vl"
+    box_tokens: ClassVar[BoxTokens | None] = (
+        "<|object_ref_start|>",
+        "<|object_ref_end|>",
+        "<|box_start|>",
+        "<|box_end|>",
+    )
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format boxes with special tokens in thousandths of the image size (section 2.2.1)."""

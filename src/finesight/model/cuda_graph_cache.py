@@ -1,4 +1,7 @@
-"""CUDA graph capture and replay for launch-bound decoding steps."""
+"""CUDA graph capture and replay, for launch-bound decoding and training steps.
+
+`infer.model_runner` captures decoding steps, `train.cuda_graphs` forward and backward passes.
+"""
 
 from __future__ import annotations
 

@@ -67,6 +67,7 @@ class ScriptedService:
     answer: AnswerFunction = lambda text: (text, ())
     model_names: tuple[str, ...] = ("parrot", "base")
     is_endless: bool = False
+    default_thinking: bool | None = None
     requests: list[GenerationOptions] = field(default_factory=list)
 
     def submit(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from service_fixture import write_shape_image
+from thinking_fixtures import ANSWER, THOUGHT, train_run
 from typer.testing import CliRunner
 
 from finesight.cli.app import app
@@ -126,3 +127,14 @@ def test_ctrl_c_cancels_reply_but_not_session():
     lines = output.decode().splitlines()
     assert lines[-2].endswith("[stopped]")
     assert lines[-1] == "removed: Tell me everything."
+
+
+@pytest.mark.parametrize(
+    ("options", "has_reasoning"), [((), True), (("--no-thinking",), False)], ids=["run", "option"]
+)
+def test_reasoning_is_printed_before_the_answer(tmp_path, options, has_reasoning):
+    run = str(train_run(tmp_path / "task"))
+    command = ["chat", run, "--device", "cpu", "--precision", "fp32", *options]
+    result = CliRunner().invoke(app, command, input="Which colour?\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (f"{THOUGHT}\n\n" if has_reasoning else "") + f"{ANSWER}\n"

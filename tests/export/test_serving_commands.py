@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finesight.config import ExactSize, PixelRange
+from finesight.config import ExactSize, PixelRange, TuneSettings
 from finesight.errors import UserError
 from finesight.export.gguf import GgufFiles
 from finesight.export.serving_commands import (
@@ -18,6 +18,7 @@ from finesight.export.serving_commands import (
     format_serving_commands,
 )
 from finesight.infer.model_loader import ModelSource
+from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 
 ASSETS = Path(__file__).parents[3] / "shared" / "qwen_assets"
@@ -140,6 +141,31 @@ def test_thinking_mode_is_selected_by_the_server(name: str) -> None:
     line = format_llama_server_command(folder, GgufFiles(Path("a/model.gguf"), Path("a/m.gguf")))
     given = shlex.split(line)
     assert given[given.index("--chat-template-kwargs") + 1] == '{"enable_thinking": false}'
+
+
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="published configurations are not there")
+def test_thinking_mode_of_the_run_is_selected() -> None:
+    folder = ModelFolder(ASSETS / "Qwen3.5-2B")
+    manifest = Manifest(
+        family=folder.family,
+        base_model="base",
+        base_fingerprint="0",
+        image_rule=PixelRange(min_pixels=65536, max_pixels=262144),
+        system_prompt=None,
+        enable_thinking=True,
+        eos_token="<|im_end|>",
+        tune=TuneSettings(),
+        versions={},
+    )
+    serving = build_serving_commands(ModelSource(folder, None, manifest), "runs/mine")
+    for line in (serving.vllm, serving.sglang):
+        given = options(line, 3)
+        assert json.loads(given["--default-chat-template-kwargs"]) == {"enable_thinking": True}
+        assert given["--reasoning-parser"] == "qwen3"
+    assert any('{"enable_thinking": true}' in note for note in serving.notes)
+    files = GgufFiles(Path("model.gguf"), Path("m.gguf"))
+    line = format_llama_server_command(folder, files, manifest.enable_thinking)
+    assert """--chat-template-kwargs '{"enable_thinking": true}'""" in line
 
 
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="published configurations are not there")

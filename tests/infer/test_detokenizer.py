@@ -157,11 +157,18 @@ def _in_pieces(text: bytes, rng: random.Random) -> list[int]:
         "why\n</think>\n\nas </think> says",
     ],
 )
-def test_reasoning_is_not_emitted(byte_tokenizer, text):
+def test_reasoning_is_emitted_separately(byte_tokenizer, text):
     rng = random.Random(1)
     for _ in range(10):
         ids = _in_pieces(text.encode(), rng)
         assert "".join(stream_text(byte_tokenizer, ids, thinks=True)) == parse_reasoning(text)[1]
+        detokenizer = IncrementalDetokenizer(byte_tokenizer, (), (), True)
+        reasoning = ""
+        for token in ids:
+            detokenizer.add_token(token)
+            reasoning += detokenizer.take_reasoning()
+        detokenizer.flush()
+        assert reasoning + detokenizer.take_reasoning() == parse_reasoning(text)[0]
 
 
 def test_stop_string_in_reasoning_is_ignored(byte_tokenizer):

@@ -14,17 +14,19 @@ from typing import NamedTuple
 import pytest
 import torch
 from engine_fixtures import make_mixed_questions, make_sample
+from thinking_fixtures import train_run
 from tiny_model import create_tiny_model
 
 from finesight.data.sample import LocatedSample
+from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer import inference_service as area
 from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
-from finesight.infer.model_loader import InferenceModel
+from finesight.infer.model_loader import InferenceModel, load_multi_adapter_model
 from finesight.infer.model_runner import ModelRunner
-from finesight.infer.prediction import predict
+from finesight.infer.prediction import build_question, predict
 from finesight.infer.request import CompletionDelta, GenerationOptions, SamplingParams
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
@@ -444,3 +446,26 @@ def test_closed_service_leaves_no_thread(question_set):
         list(service.submit(question_set.questions[0], OPTIONS))
         service.close()
     assert threading.active_count() == before
+
+
+def test_adapters_keep_the_thinking_mode_of_their_runs(tmp_path):
+    lora = {"language": "lora", "lora": {"rank": 2}}
+    first = train_run(tmp_path / "first", steps=1, tune=lora)
+    base = tmp_path / "first" / "qwen3_8"
+    second = train_run(tmp_path / "second", model=base, num_thoughts=0, steps=1, tune=lora)
+    for options, expected in (
+        (ThinkingOptions(), {"run-6": True, "run-0": False, "base": True}),
+        (ThinkingOptions(enable_thinking=False), dict.fromkeys(("run-6", "run-0", "base"), False)),
+    ):
+        model = load_multi_adapter_model(str(first), [str(second)], "cpu", "fp32", thinking=options)
+        service = InferenceService(model, max_num_seqs=2, kv_cache_bytes=1 << 22)
+        try:
+            question = build_question((), "Which colour?", "s")
+            found = {}
+            for name in expected:
+                stream = service.submit(question, GenerationOptions(max_new_tokens=2, model=name))
+                list(stream)
+                found[name] = stream.build_prediction().reasoning is not None
+        finally:
+            service.close()
+        assert found == expected

@@ -38,6 +38,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "en" / "serving.md"
 EXTENSIONS = {
     "top_k",
     "repetition_penalty",
+    "chat_template_kwargs",
+    "messages.[].reasoning_content",
+    "reasoning_effort: any",
     "response_format.type: boxes",
     "messages.[].content.[].image_url.detail: any",
     # The type for streams allows true only.
@@ -45,7 +48,7 @@ EXTENSIONS = {
 }
 UNSUPPORTED = {
     *("audio", "function_call", "functions", "moderation", "prediction", "prompt_cache_options"),
-    *("prompt_cache_retention", "reasoning_effort", "verbosity", "web_search_options"),
+    *("prompt_cache_retention", "verbosity", "web_search_options"),
 }
 
 Schema = dict[str, Any]

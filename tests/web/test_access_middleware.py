@@ -19,10 +19,15 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from service_fixture import run_service
+from thinking_fixtures import ANSWER, THOUGHT, train_run
 from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
+from finesight.encode.family import ThinkingOptions
+from finesight.infer.request import GenerationOptions
 from finesight.web import access_middleware, web_sessions
 from finesight.web.access_middleware import MAX_MESSAGE_BYTES, MAX_UPLOAD_BYTES, SESSION_COOKIE
+from finesight.web.chat_html import render_turns
 from finesight.web.web_sessions import MAX_IMAGE_BYTES, UPLOAD_TTL_S
 
 PASSWORD = "right-password"
@@ -69,7 +74,7 @@ def _upload(location: RunningWebPage, name: str, content: bytes) -> tuple[int, s
 
 def _join(location: RunningWebPage, path: Any) -> int:
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    return _send_event(location, [{"text": "What?", "files": [file]}, False, 9, 0])[0]
+    return _send_event(location, [{"text": "What?", "files": [file]}, False, False, 9, 0])[0]
 
 
 def _event_id(location: RunningWebPage, inputs: int) -> int:
@@ -79,7 +84,7 @@ def _event_id(location: RunningWebPage, inputs: int) -> int:
 
 
 def _send_event(location: RunningWebPage, data: Any, **other: Any) -> tuple[int, bytes]:
-    body = {"data": data, "fn_index": _event_id(location, 4), "session_hash": "abc"} | other
+    body = {"data": data, "fn_index": _event_id(location, 5), "session_hash": "abc"} | other
     status, _, output = _ask(
         location, "POST", "/gradio_api/queue/join", json.dumps(body).encode(),
         content_type="application/json",
@@ -289,7 +294,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "no data": {"data": None},
     "data of another kind": {"data": {}},
     "too few inputs": {"data": [QUESTION]},
-    "too many inputs": {"data": [QUESTION, False, 9, 0, 1]},
+    "too many inputs": {"data": [QUESTION, False, False, 9, 0, 1]},
     "unknown event": {"fn_index": 99},
     "negative event": {"fn_index": -1},
     "huge event": {"fn_index": 10**3000},
@@ -299,27 +304,28 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "long session": {"session_hash": "a" * 65},
     "session with a surrogate": {"session_hash": "\ud800"},
     "odd trigger": {"trigger_id": "x"},
-    "no question": {"data": [None, False, 9, 0]},
-    "question as a text": {"data": ["What?", False, 9, 0]},
-    "question as a list": {"data": [[], False, 9, 0]},
-    "text as a number": {"data": [{"text": 1, "files": []}, False, 9, 0]},
-    "text with a surrogate": {"data": [{"text": "\ud800", "files": []}, False, 9, 0]},
-    "files as a text": {"data": [{"text": "", "files": "x"}, False, 9, 0]},
-    "files without a path": {"data": [{"text": "", "files": [{}]}, False, 9, 0]},
-    "comparison as a text": {"data": [QUESTION, "x", 9, 0]},
-    "length of no number": {"data": [QUESTION, False, "x", 0]},
-    "length below one": {"data": [QUESTION, False, 0, 0]},
-    "length beyond the most": {"data": [QUESTION, False, 1e308, 0]},
-    "length that is not finite": {"data": [QUESTION, False, float("nan"), 0]},
-    "negative temperature": {"data": [QUESTION, False, 9, -1]},
-    "no temperature": {"data": [QUESTION, False, 9, None]},
+    "no question": {"data": [None, False, False, 9, 0]},
+    "question as a text": {"data": ["What?", False, False, 9, 0]},
+    "question as a list": {"data": [[], False, False, 9, 0]},
+    "text as a number": {"data": [{"text": 1, "files": []}, False, False, 9, 0]},
+    "text with a surrogate": {"data": [{"text": "\ud800", "files": []}, False, False, 9, 0]},
+    "files as a text": {"data": [{"text": "", "files": "x"}, False, False, 9, 0]},
+    "files without a path": {"data": [{"text": "", "files": [{}]}, False, False, 9, 0]},
+    "comparison as a text": {"data": [QUESTION, "x", False, 9, 0]},
+    "thinking mode as a text": {"data": [QUESTION, False, "x", 9, 0]},
+    "length of no number": {"data": [QUESTION, False, False, "x", 0]},
+    "length below one": {"data": [QUESTION, False, False, 0, 0]},
+    "length beyond the most": {"data": [QUESTION, False, False, 1e308, 0]},
+    "length that is not finite": {"data": [QUESTION, False, False, float("nan"), 0]},
+    "negative temperature": {"data": [QUESTION, False, False, 9, -1]},
+    "no temperature": {"data": [QUESTION, False, False, 9, None]},
     "deep": {"data": json.loads("[" * 500 + "]" * 500)},
 }
 
 
 @pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
 def test_malformed_event_is_refused_without_a_traceback(open_page, change, capfd):
-    status, output = _send_event(open_page, **({"data": [QUESTION, False, 9, 0]} | change))
+    status, output = _send_event(open_page, **({"data": [QUESTION, False, False, 9, 0]} | change))
     assert (status, json.loads(output)) == (422, {"detail": "malformed event"})
     # Gradio answers first, and fails later.
     assert _converse(open_page, "still there") == "still there"
@@ -358,11 +364,12 @@ def test_client_that_leaves_during_an_upload_leaves_no_traceback(open_page, capf
     assert capfd.readouterr().err == ""
 
 
-def _converse(location: RunningWebPage, text: str) -> str:
+def _converse(location: RunningWebPage, text: str, *, thinking: bool = False) -> str:
     """Submit a question like the page, and read the answer from the event stream."""
     session = secrets.token_hex(8)
     question = {"text": text, "files": []}
-    assert _send_event(location, [question, False, 9, 0], session_hash=session)[0] == 200
+    data = [question, False, thinking, 60, 0]
+    assert _send_event(location, data, session_hash=session)[0] == 200
     with _connect(location) as connection:
         connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
         for line in connection.getresponse():
@@ -475,3 +482,34 @@ def test_other_names_are_refused_without_a_password_alone(open_page):
     result = _ask(open_page, "GET", "/", **BEHIND_PROXY)
     assert result[0] == 403
     assert b"password" in result[2]
+
+
+@pytest.mark.parametrize("default", [None, False, True])
+def test_page_selects_the_thinking_mode(default):
+    service = ScriptedService(default_thinking=default)
+    with run_web_page(service) as location:
+        config = json.loads(_ask(location, "GET", "/config")[2])
+        [checkbox] = [
+            x["props"] for x in config["components"] if x["props"].get("elem_id") == "thinking"
+        ]
+        assert checkbox["visible"] == (default is not None)
+        assert checkbox["value"] == bool(default)
+        for chosen in (True, False):
+            _converse(location, "What?", thinking=chosen)
+            expected = None if default is None else chosen
+            assert service.requests[-1].thinking == ThinkingOptions(enable_thinking=expected)
+
+
+def test_page_shows_reasoning_of_a_run(tmp_path):
+    run = train_run(tmp_path / "task")
+    with run_service(str(run)) as service, run_web_page(service) as location:
+        assert _converse(location, "Which colour?", thinking=True) == ANSWER
+        assert _converse(location, "Which colour?", thinking=False) == ANSWER
+        session = location.visitors.get_or_create("shown")
+        for thinks in (True, False):
+            options = GenerationOptions(thinking=ThinkingOptions(enable_thinking=thinks))
+            turn = session.chat.send("Which colour?", [], [options])
+            list(turn.replies[0])
+            page = render_turns(session, [turn])
+            assert ANSWER in page
+            assert ("<summary>Reasoning</summary>" in page) == (THOUGHT in page) == thinks

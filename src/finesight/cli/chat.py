@@ -18,7 +18,9 @@ from finesight.cli.options import (
     DeviceOption,
     MaxNewTokensOption,
     PrecisionOption,
+    ReasoningEffortOption,
     RunOrModelArgument,
+    ThinkingOption,
     WeightFormatOption,
 )
 from finesight.errors import UserError, escape_unprintable
@@ -61,6 +63,8 @@ def chat(
             help="Random seed of sampling, for --temperature above 0. Default: different each time."
         ),
     ] = None,
+    thinking: ThinkingOption = None,
+    reasoning_effort: ReasoningEffortOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
@@ -72,6 +76,7 @@ def chat(
 
     Example: finesight chat runs/latex
     """
+    from finesight.encode.family import ThinkingOptions
     from finesight.infer.chat_session import ChatSession
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import load_multi_adapter_model
@@ -79,8 +84,11 @@ def chat(
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     generation_options = GenerationOptions(max_new_tokens=max_new_tokens, sampling_params=sampling)
+    thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     service = InferenceService(
-        load_multi_adapter_model(run_or_model, (), device, precision, weight_format)
+        load_multi_adapter_model(
+            run_or_model, (), device, precision, weight_format, thinking_options
+        )
     )
     try:
         ChatTerminal(
@@ -177,7 +185,12 @@ class ChatTerminal:
     def _print_reply(self, turn: ChatTurn) -> None:
         reply = turn.replies[0]
         with _cancel_on_sigint(reply):
+            num_chars = 0
             for delta in reply:
+                reasoning, num_chars = reply.reasoning[num_chars:], len(reply.reasoning)
+                typer.secho(escape_unprintable(reasoning), nl=False, dim=True)
+                if delta and delta == reply.text and reply.reasoning:
+                    typer.echo("\n")
                 typer.echo(escape_unprintable(delta), nl=False)
         finish_notes = {
             "length": " [truncated at --max-new-tokens]",

@@ -305,7 +305,9 @@ def export(
             return
         for path in paths.values():
             typer.echo(f"{path}  {path.stat().st_size:,} bytes")
-        typer.echo(format_llama_server_command(model_source.folder, gguf_files))
+        manifest = model_source.manifest
+        thinking = None if manifest is None else manifest.enable_thinking
+        typer.echo(format_llama_server_command(model_source.folder, gguf_files, thinking))
 
 
 def _print_serving_commands(model_source: ModelSource, source: str, as_json: bool) -> None:

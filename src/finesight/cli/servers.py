@@ -13,7 +13,9 @@ from finesight.cli.options import (
     DeviceOption,
     PortOption,
     PrecisionOption,
+    ReasoningEffortOption,
     RunOrModelArgument,
+    ThinkingOption,
     WeightFormatOption,
 )
 from finesight.errors import UserError
@@ -80,6 +82,8 @@ def serve(
             "canceled.",
         ),
     ] = 300.0,
+    thinking: ThinkingOption = None,
+    reasoning_effort: ReasoningEffortOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
@@ -102,6 +106,7 @@ def serve(
             expected="starlette, uvicorn, prometheus-client, python-multipart and llguidance",
             remedy="pip install 'finesight[serve]'",
         ) from error
+    from finesight.encode.family import ThinkingOptions
     from finesight.infer.model_loader import load_multi_adapter_model
 
     formats = read_formats(image_format or ())
@@ -110,8 +115,9 @@ def serve(
     limits = ServerLimits(
         max_num_seqs=max_num_seqs, max_waiting=max_waiting, request_timeout_s=request_timeout_s
     )
+    thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     inference_model = load_multi_adapter_model(
-        run_or_model, adapter or (), device, precision, weight_format
+        run_or_model, adapter or (), device, precision, weight_format, thinking_options
     )
     url_host = f"[{host}]" if ":" in host else host
     address = f"http://{url_host}:{listener.getsockname()[1]}/v1"
@@ -163,6 +169,8 @@ def web(
     no_password: Annotated[
         bool, typer.Option("--no-password", help="Require no password, also from the network.")
     ] = False,
+    thinking: ThinkingOption = None,
+    reasoning_effort: ReasoningEffortOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
@@ -177,13 +185,17 @@ def web(
     _require_gradio()
     password, is_generated = _resolve_password(host, password_file, no_password)
 
+    from finesight.encode.family import ThinkingOptions
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import load_multi_adapter_model
     from finesight.web.web_server import bind_socket, run_web_server
 
+    thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     with bind_socket(host, port) as listener:
         service = InferenceService(
-            load_multi_adapter_model(run_or_model, (), device, precision, weight_format)
+            load_multi_adapter_model(
+                run_or_model, (), device, precision, weight_format, thinking_options
+            )
         )
         try:
             typer.echo(f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}")

@@ -81,6 +81,9 @@ class ThinkingOptions:
     reasoning_effort: str | None = None
 
 
+DEFAULT_THINKING = ThinkingOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class PredictedBox:
     """A bounding box parsed from a generated answer, in pixels of the original image."""

@@ -321,6 +321,11 @@ class Renderer(ABC):
         return False
 
     @property
+    def has_thinking_modes(self) -> bool:
+        """True if the chat template has a thinking and a non-thinking mode."""
+        return False
+
+    @property
     def renders_reasoning(self) -> bool:
         """True if the reasoning of assistant turns is separated from their answers."""
         return False
@@ -470,6 +475,10 @@ class NativeRenderer(Renderer):
     @property
     def has_reasoning(self) -> bool:
         return self.family.has_reasoning
+
+    @property
+    def has_thinking_modes(self) -> bool:
+        return self.family.has_thinking_modes
 
     @property
     def renders_reasoning(self) -> bool:

@@ -257,7 +257,12 @@ def _format_serving(folder: ModelFolder, info: VerifiedMerge) -> str:
     system_prompt = manifest.system_prompt if manifest else None
     image_rule = manifest.image_rule if manifest else None
     serving_commands = format_serving_commands(
-        folder, info.folder.name, info.folder.name, image_rule, system_prompt
+        folder,
+        info.folder.name,
+        info.folder.name,
+        image_rule,
+        system_prompt,
+        manifest.enable_thinking if manifest else None,
     )
     notes = "\n".join(f"- {note}" for note in serving_commands.notes)
     engine_commands = f"```sh\n{serving_commands.vllm}\n\n{serving_commands.sglang}\n```"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
         Path(source).name,
         image_rule,
         system_prompt,
+        manifest.enable_thinking if manifest else None,
     )
 
 
@@ -88,12 +90,14 @@ def format_serving_commands(
     name: str,
     image_rule: ImageRule | None,
     system_prompt: str | None,
+    enable_thinking: bool | None = None,
 ) -> ServingCommands:
     """Format the serving commands of a model folder.
 
     Args:
         image_rule: Image rule of the run; None for the default of the model.
         system_prompt: System prompt of the run; None without one.
+        enable_thinking: Thinking mode of the run; None for the default of finesight.
     """
     preprocessor_config = folder.preprocessor_config
     if isinstance(image_rule, PixelRange):
@@ -106,7 +110,13 @@ def format_serving_commands(
         f"--served-model-name {shlex.quote(name or 'model')}",
     )
     greedy_config = _quote_json({"temperature": 0})
-    template_options = _format_template_options(folder)
+    arguments = get_template_arguments(folder, enable_thinking)
+    template_options = ""
+    if arguments:
+        template_options = f" --default-chat-template-kwargs {_quote_json(arguments)}"
+    if arguments.get("enable_thinking"):
+        # Without a parser, the answer of the API would contain the reasoning.
+        template_options += " --reasoning-parser qwen3"
     return ServingCommands(
         vllm=f"vllm serve {quoted} {common_options} --max-model-len {context_length}"
         f" --mm-processor-kwargs {_quote_json(pixel_limits)}"
@@ -115,46 +125,52 @@ def format_serving_commands(
         f" --context-length {context_length}"
         f" --mm-process-config {_quote_json({'image': pixel_limits})}{template_options}",
         request=json.dumps(REQUEST_PARAMETERS),
-        notes=tuple(_list_notes(folder, image_rule, system_prompt)),
+        notes=tuple(_list_notes(folder, image_rule, system_prompt, arguments)),
     )
 
 
-def get_template_arguments(folder: ModelFolder) -> dict[str, bool]:
+def get_template_arguments(
+    folder: ModelFolder, enable_thinking: bool | None = None
+) -> dict[str, bool]:
     """Return the arguments of the chat template that select the prompt format of finesight.
 
-    They are empty for templates without a thinking mode. finesight prompts models of Qwen3.5 and
-    later in non-thinking mode, and most of their templates select thinking mode by default.
+    They are empty for templates without a thinking mode. By default, finesight prompts models of
+    Qwen3.5 and later in non-thinking mode, while most of their templates select thinking mode.
     """
     family = load_family(folder)
-    has_modes = family.renders_reasoning and "enable_thinking" in folder.chat_template
-    return {"enable_thinking": family.has_reasoning} if has_modes else {}
+    if not family.renders_reasoning or "enable_thinking" not in folder.chat_template:
+        return {}
+    return {"enable_thinking": family.has_reasoning if enable_thinking is None else enable_thinking}
 
 
-def _format_template_options(folder: ModelFolder) -> str:
-    arguments = get_template_arguments(folder)
-    return f" --default-chat-template-kwargs {_quote_json(arguments)}" if arguments else ""
+def format_llama_server_command(
+    folder: ModelFolder, gguf_files: GgufFiles, enable_thinking: bool | None = None
+) -> str:
+    """Format the command of llama.cpp that serves the GGUF files of a model folder.
 
-
-def format_llama_server_command(folder: ModelFolder, gguf_files: GgufFiles) -> str:
-    """Format the command of llama.cpp that serves the GGUF files of a model folder."""
-    arguments = get_template_arguments(folder)
+    `enable_thinking` is the thinking mode of the run; None for the default of finesight.
+    """
+    arguments = get_template_arguments(folder, enable_thinking)
     options = f" --chat-template-kwargs {_quote_json(arguments)}" if arguments else ""
     model, mmproj = (shlex.quote(str(path)) for path in (gguf_files.model, gguf_files.mmproj))
     return f"llama-server -m {model} --mmproj {mmproj} --special --temp 0{options}"
 
 
 def _list_notes(
-    folder: ModelFolder, image_rule: ImageRule | None, system_prompt: str | None
+    folder: ModelFolder,
+    image_rule: ImageRule | None,
+    system_prompt: str | None,
+    template_arguments: Mapping[str, bool],
 ) -> list[str]:
     notes = [
         'each request must set "skip_special_tokens": false (the openai client:'
         " extra_body={'skip_special_tokens': False}), otherwise boxes lose their tokens"
     ]
-    if get_template_arguments(folder):
+    if template_arguments:
         notes.append(
             "vLLM supports this family from version 0.17.0. For SGLang versions without"
             " --default-chat-template-kwargs, remove the option and set"
-            f' "chat_template_kwargs": {json.dumps(get_template_arguments(folder))} in each request'
+            f' "chat_template_kwargs": {json.dumps(template_arguments)} in each request'
         )
     if image_rule is not None and not isinstance(image_rule, PixelRange):
         sizes = ", ".join(f"{key} {value}" for key, value in image_rule)

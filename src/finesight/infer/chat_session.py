@@ -60,11 +60,12 @@ class ChatReply:
 
     Attributes:
         image_path: Image that predicted boxes refer to; None without an image.
+        reasoning: Streamed reasoning before the text.
     """
 
     def __init__(self, model: str, stream: GenerationStream, image_path: Path | None) -> None:
         self.model, self.image_path = model, image_path
-        self.text = ""
+        self.text, self.reasoning = "", ""
         self.prediction: Prediction | None = None
         self.finish_reason: FinishReason | None = None
         self.content: tuple[ContentPart, ...] = ()
@@ -73,12 +74,14 @@ class ChatReply:
     def __iter__(self) -> Iterator[str]:
         for delta in self._stream:
             self.text += delta.text
+            self.reasoning += delta.reasoning
             yield delta.text
         self._finalize()
 
     async def __aiter__(self) -> AsyncIterator[str]:
         async for delta in self._stream:
             self.text += delta.text
+            self.reasoning += delta.reasoning
             yield delta.text
         self._finalize()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from finesight.data.sample import LocatedSample
-from finesight.encode.family import THINK_END
+from finesight.encode.family import DEFAULT_THINKING, THINK_END, ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.encode.tokenizer import TextTokenizer
@@ -85,8 +85,8 @@ class IncrementalDetokenizer:
 
     A token may end within a character or within a stop string. Text is emitted only when later
     tokens cannot change it. Each call decodes only the tokens since the last emitted text and the
-    tokens before them that affect spacing. With `has_reasoning`, all text up to the end of the
-    reasoning is discarded.
+    tokens before them that affect spacing. With `is_thinking`, the completion starts within the
+    reasoning, whose text `take_reasoning` returns.
     """
 
     def __init__(
@@ -94,10 +94,11 @@ class IncrementalDetokenizer:
         tokenizer: TextTokenizer,
         end_ids: Collection[int],
         stop_strings: Sequence[str],
-        has_reasoning: bool,
+        is_thinking: bool,
     ) -> None:
         self._tokenizer, self._end_ids, self._stop_strings = tokenizer, end_ids, tuple(stop_strings)
-        self._in_reasoning = has_reasoning
+        self._in_reasoning, self._strips_newlines = is_thinking, is_thinking
+        self._new_reasoning = ""
         self._token_ids: list[int] = []
         self._read_offset, self._prefix_offset, self._num_emitted_chars = 0, 0, 0
         self._pending = ""
@@ -116,6 +117,11 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """Return the remaining withheld text at the end of the completion."""
         return self._emit(self._decode_new_text(is_last=True), is_last=True)
+
+    def take_reasoning(self) -> str:
+        """Return the new text of the reasoning since the last call."""
+        reasoning, self._new_reasoning = self._new_reasoning, ""
+        return reasoning
 
     def _decode_new_text(self, *, is_last: bool) -> str:
         """Return the newly decoded text, without an incomplete last character."""
@@ -148,11 +154,9 @@ class IncrementalDetokenizer:
         if self.has_stopped:
             return ""
         self._pending += new_text
+        self._split_reasoning(is_last=is_last)
         if self._in_reasoning:
-            _, end_marker, after = self._pending.partition(_REASONING_END)
-            if not end_marker or not (after.strip("\n") or is_last):
-                return ""
-            self._in_reasoning, self._pending = False, after.lstrip("\n")
+            return ""
         stop_positions = [
             position for text in self._stop_strings if (position := self._pending.find(text)) >= 0
         ]
@@ -165,6 +169,32 @@ class IncrementalDetokenizer:
             self._pending = self._pending[len(emitted) :]
         self.text += emitted
         return emitted
+
+    def _split_reasoning(self, *, is_last: bool) -> None:
+        """Move pending text before the end of the reasoning to the new reasoning.
+
+        Newlines at the start and end of the reasoning and at the start of the answer are removed.
+        """
+        self._strip_first_newlines()
+        if not self._in_reasoning:
+            return
+        text, end_marker, after = self._pending.partition(_REASONING_END)
+        if end_marker or is_last:
+            self._new_reasoning += text.rstrip("\n")
+            self._in_reasoning, self._pending = not end_marker, after
+            self._strips_newlines = True
+            self._strip_first_newlines()
+            return
+        length = next(
+            n for n in range(len(_REASONING_END) - 1, -1, -1) if text.endswith(_REASONING_END[:n])
+        )
+        end = len(text[: len(text) - length].rstrip("\n"))
+        self._new_reasoning, self._pending = self._new_reasoning + text[:end], text[end:]
+
+    def _strip_first_newlines(self) -> None:
+        if self._strips_newlines:
+            self._pending = self._pending.lstrip("\n")
+            self._strips_newlines = not self._pending
 
     def _count_partial_stop(self) -> int:
         """Return the length of the longest pending suffix that may start a stop string."""
@@ -233,8 +263,11 @@ class GenerationStream:
             is_finished = self._is_finished
             arrived = [self._deltas.popleft() for _ in range(len(self._deltas))]
             if arrived:
-                tokens = tuple(token for delta in arrived for token in delta.tokens)
-                yield CompletionDelta("".join(delta.text for delta in arrived), tokens)
+                yield CompletionDelta(
+                    "".join(delta.text for delta in arrived),
+                    tuple(token for delta in arrived for token in delta.tokens),
+                    "".join(delta.reasoning for delta in arrived),
+                )
             if is_finished:
                 self._pop_delta()
                 return
@@ -292,9 +325,9 @@ class GenerationStream:
             text += self._detokenizer.flush()
             self._num_cached_tokens = event.num_cached_tokens
         tokens: tuple[GeneratedToken, ...] = () if event.token is None else (event.token,)
-        self._update(
-            CompletionDelta(text, tokens) if text or tokens else None, finish_reason, event.error
-        )
+        reasoning = self._detokenizer.take_reasoning()
+        delta = CompletionDelta(text, tokens, reasoning) if text or tokens or reasoning else None
+        self._update(delta, finish_reason, event.error)
         return self._detokenizer.has_stopped and event.finish_reason is None
 
     def _update(
@@ -331,6 +364,7 @@ class InferenceService:
         model = inference_model.model
         self.renderer: Renderer = inference_model.renderer
         self._model, self._adapters = model, inference_model.adapters
+        self._thinking_modes = inference_model.thinking_modes
         self._max_waiting, self._max_num_seqs = max_waiting, max_num_seqs
         self._num_cache_tokens = 0
         if isinstance(model, VisionLanguageModel):
@@ -355,6 +389,13 @@ class InferenceService:
     def model_names(self) -> tuple[str, ...]:
         """Model names that `GenerationOptions.model` accepts; the first is the default."""
         return tuple(self._adapters)
+
+    @property
+    def default_thinking(self) -> bool | None:
+        """Thinking mode of the default model; None if its chat template has only one mode."""
+        if not self.renderer.has_thinking_modes:
+            return None
+        return self.select_renderer(None, DEFAULT_THINKING).has_reasoning
 
     @property
     def max_model_len(self) -> int:
@@ -387,7 +428,8 @@ class InferenceService:
         adapter_index = self._resolve_adapter(options.model)
         self._check_queue()
         if prompt is None:
-            prompt = self.renderer.load_patches(self.renderer.tokenize_prompt(located_sample))
+            renderer = self.select_renderer(options.model, options.thinking)
+            prompt = renderer.load_patches(renderer.tokenize_prompt(located_sample))
         with self._lock:
             available = self._engine.get_max_new_tokens(prompt)
         max_new_tokens = options.max_new_tokens
@@ -448,6 +490,17 @@ class InferenceService:
             self._cancels_all = self._cancels_all or not wait_for_running
             self._lock.notify_all()
         self._thread.join()
+
+    def select_renderer(self, model_name: str | None, thinking: ThinkingOptions) -> Renderer:
+        """Return the renderer in the given thinking mode, or else in that of the model's training.
+
+        Raises:
+            UserError: The chat template does not define this mode or reasoning effort.
+        """
+        name = self.model_names[0] if model_name is None else model_name
+        if thinking == DEFAULT_THINKING and name in self._thinking_modes:
+            thinking = ThinkingOptions(enable_thinking=self._thinking_modes[name])
+        return self.renderer.with_thinking(thinking)
 
     def _resolve_adapter(self, model_name: str | None) -> int | None:
         if model_name is not None and model_name not in self._adapters:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
 
 from finesight.config import Device, Precision, WeightFormat
-from finesight.encode.family import ThinkingOptions
+from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE, Manifest, load_manifest
@@ -27,8 +27,6 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES
 from finesight.model_folder import ModelFolder, locate_model, resolve_model_path
 
-DEFAULT_THINKING = ThinkingOptions()
-
 
 @dataclass(frozen=True, slots=True)
 class InferenceModel:
@@ -36,11 +34,13 @@ class InferenceModel:
 
     Attributes:
         adapters: Adapter index by model name; None selects the base model.
+        thinking_modes: Default thinking mode by model name; that of the renderer for other names.
     """
 
     model: AnyModel
     renderer: Renderer
     adapters: Mapping[str, int | None]
+    thinking_modes: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +143,13 @@ def load_multi_adapter_model(
     model, renderer = _load_base_model(base_source, device, precision, weight_format, thinking)
     multi_lora, num_adapters = MultiLora(model), 0
     adapter_indices: dict[str, int | None] = {}
+    thinking_modes: dict[str, bool] = {}
     for run_or_adapter in (run_or_model, *extra_adapters):
         source = resolve_model_source(run_or_adapter)
         _check_same_base(run_or_adapter, source, base_source, adapter_indices)
+        mode = None if source.manifest is None else source.manifest.enable_thinking
+        if mode is not None and thinking == DEFAULT_THINKING:
+            thinking_modes[_get_model_name(run_or_adapter)] = mode
         if source.adapter is None:
             adapter_indices[_get_model_name(run_or_adapter)] = None
             continue
@@ -160,7 +164,7 @@ def load_multi_adapter_model(
     model.eval()
     if base_source.adapter is not None:
         adapter_indices[BASE_MODEL_NAME] = None
-    return InferenceModel(model, renderer, adapter_indices)
+    return InferenceModel(model, renderer, adapter_indices, thinking_modes)
 
 
 def _check_same_base(

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 
@@ -90,6 +91,7 @@ class GenerationOptions:
             probabilities.
         constraint: Decoding constraint for this request only.
         model: Name of an adapter or model; None for the default.
+        thinking: Thinking mode and reasoning effort; by default those of the model.
     """
 
     max_new_tokens: int | None = 512
@@ -98,6 +100,7 @@ class GenerationOptions:
     logprobs: int | None = None
     constraint: DecodingConstraint | None = None
     model: str | None = None
+    thinking: ThinkingOptions = DEFAULT_THINKING
 
     def __post_init__(self) -> None:
         if "" in self.stop_strings:
@@ -142,10 +145,15 @@ class CompletionDelta:
     """Increment of a streamed completion: new text, and tokens since the last delta.
 
     Text may lag behind the tokens at incomplete characters and possible stop strings.
+
+    Attributes:
+        text: New text of the answer.
+        reasoning: New text of the reasoning before the answer.
     """
 
     text: str
     tokens: tuple[GeneratedToken, ...]
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

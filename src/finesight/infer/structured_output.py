@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.boxes import BOX_KEY
-from finesight.encode.family import BoxTokens
+from finesight.encode.family import BoxTokens, ThinkingOptions
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenizer import TiktokenTokenizer, Tokenizer
 from finesight.errors import UserError
@@ -57,6 +58,12 @@ class GrammarCompiler:
         self._renderer, self._vocab_size = renderer, vocab_size
         self._lock = threading.Lock()
         self._ll_tokenizer: LLTokenizer | None = None
+
+    def with_thinking(self, options: ThinkingOptions) -> GrammarCompiler:
+        """Return a compiler that applies grammars to the answers in a thinking mode."""
+        compiler = copy(self)
+        compiler._renderer = self._renderer.with_thinking(options)
+        return compiler
 
     def compile_json_object(self) -> GrammarConstraint:
         """Compile a constraint for any JSON object."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 
 from finesight.data.image_header import MAX_IMAGE_PIXELS
+from finesight.encode.family import ThinkingOptions
 from finesight.errors import UserError
 
 MIB = 2**20
@@ -260,6 +261,7 @@ class AssistantMessage(BaseModel):
 
     role: Literal["assistant"]
     content: str | list[TextContent] | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
 
 
@@ -331,6 +333,13 @@ class StreamOptions(StrictModel):
     include_obfuscation: bool | None = None
 
 
+class ChatTemplateArguments(StrictModel):
+    """Arguments of the chat template, with the names of vLLM and SGLang."""
+
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
+
+
 class ChatCompletionParameters(StrictModel):
     """Fields of a chat completion request, except for its messages."""
 
@@ -351,6 +360,8 @@ class ChatCompletionParameters(StrictModel):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
+    chat_template_kwargs: ChatTemplateArguments | None = None
     # Only the neutral value of these fields is supported.
     frequency_penalty: Literal[0, None] = None
     presence_penalty: Literal[0, None] = None
@@ -376,6 +387,13 @@ class ChatCompletionParameters(StrictModel):
         """Maximum number of generated tokens. None if the request does not set it."""
         max_completion_tokens = self.max_completion_tokens
         return self.max_tokens if max_completion_tokens is None else max_completion_tokens
+
+    @property
+    def thinking(self) -> ThinkingOptions:
+        """Thinking mode and reasoning effort of the request."""
+        arguments = self.chat_template_kwargs or ChatTemplateArguments()
+        effort = self.reasoning_effort or arguments.reasoning_effort
+        return ThinkingOptions(enable_thinking=arguments.enable_thinking, reasoning_effort=effort)
 
 
 class ChatCompletionRequest(ChatCompletionParameters):
@@ -431,6 +449,11 @@ def check_limits(
         for call in message.tool_calls or []
     ]
     texts = [content for content in contents if isinstance(content, str)]
+    texts += [
+        message.reasoning_content or ""
+        for message in chat_request.messages
+        if isinstance(message, AssistantMessage)
+    ]
     texts += [part.text for part in parts if isinstance(part, TextContent)]
     num_images = sum(not isinstance(part, TextContent) for part in parts)
     stop_strings = chat_request.stop_strings

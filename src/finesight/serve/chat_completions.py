@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
+from finesight.encode.family import ThinkingOptions
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
@@ -148,7 +149,8 @@ class ActiveCompletion:
     """Chat completion request from its admission to the end of its response.
 
     `start_time` is on the clock of the event loop. `start` sets `chat_request`. Each choice (`n` in
-    the OpenAI API) has a stream, and None or a constraint for structured output.
+    the OpenAI API) has a stream, and None or a constraint for structured output. `start` also sets
+    `thinking`, with the default mode of the requested model.
     """
 
     handler: ChatCompletionsHandler
@@ -159,6 +161,7 @@ class ActiveCompletion:
     streams: list[GenerationStream] = field(default_factory=list)
     constraints: list[WorkerConstraint | None] = field(default_factory=list)
     chat_request: ChatCompletionParameters = field(init=False)
+    thinking: ThinkingOptions = field(init=False)
     _is_closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -179,7 +182,9 @@ class ActiveCompletion:
             for image in body.images:
                 await self._fetch_image(image, request.state.owner)
             if prompt is None:
-                prompt = await handler.run_in_thread(self.preprocessor.encode, body, max_model_len)
+                prompt = await handler.run_in_thread(
+                    self.preprocessor.encode, body, max_model_len, self.thinking
+                )
             reservation.reserve(prompt.patches_ND.nbytes)
             # The service needs the image sizes to parse bounding boxes in completions.
             images = [ImagePart(image=get_image_name(image.image_number)) for image in body.images]
@@ -346,10 +351,15 @@ class ActiveCompletion:
         if name not in names:
             message = f"unknown model {name[:80]!r}; expected {' or '.join(names)}"
             raise ApiError(404, message, "model", "model_not_found")
-        self.chat_request = body.chat_request
+        self.chat_request, self.thinking = body.chat_request, body.chat_request.thinking
+        try:
+            renderer = service.select_renderer(name, self.thinking)
+        except UserError as error:
+            raise from_user_error(error, error.where) from error
+        self.thinking = replace(self.thinking, enable_thinking=renderer.has_reasoning)
         if any(image.is_remote for image in body.images):
             return body, None
-        return body, self.preprocessor.encode(body, service.max_model_len)
+        return body, self.preprocessor.encode(body, service.max_model_len, self.thinking)
 
     async def _fetch_image(self, image: ImageRequest, owner: str) -> None:
         """Link an uploaded file to the folder of the request, or fetch an image URL.
@@ -380,10 +390,12 @@ class ActiveCompletion:
         """
         factory, grammar = self.handler.constraint_factory, self._get_grammar_spec()
         if grammar is not None and not factory.is_accepted(grammar[0]):
-            self.preprocessor.check_grammar(*grammar)
+            self.preprocessor.check_grammar(*grammar, self.thinking)
             factory.mark_accepted(grammar[0])
         for choice_index in range(self.chat_request.n or 1):
-            constraint = None if grammar is None else WorkerConstraint(factory, grammar[0])
+            constraint = (
+                None if grammar is None else WorkerConstraint(factory, grammar[0], self.thinking)
+            )
             self.constraints.append(constraint)
             if self._is_closed:
                 return

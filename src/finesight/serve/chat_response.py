@@ -120,9 +120,10 @@ class ChoiceBuilder:
 
     def add_delta(self, delta: CompletionDelta) -> dict[str, Any] | None:
         """Append a text delta and return a stream chunk, or None if all text is held back."""
-        if self.tool_call_parser is None:
-            return self._append(delta.text, (), delta.tokens)
-        return self._append(*self.tool_call_parser.add_text(delta.text), delta.tokens)
+        text, calls = delta.text, list[ParsedToolCall]()
+        if self.tool_call_parser is not None:
+            text, calls = self.tool_call_parser.add_text(delta.text)
+        return self._append(text, calls, delta.tokens, delta.reasoning)
 
     def finish(self, finish_reason: FinishReason, prediction: Prediction) -> list[dict[str, Any]]:
         """Return the last stream chunks: text that was held back, if any, and finish reason."""
@@ -146,6 +147,8 @@ class ChoiceBuilder:
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self.tool_calls:
             message["tool_calls"] = [call.as_json() for call in self.tool_calls]
+        if self.prediction is not None and self.prediction.reasoning is not None:
+            message["reasoning_content"] = self.prediction.reasoning
         return {
             "index": self.index,
             "message": message | self._get_extra_fields(),
@@ -158,23 +161,26 @@ class ChoiceBuilder:
         return self._build_chunk({"role": "assistant", "content": ""})
 
     def _get_extra_fields(self) -> dict[str, Any]:
-        """Return `boxes`, `raw_text` and `reasoning_content`, which extend the OpenAI API."""
+        """Return `boxes` and `raw_text`, which extend the OpenAI API."""
         prediction = self.prediction
         if prediction is None:
             return {}
         boxes = [box_to_dict(box) for box in prediction.boxes]
-        fields: dict[str, Any] = {"boxes": boxes, "raw_text": prediction.raw_text}
-        if prediction.reasoning is not None:
-            fields["reasoning_content"] = prediction.reasoning
-        return fields
+        return {"boxes": boxes, "raw_text": prediction.raw_text}
 
     def _append(
-        self, text: str, calls: Sequence[ParsedToolCall], tokens: Sequence[GeneratedToken]
+        self,
+        text: str,
+        calls: Sequence[ParsedToolCall],
+        tokens: Sequence[GeneratedToken],
+        reasoning: str = "",
     ) -> dict[str, Any] | None:
         logprobs = [self._format_logprob(token) for token in tokens] if self.with_logprobs else []
-        if not text and not calls and not logprobs:
+        if not text and not calls and not logprobs and not reasoning:
             return None
-        delta: dict[str, Any] = {"content": text} if text else {}
+        delta: dict[str, Any] = {"reasoning_content": reasoning} if reasoning else {}
+        if text:
+            delta["content"] = text
         if calls:
             delta["tool_calls"] = [
                 {"index": call_index, **call.as_json()}

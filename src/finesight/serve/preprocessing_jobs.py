@@ -31,6 +31,12 @@ from finesight.data.sample import (
     TextPart,
     validate_sample,
 )
+from finesight.encode.family import (
+    DEFAULT_THINKING,
+    THINK_END,
+    THINK_START,
+    ThinkingOptions,
+)
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.errors import UserError
@@ -106,7 +112,11 @@ def parse_request(
             _read_image_part(image_number, param, part, folder, limits)
             for image_number, (param, part) in enumerate(iter_images(chat_request), 1)
         ]
-        sample = build_sample(chat_request, state.renderer.system_prompt).model_dump_json()
+        sample = build_sample(
+            chat_request,
+            state.renderer.system_prompt,
+            with_reasoning=state.renderer.renders_reasoning,
+        ).model_dump_json()
     except ApiError as error:
         return JobOutput({"api_error": [error.status, error.message, error.param, error.code]})
     return JobOutput(
@@ -159,16 +169,21 @@ def inspect_image(
 
 
 def tokenize_sample(
-    state: WorkerState, sample: NDArray[np.uint8], folder: Path, max_model_len: int
+    state: WorkerState,
+    sample: NDArray[np.uint8],
+    folder: Path,
+    max_model_len: int,
+    thinking: ThinkingOptions = DEFAULT_THINKING,
 ) -> JobOutput:
     """Tokenize a conversation from `parse_request`, without decoding its images.
 
-    The value has the `spans` of image tokens and the `patch_dim`. The arrays are the token IDs and
-    the position IDs. Raises UserError if the prompt has `max_model_len` tokens or more.
+    The value has the `spans` of image tokens, `patch_dim` and `is_thinking`. The arrays are the
+    token IDs and the position IDs. Raises UserError if the prompt has `max_model_len` tokens or
+    more.
     """
     located_sample = LocatedSample(Sample.model_validate_json(sample.tobytes()), folder)
     try:
-        tokenized = state.renderer.tokenize_prompt(located_sample)
+        tokenized = state.renderer.with_thinking(thinking).tokenize_prompt(located_sample)
     finally:
         # Remove texts of clients from the tokenizer cache.
         state.renderer.tokenizer.token_cache.clear()
@@ -184,10 +199,12 @@ def tokenize_sample(
         [s.start, s.stop, s.grid_thw, s.files[0].name, s.original_size, s.resized_size]
         for s in tokenized.spans
     ]
-    patch_dim = state.renderer.patch_config.patch_dim
-    return JobOutput(
-        {"spans": spans, "patch_dim": patch_dim}, [tokenized.ids_T, tokenized.position_ids_3T]
-    )
+    value = {
+        "spans": spans,
+        "patch_dim": state.renderer.patch_config.patch_dim,
+        "is_thinking": tokenized.is_thinking,
+    }
+    return JobOutput(value, [tokenized.ids_T, tokenized.position_ids_3T])
 
 
 def load_image_patches(state: WorkerState, image_index: int) -> JobOutput:
@@ -196,14 +213,23 @@ def load_image_patches(state: WorkerState, image_index: int) -> JobOutput:
     return JobOutput(None, [state.renderer.span_patches(state.tokenized.spans[image_index])])
 
 
-def compile_grammar(state: WorkerState, spec: GrammarSpec, with_bitmask: bool) -> JobOutput:
-    """Compile the grammar of a completion, and optionally return its first bitmask."""
+def compile_grammar(
+    state: WorkerState,
+    spec: GrammarSpec,
+    with_bitmask: bool,
+    thinking: ThinkingOptions = DEFAULT_THINKING,
+) -> JobOutput:
+    """Compile the grammar of a completion, and optionally return its first bitmask.
+
+    In thinking mode, the grammar applies to the answer after the reasoning.
+    """
     name, args = spec
+    compiler = state.grammar_compiler.with_thinking(thinking)
     compilers: Mapping[str, Callable[..., GrammarConstraint]] = {
-        "json_object": state.grammar_compiler.compile_json_object,
-        "json_schema": state.grammar_compiler.compile_json_schema,
-        "boxes": state.grammar_compiler.compile_boxes,
-        "calls": state.grammar_compiler.compile_tool_calls,
+        "json_object": compiler.compile_json_object,
+        "json_schema": compiler.compile_json_schema,
+        "boxes": compiler.compile_boxes,
+        "calls": compiler.compile_tool_calls,
     }
     state.constraint = compilers[name](*args)
     return _compute_bitmask(state.constraint) if with_bitmask else JobOutput()
@@ -237,17 +263,20 @@ def iter_images(
                     yield f"messages.{message_index}.content.{part_index}", part
 
 
-def build_sample(chat_request: ChatCompletionRequest, system_prompt: str | None) -> Sample:
+def build_sample(
+    chat_request: ChatCompletionRequest, system_prompt: str | None, *, with_reasoning: bool = False
+) -> Sample:
     """Convert the messages of a request to a sample.
 
     Its images are named by `get_image_name`, numbered from 1. Consecutive messages of one role
     become one turn, and tool results become user turns. The system prompt of the model is used
-    with tools if the request has none. Raises UserError or ApiError for an invalid order of turns.
+    with tools if the request has none. `with_reasoning` includes the `reasoning_content` of
+    assistant messages. Raises UserError or ApiError for an invalid order of turns.
     """
     image_counter = itertools.count(1)
     turns: list[MessageTurn] = []
     for message in chat_request.messages:
-        role, parts = _convert_message(message, image_counter)
+        role, parts = _convert_message(message, image_counter, with_reasoning)
         if parts == [TextPart(text="")] and role == "assistant":
             # An empty answer that a client sends back.
             continue
@@ -295,7 +324,9 @@ def format_tool_result(content: str) -> str:
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
-def _convert_message(message: ChatMessage, image_counter: Iterator[int]) -> MessageTurn:
+def _convert_message(
+    message: ChatMessage, image_counter: Iterator[int], with_reasoning: bool
+) -> MessageTurn:
     if isinstance(message, UserMessage):
         if isinstance(message.content, str):
             return "user", [TextPart(text=message.content)]
@@ -313,5 +344,7 @@ def _convert_message(message: ChatMessage, image_counter: Iterator[int]) -> Mess
     if isinstance(message, AssistantMessage):
         calls = format_tool_calls(message.tool_calls or [])
         both = f"{text}\n{calls}" if text and calls else text or calls
+        if with_reasoning and message.reasoning_content:
+            both = f"{THINK_START}{message.reasoning_content}{THINK_END}{both}"
         return "assistant", [TextPart(text=both)]
     return "system", [TextPart(text=text)]

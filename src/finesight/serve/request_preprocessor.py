@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint
@@ -124,7 +125,9 @@ class RequestPreprocessor:
             reply.arrays[0].view(np.uint8),
         )
 
-    def encode(self, body: ParsedBody, max_model_len: int) -> EncodedSample:
+    def encode(
+        self, body: ParsedBody, max_model_len: int, thinking: ThinkingOptions = DEFAULT_THINKING
+    ) -> EncodedSample:
         """Tokenize the conversation of a request, then decode its images in the folder."""
         with self._borrow_worker() as worker:
             for image in body.images:
@@ -132,7 +135,7 @@ class RequestPreprocessor:
                     worker, self.folder / get_image_name(image.image_number), image.param
                 )
             reply = self._call(
-                worker, tokenize_sample, body.sample_json, self.folder, max_model_len
+                worker, tokenize_sample, body.sample_json, self.folder, max_model_len, thinking
             )
             patches = [
                 self._call(worker, load_image_patches, index, param=image.param).arrays[0]
@@ -149,7 +152,9 @@ class RequestPreprocessor:
         with self._borrow_worker() as worker:
             self._inspect_image(worker, path, param)
 
-    def check_grammar(self, spec: GrammarSpec, param: str) -> None:
+    def check_grammar(
+        self, spec: GrammarSpec, param: str, thinking: ThinkingOptions = DEFAULT_THINKING
+    ) -> None:
         """Raise ApiError if a grammar cannot be compiled within the limits."""
         seconds = self.limits.max_schema_cpu_s
         with (
@@ -157,7 +162,8 @@ class RequestPreprocessor:
             self.worker_pool.fork(self.limits.max_schema_memory_bytes) as worker,
             self._cancellable(worker),
         ):
-            self._call(worker, compile_grammar, spec, False, param=param, max_cpu_s=seconds)
+            args = spec, False, thinking
+            self._call(worker, compile_grammar, *args, param=param, max_cpu_s=seconds)
 
     def _inspect_image(self, worker: Worker, path: Path, param: str) -> None:
         limits = (path, self.limits.max_image_pixels, self.image_formats)
@@ -240,6 +246,7 @@ def _build_tokenized_sample(reply: WorkerReply, folder: Path) -> TokenizedSample
         loss_mask_T=np.zeros(len(ids_T), dtype=np.bool_),
         position_ids_3T=positions_3T.view(np.int32),
         spans=spans,
+        is_thinking=reply.value["is_thinking"],
     )
 
 
@@ -280,8 +287,13 @@ class WorkerConstraint(DecodingConstraint):
     allowed then.
     """
 
-    def __init__(self, factory: ConstraintFactory, spec: GrammarSpec) -> None:
-        self._factory, self._spec = factory, spec
+    def __init__(
+        self,
+        factory: ConstraintFactory,
+        spec: GrammarSpec,
+        thinking: ThinkingOptions = DEFAULT_THINKING,
+    ) -> None:
+        self._factory, self._spec, self._thinking = factory, spec, thinking
         self._worker_future: Future[Worker] | None = None
         self._worker: Worker | None = None
         self._ready_worker: Worker | None = None
@@ -354,7 +366,8 @@ class WorkerConstraint(DecodingConstraint):
             if self._closed:
                 worker.close()
             self._worker = worker
-        worker.start(compile_grammar, self._spec, True, max_cpu_s=limits.max_schema_cpu_s)
+        args = self._spec, True, self._thinking
+        worker.start(compile_grammar, *args, max_cpu_s=limits.max_schema_cpu_s)
         return worker
 
     def _fail(self) -> None:

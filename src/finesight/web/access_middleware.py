@@ -118,8 +118,8 @@ Temperature = Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)]
 Inputs = TypeAdapter[Any]
 
 EMPTY_INPUT: Inputs = TypeAdapter(tuple[()])
-QUESTION_INPUT: Inputs = TypeAdapter(tuple[Question, bool, MaxTokens, Temperature])
-REGENERATE_INPUT: Inputs = TypeAdapter(tuple[bool, MaxTokens, Temperature])
+QUESTION_INPUT: Inputs = TypeAdapter(tuple[Question, bool, bool, MaxTokens, Temperature])
+REGENERATE_INPUT: Inputs = TypeAdapter(tuple[bool, bool, MaxTokens, Temperature])
 
 
 class Event(BaseModel, frozen=True):

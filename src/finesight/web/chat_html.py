@@ -42,6 +42,7 @@ class UiText:
     new_chat: str = "New chat"
     export: str = "Export"
     compare: str = "Ask the base model too"
+    thinking: str = "Thinking mode"
     settings: str = "Settings"
     max_new_tokens: str = "Maximum tokens per answer"
     temperature: str = "Temperature"
@@ -79,6 +80,7 @@ CHINESE = UiText(
     new_chat="新对话",
     export="导出",
     compare="同时询问基础模型",
+    thinking="思考模式",
     settings="设置",
     max_new_tokens="每个回答的最大 token 数",
     temperature="温度",

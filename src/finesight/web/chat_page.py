@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
+from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.request import GenerationOptions, SamplingParams
@@ -54,6 +55,7 @@ class ChatPage:
         self._reader_pool = ThreadPoolExecutor(
             NUM_READER_THREADS, thread_name_prefix="finesight-web"
         )
+        self._default_thinking = session_store.service.default_thinking
         self._can_compare = BASE_MODEL_NAME in self._model_names[1:]
         with gr.Blocks(title="finesight", analytics_enabled=False, fill_width=True) as self.blocks:
             self._build_layout()
@@ -91,6 +93,12 @@ class ChatPage:
                 self._compare_checkbox = gr.Checkbox(
                     label=ui_text.compare, elem_id="compare", visible=self._can_compare
                 )
+                self._thinking_checkbox = gr.Checkbox(
+                    bool(self._default_thinking),
+                    label=ui_text.thinking,
+                    elem_id="thinking",
+                    visible=self._default_thinking is not None,
+                )
             with gr.Accordion(
                 ui_text.settings, open=False, elem_id="settings"
             ) as self._settings_panel:
@@ -110,6 +118,7 @@ class ChatPage:
     def _connect_events(self) -> None:
         option_inputs = [
             self._compare_checkbox,
+            self._thinking_checkbox,
             self._max_new_tokens_slider,
             self._temperature_slider,
         ]
@@ -189,13 +198,14 @@ class ChatPage:
         self,
         message: dict[str, Any],
         compare: bool,
+        thinking: bool,
         max_new_tokens: float,
         temperature: float,
         request: gr.Request,
     ) -> AsyncIterator[ComponentUpdates]:
         session = self._get_session(request)
         text, uploads = str(message["text"] or ""), [Path(name) for name in message["files"]]
-        options = self._build_options(compare, max_new_tokens, temperature)
+        options = self._build_options(compare, thinking, max_new_tokens, temperature)
 
         def start_turn() -> ChatTurn:
             image_paths = session.add_uploads(text, uploads)
@@ -209,10 +219,15 @@ class ChatPage:
             yield updates
 
     async def _on_regenerate(
-        self, compare: bool, max_new_tokens: float, temperature: float, request: gr.Request
+        self,
+        compare: bool,
+        thinking: bool,
+        max_new_tokens: float,
+        temperature: float,
+        request: gr.Request,
     ) -> AsyncIterator[ComponentUpdates]:
         session = self._get_session(request)
-        options = self._build_options(compare, max_new_tokens, temperature)
+        options = self._build_options(compare, thinking, max_new_tokens, temperature)
 
         def start_turn() -> ChatTurn:
             return session.chat.regenerate(options)
@@ -221,11 +236,14 @@ class ChatPage:
             yield updates
 
     def _build_options(
-        self, compare: bool, max_new_tokens: float, temperature: float
+        self, compare: bool, thinking: bool, max_new_tokens: float, temperature: float
     ) -> list[GenerationOptions]:
         options = GenerationOptions(
             max_new_tokens=int(min(max_new_tokens, MAX_NEW_TOKENS)),
             sampling_params=SamplingParams(temperature=temperature),
+            thinking=DEFAULT_THINKING
+            if self._default_thinking is None
+            else ThinkingOptions(enable_thinking=thinking),
         )
         names = (None, BASE_MODEL_NAME) if compare and self._can_compare else (None,)
         return [replace(options, model=name) for name in names]
@@ -305,6 +323,7 @@ class ChatPage:
                 label=ui_text.question_label, placeholder=ui_text.question_placeholder
             ),
             self._compare_checkbox: gr.Checkbox(label=ui_text.compare),
+            self._thinking_checkbox: gr.Checkbox(label=ui_text.thinking),
             self._settings_panel: gr.Accordion(ui_text.settings),
             self._max_new_tokens_slider: gr.Slider(label=ui_text.max_new_tokens),
             self._temperature_slider: gr.Slider(

@@ -13,6 +13,7 @@ import typer
 from gptq_fixtures import GptqConfig, write_quantized_model
 from hf_reference import CPU
 from lora_fixtures import tune_with_lora
+from thinking_fixtures import train_run
 from tiny_model import create_tiny_model
 from typer.testing import CliRunner, Result
 
@@ -20,6 +21,7 @@ from finesight.cli.models import merge
 from finesight.config import PixelRange, TuneSettings
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
+from finesight.infer.prediction import build_question
 from finesight.manifest import Manifest
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.weights_io import load_model, save_model
@@ -303,3 +305,17 @@ def test_full_finetune_run_is_written_as_complete_model(run: Path, tmp_path: Pat
     settings = json.loads((out / "preprocessor_config.json").read_text())
     assert settings["max_pixels"] == 7840
     assert "has no adapter" in run_rejected(out, tmp_path / "again")
+
+
+def test_merged_model_keeps_the_thinking_mode_of_its_run(tmp_path: Path) -> None:
+    lora = {"language": "lora", "lora": {"rank": 2}}
+    run, merged = train_run(tmp_path / "task", steps=1, tune=lora), tmp_path / "merged"
+    result = run_command(run, merged)
+    assert result.exit_code == 0, result.output
+    question = build_question((), "Which colour?", "s")
+    prompts = [
+        load_inference_model(str(path), "cpu").renderer.tokenize_prompt(question)
+        for path in (run, merged)
+    ]
+    assert all(prompt.is_thinking for prompt in prompts)
+    assert prompts[0].ids_T.tolist() == prompts[1].ids_T.tolist()

@@ -106,3 +106,10 @@ def test_missing_extra_is_reported(monkeypatch):
     result = run_serve("finesight-tiny")
     assert isinstance(result.exception, UserError)
     assert "finesight[serve]" in str(result.exception)
+
+
+def test_unsupported_thinking_mode_is_rejected():
+    for options in (("--thinking",), ("--reasoning-effort", "low")):
+        result = run_serve("finesight-tiny", "--port", 0, "--device", "cpu", *options)
+        assert isinstance(result.exception, UserError), result.output
+        assert result.exception.where in ("thinking", "reasoning_effort")

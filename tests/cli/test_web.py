@@ -32,6 +32,11 @@ def test_invalid_passwords_are_rejected(tmp_path):
     )
 
 
+def test_unsupported_thinking_mode_is_rejected():
+    for options in (["--thinking"], ["--reasoning-effort", "low"]):
+        assert "expected: no" in run_rejected("--port", 0, "--device", "cpu", *options)
+
+
 def test_occupied_port_is_rejected_before_model_load():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -102,6 +102,7 @@ def test_effort_changes_prompt(thinking_client: OpenAI) -> None:
     [
         ({"reasoning_effort": "high"}, "xhigh, medium, low"),
         (enable(False, reasoning_effort="low"), "thinking mode"),
+        ({"reasoning_effort": "low"} | enable(True, reasoning_effort="medium"), "one value"),
         ({"chat_template_kwargs": {"preserve_thinking": True}}, "unknown field"),
     ],
 )

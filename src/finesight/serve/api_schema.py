@@ -477,6 +477,13 @@ def check_limits(
             raise ApiError(400, f"{param}: {value} {unit}; expected at most {max_value}", param)
     if "" in stop_strings:
         raise ApiError(400, f"stop string {stop_strings.index('')} is empty", "stop")
+    template_arguments = chat_request.chat_template_kwargs or ChatTemplateArguments()
+    efforts = {chat_request.reasoning_effort, template_arguments.reasoning_effort} - {None}
+    if len(efforts) > 1:
+        message = (
+            f"reasoning_effort: {' and '.join(sorted(map(repr, efforts)))}; expected one value"
+        )
+        raise ApiError(400, message, "reasoning_effort")
     if chat_request.top_logprobs and not chat_request.logprobs:
         raise ApiError(
             400, f"top_logprobs {chat_request.top_logprobs} without logprobs", "top_logprobs"

@@ -25,9 +25,6 @@ from finesight.errors import UserError
 BoxCorners = tuple[float, float, float, float]
 """A box as left, top, right, bottom."""
 
-BoxTokens = tuple[str, str, str, str]
-"""Special tokens before and after the label, and before and after the coordinates of a box."""
-
 FRAME_1000: ImageSize = (1000, 1000)
 """Coordinate frame (height, width) of boxes in thousandths of the image size."""
 
@@ -116,8 +113,8 @@ class ModelFamily(ABC):
         strips_content: Whether the template strips whitespace around the content of a turn.
         splits_role_tokens: Whether role name, newline and content of a turn are tokenized
             separately.
-        box_tokens: Special tokens of boxes; None for JSON boxes. Structured output uses them and
-            `max_box_coordinate`, the largest coordinate of a box.
+        box_tokens: Special tokens around the label and around the coordinates of a box, for
+            structured output; None for JSON boxes.
         token_id_keys: Keys of config.json (dotted paths) with the ids of special tokens, by token.
             The renderer checks that these ids match the tokenizer.
     """
@@ -130,7 +127,7 @@ class ModelFamily(ABC):
     uses_1d_positions: ClassVar[bool] = False
     strips_content: ClassVar[bool] = False
     splits_role_tokens: ClassVar[bool] = False
-    box_tokens: ClassVar[BoxTokens | None] = None
+    box_tokens: ClassVar[Sequence[str] | None] = None
     max_box_coordinate: ClassVar[int] = 1000
     token_id_keys: ClassVar[Mapping[str, str]] = {
         "<|image_pad|>": "image_token_id",

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from finesight.data.image_header import ImageSize
 from finesight.encode.family import (
     FRAME_1000,
-    BoxTokens,
     ImageBox,
     ModelFamily,
     PredictedBox,
@@ -42,7 +41,7 @@ class Qwen2VL(ModelFamily):
     """Box format and temporal positions of Qwen2-VL (Wang et al. 2024, arXiv 2409.12191)."""
 
     name: str = "qwen2_vl"
-    box_tokens: ClassVar[BoxTokens | None] = (
+    box_tokens: ClassVar[Sequence[str] | None] = (
         "<|object_ref_start|>",
         "<|object_ref_end|>",
         "<|box_start|>",

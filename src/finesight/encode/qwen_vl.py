@@ -13,7 +13,6 @@ from finesight.data.image_header import ImageSize
 from finesight.encode.family import (
     FRAME_1000,
     QWEN_VL_MAX_COORDINATE,
-    BoxTokens,
     ImageBox,
     ModelFamily,
     PredictedBox,
@@ -49,7 +48,7 @@ class QwenVL(ModelFamily):
     name: str = "qwen"
     uses_1d_positions: ClassVar[bool] = True
     splits_role_tokens: ClassVar[bool] = True
-    box_tokens: ClassVar[BoxTokens | None] = ("<ref>", "</ref>", "<box>", "</box>")
+    box_tokens: ClassVar[Sequence[str] | None] = ("<ref>", "</ref>", "<box>", "</box>")
     max_box_coordinate: ClassVar[int] = QWEN_VL_MAX_COORDINATE
     token_id_keys: ClassVar[Mapping[str, str]] = {"<img>": "visual.image_start_id"}
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.boxes import BOX_KEY
-from finesight.encode.family import BoxTokens, ThinkingOptions
+from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenizer import TiktokenTokenizer, Tokenizer
 from finesight.errors import UserError
@@ -106,7 +106,7 @@ class GrammarCompiler:
             )
         return self._compile("\n".join(rules) + "\n")
 
-    def _build_token_box_grammar(self, box_tokens: BoxTokens, max_coordinate: int) -> str:
+    def _build_token_box_grammar(self, box_tokens: Sequence[str], max_coordinate: int) -> str:
         """Build the grammar of boxes in special tokens, with coordinates in thousandths."""
         ref, ref_end, box, box_end = (self._token_symbol(token) for token in box_tokens)
         max_value = ' | "1000"' if max_coordinate >= 1000 else ""

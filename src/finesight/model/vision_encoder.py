@@ -49,11 +49,8 @@ class VisionEncoder(nn.Module):
     supports_padding = True
     """True if a packed batch may end with padding patches, which form an image of any size."""
 
-    reorders_patches = False
-    """True if `compute_patch_layout` permutes the patches, as for window attention."""
-
     window_attention = (0, 0)
-    """Number of blocks with window attention, and patches per window."""
+    """Number of blocks with window attention, and patches per window; 0 without windows."""
 
     def __init__(
         self,

@@ -270,7 +270,7 @@ def plan_graph(
         )
     # Patch bytes, row and column of each patch; permutation of merge windows and its inverse.
     buffer_bytes += vision_shape.num_patches * (vision_shape.patch_bytes + 2 * CU_SEQLEN_BYTES)
-    buffer_bytes += 2 * INDEX_BYTES * shape.num_features * encoder.reorders_patches
+    buffer_bytes += 2 * INDEX_BYTES * shape.num_features * bool(encoder.window_attention[1])
     buffer_bytes += sum(CU_SEQLEN_BYTES * (count + 1) for count, _ in vision_shape.segment_shapes)
     num_padding = vision_shape.num_patches - pack.num_patches
     grid_thw = (

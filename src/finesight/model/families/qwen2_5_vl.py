@@ -38,7 +38,6 @@ class WindowVisionEncoder(VisionEncoder):
     """Vision encoder of Qwen2.5-VL with window attention."""
 
     supports_cuda_graphs = True
-    reorders_patches = True
 
     def __init__(
         self,

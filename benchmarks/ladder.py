@@ -177,7 +177,7 @@ def disable_optimizations(*disabled: str) -> Iterator[None]:
 
 
 def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Any) -> Tensor:
-    segments = Segments((), cu_seqlens.cu_seqlens_S1, cu_seqlens.max_seqlen)
+    segments = Segments((), cu_seqlens.cu_seqlens_S1, cu_seqlens.max_seqlen, len(q_THD))
     return attention._flash_attention(q_THD, k_THD, v_THD, segments, segments, causal=False)
 
 

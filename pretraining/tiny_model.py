@@ -346,8 +346,8 @@ def _hybrid_config(half: int) -> dict[str, Any]:
         "head_dim": 2 * half,
         "full_attention_interval": 2,
         "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": half,
-        "linear_value_head_dim": half,
+        "linear_key_head_dim": 2 * half,
+        "linear_value_head_dim": 2 * half,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "rope_parameters": {

@@ -271,7 +271,7 @@ def generate_uncached(model: VisionLanguageModel, prompt: EncodedSample, steps: 
     for _ in range(steps):
         extended = replace(prompt, tokenized=append_tokens(prompt.tokenized, generated.tokens))
         batch = pack([extended]).to(model.lm_head_weight.device)
-        segments = Segments(batch.lengths, batch.cu_seqlens_S1, max(batch.lengths))
+        segments = Segments.from_lengths(batch.lengths, batch.ids_T.device)
         h_TD = model.forward_hidden(batch, PackedAttention(segments))
         generated.logits.append(model.compute_logits(model.apply_final_norm(h_TD[-1:]))[0])
         generated.tokens.append(int(generated.logits[-1].argmax()))

@@ -91,7 +91,9 @@ def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, nor
     angles = random_tensor(num_seqs, width // 2, dtype=torch.float32)
     for kind in (dtype, torch.float32):
         rotation = RotaryCosSin.from_angles(angles, kind)
-        norms = (random_tensor(width, dtype=dtype), random_tensor(width, dtype=dtype) * 2, 1e-6)
+        norms = decode_kernels.QKNorms(
+            random_tensor(width, dtype=dtype), random_tensor(width, dtype=dtype) * 2, 1e-6
+        )
         keys, values = (torch.zeros(3, 16, key_heads, width, dtype=dtype).cuda() for _ in range(2))
         at_R = torch.tensor([3, 20, 47, 16, 1][:num_seqs], device="cuda")
         found = decode_kernels.rope_and_cache(
@@ -107,7 +109,10 @@ def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, nor
         assert int(values.flatten(0, 1).any(-1).any(-1).sum()) == num_seqs
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("change", [None, install_adapters, install_request_adapters])
 def test_fused_decode_matches_uncached_generation(family, dtype, change, tmp_path):

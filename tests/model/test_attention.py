@@ -139,7 +139,7 @@ def test_shared_prefix_attention_matches_reference(
         for heads in (4, 2, 2, 4)
     )
     segments = Segments.from_lengths(lengths, torch.device(device))
-    attention = SharedPrefixAttention(segments, num_tokens=sum(lengths))
+    attention = SharedPrefixAttention(segments)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     found = attention(0, q, k, v)
     ours = torch.autograd.grad(found, inputs, weights)
@@ -154,7 +154,7 @@ def test_shared_prefix_attention_matches_reference(
 
 def test_shared_prefix_layout() -> None:
     segments = Segments.from_lengths([4, 2, 3], CPU)
-    attention = SharedPrefixAttention(segments, num_tokens=9)
+    attention = SharedPrefixAttention(segments)
     with pytest.raises(AssertionError, match="several sequences"):
         attention.context_lengths_T  # noqa: B018
     assert attention.full_segments.max_seqlen == 7

@@ -8,16 +8,21 @@ from torch import Tensor
 
 from finesight.model import gated_delta_net
 from finesight.model.config import LinearAttentionConfig
+from finesight.model.fused_ops import norm_rotary, sigmoid_gate
 from finesight.model.gated_delta_net import (
     ChunkLayout,
     DeltaNetInputs,
     DeltaNetState,
     causal_conv1d,
     chunk_gated_delta_rule,
-    forward_packed,
+    forward_step,
+    forward_with_states,
     gated_rms_norm,
     recurrent_gated_delta_rule,
 )
+from finesight.model.kernels import gated_delta_net as kernels
+from finesight.model.layers import ZeroCenteredRmsNorm
+from finesight.model.rope import RotaryCosSin, apply_partial_rotary_pos_emb
 
 CPU = torch.device("cpu")
 
@@ -121,6 +126,105 @@ def test_packed_convolution_equals_the_convolution_of_each_sequence():
         torch.testing.assert_close(got, right)
 
 
+def test_layout_of_a_graph_has_the_chunks_of_the_actual_lengths():
+    """The lengths of a CUDA graph are bounds; its last sequences may be empty."""
+    actual, max_lengths = [70, 64, 1, 130, 35], [130] * 8
+    cu_seqlens = torch.tensor([0, 70, 134, 135, 265, 300, 300, 300, 300], dtype=torch.int32)
+    static = ChunkLayout(tuple(max_lengths), cu_seqlens, 300)
+    exact = ChunkLayout.from_lengths(actual, CPU)
+    assert torch.equal(static.position_T, exact.position_T)
+    assert torch.equal(static.sequence_T, exact.sequence_T)
+    first, start, end = static.sequence_chunks
+    exact_first, exact_start, exact_end = exact.sequence_chunks
+    count = sum(-(-length // 64) for length in actual)
+    assert len(exact_start) == count
+    assert exact_first.tolist() == [0, 2, 3, 4, 7, 8]
+    assert first.tolist() == [*exact_first.tolist(), 8, 8, 8]
+    assert torch.equal(start[:count], exact_start)
+    assert torch.equal(end[:count], exact_end)
+    assert torch.all(start[count:] >= end[count:]), "unused chunks are not empty"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 128), (32, 64)])
+def test_step_kernels_match_the_step_in_pytorch(key_dim, value_dim):
+    """Outputs and states of three sequences of seven slots, for two tokens."""
+    device, rows, slots = torch.device("cuda"), 3, torch.tensor([5, 1, 6], device="cuda")
+    config = LinearAttentionConfig(
+        full_attention_layers=(),
+        num_key_heads=2,
+        num_value_heads=4,
+        key_head_dim=key_dim,
+        value_head_dim=value_dim,
+        conv_kernel_size=4,
+    )
+    generator = torch.Generator(device).manual_seed(key_dim)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    channels, width = config.conv_size, config.value_size
+    weight, a_log, dt_bias = 0.5 * draw(channels, 4), draw(4, dtype=torch.float32), draw(4)
+    norm = 1 + 0.1 * draw(value_dim, dtype=torch.float32)
+    conv = draw(7, 3, channels)
+    delta = draw(7, 4, key_dim, value_dim, dtype=torch.float32)
+    state = DeltaNetState(conv[slots], delta[slots])
+    untouched = [x[[0, 2, 3, 4]].clone() for x in (conv, delta)]
+    for _ in range(2):
+        projected = draw(rows, channels + width + 8)
+        qkv, z, b, a = projected.split([channels, width, 4, 4], dim=1)
+        log_decay = -a_log.exp() * torch.nn.functional.softplus(a.float() + dt_bias.float())
+        inputs = DeltaNetInputs(config, qkv, weight, log_decay, b.float().sigmoid())
+        o, state = forward_step(inputs, state)
+        expected = gated_rms_norm(o, z.unflatten(1, (4, -1)), norm, 1e-6).flatten(1)
+        y = kernels.causal_conv_step(qkv, weight, conv, slots, 2, 4, value_dim, 1e-6)
+        found = kernels.gated_delta_step(y, a, b, a_log, dt_bias, z, norm, delta, slots, 2, 1e-6)
+        error = (found.float() - expected.float()).norm() / expected.float().norm()
+        assert error <= 1e-2
+        assert torch.equal(conv[slots], state.conv_SWN)
+        torch.testing.assert_close(delta[slots], state.delta_SHDV, rtol=1e-2, atol=2e-2)
+    for x, before in zip((conv, delta), untouched, strict=True):
+        assert torch.equal(x[[0, 2, 3, 4]], before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("trains_norm", [False, True])
+def test_kernels_of_gated_attention_match_pytorch(trains_norm):
+    """Norm, partial rotation and gate of strided heads: outputs and gradients against fp64."""
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+
+    values = {"q_gate": draw(37, 3 * 192), "weight": 0.3 * draw(96)}
+    dout = draw(37, 3, 96)
+    angles = 10 * draw(37, 12).float()
+
+    def run(dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in values.items()}
+        leaves["weight"].requires_grad_(trains_norm)
+        norm = ZeroCenteredRmsNorm(96, eps=1e-6)
+        norm.weight = torch.nn.Parameter(leaves["weight"], trains_norm)
+        x, gate = leaves["q_gate"].unflatten(1, (3, 192)).chunk(2, dim=-1)
+        wide = torch.promote_types(dtype, torch.float32)
+        rotary = RotaryCosSin.from_angles(angles.to(wide), wide)
+        if dtype == torch.float64:
+            y = apply_partial_rotary_pos_emb(norm(x), rotary)
+        else:
+            y = norm_rotary(x, norm.weight, 1e-6, rotary.cos_T1D, rotary.sin_T1D, weight_offset=1.0)
+        out = sigmoid_gate(y, gate)
+        out.backward(dout.to(dtype))
+        results = {"out": out.detach(), "q_gate": leaves["q_gate"].grad}
+        return results | ({"weight": norm.weight.grad} if trains_norm else {})
+
+    found = run(torch.bfloat16)
+    for name, expected in run(torch.float64).items():
+        assert (found[name].double() - expected).norm() <= 4e-3 * expected.norm(), name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("lengths", [[1], [64, 63, 65], [5, 130, 1, 700], [4097]])
@@ -163,7 +267,7 @@ def test_kernels_are_as_exact_as_bf16_operations(lengths, has_state, monkeypatch
         inputs = DeltaNetInputs(
             config, leaves["qkv"], leaves["weight"], leaves["log_decay"], leaves["beta"]
         )
-        o_THV, final = forward_packed(inputs, layout, state)
+        o_THV, final = forward_with_states(inputs, layout, state)
         # The norm would cancel most of the gradient of beta.
         y_THV = gated_rms_norm(o_THV.detach(), leaves["z"], leaves["norm_weight"], 1e-6)
         (o_THV * dout.to(o_THV.dtype)).sum().backward()

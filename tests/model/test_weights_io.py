@@ -80,7 +80,10 @@ def test_saved_model_loads_in_transformers(
     target.mkdir()
     save_model(load_model(source, torch.float32, CPU), source, target, torch.float32, most)
     again = type(theirs).from_pretrained(target, local_files_only=True).eval()
-    assert max_relative_error(expected_logits(again), expected_logits(theirs)) == 0
+    loaded = again.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in theirs.state_dict().items())
+    # The memory alignment of loaded weights may change the order of sums.
+    assert max_relative_error(expected_logits(again), expected_logits(theirs)) <= 1e-6
     files = ModelFolder(target).weight_files()
     assert (len(files) > 2) == (most < 1e6)
     assert all(sum(t.nbytes for t in load_file(file).values()) <= most for file in files)

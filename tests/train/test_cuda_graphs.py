@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cuda_graph_fixtures import (
@@ -22,6 +23,7 @@ from cuda_graph_fixtures import (
     make_packs,
     pack_shared_prefix,
 )
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 
@@ -29,8 +31,10 @@ from finesight.config import TuneSettings
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.model import attention
-from finesight.model.trainable import trainable_parameters
+from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
 from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.graph_buffers import GraphInputs, GraphShape
@@ -360,6 +364,74 @@ def test_graph_replay_matches_eager_training(
         # From the same seed, a replay gives the same bits.
         assert torch.equal(loss, replayed[0])
         assert all(torch.equal(one, other) for one, other in zip(grads, replayed[1], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("prefix_length", [0, 70])
+def test_graphs_of_linear_attention_match_eager_training(
+    tmp_path: Path, prefix_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs of several lengths in one graph, with and without a shared prefix."""
+    cuda = torch.device("cuda")
+    model = load_model(
+        ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen3_5")), torch.bfloat16, cuda
+    )
+    configure_tuning(model, TuneSettings.model_validate({"lora": {"rank": 8, "dropout": 0.0}}), 0)
+    for name, parameter in trainable_parameters(model).items():
+        if ".adapter.lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    model.train()
+    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
+    packs = [
+        make_text_pack(lengths, prefix_length, seed).to(cuda)
+        for seed, lengths in enumerate([(80, 65, 1, 130), (64, 100, 90, 20), (80, 65, 1, 130)])
+    ]
+    learning = list(trainable_parameters(model).values())
+    passes = CudaGraphRunner(model, learning)
+
+    def train_all(max_tokens: int) -> list[tuple[Tensor, list[Tensor]]]:
+        monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS", max_tokens)
+        results = []
+        for batch in packs:
+            share = torch.tensor(1.0 / batch.num_supervised_tokens, device=cuda)
+            loss = passes.forward_backward(batch, None, share)
+            results.append((loss, collect_grads(learning)))
+        return results
+
+    eager, first, again = train_all(0), train_all(6144), train_all(6144)
+    assert passes.graphs is not None, "capture failed"
+    assert len(passes.graphs), "nothing was captured"
+    for expected, warm_up, replayed in zip(eager, first, again, strict=True):
+        assert_close(warm_up, expected)
+        assert_close(replayed, expected)
+
+
+def make_text_pack(lengths: Sequence[int], prefix_length: int, seed: int) -> PackedBatch:
+    """Create a pack of random tokens; each predicts the next one of its sequence."""
+    generator = np.random.default_rng(seed)
+    lengths = (prefix_length, *lengths) if prefix_length else tuple(lengths)
+    starts = np.cumsum([0, *lengths])
+    ids_T = torch.from_numpy(generator.integers(0, 90, sum(lengths)))
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    if prefix_length:
+        positions_T[prefix_length:] += prefix_length
+    has_label_T = torch.ones(sum(lengths), dtype=torch.bool)
+    has_label_T[torch.from_numpy(starts[1:] - 1)] = False
+    logit_indices_L = has_label_T.nonzero().squeeze(1)
+    return PackedBatch(
+        sample_ids=tuple(map(str, range(len(lengths)))),
+        lengths=lengths,
+        grid_thw=(),
+        ids_T=ids_T,
+        position_ids_3T=positions_T.expand(3, -1),
+        cu_seqlens_S1=torch.from_numpy(starts.astype(np.int32)),
+        patches_ND=torch.empty(0, 1536, dtype=torch.uint8),
+        visual_indices_M=torch.empty(0, dtype=torch.int64),
+        logit_indices_L=logit_indices_L,
+        labels_L=ids_T[logit_indices_L + 1],
+        prefix_length=prefix_length,
+    )
 
 
 @pytest.mark.gpu

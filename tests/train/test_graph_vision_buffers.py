@@ -89,6 +89,7 @@ def compute_loss_and_gradients(
             static_inputs.batch.lengths,
             static_inputs.batch.cu_seqlens_S1,
             static_inputs.shape.max_seqlen,
+            static_inputs.shape.num_tokens,
         )
     )
     filled = replace(

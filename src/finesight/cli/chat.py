@@ -188,7 +188,8 @@ class ChatTerminal:
             num_chars = 0
             for delta in reply:
                 reasoning, num_chars = reply.reasoning[num_chars:], len(reply.reasoning)
-                typer.secho(escape_unprintable(reasoning), nl=False, dim=True)
+                if reasoning:
+                    typer.secho(escape_unprintable(reasoning), nl=False, dim=True)
                 if delta and delta == reply.text and reply.reasoning:
                     typer.echo("\n")
                 typer.echo(escape_unprintable(delta), nl=False)

@@ -31,9 +31,9 @@ _MAX_SPLITS = 64
 @triton.jit
 def _gemv_kernel(
     x, norm, w, bias, lora_low, lora_b, output_scale, residual, y, in_features, out_features,
-    num_ranks, eps, has_norm: tl.constexpr, has_bias: tl.constexpr, has_lora: tl.constexpr,
-    is_gated: tl.constexpr, has_output_scale: tl.constexpr, has_residual: tl.constexpr,
-    block_o: tl.constexpr, block_i: tl.constexpr, block_s: tl.constexpr,
+    num_ranks, eps, norm_offset, has_norm: tl.constexpr, has_bias: tl.constexpr,
+    has_lora: tl.constexpr, is_gated: tl.constexpr, has_output_scale: tl.constexpr,
+    has_residual: tl.constexpr, block_o: tl.constexpr, block_i: tl.constexpr, block_s: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * block_o + tl.arange(0, block_o)
     offsets = tl.arange(0, block_i)
@@ -49,7 +49,8 @@ def _gemv_kernel(
         x_I = tl.load(x + start + offsets, mask=mask_I, other=0.0).to(tl.float32)
         if has_norm:
             square_sum_I += x_I * x_I
-            x_I *= tl.load(norm + start + offsets, mask=mask_I, other=0.0).to(tl.float32)
+            norm_I = tl.load(norm + start + offsets, mask=mask_I, other=0.0).to(tl.float32)
+            x_I *= norm_I + norm_offset
         w_OI = tl.load(w_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_first")
         acc_OI += w_OI.to(tl.float32) * x_I[None, :]
         if is_gated:
@@ -113,7 +114,7 @@ class GemvLoraDelta(NamedTuple):
 
 def fused_gemv(
     x_1I: Tensor, w_OI: Tensor, *, norm_I: Tensor | None = None, eps: float = 0.0,
-    bias_O: Tensor | None = None, lora_delta: GemvLoraDelta | None = None,
+    norm_offset: float = 0.0, bias_O: Tensor | None = None, lora_delta: GemvLoraDelta | None = None,
     output_scale_1O: Tensor | None = None, residual_1O: Tensor | None = None,
     is_gated: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -122,6 +123,7 @@ def fused_gemv(
     Args:
         x_1I: Input row.
         norm_I: Weight of an RMSNorm applied to the input.
+        norm_offset: Added to this weight: 1 for a zero-centered norm.
         output_scale_1O: Scale of each output.
         residual_1O: Residual, which is added last.
         is_gated: Whether the first half of the outputs is the SiLU gate of the second half; the
@@ -145,7 +147,7 @@ def fused_gemv(
     )
     _gemv_kernel[(triton.cdiv(out_features, tiling.block_o),)](
         x_1I.contiguous(), norm, w_OI, bias, lora_low, lora_b, output_scale, residual, y_1O,
-        x_1I.shape[1], out_features, num_ranks, eps, has_norm=norm_I is not None,
+        x_1I.shape[1], out_features, num_ranks, eps, norm_offset, has_norm=norm_I is not None,
         has_bias=bias_O is not None, has_lora=lora_delta is not None, is_gated=is_gated,
         has_output_scale=output_scale_1O is not None, has_residual=residual_1O is not None,
         block_o=tiling.block_o, block_i=tiling.block_i, block_s=triton.next_power_of_2(num_ranks),
@@ -154,75 +156,80 @@ def fused_gemv(
     return y_1O
 
 
+class QKNorms(NamedTuple):
+    """Weights of the query and key norms; `offset` is added to them, 1 for zero-centered norms."""
+
+    q_weight_D: Tensor
+    k_weight_D: Tensor
+    eps: float
+    offset: float = 0.0
+
+
 @triton.jit
 def _rope_cache_kernel(
-    q, k, v, q_norm, k_norm, cos, sin, slot_mapping, q_out, keys, values, q_stride, k_stride,
-    v_stride, num_heads, num_kv_heads, half_dim, eps, has_norm: tl.constexpr,
-    round_products: tl.constexpr, block_f: tl.constexpr,
+    q, k, v, q_norm, k_norm, cos, sin, slot_mapping, q_out, keys, values, q_stride, q_head_stride,
+    k_stride, v_stride, num_heads, num_kv_heads, head_dim, rotary_dim, eps, norm_offset,
+    has_norm: tl.constexpr, round_products: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     seq_index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    f = tl.arange(0, block_f)
-    mask = f < half_dim
+    d = tl.arange(0, block_d)
+    mask = d < head_dim
     slot = tl.load(slot_mapping + seq_index)
     if head >= num_heads + num_kv_heads:
         head = head - num_heads - num_kv_heads
-        in_ptrs = v + seq_index * v_stride + head * 2 * half_dim + f
-        out_ptrs = values + (slot * num_kv_heads + head) * 2 * half_dim + f
-        tl.store(out_ptrs, tl.load(in_ptrs, mask=mask), mask=mask)
-        tl.store(out_ptrs + half_dim, tl.load(in_ptrs + half_dim, mask=mask), mask=mask)
+        v_D = tl.load(v + seq_index * v_stride + head * head_dim + d, mask=mask)
+        tl.store(values + (slot * num_kv_heads + head) * head_dim + d, v_D, mask=mask)
     else:
         if head < num_heads:
-            in_ptrs = q + seq_index * q_stride + head * 2 * half_dim + f
-            out_ptrs = q_out + (seq_index * num_heads + head) * 2 * half_dim + f
+            x = q + seq_index * q_stride + head * q_head_stride
+            out = q_out + (seq_index * num_heads + head) * head_dim
             norm = q_norm
         else:
-            in_ptrs = k + seq_index * k_stride + (head - num_heads) * 2 * half_dim + f
-            out_ptrs = keys + (slot * num_kv_heads + head - num_heads) * 2 * half_dim + f
+            x = k + seq_index * k_stride + (head - num_heads) * head_dim
+            out = keys + (slot * num_kv_heads + head - num_heads) * head_dim
             norm = k_norm
         out_dtype = q_out.dtype.element_ty
-        x1 = tl.load(in_ptrs, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(in_ptrs + half_dim, mask=mask, other=0.0).to(tl.float32)
+        # Element d is rotated with its partner in the other half of the leading `rotary_dim`.
+        is_rotated = d < rotary_dim
+        half = rotary_dim // 2
+        partner = tl.where(is_rotated, tl.where(d < half, d + half, d - half), d)
+        x_D = tl.load(x + d, mask=mask, other=0.0).to(tl.float32)
+        partner_D = tl.load(x + partner, mask=mask, other=0.0).to(tl.float32)
         if has_norm:
-            mean = (tl.sum(x1 * x1, 0) + tl.sum(x2 * x2, 0)) / (2 * half_dim)
-            rstd = 1.0 / tl.sqrt(mean + eps)
-            x1 = x1 * rstd * tl.load(norm + f, mask=mask, other=0.0).to(tl.float32)
-            x2 = x2 * rstd * tl.load(norm + half_dim + f, mask=mask, other=0.0).to(tl.float32)
-            x1, x2 = x1.to(out_dtype).to(tl.float32), x2.to(out_dtype).to(tl.float32)
-        angle_offsets = seq_index * 2 * half_dim + f
-        cos1 = tl.load(cos + angle_offsets, mask=mask, other=0.0).to(tl.float32)
-        cos2 = tl.load(cos + angle_offsets + half_dim, mask=mask, other=0.0).to(tl.float32)
-        sin1 = tl.load(sin + angle_offsets, mask=mask, other=0.0).to(tl.float32)
-        sin2 = tl.load(sin + angle_offsets + half_dim, mask=mask, other=0.0).to(tl.float32)
-        cos_term1, cos_term2 = x1 * cos1, x2 * cos2
+            rstd = 1.0 / tl.sqrt(tl.sum(x_D * x_D, 0) / head_dim + eps)
+            norm_D = tl.load(norm + d, mask=mask, other=0.0).to(tl.float32) + norm_offset
+            x_D = (x_D * rstd * norm_D).to(out_dtype).to(tl.float32)
+            norm_D = tl.load(norm + partner, mask=mask, other=0.0).to(tl.float32) + norm_offset
+            partner_D = (partner_D * rstd * norm_D).to(out_dtype).to(tl.float32)
+        angles = seq_index * rotary_dim + d
+        cos_D = tl.load(cos + angles, mask=is_rotated, other=1.0).to(tl.float32)
+        sin_D = tl.load(sin + angles, mask=is_rotated, other=0.0).to(tl.float32)
+        cos_term_D = x_D * cos_D
         if round_products:
-            cos_term1 = cos_term1.to(out_dtype).to(tl.float32)
-            cos_term2 = cos_term2.to(out_dtype).to(tl.float32)
-        tl.store(out_ptrs, cos_term1 + x2 * sin1, mask=mask)
-        tl.store(out_ptrs + half_dim, cos_term2 + x1 * sin2, mask=mask)
+            cos_term_D = cos_term_D.to(out_dtype).to(tl.float32)
+        tl.store(out + d, cos_term_D + partner_D * sin_D, mask=mask)
 
 
 def rope_and_cache(
-    q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor, qk_norms: tuple[Tensor, Tensor, float] | None,
-    cos_R1D: Tensor, sin_R1D: Tensor, slot_mapping_R: Tensor, keys_PSKD: Tensor,
-    values_PSKD: Tensor,
+    q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor, qk_norms: QKNorms | None, cos_R1D: Tensor,
+    sin_R1D: Tensor, slot_mapping_R: Tensor, keys_PSKD: Tensor, values_PSKD: Tensor,
 ) -> Tensor:  # fmt: skip
     """Apply QK norm and RoPE, and write keys and values to the KV cache.
 
-    Args:
-        qk_norms: Weights of the query and key norms and their epsilon; None without norms.
+    RoPE rotates the leading elements of each head, as many as there are angles.
 
     Returns:
         Rotated queries [R, H, D].
     """
     num_seqs, num_heads, head_dim = q_RHD.shape
-    q_norm, k_norm, eps = (cos_R1D, cos_R1D, 0.0) if qk_norms is None else qk_norms
+    q_norm, k_norm, eps, offset = qk_norms or QKNorms(cos_R1D, cos_R1D, 0.0)
     q_out = torch.empty(num_seqs, num_heads, head_dim, dtype=q_RHD.dtype, device=q_RHD.device)
     num_kv_heads = k_RKD.shape[1]
     _rope_cache_kernel[(num_seqs, num_heads + 2 * num_kv_heads)](
         q_RHD, k_RKD, v_RKD, q_norm, k_norm, cos_R1D, sin_R1D, slot_mapping_R, q_out, keys_PSKD,
-        values_PSKD, q_RHD.stride(0), k_RKD.stride(0), v_RKD.stride(0), num_heads, num_kv_heads,
-        head_dim // 2, eps, has_norm=qk_norms is not None,
-        round_products=cos_R1D.dtype == q_RHD.dtype, block_f=triton.next_power_of_2(head_dim // 2),
+        values_PSKD, q_RHD.stride(0), q_RHD.stride(1), k_RKD.stride(0), v_RKD.stride(0), num_heads,
+        num_kv_heads, head_dim, cos_R1D.shape[-1], eps, offset, has_norm=qk_norms is not None,
+        round_products=cos_R1D.dtype == q_RHD.dtype, block_d=triton.next_power_of_2(head_dim),
         num_warps=1,
     )  # fmt: skip
     return q_out

@@ -1,4 +1,4 @@
-"""Fused decoding step of the Qwen2 and Qwen3 decoders.
+"""Fused decoding step of the Qwen2, Qwen3 and Qwen3.5 decoders.
 
 Computes the same as `Decoder.forward` for one new token per sequence. At small batch sizes a step
 is bound by reading the weights and by kernel launches, so operations are fused to reduce the
@@ -18,8 +18,12 @@ from torch import Tensor
 
 from finesight.infer.kv_cache import DecodeAttention
 from finesight.model.decoder import DecoderAttention, DecoderLayer
+from finesight.model.families.qwen3_5 import GatedAttention, GatedDeltaNet, HybridDecoderLayer
 from finesight.model.fused_linear import FusedLinear, add_lora_delta, single_output
-from finesight.model.layers import GatedMlp, RmsNorm
+from finesight.model.fused_ops import sigmoid_gate
+from finesight.model.gated_delta_net import L2_NORM_EPS, supports_kernels
+from finesight.model.kernels import gated_delta_net as delta_net_kernels
+from finesight.model.layers import GatedMlp, RmsNorm, ZeroCenteredRmsNorm
 from finesight.model.lora.multi import MultiLoraLinear
 from finesight.model.moe import SparseMoeBlock
 from finesight.model.quant.base import Packed4BitMatrix, QuantizedWeight, RmsNormParams, pack_inputs
@@ -31,15 +35,20 @@ _HAS_TRITON = find_spec("triton") is not None
 if _HAS_TRITON:
     from finesight.infer import decode_kernels
 
+_LAYER_TYPES = DecoderLayer, HybridDecoderLayer
+
 
 def supports_fused_decode(model: VisionLanguageModel) -> bool:
     """Return whether `fused_decode_step` supports a model.
 
-    It requires Triton, a CUDA GPU, 16-bit weights and standard decoder layers.
+    It requires Triton, a CUDA GPU, 16-bit weights and known decoder layers.
     """
     weight = model.model.embed_tokens.weight
     is_16_bit = weight.dtype in (torch.bfloat16, torch.float16)
-    has_known_layers = all(isinstance(layer, DecoderLayer) for layer in model.model.layers)
+    layer_types, linear_attention = _LAYER_TYPES, model.config.decoder.linear_attention
+    has_known_layers = all(isinstance(layer, layer_types) for layer in model.model.layers)
+    if linear_attention is not None and not supports_kernels(linear_attention, weight):
+        return False
     return _HAS_TRITON and weight.is_cuda and is_16_bit and has_known_layers
 
 
@@ -52,8 +61,13 @@ def fused_decode_step(
     rotary = decoder.compute_rotary(position_ids_3R, attention, x_RD.dtype)
     assert isinstance(rotary, RotaryCosSin), f"unsupported rotary embedding {type(rotary).__name__}"
     for layer in decoder.layers:
-        assert isinstance(layer, DecoderLayer), f"unsupported layer {type(layer).__name__}"
-        x_RD = _attention_block(layer.input_layernorm, layer.self_attn, x_RD, rotary, attention)
+        assert isinstance(layer, _LAYER_TYPES), f"unsupported layer {type(layer).__name__}"
+        norm, attn = layer.input_layernorm, layer.self_attn
+        if attn is not None:
+            x_RD = _attention_block(norm, attn, x_RD, rotary, attention)
+        else:
+            assert isinstance(layer.attn, GatedDeltaNet), "a layer without attention"
+            x_RD = _linear_attention_block(norm, layer.attn, x_RD, attention)
         mlp, norm = layer.mlp, layer.post_attention_layernorm
         if isinstance(mlp, SparseMoeBlock):
             x_RD = x_RD + mlp(norm(x_RD))
@@ -70,39 +84,69 @@ def _compute_tied_logits(model: VisionLanguageModel, x_RD: Tensor) -> Tensor:
     norm, weight = model.model.norm, model.model.embed_tokens.weight
     if len(x_RD) > 1:
         return F.linear(norm(x_RD), weight)
-    logits_1V: Tensor = decode_kernels.fused_gemv(
-        x_RD, weight, norm_I=norm.weight, eps=_get_norm_eps(norm)
-    )
+    logits_1V: Tensor = decode_kernels.fused_gemv(x_RD, weight, **_get_norm_args(norm))
     return logits_1V
 
 
 def _attention_block(
     norm: RmsNorm,
-    self_attn: DecoderAttention,
+    self_attn: DecoderAttention | GatedAttention,
     x_RD: Tensor,
     rotary: RotaryCosSin,
     attention: DecodeAttention,
 ) -> Tensor:
-    shape = (len(x_RD), -1, self_attn.head_dim)
-    qkv_proj = self_attn.qkv_proj
-    if _supports_gemv(qkv_proj):
-        qkv = torch.split(
-            _norm_linear(qkv_proj, x_RD, norm), list(qkv_proj.output_sizes.values()), dim=1
-        )
-        q_RHD, k_RKD, v_RKD = (torch.unflatten(y, 1, shape[1:]) for y in qkv)
+    head_dim, cache = self_attn.head_dim, attention.cache
+    q_RE, k_RE, v_RE = _project(self_attn.qkv_proj, norm, x_RD)
+    k_RKD, v_RKD = (torch.unflatten(y_RE, 1, (-1, head_dim)) for y_RE in (k_RE, v_RE))
+    gate_RHD = None
+    if isinstance(self_attn, GatedAttention):
+        layer_index = self_attn.attention_index
+        q_RHD, gate_RHD = torch.unflatten(q_RE, 1, (-1, 2 * head_dim)).chunk(2, dim=-1)
     else:
-        q_RHD, k_RKD, v_RKD = (y.view(shape) for y in qkv_proj(norm(x_RD)))
+        layer_index = self_attn.layer_index
+        q_RHD = torch.unflatten(q_RE, 1, (-1, head_dim))
     qk_norms = None
     if self_attn.q_norm is not None and self_attn.k_norm is not None:
-        qk_norms = self_attn.q_norm.weight, self_attn.k_norm.weight, _get_norm_eps(self_attn.q_norm)
-    cache = attention.cache
+        eps, offset = _get_norm_eps(self_attn.q_norm), 0.0 if gate_RHD is None else 1.0
+        qk_norms = decode_kernels.QKNorms(
+            self_attn.q_norm.weight, self_attn.k_norm.weight, eps, offset
+        )
     q_RHD = decode_kernels.rope_and_cache(
         q_RHD, k_RKD, v_RKD, qk_norms, rotary.cos_T1D, rotary.sin_T1D, attention.slot_mapping_R,
-        cache.keys_LPSKD[self_attn.layer_index], cache.values_LPSKD[self_attn.layer_index],
+        cache.keys_LPSKD[layer_index], cache.values_LPSKD[layer_index],
     )  # fmt: skip
-    return _linear_add(
-        self_attn.o_proj, attention.attend(self_attn.layer_index, q_RHD).flatten(1), x_RD
-    )
+    o_RHD = attention.attend(layer_index, q_RHD)
+    if gate_RHD is not None:
+        o_RHD = sigmoid_gate(o_RHD, gate_RHD)
+    return _linear_add(self_attn.o_proj, o_RHD.flatten(1), x_RD)
+
+
+def _linear_attention_block(
+    norm: RmsNorm, attn: GatedDeltaNet, x_RD: Tensor, attention: DecodeAttention
+) -> Tensor:
+    qkv_RN, z_RE, b_RH, a_RH = _project(attn.in_proj, norm, x_RD)
+    states, config = attention.cache.linear_states, attn.config
+    assert states is not None, "a cache without linear attention states"
+    conv_SWN, delta_SHDV = states.get_layer(attn.attention_index)
+    slots_R = states.slots_R[: len(x_RD)]
+    qkv_RN = delta_net_kernels.causal_conv_step(
+        qkv_RN, attn.conv1d.weight.squeeze(1), conv_SWN, slots_R, config.num_key_heads,
+        config.num_value_heads, config.value_head_dim, L2_NORM_EPS,
+    )  # fmt: skip
+    o_RE = delta_net_kernels.gated_delta_step(
+        qkv_RN, a_RH, b_RH, attn.A_log, attn.dt_bias, z_RE, attn.norm.weight, delta_SHDV, slots_R,
+        config.num_key_heads, _get_norm_eps(attn.norm),
+    )  # fmt: skip
+    return _linear_add(attn.out_proj, o_RE, x_RD)
+
+
+def _project(linear: FusedLinear, norm: RmsNorm, x_RD: Tensor) -> tuple[Tensor, ...]:
+    """Apply RMSNorm and a fused linear layer; the rows of the outputs may be strided."""
+    if not _supports_gemv(linear):
+        projected: tuple[Tensor, ...] = linear(norm(x_RD))
+        return projected
+    sizes = list(linear.output_sizes.values())
+    return torch.split(_norm_linear(linear, x_RD, norm), sizes, dim=1)
 
 
 def _swiglu_mlp(norm: RmsNorm, mlp: GatedMlp, x_RD: Tensor) -> Tensor:
@@ -153,7 +197,7 @@ def _linear_single_row(
     """Apply a fused linear layer and its multi-LoRA delta to a single row."""
     norm_kwargs: dict[str, Any] = {}
     if norm is not None:
-        norm_kwargs = {"norm_I": norm.weight, "eps": _get_norm_eps(norm)}
+        norm_kwargs = _get_norm_args(norm)
     lora_delta, multi_lora = None, linear.adapter
     if isinstance(multi_lora, MultiLoraLinear):
         low_1S = decode_kernels.fused_gemv(
@@ -188,7 +232,12 @@ def _linear_4bit(
 
     One kernel packs the input, and one kernel per matrix computes the product.
     """
-    rms_norm = None if norm is None else RmsNormParams(norm.weight, _get_norm_eps(norm))
+    rms_norm = None
+    if norm is not None:
+        weight_I: Tensor = norm.weight
+        if isinstance(norm, ZeroCenteredRmsNorm):
+            weight_I = norm.scale(x_1I.dtype)
+        rms_norm = RmsNormParams(weight_I, _get_norm_eps(norm))
     matrices = [matrix for matrix in weight.matrices if isinstance(matrix, Packed4BitMatrix)]
     output_sizes = [matrix.out_features for matrix in matrices]
     y_1O = x_1I.new_empty(1, sum(output_sizes))
@@ -202,6 +251,12 @@ def _linear_4bit(
     ):
         matrix.gemv_packed(x, y_O, bias, layer_residual)
     return y_1O
+
+
+def _get_norm_args(norm: RmsNorm) -> dict[str, Any]:
+    """Return the arguments of `fused_gemv` for a norm."""
+    offset = 1.0 if isinstance(norm, ZeroCenteredRmsNorm) else 0.0
+    return {"norm_I": norm.weight, "eps": _get_norm_eps(norm), "norm_offset": offset}
 
 
 def _get_norm_eps(norm: RmsNorm) -> float:

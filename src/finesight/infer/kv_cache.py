@@ -22,8 +22,8 @@ from finesight.model.config import DecoderConfig
 from finesight.model.gated_delta_net import (
     DeltaNetInputs,
     DeltaNetState,
-    forward_packed,
     forward_step,
+    forward_with_states,
 )
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -129,14 +129,17 @@ class LinearStateCache:
         self._delta_LSHDV = torch.zeros(*shape, *delta_shape, dtype=wide_dtype, device=device)
         self.slots_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
+    def get_layer(self, layer_index: int) -> DeltaNetState:
+        """Return the states of all slots of a layer, to be updated in place."""
+        return DeltaNetState(self._conv_LSWN[layer_index], self._delta_LSHDV[layer_index])
+
     def reset(self, slots_S: Tensor) -> None:
         """Set the states of new sequences to zero."""
         self._conv_LSWN[:, slots_S] = 0
         self._delta_LSHDV[:, slots_S] = 0
 
     def read(self, layer_index: int, slots_S: Tensor) -> DeltaNetState:
-        states = (self._conv_LSWN[layer_index], self._delta_LSHDV[layer_index])
-        return DeltaNetState(*(x.index_select(0, slots_S) for x in states))
+        return DeltaNetState(*(x.index_select(0, slots_S) for x in self.get_layer(layer_index)))
 
     def write(self, layer_index: int, slots_S: Tensor, state: DeltaNetState) -> None:
         self._conv_LSWN[layer_index].index_copy_(0, slots_S, state.conv_SWN)
@@ -240,7 +243,7 @@ class PrefillAttention:
         states = self._cache.linear_states
         assert states is not None, "a cache without linear attention states"
         state = states.read(layer_index, self._state_slots_S)
-        o_THV, state = forward_packed(inputs, self._query_segments.chunk_layout, state)
+        o_THV, state = forward_with_states(inputs, self._query_segments.chunk_layout, state)
         states.write(layer_index, self._state_slots_S, state)
         return o_THV
 

@@ -198,7 +198,10 @@ class Scheduler:
             other.prompt.num_tokens - other.prompt.num_computed_tokens for other in self.prefilling
         )
         has_row = self.num_running < self.max_num_seqs
-        if not (self.waiting and has_row and num_unread < self.token_budget):
+        # A sequence that has left the batch holds its slot until the host has read its last token.
+        has_slot = bool(self._free_state_slots) or not self._has_linear_states
+        has_capacity = has_row and has_slot and num_unread < self.token_budget
+        if not (self.waiting and has_capacity):
             return None
         sequence, prompt = self.waiting[0], self.waiting[0].prompt
         max_tokens = prompt.num_tokens + sequence.request.max_new_tokens

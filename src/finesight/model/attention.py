@@ -27,6 +27,7 @@ from finesight.model.gated_delta_net import (
     DeltaNetInputs,
     DeltaNetState,
     forward_packed,
+    forward_with_states,
 )
 from finesight.model.length_buckets import (
     LengthBuckets,
@@ -69,29 +70,34 @@ class Segments:
     """Boundaries of the attention segments in a packed tensor.
 
     A segment is a sequence of the decoder, or a frame or window of the vision encoder.
+
+    Attributes:
+        lengths: Length of each segment; an upper bound in a CUDA graph.
+        num_tokens: Rows of the packed tensor.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens_S1: Tensor
     max_seqlen: int
+    num_tokens: int
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], device: torch.device) -> Segments:
         """Build segments from their lengths and copy `cu_seqlens` to `device`."""
         lengths = tuple(lengths)
         cu_seqlens = copy_to_device(compute_cu_seqlens(lengths), device)
-        return cls(lengths, cu_seqlens, max(lengths))
+        return cls(lengths, cu_seqlens, max(lengths), sum(lengths))
 
     @cached_property
     def context_lengths_T(self) -> Tensor:
         """Length of the segment that each token belongs to, [T]."""
         lengths_S = self.cu_seqlens_S1.diff()
-        return lengths_S.repeat_interleave(lengths_S, output_size=sum(self.lengths))
+        return lengths_S.repeat_interleave(lengths_S, output_size=self.num_tokens)
 
     @cached_property
     def chunk_layout(self) -> ChunkLayout:
         """Chunks of the segments for linear attention."""
-        return ChunkLayout.from_lengths(self.lengths, self.cu_seqlens_S1.device)
+        return ChunkLayout(self.lengths, self.cu_seqlens_S1, self.num_tokens)
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
@@ -123,8 +129,7 @@ class PackedAttention:
         return varlen_attention(q_THD, k_TKD, v_TKD, self.segments, causal=True)
 
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
-        o_THV, _ = forward_packed(inputs, self.segments.chunk_layout)
-        return o_THV
+        return forward_packed(inputs, self.segments.chunk_layout)
 
 
 class SharedPrefixIndices(NamedTuple):
@@ -160,11 +165,8 @@ class _ExpandSharedPrefix(torch.autograd.Function):
         return dx_TX, None
 
 
-@dataclass(frozen=True, kw_only=True)
 class SharedPrefixAttention(PackedAttention):
     """Causal attention of sequences that share a prefix, which is computed once."""
-
-    num_tokens: int
 
     @property
     def context_lengths_T(self) -> Tensor:
@@ -189,10 +191,10 @@ class SharedPrefixAttention(PackedAttention):
         """Compute the prefix once; its state is the initial state of the other sequences."""
         prefix_layout, suffix_layout = self.chunk_layouts
         prefix, suffixes = inputs.split([self.prefix_length, suffix_layout.num_tokens])
-        prefix_THV, state = forward_packed(prefix, prefix_layout)
-        num_suffixes = len(suffix_layout.lengths_S)
+        prefix_THV, state = forward_with_states(prefix, prefix_layout)
+        num_suffixes = len(suffix_layout.lengths)
         states = DeltaNetState(*(x.expand(num_suffixes, *x.shape[1:]) for x in state))
-        suffix_THV, _ = forward_packed(suffixes, suffix_layout, states)
+        suffix_THV, _ = forward_with_states(suffixes, suffix_layout, states)
         return torch.cat([prefix_THV, suffix_THV])
 
     def _expand(self, x_TX: Tensor) -> Tensor:
@@ -207,8 +209,12 @@ class SharedPrefixAttention(PackedAttention):
     @cached_property
     def chunk_layouts(self) -> tuple[ChunkLayout, ChunkLayout]:
         """Chunks of the prefix and of the other sequences for linear attention."""
-        (prefix, *others), device = self.segments.lengths, self.segments.cu_seqlens_S1.device
-        return ChunkLayout.from_lengths([prefix], device), ChunkLayout.from_lengths(others, device)
+        (prefix, *others), cu_seqlens_S1 = self.segments.lengths, self.segments.cu_seqlens_S1
+        num_suffix_tokens = self.segments.num_tokens - prefix
+        return (
+            ChunkLayout((prefix,), cu_seqlens_S1[:2], prefix),
+            ChunkLayout((*others,), cu_seqlens_S1[1:] - prefix, num_suffix_tokens),
+        )
 
     @cached_property
     def full_segments(self) -> Segments:
@@ -216,7 +222,11 @@ class SharedPrefixAttention(PackedAttention):
         lengths = first, *(first + length for length in others)
         num_prefixes_S1 = torch.arange(-1, len(others) + 1, device=cu_seqlens_S1.device).clamp(0)
         full_cu_seqlens_S1 = (cu_seqlens_S1 + num_prefixes_S1 * first).to(cu_seqlens_S1.dtype)
-        return Segments(lengths, full_cu_seqlens_S1, max(lengths))
+        return Segments(lengths, full_cu_seqlens_S1, max(lengths), self._num_expanded_tokens)
+
+    @property
+    def _num_expanded_tokens(self) -> int:
+        return self.segments.num_tokens + self.prefix_length * (len(self.segments.lengths) - 1)
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
@@ -227,11 +237,10 @@ class SharedPrefixAttention(PackedAttention):
         """Row indices of the expanded batch, computed on the device."""
         cu_seqlens_S1, prefix_length = self.segments.cu_seqlens_S1, self.prefix_length
         full_cu_seqlens_S1 = self.full_segments.cu_seqlens_S1
-        num_positions = self.num_tokens + prefix_length * (len(cu_seqlens_S1) - 2)
         position_M = torch.arange(
-            num_positions, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
+            self._num_expanded_tokens, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
         )
-        token_T = position_M[: self.num_tokens]
+        token_T = position_M[: self.segments.num_tokens]
         sequence_T = torch.searchsorted(cu_seqlens_S1[1:], token_T, right=True)
         prefix_indices_SP = full_cu_seqlens_S1[:-1, None] + token_T[:prefix_length]
         sequence_M = torch.searchsorted(full_cu_seqlens_S1[1:], position_M, right=True)

@@ -21,7 +21,7 @@ from finesight.model.quant.base import HAS_TRITON
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
 
 if HAS_TRITON:
-    from finesight.model.kernels import elementwise
+    from finesight.model.kernels import elementwise, rotary
     from finesight.model.kernels import swiglu as swiglu_kernels
 
 
@@ -41,6 +41,35 @@ def swiglu(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
     """Compute SwiGLU, silu(gate) * up (Shazeer 2020)."""
     y_TD: Tensor = _Swiglu.apply(gate_TD, up_TD)  # type: ignore[no-untyped-call]
     return y_TD
+
+
+def sigmoid_gate(x_THD: Tensor, gate_THD: Tensor) -> Tensor:
+    """Compute x sigmoid(gate)."""
+    if not has_kernels(x_THD):
+        return x_THD * gate_THD.sigmoid()
+    y_THD: Tensor = _SigmoidGate.apply(  # type: ignore[no-untyped-call]
+        x_THD.contiguous(), gate_THD
+    )
+    return y_THD
+
+
+def norm_rotary(
+    x_THD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    cos_T1R: Tensor,
+    sin_T1R: Tensor,
+    *,
+    weight_offset: float,
+) -> Tensor:
+    """Apply RMS norm with weight + offset, and rotate the leading R elements of each head.
+
+    Requires Triton kernels.
+    """
+    y_THD: Tensor = _NormRotary.apply(  # type: ignore[no-untyped-call]
+        x_THD, weight_D, eps, cos_T1R, sin_T1R, weight_offset
+    )
+    return y_THD
 
 
 def swiglu_concat(gate_up_TF2: Tensor, padding: int) -> Tensor:
@@ -178,6 +207,52 @@ class _Swiglu(torch.autograd.Function):
             return elementwise.swiglu_backward(gate_TD, up_TD, dy_TD)
         dgate_TD: Tensor = torch.ops.aten.silu_backward(dy_TD * up_TD, gate_TD)
         return dgate_TD, F.silu(gate_TD).mul_(dy_TD)
+
+
+class _SigmoidGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, gate_THD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_THD, gate_THD)
+        return elementwise.sigmoid_gate(x_THD, gate_THD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor, Tensor]:
+        x_THD, gate_THD = ctx.saved_tensors
+        return elementwise.sigmoid_gate_backward(x_THD, gate_THD, dy_THD.contiguous())
+
+
+class _NormRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_THD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        cos_T1R: Tensor,
+        sin_T1R: Tensor,
+        weight_offset: float,
+    ) -> Tensor:
+        y_THD, rstd_N = rotary.norm_rotary(x_THD, weight_D, eps, weight_offset, cos_T1R, sin_T1R)
+        ctx.save_for_backward(x_THD, weight_D, cos_T1R, sin_T1R, rstd_N)
+        ctx.weight_offset = weight_offset
+        return y_THD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor | None, ...]:
+        x_THD, weight_D, cos_T1R, sin_T1R, rstd_N = ctx.saved_tensors
+        dx_THD, dweight_D = rotary.norm_rotary_backward(
+            x_THD,
+            weight_D,
+            ctx.weight_offset,
+            cos_T1R,
+            sin_T1R,
+            rstd_N,
+            dy_THD.contiguous(),
+            needs_weight_grad=ctx.needs_input_grad[1],
+        )
+        return dx_THD, dweight_D, None, None, None, None
 
 
 class _SwigluConcat(torch.autograd.Function):

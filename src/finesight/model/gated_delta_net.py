@@ -7,8 +7,8 @@ v, log decay g and step size b:
 
 `chunk_gated_delta_rule` computes all tokens of a packed batch in chunks, for training and prompts.
 `recurrent_gated_delta_rule` computes one token per sequence, for decoding. The state and the
-convolution start anew with each sequence. `forward_packed` and `forward_step` combine the
-convolution and the rule.
+convolution start anew with each sequence. `forward_packed`, `forward_with_states` and
+`forward_step` combine the convolution and the rule.
 
 Shapes: T tokens, S sequences, C chunks, L tokens of a chunk, H heads, D dimension of a query and a
 key, V dimension of a value, N channels of the convolution, W width of its kernel.
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from finesight.encode.packing import compute_cu_seqlens
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.fused_ops import has_kernels, rms_norm
 from finesight.model.kernels import gated_delta_net as kernels
@@ -77,76 +78,145 @@ class DeltaNetInputs:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Assignment of the tokens of a packed batch to chunks.
+    """Sequences of a packed batch and their chunks.
+
+    Attributes:
+        lengths: Length of each sequence. In a CUDA graph these are upper bounds, which the kernels
+            do not need exactly.
+        cu_seqlens_S1: First token of each sequence, and the number of tokens.
+        num_tokens: Tokens of the packed batch.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens_S1: Tensor
+    num_tokens: int
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> ChunkLayout:
+        """Lay out sequences of these lengths."""
+        cu_seqlens_S1 = torch.from_numpy(compute_cu_seqlens(lengths)).to(device)
+        return cls(tuple(lengths), cu_seqlens_S1, sum(lengths))
+
+    @cached_property
+    def lengths_S(self) -> Tensor:
+        """Length of each sequence."""
+        return self.cu_seqlens_S1.diff()
+
+    @cached_property
+    def sequence_T(self) -> Tensor:
+        """Sequence of each token."""
+        tokens_T = self._arange(self.num_tokens)
+        return torch.searchsorted(self.cu_seqlens_S1[1:-1], tokens_T, right=True, out_int32=True)
+
+    @cached_property
+    def position_T(self) -> Tensor:
+        """Index of each token in its sequence."""
+        return self._arange(self.num_tokens) - self.cu_seqlens_S1[self.sequence_T]
+
+    @cached_property
+    def sequence_chunks(self) -> SequenceChunks:
+        """Chunks in the order of the tokens, for the kernels. Unused chunks are empty."""
+        cu_seqlens_S1, num_sequences = self.cu_seqlens_S1, len(self.lengths)
+        num_chunks_S = (self.lengths_S + (CHUNK_LENGTH - 1)) // CHUNK_LENGTH
+        first_chunk_S1 = F.pad(num_chunks_S.cumsum(0, dtype=torch.int32), (1, 0))
+        max_chunks = min(
+            sum(-(-length // CHUNK_LENGTH) for length in self.lengths),
+            (self.num_tokens + (CHUNK_LENGTH - 1) * num_sequences) // CHUNK_LENGTH,
+        )
+        chunks_C = self._arange(max_chunks)
+        sequence_C = torch.searchsorted(first_chunk_S1[1:-1], chunks_C, right=True, out_int32=True)
+        index_C = chunks_C - first_chunk_S1[sequence_C]
+        start_C = cu_seqlens_S1[sequence_C] + index_C * CHUNK_LENGTH
+        end_C = torch.minimum(start_C + CHUNK_LENGTH, cu_seqlens_S1[sequence_C + 1])
+        return SequenceChunks(first_chunk_S1, start_C, end_C)
+
+    @cached_property
+    def padded_chunks(self) -> PaddedChunks:
+        """Chunks for the PyTorch implementation."""
+        return PaddedChunks.from_lengths(self.lengths, self.cu_seqlens_S1.device)
+
+    def _arange(self, size: int) -> Tensor:
+        return torch.arange(size, device=self.cu_seqlens_S1.device, dtype=torch.int32)
+
+    def shift(self, x_TN: Tensor, distance: int, state_SWN: Tensor | None) -> Tensor:
+        """Return the row `distance` tokens before each token, from the state or 0 at the start."""
+        if state_SWN is None:
+            earlier_TN = F.pad(x_TN[:-distance], (0, 0, min(distance, len(x_TN)), 0))
+            return torch.where((self.position_T >= distance)[:, None], earlier_TN, 0)
+        rows_T = self._arange(self.num_tokens) - distance
+        state_length = state_SWN.shape[1]
+        state_rows_T = self.sequence_T * state_length + state_length + self.position_T - distance
+        rows_T = torch.where(self.position_T >= distance, rows_T, self.num_tokens + state_rows_T)
+        return torch.cat([x_TN, state_SWN.flatten(0, 1)])[rows_T]
+
+    def prepend_states(self, x_TN: Tensor, state_SWN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Insert the state rows before each sequence.
+
+        Returns:
+            The rows, the position of each in its sequence, and the row of each token.
+        """
+        num_rows = state_SWN.shape[1]
+        rows_T = self._arange(self.num_tokens) + (self.sequence_T + 1) * num_rows
+        extended_RN = x_TN.new_empty(self.num_tokens + state_SWN[..., 0].numel(), x_TN.shape[1])
+        starts_S1 = self._arange(len(state_SWN) + 1)[1:, None] * num_rows
+        starts_S1 = starts_S1 + self.cu_seqlens_S1[:-1, None]
+        state_rows_SW = starts_S1 + self._arange(num_rows) - num_rows
+        index = torch.cat([rows_T, state_rows_SW.flatten()])
+        values = torch.cat([x_TN, state_SWN.flatten(0, 1).to(x_TN.dtype)])
+        position_R = torch.empty_like(index)
+        states = self._arange(num_rows).repeat(len(state_SWN))
+        position_R[index] = torch.cat([self.position_T + num_rows, states])
+        return extended_RN.index_copy(0, index.long(), values), position_R, rows_T
+
+    def last_rows(self, x_TN: Tensor, count: int, state_SWN: Tensor | None) -> Tensor:
+        """Return the last `count` rows of each sequence, preceded by its state or zeros."""
+        position_SW = self.lengths_S[:, None] + self._arange(count) - count
+        is_token_SW1 = (position_SW >= 0)[..., None]
+        last_SWN = x_TN[(self.cu_seqlens_S1[:-1, None] + position_SW).clamp_min(0)]
+        if state_SWN is None:
+            return torch.where(is_token_SW1, last_SWN, 0)
+        earlier_SW1 = (position_SW + count).clamp_max(count - 1)[..., None].long()
+        return torch.where(is_token_SW1, last_SWN, state_SWN.take_along_dim(earlier_SW1, 1))
+
+
+@dataclass(frozen=True)
+class PaddedChunks:
+    """Assignment of the tokens of a packed batch to chunks of equal length, with padding.
 
     Sequences are sorted by length, longest first, and chunks by their position in the sequence.
     The chunks of one position are therefore contiguous, and their sequences are the first ones.
 
     Attributes:
-        token_indices_CL: Index of each token; `num_tokens` for padding.
+        token_indices_CL: Index of each token; the number of tokens for padding.
         slots_T: Index of each token in the flattened chunks.
         order_S: Sequences, longest first.
-        position_T: Index of each token in its sequence.
-        sequence_T: Sequence of each token.
-        lengths_S: Length of each sequence.
         chunks_per_step: Number of sequences with at least 1, 2, ... chunks.
-        num_tokens: Tokens of the packed batch.
     """
 
     token_indices_CL: Tensor
     slots_T: Tensor
     order_S: Tensor
-    position_T: Tensor
-    sequence_T: Tensor
-    lengths_S: Tensor
     chunks_per_step: tuple[int, ...]
-    num_tokens: int
 
     @classmethod
-    def from_lengths(
-        cls, lengths: Sequence[int], device: torch.device, chunk_length: int = CHUNK_LENGTH
-    ) -> ChunkLayout:
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> PaddedChunks:
         """Lay out sequences of these lengths, each at least 1."""
         lengths_S = np.asarray(lengths, dtype=np.int64)
         starts_S = np.cumsum(lengths_S) - lengths_S
-        num_chunks_S = -(-lengths_S // chunk_length)
+        num_chunks_S = -(-lengths_S // CHUNK_LENGTH)
         order_S = np.argsort(-num_chunks_S, kind="stable")
         num_tokens, num_steps = int(lengths_S.sum()), int(num_chunks_S.max())
         counts = tuple(int((num_chunks_S > step).sum()) for step in range(num_steps))
         sequence_C = np.concatenate([order_S[:count] for count in counts])
         step_C = np.repeat(np.arange(num_steps), counts)
-        offsets_CL = step_C[:, None] * chunk_length + np.arange(chunk_length)
+        offsets_CL = step_C[:, None] * CHUNK_LENGTH + np.arange(CHUNK_LENGTH)
         is_token_CL = offsets_CL < lengths_S[sequence_C, None]
         indices_CL = np.where(is_token_CL, starts_S[sequence_C, None] + offsets_CL, num_tokens)
         slots_T = np.empty(num_tokens, dtype=np.int64)
         slots_T[indices_CL[is_token_CL]] = np.flatnonzero(is_token_CL)
-        sequence_T = np.repeat(np.arange(len(lengths_S)), lengths_S)
-        position_T = np.arange(num_tokens) - starts_S[sequence_T]
-        arrays = indices_CL, slots_T, order_S, position_T, sequence_T, lengths_S
-        indices, *others = (torch.from_numpy(x).to(device) for x in arrays)
-        slots, order, position, sequence, lengths_device = others
-        return cls(indices, slots, order, position, sequence, lengths_device, counts, num_tokens)
-
-    @cached_property
-    def sequence_chunks(self) -> SequenceChunks:
-        """Chunks in the order of the tokens, for the kernels."""
-        lengths_S = self.lengths_S
-        num_chunks_S = (lengths_S + CHUNK_LENGTH - 1) // CHUNK_LENGTH
-        first_chunk_S1 = F.pad(num_chunks_S.cumsum(0), (1, 0))
-        num_chunks = sum(self.chunks_per_step)
-        sequence_C = torch.arange(len(lengths_S), device=lengths_S.device).repeat_interleave(
-            num_chunks_S, output_size=num_chunks
-        )
-        index_C = torch.arange(num_chunks, device=lengths_S.device) - first_chunk_S1[sequence_C]
-        end_S = lengths_S.cumsum(0)
-        start_C = (end_S - lengths_S)[sequence_C] + index_C * CHUNK_LENGTH
-        end_C = torch.minimum(start_C + CHUNK_LENGTH, end_S[sequence_C])
-        return SequenceChunks(*(x.int() for x in (first_chunk_S1, start_C, end_C)))
-
-    @cached_property
-    def position_int32_T(self) -> Tensor:
-        """Index of each token in its sequence, for the kernels."""
-        return self.position_T.int()
+        arrays = indices_CL, slots_T, order_S
+        indices, slots, order = (torch.from_numpy(x).to(device) for x in arrays)
+        return cls(indices, slots, order, counts)
 
     @cached_property
     def inverse_order_S(self) -> Tensor:
@@ -161,48 +231,6 @@ class ChunkLayout:
     def join(self, x_CHL: Tensor) -> Tensor:
         """Gather [C, H, L, ...] to [T, H, ...]."""
         return x_CHL.transpose(1, 2).flatten(0, 1)[self.slots_T]
-
-    def shift(self, x_TN: Tensor, distance: int, state_SWN: Tensor | None) -> Tensor:
-        """Return the row `distance` tokens before each token, from the state or 0 at the start."""
-        if state_SWN is None:
-            earlier_TN = F.pad(x_TN[:-distance], (0, 0, min(distance, len(x_TN)), 0))
-            return torch.where((self.position_T >= distance)[:, None], earlier_TN, 0)
-        rows_T = torch.arange(self.num_tokens, device=x_TN.device) - distance
-        state_length = state_SWN.shape[1]
-        state_rows_T = self.sequence_T * state_length + state_length + self.position_T - distance
-        rows_T = torch.where(self.position_T >= distance, rows_T, self.num_tokens + state_rows_T)
-        return torch.cat([x_TN, state_SWN.flatten(0, 1)])[rows_T]
-
-    def prepend_states(self, x_TN: Tensor, state_SWN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Insert the state rows before each sequence.
-
-        Returns:
-            The rows, the position of each in its sequence, and the row of each token.
-        """
-        num_rows = state_SWN.shape[1]
-        rows_T = torch.arange(self.num_tokens, device=x_TN.device)
-        rows_T = rows_T + (self.sequence_T + 1) * num_rows
-        extended_RN = x_TN.new_empty(self.num_tokens + state_SWN[..., 0].numel(), x_TN.shape[1])
-        starts_S1 = (self.lengths_S + num_rows).cumsum(0)[:, None] - self.lengths_S[:, None]
-        state_rows_SW = starts_S1 - torch.arange(num_rows, 0, -1, device=x_TN.device)
-        index = torch.cat([rows_T, state_rows_SW.flatten()])
-        values = torch.cat([x_TN, state_SWN.flatten(0, 1).to(x_TN.dtype)])
-        position_R = torch.empty_like(index)
-        states = torch.arange(num_rows, device=x_TN.device).repeat(len(state_SWN))
-        position_R[index] = torch.cat([self.position_T + num_rows, states])
-        return extended_RN.index_copy(0, index, values), position_R.int(), rows_T
-
-    def last_rows(self, x_TN: Tensor, count: int, state_SWN: Tensor | None) -> Tensor:
-        """Return the last `count` rows of each sequence, preceded by its state or zeros."""
-        device = x_TN.device
-        starts_S1 = (self.lengths_S.cumsum(0) - self.lengths_S)[:, None]
-        position_SW = self.lengths_S[:, None] - torch.arange(count, 0, -1, device=device)
-        is_token_SW1 = (position_SW >= 0)[..., None]
-        last_SWN = x_TN[(starts_S1 + position_SW).clamp_min(0)]
-        if state_SWN is None:
-            return torch.where(is_token_SW1, last_SWN, 0)
-        earlier_SW1 = (position_SW + count).clamp_max(count - 1)[..., None]
-        return torch.where(is_token_SW1, last_SWN, state_SWN.take_along_dim(earlier_SW1, 1))
 
 
 def chunk_gated_delta_rule(
@@ -231,8 +259,9 @@ def chunk_gated_delta_rule(
         Outputs [T, H, V] in the dtype of the values, and final states [S, H, D, V].
     """
     dtype = torch.promote_types(v_THV.dtype, torch.float32)
-    q, k, v = (layout.split(x.to(dtype)) for x in (q_THD, k_THD, v_THV))
-    g, beta = (layout.split(x.to(dtype)) for x in (log_decay_TH, beta_TH))
+    padded_chunks = layout.padded_chunks
+    q, k, v = (padded_chunks.split(x.to(dtype)) for x in (q_THD, k_THD, v_THV))
+    g, beta = (padded_chunks.split(x.to(dtype)) for x in (log_decay_TH, beta_TH))
     decay_CHL = g.cumsum(-1)
     # Decay from token j to token i >= j of a chunk. The mask comes first: exp would overflow.
     difference = decay_CHL[..., :, None] - decay_CHL[..., None, :]
@@ -257,12 +286,12 @@ def chunk_gated_delta_rule(
     chunk_decay = decay_CHL[..., -1].exp()[..., None, None]
 
     if initial_state_SHDV is None:
-        num_sequences, (num_heads, head_dim) = len(layout.order_S), q_THD.shape[1:]
+        num_sequences, (num_heads, head_dim) = len(layout.lengths), q_THD.shape[1:]
         state = v.new_zeros(num_sequences, num_heads, head_dim, v.shape[-1])
     else:
-        state = initial_state_SHDV.to(dtype)[layout.order_S]
+        state = initial_state_SHDV.to(dtype)[padded_chunks.order_S]
     outputs, finished, begin = [], [], 0
-    for count in layout.chunks_per_step:
+    for count in padded_chunks.chunks_per_step:
         # Sequences that end before this chunk are the last ones of the state.
         finished.append(state[count:])
         state, chunks = state[:count], slice(begin, begin + count)
@@ -270,8 +299,8 @@ def chunk_gated_delta_rule(
         outputs.append(q_decayed[chunks] @ state + inner[chunks] @ update)
         state = state * chunk_decay[chunks] + k_to_end[chunks].mT @ update
         begin += count
-    final = torch.cat([state, *reversed(finished)])[layout.inverse_order_S]
-    return layout.join(torch.cat(outputs)).to(v_THV.dtype), final
+    final = torch.cat([state, *reversed(finished)])[padded_chunks.inverse_order_S]
+    return padded_chunks.join(torch.cat(outputs)).to(v_THV.dtype), final
 
 
 def recurrent_gated_delta_rule(
@@ -317,10 +346,15 @@ def causal_conv1d(
     return y_TN
 
 
-def forward_packed(
+def forward_packed(inputs: DeltaNetInputs, layout: ChunkLayout) -> Tensor:
+    """Compute a linear attention layer for a packed batch: outputs [T, H, V]."""
+    return _forward(inputs, layout, None, None)[0]
+
+
+def forward_with_states(
     inputs: DeltaNetInputs, layout: ChunkLayout, state: DeltaNetState | None = None
 ) -> tuple[Tensor, DeltaNetState]:
-    """Compute a linear attention layer for a packed batch.
+    """Compute a linear attention layer for a packed batch, and the states of its sequences.
 
     Args:
         inputs: Inputs of the layer.
@@ -331,20 +365,27 @@ def forward_packed(
         Outputs [T, H, V], and the state after the last token of each sequence.
     """
     conv_SWN, delta_SHDV = (None, None) if state is None else state
-    if _supports_kernels(inputs):
+    o_THV, final_SHDV = _forward(inputs, layout, conv_SWN, delta_SHDV)
+    state_length = inputs.conv_weight_NW.shape[1] - 1
+    last_SWN = layout.last_rows(inputs.qkv_TN, state_length, conv_SWN)
+    return o_THV, DeltaNetState(last_SWN, final_SHDV)
+
+
+def _forward(
+    inputs: DeltaNetInputs,
+    layout: ChunkLayout,
+    conv_SWN: Tensor | None,
+    delta_SHDV: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if supports_kernels(inputs.config, inputs.qkv_TN):
         q, k, v = _apply_conv_kernels(inputs, layout, conv_SWN)
         o_THV, final_SHDV = _GatedDeltaRule.apply(  # type: ignore[no-untyped-call]
             q, k, v, inputs.log_decay_TH, inputs.beta_TH, delta_SHDV, layout.sequence_chunks
         )
-    else:
-        y_TN = F.silu(causal_conv1d(inputs.qkv_TN, inputs.conv_weight_NW, layout, conv_SWN))
-        q, k, v = _split_heads(y_TN.to(inputs.qkv_TN.dtype), inputs.config)
-        o_THV, final_SHDV = chunk_gated_delta_rule(
-            q, k, v, inputs.log_decay_TH, inputs.beta_TH, layout, delta_SHDV
-        )
-    state_length = inputs.conv_weight_NW.shape[1] - 1
-    last_SWN = layout.last_rows(inputs.qkv_TN, state_length, conv_SWN)
-    return o_THV, DeltaNetState(last_SWN, final_SHDV)
+        return o_THV, final_SHDV
+    y_TN = F.silu(causal_conv1d(inputs.qkv_TN, inputs.conv_weight_NW, layout, conv_SWN))
+    q, k, v = _split_heads(y_TN.to(inputs.qkv_TN.dtype), inputs.config)
+    return chunk_gated_delta_rule(q, k, v, inputs.log_decay_TH, inputs.beta_TH, layout, delta_SHDV)
 
 
 def forward_step(inputs: DeltaNetInputs, state: DeltaNetState) -> tuple[Tensor, DeltaNetState]:
@@ -386,7 +427,7 @@ def gated_rms_norm(x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -
     """
     if has_kernels(z_THV) and _is_kernel_size(x_THV.shape[-1]):
         y: Tensor = _GatedRmsNorm.apply(  # type: ignore[no-untyped-call]
-            x_THV.contiguous(), z_THV.contiguous(), weight_V, eps
+            x_THV.contiguous(), z_THV, weight_V, eps
         )
         return y
     dtype = torch.promote_types(z_THV.dtype, torch.float32)
@@ -399,10 +440,13 @@ def _is_kernel_size(size: int) -> bool:
     return size in (16, 32, 64, 128)
 
 
-def _supports_kernels(inputs: DeltaNetInputs) -> bool:
-    config = inputs.config
+def supports_kernels(config: LinearAttentionConfig, x: Tensor) -> bool:
+    """Return True if the kernels support the heads of a layer and the device and dtype of `x`.
+
+    They need the shared memory of an NVIDIA GPU of compute capability 8.0 or higher.
+    """
     is_supported = all(map(_is_kernel_size, (config.key_head_dim, config.value_head_dim)))
-    return is_supported and has_kernels(inputs.qkv_TN)
+    return is_supported and has_kernels(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _apply_conv_kernels(
@@ -410,7 +454,7 @@ def _apply_conv_kernels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute queries and keys [T, K, D] and values [T, H, V] with the kernels."""
     config, x_TN, rows_T = inputs.config, inputs.qkv_TN, None
-    position_T = layout.position_int32_T
+    position_T = layout.position_T
     if conv_SWN is not None:
         x_TN, position_T, rows_T = layout.prepend_states(x_TN, conv_SWN)
     outputs = kernels.conv_outputs(
@@ -460,20 +504,21 @@ class _GatedDeltaRule(torch.autograd.Function):
         initial_SHDV: Tensor | None,
         chunks: SequenceChunks,
     ) -> tuple[Tensor, Tensor]:
-        if initial_SHDV is not None:
-            initial_SHDV = initial_SHDV.contiguous()
         gates = log_decay_TH.contiguous(), beta_TH.contiguous()
-        ctx.save_for_backward(q_TKD, k_TKD, v_THV, *gates, initial_SHDV)
+        o_THV, final_SHDV, matrices = kernels.gated_delta_rule(
+            q_TKD, k_TKD, v_THV, *gates, initial_SHDV, chunks
+        )
+        ctx.save_for_backward(q_TKD, k_TKD, v_THV, *gates, initial_SHDV, *matrices)
         ctx.chunks = chunks
         ctx.set_materialize_grads(False)
-        return kernels.gated_delta_rule(q_TKD, k_TKD, v_THV, *gates, initial_SHDV, chunks)
+        return o_THV, final_SHDV
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, dout_THV: Tensor | None, dfinal_SHDV: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, initial_SHDV = ctx.saved_tensors
+        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, initial_SHDV, *matrices = ctx.saved_tensors
         if dout_THV is None:
             dout_THV = torch.zeros_like(v_THV)
         if dfinal_SHDV is not None:
@@ -486,6 +531,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             beta_TH,
             initial_SHDV,
             ctx.chunks,
+            matrices,
             dout_THV.contiguous(),
             dfinal_SHDV,
         )

@@ -27,6 +27,7 @@ from finesight.model.fused_ops import (
     swiglu,
     swiglu_concat,
 )
+from finesight.model.kernels.launch_config import NO_DROPOUT
 from finesight.model.lora.fused import fuse_lora_weight, padding_columns
 from finesight.model.quant.base import HAS_TRITON, Fp8Rows
 from finesight.model.quant.fp8 import quantize_fp8
@@ -92,6 +93,12 @@ class ZeroCenteredRmsNorm(RmsNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.eps is not None, "a norm without eps"
+        if has_kernels(x) and not torch.is_grad_enabled():
+            x_TD = x.reshape(-1, x.shape[-1]).contiguous()
+            n_TD, _ = norm_kernels.rms_norm_dropout(
+                x_TD, self.weight, self.eps, torch.empty_like(x_TD), NO_DROPOUT, w_offset=1.0
+            )
+            return n_TD.view(x.shape)
         wide, scale = torch.promote_types(x.dtype, torch.float32), self.scale(x.dtype)
         if x.dtype == wide:
             return rms_norm(x, scale, self.eps)

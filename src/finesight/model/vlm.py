@@ -34,6 +34,7 @@ from finesight.model.families.architecture import (
     KeyMapping,
 )
 from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.gated_delta_net import supports_kernels
 from finesight.model.lora.fused import FusedWeightSync
 from finesight.model.lora.multi import LoraRouting
 from finesight.model.moe import requires_host_sync
@@ -95,10 +96,11 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def supports_cuda_graphs(self) -> bool:
-        """True if a decode step can be captured as a CUDA graph."""
+        """True if forward passes can be captured as CUDA graphs."""
         weight = self.model.embed_tokens.weight
         has_experts = self.config.decoder.moe is not None
-        if self.config.decoder.linear_attention is not None:
+        linear_attention = self.config.decoder.linear_attention
+        if linear_attention is not None and not supports_kernels(linear_attention, weight):
             return False
         return weight.is_cuda and not (
             has_experts and requires_host_sync(weight.dtype, weight.device)
@@ -209,9 +211,10 @@ class VisionLanguageModel(nn.Module):
 
 
 def _build_attention(batch: PackedBatch, dropout_seed_1: Tensor | None) -> PackedAttention:
-    segments = Segments(batch.lengths, batch.cu_seqlens_S1, max(batch.lengths))
+    num_tokens = len(batch.ids_T)
+    segments = Segments(batch.lengths, batch.cu_seqlens_S1, max(batch.lengths), num_tokens)
     if batch.prefix_length:
-        return SharedPrefixAttention(segments, dropout_seed_1, num_tokens=len(batch.ids_T))
+        return SharedPrefixAttention(segments, dropout_seed_1)
     if batch.context_shard is not None:
         return ContextParallelAttention(segments, dropout_seed_1, context_shard=batch.context_shard)
     return PackedAttention(segments, dropout_seed_1)

@@ -122,7 +122,12 @@ class GraphVisionInputs:
         num_patches, device = shape.num_patches, batch.patches_ND.device
         layout = vision_encoder.compute_patch_layout(batch.grid_thw, device)
         segment_buffers = [
-            Segments((max_seqlen,) * count, _zeros(count + 1, device, torch.int32), max_seqlen)
+            Segments(
+                (max_seqlen,) * count,
+                _zeros(count + 1, device, torch.int32),
+                max_seqlen,
+                num_patches,
+            )
             for count, max_seqlen in shape.segment_shapes
         ]
         segment_ids = [id(segments) for segments in unique_objects(layout.segments)]

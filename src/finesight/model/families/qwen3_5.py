@@ -31,6 +31,7 @@ from finesight.model.decoder import Decoder, FusibleLayer
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.families.qwen3_vl import build_vision_encoder, interleaved_mrope_axes
 from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.fused_ops import has_kernels, norm_rotary, sigmoid_gate
 from finesight.model.gated_delta_net import DeltaNetInputs, gated_rms_norm
 from finesight.model.layers import GatedMlp, RmsNorm, ZeroCenteredRmsNorm
 from finesight.model.moe import SharedExpertMoeBlock
@@ -67,10 +68,21 @@ class GatedAttention(nn.Module):
         q_gate_TE, k_TE, v_TE = projected
         q_THD, gate_THD = torch.unflatten(q_gate_TE, 1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         k_TKD, v_TKD = (torch.unflatten(y_TE, 1, (-1, self.head_dim)) for y_TE in (k_TE, v_TE))
-        q_THD = apply_partial_rotary_pos_emb(self.q_norm(q_THD), rotary)
-        k_TKD = apply_partial_rotary_pos_emb(self.k_norm(k_TKD), rotary)
+        q_THD, k_TKD = (
+            _norm_rotary(norm, x_THD, rotary)
+            for norm, x_THD in ((self.q_norm, q_THD), (self.k_norm, k_TKD))
+        )
         o_THD = attention(self.attention_index, q_THD, k_TKD, v_TKD)
-        return (o_THD * gate_THD.sigmoid()).flatten(1)
+        return sigmoid_gate(o_THD, gate_THD).flatten(1)
+
+
+def _norm_rotary(norm: ZeroCenteredRmsNorm, x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
+    if not has_kernels(x_THD):
+        return apply_partial_rotary_pos_emb(norm(x_THD), rotary)
+    assert norm.eps is not None, "a norm without eps"
+    return norm_rotary(
+        x_THD, norm.weight, norm.eps, rotary.cos_T1D, rotary.sin_T1D, weight_offset=1.0
+    )
 
 
 class DepthwiseConv(nn.Module):

@@ -8,7 +8,7 @@ a chunk, S the state before the chunk and M_ij = exp(G_i - G_j) for i >= j, a ch
     S <- exp(G_L) S + (exp(G_L - G) k)^T U
 
 T and P depend on one chunk only and are computed for all chunks at once. The recurrence computes
-the rest with the state in registers. The backward pass computes T, P, U and the states again.
+the rest with the state in registers. The backward pass computes U and the states again.
 
 Shapes: T tokens, S sequences, C chunks, L = 64 tokens of a chunk, K heads of queries and keys,
 H heads of values (a multiple of K), D dimension of a query and a key, V dimension of a value,
@@ -17,6 +17,7 @@ N channels of the convolution, W width of its kernel.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ CHUNK_LENGTH = 64
 BLOCK_LENGTH = 16
 """Rows of the diagonal blocks of I + A, which are inverted row by row."""
 
-CONV_BLOCK, NORM_BLOCK = 32, 16
-"""Tokens per program of the convolution, and rows per program of the norm."""
+CONV_BLOCK, CONV_BACKWARD_BLOCK, NORM_BLOCK = 16, 32, 16
+"""Tokens per program of the convolution and its gradient, and rows per program of the norm."""
 
 
 class SequenceChunks(NamedTuple):
@@ -152,12 +153,12 @@ def _chunk_matrices_kernel(
     tl.store(product + offsets, p_LL.to(product.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["initial_stride"])
 def _recurrence_kernel(
     q: Ptr, k: Ptr, v: Ptr, log_decay: Ptr, beta: Ptr, inverse: Ptr, product: Ptr, initial: Ptr,
     first_chunks: Ptr, starts: Ptr, ends: Ptr, out: Ptr, final: Ptr, states: Ptr, updates: Ptr,
-    key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
-    length: tl.constexpr, block_v: tl.constexpr, has_initial: tl.constexpr,
+    initial_stride: int, key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr,
+    value_dim: tl.constexpr, length: tl.constexpr, block_v: tl.constexpr, has_initial: tl.constexpr,
     for_backward: tl.constexpr, precision: tl.constexpr,
 ) -> None:  # fmt: skip
     first_v = tl.program_id(0) * block_v
@@ -169,7 +170,8 @@ def _recurrence_kernel(
     state_offsets = d[:, None] * value_dim + columns[None, :]
     own_state = (sequence.to(tl.int64) * heads + head) * head_dim * value_dim
     if has_initial:
-        state_DV = tl.load(initial + own_state + state_offsets).to(tl.float32)
+        first = sequence.to(tl.int64) * initial_stride + head * head_dim * value_dim
+        state_DV = tl.load(initial + first + state_offsets).to(tl.float32)
     else:
         state_DV = tl.zeros((head_dim, block_v), tl.float32)
     dtype = q.dtype.element_ty
@@ -260,86 +262,89 @@ def _chunk_gradients_kernel(
     dbeta: Ptr, key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr,
     value_dim: tl.constexpr, length: tl.constexpr, block_v: tl.constexpr, precision: tl.constexpr,
 ) -> None:  # fmt: skip
-    chunk, key_head = tl.program_id(0), tl.program_id(1)
+    """Compute the gradients of one value head; those of queries and keys are summed later."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(starts + chunk), tl.load(ends + chunk)
+    key_head = head // (heads // key_heads)
     dtype = q.dtype.element_ty
     index = tl.arange(0, length)
     d = tl.arange(0, head_dim)
-    is_lower = index[:, None] > index[None, :]
+    row = chunk.to(tl.int64) * heads + head
+    g_L, last, beta_L = _load_gates(log_decay, beta, start, end, head, heads, length)
+    from_start_L, to_end_L = tl.exp(g_L), tl.exp(last - g_L)
+    da_LL = tl.zeros((length, length), tl.float32)
+    dp_LL = tl.zeros((length, length), tl.float32)
+    dq_LD = tl.zeros((length, head_dim), tl.float32)
+    key_LD = tl.zeros((length, head_dim), tl.float32)
+    end_LD = tl.zeros((length, head_dim), tl.float32)
+    dbeta_L = tl.zeros((length,), tl.float32)
+    dlast = 0.0
+    for first_v in range(0, value_dim, block_v):
+        columns = first_v + tl.arange(0, block_v)
+        offsets = row * head_dim * value_dim + d[:, None] * value_dim + columns[None, :]
+        state_DV, dstate_DV = tl.load(states + offsets), tl.load(dstates + offsets)
+        do_LV = _load_rows(dout, start, end, head, first_v, heads, value_dim, length, block_v)
+        u_LV = _load_rows(updates, start, end, head, first_v, heads, value_dim, length, block_v)
+        dr_LV = _load_rows(drs, start, end, head, first_v, heads, value_dim, length, block_v)
+        v_LV = _load_rows(v, start, end, head, first_v, heads, value_dim, length, block_v)
+        dq_LD += tl.dot(do_LV, tl.trans(state_DV), input_precision=precision)
+        key_LD += tl.dot(dr_LV, tl.trans(state_DV), input_precision=precision)
+        end_LD += tl.dot(u_LV, tl.trans(dstate_DV), input_precision=precision)
+        da_LL -= tl.dot(dr_LV, tl.trans(u_LV), input_precision=precision)
+        dp_LL += tl.dot(do_LV, tl.trans(u_LV), input_precision=precision)
+        dr_wide_LV = dr_LV.to(tl.float32)
+        dbeta_L += tl.sum(dr_wide_LV * v_LV, 1)
+        dlast += tl.sum(state_DV.to(tl.float32) * dstate_DV)
+        dv_LV = dr_wide_LV * beta_L[:, None]
+        _store_rows(dv, dv_LV, start, end, head, first_v, heads, value_dim, length, block_v)
     k_LD = _load_rows(k, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
     q_LD = _load_rows(q, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
-    dq_LD = tl.zeros((length, head_dim), tl.float32)
-    dk_LD = tl.zeros((length, head_dim), tl.float32)
-    group: tl.constexpr = heads // key_heads
-    for member in range(group):
-        head = key_head * group + member
-        row = chunk.to(tl.int64) * heads + head
-        g_L, last, beta_L = _load_gates(log_decay, beta, start, end, head, heads, length)
-        from_start_L, to_end_L = tl.exp(g_L), tl.exp(last - g_L)
-        da_LL = tl.zeros((length, length), tl.float32)
-        dp_LL = tl.zeros((length, length), tl.float32)
-        from_state_LD = tl.zeros((length, head_dim), tl.float32)
-        key_LD = tl.zeros((length, head_dim), tl.float32)
-        end_LD = tl.zeros((length, head_dim), tl.float32)
-        dbeta_L = tl.zeros((length,), tl.float32)
-        dlast = 0.0
-        for first_v in range(0, value_dim, block_v):
-            columns = first_v + tl.arange(0, block_v)
-            offsets = row * head_dim * value_dim + d[:, None] * value_dim + columns[None, :]
-            state_DV, dstate_DV = tl.load(states + offsets), tl.load(dstates + offsets)
-            do_LV = _load_rows(dout, start, end, head, first_v, heads, value_dim, length, block_v)
-            u_LV = _load_rows(updates, start, end, head, first_v, heads, value_dim, length, block_v)
-            dr_LV = _load_rows(drs, start, end, head, first_v, heads, value_dim, length, block_v)
-            v_LV = _load_rows(v, start, end, head, first_v, heads, value_dim, length, block_v)
-            from_state_LD += tl.dot(do_LV, tl.trans(state_DV), input_precision=precision)
-            key_LD += tl.dot(dr_LV, tl.trans(state_DV), input_precision=precision)
-            end_LD += tl.dot(u_LV, tl.trans(dstate_DV), input_precision=precision)
-            da_LL -= tl.dot(dr_LV, tl.trans(u_LV), input_precision=precision)
-            dp_LL += tl.dot(do_LV, tl.trans(u_LV), input_precision=precision)
-            dr_wide_LV = dr_LV.to(tl.float32)
-            dbeta_L += tl.sum(dr_wide_LV * v_LV, 1)
-            dlast += tl.sum(state_DV.to(tl.float32) * dstate_DV)
-            dv_LV = dr_wide_LV * beta_L[:, None]
-            _store_rows(dv, dv_LV, start, end, head, first_v, heads, value_dim, length, block_v)
-        from_state_LD *= from_start_L[:, None]
-        end_LD *= to_end_L[:, None]
-        through_key_L = from_start_L * tl.sum(key_LD * k_LD, 1)
-        through_end_L = tl.sum(end_LD * k_LD, 1)
-        dbeta_L -= through_key_L
-        dg_L = tl.sum(from_state_LD * q_LD, 1) - beta_L * through_key_L - through_end_L
-        dlast = dlast * tl.exp(last) + tl.sum(through_end_L, 0)
-        dq_LD += from_state_LD
-        dk_LD += end_LD - key_LD * (beta_L * from_start_L)[:, None]
+    dq_LD *= from_start_L[:, None]
+    end_LD *= to_end_L[:, None]
+    through_key_L = from_start_L * tl.sum(key_LD * k_LD, 1)
+    through_end_L = tl.sum(end_LD * k_LD, 1)
+    dbeta_L -= through_key_L
+    dg_L = tl.sum(dq_LD * q_LD, 1) - beta_L * through_key_L - through_end_L
+    dlast = dlast * tl.exp(last) + tl.sum(through_end_L, 0)
+    dk_LD = end_LD - key_LD * (beta_L * from_start_L)[:, None]
 
-        decay_LL = _decay_matrix(g_L, length)
-        kk_LL = tl.dot(k_LD, tl.trans(k_LD), input_precision=precision) * decay_LL
-        da_LL = tl.where(is_lower, da_LL, 0.0)
-        da_kk_LL = da_LL * kk_LL
-        dbeta_L += tl.sum(da_kk_LL, 1)
-        through_LL = da_kk_LL * beta_L[:, None]
-        dp_LL *= decay_LL
-        qk_LL = tl.dot(q_LD, tl.trans(k_LD), input_precision=precision)
-        through_LL += dp_LL * qk_LL
-        dg_L += tl.sum(through_LL, 1) - tl.sum(through_LL, 0)
-        dkk_LL = (da_LL * decay_LL * beta_L[:, None]).to(dtype)
-        dp_rounded_LL = dp_LL.to(dtype)
-        dq_LD += tl.dot(dp_rounded_LL, k_LD, input_precision=precision)
-        dk_LD += tl.dot(tl.trans(dp_rounded_LL), q_LD, input_precision=precision)
-        dk_LD += tl.dot(dkk_LL, k_LD, input_precision=precision)
-        dk_LD += tl.dot(tl.trans(dkk_LL), k_LD, input_precision=precision)
+    decay_LL = _decay_matrix(g_L, length)
+    is_lower = index[:, None] > index[None, :]
+    kk_LL = tl.dot(k_LD, tl.trans(k_LD), input_precision=precision) * decay_LL
+    da_LL = tl.where(is_lower, da_LL, 0.0)
+    da_kk_LL = da_LL * kk_LL
+    dbeta_L += tl.sum(da_kk_LL, 1)
+    through_LL = da_kk_LL * beta_L[:, None]
+    dp_LL *= decay_LL
+    qk_LL = tl.dot(q_LD, tl.trans(k_LD), input_precision=precision)
+    through_LL += dp_LL * qk_LL
+    dg_L += tl.sum(through_LL, 1) - tl.sum(through_LL, 0)
+    dkk_LL = (da_LL * decay_LL * beta_L[:, None]).to(dtype)
+    dp_rounded_LL = dp_LL.to(dtype)
+    dq_LD += tl.dot(dp_rounded_LL, k_LD, input_precision=precision)
+    dk_LD += tl.dot(tl.trans(dp_rounded_LL), q_LD, input_precision=precision)
+    dk_LD += tl.dot(dkk_LL, k_LD, input_precision=precision)
+    dk_LD += tl.dot(tl.trans(dkk_LL), k_LD, input_precision=precision)
 
-        rows = start + index
-        gate_offsets = rows.to(tl.int64) * heads + head
-        dlog_L = tl.sum(dg_L, 0) - tl.cumsum(dg_L, 0) + dg_L + dlast
-        tl.store(dlog_decay + gate_offsets, dlog_L, mask=rows < end)
-        tl.store(dbeta + gate_offsets, dbeta_L, mask=rows < end)
-    _store_rows(dq, dq_LD, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
-    _store_rows(dk, dk_LD, start, end, key_head, 0, key_heads, head_dim, length, head_dim)
+    rows = start + index
+    gate_offsets = rows.to(tl.int64) * heads + head
+    dlog_L = tl.sum(dg_L, 0) - tl.cumsum(dg_L, 0) + dg_L + dlast
+    tl.store(dlog_decay + gate_offsets, dlog_L, mask=rows < end)
+    tl.store(dbeta + gate_offsets, dbeta_L, mask=rows < end)
+    _store_rows(dq, dq_LD, start, end, head, 0, heads, head_dim, length, head_dim)
+    _store_rows(dk, dk_LD, start, end, head, 0, heads, head_dim, length, head_dim)
 
 
 def _precision(x: Tensor) -> str:
     """Return the precision of fp32 products; with 16-bit inputs, only the inverse has them."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@lru_cache
+def _num_stages(device: torch.device) -> int:
+    """Return the pipeline stages of loops that load large tiles: 2 where shared memory allows."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return 2 if properties["max_shared_mem"] >= 160 * 1024 else 1
 
 
 def _value_block(num_sequences: int, heads: int, value_dim: int) -> int:
@@ -360,7 +365,7 @@ def _chunk_matrices(
     _chunk_matrices_kernel[(num_chunks, heads)](
         q_TKD, k_TKD, log_decay_TH, beta_TH, chunks.start_C, chunks.end_C, inverse, product,
         key_heads=q_TKD.shape[1], heads=heads, head_dim=q_TKD.shape[2], length=CHUNK_LENGTH,
-        block=BLOCK_LENGTH, precision=_precision(q_TKD), num_warps=4,
+        block=BLOCK_LENGTH, precision=_precision(q_TKD), num_warps=2,
     )  # fmt: skip
     return inverse, product
 
@@ -377,14 +382,17 @@ def _run_recurrence(
     """
     num_sequences, (_, heads, value_dim) = len(chunks.first_chunk_S1) - 1, v_THV.shape
     block_v = _value_block(num_sequences, heads, value_dim)
+    # The states of several sequences may be one expanded tensor.
+    assert initial_SHDV is None or initial_SHDV[0].is_contiguous(), "a state with strides"
     unused = (outputs[0],) * 2
     _recurrence_kernel[(value_dim // block_v, heads, num_sequences)](
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, *matrices,
         q_TKD if initial_SHDV is None else initial_SHDV, *chunks,
-        *(unused + outputs if for_backward else outputs + unused), key_heads=q_TKD.shape[1],
+        *(unused + outputs if for_backward else outputs + unused),
+        0 if initial_SHDV is None else initial_SHDV.stride(0), key_heads=q_TKD.shape[1],
         heads=heads, head_dim=q_TKD.shape[2], value_dim=value_dim, length=CHUNK_LENGTH,
         block_v=block_v, has_initial=initial_SHDV is not None, for_backward=for_backward,
-        precision=_precision(q_TKD), num_warps=4, num_stages=2,
+        precision=_precision(q_TKD), num_warps=4, num_stages=_num_stages(q_TKD.device),
     )  # fmt: skip
 
 
@@ -396,8 +404,11 @@ def gated_delta_rule(
     beta_TH: Tensor,
     initial_SHDV: Tensor | None,
     chunks: SequenceChunks,
-) -> tuple[Tensor, Tensor]:
-    """Compute the outputs [T, H, V] and the final states [S, H, D, V] in fp32."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Compute the outputs [T, H, V] and the final states [S, H, D, V] in fp32.
+
+    The matrices T and P of all chunks, the last result, are inputs of the backward pass.
+    """
     matrices = _chunk_matrices(q_TKD, k_TKD, log_decay_TH, beta_TH, chunks)
     out_THV = torch.empty_like(v_THV)
     final_SHDV = torch.empty(
@@ -409,7 +420,7 @@ def gated_delta_rule(
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, matrices, initial_SHDV, chunks,
         (out_THV, final_SHDV), for_backward=False,
     )  # fmt: skip
-    return out_THV, final_SHDV
+    return out_THV, final_SHDV, matrices
 
 
 def gated_delta_rule_backward(
@@ -420,20 +431,22 @@ def gated_delta_rule_backward(
     beta_TH: Tensor,
     initial_SHDV: Tensor | None,
     chunks: SequenceChunks,
+    matrices: tuple[Tensor, Tensor],
     dout_THV: Tensor,
     dfinal_SHDV: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the gradients of q, k, v, log decay, beta and the initial state."""
     (_, key_heads, head_dim), (_, heads, value_dim) = q_TKD.shape, v_THV.shape
     num_sequences, num_chunks = len(chunks.first_chunk_S1) - 1, len(chunks.start_C)
-    matrices = _chunk_matrices(q_TKD, k_TKD, log_decay_TH, beta_TH, chunks)
     states = q_TKD.new_empty(num_chunks, heads, head_dim, value_dim)
     dstates, updates_THV, dr_THV = (torch.empty_like(x) for x in (states, v_THV, v_THV))
     _run_recurrence(
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, matrices, initial_SHDV, chunks,
         (states, updates_THV), for_backward=True,
     )  # fmt: skip
-    dinitial = None if initial_SHDV is None else torch.empty_like(initial_SHDV, dtype=torch.float32)
+    dinitial = None
+    if initial_SHDV is not None:
+        dinitial = initial_SHDV.new_empty(initial_SHDV.shape, dtype=torch.float32)
     sizes = {
         "key_heads": key_heads, "heads": heads, "head_dim": head_dim, "value_dim": value_dim,
         "length": CHUNK_LENGTH, "precision": _precision(q_TKD),
@@ -444,16 +457,20 @@ def gated_delta_rule_backward(
         dout_THV if dfinal_SHDV is None else dfinal_SHDV, *chunks, dstates, dr_THV,
         dout_THV if dinitial is None else dinitial, block_v=block_v,
         has_final=dfinal_SHDV is not None, has_initial=dinitial is not None, num_warps=4,
-        num_stages=2, **sizes,
+        num_stages=_num_stages(q_TKD.device), **sizes,
     )  # fmt: skip
-    del matrices
-    dq, dk, dv = (torch.empty_like(x) for x in (q_TKD, k_TKD, v_THV))
+    # A key head has one or several value heads, whose gradients are summed in fp32.
+    dtype = q_TKD.dtype if heads == key_heads else torch.float32
+    dq, dk = (x.new_empty(len(x), heads, head_dim, dtype=dtype) for x in (q_TKD, k_TKD))
+    dv = torch.empty_like(v_THV)
     dlog_decay, dbeta = (torch.empty_like(x, dtype=torch.float32) for x in (log_decay_TH, beta_TH))
-    _chunk_gradients_kernel[(num_chunks, key_heads)](
+    _chunk_gradients_kernel[(num_chunks, heads)](
         q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, dout_THV, states, dstates, updates_THV, dr_THV,
-        chunks.start_C, chunks.end_C, dq, dk, dv, dlog_decay, dbeta, block_v=min(32, value_dim),
-        num_warps=8, num_stages=1, **sizes,
+        chunks.start_C, chunks.end_C, dq, dk, dv, dlog_decay, dbeta, block_v=min(64, value_dim),
+        num_warps=8, num_stages=_num_stages(q_TKD.device), **sizes,
     )  # fmt: skip
+    if heads != key_heads:
+        dq, dk = (x.unflatten(1, (key_heads, -1)).sum(2).to(q_TKD.dtype) for x in (dq, dk))
     return dq, dk, dv, dlog_decay.to(log_decay_TH.dtype), dbeta.to(beta_TH.dtype), dinitial
 
 
@@ -491,15 +508,38 @@ def _conv_kernel(
     tl.store(y + offsets, y_TN.to(y.dtype.element_ty), mask=(t < num_tokens)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "per_program"])
-def _conv_backward_kernel(
-    x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, dy: Ptr, dx: Ptr,
-    dweight: Ptr, num_tokens: int, per_program: int, channels: int, scale: float, eps: float,
-    heads: tl.constexpr, width: tl.constexpr, block_w: tl.constexpr, is_normed: tl.constexpr,
-    needs_weight_grad: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr,
+@triton.jit(do_not_specialize=["num_tokens"])
+def _conv_activation_backward_kernel(
+    x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, dy: Ptr, da: Ptr,
+    num_tokens: int, channels: int, scale: float, eps: float, heads: tl.constexpr,
+    width: tl.constexpr, is_normed: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr,
 ) -> None:  # fmt: skip
+    """Compute the gradient of the convolution before SiLU and normalization."""
+    t = tl.program_id(0) * block_t + tl.arange(0, block_t)
     column = tl.program_id(1) * block_n + tl.arange(0, block_n)
     n = first_channel + column
+    mask = (t < num_tokens)[:, None]
+    a_TN = _conv_rows(x, x_stride, weight, position, t, n, num_tokens, width, block_t, block_n)
+    sigmoid_TN = tl.sigmoid(a_TN)
+    y_TN = a_TN * sigmoid_TN
+    offsets = t.to(tl.int64)[:, None] * (heads * block_n) + column[None, :]
+    dy_TN = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    if is_normed:
+        rnorm_T = 1.0 / tl.sqrt(tl.sum(y_TN * y_TN, 1) + eps)
+        dot_T = tl.sum(dy_TN * y_TN, 1) * rnorm_T * rnorm_T
+        dy_TN = (dy_TN - y_TN * dot_T[:, None]) * (rnorm_T * scale)[:, None]
+    da_TN = dy_TN * (sigmoid_TN + y_TN * (1.0 - sigmoid_TN))
+    offsets = t.to(tl.int64)[:, None] * channels + n[None, :]
+    tl.store(da + offsets, da_TN.to(da.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "per_program"])
+def _conv_backward_kernel(
+    x: Ptr, x_stride: int, weight: Ptr, position: Ptr, da: Ptr, dx: Ptr, dweight: Ptr,
+    num_tokens: int, per_program: int, channels: int, width: tl.constexpr, block_w: tl.constexpr,
+    needs_weight_grad: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr,
+) -> None:  # fmt: skip
+    n = tl.program_id(1) * block_n + tl.arange(0, block_n)
     w = tl.arange(0, block_w)
     dweight_NW = tl.zeros((block_n, block_w), tl.float32)
     first = tl.program_id(0) * per_program
@@ -512,31 +552,25 @@ def _conv_backward_kernel(
             later = t + distance
             later_position_T = tl.load(position + later, mask=later < num_tokens, other=-1)
             is_same_T1 = (later_position_T == position_T + distance)[:, None]
-            a_TN = _conv_rows(
-                x, x_stride, weight, position, later, n, num_tokens, width, block_t, block_n
-            )
-            sigmoid_TN = tl.sigmoid(a_TN)
-            y_TN = a_TN * sigmoid_TN
-            offsets = later.to(tl.int64)[:, None] * (heads * block_n) + column[None, :]
-            dy_TN = tl.load(dy + offsets, mask=is_same_T1, other=0.0).to(tl.float32)
-            if is_normed:
-                rnorm_T = 1.0 / tl.sqrt(tl.sum(y_TN * y_TN, 1) + eps)
-                dot_T = tl.sum(dy_TN * y_TN, 1) * rnorm_T * rnorm_T
-                dy_TN = (dy_TN - y_TN * dot_T[:, None]) * (rnorm_T * scale)[:, None]
-            da_TN = dy_TN * (sigmoid_TN + y_TN * (1.0 - sigmoid_TN))
-            weight_N = tl.load(weight + n * width + (width - 1 - distance)).to(tl.float32)
-            dx_TN += da_TN * weight_N[None, :]
+            mask = is_same_T1 & (n < channels)[None, :]
+            offsets = later.to(tl.int64)[:, None] * channels + n[None, :]
+            da_TN = tl.load(da + offsets, mask=mask, other=0.0).to(tl.float32)
+            weight_offsets = n * width + (width - 1 - distance)
+            weight_N = tl.load(weight + weight_offsets, mask=n < channels, other=0.0)
+            dx_TN += da_TN * weight_N.to(tl.float32)[None, :]
             if needs_weight_grad:
                 rows = t.to(tl.int64)[:, None] * x_stride + n[None, :]
-                x_TN = tl.load(x + rows, mask=is_same_T1, other=0.0).to(tl.float32)
+                x_TN = tl.load(x + rows, mask=mask, other=0.0).to(tl.float32)
                 sum_N = tl.sum(da_TN * x_TN, 0)
                 dweight_NW += tl.where((w == width - 1 - distance)[None, :], sum_N[:, None], 0.0)
         offsets = t.to(tl.int64)[:, None] * channels + n[None, :]
-        tl.store(dx + offsets, dx_TN.to(dx.dtype.element_ty), mask=(t < num_tokens)[:, None])
+        mask = (t < num_tokens)[:, None] & (n < channels)[None, :]
+        tl.store(dx + offsets, dx_TN.to(dx.dtype.element_ty), mask=mask)
     if needs_weight_grad:
         base = tl.program_id(0).to(tl.int64) * channels * width
         offsets = base + n[:, None] * width + w[None, :]
-        tl.store(dweight + offsets, dweight_NW, mask=(w < width)[None, :])
+        mask = (n < channels)[:, None] & (w < width)[None, :]
+        tl.store(dweight + offsets, dweight_NW, mask=mask)
 
 
 class ConvOutput(NamedTuple):
@@ -584,7 +618,7 @@ def causal_conv_silu(
         _conv_kernel[(triton.cdiv(num_tokens, CONV_BLOCK), heads)](
             x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, results[-1], num_tokens,
             norm_scale or 1.0, eps, heads=heads, width=weight_NW.shape[1],
-            is_normed=norm_scale is not None, block_t=CONV_BLOCK, block_n=head_dim, num_warps=4,
+            is_normed=norm_scale is not None, block_t=CONV_BLOCK, block_n=head_dim, num_warps=1,
         )  # fmt: skip
     return results
 
@@ -596,7 +630,7 @@ def causal_conv_silu_backward(
     """Compute the gradients of the channels and of the kernel."""
     (num_tokens, channels), width = x_TN.shape, weight_NW.shape[1]
     dx_TN = torch.empty_like(x_TN, memory_format=torch.contiguous_format)
-    blocks = triton.cdiv(num_tokens, CONV_BLOCK)
+    blocks = triton.cdiv(num_tokens, CONV_BACKWARD_BLOCK)
     blocks_per_program = triton.cdiv(blocks, MAX_PARTIAL_SUMS) if needs_weight_grad else 1
     programs = triton.cdiv(blocks, blocks_per_program)
     dweight = torch.empty(
@@ -604,28 +638,44 @@ def causal_conv_silu_backward(
         dtype=torch.float32,
         device=x_TN.device,
     )
+    da_TN = torch.empty_like(dx_TN, dtype=torch.float32)
     for (first_channel, heads, head_dim, norm_scale), dy in zip(outputs, grads, strict=True):
-        _conv_backward_kernel[(programs, heads)](
-            x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, dy.contiguous(), dx_TN,
-            dweight, num_tokens, blocks_per_program * CONV_BLOCK, channels, norm_scale or 1.0, eps,
-            heads=heads, width=width, block_w=triton.next_power_of_2(width),
-            is_normed=norm_scale is not None, needs_weight_grad=needs_weight_grad,
-            block_t=CONV_BLOCK, block_n=head_dim, num_warps=4,
+        _conv_activation_backward_kernel[(blocks, heads)](
+            x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, dy.contiguous(), da_TN,
+            num_tokens, channels, norm_scale or 1.0, eps, heads=heads, width=width,
+            is_normed=norm_scale is not None, block_t=CONV_BACKWARD_BLOCK, block_n=head_dim,
+            num_warps=4,
         )  # fmt: skip
+    block_n = min(128, triton.next_power_of_2(channels))
+    _conv_backward_kernel[(programs, triton.cdiv(channels, block_n))](
+        x_TN, x_TN.stride(0), weight_NW, position_T, da_TN, dx_TN, dweight, num_tokens,
+        blocks_per_program * CONV_BACKWARD_BLOCK, channels, width=width,
+        block_w=triton.next_power_of_2(width), needs_weight_grad=needs_weight_grad,
+        block_t=CONV_BACKWARD_BLOCK, block_n=block_n, num_warps=4,
+    )  # fmt: skip
     return dx_TN, sum_partials(dweight, weight_NW.dtype) if needs_weight_grad else None
+
+
+@triton.jit
+def _gate_offsets(
+    m: tl.tensor, d: tl.tensor, stride: tl.tensor, heads: tl.constexpr, width: tl.constexpr
+) -> tl.tensor:
+    """Compute the offsets of rows `m` of a gate [T, H, width] whose tokens may be strided."""
+    return (m // heads).to(tl.int64)[:, None] * stride + ((m % heads) * width)[:, None] + d[None, :]
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _gated_norm_kernel(
-    x: Ptr, z: Ptr, weight: Ptr, y: Ptr, rows: int, eps: float, width: tl.constexpr,
-    block_m: tl.constexpr,
+    x: Ptr, z: Ptr, weight: Ptr, y: Ptr, rows: int, z_stride: int, eps: float,
+    heads: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr,
 ) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     d = tl.arange(0, width)
     mask = (m < rows)[:, None]
     offsets = m.to(tl.int64)[:, None] * width + d[None, :]
     x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    z_MD = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+    z_MD = tl.load(z + _gate_offsets(m, d, z_stride, heads, width), mask=mask, other=0.0)
+    z_MD = z_MD.to(tl.float32)
     weight_D = tl.load(weight + d).to(tl.float32)
     rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
     y_MD = x_MD * rstd_M[:, None] * weight_D[None, :] * (z_MD * tl.sigmoid(z_MD))
@@ -635,8 +685,8 @@ def _gated_norm_kernel(
 @triton.jit(do_not_specialize=["rows", "per_program"])
 def _gated_norm_backward_kernel(
     x: Ptr, z: Ptr, weight: Ptr, dy: Ptr, dx: Ptr, dz: Ptr, dweight: Ptr, rows: int,
-    per_program: int, eps: float, width: tl.constexpr, needs_weight_grad: tl.constexpr,
-    block_m: tl.constexpr,
+    per_program: int, z_stride: int, eps: float, heads: tl.constexpr, width: tl.constexpr,
+    needs_weight_grad: tl.constexpr, block_m: tl.constexpr,
 ) -> None:  # fmt: skip
     d = tl.arange(0, width)
     weight_D = tl.load(weight + d).to(tl.float32)
@@ -647,7 +697,8 @@ def _gated_norm_backward_kernel(
         mask = (m < rows)[:, None]
         offsets = m.to(tl.int64)[:, None] * width + d[None, :]
         x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        z_MD = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
+        z_MD = tl.load(z + _gate_offsets(m, d, z_stride, heads, width), mask=mask, other=0.0)
+        z_MD = z_MD.to(tl.float32)
         dy_MD = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
         rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
         n_MD = x_MD * rstd_M[:, None]
@@ -666,33 +717,145 @@ def _gated_norm_backward_kernel(
         tl.store(dweight + tl.program_id(0).to(tl.int64) * width + d, dweight_D)
 
 
-def gated_rms_norm(x_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Compute RMS norm of the last dimension, times weight and SiLU of the gate."""
-    width = x_TD.shape[-1]
-    rows = x_TD.numel() // width
-    y_TD = torch.empty_like(x_TD)
-    _gated_norm_kernel[(triton.cdiv(rows, NORM_BLOCK),)](
-        x_TD, z_TD, weight_D, y_TD, rows, eps, width=width, block_m=NORM_BLOCK, num_warps=4
-    )
-    return y_TD
+def gated_rms_norm(x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+    """Compute RMS norm of the last dimension, times weight and SiLU of the gate.
+
+    The tokens of the gate may be strided.
+    """
+    num_tokens, heads, width = x_THV.shape
+    y_THV = torch.empty_like(x_THV)
+    _gated_norm_kernel[(triton.cdiv(num_tokens * heads, NORM_BLOCK),)](
+        x_THV, z_THV, weight_V, y_THV, num_tokens * heads, z_THV.stride(0), eps, heads=heads,
+        width=width, block_m=NORM_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return y_THV
 
 
 def gated_rms_norm_backward(
-    x_TD: Tensor, z_TD: Tensor, weight_D: Tensor, eps: float, dy_TD: Tensor, *,
+    x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float, dy_THV: Tensor, *,
     needs_weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Compute the gradients of input, gate and weight."""
-    width = x_TD.shape[-1]
-    rows = x_TD.numel() // width
-    blocks = triton.cdiv(rows, NORM_BLOCK)
+    num_tokens, heads, width = x_THV.shape
+    blocks = triton.cdiv(num_tokens * heads, NORM_BLOCK)
     blocks_per_program = triton.cdiv(blocks, MAX_PARTIAL_SUMS) if needs_weight_grad else 1
     programs = triton.cdiv(blocks, blocks_per_program)
     dweight = torch.empty(
-        programs if needs_weight_grad else 0, width, dtype=torch.float32, device=x_TD.device
+        programs if needs_weight_grad else 0, width, dtype=torch.float32, device=x_THV.device
     )
-    dx, dz = torch.empty_like(x_TD), torch.empty_like(z_TD)
+    dx, dz = torch.empty_like(x_THV), torch.empty_like(x_THV, dtype=z_THV.dtype)
     _gated_norm_backward_kernel[(programs,)](
-        x_TD, z_TD, weight_D, dy_TD, dx, dz, dweight, rows, blocks_per_program * NORM_BLOCK, eps,
-        width=width, needs_weight_grad=needs_weight_grad, block_m=NORM_BLOCK, num_warps=4,
+        x_THV, z_THV, weight_V, dy_THV, dx, dz, dweight, num_tokens * heads,
+        blocks_per_program * NORM_BLOCK, z_THV.stride(0), eps, heads=heads, width=width,
+        needs_weight_grad=needs_weight_grad, block_m=NORM_BLOCK, num_warps=4,
     )  # fmt: skip
-    return dx, dz, sum_partials(dweight, weight_D.dtype) if needs_weight_grad else None
+    return dx, dz, sum_partials(dweight, weight_V.dtype) if needs_weight_grad else None
+
+
+@triton.jit
+def _conv_step_kernel(
+    x: Ptr, weight: Ptr, states: Ptr, slots: Ptr, y: Ptr, x_stride: int, scale: float, eps: float,
+    key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
+    width: tl.constexpr, block_n: tl.constexpr,
+) -> None:  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    channels: tl.constexpr = 2 * key_heads * head_dim + heads * value_dim
+    is_key = head < 2 * key_heads
+    first_value: tl.constexpr = 2 * key_heads * head_dim
+    first = tl.where(is_key, head * head_dim, first_value + (head - 2 * key_heads) * value_dim)
+    column = tl.arange(0, block_n)
+    mask = column < tl.where(is_key, head_dim, value_dim)
+    n = first + column
+    state = states + tl.load(slots + row).to(tl.int64) * (width - 1) * channels + n
+    x_N = tl.load(x + row * x_stride + n, mask=mask, other=0.0)
+    y_N = tl.load(weight + n * width + width - 1, mask=mask, other=0.0).to(tl.float32)
+    y_N *= x_N.to(tl.float32)
+    for w in tl.static_range(width - 1):
+        earlier_N = tl.load(state + w * channels, mask=mask, other=0.0)
+        weight_N = tl.load(weight + n * width + w, mask=mask, other=0.0).to(tl.float32)
+        y_N += earlier_N.to(tl.float32) * weight_N
+        if w > 0:
+            tl.store(state + (w - 1) * channels, earlier_N, mask=mask)
+    tl.store(state + (width - 2) * channels, x_N, mask=mask)
+    y_N *= tl.sigmoid(y_N)
+    norm = tl.sqrt(tl.sum(y_N * y_N, 0) + eps)
+    y_N *= tl.where(is_key, tl.where(head < key_heads, scale, 1.0) / norm, 1.0)
+    tl.store(y + row * channels + n, y_N, mask=mask)
+
+
+@triton.jit
+def _delta_step_kernel(
+    qkv: Ptr, a: Ptr, b: Ptr, a_log: Ptr, dt_bias: Ptr, z: Ptr, norm: Ptr, states: Ptr, slots: Ptr,
+    y: Ptr, a_stride: int, b_stride: int, z_stride: int, eps: float, key_heads: tl.constexpr,
+    heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
+) -> None:  # fmt: skip
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    key_head = head // (heads // key_heads)
+    d, v = tl.arange(0, head_dim), tl.arange(0, value_dim)
+    slot = tl.load(slots + row).to(tl.int64)
+    state = states + (slot * heads + head) * head_dim * value_dim
+    state_DV = tl.load(state + d[:, None] * value_dim + v[None, :])
+    own = qkv + row * (2 * key_heads * head_dim + heads * value_dim)
+    q_D = tl.load(own + key_head * head_dim + d).to(tl.float32)
+    k_D = tl.load(own + (key_heads + key_head) * head_dim + d).to(tl.float32)
+    v_V = tl.load(own + 2 * key_heads * head_dim + head * value_dim + v).to(tl.float32)
+    step = tl.load(a + row * a_stride + head).to(tl.float32)
+    step += tl.load(dt_bias + head).to(tl.float32)
+    step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(step)))
+    decay = tl.exp(-tl.exp(tl.load(a_log + head).to(tl.float32)) * step)
+    beta = tl.sigmoid(tl.load(b + row * b_stride + head).to(tl.float32))
+    state_DV *= decay
+    update_V = (v_V - tl.sum(state_DV * k_D[:, None], 0)) * beta
+    state_DV += k_D[:, None] * update_V[None, :]
+    tl.store(state + d[:, None] * value_dim + v[None, :], state_DV)
+    o_V = tl.sum(state_DV * q_D[:, None], 0).to(y.dtype.element_ty).to(tl.float32)
+    z_V = tl.load(z + row * z_stride + head * value_dim + v).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(o_V * o_V, 0) / value_dim + eps)
+    o_V *= rstd * tl.load(norm + v).to(tl.float32) * (z_V * tl.sigmoid(z_V))
+    tl.store(y + (row * heads + head) * value_dim + v, o_V)
+
+
+def causal_conv_step(
+    x_RN: Tensor, weight_NW: Tensor, states_SWN: Tensor, slots_R: Tensor, key_heads: int,
+    heads: int, value_dim: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """Compute convolution, SiLU and normalization of one token per sequence.
+
+    Args:
+        x_RN: Channels of the tokens; rows may be strided.
+        states_SWN: Earlier inputs, updated in place.
+        slots_R: State of each token.
+    """
+    (num_rows, channels), width = x_RN.shape, weight_NW.shape[1]
+    head_dim = (channels - heads * value_dim) // (2 * key_heads)
+    y_RN = x_RN.new_empty(num_rows, channels)
+    _conv_step_kernel[(num_rows, 2 * key_heads + heads)](
+        x_RN, weight_NW, states_SWN, slots_R, y_RN, x_RN.stride(0), head_dim**-0.5, eps,
+        key_heads=key_heads, heads=heads, head_dim=head_dim, value_dim=value_dim, width=width,
+        block_n=max(head_dim, value_dim), num_warps=1,
+    )  # fmt: skip
+    return y_RN
+
+
+def gated_delta_step(
+    qkv_RN: Tensor, a_RH: Tensor, b_RH: Tensor, a_log_H: Tensor, dt_bias_H: Tensor, z_RE: Tensor,
+    norm_V: Tensor, states_SHDV: Tensor, slots_R: Tensor, key_heads: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """Compute the gated delta rule and the gated RMS norm of one token per sequence.
+
+    Args:
+        qkv_RN: Result of `causal_conv_step`.
+        a_RH: Decay before softplus; rows may be strided, as those of `b_RH` and `z_RE`.
+        b_RH: Step size before the sigmoid.
+        z_RE: Gate of the norm.
+        states_SHDV: States in fp32, updated in place.
+        slots_R: State of each token.
+    """
+    _, heads, head_dim, value_dim = states_SHDV.shape
+    y_RE = qkv_RN.new_empty(len(qkv_RN), heads * value_dim)
+    _delta_step_kernel[(heads, len(qkv_RN))](
+        qkv_RN, a_RH, b_RH, a_log_H, dt_bias_H, z_RE, norm_V, states_SHDV, slots_R, y_RE,
+        a_RH.stride(0), b_RH.stride(0), z_RE.stride(0), eps, key_heads=key_heads, heads=heads,
+        head_dim=head_dim, value_dim=value_dim, num_warps=8,
+    )  # fmt: skip
+    return y_RE

@@ -76,9 +76,9 @@ def add_norm(
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
 def _rms_norm_kernel(
     x: Ptr, w: Ptr, n: Ptr, dropped: Ptr, codes: Ptr, fp8_scales: Ptr, rstd: Ptr, rows: int,
-    width: int, n_stride: int, eps: float, max_code: float, min_amax: float, seed: Ptr, salt: int,
-    threshold: int, is_normed: tl.constexpr, is_fp8: tl.constexpr, is_dropped: tl.constexpr,
-    block_m: tl.constexpr, block_d: tl.constexpr,
+    width: int, n_stride: int, eps: float, w_offset: float, max_code: float, min_amax: float,
+    seed: Ptr, salt: int, threshold: int, is_normed: tl.constexpr, is_fp8: tl.constexpr,
+    is_dropped: tl.constexpr, block_m: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     d = tl.arange(0, block_d)
@@ -87,7 +87,7 @@ def _rms_norm_kernel(
     offsets = row_M[:, None] * width + d[None, :]
     x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
-    w_D = tl.load(w + d, mask=d < width, other=0.0).to(tl.float32)
+    w_D = tl.load(w + d, mask=d < width, other=0.0).to(tl.float32) + w_offset
     n_MD = (x_MD * rstd_M[:, None] * w_D[None, :]).to(x.dtype.element_ty)
     tl.store(rstd + m, rstd_M, mask=m < rows)
     if is_normed:
@@ -111,11 +111,12 @@ def rms_norm_dropout(
     n_TD: Tensor | None,
     dropout: SeededDropout,
     fp8_rows: Fp8Rows | None = None,
+    w_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute RMS norm with dropout.
 
-    The norm before dropout, x / sqrt(mean(x^2) + eps) * w, is written to `n_TD`, whose rows may be
-    strided, or quantized to `fp8_rows`; exactly one of them is given.
+    The norm before dropout, x / sqrt(mean(x^2) + eps) * (w + w_offset), is written to `n_TD`, whose
+    rows may be strided, or quantized to `fp8_rows`; exactly one of them is given.
     """
     rows, width = x_TD.shape
     assert (n_TD is None) != (fp8_rows is None), "either a 16-bit or an FP8 output is required"
@@ -125,8 +126,8 @@ def rms_norm_dropout(
     n = dropped_TD if n_TD is None else n_TD
     codes, fp8_scales = (rstd_T, rstd_T) if fp8_rows is None else fp8_rows
     _rms_norm_kernel[(triton.cdiv(rows, RMS_NORM_TILE.block_m),)](
-        x_TD, w_D, n, dropped_TD, codes, fp8_scales, rstd_T, rows, width, n.stride(0), eps, FP8_MAX,
-        MIN_AMAX, *dropout.kernel_args(x_TD)[:3], is_normed=stores_norm,
+        x_TD, w_D, n, dropped_TD, codes, fp8_scales, rstd_T, rows, width, n.stride(0), eps,
+        w_offset, FP8_MAX, MIN_AMAX, *dropout.kernel_args(x_TD)[:3], is_normed=stores_norm,
         is_fp8=fp8_rows is not None, is_dropped=dropout.p > 0.0, block_m=RMS_NORM_TILE.block_m,
         block_d=triton.next_power_of_2(width), num_warps=RMS_NORM_TILE.num_warps,
     )  # fmt: skip

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,7 @@ class Qwen25VL(ModelFamily):
 
     tokens_per_second: float = 2
     name: str = "qwen2_5_vl"
-    max_box_coordinate: ClassVar[int] = 99_999
+    max_box_coordinate = 99_999
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format boxes as JSON with coordinates in integer pixels of the resized image."""

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +40,7 @@ class Qwen2VL(ModelFamily):
     """Box format and temporal positions of Qwen2-VL (Wang et al. 2024, arXiv 2409.12191)."""
 
     name: str = "qwen2_vl"
-    box_tokens: ClassVar[Sequence[str] | None] = (
+    box_tokens = (
         "<|object_ref_start|>",
         "<|object_ref_end|>",
         "<|box_start|>",

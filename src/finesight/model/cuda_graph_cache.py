@@ -1,7 +1,4 @@
-"""CUDA graph capture and replay, for launch-bound decoding and training steps.
-
-`infer.model_runner` captures decoding steps, `train.cuda_graphs` forward and backward passes.
-"""
+"""CUDA graph capture and replay for launch-bound decoding steps and training passes."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ SLOW = (
     "train/test_out_of_memory.py",
     "train/test_trainer.py::test_activation_checkpointing_changes_only_memory",
     "train/test_vision_cache_distributed.py",
-    "train/test_vision_store.py",
+    "train/test_vision_cache.py",
     "test_api.py::test_documentation_page_detects_the_circle",
     "test_benchmarks.py",
     "test_bundled_model_quality.py",

@@ -20,8 +20,8 @@ from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
 from finesight.train.signals import StopRequest
 from finesight.train.train_state import TrainState
-from finesight.train.vision_cache import VisionCacheResult, open_vision_cache
-from finesight.train.vision_store import VisionCache
+from finesight.train.vision_cache import VisionCache
+from finesight.train.vision_cache_builder import VisionCacheResult, open_vision_cache
 
 LORA = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
 CONSOLE = TrainingConsole(Console(file=sys.stderr))
@@ -68,7 +68,7 @@ def decide_vision_cache(
         return stack.enter_context(open_vision_cache(session, screen, stop or StopRequest()))
 
 
-def build_vision_store(session: TrainState) -> VisionCache:
+def build_vision_cache(session: TrainState) -> VisionCache:
     """Return the vision cache of a train state."""
     seen = decide_vision_cache(session).cache
     assert seen is not None

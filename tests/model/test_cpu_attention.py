@@ -9,13 +9,8 @@ from torch import Tensor
 
 from finesight.model import attention
 from finesight.model.attention import Segments, bucketed_attention, varlen_attention
-from finesight.model.cpu_attention import (
-    MAX_CPU_SEQLEN,
-    LengthBuckets,
-    bucket_by_length,
-    bucket_with_padding,
-    cpu_attention,
-)
+from finesight.model.cpu_attention import MAX_CPU_SEQLEN, cpu_attention
+from finesight.model.length_buckets import LengthBuckets, bucket_by_length, bucket_with_padding
 
 LENGTHS = [[7], [4, 4], [5, 9, 40, 33, 5, 64, 1, 70]]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf_reference import CPU
 
-from finesight.model.cpu_attention import (
+from finesight.model.length_buckets import (
     LENGTH_MULTIPLE,
     MAX_LENGTH_RATIO,
     bucket_by_length,

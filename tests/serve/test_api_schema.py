@@ -27,7 +27,11 @@ from finesight.serve.api_schema import (
     ToolCall,
 )
 from finesight.serve.chat_response import ToolCallParser, parse_tool_call
-from finesight.serve.worker_jobs import format_system_prompt, format_tool_calls, format_tool_result
+from finesight.serve.preprocessing_jobs import (
+    format_system_prompt,
+    format_tool_calls,
+    format_tool_result,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "en" / "serving.md"
 

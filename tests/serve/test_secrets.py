@@ -149,9 +149,9 @@ def test_server_opens_media_in_one_module():
 
 def test_in_the_server_only_workers_read_what_clients_send():
     names = "a2b_base64 read_image_size tokenize_prompt span_patches GrammarCompiler"
-    assert _calling(*names.split()) == {"serve/worker_jobs.py"}
+    assert _calling(*names.split()) == {"serve/preprocessing_jobs.py"}
     assert _calling("parse_chat_request", "model_validate_json") == {
-        "serve/worker_jobs.py",
+        "serve/preprocessing_jobs.py",
         "serve/api_schema.py",
     }
     assert not _calling("load_image", "load_patches", "renderer.encode", "tokenizer.encode")

@@ -1,457 +1,397 @@
-"""Vision cache decision: conditions, and messages about obstacles."""
+"""Cached vision features: equality with features encoded in every step."""
 
 from __future__ import annotations
 
-import errno
-import io
-import itertools
 import json
 import os
-import signal
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from huggingface_hub import constants
 from PIL import Image
-from rich.console import Console
 from tiny_model import TinyFamily
-from tiny_task import TinyTask, read_losses
+from tiny_task import TinyTask, make_task, read_final_files, read_losses, write_recipe
 from vision_cache_fixtures import (
-    CONSOLE,
     LORA,
-    build_vision_store,
+    build_vision_cache,
     decide_vision_cache,
     make_train_state,
     read_all_features,
 )
 
-from finesight.config import VisionCacheMode
-from finesight.errors import TrainingInterrupted, UserError
-from finesight.host_memory import available_memory
-from finesight.model.vlm import VisionLanguageModel
-from finesight.train import vision_cache, vision_store
-from finesight.train.console import TrainingConsole
+from finesight.data.image_header import CorruptImageError
+from finesight.data.line_index import UnreadableFileError
+from finesight.encode.tokenized_sample import TokenizedSample
+from finesight.errors import TrainingInterrupted
+from finesight.report.run_reader import read_run
+from finesight.report.summary import compute_phases
+from finesight.storage import remove_folder
+from finesight.train import trainer, vision_cache
+from finesight.train.checkpoint import WEIGHTS_FILE
+from finesight.train.dataloader import StepBatch
+from finesight.train.logging import count_flops
 from finesight.train.signals import StopRequest
 from finesight.train.train_state import TrainState
-from finesight.train.vision_cache import (
-    CacheTier,
-    EncoderOffloader,
-    FreeBytes,
-    choose_cache_tier,
-    estimate_feature_bytes,
-    fingerprint_encoder,
-    free_gpu_memory,
-)
+from finesight.train.trainer import StepOutput, train_step
+
+TESTS = Path(__file__).parents[1]
+STARTS = {"started_at", "vision_cache_s"}
+CACHES = ["memory", "disk"]
 
 
-def screen() -> tuple[TrainingConsole, Callable[[], str]]:
-    shown = io.StringIO()
-    return TrainingConsole(Console(file=shown, width=300)), shown.getvalue
+@pytest.mark.parametrize("cache", CACHES)
+def test_cached_features_match_encoded_features(tmp_path: Path, cache: str) -> None:
+    session = make_train_state(tmp_path / "task", vision_cache=cache)
+    store = build_vision_cache(session)
+    bare = session.step_dataset.with_vision_cache(store.reader)
+    for number in range(len(session.sampler)):
+        step, without = session.step_dataset.get_step(number), bare.get_step(number)
+        assert step.sample_indices == without.sample_indices
+        for batch, other, known in zip(
+            step.packs, without.packs, without.cache_inputs, strict=True
+        ):
+            assert (other.grid_thw, len(other.patches_ND)) == ((), 0)
+            assert torch.equal(batch.ids_T, other.ids_T)
+            expected = session.model.encode_images(batch.patches_ND, batch.grid_thw)
+            torch.testing.assert_close(store.load_features(known), expected)
 
 
-@pytest.mark.parametrize("part", ["merger", "vision"])
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_trainable_encoder_disables_the_vision_cache(tmp_path: Path, part: str, mode: str) -> None:
-    outcome = decide_vision_cache(make_train_state(tmp_path / "task", LORA | {part: mode}))
-    assert outcome.cache is None
-    assert outcome.reason == "images are encoded in every step: the vision encoder is trainable"
+@pytest.mark.parametrize("family", get_args(TinyFamily))
+def test_every_cache_tier_is_bit_exact(tmp_path: Path, family: TinyFamily) -> None:
+    """Chunk by chunk, with features of lower layers and of fixed size too; and where another run
+    found them."""
+    session = make_train_state(tmp_path / "task", mixed=True, family=family, vision_cache="memory")
+    store = build_vision_cache(session)
+    features_MKD, shown = store.reader.features_AKD, store.reader.image_index
+    assert len(shown.image_refs) < 10, "equal images are shared"
+    for chunk in shown.split_chunks():
+        spans = tuple(image_ref.span for image_ref in shown.image_refs[chunk.start : chunk.stop])
+        empty = torch.empty(0, dtype=torch.int32).numpy()
+        outline = TokenizedSample("", empty, empty > 0, empty.reshape(3, 0), spans)
+        patches = torch.from_numpy(session.renderer.load_patches(outline).patches_ND)
+        expected = session.model.encode_images(patches, [span.grid_thw for span in spans])
+        offsets = store.reader.feature_offsets_P1
+        assert torch.equal(features_MKD[offsets[chunk.start] : offsets[chunk.stop]], expected)
+    expected = read_all_features(session, store)
+    for cache, found in (
+        ("disk", 0),
+        ("disk", len(shown.image_refs)),
+        ("auto", len(shown.image_refs)),
+    ):
+        other = make_train_state(tmp_path / "task", vision_cache=cache)
+        outcome = decide_vision_cache(other)
+        assert (outcome.tier, outcome.num_from_disk) == (
+            "memory" if cache == "auto" else cache,
+            found,
+        )
+        assert outcome.cache is not None
+        assert torch.equal(read_all_features(other, outcome.cache), expected)
 
 
-def test_single_epoch_disables_the_vision_cache(
+def _insert_videos(data: Path, frames: dict[int, int]) -> None:
+    """Put a video of so many frames before the image of each of these samples."""
+    samples = [json.loads(line) for line in data.read_text().splitlines()]
+    for number, count in frames.items():
+        names = [f"{data.stem}-{number}-{frame}.png" for frame in range(count)]
+        for frame, name in enumerate(names):
+            Image.new("RGB", (56, 84), (frame * 40, number, 9)).save(data.parent / name)
+        video = {"type": "video", "frames": names, "fps": 1.0}
+        samples[number]["messages"][0]["content"].insert(0, video)
+    data.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_videos_next_to_images(tmp_path: Path, family: TinyFamily, cache: str) -> None:
+    """Patches of a still hold one frame where no video is among them, and two in its company."""
+    folder = tmp_path / "task"
+    make_train_state(folder, family=family)
+    _insert_videos(folder / "train.jsonl", {3: 5, 7: 2})
+    session = make_train_state(folder, vision_cache=cache)
+    store = build_vision_cache(session)
+    assert len(store.reader.image_indices([3])) > 1
+    for number in range(len(session.sampler)):
+        step = session.step_dataset.get_step(number)
+        bare = session.step_dataset.with_vision_cache(store.reader).get_step(number)
+        for batch, known in zip(step.packs, bare.cache_inputs, strict=True):
+            expected = session.model.encode_images(batch.patches_ND, batch.grid_thw)
+            torch.testing.assert_close(store.load_features(known), expected)
+
+
+def test_run_with_images_and_videos_matches_without_cache(tmp_path: Path) -> None:
+    """With the vision cache and without: the same losses and the same answers."""
+    task = TinyTask(tmp_path)
+    _insert_videos(tmp_path / "train.jsonl", {3: 5, 7: 2, 8: 1})
+    _insert_videos(tmp_path / "eval.jsonl", {1: 3, 2: 1})
+    settings = {"metric": "ocr", "every": 3, "batch_size": 8, "max_new_tokens": 3}
+    for cache in ("never", "memory"):
+        task.run(f"train.vision_cache={cache}", name=cache, tune=LORA, eval=settings)
+    first, second = (read_losses(tmp_path / cache) for cache in ("never", "memory"))
+    assert [loss for _, loss in first] == pytest.approx([loss for _, loss in second], rel=1e-5)
+    for name in ("before", "step-3", "after"):
+        file = Path("predictions") / f"{name}.jsonl"
+        assert (tmp_path / "never" / file).read_text() == (tmp_path / "memory" / file).read_text()
+
+
+def test_cached_run_matches_uncached_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = make_train_state(tmp_path / "anew")
+    steps = [session.step_dataset.get_step(number) for number in range(len(session.sampler))]
+    again = [train_step(session, step, StopRequest()).wait()[0] for step in steps]
+    task = TinyTask(tmp_path / "cached")
+    found = []
+    for number, name in enumerate(("memory", "disk", "disk-again", "auto")):
+        settings = f"train.vision_cache={name.partition('-')[0]}", f"train.num_workers={number % 3}"
+        task.run(*settings, name=name, tune=LORA)
+        found.append(read_losses(tmp_path / "cached" / name))
+        # Only indices are sent then; the compute device gathers the features.
+    monkeypatch.setattr(vision_cache, "choose_cache_tier", lambda *inputs: "gpu")
+    task.run(name="gpu", tune=LORA)
+    assert "stored on the GPU" in task.console_output
+    found.append(read_losses(tmp_path / "cached" / "gpu"))
+    assert [loss for _, loss in found[0]] == pytest.approx(again, rel=1e-4)
+    assert found[1:] == found[:1] * 4, "the tier changes results"
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("budget", [1, 96])
+def test_samples_with_zero_and_two_images(tmp_path: Path, budget: int, cache: str) -> None:
+    """Alone in a pack and among others."""
+    session, other = (
+        make_train_state(tmp_path / name, mixed=True, pack_tokens=budget, vision_cache=cache)
+        for name in ("cached", "encoded")
+    )
+    store = build_vision_cache(session)
+    assert [number for number in range(11) if not store.reader.image_indices([number])] == [1, 6]
+    assert len(store.reader.image_indices([2])) == 2
+    bare, texts, pairs = session.step_dataset.with_vision_cache(store.reader), 0, 0
+    for number in range(len(session.sampler)):
+        step = other.step_dataset.get_step(number)
+        texts += sum(not batch.grid_thw for batch in step.packs)
+        pairs += sum(2 in members and len(members) > 1 for members in step.sample_indices)
+        again = train_step(other, step, StopRequest()).wait()
+        retained = train_step(session, bare.get_step(number), StopRequest(), store).wait()
+        assert retained == pytest.approx(again, rel=1e-4)
+    assert (texts, pairs) == ((4, 0) if budget == 1 else (0, 2))
+
+
+def test_cache_build_time_is_logged(tmp_path: Path) -> None:
+    task = TinyTask(tmp_path)
+    task.run(tune=LORA)
+    (tmp_path / "run" / "result.json").unlink()
+    remove_folder(tmp_path / "run" / "checkpoints" / "step-6")
+    task.run(tune=LORA, resume=True)
+    lines = task.read_metrics()
+    noted = [line for line in lines if "vision_cache_s" in line]
+    images = noted[0]["images"]
+    assert [line["step"] for line in noted] == [0, 4]
+    assert [line["features"]["images_from_disk"] for line in noted] == [0, images]
+    assert all(line["vision_cache_s"] > 0 for line in noted)
+    assert noted[0]["features"]["reason"] != noted[1]["features"]["reason"]
+    assert noted[1]["features"]["reason"] in task.console_output
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert lines.index(noted[0]) < next(i for i, line in enumerate(lines) if "loss" in line)
+    record = read_run(tmp_path / "run")
+    assert compute_phases(record)[1].seconds == pytest.approx(
+        sum(line["vision_cache_s"] for line in noted)
+    )
+
+
+def test_finished_run_builds_no_cache(tmp_path: Path) -> None:
+    task = TinyTask(tmp_path)
+    task.run(tune=LORA)
+    (tmp_path / "run" / "result.json").unlink()
+    task.run(tune=LORA, resume=True)
+    kinds = [
+        "started_at" if "started_at" in line else "store"
+        for line in task.read_metrics()
+        if STARTS & set(line)
+    ]
+    assert kinds == ["started_at", "store", "started_at"]
+
+
+def test_skipped_encoder_flops_are_not_counted(tmp_path: Path) -> None:
+    session = make_train_state(tmp_path / "task")
+    store, step = build_vision_cache(session), session.step_dataset.get_step(0)
+    bare = session.step_dataset.with_vision_cache(store.reader).get_step(0)
+    full, cached = (
+        sum(count_flops(session, batch) for batch in step_batch.packs)
+        for step_batch in (step, bare)
+    )
+    assert cached < full
+
+
+def test_gpu_oom_during_build_disables_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless all of their features are on disk already."""
-    session = make_train_state(tmp_path / "task", epochs=1)
-    with monkeypatch.context() as patched:
-        patched.setattr(vision_cache, "index_images", None)
-        outcome = decide_vision_cache(session)
-    assert outcome.cache is None
-    assert vision_cache.REASON_SINGLE_USE in outcome.reason
-    build_vision_store(make_train_state(tmp_path / "task", epochs=2))
+    session = make_train_state(tmp_path / "task", vision_cache="memory")
+
+    def see(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    monkeypatch.setattr(session.model, "encode_images", see)
     outcome = decide_vision_cache(session)
-    assert outcome.num_from_disk == outcome.num_images == 9
-    Image.new("RGB", (56, 56), (1, 2, 3)).save(tmp_path / "task" / "train0.png")
-    assert decide_vision_cache(make_train_state(tmp_path / "task", epochs=1)).cache is None
+    assert outcome.cache is None
+    assert "memory is full (CUDA out of memory. Tried to allocate 2 GiB.)" in outcome.reason
 
 
-def test_repeated_images_enable_the_vision_cache(tmp_path: Path) -> None:
-    folder = tmp_path / "task"
-    make_train_state(folder)
-    lines = (folder / "train.jsonl").read_text().splitlines()
-    duplicate_requests = [line.replace("Which colour?", "What colour is it?") for line in lines]
-    (folder / "train.jsonl").write_text("\n".join([*lines, *duplicate_requests]) + "\n")
-    session = make_train_state(folder, epochs=1)
-    assert session.train_data.stats.num_images == 22
-    assert session.train_data.stats.num_unique_images == 11
-    assert decide_vision_cache(session).num_images == 9, "two pairs of files are equal"
-
-
-def test_samples_without_images(tmp_path: Path) -> None:
+def test_corrupt_image_skips_only_its_sample(tmp_path: Path) -> None:
+    """In every run: what its chunk lacks is not taken from disk."""
     task = TinyTask(tmp_path)
-    data = tmp_path / "train.jsonl"
-    samples = [json.loads(line) for line in data.read_text().splitlines()]
-    for sample in samples:
-        del sample["messages"][0]["content"][0]
-    data.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    task.run(tune=LORA)
-    assert "images are encoded in every step: the data contain no images" in task.console_output
-
-
-def test_features_that_fit_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = make_train_state(tmp_path / "task")
-    monkeypatch.setattr(vision_cache, "available_memory", lambda: 2_000_000)
-    monkeypatch.setattr(vision_cache, "free_gpu_memory", lambda device: None)
-    assert decide_vision_cache(session).tier == "memory"
-    monkeypatch.setattr(vision_cache, "available_memory", lambda: 1000)
-    assert decide_vision_cache(session).tier == "disk"
-    limited = decide_vision_cache(make_train_state(tmp_path / "task", vision_cache="memory"))
-    assert limited.cache is None
-    assert "but only 0.00 MB in memory" in limited.reason
-    assert "(train.vision_cache=memory)" in limited.reason
-
-
-def test_changed_image_is_encoded_again(tmp_path: Path, assets: Path) -> None:
-    """Also where size and time of its file are what they were."""
-    folder = tmp_path / "task"
-    before = build_vision_store(make_train_state(folder))
-    path = folder / "train0.png"
-    stat, colour = path.stat(), Image.open(path).getpixel((0, 0))
-    size = Image.open(path).size
-    Image.new("RGB", size, (9, 99, 199)).save(path)
-    assert colour != (9, 99, 199)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    outcome = decide_vision_cache(make_train_state(folder))
-    assert outcome.cache is not None
-    assert outcome.num_from_disk < outcome.num_images
-    for file in assets.rglob("*.safetensors"):
-        file.unlink()
-    session = make_train_state(folder)
-    fresh = read_all_features(session, build_vision_store(session))
-    assert torch.equal(read_all_features(session, outcome.cache), fresh)
-    assert not torch.equal(read_all_features(session, before), fresh)
-
-
-def test_encoder_or_size_change_invalidates_the_cache(tmp_path: Path) -> None:
-    folder = tmp_path / "task"
-    first = decide_vision_cache(make_train_state(folder))
-    assert decide_vision_cache(make_train_state(folder)).num_from_disk == first.num_images
-    recipe = json.loads((folder / "task.json").read_text())
-    smaller = recipe | {"image": {"min_pixels": 784, "max_pixels": 3136}}
-    (folder / "task.json").write_text(json.dumps(smaller))
-    assert decide_vision_cache(make_train_state(folder)).num_from_disk < first.num_images
-    (folder / "task.json").write_text(json.dumps(recipe))
-    session = make_train_state(folder)
-    with torch.no_grad():
-        session.model.visual.merger.mlp["2"].bias[3] += 1e-3
-    assert decide_vision_cache(session).num_from_disk == 0
-    assert decide_vision_cache(make_train_state(folder, precision="bf16")).num_from_disk == 0
-
-
-@pytest.mark.parametrize("fault", ["a bit", "cut off", "empty", "no safetensors", "other shape"])
-@pytest.mark.parametrize("cache", ["auto", "disk"])
-def test_damaged_cache_files_are_rebuilt(
-    tmp_path: Path, assets: Path, fault: str, cache: str
-) -> None:
-    session = make_train_state(tmp_path / "task", vision_cache=cache)
-    expected = read_all_features(session, build_vision_store(session))
-    first, *others = sorted(assets.rglob("*.safetensors"))
-    full = first.read_bytes()
-    bad: dict[str, Any] = {
-        "a bit": full[:-9] + bytes([full[-9] ^ 1]) + full[-8:],
-        "cut off": full[:-1],
-        "empty": b"",
-        "no safetensors": b"\xff" * len(full),
-        "other shape": others[0].read_bytes(),
-    }
-    first.write_bytes(bad[fault])
-    console, shown = screen()
-    outcome = decide_vision_cache(make_train_state(tmp_path / "task", vision_cache=cache), console)
-    assert f"1 of {1 + len(others)} vision cache files in " in shown()
-    assert " were corrupt and are computed again" in shown()
-    assert outcome.cache is not None
-    assert 0 < outcome.num_from_disk < outcome.num_images
-    assert torch.equal(read_all_features(session, outcome.cache), expected)
-    assert decide_vision_cache(session).num_from_disk == outcome.num_images
-    assert first.read_bytes() == full
-
-
-def test_unwritable_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("in the way")
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(blocked))
-    console, shown = screen()
-    assert decide_vision_cache(make_train_state(tmp_path / "task"), console).tier == "memory"
-    assert "the vision cache does not use the disk" in shown()
-    with pytest.raises(UserError, match="cannot be written"):
-        decide_vision_cache(make_train_state(tmp_path / "task", vision_cache="disk"))
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE])
-@pytest.mark.parametrize("cache", ["auto", "disk"])
-def test_cache_disk_full_during_build(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, number: int
-) -> None:
-    def full(*inputs: Any, **more: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
-    session = make_train_state(tmp_path / "task", vision_cache=cache)
-    monkeypatch.setattr("finesight.train.vision_store.save_file", full)
-    console, shown = screen()
-    if cache == "disk":
-        with pytest.raises(UserError, match="cannot be written"):
-            decide_vision_cache(session, console)
-    else:
-        assert decide_vision_cache(session, console).tier == "memory"
-        assert shown().count("the vision cache does not use the disk") == 1
-
-
-@pytest.mark.parametrize("num_written", [0, 1])
-def test_write_error_of_the_disk_tier_disables_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_written: int
-) -> None:
-    """Without the missing files, training would read features that do not exist."""
-    session = make_train_state(tmp_path / "task", vision_cache="auto")
-    save_file, num_saved = vision_store.save_file, itertools.count()
-
-    def fill_disk(*args: Any, **kwargs: Any) -> None:
-        if next(num_saved) >= num_written:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save_file(*args, **kwargs)
-
-    monkeypatch.setattr(vision_store, "save_file", fill_disk)
-    monkeypatch.setattr(vision_cache, "choose_cache_tier", lambda *args: "disk")
-    monkeypatch.setattr("finesight.train.vision_store.CHUNK_PATCHES", 1)
-    console, shown = screen()
-    result = decide_vision_cache(session, console)
-    assert result.cache is None
-    assert result.tier is None
-    assert "no space left on device" in result.reason
-    assert shown().count("the vision cache does not use the disk") == 1
-
-
-def test_concurrent_runs_share_the_cache(tmp_path: Path) -> None:
-    """Concurrent runs with the same images do not interfere."""
-    sessions = [
-        make_train_state(tmp_path / "task", vision_cache=cache) for cache in ("disk", "auto")
-    ]
-    barrier = threading.Barrier(2)
-
-    def encode(number: int) -> torch.Tensor:
-        barrier.wait(timeout=60)
-        return read_all_features(sessions[number], build_vision_store(sessions[number]))
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(encode, range(2))
-    assert torch.equal(first, second)
-    outcome = decide_vision_cache(sessions[0])
-    assert outcome.num_from_disk == outcome.num_images
-
-
-def test_signal_interrupts_cache_build(tmp_path: Path) -> None:
-    stop = StopRequest()
-    stop.signal = signal.SIGTERM
-    with pytest.raises(TrainingInterrupted):
-        decide_vision_cache(make_train_state(tmp_path / "task"), CONSOLE, stop)
-
-
-FAMILIES: list[TinyFamily] = ["qwen2_vl", "qwen3_vl", "qwen"]
-GB = 10**9
-H200 = FreeBytes(gpu=130 * GB, memory=120 * GB, disk=64 * GB)
-DESKTOP = FreeBytes(gpu=6 * GB, memory=20 * GB, disk=64 * GB)
-LAPTOP = FreeBytes(gpu=None, memory=4 * GB, disk=0)
-
-
-@pytest.mark.parametrize(
-    ("setting", "size", "free", "location"),
-    [
-        ("auto", GB * 0.15, H200, "gpu"),
-        ("auto", 8 * GB, H200, "gpu"),
-        ("auto", 9 * GB, H200, "memory"),
-        ("auto", 31 * GB, H200, "memory"),
-        ("auto", 61 * GB, H200, "disk"),
-        ("auto", 65 * GB, H200, None),
-        ("auto", GB * 0.15, DESKTOP, "gpu"),
-        ("auto", GB, DESKTOP, "memory"),
-        ("auto", 31 * GB, DESKTOP, "disk"),
-        ("auto", 2 * GB, LAPTOP, "memory"),
-        ("auto", 3 * GB, LAPTOP, None),
-        ("memory", GB * 0.15, H200, "gpu"),
-        ("memory", 61 * GB, H200, None),
-        ("disk", 1000, H200, "disk"),
-        ("disk", 1000, LAPTOP, None),
-        ("never", 1000, H200, None),
-    ],
-)
-def test_first_tier_with_enough_space_is_used(
-    setting: VisionCacheMode, size: float, free: FreeBytes, location: CacheTier | None
-) -> None:
-    assert choose_cache_tier(setting, int(size), int(size), free) == location
-
-
-def test_cached_files_need_no_extra_space() -> None:
-    crowded = FreeBytes(gpu=None, memory=GB, disk=GB)
-    assert choose_cache_tier("auto", 30 * GB, 2 * GB, crowded) is None
-    assert choose_cache_tier("auto", 30 * GB, GB, crowded) == "disk"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_feature_bytes_match_actual_features(
-    tmp_path: Path, family: TinyFamily, precision: str
-) -> None:
-    """Each image is in one sample; a model on the meta device suffices."""
-    session = make_train_state(tmp_path / "task", family=family, precision=precision)
-    model, patches = session.model, session.train_data.stats.num_patches
-    assert isinstance(model, VisionLanguageModel)
-    known = build_vision_store(session).reader
-    dtype, shape = known.tensor_spec(session.train_data.stats.sample_indices)
-    expected = torch.Size(shape).numel() * dtype.itemsize
-    assert estimate_feature_bytes(patches, model, session.hardware.dtype) == expected
-    assert estimate_feature_bytes(patches, model.to("meta"), session.hardware.dtype) == expected
-
-
-def test_cpu_has_no_gpu_memory() -> None:
-    assert free_gpu_memory(torch.device("cpu")) is None
-    assert available_memory() > 0
-
-
-def test_memory_of_machine_and_container(tmp_path: Path) -> None:
-    system, group = tmp_path / "proc", tmp_path / "group"
-    system.mkdir()
-    group.mkdir()
-    meminfo = "MemTotal:       2000 kB\nMemFree:  10 kB\nMemAvailable:    1000 kB\n"
-    (system / "meminfo").write_text(meminfo)
-    assert available_memory(system, group) == 1000 * 1024
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("600\n")
-    assert available_memory(system, group) == 1000 * 1024
-    (group / "memory.max").write_text("1000\n")
-    assert available_memory(system, group) == 400
-    (group / "memory.stat").write_text("anon 5\ninactive_file 250\nslab 3\n")
-    assert available_memory(system, group) == 650
-    (group / "memory.current").write_text("1600\n")
-    assert available_memory(system, group) == 0
-    assert available_memory(tmp_path / "nothing", tmp_path / "nothing") > 1 << 20
-
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def session(tmp_path: Path) -> TrainState:
-    return make_train_state(tmp_path / "task")
-
-
-def model_of(session: TrainState) -> VisionLanguageModel:
-    assert isinstance(session.model, VisionLanguageModel)
-    return session.model
-
-
-def test_fingerprint_covers_weights_and_settings(session: TrainState) -> None:
-    encoder = model_of(session).visual
-    first = fingerprint_encoder(encoder, {"heads": 2}, CPU)
-    assert fingerprint_encoder(encoder, {"heads": 2}, CPU) == first
-    found = {first, fingerprint_encoder(encoder, {"heads": 4}, CPU)}
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            flat = parameter.view(-1)
-            old = flat[-1].clone()
-            flat[-1] += 1
-            found.add(fingerprint_encoder(encoder, {"heads": 2}, CPU))
-            flat[-1] = old
-    assert len(found) == 2 + len(list(encoder.parameters()))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
-        assert fingerprint_encoder(encoder, {"heads": 2}, CPU) != first
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_weights_are_offloaded_and_restored(session: TrainState) -> None:
-    """For everything that has a view of them too, as what watches frozen parts does."""
-    model = model_of(session)
-    batch = session.step_dataset.get_step(0).packs[0]
-    expected = model.encode_images(batch.patches_ND, batch.grid_thw)
-    views = [parameter.detach() for parameter in model.visual.parameters()]
-    before = [view.clone() for view in views]
-    others = {name: p.clone() for name, p in model.model.named_parameters()}
-    card = EncoderOffloader(model)
-
-    def held() -> int:
-        return sum(p.untyped_storage().nbytes() for p in model.visual.parameters())
-
-    full = held()
-    for _ in range(2):
-        with card.offload():
-            assert held() == 0
-            assert all(torch.equal(p, others[name]) for name, p in model.model.named_parameters())
-            with card.reload():
-                assert torch.equal(model.encode_images(batch.patches_ND, batch.grid_thw), expected)
-            assert held() == 0
-        assert held() == full
-    assert all(torch.equal(view, old) for view, old in zip(views, before, strict=True))
-    assert torch.equal(model.encode_images(batch.patches_ND, batch.grid_thw), expected)
-    with card.reload():
-        assert held() == full, "it was not away"
-    with pytest.raises(ZeroDivisionError), card.offload():
-        raise ZeroDivisionError
-    assert held() == full
-
-
-def test_reallocated_weight_is_offloaded(session: TrainState) -> None:
-    """Kernels may reallocate weights at the first image."""
-    model = model_of(session)
-    card = EncoderOffloader(model)
-    with card.offload(), card.reload():
-        changed = next(model.visual.parameters())
-        before = changed.detach().clone()
-        buffer = before.new_zeros(len(before), before.shape[1] + 3)
-        buffer[:, :-3] = before
-        changed.data = buffer[:, :-3]
-    with card.offload():
-        assert changed.untyped_storage().nbytes() == 0
-        assert buffer.untyped_storage().nbytes() == 0
-    assert torch.equal(changed, before)
-
-
-def test_shared_parameters_stay_on_device(session: TrainState) -> None:
-    model = model_of(session)
-    model.visual.register_buffer("shared", model.model.norm.weight.detach())
-    with EncoderOffloader(model).offload():
-        assert torch.equal(model.model.norm.weight, model.visual.get_buffer("shared"))
-        assert model.model.norm.weight.untyped_storage().nbytes() > 0
-
-
-def test_offloaded_run_equals_resident_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU; frozen parts are compared with what they were in the end."""
-    task, away = TinyTask(tmp_path), []
-    evaluation = {"metric": "classification", "every": 2, "max_new_tokens": 4}
-    settings: dict[str, Any] = {"tune": LORA, "eval": evaluation}
-    task.run(name="there", **settings)
-
-    class Spying(EncoderOffloader):
-        def _move_to_cpu(self) -> None:
-            super()._move_to_cpu()
-            away.append(True)
-
-    monkeypatch.setattr(vision_cache, "EncoderOffloader", Spying)
-    monkeypatch.setattr(vision_cache, "should_offload", lambda device: True)
-    task.run(name="away", **settings)
-    assert len(away) == 3, "for the steps, and after each of the measurements between them"
-    assert read_losses(tmp_path / "away") == read_losses(tmp_path / "there")
-    measured = [
-        [
-            (line["step"], line["validation_loss"], line["scores"])
-            for line in task.read_metrics(name)
-            if "validation_loss" in line
+    image = tmp_path / "train3.png"
+    image.write_bytes(image.read_bytes()[:-30])
+    found = []
+    for name in ("memory", "disk", "disk-again", "never"):
+        task.run(f"train.vision_cache={name.partition('-')[0]}", name=name, tune=LORA)
+        lines = task.read_metrics(name)
+        assert [id for line in lines for id in line.get("skipped_samples", ())] == [
+            "train3",
+            "train3",
         ]
-        for name in ("there", "away")
-    ]
-    assert measured[0] == measured[1]
-    assert len(measured[0]) == 4
+        found.append([loss for _, loss in read_losses(tmp_path / name)])
+    assert found[0] == found[1] == found[2]
+    assert found[0] == pytest.approx(found[3], rel=1e-4)
+    refusing = task.recipe["data"] | {"on_invalid_sample": "fail"}
+    with pytest.raises(CorruptImageError, match=r"train3\.png: truncated"):
+        task.run(name="refused", tune=LORA, data=refusing)
+
+
+def test_changed_image_size_raises(tmp_path: Path) -> None:
+    session = make_train_state(tmp_path / "task")
+    store = build_vision_cache(session)
+    with pytest.raises(CorruptImageError, match=r"png: an image has 99 tokens"):
+        store.reader.check(0, 99)
+
+
+def test_run_interrupted_after_cache_build_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assets: Path
+) -> None:
+    """Features are loaded from disk, encoded again or stored in another tier, bit-identically."""
+    task = TinyTask(tmp_path)
+    task.run("train.vision_cache=memory", name="whole", tune=LORA)
+
+    def cut(*inputs: object) -> None:
+        raise TrainingInterrupted("cut off")
+
+    for name, first, then in (
+        ("a", "auto", "disk"),
+        ("b", "auto", "auto"),
+        ("c", "disk", "memory"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer, "train_step", cut)
+            with pytest.raises(TrainingInterrupted, match="cut off"):
+                task.run(f"train.vision_cache={first}", name=name, tune=LORA)
+        if name == "b":
+            for file in assets.rglob("*.safetensors"):
+                file.unlink()
+        task.run(f"train.vision_cache={then}", name=name, tune=LORA, resume=True)
+        assert read_losses(tmp_path / name) == read_losses(tmp_path / "whole")
+        ends = [tmp_path / run / "checkpoints" / "step-6" / WEIGHTS_FILE for run in (name, "whole")]
+        assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_lost_cache_files_end_with_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assets: Path, workers: int
+) -> None:
+    """The run ends with a checkpoint, and resumes with the same result."""
+    task = TinyTask(tmp_path)
+    settings = "train.vision_cache=disk", f"train.num_workers={workers}", "train.save_every=6"
+    task.run(*settings, name="whole", tune=LORA)
+    real = trainer.train_step
+
+    def taking(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
+        if step.step_index == 1:
+            for file in assets.rglob("*.safetensors"):
+                file.unlink()
+        return real(session, step, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "train_step", taking)
+        with pytest.raises(UnreadableFileError, match=r"cached image features cannot be read"):
+            task.run(*settings, tune=LORA)
+    assert 2 <= len(read_losses(tmp_path / "run")) < 6
+    task.run(*settings, tune=LORA, resume=True)
+    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
+
+
+def run_partially(task: TinyTask, *overrides: str) -> None:
+    """A run whose last two steps are still to come."""
+    task.run(*overrides, tune=LORA)
+    (task.folder / "run" / "result.json").unlink()
+    remove_folder(task.folder / "run" / "checkpoints" / "step-6")
+
+
+def test_resumed_run_keeps_the_cache_setting(tmp_path: Path) -> None:
+    task = TinyTask(tmp_path)
+    run_partially(task, "train.vision_cache=never")
+    full = read_losses(tmp_path / "run")
+    task.run(tune=LORA, resume=True)
+    assert (
+        "images are encoded in every step: the run started without the vision cache"
+        in task.console_output
+    )
+    assert read_losses(tmp_path / "run") == full
+
+
+def test_changed_cache_setting_is_reported(tmp_path: Path) -> None:
+    task = TinyTask(tmp_path)
+    run_partially(task)
+    full = read_losses(tmp_path / "run")
+    task.run("train.vision_cache=never", tune=LORA, resume=True)
+    assert (
+        "every step: train.vision_cache=never; previous steps used cached features"
+        in task.console_output
+    )
+    found = read_losses(tmp_path / "run")
+    assert found == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in full]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, precision: str) -> None:
+    """The run stops during its fifth model call and resumes in a new process."""
+    changed = make_task(tmp_path / "task") | {"tune": LORA | {"embeddings": "full"}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", changed, precision=precision)
+
+    def trained(*points: str) -> list[str]:
+        command = [
+            sys.executable,
+            str(TESTS / "resume_worker.py"),
+            str(recipe),
+            str(tmp_path),
+            "term",
+        ]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+        done = subprocess.run([*command, *points], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return [line.split()[1] for line in done.stdout.splitlines()]
+
+    assert trained("whole:0", "parts:5") == ["done", "stopped"]
+    assert 0 < len(read_losses(tmp_path / "parts")) < 6
+    assert trained("parts:0") == ["done"]
+    started = json.loads((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()[0])
+    assert started["precision"] == precision
+    assert read_losses(tmp_path / "parts") == read_losses(tmp_path / "whole")
+    expected, found = (read_final_files(tmp_path / name) for name in ("whole", "parts"))
+    assert found == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_cache_tier_on_gpu(tmp_path: Path) -> None:
+    """The vision encoder is offloaded during steps, and reloaded for evaluation."""
+    task = TinyTask(tmp_path)
+    settings = "train.device=cuda", "train.precision=bf16", "train.num_workers=2"
+    found: dict[str, Any] = {}
+    for cache in ("never", "auto", "memory", "disk"):
+        evaluation = {"metric": "classification", "every": 2, "max_new_tokens": 4}
+        task.run(f"train.vision_cache={cache}", *settings, name=cache, tune=LORA, eval=evaluation)
+        found[cache] = [loss for _, loss in read_losses(tmp_path / cache)]
+        locations = [
+            line["features"]["tier"] for line in task.read_metrics(cache) if "features" in line
+        ]
+        assert locations == [{"never": None, "auto": "gpu", "memory": "gpu"}.get(cache, cache)]
+        assert found[cache] == pytest.approx(found["never"], rel=0.02)

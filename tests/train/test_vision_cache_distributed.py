@@ -15,11 +15,11 @@ from fake_dist import FakeProcessGroup
 from vision_cache_fixtures import CONSOLE, decide_vision_cache, make_train_state, read_all_features
 
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.train import vision_store
+from finesight.train import vision_cache
 from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankMonitor
 from finesight.train.signals import StopRequest
 from finesight.train.train_state import TrainState
-from finesight.train.vision_cache import VisionCacheResult
+from finesight.train.vision_cache_builder import VisionCacheResult
 from finesight.vision.image_processing import GridTHW
 
 COUNT = 3
@@ -29,7 +29,7 @@ Result = VisionCacheResult | BaseException
 @pytest.fixture
 def process_group(monkeypatch: pytest.MonkeyPatch) -> FakeProcessGroup:
     # Several rounds, and a last one in which not all have a chunk.
-    monkeypatch.setattr(vision_store, "CHUNK_PATCHES", 20)
+    monkeypatch.setattr(vision_cache, "CHUNK_PATCHES", 20)
     return FakeProcessGroup(COUNT, monkeypatch)
 
 
@@ -155,7 +155,7 @@ def test_write_error_on_one_rank_fails_all(
         raise OSError(28, "No space left on device")
 
     those = sessions(tmp_path / "task", vision_cache="disk")
-    monkeypatch.setattr("finesight.train.vision_store.save_file", refuse)
+    monkeypatch.setattr("finesight.train.vision_cache.save_file", refuse)
     first, *others = run_on_all_ranks(process_group, those)
     assert isinstance(first, UserError)
     assert "cannot be written" in first.what

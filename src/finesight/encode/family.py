@@ -113,6 +113,8 @@ class ModelFamily(ABC):
         strips_content: Whether the template strips whitespace around the content of a turn.
         splits_role_tokens: Whether role name, newline and content of a turn are tokenized
             separately.
+        box_tokens: Special tokens around the label and around the coordinates of a box, for
+            structured output; None for JSON boxes.
         token_id_keys: Keys of config.json (dotted paths) with the ids of special tokens, by token.
             The renderer checks that these ids match the tokenizer.
     """
@@ -125,6 +127,8 @@ class ModelFamily(ABC):
     uses_1d_positions: ClassVar[bool] = False
     strips_content: ClassVar[bool] = False
     splits_role_tokens: ClassVar[bool] = False
+    box_tokens: ClassVar[Sequence[str] | None] = None
+    max_box_coordinate: ClassVar[int] = 1000
     token_id_keys: ClassVar[Mapping[str, str]] = {
         "<|image_pad|>": "image_token_id",
         "<|video_pad|>": "video_token_id",

@@ -46,6 +46,12 @@ Attention copies the keys of the shared prefix for each sequence.
 """
 
 
+def copy_to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """Copy a NumPy array to `device`, asynchronously on a GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
     """Packed batch of concatenated sequences, with the patches of all images in token order.

@@ -27,6 +27,7 @@ class Qwen25VL(ModelFamily):
 
     tokens_per_second: float = 2
     name: str = "qwen2_5_vl"
+    max_box_coordinate = 99_999
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format boxes as JSON with coordinates in integer pixels of the resized image."""

@@ -27,14 +27,6 @@ from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
-BOX_TOKENS = {
-    "<|object_ref_start|>": "<ref>",
-    "<|object_ref_end|>": "</ref>",
-    "<|box_start|>": "<box>",
-    "<|box_end|>": "</box>",
-}
-"""Special tokens of Qwen2-VL boxes, mapped to the corresponding tokens of Qwen-VL."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QwenVL(ModelFamily):
@@ -48,6 +40,8 @@ class QwenVL(ModelFamily):
     name: str = "qwen"
     uses_1d_positions: ClassVar[bool] = True
     splits_role_tokens: ClassVar[bool] = True
+    box_tokens = ("<ref>", "</ref>", "<box>", "</box>")
+    max_box_coordinate = QWEN_VL_MAX_COORDINATE
     token_id_keys: ClassVar[Mapping[str, str]] = {"<img>": "visual.image_start_id"}
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
@@ -94,6 +88,10 @@ class QwenVL(ModelFamily):
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
         """Return zeros, because 1D position ids have no temporal component."""
         return np.zeros(grid_t, dtype=np.int64)
+
+
+BOX_TOKENS = dict(zip(Qwen2VL.box_tokens, QwenVL.box_tokens, strict=True))
+"""Special tokens of Qwen2-VL boxes, mapped to the corresponding tokens of Qwen-VL."""
 
 
 def from_folder(folder: ModelFolder) -> QwenVL:

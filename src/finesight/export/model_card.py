@@ -24,7 +24,7 @@ from finesight.infer.model_loader import ModelSource
 from finesight.manifest import MANIFEST_FILE
 from finesight.model.lora.merge import public_model_name
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
-from finesight.report.metrics import get_note
+from finesight.report.metric_rows import get_note
 from finesight.report.run_reader import RunRecord, read_json_lines, read_run
 
 MODEL_CARD_FILE = "README.md"

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finesight.encode.packing import copy_to_device
 from finesight.model.attention import Segments, supports_varlen_attention, varlen_attention
 from finesight.model.config import DecoderConfig
-from finesight.model.cpu_attention import copy_to_device
 from finesight.model.gated_delta_net import (
     DeltaNetInputs,
     DeltaNetState,

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finesight.encode.packing import PackedBatch, compute_cu_seqlens, plan_packs
+from finesight.encode.packing import PackedBatch, compute_cu_seqlens, copy_to_device, plan_packs
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer.block_manager import get_span_patches
-from finesight.infer.cuda_graph_cache import CudaGraphCache
 from finesight.infer.decode_step import fused_decode_step, supports_fused_decode
 from finesight.infer.kv_cache import (
     DecodeAttention,
@@ -26,7 +25,7 @@ from finesight.infer.kv_cache import (
     has_paged_kernels,
 )
 from finesight.infer.scheduler import PromptState
-from finesight.model.cpu_attention import copy_to_device
+from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.vlm import VisionLanguageModel
 from finesight.vision.image_processing import concat_patches
 

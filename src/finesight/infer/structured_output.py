@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from finesight.data.boxes import BOX_KEY
 from finesight.encode.family import ThinkingOptions
-from finesight.encode.qwen_vl import BOX_TOKENS
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenizer import TiktokenTokenizer, Tokenizer
 from finesight.errors import UserError
@@ -38,8 +37,6 @@ The limit is necessary because schemas are untrusted input.
 """
 
 MAX_LABEL_LENGTH = 200
-MAX_PIXEL_COORDINATE = 99_999
-"""Largest coordinate in a Qwen2.5-VL box, which is in pixels."""
 
 # Bounded whitespace: with unlimited whitespace a model may generate only spaces.
 _WHITESPACE_OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{1,24}"}}
@@ -78,13 +75,12 @@ class GrammarCompiler:
 
     def compile_boxes(self) -> GrammarConstraint:
         """Compile a constraint for zero or more boxes in the format of the model family."""
-        name = self._renderer.family.name
-        if name in ("qwen2_vl", "qwen"):
+        family = self._renderer.family
+        if family.box_tokens is not None:
             return self._compile(
-                self._build_token_box_grammar(BOX_TOKENS if name == "qwen" else {})
+                self._build_token_box_grammar(family.box_tokens, family.max_box_coordinate)
             )
-        max_coordinate = MAX_PIXEL_COORDINATE if name == "qwen2_5_vl" else 1000
-        return self.compile_json_schema(_build_box_schema(max_coordinate))
+        return self.compile_json_schema(_build_box_schema(family.max_box_coordinate))
 
     def compile_tool_calls(
         self, functions: Sequence[tuple[str, JsonSchema | None]]
@@ -110,17 +106,10 @@ class GrammarCompiler:
             )
         return self._compile("\n".join(rules) + "\n")
 
-    def _build_token_box_grammar(self, token_names: Mapping[str, str]) -> str:
-        """Build the grammar of boxes in special tokens, with coordinates in thousandths.
-
-        Args:
-            token_names: Mapping from Qwen2-VL to Qwen-VL tokens, whose coordinates are below 1000;
-                empty for Qwen2-VL.
-        """
-        ref, ref_end, box, box_end = (
-            self._token_symbol(token_names.get(token, token)) for token in BOX_TOKENS
-        )
-        max_value = "" if token_names else ' | "1000"'
+    def _build_token_box_grammar(self, box_tokens: Sequence[str], max_coordinate: int) -> str:
+        """Build the grammar of boxes in special tokens, with coordinates in thousandths."""
+        ref, ref_end, box, box_end = (self._token_symbol(token) for token in box_tokens)
+        max_value = ' | "1000"' if max_coordinate >= 1000 else ""
         return (
             "answer: box*\n"
             f'box: ({ref} LABEL {ref_end})? {box} "(" N "," N "),(" N "," N ")" {box_end}\n'

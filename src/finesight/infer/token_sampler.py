@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finesight.encode.packing import copy_to_device
 from finesight.infer.request import DecodingConstraint, GeneratedToken, SamplingParams
-from finesight.model.cpu_attention import copy_to_device
 
 _MIN_TEMPERATURE = 1e-30
 """Smallest temperature that does not overflow in fp32."""

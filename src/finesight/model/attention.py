@@ -20,22 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.encode.packing import ContextShard, compute_cu_seqlens
-from finesight.model.cpu_attention import (
-    MAX_CPU_SEQLEN,
-    LengthBuckets,
-    bucket_by_length,
-    bucket_shared_prefix,
-    bucket_with_padding,
-    copy_to_device,
-    cpu_attention,
-)
+from finesight.encode.packing import ContextShard, compute_cu_seqlens, copy_to_device
+from finesight.model.cpu_attention import MAX_CPU_SEQLEN, cpu_attention
 from finesight.model.gated_delta_net import (
     ChunkLayout,
     DeltaNetInputs,
     DeltaNetState,
     forward_packed,
     forward_with_states,
+)
+from finesight.model.length_buckets import (
+    LengthBuckets,
+    bucket_by_length,
+    bucket_shared_prefix,
+    bucket_with_padding,
 )
 from finesight.model.quant.base import HAS_TRITON, has_tensor_cores
 

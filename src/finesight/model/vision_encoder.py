@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from finesight.encode.packing import copy_to_device
 from finesight.model.attention import Segments
 from finesight.model.config import PixelNormalization, VisionConfig
-from finesight.model.cpu_attention import copy_to_device
 from finesight.model.layers import PatchEmbed, num_checkpointed_layers, run_layer
 from finesight.model.rope import compute_vision_rope
 from finesight.vision.image_processing import GridTHW
@@ -45,6 +45,12 @@ class VisionEncoder(nn.Module):
     """True if training steps can capture the encoder as a CUDA graph (see
     `train.graph_buffers`). This requires that only the patch layout depends on image sizes:
     position embeddings ignore the grids, and segments are frames or windows."""
+
+    supports_padding = True
+    """True if a packed batch may end with padding patches, which form an image of any size."""
+
+    window_attention = (0, 0)
+    """Number of blocks with window attention, and patches per window; 0 without windows."""
 
     def __init__(
         self,

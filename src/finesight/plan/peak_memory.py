@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from finesight.config import TrainSettings
-from finesight.model.families.qwen2_5_vl import WindowVisionEncoder
 from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
@@ -271,7 +270,7 @@ def plan_graph(
         )
     # Patch bytes, row and column of each patch; permutation of merge windows and its inverse.
     buffer_bytes += vision_shape.num_patches * (vision_shape.patch_bytes + 2 * CU_SEQLEN_BYTES)
-    buffer_bytes += 2 * INDEX_BYTES * shape.num_features * isinstance(encoder, WindowVisionEncoder)
+    buffer_bytes += 2 * INDEX_BYTES * shape.num_features * bool(encoder.window_attention[1])
     buffer_bytes += sum(CU_SEQLEN_BYTES * (count + 1) for count, _ in vision_shape.segment_shapes)
     num_padding = vision_shape.num_patches - pack.num_patches
     grid_thw = (

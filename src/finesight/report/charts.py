@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from finesight.manifest import HistogramCounts
 from finesight.report.i18n import translate
-from finesight.report.metrics import format_metric_name, read_interval, read_metrics
+from finesight.report.metric_rows import format_metric_name, read_interval, read_metrics
 from finesight.report.run_reader import RunRecord, is_finite
 
 Point = tuple[float, float]

@@ -34,7 +34,7 @@ from finesight.report.comparison import (
 from finesight.report.examples import MAX_SCORES, ExampleDataBuilder, ExampleSet
 from finesight.report.html import FormulaConverter, render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
-from finesight.report.metrics import (
+from finesight.report.metric_rows import (
     TEMPLATE_FUNCTIONS,
     VALIDATION_LOSS,
     format_metric_name,

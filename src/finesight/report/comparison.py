@@ -26,7 +26,7 @@ from finesight.evaluate.metric_difference import (
 from finesight.evaluate.task_metrics import TASK_METRICS, check_references, compute_metrics
 from finesight.report.examples import ExampleSet, build_example_set
 from finesight.report.i18n import translate
-from finesight.report.metrics import (
+from finesight.report.metric_rows import (
     VALIDATION_LOSS,
     IntervalBounds,
     MetricChange,

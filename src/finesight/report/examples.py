@@ -31,7 +31,7 @@ from finesight.evaluate.metric_difference import (
 )
 from finesight.report.html import FormulaConverter, build_inline_image
 from finesight.report.i18n import translate
-from finesight.report.metrics import format_metric_name
+from finesight.report.metric_rows import format_metric_name
 from finesight.report.run_reader import JsonObject, as_object, is_finite, read_json_lines
 from finesight.vision.image_processing import load_image
 

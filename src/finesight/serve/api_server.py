@@ -47,6 +47,7 @@ from finesight.serve.image_sources import (
     FileStore,
     ImageFetcher,
 )
+from finesight.serve.preprocessing_jobs import load_worker_state
 from finesight.serve.request_middleware import (
     ABORT_STATE_KEY,
     CLIENT_CLOSED_REQUEST,
@@ -56,7 +57,6 @@ from finesight.serve.request_middleware import (
     check_exposure,
 )
 from finesight.serve.request_preprocessor import ConstraintFactory, RequestPreprocessor
-from finesight.serve.worker_jobs import load_worker_state
 from finesight.worker_pool import WorkerPool
 
 QUIET_LOGGERS = ("httpx2", "httpcore2", "uvicorn", "python_multipart", "PIL", "asyncio")

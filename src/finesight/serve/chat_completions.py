@@ -41,6 +41,7 @@ from finesight.serve.api_schema import (
 )
 from finesight.serve.chat_response import ChoiceBuilder, ToolCallParser, format_usage
 from finesight.serve.image_sources import FileStore, ImageFetcher
+from finesight.serve.preprocessing_jobs import GrammarSpec, get_image_name
 from finesight.serve.request_middleware import (
     ClientStalledError,
     ServerMetrics,
@@ -54,7 +55,6 @@ from finesight.serve.request_preprocessor import (
     RequestPreprocessor,
     WorkerConstraint,
 )
-from finesight.serve.worker_jobs import GrammarSpec, get_image_name
 from finesight.worker_pool import WorkerPool
 
 ArgTs = TypeVarTuple("ArgTs")

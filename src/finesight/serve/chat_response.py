@@ -11,7 +11,7 @@ from typing import Any
 from finesight.encode.tokenizer import TextTokenizer
 from finesight.infer.prediction import Prediction, box_to_dict
 from finesight.infer.request import CompletionDelta, FinishReason, GeneratedToken, TokenUsage
-from finesight.serve.worker_jobs import TOOL_CALL_END, TOOL_CALL_START
+from finesight.serve.preprocessing_jobs import TOOL_CALL_END, TOOL_CALL_START
 
 
 @dataclass(frozen=True, slots=True)

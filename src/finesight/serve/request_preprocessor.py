@@ -35,7 +35,7 @@ from finesight.serve.api_schema import (
     ServerLimits,
     from_user_error,
 )
-from finesight.serve.worker_jobs import (
+from finesight.serve.preprocessing_jobs import (
     GrammarSpec,
     compile_grammar,
     compute_next_bitmask,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
-from finesight.infer.cuda_graph_cache import CudaGraphCache
 from finesight.model.attention import supports_varlen_attention
+from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.decoder import FusibleLayer
 from finesight.model.hf_backend import AnyModel
 from finesight.model.quant.base import HAS_TRITON
@@ -185,7 +185,10 @@ def has_half_free(device: torch.device) -> bool:
 
 
 class CudaGraphRunner:
-    """Runner of forward and backward passes of packs, as CUDA graphs where they are faster."""
+    """Runner of the forward and backward pass of every pack: eager, or as a CUDA graph.
+
+    All passes are eager if the model, the device or the sharding mode does not support graphs.
+    """
 
     def __init__(
         self, model: AnyModel, trainable_params: Sequence[nn.Parameter], *, is_local: bool = True
@@ -219,6 +222,8 @@ class CudaGraphRunner:
         self, batch: PackedBatch, features_MKD: Tensor | None, loss_weight: Tensor
     ) -> Tensor:
         """Run the forward and backward pass of a pack, and set `parameter.grad`.
+
+        The pass is a graph replay if a graph fits the pack and is faster, otherwise eager.
 
         Args:
             batch: Pack on the device.

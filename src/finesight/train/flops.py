@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from finesight.encode.packing import compute_context_lengths
-from finesight.model.families.qwen2_5_vl import WindowVisionEncoder
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.trainable import (
     CONV_SUFFIX,
@@ -75,7 +74,7 @@ class FlopCounter:
 
     def __init__(self, model: VisionLanguageModel) -> None:
         self._config = model.config
-        self._window_config = _read_window_config(model)
+        self._window_config = model.visual.window_attention
         self._params_per_row = dict.fromkeys(MODEL_PARTS, 0)
         # The head and the last MLP process only the tokens that predict supervised ones.
         self._params_per_label = dict.fromkeys(MODEL_PARTS, 0)
@@ -273,18 +272,6 @@ def _iter_weights(model: VisionLanguageModel) -> Iterator[_WeightInfo]:
 def _count_passes(is_trainable: bool, has_input_grad: bool) -> int:
     """Count the matrix products of a weight: forward, input gradient and weight gradient."""
     return 1 + int(has_input_grad) + int(is_trainable)
-
-
-def _read_window_config(model: VisionLanguageModel) -> tuple[int, int]:
-    """Return the number of window attention blocks, and the number of patches per window.
-
-    Both are 0 for a vision encoder without window attention.
-    """
-    vision_encoder = model.visual
-    if not isinstance(vision_encoder, WindowVisionEncoder):
-        return 0, 0
-    num_windowed = vision_encoder.config.num_layers - len(vision_encoder.full_attention_blocks)
-    return num_windowed, (vision_encoder.window_size * vision_encoder.config.merge_size) ** 2
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:

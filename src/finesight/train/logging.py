@@ -37,7 +37,7 @@ from finesight.train.finalize import RunResult
 from finesight.train.setup import library_versions
 from finesight.train.train_state import TrainState
 from finesight.train.trainer import StepOutput
-from finesight.train.vision_cache import VisionCacheResult
+from finesight.train.vision_cache_builder import VisionCacheResult
 
 
 class TrackingEvents:

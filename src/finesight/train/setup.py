@@ -22,7 +22,6 @@ from finesight.evaluate import custom_metric
 from finesight.evaluate.task_metrics import get_task_metric
 from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
 from finesight.manifest import MANIFEST_FILE, Manifest
-from finesight.model.families.qwen_vl import QwenVisionEncoder
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
 from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
@@ -289,7 +288,7 @@ def build_train_state(
         and hardware.device.type == "cpu"
         and hardware.dtype != torch.float32,
         padding_merge_size=None
-        if isinstance(model, HfModel) or isinstance(model.visual, QwenVisionEncoder)
+        if isinstance(model, HfModel) or not model.visual.supports_padding
         else model.config.vision.merge_size,
     )
     if checkpoint is not None:

@@ -49,8 +49,8 @@ from finesight.train.train_state import TrainState
 if TYPE_CHECKING:
     from finesight.train.finalize import LiveReport, RunResult
     from finesight.train.logging import MetricsLogger
-    from finesight.train.vision_cache import VisionFeatures
-    from finesight.train.vision_store import VisionCache
+    from finesight.train.vision_cache import VisionCache
+    from finesight.train.vision_cache_builder import VisionFeatures
 
 
 class GlobalStepStats(NamedTuple):

@@ -36,7 +36,7 @@ from finesight.train.setup import build_manifest, build_train_state
 from finesight.train.signals import StopRequest
 from finesight.train.train_state import TrainState
 from finesight.train.trainer import Trainer
-from finesight.train.vision_cache import VisionFeatures
+from finesight.train.vision_cache_builder import VisionFeatures
 
 if HAS_TRITON:
     from finesight.model.kernels.parallel_compile import compile_in_parallel, is_compile_cache_empty

@@ -1,858 +1,683 @@
-"""Vision cache: encodes the images of a run once if the vision encoder is frozen.
+"""Cached image features of a frozen vision encoder: image index, storage tiers and their readers.
 
-This module decides whether the cache pays off, builds it on all ranks, and offloads the vision
-encoder from the GPU while the cache replaces it.
+The files of the disk tier are shared by runs. They are in the assets folder of the huggingface_hub
+cache (`HF_HOME`), with a folder for each vision encoder and one safetensors file per chunk of
+images. A file is renamed to its final name after it is complete, and its SHA-256 is verified on
+reading. Least recently used files are evicted. Files are not flushed to disk: the features in a
+file that a power failure corrupts are computed again.
 
-Shapes: N patches, M image tokens of a chunk, A image tokens of all images, K features per token, D
-width.
+Shapes: P unique images, M image tokens of a pack or chunk, A image tokens of all images, K features
+per token, D width.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import PIL
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
-from finesight.config import VisionCacheMode
-from finesight.data.image_header import CorruptImageError
-from finesight.encode.packing import pad_patches
+from finesight.bounded_files import parse_json
+from finesight.data.corpus import Corpus
+from finesight.data.image_header import CorruptImageError, sha256_content
+from finesight.data.line_index import UnreadableFileError
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import TokenizedSample
-from finesight.errors import TrainingInterrupted, UserError
-from finesight.host_memory import available_memory
-from finesight.model.attention import has_amx_bf16
-from finesight.model.hf_backend import AnyModel
-from finesight.model.vlm import VisionLanguageModel
-from finesight.train.console import TrainingConsole
-from finesight.train.dataloader import TensorBlock, prefetch_items, record_event
-from finesight.train.oom import first_error_line, release_memory
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
-from finesight.train.vision_store import (
-    FeatureWriter,
-    ImageChunk,
-    ImageIndex,
-    StoredChunk,
-    VisionCache,
-    VisionDiskReader,
-    VisionFileStore,
-    VisionIndexReader,
-    VisionRamReader,
-    index_images,
-    vision_store_root,
+from finesight.encode.tokenized_sample import VisualSpan
+from finesight.errors import UserError
+from finesight.model_folder import MAX_HEADER_BYTES
+from finesight.storage import FileLock, make_folder, translate_os_errors
+from finesight.train.console import ProgressCallback
+from finesight.train.dataloader import (
+    TensorSpec,
+    VisionCacheReader,
+    catch_user_error,
+    prefetch_items,
 )
-from finesight.vision.image_processing import concat_patches, concat_shape
 
-T = TypeVar("T")
-CacheTier = Literal["gpu", "memory", "disk"]
-CorruptImages = dict[int, CorruptImageError]
-"""Errors of corrupt images, by index of the image in an `ImageIndex`."""
+CHUNK_PATCHES = 16384
+"""Number of patches at which a chunk ends; limits the memory for encoding it."""
 
-ENCODER_VERSION = 5
-"""Version of the encoder computation and preprocessing; increase it when features change."""
-
-MAX_GPU_FRACTION = 1 / 16
-"""Maximum fraction of the free GPU memory, after loading the model, for cached features.
-
-Training and evaluation need an unknown amount of the rest, and the other tiers are fast enough as
-well.
-"""
-
-MAX_RAM_FRACTION = 1 / 2
-"""Maximum fraction of the available CPU memory for cached features."""
-
-READ_BATCH_CHUNKS = 64
-"""Number of chunks that are read from disk between two checks for stop signals."""
-
-NUM_HASH_THREADS, NUM_READER_THREADS = 8, 4
-
-REASON_SINGLE_USE = "each image is used once, and not all features are on disk"
+SAMPLES_PER_ITEM = 64
+"""Number of samples per item of the index scan, loaded by one data loader worker."""
 
 
-def fingerprint_encoder(
-    vision_encoder: nn.Module, settings: dict[str, Any], device: torch.device
-) -> str:
-    """Return a SHA-256 of everything that determines the features of an image.
-
-    It covers the weights, model settings, library versions and device. Cached features of another
-    fingerprint are not used.
-
-    Args:
-        vision_encoder: Vision encoder of the model.
-        settings: Content of `config.json` and of the preprocessor configuration.
-        device: Device that runs the encoder.
-    """
-
-    def compute_digest(tensor: Tensor) -> str:
-        # A copy, because storage exported to numpy cannot be resized.
-        copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return hashlib.sha256(copy.view(-1).view(torch.uint8).numpy().data).hexdigest()
-
-    tensors = {**dict(vision_encoder.named_parameters()), **dict(vision_encoder.named_buffers())}
-    with ThreadPoolExecutor(NUM_HASH_THREADS) as pool:
-        digests = list(pool.map(compute_digest, tensors.values()))
-    environment = {
-        "version": ENCODER_VERSION,
-        "torch": torch.__version__,
-        "pillow": PIL.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads",
-        "tiles": device.type != "cuda" and has_amx_bf16(),
-        "products": torch.get_float32_matmul_precision(),
-    }
-    weights = [
-        (name, str(tensor.dtype), list(tensor.shape), digest)
-        for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
-    ]
-    payload = json.dumps([environment, settings, weights], sort_keys=True, default=str)
-    return hashlib.sha256(payload.encode()).hexdigest()
-
-
-def should_offload(device: torch.device) -> bool:
-    """Return whether to offload an unused vision encoder: only on a GPU."""
-    return device.type == "cuda"
-
-
-class EncoderOffloader:
-    """Offloader of the weights of a frozen vision encoder to the CPU.
-
-    The storage of the weights is resized to zero and later refilled, so all tensors that share it
-    stay valid. Tensors shared with the rest of the model, and models of the transformers backend,
-    stay on the device.
-    """
-
-    def __init__(self, model: AnyModel) -> None:
-        self._model = model
-        self._cpu_copies: list[tuple[torch.UntypedStorage, Tensor]] = []
-        self.is_offloaded = False
-
-    @contextmanager
-    def offload(self) -> Iterator[None]:
-        """Keep the encoder weights on the CPU within the context.
-
-        The encoder can be used only inside a nested `reload` context.
-        """
-        self._move_to_cpu()
-        try:
-            yield
-        finally:
-            self._move_to_gpu()
-
-    @contextmanager
-    def reload(self) -> Iterator[None]:
-        """Keep the encoder weights on the device within the context."""
-        was_offloaded = self.is_offloaded
-        self._move_to_gpu()
-        try:
-            yield
-        finally:
-            if was_offloaded:
-                self._move_to_cpu()
-
-    def _move_to_cpu(self) -> None:
-        if self.is_offloaded:
-            return
-        storages = self._list_storages()
-        # The identity of a storage does not change when it is resized.
-        copied = {storage._cdata for storage, _ in self._cpu_copies}
-        if copied != {storage._cdata for storage in storages}:
-            # Otherwise reuse the copy: frozen weights do not change.
-            self._cpu_copies = [(one, _view_bytes(one).to("cpu", copy=True)) for one in storages]
-        for storage, _ in self._cpu_copies:
-            storage.resize_(0)
-        self.is_offloaded = True
-
-    def _move_to_gpu(self) -> None:
-        if self.is_offloaded:
-            for storage, cpu_copy in self._cpu_copies:
-                storage.resize_(len(cpu_copy))
-                _view_bytes(storage).copy_(cpu_copy)
-            self.is_offloaded = False
-
-    def _list_storages(self) -> list[torch.UntypedStorage]:
-        """Return the storages that only tensors of the vision encoder use."""
-        model = self._model
-        if not isinstance(model, VisionLanguageModel):
-            return []
-        own = [*model.visual.parameters(), *model.visual.buffers()]
-        own_ids = {id(tensor) for tensor in own}
-        shared = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in chain(model.parameters(), model.buffers())
-            if id(tensor) not in own_ids
-        }
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in own}
-        return [storage for address, storage in storages.items() if address not in shared]
-
-
-def _view_bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-@dataclass(frozen=True, slots=True)
-class FreeBytes:
-    """Free bytes for cached features in each storage tier.
+class ImageRef(NamedTuple):
+    """Image or video of a sample.
 
     Attributes:
-        gpu: GPU memory; None without a GPU.
-        memory: CPU memory per rank.
-        disk: Disk space.
+        key: SHA-256 over the bytes of the files, the resized size and the patch grid. Images with
+            equal keys have equal model inputs.
+        span: Tokens, files and patch grid of the image in its sample.
     """
 
-    gpu: int | None
-    memory: int
-    disk: int
-
-
-def estimate_feature_bytes(num_patches: int, model: VisionLanguageModel, dtype: torch.dtype) -> int:
-    """Compute the size in bytes of the cached features of a number of patches.
-
-    The weights of the model are not read. The result is an upper bound if samples share images.
-    """
-    num_features = num_patches // model.visual.config.merge_size**2
-    width = model.visual.features_per_token * model.config.decoder.hidden_size
-    return num_features * width * dtype.itemsize
-
-
-def choose_cache_tier(
-    setting: VisionCacheMode, needed_bytes: int, missing_bytes: int, free: FreeBytes
-) -> CacheTier | None:
-    """Choose the fastest storage tier with enough free space: GPU, CPU memory, then disk.
-
-    The setting restricts the choice: `memory` excludes the disk, and `disk` allows only the disk.
-
-    Args:
-        setting: Value of `train.vision_cache`.
-        needed_bytes: Size of all features.
-        missing_bytes: Size of the features that are not yet on disk.
-        free: Free bytes in each tier.
-
-    Returns:
-        Storage tier; None if no tier fits, or for `never`.
-    """
-    if setting in ("auto", "memory"):
-        if free.gpu is not None and needed_bytes <= MAX_GPU_FRACTION * free.gpu:
-            return "gpu"
-        if needed_bytes <= MAX_RAM_FRACTION * free.memory:
-            return "memory"
-    return "disk" if setting in ("auto", "disk") and missing_bytes <= free.disk else None
-
-
-def free_gpu_memory(device: torch.device) -> int | None:
-    """Return the bytes of GPU memory available to this process; None on a CPU.
-
-    Memory that PyTorch has cached but does not use counts as available.
-    """
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-@dataclass(frozen=True, slots=True)
-class VisionCacheResult:
-    """Vision cache of a run, or the reason for training without it.
-
-    Attributes:
-        cache: Vision cache; None if images are encoded in every step.
-        reason: Description of the decision for the user.
-        tier: Storage tier of the features.
-        num_images: Number of cached images.
-        num_from_disk: Number of images whose features were read from disk.
-        num_bytes: Size of all features in bytes.
-    """
-
-    cache: VisionCache | None
-    reason: str
-    tier: CacheTier | None = None
-    num_images: int = 0
-    num_from_disk: int = 0
-    num_bytes: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the content of the `metrics.jsonl` line about the vision cache."""
-        metrics = {
-            "tier": self.tier,
-            "images_from_disk": self.num_from_disk,
-            "bytes": self.num_bytes,
-            "reason": self.reason,
-        }
-        return {"images": self.num_images, "features": metrics}
-
-
-class VisionFeatures:
-    """Image features of a training run: from the vision cache, or from the encoder in every step.
-
-    The vision encoder is offloaded from the GPU to the CPU while the cache replaces it.
-    """
-
-    def __init__(self, state: TrainState, console: TrainingConsole, stop: StopRequest) -> None:
-        self._state, self._console, self._stop = state, console, stop
-        self._offloader = EncoderOffloader(state.model)
-
-    @contextmanager
-    def open(self, log: Callable[[float, VisionCacheResult], None]) -> Iterator[VisionCache | None]:
-        """Build the vision cache if it pays off, and provide it within the context.
-
-        Args:
-            log: Callback for the seconds to build the cache, and the result.
-
-        Yields:
-            Vision cache; None to encode images in every step.
-        """
-        start = time.perf_counter()
-        with open_vision_cache(self._state, self._console, self._stop) as result:
-            log(time.perf_counter() - start, result)
-            offload = result.cache is not None and should_offload(self._state.hardware.device)
-            with self._offloader.offload() if offload else nullcontext():
-                yield result.cache
-
-    def reload_encoder(self) -> AbstractContextManager[None]:
-        """Keep the weights of the vision encoder on the device within the context."""
-        return self._offloader.reload()
-
-
-@contextmanager
-def open_vision_cache(
-    state: TrainState, console: TrainingConsole, stop: StopRequest
-) -> Iterator[VisionCacheResult]:
-    """Build the vision cache if it pays off, and provide it within the context.
-
-    The cache requires a frozen vision encoder, images that are used several times or have features
-    on disk, and space for the features. A resumed run does not use the cache if it started without
-    it.
-
-    Args:
-        state: State of the run.
-        console: Console for progress and messages.
-        stop: Stop request, checked between chunks.
-
-    Raises:
-        TrainingInterrupted: A stop was requested.
-        UserError: The disk is not writable, and `train.vision_cache` is `disk`.
-    """
-    with ExitStack() as stack:
-        builder = VisionCacheBuilder(state, console, stop)
-        stack.callback(builder.close)
-        try:
-            result = builder.build()
-        except _CacheUnavailable as blocker:
-            reason = f"images are encoded in every step: {blocker}"
-            if state.progress.step and _was_started_with_cache(state):
-                reason += (
-                    "; previous steps used cached features, so the last bits of results may differ"
-                )
-            result = VisionCacheResult(None, reason)
-            release_memory(state.hardware.device)
-        if result.tier != "disk":
-            # Other runs may now remove the files.
-            stack.close()
-        yield result
-
-
-class _CacheUnavailable(Exception):
-    """Raised with the reason when the vision cache cannot be used."""
-
-
-def _find_cache_blocker(state: TrainState) -> str | None:
-    """Return why recipe, model or data prevent a vision cache; None if caching is possible."""
-    model = state.model
-    if not state.train_data.stats.num_patches:
-        return "the data contain no images"
-    if not isinstance(model, VisionLanguageModel):
-        return f"{state.base_model.folder.family} uses the transformers backend"
-    if any(parameter.requires_grad for parameter in model.visual.parameters()):
-        return "the vision encoder is trainable"
-    if state.parallel.is_sharded:
-        return f"the vision encoder is sharded (train.parallel={state.recipe.train.parallel})"
-    if not state.train_data.stats.is_complete:
-        return "the dataset is too large for a full scan"
-    if state.recipe.train.vision_cache == "never":
-        return "train.vision_cache=never"
-    if state.progress.step and not _was_started_with_cache(state):
-        return "the run started without the vision cache"
-    return None
-
-
-def _was_started_with_cache(state: TrainState) -> bool:
-    """Return whether the previous steps of a resumed run used cached features."""
-    lines = [line for line in state.run_dir.iter_metrics() if "images" in line]
-    return bool(lines) and bool(lines[-1]["images"])
-
-
-class DecodedChunk(NamedTuple):
-    """Patches of the valid images of a chunk, and errors of corrupt ones."""
-
-    chunk: ImageChunk
-    patches: TensorBlock
-    corrupt_images: CorruptImages
-
-    def pin_memory(self) -> DecodedChunk:
-        """Return a copy in pinned memory; PyTorch's data loader calls this method."""
-        return self._replace(patches=self.patches.pin_memory())
-
-
-def _decode_chunk(
-    image_index: ImageIndex,
-    chunks: Sequence[ImageChunk],
-    renderer: Renderer,
-    on_invalid_sample: Literal["skip", "fail"],
-    index: int,
-) -> DecodedChunk:
-    """Decode the images of a chunk; data loader workers call this function.
-
-    Raises:
-        UserError: An image is corrupt and `on_invalid_sample` is `fail`.
-    """
-    chunk, patches = chunks[index], []
-    corrupt_images: CorruptImages = {}
-    empty_ids_T, position_ids = np.empty(0, dtype=np.int32), np.empty((3, 0), dtype=np.int32)
-    for image in range(chunk.start, chunk.stop):
-        span = image_index.image_refs[image].span
-        # A sample with this image and no text.
-        tokenized = TokenizedSample(
-            span.files[0].name, empty_ids_T, empty_ids_T > 0, position_ids, (span,)
-        )
-        try:
-            patches.append(renderer.load_patches(tokenized).patches_ND)
-        except CorruptImageError as error:
-            if on_invalid_sample == "fail":
-                raise
-            corrupt_images[image] = error
-    if not patches:
-        no_patches = TensorBlock(((torch.uint8, (0, 0)),), torch.empty(0, dtype=torch.uint8))
-        return DecodedChunk(chunk, no_patches, corrupt_images)
-    block = TensorBlock.allocate((torch.uint8, concat_shape(patches)))
-    concat_patches(patches, next(block.tensors()).numpy())
-    return DecodedChunk(chunk, block, corrupt_images)
-
-
-class ChunkFeatures(NamedTuple):
-    """Image features of a chunk; features of corrupt images are zero."""
-
-    chunk: ImageChunk
-    features_MKD: Tensor
-    corrupt_images: CorruptImages
-
-
-class VisionCacheBuilder:
-    """Builder of the vision cache on all ranks; every rank stores the features of all images."""
-
-    def __init__(self, state: TrainState, console: TrainingConsole, stop: StopRequest) -> None:
-        self._state, self._console, self._stop = state, console, stop
-        self._process_group = state.hardware.process_group
-        self._setting = state.recipe.train.vision_cache
-        self._store: VisionFileStore | None = None
-        self._writer: FeatureWriter | None = None
-        self._stored: dict[ImageChunk, StoredChunk] = {}
-        self._corrupt_images: CorruptImages = {}
-        self._pending: tuple[ChunkFeatures, torch.cuda.Event | None] | None = None
+    key: str
+    span: VisualSpan
 
     @property
-    def _model(self) -> VisionLanguageModel:
-        model = self._state.model
-        assert isinstance(model, VisionLanguageModel), "a model of the transformers backend"
-        return model
+    def num_features(self) -> int:
+        """Number of image tokens."""
+        return self.span.stop - self.span.start
 
-    def close(self) -> None:
-        """Close the feature files, so that other runs may evict them."""
-        if self._store is not None:
-            self._store.close()
+    @property
+    def num_patches(self) -> int:
+        """Number of patches, the inputs of the vision encoder."""
+        frames, height, width = self.span.grid_thw
+        return frames * height * width
 
-    def build(self) -> VisionCacheResult:
-        """Load the available features from disk, encode the missing ones and store all of them.
 
-        Raises:
-            _CacheUnavailable: The cache cannot be used.
+@dataclass(frozen=True, slots=True)
+class ImageChunk:
+    """Images `start` to `stop` (exclusive) of an `ImageIndex`, which are encoded together.
+
+    `name` is a SHA-256 of the keys of these images.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIndex:
+    """Unique images of a dataset.
+
+    Attributes:
+        image_refs: Unique images in the order of their keys.
+        images_by_sample: Indices into `image_refs`, by corpus index of the sample.
+        corrupt_samples: Errors of samples with a corrupt image, by corpus index.
+    """
+
+    image_refs: tuple[ImageRef, ...]
+    images_by_sample: Mapping[int, tuple[int, ...]]
+    corrupt_samples: Mapping[int, CorruptImageError]
+
+    @property
+    def feature_offsets_P1(self) -> NDArray[np.int64]:
+        """Start of each image in the concatenated features, and the total number of features."""
+        return np.cumsum([0, *(image_ref.num_features for image_ref in self.image_refs)])
+
+    def count_images(self, chunks: Sequence[ImageChunk]) -> int:
+        """Count the images in several chunks."""
+        return sum(chunk.stop - chunk.start for chunk in chunks)
+
+    def count_patches(self, chunks: Sequence[ImageChunk]) -> int:
+        """Count the patches in several chunks."""
+        image_refs = self.image_refs
+        return sum(
+            image_refs[n].num_patches for chunk in chunks for n in range(chunk.start, chunk.stop)
+        )
+
+    def split_chunks(self) -> list[ImageChunk]:
+        """Split the images into content-defined chunks, so that other datasets can reuse them.
+
+        A chunk ends after an image whose key ends in 0 (one of 16), or at `CHUNK_PATCHES` patches.
+        An added or removed image changes only its own chunk. The last bits of the features of an
+        image may depend on the other images in the batch, so chunks make features reproducible.
         """
-        is_single_use = self._run_on_all_ranks(self._open_store_if_useful)
-        self._image_index = self._run_on_all_ranks(self._index_images)
-        self._feature_offsets_P1 = self._image_index.feature_offsets_P1
-        chunks = self._image_index.split_chunks()
-        self._process_group.check_identical({"images": [chunk.name for chunk in chunks]})
-        on_disk = [chunk for chunk in chunks if self._store and self._store.has_chunk(chunk.name)]
-        num_bytes = self._count_bytes(chunks)
-        missing_bytes = num_bytes - self._count_bytes(on_disk)
-        free = self._measure_free_bytes(chunks, missing_bytes)
-
-        def start_build() -> list[ImageChunk]:
-            if not chunks or (is_single_use and len(on_disk) < len(chunks)):
-                raise _CacheUnavailable(REASON_SINGLE_USE)
-            tier = choose_cache_tier(self._setting, num_bytes, missing_bytes, free)
-            if tier is None:
-                gpu = "" if free.gpu is None else f", {_format_bytes(free.gpu)} on the GPU"
-                raise _CacheUnavailable(
-                    f"the features need {_format_bytes(num_bytes)}, but only"
-                    f" {_format_bytes(free.memory)} in memory{gpu} and {_format_bytes(free.disk)}"
-                    f" on disk are free (train.vision_cache={self._setting})"
-                )
-            self._allocate(tier)
-            return self._load_chunks(on_disk)
-
-        loaded_chunks = self._run_on_all_ranks(start_build)
-        # Chunks that at least one rank could not load.
-        missing = self._all_gather([c.start for c in {*chunks}.difference(loaded_chunks)])
-        starts = {*chain.from_iterable(missing)}
-        missing_chunks = [chunk for chunk in chunks if chunk.start in starts]
-        self._encode_chunks(missing_chunks, missing_bytes <= free.disk)
-        num_images = len(self._image_index.image_refs)
-        num_from_disk = self._image_index.count_images(loaded_chunks)
-        location = {"gpu": "on the GPU", "memory": "in memory", "disk": "on disk"}[self._tier]
-        reason = (
-            f"vision cache: features of {num_images} images ({_format_bytes(num_bytes)}),"
-            f" stored {location}"
-        )
-        if self._store is not None and self._stored:
-            reason += f"; {num_from_disk} of them loaded from {self._store.root}"
-        return VisionCacheResult(
-            self._build_cache(), reason, self._tier, num_images, num_from_disk, num_bytes
-        )
-
-    def _run_on_all_ranks(self, fn: Callable[[], T]) -> T:
-        """Call a function that must succeed on all ranks; return the local result.
-
-        Raises:
-            TrainingInterrupted: A rank received a stop signal; raised on all ranks.
-            _CacheUnavailable: The cache is unavailable on a rank; raised on all ranks.
-        """
-        results: list[T] = []
-        blocker = ""
-        with self._process_group.sync_errors():
-            try:
-                results.append(fn())
-            except TrainingInterrupted:
-                pass
-            except _CacheUnavailable as error:
-                blocker = str(error)
-            except torch.OutOfMemoryError as error:
-                blocker = f"the GPU memory is full ({first_error_line(error)})"
-        signals, reasons = zip(*self._all_gather([self._stop.signal or 0, blocker]), strict=True)
-        self._stop.request(max(signals))
-        # Signals that arrive later are exchanged at the next barrier.
-        if max(signals):
-            self._stop.raise_if_requested()
-        for reason in filter(None, reasons):
-            raise _CacheUnavailable(reason)
-        return results[0]
-
-    def _all_gather(self, value: object) -> list[Any]:
-        """Return the JSON values of all ranks in rank order."""
-        return [*map(json.loads, self._process_group.all_gather_str(json.dumps(value)))]
-
-    def _open_store_if_useful(self) -> bool:
-        """Open the feature files; return whether a new run uses each image at most once.
-
-        Raises:
-            _CacheUnavailable: The cache cannot be used or does not pay off.
-        """
-        state = self._state
-        blocker = _find_cache_blocker(state)
-        if blocker is not None:
-            raise _CacheUnavailable(blocker)
-        stats, root = state.train_data.stats, vision_store_root()
-        num_uses = stats.num_images * state.sampler.num_samples
-        is_single_use = not state.progress.step and num_uses <= stats.num_unique_images * len(
-            stats.sample_indices
-        )
-        if is_single_use and not root.is_dir():
-            raise _CacheUnavailable(REASON_SINGLE_USE)
-        if self._setting != "memory":
-            folder, device = state.base_model.folder, state.hardware.device
-            settings = {"config": folder.config, "preprocessor": folder.preprocessor_config}
-            encoder_hash = fingerprint_encoder(self._model.visual, settings, device)
-            is_local_main = self._process_group.local_rank == 0
-            try:
-                self._store = VisionFileStore(root, encoder_hash, use_lock=is_local_main)
-            except UserError as error:
-                self._disable_disk(error)
-        if is_single_use and (self._store is None or self._store.is_empty):
-            raise _CacheUnavailable(REASON_SINGLE_USE)
-        return is_single_use
-
-    def _disable_disk(self, error: UserError) -> None:
-        """Log that the disk is not used, or raise if the recipe requires it."""
-        if self._setting == "disk":
-            raise error
-        self._console.log(f"the vision cache does not use the disk: {error.where}: {error.what}")
-
-    def _index_images(self) -> ImageIndex:
-        state, indices = self._state, self._state.train_data.stats.sample_indices
-        with self._console.progress_stage("hashing images", len(indices)) as on_progress:
-
-            def on_count(count: int) -> None:
-                on_progress(count)
-                self._stop.raise_if_requested()
-
-            source = state.train_data.corpus, state.renderer, indices
-            return index_images(*source, state.hardware.num_workers, on_count)
-
-    def _count_bytes(self, chunks: Sequence[ImageChunk]) -> int:
-        num_patches = self._image_index.count_patches(chunks)
-        return estimate_feature_bytes(num_patches, self._model, self._state.hardware.dtype)
-
-    def _measure_free_bytes(self, chunks: Sequence[ImageChunk], missing_bytes: int) -> FreeBytes:
-        """Return the minimum free space over all ranks, by storage tier.
-
-        One rank per machine first evicts old files to make space for `missing_bytes`.
-        """
-        process_group = self._process_group
-        names = [chunk.name for chunk in chunks]
-
-        def evict_local() -> list[int]:
-            if self._store is None:
-                return [0]
-            return [] if process_group.local_rank else [self._store.evict(names, missing_bytes)]
-
-        disk = self._run_on_all_ranks(evict_local)
-        gpu = free_gpu_memory(self._state.hardware.device)
-        memory = available_memory() // process_group.local_world_size
-        disks, memories, gpus = zip(
-            *self._all_gather([disk, memory, [] if gpu is None else [gpu]]), strict=True
-        )
-        return FreeBytes(
-            gpu=min(chain.from_iterable(gpus), default=None),
-            memory=min(memories),
-            disk=min(chain.from_iterable(disks)),
-        )
-
-    def _allocate(self, tier: CacheTier) -> None:
-        """Allocate the features of all images in the storage tier; nothing for the disk."""
-        model, hardware = self._model, self._state.hardware
-        self._tier = tier
-        self._feature_shape = model.visual.features_per_token, model.config.decoder.hidden_size
-        self._features_AKD = torch.empty(
-            (0 if tier == "disk" else int(self._feature_offsets_P1[-1]), *self._feature_shape),
-            dtype=hardware.dtype,
-            device=hardware.device if tier == "gpu" else "cpu",
-        )
-
-    def _new_features(self, chunk: ImageChunk, device: torch.device | str) -> Tensor:
-        """Allocate uninitialized features [M, K, D] of a chunk."""
-        offsets_P1 = self._feature_offsets_P1
-        shape = int(offsets_P1[chunk.stop] - offsets_P1[chunk.start]), *self._feature_shape
-        return torch.empty(shape, dtype=self._features_AKD.dtype, device=device)
-
-    def _chunk_view(self, chunk: ImageChunk) -> Tensor:
-        offsets_P1 = self._feature_offsets_P1
-        return self._features_AKD[offsets_P1[chunk.start] : offsets_P1[chunk.stop]]
-
-    def _load_chunks(self, chunks_on_disk: Sequence[ImageChunk]) -> list[ImageChunk]:
-        """Load the features of chunks from disk, and return the chunks with valid files."""
-        store = self._store
-        if store is None:
-            return []
-
-        def load_chunk(chunk: ImageChunk) -> None:
-            is_direct = self._tier == "memory"
-            features = self._chunk_view(chunk) if is_direct else self._new_features(chunk, "cpu")
-            stored = store.read(chunk.name, features)
-            if stored is not None:
-                if self._tier == "gpu":
-                    self._chunk_view(chunk).copy_(features)
-                self._stored[chunk] = stored
-
-        with (
-            self._console.progress_stage("reading features", len(chunks_on_disk)) as on_progress,
-            ThreadPoolExecutor(NUM_READER_THREADS) as pool,
-        ):
-            for start in range(0, len(chunks_on_disk), READ_BATCH_CHUNKS):
-                self._stop.raise_if_requested()
-                batch = chunks_on_disk[start : start + READ_BATCH_CHUNKS]
-                on_progress(len([*pool.map(load_chunk, batch)]))
-        num_corrupt = len(chunks_on_disk) - len(self._stored)
-        if num_corrupt:
-            self._console.log(
-                f"{num_corrupt} of {len(chunks_on_disk)} vision cache files in {store.folder} were"
-                " corrupt and are computed again"
-            )
-        return [chunk for chunk in chunks_on_disk if chunk in self._stored]
-
-    def _encode_chunks(self, chunks: Sequence[ImageChunk], write_to_disk: bool) -> None:
-        """Encode the images of the missing chunks and store their features on all ranks.
-
-        Each rank encodes every `world_size`-th chunk. One rank per machine writes the files.
-        """
-        state, process_group = self._state, self._process_group
-
-        def handle_write_error(error: UserError) -> None:
-            self._disable_disk(error)
-            if self._tier == "disk":
-                raise _CacheUnavailable(f"{error.where}: {error.what}")
-
-        own_chunks, num_workers = process_group.shard(chunks), state.hardware.num_workers
-        decode_chunk = partial(
-            _decode_chunk,
-            self._image_index,
-            own_chunks,
-            state.renderer,
-            state.recipe.data.on_invalid_sample,
-        )
-        with ExitStack() as stack:
-            if self._store and write_to_disk and process_group.local_rank == 0:
-                self._writer = FeatureWriter(self._store, handle_write_error)
-                stack.enter_context(closing(self._writer))
-            decoded_chunks = prefetch_items(
-                decode_chunk,
-                range(len(own_chunks)),
-                min(num_workers, len(own_chunks)),
-                state.hardware.device.type == "cuda",
-            )
-            # The workers end when the generator is closed.
-            decoded = stack.enter_context(closing(chunk for chunk in decoded_chunks))
-            del decoded_chunks
-            num_images = self._image_index.count_images(chunks)
-            on_progress = stack.enter_context(
-                self._console.progress_stage("encoding images", num_images)
-            )
-            for start in range(0, len(chunks), process_group.world_size):
-                batch = chunks[start : start + process_group.world_size]
-                results = self._encode_on_all_ranks(decoded, batch)
-                self._run_on_all_ranks(partial(self._store_chunks, results))
-                on_progress(self._image_index.count_images(batch))
-
-            def flush_writer() -> dict[ImageChunk, StoredChunk]:
-                self._finish_pending()
-                return {} if self._writer is None else self._writer.flush()
-
-            written = self._run_on_all_ranks(flush_writer)
-        own = [(c.start, str(file.path), file.data_offset) for c, file in written.items()]
-        # The files of the rank that writes on this machine.
-        writer_rank = process_group.rank - process_group.local_rank
-        by_start = {chunk.start: chunk for chunk in chunks}
-        for chunk_start, path, data_offset in self._all_gather(own)[writer_rank]:
-            self._stored[by_start[chunk_start]] = StoredChunk(Path(path), data_offset)
-
-    def _encode_on_all_ranks(
-        self, decoded_chunks: Iterator[DecodedChunk], chunks: Sequence[ImageChunk]
-    ) -> Sequence[ChunkFeatures]:
-        """Encode one chunk on each rank, and broadcast the features of all these chunks."""
-        rank, device = self._process_group.rank, self._state.hardware.device
-
-        def encode_own_chunk() -> list[ChunkFeatures]:
-            self._stop.raise_if_requested()
-            return [
-                self._encode_chunk(next(decoded_chunks))
-                if position == rank
-                else ChunkFeatures(chunk, self._new_features(chunk, device), {})
-                for position, chunk in enumerate(chunks)
-            ]
-
-        results = self._run_on_all_ranks(encode_own_chunk)
-        if self._process_group.is_single_process:
-            return results
-        corrupt_images = results[rank].corrupt_images if rank < len(results) else {}
-        errors = [(n, e.what, e.where, e.expected, e.remedy) for n, e in corrupt_images.items()]
-        errors_by_rank = self._all_gather(errors)
-        for source, result in enumerate(results):
-            dist.broadcast(result.features_MKD, src=source)
+        chunk_ends, num_patches = [0], 0
+        for position, image_ref in enumerate(self.image_refs, 1):
+            num_patches += image_ref.num_patches
+            last = position == len(self.image_refs)
+            if last or image_ref.key[-1] == "0" or num_patches >= CHUNK_PATCHES:
+                chunk_ends.append(position)
+                num_patches = 0
+        keys = [image_ref.key for image_ref in self.image_refs]
         return [
-            result._replace(
-                corrupt_images={
-                    n: CorruptImageError(what, where=where, expected=expected, remedy=remedy)
-                    for n, what, where, expected, remedy in rank_errors
-                }
-            )
-            for result, rank_errors in zip(results, errors_by_rank, strict=False)
+            ImageChunk(hashlib.sha256("".join(keys[start:stop]).encode()).hexdigest(), start, stop)
+            for start, stop in pairwise(chunk_ends)
         ]
 
-    @torch.no_grad()
-    def _encode_chunk(self, decoded_chunk: DecodedChunk) -> ChunkFeatures:
-        """Encode the images of a chunk; the features of corrupt images are zero."""
-        state, image_refs = self._state, self._image_index.image_refs
-        chunk, block, corrupt_images = decoded_chunk
-        valid = [n for n in range(chunk.start, chunk.stop) if n not in corrupt_images]
-        features_MKD = self._new_features(chunk, state.hardware.device)
-        if not valid:
-            return ChunkFeatures(chunk, features_MKD.zero_(), corrupt_images)
-        (patches_ND,) = block.tensors()
-        grids = tuple(image_refs[n].span.grid_thw for n in valid)
-        if state.pads_shapes and state.padding_merge_size is not None:
-            patches_ND, grids = pad_patches(patches_ND, grids, state.padding_merge_size)
-        patches_ND = patches_ND.to(state.hardware.device, non_blocking=True)
-        encoded_MKD = self._model.encode_images(patches_ND, grids)
-        if not corrupt_images:
-            # Without the features of padding patches.
-            return ChunkFeatures(chunk, encoded_MKD[: len(features_MKD)], corrupt_images)
-        features_MKD.zero_()
-        counts = [image_refs[n].num_features for n in valid]
-        for n, features in zip(valid, torch.split(encoded_MKD[: sum(counts)], counts), strict=True):
-            start = int(self._feature_offsets_P1[n] - self._feature_offsets_P1[chunk.start])
-            features_MKD[start : start + len(features)] = features
-        return ChunkFeatures(chunk, features_MKD, corrupt_images)
 
-    def _store_chunks(self, results: Sequence[ChunkFeatures]) -> None:
-        """Start storing the features of chunks; the last one is finished by the next call.
+class _ImageRefReader:
+    """Reader of the images of up to `SAMPLES_PER_ITEM` samples per call."""
 
-        Its copy overlaps with the computation of the next chunk.
-        """
+    def __init__(self, corpus: Corpus, renderer: Renderer, samples: Sequence[int]) -> None:
+        self._corpus, self._renderer, self._samples = corpus, renderer, samples
+        self._digests: dict[Path, str] = {}
+
+    def __call__(self, item_index: int) -> list[list[ImageRef] | UserError]:
+        start = item_index * SAMPLES_PER_ITEM
+        chunk = self._samples[start : start + SAMPLES_PER_ITEM]
+        return [catch_user_error(self._read_image_refs, index) for index in chunk]
+
+    def _read_image_refs(self, index: int) -> list[ImageRef]:
+        spans = self._renderer.tokenize(self._corpus[index]).spans
+        return [ImageRef(self._compute_key(span), span) for span in spans]
+
+    def _compute_key(self, span: VisualSpan) -> str:
+        key_fields = [
+            [self._file_digest(file) for file in span.files],
+            span.kind,
+            span.resized_size,
+            span.grid_thw,
+        ]
+        return hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()
+
+    def _file_digest(self, file: Path) -> str:
+        # Samples with the same image are often adjacent.
+        if file not in self._digests:
+            try:
+                self._digests[file] = sha256_content(file)
+            except OSError as error:
+                raise CorruptImageError(
+                    f"cannot be read: {error.strerror or error}",
+                    where=str(file),
+                    expected="a readable image during the complete run",
+                    remedy="restore the image, or correct its permissions",
+                ) from error
+        return self._digests[file]
+
+
+def index_images(
+    corpus: Corpus,
+    renderer: Renderer,
+    samples: Sequence[int],
+    num_workers: int,
+    on_progress: ProgressCallback,
+) -> ImageIndex:
+    """Hash the image files of samples, and build an index of the unique images.
+
+    Args:
+        corpus: Samples.
+        renderer: Tokenizer and image processor.
+        samples: Corpus indices of the samples to index.
+        num_workers: Number of data loader workers.
+        on_progress: Callback for the number of newly hashed samples.
+
+    Raises:
+        UserError: A sample has an error other than a corrupt image.
+    """
+    item_indices = range(-(-len(samples) // SAMPLES_PER_ITEM))
+    refs_by_sample: dict[int, list[ImageRef]] = {}
+    corrupt_samples: dict[int, CorruptImageError] = {}
+    indices = iter(samples)
+    result_lists = prefetch_items(
+        _ImageRefReader(corpus, renderer, samples),
+        item_indices,
+        min(num_workers, len(item_indices) // 4),
+        pin_memory=False,
+    )
+    with closing(result for result in result_lists) as results:
+        # Drop the last reference, so that the workers end with the block.
+        del result_lists
         for result in results:
-            features_MKD, event = result.features_MKD, None
-            self._corrupt_images |= result.corrupt_images
-            if self._tier == "gpu":
-                self._chunk_view(result.chunk).copy_(features_MKD)
-            if features_MKD.is_cuda and (self._tier != "gpu" or self._writer is not None):
-                features_MKD = features_MKD.to("cpu", non_blocking=True)
-                event = record_event(result.features_MKD.device)
-            self._finish_pending()
-            self._pending = result._replace(features_MKD=features_MKD), event
+            for image_refs in result:
+                index = next(indices)
+                if isinstance(image_refs, CorruptImageError):
+                    corrupt_samples[index] = image_refs
+                elif isinstance(image_refs, UserError):
+                    raise image_refs
+                else:
+                    refs_by_sample[index] = image_refs
+            on_progress(len(result))
+    unique_refs = {
+        image_ref.key: image_ref
+        for image_refs in refs_by_sample.values()
+        for image_ref in image_refs
+    }
+    index_by_key = {key: idx for idx, key in enumerate(sorted(unique_refs))}
+    return ImageIndex(
+        image_refs=tuple(unique_refs[key] for key in index_by_key),
+        images_by_sample={
+            index: tuple(index_by_key[s.key] for s in refs_by_sample[index])
+            for index in refs_by_sample
+        },
+        corrupt_samples=corrupt_samples,
+    )
 
-    def _finish_pending(self) -> None:
-        """Finish storing the features of the last chunk."""
-        if self._pending is None:
-            return
-        ((chunk, features_MKD, corrupt_images), event), self._pending = self._pending, None
-        if event is not None:
-            event.synchronize()
-        if self._tier == "memory":
-            features_MKD = self._chunk_view(chunk).copy_(features_MKD)
-        # Incomplete chunks are private to this run; other runs must detect corrupt images.
-        name = chunk.name + "-corrupt" * bool(corrupt_images)
-        if self._writer is not None and (not corrupt_images or self._tier == "disk"):
-            self._writer.write(chunk, features_MKD, name)
 
-    def _build_cache(self) -> VisionCache:
-        """Create the vision cache after all chunks are stored."""
-        corrupt_samples = {
-            sample: self._corrupt_images[image]
-            for sample, images in self._image_index.images_by_sample.items()
-            for image in images
-            if image in self._corrupt_images
-        }
-        index = replace(
-            self._image_index,
-            corrupt_samples={**self._image_index.corrupt_samples, **corrupt_samples},
+MAX_STORE_BYTES = 64 << 30
+"""Maximum size of the feature files of all vision encoders, in bytes."""
+
+MAX_FREE_FRACTION = 0.5
+"""Maximum fraction of the free disk space for new feature files."""
+
+MAX_PENDING_CHUNKS = 8
+"""Maximum number of chunks that wait to be written to disk; limits memory."""
+
+NUM_WRITER_THREADS = 2
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_TENSOR_KEY, _SHA256_KEY = "features", "sha256"
+
+
+def vision_cache_root() -> Path:
+    """Return the root folder of the feature files of all vision encoders."""
+    # Imported here, because huggingface_hub is slow to import.
+    from huggingface_hub import constants
+
+    return Path(constants.HF_ASSETS_CACHE) / "finesight" / "vision_cache"
+
+
+class StoredChunk(NamedTuple):
+    """Feature file of a chunk of images, and the byte offset of its features."""
+
+    path: Path
+    data_offset: int
+
+
+class VisionFileStore:
+    """Folder of the feature files of one vision encoder.
+
+    Other runs cannot evict files until the store is closed.
+    """
+
+    def __init__(self, root: Path, encoder_hash: str, *, use_lock: bool = True) -> None:
+        """Create the folder of the vision encoder, and acquire the shared lock.
+
+        Args:
+            root: Root folder of all vision encoders.
+            encoder_hash: Fingerprint of the encoder and its settings, used as folder name.
+            use_lock: Whether to hold the lock; one rank per machine does.
+
+        Raises:
+            UserError: The folder cannot be created.
+        """
+        self.root, self.folder = root, root / encoder_hash
+        make_folder(self.folder)
+        with translate_os_errors(root):
+            self._lock_fd = FileLock(root)
+        self._use_lock = use_lock
+        if use_lock:
+            with suppress(OSError):
+                self._lock_fd.acquire(shared=True)
+
+    def close(self) -> None:
+        """Release the lock, so that other runs may evict files."""
+        self._lock_fd.close()
+
+    @property
+    def is_empty(self) -> bool:
+        """True if there are no feature files of this vision encoder."""
+        return not any(self.folder.iterdir())
+
+    def chunk_path(self, name: str) -> Path:
+        """Return the path of the feature file of a chunk."""
+        return self.folder / f"{name}.safetensors"
+
+    def has_chunk(self, name: str) -> bool:
+        """Return whether the feature file of a chunk exists, without verifying it."""
+        return self.chunk_path(name).exists()
+
+    def evict(self, required_chunks: Iterable[str], missing_bytes: int) -> int:
+        """Remove least recently used feature files until new files fit.
+
+        No file is removed while another run uses the store.
+
+        Args:
+            required_chunks: Names of chunks that must not be removed.
+            missing_bytes: Size of the new files.
+
+        Returns:
+            Number of bytes available for new files.
+        """
+        is_exclusive = self._use_lock and self._is_alone()
+        files = self._list_files()
+        used = sum(size for _, size, _ in files)
+        free = shutil.disk_usage(self.root).free
+
+        def available_bytes() -> int:
+            return max(0, min(MAX_STORE_BYTES - used, int(MAX_FREE_FRACTION * free)))
+
+        if is_exclusive:
+            protected_paths = {self.chunk_path(name) for name in required_chunks}
+            for path in self.root.glob("*/.*.tmp"):
+                path.unlink(missing_ok=True)
+            for _, size, path in sorted(files):
+                if missing_bytes <= available_bytes():
+                    break
+                if path not in protected_paths:
+                    path.unlink(missing_ok=True)
+                    used, free = used - size, free + size
+        if self._use_lock:
+            with suppress(OSError):
+                self._lock_fd.acquire(shared=True)
+        return available_bytes()
+
+    def _is_alone(self) -> bool:
+        """Acquire the exclusive lock; return False if another run uses the store.
+
+        The result is also False on a file system without locks.
+        """
+        try:
+            self._lock_fd.acquire(wait=False)
+        except OSError:
+            return False
+        return True
+
+    def _list_files(self) -> list[tuple[float, int, Path]]:
+        """Return the time of last use, the size and the path of all feature files."""
+        stats = []
+        for path in self.root.glob("*/*.safetensors"):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                continue
+            stats.append((stat.st_mtime, stat.st_size, path))
+        return stats
+
+    def write(self, name: str, features_MKD: Tensor) -> StoredChunk:
+        """Write the features of a chunk to a file, atomically.
+
+        Args:
+            name: Name of the chunk.
+            features_MKD: Contiguous CPU tensor.
+
+        Raises:
+            UserError: The disk is not writable.
+        """
+        path = self.chunk_path(name)
+        # A unique name per process and thread.
+        temp_path = path.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            with translate_os_errors(path):
+                metadata = {_SHA256_KEY: hashlib.sha256(_as_bytes(features_MKD)).hexdigest()}
+                save_file({_TENSOR_KEY: features_MKD}, temp_path, metadata)
+                data_offset = temp_path.stat().st_size - len(_as_bytes(features_MKD))
+                os.replace(temp_path, path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot be written: {error}",
+                where=str(path),
+                expected="a writable folder during the complete run",
+                remedy="set train.vision_cache=memory, or move HF_HOME to another disk",
+            ) from error
+        finally:
+            with suppress(OSError):
+                temp_path.unlink()
+        return StoredChunk(path, data_offset)
+
+    def read(self, name: str, features_MKD: Tensor) -> StoredChunk | None:
+        """Read and verify the features of a chunk.
+
+        Args:
+            name: Name of the chunk.
+            features_MKD: Contiguous CPU tensor that receives the features.
+
+        Returns:
+            The file; None if it is missing or corrupt. A corrupt file is removed.
+        """
+        path = self.chunk_path(name)
+        try:
+            with path.open("rb") as file:
+                data_offset = _read_verified(file, features_MKD)
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError):
+            with suppress(OSError):
+                path.unlink()
+            return None
+        # Files of other users may be read-only.
+        with suppress(OSError):
+            os.utime(path)
+        return StoredChunk(path, data_offset)
+
+
+class FeatureWriter:
+    """Writer of image features to disk in background threads; call `close` to end them.
+
+    Args:
+        store: Feature files on disk.
+        on_error: Callback for the first error, after which no more files are written.
+    """
+
+    def __init__(self, store: VisionFileStore, on_error: Callable[[UserError], None]) -> None:
+        self._store, self._on_error, self._is_active = store, on_error, True
+        self._pool = ThreadPoolExecutor(NUM_WRITER_THREADS)
+        self._pending: deque[tuple[ImageChunk, Future[StoredChunk]]] = deque()
+        self._stored: dict[ImageChunk, StoredChunk] = {}
+
+    def write(self, chunk: ImageChunk, features_MKD: Tensor, name: str) -> None:
+        """Queue features on the CPU for the file `name`; blocks while the queue is full."""
+        if self._is_active:
+            self._pending.append((chunk, self._pool.submit(self._store.write, name, features_MKD)))
+        self._wait_until_pending(MAX_PENDING_CHUNKS)
+
+    def flush(self) -> dict[ImageChunk, StoredChunk]:
+        """Wait for all queued chunks, and return all files written so far."""
+        self._wait_until_pending(0)
+        return self._stored
+
+    def close(self) -> None:
+        """End the threads; queued chunks are discarded."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _wait_until_pending(self, count: int) -> None:
+        while len(self._pending) > count:
+            chunk, future = self._pending.popleft()
+            try:
+                self._stored[chunk] = future.result()
+            except UserError as error:
+                if self._is_active:
+                    self._is_active = False
+                    self._on_error(error)
+
+
+def _read_verified(file: BinaryIO, features_MKD: Tensor) -> int:
+    """Read the features in an open file and verify their SHA-256; return their byte offset.
+
+    Raises:
+        ValueError: The file does not contain features of this shape and dtype, or is corrupt.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes")
+    header: Any = parse_json(file.read(length))
+    buffer = _as_bytes(features_MKD)
+    expected_spec = {
+        "dtype": _DTYPE_NAMES[features_MKD.dtype],
+        "shape": list(features_MKD.shape),
+        "data_offsets": [0, len(buffer)],
+    }
+    if not isinstance(header, dict) or header.get(_TENSOR_KEY) != expected_spec:
+        raise ValueError("another tensor")
+    metadata = header.get("__metadata__")
+    _read_into(file, buffer)
+    digest = hashlib.sha256(buffer).hexdigest()
+    if not isinstance(metadata, dict) or metadata.get(_SHA256_KEY) != digest:
+        raise ValueError("other bytes")
+    return 8 + length
+
+
+def _read_into(file: BinaryIO, buffer: memoryview) -> None:
+    """Fill a buffer with the next bytes of a file; raise ValueError if it is too short."""
+    if file.readinto(buffer) < len(buffer):  # type: ignore[attr-defined]
+        raise ValueError("cut off")
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
+    assert tensor.is_contiguous(), "a tensor that is not contiguous"
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_rows(stored_chunk: StoredChunk, start_row: int, features_MKD: Tensor) -> None:
+    """Read the features of consecutive image tokens of a chunk, without verifying them.
+
+    Args:
+        stored_chunk: Feature file.
+        start_row: Index of the first image token in the chunk.
+        features_MKD: Contiguous CPU tensor that receives the features.
+
+    Raises:
+        UnreadableFileError: The file is missing, truncated or unreadable.
+    """
+    buffer = _as_bytes(features_MKD)
+    row_bytes = len(buffer) // max(1, len(features_MKD))
+    try:
+        with stored_chunk.path.open("rb") as file:
+            file.seek(stored_chunk.data_offset + start_row * row_bytes)
+            _read_into(file, buffer)
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else error
+        raise UnreadableFileError(
+            f"cached image features cannot be read: {reason}",
+            where=str(stored_chunk.path),
+            expected="the file as it was at the start of training",
+            remedy="start again with --resume to encode missing images again",
+        ) from error
+
+
+@dataclass(frozen=True)
+class VisionIndexReader(VisionCacheReader):
+    """Vision cache reader for features on the GPU; the data loader sends only feature indices.
+
+    Attributes:
+        image_index: Unique images of the dataset.
+        feature_offsets_P1: Start of each image in the concatenated features, and their total
+            number.
+    """
+
+    image_index: ImageIndex
+    feature_offsets_P1: NDArray[np.int64]
+
+    def check(self, sample: int, num_features: int) -> None:
+        """Verify that a sample can use the cached features of its images.
+
+        Raises:
+            CorruptImageError: An image was corrupt, or its number of image tokens has changed.
+        """
+        if sample in self.image_index.corrupt_samples:
+            raise self.image_index.corrupt_samples[sample]
+        if num_features != self.count_features([sample]):
+            raise CorruptImageError(
+                f"an image has {num_features} tokens now, and had"
+                f" {self.count_features([sample])} when its features were cached",
+                where=str(
+                    self.image_index.image_refs[self.image_indices([sample])[0]].span.files[0]
+                ),
+                expected="unchanged images during the run",
+                remedy="start again with --resume to encode the images again",
+            )
+
+    def image_indices(self, sample_indices: Sequence[int]) -> list[int]:
+        """Return the indices of the images of several samples, in order."""
+        return [
+            image_index
+            for sample in sample_indices
+            for image_index in self.image_index.images_by_sample[sample]
+        ]
+
+    def count_features(self, sample_indices: Sequence[int]) -> int:
+        """Return the number of image tokens of several samples."""
+        image_refs = self.image_index.image_refs
+        return sum(
+            image_refs[image_index].num_features
+            for image_index in self.image_indices(sample_indices)
         )
-        offsets_P1, device = self._feature_offsets_P1, self._state.hardware.device
-        if self._tier == "gpu":
-            return VisionCache(VisionIndexReader(index, offsets_P1), device, self._features_AKD)
-        if self._tier == "memory":
-            return VisionCache(VisionRamReader(index, offsets_P1, self._features_AKD), device)
-        chunks = sorted(self._stored, key=lambda chunk: chunk.start)
-        reader = VisionDiskReader(
-            index,
-            offsets_P1,
-            [self._stored[chunk] for chunk in chunks],
-            np.array([chunk.start for chunk in chunks]),
-            self._feature_shape,
-            self._features_AKD.dtype,
+
+    def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
+        """Return the dtype and shape of the feature indices of a pack: int64 [M]."""
+        return torch.int64, (self.count_features(sample_indices),)
+
+    def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
+        """Write the feature indices of the images of a pack to a buffer, in order."""
+        offsets = self.feature_offsets_P1
+        ranges = [np.arange(offsets[n], offsets[n + 1]) for n in self.image_indices(sample_indices)]
+        if ranges:
+            np.concatenate(ranges, out=buffer.numpy())
+
+
+@dataclass(frozen=True)
+class VisionRamReader(VisionIndexReader):
+    """Vision cache reader for features in CPU memory; the data loader sends features.
+
+    Attributes:
+        features_AKD: Features of all images.
+    """
+
+    features_AKD: Tensor
+
+    def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
+        """Return the dtype and shape of the features of a pack: [M, K, D]."""
+        return self.features_AKD.dtype, (
+            self.count_features(sample_indices),
+            *self.features_AKD.shape[1:],
         )
-        return VisionCache(reader, device)
+
+    def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
+        """Copy the features of a pack to a buffer."""
+        indices_M = torch.empty(len(buffer), dtype=torch.int64)
+        super().write_to(sample_indices, indices_M)
+        torch.index_select(self.features_AKD, 0, indices_M, out=buffer)
 
 
-def _format_bytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
+@dataclass(frozen=True)
+class VisionDiskReader(VisionIndexReader):
+    """Vision cache reader for features on disk; the data loader sends features.
+
+    Attributes:
+        files: File of each chunk of images.
+        first_images: Index of the first image of each chunk.
+        feature_shape: Shape (K, D) of the features of a token.
+        dtype: Dtype of the features.
+    """
+
+    files: Sequence[StoredChunk]
+    first_images: NDArray[np.int64]
+    feature_shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
+        """Return the dtype and shape of the features of a pack: [M, K, D]."""
+        return self.dtype, (self.count_features(sample_indices), *self.feature_shape)
+
+    def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
+        """Read the features of a pack from disk into a buffer.
+
+        Raises:
+            UnreadableFileError: A file is missing or truncated.
+        """
+        start = 0
+        for image_index in self.image_indices(sample_indices):
+            stop = start + self.image_index.image_refs[image_index].num_features
+            chunk = int(np.searchsorted(self.first_images, image_index, "right")) - 1
+            start_row = (
+                self.feature_offsets_P1[image_index]
+                - self.feature_offsets_P1[self.first_images[chunk]]
+            )
+            read_rows(self.files[chunk], int(start_row), buffer[start:stop])
+            start = stop
+
+
+@dataclass(frozen=True, slots=True)
+class VisionCache:
+    """Cached features of all images of a run.
+
+    Attributes:
+        reader: Reader that the data loader uses.
+        device: Device of the model.
+        features_AKD: Features on the device if the reader sends only indices; otherwise None.
+    """
+
+    reader: VisionIndexReader
+    device: torch.device
+    features_AKD: Tensor | None = None
+
+    def load_features(self, cache_inputs: Tensor) -> Tensor:
+        """Return the image features [M, K, D] of a pack on the device, without synchronization.
+
+        Args:
+            cache_inputs: Features or feature indices that the data loader has sent.
+        """
+        on_device = cache_inputs.to(self.device, non_blocking=True)
+        return (
+            on_device if self.features_AKD is None else self.features_AKD.index_select(0, on_device)
+        )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from finesight.encode.packing import copy_to_device
 from finesight.model.config import (
     ConfigReader,
     PixelNormalization,
@@ -19,7 +20,6 @@ from finesight.model.config import (
     parse_decoder_config,
     parse_vision_config,
 )
-from finesight.model.cpu_attention import copy_to_device
 from finesight.model.families.architecture import Architecture
 from finesight.model.layers import GatedMlp, PatchMerger, RmsNorm, VisionBlock
 from finesight.model.vision_encoder import (
@@ -55,6 +55,8 @@ class WindowVisionEncoder(VisionEncoder):
         )
         self.window_size = window_size
         self.full_attention_blocks = full_attention_blocks
+        num_windowed = config.num_layers - len(full_attention_blocks)
+        self.window_attention = num_windowed, (window_size * config.merge_size) ** 2
 
     def compute_patch_layout(
         self, grid_thw: Sequence[GridTHW], device: torch.device

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from finesight.encode.packing import copy_to_device
 from finesight.model.config import (
     ConfigReader,
     DecoderConfig,
@@ -26,7 +27,6 @@ from finesight.model.config import (
     parse_decoder_config,
     parse_vision_config,
 )
-from finesight.model.cpu_attention import copy_to_device
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import TANH_GELU, FeedForward, VisionBlock, empty_embedding

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from finesight.encode.packing import copy_to_device
 from finesight.model.attention import AttentionBackend, Segments, varlen_attention
 from finesight.model.config import ConfigReader, DecoderConfig, PixelNormalization, VisionConfig
-from finesight.model.cpu_attention import copy_to_device
 from finesight.model.decoder import Decoder
 from finesight.model.families.architecture import QWEN_VL_MAPPING, Architecture
 from finesight.model.fused_linear import FusedLinear, single_output
@@ -379,6 +379,8 @@ class VisionResampler(nn.Module):
 
 class QwenVisionEncoder(VisionEncoder):
     """Vision encoder of the first Qwen-VL, for images of one size."""
+
+    supports_padding = False
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.model.cpu_attention import copy_to_device
+from finesight.encode.packing import copy_to_device
 from finesight.model.fused_linear import (
     FusedLinear,
     accepts_fp8_input,

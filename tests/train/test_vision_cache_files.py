@@ -17,8 +17,8 @@ from vision_cache_fixtures import make_train_state
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.tokenized_sample import VisualSpan
 from finesight.errors import UserError
-from finesight.train import vision_store
-from finesight.train.vision_store import (
+from finesight.train import vision_cache
+from finesight.train.vision_cache import (
     CHUNK_PATCHES,
     ImageChunk,
     ImageIndex,
@@ -83,7 +83,7 @@ def test_least_recently_used_files_are_evicted(
 ) -> None:
     paths = make_aged_files(tmp_path, 5)
     size = paths[0].stat().st_size
-    monkeypatch.setattr(vision_store, "MAX_STORE_BYTES", 6 * size)
+    monkeypatch.setattr(vision_cache, "MAX_STORE_BYTES", 6 * size)
     with closing(VisionFileStore(tmp_path, "old")) as files:
         assert files.read("0", torch.empty(5, 2, 8)) is not None, "used just now"
         assert files.evict(["1"], size) == size
@@ -98,7 +98,7 @@ def test_least_recently_used_files_are_evicted(
 def test_files_in_use_are_not_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = make_aged_files(tmp_path, 2)
     size = paths[0].stat().st_size
-    monkeypatch.setattr(vision_store, "MAX_STORE_BYTES", 2 * size)
+    monkeypatch.setattr(vision_cache, "MAX_STORE_BYTES", 2 * size)
     with closing(VisionFileStore(tmp_path, "old")) as reading:
         reading.evict(["0", "1"], 0)
         with closing(VisionFileStore(tmp_path, "new")) as files:
@@ -198,7 +198,7 @@ def test_feature_offsets_are_cumulative() -> None:
 def test_images_are_identified_by_model_input(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vision_store, "SAMPLES_PER_ITEM", 2)
+    monkeypatch.setattr(vision_cache, "SAMPLES_PER_ITEM", 2)
     session = make_train_state(tmp_path / "task")
     folder = tmp_path / "task"
     (folder / "train1.png").write_bytes((folder / "train0.png").read_bytes())

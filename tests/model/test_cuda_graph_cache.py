@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finesight.infer import cuda_graph_cache as area
-from finesight.infer.cuda_graph_cache import CudaGraphCache
 from finesight.infer.model_runner import pad_num_seqs
+from finesight.model import cuda_graph_cache as area
+from finesight.model.cuda_graph_cache import CudaGraphCache
 
 CARD = torch.device("cuda")
 

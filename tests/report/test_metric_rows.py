@@ -6,7 +6,7 @@ import pytest
 from run_dir_fixtures import make_evaluation_line
 
 from finesight.evaluate.metric_difference import MetricDifference
-from finesight.report.metrics import (
+from finesight.report.metric_rows import (
     MetricRow,
     build_metric_rows,
     describe_change,

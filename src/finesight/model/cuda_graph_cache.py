@@ -1,4 +1,4 @@
-"""CUDA graph capture and replay for launch-bound decoding steps."""
+"""CUDA graph capture and replay for launch-bound decoding steps and training passes."""
 
 from __future__ import annotations
 

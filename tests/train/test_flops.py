@@ -157,10 +157,10 @@ def test_peak_flops_is_plausible() -> None:
 
 
 def test_delta_rule_flops_hand_computed(tmp_path: Path) -> None:
-    """One layer with 4 heads of 8 x 8, one with full attention; three passes."""
+    """One layer with 4 heads of 16 x 16, one with full attention; three passes."""
     folder = ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen3_5"))
     model = load_model(folder, torch.float32, CPU)
     configure_tuning(model, TuneSettings(language="lora"), 0)
     causal = (10**2 + 30**2) * 4 * 64 // 2
-    delta_rule = 40 * 4 * 6 * 8 * 8
+    delta_rule = 40 * 4 * 6 * 16 * 16
     assert FlopCounter(model).count_attention([10, 30], []) == 3 * (causal + delta_rule)

@@ -204,9 +204,16 @@ def test_mode_without_support_is_rejected(tmp_path: Path) -> None:
         for name in ("Qwen3.8-27B", "Qwen3.5-4B")
     )
     assert newest.with_thinking(ThinkingOptions(reasoning_effort="low")).has_reasoning
+    thinking = newest.with_thinking(ThinkingOptions(enable_thinking=True))
+    assert not thinking.with_thinking(ThinkingOptions(reasoning_effort="none")).has_reasoning
     for renderer, options, expected in (
         (newest, ThinkingOptions(reasoning_effort="high"), "xhigh, medium, low"),
         (newest, ThinkingOptions(enable_thinking=False, reasoning_effort="low"), "thinking mode"),
+        (
+            newest,
+            ThinkingOptions(enable_thinking=True, reasoning_effort="none"),
+            "xhigh, medium, low",
+        ),
         (older, ThinkingOptions(reasoning_effort="low"), "no value"),
     ):
         with pytest.raises(UserError) as caught:

@@ -49,8 +49,9 @@ def test_reasoning_is_separated_from_answer(thinking_client: OpenAI, given: dict
     assert "think" not in message.raw_text
 
 
-def test_non_thinking_mode_has_no_reasoning(thinking_client: OpenAI) -> None:
-    message = ask(thinking_client, **enable(False)).choices[0].message
+@pytest.mark.parametrize("given", [enable(False), {"reasoning_effort": "none"}])
+def test_non_thinking_mode_has_no_reasoning(thinking_client: OpenAI, given: dict[str, Any]) -> None:
+    message = ask(thinking_client, **given).choices[0].message
     assert message.content == ANSWER
     assert "reasoning_content" not in message.model_extra
 

@@ -142,10 +142,14 @@ class ModelFamily(ABC):
     def with_thinking(self, options: ThinkingOptions) -> Self:
         """Return the family in a thinking mode; a reasoning effort implies thinking.
 
+        The effort `none` of the OpenAI API selects non-thinking mode.
+
         Raises:
             UserError: The template does not define this mode or reasoning effort.
         """
         has_reasoning, effort = options.enable_thinking, options.reasoning_effort
+        if effort == "none" and not has_reasoning:
+            has_reasoning, effort = False, None
         if effort is not None and effort not in self.reasoning_efforts:
             raise UserError(
                 f"reasoning effort {effort!r:.80} for a model of the family {self.name}",

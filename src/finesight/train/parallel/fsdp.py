@@ -40,6 +40,9 @@ class FSDPStrategy:
 
     Trainable weights are stored in fp32, frozen weights in the compute dtype. Each unit of layers
     is all-gathered in the compute dtype when it is needed. Gradients are reduce-scattered in fp32.
+
+    Weights that the model computes with in fp32 are small. Every rank has a complete copy of them,
+    because the all-gather would round them, and updates its rows.
     """
 
     is_sharded = True
@@ -67,11 +70,15 @@ class FSDPStrategy:
             *_group_layers(model.model.layers),
             [model],
         ]
+        replicated_params = {
+            name: parameter
+            for name, parameter in trainable_parameters(model).items()
+            if name.endswith(model.architecture.fp32_suffixes) and dtype != torch.float32
+        }
         for unit in units:
             for parameter in chain.from_iterable(module.parameters() for module in unit):
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
                     parameter.data = parameter.data.float()
-            # Frozen fp32 parameters are small and would be rounded by the all-gather.
             fp32_params = {
                 parameter
                 for parameter in chain.from_iterable(module.parameters() for module in unit)
@@ -85,7 +92,7 @@ class FSDPStrategy:
                 mp_policy=policy,
                 offload_policy=offload,
                 reshard_after_forward=reshard,
-                ignored_params=fp32_params,
+                ignored_params=fp32_params | {*replicated_params.values()},
             )
         self._fsdp_modules = [_as_fsdp_module(unit[0]) for unit in units]
         for fsdp_module in self._fsdp_modules:
@@ -98,13 +105,24 @@ class FSDPStrategy:
             parameter.numel() for parameter in trainable_parameters(model).values()
         )
         self._sharded_params: dict[str, DTensor] = {}
+        self._replicated_params = replicated_params
+        self._row_ranges: dict[str, slice] = {}
         trainable_params: dict[str, nn.Parameter] = {}
         for name, parameter in trainable_parameters(model).items():
-            assert isinstance(parameter, DTensor), f"{name} is not sharded"
-            local_shard = parameter.to_local().detach()
+            # The same split as in `torch.chunk`.
+            start = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
+            if name in replicated_params:
+                stop = start - (-len(parameter) // mesh.size())
+                local_shard = parameter.detach()[start:stop].clone()
+                local_shard = local_shard.cpu() if mode == "fsdp_offload" else local_shard
+            else:
+                assert isinstance(parameter, DTensor), f"{name} is not sharded"
+                local_shard = parameter.to_local().detach()
             # A small weight has fewer rows than there are ranks.
             if local_shard.numel():
-                self._sharded_params[name] = parameter
+                if isinstance(parameter, DTensor):
+                    self._sharded_params[name] = parameter
+                self._row_ranges[name] = slice(start, start + len(local_shard))
                 trainable_params[name] = nn.Parameter(local_shard)
         self.trainable_params: Mapping[str, nn.Parameter] = trainable_params
 
@@ -129,6 +147,8 @@ class FSDPStrategy:
             if isinstance(sharded_param.grad, DTensor):
                 self.trainable_params[name].grad = sharded_param.grad.to_local()
                 sharded_param.grad = None
+        if self._replicated_params:
+            self._reduce_replicated_gradients()
         squared_norm = optimizer.grad_norm().square().to(self._device)
         dist.all_reduce(squared_norm)
         return squared_norm.sqrt()
@@ -137,16 +157,46 @@ class FSDPStrategy:
     def sync_params(self) -> None:
         """Copy the master weights to the sharded parameters."""
         local_shards = [local_shards.to_local() for local_shards in self._sharded_params.values()]
-        torch._foreach_copy_(local_shards, list(self.trainable_params.values()))
+        torch._foreach_copy_(
+            local_shards, [self.trainable_params[name] for name in self._sharded_params]
+        )
+        if not self._replicated_params:
+            return
+        for name, parameter in self._replicated_params.items():
+            parameter.zero_()
+            if name in self._row_ranges:
+                parameter[self._row_ranges[name]] = self.trainable_params[name].to(self._device)
+        # Each row is zero on all ranks but one.
+        self._all_reduce([parameter.data for parameter in self._replicated_params.values()])
 
     def zero_grad(self) -> None:
-        """Discard the gradients of the sharded parameters."""
-        for sharded_param in self._sharded_params.values():
-            sharded_param.grad = None
+        """Discard the gradients of the model's parameters."""
+        for parameter in (*self._sharded_params.values(), *self._replicated_params.values()):
+            parameter.grad = None
+
+    def _reduce_replicated_gradients(self) -> None:
+        grads = {
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, parameter in self._replicated_params.items()
+        }
+        self._all_reduce(list(grads.values()))
+        for name, grad in grads.items():
+            self._replicated_params[name].grad = None
+            if name in self._row_ranges:
+                local_param = self.trainable_params[name]
+                local_param.grad = grad[self._row_ranges[name]].to(local_param.device)
+
+    def _all_reduce(self, tensors: list[Tensor]) -> None:
+        """Sum tensors over the ranks in place, in one operation."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, values in zip(tensors, torch.split(flat, sizes), strict=True):
+            tensor.copy_(values.view_as(tensor))
 
     def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return a mapping that slices the shard of this rank from each tensor on access."""
-        return _LocalShards(tensors, self._sharded_params)
+        return _LocalShards(tensors, self._row_ranges)
 
     @contextmanager
     def summon_full_params(self) -> Iterator[None]:
@@ -189,23 +239,17 @@ def _as_fsdp_module(module: nn.Module) -> FSDPModule:
 class _LocalShards(Mapping[str, Tensor]):
     """Mapping of the slices of complete tensors that belong to this rank, created on access."""
 
-    def __init__(
-        self, full_tensors: Mapping[str, Tensor], sharded_params: Mapping[str, DTensor]
-    ) -> None:
-        self._full_tensors, self._sharded_params = full_tensors, sharded_params
-        local_names = (
-            name for name in full_tensors if _find_sharded_param(name, sharded_params) is not None
-        )
-        self._names = [name for name in full_tensors if "." not in name] + list(local_names)
+    def __init__(self, full_tensors: Mapping[str, Tensor], row_ranges: Mapping[str, slice]) -> None:
+        self._full_tensors, self._row_ranges = full_tensors, row_ranges
+        self._names = [
+            name
+            for name in full_tensors
+            if "." not in name or _find_rows(name, row_ranges) is not None
+        ]
 
     def __getitem__(self, name: str) -> Tensor:
-        sharded_param = _find_sharded_param(name, self._sharded_params)
-        if sharded_param is None:
-            return self._full_tensors[name]
-        # The same split as in `torch.chunk`.
-        mesh = sharded_param.device_mesh
-        start = mesh.get_local_rank() * -(-len(sharded_param) // mesh.size())
-        return self._full_tensors[name][start : start + len(sharded_param.to_local())]
+        rows = _find_rows(name, self._row_ranges)
+        return self._full_tensors[name] if rows is None else self._full_tensors[name][rows]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -214,7 +258,7 @@ class _LocalShards(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _find_sharded_param(name: str, sharded_params: Mapping[str, DTensor]) -> DTensor | None:
-    """Find a sharded parameter by its name, with or without a prefix such as `exp_avg.`."""
-    param = sharded_params.get(name)
-    return sharded_params.get(name.partition(".")[2]) if param is None else param
+def _find_rows(name: str, row_ranges: Mapping[str, slice]) -> slice | None:
+    """Find the rows of a parameter by its name, with or without a prefix such as `exp_avg.`."""
+    rows = row_ranges.get(name)
+    return row_ranges.get(name.partition(".")[2]) if rows is None else rows

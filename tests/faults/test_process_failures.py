@@ -76,19 +76,24 @@ def start_ranks(task: TinyTask, count: int) -> list[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("lost", [signal.SIGSTOP, signal.SIGKILL], ids=["hung", "killed"])
-def test_lost_rank_is_named(task: TinyTask, lost: signal.Signals) -> None:
-    """Stop or kill one of two ranks in a step; the other saves a checkpoint and names it."""
-    first, second = start_ranks(task, 2)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_lost_rank_is_named(task: TinyTask, lost: signal.Signals, world_size: int) -> None:
+    """Stop or kill the last rank in a step; rank 0 saves a checkpoint and names it, all end."""
+    first, *others = start_ranks(task, world_size)
     try:
         wait_until(lambda: len(read_losses(task.folder / "run")) > 2, first)
-        second.send_signal(lost)
+        others[-1].send_signal(lost)
         output, _ = first.communicate(timeout=120)
+        for survivor in others[:-1]:
+            survivor.communicate(timeout=60)
+            assert survivor.returncode != 0
     finally:
-        second.kill()
-        second.communicate()
-        first.kill()
+        for process in (*others, first):
+            process.kill()
+            process.communicate()
     assert first.returncode == 2, output
-    assert "rank 1 of 2 did not respond within 0:00:03" in output
+    name = f"rank {world_size - 1} of {world_size}"
+    assert f"{name} did not respond within 0:00:03" in output
     last = max(step for step, _ in read_losses(task.folder / "run"))
     verify_folder(task.folder / "run" / "checkpoints" / f"step-{last}")
 

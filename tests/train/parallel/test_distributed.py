@@ -291,10 +291,10 @@ def make_ranks(folder: Path, rank: int) -> Iterator[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(("world_size", "rank"), [(2, 0), (2, 1), (4, 0), (4, 3)])
+def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, world_size: int, rank: int) -> None:
     task = TinyTask(tmp_path / "task")
-    process = start_run(task, 2, "run", epochs=200)
+    process = start_run(task, world_size, "run", epochs=200)
     folder = task.folder / "run"
     deadline = time.monotonic() + 120
     while not read_losses(folder):

@@ -17,7 +17,6 @@ N channels of the convolution, W width of its kernel.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -340,11 +339,10 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-@lru_cache
 def _num_stages(device: torch.device) -> int:
-    """Return the pipeline stages of loops that load large tiles: 2 where shared memory allows."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    return 2 if properties["max_shared_mem"] >= 160 * 1024 else 1
+    """Return the pipeline stages of loops with large tiles: 2 with 160 KB of shared memory."""
+    capability = torch.cuda.get_device_capability(device)
+    return 2 if capability in ((8, 0), (8, 7)) or (9, 0) <= capability < (12, 0) else 1
 
 
 def _value_block(num_sequences: int, heads: int, value_dim: int) -> int:

@@ -29,7 +29,7 @@ from finesight.errors import TrainingInterrupted
 from finesight.report.run_reader import read_run
 from finesight.report.summary import compute_phases
 from finesight.storage import remove_folder
-from finesight.train import trainer, vision_cache
+from finesight.train import trainer, vision_cache_builder
 from finesight.train.checkpoint import WEIGHTS_FILE
 from finesight.train.dataloader import StepBatch
 from finesight.train.logging import count_flops
@@ -147,7 +147,7 @@ def test_cached_run_matches_uncached_run(tmp_path: Path, monkeypatch: pytest.Mon
         task.run(*settings, name=name, tune=LORA)
         found.append(read_losses(tmp_path / "cached" / name))
         # Only indices are sent then; the compute device gathers the features.
-    monkeypatch.setattr(vision_cache, "choose_cache_tier", lambda *inputs: "gpu")
+    monkeypatch.setattr(vision_cache_builder, "choose_cache_tier", lambda *inputs: "gpu")
     task.run(name="gpu", tune=LORA)
     assert "stored on the GPU" in task.console_output
     found.append(read_losses(tmp_path / "cached" / "gpu"))

@@ -158,19 +158,12 @@ def test_rank_zero_waits_until_all_ranks_leave() -> None:
     """Rank 0 hosts the store, which the other ranks read in their last collective."""
     store = dist.HashStore()
     monitors = [RankMonitor(store, rank, 3) for rank in range(3)]
-    left: list[int] = []
-
-    def leave(rank: int) -> None:
-        monitors[rank].leave()
-        left.append(rank)
-
     with ThreadPoolExecutor() as threads:
-        waiting = threads.submit(leave, 0)
-        leave(2)
-        assert not waiting.done()
-        leave(1)
-        waiting.result()
-    assert left == [2, 1, 0]
+        rank_zero = threads.submit(monitors[0].leave)
+        monitors[2].leave()
+        assert not rank_zero.done()
+        monitors[1].leave()
+        rank_zero.result()
 
 
 def test_rank_zero_does_not_wait_for_lost_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
-from finesight.infer.block_manager import append_tokens, hash_images
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine
+from finesight.infer.kv_cache import append_tokens, hash_images
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.request import (
     DecodingConstraint,

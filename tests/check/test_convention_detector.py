@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from finesight.check.box_hypothesis import BoxClaim, BoxClaimTable, BoxFrame
+from finesight.check.box_hypothesis import (
+    BoxClaim,
+    BoxClaimTable,
+    BoxFrame,
+    EdgeContrast,
+    ImageEvidence,
+    open_edge_contrast,
+)
 from finesight.check.check_issues import ISSUE_TYPES
 from finesight.check.convention_detector import find_convention_issues, find_frame
-from finesight.check.image_evidence import EdgeContrast, ImageEvidence, open_edge_contrast
 from finesight.data.boxes import BoxConvention
 
 Coordinates = tuple[float, float, float, float]

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finesight.check.box_hypothesis import BoxClaim, BoxClaimTable, BoxHypothesis
-from finesight.check.image_evidence import (
+from finesight.check.box_hypothesis import (
     MAX_FALSE_POSITIVE_RATE,
     MAX_SIDE,
     MIN_IMAGES,
+    BoxClaim,
+    BoxClaimTable,
+    BoxHypothesis,
     EdgeContrast,
     ImageEvidence,
     hoeffding_bound,

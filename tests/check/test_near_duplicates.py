@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 from shape_images import write_shape_images
 
-from finesight.check.near_duplicates import (
+from finesight.check.image_catalog import (
     NearDuplicateIndex,
     compute_thumbnail,
     has_contrast,

@@ -13,7 +13,7 @@ from convert_fixtures import LLAMA_FACTORY_SETTINGS, SWIFT_SETTINGS, load_conver
 from image_fixtures import write_gray_image, write_jsonl
 from typer.testing import CliRunner
 
-from finesight.cli.data_files import import_data
+from finesight.cli.data import import_data
 from finesight.cli.training import convert
 from finesight.errors import UserError
 

@@ -15,7 +15,7 @@ from image_fixtures import write_gray_image
 from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
-from finesight.cli.data_check import check
+from finesight.cli.data import check
 from finesight.errors import UserError
 
 app = typer.Typer()

@@ -11,7 +11,7 @@ from click.testing import Result
 from image_fixtures import write_gray_image, write_jsonl
 from typer.testing import CliRunner
 
-from finesight.cli.data_files import export_data
+from finesight.cli.data import export_data
 from finesight.errors import UserError
 
 app = typer.Typer()

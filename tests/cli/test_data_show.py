@@ -11,7 +11,7 @@ from conversation_fixtures import make_folder
 from PIL import Image
 from typer.testing import CliRunner
 
-from finesight.cli.data_recipe import show
+from finesight.cli.data import show
 from finesight.errors import UserError
 
 app = typer.Typer()

@@ -13,7 +13,7 @@ from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
-from finesight.cli.answers import evaluate, predict
+from finesight.cli.results import evaluate, predict
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
 from finesight.infer.engine import generate

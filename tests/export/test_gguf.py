@@ -16,7 +16,7 @@ import torch
 from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.errors import UserError
-from finesight.export.gguf import (
+from finesight.export.deployment import (
     CONVERTER_SCRIPT,
     GGUF_MODEL_FILE,
     MMPROJ_FILE,

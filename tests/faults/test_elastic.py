@@ -15,7 +15,7 @@ import pytest
 from launch_fixtures import TUNE, make_job, run_job_script, wait_for_steps
 from tiny_task import TinyTask, read_losses
 
-from finesight.launch.launch_scripts import build_torchrun_script
+from finesight.launch.launch_job import build_torchrun_script
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
-from finesight.infer.block_manager import (
+from finesight.infer.kv_cache import (
     BlockHash,
     BlockManager,
     append_tokens,

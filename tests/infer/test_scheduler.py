@@ -10,7 +10,7 @@ import torch
 
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.infer import scheduler as area
-from finesight.infer.block_manager import append_tokens
+from finesight.infer.kv_cache import append_tokens
 from finesight.infer.request import GenerationRequest
 from finesight.infer.scheduler import Scheduler, SequenceState
 

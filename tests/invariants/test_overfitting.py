@@ -16,7 +16,7 @@ from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
-from finesight.cli.answers import predict
+from finesight.cli.results import predict
 from finesight.config import EvalSettings, Recipe
 from finesight.data.sample import BoxPart, LocatedSample, TextPart, write_samples
 from finesight.evaluate.generation_eval import evaluate

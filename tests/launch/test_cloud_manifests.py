@@ -11,8 +11,13 @@ import pytest
 import yaml
 
 from finesight.errors import UserError
-from finesight.launch.launch_job import LaunchJob, NodeSpec
-from finesight.launch.launch_scripts import ContainerImage, build_kubeflow_job, build_skypilot_task
+from finesight.launch.launch_job import (
+    ContainerImage,
+    LaunchJob,
+    NodeSpec,
+    build_kubeflow_job,
+    build_skypilot_task,
+)
 
 IMAGE = ContainerImage("registry.example/finesight:1", "s3://bucket/folder")
 CLAIM = ContainerImage("registry.example/finesight:1", "claim")

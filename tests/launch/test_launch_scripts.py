@@ -15,8 +15,13 @@ from launch_fixtures import TUNE, make_job, run_job_script, wait_for_steps
 from tiny_task import TinyTask, read_losses
 
 from finesight.errors import UserError
-from finesight.launch.launch_job import LaunchJob, NodeSpec
-from finesight.launch.launch_scripts import SlurmOptions, build_slurm_script, build_torchrun_script
+from finesight.launch.launch_job import (
+    LaunchJob,
+    NodeSpec,
+    SlurmOptions,
+    build_slurm_script,
+    build_torchrun_script,
+)
 
 NASTY = 'it\'s; $(touch stolen) `id` "x" \n *'
 

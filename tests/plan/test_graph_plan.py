@@ -20,7 +20,7 @@ from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
-from finesight.plan.dry_run import ComputeTarget
+from finesight.plan.dry_run import ComputeTarget, StepTracer
 from finesight.plan.peak_memory import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,
@@ -32,7 +32,6 @@ from finesight.plan.peak_memory import (
 from finesight.plan.planned_model import build_meta_model
 from finesight.plan.planned_pack import PlannedPack, build_planned_pack
 from finesight.plan.settings_search import PlannedSteps
-from finesight.plan.step_trace import StepTracer
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats

@@ -21,7 +21,7 @@ from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.plan.dry_run import ComputeTarget
+from finesight.plan.dry_run import ComputeTarget, StepTracer
 from finesight.plan.peak_memory import (
     CPU_PROCESS_BYTES,
     CUBLAS_WORKSPACE_BYTES,
@@ -32,7 +32,6 @@ from finesight.plan.peak_memory import (
 )
 from finesight.plan.planned_model import build_meta_model
 from finesight.plan.planned_pack import PlannedPack
-from finesight.plan.step_trace import StepTracer
 from finesight.train.loss import fused_linear_cross_entropy
 from finesight.train.optimizer import MasterWeightOptimizer
 

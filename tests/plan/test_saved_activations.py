@@ -21,10 +21,9 @@ from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
-from finesight.plan.dry_run import ComputeTarget
+from finesight.plan.dry_run import ComputeTarget, StepTracer
 from finesight.plan.planned_model import build_meta_model
 from finesight.plan.planned_pack import PlannedPack
-from finesight.plan.step_trace import StepTracer
 from finesight.train.loss import fused_linear_cross_entropy
 
 FAMILIES: tuple[TinyFamily, ...] = (

@@ -26,7 +26,7 @@ from finesight.serve.api_schema import (
     Tool,
     ToolCall,
 )
-from finesight.serve.chat_response import ToolCallParser, parse_tool_call
+from finesight.serve.chat_completions import ToolCallParser, parse_tool_call
 from finesight.serve.preprocessing_jobs import (
     format_system_prompt,
     format_tool_calls,

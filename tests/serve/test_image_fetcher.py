@@ -26,7 +26,7 @@ from api_server_fixtures import (
 from hub_fixtures import certificate
 
 from finesight.errors import UserError
-from finesight.hub.url_policy import is_public_address
+from finesight.hub.download import is_public_address
 from finesight.serve.image_sources import ImageFetcher
 
 __all__ = ["certificate"]

@@ -46,7 +46,7 @@ from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tokenizer import load_tokenizer
 from finesight.errors import UserError
 from finesight.hub.archive import is_archive
-from finesight.hub.url_policy import WEB_SCHEMES
+from finesight.hub.download import WEB_SCHEMES
 from finesight.model_folder import locate_model
 from finesight.recipe import load_recipe
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation, shorten
-from finesight.check.image_catalog import ImageCatalog
-from finesight.check.near_duplicates import has_contrast
+from finesight.check.image_catalog import ImageCatalog, has_contrast
 from finesight.check.sample_issues import iter_media_paths
 from finesight.data.boxes import Box, iou
 from finesight.data.formats.dataset_format import join_text

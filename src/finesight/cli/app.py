@@ -21,14 +21,11 @@ import typer
 from typer.core import TyperCommand
 
 from finesight import __version__
-from finesight.cli.answers import evaluate, predict
 from finesight.cli.chat import chat
-from finesight.cli.data_check import check
-from finesight.cli.data_files import export_data, import_data, migrate
-from finesight.cli.data_recipe import plan, show
+from finesight.cli.data import check, export_data, import_data, migrate, plan, show
 from finesight.cli.doctor import doctor
 from finesight.cli.models import download, export, merge
-from finesight.cli.reports import compare, report
+from finesight.cli.results import compare, evaluate, predict, report
 from finesight.cli.servers import serve, web
 from finesight.cli.training import convert, launch, quickstart, train
 from finesight.errors import TrainingInterrupted, UserError

@@ -295,8 +295,11 @@ def export(
 
         _upload_to_hub(source, out, list_uploads(model_source, source), public, confirm, as_json)
     else:
-        from finesight.export.gguf import find_converter, write_gguf
-        from finesight.export.serving_commands import format_llama_server_command
+        from finesight.export.deployment import (
+            find_converter,
+            format_llama_server_command,
+            write_gguf,
+        )
 
         gguf_files = write_gguf(model_source, Path(out), find_converter(converter), outtype, python)
         paths = {"model": gguf_files.model, "mmproj": gguf_files.mmproj}
@@ -311,7 +314,7 @@ def export(
 
 
 def _print_serving_commands(model_source: ModelSource, source: str, as_json: bool) -> None:
-    from finesight.export.serving_commands import build_serving_commands
+    from finesight.export.deployment import build_serving_commands
 
     commands = build_serving_commands(model_source, source)
     if as_json:

@@ -330,7 +330,7 @@ def _check_options(engine: LaunchEngine, engine_options: dict[str, str | None]) 
 def _build_job_text(
     engine: LaunchEngine, job: LaunchJob, engine_options: dict[str, str | None]
 ) -> str:
-    from finesight.launch.launch_scripts import (
+    from finesight.launch.launch_job import (
         ContainerImage,
         SlurmOptions,
         build_kubeflow_job,

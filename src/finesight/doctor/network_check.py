@@ -21,7 +21,7 @@ import httpx2
 from finesight import __version__
 from finesight.doctor.diagnosis import Diagnosis, join_command, make_diagnosis
 from finesight.doctor.package_check import install_command
-from finesight.hub.url_policy import is_offline
+from finesight.hub.download import is_offline
 
 HubService = Literal["huggingface", "modelscope"]
 

@@ -16,9 +16,9 @@ from finesight import __version__
 from finesight.bounded_files import load_yaml, read_bytes
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import note_lines
+from finesight.export.deployment import format_serving_commands
 from finesight.export.hf_files import HF_ARCHITECTURES
 from finesight.export.merge_parity import MergeParity
-from finesight.export.serving_commands import format_serving_commands
 from finesight.hub.address import parse_model_address
 from finesight.infer.model_loader import ModelSource
 from finesight.manifest import MANIFEST_FILE

@@ -34,9 +34,8 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from finesight import __version__
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress
-from finesight.hub.download import HttpSite, RemoteFile
+from finesight.hub.download import HttpSite, RemoteFile, strip_query
 from finesight.hub.modelscope import build_visibility_error
-from finesight.hub.url_policy import strip_query
 
 _DEFAULT_REVISION = "main"
 _COMMIT_PATTERN = re.compile(r"[0-9a-f]{7,64}")

@@ -32,8 +32,8 @@ from finesight.hub.download import (
     HttpSite,
     RemoteFile,
     RetryableError,
+    strip_query,
 )
-from finesight.hub.url_policy import strip_query
 from finesight.storage import sha256_file
 
 if TYPE_CHECKING:

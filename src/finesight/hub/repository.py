@@ -22,8 +22,7 @@ from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress
 from finesight.hub.archive import safe_join
-from finesight.hub.download import Downloader, HttpSite, RemoteFile
-from finesight.hub.url_policy import is_offline, raise_if_offline
+from finesight.hub.download import Downloader, HttpSite, RemoteFile, is_offline, raise_if_offline
 from finesight.storage import make_folder, raise_if_exists, translate_os_errors
 
 DEFAULT_ENDPOINTS = {"hf": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}

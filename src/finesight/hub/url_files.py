@@ -18,8 +18,7 @@ from urllib.parse import unquote, urlsplit
 import httpx2
 
 from finesight.errors import UserError
-from finesight.hub.download import Downloader, HttpSite, RemoteFile
-from finesight.hub.url_policy import WEB_SCHEMES, strip_query
+from finesight.hub.download import WEB_SCHEMES, Downloader, HttpSite, RemoteFile, strip_query
 from finesight.storage import write_folder_once
 
 MAX_FILE_BYTES = 50 * 10**9

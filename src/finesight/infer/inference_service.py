@@ -18,8 +18,8 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.encode.tokenizer import TextTokenizer
 from finesight.errors import UserError
-from finesight.infer.block_manager import hash_images
 from finesight.infer.engine import Engine, HfEngine, compute_cache_capacity
+from finesight.infer.kv_cache import hash_images
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, build_prediction
 from finesight.infer.request import (

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from finesight.encode.packing import PackedBatch, compute_cu_seqlens, copy_to_device, plan_packs
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.infer.block_manager import get_span_patches
 from finesight.infer.decode_step import fused_decode_step, supports_fused_decode
 from finesight.infer.kv_cache import (
     DecodeAttention,
     KVCache,
     PrefillAttention,
     PrefillChunk,
+    get_span_patches,
     has_paged_kernels,
 )
 from finesight.infer.scheduler import PromptState

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.infer.block_manager import (
+from finesight.infer.kv_cache import (
     BlockHash,
     BlockManager,
     append_tokens,

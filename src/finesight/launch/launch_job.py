@@ -1,4 +1,10 @@
-"""Training job of `finesight launch`: recipe, nodes, commands, job file and submission."""
+"""Training job of `finesight launch`: recipe, nodes, commands, job file and submission.
+
+The formats of job files are documented by torchrun (docs.pytorch.org, "torchrun (Elastic
+Launch)"), Slurm (slurm.schedmd.com, manual pages of sbatch, srun, scancel and scontrol), SkyPilot
+(docs.skypilot.co, "SkyPilot YAML") and TrainJob (github.com/kubeflow/trainer,
+pkg/apis/trainer/v1alpha1/trainjob_types.go).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from finesight.errors import UserError
 from finesight.manifest import RESULT_FILE
@@ -230,3 +239,339 @@ def submit_job(engine: str, file: Path) -> str:
             remedy="fix the reported problem, in the file or with other options",
         )
     return completed.stdout.strip()
+
+
+PREEMPTION_WARNING_S = 300
+"""Seconds before the time limit at which Slurm signals the job, enough to save a checkpoint."""
+
+CHECKPOINT_TIMEOUT_S = 3600
+"""Seconds that torchrun waits for its processes after a signal, while they save a checkpoint.
+
+Its default is 30.
+"""
+
+
+def build_torchrun_script(job: LaunchJob) -> str:
+    """Build a shell script that starts torchrun, to run on each node of a job.
+
+    With several nodes, the user sets MASTER_ADDR to the name of one node.
+    """
+    node_spec = job.node_spec
+    lines = [
+        "#!/bin/bash",
+        f"# Trains {job.name}. After a stop or failure, it resumes from the newest checkpoint.",
+    ]
+    rendezvous = "--standalone"
+    if node_spec.max_nodes > 1:
+        lines += [
+            "# Start it on each node with the same MASTER_ADDR: the name of one node.",
+            "# Clocks, folders and this file must be equal on all nodes.",
+            "set -u",
+            ': "${MASTER_ADDR:?must be the name of one node, equal on all nodes}"',
+        ]
+        rendezvous = (
+            f"--nnodes={node_spec.min_nodes}:{node_spec.max_nodes} --rdzv-backend=c10d"
+            f' --rdzv-endpoint="$MASTER_ADDR:${{MASTER_PORT:-{RENDEZVOUS_PORT}}}"'
+            f" --rdzv-id={job.name}"
+        )
+    if node_spec.is_elastic:
+        lines += [
+            "# With a shared TCPStore, torchrun 2.13 hangs if a node joins later.",
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ]
+    lines += [
+        f"cd -- {shlex.quote(str(job.working_dir))} || exit 1",
+        f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={CHECKPOINT_TIMEOUT_S}",
+        f"exec {shlex.quote(job.python)} -m torch.distributed.run {rendezvous} \\",
+        f"    --nproc-per-node={node_spec.gpus_per_node} --max-restarts={MAX_RESTARTS} \\",
+        f"    {job.python_arguments}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class SlurmOptions:
+    """Partition, account and time limit of a Slurm job.
+
+    None is the default of the cluster.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    time_limit: str | None = None
+
+    def format_directives(self) -> list[str]:
+        """Return the sbatch options of the set values. Raises UserError for an invalid value."""
+        values = {"partition": self.partition, "account": self.account, "time": self.time_limit}
+        validated = {name: validate_name(value, f"--{name}") for name, value in values.items()}
+        return [f"--{name}={value}" for name, value in validated.items() if value is not None]
+
+
+_TASK_SCRIPT = """\
+trap : TERM USR1
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+"$@"
+code=$?
+# 75: stopped after a checkpoint. With another exit code, srun would kill the other tasks.
+[ "$code" -eq 75 ] && exit 0
+exit "$code"
+"""
+"""Script that starts the training process of one Slurm task.
+
+Its shell ignores signals, which Slurm also sends to the training process.
+"""
+
+_SLURM_TEMPLATE = """\
+set -u
+cd -- {folder} || exit 1
+
+# Slurm signals this script before the time limit. The script forwards the signal with scancel,
+# because srun answers some signals with SIGKILL.
+warned='' heard=''
+warn() {{
+    warned=1 heard=1
+    scancel --signal=USR1 "$SLURM_JOB_ID"
+}}
+trap warn USR1
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE={gpus}
+
+srun --kill-on-bad-exit=1 bash -c {task} task \\
+    {python} {arguments} &
+step=$!
+
+# A signal that is trapped ends `wait` before the step has ended.
+while :; do
+    heard=''
+    wait "$step"
+    code=$?
+    [ -n "$heard" ] || break
+done
+[ "$code" -eq 0 ] && [ -e {result} ] && exit 0
+if [ -n "$warned" ]; then
+    # The requeued job resumes from the newest checkpoint.
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 75
+fi
+[ "$code" -eq 0 ] || exit "$code"
+exit 75
+"""
+
+
+def build_slurm_script(job: LaunchJob, options: SlurmOptions) -> str:
+    """Build an sbatch script that starts one task per GPU.
+
+    Slurm signals the job PREEMPTION_WARNING_S before its time limit; the processes save a
+    checkpoint, and the job is requeued, as after preemption. It resumes with any number of nodes.
+    """
+    node_spec = job.node_spec
+    nodes = (
+        f"{node_spec.min_nodes}-{node_spec.max_nodes}"
+        if node_spec.is_elastic
+        else str(node_spec.min_nodes)
+    )
+    directives = [
+        f"--job-name={job.name}",
+        f"--output={job.name}-%j.log",
+        "--open-mode=append",
+        f"--nodes={nodes}",
+        f"--ntasks-per-node={node_spec.gpus_per_node}",
+        f"--gpus-per-node={node_spec.gpus_per_node}",
+        "--requeue",
+        f"--signal=B:USR1@{PREEMPTION_WARNING_S}",
+        *options.format_directives(),
+    ]
+    body = _SLURM_TEMPLATE.format(
+        folder=shlex.quote(str(job.working_dir)),
+        gpus=node_spec.gpus_per_node,
+        task=shlex.quote(_TASK_SCRIPT),
+        python=shlex.quote(job.python),
+        arguments=job.python_arguments,
+        result=job.result_file,
+    )
+    header_lines = [f"#SBATCH {directive}" for directive in directives]
+    return "\n".join(["#!/bin/bash", *header_lines, body])
+
+
+MOUNT_PATH = "/finesight"
+"""Path in the container where the storage with recipe, data and output is mounted."""
+
+_BUCKET_PATTERN = re.compile(
+    "((?:s3|gs|r2|oci|nebius|cw|vastdata)://[^/]+|(?:cos|https)://[^/]+/[^/]+)(?:/+(.*))?"
+)
+"""URLs of storage that SkyPilot mounts: bucket, then an optional folder.
+
+https is an Azure container, cos an IBM bucket with its region.
+"""
+
+_GPU_NAME_PATTERN = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+_CLAIM_NAME_PATTERN = re.compile("[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+"""Format of a PersistentVolumeClaim name: RFC 1123 subdomain."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerImage:
+    """Container image with finesight, and the storage mounted at MOUNT_PATH in it."""
+
+    name: str
+    store: str
+
+    @classmethod
+    def from_options(cls, name: str | None, store: str | None) -> ContainerImage:
+        """Build from the options `--image` and `--store`.
+
+        Raises UserError if one of them is missing or invalid.
+        """
+        for option, value, example in (
+            ("--image", name, "--image registry.example/finesight:1"),
+            ("--store", store, "--store s3://bucket/folder, or the name of a claim for kubeflow"),
+        ):
+            if value is None:
+                raise UserError(
+                    "is missing",
+                    where=option,
+                    expected="an image with finesight, and a store that outlives the nodes",
+                    remedy=f"for example {example}",
+                )
+            validate_name(value, option)
+        assert name is not None
+        assert store is not None
+        return cls(name, store)
+
+
+def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str | None) -> str:
+    """Build the YAML of a SkyPilot task, for `sky jobs launch`.
+
+    SkyPilot restarts the task after preemption.
+
+    Args:
+        job: Training job with a fixed number of nodes.
+        image: Container image, and a bucket URL as storage.
+        accelerator: GPU type such as H100; None is an error.
+
+    Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
+    """
+    node_spec, num_nodes = job.node_spec, job.node_spec.require_fixed("SkyPilot")
+    job.require_inside_store(image.store)
+    bucket, folder = _split_bucket(image.store)
+    if accelerator is None or not _GPU_NAME_PATTERN.fullmatch(accelerator):
+        raise UserError(
+            "is missing" if accelerator is None else f"{accelerator!r} is not a GPU name",
+            where="--accelerator",
+            expected="a GPU name of `sky show-gpus`, without a count",
+            remedy="for example --accelerator H100 --gpus-per-node 8",
+        )
+    run = (
+        f"cd {shlex.quote(f'{MOUNT_PATH}/{folder}'.rstrip('/'))} || exit 1\n"
+        f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={CHECKPOINT_TIMEOUT_S}\n"
+        'first=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)\n'
+        'exec torchrun --nnodes="$SKYPILOT_NUM_NODES"'
+        f' --nproc-per-node="$SKYPILOT_NUM_GPUS_PER_NODE" --max-restarts={MAX_RESTARTS}'
+        f' --rdzv-backend=c10d --rdzv-endpoint="$first:{RENDEZVOUS_PORT}" --rdzv-id={job.name}'
+        f" {job.python_arguments}\n"
+    )
+    return _dump_yaml(
+        {
+            "name": job.name,
+            "num_nodes": num_nodes,
+            "resources": {
+                "accelerators": f"{accelerator}:{node_spec.gpus_per_node}",
+                "image_id": f"docker:{image.name}",
+                "job_recovery": {"max_restarts_on_errors": MAX_RESTARTS},
+            },
+            "file_mounts": {MOUNT_PATH: {"source": bucket, "mode": "MOUNT_CACHED"}},
+            "run": run,
+        }
+    )
+
+
+def _split_bucket(store: str) -> tuple[str, str]:
+    """Split a storage URL into bucket and folder, since SkyPilot mounts whole buckets."""
+    match = _BUCKET_PATTERN.fullmatch(store)
+    if match is None:
+        raise UserError(
+            f"{store!r} is not a bucket",
+            where="--store",
+            expected="an address that SkyPilot supports: s3://, gs://, r2://, cos://, oci://,"
+            " nebius://, cw://, vastdata://, or https:// for an Azure container",
+            remedy="for example --store s3://bucket/folder",
+        )
+    return match[1], match[2] or ""
+
+
+def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
+    """Build the YAML of a Kubeflow TrainJob for the runtime torch-distributed.
+
+    The runtime passes the number of nodes and the rendezvous endpoint to torchrun in environment
+    variables. `image.store` is the name of a PersistentVolumeClaim.
+
+    Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
+    """
+    num_nodes = job.node_spec.require_fixed("Kubeflow")
+    job.require_inside_store(image.store)
+    if not _CLAIM_NAME_PATTERN.fullmatch(image.store):
+        raise UserError(
+            f"{image.store!r} is not the name of a claim",
+            where="--store",
+            expected="a PersistentVolumeClaim of lowercase letters, digits, - and .",
+            remedy="for example --store training-data, as in `kubectl get pvc`",
+        )
+    command = (
+        f"cd {MOUNT_PATH} && exec torchrun --max-restarts={MAX_RESTARTS} {job.python_arguments}"
+    )
+    pod = {
+        "volumes": [{"name": "store", "persistentVolumeClaim": {"claimName": image.store}}],
+        "containers": [
+            {"name": "node", "volumeMounts": [{"name": "store", "mountPath": MOUNT_PATH}]},
+        ],
+    }
+    node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+    gpus = {"nvidia.com/gpu": job.node_spec.gpus_per_node}
+    return _dump_yaml(
+        {
+            "apiVersion": "trainer.kubeflow.org/v1alpha1",
+            "kind": "TrainJob",
+            "metadata": {"name": job.name},
+            "spec": {
+                "runtimeRef": {"name": "torch-distributed"},
+                "trainer": {
+                    "image": image.name,
+                    "command": ["bash", "-c", command],
+                    "env": [
+                        {
+                            "name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+                            "value": str(CHECKPOINT_TIMEOUT_S),
+                        }
+                    ],
+                    "numNodes": num_nodes,
+                    "numProcPerNode": job.node_spec.gpus_per_node,
+                    "resourcesPerNode": {"limits": gpus},
+                },
+                "runtimePatches": [
+                    {
+                        "manager": "finesight/launch",
+                        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
+                    }
+                ],
+            },
+        }
+    )
+
+
+class _BlockTextDumper(yaml.SafeDumper):
+    """YAML dumper that writes multi-line text as literal blocks (`|`)."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_BlockTextDumper.add_representer(str, _represent_text)
+
+
+def _dump_yaml(content: dict[str, Any]) -> str:
+    return yaml.dump(content, Dumper=_BlockTextDumper, sort_keys=False, width=100)

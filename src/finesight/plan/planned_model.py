@@ -18,9 +18,9 @@ from finesight.model.trainable import ModelPart, configure_tuning, get_part, tra
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import quantize_model_parts
 from finesight.model_folder import ModelFolder
+from finesight.plan.dry_run import StepTracer
 from finesight.plan.peak_memory import PersistentMemory, compute_persistent_memory
 from finesight.plan.step_time import StepTimeEstimator
-from finesight.plan.step_trace import StepTracer
 from finesight.plan.target_device import TargetDevice
 
 

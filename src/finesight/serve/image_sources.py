@@ -21,7 +21,7 @@ import httpx2
 from finesight import __version__
 from finesight.data.image_header import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.errors import UserError
-from finesight.hub.url_policy import (
+from finesight.hub.download import (
     is_allowed_url,
     is_offline,
     is_public_address,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finesight.errors import UserError
-from finesight.plan.gpu_specs import GPU_SPECS, find_gpu_spec
+from finesight.plan.target_device import GPU_SPECS, find_gpu_spec
 
 
 @pytest.mark.parametrize(

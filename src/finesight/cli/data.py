@@ -1,22 +1,29 @@
-"""`finesight data import`, `export` and `migrate`: convert datasets between formats."""
+"""`finesight data`: import, export, migrate, check, plan and show datasets."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from finesight.cli.options import (
+    JSON_OUTPUT,
     AsJsonOption,
     BoxFormatOption,
     BoxTaskOption,
     BoxUnitsOption,
     ColumnsOption,
+    LanguageOption,
     LimitOption,
+    OverridesArgument,
     PromptOption,
+    RecipeArgument,
     RowRangeOption,
     SourceFormatOption,
     echo_json,
@@ -26,9 +33,13 @@ from finesight.cli.options import (
 from finesight.errors import UserError, escape_unprintable
 
 if TYPE_CHECKING:
+    from finesight.check.check_issues import CheckIssue
+    from finesight.check.data_checker import CheckInput, ModelRequirements
     from finesight.data.exporter import ExportSummary
     from finesight.data.importer import ImportSummary
+    from finesight.data.sample import LocatedSample
     from finesight.encode.box_migration import MigrationResult, ResizeSpec
+    from finesight.encode.renderer import Renderer
 
 
 EvalLastOption = Annotated[
@@ -358,3 +369,346 @@ def _format_migrate_summary(summary: MigrationResult) -> list[str]:
             "they match the answers"
         )
     return lines
+
+
+MAX_PRINTED_ISSUES = 3
+"""Maximum number of printed examples per kind of issue; further ones are only counted."""
+
+PROGRESS_LOG_ROWS = 10_000
+"""Number of rows between two progress lines, if standard error is not a terminal."""
+
+MAX_PAGE_ISSUES = 1000
+"""Maximum number of examples per kind of issue on the HTML page."""
+
+AgainstOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="EVAL",
+        help="Validation data, read with the same options. Reports images, also re-encoded ones, "
+        "that are in SOURCE as well. Repeatable.",
+    ),
+]
+ModelNameOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Model folder or hub name. Its tokenizer is used to report special tokens in texts "
+        "and, with --max-length, samples that are too long."
+    ),
+]
+MaxLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --model: report samples of more than this number of tokens, image tokens "
+        "included. Default: no limit.",
+    ),
+]
+FixOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="OUT",
+        help="Write a corrected copy into this new folder: unambiguous issues are fixed "
+        "(listed in changes.jsonl), duplicates and invalid samples are left out (listed in "
+        "skipped_samples.jsonl).",
+    ),
+]
+HtmlPageOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="FILE", dir_okay=False, help="Also write the issues as an HTML page."
+    ),
+]
+
+
+def check(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE", help="Local files or folders as for `data import`, or one recipe."
+        ),
+    ],
+    against: AgainstOption = None,
+    format_name: SourceFormatOption = None,
+    columns: ColumnsOption = None,
+    prompt: PromptOption = None,
+    box_task: BoxTaskOption = "detection",
+    box_format: BoxFormatOption = None,
+    box_units: BoxUnitsOption = None,
+    limit: LimitOption = None,
+    model: ModelNameOption = None,
+    max_length: MaxLengthOption = None,
+    fix: FixOption = None,
+    html: HtmlPageOption = None,
+    language: LanguageOption = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help=f"Print one JSON object per issue, then one summary, {JSON_OUTPUT}"
+        ),
+    ] = False,
+) -> None:
+    """Validate samples: images, boxes, texts, roles, duplicates and leakage.
+
+    For a recipe, its training and validation files are checked with max_length and the tokenizer of
+    its model; only --fix, --html, --language and --json apply. Other sources are read as
+    by `data import` with these options. Sources are never modified.
+
+    Exit code: 0 without issues or with notes only, 3 with warnings, 2 with errors.
+
+    Example: finesight data check latex/train.jsonl --against latex/eval.jsonl --html check.html
+    """
+    from finesight.check.data_checker import (
+        inputs_from_files,
+        inputs_from_recipe,
+        is_recipe,
+        load_model_requirements,
+    )
+    from finesight.data.import_source import ImportOptions
+
+    options = ImportOptions(
+        format=format_name,
+        columns=parse_column_map(columns or []),
+        prompt=prompt,
+        box_task=box_task,
+        box_format=box_format,
+        box_units=box_units,
+        limit=limit,
+    )
+    recipe = next(filter(is_recipe, sources), None) if format_name is None else None
+    if recipe is not None:
+        if len(sources) > 1 or options != ImportOptions() or against or model or max_length:
+            raise UserError(
+                "other options or sources are given with a recipe",
+                where=str(recipe),
+                expected="one recipe with --fix, --html and --json only",
+                remedy="remove the other arguments, or check the data files directly",
+            )
+        inputs, model_context = inputs_from_recipe(recipe)
+    else:
+        inputs, model_context = (
+            inputs_from_files(sources, against or [], options),
+            load_model_requirements(model, max_length),
+        )
+    raise typer.Exit(_run_check(inputs, model_context, fix, html, language, as_json))
+
+
+def _run_check(
+    inputs: Sequence[CheckInput],
+    model_context: ModelRequirements,
+    fix: Path | None,
+    html: Path | None,
+    language: LanguageOption,
+    as_json: bool,
+) -> int:
+    """Run a data check, and write its summary, HTML page and fixed samples.
+
+    Returns the exit code for the highest severity of the issues.
+    """
+    from finesight.check.check_issues import format_summary, summary_to_dict
+    from finesight.check.data_checker import DataChecker
+    from finesight.report.data_pages import render_check_page
+    from finesight.report.html import raise_if_not_generated, write_page
+    from finesight.report.i18n import detect_language, use_language
+    from finesight.storage import write_folder
+
+    if html:
+        raise_if_not_generated(html)
+
+    def print_issue(issue: CheckIssue) -> None:
+        if as_json:
+            echo_json(issue.as_json())
+
+    with write_folder(fix) if fix else tempfile.TemporaryDirectory() as folder:
+        checker = DataChecker(
+            inputs, Path(folder), model_context, MAX_PAGE_ISSUES if html else MAX_PRINTED_ISSUES
+        )
+        with _show_progress(checker.num_rows) as on_progress:
+            result, image_catalog = checker.run(print_issue, on_progress)
+        if not as_json:
+            typer.echo("\n".join(format_summary(result, MAX_PRINTED_ISSUES)))
+        if html:
+            with use_language(language or detect_language()):
+                write_page(html, render_check_page(result))
+        fix_summary = (
+            checker.fixer.write(Path(folder), fix, image_catalog, checker.sources) if fix else None
+        )
+    if as_json:
+        echo_json(summary_to_dict(result, fix_summary))
+    elif fix_summary:
+        typer.echo("\n".join(["", *fix_summary.as_lines()]))
+    return result.exit_code
+
+
+@contextmanager
+def _show_progress(total_rows: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal, or progress lines elsewhere.
+
+    Yields a callback that takes the number of newly checked rows.
+    """
+    from rich.console import Console
+
+    from finesight.train.console import TrainingConsole
+
+    console = TrainingConsole(Console(stderr=True))
+    done = 0
+    with console.progress_stage("rows", total_rows) as update_bar:
+
+        def on_progress(num_rows: int) -> None:
+            nonlocal done
+            update_bar(num_rows)
+            if (
+                not console.rich_console.is_terminal
+                and done // PROGRESS_LOG_ROWS < (done + num_rows) // PROGRESS_LOG_ROWS
+            ):
+                console.log(f"{done + num_rows} rows")
+            done += num_rows
+
+        yield on_progress
+
+
+EXIT_DOES_NOT_FIT = 2
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help='GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this '
+            "machine, measured in about a second.",
+        ),
+    ] = None,
+    as_json: AsJsonOption = False,
+) -> None:
+    """Estimate memory and time of a run and suggest settings that fit.
+
+    Prints the tokens per sample, the FLOPs of each model part, and memory and training time in two
+    columns: for the recipe as written, and for chosen settings that fit into 90 % of the memory.
+    The last lines are overrides for `finesight train`. The recipe is not modified.
+
+    Reads image headers and the configuration and tokenizer of the model, but no weights.
+
+    Exit code: 0 if the run fits, 2 if no setting makes it fit.
+
+    Example: finesight data plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
+    """
+    from rich.console import Console
+
+    from finesight.plan.plan_format import format_plan, plan_to_dict
+    from finesight.plan.run_plan import plan_run
+    from finesight.recipe import load_recipe
+    from finesight.train.console import TrainingConsole
+
+    run_plan = plan_run(
+        load_recipe(recipe, overrides or ()), gpu, TrainingConsole(Console(stderr=True))
+    )
+    typer.echo(json.dumps(plan_to_dict(run_plan)) if as_json else "\n".join(format_plan(run_plan)))
+    if not run_plan.chosen_estimate.fits:
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def show(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="Number of samples, from the start of the data.")
+    ] = 1,
+    use_eval_split: Annotated[
+        bool, typer.Option("--eval", help="Show samples of data.eval instead of data.train.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write an HTML page with the resized images, boxes and tokens instead of the "
+            "table. An existing page is replaced, but no other file.",
+        ),
+    ] = None,
+    language: LanguageOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help=f"Print one JSON object per sample {JSON_OUTPUT}")
+    ] = False,
+) -> None:
+    """Print the tokens of samples as the model receives them in training.
+
+    Each line is a token with its id, a * if it counts in the loss (label other than -100), its
+    position ids and its text. All placeholder tokens of an image share one line. Reads the
+    configuration and tokenizer of the model, but no weights.
+
+    Example: finesight data show recipes/latex_ocr_qwen2_vl_2b.yaml --num-samples 2
+    """
+    from finesight.data.corpus import load_corpus
+    from finesight.encode.renderer import build_renderer
+    from finesight.model_folder import locate_model
+    from finesight.recipe import load_recipe
+    from finesight.report.html import raise_if_not_generated
+    from finesight.report.i18n import detect_language, translate, use_language
+
+    if html is not None:
+        raise_if_not_generated(html)
+    settings = load_recipe(recipe, overrides or ())
+    files = settings.data.eval if use_eval_split else settings.data.train
+    if not files:
+        raise UserError(
+            f"data.eval of {recipe.name} is empty",
+            where=str(recipe),
+            expected="a file of validation samples",
+            remedy="set data.eval, or remove --eval to show data.train",
+        )
+    renderer = build_renderer(
+        locate_model(settings.model), settings.image, settings.data.system_prompt
+    )
+    selected = load_corpus(files).read_samples(num_samples)
+    if html is not None:
+        names = ", ".join(str(file.path) for file in files)
+        with use_language(language or detect_language()):
+            _write_sample_page(
+                html, renderer, selected, translate("The first {} of {}", len(selected), names)
+            )
+    if html is None or as_json:
+        _print_samples(renderer, selected, as_json)
+
+
+def _write_sample_page(
+    page: Path, renderer: Renderer, selected: Sequence[LocatedSample], source: str
+) -> None:
+    """Write an HTML page of the selected samples while showing a progress bar.
+
+    `source` is the title of the page: the number of samples and their files.
+    """
+    from rich.console import Console
+
+    from finesight.encode.renderer import NativeRenderer
+    from finesight.report.data_pages import render_sample_page
+    from finesight.report.html import write_page
+    from finesight.train.console import TrainingConsole
+
+    if not isinstance(renderer, NativeRenderer):
+        raise UserError(
+            "HTML pages do not support the transformers backend",
+            where=f"--html {page}",
+            expected="a model of a native family",
+            remedy="remove --html to print tokens and loss mask",
+        )
+    with TrainingConsole(Console(stderr=True)).progress_stage(
+        "samples", len(selected)
+    ) as on_progress:
+        content = render_sample_page(renderer, selected, source, on_progress)
+    write_page(page, content)
+    typer.echo(f"page: {page}", err=True)
+
+
+def _print_samples(renderer: Renderer, selected: Sequence[LocatedSample], as_json: bool) -> None:
+    """Print one token table, or one JSON object, per sample."""
+    from finesight.encode.tokenized_sample import format_token_table, token_table_to_dict
+
+    for located_sample in selected:
+        tokenized = renderer.tokenize(located_sample)
+        if as_json:
+            record = token_table_to_dict(tokenized, renderer.tokenizer)
+            echo_json(record)
+        else:
+            typer.echo("\n".join(format_token_table(tokenized, renderer.tokenizer)) + "\n")

@@ -11,8 +11,8 @@ import pytest
 
 from finesight.config import ExactSize, PixelRange, TuneSettings
 from finesight.errors import UserError
-from finesight.export.gguf import GgufFiles
-from finesight.export.serving_commands import (
+from finesight.export.deployment import (
+    GgufFiles,
     build_serving_commands,
     format_llama_server_command,
     format_serving_commands,

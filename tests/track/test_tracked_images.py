@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from finesight.infer.prediction import BOX_COLORS
-from finesight.track.tracker_records import (
+from finesight.track.tracked_images import (
     MAX_PANEL_SIDE,
     MAX_SAMPLES,
     PANEL_GAP,

@@ -1,4 +1,4 @@
-"""Messages, with images, between the training process and the process of a tracker.
+"""Messages between the training process and the process of a tracker.
 
 Validation redacts secrets in all text fields, so that no record contains them. Three rules find
 secrets: values of environment variables with names such as HF_TOKEN, known formats of tokens, and
@@ -18,12 +18,6 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, TypeAdapter
 
 from finesight.config import TrackerSettings
-from finesight.data.image_header import CorruptImageError, read_image_size
-from finesight.data.sample import BoxPart
-from finesight.infer.prediction import draw_boxes
-from finesight.report.examples import pair_predictions, read_boxes, read_image_paths
-from finesight.report.run_reader import JsonObject
-from finesight.vision.image_processing import load_image
 
 REDACTED = "[removed]"
 
@@ -232,95 +226,3 @@ class RecordReply(_TrackerMessage):
 
     started: RunStarted | None = None
     error: str | None = None
-
-
-MAX_SAMPLES = 8
-"""Maximum number of rendered samples, evenly spaced over the validation data."""
-
-MAX_PANEL_SIDE = 640
-"""Maximum side length of a panel in pixels; each panel shows the image with one set of boxes."""
-
-PANEL_GAP = 6
-"""Gap between two panels in pixels."""
-
-MAX_CAPTION_CHARS = 1000
-
-
-def render_example_images(before: Path, after: Path) -> list[TrackedImage]:
-    """Render validation samples with the boxes of two prediction files.
-
-    Args:
-        before: Prediction file before training; may be missing, or equal to `after`.
-
-    Returns:
-        One captioned image per sample. Samples without a readable image are skipped.
-    """
-    baseline = before if before.is_file() and before != after else None
-    line_pairs = list(pair_predictions(baseline, after)) if after.is_file() else []
-    num_samples = min(len(line_pairs), MAX_SAMPLES)
-    images = []
-    for n in range(num_samples):
-        index = round(n * (len(line_pairs) - 1) / max(1, num_samples - 1))
-        before_line, after_line = line_pairs[index]
-        image = _render_example(before_line, after_line) if after_line is not None else None
-        images += [] if image is None else [image]
-    return images
-
-
-def _render_example(before: JsonObject | None, after: JsonObject) -> TrackedImage | None:
-    boxes_by_name = {
-        "reference": read_boxes(after.get("gold_boxes")),
-        "before": read_boxes((before or {}).get("boxes")),
-        "after": read_boxes(after.get("boxes")),
-    }
-    paths = read_image_paths(after)
-    # Of several images, use the one with boxes.
-    image_index = next((one["image"] for boxes in boxes_by_name.values() for one in boxes), 0)
-    if not 0 <= image_index < len(paths):
-        return None
-    try:
-        image, scale = _open_resized(Path(paths[image_index]))
-    except (CorruptImageError, OSError, ValueError):
-        return None
-    panels = {}
-    for name, boxes in boxes_by_name.items():
-        shown = [_scale_box(box, scale) for box in boxes if box["image"] == image_index]
-        if boxes:
-            panels[name] = draw_boxes(image, shown)
-    width, height = image.size
-    num_panels = max(1, len(panels))
-    combined = Image.new("RGB", (num_panels * (width + PANEL_GAP) - PANEL_GAP, height), "white")
-    for panel_index, panel in enumerate(panels.values() if panels else [image]):
-        combined.paste(panel, (panel_index * (width + PANEL_GAP), 0))
-    buffer = io.BytesIO()
-    # Without chroma subsampling, so that thin lines keep their colors.
-    combined.save(buffer, "JPEG", quality=88, subsampling=0)
-    caption = _format_caption(before, after, ", ".join(panels))
-    return TrackedImage(jpeg=buffer.getvalue(), caption=caption)
-
-
-def _open_resized(path: Path) -> tuple[Image.Image, float]:
-    """Return an image of at most MAX_PANEL_SIDE, and its scale relative to the original."""
-    height, width = read_image_size(path)
-    scale = min(1.0, MAX_PANEL_SIDE / max(width, height))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return load_image(path, min_side=min(size)).resize(size), scale
-
-
-def _scale_box(box: JsonObject, scale: float) -> BoxPart:
-    x1, y1, x2, y2 = (corner * scale for corner in box["xyxy"])
-    return BoxPart(image=box["image"], label=box["label"] or None, xyxy=(x1, y1, x2, y2))
-
-
-def _format_caption(before: JsonObject | None, after: JsonObject, panel_names: str) -> str:
-    lines = {
-        "id": after.get("id"),
-        "question": after.get("prompt"),
-        "reference": after.get("gold"),
-        "before": None if before is None else before.get("answer"),
-        "after": after.get("answer"),
-        "boxes, left to right": panel_names or None,
-    }
-    return "\n".join(
-        f"{name}: {str(text)[:MAX_CAPTION_CHARS]}" for name, text in lines.items() if text
-    )

@@ -78,7 +78,7 @@ class TrackingEvents:
         loss = {"validation_loss": eval_result.validation_loss}
         self._tracking.log_metrics(eval_result.step, loss | scores)
         # Only needed with a tracker.
-        from finesight.track.tracker_records import render_example_images
+        from finesight.track.tracked_images import render_example_images
 
         predictions_dir = self._state.run_dir.predictions_dir
         images = render_example_images(

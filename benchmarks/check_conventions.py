@@ -1,4 +1,4 @@
-"""Measure how reliably `data check` detects box conventions in a source.
+"""Measure how reliably `check` detects box conventions in a source.
 
     python benchmarks/check_conventions.py DATA_FOLDER [--trials 100] [--jobs 1] [--seed 0]
 

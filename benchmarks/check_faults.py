@@ -1,4 +1,4 @@
-"""Measure detection rate and false alarms of `data check` for injected faults.
+"""Measure detection rate and false alarms of `check` for injected faults.
 
     python benchmarks/check_faults.py DATA [--count 20] [--seed 0] [--out FILE]
 
@@ -82,8 +82,8 @@ def build_clean_samples(data: Path, work: Path, seed: int) -> list[Sample]:
 
 
 def run_check(train: Path, validation: Path, model: Path) -> tuple[list[Record], Record, float]:
-    """Run `data check` and return findings, summary and seconds."""
-    command = [sys.executable, "-m", "finesight", "data", "check", str(train), "--json"]
+    """Run `check` and return findings, summary and seconds."""
+    command = [sys.executable, "-m", "finesight", "check", str(train), "--json"]
     command += ["--against", str(validation), "--model", str(model)]
     start = time.perf_counter()
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Measure time and memory of `data check` for 100,000 samples.
+"""Measure time and memory of `check` for 100,000 samples.
 
     python benchmarks/check_speed.py [--samples 100000] [--num-images 1000] [--work FOLDER]
 
@@ -126,7 +126,7 @@ def main() -> None:
             suffix: measure_decode_throughput(folder, suffix) for suffix in (".jpg", ".png")
         }
         train, validation, size = write_dataset(folder, args.samples, args.num_images)
-        command = [sys.executable, "-m", "finesight", "data", "check", str(train), "--json"]
+        command = [sys.executable, "-m", "finesight", "check", str(train), "--json"]
         seconds, memory, printed = monitor_memory([*command, "--against", str(validation)])
     summary = json.loads(printed.splitlines()[-1])
     quarter = max(1, len(memory) // 4)

@@ -1,10 +1,10 @@
-"""Estimate with `finesight data plan` which model fits on which GPU.
+"""Estimate with `finesight plan` which model fits on which GPU.
 
     python benchmarks/gpu_recommendation.py [MODEL]... --work DIR [--out FILE] [--gpus T4,L4,H200]
 
 MODEL is a hub name or a folder of configuration and tokenizer files. The default is three published
 models; no weights are downloaded. Samples are generated: one image of a fixed size, a question and
-an answer of 20 words. All results are estimates of `finesight data plan RECIPE --gpu GPU`.
+an answer of 20 words. All results are estimates of `finesight plan RECIPE --gpu GPU`.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def main() -> None:
     create_tiny_model(work / "model", options.family, seed=0, preset="small")
     source = str(options.data / "latex_ocr.jsonl")
     fields = ("--map", "image=image", "--map", "answer=latex", "--prompt", "Read the formula.")
-    run_finesight(
-        "data", "import", source, str(work / "data"), *fields, "--limit", str(options.samples)
-    )
+    run_finesight("import", source, str(work / "data"), *fields, "--limit", str(options.samples))
     data, run = work / "data" / "data.jsonl", work / "run"
     recipe = work / "recipe.yaml"
     recipe.write_text(

@@ -103,7 +103,6 @@ def main() -> None:
         for (name, task), rows in zip(TASKS.items(), (args.latex, args.icdar), strict=True):
             data = work / name.replace(" ", "-")
             run_finesight(
-                "data",
                 "import",
                 rows / task.file,
                 data,

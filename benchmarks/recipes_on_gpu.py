@@ -153,7 +153,7 @@ def run_recipe(task: RecipeTask, options: argparse.Namespace, model: Path) -> di
     data = options.work / f"data_{task.name}"
     table = str(options.data / task.dataset)
     shutil.rmtree(data, ignore_errors=True)
-    run_finesight("data", "import", table, str(data), *task.import_args, "--train-fraction", "0.9")
+    run_finesight("import", table, str(data), *task.import_args, "--train-fraction", "0.9")
     run = options.work / f"run_{task.name}"
     words = [
         "train",

@@ -87,9 +87,7 @@ def run_task(task: ReportTask, options: argparse.Namespace) -> dict[str, Any]:
     fields = [word for field in task.column_mapping for word in ("--map", field)]
     prompt = () if task.name == "grounding" else ("--prompt", "Read the formula.")
     source = str(options.data / task.dataset)
-    run_finesight(
-        "data", "import", source, str(work / "data"), *fields, *prompt, "--train-fraction", "0.9"
-    )
+    run_finesight("import", source, str(work / "data"), *fields, *prompt, "--train-fraction", "0.9")
     recipe, run = work / "recipe.yaml", work / "run"
     recipe.write_text(
         RECIPE.format(

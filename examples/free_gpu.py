@@ -6,7 +6,7 @@
 # machine with a GPU and run the cells in order. The images are generated train tickets; replace
 # them with your own data.
 #
-# Estimates for a T4 (16 GB, no bf16): `finesight data plan --gpu T4` computes a peak of 11.2 GB and
+# Estimates for a T4 (16 GB, no bf16): `finesight plan --gpu T4` computes a peak of 11.2 GB and
 # 5.5 s per step at four fifths of the speed in the data sheet, 7 minutes for all steps. **The
 # notebook has not been run on a T4**: memory, time and metrics are not measured there. The cells
 # below measure all of them.

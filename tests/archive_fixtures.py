@@ -16,7 +16,7 @@ from finesight.data.sample import Sample
 
 
 def run_import(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    code = run_command(["data", "import", *map(str, arguments)])
+    code = run_command(["import", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out + captured.err
 

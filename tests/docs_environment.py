@@ -156,7 +156,7 @@ def create_reader_folder(folder: Path) -> None:
 
 
 PREPARED_COMMANDS = """\
-finesight data import labels.csv mine --map image=path --map answer=text \\
+finesight import labels.csv mine --map image=path --map answer=text \\
     --prompt "What is this?" --train-fraction 0.8
 finesight train recipe.yaml
 finesight train recipe.yaml output_dir=runs/rank8

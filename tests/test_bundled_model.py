@@ -84,8 +84,8 @@ def task(tmp_path_factory: pytest.TempPathFactory, this_installation: PackageCop
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     steps = this_installation.run(
         folder,
-        ["data", "show", "recipe.yaml"],
-        ["data", "check", "recipe.yaml"],
+        ["show", "recipe.yaml"],
+        ["check", "recipe.yaml"],
         ["train", "recipe.yaml"],
         ["train", "recipe.yaml", "model=run", "output_dir=next"],
         ["train", "run/recipe.yaml", "--resume"],
@@ -116,7 +116,7 @@ def test_run_works_in_another_installation(task: Path, other_installation: Packa
         ["eval", TINY_MODEL, *evaluate],
         ["merge", "run", "merged"],
         ["predict", "merged", *ask],
-        ["data", "check", "train.jsonl", "--model", TINY_MODEL],
+        ["check", "train.jsonl", "--model", TINY_MODEL],
     )
     assert [code for code, _ in done] == [0] * 8, done
     answers = [json.loads(shown.splitlines()[-1])["answer"] for _, shown in done[:3]]

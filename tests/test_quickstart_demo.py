@@ -82,7 +82,7 @@ def _commands(printed: str) -> list[list[str]]:
 def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, capsys, monkeypatch):
     out, _, printed = finished_quickstart
     first, *others = _commands(printed)
-    assert first[:2] == ["data", "import"]
+    assert first[:2] == ["import"]
     first[3] = str(tmp_path / "again")
     assert run_command(first) == 0
     answers = [

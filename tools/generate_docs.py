@@ -30,12 +30,12 @@ COMMAND_NAMES = (
         "quickstart",
         "download",
         "doctor",
-        "data import",
-        "data check",
-        "data show",
-        "data plan",
+        "import",
+        "check",
+        "show",
+        "plan",
         "data export",
-        "data migrate",
+        "data convert-boxes",
         "convert",
     ),
     *(
@@ -145,8 +145,8 @@ The help texts of all commands. `finesight COMMAND --help` prints the same text.
 |---|---|
 | 0 | success |
 | 1 | internal error of finesight |
-| 2 | invalid input; errors reported by `doctor` or `data check`; a plan that does not fit |
-| 3 | `data check` found warnings only |
+| 2 | invalid input; errors reported by `doctor` or `check`; a plan that does not fit |
+| 3 | `check` found warnings only |
 | 75 | training stopped after writing a checkpoint |
 | 130 | interrupted without a checkpoint |""",
     "zh": """# 命令
@@ -157,8 +157,8 @@ The help texts of all commands. `finesight COMMAND --help` prints the same text.
 |---|---|
 | 0 | 成功 |
 | 1 | finesight 内部错误 |
-| 2 | 输入无效；`doctor` 或 `data check` 报告了错误；规划放不下 |
-| 3 | `data check` 只有警告 |
+| 2 | 输入无效；`doctor` 或 `check` 报告了错误；规划放不下 |
+| 3 | `check` 只有警告 |
 | 75 | 写出检查点后停止训练 |
 | 130 | 被中断，没有写出检查点 |""",
 }
@@ -199,7 +199,7 @@ def render_formats_table(translate: Translate) -> str:
 
 
 def render_issues_table(translate: Translate) -> str:
-    """Render the table of issues that `data check` reports."""
+    """Render the table of issues that `check` reports."""
     rows = [
         f"| `{code}` | {translate(severity)} | {translate(description)} |"
         for code, (severity, description) in ISSUE_TYPES.items()

@@ -374,7 +374,7 @@ def import_data(
     """Import a labeled image dataset as samples in the new folder `out`.
 
     The output is `data.jsonl`, or `train.jsonl` and `eval.jsonl` with `train_fraction` or
-    `eval_last`. No image is in both files. `finesight data import` has further options.
+    `eval_last`. No image is in both files. `finesight import` has further options.
 
     Args:
         source: A file, a folder, an archive, or `hf:OWNER/NAME` and `modelscope:OWNER/NAME`.

@@ -189,7 +189,7 @@ def _import_table(table: Path, out: Path, settings: QuickstartSettings) -> str:
         import_dataset(table, target, import_options)
     map_options = [part for pair in _COLUMNS.items() for part in ("--map", "=".join(pair))]
     options = ["--prompt", PROMPT, "--eval-last", str(settings.num_eval_rows)]
-    return _format_command("data", "import", table, target, *map_options, *options)
+    return _format_command("import", table, target, *map_options, *options)
 
 
 def _format_command(*arguments: str | Path) -> str:

@@ -27,12 +27,12 @@ COMMANDS = (
     ["report"],
     ["compare"],
     ["convert"],
-    ["data", "check"],
-    ["data", "import"],
+    ["check"],
+    ["import"],
     ["data", "export"],
-    ["data", "migrate"],
-    ["data", "plan"],
-    ["data", "show"],
+    ["data", "convert-boxes"],
+    ["plan"],
+    ["show"],
 )
 INTERACTIVE_COMMANDS = (["chat"], ["web"], ["serve"])
 """Commands that run until they are stopped and print no results."""

@@ -1,4 +1,4 @@
-"""Tests of `data import` with archives, WebDatasets and web sources."""
+"""Tests of `import` with archives, WebDatasets and web sources."""
 
 from __future__ import annotations
 

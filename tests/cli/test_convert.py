@@ -49,7 +49,7 @@ def test_summary_is_printed(work_dir):
     assert "  x\\x1b[1m 1: unknown setting of LLaMA-Factory: check whether it matters" in lines
     assert lines[-3:] == [
         "next:",
-        "  finesight data import data/tickets.json samples/tickets",
+        "  finesight import data/tickets.json samples/tickets",
         "  finesight train recipe.yaml",
     ]
     assert "lora" in (work_dir / "recipe.yaml").read_text()
@@ -61,7 +61,7 @@ def test_json_output(work_dir):
     assert done["program"] == "LLaMA-Factory"
     assert done["recipe_text"] == (work_dir / "recipe.yaml").read_text()
     assert {"kind", "key", "value", "text"} == set(done["notes"][0])
-    assert done["import_commands"] == ["finesight data import data/tickets.json samples/tickets"]
+    assert done["import_commands"] == ["finesight import data/tickets.json samples/tickets"]
 
 
 def test_failed_conversion_writes_no_files(work_dir):
@@ -89,7 +89,7 @@ def test_printed_import_commands_create_the_data(work_dir):
     done = json.loads(run("convert", "s.yaml", "recipe.yaml", "--json").output)
     for command in done["import_commands"]:
         words = command.split()
-        assert words[:3] == ["finesight", "data", "import"]
+        assert words[:3] == ["finesight", "import"]
         assert run(*words[2:]).exit_code == 0
     data = load_converted_recipe(work_dir).data
     for file in (*data.train, *data.eval):

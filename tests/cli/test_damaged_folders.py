@@ -49,8 +49,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "merge": ["merge", str(done), str(folder / "merged")],
         "resume": ["train", str(recipe), "--resume"],
         "train": ["train", str(recipe), f"output_dir={folder / 'new'}"],
-        "plan": ["data", "plan", str(recipe), "--gpu", "T4"],
-        "show": ["data", "show", str(recipe)],
+        "plan": ["plan", str(recipe), "--gpu", "T4"],
+        "show": ["show", str(recipe)],
     }
 
 

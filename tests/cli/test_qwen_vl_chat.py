@@ -52,7 +52,7 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tutorial")
     create_tiny_model(folder / "base", "qwen")
     data = folder / "chat"
-    assert run_command(["data", "import", str(_training_file(folder)), str(data)]) == 0
+    assert run_command(["import", str(_training_file(folder)), str(data)]) == 0
     recipe = {
         "model": str(folder / "base"),
         "data": {"train": str(data / "data.jsonl")},

@@ -1,4 +1,4 @@
-"""Tests of `data import` and `download` with hubs."""
+"""Tests of `import` and `download` with hubs."""
 
 from __future__ import annotations
 

@@ -54,10 +54,10 @@ def read_only_commands(recipe: Path, model: str) -> list[list[str]]:
     """Return the commands that read no weights."""
     samples = str(recipe.parent / "train.jsonl")
     return [
-        ["data", "plan", str(recipe), "--gpu", "T4"],
-        ["data", "show", str(recipe), "--num-samples", "1"],
-        ["data", "check", str(recipe)],
-        ["data", "check", samples, "--model", model, "--max-length", "999"],
+        ["plan", str(recipe), "--gpu", "T4"],
+        ["show", str(recipe), "--num-samples", "1"],
+        ["check", str(recipe)],
+        ["check", samples, "--model", model, "--max-length", "999"],
     ]
 
 

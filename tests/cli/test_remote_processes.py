@@ -46,7 +46,7 @@ def make_environment(server: FakeHubServer, folder: Path, **more: str) -> dict[s
 
 def start(server: FakeHubServer, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "finesight", "data", "import", *arguments],
+        [sys.executable, "-m", "finesight", "import", *arguments],
         env=make_environment(server, folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -98,7 +98,7 @@ def test_offline_import_with_blocked_sockets(
     requested = len(server.requests)
 
     def offline(source: str, out: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["data", "import", source, str(tmp_path / out), *COLUMNS]
+        arguments = ["import", source, str(tmp_path / out), *COLUMNS]
         return subprocess.run(
             [sys.executable, "-c", BLOCKED, *arguments],
             env=make_environment(server, tmp_path, HF_HUB_OFFLINE="1"),

@@ -99,48 +99,46 @@ def to_thousandths(one: DrawnImage) -> list[int]:
 
 
 def test_xywh_given_as_xyxy(run_on_rows: Callable[..., tuple[int, str]]) -> None:
-    code, output = run_on_rows(make_box_rows(to_xywh), "data", "import", out=True)
+    code, output = run_on_rows(make_box_rows(to_xywh), "import", out=True)
     assert code == 2
     assert "of 60 rows are invalid; no files were written" in output
     assert "if the boxes are xywh, give --box-format xywh" in output
-    code, output = run_on_rows(make_box_rows(to_xywh), "data", "check")
+    code, output = run_on_rows(make_box_rows(to_xywh), "check")
     assert code == 2
     assert "the boxes are a corner and a size (x, y, width, height) in pixels" in output
     assert "remedy: give --box-format xywh" in output
     # The remedy fixes it.
-    code, output = run_on_rows(make_box_rows(to_xywh), "data", "check", "--box-format", "xywh")
+    code, output = run_on_rows(make_box_rows(to_xywh), "check", "--box-format", "xywh")
     assert (code, "no issues found" in output) == (0, True)
 
 
 def test_boxes_of_resized_copy(run_on_rows: Callable[..., tuple[int, str]]) -> None:
-    code, output = run_on_rows(make_box_rows(to_resized), "data", "check")
+    code, output = run_on_rows(make_box_rows(to_resized), "check")
     assert code == 2
     assert "in pixels of a resized image, the longest side about 25" in output
     assert "scale the boxes to the referenced image" in output
 
 
 def test_thousandths_given_as_pixels(run_on_rows: Callable[..., tuple[int, str]]) -> None:
-    code, output = run_on_rows(make_box_rows(to_thousandths), "data", "import", out=True)
+    code, output = run_on_rows(make_box_rows(to_thousandths), "import", out=True)
     assert (code, "--box-units pixel, 1 or 1000" in output) == (2, True)
-    code, output = run_on_rows(make_box_rows(to_thousandths), "data", "check")
+    code, output = run_on_rows(make_box_rows(to_thousandths), "check")
     assert code == 2
     assert "in thousandths of the image" in output
     assert "remedy: give --box-units 1000" in output
-    assert (
-        run_on_rows(make_box_rows(to_thousandths), "data", "check", "--box-units", "1000")[0] == 0
-    )
+    assert run_on_rows(make_box_rows(to_thousandths), "check", "--box-units", "1000")[0] == 0
 
 
 def test_padding_token_at_end_of_answers(run_on_rows: Callable[..., tuple[int, str]]) -> None:
     make = make_text_rows("Say it: <|vision_start|>IMAGE<|vision_end|>", "A box.<|endoftext|>")
-    code, output = run_on_rows(make, "data", "check")
+    code, output = run_on_rows(make, "check")
     assert code == 2
     assert "the text contains a special token" in output
     assert "<|endoftext|> in a text" in output
 
 
 def test_path_given_as_question(run_on_rows: Callable[..., tuple[int, str]]) -> None:
-    code, output = run_on_rows(make_text_rows("IMAGE", "x"), "data", "import", out=True)
+    code, output = run_on_rows(make_text_rows("IMAGE", "x"), "import", out=True)
     assert code == 2
     assert "a question without text (images: 1)" in output
     assert 'give --prompt "..."' in output
@@ -150,9 +148,7 @@ def test_all_turns_and_original_text_are_imported(
     run_on_rows: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     first = "COCO Yes: <|vision_start|>IMAGE<|vision_end|>"
-    code, _ = run_on_rows(
-        make_text_rows(first, "A box.", "How wide?", "40."), "data", "import", out=True
-    )
+    code, _ = run_on_rows(make_text_rows(first, "A box.", "How wide?", "40."), "import", out=True)
     assert code == 0
     sample = json.loads((tmp_path / "out" / "data.jsonl").read_text().splitlines()[0])
     assert [message["role"] for message in sample["messages"]] == ["user", "assistant"] * 2
@@ -165,7 +161,7 @@ def test_samples_over_max_length(
     create_tiny_model(tmp_path / "model", "qwen2_vl")
     make = make_text_rows("Say it: <|vision_start|>IMAGE<|vision_end|>", "A box.")
     model = ("--model", str(tmp_path / "model"), "--max-length", "50")
-    code, output = run_on_rows(make, "data", "check", *model)
+    code, output = run_on_rows(make, "check", *model)
     assert code == 2
     assert "the sample exceeds the maximum length" in output
 

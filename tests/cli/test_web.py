@@ -27,8 +27,8 @@ def test_invalid_passwords_are_rejected(tmp_path):
     (tmp_path / "short").write_text("1234567\n")
     assert "the password has 7 characters" in run_rejected("--password-file", tmp_path / "short")
     assert "cannot be read" in run_rejected("--password-file", tmp_path / "gone")
-    assert "--no-password is given with" in run_rejected(
-        "--password-file", tmp_path / "short", "--no-password"
+    assert "--no-auth is given with" in run_rejected(
+        "--password-file", tmp_path / "short", "--no-auth"
     )
 
 
@@ -45,7 +45,7 @@ def test_occupied_port_is_rejected_before_model_load():
     assert "cannot listen on 192.0.2.1" in run_rejected("--host", "192.0.2.1")
 
 
-@pytest.mark.parametrize("options", [[], ["--no-password"]])
+@pytest.mark.parametrize("options", [[], ["--no-auth"]])
 def test_public_host_requires_a_password_unless_open(options: list[str], tmp_path: Path):
     command = [sys.executable, "-m", "finesight", "web", "finesight-tiny", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}

@@ -214,10 +214,10 @@ def test_datasets_are_resolved_from_dataset_info(tmp_path, monkeypatch):
         tmp_path, base | {"dataset": "tickets,odd,online,twice", "val_size": 20}
     )
     assert done.import_commands == (
-        "finesight data import sets/t/tickets.json samples/tickets --eval-last 20",
-        "finesight data import sets/odd.json samples/odd --eval-last 20",
-        "finesight data import hf:owner/name:small/train samples/online --limit 50 --eval-last 20",
-        "finesight data import hf:owner/a samples/twice --eval-last 20",
+        "finesight import sets/t/tickets.json samples/tickets --eval-last 20",
+        "finesight import sets/odd.json samples/odd --eval-last 20",
+        "finesight import hf:owner/name:small/train samples/online --limit 50 --eval-last 20",
+        "finesight import hf:owner/a samples/twice --eval-last 20",
     )
     assert notes_by_setting(done, "note")["odd: columns"]
     assert "random ones" in notes_by_setting(done, "differs")["online: num_samples"]
@@ -246,12 +246,12 @@ def test_descriptions_that_cannot_be_read_are_refused(content, tmp_path, monkeyp
 def test_missing_dataset_info_gives_guessed_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS)
-    assert done.import_commands == ("finesight data import data/tickets.json samples/tickets",)
+    assert done.import_commands == ("finesight import data/tickets.json samples/tickets",)
     assert "does not exist" in notes_by_setting(done, "note")["dataset_dir"]
     online = convert_settings(
         tmp_path, LLAMA_FACTORY_SETTINGS | {"dataset_dir": "ONLINE", "dataset": "owner/name"}
     )
-    assert online.import_commands == ("finesight data import hf:owner/name samples/name",)
+    assert online.import_commands == ("finesight import hf:owner/name samples/name",)
 
 
 def test_command_gives_the_gpu_count(tmp_path):

@@ -207,11 +207,11 @@ def test_hub_datasets_become_import_commands(tmp_path):
     names = ["AI-ModelScope/LaTeX_OCR:small#200", "MS::a/b", "HF::c/d", "x/y:all"]
     done = convert_settings(tmp_path, SWIFT_SETTINGS | {"dataset": names})
     assert done.import_commands == (
-        "finesight data import modelscope:AI-ModelScope/LaTeX_OCR:small/train"
+        "finesight import modelscope:AI-ModelScope/LaTeX_OCR:small/train"
         " samples/LaTeX_OCR --limit 200",
-        "finesight data import modelscope:a/b samples/b",
-        "finesight data import hf:c/d samples/d",
-        "finesight data import modelscope:x/y samples/y",
+        "finesight import modelscope:a/b samples/b",
+        "finesight import hf:c/d samples/d",
+        "finesight import modelscope:x/y samples/y",
     )
 
 

@@ -85,7 +85,7 @@ def _no_json(name: str) -> None:
 
 
 def checked(source: Path, request: ImportOptions, saved: Path) -> None:
-    """Read a source as `data check` does, with its faults."""
+    """Read a source as `check` does, with its faults."""
     saved.mkdir()
     try:
         for drafted in open_unvalidated(source, request, saved):

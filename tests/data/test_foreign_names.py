@@ -232,15 +232,15 @@ def test_from_import_to_training(
     names = [f"{CAT}/{CAT}{number}.png" for number in range(4)]
     write_jsonl(home / "a.jsonl", [{"image": n, "query": "?", "response": "x"} for n in names])
     monkeypatch.chdir(home)
-    assert run_command(["data", "check", "a.jsonl", "--fix", str(tmp_path / "fixed")]) == 0
-    assert run_command(["data", "import", "a.jsonl", str(tmp_path / "data")]) == 0
+    assert run_command(["check", "a.jsonl", "--fix", str(tmp_path / "fixed")]) == 0
+    assert run_command(["import", "a.jsonl", str(tmp_path / "data")]) == 0
     recipe["data"] = {"train": str(tmp_path / "data" / "data.jsonl")}
     recipe["output_dir"] = str(tmp_path / "run")
     recipe["train"] |= {"epochs": 1, "batch_size": 2, "save_every": 10}
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(yaml.safe_dump(recipe))
-    assert run_command(["data", "check", "r.yaml"]) == 0
-    assert run_command(["data", "show", "r.yaml", "--json"]) == 0
+    assert run_command(["check", "r.yaml"]) == 0
+    assert run_command(["show", "r.yaml", "--json"]) == 0
     assert run_command(["train", "r.yaml"]) == 0
     monkeypatch.chdir(home)
     shutil.copytree(recipe["model"], "tiny")
@@ -257,7 +257,7 @@ def test_findings_about_such_names_are_printed(tmp_path: Path, options: list[str
     (folder / in_gbk("\u4e2d.jpg")).write_text("no image")
     (folder / in_gbk("\u4e2d.txt")).write_text("x")
     code = "from finesight.cli.app import main; main()"
-    command = [sys.executable, "-c", code, "data", "check", str(folder), "--prompt", "?", *options]
+    command = [sys.executable, "-c", code, "check", str(folder), "--prompt", "?", *options]
     done = subprocess.run(
         command,
         capture_output=True,

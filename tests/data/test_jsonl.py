@@ -176,4 +176,4 @@ def test_foreign_row_error_suggests_import(key: str, tmp_path: Path) -> None:
     path.write_text(json.dumps({"id": "a", "messages": [], key: ["x"]}) + "\n")
     with pytest.raises(UserError, match="another dataset format") as caught:
         read_samples(path)
-    assert "finesight data import" in str(caught.value)
+    assert "finesight import" in str(caught.value)

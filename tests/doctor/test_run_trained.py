@@ -48,7 +48,7 @@ def run_remedy(remedy: str) -> None:
     for command in remedy.replace(" && ", "\n").splitlines():
         words = shlex.split(command)
         if words[0] == "finesight":
-            # `data check --fix` also reports the corrected issues by its exit code.
+            # `check --fix` also reports the corrected issues by its exit code.
             assert run_command(words[1:]) == (2 if "--fix" in words else 0), command
         else:
             subprocess.run(command, shell=True, check=True)

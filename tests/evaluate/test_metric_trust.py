@@ -145,9 +145,9 @@ def test_resuming_into_a_copy_that_others_wrote_asks_first(made: Run, tmp_path: 
 
 
 COMMANDS = {
-    "data plan": ["data", "plan", "{recipe}", "--gpu", "T4"],
-    "data show": ["data", "show", "{recipe}"],
-    "data check": ["data", "check", "{recipe}"],
+    "plan": ["plan", "{recipe}", "--gpu", "T4"],
+    "show": ["show", "{recipe}"],
+    "check": ["check", "{recipe}"],
     "report": ["report", "{run}", "--out", "{new}/report.html"],
     "compare": ["compare", "{run}", "{run2}", "--out", "{new}/compare.html"],
     "doctor": ["doctor", "{run}"],
@@ -162,7 +162,7 @@ COMMANDS = {
 def test_other_commands_execute_no_metric(
     made: Run, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """However much it is trusted: `data plan` did."""
+    """However much it is trusted: `plan` did."""
     trust_metric(made.metric)
     second = tmp_path / "second"
     if name == "compare":
@@ -187,7 +187,7 @@ def test_plan_names_a_metric_that_is_not_there(
     made: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["eval.metric=none.py:score", f"output_dir={tmp_path / 'new'}", "--gpu", "T4"]
-    assert run_command(["data", "plan", str(made.recipe), *more]) == 2
+    assert run_command(["plan", str(made.recipe), *more]) == 2
     assert "none.py: no such file" in capsys.readouterr().err
 
 

@@ -252,7 +252,7 @@ def test_crash_while_importing_data(tmp_path: Path, crash: str, every_point: boo
 
     def act(store: Path) -> None:
         maps = ["--map", "image=path", "--map", "answer=text", "--prompt", "What does it say?"]
-        run_finesight("data", "import", store / "labels.csv", store / "out", *maps)
+        run_finesight("import", store / "labels.csv", store / "out", *maps)
 
     def check_complete(store: Path) -> None:
         verify_folder(store / "out")

@@ -98,7 +98,7 @@ def test_data_check_reports_invalid_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_samples(tmp_path, ODDS, "odd.jsonl")
-    assert run_command(["data", "check", str(data), "--json"]) == 2
+    assert run_command(["check", str(data), "--json"]) == 2
     *findings, _ = map(json.loads, capsys.readouterr().out.splitlines())
     errors = {one["sample_id"] for one in findings if one["severity"] == "error"}
     assert errors == REFUSED

@@ -100,8 +100,8 @@ def _command(command: list[str], folder: Path, output: int, peak_memory: mmap.mm
 
 TO_MODEL = (
     ["predict", "task/tiny", "task/train0.png", "--prompt", "Which?", "--max-new-tokens", "4"],
-    ["data", "show", "recipe.yaml"],
-    ["data", "plan", "recipe.yaml", "--gpu", "T4"],
+    ["show", "recipe.yaml"],
+    ["plan", "recipe.yaml", "--gpu", "T4"],
     ["train", "recipe.yaml", "output_dir=new", "train.steps=1", "train.epochs=null", "eval=null"],
     ["doctor", "task/tiny"],
     ["merge", "run", "merged"],
@@ -116,9 +116,9 @@ TO_RUN = (
     ["train", "recipe.yaml", "--resume"],
 )
 TO_RECIPE = (
-    ["data", "plan", "fuzzed.yaml", "--gpu", "T4"],
-    ["data", "show", "fuzzed.yaml"],
-    ["data", "check", "fuzzed.yaml"],
+    ["plan", "fuzzed.yaml", "--gpu", "T4"],
+    ["show", "fuzzed.yaml"],
+    ["check", "fuzzed.yaml"],
     ["train", "fuzzed.yaml", "output_dir=new", "train.steps=1", "train.epochs=null", "eval=null"],
 )
 WAYS: dict[str, tuple[Callable[[random.Random, bytes], bytes], tuple[list[str], ...]]] = {

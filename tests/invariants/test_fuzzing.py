@@ -255,9 +255,9 @@ def test_commands_exit_cleanly_on_corrupt_data(
         found |= codes(
             [
                 ["train", recipe, *more],
-                ["data", "check", str(path), "--fix", str(task / f"fixed{number}")],
-                ["data", "show", recipe],
-                ["data", "import", str(path), str(task / f"imported{number}")],
+                ["check", str(path), "--fix", str(task / f"fixed{number}")],
+                ["show", recipe],
+                ["import", str(path), str(task / f"imported{number}")],
                 ["data", "export", str(path), str(task / f"out{number}"), "--to", "ms-swift"],
             ],
             capsys,
@@ -281,8 +281,8 @@ def test_commands_exit_cleanly_on_corrupt_recipes(
         found |= codes(
             [
                 ["train", str(path), *own, "train.num_workers=0", "train.batch_size=2"],
-                ["data", "check", str(path)],
-                ["data", "plan", str(path)],
+                ["check", str(path)],
+                ["plan", str(path)],
             ],
             capsys,
         )

@@ -180,10 +180,10 @@ def test_data_commands_work_without_native_renderer(
     task: TinyTask, tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(tuned / "recipe.yaml")
-    assert command(["data", "check", recipe]) == 0
-    assert command(["data", "show", recipe]) == 0
+    assert command(["check", recipe]) == 0
+    assert command(["show", recipe]) == 0
     assert "supervised: " in capsys.readouterr().out
-    assert command(["data", "show", recipe, "--html", str(task.folder / "page.html")]) == 2
+    assert command(["show", recipe, "--html", str(task.folder / "page.html")]) == 2
     assert "a model of a native family" in capsys.readouterr().err
 
 

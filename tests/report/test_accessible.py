@@ -60,11 +60,8 @@ def test_pages_have_no_severe_violations(
     write_compare_page(runs, page, language)
     recipe = write_recipe(tmp_path / "recipe.yaml", make_task(tmp_path) | {"output_dir": "run"})
     chosen = ["--language", language]
-    assert (
-        run_command(["data", "check", str(tmp_path / "train.jsonl"), "--html", str(check), *chosen])
-        == 0
-    )
-    assert run_command(["data", "show", str(recipe), "--html", str(show), *chosen]) == 0
+    assert run_command(["check", str(tmp_path / "train.jsonl"), "--html", str(check), *chosen]) == 0
+    assert run_command(["show", str(recipe), "--html", str(show), *chosen]) == 0
     reports = [write_report(folder, language=language) for folder in runs]
     for file in (page, check, show, *reports):
         browser.open(file, width, dark=dark)

@@ -1,4 +1,4 @@
-"""Issue types of `finesight data check`, the result of a check, and its text and JSON formats."""
+"""Issue types of `finesight check`, the result of a check, and its text and JSON formats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ removed from the text.
 """
 
 EXIT_CODES: dict[Severity, int] = {"error": 2, "warning": 3, "note": 0}
-"""Exit code of `finesight data check` by the highest severity, most severe first.
+"""Exit code of `finesight check` by the highest severity, most severe first.
 
 The exit code is 0 without issues.
 """
@@ -220,7 +220,7 @@ class CheckResult:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of `finesight data check`."""
+        """Exit code of `finesight check`."""
         return 0 if self.severity is None else EXIT_CODES[self.severity]
 
     @property
@@ -230,7 +230,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class FixResult:
-    """Result of `finesight data check --fix`.
+    """Result of `finesight check --fix`.
 
     Attributes:
         num_skipped: Number of samples and rows that were not written.

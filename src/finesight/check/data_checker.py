@@ -130,7 +130,7 @@ def _reject_remote_source(source: Path) -> None:
             "archives and remote sources cannot be checked directly",
             where=str(source),
             expected="local files or folders, unpacked",
-            remedy="import it first (`finesight data import SOURCE OUT`, the source written in the"
+            remedy="import it first (`finesight import SOURCE OUT`, the source written in the"
             " same way), then check OUT",
         )
 

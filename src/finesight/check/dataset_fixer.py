@@ -1,4 +1,4 @@
-"""Write a fixed copy of checked data files, without invalid samples (`data check --fix`)."""
+"""Write a fixed copy of checked data files, without invalid samples (`check --fix`)."""
 
 from __future__ import annotations
 

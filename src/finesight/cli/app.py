@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from finesight import __version__
 from finesight.cli.chat import chat
-from finesight.cli.data import check, export_data, import_data, migrate, plan, show
+from finesight.cli.data import check, convert_boxes, export_data, import_data, plan, show
 from finesight.cli.doctor import doctor
 from finesight.cli.models import download, export, merge
 from finesight.cli.results import compare, evaluate, predict, report
@@ -51,6 +51,16 @@ _PLACEHOLDERS = {
     "dir": "FOLDER",
 }
 """Placeholder of each Python type that typer prints, such as `<int range>`."""
+
+COMMAND_GROUPS = {
+    "Start": ("quickstart", "doctor", "download"),
+    "Data": ("import", "check", "show", "data"),
+    "Training": ("plan", "train", "launch", "convert"),
+    "Evaluation": ("eval", "report", "compare"),
+    "Inference": ("predict", "chat", "web", "serve"),
+    "Deployment": ("merge", "export"),
+}
+"""Sections of the top-level help with their commands."""
 
 _TYPE_NAME = re.compile(rf"<(?:list\[)?({'|'.join(_PLACEHOLDERS)})(?: range)?\]?>", re.IGNORECASE)
 
@@ -91,8 +101,24 @@ def _format_argument(param: Any) -> str:
     return (name if param.required else f"[{name}]") + ("..." if param.nargs != 1 else "")
 
 
+class GroupedHelp(TyperGroup):
+    """Top-level help that lists the commands by stage of the workflow."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write one section per group of COMMAND_GROUPS."""
+        for title, commands in COMMAND_GROUPS.items():
+            rows = [
+                (name, command.get_short_help_str(limit=100))
+                for name in commands
+                if (command := self.get_command(ctx, name)) is not None
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
 app = typer.Typer(
     name="finesight",
+    cls=GroupedHelp,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -100,8 +126,8 @@ app = typer.Typer(
 data_app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Import, check and convert datasets.\n\nExample: finesight data import labels.csv mine"
-    ' --map image=path --map answer=text --prompt "What is this?"',
+    help="Export samples and convert boxes.\n\nExample: finesight data export mine/train.jsonl out"
+    " --to llava",
 )
 
 
@@ -122,7 +148,7 @@ def configure_cli(
 ) -> None:
     """Fine-tune Qwen vision-language models on your own images.
 
-    Start with quickstart. With your own images: data import, data check, data plan, train, predict.
+    Start with quickstart. With your own images: import, check, plan, train, predict.
 
     Example: finesight quickstart
     """
@@ -134,18 +160,18 @@ _add_data_command = partial(data_app.command, cls=PlainHelpCommand)
 _add_command(short_help="Run the complete workflow on generated data, on a CPU.")(quickstart)
 _add_command(short_help="Download a model or dataset from a hub.")(download)
 _add_command(short_help="Diagnose a machine, a recipe, a model or a run.")(doctor)
-app.add_typer(data_app, name="data", short_help="Import, check and convert datasets.")
-_add_data_command("import", short_help="Import a dataset as samples.")(import_data)
-_add_data_command(short_help="Validate samples.")(check)
+_add_command("import", short_help="Import a dataset as samples.")(import_data)
+_add_command(short_help="Validate samples.")(check)
+_add_command(short_help="Print the tokenized samples of a recipe.")(show)
+app.add_typer(data_app, name="data", short_help="Export samples and convert boxes.")
 _add_data_command("export", short_help="Export samples in the format of another program.")(
     export_data
 )
-_add_data_command(short_help="Print the tokenized samples of a recipe.")(show)
-_add_data_command(short_help="Estimate memory and time of a run and suggest settings that fit.")(
-    plan
-)
-_add_data_command(short_help="Convert the boxes of a file to another model family.")(migrate)
+_add_data_command(
+    "convert-boxes", short_help="Convert the boxes of a file to another model family."
+)(convert_boxes)
 _add_command(short_help="Convert an ms-swift or LLaMA-Factory configuration to a recipe.")(convert)
+_add_command(short_help="Estimate memory and time of a run and suggest settings that fit.")(plan)
 _add_command(short_help="Fine-tune a model with a recipe.")(train)
 _add_command(short_help="Write a training job for several GPUs or nodes.")(launch)
 _add_command("eval", short_help="Evaluate a model or run on a dataset.")(evaluate)

@@ -1,4 +1,4 @@
-"""`finesight data`: import, export, migrate, check, plan and show datasets."""
+"""Commands of data: `import`, `check`, `show`, `plan`, `data export`, `data convert-boxes`."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def import_data(
     accepts all of them. Downloads resume and use the cache (HF_HOME). For hub datasets, only the
     files required by --rows and --limit are downloaded.
 
-    Example: finesight data import latex.csv latex --map image=image_path --map answer=text
+    Example: finesight import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --train-fraction 0.9
     """
     from finesight.data.import_source import ImportOptions
@@ -181,9 +181,7 @@ def _format_summary(source: str, summary: ImportSummary) -> list[str]:
 def export_data(
     samples: Annotated[
         Path,
-        typer.Argument(
-            metavar="SAMPLES", help="Samples file, as written by `finesight data import`."
-        ),
+        typer.Argument(metavar="SAMPLES", help="Samples file, as written by `finesight import`."),
     ],
     out: Annotated[
         Path,
@@ -195,7 +193,7 @@ def export_data(
             "--to",
             metavar="FORMAT",
             help="ms-swift, llama-factory, llava, openai, coco, yolo or another --format of "
-            "`finesight data import`.",
+            "`finesight import`.",
         ),
     ],
     copy_images: Annotated[
@@ -210,7 +208,7 @@ def export_data(
     """Export samples in the format of another program.
 
     Features that the format does not support are counted. A sample that the format cannot represent
-    is an error. `finesight data import` reads every format.
+    is an error. `finesight import` reads every format.
 
     Example: finesight data export latex/train.jsonl latex-swift --to ms-swift
     """
@@ -257,7 +255,7 @@ MAX_PRINTED_RECORDS = 3
 """Maximum number of printed locations of texts that were not converted."""
 
 
-def migrate(
+def convert_boxes(
     file: Annotated[
         Path,
         typer.Argument(
@@ -292,14 +290,14 @@ def migrate(
 ) -> None:
     """Rewrite the boxes in answers of a file for another model family.
 
-    For files made for other trainers. Files of `finesight data import` fit every family: change the
+    For files made for other trainers. Files of `finesight import` fit every family: change the
     model in the recipe instead.
 
     qwen_vl and qwen2_vl use special tokens in the text, qwen2_5_vl and qwen3_vl use JSON.
     Coordinates of qwen2_5_vl are pixels of the resized image, which --model or --image defines.
     Other families use thousandths of the image sides. Text outside of box answers is unchanged.
 
-    Example: finesight data migrate old.jsonl new.jsonl --from qwen2_vl --to qwen2_5_vl
+    Example: finesight data convert-boxes old.jsonl new.jsonl --from qwen2_vl --to qwen2_5_vl
     --model Qwen/Qwen2.5-VL-3B-Instruct
     """
     from finesight.encode.box_migration import migrate_box_file
@@ -310,7 +308,7 @@ def migrate(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary), ensure_ascii=False, default=str))
     else:
-        typer.echo("\n".join(_format_migrate_summary(summary)))
+        typer.echo("\n".join(_format_conversion(summary)))
 
 
 def _resolve_resize_rule(model: str | None, pairs: list[str]) -> ResizeSpec | None:
@@ -354,7 +352,7 @@ def _resolve_resize_rule(model: str | None, pairs: list[str]) -> ResizeSpec | No
     return ResizeSpec(rule, size_factor)
 
 
-def _format_migrate_summary(summary: MigrationResult) -> list[str]:
+def _format_conversion(summary: MigrationResult) -> list[str]:
     lines = [
         f"{summary.file}: {summary.num_records} records, {summary.num_boxes} boxes rewritten in "
         f"{summary.answers_with_boxes} answers",
@@ -424,7 +422,7 @@ def check(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SOURCE", help="Local files or folders as for `data import`, or one recipe."
+            metavar="SOURCE", help="Local files or folders as for `import`, or one recipe."
         ),
     ],
     against: AgainstOption = None,
@@ -451,11 +449,11 @@ def check(
 
     For a recipe, its training and validation files are checked with max_length and the tokenizer of
     its model; only --fix, --html, --language and --json apply. Other sources are read as
-    by `data import` with these options. Sources are never modified.
+    by `import` with these options. Sources are never modified.
 
     Exit code: 0 without issues or with notes only, 3 with warnings, 2 with errors.
 
-    Example: finesight data check latex/train.jsonl --against latex/eval.jsonl --html check.html
+    Example: finesight check latex/train.jsonl --against latex/eval.jsonl --html check.html
     """
     from finesight.check.data_checker import (
         inputs_from_files,
@@ -593,7 +591,7 @@ def plan(
 
     Exit code: 0 if the run fits, 2 if no setting makes it fit.
 
-    Example: finesight data plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
+    Example: finesight plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
     """
     from rich.console import Console
 
@@ -638,7 +636,7 @@ def show(
     position ids and its text. All placeholder tokens of an image share one line. Reads the
     configuration and tokenizer of the model, but no weights.
 
-    Example: finesight data show recipes/latex_ocr_qwen2_vl_2b.yaml --num-samples 2
+    Example: finesight show recipes/latex_ocr_qwen2_vl_2b.yaml --num-samples 2
     """
     from finesight.data.corpus import load_corpus
     from finesight.encode.renderer import build_renderer

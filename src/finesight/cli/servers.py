@@ -68,13 +68,13 @@ def serve(
         int,
         typer.Option(min=1, help="Maximum number of answers that are generated at the same time."),
     ] = 64,
-    max_waiting: Annotated[
+    max_queue: Annotated[
         int,
         typer.Option(
             min=0, help="Maximum number of waiting requests; further ones get HTTP status 429."
         ),
     ] = 256,
-    request_timeout_s: Annotated[
+    timeout: Annotated[
         float,
         typer.Option(
             min=1,
@@ -113,7 +113,7 @@ def serve(
     keys = read_api_keys(key_file)
     listener = bind_socket(host, port, keys)
     limits = ServerLimits(
-        max_num_seqs=max_num_seqs, max_waiting=max_waiting, request_timeout_s=request_timeout_s
+        max_num_seqs=max_num_seqs, max_waiting=max_queue, request_timeout_s=timeout
     )
     thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     inference_model = load_multi_adapter_model(
@@ -166,8 +166,8 @@ def web(
             "127.0.0.1; for other addresses, a generated one is printed.",
         ),
     ] = None,
-    no_password: Annotated[
-        bool, typer.Option("--no-password", help="Require no password, also from the network.")
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Require no password, also from the network.")
     ] = False,
     thinking: ThinkingOption = None,
     reasoning_effort: ReasoningEffortOption = None,
@@ -183,7 +183,7 @@ def web(
     Example: finesight web runs/latex
     """
     _require_gradio()
-    password, is_generated = _resolve_password(host, password_file, no_password)
+    password, is_generated = _resolve_password(host, password_file, no_auth)
 
     from finesight.encode.family import ThinkingOptions
     from finesight.infer.inference_service import InferenceService
@@ -219,21 +219,21 @@ def _require_gradio() -> None:
         )
 
 
-def _resolve_password(host: str, file: Path | None, no_password: bool) -> tuple[str | None, bool]:
+def _resolve_password(host: str, file: Path | None, no_auth: bool) -> tuple[str | None, bool]:
     """Return the password of the chat UI, and whether it was generated.
 
     The password is None if the chat UI is open.
     """
-    if file is not None and no_password:
+    if file is not None and no_auth:
         raise UserError(
-            f"--no-password is given with --password-file {file}",
-            where="--no-password",
+            f"--no-auth is given with --password-file {file}",
+            where="--no-auth",
             expected="one of the two options",
             remedy="remove one of the options",
         )
     if file is not None:
         return _read_password(file), False
-    if no_password or _is_loopback(host):
+    if no_auth or _is_loopback(host):
         return None, False
     return secrets.token_urlsafe(12), True
 

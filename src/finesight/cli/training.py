@@ -60,7 +60,7 @@ def convert(
 
     Writes the recipe, including defaults of the other program that differ. train.batch_size is the
     product of batch size per device, gradient accumulation steps and GPUs. Settings that finesight
-    does not have are printed with a recommendation. Then run the printed `finesight data import`
+    does not have are printed with a recommendation. Then run the printed `finesight import`
     and `finesight train` commands. Scripts are parsed, not executed.
 
     Example: finesight convert train_lora.yaml recipe.yaml

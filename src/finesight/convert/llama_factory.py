@@ -41,7 +41,7 @@ _STANDARD_COLUMNS = {
     "system": ("system",),
     "history": ("history",),
 }
-"""Column names that `finesight data import` detects without `--map`, by LLaMA-Factory role."""
+"""Column names that `finesight import` detects without `--map`, by LLaMA-Factory role."""
 
 
 class LlamaFactoryConverter(TrainerConverter):

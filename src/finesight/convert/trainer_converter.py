@@ -42,7 +42,7 @@ _GENERIC_NAMES = ("data", "train", "dataset")
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Dataset of the other program, as a source for `finesight data import`.
+    """Dataset of the other program, as a source for `finesight import`.
 
     Attributes:
         name: File, folder or hub address.
@@ -207,7 +207,7 @@ class TrainerConverter(ABC):
                 used.add(folder)
                 folders.append(f"samples/{folder}")
                 limit = () if source.limit is None else ("--limit", str(source.limit))
-                words = ["finesight", "data", "import", source.name, folders[-1], *limit]
+                words = ["finesight", "import", source.name, folders[-1], *limit]
                 options = split_options if name == "data.train" else ()
                 self.draft.import_commands.append(shlex.join([*words, *options]))
             set_files(name, folders, file_name, comment)

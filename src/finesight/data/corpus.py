@@ -241,7 +241,7 @@ def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
         f"no sample next to {members[0].name}",
         where=str(tar.archive),
         expected="a .json file with a sample per image: 0001.json, 0001.jpg, 0002.json, ...",
-        remedy="import other tar files with `finesight data import`",
+        remedy="import other tar files with `finesight import`",
     )
 
 

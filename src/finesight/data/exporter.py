@@ -42,7 +42,7 @@ class ExportSummary:
 def export_dataset(
     samples: Sequence[LocatedSample], out: Path, format_name: str, *, copy_images: bool
 ) -> ExportSummary:
-    """Export samples to a folder in a format that `finesight data import` can read.
+    """Export samples to a folder in a format that `finesight import` can read.
 
     Images are referenced by their path relative to `out`, or copied to the folder `out`/images.
     """
@@ -90,7 +90,7 @@ def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
                     "no such image",
                     where=f"the sample {located_sample.sample.id!r}, {path}",
                     expected="an existing file",
-                    remedy="`finesight data check` lists all of them",
+                    remedy="`finesight check` lists all of them",
                 )
             # Resolve the folder first: `..` is relative to the target of a link.
             resolved_paths[path] = path.parent.resolve() / path.name

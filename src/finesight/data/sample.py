@@ -225,7 +225,7 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
 
     Messages are an optional system message, followed by alternating user and assistant messages
     that start with the user. Images are in user turns. Boxes have a positive area and a valid image
-    index. Whether a box is inside its image is checked by `finesight data import` and the renderer,
+    index. Whether a box is inside its image is checked by `finesight import` and the renderer,
     which read the image header.
     """
     check_messages(sample.messages, sample.references, where, answered=require_answer)
@@ -333,7 +333,7 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
             f"the box {list(box.xyxy)}",
             where=where,
             expected="[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2",
-            remedy="convert other box formats with `finesight data import`",
+            remedy="convert other box formats with `finesight import`",
         )
 
 
@@ -397,7 +397,7 @@ def build_no_samples_error(path: Path | str) -> UserError:
         "contains no samples",
         where=str(path),
         expected="one sample per line",
-        remedy="create the file with `finesight data import`",
+        remedy="create the file with `finesight import`",
     )
 
 
@@ -527,7 +527,7 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
     # The location in pydantic includes the union member after messages.0.content.1; omit it.
     key = ".".join(map(str, (*error_location[:4], *error_location[5:])))
     value_repr = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    remedy = "correct the line, or create the file again with `finesight data import`"
+    remedy = "correct the line, or create the file again with `finesight import`"
     if error_type == "json_invalid":
         return UserError(
             f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}",
@@ -544,7 +544,7 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             f"the key {key}: a row of another dataset format, not a sample",
             where=where,
             expected=f"the keys {', '.join(Sample.model_fields)}",
-            remedy="import it with `finesight data import` first",
+            remedy="import it with `finesight import` first",
         )
     if error_type == "extra_forbidden":
         return UserError(

@@ -96,7 +96,7 @@ def _diagnose_recipe(path: Path) -> list[Diagnosis]:
     try:
         recipe = load_recipe(path)
     except UserError as error:
-        remedy = join_command("finesight", "data", "show", path)
+        remedy = join_command("finesight", "show", path)
         return [user_error_to_diagnosis("recipe", error, remedy)]
     packages, torch_info = package_check.list_packages(), gpu_check.probe_torch()
     location = machine_check.inspect_location("output", recipe.output_dir)

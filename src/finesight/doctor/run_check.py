@@ -174,7 +174,7 @@ def _check_nonfinite_steps(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 def check_data_command(run_record: RunRecord) -> str:
     """Return the shell command that checks the data of a run."""
-    return join_command("finesight", "data", "check", run_record.folder / RECIPE_FILE)
+    return join_command("finesight", "check", run_record.folder / RECIPE_FILE)
 
 
 def _check_unfinished(run_record: RunRecord) -> Iterator[Diagnosis]:
@@ -310,7 +310,7 @@ def _fix_samples_command(run_record: RunRecord, reason: str) -> str:
         return check_data_command(run_record)
     parent = files[0].parent
     fixed = parent.parent / f"{parent.name or 'data'}-fixed"
-    check = join_command("finesight", "data", "check", files[0], "--fix", fixed)
+    check = join_command("finesight", "check", files[0], "--fix", fixed)
     # The check exits with 2 after fixing issues.
     return f"{check}\n{rerun_command(run_record, f'data.train={fixed / files[0].name}')}"
 
@@ -416,7 +416,7 @@ def _check_loss(run_record: RunRecord, curve: LossCurve | None) -> Iterator[Diag
             **values,
         )
     elif curve.is_flat:
-        show = join_command("finesight", "data", "show", run_record.folder / RECIPE_FILE)
+        show = join_command("finesight", "show", run_record.folder / RECIPE_FILE)
         if medians[0] < MIN_LEARNABLE_LOSS:
             yield make_diagnosis("low-initial-loss", first=medians[0], remedy=show, **values)
             return

@@ -448,7 +448,7 @@ def _get_resized_size(
         raise UserError(
             f"a box in a record of {len(image_names)} images",
             expected="exactly one image, whose size defines the box coordinates",
-            remedy="remove the record, or use `finesight data import`",
+            remedy="remove the record, or use `finesight import`",
         )
     path = images.resolve(image_names[0])
     return compute_resized_size(

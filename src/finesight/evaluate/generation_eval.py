@@ -212,7 +212,7 @@ def evaluate(
             f"{len(selected)} samples to evaluate",
             where="evaluation data",
             expected="at least one sample with an answer",
-            remedy="set validation samples, for example with `finesight data import --eval-last`",
+            remedy="set validation samples, for example with `finesight import --eval-last`",
         )
     references = [
         get_reference_answer(sample.sample, has_reasoning=renderer.renders_reasoning)

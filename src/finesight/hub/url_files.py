@@ -181,7 +181,7 @@ def _open_file_system(url: str) -> tuple[Any, str]:
             "an address of the web",
             where=url,
             expected="a local file, or one in object storage such as s3://BUCKET/NAME",
-            remedy="import it with `finesight data import --allow-host HOST`",
+            remedy="import it with `finesight import --allow-host HOST`",
         )
     try:
         import fsspec

@@ -49,12 +49,12 @@ class ServerLimits:
 
     max_num_seqs: int = _limit(64, "concurrently generated answers", "`--max-num-seqs`")
     max_waiting: int = _limit(
-        256, "requests in the queue; the next one gets status 429", "`--max-waiting`"
+        256, "requests in the queue; the next one gets status 429", "`--max-queue`"
     )
     request_timeout_s: float = _limit(
         300.0,
         "seconds for a request from its first byte; then it is canceled",
-        "`--request-timeout-s`",
+        "`--timeout`",
     )
     max_completion_tokens: int = _limit(
         16_384, "tokens that a request may ask for; 4,096 by default"

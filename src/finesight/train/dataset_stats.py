@@ -367,7 +367,7 @@ def load_training_data(
             f"eval.metric is {recipe.eval.metric}, but there is no validation data",
             where="data.eval",
             expected="a JSONL file of validation samples",
-            remedy="set data.eval, for example by `finesight data import --train-fraction 0.9`",
+            remedy="set data.eval, for example by `finesight import --train-fraction 0.9`",
         )
     metric_location = (
         custom_metric.parse_metric_path(

@@ -226,7 +226,7 @@ class AnomalyDetector:
                 f" gradient; their samples: {_format_locations(self._nonfinite_samples)}",
                 where="training",
                 expected="finite values; the weights are those before these steps",
-                remedy="check these samples (finesight data check), lower train.learning_rate,"
+                remedy="check these samples (finesight check), lower train.learning_rate,"
                 " lengthen train.warmup, or use train.precision=bf16",
             )
         num_samples = len(dataset_stats.sample_indices)
@@ -239,7 +239,7 @@ class AnomalyDetector:
                 where="data.train",
                 expected=f"at most {round(max_corrupt)} of them",
                 remedy="restore the images and start again with --resume, or remove the samples"
-                " with `finesight data check --fix`",
+                " with `finesight check --fix`",
             )
 
     def _log_loss_spike(self, step_index: int, loss: float) -> None:

@@ -138,7 +138,7 @@ class RunDir:
                 "a path of the recipe is not valid UTF-8, which the manifest requires",
                 where=str(self.path),
                 expected="UTF-8 paths of model, data and output_dir",
-                remedy="rename the folder; `finesight data import` renames images",
+                remedy="rename the folder; `finesight import` renames images",
             ) from error
         write_file(self.path / MANIFEST_FILE, f"{text}\n".encode())
         write_file(self.path / RECIPE_FILE, dump_recipe(recipe).encode())

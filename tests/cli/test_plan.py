@@ -1,4 +1,4 @@
-"""Tests of the command `finesight data plan`: output and exit code."""
+"""Tests of the command `finesight plan`: output and exit code."""
 
 from __future__ import annotations
 

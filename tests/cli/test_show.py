@@ -1,4 +1,4 @@
-"""Tests of the command `finesight data show`."""
+"""Tests of the command `finesight show`."""
 
 from __future__ import annotations
 

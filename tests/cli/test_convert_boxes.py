@@ -1,4 +1,4 @@
-"""Tests of the command `finesight data migrate`."""
+"""Tests of the command `finesight data convert-boxes`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from click.testing import Result
 from image_fixtures import write_gray_image, write_jsonl
 from typer.testing import CliRunner
 
-from finesight.cli.data import migrate
+from finesight.cli.data import convert_boxes
 from finesight.errors import UserError
 
 app = typer.Typer()
-app.command()(migrate)
+app.command()(convert_boxes)
 
 OLD = "<ref>dog</ref><box>(100,200),(300,900)</box>"
 

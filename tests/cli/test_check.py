@@ -1,4 +1,4 @@
-"""Tests of the command `finesight data check`."""
+"""Tests of the command `finesight check`."""
 
 from __future__ import annotations
 
@@ -221,4 +221,4 @@ def test_duplicate_source_is_rejected(folder):
 
 
 def test_help_has_an_example():
-    assert "Example: finesight data check" in run("--help").output
+    assert "Example: finesight check" in run("--help").output

@@ -1,4 +1,4 @@
-"""Tests of the command `finesight data import`."""
+"""Tests of the command `finesight import`."""
 
 from __future__ import annotations
 
@@ -142,4 +142,4 @@ def test_usage_errors_exit_with_2(source: Path, tmp_path: Path, arguments: list[
 
 
 def test_help_has_an_example() -> None:
-    assert "Example: finesight data import" in run("--help").output
+    assert "Example: finesight import" in run("--help").output

@@ -130,7 +130,7 @@ def run_quickstart(
         f"2. Import them, the last {settings.num_eval_rows} for validation\n   $"
         f" {_import_table(table, out, settings)}"
     )
-    log(f"3. Check the data\n   $ {_format_command('data', 'check', recipe)}")
+    log(f"3. Check the data\n   $ {_format_command('check', recipe)}")
     log(_check_recipe_data(recipe))
     log(
         f"4. Train {settings.model}, with an evaluation before and after\n   $"
@@ -262,12 +262,12 @@ def _format_result(out: Path, result: QuickstartResult) -> str:
             f"Tickets with all fields correct: {exact_scores}; {result.total_s:.0f} s in total",
             f"Report: {out / 'run' / REPORT_FILE}",
             "Next:",
-            f"   $ {_format_command('data', 'show', out / 'recipe.yaml')}",
+            f"   $ {_format_command('show', out / 'recipe.yaml')}",
             f"   $ {_format_command('predict', out / 'run', first_image, '--prompt', PROMPT)}",
             f"   $ {_format_command('eval', out / 'run')}",
             f"   $ {_format_command('chat', out / 'run')}",
             f"   $ {_format_command('merge', out / 'run', out / 'merged')}",
             "With your own images:",
-            f"   $ {_format_command('data', 'import', '--help')}",
+            f"   $ {_format_command('import', '--help')}",
         ]
     )

@@ -196,7 +196,7 @@ def test_broken_pipe_is_no_error():
 
 
 @pytest.mark.parametrize(
-    ("words", "found"), [("finesight tr", ["train"]), ("finesight data pl", ["plan"])]
+    ("words", "found"), [("finesight tr", ["train"]), ("finesight data ex", ["export"])]
 )
 def test_shell_completion(words, found):
     surroundings = {

@@ -89,8 +89,8 @@ def test_printed_import_commands_create_the_data(work_dir):
     done = json.loads(run("convert", "s.yaml", "recipe.yaml", "--json").output)
     for command in done["import_commands"]:
         words = command.split()
-        assert words[:3] == ["finesight", "import"]
-        assert run(*words[2:]).exit_code == 0
+        assert words[:2] == ["finesight", "import"]
+        assert run(*words[1:]).exit_code == 0
     data = load_converted_recipe(work_dir).data
     for file in (*data.train, *data.eval):
         assert Path(file.path).exists()

@@ -9,7 +9,7 @@ import pytest
 from tiny_task import make_task, write_recipe
 from typer.testing import CliRunner, Result
 
-from finesight.cli.app import data_app
+from finesight.cli.app import app
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def run_plan(recipe: Path, *words: str) -> Result:
-    return CliRunner().invoke(data_app, ["plan", str(recipe), *words], catch_exceptions=False)
+    return CliRunner().invoke(app, ["plan", str(recipe), *words], catch_exceptions=False)
 
 
 def test_plan_is_printed(recipe: Path) -> None:

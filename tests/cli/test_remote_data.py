@@ -169,14 +169,14 @@ def test_commands_of_documentation_page(
     page = (Path(__file__).parents[2] / "docs" / "en" / "data-import.md").read_text(
         encoding="utf-8"
     )
-    commands = re.findall(r"^finesight (data import \w+:(?:.*\\\n)*.*)$", page, re.MULTILINE)
+    commands = re.findall(r"^finesight (import \w+:(?:.*\\\n)*.*)$", page, re.MULTILINE)
     assert len(commands) == 4
     for number, command in enumerate(commands):
         (tmp_path / str(number)).mkdir()
         monkeypatch.chdir(tmp_path / str(number))
         arguments = shlex.split(command.replace("\\\n", " "))
         assert run_command(arguments) == 0, capsys.readouterr().err
-        assert read_samples(Path(arguments[3]) / "eval.jsonl")
+        assert read_samples(Path(arguments[2]) / "eval.jsonl")
 
 
 def test_gated_and_missing_datasets(

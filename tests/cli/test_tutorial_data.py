@@ -59,7 +59,7 @@ def run_on_rows(
         source = folder / "data.json"
         source.write_text(json.dumps([make(one) for one in images]))
         last = [str(tmp_path / "out")] if out else []
-        code = run_command([*words[:2], str(source), *last, *words[2:]])
+        code = run_command([words[0], str(source), *last, *words[1:]])
         output = capsys.readouterr()
         return code, output.out + output.err
 

@@ -141,7 +141,7 @@ def test_replaced_file_is_detected(table: Path, tmp_path: Path, kind: str) -> No
 
 def test_tar_without_samples_is_rejected(tmp_path: Path) -> None:
     files = {"1.jpg": make_png(1), "1.txt": b"caption"}
-    with pytest.raises(UserError, match=r"no sample next to 1\.jpg[\s\S]*data import"):
+    with pytest.raises(UserError, match=r"no sample next to 1\.jpg[\s\S]*finesight import"):
         load(write_tar(tmp_path / "a.tar", files))
     foreign = {"1.jpg": make_png(1), "1.json": b'{"image": "1.jpg", "conversations": []}'}
     with pytest.raises(UserError, match=r"a\.tar, sample 1: the key image.*another dataset"):

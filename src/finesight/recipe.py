@@ -414,12 +414,8 @@ def _build_override_error(key: SettingKey, depth: int, node: object, override: s
         expected = f"an index from 0 to {len(node) - 1}"
         example = f"{format_key((*key[:depth], 0, *inner))}={override.partition('=')[2]}"
         remedy = f"use {example} for the first"
-    return UserError(
-        what,
-        where=f"override {override}",
-        expected=expected,
-        remedy=f"{remedy}, or override {parent} completely",
-    )
+    remedy += f", or override {parent} completely"
+    return UserError(what, where=f"override {override}", expected=expected, remedy=remedy)
 
 
 def _can_contain(node: object, segment: str | int) -> bool:
@@ -551,6 +547,19 @@ def _suggest_remedy(key: SettingKey, value: object) -> str:
     return f"did you mean {closest}?" if closest else "remove it or correct its name"
 
 
+def suggest_override(name: str, text: str) -> str | None:
+    """Return the remedy for a setting, or one of another trainer, written as an option.
+
+    Returns None for an unknown name.
+    """
+    key, paths = tuple(name.split(".")), _list_paths()
+    if key in paths:
+        return f"use {name}={shlex.quote(text)}"
+    known = {path[-1] for path in paths} | _load_advice().keys()
+    is_known = {name, key[-1].replace("-", "_")} & known
+    return _suggest_remedy(key, _parse_override(f"{name}={text}")[1]) if is_known else None
+
+
 def _list_paths() -> list[tuple[str, ...]]:
     """List the keys of all sections and settings, sections first."""
     keys = [tuple(name.split(".")) for name in list_setting_names()]
@@ -644,11 +653,7 @@ def _format_location(
 
 
 def _to_user_error(
-    where: str,
-    setting_errors: list[_SettingError],
-    locations: list[str],
-    count: int,
-    remedy: str,
+    where: str, setting_errors: list[_SettingError], locations: list[str], count: int, remedy: str
 ) -> UserError:
     """Combine the errors of several settings into one UserError.
 

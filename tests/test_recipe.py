@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from test_bounded_files import LAUGHS
 
-from finesight.config import ExactSize, LearningRates
+from finesight.config import ExactSize, LearningRates, LongestSide
 from finesight.errors import UserError
 from finesight.recipe import (
     MAX_REPORTED_ERRORS,
     dump_recipe,
     list_setting_names,
     load_recipe,
+    load_trainer_settings,
     recipe_from_dict,
 )
 
@@ -103,12 +106,15 @@ def test_recipe_roundtrip(tmp_path, addition):
 @pytest.mark.parametrize(
     ("wrong", "near"),
     [
-        ("lr: 0.1\n", "train.learning_rate"),
         ("trian: {batch_size: 8}\n", "train"),
         ("train: {learningrate: 0.1}\n", "train.learning_rate"),
         ("tune: {lora: {rang: 8}}\n", "tune.lora.rank"),
-        ("lora_rank: 8\n", "tune.lora.rank"),
-        ("max_steps: 8\n", "train.steps"),
+        ("train_batch_size: 8\n", "train.batch_size"),
+        ("grad_norm: 1\n", "train.max_grad_norm"),
+        ("train: {scheduled: cosine}\n", "train.lr_schedule"),
+        ("train: {optimiser: adamw}\n", "train.optimizer"),
+        ("train: {patience: 3}\n", "eval.patience=3"),
+        ("train: {rank: 3}\n", "tune.lora.rank=3"),
     ],
 )
 def test_unknown_setting_suggests_closest_name(tmp_path, wrong, near):
@@ -124,10 +130,23 @@ def test_unknown_setting_lists_alternatives(tmp_path):
     assert "did you mean" not in error.remedy
 
 
-@pytest.mark.parametrize("wrong", ["report", "gpus"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(
+            "train.report",
+            "train.gpus",
+            "train.size",
+            "train.log_eval",
+            "train.max",
+            "data.shuffle",
+        ),
+        *("image.side", "tune.head", "size", "max", "sampling_steps", "loss", "tokens"),
+    ],
+)
 def test_setting_of_other_spelling_is_not_suggested(tmp_path, wrong):
-    error = _load_error(tmp_path, SHORTEST, f"train.{wrong}=true")
-    assert "did you mean" not in error.remedy
+    error = _load_error(tmp_path, SHORTEST, f"{wrong}=true")
+    assert error.remedy == "remove it or correct its name"
 
 
 @pytest.mark.parametrize(
@@ -269,12 +288,244 @@ def test_override_error_names_the_override(tmp_path):
         ("train.batch_size", "is not an override"),
         ("=8", "is not an override"),
         ("train.betas=[1", "cannot be read as YAML"),
-        ("data.train.limit=5", "data.train is 'a.jsonl'"),
-        ("data.eval.0=b.jsonl", "data.eval is {}"),
+        ("model.name=a", "model is 'some/model', which has no 'name' inside"),
+        ("data.train.1.limit=5", "data.train has 1 entry\n  expected: an index from 0 to 0"),
+        ("data.eval.0=b.jsonl", "data.eval is []"),
+        ("train.learning_rate.0=1", "train.learning_rate is {}"),
     ],
 )
 def test_invalid_overrides(tmp_path, override, output):
     assert output in str(_load_error(tmp_path, SHORTEST, override))
+
+
+SHORT_FORMS = """\
+data: {train: a.jsonl, eval: b.jsonl}
+train: {learning_rate: 1.0e-4}
+tune: {quantize: {nf4: language}}
+track: tensorboard
+"""
+LONG_FORMS = """\
+data: {train: {path: a.jsonl}, eval: {path: b.jsonl}}
+train: {learning_rate: {default: 1.0e-4}, betas: [0.9, 0.999]}
+tune: {quantize: {nf4: [language]}}
+track: {kind: tensorboard}
+image: {min_pixels: null}
+"""
+LIST_FORMS = """\
+data: {train: [a.jsonl], eval: [{path: b.jsonl}]}
+tune: {quantize: {nf4: [language]}}
+track: [tensorboard]
+image: {longest_side: 512}
+"""
+BASES = [
+    pytest.param(f"model: some/model\noutput_dir: runs/one\n{forms}", id=name)
+    for name, forms in (("short", SHORT_FORMS), ("long", LONG_FORMS), ("lists", LIST_FORMS))
+]
+
+
+LEARNING_RATES = {"default": 1e-4, "vision": 2e-5}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("override", "setting", "expected"),
+    [
+        ("data.train.limit=50", "data.train", [{"path": "a.jsonl", "limit": 50, "weight": 1.0}]),
+        ("data.train.weight=0.5", "data.train", [{"path": "a.jsonl", "weight": 0.5}]),
+        ("data.train.path=c.jsonl", "data.train", [{"path": "c.jsonl", "weight": 1.0}]),
+        ("data.train.0.limit=50", "data.train", [{"path": "a.jsonl", "limit": 50, "weight": 1.0}]),
+        ("data.eval.limit=50", "data.eval", [{"path": "b.jsonl", "limit": 50}]),
+        ("data.eval.0.path=c.jsonl", "data.eval", [{"path": "c.jsonl"}]),
+        ("track.project=mine", "track", [{"kind": "tensorboard", "project": "mine"}]),
+        ("track.0.kind=wandb", "track", [{"kind": "wandb", "project": "finesight"}]),
+        (
+            "train.learning_rate.vision=1e-5",
+            "train.learning_rate",
+            {"default": 1e-4, "vision": 1e-5},
+        ),
+        ("train.learning_rate.default=1e-5", "train.learning_rate", {"default": 1e-5}),
+        ("train.betas.1=0.95", "train.betas", [0.9, 0.95]),
+        ("tune.quantize.nf4.0=merger", "tune.quantize.nf4", ["merger"]),
+        ("tune.lora.target_modules=q_proj", "tune.lora.target_modules", ["q_proj"]),
+        ("image.max_pixels=602112", "image", {"max_pixels": 602112}),
+        ("image.min_pixels=3136", "image", {"min_pixels": 3136}),
+        ("image.longest_side=1024", "image", {"longest_side": 1024}),
+    ],
+)
+def test_overrides_of_short_and_long_forms(tmp_path, base, override, setting, expected):
+    recipe = load_recipe(_write_recipe(tmp_path, base), [override])
+    value = recipe.model_dump(mode="json", exclude_none=True)
+    for name in setting.split("."):
+        value = value[name]
+    assert value == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "indexed"),
+    [
+        ("data.train.limit=50", "data.train.0.limit=50"),
+        ("data.eval.path=c.jsonl", "data.eval.0.path=c.jsonl"),
+        ("track.project=mine", "track.0.project=mine"),
+        ("data.train.2.limit=50", "data.train.0.limit=50"),
+    ],
+)
+def test_override_of_one_of_several_entries_needs_an_index(tmp_path, override, indexed):
+    text = (
+        "model: some/model\noutput_dir: runs/one\ntrack: [wandb, tensorboard]\n"
+        "data: {train: [a.jsonl, b.jsonl], eval: [c.jsonl, d.jsonl]}\n"
+    )
+    error = _load_error(tmp_path, text, override)
+    assert "has 2 entries" in error.what
+    assert error.expected == "an index from 0 to 1"
+    assert f"use {indexed} for the first" in error.remedy
+    changed = load_recipe(_write_recipe(tmp_path, text), [indexed, "data.train.1.limit=7"])
+    assert changed.data.train[1].limit == 7
+
+
+def test_override_of_absent_list_creates_its_entry(tmp_path):
+    overrides = ["data.eval.path=b.jsonl", "data.eval.limit=5", "track.kind=wandb"]
+    recipe = load_recipe(_write_recipe(tmp_path, SHORTEST), overrides)
+    assert [(str(file.path), file.limit) for file in recipe.data.eval] == [("b.jsonl", 5)]
+    assert recipe.track[0].kind == "wandb"
+
+
+def test_override_replaces_settings_that_it_excludes(tmp_path):
+    text = SHORTEST + "image: {height: 112, width: 504}\ntrain: {epochs: 2}\n"
+    path = _write_recipe(tmp_path, text)
+    recipe = load_recipe(path, ["image.longest_side=512", "train.steps=10"])
+    assert recipe.image == LongestSide(longest_side=512)
+    assert (recipe.train.steps, recipe.train.epochs) == (10, None)
+    assert load_recipe(path, ["image.width=112"]).image == ExactSize(height=112, width=112)
+    assert load_recipe(path, ["train.steps=null"]).train.epochs == 2
+    assert "both set" in _load_error(tmp_path, text, "train.steps=1", "train.epochs=1").what
+    error = _load_error(tmp_path, text, "image.longest_side=512", "image.max_pixels=100")
+    assert "image.max_pixels: this setting excludes the others" in error.what
+    assert "did you mean" not in error.what
+
+
+def test_typo_next_to_an_override_keeps_its_line(tmp_path):
+    error = _load_error(
+        tmp_path, SHORTEST + "train: {learning_rate: {visoin: 1}}\n", "train.seed=1"
+    )
+    assert error.where.endswith("recipe.yaml:4")
+    error = _load_error(tmp_path, SHORTEST, "data.train.limit=many")
+    assert error.where == "override data.train.limit=many"
+
+
+REPLACEMENTS = {
+    "gradient_checkpointing=true": "use train.activation_checkpointing=true",
+    "use_gradient_checkpointing=unsloth": "use train.activation_checkpointing=true",
+    "per_device_train_batch_size=4": "use train.batch_size=4: it counts the samples per optimizer",
+    "lora_r=8": "use tune.lora.rank=8",
+    "tune.lora.r=8": "use tune.lora.rank=8",
+    "lora_rank=8": "use tune.lora.rank=8",
+    "lora_alpha=16": "use tune.lora.alpha=16",
+    "lora_dropout=0.1": "use tune.lora.dropout=0.1",
+    "target_modules=[q_proj, v_proj]": "use tune.lora.target_modules='[q_proj,v_proj]'",
+    "lora_target=q_proj,v_proj": "use tune.lora.target_modules='[q_proj,v_proj]'",
+    "target_modules=all-linear": "use tune.lora.target_modules=null",
+    "num_train_epochs=3": "use train.epochs=3",
+    "max_steps=100": "use train.steps=100",
+    "max_steps=-1": "use train.steps=null",
+    "learning_rate=1e-4": "use train.learning_rate=1e-4",
+    "lr=1e-4": "use train.learning_rate=1e-4",
+    "vit_lr=1e-5": "use train.learning_rate.vision=1e-5",
+    "warmup_ratio=0.05": "use train.warmup=0.05",
+    "warmup_steps=20": "use train.warmup=20",
+    "weight_decay=0.1": "use train.weight_decay=0.1",
+    "adam_beta2=0.95": "use train.betas.1=0.95",
+    "max_grad_norm=0.5": "use train.max_grad_norm=0.5",
+    "lr_scheduler_type=constant_with_warmup": "use train.lr_schedule=constant",
+    "lr_scheduler_type=polynomial": "use train.lr_schedule=cosine, linear or constant",
+    "save_steps=100": "use train.save_every=100",
+    "save_total_limit=3": "use train.keep_checkpoints=3",
+    "eval_steps=100": "use eval.every=100",
+    "eval.steps=10": "use eval.every=10",
+    "train.eval_steps=10": "use eval.every=10",
+    "logging_steps=5": "remove it: every step is written to metrics.jsonl",
+    "bf16=true": "use train.precision=bf16",
+    "bf16=false": "use train.precision=auto",
+    "fp16=true": "use train.precision=fp16",
+    "torch_dtype=bfloat16": "use train.precision=bf16",
+    "seed=42": "use train.seed=42",
+    "max_length=2048": "use data.max_length=2048",
+    "train.cutoff_len=2048": "use data.max_length=2048",
+    "max_seq_length=2048": "use data.max_length=2048",
+    "packing=true": "remove it: samples are always packed",
+    "freeze_vit=true": "use tune.vision=frozen",
+    "freeze_vit=false": "use tune.vision=lora",
+    "freeze_aligner=false": "use tune.merger=lora",
+    "freeze_llm=true": "use tune.language=frozen",
+    "train_type=full": "use tune.language=full",
+    "finetuning_type=lora": "use tune.language=lora",
+    "tuner_type=dora": "use tune.language=lora or tune.language=full",
+    "quant_bits=4": "use tune.quantize.nf4=language",
+    "load_in_4bit=true": "use tune.quantize.nf4=language",
+    "dataset=a.jsonl": "use data.train=a.jsonl",
+    "dataset=a,b": "use data.train='[a,b]'",
+    "val_dataset=b.jsonl": "use data.eval=b.jsonl",
+    "model_name_or_path=some/model": "use model=some/model",
+    "output-dir=runs/two": "use output_dir=runs/two",
+    "resume_from_checkpoint=last": "remove it: the option --resume continues",
+    "deepspeed=zero3": "use train.parallel=fsdp",
+    "deepspeed=ds.json": "use train.parallel=zero2, fsdp or fsdp_offload",
+    "optim=paged_adamw_8bit": "use train.optimizer=adamw_8bit",
+    "optim=lion": "use train.optimizer=adamw, adamw_8bit or muon",
+    "report_to=wandb": "use track=wandb",
+    "report_to=none": "use track='[]'",
+    "attn_impl=flash_attn": "remove it: finesight selects it automatically",
+    "use_liger_kernel=true": "remove it: finesight selects it automatically",
+    "gradient_accumulation_steps=8": "remove it: train.batch_size counts all samples of a step",
+    "MAX_PIXELS=602112": "use image.max_pixels=602112",
+    "max_pixels=602112": "use image.max_pixels=602112",
+    "limit=5": "use eval.limit=5 or data.train.limit=5 or data.eval.limit=5",
+    "lora={rank: 8}": "use tune.lora",
+}
+"""Remedies for settings of other trainers."""
+
+
+@pytest.mark.parametrize(("override", "remedy"), REPLACEMENTS.items())
+def test_settings_of_other_trainers_are_replaced(tmp_path, override, remedy):
+    text = SHORTEST + "eval: {metric: ocr}\ntune: {vision: lora}\n"
+    error = _load_error(tmp_path, text, override)
+    assert error.remedy.startswith(remedy)
+    name, _, value = override.partition("=")
+    if "." not in name:
+        assert _load_error(tmp_path, f"{text}{name}: {value}\n").remedy == error.remedy
+    replacement = error.remedy.removeprefix("use ").partition(": ")[0]
+    if "use" in remedy and "=" in replacement and " or " not in replacement:
+        load_recipe(_write_recipe(tmp_path, text), shlex.split(replacement))
+
+
+def test_every_setting_of_other_trainers_has_advice():
+    content = load_trainer_settings()
+    least = {"model": "m", "data": {"train": "a.jsonl"}, "output_dir": "o"}
+    for trainer in ("transformers", "LLaMA-Factory", "ms-swift"):
+        keys = content[trainer]["converted"].split() + list(content[trainer].get("aliases", {}))
+        for key in set(keys) - {"model", "output_dir"}:
+            with pytest.raises(UserError) as caught:
+                recipe_from_dict(least | {key: "4"})
+            assert caught.value.remedy.startswith(("use ", "remove it: ")), key
+
+
+def test_replacements_are_settings():
+    names = [tuple(name.split(".")) for name in list_setting_names()]
+    known = {".".join(name[:depth]) for name in names for depth in range(1, len(name) + 1)}
+    for group in load_trainer_settings()["replacements"]:
+        assert ("use" in group) != ("reason" in group), group
+        texts = [group.get("use", "")]
+        if texts == ["{}"]:
+            texts = list(group["values"].values())
+        for name in re.findall(r"([a-z_0-9.]+)=", " ".join(texts)):
+            assert re.sub(r"\.\d$", "", name) in known, group
+
+
+def test_configuration_of_another_trainer_is_recognized(tmp_path):
+    text = "model_name_or_path: m\ndataset: d\nlora_rank: 8\noutput_dir: o\n"
+    error = _load_error(tmp_path, text)
+    assert "use tune.lora.rank=8" in error.what
+    assert "finesight convert" in error.remedy
+    assert not _load_error(tmp_path, "modl: m\ndta: d\nlora_rank: 8\n").remedy
 
 
 @pytest.mark.parametrize(

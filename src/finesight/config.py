@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -18,6 +18,10 @@ class SettingsSection(BaseModel):
 
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _as_names(value: object) -> object:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
 def _as_path(value: object) -> object:
@@ -109,7 +113,31 @@ class DataSettings(SettingsSection):
     on_invalid_sample: Literal["skip", "fail"] = "skip"
 
 
-class PixelRange(SettingsSection):
+class PixelLimits(SettingsSection):
+    """Image rule of a recipe with a minimum or maximum number of pixels, or both.
+
+    The rule of the model provides a missing limit.
+    """
+
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        low, high = self.min_pixels, self.max_pixels
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_pixels {low} is above max_pixels {high}")
+        return self
+
+    def complete(self, default: PixelRange) -> PixelRange:
+        """Return the range with a missing limit from `default`, moved if it contradicts."""
+        low, high = self.min_pixels, self.max_pixels
+        if low is None:
+            low = min(default.min_pixels, high or default.min_pixels)
+        return PixelRange(min_pixels=low, max_pixels=high or max(default.max_pixels, low))
+
+
+class PixelRange(PixelLimits):
     """Image rule that resizes to a number of pixels within a range.
 
     The aspect ratio is kept. It is the rule of the published Qwen2-VL and newer models.
@@ -117,12 +145,6 @@ class PixelRange(SettingsSection):
 
     min_pixels: PositiveInt
     max_pixels: PositiveInt
-
-    @model_validator(mode="after")
-    def _check_order(self) -> PixelRange:
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
-        return self
 
 
 class ExactSize(SettingsSection):
@@ -145,6 +167,9 @@ class LongestSide(SettingsSection):
 
 
 ImageRule = PixelRange | ExactSize | LongestSide
+ImageSettings = PixelLimits | ExactSize | LongestSide
+"""Section `image` of a recipe: an image rule that may lack a limit."""
+
 
 TuneMode = Literal["frozen", "lora", "full"]
 
@@ -171,7 +196,7 @@ class LoraSettings(SettingsSection):
     rank: Annotated[int, Field(gt=0, le=65_536)] = 64
     alpha: Annotated[CoercedFloat, Field(gt=0.0, le=1e9)] = 16.0
     dropout: Annotated[CoercedFloat, Field(ge=0.0, lt=1.0)] = 0.05
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_names)] | None = None
 
 
 QuantizablePart = Literal["vision", "merger", "language", "embeddings"]
@@ -179,10 +204,6 @@ QuantizablePart = Literal["vision", "merger", "language", "embeddings"]
 
 Of the embeddings, only the output head is quantized, since the embedding table is only a lookup.
 """
-
-
-def _as_names(value: object) -> object:
-    return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
 Fp8Part = Literal["vision", "language"]
@@ -273,7 +294,7 @@ Beta = Annotated[CoercedFloat, Field(ge=0.0, lt=1.0)]
 class LearningRates(SettingsSection):
     """Learning rates by part of the model; `default` applies to parts without their own."""
 
-    default: LearningRate
+    default: LearningRate = 1e-4
     vision: LearningRate | None = None
     merger: LearningRate | None = None
     language: LearningRate | None = None
@@ -305,9 +326,7 @@ class TrainSettings(SettingsSection):
     batch_size: PositiveInt = 16
     pack_tokens: PositiveInt = 4096
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
-    learning_rate: Annotated[LearningRates, BeforeValidator(_as_learning_rates)] = LearningRates(
-        default=1e-4
-    )
+    learning_rate: Annotated[LearningRates, BeforeValidator(_as_learning_rates)] = LearningRates()
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: StepsOrFraction = 0.03
     weight_decay: Annotated[CoercedFloat, Field(ge=0.0)] = 0.0
@@ -420,7 +439,7 @@ class Recipe(SettingsSection):
     model: str
     adapter: ExpandedPath | None = None
     data: DataSettings
-    image: ImageRule | None = None
+    image: ImageSettings | None = None
     tune: TuneSettings = TuneSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings | None = None

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import importlib.resources
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
@@ -150,8 +154,17 @@ MAX_REPORTED_ERRORS = 20
 
 MAX_SHOWN_CHARS = 60
 
-MIN_SIMILARITY = 0.7
-"""Minimum similarity (difflib ratio) of a suggested setting in another section."""
+MIN_SIMILARITY = 0.75
+"""Minimum similarity (difflib ratio) of a suggested setting: one wrong letter of four."""
+
+MIN_FOREIGN_SETTINGS = 3
+"""Minimum number of unknown settings of another trainer to suggest `finesight convert`."""
+
+MIN_WORD_CHARS = 5
+"""Minimum length of a word of a name that suggests a setting of the same section."""
+
+_EXCLUDED_SETTINGS: Mapping[str, set[str]] = {"train.epochs": {"steps"}, "train.steps": {"epochs"}}
+"""Settings that an override of another setting replaces."""
 
 _LIST_INDEX = re.compile("[0-9]{1,9}")
 
@@ -189,12 +202,9 @@ _EXAMPLES = {
     "output_dir": "runs/first",
     "metric": "captions",
     "kind": "tensorboard",
-    "default": "1.0e-4",
     "height": "280",
     "width": "280",
     "longest_side": "512",
-    "min_pixels": "3136",
-    "max_pixels": "401408",
 }
 
 
@@ -258,10 +268,10 @@ def _validate_recipe(
         ]
     else:
         assignments = [(*_parse_override(override), override) for override in overrides]
-    overridden = {
-        _apply_override(content, name, value, override): override
-        for name, value, override in assignments
-    }
+    overridden: dict[SettingKey, str] = {}
+    for name, value, override in assignments:
+        key = _apply_override(content, name, value, override, overridden)
+        overridden[key] = override
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -271,7 +281,10 @@ def _validate_recipe(
             for key, group in islice(wrong.items(), MAX_REPORTED_ERRORS)
         ]
         locations = [_format_location(where, m.key, lines, overridden) for m in setting_errors]
-        raise _to_user_error(where, setting_errors, locations, len(wrong)) from error
+        num_foreign = sum(len(key) == 1 and key[0] in _load_advice() for key in wrong)
+        remedy = "to convert the configuration of another trainer: finesight convert FILE RECIPE"
+        remedy *= num_foreign >= MIN_FOREIGN_SETTINGS
+        raise _to_user_error(where, setting_errors, locations, len(wrong), remedy) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -319,26 +332,90 @@ def _parse_override(override: str) -> tuple[str, object]:
     return name, value
 
 
-def _apply_override(content: dict[str, Any], name: str, value: object, override: str) -> SettingKey:
+def _apply_override(
+    content: dict[str, Any],
+    name: str,
+    value: object,
+    override: str,
+    overridden: Collection[SettingKey],
+) -> SettingKey:
+    """Set a setting in `content`, and return its key.
+
+    Short forms on the way are expanded, and settings that exclude the new one are removed unless
+    they are `overridden` too.
+    """
     key: SettingKey = tuple(
         int(p) if _LIST_INDEX.fullmatch(p) else p for p in name.strip().split(".")
     )
     node: Any = content
+    sections: list[type[SettingsSection]] = [Recipe]
+    field: FieldInfo | None = None
     for depth, segment in enumerate(key):
         if not _can_contain(node, segment):
-            raise UserError(
-                f"{format_key(key[:depth])} is {_truncate_repr(node)}, which has no"
-                f" {segment!r} inside",
-                where=f"override {override}",
-                expected=f"a section with the setting {segment!r}",
-                remedy=f"override {format_key(key[:depth])} completely, or change the recipe",
-            )
+            raise _build_override_error(key, depth, node, override)
+        if isinstance(segment, str):
+            fields = (group.model_fields.get(segment) for group in sections)
+            field = next((one for one in fields if one is not None), None)
+            rivals = _list_excluded(key[:depth], segment, sections)
+            for rival in rivals if value is not None else ():
+                if (*key[:depth], rival) not in overridden:
+                    node.pop(rival, None)
         if depth == len(key) - 1:
             node[segment] = value
-        elif isinstance(node, dict) and node.get(segment) is None:
-            node[segment] = {}
-        node = node[segment]
+        else:
+            inner = node[segment] if isinstance(segment, int) else node.get(segment)
+            node[segment] = node = _expand_short_form(inner, field, key[depth + 1])
+            sections = [] if field is None else list(_iter_sections(field.annotation))
     return key
+
+
+def _list_excluded(
+    group: SettingKey, name: str, sections: Sequence[type[SettingsSection]]
+) -> set[str]:
+    """List the settings that a setting excludes, such as those of other image rules."""
+    forms = [set(section.model_fields) for section in sections]
+    compatible = set[str]().union(*(form for form in forms if name in form))
+    others = set[str]().union(*forms) - compatible if compatible else set[str]()
+    return others | _EXCLUDED_SETTINGS.get(format_key((*group, name)), set())
+
+
+def _expand_short_form(value: object, field: FieldInfo | None, inner: str | int) -> Any:
+    """Convert the value of a setting to the form that can contain the key `inner`.
+
+    This is a list for an index. For a name, it is a group: that of the only entry of a list.
+    """
+    if field is None:
+        return {} if value is None else value
+    is_list = get_origin(field.annotation) is tuple
+    if value is None and is_list:
+        value = () if field.is_required() else field.default
+    of_members = (step for one in get_args(field.annotation) for step in get_args(one))
+    for step in (*field.metadata, *of_members):
+        if isinstance(step, BeforeValidator) and value is not None:
+            value = cast(Callable[[object], object], step.func)(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, list) and isinstance(inner, str) and any(_iter_sections(field.annotation)):
+        value = value[0] if len(value) == 1 else value or {}
+    if isinstance(value, SettingsSection):
+        value = value.model_dump()
+    return {} if value is None else value
+
+
+def _build_override_error(key: SettingKey, depth: int, node: object, override: str) -> UserError:
+    """Build the error for an override of a setting inside `node`, which cannot contain it."""
+    parent, segment = format_key(key[:depth]), key[depth]
+    what = f"{parent} is {_truncate_repr(node)}, which has no {segment!r} inside"
+    container = "list with the index" if isinstance(segment, int) else "section with the setting"
+    expected, remedy = f"a {container} {segment!r}", "change the recipe"
+    if isinstance(node, list) and node:
+        what = f"{parent} has {len(node)} entries" if len(node) > 1 else f"{parent} has 1 entry"
+        inner = key[depth + 1 :] if isinstance(segment, int) else key[depth:]
+        expected = f"an index from 0 to {len(node) - 1}"
+        example = f"{format_key((*key[:depth], 0, *inner))}={override.partition('=')[2]}"
+        remedy = f"use {example} for the first"
+    remedy += f", or override {parent} completely"
+    return UserError(what, where=f"override {override}", expected=expected, remedy=remedy)
 
 
 def _can_contain(node: object, segment: str | int) -> bool:
@@ -353,7 +430,7 @@ def _wrong_settings(
     """Group the errors of pydantic by setting.
 
     For a union type, pydantic reports errors for every member. Only those of the member with the
-    fewest errors are kept, since the user probably meant it.
+    fewest unknown settings and errors are kept, since the user probably meant it.
     """
     forms: dict[SettingKey, dict[str | int, list[ErrorDetails]]] = {}
     for error in errors:
@@ -362,9 +439,12 @@ def _wrong_settings(
         forms.setdefault(key[:choice], {}).setdefault(form, []).append(error)
     found: dict[SettingKey, list[ErrorDetails]] = {}
     for by_form in forms.values():
-        fewest = min(len(group) for group in by_form.values())
-        for group in by_form.values():
-            if len(group) == fewest:
+        costs = {
+            form: (sum(error["type"] == "extra_forbidden" for error in group), len(group))
+            for form, group in by_form.items()
+        }
+        for form, group in by_form.items():
+            if costs[form] == min(costs.values()):
                 for error in group:
                     found.setdefault(_locate_error(error, content)[0], []).append(error)
     return found
@@ -398,10 +478,13 @@ def _build_setting_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> _Se
     first = errors[0]
     value = _truncate_repr(first["input"])
     if first["type"] == "extra_forbidden":
-        suggestion = _suggest_setting(key)
-        siblings = ", ".join(_list_group_names(key[:-1]))
-        remedy = f"did you mean {suggestion}?" if suggestion else "remove it or correct its name"
-        return _SettingError(key, f"unknown setting, given {value}", f"one of {siblings}", remedy)
+        siblings = _list_group_names(key[:-1])
+        if key[-1] in siblings:
+            what = "this setting excludes the others of its section"
+            return _SettingError(key, what, "settings of one rule", "remove it or the others")
+        remedy = _suggest_remedy(key, first["input"])
+        expected = f"one of {', '.join(siblings)}"
+        return _SettingError(key, f"unknown setting, given {value}", expected, remedy)
     if first["type"] == "missing" and first["loc"][-1] == key[-1]:
         example = _EXAMPLES[str(key[-1])]
         group = f"under {format_key(key[:-1])}" if key[:-1] else "at the top level"
@@ -430,56 +513,123 @@ def _list_group_names(group: SettingKey) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in suffixes))
 
 
-def _suggest_setting(key: SettingKey) -> str | None:
-    """Return the known setting that an unknown key probably means.
+def _suggest_remedy(key: SettingKey, value: object) -> str:
+    """Return the remedy for an unknown setting.
 
-    Settings of the same section have precedence. Returns None if no name is similar.
+    A name of another trainer is replaced, else a name of another section or a similar one is
+    suggested. Settings of the same section have precedence.
     """
-    wanted = str(key[-1])
+    wanted = str(key[-1]).replace("-", "_")
     if len(wanted) > MAX_SHOWN_CHARS:
-        return None
-    sibling = _closest_name(wanted, _list_group_names(key[:-1]))
-    if sibling:
-        return format_key((*key[:-1], sibling))
-    paths = [name.split(".") for name in list_setting_names()]
-    by_segment = {
-        p[depth]: ".".join(p[: depth + 1])
-        for depth in (3, 2, 1, 0)
-        for p in reversed(paths)
-        if depth < len(p)
-    }
-    # Many names are compared: a weak similarity would be a coincidence.
-    near_names = [name for name in by_segment if _is_near(wanted, name)]
-    closest = _closest_name(wanted, near_names)
-    return by_segment[closest] if closest else None
+        return "remove it or correct its name"
+    advice = _load_advice()
+    for name in (format_key(key), wanted):
+        if name in advice and "use" in advice[name]:
+            return _format_replacement(advice[name], value)
+    paths = _list_paths()
+    if same_name := [path for path in paths if path[-1] == wanted]:
+        settings = [format_key(path) for path in same_name]
+        if not isinstance(value, dict | list):
+            settings = [f"{setting}={_format_value(value)}" for setting in settings]
+        choices = " or ".join(settings)
+        return f"use {choices}" if len(key) == 1 else f"did you mean {choices}?"
+    if wanted in advice:
+        return f"remove it: {advice[wanted]['reason']}"
+    names = _list_group_names(key[:-1])
+    spellings = {n: (n, *(w for w in n.split("_") if len(w) >= MIN_WORD_CHARS)) for n in names}
+    if sibling := _closest_name(wanted, spellings):
+        return f"did you mean {format_key((*key[:-1], sibling))}?"
+    words = set(wanted.split("_"))
+    for path in paths:  # train_batch_size for train.batch_size
+        if set(path[-1].split("_")) <= words <= set("_".join(path).split("_")):
+            return f"did you mean {format_key(path)}?"
+    closest = _closest_name(wanted, {format_key(path): (path[-1],) for path in paths})
+    return f"did you mean {closest}?" if closest else "remove it or correct its name"
 
 
-def _closest_name(wanted: str, names: Iterable[str]) -> str | None:
-    """Return the most similar name, or the one that `wanted` abbreviates (lr for learning_rate).
+def suggest_override(name: str, text: str) -> str | None:
+    """Return the remedy for a setting, or one of another trainer, written as an option.
 
-    Returns None if no name is similar.
+    Returns None for an unknown name.
     """
-    by_abbreviation = {_abbreviate(name): name for name in names}
-    if len(wanted) > 1 and wanted in by_abbreviation:
-        return by_abbreviation[wanted]
-    matches = difflib.get_close_matches(wanted, list(names), n=1)
-    return matches[0] if matches else None
+    key, paths = tuple(name.split(".")), _list_paths()
+    if key in paths:
+        return f"use {name}={shlex.quote(text)}"
+    known = {path[-1] for path in paths} | _load_advice().keys()
+    is_known = {name, key[-1].replace("-", "_")} & known
+    return _suggest_remedy(key, _parse_override(f"{name}={text}")[1]) if is_known else None
 
 
-def _is_near(wanted: str, name: str) -> bool:
-    """Return whether two names are spelled alike or share all words of one."""
-    wanted_words, name_words = set(wanted.split("_")), set(name.split("_"))
-    if wanted_words <= name_words or name_words <= wanted_words or _abbreviate(name) == wanted:
-        return True
-    return difflib.SequenceMatcher(None, name, wanted).ratio() >= MIN_SIMILARITY
+def _list_paths() -> list[tuple[str, ...]]:
+    """List the keys of all sections and settings, sections first."""
+    keys = [tuple(name.split(".")) for name in list_setting_names()]
+    return sorted(dict.fromkeys(k[:n] for k in keys for n in range(1, len(k) + 1)), key=len)
 
 
-def _abbreviate(name: str) -> str:
-    return "".join(word[0] for word in name.split("_"))
+def _closest_name(wanted: str, spellings: Mapping[str, Iterable[str]]) -> str | None:
+    """Return the name with the spelling closest to `wanted`, or None if no spelling is similar.
+
+    An abbreviation, the first half of a spelling, is similar.
+    """
+
+    def similarity(one: str) -> float:
+        if one.startswith(wanted) and 2 * len(wanted) >= len(one):
+            return MIN_SIMILARITY
+        return difflib.SequenceMatcher(None, one, wanted).ratio()
+
+    by_name = {name: max(map(similarity, spelled)) for name, spelled in spellings.items()}
+    closest = max(by_name, key=by_name.__getitem__, default="")
+    return closest if by_name.get(closest, 0) >= MIN_SIMILARITY else None
+
+
+@cache
+def load_trainer_settings() -> dict[str, Any]:
+    """Load `trainer_settings.yaml`: the settings of other trainers, and their replacements."""
+    file = importlib.resources.files("finesight") / "trainer_settings.yaml"
+    content: dict[str, Any] = load_yaml(file.read_text(encoding="utf-8"))
+    return content
+
+
+@cache
+def _load_advice() -> dict[str, dict[str, Any]]:
+    """Load the replacement of each setting of another trainer, or the reason why it has none."""
+    content = load_trainer_settings()
+    trainers = [content[name] for name in ("transformers", "LLaMA-Factory", "ms-swift")]
+    groups = [group for trainer in trainers for group in trainer["ignored"]]
+    groups += [group for trainer in trainers for group in trainer["unsupported"]]
+    groups += content["replacements"]
+    advice = {key: group for group in groups for key in group["keys"].split()}
+    for trainer in trainers:
+        for old, new in trainer.get("aliases", {}).items():
+            if new in advice:
+                advice.setdefault(old, advice[new])
+    return advice
+
+
+def _format_replacement(group: Mapping[str, Any], value: object) -> str:
+    """Format the replacement of a setting of another trainer, with its converted value."""
+    if group.get("is_list") and isinstance(value, str) and "," in value:
+        value = [item.strip() for item in value.split(",")]
+    text = _format_value(value)
+    values = group.get("values", {})
+    replacement = group["use"].format(values.get(text.lower(), values.get("other", text)))
+    return f"use {replacement}" + (f": {group['note']}" if "note" in group else "")
+
+
+def _format_value(value: object) -> str:
+    """Format a value for an override in a shell."""
+    if isinstance(value, list | tuple):
+        return shlex.quote(_truncate(f"[{','.join(map(_format_scalar, value))}]"))
+    return shlex.quote(_truncate(_format_scalar(value)))
+
+
+def _format_scalar(value: object) -> str:
+    text = "null" if value is None else str(value)
+    return text.lower() if isinstance(value, bool) else text
 
 
 def _truncate_repr(value: object) -> str:
-    text = "null" if value is None else repr(value)
+    text = _format_scalar(value) if value is None or isinstance(value, bool) else repr(value)
     text = re.sub(r"\s+", " ", text)
     return _truncate(text)
 
@@ -503,11 +653,12 @@ def _format_location(
 
 
 def _to_user_error(
-    where: str, setting_errors: list[_SettingError], locations: list[str], count: int
+    where: str, setting_errors: list[_SettingError], locations: list[str], count: int, remedy: str
 ) -> UserError:
     """Combine the errors of several settings into one UserError.
 
-    `count` is the number of all invalid settings, including those without a description.
+    `count` is the number of all invalid settings, including those without a description. `remedy`
+    applies to all of them.
     """
     errors = [
         UserError(
@@ -522,4 +673,4 @@ def _to_user_error(
         return errors[0]
     messages = "\n".join(str(error) for error in errors)
     more = f"\nand {count - len(errors):,} more" if count > len(errors) else ""
-    return UserError(f"{count:,} settings are wrong\n{messages}{more}", where=where)
+    return UserError(f"{count:,} settings are wrong\n{messages}{more}", where=where, remedy=remedy)

@@ -12,7 +12,7 @@ from typing import Any
 import hf_models
 import pytest
 
-from finesight.config import ExactSize
+from finesight.config import ExactSize, PixelLimits
 from finesight.data.sample import LocatedSample, Sample
 from finesight.encode.hf_renderer import HfRenderer, import_transformers
 from finesight.encode.renderer import build_renderer
@@ -123,6 +123,8 @@ def test_image_rule_is_applied_before_processor(folder: Path, tmp_path: Path) ->
     )
     assert retained.load_image(tmp_path / "0.png").size == (40, 30)
     assert scaled.load_image(tmp_path / "0.png").size == (9, 7)
+    limited = HfRenderer(ModelFolder(folder), PixelLimits(max_pixels=300))
+    assert limited.load_image(tmp_path / "0.png").size == (20, 15)
     assert (
         scaled.tokenize(located_sample).num_tokens == retained.tokenize(located_sample).num_tokens
     )

@@ -10,9 +10,17 @@ import torch
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
+from finesight.config import ImageRule, LongestSide, PixelRange
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
+from finesight.manifest import Manifest
+from finesight.model_folder import TINY_MODEL, locate_model
+from finesight.recipe import recipe_from_dict
 from finesight.train.oom import translate_oom_errors
+from finesight.train.setup import BaseModelRef
+
+PIXEL_RANGE = PixelRange(min_pixels=1568, max_pixels=7056)
+LONGEST_SIDE = LongestSide(longest_side=56)
 
 
 def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
@@ -58,6 +66,18 @@ def test_continued_run_keeps_image_size_and_prompt(task: TinyTask, setting: str)
     assert manifests[1]["system_prompt"] == manifests[0]["system_prompt"] == "Name colours."
     assert manifests[2]["image_rule"] == {"longest_side": 56}
     assert manifests[2]["system_prompt"] == "Speak."
+
+
+@pytest.mark.parametrize(("rule", "min_pixels"), [(PIXEL_RANGE, 1568), (LONGEST_SIDE, 3136)])
+def test_run_or_model_provides_missing_pixel_limit(rule: ImageRule, min_pixels: int) -> None:
+    recipe = recipe_from_dict(
+        {"model": TINY_MODEL, "data": {"train": "a.jsonl"}, "output_dir": "o"},
+        ["image.max_pixels=5000"],
+    )
+    manifest = Manifest.model_construct(image_rule=rule, system_prompt=None)
+    base_model = BaseModelRef(TINY_MODEL, locate_model(TINY_MODEL), None, manifest)
+    expected = PixelRange(min_pixels=min_pixels, max_pixels=5000)
+    assert base_model.build_renderer(recipe).image_rule == expected
 
 
 @pytest.mark.parametrize("num_thoughts", [0, 5, 6])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from finesight.config import ExactSize, LongestSide, PixelRange
+from finesight.config import ExactSize, LongestSide, PixelLimits, PixelRange
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 from finesight.vision.image_processing import (
@@ -87,6 +87,26 @@ def test_fixed_size_model_rejects_other_rules() -> None:
     free = {"min_pixels": 3136, "max_pixels": 12845056}
     assert resolve_image_rule(free, only) == only
     assert resolve_image_rule(free, None) == get_default_image_rule(free)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (3136, 12845056)),
+        ({"max_pixels": 602112}, (3136, 602112)),
+        ({"min_pixels": 50176}, (50176, 12845056)),
+        ({"min_pixels": 784, "max_pixels": 1000}, (784, 1000)),
+        ({"max_pixels": 784}, (784, 784)),
+        ({"min_pixels": 20_000_000}, (20_000_000, 20_000_000)),
+    ],
+)
+def test_missing_pixel_limits_are_those_of_the_model(
+    given: dict[str, int], expected: tuple[int, int]
+) -> None:
+    rule = resolve_image_rule(
+        {"min_pixels": 3136, "max_pixels": 12845056}, PixelLimits.model_validate(given)
+    )
+    assert rule == PixelRange(min_pixels=expected[0], max_pixels=expected[1])
 
 
 def test_native_rule_is_read_from_preprocessor() -> None:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from io import TextIOWrapper
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,6 +77,17 @@ class PlainHelpCommand(TyperCommand):
         arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
         return [str(self.options_metavar), *map(_format_argument, arguments)]
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words after the command; reject options that are settings of a recipe."""
+        params = self.get_params(ctx)
+        known = {option for param in params for option in param.opts}
+        if any(param.name == "overrides" for param in params):
+            for word, following in zip_longest(args, args[1:], fillvalue=""):
+                option, _, value = word.partition("=")
+                if option.startswith("--") and option not in known:
+                    _reject_setting(option, value or following)
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the sections of arguments and options."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
@@ -93,6 +105,21 @@ class PlainHelpCommand(TyperCommand):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
+
+
+def _reject_setting(option: str, value: str) -> None:
+    """Raise UserError if an unknown option is a setting of a recipe or of another trainer."""
+    from finesight.recipe import suggest_override
+
+    is_flag = not value or value.startswith("--")
+    remedy = suggest_override(option.removeprefix("--"), "true" if is_flag else value)
+    if remedy is not None:
+        raise UserError(
+            f"no such option: {option}",
+            where="command line",
+            expected="settings of the recipe as KEY=VALUE, without --",
+            remedy=remedy,
+        )
 
 
 def _format_argument(param: Any) -> str:

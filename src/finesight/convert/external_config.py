@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
-from finesight.bounded_files import load_yaml
 from finesight.errors import UserError
+from finesight.recipe import load_trainer_settings
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory"]
 
@@ -48,17 +47,9 @@ class ProgramRules:
 
 
 @cache
-def load_rules_file() -> dict[str, Any]:
-    """Load `rules.yaml`."""
-    file = importlib.resources.files("finesight.convert") / "rules.yaml"
-    content: dict[str, Any] = load_yaml(file.read_text(encoding="utf-8"))
-    return content
-
-
-@cache
 def load_rules(program: SourceProgram) -> ProgramRules:
     """Load the rules of a program, including those of the transformers Trainer."""
-    content = load_rules_file()
+    content = load_trainer_settings()
     other: dict[str, SettingRule] = {}
     converted: set[str] = set()
     for section in (content["transformers"], content[program]):

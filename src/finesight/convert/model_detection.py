@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.bounded_files import read_json
-from finesight.convert.external_config import load_rules_file
 from finesight.errors import UserError
+from finesight.recipe import load_trainer_settings
 
 PARTS = ("vision", "merger", "language")
 
 
 @dataclass(frozen=True)
 class FamilySettings:
-    """Properties of a model family that determine recipe settings, from `rules.yaml`.
+    """Properties of a model family that determine recipe settings, from `trainer_settings.yaml`.
 
     Attributes:
         names: `model_type` in config.json, and model type and template names of other programs.
@@ -38,7 +38,7 @@ class FamilySettings:
 
 def _list_families() -> list[FamilySettings]:
     families = []
-    for name, entry in load_rules_file()["families"].items():
+    for name, entry in load_trainer_settings()["families"].items():
         texts = {key: tuple(entry[key].split()) for key in ("names", *PARTS)}
         numbers = {key: entry[key] for key in ("token_size", "min_pixels", "max_length")}
         layers = {part: texts[part] for part in PARTS}

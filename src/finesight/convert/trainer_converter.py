@@ -18,22 +18,12 @@ from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import ConversionNote, ExternalConfig
 from finesight.convert.model_detection import PARTS, FamilySettings, detect_family
 from finesight.errors import UserError, escape_unprintable
+from finesight.recipe import load_trainer_settings
 
 SettingValue = str | bool | int | float | None | list[object] | dict[str, object]
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
 
-_LR_SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-}
-_ADAMW_NAMES = {
-    *("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"),
-    *("paged_adamw", "paged_adamw_32bit"),
-}
-_ADAMW_8BIT_NAMES = {"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"}
 _TRACKERS = ("swanlab", "tensorboard", "wandb", "mlflow", "trackio")
 _EMBEDDING_MODULES = {"embed_tokens", "lm_head", "all-embedding", "wte"}
 _GENERIC_NAMES = ("data", "train", "dataset")
@@ -244,13 +234,14 @@ class TrainerConverter(ABC):
         else:
             self.copy_setting("train.epochs", "num_train_epochs")
         scheduler = config.get_str("lr_scheduler_type") or "linear"
-        if scheduler not in _LR_SCHEDULES:
+        lr_schedules = load_trainer_settings()["lr_schedules"]
+        if scheduler not in lr_schedules:
             text = (
                 "supported schedules: cosine, linear, constant; cosine is set: choose the"
                 " most similar one"
             )
             draft.add_difference("lr_scheduler_type", scheduler, text)
-        schedule = _LR_SCHEDULES.get(scheduler, "cosine")
+        schedule = lr_schedules.get(scheduler, "cosine")
         draft.set("train.lr_schedule", schedule, config.default_comment("lr_scheduler_type"))
         warmup_keys = ("warmup_ratio", "warmup_steps")
         if scheduler == "constant":
@@ -268,10 +259,11 @@ class TrainerConverter(ABC):
     def _set_optimizer(self) -> None:
         config, draft = self.config, self.draft
         name = config.get_str("optim") or "adamw_torch"
-        if name not in _ADAMW_NAMES | _ADAMW_8BIT_NAMES:
+        optimizers = load_trainer_settings()["optimizers"]
+        if name not in optimizers:
             text = "supported optimizers: adamw, adamw_8bit, muon; adamw is set"
             draft.add_difference("optim", name, text)
-        draft.set("train.optimizer", "adamw_8bit" if name in _ADAMW_8BIT_NAMES else "adamw")
+        draft.set("train.optimizer", optimizers.get(name, "adamw"))
         self.copy_setting("train.weight_decay", "weight_decay")
         betas: list[object] = [config.get_float("adam_beta1"), config.get_float("adam_beta2")]
         draft.set("train.betas", betas, config.default_comment("adam_beta1", "adam_beta2"))

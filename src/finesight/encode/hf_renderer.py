@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from finesight.config import ImageRule, PixelRange
+from finesight.config import ImageRule, ImageSettings, PixelLimits, PixelRange
 from finesight.data.image_header import MAX_IMAGE_PIXELS
 from finesight.data.sample import ContentPart, ImagePart, LocatedSample, Message, TextPart
 from finesight.encode.family import PredictedBox, ThinkingOptions
@@ -146,7 +146,7 @@ class HfRenderer(Renderer):
     def __init__(
         self,
         folder: ModelFolder,
-        image_rule: ImageRule | None = None,
+        image_rule: ImageSettings | None = None,
         system_prompt: str | None = None,
     ) -> None:
         """Load the tokenizer and the processor of a model folder.
@@ -158,6 +158,8 @@ class HfRenderer(Renderer):
         self._init_args = (folder, image_rule, system_prompt)
         self._lock = Lock()
         self.family = folder.family
+        if isinstance(image_rule, PixelLimits):
+            image_rule = image_rule.complete(NO_RESIZE_RULE)
         self.image_rule: ImageRule = image_rule or NO_RESIZE_RULE
         self.system_prompt = system_prompt
         load_hf_config(folder)

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.config import ImageRule
+from finesight.config import ImageRule, ImageSettings
 from finesight.data.boxes import MAX_OVERHANG_PX
 from finesight.data.image_header import ImageSize, read_image_size
 from finesight.data.sample import (
@@ -454,13 +454,13 @@ class NativeRenderer(Renderer):
     def __init__(
         self,
         folder: ModelFolder,
-        image_rule: ImageRule | None = None,
+        image_rule: ImageSettings | None = None,
         system_prompt: str | None = None,
     ) -> None:
         """Load the tokenizer and check its token ids against config.json.
 
         Args:
-            image_rule: Image rule of the recipe; None for the default of the model.
+            image_rule: Image settings of the recipe; the model provides missing ones.
             system_prompt: System prompt of the recipe; None for the default of the family.
         """
         self.family: ModelFamily = load_family(folder)
@@ -744,11 +744,11 @@ def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) 
 
 
 def build_renderer(
-    folder: ModelFolder, image_rule: ImageRule | None = None, system_prompt: str | None = None
+    folder: ModelFolder, image_rule: ImageSettings | None = None, system_prompt: str | None = None
 ) -> Renderer:
     """Create the native renderer of a model family, or else the transformers renderer.
 
-    `image_rule` and `system_prompt` are those of the recipe; None for the defaults of the model.
+    `image_rule` and `system_prompt` are those of the recipe; the model provides missing ones.
     """
     if is_native(folder):
         return NativeRenderer(folder, image_rule, system_prompt)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import Recipe
+from finesight.config import PixelLimits, PixelRange, Recipe
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
@@ -87,7 +87,10 @@ class BaseModelRef:
         """
         image_rule, system_prompt = recipe.image, recipe.data.system_prompt
         if self.manifest is not None:
-            image_rule = self.manifest.image_rule if image_rule is None else image_rule
+            run_rule = self.manifest.image_rule
+            if isinstance(image_rule, PixelLimits) and isinstance(run_rule, PixelRange):
+                image_rule = image_rule.complete(run_rule)
+            image_rule = run_rule if image_rule is None else image_rule
             system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
         return build_renderer(self.folder, image_rule, system_prompt)
 

@@ -16,7 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finesight.config import ExactSize, ImageRule, LongestSide, PixelRange
+from finesight.config import (
+    ExactSize,
+    ImageRule,
+    ImageSettings,
+    LongestSide,
+    PixelRange,
+)
 from finesight.data.image_header import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,
@@ -174,11 +180,16 @@ def get_default_image_rule(preprocessor: Mapping[str, Any]) -> PixelRange:
     return PixelRange(min_pixels=preprocessor["min_pixels"], max_pixels=preprocessor["max_pixels"])
 
 
-def resolve_image_rule(preprocessor: Mapping[str, Any], requested: ImageRule | None) -> ImageRule:
-    """Return the image rule of the recipe, or the default of the model."""
+def resolve_image_rule(
+    preprocessor: Mapping[str, Any], requested: ImageSettings | None
+) -> ImageRule:
+    """Return the image rule of the recipe, with defaults of the model."""
     fixed_side = preprocessor.get("image_size")
     if fixed_side is None:
-        return requested or get_default_image_rule(preprocessor)
+        if isinstance(requested, ImageRule):
+            return requested
+        default = get_default_image_rule(preprocessor)
+        return default if requested is None else requested.complete(default)
     fixed_rule = ExactSize(height=fixed_side, width=fixed_side)
     if requested not in (None, fixed_rule):
         raise UserError(

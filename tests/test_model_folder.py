@@ -89,6 +89,17 @@ def test_file_is_not_a_model_folder(folder: Path) -> None:
     assert str(folder) in raised.value.remedy
 
 
+def test_mistyped_run_folder_is_not_requested_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no folder runs/mnie") as raised:
+        locate_model("runs/mnie")
+    assert raised.value.expected == "a folder in runs/: mine"
+    assert raised.value.remedy == "use runs/mine, or give hf:runs/mnie for a model of the hub"
+
+
 def test_hub_name_without_connection(tmp_path: Path) -> None:
     # In a process of its own: huggingface_hub reads these settings when it is imported.
     code = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -501,7 +502,22 @@ def locate_model(name_or_path: str) -> ModelFolder:
             expected=_EXPECTED_MODEL,
             remedy="correct the path",
         )
+    if not is_hub_address(name_or_path) and path.parent.is_dir():
+        raise _build_missing_folder_error(name_or_path, path)
     return _open_hub_model(name_or_path, address)
+
+
+def _build_missing_folder_error(name: str, path: Path) -> UserError:
+    """Build the error for a path that is missing in an existing folder, such as a run folder."""
+    names = sorted(entry.name for entry in os.scandir(path.parent) if entry.is_dir())
+    similar = difflib.get_close_matches(path.name, names, n=1)
+    suggestion = f"use {path.parent / similar[0]}" if similar else "correct the path"
+    return UserError(
+        f"no folder {name}",
+        where="model",
+        expected=f"a folder in {path.parent}/: {', '.join(names[:8]) or 'it has none'}",
+        remedy=f"{suggestion}, or give hf:{name} for a model of the hub",
+    )
 
 
 def resolve_model_path(name_or_path: str) -> Path:

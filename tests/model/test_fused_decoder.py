@@ -17,10 +17,10 @@ from finesight.model.config import LinearAttentionConfig
 from finesight.model.decoder import DecoderLayer
 from finesight.model.families.qwen3_5 import HybridDecoderLayer
 from finesight.model.fused_linear import FusedLinear
+from finesight.model.layers import RotaryCosSin
 from finesight.model.lora import fused
 from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
-from finesight.model.rope import RotaryCosSin
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,12 +21,14 @@ from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import (
     GatedMlp,
     RmsNorm,
+    RotaryCosSin,
+    SparseMoeBlock,
+    apply_rotary_pos_emb,
+    compute_mrope,
     empty_embedding,
     num_checkpointed_layers,
     run_layer,
 )
-from finesight.model.moe import SparseMoeBlock
-from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, compute_mrope
 
 
 @dataclass(frozen=True, slots=True)

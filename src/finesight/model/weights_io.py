@@ -25,8 +25,8 @@ from finesight.model.config import ConfigReader
 from finesight.model.families.qwen3_5 import GatedDeltaNet
 from finesight.model.families.qwen_vl import AttentionPool
 from finesight.model.fused_linear import FusedLinear
+from finesight.model.layers import MoeExperts
 from finesight.model.lora.layer import hub_name
-from finesight.model.moe import MoeExperts
 from finesight.model.quant.base import (
     SAFETENSORS_DTYPES,
     QuantizedMatrix,

@@ -24,7 +24,7 @@ from finesight.errors import UserError
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import HistogramCounts, count_half_octaves
-from finesight.model.moe import MoeExperts
+from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers

@@ -33,9 +33,14 @@ from finesight.model.families.qwen3_vl import build_vision_encoder, interleaved_
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.fused_ops import has_kernels, norm_rotary, sigmoid_gate
 from finesight.model.gated_delta_net import DeltaNetInputs, gated_rms_norm
-from finesight.model.layers import GatedMlp, RmsNorm, ZeroCenteredRmsNorm
-from finesight.model.moe import SharedExpertMoeBlock
-from finesight.model.rope import RotaryCosSin, apply_partial_rotary_pos_emb
+from finesight.model.layers import (
+    GatedMlp,
+    RmsNorm,
+    RotaryCosSin,
+    SharedExpertMoeBlock,
+    ZeroCenteredRmsNorm,
+    apply_partial_rotary_pos_emb,
+)
 
 _LAYER_TYPES = ("linear_attention", "full_attention")
 

@@ -1,4 +1,4 @@
-"""Triton kernels of rotary embeddings, in place on the fused QKV projection (see `model.rope`).
+"""Triton kernels of rotary embeddings, in place on the fused QKV projection (see `model.layers`).
 
 Both halves of a head use the same angles: only one half of the cosines and the positive half of the
 sines are read.

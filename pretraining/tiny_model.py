@@ -24,7 +24,7 @@ from finesight.encode import tokenizer as qwen_vl_tokenizer
 from finesight.encode.tokenizer import PRETOKENIZE_PATTERN
 from finesight.model.families.qwen3_5 import DepthwiseConv
 from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM, ResamplerAttention, VisionResampler
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.linear import FusedLinear
 from finesight.model.weights_io import init_random_model, save_model
 from finesight.model_folder import ModelFolder
 from finesight.storage import write_folder

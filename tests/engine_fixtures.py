@@ -41,8 +41,7 @@ from finesight.infer.request import (
 from finesight.infer.scheduler import PromptState
 from finesight.infer.structured_output import build_bitmask
 from finesight.model.attention import PackedAttention, Segments
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora.multi import MultiLora
 from finesight.model.vlm import VisionLanguageModel
 

@@ -21,8 +21,7 @@ from finesight.infer.engine import Engine
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel, load_multi_adapter_model
 from finesight.infer.request import GenerationOptions, GenerationRequest
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.lora.merge import merge_adapters
 from finesight.model.lora.multi import MultiLora
 from finesight.model.lora.peft_io import save_adapter

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.linear import FusedLinear
 from finesight.model.lora import fused
 from finesight.model.lora.fused import LoraMatmul
 from finesight.model.vision_encoder import VisionEncoder

@@ -10,7 +10,7 @@ from tiny_model import create_tiny_model
 from torch import Tensor, nn
 
 from finesight.config import TrainSettings, TuneSettings
-from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

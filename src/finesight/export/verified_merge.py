@@ -29,7 +29,7 @@ from finesight.export.merge_parity import (
 from finesight.export.model_card import VerifiedMerge, write_model_card
 from finesight.infer.model_loader import ModelSource, resolve_device, resolve_model_source
 from finesight.model.config import ConfigReader
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import iter_adapters
 from finesight.model.lora.merge import (
     MAX_SHARD_BYTES,
     dequantize_model,

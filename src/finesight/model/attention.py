@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.encode.packing import ContextShard, compute_cu_seqlens, copy_to_device
+from finesight.model.fused_ops import has_tensor_cores
 from finesight.model.gated_delta_net import (
     ChunkLayout,
     DeltaNetInputs,
@@ -42,7 +43,7 @@ from finesight.model.gated_delta_net import (
     forward_packed,
     forward_with_states,
 )
-from finesight.model.quant.base import HAS_TRITON, has_tensor_cores
+from finesight.model.kernels.runtime import HAS_TRITON
 
 if HAS_TRITON:
     from finesight.model.kernels import varlen_attention as varlen_kernels

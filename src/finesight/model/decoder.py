@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from finesight.model import fused_decoder
 from finesight.model.attention import AttentionBackend, PackedAttention
 from finesight.model.config import DecoderConfig
-from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import (
     GatedMlp,
     RmsNorm,
@@ -29,6 +28,7 @@ from finesight.model.layers import (
     num_checkpointed_layers,
     run_layer,
 )
+from finesight.model.linear import FusedLinear, single_output
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from finesight.model.attention import Segments, varlen_attention
 from finesight.model.config import DecoderConfig, MoeConfig, PixelNormalization, VisionConfig
-from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.fused_ops import (
     RmsNormFunction,
     apply_rotary,
@@ -33,9 +32,10 @@ from finesight.model.fused_ops import (
     swiglu,
     swiglu_concat,
 )
-from finesight.model.kernels.launch_config import NO_DROPOUT
+from finesight.model.kernels.runtime import HAS_TRITON, NO_DROPOUT
+from finesight.model.linear import FusedLinear, single_output
 from finesight.model.lora.fused import fuse_lora_weight, padding_columns
-from finesight.model.quant.base import HAS_TRITON, Fp8Rows
+from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import quantize_fp8
 
 if HAS_TRITON:

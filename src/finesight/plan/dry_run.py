@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 from finesight.model import fused_ops
 from finesight.model.kernels.runtime import JITFunction
-from finesight.model.quant import base
 
 META = torch.device("meta")
 
@@ -131,7 +130,7 @@ def emulate_device(target: ComputeTarget) -> Iterator[None]:
         for owner, name, replacement in (
             (Tensor, "is_cuda", target.is_cuda),
             (F, "scaled_dot_product_attention", _emulate_sdpa),
-            (base, "get_device_capability", get_capability),
+            (fused_ops, "get_device_capability", get_capability),
             (F, "rms_norm", _emulate_rms_norm if target.is_cuda else F.rms_norm),
             (fused_ops, "draw_dropped_indices", sample_indices),
             (torch.cuda, "get_device_capability", get_capability),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from finesight.config import TrainSettings
-from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel

@@ -26,7 +26,7 @@ from finesight.evaluate.metric_difference import (
 )
 from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.model.hf_backend import save_auto_model
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder
 from finesight.storage import write_file, write_folder

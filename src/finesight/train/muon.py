@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.quant.base import has_tensor_cores
+from finesight.model.fused_ops import has_tensor_cores
 from finesight.train.optim_states import SplitBf16Master
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from finesight.config import StepsOrFraction, TrainSettings
 from finesight.errors import UserError
-from finesight.model.quant.base import HAS_TRITON
+from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.trainable import (
     CONV_SUFFIX,
     EMBEDDING_SUFFIXES,

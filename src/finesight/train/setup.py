@@ -23,7 +23,7 @@ from finesight.evaluate.task_metrics import get_task_metric
 from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
 from finesight.manifest import MANIFEST_FILE, Manifest
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
-from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.linear import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from finesight.config import Recipe
-from finesight.model.quant.base import HAS_TRITON
+from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
@@ -39,7 +39,7 @@ from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
 
 if HAS_TRITON:
-    from finesight.model.kernels.parallel_compile import compile_in_parallel, is_compile_cache_empty
+    from finesight.model.kernels.runtime import compile_in_parallel, is_compile_cache_empty
 
 
 def check_disk_space(state: TrainState, num_existing: int) -> None:

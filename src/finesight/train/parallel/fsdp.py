@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from finesight.config import ParallelMode
 from finesight.encode.packing import PackedBatch, append_dummy_image
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.linear import FusedLinear
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.optimizer import MasterWeightOptimizer

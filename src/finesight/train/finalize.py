@@ -35,7 +35,7 @@ from finesight.train.console import TrainingConsole
 from finesight.train.evaluation import EvalResult, load_eval_history
 from finesight.train.param_audit import ParamChange, check_param_changes
 from finesight.train.run_dir import RunDir
-from finesight.train.train_state import TrainState
+from finesight.train.trainer import TrainState
 
 if TYPE_CHECKING:
     from finesight.report.run_page import LiveReportState

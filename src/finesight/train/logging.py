@@ -35,8 +35,7 @@ from finesight.train.dataset_stats import SampleStats
 from finesight.train.evaluation import EvalResult, load_eval_history, peak_memory_gb
 from finesight.train.finalize import RunResult
 from finesight.train.setup import library_versions
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import StepOutput
+from finesight.train.trainer import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
 
 

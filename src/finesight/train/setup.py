@@ -60,7 +60,7 @@ from finesight.train.parallel.distributed import (
 from finesight.train.param_audit import ParamAudit
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import DistributedSampler, StepSampler, TrainSampler
-from finesight.train.train_state import Hardware, TrainState
+from finesight.train.trainer import Hardware, TrainState
 
 
 @dataclass(frozen=True, slots=True)

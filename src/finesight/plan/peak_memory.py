@@ -24,8 +24,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.muon import MAX_STACK_ELEMENTS
-from finesight.train.optim_states import BLOCK_SIZE
+from finesight.train.optim_states import BLOCK_SIZE, MAX_STACK_ELEMENTS
 from finesight.train.optimizer import (
     LARGE_PARAM_ELEMENTS,
     MAX_CHUNK_ELEMENTS,

@@ -37,11 +37,12 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.train import kernels
-from finesight.train.muon import MatrixSlice, Muon
 from finesight.train.optim_states import (
     ADAM_EPS,
     BLOCK_SIZE,
     AdamWHyperparams,
+    MatrixSlice,
+    Muon,
     OptimState,
     OptimState8bit,
     SplitBf16Master,

@@ -42,13 +42,16 @@ from finesight.train.checkpoint import (
 from finesight.train.console import TrainingConsole
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataloader import default_num_workers
-from finesight.train.dataset_stats import SampleStatsMap, TrainingData, load_training_data
-from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
-from finesight.train.image_record import (
+from finesight.train.dataset_stats import (
+    SampleStatsMap,
+    TrainingData,
     check_images,
     collect_reported_errors,
     load_image_record,
+    load_training_data,
 )
+from finesight.train.finalize import ParamAudit
+from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import (
@@ -57,7 +60,6 @@ from finesight.train.parallel.distributed import (
     ParallelStrategy,
     ProcessGroup,
 )
-from finesight.train.param_audit import ParamAudit
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import DistributedSampler, StepSampler, TrainSampler
 from finesight.train.trainer import Hardware, TrainState

@@ -63,13 +63,11 @@ if TYPE_CHECKING:
     from finesight.encode.renderer import Renderer
     from finesight.model.hf_backend import AnyModel
     from finesight.train.cuda_graphs import CudaGraphRunner
-    from finesight.train.dataset_stats import TrainingData
-    from finesight.train.finalize import LiveReport, RunResult
+    from finesight.train.dataset_stats import ImageStates, TrainingData
+    from finesight.train.finalize import LiveReport, ParamAudit, RunResult
     from finesight.train.flops import FlopCounter, NullFlopCounter
-    from finesight.train.image_record import ImageStates
     from finesight.train.logging import MetricsLogger
     from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
-    from finesight.train.param_audit import ParamAudit
     from finesight.train.run_dir import RunDir
     from finesight.train.setup import BaseModelRef
     from finesight.train.training_run import StopRequest

@@ -31,6 +31,7 @@ from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.console import TrainingConsole
+from finesight.train.dataset_stats import save_image_record
 from finesight.train.finalize import (
     LiveReport,
     RunResult,
@@ -38,7 +39,6 @@ from finesight.train.finalize import (
     load_result,
     write_run_report,
 )
-from finesight.train.image_record import save_image_record
 from finesight.train.logging import MetricsLogger, describe_run
 from finesight.train.oom import translate_oom_errors
 from finesight.train.optimizer import resolve_save_interval

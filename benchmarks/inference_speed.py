@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import Engine
 from finesight.infer.request import GenerationRequest
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear

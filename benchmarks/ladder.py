@@ -27,7 +27,7 @@ from torch import Tensor
 
 from finesight.config import TrainSettings, TuneSettings
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.model import attention, fused_decoder, layers
 from finesight.model.attention import Segments
 from finesight.model.linear import FusedLinear, stacked_row_counts

@@ -26,7 +26,7 @@ from finesight.data.sample import (
 )
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.block_manager import append_tokens, hash_images
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine

@@ -16,7 +16,7 @@ from tiny_model import create_tiny_model
 
 from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import Engine
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel, load_multi_adapter_model

@@ -24,7 +24,7 @@ from vision_cache_fixtures import (
 
 from finesight.data.image_header import CorruptImageError
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.tokenized_sample import TokenizedSample
+from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import TrainingInterrupted
 from finesight.report.run_reader import read_run
 from finesight.report.summary import compute_phases

@@ -15,7 +15,7 @@ from torch import Tensor
 from finesight.config import Device, Precision
 from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.export import merge_parity
 from finesight.export.hf_files import complete_hf_folder, find_dropped_sampling, find_missing_files

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
+from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.vision.image_processing import first_frame
 
 BlockHash = bytes

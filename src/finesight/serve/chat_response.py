@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finesight.encode.tokenizer import TextTokenizer
+from finesight.encode.tokenization import TextTokenizer
 from finesight.infer.prediction import Prediction, box_to_dict
 from finesight.infer.request import CompletionDelta, FinishReason, GeneratedToken, TokenUsage
 from finesight.serve.preprocessing_jobs import TOOL_CALL_END, TOOL_CALL_START

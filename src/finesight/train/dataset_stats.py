@@ -30,7 +30,7 @@ from finesight.data.sample import LocatedSample, list_media_paths
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import filter_samples, find_sample_error
+from finesight.encode.tokenization import filter_samples, find_sample_error
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.storage import write_file

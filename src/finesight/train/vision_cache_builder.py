@@ -31,7 +31,7 @@ from finesight.config import VisionCacheMode
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import pad_patches
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import TokenizedSample
+from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.host_memory import available_memory
 from finesight.model.attention import has_amx_bf16

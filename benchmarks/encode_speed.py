@@ -26,7 +26,7 @@ import tokenizers
 
 from finesight.data.sample import LocatedSample, TextPart, read_samples
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import filter_samples
+from finesight.encode.tokenization import filter_samples
 from finesight.model_folder import locate_model
 
 EncodeCounts = tuple[int, int, int]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from finesight.encode.renderer import compute_position_ids
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.infer.engine import GPU_BLOCK_SIZE, Engine
 from finesight.infer.request import GenerationRequest
 from finesight.model.vlm import VisionLanguageModel

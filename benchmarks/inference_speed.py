@@ -32,11 +32,10 @@ import torch
 from PIL import Image
 
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import Engine
 from finesight.infer.request import GenerationRequest
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora.multi import MultiLora
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import MATRIX_TYPES, init_random_model

@@ -27,11 +27,10 @@ from torch import Tensor
 
 from finesight.config import TrainSettings, TuneSettings
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.model import attention, fused_decoder, layers
 from finesight.model.attention import Segments
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.linear import FusedLinear, stacked_row_counts
 from finesight.model.quant import fp8
 from finesight.model.quant.fp8 import Fp8Matrix
 from finesight.model.trainable import configure_tuning, trainable_parameters

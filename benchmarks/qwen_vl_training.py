@@ -126,7 +126,7 @@ def measure_full_training(config: Path, data: Path, num_steps: int) -> dict[str,
     from finesight.data.corpus import load_corpus
     from finesight.encode.packing import pack
     from finesight.encode.renderer import NativeRenderer
-    from finesight.model.lora.layer import stacked_row_counts
+    from finesight.model.linear import stacked_row_counts
     from finesight.model.trainable import configure_tuning, trainable_parameters
     from finesight.model.weights_io import init_random_model
     from finesight.model_folder import ModelFolder

@@ -20,11 +20,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import ByteLevel
 from torch import Tensor, nn
 
-from finesight.encode import tokenizer as qwen_vl_tokenizer
-from finesight.encode.tokenizer import PRETOKENIZE_PATTERN
+from finesight.encode import tokenization
+from finesight.encode.tokenization import PRETOKENIZE_PATTERN
 from finesight.model.families.qwen3_5 import DepthwiseConv
 from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM, ResamplerAttention, VisionResampler
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.linear import FusedLinear
 from finesight.model.weights_io import init_random_model, save_model
 from finesight.model_folder import ModelFolder
 from finesight.storage import write_folder
@@ -540,7 +540,7 @@ def _qwen_vl_language_config(tiny_config: TinyConfig, vocab_size: int) -> dict[s
         "use_cache": True,
         "use_dynamic_ntk": True,
         "use_logn_attn": True,
-        "vocab_size": vocab_size + len(qwen_vl_tokenizer.SPECIAL_TOKENS),
+        "vocab_size": vocab_size + len(tokenization.SPECIAL_TOKENS),
     }
 
 
@@ -550,7 +550,7 @@ def _qwen_vl_vision_config(
     return {
         "heads": tiny_config.num_vision_heads,
         "image_size": IMAGE_SIZE,
-        "image_start_id": vocab_size + qwen_vl_tokenizer.SPECIAL_TOKENS.index("<img>"),
+        "image_start_id": vocab_size + tokenization.SPECIAL_TOKENS.index("<img>"),
         "layers": tiny_config.num_vision_layers,
         "mlp_ratio": 4.0,
         "n_queries": NUM_QUERIES,

@@ -26,7 +26,7 @@ from finesight.data.sample import (
 )
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine
 from finesight.infer.kv_cache import append_tokens, hash_images
@@ -41,8 +41,7 @@ from finesight.infer.request import (
 from finesight.infer.scheduler import PromptState
 from finesight.infer.structured_output import build_bitmask
 from finesight.model.attention import PackedAttention, Segments
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora.multi import MultiLora
 from finesight.model.vlm import VisionLanguageModel
 

@@ -15,8 +15,7 @@ from torch import nn
 
 from finesight.config import Precision, TuneSettings
 from finesight.manifest import Manifest
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import hub_name, iter_adapters
+from finesight.model.linear import FusedLinear, hub_name, iter_adapters
 from finesight.model.lora.merge import (
     dequantize_model,
     merge_adapters,

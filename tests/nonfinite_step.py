@@ -16,8 +16,7 @@ from unittest.mock import patch
 from finesight.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import StepOutput, train_step
+from finesight.train.trainer import StepOutput, TrainState, train_step
 from finesight.train.training_run import train
 
 CorruptionKind = Literal["loss", "gradient", "jump"]

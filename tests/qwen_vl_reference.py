@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.model.config import ConfigReader
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import hub_tensors

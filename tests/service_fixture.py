@@ -12,7 +12,7 @@ from synthetic_tasks.tasks import SyntheticTask, iter_samples_of_kind
 
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import TINY_MODEL

@@ -18,8 +18,8 @@ from finesight.recipe import load_recipe
 from finesight.train.console import TrainingConsole
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
+from finesight.train.trainer import TrainState
+from finesight.train.training_run import StopRequest
 from finesight.train.vision_cache import VisionCache
 from finesight.train.vision_cache_builder import VisionCacheResult, open_vision_cache
 

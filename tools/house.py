@@ -518,12 +518,12 @@ def _size_measures(
 
 
 # Bounds that still miss their target. Lower them as the code improves; never raise them.
-MAX_SOURCE_FILES = 268
-MAX_SOURCE_LINES = 77_500
+MAX_SOURCE_FILES = 254
+MAX_SOURCE_LINES = 77_340
 MIN_MEDIAN_FUNCTION_LINES = 6
 MAX_TRAINER_MODULES = 120
 MAX_TRAINER_LINES = 24_000
-MAX_SHORT_HELPERS = 75
+MAX_SHORT_HELPERS = 68
 
 MIN_FILE_LINES = 60
 TRAINER_MODULE = f"{PACKAGE}.train.trainer"

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from finesight.config import Device, MetricSpec, Precision, Recipe, WeightFormat
     from finesight.data.importer import ImportSummary
     from finesight.data.sample import LocatedSample
-    from finesight.encode.tokenized_sample import EncodedSample, VisualSpan
-    from finesight.encode.tokenizer import TextTokenizer
+    from finesight.encode.tokenization import EncodedSample, TextTokenizer, VisualSpan
     from finesight.evaluate.generation_eval import GenerationEvalResult
     from finesight.infer.model_loader import InferenceModel
     from finesight.infer.prediction import Prediction
@@ -154,7 +153,7 @@ class Encoding:
         return self.encoded.patches_ND
 
     def __repr__(self) -> str:
-        from finesight.encode.tokenized_sample import format_token_table
+        from finesight.encode.tokenization import format_token_table
 
         return "\n".join(format_token_table(self.encoded.tokenized, self.tokenizer))
 

@@ -23,7 +23,7 @@ from finesight.data.sample import (
     VideoPart,
 )
 from finesight.encode.renderer import DecodedCompletion, NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import repeat_still_frames

@@ -23,7 +23,7 @@ from finesight.encode.packing import (
     plan_packs,
 )
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train.loss import fused_linear_cross_entropy

@@ -13,7 +13,7 @@ from chat_reference import build_rope_model
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.renderer import compute_position_ids
-from finesight.encode.tokenized_sample import VisualSpan
+from finesight.encode.tokenization import VisualSpan
 
 FPS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 2.5, 3.0, 6.0, 7.0, 11.0, 12.0, 23.976, 24.0, 29.97, 60.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finesight.encode.tokenized_sample import TokenizedSample, filter_samples
+from finesight.encode.tokenization import TokenizedSample, filter_samples
 from finesight.errors import UserError
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tokenizer_strings import TextPiece, make_strings
 
-from finesight.encode.tokenizer import SPECIAL_TOKENS, TiktokenTokenizer
+from finesight.encode.tokenization import SPECIAL_TOKENS, TiktokenTokenizer
 from finesight.errors import UserError
 
 pytest.importorskip("tiktoken")

@@ -8,7 +8,7 @@ import pytest
 from conversation_fixtures import make_folder
 
 from finesight.encode.renderer import TokenBuilder
-from finesight.encode.tokenizer import Tokenizer
+from finesight.encode.tokenization import Tokenizer
 
 
 @pytest.fixture(scope="module")

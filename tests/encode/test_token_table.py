@@ -11,7 +11,7 @@ from conversation_fixtures import make_conversation, make_folder, make_images
 
 from finesight.data.sample import LocatedSample, Message, Sample, TextPart
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import (
+from finesight.encode.tokenization import (
     format_token_table,
     iter_token_rows,
     token_table_to_dict,

@@ -14,8 +14,7 @@ from tiny_task import TinyTask
 from finesight.errors import UserError
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import StepOutput
+from finesight.train.trainer import StepOutput, TrainState
 
 SETTINGS = ("train.vision_cache=never", "train.epochs=4", "train.save_every=1")
 

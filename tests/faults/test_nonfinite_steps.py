@@ -23,9 +23,8 @@ from finesight.train.console import TrainingConsole
 from finesight.train.logging import MAX_CONSECUTIVE_NONFINITE
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import train_step
+from finesight.train.trainer import TrainState, train_step
+from finesight.train.training_run import StopRequest
 
 TESTS = Path(__file__).parents[1]
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")

@@ -19,8 +19,7 @@ from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 from finesight.storage import verify_folder
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import StepOutput
+from finesight.train.trainer import StepOutput, TrainState
 
 TESTS = Path(__file__).parents[1]
 

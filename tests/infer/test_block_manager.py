@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.infer.kv_cache import (
     BlockHash,
     BlockManager,

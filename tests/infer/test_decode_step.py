@@ -17,7 +17,7 @@ from tiny_model import create_tiny_model
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer.decode_step import supports_fused_decode
 from finesight.infer.engine import Engine
-from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb
+from finesight.model.layers import RotaryCosSin, apply_rotary_pos_emb
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from finesight.encode.renderer import NativeRenderer, parse_reasoning
-from finesight.encode.tokenizer import TextTokenizer, Tokenizer
+from finesight.encode.tokenization import TextTokenizer, Tokenizer
 from finesight.infer.inference_service import IncrementalDetokenizer
 from finesight.model_folder import ModelFolder
 

@@ -30,7 +30,7 @@ from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer import model_runner as model_runner_module
 from finesight.infer import scheduler as scheduler_area

@@ -14,7 +14,7 @@ from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
 from finesight.model.quant.base import MAX_GEMM_ROWS, MAX_GEMV_ROWS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
+from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.infer import scheduler as area
 from finesight.infer.kv_cache import append_tokens
 from finesight.infer.request import GenerationRequest

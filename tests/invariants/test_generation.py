@@ -24,7 +24,7 @@ from tiny_model import create_tiny_model
 
 from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.infer import scheduler as scheduler_area
 from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import InferenceService

@@ -16,13 +16,12 @@ from tiny_model import create_tiny_model
 
 from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import Engine
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel, load_multi_adapter_model
 from finesight.infer.request import GenerationOptions, GenerationRequest
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.lora.merge import merge_adapters
 from finesight.model.lora.multi import MultiLora
 from finesight.model.lora.peft_io import save_adapter

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from finesight.cli.app import app
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.model_folder import ModelFolder

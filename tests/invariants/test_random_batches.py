@@ -14,7 +14,7 @@ from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.infer import scheduler as scheduler_area
 from finesight.infer.engine import Engine
 from finesight.infer.prediction import predict

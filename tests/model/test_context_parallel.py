@@ -16,7 +16,7 @@ from torch import Tensor
 from finesight.config import PixelRange
 from finesight.encode.packing import ContextShard, PackedBatch, pack
 from finesight.encode.renderer import build_renderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention
 from finesight.model.attention import select_shard_features
 from finesight.model.vlm import VisionLanguageModel

@@ -27,8 +27,8 @@ from finesight.model.attention import (
     supports_varlen_attention,
     varlen_attention,
 )
-from finesight.model.fused_linear import FusedLinear
 from finesight.model.layers import GatedMlp, RmsNorm, add_norm
+from finesight.model.linear import FusedLinear
 from finesight.model.vlm import VisionLanguageModel
 
 pytestmark = [

@@ -10,10 +10,9 @@ from hf_reference import max_relative_error
 from tiny_model import TINY_PRESETS, TinyFamily, create_tiny_model
 from torch import Tensor, nn
 
-from finesight.model.fused_linear import FusedLinear, linear_concat
 from finesight.model.fused_ops import quick_gelu
 from finesight.model.layers import RmsNorm, add_norm
-from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear, linear_concat
 from finesight.model.quant import fp8
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8, quantize_fp8_gelu
@@ -170,7 +169,7 @@ def test_fused_fp8_decoder_norm_matches_two_steps(
 ) -> None:
     """Equal up to the summation order in fp32: FP8 stores change Triton's thread layout."""
     from finesight.model.kernels import norm as norm_kernels
-    from finesight.model.kernels.launch_config import SeededDropout
+    from finesight.model.kernels.runtime import SeededDropout
 
     drop = SeededDropout(torch.tensor([5], dtype=torch.int32, device="cuda"), 1, share, 1.0)
     x_TD = random_rows((50, width), 3).to("cuda", dtype)

@@ -16,11 +16,10 @@ from finesight.model.attention import PackedAttention, Segments
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.decoder import DecoderLayer
 from finesight.model.families.qwen3_5 import HybridDecoderLayer
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.layers import RotaryCosSin
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora import fused
-from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
-from finesight.model.rope import RotaryCosSin
 
 pytestmark = [
     pytest.mark.gpu,
@@ -213,7 +212,7 @@ def test_fused_fp8_norms_match_unfused(
 def test_dropout_mean_matches_no_dropout() -> None:
     """The mean output over many seeds equals that without dropout where the layer is linear."""
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
-    from finesight.model.kernels.launch_config import SeededDropout
+    from finesight.model.kernels.runtime import SeededDropout
 
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(300, 384, generator=generator).to(CUDA, torch.bfloat16)
@@ -237,7 +236,7 @@ def test_backward_uses_the_forward_dropout_mask() -> None:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels import swiglu as swiglu_kernels
-    from finesight.model.kernels.launch_config import SeededDropout
+    from finesight.model.kernels.runtime import SeededDropout
 
     seeds = torch.tensor([11], dtype=torch.int32, device=CUDA)
     drop = SeededDropout(seeds, salt=1, p=0.4, scale=1.0)
@@ -278,7 +277,7 @@ def test_backward_uses_the_forward_dropout_mask() -> None:
 def test_dropout_masks_are_uncorrelated() -> None:
     """Masks of adjacent rows, columns and layers agree as often as by chance."""
     from finesight.model.kernels import norm as norm_kernels
-    from finesight.model.kernels.launch_config import SeededDropout
+    from finesight.model.kernels.runtime import SeededDropout
 
     ones = torch.ones(2048, 1536, device=CUDA, dtype=torch.bfloat16)
 

@@ -12,10 +12,9 @@ from hf_reference import make_config, max_relative_error
 from torch import Tensor
 
 from finesight.model import layers
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.layers import QUICK_GELU, TANH_GELU, FusedGelu
-from finesight.model.lora.layer import LoraConfig, LoraLinear
-from finesight.model.quant.base import HAS_TRITON
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8
 from finesight.model.weights_io import init_random_model
 

@@ -21,8 +21,7 @@ from finesight.model.gated_delta_net import (
     recurrent_gated_delta_rule,
 )
 from finesight.model.kernels import gated_delta_net as kernels
-from finesight.model.layers import ZeroCenteredRmsNorm
-from finesight.model.rope import RotaryCosSin, apply_partial_rotary_pos_emb
+from finesight.model.layers import RotaryCosSin, ZeroCenteredRmsNorm, apply_partial_rotary_pos_emb
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError
 from finesight.model.hf_backend import HfModel, load_auto_model, load_hf_model
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import load_adapter, save_adapter
 from finesight.model.trainable import configure_tuning, get_part, trainable_parameters
 from finesight.model_folder import ModelFolder

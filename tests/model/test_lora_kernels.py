@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from finesight.model.kernels.launch_config import SeededDropout
+    from finesight.model.kernels.runtime import SeededDropout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def test_forward_matches_fp64(
     ranks: int, rows: int, width: int, share: float, dtype: torch.dtype
 ) -> None:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
-    from finesight.model.kernels.launch_config import SeededDropout
+    from finesight.model.kernels.runtime import SeededDropout
     from finesight.model.lora.fused import padding_columns
 
     x_TI, a_RI = random_values((rows, width), 1, dtype), random_values((ranks, width), 2, dtype)
@@ -69,7 +69,7 @@ def test_backward_matches_fp64(
     """Gradients are slices of wider rows, as in fused matmuls."""
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
     from finesight.model.kernels import norm as norm_kernels
-    from finesight.model.kernels.launch_config import SeededDropout
+    from finesight.model.kernels.runtime import SeededDropout
 
     x_TI, a_SI = random_values((rows, width), 1, dtype), random_values((ranks, width), 2, dtype)
     dn_TJ = random_values((rows, width + ranks), 5, dtype)

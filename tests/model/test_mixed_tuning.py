@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finesight.config import TuneSettings
 from finesight.model.families.architecture import to_module_name
-from finesight.model.lora.layer import hub_name, iter_adapters
+from finesight.model.linear import hub_name, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model.weights_io import hub_tensors

@@ -28,8 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.families.architecture import to_module_name
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import hub_name, iter_adapters
+from finesight.model.linear import FusedLinear, hub_name, iter_adapters
 from finesight.model.lora.merge import merge_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant import nf4

@@ -19,7 +19,7 @@ from finesight.config import TuneSettings
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,

@@ -10,7 +10,7 @@ from hf_reference import CPU, make_config
 
 from finesight.config import TuneSettings
 from finesight.errors import UserError
-from finesight.model.lora.layer import find_adaptable_layers, hub_name, iter_adapters
+from finesight.model.linear import find_adaptable_layers, hub_name, iter_adapters
 from finesight.model.trainable import MODEL_PARTS, configure_tuning, get_part, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import hub_tensors, init_random_model

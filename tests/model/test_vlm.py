@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.linear import FusedLinear
 from finesight.model.trainable import get_part
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import hub_tensors

@@ -16,7 +16,7 @@ from finesight.config import PixelRange, TrainFileSettings, TrainSettings, TuneS
 from finesight.data.corpus import load_corpus
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
-from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

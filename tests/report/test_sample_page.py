@@ -25,7 +25,7 @@ from finesight.data.sample import (
     TextPart,
 )
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import iter_token_rows
+from finesight.encode.tokenization import iter_token_rows
 from finesight.model_folder import ModelFolder
 from finesight.report.data_pages import render_sample_page
 

@@ -30,7 +30,7 @@ from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, Tex
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
 from finesight.infer.prediction import predict
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model

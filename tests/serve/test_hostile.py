@@ -48,7 +48,7 @@ from hostile_requests import (
 )
 from PIL import Image
 
-from finesight.encode.tokenizer import Tokenizer
+from finesight.encode.tokenization import Tokenizer
 from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError
 from finesight.serve.image_sources import read_formats

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from finesight.config import TuneSettings
 from finesight.encode.packing import PackedBatch, pack
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel

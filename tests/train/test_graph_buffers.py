@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
-from finesight.encode.tokenized_sample import EncodedSample
-from finesight.model.fused_linear import FusedLinear
+from finesight.encode.tokenization import EncodedSample
+from finesight.model.linear import FusedLinear
 from finesight.model.lora import fused
 from finesight.model.lora.fused import LoraMatmul
 from finesight.model.vision_encoder import VisionEncoder

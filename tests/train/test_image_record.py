@@ -16,7 +16,7 @@ from tiny_task import TinyTask, read_final_files
 from finesight import storage
 from finesight.data.corpus import open_sample_source
 from finesight.errors import UserError
-from finesight.train.image_record import (
+from finesight.train.dataset_stats import (
     EDGE_BYTES,
     ImageStates,
     load_image_record,

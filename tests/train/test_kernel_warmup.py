@@ -42,7 +42,7 @@ def test_warmup_does_not_update_parameters(
 @GPU
 def test_compilation_launches_no_kernel(tmp_path: Path) -> None:
     from finesight.model.kernels import elementwise
-    from finesight.model.kernels.parallel_compile import compile_in_parallel
+    from finesight.model.kernels.runtime import compile_in_parallel
 
     kernels = {id(k): k for k in vars(elementwise).values() if hasattr(k, "device_caches")}
     for kernel in kernels.values():
@@ -71,7 +71,7 @@ def test_pending_compilation_holds_no_memory() -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from finesight.model.kernels import elementwise
-    from finesight.model.kernels.parallel_compile import (
+    from finesight.model.kernels.runtime import (
         _dummy_argument,
         _specialization_key,
         compile_in_parallel,
@@ -100,7 +100,7 @@ def test_pending_compilation_holds_no_memory() -> None:
 @GPU
 def test_compilation_errors_are_raised_at_the_end() -> None:
     triton: Any = pytest.importorskip("triton")
-    from finesight.model.kernels.parallel_compile import compile_in_parallel
+    from finesight.model.kernels.runtime import compile_in_parallel
 
     def wrong(x, block):  # type: ignore[no-untyped-def]
         x + no_such_name  # type: ignore[name-defined]  # noqa: F821

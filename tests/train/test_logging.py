@@ -28,7 +28,7 @@ from finesight.train.finalize import MIN_IDLE_RATIO, LiveReport, write_run_repor
 from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, get_device_name, is_loss_spike
 from finesight.train.oom import MemoryBudget
 from finesight.train.run_dir import RunDir
-from finesight.train.train_state import TrainState
+from finesight.train.trainer import TrainState
 
 PATIENCE = 30.0
 PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))

@@ -29,8 +29,7 @@ from finesight.train import trainer
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataloader import StepBatch
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import StepOutput
+from finesight.train.trainer import StepOutput, TrainState
 
 
 def exceeds_tokens(tokens: int) -> OomPredicate:

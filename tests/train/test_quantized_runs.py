@@ -26,8 +26,8 @@ from finesight.model.quant.fp8 import Fp8Weight
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter
-from finesight.train.param_audit import ParamAudit
 
 LORA = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
 LANGUAGE = LORA | {"quantize": {"nf4": ["language"]}}

@@ -20,9 +20,8 @@ from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import StepBatch
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import micro_batch_seed, train_step
+from finesight.train.trainer import TrainState, micro_batch_seed, train_step
+from finesight.train.training_run import StopRequest
 
 
 def make_train_state(folder: Path, **train: Any) -> TrainState:

@@ -24,8 +24,7 @@ from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import StepOutput
+from finesight.train.trainer import StepOutput, TrainState
 
 
 def test_run_folder_contents(task: TinyTask) -> None:

@@ -24,7 +24,7 @@ from vision_cache_fixtures import (
 
 from finesight.data.image_header import CorruptImageError
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.tokenized_sample import TokenizedSample
+from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import TrainingInterrupted
 from finesight.report.run_reader import read_run
 from finesight.report.summary import compute_phases
@@ -33,9 +33,8 @@ from finesight.train import trainer, vision_cache_builder
 from finesight.train.checkpoint import WEIGHTS_FILE
 from finesight.train.dataloader import StepBatch
 from finesight.train.logging import count_flops
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import StepOutput, train_step
+from finesight.train.trainer import StepOutput, TrainState, train_step
+from finesight.train.training_run import StopRequest
 
 TESTS = Path(__file__).parents[1]
 STARTS = {"started_at", "vision_cache_s"}

@@ -36,8 +36,8 @@ from finesight.host_memory import available_memory
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train import vision_cache, vision_cache_builder
 from finesight.train.console import TrainingConsole
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
+from finesight.train.trainer import TrainState
+from finesight.train.training_run import StopRequest
 from finesight.train.vision_cache_builder import (
     CacheTier,
     EncoderOffloader,

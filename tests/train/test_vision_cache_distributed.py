@@ -17,8 +17,8 @@ from vision_cache_fixtures import CONSOLE, decide_vision_cache, make_train_state
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.train import vision_cache
 from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankMonitor
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
+from finesight.train.trainer import TrainState
+from finesight.train.training_run import StopRequest
 from finesight.train.vision_cache_builder import VisionCacheResult
 from finesight.vision.image_processing import GridTHW
 

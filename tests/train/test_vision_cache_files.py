@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from vision_cache_fixtures import make_train_state
 
 from finesight.data.image_header import CorruptImageError
-from finesight.encode.tokenized_sample import VisualSpan
+from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
 from finesight.train import vision_cache
 from finesight.train.vision_cache import (

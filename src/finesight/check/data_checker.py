@@ -43,7 +43,7 @@ from finesight.data.import_source import (
 from finesight.data.row_reader import is_tar_file, is_webdataset
 from finesight.data.sample import LocatedSample, Sample, VideoPart
 from finesight.encode.renderer import Renderer, build_renderer
-from finesight.encode.tokenizer import load_tokenizer
+from finesight.encode.tokenization import load_tokenizer
 from finesight.errors import UserError
 from finesight.hub.archive import is_archive
 from finesight.hub.download import WEB_SCHEMES

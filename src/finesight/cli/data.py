@@ -701,7 +701,7 @@ def _write_sample_page(
 
 def _print_samples(renderer: Renderer, selected: Sequence[LocatedSample], as_json: bool) -> None:
     """Print one token table, or one JSON object, per sample."""
-    from finesight.encode.tokenized_sample import format_token_table, token_table_to_dict
+    from finesight.encode.tokenization import format_token_table, token_table_to_dict
 
     for located_sample in selected:
         tokenized = renderer.tokenize(located_sample)

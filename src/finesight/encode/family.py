@@ -286,7 +286,12 @@ def write_json_boxes(
 
     Corners are rounded to integers.
     """
-    items = [_to_json_item(box, get_frame(box)) for box in boxes]
+    items: list[dict[str, Any]] = []
+    for box in boxes:
+        frame = get_frame(box)
+        corners = round_to_frame(scale_box(box.xyxy, box.original_size, frame), frame)
+        label = {} if box.label is None else {"label": box.label}
+        items.append({BOX_KEY: list(corners), **label})
     return [json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)]
 
 
@@ -305,12 +310,6 @@ def read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> li
         for label, corners in parsed
         if corners is not None
     ]
-
-
-def _to_json_item(box: ImageBox, frame: ImageSize) -> dict[str, Any]:
-    corners = round_to_frame(scale_box(box.xyxy, box.original_size, frame), frame)
-    item: dict[str, Any] = {BOX_KEY: list(corners)}
-    return item if box.label is None else {**item, "label": box.label}
 
 
 def _iter_json_boxes(text: str) -> Iterator[tuple[str | None, BoxCorners | None]]:

@@ -25,8 +25,15 @@ from finesight.data.image_header import MAX_IMAGE_PIXELS
 from finesight.data.sample import ContentPart, ImagePart, LocatedSample, Message, TextPart
 from finesight.encode.family import PredictedBox, ThinkingOptions
 from finesight.encode.renderer import FAMILIES, Renderer
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
-from finesight.encode.tokenizer import LARGEST_ID, Tokenizer, check_tokenizer_file, is_rust_panic
+from finesight.encode.tokenization import (
+    LARGEST_ID,
+    EncodedSample,
+    TokenizedSample,
+    Tokenizer,
+    VisualSpan,
+    check_tokenizer_file,
+    is_rust_panic,
+)
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import compute_resized_size, load_image

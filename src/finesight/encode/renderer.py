@@ -49,8 +49,13 @@ from finesight.encode.family import (
     VideoSegment,
     strip_content,
 )
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
-from finesight.encode.tokenizer import TextTokenizer, load_tokenizer
+from finesight.encode.tokenization import (
+    EncodedSample,
+    TextTokenizer,
+    TokenizedSample,
+    VisualSpan,
+    load_tokenizer,
+)
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import (

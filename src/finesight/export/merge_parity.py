@@ -30,7 +30,7 @@ from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.engine import generate
 from finesight.manifest import RECIPE_FILE

@@ -15,7 +15,7 @@ from torch import Tensor
 from finesight.config import Device, Precision
 from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.export import merge_parity
 from finesight.export.hf_files import complete_hf_folder, find_dropped_sampling, find_missing_files
@@ -29,7 +29,7 @@ from finesight.export.merge_parity import (
 from finesight.export.model_card import VerifiedMerge, write_model_card
 from finesight.infer.model_loader import ModelSource, resolve_device, resolve_model_source
 from finesight.model.config import ConfigReader
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import iter_adapters
 from finesight.model.lora.merge import (
     MAX_SHARD_BYTES,
     dequantize_model,

@@ -19,15 +19,19 @@ from torch import Tensor
 from finesight.infer.kv_cache import DecodeAttention
 from finesight.model.decoder import DecoderAttention, DecoderLayer
 from finesight.model.families.qwen3_5 import GatedAttention, GatedDeltaNet, HybridDecoderLayer
-from finesight.model.fused_linear import FusedLinear, add_lora_delta, single_output
 from finesight.model.fused_ops import sigmoid_gate
 from finesight.model.gated_delta_net import L2_NORM_EPS, supports_kernels
 from finesight.model.kernels import gated_delta_net as delta_net_kernels
-from finesight.model.layers import GatedMlp, RmsNorm, ZeroCenteredRmsNorm
+from finesight.model.layers import (
+    GatedMlp,
+    RmsNorm,
+    RotaryCosSin,
+    SparseMoeBlock,
+    ZeroCenteredRmsNorm,
+)
+from finesight.model.linear import FusedLinear, add_lora_delta, single_output
 from finesight.model.lora.multi import MultiLoraLinear
-from finesight.model.moe import SparseMoeBlock
 from finesight.model.quant.base import Packed4BitMatrix, QuantizedWeight, RmsNormParams, pack_inputs
-from finesight.model.rope import RotaryCosSin
 from finesight.model.vlm import VisionLanguageModel
 
 _HAS_TRITON = find_spec("triton") is not None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from finesight.encode.hf_renderer import import_transformers
 from finesight.encode.packing import pack
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
+from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.errors import UserError
 from finesight.infer.kv_cache import get_kv_bytes_per_token
 from finesight.infer.model_runner import ModelRunner

@@ -15,8 +15,7 @@ import torch
 from finesight.data.sample import LocatedSample
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, ThinkingOptions
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
-from finesight.encode.tokenizer import TextTokenizer
+from finesight.encode.tokenization import EncodedSample, TextTokenizer, TokenizedSample
 from finesight.errors import UserError
 from finesight.infer.engine import Engine, HfEngine, compute_cache_capacity
 from finesight.infer.kv_cache import hash_images

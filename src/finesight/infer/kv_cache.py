@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.encode.packing import copy_to_device
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
+from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.model.attention import Segments, supports_varlen_attention, varlen_attention
 from finesight.model.config import DecoderConfig
 from finesight.model.gated_delta_net import (

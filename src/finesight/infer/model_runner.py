@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finesight.encode.packing import PackedBatch, compute_cu_seqlens, copy_to_device, plan_packs
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.infer.decode_step import fused_decode_step, supports_fused_decode
 from finesight.infer.kv_cache import (
     DecodeAttention,

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from finesight.data.image_header import CorruptImageError, read_image_size
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
+from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.infer.engine import iter_completions
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.storage import make_folder, write_file

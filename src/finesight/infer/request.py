@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 
 FinishReason = Literal["stop", "length", "cancelled"]

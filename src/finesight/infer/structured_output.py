@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from finesight.data.boxes import BOX_KEY
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenizer import TiktokenTokenizer, Tokenizer
+from finesight.encode.tokenization import TiktokenTokenizer, Tokenizer
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint
 

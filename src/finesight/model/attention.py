@@ -1,27 +1,41 @@
 """Attention backends for packed sequences, used by the decoder and the vision encoders.
 
-`varlen_attention` selects an implementation by device, dtype and segment lengths.
+`varlen_attention` selects an implementation by device, dtype and segment lengths. Without a
+variable-length kernel, each bucket of segments with equal or similar length is one batch.
 
-Shapes: T tokens of the packed batch, H query heads, K key heads, D head dimension, S sequences, N
-sequences of one length, L that length, M rows of a batch with an expanded prefix, P prefix tokens.
+On a CPU, bf16 attention uses explicit matmuls (`cpu_attention`). As long as the scores of a
+sequence fit into the CPU caches, they are several times faster than torch's fused attention (3
+times on Zen 5, forward and backward at 125 tokens). On CPUs with AMX this holds only in training.
+Scores and softmax are computed in fp32: bf16 would save a sixth of the time but lose precision for
+peaked attention. The attention weights are rounded to bf16.
+
+Shapes: T tokens of the packed batch, H query heads, K key heads, D head dimension, S sequences or
+segments, N sequences of one length, L that length, M rows of a batch with an expanded prefix, P
+prefix tokens, or positions of the concatenated buckets.
+
+Shapes of `cpu_attention`: X rows (heads of positions), Y a subset of them, B = N K matrices, G =
+H/K query heads per key head, Q = G L queries of one matrix, C queries of a block, S keys of a
+block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.encode.packing import ContextShard, compute_cu_seqlens, copy_to_device
-from finesight.model.cpu_attention import MAX_CPU_SEQLEN, cpu_attention
+from finesight.model.fused_ops import has_tensor_cores
 from finesight.model.gated_delta_net import (
     ChunkLayout,
     DeltaNetInputs,
@@ -29,16 +43,164 @@ from finesight.model.gated_delta_net import (
     forward_packed,
     forward_with_states,
 )
-from finesight.model.length_buckets import (
-    LengthBuckets,
-    bucket_by_length,
-    bucket_shared_prefix,
-    bucket_with_padding,
-)
-from finesight.model.quant.base import HAS_TRITON, has_tensor_cores
+from finesight.model.kernels.runtime import HAS_TRITON
 
 if HAS_TRITON:
     from finesight.model.kernels import varlen_attention as varlen_kernels
+
+
+MAX_LENGTH_RATIO, LENGTH_MULTIPLE = 2, 64
+"""Maximum length ratio of the segments in a padded bucket, and divisor of its padded length.
+
+Few distinct lengths remain, which recur between packed batches. A CPU rebuilds its kernels for each
+new size, which costs more than the padding.
+"""
+
+
+class HeadRowIndices(NamedTuple):
+    """Row indices that group the heads of each segment.
+
+    Attributes:
+        order_X: Row at each bucket position.
+        inverse_Y: Bucket position of each row.
+        padding_Y: Positions of padding and duplicates; None if there are none.
+        copies_RC: Positions of the C duplicates of each of the first R rows; None without
+            duplicates.
+    """
+
+    order_X: Tensor
+    inverse_Y: Tensor
+    padding_Y: Tensor | None
+    copies_RC: Tensor | None
+
+
+@dataclass(frozen=True)
+class LengthBuckets:
+    """Buckets of segments, concatenated to one sequence of positions.
+
+    Attributes:
+        shapes: Segment length and number of segments of each bucket.
+        order_T: Token at each position, any token for padding; None if the order is unchanged.
+        inverse_T: Position of each token; None if the order is unchanged, or with a shared prefix.
+        padding_P: Flags of positions after the end of a segment; None without padding.
+        duplicate_P: Flags of positions with copies of tokens; None without duplicates.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    order_T: Tensor | None = None
+    inverse_T: Tensor | None = None
+    padding_P: Tensor | None = None
+    duplicate_P: Tensor | None = None
+    _head_rows_cache: dict[int, HeadRowIndices] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def num_positions(self) -> int:
+        return sum(length * count for length, count in self.shapes)
+
+    def head_rows(self, num_heads: int) -> HeadRowIndices:
+        """Return the row indices for `num_heads` heads, cached for all layers."""
+        if num_heads not in self._head_rows_cache:
+            self._head_rows_cache[num_heads] = self._build_head_rows(num_heads)
+        return self._head_rows_cache[num_heads]
+
+    def _build_head_rows(self, num_heads: int) -> HeadRowIndices:
+        order_P = torch.arange(self.num_positions) if self.order_T is None else self.order_T
+        order_X = self._repeat_per_head(order_P * num_heads, torch.arange(num_heads))
+        padding_X, duplicate_X = (
+            self._repeat_per_head(
+                torch.zeros(self.num_positions, dtype=torch.bool) if flags_P is None else flags_P,
+                torch.zeros(num_heads, dtype=torch.bool),
+            )
+            for flags_P in (self.padding_P, self.duplicate_P)
+        )
+        unused_X, copies_RC = padding_X | duplicate_X, None
+        real_Y, unused_Y = (~unused_X).nonzero().squeeze(1), unused_X.nonzero().squeeze(1)
+        inverse_Y = torch.empty_like(real_Y)
+        inverse_Y[order_X[real_Y]] = real_Y
+        if self.duplicate_P is not None:
+            duplicate_Y = duplicate_X.nonzero().squeeze(1)
+            sorted_rows = order_X[duplicate_Y].argsort(stable=True)
+            copies_RC = duplicate_Y[sorted_rows].view(int(order_X[duplicate_Y].max()) + 1, -1)
+        return HeadRowIndices(order_X, inverse_Y, unused_Y if len(unused_Y) else None, copies_RC)
+
+    def _repeat_per_head(self, values_P: Tensor, offsets_H: Tensor) -> Tensor:
+        parts = torch.split(values_P, [length * count for length, count in self.shapes])
+        lengths = (length for length, _ in self.shapes)
+        repeated = (
+            (part.view(-1, 1, length) + offsets_H[:, None]).flatten()
+            for part, length in zip(parts, lengths, strict=True)
+        )
+        return torch.cat([*repeated])
+
+
+def bucket_by_length(lengths: Sequence[int], device: torch.device) -> LengthBuckets:
+    """Group segments of equal length; reorder tokens only if that reduces the number of buckets."""
+    contiguous = _run_lengths(lengths)
+    if len(contiguous) == len(set(lengths)):
+        return LengthBuckets(contiguous)
+    return _sort_segments(np.array(lengths), np.sort(lengths), device)
+
+
+def bucket_with_padding(lengths: Sequence[int], device: torch.device) -> LengthBuckets:
+    """Group segments of similar length into buckets and pad each bucket to one length."""
+    sorted_S = np.sort(lengths)
+    padded_S = np.empty_like(sorted_S)
+    stop = len(padded_S)
+    while stop:
+        longest = sorted_S[stop - 1]
+        start = np.searchsorted(sorted_S * MAX_LENGTH_RATIO, longest)
+        padded_S[start:stop] = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        stop = int(start)
+    if np.array_equal(padded_S, sorted_S):
+        return bucket_by_length(lengths, device)
+    return _sort_segments(np.array(lengths), padded_S, device)
+
+
+def _sort_segments(
+    lengths_S: NDArray[np.int64], padded_S: NDArray[np.int64], device: torch.device
+) -> LengthBuckets:
+    """Sort segments by length and pad them to `padded_S`, in ascending order."""
+    by_length = np.argsort(lengths_S, kind="stable")
+    starts = np.cumsum(lengths_S) - lengths_S
+    within = np.arange(padded_S.sum()) - np.repeat(np.cumsum(padded_S) - padded_S, padded_S)
+    order = np.repeat(starts[by_length], padded_S) + within
+    padding = within >= np.repeat(lengths_S[by_length], padded_S)
+    order[padding] = 0
+    real = np.flatnonzero(~padding)
+    inverse = real[np.argsort(order[real])]
+    arrays = (order, inverse, padding) if padding.any() else (order, inverse)
+    tensors = (copy_to_device(array, device) for array in arrays)
+    return LengthBuckets(_run_lengths(padded_S.tolist()), *tensors)
+
+
+def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
+    """Build padded buckets of sequences with a shared prefix, on the CPU."""
+    prefix_length, *suffix_lengths = lengths
+    full_lengths = [prefix_length + length for length in suffix_lengths]
+    starts = np.cumsum([prefix_length, *suffix_lengths[:-1]])
+    source_M = np.concatenate(
+        [
+            np.concatenate([np.arange(prefix_length), np.arange(start, start + length)])
+            for start, length in zip(starts, suffix_lengths, strict=True)
+        ]
+    )
+    offset_M = np.concatenate([np.arange(length) for length in full_lengths])
+    duplicate_M = (offset_M < prefix_length) & (np.arange(len(source_M)) >= full_lengths[0])
+    buckets = bucket_with_padding(full_lengths, torch.device("cpu"))
+    order_P = torch.arange(len(source_M)) if buckets.order_T is None else buckets.order_T
+    duplicate_P = torch.from_numpy(duplicate_M)[order_P]
+    if buckets.padding_P is not None:
+        duplicate_P &= ~buckets.padding_P
+    duplicates = duplicate_P if bool(duplicate_P.any()) else None
+    return replace(
+        buckets, order_T=torch.from_numpy(source_M)[order_P], inverse_T=None, duplicate_P=duplicates
+    )
+
+
+def _run_lengths(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((length, len(list(group))) for length, group in groupby(lengths))
 
 
 MAX_TRITON_SEQLEN = 256
@@ -523,3 +685,137 @@ def select_shard_features(features_M: Tensor, shard: ContextShard) -> Tensor:
 def pad_rows(x: Tensor, num_rows: int) -> Tensor:
     """Pad a tensor with zero rows to `num_rows` rows."""
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, num_rows - len(x))) if len(x) < num_rows else x
+
+
+MAX_CPU_SEQLEN = 512
+"""Maximum sequence length, in tokens, for which matmuls are faster than torch's fused attention."""
+
+QUERY_BLOCK = 64
+"""Number of queries per block of scores. Causal attention skips the keys after a block."""
+
+
+def cpu_attention(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, buckets: LengthBuckets, *, causal: bool
+) -> Tensor:
+    """Compute softmax(q k^T / sqrt(D)) v within each segment.
+
+    Padded `buckets` require causal attention, so that no query attends to the padding. For tokens
+    with duplicates (a shared prefix) the output of one copy is returned.
+    """
+    assert causal or buckets.padding_P is None, "padded buckets require causal attention"
+    o_THD: Tensor = _CpuAttention.apply(  # type: ignore[no-untyped-call]
+        q_THD, k_TKD, v_TKD, buckets, causal
+    )
+    return o_THD
+
+
+class _CpuAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, buckets: LengthBuckets, causal: bool
+    ) -> Tensor:
+        scale = q_THD.shape[-1] ** -0.5
+        query_rows, key_rows = (buckets.head_rows(x.shape[1]) for x in (q_THD, k_TKD))
+        q_XD = _select_rows(q_THD, query_rows)
+        k_XD, v_XD = (_select_rows(x, key_rows) for x in (k_TKD, v_TKD))
+        o_XD = torch.empty_like(q_XD)
+        weights: list[Tensor] = []
+        batches = (_split_batches(x, buckets, k_TKD.shape[1]) for x in (q_XD, k_XD, v_XD, o_XD))
+        for q_BQD, k_BLD, v_BLD, o_BQD in zip(*batches, strict=True):
+            weights.append(_attention_weights(q_BQD, k_BLD, scale, causal))
+            torch.bmm(weights[-1], v_BLD, out=o_BQD)
+        ctx.save_for_backward(*query_rows, *key_rows, q_XD, k_XD, v_XD, *weights)
+        ctx.buckets, ctx.num_kv_heads, ctx.scale = buckets, k_TKD.shape[1], scale
+        return _restore_rows(o_XD, query_rows).view(q_THD.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        query_rows, key_rows = HeadRowIndices(*saved[:4]), HeadRowIndices(*saved[4:8])
+        (q_XD, k_XD, v_XD), weights = saved[8:11], saved[11:]
+        scale, num_kv_heads = ctx.scale, ctx.num_kv_heads
+        do_XD = _select_rows(do_THD, query_rows)
+        if query_rows.padding_Y is not None:
+            do_XD.index_fill_(0, query_rows.padding_Y, 0)
+        dq_XD, dk_XD, dv_XD = (torch.empty_like(x) for x in (q_XD, k_XD, v_XD))
+        tensors = (q_XD, k_XD, v_XD, do_XD, dq_XD, dk_XD, dv_XD)
+        batches = (_split_batches(x, ctx.buckets, num_kv_heads) for x in tensors)
+        for weights_BQL, q_BQD, k_BLD, v_BLD, do_BQD, dq_BQD, dk_BLD, dv_BLD in zip(
+            weights, *batches, strict=True
+        ):
+            dscores_BQL = torch.bmm(do_BQD, v_BLD.mT)
+            torch.ops.aten._softmax_backward_data.out(
+                dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL
+            )
+            dq_BQD.baddbmm_(dscores_BQL, k_BLD, beta=0, alpha=scale)
+            dk_BLD.baddbmm_(dscores_BQL.mT, q_BQD, beta=0, alpha=scale)
+            torch.bmm(weights_BQL.mT, do_BQD, out=dv_BLD)
+            # Free the memory before the next iteration.
+            del dscores_BQL
+        dk_TKD, dv_TKD = (
+            _sum_duplicates(x, key_rows).view(-1, num_kv_heads, x.shape[1]) for x in (dk_XD, dv_XD)
+        )
+        return _restore_rows(dq_XD, query_rows).view(do_THD.shape), dk_TKD, dv_TKD, None, None
+
+
+def _attention_weights(q_BQD: Tensor, k_BLD: Tensor, scale: float, causal: bool) -> Tensor:
+    """Compute softmax(scale q k^T) in at least fp32, rounded to the dtype of `q_BQD`."""
+    length, head_dim = k_BLD.shape[1:]
+    q_BGLD = q_BQD.view(len(k_BLD), -1, length, head_dim)
+    weights_BGLL = q_BQD.new_empty(*q_BGLD.shape[:3], length)
+    wide_dtype = torch.promote_types(q_BQD.dtype, torch.float32)
+    k_wide_BLD = k_BLD.to(wide_dtype)
+    if not causal:
+        weights_BGLL.copy_(_scaled_softmax(q_BGLD.to(wide_dtype), k_wide_BLD, scale))
+        return weights_BGLL.flatten(1, 2)
+    causal_mask_CC = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=wide_dtype).triu_(1)
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        weights_BGLL[:, :, start:stop, :stop] = _scaled_softmax(
+            q_BGLD[:, :, start:stop].to(wide_dtype),
+            k_wide_BLD[:, :stop],
+            scale,
+            causal_mask_CC[: stop - start, : stop - start],
+        )
+        weights_BGLL[:, :, start:stop, stop:] = 0
+    return weights_BGLL.flatten(1, 2)
+
+
+def _scaled_softmax(
+    q_BGCD: Tensor, k_BSD: Tensor, scale: float, causal_mask_CC: Tensor | None = None
+) -> Tensor:
+    """Compute the softmax of the attention scores of one query block."""
+    scores_BGCS = q_BGCD.new_empty(*q_BGCD.shape[:3], k_BSD.shape[1])
+    # With beta 0 the first operand is only a buffer; its content is not read.
+    scores_BGCS.flatten(1, 2).baddbmm_(q_BGCD.flatten(1, 2), k_BSD.mT, beta=0, alpha=scale)
+    if causal_mask_CC is not None:
+        scores_BGCS[..., -len(causal_mask_CC) :] += causal_mask_CC
+    return torch.softmax(scores_BGCS, -1, out=scores_BGCS)
+
+
+def _select_rows(x_THD: Tensor, rows: HeadRowIndices) -> Tensor:
+    return x_THD.reshape(-1, x_THD.shape[-1]).index_select(0, rows.order_X)
+
+
+def _restore_rows(x_XD: Tensor, rows: HeadRowIndices) -> Tensor:
+    return x_XD.index_select(0, rows.inverse_Y)
+
+
+def _sum_duplicates(dx_XD: Tensor, rows: HeadRowIndices) -> Tensor:
+    """Restore the packed row order and sum the gradients of duplicated rows in fp32."""
+    dx_YD = _restore_rows(dx_XD, rows)
+    if rows.copies_RC is not None:
+        count, num_copies = rows.copies_RC.shape
+        wide_dtype = torch.promote_types(dx_XD.dtype, torch.float32)
+        duplicates_RCD = dx_XD.index_select(0, rows.copies_RC.flatten()).view(count, num_copies, -1)
+        dx_YD[:count] = duplicates_RCD.sum(1, dtype=wide_dtype) + dx_YD[:count]
+    return dx_YD
+
+
+def _split_batches(x_XD: Tensor, buckets: LengthBuckets, num_kv_heads: int) -> Iterator[Tensor]:
+    """Yield one batch of matrices [B, Q, D] per bucket."""
+    num_heads = len(x_XD) // buckets.num_positions
+    parts = torch.split(x_XD, [num_heads * length * count for length, count in buckets.shapes])
+    for (_, count), x in zip(buckets.shapes, parts, strict=True):
+        yield x.view(count * num_kv_heads, -1, x.shape[1])

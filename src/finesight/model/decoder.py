@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from finesight.model import fused_decoder
 from finesight.model.attention import AttentionBackend, PackedAttention
 from finesight.model.config import DecoderConfig
-from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import (
     GatedMlp,
     RmsNorm,
+    RotaryCosSin,
+    SparseMoeBlock,
+    apply_rotary_pos_emb,
+    compute_mrope,
     empty_embedding,
     num_checkpointed_layers,
     run_layer,
 )
-from finesight.model.moe import SparseMoeBlock
-from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, compute_mrope
+from finesight.model.linear import FusedLinear, single_output
 
 
 @dataclass(frozen=True, slots=True)

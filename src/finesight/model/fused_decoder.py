@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import supports_varlen_attention
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.kernels.runtime import HAS_TRITON
+from finesight.model.layers import RotaryCosSin
+from finesight.model.linear import FusedLinear, LoraLinear
 from finesight.model.lora.fused import LoraMatmul
-from finesight.model.lora.layer import LoraLinear
-from finesight.model.quant.base import HAS_TRITON, Fp8Rows
+from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import empty_fp8_rows
-from finesight.model.rope import RotaryCosSin
 
 if HAS_TRITON:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels

@@ -8,6 +8,7 @@ Shapes: T tokens or patches, H heads, D width.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.model.kernels.launch_config import NO_DROPOUT
-from finesight.model.quant.base import HAS_TRITON
+from finesight.model.kernels.runtime import HAS_TRITON, NO_DROPOUT
 
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
 
@@ -140,6 +140,18 @@ def _zero_indices(x: Tensor, indices: Tensor) -> Tensor:
 def has_kernels(x: Tensor) -> bool:
     """Return True if Triton is installed and a tensor has 16-bit elements on a GPU."""
     return HAS_TRITON and x.is_cuda and x.dtype in _KERNEL_TYPES
+
+
+def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return True if Triton and flash attention can use tensor cores for this dtype."""
+    is_16_bit = dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
+def get_device_capability(device: torch.device) -> tuple[int, int]:
+    """Return the CUDA compute capability of a device, or (0, 0) without CUDA."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 class _ApplyRotary(torch.autograd.Function):

@@ -19,7 +19,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.model.families.architecture import KeyMapping
-from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.linear import FusedLinear, single_output
 from finesight.model.trainable import HF_PREFIX, ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import copy_model_files, load_model, save_model

@@ -1,12 +1,17 @@
-"""Layers shared by the decoder and the vision encoders.
+"""Layers of the decoder and the vision encoders, from rotary embeddings to experts.
 
-Shapes: T tokens, N patches, D width, M merged patch squares, R rows of a table.
+Rotary position embeddings (Su et al. 2021) pair element i of a head with element i + D/2, and
+rotate the pair by an angle proportional to the position.
+
+Shapes: T tokens, N patches, D width or head dimension, H heads, F = D/2 frequencies, M merged patch
+squares, R rows of a table. Mixture of experts: E experts, K experts per token, P = T x K
+token-expert pairs, I intermediate size of an expert.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -17,26 +22,96 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finesight.model.attention import Segments, varlen_attention
-from finesight.model.config import PixelNormalization, VisionConfig
-from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.config import DecoderConfig, MoeConfig, PixelNormalization, VisionConfig
 from finesight.model.fused_ops import (
     RmsNormFunction,
+    apply_rotary,
     has_kernels,
     quick_gelu,
     rms_norm,
     swiglu,
     swiglu_concat,
 )
-from finesight.model.kernels.launch_config import NO_DROPOUT
+from finesight.model.kernels.runtime import HAS_TRITON, NO_DROPOUT
+from finesight.model.linear import FusedLinear, single_output
 from finesight.model.lora.fused import fuse_lora_weight, padding_columns
-from finesight.model.quant.base import HAS_TRITON, Fp8Rows
+from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import quantize_fp8
-from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb
 
 if HAS_TRITON:
     from finesight.model.kernels import gemm_gelu as gemm_gelu_kernels
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels import rotary as rotary_kernels
+
+
+@dataclass(frozen=True)
+class RotaryCosSin:
+    """Cosines and signed sines of the rotation angles of each token, shared by all heads."""
+
+    cos_T1D: Tensor
+    sin_T1D: Tensor
+
+    @classmethod
+    def from_angles(cls, angles_TF: Tensor, dtype: torch.dtype) -> RotaryCosSin:
+        cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
+        cos_TD = torch.cat([cos_TF, cos_TF], -1)
+        sin_TD = torch.cat([-sin_TF, sin_TF], -1)
+        return cls(cos_TD.unsqueeze(1).to(dtype), sin_TD.unsqueeze(1).to(dtype))
+
+
+def apply_rotary_pos_emb(x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
+    """Rotate each head by the angles of its token, in the wider of both dtypes."""
+    return apply_rotary(x_THD, rotary.cos_T1D, rotary.sin_T1D)
+
+
+def apply_partial_rotary_pos_emb(x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
+    """Rotate the leading elements of each head, as many as there are angles."""
+    rotary_dim = rotary.cos_T1D.shape[-1]
+    rotated_THR = apply_rotary_pos_emb(x_THD[..., :rotary_dim].contiguous(), rotary)
+    return torch.cat([rotated_THR, x_THD[..., rotary_dim:]], dim=-1)
+
+
+@torch.no_grad()
+def compute_mrope(
+    position_ids_3T: Tensor, config: DecoderConfig, dtype: torch.dtype
+) -> RotaryCosSin:
+    """Compute multimodal rotary embeddings (M-RoPE; Wang et al. 2024, Qwen2-VL, section 2.1).
+
+    Each frequency uses one of the position axes time, height and width. Cosines and sines are
+    rounded to `dtype`, as in the training of the base models.
+    """
+    device = position_ids_3T.device
+    axes_F = _axis_tensor(config.mrope_axes, device)
+    position_ids_TF = position_ids_3T.index_select(0, axes_F).T.float()
+    return RotaryCosSin.from_angles(
+        position_ids_TF * inverse_frequencies(config.rotary_dim, config.rope_theta, device), dtype
+    )
+
+
+@torch.no_grad()
+def compute_vision_rope(position_ids_N2: Tensor, config: VisionConfig) -> RotaryCosSin:
+    """Compute 2-D rotary embeddings of patches in fp32, with half of the frequencies per axis."""
+    inv_freq_F = inverse_frequencies(
+        config.head_dim // 2, config.rope_theta, position_ids_N2.device
+    )
+    angles_N2F = position_ids_N2.unsqueeze(-1).float() * inv_freq_F
+    return RotaryCosSin.from_angles(angles_N2F.flatten(1), torch.float32)
+
+
+@lru_cache
+def inverse_frequencies(head_dim: int, rope_theta: float, device: torch.device) -> Tensor:
+    """Return the rotary frequencies theta^(-2 i / head_dim) of a head in fp32."""
+    # Created outside inference mode: a tensor cached during generation may be used in a backward
+    # pass.
+    with torch.inference_mode(False):
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return (1.0 / rope_theta**exponents).to(device)
+
+
+@lru_cache
+def _axis_tensor(axes: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(axes, device=device)
 
 
 ALIGNMENT = 8
@@ -335,3 +410,94 @@ def is_hopper(device: torch.device) -> bool:
     """Return True for Hopper GPUs; the fused kernel is untested on newer tensor cores."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def requires_host_sync(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return True if the matmuls of the experts synchronize the host with the device."""
+    has_grouped_mm = dtype == torch.bfloat16 and device.type == "cuda"
+    return not has_grouped_mm or torch.cuda.get_device_capability(device) < (9, 0)
+
+
+class MoeExperts(nn.Module):
+    """Experts with stacked weights in the published layout.
+
+    Qwen3-VL publishes inputs before outputs, Qwen3.5 outputs before inputs (`outputs_first`).
+    """
+
+    def __init__(
+        self, hidden_size: int, moe_config: MoeConfig, *, outputs_first: bool = False
+    ) -> None:
+        super().__init__()
+        self.outputs_first = outputs_first
+        num_experts, intermediate_size = moe_config.num_experts, moe_config.intermediate_size
+        gate_up_shape = (hidden_size, 2 * intermediate_size)
+        down_shape = (intermediate_size, hidden_size)
+        step = -1 if outputs_first else 1
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, *gate_up_shape[::step]))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, *down_shape[::step]))
+
+    def split_experts(self) -> Iterator[dict[str, Tensor]]:
+        """Yield views of the weights of each expert, outputs before inputs."""
+        for gate_up, down in zip(self.gate_up_proj.detach(), self.down_proj.detach(), strict=True):
+            if not self.outputs_first:
+                gate_up, down = gate_up.mT, down.mT
+            gate, up = gate_up.chunk(2)
+            yield {"gate_proj": gate, "up_proj": up, "down_proj": down}
+
+    def forward(self, x_PD: Tensor, expert_offsets_E: Tensor) -> Tensor:
+        """Apply the experts to rows [P, D] that are sorted by expert."""
+        gate_up, down = (
+            weight.mT if self.outputs_first else weight
+            for weight in (self.gate_up_proj, self.down_proj)
+        )
+        gate_up_PE = F.grouped_mm(x_PD, gate_up, offs=expert_offsets_E)
+        gate_PI, up_PI = (half.contiguous() for half in gate_up_PE.chunk(2, dim=-1))
+        y_PD: Tensor = F.grouped_mm(swiglu(gate_PI, up_PI), down, offs=expert_offsets_E)
+        return y_PD
+
+
+class SparseMoeBlock(nn.Module):
+    """Sparse mixture of experts: a router and experts.
+
+    Each token is processed by its top-k experts, whose outputs are weighted by the normalized
+    router probabilities. See Yang et al. 2025, Qwen3 Technical Report, section 2.
+    """
+
+    def __init__(
+        self, hidden_size: int, moe_config: MoeConfig, *, outputs_first: bool = False
+    ) -> None:
+        super().__init__()
+        self.top_k = moe_config.num_experts_per_tok
+        self.gate = nn.Linear(hidden_size, moe_config.num_experts, bias=False)
+        self.experts = MoeExperts(hidden_size, moe_config, outputs_first=outputs_first)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        router_probs_TE = self.gate(x_TD).softmax(-1, dtype=torch.float32)
+        expert_weights_TK, expert_ids_TK = router_probs_TE.topk(self.top_k, dim=-1)
+        expert_weights_TK = (expert_weights_TK / expert_weights_TK.sum(-1, keepdim=True)).to(
+            x_TD.dtype
+        )
+        # Sort the pairs by expert without synchronizing with the device.
+        sorted_P, order_P = expert_ids_TK.flatten().sort(stable=True)
+        experts_E = torch.arange(router_probs_TE.shape[1], device=x_TD.device)
+        expert_offsets_E = torch.searchsorted(sorted_P, experts_E, right=True, out_int32=True)
+        y_PD = self.experts(x_TD.index_select(0, order_P // self.top_k), expert_offsets_E)
+        y_TKD = y_PD.index_select(0, order_P.argsort()).unflatten(0, (-1, self.top_k))
+        y_TD: Tensor = (y_TKD * expert_weights_TK.unsqueeze(-1)).sum(1)
+        return y_TD
+
+
+class SharedExpertMoeBlock(SparseMoeBlock):
+    """Sparse mixture of experts with a gated shared expert, which processes every token."""
+
+    def __init__(self, hidden_size: int, moe_config: MoeConfig) -> None:
+        super().__init__(hidden_size, moe_config, outputs_first=True)
+        shared_size = moe_config.shared_intermediate_size
+        assert shared_size is not None, "a config without a shared expert"
+        self.shared_expert = GatedMlp(hidden_size, shared_size, bias=False)
+        self.shared_expert_gate = FusedLinear(hidden_size, {"shared_expert_gate": 1}, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_T1 = single_output(self.shared_expert_gate(x_TD)).sigmoid()
+        y_TD: Tensor = super().forward(x_TD) + gate_T1 * self.shared_expert(x_TD)
+        return y_TD

@@ -11,7 +11,7 @@ from torch import nn
 
 from finesight.config import TuneSettings
 from finesight.errors import UserError
-from finesight.model.lora.layer import LoraConfig, LoraLinear, find_adaptable_layers, iter_adapters
+from finesight.model.linear import LoraConfig, LoraLinear, find_adaptable_layers, iter_adapters
 from finesight.model.quant.base import find_quantized_weights
 
 ModelPart = Literal["vision", "merger", "language", "embeddings"]

@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from finesight.encode.packing import copy_to_device
 from finesight.model.attention import Segments
 from finesight.model.config import PixelNormalization, VisionConfig
-from finesight.model.layers import PatchEmbed, num_checkpointed_layers, run_layer
-from finesight.model.rope import compute_vision_rope
+from finesight.model.layers import (
+    PatchEmbed,
+    compute_vision_rope,
+    num_checkpointed_layers,
+    run_layer,
+)
 from finesight.vision.image_processing import GridTHW
 
 MAX_CACHED_GRIDS = 128

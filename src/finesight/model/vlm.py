@@ -33,11 +33,11 @@ from finesight.model.families.architecture import (
     Architecture,
     KeyMapping,
 )
-from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.gated_delta_net import supports_kernels
+from finesight.model.layers import requires_host_sync
+from finesight.model.linear import FusedLinear, single_output
 from finesight.model.lora.fused import FusedWeightSync
 from finesight.model.lora.multi import LoraRouting
-from finesight.model.moe import requires_host_sync
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.vision.image_processing import GridTHW

@@ -24,16 +24,14 @@ from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
 from finesight.model.families.qwen3_5 import GatedDeltaNet
 from finesight.model.families.qwen_vl import AttentionPool
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import hub_name
-from finesight.model.moe import MoeExperts
+from finesight.model.layers import MoeExperts
+from finesight.model.linear import FusedLinear, hub_name, split_outputs
 from finesight.model.quant.base import (
     SAFETENSORS_DTYPES,
     QuantizedMatrix,
     QuantizedWeight,
     WeightTensorSpec,
     find_quantized_weights,
-    split_outputs,
 )
 from finesight.model.quant.fp8 import FP8_ALIGNMENT, Fp8Matrix, Fp8Weight
 from finesight.model.quant.int4 import RtnInt4Matrix, gptq_group_size, quantize_gptq_layers
@@ -491,7 +489,9 @@ def save_model(
     source_headers: dict[str, TensorHeader] = {}
     architecture = model.architecture
     if find_quantized_weights(model) or architecture.fp32_suffixes or architecture.copied_prefixes:
-        headers = read_headers(_source_files(folder, target), architecture.to_native_name)
+        # A new model has no source files yet.
+        source_files = () if folder.path == target else folder.weight_files()
+        headers = read_headers(source_files, architecture.to_native_name)
         source_headers = {header.native_name: header for header in headers}
     tensors += [
         HubTensor(name, None, header.shape)
@@ -543,11 +543,6 @@ def _split_shards(
         shards[-1].append(tensor)
         size += num_bytes
     return shards
-
-
-def _source_files(folder: ModelFolder, target: Path) -> Sequence[Path]:
-    """Return the weight files of the source; none for a new model, which has no source yet."""
-    return () if folder.path == target else folder.weight_files()
 
 
 def _stored_dtype(

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from finesight.encode.packing import PackedBatch
 from finesight.model import fused_ops
 from finesight.model.kernels.runtime import JITFunction
-from finesight.model.quant import base
 from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.planned_pack import PlannedPack
 from finesight.train.loss import fused_linear_cross_entropy
@@ -135,7 +134,7 @@ def emulate_device(target: ComputeTarget) -> Iterator[None]:
         for owner, name, replacement in (
             (Tensor, "is_cuda", target.is_cuda),
             (F, "scaled_dot_product_attention", _emulate_sdpa),
-            (base, "get_device_capability", get_capability),
+            (fused_ops, "get_device_capability", get_capability),
             (F, "rms_norm", _emulate_rms_norm if target.is_cuda else F.rms_norm),
             (fused_ops, "draw_dropped_indices", sample_indices),
             (torch.cuda, "get_device_capability", get_capability),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from finesight.config import TrainSettings
-from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
@@ -23,8 +23,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.muon import MAX_STACK_ELEMENTS
-from finesight.train.optim_states import BLOCK_SIZE
+from finesight.train.optim_states import BLOCK_SIZE, MAX_STACK_ELEMENTS
 from finesight.train.optimizer import (
     LARGE_PARAM_ELEMENTS,
     MAX_CHUNK_ELEMENTS,

@@ -11,7 +11,7 @@ from finesight.config import QuantizablePart, Recipe
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader
-from finesight.model.lora.layer import find_adaptable_layers
+from finesight.model.linear import find_adaptable_layers
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
 from finesight.model.trainable import ModelPart, configure_tuning, get_part, trainable_parameters

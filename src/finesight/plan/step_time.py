@@ -18,8 +18,7 @@ import torch
 
 from finesight.config import TrainSettings
 from finesight.model.decoder import FusibleLayer
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Weight
 from finesight.model.trainable import MODEL_PARTS, ModelPart, get_part

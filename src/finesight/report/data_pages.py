@@ -20,7 +20,7 @@ from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import BoxPart, LocatedSample
 from finesight.encode.family import PredictedBox, scale_box
 from finesight.encode.renderer import IM_START, NativeRenderer
-from finesight.encode.tokenized_sample import (
+from finesight.encode.tokenization import (
     EncodedSample,
     TokenizedSample,
     TokenRow,

@@ -25,8 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.family import ThinkingOptions
-from finesight.encode.tokenized_sample import EncodedSample
-from finesight.encode.tokenizer import TextTokenizer
+from finesight.encode.tokenization import EncodedSample, TextTokenizer
 from finesight.errors import UserError
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
 from finesight.infer.prediction import Prediction, box_to_dict

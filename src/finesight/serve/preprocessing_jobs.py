@@ -38,7 +38,7 @@ from finesight.encode.family import (
     ThinkingOptions,
 )
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenized_sample import TokenizedSample
+from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import UserError
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
 from finesight.serve.api_schema import (

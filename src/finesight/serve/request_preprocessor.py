@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint
 from finesight.infer.structured_output import BITMASK_WORD_BITS, build_bitmask

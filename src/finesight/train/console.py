@@ -89,19 +89,15 @@ class StepProgress:
             self._step_s += metrics["step_s"]
             self._data_wait_s += metrics["data_wait_s"]
         self._start_step = step - 1 if self._start_step < 0 else self._start_step
-        text = format_metrics(metrics) + self._format_data_wait()
+        text = format_metrics(metrics)
+        if self._data_wait_s > MAX_DATA_WAIT_FRACTION * self._step_s:
+            text += f"  {100 * self._data_wait_s / self._step_s:.0f} % waiting for data"
         if self._console.rich_console.is_terminal:
             self._bar.update(self._task, completed=step, figures=text)
         elif step % max(1, self._total_steps // MAX_LOG_LINES) == 0 or step == self._total_steps:
             seconds = time.perf_counter() - self._start_s
             remaining_s = seconds / (step - self._start_step) * (self._total_steps - step)
             self._console.log(f"step {step}/{self._total_steps}  {text}  {remaining_s:.0f} s left")
-
-    def _format_data_wait(self) -> str:
-        """Format the percentage of time spent waiting for data; empty if it is small."""
-        if self._data_wait_s <= MAX_DATA_WAIT_FRACTION * self._step_s:
-            return ""
-        return f"  {100 * self._data_wait_s / self._step_s:.0f} % waiting for data"
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:

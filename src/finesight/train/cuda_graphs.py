@@ -25,7 +25,7 @@ from finesight.model.attention import supports_varlen_attention
 from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.decoder import FusibleLayer
 from finesight.model.hf_backend import AnyModel
-from finesight.model.quant.base import HAS_TRITON
+from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.dataloader import record_event

@@ -31,7 +31,7 @@ from finesight.encode.packing import (
     pack,
     plan_packs,
 )
-from finesight.encode.tokenized_sample import EncodedSample, find_sample_error
+from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.vision.image_processing import concat_shape

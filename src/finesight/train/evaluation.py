@@ -34,12 +34,12 @@ from finesight.train.oom import (
 from finesight.train.optimizer import build_nonfinite_error
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
 
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput
     from finesight.infer.prediction import Prediction
+    from finesight.train.trainer import TrainState
+    from finesight.train.training_run import StopRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, compute_context_lengths
 from finesight.model import attention
 from finesight.model.attention import Segments
+from finesight.model.linear import LoraLinear
 from finesight.model.lora.fused import write_gradients_to
-from finesight.model.lora.layer import LoraLinear
 from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_objects
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS

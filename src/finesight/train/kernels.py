@@ -16,8 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.primitives import Ptr
-from finesight.model.kernels.runtime import tl, triton
+from finesight.model.kernels.runtime import Ptr, tl, triton
 from finesight.train.optim_states import (
     ADAM_EPS,
     BLOCK_SIZE,

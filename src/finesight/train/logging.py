@@ -24,7 +24,7 @@ from finesight.errors import UserError
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import HistogramCounts, count_half_octaves
-from finesight.model.moe import MoeExperts
+from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers
@@ -35,8 +35,7 @@ from finesight.train.dataset_stats import SampleStats
 from finesight.train.evaluation import EvalResult, load_eval_history, peak_memory_gb
 from finesight.train.finalize import RunResult
 from finesight.train.setup import library_versions
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import StepOutput
+from finesight.train.trainer import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
 
 

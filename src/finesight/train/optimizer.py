@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from finesight.config import StepsOrFraction, TrainSettings
 from finesight.errors import UserError
-from finesight.model.quant.base import HAS_TRITON
+from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.trainable import (
     CONV_SUFFIX,
     EMBEDDING_SUFFIXES,
@@ -37,11 +37,12 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.train import kernels
-from finesight.train.muon import MatrixSlice, Muon
 from finesight.train.optim_states import (
     ADAM_EPS,
     BLOCK_SIZE,
     AdamWHyperparams,
+    MatrixSlice,
+    Muon,
     OptimState,
     OptimState8bit,
     SplitBf16Master,

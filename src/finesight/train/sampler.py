@@ -113,7 +113,7 @@ def stable_argsort(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 if TYPE_CHECKING:
     from finesight.data.corpus import Corpus
-    from finesight.encode.tokenized_sample import TokenizedSample
+    from finesight.encode.tokenization import TokenizedSample
 
 
 class StepSampler(Protocol):

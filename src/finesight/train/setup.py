@@ -23,7 +23,7 @@ from finesight.evaluate.task_metrics import get_task_metric
 from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
 from finesight.manifest import MANIFEST_FILE, Manifest
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
-from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.linear import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
@@ -42,13 +42,16 @@ from finesight.train.checkpoint import (
 from finesight.train.console import TrainingConsole
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataloader import default_num_workers
-from finesight.train.dataset_stats import SampleStatsMap, TrainingData, load_training_data
-from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
-from finesight.train.image_record import (
+from finesight.train.dataset_stats import (
+    SampleStatsMap,
+    TrainingData,
     check_images,
     collect_reported_errors,
     load_image_record,
+    load_training_data,
 )
+from finesight.train.finalize import ParamAudit
+from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import (
@@ -57,10 +60,9 @@ from finesight.train.parallel.distributed import (
     ParallelStrategy,
     ProcessGroup,
 )
-from finesight.train.param_audit import ParamAudit
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import DistributedSampler, StepSampler, TrainSampler
-from finesight.train.train_state import Hardware, TrainState
+from finesight.train.trainer import Hardware, TrainState
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,37 @@
-"""Public function `train`: sets up a run, trains and writes the result."""
+"""Public function `train`: sets up a run, trains and writes the result.
+
+A signal stops a run gracefully (`StopRequest`).
+"""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import platform
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import FrameType
 
 import torch
 from rich.console import Console
 
 from finesight.config import Recipe
-from finesight.model.quant.base import HAS_TRITON
+from finesight.errors import TrainingInterrupted
+from finesight.model.kernels.runtime import (
+    HAS_TRITON,
+    compile_in_parallel,
+    is_compile_cache_empty,
+)
 from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.console import TrainingConsole
+from finesight.train.dataset_stats import save_image_record
 from finesight.train.finalize import (
     LiveReport,
     RunResult,
@@ -26,20 +39,75 @@ from finesight.train.finalize import (
     load_result,
     write_run_report,
 )
-from finesight.train.image_record import save_image_record
 from finesight.train.logging import MetricsLogger, describe_run
 from finesight.train.oom import translate_oom_errors
 from finesight.train.optimizer import resolve_save_interval
 from finesight.train.parallel.distributed import ProcessGroup, init_distributed
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_manifest, build_train_state
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
-from finesight.train.trainer import Trainer
+from finesight.train.trainer import Trainer, TrainState
 from finesight.train.vision_cache_builder import VisionFeatures
 
-if HAS_TRITON:
-    from finesight.model.kernels.parallel_compile import compile_in_parallel, is_compile_cache_empty
+PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that job schedulers send before the time limit (`sbatch --signal=USR1@300`)."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
+
+
+class StopRequest:
+    """Request to stop the run gracefully, set by a signal."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        """Received signal, possibly of another rank."""
+        self._has_arrived = False
+
+    @contextmanager
+    def install_handlers(self) -> Iterator[None]:
+        """Install signal handlers within the context, which set the stop request.
+
+        A second signal has its previous effect, except for preemption signals, which are then
+        ignored. In other threads than the main thread, no handlers are installed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous_handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+
+        def handle_signal(signal_number: int, frame: FrameType | None) -> None:
+            # A signal relayed by another rank does not count as the first one.
+            if not self._has_arrived:
+                self._has_arrived = True
+                self.request(signal_number)
+                return
+            if signal_number in PREEMPTION_SIGNALS:
+                return
+            signal.signal(
+                signal_number, previous_handlers[signal.Signals(signal_number)] or signal.SIG_DFL
+            )
+            os.kill(os.getpid(), signal_number)
+
+        for signum in SIGNALS:
+            signal.signal(signum, handle_signal)
+        try:
+            yield
+        finally:
+            for signum, handler in previous_handlers.items():
+                signal.signal(signum, handler or signal.SIG_DFL)
+
+    def request(self, signal_number: int) -> None:
+        """Set the stop request for a signal, possibly of another rank; ignore 0."""
+        if signal_number and self.signal is None:
+            self.signal = signal.Signals(signal_number)
+
+    def raise_if_requested(self) -> None:
+        """Raise if a stop was requested.
+
+        Raises:
+            TrainingInterrupted: A signal has arrived.
+        """
+        if self.signal is not None:
+            raise TrainingInterrupted(f"{self.signal.name} has arrived")
 
 
 def check_disk_space(state: TrainState, num_existing: int) -> None:
@@ -167,7 +235,7 @@ def train(
 
     Raises:
         UserError: The user can fix the problem; raised before any file is written where possible.
-        TrainingInterrupted: One of `signals.SIGNALS` arrived. A checkpoint of the last finished
+        TrainingInterrupted: One of `SIGNALS` arrived. A checkpoint of the last finished
             step is written first.
     """
     with init_distributed() as process_group:

@@ -39,7 +39,7 @@ from finesight.data.corpus import Corpus
 from finesight.data.image_header import CorruptImageError, sha256_content
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import VisualSpan
+from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
 from finesight.model_folder import MAX_HEADER_BYTES
 from finesight.storage import FileLock, make_folder, translate_os_errors

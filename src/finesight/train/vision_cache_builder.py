@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -31,7 +31,7 @@ from finesight.config import VisionCacheMode
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import pad_patches
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenized_sample import TokenizedSample
+from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.host_memory import available_memory
 from finesight.model.attention import has_amx_bf16
@@ -40,8 +40,6 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import TensorBlock, prefetch_items, record_event
 from finesight.train.oom import first_error_line, release_memory
-from finesight.train.signals import StopRequest
-from finesight.train.train_state import TrainState
 from finesight.train.vision_cache import (
     FeatureWriter,
     ImageChunk,
@@ -56,6 +54,10 @@ from finesight.train.vision_cache import (
     vision_cache_root,
 )
 from finesight.vision.image_processing import concat_patches, concat_shape
+
+if TYPE_CHECKING:
+    from finesight.train.trainer import TrainState
+    from finesight.train.training_run import StopRequest
 
 T = TypeVar("T")
 CacheTier = Literal["gpu", "memory", "disk"]

@@ -18,7 +18,7 @@ from finesight.config import TuneSettings
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader
-from finesight.model.lora.layer import find_adaptable_layers
+from finesight.model.linear import find_adaptable_layers
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import hub_tensors, init_random_model

@@ -9,9 +9,8 @@ import torch
 from lora_fixtures import make_group
 from torch import Tensor, nn
 
-from finesight.model.fused_linear import FusedLinear, add_lora_delta
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear, add_lora_delta
 from finesight.model.lora.fused import LoraMatmul
-from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.lora.multi import MultiLora
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight

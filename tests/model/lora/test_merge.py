@@ -30,7 +30,7 @@ from lora_fixtures import (
 from safetensors.torch import load_file
 
 from finesight.errors import UserError
-from finesight.model.lora.layer import find_adaptable_layers, iter_adapters
+from finesight.model.linear import find_adaptable_layers, iter_adapters
 from finesight.model.lora.merge import Precision, merge_adapters
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.vlm import VisionLanguageModel

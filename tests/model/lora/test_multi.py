@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import LoraConfig, LoraLinear, iter_adapters
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear, iter_adapters
 from finesight.model.lora.multi import LoraRouting, MultiLora
 
 INPUTS, WIDTHS = 6, {"q_proj": 5, "k_proj": 3, "v_proj": 4}

@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.families.architecture import to_layer_name
-from finesight.model.lora.layer import find_adaptable_layers, hub_name, iter_adapters
+from finesight.model.linear import find_adaptable_layers, hub_name, iter_adapters
 from finesight.model.lora.peft_io import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,

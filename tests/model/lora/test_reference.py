@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora.fused import FusedWeightSync, LoraMatmul, is_lora_fusible
-from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.lora.multi import LoraRouting, MultiLora, MultiLoraLinear
 from finesight.model.quant.int8 import Int8Matrix
 

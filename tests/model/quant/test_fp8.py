@@ -13,8 +13,13 @@ from tiny_model import TINY_PRESETS, create_tiny_model
 from torch import Tensor, nn
 
 from finesight.errors import UserError
-from finesight.model.fused_linear import FusedLinear, linear_concat, linear_concat_backward
-from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.linear import (
+    FusedLinear,
+    LoraConfig,
+    LoraLinear,
+    linear_concat,
+    linear_concat_backward,
+)
 from finesight.model.quant import fp8
 from finesight.model.quant.base import QuantizedWeight, find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8, require_fp8_support

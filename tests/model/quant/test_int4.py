@@ -29,8 +29,7 @@ from finesight.config import Precision, TuneSettings
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import LoraConfig, LoraLinear, iter_adapters
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear, iter_adapters
 from finesight.model.lora.peft_io import load_adapter, save_adapter
 from finesight.model.quant import base
 from finesight.model.quant.base import find_quantized_weights

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from finesight.errors import UserError
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.quant import nf4
 from finesight.model.quant.base import QuantizedWeight, find_quantized_weights
 from finesight.model.quant.nf4 import Nf4Matrix, import_bitsandbytes

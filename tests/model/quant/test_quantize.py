@@ -28,9 +28,8 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
-from finesight.model.fused_linear import FusedLinear
 from finesight.model.hf_backend import load_auto_model
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant import base, nf4
 from finesight.model.quant.base import (

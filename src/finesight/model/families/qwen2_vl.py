@@ -13,8 +13,8 @@ from finesight.model.config import (
     parse_vision_config,
 )
 from finesight.model.families.architecture import Architecture
-from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import QUICK_GELU, FeedForward, PatchMerger, VisionBlock
+from finesight.model.linear import FusedLinear, single_output
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import quantize_fp8_gelu
 from finesight.model.vision_encoder import VisionEncoder

@@ -30,12 +30,17 @@ from finesight.model.config import (
 from finesight.model.decoder import Decoder, FusibleLayer
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.families.qwen3_vl import build_vision_encoder, interleaved_mrope_axes
-from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.fused_ops import has_kernels, norm_rotary, sigmoid_gate
 from finesight.model.gated_delta_net import DeltaNetInputs, gated_rms_norm
-from finesight.model.layers import GatedMlp, RmsNorm, ZeroCenteredRmsNorm
-from finesight.model.moe import SharedExpertMoeBlock
-from finesight.model.rope import RotaryCosSin, apply_partial_rotary_pos_emb
+from finesight.model.layers import (
+    GatedMlp,
+    RmsNorm,
+    RotaryCosSin,
+    SharedExpertMoeBlock,
+    ZeroCenteredRmsNorm,
+    apply_partial_rotary_pos_emb,
+)
+from finesight.model.linear import FusedLinear, single_output
 
 _LAYER_TYPES = ("linear_attention", "full_attention")
 

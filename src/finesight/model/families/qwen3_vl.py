@@ -28,8 +28,8 @@ from finesight.model.config import (
     parse_vision_config,
 )
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
-from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import TANH_GELU, FeedForward, VisionBlock, empty_embedding
+from finesight.model.linear import FusedLinear, single_output
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.vision_encoder import MAX_CACHED_GRIDS, VisionEncoder, patch_coordinates
 from finesight.vision.image_processing import GridTHW

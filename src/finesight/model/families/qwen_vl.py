@@ -25,11 +25,16 @@ from finesight.model.attention import AttentionBackend, Segments, varlen_attenti
 from finesight.model.config import ConfigReader, DecoderConfig, PixelNormalization, VisionConfig
 from finesight.model.decoder import Decoder
 from finesight.model.families.architecture import QWEN_VL_MAPPING, Architecture
-from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.fused_ops import swiglu
-from finesight.model.layers import RmsNorm, add_norm
+from finesight.model.layers import (
+    RmsNorm,
+    RotaryCosSin,
+    add_norm,
+    apply_rotary_pos_emb,
+    inverse_frequencies,
+)
+from finesight.model.linear import FusedLinear, single_output
 from finesight.model.quant.base import Fp8Rows
-from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, inverse_frequencies
 from finesight.model.vision_encoder import VisionEncoder, patch_coordinates
 from finesight.vision.image_processing import GridTHW
 

@@ -47,7 +47,7 @@ def _rotary_kernel(
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
-    """Apply rotary embeddings, x cos + sign swap(x) sin, in fp32; see `model.rope`."""
+    """Apply rotary embeddings, x cos + sign swap(x) sin, in fp32; see `model.layers`."""
     tokens, num_heads, head_dim = x_THD.shape
     x_THD = x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
     y_THD = x_THD.new_empty(x_THD.shape)

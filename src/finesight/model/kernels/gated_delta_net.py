@@ -22,9 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.launch_config import MAX_PARTIAL_SUMS
-from finesight.model.kernels.primitives import Ptr, sum_partials
-from finesight.model.kernels.runtime import tl, triton
+from finesight.model.kernels.runtime import MAX_PARTIAL_SUMS, Ptr, sum_partials, tl, triton
 
 CHUNK_LENGTH = 64
 BLOCK_LENGTH = 16

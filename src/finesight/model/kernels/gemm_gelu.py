@@ -14,9 +14,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.launch_config import TileConfig
-from finesight.model.kernels.primitives import Ptr, times_sigmoid
-from finesight.model.kernels.runtime import TensorDescriptor, tl, triton
+from finesight.model.kernels.runtime import (
+    Ptr,
+    TensorDescriptor,
+    TileConfig,
+    times_sigmoid,
+    tl,
+    triton,
+)
 
 GEMM_TILE, BLOCK_K, GROUP_M = TileConfig(128, 256, 8, 3), 64, 16
 """Rows and outputs per tile, inputs per step, and row tiles per group that share cached operands.

@@ -15,22 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.launch_config import (
+from finesight.model.kernels.runtime import (
     CONCURRENT_PROGRAMS,
     LORA_DOWN_BACKWARD_TILE,
+    Ptr,
     SeededDropout,
     TileConfig,
-    rows_per_chunk,
-)
-from finesight.model.kernels.primitives import (
-    Ptr,
     align_layouts,
     hash_u32,
     keep_mask,
     rank_block_size,
+    rows_per_chunk,
     sum_partials,
+    tl,
+    triton,
 )
-from finesight.model.kernels.runtime import tl, triton
 
 DOWN_TILE, UP_TILE = TileConfig(32, 64, 4, 4), TileConfig(64, 64, 4, 2)
 """Tiles of the down-projection and the up-projection; fastest on an H200."""

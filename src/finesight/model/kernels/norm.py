@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from finesight.model.kernels.fp8_quantize import fp8_factor_and_scale
-from finesight.model.kernels.launch_config import MAX_PARTIAL_SUMS, SeededDropout, TileConfig
-from finesight.model.kernels.primitives import Ptr, keep_mask, sum_partials
-from finesight.model.kernels.runtime import tl, triton
+from finesight.model.kernels.runtime import (
+    MAX_PARTIAL_SUMS,
+    Ptr,
+    SeededDropout,
+    TileConfig,
+    keep_mask,
+    sum_partials,
+    tl,
+    triton,
+)
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import FP8_MAX, MIN_AMAX, empty_fp8_rows
 

@@ -1,4 +1,4 @@
-"""Triton kernels of rotary embeddings, in place on the fused QKV projection (see `model.rope`).
+"""Triton kernels of rotary embeddings, in place on the fused QKV projection (see `model.layers`).
 
 Both halves of a head use the same angles: only one half of the cosines and the positive half of the
 sines are read.
@@ -16,9 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.launch_config import MAX_PARTIAL_SUMS, TileConfig
-from finesight.model.kernels.primitives import Ptr, sum_partials
-from finesight.model.kernels.runtime import tl, triton
+from finesight.model.kernels.runtime import (
+    MAX_PARTIAL_SUMS,
+    Ptr,
+    TileConfig,
+    sum_partials,
+    tl,
+    triton,
+)
 
 MAX_HEADS_PER_PROGRAM = 32
 """Maximum number of heads of a row per program; fastest on an H200."""

@@ -13,22 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.launch_config import (
+from finesight.model.kernels.runtime import (
     SWIGLU_BACKWARD_TILE,
     SWIGLU_TILE,
-    SeededDropout,
-    columns_per_chunk,
-    rows_per_chunk,
-)
-from finesight.model.kernels.primitives import (
     Ptr,
+    SeededDropout,
     align_layouts,
+    columns_per_chunk,
     keep_mask,
     rank_block_size,
+    rows_per_chunk,
     sum_partials,
     times_sigmoid,
+    tl,
+    triton,
 )
-from finesight.model.kernels.runtime import tl, triton
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])

@@ -21,9 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.launch_config import TileConfig
-from finesight.model.kernels.primitives import Ptr, sum_partials
-from finesight.model.kernels.runtime import tl, triton
+from finesight.model.kernels.runtime import Ptr, TileConfig, sum_partials, tl, triton
 
 FORWARD_TILE = TileConfig(64, 32, 4, 3)
 

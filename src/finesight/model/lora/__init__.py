@@ -1,1 +1,1 @@
-"""LoRA: adapter layers, fused kernels, multi-LoRA inference, PEFT files and merging."""
+"""LoRA: fused matmuls, multi-LoRA inference, PEFT files and merging."""

@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.encode.packing import copy_to_device
-from finesight.model.fused_linear import (
+from finesight.model.kernels.runtime import HAS_TRITON, SeededDropout
+from finesight.model.linear import (
     FusedLinear,
+    LoraLinear,
     accepts_fp8_input,
     add_lora_delta,
     linear_concat,
     linear_concat_backward,
 )
-from finesight.model.kernels.launch_config import SeededDropout
-from finesight.model.lora.layer import LoraLinear
-from finesight.model.quant.base import HAS_TRITON, Fp8Rows, QuantizedWeight
+from finesight.model.quant.base import Fp8Rows, QuantizedWeight
 
 if HAS_TRITON:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels

@@ -19,8 +19,7 @@ from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.hub.address import parse_model_address
 from finesight.manifest import MANIFEST_FILE, Manifest
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import iter_adapters
+from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, hub_tensors, save_model, stored_precision

@@ -16,8 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.model.fused_linear import FusedLinear, LoraDelta, add_lora_delta, linear_with_deltas
-from finesight.model.lora.layer import LoraLinear, iter_adapters
+from finesight.model.linear import (
+    FusedLinear,
+    LoraDelta,
+    LoraLinear,
+    add_lora_delta,
+    iter_adapters,
+    linear_with_deltas,
+)
 from finesight.model.quant.base import QuantizedWeight
 
 

@@ -32,9 +32,9 @@ from finesight.model.families.architecture import (
     to_layer_name,
     to_module_name,
 )
-from finesight.model.fused_linear import FusedLinear
 from finesight.model.hf_backend import AnyModel
-from finesight.model.lora.layer import (
+from finesight.model.linear import (
+    FusedLinear,
     LoraConfig,
     LoraFactors,
     LoraLinear,

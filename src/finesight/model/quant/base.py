@@ -7,10 +7,8 @@ inputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finesight.model.fused_ops import has_tensor_cores
+from finesight.model.kernels.runtime import HAS_TRITON
+
 SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """Names of dense dtypes in settings, by their names in safetensors files."""
-
-HAS_TRITON = find_spec("triton") is not None or torch.version.cuda is None
-"""True if the Triton kernels can be imported.
-
-Without GPU support in torch, the kernels are placeholders for memory estimates.
-"""
 
 MAX_GEMV_ROWS, MAX_GEMM_ROWS = 8, 64
 """Maximum number of input rows for GEMV kernels, and for tensor-core (GEMM) kernels on quantized
@@ -135,18 +130,6 @@ class QuantizedMatrix(nn.Module, ABC):
         return F.linear(x, self.dequantize(x.dtype), bias)
 
 
-def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if Triton and flash attention can use tensor cores for this dtype."""
-    is_16_bit = dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and get_device_capability(device) >= (8, 0)
-
-
-@lru_cache
-def get_device_capability(device: torch.device) -> tuple[int, int]:
-    """Return the CUDA compute capability of a device, or (0, 0) without CUDA."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
 class _QuantizedMatmul(torch.autograd.Function):
     """Autograd function of x W^T + bias that dequantizes W again in the backward pass."""
 
@@ -166,12 +149,6 @@ class Fp8Rows(NamedTuple):
 
     codes_TI: Tensor
     scales_T1: Tensor
-
-
-def split_outputs(x: Tensor | None, sizes: Iterable[int]) -> Sequence[Tensor | None]:
-    """Split the rows of a fused parameter by layer; None values for a missing parameter."""
-    sizes = list(sizes)
-    return [None] * len(sizes) if x is None else torch.split(x, sizes)
 
 
 class QuantizedWeight(nn.Module):
@@ -220,7 +197,8 @@ class QuantizedWeight(nn.Module):
         return dy_TO @ self.dequantize()
 
     def split_bias(self, bias: Tensor | None) -> Sequence[Tensor | None]:
-        return split_outputs(bias, (matrix.out_features for matrix in self.matrices))
+        widths = [matrix.out_features for matrix in self.matrices]
+        return [None] * len(widths) if bias is None else torch.split(bias, widths)
 
 
 def require_dense(x: Tensor | Fp8Rows) -> Tensor:

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.errors import UserError
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import hub_name
+from finesight.model.kernels.runtime import HAS_TRITON
+from finesight.model.linear import FusedLinear, hub_name
 from finesight.model.quant.base import (
-    HAS_TRITON,
     Packed4BitMatrix,
     PackedInput,
     QuantizedWeight,

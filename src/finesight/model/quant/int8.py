@@ -14,7 +14,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from finesight.model.quant.base import HAS_TRITON, QuantizedMatrix
+from finesight.model.kernels.runtime import HAS_TRITON
+from finesight.model.quant.base import QuantizedMatrix
 
 if HAS_TRITON:
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels

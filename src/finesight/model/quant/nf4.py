@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.model.quant.base import (
-    HAS_TRITON,
-    Packed4BitMatrix,
-    PackedInput,
-    RmsNormParams,
-)
+from finesight.model.kernels.runtime import HAS_TRITON
+from finesight.model.quant.base import Packed4BitMatrix, PackedInput, RmsNormParams
 
 if HAS_TRITON:
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels

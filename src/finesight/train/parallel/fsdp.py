@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from finesight.config import ParallelMode
 from finesight.encode.packing import PackedBatch, append_dummy_image
-from finesight.model.fused_linear import FusedLinear
+from finesight.model.linear import FusedLinear
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.optimizer import MasterWeightOptimizer
@@ -94,7 +94,9 @@ class FSDPStrategy:
                 reshard_after_forward=reshard,
                 ignored_params=fp32_params | {*replicated_params.values()},
             )
-        self._fsdp_modules = [_as_fsdp_module(unit[0]) for unit in units]
+        roots = [unit[0] for unit in units]
+        self._fsdp_modules = [module for module in roots if isinstance(module, FSDPModule)]
+        assert len(self._fsdp_modules) == len(roots), f"not all of {len(roots)} units are sharded"
         for fsdp_module in self._fsdp_modules:
             fsdp_module.set_gradient_divide_factor(1.0)
             fsdp_module.set_force_sum_reduction_for_comms(True)
@@ -229,11 +231,6 @@ def _group_layers(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
 
 def _count_params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _as_fsdp_module(module: nn.Module) -> FSDPModule:
-    assert isinstance(module, FSDPModule), f"{type(module).__name__} is not sharded"
-    return module
 
 
 class _LocalShards(Mapping[str, Tensor]):

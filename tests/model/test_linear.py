@@ -9,8 +9,13 @@ from lora_fixtures import GROUP_WIDTHS, make_group
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.layer import LoraConfig, LoraLinear, find_adaptable_layers, iter_adapters
+from finesight.model.linear import (
+    FusedLinear,
+    LoraConfig,
+    LoraLinear,
+    find_adaptable_layers,
+    iter_adapters,
+)
 
 
 def with_random_adapter(

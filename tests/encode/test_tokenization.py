@@ -10,7 +10,7 @@ import pytest
 from conversation_fixtures import WORDS, make_folder
 from tiny_model import SPECIAL_TOKENS
 
-from finesight.encode.tokenizer import TokenCache, Tokenizer
+from finesight.encode.tokenization import TokenCache, Tokenizer
 from finesight.errors import UserError
 
 

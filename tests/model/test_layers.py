@@ -7,7 +7,7 @@ import torch
 from hf_reference import CPU, make_config
 from test_config import geometry
 
-from finesight.model.rope import (
+from finesight.model.layers import (
     RotaryCosSin,
     apply_rotary_pos_emb,
     compute_mrope,

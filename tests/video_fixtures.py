@@ -28,13 +28,17 @@ def write_video(
     codec: str = "libx264",
     *,
     first_pts: int = 0,
+    pts_step: int = 1,
+    num_b_frames: int = 0,
     options: Mapping[str, str] | None = None,
     with_audio: bool = False,
 ) -> Path:
     """Write a video of `num_frames` frames; `find_index` returns the index of a frame."""
     height, width = size
     with av.open(str(path), "w", options=dict(options or {})) as container:
-        stream = container.add_stream(codec, fps, options={**LOSSLESS[codec], "bf": "0"})
+        stream = container.add_stream(
+            codec, fps, options={**LOSSLESS[codec], "bf": str(num_b_frames)}
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         audio = container.add_stream("libopus", 48_000) if with_audio else None
         packets = []
@@ -47,8 +51,8 @@ def write_video(
             gray[:16, :16] = 0
             packets += stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24"))
         for packet in [*packets, *stream.encode()]:
-            packet.pts += first_pts
-            packet.dts += first_pts
+            packet.pts = packet.pts * pts_step + first_pts
+            packet.dts = packet.dts * pts_step + first_pts
             container.mux(packet)
         if audio is not None:
             container.mux(_encode_silence(audio, num_frames / fps))

@@ -88,6 +88,20 @@ def test_hidden_vp8_packets_are_not_counted(tmp_path: Path) -> None:
     assert len([*iter_video_frames(path, EVERY_FRAME)]) == 16
 
 
+def test_nominal_frame_rate_is_replaced_by_the_measured_one(tmp_path: Path) -> None:
+    """Recordings of browsers have a frame rate of 1,000 and no duration."""
+    path = write_video(tmp_path / "a.webm", fps=1000, codec="libvpx", pts_step=40, first_pts=7)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 1000
+    assert read_video_header(path) == VideoHeader(16, 25.0, (56, 84))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
+def test_reordered_frames_are_in_display_order(tmp_path: Path, suffix: str) -> None:
+    path = write_video(tmp_path / f"b.{suffix}", num_b_frames=3)
+    assert [find_index(frame) for frame in iter_video_frames(path, EVERY_FRAME)] == [*EVERY_FRAME]
+
+
 @pytest.mark.parametrize(
     ("matrix", "transpose"),
     [

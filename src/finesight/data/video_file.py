@@ -8,6 +8,7 @@ counted. Decoding returns exactly these frames, or raises an error.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ VIDEO_CODECS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mjpeg", "prores")
 
 MAX_VIDEO_FRAMES = 1_000_000
 """Maximum number of frames of a video file: 9 hours at 30 frames per second."""
+
+MAX_FPS_ERROR = 0.25
+"""Maximum relative difference between the frame rate in a header and that of the packets."""
 
 MAX_MISSING_SECONDS, MAX_MISSING_FRACTION = 0.5, 0.05
 """Maximum difference between the duration in the header of a Matroska file and its packets."""
@@ -109,7 +113,7 @@ def iter_video_frames(path: Path, frame_indices: Sequence[int]) -> Iterator[Imag
 @lru_cache(maxsize=4096)
 def _read_header(path: Path, version: tuple[int, ...]) -> VideoHeader:
     with _open_video(path) as (container, stream):
-        entries = stream.index_entries
+        entries, fps = stream.index_entries, float(stream.average_rate or 0)
         if stream.frames and entries:
             file_size = container.size
             if any(entry.pos + entry.size > file_size for entry in entries):
@@ -117,19 +121,22 @@ def _read_header(path: Path, version: tuple[int, ...]) -> VideoHeader:
             num_frames = sum(not entry.is_discard for entry in entries)
             frame = next(container.decode(stream), None)
         else:
-            num_frames, frame = _scan_packets(path, container, stream)
-        fps = stream.average_rate or stream.guessed_rate
+            num_frames, frame, measured_fps = _scan_packets(path, container, stream)
+            # Browsers write recordings with a nominal rate of 1,000 frames per second.
+            if abs(fps - measured_fps) > MAX_FPS_ERROR * measured_fps > 0:
+                fps = measured_fps
         if not num_frames or frame is None or not fps:
             raise _build_error(path, f"{num_frames} frames at {fps} frames/s", "a video")
         _check_limit(path, frame.width * frame.height, MAX_IMAGE_PIXELS, "pixels")
         size = frame.height, frame.width
         is_transposed = abs(frame.rotation) == 90
-        return VideoHeader(num_frames, float(fps), size[::-1] if is_transposed else size)
+        return VideoHeader(num_frames, fps, size[::-1] if is_transposed else size)
 
 
-def _scan_packets(path: Path, container: Any, stream: Any) -> tuple[int, Any]:
-    """Count the packets with a frame, and decode the first frame."""
+def _scan_packets(path: Path, container: Any, stream: Any) -> tuple[int, Any, float]:
+    """Count the packets with a frame, decode the first frame, and measure the frame rate."""
     num_frames, first_frame, end_s = 0, None, 0.0
+    first_pts, last_pts = math.inf, -math.inf
     is_vp8 = stream.codec_context.codec.canonical_name == "vp8"
     for packet in container.demux():
         if packet.pts is not None and packet.time_base:
@@ -140,11 +147,14 @@ def _scan_packets(path: Path, container: Any, stream: Any) -> tuple[int, Any]:
             first_frame = next(iter(packet.decode()), None)
         is_hidden = is_vp8 and packet.size and not memoryview(packet)[0] & _VP8_SHOW_FRAME
         num_frames += bool(packet.size) and not packet.is_discard and not is_hidden
+        if packet.pts is not None:
+            first_pts, last_pts = min(first_pts, packet.pts), max(last_pts, packet.pts)
         _check_limit(path, num_frames, MAX_VIDEO_FRAMES, "frames")
     duration_s = (container.duration or 0) / 1_000_000
     if duration_s - end_s > max(MAX_MISSING_SECONDS, MAX_MISSING_FRACTION * duration_s):
         raise _build_truncated_error(path, f"{end_s:.1f} of {duration_s:.1f} seconds")
-    return num_frames, first_frame
+    span_s = float(last_pts - first_pts) * float(stream.time_base) if num_frames > 1 else 0
+    return num_frames, first_frame, (num_frames - 1) / span_s if span_s > 0 else 0
 
 
 @contextmanager

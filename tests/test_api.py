@@ -17,6 +17,7 @@ from docs_code_blocks import DOCS, list_code_blocks
 from PIL import Image
 from tiny_model import create_tiny_model
 from tiny_task import make_task
+from video_fixtures import write_video
 
 from finesight import api
 from finesight.api import UserError
@@ -145,6 +146,20 @@ def test_stream_can_be_closed_early(model, image_path):
 def test_several_images_form_one_question(model, image_path):
     both = model.generate([str(image_path), image_path], "Are they the same?", max_new_tokens=4)
     assert both.images == (image_path, image_path)
+
+
+def test_video_file_is_a_question(model, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4")
+    answer = model.generate(clip, "What moves?", max_new_tokens=4)
+    assert answer.id == str(clip)
+    assert answer.images == ()
+    deltas = model.stream(clip, "What moves?", max_new_tokens=4)
+    assert "".join(deltas) == answer.text
+    question = api.build_question(clip, "What moves?")
+    spans = model.encode(question, add_generation_prompt=True).visual_spans
+    assert [(span.kind, span.frame_indices) for span in spans] == [("video", (0, 4, 8, 12))]
+    with pytest.raises(UserError, match="no such video"):
+        api.build_question(tmp_path / "gone.mp4", "What moves?")
 
 
 def test_labels_are_the_supervised_ids(model, task):

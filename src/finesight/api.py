@@ -173,7 +173,7 @@ class Model:
         Decoding is greedy, so the answer is deterministic.
 
         Args:
-            images: One image file, several, or an empty list.
+            images: One image or video file, several, or an empty list.
             prompt: The question.
             max_new_tokens: Maximum number of tokens of the answer.
 
@@ -298,10 +298,12 @@ def load_model(
 
 
 def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:
-    """Build a question about one image, several images, or none, for `Model.generate_batch`.
+    """Build a question about one or more images and video files, or none.
+
+    It is an input of `Model.generate_batch`.
 
     Raises:
-        UserError: A file is missing or not an image.
+        UserError: A file is missing, or not an image or video.
     """
     from finesight.infer.prediction import build_question as build_sample
 

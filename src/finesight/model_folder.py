@@ -201,6 +201,7 @@ Mean and standard deviation per channel are those of CLIP (Radford et al. 2021),
 to 0..1."""
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+VIDEO_PREPROCESSOR_FILE = "video_preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 """Processor file of transformers 5, with the preprocessor settings under `image_processor`."""
 
@@ -352,6 +353,16 @@ class ModelFolder:
         """Content of `generation_config.json`, empty if the file is missing."""
         name = "generation_config.json"
         return self._read_json_file(name) if self.find_file(name) is not None else {}
+
+    @cached_property
+    def video_preprocessor_config(self) -> dict[str, Any]:
+        """Video preprocessor settings, empty for a folder without them."""
+        if self.find_file(VIDEO_PREPROCESSOR_FILE) is not None:
+            return self._read_json_file(VIDEO_PREPROCESSOR_FILE)
+        if self.find_file(PROCESSOR_FILE) is None:
+            return {}
+        nested = self._read_json_file(PROCESSOR_FILE).get("video_processor")
+        return nested if isinstance(nested, dict) else {}
 
     @cached_property
     def tokenizer_file(self) -> Path:

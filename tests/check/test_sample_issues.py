@@ -9,6 +9,7 @@ import pytest
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
 from image_fixtures import write_gray_image
 from PIL import Image
+from video_fixtures import write_audio, write_video
 
 
 @pytest.fixture
@@ -86,6 +87,32 @@ def test_video_frame_issues(folder):
     result = check_records(folder, *records)
     assert count_codes(result) == {"video-frame-sizes-differ": 1, "image-missing": 1}
     assert list(issues_by_line(result, "video-frame-sizes-differ")) == [2]
+
+
+def test_video_file_issues(folder):
+    write_video(folder / "v.mp4")
+    (folder / "cut.mp4").write_bytes((folder / "v.mp4").read_bytes()[:500])
+    write_audio(folder / "sound.mp4")
+    names = ("v.mp4", "cut.mp4", "sound.mp4", "gone.mp4")
+    records = [make_record(None, f"Video {name}?") for name in names]
+    for record, name in zip(records, names, strict=True):
+        record["messages"][0]["content"].insert(0, {"type": "video", "video": name})
+    records.append(make_record("v.mp4", "An image?"))
+    result = check_records(folder, *records)
+    assert count_codes(result) == {"image-missing": 1, "image-corrupt": 2, "invalid-row": 1}
+    assert list(issues_by_line(result, "invalid-row")) == [5]
+    assert (result.num_images, result.num_video_files, result.num_unique_images) == (0, 4, 4)
+
+
+def test_video_file_in_both_splits_is_leaked(folder):
+    write_video(folder / "v.mp4")
+    (folder / "copy.mp4").write_bytes((folder / "v.mp4").read_bytes())
+    sides = []
+    for name in ("v.mp4", "copy.mp4"):
+        record = make_record(None, f"Video {name}?")
+        record["messages"][0]["content"].insert(0, {"type": "video", "video": name})
+        sides.append(write_records(folder / f"{name}.jsonl", [record]))
+    assert count_codes(run_check(*sides)) == {"leaked-image": 1}
 
 
 @pytest.mark.parametrize("answer", [None, "", " \n"])

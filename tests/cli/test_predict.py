@@ -9,6 +9,7 @@ from click.testing import Result
 from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 from typer.testing import CliRunner
+from video_fixtures import write_video
 
 from finesight.cli.results import predict
 from finesight.data.sample import write_samples
@@ -51,6 +52,20 @@ def test_one_json_line_per_image(tiny, image_paths):
     assert [line["image"] for line in lines] == [str(path) for path in image_paths]
     assert all(set(line) >= {"image", "prompt", "answer", "raw_text", "boxes"} for line in lines)
     assert all(line["prompt"] == "What?" for line in lines)
+
+
+def test_video_files_are_accepted(tiny, image_paths, tmp_path):
+    clip = write_video(tmp_path / "clip.webm", codec="libvpx-vp9")
+    ask = (tiny, clip, image_paths[0], "--prompt", "What?", "--max-new-tokens", 3)
+    result = run_predict(*ask, "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    video, image = (json.loads(line) for line in result.stdout.splitlines())
+    assert (video["id"], video["image"]) == (str(clip), None)
+    assert image["image"] == str(image_paths[0])
+    lines = run_predict(*ask, "--device", "cpu").stdout.splitlines()
+    assert lines[0].startswith(f"{clip}: ")
+    clip.write_bytes(clip.read_bytes()[:300])
+    assert run_rejected(*ask, "--device", "cpu").where == str(clip)
 
 
 def test_thinking_mode_is_selected(image_paths, tmp_path):

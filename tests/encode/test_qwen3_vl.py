@@ -68,7 +68,7 @@ def test_fenced_lists_are_parsed() -> None:
     ],
 )
 def test_frame_pairs_have_timestamps(frames: int, fps: float, captions: list[str]) -> None:
-    shots = FAMILY.split_video(frames, fps, 2)
+    shots = FAMILY.split_video([number / fps for number in range(frames)], fps, 2)
     assert [shot.timestamp_text for shot in shots] == captions
     assert [shot.frame_slice for shot in shots] == [
         slice(first, min(first + 2, frames)) for first in range(0, frames, 2)

@@ -206,11 +206,12 @@ class CheckResult:
     issues: tuple[CheckIssue, ...]
     num_images: int
     num_unique_images: int
-    """Number of images and video frames with different content."""
+    """Number of images, video frames and video files with different content."""
 
     affected_samples: dict[str, int] = field(default_factory=dict)
     """Number of affected samples by issue code; 0 for issues of a full data file."""
     num_video_frames: int = 0
+    num_video_files: int = 0
 
     @property
     def severity(self) -> Severity | None:
@@ -305,6 +306,8 @@ def format_summary(result: CheckResult, max_issues: int) -> list[str]:
     """
     lines = [_format_source(source) for source in result.sources]
     files = [_format_count(result.num_images, "image")] if result.num_images else []
+    if result.num_video_files:
+        files.append(_format_count(result.num_video_files, "video file"))
     if result.num_video_frames or not files:
         kind = "video frame" if result.num_video_frames else "image"
         files.append(_format_count(result.num_video_frames, kind))
@@ -328,6 +331,7 @@ def summary_to_dict(result: CheckResult, fix_result: FixResult | None) -> dict[s
         "num_samples": result.num_samples,
         "num_images": result.num_images,
         "num_video_frames": result.num_video_frames,
+        "num_video_files": result.num_video_files,
         "num_unique_images": result.num_unique_images,
         "issues": {
             code: {

@@ -242,6 +242,7 @@ class DataChecker:
         self._last_location: dict[str, SampleLocation] = {}
         self._issues: list[CheckIssue] = []
         self._frame_paths: set[str] = set()
+        self._video_paths: set[str] = set()
 
     @property
     def sources(self) -> list[UnvalidatedSource]:
@@ -290,8 +291,9 @@ class DataChecker:
             sources=tuple(source_stats),
             issue_counts=issue_counts,
             issues=tuple(sorted_issues),
-            num_images=len(catalog) - len(self._frame_paths),
+            num_images=len(catalog) - len(self._frame_paths) - len(self._video_paths),
             num_video_frames=len(self._frame_paths),
+            num_video_files=len(self._video_paths),
             num_unique_images=len(catalog.image_infos),
             affected_samples={code: self._affected_samples[code] for code in issue_counts},
         )
@@ -333,6 +335,7 @@ class DataChecker:
         for part in sample.iter_parts():
             if isinstance(part, VideoPart):
                 self._frame_paths.update(part.frames)
+                self._video_paths.update(() if part.video is None else (part.video,))
         special_tokens = self._requirements.special_tokens
         issues = list(find_sample_issues(sample, location, self._catalog, special_tokens))
         if all(issue.severity != "error" for issue in issues):

@@ -240,7 +240,9 @@ class LeakageDetector:
         return [
             n
             for n in image_indices
-            if not image_infos[n].issue_code and has_contrast(image_infos[n].thumbnail)
+            if not image_infos[n].issue_code
+            # Video files have no thumbnail.
+            and (not image_infos[n].thumbnail or has_contrast(image_infos[n].thumbnail))
         ]
 
     def _create_issue(

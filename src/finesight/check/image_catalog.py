@@ -39,6 +39,8 @@ from finesight.data.image_header import (
     sha256_content,
     split_container_path,
 )
+from finesight.data.sample import is_video_path
+from finesight.data.video_file import iter_video_frames, read_video_header
 from finesight.errors import UserError
 from finesight.host_memory import num_allowed_cpus
 from finesight.vision.image_processing import MAX_ASPECT_RATIO, load_image
@@ -329,7 +331,8 @@ class ImageInfo:
     Attributes:
         size: Height and width in pixels after EXIF rotation.
         exif_orientation: EXIF orientation, 1 to 8; 1 means no rotation.
-        thumbnail: Gray levels of the thumbnail; see `compute_thumbnail`.
+        thumbnail: Gray levels of the thumbnail; see `compute_thumbnail`. Empty for an invalid image
+            and for a video file.
         issue_code: Issue code of an invalid image, None for a valid one.
     """
 
@@ -397,14 +400,14 @@ class ImageCatalog:
     ) -> Iterator[tuple[int, int]]:
         """Yield pairs (query, candidate) of images that are re-encoded copies of each other."""
         infos = self.image_infos
-        valid = [n for n in candidates if infos[n].issue_code is None]
+        valid = [n for n in candidates if infos[n].thumbnail]
         index = NearDuplicateIndex(
             [infos[n].thumbnail for n in valid], [infos[n].size for n in valid]
         )
 
         def submit_comparison(query: int) -> tuple[list[int], Future[list[bool]] | None]:
             info = infos[query]
-            similar = [] if info.issue_code else index.find_similar(info.thumbnail, info.size)
+            similar = [] if not info.thumbnail else index.find_similar(info.thumbnail, info.size)
             matches = [valid[n] for n in similar if valid[n] != query][:MAX_COMPARISONS]
             paths = [self.example_paths[match] for match in matches]
             if not matches:
@@ -527,6 +530,10 @@ _CODE_BY_ERROR: dict[type[CorruptImageError], str] = {
 
 def _inspect_image(path: Path) -> ImageInfo:
     try:
+        if is_video_path(path):
+            video = read_video_header(path)
+            deque(iter_video_frames(path, [video.num_frames - 1]), maxlen=0)
+            return ImageInfo(video.size)
         image = load_image(path, min_side=_MIN_SIDE)
         with open_image_header(path) as header:
             width, height = header.size

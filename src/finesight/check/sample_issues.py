@@ -25,6 +25,8 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     VideoPart,
+    build_video_as_image_error,
+    is_video_path,
     list_media_paths,
     validate_roles,
 )
@@ -272,7 +274,7 @@ def find_sample_issues(
 
 
 def iter_media_paths(sample: Sample) -> Iterator[str]:
-    """Yield the paths of all images and video frames of a sample."""
+    """Yield the paths of all images, video frames and video files of a sample."""
     return (path for part in sample.iter_parts() for path in list_media_paths(part))
 
 
@@ -304,6 +306,8 @@ def _check_images(
                 yield location.create_issue(
                     image_info.issue_code, message, _REMEDIES[image_info.issue_code], (issue_image,)
                 )
+        if isinstance(part, ImagePart) and is_video_path(part.image):
+            yield issue_from_error(build_video_as_image_error(part.image), location)
         if isinstance(part, VideoPart):
             valid = [path for path in part.frames if catalog[path].issue_code is None]
             other = next((one for one in valid if catalog[one].size != catalog[valid[0]].size), "")

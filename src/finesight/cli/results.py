@@ -133,7 +133,7 @@ def predict(
     run_or_model: RunOrModelArgument,
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="Image files; each gets its own answer."),
+        typer.Argument(metavar="IMAGE", help="Image or video files; each gets its own answer."),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Question about every image. Required with IMAGE.")

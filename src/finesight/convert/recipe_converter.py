@@ -134,7 +134,7 @@ def _iter_environment_notes(config: ExternalConfig) -> Iterator[ConversionNote]:
     for name, value in config.environment.items():
         formatted = _format_short(name, value)
         if any(word in name.upper() for word in _VIDEO_VARIABLES):
-            text = "videos are imported as images of their frames"
+            text = "each video of a sample has its own frame rate `fps`"
             yield ConversionNote("differs", name, formatted, text)
         elif name not in CONVERTED_VARIABLES and name.upper() == name:
             text = "environment variable of the other program"

@@ -19,6 +19,8 @@ from finesight.data.image_header import (
     read_image_size,
     resolve_content,
 )
+from finesight.data.sample import is_video_path
+from finesight.data.video_file import read_video_header
 from finesight.errors import UserError
 from finesight.storage import sha256_file, translate_os_errors
 
@@ -105,9 +107,10 @@ class ImageResolver:
         )
 
     def image_size(self, path: Path) -> tuple[int, int]:
-        """Return height and width in pixels of an image after EXIF rotation, cached per path."""
+        """Return height and width in pixels of an image or video, upright, cached per path."""
         if path not in self._sizes:
-            self._sizes[path] = read_image_size(path)
+            is_video = is_video_path(path)
+            self._sizes[path] = read_video_header(path).size if is_video else read_image_size(path)
         return self._sizes[path]
 
     def _resolve_path(self, name: str) -> Path:

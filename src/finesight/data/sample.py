@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    model_validator,
 )
 
 from finesight import storage
@@ -114,12 +115,31 @@ class ImagePart(FrozenModel):
     image: str
 
 
+VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv")
+
+
+def is_video_path(path: Path | str) -> bool:
+    """Return whether a path has the suffix of a video file."""
+    return str(path).lower().endswith(VIDEO_SUFFIXES)
+
+
 class VideoPart(FrozenModel):
-    """A video, given as the images of its frames at `fps` frames per second."""
+    """A video: the images of its frames, or a video file of which frames are sampled.
+
+    Attributes:
+        fps: Frame rate of `frames`, or the number of frames to sample per second of the file.
+    """
 
     type: Literal["video"] = "video"
-    frames: tuple[str, ...] = Field(min_length=1)
+    frames: tuple[str, ...] = ()
+    video: str | None = None
     fps: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_source(self) -> VideoPart:
+        if (self.video is None) == (not self.frames):
+            raise ValueError("a video with either `video`, a file, or `frames`, a list of images")
+        return self
 
 
 def format_number(value: float) -> int | float:
@@ -178,7 +198,7 @@ class Sample(FrozenModel):
         return (part for message in self.messages for part in message.content)
 
     def map_paths(self, rename: Callable[[str], str]) -> Sample:
-        """Return a copy with each image and video frame path replaced by `rename(path)`."""
+        """Return a copy with each image, frame and video path replaced by `rename(path)`."""
         return self.with_parts(lambda part: _map_part_paths(part, rename))
 
     def with_parts(self, changed: Callable[[ContentPart], ContentPart]) -> Sample:
@@ -194,17 +214,20 @@ class Sample(FrozenModel):
 
 
 def list_media_paths(part: ContentPart) -> tuple[str, ...]:
-    """Return the image or video frame paths of a content part; empty for others."""
+    """Return the paths of images, video frames and video files of a content part."""
     if isinstance(part, ImagePart):
         return (part.image,)
-    return part.frames if isinstance(part, VideoPart) else ()
+    if isinstance(part, VideoPart):
+        return part.frames if part.video is None else (part.video,)
+    return ()
 
 
 def _map_part_paths(part: ContentPart, rename: Callable[[str], str]) -> ContentPart:
     if isinstance(part, ImagePart):
         return ImagePart(image=rename(part.image))
     if isinstance(part, VideoPart):
-        return VideoPart(frames=tuple(rename(path) for path in part.frames), fps=part.fps)
+        video = None if part.video is None else rename(part.video)
+        return VideoPart(frames=tuple(map(rename, part.frames)), video=video, fps=part.fps)
     return part
 
 
@@ -246,6 +269,8 @@ def check_messages(
             elif part.type == "box":
                 boxes.append(part)
             else:
+                if part.type == "image" and is_video_path(part.image):
+                    raise build_video_as_image_error(part.image, f"{where}, message {number}")
                 has_visual = True
                 num_images += part.type == "image"
         if has_visual and message.role != "user":
@@ -254,6 +279,16 @@ def check_messages(
             raise _empty(message, f"{where}, message {number}")
     for box in boxes:
         _validate_box(box, num_images, where)
+
+
+def build_video_as_image_error(path: str, where: str = "") -> InvalidRowError:
+    """Return the error for an image part that refers to a video file."""
+    return InvalidRowError(
+        f"the video file {path} in an image part",
+        'a part of the type "video"',
+        'replace it by {"type": "video", "video": PATH}',
+        where=where,
+    )
 
 
 def check_limits(messages: Sequence[Message], references: Sequence[str], where: str) -> None:
@@ -454,6 +489,8 @@ def _part_record(part: ContentPart, renamed: Callable[[str], str]) -> dict[str, 
     if part.type == "image":
         return {"type": "image", "image": renamed(part.image)}
     if part.type == "video":
+        if part.video is not None:
+            return {"type": "video", "video": renamed(part.video), "fps": part.fps}
         return {"type": "video", "frames": [renamed(f) for f in part.frames], "fps": part.fps}
     label = {} if part.label is None else {"label": part.label}
     xyxy = [format_number(number) for number in part.xyxy]

@@ -32,6 +32,7 @@ EXTRA_DESCRIPTIONS: Mapping[str, str] = {
     "mlflow": "experiment tracking with MLflow",
     "trackio": "experiment tracking with Trackio",
     "qwen-vl": "tokenizer of the first Qwen-VL",
+    "video": "video files",
     "web": "chat UI in the browser",
 }
 """Description of each extra for users, by name."""

@@ -28,6 +28,9 @@ BoxCorners = tuple[float, float, float, float]
 FRAME_1000: ImageSize = (1000, 1000)
 """Coordinate frame (height, width) of boxes in thousandths of the image size."""
 
+MIN_SAMPLED_FRAMES, MAX_SAMPLED_FRAMES = 4, 768
+"""Minimum and maximum number of frames of a video file, as in the published video processors."""
+
 THINK_START = "<think>\n"
 THINK_END = "\n</think>\n\n"
 
@@ -115,6 +118,8 @@ class ModelFamily(ABC):
             separately.
         box_tokens: Special tokens around the label and around the coordinates of a box, for
             structured output; None for JSON boxes.
+        limits_video_pixels: Whether the pixel limits of the video processor apply to all frames of
+            a video file together.
         token_id_keys: Keys of config.json (dotted paths) with the ids of special tokens, by token.
             The renderer checks that these ids match the tokenizer.
     """
@@ -129,6 +134,7 @@ class ModelFamily(ABC):
     splits_role_tokens: ClassVar[bool] = False
     box_tokens: ClassVar[Sequence[str] | None] = None
     max_box_coordinate: ClassVar[int] = 1000
+    limits_video_pixels: ClassVar[bool] = False
     token_id_keys: ClassVar[Mapping[str, str]] = {
         "<|image_pad|>": "image_token_id",
         "<|video_pad|>": "video_token_id",
@@ -207,11 +213,30 @@ class ModelFamily(ABC):
         start, end = SpecialToken("<|vision_start|>"), SpecialToken("<|vision_end|>")
         return VisualMarkers((start,), f"<|{kind}_pad|>", (end,))
 
+    def sample_frames(
+        self, num_frames: int, video_fps: float, fps: float, temporal_patch_size: int
+    ) -> list[int]:
+        """Return the indices of the frames to use of a video file, `fps` per second.
+
+        Their number is rounded down to complete frame groups, as in the video processor of
+        Qwen2-VL.
+        """
+        max_frames = min(MAX_SAMPLED_FRAMES, num_frames) // temporal_patch_size
+        wanted = max(num_frames / video_fps * fps, MIN_SAMPLED_FRAMES) // temporal_patch_size
+        count = max(int(min(wanted, max_frames)) * temporal_patch_size, 1)
+        return [index * num_frames // count for index in range(count)]
+
     def split_video(
-        self, num_frames: int, fps: float, temporal_patch_size: int
+        self, frame_times: Sequence[float], fps: float, temporal_patch_size: int
     ) -> list[VideoSegment]:
-        """Split a video into the segments that the prompt contains separately: by default one."""
-        return [VideoSegment("", slice(0, num_frames), temporal_patch_size / fps)]
+        """Split a video into the segments that the prompt contains separately: by default one.
+
+        Args:
+            frame_times: Time of each frame in seconds.
+            fps: Average number of frames per second.
+            temporal_patch_size: Number of frames per frame group.
+        """
+        return [VideoSegment("", slice(0, len(frame_times)), temporal_patch_size / fps)]
 
     @abstractmethod
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:

@@ -34,6 +34,7 @@ class Qwen3VL(ModelFamily):
 
     name: str = "qwen3_vl"
     system_prompt: str | None = None
+    limits_video_pixels = True
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format boxes as JSON with coordinates in integer thousandths of the image size."""
@@ -45,18 +46,27 @@ class Qwen3VL(ModelFamily):
         """Parse the JSON boxes of an answer and scale them to the original image."""
         return family.read_json_boxes(text, FRAME_1000, original_size)
 
+    def sample_frames(
+        self, num_frames: int, video_fps: float, fps: float, temporal_patch_size: int
+    ) -> list[int]:
+        """Return evenly spaced indices that include the first and the last frame."""
+        count = max(int(num_frames / video_fps * fps), family.MIN_SAMPLED_FRAMES)
+        count = min(count, family.MAX_SAMPLED_FRAMES, num_frames)
+        indices: list[int] = np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
+        return indices
+
     def split_video(
-        self, num_frames: int, fps: float, temporal_patch_size: int
+        self, frame_times: Sequence[float], fps: float, temporal_patch_size: int
     ) -> list[VideoSegment]:
         """Return one segment per frame group, with the timestamp of the middle of the group.
 
         An incomplete last group is padded with the last frame.
         """
         segments = []
-        for first_frame in range(0, num_frames, temporal_patch_size):
-            last_frame = min(first_frame + temporal_patch_size, num_frames) - 1
+        for first_frame in range(0, len(frame_times), temporal_patch_size):
+            last_frame = min(first_frame + temporal_patch_size, len(frame_times)) - 1
             # Same order of operations as published, for identical rounding of halves.
-            middle = (first_frame / fps + last_frame / fps) / 2
+            middle = (frame_times[first_frame] + frame_times[last_frame]) / 2
             segments.append(
                 VideoSegment(
                     f"<{middle:.1f} seconds>",

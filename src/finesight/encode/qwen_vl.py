@@ -75,11 +75,11 @@ class QwenVL(ModelFamily):
         return Qwen2VL().read_boxes(text, original_size, resized_size)
 
     def split_video(
-        self, num_frames: int, fps: float, temporal_patch_size: int
+        self, frame_times: Sequence[float], fps: float, temporal_patch_size: int
     ) -> list[VideoSegment]:
         """Raise UserError, because Qwen-VL does not support videos."""
         raise UserError(
-            f"a video of {num_frames} frames",
+            f"a video of {len(frame_times)} frames",
             where="sample",
             expected="images; Qwen-VL does not support videos",
             remedy="use the frames as images, or choose a later family",

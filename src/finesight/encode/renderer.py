@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,7 +36,9 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     VideoPart,
+    list_media_paths,
 )
+from finesight.data.video_file import iter_video_frames, read_video_header
 from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
 from finesight.encode.family import (
     THINK_END,
@@ -54,19 +57,22 @@ from finesight.encode.tokenization import (
     TextTokenizer,
     TokenizedSample,
     VisualSpan,
+    iter_video_runs,
     load_tokenizer,
 )
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import (
     GridTHW,
-    compute_resized_size,
+    compute_video_size,
     concat_patches,
     get_frame_size,
     load_image,
     load_patch_config,
+    load_video_limits,
     patchify,
     patchify_video,
+    resize_frame,
     resolve_image_rule,
 )
 
@@ -256,6 +262,7 @@ class _VisualInput:
     resized_size: ImageSize
     grid_thw: GridTHW
     seconds_per_grid: float
+    frame_indices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,6 +478,7 @@ class NativeRenderer(Renderer):
         self.family: ModelFamily = load_family(folder)
         self.patch_config = load_patch_config(folder)
         self.image_rule: ImageRule = resolve_image_rule(folder.preprocessor_config, image_rule)
+        self._video_limits = load_video_limits(folder) if self.family.limits_video_pixels else None
         self.system_prompt = self.family.system_prompt if system_prompt is None else system_prompt
         self.tokenizer = load_tokenizer(folder)
         self.end_ids = (self.tokenizer.token_to_id(IM_END), self.tokenizer.token_to_id(END_OF_TEXT))
@@ -500,10 +508,8 @@ class NativeRenderer(Renderer):
 
     def load_patches(self, tokenized: TokenizedSample) -> EncodedSample:
         empty = np.empty((0, self.patch_config.patch_dim), dtype=np.uint8)
-        return EncodedSample(
-            tokenized,
-            concat_patches([self.span_patches(span) for span in tokenized.spans] or [empty]),
-        )
+        runs = map(self._load_run, iter_video_runs(tokenized.spans))
+        return EncodedSample(tokenized, concat_patches([*chain.from_iterable(runs)] or [empty]))
 
     def parse_boxes(
         self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
@@ -638,6 +644,7 @@ class NativeRenderer(Renderer):
             files=vision_input.files,
             original_size=vision_input.original_size,
             resized_size=vision_input.resized_size,
+            frame_indices=vision_input.frame_indices,
         )
         state.spans.append(span)
         state.temporal_ids.append(
@@ -656,16 +663,29 @@ class NativeRenderer(Renderer):
                     "image", (path,), read_image_size(path), VideoSegment("", slice(1), 0.0)
                 )
             ]
-        files = tuple(located_sample.resolve_path(name) for name in part.frames)
-        original_size = get_frame_size(files)
-        try:
-            segments = self.family.split_video(
-                len(files), part.fps, self.patch_config.temporal_patch_size
+        files = tuple(map(located_sample.resolve_path, list_media_paths(part)))
+        frame_indices: Sequence[int] = ()
+        fps, temporal_size = part.fps, self.patch_config.temporal_patch_size
+        if part.video is None:
+            original_size = get_frame_size(files)
+            times = [index / fps for index in range(len(files))]
+        else:
+            header = read_video_header(files[0])
+            original_size = header.size
+            frame_indices = self.family.sample_frames(
+                header.num_frames, header.fps, fps, temporal_size
             )
+            times = [index / header.fps for index in frame_indices]
+            fps = len(times) / header.num_frames * header.fps
+        try:
+            segments = self.family.split_video(times, fps, temporal_size)
         except UserError as error:
             error.where = f"sample {located_sample.sample.id}"
             raise
-        return [self._build_visual("video", files, original_size, segment) for segment in segments]
+        return [
+            self._build_visual("video", files, original_size, segment, tuple(frame_indices))
+            for segment in segments
+        ]
 
     def _build_visual(
         self,
@@ -673,27 +693,49 @@ class NativeRenderer(Renderer):
         files: tuple[Path, ...],
         original_size: ImageSize,
         segment: VideoSegment,
+        frame_indices: tuple[int, ...] = (),
     ) -> _VisualInput:
-        resized_size = compute_resized_size(
-            original_size, self.image_rule, self.patch_config.resize_factor, where=str(files[0])
+        resized_size = compute_video_size(
+            original_size,
+            len(frame_indices),
+            self.image_rule,
+            self._video_limits if frame_indices else None,
+            self.patch_config,
+            where=str(files[0]),
         )
-        files = files[segment.frame_slice]
-        grid_thw = self.patch_config.compute_grid(resized_size, len(files))
+        frame_indices = frame_indices[segment.frame_slice]
+        files = files if frame_indices else files[segment.frame_slice]
         return _VisualInput(
             kind,
             segment.timestamp_text,
             files,
             original_size,
             resized_size,
-            grid_thw,
+            self.patch_config.compute_grid(resized_size, len(frame_indices or files)),
             segment.seconds_per_grid,
+            frame_indices,
         )
 
     def span_patches(self, span: VisualSpan) -> NDArray[np.uint8]:
         """Decode one image or video of a tokenized sample into patches."""
-        if span.kind == "video":
-            return patchify_video(span.files, span.resized_size, self.patch_config)
-        return patchify([load_image(span.files[0])], span.resized_size, self.patch_config)
+        return self._load_run([span])[0]
+
+    def _load_run(self, run: Sequence[VisualSpan]) -> list[NDArray[np.uint8]]:
+        """Decode an image, a list of frames, or consecutive spans of a video file."""
+        span, config = run[0], self.patch_config
+        if not span.frame_indices:
+            if span.kind == "video":
+                return [patchify_video(span.files, span.resized_size, config)]
+            return [patchify([load_image(span.files[0])], span.resized_size, config)]
+        frame_indices = [index for span in run for index in span.frame_indices]
+        # Frames are resized while they are decoded, which limits memory.
+        frames = (
+            resize_frame(frame, span.resized_size)
+            for frame in iter_video_frames(span.files[0], frame_indices)
+        )
+        return [
+            patchify([*islice(frames, one.num_frames)], one.resized_size, config) for one in run
+        ]
 
     def _check_token_id(self, folder: ModelFolder, key: str, token: str) -> None:
         found, expected = self.tokenizer.token_to_id(token), _get_nested(folder.config, key)

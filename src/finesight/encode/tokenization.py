@@ -444,7 +444,12 @@ def _build_encoding(
 
 @dataclass(frozen=True, slots=True)
 class VisualSpan:
-    """An image or video of a tokenized sample, and the range of its placeholder tokens."""
+    """An image or video of a tokenized sample, and the range of its placeholder tokens.
+
+    Attributes:
+        files: The image, the frames of the video, or the video file.
+        frame_indices: Indices of the frames in a video file; empty for images.
+    """
 
     kind: Literal["image", "video"]
     start: int
@@ -453,6 +458,33 @@ class VisualSpan:
     files: tuple[Path, ...]
     original_size: ImageSize
     resized_size: ImageSize
+    frame_indices: tuple[int, ...] = ()
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames before the last one is repeated; 1 for an image."""
+        return len(self.frame_indices or self.files)
+
+
+def iter_video_runs(spans: Iterable[VisualSpan]) -> Iterator[list[VisualSpan]]:
+    """Group consecutive spans of one video file whose frames can be decoded in one pass.
+
+    Every other span is its own group.
+    """
+    run: list[VisualSpan] = []
+    for span in spans:
+        is_next = (
+            run
+            and span.frame_indices
+            and span.files == run[-1].files
+            and span.frame_indices[0] > run[-1].frame_indices[-1]
+        )
+        if run and not is_next:
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run
 
 
 @dataclass(frozen=True, slots=True)
@@ -721,4 +753,6 @@ def _format_span(span: VisualSpan) -> str:
     (height, width), (resized_height, resized_width) = span.original_size, span.resized_size
     size = f"{width}x{height} as {resized_width}x{resized_height}"
     frame_note = f" and {len(span.files) - 1} more frames" if len(span.files) > 1 else ""
+    if span.frame_indices:
+        frame_note = f", frames {', '.join(map(str, span.frame_indices))}"
     return f"({span.files[0]}{frame_note}, {size}, grid {' x '.join(map(str, span.grid_thw))})"

@@ -180,7 +180,7 @@ def get_span_patches(prompt: EncodedSample, span_index: int) -> NDArray[np.uint8
     patch_counts = [math.prod(span.grid_thw) for span in spans]
     start, span = sum(patch_counts[:span_index]), spans[span_index]
     patches_ND = prompt.patches_ND[start : start + patch_counts[span_index]]
-    if len(span.files) > 1:
+    if span.num_frames > 1:
         return patches_ND
     return first_frame(patches_ND, span.resized_size[0] // span.grid_thw[1])
 

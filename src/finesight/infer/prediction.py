@@ -17,7 +17,17 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.image_header import CorruptImageError, read_image_size
-from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sample, TextPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+    is_video_path,
+)
+from finesight.data.video_file import read_video_header
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.infer.engine import iter_completions
@@ -81,7 +91,8 @@ class Prediction:
 
     def as_text(self) -> str:
         """Format the prediction for the console, with one line per box."""
-        head = "".join(f"{path}: " for path in self.images)
+        paths = self.images or ((self.id,) if is_video_path(self.id) else ())
+        head = "".join(f"{path}: " for path in paths)
         truncation_note = "" if self.stopped else f" [cut off after {self.num_tokens} tokens]"
         boxes = [
             f"\n  box {', '.join(f'{number:.1f}' for number in box.xyxy)}"
@@ -99,20 +110,25 @@ def box_to_dict(box: BoxPart) -> dict[str, Any]:
 
 
 def build_question(image_paths: Sequence[Path], prompt: str, sample_id: str) -> LocatedSample:
-    """Build a sample with one user turn that contains images followed by text.
+    """Build a sample with one user turn that contains images or video files, then text.
 
     Raises:
         CorruptImageError: An image is missing or unreadable.
     """
+    parts: list[ImagePart | VideoPart] = []
     for path in image_paths:
-        read_image_size(path)
-    image_parts = [ImagePart(image=str(path)) for path in image_paths]
-    message = Message(role="user", content=(*image_parts, TextPart(text=prompt)))
+        if is_video_path(path):
+            read_video_header(path)
+            parts.append(VideoPart(video=str(path)))
+        else:
+            read_image_size(path)
+            parts.append(ImagePart(image=str(path)))
+    message = Message(role="user", content=(*parts, TextPart(text=prompt)))
     return LocatedSample(Sample(id=sample_id, messages=(message,)), Path())
 
 
 def build_questions(image_paths: Sequence[Path], prompt: str) -> list[LocatedSample]:
-    """Build one sample per image with the same prompt; without images, a text-only sample.
+    """Build one sample per image or video file with the same prompt; without, text only.
 
     Raises:
         CorruptImageError: An image is missing or unreadable.

@@ -163,7 +163,7 @@ def _iter_visuals(renderer: NativeRenderer, encoded: EncodedSample) -> Iterator[
             "kind": span.kind,
             "name": span.files[0].name,
             "frames": [
-                build_inline_image(frame, MAX_IMAGE_SIDE) for frame in frames[: len(span.files)]
+                build_inline_image(frame, MAX_IMAGE_SIDE) for frame in frames[: span.num_frames]
             ],
             "original_size": span.original_size,
             "resized_size": span.resized_size,
@@ -249,6 +249,8 @@ def render_check_page(
     if num_frames:
         text = "{:,} images and {:,} video frames ({:,} unique)"
         files_text = translate(text, check_result.num_images, num_frames, num_unique)
+    if check_result.num_video_files:
+        files_text += translate(", {:,} video files", check_result.num_video_files)
     listed_counts = Counter(issue.code for issue in check_result.issues)
     issue_types = [
         {

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -162,13 +163,20 @@ class _ImageRefReader:
         return [ImageRef(self._compute_key(span), span) for span in spans]
 
     def _compute_key(self, span: VisualSpan) -> str:
-        key_fields = [
+        key_fields: list[object] = [
             [self._file_digest(file) for file in span.files],
             span.kind,
             span.resized_size,
             span.grid_thw,
         ]
-        return hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()
+        if not span.frame_indices:
+            return hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()
+        # Spans of a video file are adjacent and in order, so that a chunk decodes the file once.
+        digests = [hashlib.sha256(json.dumps(key_fields[:3]).encode()).hexdigest()[:32]]
+        digests.append(f"{span.frame_indices[0]:08x}")
+        key_fields += [span.frame_indices, version("av")]
+        digests.append(hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()[:24])
+        return "".join(digests)
 
     def _file_digest(self, file: Path) -> str:
         # Samples with the same image are often adjacent.

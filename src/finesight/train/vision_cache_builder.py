@@ -31,7 +31,7 @@ from finesight.config import VisionCacheMode
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import pad_patches
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenization import TokenizedSample
+from finesight.encode.tokenization import TokenizedSample, iter_video_runs
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.host_memory import available_memory
 from finesight.model.attention import has_amx_bf16
@@ -424,18 +424,19 @@ def _decode_chunk(
     chunk, patches = chunks[index], []
     corrupt_images: CorruptImages = {}
     empty_ids_T, position_ids = np.empty(0, dtype=np.int32), np.empty((3, 0), dtype=np.int32)
-    for image in range(chunk.start, chunk.stop):
-        span = image_index.image_refs[image].span
+    image = chunk.start
+    refs = image_index.image_refs[chunk.start : chunk.stop]
+    for spans in iter_video_runs(ref.span for ref in refs):
         # A sample with this image and no text.
-        tokenized = TokenizedSample(
-            span.files[0].name, empty_ids_T, empty_ids_T > 0, position_ids, (span,)
-        )
+        name = spans[0].files[0].name
+        tokenized = TokenizedSample(name, empty_ids_T, empty_ids_T > 0, position_ids, tuple(spans))
         try:
             patches.append(renderer.load_patches(tokenized).patches_ND)
         except CorruptImageError as error:
             if on_invalid_sample == "fail":
                 raise
-            corrupt_images[image] = error
+            corrupt_images |= dict.fromkeys(range(image, image + len(spans)), error)
+        image += len(spans)
     if not patches:
         no_patches = TensorBlock(((torch.uint8, (0, 0)),), torch.empty(0, dtype=torch.uint8))
         return DecodedChunk(chunk, no_patches, corrupt_images)

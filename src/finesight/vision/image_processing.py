@@ -235,22 +235,55 @@ def _round_to_factor(side: float, factor: int) -> int:
     return max(factor, round(side / factor) * factor)
 
 
-def _smart_resize(original_size: ImageSize, rule: PixelRange, factor: int) -> ImageSize:
+def compute_video_size(
+    original_size: ImageSize,
+    num_frames: int,
+    rule: ImageRule,
+    limits: PixelRange | None,
+    config: PatchConfig,
+    where: str = "",
+) -> ImageSize:
+    """Compute height and width of the sampled frames of a video file after resizing.
+
+    The image rule applies to each frame. Limits of the video processor apply to the pixels of all
+    frames, unless the rule is a size. The smaller of both sizes is returned.
+    """
+    factor, temporal_size = config.resize_factor, config.temporal_patch_size
+    size = compute_resized_size(original_size, rule, factor, where)
+    if limits is None or not isinstance(rule, PixelRange):
+        return size
+    height, width = original_size
+    scale = max(1, factor / height, factor / width)
+    upscaled = (int(height * scale), int(width * scale)) if scale > 1 else original_size
+    num_frames = max(num_frames, temporal_size)
+    video_size = _smart_resize(upscaled, limits, factor, num_frames, temporal_size)
+    return min(size, video_size, key=math.prod)
+
+
+def _smart_resize(
+    original_size: ImageSize,
+    rule: PixelRange,
+    factor: int,
+    num_frames: int = 1,
+    temporal_size: int = 1,
+) -> ImageSize:
     """Scale an image size into a range of pixel counts, rounded to multiples of `factor`.
 
     Sides are rounded down to meet the maximum and up to meet the minimum. As in the reference
-    preprocessor, they are rounded before the pixel count is compared.
+    preprocessor, they are rounded before the pixel count is compared. The pixels of all frames of a
+    video are counted.
     """
     height, width = original_size
     rounded = round(height / factor) * factor, round(width / factor) * factor
-    if math.prod(rounded) > rule.max_pixels:
-        downscale = math.sqrt((height * width) / rule.max_pixels)
+    num_pixels = math.prod(rounded) * round(num_frames / temporal_size) * temporal_size
+    if num_pixels > rule.max_pixels:
+        downscale = math.sqrt((num_frames * height * width) / rule.max_pixels)
         return (
             max(factor, math.floor(height / downscale / factor) * factor),
             max(factor, math.floor(width / downscale / factor) * factor),
         )
-    if math.prod(rounded) < rule.min_pixels:
-        upscale = math.sqrt(rule.min_pixels / (height * width))
+    if num_pixels < rule.min_pixels:
+        upscale = math.sqrt(rule.min_pixels / (num_frames * height * width))
         return (
             math.ceil(height * upscale / factor) * factor,
             math.ceil(width * upscale / factor) * factor,
@@ -333,6 +366,23 @@ def load_patch_config(folder: ModelFolder) -> PatchConfig:
         merge_size=preprocessor["merge_size"],
         temporal_patch_size=preprocessor["temporal_patch_size"],
     )
+
+
+def load_video_limits(folder: ModelFolder) -> PixelRange | None:
+    """Load the pixel limits over all frames of a video, None for a folder without them."""
+    size = folder.video_preprocessor_config.get("size")
+    if not isinstance(size, dict):
+        return None
+    limits = [size.get(key) for key in ("shortest_edge", "longest_edge")]
+    smallest, largest = (value if isinstance(value, int) else 0 for value in limits)
+    if not 0 < smallest <= largest:
+        raise UserError(
+            f"size {size} of the video preprocessor",
+            where=str(folder.path),
+            expected="shortest_edge and longest_edge, a range of pixels",
+            remedy="use the files of the published model",
+        )
+    return PixelRange(min_pixels=smallest, max_pixels=largest)
 
 
 def patchify(
@@ -435,10 +485,7 @@ def _to_channel_planes(frame: Image.Image, size: ImageSize) -> NDArray[np.uint8]
     The rows of a patch are then contiguous in memory.
     """
     assert frame.mode == "RGB", f"frame has mode {frame.mode}, not RGB"
-    height, width = size
-    if frame.size != (width, height):
-        frame = frame.resize((width, height), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(frame).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(resize_frame(frame, size)).transpose(2, 0, 1))
 
 
 def get_frame_size(files: Sequence[Path]) -> ImageSize:
@@ -473,3 +520,8 @@ def patchify_video(
     if the last group of frames is incomplete.
     """
     return patchify([load_image(file) for file in files], size, config)
+
+
+def resize_frame(frame: Image.Image, size: ImageSize) -> Image.Image:
+    """Resize an RGB frame to height and width, as `patchify` does."""
+    return frame.resize(size[::-1], Image.Resampling.BICUBIC) if frame.size != size[::-1] else frame

@@ -53,7 +53,8 @@ def test_boxes_in_answer(folder: Path) -> None:
     [
         (record("<image><image>?", "x"), "a placeholder without an image"),
         (record("What?", "x"), "1 images are listed, 1 of them have no `<image>`"),
-        (record("<image>?", "x", video="a.mp4"), "'video'"),
+        (record("<image>?", "x", video="a.mp4"), "1 videos are listed"),
+        (record("<image>?", "x", audio="a.wav"), "'audio'"),
         ({"conversations": None, "image": "a.png"}, "conversations is"),
         ({"conversations": [{"from": "observation", "value": "x"}]}, "the turn"),
     ],

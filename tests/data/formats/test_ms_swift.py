@@ -155,7 +155,9 @@ def test_equivalent_row_layouts(folder: Path, rows: dict[str, Any]) -> None:
         (record("<image>?", "<bbox>", objects={"bbox": [], "bbox_type": "norm1000"}), "norm1000"),
         (record("<image>?", "<bbox>", objects=[{"caption": "x"}]), "objects"),
         (record("<image>?", "x", rejected_response="y"), "'rejected_response'"),
-        (record("<image>?", "x", videos=["a.mp4"]), "'videos'"),
+        (record("<image>?", "x", videos=["a.mp4"]), "no such image"),
+        (record("<video><video>?", "x", videos=["a.mp4"]), "2 `<video>` in the texts for 1 videos"),
+        (record("<image>?", "x", audios=["a.wav"]), "'audios'"),
         (record("<image>?", "x", label=False), "'label'"),
         ({"messages": [{"role": "tool_call", "content": "{}"}]}, "the turn"),
         ({"messages": [{"role": "assistant", "content": "x", "loss": False}]}, "'loss'"),
@@ -173,7 +175,7 @@ def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str
 
 def test_video_error_names_the_sample_format(folder: Path) -> None:
     with pytest.raises(UserError) as caught:
-        parse_record(MS_SWIFT, record("<image>?", "x", videos=["a.mp4"]), folder)
+        parse_record(MS_SWIFT, record("<image>?", "x", videos=[["a.png"]]), folder)
     part = re.search(r"\{.*\}", caught.value.remedy)
     assert part is not None
     VideoPart.model_validate_json(part[0])

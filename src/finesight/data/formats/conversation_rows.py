@@ -27,6 +27,7 @@ from finesight.data.boxes import (
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     UNSUPPORTED_KEYS,
+    VIDEO_KEYS,
     ExportContext,
     ImportContext,
     ImportExample,
@@ -276,11 +277,11 @@ def list_turn_texts(record: Record) -> list[tuple[Role | None, str]]:
     ]
 
 
-def list_images(record: Record) -> list[object]:
+def list_images(record: Record, keys: Sequence[str] = IMAGE_KEYS) -> list[object]:
     """Return the images under the keys `image` and `images` of a record, in order."""
     return [
         image
-        for key in IMAGE_KEYS
+        for key in keys
         if key in record and has_value(record[key])
         for image in as_list(record[key])
     ]
@@ -291,6 +292,13 @@ def list_checked_images(record: Record) -> list[object]:
     images = list_images(record)
     check_limit(len(images), MAX_PARTS, "images")
     return images
+
+
+def list_videos(record: Record) -> list[object]:
+    """Return the video files under the keys `video` and `videos` of a record, in order."""
+    videos = list_images(record, VIDEO_KEYS)
+    check_limit(len(videos), MAX_PARTS, "videos")
+    return videos
 
 
 def collect_meta(record: Record, *handled_keys: str) -> Record:

@@ -28,7 +28,8 @@ LLaMA-Factory messages with `role` and `content` are read as `ms-swift`.
 {"instruction": "<image>What is this?", "input": "", "output": "A dog.", "images": ["a.jpg"]}
 
 If a record lists its images under `image` or `images`, each `<image>` in the text stands for the
-next of them. See `conversation_rows` for boxes in answers.
+next of them, and each `<video>` for the next of `video` or `videos`, which are video files. See
+`conversation_rows` for boxes in answers.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from finesight.data.formats.conversation_rows import (
     encode_row,
     list_checked_images,
     list_turn_texts,
+    list_videos,
     parse_history,
     parse_text,
     parse_turns,
@@ -55,6 +57,7 @@ from finesight.data.formats.conversation_rows import (
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
+    VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
@@ -72,12 +75,14 @@ from finesight.data.sample import (
     LocatedSample,
     Role,
     TextPart,
+    is_video_path,
 )
 from finesight.errors import UserError
 
 IMAGE_PLACEHOLDER = re.compile(
     r"<\|vision_start\|>(?P<path>(?:(?!<\|vision_).)*)<\|vision_end\|>|<image>", re.DOTALL
 )
+_MEDIA_PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER.pattern}|<video>", re.DOTALL)
 _IMAGE_PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif)", re.IGNORECASE)
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 """Names of the roles in LLaVA and sharegpt."""
@@ -125,13 +130,17 @@ def _detect_image_path(records: Sequence[Record]) -> str | None:
 
 
 def _detect_llava(records: Sequence[Record]) -> str | None:
-    """Detect LLaVA: at least one record has an `image` and `<image>`, others may be text only."""
+    """Detect LLaVA: at least one record has an `image` and `<image>`, others may be text only.
+
+    A `video` with `<video>` or `<image>` counts as well.
+    """
     num_with_images = 0
     for record in records:
-        turns, image = list_turn_texts(record), record.get("image")
+        turns, image = list_turn_texts(record), record.get("image", record.get("video"))
         if not turns or not isinstance(image, str | list | None):
             return None
-        num_with_images += image is not None and any("<image>" in text for _, text in turns)
+        tags = ("<image>",) if "image" in record else ("<image>", "<video>")
+        num_with_images += image is not None and any(t in text for _, text in turns for t in tags)
     reason = f"turns with `<image>`, and image in {num_with_images} of the first {len(records)}"
     return reason if num_with_images else None
 
@@ -142,7 +151,9 @@ def _detect_llama_factory(records: Sequence[Record]) -> str | None:
         return f"keys instruction and output in all of the first {len(records)} (alpaca)"
     if not all(list_turn_texts(record) for record in records):
         return None
-    num_with_images = sum(isinstance(record.get("images"), list) for record in records)
+    num_with_images = sum(
+        any(isinstance(record.get(key), list) for key in ("images", "videos")) for record in records
+    )
     reason = f"turns, and a list of images in {num_with_images} of the first {len(records)}"
     return f"{reason} (sharegpt)" if num_with_images else None
 
@@ -158,6 +169,11 @@ def _build_example(
     row_images = RowImages(context)
     listed_images = list_checked_images(row.record)
     unplaced_images = iter(listed_images)
+    listed_videos = list_videos(row.record)
+    unplaced_videos = iter(listed_videos)
+    placeholder = _MEDIA_PLACEHOLDER if listed_videos else IMAGE_PLACEHOLDER
+    # Rows of LLaVA-Video mark their video by `<image>`.
+    video_tags = ("<video>",) if listed_images else ("<video>", "<image>")
 
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         if role == "user" and is_image_path(text):
@@ -166,20 +182,24 @@ def _build_example(
                 expected="a question, with the path in a placeholder if it is an image",
                 remedy="choose --format image-path if this applies to all rows, or correct the row",
             )
-        for piece in split_at_pattern(text, IMAGE_PLACEHOLDER):
+        for piece in split_at_pattern(text, placeholder):
             if isinstance(piece, str):
                 yield from parse_text(role, piece, row_images)
                 continue
-            image = piece["path"] or next(unplaced_images, None)
-            if image is None:
+            path = piece["path"]
+            is_listed_video = bool(listed_videos) and piece[0] in video_tags
+            is_video = is_video_path(path) if path else is_listed_video
+            value = path or next(unplaced_videos if is_video else unplaced_images, None)
+            if value is None:
+                kind = "a video" if is_video else "an image"
                 raise PlaceholderCountError(
-                    f"a placeholder without an image in the text {text[:60]!r}",
+                    f"a placeholder without {kind} in the text {text[:60]!r}",
                     expected="a path inside the placeholder, or an image under `image` or `images`",
                     remedy="add the image, or remove the placeholder from the text",
                 )
-            yield row_images.add_image(image)
+            yield row_images.add_video(value) if is_video else row_images.add_image(value)
 
-    keys = ("conversations", "system", *IMAGE_KEYS, *handled_keys)
+    keys = ("conversations", "system", *IMAGE_KEYS, *VIDEO_KEYS, *handled_keys)
     example = build_turns_example(row, context, turns, parse_turn, *keys)
     num_unplaced = len(list(unplaced_images))
     if num_unplaced:
@@ -187,6 +207,14 @@ def _build_example(
             f"{len(listed_images)} images are listed, {num_unplaced} of them have no `<image>` in"
             " the text",
             expected="one `<image>` per image",
+            remedy="correct the row",
+        )
+    num_unplaced = len(list(unplaced_videos))
+    if num_unplaced:
+        raise PlaceholderCountError(
+            f"{len(listed_videos)} videos are listed, {num_unplaced} of them have no `<video>` in"
+            " the text",
+            expected="one `<video>` per video",
             remedy="correct the row",
         )
     return example
@@ -205,7 +233,8 @@ def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
-    turns = [(role, text.replace("<image>\n", "<image>")) for role, text in parse_turns(row.record)]
+    pattern = r"(<image>|<video>)\n" if list_videos(row.record) else r"(<image>)\n"
+    turns = [(role, re.sub(pattern, r"\1", text)) for role, text in parse_turns(row.record)]
     return _build_example(row, context, turns)
 
 

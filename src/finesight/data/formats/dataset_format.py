@@ -22,16 +22,20 @@ from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import Record, RowReader, SourceRow
 from finesight.data.sample import (
     MAX_BOXES,
+    VIDEO_SUFFIXES,
     BoxPart,
     ContentPart,
     ImagePart,
+    InvalidRowError,
     InvalidTurnsError,
     LocatedSample,
     Message,
     Role,
     Sample,
     TextPart,
+    VideoPart,
     check_limit,
+    is_video_path,
 )
 from finesight.errors import UserError
 
@@ -123,8 +127,8 @@ one of them exempts it.
 """
 
 _VIDEO_REMEDY = (
-    "extract the frames, and write these rows as samples (--format samples) with the content part"
-    ' {"type": "video", "frames": ["0.jpg", "1.jpg"], "fps": 2.0}; see "Videos" on the page "Data"'
+    "write these rows as samples (--format samples) with the content part"
+    ' {"type": "video", "video": "clip.mp4"} or a list of frames; see "Videos" on the page "Data"'
     " of the documentation"
 )
 
@@ -259,6 +263,16 @@ class RowImages:
         """
         self.paths.append(self._context.images.resolve(value))
         return ImagePart(image=str(self.paths[-1]))
+
+    def add_video(self, value: object) -> VideoPart:
+        """Resolve a video file of the row, given by its path, and return its video part."""
+        if not isinstance(value, str) or not is_video_path(value.strip()):
+            raise InvalidRowError(
+                f"a video given as {str(value)[:60]!r}",
+                f"the path of a file with one of the suffixes {', '.join(VIDEO_SUFFIXES)}",
+                _VIDEO_REMEDY,
+            )
+        return VideoPart(video=str(self._context.images.resolve(value)))
 
     def create_box(
         self,

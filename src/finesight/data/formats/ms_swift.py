@@ -6,7 +6,8 @@ r"""The dataset formats of ms-swift: messages with boxes under `objects`, and qu
 
 The page "Custom Dataset" of ms-swift documents both. Placeholders in the text are replaced in
 order: `<image>` by the next of `images`, `<ref-object>` by the next of `ref`, and `<bbox>` by the
-next of `bbox`. Without `<image>` placeholders, the images precede the first question.
+next of `bbox`. Without `<image>` placeholders, the images precede the first question. The same
+applies to `<video>` and the video files under `videos`.
 
 A box is two corners. With `bbox_type` "real", the default, they are in pixels of the image with the
 0-based index `image_id`; with "norm1" they are normalized. A reference directly before boxes is
@@ -38,6 +39,7 @@ from finesight.data.formats.conversation_rows import (
     format_answer,
     list_checked_images,
     list_images,
+    list_videos,
     parse_history,
     parse_system,
     parse_text,
@@ -47,6 +49,7 @@ from finesight.data.formats.conversation_rows import (
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
+    VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
@@ -75,7 +78,7 @@ from finesight.errors import UserError
 IMAGE_PLACEHOLDER = re.compile("<image>")
 PLACEHOLDER = re.compile(r"<image>|(?P<ref><ref-object>)?(?P<boxes>(?:<bbox>)+)|<ref-object>")
 CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
-QUERY_KEYS = ("query", "response", "history", "system", *IMAGE_KEYS)
+QUERY_KEYS = ("query", "response", "history", "system", *IMAGE_KEYS, *VIDEO_KEYS)
 SWIFT_KEYS = ("messages", "conversation", "objects", *QUERY_KEYS)
 
 
@@ -137,7 +140,10 @@ def _build_example(
 ) -> ImportExample:
     """Build a training example from turns whose placeholders stand for images and objects."""
     row_images, listed_images = RowImages(context), list_checked_images(row.record)
-    remaining_images = iter(listed_images)
+    listed_videos = list_videos(row.record)
+    remaining_images, remaining_videos = iter(listed_images), iter(listed_videos)
+    if listed_videos:
+        placeholder = re.compile(f"<video>|{placeholder.pattern}")
 
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         for piece in split_at_pattern(text, placeholder):
@@ -145,6 +151,8 @@ def _build_example(
                 yield from parse_text(role, piece, row_images)
             elif piece[0] == "<image>":
                 yield row_images.add_image(next(remaining_images))
+            elif piece[0] == "<video>":
+                yield row_images.add_video(next(remaining_videos))
             elif piece["boxes"] is None:
                 yield make_text_part(objects.next_ref())
             else:
@@ -152,7 +160,9 @@ def _build_example(
                 for _ in range(piece["boxes"].count("<bbox>")):
                     yield objects.next_box(row_images, label)
 
-    turns = _add_image_placeholders(turns, len(listed_images))
+    if listed_videos:
+        turns = _add_placeholders(turns, len(listed_videos), "<video>")
+    turns = _add_placeholders(turns, len(listed_images), "<image>")
     return build_turns_example(row, context, turns, parse_turn, *keys)
 
 
@@ -187,23 +197,23 @@ def _parse_query(record: Record) -> list[Turn]:
     return [*parse_system(record), *history, ("user", query), ("assistant", response)]
 
 
-def _add_image_placeholders(turns: list[Turn], num_images: int) -> list[Turn]:
-    """Add one `<image>` per image to the first question, unless the turns have placeholders."""
-    num_placeholders = sum(len(IMAGE_PLACEHOLDER.findall(text)) for _, text in turns)
-    if num_placeholders == num_images:
+def _add_placeholders(turns: list[Turn], num_files: int, tag: str) -> list[Turn]:
+    """Add one placeholder per file to the first question, unless the turns have placeholders."""
+    num_placeholders = sum(text.count(tag) for _, text in turns)
+    if num_placeholders == num_files:
         return turns
     if num_placeholders:
         raise PlaceholderCountError(
-            f"{num_placeholders} `<image>` in the texts for {num_images} images",
-            expected="one per image, or none",
+            f"{num_placeholders} `{tag}` in the texts for {num_files} {tag[1:-1]}s",
+            expected=f"one per {tag[1:-1]}, or none",
             remedy="correct the row",
         )
     for turn_index, (role, text) in enumerate(turns):
         if role == "user":
-            question = (role, "<image>" * num_images + text)
+            question = (role, tag * num_files + text)
             return [*turns[:turn_index], question, *turns[turn_index + 1 :]]
     raise InvalidRowError(
-        f"{num_images} images but no user message", "a user message that the images belong to"
+        f"{num_files} {tag[1:-1]}s but no user message", "a user message that they belong to"
     )
 
 

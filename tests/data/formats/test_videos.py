@@ -1,0 +1,158 @@
+"""Rows with video files: LLaVA, LLaMA-Factory, ms-swift, placeholders with a path, and samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from format_fixtures import parse_record
+from image_fixtures import write_gray_image
+from video_fixtures import write_audio, write_video
+
+from finesight.data.formats import detect_format
+from finesight.data.formats.dataset_format import DatasetFormat, PlaceholderCountError
+from finesight.data.image_header import CorruptImageError
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.sample import (
+    ImagePart,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+    read_samples,
+    validate_sample,
+)
+from finesight.errors import UserError
+
+VIDEO, IMAGE = "video", "image"
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    write_gray_image(folder / "a.png", 40, 20)
+    write_video(folder / "v.mp4")
+    write_video(folder / "w.webm", codec="libvpx-vp9")
+    return folder
+
+
+def chat(question: str, **more: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "x"}]
+    return {"conversations": turns, **more}
+
+
+def messages(question: str, **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]
+    return {"messages": turns, **more}
+
+
+ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "llava": ("llava", chat("<video>\nWhat?", video="v.mp4"), ["v.mp4", "What?"]),
+    "llava-video": ("llava", chat("<image>\nWhat?", video="v.mp4"), ["v.mp4", "What?"]),
+    "llava image": ("llava", chat("<image>\n<video>\nWhich?", image="a.png", video="v.mp4"), []),
+    "sharegpt": (
+        "llama-factory",
+        chat("<video>A <video>B", videos=["v.mp4", "w.webm"]),
+        ["v.mp4", "A ", "w.webm", "B"],
+    ),
+    "alpaca": (
+        "llama-factory",
+        {"instruction": "<video>What?", "input": "", "output": "x", "videos": ["v.mp4"]},
+        ["v.mp4", "What?"],
+    ),
+    "ms-swift": (
+        "ms-swift",
+        messages("<image>or <video>?", images=["a.png"], videos=["v.mp4"]),
+        ["a.png", "or ", "v.mp4", "?"],
+    ),
+    "ms-swift without placeholder": (
+        "ms-swift",
+        messages("What?", videos=["v.mp4"]),
+        ["v.mp4", "What?"],
+    ),
+    "query-response": (
+        "query-response",
+        {"query": "<video>What?", "response": "x", "videos": ["v.mp4"]},
+        ["v.mp4", "What?"],
+    ),
+    "path in placeholder": (
+        "conversations",
+        chat("See <|vision_start|>v.mp4<|vision_end|>"),
+        ["See ", "v.mp4"],
+    ),
+}
+
+
+def parse(form: DatasetFormat, row: dict[str, Any], folder: Path) -> list[str]:
+    """Texts and file names of the question; the kind of each file fits its suffix."""
+    found = []
+    for part in parse_record(form, row, folder).prompt_messages[0].content:
+        if isinstance(part, TextPart):
+            found.append(part.text)
+        elif isinstance(part, ImagePart):
+            found.append(Path(part.image).name)
+            assert part.image.endswith(".png")
+        else:
+            assert isinstance(part, VideoPart)
+            assert part.video is not None
+            assert Path(part.video).parent == folder.resolve()
+            found.append(Path(part.video).name)
+    return found
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_video_files_become_video_parts(media: Path, name: str) -> None:
+    format_name, row, expected = ROWS[name]
+    form, _ = detect_format([row], "here")
+    assert form.name == format_name
+    assert parse(form, row, media) == (expected or ["a.png", "v.mp4", "Which?"])
+
+
+def test_placeholder_without_video_is_rejected(media: Path) -> None:
+    row = chat("<video>A <video>B", videos=["v.mp4"])
+    with pytest.raises(PlaceholderCountError, match="a placeholder without a video"):
+        parse_record(detect_format([row], "here")[0], row, media)
+
+
+def test_video_tag_without_videos_is_text(media: Path) -> None:
+    row = chat("<image>\nExplain the tag <video>.", image="a.png")
+    form, _ = detect_format([row], "here")
+    assert parse(form, row, media) == ["a.png", "Explain the tag <video>."]
+
+
+def test_imported_samples_refer_to_the_video(media: Path, tmp_path: Path) -> None:
+    source = media / "rows.jsonl"
+    source.write_text(json.dumps({"id": "1", **chat("<video>\nWhat?", video="v.mp4")}) + "\n")
+    import_dataset(source, tmp_path / "out", ImportOptions())
+    (sample,) = read_samples(tmp_path / "out" / "data.jsonl")
+    part = sample.messages[0].content[0]
+    assert isinstance(part, VideoPart)
+    assert part.video is not None
+    assert (tmp_path / "out" / part.video).resolve() == (media / "v.mp4").resolve()
+    again = import_dataset(
+        tmp_path / "out" / "data.jsonl", tmp_path / "copy", ImportOptions(copy_images=True)
+    )
+    assert again.format == "samples"
+    (copied,) = read_samples(tmp_path / "copy" / "data.jsonl")
+    assert copied.messages[0].content[0] == VideoPart(video="images/v.mp4")
+    assert (tmp_path / "copy" / "images" / "v.mp4").read_bytes() == (media / "v.mp4").read_bytes()
+
+
+def test_file_without_video_is_an_invalid_row(tmp_path: Path) -> None:
+    write_audio(tmp_path / "sound.mp4")
+    row = chat("<video>\nWhat?", video="sound.mp4")
+    with pytest.raises(CorruptImageError, match="no video stream"):
+        parse_record(detect_format([row], "here")[0], row, tmp_path)
+
+
+def test_video_in_an_image_part_is_rejected() -> None:
+    turns = (
+        Message(role="user", content=(ImagePart(image="v.MP4"), TextPart(text="?"))),
+        Message(role="assistant", content=(TextPart(text="x"),)),
+    )
+    with pytest.raises(UserError, match=r"the video file v\.MP4 in an image part") as caught:
+        validate_sample(Sample(id="s", messages=turns), "here")
+    assert '"type": "video"' in caught.value.remedy

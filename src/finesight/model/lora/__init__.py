@@ -1,1 +1,1 @@
-"""LoRA: adapter layers, fused kernels, multi-LoRA inference, PEFT files and merging."""
+"""LoRA layers, fused kernels, multi-LoRA, PEFT, merging; by phase: `docs/en/architecture.md`."""

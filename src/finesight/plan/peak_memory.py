@@ -1,7 +1,7 @@
 """Estimate the peak memory of a run from tensor shapes, split into parts.
 
 The peak is the persistent memory (weights, master weights, gradients, optimizer states) plus the
-temporary memory of a pack (`plan.activation_memory`) or of the optimizer step.
+temporary memory of a pack (`plan.dry_run`) or of the optimizer step.
 """
 
 from __future__ import annotations

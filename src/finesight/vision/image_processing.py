@@ -396,7 +396,7 @@ def patchify(
     original size. An incomplete group of frames is padded with the last frame.
 
     Returns:
-        Patches, uint8 [N, D]. Those of a single image store one frame; `repeat_still_frames` adds
+        Patches, uint8 [N, D]. A single image has only one frame (see `repeat_still_frames`).
     """
     t, h, w = config.compute_grid(size, len(frames))
     p, m = config.patch_size, config.merge_size

@@ -1,1 +1,1 @@
-"""LoRA: fused matmuls, multi-LoRA inference, PEFT files and merging."""
+"""LoRA: fused matmuls, multi-LoRA, PEFT files, merging; by phase: `docs/en/architecture.md`."""

@@ -10,44 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 
 PHONE_WIDTH, DESKTOP_WIDTH = 390, 1440
 """Tested page widths in CSS pixels."""
 
-XSS_PAYLOADS = (
-    "<script>alert(1)</script>",
-    "</script><script>alert(2)</script>",
-    "<!--<script>alert(3)</script>-->",
-    "<SCRIPT SRC=data:text/javascript,alert(4)></SCRIPT>",
-    "</title><script>alert(5)</script>",
-    "</style><script>alert(6)</script>",
-    "</textarea><script>alert(7)</script>",
-    "<img src=x onerror=alert(8)>",
-    '"><img src=x onerror=alert(9)>',
-    "'><img src=x onerror='alert(10)'>",
-    '" autofocus tabindex=0 onfocus="alert(11)',
-    "' onmouseover='alert(12)",
-    "<svg onload=alert(13)>",
-    "<svg><script>alert(14)</script></svg>",
-    "<svg><animate onbegin=alert(15) attributeName=x dur=1s>",
-    "<math><mtext><img src=x onerror=alert(16)></mtext></math>",
-    "<body onload=alert(17)>",
-    "<input autofocus onfocus=alert(18)>",
-    "<details open ontoggle=alert(19)>",
-    "<video><source onerror=alert(20)></video>",
-    "<audio src=x onerror=alert(21)>",
-    "<iframe src=javascript:alert(22)>",
-    "<iframe srcdoc='<script>alert(23)</script>'>",
-    "<a href=javascript:alert(24)>x</a>",
-    "javascript:alert(25)",
-    "<form action=javascript:alert(26)><button>x</button></form>",
-    "<object data=data:text/html,<script>alert(27)</script>>",
-    "<embed src=javascript:alert(28)>",
-    "<meta http-equiv=refresh content='0;url=javascript:alert(29)'>",
-    "<style>@import 'javascript:alert(30)';</style>",
-    "{{ 7 * 7 }}{% raw %}${alert(31)}",
-    "\u2028\u2029\\u003cscript\\u003ealert(32)",
-)
+XSS_PAYLOADS = tuple(load_cases("xss_payloads"))
 """Texts that execute a script if a page does not escape them."""
 
 COUNT_ALERTS_SCRIPT = (

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from test_bounded_files import LAUGHS
 
 from finesight.config import ExactSize, LearningRates, LongestSide
@@ -412,75 +413,7 @@ def test_typo_next_to_an_override_keeps_its_line(tmp_path):
     assert error.where == "override data.train.limit=many"
 
 
-REPLACEMENTS = {
-    "gradient_checkpointing=true": "use train.activation_checkpointing=true",
-    "use_gradient_checkpointing=unsloth": "use train.activation_checkpointing=true",
-    "per_device_train_batch_size=4": "use train.batch_size=4: it counts the samples per optimizer",
-    "lora_r=8": "use tune.lora.rank=8",
-    "tune.lora.r=8": "use tune.lora.rank=8",
-    "lora_rank=8": "use tune.lora.rank=8",
-    "lora_alpha=16": "use tune.lora.alpha=16",
-    "lora_dropout=0.1": "use tune.lora.dropout=0.1",
-    "target_modules=[q_proj, v_proj]": "use tune.lora.target_modules='[q_proj,v_proj]'",
-    "lora_target=q_proj,v_proj": "use tune.lora.target_modules='[q_proj,v_proj]'",
-    "target_modules=all-linear": "use tune.lora.target_modules=null",
-    "num_train_epochs=3": "use train.epochs=3",
-    "max_steps=100": "use train.steps=100",
-    "max_steps=-1": "use train.steps=null",
-    "learning_rate=1e-4": "use train.learning_rate=1e-4",
-    "lr=1e-4": "use train.learning_rate=1e-4",
-    "vit_lr=1e-5": "use train.learning_rate.vision=1e-5",
-    "warmup_ratio=0.05": "use train.warmup=0.05",
-    "warmup_steps=20": "use train.warmup=20",
-    "weight_decay=0.1": "use train.weight_decay=0.1",
-    "adam_beta2=0.95": "use train.betas.1=0.95",
-    "max_grad_norm=0.5": "use train.max_grad_norm=0.5",
-    "lr_scheduler_type=constant_with_warmup": "use train.lr_schedule=constant",
-    "lr_scheduler_type=polynomial": "use train.lr_schedule=cosine, linear or constant",
-    "save_steps=100": "use train.save_every=100",
-    "save_total_limit=3": "use train.keep_checkpoints=3",
-    "eval_steps=100": "use eval.every=100",
-    "eval.steps=10": "use eval.every=10",
-    "train.eval_steps=10": "use eval.every=10",
-    "logging_steps=5": "remove it: every step is written to metrics.jsonl",
-    "bf16=true": "use train.precision=bf16",
-    "bf16=false": "use train.precision=auto",
-    "fp16=true": "use train.precision=fp16",
-    "torch_dtype=bfloat16": "use train.precision=bf16",
-    "seed=42": "use train.seed=42",
-    "max_length=2048": "use data.max_length=2048",
-    "train.cutoff_len=2048": "use data.max_length=2048",
-    "max_seq_length=2048": "use data.max_length=2048",
-    "packing=true": "remove it: samples are always packed",
-    "freeze_vit=true": "use tune.vision=frozen",
-    "freeze_vit=false": "use tune.vision=lora",
-    "freeze_aligner=false": "use tune.merger=lora",
-    "freeze_llm=true": "use tune.language=frozen",
-    "train_type=full": "use tune.language=full",
-    "finetuning_type=lora": "use tune.language=lora",
-    "tuner_type=dora": "use tune.language=lora or tune.language=full",
-    "quant_bits=4": "use tune.quantize.nf4=language",
-    "load_in_4bit=true": "use tune.quantize.nf4=language",
-    "dataset=a.jsonl": "use data.train=a.jsonl",
-    "dataset=a,b": "use data.train='[a,b]'",
-    "val_dataset=b.jsonl": "use data.eval=b.jsonl",
-    "model_name_or_path=some/model": "use model=some/model",
-    "output-dir=runs/two": "use output_dir=runs/two",
-    "resume_from_checkpoint=last": "remove it: the option --resume continues",
-    "deepspeed=zero3": "use train.parallel=fsdp",
-    "deepspeed=ds.json": "use train.parallel=zero2, fsdp or fsdp_offload",
-    "optim=paged_adamw_8bit": "use train.optimizer=adamw_8bit",
-    "optim=lion": "use train.optimizer=adamw, adamw_8bit or muon",
-    "report_to=wandb": "use track=wandb",
-    "report_to=none": "use track='[]'",
-    "attn_impl=flash_attn": "remove it: finesight selects it automatically",
-    "use_liger_kernel=true": "remove it: finesight selects it automatically",
-    "gradient_accumulation_steps=8": "remove it: train.batch_size counts all samples of a step",
-    "MAX_PIXELS=602112": "use image.max_pixels=602112",
-    "max_pixels=602112": "use image.max_pixels=602112",
-    "limit=5": "use eval.limit=5 or data.train.limit=5 or data.eval.limit=5",
-    "lora={rank: 8}": "use tune.lora",
-}
+REPLACEMENTS = load_cases("setting_replacements")
 """Remedies for settings of other trainers."""
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from convert_fixtures import (
     LLAMA_FACTORY_SETTINGS,
     check_conversion,
@@ -37,108 +38,7 @@ def test_defaults_match_llama_factory(tmp_path):
     assert (made.data.max_length, made.track, made.eval) == (2048, (), None)
 
 
-EXAMPLES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
-    "per_device_train_batch_size": ({"per_device_train_batch_size": 3}, {"train.batch_size": 3}),
-    "gradient_accumulation_steps": ({"gradient_accumulation_steps": 4}, {"train.batch_size": 32}),
-    "learning_rate": ({"learning_rate": "2e-4"}, {"train.learning_rate.default": 2e-4}),
-    "num_train_epochs": ({"num_train_epochs": 1.5}, {"train.epochs": 1.5}),
-    "max_steps": ({"max_steps": 70}, {"train.steps": 70, "train.epochs": None}),
-    "lr_scheduler_type": (
-        {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
-        {"train.lr_schedule": "constant", "train.warmup": 0},
-    ),
-    "warmup_ratio": ({"warmup_ratio": 0.1}, {"train.warmup": 0.1}),
-    "warmup_steps": ({"warmup_steps": 20, "warmup_ratio": 0.1}, {"train.warmup": 20}),
-    "weight_decay": ({"weight_decay": 0.01}, {"train.weight_decay": 0.01}),
-    "adam_beta1": ({"adam_beta1": 0.8}, {"train.betas": [0.8, 0.999]}),
-    "adam_beta2": ({"adam_beta2": 0.95}, {"train.betas": [0.9, 0.95]}),
-    "max_grad_norm": ({"max_grad_norm": 0}, {"train.max_grad_norm": None}),
-    "optim": ({"optim": "paged_adamw_8bit"}, {"train.optimizer": "adamw_8bit"}),
-    "bf16": ({"bf16": True}, {"train.precision": "bf16"}),
-    "fp16": ({"fp16": True}, {"train.precision": "fp16"}),
-    "pure_bf16": ({"pure_bf16": True}, {"train.precision": "bf16"}),
-    "use_cpu": ({"use_cpu": True}, {"train.device": "cpu"}),
-    "seed": ({"seed": 7}, {"train.seed": 7, "train.data_seed": 7}),
-    "data_seed": ({"data_seed": 8}, {"train.seed": 42, "train.data_seed": 8}),
-    "save_steps": ({"save_steps": 0.2}, {"train.save_every": 0.2}),
-    "save_strategy": (
-        {"save_strategy": "epoch", "num_train_epochs": 4},
-        {"train.save_every": 0.25},
-    ),
-    "save_total_limit": ({"save_total_limit": 5}, {"train.keep_checkpoints": 5}),
-    "deepspeed": (
-        {"deepspeed": "examples/deepspeed/ds_z3_offload_config.json"},
-        {"train.parallel": "fsdp_offload"},
-    ),
-    "fsdp": ({"fsdp": "full_shard auto_wrap"}, {"train.parallel": "fsdp"}),
-    "report_to": ({"report_to": ["wandb", "mlflow"]}, {"track.0.kind": "wandb"}),
-    "use_swanlab": ({"use_swanlab": True}, {"track.0.kind": "swanlab"}),
-    "swanlab_project": (
-        {"use_swanlab": True, "swanlab_project": "mine"},
-        {"track.0.project": "mine"},
-    ),
-    "output_dir": ({"output_dir": "saves/a"}, {"output_dir": "saves/a"}),
-    "model_name_or_path": (
-        {"model_name_or_path": "Qwen/Qwen3-VL-4B-Instruct"},
-        {"model": "Qwen/Qwen3-VL-4B-Instruct", "image.min_pixels": 65_536},
-    ),
-    "model_revision": ({"model_revision": "v1"}, {"model": "Qwen/Qwen2.5-VL-3B-Instruct@v1"}),
-    "adapter_name_or_path": ({"adapter_name_or_path": "saves/a"}, {"adapter": "saves/a"}),
-    "dataset": (
-        {"dataset": "a, b"},
-        {"data.train.0.path": "samples/a/data.jsonl", "data.train.1.path": "samples/b/data.jsonl"},
-    ),
-    "eval_dataset": ({"eval_dataset": "b"}, {"data.eval.0.path": "samples/b/data.jsonl"}),
-    "val_size": (
-        {"val_size": 0.1},
-        {
-            "data.train.0.path": "samples/tickets/train.jsonl",
-            "data.eval.0.path": "samples/tickets/eval.jsonl",
-        },
-    ),
-    "default_system": ({"default_system": "Be brief."}, {"data.system_prompt": "Be brief."}),
-    "cutoff_len": ({"cutoff_len": 4096}, {"data.max_length": 4096}),
-    "image_max_pixels": ({"image_max_pixels": 262_144}, {"image.max_pixels": 262_144}),
-    "image_min_pixels": ({"image_min_pixels": 50_000}, {"image.min_pixels": 50_000}),
-    "finetuning_type": (
-        {"finetuning_type": "full"},
-        {"tune.language": "full", "tune.embeddings": "full", "tune.vision": "frozen"},
-    ),
-    "freeze_vision_tower": (
-        {"freeze_vision_tower": False},
-        {"tune.vision": "lora", "tune.merger": "frozen"},
-    ),
-    "freeze_multi_modal_projector": (
-        {"finetuning_type": "full", "freeze_multi_modal_projector": False},
-        {"tune.merger": "full", "tune.vision": "frozen"},
-    ),
-    "freeze_language_model": (
-        {
-            "finetuning_type": "full",
-            "freeze_language_model": True,
-            "freeze_multi_modal_projector": False,
-        },
-        {"tune.language": "frozen", "tune.embeddings": "frozen", "tune.merger": "full"},
-    ),
-    "lora_target": (
-        {"lora_target": "q_proj,v_proj"},
-        {"tune.lora.target_modules": ["q_proj", "v_proj"]},
-    ),
-    "additional_target": ({"additional_target": "embed_tokens"}, {"tune.embeddings": "full"}),
-    "lora_rank": ({"lora_rank": 32}, {"tune.lora.rank": 32, "tune.lora.alpha": 64.0}),
-    "lora_alpha": ({"lora_alpha": 5}, {"tune.lora.alpha": 5.0}),
-    "lora_dropout": ({"lora_dropout": 0.1}, {"tune.lora.dropout": 0.1}),
-    # The scale alpha / sqrt(rank) of rank 16 and alpha 8 is 2, that of alpha 32 here.
-    "use_rslora": (
-        {"use_rslora": True, "lora_rank": 16, "lora_alpha": 8},
-        {"tune.lora.alpha": 32.0},
-    ),
-    "quantization_bit": (
-        {"quantization_bit": 4},
-        {"tune.quantize.nf4": ["vision", "merger", "language"]},
-    ),
-    "use_muon": ({"use_muon": True}, {"train.optimizer": "muon"}),
-}
+EXAMPLES = load_cases("llama_factory_settings")
 """What one setting becomes, the others at their defaults."""
 
 ELSEWHERE = {"stage", "dataset_dir", "media_dir", "max_samples"} | {

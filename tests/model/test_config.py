@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_files import load_cases
 from hf_reference import CPU, make_config
 
 from finesight.errors import UserError
@@ -144,36 +145,7 @@ def test_qwen3_transformers_5_config_layout_is_equivalent(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "48"}, "hidden_size is '48'"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-        ({"num_attention_heads": 5}, "num_attention_heads is 5"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
-        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
-        ({"rope_scaling": None}, "rope_scaling is missing"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn'"),
-        ({"rope_scaling": {"mrope_section": [1, 2]}}, "rope_scaling.mrope_section is [1, 2]"),
-        ({"rope_scaling": {"mrope_section": [2, 2, "2"]}}, "rope_scaling.mrope_section is"),
-        ({"rope_theta": None}, "rope_theta is missing"),
-        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
-        ({"vision_config": None}, "vision_config is missing"),
-        ({"model_type": "llava"}, "model_type is 'llava'"),
-        ({"model_type": None}, "model_type is missing"),
-        ({"hidden_size": 96, "num_attention_heads": 8}, "image features have 48 dimensions"),
-        ({"vision": {"num_heads": 5}}, "vision_config.num_heads is 5"),
-        ({"vision": {"depth": 1.5}}, "vision_config.depth is 1.5"),
-        ({"vision": {"patch_size": [14, 14]}}, "vision_config.patch_size is [14, 14]"),
-        ({"vision": {"in_chans": 1}}, "vision_config.in_chans is 1"),
-        ({"vision": {"hidden_act": "relu"}}, "vision_config.hidden_act is 'relu'"),
-    ],
-)
+@pytest.mark.parametrize(("change", "key"), load_cases("model_config_errors"))
 def test_invalid_config_values_are_reported(family: str, change: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError) as refused:
         geometry(make_config(family, **dict(change)))

@@ -84,11 +84,8 @@ def _format_flops(plan: RunPlan) -> Iterator[str]:
     yield f"FLOPs per sample: {total / 1e9:,.1f} billion"
     for part, count in plan.flops_per_sample.items():
         if count:
-            yield f"  {_part_title(part):<22}{count / 1e9:>12,.1f}  {count / total:4.0%}"
-
-
-def _part_title(part: str) -> str:
-    return {"embeddings": "head", "language": "language model"}.get(part, part)
+            title = {"embeddings": "head", "language": "language model"}.get(part, part)
+            yield f"  {title:<22}{count / 1e9:>12,.1f}  {count / total:4.0%}"
 
 
 def _format_estimates(plan: RunPlan) -> Iterator[str]:

@@ -405,7 +405,11 @@ def patchify(
     patches = np.empty(shape, dtype=np.uint8)
     for frame_index in range(t * temporal_size):
         if frame_index < len(frames):
-            planes_CHW = _to_channel_planes(frames[frame_index], size)
+            frame = frames[frame_index]
+            assert frame.mode == "RGB", f"frame has mode {frame.mode}, not RGB"
+            # In contiguous planes [C, H, W], the rows of a patch are contiguous.
+            resized_HWC = np.asarray(resize_frame(frame, size))
+            planes_CHW = np.ascontiguousarray(resized_HWC.transpose(2, 0, 1))
             blocks = planes_CHW.reshape(NUM_CHANNELS, h // m, m, p, w // m, m, p)
             ordered = blocks.transpose(1, 4, 2, 5, 0, 3, 6)
         patches[frame_index // temporal_size, :, :, :, :, :, frame_index % temporal_size] = ordered
@@ -477,15 +481,6 @@ def unpatchify(
     ordered = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
     frames_FHWC = ordered.reshape(t * temporal_size, h * p, w * p, NUM_CHANNELS)
     return [Image.fromarray(frame_HWC) for frame_HWC in frames_FHWC]
-
-
-def _to_channel_planes(frame: Image.Image, size: ImageSize) -> NDArray[np.uint8]:
-    """Resize a frame and convert it to a contiguous array [C, H, W].
-
-    The rows of a patch are then contiguous in memory.
-    """
-    assert frame.mode == "RGB", f"frame has mode {frame.mode}, not RGB"
-    return np.ascontiguousarray(np.asarray(resize_frame(frame, size)).transpose(2, 0, 1))
 
 
 def get_frame_size(files: Sequence[Path]) -> ImageSize:

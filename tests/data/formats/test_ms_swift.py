@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
@@ -98,37 +99,7 @@ def test_model_markup_is_accepted(folder: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        {
-            "system": "Be brief.",
-            "conversation": [
-                {"human": "<image>Which?", "assistant": "One."},
-                {"human": "And now?", "assistant": "Two."},
-            ],
-            "images": ["a.png"],
-        },
-        {
-            "system": "Be brief.",
-            "query": "And now?",
-            "response": "Two.",
-            "history": [["Which?", "One."]],
-            "objects": {"ref": [], "bbox": []},
-            "images": "a.png",
-        },
-        {
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "Which?"},
-                {"role": "assistant", "content": "One.", "loss": True},
-                {"role": "user", "content": "And now?"},
-                {"role": "assistant", "content": "Two."},
-            ],
-            "images": ["a.png"],
-        },
-    ],
-)
+@pytest.mark.parametrize("rows", load_cases("ms_swift_rows"))
 def test_equivalent_row_layouts(folder: Path, rows: dict[str, Any]) -> None:
     assert list_turns(parse_record(MS_SWIFT, rows, folder)) == [
         ("system", ["Be brief."]),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from lora_fixtures import edit_adapter_config, write_random_adapter
 
 from finesight.errors import UserError
@@ -94,39 +95,7 @@ def test_inconsistent_config_is_rejected(
     assert message in load_error(edit_adapter_config(write_random_adapter(tmp_path), **settings))
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"target_modules": ["q_proj"]}, True),
-        ({"target_modules": ["proj"]}, False),
-        ({"target_modules": ["model.language_model.layers.12.self_attn.q_proj"]}, True),
-        ({"target_modules": "q_proj"}, False),
-        ({"target_modules": ".*q_proj"}, True),
-        ({"target_modules": "all-linear"}, True),
-        ({"target_modules": None}, False),
-        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, False),
-        ({"target_modules": ["q_proj"], "exclude_modules": ".*visual.*"}, True),
-        ({"target_modules": ["q_proj"], "layers_to_transform": 12}, True),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}, False),
-        ({"target_modules": ["q_proj"], "layers_to_transform": []}, True),
-        (
-            {
-                "target_modules": ["q_proj"],
-                "layers_to_transform": [12],
-                "layers_pattern": ["blocks", "layers"],
-            },
-            True,
-        ),
-        (
-            {
-                "target_modules": ["q_proj"],
-                "layers_to_transform": [12],
-                "layers_pattern": "blocks",
-            },
-            False,
-        ),
-    ],
-)
+@pytest.mark.parametrize(("settings", "expected"), load_cases("peft_config_errors"))
 def test_target_modules_match_peft(settings: dict[str, Any], expected: bool) -> None:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists

@@ -35,7 +35,7 @@ CHAT = "/v1/chat/completions"
 POST_CHAT = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
 """Start of a raw request."""
 
-LIMITS = ServerLimits(max_num_seqs=8, max_waiting=64)
+LIMITS = ServerLimits(max_num_seqs=8, max_queue=64)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def make_service(
     return InferenceService(
         inference_model,
         max_num_seqs=limits.max_num_seqs,
-        max_waiting=limits.max_waiting,
+        max_waiting=limits.max_queue,
         kv_cache_bytes=1 << 26,
     )
 

@@ -143,7 +143,7 @@ def test_option_defaults_match_limits():
 def test_service_defaults_match_limits():
     limits = ServerLimits()
     assert limits.max_num_seqs == DEFAULT_MAX_NUM_SEQS
-    assert limits.max_waiting == DEFAULT_MAX_WAITING
+    assert limits.max_queue == DEFAULT_MAX_WAITING
     # The documented default length of answers.
     assert f"{DEFAULT_MAX_NEW_TOKENS:,}" in limits.to_markdown()
     assert limits.max_completion_tokens >= DEFAULT_MAX_NEW_TOKENS

@@ -76,7 +76,7 @@ def test_disconnected_client_frees_the_cache(ask_about_scene, server):
 
 
 def test_full_queue_returns_retry_after(ask_about_scene, inference_model, tmp_path):
-    limits = replace(LIMITS, max_num_seqs=1, max_waiting=1)
+    limits = replace(LIMITS, max_num_seqs=1, max_queue=1)
     with run_server(inference_model, tmp_path, limits=limits) as server:
         client = server.client()
         streams = [ask_about_scene(client, stream=True, **ENDLESS_REQUEST) for _ in range(2)]
@@ -95,9 +95,7 @@ def test_full_queue_returns_retry_after(ask_about_scene, inference_model, tmp_pa
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_request_timeout(ask_about_scene, inference_model, tmp_path, stream):
-    with run_server(
-        inference_model, tmp_path, limits=replace(LIMITS, request_timeout_s=0.05)
-    ) as server:
+    with run_server(inference_model, tmp_path, limits=replace(LIMITS, timeout=0.05)) as server:
         with pytest.raises(Exception, match="no complete answer within") as raised:
             list(ask_about_scene(server.client(), stream=stream, **ENDLESS_REQUEST))
         if not stream:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from finesight.train.signals import StopRequest
 from PIL import Image
 from tiny_model import TinyFamily
 from video_fixtures import save_frames, write_video
@@ -21,6 +20,7 @@ from finesight.encode import renderer as renderer_module
 from finesight.train.checkpoint import read_image_state
 from finesight.train.dataset_stats import list_image_paths
 from finesight.train.trainer import train_step
+from finesight.train.training_run import StopRequest
 
 SAMPLES = (1, 4, 5)
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]

@@ -112,9 +112,7 @@ def serve(
     formats = read_formats(image_format or ())
     keys = read_api_keys(key_file)
     listener = bind_socket(host, port, keys)
-    limits = ServerLimits(
-        max_num_seqs=max_num_seqs, max_waiting=max_queue, request_timeout_s=timeout
-    )
+    limits = ServerLimits(max_num_seqs=max_num_seqs, max_queue=max_queue, timeout=timeout)
     thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     inference_model = load_multi_adapter_model(
         run_or_model, adapter or (), device, precision, weight_format, thinking_options

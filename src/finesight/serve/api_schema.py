@@ -48,10 +48,10 @@ class ServerLimits:
     """Limits of the inference server. The metadata of each field describes it."""
 
     max_num_seqs: int = _limit(64, "concurrently generated answers", "`--max-num-seqs`")
-    max_waiting: int = _limit(
+    max_queue: int = _limit(
         256, "requests in the queue; the next one gets status 429", "`--max-queue`"
     )
-    request_timeout_s: float = _limit(
+    timeout: float = _limit(
         300.0,
         "seconds for a request from its first byte; then it is canceled",
         "`--timeout`",
@@ -119,7 +119,7 @@ class ServerLimits:
     @property
     def max_requests(self) -> int:
         """Maximum number of admitted requests: generating, in preprocessing or queued."""
-        return self.max_num_seqs + self.max_waiting
+        return self.max_num_seqs + self.max_queue
 
     def to_markdown(self, translate: Callable[[str], str] = str) -> str:
         """Format the limits as a Markdown table for the documentation."""

@@ -429,7 +429,7 @@ def run_api_server(
         stack.callback(worker_pool.close)
         worker_pool.start()
         service = InferenceService(
-            inference_model, max_num_seqs=limits.max_num_seqs, max_waiting=limits.max_waiting
+            inference_model, max_num_seqs=limits.max_num_seqs, max_waiting=limits.max_queue
         )
         stack.callback(service.close, wait_for_running=False)
         # Close the pool first, because threads may wait for a worker.

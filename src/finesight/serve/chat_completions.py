@@ -348,7 +348,7 @@ class ChatCompletionsHandler:
                 )
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            deadline = time.monotonic() + self.limits.request_timeout_s
+            deadline = time.monotonic() + self.limits.timeout
             preprocessor = RequestPreprocessor(
                 self.worker_pool, self.limits, self.image_formats, folder, deadline
             )
@@ -468,7 +468,7 @@ class ActiveCompletion:
     @contextlib.asynccontextmanager
     async def _limit_time(self) -> AsyncGenerator[None]:
         """Raise an API error in a `with` block that exceeds the time limit of the request."""
-        seconds = self.handler.limits.request_timeout_s
+        seconds = self.handler.limits.timeout
         try:
             async with asyncio.timeout_at(self.start_time + seconds):
                 yield

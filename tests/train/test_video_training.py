@@ -17,8 +17,7 @@ from finesight.data.corpus import open_sample_source
 from finesight.data.sample import VideoPart
 from finesight.data.video_file import iter_video_frames
 from finesight.encode import renderer as renderer_module
-from finesight.train.checkpoint import read_image_state
-from finesight.train.dataset_stats import list_image_paths
+from finesight.train.dataset_stats import list_image_paths, read_image_state
 from finesight.train.trainer import train_step
 from finesight.train.training_run import StopRequest
 

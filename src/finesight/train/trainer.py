@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -638,28 +638,32 @@ class Trainer:
             error: Error of this rank.
 
         Raises:
-            TrainingInterrupted: A rank received a stop signal.
+            TrainingInterrupted: A rank received a stop signal, and the checkpoint was saved.
+            RankTimeoutError: A sharded run was stopped, and a rank did not respond.
         """
         is_recoverable = not self.is_main or isinstance(error, RECOVERABLE_ERRORS)
-        is_sharded, can_save = self.state.parallel.is_sharded, is_recoverable
-        if isinstance(error, RankDesyncError):
-            can_save = is_recoverable and not is_sharded
-        else:
+        is_sharded = self.state.parallel.is_sharded
+        # All ranks write a sharded checkpoint, so all have to respond.
+        can_save = is_recoverable and not is_sharded
+        if not isinstance(error, RankDesyncError):
             own_state = self.state.progress.step, is_recoverable, int(self.stop.signal or 0)
-            # A rank that does not respond has been reported before.
-            with suppress(RankTimeoutError):
+            try:
                 steps, recoverable, signals = zip(
                     *self.process_group.sync_failure(own_state), strict=True
                 )
                 self.stop.request(max(signals))
                 if is_sharded:
                     can_save = all(recoverable) and len({*steps}) == 1
+            except RankTimeoutError:
+                # Otherwise, the rank that does not respond has been reported before.
+                if is_sharded and isinstance(error, TrainingInterrupted):
+                    raise
         if can_save:
             self.metrics_logger.flush()
             self.save_checkpoint()
             self.checkpointer.wait()
         # A job scheduler may send the signal to the data loader workers as well.
-        if is_recoverable and self.stop.signal is not None:
+        if can_save and self.stop.signal is not None:
             raise self.build_interruption() from error
 
     def run_steps(self) -> None:

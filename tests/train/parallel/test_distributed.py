@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from tiny_task import TinyTask, read_losses, write_recipe
 from torch import Tensor
 
 from finesight.encode.packing import SampleShape
+from finesight.errors import TrainingInterrupted
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.dataloader import StepBatch
 from finesight.train.dataset_stats import SampleStats
@@ -35,10 +38,11 @@ from finesight.train.parallel.distributed import (
     ProcessGroup,
     RankDesyncError,
     RankMonitor,
+    RankTimeoutError,
 )
 from finesight.train.sampler import DistributedSampler
 from finesight.train.setup import build_rank_sampler
-from finesight.train.trainer import sync_step
+from finesight.train.trainer import Trainer, sync_step
 
 
 def read_trained_state(folder: Path) -> dict[str, Tensor]:
@@ -164,6 +168,50 @@ def test_rank_zero_waits_until_all_ranks_leave() -> None:
         assert not rank_zero.done()
         monitors[1].leave()
         rank_zero.result()
+
+
+class EndedStore:
+    """Store of a main process that was killed."""
+
+    def set(self, key: str, value: str) -> None:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    def check(self, keys: Sequence[str]) -> bool:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+
+def test_killed_main_process_is_named() -> None:
+    with pytest.raises(RankTimeoutError, match="rank 0 of 2 did not respond"):
+        RankMonitor(EndedStore(), 1, 2).all_gather("", timedelta(seconds=1))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "saves", "raised"),
+    [("ddp", True, TrainingInterrupted), ("fsdp", False, None)],
+)
+def test_stop_signal_with_a_missing_rank(
+    parallel: str, saves: bool, raised: type[Exception] | None
+) -> None:
+    """A sharded run saves no checkpoint without the missing rank, and does not claim one."""
+    trainer = mock.MagicMock(is_main=True)
+    trainer.state.parallel.is_sharded = parallel == "fsdp"
+    trainer.stop.signal = signal.SIGTERM
+    trainer.build_interruption.return_value = TrainingInterrupted("checkpoint of step 3 written")
+    timeout = RankTimeoutError("rank 1 did not respond", where="", expected="", remedy="")
+    trainer.process_group.sync_failure.side_effect = timeout
+    with pytest.raises(raised) if raised else nullcontext():
+        Trainer.handle_failure(trainer, timeout)
+    assert trainer.save_checkpoint.called == saves
+
+
+def test_interrupted_sharded_run_names_the_missing_rank() -> None:
+    trainer = mock.MagicMock(is_main=True)
+    trainer.state.parallel.is_sharded = True
+    timeout = RankTimeoutError("rank 1 did not respond", where="", expected="", remedy="")
+    trainer.process_group.sync_failure.side_effect = timeout
+    with pytest.raises(RankTimeoutError):
+        Trainer.handle_failure(trainer, TrainingInterrupted("checkpoint of step 3 written"))
+    assert not trainer.save_checkpoint.called
 
 
 def test_rank_zero_does_not_wait_for_lost_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

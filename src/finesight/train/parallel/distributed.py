@@ -105,10 +105,10 @@ class RankMonitor:
             raise self._build_timeout_error(timeout)
         self._round += 1
         keys = [f"{self._name}/{self._round}/{rank}" for rank in range(self._world_size)]
-        self._store.set(keys[self._rank], value)
-        # All ranks have left the barrier before the previous one.
-        self._store.delete_key(f"{self._name}/{self._round - 2}/{self._rank}")
         try:
+            self._store.set(keys[self._rank], value)
+            # All ranks have left the barrier before the previous one.
+            self._store.delete_key(f"{self._name}/{self._round - 2}/{self._rank}")
             self._store.wait(keys, timeout)
             values: list[bytes] = self._store.multi_get(keys)
         except RuntimeError as error:

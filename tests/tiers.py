@@ -8,59 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from case_files import load_cases
+
 # Prefixes of test ids below tests/: folders, files, or single tests of a file.
-SLOW = (
-    "check/test_convention_detector.py",
-    "cli/test_bad_input.py::test_full_disk_leaves_no_partial_files",
-    "cli/test_damaged_folders.py",
-    "cli/test_merge.py",
-    "cli/test_qwen_vl_chat.py",
-    "cli/test_remote_model.py",
-    "cli/test_remote_processes.py",
-    "cli/test_train.py::test_full_disk_is_reported",
-    "cli/test_train.py::test_killed_data_workers_leave_a_checkpoint",
-    "cli/test_train.py::test_signal_saves_checkpoint_and_exits_with_75",
-    "data/test_fuzzed_imports.py",
-    "docs/test_documentation.py::test_code_blocks_of_page_run",
-    "docs/test_site.py",
-    "doctor/test_package_check.py",
-    "doctor/test_run_trained.py",
-    "doctor/test_smoke_test.py",
-    "evaluate/test_interval_coverage.py",
-    "export/test_families.py",
-    "export/test_verified_merge.py",
-    "faults/",
-    "infer/test_inference_service.py::test_cancelling_at_any_stage_frees_blocks",
-    "invariants/",
-    "launch/test_launch_scripts.py",
-    "model/quant/test_quantize.py::test_quantized_model_accuracy_is_preserved",
-    "model/quant/test_quantize.py::test_triton_interpreter_runs_all_kernels",
-    "model/test_context_parallel.py",
-    "plan/test_peak_memory.py",
-    "pretraining/",
-    "report/test_example_data.py::test_large_images_use_bounded_memory",
-    "serve/test_hostile.py",
-    "serve/test_load.py",
-    "serve/test_request_middleware.py::test_stalled_client_is_disconnected",
-    "track/test_mlflow.py",
-    "track/test_tracker_manager.py",
-    "train/parallel/",
-    "train/test_cuda_graphs.py::test_larger_packs_are_captured_if_launch_bound",
-    "train/test_cuda_graphs.py::test_packs_share_graphs_if_launch_bound",
-    "train/test_dataloader_workers.py",
-    "train/test_image_record.py",
-    "train/test_quantized_runs.py",
-    "train/test_out_of_memory.py",
-    "train/test_trainer.py::test_activation_checkpointing_changes_only_memory",
-    "train/test_vision_cache_distributed.py",
-    "train/test_vision_cache.py",
-    "test_api.py::test_documentation_page_detects_the_circle",
-    "test_benchmarks.py",
-    "test_bundled_model_quality.py",
-    "test_container.py",
-    "test_packaging.py",
-    "test_pretraining.py",
-)
+SLOW = tuple(load_cases("slow_tests"))
 SLOW_FIXTURES = {"browser"}
 
 END_TO_END = {

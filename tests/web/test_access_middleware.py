@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -391,6 +392,22 @@ def _partial_upload(location: RunningWebPage, size: int) -> bytes:
         f"content-type: multipart/form-data; boundary=x\r\ncontent-length: {size}\r\n\r\n"
     )
     return request.encode() + head
+
+
+def test_received_bytes_stay_reserved_until_they_are_written(tmp_path):
+    reservation = web_sessions.DiskBudget(tmp_path, tmp_path).reserve(100)
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 60, "more_body": True}
+
+    async def run():
+        receive_counted = access_middleware._count_received(receive, reservation)
+        await receive_counted()
+        assert reservation.remaining == 100
+        await receive_counted()
+        assert reservation.remaining == 40
+
+    asyncio.run(run())
 
 
 def test_concurrent_uploads_keep_the_limit(monkeypatch):

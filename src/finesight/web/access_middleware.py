@@ -435,12 +435,17 @@ def _count_received(receive: Receive, reservation: DiskReservation) -> Receive:
     It raises HTTPException if no data arrives within the idle timeout.
     """
 
+    num_unwritten = 0
+
     async def receive_counted() -> Message:
+        nonlocal num_unwritten
+        # Gradio requests the next message after it has written the previous one.
+        reservation.write(num_unwritten)
         try:
             message = await asyncio.wait_for(receive(), UPLOAD_IDLE_TIMEOUT_S)
         except TimeoutError as error:
             raise HTTPException(408, "upload timeout") from error
-        reservation.write(len(message.get("body", b"")))
+        num_unwritten = len(message.get("body", b""))
         return message
 
     return receive_counted

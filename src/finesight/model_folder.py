@@ -520,7 +520,9 @@ def locate_model(name_or_path: str) -> ModelFolder:
 
 def _build_missing_folder_error(name: str, path: Path) -> UserError:
     """Build the error for a path that is missing in an existing folder, such as a run folder."""
-    names = sorted(entry.name for entry in os.scandir(path.parent) if entry.is_dir())
+    names: list[str] = []
+    with contextlib.suppress(PermissionError):
+        names = sorted(entry.name for entry in os.scandir(path.parent) if entry.is_dir())
     similar = difflib.get_close_matches(path.name, names, n=1)
     suggestion = f"use {path.parent / similar[0]}" if similar else "correct the path"
     return UserError(

@@ -1,4 +1,4 @@
-"""Convert models to GGUF files, and build the commands that serve a model with vLLM and SGLang.
+"""Convert models to GGUF files, and build serving commands of vLLM and SGLang.
 
 One GGUF file contains the language model, the other the vision encoder and merger. The user
 installs the converter (convert_hf_to_gguf.py with its requirements). It runs offline in a child

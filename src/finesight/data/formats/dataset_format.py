@@ -265,7 +265,7 @@ class RowImages:
         return ImagePart(image=str(self.paths[-1]))
 
     def add_video(self, value: object) -> VideoPart:
-        """Resolve a video file of the row, given by its path, and return its video part."""
+        """Resolve the path of a video file, and return its video part."""
         if not isinstance(value, str) or not is_video_path(value.strip()):
             raise InvalidRowError(
                 f"a video given as {str(value)[:60]!r}",

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from docs_code_blocks import list_pages
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "finesight"
 PAGES = [
-    *sorted((ROOT / "docs" / "en").rglob("*.md")),
-    *sorted((ROOT / "docs" / "zh").rglob("*.md")),
+    *list_pages("en").values(),
+    *list_pages("zh").values(),
     *(*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"),
 ]
 PATH = re.compile(r"(?<![\w./-])(?:[\w.-]+/)*[\w-]+\.py\b")

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from inference_speed import quantize_model
 from peer_metrics import report_header
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from finesight.model_folder import locate_model
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.optimizer import MasterWeightOptimizer
+from finesight.vision.image_processing import GridTHW
 
 DEVICE = torch.device("cuda")
 GRID_THW = 1, 20, 20
@@ -49,18 +51,25 @@ WARMUP_STEPS = 16
 """Warmup steps, including CUDA graph capture."""
 
 
-def make_batch(num_samples: int, channels: int, *, share_prefix: bool = True) -> PackedBatch:
+def make_batch(
+    num_samples: int,
+    channels: int,
+    *,
+    share_prefix: bool = True,
+    grid_thw: GridTHW = GRID_THW,
+    answer_tokens: tuple[int, int] = ANSWER_TOKENS,
+) -> PackedBatch:
     """Pack random samples on the GPU, with or without a shared prefix."""
     rng = np.random.default_rng(num_samples)
-    num_image_tokens = GRID_THW[1] * GRID_THW[2] // 4
+    num_image_tokens = grid_thw[1] * grid_thw[2] // 4
     prefix_ids = rng.integers(1000, 90000, PREFIX_TOKENS)
     samples = []
     for number in range(num_samples):
-        answer = int(rng.integers(ANSWER_TOKENS[0], ANSWER_TOKENS[1], endpoint=True))
+        answer = int(rng.integers(*answer_tokens, endpoint=True))
         suffix_ids = rng.integers(1000, 90000, num_image_tokens + QUESTION_TOKENS + answer)
         ids_T = np.concatenate([prefix_ids, suffix_ids]).astype(np.int32)
         positions = np.arange(len(ids_T), dtype=np.int32)
-        side = GRID_THW[1] * 14, GRID_THW[2] * 14
+        side = grid_thw[1] * 14, grid_thw[2] * 14
         tokenized = TokenizedSample(
             id=str(number),
             ids_T=ids_T,
@@ -71,14 +80,14 @@ def make_batch(num_samples: int, channels: int, *, share_prefix: bool = True) ->
                     "image",
                     PREFIX_TOKENS,
                     PREFIX_TOKENS + num_image_tokens,
-                    GRID_THW,
+                    grid_thw,
                     (),
                     side,
                     side,
                 ),
             ),
         )
-        patches = rng.integers(0, 256, (GRID_THW[1] * GRID_THW[2], channels), dtype=np.uint8)
+        patches = rng.integers(0, 256, (grid_thw[1] * grid_thw[2], channels), dtype=np.uint8)
         samples.append(EncodedSample(tokenized, patches))
     tokenized_samples = [sample.tokenized for sample in samples]
     return pack(
@@ -89,10 +98,12 @@ def make_batch(num_samples: int, channels: int, *, share_prefix: bool = True) ->
 class TrainedModel:
     """A model with optimizer and CUDA graphs."""
 
-    def __init__(self, config: Path, *, use_fp8: bool) -> None:
+    def __init__(self, config: Path, *, use_fp8: bool, use_nf4: bool = False) -> None:
         self.model = init_random_model(locate_model(str(config)).config, 0, torch.bfloat16, DEVICE)
         if use_fp8:
             quantize_fp8(self.model)
+        if use_nf4:
+            quantize_model(self.model, "nf4")
         configure_tuning(self.model, LORA_TUNE, 0)
         self.trainable_params = trainable_parameters(self.model)
         self.optimizer = MasterWeightOptimizer(
@@ -137,16 +148,16 @@ def quantize_fp8(model: VisionLanguageModel) -> None:
                 matrix.tensor_specs()[0].load(values)
 
 
-def time_steps(step: Callable[[], None], num_steps: int) -> float:
+def time_steps(step: Callable[[], None], num_steps: int, num_warmup: int = WARMUP_STEPS) -> float:
     """Return the median time between the ends of steps, without synchronization between steps."""
     events = []
-    for _ in range(WARMUP_STEPS + num_steps + 1):
+    for _ in range(num_warmup + num_steps + 1):
         step()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         events.append(event)
     torch.cuda.synchronize()
-    intervals = pairwise(events[WARMUP_STEPS:])
+    intervals = pairwise(events[num_warmup:])
     return statistics.median(start.elapsed_time(end) / 1000 for start, end in intervals)
 
 

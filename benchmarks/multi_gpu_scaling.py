@@ -3,10 +3,11 @@
     python benchmarks/multi_gpu_scaling.py CONFIGS --work DIR --out FILE [--gpus 1,2,4]
         [--only "NAME;..."]
 
-CONFIGS contains folders of configuration and tokenizer files of Qwen2-VL-2B-Instruct,
-Qwen2.5-VL-3B-Instruct and Qwen2.5-VL-7B-Instruct. Weights are random and deleted after the runs.
-Each run is `torchrun -m finesight train` on generated scenes without vision cache. The script stops
-a run after its steps, because the checkpoint of billions of parameters takes longer than the steps.
+CONFIGS contains folders of configuration and tokenizer files of the models of the cases:
+Qwen2-VL-2B-Instruct, Qwen2.5-VL-3B-Instruct, Qwen2.5-VL-7B-Instruct and Qwen3.5-4B. Weights are
+random and deleted after the runs. Each run is `torchrun -m finesight train` on generated scenes
+without vision cache. The script stops a run after its steps, because the checkpoint of billions of
+parameters takes longer than the steps.
 The batch size is proportional to the number of GPUs; `linear` is samples/s relative to linear
 scaling of one GPU. Cases named `same` use the same samples for any world size; the script compares
 their losses. `gb` is the peak allocated memory of the first GPU in GB (10^9 bytes). Cases of
@@ -69,9 +70,14 @@ _TRAINER_FULL = {
     "trainable": "all",
 }
 LONG_OVERRIDES = "train.activation_checkpointing=true", "data.max_length=140000"
+MODEL_QWEN3_5 = "Qwen3.5-4B"
 FSDP_OVERRIDE, ZERO2_OVERRIDE = "train.parallel=fsdp", "train.parallel=zero2"
 SCALING_CASES = (
     ScalingCase("2B LoRA", MODEL_2B, 280, 64, (LORA_OVERRIDE,)),
+    ScalingCase("Qwen3.5-4B LoRA", MODEL_QWEN3_5, 288, 64, (LORA_OVERRIDE,)),
+    ScalingCase(
+        "Qwen3.5-4B LoRA, fsdp", MODEL_QWEN3_5, 288, 64, (LORA_OVERRIDE, FSDP_OVERRIDE), min_gpus=2
+    ),
     ScalingCase("7B full, fsdp", MODEL_7B, 280, 16, (*FULL_OVERRIDES, FSDP_OVERRIDE), min_gpus=4),
     ScalingCase("3B full, fsdp", MODEL_3B, 280, 64, (*FULL_OVERRIDES, FSDP_OVERRIDE)),
     # A single process cannot shard.

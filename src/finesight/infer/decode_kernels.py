@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finesight.model.kernels.runtime import supports_pdl, wait_for_previous_kernel
+
 _TARGET_PROGRAMS = 512
 """Number of Triton programs that saturates a GPU; sequences are split to reach it."""
 
@@ -33,7 +35,8 @@ def _gemv_kernel(
     x, norm, w, bias, lora_low, lora_b, output_scale, residual, y, in_features, out_features,
     num_ranks, eps, norm_offset, has_norm: tl.constexpr, has_bias: tl.constexpr,
     has_lora: tl.constexpr, is_gated: tl.constexpr, has_output_scale: tl.constexpr,
-    has_residual: tl.constexpr, block_o: tl.constexpr, block_i: tl.constexpr, block_s: tl.constexpr,
+    has_residual: tl.constexpr, use_pdl: tl.constexpr, block_o: tl.constexpr,
+    block_i: tl.constexpr, block_s: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * block_o + tl.arange(0, block_o)
     offsets = tl.arange(0, block_i)
@@ -43,19 +46,30 @@ def _gemv_kernel(
     acc_OI = tl.zeros((block_o, block_i), tl.float32)
     up_acc_OI = tl.zeros((block_o, block_i), tl.float32)
     square_sum_I = tl.zeros((block_i,), tl.float32)
+    # Weights do not depend on the kernel before this one: the first block is read while it ends.
+    mask = mask_O[:, None] & (offsets < in_features)[None, :]
+    w_OI = tl.load(w_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+    up_OI = w_OI
+    if is_gated:
+        up_OI = tl.load(up_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+    if use_pdl:
+        wait_for_previous_kernel()
     for start in range(0, in_features, block_i):
         mask_I = start + offsets < in_features
-        mask = mask_O[:, None] & mask_I[None, :]
         x_I = tl.load(x + start + offsets, mask=mask_I, other=0.0).to(tl.float32)
         if has_norm:
             square_sum_I += x_I * x_I
             norm_I = tl.load(norm + start + offsets, mask=mask_I, other=0.0).to(tl.float32)
             x_I *= norm_I + norm_offset
-        w_OI = tl.load(w_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_first")
         acc_OI += w_OI.to(tl.float32) * x_I[None, :]
+        next_start = start + block_i
+        mask = mask_O[:, None] & (next_start + offsets < in_features)[None, :]
+        w_OI = tl.load(w_ptrs + next_start, mask=mask, other=0.0, eviction_policy="evict_first")
         if is_gated:
-            w_OI = tl.load(up_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_first")
-            up_acc_OI += w_OI.to(tl.float32) * x_I[None, :]
+            up_acc_OI += up_OI.to(tl.float32) * x_I[None, :]
+            up_OI = tl.load(
+                up_ptrs + next_start, mask=mask, other=0.0, eviction_policy="evict_first"
+            )
     y_O = tl.sum(acc_OI, 1)
     up_O = tl.sum(up_acc_OI, 1)
     if has_norm:
@@ -93,16 +107,22 @@ class GemvTiling:
     num_warps: int
 
 
-def choose_gemv_tiling(out_features: int, *, is_gated: bool, has_residual: bool) -> GemvTiling:
+def choose_gemv_tiling(
+    out_features: int, in_features: int, *, is_gated: bool, has_residual: bool
+) -> GemvTiling:
     """Return the fastest GEMV tiling measured on an H200 for shapes of published models."""
     if out_features < 1024:
         # LoRA down-projection: fewer outputs than streaming multiprocessors.
         return GemvTiling(1, 2048, 4)
     if is_gated:
-        return GemvTiling(16, 256, 8)
+        if in_features < 2560:
+            return GemvTiling(16, 256, 8)
+        return GemvTiling(4 if out_features >= 12288 else 2, 512, 4)
     if has_residual:
-        return GemvTiling(4 if out_features >= 3072 else 2, 1024, 4)
-    return GemvTiling(16, 256, 4) if out_features >= 65536 else GemvTiling(8, 512, 4)
+        return GemvTiling(1 if out_features >= 3072 else 2, 1024, 4)
+    if out_features >= 65536:
+        return GemvTiling(16, 256, 4)
+    return GemvTiling(16, 512, 8) if out_features >= 12288 else GemvTiling(8, 512, 4)
 
 
 class GemvLoraDelta(NamedTuple):
@@ -135,11 +155,12 @@ def fused_gemv(
     assert len(x_1I) == 1, f"{len(x_1I)} rows"
     out_features = len(w_OI) // 2 if is_gated else len(w_OI)
     tiling = choose_gemv_tiling(
-        out_features, is_gated=is_gated, has_residual=residual_1O is not None
+        out_features, x_1I.shape[1], is_gated=is_gated, has_residual=residual_1O is not None
     )
     y_1O = torch.empty(1, out_features, dtype=x_1I.dtype, device=x_1I.device)
     low_1S, lora_B_OS = (None, None) if lora_delta is None else lora_delta
     num_ranks = 1 if low_1S is None else low_1S.shape[1]
+    use_pdl = supports_pdl(x_1I.device)
     # Absent operands are never loaded; pass any valid pointer.
     norm, bias, lora_low, lora_b, output_scale, residual = (
         x_1I if x is None else x
@@ -150,8 +171,9 @@ def fused_gemv(
         x_1I.shape[1], out_features, num_ranks, eps, norm_offset, has_norm=norm_I is not None,
         has_bias=bias_O is not None, has_lora=lora_delta is not None, is_gated=is_gated,
         has_output_scale=output_scale_1O is not None, has_residual=residual_1O is not None,
-        block_o=tiling.block_o, block_i=tiling.block_i, block_s=triton.next_power_of_2(num_ranks),
-        num_warps=tiling.num_warps, num_stages=2,
+        use_pdl=use_pdl, block_o=tiling.block_o, block_i=tiling.block_i,
+        block_s=triton.next_power_of_2(num_ranks), num_warps=tiling.num_warps, num_stages=2,
+        launch_pdl=use_pdl,
     )  # fmt: skip
     return y_1O
 
@@ -169,8 +191,11 @@ class QKNorms(NamedTuple):
 def _rope_cache_kernel(
     q, k, v, q_norm, k_norm, cos, sin, slot_mapping, q_out, keys, values, q_stride, q_head_stride,
     k_stride, v_stride, num_heads, num_kv_heads, head_dim, rotary_dim, eps, norm_offset,
-    has_norm: tl.constexpr, round_products: tl.constexpr, block_d: tl.constexpr,
+    has_norm: tl.constexpr, round_products: tl.constexpr, use_pdl: tl.constexpr,
+    block_d: tl.constexpr,
 ):  # fmt: skip
+    if use_pdl:
+        wait_for_previous_kernel()
     seq_index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, block_d)
     mask = d < head_dim
@@ -224,13 +249,13 @@ def rope_and_cache(
     num_seqs, num_heads, head_dim = q_RHD.shape
     q_norm, k_norm, eps, offset = qk_norms or QKNorms(cos_R1D, cos_R1D, 0.0)
     q_out = torch.empty(num_seqs, num_heads, head_dim, dtype=q_RHD.dtype, device=q_RHD.device)
-    num_kv_heads = k_RKD.shape[1]
+    num_kv_heads, use_pdl = k_RKD.shape[1], supports_pdl(q_RHD.device)
     _rope_cache_kernel[(num_seqs, num_heads + 2 * num_kv_heads)](
         q_RHD, k_RKD, v_RKD, q_norm, k_norm, cos_R1D, sin_R1D, slot_mapping_R, q_out, keys_PSKD,
         values_PSKD, q_RHD.stride(0), q_RHD.stride(1), k_RKD.stride(0), v_RKD.stride(0), num_heads,
         num_kv_heads, head_dim, cos_R1D.shape[-1], eps, offset, has_norm=qk_norms is not None,
-        round_products=cos_R1D.dtype == q_RHD.dtype, block_d=triton.next_power_of_2(head_dim),
-        num_warps=1,
+        round_products=cos_R1D.dtype == q_RHD.dtype, use_pdl=use_pdl,
+        block_d=triton.next_power_of_2(head_dim), num_warps=1, launch_pdl=use_pdl,
     )  # fmt: skip
     return q_out
 
@@ -258,9 +283,11 @@ def swiglu(gate_up_RX: Tensor) -> Tensor:
 def _paged_attention_kernel(
     q, keys, values, block_table, seq_lens, partial_out, softmax_stats, scale, q_stride,
     block_table_stride, num_heads, num_kv_heads, head_dim, num_kv_groups: tl.constexpr,
-    block_size: tl.constexpr, num_splits: tl.constexpr, block_g: tl.constexpr,
-    block_d: tl.constexpr,
+    block_size: tl.constexpr, num_splits: tl.constexpr, use_pdl: tl.constexpr,
+    block_g: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
+    if use_pdl:
+        wait_for_previous_kernel()
     seq_index, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_lens + seq_index)
     num_blocks = (seq_len + block_size - 1) // block_size
@@ -319,9 +346,11 @@ def _paged_attention_kernel(
 
 @triton.jit
 def _combine_splits_kernel(
-    partial_out, softmax_stats, o, head_dim, num_splits: tl.constexpr, block_x: tl.constexpr,
-    block_d: tl.constexpr,
+    partial_out, softmax_stats, o, head_dim, num_splits: tl.constexpr, use_pdl: tl.constexpr,
+    block_x: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
+    if use_pdl:
+        wait_for_previous_kernel()
     head = tl.program_id(0).to(tl.int64)
     x, d = tl.arange(0, block_x), tl.arange(0, block_d)
     offsets = head * num_splits + x
@@ -358,6 +387,7 @@ def paged_attention(
     block_d = max(16, triton.next_power_of_2(head_dim))
     o_RHD = q_RHD.new_empty(num_seqs, num_heads, head_dim)
     partial_out, softmax_stats = o_RHD, o_RHD
+    use_pdl = supports_pdl(q_RHD.device)
     if num_splits > 1:
         partial_out = torch.empty(
             num_seqs, num_heads, num_splits, head_dim, dtype=torch.float32, device=q_RHD.device
@@ -369,17 +399,12 @@ def paged_attention(
         q_RHD, keys_PSKD, values_PSKD, block_table_RB, seq_lens_R, partial_out, softmax_stats,
         head_dim**-0.5, q_RHD.stride(0), block_table_RB.stride(0), num_heads, num_kv_heads,
         head_dim, num_kv_groups=num_kv_groups, block_size=block_size, num_splits=num_splits,
-        block_g=max(16, triton.next_power_of_2(num_kv_groups)), block_d=block_d,
+        use_pdl=use_pdl, block_g=max(16, triton.next_power_of_2(num_kv_groups)), block_d=block_d,
+        launch_pdl=use_pdl,
     )  # fmt: skip
     if num_splits > 1:
-        block_x = triton.next_power_of_2(num_splits)
         _combine_splits_kernel[(num_seqs * num_heads,)](
-            partial_out,
-            softmax_stats,
-            o_RHD,
-            head_dim,
-            num_splits=num_splits,
-            block_x=block_x,
-            block_d=block_d,
-        )
+            partial_out, softmax_stats, o_RHD, head_dim, num_splits=num_splits, use_pdl=use_pdl,
+            block_x=triton.next_power_of_2(num_splits), block_d=block_d, launch_pdl=use_pdl,
+        )  # fmt: skip
     return o_RHD

@@ -22,7 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.runtime import MAX_PARTIAL_SUMS, Ptr, sum_partials, tl, triton
+from finesight.model.kernels.runtime import (
+    MAX_PARTIAL_SUMS,
+    Ptr,
+    sum_partials,
+    supports_pdl,
+    tl,
+    triton,
+    wait_for_previous_kernel,
+)
 
 CHUNK_LENGTH = 64
 BLOCK_LENGTH = 16
@@ -752,7 +760,7 @@ def gated_rms_norm_backward(
 def _conv_step_kernel(
     x: Ptr, weight: Ptr, states: Ptr, slots: Ptr, y: Ptr, x_stride: int, scale: float, eps: float,
     key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
-    width: tl.constexpr, block_n: tl.constexpr,
+    width: tl.constexpr, block_n: tl.constexpr, use_pdl: tl.constexpr,
 ) -> None:  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channels: tl.constexpr = 2 * key_heads * head_dim + heads * value_dim
@@ -763,15 +771,18 @@ def _conv_step_kernel(
     mask = column < tl.where(is_key, head_dim, value_dim)
     n = first + column
     state = states + tl.load(slots + row).to(tl.int64) * (width - 1) * channels + n
-    x_N = tl.load(x + row * x_stride + n, mask=mask, other=0.0)
-    y_N = tl.load(weight + n * width + width - 1, mask=mask, other=0.0).to(tl.float32)
-    y_N *= x_N.to(tl.float32)
+    y_N = tl.zeros((block_n,), tl.float32)
     for w in tl.static_range(width - 1):
         earlier_N = tl.load(state + w * channels, mask=mask, other=0.0)
         weight_N = tl.load(weight + n * width + w, mask=mask, other=0.0).to(tl.float32)
         y_N += earlier_N.to(tl.float32) * weight_N
         if w > 0:
             tl.store(state + (w - 1) * channels, earlier_N, mask=mask)
+    weight_N = tl.load(weight + n * width + width - 1, mask=mask, other=0.0).to(tl.float32)
+    if use_pdl:
+        wait_for_previous_kernel()
+    x_N = tl.load(x + row * x_stride + n, mask=mask, other=0.0)
+    y_N += x_N.to(tl.float32) * weight_N
     tl.store(state + (width - 2) * channels, x_N, mask=mask)
     y_N *= tl.sigmoid(y_N)
     norm = tl.sqrt(tl.sum(y_N * y_N, 0) + eps)
@@ -783,7 +794,7 @@ def _conv_step_kernel(
 def _delta_step_kernel(
     qkv: Ptr, a: Ptr, b: Ptr, a_log: Ptr, dt_bias: Ptr, z: Ptr, norm: Ptr, states: Ptr, slots: Ptr,
     y: Ptr, a_stride: int, b_stride: int, z_stride: int, eps: float, key_heads: tl.constexpr,
-    heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
+    heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr, use_pdl: tl.constexpr,
 ) -> None:  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     key_head = head // (heads // key_heads)
@@ -791,6 +802,9 @@ def _delta_step_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     state = states + (slot * heads + head) * head_dim * value_dim
     state_DV = tl.load(state + d[:, None] * value_dim + v[None, :])
+    if use_pdl:
+        # The state was written one decoding step before.
+        wait_for_previous_kernel()
     own = qkv + row * (2 * key_heads * head_dim + heads * value_dim)
     q_D = tl.load(own + key_head * head_dim + d).to(tl.float32)
     k_D = tl.load(own + (key_heads + key_head) * head_dim + d).to(tl.float32)
@@ -825,10 +839,11 @@ def causal_conv_step(
     (num_rows, channels), width = x_RN.shape, weight_NW.shape[1]
     head_dim = (channels - heads * value_dim) // (2 * key_heads)
     y_RN = x_RN.new_empty(num_rows, channels)
+    use_pdl = supports_pdl(x_RN.device)
     _conv_step_kernel[(num_rows, 2 * key_heads + heads)](
         x_RN, weight_NW, states_SWN, slots_R, y_RN, x_RN.stride(0), head_dim**-0.5, eps,
         key_heads=key_heads, heads=heads, head_dim=head_dim, value_dim=value_dim, width=width,
-        block_n=max(head_dim, value_dim), num_warps=1,
+        block_n=max(head_dim, value_dim), use_pdl=use_pdl, num_warps=1, launch_pdl=use_pdl,
     )  # fmt: skip
     return y_RN
 
@@ -849,9 +864,11 @@ def gated_delta_step(
     """
     _, heads, head_dim, value_dim = states_SHDV.shape
     y_RE = qkv_RN.new_empty(len(qkv_RN), heads * value_dim)
+    use_pdl = supports_pdl(qkv_RN.device)
     _delta_step_kernel[(heads, len(qkv_RN))](
         qkv_RN, a_RH, b_RH, a_log_H, dt_bias_H, z_RE, norm_V, states_SHDV, slots_R, y_RE,
         a_RH.stride(0), b_RH.stride(0), z_RE.stride(0), eps, key_heads=key_heads, heads=heads,
-        head_dim=head_dim, value_dim=value_dim, num_warps=8,
+        head_dim=head_dim, value_dim=value_dim, use_pdl=use_pdl, num_warps=4,
+        launch_pdl=use_pdl,
     )  # fmt: skip
     return y_RE

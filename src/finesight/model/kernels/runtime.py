@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -66,6 +67,24 @@ if find_spec("triton") is not None:
 else:
     _placeholder: Any = _Placeholder()
     triton = tl = knobs = libdevice = JITFunction = TensorDescriptor = _placeholder
+
+
+@lru_cache
+def supports_pdl(device: torch.device) -> bool:
+    """Return whether the GPU has programmatic dependent launch (PDL).
+
+    A kernel with `launch_pdl` starts when all programs of the kernel before it have called
+    `wait_for_previous_kernel`. Before its own call, it may read only what the kernel before it
+    does not write, such as weights.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_previous_kernel() -> None:
+    """Wait for the end of the kernel before this one, and allow the next one to start."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
 
 TARGET_PROGRAMS, CONCURRENT_PROGRAMS = 2048, 264

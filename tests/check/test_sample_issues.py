@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
 from image_fixtures import write_gray_image
 from PIL import Image
 from video_fixtures import write_audio, write_video
+
+CASES = load_cases("sample_issues")
 
 
 @pytest.fixture
@@ -224,17 +227,6 @@ def test_forbidden_text(folder, code, text):
     assert count_codes(check_records(folder, make_record("0.png", text))) == {code: 1}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a < b and c > d",
-        "<|not a token|>",
-        "<b>bold</b>",
-        "{'a': [1, 2]}",
-        "<|user|>",
-        "<p>",
-        "<p><video><source src='a.mp4'></video> <audio></audio></p>",
-    ],
-)
+@pytest.mark.parametrize("text", CASES["test_allowed_text"])
 def test_allowed_text(folder, text):
     assert count_codes(check_records(folder, make_record("0.png", text))) == {}

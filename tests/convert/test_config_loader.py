@@ -21,6 +21,8 @@ from finesight.convert.external_config import load_rules
 from finesight.convert.recipe_converter import convert_config
 from finesight.errors import UserError
 
+TABLES = load_cases("config_loader")
+
 CASES = load_cases("conversions")
 DEEP = ("a.json", "[" * 100_000, "cannot be read")
 START = "swift sft --model Qwen/Qwen2-VL-2B-Instruct --dataset a.jsonl"
@@ -89,15 +91,7 @@ def test_words_before_options_are_reported(tmp_path):
     assert set(notes_by_setting(done, "unknown")) == {"arguments without an option"}
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        "/opt/bin/swift sft",
-        "python -m swift.cli.sft",
-        "torchrun --nproc_per_node=2 /opt/swift/cli/sft.py",
-        "nohup env A=1 swift sft",
-    ],
-)
+@pytest.mark.parametrize("start", TABLES["test_start_commands_are_recognized"])
 def test_start_commands_are_recognized(start, tmp_path):
     convert_script(tmp_path, START.replace("swift sft", start) + " --gradient_accumulation_steps 3")
     assert load_converted_recipe(tmp_path).train.batch_size == (6 if "torchrun" in start else 3)

@@ -23,6 +23,8 @@ from convert_fixtures import (
 from finesight.convert.external_config import load_rules
 from finesight.errors import UserError
 
+TABLES = load_cases("settings_conversion")
+
 recipe = partial(convert_to_recipe, LLAMA_FACTORY_SETTINGS)
 swift_recipe = partial(convert_to_recipe, SWIFT_SETTINGS)
 
@@ -99,15 +101,7 @@ def test_lora_target_matches_part_of_layer_name(tmp_path):
     assert "no linear layer" in notes_by_setting(done, "differs")["lora_target"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "word"),
-    [
-        ({"quantization_bit": 8}, "8 by bnb"),
-        ({"quantization_bit": 4, "quantization_method": "hqq"}, "4 by hqq"),
-        ({"quantization_bit": 4, "quantization_type": "fp4"}, "fp4"),
-        ({"quantization_bit": 4, "double_quantization": False}, "double quantization false"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "word"), TABLES["test_unsupported_quantization_is_reported"])
 def test_unsupported_quantization_is_reported(settings, word, tmp_path):
     done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS | settings)
     assert any(word in r.value for r in done.notes if r.kind == "differs")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from doctor_fixtures import find_diagnosis, list_codes, write_package_metadata
 from fake_hub_servers import FakeHubServer
 from hub_fixtures import cache, huggingface
@@ -19,6 +20,8 @@ from finesight.cli.app import run_command
 from finesight.doctor import model_check, package_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.model_folder import TINY_MODEL_FOLDER
+
+CASES = load_cases("model_check")
 
 __all__ = ["cache", "huggingface"]
 
@@ -129,15 +132,7 @@ def test_family_needing_an_extra_names_it(
     assert "model-needs-extra" not in list_codes(model_check.check_model(path, there))
 
 
-@pytest.mark.parametrize(
-    ("path", "source"),
-    [
-        ("/c/hub/models--Qwen--Qwen2-VL-2B-Instruct/snapshots/ab", "Qwen/Qwen2-VL-2B-Instruct"),
-        ("/c/assets/finesight/hf/models/Qwen/X/0123", "hf:Qwen/X"),
-        ("/c/finesight/modelscope/https%3A%2F%2Fm/models/Qwen/X/01", "modelscope:Qwen/X"),
-        ("/home/me/models/mine", None),
-    ],
-)
+@pytest.mark.parametrize(("path", "source"), CASES["test_source_of_cached_model"])
 def test_source_of_cached_model(path: str, source: str | None) -> None:
     remedy = model_check.redownload_command(Path(path))
     assert remedy.endswith(f"finesight download {source}" if source else f"--to {path}-again")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from case_files import load_cases
 from doctor_fixtures import find_diagnosis, list_codes
 from PIL import Image
 from run_dir_fixtures import (
@@ -25,6 +26,8 @@ from finesight.doctor import run_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.recipe import load_recipe
 from finesight.report.run_reader import read_run
+
+CASES = load_cases("run_check")
 
 RECIPE: JsonLine = {
     "model": "m",
@@ -292,15 +295,7 @@ def to_frame(
 
 
 @pytest.mark.parametrize(
-    ("output", "right", "image", "words"),
-    [
-        ("thousandths", "pixels", None, "boxes of the predictions are in thousandths"),
-        ("pixels", "thousandths", None, "boxes of the labels are in thousandths"),
-        ("resized", "pixels", {"height": 112, "width": 504}, "copy of 504 x 112"),
-        ("longest", "pixels", {"longest_side": 448}, "longest side is 448"),
-        ("larger", "pixels", None, "copy scaled by 2.5"),
-        ("sizes", "pixels", None, "x, y, width, height"),
-    ],
+    ("output", "right", "image", "words"), CASES["test_boxes_in_wrong_frame_are_detected"]
 )
 def test_boxes_in_wrong_frame_are_detected(
     fake_run_dir: FakeRunDir,

@@ -14,6 +14,8 @@ from finesight.errors import UserError
 from finesight.model.families.architecture import to_layer_name, to_module_name
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, PeftConfig, read_adapter
 
+CASES = load_cases("peft_config")
+
 
 def load_error(folder: Path) -> str:
     with pytest.raises(UserError) as caught:
@@ -24,17 +26,7 @@ def load_error(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"use_dora": True},
-        {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
-        {"layer_replication": [[0, 1], [0, 2]]},
-        {"peft_type": "LOHA"},
-        {"init_lora_weights": "pissa"},
-        {"lora_bias": True},
-        {"trainable_token_indices": [1, 2]},
-        {"a_setting_of_tomorrow": {"x": 1}},
-    ],
+    CASES["test_unsupported_settings_are_rejected"],
     ids=lambda settings: next(iter(settings)),
 )
 def test_unsupported_settings_are_rejected(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -91,14 +91,7 @@ def test_overrides_replace_and_extend_settings(tmp_path):
     assert recipe.train.max_grad_norm is None
 
 
-@pytest.mark.parametrize(
-    "addition",
-    [
-        "",
-        "image: {longest_side: 256}\n",
-        "train: {max_grad_norm: null, learning_rate: 1e-5, epochs: 2}\n",
-    ],
-)
+@pytest.mark.parametrize("addition", CASES["test_recipe_roundtrip"])
 def test_recipe_roundtrip(tmp_path, addition):
     recipe = load_recipe(_write_recipe(tmp_path, SHORTEST + addition))
     text = dump_recipe(recipe)

@@ -169,14 +169,7 @@ def test_invalid_box(folder, code, box):
     assert shown.boxes == (tuple(map(float, box)),)
 
 
-@pytest.mark.parametrize(
-    ("box", "certain"),
-    [
-        ([90, 55, 80, 50], True),  # 90 + 80 is beyond the image, so 80 is no width
-        ([40, 30, 20, 10], False),  # might be a corner with a size
-        ([90, 10, 20, 70], False),  # outside the image in any order
-    ],
-)
+@pytest.mark.parametrize(("box", "certain"), CASES["test_when_reversed_corners_can_be_fixed"])
 def test_when_reversed_corners_can_be_fixed(folder, box, certain):
     result = check_records(folder, make_record("0.png", "Where?", None, box))
     assert issues_by_line(result, "box-inverted")[1].fix == ("reordered" if certain else None)

@@ -252,27 +252,7 @@ def test_hub_datasets_become_import_commands(tmp_path):
 
 def test_finished_run_is_converted_from_args_json(tmp_path):
     """Its args.json has all settings, those that it worked out among them, and no variables."""
-    record = SWIFT_SETTINGS | {
-        "swift_version": "4.6.0",
-        "tuner_type": "full",
-        "task_type": "causal_lm",
-        "freeze_vit": False,
-        "freeze_parameters": ["model.visual.merger"],
-        "trainable_parameters": [],
-        "torch_dtype": "bfloat16",
-        "bf16": True,
-        "global_world_size": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": None,
-        "learning_rate": 1e-5,
-        "output_dir": "/root/output/v0-2026",
-        "deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}},
-        "eval_strategy": "no",
-        "eval_steps": 500,
-        "something_new": None,
-        "something_else": 5,
-    }
-    done = convert_settings(tmp_path, record, "args.json")
+    done = convert_settings(tmp_path, SWIFT_SETTINGS | CASES["args_json"], "args.json")
     made = load_converted_recipe(tmp_path)
     assert (made.train.batch_size, made.train.parallel) == (2 * 2 * 4, "fsdp")
     assert (made.tune.vision, made.tune.merger) == ("full", "frozen")

@@ -100,12 +100,7 @@ def test_valid_environment_has_no_issue(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "code", "severity"),
-    [
-        ({"all_proxy": "socks5://127.0.0.1:1080"}, "proxy-socks", "error"),
-        ({"SSL_CERT_FILE": "/nowhere/ca.pem"}, "certificates-missing", "error"),
-        ({"HF_HUB_OFFLINE": "1"}, "offline", "warning"),
-    ],
+    ("environment", "code", "severity"), CASES["test_harmful_variable_is_found"]
 )
 def test_harmful_variable_is_found(
     environment: dict[str, str], code: str, severity: str, monkeypatch: pytest.MonkeyPatch
@@ -233,11 +228,7 @@ def test_every_gpu_of_torch_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "error"),
-    [
-        ("raise ImportError('libcudart.so.12: no such file')", "libcudart"),
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
-    ],
+    ("source", "error"), CASES["test_broken_torch_is_found_and_remedy_unsets_the_path"]
 )
 def test_broken_torch_is_found_and_remedy_unsets_the_path(
     tmp_path: Path, source: str, error: str

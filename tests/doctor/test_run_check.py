@@ -132,31 +132,28 @@ def test_loss_jumps_are_reported_with_samples(tmp_path: Path) -> None:
     assert apply_remedy(found.remedy, tmp_path)["train"]["warmup"] == 0.1
 
 
-def overfitted() -> list[JsonLine]:
+@pytest.mark.parametrize(
+    ("validation_losses", "metric", "section", "expected"),
+    [
+        ({0: 2.0, 20: 1.0, 40: 1.2, 60: 1.5}, None, "train", {"epochs": 0.67}),
+        ({0: 2.0, 20: 1.0, 40: 1.2, 60: 1.5}, "captions", "eval", {"every": 0.1, "patience": 2}),
+        ({0: 1.0, 30: 1.2, 60: 1.5}, None, "train", {"epochs": 2.0}),
+    ],
+)
+def test_overfitting_suggests_a_shorter_run(
+    validation_losses, metric, section, expected, tmp_path: Path
+) -> None:
     lines = steps(lambda n: 2.0 * math.exp(-n / 15) + 0.05)
-    at = {0: 2.0, 20: 1.0, 40: 1.2, 60: 1.5}
-    return [*lines, *(make_evaluation_line(n, 0.5, validation_loss=loss) for n, loss in at.items())]
-
-
-def test_overfitting_suggests_fewer_epochs(tmp_path: Path) -> None:
-    found = find_diagnosis(diagnose(tmp_path, overfitted()), "overfitted")
-    assert "after step 20" in found.what
-    assert apply_remedy(found.remedy, tmp_path)["train"]["epochs"] == 0.67
-
-
-def test_overfitting_with_metric_suggests_patience(tmp_path: Path) -> None:
-    recipe = RECIPE | {"eval": {"metric": "captions"}}
-    found = find_diagnosis(diagnose(tmp_path, overfitted(), recipe), "overfitted")
-    settings = apply_remedy(found.remedy, tmp_path)["eval"]
-    assert (settings["every"], settings["patience"]) == (0.1, 2)
-
-
-def test_rising_validation_loss_suggests_lower_rates(tmp_path: Path) -> None:
-    lines = steps(lambda n: 2.0 * math.exp(-n / 15) + 0.05)
-    at = {0: 1.0, 30: 1.2, 60: 1.5}
-    lines += [make_evaluation_line(n, 0.5, validation_loss=loss) for n, loss in at.items()]
-    found = find_diagnosis(diagnose(tmp_path, lines), "overfitted")
-    assert apply_remedy(found.remedy, tmp_path)["train"]["learning_rate"]["default"] == 3e-4
+    for step, loss in validation_losses.items():
+        lines.append(make_evaluation_line(step, 0.5, validation_loss=loss))
+    recipe = RECIPE | ({"eval": {"metric": metric}} if metric else {})
+    found = find_diagnosis(diagnose(tmp_path, lines, recipe), "overfitted")
+    assert f"after step {20 if 20 in validation_losses else 0} " in found.what
+    settings = apply_remedy(found.remedy, tmp_path)
+    assert settings[section] | expected == settings[section]
+    # A best loss before the first step indicates a high learning rate.
+    is_slower = settings["train"]["learning_rate"]["default"] == 3e-4
+    assert is_slower == (20 not in validation_losses)
 
 
 def test_step_based_recipe_gets_step_based_remedy(tmp_path: Path) -> None:

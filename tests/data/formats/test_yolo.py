@@ -168,14 +168,7 @@ def test_declared_pixels(root: Path, tmp_path: Path) -> None:
     assert list_answers(samples)[0] == [("dog", WHITE)]
 
 
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"images/val": "images/valid"}, "val: images/valid is not found"),
-        ({"  0: person\n  1: dog\n  2: red car\n": "  person: 0\n"}, "names is {'person': 0}"),
-        ({"names:\n  0: person\n  1: dog\n  2: red car\n": "names: []\n"}, r"names is \[\]"),
-    ],
-)
+@pytest.mark.parametrize(("change", "what"), CASES["test_invalid_data_yaml"])
 def test_invalid_data_yaml(root: Path, tmp_path: Path, change: dict[str, str], what: str) -> None:
     text = DESCRIPTION
     for old, new in change.items():

@@ -102,11 +102,7 @@ def test_every_tensor_belongs_to_a_part(published: list[HubTensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "width", "products"),
-    [
-        (4, 128, [42.32709791, 12.605224, -19.32134915]),
-        (16, 4096, [-481.36742857, 433.45265425, 666.47308018]),
-    ],
+    ("side", "width", "products"), CASES["test_resampler_positions_match_published"]
 )
 def test_resampler_positions_match_published(side: int, width: int, products: list[float]) -> None:
     found = sincos_positions(side, width)

@@ -27,16 +27,16 @@ def list_codes(findings: Iterable[Diagnosis], severity: str = "error") -> list[s
 
 
 def write_package_metadata(
-    site: Path, name: str, version: str, requires: Iterable[str] = ()
-) -> Path:
+    site: Path, name: str, version: str, requires: Iterable[str] = (), extras: Iterable[str] = ()
+) -> None:
     """The metadata of an installed package, as an installer leaves them."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
-    info.joinpath("METADATA").write_text(_metadata(name, version, requires))
+    lines = _metadata(name, version, requires) + "".join(f"Provides-Extra: {e}\n" for e in extras)
+    info.joinpath("METADATA").write_text(lines)
     info.joinpath("INSTALLER").write_text("pip\n")
     names = [f"{info.name}/{file}" for file in ("METADATA", "INSTALLER", "RECORD")]
     info.joinpath("RECORD").write_text("".join(f"{file},,\n" for file in names))
-    return info
 
 
 def _metadata(name: str, version: str, requires: Iterable[str]) -> str:
@@ -78,18 +78,10 @@ class VirtualEnvironment:
             "PIP_FIND_LINKS": self.wheels.as_uri(),
             "PIP_NO_CACHE_DIR": "1",
         }
-        return run_shell(command, local | {"PYTHONPATH": str(ROOT / "src")} | more)
-
-
-def run_shell(command: str, more: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """A line typed into a shell, with these variables as well."""
-    return subprocess.run(
-        ["bash", "-c", command],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **more},
-        cwd=ROOT,
-    )
+        variables = {**os.environ, **local, "PYTHONPATH": str(ROOT / "src"), **more}
+        return subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, env=variables, cwd=ROOT
+        )
 
 
 def run_remedy(remedy: str, variables: Mapping[str, str]) -> dict[str, str]:

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from case_files import load_cases
 from module_loader import load_module
 from synthetic_tasks.fonts import FONT_FAMILIES
 from synthetic_tasks.tasks import MAIN_MIXTURE, TASK_GENERATORS, WARMUP_MIXTURE
 
 from finesight.errors import UserError
+
+CASES = load_cases("model_card")
 
 FILE = Path(__file__).parents[1] / "pretraining" / "model_card.py"
 
@@ -147,15 +150,7 @@ def test_loss_curve_has_a_point_per_evaluation() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"machine": None}, "machine"),
-        ({"author": "me"}, "author"),
-        ({"train_overlap": {"words": 0.5}}, "train_overlap.formulas"),
-        ({"eval_results": {"words": {"num_samples": 3}}}, "eval_results.words.metric"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), CASES["test_invalid_facts_are_rejected"])
 def test_invalid_facts_are_rejected(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "facts.json"
     path.write_text(json.dumps(FACTS | change))

@@ -21,6 +21,8 @@ from finesight.recipe import (
     recipe_from_dict,
 )
 
+CASES = load_cases("recipe")
+
 SHORTEST = "model: some/model\ndata: {train: a.jsonl}\noutput_dir: runs/one\n"
 
 
@@ -89,14 +91,7 @@ def test_overrides_replace_and_extend_settings(tmp_path):
     assert recipe.train.max_grad_norm is None
 
 
-@pytest.mark.parametrize(
-    "addition",
-    [
-        "",
-        "image: {longest_side: 256}\n",
-        "train: {max_grad_norm: null, learning_rate: 1e-5, epochs: 2}\n",
-    ],
-)
+@pytest.mark.parametrize("addition", CASES["test_recipe_roundtrip"])
 def test_recipe_roundtrip(tmp_path, addition):
     recipe = load_recipe(_write_recipe(tmp_path, SHORTEST + addition))
     text = dump_recipe(recipe)
@@ -104,20 +99,7 @@ def test_recipe_roundtrip(tmp_path, addition):
     assert "weight_decay: 0.0" in text, "defaults in force are written out"
 
 
-@pytest.mark.parametrize(
-    ("wrong", "near"),
-    [
-        ("trian: {batch_size: 8}\n", "train"),
-        ("train: {learningrate: 0.1}\n", "train.learning_rate"),
-        ("tune: {lora: {rang: 8}}\n", "tune.lora.rank"),
-        ("train_batch_size: 8\n", "train.batch_size"),
-        ("grad_norm: 1\n", "train.max_grad_norm"),
-        ("train: {scheduled: cosine}\n", "train.lr_schedule"),
-        ("train: {optimiser: adamw}\n", "train.optimizer"),
-        ("train: {patience: 3}\n", "eval.patience=3"),
-        ("train: {rank: 3}\n", "tune.lora.rank=3"),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "near"), CASES["test_unknown_setting_suggests_closest_name"])
 def test_unknown_setting_suggests_closest_name(tmp_path, wrong, near):
     error = _load_error(tmp_path, SHORTEST + wrong)
     assert error.where == f"{tmp_path / 'recipe.yaml'}:4"
@@ -151,31 +133,7 @@ def test_setting_of_other_spelling_is_not_suggested(tmp_path, wrong):
 
 
 @pytest.mark.parametrize(
-    ("addition", "key", "value", "expected"),
-    [
-        ("train: {batch_size: 1.5}\n", "train.batch_size", "1.5", "an integer"),
-        ("train: {batch_size: '8'}\n", "train.batch_size", "'8'", "an integer"),
-        ("train: {batch_size: 0}\n", "train.batch_size", "0", "a number above 0"),
-        ("train: {learning_rate: fast}\n", "train.learning_rate", "'fast'", "a number"),
-        ("train: {warmup: lots}\n", "train.warmup", "'lots'", "an integer or a number"),
-        ("train: {warmup: 1.5}\n", "train.warmup", "1.5", "below 1.0"),
-        ("train: {betas: [0.9]}\n", "train.betas", "0.9", "item 1"),
-        ("train: {betas: [0.9, 0.9, 0.9]}\n", "train.betas", "0.9", "a list of at most 2"),
-        ("train: {betas: [0.9, 1.0]}\n", "train.betas.1", "1.0", "a number below 1.0"),
-        ("train: {epochs: .inf}\n", "train.epochs", "inf", "a finite number"),
-        ("train: {learning_rate: {default: inf}}\n", "learning_rate.default", "inf", "finite"),
-        ("tune: {language: loar}\n", "tune.language", "'loar'", "'frozen', 'lora' or 'full'"),
-        ("tune: {lora: 8}\n", "tune.lora", "8", "a section with rank, alpha"),
-        ("image: 280\n", "image", "280", "longest_side"),
-        (
-            "train: {activation_checkpointing: often}\n",
-            "train.activation_checkpointing",
-            "'often'",
-            "true or false",
-        ),
-        ("track: [tensorbord]\n", "track.0", "'tensorbord'", "'tensorboard'"),
-        ("track: {kind: wandb, project: 1}\n", "track", "1", "text"),
-    ],
+    ("addition", "key", "value", "expected"), CASES["test_wrong_type_error_has_line_and_value"]
 )
 def test_wrong_type_error_has_line_and_value(tmp_path, addition, key, value, expected):
     error = _load_error(tmp_path, SHORTEST + addition)
@@ -283,18 +241,7 @@ def test_override_error_names_the_override(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("override", "output"),
-    [
-        ("train.batch_size", "is not an override"),
-        ("=8", "is not an override"),
-        ("train.betas=[1", "cannot be read as YAML"),
-        ("model.name=a", "model is 'some/model', which has no 'name' inside"),
-        ("data.train.1.limit=5", "data.train has 1 entry\n  expected: an index from 0 to 0"),
-        ("data.eval.0=b.jsonl", "data.eval is []"),
-        ("train.learning_rate.0=1", "train.learning_rate is {}"),
-    ],
-)
+@pytest.mark.parametrize(("override", "output"), CASES["test_invalid_overrides"])
 def test_invalid_overrides(tmp_path, override, output):
     assert output in str(_load_error(tmp_path, SHORTEST, override))
 
@@ -329,29 +276,7 @@ LEARNING_RATES = {"default": 1e-4, "vision": 2e-5}
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    ("override", "setting", "expected"),
-    [
-        ("data.train.limit=50", "data.train", [{"path": "a.jsonl", "limit": 50, "weight": 1.0}]),
-        ("data.train.weight=0.5", "data.train", [{"path": "a.jsonl", "weight": 0.5}]),
-        ("data.train.path=c.jsonl", "data.train", [{"path": "c.jsonl", "weight": 1.0}]),
-        ("data.train.0.limit=50", "data.train", [{"path": "a.jsonl", "limit": 50, "weight": 1.0}]),
-        ("data.eval.limit=50", "data.eval", [{"path": "b.jsonl", "limit": 50}]),
-        ("data.eval.0.path=c.jsonl", "data.eval", [{"path": "c.jsonl"}]),
-        ("track.project=mine", "track", [{"kind": "tensorboard", "project": "mine"}]),
-        ("track.0.kind=wandb", "track", [{"kind": "wandb", "project": "finesight"}]),
-        (
-            "train.learning_rate.vision=1e-5",
-            "train.learning_rate",
-            {"default": 1e-4, "vision": 1e-5},
-        ),
-        ("train.learning_rate.default=1e-5", "train.learning_rate", {"default": 1e-5}),
-        ("train.betas.1=0.95", "train.betas", [0.9, 0.95]),
-        ("tune.quantize.nf4.0=merger", "tune.quantize.nf4", ["merger"]),
-        ("tune.lora.target_modules=q_proj", "tune.lora.target_modules", ["q_proj"]),
-        ("image.max_pixels=602112", "image", {"max_pixels": 602112}),
-        ("image.min_pixels=3136", "image", {"min_pixels": 3136}),
-        ("image.longest_side=1024", "image", {"longest_side": 1024}),
-    ],
+    ("override", "setting", "expected"), CASES["test_overrides_of_short_and_long_forms"]
 )
 def test_overrides_of_short_and_long_forms(tmp_path, base, override, setting, expected):
     recipe = load_recipe(_write_recipe(tmp_path, base), [override])
@@ -362,13 +287,7 @@ def test_overrides_of_short_and_long_forms(tmp_path, base, override, setting, ex
 
 
 @pytest.mark.parametrize(
-    ("override", "indexed"),
-    [
-        ("data.train.limit=50", "data.train.0.limit=50"),
-        ("data.eval.path=c.jsonl", "data.eval.0.path=c.jsonl"),
-        ("track.project=mine", "track.0.project=mine"),
-        ("data.train.2.limit=50", "data.train.0.limit=50"),
-    ],
+    ("override", "indexed"), CASES["test_override_of_one_of_several_entries_needs_an_index"]
 )
 def test_override_of_one_of_several_entries_needs_an_index(tmp_path, override, indexed):
     text = (
@@ -461,20 +380,7 @@ def test_configuration_of_another_trainer_is_recognized(tmp_path):
     assert not _load_error(tmp_path, "modl: m\ndta: d\nlora_rank: 8\n").remedy
 
 
-@pytest.mark.parametrize(
-    ("text", "line", "output"),
-    [
-        ("model: a\n  data: b\n", 2, "broken YAML"),
-        ("model: a\ndata: [\n", 3, "broken YAML"),
-        ("model: a\noutput_dir: b\nmodel: c\n", 3, "model is duplicated, first on line 1"),
-        (
-            "model: a\ntrain:\n  batch_size: 1\n  batch_size: 2\n",
-            4,
-            "train.batch_size is duplicated",
-        ),
-        ("model: !!python/name:os.system x\n", 1, "broken YAML"),
-    ],
-)
+@pytest.mark.parametrize(("text", "line", "output"), CASES["test_broken_yaml_error_has_line"])
 def test_broken_yaml_error_has_line(tmp_path, text, line, output):
     error = _load_error(tmp_path, text)
     assert error.where == f"{tmp_path / 'recipe.yaml'}:{line}"
@@ -523,21 +429,7 @@ def test_device_file_is_rejected():
         load_recipe(Path("/dev/zero"))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "train.epochs=1e30",
-        "train.steps=9223372036854775807",
-        "train.batch_size=10000000000000000000000000000000",
-        "train.num_workers=99999999",
-        "tune.lora.rank=1000000000",
-        "tune.lora.alpha=1e308",
-        "image={longest_side: 99999999}",
-        "image={height: 9223372036854775807, width: 28}",
-        "eval={metric: captions, max_new_tokens: 1000000000}",
-        "data.train=[{path: a, weight: 1e30}]",
-    ],
-)
+@pytest.mark.parametrize("setting", CASES["test_out_of_range_values_are_rejected"])
 def test_out_of_range_values_are_rejected(tmp_path, setting):
     """Each of these ended in a traceback, or in no end at all."""
     refusal = _load_error(tmp_path, SHORTEST, setting)
@@ -607,17 +499,7 @@ def test_tracker_settings(tmp_path):
         assert load_recipe(_write_recipe(tmp_path, dump_recipe(recipe))) == recipe
 
 
-@pytest.mark.parametrize(
-    ("written", "output"),
-    [
-        ("[wandb, tensorboard, wandb]", "wandb is duplicated"),
-        ("{kind: tensorboard, uri: logs}", "tensorboard writes to the run folder"),
-        ("{kind: wandb, uri: local}", "use cloud, offline, https://HOST"),
-        ("{kind: swanlab, uri: swanlab.mine}", "use cloud, local, offline, https://HOST"),
-        ("{swanlab: {project: mine}}", "unknown setting"),
-        ("{project: mine}", "track.kind: this setting is missing"),
-    ],
-)
+@pytest.mark.parametrize(("written", "output"), CASES["test_invalid_trackers"])
 def test_invalid_trackers(tmp_path, written, output):
     assert output in str(_load_error(tmp_path, SHORTEST, f"track={written}"))
 

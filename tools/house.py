@@ -518,12 +518,12 @@ def _size_measures(
 
 
 # Bounds that still miss their target. Lower them as the code improves; never raise them.
-MAX_SOURCE_FILES = 255
-MAX_SOURCE_LINES = 77_900
+MAX_SOURCE_FILES = 251
+MAX_SOURCE_LINES = 76_200
 MIN_MEDIAN_FUNCTION_LINES = 6
 MAX_TRAINER_MODULES = 120
 MAX_TRAINER_LINES = 24_000
-MAX_SHORT_HELPERS = 68
+MAX_SHORT_HELPERS = 67
 
 MIN_FILE_LINES = 60
 TRAINER_MODULE = f"{PACKAGE}.train.trainer"

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
 from PIL import Image
 from shape_images import write_shape_images
+
+CASES = load_cases("consistency")
 
 
 @pytest.fixture
@@ -36,15 +39,7 @@ def test_repeated_sample_is_reported_as_duplicate(folder):
     assert finding.what.endswith("data.jsonl:1")
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "contradict"),
-    [
-        ("Yes", "No", True),
-        ("yes.", "Yes", False),
-        ("7", "9", True),
-        ("A long description of what is there, and then of this.", "A quite other one.", True),
-    ],
-)
+@pytest.mark.parametrize(("one", "other", "contradict"), CASES["test_contradicting_answers"])
 def test_contradicting_answers(folder, one, other, contradict):
     result = check_records(
         folder, *(make_record(image_name(0), "How?", answer) for answer in (one, other))

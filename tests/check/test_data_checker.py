@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from check_fixtures import make_record, write_records
 from image_fixtures import write_gray_image
 from PIL import Image
@@ -23,6 +24,8 @@ from finesight.check.image_catalog import MIN_PARALLEL_SAMPLES, ImageCatalog, op
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.dataset_format import RawBox
 from finesight.data.import_source import ImportOptions, UnvalidatedRow
+
+CASES = load_cases("data_checker")
 
 
 @pytest.fixture
@@ -127,16 +130,7 @@ def test_excess_boxes_are_subsampled_evenly(folder):
     assert len(steps) == 1, f"the rows that are kept are {rows}"
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "recipe"),
-    [
-        ("recipe.yaml", "model: x\ndata: {train: a.jsonl}\n", True),
-        ("broken.yml", "model: [", True),
-        ("data.yaml", "train: images\nnames: [cat, dog]\n", False),
-        ("rows.jsonl", "{}", False),
-        ("mistyped.yaml", None, True),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "recipe"), CASES["test_is_recipe_detection"])
 def test_is_recipe_detection(tmp_path, name, text, recipe):
     if text is not None:
         (tmp_path / name).write_text(text)

@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
 from image_fixtures import write_gray_image
 from PIL import Image
 from video_fixtures import write_audio, write_video
+
+CASES = load_cases("sample_issues")
 
 
 @pytest.fixture
@@ -166,14 +169,7 @@ def test_invalid_box(folder, code, box):
     assert shown.boxes == (tuple(map(float, box)),)
 
 
-@pytest.mark.parametrize(
-    ("box", "certain"),
-    [
-        ([90, 55, 80, 50], True),  # 90 + 80 is beyond the image, so 80 is no width
-        ([40, 30, 20, 10], False),  # might be a corner with a size
-        ([90, 10, 20, 70], False),  # outside the image in any order
-    ],
-)
+@pytest.mark.parametrize(("box", "certain"), CASES["test_when_reversed_corners_can_be_fixed"])
 def test_when_reversed_corners_can_be_fixed(folder, box, certain):
     result = check_records(folder, make_record("0.png", "Where?", None, box))
     assert issues_by_line(result, "box-inverted")[1].fix == ("reordered" if certain else None)
@@ -224,17 +220,6 @@ def test_forbidden_text(folder, code, text):
     assert count_codes(check_records(folder, make_record("0.png", text))) == {code: 1}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a < b and c > d",
-        "<|not a token|>",
-        "<b>bold</b>",
-        "{'a': [1, 2]}",
-        "<|user|>",
-        "<p>",
-        "<p><video><source src='a.mp4'></video> <audio></audio></p>",
-    ],
-)
+@pytest.mark.parametrize("text", CASES["test_allowed_text"])
 def test_allowed_text(folder, text):
     assert count_codes(check_records(folder, make_record("0.png", text))) == {}

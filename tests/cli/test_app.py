@@ -10,9 +10,12 @@ import sys
 
 import pytest
 import typer
+from case_files import load_cases
 
 from finesight.cli.app import app, data_app, run_command
 from finesight.errors import TrainingInterrupted, UserError
+
+CASES = load_cases("app")
 
 COMMANDS = (
     ["quickstart"],
@@ -118,16 +121,7 @@ def test_user_error_exits_with_2_and_message(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "option", "remedy"),
-    [
-        (["--lora_rank", "8"], "--lora_rank", "use tune.lora.rank=8"),
-        (["--max-steps=5"], "--max-steps", "use train.steps=5"),
-        (["--train.batch_size", "8"], "--train.batch_size", "use train.batch_size=8"),
-        (["--eval.steps=5"], "--eval.steps", "use eval.every=5"),
-        (["--bf16", "--seed", "42"], "--bf16", "use train.precision=bf16"),
-        (["train.seed=1", "--seed", "42"], "--seed", "use train.seed=42"),
-        (["--packing"], "--packing", "remove it: samples are always packed"),
-    ],
+    ("options", "option", "remedy"), CASES["test_option_of_another_trainer_is_replaced"]
 )
 def test_option_of_another_trainer_is_replaced(options, option, remedy, capsys):
     code, _, err = run_captured("train", "recipe.yaml", *options, capsys=capsys)
@@ -137,17 +131,7 @@ def test_option_of_another_trainer_is_replaced(options, option, remedy, capsys):
     assert f"remedy: {remedy}" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "output"),
-    [
-        (["train"], "RECIPE"),
-        (["train", "recipe.yaml", "--resum"], "--resume"),
-        (["predict", "run", "--seed", "1"], "--seed"),
-        (["trian"], "trian"),
-        (["train", "--nonsense"], "--nonsense"),
-        (["predict", "run", "--batch-size", "many"], "--batch-size"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "output"), CASES["test_usage_error_exits_with_2"])
 def test_usage_error_exits_with_2(arguments, output, capsys):
     code, _, err = run_captured(*arguments, capsys=capsys)
     assert code == 2

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from service_fixture import write_shape_image
 from thinking_fixtures import ANSWER, THOUGHT, train_run
 from typer.testing import CliRunner
@@ -15,6 +16,8 @@ from finesight.cli.app import app
 from finesight.data.sample import ImagePart, read_samples
 from finesight.errors import UserError
 from finesight.vision.image_processing import load_image
+
+CASES = load_cases("chat")
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +85,7 @@ def test_several_images_in_one_question(image_question, tmp_path):
     assert sum(isinstance(part, ImagePart) for part in sample.messages[0].content) == 3
 
 
-@pytest.mark.parametrize(
-    ("line", "output"),
-    [
-        ("/image", "a path is missing"),
-        ("/image 'a", "cannot be parsed"),
-        ("/image gone.png", "no such image"),
-        ("/box", "no image in 0 turns"),
-        ("/again", "the conversation has 0 turns"),
-        ("/save", "a file name is missing"),
-        ("/save chat.jsonl", "no conversation to save"),
-        ("/draw", "unknown command /draw"),
-    ],
-)
+@pytest.mark.parametrize(("line", "output"), CASES["test_script_ends_at_first_error"])
 def test_script_ends_at_first_error(line: str, output: str, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert output in run_chat(line)[-1]

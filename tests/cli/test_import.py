@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from case_files import load_cases
 from click.testing import Result
 from image_fixtures import write_gray_image, write_jsonl
 from typer.testing import CliRunner
@@ -15,6 +16,8 @@ from finesight.cli.data import import_data
 from finesight.data.formats import FORMATS
 from finesight.data.sample import read_samples
 from finesight.errors import UserError
+
+CASES = load_cases("import")
 
 app = typer.Typer()
 app.command()(import_data)
@@ -111,20 +114,7 @@ def test_help_names_every_format() -> None:
     assert [form.name for form in FORMATS if form.name not in words] == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "where"),
-    [
-        (["--map", "image"], "--map"),
-        (["--map", "image="], "--map"),
-        (["--map", "image=a", "--map", "image=b"], "--map"),
-        (["--map", "foto=image"], "--map"),
-        (["--rows", "5"], "--rows"),
-        (["--rows", "a:b"], "--rows"),
-        (["--format", "csv"], "--format"),
-        (["--map", "image=image", "--box-task", "grounding"], "--box-task"),
-        (["--map", "image=image", "--train-fraction", "2"], "train_fraction"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "where"), CASES["test_invalid_options_are_rejected"])
 def test_invalid_options_are_rejected(
     source: Path, tmp_path: Path, arguments: list[str], where: str
 ) -> None:

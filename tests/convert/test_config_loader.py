@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from case_files import load_cases
 from convert_fixtures import (
     LLAMA_FACTORY_SETTINGS,
     SWIFT_SETTINGS,
@@ -20,33 +21,14 @@ from finesight.convert.external_config import load_rules
 from finesight.convert.recipe_converter import convert_config
 from finesight.errors import UserError
 
+TABLES = load_cases("config_loader")
+
+CASES = load_cases("conversions")
+DEEP = ("a.json", "[" * 100_000, "cannot be read")
 START = "swift sft --model Qwen/Qwen2-VL-2B-Instruct --dataset a.jsonl"
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("a.yaml", "", "has no named settings"),
-        ("a.yaml", "- 1\n- 2\n", "has no named settings"),
-        ("a.yaml", "a: [1\n", "cannot be read"),
-        ("a.json", "{", "cannot be read"),
-        ("a.json", "[" * 100_000, "cannot be read"),
-        ("a.yaml", "learning_rate: 1\nfoo: 2\n", "is not a known configuration: learning_rate"),
-        (
-            "a.yaml",
-            "model: finesight-tiny\ndata: {train: a}\noutput_dir: b\n",
-            "is a finesight recipe already",
-        ),
-        ("a.sh", "python train.py\n", "no command of ms-swift or LLaMA-Factory"),
-        ("a.sh", "swift rlhf --rlhf_type dpo\n", r"preference .* \(DPO"),
-        ("a.sh", "megatron sft --model a\n", "with Megatron"),
-        ("a.sh", "swift pt --model a\n", "plain text"),
-        ("a.sh", "llamafactory-cli export a.yaml\n", "finesight merge"),
-        ("a.sh", "swift sft --model 'a\n", "quotation mark"),
-        ("a.sh", "llamafactory-cli train missing.yaml\n", "file does not exist"),
-        ("a.sh", "swift sft\n", "no settings"),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "words"), [*CASES["files"], DEEP])
 def test_files_without_settings_are_rejected(name, text, words, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=words):
@@ -94,21 +76,7 @@ in two lines" \\
     assert "unused" not in str(done.notes)
 
 
-@pytest.mark.parametrize(
-    ("script", "text"),
-    [
-        (f"{START} --output_dir out/$(date +%s)", "out/$..."),
-        (f"RANK=8\n{START} --lora_rank $RANK", "$RANK"),
-        (f"{START} --lora_rank ${{RANK:-8}}", "${RANK:-8}"),
-        (f"{START} --max_steps `wc -l steps`", "`wc"),
-        (f'{START} "$@"', "$@"),
-        (f"MAX_PIXELS=$(cat size) {START}", "$..."),
-        (f"export NPROC_PER_NODE=$N\n{START}", "$N"),
-        (f"torchrun --nproc_per_node $N swift/cli/sft.py {START[10:]}", "$N"),
-        (f'if [ "$1" = full ]; then\n  {START}\nfi', "if ..."),
-        (f"for rate in 1 2; do\n{START}\ndone", "for ..."),
-    ],
-)
+@pytest.mark.parametrize(("script", "text"), CASES["unresolved"])
 def test_unresolved_command_is_rejected(script, text, tmp_path):
     """Check that a command whose values only the shell knows asks for the resolved command."""
     with pytest.raises(UserError, match="does not execute scripts") as caught:
@@ -118,22 +86,12 @@ def test_unresolved_command_is_rejected(script, text, tmp_path):
     assert not (tmp_path / "recipe.yaml").exists()
 
 
-def test_other_commands_and_stray_words_are_reported(tmp_path):
-    done = convert_script(tmp_path, f"{START}\n{START}\n")
-    assert set(notes_by_setting(done, "unknown")) == {"also in the file"}
+def test_words_before_options_are_reported(tmp_path):
     done = convert_script(tmp_path, START.replace("--model", "stray --model"))
     assert set(notes_by_setting(done, "unknown")) == {"arguments without an option"}
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        "/opt/bin/swift sft",
-        "python -m swift.cli.sft",
-        "torchrun --nproc_per_node=2 /opt/swift/cli/sft.py",
-        "nohup env A=1 swift sft",
-    ],
-)
+@pytest.mark.parametrize("start", TABLES["test_start_commands_are_recognized"])
 def test_start_commands_are_recognized(start, tmp_path):
     convert_script(tmp_path, START.replace("swift sft", start) + " --gradient_accumulation_steps 3")
     assert load_converted_recipe(tmp_path).train.batch_size == (6 if "torchrun" in start else 3)
@@ -185,3 +143,45 @@ def test_random_scripts_raise_no_traceback(tmp_path):
         except UserError:
             continue
         load_converted_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(("launcher", "processes"), CASES["launchers"])
+@pytest.mark.parametrize("program", ["swift/cli/sft.py --model", "src/train.py --stage sft"])
+def test_launcher_gives_process_count(launcher, processes, program, tmp_path):
+    factory = "src" in program
+    model = "--do_train --model_name_or_path" if factory else ""
+    script = (
+        f"{launcher} {program} {model} Qwen/Qwen2-VL-2B-Instruct --dataset a.jsonl"
+        " --per_device_train_batch_size 1 --gradient_accumulation_steps 3"
+    )
+    batch = notes_by_setting(convert_script(tmp_path, script), "note")["batch"]
+    assert load_converted_recipe(tmp_path).train.batch_size == 3 * (processes or 1)
+    assert ("number of GPUs unknown" in batch) == (processes is None)
+    assert "is not set" not in batch
+
+
+def test_hash_inside_a_word_starts_no_comment(tmp_path):
+    """ms-swift's way to say how many rows of a dataset are taken."""
+    script = (
+        f"{START.replace('a.jsonl', 'AI-ModelScope/LaTeX_OCR#20 a.jsonl')} --lora_rank 4 # don't"
+    )
+    done = convert_script(tmp_path, script)
+    assert load_converted_recipe(tmp_path).tune.lora.rank == 4
+    assert [line.split()[-2:] for line in done.import_commands] == [
+        ["--limit", "20"],
+        ["a.jsonl", "samples/a"],
+    ]
+
+
+def test_config_file_gets_command_variables(tmp_path):
+    """ms-swift sets what ENV holds, unless it is set already."""
+    (tmp_path / "swift.yaml").write_text(
+        "model: Qwen/Qwen2-VL-2B-Instruct\nlearning_rate: 1e-5\n"
+        "ENV: {NPROC_PER_NODE: 8, MAX_PIXELS: 50176}\n"
+    )
+    started = "MAX_PIXELS=100352 swift sft swift.yaml --dataset a.jsonl --batch_size 4"
+    convert_script(tmp_path, f"cd {tmp_path}\n{started}\n")
+    made = load_converted_recipe(tmp_path)
+    assert made.train.batch_size == 4 * 8
+    assert made.image.max_pixels == 100_352
+    assert made.train.learning_rate.default == 1e-5

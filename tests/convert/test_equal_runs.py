@@ -10,7 +10,7 @@ from convert_fixtures import SWIFT_SETTINGS, convert_settings, load_converted_re
 from tiny_model import create_tiny_model, init_random_model
 from transformers import get_scheduler
 
-from finesight.convert.model_detection import detect_family
+from finesight.convert.external_config import detect_family
 from finesight.model.trainable import find_adaptable_layers, get_part
 from finesight.model_folder import ModelFolder
 from finesight.train.optimizer import LRSchedule

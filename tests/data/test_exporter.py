@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from image_fixtures import write_gray_image
 from PIL import Image
 
@@ -19,6 +20,8 @@ from finesight.data.importer import import_dataset
 from finesight.data.sample import LocatedSample, Sample, read_samples, sample_from_dict
 from finesight.errors import UserError
 from finesight.storage import verify_folder
+
+TABLES = load_cases("exporter")
 
 IMAGE_PART = {"type": "image", "image": "in/a.png"}
 SECOND = {"type": "image", "image": "in/b.png"}
@@ -217,16 +220,7 @@ def test_unsupported_fields_are_counted(tmp_path: Path) -> None:
     assert read_samples(tmp_path / "same" / "data.jsonl")[0].references == ("One.", "Two.")
 
 
-@pytest.mark.parametrize(
-    ("name", "note"),
-    [
-        ("table", "--map answer=answer --map question=question --map box=box --map label=label"),
-        ("image-path", "--prompt 'What is this?'"),
-        ("llama-factory", "LLaMA-Factory trains on these coordinates unchanged"),
-        ("llava", "the boxes of 2 samples are JSON in the answers, in pixels of the original"),
-        ("ms-swift", "ROOT_IMAGE_DIR"),
-    ],
-)
+@pytest.mark.parametrize(("name", "note"), TABLES["test_export_notes"])
 def test_export_notes(tmp_path: Path, name: str, note: str) -> None:
     done = export_dataset(
         make_located_samples(tmp_path, *ONE_IMAGE), tmp_path / "out", name, copy_images=False

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
+from case_files import load_cases
 
 from finesight.data.source_fetch import filter_data_files, select_files
 from finesight.errors import UserError
+
+CASES = load_cases("hub_files")
 
 SHARDS = [f"data/{s}-0000{n}-of-00002.parquet" for s in ("train", "test") for n in (0, 1)]
 LATEX = """---
@@ -34,18 +37,7 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("part", "rows"),
-    [
-        (None, ["data/train-0.parquet"]),
-        ("train", ["data/train-0.parquet"]),
-        ("full/train", ["full/train-0.parquet", "full/train-1.parquet"]),
-        ("full", ["full/train-0.parquet", "full/train-1.parquet"]),
-        ("full/test", ["full/test-0.parquet"]),
-        ("small", ["small/all.parquet"]),
-        ("full/test-0.parquet", ["full/test-0.parquet"]),
-    ],
-)
+@pytest.mark.parametrize(("part", "rows"), CASES["test_subsets_of_dataset_card"])
 def test_subsets_of_dataset_card(part: str | None, rows: list[str]) -> None:
     assert list(select_files(FILES, part, LATEX, "hf:a/b").row_files) == rows
 

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from docs_code_blocks import list_pages
+
+CASES = load_cases("code_references")
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "finesight"
@@ -117,16 +120,6 @@ def test_table_cells_name_each_path_once(page: Path) -> None:
             assert [path for path, count in counts.items() if count > 1] == [], f"line {number}"
 
 
-@pytest.mark.parametrize(
-    ("text", "missing"),
-    [
-        ("`train/trainer.py`, `errors.py`, `train.trainer.Trainer`, `train.max_grad_norm`", []),
-        ("`train/no_such.py` and no_such.py", ["train/no_such.py", "no_such.py"]),
-        ("`train.no_such`, `train.trainer.NoSuch`", ["train.no_such", "train.trainer.NoSuch"]),
-        ("`train/loss.py` (`no_such`)", ["no_such in train/loss.py"]),
-        ("`no_such` in `train/loss.py`", ["no_such in train/loss.py"]),
-        ("`train/loss.py` 中的 `no_such`", ["no_such in train/loss.py"]),
-    ],
-)
+@pytest.mark.parametrize(("text", "missing"), CASES["test_missing_code_is_found"])
 def test_missing_code_is_found(text: str, missing: list[str]) -> None:
     assert [*iter_missing(text)] == missing

@@ -1,145 +1,246 @@
-"""Disks, memory and limits, planted where this machine allows it, and their remedies typed."""
+"""Memory, disks, limits, environment variables, GPUs and torch: detected, and fixed by remedies."""
 
 from __future__ import annotations
 
 import os
-import resource
 import shlex
 import subprocess
-from collections.abc import Iterator
-from dataclasses import replace
+from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from case_files import load_cases
 from doctor_fixtures import find_diagnosis, list_codes, run_remedy
 
 from finesight.doctor import machine_check
 from finesight.doctor.diagnosis import Diagnosis
-from finesight.doctor.machine_check import GB, MachineInfo, WriteLocation
+from finesight.doctor.machine_check import GB, GpuInfo, GpuSystem, TorchInfo
 
-HERE = WriteLocation("current folder", Path("/work"), 500 * GB, True)
-HEALTHY_MACHINE = MachineInfo(
-    "3.12.1", "Linux x86_64", 8, 64 * GB, 60 * GB, 30 * GB, 1024, (HERE,), HERE
-)
-
-
-def diagnose(**facts: object) -> list[Diagnosis]:
-    return list(machine_check.check_machine(replace(HEALTHY_MACHINE, **facts)))
+CASES = load_cases("doctor")
+PATH = {"PATH": os.environ["PATH"]}
+DRIVEN = GpuSystem(1, "550.54.14", (12, 4))
+H200 = GpuInfo("NVIDIA H200", (9, 0), 150 * GB, 149 * GB, "")
+CUDA = TorchInfo("2.13.0+cu126", cuda_version="12.6", arch_list=("sm_80", "sm_90"), gpus=(H200,))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte, full."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no file system may be mounted here")
-    try:
-        (folder / "full").write_bytes(bytes(2**20 - 8192))
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+def diagnose(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, free: int = 500 * GB, **environment: str
+) -> list[Diagnosis]:
+    monkeypatch.setattr(machine_check.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    return list(machine_check.check_machine({"HF_HOME": str(folder), **environment}, folder))
 
 
-def test_machine_facts_are_read() -> None:
-    seen = machine_check.inspect_machine(dict(os.environ), Path.cwd())
-    assert 0 < seen.available_memory <= seen.total_memory
-    assert {location.role for location in seen.locations} == set(
-        machine_check.RECOMMENDED_FREE_BYTES
-    )
-    assert list_codes(diagnose()) == list_codes(diagnose(), "warning") == []
+def test_healthy_machine_has_no_issue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = diagnose(tmp_path, monkeypatch)
+    assert list_codes(found) == []
+    assert [one.code for one in found][:4] == ["machine", "disk", "disk", "disk"]
 
 
-def test_full_temp_disk_is_found_and_remedy_changes_it(small_disk: Path, tmp_path: Path) -> None:
-    around = {"TMPDIR": str(small_disk), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    seen = machine_check.inspect_machine(around, tmp_path)
-    (full,) = [location for location in seen.locations if location.role == "temporary files"]
-    assert full.free_bytes < machine_check.MIN_FREE_BYTES
-    roomy = WriteLocation("disk", tmp_path / "free space", 500 * GB, True)
-    found = find_diagnosis(
-        machine_check.check_machine(replace(seen, locations=(full,), largest_location=roomy)),
-        "disk-full",
-    )
-    assert found.severity == "error"
-    assert str(small_disk) in found.what
-    after = machine_check.inspect_machine(run_remedy(found.remedy, around), tmp_path)
-    (now,) = [location for location in after.locations if location.role == "temporary files"]
-    assert now.folder == roomy.folder / "finesight"
-    assert now.folder.is_dir()
-    # Other processes write to the same disk between the two calls.
-    expected = machine_check.inspect_location("x", tmp_path).free_bytes
-    assert now.free_bytes == pytest.approx(expected, rel=0.05)
-
-
-def test_cache_path_that_is_a_file_is_found(tmp_path: Path) -> None:
+def test_file_instead_of_cache_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("in the way")
-    around = {"HF_HOME": str(tmp_path / "file"), "PATH": os.environ["PATH"]}
-    seen = machine_check.inspect_machine(around, tmp_path)
-    (cache,) = [location for location in seen.locations if location.role == "models"]
-    roomy = WriteLocation("disk", tmp_path, 500 * GB, True)
-    found = find_diagnosis(
-        machine_check.check_machine(replace(seen, locations=(cache,), largest_location=roomy)),
-        "not-writable",
-    )
-    after = machine_check.inspect_machine(run_remedy(found.remedy, around), tmp_path)
-    (now,) = [location for location in after.locations if location.role == "models"]
-    assert now.is_writable
-
-
-def test_remedy_lists_large_files_without_free_disk(tmp_path: Path) -> None:
-    (tmp_path / "large").mkdir()
-    (tmp_path / "large" / "file").write_bytes(bytes(100_000))
-    tight = WriteLocation("current folder", tmp_path, 1000, True)
-    found = find_diagnosis(diagnose(locations=(tight,), largest_location=tight), "disk-full")
-    done = subprocess.run(found.remedy, shell=True, capture_output=True, text=True, check=True)
-    assert str(tmp_path / "large") in done.stdout
-
-
-def test_remedy_works_before_the_folder_exists(tmp_path: Path) -> None:
-    (tmp_path / "large").mkdir()
-    tight = WriteLocation("models", tmp_path / "not yet" / "models", 1000, True)
-    found = find_diagnosis(diagnose(locations=(tight,), largest_location=tight), "disk-full")
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", found.remedy], capture_output=True, text=True, check=True
-    )
-    assert str(tmp_path / "large") in done.stdout
+    found = diagnose(tmp_path, monkeypatch, HF_HOME=str(tmp_path / "file"))
+    assert str(tmp_path / "file") in find_diagnosis(found, "not-writable").what
 
 
 @pytest.mark.parametrize(
-    ("facts", "code", "severity"),
+    ("name", "value", "code", "severity"),
     [
-        ({"available_memory": GB // 2}, "low-memory", "error"),
-        ({"available_memory": 3 * GB}, "low-memory", "warning"),
-        ({"free_shm": 0}, "low-shared-memory", "error"),
-        ({"free_shm": 64_000_000}, "low-shared-memory", "warning"),
-        ({"max_open_files": 64}, "low-open-files-limit", "error"),
-        ({"locations": (replace(HERE, free_bytes=GB),)}, "disk-full", "warning"),
+        ("available_memory", GB // 2, "low-memory", "error"),
+        ("available_memory", 3 * GB, "low-memory", "warning"),
+        ("free", 0, "low-shared-memory", "error"),
+        ("free", 64_000_000, "low-shared-memory", "warning"),
+        ("free", 1000, "disk-full", "error"),
+        ("free", GB // 2, "disk-full", "warning"),
+        ("limit", 64, "low-open-files-limit", "error"),
     ],
 )
-def test_scarce_resources_are_reported(facts: dict[str, object], code: str, severity: str) -> None:
-    found = find_diagnosis(diagnose(**facts), code)
-    assert found.severity == severity
-    assert found.remedy
-    assert found.why
+def test_scarce_resources_are_reported(
+    name: str, value: int, code: str, severity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my models" / "large").mkdir(parents=True)
+    if name == "limit":
+        monkeypatch.setattr(machine_check.resource, "getrlimit", lambda _: (value, value))
+    elif name == "available_memory":
+        monkeypatch.setattr(machine_check, name, lambda: value)
+    free = value if name == "free" else 500 * GB
+    found = [
+        one
+        for one in diagnose(tmp_path / "my models", monkeypatch, free, TMPDIR=str(tmp_path))
+        if one.code == code
+    ]
+    assert found[0].severity == severity
+    assert found[0].why
+    if code in ("disk-full", "low-memory"):
+        command = ["bash", "-o", "pipefail", "-c", found[0].remedy]
+        done = subprocess.run(command, capture_output=True, text=True, check=code == "disk-full")
+        assert "large" in done.stdout or code == "low-memory"
+    if code == "low-open-files-limit":
+        script = f"ulimit -Sn 200 && {found[0].remedy} && ulimit -n"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert int(done.stdout) >= 256
 
 
-def test_open_files_limit_is_raised_by_remedy(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-    try:
-        seen = machine_check.inspect_machine({}, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    found = find_diagnosis(machine_check.check_machine(seen), "low-open-files-limit")
-    script = f"ulimit -Sn 200 && {found.remedy} && ulimit -n"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) >= machine_check.MIN_OPEN_FILES
+@pytest.mark.parametrize(("name", "value", "kind"), CASES["malformed_variables"])
+def test_bad_variable_is_found_and_remedy_fixes_it(name: str, value: str, kind: str) -> None:
+    around = {**PATH, name: value}
+    (found,) = machine_check.check_environment(around)
+    assert (found.code, found.severity) == (f"{kind}-malformed", "error")
+    assert name in found.what
+    assert "secret" not in f"{found.what} {found.why} {found.remedy}"
+    remedy = found.remedy.partition("#")[0]
+    assert list_codes(machine_check.check_environment(run_remedy(remedy, around))) == []
 
 
-def test_paths_with_spaces_are_quoted() -> None:
-    roomy = WriteLocation("disk", Path("/my disk"), 500 * GB, True)
-    found = find_diagnosis(
-        diagnose(locations=(replace(HERE, free_bytes=0),), largest_location=roomy), "disk-full"
+@pytest.mark.parametrize("environment", CASES["valid_environments"])
+def test_valid_environment_has_no_issue(environment: dict[str, str]) -> None:
+    assert [one.severity for one in machine_check.check_environment(environment)] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "severity"), CASES["test_harmful_variable_is_found"]
+)
+def test_harmful_variable_is_found(
+    environment: dict[str, str], code: str, severity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_check.importlib.util, "find_spec", lambda name: None)
+    (found,) = machine_check.check_environment(environment)
+    assert (found.code, found.severity) == (code, severity)
+    if code != "proxy-socks":
+        assert not set(environment) & set(run_remedy(found.remedy, {**PATH, **environment}))
+    else:
+        assert found.remedy.endswith("-m pip install socksio")
+
+
+def diagnose_gpus(
+    system: GpuSystem, torch_info: TorchInfo, has_packages: bool = False, **environment: str
+) -> list[Diagnosis]:
+    packages = {name: [distribution("torch")] for name in ("torch", "triton") if has_packages}
+    return list(machine_check.check_gpus(system, torch_info, packages, environment))
+
+
+def test_working_gpus_have_no_issue() -> None:
+    found = diagnose_gpus(DRIVEN, CUDA)
+    assert list_codes(found) == list_codes(found, "warning") == []
+    assert "H200, 9.0, 149 of 150 GB free, uses bf16" in find_diagnosis(found, "gpu").what
+    assert list_codes(diagnose_gpus(GpuSystem(), TorchInfo("2.13.0+cpu"))) == []
+
+
+def test_old_gpu_uses_fp16_and_busy_gpu_is_reported() -> None:
+    t4 = GpuInfo("Tesla T4", (7, 5), 16 * GB, 10 * GB, "")
+    found = diagnose_gpus(DRIVEN, CUDA._replace(gpus=(t4,)))
+    assert list_codes(found, "warning") == ["gpu-busy"]
+    assert "fp16" in find_diagnosis(found, "gpu").what
+
+
+@pytest.mark.parametrize(("system", "torch_info", "gpu", "code", "word"), CASES["gpus"])
+def test_torch_and_driver_mismatch(
+    system: dict[str, object],
+    torch_info: dict[str, object],
+    gpu: dict[str, object] | None,
+    code: str,
+    word: str,
+) -> None:
+    gpus = () if gpu is None else (H200._replace(**gpu),)
+    module_file = str(distribution("torch").locate_file("torch/__init__.py"))
+    info = CUDA._replace(gpus=gpus, module_file=module_file)._replace(**torch_info)
+    found = diagnose_gpus(DRIVEN._replace(**system), info, has_packages=True)
+    assert list_codes(found) == [code]
+    assert word in find_diagnosis(found, code).remedy
+
+
+def test_remedy_unsets_hidden_gpus() -> None:
+    hidden = {"CUDA_VISIBLE_DEVICES": "-1", "PATH": "/usr/bin:/bin"}
+    found = find_diagnosis(diagnose_gpus(DRIVEN, CUDA._replace(gpus=()), **hidden), "gpus-hidden")
+    assert "CUDA_VISIBLE_DEVICES" not in run_remedy(found.remedy, hidden)
+
+
+def test_gpu_system_is_inspected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_check.sysconfig, "get_path", lambda name: str(tmp_path))
+    device = tmp_path / "sys" / "bus" / "pci" / "devices" / "0000:01:00.0"
+    for path, kind in ((device, "0x030000"), (device.with_name("0000:01:00.1"), "0x040300")):
+        path.mkdir(parents=True)
+        (path / "vendor").write_text("0x10de\n")
+        (path / "class").write_text(f"{kind}\n")
+    path = {"PATH": str(tmp_path)}
+    system = machine_check.inspect_gpu_system(path, tmp_path)
+    assert (system.num_pci_gpus, system.driver_version, system.is_container) == (1, None, False)
+    assert system.missing_build_tools == ("C compiler", "Python.h")
+    driver = tmp_path / "proc" / "driver" / "nvidia" / "version"
+    driver.parent.mkdir(parents=True)
+    driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module  580.65.06  Release\n")
+    (tmp_path / ".dockerenv").touch()
+    (tmp_path / "Python.h").touch()
+    (tmp_path / "clang").touch(mode=0o755)
+    system = machine_check.inspect_gpu_system(path, tmp_path)
+    assert (system.driver_version, system.is_container) == ("580.65.06", True)
+    assert system.missing_build_tools == ()
+    assert machine_check.inspect_gpu_system({"CC": "tcc", "PATH": ""}).missing_build_tools == ()
+
+
+FAKE_TORCH = """\
+import types, warnings
+__version__, version = "2.13.0+cu126", types.SimpleNamespace(cuda="12.6")
+
+
+class Product:
+    def __matmul__(self, other): return self
+    def __getitem__(self, place): return self
+    def item(self): return 16
+
+
+def ones(*shape, device):
+    if device == "cuda:1":
+        raise RuntimeError("CUDA error: no kernel image is available for execution\\nmore")
+    return Product()
+
+
+class cuda:
+    is_available = staticmethod(lambda: AVAILABLE or warnings.warn("driver too old") or False)
+    get_arch_list = staticmethod(lambda: ["sm_80", "sm_90"])
+    device_count = staticmethod(lambda: 2)
+    mem_get_info = staticmethod(lambda index: (7, 8))
+    get_device_properties = staticmethod(
+        lambda index: types.SimpleNamespace(name="X", major=9 + index, minor=0, total_memory=8)
     )
-    assert shlex.split(found.remedy)[-1] == "/my disk/finesight"
+"""
+
+
+def probe(folder: Path, torch_source: str) -> TorchInfo:
+    """Probe a module that replaces torch."""
+    (folder / "torch.py").write_text(torch_source)
+    return machine_check.probe_torch({"PYTHONPATH": python_path(folder)}, timeout_s=30)
+
+
+def python_path(folder: Path) -> str:
+    return f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+
+def test_every_gpu_of_torch_is_reported(tmp_path: Path) -> None:
+    info = probe(tmp_path, f"AVAILABLE = True\n{FAKE_TORCH}")
+    assert (info.error, info.cuda_version, info.arch_list) == ("", "12.6", ("sm_80", "sm_90"))
+    assert info.gpus[0] == GpuInfo("X", (9, 0), 8, 7, "")
+    assert info.gpus[1].error == "CUDA error: no kernel image is available for execution"
+    info = probe(tmp_path, f"AVAILABLE = False\n{FAKE_TORCH}")
+    assert (info.gpus, info.cuda_warnings) == ((), ("driver too old",))
+
+
+@pytest.mark.parametrize(
+    ("source", "error"), CASES["test_broken_torch_is_found_and_remedy_unsets_the_path"]
+)
+def test_broken_torch_is_found_and_remedy_unsets_the_path(
+    tmp_path: Path, source: str, error: str
+) -> None:
+    info, path = probe(tmp_path, source), python_path(tmp_path)
+    assert error in info.error
+    found = find_diagnosis(diagnose_gpus(DRIVEN, info, PYTHONPATH=path), "torch-broken")
+    first = shlex.join(shlex.split(found.remedy.splitlines()[0], comments=True))
+    assert "PYTHONPATH" not in run_remedy(first, {"PYTHONPATH": path, "PATH": "/usr/bin:/bin"})
+
+
+def test_hanging_torch_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)\n")
+    info = machine_check.probe_torch({"PYTHONPATH": python_path(tmp_path)}, timeout_s=0.5)
+    assert info.error == "timed out after 0.5 s"

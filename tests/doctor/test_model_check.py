@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from doctor_fixtures import find_diagnosis, list_codes, write_package_metadata
 from fake_hub_servers import FakeHubServer
 from hub_fixtures import cache, huggingface
@@ -20,10 +21,12 @@ from finesight.doctor import model_check, package_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.model_folder import TINY_MODEL_FOLDER
 
+CASES = load_cases("model_check")
+
 __all__ = ["cache", "huggingface"]
 
-NONE = package_check.InstalledPackages({}, (), True)
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
 
 
 @pytest.fixture(scope="module")
@@ -32,87 +35,51 @@ def valid_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def diagnose(path: Path) -> list[Diagnosis]:
-    return model_check.check_model(path, NONE)
+    return model_check.check_model(path, {})
 
 
 def test_valid_model_has_no_issue(valid_model: Path) -> None:
     assert [one.severity for one in diagnose(valid_model)] == ["ok"]
-
-
-def test_bundled_model_is_valid_and_reinstallable(tmp_path: Path) -> None:
     assert list_codes(diagnose(TINY_MODEL_FOLDER)) == []
-    assert "--force-reinstall --no-deps finesight" in model_check.redownload_command(
-        TINY_MODEL_FOLDER
-    )
-
-
-def _truncate_weights(path: Path) -> None:
-    weights = path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def _edit_file(path: Path) -> None:
-    weights = path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-
-
-def _write_lfs_pointer(path: Path) -> None:
-    text = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
-    (path / "model.safetensors").write_bytes(text)
-
-
-def _delete_weights(path: Path) -> None:
-    (path / "model.safetensors").unlink()
 
 
 def _delete_shard(path: Path) -> None:
-    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    (path / WEIGHTS).rename(path / "model-00001-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (path / INDEX).write_text(json.dumps({"weight_map": names}))
 
 
-def _mix_shards(path: Path) -> None:
-    (path / INDEX).write_text(json.dumps({"weight_map": {"lm_head.x": "model.safetensors"}}))
-
-
-def _break_config(path: Path) -> None:
-    (path / "config.json").write_text('{"model_type": "qwen2_vl",')
-
-
-def _delete_tokenizer(path: Path) -> None:
-    (path / "tokenizer.json").unlink()
-
-
-def _break_tokenizer(path: Path) -> None:
-    tokens = path / "tokenizer.json"
-    tokens.write_bytes(tokens.read_bytes()[:1000])
-
-
-def _break_preprocessor(path: Path) -> None:
-    (path / "preprocessor_config.json").write_text('{"patch_size": 0}')
+MIXED_INDEX = json.dumps({"weight_map": {"lm_head.x": WEIGHTS}})
+Damage = Callable[[bytes], bytes] | None
 
 
 @pytest.mark.parametrize(
-    ("damage", "code"),
+    ("name", "damage", "code"),
     [
-        (_truncate_weights, "model-weights"),
-        (_edit_file, "model-changed"),
-        (_write_lfs_pointer, "model-lfs-pointers"),
-        (_delete_weights, "model-weights"),
-        (_delete_shard, "model-weights"),
-        (_mix_shards, "model-weights"),
-        (_break_config, "model-config"),
-        (_delete_tokenizer, "model-files"),
-        (_break_tokenizer, "model-files"),
-        (_break_preprocessor, "model-files"),
+        (WEIGHTS, lambda data: data[:-100], "model-weights"),
+        (WEIGHTS, lambda data: data[:-1] + b"\x7f", "model-changed"),
+        (WEIGHTS, lambda data: POINTER, "model-lfs-pointers"),
+        (WEIGHTS, None, "model-weights"),
+        ("", _delete_shard, "model-weights"),
+        (INDEX, lambda data: MIXED_INDEX.encode(), "model-weights"),
+        ("config.json", lambda data: b'{"model_type": "qwen2_vl",', "model-config"),
+        ("tokenizer.json", None, "model-files"),
+        ("tokenizer.json", lambda data: data[:1000], "model-files"),
+        ("preprocessor_config.json", lambda data: b'{"patch_size": 0}', "model-files"),
     ],
 )
 def test_damage_is_found(
-    valid_model: Path, tmp_path: Path, damage: Callable[[Path], None], code: str
+    valid_model: Path, tmp_path: Path, name: str, damage: Damage, code: str
 ) -> None:
     path = tmp_path / "model"
     shutil.copytree(valid_model, path)
-    damage(path)
+    file = path / name
+    if not name:
+        damage(path)
+    elif damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes() if file.exists() else b""))
     found = diagnose(path)
     assert list_codes(found) == [code]
     words = shlex.split(find_diagnosis(found, code).remedy)
@@ -127,7 +94,7 @@ def test_remedy_downloads_damaged_cached_model_again(
     assert run_command(["download", "planted/tiny"]) == 0
     path = Path(capsys.readouterr().out.strip())
     assert list_codes(diagnose(path)) == []
-    _truncate_weights(path)
+    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-100])
     assert run_command(["doctor", str(path)]) == 2
     remedy = find_diagnosis(diagnose(path), "model-weights").remedy
     assert remedy in capsys.readouterr().out
@@ -142,16 +109,9 @@ def test_missing_git_lfs_files_are_pulled(valid_model: Path, tmp_path: Path) -> 
     path = tmp_path / "clone"
     shutil.copytree(valid_model, path)
     (path / ".git").mkdir()
-    _write_lfs_pointer(path)
+    (path / WEIGHTS).write_bytes(POINTER)
     found = find_diagnosis(diagnose(path), "model-lfs-pointers")
     assert shlex.split(found.remedy) == ["git", "-C", str(path), "lfs", "pull"]
-
-
-def test_interrupted_download_is_a_hint(valid_model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    shutil.copytree(valid_model, path)
-    (path / "model-2.safetensors.incomplete").touch()
-    assert list_codes(diagnose(path), "warning") == ["model-incomplete"]
 
 
 @pytest.mark.parametrize(
@@ -172,17 +132,10 @@ def test_family_needing_an_extra_names_it(
     assert "model-needs-extra" not in list_codes(model_check.check_model(path, there))
 
 
-@pytest.mark.parametrize(
-    ("path", "source"),
-    [
-        ("/c/hub/models--Qwen--Qwen2-VL-2B-Instruct/snapshots/ab", "Qwen/Qwen2-VL-2B-Instruct"),
-        ("/c/assets/finesight/hf/models/Qwen/X/0123", "hf:Qwen/X"),
-        ("/c/finesight/modelscope/https%3A%2F%2Fm/models/Qwen/X/01", "modelscope:Qwen/X"),
-        ("/home/me/models/mine", None),
-    ],
-)
+@pytest.mark.parametrize(("path", "source"), CASES["test_source_of_cached_model"])
 def test_source_of_cached_model(path: str, source: str | None) -> None:
-    assert model_check.find_hub_source(Path(path)) == source
+    remedy = model_check.redownload_command(Path(path))
+    assert remedy.endswith(f"finesight download {source}" if source else f"--to {path}-again")
 
 
 def test_truncated_adapter_is_found(tmp_path: Path) -> None:

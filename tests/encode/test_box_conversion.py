@@ -7,10 +7,13 @@ import json
 import random
 
 import pytest
+from case_files import load_cases
 
 from finesight.data.image_header import ImageSize
 from finesight.encode.box_migration import BOX_FORMATS, FrameSizes, convert_boxes
 from finesight.errors import UserError
+
+CASES = load_cases("box_conversion")
 
 THOUSAND = (1000, 1000)
 RESIZED = (280, 560)
@@ -127,28 +130,7 @@ def test_text_without_boxes_is_unchanged(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "source", "target", "what"),
-    [
-        ('{"bbox_2d": [1, 2, 3]}', "qwen3_vl", "qwen2_vl", "invalid box in"),
-        ('{"bbox_2d": [1, 2, 3]}', "qwen3_vl", "qwen2_5_vl", "invalid box in"),
-        ('{"bbox_2d": [1, 2, 3, "x"]}', "qwen3_vl", "qwen2_vl", "invalid box in"),
-        ('{"bbox_2d": 5}', "qwen3_vl", "qwen2_vl", "invalid box in"),
-        ('{"bbox_2d": [1, 2, 3, 4]', "qwen3_vl", "qwen2_vl", "invalid box in"),
-        ('bbox_2d {"bbox_2d": [1, 2, 3, 4]}', "qwen3_vl", "qwen2_vl", "invalid box in"),
-        ('{"bbox_2d": [1, 2, 3, 4], "score": 1}', "qwen3_vl", "qwen2_vl", "the box"),
-        ('{"a": {"bbox_2d": [1, 2, 3, 4]}}', "qwen3_vl", "qwen2_vl", "the box"),
-        ('{"bbox_2d": [1, 2, 1200, 4]}', "qwen3_vl", "qwen2_vl", "exceeds its frame"),
-        ('{"bbox_2d": [1, 2, 1200, 4]}', "qwen3_vl", "qwen2_5_vl", "exceeds its frame"),
-        ('{"bbox_2d": [1, 2, 600, 4]}', "qwen2_5_vl", "qwen3_vl", "exceeds its frame"),
-        ('{"bbox_2d": [9, 2, 3, 4]}', "qwen2_5_vl", "qwen3_vl", "is inverted"),
-        ('{"bbox_2d": [1, 2, 3, 4], "label": "<box>"}', "qwen3_vl", "qwen2_vl", "in the answer"),
-        ('{"bbox_2d": [1, 2, 3, 4], "label": "<ref>"}', "qwen3_vl", "qwen_vl", "the label"),
-        ("<box>(1,2)</box>", "qwen_vl", "qwen3_vl", "invalid box in"),
-        ("<quad>(1,2),(3,4),(5,6),(7,8)</quad>", "qwen_vl", "qwen3_vl", "invalid box in"),
-        ("<box>(1,2),(3,4)</box>", "qwen2_vl", "qwen3_vl", "'<box>' in the answer"),
-        ('{"bbox_2d": [1, 2, 3, 4]}', "qwen_vl", "qwen2_vl", "'bbox_2d' in the answer"),
-        ("<box>(1,2),(1001.5,4)</box>", "qwen_vl", "qwen3_vl", "exceeds its frame"),
-    ],
+    ("text", "source", "target", "what"), CASES["test_invalid_boxes_are_rejected"]
 )
 def test_invalid_boxes_are_rejected(text: str, source: str, target: str, what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:

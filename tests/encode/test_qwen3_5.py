@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
@@ -17,6 +18,8 @@ from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.renderer import NativeRenderer, build_renderer, split_reasoning
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+
+CASES = load_cases("encode_qwen3_5")
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets"
 needs_assets = pytest.mark.skipif(
@@ -97,19 +100,7 @@ def render_published(
 
 @needs_assets
 @pytest.mark.parametrize(
-    ("name", "thinking", "effort"),
-    [
-        ("Qwen3.5-0.8B", False, None),
-        ("Qwen3.5-0.8B", True, None),
-        ("Qwen3.5-4B", False, None),
-        ("Qwen3.5-4B", True, None),
-        ("Qwen3.6-27B", False, None),
-        ("Qwen3.6-27B", True, None),
-        ("Qwen3.8-27B", False, "xhigh"),
-        ("Qwen3.8-27B", True, "xhigh"),
-        ("Qwen3.8-27B", True, "medium"),
-        ("Qwen3.8-27B", True, "low"),
-    ],
+    ("name", "thinking", "effort"), CASES["test_tokens_equal_published_template"]
 )
 def test_tokens_equal_published_template(
     name: str, thinking: bool, effort: str | None, tmp_path: Path

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from box_fixtures import image_boxes
+from case_files import load_cases
 from conversation_fixtures import make_folder
 from hypothesis import given, settings
 from PIL import Image
@@ -27,6 +28,8 @@ from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.encode.renderer import NativeRenderer, parse_reasoning, split_reasoning
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.model_folder import ModelFolder
+
+CASES = load_cases("qwen3_vl")
 
 FAMILY = Qwen3VL()
 
@@ -58,15 +61,7 @@ def test_fenced_lists_are_parsed() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("frames", "fps", "captions"),
-    [
-        (1, 2.0, ["<0.0 seconds>"]),
-        (4, 2.0, ["<0.2 seconds>", "<1.2 seconds>"]),
-        (5, 1.0, ["<0.5 seconds>", "<2.5 seconds>", "<4.0 seconds>"]),
-        (3, 0.1, ["<5.0 seconds>", "<20.0 seconds>"]),
-    ],
-)
+@pytest.mark.parametrize(("frames", "fps", "captions"), CASES["test_frame_pairs_have_timestamps"])
 def test_frame_pairs_have_timestamps(frames: int, fps: float, captions: list[str]) -> None:
     shots = FAMILY.split_video([number / fps for number in range(frames)], fps, 2)
     assert [shot.timestamp_text for shot in shots] == captions
@@ -94,19 +89,7 @@ def test_each_frame_pair_is_a_visual_span(tmp_path: Path) -> None:
     assert all(len(set(start.tolist())) == 1 for start in starts)
 
 
-@pytest.mark.parametrize(
-    ("text", "thought", "answer"),
-    [
-        ("<think>\nIt is red.\n</think>\n\nRed.", "It is red.", "Red."),
-        ("It is red.</think>Red.", "It is red.", "Red."),
-        ("<think></think>Red.", "", "Red."),
-        ("<think>\n\n</think>\n\n", "", ""),
-        ("Red.", None, "Red."),
-        ("<think>Never closed", None, "<think>Never closed"),
-        ("a</think>b</think>c", "a</think>b", "c"),
-        ("a <think> b</think>c", "a <think> b", "c"),
-    ],
-)
+@pytest.mark.parametrize(("text", "thought", "answer"), CASES["test_reasoning_and_answer_of_data"])
 def test_reasoning_and_answer_of_data(text: str, thought: str | None, answer: str) -> None:
     parts = split_reasoning([TextPart(text=text)])
     assert parts.reasoning == (None if thought is None else (TextPart(text=thought),))

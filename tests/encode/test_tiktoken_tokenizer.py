@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from case_files import load_cases
 from tokenizer_strings import TextPiece, make_strings
 
 from finesight.encode.tokenization import SPECIAL_TOKENS, TiktokenTokenizer
 from finesight.errors import UserError
+
+CASES = load_cases("tiktoken_tokenizer")
 
 pytest.importorskip("tiktoken")
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets" / "Qwen-VL-Chat"
@@ -94,16 +97,7 @@ def test_small_vocabulary_file(small: Path) -> None:
         tokenizer.token_to_id("<|vision_start|>")
 
 
-@pytest.mark.parametrize(
-    ("content", "output"),
-    [
-        ("", "the byte 0 is not a token"),
-        ("IQ== 0\nIg== 2\n", "are not consecutive"),
-        ("IQ== zero\n", "invalid literal"),
-        ("I%== 0\n", "not a tokenizer"),
-        ("version https://git-lfs.github.com/spec/v1\n", "not a tokenizer"),
-    ],
-)
+@pytest.mark.parametrize(("content", "output"), CASES["test_invalid_file_is_rejected"])
 def test_invalid_file_is_rejected(tmp_path: Path, content: str, output: str) -> None:
     path = tmp_path / "qwen.tiktoken"
     path.write_text(content, encoding="utf-8")

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 
 from finesight.errors import UserError
 from finesight.evaluate.custom_metric import (
@@ -13,6 +14,8 @@ from finesight.evaluate.custom_metric import (
 )
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
+
+TABLES = load_cases("custom_metric")
 
 CASES = [EvalCase("abc", (), ("abd",), (), "s1"), EvalCase("x", (), ("x", "y"), (), "s2")]
 
@@ -44,19 +47,7 @@ def test_several_scores_with_headline(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "where", "what"),
-    [
-        ("def score(case):\n    return 1 / 0\n", "mine.py:2", "ZeroDivisionError.*'s1'"),
-        ("def score(case) return 1\n", "mine.py:1", "SyntaxError"),
-        ("import nothing_of_this_name\n", "mine.py:1", "ModuleNotFoundError"),
-        ("import sys\nsys.exit(3)\n", "mine.py:2", "SystemExit: 3"),
-        ("def other(case): return 1\n", "mine.py", "no function 'score'"),
-        ("def score(case): return 'good'\n", "mine.py", "'good' for sample 's1'"),
-        ("def score(case): return float('nan')\n", "mine.py", "nan for sample"),
-        ("def score(case): return {}\n", "mine.py", "no score"),
-        ("def score(case): return {case.id: 1.0}\n", "mine.py", "s2 after s1"),
-        ("HEADLINE = 'a'\ndef score(case): return {'b': 1}\n", "mine.py", "HEADLINE is 'a'"),
-    ],
+    ("text", "where", "what"), TABLES["test_metric_error_is_reported_with_its_line"]
 )
 def test_metric_error_is_reported_with_its_line(tmp_path, text, where, what):
     metric = _write_metric(tmp_path, text)

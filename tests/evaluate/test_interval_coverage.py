@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from interval_coverage import (
     FAMILIES,
     POPULATIONS,
@@ -20,6 +21,8 @@ from interval_coverage import (
     coverage,
     coverage_cells,
 )
+
+CASES = load_cases("interval_coverage")
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "interval_coverage.json"
@@ -45,14 +48,7 @@ def covered(name: str, samples: int, sets: int, score: str, method: Method) -> f
 
 @pytest.mark.parametrize(
     ("name", "samples", "sets", "score"),
-    [
-        ("share 0.02", 20, 300, "exact"),
-        ("share 0.95", 10, 300, "exact"),
-        ("boxes, 95 % perfect", 20, 150, "mean_iou"),
-        ("texts, 5 % unread", 30, 150, "cer"),
-        ("objects, 3 classes", 30, 100, "ap"),
-        ("pairs: 0.1 gained, 0.0 lost", 10, 300, "exact"),
-    ],
+    CASES["test_intervals_cover_where_the_percentile_bootstrap_does_not"],
 )
 def test_intervals_cover_where_the_percentile_bootstrap_does_not(
     name: str, samples: int, sets: int, score: str

@@ -3,48 +3,21 @@ from __future__ import annotations
 import json
 
 import pytest
+from case_files import load_cases
 
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.latex_metrics import score_latex, tokenize_latex
 from finesight.evaluate.latex_rendering import is_ziamath_installed
 
+CASES = load_cases("latex_metrics")
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("x^{2}", "x ^ 2"),
-        (r"\frac{1}{2}", r"\frac 1 2"),
-        (r"\frac12", r"\frac { 1 } { 2 }"),
-        ("x^2_i", "x_i^{2}"),
-        ("x^{a+b}_{i j}", "x_{ij}^{a + b}"),
-        ("x^{y^2_i}_k", "x_k^{y_i^2}"),
-        ("$$ a + b $$", r"\[a+b\]"),
-        ("$a$", "a"),
-        (r"\begin{array} {cc} a & b \end {array}", r"\begin{ array }{cc}a&b\end{array}"),
-        (r"\text{for  all } x", r"\text {for all} x"),
-        ("{{x}}", "x"),
-        (r"\alpha\beta", "\\alpha\n \\beta"),
-    ],
-)
+
+@pytest.mark.parametrize(("one", "other"), CASES["test_equivalent_latex_has_equal_tokens"])
 def test_equivalent_latex_has_equal_tokens(one, other):
     assert tokenize_latex(one) == tokenize_latex(other)
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (r"\left( x \right)", "( x )"),
-        (r"a \, b", "a b"),
-        (r"\alpha x", r"\alphax"),
-        (r"\text{a b}", r"\text{ab}"),
-        ("x^{ab}", "x^a b"),
-        ("{a+b}c", "a+bc"),
-        ("$a$ and $b$", "a and b"),
-        (r"\{x\}", "{x}"),
-        ("x^2", "x_2"),
-        (r"a\ b", "a b"),
-    ],
-)
+@pytest.mark.parametrize(("one", "other"), CASES["test_different_typesetting_has_different_tokens"])
 def test_different_typesetting_has_different_tokens(one, other):
     assert tokenize_latex(one) != tokenize_latex(other)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from case_files import load_cases
 
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.text_metrics import (
@@ -10,17 +11,10 @@ from finesight.evaluate.text_metrics import (
     score_qa,
 )
 
+CASES = load_cases("qa_metrics")
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("The  Eiffel-Bridge!", "eiffelbridge"),
-        ("an apple a day", "apple day"),
-        ("Theatre", "theatre"),
-        ("$5.00", "500"),
-        ("", ""),
-    ],
-)
+
+@pytest.mark.parametrize(("text", "expected"), CASES["test_squad_normalization"])
 def test_squad_normalization(text, expected):
     assert normalize_answer(text) == expected
 
@@ -40,17 +34,7 @@ def test_word_f1(answer, truth, expected):
     assert compute_word_f1(answer, truth) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("answer", "truth", "expected"),
-    [
-        ("Abcd", "abce", 0.75),
-        ("ab", "cb", 0.5),
-        ("abc", "axy", 0.0),
-        ("a  b", "A b", 1.0),
-        ("", "", 1.0),
-        ("", "x", 0.0),
-    ],
-)
+@pytest.mark.parametrize(("answer", "truth", "expected"), CASES["test_anls_threshold"])
 def test_anls_threshold(answer, truth, expected):
     assert compute_anls(answer, truth) == pytest.approx(expected)
 

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import TinyFamily, create_tiny_model
@@ -14,6 +15,8 @@ from finesight.encode.renderer import NativeRenderer, parse_reasoning
 from finesight.encode.tokenization import TextTokenizer, Tokenizer
 from finesight.infer.inference_service import IncrementalDetokenizer
 from finesight.model_folder import ModelFolder
+
+CASES = load_cases("detokenizer")
 
 END = 256
 PIECES = [b"</think>", b"\n\n", "中文".encode(), "😀".encode()[1:], b" stop"]
@@ -145,18 +148,7 @@ def _in_pieces(text: bytes, rng: random.Random) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "why\n</think>\n\nbecause",
-        "why</think>because",
-        "no end of it",
-        "</think>\n\n",
-        "a </thin> b </think>\n\n\n answer\n",
-        "\n\n</think>\n中",
-        "why\n</think>\n\nas </think> says",
-    ],
-)
+@pytest.mark.parametrize("text", CASES["test_reasoning_is_emitted_separately"])
 def test_reasoning_is_emitted_separately(byte_tokenizer, text):
     rng = random.Random(1)
     for _ in range(10):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from case_files import load_cases
 from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 
@@ -20,6 +21,8 @@ from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
 from finesight.storage import write_folder
+
+CASES = load_cases("model_loader")
 
 CPU = torch.device("cpu")
 
@@ -134,16 +137,7 @@ def test_changed_base_is_rejected_with_both_fingerprints(run, base, tmp_path):
         load_inference_model(str(run), "cpu")
 
 
-@pytest.mark.parametrize(
-    ("tune", "written", "missing"),
-    [
-        ({}, [], "no adapter/: "),
-        ({"language": "full"}, ["adapter"], "no model/: "),
-        ({"vision": "full"}, [], "no model/ and no adapter/: "),
-        # Stopped between the two: the model alone is not what was trained.
-        ({"vision": "full"}, ["model"], "no adapter/: "),
-    ],
-)
+@pytest.mark.parametrize(("tune", "written", "missing"), CASES["test_unfinished_run_is_rejected"])
 def test_unfinished_run_is_rejected(base, tmp_path, tune, written, missing):
     run = tmp_path / "run"
     _manifest(run, base)
@@ -169,16 +163,7 @@ def test_damaged_adapter_is_rejected(run):
         load_inference_model(str(run), "cpu")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "the file"),
-        ('{"format_version": 2}', "family"),
-        ('{"format": 1}', "manifest has format version 1"),
-        ('{"format_version": 1}', "manifest has format version 1"),
-        ('{"famly": "x"}', "manifest.json"),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), CASES["test_invalid_manifest_is_rejected"])
 def test_invalid_manifest_is_rejected(tmp_path, content, message):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=message):

@@ -14,6 +14,8 @@ from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normal
 from finesight.model.vlm import build_model
 from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder
 
+CASES = load_cases("config")
+
 META = torch.device("meta")
 
 
@@ -25,12 +27,7 @@ def geometry(settings: dict[str, Any]) -> ModelConfig:
 
 @pytest.mark.parametrize(
     ("name", "width", "depth", "heads", "kv_heads", "tied", "parameters"),
-    [
-        ("Qwen2-VL-2B-Instruct", 1536, 28, 12, 2, True, 2208985600),
-        ("Qwen2.5-VL-3B-Instruct", 2048, 36, 16, 2, True, 3754622976),
-        ("Qwen2.5-VL-7B-Instruct", 3584, 28, 28, 4, False, 8292166656),
-        ("Qwen3-VL-Embedding-8B", 4096, 36, 32, 8, False, 8767123696),
-    ],
+    CASES["test_published_configs"],
 )
 def test_published_configs(
     shared: Path,
@@ -154,17 +151,7 @@ def test_invalid_config_values_are_reported(family: str, change: dict[str, Any],
     assert refused.value.expected
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"num_experts": None}, "text_config.num_local_experts is missing"),
-        ({"num_experts_per_tok": 7}, "text_config.num_experts_per_tok is 7"),
-        ({"moe_intermediate_size": 12}, "text_config.moe_intermediate_size is 12"),
-        ({"decoder_sparse_step": 2}, "text_config.decoder_sparse_step is 2"),
-        ({"mlp_only_layers": [0]}, "text_config.mlp_only_layers is [0]"),
-        ({"norm_topk_prob": False}, "text_config.norm_topk_prob is False"),
-    ],
-)
+@pytest.mark.parametrize(("change", "key"), CASES["test_invalid_moe_config_is_reported"])
 def test_invalid_moe_config_is_reported(change: dict[str, Any], key: str) -> None:
     assert geometry(make_config("qwen3_vl_moe", mlp_only_layers=[])).decoder.moe is not None
     with pytest.raises(UserError) as refused:
@@ -172,31 +159,7 @@ def test_invalid_moe_config_is_reported(change: dict[str, Any], key: str) -> Non
     assert key in refused.value.what
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"head_dim": 0}, "text_config.head_dim is 0"),
-        ({"head_dim": 20}, "text_config.rope_scaling.mrope_section is [4, 2, 2]"),
-        ({"head_dim": 15}, "text_config.rope_scaling.mrope_section is [4, 2, 2]"),
-        ({"attention_bias": True}, "text_config.attention_bias is True"),
-        ({"rope_scaling": None}, "text_config.rope_scaling is missing"),
-        (
-            {"rope_scaling": {"mrope_interleaved": False, "mrope_section": [4, 2, 2]}},
-            "text_config.rope_scaling.mrope_interleaved is False",
-        ),
-        (
-            {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 4, 2]}},
-            "text_config.rope_scaling.mrope_section is [2, 4, 2]",
-        ),
-        ({"num_hidden_layers": 2}, "vision_config.deepstack_visual_indexes is [0, 1]"),
-        ({"vision": {"deepstack_visual_indexes": [1, 0]}}, "deepstack_visual_indexes is [1, 0]"),
-        ({"vision": {"deepstack_visual_indexes": [1, 1]}}, "deepstack_visual_indexes is [1, 1]"),
-        ({"vision": {"deepstack_visual_indexes": [0, 3]}}, "deepstack_visual_indexes is [0, 3]"),
-        ({"vision": {"num_position_embeddings": 50}}, "num_position_embeddings is 50"),
-        ({"vision": {"hidden_act": "gelu"}}, "vision_config.hidden_act is 'gelu'"),
-        ({"vision": {"out_hidden_size": 32}}, "image features have 32 dimensions"),
-    ],
-)
+@pytest.mark.parametrize(("change", "key"), CASES["test_invalid_qwen3_config_is_reported"])
 def test_invalid_qwen3_config_is_reported(change: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError) as refused:
         geometry(make_config("qwen3_vl", **dict(change)))

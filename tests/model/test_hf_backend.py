@@ -7,6 +7,7 @@ from pathlib import Path
 import hf_models
 import pytest
 import torch
+from case_files import load_cases
 from safetensors.torch import load_file, save_file
 
 from finesight.config import TuneSettings
@@ -19,6 +20,8 @@ from finesight.model.lora.peft_io import load_adapter, save_adapter
 from finesight.model.trainable import configure_tuning, get_part, trainable_parameters
 from finesight.model_folder import ModelFolder
 from finesight.train.loss import fused_linear_cross_entropy
+
+CASES = load_cases("model_hf_backend")
 
 CPU = torch.device("cpu")
 
@@ -105,21 +108,7 @@ def test_unknown_parameters_are_rejected(model: HfModel) -> None:
         configure_tuning(model, TuneSettings(), seed=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [
-        ("model.visual.blocks.0.attn.qkv.weight", "vision"),
-        ("model.visual.merger.mlp.0.weight", "merger"),
-        ("model.language_model.layers.3.linear_attn.in_proj_qkv.weight", "language"),
-        ("model.language_model.embed_tokens.weight", "embeddings"),
-        ("lm_head.weight", "embeddings"),
-        ("model.connector.modality_projection.proj.weight", "merger"),
-        ("model.text_model.norm.weight", "language"),
-        ("model.vision_model.encoder.layers.0.layer_norm1.bias", "vision"),
-        ("language_model.model.layers.0.mlp.up_proj.weight", "language"),
-        ("model.image_newline", "merger"),
-    ],
-)
+@pytest.mark.parametrize(("name", "part"), CASES["test_parts_are_recognized_by_hf_names"])
 def test_parts_are_recognized_by_hf_names(name: str, part: str) -> None:
     assert get_part(f"inner.{name}") == part
 

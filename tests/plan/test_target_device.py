@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from case_files import load_cases
 
 from finesight.errors import UserError
 from finesight.plan.target_device import GPU_SPECS, find_gpu_spec
 
+CASES = load_cases("target_device")
 
-@pytest.mark.parametrize(
-    ("spelling", "name"),
-    [
-        ("h200", "H200"),
-        ("NVIDIA H200", "H200"),
-        ("Tesla T4", "T4"),
-        ("rtx4090", "RTX 4090"),
-        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-        ("4090", "RTX 4090"),
-        ("A100 80GB", "A100-80GB"),
-        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
-        ("l40s", "L40S"),
-    ],
-)
+
+@pytest.mark.parametrize(("spelling", "name"), CASES["test_gpu_name_spellings"])
 def test_gpu_name_spellings(spelling: str, name: str) -> None:
     assert find_gpu_spec(spelling).name == name
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
 from run_dir_fixtures import FakeRunDir
 
@@ -21,6 +22,8 @@ from finesight.report.i18n import (
     use_language,
 )
 from finesight.report.run_page import render_run_page
+
+CASES = load_cases("i18n")
 
 PACKAGE = Path(i18n.__file__).parents[1]
 SOURCES = [
@@ -117,17 +120,7 @@ def test_values_are_escaped_and_not_translated() -> None:
     assert "跳到正文" in page
 
 
-@pytest.mark.parametrize(
-    ("variables", "chosen"),
-    [
-        ({"LANG": "zh_CN.UTF-8"}, "zh"),
-        ({"LC_ALL": "", "LANG": "zh_TW"}, "zh"),
-        ({"LC_ALL": "C.UTF-8", "LANG": "zh_CN.UTF-8"}, "en"),
-        ({"LC_MESSAGES": "zh", "LANG": "de_DE.UTF-8"}, "zh"),
-        ({"LANG": "de_DE.UTF-8"}, "en"),
-        ({}, "en"),
-    ],
-)
+@pytest.mark.parametrize(("variables", "chosen"), CASES["test_locale_selects_the_language"])
 def test_locale_selects_the_language(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], chosen: str
 ) -> None:

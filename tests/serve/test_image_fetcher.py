@@ -23,11 +23,14 @@ from api_server_fixtures import (
     post_chat,
     run_server,
 )
+from case_files import load_cases
 from hub_fixtures import certificate
 
 from finesight.errors import UserError
 from finesight.hub.download import is_public_address
 from finesight.serve.image_sources import ImageFetcher
+
+CASES = load_cases("image_fetcher")
 
 __all__ = ["certificate"]
 
@@ -208,16 +211,7 @@ def test_redirect_loop(public_and_local_servers):
     assert len(public_and_local_servers[0].requests) == 6
 
 
-@pytest.mark.parametrize(
-    ("path", "output"),
-    [
-        ("large", "999999 bytes"),
-        ("endless", "expected at most 100000"),
-        ("slow", "timeout after 0.3 seconds"),
-        ("text", "content type 'text/html'"),
-        ("missing", "status 404"),
-    ],
-)
+@pytest.mark.parametrize(("path", "output"), CASES["test_invalid_responses"])
 def test_invalid_responses(public_and_local_servers, path, output):
     port = public_and_local_servers[0].server_address[1]
     patience = 0.3 if path == "slow" else 5.0

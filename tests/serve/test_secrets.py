@@ -33,7 +33,6 @@ OPENERS = {
 """Modules that open files with Pillow."""
 
 CLIENTS = {
-    "doctor/network_check.py",
     "hub/download.py",
     "hub/huggingface.py",
     "hub/modelscope.py",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from case_files import load_cases
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
@@ -25,6 +26,8 @@ from finesight.model_folder import ModelFolder
 from finesight.plan.planned_pack import PlannedPack
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.loss import fused_linear_cross_entropy
+
+CASES = load_cases("flops")
 
 CPU = torch.device("cpu")
 
@@ -74,13 +77,7 @@ def grouped(a: Sequence[int], b: Sequence[int], *_: object, **__: object) -> int
     ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"],
 )
 @pytest.mark.parametrize(
-    "tune",
-    [
-        {"language": "lora", "lora": {"rank": 8}},
-        {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"},
-        {"language": "frozen", "merger": "full"},
-    ],
-    ids=["lora", "full", "merger"],
+    "tune", CASES["test_flops_match_torch_counter"], ids=["lora", "full", "merger"]
 )
 def test_flops_match_torch_counter(
     tmp_path: Path, family: TinyFamily, tune: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from case_files import load_cases
 from rich.console import Console
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
 from tiny_task import TinyTask
@@ -29,6 +30,8 @@ from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, get_device_
 from finesight.train.oom import MemoryBudget
 from finesight.train.run_dir import RunDir
 from finesight.train.trainer import TrainState
+
+CASES = load_cases("logging")
 
 PATIENCE = 30.0
 PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
@@ -285,15 +288,7 @@ def test_step_metrics(tracking_events: TrackingEvents, recorder: Recorder) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "title", "text"),
-    [
-        (
-            "nonfinite_samples",
-            "non-finite step",
-            "step 7 had a non-finite loss or gradient; its update was skipped",
-        ),
-        ("loss_spike_samples", "loss spike", "the loss of step 7 increased to 2.5"),
-    ],
+    ("name", "title", "text"), CASES["test_skipped_step_and_loss_jump_send_alerts"]
 )
 def test_skipped_step_and_loss_jump_send_alerts(
     tracking_events: TrackingEvents, recorder: Recorder, name: str, title: str, text: str

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from case_files import load_cases
 from tiny_model import create_tiny_model
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from finesight.train.optim_states import (
     split_fp32,
 )
 from finesight.train.optimizer import MasterWeightOptimizer
+
+CASES = load_cases("optim_states")
 
 NAMES = {
     "visual.blocks.0.attn.qkv.weight": (12, 4),
@@ -199,18 +202,7 @@ def test_stacked_experts_step_like_separate_matrices() -> None:
         torch.testing.assert_close(changed, reference(one, [g], 0.01, 0.5))
 
 
-@pytest.mark.parametrize(
-    "table",
-    [
-        "visual.pos_embed.weight",
-        "visual.positional_embedding",
-        "visual.merger.attn_pool.query",
-        "visual.patch_embed.proj.weight",
-        "inner.model.vision_tower.embeddings.position_embeddings",
-        "inner.model.vision_tower.embeddings.cls_token",
-        "inner.model.vision_tower.embeddings.position_embedding.weight",
-    ],
-)
+@pytest.mark.parametrize("table", CASES["test_non_matrix_parameters_use_adamw"])
 def test_non_matrix_parameters_use_adamw(table: str) -> None:
     shape = (4, 3, 2, 2) if "proj" in table else (4, 6)
     named = {table: nn.Parameter(torch.ones(shape))}
@@ -312,24 +304,7 @@ def test_split_roundtrip_for_any_bits() -> None:
 
 
 @pytest.mark.parametrize("sign", [0, 1 << 31], ids=["plus", "minus"])
-@pytest.mark.parametrize(
-    ("bits", "upper"),
-    [
-        (0x00000000, 0x0000),
-        (0x00000001, 0x0000),  # the smallest denormal
-        (0x00007FFF, 0x0000),
-        (0x00008000, 0x0001),  # a middle between denormals
-        (0x007FFFFF, 0x0080),  # up into the numbers
-        (0x3F807FFF, 0x3F80),
-        (0x3F808000, 0x3F81),  # the middle, away from zero: to even, it were 0x3F80
-        (0x3F818000, 0x3F82),
-        (0x3FFF8000, 0x4000),  # up into the next exponent
-        (0x7F7F7FFF, 0x7F7F),
-        (0x7F7FFFFF, 0x7F80),  # the largest is infinite in bf16
-        (0x7F800000, 0x7F80),
-        (0x7FC00000, 0x7FC0),
-    ],
-)
+@pytest.mark.parametrize(("bits", "upper"), CASES["test_upper_half_rounds_to_nearest"])
 def test_upper_half_rounds_to_nearest(bits: int, upper: int, sign: int) -> None:
     wide_N = from_bits(bits | sign)
     narrow_N, rest_N = halves(wide_N)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_files import load_cases
 from safetensors.torch import load_file
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask, read_losses
@@ -25,6 +26,8 @@ from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
 from finesight.train.trainer import StepOutput, TrainState
+
+CASES = load_cases("trainer")
 
 
 def test_run_folder_contents(task: TinyTask) -> None:
@@ -304,11 +307,7 @@ def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
 
 @pytest.mark.parametrize(
     "tune",
-    [
-        {"vision": "lora", "merger": "lora", "language": "lora", "embeddings": "full"},
-        {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"},
-        {"merger": "full", "language": "lora"},
-    ],
+    CASES["test_activation_checkpointing_changes_only_memory"],
     ids=["adapters everywhere", "all whole", "vision frozen"],
 )
 def test_activation_checkpointing_changes_only_memory(task: TinyTask, tune: dict[str, Any]) -> None:

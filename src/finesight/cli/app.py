@@ -186,7 +186,7 @@ _add_data_command = partial(data_app.command, cls=PlainHelpCommand)
 
 _add_command(short_help="Run the complete workflow on generated data, on a CPU.")(quickstart)
 _add_command(short_help="Download a model or dataset from a hub.")(download)
-_add_command(short_help="Diagnose a machine, a recipe, a model or a run.")(doctor)
+_add_command(short_help="Diagnose a machine, a model or a run.")(doctor)
 _add_command("import", short_help="Import a dataset as samples.")(import_data)
 _add_command(short_help="Validate samples.")(check)
 _add_command(short_help="Print the tokenized samples of a recipe.")(show)

@@ -1,33 +1,30 @@
-"""Configuration of an ms-swift or LLaMA-Factory training, with typed access to its settings."""
+"""Configuration of an ms-swift or LLaMA-Factory training: settings, rules and model family."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
 
+from pydantic import FiniteFloat, TypeAdapter
+
+from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 from finesight.recipe import load_trainer_settings
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory"]
+PARTS = ("vision", "merger", "language")
 
-MAX_VALUE_LENGTH = 4096
-"""Maximum number of characters of a formatted value."""
-
-_TRUE_WORDS = {"true", "yes", "on", "1", "t", "y"}
-_FALSE_WORDS = {"false", "no", "off", "0", "f", "n"}
+ValueT = TypeVar("ValueT", bool, int, float)
 
 
-@dataclass(frozen=True)
-class SettingRule:
-    """Rule for a setting that recipes do not have.
+class SettingRule(NamedTuple):
+    """Rule for a setting that recipes do not have: a text, and whether the setting has no effect.
 
-    Attributes:
-        reason: Text for the user.
-        is_ignored: Whether the setting does not affect the trained model.
-        equivalent_values: Values of an unsupported setting that match the behavior of finesight.
+    `equivalent_values` of an unsupported setting match the behavior of finesight.
     """
 
     reason: str
@@ -35,8 +32,7 @@ class SettingRule:
     equivalent_values: tuple[object, ...] = ()
 
 
-@dataclass(frozen=True)
-class ProgramRules:
+class ProgramRules(NamedTuple):
     """Rules for settings: defaults, current names of renamed settings, those that a converter
     reads, and rules for all others."""
 
@@ -50,26 +46,22 @@ class ProgramRules:
 def load_rules(program: SourceProgram) -> ProgramRules:
     """Load the rules of a program, including those of the transformers Trainer."""
     content = load_trainer_settings()
-    other: dict[str, SettingRule] = {}
-    converted: set[str] = set()
+    rules: dict[str, SettingRule | None] = {}
     for section in (content["transformers"], content[program]):
         for group in (*section["ignored"], *section["unsupported"]):
             is_ignored = group in section["ignored"]
             rule = SettingRule(group["reason"], is_ignored, tuple(group.get("equivalent", ())))
-            other |= dict.fromkeys(group["keys"].split(), rule)
-            converted -= set(group["keys"].split())
-        converted |= set(section["converted"].split())
-        other = {key: rule for key, rule in other.items() if key not in converted}
+            rules |= dict.fromkeys(group["keys"].split(), rule)
+        rules |= dict.fromkeys(section["converted"].split())
+    converted = frozenset(key for key, rule in rules.items() if rule is None)
+    other = {key: rule for key, rule in rules.items() if rule is not None}
     own = content[program]
-    return ProgramRules(own["defaults"], own["aliases"], frozenset(converted), other)
+    return ProgramRules(own["defaults"], own["aliases"], converted, other)
 
 
 @dataclass(frozen=True)
 class ConversionNote:
-    """Note for the user about one setting.
-
-    `value` is the value as written, empty if the setting is not set.
-    """
+    """Note for the user about one setting, with its value as written."""
 
     kind: Literal["differs", "unknown", "note", "ignored"]
     key: str
@@ -81,15 +73,8 @@ class ConversionNote:
 class ExternalConfig:
     """Configuration of an ms-swift or LLaMA-Factory training.
 
-    Methods that read a setting raise UserError for values of another type.
-
-    Attributes:
-        where: File of the configuration, for messages.
-        values: Settings by name, as written.
-        environment: Environment variables of the training.
-        is_recorded: Whether ms-swift wrote the file (args.json of a run), so that `values` contains
-            all settings.
-        extra_notes: Notes about other content of the file, such as further commands of a script.
+    `is_recorded` is True for the args.json of an ms-swift run, which contains all settings. Methods
+    that read a setting raise UserError for values of another type.
     """
 
     program: SourceProgram
@@ -97,47 +82,41 @@ class ExternalConfig:
     values: Mapping[str, object]
     environment: Mapping[str, str]
     is_recorded: bool = False
-    extra_notes: tuple[ConversionNote, ...] = ()
 
     def has(self, *keys: str) -> bool:
         """Return whether the configuration sets one of the settings to a value other than null."""
         return any(not is_empty(self.values.get(key)) for key in keys)
 
     def get_value(self, key: str) -> object:
-        """Return the value of a setting as written, else the default of the program."""
-        return self.values[key] if self.has(key) else load_rules(self.program).defaults.get(key)
+        """Return a setting or environment variable as written, else the default of the program."""
+        given = self.environment.get(key, self.values.get(key))
+        return load_rules(self.program).defaults.get(key) if is_empty(given) else given
 
     def get_str(self, key: str) -> str | None:
         """Return a setting as text, or None if it has no value."""
         value = self.get_value(key)
         return None if is_empty(value) else format_value(value)
 
+    def _parse(self, key: str, kind: type[ValueT], expected: str) -> ValueT | None:
+        value = self.get_value(key)
+        try:
+            if isinstance(value, bool) and kind is not bool:
+                raise ValueError(f"{value} is no number")
+            return None if is_empty(value) else TypeAdapter(kind).validate_python(value)
+        except ValueError as error:
+            raise self.build_error(key, expected) from error
+
     def get_bool(self, key: str) -> bool:
         """Return a setting as a bool, False if it has no value."""
-        text = (self.get_str(key) or "false").lower()
-        if text in _TRUE_WORDS | _FALSE_WORDS:
-            return text in _TRUE_WORDS
-        raise self.build_error(key, "true or false")
+        return self._parse(key, bool, "true or false") or False
 
     def get_float(self, key: str) -> float | None:
         """Return a setting as a finite number, or None if it has no value."""
-        value = self.get_value(key)
-        if is_empty(value):
-            return None
-        try:
-            number = math.nan if isinstance(value, bool) else float(str(value).replace("_", ""))
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise self.build_error(key, "a number")
-        return number
+        return self._parse(key, FiniteFloat, "a number")
 
     def get_int(self, key: str) -> int | None:
         """Return a setting as an integer, or None if it has no value."""
-        number = self.get_float(key)
-        if number is not None and not number.is_integer():
-            raise self.build_error(key, "an integer")
-        return None if number is None else int(number)
+        return self._parse(key, int, "an integer")
 
     def get_list(self, key: str) -> tuple[str, ...]:
         """Return a setting as a list of texts, empty if it has no value.
@@ -145,30 +124,10 @@ class ExternalConfig:
         LLaMA-Factory separates items by commas. A text of ms-swift is one item.
         """
         value = self.get_value(key)
-        if is_empty(value):
-            return ()
-        if isinstance(value, list | tuple):
-            return tuple(format_value(item) for item in value)
-        parts = str(value).split(",") if self.program == "LLaMA-Factory" else [str(value)]
-        return tuple(part.strip() for part in parts if part.strip())
-
-    def get_env_int(self, name: str) -> int | None:
-        """Return an environment variable of the training as an integer, None if it is not set."""
-        text = self.environment.get(name, "").strip()
-        if not text:
-            return None
-        if not text.isdecimal() or len(text) > 18:
-            raise UserError(
-                f"the variable {name} is {text!r}",
-                where=self.where,
-                expected="an integer",
-                remedy=f"set {name} to its value",
-            )
-        return int(text)
-
-    def is_env_enabled(self, variable: str) -> bool:
-        """Return whether an environment variable of the training is 1 or true."""
-        return self.environment.get(variable, "0").lower() in ("1", "true")
+        items = value if isinstance(value, list | tuple) else [] if is_empty(value) else [value]
+        if self.program == "LLaMA-Factory" and isinstance(value, str):
+            items = value.split(",")
+        return tuple(filter(None, (format_value(item).strip() for item in items)))
 
     def default_comment(self, *keys: str) -> str:
         """Return the recipe comment of a default value; empty if a setting is set."""
@@ -176,12 +135,8 @@ class ExternalConfig:
 
     def build_error(self, key: str, expected: str) -> UserError:
         """Build the error for the invalid value of a setting."""
-        return UserError(
-            f"{key} is {format_value(self.get_value(key))!r}",
-            where=self.where,
-            expected=expected,
-            remedy=f"correct {key}",
-        )
+        what = f"{key} is {format_value(self.get_value(key))!r}"
+        return UserError(what, where=self.where, expected=expected, remedy=f"correct {key}")
 
 
 def is_empty(value: object) -> bool:
@@ -190,7 +145,62 @@ def is_empty(value: object) -> bool:
 
 
 def format_value(value: object) -> str:
-    """Format a value on one line of at most MAX_VALUE_LENGTH characters."""
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_VALUE_LENGTH else f"{line[: MAX_VALUE_LENGTH - 3]}..."
+    """Format a value on one line of at most 4096 characters."""
+    line = " ".join((str(value).lower() if isinstance(value, bool) else str(value)).split())
+    return line if len(line) <= 4096 else f"{line[:4093]}..."
+
+
+class FamilySettings(NamedTuple):
+    """Properties of a model family that determine recipe settings, from `trainer_settings.yaml`.
+
+    `token_size` is the side of the image area of one token in pixels, 0 for a fixed image size.
+    `layers` are the last name components of the linear layers, by part of the model.
+    """
+
+    name: str
+    token_size: int
+    min_pixels: int
+    max_length: int
+    layers: Mapping[str, Sequence[str]]
+
+
+def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> FamilySettings:
+    """Detect the model family from config.json, else from the name of the model, else from hints.
+
+    Hints are the model type and template settings of the configuration.
+
+    Raises UserError if the model is not a Qwen vision-language model.
+    """
+    what = f"cannot determine whether {model!r} is a Qwen vision-language model"
+    families, found = load_trainer_settings()["families"], None
+    by_type = {name: key for key, entry in families.items() for name in entry["names"].split()}
+    model_type = _read_model_type(Path(model).expanduser()) if model else None
+    if model_type is not None:
+        found, what = by_type.get(model_type), f"{model} has the model type {model_type}"
+    elif model:
+        name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())
+        named = [key for key, entry in families.items() if re.search(entry["pattern"], name)]
+        # qwen without vl means a text model in both programs.
+        hinted = [by_type[hint] for hint in hints if hint in by_type and hint != "qwen"]
+        found = next(iter([*named, *hinted]), None)
+    if found is None:
+        raise UserError(
+            what if model else "the configuration has no model",
+            where=where,
+            expected="a model of Qwen-VL, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5",
+            remedy="use the name on its hub, or run this command where the model folder exists",
+        )
+    entry = families[found]
+    numbers = {key: entry[key] for key in ("token_size", "min_pixels", "max_length")}
+    return FamilySettings(found, **numbers, layers={part: entry[part].split() for part in PARTS})
+
+
+def _read_model_type(folder: Path) -> str | None:
+    """Return `model_type` of config.json in a folder, or None if the file cannot be read."""
+    try:
+        content = read_json_object(folder / "config.json")
+    except UserError:
+        return None
+    is_text_model = content.get("model_type") == "qwen" and "visual" not in content
+    model_type = "qwen without a vision encoder" if is_text_model else content.get("model_type")
+    return model_type if isinstance(model_type, str) else None

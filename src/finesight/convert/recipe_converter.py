@@ -5,7 +5,7 @@ The report lists the settings whose effect differs in finesight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,21 +24,9 @@ from finesight.convert.external_config import (
 )
 from finesight.convert.llama_factory import LlamaFactoryConverter
 from finesight.convert.ms_swift import MsSwiftConverter
-from finesight.convert.trainer_converter import RecipeDraft, TrainerConverter
+from finesight.convert.trainer_converter import RecipeDraft
 from finesight.errors import UserError
 from finesight.storage import raise_if_exists, write_file
-
-_CONVERTERS: Mapping[SourceProgram, type[TrainerConverter]] = {
-    "ms-swift": MsSwiftConverter,
-    "LLaMA-Factory": LlamaFactoryConverter,
-}
-_SECRET_WORDS = ("token", "api_key", "secret", "password", "webhook")
-"""Parts of the names of settings whose values are not printed."""
-
-_EVAL_KEYS = ("eval_steps", "eval_strategy", "evaluation_strategy")
-"""Settings that define when the other program evaluates."""
-
-_VIDEO_VARIABLES = ("VIDEO", "FPS", "NFRAMES")
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,8 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     """
     raise_if_exists(target)
     config = load_external_config(source)
-    converter = _CONVERTERS[config.program](config)
+    is_swift = config.program == "ms-swift"
+    converter = MsSwiftConverter(config) if is_swift else LlamaFactoryConverter(config)
     converter.fill_recipe()
     draft = converter.draft
     text = draft.to_yaml(f"From {config.program}, {source.name}, by `finesight convert`.")
@@ -67,10 +56,10 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
         Recipe.model_validate(load_yaml(text))
     except ValidationError as error:
         first_error = error.errors(include_url=False)[0]
-        location = ".".join(str(segment) for segment in first_error["loc"])
+        location = ".".join(map(str, first_error["loc"]))
+        given = format_value(first_error["input"])[:80]
         raise UserError(
-            f"results in an invalid recipe: {location}: {first_error['msg']}, given"
-            f" {format_value(first_error['input'])[:80]}",
+            f"results in an invalid recipe: {location}: {first_error['msg']}, given {given}",
             where=config.where,
             expected="valid recipe settings",
             remedy="correct the original setting",
@@ -83,18 +72,13 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
 def _iter_value_notes(config: ExternalConfig, draft: RecipeDraft) -> Iterator[ConversionNote]:
     """Yield notes about settings of the configuration that the recipe does not contain.
 
-    The args.json of a run contains all settings of ms-swift: those without effect are only counted.
+    The args.json of a run contains all settings of ms-swift: those without effect are omitted.
     """
     rules = load_rules(config.program)
     skipped_keys = rules.converted | {note.key for note in draft.notes}
-    num_ignored = 0
     for key, value in config.values.items():
-        if key in skipped_keys:
-            continue
         rule, formatted = rules.other.get(key), _format_short(key, value)
-        if key in _EVAL_KEYS and "data.eval" not in draft.settings:
-            note = ConversionNote("ignored", key, formatted, "there is no validation split")
-        elif rule is None:
+        if rule is None:
             text = f"unknown setting of {config.program}: check whether it matters"
             note = ConversionNote("unknown", key, formatted, text)
         elif rule.is_ignored:
@@ -103,13 +87,10 @@ def _iter_value_notes(config: ExternalConfig, draft: RecipeDraft) -> Iterator[Co
             note = ConversionNote("differs", key, formatted, rule.reason)
         else:
             note = ConversionNote("ignored", key, formatted, "equal in finesight")
-        if config.is_recorded and (note.kind == "ignored" or is_empty(value) or value is False):
-            num_ignored += 1
-        else:
+        is_unused = note.kind == "ignored" or is_empty(value) or value is False
+        is_unused |= key in ("eval_steps", "freeze_parameters", "trainable_parameters")
+        if key not in skipped_keys and not (config.is_recorded and is_unused):
             yield note
-    if num_ignored:
-        text = "recorded by the run, no effect on the result"
-        yield ConversionNote("ignored", f"{num_ignored} settings", "", text)
 
 
 def _affects_result(value: object, equivalent_values: tuple[object, ...]) -> bool:
@@ -118,31 +99,28 @@ def _affects_result(value: object, equivalent_values: tuple[object, ...]) -> boo
     `equivalent_values` are values that match the behavior of finesight.
     """
     text = str(value).strip().lower()
-    if is_empty(value) or (text in ("false", "0") and True not in equivalent_values):
-        return False
-    if text in (str(equivalent).lower() for equivalent in equivalent_values):
+    equivalents = [str(equivalent).lower() for equivalent in equivalent_values]
+    is_false = text in ("false", "0") and "true" not in equivalents
+    if is_empty(value) or text in equivalents or is_false:
         return False
     try:
-        number = float(text)
+        return float(text) not in [one for one in equivalent_values if not isinstance(one, bool)]
     except ValueError:
         return True
-    return number not in [one for one in equivalent_values if not isinstance(one, bool)]
 
 
 def _iter_environment_notes(config: ExternalConfig) -> Iterator[ConversionNote]:
-    yield from config.extra_notes
     for name, value in config.environment.items():
-        formatted = _format_short(name, value)
-        if any(word in name.upper() for word in _VIDEO_VARIABLES):
+        if any(word in name.upper() for word in ("VIDEO", "FPS", "NFRAMES")):
             text = "each video of a sample has its own frame rate `fps`"
-            yield ConversionNote("differs", name, formatted, text)
+            yield ConversionNote("differs", name, _format_short(name, value), text)
         elif name not in CONVERTED_VARIABLES and name.upper() == name:
             text = "environment variable of the other program"
-            yield ConversionNote("ignored", name, formatted, text)
+            yield ConversionNote("ignored", name, _format_short(name, value), text)
 
 
 def _format_short(key: str, value: object) -> str:
-    if any(word in key.lower() for word in _SECRET_WORDS):
-        return "..."
     text = format_value(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    secrets = ("token", "api_key", "secret", "password", "webhook")
+    is_secret = any(word in key.lower() for word in secrets)
+    return "..." if is_secret else text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Diagnose a machine, model, recipe or run (`finesight doctor`).
+"""Diagnose a machine, model or run (`finesight doctor`).
 
 Each reported problem has a reason and a command that fixes it.
 """

@@ -19,14 +19,9 @@ DiagnosisSeverity = Literal["error", "warning", "ok"]
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Result of one check of `finesight doctor`.
+    """Result of a check: what was found, why it is a problem, and the shell command that fixes it.
 
-    Attributes:
-        code: Identifier of the check.
-        severity: Severity of the result.
-        what: Description of the result.
-        why: Reason or consequence of the problem. Empty if there is no problem.
-        remedy: Shell command that fixes the problem. Empty if there is no problem.
+    `why` and `remedy` are empty if there is no problem.
     """
 
     code: str
@@ -36,12 +31,8 @@ class Diagnosis:
     remedy: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class DiagnosisSection:
-    """Diagnoses of one subject, such as the packages or the GPUs, with a title."""
-
-    title: str
-    diagnoses: tuple[Diagnosis, ...]
+DiagnosisSections = Mapping[str, Sequence[Diagnosis]]
+"""Diagnoses by title of the section, such as the packages or the GPUs."""
 
 
 @cache
@@ -55,12 +46,9 @@ def load_catalog() -> Mapping[str, Mapping[str, Any]]:
 def make_diagnosis(
     code: str, severity: DiagnosisSeverity | None = None, /, **values: object
 ) -> Diagnosis:
-    """Create a diagnosis from its texts in the catalog.
+    """Create a diagnosis from its texts in the catalog, in which `values` fill the placeholders.
 
-    Args:
-        code: Code in the catalog, possibly with a variant after a period.
-        severity: Severity; None for that of the catalog.
-        **values: Values of the placeholders in the texts.
+    `code` may contain a variant after a period. The default of `severity` is in the catalog.
     """
     entry = load_catalog()[code]
     texts = (entry.get(name, "").format(**values) for name in ("what", "why", "remedy"))
@@ -90,33 +78,25 @@ def has_errors(diagnoses: Iterable[Diagnosis]) -> bool:
     return any(diagnosis.severity == "error" for diagnosis in diagnoses)
 
 
-def count_severity(sections: Iterable[DiagnosisSection], severity: DiagnosisSeverity) -> int:
+def count_severity(sections: DiagnosisSections, severity: DiagnosisSeverity) -> int:
     """Count the diagnoses of a severity in all sections."""
-    return sum(one.severity == severity for section in sections for one in section.diagnoses)
+    return sum(one.severity == severity for found in sections.values() for one in found)
 
 
-def format_diagnoses(sections: Sequence[DiagnosisSection]) -> Iterator[str]:
+def format_diagnoses(sections: DiagnosisSections) -> Iterator[str]:
     """Yield diagnoses as console lines, with `$` before each shell command."""
-    for section in sections:
-        yield section.title
-        for diagnosis in section.diagnoses:
-            label = diagnosis.severity.upper() if diagnosis.severity == "error" else None
-            yield f"  {label or diagnosis.severity:<7}  {diagnosis.what}"
-            yield from [f"           why: {diagnosis.why}"] if diagnosis.why else []
-            yield from (f"           $ {line}" for line in diagnosis.remedy.splitlines())
-    counts = {one: count_severity(sections, one) for one in ("error", "warning")}
-    yield ", ".join(
-        f"{count or 'no'} {name}{'' if count == 1 else 's'}" for name, count in counts.items()
-    )
+    for title, diagnoses in sections.items():
+        yield title
+        for one in diagnoses:
+            label = "ERROR" if one.severity == "error" else one.severity
+            yield f"  {label:<7}  {one.what}"
+            yield from [f"           why: {one.why}"] if one.why else []
+            yield from (f"           $ {line}" for line in one.remedy.splitlines())
+    counts = ((name, count_severity(sections, name)) for name in ("error", "warning"))
+    yield ", ".join(f"{count or 'no'} {name}{'' if count == 1 else 's'}" for name, count in counts)
 
 
-def diagnoses_to_dict(sections: Sequence[DiagnosisSection]) -> dict[str, Any]:
+def diagnoses_to_dict(sections: DiagnosisSections) -> dict[str, Any]:
     """Convert diagnoses to a JSON object (`finesight doctor --json`)."""
-    return {
-        "num_errors": count_severity(sections, "error"),
-        "diagnoses": [
-            {"section": section.title} | asdict(diagnosis)
-            for section in sections
-            for diagnosis in section.diagnoses
-        ],
-    }
+    lines = [{"section": title} | asdict(one) for title, found in sections.items() for one in found]
+    return {"num_errors": count_severity(sections, "error"), "diagnoses": lines}

@@ -1,167 +1,319 @@
-"""Check memory, disk space and process limits of the machine."""
+"""Check the machine: memory, disks, limits, environment variables, NVIDIA GPUs and torch."""
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import json
 import os
 import platform
+import re
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from finesight.doctor.diagnosis import Diagnosis, join_command, make_diagnosis
+from finesight.doctor import probes
+from finesight.doctor.diagnosis import (
+    Diagnosis,
+    DiagnosisSeverity,
+    join_command,
+    make_diagnosis,
+)
+from finesight.doctor.package_check import InstalledPackages, install_command
 from finesight.host_memory import available_memory, num_allowed_cpus, total_memory
 
 GB = 1_000_000_000
 MIN_FREE_BYTES = 50_000_000
 """Free disk space of a write location below which an error is reported."""
 
-RECOMMENDED_FREE_BYTES = {"models": 10 * GB, "temporary files": GB, "current folder": 2 * GB}
-"""Free disk space of each write location below which a warning is reported.
+_HOST = r"([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?"
+_HF_TOKEN = ("token", r"hf_[!-~]+(?<!['\"])", "hf_ and letters, without quotes or spaces")
+_VARIABLES: Mapping[str, tuple[str, str, str]] = {
+    **dict.fromkeys(
+        ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+        ("proxy", rf"(https?|socks5h?)://([^@\s]*@)?{_HOST}/?", "http://HOST:PORT"),
+    ),
+    "HF_ENDPOINT": ("endpoint", rf"https?://{_HOST}(/\S*)?", "https://HOST"),
+    # finesight adds the scheme for ModelScope; huggingface_hub uses its variable unchanged.
+    "MODELSCOPE_ENDPOINT": ("endpoint", rf"(https?://)?{_HOST}(/\S*)?", "https://HOST"),
+    **dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), _HF_TOKEN),
+    "MODELSCOPE_API_TOKEN": ("token", r"(?!Bearer|['\"])[!-~]+", "a token without quotes"),
+}
+"""Kind, regular expression and expected form of the environment variables."""
 
-A model with 2 billion parameters has 4.4 GB. Checkpoints of a small run have a few hundred MB.
-"""
-
-MIN_MEMORY_BYTES, LOW_MEMORY_BYTES = GB, 6 * GB
-"""Available memory below which runs fail, or a model with 2 billion parameters does not fit."""
-
-MIN_SHM_BYTES, LOW_SHM_BYTES = 16_000_000, 128_000_000
-"""Free space of /dev/shm below which data loading always fails, or fails with large images."""
-
-MIN_OPEN_FILES = 256
-
-_VIRTUAL_FILE_SYSTEMS = (
-    *("proc", "sysfs", "cgroup", "devpts", "mqueue", "squashfs", "iso9660", "devtmpfs", "tmpfs"),
-)
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
-@dataclass(frozen=True, slots=True)
-class WriteLocation:
-    """Folder to which finesight writes, which may not exist yet, and its purpose (`role`).
+def check_machine(environment: Mapping[str, str], working_dir: Path) -> Iterator[Diagnosis]:
+    """Compare memory, disk space and limits of this machine with recommended values.
 
-    Free space and permission are those of the nearest existing parent.
+    Environment variables may set the folders for models and temporary files.
     """
-
-    role: str
-    folder: Path
-    free_bytes: int
-    is_writable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class MachineInfo:
-    """Hardware and limits of a machine. Sizes are in bytes, `free_shm` is that of /dev/shm.
-
-    `largest_location` is the writable folder on the disk with the most free space.
-    """
-
-    python_version: str
-    platform_name: str
-    num_cpus: int
-    total_memory: int
-    available_memory: int
-    free_shm: int | None
-    max_open_files: int
-    locations: tuple[WriteLocation, ...]
-    largest_location: WriteLocation | None
-
-
-def inspect_machine(environment: Mapping[str, str], working_dir: Path) -> MachineInfo:
-    """Inspect the hardware and limits of this machine without writing files.
-
-    Args:
-        environment: Environment variables, which may set folders for models and temporary files.
-        working_dir: Current folder.
-    """
-    shm_path, mounts = Path("/dev/shm"), Path("/proc/mounts")
+    memory, shm_path = available_memory(), Path("/dev/shm")
+    yield make_diagnosis(
+        "machine",
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        cpus=num_allowed_cpus(),
+        free=memory / GB,
+        total=total_memory() / GB,
+    )
     cache_home = environment.get("XDG_CACHE_HOME") or "~/.cache"
     hub_cache = environment.get("HF_HOME") or os.path.join(cache_home, "huggingface")
     temp_dir = environment.get("TMPDIR") or tempfile.gettempdir()
-    folders = (Path(os.path.expanduser(hub_cache)), Path(temp_dir), working_dir)
-    locations = tuple(map(inspect_location, RECOMMENDED_FREE_BYTES, folders))
-    candidates = [*locations, inspect_location("home", Path.home())]
-    for line in mounts.read_text().splitlines() if mounts.is_file() else ():
-        _, folder, file_system_type, *_ = line.split()
-        path = Path(folder.encode().decode("unicode_escape"))
-        if file_system_type not in _VIRTUAL_FILE_SYSTEMS and path.is_dir():
-            candidates.append(inspect_location("disk", path))
-    writable = [location for location in candidates if location.is_writable]
-    return MachineInfo(
-        python_version=platform.python_version(),
-        platform_name=f"{platform.system()} {platform.machine()}",
-        num_cpus=num_allowed_cpus(),
-        total_memory=total_memory(),
-        available_memory=available_memory(),
-        free_shm=shutil.disk_usage(shm_path).free if shm_path.is_dir() else None,
-        max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        locations=locations,
-        largest_location=max(writable, key=lambda one: one.free_bytes, default=None),
-    )
+    # A model with 2 billion parameters has 4.4 GB, checkpoints of a small run a few hundred MB.
+    yield _check_location("models", Path(hub_cache).expanduser(), 10 * GB)
+    yield _check_location("temporary files", Path(temp_dir), GB)
+    yield _check_location("current folder", working_dir, 2 * GB)
+    shm = shutil.disk_usage(shm_path).free if shm_path.is_dir() else GB
+    max_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    for code, value, minimum, recommended in (
+        ("low-memory", memory, GB, 6 * GB),
+        ("low-shared-memory", shm, 16_000_000, 128_000_000),
+        ("low-open-files-limit", max_files, 256, 256),
+    ):
+        if value < recommended:
+            severity: DiagnosisSeverity = "error" if value < minimum else "warning"
+            yield make_diagnosis(code, severity, free=value / GB, limit=value)
 
 
-def inspect_location(role: str, folder: Path) -> WriteLocation:
-    """Inspect the free disk space and permissions of a folder that may not exist yet."""
+def _check_location(role: str, folder: Path, needed: int) -> Diagnosis:
+    """Check free space and permissions of a folder, which may not exist yet."""
     folder = folder.absolute()
-    existing = _find_existing_parent(folder)
-    is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-    return WriteLocation(role, folder, shutil.disk_usage(existing).free, is_writable)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    values = {"location": f"{folder} ({role})", "free": free / GB, "needed": needed / GB}
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        remedy = join_command("ls", "-ld", existing)
+        return make_diagnosis("not-writable", **values, remedy=remedy)
+    if free >= needed:
+        return make_diagnosis("disk", **values)
+    remedy = f"du -xh --max-depth=2 {join_command(existing)} | sort -h | tail -n 20"
+    severity: DiagnosisSeverity = "error" if free < MIN_FREE_BYTES else "warning"
+    return make_diagnosis("disk-full", severity, **values, remedy=remedy)
 
 
-def _find_existing_parent(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+def check_environment(environment: Mapping[str, str]) -> list[Diagnosis]:
+    """Check the environment variables. Diagnoses never contain values, which may be secret."""
+    diagnoses = []
+    for name, value in environment.items():
+        kind, pattern, expected = _VARIABLES.get(name, ("", "", ""))
+        if not value:
+            continue
+        if kind and not re.fullmatch(pattern, value):
+            diagnoses.append(make_diagnosis(f"{kind}-malformed", name=name, expected=expected))
+        elif value.startswith("socks5") and kind == "proxy":
+            if importlib.util.find_spec("socksio") is None:
+                install = install_command("socksio")
+                diagnoses.append(make_diagnosis("proxy-socks", name=name, install=install))
+        elif name in CERTIFICATE_VARIABLES and not Path(value).expanduser().exists():
+            diagnoses.append(make_diagnosis("certificates-missing", name=name, value=value))
+        elif name == "HF_HUB_OFFLINE" and value.upper() in ("1", "ON", "YES", "TRUE"):
+            diagnoses.append(make_diagnosis("offline"))
+    return diagnoses or [make_diagnosis("environment")]
 
 
-def check_machine(machine: MachineInfo) -> Iterator[Diagnosis]:
-    """Compare the memory, disk space and limits of a machine with recommended values."""
-    memory, shm = machine.available_memory, machine.free_shm
-    yield make_diagnosis(
-        "machine",
-        python=machine.python_version,
-        platform=machine.platform_name,
-        cpus=machine.num_cpus,
-        free=memory / GB,
-        total=machine.total_memory / GB,
-    )
-    for location in machine.locations:
-        yield _check_location(location, machine.largest_location)
-    if memory < LOW_MEMORY_BYTES:
-        is_error = memory < MIN_MEMORY_BYTES
-        yield make_diagnosis("low-memory", "error" if is_error else "warning", free=memory / GB)
-    if shm is not None and shm < LOW_SHM_BYTES:
-        is_error = shm < MIN_SHM_BYTES
-        yield make_diagnosis(
-            "low-shared-memory", "error" if is_error else "warning", free=shm / 1e6
-        )
-    if machine.max_open_files < MIN_OPEN_FILES:
-        yield make_diagnosis("low-open-files-limit", limit=machine.max_open_files)
+class GpuSystem(NamedTuple):
+    """GPU information from the operating system, collected without torch.
 
-
-def _check_location(location: WriteLocation, largest: WriteLocation | None) -> Diagnosis:
-    """Check a write location.
-
-    The remedy selects a folder on the disk with the most free space, or lists the largest folders
-    of a full disk.
+    `driver_version` is that of the loaded kernel module. `driver_cuda_version` is the newest CUDA
+    version of the driver library. Both are None if there is no driver.
     """
-    text = f"{location.folder} ({location.role})"
-    needed, free = RECOMMENDED_FREE_BYTES[location.role], location.free_bytes
-    if location.is_writable and free >= needed:
-        return make_diagnosis("disk", location=text, free=free / GB)
-    if largest is None or largest.free_bytes < needed:
-        remedy = largest_files_command(_find_existing_parent(location.folder))
+
+    num_pci_gpus: int = 0
+    driver_version: str | None = None
+    driver_cuda_version: tuple[int, int] | None = None
+    is_container: bool = False
+    missing_build_tools: tuple[str, ...] = ()
+
+
+class GpuInfo(NamedTuple):
+    """GPU as seen by torch, and the error of a test matrix product, empty if it succeeded."""
+
+    name: str
+    capability: tuple[int, int]
+    total_bytes: int
+    free_bytes: int
+    error: str
+
+
+class TorchInfo(NamedTuple):
+    """Installed torch and its GPUs, or the error of importing torch.
+
+    `cuda_version` is None for a CPU build. `broken_packages` are other packages that fail to
+    import, with the error.
+    """
+
+    version: str = ""
+    module_file: str = ""
+    cuda_version: str | None = None
+    arch_list: tuple[str, ...] = ()
+    cuda_warnings: tuple[str, ...] = ()
+    gpus: tuple[GpuInfo, ...] = ()
+    broken_packages: Mapping[str, str] = {}
+    error: str = ""
+
+
+def inspect_gpu_system(environment: Mapping[str, str], root: Path = Path("/")) -> GpuSystem:
+    """Inspect the PCI bus, the driver and its library without using a GPU."""
+    driver_file = root / "proc" / "driver" / "nvidia" / "version"
+    driver_words = driver_file.read_text().splitlines()[0].split() if driver_file.is_file() else []
+    versions = (word for word in driver_words if word[0].isdigit() and "." in word)
+    # 0x10de: NVIDIA. 0x03: display controller, because GPUs also have audio devices.
+    vendor_files = (root / "sys" / "bus" / "pci" / "devices").glob("*/vendor")
+    nvidia_files = [file for file in vendor_files if file.read_text().strip() == "0x10de"]
+    classes = [file.with_name("class").read_text() for file in nvidia_files]
+    # Triton searches for these compilers if CC is not set.
+    compilers = (shutil.which(name, path=environment.get("PATH")) for name in ("gcc", "clang"))
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    tools = {"C compiler": environment.get("CC") or any(compilers), "Python.h": header.is_file()}
+    return GpuSystem(
+        num_pci_gpus=sum(device_class.startswith("0x03") for device_class in classes),
+        driver_version=next(versions, "unknown") if driver_words else None,
+        driver_cuda_version=_read_driver_cuda_version(),
+        is_container=(root / ".dockerenv").exists() or (root / "run" / ".containerenv").exists(),
+        missing_build_tools=tuple(name for name, is_installed in tools.items() if not is_installed),
+    )
+
+
+def _read_driver_cuda_version() -> tuple[int, int] | None:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int(0)
+    if library.cuDriverGetVersion(ctypes.byref(version)) != 0 or not version.value:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def probe_torch(extra_env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> TorchInfo:
+    """Import torch in a child process, which may crash or hang, and query its GPUs."""
+    command = [sys.executable, "-m", probes.__name__]
+    try:
+        completed = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            env={**os.environ, **(extra_env or {})},
+        )
+    except subprocess.TimeoutExpired:
+        return TorchInfo(error=f"timed out after {timeout_s:g} s")
+    if completed.returncode:
+        error = (completed.stderr.strip() or "no output").splitlines()[-1].strip()[:300]
+        if completed.returncode < 0:
+            error = f"killed by {signal.Signals(-completed.returncode).name}: {error}"
+        return TorchInfo(error=error)
+    content: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
+    gpus = tuple(GpuInfo(gpu[0], (gpu[1][0], gpu[1][1]), *gpu[2:]) for gpu in content["gpus"])
+    lists = {name: tuple(content[name]) for name in ("arch_list", "cuda_warnings")}
+    return TorchInfo(**content | lists | {"gpus": gpus})
+
+
+def check_gpus(
+    gpu_system: GpuSystem,
+    torch_info: TorchInfo,
+    packages: InstalledPackages,
+    environment: Mapping[str, str],
+) -> Iterator[Diagnosis]:
+    """Check torch and each GPU, including the result of a small matrix product.
+
+    Checks that depend on a failed one are omitted.
+    """
+    if torch_info.error:
+        variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if environment.get(name)]
+        install = install_command("--force-reinstall", "torch")
+        values = {"error": torch_info.error, "variables": " ".join(variables), "install": install}
+        yield make_diagnosis("torch-broken.path" if variables else "torch-broken", **values)
+        return
+    target = f"CUDA {torch_info.cuda_version}" if torch_info.cuda_version else "a CPU"
+    yield make_diagnosis("torch", version=torch_info.version, target=target)
+    module_file = Path(torch_info.module_file).resolve()
+    for package in packages.get("torch", ())[:1]:
+        folder = Path(str(package.locate_file("")))
+        if not module_file.is_relative_to(folder.resolve()):
+            yield make_diagnosis("torch-shadowed", file=module_file, folder=folder)
+    for name, error in torch_info.broken_packages.items():
+        package_name = {"PIL": "pillow", "triton.language": "triton"}.get(name, name)
+        install = install_command("--force-reinstall", "--no-deps", package_name)
+        yield make_diagnosis("package-broken", name=name, error=error, install=install)
+    if not torch_info.gpus:
+        yield _diagnose_no_gpu(gpu_system, torch_info, environment)
+        return
+    for index in range(len(torch_info.gpus)):
+        yield from _check_gpu(index, torch_info)
+    if gpu_system.missing_build_tools and "triton" in packages:
+        missing = " and no ".join(gpu_system.missing_build_tools)
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        yield make_diagnosis("no-compiler", missing=missing, version=version)
+
+
+def _check_gpu(index: int, torch_info: TorchInfo) -> Iterator[Diagnosis]:
+    gpu = torch_info.gpus[index]
+    used_fraction = 1 - gpu.free_bytes / gpu.total_bytes
+    values = {
+        "index": index,
+        "name": gpu.name,
+        "error": gpu.error,
+        "version": torch_info.version,
+        "capability": ".".join(map(str, gpu.capability)),
+        "architectures": ", ".join(torch_info.arch_list),
+        "free": gpu.free_bytes / GB,
+        "total": gpu.total_bytes / GB,
+        "used": used_fraction,
+        "precision": "bf16" if gpu.capability >= (8, 0) else "fp16 (no bf16 support)",
+        "install": _install_torch_command(),
+    }
+    if gpu.error:
+        is_wrong_build = "no kernel image" in gpu.error
+        yield make_diagnosis("torch-wrong-build" if is_wrong_build else "gpu-fails", **values)
+        return
+    yield make_diagnosis("gpu", **values)
+    if used_fraction > 0.1:
+        yield make_diagnosis("gpu-busy", **values)
+
+
+def _install_torch_command() -> str:
+    """Return the shell command that installs the build of torch for the driver, selected by uv."""
+    uv_install = (sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable)
+    options = ("--reinstall-package", "torch", "--torch-backend=auto", "torch>=2.11")
+    return f"{install_command('uv')} && {join_command(*uv_install, *options)}"
+
+
+def _diagnose_no_gpu(
+    gpu_system: GpuSystem, torch_info: TorchInfo, environment: Mapping[str, str]
+) -> Diagnosis:
+    """Report the reason for which torch finds no GPU."""
+    cuda_version, driver_version = gpu_system.driver_cuda_version, gpu_system.driver_version
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if not (gpu_system.num_pci_gpus or driver_version or cuda_version):
+        code = "no-gpu"
+    elif cuda_version is None:
+        code = "no-driver.container" if gpu_system.is_container else "no-driver"
+    elif torch_info.cuda_version is None:
+        code = "torch-without-cuda"
+    elif visible is not None:
+        code = "gpus-hidden"
+    elif cuda_version[0] < int(torch_info.cuda_version.partition(".")[0]):
+        code = "driver-outdated"
     else:
-        folder = join_command(largest.folder / "finesight")
-        select = {"models": "export HF_HOME=", "temporary files": "export TMPDIR="}
-        remedy = f"mkdir -p {folder} && {select.get(location.role, 'cd ')}{folder}"
-    if not location.is_writable:
-        return make_diagnosis("not-writable", location=text, remedy=remedy)
-    values = {"location": text, "free": free / GB, "needed": needed / GB, "remedy": remedy}
-    is_error = free < MIN_FREE_BYTES
-    return make_diagnosis("disk-full", "error" if is_error else "warning", **values)
-
-
-def largest_files_command(folder: Path) -> str:
-    """Return the shell command that lists the largest folders within a folder."""
-    return f"du -xh --max-depth=2 {join_command(folder)} | sort -h | tail -n 20"
+        code = "gpu-unreachable"
+    return make_diagnosis(
+        code,
+        count=max(gpu_system.num_pci_gpus, 1),
+        driver=f"driver {driver_version or '?'} (CUDA {'.'.join(map(str, cuda_version or '?'))})",
+        version=torch_info.version,
+        cuda=torch_info.cuda_version,
+        visible=visible,
+        install=_install_torch_command(),
+        reason=" ".join(torch_info.cuda_warnings)[:300] or "no reason",
+    )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from format_fixtures import summarize_content
 
 from finesight.data.formats.conversation_rows import format_answer, parse_answer
@@ -13,6 +14,8 @@ from finesight.data.formats.dataset_format import ImportContext, RowImages
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, TextPart
 from finesight.errors import UserError
+
+CASES = load_cases("answer_boxes")
 
 
 def answer(folder: Path, text: str, *images: str) -> list[object]:
@@ -109,18 +112,7 @@ def test_ambiguous_text_is_not_written(content: tuple[ContentPart, ...], images:
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ('{"bbox_2d": [1, 2, 3]}', r"the box '\[1, 2, 3\]'"),
-        ('{"bbox_2d": [1, 2, 3, 4], "score": 1}', "the box"),
-        ('{"found": {"bbox_2d": [1, 2, 3, 4]}}', "the box"),
-        ('{"bbox_2d": [1, 2, 3, 4]', "bbox_2d outside of JSON"),
-        ('{"bbox_2d": [0, 0, 1005, 4]}', "outside its image"),
-        ('{"bbox_2d": [0, 0, 5, 4]} <image>', "the placeholder '<image>'"),
-        ("click('<|box_start|>(246,113)<|box_end|>')", "the placeholder"),
-    ],
-)
+@pytest.mark.parametrize(("text", "what"), CASES["test_invalid_boxes_are_rejected"])
 def test_invalid_boxes_are_rejected(folder: Path, text: str, what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
         answer(folder, text)

@@ -15,11 +15,14 @@ from box_fixtures import (
     list_questions,
     write_box_image,
 )
+from case_files import load_cases
 from PIL import Image
 
 from finesight.data.formats.coco import CAPTION_PROMPT
 from finesight.data.import_source import ImportOptions, open_unvalidated
 from finesight.errors import UserError
+
+CASES = load_cases("coco")
 
 WHITE = (12, 3, 31, 17)
 
@@ -235,14 +238,7 @@ def test_boxes_of_resized_copy_are_rejected(tmp_path: Path) -> None:
         import_samples(write(tmp_path / "coco", document), tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"category_id": 2}, "annotation 3 is of category 2"),
-        ({"bbox": [20, 1, 25, 5]}, "is outside its image"),
-        ({"bbox": [20, 1, 5]}, "the box"),
-    ],
-)
+@pytest.mark.parametrize(("change", "what"), CASES["test_invalid_annotations_are_rejected"])
 def test_invalid_annotations_are_rejected(
     tmp_path: Path, change: dict[str, Any], what: str
 ) -> None:
@@ -254,17 +250,7 @@ def test_invalid_annotations_are_rejected(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("wishes", "what"),
-    [
-        ({"prompt": "Where is {name}?"}, "is an unknown placeholder"),
-        ({"prompt": "Where is {labels}?", "box_task": "grounding"}, "is an unknown placeholder"),
-        ({"prompt": "Where is it?", "box_task": "grounding"}, "the same question for every label"),
-        ({"prompt": 'As {"bbox": }'}, "the template"),
-        ({"prompt": "a } b"}, "the template"),
-        ({"prompt": "{labels!r}"}, "is an unknown placeholder"),
-    ],
-)
+@pytest.mark.parametrize(("wishes", "what"), CASES["test_invalid_prompt_templates_are_rejected"])
 def test_invalid_prompt_templates_are_rejected(
     tmp_path: Path, wishes: dict[str, Any], what: str
 ) -> None:

@@ -12,12 +12,15 @@ from box_fixtures import (
     list_questions,
     write_box_image,
 )
+from case_files import load_cases
 
 from finesight.data.formats import image_folder
 from finesight.data.formats.dataset_format import ExportContext
 from finesight.data.image_header import read_image_size
 from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.errors import UserError
+
+CASES = load_cases("image_folder")
 
 WHITE = (1, 1, 2, 2)
 
@@ -84,17 +87,7 @@ def test_two_texts_for_one_image_are_rejected(tmp_path: Path) -> None:
     assert "coco" in caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    ("files", "remedy"),
-    [
-        (["a.png"], "a .txt file with the answer next to each image"),
-        (["a.png", "b.txt"], "found a.png and b.txt"),
-        (["a.png", "a.xml"], "the closest is voc"),
-        (["a.png", "rows.jsonl"], "give the file itself"),
-        (["inner/a.parquet"], "inner/a.parquet"),
-        ([], "give the folder with the images"),
-    ],
-)
+@pytest.mark.parametrize(("files", "remedy"), CASES["test_unknown_folders_are_rejected"])
 def test_unknown_folders_are_rejected(tmp_path: Path, files: list[str], remedy: str) -> None:
     root = tmp_path / "set"
     root.mkdir()

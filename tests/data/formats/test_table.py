@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from format_fixtures import list_turns, parse_record, summarize_content
 
 from finesight.data.formats.dataset_format import ImportExample
 from finesight.data.formats.table import FORMAT, suggest_mapping
 from finesight.errors import UserError
+
+CASES = load_cases("table")
 
 NAN = float("nan")
 
@@ -51,20 +54,7 @@ def test_list_of_answers(folder: Path) -> None:
     assert measured.references == ("y", "x")
 
 
-@pytest.mark.parametrize(
-    "box",
-    [
-        [1, 2, 3, 4],
-        [[1, 2, 3, 4]],
-        "1 2 3 4",
-        "1, 2; 3,4",
-        "[1, 2, 3, 4]",
-        "[[1,2,3,4]]",
-        "(1, 2, 3, 4)",
-        "[ 1.  2.\n 3.  4.]",
-        "1e0 2 .3e1 +4",
-    ],
-)
+@pytest.mark.parametrize("box", CASES["test_box_is_the_answer_without_answer_column"])
 def test_box_is_the_answer_without_answer_column(folder: Path, box: object) -> None:
     found = case(folder, {"b": box, "l": "cat"}, "image=image box=b label=l", prompt="?")
     assert list_turns(found)[1] == ("assistant", [(0, "cat", (1.0, 2.0, 3.0, 4.0))])

@@ -14,6 +14,7 @@ from box_fixtures import (
     list_questions,
     write_box_image,
 )
+from case_files import load_cases
 
 from finesight.data.formats import yolo
 from finesight.data.formats.dataset_format import ExportContext
@@ -22,6 +23,8 @@ from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.data.sample import ImagePart, LocatedSample
 from finesight.errors import UserError
+
+CASES = load_cases("yolo")
 
 WHITE = (12, 3, 32, 17)
 # Centre 22 of 40 and 10 of 20 pixels, 20 x 14 pixels.
@@ -150,18 +153,7 @@ def test_polygons_and_keypoints(root: Path, tmp_path: Path) -> None:
     assert summary.source_notes == {"keypoints (ignored)": 1}
 
 
-@pytest.mark.parametrize(
-    ("line", "what"),
-    [
-        ("3 0.5 0.5 0.1 0.1", "a.txt:2: class 3"),
-        ("1 0.5 0.5 0.1", "a.txt:2: '1 0.5 0.5 0.1'"),
-        ("1 0.5 0.5 0.1 0.1 0.93", "a.txt:2"),
-        ("dog 0.5 0.5 0.1 0.1", "a.txt:2"),
-        ("1 x 0.5 0.1 0.1", "a.txt:2"),
-        ("1 22 10 20 14", "outside its image"),
-        ("1 nan 0.5 0.1 0.1", "has inverted corners or no area"),
-    ],
-)
+@pytest.mark.parametrize(("line", "what"), CASES["test_invalid_lines"])
 def test_invalid_lines(root: Path, tmp_path: Path, line: str, what: str) -> None:
     (root / "labels" / "train" / "a.txt").write_text(LINE + line, encoding="utf-8")
     with pytest.raises(UserError, match=what) as caught:
@@ -176,14 +168,7 @@ def test_declared_pixels(root: Path, tmp_path: Path) -> None:
     assert list_answers(samples)[0] == [("dog", WHITE)]
 
 
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"images/val": "images/valid"}, "val: images/valid is not found"),
-        ({"  0: person\n  1: dog\n  2: red car\n": "  person: 0\n"}, "names is {'person': 0}"),
-        ({"names:\n  0: person\n  1: dog\n  2: red car\n": "names: []\n"}, r"names is \[\]"),
-    ],
-)
+@pytest.mark.parametrize(("change", "what"), CASES["test_invalid_data_yaml"])
 def test_invalid_data_yaml(root: Path, tmp_path: Path, change: dict[str, str], what: str) -> None:
     text = DESCRIPTION
     for old, new in change.items():

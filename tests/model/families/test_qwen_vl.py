@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from case_files import load_cases
 from qwen_vl_reference import CONFIGS
 
 from finesight.errors import UserError
@@ -24,6 +25,8 @@ from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
 from finesight.model.weights_io import HubTensor, hub_tensors, init_random_model
 from finesight.model_folder import PREPROCESSOR_DEFAULTS
+
+CASES = load_cases("families_qwen_vl")
 
 ASSETS = Path(__file__).resolve().parents[4] / "shared" / "qwen_assets" / "Qwen-VL-Chat"
 ARCHITECTURE = ARCHITECTURES["qwen"]
@@ -99,11 +102,7 @@ def test_every_tensor_belongs_to_a_part(published: list[HubTensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "width", "products"),
-    [
-        (4, 128, [42.32709791, 12.605224, -19.32134915]),
-        (16, 4096, [-481.36742857, 433.45265425, 666.47308018]),
-    ],
+    ("side", "width", "products"), CASES["test_resampler_positions_match_published"]
 )
 def test_resampler_positions_match_published(side: int, width: int, products: list[float]) -> None:
     found = sincos_positions(side, width)
@@ -128,23 +127,7 @@ def test_logn_scale_of_queries() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"visual": {"image_size": 120}}, "visual.image_size is 120"),
-        ({"visual": {"image_size": 84}}, "visual.image_size is 84"),
-        ({"visual": {"n_queries": 15}}, "expected: a multiple of 14 x 3"),
-        ({"visual": {"heads": 5}}, "visual.heads is 5"),
-        ({"visual": {"output_dim": 200}}, "visual.output_dim is 200"),
-        ({"visual": {"output_dim": 128}}, "image features have 128 dimensions"),
-        ({"kv_channels": 32}, "kv_channels is 32"),
-        ({"rotary_pct": 0.5}, "rotary_pct is 0.5"),
-        ({"no_bias": False}, "no_bias is False"),
-        ({"intermediate_size": 191}, "intermediate_size is 191"),
-        ({"seq_length": None}, "seq_length is missing"),
-        ({"seq_length": 1}, "seq_length is 1"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), CASES["test_unsupported_configs_are_rejected"])
 def test_unsupported_configs_are_rejected(changes: dict[str, Any], message: str) -> None:
     assert message in _refused(_small(**changes))
 

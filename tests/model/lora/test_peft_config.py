@@ -14,6 +14,8 @@ from finesight.errors import UserError
 from finesight.model.families.architecture import to_layer_name, to_module_name
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, PeftConfig, read_adapter
 
+CASES = load_cases("peft_config")
+
 
 def load_error(folder: Path) -> str:
     with pytest.raises(UserError) as caught:
@@ -24,17 +26,7 @@ def load_error(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"use_dora": True},
-        {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
-        {"layer_replication": [[0, 1], [0, 2]]},
-        {"peft_type": "LOHA"},
-        {"init_lora_weights": "pissa"},
-        {"lora_bias": True},
-        {"trainable_token_indices": [1, 2]},
-        {"a_setting_of_tomorrow": {"x": 1}},
-    ],
+    CASES["test_unsupported_settings_are_rejected"],
     ids=lambda settings: next(iter(settings)),
 )
 def test_unsupported_settings_are_rejected(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -81,14 +73,7 @@ def test_neutral_settings_are_accepted(tmp_path: Path) -> None:
     assert {(low.rank, low.scale) for low in spec.configs.values()} == {(4, 1.5)}
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"r": 8}, "has rank 8, but 4 in the adapter's tensors"),
-        ({"r": "4"}, "r: Input should be a valid integer (found '4')"),
-        ({"target_modules": "("}, "'(' is not a regular expression"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "message"), CASES["test_inconsistent_config_is_rejected"])
 def test_inconsistent_config_is_rejected(
     settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:

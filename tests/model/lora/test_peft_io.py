@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from case_files import load_cases
 from hf_reference import (
     make_config,
     make_conversation,
@@ -50,6 +51,8 @@ from finesight.model.lora.peft_io import (
 )
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
+
+CASES = load_cases("peft_io")
 
 SAMPLES = [
     make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4),
@@ -243,13 +246,7 @@ def test_training_continues_from_matching_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "change", "message"),
-    [
-        ("all parts", {}, "10 keys are not in the adapter: visual.blocks.0.attn.qkv"),
-        ("some targets", {}, "10 keys have no adapter here: model.layers.0.mlp.down_proj, "),
-        ("language", {"rank": 3}, "has rank 4 and scale 1.5 in the adapter\n"),
-        ("language", {"alpha": 8}, "expected: rank 4 and scale 2, as in the recipe"),
-    ],
+    ("how", "change", "message"), CASES["test_mismatched_adapter_is_rejected_for_training"]
 )
 def test_mismatched_adapter_is_rejected_for_training(
     how: str, change: dict[str, Any], message: str, tmp_path: Path

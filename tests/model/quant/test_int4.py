@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_files import load_cases
 from engine_fixtures import make_mixed_questions
 from gptq_fixtures import (
     GPTQ_CONFIGS,
@@ -38,6 +39,8 @@ from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
+
+CASES = load_cases("int4")
 
 CPU = torch.device("cpu")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -191,18 +194,7 @@ def test_other_parts_can_use_nf4(source: ModelFolder, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"bits": 8}, r"'bits': 8"),
-        ({"bits": 3}, r"'bits': 3"),
-        ({"bits": 2}, r"'bits': 2"),
-        ({"quant_method": "awq"}, r"'quant_method': 'awq'"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"bitsandbytes"),
-        ({"checkpoint_format": "gptq_v2"}, r"'checkpoint_format': 'gptq_v2'"),
-        ({"group_size": 0}, r"'group_size': 0"),
-        ({"group_size": None}, r"'group_size': None"),
-    ],
-    ids=str,
+    ("changes", "message"), CASES["test_other_quantization_settings_are_rejected"], ids=str
 )
 def test_other_quantization_settings_are_rejected(
     changes: dict[str, Any], message: str, tmp_path: Path

@@ -21,6 +21,7 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from case_files import load_cases
 from multi_process_run import rewind_to_checkpoint, run_to_completion, start_run
 from safetensors.torch import load_file
 from tiny_task import TinyTask, read_losses, write_recipe
@@ -43,6 +44,8 @@ from finesight.train.parallel.distributed import (
 from finesight.train.sampler import DistributedSampler
 from finesight.train.setup import build_rank_sampler
 from finesight.train.trainer import Trainer, sync_step
+
+CASES = load_cases("distributed")
 
 
 def read_trained_state(folder: Path) -> dict[str, Tensor]:
@@ -423,13 +426,7 @@ def test_batch_split_is_balanced_by_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "output"),
-    [
-        ("RANK", None, "RANK is not set"),
-        ("MASTER_ADDR", None, "MASTER_ADDR is not set"),
-        ("WORLD_SIZE", "two", "WORLD_SIZE is two, and WORLD_SIZE is not a number"),
-        ("LOCAL_RANK", "", "LOCAL_RANK is not a number"),
-    ],
+    ("name", "value", "output"), CASES["test_incomplete_launch_environment_is_rejected"]
 )
 def test_incomplete_launch_environment_is_rejected(
     tmp_path: Path, name: str, value: str | None, output: str

@@ -1,0 +1,324 @@
+"""Handwritten training curves and predictions: rising loss, overfitting, boxes in another frame."""
+
+from __future__ import annotations
+
+import math
+import random
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from case_files import load_cases
+from doctor_fixtures import find_diagnosis, list_codes
+from PIL import Image
+from run_dir_fixtures import (
+    START_RECORD,
+    FakeRunDir,
+    JsonLine,
+    make_evaluation_line,
+    make_prediction_line,
+    make_step_line,
+)
+
+from finesight.doctor import run_check
+from finesight.doctor.diagnosis import Diagnosis
+from finesight.recipe import load_recipe
+from finesight.report.run_reader import read_run
+
+CASES = load_cases("run_check")
+
+RECIPE: JsonLine = {
+    "model": "m",
+    "data": {"train": "t.jsonl"},
+    "train": {"epochs": 2.0, "learning_rate": {"default": 1e-3, "language": 2e-3}},
+    "output_dir": "runs/x",
+}
+
+
+def diagnose(folder: Path, lines: list[JsonLine], recipe: JsonLine = RECIPE) -> list[Diagnosis]:
+    made = FakeRunDir(folder / "my run")
+    made.write("recipe.yaml", yaml.safe_dump(recipe))
+    made.write_lines("metrics.jsonl", [START_RECORD, *lines])
+    return run_check.check_training(read_run(made.folder))
+
+
+def steps(loss: Callable[[int], float], count: int = 60, **more: object) -> list[JsonLine]:
+    """Steps with such losses, which scatter a little."""
+    return [
+        make_step_line(n, **more, loss=loss(n) + 0.03 * math.sin(7 * n))
+        for n in range(1, count + 1)
+    ]
+
+
+def apply_remedy(remedy: str, tmp_path: Path) -> dict[str, object]:
+    """The recipe that a remedy trains, as `finesight train` reads it."""
+    words = shlex.split(remedy)
+    assert words[:3] == ["finesight", "train", str(tmp_path / "my run" / "recipe.yaml")]
+    recipe = load_recipe(Path(words[2]), [word for word in words[3:] if "=" in word])
+    return recipe.model_dump()
+
+
+def test_converging_run_has_no_issue(tmp_path: Path) -> None:
+    found = diagnose(tmp_path, steps(lambda n: 3 * math.exp(-n / 20) + 0.2))
+    assert [one.severity for one in found] == ["ok"]
+
+
+def test_rising_loss_suggests_lower_learning_rates(tmp_path: Path) -> None:
+    found = find_diagnosis(
+        diagnose(tmp_path, steps(lambda n: 2.0 - 0.05 * n if n < 20 else 1.0 + 0.05 * (n - 20))),
+        "learning-rate-too-high",
+    )
+    learning_rates = apply_remedy(found.remedy, tmp_path)["train"]["learning_rate"]
+    assert (learning_rates["default"], learning_rates["language"]) == (1e-4, 2e-4)
+    assert found.remedy.endswith("my run-2'")
+
+
+DESTROYED = """4.28 7.47 8.18 11.67 11.98 9.91 11.66 11.48 8.68 7.14 7.62 6.44 5.82 5.17 4.60 4.04
+    4.09 4.07 3.95 3.83 3.75 3.69 3.68 3.65"""
+"""Losses of finesight-tiny on train tickets with a learning rate of 0.05, and with 0.01, which is
+stable.
+"""
+STOOD = """4.28 2.85 2.13 4.85 2.61 3.62 1.98 1.17 0.94 0.77 0.60 0.59 0.33 0.28 0.14 0.39 0.25 0.23
+    0.03 0.09 0.11 0.11 0.06 0.10"""
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"), [(DESTROYED, ["learning-rate-too-high"]), (STOOD, [])]
+)
+def test_loss_spike_suggests_lower_learning_rate(
+    tmp_path: Path, losses: str, expected: list[str]
+) -> None:
+    lines = [make_step_line(n, loss=float(loss)) for n, loss in enumerate(losses.split(), start=1)]
+    found = diagnose(tmp_path, lines)
+    assert list_codes(found) == expected
+    if expected:
+        assert "rose from 4.28 to 11.7 before it fell to 3.68" in found[0].what
+
+
+def test_noisy_loss_is_not_rising(tmp_path: Path) -> None:
+    lines = [make_step_line(n, loss=1.0 + 0.6 * math.sin(37 * n)) for n in range(1, 61)]
+    assert "learning-rate-too-high" not in list_codes(diagnose(tmp_path, lines))
+
+
+def test_small_gradients_after_convergence_are_no_issue(tmp_path: Path) -> None:
+    lines = steps(lambda n: 3 * math.exp(-n / 4) + 0.05)
+    lines = [line | {"grad_norm": 1 / line["step"] ** 2} for line in lines]
+    assert list_codes(diagnose(tmp_path, lines)) == []
+
+
+def test_flat_loss_suggests_checking_the_data(tmp_path: Path) -> None:
+    found = find_diagnosis(diagnose(tmp_path, steps(lambda n: 2.0)), "loss-flat")
+    assert shlex.split(found.remedy)[:2] == ["finesight", "show"]
+
+
+def test_low_initial_loss_is_a_hint(tmp_path: Path) -> None:
+    lines = [make_step_line(n, loss=0.01) for n in range(1, 61)]
+    assert list_codes(diagnose(tmp_path, lines), "warning") == ["low-initial-loss"]
+
+
+def test_too_few_steps_suggests_more_epochs(tmp_path: Path) -> None:
+    found = find_diagnosis(diagnose(tmp_path, steps(lambda n: 2.0, 4)), "too-short")
+    assert apply_remedy(found.remedy, tmp_path)["train"]["epochs"] == 6.0
+
+
+def test_loss_jumps_are_reported_with_samples(tmp_path: Path) -> None:
+    lines = steps(lambda n: 3 * math.exp(-n / 20) + 0.2)
+    for n in (20, 30, 40):
+        lines[n] |= {"loss": 9.0, "loss_spike_samples": [f"t.jsonl:{n}"]}
+    found = find_diagnosis(diagnose(tmp_path, lines), "loss-spikes")
+    assert "t.jsonl:20" in found.why
+    assert apply_remedy(found.remedy, tmp_path)["train"]["warmup"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("validation_losses", "metric", "section", "expected"),
+    [
+        ({0: 2.0, 20: 1.0, 40: 1.2, 60: 1.5}, None, "train", {"epochs": 0.67}),
+        ({0: 2.0, 20: 1.0, 40: 1.2, 60: 1.5}, "captions", "eval", {"every": 0.1, "patience": 2}),
+        ({0: 1.0, 30: 1.2, 60: 1.5}, None, "train", {"epochs": 2.0}),
+    ],
+)
+def test_overfitting_suggests_a_shorter_run(
+    validation_losses, metric, section, expected, tmp_path: Path
+) -> None:
+    lines = steps(lambda n: 2.0 * math.exp(-n / 15) + 0.05)
+    for step, loss in validation_losses.items():
+        lines.append(make_evaluation_line(step, 0.5, validation_loss=loss))
+    recipe = RECIPE | ({"eval": {"metric": metric}} if metric else {})
+    found = find_diagnosis(diagnose(tmp_path, lines, recipe), "overfitted")
+    assert f"after step {20 if 20 in validation_losses else 0} " in found.what
+    settings = apply_remedy(found.remedy, tmp_path)
+    assert settings[section] | expected == settings[section]
+    # A best loss before the first step indicates a high learning rate.
+    is_slower = settings["train"]["learning_rate"]["default"] == 3e-4
+    assert is_slower == (20 not in validation_losses)
+
+
+def test_step_based_recipe_gets_step_based_remedy(tmp_path: Path) -> None:
+    recipe = RECIPE | {"train": {"steps": 4}}
+    found = find_diagnosis(diagnose(tmp_path, steps(lambda n: 2.0, 4), recipe), "too-short")
+    assert apply_remedy(found.remedy, tmp_path)["train"]["steps"] == 12
+
+
+EVAL = {"metric": "latex", "limit": 50, "max_new_tokens": 64}
+EVAL_RECIPE = {"model": "m", "data": {"train": "t.jsonl"}, "eval": EVAL, "output_dir": "runs/x"}
+
+
+@pytest.fixture
+def fake_run_dir(tmp_path: Path) -> FakeRunDir:
+    made = FakeRunDir(tmp_path / "run")
+    made.write_metrics()
+    recipe = EVAL_RECIPE | {"train": {"epochs": 1}}
+    made.write("recipe.yaml", yaml.safe_dump(recipe))
+    return made
+
+
+def diagnose_predictions(made: FakeRunDir) -> list[Diagnosis]:
+    return run_check.check_predictions(read_run(made.folder))
+
+
+def difference(verdict: str, before: float = 0.4, after: float = 0.5) -> JsonLine:
+    figures = {"before": before, "after": after, "low": -0.1, "high": 0.2}
+    return {"name": "similarity", "verdict": verdict, **figures}
+
+
+def test_improved_metric_has_no_issue(fake_run_dir: FakeRunDir) -> None:
+    fake_run_dir.write_finished(metric_differences=[difference("better")])
+    assert [one.severity for one in diagnose_predictions(fake_run_dir)] == ["ok", "ok"]
+
+
+def test_worse_metric_suggests_the_report(fake_run_dir: FakeRunDir) -> None:
+    fake_run_dir.write_finished(metric_differences=[difference("worse", 0.9, 0.9)])
+    found = find_diagnosis(diagnose_predictions(fake_run_dir), "metric-worse")
+    assert shlex.split(found.remedy) == ["finesight", "report", str(fake_run_dir.folder)]
+
+
+def test_metric_with_earlier_peak_suggests_patience(fake_run_dir: FakeRunDir) -> None:
+    fake_run_dir.write_lines(
+        "metrics.jsonl", [make_evaluation_line(n, f) for n, f in ((0, 0.5), (30, 0.7), (60, 0.4))]
+    )
+    fake_run_dir.write_finished(metric_differences=[difference("worse", 0.5, 0.4)])
+    found = find_diagnosis(diagnose_predictions(fake_run_dir), "metric-worse")
+    assert "after step 30" in found.what
+    assert "eval.patience=2" in found.remedy
+
+
+def test_insignificant_difference_suggests_more_samples(fake_run_dir: FakeRunDir) -> None:
+    fake_run_dir.write_finished(metric_differences=[difference("no clear change")])
+    found = find_diagnosis(diagnose_predictions(fake_run_dir), "metric-unclear")
+    assert "within noise (-0.1000 to +0.2000)" in found.what
+    assert found.remedy.endswith("--limit 200")
+
+
+def test_run_without_evaluation_is_a_hint(fake_run_dir: FakeRunDir) -> None:
+    fake_run_dir.write_lines("metrics.jsonl", [START_RECORD])
+    assert list_codes(diagnose_predictions(fake_run_dir), "warning") == ["not-evaluated"]
+
+
+def test_repetitive_answers_are_detected(fake_run_dir: FakeRunDir) -> None:
+    loop = make_prediction_line("a", "x = " + "1 + " * 30, "x = 1", 0.1, stopped=False)
+    fake_run_dir.write_predictions(
+        "after", [loop] * 4 + [make_prediction_line("b", "x", "x", 1.0)] * 6
+    )
+    found = find_diagnosis(diagnose_predictions(fake_run_dir), "answers-unfinished")
+    assert "4 of 10" in found.what
+    assert "4 of them repetitive" in found.what
+    assert "train.epochs=2" in found.remedy
+
+
+def test_truncated_answers_suggest_more_tokens(fake_run_dir: FakeRunDir) -> None:
+    text = "".join(random.Random(0).choices("abcdefghij ", k=200))
+    cut = make_prediction_line("a", text[:100], text, 0.5, stopped=False)
+    fake_run_dir.write_predictions(
+        "after", [cut] * 3 + [make_prediction_line("b", "x", "x", 1.0)] * 7
+    )
+    words = shlex.split(
+        find_diagnosis(diagnose_predictions(fake_run_dir), "answers-cut-off").remedy
+    )
+    assert words[words.index("--max-new-tokens") + 1] == "256"
+
+
+def test_single_truncated_answer_is_no_issue(fake_run_dir: FakeRunDir) -> None:
+    fake_run_dir.write_predictions(
+        "after", [make_prediction_line("b", "x", "x", 1.0, stopped=n > 0) for n in range(40)]
+    )
+    assert list_codes(diagnose_predictions(fake_run_dir)) == []
+
+
+SIZES = ((640, 480), (300, 500), (1000, 200), (800, 800))
+
+
+def boxes(
+    made: FakeRunDir, tmp_path: Path, message: str, right: str = "pixels", off: float = 0.0
+) -> None:
+    """Answers whose boxes, and labels, are written in some frame; all are good but for it."""
+    rng = random.Random(1)
+    lines = []
+    for number in range(12):
+        width, height = SIZES[number % 4]
+        image = tmp_path / f"{number}.png"
+        Image.new("1", (width, height)).save(image)
+        x1, y1 = rng.uniform(0, 0.5) * width, rng.uniform(0, 0.5) * height
+        box = (x1, y1, x1 + rng.uniform(0.2, 0.45) * width, y1 + rng.uniform(0.2, 0.45) * height)
+        wide, high = off * width * rng.uniform(-1, 1), off * height * rng.uniform(-1, 1)
+        changed = (box[0] + wide, box[1] + high, box[2] + wide, box[3] + high)
+        written = [
+            [{"image": 0, "label": "cat", "xyxy": list(to_frame(one, frame, width, height))}]
+            for one, frame in ((changed, message), (box, right))
+        ]
+        texts = {"image": str(image), "boxes": written[0], "gold_boxes": written[1]}
+        lines.append(make_prediction_line(str(number), "", "", 0.0, **texts))
+    made.write_predictions("after", lines)
+
+
+def to_frame(
+    box: tuple[float, float, float, float], frame: str, width: int, height: int
+) -> tuple[float, ...]:
+    x1, y1, x2, y2 = box
+    if frame == "thousandths":
+        return tuple(1000 * v / side for v, side in zip(box, (width, height) * 2, strict=True))
+    if frame == "resized":
+        return tuple(
+            v * to / side
+            for v, side, to in zip(box, (width, height) * 2, (504, 112) * 2, strict=True)
+        )
+    if frame == "larger":
+        return tuple(2.5 * v for v in box)
+    if frame == "longest":
+        return tuple(448 * v / max(width, height) for v in box)
+    return (x1, y1, x2 - x1, y2 - y1) if frame == "sizes" else box
+
+
+@pytest.mark.parametrize(
+    ("output", "right", "image", "words"), CASES["test_boxes_in_wrong_frame_are_detected"]
+)
+def test_boxes_in_wrong_frame_are_detected(
+    fake_run_dir: FakeRunDir,
+    tmp_path: Path,
+    output: str,
+    right: str,
+    image: JsonLine | None,
+    words: str,
+) -> None:
+    fake_run_dir.write("recipe.yaml", yaml.safe_dump(EVAL_RECIPE | {"image": image}))
+    boxes(fake_run_dir, tmp_path, output, right, off=0.02)
+    found = find_diagnosis(diagnose_predictions(fake_run_dir), "box-convention-mismatch")
+    assert words in found.what
+    assert shlex.split(found.remedy)[:2] == ["finesight", "check"]
+
+
+@pytest.mark.parametrize("off", [0.0, 0.1, 1.0])
+def test_inaccurate_boxes_are_in_the_right_frame(
+    fake_run_dir: FakeRunDir, tmp_path: Path, off: float
+) -> None:
+    boxes(fake_run_dir, tmp_path, "pixels", off=off)
+    assert "box-convention-mismatch" not in list_codes(diagnose_predictions(fake_run_dir))
+
+
+def test_boxes_without_image_files_are_skipped(fake_run_dir: FakeRunDir, tmp_path: Path) -> None:
+    boxes(fake_run_dir, tmp_path, "thousandths")
+    for image in tmp_path.glob("*.png"):
+        image.unlink()
+    assert list_codes(diagnose_predictions(fake_run_dir)) == []

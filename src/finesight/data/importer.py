@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from finesight.data.formats.dataset_format import (
     UnsupportedKeyError,
     format_answer_id,
 )
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, check_pixels
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
 from finesight.data.import_source import ImportOptions, ImportSource, open_source
 from finesight.data.line_index import MAX_LINE_BYTES
@@ -43,10 +44,12 @@ from finesight.data.sample import (
     check_limit,
     check_messages,
     encode_json_line,
+    is_video_path,
     sample_fields,
     to_json_data,
 )
 from finesight.errors import UserError, escape_surrogates
+from finesight.host_memory import num_allowed_cpus
 from finesight.storage import translate_os_errors, write_chunks, write_folder
 
 FREE_BYTES = 2**30
@@ -205,6 +208,10 @@ They ensure that each sample fits into a line of at most `MAX_LINE_BYTES`.
 SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 """Name of the output file that lists the rows skipped by `--on-invalid-row skip`."""
 
+NOTE_FIRST_FRAME = "images are animated or have several pages; only the first frame is used"
+DECODE_BATCH_SIZE = 1024
+"""Number of images whose decoding is submitted at once."""
+
 REASON_NOT_SELECTED = "not selected by --rows and --limit"
 REASON_IMAGE_IN_EVAL = "shares an image with the validation rows"
 REASON_BY_ERROR: dict[type[UserError], str] = {
@@ -281,10 +288,19 @@ RowExamples = list[_SpooledExample]
 
 @dataclass(slots=True)
 class _InvalidRows:
-    """Invalid rows of an import."""
+    """Invalid rows of an import.
+
+    Attributes:
+        described: Locations and errors of the first rows with the same remedy, by remedy.
+        remedies: Number of rows by remedy.
+        lines: Lines of the file of skipped rows, in the spool.
+    """
 
     first: SourceRow | None = None
-    described: list[tuple[str, UserError]] = field(default_factory=list)
+    described: defaultdict[str, list[tuple[str, UserError]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    remedies: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     boxes: int = 0
     lines: list[SpoolSpan] = field(default_factory=list)
@@ -292,17 +308,36 @@ class _InvalidRows:
     def __len__(self) -> int:
         return self.reasons.total()
 
-    def add(self, row: SourceRow, error: UserError) -> None:
-        """Record an invalid row.
+    def add(self, location: str, error: UserError, spool: Spool | None) -> None:
+        """Record an invalid row, with a line in the spool if it is skipped.
 
         The traceback of the error is removed, because it references the full row and its images.
         """
         error.__traceback__ = error.__cause__ = error.__context__ = None
-        self.first = self.first or row
-        if len(self.described) < MAX_DESCRIBED_ROWS:
-            self.described.append((row.location, error))
+        if len(self.described[error.remedy]) < MAX_DESCRIBED_ROWS:
+            self.described[error.remedy].append((location, error))
+        self.remedies[error.remedy] += 1
         self.reasons[get_skip_reason(error)] += 1
         self.boxes += isinstance(error, InvalidBoxError)
+        if spool is not None:
+            line = {"location": location, "reason": get_skip_reason(error), "error": str(error)}
+            self.lines.append(spool.add(f"{escape_surrogates(encode_json_line(line))}\n".encode()))
+
+    def describe(self) -> Iterator[str]:
+        """Yield lines with the number and the first examples of each kind of error."""
+        for remedy, num_rows in self.remedies.most_common(MAX_DESCRIBED_ROWS):
+            texts: dict[str, str] = {}
+            for location, error in self.described[remedy]:
+                where = error.where.lstrip(", ")
+                texts.setdefault(f"{where}{': ' if where else ''}{error.what}", location)
+            yield from (f"  {location}: {text}" for text, location in texts.items())
+            if num_rows > len(texts):
+                yield f"  and {num_rows - len(texts)} more such rows"
+            if len(self.remedies) > 1 and remedy:
+                yield f"    remedy: {remedy}"
+        if len(self.remedies) > MAX_DESCRIBED_ROWS:
+            others = self.remedies.most_common()[MAX_DESCRIBED_ROWS:]
+            yield f"  and {sum(count for _, count in others)} rows with other errors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +444,9 @@ def _parse_rows(
 ) -> tuple[list[RowExamples], _InvalidRows]:
     """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows."""
     rows: list[RowExamples] = []
+    locations: list[str] = []
     skipped = _InvalidRows()
+    skipped_spool = spool if options.on_invalid_row == "skip" else None
     for row in source.iter_rows():
         num_clipped = context.num_clipped
         context.raw_boxes.clear()
@@ -419,16 +456,23 @@ def _parse_rows(
             raise
         except UserError as error:
             context.num_clipped = num_clipped
-            skipped.add(row, error)
-            if options.on_invalid_row == "skip":
-                line = {"location": row.location, "reason": get_skip_reason(error)}
-                text = escape_surrogates(encode_json_line({**line, "error": str(error)}))
-                skipped.lines.append(spool.add(f"{text}\n".encode()))
+            skipped.first = skipped.first or row
+            skipped.add(row.location, error, skipped_spool)
         else:
             rows.append([_spool_example(example, spool) for example in encoded])
+            locations.append(row.location)
+    corrupt = _find_corrupt_images(rows, context)
+    if corrupt:
+        row_errors = [next((corrupt[i] for i in _images(r) if i in corrupt), None) for r in rows]
+        for location, image_error in zip(locations, row_errors, strict=True):
+            if image_error is not None:
+                skipped.add(location, image_error, skipped_spool)
+        rows = [row for row, error in zip(rows, row_errors, strict=True) if error is None]
     is_systematic = skipped.boxes > max(1, MAX_INVALID_BOX_FRACTION * (len(rows) + len(skipped)))
-    if skipped.first and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
-        alternative = _suggest_format(skipped.first, context, source.data_format)
+    if len(skipped) and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
+        alternative = (
+            _suggest_format(skipped.first, context, source.data_format) if skipped.first else None
+        )
         raise _build_import_error(
             skipped, rows, source.path, alternative, is_systematic=is_systematic
         )
@@ -441,6 +485,36 @@ def _parse_rows(
             remedy="check the source, or choose another --format",
         )
     return rows, skipped
+
+
+def _find_corrupt_images(
+    rows: Sequence[RowExamples], context: ImportContext
+) -> dict[str, CorruptImageError]:
+    """Decode all images in threads, and return the errors of corrupt ones by path.
+
+    Images with further frames are counted in the notes of the import.
+    """
+
+    def decode(path: str) -> int | CorruptImageError:
+        try:
+            return 1 if is_video_path(path) else check_pixels(Path(path))
+        except CorruptImageError as error:
+            if context.images.is_saved(Path(path)):  # this file is deleted after the error
+                what = f"the embedded image: {error.what}"
+                return CorruptImageError(what, expected=error.expected, remedy=error.remedy)
+            return error
+
+    errors = {}
+    paths = dict.fromkeys(image for examples in rows for image in _images(examples))
+    with ThreadPoolExecutor(num_allowed_cpus()) as pool:
+        paths_iter = iter(paths)
+        while batch := list(itertools.islice(paths_iter, DECODE_BATCH_SIZE)):
+            for path, result in zip(batch, pool.map(decode, batch), strict=True):
+                if isinstance(result, CorruptImageError):
+                    errors[path] = result
+                elif result > 1:
+                    context.source_notes[NOTE_FIRST_FRAME] += 1
+    return errors
 
 
 def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_EncodedExample]:
@@ -538,22 +612,18 @@ def _build_import_error(
     lines = [
         f"{len(skipped)} of {len(skipped) + len(valid)} rows are invalid; no files were written"
     ]
-    for location, error in skipped.described:
-        where = error.where.lstrip(", ")
-        lines.append(f"  {location}: {where}{': ' if where else ''}{error.what}")
-    if len(skipped) > MAX_DESCRIBED_ROWS:
-        lines.append(f"  and {len(skipped) - MAX_DESCRIBED_ROWS} more")
+    lines += skipped.describe()
     if is_systematic:
         lines.append(
             f"  over {MAX_INVALID_BOX_FRACTION:.0%} of the rows have invalid boxes: the box"
             " convention is probably wrong"
         )
-    first = skipped.described[0][1]
-    remedy = first.remedy
+    remedy, _ = skipped.remedies.most_common(1)[0]
+    first = skipped.described[remedy][0][1]
     if alternative is not None:
         remedy = f"give {alternative}"
     elif any(valid) and not is_systematic:
-        remedy += "; --on-invalid-row skip skips and lists such rows"
+        remedy += "; --on-invalid-row skip skips and lists invalid rows"
     return UserError("\n".join(lines), where=str(path), expected=first.expected, remedy=remedy)
 
 

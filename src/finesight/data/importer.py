@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -372,7 +372,13 @@ def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSumma
         context = source.create_context(options, staging)
         image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
         with _paused_gc():
-            rows, refused = _parse_rows(source, context, options, spool, image_names)
+            rows, num_eval, refused = _parse_rows(source, context, options, spool, image_names)
+        if (
+            options.eval_last is None
+            and options.train_fraction is None
+            and 0 < num_eval < len(rows)
+        ):
+            options = replace(options, eval_last=num_eval)
         splits = _split_rows(_make_ids_unique(rows), options)
         num_used = dict.fromkeys(image for part in splits for image in part.images())
         image_names.copy(num_used)
@@ -441,13 +447,20 @@ def _parse_rows(
     options: ImportOptions,
     spool: Spool,
     names: ImageNames,
-) -> tuple[list[RowExamples], _InvalidRows]:
-    """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows."""
+) -> tuple[list[RowExamples], int, _InvalidRows]:
+    """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows.
+
+    Returns:
+        The valid rows, how many of them belong to the validation split of the source, and the
+            invalid rows.
+    """
     rows: list[RowExamples] = []
     locations: list[str] = []
     skipped = _InvalidRows()
     skipped_spool = spool if options.on_invalid_row == "skip" else None
-    for row in source.iter_rows():
+    eval_start = source.rows.num_rows if source.rows.eval_start is None else source.rows.eval_start
+    is_eval: list[bool] = []
+    for row_index, row in enumerate(source.iter_rows(), start=source.row_bounds[0]):
         num_clipped = context.num_clipped
         context.raw_boxes.clear()
         try:
@@ -461,13 +474,16 @@ def _parse_rows(
         else:
             rows.append([_spool_example(example, spool) for example in encoded])
             locations.append(row.location)
+            is_eval.append(row_index >= eval_start)
     corrupt = _find_corrupt_images(rows, context)
     if corrupt:
         row_errors = [next((corrupt[i] for i in _images(r) if i in corrupt), None) for r in rows]
         for location, image_error in zip(locations, row_errors, strict=True):
             if image_error is not None:
                 skipped.add(location, image_error, skipped_spool)
-        rows = [row for row, error in zip(rows, row_errors, strict=True) if error is None]
+        is_valid = [error is None for error in row_errors]
+        rows = list(itertools.compress(rows, is_valid))
+        is_eval = list(itertools.compress(is_eval, is_valid))
     is_systematic = skipped.boxes > max(1, MAX_INVALID_BOX_FRACTION * (len(rows) + len(skipped)))
     if len(skipped) and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
         alternative = (
@@ -484,7 +500,7 @@ def _parse_rows(
             expected=source.data_format.description,
             remedy="check the source, or choose another --format",
         )
-    return rows, skipped
+    return rows, sum(is_eval), skipped
 
 
 def _find_corrupt_images(
@@ -699,9 +715,9 @@ def _remove_unused_images(staging: Path, used: set[str]) -> None:
 
 def _list_unused_columns(source: ImportSource, options: ImportOptions) -> tuple[str, ...]:
     """Return the table columns that no `--map` option uses."""
-    if source.data_format is not table_format.FORMAT:
+    if "map" not in source.data_format.supported_options:
         return ()
-    known, mapped_columns = source.columns, options.columns.values()
+    known, mapped_columns = source.columns, source.column_map.values()
     used = {
         name
         for column in mapped_columns

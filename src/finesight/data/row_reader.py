@@ -77,10 +77,13 @@ class RowReader:
 
     Attributes:
         iter_range: Function that yields the rows from `start` to `stop` (exclusive), 0-based.
+        eval_start: Index of the first row of the validation split of the source. None, or the
+            number of rows, without such a split.
     """
 
     num_rows: int
     iter_range: Callable[[int, int], Iterator[SourceRow]]
+    eval_start: int | None = None
 
 
 ItemT = TypeVar("ItemT")
@@ -524,7 +527,10 @@ class FolderListing:
                 f"found {names[0]} and {names[1]}"
             )
         if self.image_files():
-            return "the closest is folder: a .txt file with the answer next to each image"
+            return (
+                "the closest is folder: a .txt file with the answer next to each image; or sort the"
+                " images into one folder per class"
+            )
         return "give the folder with the images and labels, or the file with the rows"
 
     def __str__(self) -> str:

@@ -79,8 +79,8 @@ SourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A .json, .jsonl, .csv, .tsv or .parquet file, a WebDataset (.tar), a zip or tar "
-        "archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and "
+        help="A .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, a WebDataset (.tar), a zip or "
+        "tar archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and "
         ":SPLIT), or https://HOST/FILE.",
     ),
 ]
@@ -161,6 +161,7 @@ def import_data(
 def _format_summary(source: str, summary: ImportSummary) -> list[str]:
     lines = [
         f"{source}: {summary.num_rows} rows, read as {summary.format} ({summary.detected_by})",
+        *([f"  {summary.text_format}"] if summary.text_format else []),
         *(
             f"  {file.file}: {file.num_samples} samples from {file.num_rows} rows"
             for file in summary.output_files

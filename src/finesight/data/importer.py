@@ -240,6 +240,7 @@ class ImportSummary:
 
     Attributes:
         num_clipped_boxes: Number of boxes that exceeded their image by a rounding error.
+        text_format: Delimiter and encoding of a table, or its sheet; "" for other sources.
         source_notes: Counts of source content that samples do not represent, by description.
         skipped_rows_file: File that lists the invalid rows, None if there are none.
     """
@@ -254,6 +255,7 @@ class ImportSummary:
     source_notes: dict[str, int]
     unused_columns: tuple[str, ...]
     skipped_rows_file: Path | None = None
+    text_format: str = ""
 
 
 class _EncodedExample(NamedTuple):
@@ -407,6 +409,7 @@ def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSumma
         source_notes=dict(+context.source_notes),
         unused_columns=_list_unused_columns(source, options),
         skipped_rows_file=out / SKIPPED_ROWS_FILE if refused else None,
+        text_format=source.rows.text_format,
     )
 
 

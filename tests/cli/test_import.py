@@ -50,6 +50,8 @@ def test_summary_is_printed(source: Path, tmp_path: Path) -> None:
     assert f"{out / 'eval.jsonl'}: 2 samples from 2 rows" in result.output
     assert "skipped: 1 rows, not selected" in result.output
     assert "unused columns: box, n" in result.output
+    files = f"{out / 'train.jsonl'} --against {out / 'eval.jsonl'}"
+    assert result.output.splitlines()[-1] == f"next: finesight check {files}"
     assert read_samples(out / "eval.jsonl")[1].references == ("second 4",)
 
 

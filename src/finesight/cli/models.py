@@ -217,6 +217,7 @@ def _print_result(merge_result: VerifiedMerge, model_source: ModelSource) -> Non
     if not has_default_rule and not isinstance(image_rule, PixelRange):
         rule_text = ", ".join(f"{key} {n}" for key, n in image_rule or ())
         typer.echo(f"other programs cannot store the image size: resize images to {rule_text}")
+    typer.echo(f"next: {shlex.join(['finesight', 'export', str(merge_result.folder)])}")
 
 
 def export(

@@ -7,6 +7,7 @@ to read the image without unpacking the container. Pixels are not decoded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -237,8 +238,8 @@ def _read_head(path: Path) -> bytes:
         return file.read(80)
 
 
-def check_pixels(path: Path) -> int:
-    """Decode an image completely, JPEG at an eighth of its size, and return its number of frames.
+def check_pixels(path: Path) -> bool:
+    """Decode an image, JPEG at an eighth of its size, and return whether it has further frames.
 
     Raises:
         CorruptImageError: The file is truncated or corrupt.
@@ -247,10 +248,13 @@ def check_pixels(path: Path) -> int:
         try:
             image.draft(None, (1, 1))
             image.load()
-            # The further images of an MPO file are previews and depth maps.
-            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
+        # The further images of an MPO file are previews and depth maps.
+        with contextlib.suppress(Exception):
+            image.seek(1)
+            return image.format != "MPO"
+    return False
 
 
 def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:

@@ -514,9 +514,9 @@ def _find_corrupt_images(
     Images with further frames are counted in the notes of the import.
     """
 
-    def decode(path: str) -> int | CorruptImageError:
+    def decode(path: str) -> bool | CorruptImageError:
         try:
-            return 1 if is_video_path(path) else check_pixels(Path(path))
+            return not is_video_path(path) and check_pixels(Path(path))
         except CorruptImageError as error:
             if context.images.is_saved(Path(path)):  # this file is deleted after the error
                 what = f"the embedded image: {error.what}"
@@ -526,12 +526,12 @@ def _find_corrupt_images(
     errors = {}
     paths = dict.fromkeys(image for examples in rows for image in _images(examples))
     with ThreadPoolExecutor(num_allowed_cpus()) as pool:
-        paths_iter = iter(paths)
-        while batch := list(itertools.islice(paths_iter, DECODE_BATCH_SIZE)):
+        remaining = iter(paths)
+        while batch := list(itertools.islice(remaining, DECODE_BATCH_SIZE)):
             for path, result in zip(batch, pool.map(decode, batch), strict=True):
                 if isinstance(result, CorruptImageError):
                     errors[path] = result
-                elif result > 1:
+                elif result:
                     context.source_notes[NOTE_FIRST_FRAME] += 1
     return errors
 

@@ -250,9 +250,10 @@ def make_folder(path: Path) -> None:
 def write_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden empty folder that becomes `target` when the `with` block ends without error.
 
-    All files are flushed to disk and listed in `sha256.json` with their digests. An error or a
-    crash at any point leaves no `target`. If several processes write it concurrently, the first to
-    finish creates it. Raises UserError if `target` exists or cannot be written.
+    All files are flushed to disk and listed in `sha256.json` with their digests; weights get the
+    permissions of other files. An error or a crash at any point leaves no `target`. If several
+    processes write it concurrently, the first to finish creates it. Raises UserError if `target`
+    exists or cannot be written.
     """
     raise_if_exists(target)
     make_folder(target.parent)
@@ -363,6 +364,8 @@ def _write_digests(folder: Path) -> None:
     with ThreadPoolExecutor() as pool:
         digests = pool.map(sha256_file, files)
         for file in files:
+            if file.suffix == ".safetensors":  # which safetensors restricts to this user
+                file.chmod(folder.stat().st_mode & 0o666)
             file_system.sync_path(file)
         digests_by_name = dict(zip(names, digests, strict=True))
     _write_new_file(

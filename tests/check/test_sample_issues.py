@@ -103,6 +103,8 @@ def test_video_file_issues(folder):
     records.append(make_record("v.mp4", "An image?"))
     result = check_records(folder, *records)
     assert count_codes(result) == {"image-missing": 1, "image-corrupt": 2, "invalid-row": 1}
+    issue = issues_by_line(result, "image-corrupt")[2]
+    assert issue.remedy == "download or encode the video again, or remove it from the data"
     assert list(issues_by_line(result, "invalid-row")) == [5]
     assert (result.num_images, result.num_video_files, result.num_unique_images) == (0, 4, 4)
 

@@ -191,6 +191,11 @@ def test_recipe_is_checked_with_its_model(folder, model):
     assert f"{validation}: 1 row, 1 sample, read as samples (--format), validation" in result.output
     assert "too-long" in result.output
     assert "image-missing" not in result.output, "the recipe takes the first two samples only"
+    recipe["data"]["train"]["limit"] = 1
+    path.write_text(yaml.safe_dump(recipe))
+    result = run(path)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == f"next: finesight plan {path}"
     for extra in (["--model", model], ["--limit", "1"], [train]):
         refused = run(path, *extra).exception
         assert isinstance(refused, UserError)

@@ -7,15 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from fake_hub_servers import TOKEN, FakeHubServer, run_hub_server
 from fake_upload_servers import UploadModelScopeHandler, UploadStorageHandler
+from hf_reference import CPU
 from hub_fixtures import cache
+from lora_fixtures import tune_with_lora
 from tiny_model import create_tiny_model
 from typer.testing import CliRunner, Result
 
 from finesight.cli.models import export
 from finesight.errors import UserError
+from finesight.model.lora.peft_io import save_adapter
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
 
 __all__ = ["cache"]
 
@@ -69,7 +75,8 @@ def test_upload_files_are_listed_first(hub: FakeHubServer, model: Path) -> None:
     assert {line.split()[1] for line in files} == {path.name for path in model.iterdir()}
     size = sum(path.stat().st_size for path in model.iterdir())
     assert total.strip() == f"{size:,}  bytes in {len(files)} files to modelscope:me/latex, private"
-    assert last == "nothing was uploaded; add --yes to upload"
+    command = f"finesight export {model} modelscope:me/latex --yes"
+    assert last == f"nothing was uploaded; next: {command}"
     assert hub.requests == []
 
 
@@ -89,6 +96,26 @@ def test_public_upload_with_json_output(hub: FakeHubServer, model: Path) -> None
     assert output["public"] is True
     assert output["files"] == {path.name: path.stat().st_size for path in model.iterdir()}
     assert hub.gated == set()
+
+
+def test_adapter_upload_has_a_card_and_no_machine_paths(
+    hub: FakeHubServer, model: Path, tmp_path: Path
+) -> None:
+    base = ModelFolder(model)
+    tune = {"language": "lora", "lora": {"rank": 2}}
+    tuned = tune_with_lora(load_model(base, torch.float32, CPU), tune)
+    folder = tmp_path / "receipts"
+    folder.mkdir()
+    save_adapter(folder, tuned, base_model=str(base.path), base_fingerprint=base.fingerprint())
+    result = run_command(folder, "modelscope:me/receipts", "--yes")
+    assert result.exit_code == 0, result.exception
+    sent = hub.repositories["models/me/receipts"]
+    assert sent.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "latex"
+    card = sent["README.md"].decode()
+    assert "library_name: peft" in card
+    assert "# receipts\n\nLoRA adapter of latex" in card
+    assert not any(str(tmp_path).encode() in content for content in sent.values())
 
 
 def test_gguf_conversion(model: Path, tmp_path: Path) -> None:

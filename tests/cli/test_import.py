@@ -53,6 +53,8 @@ def test_summary_is_printed(source: Path, tmp_path: Path) -> None:
     assert f"{out / 'eval.jsonl'}: 2 samples from 2 rows" in result.output
     assert "skipped: 1 rows, not selected" in result.output
     assert "unused columns: box, n" in result.output
+    files = f"{out / 'train.jsonl'} --against {out / 'eval.jsonl'}"
+    assert result.output.splitlines()[-1] == f"next: finesight check {files}"
     assert read_samples(out / "eval.jsonl")[1].references == ("second 4",)
 
 
@@ -74,6 +76,7 @@ def test_json_output(source: Path, tmp_path: Path) -> None:
         "source_notes": {},
         "unused_columns": ["n", "text"],
         "skipped_rows_file": None,
+        "text_format": "",
     }
     sample = read_samples(out / "data.jsonl")[0]
     assert sample.messages[0].content[0].image == "images/1.png"
@@ -133,3 +136,21 @@ def test_usage_errors_exit_with_2(source: Path, tmp_path: Path, arguments: list[
 
 def test_help_has_an_example() -> None:
     assert "Example: finesight import" in run("--help").output
+
+
+def test_missing_column_is_one_message_and_the_text_format_is_printed(tmp_path: Path) -> None:
+    lines = [f"{write_gray_image(tmp_path / f'{n}.png').name};Größe {n}" for n in range(9)]
+    table = tmp_path / "a.csv"
+    table.write_bytes("\n".join(["image_path;text", *lines]).encode("cp1252"))
+    arguments = ("--map", "image=image_path", "--prompt", "?")
+    error = run(table, tmp_path / "out", *arguments, "--map", "answer=txt").exception
+    assert str(error).splitlines() == [
+        f"{table}: no column 'txt' for --map answer=txt",
+        "  expected: one of image_path, text",
+        "  remedy: did you mean text?",
+    ]
+    result = run(table, tmp_path / "out", *arguments, "--map", "answer=text")
+    assert "  semicolon-separated, CP1252" in result.output.splitlines()
+    error = run(table, tmp_path / "2", *arguments[:2], "--map", "answer=text").exception
+    assert str(error).count("a question without text") == 1
+    assert "and 8 more such rows" in str(error)

@@ -79,8 +79,9 @@ def test_run_is_merged_into_model_folder(run: Path, base: ModelFolder, tmp_path:
     out = tmp_path / "merged"
     result = run_command(run, out)
     assert result.exit_code == 0, result.exception
-    first, compared, *_, last = result.output.splitlines()
+    first, compared, *_, last, next_command = result.output.splitlines()
     assert first == f"14 layers merged into {out}, fp32"
+    assert next_command == f"next: finesight export {out}"
     assert compared.startswith("4 prompts about generated images")
     assert last == "4 of 4 completions have equal tokens"
     verify_folder(out)
@@ -130,7 +131,7 @@ def test_unsupported_image_size_is_reported(run: Path, tmp_path: Path) -> None:
     manifest["image_rule"] = {"height": 112, "width": 504}
     (run / "manifest.json").write_text(json.dumps(manifest))
     result = run_command(run, tmp_path / "merged")
-    assert result.output.splitlines()[-1].endswith("resize images to height 112, width 504")
+    assert result.output.splitlines()[-2].endswith("resize images to height 112, width 504")
 
 
 def test_merged_model_has_no_run_manifest(run: Path, tmp_path: Path) -> None:
@@ -205,9 +206,9 @@ def test_quantized_run_merges_into_published_weights(few: str, run: Path, tmp_pa
     assert result.exit_code == 0, result.exception
     assert (
         f"the run used quantized weights (language in {few.upper()})"
-        in result.output.splitlines()[-1]
+        in result.output.splitlines()[-2]
     )
-    assert "compared with the quantized base used in training" in result.output.splitlines()[-2]
+    assert "compared with the quantized base used in training" in result.output.splitlines()[-3]
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "merged")]
     assert weights[0] == weights[1]
     output = json.loads(run_command(run, tmp_path / "again", "--json").output)
@@ -248,7 +249,7 @@ def test_four_bit_model_is_written_dequantized(base: ModelFolder, tmp_path: Path
     assert lines[0] == f"written to {out}, fp32"
     assert any(line.startswith("  4 bits, and dequantized") for line in lines)
     assert "adapter" not in result.output
-    assert lines[-1].startswith("14 layers were dequantized from 4 bits to fp32")
+    assert lines[-2].startswith("14 layers were dequantized from 4 bits to fp32")
     models = [load_model(f, torch.float32, CPU).state_dict() for f in (ModelFolder(out), dense)]
     assert all(torch.equal(models[0][name], tensor) for name, tensor in models[1].items())
     output = json.loads(run_command(four.path, tmp_path / "again", "--json").output)

@@ -16,10 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_hub_servers import TOKEN, run_hub_server
+from fake_upload_servers import UploadModelScopeHandler, UploadStorageHandler
+from hub_fixtures import cache
 from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
 from finesight import storage
 from finesight.cli.app import run_command
+
+__all__ = ["cache"]
 
 COMMAND = [sys.executable, "-c", "from finesight.cli.app import main; main()", "train"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -49,6 +54,41 @@ def test_json_result(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         "merger",
         "language",
     }
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*.*")}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes <= {0o666 & ~umask, 0o777 & ~umask}
+
+
+def test_finished_run_is_pushed(
+    recipe: Path,
+    tmp_path: Path,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output_dir = f"output_dir={tmp_path / 'receipts'}"
+    arguments = ["train", str(recipe), output_dir, "tune.merger=frozen", "--push"]
+    assert run_command([*arguments, "modelscope:me/receipts@main"]) == 2
+    assert run_command([*arguments, "hf:me/receipts", "tune.merger=full"]) == 2
+    assert not (tmp_path / "receipts").exists()
+    assert run_command([*arguments, "modelscope:me/receipts", "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["steps"] == 6
+    assert "upload failed, but the run is complete: MODELSCOPE_API_TOKEN: no token" in output.err
+    command = f"finesight export {tmp_path / 'receipts'} modelscope:me/receipts --yes"
+    assert output.err.endswith(f"to upload it again: {command}\n")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN)
+    with run_hub_server(UploadModelScopeHandler, UploadStorageHandler) as server:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
+        assert run_command([*arguments, "modelscope:me/receipts", "--resume"]) == 0
+        sent = server.repositories["models/me/receipts"]
+    assert "uploaded: " in capsys.readouterr().err
+    assert sent.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    card = sent["README.md"].decode()
+    assert "## Evaluation" in card
+    assert "6 steps." in card
+    assert str(tmp_path) not in card
 
 
 def test_run_folder_is_resumed_by_its_recipe(

@@ -237,7 +237,8 @@ def test_invalid_rows_are_listed_and_no_output_is_written(tmp_path: Path) -> Non
     assert "line 1: in/a.png: no such image" in error.what
     assert "line 5" in error.what
     assert "line 6" not in error.what
-    assert "and 2 more" in error.what
+    assert "and 1 more such rows" in error.what
+    assert f"line 7: {tmp_path}/in/g.png: not an image" in error.what
     assert error.expected
     assert error.remedy
     assert sorted(tmp_path.iterdir()) == before

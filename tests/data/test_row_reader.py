@@ -8,9 +8,11 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 from image_fixtures import write_jsonl
 
+from finesight.data import row_reader
 from finesight.data.row_reader import SourceRow, open_row_file
 from finesight.errors import UserError
 
@@ -115,7 +117,10 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.json", b'{\n"data": [{"a": 1}]', "a.json:1", "broken JSON"),
         ("a.jsonl", b"\n", "a.jsonl", "contains no rows"),
         ("a.parquet", b"nonsense", "a.parquet", "cannot be read as Parquet"),
-        ("a.xlsx", b"", "a.xlsx", "a file of type .xlsx"),
+        ("a.csv", "a,b\nä,ö\n\né,ü\nü,ü\nß,".encode() * 3 + b"\xff", "a.csv:16", "not UTF-8"),
+        ("a.csv", b"a,b\nx,\x81\n", "a.csv:2", "not UTF-8"),
+        ("a.xlsx", b"", "a.xlsx", "cannot be read as an Excel file"),
+        ("a.xls", b"", "a.xls", "a file of type .xls"),
         ("a", b"", "a", "a file of type (no suffix)"),
     ],
 )
@@ -141,3 +146,49 @@ def test_csv_with_semicolons(tmp_path: Path) -> None:
     assert [row.record for row in read_all(path)] == [{**r, "id": str(r["id"])} for r in RECORDS]
     path.write_text("a,b;c\n1,2\n")
     assert read_all(path)[0].record == {"a": "1", "b;c": "2"}
+
+
+SENTENCES = {
+    "utf-8": "a straße, 图",
+    "utf-16": "a straße, 图",
+    "utf-16-le": "the Straße and more text",
+    "cp1252": "Ein Fußgänger überquert; café",
+    "gb18030": "一只猫坐在沙发上，旁边是红色的汽车",
+    "shift_jis": "赤い車が道路を走っている",
+}
+
+
+@pytest.mark.parametrize("encoding", SENTENCES)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_delimiter_and_encoding(tmp_path: Path, encoding: str, delimiter: str, suffix: str) -> None:
+    records = [{"n": str(n), "text": SENTENCES[encoding], "x": "1,5"} for n in range(4)]
+    path = as_csv(tmp_path / "utf8.csv", records, delimiter)
+    table = tmp_path / f"a.{suffix}"
+    table.write_bytes(path.read_text(encoding="utf-8-sig").encode(encoding))
+    reader = open_row_file(table)
+    assert [row.record for row in read_all(table)] == records
+    name = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}[delimiter]
+    assert reader.text_format == f"{name}-separated, {encoding.upper().replace('_', '-')}"
+
+
+def test_excel_workbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workbook = openpyxl.Workbook()
+    sheet = workbook.active
+    for row in [[], ["image", "text", None, "n"], ["a.png", "größer", None, 3], [], ["b.png"]]:
+        sheet.append(row)
+    workbook.create_sheet("Notes")
+    workbook.save(tmp_path / "a.xlsx")
+    reader = open_row_file(tmp_path / "a.xlsx")
+    assert reader.text_format == "sheet 'Sheet', not Notes"
+    assert [row.record for row in reader.iter_range(0, 9)] == [
+        {"image": "a.png", "text": "größer", "n": 3},
+        {"image": "b.png", "text": None, "n": None},
+    ]
+    monkeypatch.setattr(row_reader, "MAX_XLSX_BYTES", 100)
+    with pytest.raises(UserError, match="bytes unpacked, more than 100"):
+        open_row_file(tmp_path / "a.xlsx")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(UserError, match="openpyxl cannot be imported") as caught:
+        open_row_file(tmp_path / "a.xlsx")
+    assert "pip install 'finesight[xlsx]'" in caught.value.remedy

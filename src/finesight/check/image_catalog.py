@@ -311,6 +311,7 @@ _MIN_SIDE = 64
 """Minimum shorter side in pixels of an image decoded for its thumbnail."""
 
 ISSUE_IMAGE_MISSING = "image-missing"
+_MISSING_REMEDY = "correct the path; relative paths start at the folder of the data file"
 
 _FileIdentity = tuple[int, int, int, int, str]
 """Key that identifies file content without reading it.
@@ -341,6 +342,7 @@ class ImageInfo:
     thumbnail: bytes = b""
     issue_code: str | None = None
     error: str = ""
+    remedy: str = _MISSING_REMEDY
 
 
 _DecodeTask = tuple[list[int], Future[list[ImageInfo]]]
@@ -540,11 +542,14 @@ def _inspect_image(path: Path) -> ImageInfo:
             orientation = read_exif_orientation(header)
     except CorruptImageError as error:
         code = next(code for kind, code in _CODE_BY_ERROR.items() if isinstance(error, kind))
-        return ImageInfo(issue_code=code, error="" if code == ISSUE_IMAGE_MISSING else error.what)
+        if code == ISSUE_IMAGE_MISSING:
+            return ImageInfo(issue_code=code)
+        return ImageInfo(issue_code=code, error=error.what, remedy=error.remedy)
     size = (width, height) if orientation in TRANSPOSED_ORIENTATIONS else (height, width)
     if max(size) > MAX_ASPECT_RATIO * min(size):
         error_text = f"{size[1]} x {size[0]}, one side over {MAX_ASPECT_RATIO} times the other"
-        return ImageInfo(size, orientation, issue_code="image-too-large", error=error_text)
+        remedy = "resize or crop the image"
+        return ImageInfo(size, orientation, b"", "image-too-large", error_text, remedy)
     return ImageInfo(size, orientation, compute_thumbnail(image))
 
 

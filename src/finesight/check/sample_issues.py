@@ -242,16 +242,6 @@ def _check_placeholders(sample: Sample, location: SampleLocation) -> Iterator[Ch
     )
 
 
-_FETCH_REMEDY = "download or export the image again, or remove the sample"
-
-_REMEDIES = {
-    "image-missing": "correct the path; relative paths start at the folder of the data file",
-    "image-truncated": _FETCH_REMEDY,
-    "image-corrupt": _FETCH_REMEDY,
-    "image-too-large": "resize or crop the image",
-}
-
-
 def find_sample_issues(
     sample: Sample,
     location: SampleLocation,
@@ -304,7 +294,7 @@ def _check_images(
                 message = f"{path}: {image_info.error}" if image_info.error else path
                 issue_image = IssueImage(Path(path), image_index)
                 yield location.create_issue(
-                    image_info.issue_code, message, _REMEDIES[image_info.issue_code], (issue_image,)
+                    image_info.issue_code, message, image_info.remedy, (issue_image,)
                 )
         if isinstance(part, ImagePart) and is_video_path(part.image):
             yield issue_from_error(build_video_as_image_error(part.image), location)

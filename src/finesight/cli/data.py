@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,8 +80,8 @@ SourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A .json, .jsonl, .csv, .tsv or .parquet file, a WebDataset (.tar), a zip or tar "
-        "archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and "
+        help="A .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, a WebDataset (.tar), a zip or "
+        "tar archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and "
         ":SPLIT), or https://HOST/FILE.",
     ),
 ]
@@ -161,6 +162,7 @@ def import_data(
 def _format_summary(source: str, summary: ImportSummary) -> list[str]:
     lines = [
         f"{source}: {summary.num_rows} rows, read as {summary.format} ({summary.detected_by})",
+        *([f"  {summary.text_format}"] if summary.text_format else []),
         *(
             f"  {file.file}: {file.num_samples} samples from {file.num_rows} rows"
             for file in summary.output_files
@@ -175,7 +177,9 @@ def _format_summary(source: str, summary: ImportSummary) -> list[str]:
     lines += [f"  {count} {source_note}" for source_note, count in summary.source_notes.items()]
     if summary.unused_columns:
         lines.append(f"  unused columns: {', '.join(summary.unused_columns)}")
-    return lines
+    train, *validation = (str(file.file) for file in summary.output_files)
+    against = ["--against", *validation] if validation else []
+    return [*lines, f"next: {shlex.join(['finesight', 'check', train, *against])}"]
 
 
 def export_data(
@@ -455,6 +459,7 @@ def check(
 
     Example: finesight check latex/train.jsonl --against latex/eval.jsonl --html check.html
     """
+    from finesight.check.check_issues import EXIT_CODES
     from finesight.check.data_checker import (
         inputs_from_files,
         inputs_from_recipe,
@@ -487,7 +492,10 @@ def check(
             inputs_from_files(sources, against or [], options),
             load_model_requirements(model, max_length),
         )
-    raise typer.Exit(_run_check(inputs, model_context, fix, html, language, as_json))
+    exit_code = _run_check(inputs, model_context, fix, html, language, as_json)
+    if recipe is not None and not as_json and exit_code != EXIT_CODES["error"]:
+        typer.echo(f"next: {shlex.join(['finesight', 'plan', str(recipe)])}")
+    raise typer.Exit(exit_code)
 
 
 def _run_check(

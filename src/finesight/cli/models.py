@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ import typer
 
 from finesight.cli.options import AsJsonOption, DeviceOption
 from finesight.config import PixelRange
-from finesight.errors import UserError
+from finesight.errors import UserError, escape_unprintable
 from finesight.hub.address import HubAddress, parse_address
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ def _print_result(merge_result: VerifiedMerge, model_source: ModelSource) -> Non
     if not has_default_rule and not isinstance(image_rule, PixelRange):
         rule_text = ", ".join(f"{key} {n}" for key, n in image_rule or ())
         typer.echo(f"other programs cannot store the image size: resize images to {rule_text}")
+    typer.echo(f"next: {shlex.join(['finesight', 'export', str(merge_result.folder)])}")
 
 
 def export(
@@ -223,8 +225,8 @@ def export(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Folder written by `finesight merge`, or a fully fine-tuned run. Merge a LoRA run "
-            "first.",
+            help="Folder written by `finesight merge`, or a fully fine-tuned run. For the upload "
+            "to a hub also a LoRA run or an adapter folder.",
         ),
     ],
     out: Annotated[
@@ -265,13 +267,14 @@ def export(
     ] = "auto",
     as_json: AsJsonOption = False,
 ) -> None:
-    """Export a merged model: print vLLM and SGLang commands, upload to a hub, or write GGUF.
+    """Export a model: print vLLM and SGLang commands, upload it to a hub, or write GGUF.
 
     Without OUT: print the commands that serve MODEL with vLLM and SGLang at the image size of the
     training.
 
     OUT is a hub repository: list the weights, configuration and tokenizer files (no code), and
-    upload them with --yes. The token is HF_TOKEN or MODELSCOPE_API_TOKEN.
+    upload them with --yes. Of a LoRA run, the adapter is uploaded with a model card. The token is
+    HF_TOKEN or MODELSCOPE_API_TOKEN.
 
     OUT is a folder: run the converter of llama.cpp, which writes model.gguf (language model) and
     mmproj.gguf (vision encoder and merger).
@@ -291,9 +294,10 @@ def export(
     if out is None:
         _print_serving_commands(model_source, source, as_json)
     elif is_hub:
-        from finesight.export.hf_files import list_uploads
+        from finesight.export.model_card import collect_uploads
 
-        _upload_to_hub(source, out, list_uploads(model_source, source), public, confirm, as_json)
+        with collect_uploads(model_source, source) as files:
+            _upload_to_hub(source, out, files, public, confirm, as_json)
     else:
         from finesight.export.deployment import (
             find_converter,
@@ -311,6 +315,26 @@ def export(
         manifest = model_source.manifest
         thinking = None if manifest is None else manifest.enable_thinking
         typer.echo(format_llama_server_command(model_source.folder, gguf_files, thinking))
+
+
+def push_run(run_dir: Path, out: str) -> None:
+    """Upload a finished run to a hub; a failure prints the command to repeat."""
+    from finesight.export.model_card import collect_uploads
+    from finesight.hub.repository import publish_model
+    from finesight.infer.model_loader import resolve_model_source
+
+    try:
+        with collect_uploads(resolve_model_source(str(run_dir)), str(run_dir)) as files:
+            message = f"Upload {run_dir.resolve().name} with finesight"
+            page = publish_model(parse_address(out), files, public=False, message=message)
+            typer.echo(f"uploaded: {page}", err=True)
+    except Exception as error:  # whatever fails, the run is complete
+        command = shlex.join(["finesight", "export", str(run_dir), out, "--yes"])
+        typer.echo(
+            f"the upload failed, but the run is complete: {escape_unprintable(str(error))}\n"
+            f"to upload it again: {command}",
+            err=True,
+        )
 
 
 def _print_serving_commands(model_source: ModelSource, source: str, as_json: bool) -> None:
@@ -349,7 +373,8 @@ def _upload_to_hub(
         result = {"to": str(address), "public": public, "files": sizes, "page": page_url}
         typer.echo(json.dumps(result))
     else:
-        typer.echo(page_url or "nothing was uploaded; add --yes to upload")
+        command = shlex.join(["finesight", "export", source, out, *["--public"] * public, "--yes"])
+        typer.echo(page_url or f"nothing was uploaded; next: {command}")
 
 
 def _check_options(

@@ -86,7 +86,7 @@ SourceFormatOption = Annotated[
         metavar="NAME",
         help="Format of SOURCE: samples, openai, ms-swift, llava, llama-factory, qwen-vl, "
         "conversations, query-response, image-path, table (columns named with --map), coco, yolo, "
-        "voc, labelme or folder. Default: detected from the content.",
+        "voc, labelme, imagefolder, folder or classes. Default: detected from the content.",
     ),
 ]
 

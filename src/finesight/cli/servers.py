@@ -60,8 +60,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="FORMAT",
-            help="Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, JPEG2000, "
-            "PPM or TIFF. Repeatable.",
+            help="Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF, "
+            "JPEG2000, PPM or TIFF. Repeatable.",
         ),
     ] = None,
     max_num_seqs: Annotated[

@@ -121,6 +121,15 @@ def train(
             "is none. Repeat the same recipe and overrides, or give the run folder.",
         ),
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="hf:OWNER/NAME",
+            help="Upload the adapter or model to a private hub repository when the run is finished "
+            "(also modelscope:OWNER/NAME). If this fails, the run is kept; see `finesight export`.",
+        ),
+    ] = None,
     trust_metric: TrustMetricOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -144,9 +153,22 @@ def train(
     from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.recipe import load_recipe
 
+    if push is not None:
+        from finesight.hub.address import parse_address
+        from finesight.hub.repository import check_publish_address
+
+        check_publish_address(parse_address(push))
     if os.path.isdir(recipe):  # False for an invalid path, which load_recipe reports
         recipe = _find_run_recipe(recipe, overrides or ())
     settings = load_recipe(recipe, overrides or ())
+    if push is not None and settings.tune.has_mode("full") and settings.tune.has_mode("lora"):
+        raise UserError(
+            "the run trains an adapter and complete parts, which must be merged first",
+            where="--push",
+            expected="tune with lora only, or with full only",
+            remedy=f"remove --push; after training: finesight merge {settings.output_dir} OUT,"
+            f" then finesight export OUT {push} --yes",
+        )
     check_recipe_metric(settings, recipe, overrides or (), trust=trust_metric)
     # This import takes seconds. It follows the recipe checks so that errors appear at once.
     from finesight.train.training_run import train as run_training
@@ -154,6 +176,10 @@ def train(
     result = run_training(settings, resume=resume)
     if as_json and result is not None:
         typer.echo(json.dumps(result.as_json()))
+    if push is not None and result is not None:
+        from finesight.cli.models import push_run
+
+        push_run(settings.output_dir, push)
 
 
 def _find_run_recipe(folder: Path, overrides: Sequence[str]) -> Path:

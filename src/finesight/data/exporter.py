@@ -20,6 +20,7 @@ from finesight.data.image_header import (
 )
 from finesight.data.image_resolver import name_images
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Sample, list_media_paths
+from finesight.errors import UserError
 from finesight.storage import translate_os_errors, write_folder
 
 
@@ -47,7 +48,13 @@ def export_dataset(
     Images are referenced by their path relative to `out`, or copied to the folder `out`/images.
     """
     data_format = get_format(format_name, "--to")
-    assert data_format.write_files is not None, f"no exporter for {format_name}"
+    if data_format.write_files is None:
+        raise UserError(
+            f"{format_name} can be imported only",
+            where="--to",
+            expected="a format with an exporter",
+            remedy="export to folder or llava" if format_name == "classes" else "export to table",
+        )
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)
         image_names = name_images(

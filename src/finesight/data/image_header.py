@@ -7,18 +7,20 @@ to read the image without unpacking the container. Pixels are not decoded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from finesight.data.parquet_reader import read_parquet_image
+from finesight.data.sample import is_video_path
 from finesight.errors import UserError
 from finesight.storage import sha256_file
 
@@ -108,18 +110,22 @@ Without a limit, a 12 KB file could decode to gigabytes.
 MAX_IMAGE_BYTES = 1 << 30
 """Maximum file size of an image: `MAX_IMAGE_PIXELS` uncompressed pixels of four 32-bit values."""
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 """Accepted image formats, as named by Pillow. JPEG includes the MPO container of phone cameras.
 
+HEIF (HEIC photos) requires the package pillow-heif, which is imported for the first such file.
 Other formats of Pillow are rejected: some start programs (EPS), others contain no pixels.
 """
 
 IMAGE_SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
-        *(".tif", ".tiff", ".ppm", ".jp2", ".avif"),
+        *(".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic", ".heif"),
     }
 )
+
+_HEIF_HEADER = re.compile(rb".{4}ftyp.{4,60}(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
+"""Pattern of the first bytes of a HEIF file: its box `ftyp` with a HEIF brand."""
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
@@ -149,6 +155,10 @@ class ImageTooLargeError(CorruptImageError):
     """Raised when an image exceeds the limit of pixels or bytes."""
 
 
+class MissingPackageError(CorruptImageError):
+    """Raised when the package that decodes a file is not installed."""
+
+
 def open_image_header(
     path: Path, max_pixels: int = MAX_IMAGE_PIXELS, formats: Sequence[str] = IMAGE_FORMATS
 ) -> Image.Image:
@@ -162,29 +172,29 @@ def open_image_header(
     """
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe blocks
         what = "a folder" if os.path.isdir(path) else "a pipe or a device, not a file"
-        raise _build_error(path, what, "an image file", "correct the path")
+        raise build_file_error(path, what, "an image file", "correct the path")
     try:
         source = resolve_content(path)
         num_bytes = path.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
         if isinstance(source, Path) and num_bytes > MAX_IMAGE_BYTES:
             what, expected = f"a file of {num_bytes} bytes", f"at most {MAX_IMAGE_BYTES} bytes"
             remedy = "compress or downscale the image"
-            raise _build_error(path, what, expected, remedy, ImageTooLargeError)
-        image = Image.open(source, formats=tuple(formats))
+            raise build_file_error(path, what, expected, remedy, ImageTooLargeError)
+        image = _open_image(path, source, formats)
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = "correct the path; relative paths in data files start at their folder"
-        raise _build_error(
+        raise build_file_error(
             path, "no such image", "an existing file", remedy, MissingImageError
         ) from error
     except Image.DecompressionBombError as error:
         raise _build_too_large_error(path, "more than 178 million", max_pixels) from error
     except UnidentifiedImageError as error:
         what = "not an image" if num_bytes else "an empty file"
-        raise _build_error(path, what, f"one of {', '.join(formats)}") from error
+        raise build_file_error(path, what, f"one of {', '.join(formats)}") from error
     except CorruptImageError:
         raise
     except Exception as error:  # Pillow raises many error types
-        raise _build_error(path, f"cannot be opened ({error})", "a readable image") from error
+        raise build_file_error(path, f"cannot be opened ({error})", "a readable image") from error
     width, height = image.size
     if width * height > max_pixels:
         image.close()
@@ -195,19 +205,84 @@ def open_image_header(
     return image
 
 
-def _build_error(
+def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -> Image.Image:
+    """Open an image with Pillow, with the plugin pillow-heif if it is a HEIF file.
+
+    Raises:
+        UnidentifiedImageError: The file has none of the formats.
+        MissingPackageError: The file is a HEIF file, and pillow-heif is not installed.
+    """
+    try:
+        return Image.open(source, formats=[name for name in formats if name in _list_codecs()])
+    except UnidentifiedImageError:
+        head = source.getvalue()[:80] if isinstance(source, io.BytesIO) else _read_head(source)
+        if "HEIF" not in formats or not _HEIF_HEADER.match(head) or "HEIF" in Image.OPEN:
+            raise
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        what, expected = f"a HEIC image, but {error}", "the package pillow-heif, which decodes it"
+        remedy = "install it: pip install 'finesight[heif]'; or convert the images to JPEG"
+        raise build_file_error(path, what, expected, remedy, MissingPackageError) from error
+    register_heif_opener()
+    return Image.open(source, formats=("HEIF",))
+
+
+def _list_codecs() -> Collection[str]:
+    Image.init()
+    return Image.OPEN
+
+
+def _read_head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(80)
+
+
+def check_pixels(path: Path) -> bool:
+    """Decode an image, JPEG at an eighth of its size, and return whether it has further frames.
+
+    Raises:
+        CorruptImageError: The file is truncated or corrupt.
+    """
+    with open_image_header(path) as image:
+        try:
+            image.draft(None, (1, 1))
+            image.load()
+        except Exception as error:  # decoders raise various exceptions on corrupt data
+            raise build_corrupt_error(path, error) from error
+        # The further images of an MPO file are previews and depth maps.
+        with contextlib.suppress(Exception):
+            image.seek(1)
+            return image.format != "MPO"
+    return False
+
+
+def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:
+    """Build the error of an image whose decoder failed: truncated or corrupt."""
+    expected = "a complete image file"
+    if "truncated" in str(error) or isinstance(error, EOFError):
+        what = "truncated: the file ends within the image data"
+        return build_file_error(path, what, expected, error_class=TruncatedImageError)
+    return build_file_error(path, f"corrupt ({error})", expected)
+
+
+def build_file_error(
     path: Path,
     what: str,
     expected: str,
-    remedy: str = "download or export the image again, or remove it",
+    remedy: str = "",
     error_class: type[CorruptImageError] = CorruptImageError,
 ) -> CorruptImageError:
+    """Build the error of an image or video file; the default remedy names its kind."""
+    if not remedy:
+        verb, kind = ("encode", "video") if is_video_path(path) else ("export", "image")
+        remedy = f"download or {verb} the {kind} again, or remove it from the data"
     return error_class(what, where=str(path), expected=expected, remedy=remedy)
 
 
 def _build_too_large_error(path: Path, pixels: str, max_pixels: int) -> CorruptImageError:
     expected, remedy = f"at most {max_pixels} pixels", "downscale the image"
-    return _build_error(path, f"{pixels} pixels", expected, remedy, ImageTooLargeError)
+    return build_file_error(path, f"{pixels} pixels", expected, remedy, ImageTooLargeError)
 
 
 def _count_tile_pixels(image: TiffImageFile) -> int:
@@ -246,5 +321,5 @@ def read_image_size(
         except Exception as error:  # invalid EXIF raises many types
             what, expected = f"its EXIF data cannot be read ({error})", "valid EXIF data, or none"
             remedy = "save the image again without metadata"
-            raise _build_error(path, what, expected, remedy) from error
+            raise build_file_error(path, what, expected, remedy) from error
     return (width, height) if is_transposed else (height, width)

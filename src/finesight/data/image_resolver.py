@@ -113,6 +113,10 @@ class ImageResolver:
             self._sizes[path] = read_video_header(path).size if is_video else read_image_size(path)
         return self._sizes[path]
 
+    def is_saved(self, path: Path) -> bool:
+        """Return whether a path is an embedded image that was saved in the output folder."""
+        return path.parent == self._images_folder
+
     def _resolve_path(self, name: str) -> Path:
         if "://" in name and not name.startswith("file://"):
             raise CorruptImageError(
@@ -185,6 +189,8 @@ class ImageResolver:
         key = hashlib.sha256(data).hexdigest()
         if key not in self._saved_paths:
             suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), "")
+            if data[4:8] == b"ftyp":
+                suffix = ".avif" if data[8:12] in (b"avif", b"avis") else ".heic"
             counter = itertools.count(len(self._saved_paths) + 1)
             names = (f"{number:06d}{suffix}" for number in counter)
             path = self._images_folder / next(

@@ -86,6 +86,7 @@ class ImportSource:
     """An opened dataset with its detected format and selected rows.
 
     Attributes:
+        column_map: Column of each role, of `--map` or of the format.
         row_bounds: First and last (exclusive) selected row, 0-based.
     """
 
@@ -94,6 +95,7 @@ class ImportSource:
     data_format: DatasetFormat
     detected_by: str
     columns: tuple[str, ...]
+    column_map: Mapping[str, str]
     row_bounds: tuple[int, int]
 
     def iter_rows(self) -> Iterator[SourceRow]:
@@ -119,7 +121,7 @@ class ImportSource:
                 web_images=options.web_images,
                 allowed_root=options.allowed_root,
             ),
-            columns=options.columns,
+            columns=self.column_map,
             prompt=options.prompt,
             box_format=options.box_format,
             box_units=options.box_units,
@@ -207,7 +209,11 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
         data_format, detected_by = _detect_format(first_records, source, options)
     check_format_options(data_format, detected_by, options)
     columns = tuple(map(str, first_records[0])) if first_records else ()
-    return ImportSource(source, rows, data_format, detected_by, columns, (start, stop))
+    column_map = data_format.map_columns(first_records[0] if first_records else {}, options.columns)
+    known = dict.fromkeys(key for record in first_records for key in record)
+    for role, column in column_map.items():
+        table_format.find_columns(known, role, column, str(source))
+    return ImportSource(source, rows, data_format, detected_by, columns, column_map, (start, stop))
 
 
 def _check_options(options: ImportOptions) -> None:
@@ -370,6 +376,6 @@ def open_unvalidated_samples(
     check_format_options(data_format, "as in training", options)
     rows = RowReader(len(samples), select)
     source = ImportSource(
-        Path(path_or_url), rows, data_format, "as in training", (), (0, len(samples))
+        Path(path_or_url), rows, data_format, "as in training", (), {}, (0, len(samples))
     )
     return UnvalidatedSource(source, options, output_folder)

@@ -12,8 +12,9 @@ import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -31,7 +32,7 @@ from finesight.data.formats.dataset_format import (
     UnsupportedKeyError,
     format_answer_id,
 )
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, check_pixels
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
 from finesight.data.import_source import ImportOptions, ImportSource, open_source
 from finesight.data.line_index import MAX_LINE_BYTES
@@ -43,10 +44,12 @@ from finesight.data.sample import (
     check_limit,
     check_messages,
     encode_json_line,
+    is_video_path,
     sample_fields,
     to_json_data,
 )
 from finesight.errors import UserError, escape_surrogates
+from finesight.host_memory import num_allowed_cpus
 from finesight.storage import translate_os_errors, write_chunks, write_folder
 
 FREE_BYTES = 2**30
@@ -205,6 +208,10 @@ They ensure that each sample fits into a line of at most `MAX_LINE_BYTES`.
 SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 """Name of the output file that lists the rows skipped by `--on-invalid-row skip`."""
 
+NOTE_FIRST_FRAME = "images are animated or have several pages; only the first frame is used"
+DECODE_BATCH_SIZE = 1024
+"""Number of images whose decoding is submitted at once."""
+
 REASON_NOT_SELECTED = "not selected by --rows and --limit"
 REASON_IMAGE_IN_EVAL = "shares an image with the validation rows"
 REASON_BY_ERROR: dict[type[UserError], str] = {
@@ -233,6 +240,7 @@ class ImportSummary:
 
     Attributes:
         num_clipped_boxes: Number of boxes that exceeded their image by a rounding error.
+        text_format: Delimiter and encoding of a table, or its sheet; "" for other sources.
         source_notes: Counts of source content that samples do not represent, by description.
         skipped_rows_file: File that lists the invalid rows, None if there are none.
     """
@@ -247,6 +255,7 @@ class ImportSummary:
     source_notes: dict[str, int]
     unused_columns: tuple[str, ...]
     skipped_rows_file: Path | None = None
+    text_format: str = ""
 
 
 class _EncodedExample(NamedTuple):
@@ -281,10 +290,19 @@ RowExamples = list[_SpooledExample]
 
 @dataclass(slots=True)
 class _InvalidRows:
-    """Invalid rows of an import."""
+    """Invalid rows of an import.
+
+    Attributes:
+        described: Locations and errors of the first rows with the same remedy, by remedy.
+        remedies: Number of rows by remedy.
+        lines: Lines of the file of skipped rows, in the spool.
+    """
 
     first: SourceRow | None = None
-    described: list[tuple[str, UserError]] = field(default_factory=list)
+    described: defaultdict[str, list[tuple[str, UserError]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    remedies: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     boxes: int = 0
     lines: list[SpoolSpan] = field(default_factory=list)
@@ -292,17 +310,36 @@ class _InvalidRows:
     def __len__(self) -> int:
         return self.reasons.total()
 
-    def add(self, row: SourceRow, error: UserError) -> None:
-        """Record an invalid row.
+    def add(self, location: str, error: UserError, spool: Spool | None) -> None:
+        """Record an invalid row, with a line in the spool if it is skipped.
 
         The traceback of the error is removed, because it references the full row and its images.
         """
         error.__traceback__ = error.__cause__ = error.__context__ = None
-        self.first = self.first or row
-        if len(self.described) < MAX_DESCRIBED_ROWS:
-            self.described.append((row.location, error))
+        if len(self.described[error.remedy]) < MAX_DESCRIBED_ROWS:
+            self.described[error.remedy].append((location, error))
+        self.remedies[error.remedy] += 1
         self.reasons[get_skip_reason(error)] += 1
         self.boxes += isinstance(error, InvalidBoxError)
+        if spool is not None:
+            line = {"location": location, "reason": get_skip_reason(error), "error": str(error)}
+            self.lines.append(spool.add(f"{escape_surrogates(encode_json_line(line))}\n".encode()))
+
+    def describe(self) -> Iterator[str]:
+        """Yield lines with the number and the first examples of each kind of error."""
+        for remedy, num_rows in self.remedies.most_common(MAX_DESCRIBED_ROWS):
+            texts: dict[str, str] = {}
+            for location, error in self.described[remedy]:
+                where = error.where.lstrip(", ")
+                texts.setdefault(f"{where}{': ' if where else ''}{error.what}", location)
+            yield from (f"  {location}: {text}" for text, location in texts.items())
+            if num_rows > len(texts):
+                yield f"  and {num_rows - len(texts)} more such rows"
+            if len(self.remedies) > 1 and remedy:
+                yield f"    remedy: {remedy}"
+        if len(self.remedies) > MAX_DESCRIBED_ROWS:
+            others = self.remedies.most_common()[MAX_DESCRIBED_ROWS:]
+            yield f"  and {sum(count for _, count in others)} rows with other errors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +374,13 @@ def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSumma
         context = source.create_context(options, staging)
         image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
         with _paused_gc():
-            rows, refused = _parse_rows(source, context, options, spool, image_names)
+            rows, num_eval, refused = _parse_rows(source, context, options, spool, image_names)
+        if (
+            options.eval_last is None
+            and options.train_fraction is None
+            and 0 < num_eval < len(rows)
+        ):
+            options = replace(options, eval_last=num_eval)
         splits = _split_rows(_make_ids_unique(rows), options)
         num_used = dict.fromkeys(image for part in splits for image in part.images())
         image_names.copy(num_used)
@@ -366,6 +409,7 @@ def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSumma
         source_notes=dict(+context.source_notes),
         unused_columns=_list_unused_columns(source, options),
         skipped_rows_file=out / SKIPPED_ROWS_FILE if refused else None,
+        text_format=source.rows.text_format,
     )
 
 
@@ -406,11 +450,20 @@ def _parse_rows(
     options: ImportOptions,
     spool: Spool,
     names: ImageNames,
-) -> tuple[list[RowExamples], _InvalidRows]:
-    """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows."""
+) -> tuple[list[RowExamples], int, _InvalidRows]:
+    """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows.
+
+    Returns:
+        The valid rows, how many of them belong to the validation split of the source, and the
+            invalid rows.
+    """
     rows: list[RowExamples] = []
+    locations: list[str] = []
     skipped = _InvalidRows()
-    for row in source.iter_rows():
+    skipped_spool = spool if options.on_invalid_row == "skip" else None
+    eval_start = source.rows.num_rows if source.rows.eval_start is None else source.rows.eval_start
+    is_eval: list[bool] = []
+    for row_index, row in enumerate(source.iter_rows(), start=source.row_bounds[0]):
         num_clipped = context.num_clipped
         context.raw_boxes.clear()
         try:
@@ -419,16 +472,26 @@ def _parse_rows(
             raise
         except UserError as error:
             context.num_clipped = num_clipped
-            skipped.add(row, error)
-            if options.on_invalid_row == "skip":
-                line = {"location": row.location, "reason": get_skip_reason(error)}
-                text = escape_surrogates(encode_json_line({**line, "error": str(error)}))
-                skipped.lines.append(spool.add(f"{text}\n".encode()))
+            skipped.first = skipped.first or row
+            skipped.add(row.location, error, skipped_spool)
         else:
             rows.append([_spool_example(example, spool) for example in encoded])
+            locations.append(row.location)
+            is_eval.append(row_index >= eval_start)
+    corrupt = _find_corrupt_images(rows, context)
+    if corrupt:
+        row_errors = [next((corrupt[i] for i in _images(r) if i in corrupt), None) for r in rows]
+        for location, image_error in zip(locations, row_errors, strict=True):
+            if image_error is not None:
+                skipped.add(location, image_error, skipped_spool)
+        is_valid = [error is None for error in row_errors]
+        rows = list(itertools.compress(rows, is_valid))
+        is_eval = list(itertools.compress(is_eval, is_valid))
     is_systematic = skipped.boxes > max(1, MAX_INVALID_BOX_FRACTION * (len(rows) + len(skipped)))
-    if skipped.first and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
-        alternative = _suggest_format(skipped.first, context, source.data_format)
+    if len(skipped) and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
+        alternative = (
+            _suggest_format(skipped.first, context, source.data_format) if skipped.first else None
+        )
         raise _build_import_error(
             skipped, rows, source.path, alternative, is_systematic=is_systematic
         )
@@ -440,7 +503,37 @@ def _parse_rows(
             expected=source.data_format.description,
             remedy="check the source, or choose another --format",
         )
-    return rows, skipped
+    return rows, sum(is_eval), skipped
+
+
+def _find_corrupt_images(
+    rows: Sequence[RowExamples], context: ImportContext
+) -> dict[str, CorruptImageError]:
+    """Decode all images in threads, and return the errors of corrupt ones by path.
+
+    Images with further frames are counted in the notes of the import.
+    """
+
+    def decode(path: str) -> bool | CorruptImageError:
+        try:
+            return not is_video_path(path) and check_pixels(Path(path))
+        except CorruptImageError as error:
+            if context.images.is_saved(Path(path)):  # this file is deleted after the error
+                what = f"the embedded image: {error.what}"
+                return CorruptImageError(what, expected=error.expected, remedy=error.remedy)
+            return error
+
+    errors = {}
+    paths = dict.fromkeys(image for examples in rows for image in _images(examples))
+    with ThreadPoolExecutor(num_allowed_cpus()) as pool:
+        remaining = iter(paths)
+        while batch := list(itertools.islice(remaining, DECODE_BATCH_SIZE)):
+            for path, result in zip(batch, pool.map(decode, batch), strict=True):
+                if isinstance(result, CorruptImageError):
+                    errors[path] = result
+                elif result:
+                    context.source_notes[NOTE_FIRST_FRAME] += 1
+    return errors
 
 
 def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_EncodedExample]:
@@ -538,22 +631,18 @@ def _build_import_error(
     lines = [
         f"{len(skipped)} of {len(skipped) + len(valid)} rows are invalid; no files were written"
     ]
-    for location, error in skipped.described:
-        where = error.where.lstrip(", ")
-        lines.append(f"  {location}: {where}{': ' if where else ''}{error.what}")
-    if len(skipped) > MAX_DESCRIBED_ROWS:
-        lines.append(f"  and {len(skipped) - MAX_DESCRIBED_ROWS} more")
+    lines += skipped.describe()
     if is_systematic:
         lines.append(
             f"  over {MAX_INVALID_BOX_FRACTION:.0%} of the rows have invalid boxes: the box"
             " convention is probably wrong"
         )
-    first = skipped.described[0][1]
-    remedy = first.remedy
+    remedy, _ = skipped.remedies.most_common(1)[0]
+    first = skipped.described[remedy][0][1]
     if alternative is not None:
         remedy = f"give {alternative}"
     elif any(valid) and not is_systematic:
-        remedy += "; --on-invalid-row skip skips and lists such rows"
+        remedy += "; --on-invalid-row skip skips and lists invalid rows"
     return UserError("\n".join(lines), where=str(path), expected=first.expected, remedy=remedy)
 
 
@@ -629,9 +718,9 @@ def _remove_unused_images(staging: Path, used: set[str]) -> None:
 
 def _list_unused_columns(source: ImportSource, options: ImportOptions) -> tuple[str, ...]:
     """Return the table columns that no `--map` option uses."""
-    if source.data_format is not table_format.FORMAT:
+    if "map" not in source.data_format.supported_options:
         return ()
-    known, mapped_columns = source.columns, options.columns.values()
+    known, mapped_columns = source.columns, source.column_map.values()
     used = {
         name
         for column in mapped_columns

@@ -1,4 +1,4 @@
-"""Read rows from JSON, JSON Lines, CSV, TSV, Parquet and WebDataset files, and list folders.
+"""Read rows of JSON, JSON Lines, CSV, TSV, XLSX, Parquet and WebDataset files, and list folders.
 
 In a WebDataset, a tar, a sample is several adjacent files with the same stem: 0001.jpg, 0001.txt,
 0001.json, 0002.jpg, and so on. A row contains the image as `image`, the content of text files under
@@ -7,6 +7,8 @@ their suffixes (`txt`, `cls`, `caption`), and the keys of the JSON object.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import io
 import itertools
@@ -14,9 +16,10 @@ import os
 import posixpath
 import re
 import tarfile
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -41,6 +44,9 @@ from finesight.storage import DIGESTS_FILE
 Record = dict[str, Any]
 """A dataset row as JSON-like data; rows from Parquet may contain bytes."""
 
+
+MAX_XLSX_BYTES = 2**30
+"""Maximum number of bytes of an Excel file after decompression."""
 
 SNIFF_BYTES = 4096
 """Number of bytes read from the start of a file to detect its format."""
@@ -77,10 +83,15 @@ class RowReader:
 
     Attributes:
         iter_range: Function that yields the rows from `start` to `stop` (exclusive), 0-based.
+        eval_start: Index of the first row of the validation split of the source. None, or the
+            number of rows, without such a split.
+        text_format: Detected delimiter and encoding of a table, or its sheet, for messages.
     """
 
     num_rows: int
     iter_range: Callable[[int, int], Iterator[SourceRow]]
+    eval_start: int | None = None
+    text_format: str = ""
 
 
 ItemT = TypeVar("ItemT")
@@ -116,35 +127,35 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
                 yield SourceRow(row_offset + row.number, location, row.record, row.stem)
             row_offset += reader.num_rows
 
-    return RowReader(sum(reader.num_rows for reader in readers), iter_range)
+    text_format = readers[0].text_format
+    return RowReader(sum(reader.num_rows for reader in readers), iter_range, None, text_format)
 
 
 def open_row_file(source: Path) -> RowReader:
-    """Open a .json, .jsonl, .csv, .tsv or .parquet file as rows."""
+    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file as rows."""
     suffix = source.suffix.lower()
     if suffix == ".parquet":
         rows = _open_parquet(source)
     elif suffix in (".csv", ".tsv"):
-        table = _read_csv(source, "\t" if suffix == ".tsv" else _detect_delimiter(source))
-        rows = RowReader(len(table), lambda start, stop: itertools.islice(table, start, stop))
+        rows = _open_csv(source)
+    elif suffix == ".xlsx":
+        rows = _open_xlsx(source)
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
     else:
         raise UserError(
             f"a file of type {suffix or '(no suffix)'}",
             where=str(source),
-            expected=".json, .jsonl, .csv, .tsv or .parquet",
-            remedy="rename the file if it is one of these, or convert it",
+            expected=".json, .jsonl, .csv, .tsv, .xlsx or .parquet",
+            remedy="save the table as .xlsx or .csv"
+            if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers")
+            else "rename the file if it is one of these, or convert it",
         )
     if rows.num_rows == 0:
         raise UserError(
             "contains no rows", where=str(source), expected="at least one", remedy="check the file"
         )
     return rows
-
-
-def _read_text(source: Path) -> str:
-    return _decode_utf8(read_data_file(source), source, 1)
 
 
 def _decode_utf8(content: bytes, source: Path, line: int) -> str:
@@ -256,18 +267,121 @@ def _no_object(record: object, location: str, source: Path) -> UserError:
     )
 
 
-def _detect_delimiter(source: Path) -> str:
-    """Detect the delimiter of a CSV file (comma or semicolon) from its header.
+_DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 
-    Spreadsheet programs write semicolons in many locales.
+_ENCODINGS = ("cp1252", "gb18030", "big5", "shift_jis", "euc_kr", "cp1251")
+"""Encodings that are tried for a table that is neither UTF-8 nor UTF-16."""
+
+DETECTION_BYTES = 2**17
+
+
+def _detect_encoding(content: bytes) -> str:
+    """Detect the encoding of a table: UTF-8, UTF-16, or the most probable of `_ENCODINGS`."""
+    from charset_normalizer import from_bytes
+
+    with contextlib.suppress(UnicodeDecodeError):
+        if b"\0" not in content[:SNIFF_BYTES]:
+            content.decode()
+            return "utf-8"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    head = content[:SNIFF_BYTES]
+    if b"\0" in head:
+        return "utf-16-le" if head[1::2].count(0) > head[::2].count(0) else "utf-16-be"
+    text = content.decode(errors="replace")
+    if 10 * text.count("\ufffd") < sum(char > "\x7f" for char in text):
+        return "utf-8"  # with invalid bytes, which are reported
+    # In cp1252, single accented letters stand between ASCII letters.
+    runs = re.findall(rb"[\x80-\xff]+", content[:DETECTION_BYTES])
+    if sum(len(run) == 1 for run in runs) > 0.8 * len(runs):
+        return "cp1252"
+    # Lines of ASCII text say nothing about the encoding.
+    lines = [line for line in content.splitlines(keepends=True) if not line.isascii()]
+    best = from_bytes(b"".join(lines)[:DETECTION_BYTES], cp_isolation=list(_ENCODINGS)).best()
+    return "utf-8" if best is None else best.encoding
+
+
+def _detect_delimiter(text: str, suffix: str) -> str:
+    """Detect the delimiter of a table: the one that yields most columns, equal in all first rows.
+
+    Without such a delimiter, it is the most frequent one of the header.
     """
-    head = _read_text(source).partition("\n")[0]
-    return ";" if ";" in head and "," not in head else ","
+    num_columns: dict[str, int] = {}
+    head = text[:DETECTION_BYTES]
+    for delimiter in _DELIMITERS:
+        with contextlib.suppress(csv.Error):
+            rows = list(csv.reader(io.StringIO(head, newline=""), delimiter=delimiter))
+            complete = rows if len(text) == len(head) or len(rows) == 1 else rows[:-1]
+            widths = {len(row) for row in complete if row}
+            num_columns[delimiter] = widths.pop() if len(widths) == 1 else 0
+    best = max(num_columns, key=lambda one: num_columns[one], default=",")
+    if num_columns.get(best, 0) > 1:
+        return best
+    header = text.partition("\n")[0]
+    default = "\t" if suffix == ".tsv" else ","
+    return max((default, *_DELIMITERS), key=header.count)
 
 
-def _read_csv(source: Path, delimiter: str) -> list[SourceRow]:
+def _open_csv(source: Path) -> RowReader:
+    content = read_data_file(source)
+    encoding = _detect_encoding(content)
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = _decode_utf8(content, source, 1)
+    delimiter = _detect_delimiter(text, source.suffix.lower())
+    table = _parse_csv(text, source, delimiter)
+    text_format = f"{_DELIMITERS[delimiter]}-separated, {encoding.upper().replace('_', '-')}"
+    return RowReader(
+        len(table),
+        lambda start, stop: itertools.islice(table, start, stop),
+        text_format=text_format,
+    )
+
+
+def _open_xlsx(source: Path) -> RowReader:
+    """Open the active sheet of an Excel workbook; its first non-empty row contains the columns."""
+    try:
+        from openpyxl import load_workbook
+    except ImportError as error:
+        raise UserError(
+            f"an Excel file, but openpyxl cannot be imported ({error})",
+            where=str(source),
+            expected="the package openpyxl, which reads Excel files",
+            remedy="install it: pip install 'finesight[xlsx]'; or save the table as CSV",
+        ) from error
+    content = io.BytesIO(read_data_file(source))
+    try:
+        with zipfile.ZipFile(content) as archive:
+            num_bytes = sum(member.file_size for member in archive.infolist())
+        if num_bytes > MAX_XLSX_BYTES:
+            raise ValueError(f"{num_bytes:,} bytes unpacked, more than {MAX_XLSX_BYTES:,}")
+        workbook = load_workbook(content, read_only=True, data_only=True)
+        sheet = workbook.active or workbook.worksheets[0]
+        cells = [list(row) for row in sheet.iter_rows(values_only=True)]
+    except Exception as error:  # openpyxl raises various exceptions on corrupt files
+        raise UserError(
+            f"cannot be read as an Excel file ({type(error).__name__}: {error})",
+            where=str(source),
+            expected="an unencrypted .xlsx file with a table in its active sheet",
+            remedy="save the table again, or as CSV",
+        ) from error
+    cells = [row for row in cells if any(value is not None for value in row)]
+    header = [None if name is None else str(name) for name in cells[0]] if cells else []
+    _reject_duplicate_columns([name for name in header if name is not None], source)
+
+    def make_row(row_number: int, values: list[Any]) -> SourceRow:
+        record = {name: v for name, v in zip(header, values, strict=False) if name is not None}
+        return SourceRow(row_number, f"row {row_number}", record, source.stem)
+
+    others = [name for name in workbook.sheetnames if name != sheet.title]
+    text_format = f"sheet {sheet.title!r}" + (f", not {', '.join(others)}" if others else "")
+    return replace(rows_from_items(cells[1:], make_row), text_format=text_format)
+
+
+def _parse_csv(content: str, source: Path, delimiter: str) -> list[SourceRow]:
     rows = []
-    text = io.StringIO(_read_text(source), newline="")
+    text = io.StringIO(content, newline="")
     # Strict: an unclosed quote would otherwise consume the rest of the file.
     reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
@@ -477,7 +591,7 @@ def _read_member(tar: TarArchive, member: tarfile.TarInfo) -> bytes:
     return tar.read_member(member)
 
 
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".xlsx")
 """Suffixes of files that contain rows or a complete dataset, in lower case."""
 
 NUM_DETECTION_FILES = 5
@@ -524,7 +638,10 @@ class FolderListing:
                 f"found {names[0]} and {names[1]}"
             )
         if self.image_files():
-            return "the closest is folder: a .txt file with the answer next to each image"
+            return (
+                "the closest is folder: a .txt file with the answer next to each image; or sort the"
+                " images into one folder per class"
+            )
         return "give the folder with the images and labels, or the file with the rows"
 
     def __str__(self) -> str:

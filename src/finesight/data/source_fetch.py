@@ -22,6 +22,7 @@ import yaml
 
 from finesight.bounded_files import load_yaml, reject_special_file
 from finesight.data.formats import FORMATS
+from finesight.data.formats.image_folder import SPLIT_ALIASES
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions
 from finesight.data.row_reader import (
@@ -58,11 +59,6 @@ MAX_CARD_BYTES = 2**20
 """Maximum number of characters read from a dataset card to find its front matter."""
 
 DEFAULT_SPLIT = "train"
-_SPLIT_ALIASES = {
-    "train": "train", "training": "train",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +150,7 @@ def select_files(
     if split not in splits:
         # A selector that names only a subset, like no selector, selects its default split.
         subset_names = (subset["config_name"] for subset in _iter_subsets(card))
-        split = _SPLIT_ALIASES.get(
+        split = SPLIT_ALIASES.get(
             split, DEFAULT_SPLIT if selector in (None, *subset_names) else split
         )
     if selector is None and split not in splits and len(splits) == 1:
@@ -201,7 +197,7 @@ def _infer_splits(data: Sequence[str]) -> dict[str, list[str]]:
     # A tar next to row files contains their images; without row files, it is the dataset.
     for path in rows or [path for path in data if is_archive(path)]:
         words = re.split(r"[^a-z]+", path.lower())
-        split_words = [_SPLIT_ALIASES[word] for word in words if word in _SPLIT_ALIASES]
+        split_words = [SPLIT_ALIASES[word] for word in words if word in SPLIT_ALIASES]
         splits.setdefault(split_words[-1] if split_words else "", []).append(path)
     if splits.keys() == {""}:
         return {DEFAULT_SPLIT: splits[""]}

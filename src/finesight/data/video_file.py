@@ -27,6 +27,7 @@ from finesight.data.image_header import (
     ImageTooLargeError,
     MissingImageError,
     TruncatedImageError,
+    build_file_error,
     resolve_content,
     split_container_path,
 )
@@ -83,7 +84,7 @@ def read_video_header(path: Path) -> VideoHeader:
         state = os.stat(split_container_path(str(path))[0] if not path.exists() else path)
     except (OSError, ValueError) as error:
         remedy = "correct the path; relative paths in data files start at their folder"
-        raise _build_error(
+        raise build_file_error(
             path, "no such video", "an existing file", remedy, MissingImageError
         ) from error
     return _read_header(path, (state.st_ino, state.st_size, state.st_mtime_ns))
@@ -126,7 +127,7 @@ def _read_header(path: Path, version: tuple[int, ...]) -> VideoHeader:
             if abs(fps - measured_fps) > MAX_FPS_ERROR * measured_fps > 0:
                 fps = measured_fps
         if not num_frames or frame is None or not fps:
-            raise _build_error(path, f"{num_frames} frames at {fps} frames/s", "a video")
+            raise build_file_error(path, f"{num_frames} frames at {fps} frames/s", "a video")
         _check_limit(path, frame.width * frame.height, MAX_IMAGE_PIXELS, "pixels")
         size = frame.height, frame.width
         is_transposed = abs(frame.rotation) == 90
@@ -162,9 +163,9 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open the container and the video stream of a file; translate errors of PyAV."""
     av = _import_av(path)
     if not is_video_path(path):
-        raise _build_error(path, "not a video file", f"one of {', '.join(VIDEO_SUFFIXES)}")
+        raise build_file_error(path, "not a video file", f"one of {', '.join(VIDEO_SUFFIXES)}")
     if path.exists() and not path.is_file():  # opening a pipe blocks
-        raise _build_error(path, "not a file", "a video file", "correct the path")
+        raise build_file_error(path, "not a file", "a video file", "correct the path")
     demuxer = "mov" if path.suffix.lower() in (".mp4", ".mov") else "matroska"
     try:
         source = resolve_content(path)
@@ -174,12 +175,14 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             covers = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & covers]
             if not streams:
-                raise _build_error(path, "no video stream", "a file with video frames")
+                raise build_file_error(path, "no video stream", "a file with video frames")
             stream = streams[0]
             _check_limit(path, stream.frames, MAX_VIDEO_FRAMES, "frames")
             codec = stream.codec_context.codec.canonical_name
             if codec not in VIDEO_CODECS:
-                raise _build_error(path, f"the codec {codec}", f"one of {', '.join(VIDEO_CODECS)}")
+                raise build_file_error(
+                    path, f"the codec {codec}", f"one of {', '.join(VIDEO_CODECS)}"
+                )
             context = stream.codec_context
             _check_limit(path, context.width * context.height, MAX_IMAGE_PIXELS, "pixels")
             # Data loader workers already use all CPU cores.
@@ -189,7 +192,7 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         raise
     except Exception as error:  # PyAV raises various exceptions on corrupt data
         reason = error.strerror if isinstance(error, av.FFmpegError) else error
-        raise _build_error(path, f"corrupt ({reason})", "a complete video file") from error
+        raise build_file_error(path, f"corrupt ({reason})", "a complete video file") from error
 
 
 def _reject_reference(url: str, flags: int, options: dict[str, str]) -> None:
@@ -213,19 +216,9 @@ def _import_av(path: Path) -> Any:
 def _check_limit(path: Path, count: int, limit: int, what: str) -> None:
     if count > limit:
         expected, remedy = f"at most {limit} {what}", "split or downscale the video"
-        raise _build_error(path, f"{count} {what}", expected, remedy, ImageTooLargeError)
+        raise build_file_error(path, f"{count} {what}", expected, remedy, ImageTooLargeError)
 
 
 def _build_truncated_error(path: Path, what: str) -> CorruptImageError:
     expected = "a complete video file"
-    return _build_error(path, f"truncated: {what}", expected, error_class=TruncatedImageError)
-
-
-def _build_error(
-    path: Path,
-    what: str,
-    expected: str,
-    remedy: str = "download or encode the video again, or remove it from the data",
-    error_class: type[CorruptImageError] = CorruptImageError,
-) -> CorruptImageError:
-    return error_class(what, where=str(path), expected=expected, remedy=remedy)
+    return build_file_error(path, f"truncated: {what}", expected, error_class=TruncatedImageError)

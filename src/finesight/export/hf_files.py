@@ -74,13 +74,8 @@ def complete_hf_folder(folder: Path, family: str, end_ids: Sequence[int]) -> Non
     """Complete a model folder with settings that other programs need.
 
     Writes the model class into config.json, the image processor settings, and a greedy
-    generation_config.json with the end tokens `end_ids`. Gives the weights the same permissions as
-    config.json.
+    generation_config.json with the end tokens `end_ids`.
     """
-    for weight_file in folder.glob("*.safetensors"):
-        # The writer of weights restricts them to this user, but a server often runs as another
-        # user.
-        weight_file.chmod((folder / "config.json").stat().st_mode)
     config = _read_json(folder / "config.json")
     # Local path from which transformers loaded the base.
     config.pop("_name_or_path", None)

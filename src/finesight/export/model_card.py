@@ -1,11 +1,13 @@
-"""Write the model card (README.md) of a merged model: training, evaluation and serving."""
+"""Write the model card (README.md) of a merged model or adapter, and list the files to upload."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,17 @@ from typing import Any
 import yaml
 
 from finesight import __version__
-from finesight.bounded_files import load_yaml, read_bytes
+from finesight.bounded_files import load_yaml, read_bytes, read_json_object
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import note_lines
 from finesight.export.deployment import format_serving_commands
-from finesight.export.hf_files import HF_ARCHITECTURES
+from finesight.export.hf_files import HF_ARCHITECTURES, list_uploads
 from finesight.export.merge_parity import MergeParity
 from finesight.hub.address import parse_model_address
 from finesight.infer.model_loader import ModelSource
 from finesight.manifest import MANIFEST_FILE
 from finesight.model.lora.merge import public_model_name
+from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
 from finesight.report.metric_rows import get_note
 from finesight.report.run_reader import RunRecord, read_json_lines, read_run
@@ -66,7 +69,7 @@ def write_model_card(folder: Path, info: VerifiedMerge) -> None:
     manifest_file = info.source / MANIFEST_FILE
     run_record = read_run(info.source) if manifest_file.is_file() else None
     blocks = [
-        _format_front_matter(info),
+        _format_front_matter(info.model_source, "transformers"),
         f"# {info.folder.name}",
         _format_summary(info, run_record),
         *_format_prompts(run_record),
@@ -79,6 +82,59 @@ def write_model_card(folder: Path, info: VerifiedMerge) -> None:
     (folder / MODEL_CARD_FILE).write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str, Path]]:
+    """Yield the files of a model or adapter to upload, by their name in the repository.
+
+    For an adapter, these are its weights, its configuration with the public name of the base model,
+    and a model card. `source` is the run or folder as the user named it.
+    """
+    manifest, adapter = model_source.manifest, model_source.adapter
+    if adapter is None or (manifest is not None and manifest.tune.has_mode("full")):
+        yield list_uploads(model_source, source)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        config = read_json_object(adapter / ADAPTER_CONFIG_FILE, expected="a PEFT configuration")
+        config["base_model_name_or_path"] = _get_base_name(model_source)
+        address = parse_model_address(_get_base_name(model_source))
+        if address is not None:
+            config["base_model_name_or_path"] = address.repo_id
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (Path(name) / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
+        card = _render_adapter_card(model_source, Path(source))
+        (Path(name) / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
+        generated = {file: Path(name) / file for file in (MODEL_CARD_FILE, ADAPTER_CONFIG_FILE)}
+        yield {**generated, ADAPTER_WEIGHTS_FILE: adapter / ADAPTER_WEIGHTS_FILE}
+
+
+def _render_adapter_card(model_source: ModelSource, source: Path) -> str:
+    run_record = read_run(source) if (source / MANIFEST_FILE).is_file() else None
+    title, base = source.resolve().name, _get_base_name(model_source)
+    summary = [
+        f"LoRA adapter of {base} (family {model_source.folder.family}), trained with finesight"
+        f" {__version__}.",
+        *_format_training(model_source, run_record),
+    ]
+    if model_source.quantization_summary:
+        summary.append(f"Training used {model_source.quantization_summary} weights of the base.")
+    usage = (
+        f"finesight download OWNER/NAME --to {shlex.quote(title)}\n"
+        f"finesight predict {shlex.quote(title)} IMAGE --prompt TEXT\n"
+        f"finesight merge {shlex.quote(title)} merged --base {shlex.quote(base)}"
+    )
+    blocks = [
+        _format_front_matter(model_source, "peft"),
+        f"# {title}",
+        " ".join(summary),
+        *_format_prompts(run_record),
+        *_format_scores(run_record),
+        *_format_recipe(run_record),
+        f"## Usage\n\n```sh\n{usage}\n```\n\nPEFT loads it with PeftModel.from_pretrained.",
+        _format_license(model_source.folder, source),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
 def _get_base_name(model_source: ModelSource) -> str:
     if model_source.folder.path.resolve() == TINY_MODEL_FOLDER.resolve():
         return TINY_MODEL
@@ -87,10 +143,10 @@ def _get_base_name(model_source: ModelSource) -> str:
     )
 
 
-def _format_front_matter(info: VerifiedMerge) -> str:
-    model_source, base_name = info.model_source, _get_base_name(info.model_source)
+def _format_front_matter(model_source: ModelSource, library: str) -> str:
+    base_name = _get_base_name(model_source)
     metadata: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "image-text-to-text",
         "tags": ["finesight", model_source.folder.family],
     }
@@ -103,19 +159,12 @@ def _format_front_matter(info: VerifiedMerge) -> str:
 
 
 def _format_summary(info: VerifiedMerge, run_record: RunRecord | None) -> str:
-    manifest, parity = info.model_source.manifest, info.parity
+    parity = info.parity
     sentences = [
         f"{_get_base_name(info.model_source)} (family {info.model_source.folder.family}),"
-        f" fine-tuned with finesight {__version__}; weights in {info.precision}."
+        f" fine-tuned with finesight {__version__}; weights in {info.precision}.",
+        *_format_training(info.model_source, run_record),
     ]
-    if manifest is not None:
-        tuned_parts = {name: mode for name, mode in manifest.tune if mode in ("lora", "full")}
-        sentences.append(
-            "Trained: " + ", ".join(f"{name} ({mode})" for name, mode in tuned_parts.items()) + "."
-        )
-        sentences.append(f"The fingerprint of the base is {manifest.base_fingerprint}.")
-    if run_record is not None:
-        sentences += _format_training_counts(run_record)
     if info.model_source.quantization_summary:
         sentences.append(
             (
@@ -141,8 +190,16 @@ def _format_summary(info: VerifiedMerge, run_record: RunRecord | None) -> str:
     return " ".join(sentences)
 
 
-def _format_training_counts(run_record: RunRecord) -> list[str]:
-    sentences = []
+def _format_training(model_source: ModelSource, run_record: RunRecord | None) -> list[str]:
+    manifest, sentences = model_source.manifest, []
+    if manifest is not None:
+        tuned_parts = {name: mode for name, mode in manifest.tune if mode in ("lora", "full")}
+        sentences.append(
+            "Trained: " + ", ".join(f"{name} ({mode})" for name, mode in tuned_parts.items()) + "."
+        )
+        sentences.append(f"The fingerprint of the base is {manifest.base_fingerprint}.")
+    if run_record is None:
+        return sentences
     data = (run_record.starts[-1].get("data") if run_record.starts else None) or {}
     counts = {name: data[name].get("num_samples") for name in ("train", "eval") if data.get(name)}
     if counts.get("train"):

@@ -213,13 +213,8 @@ def download_folder(repository: HubRepository, paths: Sequence[str], target: Pat
             raise
 
 
-def publish_model(
-    address: HubAddress, files: Mapping[str, Path], *, public: bool, message: str
-) -> str:
-    """Upload files to a model repository in one commit.
-
-    A missing repository is created. Files that exist in the repository under other names are kept.
-    """
+def check_publish_address(address: HubAddress) -> None:
+    """Raise UserError for an address to which no model can be uploaded."""
     if address.repo_type != "model" or address.revision or address.data_part:
         raise UserError(
             f"{address} is not a model, or has a revision",
@@ -227,6 +222,16 @@ def publish_model(
             expected="hf:OWNER/NAME or modelscope:OWNER/NAME, without a revision",
             remedy="remove the other parts",
         )
+
+
+def publish_model(
+    address: HubAddress, files: Mapping[str, Path], *, public: bool, message: str
+) -> str:
+    """Upload files to a model repository in one commit.
+
+    A missing repository is created. Files that exist in the repository under other names are kept.
+    """
+    check_publish_address(address)
     raise_if_offline(str(address))
     assert files, f"no files for {address}"
     return _get_hub(address).publish_files(address, files, public=public, commit_message=message)
@@ -293,4 +298,5 @@ def _save_listing(path: Path, text: str) -> None:
         fd, name = tempfile.mkstemp(dir=path.parent, prefix=".")
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(name, path.parent.stat().st_mode & 0o666)
         os.replace(name, path)

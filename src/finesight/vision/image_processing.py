@@ -27,7 +27,7 @@ from finesight.data.image_header import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,
     ImageSize,
-    TruncatedImageError,
+    build_corrupt_error,
     open_image_header,
     read_exif_orientation,
     read_image_size,
@@ -78,22 +78,11 @@ def load_image(
             image.load()
             rgb_image = _convert_to_rgb(image)
         except Exception as error:  # decoders raise various exceptions on corrupt data
-            raise _build_corrupt_image_error(path, error) from error
+            raise build_corrupt_error(path, error) from error
     return (
         rgb_image.transpose(_EXIF_TRANSPOSES[exif_orientation])
         if exif_orientation in _EXIF_TRANSPOSES
         else rgb_image
-    )
-
-
-def _build_corrupt_image_error(path: Path, error: Exception) -> CorruptImageError:
-    is_truncated = "truncated" in str(error) or isinstance(error, EOFError)
-    error_class = TruncatedImageError if is_truncated else CorruptImageError
-    return error_class(
-        "truncated: the file ends within the image data" if is_truncated else f"corrupt ({error})",
-        where=str(path),
-        expected="a complete image file",
-        remedy="download or export the image again, or remove it from the data",
     )
 
 

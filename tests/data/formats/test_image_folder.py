@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from box_fixtures import (
     check_export_roundtrip,
@@ -13,11 +15,22 @@ from box_fixtures import (
     write_box_image,
 )
 from case_files import load_cases
+from image_fixtures import write_gray_image, write_jsonl
 
+from finesight.data.exporter import export_dataset
 from finesight.data.formats import image_folder
 from finesight.data.formats.dataset_format import ExportContext
 from finesight.data.image_header import read_image_size
-from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.sample import (
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    read_samples,
+)
 from finesight.errors import UserError
 
 CASES = load_cases("image_folder")
@@ -105,3 +118,80 @@ def test_windows_line_endings(root: Path, tmp_path: Path) -> None:
     (root / "a.txt").write_bytes(b"A dog.\r\nIt barks.\r\n")
     samples, _ = import_samples(root, tmp_path / "out", prompt="What is this?")
     assert list_answers(samples)[0] == ["A dog.\nIt barks."]
+
+
+def write_images(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        write_gray_image(root / name, gray_level=number)
+    return root
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "set", "cat/1.jpg", "cat/more/2.jpg", "big dog/1.png")
+    samples, summary = import_samples(root, tmp_path / "out")
+    assert (summary.format, summary.detected_by) == ("classes", "one folder per class, 2 classes")
+    assert list_answers(samples) == [["big dog"], ["cat"], ["cat"]]
+    assert "Which of these classes does the image show: big dog, cat?" in list_questions(samples)[0]
+    assert [sample.id for sample in samples] == ["big dog-1", "cat-1", "cat-more-2"]
+    samples, _ = import_samples(root, tmp_path / "two", prompt="One of {labels}?")
+    assert list_questions(samples)[0] == "One of big dog, cat?"
+    with pytest.raises(UserError, match="can be imported only"):
+        export_dataset([], tmp_path / "three", "classes", copy_images=False)
+
+
+@pytest.mark.parametrize("metadata", ["csv", "jsonl", "parquet", None])
+@pytest.mark.parametrize("validation", ["val", "test", None])
+def test_split_folders(tmp_path: Path, metadata: str | None, validation: str | None) -> None:
+    folders = ["train", *filter(None, [validation])]
+    root = tmp_path / "set"
+    for split in folders:
+        names = [f"{label}/{split}-{n}.png" for label in ("cat", "dog") for n in range(2)]
+        write_images(root / split, *names)
+        rows = {"file_name": names, "caption": [name[:3].upper() for name in names]}
+        if metadata == "csv":
+            lines = zip(*rows.values(), strict=True)
+            text = "".join(f"{','.join(line)}\n" for line in (tuple(rows), *lines))
+            (root / split / "metadata.csv").write_text(text)
+        elif metadata == "jsonl":
+            records = [
+                dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)
+            ]
+            write_jsonl(root / split / "metadata.jsonl", records)
+        elif metadata:
+            pyarrow.parquet.write_table(pyarrow.table(rows), root / split / "metadata.parquet")
+    options = ImportOptions(prompt="What?")
+    for number, path in enumerate(sorted(root.rglob("*.png"))):  # no image in both splits
+        write_gray_image(path, gray_level=number)
+    summary = import_dataset(root, tmp_path / "out", options)
+    assert summary.format == ("imagefolder" if metadata else "classes")
+    assert f"{validation} folder" in summary.detected_by or validation in (None, "val")
+    counts = {part.file.name: part.num_samples for part in summary.output_files}
+    assert counts == ({"train.jsonl": 4, "eval.jsonl": 4} if validation else {"data.jsonl": 4})
+    last = read_samples(summary.output_files[-1].file)
+    assert {answer for (answer,) in list_answers(last)} == (
+        {"CAT", "DOG"} if metadata else {"cat", "dog"}
+    )
+    assert all(folders[-1] in sample.messages[0].content[0].image for sample in last)
+
+
+def test_imagefolder_columns(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "set", "a.png", "b.png")
+    rows = [{"file_name": f"{name}.png", "x": 1, "y": name} for name in "ab"]
+    write_jsonl(root / "metadata.jsonl", rows)
+    with pytest.raises(UserError, match="no answer column among file_name, x, y"):
+        import_samples(root, tmp_path / "out", prompt="What?")
+    columns = {"fields": "x,y"}
+    samples, summary = import_samples(root, tmp_path / "out", prompt="What?", columns=columns)
+    assert list_answers(samples)[1] == ['{"x": 1, "y": "b"}']
+    assert summary.unused_columns == ()
+    with pytest.raises(UserError, match="no column 'yy' for --map answer=yy") as caught:
+        import_samples(root, tmp_path / "two", prompt="What?", columns={"answer": "yy"})
+    assert caught.value.remedy == "did you mean y?"
+
+
+@pytest.mark.parametrize(
+    "names", [("a.png", "cat/b.png"), ("train/b.png", "test/c.png"), ("cat/a.png", "cat/b.png")]
+)
+def test_other_folders_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="a folder without a known dataset format"):
+        import_samples(write_images(tmp_path / "set", *names), tmp_path / "out")

@@ -202,7 +202,7 @@ def test_several_images(folder: Path) -> None:
         ({"b": [1, 2, 3, 4]}, "box=b", "0 images"),
         ({"image": "", "a": "x"}, "image=image answer=a", "an image given as str"),
         ({"a": "", "b": None}, "image=image fields=a,b", "no answer in image, a,b"),
-        ({"a": "x"}, "image=image fields=a,c", "no column 'a,c' for --map fields=a,c"),
+        ({"a": "x"}, "image=image fields=a,c", "no column 'c' for --map fields=a,c"),
         ({"a": " ", "b": "\t"}, "image=image fields=a,b", "no answer in image, a,b"),
         ({"a": 1, "b": [NAN]}, "image=image fields=a,b", "column 'b' .* cannot be written as JSON"),
         ({"a": b"raw", "b": 1}, "image=image fields=a,b", "column 'a' .*3 bytes that are not text"),

@@ -1,15 +1,22 @@
-"""A folder of images with one answer per image in a text file.
+"""Folders of images: with a text file per image, with a metadata table, or one folder per class.
 
-The files have the same name, such as folder/a.jpg and folder/a.txt. The option --prompt sets the
-question. Trailing line breaks of a text are removed. Images without a text file are skipped and
-counted.
+- folder: a.jpg and a.txt with the answer. Trailing line breaks of a text are removed. Images
+  without a text file are skipped and counted.
+- imagefolder (Hugging Face): metadata.csv, .jsonl or .parquet with a column `file_name`. Its rows
+  are parsed as a table.
+- classes: LABEL/a.jpg, where the name of the folder is the answer.
+
+The last two may be in split folders such as train and validation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from finesight.data.formats import table
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -21,10 +28,20 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     assign_text_file,
+    format_prompt,
     group_texts_by_image,
     require_inside_output,
 )
-from finesight.data.row_reader import RowReader, SourceRow, list_folder, rows_from_items
+from finesight.data.row_reader import (
+    ROW_SUFFIXES,
+    Record,
+    RowReader,
+    SourceRow,
+    concat_rows,
+    list_folder,
+    open_row_file,
+    rows_from_items,
+)
 from finesight.data.sample import MAX_LABEL_FILE_BYTES, LocatedSample, Message, read_text_file
 from finesight.errors import UserError
 
@@ -94,4 +111,149 @@ FORMAT = DatasetFormat(
     supported_options=frozenset({"prompt"}),
     open_dataset=open_folder,
     write_files=write_files,
+)
+
+
+SPLIT_ALIASES = {
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+"""Split of a dataset by the name of its folder or file."""
+
+CLASS_PROMPT = "Which of these classes does the image show: {labels}? Answer with the class only."
+"""Default question about images in class folders; `--prompt` overrides it."""
+
+_METADATA_NAME = re.compile(r"metadata\.(?:csv|jsonl|parquet)", re.IGNORECASE)
+_ANSWER_COLUMNS = ("text", "caption", "label", "answer", "ground_truth")
+
+
+def _order_by_split(root: Path, files: Sequence[Path]) -> tuple[list[Path], int, str]:
+    """Order files of split folders: training, then validation.
+
+    Returns:
+        The files of both splits, the number of training files, and a description of the splits,
+            which is empty without split folders. The test split counts as validation if there is
+            no other one, and is left out otherwise.
+    """
+    names = {file: file.relative_to(root).parts[:-1] for file in files}
+    split_names = {
+        file: SPLIT_ALIASES.get(parts[0].lower()) for file, parts in names.items() if parts
+    }
+    splits = {
+        split: [f for f in files if split_names.get(f) == split] for split in split_names.values()
+    }
+    if len(split_names) < len(files) or None in splits or "train" not in splits:
+        return list(files), len(files), ""
+    validation = "validation" if "validation" in splits else "test"
+    note = f", {validation} folder for validation" if validation in splits else ", training folder"
+    if validation == "validation" and "test" in splits:
+        note += ", test folder not read"
+    return splits["train"] + splits.get(validation, []), len(splits["train"]), note
+
+
+def open_imagefolder(source: Path) -> tuple[RowReader, str] | None:
+    """Open a Hugging Face ImageFolder as table rows; paths in `file_name` become absolute.
+
+    Returns:
+        The rows and the reason for the match, or None if there is no metadata file with this
+            column.
+    """
+    if not source.is_dir():
+        return None
+    found = [path for path in list_folder(source).files if _METADATA_NAME.fullmatch(path.name)]
+    files, num_train, note = _order_by_split(source, found)
+    readers = [_resolve_file_names(open_row_file(file), file.parent) for file in files]
+    first_rows = [next(iter(reader.iter_range(0, 1)), None) for reader in readers]
+    if not files or any(row is None or "file_name" not in row.record for row in first_rows):
+        return None
+    rows = concat_rows(files, readers) if len(files) > 1 else readers[0]
+    eval_start = sum(reader.num_rows for reader in readers[:num_train])
+    return replace(rows, eval_start=eval_start), f"{files[0].name} with file_name{note}"
+
+
+def _resolve_file_names(reader: RowReader, folder: Path) -> RowReader:
+    def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
+        for row in reader.iter_range(start, stop):
+            name = row.record.get("file_name")
+            path = str(folder.absolute() / name) if isinstance(name, str) and name else name
+            yield replace(row, record={**row.record, "file_name": path})
+
+    return RowReader(reader.num_rows, iter_range)
+
+
+def map_imagefolder_columns(record: Record, columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the column of each role: of `--map`, else `file_name` and the answer column."""
+    mapped = {"image": "file_name", **columns}
+    if not mapped.keys() & {"answer", "fields", "box"}:
+        others = [name for name in record if name not in ("file_name", "id")]
+        answers = [name for name in _ANSWER_COLUMNS if name in record] or others
+        if not answers or (answers == others and len(others) > 1):
+            raise UserError(
+                f"no answer column among {', '.join(map(str, record))}",
+                where="--map",
+                expected=f"a column {', '.join(_ANSWER_COLUMNS)}, or a single one",
+                remedy="name the column: --map answer=COLUMN, or --map fields=COLUMN,COLUMN",
+            )
+        mapped["answer"] = str(answers[0])
+    return mapped
+
+
+def open_class_folders(source: Path) -> tuple[RowReader, str] | None:
+    """Open folders of images as rows; the first folder below the source or split is the label.
+
+    Returns:
+        The rows and the reason for the match, or None if there are fewer than two labels, an image
+            is outside of them, or the folder contains tables or annotations.
+    """
+    if not source.is_dir():
+        return None
+    listing = list_folder(source)
+    images, num_train, note = _order_by_split(source, listing.image_files())
+    depth = 1 if note else 0
+    labels = [image.relative_to(source).parts[depth:-1] for image in images]
+    classes = sorted({label[0] for label in labels if label})
+    has_annotations = any(map(listing.files_with_suffix, (*ROW_SUFFIXES, ".xml", ".txt")))
+    if len(classes) < 2 or not all(labels) or has_annotations or {*classes} <= SPLIT_ALIASES.keys():
+        return None
+
+    def make_row(row_number: int, image: Path) -> SourceRow:
+        parts = image.relative_to(source).parts
+        record = {
+            "id": "-".join((*parts[:-1], image.stem)),
+            "image": str(image),
+            "label": parts[depth],
+            "classes": classes,
+        }
+        return SourceRow(row_number, str(image), record, source.stem)
+
+    rows = replace(rows_from_items(images, make_row), eval_start=num_train)
+    return rows, f"one folder per class, {len(classes)} classes{note}"
+
+
+def parse_class_row(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Build a training example from an image and the name of its class folder."""
+    image = RowImages(context).add_image(row.record["image"])
+    labels = {"labels": ", ".join(row.record["classes"])}
+    user = Message(
+        role="user", content=(image, *format_prompt(context.prompt, CLASS_PROMPT, labels))
+    )
+    return ImportExample(row.id, (user,), ((make_text_part(row.record["label"]),),))
+
+
+IMAGEFOLDER = DatasetFormat(
+    name="imagefolder",
+    description="a folder of images with metadata.csv, .jsonl or .parquet (column file_name)",
+    parse_row=table.parse_row,
+    supported_options=frozenset({"map", "prompt", "boxes"}),
+    open_dataset=open_imagefolder,
+    map_columns=map_imagefolder_columns,
+)
+
+CLASSES = DatasetFormat(
+    name="classes",
+    description="a folder of images for each class",
+    parse_row=parse_class_row,
+    supported_options=frozenset({"prompt"}),
+    open_dataset=open_class_folders,
 )

@@ -46,7 +46,7 @@ from finesight.data.sample import (
     check_limit,
     format_number,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_name
 
 _COLUMN_ROLES = ("image", "answer", "question", "box", "label")
 MAPPABLE_COLUMNS = (*_COLUMN_ROLES, "fields")
@@ -121,15 +121,28 @@ def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
     column = context.columns.get(role)
     if column is None:
         return None
-    if column in row.record:
-        return row.record[column]
-    names = split_column_names(column, row.record)
-    if len(names) > 1 and all(name in row.record for name in names):
-        return [row.record[name] for name in names]
+    names = find_columns(row.record, role, column)
+    values = [row.record[name] for name in names]
+    return values[0] if len(names) == 1 else values
+
+
+def find_columns(record: Collection[str], role: str, column: str, where: str = "") -> list[str]:
+    """Return the columns mapped to a role, of which several are separated by commas.
+
+    Raises:
+        UserError: The record does not have one of them.
+    """
+    if column in record:
+        return [column]
+    names = split_column_names(column, record)
+    missing = next((name for name in names if name not in record), None)
+    if missing is None:
+        return names
     raise UserError(
-        f"no column {column!r} for --map {role}={column}",
-        expected=f"one of {', '.join(map(str, row.record))}",
-        remedy="name one of these columns",
+        f"no column {missing!r} for --map {role}={column}",
+        where=where,
+        expected=f"one of {', '.join(map(str, record))}",
+        remedy=suggest_name(missing, map(str, record), "name one of these columns"),
     )
 
 

@@ -5,6 +5,7 @@ A plan estimates memory and time, and chooses settings that fit the device (`fin
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_by
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.model.trainable import MODEL_PARTS
-from finesight.plan.planned_model import PlannedModel, build_planned_model
+from finesight.plan.planned_model import PlannedModel, build_meta_model, build_planned_model
 from finesight.plan.planned_pack import PlannedPack, build_planned_pack, iter_planned_steps
 from finesight.plan.settings_search import (
     PlannedSettings,
@@ -29,14 +30,20 @@ from finesight.plan.settings_search import (
     SettingsSearch,
 )
 from finesight.plan.step_time import estimate_startup_seconds
-from finesight.plan.target_device import TargetDevice, build_named_target, measure_local_target
+from finesight.plan.target_device import (
+    TargetDevice,
+    build_local_target,
+    build_named_target,
+    measure_local_target,
+)
+from finesight.report.summary import format_duration
 from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import MAX_WORKERS
 from finesight.train.dataset_stats import DatasetStats, SampleStats, load_training_data
 from finesight.train.flops import FlopCounter
 from finesight.train.optimizer import resolve_steps
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import resolve_base_model
+from finesight.train.setup import RunInputs, resolve_base_model
 
 MIN_DECODE_STEP_S = 3.0e-3
 """Minimum seconds of a decode step on a GPU for any model.
@@ -464,3 +471,109 @@ def _list_overrides(
     ):
         overrides.append(f"train.num_workers={num_workers}")
     return tuple(overrides)
+
+
+MIN_CHECKED_PARAMS = 50_000_000
+"""Minimum number of parameters of a model whose run is estimated by `check_fit`."""
+
+MAX_UNCHECKED_FRACTION = 0.5
+"""Fraction of the GPU memory up to which weights and optimizer state leave room for any pack."""
+
+LONG_CPU_RUN_S = 3600
+
+
+def check_fit(inputs: RunInputs, console: TrainingConsole, *, force: bool) -> None:
+    """Reject a run whose predicted peak memory exceeds that of the device.
+
+    On a GPU, the prediction uses the smallest packs with activation checkpointing, because the
+    trainer reduces both by itself when memory runs out. On a CPU, it uses the settings of the
+    recipe, and a run of more than an hour is announced. Small models are not checked, and an error
+    of the estimate is ignored.
+
+    Args:
+        inputs: Inputs of the run.
+        console: Console for warnings.
+        force: Only warn if the run does not fit.
+
+    Raises:
+        UserError: The run does not fit.
+    """
+    try:
+        error = _estimate_fit(inputs, console)
+    except Exception:
+        logging.getLogger(__name__).debug("the run was not estimated", exc_info=True)
+        return
+    if error is not None and not force:
+        raise error
+    if error is not None:
+        console.log(f"warning: {error.what} (--force)")
+
+
+def _estimate_fit(inputs: RunInputs, console: TrainingConsole) -> UserError | None:
+    """Estimate memory and time of a run; return the error of one that does not fit."""
+    recipe, hardware = inputs.recipe, inputs.hardware
+    is_cuda = hardware.device.type == "cuda"
+    if recipe.train.parallel != "ddp" and not hardware.process_group.is_single_process:
+        return None  # sharded weights are not estimated
+    folder = inputs.base_model.folder
+    parameters = build_meta_model(folder, hardware.dtype, (), ()).parameters()
+    if sum(parameter.numel() for parameter in parameters) < MIN_CHECKED_PARAMS:
+        return None
+    target = build_local_target(hardware.device, hardware.dtype, hardware.peak_flops)
+
+    @lru_cache
+    def build_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
+        return build_planned_model(folder, recipe, nf4_parts, target)
+
+    nf4_parts = recipe.tune.quantize.nf4 or ()
+    model = build_model(nf4_parts)
+    persistent_bytes = model.persistent.weight_bytes + model.persistent.optimizer_state_bytes
+    if is_cuda and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
+        return None
+    sample_stats = inputs.train_data.build_sample_stats(inputs.renderer, recipe.data)
+    prefix_length = inputs.train_data.stats.prefix_length
+    steps = PlannedSteps([*iter_planned_steps(inputs.sampler, sample_stats)], prefix_length)
+    settings = PlannedSettings(
+        recipe.train.pack_tokens, float(recipe.train.activation_checkpointing), nf4_parts
+    )
+    smallest = PlannedSettings(steps.max_sample_tokens, 1.0, nf4_parts)
+    choices = _list_quantization_choices(recipe, build_model)
+    search = SettingsSearch(build_model, steps, target.memory_bytes, choices, is_cuda)
+    peak_bytes = search.estimate_peak(smallest if is_cuda else settings).total
+    if peak_bytes <= target.memory_bytes:
+        if not is_cuda:
+            _warn_long_run(inputs, search.estimate(settings), console)
+        return None
+    best = search.find_best(settings)
+    best_bytes = search.estimate_peak(best).total
+    hints = list(_list_memory_hints(recipe))
+    if not is_cuda and target.precision == "fp32":
+        hints.insert(0, "train.precision=bf16")
+    remedy = f"try {', '.join(hints)}"
+    if best_bytes <= target.memory_bytes:
+        workers = recipe.train.num_workers
+        workers = target.num_workers if workers is None else workers
+        overrides = _list_overrides(recipe, settings, best, target, target, workers)
+        remedy = f"add {' '.join(overrides)} ({best_bytes / 1e9:.1f} GB), or {remedy}"
+    return UserError(
+        f"the predicted peak memory is {peak_bytes / 1e9:.1f} GB, and {target.name} has"
+        f" {target.memory_bytes / 1e9:.1f} GB",
+        where=f"model {recipe.model}",
+        expected="a run that fits; `finesight plan` shows the memory by part",
+        remedy=f"{remedy}; start anyway with --force",
+    )
+
+
+def _warn_long_run(inputs: RunInputs, estimate: SettingsEstimate, console: TrainingConsole) -> None:
+    """Log the estimated time of a run on a CPU if it is long."""
+    num_steps, step_s = len(inputs.sampler), estimate.step_time.total
+    num_uncached = math.ceil(inputs.sampler.epoch_length / inputs.recipe.train.batch_size)
+    if estimate.cached_step_s is None or num_uncached >= num_steps:
+        num_uncached = num_steps
+    seconds = num_uncached * step_s + (num_steps - num_uncached) * (estimate.cached_step_s or 0.0)
+    if seconds > LONG_CPU_RUN_S:
+        console.log(
+            f"warning: {num_steps} training steps on this CPU take about"
+            f" {format_duration(seconds)} (estimate). Use a GPU, a smaller model, smaller images"
+            " (image.max_pixels) or fewer steps (train.steps)."
+        )

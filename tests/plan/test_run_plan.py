@@ -84,6 +84,11 @@ def test_evaluation_count_follows_the_recipe(task: TinyTask) -> None:
     assert (default_plan.evaluation.num_evaluations, default_plan.evaluation.num_samples) == (2, 3)
     settings = {"metric": "qa", "every": 2, "max_new_tokens": 20, "limit": 2}
     eval_plan = make_plan(task, eval=settings)
+    # By default, evaluations during training are at least 10 steps apart.
+    default = make_plan(task, "train.epochs=20", eval={"metric": "qa", "max_new_tokens": 20})
+    assert (default.total_steps, default.evaluation.num_evaluations) == (55, 6)
+    without = make_plan(task, "train.epochs=20", eval={"metric": "qa", "every": 0})
+    assert without.evaluation.num_evaluations == 2
     # Six steps: evaluations before, after, and after the second and fourth step.
     assert (eval_plan.evaluation.num_evaluations, eval_plan.evaluation.num_samples) == (4, 2)
     assert eval_plan.evaluation.total_s > default_plan.evaluation.total_s

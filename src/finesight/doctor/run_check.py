@@ -41,6 +41,7 @@ from finesight.report.summary import (
     get_last_start,
     get_last_step,
     get_run_status,
+    list_comparable_evaluations,
     list_memory_remarks,
     list_skipped_samples,
 )
@@ -458,9 +459,7 @@ def _check_loss_spikes(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
     """Detect overfitting: the validation loss rises while the training loss falls."""
-    evaluations = [
-        line for line in run_record.evaluations if is_finite(line.get("validation_loss"))
-    ]
+    evaluations = list_comparable_evaluations(run_record.evaluations)
     if len(evaluations) < 2:
         return
     best = min(evaluations, key=lambda line: float(line["validation_loss"]))

@@ -41,7 +41,7 @@ from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import MAX_WORKERS
 from finesight.train.dataset_stats import DatasetStats, SampleStats, load_training_data
 from finesight.train.flops import FlopCounter
-from finesight.train.optimizer import resolve_steps
+from finesight.train.optimizer import resolve_eval_interval, resolve_interim_limit
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import RunInputs, resolve_base_model
 
@@ -60,7 +60,7 @@ class EvaluationEstimate:
 
     Attributes:
         num_evaluations: Number of evaluations before, during and after training.
-        num_samples: Number of validation samples per evaluation.
+        num_samples: Number of validation samples per evaluation before and after training.
         total_s: Seconds of all evaluations.
         generation_bytes: Peak bytes of generation; 0 if only the validation loss is computed.
     """
@@ -83,33 +83,33 @@ def estimate_evaluation(
     Without an `eval` section in the recipe, an evaluation only computes the validation loss.
     """
     settings = recipe.eval
-    num_evaluations = 2
-    if settings is not None and settings.every is not None:
-        eval_interval = resolve_steps(settings.every, total_steps)
-        num_evaluations += (total_steps - 1) // eval_interval if eval_interval else 0
-    # Validation loss: forward passes only, about a third of the work of a training step.
-    batch_size = recipe.train.batch_size
-    batches = [
-        validation_stats[start : start + batch_size]
-        for start in range(0, len(validation_stats), batch_size)
-    ]
-    step_times = (
-        planned.step_timer.estimate_step([build_planned_pack(batch)], 0.0, use_graphs=False)
-        for batch in batches
-    )
-    loss_s = sum(step_time.total for step_time in step_times) / 3
-    if settings is None:
-        return EvaluationEstimate(
-            num_evaluations, len(validation_stats), num_evaluations * loss_s, 0
+    num_interim = 0
+    if settings is not None:
+        eval_interval = resolve_eval_interval(settings, total_steps)
+        num_interim = (total_steps - 1) // eval_interval if eval_interval else 0
+
+    def estimate_seconds(stats: Sequence[SampleStats]) -> float:
+        # Validation loss: forward passes only, about a third of the work of a training step.
+        batch_size = recipe.train.batch_size
+        batches = [stats[start : start + batch_size] for start in range(0, len(stats), batch_size)]
+        step_times = (
+            planned.step_timer.estimate_step([build_planned_pack(batch)], 0.0, use_graphs=False)
+            for batch in batches
         )
-    eval_stats = validation_stats[: settings.limit]
-    seconds = loss_s + _estimate_generation_s(settings, planned, target, eval_stats)
-    return EvaluationEstimate(
-        num_evaluations,
-        len(eval_stats),
-        num_evaluations * seconds,
-        _estimate_generation_bytes(settings, planned, target, eval_stats),
-    )
+        loss_s = sum(step_time.total for step_time in step_times) / 3
+        if settings is None:
+            return loss_s
+        return loss_s + _estimate_generation_s(settings, planned, target, stats[: settings.limit])
+
+    total_s = 2 * estimate_seconds(validation_stats)
+    if num_interim:
+        interim_stats = validation_stats[: resolve_interim_limit(settings)]
+        total_s += num_interim * estimate_seconds(interim_stats)
+    eval_stats = validation_stats[: settings.limit if settings else None]
+    generation_bytes = 0
+    if settings is not None:
+        generation_bytes = _estimate_generation_bytes(settings, planned, target, eval_stats)
+    return EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, generation_bytes)
 
 
 def _estimate_generation_s(
@@ -477,7 +477,7 @@ MIN_CHECKED_PARAMS = 50_000_000
 """Minimum number of parameters of a model whose run is estimated by `check_fit`."""
 
 MAX_UNCHECKED_FRACTION = 0.5
-"""Fraction of the GPU memory up to which weights and optimizer state leave room for any pack."""
+"""Fraction of the GPU memory up to which packs always fit beside weights and optimizer state."""
 
 LONG_CPU_RUN_S = 3600
 

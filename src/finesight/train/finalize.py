@@ -344,7 +344,8 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
             console.log(format_param_changes(param_changes))
         check_param_changes(param_changes)
         if process_group.is_main:
-            _save_weights(state, step)
+            with console.activity("saving the trained weights"):
+                _save_weights(state, step)
     if not process_group.is_main:
         return None
     loss, num_late_skipped = None, 0

@@ -438,7 +438,10 @@ def _load_model(
 ) -> AnyModel:
     """Load the base model, and set up its trainable and frozen parts."""
     nf4, fp8 = recipe.tune.quantize.nf4 or (), recipe.tune.quantize.fp8 or ()
-    model = load_auto_model(base_model.folder, hardware.dtype, hardware.device, nf4, fp8_parts=fp8)
+    with console.activity(f"loading the weights of {recipe.model}"):
+        model = load_auto_model(
+            base_model.folder, hardware.dtype, hardware.device, nf4, fp8_parts=fp8
+        )
     configure_tuning(model, recipe.tune, recipe.train.seed)
     if base_model.adapter is not None:
         load_trainable_adapter(model, base_model.adapter, base_folder=base_model.folder)

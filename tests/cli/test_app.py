@@ -15,6 +15,7 @@ from finesight.cli.app import app, data_app, run_command
 from finesight.errors import TrainingInterrupted, UserError
 
 COMMANDS = (
+    ["init"],
     ["quickstart"],
     ["download"],
     ["doctor"],

@@ -150,7 +150,7 @@ def write_chats(folder: Path) -> None:
             "images": [f"images/{i}.png"],
             "messages": [
                 {"role": "user", "content": "<image>What is it?"},
-                {"role": "assistant", "content": f"It is the picture number {i}."},
+                {"role": "assistant", "content": f"It is the photo number {i}."},
             ],
         }
         for i in range(22)
@@ -223,7 +223,7 @@ def test_questions_change_the_settings(tmp_path: Path, monkeypatch: pytest.Monke
     ],
     ids=["no-image-column", "missing"],
 )
-def test_unusable_data_are_rejected_without_files(
+def test_unsuitable_data_are_rejected_without_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], columns: dict[str, Any], words: str
 ) -> None:
     file = tmp_path / "table.csv"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -168,12 +168,12 @@ def init(
         with console.activity("importing the data"):
             summary = import_dataset(path, folder / "data", options)
     recipe = folder / "recipe.yaml"
-    text = _format_recipe(recipe, model, device, task, summary, ())
-    run_plan = _plan(text, console)
+    write_file(recipe, _format_recipe(recipe, model, device, task, summary, ()).encode())
+    run_plan = _plan(recipe, console)
     if run_plan is not None:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
         text = _format_recipe(recipe, model, device, task, summary, overrides)
-    write_file(recipe, text.encode())
+        write_file(recipe, text.encode())
     lines = [
         f"data    {source}: {kind}, {num_rows} rows",
         *(f"        {file.file}: {file.num_samples} samples" for file in summary.output_files),
@@ -408,8 +408,11 @@ def _format_recipe(
     num_samples = train_file.num_samples
     epochs = 3 if num_samples < 3000 else 1
     duration = "steps: 200" if is_tiny else f"epochs: {epochs}  # passes over the training samples"
-    rate = "2.0e-3  # a small model needs more than the usual 1.0e-4" if is_tiny else "1.0e-4"
-    train = [duration, f"batch_size: {16 if num_samples >= 200 else 8}", f"learning_rate: {rate}"]
+    learning_rate = "1.0e-4"
+    if is_tiny:
+        learning_rate = "2.0e-3  # a small model needs more than the usual 1.0e-4"
+    batch_size = 16 if num_samples >= 200 else 8
+    train = [duration, f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
     tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
     for override in overrides:
         key, _, value = override.partition("=")
@@ -444,22 +447,19 @@ def _format_recipe(
 
 
 def _quote(value: str | Path) -> str:
-    """Format a value as a JSON string, which is a YAML string, unless it is plain."""
-    text = str(value)
-    return text if re.fullmatch(r"[\w./-]*[A-Za-z][\w./-]*", text) else json.dumps(text)
+    """Format a value as a JSON string, which is a YAML string, whatever is in it."""
+    return json.dumps(str(value), ensure_ascii=False)
 
 
-def _plan(recipe_text: str, console: TrainingConsole) -> RunPlan | None:
+def _plan(recipe: Path, console: TrainingConsole) -> RunPlan | None:
     """Plan the run of a recipe; None if the model cannot be downloaded."""
-    from finesight.bounded_files import load_yaml
     from finesight.plan.run_plan import plan_run
-    from finesight.recipe import recipe_from_dict
+    from finesight.recipe import load_recipe
 
-    content: Any = load_yaml(recipe_text)
-    recipe = recipe_from_dict(content)
+    settings = load_recipe(recipe)
     try:
         with console.activity("planning the run"):
-            return plan_run(recipe, None, console)
+            return plan_run(settings, None, console)
     except UserError as error:
         console.log(f"the run was not planned: {error}")
         return None

@@ -487,8 +487,8 @@ def check_fit(inputs: RunInputs, console: TrainingConsole, *, force: bool) -> No
 
     On a GPU, the prediction uses the smallest packs with activation checkpointing, because the
     trainer reduces both by itself when memory runs out. On a CPU, it uses the settings of the
-    recipe, and a run of more than an hour is announced. Small models are not checked, and an error
-    of the estimate is ignored.
+    recipe, and a run of more than an hour is announced. Small models and runs of several ranks are
+    not checked, and an error of the estimate is ignored.
 
     Args:
         inputs: Inputs of the run.
@@ -513,13 +513,15 @@ def _estimate_fit(inputs: RunInputs, console: TrainingConsole) -> UserError | No
     """Estimate memory and time of a run; return the error of one that does not fit."""
     recipe, hardware = inputs.recipe, inputs.hardware
     is_cuda = hardware.device.type == "cuda"
-    if recipe.train.parallel != "ddp" and not hardware.process_group.is_single_process:
-        return None  # sharded weights are not estimated
+    if not hardware.process_group.is_single_process:
+        return None  # several ranks shard the weights, or split long samples
     folder = inputs.base_model.folder
     parameters = build_meta_model(folder, hardware.dtype, (), ()).parameters()
     if sum(parameter.numel() for parameter in parameters) < MIN_CHECKED_PARAMS:
         return None
-    target = build_local_target(hardware.device, hardware.dtype, hardware.peak_flops)
+    # Only the time of a CPU run is estimated, which depends on the bandwidth.
+    bandwidth = 1.0 if is_cuda else None
+    target = build_local_target(hardware.device, hardware.dtype, hardware.peak_flops, bandwidth)
 
     @lru_cache
     def build_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:

@@ -199,17 +199,22 @@ def measure_local_target(device: Device, precision: Precision) -> TargetDevice:
     return build_local_target(torch_device, dtype, measure_peak_flops(torch_device, dtype))
 
 
-def build_local_target(device: torch.device, dtype: torch.dtype, peak_flops: float) -> TargetDevice:
+def build_local_target(
+    device: torch.device,
+    dtype: torch.dtype,
+    peak_flops: float,
+    memory_bandwidth: float | None = None,
+) -> TargetDevice:
     """Build the target for a device of this machine from its measured FLOP/s.
 
-    Measures a large copy, and queries the memory size.
+    The memory bandwidth is measured unless it is given.
     """
     is_cuda = device.type == "cuda"
     return TargetDevice(
         name=get_device_name(device),
         memory_bytes=torch.cuda.mem_get_info(device)[1] if is_cuda else total_memory(),
         peak_flops=peak_flops,
-        memory_bandwidth=_measure_bandwidth(device),
+        memory_bandwidth=memory_bandwidth or _measure_bandwidth(device),
         dtype=dtype,
         compute=ComputeTarget(is_cuda, dtype, get_device_capability(device)),
         num_workers=default_num_workers(device),

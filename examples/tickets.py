@@ -69,7 +69,7 @@ recipe = {
         "precision": select_cpu_precision(),
         "num_workers": 0,
     },
-    "eval": {"metric": "json", "max_new_tokens": 112, "batch_size": 100},
+    "eval": {"metric": "json", "every": 0, "max_new_tokens": 112, "batch_size": 100},
     "output_dir": folder / "run",
 }
 result = train(recipe)

@@ -20,6 +20,7 @@ END_TO_END = {
     "convert": "cli/test_convert.py::test_printed_import_commands_create_the_data",
     "check": "cli/test_check.py::test_fix_writes_valid_samples_and_reports_them",
     "data export": "cli/test_data_export.py::test_summary_is_printed",
+    "init": "cli/test_init.py::test_folder_of_images_becomes_a_trained_model",
     "import": "cli/test_import.py::test_summary_is_printed",
     "data convert-boxes": "cli/test_convert_boxes.py::test_summary_is_printed",
     "plan": "cli/test_plan.py::test_plan_is_printed",

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMAND_NAMES = (
     *(
         "",
+        "init",
         "quickstart",
         "download",
         "doctor",

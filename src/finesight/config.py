@@ -365,7 +365,9 @@ class EvalSettings(SettingsSection):
 
     The model is evaluated before the first and after the last step.
 
-    `every` adds evaluations during training. `patience` stops the run after this number of
+    `every` is the interval of evaluations during training. By default, there are about five
+    evaluations after the start of training, at least ten steps apart, of at most 64 samples each
+    until the last one; 0 disables them. `patience` stops the run after this number of
     evaluations without improvement of the primary metric; the run then keeps the weights of the
     best evaluation.
     """

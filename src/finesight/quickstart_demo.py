@@ -59,7 +59,7 @@ train:
   seed: {seed}
   precision: {precision}
   device: cpu
-eval: {{metric: json, max_new_tokens: 112, batch_size: 100}}
+eval: {{metric: json, every: 0, max_new_tokens: 112, batch_size: 100}}
 output_dir: {run}
 """
 

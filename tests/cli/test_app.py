@@ -18,6 +18,7 @@ from finesight.errors import TrainingInterrupted, UserError
 CASES = load_cases("app")
 
 COMMANDS = (
+    ["init"],
     ["quickstart"],
     ["download"],
     ["doctor"],

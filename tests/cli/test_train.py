@@ -23,6 +23,8 @@ from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
 from finesight import storage
 from finesight.cli.app import run_command
+from finesight.plan import run_plan, target_device
+from finesight.train import setup
 
 __all__ = ["cache"]
 
@@ -213,3 +215,47 @@ def test_killed_data_workers_leave_a_checkpoint(recipe: Path, tmp_path: Path) ->
     for output, more in ((killed, ["--resume"]), (full, [])):
         assert run_command(["train", *settings, "data.eval=[]", f"output_dir={output}", *more]) == 0
     assert read_final_files(killed) == read_final_files(full)
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "flops", "option", "exit_code", "words"),
+    [
+        (0.5, 1e12, [], 2, "error: model"),
+        (0.5, 1e12, ["--force"], 0, "warning: the predicted peak memory is"),
+        (64, 1e4, [], 0, "warning: 6 training steps on this CPU take about"),
+        (64, 1e12, [], 0, "data.train: 11 samples"),
+    ],
+    ids=["does-not-fit", "forced", "long", "fits"],
+)
+def test_prediction_before_weights_are_loaded(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    memory_gb: float,
+    flops: float,
+    option: list[str],
+    exit_code: int,
+    words: str,
+) -> None:
+    monkeypatch.setattr(run_plan, "MIN_CHECKED_PARAMS", 0)
+    monkeypatch.setattr(target_device, "total_memory", lambda: round(memory_gb * 1e9))
+    monkeypatch.setattr(setup, "measure_peak_flops", lambda device, dtype: flops)
+    command = ["train", str(recipe), f"output_dir={tmp_path / 'run'}", *option]
+    assert run_command(command) == exit_code
+    messages = capsys.readouterr().err
+    assert words in messages
+    assert ("train.precision=bf16, smaller images" in messages) == (exit_code == 2)
+    assert ("start anyway with --force" in messages) == (exit_code == 2)
+    assert (tmp_path / "run").exists() == (exit_code == 0)
+    assert ("warning" in words) == ("warning" in messages)
+
+
+def test_failed_prediction_does_not_fail_the_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no estimate")
+
+    monkeypatch.setattr(run_plan, "build_meta_model", fail)
+    assert run_command(["train", str(recipe), f"output_dir={tmp_path / 'run'}"]) == 0

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from tiny_task import TinyTask, write_recipe
 
 from finesight.errors import UserError
+from finesight.plan import run_plan
 from finesight.plan.plan_format import format_plan, plan_to_dict
-from finesight.plan.run_plan import RunPlan, plan_run
+from finesight.plan.run_plan import RunPlan, check_fit, plan_run
+from finesight.plan.target_device import build_named_target
 from finesight.recipe import load_recipe
 from finesight.train.console import TrainingConsole
+from finesight.train.dataset_stats import load_training_data
+from finesight.train.sampler import TrainSampler
+from finesight.train.setup import RunInputs, resolve_base_model
+from finesight.train.trainer import Hardware
 
 
 @pytest.fixture
@@ -75,6 +84,11 @@ def test_evaluation_count_follows_the_recipe(task: TinyTask) -> None:
     assert (default_plan.evaluation.num_evaluations, default_plan.evaluation.num_samples) == (2, 3)
     settings = {"metric": "qa", "every": 2, "max_new_tokens": 20, "limit": 2}
     eval_plan = make_plan(task, eval=settings)
+    # By default, evaluations during training are at least 10 steps apart.
+    default = make_plan(task, "train.epochs=20", eval={"metric": "qa", "max_new_tokens": 20})
+    assert (default.total_steps, default.evaluation.num_evaluations) == (55, 6)
+    without = make_plan(task, "train.epochs=20", eval={"metric": "qa", "every": 0})
+    assert without.evaluation.num_evaluations == 2
     # Six steps: evaluations before, after, and after the second and fourth step.
     assert (eval_plan.evaluation.num_evaluations, eval_plan.evaluation.num_samples) == (4, 2)
     assert eval_plan.evaluation.total_s > default_plan.evaluation.total_s
@@ -122,3 +136,40 @@ def test_invalid_recipe_is_rejected(task: TinyTask) -> None:
         make_plan(task, "data.train=none.jsonl")
     with pytest.raises(UserError, match=r"tune\.lora\.target_modules"):
         make_plan(task, "tune.lora.target_modules=[nose]")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "memory_bytes", "words"),
+    [
+        ("vocab_size", 10**9, 16e9, r"remedy: try smaller images[^;]*; start anyway with --force"),
+        ("intermediate_size", 4_000_000, 6e9, r"add .*tune.quantize.nf4=\[language\] \("),
+        ("intermediate_size", 4_000_000, 16e9, None),
+    ],
+    ids=["no-settings-fit", "other-settings-fit", "trainer-reduces-packs"],
+)
+def test_run_that_cannot_fit_a_gpu_is_rejected(
+    task: TinyTask,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    size: int,
+    memory_bytes: float,
+    words: str | None,
+) -> None:
+    file = task.folder / "tiny" / "config.json"
+    config = json.loads(file.read_text())
+    config.get("text_config", config)[name] = size
+    file.write_text(json.dumps(config))
+    target = replace(build_named_target("T4", "auto"), memory_bytes=round(memory_bytes))
+    monkeypatch.setattr(run_plan, "build_local_target", lambda *arguments: target)
+    monkeypatch.setattr(run_plan, "MIN_CHECKED_PARAMS", 0)
+    recipe = task.recipe | {"output_dir": str(task.folder / "run")}
+    settings = load_recipe(write_recipe(task.folder / "recipe.yaml", recipe), [])
+    console = TrainingConsole(Console(file=io.StringIO()))
+    base_model = resolve_base_model(settings)
+    renderer = base_model.build_renderer(settings)
+    train_data, _ = load_training_data(settings, renderer, 0, console)
+    sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, settings.train)
+    hardware = Hardware(torch.device("cuda"), target.dtype, 0, 1e12)
+    inputs = RunInputs(settings, hardware, base_model, renderer, train_data, sampler)
+    with pytest.raises(UserError, match=words) if words else nullcontext():
+        check_fit(inputs, console, force=False)

@@ -127,6 +127,53 @@ def test_throughput_and_memory_cover_all_steps(finished_record: RunRecord) -> No
     assert cost["processed samples"] == "960"
 
 
+@pytest.mark.parametrize(
+    ("losses", "scores", "train_losses", "words"),
+    [
+        ((3, 2, 2.1, 2.5), (0, 1, 2, 3), (3, 2, 1), "from 2 after step 20 to 2.5 after step 60"),
+        ((3, 2, 2.1, 2.5), (0, 1, 2, 3), (1, 2, 3), None),
+        ((3, 2, 1.9, 2.5), (0, 1, 2, 3), (3, 2, 1), None),
+        ((3, 2, 2.001, 2.002), (0, 1, 2, 3), (3, 2, 1), None),
+        ((3, 2, 1.9, 1.8), (1, 8, 5, 3), (3, 2, 1), "exact fell, from 0.8 after step 20 to 0.3"),
+        ((3, 2, 1.9, 1.8), (1, 8, 7.9, 7.8), (3, 2, 1), None),
+        ((3, 2, 2.5), (0, 1, 2), (3, 2), None),
+    ],
+    ids=["rising", "diverging", "recovering", "flat", "score-falls", "noise", "mixed-samples"],
+)
+def test_overfitting_is_reported_with_best_checkpoint(
+    tmp_path: Path,
+    losses: tuple[float, ...],
+    scores: tuple[float, ...],
+    train_losses: tuple[float, ...],
+    words: str | None,
+) -> None:
+    steps = [
+        {"step": n, "loss": train_losses[(n - 1) // 20]} for n in range(1, 20 * len(losses) - 19)
+    ]
+    evaluations = [
+        {
+            "step": 20 * i,
+            "validation_loss": loss,
+            "scores": {"exact": score / 10},
+            "primary_metric": "exact",
+            "intervals": {"exact": [score / 10 - 0.1, score / 10 + 0.1]},
+            "num_samples": 64 if i or len(losses) > 3 else 200,
+        }
+        for i, (loss, score) in enumerate(zip(losses, scores, strict=True))
+    ]
+    text = summary.describe_overfitting(tmp_path / "run", [*steps, *evaluations])
+    assert (text is not None) == (words is not None)
+    if text is not None and words is not None:
+        assert words in text
+        best = 20 * max(range(len(scores)), key=lambda i: scores[i])
+        assert f"/run/checkpoints/step-{best}" in text
+        assert "train.steps=20" in text
+        made = run(tmp_path)
+        lines = [make_step_line(line["step"]) | line for line in steps]
+        made.write_lines("metrics.jsonl", [START_RECORD, *lines, *evaluations])
+        assert text in summary.list_remarks(record(made))
+
+
 def test_data_wait_is_reported_with_advice(tmp_path: Path) -> None:
     made = run(tmp_path)
     start = START_RECORD | {"num_workers": 4}

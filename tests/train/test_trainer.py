@@ -21,7 +21,7 @@ from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
-from finesight.train import trainer
+from finesight.train import optimizer, trainer
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
@@ -363,3 +363,28 @@ def test_changed_data_file_ends_with_checkpoint(
     os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns))
     monkeypatch.undo()
     assert task.run(train=task.recipe["train"] | {"save_every": 6}, resume=True).steps == 6
+
+
+def test_default_evaluations_and_overfitting_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "DEFAULT_INTERIM_SAMPLES", 2)
+    task = TinyTask(tmp_path)
+    task.recipe["train"] |= {"epochs": None, "steps": 50, "learning_rate": 0.005}
+    file = tmp_path / "eval.jsonl"
+    file.write_text(re.sub('"(red|green|light blue|white)"', '"wrong"', file.read_text()))
+    tune = {"language": "full", "embeddings": "full"}
+    task.run("train.lr_schedule=constant", tune=tune, eval={"metric": "qa", "max_new_tokens": 4})
+    evaluations = [line for line in task.read_metrics() if "validation_loss" in line]
+    assert [(line["step"], line["num_samples"]) for line in evaluations] == [
+        *((0, 3), (10, 2), (20, 2), (30, 2), (40, 2), (50, 3))
+    ]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["best_eval"]["step"] == 50
+    assert "(first 2 samples)" in task.console_output
+    warnings = [x for x in task.console_output.splitlines() if x.startswith("warning: Overfit")]
+    (warning,) = warnings
+    assert "the validation loss rose while the training loss fell" in warning
+    checkpoint = re.search(r"The best checkpoint is (\S+/step-\d+)\.", warning)
+    assert checkpoint is not None
+    assert Path(checkpoint[1]).is_dir()

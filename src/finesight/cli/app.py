@@ -25,6 +25,7 @@ from finesight import __version__
 from finesight.cli.chat import chat
 from finesight.cli.data import check, convert_boxes, export_data, import_data, plan, show
 from finesight.cli.doctor import doctor
+from finesight.cli.init import init
 from finesight.cli.models import download, export, merge
 from finesight.cli.results import compare, evaluate, predict, report
 from finesight.cli.servers import serve, web
@@ -54,7 +55,7 @@ _PLACEHOLDERS = {
 """Placeholder of each Python type that typer prints, such as `<int range>`."""
 
 COMMAND_GROUPS = {
-    "Start": ("quickstart", "doctor", "download"),
+    "Start": ("init", "quickstart", "doctor", "download"),
     "Data": ("import", "check", "show", "data"),
     "Training": ("plan", "train", "launch", "convert"),
     "Evaluation": ("eval", "report", "compare"),
@@ -175,9 +176,9 @@ def configure_cli(
 ) -> None:
     """Fine-tune Qwen vision-language models on your own images.
 
-    Start with quickstart. With your own images: import, check, plan, train, predict.
+    Start with quickstart. With your own images: init, train, predict.
 
-    Example: finesight quickstart
+    Example: finesight init photos/captions.csv
     """
 
 
@@ -185,6 +186,7 @@ _add_command = partial(app.command, cls=PlainHelpCommand)
 _add_data_command = partial(data_app.command, cls=PlainHelpCommand)
 
 _add_command(short_help="Run the complete workflow on generated data, on a CPU.")(quickstart)
+_add_command(short_help="Import a dataset, and write a recipe that fits this machine.")(init)
 _add_command(short_help="Download a model or dataset from a hub.")(download)
 _add_command(short_help="Diagnose a machine, a model or a run.")(doctor)
 _add_command("import", short_help="Import a dataset as samples.")(import_data)

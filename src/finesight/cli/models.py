@@ -126,9 +126,12 @@ def merge(
 
     Example: finesight merge runs/latex models/latex
     """
+    from rich.console import Console
+
     from finesight.export.verified_merge import merge_and_verify
     from finesight.infer.model_loader import resolve_model_source
     from finesight.model.quant.int4 import gptq_group_size
+    from finesight.train.console import TrainingConsole
 
     model_source = resolve_model_source(source, base)
     # The model/ of a full fine-tuning run lacks the model card and settings of other programs.
@@ -147,16 +150,18 @@ def merge(
             expected="a run, an adapter folder, or a 4-bit GPTQ model",
             remedy=f"use {source} directly: there is nothing to merge",
         )
-    result = merge_and_verify(
-        source,
-        model_source,
-        out,
-        precision=precision,
-        device=device,
-        num_samples=num_samples,
-        max_shard_bytes=max_shard_gb * 1e9,
-        log=lambda line: typer.echo(line, err=True),
-    )
+    console = TrainingConsole(Console(stderr=True))
+    with console.activity(f"merging {source} and verifying {out}"):
+        result = merge_and_verify(
+            source,
+            model_source,
+            out,
+            precision=precision,
+            device=device,
+            num_samples=num_samples,
+            max_shard_bytes=max_shard_gb * 1e9,
+            log=console.log,
+        )
     if as_json:
         typer.echo(json.dumps(_result_to_dict(result, model_source)))
     else:
@@ -299,13 +304,18 @@ def export(
         with collect_uploads(model_source, source) as files:
             _upload_to_hub(source, out, files, public, confirm, as_json)
     else:
+        from rich.console import Console
+
         from finesight.export.deployment import (
             find_converter,
             format_llama_server_command,
             write_gguf,
         )
+        from finesight.train.console import TrainingConsole
 
-        gguf_files = write_gguf(model_source, Path(out), find_converter(converter), outtype, python)
+        program = find_converter(converter)
+        with TrainingConsole(Console(stderr=True)).activity(f"converting {source} to GGUF"):
+            gguf_files = write_gguf(model_source, Path(out), program, outtype, python)
         paths = {"model": gguf_files.model, "mmproj": gguf_files.mmproj}
         if as_json:
             typer.echo(json.dumps({key: str(path) for key, path in paths.items()}))

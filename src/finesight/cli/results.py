@@ -113,9 +113,13 @@ def evaluate(
     if parse_metric_path(settings.metric) is not None:
         typer.echo(f"custom metric: {settings.metric}", err=True)
     options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
-    inference_model = load_inference_model(run_or_model, device, precision, weight_format, options)
+    console = TrainingConsole(Console(stderr=True))
+    with console.activity(f"loading the weights of {run_or_model}"):
+        inference_model = load_inference_model(
+            run_or_model, device, precision, weight_format, options
+        )
     total = min(len(samples), settings.limit or len(samples))
-    with TrainingConsole(Console(stderr=True)).progress_stage("answers", total) as on_progress:
+    with console.progress_stage("answers", total) as on_progress:
         result = run_evaluation(
             inference_model.model,
             inference_model.renderer,
@@ -187,10 +191,12 @@ def predict(
 
     samples = _load_samples(images or [], prompt, data)
     options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
-    inference_model = load_inference_model(run_or_model, device, precision, weight_format, options)
-    with TrainingConsole(Console(stderr=True)).progress_stage(
-        "answers", len(samples)
-    ) as on_progress:
+    console = TrainingConsole(Console(stderr=True))
+    with console.activity(f"loading the weights of {run_or_model}"):
+        inference_model = load_inference_model(
+            run_or_model, device, precision, weight_format, options
+        )
+    with console.progress_stage("answers", len(samples)) as on_progress:
         predictions = run_prediction(
             inference_model.model,
             inference_model.renderer,

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -130,6 +131,12 @@ def train(
             "(also modelscope:OWNER/NAME). If this fails, the run is kept; see `finesight export`.",
         ),
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Start even if the predicted peak memory exceeds that of the device."
+        ),
+    ] = False,
     trust_metric: TrustMetricOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -141,6 +148,9 @@ def train(
     SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 (sbatch --signal=USR1@300) stop the run after
     writing a checkpoint, with exit code 75. The same command with --resume continues the run as if
     it had not been stopped.
+
+    Before the weights are loaded, the peak memory is predicted as by `finesight plan`. A run that
+    cannot fit is rejected with exit code 2, and a run of more than an hour on a CPU is announced.
 
     For several GPUs, run torchrun --nproc-per-node 4 -m finesight train RECIPE. train.batch_size
     counts the samples of all GPUs, so the result equals that of one GPU up to rounding. A run can
@@ -171,9 +181,10 @@ def train(
         )
     check_recipe_metric(settings, recipe, overrides or (), trust=trust_metric)
     # This import takes seconds. It follows the recipe checks so that errors appear at once.
+    from finesight.plan.run_plan import check_fit
     from finesight.train.training_run import train as run_training
 
-    result = run_training(settings, resume=resume)
+    result = run_training(settings, resume=resume, check_inputs=partial(check_fit, force=force))
     if as_json and result is not None:
         typer.echo(json.dumps(result.as_json()))
     if push is not None and result is not None:

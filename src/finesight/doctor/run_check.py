@@ -298,9 +298,7 @@ def _check_loss_spikes(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
     """Detect overfitting: the validation loss rises while the training loss falls."""
-    evaluations = [
-        line for line in run_record.evaluations if is_finite(line.get("validation_loss"))
-    ]
+    evaluations = summary.list_comparable_evaluations(run_record.evaluations)
     if len(evaluations) < 2:
         return
     best = min(evaluations, key=lambda line: float(line["validation_loss"]))

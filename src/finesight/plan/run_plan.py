@@ -5,6 +5,7 @@ A plan estimates memory and time, and chooses settings that fit the device (`fin
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_by
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.model.trainable import MODEL_PARTS
-from finesight.plan.planned_model import PlannedModel, build_planned_model
+from finesight.plan.planned_model import PlannedModel, build_meta_model, build_planned_model
 from finesight.plan.planned_pack import PlannedPack, build_planned_pack, iter_planned_steps
 from finesight.plan.settings_search import (
     PlannedSettings,
@@ -29,14 +30,20 @@ from finesight.plan.settings_search import (
     SettingsSearch,
 )
 from finesight.plan.step_time import estimate_startup_seconds
-from finesight.plan.target_device import TargetDevice, build_named_target, measure_local_target
+from finesight.plan.target_device import (
+    TargetDevice,
+    build_local_target,
+    build_named_target,
+    measure_local_target,
+)
+from finesight.report.summary import format_duration
 from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import MAX_WORKERS
 from finesight.train.dataset_stats import DatasetStats, SampleStats, load_training_data
 from finesight.train.flops import FlopCounter
-from finesight.train.optimizer import resolve_steps
+from finesight.train.optimizer import resolve_eval_interval, resolve_interim_limit
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import resolve_base_model
+from finesight.train.setup import RunInputs, resolve_base_model
 
 MIN_DECODE_STEP_S = 3.0e-3
 """Minimum seconds of a decode step on a GPU for any model.
@@ -53,7 +60,7 @@ class EvaluationEstimate:
 
     Attributes:
         num_evaluations: Number of evaluations before, during and after training.
-        num_samples: Number of validation samples per evaluation.
+        num_samples: Number of validation samples per evaluation before and after training.
         total_s: Seconds of all evaluations.
         generation_bytes: Peak bytes of generation; 0 if only the validation loss is computed.
     """
@@ -76,33 +83,33 @@ def estimate_evaluation(
     Without an `eval` section in the recipe, an evaluation only computes the validation loss.
     """
     settings = recipe.eval
-    num_evaluations = 2
-    if settings is not None and settings.every is not None:
-        eval_interval = resolve_steps(settings.every, total_steps)
-        num_evaluations += (total_steps - 1) // eval_interval if eval_interval else 0
-    # Validation loss: forward passes only, about a third of the work of a training step.
-    batch_size = recipe.train.batch_size
-    batches = [
-        validation_stats[start : start + batch_size]
-        for start in range(0, len(validation_stats), batch_size)
-    ]
-    step_times = (
-        planned.step_timer.estimate_step([build_planned_pack(batch)], 0.0, use_graphs=False)
-        for batch in batches
-    )
-    loss_s = sum(step_time.total for step_time in step_times) / 3
-    if settings is None:
-        return EvaluationEstimate(
-            num_evaluations, len(validation_stats), num_evaluations * loss_s, 0
+    num_interim = 0
+    if settings is not None:
+        eval_interval = resolve_eval_interval(settings, total_steps)
+        num_interim = (total_steps - 1) // eval_interval if eval_interval else 0
+
+    def estimate_seconds(stats: Sequence[SampleStats]) -> float:
+        # Validation loss: forward passes only, about a third of the work of a training step.
+        batch_size = recipe.train.batch_size
+        batches = [stats[start : start + batch_size] for start in range(0, len(stats), batch_size)]
+        step_times = (
+            planned.step_timer.estimate_step([build_planned_pack(batch)], 0.0, use_graphs=False)
+            for batch in batches
         )
-    eval_stats = validation_stats[: settings.limit]
-    seconds = loss_s + _estimate_generation_s(settings, planned, target, eval_stats)
-    return EvaluationEstimate(
-        num_evaluations,
-        len(eval_stats),
-        num_evaluations * seconds,
-        _estimate_generation_bytes(settings, planned, target, eval_stats),
-    )
+        loss_s = sum(step_time.total for step_time in step_times) / 3
+        if settings is None:
+            return loss_s
+        return loss_s + _estimate_generation_s(settings, planned, target, stats[: settings.limit])
+
+    total_s = 2 * estimate_seconds(validation_stats)
+    if num_interim:
+        interim_stats = validation_stats[: resolve_interim_limit(settings)]
+        total_s += num_interim * estimate_seconds(interim_stats)
+    eval_stats = validation_stats[: settings.limit if settings else None]
+    generation_bytes = 0
+    if settings is not None:
+        generation_bytes = _estimate_generation_bytes(settings, planned, target, eval_stats)
+    return EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, generation_bytes)
 
 
 def _estimate_generation_s(
@@ -464,3 +471,111 @@ def _list_overrides(
     ):
         overrides.append(f"train.num_workers={num_workers}")
     return tuple(overrides)
+
+
+MIN_CHECKED_PARAMS = 50_000_000
+"""Minimum number of parameters of a model whose run is estimated by `check_fit`."""
+
+MAX_UNCHECKED_FRACTION = 0.5
+"""Fraction of the GPU memory up to which packs always fit beside weights and optimizer state."""
+
+LONG_CPU_RUN_S = 3600
+
+
+def check_fit(inputs: RunInputs, console: TrainingConsole, *, force: bool) -> None:
+    """Reject a run whose predicted peak memory exceeds that of the device.
+
+    On a GPU, the prediction uses the smallest packs with activation checkpointing, because the
+    trainer reduces both by itself when memory runs out. On a CPU, it uses the settings of the
+    recipe, and a run of more than an hour is announced. Small models and runs of several ranks are
+    not checked, and an error of the estimate is ignored.
+
+    Args:
+        inputs: Inputs of the run.
+        console: Console for warnings.
+        force: Only warn if the run does not fit.
+
+    Raises:
+        UserError: The run does not fit.
+    """
+    try:
+        error = _estimate_fit(inputs, console)
+    except Exception:
+        logging.getLogger(__name__).debug("the run was not estimated", exc_info=True)
+        return
+    if error is not None and not force:
+        raise error
+    if error is not None:
+        console.log(f"warning: {error.what} (--force)")
+
+
+def _estimate_fit(inputs: RunInputs, console: TrainingConsole) -> UserError | None:
+    """Estimate memory and time of a run; return the error of one that does not fit."""
+    recipe, hardware = inputs.recipe, inputs.hardware
+    is_cuda = hardware.device.type == "cuda"
+    if not hardware.process_group.is_single_process:
+        return None  # several ranks shard the weights, or split long samples
+    folder = inputs.base_model.folder
+    parameters = build_meta_model(folder, hardware.dtype, (), ()).parameters()
+    if sum(parameter.numel() for parameter in parameters) < MIN_CHECKED_PARAMS:
+        return None
+    # Only the time of a CPU run is estimated, which depends on the bandwidth.
+    bandwidth = 1.0 if is_cuda else None
+    target = build_local_target(hardware.device, hardware.dtype, hardware.peak_flops, bandwidth)
+
+    @lru_cache
+    def build_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
+        return build_planned_model(folder, recipe, nf4_parts, target)
+
+    nf4_parts = recipe.tune.quantize.nf4 or ()
+    model = build_model(nf4_parts)
+    persistent_bytes = model.persistent.weight_bytes + model.persistent.optimizer_state_bytes
+    if is_cuda and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
+        return None
+    sample_stats = inputs.train_data.build_sample_stats(inputs.renderer, recipe.data)
+    prefix_length = inputs.train_data.stats.prefix_length
+    steps = PlannedSteps([*iter_planned_steps(inputs.sampler, sample_stats)], prefix_length)
+    settings = PlannedSettings(
+        recipe.train.pack_tokens, float(recipe.train.activation_checkpointing), nf4_parts
+    )
+    smallest = PlannedSettings(steps.max_sample_tokens, 1.0, nf4_parts)
+    choices = _list_quantization_choices(recipe, build_model)
+    search = SettingsSearch(build_model, steps, target.memory_bytes, choices, is_cuda)
+    peak_bytes = search.estimate_peak(smallest if is_cuda else settings).total
+    if peak_bytes <= target.memory_bytes:
+        if not is_cuda:
+            _warn_long_run(inputs, search.estimate(settings), console)
+        return None
+    best = search.find_best(settings)
+    best_bytes = search.estimate_peak(best).total
+    hints = list(_list_memory_hints(recipe))
+    if not is_cuda and target.precision == "fp32":
+        hints.insert(0, "train.precision=bf16")
+    remedy = f"try {', '.join(hints)}"
+    if best_bytes <= target.memory_bytes:
+        workers = recipe.train.num_workers
+        workers = target.num_workers if workers is None else workers
+        overrides = _list_overrides(recipe, settings, best, target, target, workers)
+        remedy = f"add {' '.join(overrides)} ({best_bytes / 1e9:.1f} GB), or {remedy}"
+    return UserError(
+        f"the predicted peak memory is {peak_bytes / 1e9:.1f} GB, and {target.name} has"
+        f" {target.memory_bytes / 1e9:.1f} GB",
+        where=f"model {recipe.model}",
+        expected="a run that fits; `finesight plan` shows the memory by part",
+        remedy=f"{remedy}; start anyway with --force",
+    )
+
+
+def _warn_long_run(inputs: RunInputs, estimate: SettingsEstimate, console: TrainingConsole) -> None:
+    """Log the estimated time of a run on a CPU if it is long."""
+    num_steps, step_s = len(inputs.sampler), estimate.step_time.total
+    num_uncached = math.ceil(inputs.sampler.epoch_length / inputs.recipe.train.batch_size)
+    if estimate.cached_step_s is None or num_uncached >= num_steps:
+        num_uncached = num_steps
+    seconds = num_uncached * step_s + (num_steps - num_uncached) * (estimate.cached_step_s or 0.0)
+    if seconds > LONG_CPU_RUN_S:
+        console.log(
+            f"warning: {num_steps} training steps on this CPU take about"
+            f" {format_duration(seconds)} (estimate). Use a GPU, a smaller model, smaller images"
+            " (image.max_pixels) or fewer steps (train.steps)."
+        )

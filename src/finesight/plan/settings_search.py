@@ -204,7 +204,7 @@ class SettingsSearch:
         """Estimate the memory and time of a run with the given settings."""
         planned = self._build_model(settings.nf4_parts)
         packed_steps = self._steps.timed_steps(settings.pack_tokens)
-        peak = self._estimate_peak(settings)
+        peak = self.estimate_peak(settings)
         use_graphs = peak.cuda_graphs > 0
 
         def time_step(packs: Sequence[PlannedPack], has_cached_features: bool = False) -> StepTime:
@@ -234,7 +234,7 @@ class SettingsSearch:
             settings, peak, mean_time, cached_step_s, packs_per_step, self._memory_limit
         )
 
-    def _estimate_peak(self, settings: PlannedSettings) -> PeakMemory:
+    def estimate_peak(self, settings: PlannedSettings) -> PeakMemory:
         """Estimate the peak memory with CUDA graphs if they fit, otherwise without."""
         with_graphs = self._compute_peak(settings, use_graphs=True)
         if with_graphs.total <= self._memory_limit:

@@ -6,7 +6,6 @@ GPU models have the speed of their data sheet. The speed of this machine is meas
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 
 from finesight.config import Device, Precision
 from finesight.errors import UserError
+from finesight.host_memory import total_memory
 from finesight.infer.model_loader import resolve_device, resolve_precision
 from finesight.model.fused_ops import get_device_capability
 from finesight.model.weights_io import DTYPES
@@ -196,23 +196,30 @@ def measure_local_target(device: Device, precision: Precision) -> TargetDevice:
     """
     torch_device = resolve_device(device)
     dtype = resolve_precision(precision, torch_device)
-    is_cuda = torch_device.type == "cuda"
+    return build_local_target(torch_device, dtype, measure_peak_flops(torch_device, dtype))
+
+
+def build_local_target(
+    device: torch.device,
+    dtype: torch.dtype,
+    peak_flops: float,
+    memory_bandwidth: float | None = None,
+) -> TargetDevice:
+    """Build the target for a device of this machine from its measured FLOP/s.
+
+    The memory bandwidth is measured unless it is given.
+    """
+    is_cuda = device.type == "cuda"
     return TargetDevice(
-        name=get_device_name(torch_device),
-        memory_bytes=torch.cuda.mem_get_info(torch_device)[1]
-        if is_cuda
-        else _get_physical_memory(),
-        peak_flops=measure_peak_flops(torch_device, dtype),
-        memory_bandwidth=_measure_bandwidth(torch_device),
+        name=get_device_name(device),
+        memory_bytes=torch.cuda.mem_get_info(device)[1] if is_cuda else total_memory(),
+        peak_flops=peak_flops,
+        memory_bandwidth=memory_bandwidth or _measure_bandwidth(device),
         dtype=dtype,
-        compute=ComputeTarget(is_cuda, dtype, get_device_capability(torch_device)),
-        num_workers=default_num_workers(torch_device),
+        compute=ComputeTarget(is_cuda, dtype, get_device_capability(device)),
+        num_workers=default_num_workers(device),
         is_measured=True,
     )
-
-
-def _get_physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _measure_bandwidth(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shlex
 import time
@@ -13,9 +14,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from finesight.manifest import MAX_DATA_WAIT_FRACTION, METRICS_FILE
+from finesight.manifest import CHECKPOINTS_FOLDER, MAX_DATA_WAIT_FRACTION, METRICS_FILE
 from finesight.report.i18n import translate
-from finesight.report.run_reader import JsonObject, RunRecord, as_object
+from finesight.report.run_reader import JsonObject, RunRecord, as_object, is_finite
 
 NOT_RECORDED = "not recorded"
 
@@ -213,7 +214,78 @@ def list_remarks(run_record: RunRecord) -> list[str]:
             " use smaller image files, or reduce the image size of the model (image.max_pixels)."
         )
         remarks.append(translate(text, 100 * fraction, workers_text))
-    return [*remarks, *list_memory_remarks(run_record)]
+    lines = [*run_record.steps, *run_record.evaluations]
+    overfitting = describe_overfitting(run_record.folder, lines)
+    return [*remarks, *([overfitting] if overfitting else []), *list_memory_remarks(run_record)]
+
+
+MIN_LOSS_INCREASE = 1.01
+"""Ratio of the last validation loss to the lowest one from which it counts as overfitting."""
+
+
+def list_comparable_evaluations(lines: Iterable[JsonObject]) -> list[JsonObject]:
+    """Return the evaluations of the most frequent number of samples.
+
+    Evaluations during training may use fewer samples than those before and after it.
+    """
+    groups: defaultdict[object, list[JsonObject]] = defaultdict(list)
+    for line in lines:
+        if is_finite(line.get("validation_loss")):
+            groups[line.get("num_samples")].append(line)
+    return max(groups.values(), key=len, default=[])
+
+
+def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | None:
+    """Describe overfitting in the last three comparable evaluations of a run; None without.
+
+    The validation loss rises twice while the training loss falls, or the score of the primary
+    metric falls twice, below the confidence interval of the best one.
+
+    Args:
+        folder: Run directory.
+        lines: Steps and evaluations of `metrics.jsonl`.
+    """
+    evaluations = list_comparable_evaluations(lines)
+    trained = [line for line in evaluations if line["step"]]
+    if len(evaluations) < 3 or not trained:
+        return None
+
+    def get_score(line: JsonObject) -> float:
+        score = as_object(line.get("scores")).get(str(line.get("primary_metric")))
+        return float(score) if is_finite(score) else 0.0
+
+    def mean_loss(start: JsonObject, end: JsonObject) -> float:
+        steps = (x for x in lines if start["step"] < x["step"] <= end["step"])
+        losses = [float(x["loss"]) for x in steps if is_finite(x.get("loss"))]
+        return mean(losses) if losses else 0.0
+
+    first, middle, last = evaluations[-3:]
+    best = max(trained, key=lambda line: (get_score(line), -line["validation_loss"]))
+    losses = [float(line["validation_loss"]) for line in (first, middle, last)]
+    lowest = min(evaluations, key=lambda line: float(line["validation_loss"]))["validation_loss"]
+    num_steps = best["step"]
+    metric = str(last.get("primary_metric"))
+    interval = as_object(best.get("intervals")).get(metric) or [get_score(best)]
+    limit = interval[0] if isinstance(interval, list) and is_finite(interval[0]) else -math.inf
+    if losses[0] < losses[1] < losses[2] > MIN_LOSS_INCREASE * lowest and mean_loss(
+        middle, last
+    ) < mean_loss(first, middle):
+        sign = translate("the validation loss rose while the training loss fell")
+        before, after = losses[0], losses[2]
+        num_steps = min(trained, key=lambda line: float(line["validation_loss"]))["step"]
+    elif get_score(first) > get_score(middle) > get_score(last) < limit:
+        sign = translate("{} fell", metric)
+        before, after = get_score(first), get_score(last)
+    else:
+        return None
+    text = (
+        "Overfitting: {}, from {:.4g} after step {:,} to {:.4g} after step {:,}. The best"
+        " checkpoint is {}. Train fewer steps (train.steps={}), stop early and keep the best"
+        " weights (eval.every=0.1 eval.patience=2), lower train.learning_rate, or add samples."
+    )
+    checkpoint = folder / CHECKPOINTS_FOLDER / f"step-{best['step']}"
+    steps = first["step"], last["step"]
+    return translate(text, sign, before, steps[0], after, steps[1], checkpoint, num_steps)
 
 
 def list_memory_remarks(run_record: RunRecord) -> list[str]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from finesight.manifest import MAX_DATA_WAIT_FRACTION
 
@@ -17,6 +25,10 @@ ProgressCallback = Callable[[int], None]
 
 MAX_LOG_LINES = 20
 """Approximate maximum number of step lines printed when the output is not a terminal."""
+
+
+LOG_INTERVAL_S = 10.0
+"""Minimum seconds between two lines of a stage when the output is not a terminal."""
 
 
 class TrainingConsole:
@@ -31,18 +43,55 @@ class TrainingConsole:
 
     @contextmanager
     def progress_stage(self, title: str, total: int) -> Iterator[ProgressCallback]:
-        """Show a progress bar for a stage of `total` samples within the context.
+        """Show the progress of a stage of `total` samples within the context.
+
+        On a terminal, this is a bar with the remaining time, otherwise a line every
+        `LOG_INTERVAL_S` seconds.
 
         Yields:
             Callback to call with the number of newly processed samples.
         """
+        done, start_s = 0, time.perf_counter()
+        logged_s = start_s
         with self._create_bar() as bar:
             task = bar.add_task(title, total=total, figures="")
 
             def on_progress(count: int) -> None:
+                nonlocal done, logged_s
+                done += count
                 bar.advance(task, count)
+                now = time.perf_counter()
+                if bar.disable and 0 < done < total and now - logged_s >= LOG_INTERVAL_S:
+                    logged_s = now
+                    remaining_s = (now - start_s) / done * (total - done)
+                    self.log(f"{title}: {done}/{total}, {remaining_s:.0f} s left")
 
             yield on_progress
+
+    @contextmanager
+    def activity(self, title: str) -> Iterator[None]:
+        """Show the elapsed time of a stage without countable samples within the context.
+
+        If the output is not a terminal, a line is printed after `LOG_INTERVAL_S` seconds, and
+        another one at the end.
+        """
+        start_s = time.perf_counter()
+        if self.rich_console.is_terminal:
+            columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)
+            with Progress(
+                *columns, TimeElapsedColumn(), console=self.rich_console, transient=True
+            ) as bar:
+                bar.add_task(title, total=None)
+                yield
+            return
+        timer = threading.Timer(LOG_INTERVAL_S, self.log, [f"{title} ..."])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        if (seconds := time.perf_counter() - start_s) >= LOG_INTERVAL_S:
+            self.log(f"{title}: {seconds:.0f} s")
 
     @contextmanager
     def step_progress(self, total: int, done: int) -> Iterator[StepProgress]:

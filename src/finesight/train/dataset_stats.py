@@ -631,13 +631,14 @@ def load_training_data(
         custom_metric.require_metric_file(
             metric_location[0]
         )  # not executed here: a plan does not need it
-    corpus = load_corpus(recipe.data.train)
+    with console.activity("reading data.train"):
+        corpus = load_corpus(recipe.data.train)
     if not recipe.data.eval:
         return _scan_split(corpus, recipe, renderer, num_workers, console, "train"), None
-    validation_corpus = load_corpus(recipe.data.eval)
-    watched_images = {
-        path for sample in validation_corpus.read_samples() for path in list_image_paths(sample)
-    }
+    with console.activity("reading data.eval"):
+        validation_corpus = load_corpus(recipe.data.eval)
+        samples = validation_corpus.read_samples()
+        watched_images = {path for sample in samples for path in list_image_paths(sample)}
     train_data = _scan_split(
         corpus, recipe, renderer, num_workers, console, "train", watched_images
     )

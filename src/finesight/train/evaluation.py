@@ -54,6 +54,7 @@ class EvalResult:
         intervals: Confidence interval of each score; None if there is none.
         details: Additional results of the task, such as scores per class.
         notes: Reasons for missing intervals, and warnings.
+        num_samples: Number of validation samples of the scores; None if unknown.
     """
 
     step: int
@@ -63,6 +64,7 @@ class EvalResult:
     intervals: dict[str, ConfidenceInterval | None] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    num_samples: int | None = None
 
     @property
     def primary_score(self) -> float | None:
@@ -79,6 +81,7 @@ class EvalResult:
             "intervals": self.intervals,
             "details": self.details,
             "notes": self.notes,
+            "num_samples": self.num_samples,
         }
 
     def as_best_eval(self) -> BestEval:
@@ -100,7 +103,8 @@ class EvalResult:
             for name, ends in line.get("intervals", {}).items()
         }
         metrics = line["step"], line["validation_loss"], line["scores"], line["primary_metric"]
-        return cls(*metrics, intervals, line.get("details", {}), line.get("notes", {}))
+        additional = line.get("details", {}), line.get("notes", {}), line.get("num_samples")
+        return cls(*metrics, intervals, *additional)
 
 
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
@@ -136,7 +140,11 @@ def count_evals_since_best(results: Sequence[EvalResult]) -> int:
 
 
 def run_evaluation(
-    state: TrainState, name: str, console: TrainingConsole, stop: StopRequest
+    state: TrainState,
+    name: str,
+    console: TrainingConsole,
+    stop: StopRequest,
+    limit: int | None = None,
 ) -> EvalResult:
     """Compute the validation loss, and generate and score predictions if a metric is set.
 
@@ -149,6 +157,7 @@ def run_evaluation(
         name: Name of the predictions file, such as `before` or `step-100`.
         console: Console for progress and messages.
         stop: Stop request, checked between batches.
+        limit: Maximum number of validation samples; None for all.
 
     Raises:
         TrainingInterrupted: A stop was requested.
@@ -156,7 +165,7 @@ def run_evaluation(
     """
     assert state.validation_data is not None, "no validation data"
     indices, process_group = (
-        state.validation_data.stats.sample_indices,
+        state.validation_data.stats.sample_indices[:limit],
         state.hardware.process_group,
     )
 
@@ -164,7 +173,7 @@ def run_evaluation(
         with console.progress_stage(
             f"validation loss {name}", len(process_group.shard(indices))
         ) as on_progress:
-            return compute_validation_loss(state, budget, on_progress, stop)
+            return compute_validation_loss(state, budget, on_progress, stop, limit)
 
     budget, device = state.progress.budget, state.hardware.device
     with state.parallel.summon_full_params():
@@ -173,7 +182,7 @@ def run_evaluation(
         loss = _mean_loss(state, loss_sum, console)
         step, settings = state.progress.step, state.recipe.eval
         if settings is None:
-            return EvalResult(step, loss, {}, None)
+            return EvalResult(step, loss, {}, None, num_samples=len(indices))
         samples = [state.validation_data.corpus[index] for index in indices[: settings.limit]]
         result = _evaluate_generation(state, settings, samples, name, console, stop)
     return EvalResult(
@@ -184,6 +193,7 @@ def run_evaluation(
         result.intervals,
         result.details,
         result.notes,
+        len(samples),
     )
 
 
@@ -310,7 +320,11 @@ def _mean_loss(state: TrainState, loss_sum: LossSum, console: TrainingConsole) -
 
 @torch.no_grad()
 def compute_validation_loss(
-    state: TrainState, budget: MemoryBudget, on_progress: ProgressCallback, stop: StopRequest
+    state: TrainState,
+    budget: MemoryBudget,
+    on_progress: ProgressCallback,
+    stop: StopRequest,
+    limit: int | None = None,
 ) -> LossSum:
     """Sum the cross entropy over the supervised tokens of this rank's validation samples.
 
@@ -321,12 +335,13 @@ def compute_validation_loss(
         budget: Memory budget, which limits the tokens of a pack.
         on_progress: Callback for the number of newly processed samples.
         stop: Stop request, checked between batches.
+        limit: Maximum number of samples over all ranks; None for all.
 
     Raises:
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
-    data, model = state.build_validation_dataset(budget.pack_tokens), state.model
+    data, model = state.build_validation_dataset(budget.pack_tokens, limit), state.model
     hardware = state.hardware
     assert data is not None, "no validation data"
     total = torch.zeros((), device=hardware.device, dtype=torch.float64)

@@ -269,7 +269,7 @@ class RunResult(BaseModel):
         after: Evaluation of the exported weights; None without validation data.
         param_changes: Result of the parameter audit.
         metric_differences: Differences of the metrics between `before` and `after`.
-        best_eval: Best evaluation, except the one before training.
+        best_eval: Best evaluation of the samples of the last one, except that before training.
         weights_step: Step of the exported weights in `adapter/` and `model/`.
         stopped_early: Whether early stopping ended the run.
     """
@@ -320,6 +320,8 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval: EvalResult | None = None
     for result in eval_history[1:]:
+        if result.num_samples != eval_history[-1].num_samples:
+            continue  # scores of other samples are not comparable
         # Of equally good evaluations, the first one.
         if best_eval is None or result.as_best_eval().is_better_than(best_eval.as_best_eval()):
             best_eval = result
@@ -342,7 +344,8 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
             console.log(format_param_changes(param_changes))
         check_param_changes(param_changes)
         if process_group.is_main:
-            _save_weights(state, step)
+            with console.activity("saving the trained weights"):
+                _save_weights(state, step)
     if not process_group.is_main:
         return None
     loss, num_late_skipped = None, 0

@@ -88,6 +88,10 @@ class TrackingEvents:
         if (text := _describe_regression(baseline, eval_result)) is not None:
             self._tracking.send_alert("warning", "worse than before training", text)
 
+    def log_overfitting(self, text: str) -> None:
+        """Send an alert about overfitting."""
+        self._tracking.send_alert("warning", "overfitting", text)
+
     def log_result(self, result: RunResult) -> None:
         """Send an alert that the run has finished, with its result."""
         text = f"{result.steps} steps"
@@ -108,7 +112,9 @@ def _primary_score(eval_result: EvalResult) -> tuple[str, float]:
 def _describe_regression(baseline: EvalResult, current: EvalResult) -> str | None:
     """Describe the regression if an evaluation is worse than before training; otherwise None."""
     (name, old), (current_name, new) = _primary_score(baseline), _primary_score(current)
-    if name != current_name or not (new > old if name in LOWER_IS_BETTER else new < old):
+    if (name, baseline.num_samples) != (current_name, current.num_samples) or not (
+        new > old if name in LOWER_IS_BETTER else new < old
+    ):
         return None
     return f"{name} {new:.4f} after {current.step} steps, {old:.4f} before"
 
@@ -325,6 +331,7 @@ class MetricsLogger:
         self._anomaly_detector = AnomalyDetector(state, console.log)
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None
+        self._has_warned = False
         self._timer = StepTimer(state.hardware.device)
 
     def log_start(self, seconds: float) -> None:
@@ -473,12 +480,31 @@ class MetricsLogger:
                 f"  ({eval_result.primary_metric}: 95 % interval {interval.low:.4f} to"
                 f" {interval.high:.4f})"
             )
+        assert self._state.validation_data is not None, "no validation data"
+        num_all = len(self._state.validation_data.stats.sample_indices)
+        if self._state.recipe.eval is not None:
+            num_all = min(num_all, self._state.recipe.eval.limit or num_all)
+        num_samples = eval_result.num_samples or num_all
+        subset = f"  (first {num_samples} samples)" if num_samples < num_all else ""
         self._console.log(
             f"after {eval_result.step} steps: validation loss {eval_result.validation_loss:.4f}"
-            f"  {summary}"
+            f"  {summary}{subset}"
         )
+        if self._state.hardware.process_group.is_main and not self._has_warned:
+            self._warn_overfitting()
         for line in note_lines(eval_result.notes.items()) if not eval_result.step else ():
             self._console.log(line)
+
+    def _warn_overfitting(self) -> None:
+        """Log the first sign of overfitting, and send it as an alert."""
+        from finesight.report.summary import describe_overfitting
+
+        run_dir = self._state.run_dir
+        text = describe_overfitting(run_dir.path, [*run_dir.iter_metrics()])
+        if text is not None:
+            self._console.log(f"warning: {text}")
+            self._tracking_events.log_overfitting(text)
+            self._has_warned = True
 
     def log_result(self, result: RunResult) -> None:
         """Send the result of the run to the experiment trackers."""

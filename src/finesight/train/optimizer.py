@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finesight.config import StepsOrFraction, TrainSettings
+from finesight.config import EvalSettings, StepsOrFraction, TrainSettings
 from finesight.errors import UserError
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.trainable import (
@@ -52,6 +52,12 @@ from finesight.train.optim_states import (
 DEFAULT_SAVE_INTERVAL = 0.25
 """Default interval between two checkpoints, as a fraction of the run."""
 
+DEFAULT_EVAL_INTERVAL, MIN_DEFAULT_EVAL_STEPS = 0.2, 10
+"""Default interval between two evaluations: fraction of the run, and minimum number of steps."""
+
+DEFAULT_INTERIM_SAMPLES = 64
+"""Maximum number of samples of an evaluation during training at the default interval."""
+
 
 def resolve_steps(value: StepsOrFraction, total_steps: int) -> int:
     """Convert a number of steps or a fraction of the run to steps.
@@ -59,6 +65,20 @@ def resolve_steps(value: StepsOrFraction, total_steps: int) -> int:
     Fractions are rounded up.
     """
     return value if isinstance(value, int) else math.ceil(value * total_steps)
+
+
+def resolve_eval_interval(settings: EvalSettings, total_steps: int) -> int:
+    """Return the number of steps between two evaluations; 0 for none during training."""
+    if settings.every is None:
+        return max(MIN_DEFAULT_EVAL_STEPS, resolve_steps(DEFAULT_EVAL_INTERVAL, total_steps))
+    return resolve_steps(settings.every, total_steps)
+
+
+def resolve_interim_limit(settings: EvalSettings | None) -> int | None:
+    """Return the maximum number of samples of an evaluation during training; None for all."""
+    if settings is None or settings.every is not None:
+        return None
+    return DEFAULT_INTERIM_SAMPLES
 
 
 def resolve_save_interval(train: TrainSettings, total_steps: int) -> int:

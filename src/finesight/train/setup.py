@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -171,12 +171,29 @@ def build_manifest(state: TrainState) -> Manifest:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RunInputs:
+    """Checked inputs of a new run, before its weights are loaded."""
+
+    recipe: Recipe
+    hardware: Hardware
+    base_model: BaseModelRef
+    renderer: Renderer
+    train_data: TrainingData
+    sampler: TrainSampler
+
+
+InputCheck = Callable[[RunInputs, TrainingConsole], None]
+"""Check of the inputs of a new run, which raises UserError to reject them."""
+
+
 def build_train_state(
     recipe: Recipe,
     run_dir: RunDir,
     console: TrainingConsole,
     resume: bool,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    check_inputs: InputCheck | None = None,
 ) -> TrainState:
     """Load and check everything that a training run needs.
 
@@ -189,6 +206,7 @@ def build_train_state(
         console: Console for progress and messages.
         resume: Whether to restore the newest checkpoint.
         process_group: Ranks of the run.
+        check_inputs: Further check of a new run, before the weights are loaded.
 
     Raises:
         UserError: Settings, data, model or checkpoint are invalid.
@@ -225,6 +243,11 @@ def build_train_state(
                 )
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
         check_resume_config(checkpoint[0].resume_config, resume_config, folder)
+    if checkpoint is None and check_inputs is not None:
+        with hardware.process_group.sync_errors():
+            if hardware.process_group.is_main:
+                inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler)
+                check_inputs(inputs, console)
     model = _load_model(recipe, hardware, base_model, console)
     flop_counter = NullFlopCounter() if isinstance(model, HfModel) else FlopCounter(model)
     sample_stats = (
@@ -415,7 +438,10 @@ def _load_model(
 ) -> AnyModel:
     """Load the base model, and set up its trainable and frozen parts."""
     nf4, fp8 = recipe.tune.quantize.nf4 or (), recipe.tune.quantize.fp8 or ()
-    model = load_auto_model(base_model.folder, hardware.dtype, hardware.device, nf4, fp8_parts=fp8)
+    with console.activity(f"loading the weights of {recipe.model}"):
+        model = load_auto_model(
+            base_model.folder, hardware.dtype, hardware.device, nf4, fp8_parts=fp8
+        )
     configure_tuning(model, recipe.tune, recipe.train.seed)
     if base_model.adapter is not None:
         load_trainable_adapter(model, base_model.adapter, base_folder=base_model.folder)

@@ -47,7 +47,11 @@ from finesight.train.oom import (
     build_pack_oom_error,
     retry_on_oom,
 )
-from finesight.train.optimizer import resolve_save_interval, resolve_steps
+from finesight.train.optimizer import (
+    resolve_eval_interval,
+    resolve_interim_limit,
+    resolve_save_interval,
+)
 from finesight.train.parallel.distributed import (
     SINGLE_PROCESS,
     ParallelStrategy,
@@ -166,7 +170,9 @@ class TrainState:
         sampler = self.step_dataset.with_pack_tokens(self.progress.budget.pack_tokens).sampler
         return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
 
-    def build_validation_dataset(self, pack_tokens: int) -> StepDataset | None:
+    def build_validation_dataset(
+        self, pack_tokens: int, limit: int | None = None
+    ) -> StepDataset | None:
         """Create the dataset of this rank's validation samples; None without validation data.
 
         It does not use shared prefixes: in evaluation mode, some families compute a token depending
@@ -174,10 +180,12 @@ class TrainState:
 
         Args:
             pack_tokens: Maximum number of tokens of a pack.
+            limit: Maximum number of samples over all ranks; None for all.
         """
         if self.validation_data is None:
             return None
-        own_indices = self.hardware.process_group.shard(self.validation_data.stats.sample_indices)
+        indices = self.validation_data.stats.sample_indices[:limit]
+        own_indices = self.hardware.process_group.shard(indices)
         sampler = SequentialSampler(own_indices, self.recipe.train.batch_size)
         return self.validation_data.build_step_dataset(
             self.renderer, sampler, pack_tokens, self.recipe.data
@@ -584,7 +592,7 @@ class Trainer:
         # Without a metric, compute the cheap validation loss with every checkpoint.
         eval_interval = self.save_interval
         if eval_settings is not None:
-            eval_interval = resolve_steps(eval_settings.every or 0, self.total_steps)
+            eval_interval = resolve_eval_interval(eval_settings, self.total_steps)
         self.eval_interval = eval_interval if state.validation_data else 0
         self.early_stopping_patience = eval_settings.patience if eval_settings else None
         on_gpu = state.hardware.device.type == "cuda"
@@ -735,7 +743,7 @@ class Trainer:
         self.metrics_logger.flush()
         progress = self.state.progress
         if should_evaluate and progress.last_eval_step < progress.step:
-            self.evaluate(f"step-{progress.step}")
+            self.evaluate(f"step-{progress.step}", resolve_interim_limit(self.state.recipe.eval))
         if should_save:
             self.save_checkpoint()
         if is_single_process:
@@ -768,16 +776,17 @@ class Trainer:
         step = self.state.progress.step
         return interval > 0 and 0 < step < self.total_steps and step % interval == 0
 
-    def evaluate(self, name: str) -> None:
+    def evaluate(self, name: str, limit: int | None = None) -> None:
         """Evaluate the model, log the result, and checkpoint the best intermediate evaluation.
 
         Args:
             name: Name of the predictions file, such as `before` or `step-100`.
+            limit: Maximum number of validation samples; None for all.
         """
         progress = self.state.progress
         start = time.perf_counter()
         with self.vision_features.reload_encoder():
-            eval_result = run_evaluation(self.state, name, self.console, self.stop)
+            eval_result = run_evaluation(self.state, name, self.console, self.stop, limit)
         self.metrics_logger.log_evaluation(eval_result, name, time.perf_counter() - start)
         progress.last_eval_step = progress.step
         best_eval = eval_result.as_best_eval()

@@ -44,7 +44,7 @@ from finesight.train.oom import translate_oom_errors
 from finesight.train.optimizer import resolve_save_interval
 from finesight.train.parallel.distributed import ProcessGroup, init_distributed
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import build_manifest, build_train_state
+from finesight.train.setup import InputCheck, build_manifest, build_train_state
 from finesight.train.trainer import Trainer, TrainState
 from finesight.train.vision_cache_builder import VisionFeatures
 
@@ -220,7 +220,11 @@ def warm_up_kernels(state: TrainState) -> None:
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, console: Console | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    check_inputs: InputCheck | None = None,
 ) -> RunResult | None:
     """Train a recipe from the start, or resume from its newest checkpoint.
 
@@ -228,6 +232,7 @@ def train(
         recipe: Settings of the run.
         resume: Whether to continue an existing run.
         console: Console for progress and messages; standard error by default.
+        check_inputs: Further check of a new run, before the weights are loaded.
 
     Returns:
         Result of the run. In a distributed run, only the main process returns a result and writes
@@ -244,11 +249,16 @@ def train(
         else:
             rich_console, recipe = Console(quiet=True), recipe.model_copy(update={"track": []})
         with translate_oom_errors():
-            return _train_rank(recipe, process_group, resume, TrainingConsole(rich_console))
+            training_console = TrainingConsole(rich_console)
+            return _train_rank(recipe, process_group, resume, training_console, check_inputs)
 
 
 def _train_rank(
-    recipe: Recipe, process_group: ProcessGroup, resume: bool, console: TrainingConsole
+    recipe: Recipe,
+    process_group: ProcessGroup,
+    resume: bool,
+    console: TrainingConsole,
+    check_inputs: InputCheck | None,
 ) -> RunResult | None:
     """Train on this rank; only the main process writes files and returns a result."""
     start, is_main = time.perf_counter(), process_group.is_main
@@ -266,9 +276,7 @@ def _train_rank(
                 write_run_report(run_dir, console)
             return result if is_main else None
         require_packages(recipe.track)
-        state = build_train_state(
-            recipe, run_dir, console, resume=is_resumed, process_group=process_group
-        )
+        state = build_train_state(recipe, run_dir, console, is_resumed, process_group, check_inputs)
         if is_main:
             check_disk_space(state, len(state.checkpoint_manager.steps()))
         if is_main and not is_resumed:

@@ -1,0 +1,234 @@
+"""Tests of the command `finesight init`: from data to a trained model, and detection."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from finesight.cli import init
+from finesight.cli.app import run_command
+from finesight.errors import UserError
+from finesight.model_folder import TINY_MODEL
+from finesight.plan import run_plan
+
+COLORS = ("red", "green", "blue", "white")
+
+
+def write_image(path: Path, i: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (56, 28 + i), COLORS[i % 4]).save(path)
+
+
+def write_table(folder: Path, num_rows: int, **columns: Any) -> Path:
+    """Write images and a CSV table; each column is a function of the row number."""
+    rows = []
+    for i in range(num_rows):
+        write_image(folder / "images" / f"{i}.png", i)
+        rows.append({"file": f"images/{i}.png"} | {name: cell(i) for name, cell in columns.items()})
+    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def run_init(*words: str | Path) -> dict[str, Any]:
+    result = CliRunner().invoke(init_app(), [*map(str, words), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def init_app() -> Any:
+    import typer
+
+    app = typer.Typer()
+    app.command()(init.init)
+    return app
+
+
+def test_folder_of_images_becomes_a_trained_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    write_table(Path("photos"), 24, caption=lambda i: f"a plain {COLORS[i % 4]} square number {i}")
+    assert run_command(["init", "photos", "--yes"]) == 0
+    printed = capsys.readouterr().out
+    assert "task    captions; prompt: Describe the image." in printed
+    assert "image: file" in printed
+    assert "answer: caption" in printed
+    assert "no issues found" in printed
+    assert "fits 90%" in printed
+    assert printed.endswith(
+        "next:\n  finesight train photos-finetune/recipe.yaml\n"
+        "  finesight chat photos-finetune/run\n"
+    )
+    content = Path("photos-finetune/recipe.yaml").read_text()
+    assert content.count("#") >= 5
+    recipe = yaml.safe_load(content)
+    assert recipe["model"] == TINY_MODEL
+    assert recipe["eval"]["metric"] == "captions"
+    short = ["train.steps=2", "eval.limit=2", "eval.max_new_tokens=4"]
+    assert run_command(["train", "photos-finetune/recipe.yaml", *short]) == 0
+    question = ["photos/images/0.png", "--prompt", "Describe the image."]
+    assert run_command(["predict", "photos-finetune/run", *question]) == 0
+    assert "photos/images/0.png: " in capsys.readouterr().out
+    files = {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")}
+    assert run_command(["init", "photos", "--yes"]) == 2
+    assert "photos-finetune exists already and is never overwritten" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")} == files
+
+
+@pytest.fixture
+def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise UserError("no connection")
+
+    monkeypatch.setattr(run_plan, "plan_run", fail)
+
+
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize(
+    ("columns", "metric", "prompt"),
+    [
+        ({"caption": lambda i: f"a photo of house {i} here"}, "captions", "Describe the image."),
+        ({"latex": lambda i: rf"\frac{{{i}}}{{2}}"}, "latex", "Write the formula as LaTeX."),
+        ({"plate": lambda i: f"AB {i}"}, "ocr", "Read the text."),
+        (
+            {"label": lambda i: ("cat", "dog")[i % 2]},
+            "classification",
+            "Which of these classes is it: cat, dog?",
+        ),
+        (
+            {"shop": lambda i: f"s{i}", "total": lambda i: i, "id": lambda i: i},
+            "json",
+            "Return shop, total as JSON.",
+        ),
+        ({"question": lambda i: f"How many {i}?", "answer": lambda i: i}, "qa", None),
+        (
+            {"bbox": lambda i: "[1, 2, 20, 20]", "label": lambda i: f"thing {i}"},
+            "grounding",
+            "Locate the object.",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_task_of_a_table_is_detected(
+    tmp_path: Path, columns: dict[str, Any], metric: str, prompt: str | None
+) -> None:
+    found = run_init(write_table(tmp_path, 24, **columns), "--out", tmp_path / "out")
+    assert (found["metric"], found["prompt"]) == (metric, prompt)
+    assert found["columns"]["image"] == "file"
+    assert "id" not in str(found["columns"])
+    assert sum(found["samples"].values()) == 24
+    assert found["samples"]["eval"] == 5
+    assert found["fits"] is None
+
+
+def write_coco(folder: Path) -> None:
+    boxes = [
+        {"id": i, "image_id": i // 2, "category_id": 1, "bbox": [i, 1, 9, 9]} for i in range(44)
+    ]
+    images = [{"id": i, "file_name": f"images/{i}.png"} for i in range(22)]
+    classes = [{"id": 1, "name": "ball"}]
+    content = {"images": images, "annotations": boxes, "categories": classes}
+    (folder / "coco.json").write_text(json.dumps(content))
+
+
+def write_chats(folder: Path) -> None:
+    lines = [
+        {
+            "images": [f"images/{i}.png"],
+            "messages": [
+                {"role": "user", "content": "<image>What is it?"},
+                {"role": "assistant", "content": f"It is the photo number {i}."},
+            ],
+        }
+        for i in range(22)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_texts(folder: Path) -> None:
+    for i in range(22):
+        (folder / "images" / f"{i}.txt").write_text(f"x_{{{i}}}")
+
+
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize(
+    ("write", "source", "name", "metric", "prompt"),
+    [
+        (write_coco, "coco.json", "coco", "detection", None),
+        (write_chats, ".", "ms-swift", "captions", None),
+        (write_texts, "images", "folder", "latex", "Write the formula as LaTeX."),
+    ],
+    ids=["boxes", "conversations", "text-files"],
+)
+def test_other_formats_are_detected(
+    tmp_path: Path, write: Any, source: str, name: str, metric: str, prompt: str | None
+) -> None:
+    for i in range(22):
+        write_image(tmp_path / "images" / f"{i}.png", i)
+    write(tmp_path)
+    found = run_init(tmp_path / source, "--out", tmp_path / "out", "--yes")
+    assert (found["format"], found["metric"], found["prompt"]) == (name, metric, prompt)
+    assert found["has_data_errors"] is False
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "model"),
+    [(0, TINY_MODEL), (4, TINY_MODEL), (12, "Qwen/Qwen3.5-2B"), (24, "Qwen/Qwen3.5-4B")],
+)
+def test_model_is_chosen_by_gpu_memory(memory_gb: int, model: str) -> None:
+    assert init.choose_model(round(memory_gb * 1e9)) == model
+
+
+@pytest.mark.usefixtures("no_plan")
+def test_questions_change_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "is_interactive", lambda: True)
+    monkeypatch.setattr(init, "find_device", lambda: ("RTX 4090", round(24e9)))
+    monkeypatch.chdir(write_table(tmp_path, 10, caption=lambda i: f"text {i}", shop=lambda i: i))
+    answers: Sequence[str] = ("labels.csv", "caption,shop", "json", "Read it.", "")
+    result = CliRunner().invoke(init_app(), [], input="\n".join(answers) + "\n")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("]: ") == 5
+    recipe = yaml.safe_load(Path("labels-finetune/recipe.yaml").read_text())
+    assert recipe["model"] == "Qwen/Qwen3.5-4B"
+    assert recipe["tune"]["language"] == "lora"
+    assert recipe["image"]["max_pixels"] > 0
+    assert "eval" not in recipe  # too few rows for a validation split
+    assert "the run was not planned" in result.output
+    line = json.loads(Path("labels-finetune/data/data.jsonl").read_text().splitlines()[3])
+    assert line["messages"][0]["content"][1]["text"] == "Read it."
+    assert json.loads(line["messages"][1]["content"][0]["text"]) == {
+        "caption": "text 3",
+        "shop": "3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"title": lambda i: "x", "id": lambda i: i}, "--map image=COLUMN"),
+        ({}, "no such file"),
+    ],
+    ids=["no-image-column", "missing"],
+)
+def test_unsuitable_data_are_rejected_without_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], columns: dict[str, Any], words: str
+) -> None:
+    file = tmp_path / "table.csv"
+    if columns:
+        file.write_text("title,id\nx,1\ny,2\n")
+    assert run_command(["init", str(file), "--yes", "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

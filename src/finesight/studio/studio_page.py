@@ -146,8 +146,9 @@ class StudioPage:
             converter = self._text(
                 "Converter of llama.cpp, for GGUF", "converter", "convert_hf_to_gguf.py"
             )
-            self._button("Commands for vLLM and SGLang", self._deploy, [name])
-            self._button("Write GGUF", self._write_gguf, [name, converter])
+            with gr.Row():
+                self._button("Commands for vLLM and SGLang", self._deploy, [name])
+                self._button("Write GGUF", self._write_gguf, [name, converter])
         self._button("Stop", self._stop, elem_id="stop")
 
     def _form(self, step: str) -> gr.Column:
@@ -211,8 +212,9 @@ class StudioPage:
         }
         with use_language(selection.lang):
             for item, label in self._labels:
-                key = "value" if isinstance(item, gr.Button) else "label"
-                updates[item] = gr.update(**{key: translate(label)})
+                text = translate(label)
+                is_button = isinstance(item, gr.Button)
+                updates[item] = gr.update(value=text) if is_button else gr.update(label=text)
         # Forms for new items are open in an empty workspace.
         updates[self._import_panel]["open"] = not state.content.datasets
         updates[self._recipe_panel]["open"] = not state.content.recipes

@@ -146,7 +146,7 @@ def mount_page(
     """
     import gradio as gr
 
-    return gr.mount_gradio_app(
+    mounted_app: FastAPI = gr.mount_gradio_app(
         app,
         blocks,
         path="/",
@@ -171,6 +171,7 @@ def mount_page(
         enable_monitoring=False,
         show_error=False,
     )
+    return mounted_app
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Job(BaseModel, frozen=True):
         arguments: Arguments of `finesight`.
         ok_exit_codes: Exit codes of success.
         port: Port of a server, else 0.
+        form: Texts of the form that started the command.
     """
 
     folder: Path
@@ -62,6 +63,7 @@ class Job(BaseModel, frozen=True):
     started_at: datetime
     ok_exit_codes: tuple[int, ...] = (0,)
     port: int = 0
+    form: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -150,6 +152,7 @@ class JobStore:
         *,
         ok_exit_codes: Sequence[int] = (0,),
         port: int = 0,
+        form: Sequence[str] = (),
     ) -> Job:
         """Start a command in a process that outlives this one.
 
@@ -174,6 +177,7 @@ class JobStore:
             started_at=started_at,
             ok_exit_codes=tuple(ok_exit_codes),
             port=port,
+            form=tuple(form),
         )
         write_file(folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
         # The spin count of this process does not fit another load of the machine.

@@ -21,7 +21,7 @@ from finesight.config import TaskName
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
-from finesight.studio.studio_jobs import Job, format_command
+from finesight.studio.studio_jobs import format_command
 from finesight.studio.studio_view import (
     CHECK_EXIT_CODES,
     STATIC_FOLDER,
@@ -106,6 +106,7 @@ class StudioPage:
                 self._text("Columns of a table", "columns", "image=path answer=caption"),
                 self._text("Fraction of training samples", "fraction", value=DEFAULT_FRACTION),
             ]
+            self._import_fields = values
             preview = _create_html("preview")
             inputs = [upload, *values]
             input_type = TypeAdapter(tuple[list[Upload] | None, Text, Text, Text, Text, Text])
@@ -216,7 +217,12 @@ class StudioPage:
                 is_button = isinstance(item, gr.Button)
                 updates[item] = gr.update(value=text) if is_button else gr.update(label=text)
         # Forms for new items are open in an empty workspace.
-        updates[self._import_panel]["open"] = not state.content.datasets
+        job, is_open = state.job, not state.content.datasets
+        if job is not None and job.form and job.status != "finished":
+            is_open = True
+            for field, text in zip(self._import_fields, job.form, strict=True):
+                updates[field]["value"] = text
+        updates[self._import_panel]["open"] = is_open
         updates[self._recipe_panel]["open"] = not state.content.recipes
         if state.recipe is not None:
             file = self._workspace.folder / state.recipe
@@ -264,7 +270,7 @@ class StudioPage:
             files = [Path(file) for file in upload]
             source = str(self._workspace.save_uploads(files, name.strip()))
         target, arguments = self._build_import(source, name, *others)
-        return self._start(state, str(target), arguments, data=str(target))
+        return self._start(state, str(target), arguments, data=str(target), form=values)
 
     def _check(self, state: StudioState) -> str:
         return self._start_listed(state, "data set", ok_exit_codes=CHECK_EXIT_CODES)
@@ -363,9 +369,15 @@ class StudioPage:
         data: str = "",
         ok_exit_codes: Sequence[int] = (0,),
         port: int = 0,
+        form: Sequence[str] = (),
     ) -> str:
-        job: Job = self._jobs.start(
-            state.selection.step, target, arguments, ok_exit_codes=ok_exit_codes, port=port
+        job = self._jobs.start(
+            state.selection.step,
+            target,
+            arguments,
+            ok_exit_codes=ok_exit_codes,
+            port=port,
+            form=form,
         )
         return state.selection.link(job=job.id, **({"data": data} if data else {}))
 

@@ -28,6 +28,7 @@ COMMAND_NAMES = (
     *(
         "",
         "quickstart",
+        "studio",
         "download",
         "doctor",
         "import",

@@ -88,8 +88,10 @@ class Job(BaseModel, frozen=True):
         is_running = self._is_running()
         code = self.exit_code
         if code is not None:
-            stopped: JobStatus = "stopped" if code in STOPPED_EXIT_CODES else "failed"
-            return "finished" if code in self.ok_exit_codes else stopped
+            # A server ends only when it is stopped.
+            if code in STOPPED_EXIT_CODES or (self.port and code == 0):
+                return "stopped"
+            return "finished" if code in self.ok_exit_codes else "failed"
         return "running" if is_running else "killed"
 
     def read_log(self) -> str:

@@ -120,9 +120,9 @@ class StudioPage:
             self.inputs[previews["id"]] = _text_inputs(len(values))
             self._button("Import", self._import, inputs, input_type)
         with self._form("check"):
-            self._button("Check", self._check)
+            self._button("Check", self._start_listed)
         with self._form("plan"):
-            self._button("Estimate memory and time", self._plan)
+            self._button("Estimate memory and time", self._start_listed)
             with self._accordion("New recipe for the selected data set") as self._recipe_panel:
                 values = [
                     self._text("Name of the recipe and its run", "recipe-name", "tickets"),
@@ -135,21 +135,21 @@ class StudioPage:
             self._editor = self._text("Selected recipe", "editor", lines=12)
             self._button("Save the recipe", self._save_recipe, [self._editor])
         with self._form("train"):
-            self._button("Start or resume", self._train)
+            self._button("Start or resume", self._start_listed)
         with self._form("results"):
             pass
         with self._form("chat"):
             self._button("Start the chat", self._chat)
         with self._form("export"):
-            self._button("Start the server", self._serve)
+            self._button("Start the server", lambda state: self._start_server(state, "serve", []))
             name = self._text("Name of the merged model", "merged-name", "tickets")
             self._button("Merge", self._merge, [name])
             converter = self._text(
                 "Converter of llama.cpp, for GGUF", "converter", "convert_hf_to_gguf.py"
             )
             with gr.Row():
-                self._button("Commands for vLLM and SGLang", self._deploy, [name])
-                self._button("Write GGUF", self._write_gguf, [name, converter])
+                self._button("Commands for vLLM and SGLang", self._export, [name])
+                self._button("Write GGUF", self._export, [name, converter])
         self._button("Stop", self._stop, elem_id="stop")
 
     def _form(self, step: str) -> gr.Column:
@@ -272,21 +272,22 @@ class StudioPage:
         target, arguments = self._build_import(source, name, *others)
         return self._start(state, str(target), arguments, data=str(target), form=values)
 
-    def _check(self, state: StudioState) -> str:
-        return self._start_listed(state, "data set", ok_exit_codes=CHECK_EXIT_CODES)
-
-    def _plan(self, state: StudioState) -> str:
-        return self._start_listed(state, "recipe")
-
-    def _train(self, state: StudioState) -> str:
-        return self._start_listed(state, "recipe")
-
     def _create_recipe(
-        self, state: StudioState, name: str, model: str, epochs: str, rate: str, metric: str
+        self,
+        state: StudioState,
+        name: str,
+        model: str,
+        epochs: str,
+        learning_rate: str,
+        metric: str,
     ) -> str:
         if state.dataset is None:
             raise _missing("data set")
-        settings = {"train.epochs": epochs, "train.learning_rate": rate, "eval.metric": metric}
+        settings = {
+            "train.epochs": epochs,
+            "train.learning_rate": learning_rate,
+            "eval.metric": metric,
+        }
         recipe = self._workspace.create_recipe(name.strip(), state.dataset, model, settings)
         return state.selection.link(recipe=str(recipe))
 
@@ -314,9 +315,6 @@ class StudioPage:
             stream.write(password)
         return path
 
-    def _serve(self, state: StudioState) -> str:
-        return self._start_server(state, "serve", [])
-
     def _start_server(self, state: StudioState, command: str, options: list[str]) -> str:
         if state.run is None:
             raise _missing("run")
@@ -331,17 +329,17 @@ class StudioPage:
         target = self._workspace.check_new_name("models", name)
         return self._start(state, str(state.run), ["merge", str(state.run), str(target)])
 
-    def _deploy(self, state: StudioState, name: str) -> str:
+    def _export(self, state: StudioState, name: str, converter: str | None = None) -> str:
+        """Print serving commands for a merged model, or write GGUF files with a converter."""
         model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
-        return self._start(state, state.target, ["export", str(model)])
-
-    def _write_gguf(self, state: StudioState, name: str, converter: str) -> str:
-        model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
-        out = str(self._workspace.check_new_name("gguf", name))
-        options: list[str] = []
-        if converter.strip():
-            options = ["--converter", str(self._workspace.resolve(converter, "converter"))]
-        return self._start(state, state.target, ["export", str(model), out, *options])
+        arguments = ["export", str(model)]
+        if converter is not None:
+            arguments.append(str(self._workspace.check_new_name("gguf", name)))
+            # An empty field: the converter in the folders of PATH.
+            if converter.strip():
+                file = self._workspace.resolve(converter, "converter")
+                arguments += ["--converter", str(file)]
+        return self._start(state, state.target, arguments)
 
     def _stop(self, state: StudioState) -> str:
         if state.job is None:
@@ -349,16 +347,15 @@ class StudioPage:
         state.job.stop()
         return state.selection.link(job=state.job.id)
 
-    def _start_listed(
-        self, state: StudioState, kind: str, ok_exit_codes: Sequence[int] = (0,)
-    ) -> str:
+    def _start_listed(self, state: StudioState) -> str:
         """Start the command that the page shows for the selection."""
-        commands = self._view.list_commands(state)
+        commands, is_check = self._view.list_commands(state), state.selection.step == "check"
         if not commands:
-            raise _missing(kind)
-        if state.selection.step in ("plan", "train") and state.recipe is not None:
+            raise _missing("data set" if is_check else "recipe")
+        if not is_check and state.recipe is not None:
             self._workspace.load_recipe(state.recipe)
-        return self._start(state, state.target, commands[0], ok_exit_codes=ok_exit_codes)
+        exit_codes = CHECK_EXIT_CODES if is_check else (0,)
+        return self._start(state, state.target, commands[0], ok_exit_codes=exit_codes)
 
     def _start(
         self,

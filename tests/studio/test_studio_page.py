@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from finesight.studio.workspace import Workspace
 from finesight.web.web_server import create_private_folder
 
 WAIT_TIMEOUT_S = 60.0
+
+GRADIO_NOTES = ("AbortError", "Method not implemented.")
+"""Messages of Gradio about requests that end with the page, and about the end of an upload."""
 
 
 @contextmanager
@@ -98,6 +101,15 @@ class StudioDriver:
             )
         self.browser.settle()
 
+    def upload(self, name: str, files: Sequence[Path]) -> None:
+        self.wait_for("document.querySelector('.studio-form .label-wrap')?.offsetParent")
+        self.browser.settle()
+        self.browser.run("document.querySelector('.studio-form .label-wrap').click();")
+        self.wait_for(f"document.querySelector('#{name} input[type=file]')")
+        field = self.browser.driver.find_element("css selector", f"#{name} input[type=file]")
+        field.send_keys("\n".join(map(str, files)))
+        self.wait_for(f"document.querySelector('#{name}').innerText.includes('{files[-1].stem}')")
+
     def click(self, button: str) -> None:
         self.wait_for(f"document.querySelector('#{button}')?.offsetParent")
         self.browser.run(f"document.querySelector('#{button}').click();")
@@ -107,7 +119,8 @@ class StudioDriver:
         self.wait_for(f"{chip}?.textContent.trim().startsWith('{status}')")
 
     def check(self) -> None:
-        assert self.browser.messages() == []
+        messages = self.browser.messages()
+        assert [text for text in messages if not any(map(text.__contains__, GRADIO_NOTES))] == []
         assert self.browser.overflow_width() == 0
 
 
@@ -136,6 +149,14 @@ def test_from_images_to_a_chat_reply(folder: Path, studio: StudioDriver, browser
     studio.fill(fraction="0.75")
     studio.click("import")
     studio.wait_for_job("finished")
+    studio.check()
+    studio.open("data")
+    studio.upload("upload", sorted((folder / "photos").iterdir()))
+    studio.fill(name="uploaded", prompt="Which color?", fraction="0.75")
+    studio.click("import")
+    studio.wait_for("document.querySelector('.job code')?.textContent.includes('uploads/')")
+    studio.wait_for_job("finished")
+    assert (folder / "data" / "uploaded" / "train.jsonl").is_file()
     studio.check()
     studio.open("check")
     studio.click("check")

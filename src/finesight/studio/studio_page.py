@@ -157,7 +157,7 @@ class StudioPage:
         return self._forms[step]
 
     def _accordion(self, label: str) -> gr.Accordion:
-        panel = gr.Accordion(open=True)
+        panel = gr.Accordion(open=False)
         self._labels.append((panel, label))
         return panel
 

@@ -215,21 +215,17 @@ class StudioView:
         return file.read_text(encoding="utf-8")
 
     def _build_charts(self, state: StudioState) -> list[Any]:
+        """Return the curves of the run that the selected recipe has started."""
         if state.selection.step != "train" or state.recipe is None:
             return []
-        run = self.find_run_of_recipe(state.recipe)
-        return build_run_charts(read_run(self.workspace.folder / run)) if run else []
-
-    def find_run_of_recipe(self, recipe: Path) -> Path | None:
-        """Return the run that a recipe has started, if it exists."""
-        try:
-            output_dir = self.workspace.load_recipe(recipe).output_dir
-        except UserError:
-            return None
         folder = self.workspace.folder
+        try:
+            output_dir = self.workspace.load_recipe(state.recipe).output_dir
+        except UserError:
+            return []
         target = (folder / output_dir).resolve()
-        runs = self.workspace.scan().runs
-        return next((run for run in runs if (folder / run).resolve() == target), None)
+        runs = [run for run in state.content.runs if (folder / run).resolve() == target]
+        return [chart for run in runs for chart in build_run_charts(read_run(folder / run))]
 
     def _find_page(self, state: StudioState) -> str:
         """Return the URL of the report or check to embed, with its version."""

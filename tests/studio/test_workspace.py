@@ -85,6 +85,8 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
         with pytest.raises(UserError, match=problem):
             workspace.save_recipe(path, text.replace(old, new))
     assert (workspace.folder / path).read_text() == text
+    with pytest.raises(UserError, match=r"train.epochs"):
+        workspace.create_recipe("b", dataset, "finesight-tiny", {"train.epochs": "{3"})
     with pytest.raises(UserError, match=r"recipes/a.yaml exists"):
         workspace.create_recipe("a", dataset, "finesight-tiny", settings)
 

@@ -5,6 +5,7 @@ The studio only opens files that lie in the workspace after symbolic links are r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -226,7 +227,10 @@ class Workspace:
             if text.strip():
                 values = content.setdefault(section, {})
                 assert isinstance(values, dict), f"{section} is no section of settings"
-                values[setting] = load_yaml(text)
+                # Invalid YAML remains text, which the validation of the recipe reports.
+                with contextlib.suppress(yaml.YAMLError):
+                    text = load_yaml(text)
+                values[setting] = text
         content["output_dir"] = str(run)
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         self.save_recipe(path, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from chat_page_driver import ChatPageDriver
 from comparison_fixtures import make_run, make_sign_answers
 from fastapi.testclient import TestClient
 
+from finesight.errors import UserError
+from finesight.studio.studio_jobs import JobStore
 from finesight.studio.studio_page import ServerAccess, make_studio_app
 from finesight.studio.studio_view import STEPS, StudioView
 from finesight.studio.workspace import Workspace
@@ -129,8 +132,14 @@ def studio(folder: Path, browser: Browser) -> Iterator[StudioDriver]:
     command = [sys.executable, "-m", "finesight", "studio", str(folder), "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        yield StudioDriver(browser, process.stdout.readline().strip())
-        process.send_signal(signal.SIGINT)
+        try:
+            yield StudioDriver(browser, process.stdout.readline().strip())
+        finally:
+            # Jobs outlive the studio, also after a failed test.
+            for job in JobStore(folder).list_jobs():
+                with contextlib.suppress(UserError):
+                    job.stop()
+            process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
 
 

@@ -18,7 +18,7 @@ from docs_code_blocks import CodeBlock
 BLOCK_TIMEOUT_S = 300.0
 """Timeout of one block."""
 
-SERVER_COMMAND = re.compile(r"finesight (serve|web)\b(?!.*&[ \t]*(#.*)?$)", re.MULTILINE)
+SERVER_COMMAND = re.compile(r"finesight (serve|web|studio)\b(?!.*&[ \t]*(#.*)?$)", re.MULTILINE)
 """Commands that run until Ctrl-C; the page continues in another terminal."""
 
 _ADDRESS = re.compile(r"http://[\w.]+:\d+")

@@ -35,6 +35,7 @@ END_TO_END = {
     "quickstart": "test_quickstart_demo.py::test_every_stage_writes_its_files",
     "report": "cli/test_report.py::test_report_is_written_into_run",
     "serve": "cli/test_serve.py::test_sigterm_finishes_running_requests_and_exits_with_0",
+    "studio": "cli/test_studio.py::test_page_shows_the_workspace",
     "train": "cli/test_train.py::test_json_result",
     "web": "cli/test_web.py::test_public_host_requires_a_password_unless_open",
 }

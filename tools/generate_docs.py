@@ -29,6 +29,7 @@ COMMAND_NAMES = (
         "",
         "init",
         "quickstart",
+        "studio",
         "download",
         "doctor",
         "import",

@@ -28,7 +28,11 @@ CASES = load_cases("i18n")
 PACKAGE = Path(i18n.__file__).parents[1]
 SOURCES = [
     file
-    for file in (*PACKAGE.rglob("*.py"), *(PACKAGE / "report" / "templates").iterdir())
+    for file in (
+        *PACKAGE.rglob("*.py"),
+        *PACKAGE.glob("*/templates/*"),
+        *PACKAGE.glob("studio/static/*"),
+    )
     if file.suffix in (".py", ".html", ".js")
 ]
 TRANSLATE_CALL = re.compile(r'\btranslate\(\s*"((?:[^"\\]|\\.)*)"')

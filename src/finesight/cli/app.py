@@ -28,7 +28,7 @@ from finesight.cli.doctor import doctor
 from finesight.cli.init import init
 from finesight.cli.models import download, export, merge
 from finesight.cli.results import compare, evaluate, predict, report
-from finesight.cli.servers import serve, web
+from finesight.cli.servers import serve, studio, web
 from finesight.cli.training import convert, launch, quickstart, train
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.host_memory import num_allowed_cpus
@@ -55,7 +55,7 @@ _PLACEHOLDERS = {
 """Placeholder of each Python type that typer prints, such as `<int range>`."""
 
 COMMAND_GROUPS = {
-    "Start": ("init", "quickstart", "doctor", "download"),
+    "Start": ("init", "quickstart", "studio", "doctor", "download"),
     "Data": ("import", "check", "show", "data"),
     "Training": ("plan", "train", "launch", "convert"),
     "Evaluation": ("eval", "report", "compare"),
@@ -209,6 +209,7 @@ _add_command(short_help="Compare runs or evaluations on an HTML page.")(compare)
 _add_command(short_help="Answer questions about images.")(predict)
 _add_command(short_help="Start a chat in the terminal.")(chat)
 _add_command(short_help="Start a chat UI in the browser.")(web)
+_add_command(short_help="Start a page in the browser, from images to a served model.")(studio)
 _add_command(short_help="Start an OpenAI-compatible HTTP server.")(serve)
 _add_command(short_help="Merge an adapter into its base model.")(merge)
 _add_command(short_help="Upload a model, convert it to GGUF, or print serving commands.")(export)

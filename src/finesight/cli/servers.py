@@ -1,7 +1,8 @@
-"""`finesight serve` and `finesight web`: start an HTTP server or a chat UI in the browser."""
+"""`finesight serve`, `web` and `studio`: start an HTTP server or a page in the browser."""
 
 from __future__ import annotations
 
+import os
 import secrets
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,8 @@ from finesight.cli.options import (
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
+    import socket
+
     from finesight.infer.inference_service import InferenceService
 
 
@@ -145,28 +148,32 @@ def _print_address(service: InferenceService, address: str, *, has_api_key: bool
 
 MIN_PASSWORD_LENGTH = 8
 
+PageHostOption = Annotated[
+    str,
+    typer.Option(
+        help="Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
+        "with a password."
+    ),
+]
+PasswordFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        dir_okay=False,
+        help="File with the password, of at least 8 characters. Default: no password on "
+        "127.0.0.1; for other addresses, a generated one is printed.",
+    ),
+]
+NoAuthOption = Annotated[
+    bool, typer.Option("--no-auth", help="Require no password, also from the network.")
+]
+
 
 def web(
     run_or_model: RunOrModelArgument,
-    host: Annotated[
-        str,
-        typer.Option(
-            help="Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
-            "with a password."
-        ),
-    ] = "127.0.0.1",
+    host: PageHostOption = "127.0.0.1",
     port: PortOption = 7860,
-    password_file: Annotated[
-        Path | None,
-        typer.Option(
-            dir_okay=False,
-            help="File with the password, of at least 8 characters. Default: no password on "
-            "127.0.0.1; for other addresses, a generated one is printed.",
-        ),
-    ] = None,
-    no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Require no password, also from the network.")
-    ] = False,
+    password_file: PasswordFileOption = None,
+    no_auth: NoAuthOption = False,
     thinking: ThinkingOption = None,
     reasoning_effort: ReasoningEffortOption = None,
     device: DeviceOption = "auto",
@@ -180,7 +187,7 @@ def web(
 
     Example: finesight web runs/latex
     """
-    _require_gradio()
+    _require_gradio("finesight web")
     password, is_generated = _resolve_password(host, password_file, no_auth)
 
     from finesight.encode.family import ThinkingOptions
@@ -196,22 +203,68 @@ def web(
             )
         )
         try:
-            typer.echo(f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}")
-            if is_generated:
-                typer.echo(f"password: {password}")
-                typer.echo(
-                    "The page uses HTTP without encryption: the password is sent as plain text."
-                )
+            _print_page_address(host, listener, password if is_generated else None)
             run_web_server(service, listener, password, _is_loopback(host))
         finally:
             service.close(wait_for_running=False)
 
 
-def _require_gradio() -> None:
+def studio(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WORKSPACE",
+            exists=True,
+            file_okay=False,
+            help="Folder for data sets, recipes and runs.",
+        ),
+    ] = Path(),
+    host: PageHostOption = "127.0.0.1",
+    port: PortOption = 7870,
+    password_file: PasswordFileOption = None,
+    no_auth: NoAuthOption = False,
+) -> None:
+    """Start a page in the browser that leads from images to a served model.
+
+    The steps are Data, Check, Plan, Train, Results, Chat, and Serve and export. The page shows the
+    commands that it starts. They run in processes of their own and continue when the page or this
+    command ends. Ctrl-C stops the page. Requires finesight[web].
+
+    Example: finesight studio work
+    """
+    _require_gradio("finesight studio")
+    password, is_generated = _resolve_password(host, password_file, no_auth)
+
+    from finesight.web.web_server import bind_socket, create_private_folder, serve_app
+
+    with bind_socket(host, port) as listener, create_private_folder() as private_folder:
+        from finesight.studio.studio_page import ServerAccess, make_studio_app
+        from finesight.studio.studio_view import StudioView
+        from finesight.studio.workspace import Workspace
+
+        # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
+        os.chdir(folder)
+        view = StudioView(Workspace(Path()))
+        app = make_studio_app(
+            view, private_folder, ServerAccess(host, password), _is_loopback(host)
+        )
+        _print_page_address(host, listener, password if is_generated else None)
+        serve_app(app, listener)
+
+
+def _print_page_address(host: str, listener: socket.socket, password: str | None) -> None:
+    """Print the address of a page and, if it was generated, its password."""
+    typer.echo(f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}")
+    if password is not None:
+        typer.echo(f"password: {password}")
+        typer.echo("The page uses HTTP without encryption: the password is sent as plain text.")
+
+
+def _require_gradio(command: str) -> None:
     if find_spec("gradio") is None:
         raise UserError(
             "gradio is not installed",
-            where="finesight web",
+            where=command,
             expected="the extra web",
             remedy="pip install 'finesight[web]'",
         )

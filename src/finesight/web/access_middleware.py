@@ -46,6 +46,8 @@ from finesight.web.web_sessions import (
 )
 
 SESSION_COOKIE = "finesight"
+VIEW_PATH_PREFIX = "/view/"
+"""Prefix of report pages, which the page may embed."""
 SIGN_IN_PATH = "/sign-in"
 STYLE_PATH = "/page.css"
 QUEUE_JOIN_PATH, STREAM_PATH = "/gradio_api/queue/join", "/gradio_api/queue/data"
@@ -72,9 +74,15 @@ FAILED_LOGIN_DELAY_S = 1.0
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-eval'{nonce}; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self';"
-    " worker-src 'self' blob:; form-action 'self'; base-uri 'self'; frame-ancestors 'none'"
+    " worker-src 'self' blob:; frame-src 'self'; form-action 'self'; base-uri 'self';"
+    " frame-ancestors 'none'"
 )
 _FILE_POLICY = "default-src 'none'; sandbox"
+_VIEW_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:;"
+    " frame-ancestors 'self'; sandbox allow-scripts allow-downloads"
+)
+"""Policy of a report page, which runs its own script without access to this server."""
 
 MAX_UPLOAD_BYTES = 8 * MAX_IMAGE_BYTES
 
@@ -156,7 +164,8 @@ def parse_event(body: bytes, inputs: Mapping[int, Inputs]) -> tuple[Event, list[
         raise ValueError(f"unknown event {event.fn_index}")
     adapter = inputs[event.fn_index]
     checked = adapter.validate_python(event.data)
-    uploads = [file for item in checked if isinstance(item, Question) for file in item.files]
+    files = [item.files if isinstance(item, Question) else item for item in checked]
+    uploads = [file for group in files if isinstance(group, list) for file in group]
     return event.model_copy(update={"data": adapter.dump_python(checked, mode="json")}), uploads
 
 
@@ -177,6 +186,8 @@ class AccessMiddleware:
         password: Password of the page. None admits everyone.
         loopback_only: Whether other host names than `LOOPBACK_HOSTS` are rejected if there is no
             password.
+        get_routes: Pattern of the paths that GET requests may have.
+        session_cookie: Name of the cookie. Servers on one host need different names.
     """
 
     app: ASGIApp
@@ -186,6 +197,8 @@ class AccessMiddleware:
     knows_session: Callable[[str], bool]
     password: str | None = None
     loopback_only: bool = True
+    get_routes: re.Pattern[str] = GET_ROUTES
+    session_cookie: str = SESSION_COOKIE
     _session_token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     _login_locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
@@ -199,6 +212,8 @@ class AccessMiddleware:
         policy = _PAGE_POLICY.format(nonce=f" 'nonce-{nonce}'" if path == "/" else "")
         if path.startswith((FILE_PATH_PREFIX, "/images/", "/export/")):
             policy = _FILE_POLICY
+        elif path.startswith(VIEW_PATH_PREFIX):
+            policy = _VIEW_POLICY
         scope = {**scope, NONCE_KEY: nonce}
         limited_app = RequestBodyLimitMiddleware(self._handle_request, _get_body_limit(path))
         try:
@@ -248,10 +263,10 @@ class AccessMiddleware:
         if method == "POST" and not _is_same_origin(headers.get("origin"), host):
             text = "origin not allowed: a proxy must forward the Host header"
             return PlainTextResponse(text, 403)
-        routes = {"GET": GET_ROUTES, "HEAD": GET_ROUTES, "POST": POST_ROUTES}.get(method)
+        routes = {"GET": self.get_routes, "HEAD": self.get_routes, "POST": POST_ROUTES}.get(method)
         if routes is None or not routes.fullmatch(path):
             return PlainTextResponse("not found", 404)
-        token = request.cookies.get(SESSION_COOKIE, "")
+        token = request.cookies.get(self.session_cookie, "")
         if (
             path not in (SIGN_IN_PATH, STYLE_PATH)
             and self.password is not None
@@ -297,7 +312,11 @@ class AccessMiddleware:
         response = RedirectResponse("./", 303)
         is_https = request.headers.get("origin", "").startswith("https://")
         response.set_cookie(
-            SESSION_COOKIE, self._session_token, httponly=True, samesite="strict", secure=is_https
+            self.session_cookie,
+            self._session_token,
+            httponly=True,
+            samesite="strict",
+            secure=is_https,
         )
         return response
 
@@ -394,7 +413,7 @@ def _add_security_headers(send: Send, policy: str) -> Send:
             headers["x-content-type-options"] = "nosniff"
             # With no-referrer, browsers would omit the origin of the sign-in form.
             headers["referrer-policy"] = "same-origin"
-            headers["x-frame-options"] = "DENY"
+            headers["x-frame-options"] = "SAMEORIGIN" if policy == _VIEW_POLICY else "DENY"
         await send(message)
 
     return send_with_headers

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response, StreamingResponse
@@ -20,6 +20,9 @@ from finesight.infer.inference_service import InferenceService
 from finesight.web.access_middleware import AccessMiddleware
 from finesight.web.chat_html import STATIC_FOLDER
 from finesight.web.web_sessions import MAX_IMAGE_BYTES, DiskBudget, WebSessionStore
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 UPLOADS_FOLDER, CHATS_FOLDER = "uploads", "chats"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
@@ -35,25 +38,31 @@ def run_web_server(
         password: Password of the page. None admits everyone.
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
     """
-    import uvicorn
-
     with create_private_folder() as folder:
         session_store = create_session_store(folder, service)
-        config = uvicorn.Config(
-            make_app(session_store, folder / UPLOADS_FOLDER, password, loopback_only),
-            log_level="critical",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=1,
-        )
-        # uvicorn raises the signal again at its end, after which the folder must be deleted.
-        previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                uvicorn.Server(config).run(sockets=[listener])
-        finally:
-            signal.signal(signal.SIGTERM, previous_handler)
+        app = make_app(session_store, folder / UPLOADS_FOLDER, password, loopback_only)
+        serve_app(app, listener)
+
+
+def serve_app(app: AccessMiddleware, listener: socket.socket) -> None:
+    """Serve an application until a signal stops the server."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=1,
+    )
+    # uvicorn raises the signal again at its end, after which the private folder must be deleted.
+    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -103,37 +112,12 @@ def make_app(
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
     """
     # Imported here, because Gradio reads its environment variables at import.
-    import gradio as gr
-
     from finesight.web.chat_page import ChatPage
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _add_file_routes(app, session_store)
     page = ChatPage(session_store)
-    mounted_app = gr.mount_gradio_app(
-        app,
-        page.blocks,
-        path="/",
-        # The default themes would load fonts from other servers.
-        theme=gr.themes.Base(
-            primary_hue="teal",
-            neutral_hue="slate",
-            radius_size="lg",
-            font=FONTS,
-            font_mono=MONOSPACE_FONTS,
-        ),
-        css=(STATIC_FOLDER / "page.css").read_text(encoding="utf-8"),
-        js=(STATIC_FOLDER / "page.js").read_text(encoding="utf-8"),
-        max_file_size=MAX_IMAGE_BYTES,
-        allowed_paths=[],
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        enable_monitoring=False,
-        show_error=False,
-    )
+    mounted_app = mount_page(app, page.blocks, (STATIC_FOLDER / "page.js").read_text("utf-8"))
 
     return AccessMiddleware(
         mounted_app,
@@ -144,6 +128,50 @@ def make_app(
         password,
         loopback_only,
     )
+
+
+def mount_page(
+    app: FastAPI,
+    blocks: gr.Blocks,
+    script: str,
+    *,
+    head: str | None = None,
+    max_file_size: int = MAX_IMAGE_BYTES,
+) -> FastAPI:
+    """Mount a Gradio page at the root of an application, without features that it does not need.
+
+    Args:
+        script: JavaScript function that runs when the page is loaded.
+        head: HTML for the head of the page.
+    """
+    import gradio as gr
+
+    mounted_app: FastAPI = gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        # The default themes would load fonts from other servers.
+        theme=gr.themes.Base(
+            primary_hue="teal",
+            neutral_hue="slate",
+            radius_size="lg",
+            font=FONTS,
+            font_mono=MONOSPACE_FONTS,
+        ),
+        css=(STATIC_FOLDER / "page.css").read_text(encoding="utf-8"),
+        js=script,
+        head=head,
+        max_file_size=max_file_size,
+        allowed_paths=[],
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        show_error=False,
+    )
+    return mounted_app
 
 
 @contextmanager

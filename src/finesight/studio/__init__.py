@@ -1,0 +1,1 @@
+"""Local page from data to a served model (`finesight studio`)."""

@@ -1,0 +1,49 @@
+() => {
+  // The script of Gradio may run again; the page is the same.
+  if (window.finesightStudio) return;
+  window.finesightStudio = true;
+  const shown = {};
+
+  const replace = (id, html) => {
+    const place = document.getElementById(id);
+    if (!place || shown[id] === html) return;
+    const log = place.querySelector(".log");
+    const isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
+    const scroll = log?.scrollTop ?? 0;
+    const marked = [...place.querySelectorAll("input:checked")].map((box) => box.value);
+    const opened = [...place.querySelectorAll("details[open]")].map((item) => item.id);
+    const frame = place.querySelector("iframe");
+    place.innerHTML = html;
+    // A frame that shows the same page keeps its position.
+    const newFrame = place.querySelector("iframe");
+    if (frame && newFrame && frame.src === newFrame.src) newFrame.replaceWith(frame);
+    for (const box of place.querySelectorAll("input[type=checkbox]")) box.checked = marked.includes(box.value);
+    for (const item of place.querySelectorAll("details")) item.open = opened.includes(item.id);
+    const newLog = place.querySelector(".log");
+    if (newLog) newLog.scrollTop = isAtEnd ? newLog.scrollHeight : scroll;
+    shown[id] = html;
+  };
+
+  const update = async () => {
+    let delay = 8000;
+    try {
+      const response = await fetch(`live${location.search}`);
+      if (response.status === 401) location.reload();
+      const page = await response.json();
+      document.documentElement.lang = page.language;
+      replace("studio-top", page.top);
+      replace("studio-bottom", page.bottom);
+      document.getElementById("stop")?.classList.toggle("shown", page.status === "running");
+      if (page.status === "running") delay = 1500;
+    } catch { /* The studio was stopped; another attempt follows. */ }
+    setTimeout(update, delay);
+  };
+
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest?.("button.copy");
+    if (!button) return;
+    await navigator.clipboard.writeText(button.dataset.copy);
+    button.textContent = "✓";
+  });
+  update();
+}

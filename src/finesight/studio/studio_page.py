@@ -1,0 +1,461 @@
+"""Gradio page of the studio: forms and buttons that start commands, and its web application."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import gradio as gr
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from markupsafe import Markup
+from pydantic import Field, TypeAdapter
+
+from finesight.config import TaskName
+from finesight.errors import UserError
+from finesight.model_folder import TINY_MODEL
+from finesight.report.i18n import translate, use_language
+from finesight.studio.studio_jobs import format_command
+from finesight.studio.studio_view import (
+    CHECK_EXIT_CODES,
+    STATIC_FOLDER,
+    Selection,
+    StudioState,
+    StudioView,
+    render_message,
+)
+from finesight.studio.workspace import STUDIO_FOLDER
+from finesight.web.access_middleware import (
+    EMPTY_INPUT,
+    GET_ROUTES,
+    MAX_UPLOAD_BYTES,
+    AccessMiddleware,
+    Inputs,
+    Upload,
+)
+from finesight.web.web_server import CHATS_FOLDER, UPLOADS_FOLDER, mount_page
+from finesight.web.web_sessions import DiskBudget
+
+MAX_FIELD_CHARS = 100_000
+
+Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
+
+VIEW_ROUTES = r"|/studio\.(?:css|js)|/live|/view/(?:report|check)"
+
+PASSWORD_FILE = "password"
+DEFAULT_FRACTION = "0.9"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAccess:
+    """Options by which the servers that the studio starts are reached and protected.
+
+    Attributes:
+        host: Address that the studio and its chat pages listen on.
+        password: Password of both. None admits everyone.
+    """
+
+    host: str = "127.0.0.1"
+    password: str | None = None
+
+
+Action = Callable[..., str]
+"""Handler of a button: takes the state and the inputs, and returns the URL to open."""
+
+
+class StudioPage:
+    """Gradio page with one form per step. The lists and jobs are HTML from `StudioView`."""
+
+    def __init__(self, view: StudioView, access: ServerAccess) -> None:
+        self._view, self._workspace, self._jobs = view, view.workspace, view.jobs
+        self._access = access
+        self._labels: list[tuple[Any, str]] = []
+        self._forms: dict[str, gr.Column] = {}
+        self.inputs: dict[int, Inputs] = {}
+        """Input types of the events that a browser may send, by event number."""
+        with gr.Blocks(
+            title="finesight studio", analytics_enabled=False, fill_width=True
+        ) as self.blocks:
+            self._top = _create_html("studio-top")
+            self._message = _create_html("message")
+            # The address to open after an action; read by the script of the page.
+            self._next_url = gr.Textbox(visible="hidden")
+            self._build_forms()
+            self._bottom = _create_html("studio-bottom")
+            load = self.blocks.load(
+                self._on_load,
+                outputs=[*self._forms.values(), *(item for item, _ in self._labels)],
+                show_progress="hidden",
+            )
+            self.inputs[load["id"]] = EMPTY_INPUT
+
+    def _build_forms(self) -> None:
+        with self._form("data"), self._accordion("New data set") as self._import_panel:
+            upload = gr.File(file_count="multiple", elem_id="upload", height=120)
+            self._labels.append((upload, "Upload images with labels, or an archive"))
+            values = [
+                self._text("Or a file or folder in the workspace", "source", "photos"),
+                self._text("Name of the data set", "name", "tickets"),
+                self._text("Question to the model about each image", "prompt", "Read the ticket."),
+                self._text("Columns of a table", "columns", "image=path answer=caption"),
+                self._text("Fraction of training samples", "fraction", value=DEFAULT_FRACTION),
+            ]
+            self._import_fields = values
+            preview = _create_html("preview")
+            inputs = [upload, *values]
+            input_type = TypeAdapter(tuple[list[Upload] | None, Text, Text, Text, Text, Text])
+            previews = gr.on(
+                [item.change for item in values[:5]],
+                self._on_preview,
+                values,
+                preview,
+                show_progress="hidden",
+            )
+            self.inputs[previews["id"]] = _text_inputs(len(values))
+            self._button("Import", self._import, inputs, input_type)
+        with self._form("check"):
+            self._button("Check", self._start_listed)
+        with self._form("plan"):
+            self._button("Estimate memory and time", self._start_listed)
+            with self._accordion("New recipe for the selected data set") as self._recipe_panel:
+                values = [
+                    self._text("Name of the recipe and its run", "recipe-name", "tickets"),
+                    self._text("Model: a name on a hub, or a folder", "model", value=TINY_MODEL),
+                    self._text("Epochs", "epochs", "3"),
+                    self._text("Learning rate", "learning-rate", "1e-4"),
+                    self._text("Metric", "metric", ", ".join(get_args(TaskName))),
+                ]
+                self._button("Create the recipe", self._create_recipe, values)
+            self._editor = self._text("Selected recipe", "editor", lines=12)
+            self._button("Save the recipe", self._save_recipe, [self._editor])
+        with self._form("train"):
+            self._button("Start or resume", self._start_listed)
+        with self._form("results"):
+            pass
+        with self._form("chat"):
+            self._button("Start the chat", self._chat)
+        with self._form("export"):
+            self._button("Start the server", lambda state: self._start_server(state, "serve", []))
+            name = self._text("Name of the merged model", "merged-name", "tickets")
+            self._button("Merge", self._merge, [name])
+            converter = self._text(
+                "Converter of llama.cpp, for GGUF", "converter", "convert_hf_to_gguf.py"
+            )
+            with gr.Row():
+                self._button("Commands for vLLM and SGLang", self._export, [name])
+                self._button("Write GGUF", self._export, [name, converter])
+        self._button("Stop", self._stop, elem_id="stop")
+
+    def _form(self, step: str) -> gr.Column:
+        self._forms[step] = gr.Column(visible=False, elem_classes="studio-form")
+        return self._forms[step]
+
+    def _accordion(self, label: str) -> gr.Accordion:
+        panel = gr.Accordion(open=False)
+        self._labels.append((panel, label))
+        return panel
+
+    def _text(
+        self, label: str, elem_id: str, placeholder: str = "", value: str = "", lines: int = 1
+    ) -> gr.Textbox:
+        box = gr.Textbox(
+            value,
+            label=label,
+            placeholder=placeholder,
+            elem_id=elem_id,
+            lines=lines,
+            max_lines=max(lines, 30) if lines > 1 else 1,
+            max_length=MAX_FIELD_CHARS,
+        )
+        self._labels.append((box, label))
+        return box
+
+    def _button(
+        self,
+        label: str,
+        action: Action,
+        inputs: Sequence[Any] = (),
+        input_type: Inputs | None = None,
+        elem_id: str | None = None,
+    ) -> None:
+        """Add a button whose action shows its error, or opens a URL."""
+
+        def on_click(request: gr.Request, *values: Any) -> tuple[str, str]:
+            selection = _read_selection(request)
+            try:
+                return "", action(self._view.read_state(selection), *values)
+            except UserError as error:
+                with use_language(selection.lang):
+                    return render_message(translate("Not possible"), str(error)), ""
+
+        elem_id = elem_id or re.sub(r"\W+", "-", label.lower())
+        button = gr.Button(label, elem_id=elem_id, variant="primary")
+        self._labels.append((button, label))
+        click = button.click(
+            on_click, list(inputs), [self._message, self._next_url], show_progress="hidden"
+        )
+        self.inputs[click["id"]] = input_type or _text_inputs(len(inputs))
+        click.then(
+            None, self._next_url, None, js="(url) => { if (url) window.location.assign(url); }"
+        )
+
+    def _on_load(self, request: gr.Request) -> dict[Any, Any]:
+        selection = _read_selection(request)
+        state = self._view.read_state(selection)
+        updates: dict[Any, Any] = {
+            form: gr.Column(visible=step == selection.step) for step, form in self._forms.items()
+        }
+        with use_language(selection.lang):
+            for item, label in self._labels:
+                text = translate(label)
+                is_button = isinstance(item, gr.Button)
+                updates[item] = gr.update(value=text) if is_button else gr.update(label=text)
+        # Forms for new items are open in an empty workspace.
+        job, is_open = state.job, not state.content.datasets
+        if job is not None and job.form and job.status != "finished":
+            is_open = True
+            for field, text in zip(self._import_fields, job.form, strict=True):
+                updates[field]["value"] = text
+        updates[self._import_panel]["open"] = is_open
+        updates[self._recipe_panel]["open"] = not state.content.recipes
+        if state.recipe is not None:
+            file = self._workspace.folder / state.recipe
+            updates[self._editor]["value"] = file.read_text(encoding="utf-8", errors="replace")
+        return updates
+
+    def _on_preview(self, request: gr.Request, *values: str) -> str:
+        try:
+            return render_command(self._build_import(*values)[1])
+        except UserError as error:
+            return render_message("", str(error), "hint")
+
+    def _build_import(
+        self, source: str, name: str, prompt: str, columns: str, fraction: str
+    ) -> tuple[Path, list[str]]:
+        """Return the data set and the import command of a form. The source may be missing yet."""
+        target = self._workspace.check_new_name("data", name)
+        path = str(self._workspace.resolve(source, "source")) if source.strip() else "uploads/…"
+        arguments = ["import", path, str(target)]
+        arguments += ["--prompt", prompt.strip()] if prompt.strip() else []
+        try:
+            pairs = shlex.split(columns)
+        except ValueError as error:
+            raise UserError(
+                f"{columns!r:.200} has an open quote",
+                where="columns",
+                expected="ROLE=COLUMN pairs separated by spaces",
+                remedy="for example image=path answer=caption",
+            ) from error
+        arguments += [word for pair in pairs for word in ("--map", pair)]
+        arguments += ["--train-fraction", fraction.strip()] if fraction.strip() else []
+        return target, arguments
+
+    def _import(self, state: StudioState, upload: list[str] | None, *values: str) -> str:
+        source, name, *others = values
+        if bool(upload) == bool(source.strip()):
+            raise UserError(
+                "an upload and a path are given" if upload else "nothing to import is given",
+                where="import",
+                expected="an upload, or a file or folder in the workspace",
+                remedy="clear one of them" if upload else "upload files, or enter a path",
+            )
+        self._build_import(source, name, *others)
+        if upload:
+            files = [Path(file) for file in upload]
+            source = str(self._workspace.save_uploads(files, name.strip()))
+        target, arguments = self._build_import(source, name, *others)
+        return self._start(state, str(target), arguments, data=str(target), form=values)
+
+    def _create_recipe(
+        self,
+        state: StudioState,
+        name: str,
+        model: str,
+        epochs: str,
+        learning_rate: str,
+        metric: str,
+    ) -> str:
+        if state.dataset is None:
+            raise _missing("data set")
+        settings = {
+            "train.epochs": epochs,
+            "train.learning_rate": learning_rate,
+            "eval.metric": metric,
+        }
+        recipe = self._workspace.create_recipe(name.strip(), state.dataset, model, settings)
+        return state.selection.link(recipe=str(recipe))
+
+    def _save_recipe(self, state: StudioState, text: str) -> str:
+        if state.recipe is None:
+            raise _missing("recipe")
+        self._workspace.save_recipe(state.recipe, text)
+        return state.selection.link(recipe=str(state.recipe))
+
+    def _chat(self, state: StudioState) -> str:
+        options = ["--host", self._access.host]
+        if self._access.password is None:
+            options.append("--no-auth")
+        else:
+            options += ["--password-file", str(self._write_password(self._access.password))]
+        return self._start_server(state, "web", options)
+
+    def _write_password(self, password: str) -> Path:
+        """Write the password for a chat page into a file that only this user can read."""
+        path = Path(STUDIO_FOLDER, PASSWORD_FILE)
+        file = self._workspace.folder / path
+        file.parent.mkdir(exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(password)
+        return path
+
+    def _start_server(self, state: StudioState, command: str, options: list[str]) -> str:
+        if state.run is None:
+            raise _missing("run")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = int(free.getsockname()[1])
+        arguments = [command, str(state.run), "--port", str(port), *options]
+        return self._start(state, str(state.run), arguments, port=port)
+
+    def _merge(self, state: StudioState, name: str) -> str:
+        if state.run is None:
+            raise _missing("run")
+        target = self._workspace.check_new_name("models", name)
+        return self._start(state, str(state.run), ["merge", str(state.run), str(target)])
+
+    def _export(self, state: StudioState, name: str, converter: str | None = None) -> str:
+        """Print serving commands for a merged model, or write GGUF files with a converter."""
+        model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
+        arguments = ["export", str(model)]
+        if converter is not None:
+            arguments.append(str(self._workspace.check_new_name("gguf", name)))
+            # An empty field: the converter in the folders of PATH.
+            if converter.strip():
+                file = self._workspace.resolve(converter, "converter")
+                arguments += ["--converter", str(file)]
+        return self._start(state, state.target, arguments)
+
+    def _stop(self, state: StudioState) -> str:
+        if state.job is None:
+            raise _missing("running command")
+        state.job.stop()
+        return state.selection.link(job=state.job.id)
+
+    def _start_listed(self, state: StudioState) -> str:
+        """Start the command that the page shows for the selection."""
+        commands, is_check = self._view.list_commands(state), state.selection.step == "check"
+        if not commands:
+            raise _missing("data set" if is_check else "recipe")
+        if not is_check and state.recipe is not None:
+            self._workspace.load_recipe(state.recipe)
+        exit_codes = CHECK_EXIT_CODES if is_check else (0,)
+        return self._start(state, state.target, commands[0], ok_exit_codes=exit_codes)
+
+    def _start(
+        self,
+        state: StudioState,
+        target: str,
+        arguments: Sequence[str],
+        *,
+        data: str = "",
+        ok_exit_codes: Sequence[int] = (0,),
+        port: int = 0,
+        form: Sequence[str] = (),
+    ) -> str:
+        job = self._jobs.start(
+            state.selection.step,
+            target,
+            arguments,
+            ok_exit_codes=ok_exit_codes,
+            port=port,
+            form=form,
+        )
+        return state.selection.link(job=job.id, **({"data": data} if data else {}))
+
+
+def render_command(arguments: Sequence[str]) -> str:
+    """Render the command that a form would start."""
+    return Markup('<div class="command"><code>{}</code></div>').format(format_command(arguments))
+
+
+def _create_html(elem_id: str) -> gr.HTML:
+    return gr.HTML("", elem_id=elem_id, js_on_load=None, apply_default_css=False)
+
+
+def _text_inputs(count: int) -> Inputs:
+    """Return the input type of an event with texts."""
+    texts = Annotated[tuple[Text, ...], Field(min_length=count, max_length=count)]
+    return TypeAdapter(texts)
+
+
+def _missing(kind: str) -> UserError:
+    return UserError(
+        f"no {kind} is selected",
+        where="studio",
+        expected=f"a {kind} in the workspace",
+        remedy="complete the previous step",
+    )
+
+
+def _read_selection(request: gr.Request | Request) -> Selection:
+    params = dict(request.query_params)
+    return Selection.parse(params, request.headers.get("accept-language", ""))
+
+
+def make_studio_app(
+    view: StudioView, folder: Path, access: ServerAccess, loopback_only: bool
+) -> AccessMiddleware:
+    """Build the studio as an ASGI application with access control.
+
+    Args:
+        folder: Private folder of uploads.
+        loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    page = StudioPage(view, access)
+
+    @app.get("/studio.css")
+    def get_style() -> Response:
+        return Response(view.style, media_type="text/css")
+
+    @app.get("/live")
+    def get_live(request: Request) -> Response:
+        host = request.url.hostname or "127.0.0.1"
+        return JSONResponse(view.render(_read_selection(request), host))
+
+    @app.get("/view/{name}")
+    def get_page(name: str, request: Request) -> Response:
+        selection = _read_selection(request)
+        params = {key: request.query_params.getlist(key) for key in request.query_params}
+        try:
+            if name == "report":
+                return HTMLResponse(view.render_report(params, selection))
+            return HTMLResponse(view.read_check_page(selection))
+        except UserError as error:
+            return Response(str(error), 404, media_type="text/plain")
+
+    mounted = mount_page(
+        app,
+        page.blocks,
+        (STATIC_FOLDER / "studio.js").read_text(encoding="utf-8"),
+        head='<link rel="stylesheet" href="studio.css">',
+        max_file_size=MAX_UPLOAD_BYTES,
+    )
+    uploads = folder / UPLOADS_FOLDER
+    return AccessMiddleware(
+        mounted,
+        uploads,
+        DiskBudget(uploads, folder / CHATS_FOLDER),
+        page.inputs,
+        lambda name: name in page.blocks._queue.pending_messages_per_session,
+        access.password,
+        loopback_only,
+        get_routes=re.compile(GET_ROUTES.pattern + VIEW_ROUTES),
+        session_cookie="finesight-studio",
+    )

@@ -1,0 +1,283 @@
+"""HTML of the studio: lists of the workspace, jobs, curves, and the report pages.
+
+The page shows what is on disk for the selection in its URL, so a reload loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_args
+from urllib.parse import urlencode
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from finesight.errors import UserError
+from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
+from finesight.report import i18n
+from finesight.report.charts import build_run_charts
+from finesight.report.compare_page import compare_runs, render_compare_page
+from finesight.report.i18n import LANGUAGE_TAGS, Language, translate_markup, use_language
+from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
+from finesight.report.run_page import render_run_page
+from finesight.report.run_reader import RunRecord, read_run
+from finesight.report.summary import get_run_status
+from finesight.studio.studio_jobs import Job, JobStore, format_command
+from finesight.studio.workspace import STUDIO_FOLDER, Workspace, WorkspaceContent, WorkspaceDataset
+from finesight.web.chat_html import select_ui_text
+
+STATIC_FOLDER = Path(__file__).parent / "static"
+STEPS = ("data", "check", "plan", "train", "results", "chat", "export")
+
+CHECK_EXIT_CODES = (0, 2, 3)
+"""Exit codes of `finesight check`: no issues, errors, warnings."""
+
+MAX_REPORT_EXAMPLES = 200
+MAX_COMPARED_RUNS = 8
+MAX_LISTED_JOBS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Selection in the URL of the page: step, items of the workspace, job and language."""
+
+    step: str = "data"
+    data: str = ""
+    recipe: str = ""
+    run: str = ""
+    job: str = ""
+    lang: Language = "en"
+
+    @classmethod
+    def parse(cls, params: Mapping[str, str], accept_language: str) -> Selection:
+        """Read a selection from query parameters. Invalid values are ignored."""
+        step, lang = params.get("step", ""), params.get("lang", "")
+        return cls(
+            step=step if step in STEPS else STEPS[0],
+            data=params.get("data", ""),
+            recipe=params.get("recipe", ""),
+            run=params.get("run", ""),
+            job=params.get("job", ""),
+            lang="zh"
+            if lang == "zh"
+            else "en"
+            if lang in get_args(Language)
+            else select_ui_text(accept_language).language,
+        )
+
+    def link(self, **changes: str) -> str:
+        """Return the URL of the page after changes. Without `job`, the newest job is selected."""
+        values = {**asdict(self), "job": "", **changes}
+        return "./?" + urlencode({key: value for key, value in values.items() if value})
+
+
+@dataclass(frozen=True, slots=True)
+class StudioState:
+    """Selection, with the selected items of the workspace and the job of the step."""
+
+    selection: Selection
+    content: WorkspaceContent
+    dataset: WorkspaceDataset | None
+    recipe: Path | None
+    run: Path | None
+    jobs: Sequence[Job]
+    job: Job | None
+
+    @property
+    def target(self) -> str:
+        """Item that the jobs of the step belong to."""
+        item: object = self.run
+        if self.selection.step in ("data", "check"):
+            item = self.dataset.path if self.dataset else ""
+        elif self.selection.step in ("plan", "train"):
+            item = self.recipe
+        return str(item or "")
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """Row of the table of runs, with the primary metric of the first and last evaluation."""
+
+    path: str
+    status: str
+    step: int
+    total_steps: int | None
+    metric: str
+    scores: list[str]
+
+
+class StudioView:
+    """Renders the page of a workspace."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace, self.jobs = workspace, JobStore(workspace.folder)
+        templates = Path(i18n.__file__).parent / "templates"
+        self._environment = Environment(
+            loader=FileSystemLoader([STATIC_FOLDER, templates]),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._environment.globals |= {"translate": translate_markup, "steps": STEPS}
+        styles = [(templates / f"{name}.css").read_text("utf-8") for name in ("base", "results")]
+        # The styles of reports apply within the parts that this module renders.
+        nested = "".join(styles).replace(":root", "&").replace("body {", "& {")
+        style = (STATIC_FOLDER / "studio.css").read_text(encoding="utf-8")
+        self.style = f":is(#studio-top, #studio-bottom, #message, #preview) {{ {nested} }} {style}"
+
+    def read_state(self, selection: Selection) -> StudioState:
+        """Find the selected items. By default, the newest ones are selected."""
+        content = self.workspace.scan()
+        dataset = _select(content.datasets, selection.data, lambda item: str(item.path))
+        recipe = _select(content.recipes, selection.recipe, str)
+        run = _select(content.runs, selection.run, str)
+        state = StudioState(selection, content, dataset, recipe, run, (), None)
+        # An import creates its data set, so it belongs to no item.
+        target = None if selection.step == "data" else state.target
+        jobs = self.jobs.list_jobs(selection.step, target)
+        job = next((job for job in jobs if job.id == selection.job), jobs[0] if jobs else None)
+        return replace(state, jobs=jobs[:MAX_LISTED_JOBS], job=job)
+
+    def render(self, selection: Selection, host: str) -> dict[str, Any]:
+        """Render the parts of the page above and below its form.
+
+        Args:
+            host: Host name by which the browser reaches this machine.
+        """
+        state = self.read_state(selection)
+        status = state.job.status if state.job else None
+        with use_language(selection.lang):
+            values = {
+                "state": state,
+                "link": selection.link,
+                "selection": selection,
+                "content": state.content,
+                "job": state.job,
+                "status": status,
+                "log": state.job.read_log() if state.job else "",
+                "host": host,
+                "workspace": self.workspace.folder,
+                "commands": [format_command(words) for words in self.list_commands(state)],
+                "runs": [self._describe_run(run) for run in state.content.runs],
+                "charts": self._build_charts(state),
+                "page": self._find_page(state),
+                "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
+            }
+            top, bottom = (
+                self._environment.get_template(f"{name}.html").render(values)
+                for name in ("top", "bottom")
+            )
+        language = LANGUAGE_TAGS[selection.lang]
+        return {"top": top, "bottom": bottom, "status": status or "", "language": language}
+
+    def list_commands(self, state: StudioState) -> list[list[str]]:
+        """Return the commands of a step that depend on the selection only."""
+        step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
+        if step == "check" and dataset is not None:
+            against = ["--against", str(dataset.eval_file)] if dataset.eval_file else []
+            page, language = str(_get_check_page(dataset)), state.selection.lang
+            return [
+                ["check", str(dataset.train_file), *against, "--html", page, "--language", language]
+            ]
+        if step == "plan" and recipe is not None:
+            return [["plan", str(recipe)]]
+        if step == "train" and recipe is not None:
+            # Resumes the run of the recipe, or starts it.
+            return [["train", str(recipe), "--resume"]]
+        if step == "results" and run is not None:
+            return [["report", str(run)]]
+        if step == "chat" and run is not None:
+            return [["web", str(run)]]
+        return []
+
+    def render_report(self, params: Mapping[str, Sequence[str]], selection: Selection) -> str:
+        """Render the report of the selected run, or the comparison of several."""
+        known = {str(run) for run in self.workspace.scan().runs}
+        runs = [Path(run) for run in params.get("run", []) if run in known]
+        if not runs:
+            raise UserError("no run is selected", expected="a run", remedy="select a run")
+        folders = [self.workspace.folder / run for run in runs[:MAX_COMPARED_RUNS]]
+        with use_language(selection.lang):
+            if len(folders) == 1:
+                return render_run_page(folders[0], MAX_REPORT_EXAMPLES)
+            return render_compare_page(compare_runs(folders))
+
+    def read_check_page(self, selection: Selection) -> str:
+        """Return the page of the last check of the selected data set."""
+        dataset = self.read_state(selection).dataset
+        file = self.workspace.folder / _get_check_page(dataset) if dataset else None
+        if file is None or not file.is_file():
+            raise UserError("no check", expected="a checked data set", remedy="run the check")
+        return file.read_text(encoding="utf-8")
+
+    def _build_charts(self, state: StudioState) -> list[Any]:
+        """Return the curves of the run that the selected recipe has started."""
+        if state.selection.step != "train" or state.recipe is None:
+            return []
+        folder = self.workspace.folder
+        try:
+            output_dir = self.workspace.load_recipe(state.recipe).output_dir
+        except UserError:
+            return []
+        target = (folder / output_dir).resolve()
+        runs = [run for run in state.content.runs if (folder / run).resolve() == target]
+        return [chart for run in runs for chart in build_run_charts(read_run(folder / run))]
+
+    def _find_page(self, state: StudioState) -> str:
+        """Return the URL of the report or check to embed, with its version."""
+        folder = self.workspace.folder
+        if state.selection.step == "results" and state.run:
+            file = folder / state.run / METRICS_FILE
+            query = {"run": str(state.run)}
+        elif state.selection.step == "check" and state.dataset:
+            file, query = folder / _get_check_page(state.dataset), {"data": str(state.dataset.path)}
+        else:
+            return ""
+        if not file.is_file():
+            return ""
+        query |= {"lang": state.selection.lang, "version": str(file.stat().st_mtime_ns)}
+        name = "report" if state.selection.step == "results" else "check"
+        return f"view/{name}?{urlencode(query)}"
+
+    def _describe_run(self, run: Path) -> RunRow:
+        folder = self.workspace.folder / run
+        files = [folder / name for name in (METRICS_FILE, RESULT_FILE)]
+        versions = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
+        record = _read_run_version(folder, versions)
+        name = record.primary_metric or "validation_loss"
+        values = [read_metrics(line).get(name) for line in record.evaluations]
+        status = get_run_status(record)
+        return RunRow(
+            path=str(run),
+            status=status.kind,
+            step=status.step,
+            total_steps=status.total_steps,
+            metric=format_metric_name(name) if values else "",
+            scores=[format_value(v) for v in (values[:1] + values[1:][-1:]) if v is not None],
+        )
+
+
+def _get_check_page(dataset: WorkspaceDataset) -> Path:
+    name = str(dataset.path).replace("/", "--")
+    return Path(STUDIO_FOLDER, "check", f"{name}.html")
+
+
+def _select(items: Sequence[Any], name: str, get_name: Any) -> Any:
+    """Return the item with a name, else the first one, or None without items."""
+    selected = [item for item in items if get_name(item) == name]
+    return (selected or [*items, None])[0]
+
+
+@lru_cache(maxsize=64)
+def _read_run_version(folder: Path, versions: tuple[int, ...]) -> RunRecord:
+    return read_run(folder)
+
+
+def render_message(title: str, text: str, kind: str = "error") -> str:
+    """Render the result of an action above the form."""
+    inner = Markup("<strong>{}</strong><pre>{}</pre>").format(title, text)
+    return Markup('<div class="message {}" role="alert">{}</div>').format(kind, inner)

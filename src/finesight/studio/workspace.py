@@ -1,0 +1,284 @@
+"""Data sets, recipes, runs and models in the workspace folder of the studio.
+
+The studio only opens files that lie in the workspace after symbolic links are resolved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+
+from finesight.bounded_files import load_yaml
+from finesight.config import Recipe, is_url
+from finesight.errors import UserError, suggest_similar_path
+from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
+from finesight.model_folder import TINY_MODEL
+from finesight.recipe import load_recipe, parse_recipe, recipe_from_dict
+from finesight.storage import write_file
+
+STUDIO_FOLDER = ".finesight"
+TRAIN_FILES, EVAL_FILE = ("train.jsonl", "data.jsonl"), "eval.jsonl"
+"""Files that `finesight import` writes."""
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
+
+MAX_DEPTH, MAX_FOLDERS = 3, 2000
+"""Maximum depth and number of folders in which the studio searches."""
+
+MAX_RECIPE_BYTES = 100_000
+
+NAME_PATTERN = re.compile(r"\w[\w.-]{0,63}")
+HUB_NAME_PATTERN = re.compile(r"(?:(?:hf|modelscope):)?[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceDataset:
+    """Folder with samples from `finesight import`, relative to the workspace."""
+
+    path: Path
+    train_file: Path
+    eval_file: Path | None
+    num_train: int
+    num_eval: int
+
+
+@dataclass(slots=True)
+class WorkspaceContent:
+    """Items of a workspace by kind, each newest first, relative to the workspace."""
+
+    datasets: list[WorkspaceDataset] = field(default_factory=list)
+    recipes: list[Path] = field(default_factory=list)
+    runs: list[Path] = field(default_factory=list)
+    models: list[Path] = field(default_factory=list)
+
+
+class Workspace:
+    """Folder that the studio works in. It is the working directory of all commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+
+    def scan(self) -> WorkspaceContent:
+        """Return all data sets, recipes, runs and models."""
+        content = WorkspaceContent()
+        for folder, names in self._walk():
+            path = folder.relative_to(self.folder)
+            train_name = next((name for name in TRAIN_FILES if name in names), None)
+            if MANIFEST_FILE in names and RECIPE_FILE in names:
+                content.runs.append(path)
+            elif "config.json" in names and any(n.endswith(".safetensors") for n in names):
+                content.models.append(path)
+            elif train_name is not None and self._contains(folder / train_name):
+                eval_file = path / EVAL_FILE if EVAL_FILE in names else None
+                content.datasets.append(
+                    WorkspaceDataset(
+                        path,
+                        path / train_name,
+                        eval_file,
+                        _count_lines(folder / train_name),
+                        _count_lines(folder / EVAL_FILE) if eval_file else 0,
+                    )
+                )
+            else:
+                recipes = (path / name for name in names if name.endswith((".yaml", ".yml")))
+                content.recipes += [path for path in recipes if self._is_recipe(path)]
+
+        def by_time(path: Path) -> float:
+            return (self.folder / path).stat().st_mtime
+
+        content.datasets.sort(key=lambda dataset: by_time(dataset.train_file), reverse=True)
+        for paths in (content.recipes, content.runs, content.models):
+            paths.sort(key=by_time, reverse=True)
+        return content
+
+    def _walk(self) -> Iterator[tuple[Path, frozenset[str]]]:
+        """Yield folders with their file names, without those inside of runs and models."""
+        for num_folders, (name, subfolders, files) in enumerate(os.walk(self.folder)):
+            folder, names = Path(name), frozenset(files)
+            is_item = MANIFEST_FILE in names or "config.json" in names
+            depth = len(folder.relative_to(self.folder).parts)
+            subfolders[:] = sorted(n for n in subfolders if not n.startswith("."))
+            if is_item or depth >= MAX_DEPTH or num_folders >= MAX_FOLDERS:
+                subfolders.clear()
+            yield folder, names
+
+    def _is_recipe(self, path: Path) -> bool:
+        file = self.folder / path
+        try:
+            if file.stat().st_size > MAX_RECIPE_BYTES or not self._contains(file):
+                return False
+            content = load_yaml(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return isinstance(content, dict) and {"model", "data"} <= content.keys()
+
+    def _contains(self, path: Path) -> bool:
+        return path.resolve().is_relative_to(self.folder)
+
+    def resolve(self, text: str, where: str) -> Path:
+        """Return the path that a user has entered, relative to the workspace.
+
+        Raises:
+            UserError: It is missing, outside of the workspace, or would be read as an option.
+        """
+        name = text.strip()
+        expected = "a file or folder in the workspace"
+        remedy = "enter a path relative to the workspace, or upload the files"
+        if not name or name.startswith("-") or "\0" in name:
+            raise UserError(f"{name!r} is no path", where=where, expected=expected, remedy=remedy)
+        path = Path(os.path.normpath(self.folder / name))
+        # A path outside is reported as such, whether it exists or not.
+        if not path.is_relative_to(self.folder) or not self._contains(path):
+            raise UserError(
+                f"{name} is outside of the workspace {self.folder}",
+                where=where,
+                expected=expected,
+                remedy="move or copy it into the workspace, or start the studio in its folder",
+            )
+        relative = path.relative_to(self.folder)
+        if STUDIO_FOLDER in relative.parts:
+            raise UserError(
+                f"{name} is a file of the studio", where=where, expected=expected, remedy=remedy
+            )
+        if not path.exists():
+            raise UserError(
+                f"{name} does not exist",
+                where=where,
+                expected=expected,
+                remedy=suggest_similar_path(path).replace(f"{self.folder}{os.sep}", ""),
+            )
+        return relative
+
+    def check_new_name(self, parent: str, name: str, suffix: str = "") -> Path:
+        """Return the path of a file or folder to create in a folder of the workspace.
+
+        Raises:
+            UserError: The name is invalid, or exists already.
+        """
+        name = name.strip()
+        path = Path(parent, f"{name}{suffix}")
+        is_valid = NAME_PATTERN.fullmatch(name) is not None
+        if (
+            not is_valid
+            or os.path.lexists(self.folder / path)
+            or not self._contains(self.folder / path)
+        ):
+            raise UserError(
+                f"{path} exists" if is_valid else f"{name!r} is no name",
+                where=parent,
+                expected="a new name of letters, digits, - and _",
+                remedy="choose another name",
+            )
+        return path
+
+    def check_model(self, name: str) -> str:
+        """Return a model name that a user has entered: a hub name, or a folder in the workspace."""
+        name = name.strip()
+        is_hub_name = HUB_NAME_PATTERN.fullmatch(name) and ".." not in name
+        if name == TINY_MODEL or (is_hub_name and not (self.folder / name).exists()):
+            return name
+        return str(self.resolve(name, "model"))
+
+    def save_uploads(self, files: Sequence[Path], name: str) -> Path:
+        """Copy uploaded files into a new folder, and return the path to import.
+
+        It is the only table or the only file, else the folder.
+        """
+        folder = self.check_new_name("uploads", name)
+        for file in files:
+            target = self.folder / folder / file.name
+            if target.exists():
+                raise UserError(
+                    f"{file.name} is uploaded twice",
+                    where="upload",
+                    expected="files with different names",
+                    remedy="upload a zip archive of the folders",
+                )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
+        sources = tables if len(tables) == 1 else files
+        return folder / sources[0].name if len(sources) == 1 else folder
+
+    def create_recipe(
+        self, name: str, dataset: WorkspaceDataset, model: str, settings: dict[str, str]
+    ) -> Path:
+        """Write a recipe for a data set, with defaults for empty settings.
+
+        Args:
+            settings: Values of `train.epochs`, `train.learning_rate` and `eval.metric` as YAML.
+        """
+        path = self.check_new_name("recipes", name, ".yaml")
+        run = self.check_new_name("runs", name)
+        data = {"train": str(dataset.train_file)}
+        if dataset.eval_file is not None:
+            data["eval"] = str(dataset.eval_file)
+        content: dict[str, object] = {"model": self.check_model(model), "data": data}
+        for key, text in settings.items():
+            section, _, setting = key.partition(".")
+            if text.strip():
+                values = content.setdefault(section, {})
+                assert isinstance(values, dict), f"{section} is no section of settings"
+                # Invalid YAML remains text, which the validation of the recipe reports.
+                with contextlib.suppress(yaml.YAMLError):
+                    text = load_yaml(text)
+                values[setting] = text
+        content["output_dir"] = str(run)
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        self.save_recipe(path, text)
+        return path
+
+    def save_recipe(self, path: Path, text: str) -> None:
+        """Validate the text of a recipe, and write it.
+
+        Raises:
+            UserError: A setting is invalid, or a path is outside of the workspace.
+        """
+        content, _ = parse_recipe(text, path)
+        if not isinstance(content, dict):
+            raise UserError(
+                f"contains {text!r:.80}, no settings",
+                where=str(path),
+                expected="settings by name, such as model and data",
+                remedy="restore the text",
+            )
+        self.check_recipe_paths(recipe_from_dict(content), path)
+        write_file(self.folder / path, text.encode())
+
+    def load_recipe(self, path: Path) -> Recipe:
+        """Load a recipe whose paths are all in the workspace."""
+        recipe = load_recipe(self.folder / path)
+        self.check_recipe_paths(recipe, path)
+        return recipe
+
+    def check_recipe_paths(self, recipe: Recipe, where: Path) -> None:
+        """Raise UserError if the model, data or output of a recipe is outside of the workspace."""
+        self.check_model(str(recipe.model))
+        files = [file.path for file in (*recipe.data.train, *recipe.data.eval)]
+        for path in (*(file for file in files if not is_url(file)), recipe.output_dir):
+            if not self._contains(self.folder / path):
+                raise UserError(
+                    f"{path} is outside of the workspace {self.folder}",
+                    where=str(where),
+                    expected="data and output_dir in the workspace",
+                    remedy="change the path, or train in a terminal",
+                )
+
+
+def _count_lines(file: Path) -> int:
+    state = file.stat()
+    return _count_lines_of_version(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=256)
+def _count_lines_of_version(file: Path, mtime_ns: int, size: int) -> int:
+    with file.open("rb") as lines:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: lines.read(1 << 20), b""))

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from finesight.cli.app import app
+
+
+def test_page_shows_the_workspace(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "a.yaml").write_text("model: finesight-tiny\ndata: {train: a.jsonl}\n")
+    command = [sys.executable, "-m", "finesight", "studio", "work", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as studio:
+        address = studio.stdout.readline().strip()
+        # The socket is bound; the request waits until the page is ready.
+        with urllib.request.urlopen(f"{address}/live?step=train", timeout=60) as answer:
+            page = json.load(answer)
+        assert "finesight train a.yaml --resume" in page["top"]
+        studio.send_signal(signal.SIGINT)
+        assert studio.wait(60) == 0
+
+
+@pytest.mark.parametrize("options", [["missing"], [".", "--port", "99999"]])
+def test_invalid_arguments_are_rejected(options: list[str]) -> None:
+    assert CliRunner().invoke(app, ["studio", *options]).exit_code != 0

@@ -1,0 +1,32 @@
+"""Workspace with generated images, and a shared browser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, launch_chromium
+from PIL import Image
+
+COLORS = ("red", "green", "blue", "gray")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium. Tests are skipped without it."""
+    with launch_chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Workspace with 24 images of one color in `photos`, each with a caption."""
+    workspace = tmp_path / "work"
+    for index in range(24):
+        color = COLORS[index % 4]
+        file = workspace / "photos" / f"{index:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (56 + index, 56), color).save(file)
+        file.with_suffix(".txt").write_text(f"{color}\n")
+    return workspace

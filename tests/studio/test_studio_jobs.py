@@ -1,0 +1,102 @@
+"""Tests of the processes that the studio starts, without a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.errors import UserError
+from finesight.studio.studio_jobs import JOB_FILE, PID_FILE, Job, JobStore
+
+RECIPE = """\
+model: finesight-tiny
+data: {train: data/photos/train.jsonl, eval: data/photos/eval.jsonl}
+train: {steps: 40, batch_size: 4, device: cpu}
+eval: {metric: classification, max_new_tokens: 4}
+output_dir: runs/photos
+"""
+
+
+def wait_for(happened: Callable[[], bool], timeout_s: float = 90) -> None:
+    end = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < end, f"not within {timeout_s} s"
+        time.sleep(0.05)
+
+
+def wait_for_end(job: Job) -> str:
+    wait_for(lambda: job.status != "running")
+    return job.status
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "exit_code", "output"),
+    [
+        ("photos", "finished", 0, "24 images"),
+        ("photos/00.txt", "failed", 2, "\n  expected: .json"),
+    ],
+)
+def test_command_runs_in_the_workspace(
+    folder: Path, source: str, status: str, exit_code: int, output: str
+) -> None:
+    job = JobStore(folder).start(
+        "data", "data/a", ["import", source, "data/a", "--prompt", "Color?"]
+    )
+    assert job.status == "running"
+    assert wait_for_end(job) == status
+    assert job.exit_code == exit_code
+    assert output in job.read_log()
+    assert job.command == f"finesight import {source} data/a --prompt 'Color?'"
+    assert (folder / "data" / "a" / "data.jsonl").exists() == (exit_code == 0)
+
+
+def test_training_survives_the_studio_and_is_stopped_and_resumed(folder: Path) -> None:
+    options = ImportOptions(prompt="Which color?", eval_last=4)
+    import_dataset(folder / "photos", folder / "data" / "photos", options)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    start = (
+        "from pathlib import Path; from finesight.studio.studio_jobs import JobStore;"
+        " JobStore(Path()).start('train', 'recipe.yaml', ['train', 'recipe.yaml', '--resume'])"
+    )
+    subprocess.run([sys.executable, "-c", start], cwd=folder, check=True)
+    jobs = JobStore(folder)
+    (job,) = jobs.list_jobs("train", "recipe.yaml")
+    assert job.status == "running"
+    with pytest.raises(UserError, match="already running"):
+        jobs.start("train", "recipe.yaml", job.arguments)
+    metrics = folder / "runs" / "photos" / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and '"loss"' in metrics.read_text())
+    job.stop()
+    assert wait_for_end(job) == "stopped"
+    assert job.exit_code == 75
+    assert [*(folder / "runs" / "photos" / "checkpoints").glob("step-*")]
+    resumed = jobs.start("train", "recipe.yaml", job.arguments)
+    assert wait_for_end(resumed) == "finished", resumed.read_log()
+    assert [found.id for found in jobs.list_jobs("train")] == [resumed.id, job.id]
+    assert json.loads((folder / "runs" / "photos" / "result.json").read_text())["after"]
+    with pytest.raises(UserError, match="the job is finished"):
+        resumed.stop()
+
+
+def test_killed_and_damaged_jobs(folder: Path) -> None:
+    jobs = JobStore(folder)
+    job = jobs.start("chat", "finesight-tiny", ["web", "finesight-tiny", "--port", "0"])
+    wait_for((job.folder / PID_FILE).exists)
+    os.killpg(int((job.folder / PID_FILE).read_text()), signal.SIGKILL)
+    assert wait_for_end(job) == "killed"
+    for name, content in (("empty", ""), ("list", "[]"), ("other", '{"step": 1}')):
+        (job.folder.parent / name).mkdir()
+        (job.folder.parent / name / JOB_FILE).write_text(content)
+    (job.folder.parent / "missing").mkdir()
+    assert [found.id for found in jobs.list_jobs()] == [job.id]
+    assert jobs.list_jobs("train") == []

@@ -1,0 +1,103 @@
+"""Tests of the paths and files that the studio accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.errors import UserError
+from finesight.studio.workspace import Workspace
+
+OPTIONS = ImportOptions(prompt="Which color?")
+
+
+@pytest.fixture
+def workspace(folder: Path) -> Workspace:
+    (folder / ".finesight").mkdir()
+    (folder.parent / "secret.txt").write_text("secret")
+    (folder / "link").symlink_to(folder.parent)
+    return Workspace(folder)
+
+
+@pytest.mark.parametrize("path", ["photos", " photos/00.png ", "./photos/../photos", "{}/photos"])
+def test_path_in_the_workspace(workspace: Workspace, path: str) -> None:
+    resolved = workspace.resolve(path.format(workspace.folder), "source")
+    assert not resolved.is_absolute()
+    assert resolved.parts[0] == "photos"
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("", "is no path"),
+        ("--help", "is no path"),
+        ("photos\0", "is no path"),
+        ("..", "outside of the workspace"),
+        ("/etc/hosts", "outside of the workspace"),
+        ("../secret.txt", "outside of the workspace"),
+        ("link/secret.txt", "outside of the workspace"),
+        ("link/missing", "outside of the workspace"),
+        (".finesight", "a file of the studio"),
+        ("photo", "did you mean photos?"),
+    ],
+)
+def test_other_paths_are_rejected(workspace: Workspace, path: str, problem: str) -> None:
+    with pytest.raises(UserError, match=r".") as raised:
+        workspace.resolve(path, "source")
+    assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", "-a", ".a", "photos"])
+def test_new_name_is_checked(workspace: Workspace, name: str) -> None:
+    with pytest.raises(UserError, match=r"is no name|exists"):
+        workspace.check_new_name(".", name)
+    assert workspace.check_new_name("data", "图-1") == Path("data/图-1")
+
+
+def test_model_is_a_hub_name_or_in_the_workspace(workspace: Workspace) -> None:
+    for name in ("finesight-tiny", "Qwen/Qwen2-VL-2B-Instruct", "modelscope:a/b@main", "photos"):
+        assert workspace.check_model(name) == name
+    for name in ("/models/qwen", "../models", "link/secret.txt", "missing"):
+        with pytest.raises(UserError, match=r"outside|does not exist"):
+            workspace.check_model(name)
+
+
+def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
+    import_dataset(workspace.folder / "photos", workspace.folder / "data" / "a", OPTIONS)
+    (dataset,) = workspace.scan().datasets
+    assert (dataset.path, dataset.num_train, dataset.num_eval) == (Path("data/a"), 24, 0)
+    settings = {"train.epochs": "2", "train.learning_rate": "", "eval.metric": ""}
+    path = workspace.create_recipe("a", dataset, "finesight-tiny", settings)
+    assert workspace.scan().recipes == [path] == [Path("recipes/a.yaml")]
+    recipe = workspace.load_recipe(path)
+    assert (recipe.train.epochs, recipe.output_dir) == (2, Path("runs/a"))
+    text = (workspace.folder / path).read_text()
+    for old, new, problem in (
+        ("runs/a", "/tmp/a", "outside of the workspace"),
+        ("data/a/", "link/", "outside of the workspace"),
+        ("epochs: 2", "epochs: many", "epochs"),
+        ("model:", "modell:", "modell"),
+        (text, "text", "no settings"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            workspace.save_recipe(path, text.replace(old, new))
+    assert (workspace.folder / path).read_text() == text
+    with pytest.raises(UserError, match=r"train.epochs"):
+        workspace.create_recipe("b", dataset, "finesight-tiny", {"train.epochs": "{3"})
+    with pytest.raises(UserError, match=r"recipes/a.yaml exists"):
+        workspace.create_recipe("a", dataset, "finesight-tiny", settings)
+
+
+def test_uploads_are_copied_into_a_new_folder(workspace: Workspace, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png", "labels.csv")]
+    for file in files:
+        file.write_text(file.name)
+    assert workspace.save_uploads(files, "all") == Path("uploads/all/labels.csv")
+    assert workspace.save_uploads(files[:2], "images") == Path("uploads/images")
+    assert workspace.save_uploads(files[:1], "one") == Path("uploads/one/a.png")
+    assert (workspace.folder / "uploads/all/a.png").read_text() == "a.png"
+    with pytest.raises(UserError, match="uploaded twice"):
+        workspace.save_uploads([files[0], files[0]], "twice")

@@ -105,8 +105,7 @@ def measure_project(root: Path) -> list[CodeMeasure]:
     ]
 
 
-# Bounds that still miss their target. Lower them as the code improves; raise the number of files and
-# lines only by the size of a new feature.
+# Bounds that still miss their target. Lower them as the code improves; never raise them.
 MAX_TEST_LINES_PER_SOURCE_LINE = 0.94
 MAX_PRIVATE_NAMES_IN_TESTS = 40
 
@@ -518,8 +517,8 @@ def _size_measures(
     )
 
 
-# Bounds that still miss their target. Lower them as the code improves; raise the number of files and
-# lines only by the size of a new feature.
+# Bounds that still miss their target. Lower them as the code improves. Those of files and lines may
+# rise only by the size of a new feature.
 MAX_SOURCE_FILES = 257
 MAX_SOURCE_LINES = 79_000
 MIN_MEDIAN_FUNCTION_LINES = 6

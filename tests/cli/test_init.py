@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from finesight import model_folder
 from finesight.cli import init
 from finesight.cli.app import run_command
 from finesight.errors import UserError
@@ -23,7 +24,7 @@ COLORS = ("red", "green", "blue", "white")
 
 
 def write_image(path: Path, i: int) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (56, 28 + i), COLORS[i % 4]).save(path)
 
 
@@ -60,12 +61,14 @@ def test_folder_of_images_becomes_a_trained_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    write_table(Path("photos"), 24, caption=lambda i: f"a plain {COLORS[i % 4]} square number {i}")
+    captions = {"caption": lambda i: f"a plain {COLORS[i % 4]} square number {i}"}
+    write_table(Path("photos"), 24, **captions, url=lambda i: i)
     assert run_command(["init", "photos", "--yes"]) == 0
     printed = capsys.readouterr().out
     assert "task    captions; prompt: Describe the image." in printed
     assert "image: file" in printed
-    assert "answer: caption" in printed
+    assert "answer: caption\n        unused column: url\n" in printed
+    assert "24 rows\n        comma-separated, UTF-8\n" in printed
     assert "no issues found" in printed
     assert "fits 90%" in printed
     assert printed.endswith(
@@ -94,6 +97,7 @@ def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         raise UserError("no connection")
 
     monkeypatch.setattr(run_plan, "plan_run", fail)
+    monkeypatch.setattr(model_folder, "locate_model", lambda name: None)
 
 
 @pytest.mark.usefixtures("no_plan")
@@ -106,12 +110,12 @@ def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             {"label": lambda i: ("cat", "dog")[i % 2]},
             "classification",
-            "Which of these classes is it: cat, dog?",
+            "Which of these classes does the image show: cat, dog? Answer with the class only.",
         ),
         (
-            {"shop": lambda i: f"s{i}", "total": lambda i: i, "id": lambda i: i},
+            {"shop": lambda i: f"s{i}", "invoice_id": lambda i: i, "id": lambda i: i},
             "json",
-            "Return shop, total as JSON.",
+            "Return shop, invoice_id as JSON.",
         ),
         ({"question": lambda i: f"How many {i}?", "answer": lambda i: i}, "qa", None),
         (
@@ -128,7 +132,6 @@ def test_task_of_a_table_is_detected(
     found = run_init(write_table(tmp_path, 24, **columns), "--out", tmp_path / "out")
     assert (found["metric"], found["prompt"]) == (metric, prompt)
     assert found["columns"]["image"] == "file"
-    assert "id" not in str(found["columns"])
     assert sum(found["samples"].values()) == 24
     assert found["samples"]["eval"] == 5
     assert found["fits"] is None
@@ -184,6 +187,32 @@ def test_other_formats_are_detected(
     assert found["has_data_errors"] is False
 
 
+@pytest.mark.usefixtures("no_plan")
+def test_split_of_the_source_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i in range(24):
+        split = "val" if i < 4 else "train"
+        write_image(Path("user@home", "photos", split, COLORS[i % 2], f"{i}.png"), i)
+    found = run_init("user@home/photos")
+    assert found["samples"] == {"train": 20, "eval": 4}
+    assert found["recipe"] == "photos-finetune/recipe.yaml"
+
+
+@pytest.mark.usefixtures("no_plan")
+def test_all_classes_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "NUM_PREVIEW_ROWS", 10)
+    table = write_table(tmp_path, 24, label=lambda i: "ab"[i > 11] if i < 23 else "c")
+    found = run_init(table, "--out", tmp_path / "out")
+    assert found["metric"] == "classification"
+    assert "image show: a, b, c?" in found["prompt"]
+
+
+def test_missing_model_is_an_error_before_the_import(tmp_path: Path) -> None:
+    words = ["init", str(write_table(tmp_path, 3, text=str)), "--yes", "--out", f"{tmp_path}/out"]
+    assert run_command([*words, "--model", "./missing"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("memory_gb", "model"),
     [(0, TINY_MODEL), (4, TINY_MODEL), (12, "Qwen/Qwen3.5-2B"), (24, "Qwen/Qwen3.5-4B")],
@@ -197,10 +226,12 @@ def test_questions_change_the_settings(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(init, "is_interactive", lambda: True)
     monkeypatch.setattr(init, "find_device", lambda: ("RTX 4090", round(24e9)))
     monkeypatch.chdir(write_table(tmp_path, 10, caption=lambda i: f"text {i}", shop=lambda i: i))
-    answers: Sequence[str] = ("labels.csv", "caption,shop", "json", "Read it.", "")
+    answers: Sequence[str] = ("labels.csv", "caption,shop", "poems", "json", "Read it.", "")
     result = CliRunner().invoke(init_app(), [], input="\n".join(answers) + "\n")
     assert result.exit_code == 0, result.output
-    assert result.output.count("]: ") == 5
+    assert result.output.count("]: ") == 6
+    assert "unknown task 'poems'" in result.output
+    assert "finesight train" not in result.output
     recipe = yaml.safe_load(Path("labels-finetune/recipe.yaml").read_text())
     assert recipe["model"] == "Qwen/Qwen3.5-4B"
     assert recipe["tune"]["language"] == "lora"
@@ -216,19 +247,20 @@ def test_questions_change_the_settings(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("columns", "words"),
+    ("content", "words"),
     [
-        ({"title": lambda i: "x", "id": lambda i: i}, "--map image=COLUMN"),
-        ({}, "no such file"),
+        ("title,id\nx,1\ny,2\n", "--map image=COLUMN"),
+        ("image,question\na.png,What?\n", "no answer column among image, question"),
+        ("", "no such file"),
     ],
-    ids=["no-image-column", "missing"],
+    ids=["no-image-column", "no-answer-column", "missing"],
 )
 def test_unsuitable_data_are_rejected_without_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], columns: dict[str, Any], words: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str
 ) -> None:
     file = tmp_path / "table.csv"
-    if columns:
-        file.write_text("title,id\nx,1\ny,2\n")
+    if content:
+        file.write_text(content)
     assert run_command(["init", str(file), "--yes", "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,9 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -26,9 +27,9 @@ from finesight.cli.options import (
 from finesight.errors import UserError, escape_unprintable
 
 if TYPE_CHECKING:
-    from finesight.data.import_source import ImportOptions
+    from finesight.data.import_source import ImportOptions, ImportSource
     from finesight.data.importer import ImportSummary
-    from finesight.data.row_reader import Record
+    from finesight.data.row_reader import Record, SourceRow
     from finesight.data.sample import Sample
     from finesight.plan.run_plan import RunPlan
     from finesight.train.console import TrainingConsole
@@ -59,13 +60,12 @@ MAX_PIXELS = {"captions": 262_144, "classification": 262_144, "grounding": 602_1
 """Maximum number of pixels per image by task; `DEFAULT_MAX_PIXELS` for other tasks."""
 
 DEFAULT_MAX_PIXELS = 802_816
-MAX_PROMPT_CLASSES = 20
 
 _QUESTION_NAMES = ("question", "query", "instruction", "prompt")
 _BOX_NAMES = ("bbox", "box", "bboxes", "boxes")
 _LABEL_NAMES = ("label", "class", "category", "name")
 _ANSWER_NAMES = ("answer", "caption", "text", "latex", "formula", "response", "label", "class")
-_IGNORED_NAMES = re.compile(r"(?i)(.*_)?(id|index|idx|split|width|height|size|url)|unnamed.*|")
+_IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|")
 _LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
 
 _RECIPE = """\
@@ -141,6 +141,8 @@ def init(
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
+    from finesight.hub.address import is_hub_address
+    from finesight.model_folder import locate_model
     from finesight.storage import raise_if_exists, write_file
     from finesight.train.console import TrainingConsole
 
@@ -148,9 +150,7 @@ def init(
         typer.echo("standard input is not a terminal: no questions, as with --yes", err=True)
         yes = True
     source = data or _ask("Dataset (file, folder or hf:OWNER/NAME)", ".", yes)
-    name = (
-        source if "://" in source else re.split("[:@]", re.sub("^(hf|modelscope):", "", source))[0]
-    )
+    name = re.split("[:@]", source)[1] if is_hub_address(source) else source
     folder = out or Path(f"{Path(name).resolve().stem}-finetune")
     raise_if_exists(folder)
     console = TrainingConsole(Console(stderr=True))
@@ -159,10 +159,12 @@ def init(
     )
     with fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, yes)
-        task, options, num_rows, kind = _detect_task(path, options, yes)
+        task, options, opened = _detect_task(path, options, yes)
         device, memory_bytes = find_device()
         model = model or _ask("Model", choose_model(memory_bytes), yes)
-        if num_rows >= MIN_SPLIT_ROWS:
+        locate_model(model)  # raises the error of a missing model before anything is written
+        num_rows = opened.rows.num_rows
+        if num_rows >= MIN_SPLIT_ROWS and opened.rows.eval_start in (None, num_rows):
             num_eval_rows = min(MAX_EVAL_FRACTION, NUM_EVAL_ROWS / num_rows)
             options = replace(options, train_fraction=1 - num_eval_rows)
         with console.activity("importing the data"):
@@ -175,10 +177,12 @@ def init(
         text = _format_recipe(recipe, model, device, task, summary, overrides)
         write_file(recipe, text.encode())
     lines = [
-        f"data    {source}: {kind}, {num_rows} rows",
+        f"data    {source}: {summary.format} ({opened.detected_by}), {num_rows} rows",
+        *([f"        {summary.text_format}"] if summary.text_format else []),
         *(f"        {file.file}: {file.num_samples} samples" for file in summary.output_files),
         *(f"        skipped: {count} rows, {why}" for why, count in summary.skipped_rows.items()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
+        *(f"        unused column: {column}" for column in summary.unused_columns),
         f"task    {task.metric}" + (f"; prompt: {options.prompt}" if options.prompt else ""),
         f"device  {device}, {memory_bytes / 1e9:.0f} GB" if memory_bytes else f"device  {device}",
         f"model   {model}",
@@ -186,7 +190,8 @@ def init(
     ]
     check_lines, has_errors = _check(summary)
     commands = [["check", recipe, "--html", folder / "check.html"]] if has_errors else []
-    commands += [["train", recipe], ["chat", folder / "run"]]
+    fits = None if run_plan is None else run_plan.chosen_estimate.fits
+    commands += [["train", recipe], ["chat", folder / "run"]] if fits else [["plan", recipe]]
     next_commands = [shlex.join(["finesight", *map(str, words)]) for words in commands]
     if as_json:
         result = {
@@ -197,7 +202,7 @@ def init(
             "prompt": options.prompt,
             "model": model,
             "samples": {file.file.stem: file.num_samples for file in summary.output_files},
-            "fits": None if run_plan is None else run_plan.chosen_estimate.fits,
+            "fits": fits,
             "has_data_errors": has_errors,
             "next": next_commands,
         }
@@ -240,6 +245,13 @@ def _select_source(path: Path, options: ImportOptions, yes: bool) -> tuple[Path,
         if "image" not in columns or len(columns) < 2:
             open_source(files[0], options)  # raises the error of a table, if it is one
             return files[0], options
+        if not columns.keys() & {"answer", "fields", "box"}:
+            raise UserError(
+                f"no answer column among {', '.join(map(str, records[0]))}",
+                where=str(files[0]),
+                expected="a column with the answers",
+                remedy="name the column: --map image=COLUMN --map answer=COLUMN",
+            ) from None
     if "box" not in columns:
         default = columns.pop("answer", None) or columns.pop("fields")
         answer = _ask("Answer column, or several for a JSON answer", default, yes)
@@ -287,42 +299,55 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
 
 def _detect_task(
     path: Path, options: ImportOptions, yes: bool
-) -> tuple[DetectedTask, ImportOptions, int, str]:
-    """Detect the task of a dataset, and complete the prompt of the import options.
+) -> tuple[DetectedTask, ImportOptions, ImportSource]:
+    """Detect the task of a dataset from evenly spaced rows, and complete its prompt.
 
     Returns:
-        Task, import options, number of rows, and description of the format.
+        Task, import options and opened dataset.
     """
     from finesight.config import TaskName
-    from finesight.data.import_source import open_unvalidated
+    from finesight.data.import_source import UnvalidatedSource, open_source
 
     samples: list[Sample] = []
+    opened = open_source(path, options)
+    spacing = ceil(opened.rows.num_rows / NUM_PREVIEW_ROWS)
+
+    def iter_spaced(start: int, stop: int) -> Iterator[SourceRow]:
+        return itertools.islice(opened.rows.iter_range(start, stop), 0, None, spacing)
+
+    spaced = replace(opened, rows=replace(opened.rows, iter_range=iter_spaced))
     # Rows without a question need a prompt, which may be empty.
     for preview_prompt in dict.fromkeys((options.prompt, options.prompt or "")):
         preview_options = replace(options, prompt=preview_prompt)
         with tempfile.TemporaryDirectory() as images:
-            preview = open_unvalidated(path, preview_options, Path(images))
-            rows = list(itertools.islice(preview, NUM_PREVIEW_ROWS))
+            rows = list(UnvalidatedSource(spaced, preview_options, Path(images)))
         samples = [sample for row in rows for sample in row.samples]
         if samples:
             break
     if not samples:
         raise next(row.error for row in rows if row.error is not None)
     task = detect_task(samples, options.columns.get("fields", ""))
-    metric = _ask(f"Task ({', '.join(get_args(TaskName))})", task.metric, yes)
-    if metric not in get_args(TaskName):
-        raise UserError(
-            f"unknown task {metric!r}", expected=f"one of {', '.join(get_args(TaskName))}"
-        )
-    data_format = preview.source.data_format
+    if spacing > 1 and task.metric == "classification" and task.prompt is not None:
+        # The preview may lack classes.
+        answers = (row.record.get(opened.column_map.get("answer")) for row in opened.iter_rows())
+        classes = {str(answer).strip() for answer in answers if answer not in (None, "")}
+        task = replace(task, prompt=_format_class_prompt(classes))
+    question = f"Task ({', '.join(get_args(TaskName))})"
+    while (metric := _ask(question, task.metric, yes)) not in get_args(TaskName):
+        typer.echo(f"unknown task {metric!r}", err=True)
     label = options.columns.get("label")
     if label is not None and options.columns.get("question") == label:
         task = replace(task, prompt=PROMPTS["grounding"])
     needs_prompt = task.prompt is not None and options.prompt is None
-    if needs_prompt and "prompt" in data_format.supported_options:
+    if needs_prompt and "prompt" in opened.data_format.supported_options:
         options = replace(options, prompt=_ask("Question about every image", str(task.prompt), yes))
-    kind = f"{data_format.name} ({preview.source.detected_by})"
-    return replace(task, metric=metric), options, len(preview), kind
+    return replace(task, metric=metric), options, opened
+
+
+def _format_class_prompt(classes: Collection[str]) -> str:
+    from finesight.data.formats.image_folder import build_class_prompt
+
+    return build_class_prompt(len(classes)).format(labels=", ".join(sorted(classes)))
 
 
 def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
@@ -340,7 +365,7 @@ def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
     box_counts = [
         sum(isinstance(part, BoxPart) for part in sample.messages[-1].content) for sample in samples
     ]
-    classes = sorted(set(answers))
+    classes = set(answers)
     longest = max(map(len, answers)) + 32 * max(box_counts)
     if fmean(map(bool, box_counts)) > 0.5:
         metric = "detection" if max(box_counts) > 1 else "grounding"
@@ -358,8 +383,7 @@ def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
     if metric == "json":
         prompt = f"Return {fields.replace(',', ', ')} as JSON." if fields else "Return the JSON."
     elif metric == "classification":
-        names = f" {', '.join(classes)}" if len(classes) <= MAX_PROMPT_CLASSES else ""
-        prompt = f"Which of these classes is it:{names}?" if names else "Which class is it?"
+        prompt = _format_class_prompt(classes)
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
     return DetectedTask(metric, prompt if questions == {""} else None, max_new_tokens)
 
@@ -447,7 +471,7 @@ def _format_recipe(
 
 
 def _quote(value: str | Path) -> str:
-    """Format a value as a JSON string, which is a YAML string, whatever is in it."""
+    """Format a value as a quoted YAML string."""
     return json.dumps(str(value), ensure_ascii=False)
 
 

@@ -135,6 +135,9 @@ def test_class_folders(tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == ["big dog-1", "cat-1", "cat-more-2"]
     samples, _ = import_samples(root, tmp_path / "two", prompt="One of {labels}?")
     assert list_questions(samples)[0] == "One of big dog, cat?"
+    root = write_images(tmp_path / "many", *(f"c{number}/1.png" for number in range(21)))
+    samples, _ = import_samples(root, tmp_path / "unlisted")
+    assert "Which class does the image show? Answer" in list_questions(samples)[0]
     with pytest.raises(UserError, match="can be imported only"):
         export_dataset([], tmp_path / "three", "classes", copy_images=False)
 

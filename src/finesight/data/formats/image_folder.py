@@ -121,8 +121,8 @@ SPLIT_ALIASES = {
 }  # fmt: skip
 """Split of a dataset by the name of its folder or file."""
 
-CLASS_PROMPT = "Which of these classes does the image show: {labels}? Answer with the class only."
-"""Default question about images in class folders; `--prompt` overrides it."""
+MAX_PROMPT_CLASSES = 20
+"""Maximum number of classes that the default question lists."""
 
 _METADATA_NAME = re.compile(r"metadata\.(?:csv|jsonl|parquet)", re.IGNORECASE)
 _ANSWER_COLUMNS = ("text", "caption", "label", "answer", "ground_truth")
@@ -231,13 +231,22 @@ def open_class_folders(source: Path) -> tuple[RowReader, str] | None:
     return rows, f"one folder per class, {len(classes)} classes{note}"
 
 
+def build_class_prompt(num_classes: int) -> str:
+    """Build the template of the default question about the class of an image.
+
+    It lists the classes, `{labels}`, if there are at most `MAX_PROMPT_CLASSES`.
+    """
+    is_listed = 0 < num_classes <= MAX_PROMPT_CLASSES
+    which = "Which of these classes" if is_listed else "Which class"
+    return f"{which} does the image show{': {labels}' * is_listed}? Answer with the class only."
+
+
 def parse_class_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from an image and the name of its class folder."""
     image = RowImages(context).add_image(row.record["image"])
-    labels = {"labels": ", ".join(row.record["classes"])}
-    user = Message(
-        role="user", content=(image, *format_prompt(context.prompt, CLASS_PROMPT, labels))
-    )
+    classes = row.record["classes"]
+    labels, default = {"labels": ", ".join(classes)}, build_class_prompt(len(classes))
+    user = Message(role="user", content=(image, *format_prompt(context.prompt, default, labels)))
     return ImportExample(row.id, (user,), ((make_text_part(row.record["label"]),),))
 
 

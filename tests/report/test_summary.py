@@ -157,18 +157,20 @@ def test_overfitting_is_reported_with_best_checkpoint(
             "scores": {"exact": score / 10},
             "primary_metric": "exact",
             "intervals": {"exact": [score / 10 - 0.1, score / 10 + 0.1]},
-            "num_samples": 64 if i or len(losses) > 3 else 200,
+            "num_samples": 64,
+            "num_loss_samples": 64 if i or len(losses) > 3 else 200,
         }
         for i, (loss, score) in enumerate(zip(losses, scores, strict=True))
     ]
+    made = run(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "step-20").mkdir(parents=True)
     text = summary.describe_overfitting(tmp_path / "run", [*steps, *evaluations])
     assert (text is not None) == (words is not None)
     if text is not None and words is not None:
         assert words in text
-        best = 20 * max(range(len(scores)), key=lambda i: scores[i])
-        assert f"/run/checkpoints/step-{best}" in text
-        assert "train.steps=20" in text
-        made = run(tmp_path)
+        criterion = "exact" if words.startswith("exact") else "validation loss"
+        assert f"The best {criterion} is that after step 20 (checkpoint {tmp_path}/run/" in text
+        assert "checkpoints/step-20). Train fewer steps (train.steps=20)" in text
         lines = [make_step_line(line["step"]) | line for line in steps]
         made.write_lines("metrics.jsonl", [START_RECORD, *lines, *evaluations])
         assert text in summary.list_remarks(record(made))

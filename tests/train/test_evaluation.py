@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from finesight.evaluate.bootstrap import ConfidenceInterval
-from finesight.train.evaluation import EvalResult, count_evals_since_best
+from finesight.train.evaluation import EvalResult, find_best_eval
 
 
 def _measured(*scores: float, headline: str | None = "exact") -> list[EvalResult]:
@@ -25,21 +25,30 @@ def _measured(*scores: float, headline: str | None = "exact") -> list[EvalResult
     ],
 )
 def test_patience_counts_evaluations_since_best(scores, expected):
-    assert count_evals_since_best(_measured(*scores)) == expected
+    assert find_best_eval(_measured(*scores))[1] == expected
 
 
 def test_equal_scores_prefer_lower_loss():
     base, *trained = _measured(0.9, 0.1, 0.2, 0.3)
-    assert count_evals_since_best([replace(base, step=0), *trained]) == 0
+    assert find_best_eval([replace(base, step=0), *trained])[1] == 0
     falling = [replace(one, validation_loss=1 / one.step) for one in _measured(0.2, 0.2, 0.2)]
-    assert count_evals_since_best(falling) == 0
-    assert count_evals_since_best([*falling, replace(falling[0], step=4)]) == 1
+    assert find_best_eval(falling)[1] == 0
+    assert find_best_eval([*falling, replace(falling[0], step=4)])[1] == 1
 
 
 def test_patience_needs_a_consistent_metric():
-    assert count_evals_since_best(_measured(0.2, 0.1, headline=None)) == 0
-    assert count_evals_since_best([]) == 0
-    assert count_evals_since_best([*_measured(0.9, 0.8), *_measured(0.5, headline="cer")]) == 0
+    assert find_best_eval([]) == (None, 0)
+    assert find_best_eval([*_measured(0.9, 0.8), *_measured(0.5, headline="cer")])[1] == 0
+
+
+def test_evaluations_of_other_samples_are_not_compared():
+    first, second, third = (
+        replace(one, num_samples=64, num_loss_samples=64) for one in _measured(0.9, 0.3, 0.2)
+    )
+    assert find_best_eval([replace(first, num_samples=9), second, third]) == (second, 1)
+    lower_loss = replace(second, step=4, validation_loss=0.5, num_loss_samples=200)
+    assert find_best_eval([second, lower_loss]) == (second, 1)
+    assert lower_loss.as_best_eval().is_better_than(replace(first, num_samples=9).as_best_eval())
 
 
 def test_evaluation_record_roundtrip():
@@ -50,6 +59,8 @@ def test_evaluation_record_roundtrip():
         "exact",
         {"exact": ConfidenceInterval(0.25, 0.75)},
         {"confusion": []},
+        num_samples=20,
+        num_loss_samples=30,
     )
     assert EvalResult.from_metrics(json.loads(json.dumps(measured.as_json()))) == measured
     assert measured.primary_score == 0.5

@@ -379,12 +379,13 @@ def test_default_evaluations_and_overfitting_warning(
     assert [(line["step"], line["num_samples"]) for line in evaluations] == [
         *((0, 3), (10, 2), (20, 2), (30, 2), (40, 2), (50, 3))
     ]
+    assert [line["num_loss_samples"] for line in evaluations] == [3, 2, 2, 2, 2, 3]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["best_eval"]["step"] == 50
     assert "(first 2 samples)" in task.console_output
     warnings = [x for x in task.console_output.splitlines() if x.startswith("warning: Overfit")]
     (warning,) = warnings
     assert "the validation loss rose while the training loss fell" in warning
-    checkpoint = re.search(r"The best checkpoint is (\S+/step-\d+)\.", warning)
+    checkpoint = re.search(r"\(checkpoint (\S+/step-\d+)\)", warning)
     assert checkpoint is not None
     assert Path(checkpoint[1]).is_dir()

@@ -223,15 +223,21 @@ MIN_LOSS_INCREASE = 1.01
 """Ratio of the last validation loss to the lowest one from which it counts as overfitting."""
 
 
-def list_comparable_evaluations(lines: Iterable[JsonObject]) -> list[JsonObject]:
+def list_comparable_evaluations(
+    lines: Iterable[JsonObject], count: str = "num_loss_samples"
+) -> list[JsonObject]:
     """Return the evaluations of the most frequent number of samples.
 
     Evaluations during training may use fewer samples than those before and after it.
+
+    Args:
+        lines: Lines of `metrics.jsonl`.
+        count: Number of samples to compare: `num_loss_samples`, or `num_samples` for scores.
     """
     groups: defaultdict[object, list[JsonObject]] = defaultdict(list)
     for line in lines:
         if is_finite(line.get("validation_loss")):
-            groups[line.get("num_samples")].append(line)
+            groups[line.get(count, line.get("num_samples"))].append(line)
     return max(groups.values(), key=len, default=[])
 
 
@@ -245,47 +251,68 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
         folder: Run directory.
         lines: Steps and evaluations of `metrics.jsonl`.
     """
+    found = _find_rising_loss(lines) or _find_falling_score(lines)
+    if found is None:
+        return None
+    sign, criterion, points, best_step = found
+    (first_step, before), _, (last_step, after) = points
+    text = (
+        "Overfitting: {}, from {:.4g} after step {:,} to {:.4g} after step {:,}. The best {} is"
+        " that after step {:,}{}. Train fewer steps (train.steps={}), stop early and keep the best"
+        " weights (eval.every=0.1 eval.patience=2), lower train.learning_rate, or add samples."
+    )
+    checkpoint = folder / CHECKPOINTS_FOLDER / f"step-{best_step}"
+    place = translate(" (checkpoint {})", checkpoint) if checkpoint.is_dir() else ""
+    values = before, first_step, after, last_step, criterion, best_step, place, best_step
+    return translate(text, sign, *values)
+
+
+OverfittingSign = tuple[str, str, list[tuple[int, float]], int]
+"""Sign, criterion, steps and values of the last three evaluations, and step of the best one."""
+
+
+def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
+    """Find a validation loss that rises twice while the training loss falls."""
     evaluations = list_comparable_evaluations(lines)
-    trained = [line for line in evaluations if line["step"]]
-    if len(evaluations) < 3 or not trained:
+    points = [(int(line["step"]), float(line["validation_loss"])) for line in evaluations]
+    trained = [(loss, step) for step, loss in points if step]
+    if len(points) < 3 or not trained:
         return None
 
-    def get_score(line: JsonObject) -> float:
-        score = as_object(line.get("scores")).get(str(line.get("primary_metric")))
-        return float(score) if is_finite(score) else 0.0
-
-    def mean_loss(start: JsonObject, end: JsonObject) -> float:
-        steps = (x for x in lines if start["step"] < x["step"] <= end["step"])
+    def mean_loss(start: int, end: int) -> float:
+        steps = (x for x in lines if start < x["step"] <= end)
         losses = [float(x["loss"]) for x in steps if is_finite(x.get("loss"))]
         return mean(losses) if losses else 0.0
 
-    first, middle, last = evaluations[-3:]
-    best = max(trained, key=lambda line: (get_score(line), -line["validation_loss"]))
-    losses = [float(line["validation_loss"]) for line in (first, middle, last)]
-    lowest = min(evaluations, key=lambda line: float(line["validation_loss"]))["validation_loss"]
-    num_steps = best["step"]
-    metric = str(last.get("primary_metric"))
-    interval = as_object(best.get("intervals")).get(metric) or [get_score(best)]
-    limit = interval[0] if isinstance(interval, list) and is_finite(interval[0]) else -math.inf
-    if losses[0] < losses[1] < losses[2] > MIN_LOSS_INCREASE * lowest and mean_loss(
-        middle, last
-    ) < mean_loss(first, middle):
-        sign = translate("the validation loss rose while the training loss fell")
-        before, after = losses[0], losses[2]
-        num_steps = min(trained, key=lambda line: float(line["validation_loss"]))["step"]
-    elif get_score(first) > get_score(middle) > get_score(last) < limit:
-        sign = translate("{} fell", metric)
-        before, after = get_score(first), get_score(last)
-    else:
+    (start, first), (middle, second), (end, last) = points[-3:]
+    is_rising = first < second < last > MIN_LOSS_INCREASE * min(loss for _, loss in points)
+    if not is_rising or mean_loss(middle, end) >= mean_loss(start, middle):
         return None
-    text = (
-        "Overfitting: {}, from {:.4g} after step {:,} to {:.4g} after step {:,}. The best"
-        " checkpoint is {}. Train fewer steps (train.steps={}), stop early and keep the best"
-        " weights (eval.every=0.1 eval.patience=2), lower train.learning_rate, or add samples."
-    )
-    checkpoint = folder / CHECKPOINTS_FOLDER / f"step-{best['step']}"
-    steps = first["step"], last["step"]
-    return translate(text, sign, before, steps[0], after, steps[1], checkpoint, num_steps)
+    sign = translate("the validation loss rose while the training loss fell")
+    return sign, translate("validation loss"), points[-3:], min(trained)[1]
+
+
+def _find_falling_score(lines: Sequence[JsonObject]) -> OverfittingSign | None:
+    """Find a primary score that falls twice, below the confidence interval of the best one."""
+    evaluations = list_comparable_evaluations(lines, "num_samples")
+    metric = str(evaluations[-1].get("primary_metric")) if evaluations else ""
+    scores = [as_object(line.get("scores")).get(metric) for line in evaluations]
+    points = [
+        (int(line["step"]), float(score))
+        for line, score in zip(evaluations, scores, strict=True)
+        if is_finite(score)
+    ]
+    trained = [point for point in points if point[0]]
+    if len(points) < 3 or not trained:
+        return None
+    best_step, best_score = max(trained, key=lambda point: point[1])
+    best = next(line for line in evaluations if line["step"] == best_step)
+    interval = as_object(best.get("intervals")).get(metric) or [best_score]
+    limit = interval[0] if isinstance(interval, list) and is_finite(interval[0]) else -math.inf
+    (_, first), (_, second), (_, last) = points[-3:]
+    if not first > second > last < limit:
+        return None
+    return translate("{} fell", metric), metric, points[-3:], best_step
 
 
 def list_memory_remarks(run_record: RunRecord) -> list[str]:

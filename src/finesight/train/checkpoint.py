@@ -57,18 +57,25 @@ class BestEval(BaseModel):
     validation_loss: float
     primary_metric: str | None = None
     primary_score: float | None = None
+    num_samples: int | None = None
+    num_loss_samples: int | None = None
 
     def is_better_than(self, other: BestEval | None) -> bool:
         """Return whether this evaluation is better than another one.
 
         It is also considered better than None and than an evaluation with a different primary
-        metric.
+        metric or number of samples. Losses over different numbers of samples are not compared.
         """
-        if other is None or other.primary_metric != self.primary_metric:
+        if other is None or (other.primary_metric, other.num_samples) != (
+            self.primary_metric,
+            self.num_samples,
+        ):
             return True
         own_score, other_score = self.primary_score or 0.0, other.primary_score or 0.0
         return own_score > other_score or (
-            own_score == other_score and self.validation_loss < other.validation_loss
+            own_score == other_score
+            and self.num_loss_samples == other.num_loss_samples
+            and self.validation_loss < other.validation_loss
         )
 
 

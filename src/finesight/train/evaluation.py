@@ -55,6 +55,7 @@ class EvalResult:
         details: Additional results of the task, such as scores per class.
         notes: Reasons for missing intervals, and warnings.
         num_samples: Number of validation samples of the scores; None if unknown.
+        num_loss_samples: Number of validation samples of the loss; None if unknown.
     """
 
     step: int
@@ -65,6 +66,7 @@ class EvalResult:
     details: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     num_samples: int | None = None
+    num_loss_samples: int | None = None
 
     @property
     def primary_score(self) -> float | None:
@@ -82,6 +84,7 @@ class EvalResult:
             "details": self.details,
             "notes": self.notes,
             "num_samples": self.num_samples,
+            "num_loss_samples": self.num_loss_samples,
         }
 
     def as_best_eval(self) -> BestEval:
@@ -91,6 +94,8 @@ class EvalResult:
             validation_loss=self.validation_loss,
             primary_metric=self.primary_metric,
             primary_score=self.primary_score,
+            num_samples=self.num_samples,
+            num_loss_samples=self.num_loss_samples,
         )
 
     @classmethod
@@ -103,8 +108,8 @@ class EvalResult:
             for name, ends in line.get("intervals", {}).items()
         }
         metrics = line["step"], line["validation_loss"], line["scores"], line["primary_metric"]
-        additional = line.get("details", {}), line.get("notes", {}), line.get("num_samples")
-        return cls(*metrics, intervals, *additional)
+        counts = line.get("num_samples"), line.get("num_loss_samples", line.get("num_samples"))
+        return cls(*metrics, intervals, line.get("details", {}), line.get("notes", {}), *counts)
 
 
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
@@ -114,8 +119,8 @@ def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
     ]
 
 
-def count_evals_since_best(results: Sequence[EvalResult]) -> int:
-    """Count the evaluations since the best one, for early stopping.
+def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, int]:
+    """Find the best evaluation with the metric and number of samples of the last one.
 
     Evaluations are ranked by the primary metric, then by the validation loss. The evaluation before
     the first step is ignored, because scores may drop at first and recover.
@@ -124,19 +129,19 @@ def count_evals_since_best(results: Sequence[EvalResult]) -> int:
         results: Evaluations of the run, in order.
 
     Returns:
-        Number of evaluations after the best one; 0 without a metric.
+        The first of the best evaluations, and the number of comparable ones after it.
     """
-    comparable = [
-        result
-        for result in results
-        if result.step and result.primary_metric == results[-1].primary_metric
-    ]
-    ranking = [
-        (result.primary_score, -result.validation_loss)
-        for result in comparable
-        if result.primary_score is not None
-    ]
-    return len(ranking) - 1 - ranking.index(max(ranking)) if ranking else 0
+    best: EvalResult | None = None
+    num_later = 0
+    for result in results:
+        last = results[-1].primary_metric, results[-1].num_samples
+        if not result.step or (result.primary_metric, result.num_samples) != last:
+            continue
+        if best is None or result.as_best_eval().is_better_than(best.as_best_eval()):
+            best, num_later = result, 0
+        else:
+            num_later += 1
+    return best, num_later
 
 
 def run_evaluation(
@@ -182,7 +187,8 @@ def run_evaluation(
         loss = _mean_loss(state, loss_sum, console)
         step, settings = state.progress.step, state.recipe.eval
         if settings is None:
-            return EvalResult(step, loss, {}, None, num_samples=len(indices))
+            counts = {"num_samples": len(indices), "num_loss_samples": len(indices)}
+            return EvalResult(step, loss, {}, None, **counts)
         samples = [state.validation_data.corpus[index] for index in indices[: settings.limit]]
         result = _evaluate_generation(state, settings, samples, name, console, stop)
     return EvalResult(
@@ -194,6 +200,7 @@ def run_evaluation(
         result.details,
         result.notes,
         len(samples),
+        len(indices),
     )
 
 

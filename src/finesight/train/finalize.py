@@ -37,7 +37,7 @@ from finesight.model_folder import ModelFolder
 from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import BestEval, TrainProgress
 from finesight.train.console import TrainingConsole
-from finesight.train.evaluation import EvalResult, load_eval_history
+from finesight.train.evaluation import EvalResult, find_best_eval, load_eval_history
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 from finesight.train.run_dir import RunDir
 from finesight.train.trainer import TrainState
@@ -318,13 +318,7 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
     """
     run_dir, process_group = state.run_dir, state.hardware.process_group
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
-    best_eval: EvalResult | None = None
-    for result in eval_history[1:]:
-        if result.num_samples != eval_history[-1].num_samples:
-            continue  # scores of other samples are not comparable
-        # Of equally good evaluations, the first one.
-        if best_eval is None or result.as_best_eval().is_better_than(best_eval.as_best_eval()):
-            best_eval = result
+    best_eval, _ = find_best_eval(eval_history)
     before, after = (eval_history[0], eval_history[-1]) if len(eval_history) > 1 else (None, None)
     step = state.progress.step
     if best_eval is not None and state.recipe.eval is not None and state.recipe.eval.patience:

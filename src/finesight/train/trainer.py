@@ -40,7 +40,7 @@ from finesight.train.dataloader import (
     record_event,
     time_data_waits,
 )
-from finesight.train.evaluation import count_evals_since_best, load_eval_history, run_evaluation
+from finesight.train.evaluation import find_best_eval, load_eval_history, run_evaluation
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
@@ -759,7 +759,7 @@ class Trainer:
         """
         if self.early_stopping_patience is None:
             return False
-        num_evals = count_evals_since_best(load_eval_history(self.state.run_dir))
+        _, num_evals = find_best_eval(load_eval_history(self.state.run_dir))
         if not self.decide_on_main(num_evals >= self.early_stopping_patience):
             return False
         self.console.log(

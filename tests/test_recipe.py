@@ -479,7 +479,9 @@ def test_metric_is_a_known_name_or_function(tmp_path):
 
 def test_patience_requires_eval_every(tmp_path):
     text = SHORTEST + "eval: {metric: ocr, patience: 3}\n"
-    assert "every is not set" in _load_error(tmp_path, text).what
+    error = _load_error(tmp_path, text)
+    assert "patience requires an explicit eval.every, because" in error.what
+    assert error.remedy == "add eval.every=0.1"
     recipe = load_recipe(_write_recipe(tmp_path, text), ["eval.every=0.1"])
     assert recipe.eval is not None
     assert recipe.eval.patience == 3

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class SettingsSection(BaseModel):
@@ -366,10 +367,10 @@ class EvalSettings(SettingsSection):
     The model is evaluated before the first and after the last step.
 
     `every` is the interval of evaluations during training. By default, there are about five
-    evaluations after the start of training, at least ten steps apart, of at most 64 samples each
-    until the last one; 0 disables them. `patience` stops the run after this number of
-    evaluations without improvement of the primary metric; the run then keeps the weights of the
-    best evaluation.
+    evaluations after the start of training, at least ten steps apart. Interim evaluations use the
+    first 64 samples. `every: 0` disables interim evaluations. `patience` stops the run after this
+    number of evaluations without improvement of the primary metric; the run then keeps the weights
+    of the best evaluation.
     """
 
     metric: MetricSpec
@@ -382,7 +383,12 @@ class EvalSettings(SettingsSection):
     @model_validator(mode="after")
     def _check_patience(self) -> EvalSettings:
         if self.patience is not None and self.every is None:
-            raise ValueError("patience requires evaluations during training, but every is not set")
+            raise PydanticCustomError(
+                "conflict",
+                "eval.patience requires an explicit eval.every, because default evaluations use 64"
+                " samples",
+                {"remedy": "add eval.every=0.1"},
+            )
         return self
 
 

@@ -490,9 +490,10 @@ def _build_setting_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> _Se
         group = f"under {format_key(key[:-1])}" if key[:-1] else "at the top level"
         remedy = f"add {key[-1]} {group}"
         return _SettingError(key, "this setting is missing", f"for example {example}", remedy)
-    if first["type"] == "value_error":
+    if first["type"] in ("value_error", "conflict"):
         reason = first["msg"].removeprefix("Value error, ")
-        return _SettingError(key, reason, "consistent settings", "change one of them")
+        remedy = first.get("ctx", {}).get("remedy", "change one of them")
+        return _SettingError(key, reason, "consistent settings", remedy)
     expected = " or ".join(dict.fromkeys(_format_expected(key, error) for error in errors))
     remedy = f"change {format_key(key)}" if key else "correct the name"
     return _SettingError(key, f"has the invalid value {value}", expected, remedy)

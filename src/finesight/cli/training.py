@@ -150,7 +150,8 @@ def train(
     it had not been stopped.
 
     Before the weights are loaded, the peak memory is predicted as by `finesight plan`. A run that
-    cannot fit is rejected with exit code 2, and a run of more than an hour on a CPU is announced.
+    cannot fit is rejected with exit code 2. A run of more than an hour on a CPU prints a warning
+    with the estimated time.
 
     For several GPUs, run torchrun --nproc-per-node 4 -m finesight train RECIPE. train.batch_size
     counts the samples of all GPUs, so the result equals that of one GPU up to rounding. A run can

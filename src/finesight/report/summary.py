@@ -262,8 +262,8 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
         " weights (eval.every=0.1 eval.patience=2), lower train.learning_rate, or add samples."
     )
     checkpoint = folder / CHECKPOINTS_FOLDER / f"step-{best_step}"
-    place = translate(" (checkpoint {})", checkpoint) if checkpoint.is_dir() else ""
-    values = before, first_step, after, last_step, criterion, best_step, place, best_step
+    location = translate(" (checkpoint {})", checkpoint) if checkpoint.is_dir() else ""
+    values = before, first_step, after, last_step, criterion, best_step, location, best_step
     return translate(text, sign, *values)
 
 

@@ -187,8 +187,8 @@ def run_evaluation(
         loss = _mean_loss(state, loss_sum, console)
         step, settings = state.progress.step, state.recipe.eval
         if settings is None:
-            counts = {"num_samples": len(indices), "num_loss_samples": len(indices)}
-            return EvalResult(step, loss, {}, None, **counts)
+            num = len(indices)
+            return EvalResult(step, loss, {}, None, num_samples=num, num_loss_samples=num)
         samples = [state.validation_data.corpus[index] for index in indices[: settings.limit]]
         result = _evaluate_generation(state, settings, samples, name, console, stop)
     return EvalResult(

@@ -329,7 +329,9 @@ def _detect_task(
     task = detect_task(samples, options.columns.get("fields", ""))
     if spacing > 1 and task.metric == "classification" and task.prompt is not None:
         # The preview may lack classes.
-        answers = (row.record.get(opened.column_map.get("answer")) for row in opened.iter_rows())
+        answers = (
+            row.record.get(opened.column_map.get("answer", "")) for row in opened.iter_rows()
+        )
         classes = {str(answer).strip() for answer in answers if answer not in (None, "")}
         task = replace(task, prompt=_format_class_prompt(classes))
     question = f"Task ({', '.join(get_args(TaskName))})"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tracemalloc
+import zipfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -175,19 +178,29 @@ def test_delimiter_and_encoding(tmp_path: Path, encoding: str, delimiter: str, s
 def test_excel_workbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workbook = openpyxl.Workbook()
     sheet = workbook.active
-    for row in [[], ["image", "text", None, "n"], ["a.png", "größer", None, 3], [], ["b.png"]]:
+    days = (datetime(2026, 5, 17), datetime(2026, 5, 17, 8))
+    for row in [[], ["image", "text", None, "n"], ["a.png", *days, 3], [], ["b.png"]]:
         sheet.append(row)
     workbook.create_sheet("Notes")
-    workbook.save(tmp_path / "a.xlsx")
-    reader = open_row_file(tmp_path / "a.xlsx")
-    assert reader.text_format == "sheet 'Sheet', not Notes"
-    assert [row.record for row in reader.iter_range(0, 9)] == [
-        {"image": "a.png", "text": "größer", "n": 3},
-        {"image": "b.png", "text": None, "n": None},
-    ]
-    monkeypatch.setattr(row_reader, "MAX_XLSX_BYTES", 100)
-    with pytest.raises(UserError, match="bytes unpacked, more than 100"):
-        open_row_file(tmp_path / "a.xlsx")
+    workbook.save(tmp_path / "saved.xlsx")
+    for dimension in (b"A1", b"A1:XFD1048576"):
+        with (
+            zipfile.ZipFile(tmp_path / "saved.xlsx") as saved,
+            zipfile.ZipFile(tmp_path / "a.xlsx", "w") as changed,
+        ):
+            for name in saved.namelist():
+                content = re.sub(rb'ref="A[^"]*"', b'ref="%s"' % dimension, saved.read(name))
+                changed.writestr(name, content)
+        reader = open_row_file(tmp_path / "a.xlsx")
+        assert reader.text_format == "sheet 'Sheet', not Notes"
+        assert [(row.number, row.record) for row in reader.iter_range(0, 9)] == [
+            (3, {"image": "a.png", "text": "2026-05-17", "n": 3}),
+            (5, {"image": "b.png", "text": None, "n": None}),
+        ]
+    for limit, what in (("CELLS", "more than 10 cells"), ("BYTES", "unpacked, more than 10")):
+        monkeypatch.setattr(row_reader, f"MAX_XLSX_{limit}", 10)
+        with pytest.raises(UserError, match=what):
+            open_row_file(tmp_path / "a.xlsx")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(UserError, match="openpyxl cannot be imported") as caught:
         open_row_file(tmp_path / "a.xlsx")

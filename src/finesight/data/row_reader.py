@@ -20,6 +20,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, time
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -47,6 +48,9 @@ Record = dict[str, Any]
 
 MAX_XLSX_BYTES = 2**30
 """Maximum number of bytes of an Excel file after decompression."""
+
+MAX_XLSX_CELLS = 5 * 10**7
+"""Maximum number of cells of an Excel sheet, including empty rows and empty cells between others."""
 
 SNIFF_BYTES = 4096
 """Number of bytes read from the start of a file to detect its format."""
@@ -340,7 +344,10 @@ def _open_csv(source: Path) -> RowReader:
 
 
 def _open_xlsx(source: Path) -> RowReader:
-    """Open the active sheet of an Excel workbook; its first non-empty row contains the columns."""
+    """Open the active sheet of an Excel workbook; its first non-empty row contains the columns.
+
+    Rows have the numbers of the sheet.
+    """
     try:
         from openpyxl import load_workbook
     except ImportError as error:
@@ -358,7 +365,7 @@ def _open_xlsx(source: Path) -> RowReader:
             raise ValueError(f"{num_bytes:,} bytes unpacked, more than {MAX_XLSX_BYTES:,}")
         workbook = load_workbook(content, read_only=True, data_only=True)
         sheet = workbook.active or workbook.worksheets[0]
-        cells = [list(row) for row in sheet.iter_rows(values_only=True)]
+        cells = list(_iter_sheet_rows(sheet))
     except Exception as error:  # openpyxl raises various exceptions on corrupt files
         raise UserError(
             f"cannot be read as an Excel file ({type(error).__name__}: {error})",
@@ -366,17 +373,42 @@ def _open_xlsx(source: Path) -> RowReader:
             expected="an unencrypted .xlsx file with a table in its active sheet",
             remedy="save the table again, or as CSV",
         ) from error
-    cells = [row for row in cells if any(value is not None for value in row)]
-    header = [None if name is None else str(name) for name in cells[0]] if cells else []
+    header = [None if name is None else str(name) for name in cells[0][1]] if cells else []
     _reject_duplicate_columns([name for name in header if name is not None], source)
 
-    def make_row(row_number: int, values: list[Any]) -> SourceRow:
-        record = {name: v for name, v in zip(header, values, strict=False) if name is not None}
+    def make_row(_: int, numbered_values: tuple[int, list[Any]]) -> SourceRow:
+        row_number, values = numbered_values
+        padded = zip(header, itertools.chain(values, itertools.repeat(None)), strict=False)
+        record = {name: value for name, value in padded if name is not None}
         return SourceRow(row_number, f"row {row_number}", record, source.stem)
 
     others = [name for name in workbook.sheetnames if name != sheet.title]
     text_format = f"sheet {sheet.title!r}" + (f", not {', '.join(others)}" if others else "")
     return replace(rows_from_items(cells[1:], make_row), text_format=text_format)
+
+
+def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
+    """Yield the number and values of each non-empty row, no wider than the first one.
+
+    Trailing empty cells are removed. A date without time becomes text such as 2026-05-17.
+    """
+    sheet.reset_dimensions()  # the dimensions stated in a file may be wrong
+    num_cells, width = 0, None
+    for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):
+        num_cells += 1 + len(row)
+        if num_cells > MAX_XLSX_CELLS:
+            raise ValueError(f"more than {MAX_XLSX_CELLS:,} cells")
+        values = list(row[:width])
+        while values and values[-1] is None:
+            values.pop()
+        if values:
+            width = width or len(values)
+            yield number, [_format_date(value) for value in values]
+
+
+def _format_date(value: Any) -> Any:
+    is_date = isinstance(value, datetime) and value.time() == time.min
+    return value.date().isoformat() if is_date else value
 
 
 def _parse_csv(content: str, source: Path, delimiter: str) -> list[SourceRow]:

@@ -150,7 +150,7 @@ def test_missing_column_is_one_message_and_the_text_format_is_printed(tmp_path: 
         "  remedy: did you mean text?",
     ]
     result = run(table, tmp_path / "out", *arguments, "--map", "answer=text")
-    assert "  semicolon-separated, CP1252" in result.output.splitlines()
+    assert "  semicolon-separated, encoding guessed: CP1252" in result.output.splitlines()
     error = run(table, tmp_path / "2", *arguments[:2], "--map", "answer=text").exception
     assert str(error).count("a question without text") == 1
     assert "and 8 more such rows" in str(error)

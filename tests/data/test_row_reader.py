@@ -157,6 +157,9 @@ SENTENCES = {
     "utf-16-le": "the Straße and more text",
     "cp1252": "Ein Fußgänger überquert; café",
     "gb18030": "一只猫坐在沙发上，旁边是红色的汽车",
+    "cp1250": "Czerwony samochód, żółty rower",
+    "cp1253": "Ένα κόκκινο αυτοκίνητο στον δρόμο",
+    "cp1254": "Kırmızı bir araba, sarı köpek",
     "shift_jis": "赤い車が道路を走っている",
 }
 
@@ -172,7 +175,12 @@ def test_delimiter_and_encoding(tmp_path: Path, encoding: str, delimiter: str, s
     reader = open_row_file(table)
     assert [row.record for row in read_all(table)] == records
     name = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}[delimiter]
-    assert reader.text_format == f"{name}-separated, {encoding.upper().replace('_', '-')}"
+    shown = encoding.upper().replace("_", "-")
+    note = "" if encoding in ("utf-8", "utf-16") else "encoding guessed: "
+    assert reader.text_format == f"{name}-separated, {note}{shown}"
+    assert open_row_file(table, encoding).text_format == f"{name}-separated, {shown}"
+    with pytest.raises(UserError, match="not ascii text"):
+        open_row_file(table, "ascii")
 
 
 def test_excel_workbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

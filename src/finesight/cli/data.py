@@ -76,6 +76,13 @@ OnInvalidRowOption = Annotated[
         "or skip them and list them in OUT/skipped_rows.jsonl."
     ),
 ]
+EncodingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.",
+    ),
+]
 SourceArgument = Annotated[
     str,
     typer.Argument(
@@ -114,6 +121,7 @@ def import_data(
     seed: SplitSeedOption = 0,
     on_invalid_row: OnInvalidRowOption = "fail",
     copy_images: CopyImagesOption = False,
+    encoding: EncodingOption = None,
     allow_host: AllowHostOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -148,6 +156,7 @@ def import_data(
         copy_images=copy_images,
         box_task=box_task,
         on_invalid_row=on_invalid_row,
+        encoding=encoding,
     )
     with fetch_source(source, out, options, allow_host or ()) as fetched:
         summary = import_dataset(fetched.path, out, fetched.options)

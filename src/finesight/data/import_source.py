@@ -60,6 +60,7 @@ class ImportOptions:
         box_task: Whether box datasets become detection or grounding questions.
         row_files: Files of a folder that contain its rows; empty to detect them.
         web_images: Downloader of image URLs, None to reject URLs.
+        encoding: Encoding of .csv and .tsv files, None to detect it.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
     """
 
@@ -79,6 +80,7 @@ class ImportOptions:
     row_files: tuple[Path, ...] = ()
     web_images: RemoteImages | None = None
     allowed_root: Path | None = None
+    encoding: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,15 @@ def _check_options(options: ImportOptions) -> None:
             expected="the fraction of training rows, between 0 and 1 (exclusive)",
             remedy="for example 0.9",
         )
+    try:
+        b"".decode(options.encoding or "utf-8")
+    except (LookupError, ValueError) as error:
+        raise UserError(
+            f"unknown encoding {options.encoding!r}",
+            where="--encoding",
+            expected="the name of a text encoding in Python",
+            remedy="for example cp1250, or remove --encoding to detect it",
+        ) from error
 
 
 def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, DatasetFormat | None, str]:
@@ -249,6 +260,16 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
     format is None and is detected from the rows later.
     """
     requested = get_format(options.format) if options.format is not None else None
+    files = options.row_files or (source,)
+    if options.encoding is not None and any(
+        file.suffix.lower() not in (".csv", ".tsv") for file in files
+    ):
+        raise UserError(
+            "the source is not a .csv or .tsv file",
+            where="--encoding",
+            expected="a table as text; other sources are UTF-8",
+            remedy="remove --encoding",
+        )
     as_table = options.columns and (source.is_file() or options.row_files)
     candidates = [requested] if requested else [] if as_table else FORMATS
     for data_format in candidates:
@@ -276,9 +297,9 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             ),
             remedy=listing.suggest_source(),
         )
-    files = options.row_files or (source,)
     readers = [
-        open_webdataset(file) if is_tar_file(file) else open_row_file(file) for file in files
+        open_webdataset(file) if is_tar_file(file) else open_row_file(file, options.encoding)
+        for file in files
     ]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 

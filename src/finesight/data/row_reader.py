@@ -50,7 +50,7 @@ MAX_XLSX_BYTES = 2**30
 """Maximum number of bytes of an Excel file after decompression."""
 
 MAX_XLSX_CELLS = 5 * 10**7
-"""Maximum number of cells of an Excel sheet, including empty rows and empty cells between others."""
+"""Maximum number of cells of an Excel sheet, including empty rows and inner empty cells."""
 
 SNIFF_BYTES = 4096
 """Number of bytes read from the start of a file to detect its format."""
@@ -135,13 +135,17 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
     return RowReader(sum(reader.num_rows for reader in readers), iter_range, None, text_format)
 
 
-def open_row_file(source: Path) -> RowReader:
-    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file as rows."""
+def open_row_file(source: Path, encoding: str | None = None) -> RowReader:
+    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file as rows.
+
+    Args:
+        encoding: Encoding of a .csv or .tsv file, None to detect it.
+    """
     suffix = source.suffix.lower()
     if suffix == ".parquet":
         rows = _open_parquet(source)
     elif suffix in (".csv", ".tsv"):
-        rows = _open_csv(source)
+        rows = _open_csv(source, encoding)
     elif suffix == ".xlsx":
         rows = _open_xlsx(source)
     elif suffix in (".json", ".jsonl"):
@@ -273,7 +277,14 @@ def _no_object(record: object, location: str, source: Path) -> UserError:
 
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 
-_ENCODINGS = ("cp1252", "gb18030", "big5", "shift_jis", "euc_kr", "cp1251")
+_LATIN_LETTERS = {
+    "cp1252": "äöüßàâçéèêëîïìôòùûœæñáíóúåøã¿¡",
+    "cp1254": "çğıöşüâîûi̇",
+    "cp1250": "ąćęłńóśźżáčďéěíňřšťúůýžőűöüßăâîşţ",
+}
+"""Accented letters of the languages that use each of these similar encodings, in lower case."""
+
+_ENCODINGS = (*_LATIN_LETTERS, "gb18030", "big5", "shift_jis", "euc_kr", "cp1251", "cp1253")
 """Encodings that are tried for a table that is neither UTF-8 nor UTF-16."""
 
 DETECTION_BYTES = 2**17
@@ -295,14 +306,21 @@ def _detect_encoding(content: bytes) -> str:
     text = content.decode(errors="replace")
     if 10 * text.count("\ufffd") < sum(char > "\x7f" for char in text):
         return "utf-8"  # with invalid bytes, which are reported
-    # In cp1252, single accented letters stand between ASCII letters.
-    runs = re.findall(rb"[\x80-\xff]+", content[:DETECTION_BYTES])
-    if sum(len(run) == 1 for run in runs) > 0.8 * len(runs):
-        return "cp1252"
     # Lines of ASCII text say nothing about the encoding.
     lines = [line for line in content.splitlines(keepends=True) if not line.isascii()]
-    best = from_bytes(b"".join(lines)[:DETECTION_BYTES], cp_isolation=list(_ENCODINGS)).best()
+    sample = b"".join(lines)[:DETECTION_BYTES]
+    best = from_bytes(sample, cp_isolation=list(_ENCODINGS)).best()
+    # In Latin encodings, single accented letters stand between ASCII letters.
+    runs = re.findall(rb"[\x80-\xff]+", sample)
+    is_latin = sum(len(run) == 1 for run in runs) > 0.8 * len(runs)
+    if is_latin or (best is not None and best.encoding in _LATIN_LETTERS):
+        return max(_LATIN_LETTERS, key=lambda name: _count_letters(sample, name))
     return "utf-8" if best is None else best.encoding
+
+
+def _count_letters(content: bytes, encoding: str) -> int:
+    text = content.decode(encoding, errors="replace").lower()
+    return sum(char in _LATIN_LETTERS[encoding] for char in text if not char.isascii())
 
 
 def _detect_delimiter(text: str, suffix: str) -> str:
@@ -326,16 +344,26 @@ def _detect_delimiter(text: str, suffix: str) -> str:
     return max((default, *_DELIMITERS), key=header.count)
 
 
-def _open_csv(source: Path) -> RowReader:
+def _open_csv(source: Path, encoding: str | None) -> RowReader:
     content = read_data_file(source)
-    encoding = _detect_encoding(content)
+    guessed = encoding or _detect_encoding(content)
     try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError:
+        text = content.decode(guessed)
+    except UnicodeError as error:
+        if encoding is not None:
+            raise UserError(
+                f"not {encoding} text: {error}",
+                where=str(source),
+                expected="a file in the encoding of --encoding",
+                remedy="give another encoding, or remove --encoding to detect it",
+            ) from error
         text = _decode_utf8(content, source, 1)
+    text = text.removeprefix("\ufeff")
     delimiter = _detect_delimiter(text, source.suffix.lower())
     table = _parse_csv(text, source, delimiter)
-    text_format = f"{_DELIMITERS[delimiter]}-separated, {encoding.upper().replace('_', '-')}"
+    is_certain = encoding is not None or guessed in ("utf-8", "utf-16")
+    note = "" if is_certain else "encoding guessed: "
+    text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{guessed.upper().replace('_', '-')}"
     return RowReader(
         len(table),
         lambda start, stop: itertools.islice(table, start, stop),

@@ -482,7 +482,9 @@ def _fetch_needed_files(
             break
         fetched.append(path)
         file = repository.fetch_files([path]) / path
-        num_rows += (open_webdataset(file) if is_tar_file(file) else open_row_file(file)).num_rows
+        is_tar = is_tar_file(file)
+        reader = open_webdataset(file) if is_tar else open_row_file(file, options.encoding)
+        num_rows += reader.num_rows
     return tuple(fetched), repository.fetch_files(fetched)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -273,7 +274,8 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
     as_table = options.columns and (source.is_file() or options.row_files)
     candidates = [requested] if requested else [] if as_table else FORMATS
     for data_format in candidates:
-        result = data_format.open_dataset(source) if data_format.open_dataset is not None else None
+        opener = (data_format.open_requested if requested else None) or data_format.open_dataset
+        result = None if opener is None else opener(source)
         if result is not None:
             rows, detected_by = result
             return rows, data_format, "--format" if requested else detected_by
@@ -290,7 +292,8 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         ]
         listing = list_folder(source)
         raise UserError(
-            f"a folder without a known dataset format; it contains {listing}",
+            f"a folder without a known dataset format; it contains {listing}"
+            f"{''.join(map(partial(_explain_mismatch, source), folder_formats))}",
             where=str(source),
             expected="; ".join(
                 f"{data_format.name}: {data_format.description}" for data_format in folder_formats
@@ -302,6 +305,15 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         for file in files
     ]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
+
+
+def _explain_mismatch(source: Path, data_format: DatasetFormat) -> str:
+    """Return why a folder is not of a format without a distinctive file, "" for other formats."""
+    try:
+        result = data_format.open_requested(source) if data_format.open_requested else None
+    except UserError as error:
+        return f"; not {data_format.name}: {error.what}"
+    return f"; {result[0].text_format} only with --format {data_format.name}" if result else ""
 
 
 def _detect_format(

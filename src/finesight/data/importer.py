@@ -240,7 +240,7 @@ class ImportSummary:
 
     Attributes:
         num_clipped_boxes: Number of boxes that exceeded their image by a rounding error.
-        text_format: Delimiter and encoding of a table, or its sheet; "" for other sources.
+        text_format: Delimiter and encoding of a table, its sheet, classes, or "".
         source_notes: Counts of source content that samples do not represent, by description.
         skipped_rows_file: File that lists the invalid rows, None if there are none.
     """

@@ -89,7 +89,8 @@ class RowReader:
         iter_range: Function that yields the rows from `start` to `stop` (exclusive), 0-based.
         eval_start: Index of the first row of the validation split of the source. None, or the
             number of rows, without such a split.
-        text_format: Detected delimiter and encoding of a table, or its sheet, for messages.
+        text_format: Detected delimiter and encoding of a table, its sheet, or the classes of
+            folders, for messages.
     """
 
     num_rows: int

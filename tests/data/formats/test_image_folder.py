@@ -193,8 +193,32 @@ def test_imagefolder_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("a.png", "cat/b.png"), ("train/b.png", "test/c.png"), ("cat/a.png", "cat/b.png")]
+    ("names", "reason", "requested"),
+    [
+        (("a.png", "cat/b.png"), "the image a.png is outside", None),
+        (("Val/b.png", "test/c.png"), "split folders without train: Val, test", None),
+        (("cat/a.png", "cat/b.png"), "1 class folders with images: cat", None),
+        (("Masks/a.png", "b/b.png"), "only with --format classes", "classes: Masks (1), b (1)"),
+        (("TEST/a.png", "cat/b.png"), "only with --format classes", "classes: TEST (1), cat (1)"),
+        (
+            ("cat/a.png", "dog/b.png", "x.xml"),
+            "only with --format classes",
+            "classes: cat (1), dog (1)",
+        ),
+    ],
 )
-def test_other_folders_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match="a folder without a known dataset format"):
-        import_samples(write_images(tmp_path / "set", *names), tmp_path / "out")
+def test_other_folders_are_no_classes(
+    tmp_path: Path, names: tuple[str, ...], reason: str, requested: str | None
+) -> None:
+    root = write_images(tmp_path / "set", *(name for name in names if name.endswith("png")))
+    for name in names:
+        (root / name).touch()
+    with pytest.raises(UserError, match="a folder without a known dataset format") as caught:
+        import_samples(root, tmp_path / "out")
+    assert reason in caught.value.what
+    if requested is None:
+        with pytest.raises(UserError, match=reason):
+            import_samples(root, tmp_path / "out", format="classes")
+    else:
+        _, summary = import_samples(root, tmp_path / "out", format="classes")
+        assert summary.text_format == requested

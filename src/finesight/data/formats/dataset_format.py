@@ -350,6 +350,8 @@ class DatasetFormat:
         supported_options: Supported import options: "map", "prompt", "boxes", "box_task".
         open_dataset: Function that opens sources other than row files, such as a folder or a COCO
             document. It returns the rows and the reason for the match, or None.
+        open_requested: Function that replaces `open_dataset` if the user names the format. It
+            raises UserError with the reason for a mismatch.
         map_columns: Function that returns the column of each role for tables with known columns,
             from the first record and the columns of `--map`.
         write_files: Function that yields relative file names with content; a repeated name appends.
@@ -363,6 +365,7 @@ class DatasetFormat:
     detect: Callable[[Sequence[Record]], str | None] = lambda records: None
     supported_options: frozenset[str] = frozenset()
     open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
+    open_requested: Callable[[Path], tuple[RowReader, str] | None] | None = None
     map_columns: Callable[[Record, Mapping[str, str]], Mapping[str, str]] = lambda _, columns: (
         columns
     )

@@ -12,8 +12,10 @@ The last two may be in split folders such as train and validation.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from finesight.data.formats import table
@@ -124,6 +126,12 @@ SPLIT_ALIASES = {
 MAX_PROMPT_CLASSES = 20
 """Maximum number of classes that the default question lists."""
 
+MAX_SHOWN_CLASSES = 20
+"""Maximum number of class names in the summary of an import."""
+
+_NO_CLASS_NAMES = frozenset({"images", "img", "masks", "labels", "annotations"})
+"""Names of folders, in lower case, that are classes only with `--format classes`."""
+
 _METADATA_NAME = re.compile(r"metadata\.(?:csv|jsonl|parquet)", re.IGNORECASE)
 _ANSWER_COLUMNS = ("text", "caption", "label", "answer", "ground_truth")
 
@@ -199,22 +207,42 @@ def map_imagefolder_columns(record: Record, columns: Mapping[str, str]) -> dict[
     return mapped
 
 
-def open_class_folders(source: Path) -> tuple[RowReader, str] | None:
+def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[RowReader, str] | None:
     """Open folders of images as rows; the first folder below the source or split is the label.
 
+    Args:
+        is_requested: Ignore other files, and accept class names such as `images`.
+
     Returns:
-        The rows and the reason for the match, or None if there are fewer than two labels, an image
-            is outside of them, or the folder contains tables or annotations.
+        The rows and the reason for the match, or None if the folders are not classes.
+
+    Raises:
+        UserError: The format is requested, but the folders are not classes.
     """
-    if not source.is_dir():
-        return None
-    listing = list_folder(source)
-    images, num_train, note = _order_by_split(source, listing.image_files())
+    listing = list_folder(source) if source.is_dir() else None
+    images, num_train, note = _order_by_split(source, listing.image_files() if listing else ())
     depth = 1 if note else 0
     labels = [image.relative_to(source).parts[depth:-1] for image in images]
-    classes = sorted({label[0] for label in labels if label})
-    has_annotations = any(map(listing.files_with_suffix, (*ROW_SUFFIXES, ".xml", ".txt")))
-    if len(classes) < 2 or not all(labels) or has_annotations or {*classes} <= SPLIT_ALIASES.keys():
+    classes = Counter(label[0] for label in sorted(labels) if label)
+    names = {name.lower() for name in classes}
+    problem = ""
+    if not all(labels):
+        problem = f"the image {images[labels.index(())].name} is outside the class folders"
+    elif len(classes) < 2:
+        problem = f"{len(classes)} class folders with images{note}: {', '.join(classes)}"
+    elif names <= SPLIT_ALIASES.keys():
+        problem = f"split folders without train: {', '.join(classes)}"
+    if problem and is_requested:
+        raise UserError(
+            problem,
+            where=str(source),
+            expected="at least two folders, named after their classes, with all images",
+            remedy="move the images to folders CLASS/, or train/CLASS/ and validation/CLASS/",
+        )
+    if listing is None or problem:
+        return None
+    is_other = any(map(listing.files_with_suffix, (*ROW_SUFFIXES, ".xml", ".txt")))
+    if not is_requested and (is_other or names & (_NO_CLASS_NAMES | SPLIT_ALIASES.keys())):
         return None
 
     def make_row(row_number: int, image: Path) -> SourceRow:
@@ -223,11 +251,15 @@ def open_class_folders(source: Path) -> tuple[RowReader, str] | None:
             "id": "-".join((*parts[:-1], image.stem)),
             "image": str(image),
             "label": parts[depth],
-            "classes": classes,
+            "classes": list(classes),
         }
         return SourceRow(row_number, str(image), record, source.stem)
 
-    rows = replace(rows_from_items(images, make_row), eval_start=num_train)
+    counts = [f"{name} ({count})" for name, count in classes.items()]
+    more = f" and {len(counts) - MAX_SHOWN_CLASSES} more" * (len(counts) > MAX_SHOWN_CLASSES)
+    shown = f"classes: {', '.join(counts[:MAX_SHOWN_CLASSES])}{more}"
+    reader = rows_from_items(images, make_row)
+    rows = replace(reader, eval_start=num_train, text_format=shown)
     return rows, f"one folder per class, {len(classes)} classes{note}"
 
 
@@ -265,4 +297,5 @@ CLASSES = DatasetFormat(
     parse_row=parse_class_row,
     supported_options=frozenset({"prompt"}),
     open_dataset=open_class_folders,
+    open_requested=partial(open_class_folders, is_requested=True),
 )

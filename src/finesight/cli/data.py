@@ -138,9 +138,12 @@ def import_data(
     Example: finesight import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --train-fraction 0.9
     """
+    from rich.console import Console
+
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
+    from finesight.train.console import TrainingConsole
 
     options = ImportOptions(
         format=format_name,
@@ -159,7 +162,8 @@ def import_data(
         encoding=encoding,
     )
     with fetch_source(source, out, options, allow_host or ()) as fetched:
-        summary = import_dataset(fetched.path, out, fetched.options)
+        progress_stage = TrainingConsole(Console(stderr=True)).progress_stage
+        summary = import_dataset(fetched.path, out, fetched.options, progress_stage)
     for note in fetched.notes:
         typer.echo(escape_unprintable(f"{source}: {note}"), err=True)
     if as_json:

@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -49,7 +49,7 @@ from finesight.data.sample import (
     to_json_data,
 )
 from finesight.errors import UserError, escape_surrogates
-from finesight.host_memory import num_allowed_cpus
+from finesight.host_memory import available_memory, num_allowed_cpus
 from finesight.storage import translate_os_errors, write_chunks, write_folder
 
 FREE_BYTES = 2**30
@@ -212,6 +212,15 @@ NOTE_FIRST_FRAME = "images are animated or have several pages; only the first fr
 DECODE_BATCH_SIZE = 1024
 """Number of images whose decoding is submitted at once."""
 
+MAX_DECODE_THREADS, DECODE_BYTES = 16, 2**29
+"""Maximum number of decoding threads, and the available memory in bytes that each requires.
+
+A large image takes about 256 MB; half of the memory remains for other programs.
+"""
+
+ProgressStage = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Function that shows the progress of a stage, from its title and total; see `progress_stage`."""
+
 REASON_NOT_SELECTED = "not selected by --rows and --limit"
 REASON_IMAGE_IN_EVAL = "shares an image with the validation rows"
 REASON_BY_ERROR: dict[type[UserError], str] = {
@@ -360,7 +369,14 @@ class _OutputSplit:
         return dict.fromkeys(image for examples in self.rows for image in _images(examples))
 
 
-def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSummary:
+def _show_nothing(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show no progress of a stage."""
+    return nullcontext(lambda count: None)
+
+
+def import_dataset(
+    path: Path, out: Path, options: ImportOptions, progress_stage: ProgressStage = _show_nothing
+) -> ImportSummary:
     """Import a dataset to `out`/data.jsonl, or to train.jsonl and eval.jsonl with a split.
 
     Image paths in these files are relative to `out`. Images stay where they are, except that copied
@@ -368,13 +384,16 @@ def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSumma
 
     Args:
         options: How to parse, select and split the rows.
+        progress_stage: Function that shows the progress of decoding the images.
     """
     source = open_source(path, options)
     with write_folder(out) as staging, Spool(staging, _source_bytes(source, options)) as spool:
         context = source.create_context(options, staging)
         image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
         with _paused_gc():
-            rows, num_eval, refused = _parse_rows(source, context, options, spool, image_names)
+            rows, num_eval, refused = _parse_rows(
+                source, context, options, spool, image_names, progress_stage
+            )
         if (
             options.eval_last is None
             and options.train_fraction is None
@@ -450,6 +469,7 @@ def _parse_rows(
     options: ImportOptions,
     spool: Spool,
     names: ImageNames,
+    progress_stage: ProgressStage,
 ) -> tuple[list[RowExamples], int, _InvalidRows]:
     """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows.
 
@@ -478,7 +498,7 @@ def _parse_rows(
             rows.append([_spool_example(example, spool) for example in encoded])
             locations.append(row.location)
             is_eval.append(row_index >= eval_start)
-    corrupt = _find_corrupt_images(rows, context)
+    corrupt = _find_corrupt_images(rows, context, progress_stage)
     if corrupt:
         row_errors = [next((corrupt[i] for i in _images(r) if i in corrupt), None) for r in rows]
         for location, image_error in zip(locations, row_errors, strict=True):
@@ -507,7 +527,7 @@ def _parse_rows(
 
 
 def _find_corrupt_images(
-    rows: Sequence[RowExamples], context: ImportContext
+    rows: Sequence[RowExamples], context: ImportContext, progress_stage: ProgressStage
 ) -> dict[str, CorruptImageError]:
     """Decode all images in threads, and return the errors of corrupt ones by path.
 
@@ -525,10 +545,15 @@ def _find_corrupt_images(
 
     errors = {}
     paths = dict.fromkeys(image for examples in rows for image in _images(examples))
-    with ThreadPoolExecutor(num_allowed_cpus()) as pool:
+    num_threads = min(num_allowed_cpus(), MAX_DECODE_THREADS, available_memory() // DECODE_BYTES)
+    with (
+        progress_stage("images", len(paths)) as on_progress,
+        ThreadPoolExecutor(max(1, num_threads)) as pool,
+    ):
         remaining = iter(paths)
         while batch := list(itertools.islice(remaining, DECODE_BATCH_SIZE)):
             for path, result in zip(batch, pool.map(decode, batch), strict=True):
+                on_progress(1)
                 if isinstance(result, CorruptImageError):
                     errors[path] = result
                 elif result:

@@ -61,6 +61,12 @@ def test_job_file_and_start_command(
     assert result == {"file": file, "command": command, "submitted": False, "output": None}
 
 
+def test_options_of_train_are_passed(folder: Path) -> None:
+    assert launch("--push", "hf:me/a@main") == 2
+    assert launch("--push", "hf:me/a", "--force") == 0
+    assert "recipe.yaml --resume --push hf:me/a --force" in (folder / "first.sh").read_text()
+
+
 def test_slurm_job_is_submitted(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

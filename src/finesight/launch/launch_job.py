@@ -93,6 +93,7 @@ class LaunchJob:
         working_dir: Folder in which the processes start.
         node_spec: Numbers of nodes and GPUs.
         python: Python interpreter of the processes.
+        train_options: Further options of `finesight train`.
     """
 
     name: str
@@ -102,10 +103,16 @@ class LaunchJob:
     working_dir: Path
     node_spec: NodeSpec
     python: str = sys.executable
+    train_options: tuple[str, ...] = ()
 
     @classmethod
     def from_recipe(
-        cls, recipe: Path, overrides: Sequence[str], name: str | None, node_spec: NodeSpec
+        cls,
+        recipe: Path,
+        overrides: Sequence[str],
+        name: str | None,
+        node_spec: NodeSpec,
+        train_options: Sequence[str] = (),
     ) -> LaunchJob:
         """Build the job of a recipe. Without `name`, the output folder names it.
 
@@ -121,12 +128,21 @@ class LaunchJob:
                 " does not end with a dash",
                 remedy="for example --name latex-2b",
             )
-        return cls(job_name, recipe, tuple(overrides), output_dir, Path.cwd(), node_spec)
+        return cls(
+            job_name,
+            recipe,
+            tuple(overrides),
+            output_dir,
+            Path.cwd(),
+            node_spec,
+            train_options=tuple(train_options),
+        )
 
     @property
     def python_arguments(self) -> str:
         """Arguments of the Python interpreter for training with `--resume`, quoted for a shell."""
         words = ["-m", "finesight", "train", *self._recipe_arguments(), "--resume"]
+        words += self.train_options
         return shlex.join(words)
 
     @property

@@ -23,6 +23,7 @@ from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
 from finesight import storage
 from finesight.cli.app import run_command
+from finesight.hub import repository
 from finesight.plan import run_plan, target_device
 from finesight.train import setup
 
@@ -73,16 +74,26 @@ def test_finished_run_is_pushed(
     arguments = ["train", str(recipe), output_dir, "tune.merger=frozen", "--push"]
     assert run_command([*arguments, "modelscope:me/receipts@main"]) == 2
     assert run_command([*arguments, "hf:me/receipts", "tune.merger=full"]) == 2
-    assert not (tmp_path / "receipts").exists()
-    assert run_command([*arguments, "modelscope:me/receipts", "--json"]) == 0
-    output = capsys.readouterr()
-    assert json.loads(output.out)["steps"] == 6
-    assert "upload failed, but the run is complete: MODELSCOPE_API_TOKEN: no token" in output.err
-    command = f"finesight export {tmp_path / 'receipts'} modelscope:me/receipts --yes"
-    assert output.err.endswith(f"to upload it again: {command}\n")
+    for offline, words in (("1", "HF_HUB_OFFLINE is set"), ("0", "MODELSCOPE_API_TOKEN: no token")):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        assert run_command([*arguments, "modelscope:me/receipts"]) == 2
+        assert words in capsys.readouterr().err
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN)
     with run_hub_server(UploadModelScopeHandler, UploadStorageHandler) as server:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
+        server.repositories["models/me/receipts"] = {}
+        assert run_command([*arguments, "modelscope:me/receipts"]) == 2
+        assert "exists and is public" in capsys.readouterr().err
+        assert not (tmp_path / "receipts").exists()
+        del server.repositories["models/me/receipts"]
+        with monkeypatch.context() as patch:
+            patch.setattr(repository, "publish_model", lambda *_, **__: 1 / 0)
+            assert run_command([*arguments, "modelscope:me/receipts", "--json"]) == 1
+        output = capsys.readouterr()
+        assert json.loads(output.out)["steps"] == 6
+        assert "upload failed, but the run is complete: division by zero" in output.err
+        command = f"finesight export {tmp_path / 'receipts'} modelscope:me/receipts --yes"
+        assert output.err.endswith(f"to upload it again: {command}\n")
         assert run_command([*arguments, "modelscope:me/receipts", "--resume"]) == 0
         sent = server.repositories["models/me/receipts"]
     assert "uploaded: " in capsys.readouterr().err

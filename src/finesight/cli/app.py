@@ -1,8 +1,8 @@
 """Register the commands of `finesight` and map errors to exit codes.
 
-Exit codes: 0 success, 1 internal error (with a traceback), 2 invalid user input, 75 stopped after
-writing a checkpoint, 130 interrupted. Commands import heavy packages inside their functions, so
-that `--help` stays fast.
+Exit codes: 0 success, 1 internal error (with a traceback) or failed upload, 2 invalid user input,
+75 stopped after writing a checkpoint, 130 interrupted. Commands import heavy packages inside their
+functions, so that `--help` stays fast.
 """
 
 from __future__ import annotations

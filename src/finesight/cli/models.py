@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from finesight.infer.model_loader import ModelSource
 
 
+EXIT_UPLOAD_FAILED = 1
+"""Exit code of `finesight train --push` if the run is complete, but not uploaded."""
+
 HubSourceArgument = Annotated[
     str,
     typer.Argument(
@@ -328,7 +331,7 @@ def export(
 
 
 def push_run(run_dir: Path, out: str) -> None:
-    """Upload a finished run to a hub; a failure prints the command to repeat."""
+    """Upload a finished run to a hub; a failure prints the command to repeat, and exits with 1."""
     from finesight.export.model_card import collect_uploads
     from finesight.hub.repository import publish_model
     from finesight.infer.model_loader import resolve_model_source
@@ -345,6 +348,7 @@ def push_run(run_dir: Path, out: str) -> None:
             f"to upload it again: {command}",
             err=True,
         )
+        raise typer.Exit(EXIT_UPLOAD_FAILED) from error
 
 
 def _print_serving_commands(model_source: ModelSource, source: str, as_json: bool) -> None:

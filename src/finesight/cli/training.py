@@ -22,6 +22,23 @@ if TYPE_CHECKING:
     from finesight.convert.recipe_converter import ConvertedRecipe
     from finesight.launch.launch_job import LaunchJob
 
+PushOption = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="hf:OWNER/NAME",
+        help="Upload the adapter or model to a private hub repository when the run is finished "
+        "(also modelscope:OWNER/NAME). Token, connection and repository are checked before "
+        "training. If the upload fails, the run is kept, and the exit code is 1.",
+    ),
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Start even if the predicted peak memory exceeds that of the device."
+    ),
+]
+
 
 def quickstart(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for all files.")] = Path(
@@ -122,21 +139,8 @@ def train(
             "is none. Repeat the same recipe and overrides, or give the run folder.",
         ),
     ] = False,
-    push: Annotated[
-        str | None,
-        typer.Option(
-            "--push",
-            metavar="hf:OWNER/NAME",
-            help="Upload the adapter or model to a private hub repository when the run is finished "
-            "(also modelscope:OWNER/NAME). If this fails, the run is kept; see `finesight export`.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="Start even if the predicted peak memory exceeds that of the device."
-        ),
-    ] = False,
+    push: PushOption = None,
+    force: ForceOption = False,
     trust_metric: TrustMetricOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -181,6 +185,10 @@ def train(
             f" then finesight export OUT {push} --yes",
         )
     check_recipe_metric(settings, recipe, overrides or (), trust=trust_metric)
+    if push is not None and os.environ.get("RANK", "0") == "0":
+        from finesight.hub.repository import check_publish
+
+        check_publish(parse_address(push))
     # This import takes seconds. It follows the recipe checks so that errors appear at once.
     from finesight.plan.run_plan import check_fit
     from finesight.train.training_run import train as run_training
@@ -304,6 +312,8 @@ def launch(
     accelerator: Annotated[
         str | None, typer.Option(help="skypilot: GPU type, such as H100. Required.")
     ] = None,
+    push: PushOption = None,
+    force: ForceOption = False,
     as_json: AsJsonOption = False,
 ) -> None:
     """Write a job file that trains a recipe on several GPUs or nodes.
@@ -335,7 +345,14 @@ def launch(
         "accelerator": accelerator,
     }
     _check_options(engine, engine_options)
-    job = LaunchJob.from_recipe(recipe, overrides or (), name, NodeSpec.parse(nodes, gpus_per_node))
+    if push is not None:
+        from finesight.hub.address import parse_address
+        from finesight.hub.repository import check_publish_address
+
+        check_publish_address(parse_address(push))
+    train_options = [*(["--push", push] if push is not None else []), *["--force"] * force]
+    node_spec = NodeSpec.parse(nodes, gpus_per_node)
+    job = LaunchJob.from_recipe(recipe, overrides or (), name, node_spec, train_options)
     file = out or Path(f"{job.name}{FILE_SUFFIXES[engine]}")
     write_job_file(file, _build_job_text(engine, job, engine_options))
     submit_output = submit_job(engine, file) if submit else None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -123,6 +124,12 @@ def find_cached_snapshot(address: HubAddress, patterns: Sequence[str]) -> Path |
         return None
 
 
+def check_publish(address: HubAddress, *, public: bool) -> None:
+    """Raise UserError without a token, or if the repository exists with another visibility."""
+    with _open_api(address) as api:
+        _has_repository(api, address, public)
+
+
 def publish_files(
     address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
 ) -> str:
@@ -130,7 +137,35 @@ def publish_files(
 
     Arguments, result and errors are those of `finesight.hub.modelscope.publish_files`.
     """
-    token, repo_url = get_token(), f"{constants.ENDPOINT}/{address.repo_id}"
+    with _open_api(address) as api:
+        if not _has_repository(api, address, public):
+            api.create_repo(address.repo_id, repo_type="model", private=not public)
+        operations = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=os.fspath(path))
+            for name, path in files.items()
+        ]
+        api.create_commit(
+            address.repo_id, operations, commit_message=commit_message, repo_type="model"
+        )
+    return f"{constants.ENDPOINT}/{address.repo_id}"
+
+
+def _has_repository(api: HfApi, address: HubAddress, public: bool) -> bool:
+    """Return whether the repository exists. Another visibility raises UserError."""
+    try:
+        is_private = bool(api.repo_info(address.repo_id, repo_type="model").private)
+    except RepositoryNotFoundError:
+        return False
+    if is_private == public:
+        repo_url = f"{constants.ENDPOINT}/{address.repo_id}"
+        raise build_visibility_error(address, repo_url, public)
+    return True
+
+
+@contextmanager
+def _open_api(address: HubAddress) -> Iterator[HfApi]:
+    """Yield a client with the token of the user, and convert its exceptions to UserError."""
+    token = get_token()
     if not token:
         raise UserError(
             f"no token for {address}",
@@ -141,22 +176,8 @@ def publish_files(
         )
     # Its progress bars would overwrite console output and fill logs.
     disable_progress_bars()
-    api = HfApi(token=token, library_name="finesight", library_version=__version__)
     try:
-        try:
-            is_private = bool(api.repo_info(address.repo_id, repo_type="model").private)
-        except RepositoryNotFoundError:
-            api.create_repo(address.repo_id, repo_type="model", private=not public)
-        else:
-            if is_private == public:
-                raise build_visibility_error(address, repo_url, public)
-        operations = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=os.fspath(path))
-            for name, path in files.items()
-        ]
-        api.create_commit(
-            address.repo_id, operations, commit_message=commit_message, repo_type="model"
-        )
+        yield HfApi(token=token, library_name="finesight", library_version=__version__)
     except HfHubHTTPError as error:
         raise _build_write_error(address, error) from error
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
@@ -167,7 +188,6 @@ def publish_files(
             remedy="check the connection and HF_ENDPOINT, and start again: without the final"
             " commit, the repository is unchanged",
         ) from error
-    return repo_url
 
 
 def _to_remote_file(address: HubAddress, commit: str, entry: RepoFile) -> RemoteFile:

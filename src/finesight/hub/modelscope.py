@@ -37,7 +37,7 @@ from finesight.hub.download import (
 from finesight.storage import sha256_file
 
 if TYPE_CHECKING:
-    from modelscope_hub import HubApi
+    from modelscope_hub import HubApi, Visibility
 
 DEFAULT_REVISION = "master"
 
@@ -94,10 +94,14 @@ def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
     return digest.hexdigest()[:40], files
 
 
-def publish_files(
-    address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
-) -> str:
-    """Publish files in a model repository on ModelScope in one commit."""
+def check_publish(address: HubAddress, *, public: bool) -> None:
+    """Raise UserError without a token, or if the repository exists with another visibility."""
+    _require_token(address)
+    with _open_api(address, _build_write_error) as api:
+        _has_repository(api, address, public)
+
+
+def _require_token(address: HubAddress) -> None:
     if not _read_token():
         raise UserError(
             f"no token for {address}",
@@ -106,6 +110,13 @@ def publish_files(
             remedy=f"create one at {get_endpoint()}/my/myaccesstoken, then: export"
             " MODELSCOPE_API_TOKEN=ms-...",
         )
+
+
+def publish_files(
+    address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
+) -> str:
+    """Publish files in a model repository on ModelScope in one commit."""
+    _require_token(address)
     repo_url = f"{get_endpoint()}/models/{address.repo_id}"
     digests = {
         path: sha256_file(path)
@@ -113,7 +124,8 @@ def publish_files(
         if path.stat().st_size > MIN_LFS_BYTES or name.endswith(LFS_SUFFIXES)
     }
     with _open_api(address, _build_write_error) as api:
-        _ensure_repository(api, address, public, repo_url)
+        if not _has_repository(api, address, public):
+            api.create_repo(address.repo_id, "model", visibility=_get_visibility(public))
         objects = [{"oid": oid, "size": path.stat().st_size} for path, oid in digests.items()]
         upload_urls = (
             api.legacy.validate_blobs(address.repo_id, "model", objects) if objects else {}
@@ -136,7 +148,9 @@ def build_visibility_error(address: HubAddress, repo_url: str, public: bool) -> 
         f"the repository {address} exists and is {current}",
         where=repo_url,
         expected=f"a {'public' if public else 'private'} repository, or a new name",
-        remedy="remove --public" if public else "add --public to publish in a public repository",
+        remedy="remove --public"
+        if public
+        else "give another name, or run `finesight export` with --public",
     )
 
 
@@ -198,19 +212,23 @@ def _open_api(
             ) from error
 
 
-def _ensure_repository(api: HubApi, address: HubAddress, public: bool, repo_url: str) -> None:
-    """Create the repository unless it exists with the requested visibility."""
-    from modelscope_hub import Visibility
+def _has_repository(api: HubApi, address: HubAddress, public: bool) -> bool:
+    """Return whether the repository exists. Another visibility raises UserError."""
     from modelscope_hub.errors import NotExistError
 
-    visibility = Visibility.PUBLIC if public else Visibility.PRIVATE
     try:
         info = api.legacy.get_repo_info(address.repo_id, "model")
     except NotExistError:
-        api.create_repo(address.repo_id, "model", visibility=visibility)
-    else:
-        if info.get("Visibility") != int(visibility):
-            raise build_visibility_error(address, repo_url, public)
+        return False
+    if info.get("Visibility") != int(_get_visibility(public)):
+        raise build_visibility_error(address, f"{get_endpoint()}/models/{address.repo_id}", public)
+    return True
+
+
+def _get_visibility(public: bool) -> Visibility:
+    from modelscope_hub import Visibility
+
+    return Visibility.PUBLIC if public else Visibility.PRIVATE
 
 
 def _upload_object(address: HubAddress, url: str, path: Path) -> None:

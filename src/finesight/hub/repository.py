@@ -52,6 +52,8 @@ class _Hub(Protocol):
 
     def list_files(self, address: HubAddress) -> tuple[str, list[RemoteFile]]: ...
 
+    def check_publish(self, address: HubAddress, *, public: bool) -> None: ...
+
     def publish_files(
         self, address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
     ) -> str: ...
@@ -222,6 +224,16 @@ def check_publish_address(address: HubAddress) -> None:
             expected="hf:OWNER/NAME or modelscope:OWNER/NAME, without a revision",
             remedy="remove the other parts",
         )
+
+
+def check_publish(address: HubAddress) -> None:
+    """Raise UserError for a private upload that would fail, with at most one request.
+
+    It needs a connection and a token, and an existing repository must be private.
+    """
+    check_publish_address(address)
+    raise_if_offline(str(address))
+    _get_hub(address).check_publish(address, public=False)
 
 
 def publish_model(

@@ -211,9 +211,9 @@ def test_validation_samples_of_run_are_compared(run: MergeableRun, tmp_path: Pat
 
 
 def test_model_card_reports_the_measurements(run: MergeableRun, tmp_path: Path) -> None:
-    run.recipe.write_text(
-        yaml.safe_dump({"model": TINY_MODEL, "data": {"train": "/secret/place/train.jsonl"}})
-    )
+    data = {"train": "/secret/place/train.jsonl", "eval": [{"path": "secret/eval.jsonl"}]}
+    recipe = {"model": "secret/acme/base", "adapter": "C:\\secret\\lora", "data": data}
+    run.recipe.write_text(yaml.safe_dump({**recipe, "eval": {"metric": "secret/a.py:score"}}))
     measured = {"step": 9, "validation_loss": 1.25, "primary_metric": "exact"}
     result = {
         "run": "x",
@@ -241,14 +241,18 @@ def test_model_card_reports_the_measurements(run: MergeableRun, tmp_path: Path) 
         "| exact | 0.2500 | 0.8750 | 0.7500 to 1.0000 |",
         "| validation_loss | 1.2500 | 0.5000 | - |",
         "finesight serve merged",
+        "model: base\n",
+        "adapter: lora\n",
         "train: train.jsonl",
+        "- path: eval.jsonl",
+        "metric: a.py:score",
         "Merged model equals trained model",
         "vllm serve merged",
         "sglang.launch_server --model-path merged",
         "(apache-2.0)",
     ):
         assert output in card
-    assert "/secret" not in card
+    assert "secret" not in card
 
 
 def test_harmful_generation_settings_are_dropped(run: MergeableRun, tmp_path: Path) -> None:

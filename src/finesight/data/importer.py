@@ -369,13 +369,11 @@ class _OutputSplit:
         return dict.fromkeys(image for examples in self.rows for image in _images(examples))
 
 
-def _show_nothing(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Show no progress of a stage."""
-    return nullcontext(lambda count: None)
-
-
 def import_dataset(
-    path: Path, out: Path, options: ImportOptions, progress_stage: ProgressStage = _show_nothing
+    path: Path,
+    out: Path,
+    options: ImportOptions,
+    progress_stage: ProgressStage = lambda title, total: nullcontext(lambda count: None),
 ) -> ImportSummary:
     """Import a dataset to `out`/data.jsonl, or to train.jsonl and eval.jsonl with a split.
 

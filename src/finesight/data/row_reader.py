@@ -310,18 +310,18 @@ def _detect_encoding(content: bytes) -> str:
     # Lines of ASCII text say nothing about the encoding.
     lines = [line for line in content.splitlines(keepends=True) if not line.isascii()]
     sample = b"".join(lines)[:DETECTION_BYTES]
+
+    def count_letters(encoding: str) -> int:
+        text = sample.decode(encoding, errors="replace").lower()
+        return sum(char in _LATIN_LETTERS[encoding] for char in text if not char.isascii())
+
     best = from_bytes(sample, cp_isolation=list(_ENCODINGS)).best()
     # In Latin encodings, single accented letters stand between ASCII letters.
     runs = re.findall(rb"[\x80-\xff]+", sample)
     is_latin = sum(len(run) == 1 for run in runs) > 0.8 * len(runs)
     if is_latin or (best is not None and best.encoding in _LATIN_LETTERS):
-        return max(_LATIN_LETTERS, key=lambda name: _count_letters(sample, name))
+        return max(_LATIN_LETTERS, key=count_letters)
     return "utf-8" if best is None else best.encoding
-
-
-def _count_letters(content: bytes, encoding: str) -> int:
-    text = content.decode(encoding, errors="replace").lower()
-    return sum(char in _LATIN_LETTERS[encoding] for char in text if not char.isascii())
 
 
 def _detect_delimiter(text: str, suffix: str) -> str:
@@ -432,12 +432,15 @@ def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
             values.pop()
         if values:
             width = width or len(values)
-            yield number, [_format_date(value) for value in values]
-
-
-def _format_date(value: Any) -> Any:
-    is_date = isinstance(value, datetime) and value.time() == time.min
-    return value.date().isoformat() if is_date else value
+            yield (
+                number,
+                [
+                    value.date().isoformat()
+                    if isinstance(value, datetime) and value.time() == time.min
+                    else value
+                    for value in values
+                ],
+            )
 
 
 def _parse_csv(content: str, source: Path, delimiter: str) -> list[SourceRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tempfile
 from collections import Counter
@@ -37,6 +38,9 @@ MAX_SHOWN_PROMPTS = 3
 
 _PRIVATE_SECTIONS = ("output_dir", "track")
 """Recipe sections with folders, accounts and projects, which the model card omits."""
+
+_PATH_SETTINGS = ("model", "adapter", "train", "eval", "path", "metric")
+"""Recipe settings with local paths or URLs, of which the model card contains the last component."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +274,7 @@ def _format_recipe(run_record: RunRecord | None) -> list[str]:
     if run_record is None or not run_record.recipe:
         return []
     public_settings = {
-        key: _strip_paths(value)
+        key: _strip_paths(value, key)
         for key, value in run_record.recipe.items()
         if key not in _PRIVATE_SECTIONS
     }
@@ -278,15 +282,20 @@ def _format_recipe(run_record: RunRecord | None) -> list[str]:
     return ["## Recipe", f"```yaml\n{text}\n```"]
 
 
-def _strip_paths(value: Any) -> Any:
-    """Replace paths in recipe settings by their last component, to hide folder names."""
+def _strip_paths(value: Any, key: str = "") -> Any:
+    """Replace paths in recipe settings by their last component, to hide folder names.
+
+    Args:
+        key: Name of the setting.
+    """
     if isinstance(value, Mapping):
-        return {key: _strip_paths(item) for key, item in value.items()}
+        return {name: _strip_paths(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_strip_paths(item) for item in value]
-    if isinstance(value, str) and value.startswith(("/", "~", ".", "\\")):
-        return Path(value).name
-    return value
+        return [_strip_paths(item, key) for item in value]
+    if not isinstance(value, str) or (key == "model" and parse_model_address(value) is not None):
+        return value
+    is_path = key in _PATH_SETTINGS or re.match(r"[/~.\\]|[A-Za-z]:[/\\]", value)
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value
 
 
 def _format_parity(info: VerifiedMerge) -> str:

@@ -21,7 +21,7 @@ from fastapi.testclient import TestClient
 
 from finesight.errors import UserError
 from finesight.studio.studio_jobs import JobStore
-from finesight.studio.studio_page import ServerAccess, make_studio_app
+from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
 from finesight.studio.studio_view import STEPS, StudioView
 from finesight.studio.workspace import Workspace
 from finesight.web.web_server import create_private_folder
@@ -64,6 +64,16 @@ def test_only_runs_of_the_workspace_are_shown(folder: Path) -> None:
         assert client.get("/view/check?data=photos").status_code == 404
         assert client.get("/view/other").status_code == 404
         assert ">../outside<" not in client.get("/live?step=results&run=../outside").json()["top"]
+
+
+@pytest.mark.parametrize("converter", [None, Path("/convert.py")])
+def test_only_the_converter_of_the_command_line_runs(folder: Path, converter: Path | None) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess(converter=converter))
+    texts = [str(block.value) for block in page.blocks.blocks.values() if hasattr(block, "value")]
+    assert ("Write GGUF" in texts) == (converter is not None)
+    assert not any("convert" in (block.elem_id or "") for block in page.blocks.blocks.values())
+    with open_client(folder) as client:
+        assert "--converter convert_hf" in client.get("/live?step=export").json()["top"]
 
 
 def test_file_names_are_escaped(folder: Path) -> None:
@@ -129,7 +139,7 @@ class StudioDriver:
 
 @pytest.fixture
 def studio(folder: Path, browser: Browser) -> Iterator[StudioDriver]:
-    command = [sys.executable, "-m", "finesight", "studio", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "finesight", "studio", str(folder), "--port", "0", "--no-auth"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:

@@ -78,6 +78,11 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
     for old, new, problem in (
         ("runs/a", "/tmp/a", "outside of the workspace"),
         ("data/a/", "link/", "outside of the workspace"),
+        ("data/a/data.jsonl", "l*k/secret.txt", "outside of the workspace"),
+        ("data/a/", "file:///", "URL"),
+        ("data:", "adapter: ../a\ndata:", "outside of the workspace"),
+        ("data:", "eval: {metric: photos/m.py:f}\ndata:", "never runs"),
+        ("data:", "track: {kind: mlflow, uri: 'https://a.example'}\ndata:", "track.uri"),
         ("epochs: 2", "epochs: many", "epochs"),
         ("model:", "modell:", "modell"),
         (text, "text", "no settings"),

@@ -32,6 +32,9 @@ JOBS_FOLDER = Path(".finesight", "jobs")
 
 JOB_FILE, LOG_FILE, PID_FILE, EXIT_CODE_FILE = "job.json", "log.txt", "pid", "exit_code"
 
+PYTHON = (sys.executable, "-P", "-m")
+"""Start of a command that never imports modules of its working directory, the workspace."""
+
 MAX_LOG_BYTES = 20_000
 """Maximum number of bytes at the end of a log that the page shows."""
 
@@ -182,13 +185,13 @@ class JobStore:
             form=tuple(form),
         )
         write_file(folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
-        # The spin count of this process does not fit another load of the machine.
+        # GOMP_SPINCOUNT was chosen for this process; let the child choose its own.
         environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
         with (folder / LOG_FILE).open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(folder.resolve())],
+                [*PYTHON, __name__, str(folder.resolve())],
                 cwd=self._workspace,
-                env=environment | {"PYTHONUNBUFFERED": "1"},
+                env=environment | {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -234,7 +237,7 @@ def run_job(folder: Path) -> int:
     job = read_job(folder)
     with FileLock(folder) as lock:
         lock.acquire()
-        child = subprocess.Popen([sys.executable, "-m", "finesight", *job.arguments])
+        child = subprocess.Popen([*PYTHON, "finesight", *job.arguments])
 
         def forward(number: int, frame: FrameType | None) -> None:
             child.send_signal(number)

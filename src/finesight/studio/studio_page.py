@@ -59,10 +59,12 @@ class ServerAccess:
     Attributes:
         host: Address that the studio and its chat pages listen on.
         password: Password of both. None admits everyone.
+        converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
     """
 
     host: str = "127.0.0.1"
     password: str | None = None
+    converter: Path | None = None
 
 
 Action = Callable[..., str]
@@ -144,12 +146,10 @@ class StudioPage:
             self._button("Start the server", lambda state: self._start_server(state, "serve", []))
             name = self._text("Name of the merged model", "merged-name", "tickets")
             self._button("Merge", self._merge, [name])
-            converter = self._text(
-                "Converter of llama.cpp, for GGUF", "converter", "convert_hf_to_gguf.py"
-            )
             with gr.Row():
                 self._button("Commands for vLLM and SGLang", self._export, [name])
-                self._button("Write GGUF", self._export, [name, converter])
+                if self._access.converter is not None:
+                    self._button("Write GGUF", self._write_gguf, [name])
         self._button("Stop", self._stop, elem_id="stop")
 
     def _form(self, step: str) -> gr.Column:
@@ -329,17 +329,17 @@ class StudioPage:
         target = self._workspace.check_new_name("models", name)
         return self._start(state, str(state.run), ["merge", str(state.run), str(target)])
 
-    def _export(self, state: StudioState, name: str, converter: str | None = None) -> str:
-        """Print serving commands for a merged model, or write GGUF files with a converter."""
+    def _export(self, state: StudioState, name: str) -> str:
+        """Print serving commands for a merged model."""
         model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
-        arguments = ["export", str(model)]
-        if converter is not None:
-            arguments.append(str(self._workspace.check_new_name("gguf", name)))
-            # An empty field: the converter in the folders of PATH.
-            if converter.strip():
-                file = self._workspace.resolve(converter, "converter")
-                arguments += ["--converter", str(file)]
-        return self._start(state, state.target, arguments)
+        return self._start(state, state.target, ["export", str(model)])
+
+    def _write_gguf(self, state: StudioState, name: str) -> str:
+        """Write GGUF files of a merged model with the converter of `finesight studio`."""
+        model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
+        target = self._workspace.check_new_name("gguf", name)
+        options = ["--converter", str(self._access.converter)]
+        return self._start(state, state.target, ["export", str(model), str(target), *options])
 
     def _stop(self, state: StudioState) -> str:
         if state.job is None:

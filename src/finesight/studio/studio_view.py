@@ -175,7 +175,7 @@ class StudioView:
         return {"top": top, "bottom": bottom, "status": status or "", "language": language}
 
     def list_commands(self, state: StudioState) -> list[list[str]]:
-        """Return the commands of a step that depend on the selection only."""
+        """Return the commands of a step that depend on the selection and the workspace only."""
         step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
         if step == "check" and dataset is not None:
             against = ["--against", str(dataset.eval_file)] if dataset.eval_file else []
@@ -192,6 +192,10 @@ class StudioView:
             return [["report", str(run)]]
         if step == "chat" and run is not None:
             return [["web", str(run)]]
+        if step == "export":
+            model = str(state.content.models[0] if state.content.models else "models/NAME")
+            options = ["--converter", "convert_hf_to_gguf.py"]
+            return [["export", model, f"gguf/{Path(model).name}", *options]]
         return []
 
     def render_report(self, params: Mapping[str, Sequence[str]], selection: Selection) -> str:

@@ -12,12 +12,15 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from glob import iglob
+from itertools import chain
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
 from finesight.bounded_files import load_yaml
-from finesight.config import Recipe, is_url
+from finesight.config import TRACKER_MODES, Recipe, TaskName, is_url
 from finesight.errors import UserError, suggest_similar_path
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.model_folder import TINY_MODEL
@@ -240,7 +243,7 @@ class Workspace:
         """Validate the text of a recipe, and write it.
 
         Raises:
-            UserError: A setting is invalid, or a path is outside of the workspace.
+            UserError: A setting is invalid, or `check_recipe_paths` rejects the recipe.
         """
         content, _ = parse_recipe(text, path)
         if not isinstance(content, dict):
@@ -254,23 +257,38 @@ class Workspace:
         write_file(self.folder / path, text.encode())
 
     def load_recipe(self, path: Path) -> Recipe:
-        """Load a recipe whose paths are all in the workspace."""
+        """Load a recipe that `check_recipe_paths` accepts."""
         recipe = load_recipe(self.folder / path)
         self.check_recipe_paths(recipe, path)
         return recipe
 
     def check_recipe_paths(self, recipe: Recipe, where: Path) -> None:
-        """Raise UserError if the model, data or output of a recipe is outside of the workspace."""
-        self.check_model(str(recipe.model))
-        files = [file.path for file in (*recipe.data.train, *recipe.data.eval)]
-        for path in (*(file for file in files if not is_url(file)), recipe.output_dir):
-            if not self._contains(self.folder / path):
-                raise UserError(
-                    f"{path} is outside of the workspace {self.folder}",
-                    where=str(where),
-                    expected="data and output_dir in the workspace",
-                    remedy="change the path, or train in a terminal",
-                )
+        """Raise UserError if a recipe would run code or open files outside of the workspace."""
+        for model in (recipe.model, *([] if recipe.adapter is None else [recipe.adapter])):
+            self.check_model(str(model))
+        problem = ""
+        for path in (*(f.path for f in (*recipe.data.train, *recipe.data.eval)), recipe.output_dir):
+            if is_url(path):
+                problem = f"the URL {path} is outside of the workspace {self.folder}"
+                continue
+            # A glob pattern may match files beyond symbolic links.
+            files = chain([str(self.folder / path)], iglob(str(self.folder / path), recursive=True))
+            if not all(self._contains(Path(file)) for file in files):
+                problem = f"{path} is outside of the workspace {self.folder}"
+        if recipe.eval is not None and recipe.eval.metric not in get_args(TaskName):
+            problem = (
+                f"eval.metric {recipe.eval.metric} is a Python file, which the studio never runs"
+            )
+        for tracker in recipe.track:
+            if tracker.uri is not None and tracker.uri not in TRACKER_MODES.get(tracker.kind, ()):
+                problem = f"track.uri {tracker.uri} is no local mode of {tracker.kind}"
+        if problem:
+            raise UserError(
+                problem,
+                where=str(where),
+                expected="data and output_dir in the workspace, a built-in metric, no track.uri",
+                remedy="change the setting, or train in a terminal",
+            )
 
 
 def _count_lines(file: Path) -> int:

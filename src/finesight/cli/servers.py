@@ -235,6 +235,12 @@ def studio(
             "--no-auth", help="Require no password, also from other users of the machine."
         ),
     ] = False,
+    chat_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the chat page. 0: any free port.")
+    ] = 7871,
+    api_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the HTTP API. 0: any free port.")
+    ] = 7872,
     converter: Annotated[
         Path | None,
         typer.Option(
@@ -268,7 +274,7 @@ def studio(
         # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
         os.chdir(folder)
         view = StudioView(Workspace(Path()))
-        access = ServerAccess(host, password, converter)
+        access = ServerAccess(host, password, converter, chat_port, api_port)
         app = make_studio_app(view, private_folder, access, _is_loopback(host))
         _print_page_address(host, listener, password if is_generated else None)
         serve_app(app, listener)

@@ -101,7 +101,10 @@ def test_killed_and_damaged_jobs(folder: Path) -> None:
             jobs.start("chat", target, ["web", target], port=port)
     assert (jobs.list_running(), job.is_ready) == ([job], False)
     wait_for((job.folder / PID_FILE).exists)
-    os.killpg(int((job.folder / PID_FILE).read_text()), signal.SIGKILL)
+    pid = int((job.folder / PID_FILE).read_text())
+    os.kill(os.getpgid(pid), signal.SIGKILL)
+    assert job.status == "running"
+    os.kill(pid, signal.SIGKILL)
     assert wait_for_end(job) == "killed"
     for name, content in (("empty", ""), ("list", "[]"), ("other", '{"step": 1}')):
         (job.folder.parent / name).mkdir()

@@ -47,7 +47,7 @@ def test_every_page_requires_the_password(folder: Path) -> None:
         assert client.get("/").headers["location"] == "sign-in"
         assert client.get("/page.css").status_code == 200
         client.post("/sign-in", content="password=right-password")
-        assert "finesight-studio" in client.cookies
+        assert "finesight-studio-0" in client.cookies
         assert client.get("/live").status_code == 200
 
 

@@ -274,7 +274,8 @@ def studio(
         # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
         os.chdir(folder)
         view = StudioView(Workspace(Path()))
-        access = ServerAccess(host, password, converter, chat_port, api_port)
+        port = listener.getsockname()[1]
+        access = ServerAccess(host, password, converter, chat_port, api_port, port)
         app = make_studio_app(view, private_folder, access, _is_loopback(host))
         _print_page_address(host, listener, password if is_generated else None)
         serve_app(app, listener)

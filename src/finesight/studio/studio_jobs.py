@@ -1,14 +1,15 @@
 """Commands that run in processes of their own, with their state in the workspace.
 
 A job is a folder with `job.json` (command), `log.txt` (its output), `pid` and, after the end,
-`exit_code`. The process of a job holds a lock on the folder, so a job outlives the studio, and
-another studio finds it again. `python -m finesight.studio.studio_jobs FOLDER` runs the command of a
+`exit_code`. The process of the command holds a lock, so a job outlives the studio, and another
+studio finds it again. `python -m finesight.studio.studio_jobs FOLDER` runs the command of a
 job folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shlex
@@ -32,7 +33,7 @@ JOBS_FOLDER = Path(".finesight", "jobs")
 """Folder of all jobs in a workspace."""
 
 JOB_FILE, LOG_FILE, PID_FILE, EXIT_CODE_FILE = "job.json", "log.txt", "pid", "exit_code"
-STOP_FILE = "stop_requested"
+STOP_FILE, LOCK_FILE = "stop_requested", "lock"
 
 PYTHON = (sys.executable, "-P", "-m")
 """Start of a command that never imports modules of its working directory, the workspace."""
@@ -159,7 +160,7 @@ class Job(BaseModel, frozen=True):
         age_s = (datetime.now(UTC) - self.started_at).total_seconds()
         if not (self.folder / PID_FILE).exists():
             return age_s < START_TIMEOUT_S
-        with FileLock(self.folder) as lock:
+        with FileLock(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT) as lock:
             try:
                 lock.acquire(shared=True, wait=False)
             except BlockingIOError:
@@ -283,16 +284,18 @@ def run_job(folder: Path) -> int:
     SIGINT and SIGTERM are forwarded to the child.
     """
     job = read_job(folder)
-    with FileLock(folder) as lock:
-        lock.acquire()
-        child = subprocess.Popen([*PYTHON, "finesight", *job.arguments])
+    # The child inherits the lock, so that it counts as running if this process is killed.
+    with (folder / LOCK_FILE).open("a+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [*PYTHON, "finesight", *job.arguments]
+        child = subprocess.Popen(command, pass_fds=[lock.fileno()])
 
         def forward(number: int, frame: FrameType | None) -> None:
             child.send_signal(number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, forward)
-        write_file(folder / PID_FILE, str(os.getpid()).encode())
+        write_file(folder / PID_FILE, str(child.pid).encode())
         exit_code = child.wait()
         write_file(folder / EXIT_CODE_FILE, str(exit_code).encode())
     return exit_code

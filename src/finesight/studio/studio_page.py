@@ -8,6 +8,7 @@ import shlex
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -59,6 +60,7 @@ class ServerAccess:
     Attributes:
         host: Address that the studio and its chat pages listen on.
         password: Password of both. None admits everyone.
+        port: Port of the studio.
         chat_port, api_port: Ports of the chat page and of the HTTP API. 0: any free port.
         converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
     """
@@ -68,6 +70,7 @@ class ServerAccess:
     converter: Path | None = None
     chat_port: int = 7871
     api_port: int = 7872
+    port: int = 0
 
 
 Action = Callable[..., str]
@@ -152,16 +155,19 @@ class StudioPage:
         with self._form("chat"):
             self._button("Start the chat", self._chat)
         with self._form("export"):
-            self._button("Start the server", self._serve)
+            self._button(
+                "Start the server",
+                lambda state: self._start_server(state, "serve", self._access.api_port),
+            )
             name = self._text("Name of the merged model", "merged-name", "tickets")
             self._button("Merge", self._merge, [name])
             with gr.Row():
                 self._button("Commands for vLLM and SGLang", self._export, [name])
                 if self._access.converter is not None:
-                    self._button("Write GGUF", self._write_gguf, [name])
+                    self._button("Write GGUF", partial(self._export, write_gguf=True), [name])
         self._button("Stop", self._stop, elem_id="stop", error_title="")
         again = "Stop without a checkpoint"
-        self._button(again, self._stop_again, elem_id="stop-again", error_title="")
+        self._button(again, partial(self._stop, again=True), elem_id="stop-again", error_title="")
 
     def _form(self, step: str) -> gr.Column:
         self._forms[step] = gr.Column(visible=False, elem_classes="studio-form")
@@ -319,7 +325,7 @@ class StudioPage:
             options.append("--no-auth")
         else:
             options += ["--password-file", str(self._write_password(self._access.password))]
-        return self._start_server(state, "web", self._access.chat_port, self._access.host, options)
+        return self._start_server(state, "web", self._access.chat_port, options, self._access.host)
 
     def _write_password(self, password: str) -> Path:
         """Write the password for a chat page into a file that only this user can read."""
@@ -331,11 +337,13 @@ class StudioPage:
             stream.write(password)
         return path
 
-    def _serve(self, state: StudioState) -> str:
-        return self._start_server(state, "serve", self._access.api_port, "127.0.0.1", [])
-
     def _start_server(
-        self, state: StudioState, command: str, port: int, host: str, options: list[str]
+        self,
+        state: StudioState,
+        command: str,
+        port: int,
+        options: Sequence[str] = (),
+        host: str = "127.0.0.1",
     ) -> str:
         if state.run is None:
             raise _missing("run")
@@ -351,26 +359,18 @@ class StudioPage:
         target = self._workspace.check_new_name("models", name)
         return self._start(state, str(state.run), ["merge", as_argument(state.run), str(target)])
 
-    def _export(self, state: StudioState, name: str) -> str:
-        """Print serving commands for a merged model."""
+    def _export(self, state: StudioState, name: str, *, write_gguf: bool = False) -> str:
+        """Print serving commands for a merged model, or write GGUF files."""
         model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
-        return self._start(state, state.target, ["export", str(model)])
+        arguments = ["export", str(model)]
+        if write_gguf:
+            target = self._workspace.check_new_name("gguf", name)
+            arguments += [str(target), "--converter", str(self._access.converter)]
+        return self._start(state, state.target, arguments)
 
-    def _write_gguf(self, state: StudioState, name: str) -> str:
-        """Write GGUF files of a merged model with the converter of `finesight studio`."""
-        model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
-        target = self._workspace.check_new_name("gguf", name)
-        options = ["--converter", str(self._access.converter)]
-        return self._start(state, state.target, ["export", str(model), str(target), *options])
-
-    def _stop(self, state: StudioState) -> str:
+    def _stop(self, state: StudioState, *, again: bool = False) -> str:
         job = self._jobs.find(state.selection.job)
-        job.stop()
-        return state.selection.link_job(job)
-
-    def _stop_again(self, state: StudioState) -> str:
-        job = self._jobs.find(state.selection.job)
-        job.stop(again=True)
+        job.stop(again=again)
         return state.selection.link_job(job)
 
     def _start_listed(self, state: StudioState) -> str:
@@ -493,5 +493,5 @@ def make_studio_app(
         access.password,
         loopback_only,
         get_routes=re.compile(GET_ROUTES.pattern + VIEW_ROUTES),
-        session_cookie="finesight-studio",
+        session_cookie=f"finesight-studio-{access.port}",
     )

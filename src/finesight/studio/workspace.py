@@ -112,7 +112,8 @@ class Workspace:
             folder = Path(name)
             # Without dangling links, links out of the workspace, and names that are no text.
             listed = (n for n in files if n.endswith(LISTED_SUFFIXES) and _is_text(n))
-            names = frozenset(n for n in listed if self._has_file(folder / n))
+            paths = (folder / n for n in listed)
+            names = frozenset(p.name for p in paths if os.path.isfile(p) and self._contains(p))
             is_item = MANIFEST_FILE in names or "config.json" in names
             depth = len(folder.relative_to(self.folder).parts)
             subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and _is_text(n))
@@ -133,9 +134,6 @@ class Workspace:
     def _contains(self, path: Path) -> bool:
         # Unlike Path.resolve, it accepts links in a loop.
         return Path(os.path.realpath(path)).is_relative_to(self.folder)
-
-    def _has_file(self, path: Path) -> bool:
-        return os.path.isfile(path) and self._contains(path)
 
     def resolve(self, text: str, where: str) -> Path:
         """Return the path that a user has entered, relative to the workspace.

@@ -4,8 +4,10 @@ import json
 import signal
 import subprocess
 import sys
-import urllib.request
+from http.cookiejar import CookieJar
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import HTTPCookieProcessor, build_opener
 
 import pytest
 from typer.testing import CliRunner
@@ -19,8 +21,13 @@ def test_page_shows_the_workspace(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "finesight", "studio", "work", "--port", "0"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as studio:
         address = studio.stdout.readline().strip()
+        password = studio.stdout.readline().strip().removeprefix("password: ")
+        opener = build_opener(HTTPCookieProcessor(CookieJar()))
+        with pytest.raises(HTTPError, match="401"):
+            opener.open(f"{address}/live", timeout=60)
+        opener.open(f"{address}/sign-in", f"password={password}".encode(), timeout=60).close()
         # The socket is bound; the request waits until the page is ready.
-        with urllib.request.urlopen(f"{address}/live?step=train", timeout=60) as answer:
+        with opener.open(f"{address}/live?step=train", timeout=60) as answer:
             page = json.load(answer)
         assert "finesight train a.yaml --resume" in page["top"]
         studio.send_signal(signal.SIGINT)

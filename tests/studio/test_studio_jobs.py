@@ -49,6 +49,7 @@ def wait_for_end(job: Job) -> str:
 def test_command_runs_in_the_workspace(
     folder: Path, source: str, status: str, exit_code: int, output: str
 ) -> None:
+    (folder / "yaml.py").write_text("raise SystemExit('a module of the workspace')")
     job = JobStore(folder).start(
         "data", "data/a", ["import", source, "data/a", "--prompt", "Color?"]
     )
@@ -77,6 +78,8 @@ def test_training_survives_the_studio_and_is_stopped_and_resumed(folder: Path) -
     metrics = folder / "runs" / "photos" / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and '"loss"' in metrics.read_text())
     job.stop()
+    assert job.is_stopping
+    job.stop()
     assert wait_for_end(job) == "stopped"
     assert job.exit_code == 75
     assert [*(folder / "runs" / "photos" / "checkpoints").glob("step-*")]
@@ -84,15 +87,24 @@ def test_training_survives_the_studio_and_is_stopped_and_resumed(folder: Path) -
     assert wait_for_end(resumed) == "finished", resumed.read_log()
     assert [found.id for found in jobs.list_jobs("train")] == [resumed.id, job.id]
     assert json.loads((folder / "runs" / "photos" / "result.json").read_text())["after"]
-    with pytest.raises(UserError, match="the job is finished"):
+    with pytest.raises(UserError, match="the command is finished"):
         resumed.stop()
 
 
 def test_killed_and_damaged_jobs(folder: Path) -> None:
     jobs = JobStore(folder)
-    job = jobs.start("chat", "finesight-tiny", ["web", "finesight-tiny", "--port", "0"])
+    job = jobs.start("chat", "finesight-tiny", ["web", "finesight-tiny", "--port", "0"], port=1)
+    with pytest.raises(UserError, match="still starting"):
+        job.stop()
+    for target, port, problem in (("finesight-tiny", 2, "already running"), ("b", 1, "port 1")):
+        with pytest.raises(UserError, match=problem):
+            jobs.start("chat", target, ["web", target], port=port)
+    assert (jobs.list_running(), job.is_ready) == ([job], False)
     wait_for((job.folder / PID_FILE).exists)
-    os.killpg(int((job.folder / PID_FILE).read_text()), signal.SIGKILL)
+    pid = int((job.folder / PID_FILE).read_text())
+    os.kill(os.getpgid(pid), signal.SIGKILL)
+    assert job.status == "running"
+    os.kill(pid, signal.SIGKILL)
     assert wait_for_end(job) == "killed"
     for name, content in (("empty", ""), ("list", "[]"), ("other", '{"step": 1}')):
         (job.folder.parent / name).mkdir()

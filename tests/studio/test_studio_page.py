@@ -21,8 +21,8 @@ from fastapi.testclient import TestClient
 
 from finesight.errors import UserError
 from finesight.studio.studio_jobs import JobStore
-from finesight.studio.studio_page import ServerAccess, make_studio_app
-from finesight.studio.studio_view import STEPS, StudioView
+from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
+from finesight.studio.studio_view import STEPS, Selection, StudioView
 from finesight.studio.workspace import Workspace
 from finesight.web.web_server import create_private_folder
 
@@ -45,8 +45,9 @@ def test_every_page_requires_the_password(folder: Path) -> None:
         paths = ("/live", "/view/report?run=a", "/view/check", "/studio.css", "/config")
         assert [client.get(path).status_code for path in paths] == [401] * len(paths)
         assert client.get("/").headers["location"] == "sign-in"
+        assert client.get("/page.css").status_code == 200
         client.post("/sign-in", content="password=right-password")
-        assert "finesight-studio" in client.cookies
+        assert "finesight-studio-0" in client.cookies
         assert client.get("/live").status_code == 200
 
 
@@ -66,12 +67,33 @@ def test_only_runs_of_the_workspace_are_shown(folder: Path) -> None:
         assert ">../outside<" not in client.get("/live?step=results&run=../outside").json()["top"]
 
 
+@pytest.mark.parametrize("converter", [None, Path("/convert.py")])
+def test_only_the_converter_of_the_command_line_runs(folder: Path, converter: Path | None) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess(converter=converter))
+    texts = [str(block.value) for block in page.blocks.blocks.values() if hasattr(block, "value")]
+    assert ("Write GGUF" in texts) == (converter is not None)
+    assert not any("convert" in (block.elem_id or "") for block in page.blocks.blocks.values())
+    with open_client(folder) as client:
+        assert "--converter convert_hf" in client.get("/live?step=export").json()["top"]
+
+
 def test_file_names_are_escaped(folder: Path) -> None:
     (folder / "<b>.yaml").write_text("model: finesight-tiny\ndata: {train: a.jsonl}\n")
     with open_client(folder) as client:
         for step in STEPS:
             page = client.get(f"/live?step={step}&recipe=<b>.yaml&job=<b>").json()
             assert "<b>" not in page["top"] + page["bottom"], step
+
+
+def test_url_names_the_shown_items_and_actions_use_no_others(folder: Path) -> None:
+    (folder / "a.yaml").write_text("model: finesight-tiny\ndata: {train: a.jsonl}\n")
+    view = StudioView(Workspace(folder))
+    with open_client(folder) as client:
+        for query, shown in (("", "a.yaml"), ("&recipe=b.yaml", "b.yaml")):
+            url = client.get(f"/live?step=train{query}").json()["url"]
+            assert url == f"./?step=train&recipe={shown}&lang=en"
+    for selection, recipe in ((Selection(recipe="a.yaml"), Path("a.yaml")), (Selection(), None)):
+        assert view.read_state(selection, use_newest=False).recipe == recipe
 
 
 class StudioDriver:
@@ -129,7 +151,8 @@ class StudioDriver:
 
 @pytest.fixture
 def studio(folder: Path, browser: Browser) -> Iterator[StudioDriver]:
-    command = [sys.executable, "-m", "finesight", "studio", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "finesight", "studio", str(folder), "--port", "0", "--no-auth"]
+    command += ["--chat-port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
-from finesight.studio.workspace import Workspace
+from finesight.studio.workspace import Workspace, as_argument
 
 OPTIONS = ImportOptions(prompt="Which color?")
 
@@ -32,9 +33,9 @@ def test_path_in_the_workspace(workspace: Workspace, path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("", "is no path"),
-        ("--help", "is no path"),
-        ("photos\0", "is no path"),
+        ("", "is not a valid path"),
+        ("--help", "is not a valid path"),
+        ("photos\0", "is not a valid path"),
         ("..", "outside of the workspace"),
         ("/etc/hosts", "outside of the workspace"),
         ("../secret.txt", "outside of the workspace"),
@@ -52,7 +53,7 @@ def test_other_paths_are_rejected(workspace: Workspace, path: str, problem: str)
 
 @pytest.mark.parametrize("name", ["", "../a", "a/b", "-a", ".a", "photos"])
 def test_new_name_is_checked(workspace: Workspace, name: str) -> None:
-    with pytest.raises(UserError, match=r"is no name|exists"):
+    with pytest.raises(UserError, match=r"is not a valid name|exists"):
         workspace.check_new_name(".", name)
     assert workspace.check_new_name("data", "图-1") == Path("data/图-1")
 
@@ -78,13 +79,21 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
     for old, new, problem in (
         ("runs/a", "/tmp/a", "outside of the workspace"),
         ("data/a/", "link/", "outside of the workspace"),
+        ("data/a/data.jsonl", "l*k/secret.txt", "outside of the workspace"),
+        ("data/a/", "file:///", "URL"),
+        ("data:", "adapter: ../a\ndata:", "outside of the workspace"),
+        ("data:", "eval: {metric: photos/m.py:f}\ndata:", "never runs"),
+        ("data:", "track: {kind: mlflow, uri: 'https://a.example'}\ndata:", "track.uri"),
         ("epochs: 2", "epochs: many", "epochs"),
         ("model:", "modell:", "modell"),
         (text, "text", "no settings"),
     ):
         with pytest.raises(UserError, match=problem):
             workspace.save_recipe(path, text.replace(old, new))
-    assert (workspace.folder / path).read_text() == text
+    with pytest.raises(UserError, match="has changed"):
+        workspace.save_recipe(path, text, "digest of another text")
+    assert workspace.read_recipe(path)[0] == text
+    workspace.save_recipe(path, text, workspace.read_recipe(path)[1])
     with pytest.raises(UserError, match=r"train.epochs"):
         workspace.create_recipe("b", dataset, "finesight-tiny", {"train.epochs": "{3"})
     with pytest.raises(UserError, match=r"recipes/a.yaml exists"):
@@ -101,3 +110,23 @@ def test_uploads_are_copied_into_a_new_folder(workspace: Workspace, tmp_path: Pa
     assert (workspace.folder / "uploads/all/a.png").read_text() == "a.png"
     with pytest.raises(UserError, match="uploaded twice"):
         workspace.save_uploads([files[0], files[0]], "twice")
+    with pytest.raises(OSError, match="missing"):
+        workspace.save_uploads([files[0], tmp_path / "missing"], "twice")
+    assert workspace.save_uploads(files[:1], "twice") == Path("uploads/twice/a.png")
+
+
+def test_files_that_cannot_be_read_are_skipped(workspace: Workspace) -> None:
+    for name in ("a", "b", "c", "d"):
+        (workspace.folder / name).mkdir()
+    (workspace.folder / "a" / "train.jsonl").write_text("{}\n")
+    (workspace.folder / "a" / "eval.jsonl").symlink_to(workspace.folder.parent / "secret.txt")
+    (workspace.folder / "b" / "train.jsonl").symlink_to("missing")
+    (workspace.folder / "c" / "train.jsonl").symlink_to("train.jsonl")
+    os.mkfifo(workspace.folder / "d" / "train.jsonl")
+    recipe = b"model: finesight-tiny\ndata: {train: a.jsonl}\n"
+    for file in (b"\xff.yaml", b"-a.yaml"):
+        Path(os.fsdecode(os.fsencode(workspace.folder) + b"/" + file)).write_bytes(recipe)
+    content = workspace.scan()
+    assert [(item.path, item.eval_file) for item in content.datasets] == [(Path("a"), None)]
+    assert content.recipes == [Path("-a.yaml")]
+    assert as_argument(Path("-a.yaml")) == "./-a.yaml"

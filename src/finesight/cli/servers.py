@@ -1,4 +1,4 @@
-"""`finesight serve`, `web` and `studio`: start an HTTP server or a page in the browser."""
+"""`finesight serve`, `web` and `studio`: start an HTTP server or a web UI."""
 
 from __future__ import annotations
 
@@ -221,10 +221,38 @@ def studio(
     ] = Path(),
     host: PageHostOption = "127.0.0.1",
     port: PortOption = 7870,
-    password_file: PasswordFileOption = None,
-    no_auth: NoAuthOption = False,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="File with the password, of at least 8 characters. Default: a generated one is "
+            "printed.",
+        ),
+    ] = None,
+    no_auth: Annotated[
+        bool,
+        typer.Option(
+            "--no-auth", help="Require no password, also from other users of the machine."
+        ),
+    ] = False,
+    chat_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the chat page. 0: any free port.")
+    ] = 7871,
+    api_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the HTTP API. 0: any free port.")
+    ] = 7872,
+    converter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            resolve_path=True,
+            help="convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.",
+        ),
+    ] = None,
 ) -> None:
-    """Start a page in the browser that leads from images to a served model.
+    """Start a web UI for import, data check, training, evaluation and serving.
 
     The steps are Data, Check, Plan, Train, Results, Chat, and Serve and export. The page shows the
     commands that it starts. They run in processes of their own and continue when the page or this
@@ -233,7 +261,8 @@ def studio(
     Example: finesight studio work
     """
     _require_gradio("finesight studio")
-    password, is_generated = _resolve_password(host, password_file, no_auth)
+    # The page starts commands as this user, so other users of the machine need a password too.
+    password, is_generated = _resolve_password(host, password_file, no_auth, open_loopback=False)
 
     from finesight.web.web_server import bind_socket, create_private_folder, serve_app
 
@@ -245,9 +274,9 @@ def studio(
         # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
         os.chdir(folder)
         view = StudioView(Workspace(Path()))
-        app = make_studio_app(
-            view, private_folder, ServerAccess(host, password), _is_loopback(host)
-        )
+        port = listener.getsockname()[1]
+        access = ServerAccess(host, password, converter, chat_port, api_port, port)
+        app = make_studio_app(view, private_folder, access, _is_loopback(host))
         _print_page_address(host, listener, password if is_generated else None)
         serve_app(app, listener)
 
@@ -257,6 +286,7 @@ def _print_page_address(host: str, listener: socket.socket, password: str | None
     typer.echo(f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}")
     if password is not None:
         typer.echo(f"password: {password}")
+    if password is not None and not _is_loopback(host):
         typer.echo("The page uses HTTP without encryption: the password is sent as plain text.")
 
 
@@ -270,10 +300,12 @@ def _require_gradio(command: str) -> None:
         )
 
 
-def _resolve_password(host: str, file: Path | None, no_auth: bool) -> tuple[str | None, bool]:
-    """Return the password of the chat UI, and whether it was generated.
+def _resolve_password(
+    host: str, file: Path | None, no_auth: bool, *, open_loopback: bool = True
+) -> tuple[str | None, bool]:
+    """Return the password of a page, and whether it was generated.
 
-    The password is None if the chat UI is open.
+    The password is None if the page is open, by default also on a loopback address.
     """
     if file is not None and no_auth:
         raise UserError(
@@ -284,7 +316,7 @@ def _resolve_password(host: str, file: Path | None, no_auth: bool) -> tuple[str 
         )
     if file is not None:
         return _read_password(file), False
-    if no_auth or _is_loopback(host):
+    if no_auth or (open_loopback and _is_loopback(host)):
         return None, False
     return secrets.token_urlsafe(12), True
 

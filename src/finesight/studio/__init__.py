@@ -1,1 +1,1 @@
-"""Local page from data to a served model (`finesight studio`)."""
+"""Web UI for import, data check, training, evaluation and serving (`finesight studio`)."""

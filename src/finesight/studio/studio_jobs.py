@@ -1,14 +1,15 @@
 """Commands that run in processes of their own, with their state in the workspace.
 
 A job is a folder with `job.json` (command), `log.txt` (its output), `pid` and, after the end,
-`exit_code`. The process of a job holds a lock on the folder, so a job outlives the studio, and
-another studio finds it again. `python -m finesight.studio.studio_jobs FOLDER` runs the command of a
+`exit_code`. The process of the command holds a lock, so a job outlives the studio, and another
+studio finds it again. `python -m finesight.studio.studio_jobs FOLDER` runs the command of a
 job folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shlex
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -25,15 +27,22 @@ from pydantic import BaseModel
 
 from finesight.bounded_files import parse_json
 from finesight.errors import UserError
-from finesight.storage import FileLock, write_file
+from finesight.storage import FileLock, make_folder, write_file
 
 JOBS_FOLDER = Path(".finesight", "jobs")
 """Folder of all jobs in a workspace."""
 
 JOB_FILE, LOG_FILE, PID_FILE, EXIT_CODE_FILE = "job.json", "log.txt", "pid", "exit_code"
+STOP_FILE, LOCK_FILE = "stop_requested", "lock"
+
+PYTHON = (sys.executable, "-P", "-m")
+"""Start of a command that never imports modules of its working directory, the workspace."""
 
 MAX_LOG_BYTES = 20_000
 """Maximum number of bytes at the end of a log that the page shows."""
+
+CONNECT_TIMEOUT_S = 0.5
+"""Seconds within which a server that has loaded its model answers."""
 
 START_TIMEOUT_S = 20.0
 """Seconds after which a job without a running process counts as killed."""
@@ -53,6 +62,7 @@ class Job(BaseModel, frozen=True):
         arguments: Arguments of `finesight`.
         ok_exit_codes: Exit codes of success.
         port: Port of a server, else 0.
+        host: Address that the server listens on.
         form: Texts of the form that started the command.
     """
 
@@ -63,6 +73,7 @@ class Job(BaseModel, frozen=True):
     started_at: datetime
     ok_exit_codes: tuple[int, ...] = (0,)
     port: int = 0
+    host: str = "127.0.0.1"
     form: tuple[str, ...] = ()
 
     @property
@@ -85,7 +96,7 @@ class Job(BaseModel, frozen=True):
     @property
     def status(self) -> JobStatus:
         """State of the process. Killed: it ended without an exit code."""
-        is_running = self._is_running()
+        is_running = self.exit_code is None and self._is_running()
         code = self.exit_code
         if code is not None:
             # A server ends only when it is stopped.
@@ -102,8 +113,27 @@ class Job(BaseModel, frozen=True):
             return log.read().decode("utf-8", "replace").strip()
         return ""
 
-    def stop(self) -> None:
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the command runs after a request to stop it."""
+        return (self.folder / STOP_FILE).exists() and self.status == "running"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a server answers. It accepts connections before its model is loaded."""
+        connection = HTTPConnection(self.host, self.port, timeout=CONNECT_TIMEOUT_S)
+        with contextlib.suppress(OSError, HTTPException), contextlib.closing(connection):
+            connection.request("GET", "/page.css")
+            connection.getresponse()
+            return True
+        return False
+
+    def stop(self, *, again: bool = False) -> None:
         """Send SIGINT to the command. Training then saves a checkpoint and ends.
+
+        Args:
+            again: Send another SIGINT, which ends training without a checkpoint. By default,
+                further calls have no effect.
 
         Raises:
             UserError: The job is not running.
@@ -111,13 +141,18 @@ class Job(BaseModel, frozen=True):
         with contextlib.suppress(OSError, ValueError):
             pid = int((self.folder / PID_FILE).read_text())
             if self._is_running():
-                os.kill(pid, signal.SIGINT)
+                with contextlib.suppress(FileExistsError):
+                    (self.folder / STOP_FILE).touch(exist_ok=False)
+                    again = True
+                if again:
+                    os.kill(pid, signal.SIGINT)
                 return
+        is_starting = self.status == "running"
         raise UserError(
-            f"the job is {self.status}",
+            "the command is still starting" if is_starting else f"the command is {self.status}",
             where=self.command,
-            expected="a running job",
-            remedy="reload the page",
+            expected="" if is_starting else "a running command",
+            remedy="Try again in a few seconds." if is_starting else "reload the page",
         )
 
     def _is_running(self) -> bool:
@@ -125,7 +160,7 @@ class Job(BaseModel, frozen=True):
         age_s = (datetime.now(UTC) - self.started_at).total_seconds()
         if not (self.folder / PID_FILE).exists():
             return age_s < START_TIMEOUT_S
-        with FileLock(self.folder) as lock:
+        with FileLock(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT) as lock:
             try:
                 lock.acquire(shared=True, wait=False)
             except BlockingIOError:
@@ -154,41 +189,54 @@ class JobStore:
         *,
         ok_exit_codes: Sequence[int] = (0,),
         port: int = 0,
+        host: str = "127.0.0.1",
         form: Sequence[str] = (),
     ) -> Job:
         """Start a command in a process that outlives this one.
 
         Raises:
-            UserError: The same command is running.
+            UserError: The same command, or another server of its target or port, is running.
         """
-        for running in self.list_jobs(step, target):
-            if running.arguments == tuple(arguments) and running.status == "running":
-                raise UserError(
-                    "the command is already running",
-                    where=running.command,
-                    expected="one process per command",
-                    remedy="wait for its end, or stop it",
+        make_folder(self._folder)
+        with FileLock(self._folder) as lock:
+            lock.acquire()
+            for running in self.list_running():
+                is_same = (running.step, running.target) == (step, target) and (
+                    running.arguments == tuple(arguments) or bool(port and running.port)
                 )
-        started_at = datetime.now(UTC)
-        folder = self._folder / f"{started_at:%Y%m%d-%H%M%S-%f}-{secrets.token_hex(3)}"
-        job = Job(
-            folder=folder,
-            step=step,
-            target=target,
-            arguments=tuple(arguments),
-            started_at=started_at,
-            ok_exit_codes=tuple(ok_exit_codes),
-            port=port,
-            form=tuple(form),
-        )
+                if is_same or (port and running.port == port):
+                    raise UserError(
+                        "the command is already running"
+                        if is_same
+                        else f"port {port} is used by another server of this workspace",
+                        where=running.command,
+                        expected="one process per command and port",
+                        remedy="wait for its end, or stop it",
+                    )
+            job = Job(
+                folder=self._folder,
+                step=step,
+                target=target,
+                arguments=tuple(arguments),
+                started_at=datetime.now(UTC),
+                ok_exit_codes=tuple(ok_exit_codes),
+                port=port,
+                host=host,
+                form=tuple(form),
+            )
+            return self._start_process(job)
+
+    def _start_process(self, job: Job) -> Job:
+        folder = self._folder / f"{job.started_at:%Y%m%d-%H%M%S-%f}-{secrets.token_hex(3)}"
+        job = job.model_copy(update={"folder": folder})
         write_file(folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
-        # The spin count of this process does not fit another load of the machine.
+        # GOMP_SPINCOUNT was chosen for this process; let the child choose its own.
         environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
         with (folder / LOG_FILE).open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(folder.resolve())],
+                [*PYTHON, __name__, str(folder.resolve())],
                 cwd=self._workspace,
-                env=environment | {"PYTHONUNBUFFERED": "1"},
+                env=environment | {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -207,6 +255,10 @@ class JobStore:
                 if step in (None, job.step) and target in (None, job.target):
                     jobs.append(job)
         return jobs
+
+    def list_running(self) -> list[Job]:
+        """Return all running jobs, newest first."""
+        return [job for job in self.list_jobs() if job.status == "running"]
 
     def find(self, job_id: str) -> Job:
         """Return the job with an ID. Raises UserError if there is none."""
@@ -232,16 +284,18 @@ def run_job(folder: Path) -> int:
     SIGINT and SIGTERM are forwarded to the child.
     """
     job = read_job(folder)
-    with FileLock(folder) as lock:
-        lock.acquire()
-        child = subprocess.Popen([sys.executable, "-m", "finesight", *job.arguments])
+    # The child inherits the lock, so that it counts as running if this process is killed.
+    with (folder / LOCK_FILE).open("a+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [*PYTHON, "finesight", *job.arguments]
+        child = subprocess.Popen(command, pass_fds=[lock.fileno()])
 
         def forward(number: int, frame: FrameType | None) -> None:
             child.send_signal(number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, forward)
-        write_file(folder / PID_FILE, str(os.getpid()).encode())
+        write_file(folder / PID_FILE, str(child.pid).encode())
         exit_code = child.wait()
         write_file(folder / EXIT_CODE_FILE, str(exit_code).encode())
     return exit_code

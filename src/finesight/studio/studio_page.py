@@ -8,6 +8,7 @@ import shlex
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -30,7 +31,7 @@ from finesight.studio.studio_view import (
     StudioView,
     render_message,
 )
-from finesight.studio.workspace import STUDIO_FOLDER
+from finesight.studio.workspace import STUDIO_FOLDER, as_argument
 from finesight.web.access_middleware import (
     EMPTY_INPUT,
     GET_ROUTES,
@@ -59,10 +60,17 @@ class ServerAccess:
     Attributes:
         host: Address that the studio and its chat pages listen on.
         password: Password of both. None admits everyone.
+        port: Port of the studio.
+        chat_port, api_port: Ports of the chat page and of the HTTP API. 0: any free port.
+        converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
     """
 
     host: str = "127.0.0.1"
     password: str | None = None
+    converter: Path | None = None
+    chat_port: int = 7871
+    api_port: int = 7872
+    port: int = 0
 
 
 Action = Callable[..., str]
@@ -86,11 +94,12 @@ class StudioPage:
             self._message = _create_html("message")
             # The address to open after an action; read by the script of the page.
             self._next_url = gr.Textbox(visible="hidden")
+            self._digest = gr.Textbox(visible="hidden")
             self._build_forms()
             self._bottom = _create_html("studio-bottom")
             load = self.blocks.load(
                 self._on_load,
-                outputs=[*self._forms.values(), *(item for item, _ in self._labels)],
+                outputs=[*self._forms.values(), *(item for item, _ in self._labels), self._digest],
                 show_progress="hidden",
             )
             self.inputs[load["id"]] = EMPTY_INPUT
@@ -102,8 +111,8 @@ class StudioPage:
             values = [
                 self._text("Or a file or folder in the workspace", "source", "photos"),
                 self._text("Name of the data set", "name", "tickets"),
-                self._text("Question to the model about each image", "prompt", "Read the ticket."),
-                self._text("Columns of a table", "columns", "image=path answer=caption"),
+                self._text("Prompt", "prompt", "Read the ticket."),
+                self._text("Column mapping", "columns", "image=path answer=caption"),
                 self._text("Fraction of training samples", "fraction", value=DEFAULT_FRACTION),
             ]
             self._import_fields = values
@@ -131,9 +140,14 @@ class StudioPage:
                     self._text("Learning rate", "learning-rate", "1e-4"),
                     self._text("Metric", "metric", ", ".join(get_args(TaskName))),
                 ]
-                self._button("Create the recipe", self._create_recipe, values)
+                self._button(
+                    "Create the recipe", self._create_recipe, values, error_title="Recipe not saved"
+                )
             self._editor = self._text("Selected recipe", "editor", lines=12)
-            self._button("Save the recipe", self._save_recipe, [self._editor])
+            values = [self._editor, self._digest]
+            self._button(
+                "Save the recipe", self._save_recipe, values, error_title="Recipe not saved"
+            )
         with self._form("train"):
             self._button("Start or resume", self._start_listed)
         with self._form("results"):
@@ -141,16 +155,19 @@ class StudioPage:
         with self._form("chat"):
             self._button("Start the chat", self._chat)
         with self._form("export"):
-            self._button("Start the server", lambda state: self._start_server(state, "serve", []))
+            self._button(
+                "Start the server",
+                lambda state: self._start_server(state, "serve", self._access.api_port),
+            )
             name = self._text("Name of the merged model", "merged-name", "tickets")
             self._button("Merge", self._merge, [name])
-            converter = self._text(
-                "Converter of llama.cpp, for GGUF", "converter", "convert_hf_to_gguf.py"
-            )
             with gr.Row():
                 self._button("Commands for vLLM and SGLang", self._export, [name])
-                self._button("Write GGUF", self._export, [name, converter])
-        self._button("Stop", self._stop, elem_id="stop")
+                if self._access.converter is not None:
+                    self._button("Write GGUF", partial(self._export, write_gguf=True), [name])
+        self._button("Stop", self._stop, elem_id="stop", error_title="")
+        again = "Stop without a checkpoint"
+        self._button(again, partial(self._stop, again=True), elem_id="stop-again", error_title="")
 
     def _form(self, step: str) -> gr.Column:
         self._forms[step] = gr.Column(visible=False, elem_classes="studio-form")
@@ -183,16 +200,18 @@ class StudioPage:
         inputs: Sequence[Any] = (),
         input_type: Inputs | None = None,
         elem_id: str | None = None,
+        error_title: str = "Command not started",
     ) -> None:
         """Add a button whose action shows its error, or opens a URL."""
 
         def on_click(request: gr.Request, *values: Any) -> tuple[str, str]:
             selection = _read_selection(request)
             try:
-                return "", action(self._view.read_state(selection), *values)
+                # An action applies to the items that the page shows, which its URL names.
+                return "", action(self._view.read_state(selection, use_newest=False), *values)
             except UserError as error:
                 with use_language(selection.lang):
-                    return render_message(translate("Not possible"), str(error)), ""
+                    return render_message(translate(error_title), str(error)), ""
 
         elem_id = elem_id or re.sub(r"\W+", "-", label.lower())
         button = gr.Button(label, elem_id=elem_id, variant="primary")
@@ -223,10 +242,11 @@ class StudioPage:
             for field, text in zip(self._import_fields, job.form, strict=True):
                 updates[field]["value"] = text
         updates[self._import_panel]["open"] = is_open
+        updates[self._digest] = ""
         updates[self._recipe_panel]["open"] = not state.content.recipes
         if state.recipe is not None:
-            file = self._workspace.folder / state.recipe
-            updates[self._editor]["value"] = file.read_text(encoding="utf-8", errors="replace")
+            text, updates[self._digest] = self._workspace.read_recipe(state.recipe)
+            updates[self._editor]["value"] = text
         return updates
 
     def _on_preview(self, request: gr.Request, *values: str) -> str:
@@ -240,8 +260,8 @@ class StudioPage:
     ) -> tuple[Path, list[str]]:
         """Return the data set and the import command of a form. The source may be missing yet."""
         target = self._workspace.check_new_name("data", name)
-        path = str(self._workspace.resolve(source, "source")) if source.strip() else "uploads/…"
-        arguments = ["import", path, str(target)]
+        path = self._workspace.resolve(source, "source") if source.strip() else Path("uploads/…")
+        arguments = ["import", as_argument(path), str(target)]
         arguments += ["--prompt", prompt.strip()] if prompt.strip() else []
         try:
             pairs = shlex.split(columns)
@@ -270,7 +290,9 @@ class StudioPage:
             files = [Path(file) for file in upload]
             source = str(self._workspace.save_uploads(files, name.strip()))
         target, arguments = self._build_import(source, name, *others)
-        return self._start(state, str(target), arguments, data=str(target), form=values)
+        return self._start(
+            state, str(target), arguments, data=str(target), form=[source, name, *others]
+        )
 
     def _create_recipe(
         self,
@@ -291,10 +313,10 @@ class StudioPage:
         recipe = self._workspace.create_recipe(name.strip(), state.dataset, model, settings)
         return state.selection.link(recipe=str(recipe))
 
-    def _save_recipe(self, state: StudioState, text: str) -> str:
+    def _save_recipe(self, state: StudioState, text: str, digest: str) -> str:
         if state.recipe is None:
             raise _missing("recipe")
-        self._workspace.save_recipe(state.recipe, text)
+        self._workspace.save_recipe(state.recipe, text, digest)
         return state.selection.link(recipe=str(state.recipe))
 
     def _chat(self, state: StudioState) -> str:
@@ -303,7 +325,7 @@ class StudioPage:
             options.append("--no-auth")
         else:
             options += ["--password-file", str(self._write_password(self._access.password))]
-        return self._start_server(state, "web", options)
+        return self._start_server(state, "web", self._access.chat_port, options, self._access.host)
 
     def _write_password(self, password: str) -> Path:
         """Write the password for a chat page into a file that only this user can read."""
@@ -315,47 +337,54 @@ class StudioPage:
             stream.write(password)
         return path
 
-    def _start_server(self, state: StudioState, command: str, options: list[str]) -> str:
+    def _start_server(
+        self,
+        state: StudioState,
+        command: str,
+        port: int,
+        options: Sequence[str] = (),
+        host: str = "127.0.0.1",
+    ) -> str:
         if state.run is None:
             raise _missing("run")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = int(free.getsockname()[1])
-        arguments = [command, str(state.run), "--port", str(port), *options]
-        return self._start(state, str(state.run), arguments, port=port)
+        if not port:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = int(free.getsockname()[1])
+        arguments = [command, as_argument(state.run), "--port", str(port), *options]
+        return self._start(state, str(state.run), arguments, port=port, host=host)
 
     def _merge(self, state: StudioState, name: str) -> str:
         if state.run is None:
             raise _missing("run")
         target = self._workspace.check_new_name("models", name)
-        return self._start(state, str(state.run), ["merge", str(state.run), str(target)])
+        return self._start(state, str(state.run), ["merge", as_argument(state.run), str(target)])
 
-    def _export(self, state: StudioState, name: str, converter: str | None = None) -> str:
-        """Print serving commands for a merged model, or write GGUF files with a converter."""
+    def _export(self, state: StudioState, name: str, *, write_gguf: bool = False) -> str:
+        """Print serving commands for a merged model, or write GGUF files."""
         model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
         arguments = ["export", str(model)]
-        if converter is not None:
-            arguments.append(str(self._workspace.check_new_name("gguf", name)))
-            # An empty field: the converter in the folders of PATH.
-            if converter.strip():
-                file = self._workspace.resolve(converter, "converter")
-                arguments += ["--converter", str(file)]
+        if write_gguf:
+            target = self._workspace.check_new_name("gguf", name)
+            arguments += [str(target), "--converter", str(self._access.converter)]
         return self._start(state, state.target, arguments)
 
-    def _stop(self, state: StudioState) -> str:
-        if state.job is None:
-            raise _missing("running command")
-        state.job.stop()
-        return state.selection.link(job=state.job.id)
+    def _stop(self, state: StudioState, *, again: bool = False) -> str:
+        job = self._jobs.find(state.selection.job)
+        job.stop(again=again)
+        return state.selection.link_job(job)
 
     def _start_listed(self, state: StudioState) -> str:
         """Start the command that the page shows for the selection."""
         commands, is_check = self._view.list_commands(state), state.selection.step == "check"
         if not commands:
             raise _missing("data set" if is_check else "recipe")
+        is_train, run = state.selection.step == "train", ""
         if not is_check and state.recipe is not None:
-            self._workspace.load_recipe(state.recipe)
+            output_dir = self._workspace.load_recipe(state.recipe).output_dir
+            folder = self._workspace.folder
+            run = os.path.relpath(os.path.realpath(folder / output_dir), folder) if is_train else ""
         exit_codes = CHECK_EXIT_CODES if is_check else (0,)
-        return self._start(state, state.target, commands[0], ok_exit_codes=exit_codes)
+        return self._start(state, state.target, commands[0], ok_exit_codes=exit_codes, run=run)
 
     def _start(
         self,
@@ -364,8 +393,10 @@ class StudioPage:
         arguments: Sequence[str],
         *,
         data: str = "",
+        run: str = "",
         ok_exit_codes: Sequence[int] = (0,),
         port: int = 0,
+        host: str = "127.0.0.1",
         form: Sequence[str] = (),
     ) -> str:
         job = self._jobs.start(
@@ -374,9 +405,14 @@ class StudioPage:
             arguments,
             ok_exit_codes=ok_exit_codes,
             port=port,
+            host=host,
             form=form,
         )
-        return state.selection.link(job=job.id, **({"data": data} if data else {}))
+        # The command creates these items, so they are selected before they exist.
+        items = {"data": data, "run": run}
+        return state.selection.link(
+            job=job.id, **{key: item for key, item in items.items() if item}
+        )
 
 
 def render_command(arguments: Sequence[str]) -> str:
@@ -457,5 +493,5 @@ def make_studio_app(
         access.password,
         loopback_only,
         get_routes=re.compile(GET_ROUTES.pattern + VIEW_ROUTES),
-        session_cookie="finesight-studio",
+        session_cookie=f"finesight-studio-{access.port}",
     )

@@ -26,7 +26,13 @@ from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import get_run_status
 from finesight.studio.studio_jobs import Job, JobStore, format_command
-from finesight.studio.workspace import STUDIO_FOLDER, Workspace, WorkspaceContent, WorkspaceDataset
+from finesight.studio.workspace import (
+    STUDIO_FOLDER,
+    Workspace,
+    WorkspaceContent,
+    WorkspaceDataset,
+    as_argument,
+)
 from finesight.web.chat_html import select_ui_text
 
 STATIC_FOLDER = Path(__file__).parent / "static"
@@ -73,10 +79,15 @@ class Selection:
         values = {**asdict(self), "job": "", **changes}
         return "./?" + urlencode({key: value for key, value in values.items() if value})
 
+    def link_job(self, job: Job) -> str:
+        """Return the URL of a job in its step, with its target selected."""
+        keys = {"data": "data", "check": "data", "plan": "recipe", "train": "recipe"}
+        return self.link(step=job.step, job=job.id, **{keys.get(job.step, "run"): job.target})
+
 
 @dataclass(frozen=True, slots=True)
 class StudioState:
-    """Selection, with the selected items of the workspace and the job of the step."""
+    """Selected items of the workspace and job of the step, which the selection names."""
 
     selection: Selection
     content: WorkspaceContent
@@ -129,18 +140,29 @@ class StudioView:
         style = (STATIC_FOLDER / "studio.css").read_text(encoding="utf-8")
         self.style = f":is(#studio-top, #studio-bottom, #message, #preview) {{ {nested} }} {style}"
 
-    def read_state(self, selection: Selection) -> StudioState:
-        """Find the selected items. By default, the newest ones are selected."""
+    def read_state(self, selection: Selection, *, use_newest: bool = True) -> StudioState:
+        """Find the selected items.
+
+        Args:
+            use_newest: Select the newest items of kinds that the selection does not name.
+        """
         content = self.workspace.scan()
-        dataset = _select(content.datasets, selection.data, lambda item: str(item.path))
-        recipe = _select(content.recipes, selection.recipe, str)
-        run = _select(content.runs, selection.run, str)
+        dataset = _select(content.datasets, selection.data, lambda x: str(x.path), use_newest)
+        recipe = _select(content.recipes, selection.recipe, str, use_newest)
+        run = _select(content.runs, selection.run, str, use_newest)
         state = StudioState(selection, content, dataset, recipe, run, (), None)
         # An import creates its data set, so it belongs to no item.
         target = None if selection.step == "data" else state.target
         jobs = self.jobs.list_jobs(selection.step, target)
-        job = next((job for job in jobs if job.id == selection.job), jobs[0] if jobs else None)
-        return replace(state, jobs=jobs[:MAX_LISTED_JOBS], job=job)
+        job = _select(jobs, selection.job, lambda job: job.id, use_newest)
+        selection = replace(
+            selection,
+            data=str(dataset.path) if dataset else selection.data,
+            recipe=str(recipe or selection.recipe),
+            run=str(run or selection.run),
+            job=job.id if job else selection.job,
+        )
+        return replace(state, selection=selection, jobs=jobs[:MAX_LISTED_JOBS], job=job)
 
     def render(self, selection: Selection, host: str) -> dict[str, Any]:
         """Render the parts of the page above and below its form.
@@ -149,17 +171,21 @@ class StudioView:
             host: Host name by which the browser reaches this machine.
         """
         state = self.read_state(selection)
-        status = state.job.status if state.job else None
+        selection, job = state.selection, state.job
+        status = "stopping" if job and job.is_stopping else job.status if job else ""
+        running = [item for item in self.jobs.list_running() if job is None or item.id != job.id]
         with use_language(selection.lang):
             values = {
                 "state": state,
                 "link": selection.link,
                 "selection": selection,
                 "content": state.content,
-                "job": state.job,
+                "job": job,
                 "status": status,
-                "log": state.job.read_log() if state.job else "",
-                "host": host,
+                "running": running,
+                "log": job.read_log() if job else "",
+                "is_ready": job is not None and status == "running" and job.port and job.is_ready,
+                "host": f"[{host}]" if ":" in host else host,
                 "workspace": self.workspace.folder,
                 "commands": [format_command(words) for words in self.list_commands(state)],
                 "runs": [self._describe_run(run) for run in state.content.runs],
@@ -172,26 +198,29 @@ class StudioView:
                 for name in ("top", "bottom")
             )
         language = LANGUAGE_TAGS[selection.lang]
-        return {"top": top, "bottom": bottom, "status": status or "", "language": language}
+        url = selection.link(job=selection.job)
+        return {"top": top, "bottom": bottom, "status": status, "language": language, "url": url}
 
     def list_commands(self, state: StudioState) -> list[list[str]]:
-        """Return the commands of a step that depend on the selection only."""
+        """Return the commands of a step that depend on the selection and the workspace only."""
         step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
         if step == "check" and dataset is not None:
-            against = ["--against", str(dataset.eval_file)] if dataset.eval_file else []
-            page, language = str(_get_check_page(dataset)), state.selection.lang
-            return [
-                ["check", str(dataset.train_file), *against, "--html", page, "--language", language]
-            ]
+            against = ["--against", as_argument(dataset.eval_file)] if dataset.eval_file else []
+            options = ["--html", str(_get_check_page(dataset)), "--language", state.selection.lang]
+            return [["check", as_argument(dataset.train_file), *against, *options]]
         if step == "plan" and recipe is not None:
-            return [["plan", str(recipe)]]
+            return [["plan", as_argument(recipe)]]
         if step == "train" and recipe is not None:
             # Resumes the run of the recipe, or starts it.
-            return [["train", str(recipe), "--resume"]]
+            return [["train", as_argument(recipe), "--resume"]]
         if step == "results" and run is not None:
-            return [["report", str(run)]]
+            return [["report", as_argument(run)]]
         if step == "chat" and run is not None:
-            return [["web", str(run)]]
+            return [["web", as_argument(run)]]
+        if step == "export":
+            model = as_argument((state.content.models or [Path("models/NAME")])[0])
+            options = ["--converter", "convert_hf_to_gguf.py"]
+            return [["export", model, f"gguf/{Path(model).name}", *options]]
         return []
 
     def render_report(self, params: Mapping[str, Sequence[str]], selection: Selection) -> str:
@@ -266,10 +295,11 @@ def _get_check_page(dataset: WorkspaceDataset) -> Path:
     return Path(STUDIO_FOLDER, "check", f"{name}.html")
 
 
-def _select(items: Sequence[Any], name: str, get_name: Any) -> Any:
-    """Return the item with a name, else the first one, or None without items."""
-    selected = [item for item in items if get_name(item) == name]
-    return (selected or [*items, None])[0]
+def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> Any:
+    """Return the item with a name, or None. Without a name, return the first one or None."""
+    if not name:
+        return items[0] if items and use_first else None
+    return next((item for item in items if get_name(item) == name), None)
 
 
 @lru_cache(maxsize=64)

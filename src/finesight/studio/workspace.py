@@ -6,29 +6,36 @@ The studio only opens files that lie in the workspace after symbolic links are r
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from glob import iglob
+from itertools import chain
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
 from finesight.bounded_files import load_yaml
-from finesight.config import Recipe, is_url
-from finesight.errors import UserError, suggest_similar_path
+from finesight.config import TRACKER_MODES, Recipe, TaskName, is_url
+from finesight.errors import UserError, escape_surrogates, suggest_similar_path
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, parse_recipe, recipe_from_dict
-from finesight.storage import write_file
+from finesight.storage import working_folder, write_file
 
 STUDIO_FOLDER = ".finesight"
 TRAIN_FILES, EVAL_FILE = ("train.jsonl", "data.jsonl"), "eval.jsonl"
 """Files that `finesight import` writes."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
+
+LISTED_SUFFIXES = (".json", ".jsonl", ".safetensors", ".yaml", ".yml")
+"""Suffixes of the files by which the studio finds items."""
 
 MAX_DEPTH, MAX_FOLDERS = 3, 2000
 """Maximum depth and number of folders in which the studio searches."""
@@ -76,23 +83,23 @@ class Workspace:
                 content.runs.append(path)
             elif "config.json" in names and any(n.endswith(".safetensors") for n in names):
                 content.models.append(path)
-            elif train_name is not None and self._contains(folder / train_name):
+            elif train_name is not None:
                 eval_file = path / EVAL_FILE if EVAL_FILE in names else None
-                content.datasets.append(
-                    WorkspaceDataset(
-                        path,
-                        path / train_name,
-                        eval_file,
-                        _count_lines(folder / train_name),
-                        _count_lines(folder / EVAL_FILE) if eval_file else 0,
+                with contextlib.suppress(OSError):
+                    num_train = _count_lines(folder / train_name)
+                    num_eval = _count_lines(folder / EVAL_FILE) if eval_file else 0
+                    content.datasets.append(
+                        WorkspaceDataset(path, path / train_name, eval_file, num_train, num_eval)
                     )
-                )
             else:
                 recipes = (path / name for name in names if name.endswith((".yaml", ".yml")))
                 content.recipes += [path for path in recipes if self._is_recipe(path)]
 
         def by_time(path: Path) -> float:
-            return (self.folder / path).stat().st_mtime
+            # An item may be deleted during the search.
+            with contextlib.suppress(OSError):
+                return (self.folder / path).stat().st_mtime
+            return 0.0
 
         content.datasets.sort(key=lambda dataset: by_time(dataset.train_file), reverse=True)
         for paths in (content.recipes, content.runs, content.models):
@@ -102,10 +109,14 @@ class Workspace:
     def _walk(self) -> Iterator[tuple[Path, frozenset[str]]]:
         """Yield folders with their file names, without those inside of runs and models."""
         for num_folders, (name, subfolders, files) in enumerate(os.walk(self.folder)):
-            folder, names = Path(name), frozenset(files)
+            folder = Path(name)
+            # Without dangling links, links out of the workspace, and names that are no text.
+            listed = (n for n in files if n.endswith(LISTED_SUFFIXES) and _is_text(n))
+            paths = (folder / n for n in listed)
+            names = frozenset(p.name for p in paths if os.path.isfile(p) and self._contains(p))
             is_item = MANIFEST_FILE in names or "config.json" in names
             depth = len(folder.relative_to(self.folder).parts)
-            subfolders[:] = sorted(n for n in subfolders if not n.startswith("."))
+            subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and _is_text(n))
             if is_item or depth >= MAX_DEPTH or num_folders >= MAX_FOLDERS:
                 subfolders.clear()
             yield folder, names
@@ -121,7 +132,8 @@ class Workspace:
         return isinstance(content, dict) and {"model", "data"} <= content.keys()
 
     def _contains(self, path: Path) -> bool:
-        return path.resolve().is_relative_to(self.folder)
+        # Unlike Path.resolve, it accepts links in a loop.
+        return Path(os.path.realpath(path)).is_relative_to(self.folder)
 
     def resolve(self, text: str, where: str) -> Path:
         """Return the path that a user has entered, relative to the workspace.
@@ -133,7 +145,9 @@ class Workspace:
         expected = "a file or folder in the workspace"
         remedy = "enter a path relative to the workspace, or upload the files"
         if not name or name.startswith("-") or "\0" in name:
-            raise UserError(f"{name!r} is no path", where=where, expected=expected, remedy=remedy)
+            raise UserError(
+                f"{name!r} is not a valid path", where=where, expected=expected, remedy=remedy
+            )
         path = Path(os.path.normpath(self.folder / name))
         # A path outside is reported as such, whether it exists or not.
         if not path.is_relative_to(self.folder) or not self._contains(path):
@@ -172,9 +186,9 @@ class Workspace:
             or not self._contains(self.folder / path)
         ):
             raise UserError(
-                f"{path} exists" if is_valid else f"{name!r} is no name",
+                f"{path} exists" if is_valid else f"{name!r} is not a valid name",
                 where=parent,
-                expected="a new name of letters, digits, - and _",
+                expected="a new name of 1 to 64 letters, digits, ., - or _",
                 remedy="choose another name",
             )
         return path
@@ -193,17 +207,19 @@ class Workspace:
         It is the only table or the only file, else the folder.
         """
         folder = self.check_new_name("uploads", name)
-        for file in files:
-            target = self.folder / folder / file.name
-            if target.exists():
-                raise UserError(
-                    f"{file.name} is uploaded twice",
-                    where="upload",
-                    expected="files with different names",
-                    remedy="upload a zip archive of the folders",
-                )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+        names = [file.name for file in files]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(
+                f"{twice[0]} is uploaded twice",
+                where="upload",
+                expected="files with different names",
+                remedy="upload a zip archive of the folders",
+            )
+        # An error leaves no folder, so the same name can be used again.
+        with working_folder(self.folder / folder) as partial:
+            for file in files:
+                shutil.copyfile(file, partial / file.name)
+            partial.rename(self.folder / folder)
         tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
         sources = tables if len(tables) == 1 else files
         return folder / sources[0].name if len(sources) == 1 else folder
@@ -236,11 +252,22 @@ class Workspace:
         self.save_recipe(path, text)
         return path
 
-    def save_recipe(self, path: Path, text: str) -> None:
+    def read_recipe(self, path: Path) -> tuple[str, str]:
+        """Return the text of a recipe and its digest; empty if it cannot be read."""
+        content = b""
+        with contextlib.suppress(OSError):
+            content = (self.folder / path).read_bytes()
+        return content.decode("utf-8", "replace"), hashlib.sha256(content).hexdigest()
+
+    def save_recipe(self, path: Path, text: str, digest: str | None = None) -> None:
         """Validate the text of a recipe, and write it.
 
+        Args:
+            digest: Digest of the content to replace. None replaces any.
+
         Raises:
-            UserError: A setting is invalid, or a path is outside of the workspace.
+            UserError: The content has changed.
+            UserError: A setting is invalid, or `check_recipe_paths` rejects the recipe.
         """
         content, _ = parse_recipe(text, path)
         if not isinstance(content, dict):
@@ -251,26 +278,58 @@ class Workspace:
                 remedy="restore the text",
             )
         self.check_recipe_paths(recipe_from_dict(content), path)
+        if digest not in (None, self.read_recipe(path)[1]):
+            raise UserError(
+                "the recipe has changed since the page showed it",
+                where=str(path),
+                expected="an unchanged recipe",
+                remedy="copy your changes, reload the page, and edit the recipe again",
+            )
         write_file(self.folder / path, text.encode())
 
     def load_recipe(self, path: Path) -> Recipe:
-        """Load a recipe whose paths are all in the workspace."""
+        """Load a recipe that `check_recipe_paths` accepts."""
         recipe = load_recipe(self.folder / path)
         self.check_recipe_paths(recipe, path)
         return recipe
 
     def check_recipe_paths(self, recipe: Recipe, where: Path) -> None:
-        """Raise UserError if the model, data or output of a recipe is outside of the workspace."""
-        self.check_model(str(recipe.model))
-        files = [file.path for file in (*recipe.data.train, *recipe.data.eval)]
-        for path in (*(file for file in files if not is_url(file)), recipe.output_dir):
-            if not self._contains(self.folder / path):
-                raise UserError(
-                    f"{path} is outside of the workspace {self.folder}",
-                    where=str(where),
-                    expected="data and output_dir in the workspace",
-                    remedy="change the path, or train in a terminal",
-                )
+        """Raise UserError if a recipe would run code or open files outside of the workspace."""
+        for model in (recipe.model, *([] if recipe.adapter is None else [recipe.adapter])):
+            self.check_model(str(model))
+        problem = ""
+        for path in (*(f.path for f in (*recipe.data.train, *recipe.data.eval)), recipe.output_dir):
+            if is_url(path):
+                problem = f"the URL {path} is outside of the workspace {self.folder}"
+                continue
+            # A glob pattern may match files beyond symbolic links.
+            files = chain([str(self.folder / path)], iglob(str(self.folder / path), recursive=True))
+            if not all(self._contains(Path(file)) for file in files):
+                problem = f"{path} is outside of the workspace {self.folder}"
+        if recipe.eval is not None and recipe.eval.metric not in get_args(TaskName):
+            problem = (
+                f"eval.metric {recipe.eval.metric} is a Python file, which the studio never runs"
+            )
+        for tracker in recipe.track:
+            if tracker.uri is not None and tracker.uri not in TRACKER_MODES.get(tracker.kind, ()):
+                problem = f"track.uri {tracker.uri} is no local mode of {tracker.kind}"
+        if problem:
+            raise UserError(
+                problem,
+                where=str(where),
+                expected="data and output_dir in the workspace, a built-in metric, no track.uri",
+                remedy="change the setting, or train in a terminal",
+            )
+
+
+def as_argument(path: Path) -> str:
+    """Return a path as a command-line argument that is never read as an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a file name is UTF-8. Other bytes are lone surrogates."""
+    return escape_surrogates(name) == name
 
 
 def _count_lines(file: Path) -> int:

@@ -146,6 +146,10 @@ def mount_page(
     """
     import gradio as gr
 
+    @app.get("/page.css")
+    def get_style() -> Response:
+        return FileResponse(STATIC_FOLDER / "page.css", media_type="text/css")
+
     mounted_app: FastAPI = gr.mount_gradio_app(
         app,
         blocks,
@@ -197,10 +201,6 @@ def _configure_gradio(folder: Path) -> Iterator[None]:
 
 
 def _add_file_routes(app: FastAPI, session_store: WebSessionStore) -> None:
-    @app.get("/page.css")
-    def get_style() -> Response:
-        return FileResponse(STATIC_FOLDER / "page.css", media_type="text/css")
-
     @app.get("/images/{token}/{number}")
     def get_image(token: str, number: int) -> Response:
         session = session_store.find_by_token(token)

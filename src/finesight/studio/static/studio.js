@@ -26,23 +26,41 @@
 
   const update = async () => {
     let delay = 8000;
+    const query = location.search;
     try {
-      const response = await fetch(`live${location.search}`);
+      const response = await fetch(`live${query}`);
       if (response.status === 401) location.reload();
       const page = await response.json();
+      // Actions apply to the items in the URL, which are those that the page shows.
+      if (query === location.search) history.replaceState(null, "", page.url);
       document.documentElement.lang = page.language;
       replace("studio-top", page.top);
       replace("studio-bottom", page.bottom);
       document.getElementById("stop")?.classList.toggle("shown", page.status === "running");
-      if (page.status === "running") delay = 1500;
+      document.getElementById("stop-again")?.classList.toggle("shown", page.status === "stopping");
+      if (["running", "stopping"].includes(page.status)) delay = 1500;
     } catch { /* The studio was stopped; another attempt follows. */ }
     setTimeout(update, delay);
   };
 
   document.addEventListener("click", async (event) => {
+    const stop = event.target.closest?.("button.stop-job");
+    if (stop) {
+      history.replaceState(null, "", stop.dataset.url);
+      document.getElementById("stop").click();
+    }
     const button = event.target.closest?.("button.copy");
     if (!button) return;
-    await navigator.clipboard.writeText(button.dataset.copy);
+    if (navigator.clipboard) await navigator.clipboard.writeText(button.dataset.copy);
+    else {
+      // Browsers have no clipboard API on a page without TLS.
+      const field = document.createElement("textarea");
+      field.value = button.dataset.copy;
+      document.body.append(field);
+      field.select();
+      document.execCommand("copy");
+      field.remove();
+    }
     button.textContent = "✓";
   });
   update();

@@ -21,7 +21,7 @@ from finesight.model.config import ConfigReader
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import build_model
 from finesight.model.weights_io import init_random_model, save_model
-from finesight.model_folder import locate_model
+from finesight.model_folder import ModelFolder, locate_model
 from finesight.train.dataloader import StepDataset
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.sampler import SequentialSampler
@@ -103,10 +103,12 @@ def ensure_weights(config: Path, output_dir: Path) -> Path:
     """Return a model folder with weights: `config`, or random bf16 weights in `output_dir`."""
     if list(config.glob("*.safetensors")) or output_dir.exists():
         return config if list(config.glob("*.safetensors")) else output_dir
-    folder = locate_model(str(config))
     making = output_dir.with_name(f".{output_dir.name}")
     shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
+    # A new model has its configuration in the folder to which its weights are written.
+    source = locate_model(str(config)).path
+    shutil.copytree(source, making, ignore=shutil.ignore_patterns("sha256.json"))
+    folder = ModelFolder(making)
     model = init_random_model(folder.config, 0, torch.bfloat16, resolve_device("auto"))
     save_model(model, folder, making, torch.bfloat16)
     return making.rename(output_dir)

@@ -38,7 +38,7 @@ COMMANDS = (
     ["plan"],
     ["show"],
 )
-INTERACTIVE_COMMANDS = (["chat"], ["web"], ["serve"])
+INTERACTIVE_COMMANDS = (["chat"], ["web"], ["serve"], ["studio"])
 """Commands that run until they are stopped and print no results."""
 
 HEAVY = ("torch", "numpy", "PIL", "transformers", "rich", "tokenizers", "fastapi", "gradio")

@@ -38,9 +38,11 @@ CLIENTS = {
     "hub/modelscope.py",
     "hub/url_files.py",
     "serve/image_sources.py",
+    "studio/studio_jobs.py",
     "track/backends.py",
 }
-"""Modules that send requests: to hubs and URLs of the user, and to allowed media hosts."""
+"""Modules that send requests: to hubs and URLs of the user, to allowed media hosts, and to servers
+that the studio has started."""
 
 NETWORK = {"httpx", "httpx2", "requests", "aiohttp", "urllib3", "urllib.request", "http.client"}
 

@@ -231,7 +231,11 @@ def load_recipe(path: Path, overrides: Overrides = ()) -> Recipe:
 
     Paths in the recipe are relative to the working directory, not to the recipe.
     """
-    text = read_recipe_text(path)
+    return recipe_from_text(read_recipe_text(path), path, overrides)
+
+
+def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe:
+    """Build a recipe from the YAML text of a file, and apply overrides."""
     content, lines = parse_recipe(text, path)
     if not isinstance(content, dict):
         raise UserError(

@@ -86,7 +86,7 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
         ("data:", "track: {kind: mlflow, uri: 'https://a.example'}\ndata:", "track.uri"),
         ("epochs: 2", "epochs: many", "epochs"),
         ("model:", "modell:", "modell"),
-        (text, "text", "no settings"),
+        (text, "text", "not a recipe"),
     ):
         with pytest.raises(UserError, match=problem):
             workspace.save_recipe(path, text.replace(old, new))
@@ -108,7 +108,7 @@ def test_uploads_are_copied_into_a_new_folder(workspace: Workspace, tmp_path: Pa
     assert workspace.save_uploads(files[:2], "images") == Path("uploads/images")
     assert workspace.save_uploads(files[:1], "one") == Path("uploads/one/a.png")
     assert (workspace.folder / "uploads/all/a.png").read_text() == "a.png"
-    with pytest.raises(UserError, match="uploaded twice"):
+    with pytest.raises(UserError, match="several uploaded files are named"):
         workspace.save_uploads([files[0], files[0]], "twice")
     with pytest.raises(OSError, match="missing"):
         workspace.save_uploads([files[0], tmp_path / "missing"], "twice")

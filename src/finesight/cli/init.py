@@ -280,7 +280,9 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
             columns[role] = match
     if "box" in columns:
         # The label of a box is also the question.
-        return columns | ({"question": columns["label"]} if "label" in columns else {}) | columns
+        if "label" in columns:
+            columns.setdefault("question", columns["label"])
+        return columns
     columns.pop("label", None)
     others = [
         name

@@ -307,7 +307,7 @@ def _detect_encoding(content: bytes) -> str:
     text = content.decode(errors="replace")
     if 10 * text.count("\ufffd") < sum(char > "\x7f" for char in text):
         return "utf-8"  # with invalid bytes, which are reported
-    # Lines of ASCII text say nothing about the encoding.
+    # Lines of ASCII text are equal in all encodings.
     lines = [line for line in content.splitlines(keepends=True) if not line.isascii()]
     sample = b"".join(lines)[:DETECTION_BYTES]
 
@@ -316,7 +316,7 @@ def _detect_encoding(content: bytes) -> str:
         return sum(char in _LATIN_LETTERS[encoding] for char in text if not char.isascii())
 
     best = from_bytes(sample, cp_isolation=list(_ENCODINGS)).best()
-    # In Latin encodings, single accented letters stand between ASCII letters.
+    # In Latin encodings, single accented letters are between ASCII letters.
     runs = re.findall(rb"[\x80-\xff]+", sample)
     is_latin = sum(len(run) == 1 for run in runs) > 0.8 * len(runs)
     if is_latin or (best is not None and best.encoding in _LATIN_LETTERS):

@@ -46,7 +46,7 @@ def _gemv_kernel(
     acc_OI = tl.zeros((block_o, block_i), tl.float32)
     up_acc_OI = tl.zeros((block_o, block_i), tl.float32)
     square_sum_I = tl.zeros((block_i,), tl.float32)
-    # Weights do not depend on the kernel before this one: the first block is read while it ends.
+    # Weights do not depend on the previous kernel: the first block is read while it ends.
     mask = mask_O[:, None] & (offsets < in_features)[None, :]
     w_OI = tl.load(w_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
     up_OI = w_OI

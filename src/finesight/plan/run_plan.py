@@ -487,8 +487,8 @@ def check_fit(inputs: RunInputs, console: TrainingConsole, *, force: bool) -> No
 
     On a GPU, the prediction uses the smallest packs with activation checkpointing, because the
     trainer reduces both by itself when memory runs out. On a CPU, it uses the settings of the
-    recipe, and a run of more than an hour is announced. Small models and runs of several ranks are
-    not checked, and an error of the estimate is ignored.
+    recipe, and a warning states the estimated time of a run of more than an hour. Small models and
+    runs of several ranks are not checked, and an error of the estimate is ignored.
 
     Args:
         inputs: Inputs of the run.
@@ -506,7 +506,7 @@ def check_fit(inputs: RunInputs, console: TrainingConsole, *, force: bool) -> No
     if error is not None and not force:
         raise error
     if error is not None:
-        console.log(f"warning: {error.what} (--force)")
+        console.log(f"warning: {error.what}; started because of --force")
 
 
 def _estimate_fit(inputs: RunInputs, console: TrainingConsole) -> UserError | None:

@@ -97,6 +97,7 @@ class Job(BaseModel, frozen=True):
     def status(self) -> JobStatus:
         """State of the process. Killed: it ended without an exit code."""
         is_running = self.exit_code is None and self._is_running()
+        # Read again: the command may have ended meanwhile.
         code = self.exit_code
         if code is not None:
             # A server ends only when it is stopped.

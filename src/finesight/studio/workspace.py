@@ -25,7 +25,7 @@ from finesight.config import TRACKER_MODES, Recipe, TaskName, is_url
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.model_folder import TINY_MODEL
-from finesight.recipe import load_recipe, parse_recipe, recipe_from_dict
+from finesight.recipe import load_recipe, recipe_from_text
 from finesight.storage import working_folder, write_file
 
 STUDIO_FOLDER = ".finesight"
@@ -110,7 +110,7 @@ class Workspace:
         """Yield folders with their file names, without those inside of runs and models."""
         for num_folders, (name, subfolders, files) in enumerate(os.walk(self.folder)):
             folder = Path(name)
-            # Without dangling links, links out of the workspace, and names that are no text.
+            # Without dangling links, links out of the workspace, and names that are not UTF-8.
             listed = (n for n in files if n.endswith(LISTED_SUFFIXES) and _is_text(n))
             paths = (folder / n for n in listed)
             names = frozenset(p.name for p in paths if os.path.isfile(p) and self._contains(p))
@@ -172,7 +172,7 @@ class Workspace:
         return relative
 
     def check_new_name(self, parent: str, name: str, suffix: str = "") -> Path:
-        """Return the path of a file or folder to create in a folder of the workspace.
+        """Return the path of a new file or folder in the workspace.
 
         Raises:
             UserError: The name is invalid, or exists already.
@@ -208,9 +208,9 @@ class Workspace:
         """
         folder = self.check_new_name("uploads", name)
         names = [file.name for file in files]
-        if twice := [name for name in names if names.count(name) > 1]:
+        if duplicates := [name for name in names if names.count(name) > 1]:
             raise UserError(
-                f"{twice[0]} is uploaded twice",
+                f"several uploaded files are named {duplicates[0]}",
                 where="upload",
                 expected="files with different names",
                 remedy="upload a zip archive of the folders",
@@ -242,7 +242,7 @@ class Workspace:
             section, _, setting = key.partition(".")
             if text.strip():
                 values = content.setdefault(section, {})
-                assert isinstance(values, dict), f"{section} is no section of settings"
+                assert isinstance(values, dict), f"{section} is not a section of settings"
                 # Invalid YAML remains text, which the validation of the recipe reports.
                 with contextlib.suppress(yaml.YAMLError):
                     text = load_yaml(text)
@@ -269,15 +269,7 @@ class Workspace:
             UserError: The content has changed.
             UserError: A setting is invalid, or `check_recipe_paths` rejects the recipe.
         """
-        content, _ = parse_recipe(text, path)
-        if not isinstance(content, dict):
-            raise UserError(
-                f"contains {text!r:.80}, no settings",
-                where=str(path),
-                expected="settings by name, such as model and data",
-                remedy="restore the text",
-            )
-        self.check_recipe_paths(recipe_from_dict(content), path)
+        self.check_recipe_paths(recipe_from_text(text, path), path)
         if digest not in (None, self.read_recipe(path)[1]):
             raise UserError(
                 "the recipe has changed since the page showed it",
@@ -312,7 +304,7 @@ class Workspace:
             )
         for tracker in recipe.track:
             if tracker.uri is not None and tracker.uri not in TRACKER_MODES.get(tracker.kind, ()):
-                problem = f"track.uri {tracker.uri} is no local mode of {tracker.kind}"
+                problem = f"track.uri {tracker.uri} is not a local mode of {tracker.kind}"
         if problem:
             raise UserError(
                 problem,

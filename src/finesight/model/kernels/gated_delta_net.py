@@ -776,13 +776,14 @@ def _conv_step_kernel(
         earlier_N = tl.load(state + w * channels, mask=mask, other=0.0)
         weight_N = tl.load(weight + n * width + w, mask=mask, other=0.0).to(tl.float32)
         y_N += earlier_N.to(tl.float32) * weight_N
-        if w > 0:
-            tl.store(state + (w - 1) * channels, earlier_N, mask=mask)
     weight_N = tl.load(weight + n * width + width - 1, mask=mask, other=0.0).to(tl.float32)
     if use_pdl:
         wait_for_previous_kernel()
     x_N = tl.load(x + row * x_stride + n, mask=mask, other=0.0)
     y_N += x_N.to(tl.float32) * weight_N
+    for w in tl.static_range(1, width - 1):
+        earlier_N = tl.load(state + w * channels, mask=mask, other=0.0)
+        tl.store(state + (w - 1) * channels, earlier_N, mask=mask)
     tl.store(state + (width - 2) * channels, x_N, mask=mask)
     y_N *= tl.sigmoid(y_N)
     norm = tl.sqrt(tl.sum(y_N * y_N, 0) + eps)

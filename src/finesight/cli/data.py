@@ -430,7 +430,10 @@ FixOption = Annotated[
 HtmlPageOption = Annotated[
     Path | None,
     typer.Option(
-        "--html", metavar="FILE", dir_okay=False, help="Also write the issues as an HTML page."
+        "--html",
+        metavar="FILE",
+        dir_okay=False,
+        help="Also write an HTML page with the issues, statistics and random samples.",
     ),
 ]
 
@@ -454,6 +457,9 @@ def check(
     max_length: MaxLengthOption = None,
     fix: FixOption = None,
     html: HtmlPageOption = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of the samples on the HTML page.")
+    ] = 0,
     language: LanguageOption = None,
     as_json: Annotated[
         bool,
@@ -465,7 +471,7 @@ def check(
     """Validate samples: images, boxes, texts, roles, duplicates and leakage.
 
     For a recipe, its training and validation files are checked with max_length and the tokenizer of
-    its model; only --fix, --html, --language and --json apply. Other sources are read as
+    its model; only --fix, --html, --seed, --language and --json apply. Other sources are read as
     by `import` with these options. Sources are never modified.
 
     Exit code: 0 without issues or with notes only, 3 with warnings, 2 with errors.
@@ -496,7 +502,7 @@ def check(
             raise UserError(
                 "other options or sources are given with a recipe",
                 where=str(recipe),
-                expected="one recipe with --fix, --html and --json only",
+                expected="one recipe with --fix, --html, --seed and --json only",
                 remedy="remove the other arguments, or check the data files directly",
             )
         inputs, model_context = inputs_from_recipe(recipe)
@@ -505,7 +511,7 @@ def check(
             inputs_from_files(sources, against or [], options),
             load_model_requirements(model, max_length),
         )
-    exit_code = _run_check(inputs, model_context, fix, html, language, as_json)
+    exit_code = _run_check(inputs, model_context, fix, html, language, as_json, seed)
     if recipe is not None and not as_json and exit_code != EXIT_CODES["error"]:
         typer.echo(f"next: {shlex.join(['finesight', 'plan', str(recipe)])}")
     raise typer.Exit(exit_code)
@@ -518,6 +524,7 @@ def _run_check(
     html: Path | None,
     language: LanguageOption,
     as_json: bool,
+    seed: int,
 ) -> int:
     """Run a data check, and write its summary, HTML page and fixed samples.
 
@@ -538,9 +545,8 @@ def _run_check(
             echo_json(issue.as_json())
 
     with write_folder(fix) if fix else tempfile.TemporaryDirectory() as folder:
-        checker = DataChecker(
-            inputs, Path(folder), model_context, MAX_PAGE_ISSUES if html else MAX_PRINTED_ISSUES
-        )
+        max_issues = MAX_PAGE_ISSUES if html else MAX_PRINTED_ISSUES
+        checker = DataChecker(inputs, Path(folder), model_context, max_issues, seed)
         with _show_progress(checker.num_rows) as on_progress:
             result, image_catalog = checker.run(print_issue, on_progress)
         if not as_json:

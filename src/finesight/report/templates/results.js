@@ -107,7 +107,9 @@ function truncateText(element) {
 /* The question of a sample, with a copy button. */
 function drawQuestion({question}) {
   const heading = createElement("h3", {class: "question"}, question || translate("(no question)"));
-  return [...truncateText(heading), ...(question ? copyButton(question) : [])];
+  const [, toggle = ""] = truncateText(heading);
+  return [createElement("div", {class: "heading"}, heading, toggle,
+    ...(question ? copyButton(question) : []))];
 }
 
 /* A formula from its tree: [name, attributes, ...texts and subtrees]. */

@@ -112,7 +112,7 @@ function drawTile(example, enlarge) {
   const kind = KIND_LABELS[example.kind];
   const tile = createElement("button", {type: "button", class: "tile",
     "aria-label": translate("{}, {}: enlarge", kind, example.id)},
-  image ? createElement("img", {src: image.src, alt: ""})
+  image ? createElement("img", {src: image.src, alt: image.path.split("/").pop()})
     : createElement("span", {class: "no-image small"}, example.question),
   createElement("span", {class: "small"},
     createElement("span", {class: `chip ${CHIP_CLASSES[example.kind]}`}, kind),

@@ -26,11 +26,7 @@ from finesight.check.check_issues import (
     format_location,
     issue_from_error,
 )
-from finesight.check.convention_detector import (
-    MIN_SAMPLES,
-    find_convention_issues,
-    has_enough_samples,
-)
+from finesight.check.convention_detector import find_convention_issues, has_enough_samples
 from finesight.check.dataset_fixer import DatasetFixer
 from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector
 from finesight.check.dataset_profile import PreviewSampler, SplitProfiler
@@ -316,7 +312,7 @@ class DataChecker:
         """Return the codes of issues that were not searched, with the reason."""
         reasons: dict[str, str] = {}
         if not self._are_conventions_tested:
-            reason = f"no source has {MIN_SAMPLES} samples with boxes"
+            reason = "no source has enough samples with boxes"
             reasons |= {code: reason for code in ISSUE_TYPES if code.startswith("boxes-")}
         if len(self._profilers) < 2:
             reason = "the check has no training and validation data to compare"

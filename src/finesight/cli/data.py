@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -641,6 +642,10 @@ def show(
     num_samples: Annotated[
         int, typer.Option(min=1, help="Number of samples, from the start of the data.")
     ] = 1,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Show random samples, selected with this seed, instead."),
+    ] = None,
     use_eval_split: Annotated[
         bool, typer.Option("--eval", help="Show samples of data.eval instead of data.train.")
     ] = False,
@@ -686,13 +691,19 @@ def show(
     renderer = build_renderer(
         locate_model(settings.model), settings.image, settings.data.system_prompt
     )
-    selected = load_corpus(files).read_samples(num_samples)
+    corpus = load_corpus(files)
+    text = "The first {} of {}"
+    if seed is None:
+        selected = corpus.read_samples(num_samples)
+    else:
+        text = "{} random samples of {}"
+        count = min(num_samples, len(corpus))
+        indices = sorted(random.Random(seed).sample(range(len(corpus)), count))
+        selected = [corpus.read_validated(index) for index in indices]
     if html is not None:
         names = ", ".join(str(file.path) for file in files)
         with use_language(language or detect_language()):
-            _write_sample_page(
-                html, renderer, selected, translate("The first {} of {}", len(selected), names)
-            )
+            _write_sample_page(html, renderer, selected, translate(text, len(selected), names))
     if html is None or as_json:
         _print_samples(renderer, selected, as_json)
 

@@ -28,6 +28,7 @@ from finesight.encode.tokenization import (
     VisualSpan,
     iter_token_rows,
 )
+from finesight.manifest import count_half_octaves
 from finesight.report.charts import Chart, build_histogram
 from finesight.report.html import InlineImage, build_inline_image, render_page
 from finesight.report.i18n import translate
@@ -64,10 +65,13 @@ def render_sample_page(
         "num_supervised_tokens": translate("total supervised tokens"),
         "num_patches": translate("total patches"),
     }
+    charts = _build_sample_charts(records) if len(records) > 1 else []
     return render_page(
         "sample",
-        records,
+        {"samples": records, "charts": [chart.data for chart in charts]},
+        assets=["charts"],
         title=translate("Model input"),
+        charts=charts,
         source=source,
         family=renderer.family.name,
         image_rule=", ".join(
@@ -78,6 +82,30 @@ def render_sample_page(
             label: sum(record[key] for record in records) for key, label in count_labels.items()
         },
     )
+
+
+def _build_sample_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
+    """Build histograms of the samples on the page."""
+    sizes = [max(image["original_size"]) for record in records for image in record["images"]]
+    rows = (
+        ("Tokens per sample", "share of samples", [one["num_tokens"] for one in records]),
+        (
+            "Supervised tokens per sample",
+            "share of samples",
+            [one["num_supervised_tokens"] for one in records],
+        ),
+        (*HISTOGRAM_TITLES["image_side"], sizes),
+        (*HISTOGRAM_TITLES["num_boxes"], [one["num_sample_boxes"] for one in records]),
+    )
+    charts = [
+        build_histogram(
+            translate(title),
+            translate(caption),
+            [(translate("samples"), count_half_octaves(values))],
+        )
+        for title, caption, values in rows
+    ]
+    return [chart for chart in charts if chart is not None]
 
 
 def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample) -> dict[str, Any]:

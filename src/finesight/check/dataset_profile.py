@@ -49,7 +49,8 @@ class SplitProfiler:
         self.add_value("answer_chars", len(answer))
         self.add_value("num_boxes", len(boxes))
         for path in paths:
-            self.add_value("image_side", max(catalog[path].size))
+            if catalog[path].issue_code is None:
+                self.add_value("image_side", max(catalog[path].size))
         _count_value(self._answers, answer)
         for box in boxes:
             _count_value(self._labels, box.label or "")

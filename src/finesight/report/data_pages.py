@@ -87,23 +87,16 @@ def render_sample_page(
 def _build_sample_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
     """Build histograms of the samples on the page."""
     sizes = [max(image["original_size"]) for record in records for image in record["images"]]
-    rows = (
-        ("Tokens per sample", "share of samples", [one["num_tokens"] for one in records]),
-        (
-            "Supervised tokens per sample",
-            "share of samples",
-            [one["num_supervised_tokens"] for one in records],
-        ),
-        (*HISTOGRAM_TITLES["image_side"], sizes),
-        (*HISTOGRAM_TITLES["num_boxes"], [one["num_sample_boxes"] for one in records]),
-    )
+    values = {
+        "num_tokens": [one["num_tokens"] for one in records],
+        "num_supervised_tokens": [one["num_supervised_tokens"] for one in records],
+        "image_side": sizes,
+        "num_boxes": [one["num_sample_boxes"] for one in records],
+    }
+    name = translate("samples")
     charts = [
-        build_histogram(
-            translate(title),
-            translate(caption),
-            [(translate("samples"), count_half_octaves(values))],
-        )
-        for title, caption, values in rows
+        build_histogram(*_translate_titles(key), [(name, count_half_octaves(values[key]))])
+        for key in values
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -240,56 +233,35 @@ MAX_IMAGES_PER_ISSUE = 4
 
 MAX_ISSUE_IMAGE_SIDE = 360
 
-CHECKS: dict[str, tuple[str, ...]] = {
-    "Rows, roles and empty texts": (
-        "invalid-row",
-        "invalid-role-order",
-        "image-in-answer",
-        "empty-answer",
-        "empty-question",
-    ),
-    "Image and video files, completely decoded": (
-        "image-missing",
-        "image-truncated",
-        "image-corrupt",
-        "image-too-large",
-        "video-frame-sizes-differ",
-    ),
-    "Placeholders, special tokens and boxes in texts": (
-        "placeholder-count-mismatch",
-        "placeholder-in-text",
-        "special-token-in-text",
-        "box-in-text",
-    ),
-    "Boxes within their images": (
-        "box-outside",
-        "box-inverted",
-        "box-empty",
-        "box-without-image",
-        "box-at-edge",
-        "box-tiny",
-        "box-covers-image",
-    ),
-    "Convention of box coordinates": tuple(
-        code for code in ISSUE_TYPES if code.startswith("boxes-")
-    ),
-    "Number of tokens": ("too-long",),
-    "Validation images in the training data": ("leaked-image", "leaked-image-reencoded"),
-    "Duplicates, contradictions and dominant answers": (
-        "contradictory-answers",
-        "duplicate-sample",
-        "dominant-answer",
-    ),
+CHECKS: dict[str, list[str]] = {
+    name: codes.split()
+    for name, codes in {
+        "Rows, roles and empty texts": "invalid-row invalid-role-order image-in-answer empty-answer"
+        " empty-question",
+        "Image and video files, completely decoded": "image-missing image-truncated image-corrupt"
+        " image-too-large video-frame-sizes-differ",
+        "Placeholders, special tokens and boxes in texts": "placeholder-count-mismatch"
+        " placeholder-in-text special-token-in-text box-in-text",
+        "Boxes within their images": "box-outside box-inverted box-empty box-without-image"
+        " box-at-edge box-tiny box-covers-image",
+        "Convention of box coordinates": "boxes-xywh boxes-cxcywh boxes-xyxy boxes-pixels"
+        " boxes-thousandths boxes-normalized boxes-resized boxes-before-exif-rotation boxes-mixed",
+        "Number of tokens": "too-long",
+        "Validation images in the training data": "leaked-image leaked-image-reencoded",
+        "Duplicates, contradictions and dominant answers": "contradictory-answers duplicate-sample"
+        " dominant-answer",
+    }.items()
 }
 """Issue codes by check, in the order of the page."""
 
 HISTOGRAM_TITLES = {
     "answer_chars": ("Characters per answer", "share of samples"),
     "num_tokens": ("Tokens per sample", "share of samples"),
+    "num_supervised_tokens": ("Supervised tokens per sample", "share of samples"),
     "image_side": ("Longest side of images", "pixels, share of images"),
     "num_boxes": ("Boxes per sample", "share of samples with boxes"),
 }
-"""Title and caption of each histogram of a data check."""
+"""Title and caption of each histogram."""
 
 SPLIT_NAMES = {False: "training", True: "validation"}
 
@@ -387,15 +359,21 @@ def _describe_checks(check_result: CheckResult) -> list[tuple[str, int, str]]:
     ]
 
 
+def _translate_titles(name: str) -> tuple[str, str]:
+    """Return the title and the caption of a histogram."""
+    title, caption = HISTOGRAM_TITLES[name]
+    return translate(title), translate(caption)
+
+
 def _build_profile_charts(check_result: CheckResult) -> list[Chart]:
     """Build histograms with one line per split."""
     charts = []
-    for name, (title, caption) in HISTOGRAM_TITLES.items():
+    for name in HISTOGRAM_TITLES:
         counts_by_split = [
             (translate(SPLIT_NAMES[split]), profile.histograms.get(name, {}))
             for split, profile in sorted(check_result.profiles.items())
         ]
-        charts.append(build_histogram(translate(title), translate(caption), counts_by_split))
+        charts.append(build_histogram(*_translate_titles(name), counts_by_split))
     return [chart for chart in charts if chart is not None]
 
 

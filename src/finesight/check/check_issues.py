@@ -380,6 +380,7 @@ def summary_to_dict(result: CheckResult, fix_result: FixResult | None) -> dict[s
             }
             for code, count in result.issue_counts.items()
         },
+        "skipped_checks": result.skipped_checks,
         "sources": [asdict(source) for source in result.sources],
         "fix_result": None if fix_result is None else fix_result.as_json(),
     }

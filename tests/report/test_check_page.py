@@ -15,8 +15,10 @@ from finesight.check.check_issues import (
     ISSUE_TYPES,
     CheckIssue,
     CheckResult,
+    DatasetProfile,
     IssueImage,
     SampleLocation,
+    SamplePreview,
     SourceStats,
 )
 from finesight.check.dataset_profile import MAX_PREVIEWS, PreviewSampler
@@ -244,12 +246,28 @@ def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
             )
         )
     source = SourceStats(XSS_PAYLOADS[0], True, XSS_PAYLOADS[1], XSS_PAYLOADS[2], 1, 1)
-    found = CheckResult((source,), {"box-tiny": 32}, tuple(findings), 1, 1)
+    values = tuple((payload, 2) for payload in XSS_PAYLOADS)
+    found = CheckResult(
+        (source,),
+        {"box-tiny": 32},
+        tuple(findings),
+        1,
+        1,
+        profiles={False: DatasetProfile(9, 9, {"num_boxes": {"0": 1}}, values, 9, values, 9)},
+        previews=tuple(
+            SamplePreview(payload, payload, False, payload, payload, one.images)
+            for payload, one in zip(XSS_PAYLOADS, findings, strict=True)
+        ),
+    )
     file = tmp_path / "check.html"
     file.write_text(render_check_page(found))
     browser.open(file)
     browser.run("document.querySelector('.more').click();")
     browser.run("document.querySelector('details').open = true;")
+    shown = "return [...document.querySelectorAll('.previews .reference')].map(e => e.textContent);"
+    assert browser.run(shown) == list(XSS_PAYLOADS[:12])
+    browser.run("byId('other-samples').click();")
+    assert browser.run(shown) == list(XSS_PAYLOADS[12:24])
     browser.settle()
     assert browser.executed_payloads() == []
     assert browser.messages() == []

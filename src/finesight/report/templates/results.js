@@ -11,7 +11,7 @@ function answerRow(kind, title, answer, score = "", reference = "") {
   const copied = text || (boxes.length ? JSON.stringify(boxes) : "");
   const heading = createElement("div", {class: "heading"},
     createElement("h4", {}, title, createElement("span", {class: "score"}, score)));
-  if (copied) heading.append(...copyButton(copied));
+  if (copied) heading.append(...copyButton(copied, title.textContent || title));
   const row = createElement("section", {class: `answer ${kind}`}, heading);
   if (formula) row.append(createElement("div", {class: "formula"}, buildMathML(formula)));
   const isCode = IS_CODE || boxes.length || fields;
@@ -51,10 +51,11 @@ function drawFieldDiff({differences, num_equal: numEqual}) {
 
 /* ---- clipboard and files ---------------------------------------------------------------------- */
 
-/* A button that copies a text, and its status. */
-function copyButton(text) {
+/* A button that copies a text with a name, and its status. */
+function copyButton(text, name) {
   const status = createElement("span", {class: "soft small", role: "status"});
-  const button = createElement("button", {type: "button", class: "copy"}, translate("Copy"));
+  const button = createElement("button", {type: "button", class: "copy",
+    "aria-label": translate("Copy: {}", name)}, translate("Copy"));
   button.addEventListener("click", async () => {
     const isCopied = await copyText(text, button);
     status.textContent = translate(isCopied ? "Copied" : "Not copied: select the text instead");
@@ -109,7 +110,7 @@ function drawQuestion({question}) {
   const heading = createElement("h3", {class: "question"}, question || translate("(no question)"));
   const [, toggle = ""] = truncateText(heading);
   return [createElement("div", {class: "heading"}, heading, toggle,
-    ...(question ? copyButton(question) : []))];
+    ...(question ? copyButton(question, translate("question")) : []))];
 }
 
 /* A formula from its tree: [name, attributes, ...texts and subtrees]. */

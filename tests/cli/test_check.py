@@ -108,6 +108,7 @@ def test_json_output_has_one_line_per_issue(folder):
         "image-missing": {"severity": "error", "count": 5, "num_samples": 5}
     }
     assert (summary["exit_code"], summary["num_samples"], result.exit_code) == (2, 6, 2)
+    assert {"too-long", "leaked-image", "boxes-xywh"} <= set(summary["skipped_checks"])
 
 
 def test_non_finite_values_become_json_text(folder):
@@ -193,9 +194,12 @@ def test_recipe_is_checked_with_its_model(folder, model):
     assert "image-missing" not in result.output, "the recipe takes the first two samples only"
     recipe["data"]["train"]["limit"] = 1
     path.write_text(yaml.safe_dump(recipe))
-    result = run(path)
+    result = run(path, "--html", folder / "check.html", "--seed", "7", "--language", "en")
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == f"next: finesight plan {path}"
+    page = (folder / "check.html").read_text()
+    assert "Tokens per sample" in page
+    assert "skipped: the check has no model" not in page
     for extra in (["--model", model], ["--limit", "1"], [train]):
         refused = run(path, *extra).exception
         assert isinstance(refused, UserError)

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from run_dir_fixtures import FakeRunDir
+from image_fixtures import write_gray_image
+from run_dir_fixtures import FakeRunDir, make_prediction_line
 
 from finesight.cli.app import run_command
+from finesight.data.sample import read_samples
+from finesight.evaluate.metric_difference import read_predictions
 
 
 @pytest.fixture
@@ -47,6 +50,34 @@ def test_report_language_option(fake_run_dir: FakeRunDir, monkeypatch: pytest.Mo
     ):
         assert run_command(["report", str(fake_run_dir.folder), *chosen]) == 0
         assert f'<html lang="{tag}">' in page.read_text()
+
+
+def test_incorrect_answers_are_written_and_imported(
+    fake_run_dir: FakeRunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = write_gray_image(tmp_path / "a.png")
+    lines = [
+        make_prediction_line(f"s{number}", "x", f"answer {number}", score, image=str(image))
+        for number, score in enumerate((0.5, 1.0, 0.0))
+    ]
+    out = tmp_path / "wrong.jsonl"
+    arguments = ["report", str(fake_run_dir.folder), "--incorrect", str(out)]
+    assert run_command(arguments) == 2
+    assert "has no predictions" in capsys.readouterr().err
+    fake_run_dir.write_predictions("after", lines)
+    assert run_command(arguments) == 0
+    assert capsys.readouterr().out.startswith(f"2 incorrect answers: {out}\n")
+    assert [one.case.id for one in read_predictions(out)] == ["s0", "s2"]
+    columns = ["--map", "image=image", "--map", "question=prompt", "--map", "answer=gold"]
+    assert run_command(["import", str(out), str(tmp_path / "data"), *columns]) == 0
+    samples = read_samples(tmp_path / "data" / "data.jsonl")
+    assert [one.messages[-1].content[0].text for one in samples] == ["answer 0", "answer 2"]
+    predictions = fake_run_dir.folder / "predictions" / "after.jsonl"
+    assert run_command([*arguments[:3], str(predictions)]) == 2
+    assert len(read_predictions(predictions)) == 3
+    fake_run_dir.write_predictions("after", [lines[0] | {"scores": {}}])
+    assert run_command(arguments) == 2
+    assert "none of 1 predictions has a score" in capsys.readouterr().err
 
 
 def test_folder_without_run_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,9 +77,18 @@ def test_html_page_of_samples(recipe: Path, tmp_path: Path) -> None:
     text = page.read_text()
     assert f"The first 2 of {tmp_path / 'data.jsonl'}" in text
     data = text.partition('<script type="application/json" id="data">')[2].partition("<")[0]
-    assert [record["id"] for record in json.loads(data)] == ["s0", "s1"]
+    assert [record["id"] for record in json.loads(data)["samples"]] == ["s0", "s1"]
     again = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     assert [json.loads(line)["id"] for line in again.stdout.splitlines()] == ["s0", "s1"]
+
+
+def test_seed_selects_random_samples(recipe: Path) -> None:
+    selections = []
+    for seed in range(9):
+        arguments = [str(recipe), "--num-samples", "2", "--seed", str(seed), "--json"]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        selections.append(tuple(json.loads(line)["id"] for line in result.stdout.splitlines()))
+    assert set(selections) == {("s0", "s1"), ("s0", "s2"), ("s1", "s2")}
 
 
 def test_page_never_overwrites_other_files(recipe: Path, tmp_path: Path) -> None:

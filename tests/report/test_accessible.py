@@ -68,3 +68,8 @@ def test_pages_have_no_severe_violations(
         assert browser.messages() == [], file.name
         assert browser.overflow_width() == 0, file.name
         assert axe.find_violations(browser) == [], file.name
+    browser.run("document.querySelector('[data-view=grid]').click();")
+    assert axe.find_violations(browser) == [], "grid"
+    browser.run("document.querySelector('.tile').click();")
+    assert browser.overflow_width() == 0
+    assert axe.find_violations(browser) == [], "enlarged example"

@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
-from html_text import read_script_data
+from check_fixtures import make_record, run_check, write_records
+from html_text import read_script_data, read_visible_text
 from image_fixtures import write_gray_image
 
 from finesight.check.check_issues import (
     ISSUE_TYPES,
     CheckIssue,
     CheckResult,
+    DatasetProfile,
     IssueImage,
+    SampleLocation,
+    SamplePreview,
     SourceStats,
 )
-from finesight.report.data_pages import MAX_IMAGES_PER_ISSUE, render_check_page
+from finesight.check.dataset_profile import MAX_PREVIEWS, PreviewSampler
+from finesight.data.sample import Sample
+from finesight.report.data_pages import CHECKS, MAX_IMAGES_PER_ISSUE, render_check_page
 
 CODES = ("image-missing", "box-outside", "contradictory-answers", "box-tiny")
 
@@ -95,7 +101,51 @@ def test_images_are_embedded_once_per_page(tmp_path: Path) -> None:
 def test_page_without_issues() -> None:
     page = render_check_page(make_result([]))
     assert "No issues were found." in page
-    assert read_script_data(page) == {"issues": [], "images": []}
+    assert read_script_data(page) == {"issues": [], "previews": [], "images": [], "charts": []}
+
+
+def test_page_without_issues_shows_checks_and_statistics(tmp_path: Path) -> None:
+    for number in range(30):
+        write_gray_image(tmp_path / f"{number}.png", 200, 100, gray_level=number)
+    box = {"type": "box", "image": 0, "label": "cat", "xyxy": [10, 20, 60, 80]}
+    records = [make_record(f"{n}.png", answer="yes" if n % 2 else "no") for n in range(60)]
+    records[3]["messages"][1]["content"].append(box)
+    train = write_records(tmp_path / "train.jsonl", records[:24])
+    validation = write_records(tmp_path / "eval.jsonl", records[24:30])
+    page = render_check_page(run_check(train, validation))
+    text, data = read_visible_text(page), read_script_data(page)
+    assert "Checks of 30 samples, 30 images (30 unique) and 1 boxes" in text
+    assert "Validation images in the training data no issues" in text
+    assert "skipped: no source has enough samples with boxes" in text
+    assert "Most frequent answers, training (2 different values)" in text
+    assert "no 12 50.0" in text
+    assert [[one["name"] for one in chart["series"]] for chart in data["charts"]] == [
+        ["training", "validation"],
+        ["training", "validation"],
+        ["training"],
+    ]
+    assert len(data["previews"]) == len(data["images"]) == 30
+    boxes = [box for one in data["previews"] for box in one["images"][0]["boxes"]]
+    assert boxes == [{"xyxy": [10, 20, 60, 80], "label": "cat"}]
+
+
+def test_random_samples_depend_on_the_seed() -> None:
+    sample = Sample.model_validate({"id": "s", **make_record(None)})
+    selections = []
+    for seed in (0, 0, 1):
+        sampler = PreviewSampler(seed)
+        for number in range(500):
+            location = SampleLocation("a", f"a:{number}", "s", number, 0)
+            sampler.add_sample(sample, location, is_validation=False)
+        selections.append([one.where for one in sampler.previews])
+    assert selections[0] == selections[1] != selections[2]
+    assert len(set(selections[0])) == MAX_PREVIEWS
+    numbers = [int(where.partition(":")[2]) for where in selections[0] + selections[2]]
+    assert 150 < sum(numbers) / len(numbers) < 350
+
+
+def test_every_issue_belongs_to_one_check() -> None:
+    assert sorted(code for codes in CHECKS.values() for code in codes) == sorted(ISSUE_TYPES)
 
 
 def test_progress_counts_every_issue(mixed_result: CheckResult) -> None:
@@ -126,6 +176,13 @@ def test_page_in_browser(
     assert browser.run(cards) == 1
     assert browser.run("return byId('num-shown').textContent;") == "1 of 50 issues"
     assert browser.run("return byId('issue-code').value;") == "box-tiny"
+    browser.run("document.querySelector('[data-severity=\"\"]').click();")
+    browser.run(
+        "byId('search').value = 'CAT.jsonl'; byId('search').dispatchEvent(new Event('input'));"
+    )
+    assert browser.run(cards) == 0
+    browser.run("byId('search').value = ':4'; byId('search').dispatchEvent(new Event('input'));")
+    assert browser.run("return byId('num-shown').textContent;") == "11 of 50 issues"
     assert browser.overflow_width() == 0
 
 
@@ -169,7 +226,7 @@ def test_keyboard_navigation(browser: Browser, tmp_path: Path, mixed_result: Che
         browser.press("j")
     assert browser.run(where) == "labels.jsonl:43", "what is not drawn yet is drawn on the way"
     browser.open(file)
-    for _ in range(12):
+    for _ in range(20):
         browser.press("Tab")
         if browser.run("return document.activeElement.dataset.severity === 'warning';"):
             break
@@ -189,12 +246,28 @@ def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
             )
         )
     source = SourceStats(XSS_PAYLOADS[0], True, XSS_PAYLOADS[1], XSS_PAYLOADS[2], 1, 1)
-    found = CheckResult((source,), {"box-tiny": 32}, tuple(findings), 1, 1)
+    values = tuple((payload, 2) for payload in XSS_PAYLOADS)
+    found = CheckResult(
+        (source,),
+        {"box-tiny": 32},
+        tuple(findings),
+        1,
+        1,
+        profiles={False: DatasetProfile(9, 9, {"num_boxes": {"0": 1}}, values, 9, values, 9)},
+        previews=tuple(
+            SamplePreview(payload, payload, False, payload, payload, one.images)
+            for payload, one in zip(XSS_PAYLOADS, findings, strict=True)
+        ),
+    )
     file = tmp_path / "check.html"
     file.write_text(render_check_page(found))
     browser.open(file)
     browser.run("document.querySelector('.more').click();")
     browser.run("document.querySelector('details').open = true;")
+    shown = "return [...document.querySelectorAll('.previews .reference')].map(e => e.textContent);"
+    assert browser.run(shown) == list(XSS_PAYLOADS[:12])
+    browser.run("byId('other-samples').click();")
+    assert browser.run(shown) == list(XSS_PAYLOADS[12:24])
     browser.settle()
     assert browser.executed_payloads() == []
     assert browser.messages() == []

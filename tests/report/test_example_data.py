@@ -21,6 +21,8 @@ from finesight.report.examples import (
     MAX_BOXES,
     Example,
     ExampleDataBuilder,
+    diff_fields,
+    diff_texts,
     read_boxes,
 )
 from finesight.report.html import FormulaConverter
@@ -135,8 +137,55 @@ def test_long_answers_are_truncated() -> None:
     line = make_prediction_line("s", "x" * (MAX_ANSWER_CHARS + 1234), "", 0.0, boxes=boxes)
     (found,) = build_data(example(after=line))["examples"]
     assert found["predictions"][1]["text"].endswith("x [and 1,234 more characters]")
+    assert found["is_truncated"] is True
     assert len(found["predictions"][1]["boxes"]) == MAX_BOXES
     assert len(found["predictions"][1]["boxes"][0]["label"]) == 80
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "pairs"),
+    [
+        ("the quick red fox", "the quick brown fox jumps", [("red", "brown"), ("", "jumps")]),
+        ("a  b", "a b", []),
+        ("AB12C", "AB13C", [("2", "3")]),
+        ("一只红猫", "一只黑猫在跑", [("红", "黑"), ("", "在跑")]),
+        ("a 😀 b", "a b", [("😀", "")]),
+        (r"\frac ab", r"\frac cb", [("ab", "cb")]),
+        ("nothing in common", "words of another text", None),
+        ("word " * 300, "word other " * 300, None),
+    ],
+)
+def test_differences_of_texts(
+    answer: str, reference: str, pairs: list[tuple[str, str]] | None
+) -> None:
+    spans = diff_texts(answer, reference)
+    found = spans and [(answer[a:b], reference[c:d]) for a, b, c, d in spans]
+    assert found == pairs
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "fields"),
+    [
+        ('{"n": 1.0, "x": null}', '{"n": 1}', {"differences": [], "num_equal": 1}),
+        (
+            '{"a": [2, 3], "c": "y"}',
+            '{"a": [3, 4], "b": "x"}',
+            {"differences": [["a", ["4"], ["2"]], ["b", ["x"], []], ["c", [], ["y"]]]}
+            | {"num_equal": 1},
+        ),
+        ("no JSON", '{"a": 1}', None),
+        ("12", "12", None),
+    ],
+)
+def test_differences_of_json_fields(answer: str, reference: str, fields: object) -> None:
+    found = diff_fields(answer, reference)
+    if found:
+        found["differences"].sort()
+    assert found == fields
+    (data,) = build_data(example(after=make_prediction_line("s", answer, reference, 0.0)))[
+        "examples"
+    ]
+    assert (data["predictions"][1]["fields"] is None) == (fields is None)
 
 
 def test_formulas_are_rendered_for_latex_answers() -> None:

@@ -25,7 +25,7 @@ from run_dir_fixtures import (
 )
 
 from finesight.errors import UserError
-from finesight.evaluate.metric_difference import MetricDifference
+from finesight.evaluate.metric_difference import MetricDifference, read_predictions
 from finesight.report.run_page import render_run_page, write_report
 
 
@@ -109,8 +109,8 @@ def test_omitted_examples_are_counted(run: FakeRunDir) -> None:
     assert len(read_script_data(page)["examples"]) == 6
     assert (
         "12 validation samples, classified by similarity: the maximum is correct, any lower score"
-        " is incorrect. The largest changes are first. Not on this page: 2 improved, 2 still"
-        " incorrect and 2 still correct. The run folder contains all of them."
+        " is incorrect. Not on this page: 2 improved, 2 still incorrect and 2 still correct. The"
+        " run folder contains all of them."
     ) in html.unescape(read_visible_text(page))
     assert "all 6" in read_visible_text(page)
 
@@ -310,7 +310,7 @@ def test_keyboard_navigation(browser: Browser, run: FakeRunDir) -> None:
     for key in ("j", "j", "k"):
         browser.press(key)
         seen.append(browser.run(where))
-    assert seen == ["s0", "s4", "s0"]
+    assert seen == ["s2", "s6", "s2"]
     browser.press("Enter")
     assert browser.run("return document.querySelector('.example').classList.contains('wide');")
     browser.press("/")
@@ -352,9 +352,78 @@ def test_differences_from_reference_are_marked(browser: Browser, run: FakeRunDir
     run.write_predictions("before", lines)
     run.write_predictions("after", with_figures(lines, 0.4))
     browser.open(write_report(run.folder))
-    marks = "return [...document.querySelectorAll('.after ins, .after del')].map((e) => e.title);"
-    wanted = ["missing: brown ", "not in the reference answer", "missing: jumps"]
-    assert sorted(browser.run(marks)) == sorted(wanted)
+    marks = """return [...document.querySelectorAll('.after ins, .after del')].map(
+      (e) => `${e.tagName} ${e.textContent}`);"""
+    assert browser.run(marks) == ["DEL brown", "INS red", "DEL  jumps"]
+
+
+def test_examples_are_sorted_filtered_and_enlarged(browser: Browser, run: FakeRunDir) -> None:
+    browser.open(write_report(run.folder))
+    shown = (
+        "return [...document.querySelectorAll('.feed .id')].slice(0, 4).map((e) => e.textContent);"
+    )
+    choose = "byId('order').value = '{}'; byId('order').dispatchEvent(new Event('change'));"
+    for order, ids in (
+        ("incorrect", ["s2", "s6", "s10", "s0"]),
+        ("lowest", ["s0", "s4", "s8", "s2"]),
+        ("highest", ["s3", "s7", "s11", "s1"]),
+        ("decrease", ["s0", "s4", "s8", "s2"]),
+        ("increase", ["s1", "s5", "s9", "s2"]),
+        ("file", ["s0", "s1", "s2", "s3"]),
+    ):
+        browser.run(choose.format(order))
+        assert browser.run(shown) == ids, order
+    browser.run("document.querySelector('[data-kind=worse]').click();")
+    assert browser.run(shown) == ["s0", "s4", "s8"]
+    browser.run("document.querySelector('[data-view=grid]').click();")
+    assert browser.run("return document.querySelectorAll('.tile').length;") == 3
+    assert browser.unlabeled_elements() == []
+    browser.press("j")
+    browser.press("Enter")
+    opened = "return byId('enlarged').open && byId('enlarged').querySelector('.id').textContent;"
+    assert browser.run(opened) == "s0"
+    browser.press("ArrowRight", "ArrowRight", "ArrowRight")
+    assert browser.run(opened) == "s8"
+    assert browser.run("return byId('enlarged-position').textContent;") == "3 of 3"
+    browser.run("byId('enlarged-close').click();")
+    assert browser.run(opened) is False
+
+
+def test_copy_and_export(browser: Browser, run: FakeRunDir, tmp_path: Path) -> None:
+    """The exported file is a prediction file with the values of the run."""
+    folder = tmp_path / "saved"
+    browser.driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)}
+    )
+    browser.open(write_report(run.folder))
+    browser.run(
+        "window.copied = []; Object.defineProperty(navigator, 'clipboard', {value: {writeText:"
+        " (text) => { copied.push(text); return Promise.resolve(); }}});"
+    )
+    browser.run(
+        "document.querySelectorAll('.example')[0].querySelectorAll('.copy').forEach("
+        "(button) => button.click());"
+    )
+    browser.settle()
+    texts = ["Write the formula.", r"\frac{a}{b}", "x^2", "x^2"]
+    assert browser.run("return copied;") == texts
+    assert browser.run("return document.querySelector('[role=status]').textContent;") == "Copied"
+    assert browser.run("return byId('save').textContent;") == "Save 9 incorrect as JSONL"
+    browser.run("document.querySelector('[data-kind=better]').click(); byId('save').click();")
+    file = folder / "latex-2b-incorrect.jsonl"
+    for _ in range(50):
+        browser.settle()
+        if file.exists():
+            break
+    recorded = read_predictions(run.folder / "predictions" / "after.jsonl")
+    by_id = {one.case.id: one for one in recorded}
+    saved = read_predictions(file)
+    assert [one.case.id for one in saved] == ["s1", "s5", "s9"]
+    for one in saved:
+        assert one.scores == by_id[one.case.id].scores
+        assert one.case == by_id[one.case.id].case
+        assert one.record["image"] == by_id[one.case.id].record["image"]
+    assert browser.messages() == []
 
 
 def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:

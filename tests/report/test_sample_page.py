@@ -40,7 +40,7 @@ def renderer(
 
 def records_of(page: str) -> Any:
     text = page.partition('<script type="application/json" id="data">')[2]
-    return json.loads(text.partition("</script>")[0])
+    return json.loads(text.partition("</script>")[0])["samples"]
 
 
 def decode_data_url(data: str) -> Image.Image:
@@ -214,7 +214,7 @@ def test_keyboard_and_pointer(browser: Browser, page: Path) -> None:
     assert browser.run(detail).startswith("Token 2 · id ")
     assert browser.run(where) == f"1 of {total}", "arrows among the tokens stay in the sample"
     browser.press("End")
-    last = browser.run("return DATA[0].num_tokens - 1;")
+    last = browser.run("return DATA.samples[0].num_tokens - 1;")
     assert browser.run(detail).startswith(f"Token {last} · id ")
     block = "document.querySelector('.image-block')"
     browser.run(
@@ -227,6 +227,17 @@ def test_keyboard_and_pointer(browser: Browser, page: Path) -> None:
     assert "to time" in result
     browser.run(f"{block}.focus();")
     assert browser.run(detail) == result, "focus and tap tell what pointing tells"
+
+
+def test_order_of_samples(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    choose = (
+        "const order = document.querySelector('.choice select'); order.value = 'boxes';"
+        " order.dispatchEvent(new Event('change'));"
+    )
+    browser.run(choose)
+    assert browser.run("return document.querySelector('h2').textContent;") == "Sample labels"
+    assert browser.run("return document.querySelectorAll('.chart').length;") == 4
 
 
 def test_invisible_characters_are_shown(browser: Browser, page: Path) -> None:

@@ -14,6 +14,7 @@ from finesight.data.formats.dataset_format import PlaceholderCountError, Unexpec
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import EmptyAnswerError, InvalidTurnsError
 from finesight.errors import UserError
+from finesight.manifest import HistogramCounts
 
 Severity = Literal["error", "warning", "note"]
 """Severity of an issue.
@@ -194,11 +195,46 @@ class SourceStats:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplePreview:
+    """A randomly selected sample: its texts, and its images with all boxes."""
+
+    where: str
+    sample_id: str
+    is_validation: bool
+    question: str
+    answer: str
+    images: tuple[IssueImage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetProfile:
+    """Statistics of all parsed samples in a split.
+
+    Attributes:
+        histograms: Counts by name: `answer_chars` (characters of the answer), `image_side` (longest
+            side in pixels), `num_boxes` (samples with boxes), and `num_tokens` with a renderer.
+        answers: Most frequent answers with their counts.
+        labels: Most frequent labels of boxes with their counts.
+    """
+
+    num_samples: int
+    num_boxes: int
+    histograms: dict[str, HistogramCounts]
+    answers: tuple[tuple[str, int], ...]
+    num_answers: int
+    labels: tuple[tuple[str, int], ...]
+    num_labels: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckResult:
     """Result of a data check.
 
     Attributes:
         issues: First issues of each code in full; further issues are only counted.
+        skipped_checks: Reason by issue code, for issues that were not searched.
+        profiles: Statistics by split, with True for the validation data.
+        previews: Randomly selected samples.
     """
 
     sources: tuple[SourceStats, ...]
@@ -212,6 +248,9 @@ class CheckResult:
     """Number of affected samples by issue code; 0 for issues of a full data file."""
     num_video_frames: int = 0
     num_video_files: int = 0
+    skipped_checks: dict[str, str] = field(default_factory=dict)
+    profiles: dict[bool, DatasetProfile] = field(default_factory=dict)
+    previews: tuple[SamplePreview, ...] = ()
 
     @property
     def severity(self) -> Severity | None:
@@ -341,6 +380,7 @@ def summary_to_dict(result: CheckResult, fix_result: FixResult | None) -> dict[s
             }
             for code, count in result.issue_counts.items()
         },
+        "skipped_checks": result.skipped_checks,
         "sources": [asdict(source) for source in result.sources],
         "fix_result": None if fix_result is None else fix_result.as_json(),
     }

@@ -498,13 +498,13 @@ def find_convention_issues(
         # Images with EXIF rotation are tested first and separately, because other images carry no
         # information about it.
         rotated = [claim for claim in group if claim.orientation != 1]
-        if convention.units == "pixel" and _has_enough_samples(rotated):
+        if convention.units == "pixel" and has_enough_samples(rotated):
             detector = ConventionDetector(BoxClaimTable(rotated), open_image)
             stored = BoxHypothesis(convention.format, BoxFrame("stored"))
             if issue := detector.detect([stored], search_frames=False):
                 issues.append(issue)
                 group = [claim for claim in group if claim.orientation == 1]
-        if _has_enough_samples(group):
+        if has_enough_samples(group):
             detector = ConventionDetector(BoxClaimTable(group), open_image)
             search_frames = convention.units == "pixel"
             alternatives = _list_alternatives(convention)
@@ -513,7 +513,8 @@ def find_convention_issues(
     return issues
 
 
-def _has_enough_samples(claims: Sequence[BoxClaim]) -> bool:
+def has_enough_samples(claims: Sequence[BoxClaim]) -> bool:
+    """Return whether the boxes are from `MIN_SAMPLES` samples, the minimum of a test."""
     return len({(claim.location, claim.sample_id) for claim in claims}) >= MIN_SAMPLES
 
 

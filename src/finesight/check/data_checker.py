@@ -26,9 +26,10 @@ from finesight.check.check_issues import (
     format_location,
     issue_from_error,
 )
-from finesight.check.convention_detector import find_convention_issues
+from finesight.check.convention_detector import find_convention_issues, has_enough_samples
 from finesight.check.dataset_fixer import DatasetFixer
 from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector
+from finesight.check.dataset_profile import PreviewSampler, SplitProfiler
 from finesight.check.image_catalog import ImageCatalog, open_executor
 from finesight.check.sample_issues import filter_known_tokens, find_sample_issues, iter_media_paths
 from finesight.data.corpus import PACKED_SUFFIXES, is_glob
@@ -219,6 +220,7 @@ class DataChecker:
         model: Properties of the model that samples are checked against.
         max_issues: Maximum number of issues per code in the result; further issues are only
             counted.
+        seed: Seed of the random samples in the result.
     """
 
     def __init__(
@@ -227,6 +229,7 @@ class DataChecker:
         output_folder: Path,
         model: ModelRequirements | None = None,
         max_issues: int = 1000,
+        seed: int = 0,
     ) -> None:
         """Open all data files. Raises UserError like `open_unvalidated`."""
         self._requirements = model or ModelRequirements()
@@ -243,6 +246,9 @@ class DataChecker:
         self._issues: list[CheckIssue] = []
         self._frame_paths: set[str] = set()
         self._video_paths: set[str] = set()
+        self._profilers = {one.is_validation: SplitProfiler() for one in ordered_inputs}
+        self._sampler = PreviewSampler(seed)
+        self._are_conventions_tested = False
 
     @property
     def sources(self) -> list[UnvalidatedSource]:
@@ -296,8 +302,24 @@ class DataChecker:
             num_video_files=len(self._video_paths),
             num_unique_images=len(catalog.image_infos),
             affected_samples={code: self._affected_samples[code] for code in issue_counts},
+            skipped_checks=self._list_skipped_checks(),
+            profiles={split: profiler.build() for split, profiler in self._profilers.items()},
+            previews=tuple(self._sampler.previews),
         )
         return result, catalog
+
+    def _list_skipped_checks(self) -> dict[str, str]:
+        """Return the codes of issues that were not searched, with the reason."""
+        reasons: dict[str, str] = {}
+        if not self._are_conventions_tested:
+            reason = "no source has enough samples with boxes"
+            reasons |= {code: reason for code in ISSUE_TYPES if code.startswith("boxes-")}
+        if len(self._profilers) < 2:
+            reason = "the check has no training and validation data to compare"
+            reasons |= {code: reason for code in ISSUE_TYPES if code.startswith("leaked-")}
+        if self._requirements.renderer is None or self._requirements.max_length is None:
+            reasons["too-long"] = "the check has no model and maximum length"
+        return reasons
 
     def _check_source(self, check_input: CheckInput, source: UnvalidatedSource) -> SourceStats:
         claims = BoxClaimCollector()
@@ -316,6 +338,7 @@ class DataChecker:
                 num_samples += len(row.samples)
                 claims.add_row(row, where, self._catalog)
             self._on_progress(len(group))
+        self._are_conventions_tested |= has_enough_samples(claims.claims)
         takes_options = "boxes" in source.source.data_format.supported_options
         for issue in find_convention_issues(claims.claims):
             self._add_issue(issue.to_check_issue(name, takes_options=takes_options))
@@ -336,11 +359,13 @@ class DataChecker:
             if isinstance(part, VideoPart):
                 self._frame_paths.update(part.frames)
                 self._video_paths.update(() if part.video is None else (part.video,))
+        self._profilers[is_validation].add_sample(sample, self._catalog)
+        self._sampler.add_sample(sample, location, is_validation=is_validation)
         special_tokens = self._requirements.special_tokens
         issues = list(find_sample_issues(sample, location, self._catalog, special_tokens))
         if all(issue.severity != "error" for issue in issues):
             issues += self._consistency[is_validation].add_sample(sample, location)
-            issues += self._check_length(sample, location)
+            issues += self._check_length(sample, location, self._profilers[is_validation])
         if is_validation:
             self._leakage.add_validation_sample(sample, location)
         else:
@@ -348,7 +373,9 @@ class DataChecker:
         for issue in issues:
             self._add_issue(issue, location)
 
-    def _check_length(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
+    def _check_length(
+        self, sample: Sample, location: SampleLocation, profiler: SplitProfiler
+    ) -> Iterator[CheckIssue]:
         """Yield an issue if the sample has too many tokens or cannot be rendered."""
         renderer, max_length = self._requirements.renderer, self._requirements.max_length
         if renderer is None or max_length is None:
@@ -358,6 +385,7 @@ class DataChecker:
         except UserError as error:
             yield issue_from_error(error, location)
             return
+        profiler.add_value("num_tokens", num_tokens)
         if num_tokens > max_length:
             yield location.create_issue(
                 "too-long",

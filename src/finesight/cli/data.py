@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -430,7 +431,10 @@ FixOption = Annotated[
 HtmlPageOption = Annotated[
     Path | None,
     typer.Option(
-        "--html", metavar="FILE", dir_okay=False, help="Also write the issues as an HTML page."
+        "--html",
+        metavar="FILE",
+        dir_okay=False,
+        help="Also write an HTML page with the issues, statistics and random samples.",
     ),
 ]
 
@@ -454,6 +458,9 @@ def check(
     max_length: MaxLengthOption = None,
     fix: FixOption = None,
     html: HtmlPageOption = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of the samples on the HTML page.")
+    ] = 0,
     language: LanguageOption = None,
     as_json: Annotated[
         bool,
@@ -465,7 +472,7 @@ def check(
     """Validate samples: images, boxes, texts, roles, duplicates and leakage.
 
     For a recipe, its training and validation files are checked with max_length and the tokenizer of
-    its model; only --fix, --html, --language and --json apply. Other sources are read as
+    its model; only --fix, --html, --seed, --language and --json apply. Other sources are read as
     by `import` with these options. Sources are never modified.
 
     Exit code: 0 without issues or with notes only, 3 with warnings, 2 with errors.
@@ -496,7 +503,7 @@ def check(
             raise UserError(
                 "other options or sources are given with a recipe",
                 where=str(recipe),
-                expected="one recipe with --fix, --html and --json only",
+                expected="one recipe with --fix, --html, --seed and --json only",
                 remedy="remove the other arguments, or check the data files directly",
             )
         inputs, model_context = inputs_from_recipe(recipe)
@@ -505,7 +512,7 @@ def check(
             inputs_from_files(sources, against or [], options),
             load_model_requirements(model, max_length),
         )
-    exit_code = _run_check(inputs, model_context, fix, html, language, as_json)
+    exit_code = _run_check(inputs, model_context, fix, html, language, as_json, seed)
     if recipe is not None and not as_json and exit_code != EXIT_CODES["error"]:
         typer.echo(f"next: {shlex.join(['finesight', 'plan', str(recipe)])}")
     raise typer.Exit(exit_code)
@@ -518,6 +525,7 @@ def _run_check(
     html: Path | None,
     language: LanguageOption,
     as_json: bool,
+    seed: int,
 ) -> int:
     """Run a data check, and write its summary, HTML page and fixed samples.
 
@@ -538,9 +546,8 @@ def _run_check(
             echo_json(issue.as_json())
 
     with write_folder(fix) if fix else tempfile.TemporaryDirectory() as folder:
-        checker = DataChecker(
-            inputs, Path(folder), model_context, MAX_PAGE_ISSUES if html else MAX_PRINTED_ISSUES
-        )
+        max_issues = MAX_PAGE_ISSUES if html else MAX_PRINTED_ISSUES
+        checker = DataChecker(inputs, Path(folder), model_context, max_issues, seed)
         with _show_progress(checker.num_rows) as on_progress:
             result, image_catalog = checker.run(print_issue, on_progress)
         if not as_json:
@@ -635,6 +642,10 @@ def show(
     num_samples: Annotated[
         int, typer.Option(min=1, help="Number of samples, from the start of the data.")
     ] = 1,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Show random samples, selected with this seed, instead."),
+    ] = None,
     use_eval_split: Annotated[
         bool, typer.Option("--eval", help="Show samples of data.eval instead of data.train.")
     ] = False,
@@ -680,13 +691,19 @@ def show(
     renderer = build_renderer(
         locate_model(settings.model), settings.image, settings.data.system_prompt
     )
-    selected = load_corpus(files).read_samples(num_samples)
+    corpus = load_corpus(files)
+    text = "The first {} of {}"
+    if seed is None:
+        selected = corpus.read_samples(num_samples)
+    else:
+        text = "{} random samples of {}"
+        count = min(num_samples, len(corpus))
+        indices = sorted(random.Random(seed).sample(range(len(corpus)), count))
+        selected = [corpus.read_validated(index) for index in indices]
     if html is not None:
         names = ", ".join(str(file.path) for file in files)
         with use_language(language or detect_language()):
-            _write_sample_page(
-                html, renderer, selected, translate("The first {} of {}", len(selected), names)
-            )
+            _write_sample_page(html, renderer, selected, translate(text, len(selected), names))
     if html is None or as_json:
         _print_samples(renderer, selected, as_json)
 

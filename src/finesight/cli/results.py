@@ -241,6 +241,14 @@ def report(
         Path | None,
         typer.Option(metavar="FILE", dir_okay=False, help="HTML page. Default: RUN/report.html."),
     ] = None,
+    incorrect: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            help="Also write the incorrect answers of the latest evaluation to this JSONL file.",
+        ),
+    ] = None,
     language: LanguageOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -252,10 +260,17 @@ def report(
 
     Example: finesight report runs/latex --out latex.html
     """
-    from finesight.report.run_page import write_report
+    from finesight.report.run_page import write_incorrect_predictions, write_report
 
+    num_incorrect = write_incorrect_predictions(run, incorrect) if incorrect else None
     page = write_report(run, out, language=language)
-    typer.echo(json.dumps({"report": str(page)}) if as_json else f"page: {page}")
+    if as_json:
+        counts = {} if num_incorrect is None else {"num_incorrect": num_incorrect}
+        typer.echo(json.dumps({"report": str(page), **counts}))
+        return
+    if num_incorrect is not None:
+        typer.echo(f"{num_incorrect} incorrect answers: {incorrect}")
+    typer.echo(f"page: {page}")
 
 
 def compare(

@@ -272,8 +272,9 @@ def build_histogram(
     bins = [int(name) for _, counts in counts_by_run for name in counts]
     if not bins:
         return None
-    bin_range = range(min(bins), max(bins) + 1)
-    edges = [math.ceil(2 ** (index / 2) - 1e-9) for index in (*bin_range, bin_range.stop)]
+    # The bin from 2 ** 0.5 to 2 contains no integer.
+    bin_range = [index for index in range(min(bins), max(bins) + 1) if index != 1]
+    edges = [math.ceil(2 ** (index / 2) - 1e-9) for index in (*bin_range, bin_range[-1] + 1)]
     labels = [
         translate("{:,} to {:,}", lower, upper - 1) if upper - 1 > lower else f"{lower:,}"
         for lower, upper in pairwise(edges)

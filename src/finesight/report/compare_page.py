@@ -261,7 +261,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
             "runs": labels,
             "metric": format_metric_name(samples.metric),
         },
-        assets=["results"],
+        assets=["charts", "results"],
         title=translate("Comparison of {} runs", len(runs)),
         runs=runs,
         labels=labels,

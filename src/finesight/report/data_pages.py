@@ -15,6 +15,7 @@ from finesight.check.check_issues import (
     CheckIssue,
     CheckResult,
     IssueImage,
+    SamplePreview,
 )
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import BoxPart, LocatedSample
@@ -27,6 +28,8 @@ from finesight.encode.tokenization import (
     VisualSpan,
     iter_token_rows,
 )
+from finesight.manifest import count_half_octaves
+from finesight.report.charts import Chart, build_histogram
 from finesight.report.html import InlineImage, build_inline_image, render_page
 from finesight.report.i18n import translate
 from finesight.vision.image_processing import load_image, unpatchify
@@ -62,10 +65,13 @@ def render_sample_page(
         "num_supervised_tokens": translate("total supervised tokens"),
         "num_patches": translate("total patches"),
     }
+    charts = _build_sample_charts(records) if len(records) > 1 else []
     return render_page(
         "sample",
-        records,
+        {"samples": records, "charts": [chart.data for chart in charts]},
+        assets=["charts"],
         title=translate("Model input"),
+        charts=charts,
         source=source,
         family=renderer.family.name,
         image_rule=", ".join(
@@ -76,6 +82,23 @@ def render_sample_page(
             label: sum(record[key] for record in records) for key, label in count_labels.items()
         },
     )
+
+
+def _build_sample_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
+    """Build histograms of the samples on the page."""
+    sizes = [max(image["original_size"]) for record in records for image in record["images"]]
+    values = {
+        "num_tokens": [one["num_tokens"] for one in records],
+        "num_supervised_tokens": [one["num_supervised_tokens"] for one in records],
+        "image_side": sizes,
+        "num_boxes": [one["num_sample_boxes"] for one in records],
+    }
+    name = translate("samples")
+    charts = [
+        build_histogram(*_translate_titles(key), [(name, count_half_octaves(values[key]))])
+        for key in values
+    ]
+    return [chart for chart in charts if chart is not None]
 
 
 def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample) -> dict[str, Any]:
@@ -210,6 +233,38 @@ MAX_IMAGES_PER_ISSUE = 4
 
 MAX_ISSUE_IMAGE_SIDE = 360
 
+CHECKS: dict[str, list[str]] = {
+    name: codes.split()
+    for name, codes in {
+        "Rows, roles and empty texts": "invalid-row invalid-role-order image-in-answer empty-answer"
+        " empty-question",
+        "Image and video files, completely decoded": "image-missing image-truncated image-corrupt"
+        " image-too-large video-frame-sizes-differ",
+        "Placeholders, special tokens and boxes in texts": "placeholder-count-mismatch"
+        " placeholder-in-text special-token-in-text box-in-text",
+        "Boxes within their images": "box-outside box-inverted box-empty box-without-image"
+        " box-at-edge box-tiny box-covers-image",
+        "Convention of box coordinates": "boxes-xywh boxes-cxcywh boxes-xyxy boxes-pixels"
+        " boxes-thousandths boxes-normalized boxes-resized boxes-before-exif-rotation boxes-mixed",
+        "Number of tokens": "too-long",
+        "Validation images in the training data": "leaked-image leaked-image-reencoded",
+        "Duplicates, contradictions and dominant answers": "contradictory-answers duplicate-sample"
+        " dominant-answer",
+    }.items()
+}
+"""Issue codes by check, in the order of the page."""
+
+HISTOGRAM_TITLES = {
+    "answer_chars": ("Characters per answer", "share of samples"),
+    "num_tokens": ("Tokens per sample", "share of samples"),
+    "num_supervised_tokens": ("Supervised tokens per sample", "share of samples"),
+    "image_side": ("Longest side of images", "pixels, share of images"),
+    "num_boxes": ("Boxes per sample", "share of samples with boxes"),
+}
+"""Title and caption of each histogram."""
+
+SPLIT_NAMES = {False: "training", True: "validation"}
+
 
 def render_check_page(
     check_result: CheckResult,
@@ -244,6 +299,7 @@ def render_check_page(
             }
         )
         on_progress(1)
+    previews = [_build_preview_record(preview, images) for preview in check_result.previews]
     num_unique, num_frames = check_result.num_unique_images, check_result.num_video_frames
     files_text = translate("{:,} images ({:,} unique)", check_result.num_images, num_unique)
     if num_frames:
@@ -264,10 +320,23 @@ def render_check_page(
         for code, (severity, description) in ISSUE_TYPES.items()
         if check_result.issue_counts.get(code)
     ]
+    charts = _build_profile_charts(check_result)
     return render_page(
         "check",
-        {"issues": records, "images": list(images.values())},
+        {
+            "issues": records,
+            "previews": previews,
+            "images": list(images.values()),
+            "charts": [chart.data for chart in charts],
+        },
+        assets=["charts"],
         title=translate("Data check"),
+        charts=charts,
+        checks=_describe_checks(check_result),
+        frequent_values=_list_frequent_values(check_result),
+        split_names={split: translate(name) for split, name in SPLIT_NAMES.items()},
+        num_boxes=sum(profile.num_boxes for profile in check_result.profiles.values()),
+        num_previews=len(previews),
         check_result=check_result,
         files_text=files_text,
         issue_types=issue_types,
@@ -275,6 +344,76 @@ def render_check_page(
         num_images=sum(not isinstance(image, str) for image in images.values()),
         num_without_images=sum(bool(one.images) for one in check_result.issues) - len(selected),
     )
+
+
+def _describe_checks(check_result: CheckResult) -> list[tuple[str, int, str]]:
+    """Return the name, the number of issues, and the reason if skipped, of each check."""
+    skipped = check_result.skipped_checks
+    return [
+        (
+            translate(name),
+            sum(check_result.issue_counts.get(code, 0) for code in codes),
+            translate(skipped[codes[0]]) if all(code in skipped for code in codes) else "",
+        )
+        for name, codes in CHECKS.items()
+    ]
+
+
+def _translate_titles(name: str) -> tuple[str, str]:
+    """Return the title and the caption of a histogram."""
+    title, caption = HISTOGRAM_TITLES[name]
+    return translate(title), translate(caption)
+
+
+def _build_profile_charts(check_result: CheckResult) -> list[Chart]:
+    """Build histograms with one line per split."""
+    charts = []
+    for name in HISTOGRAM_TITLES:
+        counts_by_split = [
+            (translate(SPLIT_NAMES[split]), profile.histograms.get(name, {}))
+            for split, profile in sorted(check_result.profiles.items())
+        ]
+        charts.append(build_histogram(*_translate_titles(name), counts_by_split))
+    return [chart for chart in charts if chart is not None]
+
+
+def _list_frequent_values(
+    check_result: CheckResult,
+) -> list[tuple[str, str, list[tuple[str, int, float]]]]:
+    """Return the title, a note, and the values with count and percentage, of frequent values."""
+    tables = []
+    for split, profile in sorted(check_result.profiles.items()):
+        kinds = (
+            (
+                "Most frequent answers, {}",
+                profile.answers,
+                profile.num_answers,
+                profile.num_samples,
+            ),
+            ("Most frequent labels, {}", profile.labels, profile.num_labels, profile.num_boxes),
+        )
+        for title, values, num_different, total in kinds:
+            # A list of answers that all differ is not informative.
+            rows = [(value, count, 100 * count / total) for value, count in values if count > 1]
+            note = translate("{:,} different values", num_different)
+            if rows:
+                tables.append((translate(title, translate(SPLIT_NAMES[split])), note, rows))
+    return tables
+
+
+def _build_preview_record(
+    preview: SamplePreview, images: dict[Path, InlineImage | str]
+) -> dict[str, Any]:
+    shown = preview.images[:MAX_IMAGES_PER_ISSUE]
+    return {
+        "location": preview.where,
+        "sample_id": preview.sample_id,
+        "split": translate(SPLIT_NAMES[preview.is_validation]),
+        "question": preview.question,
+        "answer": preview.answer,
+        "images": [_build_image_record(one, images) for one in shown],
+        "num_more": len(preview.images) - len(shown),
+    }
 
 
 def _select_illustrated_issues(issues: Sequence[CheckIssue], max_images: int) -> set[int]:

@@ -6,10 +6,12 @@ Page data contain thumbnails, boxes, and formulas as MathML.
 from __future__ import annotations
 
 import math
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from finesight.data.image_header import MAX_IMAGE_PIXELS, CorruptImageError, read_image_size
+from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     BOUNDED,
     UNBOUNDED,
@@ -24,6 +27,7 @@ from finesight.evaluate.bootstrap import (
     ScoreEstimator,
     estimate_mean,
 )
+from finesight.evaluate.json_metrics import count_fields, parse_form
 from finesight.evaluate.metric_difference import (
     MetricDifference,
     compare_estimators,
@@ -72,12 +76,14 @@ class Example:
         scores: Compared score of each prediction. None if unknown.
         kind: Class by score, such as `better`.
         change: Increase of the compared score, or range of the scores of several runs.
+        row_index: Position of the sample in the predictions (0-based).
     """
 
     predictions: Sequence[JsonObject | None]
     scores: Sequence[float | None]
     kind: str
     change: float
+    row_index: int = 0
 
     @property
     def latest(self) -> JsonObject:
@@ -134,7 +140,7 @@ def build_example_set(
         primary_metric, [line for lines in line_groups for line in lines if line is not None]
     )
     groups: dict[str, list[Example]] = {kind: [] for kind in quotas}
-    for lines in line_groups:
+    for row_index, lines in enumerate(line_groups):
         scores = [read_scores(line).get(metric) if line else None for line in lines]
         known_scores = [score for score in scores if score is not None]
         change = max(known_scores, default=0.0) - min(known_scores, default=0.0)
@@ -143,9 +149,9 @@ def build_example_set(
         kind = "wrong"
         if abs(change) > MIN_SCORE_CHANGE:
             kind = "differ" if "differ" in quotas else "better" if change > 0 else "worse"
-        elif known_scores and min(known_scores) >= MAX_SCORES.get(metric, 1.0) - MIN_SCORE_CHANGE:
+        elif known_scores and is_max_score(min(known_scores), metric):
             kind = "right"
-        groups[kind].append(Example(lines, scores, kind, change))
+        groups[kind].append(Example(lines, scores, kind, change, row_index))
     for group in groups.values():
         group.sort(key=lambda example: -abs(example.change))
     # Classes with more examples use the rest of the quotas of smaller ones.
@@ -210,6 +216,33 @@ def read_scores(line: JsonObject) -> dict[str, float]:
     """Return the per-sample scores of a prediction that are finite numbers."""
     scores = as_object(line.get("scores"))
     return {str(name): float(value) for name, value in scores.items() if is_finite(value)}
+
+
+def is_max_score(score: float, metric: str) -> bool:
+    """Return whether a per-sample score is the maximum of its metric: the answer is correct."""
+    return score >= MAX_SCORES.get(metric, 1.0) - MIN_SCORE_CHANGE
+
+
+def read_incorrect_lines(predictions: Path, primary_metric: str | None) -> list[JsonObject]:
+    """Read the predictions whose score is known and below the maximum, in file order.
+
+    Raises:
+        UserError: No prediction has a suitable score.
+    """
+    lines = list(read_json_lines(predictions))
+    metric = select_sample_metric(primary_metric, lines)
+    if not metric:
+        raise UserError(
+            f"none of {len(lines)} predictions has a score of {primary_metric or 'any metric'}",
+            where=str(predictions),
+            expected="per-sample scores, as `finesight train` and `finesight eval --out` write",
+            remedy="set eval.metric in the recipe, and evaluate again",
+        )
+    return [
+        line
+        for line in lines
+        if (score := read_scores(line).get(metric)) is not None and not is_max_score(score, metric)
+    ]
 
 
 def read_image_paths(line: JsonObject) -> list[str]:
@@ -314,13 +347,24 @@ class ExampleDataBuilder:
     def build(self, examples: Sequence[Example]) -> JsonData:
         """Return page data with `examples`, and `images` to which the examples refer by index."""
         thumbnails, image_indices = self._build_thumbnails([example.latest for example in examples])
+        score_names = {
+            name
+            for example in examples
+            for line in example.predictions
+            if line
+            for name in read_scores(line)
+        }
         return {
             "images": thumbnails,
+            # Names in prediction files, for the export.
+            "score_names": {format_metric_name(name): name for name in sorted(score_names)},
             "examples": [
                 {
                     **self._build_question(example.latest, image_indices),
                     "kind": example.kind,
                     "change": round(example.change, 4),
+                    "row_index": example.row_index,
+                    "is_truncated": _is_truncated(example.latest),
                     "predictions": [self._build_answer(line) for line in example.predictions],
                     "scores": [
                         None if score is None else round(score, 4) for score in example.scores
@@ -390,10 +434,7 @@ class ExampleDataBuilder:
 
     def _build_question(self, line: JsonObject, image_indices: dict[str, int]) -> JsonData:
         """Return the page data of a sample without answers: question, images and references."""
-        reference = line.get("gold")
-        references = line.get("references")
-        texts = [reference, *(references if isinstance(references, list) else [])]
-        reference_texts = [text for text in texts if isinstance(text, str) and text]
+        reference_texts = _read_references(line)
         return {
             "id": _truncate(str(line.get("id")), MAX_ID_CHARS),
             "images": [image_indices[path] for path in read_image_paths(line)],
@@ -409,8 +450,13 @@ class ExampleDataBuilder:
             return None
         text, is_complete = str(line.get("answer", "")), line.get("stopped") is not False
         num_tokens = line.get("num_tokens")
+        references = _read_references(line)
+        is_compared = len(references) == 1 and len(text) <= MAX_ANSWER_CHARS >= len(references[0])
+        fields = diff_fields(text, references[0]) if is_compared else None
         return {
             "text": _truncate(text),
+            "fields": fields,
+            "diff": diff_texts(text, references[0]) if is_compared and fields is None else None,
             # A truncated answer is not a valid formula.
             "formula": self._convert_formula(text) if is_complete else None,
             "boxes": read_boxes(line.get("boxes")),
@@ -424,6 +470,81 @@ class ExampleDataBuilder:
 
     def _convert_formula(self, text: str) -> object:
         return self._formula_converter.convert(text) if self._formula_converter else None
+
+
+def _read_references(line: JsonObject) -> list[str]:
+    """Return the reference texts of a prediction that are not empty."""
+    references = line.get("references")
+    texts = [line.get("gold"), *(references if isinstance(references, list) else [])]
+    return [text for text in texts if isinstance(text, str) and text]
+
+
+MAX_DIFF_PAIRS = 50_000
+"""Maximum number of pairs of equal words of a diff, to which its time is proportional."""
+
+MIN_COMMON_FRACTION = 0.4
+"""Minimum fraction of equal words for an informative diff."""
+
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+
+_DIFF_TOKEN = re.compile(rf"\\[A-Za-z]+|[{_CJK}]|[^\W{_CJK}]+|\S")
+"""Pattern of the units of a diff: LaTeX command, CJK character, word, or other character."""
+
+
+def diff_texts(text: str, reference: str) -> list[tuple[int, int, int, int]] | None:
+    """Return the differences between an answer and its reference.
+
+    Units are words, or characters if the reference is a single word. White space is not compared.
+
+    Returns:
+        Start and end in the answer, then in the reference, of each difference, in Unicode
+        characters. None if the texts are long or differ in most words.
+    """
+    pattern = re.compile(r"\S") if len(reference.split()) == 1 else _DIFF_TOKEN
+    words, reference_words = (list(pattern.finditer(one)) for one in (text, reference))
+    sequence, reference_sequence = ([word[0] for word in one] for one in (words, reference_words))
+    counts, reference_counts = Counter(sequence), Counter(reference_sequence)
+    if sum(count * reference_counts[word] for word, count in counts.items()) > MAX_DIFF_PAIRS:
+        return None
+    matcher = SequenceMatcher(None, sequence, reference_sequence, autojunk=False)
+    num_equal = sum(block.size for block in matcher.get_matching_blocks())
+    if num_equal < MIN_COMMON_FRACTION * max(len(words), len(reference_words)):
+        return None
+    return [
+        (*_get_span(words, start, end), *_get_span(reference_words, reference_start, reference_end))
+        for kind, start, end, reference_start, reference_end in matcher.get_opcodes()
+        if kind != "equal"
+    ]
+
+
+def _get_span(words: Sequence[re.Match[str]], start: int, end: int) -> tuple[int, int]:
+    """Return the characters of the words `start` to `end`; an empty span if there is none."""
+    if start < end:
+        return words[start].start(), words[end - 1].end()
+    position = words[start - 1].end() if start else 0
+    return position, position
+
+
+def diff_fields(text: str, reference: str) -> JsonData | None:
+    """Compare the fields of a JSON answer with its reference, as the `json` metric does.
+
+    Returns:
+        `differences`, rows of field, values of the reference and values of the answer, and
+        `num_equal`, the number of equal values. None if a text is not a JSON object or list.
+    """
+    reference_form, form = parse_form(reference), parse_form(text)
+    if reference_form is None or form is None:
+        return None
+    expected, predicted = count_fields(reference_form), count_fields(form)
+    missing, extra = expected - predicted, predicted - expected
+    rows: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for column, values in enumerate((missing, extra)):
+        for name, value in values.elements():
+            rows[name][column].append(value)
+    return {
+        "differences": [[name, *columns] for name, columns in rows.items()],
+        "num_equal": (expected & predicted).total(),
+    }
 
 
 def read_boxes(content: object) -> list[JsonData]:
@@ -440,6 +561,12 @@ def read_boxes(content: object) -> list[JsonData]:
             xyxy = [float(corner) for corner in corners]
             valid_boxes.append({"image": box.get("image", 0), "label": label, "xyxy": xyxy})
     return valid_boxes
+
+
+def _is_truncated(line: JsonObject) -> bool:
+    """Return whether the page contains a text of a prediction only in part."""
+    texts = [str(line.get("prompt", "")), str(line.get("answer", "")), *_read_references(line)]
+    return max(map(len, texts)) > MAX_ANSWER_CHARS
 
 
 def _truncate(text: str, max_chars: int = MAX_ANSWER_CHARS) -> str:

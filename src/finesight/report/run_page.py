@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from finesight.errors import UserError
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import REPORT_FILE
@@ -19,12 +21,15 @@ from finesight.report import summary
 from finesight.report.charts import build_run_charts
 from finesight.report.examples import (
     EXAMPLE_KINDS,
+    MAX_SCORES,
+    MIN_SCORE_CHANGE,
     ExampleDataBuilder,
     ExampleSet,
     JsonData,
     ThumbnailCache,
     estimate_differences,
     read_examples,
+    read_incorrect_lines,
 )
 from finesight.report.html import FormulaConverter, render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
@@ -46,6 +51,7 @@ from finesight.report.run_reader import (
     read_run,
 )
 from finesight.report.summary import get_run_status
+from finesight.storage import write_file
 
 MAX_EXAMPLES = 2000
 """Maximum number of examples in the report of a finished run.
@@ -119,6 +125,37 @@ def write_report(
     return target
 
 
+def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
+    """Write the incorrect answers of the latest evaluation as a prediction file (JSONL).
+
+    An answer is incorrect if its score of the primary metric is below the maximum.
+
+    Returns:
+        Number of answers.
+
+    Raises:
+        UserError: `run_dir` is not a run, or has no predictions with scores.
+    """
+    run_record = read_run(run_dir)
+    if not run_record.predictions_files:
+        raise UserError(
+            f"{run_dir.name} has no predictions",
+            where=str(run_dir),
+            expected="a run with an evaluation",
+            remedy="set eval in the recipe, or run `finesight eval RUN --out FILE`",
+        )
+    lines = read_incorrect_lines(run_record.predictions_files[-1], run_record.primary_metric)
+    if out.resolve() in [file.resolve() for file in run_record.predictions_files]:
+        raise UserError(
+            f"{out.name} is a prediction file of the run",
+            where=str(out),
+            expected="a new file for the incorrect answers",
+            remedy="choose another file",
+        )
+    write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return len(lines)
+
+
 def render_run_page(
     run_dir: Path, max_examples: int = MAX_EXAMPLES, live_state: LiveReportState | None = None
 ) -> str:
@@ -144,10 +181,11 @@ def render_run_page(
             **example_data,
             "charts": [chart.data for chart in charts],
             "metric": format_metric_name(examples.metric),
+            "max_score": MAX_SCORES.get(examples.metric, 1.0) - MIN_SCORE_CHANGE,
             "evaluation_names": evaluation_names,
             "live": live_data,
         },
-        assets=["results"],
+        assets=["charts", "results"],
         run_status=run_status,
         written_at=f"{now:%Y-%m-%d %H:%M:%S} UTC",
         live_state=live_state,
@@ -156,6 +194,11 @@ def render_run_page(
         evaluation_names=evaluation_names,
         charts=charts,
         has_boxes=any(example["boxes"] for example in example_data["examples"]),
+        has_diff=any(
+            answer and answer["diff"]
+            for example in example_data["examples"]
+            for answer in example["predictions"]
+        ),
         formulas_unavailable=_get_metric(run_record) == "latex"
         and not FormulaConverter().is_available,
         report_command=summary.format_command("report", str(run_record.folder)),
@@ -246,7 +289,7 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
     if examples.metric and examples.is_paired:
         text = (
             "{:,} validation samples, classified by {}: the maximum is correct, any lower score is"
-            " incorrect. The largest changes are first."
+            " incorrect."
         )
     elif examples.metric:
         text = "{:,} validation samples, classified by {}: the maximum is correct."
@@ -259,6 +302,7 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
     return {
         "examples": examples,
         "kind_labels": list(labels.items()),
+        "incorrect_label": labels["wrong"],
         "displayed_counts": {kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
         "examples_note": note,
     }

@@ -134,7 +134,9 @@ class StudioView:
             lstrip_blocks=True,
         )
         self._environment.globals |= {"translate": translate_markup, "steps": STEPS}
-        styles = [(templates / f"{name}.css").read_text("utf-8") for name in ("base", "results")]
+        styles = [
+            (templates / f"{name}.css").read_text("utf-8") for name in ("base", "charts", "results")
+        ]
         # The styles of reports apply within the parts that this module renders.
         nested = "".join(styles).replace(":root", "&").replace("body {", "& {")
         style = (STATIC_FOLDER / "studio.css").read_text(encoding="utf-8")

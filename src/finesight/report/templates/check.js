@@ -35,9 +35,18 @@ function drawIssueImage({name, image_index: index, boxes}, issue) {
   return createElement("div", {}, figure, createElement("p", {class: "name"}, name));
 }
 
+/* Lower-case text for the search, computed on first use. */
+function searchText(issue) {
+  issue.searchText ||= [issue.location, issue.sample_id, issue.message, issue.code,
+    issue.description, ...issue.evidence, ...issue.images.map(({name}) => name),
+  ].join("\n").toLowerCase();
+  return issue.searchText;
+}
+
 function startIssues() {
   const {issues} = DATA;
   const filter = {severity: "", code: ""};
+  const [order, search] = ["issue-order", "search"].map(byId);
   const severities = ["", ...new Set(issues.map((issue) => issue.severity))];
   const buttons = severities.map((severity) =>
     createElement("button", {type: "button", "data-severity": severity},
@@ -49,8 +58,10 @@ function startIssues() {
     for (const button of buttons) {
       button.setAttribute("aria-pressed", button.dataset.severity === filter.severity);
     }
-    const bySeverity = issues.filter(({severity}) =>
-      !filter.severity || severity === filter.severity);
+    const query = search.value.trim().toLowerCase();
+    const bySeverity = issues.filter((issue) =>
+      (!filter.severity || issue.severity === filter.severity)
+      && (!query || searchText(issue).includes(query)));
     const counts = new Map();
     for (const {code} of bySeverity) counts.set(code, (counts.get(code) || 0) + 1);
     if (!counts.has(filter.code)) filter.code = "";
@@ -59,6 +70,10 @@ function startIssues() {
         createElement("option", {value: code}, `${code} (${count})`)));
     select.value = filter.code;
     const matches = bySeverity.filter(({code}) => !filter.code || code === filter.code);
+    if (order.value === "file") {
+      matches.sort((one, other) =>
+        one.location.localeCompare(other.location, undefined, {numeric: true}));
+    }
     byId("num-shown").textContent = translate("{} of {} issues", matches.length, issues.length);
     moveFocus = createFeed(byId("list"), matches, drawIssue);
   };
@@ -73,6 +88,8 @@ function startIssues() {
     filter.code = select.value;
     update();
   });
+  order.addEventListener("change", update);
+  search.addEventListener("input", update);
   for (const button of document.querySelectorAll("[data-code]")) {
     button.addEventListener("click", () => {
       filter.severity = "";
@@ -86,4 +103,43 @@ function startIssues() {
   update();
 }
 
+/* ---- random samples --------------------------------------------------------------------------- */
+
+const PREVIEWS_PER_VIEW = 12;
+
+function drawPreview(preview) {
+  const images = preview.images.map((image) =>
+    drawIssueImage(image, {description: preview.sample_id}));
+  if (preview.num_more) {
+    images.push(createElement("p", {class: "soft small"},
+      translate("and {} more", preview.num_more)));
+  }
+  return createElement("li", {class: "card"},
+    createElement("div", {}, ...images),
+    createElement("p", {class: "question"}, preview.question),
+    createElement("p", {class: "reference"}, preview.answer),
+    createElement("p", {class: "soft small"}, `${preview.split} · ${preview.sample_id}`),
+    createElement("p", {class: "name"}, preview.location));
+}
+
+/* The samples are in random order, so that consecutive ones are a random selection. */
+function startPreviews() {
+  const {previews} = DATA;
+  let start = 0;
+  const show = () => {
+    const shown = previews.slice(start, start + PREVIEWS_PER_VIEW);
+    byId("previews").replaceChildren(...shown.map(drawPreview));
+    byId("previews-shown").textContent =
+      translate("{} to {} of {}", start + 1, start + shown.length, previews.length);
+  };
+  const button = byId("other-samples");
+  button.hidden = previews.length <= PREVIEWS_PER_VIEW;
+  button.addEventListener("click", () => {
+    start = start + PREVIEWS_PER_VIEW < previews.length ? start + PREVIEWS_PER_VIEW : 0;
+    show();
+  });
+  show();
+}
+
 if (DATA.issues.length) startIssues();
+if (DATA.previews.length) startPreviews();

@@ -19,8 +19,7 @@ function drawSample(sample) {
       drawImageWithBoxes(image, index, sample))));
   }
   card.append(createElement("div", {},
-    ...truncateText(createElement("h3", {class: "question"},
-      sample.question || translate("(no question)"))),
+    ...drawQuestion(sample),
     createElement("div", {class: "answers"}, ...drawPredictions(sample))));
   return card;
 }
@@ -55,12 +54,12 @@ function drawPredictions(sample) {
   const rows = [];
   if (references.length || sample.boxes.length) {
     const title = translate(references.length > 1 ? "reference answers" : "reference answer");
-    rows.push(answerRow("truth", title, references.join("\n"), sample.formula, sample.boxes));
+    rows.push(answerRow("truth", title, {...sample, text: references.join("\n")}));
   }
   sample.predictions.forEach((prediction, run) => {
     const name = createElement("span", {}, runBadge(run), ` ${RUNS[run].name}`);
     if (!prediction) {
-      rows.push(answerRow("", name, "", null, [], translate("no answer to this sample")));
+      rows.push(answerRow("", name, {text: "", boxes: []}, translate("no answer to this sample")));
       return;
     }
     const score = sample.scores[run];
@@ -68,8 +67,7 @@ function drawPredictions(sample) {
     if (!prediction.is_complete) {
       notes.push(translate("truncated after {} tokens", prediction.num_tokens));
     }
-    rows.push(answerRow("", name, prediction.text, prediction.formula, prediction.boxes,
-      notes.join(" · "), references.length === 1 ? references[0] : null));
+    rows.push(answerRow("", name, prediction, notes.join(" · "), references[0]));
   });
   return rows;
 }

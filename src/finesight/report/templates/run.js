@@ -21,8 +21,7 @@ function drawExample(example) {
       ...images.map((image, index) => drawExampleImage(image, index, example))));
   }
   card.append(createElement("div", {},
-    ...truncateText(createElement("h3", {class: "question"},
-      example.question || translate("(no question)"))),
+    ...drawQuestion(example),
     createElement("div", {class: "answers"}, ...drawAnswers(example))));
   return card;
 }
@@ -58,51 +57,162 @@ function drawAnswers(example) {
   const rows = [];
   if (references.length || example.boxes.length) {
     const title = translate(references.length > 1 ? "reference answers" : "reference answer");
-    rows.push(answerRow("truth", title, references.join("\n"), example.formula, example.boxes));
+    rows.push(answerRow("truth", title, {...example, text: references.join("\n")}));
   }
   for (const [kind, answer, name] of [["before", before, firstName],
                                       ["after", after, lastName || firstName]]) {
     if (!answer) continue;
     const scores = Object.entries(answer.scores).map(([key, value]) => `${key} ${value}`);
     if (!answer.is_complete) scores.push(translate("truncated after {} tokens", answer.num_tokens));
-    rows.push(answerRow(kind, name, answer.text, answer.formula, answer.boxes,
-      scores.join(" · "), references.length === 1 ? references[0] : null));
+    rows.push(answerRow(kind, name, answer, scores.join(" · "), references[0]));
   }
   return rows;
 }
 
+/* ---- order, grid and export -------------------------------------------------------------------- */
+
+const KIND_ORDER = ["wrong", "worse", "better", "right"];
+
+function lastScore({scores}) {
+  return scores.findLast((score) => score !== null) ?? null;
+}
+
+function isIncorrect(example) {
+  const score = lastScore(example);
+  return score !== null && score < DATA.max_score;
+}
+
+/* Examples without a score are last. */
+function compareScores(one, other, sign) {
+  const [score, otherScore] = [lastScore(one), lastScore(other)];
+  if (score === null || otherScore === null) return (score === null) - (otherScore === null);
+  return sign * (score - otherScore);
+}
+
+const ORDERS = {
+  incorrect: (one, other) => KIND_ORDER.indexOf(one.kind) - KIND_ORDER.indexOf(other.kind)
+    || compareScores(one, other, 1),
+  lowest: (one, other) => compareScores(one, other, 1),
+  highest: (one, other) => compareScores(one, other, -1),
+  decrease: (one, other) => one.change - other.change,
+  increase: (one, other) => other.change - one.change,
+  file: () => 0,
+};
+
+function sortExamples(examples, order) {
+  return [...examples].sort((one, other) =>
+    ORDERS[order](one, other) || one.row_index - other.row_index);
+}
+
+/* A tile of the grid. `enlarge` shows the complete example. */
+function drawTile(example, enlarge) {
+  const image = example.images.map((index) => DATA.images[index]).find(({src}) => src);
+  const score = lastScore(example);
+  const prediction = example.predictions.findLast(Boolean);
+  const kind = KIND_LABELS[example.kind];
+  const tile = createElement("button", {type: "button", class: "tile",
+    "aria-label": translate("{}, {}: enlarge", kind, example.id)},
+  image ? createElement("img", {src: image.src, alt: image.path.split("/").pop()})
+    : createElement("span", {class: "no-image small"}, example.question),
+  createElement("span", {class: "small"},
+    createElement("span", {class: `chip ${CHIP_CLASSES[example.kind]}`}, kind),
+    score === null ? "" : ` ${score}`),
+  createElement("span", {class: "small answer-text"}, prediction.text));
+  tile.addEventListener("click", enlarge);
+  return tile;
+}
+
+/* Show one of `examples` in the dialog, with buttons and keys for the others. */
+function enlargeExample(examples, index) {
+  const dialog = byId("enlarged");
+  const show = (next) => {
+    if (next < 0 || next >= examples.length) return;
+    index = next;
+    byId("enlarged-position").textContent = translate("{} of {}", index + 1, examples.length);
+    byId("enlarged-example").replaceChildren(drawExample(examples[index]));
+    dialog.scrollTop = 0;
+  };
+  byId("enlarged-previous").onclick = () => show(index - 1);
+  byId("enlarged-next").onclick = () => show(index + 1);
+  dialog.onkeydown = (event) => {
+    const step = {ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1}[event.key];
+    if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    show(index + step);
+  };
+  show(index);
+  if (!dialog.open) dialog.showModal();
+}
+
+/* A line of a prediction file, as `finesight report --incorrect` writes it. */
+function toPredictionLine(example) {
+  const prediction = example.predictions.findLast(Boolean);
+  const [gold = "", ...references] = example.references;
+  const paths = example.images.map((index) => DATA.images[index].path);
+  const toBoxes = (boxes) => boxes.map((box) => ({...box, label: box.label || null}));
+  const scores = Object.entries(prediction.scores)
+    .map(([name, value]) => [DATA.score_names[name], value]);
+  const line = {id: example.id, image: paths.length > 1 ? paths : paths[0] ?? null,
+    prompt: example.question, answer: prediction.text, boxes: toBoxes(prediction.boxes), gold,
+    references, gold_boxes: toBoxes(example.boxes), scores: Object.fromEntries(scores),
+    num_tokens: prediction.num_tokens, stopped: prediction.is_complete};
+  if (example.is_truncated) line.is_truncated = true;
+  return `${JSON.stringify(line)}\n`;
+}
+
 function startExamples() {
-  const buttons = [...document.querySelectorAll(".chips button")];
-  const search = byId("search");
+  const buttons = [...document.querySelectorAll("[data-kind]")];
+  const views = [...document.querySelectorAll("[data-view]")];
+  const [search, order, save] = ["search", "order", "save"].map(byId);
   let kind = "";
+  let view = "list";
+  let matches = [];
   let moveFocus = () => {};
   const refresh = () => {
     const query = search.value.trim().toLowerCase();
-    const matches = DATA.examples.filter((example) =>
-      (!kind || example.kind === kind) && (!query || searchText(example).includes(query)));
+    matches = sortExamples(DATA.examples.filter((example) =>
+      (!kind || example.kind === kind) && (!query || searchText(example).includes(query))),
+    order.value);
     for (const button of buttons) {
       button.setAttribute("aria-pressed", String(button.dataset.kind === kind));
     }
-    byId("found").textContent = kind || query ? translate("{} found", matches.length) : "";
-    moveFocus = createFeed(byId("feed"), matches, drawExample, 20);
+    for (const button of views) {
+      button.setAttribute("aria-pressed", String(button.dataset.view === view));
+    }
+    byId("found").textContent = translate("{} found", matches.length);
+    const numIncorrect = matches.filter(isIncorrect).length;
+    save.textContent = translate("Save {} incorrect as JSONL", numIncorrect);
+    save.disabled = numIncorrect === 0;
+    byId("feed").classList.toggle("grid", view === "grid");
+    moveFocus = view === "grid"
+      ? createFeed(byId("feed"), matches, (example, index) =>
+        drawTile(example, () => enlargeExample(matches, index)), 60)
+      : createFeed(byId("feed"), matches, drawExample, 20);
   };
-  for (const button of buttons) {
-    button.addEventListener("click", () => {
-      kind = button.dataset.kind;
-      refresh();
-    });
-  }
+  const attach = (options, set) => options.forEach((button) =>
+    button.addEventListener("click", () => { set(button.dataset); refresh(); }));
+  attach(buttons, (data) => { kind = data.kind; });
+  attach(views, (data) => { view = data.view; });
+  order.addEventListener("change", refresh);
   search.addEventListener("input", refresh);
   search.addEventListener("keydown", (event) => {
     if (event.key === "Escape") search.blur();
   });
+  save.addEventListener("click", () => {
+    const name = document.querySelector("h1").textContent;
+    saveFile(`${name}-incorrect.jsonl`, matches.filter(isIncorrect).map(toPredictionLine).join(""));
+  });
+  byId("enlarged-close").addEventListener("click", () => byId("enlarged").close());
   onNavigate((step) => moveFocus(step));
   byId("feed").addEventListener("keydown", (event) => {
-    const card = event.target.matches("li") && event.target.querySelector(".example");
-    if (card && event.key === "Enter") card.classList.toggle("wide");
+    if (!event.target.matches("li") || event.key !== "Enter") return;
+    event.preventDefault();
+    event.target.querySelector(".tile")?.click();
+    event.target.querySelector(".example")?.classList.toggle("wide");
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "/" && !event.target.closest("input, select, textarea")) {
+    const isTyping = event.target.closest("input, select, textarea, dialog");
+    if (event.key === "/" && !isTyping) {
       event.preventDefault();
       search.focus();
     }

@@ -182,16 +182,41 @@ function drawSample(sample) {
   ];
 }
 
+/* Keys by which samples are sorted, highest first. */
+const SORT_KEYS = {
+  file: () => 0,
+  tokens: (sample) => sample.num_tokens,
+  supervised: (sample) => sample.num_supervised_tokens,
+  boxes: (sample) => sample.num_sample_boxes,
+  differences: (sample) => Math.abs(sample.boxes.length - sample.num_sample_boxes),
+};
+
 function startSamples() {
-  const select = createElement("select", {"aria-label": translate("Sample")},
-    ...DATA.map(({id}, index) => createElement("option", {value: index}, id)));
-  const {nav, go} = createPager(DATA.length, (index) => {
+  let samples = DATA.samples;
+  const select = createElement("select", {"aria-label": translate("Sample")});
+  const addOptions = () => select.replaceChildren(
+    ...samples.map(({id}, index) => createElement("option", {value: index}, id)));
+  addOptions();
+  const {nav, go} = createPager(samples.length, (index) => {
     select.value = index;
-    byId("sample").replaceChildren(...drawSample(DATA[index]));
+    byId("sample").replaceChildren(...drawSample(samples[index]));
   });
   select.addEventListener("change", () => go(Number(select.value)));
-  const label = createElement("label", {}, select);
-  if (DATA.length > 1) byId("bar").append(nav, label);
+  const orders = {file: translate("order of the file"), tokens: translate("most tokens first"),
+    supervised: translate("most supervised tokens first"), boxes: translate("most boxes first"),
+    differences: translate("differences of boxes first")};
+  const order = createElement("select", {}, ...Object.entries(orders).map(([key, name]) =>
+    createElement("option", {value: key}, name)));
+  order.addEventListener("change", () => {
+    const key = SORT_KEYS[order.value];
+    samples = [...DATA.samples].sort((one, other) => key(other) - key(one));
+    addOptions();
+    go(0);
+  });
+  if (samples.length > 1) {
+    byId("bar").append(nav, createElement("label", {}, select),
+      createElement("label", {class: "choice"}, `${translate("Sort")} `, order));
+  }
 }
 
 startSamples();

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import REPORT_FILE
@@ -26,7 +27,7 @@ from finesight.report.examples import (
     estimate_differences,
     read_examples,
 )
-from finesight.report.html import FormulaConverter, render_page, write_page
+from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
     TEMPLATE_FUNCTIONS,

@@ -19,6 +19,7 @@ from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
 from finesight.data.sample import BoxPart, ImagePart, read_samples
 from finesight.vision.image_processing import load_image
+from finesight.web.access_middleware import BROWSER_COOKIE, SESSION_COOKIE
 
 PASSWORD = "right-password"
 WIDTHS = pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
@@ -71,8 +72,7 @@ def test_boxes_are_drawn_on_the_target_image(browser, tiny_page, image_paths, wi
     x1, y1, x2, y2 = box.xyxy
     assert drawn == pytest.approx([x1 / across, y1 / down, x2 / across, y2 / down], abs=0.01)
     assert_page_is_clean(browser, tiny_page)
-    visit.click_button("New chat")
-    visit.wait_for_script("return !!document.querySelector('.welcome');")
+    tiny_page.visitors.delete(visitor)
 
 
 def test_stop_regenerate_and_undo(browser, image_paths):
@@ -227,9 +227,12 @@ def test_markup_and_formulas_are_shown_verbatim(browser):
         visit = ChatPageDriver(browser, location.address)
         visit.ask(typed)
         assert visit.read_texts(".reply .message-text") == [typed]
-        assert (
-            browser.run("return document.querySelector('.reply .message-text').innerText;") == typed
-        )
+        visit.click(".source summary")
+        for text in (".question .message-text", ".reply .message-text"):
+            assert browser.run(f"return document.querySelector('{text}').innerText;") == typed
+        assert visit.read_texts("#chat math") == ["x2"]
+        rendered = typed.replace("$$x^2$$", "\nx2\n")
+        assert browser.run("return document.querySelector('.message-body').innerText;") == rendered
         assert browser.run("return document.querySelectorAll('#chat a, #chat .katex').length;") == 0
 
 
@@ -241,7 +244,10 @@ def test_password_sign_in(browser):
         for password, then in (("wrong-password", "[role=alert]"), (PASSWORD, "#title h1 span")):
             browser.driver.find_element("css selector", "input").send_keys(f"{password}\n")
             visit.wait_for_script(f"return !!document.querySelector('{then}');")
-        assert [cookie["httpOnly"] for cookie in browser.driver.get_cookies()] == [True]
+        assert {cookie["name"]: cookie["httpOnly"] for cookie in browser.driver.get_cookies()} == {
+            SESSION_COOKIE: True,
+            BROWSER_COOKIE: True,
+        }
         visit.ask("Who is there?")
         assert visit.read_texts(".reply .message-text") == ["Who is there?"]
 
@@ -253,5 +259,9 @@ def test_page_has_no_severe_violations(browser):
         visit.ask("Hello?")
         assert axe.find_violations(browser) == []
         browser.visit(location.address, DESKTOP_WIDTH, dark=True)
-        visit.wait_for_script("return !!document.querySelector('.welcome');")
+        visit.wait_for_script("return !!document.querySelector('.turn');")
+        visit.click(".chats summary")
+        visit.click("#settings > button")
+        visit.wait_for_script("return !!document.querySelector('#seed input');")
+        visit.click(".of-question [data-form]")
         assert axe.find_violations(browser) == []

@@ -133,7 +133,7 @@ Temperature = Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)]
 TopP = Annotated[FiniteFloat, Field(gt=0, le=1)]
 TopK = Annotated[FiniteFloat, Field(ge=0, le=MAX_TOP_K)]
 RepetitionPenalty = Annotated[FiniteFloat, Field(ge=1, le=MAX_REPETITION_PENALTY)]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)] | None
+Seed = Annotated[int, Field(ge=-1, le=MAX_SEED)]
 MessageText = Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)]
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 
@@ -349,6 +349,7 @@ class AccessMiddleware:
                 return HTMLResponse(render_sign_in_page(True, ui_text), 401)
         response = RedirectResponse("./", 303)
         is_https = request.headers.get("origin", "").startswith("https://")
+        self._set_browser_cookie(request, response, is_secure=is_https)
         response.set_cookie(
             self.session_cookie,
             self._session_token,
@@ -356,7 +357,6 @@ class AccessMiddleware:
             samesite="strict",
             secure=is_https,
         )
-        self._set_browser_cookie(request, response, is_secure=is_https)
         return response
 
     def _set_browser_cookie(self, request: Request, response: Response, *, is_secure: bool) -> None:

@@ -74,17 +74,17 @@ class UiText:
     repetition_penalty: str = "Repetition penalty"
     repetition_penalty_hint: str = "Keep 1 for boxes, formulas and JSON. Default: 1"
     seed: str = "Seed"
-    seed_hint: str = "Equal seeds give equal answers. Default: empty, a new seed for each answer"
+    seed_hint: str = "Equal seeds give equal answers. Default: -1, a new seed for each answer"
     system_prompt: str = "System prompt"
     system_prompt_hint: str = "Empty: that of the training, with which the model answers best"
     no_system_prompt: str = "none"
     prompts: str = "Prompts of the training"
-    chats: str = "Conversations"
+    chats: str = "Chats"
     chats_hint: str = (
-        "Conversations of this browser. Other users cannot see them. They are kept until the server"
+        "Chats of this browser. Other users cannot see them. They are kept until the server"
         " stops, or until {} newer ones replace them."
     )
-    no_chats: str = "No conversations yet."
+    no_chats: str = "No chats yet."
     rename: str = "Rename"
     delete: str = "Delete"
     delete_question: str = "Delete “{}”?"
@@ -98,7 +98,7 @@ class UiText:
     enlarge: str = "Enlarge: {}"
     close: str = "Close"
     missing_image: str = "The image is no longer on the server."
-    busy: str = "An answer of this conversation is being generated. Stop it, or wait for its end."
+    busy: str = "An answer of this chat is being generated. Stop it, or wait for its end."
     question: str = "Question {}"
     image: str = "Image {}: {}"
     reasoning: str = "Reasoning"
@@ -111,7 +111,7 @@ class UiText:
     too_many_images: str = "{} images; at most {} per question and {} per chat."
     message_too_long: str = "{} characters; at most {} per question."
     disk_full: str = (
-        "The server has no disk space for more images. Delete conversations, or try again later."
+        "The server has no disk space for more images. Delete chats, or try again later."
     )
     server_error: str = "The answer ended with a server error. See the terminal of the server."
     password: str = "Password"
@@ -145,12 +145,12 @@ CHINESE = UiText(
     repetition_penalty="重复惩罚",
     repetition_penalty_hint="输出框、公式或 JSON 时请保持 1。默认：1",
     seed="随机种子",
-    seed_hint="种子相同则回答相同。默认：留空，每次回答使用新种子",
+    seed_hint="种子相同则回答相同。默认：-1，每次回答使用新种子",
     system_prompt="系统提示词",
     system_prompt_hint="留空：使用训练时的系统提示词，此时模型效果最好",
     no_system_prompt="无",
     prompts="训练时的提示词",
-    chats="对话记录",
+    chats="对话",
     chats_hint=(
         "仅显示此浏览器的对话，其他用户看不到。服务器停止后对话即删除；"
         "最多保留 {} 个，超出时最久未用的会被替换。"

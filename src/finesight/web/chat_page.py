@@ -41,7 +41,6 @@ from finesight.web.web_sessions import (
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
     MAX_REPETITION_PENALTY,
-    MAX_SEED,
     MAX_SESSIONS_PER_BROWSER,
     MAX_TEMPERATURE,
     MAX_TITLE_CHARS,
@@ -157,10 +156,8 @@ class ChatPage:
                     for name, (*bounds, step) in sliders.items()
                 }  # fmt: skip
                 self._seed_number = gr.Number(
-                    None,
+                    -1,
                     precision=0,
-                    minimum=0,
-                    maximum=MAX_SEED,
                     elem_id="seed",
                     **self._get_labels(ui_text, "seed"),
                 )
@@ -372,7 +369,7 @@ class ChatPage:
                 top_p=settings.top_p,
                 top_k=int(settings.top_k),
                 repetition_penalty=settings.repetition_penalty,
-                seed=settings.seed,
+                seed=settings.seed if settings.seed >= 0 else None,
             ),
             thinking=DEFAULT_THINKING
             if self._default_thinking is None
@@ -477,6 +474,7 @@ class ChatPage:
         chats = self._session_store.list_chats(session.browser_id)
         buttons = RUNNING_BUTTONS if is_running else IDLE_BUTTONS
         can_use_tools = bool(turns) and not is_running
+        labels = ui_text.regenerate, ui_text.undo, ui_text.new_chat
         return {
             self._chats_html: render_chats(session, chats, MAX_SESSIONS_PER_BROWSER),
             self._history_html: render_turns(session, turns[:num_complete]) if turns else welcome,
@@ -484,8 +482,13 @@ class ChatPage:
             self._export_html: link.format(session.token, ui_text.export) if turns else "",
             self._prompts_html: render_prompts(self._prompts, ui_text),
             self._notice_html: "",
-            self._composer: gr.MultimodalTextbox(**buttons),
-            **dict.fromkeys(self._tool_buttons, gr.Button(interactive=can_use_tools)),
+            self._composer: gr.MultimodalTextbox(
+                label=ui_text.question_label, placeholder=ui_text.question_placeholder, **buttons
+            ),
+            **{
+                button: gr.Button(label, interactive=can_use_tools)
+                for button, label in zip(self._tool_buttons, labels, strict=True)
+            },
         }
 
     def _render_settings(self, session: WebSession) -> ComponentUpdates:
@@ -496,12 +499,6 @@ class ChatPage:
     def _render_labels(self, ui_text: UiText) -> ComponentUpdates:
         return {
             self._language_button: gr.Button(ui_text.other_language),
-            self._regenerate_button: gr.Button(ui_text.regenerate),
-            self._undo_button: gr.Button(ui_text.undo),
-            self._new_chat_button: gr.Button(ui_text.new_chat),
-            self._composer: gr.MultimodalTextbox(
-                label=ui_text.question_label, placeholder=ui_text.question_placeholder
-            ),
             self._compare_checkbox: gr.Checkbox(label=ui_text.compare),
             self._thinking_checkbox: gr.Checkbox(label=ui_text.thinking),
             self._settings_panel: gr.Accordion(ui_text.settings),

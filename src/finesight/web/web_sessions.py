@@ -155,7 +155,7 @@ class ChatSettings:
     """Settings of the chat page for the next answers.
 
     Attributes:
-        seed: Random seed; None for another one in each answer.
+        seed: Random seed; -1 for another one in each answer.
         system_prompt: System prompt; empty for that of the model or run.
     """
 
@@ -166,7 +166,7 @@ class ChatSettings:
     top_p: float
     top_k: float
     repetition_penalty: float
-    seed: int | None
+    seed: int
     system_prompt: str
 
 

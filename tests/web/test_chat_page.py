@@ -231,8 +231,7 @@ def test_markup_and_formulas_are_shown_verbatim(browser):
         for text in (".question .message-text", ".reply .message-text"):
             assert browser.run(f"return document.querySelector('{text}').innerText;") == typed
         assert visit.read_texts("#chat math") == ["x2"]
-        rendered = typed.replace("$$x^2$$", "\nx2\n")
-        assert browser.run("return document.querySelector('.message-body').innerText;") == rendered
+        assert visit.read_texts(".message-body") == [typed.replace("$$x^2$$", "x2")]
         assert browser.run("return document.querySelectorAll('#chat a, #chat .katex').length;") == 0
 
 

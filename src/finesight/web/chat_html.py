@@ -34,6 +34,10 @@ The maximum also limits the height.
 MAX_FORMULAS, MAX_JSON_CHARS = 200, 100_000
 """Maximum number of rendered formulas, and length of indented JSON, of an answer."""
 
+MIN_WORDS = 4
+"""Number of words from which an answer is prose, for example that of the base model."""
+
+_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{4,}")
 _CODE_FENCE = re.compile(r"\A```(?:json)?\n(.*)\n```\Z", re.DOTALL)
 _NUMBER_LIST = re.compile(r"\[\n[-+\d.eE,\s]+\]")
 _FORMULA = re.compile(
@@ -245,7 +249,8 @@ def render_answer(answer: str, is_formula: bool) -> Markup | None:
         answer: Complete answer of a model.
         is_formula: Whether answers are LaTeX without delimiters, as in formula recognition.
     """
-    if is_formula and (formula := _render_formula(answer)) is not None:
+    is_bare = is_formula and not _FORMULA.search(answer) and len(_WORD.findall(answer)) < MIN_WORDS
+    if is_bare and (formula := _render_formula(answer)) is not None:
         return Markup('<div class="formula" tabindex="0">{}</div>').format(formula)
     text = _CODE_FENCE.sub(r"\1", answer.strip())
     if text.startswith(("{", "[")) and (formatted := _format_json(text)) is not None:

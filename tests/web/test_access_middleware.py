@@ -26,9 +26,17 @@ from thinking_fixtures import ANSWER, THOUGHT, train_run
 from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
 from finesight.encode.family import ThinkingOptions
+from finesight.infer.chat_session import ChatReply
 from finesight.infer.request import GenerationOptions
 from finesight.web import access_middleware, web_sessions
-from finesight.web.access_middleware import MAX_MESSAGE_BYTES, MAX_UPLOAD_BYTES, SESSION_COOKIE
+from finesight.web.access_middleware import (
+    ACTION_INPUT,
+    BROWSER_COOKIE,
+    BROWSER_COOKIE_AGE_S,
+    MAX_MESSAGE_BYTES,
+    MAX_UPLOAD_BYTES,
+    SESSION_COOKIE,
+)
 from finesight.web.chat_html import render_turns
 from finesight.web.web_sessions import MAX_IMAGE_BYTES, MAX_MESSAGE_CHARS, UPLOAD_TTL_S
 
@@ -525,3 +533,82 @@ def test_page_shows_reasoning_of_a_run(tmp_path):
             page = render_turns(session, [turn])
             assert ANSWER in page
             assert ("<summary>Reasoning</summary>" in page) == (THOUGHT in page) == thinks
+
+
+def test_browser_id_is_secret_and_lasts(open_page, locked_page):
+    assert "set-cookie" not in _ask(locked_page, "GET", "/")[1], "before the sign-in"
+    assert "set-cookie" not in _ask(open_page, "GET", "/config")[1]
+    cookies = [_ask(open_page, "GET", "/")[1]["set-cookie"] for _ in range(2)]
+    values = {re.fullmatch(rf"{BROWSER_COOKIE}=([\w-]{{43}}); (.*)", one)[1] for one in cookies}
+    assert len(values) == 2
+    marks = set(cookies[0].split("; "))
+    # Lax: a link from another site must not lead to a new ID.
+    assert {"HttpOnly", "SameSite=lax", f"Max-Age={BROWSER_COOKIE_AGE_S}"} <= marks
+    given = cookies[0].partition(";")[0]
+    assert "set-cookie" not in _ask(open_page, "GET", "/", cookie=given)[1]
+    for odd in ("", "x", "a" * 42, "a" * 44, "../" * 15):
+        assert "set-cookie" in _ask(open_page, "GET", "/", cookie=f"{BROWSER_COOKIE}={odd}")[1]
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        *(None, [], {}, {"kind": "run"}, {"kind": "open", "token": "../x"}),
+        {"kind": "open", "token": "a" * 65},
+        {"kind": "edit", "index": -1},
+        {"kind": "edit", "index": 10**30},
+        {"kind": "edit", "index": "x"},
+        {"kind": "edit", "text": None},
+        {"kind": "edit", "text": "\ud800"},
+        {"kind": "rename", "text": "x" * (MAX_MESSAGE_CHARS + 1)},
+    ],
+)
+def test_malformed_actions_are_refused(open_page, action):
+    [event] = [i for i, inputs in open_page.app.inputs.items() if inputs is ACTION_INPUT]
+    body = {"fn_index": event, "data": [action, *SETTINGS]}
+    assert _send_event(open_page, **body)[0] == 422
+
+
+def test_actions_reach_no_conversation_of_another_browser(open_page):
+    [event] = [i for i, inputs in open_page.app.inputs.items() if inputs is ACTION_INPUT]
+    store = open_page.visitors
+    victim = store.restore("tab", "v" * 43, "")
+    turn = victim.chat.send("secret", [], [GenerationOptions()])
+    asyncio.run(_drain(turn.replies[0]))
+    for kind in ("open", "rename", "delete"):
+        action = {"kind": kind, "token": victim.token, "text": "stolen"}
+        for cookie in ({}, {"cookie": f"{BROWSER_COOKIE}={'a' * 43}"}):
+            body = {"fn_index": event, "data": [action, *SETTINGS], "session_hash": "tab"}
+            page = _receive(open_page, body, **cookie)
+            assert "secret" not in page
+            assert victim.token not in page
+    assert victim in store.list_sessions()
+    assert victim.title == ""
+    own = {"fn_index": event, "data": [{"kind": "open", "token": victim.token}, *SETTINGS]}
+    own["session_hash"] = "other"
+    assert "secret" in _receive(open_page, own, cookie=f"{BROWSER_COOKIE}={'v' * 43}")
+    store.delete(victim)
+
+
+async def _drain(reply: ChatReply) -> None:
+    async for _ in reply:
+        pass
+
+
+def _receive(location: RunningWebPage, body: dict[str, Any], **headers: str) -> str:
+    """Send an event, and return its event stream until its end."""
+    result = _ask(
+        location, "POST", "/gradio_api/queue/join", json.dumps(body).encode(),
+        content_type="application/json", **headers,
+    )  # fmt: skip
+    assert result[0] == 200
+    lines = []
+    with _connect(location) as connection:
+        path = f"/gradio_api/queue/data?session_hash={body['session_hash']}"
+        connection.request("GET", path, headers=headers)
+        for line in connection.getresponse():
+            lines.append(line.decode())
+            if "process_completed" in lines[-1]:
+                assert '"success":true' in lines[-1].replace(" ", ""), lines[-1]
+                return "".join(lines)
+    raise AssertionError("the stream has ended")

@@ -263,7 +263,7 @@ def test_conversations_of_a_browser_are_limited(visitors, monkeypatch):
     assert sum(len(session.tabs) for session in visitors.list_sessions()) <= 5
 
 
-def test_closed_conversations_make_room_for_images(visitors, tmp_path, monkeypatch):
+def test_closed_conversations_are_deleted_for_new_images(visitors, tmp_path, monkeypatch):
     upload = write_noise_image(tmp_path / "uploads" / "a.png", 400, 400)
     monkeypatch.setattr(module, "MAX_DISPLAY_BYTES", 0)
     monkeypatch.setattr(module, "MAX_STORED_BYTES", 5 * upload.stat().st_size)

@@ -288,7 +288,7 @@ def studio(
 
 
 def _print_page_address(
-    host: str, listener: socket.socket, password: str | None, *, open_page: bool
+    host: str, listener: socket.socket, password: str | None, *, open_page: bool = False
 ) -> None:
     """Print the address of a page and, if it was generated, its password.
 

@@ -59,7 +59,7 @@
     setTimeout(() => { button.textContent = label; }, 1500);
   };
 
-  // A click enlarges an image to the window, the next one to its pixels.
+  // A click enlarges an image to the window, the next one to its pixels or twice the window.
   const enlarge = (button) => {
     const dialog = document.createElement("dialog");
     dialog.className = "zoomed";
@@ -75,7 +75,15 @@
     inner.className = "view";
     inner.ariaLabel = button.ariaLabel;
     inner.append(figure);
-    inner.addEventListener("click", () => dialog.classList.toggle("full-size"));
+    const [width, height] = ["width", "height"].map((name) => Number(figure.getAttribute(name)
+      ?? figure.querySelector("img").getAttribute(name)));
+    const fit = width * Math.min((innerWidth - 32) / width, (innerHeight - 32) / height);
+    const resize = () => {
+      const isFull = dialog.classList.contains("full-size");
+      inner.style.width = `${isFull ? Math.max(2 * fit, width) : fit}px`;
+    };
+    inner.addEventListener("click", () => { dialog.classList.toggle("full-size"); resize(); });
+    resize();
     dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
     dialog.addEventListener("close", () => { dialog.remove(); button.focus(); });
     document.body.append(dialog);

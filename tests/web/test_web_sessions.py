@@ -227,6 +227,19 @@ def test_conversation_survives_a_reload_for_its_browser_only(visitors, tmp_path)
     assert visitors.get_or_create("tab 4", "browser") is first
 
 
+def test_answer_stops_when_no_tab_shows_it(visitors):
+    visitors.service.is_endless = True
+    session = visitors.restore("tab", "browser", "")
+    reply = session.chat.send("What?", [], [GenerationOptions()]).replies[0]
+    session.is_generating = True
+    visitors.restore("tab 2", "browser", session.token)
+    visitors.close("tab", "browser")
+    visitors.close("tab 2", "browser")
+    asyncio.run(asyncio.wait_for(_consume_reply(reply), 10))
+    assert reply.finish_reason == "cancelled"
+    assert visitors.list_chats("browser") == [session]
+
+
 def test_conversations_are_listed_opened_and_deleted(visitors):
     first = visitors.restore("tab", "browser", "")
     assert visitors.open("tab", "browser", "") is first, "an empty conversation is used"

@@ -345,7 +345,10 @@ class WebSessionStore:
         return [one for one in sessions if one.browser_id == browser_id and one.chat.turns]
 
     def close(self, tab_id: str, browser_id: str | None = None) -> None:
-        """Close a tab. Without a browser ID, its conversation is deleted."""
+        """Close a tab, and stop the answer of its conversation if no other tab shows it.
+
+        Without a browser ID, the conversation is deleted.
+        """
         with self._lock:
             key = tab_id if browser_id is None else browser_id, tab_id
             session = self._sessions.get(self._tokens_by_tab.get(key, ""))
@@ -353,6 +356,9 @@ class WebSessionStore:
                 session.tabs.discard(tab_id)
                 if browser_id is None or not session.chat.turns:
                     self.delete(session)
+                elif session.is_generating and not session.tabs:
+                    for reply in session.chat.turns[-1].replies:
+                        reply.cancel()
 
     def delete(self, session: WebSession) -> None:
         """Delete a conversation: cancel its generations and delete its files."""

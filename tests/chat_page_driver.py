@@ -22,6 +22,8 @@ class ChatPageDriver:
         self.browser, self.driver = browser, browser.driver
         send_command = self.driver.execute_cdp_cmd
         send_command("Network.enable", {})
+        # Cookies identify the browser, whose conversations the page shows.
+        send_command("Network.clearBrowserCookies", {})
         send_command("Network.setExtraHTTPHeaders", {"headers": {"Accept-Language": language}})
         browser.visit(address, width)
         self.wait_for_script("return !!document.querySelector('#title h1 span, .sign-in');")

@@ -16,6 +16,7 @@ from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
+from finesight.manifest import Manifest
 from finesight.web.access_middleware import AccessMiddleware
 from finesight.web.web_server import (
     UPLOADS_FOLDER,
@@ -68,6 +69,9 @@ class ScriptedService:
     model_names: tuple[str, ...] = ("parrot", "base")
     is_endless: bool = False
     default_thinking: bool | None = None
+    system_prompt: str | None = "Answer."
+    max_model_len: int = 2048
+    manifest: Manifest | None = None
     requests: list[GenerationOptions] = field(default_factory=list)
 
     def submit(

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finesight.bounded_files import read_bytes
-from finesight.config import ImageRule, TuneSettings
+from finesight.config import ImageRule, TaskName, TuneSettings
 from finesight.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
@@ -59,6 +59,10 @@ class Manifest(BaseModel):
         system_prompt: System prompt of the run; None for a family without one.
         enable_thinking: Thinking mode of the majority of the training samples; None for a family
             without reasoning.
+        metric: Built-in metric of the evaluation, which implies the format of the answers; None for
+            a custom metric, or without an evaluation.
+        max_new_tokens: Maximum completion length of the evaluation; None without an evaluation.
+        prompts: Most frequent prompts of the training samples, which the chat page suggests.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +77,9 @@ class Manifest(BaseModel):
     eos_token: str
     tune: TuneSettings
     versions: dict[str, str]
+    metric: TaskName | None = None
+    max_new_tokens: int | None = None
+    prompts: tuple[str, ...] = ()
 
 
 def load_manifest(path: Path) -> Manifest:

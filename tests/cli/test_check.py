@@ -49,8 +49,12 @@ WRONG = make_record("gone.png")
     ],
 )
 def test_exit_code_follows_most_severe_issue(folder, records, code):
-    result = run(write_records(folder / "data.jsonl", records))
+    source = write_records(folder / "data.jsonl", records)
+    result = run(source)
     assert result.exit_code == code, result.output
+    fix = f"check {source} --fix {folder / 'data-fixed'}"
+    command = fix if code == 2 else f"init {source}"
+    assert result.output.splitlines()[-1] == f"next: finesight {command}"
 
 
 @pytest.mark.parametrize("source", ["hf:a/b", "modelscope:a/b:train", "https://h.com/a.zip", "zip"])

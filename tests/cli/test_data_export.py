@@ -11,6 +11,7 @@ from click.testing import Result
 from image_fixtures import write_gray_image, write_jsonl
 from typer.testing import CliRunner
 
+from finesight.cli.app import app as finesight_app
 from finesight.cli.data import export_data
 from finesight.errors import UserError
 
@@ -45,6 +46,10 @@ def test_summary_is_printed(samples: Path, tmp_path: Path) -> None:
     assert f"{out}: 1 samples in the format llama-factory" in result.output
     assert f"{out / 'data.jsonl'}, {out / 'dataset_info.json'}" in result.output
     assert "not supported: 1 references" in result.output
+    *_, last = result.output.splitlines()
+    assert last == f"next: finesight check {out / 'data.jsonl'} --format llama-factory"
+    commands = CliRunner().invoke(finesight_app, last.split()[2:])
+    assert commands.exit_code == 0, commands.output
     assert "note: the boxes of 1 samples are JSON in the answers" in result.output
 
 

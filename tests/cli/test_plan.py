@@ -30,6 +30,7 @@ def test_plan_is_printed(recipe: Path) -> None:
     assert "target  T4 (data sheet): 16 GB" in found.stdout
     assert "data    11 samples" in found.stdout
     assert "samples/s" in found.stdout
+    assert found.stdout.splitlines()[-1].startswith(f"next: finesight train {recipe}")
     assert recipe.read_bytes() == before
     assert not (recipe.parent / "run").exists()
 
@@ -52,3 +53,4 @@ def test_exit_code_2_if_no_settings_fit(recipe: Path) -> None:
     assert found.exit_code == 2
     assert "does not fit: needs " in found.stdout
     assert "T4 has 16 GB; try smaller images" in found.stdout
+    assert "next:" not in found.stdout

@@ -275,6 +275,7 @@ def test_downloaded_parquet_folder(
     }  # fmt: skip
     source = "modelscope:datasets/Some/set"
     assert run_command(["download", source, "--to", str(tmp_path / "set")]) == 0
+    assert capsys.readouterr().err.endswith(f"next: finesight import {tmp_path / 'set'} set\n")
     columns = ["--map", "image=image", "--map", "answer=text", "--prompt", "Read."]
     code, output = run_import(capsys, tmp_path / "set", tmp_path / "out", *columns)
     assert code == 0, output
@@ -289,7 +290,9 @@ def test_download_command(
         "config.json": b"{}", "model.safetensors": weights, "code.py": b"",
     }  # fmt: skip
     assert run_command(["download", "Some/model"]) == 0
-    folder = Path(capsys.readouterr().out.strip())
+    printed = capsys.readouterr()
+    folder = Path(printed.out.strip())
+    assert printed.err.splitlines()[-1] == f"next: finesight chat {folder}"
     assert (folder / "model.safetensors").read_bytes() == weights
     huggingface.faults.cuts["model.safetensors"] = [1234, 0, 0, 0, 0, 0]
     to = tmp_path / "models" / "mine"

@@ -51,6 +51,7 @@ def test_token_table_is_printed(recipe: Path) -> None:
     assert "8 x <|image_pad|>" in image
     assert "a.png, 100x50 as 112x56, grid 1 x 4 x 8" in image
     assert sum(line.endswith("'<|im_end|>'") and "*" in line for line in lines) == 2
+    assert lines[-1] == f"next: finesight plan {recipe}"
 
 
 def test_json_output_with_overrides(recipe: Path) -> None:

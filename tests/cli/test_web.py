@@ -48,21 +48,27 @@ def test_occupied_port_is_rejected_before_model_load():
 @pytest.mark.parametrize("options", [[], ["--no-auth"]])
 def test_public_host_requires_a_password_unless_open(options: list[str], tmp_path: Path):
     command = [sys.executable, "-m", "finesight", "web", "finesight-tiny", "--device", "cpu"]
+    browser = tmp_path / "browser.sh"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
+    browser.chmod(0o755)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    environment["BROWSER"] = f"{browser} %s"
     with subprocess.Popen(
-        [*command, "--host", "0.0.0.0", "--port", "0", *options],
+        [*command, "--host", "0.0.0.0", "--port", "0", "--open", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment | {"PYTHONUNBUFFERED": "1"},
         text=True,
     ) as page:
-        port = int(page.stdout.readline().rsplit(":", 1)[1])
+        address = page.stdout.readline()
+        port = int(address.rsplit(":", 1)[1])
         if not options:
             assert len(page.stdout.readline().removeprefix("password: ").strip()) >= 16
         # The socket is bound; requests wait until the page is ready.
         status = _status(f"http://127.0.0.1:{port}/config")
         assert status == (200 if options else 401)
         assert [*tmp_path.glob("finesight-web-*")] != []
+        assert (tmp_path / "opened").read_text() == address
         page.send_signal(signal.SIGTERM if options else signal.SIGINT)
         _, complaints = page.communicate(timeout=60)
     assert (page.returncode, complaints) == (0, "")

@@ -260,3 +260,40 @@ def test_reasoning_is_saved_in_data_format(first):
     parts = build_answer_parts(_prediction("Yes.", "Yes.", thought="Is it?"), None)
     assert "".join(part.text for part in parts) == "<think>\nIs it?\n</think>\n\nYes."
     assert build_answer_parts(_prediction(" ", "", thought="Is it?"), None) == ()
+
+
+def test_edit_replaces_a_turn_and_removes_later_ones(service, first, second):
+    chat = ChatSession(service)
+    _ask(chat, "Describe it.", first[0])
+    _ask(chat, "Which color?")
+    _ask(chat, "Why?", second[0])
+    with pytest.raises(UserError, match="turn 4 of 3"):
+        chat.edit(3, "What?", SHORT)
+    before = [*chat.turns]
+    with pytest.raises(UserError):
+        chat.edit(1, " ", SHORT)
+    assert chat.turns == before
+    turn = chat.edit(0, first[1], SHORT)
+    list(turn.replies[0])
+    assert chat.turns == [turn]
+    assert turn.image_paths == (first[0],)
+    assert turn.replies[0].text == _ask(ChatSession(service), first[1], first[0])
+
+
+def test_system_prompt_is_sent_and_saved(service, first, tmp_path, monkeypatch):
+    submitted = []
+
+    def submit(located_sample, *arguments, **options):
+        submitted.append(located_sample.sample)
+        return InferenceService.submit(service, located_sample, *arguments, **options)
+
+    monkeypatch.setattr(service, "submit", submit)
+    chat = ChatSession(service)
+    for chat.system_prompt in (None, "Answer with one word."):
+        _ask(chat, first[1], first[0])
+    assert [sample.messages[0].role for sample in submitted] == ["user", "system"]
+    assert submitted[1].messages[0].content == (TextPart(text="Answer with one word."),)
+    chat.save(tmp_path / "chat.jsonl")
+    [saved] = read_samples(tmp_path / "chat.jsonl")
+    assert saved.messages[0] == submitted[1].messages[0]
+    assert [message.role for message in saved.messages[1:]] == ["user", "assistant"] * 2

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from run_dir_fixtures import make_prediction_line
 
+from finesight.evaluate.mathml import FormulaConverter
 from finesight.report import examples
 from finesight.report.examples import (
     MAX_ANSWER_CHARS,
@@ -25,7 +26,6 @@ from finesight.report.examples import (
     diff_texts,
     read_boxes,
 )
-from finesight.report.html import FormulaConverter
 from finesight.vision.image_processing import load_image
 
 

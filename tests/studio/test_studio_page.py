@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from axe import AxeChecker
@@ -20,6 +21,7 @@ from comparison_fixtures import make_run, make_sign_answers
 from fastapi.testclient import TestClient
 
 from finesight.errors import UserError
+from finesight.serve.request_middleware import read_api_keys
 from finesight.studio.studio_jobs import JobStore
 from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
 from finesight.studio.studio_view import STEPS, Selection, StudioView
@@ -94,6 +96,37 @@ def test_url_names_the_shown_items_and_actions_use_no_others(folder: Path) -> No
             assert url == f"./?step=train&recipe={shown}&lang=en"
     for selection, recipe in ((Selection(recipe="a.yaml"), Path("a.yaml")), (Selection(), None)):
         assert view.read_state(selection, use_newest=False).recipe == recipe
+
+
+@pytest.mark.parametrize("password", ["right-password", None])
+def test_served_api_needs_a_key_if_the_studio_has_a_password(
+    folder: Path, password: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+    view = StudioView(Workspace(folder))
+    started: list[list[str]] = []
+
+    def start(step: str, target: str, arguments: list[str], **options: object) -> SimpleNamespace:
+        started.append(arguments)
+        return SimpleNamespace(id="1")
+
+    monkeypatch.setattr(view.jobs, "start", start)
+    page = StudioPage(view, ServerAccess(password=password))
+    [button] = [id for id, at in page.blocks.blocks.items() if at.elem_id == "start-the-server"]
+    [event] = [fn for fn in page.blocks.fns.values() if (button, "click") in fn.targets]
+    query = {"step": "export", "run": "runs/a"}
+    for _ in range(2):
+        assert event.fn(SimpleNamespace(query_params=query, headers={}))[0] == ""
+    if password is None:
+        assert "--key-file" not in started[0]
+        return
+    assert started[0][-2:] == started[1][-2:] == ["--key-file", ".finesight/api-key"]
+    file = folder / ".finesight/api-key"
+    assert file.stat().st_mode & 0o777 == 0o600
+    [key] = read_api_keys(file)
+    assert len(key) > 40
+    assert password not in key
+    assert not any(key in word for word in started[0])
 
 
 class StudioDriver:

@@ -17,9 +17,11 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.train.dataset_stats import (
+    MAX_PROMPT_CHARS,
     SCAN_CHUNK_SIZE,
     DatasetStats,
     SampleStatsMap,
+    TrainingData,
     compute_dataset_stats,
     draw_subset,
 )
@@ -158,3 +160,29 @@ def test_statistics_sample_is_deterministic() -> None:
     assert 0 <= drawn[0] < 10_000
     assert 9_990_000 < drawn[-1] < 10_000_000
     assert list(drawn) != list(draw_subset(9_999_999))
+
+
+def test_frequent_prompts_are_listed_without_rare_ones(tmp_path: Path) -> None:
+    """A rare prompt may be private, and the manifest is published with the model."""
+    counts = {"Read it.": 5, "my secret": 1, " Where? ": 3, "": 2, "x" * (MAX_PROMPT_CHARS + 1): 9}
+    samples = [
+        {
+            "id": f"{name[:9]} {number}",
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": name}]},
+                {"role": "assistant", "content": "It."},
+                {"role": "user", "content": "Again"},
+                {"role": "assistant", "content": "It."},
+            ],
+        }
+        for name, count in counts.items()
+        for number in range(count)
+    ]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
+    corpus = load_corpus((TrainFileSettings(path=file),))
+    stats = DatasetStats(range(len(samples)), (), 0, 0, 0)
+    assert TrainingData(corpus, stats).list_frequent_prompts() == ("Read it.", "Where?")
+    none = DatasetStats((), (), 0, 0, 0)
+    assert TrainingData(corpus, none).list_frequent_prompts() == ()

@@ -97,6 +97,8 @@ def test_run_uses_thinking_mode_of_most_samples(task: TinyTask, num_thoughts: in
     is_thinking = num_thoughts == 6
     manifest = json.loads((task.folder / "run" / "manifest.json").read_text())
     assert manifest["enable_thinking"] is is_thinking
+    assert (manifest["metric"], manifest["max_new_tokens"]) == ("qa", 3)
+    assert manifest["prompts"] == ["Which colour?"]
     assert (
         load_inference_model(str(task.folder / "run"), "cpu").renderer.has_reasoning is is_thinking
     )

@@ -26,7 +26,7 @@ def main() -> None:
         launch_chromium() as browser,
     ):
         visit = ChatPageDriver(browser, web_page.address, 900)
-        browser.visit(web_page.address, 900, 900)
+        browser.visit(web_page.address, 900, 1300)
         visit.wait_for_script("return !!document.querySelector('.welcome');")
         image_path, question = write_shape_image(Path(made), 10)
         visit.ask(question, [image_path])

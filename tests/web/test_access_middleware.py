@@ -26,11 +26,19 @@ from thinking_fixtures import ANSWER, THOUGHT, train_run
 from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
 from finesight.encode.family import ThinkingOptions
+from finesight.infer.chat_session import ChatReply
 from finesight.infer.request import GenerationOptions
 from finesight.web import access_middleware, web_sessions
-from finesight.web.access_middleware import MAX_MESSAGE_BYTES, MAX_UPLOAD_BYTES, SESSION_COOKIE
+from finesight.web.access_middleware import (
+    ACTION_INPUT,
+    BROWSER_COOKIE,
+    BROWSER_COOKIE_AGE_S,
+    MAX_MESSAGE_BYTES,
+    MAX_UPLOAD_BYTES,
+    SESSION_COOKIE,
+)
 from finesight.web.chat_html import render_turns
-from finesight.web.web_sessions import MAX_IMAGE_BYTES, UPLOAD_TTL_S
+from finesight.web.web_sessions import MAX_IMAGE_BYTES, MAX_MESSAGE_CHARS, UPLOAD_TTL_S
 
 CASES = load_cases("access_middleware")
 
@@ -76,19 +84,23 @@ def _upload(location: RunningWebPage, name: str, content: bytes) -> tuple[int, s
     return status, json.loads(output)[0] if status == 200 else ""
 
 
+SETTINGS = [False, False, 9, 0, 1, 0, 1, -1, ""]
+"""Settings of an answer, in the order of the fields of `ChatSettings`."""
+
+
 def _join(location: RunningWebPage, path: Any) -> int:
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    return _send_event(location, [{"text": "What?", "files": [file]}, False, False, 9, 0])[0]
+    return _send_event(location, [{"text": "What?", "files": [file]}, *SETTINGS])[0]
 
 
 def _event_id(location: RunningWebPage, inputs: int) -> int:
-    """Return the ID of the event with a number of inputs."""
+    """Return the ID of the first event with a number of inputs, that of a question."""
     config = json.loads(_ask(location, "GET", "/config")[2])
     return next(one["id"] for one in config["dependencies"] if len(one["inputs"]) == inputs)
 
 
 def _send_event(location: RunningWebPage, data: Any, **other: Any) -> tuple[int, bytes]:
-    body = {"data": data, "fn_index": _event_id(location, 5), "session_hash": "abc"} | other
+    body = {"data": data, "fn_index": _event_id(location, 10), "session_hash": "abc"} | other
     status, _, output = _ask(
         location, "POST", "/gradio_api/queue/join", json.dumps(body).encode(),
         content_type="application/json",
@@ -298,7 +310,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "no data": {"data": None},
     "data of another kind": {"data": {}},
     "too few inputs": {"data": [QUESTION]},
-    "too many inputs": {"data": [QUESTION, False, False, 9, 0, 1]},
+    "too many inputs": {"data": [QUESTION, *SETTINGS, 1]},
     "unknown event": {"fn_index": 99},
     "negative event": {"fn_index": -1},
     "huge event": {"fn_index": 10**3000},
@@ -308,28 +320,33 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "long session": {"session_hash": "a" * 65},
     "session with a surrogate": {"session_hash": "\ud800"},
     "odd trigger": {"trigger_id": "x"},
-    "no question": {"data": [None, False, False, 9, 0]},
-    "question as a text": {"data": ["What?", False, False, 9, 0]},
-    "question as a list": {"data": [[], False, False, 9, 0]},
-    "text as a number": {"data": [{"text": 1, "files": []}, False, False, 9, 0]},
-    "text with a surrogate": {"data": [{"text": "\ud800", "files": []}, False, False, 9, 0]},
-    "files as a text": {"data": [{"text": "", "files": "x"}, False, False, 9, 0]},
-    "files without a path": {"data": [{"text": "", "files": [{}]}, False, False, 9, 0]},
-    "comparison as a text": {"data": [QUESTION, "x", False, 9, 0]},
-    "thinking mode as a text": {"data": [QUESTION, False, "x", 9, 0]},
-    "length of no number": {"data": [QUESTION, False, False, "x", 0]},
-    "length below one": {"data": [QUESTION, False, False, 0, 0]},
-    "length beyond the most": {"data": [QUESTION, False, False, 1e308, 0]},
-    "length that is not finite": {"data": [QUESTION, False, False, float("nan"), 0]},
-    "negative temperature": {"data": [QUESTION, False, False, 9, -1]},
-    "no temperature": {"data": [QUESTION, False, False, 9, None]},
+    "no question": {"data": [None, *SETTINGS]},
+    "question as a text": {"data": ["What?", *SETTINGS]},
+    "question as a list": {"data": [[], *SETTINGS]},
+    "text as a number": {"data": [{"text": 1, "files": []}, *SETTINGS]},
+    "text with a surrogate": {"data": [{"text": "\ud800", "files": []}, *SETTINGS]},
+    "files as a text": {"data": [{"text": "", "files": "x"}, *SETTINGS]},
+    "files without a path": {"data": [{"text": "", "files": [{}]}, *SETTINGS]},
+    "comparison as a text": {"data": [QUESTION, "x", *SETTINGS[1:]]},
+    "thinking mode as a text": {"data": [QUESTION, False, "x", *SETTINGS[2:]]},
+    "length of no number": {"data": [QUESTION, False, False, "x", *SETTINGS[3:]]},
+    "length below one": {"data": [QUESTION, False, False, 0, *SETTINGS[3:]]},
+    "length beyond the most": {"data": [QUESTION, False, False, 1e308, *SETTINGS[3:]]},
+    "length that is not finite": {"data": [QUESTION, False, False, float("nan"), *SETTINGS[3:]]},
+    "negative temperature": {"data": [QUESTION, False, False, 9, -1, *SETTINGS[4:]]},
+    "no temperature": {"data": [QUESTION, False, False, 9, None, *SETTINGS[4:]]},
+    "no top-p": {"data": [QUESTION, *SETTINGS[:4], 0, *SETTINGS[5:]]},
+    "negative top-k": {"data": [QUESTION, *SETTINGS[:5], -1, *SETTINGS[6:]]},
+    "penalty beyond the most": {"data": [QUESTION, *SETTINGS[:6], 9, *SETTINGS[7:]]},
+    "fractional seed": {"data": [QUESTION, *SETTINGS[:7], 0.5, ""]},
+    "long system prompt": {"data": [QUESTION, *SETTINGS[:8], "x" * (MAX_MESSAGE_CHARS + 1)]},
     "deep": {"data": json.loads("[" * 500 + "]" * 500)},
 }
 
 
 @pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
 def test_malformed_event_is_refused_without_a_traceback(open_page, change, capfd):
-    status, output = _send_event(open_page, **({"data": [QUESTION, False, False, 9, 0]} | change))
+    status, output = _send_event(open_page, **({"data": [QUESTION, *SETTINGS]} | change))
     assert (status, json.loads(output)) == (422, {"detail": "malformed event"})
     # Gradio answers first, and fails later.
     assert _converse(open_page, "still there") == "still there"
@@ -372,7 +389,7 @@ def _converse(location: RunningWebPage, text: str, *, thinking: bool = False) ->
     """Submit a question like the page, and read the answer from the event stream."""
     session = secrets.token_hex(8)
     question = {"text": text, "files": []}
-    data = [question, False, thinking, 60, 0]
+    data = [question, False, thinking, 60, *SETTINGS[3:]]
     assert _send_event(location, data, session_hash=session)[0] == 200
     with _connect(location) as connection:
         connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
@@ -516,3 +533,82 @@ def test_page_shows_reasoning_of_a_run(tmp_path):
             page = render_turns(session, [turn])
             assert ANSWER in page
             assert ("<summary>Reasoning</summary>" in page) == (THOUGHT in page) == thinks
+
+
+def test_browser_id_is_secret_and_lasts(open_page, locked_page):
+    assert "set-cookie" not in _ask(locked_page, "GET", "/")[1], "before the sign-in"
+    assert "set-cookie" not in _ask(open_page, "GET", "/config")[1]
+    cookies = [_ask(open_page, "GET", "/")[1]["set-cookie"] for _ in range(2)]
+    values = {re.fullmatch(rf"{BROWSER_COOKIE}=([\w-]{{43}}); (.*)", one)[1] for one in cookies}
+    assert len(values) == 2
+    marks = set(cookies[0].split("; "))
+    # Lax: a link from another site must not lead to a new ID.
+    assert {"HttpOnly", "SameSite=lax", f"Max-Age={BROWSER_COOKIE_AGE_S}"} <= marks
+    given = cookies[0].partition(";")[0]
+    assert "set-cookie" not in _ask(open_page, "GET", "/", cookie=given)[1]
+    for odd in ("", "x", "a" * 42, "a" * 44, "../" * 15):
+        assert "set-cookie" in _ask(open_page, "GET", "/", cookie=f"{BROWSER_COOKIE}={odd}")[1]
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        *(None, [], {}, {"kind": "run"}, {"kind": "open", "token": "../x"}),
+        {"kind": "open", "token": "a" * 65},
+        {"kind": "edit", "index": -1},
+        {"kind": "edit", "index": 10**30},
+        {"kind": "edit", "index": "x"},
+        {"kind": "edit", "text": None},
+        {"kind": "edit", "text": "\ud800"},
+        {"kind": "rename", "text": "x" * (MAX_MESSAGE_CHARS + 1)},
+    ],
+)
+def test_malformed_actions_are_refused(open_page, action):
+    [event] = [i for i, inputs in open_page.app.inputs.items() if inputs is ACTION_INPUT]
+    body = {"fn_index": event, "data": [action, *SETTINGS]}
+    assert _send_event(open_page, **body)[0] == 422
+
+
+def test_actions_reach_no_conversation_of_another_browser(open_page):
+    [event] = [i for i, inputs in open_page.app.inputs.items() if inputs is ACTION_INPUT]
+    store = open_page.visitors
+    victim = store.restore("tab", "v" * 43, "")
+    turn = victim.chat.send("secret", [], [GenerationOptions()])
+    asyncio.run(_drain(turn.replies[0]))
+    for kind in ("open", "rename", "delete"):
+        action = {"kind": kind, "token": victim.token, "text": "stolen"}
+        for cookie in ({}, {"cookie": f"{BROWSER_COOKIE}={'a' * 43}"}):
+            body = {"fn_index": event, "data": [action, *SETTINGS], "session_hash": "tab"}
+            page = _receive(open_page, body, **cookie)
+            assert "secret" not in page
+            assert victim.token not in page
+    assert victim in store.list_sessions()
+    assert victim.title == ""
+    own = {"fn_index": event, "data": [{"kind": "open", "token": victim.token}, *SETTINGS]}
+    own["session_hash"] = "other"
+    assert "secret" in _receive(open_page, own, cookie=f"{BROWSER_COOKIE}={'v' * 43}")
+    store.delete(victim)
+
+
+async def _drain(reply: ChatReply) -> None:
+    async for _ in reply:
+        pass
+
+
+def _receive(location: RunningWebPage, body: dict[str, Any], **headers: str) -> str:
+    """Send an event, and return its event stream until its end."""
+    result = _ask(
+        location, "POST", "/gradio_api/queue/join", json.dumps(body).encode(),
+        content_type="application/json", **headers,
+    )  # fmt: skip
+    assert result[0] == 200
+    lines = []
+    with _connect(location) as connection:
+        path = f"/gradio_api/queue/data?session_hash={body['session_hash']}"
+        connection.request("GET", path, headers=headers)
+        for line in connection.getresponse():
+            lines.append(line.decode())
+            if "process_completed" in lines[-1]:
+                assert '"success":true' in lines[-1].replace(" ", ""), lines[-1]
+                return "".join(lines)
+    raise AssertionError("the stream has ended")

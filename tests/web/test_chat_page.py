@@ -18,7 +18,10 @@ from service_fixture import run_service, write_random_adapter, write_shape_image
 from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
 from finesight.data.sample import BoxPart, ImagePart, read_samples
+from finesight.infer.request import SamplingParams
+from finesight.manifest import Manifest
 from finesight.vision.image_processing import load_image
+from finesight.web.access_middleware import BROWSER_COOKIE, SESSION_COOKIE
 
 PASSWORD = "right-password"
 WIDTHS = pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
@@ -71,12 +74,12 @@ def test_boxes_are_drawn_on_the_target_image(browser, tiny_page, image_paths, wi
     x1, y1, x2, y2 = box.xyxy
     assert drawn == pytest.approx([x1 / across, y1 / down, x2 / across, y2 / down], abs=0.01)
     assert_page_is_clean(browser, tiny_page)
-    visit.click_button("New chat")
-    visit.wait_for_script("return !!document.querySelector('.welcome');")
+    tiny_page.visitors.delete(visitor)
 
 
 def test_stop_regenerate_and_undo(browser, image_paths):
-    parrot = ScriptedService(lambda text: (f"{text} ", ()), is_endless=True)
+    manifest = Manifest.model_construct(metric=None, max_new_tokens=99, prompts=("<b>Say it.",))
+    parrot = ScriptedService(lambda text: (f"{text} ", ()), is_endless=True, manifest=manifest)
     with run_web_page(parrot) as location:
         visit = ChatPageDriver(browser, location.address, PHONE_WIDTH)
         visit.click("#settings > button")
@@ -87,6 +90,13 @@ def test_stop_regenerate_and_undo(browser, image_paths):
             " slider.value = 1.5; slider.dispatchEvent(new Event('input', {bubbles: true}));"
             " return document.querySelector('#temperature input[type=number]').value === '1.5';"
         )
+        browser.run(
+            "const field = document.querySelector('#system-prompt textarea');"
+            " field.value += ' Be brief.'; field.dispatchEvent(new Event('input'));"
+        )
+        visit.click("#prompts button")
+        assert browser.run("return document.activeElement.value;") == "<b>Say it."
+        browser.run("document.activeElement.value = '';")
         visit.submit("Say it.", [image_paths[0][0]])
         for requested in (1, 2):
             visit.wait_for_script(
@@ -99,13 +109,103 @@ def test_stop_regenerate_and_undo(browser, image_paths):
             assert visit.count_turns() == 1
             if requested == 1:
                 visit.click_button("Regenerate")
-        assert {options.sampling_params.temperature for options in parrot.requests} == {1.5}
+        assert {
+            (options.max_new_tokens, options.sampling_params) for options in parrot.requests
+        } == {(99, SamplingParams(temperature=1.5))}
+        [session] = location.visitors.list_sessions()
+        assert session.chat.system_prompt == "Answer. Be brief."
+        visit.click_button("Regenerate")
+        visit.wait_for_script("return !!document.querySelector('.streaming');")
+        browser.driver.refresh()
+        # The reload stops the answer, or the page shows its rest.
+        visit.wait_for_script(
+            "document.querySelector('#composer .stop-button')?.click();"
+            " return !!document.querySelector('.facts');"
+        )
+        visit.wait_until_idle()
+        assert visit.read_texts(".facts") == ["tokens: 1 · stopped"]
+        visit.click("#settings > button")
+        visit.wait_for_script(
+            "return document.querySelector('#temperature input[type=number]')?.value === '1.5';"
+        )
+        browser.messages()  # the aborted streams of the page before
         visit.click_button("Undo")
         visit.wait_for_script("return !!document.querySelector('.welcome');")
         visit.wait_for_script(
             "return document.querySelector('#composer textarea').value === 'Say it.';"
         )
         assert_page_is_clean(browser, location)
+
+
+def test_conversations_survive_a_reload(browser, tiny_page, image_paths):
+    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+    visit = ChatPageDriver(browser, tiny_page.address, PHONE_WIDTH)
+    questions = "return [...document.querySelectorAll('.question .message-text')].map(at => at"
+    (first, question), (second, _) = image_paths
+    visit.ask(question, [first, second])
+    answer = visit.read_texts(".reply .message-text")
+    visit.ask("Why?")
+    browser.driver.refresh()
+    visit.wait_for_script(f"{questions}.textContent).join() === {question + ',Why?'!r};")
+    visit.wait_for_script(
+        "return [...document.querySelectorAll('#chat img')].every(at => at.naturalWidth > 0);"
+    )
+    assert len(visit.read_texts(".question img")) == 2
+    assert visit.read_texts(".reply .message-text")[:1] == answer
+    browser.messages()  # the aborted streams of the page before
+
+    # Enlarged images have their boxes, and Escape closes them.
+    visit.click(".boxed .zoom")
+    assert visit.read_texts("dialog .box b") == visit.read_texts("#chat .box b") != []
+    visit.click("dialog .view")
+    browser.driver.switch_to.active_element.send_keys(keys.ESCAPE)
+    visit.wait_for_script("return !document.querySelector('dialog');")
+
+    visit.click(".of-question [data-form]")
+    browser.driver.switch_to.active_element.send_keys(" Now.", keys.ENTER)
+    visit.wait_for_script(f"{questions}.textContent).join() === {question + ' Now.'!r};")
+    visit.wait_until_idle()
+    assert len(visit.read_texts(".question img")) == 2
+    browser.driver.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]}
+    )
+    visit.click(".reply [data-copy]")
+    visit.wait_for_script(
+        "return document.querySelector('.reply [data-copy]').innerText == 'Copied'"
+    )
+    copied = browser.driver.execute_async_script(
+        "navigator.clipboard.readText().then(arguments[0]);"
+    )
+    assert [copied] == visit.read_texts(".reply .message-text")
+
+    visit.click_button("New chat")
+    visit.wait_for_script("return !!document.querySelector('.welcome');")
+    visit.ask("Who?")
+    visit.click(".chats summary")
+    titles = ["Who?", f"{question} Now."]
+    assert visit.read_texts(".chats .title") == titles
+    visit.click("li:nth-child(2) [data-form]")
+    browser.driver.switch_to.active_element.send_keys(keys.CONTROL, "a")
+    browser.driver.switch_to.active_element.send_keys("<b>Stars</b>", keys.ENTER)
+    visit.wait_for_script("return document.querySelectorAll('.title')[1].textContent[1] == 'b';")
+    assert_page_is_clean(browser, tiny_page)
+    visit.click("li:nth-child(2) .title")
+    visit.wait_for_script(f"{questions}.textContent).join() === {question + ' Now.'!r};")
+    visit.click(".chats summary")
+    visit.click("li:nth-child(2) [data-confirm]")
+    browser.driver.switch_to.alert.accept()
+    visit.wait_for_script("return document.querySelectorAll('.title').length === 1;")
+    assert visit.read_texts(".chats .title") == ["<b>Stars</b>"]
+
+    # Images that are gone have a placeholder.
+    [session] = [v for v in tiny_page.visitors.list_sessions() if v.title]
+    for image in session.images.values():
+        image.display_path.unlink()
+    browser.driver.execute_cdp_cmd("Network.clearBrowserCache", {})
+    browser.driver.refresh()
+    visit.wait_for_script("return document.querySelectorAll('.missing-image').length >= 2;")
+    assert "no longer on the server" in visit.read_texts(".missing-image")[0]
+    tiny_page.visitors.delete(session)
 
 
 @WIDTHS
@@ -227,9 +327,11 @@ def test_markup_and_formulas_are_shown_verbatim(browser):
         visit = ChatPageDriver(browser, location.address)
         visit.ask(typed)
         assert visit.read_texts(".reply .message-text") == [typed]
-        assert (
-            browser.run("return document.querySelector('.reply .message-text').innerText;") == typed
-        )
+        visit.click(".source summary")
+        for text in (".question .message-text", ".reply .message-text"):
+            assert browser.run(f"return document.querySelector('{text}').innerText;") == typed
+        assert visit.read_texts("#chat math") == ["x2"]
+        assert visit.read_texts(".message-body") == [typed.replace("$$x^2$$", "x2")]
         assert browser.run("return document.querySelectorAll('#chat a, #chat .katex').length;") == 0
 
 
@@ -241,7 +343,10 @@ def test_password_sign_in(browser):
         for password, then in (("wrong-password", "[role=alert]"), (PASSWORD, "#title h1 span")):
             browser.driver.find_element("css selector", "input").send_keys(f"{password}\n")
             visit.wait_for_script(f"return !!document.querySelector('{then}');")
-        assert [cookie["httpOnly"] for cookie in browser.driver.get_cookies()] == [True]
+        assert {cookie["name"]: cookie["httpOnly"] for cookie in browser.driver.get_cookies()} == {
+            SESSION_COOKIE: True,
+            BROWSER_COOKIE: True,
+        }
         visit.ask("Who is there?")
         assert visit.read_texts(".reply .message-text") == ["Who is there?"]
 
@@ -253,5 +358,9 @@ def test_page_has_no_severe_violations(browser):
         visit.ask("Hello?")
         assert axe.find_violations(browser) == []
         browser.visit(location.address, DESKTOP_WIDTH, dark=True)
-        visit.wait_for_script("return !!document.querySelector('.welcome');")
+        visit.wait_for_script("return !!document.querySelector('.turn');")
+        visit.click(".chats summary")
+        visit.click("#settings > button")
+        visit.wait_for_script("return !!document.querySelector('#seed input');")
+        visit.click(".of-question [data-form]")
         assert axe.find_violations(browser) == []

@@ -195,3 +195,97 @@ def test_both_languages_have_all_texts_and_placeholders():
         english, chinese = (str(getattr(words, field.name)) for words in (ENGLISH, CHINESE))
         assert english != chinese, field.name
         assert english.count("{}") == chinese.count("{}"), field.name
+
+
+def _ask(session: WebSession, text: str, *uploads: Path) -> None:
+    paths = session.add_uploads(text, uploads)
+    turn = session.chat.send(text, paths, [GenerationOptions()])
+    asyncio.run(_consume_reply(turn.replies[0]))
+
+
+def test_conversation_survives_a_reload_for_its_browser_only(visitors, tmp_path):
+    first = visitors.restore("tab", "browser", "")
+    _ask(first, "What\nis it?", write_noise_image(tmp_path / "a.png", 30, 30))
+    first.ui_text = CHINESE
+    visitors.close("tab", "browser")
+    # Gradio gives a new ID to a tab that is loaded again.
+    assert visitors.restore("tab 2", "browser", first.token) is first
+    assert [image.display_path.exists() for image in first.images.values()] == [True]
+    for stranger in ("another browser", None):
+        assert visitors.list_chats(stranger or "x") == []
+        for show in (visitors.restore, visitors.open):
+            assert show("tab", stranger, first.token) is not first
+            assert visitors.get_or_create("tab", stranger) is not first
+    second = visitors.restore("tab 3", "browser", "unknown")
+    assert second is not first, "the conversation is open in another tab"
+    visitors.close("tab 3", "browser")
+    assert not second.folder.exists()
+    visitors.close("tab 2", "browser")
+    assert visitors.restore("tab 4", "browser", "") is first
+    # A lost connection does not end the conversation of a tab.
+    visitors.close("tab 4", "browser")
+    assert visitors.get_or_create("tab 4", "browser") is first
+
+
+def test_answer_stops_when_no_tab_shows_it(visitors):
+    visitors.service.is_endless = True
+    session = visitors.restore("tab", "browser", "")
+    reply = session.chat.send("What?", [], [GenerationOptions()]).replies[0]
+    session.is_generating = True
+    visitors.restore("tab 2", "browser", session.token)
+    visitors.close("tab", "browser")
+    visitors.close("tab 2", "browser")
+    asyncio.run(asyncio.wait_for(_consume_reply(reply), 10))
+    assert reply.finish_reason == "cancelled"
+    assert visitors.list_chats("browser") == [session]
+
+
+def test_conversations_are_listed_opened_and_deleted(visitors):
+    first = visitors.restore("tab", "browser", "")
+    assert visitors.open("tab", "browser", "") is first, "an empty conversation is used"
+    assert first.display_title == "New chat"
+    _ask(first, "a \n" * 100)
+    assert first.display_title == ("a " * 100)[: module.MAX_TITLE_CHARS]
+    first.ui_text = CHINESE
+    second = visitors.open("tab", "browser", "")
+    assert second is not first
+    assert second.ui_text is CHINESE
+    assert visitors.list_chats("browser") == [first]
+    _ask(second, "b")
+    second.title = "Letters"
+    assert visitors.list_chats("browser")[0].display_title == "Letters"
+    assert visitors.open("tab", "browser", first.token) is first
+    assert visitors.list_chats("browser") == [first, second]
+    visitors.delete(first)
+    assert not first.folder.exists()
+    assert visitors.get_or_create("tab", "browser").chat.turns == []
+    assert visitors.list_chats("browser") == [second]
+
+
+def test_conversations_of_a_browser_are_limited(visitors, monkeypatch):
+    monkeypatch.setattr(module, "MAX_SESSIONS_PER_BROWSER", 3)
+    monkeypatch.setattr(module, "MAX_TABS", 5)
+    other = visitors.restore("tab", "other browser", "")
+    for number in range(5):
+        _ask(visitors.open(f"tab {number}", "browser", ""), str(number))
+    titles = [session.display_title for session in visitors.list_chats("browser")]
+    assert titles == ["4", "3", "2"]
+    assert other in visitors.list_sessions()
+    for number in range(20):
+        visitors.get_or_create(f"many {number}", "other browser")
+    assert sum(len(session.tabs) for session in visitors.list_sessions()) <= 5
+
+
+def test_closed_conversations_are_deleted_for_new_images(visitors, tmp_path, monkeypatch):
+    upload = write_noise_image(tmp_path / "uploads" / "a.png", 400, 400)
+    monkeypatch.setattr(module, "MAX_DISPLAY_BYTES", 0)
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", 5 * upload.stat().st_size)
+    closed = visitors.restore("tab", "browser", "")
+    _ask(closed, "What?", upload)
+    shown = visitors.restore("tab", "other browser", "")
+    _ask(shown, "What?", upload)
+    visitors.close("tab", "browser")
+    visitors.get_or_create("third").add_uploads("", [upload, upload])
+    assert (closed.folder.exists(), shown.folder.exists()) == (False, True)
+    with pytest.raises(UserError, match="no disk space"):
+        visitors.get_or_create("third").add_uploads("", [upload, upload])

@@ -248,12 +248,16 @@ def _format_export_summary(out: Path, summary: ExportSummary) -> list[str]:
         if len(summary.files) > MAX_PRINTED_FILES
         else []
     )
+    # Formats of one data file are read from it, and others from the folder.
+    first_file = Path(summary.files[0])
+    source = first_file if first_file.suffix in (".json", ".jsonl") else out
     return [
         f"{out}: {summary.num_samples} samples in the format {summary.format}",
         f"  {', '.join(files)}",
         f"  {summary.num_images} images",
         *(f"  not supported: {count} {feature}" for feature, count in summary.lost_counts.items()),
         *(f"  note: {note}" for note in summary.notes),
+        f"next: {shlex.join(['finesight', 'check', str(source), '--format', summary.format])}",
     ]
 
 
@@ -513,9 +517,30 @@ def check(
             load_model_requirements(model, max_length),
         )
     exit_code = _run_check(inputs, model_context, fix, html, language, as_json, seed)
-    if recipe is not None and not as_json and exit_code != EXIT_CODES["error"]:
-        typer.echo(f"next: {shlex.join(['finesight', 'plan', str(recipe)])}")
+    has_errors = exit_code == EXIT_CODES["error"]
+    is_fixable = recipe is None and fix is None
+    # Other commands would need the options of a foreign format, too.
+    if not as_json and options == ImportOptions() and (is_fixable or not has_errors):
+        typer.echo(_get_command_after_check(sources, recipe, against or [], fix, has_errors))
     raise typer.Exit(exit_code)
+
+
+def _get_command_after_check(
+    sources: Sequence[Path],
+    recipe: Path | None,
+    against: Sequence[Path],
+    fix: Path | None,
+    has_errors: bool,
+) -> str:
+    """Return the line with the command after a check: fix the data, else create or plan a run."""
+    words = ["init", fix or sources[0]]
+    if recipe is not None:
+        words = ["plan", recipe]
+    elif has_errors:
+        evals = [word for path in against for word in ("--against", path)]
+        fixed = sources[0].with_name(f"{sources[0].stem}-fixed")
+        words = ["check", *sources, *evals, "--fix", fixed]
+    return f"next: {shlex.join(['finesight', *map(str, words)])}"
 
 
 def _run_check(
@@ -613,7 +638,7 @@ def plan(
 
     Prints the tokens per sample, the FLOPs of each model part, and memory and training time in two
     columns: for the recipe as written, and for chosen settings that fit into 90 % of the memory.
-    The last lines are overrides for `finesight train`. The recipe is not modified.
+    The last line is the command that trains with the chosen settings. The recipe is not modified.
 
     Reads image headers and the configuration and tokenizer of the model, but no weights.
 
@@ -632,6 +657,9 @@ def plan(
         load_recipe(recipe, overrides or ()), gpu, TrainingConsole(Console(stderr=True))
     )
     typer.echo(json.dumps(plan_to_dict(run_plan)) if as_json else "\n".join(format_plan(run_plan)))
+    if not as_json and run_plan.chosen_estimate.fits:
+        words = ["finesight", "train", str(recipe), *(overrides or ()), *run_plan.overrides]
+        typer.echo(f"next: {shlex.join(words)}")
     if not run_plan.chosen_estimate.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
@@ -706,6 +734,9 @@ def show(
             _write_sample_page(html, renderer, selected, translate(text, len(selected), names))
     if html is None or as_json:
         _print_samples(renderer, selected, as_json)
+    if html is None and not as_json:
+        words = ["finesight", "plan", str(recipe), *(overrides or ())]
+        typer.echo(f"next: {shlex.join(words)}")
 
 
 def _write_sample_page(

@@ -55,6 +55,12 @@ def download(
     folder = _fetch_repository(address, to)
     result = {"source": str(address), "folder": str(folder)}
     typer.echo(json.dumps(result, ensure_ascii=False) if as_json else folder)
+    if not as_json:
+        # On standard error, since scripts read the folder from standard output.
+        words = ["chat", str(folder)]
+        if address.repo_type != "model":
+            words = ["import", str(folder), address.repo_id.rpartition("/")[2]]
+        typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
 
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:

@@ -167,6 +167,8 @@ NoAuthOption = Annotated[
     bool, typer.Option("--no-auth", help="Require no password, also from the network.")
 ]
 
+OpenOption = Annotated[bool, typer.Option("--open", help="Open the page in the default browser.")]
+
 
 def web(
     run_or_model: RunOrModelArgument,
@@ -174,6 +176,7 @@ def web(
     port: PortOption = 7860,
     password_file: PasswordFileOption = None,
     no_auth: NoAuthOption = False,
+    open_page: OpenOption = False,
     thinking: ThinkingOption = None,
     reasoning_effort: ReasoningEffortOption = None,
     device: DeviceOption = "auto",
@@ -182,8 +185,8 @@ def web(
 ) -> None:
     """Start a chat UI in the browser.
 
-    The page shows predicted boxes and compares answers with the base model. Prints its address.
-    Ctrl-C stops the server. Requires finesight[web].
+    The page shows predicted boxes, formulas and JSON, and compares answers with the base model.
+    Prints its address. Ctrl-C stops the server. Requires finesight[web].
 
     Example: finesight web runs/latex
     """
@@ -203,7 +206,8 @@ def web(
             )
         )
         try:
-            _print_page_address(host, listener, password if is_generated else None)
+            shown_password = password if is_generated else None
+            _print_page_address(host, listener, shown_password, open_page=open_page)
             run_web_server(service, listener, password, _is_loopback(host))
         finally:
             service.close(wait_for_running=False)
@@ -235,6 +239,7 @@ def studio(
             "--no-auth", help="Require no password, also from other users of the machine."
         ),
     ] = False,
+    open_page: OpenOption = False,
     chat_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the chat page. 0: any free port.")
     ] = 7871,
@@ -277,17 +282,34 @@ def studio(
         port = listener.getsockname()[1]
         access = ServerAccess(host, password, converter, chat_port, api_port, port)
         app = make_studio_app(view, private_folder, access, _is_loopback(host))
-        _print_page_address(host, listener, password if is_generated else None)
+        shown_password = password if is_generated else None
+        _print_page_address(host, listener, shown_password, open_page=open_page)
         serve_app(app, listener)
 
 
-def _print_page_address(host: str, listener: socket.socket, password: str | None) -> None:
-    """Print the address of a page and, if it was generated, its password."""
-    typer.echo(f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}")
+def _print_page_address(
+    host: str, listener: socket.socket, password: str | None, *, open_page: bool = False
+) -> None:
+    """Print the address of a page and, if it was generated, its password.
+
+    With `open_page`, the default browser opens the page. It waits for the server to start.
+    """
+    address = f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}"
+    typer.echo(address)
     if password is not None:
         typer.echo(f"password: {password}")
     if password is not None and not _is_loopback(host):
         typer.echo("The page uses HTTP without encryption: the password is sent as plain text.")
+    if open_page:
+        import threading
+        import webbrowser
+
+        def open_browser() -> None:
+            if not webbrowser.open(address):
+                typer.echo("no browser found: open the address above in a browser")
+
+        # In a thread, because browsers in the terminal return at their end.
+        threading.Thread(target=open_browser, daemon=True).start()
 
 
 def _require_gradio(command: str) -> None:

@@ -118,10 +118,14 @@ class ChatSession:
     """A conversation with one or more models of an inference service.
 
     Turns with an empty reply are not sent to the model and not saved.
+
+    Attributes:
+        system_prompt: System prompt of new replies; None for that of the model or run.
     """
 
     service: InferenceService
     turns: list[ChatTurn] = field(default_factory=list)
+    system_prompt: str | None = None
 
     def send(
         self, text: str, image_paths: Sequence[Path], options: Sequence[GenerationOptions]
@@ -160,14 +164,28 @@ class ChatSession:
 
     def regenerate(self, options: Sequence[GenerationOptions]) -> ChatTurn:
         """Send the last message again and replace its replies."""
-        last_turn = self.undo()
-        if last_turn is None:
+        if not self.turns:
             raise _build_empty_error("regenerate", "the conversation has 0 turns", "a turn")
+        return self.edit(len(self.turns) - 1, self.turns[-1].text, options)
+
+    def edit(self, index: int, text: str, options: Sequence[GenerationOptions]) -> ChatTurn:
+        """Send the message of a turn again with another text. All later turns are removed.
+
+        After an error the session is unchanged.
+        """
+        removed_turns = self.turns[index:]
+        if not removed_turns:
+            what = f"turn {index + 1} of {len(self.turns)} turns"
+            raise _build_empty_error("edit", what, "a turn of the conversation")
+        del self.turns[index:]
         try:
-            return self.send(last_turn.text, last_turn.image_paths, options)
+            turn = self.send(text, removed_turns[0].image_paths, options)
         except BaseException:
-            self.turns.append(last_turn)
+            self.turns[index:] = removed_turns
             raise
+        for reply in (reply for removed in removed_turns for reply in removed.replies):
+            reply.cancel()
+        return turn
 
     def to_samples(self, name_image: Callable[[Path], str]) -> list[Sample]:
         """Convert the conversation to one sample per model, with images renamed by `name_image`.
@@ -184,7 +202,7 @@ class ChatSession:
             reasons = [turn.reply_from(model).finish_reason for turn in turns]
             if any(reason != "stop" for reason in reasons):
                 meta["truncated_turns"] = [i for i, why in enumerate(reasons) if why != "stop"]
-            messages = tuple(_build_messages(turns, model))
+            messages = (*self._build_system_messages(), *_build_messages(turns, model))
             sample = Sample(id=f"chat-{model_number}", messages=messages, meta=meta)
             samples.append(sample.map_paths(lambda path: name_image(Path(path))))
         return samples
@@ -216,6 +234,11 @@ class ChatSession:
         write_file(target, buffer.getvalue())
         return target
 
+    def _build_system_messages(self) -> tuple[Message, ...]:
+        if self.system_prompt is None:
+            return ()
+        return (Message(role="system", content=(TextPart(text=self.system_prompt),)),)
+
     def _start_reply(
         self, text: str, image_paths: Sequence[Path], options: GenerationOptions
     ) -> ChatReply:
@@ -225,7 +248,11 @@ class ChatSession:
         target_image = next(
             (turn_images[0] for turn_images in reversed(images_by_turn) if turn_images), None
         )
-        messages = [*_build_messages(turns, model), _build_user_message(text, image_paths)]
+        messages = [
+            *self._build_system_messages(),
+            *_build_messages(turns, model),
+            _build_user_message(text, image_paths),
+        ]
         image_index = None
         if target_image is not None:
             image_index = [path for some in images_by_turn for path in some].index(target_image)

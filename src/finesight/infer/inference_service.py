@@ -364,6 +364,7 @@ class InferenceService:
         self.renderer: Renderer = inference_model.renderer
         self._model, self._adapters = model, inference_model.adapters
         self._thinking_modes = inference_model.thinking_modes
+        self.manifest = inference_model.manifest
         self._max_waiting, self._max_num_seqs = max_waiting, max_num_seqs
         self._num_cache_tokens = 0
         if isinstance(model, VisionLanguageModel):
@@ -395,6 +396,11 @@ class InferenceService:
         if not self.renderer.has_thinking_modes:
             return None
         return self.select_renderer(None, DEFAULT_THINKING).has_reasoning
+
+    @property
+    def system_prompt(self) -> str | None:
+        """System prompt of conversations without one; None for a chat template without it."""
+        return self.renderer.system_prompt
 
     @property
     def max_model_len(self) -> int:

@@ -35,12 +35,14 @@ class InferenceModel:
     Attributes:
         adapters: Adapter index by model name; None selects the base model.
         thinking_modes: Default thinking mode by model name; that of the renderer for other names.
+        manifest: Manifest of the run that the first model is from; None for other models.
     """
 
     model: AnyModel
     renderer: Renderer
     adapters: Mapping[str, int | None]
     thinking_modes: Mapping[str, bool] = field(default_factory=dict)
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ def load_inference_model(
     if source.adapter is not None:
         load_adapter(model, source.adapter, base_folder=source.folder)
     model.eval()
-    return InferenceModel(model, renderer, {_get_model_name(run_or_model): None})
+    name = _get_model_name(run_or_model)
+    return InferenceModel(model, renderer, {name: None}, manifest=source.manifest)
 
 
 def _load_base_model(
@@ -164,7 +167,7 @@ def load_multi_adapter_model(
     model.eval()
     if base_source.adapter is not None:
         adapter_indices[BASE_MODEL_NAME] = None
-    return InferenceModel(model, renderer, adapter_indices, thinking_modes)
+    return InferenceModel(model, renderer, adapter_indices, thinking_modes, base_source.manifest)
 
 
 def _check_same_base(

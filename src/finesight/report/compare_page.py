@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.evaluate.eval_case import note_lines
+from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import align_columns
 from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.report import summary
@@ -32,7 +33,7 @@ from finesight.report.comparison import (
     read_compared_runs,
 )
 from finesight.report.examples import MAX_SCORES, ExampleDataBuilder, ExampleSet
-from finesight.report.html import FormulaConverter, render_page, write_page
+from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
     TEMPLATE_FUNCTIONS,

@@ -28,12 +28,13 @@ from finesight.evaluate.bootstrap import (
     estimate_mean,
 )
 from finesight.evaluate.json_metrics import count_fields, parse_form
+from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import (
     MetricDifference,
     compare_estimators,
     index_by_sample,
 )
-from finesight.report.html import FormulaConverter, build_inline_image
+from finesight.report.html import build_inline_image
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import format_metric_name
 from finesight.report.run_reader import JsonObject, as_object, is_finite, read_json_lines

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from finesight.errors import UserError
+from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import REPORT_FILE
@@ -31,7 +32,7 @@ from finesight.report.examples import (
     read_examples,
     read_incorrect_lines,
 )
-from finesight.report.html import FormulaConverter, render_page, write_page
+from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
     TEMPLATE_FUNCTIONS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import socket
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 
 VIEW_ROUTES = r"|/studio\.(?:css|js)|/live|/view/(?:report|check)"
 
-PASSWORD_FILE = "password"
+PASSWORD_FILE, API_KEY_FILE = "password", "api-key"
 DEFAULT_FRACTION = "0.9"
 
 
@@ -155,10 +156,7 @@ class StudioPage:
         with self._form("chat"):
             self._button("Start the chat", self._chat)
         with self._form("export"):
-            self._button(
-                "Start the server",
-                lambda state: self._start_server(state, "serve", self._access.api_port),
-            )
+            self._button("Start the server", self._serve)
             name = self._text("Name of the merged model", "merged-name", "tickets")
             self._button("Merge", self._merge, [name])
             with gr.Row():
@@ -327,9 +325,21 @@ class StudioPage:
             options += ["--password-file", str(self._write_password(self._access.password))]
         return self._start_server(state, "web", self._access.chat_port, options, self._access.host)
 
-    def _write_password(self, password: str) -> Path:
-        """Write the password for a chat page into a file that only this user can read."""
-        path = Path(STUDIO_FOLDER, PASSWORD_FILE)
+    def _serve(self, state: StudioState) -> str:
+        """Start the HTTP API, with an API key if the studio has a password.
+
+        The key is the same for all servers of the workspace.
+        """
+        options: list[str] = []
+        if self._access.password is not None:
+            file = self._workspace.folder / STUDIO_FOLDER / API_KEY_FILE
+            key = file.read_text("utf-8") if file.is_file() else secrets.token_urlsafe(32)
+            options = ["--key-file", str(self._write_password(key, API_KEY_FILE))]
+        return self._start_server(state, "serve", self._access.api_port, options)
+
+    def _write_password(self, password: str, name: str = PASSWORD_FILE) -> Path:
+        """Write a password or an API key into a file that only this user can read."""
+        path = Path(STUDIO_FOLDER, name)
         file = self._workspace.folder / path
         file.parent.mkdir(exist_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from safetensors.numpy import save
 from finesight.config import DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
-from finesight.data.sample import LocatedSample, list_media_paths
+from finesight.data.sample import LocatedSample, TextPart, list_media_paths
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
@@ -285,6 +287,9 @@ MAX_FULL_SCAN_SAMPLES = 500_000
 
 PARTIAL_SCAN_SAMPLES = 10_000
 """Number of samples that a partial scan of a larger dataset reads."""
+
+MAX_PROMPTS, MAX_PROMPT_SAMPLES, MAX_PROMPT_CHARS = 4, 500, 400
+"""Maximum number of prompts in the manifest, of samples read for them, and of their characters."""
 
 SCAN_CHUNK_SIZE = 64
 """Number of samples per item of the scan, loaded by one data loader worker."""
@@ -571,6 +576,28 @@ class TrainingData:
         if not modes:
             return renderer
         return renderer.with_thinking(ThinkingOptions(enable_thinking=2 * sum(modes) > len(modes)))
+
+    def list_frequent_prompts(self) -> tuple[str, ...]:
+        """Return the most frequent first questions of up to `MAX_PROMPT_SAMPLES` samples.
+
+        A prompt of fewer than two or 1 % of these samples is left out: it may be private, and
+        manifests are published with models.
+        """
+        indices = self.stats.sample_indices
+        indices = indices[:: -(-len(indices) // MAX_PROMPT_SAMPLES) or 1]
+        counts = Counter[str]()
+        for index in indices:
+            # Samples beyond a partial scan may be invalid.
+            with suppress(UserError):
+                messages = self.corpus.read_validated(index).sample.messages
+                parts = next((turn.content for turn in messages if turn.role == "user"), ())
+                texts = (part.text for part in parts if isinstance(part, TextPart))
+                counts["".join(texts).strip()] += 1
+        return tuple(
+            prompt
+            for prompt, count in counts.most_common()
+            if count >= max(2, len(indices) / 100) and 0 < len(prompt) <= MAX_PROMPT_CHARS
+        )[:MAX_PROMPTS]
 
     def build_sample_stats(self, renderer: Renderer, data: DataSettings) -> SampleStatsMap:
         """Return a mapping from corpus indices to sample statistics."""

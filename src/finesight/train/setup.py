@@ -19,7 +19,7 @@ from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
-from finesight.evaluate.task_metrics import get_task_metric
+from finesight.evaluate.task_metrics import TASK_METRICS, get_task_metric
 from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
 from finesight.manifest import MANIFEST_FILE, Manifest
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
@@ -157,7 +157,7 @@ def library_versions() -> dict[str, str]:
 
 def build_manifest(state: TrainState) -> Manifest:
     """Build the manifest of a run, which evaluation, prediction and merging read."""
-    base_model, renderer = state.base_model, state.renderer
+    base_model, renderer, settings = state.base_model, state.renderer, state.recipe.eval
     return Manifest(
         family=base_model.folder.family,
         base_model=base_model.name,
@@ -168,6 +168,9 @@ def build_manifest(state: TrainState) -> Manifest:
         eos_token=renderer.tokenizer.id_to_token(renderer.end_ids[0]),
         tune=state.recipe.tune,
         versions=library_versions(),
+        metric=next((name for name in TASK_METRICS if settings and name == settings.metric), None),
+        max_new_tokens=None if settings is None else settings.max_new_tokens,
+        prompts=state.train_data.list_frequent_prompts(),
     )
 
 

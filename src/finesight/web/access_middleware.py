@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, computed_field
@@ -38,14 +38,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from finesight.web.chat_html import render_sign_in_page, select_ui_text
 from finesight.web.web_sessions import (
     MAX_IMAGE_BYTES,
+    MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
+    MAX_REPETITION_PENALTY,
+    MAX_SEED,
     MAX_TEMPERATURE,
+    MAX_TOP_K,
     DiskBudget,
     DiskFullError,
     DiskReservation,
 )
 
 SESSION_COOKIE = "finesight"
+BROWSER_COOKIE, BROWSER_COOKIE_AGE_S = "finesight-browser", 30 * 24 * 3600
+"""Name and lifetime of the cookie with the secret ID of a browser, which owns conversations."""
+BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{43}")
 VIEW_PATH_PREFIX = "/view/"
 """Prefix of report pages, which the page may embed."""
 SIGN_IN_PATH = "/sign-in"
@@ -123,11 +130,40 @@ class Question(BaseModel, frozen=True):
 MaxTokens = Annotated[FiniteFloat, Field(ge=1, le=MAX_NEW_TOKENS)]
 Temperature = Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)]
 
+TopP = Annotated[FiniteFloat, Field(gt=0, le=1)]
+TopK = Annotated[FiniteFloat, Field(ge=0, le=MAX_TOP_K)]
+RepetitionPenalty = Annotated[FiniteFloat, Field(ge=1, le=MAX_REPETITION_PENALTY)]
+Seed = Annotated[int, Field(ge=-1, le=MAX_SEED)]
+MessageText = Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)]
+Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
+
+
+class ChatAction(BaseModel, frozen=True):
+    """Action of a button within the HTML of the page.
+
+    Attributes:
+        token: Conversation to open, rename or delete.
+        index: Turn to edit.
+        text: New title, or new text of the message.
+    """
+
+    kind: Literal["open", "rename", "delete", "edit"]
+    token: Token = ""
+    index: Annotated[int, Field(ge=0, le=10_000)] = 0
+    text: MessageText = ""
+
+
 Inputs = TypeAdapter[Any]
 
 EMPTY_INPUT: Inputs = TypeAdapter(tuple[()])
-QUESTION_INPUT: Inputs = TypeAdapter(tuple[Question, bool, bool, MaxTokens, Temperature])
-REGENERATE_INPUT: Inputs = TypeAdapter(tuple[bool, bool, MaxTokens, Temperature])
+TOKEN_INPUT: Inputs = TypeAdapter(tuple[Token])
+_SETTINGS: Any = (
+    *(bool, bool, MaxTokens, Temperature, TopP, TopK, RepetitionPenalty, Seed, MessageText),
+)
+"""Types of the fields of `ChatSettings`, in their order."""
+REGENERATE_INPUT: Inputs = TypeAdapter(tuple[_SETTINGS])
+QUESTION_INPUT: Inputs = TypeAdapter(tuple[(Question, *_SETTINGS)])
+ACTION_INPUT: Inputs = TypeAdapter(tuple[(ChatAction, *_SETTINGS)])
 
 
 class Event(BaseModel, frozen=True):
@@ -188,6 +224,7 @@ class AccessMiddleware:
             password.
         get_routes: Pattern of the paths that GET requests may have.
         session_cookie: Name of the cookie. Servers on one host need different names.
+        identifies_browsers: Whether browsers get a cookie with a secret ID.
     """
 
     app: ASGIApp
@@ -199,6 +236,7 @@ class AccessMiddleware:
     loopback_only: bool = True
     get_routes: re.Pattern[str] = GET_ROUTES
     session_cookie: str = SESSION_COOKIE
+    identifies_browsers: bool = False
     _session_token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     _login_locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
@@ -311,6 +349,7 @@ class AccessMiddleware:
                 return HTMLResponse(render_sign_in_page(True, ui_text), 401)
         response = RedirectResponse("./", 303)
         is_https = request.headers.get("origin", "").startswith("https://")
+        self._set_browser_cookie(request, response, is_secure=is_https)
         response.set_cookie(
             self.session_cookie,
             self._session_token,
@@ -319,6 +358,19 @@ class AccessMiddleware:
             secure=is_https,
         )
         return response
+
+    def _set_browser_cookie(self, request: Request, response: Response, *, is_secure: bool) -> None:
+        """Give a browser without an ID a new one."""
+        if self.identifies_browsers and get_browser_id(request) is None:
+            # Lax: a link from another site must not lead to a new ID.
+            response.set_cookie(
+                BROWSER_COOKIE,
+                secrets.token_urlsafe(32),
+                max_age=BROWSER_COOKIE_AGE_S,
+                httponly=True,
+                samesite="lax",
+                secure=is_secure,
+            )
 
     async def _handle_upload(self, request: Request, send: Send) -> Response | None:
         """Forward an upload to Gradio after reserving disk space for it."""
@@ -398,7 +450,15 @@ class AccessMiddleware:
         nonce = request.scope[NONCE_KEY].encode()
         page = re.sub(rb"<script(?=[\s>])", b'<script nonce="%s"' % nonce, page)
         content_type = MutableHeaders(raw=start["headers"]).get("content-type")
-        return Response(page, start["status"], media_type=content_type)
+        response = Response(page, start["status"], media_type=content_type)
+        self._set_browser_cookie(request, response, is_secure=False)
+        return response
+
+
+def get_browser_id(request: Request) -> str | None:
+    """Return the secret ID in the cookie of a browser; None without a valid one."""
+    value = request.cookies.get(BROWSER_COOKIE, "")
+    return value if BROWSER_ID.fullmatch(value) else None
 
 
 def _get_body_limit(path: str) -> int:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from finesight.bounded_files import parse_json
 from finesight.data.sample import BoxPart
+from finesight.evaluate.mathml import FormulaConverter, render_mathml
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.prediction import BOX_COLORS
 
@@ -24,6 +30,23 @@ BOXED_IMAGE_WIDTHS = (320, 640)
 The maximum also limits the height.
 """
 
+
+MAX_FORMULAS, MAX_JSON_CHARS = 200, 100_000
+"""Maximum number of rendered formulas, and length of indented JSON, of an answer."""
+
+MIN_WORDS = 4
+"""Number of words from which an answer is prose, for example that of the base model."""
+
+_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{4,}")
+_CODE_FENCE = re.compile(r"\A```(?:json)?\n(.*)\n```\Z", re.DOTALL)
+_NUMBER_LIST = re.compile(r"\[\n[-+\d.eE,\s]+\]")
+_FORMULA = re.compile(
+    r"\$\$.+?\$\$|\\\[.+?\\\]|(?P<inline>\\\(.+?\\\))"
+    # As in Pandoc, so that prices such as $5 and $6 are no formula.
+    r"|(?<![\\\w$])(?P<dollar>\$(?![\s$])(?:\\.|[^\\$\n])+(?<!\s)\$)(?![\d$])",
+    re.DOTALL,
+)
+"""Formula with delimiters."""
 
 UiLanguage = Literal["en", "zh"]
 
@@ -45,8 +68,41 @@ class UiText:
     thinking: str = "Thinking mode"
     settings: str = "Settings"
     max_new_tokens: str = "Maximum tokens per answer"
+    max_new_tokens_hint: str = "Longer answers are truncated. Default: {}"
     temperature: str = "Temperature"
-    temperature_hint: str = "0: greedy decoding"
+    temperature_hint: str = "0: greedy decoding, as in the evaluation. Default: 0"
+    top_p: str = "Top-p"
+    top_p_hint: str = "Probability of the tokens to sample from. Default: 1, all tokens"
+    top_k: str = "Top-k"
+    top_k_hint: str = "Number of tokens to sample from. Default: 0, all tokens"
+    repetition_penalty: str = "Repetition penalty"
+    repetition_penalty_hint: str = "Keep 1 for boxes, formulas and JSON. Default: 1"
+    seed: str = "Seed"
+    seed_hint: str = "Equal seeds give equal answers. Default: -1, a new seed for each answer"
+    system_prompt: str = "System prompt"
+    system_prompt_hint: str = "Empty: that of the training, with which the model answers best"
+    no_system_prompt: str = "none"
+    prompts: str = "Prompts of the training"
+    chats: str = "Chats"
+    chats_hint: str = (
+        "Chats of this browser. Other users cannot see them. They are kept until the server"
+        " stops, or until {} newer ones replace them."
+    )
+    no_chats: str = "No chats yet."
+    rename: str = "Rename"
+    delete: str = "Delete"
+    delete_question: str = "Delete “{}”?"
+    edit: str = "Edit"
+    send: str = "Send"
+    save: str = "Save"
+    cancel: str = "Cancel"
+    copy: str = "Copy"
+    copied: str = "Copied"
+    source: str = "Source"
+    enlarge: str = "Enlarge: {}"
+    close: str = "Close"
+    missing_image: str = "The image is no longer on the server."
+    busy: str = "An answer of this chat is being generated. Stop it, or wait for its end."
     question: str = "Question {}"
     image: str = "Image {}: {}"
     reasoning: str = "Reasoning"
@@ -59,7 +115,7 @@ class UiText:
     too_many_images: str = "{} images; at most {} per question and {} per chat."
     message_too_long: str = "{} characters; at most {} per question."
     disk_full: str = (
-        "The server has no disk space for more images. Start a new chat, or try again later."
+        "The server has no disk space for more images. Delete chats, or try again later."
     )
     server_error: str = "The answer ended with a server error. See the terminal of the server."
     password: str = "Password"
@@ -83,8 +139,41 @@ CHINESE = UiText(
     thinking="思考模式",
     settings="设置",
     max_new_tokens="每个回答的最大 token 数",
+    max_new_tokens_hint="超出的回答会被截断。默认：{}",
     temperature="温度",
-    temperature_hint="0：贪心解码",
+    temperature_hint="0：贪心解码，与评估相同。默认：0",
+    top_p="核采样（top-p）",
+    top_p_hint="候选 token 的累计概率。默认：1，即全部 token",
+    top_k="候选数（top-k）",
+    top_k_hint="候选 token 的个数。默认：0，即全部 token",
+    repetition_penalty="重复惩罚",
+    repetition_penalty_hint="输出框、公式或 JSON 时请保持 1。默认：1",
+    seed="随机种子",
+    seed_hint="种子相同则回答相同。默认：-1，每次回答使用新种子",
+    system_prompt="系统提示词",
+    system_prompt_hint="留空：使用训练时的系统提示词，此时模型效果最好",
+    no_system_prompt="无",
+    prompts="训练时的提示词",
+    chats="对话",
+    chats_hint=(
+        "仅显示此浏览器的对话，其他用户看不到。服务器停止后对话即删除；"
+        "最多保留 {} 个，超出时最久未用的会被替换。"
+    ),
+    no_chats="还没有对话。",
+    rename="重命名",
+    delete="删除",
+    delete_question="删除“{}”？",
+    edit="编辑",
+    send="发送",
+    save="保存",
+    cancel="取消",
+    copy="复制",
+    copied="已复制",
+    source="原文",
+    enlarge="放大：{}",
+    close="关闭",
+    missing_image="服务器上已没有此图像。",
+    busy="此对话正在生成回答。请停止生成，或等待其结束。",
     question="问题 {}",
     image="图像 {}：{}",
     reasoning="思考过程",
@@ -96,7 +185,7 @@ CHINESE = UiText(
     error_title="未能完成",
     too_many_images="共 {} 张图像；每个问题最多 {} 张，每次对话最多 {} 张。",
     message_too_long="共 {} 个字符；每个问题最多 {} 个。",
-    disk_full="服务器没有空间存放更多图像。请开始新对话，或稍后再试。",
+    disk_full="服务器没有空间存放更多图像。请删除一些对话，或稍后再试。",
     server_error="服务器出错，回答中断；详情见其终端。",
     password="密码",
     sign_in="登录",
@@ -125,9 +214,82 @@ def get_other_language(ui_text: UiText) -> UiText:
 def render_turns(session: WebSession, turns: Sequence[ChatTurn], first_index: int = 0) -> str:
     """Render turns of a conversation, the first of which has an index in the conversation."""
     template = _ENVIRONMENT.get_template("turns.html")
+    manifest = session.chat.service.manifest
     return template.render(
-        session=session, text=session.ui_text, turns=turns, first_index=first_index
+        session=session,
+        text=session.ui_text,
+        turns=turns,
+        first_index=first_index,
+        is_formula=manifest is not None and manifest.metric == "latex",
     )
+
+
+def render_chats(current: WebSession, sessions: Sequence[WebSession], max_sessions: int) -> str:
+    """Render the list of the conversations of a browser."""
+    template = _ENVIRONMENT.get_template("chats.html")
+    return template.render(
+        current=current, sessions=sessions, max_sessions=max_sessions, text=current.ui_text
+    )
+
+
+def render_prompts(prompts: Sequence[str], ui_text: UiText) -> str:
+    """Render suggested prompts, which the page inserts into the question field."""
+    button = '<button type="button" data-prompt="{}" title="{}">{}</button>'
+    buttons = Markup("").join(Markup(button).format(prompt, prompt, prompt) for prompt in prompts)
+    group = Markup('<div class="prompts" role="group" aria-label="{}">{}</div>')
+    return group.format(ui_text.prompts, buttons) if prompts else Markup("")
+
+
+def render_answer(answer: str, is_formula: bool) -> Markup | None:
+    """Render the formulas or the JSON of an answer; None if it has neither.
+
+    Formulas become MathML of known elements, and all other text is escaped.
+
+    Args:
+        answer: Complete answer of a model.
+        is_formula: Whether answers are LaTeX without delimiters, as in formula recognition.
+    """
+    is_bare = is_formula and not _FORMULA.search(answer) and len(_WORD.findall(answer)) < MIN_WORDS
+    if is_bare and (formula := _render_formula(answer)) is not None:
+        return Markup('<div class="formula" tabindex="0">{}</div>').format(formula)
+    text = _CODE_FENCE.sub(r"\1", answer.strip())
+    if text.startswith(("{", "[")) and (formatted := _format_json(text)) is not None:
+        return Markup('<pre class="json" tabindex="0">{}</pre>').format(formatted)
+    pieces: list[str | Markup] = []
+    end = num_formulas = 0
+    for match in _FORMULA.finditer(answer):
+        formula = _render_formula(match[0]) if num_formulas < MAX_FORMULAS else None
+        if formula is not None:
+            is_display = match["inline"] is None and match["dollar"] is None
+            tag = "div" if is_display else "span"
+            markup = Markup('<{} class="formula">{}</{}>').format(tag, formula, tag)
+            pieces += [answer[end : match.start()], markup]
+            end, num_formulas = match.end(), num_formulas + 1
+    if not num_formulas:
+        return None
+    return Markup('<div class="message-body">{}</div>').format(
+        Markup("").join([*pieces, answer[end:]])
+    )
+
+
+@lru_cache(maxsize=1024)
+def _render_formula(source: str) -> Markup | None:
+    tree = FormulaConverter().convert(source)
+    return None if tree is None else render_mathml(tree)
+
+
+def _format_json(text: str) -> str | None:
+    """Indent a JSON object, or a list of objects; None for other texts."""
+    # ValueError also if an integer has too many digits.
+    with suppress(ValueError):
+        value = parse_json(text)
+        items = value if isinstance(value, list) else [value]
+        if items and all(isinstance(item, dict) for item in items):
+            formatted = json.dumps(value, ensure_ascii=False, indent=2)
+            # Lists of numbers, such as box corners, on one line. Strings contain no line breaks.
+            formatted = _NUMBER_LIST.sub(lambda match: " ".join(match[0].split()), formatted)
+            return formatted if len(formatted) <= MAX_JSON_CHARS else None
+    return None
 
 
 def render_notice(title: str, message: str) -> str:
@@ -186,4 +348,5 @@ _ENVIRONMENT.globals |= {
     "format_stats": _format_stats,
     "get_boxed_width": _get_boxed_width,
     "get_box_areas": _get_box_areas,
+    "render_answer": render_answer,
 }

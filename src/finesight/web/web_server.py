@@ -127,6 +127,7 @@ def make_app(
         lambda name: name in page.blocks._queue.pending_messages_per_session,
         password,
         loopback_only,
+        identifies_browsers=True,
     )
 
 

@@ -1,4 +1,8 @@
-"""Chat sessions of the chat page, each with a private folder, and their limits."""
+"""Conversations of the chat page, each with a private folder, and their limits.
+
+A conversation belongs to one browser, which a cookie identifies, and is kept until it is deleted,
+replaced or the server stops. Without cookies, it ends with its tab.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import threading
 import time
 import weakref
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -37,12 +41,19 @@ Chats contain copies of the images that they use.
 MAX_IMAGES_PER_MESSAGE = 8
 MAX_IMAGES_PER_CHAT = 64
 MAX_MESSAGE_CHARS = 20_000
-MAX_SESSIONS = 64
-"""Maximum number of chat sessions. A new session replaces the least recently used one."""
+MAX_SESSIONS, MAX_SESSIONS_PER_BROWSER = 256, 30
+"""Maximum numbers of conversations. A new one replaces the least recently used one."""
+
+MAX_TABS = 1024
+"""Maximum number of tabs whose conversation is known."""
+
+MAX_TITLE_CHARS = 80
 
 MAX_NEW_TOKENS = 4096
 
-MAX_TEMPERATURE = 2.0
+MAX_TEMPERATURE, MAX_TOP_K, MAX_REPETITION_PENALTY = 2.0, 1000, 2.0
+MAX_SEED = 2**53 - 1
+"""Largest integer that browsers represent exactly."""
 
 MAX_DISPLAY_SIDE = 1600
 """Maximum width and height of an image that the browser receives, in pixels."""
@@ -64,6 +75,8 @@ class DiskBudget:
     def __init__(self, uploads: Path, conversations: Path) -> None:
         self._uploads, self._conversations = uploads, conversations
         self._reserved = 0
+        self.free_space: Callable[[], bool] = lambda: False
+        """Deletes files that are not in use. Returns False if there are none."""
         self._lock = threading.Lock()
 
     def reserve(self, num_bytes: int) -> DiskReservation:
@@ -73,8 +86,9 @@ class DiskBudget:
             DiskFullError: The stored and reserved bytes would exceed the limit.
         """
         with self._lock:
-            if self._count_stored_bytes() + self._reserved + num_bytes > MAX_STORED_BYTES:
-                raise DiskFullError
+            while self._count_stored_bytes() + self._reserved + num_bytes > MAX_STORED_BYTES:
+                if not self.free_space():
+                    raise DiskFullError
             self._reserved += num_bytes
         return DiskReservation(self, num_bytes)
 
@@ -136,21 +150,64 @@ class ChatImage:
     display_path: Path
 
 
-@dataclass(slots=True)
-class WebSession:
-    """Chat session of one browser tab, with a private folder.
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """Settings of the chat page for the next answers.
 
     Attributes:
+        seed: Random seed; -1 for another one in each answer.
+        system_prompt: System prompt; empty for that of the model or run.
+    """
+
+    compare: bool
+    thinking: bool
+    max_new_tokens: float
+    temperature: float
+    top_p: float
+    top_k: float
+    repetition_penalty: float
+    seed: int
+    system_prompt: str
+
+
+@dataclass(slots=True)
+class WebSession:
+    """Conversation of a browser, with a private folder.
+
+    Attributes:
+        browser_id: Secret ID of the browser.
         token: Secret part of the URLs of its images and its export.
+        tabs: IDs of the tabs that display the conversation.
+        settings: Settings of the last answer; None before the first one.
+        is_generating: Whether an answer is being generated.
     """
 
     chat: ChatSession
     folder: Path
     budget: DiskBudget
+    browser_id: str
     ui_text: UiText = ENGLISH
+    title: str = ""
+    settings: ChatSettings | None = None
+    is_generating: bool = False
+    tabs: set[str] = field(default_factory=set)
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     images: dict[Path, ChatImage] = field(default_factory=dict)
     _upload_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def display_title(self) -> str:
+        """Title given by the user, or the start of the first question."""
+        first_turn = self.chat.turns[0] if self.chat.turns else None
+        names = [self.images[path].name for path in first_turn.image_paths] if first_turn else []
+        texts = (self.title, first_turn.text if first_turn else "", *names)
+        title = next((text for text in texts if text.strip()), self.ui_text.new_chat)
+        return " ".join(title.split())[:MAX_TITLE_CHARS]
+
+    def check_text(self, text: str) -> None:
+        """Raise UserError if a message is too long."""
+        if len(text) > MAX_MESSAGE_CHARS:
+            raise UserError(self.ui_text.message_too_long.format(len(text), MAX_MESSAGE_CHARS))
 
     def add_uploads(self, text: str, uploads: Sequence[Path]) -> list[Path]:
         """Validate a message and copy its uploaded images into the session. Return the copies."""
@@ -160,8 +217,7 @@ class WebSession:
                 len(uploads), MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
             )
             raise UserError(message)
-        if len(text) > MAX_MESSAGE_CHARS:
-            raise UserError(self.ui_text.message_too_long.format(len(text), MAX_MESSAGE_CHARS))
+        self.check_text(text)
         size = sum(path.stat().st_size for path in uploads if path.exists())
         try:
             reservation = self.budget.reserve(size + MAX_DISPLAY_BYTES * len(uploads))
@@ -231,46 +287,94 @@ class WebSession:
 
 
 class WebSessionStore:
-    """Stores chat sessions by Gradio session ID.
-
-    If there are too many sessions, the least recently used one is closed.
-    """
+    """Stores conversations by browser, and the conversation that each tab displays."""
 
     def __init__(self, service: InferenceService, folder: Path, budget: DiskBudget) -> None:
         self.service, self._folder, self.budget = service, folder, budget
+        budget.free_space = self._close_unused
+        # Both from the least to the most recently used.
         self._sessions: dict[str, WebSession] = {}
-        # Events of one session may run in several threads.
+        self._tokens_by_tab: dict[tuple[str, str], str] = {}
+        # Events of one tab may run in several threads.
         self._lock = threading.RLock()
 
-    def get_or_create(self, session_id: str) -> WebSession:
-        """Return the chat session of a Gradio session ID. It is created on first use."""
-        with self._lock:
-            web_session = self._sessions.pop(session_id, None)
-            if web_session is None:
-                while len(self._sessions) >= MAX_SESSIONS:
-                    self.close(next(iter(self._sessions)))
-                folder = self._folder / secrets.token_hex(16)
-                folder.mkdir()
-                web_session = WebSession(ChatSession(self.service), folder, self.budget)
-            self._sessions[session_id] = web_session
-        return web_session
+    def get_or_create(self, tab_id: str, browser_id: str | None = None) -> WebSession:
+        """Return the conversation of a tab. It is created on first use.
 
-    def close(self, session_id: str) -> None:
-        """Close a chat session: cancel its generations and delete its files."""
+        Args:
+            tab_id: Gradio session ID of the tab.
+            browser_id: Secret ID of the browser; None without cookies.
+        """
+        browser_id = tab_id if browser_id is None else browser_id
         with self._lock:
-            web_session = self._sessions.pop(session_id, None)
-        if web_session is not None:
-            while web_session.chat.undo():
-                pass
-            shutil.rmtree(web_session.folder, ignore_errors=True)
+            token = self._tokens_by_tab.get((browser_id, tab_id), "")
+            return self._show(tab_id, browser_id, self._sessions.get(token))
+
+    def open(self, tab_id: str, browser_id: str | None, token: str) -> WebSession:
+        """Show another conversation of the browser in a tab; a new one if the token is unknown."""
+        browser_id = tab_id if browser_id is None else browser_id
+        with self._lock:
+            previous = self._sessions.get(self._tokens_by_tab.get((browser_id, tab_id), ""))
+            session = self._sessions.get(token)
+            if session is None or session.browser_id != browser_id:
+                is_empty = previous is not None and not previous.chat.turns
+                session = previous if is_empty else None
+            session = self._show(tab_id, browser_id, session)
+            if previous is not None and previous is not session:
+                session.ui_text = previous.ui_text
+                previous.tabs.discard(tab_id)
+                if not previous.chat.turns:
+                    self.delete(previous)
+            return session
+
+    def restore(self, tab_id: str, browser_id: str | None, token: str) -> WebSession:
+        """Show a conversation in a tab that has been loaded.
+
+        It is the conversation that the tab displayed before, else the latest one of the browser if
+        no other tab is open, else a new one.
+        """
+        sessions = [] if browser_id is None else self.list_chats(browser_id)
+        if not any(session.token == token for session in sessions):
+            is_open = any(session.tabs for session in sessions)
+            token = "" if is_open or not sessions else sessions[0].token
+        return self.open(tab_id, browser_id, token)
+
+    def list_chats(self, browser_id: str) -> list[WebSession]:
+        """Return the conversations of a browser that have turns, latest first."""
+        sessions = reversed(self.list_sessions())
+        return [one for one in sessions if one.browser_id == browser_id and one.chat.turns]
+
+    def close(self, tab_id: str, browser_id: str | None = None) -> None:
+        """Close a tab, and stop the answer of its conversation if no other tab shows it.
+
+        Without a browser ID, the conversation is deleted.
+        """
+        with self._lock:
+            key = tab_id if browser_id is None else browser_id, tab_id
+            session = self._sessions.get(self._tokens_by_tab.get(key, ""))
+            if session is not None:
+                session.tabs.discard(tab_id)
+                if browser_id is None or not session.chat.turns:
+                    self.delete(session)
+                elif session.is_generating and not session.tabs:
+                    for reply in session.chat.turns[-1].replies:
+                        reply.cancel()
+
+    def delete(self, session: WebSession) -> None:
+        """Delete a conversation: cancel its generations and delete its files."""
+        with self._lock:
+            self._sessions.pop(session.token, None)
+        while session.chat.undo():
+            pass
+        shutil.rmtree(session.folder, ignore_errors=True)
 
     def list_sessions(self) -> list[WebSession]:
-        """Return all chat sessions, least recently used first."""
+        """Return all conversations, least recently used first."""
         with self._lock:
             return [*self._sessions.values()]
 
     def find_by_token(self, token: str) -> WebSession | None:
-        """Return the chat session with a secret token, or None if there is none.
+        """Return the conversation with a secret token, or None if there is none.
 
         Tokens are compared in constant time.
         """
@@ -281,3 +385,36 @@ class WebSessionStore:
             if secrets.compare_digest(session.token.encode(), given)
         )
         return next(matching, None)
+
+    def _show(self, tab_id: str, browser_id: str, session: WebSession | None) -> WebSession:
+        """Show a conversation, or a new one, in a tab, and mark it as most recently used."""
+        if session is None:
+            self._evict([one for one in self._sessions.values() if one.browser_id == browser_id])
+            folder = self._folder / secrets.token_hex(16)
+            folder.mkdir()
+            chat = ChatSession(self.service)
+            session = WebSession(chat, folder, self.budget, browser_id)
+        self._sessions.pop(session.token, None)
+        self._sessions[session.token] = session
+        session.tabs.add(tab_id)
+        self._tokens_by_tab.pop((browser_id, tab_id), None)
+        self._tokens_by_tab[browser_id, tab_id] = session.token
+        if len(self._tokens_by_tab) > MAX_TABS:
+            oldest = next(iter(self._tokens_by_tab))
+            token = self._tokens_by_tab.pop(oldest)
+            if token in self._sessions:
+                self._sessions[token].tabs.discard(oldest[1])
+        return session
+
+    def _evict(self, sessions_of_browser: Sequence[WebSession]) -> None:
+        if len(sessions_of_browser) >= MAX_SESSIONS_PER_BROWSER:
+            self.delete(sessions_of_browser[0])
+        while len(self._sessions) >= MAX_SESSIONS:
+            self.delete(next(iter(self._sessions.values())))
+
+    def _close_unused(self) -> bool:
+        """Delete the least recently used conversation that no tab displays."""
+        unused = next((session for session in self.list_sessions() if not session.tabs), None)
+        if unused is not None:
+            self.delete(unused)
+        return unused is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from browser import XSS_PAYLOADS
 
-from finesight.report.html import (
+from finesight.evaluate.mathml import (
     ALLOWED_ATTRIBUTES,
     ALLOWED_ELEMENTS,
     MAX_FORMULA_CHARS,

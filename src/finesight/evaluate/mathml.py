@@ -1,0 +1,124 @@
+"""Conversion of LaTeX formulas in generated answers to MathML.
+
+latex2mathml (extras `latex` and `web`) receives short sources without macros to bound its work.
+Only known elements, and attributes with harmless values, remain. Reports build a formula from a
+JSON tree without parsing markup; the chat page inserts escaped HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from xml.etree.ElementTree import Element
+
+from markupsafe import Markup
+
+from finesight.evaluate.latex_metrics import strip_math_delimiters
+
+MathMLTree = list["str | dict[str, str] | MathMLTree"]
+"""MathML element as JSON: name, attributes, then texts and child elements."""
+
+MAX_FORMULA_CHARS = 2000
+"""Maximum length of a LaTeX source. Longer sources are displayed as text."""
+
+MAX_TREE_DEPTH = 60
+
+_ELEMENT_NAMES = (
+    "math mrow mstyle mi mn mo mtext mspace ms mpadded mphantom mfrac msqrt mroot msub msup msubsup"
+    " munder mover munderover mmultiscripts mprescripts menclose merror mtable mtr mtd"
+)
+ALLOWED_ELEMENTS = set(_ELEMENT_NAMES.split())
+
+_ATTRIBUTES_BY_PATTERN = {
+    r"[a-z -]{1,24}": "accent accentunder displaystyle fence form largeop movablelimits separator"
+    " stretchy symmetric columnalign mathvariant notation",
+    r"[+-]?\d{1,2}": "scriptlevel columnspan rowspan",
+    r"[+-]?(\d{1,2}(\.\d{1,4})?|\.\d{1,4})(em|ex|px|pt|mm|cm|%)?": "width height depth lspace"
+    " rspace voffset minsize maxsize mathsize linethickness",
+    r"#[0-9a-fA-F]{3,8}|[a-zA-Z]{1,24}": "mathcolor mathbackground",
+}
+ALLOWED_ATTRIBUTES = {
+    name: re.compile(pattern)
+    for pattern, names in _ATTRIBUTES_BY_PATTERN.items()
+    for name in names.split()
+}
+"""Allowed MathML attributes, each with the pattern of its values."""
+
+_MACRO_PATTERN = re.compile(r"\\(?:[egx]?def|let|(?:re)?new|provide|Declare)")
+
+
+class FormulaConverter:
+    """Converts LaTeX formulas to MathML and caches the results."""
+
+    def __init__(self) -> None:
+        self._convert_element: Callable[[str], Element] | None = None
+        with suppress(ImportError):
+            from latex2mathml.converter import convert_to_element
+
+            self._convert_element = convert_to_element
+        self._cache: dict[str, MathMLTree | None] = {}
+
+    @property
+    def is_available(self) -> bool:
+        """True if the converter package latex2mathml is installed."""
+        return self._convert_element is not None
+
+    def convert(self, source: str) -> MathMLTree | None:
+        """Convert a LaTeX formula to MathML.
+
+        Returns None if the page should display the source: it is empty, too long, invalid or
+        defines macros, or the converter package is not installed.
+        """
+        if source in self._cache:
+            return self._cache[source]
+        formula, tree = strip_math_delimiters(source), None
+        is_supported = 0 < len(formula) <= MAX_FORMULA_CHARS and not _MACRO_PATTERN.search(formula)
+        if self._convert_element is not None and is_supported:
+            # The converter raises many types of errors for generated text.
+            with suppress(Exception):
+                tree = _sanitize(self._convert_element(formula), MAX_TREE_DEPTH)
+                # Display style: fractions and sums in full size.
+                tree[1] = {"displaystyle": "true"}
+        self._cache[source] = tree
+        return tree
+
+
+def render_mathml(tree: MathMLTree) -> Markup:
+    """Render a formula as HTML. Texts and attribute values are escaped."""
+    name, attributes, *children = tree
+    assert isinstance(attributes, dict), f"attributes of <{name}> are {attributes!r}"
+    html_attributes = Markup("").join(
+        Markup(' {}="{}"').format(key, value) for key, value in attributes.items()
+    )
+    content = Markup("").join(
+        child if isinstance(child, str) else render_mathml(child)
+        for child in children
+        if not isinstance(child, dict)
+    )
+    return Markup("<{}{}>{}</{}>").format(name, html_attributes, content, name)
+
+
+def _sanitize(element: Element, max_depth: int) -> MathMLTree:
+    """Convert a MathML element to JSON, without disallowed elements and attributes.
+
+    Unknown elements become rows.
+
+    Raises:
+        ValueError: Elements are nested too deeply.
+    """
+    if not max_depth:
+        raise ValueError(f"<{element.tag}> is nested deeper than {MAX_TREE_DEPTH} elements")
+    name = element.tag if element.tag in ALLOWED_ELEMENTS else "mrow"
+    attributes = {
+        key: value
+        for key, value in element.attrib.items()
+        if key in ALLOWED_ATTRIBUTES and ALLOWED_ATTRIBUTES[key].fullmatch(value)
+    }
+    tree: MathMLTree = [name, attributes]
+    if element.text:
+        # The converter writes symbols as character references.
+        tree.append(html.unescape(element.text))
+    tree += [_sanitize(child, max_depth - 1) for child in element]
+    return tree

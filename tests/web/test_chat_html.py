@@ -1,0 +1,163 @@
+"""Tests of the HTML of the chat page: formulas, JSON and escaping."""
+
+from __future__ import annotations
+
+import asyncio
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from browser import XSS_PAYLOADS
+from web_server_fixture import ScriptedService
+
+from finesight.data.sample import BoxPart
+from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
+from finesight.infer.request import GenerationOptions
+from finesight.manifest import Manifest
+from finesight.web.chat_html import (
+    CHINESE,
+    MAX_FORMULAS,
+    render_answer,
+    render_chats,
+    render_prompts,
+    render_turns,
+)
+from finesight.web.web_server import create_session_store
+from finesight.web.web_sessions import WebSession
+
+LATEX = Manifest.model_construct(metric="latex", prompts=())
+
+PLAIN = {"div", "span", "pre"}
+"""Elements of a rendered answer besides MathML."""
+
+HOSTILE = [
+    *XSS_PAYLOADS,
+    *(f"${payload}$" for payload in XSS_PAYLOADS),
+    *(rf"\[\text{{{payload}}}\]" for payload in XSS_PAYLOADS),
+    *(f'{{"a": "{payload}"}}' for payload in ("<img src=x onerror=alert(1)>", "</pre><script>")),
+    r"$\href{javascript:alert(1)}{x}$",
+    r"$\htmlData{a=1,onclick=alert(1)}{x}$",
+    r"$$\htmlStyle{background:url(x)}{x} \class{a}{x} \url{javascript:alert(1)}$$",
+    r"\(\includegraphics[onerror=alert(1)]{x}\)",
+]
+
+
+class ParsedPage(HTMLParser):
+    """Elements of a page with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.parts: list[str] = []
+        self.feed(page)
+        self.close()
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+
+def answer(folder: Path, text: str, manifest: Manifest | None = None) -> WebSession:
+    """Ask a question whose answer is the question, with a box of the same label."""
+    for name in ("uploads", "chats"):
+        (folder / name).mkdir(exist_ok=True)
+    box = BoxPart(label=text, xyxy=(1.0, 1.0, 9.0, 9.0))
+    service = ScriptedService(lambda asked: (asked, (box,)), manifest=manifest)
+    session = create_session_store(folder, service).get_or_create("one")
+    turn = session.chat.send(text, [], [GenerationOptions()])
+
+    async def drain() -> None:
+        async for _ in turn.replies[0]:
+            pass
+
+    asyncio.run(drain())
+    return session
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "num_formulas"),
+    [
+        (r"The area is $\pi r^2$.", "The area is πr2.", 1),
+        (r"\(x\) and \[y\] and $$z$$", "x and y and z", 3),
+        ("It costs $5 and $6, or US$7.", None, 0),
+        (r"An open $x, \$5 and $ y $.", None, 0),
+        ("$\\frac{$ stays, $x$ does not", "$\\frac{$ stays, x does not", 1),
+        ("a <b>$x$</b>", "a <b>x</b>", 1),
+        (r"\frac{a}{b}", None, 0),
+        ("plain *text*", None, 0),
+        ("$x$ " * (MAX_FORMULAS + 1), "x " * MAX_FORMULAS + "$x$ ", MAX_FORMULAS),
+    ],
+)
+def test_formulas_with_delimiters_are_rendered(source, text, num_formulas):
+    pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
+    rendered = render_answer(source, is_formula=False)
+    assert (None if rendered is None else ParsedPage(rendered).text) == text
+    assert (rendered or "").count("<math") == num_formulas
+
+
+def test_bare_latex_is_rendered_for_runs_with_the_latex_metric(tmp_path):
+    pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
+    source = r"\frac { a } { b }"
+    for manifest, count in ((None, 0), (LATEX, 1)):
+        session = answer(tmp_path, source, manifest)
+        page = render_turns(session, session.chat.turns)
+        assert page.count("<mfrac>") == page.count("<summary>Source</summary>") == count
+        assert page.count(f"{source}</p>") == 2  # question and source
+    for text in ("This image shows some formula", "x^2^2", ""):
+        assert render_answer(text, is_formula=True) is None
+    assert "</span> or <span" in str(render_answer("Either $a$ or $b$", is_formula=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ('{"b": 1, "a": {"x": "ü\\n"}}', '{\n  "b": 1,\n  "a": {\n    "x": "ü\\n"\n  }\n}'),
+        ('```json\n[{"box": [1, 2.5,\n 3]}]\n```', '[\n  {\n    "box": [ 1, 2.5, 3 ]\n  }\n]'),
+        ('{"a": "[\\n 1 ]"}', '{\n  "a": "[\\n 1 ]"\n}'),
+        ("[1, 2, 3, 4]", None),
+        ('{"a": 1', None),
+        ("[" * 100_000, None),
+        ('{"a": ' + "9" * 5000 + "}", None),
+        ("{}[", None),
+    ],
+)
+def test_json_is_indented(source, expected):
+    rendered = render_answer(source, is_formula=False)
+    assert (None if rendered is None else ParsedPage(rendered).text) == expected
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+@pytest.mark.parametrize("is_formula", [False, True])
+def test_rendered_answers_have_only_known_elements(source, is_formula):
+    rendered = render_answer(source, is_formula)
+    for tag, attributes in ParsedPage(rendered or "").tags:
+        assert tag in ALLOWED_ELEMENTS | PLAIN, tag
+        for name, value in attributes.items():
+            is_own = tag in PLAIN and (name, value) in {
+                *(("class", one) for one in ("formula", "json", "message-body")),
+                ("tabindex", "0"),
+            }
+            assert is_own or ALLOWED_ATTRIBUTES[name].fullmatch(value or ""), (name, value)
+
+
+@pytest.mark.parametrize("payload", XSS_PAYLOADS)
+def test_titles_prompts_and_forms_are_escaped(payload, tmp_path):
+    session = answer(tmp_path, payload, LATEX)
+    pages = [
+        render_turns(session, session.chat.turns),
+        render_chats(session, [session], 30),
+        str(render_prompts([payload], CHINESE)),
+    ]
+    safe = answer(tmp_path, "a question", LATEX)
+    safe_pages = render_turns(safe, safe.chat.turns) + render_chats(safe, [safe], 30)
+    known = {name for tag, attributes in ParsedPage(safe_pages).tags for name in (tag, *attributes)}
+    known |= {"data-prompt", "title", "role", "math", *ALLOWED_ELEMENTS, *ALLOWED_ATTRIBUTES}
+    for page in pages:
+        for tag, attributes in ParsedPage(page).tags:
+            assert {tag, *attributes} <= known, (tag, attributes)

@@ -55,6 +55,7 @@ from finesight.data.formats.image_annotations import (
     parse_declared_size,
     require_inside_output,
 )
+from finesight.data.formats.voc import parse_xml
 from finesight.data.image_header import IMAGE_SUFFIXES, ImageSize
 from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import LocatedSample, read_data_file
@@ -254,6 +255,78 @@ def build_answer_result(
     kind, key = ("choices", "choices") if is_choice else ("textarea", "text")
     names = {"from_name": controls[0], "to_name": controls[1]}
     return {"id": controls[0], **names, "type": kind, "value": {key: list(answers)}}
+
+
+@dataclass(frozen=True, slots=True)
+class LabelControl:
+    """A control of a labeling configuration, and the image that it labels.
+
+    Attributes:
+        data_key: Key of the image in the data of a task.
+        labels: Class names of rectangles or choices.
+        text_name: Name of the control for the texts of rectangles, None without one.
+        is_multiple: Whether several choices can be selected.
+    """
+
+    kind: Literal["boxes", "choices", "text"]
+    name: str
+    image_name: str
+    data_key: str
+    labels: tuple[str, ...] = ()
+    text_name: str | None = None
+    is_multiple: bool = False
+
+
+_CONTROL_KINDS: dict[str, Literal["boxes", "choices", "text"]] = {
+    "RectangleLabels": "boxes",
+    "Choices": "choices",
+    "TextArea": "text",
+}
+
+
+def parse_label_config(config: str) -> list[LabelControl]:
+    """Parse the controls of a labeling configuration (XML) that label images.
+
+    These are RectangleLabels, Choices and TextArea. Other tags are ignored.
+    """
+    view = parse_xml(config, "a labeling configuration of Label Studio")
+    data_keys = {
+        image.get("name", ""): image.get("value", "").removeprefix("$")
+        for image in view.iter("Image")
+    }
+    elements = [
+        element
+        for element in view.iter()
+        if element.tag in _CONTROL_KINDS and element.get("toName") in data_keys
+    ]
+    text_names = {
+        element.get("toName"): element.get("name")
+        for element in elements
+        if element.tag == "TextArea" and _is_per_region(element)
+    }
+    return [
+        LabelControl(
+            kind=_CONTROL_KINDS[element.tag],
+            name=element.get("name", ""),
+            image_name=element.get("toName", ""),
+            data_key=data_keys[element.get("toName", "")],
+            labels=tuple(
+                option.get("alias") or option.get("value", "")
+                for option in element
+                if option.tag in ("Label", "Choice")
+            ),
+            text_name=text_names.get(element.get("toName"))
+            if element.tag == "RectangleLabels"
+            else None,
+            is_multiple=element.get("choice", "").startswith("multiple"),
+        )
+        for element in elements
+        if not _is_per_region(element)
+    ]
+
+
+def _is_per_region(element: ElementTree.Element) -> bool:
+    return element.get("perRegion", "false").lower() == "true"
 
 
 def _read_tasks(source: Path, results_from: ResultSource) -> list[LabeledTask] | None:

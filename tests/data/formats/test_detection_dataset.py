@@ -158,7 +158,7 @@ def test_conversion_between_all_box_formats(
     assert [sample.id for sample in again] == [sample.id for sample in samples]
 
 
-@pytest.mark.parametrize("to", ["coco", "voc", "labelme", "cvat", "fiftyone"])
+@pytest.mark.parametrize("to", ["coco", "voc", "labelme", "fiftyone"])
 def test_images_can_be_referenced_in_export(source: Path, tmp_path: Path, to: str) -> None:
     samples, _ = import_samples(source, tmp_path / "out")
     located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]

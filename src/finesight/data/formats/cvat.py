@@ -42,9 +42,11 @@ from finesight.data.formats.image_annotations import (
     has_boxes,
     parse_declared_size,
     parse_integer,
+    require_inside_output,
     round_coordinate,
 )
 from finesight.data.formats.voc import add_child, parse_xml
+from finesight.data.image_resolver import IMAGES_FOLDER
 from finesight.data.row_reader import (
     SNIFF_BYTES,
     RowReader,
@@ -228,7 +230,9 @@ def _list_attributes(records: Sequence[ImageRecord], label: str) -> list[str]:
 def _build_image(index: int, record: ImageRecord, context: ExportContext) -> ElementTree.Element:
     height, width = context.image_size(record.image_path)
     sides = {"width": str(width), "height": str(height)}
-    name = context.image_name(record.image_path)
+    path = require_inside_output(record.image_path, context, "CVAT")
+    # As in exports of CVAT, where names are relative to the folder images.
+    name = path.removeprefix(f"{IMAGES_FOLDER}/")
     image = ElementTree.Element("image", {"id": str(index), "name": name, **sides})
     for box in record.boxes:
         corners = map(str, map(round_coordinate, box.xyxy))

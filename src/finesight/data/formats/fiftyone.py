@@ -147,6 +147,8 @@ def write_files(
             )
         labels[key] = indices[record.answers[0]]
     document = {"classes": classes, "labels": labels}
+    kind = "FiftyOneImageDetectionDataset" if is_detection else "FiftyOneImageClassificationDataset"
+    context.notes.append(f"import the folder into FiftyOne as {kind} with data_path='data.json'")
     yield LABELS_FILE, (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
     yield MANIFEST_FILE, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode()
 

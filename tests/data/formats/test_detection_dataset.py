@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from box_fixtures import import_samples, list_answers, list_questions, write_box_image
+from box_fixtures import LABEL_FILES, import_samples, list_answers, list_questions, write_box_image
 
 from finesight.data.exporter import export_dataset
 from finesight.data.sample import LocatedSample
@@ -101,12 +101,6 @@ def label_studio(root: Path) -> Path:
 
 
 SOURCES = [coco, yolo, voc, labelme, cvat, fiftyone, label_studio]
-LABEL_FILES = {
-    "coco": "annotations.json",
-    "label-studio": "tasks.json",
-    "label-studio-predictions": "tasks.json",
-}
-"""Names of the exported files that an import needs, for formats without a folder."""
 
 
 @pytest.fixture(params=SOURCES)

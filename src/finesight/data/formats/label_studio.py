@@ -134,7 +134,9 @@ def open_tasks(
     if tasks is None:
         return None
     project = _collect_labels(tasks)
-    paths = _find_images(source, [task.reference for task in tasks])
+    references = [task.reference for task in tasks]
+    paths = _find_images(source, LOCAL_FILES_PATH, references)
+    paths |= _find_images(source, UPLOAD_PATH, references)
 
     def make_row(row_number: int, task: LabeledTask) -> SourceRow:
         image = paths.get(task.reference, task.reference)
@@ -311,7 +313,7 @@ def parse_label_config(config: str) -> list[LabelControl]:
             image_name=element.get("toName", ""),
             data_key=data_keys[element.get("toName", "")],
             labels=tuple(
-                option.get("alias") or option.get("value", "")
+                option.get("alias", option.get("value", ""))
                 for option in element
                 if option.tag in ("Label", "Choice")
             ),
@@ -448,8 +450,8 @@ def get_local_path(reference: str) -> str | None:
     return None if ".." in PurePosixPath(path).parts else path.lstrip("/")
 
 
-def _find_images(source: Path, references: Sequence[str]) -> dict[str, str]:
-    """Map the references of images on a Label Studio server to paths of local images.
+def _find_images(source: Path, prefix: str, references: Sequence[str]) -> dict[str, str]:
+    """Map the references of images with an address prefix to paths of local images.
 
     Raises:
         UserError: Two images differ only in leading folders, which are missing.
@@ -457,7 +459,7 @@ def _find_images(source: Path, references: Sequence[str]) -> dict[str, str]:
     names = {
         one: PurePosixPath(path)
         for one in dict.fromkeys(references)
-        if (path := get_local_path(one))
+        if one.startswith(prefix) and (path := get_local_path(one))
     }
     depth = max((len(path.parts) for path in names.values()), default=0)
     variants = [
@@ -548,6 +550,7 @@ def _parse_region(
     if "points" not in region and not set(_RECTANGLE_KEYS) <= region.keys():
         notes[f"regions of type {region['type']} (skipped)"] += 1
         return
+    notes["choices of regions (ignored)"] += "choices" in region
     labels = _get_labels(region)
     text = "\n".join(map(str, as_list(region.get("text"))))
     if region.get("image_rotation") or not (labels or with_text):

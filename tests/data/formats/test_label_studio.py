@@ -91,6 +91,9 @@ def test_results_of_each_task(root: Path, tmp_path: Path) -> None:
     }
     samples, _ = import_samples(source, tmp_path / "predicted", format="label-studio-predictions")
     assert list_answers(samples) == [[("guess", WHITE)]] * 3
+    (root / "rows.jsonl").write_text('{"image": "a.png"}')
+    with pytest.raises(UserError, match="no label-studio-predictions dataset is found"):
+        import_samples(root / "rows.jsonl", tmp_path / "x", format="label-studio-predictions")
 
 
 def test_regions_of_other_shapes(root: Path, tmp_path: Path) -> None:

@@ -689,7 +689,7 @@ PREDICTIONS = replace(
     name="label-studio-predictions",
     description='as label-studio, with "predictions" instead of "annotations"',
     typical_keys=frozenset(),
-    open_dataset=None,
+    open_dataset=lambda source: None,  # detected as label-studio
     open_requested=partial(open_tasks, results_from="predictions"),
     write_files=partial(write_files, results_to="predictions"),
 )

@@ -28,6 +28,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.serve.api_schema import ServerLimits
 from finesight.serve.api_server import ApiServer, bind_socket, create_worker_pool, make_app
 from finesight.serve.image_sources import DEFAULT_IMAGE_FORMATS, ImageFetcher
+from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.request_middleware import RequestMiddleware
 from finesight.worker_pool import WorkerPool
 
@@ -93,6 +94,7 @@ def run_server(
     limits: ServerLimits = LIMITS,
     fetcher: ImageFetcher | None = None,
     formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
+    label_studio: LabelStudioOptions | None = None,
 ) -> Iterator[RunningServer]:
     """Run a server in a thread within the block."""
     service = make_service(inference_model, limits)
@@ -108,6 +110,7 @@ def run_server(
         limits=limits,
         fetcher=fetcher,
         image_formats=formats,
+        label_studio=label_studio,
     )
     listener = bind_socket("127.0.0.1", 0, keys)
     ready = threading.Event()

@@ -17,6 +17,13 @@ from finesight.vision.image_processing import load_image
 
 PixelBox = tuple[int, int, int, int]
 
+LABEL_FILES = {
+    "coco": "annotations.json",
+    "label-studio": "tasks.json",
+    "label-studio-predictions": "tasks.json",
+}
+"""Names of the exported files that an import needs, for formats without a folder."""
+
 
 @st.composite
 def image_boxes(
@@ -65,7 +72,7 @@ def check_export_roundtrip(source: Path, tmp_path: Path, **options: Any) -> Expo
     located_sample = [LocatedSample(sample, tmp_path / "first") for sample in first]
     exported = tmp_path / "exported"
     done = export_dataset(located_sample, exported, summary.format, copy_images=True)
-    again = exported / "annotations.json" if summary.format == "coco" else exported
+    again = exported / LABEL_FILES.get(summary.format, "")
     second, seen = import_samples(again, tmp_path / "second", **options)
     assert seen.format == summary.format
     assert _with_image_contents(second, tmp_path / "second") == _with_image_contents(

@@ -242,6 +242,59 @@ VOC = """<annotation><folder>set</folder><filename>a.png</filename>
  <object><name>cat</name><part><name>head</name></part></object>
 </annotation>
 """
+CVAT = """<annotations><version>1.1</version>
+ <meta><task><labels><label><name>dog</name></label></labels></task></meta>
+ <image id="0" name="a.png" width="40" height="30">
+  <box label="dog" occluded="1" xtl="4" ytl="2" xbr="19.50" ybr="30" rotation="0" z_order="0" >
+   <attribute name="kind">pug</attribute></box>
+  <polygon label="dog" points="1,2;3.5,9;9,1" ></polygon> <points label="dog" points="1,2" />
+ </image> <image id="1" name="b.jpg"> <tag label="cat" /> </image></annotations>
+"""
+FIFTYONE = {
+    "classes": ["dog", "cat"],
+    "labels": {
+        "a": [{"label": 0, "bounding_box": [0.1, 0.2, 0.3, 0.05], "attributes": {"n": 1}}],
+        "b": None,
+    },
+}
+REGION = {
+    "id": "r1",
+    "type": "rectanglelabels",
+    "from_name": "label",
+    "original_width": 40,
+    "original_height": 30,
+    "image_rotation": 0,
+    "value": {"x": 10, "y": 20, "width": 30, "height": 5, "rotation": 5, "rectanglelabels": ["x"]},
+}
+POINTS = {"points": [[1, 2], [30, 9], [9, 1]], "polygonlabels": ["y"]}
+CHOICE = {"id": "c", "type": "choices", "from_name": "kind", "value": {"choices": ["a", "b"]}}
+LABEL_STUDIO = [
+    {
+        "id": 1,
+        "data": {"image": "/data/upload/1/0a1b2c3d-a.png"},
+        "annotations": [
+            {"result": [REGION, CHOICE], "updated_at": "2026-01-02", "was_cancelled": False},
+            {"result": [], "was_cancelled": True},
+        ],
+        "predictions": [],
+    },
+    {
+        "id": 2,
+        "data": {"image": "/data/local-files/?d=set/b.jpg"},
+        "annotations": [],
+        "predictions": [{"result": [{**REGION, "id": "p", "value": POINTS}], "score": 0.5}],
+    },
+]
+JSON_MIN = [
+    {
+        "image": "/data/local-files/?d=a.png",
+        "id": 1,
+        "kind": {"choices": ["a", "b"]},
+        "text": ["one", "two"],
+        "annotator": 1,
+        "annotation_id": 1,
+    }
+]
 DESCRIPTION = {
     "path": ".",
     "train": "images/train",
@@ -325,6 +378,24 @@ def labelme(rng: random.Random) -> Source:
     output = as_json(spoilt_data(rng, LABELME), rng)
     files = {"a.png": PNG, "a.json": output, "b.json": as_json(LABELME, rng)}
     return Source("labelme", files, request={"box_task": rng.choice(("detection", "grounding"))})
+
+
+def cvat(rng: random.Random) -> Source:
+    files = {"a.png": PNG, "b.jpg": JPEG, "annotations.xml": spoilt_text(rng, CVAT)}
+    return Source("cvat", files, request={"box_task": rng.choice(("detection", "grounding"))})
+
+
+def fiftyone(rng: random.Random) -> Source:
+    manifest = as_json(spoilt_data(rng, {"a.png": "a.png", "b.jpg": "b.jpg"}), rng)
+    labels = as_json(spoilt_data(rng, FIFTYONE), rng)
+    return Source(
+        "fiftyone", {"a.png": PNG, "b.jpg": JPEG, "data.json": manifest, "labels.json": labels}
+    )
+
+
+def label_studio(rng: random.Random) -> Source:
+    output = as_json(spoilt_data(rng, rng.choice((LABEL_STUDIO, JSON_MIN))), rng)
+    return Source("label-studio", {"a.png": PNG, "b.jpg": JPEG, "a.json": output}, "a.json")
 
 
 def coco(rng: random.Random) -> Source:
@@ -474,6 +545,9 @@ MAKERS: list[Callable[[random.Random], Source]] = [
     yolo,
     voc,
     labelme,
+    cvat,
+    fiftyone,
+    label_studio,
     coco,
     typed_table,
     web_dataset,

@@ -210,8 +210,8 @@ def export_data(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="ms-swift, llama-factory, llava, openai, coco, yolo or another --format of "
-            "`finesight import`.",
+            help="ms-swift, llama-factory, llava, openai, coco, yolo, label-studio, cvat, fiftyone "
+            "or another --format of `finesight import`.",
         ),
     ],
     copy_images: Annotated[

@@ -349,7 +349,7 @@ def _detect_task(
 
 
 def _format_class_prompt(classes: Collection[str]) -> str:
-    from finesight.data.formats.image_folder import build_class_prompt
+    from finesight.data.formats.image_annotations import build_class_prompt
 
     return build_class_prompt(len(classes)).format(labels=", ".join(sorted(classes)))
 

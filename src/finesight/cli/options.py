@@ -86,7 +86,8 @@ SourceFormatOption = Annotated[
         metavar="NAME",
         help="Format of SOURCE: samples, openai, ms-swift, llava, llama-factory, qwen-vl, "
         "conversations, query-response, image-path, table (columns named with --map), coco, yolo, "
-        "voc, labelme, imagefolder, folder or classes. Default: detected from the content.",
+        "voc, labelme, cvat, fiftyone, label-studio, label-studio-predictions, imagefolder, folder "
+        "or classes. Default: detected from the content.",
     ),
 ]
 
@@ -111,8 +112,8 @@ PromptOption = Annotated[
 BoxTaskOption = Annotated[
     Literal["detection", "grounding"],
     typer.Option(
-        help="For coco, yolo, voc and labelme: one question per image about all boxes (detection), "
-        "or one per image and label (grounding)."
+        help="For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
+        "question per image about all boxes (detection), or one per image and label (grounding)."
     ),
 ]
 

@@ -67,6 +67,40 @@ def serve(
             "JPEG2000, PPM or TIFF. Repeatable.",
         ),
     ] = None,
+    label_studio: Annotated[
+        bool,
+        typer.Option(
+            "--label-studio",
+            help="Also serve an ML backend for Label Studio at the path /label-studio. It predicts "
+            "boxes, choices and texts of the labeling configuration.",
+        ),
+    ] = False,
+    label_studio_files: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            help="With --label-studio: folder of the images, the root of local files of Label "
+            "Studio or its media folder. Other local files are not read.",
+        ),
+    ] = None,
+    label_studio_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="With --label-studio: load images from this Label Studio server, with the access "
+            "token of the environment variable LABEL_STUDIO_API_KEY.",
+        ),
+    ] = None,
+    label_studio_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="With --label-studio: question about the images; {labels} inserts the class "
+            "names. Default: the question of `import` for each control.",
+        ),
+    ] = None,
     max_num_seqs: Annotated[
         int,
         typer.Option(min=1, help="Maximum number of answers that are generated at the same time."),
@@ -100,7 +134,8 @@ def serve(
     try:
         from finesight.serve.api_schema import ServerLimits
         from finesight.serve.api_server import bind_socket, run_api_server
-        from finesight.serve.image_sources import read_formats
+        from finesight.serve.image_sources import LabelStudioImages, read_formats
+        from finesight.serve.label_studio_backend import TOKEN_VARIABLE, LabelStudioOptions
         from finesight.serve.request_middleware import read_api_keys
     except ImportError as error:
         raise UserError(
@@ -112,10 +147,22 @@ def serve(
     from finesight.encode.family import ThinkingOptions
     from finesight.infer.model_loader import load_multi_adapter_model
 
+    if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
+        raise UserError(
+            "an option of the ML backend is given without it",
+            where="--label-studio-files, --label-studio-url, --label-studio-prompt",
+            expected="--label-studio",
+            remedy="add --label-studio, or remove the option",
+        )
     formats = read_formats(image_format or ())
     keys = read_api_keys(key_file)
     listener = bind_socket(host, port, keys)
     limits = ServerLimits(max_num_seqs=max_num_seqs, max_queue=max_queue, timeout=timeout)
+    backend = None
+    if label_studio:
+        token = os.environ.get(TOKEN_VARIABLE)
+        images = LabelStudioImages(label_studio_files, label_studio_url, token, limits)
+        backend = LabelStudioOptions(images, label_studio_prompt)
     thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     inference_model = load_multi_adapter_model(
         run_or_model, adapter or (), device, precision, weight_format, thinking_options
@@ -130,11 +177,16 @@ def serve(
         limits=limits,
         allowed_media_hosts=allow_media_host or (),
         image_formats=formats,
-        on_ready=lambda service: _print_address(service, address, has_api_key=bool(keys)),
+        label_studio=backend,
+        on_ready=lambda service: _print_address(
+            service, address, has_api_key=bool(keys), has_label_studio=label_studio
+        ),
     )
 
 
-def _print_address(service: InferenceService, address: str, *, has_api_key: bool) -> None:
+def _print_address(
+    service: InferenceService, address: str, *, has_api_key: bool, has_label_studio: bool
+) -> None:
     """Print the base URL of the server and an example request with curl."""
     auth_header = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if has_api_key else ""
     messages = '[{"role": "user", "content": "Hello"}]'
@@ -144,6 +196,8 @@ def _print_address(service: InferenceService, address: str, *, has_api_key: bool
         f"  curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
         f" -d '{request_body}'"
     )
+    if has_label_studio:
+        typer.echo(f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio")
 
 
 MIN_PASSWORD_LENGTH = 8

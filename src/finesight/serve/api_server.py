@@ -47,6 +47,7 @@ from finesight.serve.image_sources import (
     FileStore,
     ImageFetcher,
 )
+from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.preprocessing_jobs import load_worker_state
 from finesight.serve.request_middleware import (
     ABORT_STATE_KEY,
@@ -89,6 +90,7 @@ def make_app(
     limits: ServerLimits | None = None,
     fetcher: ImageFetcher | None = None,
     image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
+    label_studio: LabelStudioOptions | None = None,
 ) -> RequestMiddleware:
     """Build the inference server as an ASGI application.
 
@@ -97,6 +99,7 @@ def make_app(
         folder: Private folder for files of clients.
         api_keys: API keys of clients. Without keys, every client is accepted.
         fetcher: Fetches images from the web. Without it, image URLs are rejected.
+        label_studio: Settings of the ML backend for Label Studio, None for no such backend.
     """
     limits = limits or ServerLimits()
     request_folder = folder / "requests"
@@ -126,6 +129,7 @@ def make_app(
             Route("/metrics", get_metrics),
             *_build_model_routes(service),
             *_build_file_routes(completions),
+            *(label_studio.build_routes(completions) if label_studio else ()),
         ],
         exception_handlers=dict.fromkeys(
             (ApiError, ClientDisconnectedError, HTTPException, Exception), _handle_error
@@ -410,6 +414,7 @@ def run_api_server(
     limits: ServerLimits,
     allowed_media_hosts: Sequence[str] = (),
     image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
+    label_studio: LabelStudioOptions | None = None,
     on_ready: Callable[[InferenceService], None],
 ) -> None:
     """Serve requests until a signal stops the server, then close the listener.
@@ -447,6 +452,7 @@ def run_api_server(
                 max_bytes=limits.max_image_bytes,
             ),
             image_formats=image_formats,
+            label_studio=label_studio,
         )
 
         def abort() -> None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from finesight.data.image_header import ImageSize
 from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.tokenization import EncodedSample, TextTokenizer
@@ -55,6 +56,7 @@ from finesight.serve.preprocessing_jobs import (
     get_image_name,
 )
 from finesight.serve.request_middleware import (
+    ByteReservation,
     ClientStalledError,
     ServerMetrics,
     get_reservation,
@@ -339,13 +341,30 @@ class ChatCompletionsHandler:
         body_slot = [np.frombuffer(chunks, dtype=np.uint8)]
         del chunks
         with contextlib.ExitStack() as stack:
-            if len(self.active_requests) >= self.limits.max_requests:
-                raise ApiError(
-                    429,
-                    f"the queue is full: {len(self.active_requests)} active requests",
-                    code="rate_limit_exceeded",
-                    retry_after_s=2,
-                )
+            completion = stack.enter_context(self.admit_completion(start_time))
+            disconnect_task = asyncio.create_task(completion.watch_disconnect(request.receive))
+            stack.callback(disconnect_task.cancel)
+            await completion.start(body_slot, request.state.owner, get_reservation(request.scope))
+            if not completion.chat_request.stream:
+                return await completion.build_response()
+            return ChatCompletionStreamResponse(completion, stack.pop_all())
+        raise AssertionError("the exit stack suppressed an error")
+
+    @contextlib.contextmanager
+    def admit_completion(self, start_time: float) -> Iterator[ActiveCompletion]:
+        """Create a completion, and release its resources at the end of a `with` block.
+
+        Raises:
+            ApiError: The queue is full.
+        """
+        if len(self.active_requests) >= self.limits.max_requests:
+            raise ApiError(
+                429,
+                f"the queue is full: {len(self.active_requests)} active requests",
+                code="rate_limit_exceeded",
+                retry_after_s=2,
+            )
+        with contextlib.ExitStack() as stack:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             deadline = time.monotonic() + self.limits.timeout
@@ -355,13 +374,7 @@ class ChatCompletionsHandler:
             completion = ActiveCompletion(self, preprocessor, start_time)
             self.active_requests.add(completion)
             stack.callback(completion.close)
-            disconnect_task = asyncio.create_task(completion.watch_disconnect(request.receive))
-            stack.callback(disconnect_task.cancel)
-            await completion.start(body_slot, request)
-            if not completion.chat_request.stream:
-                return await completion.build_response()
-            return ChatCompletionStreamResponse(completion, stack.pop_all())
-        raise AssertionError("the exit stack suppressed an error")
+            yield completion
 
 
 @dataclass(slots=True, eq=False)
@@ -370,7 +383,7 @@ class ActiveCompletion:
 
     `start_time` is on the clock of the event loop. `start` sets `chat_request`. Each choice (`n` in
     the OpenAI API) has a stream, and None or a constraint for structured output. `start` also sets
-    `thinking`, with the default mode of the requested model.
+    `thinking`, with the default mode of the requested model, and the size of each image.
     """
 
     handler: ChatCompletionsHandler
@@ -382,30 +395,34 @@ class ActiveCompletion:
     constraints: list[WorkerConstraint | None] = field(default_factory=list)
     chat_request: ChatCompletionParameters = field(init=False)
     thinking: ThinkingOptions = field(init=False)
+    image_sizes: list[ImageSize] = field(default_factory=list)
     _is_closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    async def start(self, body_slot: list[NDArray[np.uint8]], request: Request) -> None:
-        """Preprocess the request and submit it to the inference service.
+    async def start(
+        self, body_slot: list[NDArray[np.uint8]], owner: str, reservation: ByteReservation
+    ) -> None:
+        """Preprocess the request of a client and submit it to the inference service.
 
-        The body in `body_slot` is removed after parsing to release memory.
+        The body in `body_slot` is removed after parsing, and its memory reservation is released.
 
         Raises:
             ApiError: The request is invalid, exceeds a limit or timed out.
             ClientDisconnectedError: The client disconnected.
         """
-        handler, reservation = self.handler, get_reservation(request.scope)
+        handler = self.handler
         folder, max_model_len = self.preprocessor.folder, handler.service.max_model_len
         async with self._limit_time():
             body, prompt = await handler.run_in_thread(self._parse_and_encode, body_slot)
             reservation.release()
             for image in body.images:
-                await self._fetch_image(image, request.state.owner)
+                await self._fetch_image(image, owner)
             if prompt is None:
                 prompt = await handler.run_in_thread(
                     self.preprocessor.encode, body, max_model_len, self.thinking
                 )
             reservation.reserve(prompt.patches_ND.nbytes)
+            self.image_sizes = [span.original_size for span in prompt.tokenized.spans]
             # The service needs the image sizes to parse bounding boxes in completions.
             images = [ImagePart(image=get_image_name(image.image_number)) for image in body.images]
             message = Message(role="user", content=(*images, TextPart(text="")))
@@ -435,6 +452,15 @@ class ActiveCompletion:
     async def build_response(self) -> Response:
         """Wait for all choices and return them as a single response.
 
+        Raises like `generate_choices`.
+        """
+        choices = await self.generate_choices()
+        message = self._build_object("chat.completion", [choice.to_dict() for choice in choices])
+        return JSONResponse(message | {"usage": self._format_usage()})
+
+    async def generate_choices(self) -> list[ChoiceBuilder]:
+        """Wait for all choices and return them.
+
         Raises:
             ApiError: The request timed out.
             ClientDisconnectedError: The client disconnected.
@@ -448,8 +474,7 @@ class ActiveCompletion:
                 pass
         if any(choice.finish_reason == "cancelled" for choice in choices):
             raise ClientDisconnectedError
-        message = self._build_object("chat.completion", [choice.to_dict() for choice in choices])
-        return JSONResponse(message | {"usage": self._format_usage()})
+        return choices
 
     async def send_stream(self, send: Send) -> None:
         """Send the completion as server-sent events. An error is sent as the last event."""

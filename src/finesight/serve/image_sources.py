@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import ipaddress
 import os
 import secrets
@@ -19,6 +20,8 @@ from urllib.parse import urlsplit
 import httpx2
 
 from finesight import __version__
+from finesight.bounded_files import open_regular_file
+from finesight.data.formats.label_studio import get_local_path
 from finesight.data.image_header import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.errors import UserError
 from finesight.hub.download import (
@@ -271,6 +274,114 @@ class ImageFetcher:
         if num_bytes > self._max_bytes:
             raise _fetch_error(f"at least {num_bytes} bytes; expected at most {self._max_bytes}")
         return None
+
+
+class LabelStudioImages:
+    """Loads the images of Label Studio tasks: from a folder, or from the server of the user.
+
+    Only the given folder and server are accessed. Redirects are not followed, so that the token is
+    sent to this server only.
+
+    Args:
+        folder: Root of local files and of the uploads of the server, None to load none.
+        url: Address of the Label Studio server, None to send no request.
+        token: Legacy or personal access token for this server.
+    """
+
+    def __init__(
+        self, folder: Path | None, url: str | None, token: str | None, limits: ServerLimits
+    ) -> None:
+        parts = urlsplit(url or "")
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query):
+            raise UserError(
+                f"{url!r:.200} is not the address of a server",
+                where="--label-studio-url",
+                expected="http:// or https:// and a host, such as http://localhost:8080",
+                remedy="correct the address",
+            )
+        self._folder = Path(os.path.realpath(folder)) if folder else None
+        self._url, self._token, self._limits = (url or "").rstrip("/"), token, limits
+
+    async def load(self, reference: str) -> str:
+        """Return an image of a task as data URL. Data URLs and other web URLs are returned as is.
+
+        Raises:
+            ApiError: The image is missing or too large, or its source is not configured.
+        """
+        is_own = bool(self._url) and reference.startswith(f"{self._url}/")
+        path = reference.removeprefix(self._url) if is_own else reference
+        if path.startswith("data:") or "://" in path:
+            return reference
+        data = await asyncio.to_thread(self._read_file, path)
+        if data is None and self._url and path.startswith("/"):
+            data = await self._fetch(path)
+        if data is None:
+            raise ApiError(
+                400,
+                f"no image {path[:200]!r}; expected a file below --label-studio-files, or a path of"
+                " the server at --label-studio-url",
+                "tasks",
+            )
+        if len(data) > self._limits.max_image_bytes:
+            raise ApiError(413, f"image {path[:200]!r} is too large", "tasks")
+        return f"data:image/unknown;base64,{base64.b64encode(data).decode()}"
+
+    def _read_file(self, path: str) -> bytes | None:
+        """Read a file below the folder, or return None if there is none."""
+        name = get_local_path(path) or path
+        if self._folder is None or name.startswith("/"):
+            return None
+        try:
+            file = Path(os.path.realpath(self._folder / name))
+            if not file.is_relative_to(self._folder):
+                return None
+            with open_regular_file(file) as stream:
+                return stream.read(self._limits.max_image_bytes + 1)
+        except (OSError, ValueError, UserError):
+            return None
+
+    async def _fetch(self, path: str) -> bytes:
+        try:
+            async with (
+                asyncio.timeout(self._limits.fetch_timeout_s),
+                httpx2.AsyncClient(trust_env=False) as client,
+            ):
+                headers = await self._authorize(client)
+                async with client.stream("GET", self._url + path, headers=headers) as response:
+                    if response.status_code != 200:
+                        raise OSError(f"status {response.status_code}")
+                    data = bytearray()
+                    async for chunk in response.aiter_bytes():
+                        data += chunk
+                        if len(data) > self._limits.max_image_bytes:
+                            break
+                    return bytes(data)
+        except (
+            httpx2.TransportError,
+            httpx2.InvalidURL,
+            OSError,
+            LookupError,
+            ValueError,
+        ) as error:
+            reason = str(error) if isinstance(error, OSError) and error.errno is None else ""
+            raise ApiError(
+                400,
+                f"image {path[:200]!r} could not be loaded from the Label Studio server:"
+                f" {reason or type(error).__name__}",
+                "tasks",
+            ) from error
+
+    async def _authorize(self, client: httpx2.AsyncClient) -> dict[str, str]:
+        """Return the header for the token. A personal token is exchanged for an access token."""
+        if self._token is None:
+            return {}
+        if self._token.count(".") != 2:
+            return {"Authorization": f"Token {self._token}"}
+        url = f"{self._url}/api/token/refresh"
+        response = await client.post(url, json={"refresh": self._token})
+        if response.status_code != 200:
+            raise OSError(f"status {response.status_code} of the token")
+        return {"Authorization": f"Bearer {response.json()['access']}"}
 
 
 def _fetch_error(what: str) -> UserError:

@@ -14,13 +14,15 @@ import binascii
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.bounded_files import parse_json
+from finesight.data.formats.label_studio import parse_label_config
 from finesight.data.image_header import read_image_size
 from finesight.data.sample import (
     ContentPart,
@@ -159,6 +161,37 @@ def _decode_data_url(url: str, max_bytes: int, param: str) -> bytes:
         return binascii.a2b_base64(url[comma + 1 :].encode("ascii"))
     except (binascii.Error, UnicodeEncodeError) as error:
         raise ApiError(400, f"data URL is not base64: {type(error).__name__}", param) from error
+
+
+def parse_label_studio_request(state: WorkerState, body: NDArray[np.uint8]) -> JobOutput:
+    """Parse the body of a request of Label Studio.
+
+    The value has the `action` of a webhook, the `controls` of the labeling configuration, and for
+    each of the `tasks` its image reference for each control. None is a missing one.
+    """
+    try:
+        request = parse_json(body.tobytes())
+    except ValueError as error:
+        raise UserError(f"the body is not JSON: {error}", expected="JSON") from error
+    fields = request if isinstance(request, dict) else {}
+    config = fields.get("label_config")
+    controls = parse_label_config(config) if isinstance(config, str) and config else []
+    tasks = fields.get("tasks")
+    data = [
+        task.get("data") if isinstance(task, dict) else None
+        for task in (tasks if isinstance(tasks, list) else ())
+    ]
+    references = [
+        [one.get(control.data_key) if isinstance(one, dict) else None for control in controls]
+        for one in data
+    ]
+    return JobOutput(
+        {
+            "action": str(fields.get("action", ""))[:40],
+            "controls": [asdict(control) for control in controls],
+            "tasks": [[one if isinstance(one, str) else None for one in row] for row in references],
+        }
+    )
 
 
 def inspect_image(

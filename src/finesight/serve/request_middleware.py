@@ -7,6 +7,7 @@ authentication, even for an unknown path.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -46,6 +47,9 @@ from finesight.worker_pool import WorkerJobError
 
 LOGGER = logging.getLogger("finesight.serve")
 API_KEY_VARIABLE = "FINESIGHT_KEY"
+LABEL_STUDIO_PATH = "/label-studio"
+"""Path of the ML backend, for which Label Studio can only send basic authentication."""
+
 GENERATE_KEY_COMMAND = "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
 MIN_KEY_LENGTH = 16
 
@@ -124,14 +128,21 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def authenticate(self, authorization: str | None) -> str | None:
+    def authenticate(self, authorization: str | None, *, accept_basic: bool = False) -> str | None:
         """Return the owner name of the key in an Authorization header, or None if it is invalid.
 
         The comparison takes constant time: all keys are always compared.
+
+        Args:
+            accept_basic: Accept the key as password of basic authentication, with any user name.
         """
         if not self._digests:
             return "everyone"
         scheme, _, key = (authorization or "").partition(" ")
+        if accept_basic and scheme.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                key = base64.b64decode(key, validate=True).decode().partition(":")[2]
+                scheme = "bearer"
         digest = hashlib.sha256(key.strip().encode()).digest()
         matches = [hmac.compare_digest(digest, known_digest) for known_digest in self._digests]
         return digest.hex()[:16] if any(matches) and scheme.lower() == "bearer" else None
@@ -268,7 +279,10 @@ class RequestMiddleware:
                 cross-site request of a browser.
         """
         headers = Headers(scope=scope)
-        owner = self._api_keys.authenticate(headers.get("authorization"))
+        is_label_studio = scope["path"].startswith(f"{LABEL_STUDIO_PATH}/")
+        owner = self._api_keys.authenticate(
+            headers.get("authorization"), accept_basic=is_label_studio
+        )
         if owner is None:
             message = "wrong or missing API key; expected Authorization: Bearer KEY"
             challenge = {"WWW-Authenticate": "Bearer"}

@@ -42,6 +42,7 @@ from finesight.serve.preprocessing_jobs import (
     get_image_name,
     inspect_image,
     load_image_patches,
+    parse_label_studio_request,
     parse_request,
     tokenize_sample,
 )
@@ -146,6 +147,13 @@ class RequestPreprocessor:
         return EncodedSample(
             _build_tokenized_sample(reply, self.folder), concat_patches(decoded or [empty_patches])
         )
+
+    def parse_label_studio_body(self, body: NDArray[np.uint8]) -> dict[str, Any]:
+        """Parse a request of Label Studio; see `parse_label_studio_request`."""
+        with self._borrow_worker() as worker:
+            value = self._call(worker, parse_label_studio_request, body, param="tasks").value
+        assert isinstance(value, dict), f"the worker returned {type(value)}"
+        return value
 
     def inspect_image(self, path: Path, param: str) -> None:
         """Raise ApiError if a file is not an image of an accepted format and size."""

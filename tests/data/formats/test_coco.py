@@ -18,7 +18,7 @@ from box_fixtures import (
 from case_files import load_cases
 from PIL import Image
 
-from finesight.data.formats.coco import CAPTION_PROMPT
+from finesight.data.formats.image_annotations import CAPTION_PROMPT
 from finesight.data.import_source import ImportOptions, open_unvalidated
 from finesight.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from box_fixtures import import_samples, list_answers, list_questions, write_box_image
+from box_fixtures import LABEL_FILES, import_samples, list_answers, list_questions, write_box_image
 
 from finesight.data.exporter import export_dataset
 from finesight.data.sample import LocatedSample
@@ -58,7 +58,52 @@ def labelme(root: Path) -> Path:
     return root
 
 
-@pytest.fixture(params=[coco, yolo, voc, labelme])
+def cvat(root: Path) -> Path:
+    boxes = [("dog", 12, 3, 32, 17), ("lawn", 0, 0, 40, 20), ("dog", 4, 5, 12, 13)]
+    shapes = "".join(
+        f'<box label="{name}" xtl="{x1}" ytl="{y1}" xbr="{x2}.00" ybr="{y2}.00"/>'
+        for name, x1, y1, x2, y2 in boxes
+    )
+    image = f'<image id="0" name="a.png" width="40" height="20">{shapes}</image>'
+    text = f"<annotations><version>1.1</version>{image}</annotations>"
+    (root / "annotations.xml").write_text(text, encoding="utf-8")
+    return root
+
+
+def fiftyone(root: Path) -> Path:
+    (root / "data").mkdir()
+    (root / "a.png").rename(root / "data" / "a.png")
+    shares = [(0, [0.3, 0.15, 0.5, 0.7]), (1, [0, 0, 1, 1]), (0, [0.1, 0.25, 0.2, 0.4])]
+    boxes = [{"label": kind, "bounding_box": box} for kind, box in shares]
+    document = {"classes": ["dog", "lawn"], "labels": {"a": boxes}}
+    (root / "labels.json").write_text(json.dumps(document), encoding="utf-8")
+    return root
+
+
+def label_studio(root: Path) -> Path:
+    shares = [("dog", 30, 15, 50, 70), ("lawn", 0, 0, 100, 100), ("dog", 10, 25, 20, 40)]
+    results = [
+        {
+            "id": str(number),
+            "type": "rectanglelabels",
+            "from_name": "label",
+            "to_name": "image",
+            "original_width": 40,
+            "original_height": 20,
+            "value": {"x": x, "y": y, "width": w, "height": h, "rectanglelabels": [name]},
+        }
+        for number, (name, x, y, w, h) in enumerate(shares)
+    ]
+    data = {"image": "/data/local-files/?d=project/a.png"}
+    tasks = [{"id": 7, "data": data, "annotations": [{"result": results}]}]
+    (root / "export.json").write_text(json.dumps(tasks), encoding="utf-8")
+    return root / "export.json"
+
+
+SOURCES = [coco, yolo, voc, labelme, cvat, fiftyone, label_studio]
+
+
+@pytest.fixture(params=SOURCES)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     make: Callable[[Path], Path] = request.param
     write_box_image(tmp_path / "set" / "a.png", WHITE)
@@ -86,7 +131,9 @@ def test_grounding(source: Path, tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == ["a-dog", "a-lawn"]
 
 
-@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "labelme"])
+@pytest.mark.parametrize(
+    "to", ["coco", "yolo", "voc", "labelme", "cvat", "fiftyone", *list(LABEL_FILES)[1:]]
+)
 @pytest.mark.parametrize("ask", ["detection", "grounding"])
 def test_conversion_between_all_box_formats(
     source: Path, tmp_path: Path, to: str, ask: str
@@ -94,8 +141,9 @@ def test_conversion_between_all_box_formats(
     samples, _ = import_samples(source, tmp_path / "out", box_task=ask)
     located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
     export_dataset(located_sample, tmp_path / "exported", to, copy_images=True)
-    location = tmp_path / "exported" / ("annotations.json" if to == "coco" else "")
-    again, summary = import_samples(location, tmp_path / "again", box_task=ask)
+    location = tmp_path / "exported" / LABEL_FILES.get(to, "")
+    name = to if to == "label-studio-predictions" else None
+    again, summary = import_samples(location, tmp_path / "again", box_task=ask, format=name)
     assert summary.format == to
     assert (list_questions(again), list_answers(again)) == (
         list_questions(samples),
@@ -104,12 +152,12 @@ def test_conversion_between_all_box_formats(
     assert [sample.id for sample in again] == [sample.id for sample in samples]
 
 
-@pytest.mark.parametrize("to", ["coco", "voc", "labelme"])
+@pytest.mark.parametrize("to", ["coco", "voc", "labelme", "fiftyone"])
 def test_images_can_be_referenced_in_export(source: Path, tmp_path: Path, to: str) -> None:
     samples, _ = import_samples(source, tmp_path / "out")
     located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
     export_dataset(located_sample, tmp_path / "exported", to, copy_images=False)
-    location = tmp_path / "exported" / ("annotations.json" if to == "coco" else "")
+    location = tmp_path / "exported" / LABEL_FILES.get(to, "")
     again, _ = import_samples(location, tmp_path / "again")
     assert list_answers(again) == list_answers(samples)
     assert not list((tmp_path / "exported").rglob("*.png"))

@@ -28,8 +28,6 @@ from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
     InvalidOptionError,
-    RowImages,
-    make_text_part,
 )
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
@@ -37,6 +35,7 @@ from finesight.data.formats.image_annotations import (
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
+    build_text_example,
     collect_classes,
     group_boxes_by_image,
     group_texts_by_image,
@@ -46,18 +45,12 @@ from finesight.data.formats.image_annotations import (
 )
 from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
 from finesight.data.sample import (
-    MAX_ANSWERS,
     MAX_BOXES,
-    ContentPart,
     LocatedSample,
-    Message,
     check_limit,
     read_data_file,
 )
 from finesight.errors import UserError
-
-CAPTION_PROMPT = "Describe the image."
-"""Default question about images with captions; `--prompt` overrides it."""
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
 REASON_NO_CAPTION = "images without a caption"
@@ -87,7 +80,7 @@ def open_document(source: Path) -> tuple[RowReader, str] | None:
         )
     ids = Counter(str(image.get("id")) for image in images)
     _reject_duplicate_ids(ids, source)
-    folder = _find_image_folder(source, images)
+    folder = find_image_folder(source, [_get_file_name(image) for image in images])
     names = {
         str(item.get("id")): item["name"]
         for item in document["categories"]
@@ -206,10 +199,13 @@ def _reject_duplicate_ids(ids: Counter[str], source: Path) -> None:
         )
 
 
-def _find_image_folder(source: Path, images: Sequence[Record]) -> Path:
-    """Return the folder that contains the images of a COCO document; see the module docstring."""
-    step = max(1, len(images) // NUM_PROBED_IMAGES)
-    names = [_get_file_name(image) for image in images[::step]]
+def find_image_folder(source: Path, names: Sequence[str]) -> Path:
+    """Return the folder that contains the images of a document; see the module docstring.
+
+    Args:
+        names: Paths of the images with forward slashes, as written in the document.
+    """
+    names = names[:: max(1, len(names) // NUM_PROBED_IMAGES)]
     tried_folders: list[Path] = []
     max_found, best_folders = 0, list[Path]()
     for candidates in _iter_candidate_folders(source.parent.resolve() / source.name):
@@ -301,17 +297,10 @@ def _parse_captions(
             remedy="remove --box-task, or use the document of the instances",
         )
     texts = [_read_caption(annotation) for annotation in annotations if "caption" in annotation]
-    check_limit(len(texts), MAX_ANSWERS, "captions")
     if not texts:
         context.skipped_rows[REASON_NO_CAPTION] += 1
         return []
-    prompt = CAPTION_PROMPT if context.prompt is None else context.prompt
-    question: list[ContentPart] = [RowImages(context).add_image(row.record["path"])]
-    question += [make_text_part(prompt)] if prompt else []
-    user = Message(role="user", content=tuple(question))
-    return [
-        ImportExample(row.id, (user,), tuple((make_text_part(text),) for text in texts), meta=meta)
-    ]
+    return [build_text_example(row.id, row.record["path"], texts, (), context, meta)]
 
 
 def _read_caption(annotation: Record) -> str:

@@ -37,6 +37,7 @@ from finesight.data.image_header import (
 )
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
+    MAX_ANSWERS,
     MAX_BOXES,
     BoxPart,
     ContentPart,
@@ -58,6 +59,7 @@ def parse_integer(text: str) -> int | None:
 
 
 NOTE_POLYGON_AS_BOX = "polygons (converted to bounding boxes)"
+NOTE_ROTATED_AS_BOX = "rotated rectangles (converted to bounding boxes)"
 
 
 def parse_declared_size(height: object, width: object) -> ImageSize | None:
@@ -70,6 +72,12 @@ DETECTION_PROMPT = "Locate every object of these classes in the image: {labels}.
 
 GROUNDING_PROMPT = "Locate every {label} in the image."
 """Default question for `--box-task grounding`; `--prompt` overrides it."""
+
+CAPTION_PROMPT = "Describe the image."
+"""Default question about images with captions; `--prompt` overrides it."""
+
+MAX_PROMPT_CLASSES = 20
+"""Maximum number of classes that the default question about the class of an image lists."""
 
 NO_OBJECTS_ANSWER = "none"
 
@@ -101,6 +109,7 @@ class ImageAnnotation:
         class_names: Class names of the full dataset, listed in detection questions.
         declared_size: Height and width stated by the annotation file, None if missing.
         source_notes: Counts of ignored content, by description.
+        default_prompt: Default question for `--box-task detection`.
     """
 
     image: object
@@ -109,6 +118,7 @@ class ImageAnnotation:
     declared_size: ImageSize | None = None
     meta: Record = field(default_factory=dict)
     source_notes: Counter[str] = field(default_factory=Counter)
+    default_prompt: str = DETECTION_PROMPT
 
 
 def build_detection_examples(
@@ -150,12 +160,9 @@ def build_detection_examples(
                 expected=f"at most {MAX_CLASSES:,}",
                 remedy="use --box-task grounding, which asks for one class per question",
             )
-        question = format_prompt(
-            context.prompt, DETECTION_PROMPT, {"labels": ", ".join(annotation.class_names)}
-        )
-        has_class_list = "{labels}" in (
-            context.prompt if context.prompt is not None else DETECTION_PROMPT
-        )
+        template = annotation.default_prompt if context.prompt is None else context.prompt
+        labels = {"labels": ", ".join(annotation.class_names)}
+        question, has_class_list = format_prompt(template, template, labels), "{labels}" in template
         meta = {
             **annotation.meta,
             **({"classes": list(annotation.class_names)} if has_class_list else {}),
@@ -174,6 +181,43 @@ def build_detection_examples(
         )
         for label, boxes in boxes_by_label.items()
     ]
+
+
+def build_class_prompt(num_classes: int) -> str:
+    """Build the template of the default question about the class of an image.
+
+    It lists the classes, `{labels}`, if there are at most `MAX_PROMPT_CLASSES`.
+    """
+    is_listed = 0 < num_classes <= MAX_PROMPT_CLASSES
+    which = "Which of these classes" if is_listed else "Which class"
+    return f"{which} does the image show{': {labels}' * is_listed}? Answer with the class only."
+
+
+def build_text_example(
+    sample_id: str,
+    image: object,
+    answers: Sequence[str],
+    classes: Sequence[str],
+    context: ImportContext,
+    meta: Record | None = None,
+    default_prompt: str = CAPTION_PROMPT,
+) -> ImportExample:
+    """Build the example of an image with texts, each of which is a correct answer.
+
+    Args:
+        classes: Class names of the full dataset if the answers are classes, else empty. They
+            replace the default question.
+    """
+    check_limit(len(answers), MAX_ANSWERS, "answers")
+    template = build_class_prompt(len(classes)) if classes else default_prompt
+    part = RowImages(context).add_image(image)
+    if classes or context.prompt is None:
+        question = format_prompt(context.prompt, template, {"labels": ", ".join(classes)})
+    else:
+        question = [make_text_part(context.prompt)] if context.prompt else []
+    user = Message(role="user", content=(part, *question))
+    parts = tuple((make_text_part(answer),) for answer in answers)
+    return ImportExample(sample_id, (user,), parts, meta=meta or {})
 
 
 def format_prompt(

@@ -30,7 +30,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     assign_text_file,
-    format_prompt,
+    build_text_example,
     group_texts_by_image,
     require_inside_output,
 )
@@ -122,9 +122,6 @@ SPLIT_ALIASES = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
 """Split of a dataset by the name of its folder or file."""
-
-MAX_PROMPT_CLASSES = 20
-"""Maximum number of classes that the default question lists."""
 
 MAX_SHOWN_CLASSES = 20
 """Maximum number of class names in the summary of an import."""
@@ -263,23 +260,10 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
     return rows, f"one folder per class, {len(classes)} classes{note}"
 
 
-def build_class_prompt(num_classes: int) -> str:
-    """Build the template of the default question about the class of an image.
-
-    It lists the classes, `{labels}`, if there are at most `MAX_PROMPT_CLASSES`.
-    """
-    is_listed = 0 < num_classes <= MAX_PROMPT_CLASSES
-    which = "Which of these classes" if is_listed else "Which class"
-    return f"{which} does the image show{': {labels}' * is_listed}? Answer with the class only."
-
-
 def parse_class_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from an image and the name of its class folder."""
-    image = RowImages(context).add_image(row.record["image"])
-    classes = row.record["classes"]
-    labels, default = {"labels": ", ".join(classes)}, build_class_prompt(len(classes))
-    user = Message(role="user", content=(image, *format_prompt(context.prompt, default, labels)))
-    return ImportExample(row.id, (user,), ((make_text_part(row.record["label"]),),))
+    label, classes = row.record["label"], row.record["classes"]
+    return build_text_example(row.id, row.record["image"], [label], classes, context)
 
 
 IMAGEFOLDER = DatasetFormat(

@@ -78,7 +78,7 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     """Build the training examples of a Pascal VOC file."""
     file = Path(row.record["file"])
-    root = _parse_xml(file)
+    root = _read_xml(file)
     if root.tag != "annotation":
         raise UserError(
             f"an XML file of <{root.tag}>",
@@ -116,8 +116,16 @@ def write_files(
         yield f"Annotations/{stem}.xml", ElementTree.tostring(root, "utf-8") + b"\n"
 
 
-def _parse_xml(file: Path) -> ElementTree.Element:
-    content = read_data_file(file, MAX_LABEL_FILE_BYTES)
+def _read_xml(file: Path) -> ElementTree.Element:
+    return parse_xml(read_data_file(file, MAX_LABEL_FILE_BYTES), "an annotation of Pascal VOC")
+
+
+def parse_xml(content: str | bytes, expected: str) -> ElementTree.Element:
+    """Parse XML of an annotation tool without entities.
+
+    Raises:
+        UserError: The XML is invalid, or has a DOCTYPE, which could declare entities.
+    """
     parser = ElementTree.XMLParser(target=_SafeTreeBuilder())
     try:
         parser.feed(content)
@@ -125,7 +133,7 @@ def _parse_xml(file: Path) -> ElementTree.Element:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise UserError(
             f"broken XML: {error}",
-            expected="an annotation of Pascal VOC",
+            expected=expected,
             remedy="export the file again, or remove it from the folder",
         ) from error
     assert isinstance(root, ElementTree.Element), f"XML became {type(root)}"
@@ -133,7 +141,7 @@ def _parse_xml(file: Path) -> ElementTree.Element:
 
 
 def _read_classes(file: Path) -> tuple[bool, set[str]]:
-    root = _parse_xml(file)
+    root = _read_xml(file)
     names = (element.findtext("name", "").strip() for element in root.iterfind("object"))
     return root.tag == "annotation", {name for name in names if name}
 
@@ -184,27 +192,28 @@ def _read_size(root: ElementTree.Element) -> ImageSize | None:
 def _build_element(record: ImageRecord, context: ExportContext) -> ElementTree.Element:
     root = ElementTree.Element("annotation")
     name = Path(context.image_name(record.image_path))
-    _add_child(root, "folder", name.parent.as_posix())
-    _add_child(root, "filename", name.name)
+    add_child(root, "folder", name.parent.as_posix())
+    add_child(root, "filename", name.name)
     height, width = context.image_size(record.image_path)
     size = ElementTree.SubElement(root, "size")
-    _add_child(size, "width", width)
-    _add_child(size, "height", height)
-    _add_child(size, "depth", 3)
+    add_child(size, "width", width)
+    add_child(size, "height", height)
+    add_child(size, "depth", 3)
     for box in record.boxes:
         element = ElementTree.SubElement(root, "object")
-        _add_child(element, "name", box.label)
+        add_child(element, "name", box.label)
         for flag in OBJECT_FLAGS:
             if flag in box.attributes:
-                _add_child(element, flag, box.attributes[flag])
+                add_child(element, flag, box.attributes[flag])
         bounds = ElementTree.SubElement(element, "bndbox")
         x1, y1, x2, y2 = box.xyxy
         for corner, value in zip(BNDBOX_TAGS, (x1 + 1, y1 + 1, x2, y2), strict=True):
-            _add_child(bounds, corner, round_coordinate(value))
+            add_child(bounds, corner, round_coordinate(value))
     return root
 
 
-def _add_child(parent: ElementTree.Element, tag: str, value: object) -> None:
+def add_child(parent: ElementTree.Element, tag: str, value: object) -> None:
+    """Append an element with a text."""
     ElementTree.SubElement(parent, tag).text = str(value)
 
 

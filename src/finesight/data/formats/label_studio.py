@@ -1,0 +1,695 @@
+"""Label Studio: a JSON list of tasks with annotations or predictions, or JSON-MIN.
+
+[{"data": {"image": "/data/local-files/?d=images/a.jpg"}, "annotations": [{"result": [
+  {"id": "1", "type": "rectanglelabels", "from_name": "label", "to_name": "image",
+   "original_width": 640, "original_height": 480,
+   "value": {"x": 10, "y": 20, "width": 30, "height": 5, "rectanglelabels": ["dog"]}}]}]}]
+
+Boxes are in percent of the image. Of several annotations of a task, the ground truth is used, else
+the newest. Predictions are used for tasks without annotations. A dataset with regions becomes
+questions about boxes; the label of a region with text is its text, and its class is stored in the
+metadata. Other datasets become questions about the whole image: a class, a text, or several
+controls as a JSON object.
+
+The server addresses of images are searched as paths in the folder of the file, see
+`find_image_folder`, without leading folders if necessary, and without the random prefix of uploads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+from xml.etree import ElementTree
+
+from finesight.bounded_files import find_existing, parse_json
+from finesight.data.boxes import Box, BoxConvention, InvalidBoxError
+from finesight.data.formats.coco import find_image_folder
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    ImportExample,
+    as_list,
+)
+from finesight.data.formats.image_annotations import (
+    DETECTION_PROMPT,
+    NOTE_POLYGON_AS_BOX,
+    NOTE_ROTATED_AS_BOX,
+    ExportBox,
+    ImageAnnotation,
+    ImageRecord,
+    ObjectAnnotation,
+    build_detection_examples,
+    build_text_example,
+    group_boxes_by_image,
+    group_texts_by_image,
+    has_boxes,
+    parse_declared_size,
+    require_inside_output,
+)
+from finesight.data.formats.voc import parse_xml
+from finesight.data.image_header import IMAGE_SUFFIXES, ImageSize
+from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
+from finesight.data.sample import LocatedSample, read_data_file
+from finesight.errors import UserError
+
+SPOTTING_PROMPT = "Locate and read every text in the image."
+"""Default question about regions with texts; `--prompt` overrides it."""
+
+FIELDS_PROMPT = "Read these fields of the image as JSON: {labels}."
+"""Default question about several controls; `--prompt` overrides it."""
+
+LOCAL_FILES_PATH, UPLOAD_PATH = "/data/local-files/", "/data/upload/"
+BOX_CONVENTION = BoxConvention(format="xywh", units="1")
+LABEL_KEYS = ("rectanglelabels", "polygonlabels", "labels")
+MODEL_VERSION = "finesight"
+
+NOTE_PREDICTIONS = "tasks without annotations (predictions are used)"
+NOTE_SEVERAL = "tasks with several annotations (the ground truth or the newest is used)"
+NOTE_NO_TEXT = "regions without text (skipped)"
+NOTE_WHOLE_IMAGE = "answers about the whole image, next to regions (ignored)"
+REASON_CANCELLED = "tasks that their annotators skipped"
+REASON_UNLABELED = "tasks without annotations"
+REASON_NO_ANSWER = "tasks whose annotation is empty"
+
+_MIN_KEYS = frozenset({"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time"})
+_UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-(?=.)")
+
+ResultSource = Literal["annotations", "predictions"]
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledTask:
+    """A task with the results of its selected annotation.
+
+    Attributes:
+        location: Location of the task for messages.
+        skip_reason: Reason why the task has no results, "" otherwise.
+    """
+
+    location: str
+    reference: str
+    results: tuple[Record, ...] = ()
+    skip_reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectLabels:
+    """Labels of all tasks: classes of regions and choices, sorted, and control names.
+
+    Attributes:
+        has_regions: Whether any task has a region.
+        has_region_texts: Whether any region has a text.
+        controls: Names of the controls whose answers are about the whole image.
+    """
+
+    classes: tuple[str, ...]
+    choices: tuple[str, ...]
+    controls: tuple[str, ...]
+    has_regions: bool
+    has_region_texts: bool
+
+
+def open_tasks(
+    source: Path, *, results_from: ResultSource = "annotations"
+) -> tuple[RowReader, str] | None:
+    """Open a JSON export of Label Studio as rows, one per task.
+
+    Args:
+        results_from: Use annotations, and predictions of tasks without any; or predictions only.
+
+    Returns:
+        The rows and the reason for the match, or None if the file is not such an export.
+    """
+    tasks = _read_tasks(source, results_from)
+    if tasks is None:
+        return None
+    project = _collect_labels(tasks)
+    references = [task.reference for task in tasks]
+    paths = _find_images(source, LOCAL_FILES_PATH, references)
+    paths |= _find_images(source, UPLOAD_PATH, references)
+
+    def make_row(row_number: int, task: LabeledTask) -> SourceRow:
+        image = paths.get(task.reference, task.reference)
+        stem = "data-url" if image.startswith("data:") else PurePosixPath(image).stem
+        record = {"id": stem, "image": image, "task": task, "project": project}
+        return SourceRow(row_number, task.location, record, source.stem)
+
+    count = f"regions of {len(project.classes)} classes"
+    found = count if project.has_regions else f"answers of {', '.join(project.controls)}"
+    return rows_from_items(tasks, make_row), f"tasks with {results_from}: Label Studio, {found}"
+
+
+def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Build the training examples of a task."""
+    task, project = row.record["task"], row.record["project"]
+    if task.skip_reason:
+        context.skipped_rows[task.skip_reason] += 1
+        return []
+    notes = Counter(task.notes)
+    if not project.has_regions:
+        context.source_notes.update(notes)
+        return _parse_answers(row, task, project, context)
+    declared = {
+        parse_declared_size(result.get("original_height"), result.get("original_width"))
+        for result in task.results
+    } - {None}
+    notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
+    objects: list[ObjectAnnotation] = []
+    for region in _merge_regions(task.results):
+        objects += _parse_region(region, notes, with_text=project.has_region_texts)
+    annotation = ImageAnnotation(
+        row.record["image"],
+        objects,
+        project.classes,
+        declared.pop() if len(declared) == 1 else None,
+        source_notes=notes,
+        default_prompt=SPOTTING_PROMPT if project.has_region_texts else DETECTION_PROMPT,
+    )
+    return build_detection_examples(row, annotation, context, BOX_CONVENTION)
+
+
+def write_files(
+    samples: Sequence[LocatedSample],
+    context: ExportContext,
+    *,
+    results_to: ResultSource = "annotations",
+) -> Iterator[tuple[str, bytes]]:
+    """Write the tasks and the labeling configuration of a project."""
+    is_detection = has_boxes(samples)
+    group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
+    records = group_by_image(samples, context, {"boxes"})
+    declared = {name for record in records for name in record.meta.get("classes", ())}
+    has_choices = all(answer in declared for record in records for answer in record.answers)
+    tasks = []
+    for record in records:
+        path = require_inside_output(record.image_path, context, "Label Studio")
+        if is_detection:
+            results = list(_iter_region_results(record, context))
+        else:
+            results = [build_answer_result(record.answers, is_choice=has_choices)]
+        labels: Record = {"result": results}
+        if results_to == "predictions":
+            labels["model_version"] = MODEL_VERSION
+        reference = f"{LOCAL_FILES_PATH}?d={quote(path)}"
+        tasks.append({"data": {"image": reference}, results_to: [labels]})
+    config = _build_label_config(records, is_detection=is_detection, has_choices=has_choices)
+    context.notes.append(
+        "start Label Studio with LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and with"
+        " LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT set to this folder"
+    )
+    yield "tasks.json", (json.dumps(tasks, ensure_ascii=False, indent=1) + "\n").encode()
+    yield "label_config.xml", config
+
+
+def build_region_results(
+    region_id: str,
+    xyxy: Box,
+    image_size: ImageSize,
+    label: str,
+    text: str | None = None,
+    controls: tuple[str, str, str] = ("label", "text", "image"),
+) -> list[Record]:
+    """Build the results of a box: a rectangle with its label, and optionally a text.
+
+    Args:
+        controls: Names of the controls of rectangles and texts, and of the image.
+    """
+    height, width = image_size
+    x1, y1, x2, y2 = xyxy
+    geometry = {
+        "x": 100 * x1 / width,
+        "y": 100 * y1 / height,
+        "width": 100 * (x2 - x1) / width,
+        "height": 100 * (y2 - y1) / height,
+        "rotation": 0,
+    }
+    common: Record = {"id": region_id, "to_name": controls[2]}
+    common |= {"original_width": width, "original_height": height, "image_rotation": 0}
+    rectangle = {
+        **common,
+        "from_name": controls[0],
+        "type": "rectanglelabels",
+        "value": {**geometry, "rectanglelabels": [label]},
+    }
+    if text is None:
+        return [rectangle]
+    value = {**geometry, "text": [text]}
+    return [rectangle, {**common, "from_name": controls[1], "type": "textarea", "value": value}]
+
+
+def build_answer_result(
+    answers: Sequence[str],
+    *,
+    is_choice: bool,
+    controls: tuple[str, str] = ("answer", "image"),
+) -> Record:
+    """Build the result of an answer about the whole image: choices or texts."""
+    kind, key = ("choices", "choices") if is_choice else ("textarea", "text")
+    names = {"from_name": controls[0], "to_name": controls[1]}
+    return {"id": controls[0], **names, "type": kind, "value": {key: list(answers)}}
+
+
+@dataclass(frozen=True, slots=True)
+class LabelControl:
+    """A control of a labeling configuration, and the image that it labels.
+
+    Attributes:
+        data_key: Key of the image in the data of a task.
+        labels: Class names of rectangles or choices.
+        text_name: Name of the control for the texts of rectangles, None without one.
+        is_multiple: Whether several choices can be selected.
+    """
+
+    kind: Literal["boxes", "choices", "text"]
+    name: str
+    image_name: str
+    data_key: str
+    labels: tuple[str, ...] = ()
+    text_name: str | None = None
+    is_multiple: bool = False
+
+
+_CONTROL_KINDS: dict[str, Literal["boxes", "choices", "text"]] = {
+    "RectangleLabels": "boxes",
+    "Choices": "choices",
+    "TextArea": "text",
+}
+
+
+def parse_label_config(config: str) -> list[LabelControl]:
+    """Parse the controls of a labeling configuration (XML) that label images.
+
+    These are RectangleLabels, Choices and TextArea. Other tags are ignored.
+    """
+    view = parse_xml(config, "a labeling configuration of Label Studio")
+    data_keys = {
+        image.get("name", ""): image.get("value", "").removeprefix("$")
+        for image in view.iter("Image")
+    }
+    elements = [
+        element
+        for element in view.iter()
+        if element.tag in _CONTROL_KINDS and element.get("toName") in data_keys
+    ]
+    text_names = {
+        element.get("toName"): element.get("name")
+        for element in elements
+        if element.tag == "TextArea" and _is_per_region(element)
+    }
+    return [
+        LabelControl(
+            kind=_CONTROL_KINDS[element.tag],
+            name=element.get("name", ""),
+            image_name=element.get("toName", ""),
+            data_key=data_keys[element.get("toName", "")],
+            labels=tuple(
+                option.get("alias", option.get("value", ""))
+                for option in element
+                if option.tag in ("Label", "Choice")
+            ),
+            text_name=text_names.get(element.get("toName"))
+            if element.tag == "RectangleLabels"
+            else None,
+            is_multiple=element.get("choice", "").startswith("multiple"),
+        )
+        for element in elements
+        if not _is_per_region(element)
+    ]
+
+
+def _is_per_region(element: ElementTree.Element) -> bool:
+    return element.get("perRegion", "false").lower() == "true"
+
+
+def _read_tasks(source: Path, results_from: ResultSource) -> list[LabeledTask] | None:
+    """Return the tasks of an export, or None if the file has another format."""
+    if source.suffix.lower() != ".json" or not source.is_file():
+        return None
+    content = read_data_file(source)
+    if not content.lstrip().startswith(b"[") or not (
+        b'"data"' in content or b'"annotation_id"' in content
+    ):
+        return None
+    try:
+        records = parse_json(content)
+    except ValueError:
+        return None  # the row reader reports it
+    if not records or not all(isinstance(record, dict) for record in records):
+        return None
+    if all({"annotation_id", "annotator"} <= record.keys() for record in records):
+        tasks = [_expand_min(record) for record in records]
+    elif all(isinstance(record.get("data"), dict) for record in records) and any(
+        isinstance(record.get(key), list) for record in records for key in _RESULT_KEYS
+    ):
+        tasks = records
+    else:
+        return None
+    return [
+        _select_results(number, task, source, results_from)
+        for number, task in enumerate(tasks, start=1)
+    ]
+
+
+_RESULT_KEYS = ("annotations", "completions", "predictions")
+
+
+def _select_results(
+    number: int, task: Record, source: Path, results_from: ResultSource
+) -> LabeledTask:
+    """Select the annotation or prediction of a task."""
+    location = f"task {task.get('id', number)}"
+    reference = _get_image_reference(task["data"], f"{source}, {location}")
+    annotations, predictions = (
+        [one for one in as_list(value) if isinstance(one, dict)]
+        for value in (task.get("annotations") or task.get("completions"), task.get("predictions"))
+    )
+    is_prediction = results_from == "predictions" or not annotations
+    candidates = predictions if is_prediction else annotations
+    valid = [one for one in candidates if not (one.get("was_cancelled") or one.get("skipped"))]
+    if not valid:
+        reason = REASON_CANCELLED if candidates else REASON_UNLABELED
+        return LabeledTask(location, reference, skip_reason=reason)
+    selected = max(valid, key=lambda one: (bool(one.get("ground_truth")), _get_time(one)))
+    notes = [NOTE_SEVERAL] * (len(valid) > 1)
+    notes += [NOTE_PREDICTIONS] * (is_prediction and results_from == "annotations")
+    results = tuple(one for one in as_list(selected.get("result")) if isinstance(one, dict))
+    return LabeledTask(location, reference, results, notes=tuple(notes))
+
+
+def _get_time(annotation: Record) -> str:
+    return str(annotation.get("updated_at") or annotation.get("created_at") or "")
+
+
+def _expand_min(record: Record) -> Record:
+    """Convert a row of JSON-MIN to a task with one annotation.
+
+    Data and texts are not distinguished there, so texts other than the image are answers.
+    """
+    results: list[Record] = []
+    for name, value in record.items():
+        values = as_list(value)
+        if name in _MIN_KEYS or not values:
+            continue
+        shapes = [one for one in values if isinstance(one, dict)]
+        if len(shapes) == len(values):
+            results += [
+                {**shape, "id": f"{name}-{index}", "from_name": name, "value": shape}
+                for index, shape in enumerate(shapes)
+            ]
+        elif all(isinstance(one, str) and not _is_image_reference(one) for one in values):
+            value = {"text": values}
+            results.append({"id": name, "from_name": name, "value": value})
+    return {"id": record.get("id"), "data": record, "annotations": [{"result": results}]}
+
+
+def _is_image_reference(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    prefixes = (LOCAL_FILES_PATH, UPLOAD_PATH, "data:image/")
+    return value.startswith(prefixes) or (
+        PurePosixPath(urlsplit(value).path if "://" in value else value).suffix.lower()
+        in IMAGE_SUFFIXES
+    )
+
+
+def _get_image_reference(data: Mapping[str, Any], where: str) -> str:
+    keys = [key for key, value in data.items() if _is_image_reference(value)]
+    key = "image" if "image" in keys or len(keys) != 1 else keys[0]
+    value = data.get(key)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise UserError(
+        f"{len(keys)} images in the data {', '.join(map(str, data))[:80]}",
+        where=where,
+        expected="one image path or URL, or the key image",
+        remedy="remove the task, or keep one image per task",
+    )
+
+
+def get_local_path(reference: str) -> str | None:
+    """Return the path below the folder of files or uploads of a Label Studio server.
+
+    Returns None for other references, such as web URLs and absolute paths.
+    """
+    if reference.startswith(LOCAL_FILES_PATH):
+        path = "".join(parse_qs(urlsplit(reference).query).get("d", ()))
+    elif reference.startswith(UPLOAD_PATH):
+        path = unquote(reference.removeprefix("/data/"))
+    else:
+        return None
+    return None if ".." in PurePosixPath(path).parts else path.lstrip("/")
+
+
+def _find_images(source: Path, prefix: str, references: Sequence[str]) -> dict[str, str]:
+    """Map the references of images with an address prefix to paths of local images.
+
+    Raises:
+        UserError: Two images differ only in leading folders, which are missing.
+    """
+    names = {
+        one: PurePosixPath(path)
+        for one in dict.fromkeys(references)
+        if one.startswith(prefix) and (path := get_local_path(one))
+    }
+    depth = max((len(path.parts) for path in names.values()), default=0)
+    variants = [
+        {one: "/".join(path.parts[level:] or path.parts[-1:]) for one, path in names.items()}
+        for level in range(depth)
+    ]
+    variants.append({one: _UPLOAD_PREFIX.sub("", path.name) for one, path in names.items()})
+    for variant in variants if names else ():
+        try:
+            folder = find_image_folder(source, list(variant.values()))
+        except UserError:
+            continue
+        name, count = Counter(variant.values()).most_common(1)[0]
+        if count > 1:
+            raise UserError(
+                f"{count} images of the Label Studio server have the name {name!r} in {folder}",
+                where=str(source),
+                expected="the folders of the server, which contain images of equal names",
+                remedy="copy the folders, not only the images, next to this file",
+            )
+        return {one: str(find_existing(folder, n) or folder / n) for one, n in variant.items()}
+    return {one: str(path) for one, path in names.items()}
+
+
+_GEOMETRY_KEYS = frozenset({"x", "points", "rle", "sequence", "vertices"})
+_RECTANGLE_KEYS = ("x", "y", "width", "height")
+_ANSWER_KEYS = ("choices", "text", "number", "rating", "datetime")
+
+
+def _merge_regions(results: Sequence[Record]) -> list[Record]:
+    """Merge the results of each region, such as its rectangle and its text, by their ID."""
+    regions: dict[str, Record] = {}
+    for index, result in enumerate(results):
+        value = result.get("value")
+        if isinstance(value, dict) and not _GEOMETRY_KEYS.isdisjoint(value):
+            region = regions.setdefault(
+                str(result.get("id", index)), {"type": result.get("type", "region")}
+            )
+            sizes = {key: result[key] for key in _SIZE_KEYS if key in result}
+            region.update(sizes | value)
+    return list(regions.values())
+
+
+_SIZE_KEYS = ("original_width", "original_height", "image_rotation")
+
+
+def _merge_answers(results: Sequence[Record]) -> dict[str, tuple[str, list[Any]]]:
+    """Return kind and values of each control whose answer is about the whole image."""
+    answers: dict[str, tuple[str, list[Any]]] = {}
+    for result in results:
+        value = result.get("value")
+        if isinstance(value, dict) and _GEOMETRY_KEYS.isdisjoint(value):
+            for kind in _ANSWER_KEYS:
+                values = [one for one in as_list(value.get(kind)) if one != ""]
+                if values:
+                    answers.setdefault(str(result.get("from_name")), (kind, []))[1].extend(values)
+    return answers
+
+
+def _collect_labels(tasks: Sequence[LabeledTask]) -> ProjectLabels:
+    classes, choices, controls = set[str](), set[str](), dict[str, None]()
+    has_regions = has_region_texts = False
+    for task in tasks:
+        for region in _merge_regions(task.results):
+            has_regions = True
+            has_region_texts |= bool(region.get("text"))
+            classes.update(_get_labels(region)[:1])
+        for name, (kind, values) in _merge_answers(task.results).items():
+            controls[name] = None
+            choices.update(map(str, values) if kind == "choices" else ())
+    return ProjectLabels(
+        tuple(sorted(classes)),
+        tuple(sorted(choices)),
+        tuple(controls),
+        has_regions,
+        has_region_texts,
+    )
+
+
+def _get_labels(region: Record) -> list[str]:
+    return [str(one) for key in LABEL_KEYS for one in as_list(region.get(key)) if str(one).strip()]
+
+
+def _parse_region(
+    region: Record, notes: Counter[str], *, with_text: bool
+) -> Iterator[ObjectAnnotation]:
+    """Yield the box of a region, unless its type is not supported."""
+    if "points" not in region and not set(_RECTANGLE_KEYS) <= region.keys():
+        notes[f"regions of type {region['type']} (skipped)"] += 1
+        return
+    notes["choices of regions (ignored)"] += "choices" in region
+    labels = _get_labels(region)
+    text = "\n".join(map(str, as_list(region.get("text"))))
+    if region.get("image_rotation") or not (labels or with_text):
+        raise InvalidBoxError(
+            f"the {region['type']} {str(region)[:80]}",
+            expected="a region with a label, in an image that is not rotated in the editor",
+            remedy="correct the region in Label Studio, or remove it",
+        )
+    coordinates = _compute_bounds(region, notes)
+    if with_text and not text.strip():
+        notes[NOTE_NO_TEXT] += 1
+    elif with_text:
+        yield ObjectAnnotation(text, coordinates, {"class": labels[0]} if labels else {})
+    else:
+        notes["further labels of regions (ignored)"] += len(labels) - 1
+        yield ObjectAnnotation(labels[0], coordinates)
+
+
+def _compute_bounds(region: Record, notes: Counter[str]) -> list[float]:
+    """Return the bounding box of a rectangle or polygon as corner and size, scaled to 1."""
+    try:
+        if "points" in region:
+            notes[NOTE_POLYGON_AS_BOX] += 1
+            corners = [(float(x) / 100, float(y) / 100) for x, y in region["points"]]
+        else:
+            x, y, width, height = (float(region[key]) / 100 for key in _RECTANGLE_KEYS)
+            angle = math.radians(float(region.get("rotation") or 0))
+            if not angle:
+                return [x, y, width, height]
+            notes[NOTE_ROTATED_AS_BOX] += 1
+            # Clockwise around the top left corner, in pixels.
+            aspect = float(region["original_height"]) / float(region["original_width"])
+            corners = [
+                (
+                    x + dx * math.cos(angle) - dy * aspect * math.sin(angle),
+                    y + dx / aspect * math.sin(angle) + dy * math.cos(angle),
+                )
+                for dx, dy in ((0.0, 0.0), (width, 0.0), (width, height), (0.0, height))
+            ]
+        xs, ys = zip(*corners, strict=True)
+    except (TypeError, ValueError, KeyError, OverflowError, ZeroDivisionError) as error:
+        raise InvalidBoxError(
+            f"the {region['type']} {str(region)[:80]}",
+            expected="numbers in percent, and the original size of the image",
+            remedy="correct the task, or remove it",
+        ) from error
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def _parse_answers(
+    row: SourceRow, task: LabeledTask, project: ProjectLabels, context: ImportContext
+) -> list[ImportExample]:
+    """Build the example of a task without regions: a class, texts, or a JSON object."""
+    answers, image = _merge_answers(task.results), row.record["image"]
+    if not answers:
+        context.skipped_rows[REASON_NO_ANSWER] += 1
+        return []
+    if len(project.controls) == 1:
+        kind, values = answers[project.controls[0]]
+        texts = list(dict.fromkeys(map(str, values)))
+        if kind == "choices":
+            return [
+                build_text_example(
+                    row.id,
+                    image,
+                    [", ".join(texts)],
+                    project.choices,
+                    context,
+                    {"classes": list(project.choices)},
+                )
+            ]
+        return [build_text_example(row.id, image, texts, (), context)]
+    fields = {
+        name: values[0] if len(values) == 1 else values
+        for name in project.controls
+        if name in answers
+        for _, values in [answers[name]]
+    }
+    prompt = FIELDS_PROMPT.format(labels=", ".join(project.controls))
+    text = json.dumps(fields, ensure_ascii=False)
+    return [build_text_example(row.id, image, [text], (), context, None, prompt)]
+
+
+def _iter_region_results(record: ImageRecord, context: ExportContext) -> Iterator[Record]:
+    size = context.image_size(record.image_path)
+    for number, box in enumerate(record.boxes, start=1):
+        others = box.attributes.keys() - {"class"}
+        context.lost_counts.update(f"the attribute {name} of boxes" for name in others)
+        names = _get_class_and_text(box)
+        yield from build_region_results(f"box-{number}", box.xyxy, size, *names)
+
+
+def _get_class_and_text(box: ExportBox) -> tuple[str, str | None]:
+    class_name = box.attributes.get("class")
+    return (class_name, box.label) if isinstance(class_name, str) else (box.label, None)
+
+
+def _build_label_config(
+    records: Sequence[ImageRecord], *, is_detection: bool, has_choices: bool
+) -> bytes:
+    """Build the labeling configuration (XML) of a project with the exported labels."""
+    view = ElementTree.Element("View")
+    ElementTree.SubElement(view, "Image", name="image", value="$image")
+    declared = [name for record in records for name in record.meta.get("classes", ())]
+    boxes = [_get_class_and_text(box) for record in records for box in record.boxes]
+    names = dict.fromkeys([*declared, *sorted({class_name for class_name, _ in boxes})])
+    if is_detection:
+        control = ElementTree.SubElement(view, "RectangleLabels", name="label", toName="image")
+        for name in names:
+            ElementTree.SubElement(control, "Label", value=name)
+        if any(text is not None for _, text in boxes):
+            options = {"perRegion": "true", "editable": "true"}
+            ElementTree.SubElement(view, "TextArea", {"name": "text", "toName": "image"} | options)
+    elif has_choices:
+        control = ElementTree.SubElement(view, "Choices", name="answer", toName="image")
+        for name in names:
+            ElementTree.SubElement(control, "Choice", value=name)
+    else:
+        ElementTree.SubElement(view, "TextArea", name="answer", toName="image", editable="true")
+    ElementTree.indent(view)
+    return bytes(ElementTree.tostring(view, "utf-8")) + b"\n"
+
+
+FORMAT = DatasetFormat(
+    name="label-studio",
+    description='a .json file of [{"data": {"image": ...}, "annotations": [{"result": [...]}]}]',
+    typical_keys=frozenset({"annotations", "predictions", "annotation_id"}),
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "box_task"}),
+    open_dataset=open_tasks,
+    write_files=write_files,
+)
+
+PREDICTIONS = replace(
+    FORMAT,
+    name="label-studio-predictions",
+    description='as label-studio, with "predictions" instead of "annotations"',
+    typical_keys=frozenset(),
+    open_dataset=lambda source: None,  # detected as label-studio
+    open_requested=partial(open_tasks, results_from="predictions"),
+    write_files=partial(write_files, results_to="predictions"),
+)

@@ -1,0 +1,266 @@
+"""ML backend of Label Studio: predictions for the tasks of a project, below `/label-studio`.
+
+Each control of the labeling configuration is one question about the image: RectangleLabels asks for
+boxes, Choices for a class, and TextArea for a text. The questions are those of an import from Label
+Studio, so that a model that was trained on such a dataset sees its training question. A TextArea of
+regions asks for boxes with their text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from finesight.data.formats.image_annotations import (
+    CAPTION_PROMPT,
+    DETECTION_PROMPT,
+    build_class_prompt,
+    format_prompt,
+)
+from finesight.data.formats.label_studio import (
+    SPOTTING_PROMPT,
+    LabelControl,
+    build_answer_result,
+    build_region_results,
+)
+from finesight.data.row_reader import Record
+from finesight.data.sample import BoxPart
+from finesight.errors import UserError
+from finesight.serve.api_schema import ApiError, ClientDisconnectedError, from_user_error
+from finesight.serve.chat_completions import ChatCompletionsHandler, ChoiceBuilder
+from finesight.serve.image_sources import LabelStudioImages
+from finesight.serve.request_middleware import (
+    LABEL_STUDIO_PATH,
+    ByteReservation,
+    get_reservation,
+)
+from finesight.serve.request_preprocessor import RequestPreprocessor
+
+TOKEN_VARIABLE = "LABEL_STUDIO_API_KEY"
+TRAINING_ACTION = "START_TRAINING"
+MAX_CONCURRENT_TASKS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LabelStudioOptions:
+    """Settings of the ML backend.
+
+    Attributes:
+        images: Source of the images of tasks.
+        prompt: Template of the question of every control, None for the default of each.
+    """
+
+    images: LabelStudioImages
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UserError if the prompt template is invalid."""
+        try:
+            format_prompt(self.prompt, DETECTION_PROMPT, {"labels": "x"})
+        except UserError as error:
+            what, expected, remedy = error.what, error.expected, error.remedy
+            where = "--label-studio-prompt"
+            raise UserError(what, where=where, expected=expected, remedy=remedy) from error
+
+    def build_routes(self, completions: ChatCompletionsHandler) -> list[Route]:
+        """Build the routes that Label Studio requires of an ML backend."""
+        handler = LabelStudioHandler(completions, self)
+        return [
+            Route(f"{LABEL_STUDIO_PATH}/health", handler.get_health),
+            Route(f"{LABEL_STUDIO_PATH}/setup", handler.set_up, methods=["POST"]),
+            Route(f"{LABEL_STUDIO_PATH}/versions", handler.list_versions),
+            Route(f"{LABEL_STUDIO_PATH}/predict", handler.predict, methods=["POST"]),
+            Route(f"{LABEL_STUDIO_PATH}/webhook", handler.receive_event, methods=["POST"]),
+        ]
+
+
+@dataclass(frozen=True)
+class LabelStudioHandler:
+    """Handles the requests of Label Studio with the resources of chat completions."""
+
+    completions: ChatCompletionsHandler
+    options: LabelStudioOptions
+
+    @property
+    def model_name(self) -> str:
+        """Model that predicts, which is also the model version in Label Studio."""
+        return self.completions.service.model_names[0]
+
+    async def get_health(self, request: Request) -> Response:
+        """Return the state of the model."""
+        is_alive = self.completions.service.is_alive
+        status = {"status": "UP" if is_alive else "DOWN", "model_class": self.model_name}
+        return JSONResponse(status, 200 if is_alive else 503)
+
+    async def set_up(self, request: Request) -> Response:
+        """Return the model version."""
+        # The body contains a token of the Label Studio user, so it is not parsed.
+        return JSONResponse({"model_version": self.model_name})
+
+    async def list_versions(self, request: Request) -> Response:
+        """Return the model version as a list."""
+        return JSONResponse({"versions": [self.model_name]})
+
+    async def receive_event(self, request: Request) -> Response:
+        """Accept an event of a webhook, and reject the start of a training."""
+        if (await self._parse_body(request))["action"] == TRAINING_ACTION:
+            message = "the server does not train; export the labels and run `finesight train`"
+            raise ApiError(400, message, "action")
+        return JSONResponse({})
+
+    async def _parse_body(self, request: Request) -> dict[str, Any]:
+        handler = self.completions
+        preprocessor = RequestPreprocessor(
+            handler.worker_pool, handler.limits, handler.image_formats, handler.folder
+        )
+        body = np.frombuffer(await request.body(), dtype=np.uint8)
+        return await handler.run_in_thread(preprocessor.parse_label_studio_body, body)
+
+    async def predict(self, request: Request) -> Response:
+        """Predict all tasks of a request. A task with an error has no result.
+
+        Raises:
+            ApiError: The labeling configuration has no supported control.
+            ClientDisconnectedError: Label Studio disconnected.
+        """
+        parsed = await self._parse_body(request)
+        controls = [LabelControl(**control) for control in parsed["controls"]]
+        if not controls:
+            raise ApiError(
+                400,
+                "no control for images in the labeling configuration; expected RectangleLabels,"
+                " Choices or TextArea",
+                "label_config",
+            )
+        semaphore = asyncio.Semaphore(MAX_CONCURRENT_TASKS)
+        reservation = get_reservation(request.scope)
+
+        async def predict_task(references: Sequence[str | None]) -> Record:
+            async with semaphore:
+                try:
+                    return await self._predict_task(controls, references, request, reservation)
+                except ApiError as error:
+                    return {"error": error.message}
+
+        async def watch_disconnect() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        watch_task = asyncio.create_task(watch_disconnect())
+        tasks = [asyncio.create_task(predict_task(references)) for references in parsed["tasks"]]
+        predictions = asyncio.gather(*tasks)
+        try:
+            await asyncio.wait((predictions, watch_task), return_when=asyncio.FIRST_COMPLETED)
+            if not predictions.done():
+                raise ClientDisconnectedError
+            return JSONResponse({"results": await predictions})
+        finally:
+            for task in (watch_task, *tasks):
+                task.cancel()
+
+    async def _predict_task(
+        self,
+        controls: Sequence[LabelControl],
+        references: Sequence[str | None],
+        request: Request,
+        reservation: ByteReservation,
+    ) -> Record:
+        """Ask the question of each control, and return the prediction of a task."""
+        results: list[Record] = []
+        scores = []
+        for control, reference in zip(controls, references, strict=True):
+            if reference is None:
+                message = f"a task without the data {control.data_key[:80]!r}"
+                raise ApiError(400, message, "tasks")
+            url = await self.options.images.load(reference.strip())
+            body = json.dumps(self._build_request(control, url)).encode()
+            own_reservation = ByteReservation(reservation.budget)
+            own_reservation.reserve(len(body))
+            try:
+                with self.completions.admit_completion(_get_time()) as completion:
+                    slot = [np.frombuffer(body, dtype=np.uint8)]
+                    await completion.start(slot, request.state.owner, own_reservation)
+                    (choice,) = await completion.generate_choices()
+            finally:
+                own_reservation.release()
+            results += build_results(control, choice, completion.image_sizes[0])
+            logprobs = [entry["logprob"] for entry in choice.logprobs]
+            scores.append(math.exp(fmean(logprobs)) if logprobs else 0.0)
+        return {"result": results, "score": fmean(scores), "model_version": self.model_name}
+
+    def _build_request(self, control: LabelControl, url: str) -> Record:
+        """Build the chat completion request of a control."""
+        default = {
+            "boxes": SPOTTING_PROMPT if control.text_name else DETECTION_PROMPT,
+            "choices": build_class_prompt(len(control.labels)),
+            "text": CAPTION_PROMPT,
+        }[control.kind]
+        # Sorted, as the import does.
+        labels = {"labels": ", ".join(sorted(control.labels))}
+        try:
+            question = format_prompt(self.options.prompt, default, labels)
+        except UserError as error:
+            raise from_user_error(error, "label_config") from error
+        content: list[Record] = [{"type": "image_url", "image_url": {"url": url}}]
+        content += [{"type": "text", "text": part.text} for part in question]
+        messages = [{"role": "user", "content": content}]
+        return {"model": self.model_name, "messages": messages, "logprobs": True}
+
+
+def build_results(
+    control: LabelControl, choice: ChoiceBuilder, image_size: tuple[int, int]
+) -> list[Record]:
+    """Convert an answer to results of a control. Labels that the control lacks are left out."""
+    assert choice.prediction is not None, f"choice {choice.index} is not complete"
+    names = {_normalize(label): label for label in control.labels}
+    if control.kind == "boxes":
+        results = []
+        for number, box in enumerate(choice.prediction.boxes, start=1):
+            label = names.get(_normalize(box.label or ""))
+            if control.labels and (control.text_name or len(control.labels) == 1):
+                label = label or control.labels[0]
+            corners = _clip(box, image_size)
+            if label is not None and corners is not None:
+                results += build_region_results(
+                    f"{control.name}-{number}",
+                    corners,
+                    image_size,
+                    label,
+                    (box.label or "") if control.text_name else None,
+                    (control.name, control.text_name or "", control.image_name),
+                )
+        return results
+    answer = choice.prediction.answer.strip()
+    answers = [answer]
+    if control.kind == "choices":
+        parts = [answer, *(answer.split(",") if control.is_multiple else ())]
+        found = [names[name] for name in map(_normalize, parts) if name in names]
+        answers = list(dict.fromkeys(found))
+    is_choice, target = control.kind == "choices", (control.name, control.image_name)
+    return [build_answer_result(answers, is_choice=is_choice, controls=target)] if answers else []
+
+
+def _normalize(label: str) -> str:
+    return " ".join(label.casefold().split())
+
+
+def _clip(box: BoxPart, image_size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """Clip a predicted box to its image; return None if nothing is left."""
+    height, width = image_size
+    x1, y1, x2, y2 = box.xyxy
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def _get_time() -> float:
+    return asyncio.get_running_loop().time()

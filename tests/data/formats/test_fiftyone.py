@@ -1,0 +1,112 @@
+"""FiftyOne datasets, and exported files that the readers of labeling tools read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from box_fixtures import check_export_roundtrip, import_samples, list_answers, write_box_image
+
+from finesight.data.exporter import export_dataset
+from finesight.data.sample import BoxPart, LocatedSample, Sample
+from finesight.errors import UserError
+
+WHITE = (12, 3, 32, 17)
+BOX = {"label": "dog", "bounding_box": [0.3, 0.15, 0.5, 0.7]}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_box_image(tmp_path / "set" / "data" / "sub" / "a.b.png", WHITE)
+    write_box_image(tmp_path / "set" / "data" / "b.png", WHITE)
+    return tmp_path / "set"
+
+
+def write_labels(root: Path, labels: dict[str, Any], classes: list[str] | None = None) -> Path:
+    (root / "labels.json").write_text(json.dumps({"classes": classes, "labels": labels}))
+    return root
+
+
+def test_detection(root: Path, tmp_path: Path) -> None:
+    boxes = [{**BOX, "confidence": 0.9, "attributes": {"age": 2}}, {**BOX, "label": "lawn"}]
+    source = write_labels(root, {"sub/a.b": boxes, "b": None})
+    samples, summary = import_samples(source, tmp_path / "out")
+    assert list_answers(samples) == [[("dog", WHITE), ("lawn", WHITE)]]
+    assert samples[0].meta["boxes"] == [{"age": 2}, {}]
+    assert summary.skipped_rows == {"images without a label": 1}
+    check_export_roundtrip(source, tmp_path)
+    labels = json.loads((tmp_path / "exported" / "labels.json").read_text())["labels"]
+    assert labels["a.b"][0]["attributes"] == {"age": 2}
+    assert import_samples(root / "labels.json", tmp_path / "again")[1].format == "fiftyone"
+
+
+def test_classification(root: Path, tmp_path: Path) -> None:
+    labels = {"sub/a.b": 1, "b": {"label": "cat", "confidence": 0.5}}
+    source = write_labels(root, labels, ["cat", "dog"])
+    samples, _ = import_samples(source, tmp_path / "out")
+    assert list_answers(samples) == [["dog"], ["cat"]]
+    check_export_roundtrip(source, tmp_path)
+    several = write_labels(root, {"b": ["cat", {"label": "dog"}]})
+    assert list_answers(import_samples(several, tmp_path / "several")[0]) == [["cat, dog"]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [
+        ({"b": [{**BOX, "label": 7}]}, "the label"),
+        ({"b": [BOX, "dog"]}, "the box"),
+        ({"b": [{**BOX, "bounding_box": [0.3, 0.15, 0.5]}]}, "the box"),
+        ({"b": [{**BOX, "bounding_box": [0.8, 0.15, 0.5, 0.7]}]}, "outside its image"),
+        ({"missing": [BOX]}, "no such image"),
+    ],
+)
+def test_invalid_labels(root: Path, tmp_path: Path, labels: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        import_samples(write_labels(root, labels), tmp_path / "out")
+
+
+def read_with_pycocotools(folder: Path) -> list[Any]:
+    coco = pytest.importorskip("pycocotools.coco").COCO(folder / "annotations.json")
+    boxes = [one["bbox"] for one in coco.loadAnns(coco.getAnnIds())]
+    return [(x, y, x + width, y + height) for x, y, width, height in boxes]
+
+
+def read_with_datumaro(folder: Path) -> list[Any]:
+    """CVAT itself reads and writes its files with Datumaro."""
+    datumaro = pytest.importorskip("datumaro")
+    dataset = datumaro.Dataset.import_from(str(folder), "cvat")
+    boxes = [one for item in dataset for one in item.annotations]
+    return [(box.x, box.y, box.x + box.w, box.y + box.h) for box in boxes]
+
+
+def read_with_fiftyone(folder: Path) -> list[Any]:
+    importers = pytest.importorskip("fiftyone.utils.data.importers")
+    reader = importers.FiftyOneImageDetectionDatasetImporter(str(folder), data_path="data.json")
+    with reader:
+        boxes = [box.bounding_box for _, _, label in reader for box in label.detections]
+    return [(40 * x, 20 * y, 40 * (x + w), 20 * (y + h)) for x, y, w, h in boxes]
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("coco", read_with_pycocotools),
+        ("cvat", read_with_datumaro),
+        ("fiftyone", read_with_fiftyone),
+    ],
+)
+def test_readers_of_the_tools(root: Path, tmp_path: Path, name: str, read: Any) -> None:
+    """Skipped without the package of the tool, which is not a dependency of finesight."""
+    samples, _ = import_samples(write_labels(root, {"b": [BOX]}), tmp_path / "out")
+    odd = (0.125, 1 / 3, 39.99, 20.0)
+    message = samples[0].messages[-1]
+    boxes = (*message.content, BoxPart(image=0, label="lawn", xyxy=odd))
+    answer = message.model_copy(update={"content": boxes})
+    messages = (*samples[0].messages[:-1], answer)
+    sample = Sample(id="b", messages=messages)
+    located_samples = [LocatedSample(sample, tmp_path / "out")]
+    export_dataset(located_samples, tmp_path / "exported", name, copy_images=True)
+    for found, expected in zip(sorted(read(tmp_path / "exported")), [odd, WHITE], strict=True):
+        assert found == pytest.approx(expected, abs=0.01)

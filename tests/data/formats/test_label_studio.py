@@ -1,0 +1,246 @@
+"""Exports of Label Studio: selection of results, regions, texts, choices and image references."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from box_fixtures import (
+    check_export_roundtrip,
+    import_samples,
+    list_answers,
+    list_questions,
+    write_box_image,
+)
+
+from finesight.data.exporter import export_dataset
+from finesight.data.formats.image_annotations import CAPTION_PROMPT
+from finesight.data.formats.label_studio import (
+    FIELDS_PROMPT,
+    SPOTTING_PROMPT,
+    LabelControl,
+    parse_label_config,
+)
+from finesight.data.sample import LocatedSample
+from finesight.errors import UserError
+
+WHITE = (12, 3, 32, 17)
+
+
+def region(label: str | None, *, id: str = "r", **value: Any) -> dict[str, Any]:
+    """Return the result of a rectangle at WHITE, with other values if given."""
+    labels = {} if label is None else {"rectanglelabels": [label]}
+    geometry = {"x": 30, "y": 15, "width": 50, "height": 70}
+    return {
+        "id": id,
+        "type": "rectanglelabels",
+        "from_name": "label",
+        "original_width": 40,
+        "original_height": 20,
+        "value": (value or geometry) | labels,
+    }
+
+
+def answer(name: str, **value: Any) -> dict[str, Any]:
+    return {"id": name, "from_name": name, "value": value}
+
+
+def annotation(*results: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"result": list(results), **fields}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_box_image(tmp_path / "set" / "a.png", WHITE)
+    return tmp_path / "set"
+
+
+def write_tasks(root: Path, *tasks: dict[str, Any]) -> Path:
+    """Write tasks about the image a.png, unless they have data of their own."""
+    data = {"image": "/data/local-files/?d=a.png"}
+    (root / "tasks.json").write_text(json.dumps([{"data": data, **task} for task in tasks]))
+    return root / "tasks.json"
+
+
+def test_results_of_each_task(root: Path, tmp_path: Path) -> None:
+    old = annotation(region("old"), updated_at="2026-01-01")
+    new = annotation(region("new"), updated_at="2026-02-01")
+    truth = annotation(region("truth"), updated_at="2025-01-01", ground_truth=True)
+    predicted = annotation(region("guess"), model_version="1")
+    source = write_tasks(
+        root,
+        {"annotations": [new, old], "predictions": [predicted]},
+        {"annotations": [new, truth]},
+        {"annotations": [], "predictions": [predicted]},
+        {"annotations": [annotation(region("x"), was_cancelled=True)], "predictions": [predicted]},
+        {"annotations": []},
+        {"annotations": [annotation()]},
+    )
+    samples, summary = import_samples(source, tmp_path / "out")
+    labels = [parts[0][0] if parts != ["none"] else None for parts in list_answers(samples)]
+    assert labels == ["new", "truth", "guess", None]
+    assert summary.skipped_rows == {
+        "tasks that their annotators skipped": 1,
+        "tasks without annotations": 1,
+    }
+    assert summary.source_notes == {
+        "tasks with several annotations (the ground truth or the newest is used)": 2,
+        "tasks without annotations (predictions are used)": 1,
+    }
+    samples, _ = import_samples(source, tmp_path / "predicted", format="label-studio-predictions")
+    assert list_answers(samples) == [[("guess", WHITE)]] * 3
+    (root / "rows.jsonl").write_text('{"image": "a.png"}')
+    with pytest.raises(UserError, match="no label-studio-predictions dataset is found"):
+        import_samples(root / "rows.jsonl", tmp_path / "x", format="label-studio-predictions")
+
+
+def test_regions_of_other_shapes(root: Path, tmp_path: Path) -> None:
+    # A rectangle of 10 x 4 pixels at (20, 8), rotated by 90 degrees around this corner.
+    rotated = {"x": 50, "y": 40, "width": 25, "height": 20, "rotation": 90}
+    results = [
+        region("a", id="1", **rotated),
+        region("b", id="2", points=[[10, 10], [50, 10], [25, 90]]),
+        {"id": "3", "type": "brushlabels", "value": {"rle": [1], "format": "rle"}},
+        answer("kind", choices=["street"]),
+    ]
+    samples, summary = import_samples(
+        write_tasks(root, {"annotations": [annotation(*results)]}), tmp_path / "out"
+    )
+    assert list_answers(samples) == [[("a", (16, 8, 20, 18)), ("b", (4, 2, 20, 18))]]
+    assert summary.source_notes == {
+        "rotated rectangles (converted to bounding boxes)": 1,
+        "polygons (converted to bounding boxes)": 1,
+        "regions of type brushlabels (skipped)": 1,
+        "answers about the whole image, next to regions (ignored)": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("result", "what"),
+    [
+        (region("a") | {"original_width": 80}, "80 x 20 pixels, the image has 40 x 20"),
+        (region("a") | {"image_rotation": 90}, "the rectanglelabels"),
+        (region(None), "the rectanglelabels"),
+        (region("a", x=1, y=2, width="wide", height=4), "the rectanglelabels"),
+    ],
+)
+def test_invalid_regions(root: Path, tmp_path: Path, result: dict[str, Any], what: str) -> None:
+    source = write_tasks(root, {"annotations": [annotation(result)]})
+    with pytest.raises(UserError, match=what):
+        import_samples(source, tmp_path / "out")
+
+
+def test_texts_of_regions(root: Path, tmp_path: Path) -> None:
+    text = region(None, x=30, y=15, width=50, height=70, text=["Total 12"]) | {"type": "textarea"}
+    blank = region("Text", id="blank")
+    source = write_tasks(root, {"annotations": [annotation(region("Text"), text, blank)]})
+    samples, summary = import_samples(source, tmp_path / "out")
+    assert list_questions(samples) == [SPOTTING_PROMPT]
+    assert list_answers(samples) == [[("Total 12", WHITE)]]
+    assert samples[0].meta["boxes"] == [{"class": "Text"}]
+    assert summary.source_notes == {"regions without text (skipped)": 1}
+    located_samples = [LocatedSample(sample, tmp_path / "out") for sample in samples]
+    export_dataset(located_samples, tmp_path / "exported", "label-studio", copy_images=True)
+    again, _ = import_samples(tmp_path / "exported" / "tasks.json", tmp_path / "again")
+    assert (list_answers(again), again[0].meta) == (list_answers(samples), samples[0].meta)
+    config = (tmp_path / "exported" / "label_config.xml").read_text()
+    assert parse_label_config(config) == [
+        LabelControl("boxes", "label", "image", "image", ("Text",), text_name="text")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("results", "question", "answers"),
+    [
+        (
+            [[answer("kind", choices=["cat"])], [answer("kind", choices=["dog"])]],
+            "Which of these classes does the image show: cat, dog? Answer with the class only.",
+            ["cat", "dog"],
+        ),
+        (
+            [[answer("text", text=["one", "two"])], [answer("text", text=["three"])]],
+            CAPTION_PROMPT,
+            ["one", "two", "three"],
+        ),
+        (
+            [[answer("kind", choices=["cat"]), answer("note", text=["a", "b"])], []],
+            FIELDS_PROMPT.format(labels="kind, note"),
+            ['{"kind": "cat", "note": ["a", "b"]}'],
+        ),
+    ],
+)
+def test_answers_about_the_image(
+    root: Path, tmp_path: Path, results: list[Any], question: str, answers: list[str]
+) -> None:
+    write_box_image(root / "b.png", WHITE)
+    first, second = ([annotation(*one)] for one in results)
+    data = {"image": "/data/local-files/?d=b.png"}
+    tasks = {"annotations": first}, {"annotations": second, "data": data}
+    samples, _ = import_samples(write_tasks(root, *tasks), tmp_path / "out")
+    assert list_answers(samples) == [[one] for one in answers]
+    assert set(list_questions(samples)) == {question}
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "/data/local-files/?d=server%20files/images/a.png",
+        "/data/upload/3/0a1b2c3d-a.png",
+        "a.png",
+    ],
+)
+@pytest.mark.parametrize("location", ["a.png", "images/a.png", "photos/a.png"])
+def test_image_references(root: Path, tmp_path: Path, reference: str, location: str) -> None:
+    if reference == location or not reference.startswith("a"):
+        (root / location).parent.mkdir(exist_ok=True)
+        (root / "a.png").rename(root / location)
+    task = {"data": {"image": reference}, "annotations": [annotation(region("dog"))]}
+    assert len(import_samples(write_tasks(root, task), tmp_path / "out")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("references", "what"),
+    [
+        (["/data/local-files/?d=x/a.png", "/data/local-files/?d=y/a.png"], "2 images"),
+        (["/data/local-files/?d=../set/a.png"], "no such image"),
+        (["http://localhost:8080/data/upload/1/a.png"], "is a web URL"),
+        (["s3://bucket/a.png"], "is a web URL"),
+        (["a.txt"], "0 images in the data photo"),
+    ],
+)
+def test_images_elsewhere_are_rejected(
+    root: Path, tmp_path: Path, references: list[str], what: str
+) -> None:
+    results = [annotation(region("dog"))]
+    tasks = [{"data": {"photo": one}, "annotations": results} for one in references]
+    with pytest.raises(UserError, match=what):
+        import_samples(write_tasks(root, *tasks), tmp_path / "out")
+
+
+def test_json_min(root: Path, tmp_path: Path) -> None:
+    common = {"image": "/data/upload/1/0a1b2c3d-a.png", "annotator": 1, "annotation_id": 1}
+    box = {**region("dog")["value"], "original_width": 40, "original_height": 20}
+    (root / "min.json").write_text(json.dumps([{**common, "label": [box], "id": 5}]))
+    samples, summary = import_samples(root / "min.json", tmp_path / "boxes")
+    assert list_answers(samples) == [[("dog", WHITE)]]
+    assert summary.format == "label-studio"
+    (root / "min.json").write_text(json.dumps([{**common, "caption": "A dog.", "lead_time": 2.5}]))
+    samples, _ = import_samples(root / "min.json", tmp_path / "texts")
+    assert list_answers(samples) == [["A dog."]]
+
+
+def test_choices_roundtrip(root: Path, tmp_path: Path) -> None:
+    write_box_image(root / "b.png", WHITE)
+    data = {"image": "/data/local-files/?d=b.png"}
+    cat, dog = (annotation(answer("kind", choices=[name])) for name in ("cat", "dog"))
+    source = write_tasks(root, {"annotations": [cat]}, {"annotations": [dog], "data": data})
+    done = check_export_roundtrip(source, tmp_path)
+    assert done.lost_counts.keys() == {
+        "questions, which an import regenerates from --prompt and --box-task"
+    }
+    config = (tmp_path / "exported" / "label_config.xml").read_text()
+    assert parse_label_config(config) == [
+        LabelControl("choices", "answer", "image", "image", ("cat", "dog"))
+    ]

@@ -54,6 +54,7 @@ class Suggestion:
 
     Attributes:
         is_complete: Whether the model ended the answer before the maximum length.
+        loss: Negative log likelihood of the answer, in nats.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Suggestion:
     confidence: float
     parts: tuple[SuggestedPart, ...]
     is_complete: bool = True
+    loss: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """Return the suggestion as JSON data."""
@@ -159,7 +161,8 @@ def build_suggestion(
     content: AnswerContent = prediction.boxes or (TextPart(text=prediction.answer),)
     if not parts:
         parts = [SuggestedPart((), confidence)]
-    return Suggestion(prediction.id, content, confidence, tuple(parts), prediction.stopped)
+    loss = -math.fsum(tokens.logprobs)
+    return Suggestion(prediction.id, content, confidence, tuple(parts), prediction.stopped, loss)
 
 
 class AnswerTokens:

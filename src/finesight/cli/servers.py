@@ -188,7 +188,7 @@ def web(
     Example: finesight web runs/latex
     """
     _require_gradio("finesight web")
-    password, is_generated = _resolve_password(host, password_file, no_auth)
+    password, is_generated = resolve_password(host, password_file, no_auth)
 
     from finesight.encode.family import ThinkingOptions
     from finesight.infer.inference_service import InferenceService
@@ -203,8 +203,8 @@ def web(
             )
         )
         try:
-            _print_page_address(host, listener, password if is_generated else None)
-            run_web_server(service, listener, password, _is_loopback(host))
+            print_page_address(host, listener, password if is_generated else None)
+            run_web_server(service, listener, password, is_loopback(host))
         finally:
             service.close(wait_for_running=False)
 
@@ -262,7 +262,7 @@ def studio(
     """
     _require_gradio("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.
-    password, is_generated = _resolve_password(host, password_file, no_auth, open_loopback=False)
+    password, is_generated = resolve_password(host, password_file, no_auth, open_loopback=False)
 
     from finesight.web.web_server import bind_socket, create_private_folder, serve_app
 
@@ -276,17 +276,17 @@ def studio(
         view = StudioView(Workspace(Path()))
         port = listener.getsockname()[1]
         access = ServerAccess(host, password, converter, chat_port, api_port, port)
-        app = make_studio_app(view, private_folder, access, _is_loopback(host))
-        _print_page_address(host, listener, password if is_generated else None)
+        app = make_studio_app(view, private_folder, access, is_loopback(host))
+        print_page_address(host, listener, password if is_generated else None)
         serve_app(app, listener)
 
 
-def _print_page_address(host: str, listener: socket.socket, password: str | None) -> None:
+def print_page_address(host: str, listener: socket.socket, password: str | None) -> None:
     """Print the address of a page and, if it was generated, its password."""
     typer.echo(f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}")
     if password is not None:
         typer.echo(f"password: {password}")
-    if password is not None and not _is_loopback(host):
+    if password is not None and not is_loopback(host):
         typer.echo("The page uses HTTP without encryption: the password is sent as plain text.")
 
 
@@ -300,7 +300,7 @@ def _require_gradio(command: str) -> None:
         )
 
 
-def _resolve_password(
+def resolve_password(
     host: str, file: Path | None, no_auth: bool, *, open_loopback: bool = True
 ) -> tuple[str | None, bool]:
     """Return the password of a page, and whether it was generated.
@@ -316,7 +316,7 @@ def _resolve_password(
         )
     if file is not None:
         return _read_password(file), False
-    if no_auth or (open_loopback and _is_loopback(host)):
+    if no_auth or (open_loopback and is_loopback(host)):
         return None, False
     return secrets.token_urlsafe(12), True
 
@@ -341,7 +341,7 @@ def _read_password(file: Path) -> str:
     return password
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     import ipaddress
 
     try:

@@ -215,6 +215,12 @@ class LabelStore:
             )
         return self._items[sample_id]
 
+    def exclude(self, sample_ids: Iterable[str]) -> None:
+        """Remove samples with unreadable images from the list."""
+        for sample_id in sample_ids:
+            self.find(sample_id).is_listed = False
+        self.sort()
+
     def count_events(self) -> dict[str, int]:
         """Count the listed items by decision; `open` are undecided."""
         events = Counter(item.decision.event if item.decision else "open" for item in self.items)
@@ -244,7 +250,7 @@ class LabelStore:
                 parts=suggestion.parts,
                 score=None if score is None else round(score, 6),
             )
-            append_line(self._journal, entry.model_dump_json(exclude_defaults=True))
+            append_line(self._journal, entry.model_dump_json(exclude_none=True))
             self._items[suggestion.id].apply(entry)
         flush_file(self._journal)
         self.sort()
@@ -286,7 +292,7 @@ class LabelStore:
             confidence=None if suggestion is None else suggestion.confidence,
             content=content,
         )
-        append_line(self._journal, entry.model_dump_json(exclude_defaults=True))
+        append_line(self._journal, entry.model_dump_json(exclude_none=True))
         flush_file(self._journal)
         item.apply(entry)
         self._num_unwritten += 1

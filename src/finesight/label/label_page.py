@@ -43,10 +43,10 @@ MAX_DISPLAY_SIDE = 2000
 """Maximum width and height of an image that the browser receives, in pixels."""
 
 SCRIPT_TEXTS = (
-    *("Suggestion of the model", "No suggestion", "confidence {}", "error score {}"),
-    *("{} of {}", "open", "accepted", "corrected", "skipped", "All images are decided."),
-    *("Box {}", "Label", "Delete", "Answer", "The model suggests:", "Image {} of {}"),
-    *("Not saved", "The server does not answer.", "Text", "saved"),
+    *("No suggestion", "confidence {}", "error score {}", "The model suggests:"),
+    *("{} of {}", "Image {} of {}", "Box {}", "Label", "Text", "Delete"),
+    *("open", "suggested", "accepted", "corrected", "skipped", "reopened"),
+    *("All images are decided.", "Not saved", "The server does not answer."),
 )
 """Texts of the script, which are translated on the page."""
 

@@ -256,6 +256,8 @@ const showImage = () => {
   byId("image").alt = shown.name;
   byId("image").width = shown.width;
   byId("image").height = shown.height;
+  byId("stage").style.setProperty("--width", `${shown.width}px`);
+  byId("stage").style.setProperty("--ratio", shown.width / shown.height);
   byId("overlay").setAttribute("viewBox", `0 0 ${shown.width} ${shown.height}`);
   drawBoxes();
 };

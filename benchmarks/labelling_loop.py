@@ -26,7 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pretraining"))
 
-from finesight.data.boxes import iou
+from synthetic_tasks import receipts
+from synthetic_tasks.camera_noise import apply_camera_noise
+
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -43,8 +45,6 @@ from finesight.recipe import recipe_from_dict
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
 from finesight.train.training_run import train
-from synthetic_tasks import receipts
-from synthetic_tasks.camera_noise import apply_camera_noise
 
 HARD_FRACTION = 0.2
 NUM_POOL, NUM_VALIDATION, NUM_ROUND = 400, 150, 100

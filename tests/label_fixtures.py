@@ -6,13 +6,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from finesight.data.sample import BoxPart, TextPart
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion
-from PIL import Image
 
 MODEL = "finesight-tiny"
-FIELDS = ({"shop": "Vade Mart", "total": 3}, {"shop": "Olp", "total": 5}, {"shop": "Rab", "total": 8})
+FIELDS = (
+    {"shop": "Vade Mart", "total": 3},
+    {"shop": "Olp", "total": 5},
+    {"shop": "Rab", "total": 8},
+)
 CORNERS = ((10.0, 20.0, 40.0, 50.0), (60.0, 20.0, 90.0, 45.0))
 
 

@@ -14,14 +14,17 @@ import pytest
 import uvicorn
 from axe import AxeChecker
 from browser import Browser, launch_chromium
+from label_fixtures import CORNERS, FIELDS, open_boxes_session, open_fields_session
+from starlette.testclient import TestClient
+
 from finesight.data.sample import read_samples
 from finesight.label.label_page import make_label_app
 from finesight.label.label_session import LabelSession
 from finesight.label.label_store import LABELS_FILE
-from label_fixtures import CORNERS, FIELDS, open_boxes_session, open_fields_session
-from starlette.testclient import TestClient
 
 WAIT_TIMEOUT_S = 30
+DRAGGED = ((70, 60), (100, 75))
+"""Start and end of a new box in pixels of the image."""
 
 
 @contextmanager
@@ -197,11 +200,10 @@ def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path: Path, browser: Browser
             "const area = document.querySelector('#overlay').getBoundingClientRect();"
             "return [area.left, area.top, area.width / 120];"
         )
-        points = [(area[0] + x * area[2], area[1] + y * area[2]) for x, y in ((70, 60), (100, 75))]
-        for kind, (x, y) in zip(
-            ("mousePressed", "mouseMoved", "mouseReleased"), (points[0], *[points[1]] * 2)
-        ):
-            event = {"type": kind, "x": x, "y": y, "button": "left", "buttons": 1, "clickCount": 1}
+        start, end = ((area[0] + x * area[2], area[1] + y * area[2]) for x, y in DRAGGED)
+        for kind, (x, y) in (("Pressed", start), ("Moved", end), ("Released", end)):
+            event = {"type": f"mouse{kind}", "x": x, "y": y, "button": "left", "buttons": 1}
+            event["clickCount"] = 1
             browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
         wait_for(browser, "document.querySelectorAll('#overlay rect').length === 2")
         press(browser, "Enter")
@@ -216,4 +218,4 @@ def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path: Path, browser: Browser
     assert [box.xyxy for box in accepted] == list(CORNERS)
     assert [box.label for box in corrected] == ["total", "total"]
     assert corrected[0].xyxy == (20, 20, 51, 50)
-    assert corrected[1].xyxy == pytest.approx((70, 60, 100, 75), abs=1)
+    assert corrected[1].xyxy == pytest.approx((*DRAGGED[0], *DRAGGED[1]), abs=1)

@@ -93,8 +93,8 @@ def label(
 ) -> None:
     """Suggest labels for images, and accept, correct or skip them on a page.
 
-    The least certain suggestions come first. Each decision is saved at once. `finesight train` reads
-    labels.jsonl. The page requires finesight[web].
+    The least certain suggestions come first. Each decision is saved at once. `finesight train`
+    reads labels.jsonl. The page requires finesight[web].
 
     Example: finesight label runs/receipts photos
     """

@@ -5,8 +5,8 @@ A wrong label is less probable under the model than the model's own answer, and 
 | value | definition |
 |---|---|
 | `loss` | negative log likelihood of the label under the model, in nats |
-| `excess_loss` | `loss` minus that of the model's own answer: how much more the model expects its answer |
-| `disagreement` | 1 - F1 of the fields, 1 - IoU of the boxes, or normalized edit distance of the texts |
+| `excess_loss` | `loss` minus the loss of the model's own answer |
+| `disagreement` | 1 - F1 of fields, 1 - IoU of boxes, or normalized edit distance of texts |
 | `score` | see `combine_scores` |
 """
 
@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import BoxPart, ContentPart, LocatedSample, TextPart
 from finesight.encode.packing import pack
-from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.evaluate.box_metrics import compute_box_scores
 from finesight.evaluate.json_metrics import count_fields, parse_form

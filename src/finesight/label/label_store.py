@@ -1,7 +1,7 @@
 """Decisions of a labelling session: a journal with the history, and a file of training samples.
 
-`journal.jsonl` is append-only, with one entry per suggestion and decision, and flushed to disk after
-each decision. An incomplete last line, left by a crash, is removed. `labels.jsonl` is written
+`journal.jsonl` is append-only, with one entry per suggestion and decision, and flushed to disk
+after each decision. An incomplete last line, left by a crash, is removed. `labels.jsonl` is written
 atomically from the journal and contains all labeled samples; `finesight train` reads it.
 """
 
@@ -114,8 +114,8 @@ class LabelItem:
 class LabelStore:
     """Labels of a folder, which one process at a time may open.
 
-    Items are ordered by the confidence of their suggestions, least certain first, or by the score of
-    a review, highest first. Samples without a suggestion follow in their own order.
+    Items are ordered by the confidence of their suggestions, least certain first, or by the score
+    of a review, highest first. Samples without a suggestion follow in their own order.
     """
 
     def __init__(self, folder: Path, samples: Sequence[LocatedSample], *, review: bool) -> None:

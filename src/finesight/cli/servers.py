@@ -241,6 +241,9 @@ def studio(
     api_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the HTTP API. 0: any free port.")
     ] = 7872,
+    label_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the labelling page. 0: any free port.")
+    ] = 7873,
     converter: Annotated[
         Path | None,
         typer.Option(
@@ -254,8 +257,8 @@ def studio(
 ) -> None:
     """Start a web UI for import, data check, training, evaluation and serving.
 
-    The steps are Data, Check, Plan, Train, Results, Chat, and Serve and export. The page shows the
-    commands that it starts. They run in processes of their own and continue when the page or this
+    The steps are Data, Label, Check, Plan, Train, Results, Chat, and Serve and export. The page
+    shows the commands that it starts. They run in processes of their own and continue when the page or this
     command ends. Ctrl-C stops the page. Requires finesight[web].
 
     Example: finesight studio work
@@ -275,7 +278,9 @@ def studio(
         os.chdir(folder)
         view = StudioView(Workspace(Path()))
         port = listener.getsockname()[1]
-        access = ServerAccess(host, password, converter, chat_port, api_port, port)
+        access = ServerAccess(
+            host, password, converter, chat_port, api_port, port=port, label_port=label_port
+        )
         app = make_studio_app(view, private_folder, access, is_loopback(host))
         print_page_address(host, listener, password if is_generated else None)
         serve_app(app, listener)

@@ -29,8 +29,8 @@ from finesight.report import i18n
 from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, translate_markup, use_language
 from finesight.vision.image_processing import load_image
 from finesight.web.access_middleware import AccessMiddleware
-from finesight.web.chat_html import select_ui_text
-from finesight.web.web_server import CHATS_FOLDER, STATIC_FOLDER, UPLOADS_FOLDER
+from finesight.web.chat_html import STATIC_FOLDER, select_ui_text
+from finesight.web.web_server import CHATS_FOLDER, UPLOADS_FOLDER
 from finesight.web.web_sessions import DiskBudget
 
 LABEL_STATIC_FOLDER = Path(__file__).parent / "static"
@@ -145,8 +145,8 @@ class LabelPage:
                 store.skip(request.id)
             else:
                 store.reopen(request.id)
-            item = self.describe(self._index_by_id[request.id])
-            return {"item": item, "counts": store.count_events()}
+            index = self._index_by_id[request.id]
+            return {"item": self.describe(index), "counts": store.count_events()}
 
 
 def _list_images(item: LabelItem) -> list[Path]:
@@ -164,9 +164,7 @@ def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
     Raises:
         UserError: A box is outside of its image.
     """
-    answer = {"text": request.text, "boxes": [box.model_dump() for box in request.boxes]}
-    for box in answer["boxes"]:
-        box["xyxy"] = list(box["xyxy"])
+    answer = request.model_dump(mode="json", include={"text", "boxes"})
     boxes, images = [], _list_images(item)
     for box in request.boxes:
         if box.image >= len(images):

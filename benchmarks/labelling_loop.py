@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pretraining"))
 from synthetic_tasks import receipts
 from synthetic_tasks.camera_noise import apply_camera_noise
 
+from finesight.data.boxes import iou
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -375,7 +376,6 @@ def measure_errors(work: Path, seed: int, num_samples: int, steps: int) -> dict[
     )
     rank_s = time.monotonic() - started
     planted_ids = {samples[index].sample.id: kind for index, kind in planted.items()}
-    hard_ids = {s.sample.id for s, (row, _) in zip(samples, items, strict=True) if row.is_hard}
     found = {
         "seed": seed,
         "num_samples": num_samples,
@@ -400,17 +400,44 @@ def measure_errors(work: Path, seed: int, num_samples: int, steps: int) -> dict[
             "all": round(len(hits) / num_planted, 3),
             **{kind: round(hits.count(kind) / totals[kind], 3) for kind in PLANTED_KINDS},
         }
-    raw = [
-        {
-            **one.as_json(),
-            "planted": planted_ids.get(one.suggestion.id, ""),
-            "hard": one.suggestion.id in hard_ids,
-        }
-        for one in ranked
-    ]
+    raw = [{**one.as_json(), "planted": planted_ids.get(one.suggestion.id, "")} for one in ranked]
     (work / f"ranked-{seed}-{steps}.json").write_text(json.dumps(raw))
+    found["calibration"] = measure_part_calibration(raw, rows)
     print(json.dumps(found), flush=True)
     return found
+
+
+def measure_part_calibration(
+    ranked: Sequence[dict[str, Any]], rows: Sequence[LabeledReceipt]
+) -> dict[str, Any]:
+    """Compute the calibration of fields (exact) and boxes (label, IoU of at least 0.5).
+
+    The model was trained on these images, so that most of its answers are correct.
+    """
+    by_image = {row.image: row for row in rows}
+    pairs: dict[str, list[tuple[float, bool]]] = {"field": [], "box": []}
+    for one in ranked:
+        suggestion = one["suggestion"]
+        kind, _, image = one["id"].partition("-")
+        truth = by_image[image]
+        if kind == "fields":
+            try:
+                values = json.loads(suggestion["content"][0].get("text", ""))
+            except ValueError:
+                continue
+            pairs["field"] += [
+                (part["confidence"], values.get(part["path"][0]) == truth.fields[part["path"][0]])
+                for part in suggestion["parts"]
+                if part["path"] and part["path"][0] in FIELDS
+            ]
+            continue
+        true_boxes = {box.label: box.xyxy for box in truth.boxes}
+        boxes = [part for part in suggestion["content"] if part["type"] == "box"]
+        for part, box in zip(suggestion["parts"], boxes, strict=False):
+            true_box = true_boxes.get(box["label"])
+            is_correct = true_box is not None and iou(tuple(box["xyxy"]), true_box) >= 0.5
+            pairs["box"].append((part["confidence"], is_correct))
+    return {name: measure_calibration(*zip(*values, strict=True)) for name, values in pairs.items()}
 
 
 def main() -> None:

@@ -92,6 +92,7 @@ def test_wrong_labels_come_first(inference_model: InferenceModel, tmp_path: Path
     assert reasons == {}
 
 
-def test_score_needs_loss_and_disagreement() -> None:
-    assert combine_scores(5.0, 0.0) == combine_scores(0.0, 1.0) == 0
-    assert combine_scores(math.log(2), 1.0) == pytest.approx(0.5)
+def test_score_needs_loss_disagreement_and_confidence() -> None:
+    for values in ((5.0, 0.0, 1.0), (0.0, 1.0, 1.0), (5.0, 1.0, 0.0)):
+        assert combine_scores(*values) == 0
+    assert combine_scores(math.log(2), 1.0, 0.5) == pytest.approx(0.25)

@@ -83,7 +83,7 @@ def rank_labels(
         suggestion = suggestion_by_id[sample.sample.id]
         disagreement = measure_disagreement(sample.sample.messages[-1].content, suggestion.content)
         excess_loss = max(0.0, loss - suggestion.loss)
-        score = combine_scores(excess_loss, disagreement)
+        score = combine_scores(excess_loss, disagreement, suggestion.confidence)
         ranked.append(RankedLabel(suggestion, loss, excess_loss, disagreement, score))
     ranked.sort(key=lambda one: -one.score)
     return ranked, reasons
@@ -143,6 +143,9 @@ def measure_disagreement(label: Sequence[ContentPart], suggestion: Sequence[Cont
     return compute_edit_distance(label_text, suggested_text) / longest if longest else 0.0
 
 
-def combine_scores(excess_loss: float, disagreement: float) -> float:
-    """Return the score of a label: `disagreement` x (1 - exp(-`excess_loss`))."""
-    return disagreement * (1 - math.exp(-excess_loss))
+def combine_scores(excess_loss: float, disagreement: float, confidence: float) -> float:
+    """Return the score of a label in [0, 1]: disagreement x (1 - exp(-excess loss)) x confidence.
+
+    The confidence is that of the model's own answer: only a certain model contradicts a label.
+    """
+    return disagreement * (1 - math.exp(-excess_loss)) * confidence

@@ -1,7 +1,7 @@
 """Measure labelling on generated receipts: corrections, order, calibration and label errors.
 
-    python benchmarks/labelling_loop.py loop --out benchmarks/results/labelling_loop_cpu.json
-    python benchmarks/labelling_loop.py errors --out benchmarks/results/label_errors_cpu.json
+    python benchmarks/labelling_loop.py loop --steps 40 --out FILE
+    python benchmarks/labelling_loop.py errors --out FILE
 
 The annotator is simulated: it corrects each field of a suggestion that differs from the truth. A
 fifth of the receipts has fonts that the pretraining did not use, and more camera noise.

@@ -134,9 +134,7 @@ class StudioPage:
             self._button("Import", self._import, inputs, input_type)
         with self._form("label"):
             fields = [
-                self._text(
-                    "Images to label: a file or folder", "images", "photos"
-                ),
+                self._text("Images to label: a file or folder", "images", "photos"),
                 self._text("Prompt", "label-prompt", "Read the ticket."),
                 self._text("Name of the data set", "labels-name", value=LABELS_NAME),
                 self._text("Model without a run", "label-model", value=TINY_MODEL),

@@ -29,6 +29,7 @@ END_TO_END = {
     "download": "cli/test_remote_data.py::test_download_command",
     "eval": "cli/test_eval.py::test_json_scores_and_predictions_file",
     "export": "cli/test_export.py::test_gguf_conversion",
+    "label": "cli/test_label.py::test_suggestions_are_printed_once_and_answered_on_the_page",
     "launch": "cli/test_launch.py::test_job_file_and_start_command",
     "merge": "cli/test_merge.py::test_run_is_merged_into_model_folder",
     "predict": "cli/test_predict.py::test_one_json_line_per_image",

@@ -38,7 +38,7 @@ COMMANDS = (
     ["plan"],
     ["show"],
 )
-INTERACTIVE_COMMANDS = (["chat"], ["web"], ["serve"], ["studio"])
+INTERACTIVE_COMMANDS = (["chat"], ["web"], ["serve"], ["studio"], ["label"])
 """Commands that run until they are stopped and print no results."""
 
 HEAVY = ("torch", "numpy", "PIL", "transformers", "rich", "tokenizers", "fastapi", "gradio")

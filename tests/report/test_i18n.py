@@ -32,6 +32,7 @@ SOURCES = [
         *PACKAGE.rglob("*.py"),
         *PACKAGE.glob("*/templates/*"),
         *PACKAGE.glob("studio/static/*"),
+        *PACKAGE.glob("label/static/*"),
     )
     if file.suffix in (".py", ".html", ".js")
 ]

@@ -185,7 +185,7 @@ class StudioDriver:
 @pytest.fixture
 def studio(folder: Path, browser: Browser) -> Iterator[StudioDriver]:
     command = [sys.executable, "-m", "finesight", "studio", str(folder), "--port", "0", "--no-auth"]
-    command += ["--chat-port", "0"]
+    command += ["--chat-port", "0", "--label-port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -249,6 +249,19 @@ def test_from_images_to_a_chat_reply(folder: Path, studio: StudioDriver, browser
     studio.open("chat")
     studio.click("stop")
     studio.wait_for_job("stopped")
+    studio.open("label")
+    studio.fill(images="photos", label_prompt="Which color?", labels_name="labeled")
+    studio.click("start-labelling")
+    studio.wait_for("document.querySelector('a.open')")
+    browser.visit(browser.run("return document.querySelector('a.open').href;"))
+    studio.wait_for("document.querySelector('#position')?.textContent.includes('1 of 24')")
+    browser.press("Enter")
+    studio.wait_for("document.querySelector('#counts').textContent.includes('accepted 1')")
+    studio.open("label")
+    studio.click("stop")
+    studio.wait_for_job("stopped")
+    assert (folder / "data" / "labeled" / "labels.jsonl").is_file()
+    studio.check()
 
     checker = AxeChecker()
     for width, dark, lang in ((390, False, "en"), (390, True, "zh"), (1440, True, "en")):

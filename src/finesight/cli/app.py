@@ -26,6 +26,7 @@ from finesight.cli.chat import chat
 from finesight.cli.data import check, convert_boxes, export_data, import_data, plan, show
 from finesight.cli.doctor import doctor
 from finesight.cli.init import init
+from finesight.cli.label import label
 from finesight.cli.models import download, export, merge
 from finesight.cli.results import compare, evaluate, predict, report
 from finesight.cli.servers import serve, studio, web
@@ -56,7 +57,7 @@ _PLACEHOLDERS = {
 
 COMMAND_GROUPS = {
     "Start": ("init", "quickstart", "studio", "doctor", "download"),
-    "Data": ("import", "check", "show", "data"),
+    "Data": ("import", "check", "label", "show", "data"),
     "Training": ("plan", "train", "launch", "convert"),
     "Evaluation": ("eval", "report", "compare"),
     "Inference": ("predict", "chat", "web", "serve"),
@@ -191,6 +192,7 @@ _add_command(short_help="Download a model or dataset from a hub.")(download)
 _add_command(short_help="Diagnose a machine, a model or a run.")(doctor)
 _add_command("import", short_help="Import a dataset as samples.")(import_data)
 _add_command(short_help="Validate samples.")(check)
+_add_command(short_help="Label images with suggestions of a model.")(label)
 _add_command(short_help="Print the tokenized samples of a recipe.")(show)
 app.add_typer(data_app, name="data", short_help="Export samples and convert boxes.")
 _add_data_command("export", short_help="Export samples in the format of another program.")(

@@ -245,7 +245,7 @@ def web(
     Example: finesight web runs/latex
     """
     _require_gradio("finesight web")
-    password, is_generated = _resolve_password(host, password_file, no_auth)
+    password, is_generated = resolve_password(host, password_file, no_auth)
 
     from finesight.encode.family import ThinkingOptions
     from finesight.infer.inference_service import InferenceService
@@ -261,8 +261,8 @@ def web(
         )
         try:
             shown_password = password if is_generated else None
-            _print_page_address(host, listener, shown_password, open_page=open_page)
-            run_web_server(service, listener, password, _is_loopback(host))
+            print_page_address(host, listener, shown_password, open_page=open_page)
+            run_web_server(service, listener, password, is_loopback(host))
         finally:
             service.close(wait_for_running=False)
 
@@ -300,6 +300,9 @@ def studio(
     api_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the HTTP API. 0: any free port.")
     ] = 7872,
+    label_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the labelling page. 0: any free port.")
+    ] = 7873,
     converter: Annotated[
         Path | None,
         typer.Option(
@@ -313,15 +316,15 @@ def studio(
 ) -> None:
     """Start a web UI for import, data check, training, evaluation and serving.
 
-    The steps are Data, Check, Plan, Train, Results, Chat, and Serve and export. The page shows the
-    commands that it starts. They run in processes of their own and continue when the page or this
-    command ends. Ctrl-C stops the page. Requires finesight[web].
+    The steps are Data, Label, Check, Plan, Train, Results, Chat, and Serve and export. The page
+    shows the commands that it starts. They run in processes of their own and continue when the page
+    or this command ends. Ctrl-C stops the page. Requires finesight[web].
 
     Example: finesight studio work
     """
     _require_gradio("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.
-    password, is_generated = _resolve_password(host, password_file, no_auth, open_loopback=False)
+    password, is_generated = resolve_password(host, password_file, no_auth, open_loopback=False)
 
     from finesight.web.web_server import bind_socket, create_private_folder, serve_app
 
@@ -334,14 +337,16 @@ def studio(
         os.chdir(folder)
         view = StudioView(Workspace(Path()))
         port = listener.getsockname()[1]
-        access = ServerAccess(host, password, converter, chat_port, api_port, port)
-        app = make_studio_app(view, private_folder, access, _is_loopback(host))
+        access = ServerAccess(
+            host, password, converter, chat_port, api_port, port=port, label_port=label_port
+        )
+        app = make_studio_app(view, private_folder, access, is_loopback(host))
         shown_password = password if is_generated else None
-        _print_page_address(host, listener, shown_password, open_page=open_page)
+        print_page_address(host, listener, shown_password, open_page=open_page)
         serve_app(app, listener)
 
 
-def _print_page_address(
+def print_page_address(
     host: str, listener: socket.socket, password: str | None, *, open_page: bool = False
 ) -> None:
     """Print the address of a page and, if it was generated, its password.
@@ -352,7 +357,7 @@ def _print_page_address(
     typer.echo(address)
     if password is not None:
         typer.echo(f"password: {password}")
-    if password is not None and not _is_loopback(host):
+    if password is not None and not is_loopback(host):
         typer.echo("The page uses HTTP without encryption: the password is sent as plain text.")
     if open_page:
         import threading
@@ -376,7 +381,7 @@ def _require_gradio(command: str) -> None:
         )
 
 
-def _resolve_password(
+def resolve_password(
     host: str, file: Path | None, no_auth: bool, *, open_loopback: bool = True
 ) -> tuple[str | None, bool]:
     """Return the password of a page, and whether it was generated.
@@ -392,7 +397,7 @@ def _resolve_password(
         )
     if file is not None:
         return _read_password(file), False
-    if no_auth or (open_loopback and _is_loopback(host)):
+    if no_auth or (open_loopback and is_loopback(host)):
         return None, False
     return secrets.token_urlsafe(12), True
 
@@ -417,7 +422,7 @@ def _read_password(file: Path) -> str:
     return password
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     import ipaddress
 
     try:

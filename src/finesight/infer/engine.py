@@ -517,7 +517,7 @@ def generate(
         batch_size=len(prompts),
         on_progress=on_progress,
     )
-    output_ids = {index: ids for index, _, ids in completions}
+    output_ids = {index: [token.id for token in tokens] for index, _, tokens in completions}
     return [output_ids[index] for index in range(len(prompts))]
 
 
@@ -530,7 +530,8 @@ def iter_completions(
     end_ids: Sequence[int],
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[int, TokenizedSample, list[int]]]:
+    logprobs: bool = False,
+) -> Iterator[tuple[int, TokenizedSample, list[GeneratedToken]]]:
     """Generate greedy completions with continuous batching, and yield each at its end.
 
     A completion ends with one of `end_ids` (included), after `max_new_tokens` tokens, or at the
@@ -541,6 +542,7 @@ def iter_completions(
         max_new_tokens: Maximum length of a completion, at least 1.
         on_progress: Called after each step with the number of completions that ended in it; an
             exception stops generation.
+        logprobs: Whether the tokens have log probabilities.
     """
     if not prompt_lengths:
         return
@@ -552,7 +554,7 @@ def iter_completions(
         num_cache_tokens = compute_required_tokens(model, prompt_lengths, max_new_tokens, num_seqs)
         engine = Engine(model, end_ids, max_num_seqs=num_seqs, num_cache_tokens=num_cache_tokens)
     waiting = iter(prompts)
-    active: dict[int, tuple[int, TokenizedSample, list[int]]] = {}
+    active: dict[int, tuple[int, TokenizedSample, list[GeneratedToken]]] = {}
     has_more = True
     while has_more or engine.has_work:
         while has_more and engine.num_waiting + engine.num_running < batch_size:
@@ -561,14 +563,18 @@ def iter_completions(
             if next_prompt is not None:
                 index, prompt = next_prompt
                 max_tokens = min(max_new_tokens, engine.get_max_new_tokens(prompt))
-                request = GenerationRequest(prompt=prompt, max_new_tokens=max_tokens)
+                request = GenerationRequest(
+                    prompt=prompt,
+                    max_new_tokens=max_tokens,
+                    logprobs=0 if logprobs else None,
+                )
                 active[engine.add_request(request)] = (index, prompt.tokenized, [])
         num_finished = 0
         for event in engine.step():
             if event.error is not None:
                 raise event.error
             if event.token is not None:
-                active[event.request_id][2].append(event.token.id)
+                active[event.request_id][2].append(event.token)
             if event.finish_reason is not None:
                 num_finished += 1
                 yield active.pop(event.request_id)

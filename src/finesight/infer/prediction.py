@@ -7,7 +7,7 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ from finesight.data.video_file import read_video_header
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.infer.engine import iter_completions
+from finesight.infer.request import GeneratedToken
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.storage import make_folder, write_file
 from finesight.vision.image_processing import load_image
@@ -55,6 +56,7 @@ class Prediction:
         raw_text: Text with special tokens, including the end token.
         stopped: Whether the completion ended with an end token or a stop string.
         reasoning: Reasoning of a thinking model; None for other models.
+        tokens: Generated tokens with log probabilities, if `predict` was called with `logprobs`.
     """
 
     id: str
@@ -66,6 +68,7 @@ class Prediction:
     num_tokens: int
     stopped: bool
     reasoning: str | None = None
+    tokens: tuple[GeneratedToken, ...] = ()
 
     @property
     def text(self) -> str:
@@ -148,6 +151,7 @@ def predict(
     on_progress: Callable[[int], None] | None = None,
     on_corrupt_image: Callable[[int, CorruptImageError], None] | None = None,
     on_batch_reduced: Callable[[int], None] | None = None,
+    logprobs: bool = False,
 ) -> list[Prediction]:
     """Generate a prediction for each sample, in the order of the samples.
 
@@ -160,6 +164,8 @@ def predict(
         on_corrupt_image: Called with index and error of a sample with an unreadable image, which is
             skipped. Without it the error is raised.
         on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
+        logprobs: Whether predictions contain their tokens with log probabilities. Only for models
+            with native code.
 
     Raises:
         CorruptImageError: An image cannot be read and `on_corrupt_image` is None.
@@ -171,7 +177,7 @@ def predict(
         with _PromptReader(renderer, samples, on_corrupt_image) as prompt_reader:
             while prompt_reader.remaining:
                 try:
-                    for i, prompt, output_ids in iter_completions(
+                    for i, prompt, tokens in iter_completions(
                         model,
                         prompt_reader.iter_prompts(batch_size),
                         [prompt.num_tokens for prompt in prompt_reader.remaining.values()],
@@ -179,9 +185,14 @@ def predict(
                         end_ids=renderer.end_ids,
                         batch_size=batch_size,
                         on_progress=on_progress,
+                        logprobs=logprobs,
                     ):
                         prompt_reader.finished_indices.add(i)
-                        predictions[i] = build_prediction(renderer, samples[i], prompt, output_ids)
+                        output_ids = [token.id for token in tokens]
+                        prediction = build_prediction(renderer, samples[i], prompt, output_ids)
+                        if logprobs:
+                            prediction = replace(prediction, tokens=tuple(tokens))
+                        predictions[i] = prediction
                     break
                 except torch.OutOfMemoryError:
                     batch_size = min(batch_size, len(prompt_reader.remaining)) // 2

@@ -21,11 +21,13 @@ from pydantic import Field, TypeAdapter
 
 from finesight.config import TaskName
 from finesight.errors import UserError
+from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
 from finesight.studio.studio_jobs import format_command
 from finesight.studio.studio_view import (
     CHECK_EXIT_CODES,
+    LABELS_NAME,
     STATIC_FOLDER,
     Selection,
     StudioState,
@@ -62,7 +64,8 @@ class ServerAccess:
         host: Address that the studio and its chat pages listen on.
         password: Password of both. None admits everyone.
         port: Port of the studio.
-        chat_port, api_port: Ports of the chat page and of the HTTP API. 0: any free port.
+        chat_port, api_port, label_port: Ports of the chat page, of the HTTP API and of the
+            labelling page. 0: any free port.
         converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
     """
 
@@ -71,6 +74,7 @@ class ServerAccess:
     converter: Path | None = None
     chat_port: int = 7871
     api_port: int = 7872
+    label_port: int = 7873
     port: int = 0
 
 
@@ -129,6 +133,15 @@ class StudioPage:
             )
             self.inputs[previews["id"]] = _text_inputs(len(values))
             self._button("Import", self._import, inputs, input_type)
+        with self._form("label"):
+            fields = [
+                self._text("Images to label: a file or folder", "images", "photos"),
+                self._text("Prompt", "label-prompt", "Read the ticket."),
+                self._text("Name of the data set", "labels-name", value=LABELS_NAME),
+                self._text("Model without a run", "label-model", value=TINY_MODEL),
+            ]
+            self._button("Start labelling", self._label, fields)
+            self._button("Review existing labels", partial(self._label, review=True), fields)
         with self._form("check"):
             self._button("Check", self._start_listed)
         with self._form("plan"):
@@ -318,12 +331,49 @@ class StudioPage:
         return state.selection.link(recipe=str(state.recipe))
 
     def _chat(self, state: StudioState) -> str:
+        if state.run is None:
+            raise _missing("run")
+        arguments, port = ["web", as_argument(state.run)], self._access.chat_port
+        return self._start_server(state, arguments, port, self._page_options(), self._access.host)
+
+    def _label(
+        self,
+        state: StudioState,
+        images: str,
+        prompt: str,
+        name: str,
+        model: str,
+        *,
+        review: bool = False,
+    ) -> str:
+        """Start the labelling page, with the selected run or else a model.
+
+        A review without images is that of the selected data set. An existing folder of labels is
+        continued.
+        """
+        source = state.dataset.train_file if review and state.dataset else None
+        if images.strip():
+            source = self._workspace.resolve(images, "images")
+        if source is None:
+            raise _missing("data set" if review else "folder of images")
+        target = Path("data", name.strip())
+        if not (self._workspace.folder / target / JOURNAL_FILE).is_file():
+            target = self._workspace.check_new_name("data", name)
+        run = as_argument(state.run) if state.run else self._workspace.check_model(model)
+        options = ["--prompt", prompt.strip()] if prompt.strip() else []
+        options += ["--review"] if review else []
+        options += ["--out", str(target), *self._page_options()]
+        arguments = ["label", run, as_argument(source)]
+        return self._start_server(
+            state, arguments, self._access.label_port, options, self._access.host
+        )
+
+    def _page_options(self) -> list[str]:
+        """Return the options that protect a page in the same way as the studio."""
         options = ["--host", self._access.host]
         if self._access.password is None:
-            options.append("--no-auth")
-        else:
-            options += ["--password-file", str(self._write_password(self._access.password))]
-        return self._start_server(state, "web", self._access.chat_port, options, self._access.host)
+            return [*options, "--no-auth"]
+        return [*options, "--password-file", str(self._write_password(self._access.password))]
 
     def _serve(self, state: StudioState) -> str:
         """Start the HTTP API, with an API key if the studio has a password.
@@ -335,7 +385,10 @@ class StudioPage:
             file = self._workspace.folder / STUDIO_FOLDER / API_KEY_FILE
             key = file.read_text("utf-8") if file.is_file() else secrets.token_urlsafe(32)
             options = ["--key-file", str(self._write_password(key, API_KEY_FILE))]
-        return self._start_server(state, "serve", self._access.api_port, options)
+        if state.run is None:
+            raise _missing("run")
+        arguments = ["serve", as_argument(state.run)]
+        return self._start_server(state, arguments, self._access.api_port, options)
 
     def _write_password(self, password: str, name: str = PASSWORD_FILE) -> Path:
         """Write a password or an API key into a file that only this user can read."""
@@ -350,18 +403,16 @@ class StudioPage:
     def _start_server(
         self,
         state: StudioState,
-        command: str,
+        arguments: Sequence[str],
         port: int,
         options: Sequence[str] = (),
         host: str = "127.0.0.1",
     ) -> str:
-        if state.run is None:
-            raise _missing("run")
         if not port:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = int(free.getsockname()[1])
-        arguments = [command, as_argument(state.run), "--port", str(port), *options]
-        return self._start(state, str(state.run), arguments, port=port, host=host)
+        arguments = [*arguments, "--port", str(port), *options]
+        return self._start(state, state.target, arguments, port=port, host=host)
 
     def _merge(self, state: StudioState, name: str) -> str:
         if state.run is None:

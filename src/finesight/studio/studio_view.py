@@ -36,10 +36,13 @@ from finesight.studio.workspace import (
 from finesight.web.chat_html import select_ui_text
 
 STATIC_FOLDER = Path(__file__).parent / "static"
-STEPS = ("data", "check", "plan", "train", "results", "chat", "export")
+STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 
 CHECK_EXIT_CODES = (0, 2, 3)
 """Exit codes of `finesight check`: no issues, errors, warnings."""
+
+LABELS_NAME = "labels"
+"""Default name of the data set that the label step creates."""
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
@@ -206,6 +209,8 @@ class StudioView:
     def list_commands(self, state: StudioState) -> list[list[str]]:
         """Return the commands of a step that depend on the selection and the workspace only."""
         step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
+        if step == "label" and run is not None:
+            return [["label", as_argument(run), "IMAGES", "--out", f"data/{LABELS_NAME}"]]
         if step == "check" and dataset is not None:
             against = ["--against", as_argument(dataset.eval_file)] if dataset.eval_file else []
             options = ["--html", str(_get_check_page(dataset)), "--language", state.selection.lang]

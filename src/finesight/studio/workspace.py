@@ -29,8 +29,8 @@ from finesight.recipe import load_recipe, recipe_from_text
 from finesight.storage import working_folder, write_file
 
 STUDIO_FOLDER = ".finesight"
-TRAIN_FILES, EVAL_FILE = ("train.jsonl", "data.jsonl"), "eval.jsonl"
-"""Files that `finesight import` writes."""
+TRAIN_FILES, EVAL_FILE = ("train.jsonl", "data.jsonl", "labels.jsonl"), "eval.jsonl"
+"""Files that `finesight import` and `finesight label` write."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 
@@ -48,7 +48,7 @@ HUB_NAME_PATTERN = re.compile(r"(?:(?:hf|modelscope):)?[\w.-]+/[\w.-]+(?:@[\w./-
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceDataset:
-    """Folder with samples from `finesight import`, relative to the workspace."""
+    """Folder with samples from `finesight import` or `label`, relative to the workspace."""
 
     path: Path
     train_file: Path

@@ -222,7 +222,7 @@ class AccessMiddleware:
         password: Password of the page. None admits everyone.
         loopback_only: Whether other host names than `LOOPBACK_HOSTS` are rejected if there is no
             password.
-        get_routes: Pattern of the paths that GET requests may have.
+        get_routes, post_routes: Patterns of the paths that GET and POST requests may have.
         session_cookie: Name of the cookie. Servers on one host need different names.
         identifies_browsers: Whether browsers get a cookie with a secret ID.
     """
@@ -235,6 +235,7 @@ class AccessMiddleware:
     password: str | None = None
     loopback_only: bool = True
     get_routes: re.Pattern[str] = GET_ROUTES
+    post_routes: re.Pattern[str] = POST_ROUTES
     session_cookie: str = SESSION_COOKIE
     identifies_browsers: bool = False
     _session_token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
@@ -301,7 +302,8 @@ class AccessMiddleware:
         if method == "POST" and not _is_same_origin(headers.get("origin"), host):
             text = "origin not allowed: a proxy must forward the Host header"
             return PlainTextResponse(text, 403)
-        routes = {"GET": self.get_routes, "HEAD": self.get_routes, "POST": POST_ROUTES}.get(method)
+        gets = self.get_routes
+        routes = {"GET": gets, "HEAD": gets, "POST": self.post_routes}.get(method)
         if routes is None or not routes.fullmatch(path):
             return PlainTextResponse("not found", 404)
         token = request.cookies.get(self.session_cookie, "")

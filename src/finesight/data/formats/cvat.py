@@ -156,7 +156,10 @@ def write_files(
         label = ElementTree.SubElement(labels, "label")
         add_child(label, "name", name)
         attributes = ElementTree.SubElement(label, "attributes")
-        for attribute_name in _list_attributes(records, name):
+        boxes = [box for record in records for box in record.boxes if box.label == name]
+        for attribute_name in sorted({key for box in boxes for key in box.attributes}):
+            if attribute_name == "occluded":
+                continue
             attribute = ElementTree.SubElement(attributes, "attribute")
             add_child(attribute, "name", attribute_name)
             add_child(attribute, "mutable", "False")
@@ -220,11 +223,6 @@ def _check_names(classes: Sequence[str]) -> None:
             expected=f"boxes with labels or classes of at most {MAX_NAME_CHARS} characters",
             remedy="export texts to label-studio or coco",
         )
-
-
-def _list_attributes(records: Sequence[ImageRecord], label: str) -> list[str]:
-    boxes = [box for record in records for box in record.boxes if box.label == label]
-    return sorted({name for box in boxes for name in box.attributes} - {"occluded"})
 
 
 def _build_image(index: int, record: ImageRecord, context: ExportContext) -> ElementTree.Element:

@@ -1,0 +1,185 @@
+"""`finesight label`: suggest labels, and accept or correct them on a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from finesight.cli.options import (
+    JSON_OUTPUT,
+    DeviceOption,
+    MaxNewTokensOption,
+    PortOption,
+    PrecisionOption,
+    RunOrModelArgument,
+    WeightFormatOption,
+    echo_json,
+)
+from finesight.cli.servers import (
+    NoAuthOption,
+    PageHostOption,
+    PasswordFileOption,
+    is_loopback,
+    print_page_address,
+    resolve_password,
+)
+from finesight.errors import UserError
+
+if TYPE_CHECKING:
+    from finesight.label.label_session import LabelSession
+
+
+def label(
+    run_or_model: RunOrModelArgument,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGES", help="Images, folders of images, or a JSONL file."),
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Question about every image. Default: that of the run's training data."),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER",
+            file_okay=False,
+            help="Folder of the labels (labels.jsonl) and their history (journal.jsonl). An "
+            "existing one is continued.",
+        ),
+    ] = Path("labels"),
+    kind: Annotated[
+        Literal["text", "fields", "classes", "boxes"] | None,
+        typer.Option(help="Kind of the answers. Default: detected from the training data."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="Classes to choose from: the answers, or the labels of boxes. Default: those of "
+            "the training data.",
+        ),
+    ] = None,
+    review: Annotated[
+        bool,
+        typer.Option(
+            "--review",
+            help="Review the existing answers of a JSONL file, most probably wrong first.",
+        ),
+    ] = False,
+    suggestions: Annotated[
+        bool, typer.Option("--suggestions/--no-suggestions", help="Suggest answers with the model.")
+    ] = True,
+    suggest_only: Annotated[
+        bool, typer.Option("--suggest-only", help="Print the suggestions, and start no page.")
+    ] = False,
+    max_new_tokens: MaxNewTokensOption = 512,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Answers generated at the same time.")
+    ] = 16,
+    host: PageHostOption = "127.0.0.1",
+    port: PortOption = 7873,
+    password_file: PasswordFileOption = None,
+    no_auth: NoAuthOption = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weight_format: WeightFormatOption = "auto",
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help=f"Print one JSON object per suggestion {JSON_OUTPUT}"),
+    ] = False,
+) -> None:
+    """Suggest labels for images, and accept, correct or skip them on a page.
+
+    The least certain suggestions come first. Each decision is saved at once. `finesight train`
+    reads labels.jsonl. The page requires finesight[web].
+
+    Example: finesight label runs/receipts photos
+    """
+    from rich.console import Console
+
+    from finesight.label.label_session import open_session
+    from finesight.train.console import TrainingConsole
+
+    if as_json and not suggest_only:
+        raise UserError(
+            "--json is given without --suggest-only",
+            where="--json",
+            expected="--json with --suggest-only",
+            remedy="add --suggest-only, or remove --json",
+        )
+    if suggest_only and not suggestions:
+        raise UserError(
+            "--suggest-only is given with --no-suggestions",
+            where="--suggest-only",
+            expected="one of the two options",
+            remedy="remove one of the options",
+        )
+    names = [name.strip() for name in (classes or "").split(",") if name.strip()]
+    session = open_session(
+        out, run_or_model, sources, prompt=prompt, kind=kind, choices=names, review=review
+    )
+    with session.store:
+        if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
+            from finesight.infer.model_loader import load_inference_model
+
+            console = TrainingConsole(Console(stderr=True))
+            with console.activity(f"loading the weights of {run_or_model}"):
+                model = load_inference_model(run_or_model, device, precision, weight_format)
+            with console.progress_stage("suggestions", len(pending)) as on_progress:
+                reasons = session.add_suggestions(
+                    model,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    on_progress=on_progress,
+                )
+            for reason in reasons.values():
+                typer.echo(f"skipped: {reason}", err=True)
+            del model
+        session.complete_task()
+        if suggest_only:
+            _print_suggestions(session, as_json)
+        else:
+            _run_page(session, host, port, password_file, no_auth)
+    counts = session.store.count_events()
+    text = ", ".join(f"{count} {name}" for name, count in counts.items())
+    typer.echo(f"{text}: {out}", err=True)
+
+
+def _print_suggestions(session: LabelSession, as_json: bool) -> None:
+    """Print the open samples in the order of the page."""
+    for item in session.store.items:
+        values = session.describe_item(item)
+        if as_json:
+            echo_json({key: value for key, value in values.items() if key != "history"})
+            continue
+        score = values["confidence"] if values["score"] is None else values["score"]
+        answer = values["suggestion"] or values["answer"]
+        text = answer["text"] or ", ".join(
+            f"{box['label'] or 'box'} {box['xyxy']}" for box in answer["boxes"]
+        )
+        typer.echo(f"{'-' if score is None else f'{score:.3f}'}  {values['id']}  {text}")
+
+
+def _run_page(
+    session: LabelSession, host: str, port: int, password_file: Path | None, no_auth: bool
+) -> None:
+    try:
+        from finesight.label.label_page import make_label_app
+        from finesight.web.web_server import bind_socket, create_private_folder, serve_app
+    except ImportError as error:
+        raise UserError(
+            f"the package {error.name} cannot be imported",
+            where="finesight label",
+            expected="the extra web",
+            remedy="pip install 'finesight[web]', or use --suggest-only",
+        ) from error
+    # Answers are data of the user, so a page on the network needs a password.
+    password, is_generated = resolve_password(host, password_file, no_auth)
+    with bind_socket(host, port) as listener, create_private_folder() as folder:
+        port = listener.getsockname()[1]
+        app = make_label_app(session, folder, password, is_loopback(host), port)
+        print_page_address(host, listener, password if is_generated else None)
+        serve_app(app, listener)

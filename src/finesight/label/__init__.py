@@ -1,0 +1,1 @@
+"""Labelling: suggestions with confidence, decisions in a journal, and ranking of label errors."""

@@ -1,0 +1,304 @@
+"""Labelling session: samples, task and labels of a folder, with suggestions of a model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from finesight.data.corpus import load_corpus
+from finesight.data.image_header import IMAGE_SUFFIXES
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    read_samples,
+)
+from finesight.errors import UserError, suggest_similar_path
+from finesight.infer.model_loader import InferenceModel
+from finesight.label.label_ranking import rank_labels
+from finesight.label.label_store import LabelItem, LabelStore
+from finesight.label.suggestion import Suggestion, suggest_labels
+from finesight.manifest import RECIPE_FILE
+from finesight.recipe import load_recipe
+
+AnswerKind = Literal["text", "fields", "classes", "boxes"]
+
+MAX_EXAMPLES = 500
+"""Number of samples by which prompt and kind of the answers are detected."""
+
+MAX_CLASSES = 30
+"""Maximum number of different answers that count as classes."""
+
+MIN_CLASS_REPEATS = 3
+"""Minimum mean number of samples per class."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTask:
+    """Prompt and kind of the answers of a session.
+
+    Attributes:
+        prompt: Question about each image; None if it is unknown.
+        choices: Class names: the answers, or the labels of boxes. Empty for free text.
+        template: JSON object with empty values for images without a suggestion; empty without one.
+    """
+
+    kind: AnswerKind = "text"
+    prompt: str | None = None
+    choices: tuple[str, ...] = ()
+    template: str = ""
+
+
+SUGGESTIONS_PER_WRITE = 64
+"""Number of suggestions after which they are saved, so that an interruption loses no more."""
+
+
+@dataclass(slots=True)
+class LabelSession:
+    """Open labels of a folder.
+
+    Attributes:
+        model: Run or model of the suggestions, as given by the user.
+        review: Whether existing answers are reviewed, instead of new ones created.
+    """
+
+    model: str
+    task: LabelTask
+    store: LabelStore
+    review: bool
+
+    def add_suggestions(
+        self,
+        inference_model: InferenceModel,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> dict[str, str]:
+        """Suggest answers to the open samples that have none from this model.
+
+        Returns:
+            The reason for each sample without a suggestion, by ID: an unreadable image.
+        """
+        reasons: dict[str, str] = {}
+        pending = self.store.list_unsuggested(self.model)
+        for start in range(0, len(pending), SUGGESTIONS_PER_WRITE):
+            chunk = pending[start : start + SUGGESTIONS_PER_WRITE]
+            options: dict[str, Any] = {
+                "max_new_tokens": max_new_tokens,
+                "batch_size": batch_size,
+                "on_progress": on_progress,
+            }
+            scored: list[tuple[Suggestion, float | None]]
+            if self.review:
+                ranked, failed = rank_labels(inference_model, chunk, **options)
+                scored = [(one.suggestion, one.score) for one in ranked]
+            else:
+                suggestions, failed = suggest_labels(inference_model, chunk, **options)
+                scored = [(suggestion, None) for suggestion in suggestions]
+            self.store.add_suggestions(scored, self.model)
+            reasons |= failed
+        self.store.exclude(reasons)
+        return reasons
+
+    def complete_task(self) -> None:
+        """Use boxes in suggestions for the kind and the choices, if the task has no examples."""
+        contents = [item.proposal for item in self.store.items]
+        labels = Counter(
+            part.label for content in contents for part in content if isinstance(part, BoxPart)
+        )
+        if self.task.kind == "text" and labels:
+            self.task = replace(self.task, kind="boxes")
+        if self.task.kind == "boxes" and not self.task.choices:
+            choices = tuple(label for label, _ in labels.most_common() if label)
+            self.task = replace(self.task, choices=choices)
+
+    def describe_item(self, item: LabelItem) -> dict[str, Any]:
+        """Return the values of an item as JSON data."""
+        suggestion, content = item.suggestion, item.proposal
+        return {
+            "id": item.sample.sample.id,
+            "decision": item.decision.event if item.decision else "open",
+            "confidence": suggestion.confidence if suggestion else None,
+            "score": suggestion.score if suggestion else None,
+            "answer": describe_answer(content),
+            "suggestion": describe_answer(suggestion.content) if suggestion else None,
+            "parts": [
+                {"path": list(part.path), "confidence": part.confidence}
+                for part in (suggestion.parts if suggestion else ())
+            ],
+            "history": [
+                {"time": entry.time.isoformat(), "event": entry.event, "model": entry.model}
+                for entry in item.history
+            ],
+        }
+
+
+def open_session(
+    folder: Path,
+    run_or_model: str,
+    sources: Sequence[Path],
+    *,
+    prompt: str | None = None,
+    kind: AnswerKind | None = None,
+    choices: Sequence[str] = (),
+    review: bool = False,
+) -> LabelSession:
+    """Read the samples of a session and open its folder.
+
+    Prompt, kind and choices that are not given come from the training data of the run, or else from
+    the answers of the samples.
+    """
+    examples = read_run_examples(run_or_model)
+    if prompt is None:
+        prompt = detect_task(examples).prompt
+    samples = read_items(sources, prompt)
+    if not examples:
+        examples = [one for one in samples if one.sample.messages[-1].role == "assistant"]
+    task = detect_task(examples, prompt=prompt, kind=kind, choices=choices)
+    return LabelSession(run_or_model, task, LabelStore(folder, samples, review=review), review)
+
+
+def describe_answer(content: Sequence[Any]) -> dict[str, Any]:
+    """Return the text and the boxes of an answer as JSON data."""
+    boxes = [part for part in content if isinstance(part, BoxPart)]
+    return {
+        "text": get_text(content),
+        "boxes": [box.model_dump(mode="json", exclude={"type"}) for box in boxes],
+    }
+
+
+def read_run_examples(run_or_model: str) -> list[LocatedSample]:
+    """Return the first training samples of a run; none for a model or if the data was moved."""
+    path = Path(run_or_model) / RECIPE_FILE
+    if not path.is_file():
+        return []
+    try:
+        corpus = load_corpus(load_recipe(path).data.train)
+        return [corpus[index] for index in range(min(MAX_EXAMPLES, len(corpus)))]
+    except UserError:
+        return []
+
+
+def detect_task(
+    examples: Sequence[LocatedSample],
+    *,
+    prompt: str | None = None,
+    kind: AnswerKind | None = None,
+    choices: Sequence[str] = (),
+) -> LabelTask:
+    """Detect the task of labeled samples. Given values take precedence.
+
+    Answers are boxes if one of them has a box, fields if all are JSON objects, and classes if at
+    most `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average.
+    """
+    answers = [one.sample.messages[-1] for one in examples]
+    contents = [message.content for message in answers if message.role == "assistant"]
+    boxes = [part for content in contents for part in content if isinstance(part, BoxPart)]
+    texts = [get_text(content) for content in contents]
+    objects = [_parse_object(text) for text in texts]
+    counts = dict.fromkeys(texts)
+    detected: AnswerKind = "text"
+    if boxes:
+        detected = "boxes"
+    elif objects and None not in objects:
+        detected = "fields"
+    elif texts and len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
+        detected = "classes"
+    kind = kind or ("classes" if choices and detected == "text" else detected)
+    if not choices and kind in ("boxes", "classes"):
+        names = (box.label for box in boxes) if kind == "boxes" else iter(counts)
+        choices = [name for name in dict.fromkeys(names) if name]
+    template = ""
+    if kind == "fields" and objects and objects[0] is not None:
+        template = json.dumps(_clear_values(objects[0]), ensure_ascii=False)
+    if prompt is None and examples:
+        turns = [turn for turn in examples[0].sample.messages if turn.role == "user"]
+        prompt = get_text(turns[-1].content) or None
+    return LabelTask(kind, prompt, tuple(choices), template)
+
+
+def read_items(sources: Iterable[Path], prompt: str | None) -> list[LocatedSample]:
+    """Read samples from data files, and build one sample for each image.
+
+    Args:
+        sources: Images, folders of images (searched recursively), and JSONL files.
+        prompt: Question about each image.
+
+    Raises:
+        UserError: A source is missing, nothing is found, or images have no prompt.
+    """
+    items: list[LocatedSample] = []
+    for source in sources:
+        if not source.exists():
+            raise UserError(
+                f"{source} does not exist",
+                where="label",
+                expected="images, folders of images, or a JSONL file",
+                remedy=suggest_similar_path(source),
+            )
+        if source.is_dir():
+            files = sorted(path for path in source.rglob("*") if _is_image(path))
+        elif _is_image(source):
+            files = [source]
+        else:
+            samples = read_samples(source, require_answer=False)
+            items += [LocatedSample(sample, source.parent) for sample in samples]
+            continue
+        if files and prompt is None:
+            raise UserError(
+                "images have no prompt",
+                where="--prompt",
+                expected="a question, because the training data of a run does not provide one",
+                remedy='for example: --prompt "Read the receipt."',
+            )
+        items += [_build_question(path, prompt or "") for path in files]
+    if not items:
+        raise UserError(
+            "no images and no samples",
+            where=", ".join(map(str, sources)),
+            expected="images, folders of images, or a JSONL file",
+            remedy="correct the paths",
+        )
+    return items
+
+
+def get_text(content: Sequence[ContentPart]) -> str:
+    """Return the text of an answer without its boxes."""
+    return "".join(part.text for part in content if isinstance(part, TextPart))
+
+
+def _build_question(path: Path, prompt: str) -> LocatedSample:
+    question = (ImagePart(image=path.name), TextPart(text=prompt))
+    sample = Sample(id=str(path), messages=(Message(role="user", content=question),))
+    return LocatedSample(sample, path.parent)
+
+
+def _is_image(path: Path) -> bool:
+    is_hidden = any(part.startswith(".") for part in path.parts if part not in (".", ".."))
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not is_hidden
+
+
+def _parse_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _clear_values(value: Any) -> Any:
+    """Return a JSON value with empty texts, and with one item per list."""
+    if isinstance(value, dict):
+        return {key: _clear_values(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_clear_values(inner) for inner in value[:1]]
+    return ""

@@ -1,0 +1,346 @@
+"""Decisions of a labelling session: a journal with the history, and a file of training samples.
+
+`journal.jsonl` is append-only, with one entry per suggestion and decision, and flushed to disk
+after each decision. An incomplete last line, left by a crash, is removed. `labels.jsonl` is written
+atomically from the journal and contains all labeled samples; `finesight train` reads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
+
+from finesight.data.sample import (
+    BoxPart,
+    LocatedSample,
+    Message,
+    TextPart,
+    validate_sample,
+    write_samples,
+)
+from finesight.errors import UserError
+from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion
+from finesight.storage import FileLock, append_line, flush_file, make_folder, truncate_file
+
+JOURNAL_FILE, LABELS_FILE = "journal.jsonl", "labels.jsonl"
+
+LABELS_PER_WRITE = 500
+"""`labels.jsonl` is written after one decision for each so many labels that it contains."""
+
+LabelEvent = Literal["suggested", "accepted", "corrected", "skipped", "reopened"]
+
+
+class JournalEntry(BaseModel):
+    """Line of the journal: a suggestion, or a decision about a sample.
+
+    Attributes:
+        model: Run or model of the suggestion; empty without one.
+        confidence: Confidence of the suggestion; None without one.
+        content: Suggested answer, or the label of an accepted or corrected sample.
+        parts: Confidence of each part of the suggestion.
+        score: Score of `finesight label --review`; None for a suggestion of a new label.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    time: datetime
+    event: LabelEvent
+    id: str
+    model: str = ""
+    confidence: float | None = None
+    content: tuple[Annotated[TextPart | BoxPart, Discriminator("type")], ...] = ()
+    parts: tuple[SuggestedPart, ...] = ()
+    score: float | None = None
+
+
+@dataclass(slots=True)
+class LabelItem:
+    """Sample with its newest suggestion and decision.
+
+    Attributes:
+        sample: Sample with or without an answer.
+        is_listed: Whether the sample is to be labeled or reviewed.
+        suggestion: Newest suggestion; None without one.
+        decision: Newest decision; None if the sample is undecided.
+        history: All entries of the sample, in order.
+    """
+
+    sample: LocatedSample
+    is_listed: bool
+    suggestion: JournalEntry | None = None
+    decision: JournalEntry | None = None
+    history: list[JournalEntry] = field(default_factory=list)
+
+    @property
+    def existing_answer(self) -> AnswerContent | None:
+        """Answer that the sample had before; None for an unlabeled sample."""
+        last = self.sample.sample.messages[-1]
+        if last.role != "assistant":
+            return None
+        return tuple(part for part in last.content if isinstance(part, TextPart | BoxPart))
+
+    @property
+    def label(self) -> AnswerContent | None:
+        """Accepted or corrected answer, or else the existing answer."""
+        if self.decision is not None and self.decision.event != "skipped":
+            return self.decision.content
+        return self.existing_answer
+
+    @property
+    def proposal(self) -> AnswerContent:
+        """Answer that the page shows first: the label, or else the suggestion."""
+        if self.label is not None:
+            return self.label
+        return () if self.suggestion is None else self.suggestion.content
+
+    def apply(self, entry: JournalEntry) -> None:
+        """Update the item by an entry of the journal."""
+        self.history.append(entry)
+        if entry.event == "suggested":
+            self.suggestion = entry
+        else:
+            self.decision = None if entry.event == "reopened" else entry
+
+
+class LabelStore:
+    """Labels of a folder, which one process at a time may open.
+
+    Items are ordered by the confidence of their suggestions, least certain first, or by the score
+    of a review, highest first. Samples without a suggestion follow in their own order.
+    """
+
+    def __init__(self, folder: Path, samples: Sequence[LocatedSample], *, review: bool) -> None:
+        """Open or create a folder and read its journal.
+
+        Args:
+            samples: Samples to label; those with an answer are listed in a review only.
+
+        Raises:
+            UserError: Another process uses the folder, the journal is damaged, or samples share an
+                ID.
+        """
+        self.folder = folder
+        make_folder(folder)
+        self._journal = folder / JOURNAL_FILE
+        self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
+        try:
+            self._acquire()
+            self._items: dict[str, LabelItem] = {}
+            for located in samples:
+                is_labeled = located.sample.messages[-1].role == "assistant"
+                if located.sample.id in self._items:
+                    raise UserError(
+                        f"several samples have the ID {located.sample.id!r:.200}",
+                        where="label",
+                        expected="samples with different IDs",
+                        remedy="correct the IDs, or label the files one by one",
+                    )
+                self._items[located.sample.id] = LabelItem(located, review or not is_labeled)
+            self._read_journal()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._order: list[str] = []
+        self._num_unwritten = 0
+        self.sort()
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(wait=False)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise
+            raise UserError(
+                "another process labels in this folder",
+                where=str(self.folder),
+                expected="one process per folder",
+                remedy="use the page of that process, or another --out",
+            ) from error
+
+    def _read_journal(self) -> None:
+        content = self._journal.read_bytes()
+        size = content.rfind(b"\n") + 1
+        if size < len(content):
+            truncate_file(self._journal, size)
+        for number, line in enumerate(content[:size].splitlines(), 1):
+            try:
+                entry = JournalEntry.model_validate_json(line)
+            except ValidationError as error:
+                raise UserError(
+                    f"line {number} is not an entry: {line[:80]!r}",
+                    where=str(self._journal),
+                    expected="entries of `finesight label`",
+                    remedy="restore the file from a copy, or remove this line",
+                ) from error
+            # Decisions about samples that are not loaded remain in the journal.
+            if entry.id in self._items:
+                self._items[entry.id].apply(entry)
+
+    @property
+    def items(self) -> Sequence[LabelItem]:
+        """Listed items in the order of the page."""
+        return [self._items[sample_id] for sample_id in self._order]
+
+    def sort(self) -> None:
+        """Order the listed items by their suggestions."""
+
+        def key(item: LabelItem) -> float:
+            entry = item.suggestion
+            if entry is None:
+                return 2.0
+            if entry.score is not None:
+                return -entry.score
+            return 1.0 if entry.confidence is None else entry.confidence
+
+        listed = [item for item in self._items.values() if item.is_listed]
+        self._order = [item.sample.sample.id for item in sorted(listed, key=key)]
+
+    def find(self, sample_id: str) -> LabelItem:
+        """Return the item with an ID. Raises UserError if there is none."""
+        if sample_id not in self._items:
+            raise UserError(
+                f"{sample_id!r:.200} is not a sample of this session",
+                where="label",
+                expected="the ID of a listed sample",
+                remedy="reload the page",
+            )
+        return self._items[sample_id]
+
+    def exclude(self, sample_ids: Iterable[str]) -> None:
+        """Remove samples with unreadable images from the list."""
+        for sample_id in sample_ids:
+            self.find(sample_id).is_listed = False
+        self.sort()
+
+    def count_events(self) -> dict[str, int]:
+        """Count the listed items by decision; `open` are undecided."""
+        events = Counter(item.decision.event if item.decision else "open" for item in self.items)
+        names = ("open", "accepted", "corrected", "skipped")
+        return {name: events[name] for name in names}
+
+    def list_unsuggested(self, model: str) -> list[LocatedSample]:
+        """Return the undecided samples whose newest suggestion is not from this model."""
+        return [
+            item.sample
+            for item in self.items
+            if item.decision is None and (item.suggestion is None or item.suggestion.model != model)
+        ]
+
+    def add_suggestions(
+        self, suggestions: Iterable[tuple[Suggestion, float | None]], model: str
+    ) -> None:
+        """Append suggestions with their review scores to the journal, and sort the items."""
+        for suggestion, score in suggestions:
+            entry = JournalEntry(
+                time=datetime.now(UTC),
+                event="suggested",
+                id=suggestion.id,
+                model=model,
+                confidence=round(suggestion.confidence, 6),
+                content=suggestion.content,
+                parts=suggestion.parts,
+                score=None if score is None else round(score, 6),
+            )
+            append_line(self._journal, entry.model_dump_json(exclude_none=True))
+            self._items[suggestion.id].apply(entry)
+        flush_file(self._journal)
+        self.sort()
+
+    def save_label(self, sample_id: str, content: AnswerContent) -> LabelItem:
+        """Accept or correct a sample: accepted if the content equals what the page proposed.
+
+        Raises:
+            UserError: The content is not a valid answer.
+        """
+        item = self.find(sample_id)
+        validate_sample(self._build_labeled(item, content).sample, f"sample {sample_id}")
+        unchanged = item.existing_answer
+        if unchanged is None and item.suggestion is not None:
+            unchanged = item.suggestion.content
+        self._append(item, "accepted" if content == unchanged else "corrected", content)
+        return item
+
+    def skip(self, sample_id: str) -> LabelItem:
+        """Skip a sample: an unlabeled one gets no label, and another keeps its answer."""
+        item = self.find(sample_id)
+        self._append(item, "skipped", ())
+        return item
+
+    def reopen(self, sample_id: str) -> LabelItem:
+        """Withdraw the decision about a sample."""
+        item = self.find(sample_id)
+        if item.decision is not None:
+            self._append(item, "reopened", ())
+        return item
+
+    def _append(self, item: LabelItem, event: LabelEvent, content: AnswerContent) -> None:
+        suggestion = item.suggestion
+        entry = JournalEntry(
+            time=datetime.now(UTC),
+            event=event,
+            id=item.sample.sample.id,
+            model="" if suggestion is None else suggestion.model,
+            confidence=None if suggestion is None else suggestion.confidence,
+            content=content,
+        )
+        append_line(self._journal, entry.model_dump_json(exclude_none=True))
+        flush_file(self._journal)
+        item.apply(entry)
+        self._num_unwritten += 1
+        if self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
+            self.write_labels()
+
+    def write_labels(self) -> int:
+        """Write all labeled samples to `labels.jsonl`, and return their number."""
+        samples = [
+            self._build_labeled(item, item.label).sample
+            for item in self._items.values()
+            if item.label is not None
+        ]
+        write_samples(self.folder / LABELS_FILE, samples)
+        self._num_unwritten = 0
+        return len(samples)
+
+    def _build_labeled(self, item: LabelItem, content: AnswerContent) -> LocatedSample:
+        """Return the sample with an answer and with paths relative to the folder of the labels."""
+        located = item.sample
+        start = os.path.realpath(self.folder)
+
+        def rename(name: str) -> str:
+            return os.path.relpath(os.path.abspath(located.resolve_path(name)), start)
+
+        sample = located.sample.map_paths(rename)
+        messages = sample.messages
+        messages = messages[:-1] if messages[-1].role == "assistant" else messages
+        answer = Message(role="assistant", content=content)
+        return LocatedSample(
+            sample.model_copy(update={"messages": (*messages, answer)}), self.folder
+        )
+
+    def close(self) -> None:
+        """Write the labels and release the folder."""
+        try:
+            if self._num_unwritten:
+                self.write_labels()
+        finally:
+            self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,289 @@
+"""Suggested labels of a model, with confidences from token probabilities.
+
+| part | confidence |
+|---|---|
+| field of a JSON answer | product of the probabilities of the tokens of its value |
+| box | product over the tokens outside of its numbers, times the geometric mean over its numbers |
+| text | product of the probabilities of all tokens, including the end token |
+| answer | product over the parts and over the tokens between them, including the end token |
+
+The product is the probability that the model assigns to exactly this value. The last digits of a
+coordinate hardly change a box, so the numbers of a box have a geometric mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from json.decoder import scanstring  # type: ignore[attr-defined]
+from typing import Any, NamedTuple
+
+from finesight.data.boxes import MAX_JSON_DEPTH
+from finesight.data.image_header import CorruptImageError
+from finesight.data.sample import BoxPart, LocatedSample, TextPart
+from finesight.encode.renderer import Renderer
+from finesight.errors import UserError
+from finesight.evaluate.json_metrics import parse_form
+from finesight.infer.model_loader import InferenceModel
+from finesight.infer.prediction import Prediction, predict
+from finesight.model.hf_backend import HfModel
+
+AnswerContent = tuple[TextPart | BoxPart, ...]
+"""Content of an answer: a text, or boxes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SuggestedPart:
+    """Confidence of one part of a suggested answer.
+
+    Attributes:
+        path: Keys and list indices of a JSON field; the index of a box; empty for a text.
+    """
+
+    path: tuple[str | int, ...]
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """Suggested answer to a sample with confidences in [0, 1].
+
+    Attributes:
+        is_complete: Whether the model ended the answer before the maximum length.
+        loss: Negative log likelihood of the answer, in nats.
+    """
+
+    id: str
+    content: AnswerContent
+    confidence: float
+    parts: tuple[SuggestedPart, ...]
+    is_complete: bool = True
+    loss: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the suggestion as JSON data."""
+        return {
+            "id": self.id,
+            "confidence": round(self.confidence, 6),
+            "content": [part.model_dump(mode="json") for part in self.content],
+            "parts": [
+                {"path": list(part.path), "confidence": round(part.confidence, 6)}
+                for part in self.parts
+            ],
+            "is_complete": self.is_complete,
+        }
+
+
+class JsonLeaf(NamedTuple):
+    """A scalar in a JSON text, with its path and the offsets of its characters."""
+
+    path: tuple[str | int, ...]
+    value: Any
+    start: int
+    stop: int
+
+
+def suggest_labels(
+    inference_model: InferenceModel,
+    samples: Sequence[LocatedSample],
+    *,
+    max_new_tokens: int = 512,
+    batch_size: int = 16,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[list[Suggestion], dict[str, str]]:
+    """Generate suggested labels, least certain first.
+
+    Returns:
+        The suggestions, and the reason for each sample without one by ID: an unreadable image.
+
+    Raises:
+        UserError: The model has no native code, so its token probabilities are unknown.
+    """
+    model, renderer = inference_model.model, inference_model.renderer
+    if isinstance(model, HfModel):
+        raise UserError(
+            "the transformers backend has no token probabilities",
+            where="label",
+            expected="a model of a native family",
+            remedy="use --no-suggestions",
+        )
+    errors: dict[int, CorruptImageError] = {}
+    predictions = predict(
+        model,
+        renderer,
+        samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_progress=on_progress,
+        on_corrupt_image=errors.__setitem__,
+        logprobs=True,
+    )
+    readable = [sample for index, sample in enumerate(samples) if index not in errors]
+    suggestions = [
+        build_suggestion(renderer, sample, prediction)
+        for sample, prediction in zip(readable, predictions, strict=True)
+    ]
+    suggestions.sort(key=lambda suggestion: suggestion.confidence)
+    reasons = {samples[i].sample.id: str(error).splitlines()[0] for i, error in errors.items()}
+    return suggestions, reasons
+
+
+def build_suggestion(
+    renderer: Renderer, located_sample: LocatedSample, prediction: Prediction
+) -> Suggestion:
+    """Build the suggestion of a prediction whose tokens have log probabilities."""
+    tokens = AnswerTokens(renderer, prediction)
+    parts: list[SuggestedPart] = []
+    spans: list[tuple[int, int]] = []
+    if prediction.boxes:
+        spans = list(_iter_box_spans(renderer, located_sample, prediction, tokens))
+        parts = [
+            SuggestedPart((index,), tokens.compute_box_confidence(*span))
+            for index, span in enumerate(spans)
+        ]
+    elif parse_form(prediction.answer) is not None:
+        leaves = list(iter_json_leaves(prediction.raw_text))
+        spans = [tokens.find_span(leaf.start, leaf.stop) for leaf in leaves]
+        parts = [
+            SuggestedPart(leaf.path, tokens.multiply(*span))
+            for leaf, span in zip(leaves, spans, strict=True)
+        ]
+    # Tokens may belong to two adjacent parts; those of no part are the structure of the answer.
+    in_parts = {index for span in spans for index in range(*span)}
+    structure = math.fsum(
+        logprob for index, logprob in enumerate(tokens.logprobs) if index not in in_parts
+    )
+    confidence = math.exp(structure) * math.prod(part.confidence for part in parts)
+    content: AnswerContent = prediction.boxes or (TextPart(text=prediction.answer),)
+    if not parts:
+        parts = [SuggestedPart((), confidence)]
+    loss = -math.fsum(tokens.logprobs)
+    return Suggestion(prediction.id, content, confidence, tuple(parts), prediction.stopped, loss)
+
+
+class AnswerTokens:
+    """Tokens of a generated answer with their log probabilities and offsets in `raw_text`.
+
+    Attributes:
+        logprobs: Log probability of each token, without those of the reasoning.
+        texts: Text of each token; incomplete characters are replaced.
+    """
+
+    def __init__(self, renderer: Renderer, prediction: Prediction) -> None:
+        pieces = [renderer.tokenizer.id_to_bytes(token.id) for token in prediction.tokens]
+        raw_bytes = prediction.raw_text.encode(errors="replace")
+        # The reasoning precedes the answer.
+        offset = max(0, sum(map(len, pieces)) - len(raw_bytes))
+        self._raw_text, self._stops = prediction.raw_text, list[int]()
+        self.logprobs: list[float] = []
+        self.texts: list[str] = []
+        stop = -offset
+        for piece, token in zip(pieces, prediction.tokens, strict=True):
+            stop += len(piece)
+            if stop <= 0:
+                continue
+            assert token.logprob is not None, "a prediction without log probabilities"
+            self._stops.append(stop)
+            self.logprobs.append(min(0.0, token.logprob))
+            self.texts.append(piece.decode(errors="replace"))
+
+    def find_span(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the index range of the tokens with characters in a range of `raw_text`."""
+        start_byte, stop_byte = (
+            len(self._raw_text[:offset].encode(errors="replace")) for offset in (start, stop)
+        )
+        first = sum(stop <= start_byte for stop in self._stops)
+        last = sum(stop < stop_byte for stop in self._stops)
+        return first, min(last + 1, len(self._stops))
+
+    def prefix(self, num_tokens: int) -> str:
+        """Return the text of the first tokens."""
+        raw_bytes = self._raw_text.encode(errors="replace")
+        return raw_bytes[: self._stops[num_tokens - 1]].decode(errors="replace")
+
+    def multiply(self, start: int, stop: int) -> float:
+        """Return the product of the probabilities of a range of tokens."""
+        return math.exp(math.fsum(self.logprobs[start:stop]))
+
+    def compute_box_confidence(self, start: int, stop: int) -> float:
+        """Return the confidence of a box; see the table of this module."""
+        is_number = [any(map(str.isdigit, self.texts[index])) for index in range(start, stop)]
+        logprobs = self.logprobs[start:stop]
+        numbers = [one for one, is_one in zip(logprobs, is_number, strict=True) if is_one]
+        others = [one for one, is_one in zip(logprobs, is_number, strict=True) if not is_one]
+        return math.exp(math.fsum(others) + math.fsum(numbers) / max(1, len(numbers)))
+
+
+def _iter_box_spans(
+    renderer: Renderer,
+    located_sample: LocatedSample,
+    prediction: Prediction,
+    tokens: AnswerTokens,
+) -> Iterator[tuple[int, int]]:
+    """Yield the token range of each box: from the end of the previous box to its own end.
+
+    A box ends with the first token after which the text contains it and all boxes before it.
+    """
+    spans = renderer.tokenize_prompt(located_sample).spans
+    image_index = prediction.boxes[0].image
+    boxes = renderer.parse_boxes(prediction.raw_text, spans, image_index)
+    start, num_done = 0, 0
+    for num_tokens in range(1, len(tokens.logprobs) + 1):
+        if num_done == len(boxes):
+            return
+        found = renderer.parse_boxes(tokens.prefix(num_tokens), spans, image_index)
+        if found[: num_done + 1] == boxes[: num_done + 1]:
+            yield start, num_tokens
+            start, num_done = num_tokens, num_done + 1
+    # Only a text without unique token boundaries has boxes left.
+    yield from [(start, start)] * (len(boxes) - num_done)
+
+
+_JSON_SPACE = re.compile(r"[\s]*")
+_JSON_SCALAR = re.compile(r"true|false|null|-?\d[\d.eE+-]*")
+
+
+def iter_json_leaves(text: str) -> Iterator[JsonLeaf]:
+    """Yield the scalars of the first JSON object or list in a text, until its first error."""
+    start = min((at for at in map(text.find, "{[") if at >= 0), default=-1)
+    if start >= 0:
+        with contextlib.suppress(ValueError, IndexError, RecursionError):
+            yield from _iter_leaves(text, start, (), [start])
+
+
+def _iter_leaves(
+    text: str, start: int, path: tuple[str | int, ...], end: list[int]
+) -> Iterator[JsonLeaf]:
+    """Yield the scalars of the JSON value at an offset, and set `end` to the offset after it."""
+
+    def skip_space(offset: int) -> int:
+        match = _JSON_SPACE.match(text, offset)
+        return offset if match is None else match.end()
+
+    if len(path) > MAX_JSON_DEPTH:
+        raise ValueError(f"deeper than {MAX_JSON_DEPTH} levels")
+    opening = text[start]
+    if opening == '"':
+        value, end[0] = scanstring(text, start + 1, True)
+        yield JsonLeaf(path, value, start, end[0])
+    elif opening not in "{[":
+        match = _JSON_SCALAR.match(text, start)
+        if match is None:
+            raise ValueError(f"no JSON value at {start}")
+        end[0] = match.end()
+        yield JsonLeaf(path, json.loads(match[0]), start, end[0])
+    else:
+        index, offset = 0, skip_space(start + 1)
+        while text[offset] not in "}]":
+            key: str | int = index
+            if opening == "{":
+                key, offset = scanstring(text, offset + 1, True)
+                offset = skip_space(skip_space(offset) + 1)
+            yield from _iter_leaves(text, offset, (*path, key), end)
+            index, offset = index + 1, skip_space(end[0])
+            offset = skip_space(offset + (text[offset] == ","))
+        end[0] = offset + 1

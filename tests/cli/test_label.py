@@ -1,0 +1,74 @@
+"""Tests of `finesight label`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from label_fixtures import draw_images
+from typer.testing import CliRunner
+
+from finesight.cli.app import app
+from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
+from finesight.label.label_store import LABELS_FILE
+
+PROMPT = ("--prompt", "Describe the image.")
+
+
+def run_label(*arguments: str | Path) -> tuple[int, str]:
+    options = ["--max-new-tokens", "8", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["label", "finesight-tiny", *map(str, arguments), *options])
+    return result.exit_code, result.stdout or str(result.exception)
+
+
+def test_suggestions_are_printed_once_and_answered_on_the_page(tmp_path: Path) -> None:
+    photos, out = draw_images(tmp_path), tmp_path / "labels"
+    arguments = (photos, *PROMPT, "--out", out)
+    printed = [run_label(*arguments, "--suggest-only", "--json")[1] for _ in range(2)]
+    assert printed[0] == printed[1]
+    items = [json.loads(line) for line in printed[0].splitlines()]
+    confidences = [item["confidence"] for item in items]
+    assert (len(items), confidences) == (3, sorted(confidences))
+    command = [sys.executable, "-m", "finesight", "label", "finesight-tiny", *map(str, arguments)]
+    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as page:
+        address = page.stdout.readline().strip()
+        decision = {"id": items[0]["id"], "action": "save", "text": "a cat"}
+        body, headers = json.dumps(decision).encode(), {"content-type": "application/json"}
+        request = urllib.request.Request(f"{address}/decision", body, headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["item"]["decision"] == "corrected"
+        page.send_signal(signal.SIGINT)
+        assert page.wait(60) == 0
+    (sample,) = read_samples(out / LABELS_FILE)
+    assert sample.messages[-1].content == (TextPart(text="a cat"),)
+
+
+def test_review_ranks_existing_answers(tmp_path: Path) -> None:
+    draw_images(tmp_path, 2)
+    for index in range(2):
+        question = (ImagePart(image=f"photos/{index}.png"), TextPart(text="Describe the image."))
+        messages = (Message(role="user", content=question), Message(role="assistant", content="x"))
+        write_samples(tmp_path / f"{index}.jsonl", [Sample(id=f"{index}", messages=messages)])
+    files = [tmp_path / f"{index}.jsonl" for index in range(2)]
+    code, text = run_label(*files, "--review", "--suggest-only", "--out", tmp_path / "labels")
+    scores = [float(line.split()[0]) for line in text.splitlines()]
+    assert (code, len(scores), scores) == (0, 2, sorted(scores, reverse=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json"], "--json with --suggest-only"),
+        (["--suggest-only", "--no-suggestions"], "one of the two options"),
+        (["--kind", "other"], ""),
+    ],
+)
+def test_invalid_options_are_rejected(tmp_path: Path, options: list[str], message: str) -> None:
+    code, text = run_label(draw_images(tmp_path), *PROMPT, *options)
+    assert code != 0
+    assert message in text

@@ -1,0 +1,221 @@
+"""Tests of the labelling page: requests without a browser, and labelling by keyboard in one."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from axe import AxeChecker
+from browser import Browser, launch_chromium
+from label_fixtures import CORNERS, FIELDS, open_boxes_session, open_fields_session
+from starlette.testclient import TestClient
+
+from finesight.data.sample import read_samples
+from finesight.label.label_page import make_label_app
+from finesight.label.label_session import LabelSession
+from finesight.label.label_store import LABELS_FILE
+
+WAIT_TIMEOUT_S = 30
+DRAGGED = ((70, 60), (100, 75))
+"""Start and end of a new box in pixels of the image."""
+
+
+@contextmanager
+def open_client(session: LabelSession, password: str | None = None) -> Iterator[TestClient]:
+    app = make_label_app(session, session.store.folder, password, True, 0)
+    with session.store, TestClient(app, "http://127.0.0.1") as client:
+        yield client
+
+
+def read_answers(folder: Path) -> dict[str, str]:
+    samples = read_samples(folder / LABELS_FILE)
+    return {Path(one.id).name: one.messages[-1].content[0].text for one in samples}
+
+
+def test_answers_are_saved_skipped_and_reopened(tmp_path: Path) -> None:
+    with open_client(open_fields_session(tmp_path)) as client:
+        item = client.get("/items/0").json()
+        assert (Path(item["id"]).name, item["confidence"]) == ("2.png", 0.7)
+        assert client.get(item["images"][0]["url"]).headers["content-type"] == "image/webp"
+        decision = {"id": item["id"], "action": "save", "text": item["answer"]["text"]}
+        saved = client.post("/decision", json=decision).json()
+        assert (saved["item"]["decision"], saved["counts"]["open"]) == ("accepted", 2)
+        assert read_answers(tmp_path / "labels") == {"2.png": json.dumps(FIELDS[2])}
+        client.post("/decision", json={**decision, "text": "other"})
+        assert read_answers(tmp_path / "labels") == {"2.png": "other"}
+        other = client.get("/items/1").json()["id"]
+        client.post("/decision", json={"id": other, "action": "skip"})
+        reopened = client.post("/decision", json={"id": item["id"], "action": "reopen"}).json()
+        assert reopened["counts"] == {"open": 2, "accepted": 0, "corrected": 0, "skipped": 1}
+        events = [entry["event"] for entry in reopened["item"]["history"]]
+        assert events == ["suggested", "accepted", "corrected", "reopened"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "text"),
+    [
+        ({"boxes": [{"label": "shop", "xyxy": [10, 10, 300, 50]}]}, 422, "outside its image"),
+        ({"boxes": [{"label": "shop", "xyxy": [40, 10, 30, 50]}]}, 422, "inverted corners"),
+        ({"boxes": [{"image": 1, "xyxy": [1, 1, 9, 9]}]}, 422, "image 1"),
+        ({"boxes": [], "text": " "}, 422, "empty turn"),
+        ({"id": "../other"}, 422, "not a sample"),
+        ({"action": "delete"}, 422, "action"),
+    ],
+)
+def test_invalid_decisions_change_nothing(
+    tmp_path: Path, change: dict[str, Any], status: int, text: str
+) -> None:
+    with open_client(open_boxes_session(tmp_path)) as client:
+        sample_id = client.get("/items/0").json()["id"]
+        answer = client.post("/decision", json={"id": sample_id, "action": "save", **change})
+        assert (answer.status_code, text in answer.text) == (status, True)
+        assert client.get("/items").json()["counts"]["open"] == 2
+        assert client.get("/items/2").status_code == 404
+
+
+def test_requests_need_the_password_and_the_origin(tmp_path: Path) -> None:
+    with open_client(open_fields_session(tmp_path), "secret-password") as client:
+        for path in ("/items", "/items/0", "/images/0/0"):
+            assert client.get(path).status_code == 401
+        client.post("/sign-in", data={"password": "secret-password"})
+        assert client.get("/items").status_code == 200
+        headers = {"origin": "http://other.example"}
+        assert client.post("/decision", json={}, headers=headers).status_code == 403
+        for path in ("/gradio_api/queue/join", "/other"):
+            assert client.post(path, json={}).status_code == 404
+
+
+def test_names_and_texts_are_escaped(tmp_path: Path) -> None:
+    session = open_fields_session(tmp_path)
+    session.model = '"><script>alert(1)</script>'
+    with open_client(session) as client:
+        for lang, text in (("en", "Save and next"), ("zh", "保存")):
+            page = client.get(f"/?lang={lang}").text
+            assert text in page
+            assert "<script>alert" not in page
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium. Tests are skipped without it."""
+    with launch_chromium() as started:
+        yield started
+
+
+@contextmanager
+def serve(session: LabelSession) -> Iterator[str]:
+    app = make_label_app(session, session.store.folder, None, True, 0)
+    config = uvicorn.Config(app, port=0, log_level="critical")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        session.store.close()
+
+
+def wait_for(browser: Browser, condition: str) -> None:
+    end = time.monotonic() + WAIT_TIMEOUT_S
+    while not browser.run(f"return !!({condition});"):
+        text = browser.run("return document.body.innerText;")
+        assert time.monotonic() < end, f"not within {WAIT_TIMEOUT_S} s: {condition}\n{text}"
+        time.sleep(0.02)
+
+
+def press(browser: Browser, key: str, modifiers: int = 0) -> None:
+    """Press a key with modifiers: 2 for Ctrl, 8 for Shift."""
+    code = {"Enter": 13, "Escape": 27, "Delete": 46, "ArrowLeft": 37, "ArrowRight": 39}
+    values: dict[str, Any] = {"key": key, "modifiers": modifiers}
+    values |= {"text": key} if len(key) == 1 else {"windowsVirtualKeyCode": code[key]}
+    for kind in ("keyDown", "keyUp"):
+        browser.driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, **values})
+
+
+def check_layouts(browser: Browser, address: str) -> None:
+    checker = AxeChecker()
+    for width, dark, lang in ((390, False, "en"), (390, True, "zh"), (1440, True, "en")):
+        browser.visit(f"{address}/?lang={lang}", width, dark=dark)
+        wait_for(browser, "document.querySelector('#form .row')")
+        browser.settle()
+        assert browser.messages() == []
+        assert browser.overflow_width() == 0
+        assert checker.find_violations(browser) == [], (width, lang)
+
+
+# A browser takes seconds to start and to paint each page.
+def test_fields_are_labeled_by_keyboard_and_survive_a_reload(
+    tmp_path: Path, browser: Browser
+) -> None:
+    def wait_for_item(name: str) -> None:
+        wait_for(browser, f"document.querySelector('#name').textContent === '{name}'")
+
+    with serve(open_fields_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for_item("2.png")
+        press(browser, "Enter")
+        wait_for_item("1.png")
+        press(browser, "e")
+        wait_for(browser, "document.activeElement.id === 'field-0'")
+        browser.run("document.execCommand('insertText', false, 'Olpa');")
+        press(browser, "Enter")
+        wait_for_item("0.png")
+        press(browser, "s")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 1')")
+        browser.driver.refresh()
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('corrected 1')")
+        press(browser, "u")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 0')")
+        press(browser, "ArrowLeft")
+        wait_for_item("1.png")
+        assert read_answers(tmp_path / "labels") == {
+            "2.png": json.dumps(FIELDS[2]),
+            "1.png": json.dumps({**FIELDS[1], "shop": "Olpa"}),
+        }
+        check_layouts(browser, address)
+
+
+def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path: Path, browser: Browser) -> None:
+    with serve(open_boxes_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelectorAll('#overlay rect').length === 2")
+        press(browser, "b")
+        press(browser, "ArrowRight", 2)  # Ctrl: by 10 pixels
+        press(browser, "ArrowRight", 8)  # Shift: the lower right corner
+        press(browser, "2")
+        press(browser, "b")
+        press(browser, "Delete")
+        area = browser.run(
+            "const area = document.querySelector('#overlay').getBoundingClientRect();"
+            "return [area.left, area.top, area.width / 120];"
+        )
+        start, end = ((area[0] + x * area[2], area[1] + y * area[2]) for x, y in DRAGGED)
+        for kind, (x, y) in (("Pressed", start), ("Moved", end), ("Released", end)):
+            event = {"type": f"mouse{kind}", "x": x, "y": y, "button": "left", "buttons": 1}
+            event["clickCount"] = 1
+            browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+        wait_for(browser, "document.querySelectorAll('#overlay rect').length === 2")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('corrected 1')")
+        wait_for(browser, "document.querySelector('#name').textContent === '1.png'")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('accepted 1')")
+        check_layouts(browser, address)
+    corrected, accepted = (
+        one.messages[-1].content for one in read_samples(tmp_path / "labels" / LABELS_FILE)
+    )
+    assert [box.xyxy for box in accepted] == list(CORNERS)
+    assert [box.label for box in corrected] == ["total", "total"]
+    assert corrected[0].xyxy == (20, 20, 51, 50)
+    assert corrected[1].xyxy == pytest.approx((*DRAGGED[0], *DRAGGED[1]), abs=1)

@@ -1,0 +1,142 @@
+"""Tests of the journal and of the file of labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from label_fixtures import MODEL, draw_images, make_suggestion, open_fields_session
+
+from finesight.config import DataFileSettings
+from finesight.data.corpus import load_corpus
+from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
+from finesight.errors import UserError
+from finesight.label.label_session import open_session
+from finesight.label.label_store import JOURNAL_FILE, LABELS_FILE
+
+
+def list_texts(folder: Path) -> list[str]:
+    return [one.messages[-1].content[0].text for one in read_samples(folder / LABELS_FILE)]
+
+
+def write_answers(folder: Path, *texts: str | None) -> Path:
+    """Write one sample per text about the images of `draw_images`; None has no answer."""
+    draw_images(folder, len(texts))
+    samples = []
+    for index, text in enumerate(texts):
+        question = (ImagePart(image=f"photos/{index}.png"), TextPart(text="Which color?"))
+        messages = [Message(role="user", content=question)]
+        messages += [Message(role="assistant", content=text)] if text else []
+        samples.append(Sample(id=f"s{index}", messages=tuple(messages)))
+    write_samples(folder / "data.jsonl", samples)
+    return folder / "data.jsonl"
+
+
+@pytest.mark.parametrize("damage", ["", '{"time": "2026-01-01T00', '{"time": "2026\n'])
+def test_session_continues_after_a_crash(tmp_path: Path, damage: str) -> None:
+    session = open_fields_session(tmp_path)
+    ids = [item.sample.sample.id for item in session.store.items]
+    session.store.save_label(ids[0], session.store.items[0].proposal)
+    session.store.skip(ids[1])
+    # A crash: nothing is closed properly, and the last line is incomplete.
+    session.store._lock.close()
+    journal = tmp_path / "labels" / JOURNAL_FILE
+    before = journal.read_bytes()
+    with journal.open("a") as file:
+        file.write(damage)
+    photos = [tmp_path / "photos"]
+    if damage.endswith("\n"):
+        with pytest.raises(UserError, match="line 6 is not an entry"):
+            open_session(tmp_path / "labels", MODEL, photos, prompt="Read.")
+        return
+    with open_session(tmp_path / "labels", MODEL, photos, prompt="Read.").store as store:
+        assert journal.read_bytes() == before
+        assert [item.sample.sample.id for item in store.items] == ids
+        assert store.count_events() == {"open": 1, "accepted": 1, "corrected": 0, "skipped": 1}
+        assert [one.sample.id for one in store.list_unsuggested("other")] == [ids[2]]
+        assert store.list_unsuggested(MODEL) == []
+
+
+def test_second_process_is_rejected(tmp_path: Path) -> None:
+    with open_fields_session(tmp_path).store, pytest.raises(UserError, match="another process"):
+        open_session(tmp_path / "labels", MODEL, [tmp_path / "photos"], prompt="Read.")
+
+
+def test_labels_are_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_fields_session(tmp_path).store as store:
+        for item in store.items:
+            store.save_label(item.sample.sample.id, item.proposal)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    corpus = load_corpus([DataFileSettings(path=tmp_path / "labels" / LABELS_FILE)])
+    for located in corpus.read_samples():
+        (image,) = (part for part in located.sample.iter_parts() if isinstance(part, ImagePart))
+        assert located.resolve_path(image.image).is_file()
+        assert not Path(image.image).is_absolute()
+
+
+def test_review_replaces_answers_and_keeps_others(tmp_path: Path) -> None:
+    data = write_answers(tmp_path, "red", "green", "blue", None)
+    session = open_session(tmp_path / "labels", MODEL, [data], review=True)
+    scores = {"s0": 0.1, "s1": 0.9, "s2": 0.5}
+    suggestions = [(make_suggestion(name, "gray", 0.9), score) for name, score in scores.items()]
+    with session.store as store:
+        store.add_suggestions(suggestions, MODEL)
+        assert [item.sample.sample.id for item in store.items] == ["s1", "s2", "s0", "s3"]
+        assert store.items[0].proposal[0].text == "green"
+        assert store.save_label("s1", (TextPart(text="gray"),)).decision.event == "corrected"
+        assert store.save_label("s2", (TextPart(text="blue"),)).decision.event == "accepted"
+        store.skip("s0")
+    assert list_texts(tmp_path / "labels") == ["red", "gray", "blue"]
+
+
+def test_labeled_samples_are_not_listed_without_review(tmp_path: Path) -> None:
+    data = write_answers(tmp_path, "red", None, "red", "red")
+    session = open_session(tmp_path / "labels", MODEL, [data])
+    assert (session.task.kind, session.task.choices) == ("classes", ("red",))
+    with session.store as store:
+        assert [item.sample.sample.id for item in store.items] == ["s1"]
+        store.save_label("s1", (TextPart(text="green"),))
+    assert list_texts(tmp_path / "labels") == ["red", "green", "red", "red"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "prompt", "message"),
+    [
+        (["photos"], None, "images have no prompt"),
+        (["photo"], "Read.", "photo does not exist"),
+        (["photos", "photos/0.png"], "Read.", "several samples have the ID"),
+        (["empty"], "Read.", "no images and no samples"),
+    ],
+)
+def test_invalid_sources_are_rejected(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sources: list[str],
+    prompt: str | None,
+    message: str,
+) -> None:
+    draw_images(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_session(Path("labels"), MODEL, [Path(name) for name in sources], prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "template"),
+    [
+        (['{"a": 1, "b": ["x", "y"]}', '{"a": 2}'], "fields", {"a": "", "b": [""]}),
+        (["red", "green"] * 4, "classes", None),
+        (["a long caption", "another"], "text", None),
+    ],
+)
+def test_task_is_detected_from_answers(
+    tmp_path: Path, answers: list[str], kind: str, template: object
+) -> None:
+    data = write_answers(tmp_path, *answers, None)
+    session = open_session(tmp_path / "labels", MODEL, [data])
+    session.store.close()
+    assert session.task.kind == kind
+    assert json.loads(session.task.template or "null") == template

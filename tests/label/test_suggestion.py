@@ -1,0 +1,160 @@
+"""Tests of suggestions: confidences of fields, boxes and texts, and their order."""
+
+from __future__ import annotations
+
+import math
+import re
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from label_fixtures import draw_images
+
+from finesight.data.sample import LocatedSample, Message, Sample, TextPart
+from finesight.encode.family import ModelFamily
+from finesight.encode.qwen2_5_vl import Qwen25VL
+from finesight.encode.qwen2_vl import Qwen2VL
+from finesight.encode.renderer import NativeRenderer, build_renderer
+from finesight.infer.model_loader import InferenceModel, load_inference_model
+from finesight.infer.prediction import build_prediction, build_question
+from finesight.infer.request import GeneratedToken
+from finesight.label.suggestion import (
+    Suggestion,
+    build_suggestion,
+    iter_json_leaves,
+    suggest_labels,
+)
+from finesight.model_folder import TINY_MODEL, locate_model
+
+
+@pytest.fixture(scope="module")
+def renderer() -> NativeRenderer:
+    return build_renderer(locate_model(TINY_MODEL))
+
+
+def suggest(
+    renderer: NativeRenderer, folder: Path, answer: str, uncertain: dict[str, float]
+) -> Suggestion:
+    """Build the suggestion of an answer whose tokens have the probability 1, except for some.
+
+    Args:
+        answer: Text of the completion. Box tokens are special tokens.
+        uncertain: Probability of the first token of each text.
+    """
+    question = build_question([draw_images(folder, 1) / "0.png"], "Read.", "a")
+    specials = renderer.tokenizer.list_special_tokens()
+    ids: list[int] = []
+    for piece in re.split(f"({'|'.join(map(re.escape, specials))})", answer):
+        if piece in specials:
+            ids.append(renderer.tokenizer.token_to_id(piece))
+        else:
+            ids += renderer.tokenizer.encode(piece)
+    ids.append(renderer.end_ids[0])
+    offsets = {answer.index(text): probability for text, probability in uncertain.items()}
+    tokens, offset = [], 0
+    for token in ids:
+        stop = offset + len(renderer.tokenizer.id_to_bytes(token))
+        inside = [p for at, p in offsets.items() if offset <= at < stop]
+        tokens.append(GeneratedToken(token, math.log(inside[0]) if inside else 0.0))
+        offset = stop
+    prompt = renderer.tokenize_prompt(question)
+    prediction = build_prediction(renderer, question, prompt, ids)
+    return build_suggestion(renderer, question, replace(prediction, tokens=tuple(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "uncertain", "parts", "confidence"),
+    [
+        (
+            '{"shop": "Olp", "items": [{"price": 3.5}]}',
+            {"Olp": 0.5, "3.5": 0.8},
+            {("shop",): 0.5, ("items", 0, "price"): 0.8},
+            0.4,
+        ),
+        ('{"shop": "Olp", "total": 3}', {"total": 0.25}, {("shop",): 1.0, ("total",): 1.0}, 0.25),
+        ("Tür 7", {"T": 0.5, "7": 0.5}, {(): 0.25}, 0.25),
+        ('{"shop": "Olp"', {"Olp": 0.5}, {(): 0.5}, 0.5),
+    ],
+)
+def test_confidence_of_texts(
+    renderer: NativeRenderer,
+    tmp_path: Path,
+    answer: str,
+    uncertain: dict[str, float],
+    parts: dict[tuple[str | int, ...], float],
+    confidence: float,
+) -> None:
+    suggestion = suggest(renderer, tmp_path, answer, uncertain)
+    assert {part.path: part.confidence for part in suggestion.parts} == pytest.approx(parts)
+    assert suggestion.confidence == pytest.approx(confidence)
+    assert suggestion.content[0].text == answer
+    assert suggestion.loss == pytest.approx(-math.log(confidence))
+
+
+TOKEN_BOX = "<|object_ref_start|>{}<|object_ref_end|><|box_start|>({},{}),({},{})<|box_end|>"
+JSON_BOX = '{{"bbox_2d": [{1}, {2}, {3}, {4}], "label": "{0}"}}'
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "separator"),
+    [(Qwen2VL(), TOKEN_BOX, ""), (Qwen25VL(), JSON_BOX, ", ")],
+)
+def test_confidence_of_boxes(
+    renderer: NativeRenderer, tmp_path: Path, family: ModelFamily, template: str, separator: str
+) -> None:
+    renderer = copy(renderer)
+    renderer.family = family
+    boxes = (("shop", 101, 102, 503, 504), ("total", 205, 206, 607, 608))
+    answer = separator.join(template.format(*box) for box in boxes)
+    # A box has 12 digits with one token each; the 2 of bbox_2d is a digit, too.
+    suggestion = suggest(renderer, tmp_path, answer, {"101": 0.5, "total": 0.25})
+    num_digits = 12 + ("bbox_2d" in answer)
+    expected = {(0,): 0.5 ** (1 / num_digits), (1,): 0.25}
+    assert {part.path: part.confidence for part in suggestion.parts} == pytest.approx(expected)
+    assert [box.label for box in suggestion.content] == ["shop", "total"]
+    assert suggestion.confidence == pytest.approx(math.prod(expected.values()))
+
+
+@pytest.mark.parametrize(
+    ("text", "leaves"),
+    [
+        ('x {"a": "b\\"c", "n": [1, {"k": null}], "e": {}, "t": true} y',
+         [("a", '"b\\"c"'), ("n.0", "1"), ("n.1.k", "null"), ("t", "true")]),
+        ('{"a": 1, "b": "x', [("a", "1")]),
+        ("[" * 5000, []),
+        ('{"a": x}', []),
+        ("none", []),
+    ],
+)  # fmt: skip
+def test_json_leaves_are_located(text: str, leaves: list[tuple[str, str]]) -> None:
+    found = list(iter_json_leaves(text))
+    assert [(".".join(map(str, one.path)), text[one.start : one.stop]) for one in found] == leaves
+
+
+@pytest.fixture(scope="module")
+def inference_model() -> InferenceModel:
+    return load_inference_model(TINY_MODEL, device="cpu")
+
+
+def test_least_certain_suggestions_come_first(
+    inference_model: InferenceModel, tmp_path: Path
+) -> None:
+    photos = draw_images(tmp_path)
+    (photos / "broken.png").write_bytes(b"no image")
+    prompts = ("Describe the image.", "Give shop, date and total as JSON.")
+    samples = [
+        build_question([photos / f"{index}.png"], prompt, f"{index}-{prompt[:4]}")
+        for index in range(2)
+        for prompt in prompts
+    ]
+    message = Message(role="user", content=samples[0].sample.messages[0].content)
+    lost = message.model_copy(update={"content": (message.content[0],)})
+    broken = Sample(id="broken", messages=(lost,)).map_paths(lambda _: str(photos / "broken.png"))
+    samples.append(LocatedSample(broken, Path()))
+    suggestions, reasons = suggest_labels(inference_model, samples, max_new_tokens=24)
+    confidences = [suggestion.confidence for suggestion in suggestions]
+    assert confidences == sorted(confidences)
+    assert all(0 <= value <= 1 for value in confidences)
+    assert (len(suggestions), list(reasons)) == (4, ["broken"])
+    assert all(isinstance(one.content[0], TextPart) for one in suggestions)

@@ -35,6 +35,7 @@ COMMAND_NAMES = (
         "import",
         "check",
         "show",
+        "label",
         "plan",
         "data export",
         "data convert-boxes",

@@ -140,3 +140,25 @@ def test_task_is_detected_from_answers(
     session.store.close()
     assert session.task.kind == kind
     assert json.loads(session.task.template or "null") == template
+
+
+def test_labels_of_other_folders_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "labels"
+    for name, text in (("first", "red"), ("second", "blue")):
+        photos = [draw_images(tmp_path / name, 1)]
+        with open_session(out, MODEL, photos, kind="text", prompt="Color?").store as store:
+            store.save_label(store.items[0].sample.sample.id, (TextPart(text=text),))
+    assert list_texts(out) == ["red", "blue"]
+    # After a crash before the file was written, it is written from the journal.
+    (out / LABELS_FILE).unlink()
+    open_session(out, MODEL, photos, kind="text", prompt="Color?").store.close()
+    assert list_texts(out) == ["blue"]
+
+
+def test_another_sample_with_the_same_id_is_rejected(tmp_path: Path) -> None:
+    out = tmp_path / "labels"
+    sources = [write_answers(tmp_path / name, "red") for name in ("first", "second")]
+    with open_session(out, MODEL, [sources[0]], review=True).store as store:
+        store.save_label("s0", (TextPart(text="blue"),))
+    with pytest.raises(UserError, match="another sample with the ID 's0'"):
+        open_session(out, MODEL, [sources[1]], review=True)

@@ -250,7 +250,8 @@ def _format_export_summary(out: Path, summary: ExportSummary) -> list[str]:
     )
     # Formats of one data file are read from it, and others from the folder.
     first_file = Path(summary.files[0])
-    source = first_file if first_file.suffix in (".json", ".jsonl") else out
+    is_one_file = first_file.suffix in (".json", ".jsonl") and summary.format != "labelme"
+    source = first_file if is_one_file else out
     return [
         f"{out}: {summary.num_samples} samples in the format {summary.format}",
         f"  {', '.join(files)}",
@@ -519,27 +520,24 @@ def check(
     exit_code = _run_check(inputs, model_context, fix, html, language, as_json, seed)
     has_errors = exit_code == EXIT_CODES["error"]
     is_fixable = recipe is None and fix is None
-    # Other commands would need the options of a foreign format, too.
-    if not as_json and options == ImportOptions() and (is_fixable or not has_errors):
-        typer.echo(_get_command_after_check(sources, recipe, against or [], fix, has_errors))
+    # Other commands would need the other options and files, too.
+    is_one_file = len(sources) == 1 and not against and model is None and max_length is None
+    is_plain = options == ImportOptions() and (recipe is not None or is_one_file)
+    if not as_json and is_plain and (is_fixable or not has_errors):
+        typer.echo(_get_command_after_check(sources[0], recipe, fix, has_errors))
     raise typer.Exit(exit_code)
 
 
 def _get_command_after_check(
-    sources: Sequence[Path],
-    recipe: Path | None,
-    against: Sequence[Path],
-    fix: Path | None,
-    has_errors: bool,
+    source: Path, recipe: Path | None, fix: Path | None, has_errors: bool
 ) -> str:
     """Return the line with the command after a check: fix the data, else create or plan a run."""
-    words = ["init", fix or sources[0]]
+    words = ["init", fix or source]
     if recipe is not None:
         words = ["plan", recipe]
     elif has_errors:
-        evals = [word for path in against for word in ("--against", path)]
-        fixed = sources[0].with_name(f"{sources[0].stem}-fixed")
-        words = ["check", *sources, *evals, "--fix", fixed]
+        named = source if source.name else source.resolve()
+        words = ["check", source, "--fix", named.with_name(f"{named.stem or 'data'}-fixed")]
     return f"next: {shlex.join(['finesight', *map(str, words)])}"
 
 

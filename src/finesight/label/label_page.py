@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import secrets
 import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -74,6 +75,8 @@ class LabelPage:
     def __init__(self, session: LabelSession) -> None:
         self._session, self._lock = session, threading.Lock()
         self._items = [*session.store.items]
+        # Browsers cache images; the same URL shows another image in the next session.
+        self._version = secrets.token_hex(8)
         self._index_by_id = {item.sample.sample.id: i for i, item in enumerate(self._items)}
         templates = Path(i18n.__file__).parent / "templates"
         self._environment = Environment(
@@ -98,6 +101,7 @@ class LabelPage:
                 "template": task.template,
                 "colors": BOX_COLORS,
                 "no_objects": NO_OBJECTS_ANSWER,
+                "review": self._session.review,
                 "texts": {text: translate(text) for text in SCRIPT_TEXTS},
             }
             return self._environment.get_template("label.html").render(
@@ -122,7 +126,7 @@ class LabelPage:
         images = []
         for number, path in enumerate(_list_images(item)):
             height, width = read_image_size(path)
-            url = f"images/{index}/{number}"
+            url = f"images/{index}/{number}?v={self._version}"
             images.append({"url": url, "width": width, "height": height, "name": path.name})
         return {"index": index, "images": images, **self._session.describe_item(item)}
 
@@ -139,6 +143,13 @@ class LabelPage:
         store = self._session.store
         with self._lock:
             item = store.find(request.id)
+            if request.id not in self._index_by_id:
+                raise UserError(
+                    f"{request.id!r:.200} is not listed",
+                    where="label",
+                    expected="the ID of a listed sample",
+                    remedy="reload the page",
+                )
             if request.action == "save":
                 store.save_label(request.id, _build_content(item, request))
             elif request.action == "skip":

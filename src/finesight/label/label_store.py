@@ -8,6 +8,7 @@ atomically from the journal and contains all labeled samples; `finesight train` 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,9 +22,11 @@ from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from finesight.data.sample import (
     BoxPart,
+    ImagePart,
     LocatedSample,
     Message,
     TextPart,
+    read_samples,
     validate_sample,
     write_samples,
 )
@@ -48,6 +51,7 @@ class JournalEntry(BaseModel):
         content: Suggested answer, or the label of an accepted or corrected sample.
         parts: Confidence of each part of the suggestion.
         score: Score of `finesight label --review`; None for a suggestion of a new label.
+        sample: Digest of the sample, by which another sample with the same ID is noticed.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -60,6 +64,7 @@ class JournalEntry(BaseModel):
     content: tuple[Annotated[TextPart | BoxPart, Discriminator("type")], ...] = ()
     parts: tuple[SuggestedPart, ...] = ()
     score: float | None = None
+    sample: str = ""
 
 
 @dataclass(slots=True)
@@ -79,6 +84,18 @@ class LabelItem:
     suggestion: JournalEntry | None = None
     decision: JournalEntry | None = None
     history: list[JournalEntry] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the image paths, or of the messages of a sample without images."""
+        located, parts = self.sample, [*self.sample.sample.iter_parts()]
+        paths = [located.resolve_path(part.image) for part in parts if isinstance(part, ImagePart)]
+        names = [os.path.realpath(path) for path in paths] or [
+            message.model_dump_json()
+            for message in located.sample.messages
+            if message.role != "assistant"
+        ]
+        return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
 
     @property
     def existing_answer(self) -> AnswerContent | None:
@@ -135,6 +152,8 @@ class LabelStore:
         try:
             self._acquire()
             self._items: dict[str, LabelItem] = {}
+            # Samples of earlier sessions that are not loaded now; their labels are kept.
+            self._other_ids: set[str] = set()
             for located in samples:
                 is_labeled = located.sample.messages[-1].role == "assistant"
                 if located.sample.id in self._items:
@@ -150,7 +169,8 @@ class LabelStore:
             self._lock.close()
             raise
         self._order: list[str] = []
-        self._num_unwritten = 0
+        # A crash may have ended the last session before it wrote its labels.
+        self._num_unwritten = int(any(item.decision is not None for item in self._items.values()))
         self.sort()
 
     def _acquire(self) -> None:
@@ -181,9 +201,22 @@ class LabelStore:
                     expected="entries of `finesight label`",
                     remedy="restore the file from a copy, or remove this line",
                 ) from error
-            # Decisions about samples that are not loaded remain in the journal.
-            if entry.id in self._items:
-                self._items[entry.id].apply(entry)
+            item = self._items.get(entry.id)
+            if item is None:
+                # Decisions about samples that are not loaded remain in the journal.
+                if entry.event in ("accepted", "corrected"):
+                    self._other_ids.add(entry.id)
+                elif entry.event in ("skipped", "reopened"):
+                    self._other_ids.discard(entry.id)
+            elif entry.sample in ("", item.digest):
+                item.apply(entry)
+            else:
+                raise UserError(
+                    f"the folder has labels of another sample with the ID {entry.id!r:.200}",
+                    where=str(self._journal),
+                    expected="the samples for which the folder was created",
+                    remedy="choose another --out",
+                )
 
     @property
     def items(self) -> Sequence[LabelItem]:
@@ -249,6 +282,7 @@ class LabelStore:
                 content=suggestion.content,
                 parts=suggestion.parts,
                 score=None if score is None else round(score, 6),
+                sample=self._items[suggestion.id].digest,
             )
             append_line(self._journal, entry.model_dump_json(exclude_none=True))
             self._items[suggestion.id].apply(entry)
@@ -291,6 +325,7 @@ class LabelStore:
             model="" if suggestion is None else suggestion.model,
             confidence=None if suggestion is None else suggestion.confidence,
             content=content,
+            sample=item.digest,
         )
         append_line(self._journal, entry.model_dump_json(exclude_none=True))
         flush_file(self._journal)
@@ -300,13 +335,20 @@ class LabelStore:
             self.write_labels()
 
     def write_labels(self) -> int:
-        """Write all labeled samples to `labels.jsonl`, and return their number."""
-        samples = [
+        """Write all labeled samples to `labels.jsonl`, and return their number.
+
+        Labels of samples that are not loaded now are kept.
+        """
+        file = self.folder / LABELS_FILE
+        samples = []
+        if self._other_ids and file.is_file() and file.stat().st_size:
+            samples = [sample for sample in read_samples(file) if sample.id in self._other_ids]
+        samples += [
             self._build_labeled(item, item.label).sample
             for item in self._items.values()
             if item.label is not None
         ]
-        write_samples(self.folder / LABELS_FILE, samples)
+        write_samples(file, samples)
         self._num_unwritten = 0
         return len(samples)
 

@@ -52,7 +52,7 @@ from finesight.report.run_reader import (
     read_run,
 )
 from finesight.report.summary import get_run_status
-from finesight.storage import write_file
+from finesight.storage import raise_if_exists, write_file
 
 MAX_EXAMPLES = 2000
 """Maximum number of examples in the report of a finished run.
@@ -146,13 +146,7 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
             remedy="set eval in the recipe, or run `finesight eval RUN --out FILE`",
         )
     lines = read_incorrect_lines(run_record.predictions_files[-1], run_record.primary_metric)
-    if out.resolve() in [file.resolve() for file in run_record.predictions_files]:
-        raise UserError(
-            f"{out.name} is a prediction file of the run",
-            where=str(out),
-            expected="a new file for the incorrect answers",
-            remedy="choose another file",
-        )
+    raise_if_exists(out)
     write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return len(lines)
 

@@ -357,10 +357,11 @@ class LabelStudioImages:
                             break
                     return bytes(data)
         except (
-            httpx2.TransportError,
+            httpx2.RequestError,
             httpx2.InvalidURL,
             OSError,
             LookupError,
+            TypeError,
             ValueError,
         ) as error:
             reason = str(error) if isinstance(error, OSError) and error.errno is None else ""

@@ -357,7 +357,9 @@ class StudioPage:
         if source is None:
             raise _missing("data set" if review else "folder of images")
         target = Path("data", name.strip())
-        if not (self._workspace.folder / target / JOURNAL_FILE).is_file():
+        if (self._workspace.folder / target / JOURNAL_FILE).is_file():
+            target = self._workspace.resolve(str(target), "labels")
+        else:
             target = self._workspace.check_new_name("data", name)
         run = as_argument(state.run) if state.run else self._workspace.check_model(model)
         options = ["--prompt", prompt.strip()] if prompt.strip() else []

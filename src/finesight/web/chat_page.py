@@ -280,6 +280,9 @@ class ChatPage:
 
     def _on_undo(self, request: gr.Request) -> ComponentUpdates:
         session = self._get_session(request)
+        if session.is_generating:
+            # Another tab of the conversation waits for the answer.
+            return self._render_state(session)
         turn = session.chat.undo()
         if turn is None:
             return self._render_state(session)

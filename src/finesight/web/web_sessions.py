@@ -317,13 +317,15 @@ class WebSessionStore:
             previous = self._sessions.get(self._tokens_by_tab.get((browser_id, tab_id), ""))
             session = self._sessions.get(token)
             if session is None or session.browser_id != browser_id:
-                is_empty = previous is not None and not previous.chat.turns
-                session = previous if is_empty else None
+                is_unused = (
+                    previous is not None and not previous.chat.turns and not previous.is_generating
+                )
+                session = previous if is_unused else None
             session = self._show(tab_id, browser_id, session)
             if previous is not None and previous is not session:
                 session.ui_text = previous.ui_text
                 previous.tabs.discard(tab_id)
-                if not previous.chat.turns:
+                if not previous.chat.turns and not previous.is_generating:
                     self.delete(previous)
             return session
 
@@ -354,11 +356,13 @@ class WebSessionStore:
             session = self._sessions.get(self._tokens_by_tab.get(key, ""))
             if session is not None:
                 session.tabs.discard(tab_id)
-                if browser_id is None or not session.chat.turns:
+                is_unused = not session.chat.turns and not session.is_generating
+                if browser_id is None or is_unused:
                     self.delete(session)
                 elif session.is_generating and not session.tabs:
-                    for reply in session.chat.turns[-1].replies:
-                        reply.cancel()
+                    for turn in session.chat.turns[-1:]:
+                        for reply in turn.replies:
+                            reply.cancel()
 
     def delete(self, session: WebSession) -> None:
         """Delete a conversation: cancel its generations and delete its files."""
@@ -410,11 +414,14 @@ class WebSessionStore:
         if len(sessions_of_browser) >= MAX_SESSIONS_PER_BROWSER:
             self.delete(sessions_of_browser[0])
         while len(self._sessions) >= MAX_SESSIONS:
-            self.delete(next(iter(self._sessions.values())))
+            # The least recently used one; first those without messages, and displayed ones last.
+            sessions = self._sessions.values()
+            self.delete(min(sessions, key=lambda one: (bool(one.chat.turns), bool(one.tabs))))
 
     def _close_unused(self) -> bool:
         """Delete the least recently used conversation that no tab displays."""
-        unused = next((session for session in self.list_sessions() if not session.tabs), None)
+        sessions = self.list_sessions()
+        unused = next((one for one in sessions if not one.tabs and not one.is_generating), None)
         if unused is not None:
             self.delete(unused)
         return unused is not None

@@ -159,6 +159,14 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     if not project.has_regions:
         context.source_notes.update(notes)
         return _parse_answers(row, task, project, context)
+    targets = {str(result.get("to_name")) for result in task.results if "original_width" in result}
+    if len(targets) > 1:
+        raise UserError(
+            f"regions of {len(targets)} images: {', '.join(sorted(targets))[:80]}",
+            where=row.location,
+            expected="one image per task",
+            remedy="export one task per image, or remove the task",
+        )
     declared = {
         parse_declared_size(result.get("original_height"), result.get("original_width"))
         for result in task.results

@@ -55,7 +55,11 @@ const open = async (index, select = -1) => {
     byId("error").hidden = true;
     location.hash = index;
     show();
-  } catch (error) { report(error); }
+    return true;
+  } catch (error) {
+    report(error);
+    return false;
+  }
 };
 
 const findOpen = (index) => {
@@ -89,7 +93,7 @@ const undo = async () => {
   if (!item || isSaving) return;
   const index = decided.length ? decided.pop() : decisions[item.index] ? item.index : -1;
   if (index < 0) return;
-  await open(index);
+  if (!await open(index)) return;
   await decide("reopen");
   await open(index);
 };
@@ -112,12 +116,13 @@ const listLeaves = (value, path = []) => value && typeof value === "object"
     listLeaves(inner, [...path, Array.isArray(value) ? Number(key) : key]))
   : [[path, value]];
 
-const setLeaf = (path, text) => {
+const setLeaf = (path, text, original) => {
   const parent = path.slice(0, -1).reduce((value, key) => value[key], fields);
-  const before = parent[path.at(-1)];
-  // A number remains a number.
-  const isNumber = typeof before === "number" && text.trim() !== "" && Number.isFinite(Number(text));
-  parent[path.at(-1)] = isNumber ? Number(text) : text;
+  const word = text.trim();
+  // A number remains a number, and true, false and null remain what they are.
+  const isNumber = typeof original === "number" && word !== "" && Number.isFinite(Number(word));
+  const isWord = (typeof original === "boolean" || original === null) && /^(true|false|null)$/.test(word);
+  parent[path.at(-1)] = isNumber ? Number(word) : isWord ? JSON.parse(word) : text;
 };
 
 // The separators are those of Python, so that an unchanged value is an unchanged text.
@@ -129,7 +134,9 @@ const formatJson = (value) => Array.isArray(value)
 
 const readAnswer = () => {
   if (settings.kind === "boxes") {
-    if (!boxes.length) return { text: settings.no_objects, boxes };
+    // A reviewed answer without boxes keeps its text.
+    const isText = settings.review && !item.answer.boxes.length && item.answer.text;
+    if (!boxes.length) return { text: isText ? item.answer.text : settings.no_objects, boxes };
     return { text: item.answer.boxes.length ? item.answer.text : "", boxes };
   }
   if (fields) {
@@ -199,7 +206,7 @@ const showForm = () => {
       const name = path.join(".");
       return create("div", { class: "row" },
         create("label", { for: `field-${index}` }, name, " ", makeBadge(getConfidence(path))),
-        makeInput(`field-${index}`, value ?? "", (text) => setLeaf(path, text)));
+        makeInput(`field-${index}`, value ?? "", (text) => setLeaf(path, text, value)));
     }));
     return;
   }
@@ -252,7 +259,11 @@ const showImage = () => {
   byId("next-image").hidden = item.images.length < 2;
   byId("next-image").textContent = translate("Image {} of {}", imageIndex + 1, item.images.length);
   if (!shown) return;
-  if (byId("image").getAttribute("src") !== shown.url) byId("image").src = shown.url;
+  if (byId("image").getAttribute("src") !== shown.url) {
+    // The previous image must not stay visible while the next one loads.
+    byId("image").removeAttribute("src");
+    byId("image").src = shown.url;
+  }
   byId("image").alt = shown.name;
   byId("image").width = shown.width;
   byId("image").height = shown.height;
@@ -391,7 +402,8 @@ const addByKey = () => {
 };
 
 document.addEventListener("keydown", (event) => {
-  if (!item || event.metaKey || event.altKey) return;
+  // Enter also ends the composition of an input method.
+  if (!item || event.isComposing || event.keyCode === 229 || event.metaKey || event.altKey) return;
   const isField = event.target.matches?.("input, textarea, select");
   const isControl = event.target.matches?.("button, a, summary");
   if (event.key === "Escape") {
@@ -403,7 +415,7 @@ document.addEventListener("keydown", (event) => {
     // Enter starts a new line in a text with Shift.
     if (event.shiftKey && event.target.matches?.("textarea")) return;
     event.preventDefault();
-    decide("save");
+    if (!event.repeat) decide("save");
     return;
   }
   if (isField) return;
@@ -424,7 +436,7 @@ document.addEventListener("keydown", (event) => {
   if (/^[1-9]$/.test(event.key)) action = () => choose(Number(event.key) - 1);
   if (!action) return;
   event.preventDefault();
-  action();
+  if (!event.repeat || isArrow) action();
 });
 byId("form").addEventListener("submit", (event) => event.preventDefault());
 byId("save").addEventListener("click", () => decide("save"));

@@ -108,7 +108,7 @@ def test_sample_page_draws_boxes_correctly(family: str, tmp_path: Path) -> None:
         renderer, [LocatedSample(sample, tmp_path) for sample in samples], "here"
     )
     text = page.partition('<script type="application/json" id="data">')[2]
-    records = json.loads(text.partition("</script>")[0])
+    records = json.loads(text.partition("</script>")[0])["samples"]
     for record, sample in zip(records, samples, strict=True):
         (box,) = record["boxes"]
         (right,) = sample.messages[-1].content

@@ -175,6 +175,8 @@ def test_fields_are_labeled_by_keyboard_and_survive_a_reload(
         wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 1')")
         browser.driver.refresh()
         wait_for(browser, "document.querySelector('#counts').textContent.includes('corrected 1')")
+        # The counts are shown before the item.
+        wait_for(browser, "document.querySelector('#decision').textContent === 'skipped'")
         press(browser, "u")
         wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 0')")
         press(browser, "ArrowLeft")

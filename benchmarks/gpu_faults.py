@@ -166,13 +166,13 @@ def resume_and_stop(run: Path, count: int, options: argparse.Namespace) -> dict[
         for process in processes:
             process.kill()
             process.wait()
-    steps = read_steps(run)
+    steps = [*before[-2:], *read_steps(run)[len(before) :][:2]]
     log = (run.parent / f"{run.name}-0.txt").read_text(errors="replace").splitlines()
     return {
         "fault": f"resumed on {count}",
         "exit_codes": [process.returncode for process in processes],
-        "steps": [step["step"] for step in (*before[-2:], *steps[len(before) :][:2])],
-        "losses": [round(step["loss"], 4) for step in (*before[-2:], *steps[len(before) :][:2])],
+        "steps": [step["step"] for step in steps],
+        "losses": [round(step["loss"], 4) for step in steps],
         "last_lines": [line[:240] for line in log[-2:]],
     }
 

@@ -522,8 +522,8 @@ def check(
     is_fixable = recipe is None and fix is None
     # Other commands would need the other options and files, too.
     is_one_file = len(sources) == 1 and not against and model is None and max_length is None
-    is_plain = options == ImportOptions() and (recipe is not None or is_one_file)
-    if not as_json and is_plain and (is_fixable or not has_errors):
+    has_command = options == ImportOptions() and (recipe is not None or is_one_file)
+    if not as_json and has_command and (is_fixable or not has_errors):
         typer.echo(_get_command_after_check(sources[0], recipe, fix, has_errors))
     raise typer.Exit(exit_code)
 

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesight.data.sample import BoxPart, ContentPart, LocatedSample, TextPart
+from finesight.data.sample import BoxPart, ContentPart, LocatedSample
 from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.evaluate.box_metrics import compute_box_scores
 from finesight.evaluate.json_metrics import count_fields, parse_form
 from finesight.evaluate.text_metrics import compute_edit_distance, normalize_text
 from finesight.infer.model_loader import InferenceModel
-from finesight.label.suggestion import Suggestion, suggest_labels
+from finesight.label.suggestion import Suggestion, get_text, suggest_labels
 from finesight.model.hf_backend import AnyModel
 
 
@@ -127,8 +127,7 @@ def measure_disagreement(label: Sequence[ContentPart], suggestion: Sequence[Cont
     if label_boxes or suggested_boxes:
         return 1 - compute_box_scores(suggested_boxes, label_boxes)["iou"]
     label_text, suggested_text = (
-        normalize_text("".join(part.text for part in content if isinstance(part, TextPart)))
-        for content in (label, suggestion)
+        normalize_text(get_text(content)) for content in (label, suggestion)
     )
     label_form, suggested_form = parse_form(label_text), parse_form(suggested_text)
     if label_form is not None and suggested_form is not None:

@@ -13,7 +13,6 @@ from finesight.data.corpus import load_corpus
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.sample import (
     BoxPart,
-    ContentPart,
     ImagePart,
     LocatedSample,
     Message,
@@ -25,7 +24,7 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.infer.model_loader import InferenceModel
 from finesight.label.label_ranking import rank_labels
 from finesight.label.label_store import LabelItem, LabelStore
-from finesight.label.suggestion import Suggestion, suggest_labels
+from finesight.label.suggestion import Suggestion, get_text, suggest_labels
 from finesight.manifest import RECIPE_FILE
 from finesight.recipe import load_recipe
 
@@ -177,7 +176,7 @@ def describe_answer(content: Sequence[Any]) -> dict[str, Any]:
 
 
 def read_run_examples(run_or_model: str) -> list[LocatedSample]:
-    """Return the first training samples of a run; none for a model or if the data was moved."""
+    """Return the first training samples of a run, or an empty list without readable data."""
     path = Path(run_or_model) / RECIPE_FILE
     if not path.is_file():
         return []
@@ -269,11 +268,6 @@ def read_items(sources: Iterable[Path], prompt: str | None) -> list[LocatedSampl
             remedy="correct the paths",
         )
     return items
-
-
-def get_text(content: Sequence[ContentPart]) -> str:
-    """Return the text of an answer without its boxes."""
-    return "".join(part.text for part in content if isinstance(part, TextPart))
 
 
 def _build_question(path: Path, prompt: str) -> LocatedSample:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from finesight.data.boxes import MAX_JSON_DEPTH
 from finesight.data.image_header import CorruptImageError
-from finesight.data.sample import BoxPart, LocatedSample, TextPart
+from finesight.data.sample import BoxPart, ContentPart, LocatedSample, TextPart
 from finesight.encode.renderer import Renderer
 from finesight.errors import UserError
 from finesight.evaluate.json_metrics import parse_form
@@ -85,6 +85,11 @@ class JsonLeaf(NamedTuple):
     value: Any
     start: int
     stop: int
+
+
+def get_text(content: Sequence[ContentPart]) -> str:
+    """Return the text of an answer without its boxes."""
+    return "".join(part.text for part in content if isinstance(part, TextPart))
 
 
 def suggest_labels(

@@ -96,9 +96,8 @@ class ParamAudit:
         self._frozen = {
             name: parameter
             for name, parameter in model.named_parameters()
-            # A trainable DTensor without master weights on this rank has no local rows.
-            if name not in master_weights
-            and not (hasattr(parameter, "to_local") and parameter.requires_grad)
+            # Trainable parameters without rows on this rank have no master weights here.
+            if name not in master_weights and not parameter.requires_grad
         }
         self._quantized = find_quantized_weights(model)
         self._master_weights = master_weights

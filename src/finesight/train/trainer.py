@@ -511,7 +511,7 @@ def _accumulate_gradients(
         pack_weight = loss_weight if packed_batch.sample_ids else torch.zeros_like(loss_weight)
         try:
             if micro_index:
-                state.optimizer.accumulate_gradients()
+                state.parallel.accumulate_gradients(state.optimizer)
             total += _forward_backward(state, packed_batch, pack_weight, vision_cache, cache_inputs)
         except torch.OutOfMemoryError as error:
             # A retry can use the memory of the freed CUDA graphs.

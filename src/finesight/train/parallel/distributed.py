@@ -459,6 +459,10 @@ class ParallelStrategy(Protocol):
         """Extend a packed batch where needed, so that every rank runs the same layers."""
         ...
 
+    def accumulate_gradients(self, optimizer: MasterWeightOptimizer) -> None:
+        """Add the gradients of a micro-batch to fp32 sums before the next micro-batch."""
+        ...
+
     def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
         """Sum the gradients of all ranks before the optimizer step.
 
@@ -503,6 +507,10 @@ class DDPStrategy:
     def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
         """Return the batch unchanged."""
         return packed_batch
+
+    def accumulate_gradients(self, optimizer: MasterWeightOptimizer) -> None:
+        """Accumulate the gradients in the optimizer."""
+        optimizer.accumulate_gradients()
 
     def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
         """Sum the fp32 gradients of all ranks by an all-reduce after the backward pass.

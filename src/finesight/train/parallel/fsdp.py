@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -26,12 +26,12 @@ from torch.distributed.tensor import DTensor
 
 from finesight.config import ParallelMode
 from finesight.encode.packing import PackedBatch, append_dummy_image
-from finesight.model.linear import FusedLinear
+from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.optimizer import MasterWeightOptimizer
 
-MIN_UNIT_PARAMS = 64_000_000
+MIN_UNIT_PARAMS = 256_000_000
 """Minimum number of parameters of an FSDP unit, which is all-gathered at once."""
 
 
@@ -41,8 +41,9 @@ class FSDPStrategy:
     Trainable weights are stored in fp32, frozen weights in the compute dtype. Each unit of layers
     is all-gathered in the compute dtype when it is needed. Gradients are reduce-scattered in fp32.
 
-    Weights that the model computes with in fp32 are small. Every rank has a complete copy of them,
-    because the all-gather would round them, and updates its rows.
+    Two kinds of small weights are replicated: every rank has a complete copy and updates its rows.
+    The all-gather of hundreds of LoRA weights costs the host more time than it saves memory, and
+    the all-gather of weights that the model computes with in fp32 would round them.
     """
 
     is_sharded = True
@@ -70,28 +71,31 @@ class FSDPStrategy:
             *_group_layers(model.model.layers),
             [model],
         ]
+        lora_params = {
+            parameter for *_, lora in iter_adapters(model) for parameter in lora.parameters()
+        }
         replicated_params = {
             name: parameter
             for name, parameter in trainable_parameters(model).items()
-            if name.endswith(model.architecture.fp32_suffixes) and dtype != torch.float32
+            if parameter in lora_params
+            or (name.endswith(model.architecture.fp32_suffixes) and dtype != torch.float32)
         }
-        for unit in units:
+        for index, unit in enumerate(units):
             for parameter in chain.from_iterable(module.parameters() for module in unit):
-                if parameter.requires_grad and not isinstance(parameter, DTensor):
+                is_stored = isinstance(parameter, DTensor) or parameter in lora_params
+                if parameter.requires_grad and not is_stored:
                     parameter.data = parameter.data.float()
             fp32_params = {
                 parameter
                 for parameter in chain.from_iterable(module.parameters() for module in unit)
                 if not parameter.requires_grad and parameter.dtype == torch.float32 != dtype
             }
-            # The loss uses the language model head after the forward pass.
-            reshard = not self._is_zero2 and unit is not units[-1]
             fully_shard(
                 unit,
                 mesh=mesh,
                 mp_policy=policy,
                 offload_policy=offload,
-                reshard_after_forward=reshard,
+                reshard_after_forward=self._is_resharded(index, len(units)),
                 ignored_params=fp32_params | {*replicated_params.values()},
             )
         roots = [unit[0] for unit in units]
@@ -108,6 +112,7 @@ class FSDPStrategy:
         )
         self._sharded_params: dict[str, DTensor] = {}
         self._replicated_params = replicated_params
+        self._replicated_grad_E: Tensor | None = None
         self._row_ranges: dict[str, slice] = {}
         trainable_params: dict[str, nn.Parameter] = {}
         for name, parameter in trainable_parameters(model).items():
@@ -115,7 +120,7 @@ class FSDPStrategy:
             start = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
             if name in replicated_params:
                 stop = start - (-len(parameter) // mesh.size())
-                local_shard = parameter.detach()[start:stop].clone()
+                local_shard = parameter.detach()[start:stop].to(torch.float32, copy=True)
                 local_shard = local_shard.cpu() if mode == "fsdp_offload" else local_shard
             else:
                 assert isinstance(parameter, DTensor), f"{name} is not sharded"
@@ -143,58 +148,77 @@ class FSDPStrategy:
         num_features = math.prod(grid) // self._vision_encoder.config.merge_size**2
         return append_dummy_image(packed_batch, grid, num_features, patch_size)
 
+    @torch.no_grad()
+    def accumulate_gradients(self, optimizer: MasterWeightOptimizer) -> None:
+        """Add the gradients of the replicated parameters to fp32 sums.
+
+        FSDP itself sums the reduce-scattered gradients of the sharded parameters in fp32.
+        """
+        params = self._replicated_params.values()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        if grads:
+            grad_E = _flatten(grads)
+            sum_E = self._replicated_grad_E
+            self._replicated_grad_E = grad_E if sum_E is None else sum_E.add_(grad_E)
+        for parameter in params:
+            parameter.grad = None
+
     def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
-        """Pass the reduce-scattered gradients to the optimizer; return their global norm."""
+        """Pass the reduced gradients of the local rows to the optimizer; return the global norm."""
         for name, sharded_param in self._sharded_params.items():
             if isinstance(sharded_param.grad, DTensor):
                 self.trainable_params[name].grad = sharded_param.grad.to_local()
                 sharded_param.grad = None
-        if self._replicated_params:
-            self._reduce_replicated_gradients()
+        self.accumulate_gradients(optimizer)
+        if self._replicated_grad_E is not None:
+            dist.all_reduce(self._replicated_grad_E)
+            for name, grad in self._split(self._replicated_grad_E):
+                if name in self._row_ranges:
+                    local_param = self.trainable_params[name]
+                    local_param.grad = grad[self._row_ranges[name]].to(local_param.device)
+            self._replicated_grad_E = None
         squared_norm = optimizer.grad_norm().square().to(self._device)
         dist.all_reduce(squared_norm)
         return squared_norm.sqrt()
 
     @torch.no_grad()
     def sync_params(self) -> None:
-        """Copy the master weights to the sharded parameters."""
+        """Copy the master weights to the model's parameters."""
         local_shards = [local_shards.to_local() for local_shards in self._sharded_params.values()]
-        torch._foreach_copy_(
-            local_shards, [self.trainable_params[name] for name in self._sharded_params]
-        )
-        if not self._replicated_params:
+        if local_shards:
+            torch._foreach_copy_(
+                local_shards, [self.trainable_params[name] for name in self._sharded_params]
+            )
+        params = self._replicated_params
+        if not params:
             return
-        for name, parameter in self._replicated_params.items():
-            parameter.zero_()
-            if name in self._row_ranges:
-                parameter[self._row_ranges[name]] = self.trainable_params[name].to(self._device)
         # Each row is zero on all ranks but one.
-        self._all_reduce([parameter.data for parameter in self._replicated_params.values()])
+        dtypes = {parameter.dtype for parameter in params.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        size = sum(parameter.numel() for parameter in params.values())
+        values_E = torch.zeros(size, dtype=dtype, device=self._device)
+        values = dict(self._split(values_E))
+        local_names = [name for name in params if name in self._row_ranges]
+        if local_names:
+            torch._foreach_copy_(
+                [values[name][self._row_ranges[name]] for name in local_names],
+                [self.trainable_params[name] for name in local_names],
+            )
+        dist.all_reduce(values_E)
+        torch._foreach_copy_([p.data for p in params.values()], list(values.values()))
 
     def zero_grad(self) -> None:
         """Discard the gradients of the model's parameters."""
         for parameter in (*self._sharded_params.values(), *self._replicated_params.values()):
             parameter.grad = None
+        self._replicated_grad_E = None
 
-    def _reduce_replicated_gradients(self) -> None:
-        grads = {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for name, parameter in self._replicated_params.items()
-        }
-        self._all_reduce(list(grads.values()))
-        for name, grad in grads.items():
-            self._replicated_params[name].grad = None
-            if name in self._row_ranges:
-                local_param = self.trainable_params[name]
-                local_param.grad = grad[self._row_ranges[name]].to(local_param.device)
-
-    def _all_reduce(self, tensors: list[Tensor]) -> None:
-        """Sum tensors over the ranks in place, in one operation."""
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        sizes = [tensor.numel() for tensor in tensors]
-        for tensor, values in zip(tensors, torch.split(flat, sizes), strict=True):
-            tensor.copy_(values.view_as(tensor))
+    def _split(self, flat_E: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the view of each replicated parameter in a flat tensor."""
+        params = self._replicated_params
+        views = torch.split(flat_E, [parameter.numel() for parameter in params.values()])
+        for (name, parameter), view in zip(params.items(), views, strict=True):
+            yield name, view.view_as(parameter)
 
     def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return a mapping that slices the shard of this rank from each tensor on access."""
@@ -209,10 +233,18 @@ class FSDPStrategy:
         try:
             yield
         finally:
-            for fsdp_module in self._fsdp_modules:
-                reshard = not self._is_zero2 and fsdp_module is not self._fsdp_modules[-1]
+            for index, fsdp_module in enumerate(self._fsdp_modules):
+                reshard = self._is_resharded(index, len(self._fsdp_modules))
                 fsdp_module.set_reshard_after_forward(reshard, recurse=False)
                 fsdp_module.reshard()
+
+    def _is_resharded(self, index: int, num_units: int) -> bool:
+        """Return whether a unit is resharded after its forward pass.
+
+        The loss uses the language model head of the last unit, and the backward pass starts with
+        the last layers, in the unit before.
+        """
+        return not self._is_zero2 and index < num_units - 2
 
 
 def _group_layers(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
@@ -227,6 +259,14 @@ def _group_layers(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
             unit = []
     if unit:
         yield unit
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate the elements of tensors in fp32."""
+    flat_E = tensors[0].new_empty(sum(map(torch.numel, tensors)), dtype=torch.float32)
+    views = torch.split(flat_E, [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(views), [tensor.flatten() for tensor in tensors])
+    return flat_E
 
 
 def _count_params(module: nn.Module) -> int:

@@ -150,6 +150,7 @@ def inject(fault: str, send: signal.Signals | None, options: argparse.Namespace)
         "seconds": round(seconds, 1),
         "steps": len(read_steps(run)),
         "checkpoints": checkpoints,
+        "memory_messages": [line[:240] for line in log if "memory" in line],
         "last_lines": [line[:240] for line in log[-4:]],
     }
 

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import TinyTask, read_losses
 
-from finesight.config import TuneSettings
+from finesight.config import TrainSettings, TuneSettings
 from finesight.encode.packing import PackedBatch
-from finesight.model.trainable import configure_tuning
+from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.train.optimizer import MasterWeightOptimizer
 from finesight.train.parallel.fsdp import FSDPStrategy
 
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
@@ -114,3 +115,25 @@ def test_sharded_decay_parameters_are_trained_and_resumed(tmp_path: Path) -> Non
     run_to_completion(task, 2, "run", "--resume", parallel="fsdp", **settings)
     resumed = load_file(files[1])
     assert all(resumed[name].equal(tensor) for name, tensor in found.items())
+
+
+def test_lora_gradients_of_several_packs_add_up_in_fp32(tmp_path: Path) -> None:
+    """LoRA weights are replicated, so FSDP does not sum their bf16 gradients."""
+    folder = ModelFolder(create_tiny_model(tmp_path / "model", "qwen3_5", seed=3))
+    model = load_model(folder, torch.bfloat16, torch.device("cpu"))
+    configure_tuning(model, TuneSettings.model_validate(LORA), 0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        strategy = FSDPStrategy(model, torch.bfloat16, "fsdp")
+        optimizer = MasterWeightOptimizer(strategy.trainable_params, TrainSettings(), {})
+        for value in (1.0, 2**-12):
+            for parameter in trainable_parameters(model).values():
+                assert parameter.dtype == torch.bfloat16
+                parameter.grad = torch.full_like(parameter, value)
+            strategy.accumulate_gradients(optimizer)
+        strategy.reduce_gradients(optimizer)
+    finally:
+        dist.destroy_process_group()
+    assert strategy.trainable_params.keys() == trainable_parameters(model).keys()
+    for parameter in strategy.trainable_params.values():
+        assert torch.equal(parameter.grad, torch.full_like(parameter, 1 + 2**-12))

@@ -38,6 +38,7 @@ MIN_WORDS = 4
 """Number of words from which an answer is prose, for example that of the base model."""
 
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{4,}")
+_STRING_OR_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*')
 _CODE_FENCE = re.compile(r"\A```(?:json)?\n(.*)\n```\Z", re.DOTALL)
 _NUMBER_LIST = re.compile(r"\[\n[-+\d.eE,\s]+\]")
 _FORMULA = re.compile(
@@ -79,6 +80,7 @@ class UiText:
     repetition_penalty_hint: str = "Keep 1 for boxes, formulas and JSON. Default: 1"
     seed: str = "Seed"
     seed_hint: str = "Equal seeds give equal answers. Default: -1, a new seed for each answer"
+    invalid_seed: str = "The seed is {}. Enter a whole number from -1 to {}."
     system_prompt: str = "System prompt"
     system_prompt_hint: str = "Empty: that of the training, with which the model answers best"
     no_system_prompt: str = "none"
@@ -150,6 +152,7 @@ CHINESE = UiText(
     repetition_penalty_hint="输出框、公式或 JSON 时请保持 1。默认：1",
     seed="随机种子",
     seed_hint="种子相同则回答相同。默认：-1，每次回答使用新种子",
+    invalid_seed="随机种子为 {}。请输入 -1 到 {} 之间的整数。",
     system_prompt="系统提示词",
     system_prompt_hint="留空：使用训练时的系统提示词，此时模型效果最好",
     no_system_prompt="无",
@@ -280,12 +283,25 @@ def _render_formula(source: str) -> Markup | None:
 
 def _format_json(text: str) -> str | None:
     """Indent a JSON object, or a list of objects; None for other texts."""
+    numbers: list[str] = []
+
+    def replace(match: re.Match[str]) -> str:
+        if match[0].startswith('"'):
+            return match[0]
+        numbers.append(match[0])
+        return str(len(numbers) - 1)
+
     # ValueError also if an integer has too many digits.
     with suppress(ValueError):
         value = parse_json(text)
         items = value if isinstance(value, list) else [value]
         if items and all(isinstance(item, dict) for item in items):
-            formatted = json.dumps(value, ensure_ascii=False, indent=2)
+            # Numbers are indices meanwhile: the parser would drop digits, as of 12.50.
+            indices = parse_json(_STRING_OR_NUMBER.sub(replace, text))
+            formatted = json.dumps(indices, ensure_ascii=False, indent=2)
+            formatted = _STRING_OR_NUMBER.sub(
+                lambda match: match[0] if match[0][0] == '"' else numbers[int(match[0])], formatted
+            )
             # Lists of numbers, such as box corners, on one line. Strings contain no line breaks.
             formatted = _NUMBER_LIST.sub(lambda match: " ".join(match[0].split()), formatted)
             return formatted if len(formatted) <= MAX_JSON_CHARS else None

@@ -71,6 +71,11 @@ class DatasetFixer:
         if issue.severity == "error":
             self._convention_issues.append(issue)
 
+    @property
+    def can_write(self) -> bool:
+        """Whether the box conventions of all data files are correct, which `write` requires."""
+        return not self._convention_issues
+
     def write(
         self, staging: Path, out: Path, catalog: ImageCatalog, sources: Sequence[UnvalidatedSource]
     ) -> FixResult:

@@ -172,12 +172,7 @@ def _describe_change(
         for index, (one, other) in enumerate(pairs)
         if one != other
     ]
-    return {
-        "location": where,
-        "sample_id": before.id,
-        "fixes": sorted(fixes),
-        "messages": messages,
-    }
+    return {"location": where, "sample_id": before.id, "fixes": sorted(fixes), "messages": messages}
 
 
 def _assign_file_names(sources: Sequence[UnvalidatedSource]) -> list[str]:

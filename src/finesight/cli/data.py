@@ -202,8 +202,7 @@ def export_data(
         typer.Argument(metavar="SAMPLES", help="Samples file, as written by `finesight import`."),
     ],
     out: Annotated[
-        Path,
-        typer.Argument(metavar="OUT", help="Folder to create; an existing one is an error."),
+        Path, typer.Argument(metavar="OUT", help="Folder to create; an existing one is an error.")
     ],
     target_format: Annotated[
         str,

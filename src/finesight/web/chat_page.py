@@ -159,9 +159,7 @@ class ChatPage:
                     for name, (*bounds, step) in sliders.items()
                 }  # fmt: skip
                 self._seed_number = gr.Number(
-                    -1,
-                    elem_id="seed",
-                    **self._get_labels(ui_text, "seed"),
+                    -1, elem_id="seed", **self._get_labels(ui_text, "seed")
                 )
                 self._system_prompt_textbox = gr.Textbox(
                     self._default_system_prompt,

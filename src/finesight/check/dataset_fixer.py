@@ -73,7 +73,7 @@ class DatasetFixer:
 
     @property
     def can_write(self) -> bool:
-        """Whether the box conventions of all data files are correct, which `write` requires."""
+        """True if the box conventions of all data files are correct, as `write` requires."""
         return not self._convention_issues
 
     def write(

@@ -186,9 +186,9 @@ class LabelSession:
         return "".join(parts) + source[offset:]
 
     def _find_fields(self, text: str) -> tuple[str, list[JsonLeaf]]:
-        """Return the JSON with the fields of an answer, which may be the template, and its scalars.
+        """Return the JSON text that has the fields of an answer, and its scalars.
 
-        An answer without fields is returned itself.
+        It is the answer or else the template; without fields, the answer without scalars.
         """
         for source in (text, self.task.template) if self.task.kind == "fields" else ():
             if _parse_json(source) is not None:
@@ -350,7 +350,7 @@ def _parse_json(text: str) -> dict[str, Any] | list[Any] | None:
 
 
 def _clear_values(value: Any, path: FieldPath, types: Mapping[FieldPath, Any]) -> Any:
-    """Return a JSON value with empty values of the given types, and with one item per list."""
+    """Return a JSON value with empty scalars of the given types."""
     if isinstance(value, dict):
         return {key: _clear_values(inner, (*path, key), types) for key, inner in value.items()}
     if isinstance(value, list):

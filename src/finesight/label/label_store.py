@@ -394,7 +394,7 @@ def check_utf8(path: str) -> str:
 
 
 def _match_meta(item: LabelItem, content: AnswerContent) -> dict[str, Any]:
-    """Return the metadata of a sample with the attributes of those boxes that did not change."""
+    """Return the metadata of a sample with attributes of unchanged boxes only."""
     meta, answer = dict(item.sample.sample.meta), item.existing_answer or ()
     old, new = ([part for part in one if isinstance(part, BoxPart)] for one in (answer, content))
     if old != new and (attributes := meta.pop("boxes", None)):

@@ -210,7 +210,7 @@ def map_imagefolder_columns(record: Record, columns: Mapping[str, str]) -> dict[
 
 
 def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[RowReader, str] | None:
-    """Open folders of images as rows; the first folder below the source or split is the label.
+    """Open class folders of images as rows, with the folder name as label.
 
     Args:
         is_requested: Ignore other files, and accept class names such as `images`.

@@ -243,7 +243,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         item = self._items.get(sample_id)
         if item is None or not item.is_listed:
             raise UserError(
-                f"{sample_id!r:.200} is not a listed sample of this session",
+                f"{sample_id!r:.200} is not a sample of this session",
                 where="label",
                 expected="the ID of a listed sample",
                 remedy="reload the page",

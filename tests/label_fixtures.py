@@ -15,7 +15,7 @@ from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion
 MODEL = "finesight-tiny"
 FIELDS = (
     {"shop": "Vade Mart", "total": 3},
-    {"shop": "Olp", "total": 5},
+    {"shop": "Olp", "total": 2**53 + 1},
     {"shop": "Rab", "total": 8},
 )
 CORNERS = ((10.0, 20.0, 40.0, 50.0), (60.0, 20.0, 90.0, 45.0))

@@ -70,6 +70,10 @@ def test_installed_extras_exist() -> None:
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    # Extras that read data: without them, a run fails on photos, videos and Excel files.
+    assert {"heif", "video", "xlsx"} <= set(extras.split(","))
+    for language in ("en", "zh"):
+        assert f"`{extras}`" in (ROOT / "docs" / language / "launching.md").read_text()
 
 
 def test_dependencies_use_constraints() -> None:

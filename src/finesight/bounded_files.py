@@ -1,4 +1,4 @@
-"""Read untrusted files, JSON and YAML with limits on type, size and depth, and decode names.
+"""Read untrusted files with limits on type, size and depth, and decode file names.
 
 Only regular files are read, since named pipes block and devices can be infinite.
 

@@ -597,7 +597,7 @@ def load_trainer_settings() -> dict[str, Any]:
 
 @cache
 def _load_advice() -> dict[str, dict[str, Any]]:
-    """Load the replacement of each setting of another trainer, or the reason why it has none."""
+    """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
     trainers = [content[name] for name in ("transformers", "LLaMA-Factory", "ms-swift")]
     groups = [group for trainer in trainers for group in trainer["ignored"]]

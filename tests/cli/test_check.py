@@ -57,6 +57,21 @@ def test_exit_code_follows_most_severe_issue(folder, records, code):
     assert result.output.splitlines()[-1] == f"next: finesight {command}"
 
 
+def test_fix_is_not_proposed_for_wrong_box_conventions(folder):
+    """`--fix` writes no files then, and the issue names the option of the import."""
+    records = [
+        make_record(f"{n % 8}.png", "Where?", None, [60 + n % 20, 30 + n % 9, 12, 9])
+        for n in range(64)
+    ]
+    source = write_records(folder / "data.jsonl", records)
+    result = run(source)
+    assert result.exit_code == 2
+    assert "boxes-xywh" in result.output
+    assert "next: " not in result.output
+    with pytest.raises(UserError, match="no files were written"):
+        raise run(source, "--fix", folder / "out").exception
+
+
 @pytest.mark.parametrize("source", ["hf:a/b", "modelscope:a/b:train", "https://h.com/a.zip", "zip"])
 def test_remote_source_must_be_imported_first(tmp_path, source):
     (tmp_path / "a.zip").write_bytes(b"PK")

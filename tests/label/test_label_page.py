@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ import pytest
 import uvicorn
 from axe import AxeChecker
 from browser import Browser, launch_chromium
-from label_fixtures import CORNERS, FIELDS, open_boxes_session, open_fields_session
+from label_fixtures import (
+    CORNERS,
+    FIELDS,
+    MODEL,
+    draw_images,
+    open_boxes_session,
+    open_fields_session,
+)
 from starlette.testclient import TestClient
 
 from finesight.data.sample import read_samples
 from finesight.label.label_page import make_label_app
-from finesight.label.label_session import LabelSession
+from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
 
 WAIT_TIMEOUT_S = 30
@@ -56,6 +64,63 @@ def test_answers_are_saved_skipped_and_reopened(tmp_path: Path) -> None:
         assert reopened["counts"] == {"open": 2, "accepted": 0, "corrected": 0, "skipped": 1}
         events = [entry["event"] for entry in reopened["item"]["history"]]
         assert events == ["suggested", "accepted", "corrected", "reopened"]
+
+
+RECEIPT = '{"shop":"Olp", "price": 12.50, "id": 9007199254740993, "paid": null, "vat": true}'
+
+
+FILLED = '{"shop": "", "price": null, "id": null, "paid": null, "vat": true}'
+"""Template of the test after an edit of `vat`."""
+
+
+@pytest.mark.parametrize(
+    ("text", "edits", "expected"),
+    [
+        (RECEIPT, {}, RECEIPT),
+        (RECEIPT, {0: 'a "b"'}, RECEIPT.replace('"Olp"', '"a \\"b\\""')),
+        (RECEIPT, {1: " 13.00 "}, RECEIPT.replace("12.50", "13.00")),
+        (RECEIPT, {1: "", 4: "false"}, RECEIPT.replace("12.50", "null").replace("true", "false")),
+        (RECEIPT, {1: "1,5"}, RECEIPT.replace("12.50", '"1,5"')),
+        # The template knows the type of a value that the suggestion left empty.
+        (RECEIPT, {3: "7.10"}, RECEIPT.replace("null", "7.10")),
+        ("", {1: "3.50", 4: "true"}, FILLED.replace("null", "3.50", 1)),
+        ("no JSON", {4: "true"}, FILLED),
+        ('{"a": [1.10, {"b": 2}]}', {1: "3"}, '{"a": [1.10, {"b": 3}]}'),
+        ('{"a": NaN}', {4: "true"}, FILLED),
+    ],
+)
+def test_edited_fields_leave_the_rest_of_the_answer(
+    tmp_path: Path, text: str, edits: dict[int, str], expected: str
+) -> None:
+    session = open_fields_session(tmp_path)
+    template = '{"shop": "", "price": 0.0, "id": 0, "paid": 0, "vat": false}'
+    session.task = replace(session.task, template=template)
+    with open_client(session) as client:
+        sample_id = client.get("/items/0").json()["id"]
+        decision = {"id": sample_id, "action": "save", "text": text, "edits": edits}
+        saved = client.post("/decision", json=decision).json()
+        assert read_answers(tmp_path / "labels") == {"2.png": expected}
+        texts = {field["path"][-1]: field["text"] for field in saved["item"]["fields"]}
+        assert saved["item"]["has_template"] is False
+        if expected == RECEIPT:
+            shown = ("Olp", "12.50", "9007199254740993", "", "true")
+            assert texts == dict(zip(("shop", "price", "id", "paid", "vat"), shown, strict=True))
+        unknown = client.post("/decision", json={**decision, "edits": {5: "1"}})
+        assert (unknown.status_code, "field 5" in unknown.text) == (422, True)
+
+
+def test_unreadable_image_can_be_skipped(tmp_path: Path) -> None:
+    photos = draw_images(tmp_path)
+    (photos / "0.png").write_bytes(b"no image")
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
+    with open_client(session) as client:
+        item = client.get("/items/0").json()
+        assert "0.png" in item["images"][0]["error"]
+        assert client.get("/items/1").json()["images"][0]["error"] == ""
+        saved = client.post("/decision", json={"id": item["id"], "action": "save", "text": "a"})
+        assert (saved.status_code, "0.png" in saved.text) == (422, True)
+        skipped = client.post("/decision", json={"id": item["id"], "action": "skip"})
+        assert skipped.json()["counts"]["skipped"] == 1
 
 
 @pytest.mark.parametrize(
@@ -186,6 +251,25 @@ def test_fields_are_labeled_by_keyboard_and_survive_a_reload(
             "1.png": json.dumps({**FIELDS[1], "shop": "Olpa"}),
         }
         check_layouts(browser, address)
+
+
+def test_unreadable_images_are_shown_and_skipped(tmp_path: Path, browser: Browser) -> None:
+    photos = draw_images(tmp_path)
+    (photos / "0.png").write_bytes(b"no image")
+    # The header of this image is readable, and its pixels are not.
+    (photos / "1.png").write_bytes((photos / "1.png").read_bytes()[:50])
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
+    text = "document.querySelector('#unreadable:not([hidden])')?.textContent"
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en")
+        for name in ("0.png", "1.png"):
+            wait_for(browser, f"document.querySelector('#name').textContent === '{name}'")
+            wait_for(browser, f"{text}?.startsWith('The image cannot be read.')")
+            press(browser, "s")
+        wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
+        wait_for(browser, f"{text} === undefined")
+        press(browser, "s")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 3')")
 
 
 def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path: Path, browser: Browser) -> None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-from label_fixtures import MODEL, draw_images, make_suggestion, open_fields_session
+from label_fixtures import CORNERS, MODEL, draw_images, make_suggestion, open_fields_session
 
 from finesight.config import DataFileSettings
 from finesight.data.corpus import load_corpus
-from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    Message,
+    Sample,
+    TextPart,
+    read_samples,
+    write_samples,
+)
 from finesight.errors import UserError
 from finesight.label.label_session import open_session
 from finesight.label.label_store import JOURNAL_FILE, LABELS_FILE
@@ -127,7 +136,12 @@ def test_invalid_sources_are_rejected(
 @pytest.mark.parametrize(
     ("answers", "kind", "template"),
     [
-        (['{"a": 1, "b": ["x", "y"]}', '{"a": 2}'], "fields", {"a": "", "b": [""]}),
+        (
+            ['{"a": 1, "b": ["x", "y"], "c": null, "d": null}', '{"a": 2, "c": true}'],
+            "fields",
+            {"a": 0, "b": [""], "c": False, "d": None},
+        ),
+        (["[1, 2]", '{"a": 2}'], "text", None),
         (["red", "green"] * 4, "classes", None),
         (["a long caption", "another"], "text", None),
     ],
@@ -140,6 +154,47 @@ def test_task_is_detected_from_answers(
     session.store.close()
     assert session.task.kind == kind
     assert json.loads(session.task.template or "null") == template
+
+
+def test_box_metadata_follows_reviewed_boxes(tmp_path: Path) -> None:
+    (photo,) = draw_images(tmp_path, 1).iterdir()
+    corners = (*CORNERS, (1.0, 1.0, 9.0, 9.0))
+    boxes = [BoxPart(label=a, xyxy=xyxy) for a, xyxy in zip("abc", corners, strict=True)]
+    messages = (
+        Message(role="user", content=(ImagePart(image=str(photo)), TextPart(text="Find."))),
+        Message(role="assistant", content=tuple(boxes)),
+    )
+    meta = {"boxes": [{"id": 1}, {"id": 2}, {}], "split": "val"}
+    write_samples(tmp_path / "data.jsonl", [Sample(id="a", messages=messages, meta=meta)])
+    moved = boxes[0].model_copy(update={"xyxy": (11.0, 20.0, 40.0, 50.0)})
+    with open_session(
+        tmp_path / "labels", MODEL, [tmp_path / "data.jsonl"], review=True
+    ).store as store:
+        for content, attributes in (
+            (boxes, meta["boxes"]),
+            (boxes[1:], [{"id": 2}, {}]),
+            ([boxes[2], boxes[1], moved], [{}, {"id": 2}, {}]),
+            ([moved], None),
+        ):
+            store.save_label("a", tuple(content))
+            (sample,) = read_samples(tmp_path / "labels" / LABELS_FILE)
+            assert sample.meta.get("boxes") == attributes
+            assert sample.meta["split"] == "val"
+
+
+def test_names_that_are_not_utf8_are_user_errors(tmp_path: Path) -> None:
+    photos = draw_images(tmp_path / "a", 1)
+    (photos / "0.png").rename(photos / os.fsdecode(b"caf\xe9.png"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
+    # The path from the labels to the images is stored, and may have other folders than the source.
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    data = write_answers(folder, "red")
+    with (
+        pytest.raises(UserError, match="not UTF-8"),
+        open_session(tmp_path / "labels", MODEL, [data], review=True).store as store,
+    ):
+        store.save_label("s0", (TextPart(text="blue"),))
 
 
 def test_labels_of_other_folders_are_kept(tmp_path: Path) -> None:

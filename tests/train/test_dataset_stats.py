@@ -164,19 +164,29 @@ def test_statistics_sample_is_deterministic() -> None:
 
 def test_frequent_prompts_are_listed_without_rare_ones(tmp_path: Path) -> None:
     """A rare prompt may be private, and the manifest is published with the model."""
-    counts = {"Read it.": 5, "my secret": 1, " Where? ": 3, "": 2, "x" * (MAX_PROMPT_CHARS + 1): 9}
+    # Numbers of samples and of images: a question with several answers has several samples.
+    counts = {
+        **{"Read it.": (5, 5), "my secret": (1, 1), "my other secret": (7, 1), " Where? ": (4, 2)},
+        **{"": (2, 2), "x" * (MAX_PROMPT_CHARS + 1): (9, 9)},
+    }
     samples = [
         {
             "id": f"{name[:9]} {number}",
             "messages": [
                 {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "text", "text": name}]},
-                {"role": "assistant", "content": "It."},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": f"{number % num_images}.png"},
+                        {"type": "text", "text": name},
+                    ],
+                },
+                {"role": "assistant", "content": f"It {number}."},
                 {"role": "user", "content": "Again"},
                 {"role": "assistant", "content": "It."},
             ],
         }
-        for name, count in counts.items()
+        for name, (count, num_images) in counts.items()
         for number in range(count)
     ]
     file = tmp_path / "train.jsonl"

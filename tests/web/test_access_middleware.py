@@ -338,7 +338,8 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "no top-p": {"data": [QUESTION, *SETTINGS[:4], 0, *SETTINGS[5:]]},
     "negative top-k": {"data": [QUESTION, *SETTINGS[:5], -1, *SETTINGS[6:]]},
     "penalty beyond the most": {"data": [QUESTION, *SETTINGS[:6], 9, *SETTINGS[7:]]},
-    "fractional seed": {"data": [QUESTION, *SETTINGS[:7], 0.5, ""]},
+    "seed as a text": {"data": [QUESTION, *SETTINGS[:7], "x", ""]},
+    "seed that is not finite": {"data": [QUESTION, *SETTINGS[:7], float("inf"), ""]},
     "long system prompt": {"data": [QUESTION, *SETTINGS[:8], "x" * (MAX_MESSAGE_CHARS + 1)]},
     "deep": {"data": json.loads("[" * 500 + "]" * 500)},
 }
@@ -402,6 +403,23 @@ def _converse(location: RunningWebPage, text: str, *, thinking: bool = False) ->
                 location.visitors.close(session)
                 return answer
     raise AssertionError("the stream has ended without an answer")
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [(None, None), (-1, None), (0, 0), (7.0, 7), (0.5, "is 0.5."), (-2, "is -2.0"), (2**53, "2^")],
+)
+def test_seeds_are_checked(open_page, seed, expected):
+    service = open_page.visitors.service
+    service.requests.clear()
+    data = [QUESTION, *SETTINGS[:7], seed, ""]
+    body = {"data": data, "fn_index": _event_id(open_page, 10), "session_hash": "seeds"}
+    page = _receive(open_page, body)
+    seeds = [options.sampling_params.seed for options in service.requests]
+    if isinstance(expected, str):
+        assert ("Enter a whole number" in page, seeds) == (True, [])
+    else:
+        assert ("Enter a whole number" in page, seeds) == (False, [expected])
 
 
 def _partial_upload(location: RunningWebPage, size: int) -> bytes:

@@ -6,10 +6,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from engine_fixtures import write_noise_image
 from PIL import Image
+from starlette.requests import Request
 from web_server_fixture import ScriptedService
 
 from finesight.data.image_header import CorruptImageError, ImageTooLargeError
@@ -17,6 +19,7 @@ from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply
 from finesight.infer.request import GenerationOptions
 from finesight.web import web_sessions as module
+from finesight.web.access_middleware import BROWSER_COOKIE, QUESTION_INPUT
 from finesight.web.chat_html import CHINESE, ENGLISH, UiText, get_other_language, select_ui_text
 from finesight.web.web_server import create_session_store
 from finesight.web.web_sessions import WebSession, WebSessionStore
@@ -240,6 +243,43 @@ def test_answer_stops_when_no_tab_shows_it(visitors):
     assert visitors.list_chats("browser") == [session]
 
 
+@pytest.mark.parametrize("has_other_tab", [True, False])
+def test_closed_tab_ends_the_answer_unless_another_tab_shows_it(visitors, has_other_tab):
+    chat_page = pytest.importorskip("finesight.web.chat_page", reason="no extra `web`")
+    visitors.service.is_endless = True
+    page = chat_page.ChatPage(visitors)
+    [number] = [number for number, inputs in page.inputs.items() if inputs is QUESTION_INPUT]
+    event = page.blocks.fns[number]
+    settings = (False, False, 9, 0, 1, 0, 1, -1, "")
+    values = dict(zip(event.inputs, ({"text": "What?", "files": []}, *settings), strict=True))
+    cookie = f"{BROWSER_COOKIE}={'b' * 43}".encode()
+    http_request = Request({"type": "http", "headers": [(b"cookie", cookie)]})
+    session = visitors.restore("tab", "b" * 43, "")
+    if has_other_tab:
+        visitors.open("other tab", "b" * 43, session.token)
+
+    async def wait_for(condition):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+    async def run():
+        updates = event.fn(values, SimpleNamespace(session_hash="tab", request=http_request))
+        await anext(updates)
+        # Gradio closes the event of a closed tab.
+        await updates.aclose()
+        [reply] = session.chat.turns[0].replies
+        if has_other_tab:
+            num_chars = len(reply.text)
+            await wait_for(lambda: len(reply.text) > num_chars + 50)
+            assert session.is_generating
+            visitors.close("tab", "b" * 43)
+            visitors.close("other tab", "b" * 43)
+        await wait_for(lambda: not session.is_generating)
+        assert reply.finish_reason == "cancelled"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_conversations_are_listed_opened_and_deleted(visitors):
     first = visitors.restore("tab", "browser", "")
     assert visitors.open("tab", "browser", "") is first, "an empty conversation is used"
@@ -289,3 +329,25 @@ def test_closed_conversations_are_deleted_for_new_images(visitors, tmp_path, mon
     assert (closed.folder.exists(), shown.folder.exists()) == (False, True)
     with pytest.raises(UserError, match="no disk space"):
         visitors.get_or_create("third").add_uploads("", [upload, upload])
+
+
+def test_no_more_conversations_are_deleted_than_needed(visitors, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_DISPLAY_BYTES", 0)
+    folder = tmp_path / "other"
+    folder.mkdir()
+    small, large = (write_noise_image(folder / f"{side}.png", side, side) for side in (50, 400))
+    sessions = []
+    for number, upload in enumerate((small, large, large)):
+        sessions.append(visitors.restore(f"tab {number}", f"browser {number}", ""))
+        _ask(sessions[-1], "What?", upload)
+        visitors.close(f"tab {number}", f"browser {number}")
+    stored = sum(file.stat().st_size for file in tmp_path.glob("chats/*/*"))
+    monkeypatch.setattr(module, "MAX_STORED_BYTES", stored)
+    for num_bytes, expected in (
+        (stored + 1, [True, True, True]),  # not even all of them suffice
+        (large.stat().st_size, [True, False, True]),
+        (2 * large.stat().st_size, [True, False, False]),
+    ):
+        with contextlib.suppress(module.DiskFullError), visitors.budget.reserve(num_bytes):
+            assert num_bytes <= stored
+        assert [session.folder.exists() for session in sessions] == expected

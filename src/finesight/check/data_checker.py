@@ -171,9 +171,7 @@ def is_recipe(path: Path) -> bool:
     return not isinstance(content, dict) or "names" not in content
 
 
-def inputs_from_recipe(
-    recipe: Path,
-) -> tuple[list[CheckInput], ModelRequirements]:
+def inputs_from_recipe(recipe: Path) -> tuple[list[CheckInput], ModelRequirements]:
     """Build check inputs and model requirements from a recipe.
 
     Sample lengths are computed with the image settings, system prompt and max_length of the recipe.
@@ -409,9 +407,7 @@ class DataChecker:
 
 
 def check_sources(
-    inputs: Sequence[CheckInput],
-    model: ModelRequirements | None = None,
-    max_issues: int = 1000,
+    inputs: Sequence[CheckInput], model: ModelRequirements | None = None, max_issues: int = 1000
 ) -> CheckResult:
     """Check training and validation files in a single process, and return the result.
 

@@ -71,6 +71,11 @@ class DatasetFixer:
         if issue.severity == "error":
             self._convention_issues.append(issue)
 
+    @property
+    def can_write(self) -> bool:
+        """True if the box conventions of all data files are correct, as `write` requires."""
+        return not self._convention_issues
+
     def write(
         self, staging: Path, out: Path, catalog: ImageCatalog, sources: Sequence[UnvalidatedSource]
     ) -> FixResult:
@@ -167,12 +172,7 @@ def _describe_change(
         for index, (one, other) in enumerate(pairs)
         if one != other
     ]
-    return {
-        "location": where,
-        "sample_id": before.id,
-        "fixes": sorted(fixes),
-        "messages": messages,
-    }
+    return {"location": where, "sample_id": before.id, "fixes": sorted(fixes), "messages": messages}
 
 
 def _assign_file_names(sources: Sequence[UnvalidatedSource]) -> list[str]:

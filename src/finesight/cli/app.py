@@ -110,7 +110,7 @@ class PlainHelpCommand(TyperCommand):
 
 
 def _reject_setting(option: str, value: str) -> None:
-    """Raise UserError if an unknown option is a setting of a recipe or of another trainer."""
+    """Raise UserError for an option that names a setting of a trainer."""
     from finesight.recipe import suggest_override
 
     is_flag = not value or value.startswith("--")

@@ -41,8 +41,7 @@ COMMAND_HELP = {
 }
 
 TemperatureOption = Annotated[
-    float,
-    typer.Option(min=0.0, help="Sampling temperature, 0 to 100; 0 is greedy decoding."),
+    float, typer.Option(min=0.0, help="Sampling temperature, 0 to 100; 0 is greedy decoding.")
 ]
 
 
@@ -193,10 +192,7 @@ class ChatTerminal:
                 if delta and delta == reply.text and reply.reasoning:
                     typer.echo("\n")
                 typer.echo(escape_unprintable(delta), nl=False)
-        finish_notes = {
-            "length": " [truncated at --max-new-tokens]",
-            "cancelled": " [stopped]",
-        }
+        finish_notes = {"length": " [truncated at --max-new-tokens]", "cancelled": " [stopped]"}
         typer.echo(finish_notes.get(reply.finish_reason or "", ""))
         for box in reply.boxes:
             corners = ", ".join(f"{coordinate:.1f}" for coordinate in box.xyxy)

@@ -202,8 +202,7 @@ def export_data(
         typer.Argument(metavar="SAMPLES", help="Samples file, as written by `finesight import`."),
     ],
     out: Annotated[
-        Path,
-        typer.Argument(metavar="OUT", help="Folder to create; an existing one is an error."),
+        Path, typer.Argument(metavar="OUT", help="Folder to create; an existing one is an error.")
     ],
     target_format: Annotated[
         str,
@@ -517,9 +516,9 @@ def check(
             inputs_from_files(sources, against or [], options),
             load_model_requirements(model, max_length),
         )
-    exit_code = _run_check(inputs, model_context, fix, html, language, as_json, seed)
+    exit_code, can_fix = _run_check(inputs, model_context, fix, html, language, as_json, seed)
     has_errors = exit_code == EXIT_CODES["error"]
-    is_fixable = recipe is None and fix is None
+    is_fixable = recipe is None and fix is None and can_fix
     # Other commands would need the other options and files, too.
     is_one_file = len(sources) == 1 and not against and model is None and max_length is None
     has_command = options == ImportOptions() and (recipe is not None or is_one_file)
@@ -549,10 +548,10 @@ def _run_check(
     language: LanguageOption,
     as_json: bool,
     seed: int,
-) -> int:
+) -> tuple[int, bool]:
     """Run a data check, and write its summary, HTML page and fixed samples.
 
-    Returns the exit code for the highest severity of the issues.
+    Returns the exit code for the highest severity of the issues, and whether `--fix` can be used.
     """
     from finesight.check.check_issues import format_summary, summary_to_dict
     from finesight.check.data_checker import DataChecker
@@ -585,7 +584,7 @@ def _run_check(
         echo_json(summary_to_dict(result, fix_summary))
     elif fix_summary:
         typer.echo("\n".join(["", *fix_summary.as_lines()]))
-    return result.exit_code
+    return result.exit_code, checker.fixer.can_write
 
 
 @contextmanager

@@ -87,8 +87,7 @@ def label(
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
     as_json: Annotated[
-        bool,
-        typer.Option("--json", help=f"Print one JSON object per suggestion {JSON_OUTPUT}"),
+        bool, typer.Option("--json", help=f"Print one JSON object per suggestion {JSON_OUTPUT}")
     ] = False,
 ) -> None:
     """Suggest labels for images, and accept, correct or skip them on a page.

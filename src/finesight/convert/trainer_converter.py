@@ -86,7 +86,7 @@ class TrainerConverter:
         self.draft = RecipeDraft()
 
     def copy_setting(self, name: str, key: str) -> None:
-        """Set a recipe setting to the number of a setting, with a comment for a default value."""
+        """Copy a numeric setting into the recipe, and comment on a default value."""
         self.draft.set(name, self.config.get_float(key), self.config.default_comment(key))
 
     def require_method(self, key: str, supported: Iterable[str]) -> str:

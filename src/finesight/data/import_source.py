@@ -29,6 +29,7 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     RawBox,
 )
+from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     Record,
@@ -262,13 +263,16 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
     """
     requested = get_format(options.format) if options.format is not None else None
     files = options.row_files or (source,)
-    if options.encoding is not None and any(
-        file.suffix.lower() not in (".csv", ".tsv") for file in files
-    ):
+    is_folder = os.path.isdir(source) and not options.row_files
+    if options.encoding and is_folder and requested in (None, IMAGEFOLDER):
+        found = open_imagefolder(source, options.encoding)
+        if found is not None:
+            return found[0], IMAGEFOLDER, "--format" if requested else found[1]
+    if options.encoding and any(file.suffix.lower() not in (".csv", ".tsv") for file in files):
         raise UserError(
             "the source is not a .csv or .tsv file",
             where="--encoding",
-            expected="a table as text; other sources are UTF-8",
+            expected="a table as text, or an ImageFolder with metadata.csv; others are UTF-8",
             remedy="remove --encoding",
         )
     as_table = options.columns and (source.is_file() or options.row_files)
@@ -286,7 +290,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             expected=requested.description,
             remedy="check the path, or remove --format to detect the format",
         )
-    if os.path.isdir(source) and not options.row_files:
+    if is_folder:
         folder_formats = [
             data_format for data_format in FORMATS if data_format.open_dataset is not None
         ]

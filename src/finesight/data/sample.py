@@ -473,7 +473,7 @@ def sample_fields(
                 "content": [_part_record(part, renamed) for part in message.content],
             }
             for message in messages
-        ],
+        ]
     }
     if references:
         record["references"] = list(references)

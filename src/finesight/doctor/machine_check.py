@@ -135,7 +135,7 @@ class GpuSystem(NamedTuple):
 
 
 class GpuInfo(NamedTuple):
-    """GPU as seen by torch, and the error of a test matrix product, empty if it succeeded."""
+    """GPU as seen by torch, with the error of a test matrix product or ""."""
 
     name: str
     capability: tuple[int, int]

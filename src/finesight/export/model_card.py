@@ -88,7 +88,7 @@ def write_model_card(folder: Path, info: VerifiedMerge) -> None:
 
 @contextmanager
 def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str, Path]]:
-    """Yield the files of a model or adapter to upload, by their name in the repository.
+    """Yield the files of a model upload by their repository name.
 
     For an adapter, these are its weights, its configuration with the public name of the base model,
     and a model card. `source` is the run or folder as the user named it.

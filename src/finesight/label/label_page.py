@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from finesight.data.boxes import BoxConvention, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_header import read_image_size
+from finesight.data.image_header import CorruptImageError, read_image_size
 from finesight.data.sample import BoxPart, ImagePart, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
@@ -48,6 +48,7 @@ SCRIPT_TEXTS = (
     *("{} of {}", "Image {} of {}", "Box {}", "Label", "Text", "Delete"),
     *("open", "suggested", "accepted", "corrected", "skipped", "reopened"),
     *("All images are decided.", "Not saved", "The server does not answer."),
+    "The image cannot be read.",
 )
 """Texts of the script, which are translated on the page."""
 
@@ -61,11 +62,16 @@ class BoxAnswer(BaseModel, frozen=True):
 
 
 class DecisionRequest(BaseModel, frozen=True):
-    """Decision from the browser: save an answer, skip the sample, or reopen it."""
+    """Decision from the browser: save an answer, skip the sample, or reopen it.
+
+    Attributes:
+        edits: New texts of JSON fields in `text` by index; None for an answer without fields.
+    """
 
     id: str
     action: Literal["save", "skip", "reopen"]
     text: str = ""
+    edits: dict[int, str] | None = None
     boxes: Annotated[list[BoxAnswer], Field(max_length=10_000)] = []
 
 
@@ -98,7 +104,6 @@ class LabelPage:
             settings = {
                 "kind": task.kind,
                 "choices": task.choices,
-                "template": task.template,
                 "colors": BOX_COLORS,
                 "no_objects": NO_OBJECTS_ANSWER,
                 "review": self._session.review,
@@ -125,9 +130,13 @@ class LabelPage:
         item = self._items[index]
         images = []
         for number, path in enumerate(_list_images(item)):
-            height, width = read_image_size(path)
-            url = f"images/{index}/{number}?v={self._version}"
-            images.append({"url": url, "width": width, "height": height, "name": path.name})
+            url, error = f"images/{index}/{number}?v={self._version}", ""
+            try:
+                height, width = read_image_size(path)
+            except CorruptImageError as corrupt:
+                height, width, error = 1, 1, str(corrupt)
+            image = {"url": url, "width": width, "height": height, "error": error}
+            images.append({**image, "name": path.name})
         return {"index": index, "images": images, **self._session.describe_item(item)}
 
     def read_image(self, index: int, number: int) -> bytes:
@@ -143,14 +152,11 @@ class LabelPage:
         store = self._session.store
         with self._lock:
             item = store.find(request.id)
-            if request.id not in self._index_by_id:
-                raise UserError(
-                    f"{request.id!r:.200} is not listed",
-                    where="label",
-                    expected="the ID of a listed sample",
-                    remedy="reload the page",
-                )
             if request.action == "save":
+                text = request.text
+                if request.edits is not None:
+                    text = self._session.edit_fields(text, request.edits)
+                request = request.model_copy(update={"text": text})
                 store.save_label(request.id, _build_content(item, request))
             elif request.action == "skip":
                 store.skip(request.id)
@@ -173,19 +179,19 @@ def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
     """Return the answer of a request, with the parts of the proposal if nothing was changed.
 
     Raises:
-        UserError: A box is outside of its image.
+        UserError: A box is outside of its image, or an image is unreadable.
     """
     answer = request.model_dump(mode="json", include={"text", "boxes"})
-    boxes, images = [], _list_images(item)
+    boxes, sizes = [], [read_image_size(path) for path in _list_images(item)]
     for box in request.boxes:
-        if box.image >= len(images):
+        if box.image >= len(sizes):
             raise UserError(
                 f"a box in image {box.image} (0-based)",
                 where=request.id,
-                expected=f"an index below {len(images)}",
+                expected=f"an index below {len(sizes)}",
                 remedy="reload the page",
             )
-        corners = clip_to_image(box.xyxy, read_image_size(images[box.image]), BoxConvention())
+        corners = clip_to_image(box.xyxy, sizes[box.image], BoxConvention())
         boxes.append(BoxPart(image=box.image, label=box.label or None, xyxy=corners))
     for known in (item.proposal, item.suggestion.content if item.suggestion else ()):
         if known and describe_answer(known) == answer:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +24,21 @@ from finesight.data.sample import (
 from finesight.errors import UserError, suggest_similar_path
 from finesight.infer.model_loader import InferenceModel
 from finesight.label.label_ranking import rank_labels
-from finesight.label.label_store import LabelItem, LabelStore
-from finesight.label.suggestion import Suggestion, get_text, suggest_labels
+from finesight.label.label_store import LabelItem, LabelStore, check_utf8
+from finesight.label.suggestion import (
+    JsonLeaf,
+    Suggestion,
+    get_text,
+    iter_json_leaves,
+    suggest_labels,
+)
 from finesight.manifest import RECIPE_FILE
 from finesight.recipe import load_recipe
 
 AnswerKind = Literal["text", "fields", "classes", "boxes"]
+
+FieldPath = tuple[str | int, ...]
+"""Keys and list indices of a JSON field."""
 
 MAX_EXAMPLES = 500
 """Number of samples by which prompt and kind of the answers are detected."""
@@ -47,7 +57,8 @@ class LabelTask:
     Attributes:
         prompt: Question about each image; None if it is unknown.
         choices: Class names: the answers, or the labels of boxes. Empty for free text.
-        template: JSON object with empty values for images without a suggestion; empty without one.
+        template: JSON object for images without a suggestion; empty without one. Its values have
+            the types of the examples: "", 0, false, or null for an unknown type.
     """
 
     kind: AnswerKind = "text"
@@ -123,12 +134,23 @@ class LabelSession:
     def describe_item(self, item: LabelItem) -> dict[str, Any]:
         """Return the values of an item as JSON data."""
         suggestion, content = item.suggestion, item.proposal
+        text = get_text(content)
+        source, leaves = self._find_fields(text)
+        fields = []
+        for leaf in leaves:
+            # Numbers are shown with all their digits.
+            shown = leaf.value if isinstance(leaf.value, str) else source[leaf.start : leaf.stop]
+            is_empty = source != text or leaf.value is None
+            shown = "" if is_empty else shown.encode(errors="replace").decode()
+            fields.append({"path": leaf.path, "text": shown})
         return {
             "id": item.sample.sample.id,
             "decision": item.decision.event if item.decision else "open",
             "confidence": suggestion.confidence if suggestion else None,
             "score": suggestion.score if suggestion else None,
             "answer": describe_answer(content),
+            "fields": fields,
+            "has_template": bool(leaves) and source != text,
             "suggestion": describe_answer(suggestion.content) if suggestion else None,
             "parts": [
                 {"path": list(part.path), "confidence": part.confidence}
@@ -139,6 +161,39 @@ class LabelSession:
                 for entry in item.history
             ],
         }
+
+    def edit_fields(self, text: str, edits: Mapping[int, str]) -> str:
+        """Replace fields of an answer by index. All other characters remain.
+
+        Fields of the template without a value become "" or null.
+        """
+        source, leaves = self._find_fields(text)
+        if extra := edits.keys() - set(range(len(leaves))):
+            raise UserError(
+                f"field {min(extra)} (0-based) of {len(leaves)} fields",
+                where="label",
+                expected="fields of the answer",
+                remedy="reload the page",
+            )
+        types = {leaf.path: leaf.value for leaf in iter_json_leaves(self.task.template)}
+        parts, offset = [], 0
+        for index, leaf in enumerate(leaves):
+            if source == text and index not in edits:
+                continue
+            typed = leaf.value if leaf.value is not None else types.get(_generalize(leaf.path))
+            parts += [source[offset : leaf.start], _encode_scalar(edits.get(index, ""), typed)]
+            offset = leaf.stop
+        return "".join(parts) + source[offset:]
+
+    def _find_fields(self, text: str) -> tuple[str, list[JsonLeaf]]:
+        """Return the JSON text that has the fields of an answer, and its scalars.
+
+        It is the answer or else the template; without fields, the answer without scalars.
+        """
+        for source in (text, self.task.template) if self.task.kind == "fields" else ():
+            if _parse_json(source) is not None:
+                return source, [*iter_json_leaves(source)]
+        return text, []
 
 
 def open_session(
@@ -203,12 +258,12 @@ def detect_task(
     contents = [message.content for message in answers if message.role == "assistant"]
     boxes = [part for content in contents for part in content if isinstance(part, BoxPart)]
     texts = [get_text(content) for content in contents]
-    objects = [_parse_object(text) for text in texts]
+    objects = [_parse_json(text) for text in texts]
     counts = dict.fromkeys(texts)
     detected: AnswerKind = "text"
     if boxes:
         detected = "boxes"
-    elif objects and None not in objects:
+    elif objects and all(isinstance(value, dict) for value in objects):
         detected = "fields"
     elif texts and len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
         detected = "classes"
@@ -217,8 +272,10 @@ def detect_task(
         names = (box.label for box in boxes) if kind == "boxes" else iter(counts)
         choices = [name for name in dict.fromkeys(names) if name]
     template = ""
-    if kind == "fields" and objects and objects[0] is not None:
-        template = json.dumps(_clear_values(objects[0]), ensure_ascii=False)
+    if kind == "fields" and objects and isinstance(objects[0], dict):
+        leaves = (leaf for text in reversed(texts) for leaf in iter_json_leaves(text))
+        types = {_generalize(one.path): one.value for one in leaves if one.value is not None}
+        template = json.dumps(_clear_values(objects[0], (), types), ensure_ascii=False)
     if prompt is None and examples:
         turns = [turn for turn in examples[0].sample.messages if turn.role == "user"]
         prompt = get_text(turns[-1].content) or None
@@ -271,8 +328,9 @@ def read_items(sources: Iterable[Path], prompt: str | None) -> list[LocatedSampl
 
 
 def _build_question(path: Path, prompt: str) -> LocatedSample:
+    name = check_utf8(str(path))
     question = (ImagePart(image=path.name), TextPart(text=prompt))
-    sample = Sample(id=str(path), messages=(Message(role="user", content=question),))
+    sample = Sample(id=name, messages=(Message(role="user", content=question),))
     return LocatedSample(sample, path.parent)
 
 
@@ -281,18 +339,40 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not is_hidden
 
 
-def _parse_object(text: str) -> dict[str, Any] | None:
+def _parse_json(text: str) -> dict[str, Any] | list[Any] | None:
+    """Return the JSON object or list of a text, or None for all other texts."""
     try:
-        value = json.loads(text)
+        # int() raises ValueError for NaN and Infinity, which are not JSON.
+        value = json.loads(text, parse_constant=int)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict | list) else None
 
 
-def _clear_values(value: Any) -> Any:
-    """Return a JSON value with empty texts, and with one item per list."""
+def _clear_values(value: Any, path: FieldPath, types: Mapping[FieldPath, Any]) -> Any:
+    """Return a JSON value with empty scalars of the given types."""
     if isinstance(value, dict):
-        return {key: _clear_values(inner) for key, inner in value.items()}
+        return {key: _clear_values(inner, (*path, key), types) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_clear_values(inner) for inner in value[:1]]
-    return ""
+        return [_clear_values(inner, (*path, 0), types) for inner in value[:1]]
+    return type(types[path])() if path in types else None
+
+
+def _generalize(path: FieldPath) -> FieldPath:
+    """Return the path of the first item of the same lists."""
+    return tuple(0 if isinstance(key, int) else key for key in path)
+
+
+_JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+
+
+def _encode_scalar(text: str, typed: Any) -> str:
+    """Return the JSON of an edited value: of the type of `typed` if possible, else a string."""
+    word = text.strip()
+    if not isinstance(typed, str):
+        if word in ("", "null"):
+            return "null"
+        is_number = isinstance(typed, int | float) and not isinstance(typed, bool)
+        if _JSON_NUMBER.fullmatch(word) if is_number else word in ("true", "false"):
+            return word
+    return json.dumps(text, ensure_ascii=False)

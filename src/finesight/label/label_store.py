@@ -12,14 +12,15 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
+from finesight.bounded_files import is_utf8
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -128,7 +129,7 @@ class LabelItem:
             self.decision = None if entry.event == "reopened" else entry
 
 
-class LabelStore:
+class LabelStore(AbstractContextManager["LabelStore"]):
     """Labels of a folder, which one process at a time may open.
 
     Items are ordered by the confidence of their suggestions, least certain first, or by the score
@@ -238,15 +239,16 @@ class LabelStore:
         self._order = [item.sample.sample.id for item in sorted(listed, key=key)]
 
     def find(self, sample_id: str) -> LabelItem:
-        """Return the item with an ID. Raises UserError if there is none."""
-        if sample_id not in self._items:
+        """Return the listed item with an ID. Raises UserError if there is none."""
+        item = self._items.get(sample_id)
+        if item is None or not item.is_listed:
             raise UserError(
                 f"{sample_id!r:.200} is not a sample of this session",
                 where="label",
                 expected="the ID of a listed sample",
                 remedy="reload the page",
             )
-        return self._items[sample_id]
+        return item
 
     def exclude(self, sample_ids: Iterable[str]) -> None:
         """Remove samples with unreadable images from the list."""
@@ -358,15 +360,14 @@ class LabelStore:
         start = os.path.realpath(self.folder)
 
         def rename(name: str) -> str:
-            return os.path.relpath(os.path.abspath(located.resolve_path(name)), start)
+            return check_utf8(os.path.relpath(os.path.abspath(located.resolve_path(name)), start))
 
         sample = located.sample.map_paths(rename)
         messages = sample.messages
         messages = messages[:-1] if messages[-1].role == "assistant" else messages
         answer = Message(role="assistant", content=content)
-        return LocatedSample(
-            sample.model_copy(update={"messages": (*messages, answer)}), self.folder
-        )
+        update = {"messages": (*messages, answer), "meta": _match_meta(item, content)}
+        return LocatedSample(sample.model_copy(update=update), self.folder)
 
     def close(self) -> None:
         """Write the labels and release the folder."""
@@ -376,13 +377,29 @@ class LabelStore:
         finally:
             self._lock.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def check_utf8(path: str) -> str:
+    """Return a path that samples can store; raise UserError for others."""
+    if not is_utf8(path):
+        raise UserError(
+            "the path is not UTF-8 text",
+            where=path,
+            expected="file and folder names in UTF-8, because samples store them as JSON",
+            remedy="rename the file or folder",
+        )
+    return path
+
+
+def _match_meta(item: LabelItem, content: AnswerContent) -> dict[str, Any]:
+    """Return the metadata of a sample with attributes of unchanged boxes only."""
+    meta, answer = dict(item.sample.sample.meta), item.existing_answer or ()
+    old, new = ([part for part in one if isinstance(part, BoxPart)] for one in (answer, content))
+    if old != new and (attributes := meta.pop("boxes", None)):
+        is_matching = isinstance(attributes, list) and len(attributes) == len(old)
+        known = dict(zip(old, attributes, strict=True)) if is_matching else {}
+        if any(kept := [known.get(box, {}) for box in new]):
+            meta["boxes"] = kept
+    return meta

@@ -224,10 +224,7 @@ class AnswerTokens:
 
 
 def _iter_box_spans(
-    renderer: Renderer,
-    located_sample: LocatedSample,
-    prediction: Prediction,
-    tokens: AnswerTokens,
+    renderer: Renderer, located_sample: LocatedSample, prediction: Prediction, tokens: AnswerTokens
 ) -> Iterator[tuple[int, int]]:
     """Yield the token range of each box: from the end of the previous box to its own end.
 

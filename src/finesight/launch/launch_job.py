@@ -337,44 +337,6 @@ exit "$code"
 Its shell ignores signals, which Slurm also sends to the training process.
 """
 
-_SLURM_TEMPLATE = """\
-set -u
-cd -- {folder} || exit 1
-
-# Slurm signals this script before the time limit. The script forwards the signal with scancel,
-# because srun answers some signals with SIGKILL.
-warned='' heard=''
-warn() {{
-    warned=1 heard=1
-    scancel --signal=USR1 "$SLURM_JOB_ID"
-}}
-trap warn USR1
-
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE={gpus}
-
-srun --kill-on-bad-exit=1 bash -c {task} task \\
-    {python} {arguments} &
-step=$!
-
-# A signal that is trapped ends `wait` before the step has ended.
-while :; do
-    heard=''
-    wait "$step"
-    code=$?
-    [ -n "$heard" ] || break
-done
-[ "$code" -eq 0 ] && [ -e {result} ] && exit 0
-if [ -n "$warned" ]; then
-    # The requeued job resumes from the newest checkpoint.
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 75
-fi
-[ "$code" -eq 0 ] || exit "$code"
-exit 75
-"""
-
 
 def build_slurm_script(job: LaunchJob, options: SlurmOptions) -> str:
     """Build an sbatch script that starts one task per GPU.
@@ -399,7 +361,8 @@ def build_slurm_script(job: LaunchJob, options: SlurmOptions) -> str:
         f"--signal=B:USR1@{PREEMPTION_WARNING_S}",
         *options.format_directives(),
     ]
-    body = _SLURM_TEMPLATE.format(
+    template = (Path(__file__).parent / "slurm_job.sh").read_text(encoding="utf-8")
+    body = template.format(
         folder=shlex.quote(str(job.working_dir)),
         gpus=node_spec.gpus_per_node,
         task=shlex.quote(_TASK_SCRIPT),
@@ -541,7 +504,7 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
     pod = {
         "volumes": [{"name": "store", "persistentVolumeClaim": {"claimName": image.store}}],
         "containers": [
-            {"name": "node", "volumeMounts": [{"name": "store", "mountPath": MOUNT_PATH}]},
+            {"name": "node", "volumeMounts": [{"name": "store", "mountPath": MOUNT_PATH}]}
         ],
     }
     node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}

@@ -62,9 +62,9 @@ def norm_rotary(
     *,
     weight_offset: float,
 ) -> Tensor:
-    """Apply RMS norm with weight + offset, and rotate the leading R elements of each head.
+    """Apply RMS norm and rotary position embeddings in one kernel.
 
-    Requires Triton kernels.
+    Requires Triton. The norm weight is weight + offset; R leading elements of a head are rotated.
     """
     y_THD: Tensor = _NormRotary.apply(  # type: ignore[no-untyped-call]
         x_THD, weight_D, eps, cos_T1R, sin_T1R, weight_offset

@@ -52,9 +52,7 @@ class ServerLimits:
         256, "requests in the queue; the next one gets status 429", "`--max-queue`"
     )
     timeout: float = _limit(
-        300.0,
-        "seconds for a request from its first byte; then it is canceled",
-        "`--timeout`",
+        300.0, "seconds for a request from its first byte; then it is canceled", "`--timeout`"
     )
     max_completion_tokens: int = _limit(
         16_384, "tokens that a request may ask for; 4,096 by default"

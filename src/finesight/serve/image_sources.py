@@ -134,7 +134,7 @@ class FileStore:
         return upload
 
     def link(self, owner: str, file_id: str, target: Path) -> None:
-        """Create a hard link to an uploaded file, which remains valid if the file is deleted."""
+        """Create a hard link to an upload, which remains valid after its deletion."""
         upload = self.get(owner, file_id)
         try:
             os.link(upload.path, target)

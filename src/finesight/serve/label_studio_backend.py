@@ -39,11 +39,7 @@ from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError, ClientDisconnectedError, from_user_error
 from finesight.serve.chat_completions import ChatCompletionsHandler, ChoiceBuilder
 from finesight.serve.image_sources import LabelStudioImages
-from finesight.serve.request_middleware import (
-    LABEL_STUDIO_PATH,
-    ByteReservation,
-    get_reservation,
-)
+from finesight.serve.request_middleware import LABEL_STUDIO_PATH, ByteReservation, get_reservation
 from finesight.serve.request_preprocessor import RequestPreprocessor
 
 TOKEN_VARIABLE = "LABEL_STUDIO_API_KEY"

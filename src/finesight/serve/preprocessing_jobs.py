@@ -33,12 +33,7 @@ from finesight.data.sample import (
     TextPart,
     validate_sample,
 )
-from finesight.encode.family import (
-    DEFAULT_THINKING,
-    THINK_END,
-    THINK_START,
-    ThinkingOptions,
-)
+from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import UserError

@@ -113,7 +113,7 @@ class StudioState:
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """Row of the table of runs, with the primary metric of the first and last evaluation."""
+    """Row of the table of runs, with its first and last primary metric."""
 
     path: str
     status: str

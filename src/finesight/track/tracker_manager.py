@@ -236,7 +236,7 @@ class TrackerManager:
 
     @property
     def is_active(self) -> bool:
-        """Whether any tracker still accepts records."""
+        """True while any tracker accepts records."""
         return any(not client.wait(0) for _, client in self._clients)
 
     def start_run(self, run_facts: Mapping[str, Any]) -> None:

@@ -580,23 +580,26 @@ class TrainingData:
     def list_frequent_prompts(self) -> tuple[str, ...]:
         """Return the most frequent first questions of up to `MAX_PROMPT_SAMPLES` samples.
 
-        A prompt of fewer than two or 1 % of these samples is left out: it may be private, and
-        manifests are published with models.
+        A prompt of fewer than two or 1 % of the different questions is left out: it may be private,
+        and manifests are published with models. Several answers to a question count once.
         """
         indices = self.stats.sample_indices
         indices = indices[:: -(-len(indices) // MAX_PROMPT_SAMPLES) or 1]
-        counts = Counter[str]()
+        questions: dict[tuple[str, object], None] = {}
         for index in indices:
             # Samples beyond a partial scan may be invalid.
             with suppress(UserError):
-                messages = self.corpus.read_validated(index).sample.messages
-                parts = next((turn.content for turn in messages if turn.role == "user"), ())
-                texts = (part.text for part in parts if isinstance(part, TextPart))
-                counts["".join(texts).strip()] += 1
+                located = self.corpus.read_validated(index)
+                turns = (turn.content for turn in located.sample.messages if turn.role == "user")
+                parts = next(turns, ())
+                text = "".join(part.text for part in parts if isinstance(part, TextPart)).strip()
+                images = tuple(part for part in parts if not isinstance(part, TextPart))
+                questions[text, (located.folder, images)] = None
+        counts = Counter(text for text, _ in questions)
         return tuple(
             prompt
             for prompt, count in counts.most_common()
-            if count >= max(2, len(indices) / 100) and 0 < len(prompt) <= MAX_PROMPT_CHARS
+            if count >= max(2, len(questions) / 100) and 0 < len(prompt) <= MAX_PROMPT_CHARS
         )[:MAX_PROMPTS]
 
     def build_sample_stats(self, renderer: Renderer, data: DataSettings) -> SampleStatsMap:

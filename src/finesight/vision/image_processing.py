@@ -358,7 +358,7 @@ def load_patch_config(folder: ModelFolder) -> PatchConfig:
 
 
 def load_video_limits(folder: ModelFolder) -> PixelRange | None:
-    """Load the pixel limits over all frames of a video, None for a folder without them."""
+    """Load the pixel limits of a complete video, or None without limits."""
     size = folder.video_preprocessor_config.get("size")
     if not isinstance(size, dict):
         return None

@@ -41,7 +41,6 @@ from finesight.web.web_sessions import (
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
     MAX_REPETITION_PENALTY,
-    MAX_SEED,
     MAX_TEMPERATURE,
     MAX_TOP_K,
     DiskBudget,
@@ -133,7 +132,8 @@ Temperature = Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)]
 TopP = Annotated[FiniteFloat, Field(gt=0, le=1)]
 TopK = Annotated[FiniteFloat, Field(ge=0, le=MAX_TOP_K)]
 RepetitionPenalty = Annotated[FiniteFloat, Field(ge=1, le=MAX_REPETITION_PENALTY)]
-Seed = Annotated[int, Field(ge=-1, le=MAX_SEED)]
+Seed = FiniteFloat | None
+"""Value of the seed field, which the page checks: browsers send any number, and an empty field."""
 MessageText = Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)]
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import load_yaml, parse_json
 from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import FormulaConverter, render_mathml
 from finesight.infer.chat_session import ChatReply, ChatTurn
@@ -38,6 +38,7 @@ MIN_WORDS = 4
 """Number of words from which an answer is prose, for example that of the base model."""
 
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{4,}")
+_STRING_OR_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*')
 _CODE_FENCE = re.compile(r"\A```(?:json)?\n(.*)\n```\Z", re.DOTALL)
 _NUMBER_LIST = re.compile(r"\[\n[-+\d.eE,\s]+\]")
 _FORMULA = re.compile(
@@ -79,6 +80,7 @@ class UiText:
     repetition_penalty_hint: str = "Keep 1 for boxes, formulas and JSON. Default: 1"
     seed: str = "Seed"
     seed_hint: str = "Equal seeds give equal answers. Default: -1, a new seed for each answer"
+    invalid_seed: str = "The seed is {}. Enter a whole number from -1 to {}."
     system_prompt: str = "System prompt"
     system_prompt_hint: str = "Empty: that of the training, with which the model answers best"
     no_system_prompt: str = "none"
@@ -125,72 +127,7 @@ class UiText:
 
 ENGLISH = UiText()
 
-CHINESE = UiText(
-    language="zh",
-    other_language="English",
-    question_label="你的问题",
-    question_placeholder="就图像提问，可拖入或粘贴图像。",
-    welcome="在下方拖入或粘贴图像，然后提问。",
-    regenerate="重新回答",
-    undo="撤销",
-    new_chat="新对话",
-    export="导出",
-    compare="同时询问基础模型",
-    thinking="思考模式",
-    settings="设置",
-    max_new_tokens="每个回答的最大 token 数",
-    max_new_tokens_hint="超出的回答会被截断。默认：{}",
-    temperature="温度",
-    temperature_hint="0：贪心解码，与评估相同。默认：0",
-    top_p="核采样（top-p）",
-    top_p_hint="候选 token 的累计概率。默认：1，即全部 token",
-    top_k="候选数（top-k）",
-    top_k_hint="候选 token 的个数。默认：0，即全部 token",
-    repetition_penalty="重复惩罚",
-    repetition_penalty_hint="输出框、公式或 JSON 时请保持 1。默认：1",
-    seed="随机种子",
-    seed_hint="种子相同则回答相同。默认：-1，每次回答使用新种子",
-    system_prompt="系统提示词",
-    system_prompt_hint="留空：使用训练时的系统提示词，此时模型效果最好",
-    no_system_prompt="无",
-    prompts="训练时的提示词",
-    chats="对话",
-    chats_hint=(
-        "仅显示此浏览器的对话，其他用户看不到。服务器停止后对话即删除；"
-        "最多保留 {} 个，超出时最久未用的会被替换。"
-    ),
-    no_chats="还没有对话。",
-    rename="重命名",
-    delete="删除",
-    delete_question="删除“{}”？",
-    edit="编辑",
-    send="发送",
-    save="保存",
-    cancel="取消",
-    copy="复制",
-    copied="已复制",
-    source="原文",
-    enlarge="放大：{}",
-    close="关闭",
-    missing_image="服务器上已没有此图像。",
-    busy="此对话正在生成回答。请停止生成，或等待其结束。",
-    question="问题 {}",
-    image="图像 {}：{}",
-    reasoning="思考过程",
-    boxes="框：{}",
-    tokens="token：{}",
-    finish_length="已达最大长度，被截断",
-    finish_cancelled="已停止",
-    empty_reply="没有回答：后续对话不包含此轮",
-    error_title="未能完成",
-    too_many_images="共 {} 张图像；每个问题最多 {} 张，每次对话最多 {} 张。",
-    message_too_long="共 {} 个字符；每个问题最多 {} 个。",
-    disk_full="服务器没有空间存放更多图像。请删除一些对话，或稍后再试。",
-    server_error="服务器出错，回答中断；详情见其终端。",
-    password="密码",
-    sign_in="登录",
-    wrong_password="密码错误",
-)
+CHINESE = UiText(**load_yaml((STATIC_FOLDER / "zh.yaml").read_text(encoding="utf-8")))
 
 
 def select_ui_text(accept_language: str) -> UiText:
@@ -280,12 +217,25 @@ def _render_formula(source: str) -> Markup | None:
 
 def _format_json(text: str) -> str | None:
     """Indent a JSON object, or a list of objects; None for other texts."""
+    numbers: list[str] = []
+
+    def replace(match: re.Match[str]) -> str:
+        if match[0].startswith('"'):
+            return match[0]
+        numbers.append(match[0])
+        return str(len(numbers) - 1)
+
     # ValueError also if an integer has too many digits.
     with suppress(ValueError):
         value = parse_json(text)
         items = value if isinstance(value, list) else [value]
         if items and all(isinstance(item, dict) for item in items):
-            formatted = json.dumps(value, ensure_ascii=False, indent=2)
+            # Numbers are indices meanwhile: the parser would drop digits, as of 12.50.
+            indices = parse_json(_STRING_OR_NUMBER.sub(replace, text))
+            formatted = json.dumps(indices, ensure_ascii=False, indent=2)
+            formatted = _STRING_OR_NUMBER.sub(
+                lambda match: match[0] if match[0][0] == '"' else numbers[int(match[0])], formatted
+            )
             # Lists of numbers, such as box corners, on one line. Strings contain no line breaks.
             formatted = _NUMBER_LIST.sub(lambda match: " ".join(match[0].split()), formatted)
             return formatted if len(formatted) <= MAX_JSON_CHARS else None

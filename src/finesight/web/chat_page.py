@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from finesight.web.web_sessions import (
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
     MAX_REPETITION_PENALTY,
+    MAX_SEED,
     MAX_SESSIONS_PER_BROWSER,
     MAX_TEMPERATURE,
     MAX_TITLE_CHARS,
@@ -82,6 +84,7 @@ class ChatPage:
         self._reader_pool = ThreadPoolExecutor(
             NUM_READER_THREADS, thread_name_prefix="finesight-web"
         )
+        self._tasks: set[asyncio.Task[str]] = set()
         self._default_thinking = session_store.service.default_thinking
         self._default_system_prompt = session_store.service.system_prompt or ""
         manifest = session_store.service.manifest
@@ -156,10 +159,7 @@ class ChatPage:
                     for name, (*bounds, step) in sliders.items()
                 }  # fmt: skip
                 self._seed_number = gr.Number(
-                    -1,
-                    precision=0,
-                    elem_id="seed",
-                    **self._get_labels(ui_text, "seed"),
+                    -1, elem_id="seed", **self._get_labels(ui_text, "seed")
                 )
                 self._system_prompt_textbox = gr.Textbox(
                     self._default_system_prompt,
@@ -299,16 +299,15 @@ class ChatPage:
         action = ChatAction.model_validate(values[self._action_json])
         session = self._get_session(request)
         if action.kind == "edit":
-            options = self._apply_settings(session, values)
             removed_turns = session.chat.turns[action.index :]
 
-            def start_turn() -> ChatTurn:
+            def start_turn(options: Sequence[GenerationOptions]) -> ChatTurn:
                 session.check_text(action.text)
                 turn = session.chat.edit(action.index, action.text, options)
                 session.remove_images([path for one in removed_turns for path in one.image_paths])
                 return turn
 
-            async for updates in self._generate(session, request, start_turn, {}):
+            async for updates in self._generate(session, request, values, start_turn, {}):
                 yield updates
             return
         chats = self._session_store.list_chats(session.browser_id)
@@ -330,9 +329,8 @@ class ChatPage:
     ) -> AsyncIterator[ComponentUpdates]:
         session, message = self._get_session(request), values[self._composer]
         text, uploads = str(message["text"] or ""), [Path(name) for name in message["files"]]
-        options = self._apply_settings(session, values)
 
-        def start_turn() -> ChatTurn:
+        def start_turn(options: Sequence[GenerationOptions]) -> ChatTurn:
             image_paths = session.add_uploads(text, uploads)
             try:
                 return session.chat.send(text, image_paths, options)
@@ -340,31 +338,36 @@ class ChatPage:
                 session.remove_images(image_paths)
                 raise
 
-        async for updates in self._generate(session, request, start_turn, {"value": None}):
+        cleared = {"value": None}
+        async for updates in self._generate(session, request, values, start_turn, cleared):
             yield updates
 
     async def _on_regenerate(
         self, values: ComponentValues, request: gr.Request
     ) -> AsyncIterator[ComponentUpdates]:
         session = self._get_session(request)
-        options = self._apply_settings(session, values)
-
-        def start_turn() -> ChatTurn:
-            return session.chat.regenerate(options)
-
-        async for updates in self._generate(session, request, start_turn, {}):
+        start_turn = session.chat.regenerate
+        async for updates in self._generate(session, request, values, start_turn, {}):
             yield updates
 
     def _apply_settings(
         self, session: WebSession, values: ComponentValues
     ) -> list[GenerationOptions]:
-        """Store the settings in the conversation, and return the options of each model."""
-        settings = ChatSettings(**{name: values[at] for name, at in self._setting_inputs.items()})
+        """Store the settings in the conversation, and return the options of each model.
+
+        Raises:
+            UserError: The seed is invalid.
+        """
+        inputs = {name: values[component] for name, component in self._setting_inputs.items()}
+        # The browser sends null for an empty field.
+        seed = -1 if inputs["seed"] is None else inputs["seed"]
+        if seed != int(seed) or not -1 <= seed <= MAX_SEED:
+            raise UserError(session.ui_text.invalid_seed.format(seed, MAX_SEED))
+        settings = ChatSettings(**inputs | {"seed": int(seed)})
         system_prompt = settings.system_prompt
         is_default = not system_prompt.strip() or system_prompt == self._default_system_prompt
-        if not session.is_generating:
-            session.settings = settings
-            session.chat.system_prompt = None if is_default else system_prompt
+        session.settings = settings
+        session.chat.system_prompt = None if is_default else system_prompt
         options = GenerationOptions(
             max_new_tokens=int(min(settings.max_new_tokens, self._max_new_tokens)),
             sampling_params=SamplingParams(
@@ -386,72 +389,88 @@ class ChatPage:
         self,
         session: WebSession,
         request: gr.Request,
-        start_turn: Callable[[], ChatTurn],
+        values: ComponentValues,
+        start_turn: Callable[[Sequence[GenerationOptions]], ChatTurn],
         composer_updates: Mapping[str, Any],
     ) -> AsyncIterator[ComponentUpdates]:
         """Yield updates of a tab while completions are generated, and at their end.
 
-        The generation continues if the tab shows another conversation.
+        The generation continues if the tab shows another conversation, or if the tab is closed
+        while another tab shows this one.
 
         Args:
             session: Conversation of the tab.
             request: Request of the tab.
+            values: Settings of the tab.
             start_turn: Starts the generation and returns the new turn. It may block.
             composer_updates: Updates of the message box when the generation has started.
         """
-        ui_text, notice = session.ui_text, ""
         if session.is_generating:
+            ui_text = session.ui_text
             yield {self._notice_html: render_notice(ui_text.error_title, ui_text.busy)}
             return
-        session.is_generating = True
         try:
-            async for updates in self._stream_replies(session, start_turn, composer_updates):
-                notice = notice or updates.get(self._notice_html, "")
-                if _is_shown(session, request):
-                    yield updates
-        finally:
-            session.is_generating = False
-        if _is_shown(session, request):
-            yield self._render_state(session) | {self._notice_html: notice}
-
-    async def _stream_replies(
-        self,
-        session: WebSession,
-        start_turn: Callable[[], ChatTurn],
-        composer_updates: Mapping[str, Any],
-    ) -> AsyncIterator[ComponentUpdates]:
-        turn_future = asyncio.ensure_future(
-            asyncio.get_running_loop().run_in_executor(self._reader_pool, start_turn)
-        )
-        try:
-            # Shielded, since the thread continues after the user has disconnected.
-            turn = await asyncio.shield(turn_future)
-        except asyncio.CancelledError:
-            turn_future.add_done_callback(_cancel_replies)
-            raise
+            options = self._apply_settings(session, values)
         except UserError as error:
             yield {self._notice_html: _render_failure(session, error)}
             return
-        turn_index = len(session.chat.turns) - 1
-        yield {
-            self._history_html: render_turns(session, session.chat.turns[:-1]),
-            self._current_turn_html: render_turns(session, [turn], turn_index),
-            self._notice_html: "",
-            self._composer: gr.MultimodalTextbox(**composer_updates, **RUNNING_BUTTONS),
-            **dict.fromkeys(self._tool_buttons, gr.Button(interactive=False)),
-        }
-        pending = {asyncio.create_task(_drain_reply(reply)) for reply in turn.replies}
+        session.is_generating = True
+        started: asyncio.Future[ChatTurn] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._run_turn(session, partial(start_turn, options), started))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         try:
-            while pending:
-                finished, pending = await asyncio.wait(pending, timeout=UPDATE_INTERVAL_S)
-                failures = [_render_failure(session, task.exception()) for task in finished]
-                yield {
-                    self._current_turn_html: render_turns(session, [turn], turn_index),
-                    self._notice_html: next(filter(None, failures), ""),
+            start_or_failure: list[asyncio.Future[Any]] = [started, task]
+            await asyncio.wait(start_or_failure, return_when=asyncio.FIRST_COMPLETED)
+            turn_index = len(session.chat.turns) - 1
+            updates: ComponentUpdates = {}
+            if not started.cancelled():
+                updates = {
+                    self._history_html: render_turns(session, session.chat.turns[:-1]),
+                    self._notice_html: "",
+                    self._composer: gr.MultimodalTextbox(**composer_updates, **RUNNING_BUTTONS),
+                    **dict.fromkeys(self._tool_buttons, gr.Button(interactive=False)),
                 }
+            while updates or not task.done():
+                turn_html = render_turns(session, [started.result()], turn_index)
+                if _is_shown(session, request):
+                    yield updates | {self._current_turn_html: turn_html}
+                updates = {}
+                await asyncio.wait([task], timeout=UPDATE_INTERVAL_S)
+            notice = task.result()
         finally:
-            for reply in turn.replies:
-                reply.cancel()
+            # Only a closed tab ends this event early.
+            if not task.done() and session.tabs <= {str(request.session_hash)}:
+                started.add_done_callback(_cancel_replies)
+        if _is_shown(session, request):
+            yield self._render_state(session) | {self._notice_html: notice}
+
+    async def _run_turn(
+        self,
+        session: WebSession,
+        start_turn: Callable[[], ChatTurn],
+        started: asyncio.Future[ChatTurn],
+    ) -> str:
+        """Generate the completions of a turn, independently of the tabs.
+
+        Args:
+            started: Receives the turn. It is cancelled if the turn cannot be started.
+
+        Returns:
+            Notice of an error, or an empty text.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+            turn = await loop.run_in_executor(self._reader_pool, start_turn)
+            started.set_result(turn)
+            results = await asyncio.gather(*map(_drain_reply, turn.replies), return_exceptions=True)
+            return next(filter(None, [_render_failure(session, one) for one in results]), "")
+        except UserError as error:
+            return _render_failure(session, error)
+        finally:
+            started.cancel()
+            _cancel_replies(started)
+            session.is_generating = False
 
     async def _follow(
         self, session: WebSession, request: gr.Request

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -75,8 +75,8 @@ class DiskBudget:
     def __init__(self, uploads: Path, conversations: Path) -> None:
         self._uploads, self._conversations = uploads, conversations
         self._reserved = 0
-        self.free_space: Callable[[], bool] = lambda: False
-        """Deletes files that are not in use. Returns False if there are none."""
+        self.free_space: Callable[[int], bool] = lambda num_bytes: False
+        """Deletes unused files of a number of bytes, or returns False without deleting any."""
         self._lock = threading.Lock()
 
     def reserve(self, num_bytes: int) -> DiskReservation:
@@ -86,8 +86,9 @@ class DiskBudget:
             DiskFullError: The stored and reserved bytes would exceed the limit.
         """
         with self._lock:
-            while self._count_stored_bytes() + self._reserved + num_bytes > MAX_STORED_BYTES:
-                if not self.free_space():
+            limit = MAX_STORED_BYTES - num_bytes
+            while (excess := self._count_stored_bytes() + self._reserved - limit) > 0:
+                if not self.free_space(excess):
                     raise DiskFullError
             self._reserved += num_bytes
         return DiskReservation(self, num_bytes)
@@ -101,16 +102,20 @@ class DiskBudget:
         """Delete expired uploads, then count the bytes of all stored files."""
         min_mtime, total = time.time() - UPLOAD_TTL_S, 0
         for root in (self._uploads, self._conversations):
-            for folder, _, names in os.walk(root):
-                for file in (Path(folder, name) for name in names):
-                    # Files of a closed session may disappear in the meantime.
-                    with contextlib.suppress(FileNotFoundError):
-                        state = file.stat()
-                        if root == self._uploads and state.st_mtime < min_mtime:
-                            file.unlink()
-                        else:
-                            total += state.st_size
+            for file, state in _iter_files(root):
+                if root == self._uploads and state.st_mtime < min_mtime:
+                    file.unlink(missing_ok=True)
+                else:
+                    total += state.st_size
         return total
+
+
+def _iter_files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for folder, _, names in os.walk(root):
+        for file in (Path(folder, name) for name in names):
+            # Files of a closed session may disappear in the meantime.
+            with contextlib.suppress(FileNotFoundError):
+                yield file, file.stat()
 
 
 @dataclass(slots=True)
@@ -291,7 +296,7 @@ class WebSessionStore:
 
     def __init__(self, service: InferenceService, folder: Path, budget: DiskBudget) -> None:
         self.service, self._folder, self.budget = service, folder, budget
-        budget.free_space = self._close_unused
+        budget.free_space = self._free_space
         # Both from the least to the most recently used.
         self._sessions: dict[str, WebSession] = {}
         self._tokens_by_tab: dict[tuple[str, str], str] = {}
@@ -418,10 +423,20 @@ class WebSessionStore:
             sessions = self._sessions.values()
             self.delete(min(sessions, key=lambda one: (bool(one.chat.turns), bool(one.tabs))))
 
-    def _close_unused(self) -> bool:
-        """Delete the least recently used conversation that no tab displays."""
-        sessions = self.list_sessions()
-        unused = next((one for one in sessions if not one.tabs and not one.is_generating), None)
-        if unused is not None:
-            self.delete(unused)
-        return unused is not None
+    def _free_space(self, num_bytes: int) -> bool:
+        """Delete conversations that no tab displays, least recently used first.
+
+        Nothing is deleted if all of them have fewer than `num_bytes` bytes.
+        """
+        sessions = [one for one in self.list_sessions() if not one.tabs and not one.is_generating]
+        sizes = [sum(state.st_size for _, state in _iter_files(one.folder)) for one in sessions]
+        surplus = sum(sizes) - num_bytes
+        if surplus < 0:
+            return False
+        # The most recently used ones are kept as far as possible.
+        for session, size in zip(reversed(sessions), reversed(sizes), strict=True):
+            if size <= surplus:
+                surplus -= size
+            else:
+                self.delete(session)
+        return True

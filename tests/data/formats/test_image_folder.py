@@ -192,6 +192,21 @@ def test_imagefolder_columns(tmp_path: Path) -> None:
     assert caught.value.remedy == "did you mean y?"
 
 
+@pytest.mark.parametrize("requested", [None, "imagefolder"])
+def test_encoding_of_imagefolder_metadata(tmp_path: Path, requested: str | None) -> None:
+    root = write_images(tmp_path / "set", "a.png")
+    (root / "metadata.csv").write_bytes("file_name,text\na.png,Stra\u00dfe\n".encode("cp1252"))
+    options = {"prompt": "What?", "format": requested}
+    samples, summary = import_samples(root, tmp_path / "out", **options, encoding="cp1252")
+    assert list_answers(samples) == [["Stra\u00dfe"]]
+    assert summary.text_format == "comma-separated, CP1252"
+    with pytest.raises(UserError, match="not utf-8 text"):
+        import_samples(root, tmp_path / "two", **options, encoding="utf-8")
+    (root / "metadata.csv").rename(root / "metadata.jsonl")
+    with pytest.raises(UserError, match="the source is not a"):
+        import_samples(root, tmp_path / "three", **options, encoding="cp1252")
+
+
 @pytest.mark.parametrize(
     ("names", "reason", "requested"),
     [

@@ -44,12 +44,7 @@ from finesight.data.formats.image_annotations import (
     round_coordinate,
 )
 from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
-from finesight.data.sample import (
-    MAX_BOXES,
-    LocatedSample,
-    check_limit,
-    read_data_file,
-)
+from finesight.data.sample import MAX_BOXES, LocatedSample, check_limit, read_data_file
 from finesight.errors import UserError
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")

@@ -203,9 +203,7 @@ class ImportContext:
         if self.box_format is None and self.box_units is None:
             return default
         return replace(
-            default,
-            format=self.box_format or default.format,
-            units=self.box_units or default.units,
+            default, format=self.box_format or default.format, units=self.box_units or default.units
         )
 
     def read_box(

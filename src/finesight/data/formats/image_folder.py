@@ -157,18 +157,23 @@ def _order_by_split(root: Path, files: Sequence[Path]) -> tuple[list[Path], int,
     return splits["train"] + splits.get(validation, []), len(splits["train"]), note
 
 
-def open_imagefolder(source: Path) -> tuple[RowReader, str] | None:
+def open_imagefolder(source: Path, encoding: str | None = None) -> tuple[RowReader, str] | None:
     """Open a Hugging Face ImageFolder as table rows; paths in `file_name` become absolute.
+
+    Args:
+        encoding: Encoding of metadata.csv, None to detect it.
 
     Returns:
         The rows and the reason for the match, or None if there is no metadata file with this
-            column.
+            column, or not only .csv files with an encoding.
     """
     if not source.is_dir():
         return None
     found = [path for path in list_folder(source).files if _METADATA_NAME.fullmatch(path.name)]
     files, num_train, note = _order_by_split(source, found)
-    readers = [_resolve_file_names(open_row_file(file), file.parent) for file in files]
+    if encoding is not None and any(file.suffix.lower() != ".csv" for file in files):
+        return None
+    readers = [_resolve_file_names(open_row_file(file, encoding), file.parent) for file in files]
     first_rows = [next(iter(reader.iter_range(0, 1)), None) for reader in readers]
     if not files or any(row is None or "file_name" not in row.record for row in first_rows):
         return None
@@ -184,7 +189,7 @@ def _resolve_file_names(reader: RowReader, folder: Path) -> RowReader:
             path = str(folder.absolute() / name) if isinstance(name, str) and name else name
             yield replace(row, record={**row.record, "file_name": path})
 
-    return RowReader(reader.num_rows, iter_range)
+    return replace(reader, iter_range=iter_range)
 
 
 def map_imagefolder_columns(record: Record, columns: Mapping[str, str]) -> dict[str, str]:
@@ -205,7 +210,7 @@ def map_imagefolder_columns(record: Record, columns: Mapping[str, str]) -> dict[
 
 
 def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[RowReader, str] | None:
-    """Open folders of images as rows; the first folder below the source or split is the label.
+    """Open class folders of images as rows, with the folder name as label.
 
     Args:
         is_requested: Ignore other files, and accept class names such as `images`.

@@ -256,10 +256,7 @@ def build_region_results(
 
 
 def build_answer_result(
-    answers: Sequence[str],
-    *,
-    is_choice: bool,
-    controls: tuple[str, str] = ("answer", "image"),
+    answers: Sequence[str], *, is_choice: bool, controls: tuple[str, str] = ("answer", "image")
 ) -> Record:
     """Build the result of an answer about the whole image: choices or texts."""
     kind, key = ("choices", "choices") if is_choice else ("textarea", "text")

@@ -40,12 +40,7 @@ from finesight.data.formats.image_annotations import (
     parse_declared_size,
 )
 from finesight.data.line_index import MAX_LINE_BYTES
-from finesight.data.row_reader import (
-    Record,
-    RowReader,
-    SourceRow,
-    open_annotation_files,
-)
+from finesight.data.row_reader import Record, RowReader, SourceRow, open_annotation_files
 from finesight.data.sample import MAX_BOXES, LocatedSample, check_json, check_limit, read_data_file
 from finesight.errors import UserError
 

@@ -18,7 +18,7 @@ const create = (name, attributes = {}, ...children) => {
 
 let decisions = []; // Of all items, in their order; "" for an open item.
 let item = null; // Item that the page shows.
-let boxes = [], fields = null, selected = -1, imageIndex = 0;
+let boxes = [], edits = {}, selected = -1, imageIndex = 0; // `edits` are new texts of JSON fields.
 let isSaving = false, decided = []; // Items decided on this page, newest last.
 
 // Requests
@@ -51,7 +51,7 @@ const open = async (index, select = -1) => {
     selected = select;
     imageIndex = item.answer.boxes[0]?.image ?? 0;
     boxes = structuredClone(item.answer.boxes);
-    fields = settings.kind === "fields" ? readFields(item.answer.text) : null;
+    edits = {};
     byId("error").hidden = true;
     location.hash = index;
     show();
@@ -100,38 +100,6 @@ const undo = async () => {
 
 // Answer
 
-const readFields = (text) => {
-  // The fields of an answer that is not JSON are those of the template.
-  for (const source of [text, settings.template]) {
-    try {
-      const value = JSON.parse(source);
-      if (value && typeof value === "object") return value;
-    } catch { /* The next source follows. */ }
-  }
-  return null;
-};
-
-const listLeaves = (value, path = []) => value && typeof value === "object"
-  ? Object.entries(value).flatMap(([key, inner]) =>
-    listLeaves(inner, [...path, Array.isArray(value) ? Number(key) : key]))
-  : [[path, value]];
-
-const setLeaf = (path, text, original) => {
-  const parent = path.slice(0, -1).reduce((value, key) => value[key], fields);
-  const word = text.trim();
-  // A number remains a number, and true, false and null remain what they are.
-  const isNumber = typeof original === "number" && word !== "" && Number.isFinite(Number(word));
-  const isWord = (typeof original === "boolean" || original === null) && /^(true|false|null)$/.test(word);
-  parent[path.at(-1)] = isNumber ? Number(word) : isWord ? JSON.parse(word) : text;
-};
-
-// The separators are those of Python, so that an unchanged value is an unchanged text.
-const formatJson = (value) => Array.isArray(value)
-  ? `[${value.map(formatJson).join(", ")}]`
-  : value && typeof value === "object"
-    ? `{${Object.entries(value).map(([key, inner]) => `${JSON.stringify(key)}: ${formatJson(inner)}`).join(", ")}}`
-    : JSON.stringify(value);
-
 const readAnswer = () => {
   if (settings.kind === "boxes") {
     // A reviewed answer without boxes keeps its text.
@@ -139,16 +107,9 @@ const readAnswer = () => {
     if (!boxes.length) return { text: isText ? item.answer.text : settings.no_objects, boxes };
     return { text: item.answer.boxes.length ? item.answer.text : "", boxes };
   }
-  if (fields) {
-    const isSame = isParsed(item.answer.text)
-      && formatJson(fields) === formatJson(readFields(item.answer.text));
-    return { text: isSame ? item.answer.text : formatJson(fields), boxes };
-  }
+  // The server replaces the fields: numbers of JavaScript have fewer digits than those of JSON.
+  if (item.fields.length) return { text: item.answer.text, edits, boxes };
   return { text: byId("answer").value, boxes };
-};
-
-const isParsed = (text) => {
-  try { return typeof JSON.parse(text) === "object"; } catch { return false; }
 };
 
 const getConfidence = (path) => item.parts.find(
@@ -174,7 +135,7 @@ const show = () => {
   byId("history").querySelector("ol").replaceChildren(...history.map((entry) => create(
     "li", {}, `${entry.time.slice(0, 19).replace("T", " ")} ${translate(entry.event)} ${entry.model}`)));
   const isHinted = suggestion && JSON.stringify(suggestion) !== JSON.stringify(answer)
-    || settings.kind === "fields" && !isParsed(answer.text);
+    || item.has_template && answer.text;
   byId("hint").hidden = !isHinted;
   if (isHinted) {
     const shown = suggestion ?? answer;
@@ -183,7 +144,7 @@ const show = () => {
     byId("hint").replaceChildren(
       create("p", { class: "small soft" }, translate("The model suggests:")), create("pre", {}, text));
   }
-  byId("save").disabled = false;
+  byId("save").disabled = item.images.some((image) => image.error);
   showForm();
   showImage();
 };
@@ -201,13 +162,13 @@ const showForm = () => {
         onclick: () => remove(index) }, "✕"))));
     return;
   }
-  if (fields) {
-    form.replaceChildren(...listLeaves(fields).map(([path, value], index) => {
-      const name = path.join(".");
-      return create("div", { class: "row" },
-        create("label", { for: `field-${index}` }, name, " ", makeBadge(getConfidence(path))),
-        makeInput(`field-${index}`, value ?? "", (text) => setLeaf(path, text, value)));
-    }));
+  if (item.fields.length) {
+    form.replaceChildren(...item.fields.map(({ path, text }, index) => create("div", { class: "row" },
+      create("label", { for: `field-${index}` }, path.join("."), " ", makeBadge(getConfidence(path))),
+      makeInput(`field-${index}`, text, (edited) => {
+        if (edited === text) delete edits[index];
+        else edits[index] = edited;
+      }))));
     return;
   }
   const isChoice = settings.kind === "classes" && settings.choices.length;
@@ -254,11 +215,17 @@ const getColor = (index) => settings.colors[index % settings.colors.length];
 
 const showImage = () => {
   const shown = item.images[imageIndex];
-  byId("stage").hidden = !shown;
+  byId("stage").hidden = !shown || shown.error;
+  byId("unreadable").hidden = !shown?.error;
   byId("name").textContent = shown?.name ?? "";
   byId("next-image").hidden = item.images.length < 2;
   byId("next-image").textContent = translate("Image {} of {}", imageIndex + 1, item.images.length);
   if (!shown) return;
+  if (shown.error) {
+    byId("image").removeAttribute("src");
+    byId("unreadable").textContent = `${translate("The image cannot be read.")}\n${shown.error}`;
+    return;
+  }
   if (byId("image").getAttribute("src") !== shown.url) {
     // The previous image must not stay visible while the next one loads.
     byId("image").removeAttribute("src");
@@ -272,6 +239,13 @@ const showImage = () => {
   byId("overlay").setAttribute("viewBox", `0 0 ${shown.width} ${shown.height}`);
   drawBoxes();
 };
+
+byId("image").addEventListener("error", () => {
+  // The header is readable, but the pixels are not.
+  byId("unreadable").textContent = translate("The image cannot be read.");
+  byId("unreadable").hidden = false;
+  byId("image").removeAttribute("src");
+});
 
 const drawBoxes = () => {
   const draw = (name, attributes) => {
@@ -380,7 +354,7 @@ const edit = () => {
   const inputs = [...byId("form").querySelectorAll("input, select, textarea")];
   const values = item.parts.map((part) => part.confidence);
   const least = item.parts[values.indexOf(Math.min(...values))]?.path;
-  const paths = fields ? listLeaves(fields).map(([path]) => path) : boxes.map((_, index) => [index]);
+  const paths = item.fields.length ? item.fields.map(({ path }) => path) : boxes.map((_, index) => [index]);
   const index = paths.findIndex((path) => JSON.stringify(path) === JSON.stringify(least));
   const target = inputs[Math.max(0, index)];
   target?.focus();

@@ -551,7 +551,7 @@ def load_trainable_adapter(
 def _read_matching_adapter(
     model: AnyModel, folder: Path, base_folder: ModelFolder | None
 ) -> tuple[AdapterSpec, dict[str, LoraFactors]]:
-    """Read an adapter and check that it fits the layers of a model and its base."""
+    """Read an adapter and check that it matches the model and its base."""
     spec, factors = read_adapter(folder, model.adapter_key_mappings)
     if base_folder is not None and spec.base_fingerprint not in (None, base_folder.fingerprint()):
         raise UserError(

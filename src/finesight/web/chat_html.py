@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,6 +19,7 @@ from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import FormulaConverter, render_mathml
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.prediction import BOX_COLORS
+from finesight.report.i18n import Language, translate, use_language
 
 if TYPE_CHECKING:
     from finesight.web.web_sessions import ChatImage, WebSession
@@ -48,17 +49,15 @@ _FORMULA = re.compile(
 )
 """Formula with delimiters."""
 
-UiLanguage = Literal["en", "zh"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UiText:
-    """Texts of the chat page in one language, by default English."""
+    """Texts of the chat page in one language, by default English; `zh.yaml` translates them."""
 
-    language: UiLanguage = "en"
+    language: Language = "en"
     other_language: str = "中文"
     question_label: str = "Your question"
-    question_placeholder: str = "Ask about images. Drop or paste them here."
+    question_placeholder: str = "Ask, or drop images here."
     welcome: str = "Drop or paste an image below and ask about it."
     regenerate: str = "Regenerate"
     undo: str = "Undo"
@@ -125,72 +124,11 @@ class UiText:
 
 ENGLISH = UiText()
 
-CHINESE = UiText(
-    language="zh",
-    other_language="English",
-    question_label="你的问题",
-    question_placeholder="就图像提问，可拖入或粘贴图像。",
-    welcome="在下方拖入或粘贴图像，然后提问。",
-    regenerate="重新回答",
-    undo="撤销",
-    new_chat="新对话",
-    export="导出",
-    compare="同时询问基础模型",
-    thinking="思考模式",
-    settings="设置",
-    max_new_tokens="每个回答的最大 token 数",
-    max_new_tokens_hint="超出的回答会被截断。默认：{}",
-    temperature="温度",
-    temperature_hint="0：贪心解码，与评估相同。默认：0",
-    top_p="核采样（top-p）",
-    top_p_hint="候选 token 的累计概率。默认：1，即全部 token",
-    top_k="候选数（top-k）",
-    top_k_hint="候选 token 的个数。默认：0，即全部 token",
-    repetition_penalty="重复惩罚",
-    repetition_penalty_hint="输出框、公式或 JSON 时请保持 1。默认：1",
-    seed="随机种子",
-    seed_hint="种子相同则回答相同。默认：-1，每次回答使用新种子",
-    system_prompt="系统提示词",
-    system_prompt_hint="留空：使用训练时的系统提示词，此时模型效果最好",
-    no_system_prompt="无",
-    prompts="训练时的提示词",
-    chats="对话",
-    chats_hint=(
-        "仅显示此浏览器的对话，其他用户看不到。服务器停止后对话即删除；"
-        "最多保留 {} 个，超出时最久未用的会被替换。"
-    ),
-    no_chats="还没有对话。",
-    rename="重命名",
-    delete="删除",
-    delete_question="删除“{}”？",
-    edit="编辑",
-    send="发送",
-    save="保存",
-    cancel="取消",
-    copy="复制",
-    copied="已复制",
-    source="原文",
-    enlarge="放大：{}",
-    close="关闭",
-    missing_image="服务器上已没有此图像。",
-    busy="此对话正在生成回答。请停止生成，或等待其结束。",
-    question="问题 {}",
-    image="图像 {}：{}",
-    reasoning="思考过程",
-    boxes="框：{}",
-    tokens="token：{}",
-    finish_length="已达最大长度，被截断",
-    finish_cancelled="已停止",
-    empty_reply="没有回答：后续对话不包含此轮",
-    error_title="未能完成",
-    too_many_images="共 {} 张图像；每个问题最多 {} 张，每次对话最多 {} 张。",
-    message_too_long="共 {} 个字符；每个问题最多 {} 个。",
-    disk_full="服务器没有空间存放更多图像。请删除一些对话，或稍后再试。",
-    server_error="服务器出错，回答中断；详情见其终端。",
-    password="密码",
-    sign_in="登录",
-    wrong_password="密码错误",
-)
+with use_language("zh"):
+    CHINESE = UiText(
+        **{key: translate(text) for key, text in asdict(ENGLISH).items() if key != "language"},
+        language="zh",
+    )
 
 
 def select_ui_text(accept_language: str) -> UiText:

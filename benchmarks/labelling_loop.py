@@ -400,11 +400,31 @@ def measure_errors(work: Path, seed: int, num_samples: int, steps: int) -> dict[
             "all": round(len(hits) / num_planted, 3),
             **{kind: round(hits.count(kind) / totals[kind], 3) for kind in PLANTED_KINDS},
         }
-    raw = [{**one.as_json(), "planted": planted_ids.get(one.suggestion.id, "")} for one in ranked]
+    raw = [describe_label(one, planted_ids.get(one.suggestion.id, "")) for one in ranked]
     (work / f"ranked-{seed}-{steps}.json").write_text(json.dumps(raw))
     found["calibration"] = measure_part_calibration(raw, rows)
     print(json.dumps(found), flush=True)
     return found
+
+
+def describe_label(label: RankedLabel, planted: str) -> dict[str, Any]:
+    """Return the values and the suggestion of a label as JSON data."""
+    suggestion = label.suggestion
+    return {
+        "id": suggestion.id,
+        "loss": round(label.loss, 6),
+        "excess_loss": round(label.excess_loss, 6),
+        "disagreement": round(label.disagreement, 6),
+        "score": round(label.score, 6),
+        "suggestion": {
+            "content": [part.model_dump(mode="json") for part in suggestion.content],
+            "parts": [
+                {"path": list(part.path), "confidence": round(part.confidence, 6)}
+                for part in suggestion.parts
+            ],
+        },
+        "planted": planted,
+    }
 
 
 def measure_part_calibration(

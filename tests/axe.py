@@ -21,7 +21,8 @@ class AxeChecker:
 
     def find_violations(self, browser: Browser) -> list[str]:
         """Return serious violations of the open page."""
-        browser.run(self._script)
+        if not browser.run("return !!window.axe;"):
+            browser.run(self._script)
         result: Any = browser.driver.execute_async_script(
             "const done = arguments[arguments.length - 1]; axe.run().then(done);"
         )
@@ -30,3 +31,16 @@ class AxeChecker:
             for one in result["violations"]
             if one["impact"] in SEVERE_IMPACTS
         ]
+
+    def find_layout_problems(self, browser: Browser) -> list[str]:
+        """Return serious violations and overflow of the open page, narrow and wide, light and dark.
+
+        The page is not loaded again.
+        """
+        found = []
+        for width, dark in browser.iter_layouts():
+            problems = self.find_violations(browser)
+            if overflow := browser.overflow_width():
+                problems.append(f"overflow of {overflow} px")
+            found += [f"{width} px, {'dark' if dark else 'light'}: {one}" for one in problems]
+        return found

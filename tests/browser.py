@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ class Browser:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
         self._send_command("Page.addScriptToEvaluateOnNewDocument", {"source": COUNT_ALERTS_SCRIPT})
+        # Transitions end at once, so that a new color scheme has its final colors.
+        self._send_command("Animation.enable", {})
+        self._send_command("Animation.setPlaybackRate", {"playbackRate": 1000})
 
     def open(
         self, page: Path, width: int = DESKTOP_WIDTH, height: int = 900, *, dark: bool = False
@@ -66,14 +70,24 @@ class Browser:
         self, address: str, width: int = DESKTOP_WIDTH, height: int = 900, *, dark: bool = False
     ) -> None:
         """Open a URL with a width and color scheme."""
-        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._send_command("Emulation.setDeviceMetricsOverride", screen)
-        self._send_command("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self._emulate(width, height, dark)
         self.driver.get("about:blank")
         self.messages(), self.requests()
         self.driver.get(address)
         self.run(WAIT_PAINT_SCRIPT)  # keys that come before a page is painted are dropped
+
+    def iter_layouts(self) -> Iterator[tuple[int, bool]]:
+        """Show the open page with each width, light and dark, and yield width and darkness."""
+        for width, dark in product((PHONE_WIDTH, DESKTOP_WIDTH), (False, True)):
+            self._emulate(width, 900, dark)
+            self.run(WAIT_PAINT_SCRIPT)
+            yield width, dark
+
+    def _emulate(self, width: int, height: int, dark: bool) -> None:
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._send_command("Emulation.setDeviceMetricsOverride", screen)
+        self._send_command("Emulation.setEmulatedMedia", {"features": [scheme]})
 
     def settle(self) -> None:
         """Wait for pending scripts and requests."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import random
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from finesight.data.sample import BoxPart, TextPart
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion
 
 MODEL = "finesight-tiny"
+COLORS = ("red", "green", "blue")
 FIELDS = (
     {"shop": "Vade Mart", "total": 3},
     {"shop": "Olp", "total": 2**53 + 1},
@@ -28,6 +32,36 @@ def draw_images(folder: Path, count: int = 3) -> Path:
     for index in range(count):
         Image.new("RGB", (120, 80), (250, 240 - 20 * index, 200)).save(photos / f"{index}.png")
     return photos
+
+
+def draw_dots(folder: Path, count: int) -> dict[str, str]:
+    """Write images of a white dot on a color, and return the colors by file name."""
+    folder.mkdir(parents=True)
+    colors = {f"{index:03}.png": COLORS[index % 3] for index in range(count)}
+    for index, (name, color) in enumerate(colors.items()):
+        image, rng = Image.new("RGB", (56, 56), color), random.Random(index)
+        x, y, size = rng.randrange(40), rng.randrange(40), rng.randrange(6, 16)
+        ImageDraw.Draw(image).ellipse((x, y, x + size, y + size), fill="white")
+        image.save(folder / name)
+    return colors
+
+
+def ask_server(address: str, image: Path) -> str:
+    """Return the answer of an OpenAI-compatible server about an image."""
+    url = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "Which color?"},
+    ]
+    with urllib.request.urlopen(f"{address}models", timeout=60) as answer:
+        model = json.load(answer)["data"][0]["id"]
+    body = {"model": model, "messages": [{"role": "user", "content": content}]}
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(
+        f"{address}chat/completions", json.dumps(body).encode(), headers
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(json.load(answer)["choices"][0]["message"]["content"])
 
 
 def make_suggestion(

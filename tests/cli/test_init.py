@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
 import yaml
+from label_fixtures import ask_server, draw_dots
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -89,6 +97,45 @@ def test_folder_of_images_becomes_a_trained_model(
     assert run_command(["init", "photos", "--yes"]) == 2
     assert "photos-finetune exists already and is never overwritten" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")} == files
+
+
+@contextmanager
+def run_server(command: str) -> Iterator[tuple[str, list[str]]]:
+    """Run a printed command; yield the address it prints, and after the block its error output."""
+    words = [sys.executable, "-m", *shlex.split(command), "--port", "0"]
+    with subprocess.Popen(words, stdout=PIPE, stderr=PIPE, text=True) as process:
+        errors: list[str] = []
+        yield process.stdout.readline().split()[-1], errors
+        process.send_signal(signal.SIGINT)
+        errors += process.communicate(timeout=60)[1].splitlines()
+        assert process.returncode == 0
+
+
+def test_unlabeled_images_become_a_served_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    colors = draw_dots(Path("photos"), 200)
+    assert run_command(["init", "photos", "--yes", "--prompt", "Which color?"]) == 0
+    label, train, serve = capsys.readouterr().out.partition("next:\n")[2].split("\n", 2)
+    with run_server(label) as (address, errors):
+        for index in range(30):
+            with urllib.request.urlopen(f"{address}/items/{index}") as answer:
+                sample_id = json.load(answer)["id"]
+            decision = {"id": sample_id, "action": "save", "text": colors[Path(sample_id).name]}
+            headers = {"content-type": "application/json"}
+            body = json.dumps(decision).encode()
+            with urllib.request.urlopen(
+                urllib.request.Request(f"{address}/decision", body, headers)
+            ) as answer:
+                assert json.load(answer)["item"]["decision"] == "corrected"
+    assert errors[-1] == f"next: {train.strip()}"
+    assert run_command([*shlex.split(train)[1:], "train.steps=30"]) == 0
+    assert f"next: {serve.strip()}\n" in capsys.readouterr().err
+    labels = Path("photos-finetune/data/labels.jsonl").read_text().splitlines()
+    image = Path("photos", Path(json.loads(labels[0])["id"]).name)
+    with run_server(serve) as (address, _):
+        assert ask_server(f"{address}/", image) == colors[image.name]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from finesight.data.sample import (
 )
 from finesight.errors import UserError
 from finesight.label.label_session import open_session
-from finesight.label.label_store import JOURNAL_FILE, LABELS_FILE
+from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 
 
 def list_texts(folder: Path) -> list[str]:
@@ -83,6 +83,33 @@ def test_labels_are_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (image,) = (part for part in located.sample.iter_parts() if isinstance(part, ImagePart))
         assert located.resolve_path(image.image).is_file()
         assert not Path(image.image).is_absolute()
+
+
+def test_labels_are_split_in_the_same_way_in_each_session(tmp_path: Path) -> None:
+    images = [draw_images(tmp_path / name, 10) for name in ("first", "second")]
+
+    def label(num_labels: int, fraction: float | None, folder: Path) -> list[set[str]]:
+        session = open_session(
+            tmp_path / "labels", MODEL, [folder], prompt="Read.", train_fraction=fraction
+        )
+        with session.store as store:
+            for item in store.items[:num_labels]:
+                store.save_label(item.sample.sample.id, (TextPart(text="red"),))
+        files = [tmp_path / "labels" / name for name in (LABELS_FILE, EVAL_FILE)]
+        return [
+            {sample.id for sample in read_samples(file)} if file.exists() else set()
+            for file in files
+        ]
+
+    assert [len(ids) for ids in label(1, 0.7, images[0])] == [1, 0]
+    train, validation = label(10, 0.7, images[0])
+    assert (len(train), len(validation)) == (7, 3)
+    assert label(0, None, images[0]) == [train, validation]
+    both = label(10, None, images[1])
+    assert [len(ids) for ids in both] == [14, 6]
+    assert train | validation < both[0] | both[1]
+    assert label(0, 0.7, images[1]) == both
+    assert label(0, 1.0, images[1]) == [both[0] | both[1], set()]
 
 
 def test_review_replaces_answers_and_keeps_others(tmp_path: Path) -> None:

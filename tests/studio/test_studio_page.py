@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from axe import AxeChecker
@@ -19,8 +23,10 @@ from browser import Browser
 from chat_page_driver import ChatPageDriver
 from comparison_fixtures import make_run, make_sign_answers
 from fastapi.testclient import TestClient
+from label_fixtures import COLORS, ask_server, draw_dots
 
 from finesight.errors import UserError
+from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
 from finesight.studio.studio_jobs import JobStore
 from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
@@ -29,6 +35,19 @@ from finesight.studio.workspace import Workspace
 from finesight.web.web_server import create_private_folder
 
 WAIT_TIMEOUT_S = 60.0
+NUM_LABELS = 30
+
+IS_LOADED = "!document.querySelector('#studio-top') || document.querySelector('.studio-form')"
+"""Condition that Gradio shows the form of a step, unless another page is open."""
+
+LINK = "document.querySelector('a.open')"
+"""Link to the server that the studio has started."""
+
+VISIBLE_LABELS_SCRIPT = """
+const form = ".studio-form :is(label > span, button.primary, .label-wrap > span)";
+const labels = [...document.querySelectorAll(`${form}, h2, th, #studio-top p`)];
+return labels.filter((at) => at.offsetParent).map((at) => at.innerText);
+"""
 
 GRADIO_NOTES = ("AbortError", "Method not implemented.")
 """Messages of Gradio about requests that end with the page, and about the end of an upload."""
@@ -135,9 +154,21 @@ class StudioDriver:
     def __init__(self, browser: Browser, address: str) -> None:
         self.browser, self.address = browser, address
 
-    def open(self, step: str, width: int = 1440, dark: bool = False, lang: str = "en") -> None:
-        self.browser.visit(f"{self.address}/?step={step}&lang={lang}", width, dark=dark)
-        self.wait_for("document.querySelector('#studio-top nav')")
+    def open(self, step: str, lang: str = "en") -> None:
+        self.browser.visit(f"{self.address}/?step={step}&lang={lang}")
+        self.wait_for(f"document.querySelector('#studio-top nav') && ({IS_LOADED})")
+
+    def reload(self, state: str) -> None:
+        """Wait for a state, which the page must show again after a reload, without errors."""
+        # A reload while Gradio is loading would abort its requests.
+        is_loaded = (
+            "!document.querySelector('#studio-top') || document.querySelector('.studio-form')"
+        )
+        self.wait_for(f"({state}) && ({is_loaded})")
+        self.check()
+        self.browser.driver.refresh()
+        self.wait_for(f"({state}) && ({is_loaded})")
+        self.check()
 
     def wait_for(self, condition: str) -> None:
         end = time.monotonic() + WAIT_TIMEOUT_S
@@ -160,9 +191,6 @@ class StudioDriver:
         self.browser.settle()
 
     def upload(self, name: str, files: Sequence[Path]) -> None:
-        self.wait_for("document.querySelector('.studio-form .label-wrap')?.offsetParent")
-        self.browser.settle()
-        self.browser.run("document.querySelector('.studio-form .label-wrap').click();")
         self.wait_for(f"document.querySelector('#{name} input[type=file]')")
         field = self.browser.driver.find_element("css selector", f"#{name} input[type=file]")
         field.send_keys("\n".join(map(str, files)))
@@ -199,74 +227,92 @@ def studio(folder: Path, browser: Browser) -> Iterator[StudioDriver]:
         assert process.wait(30) == 0
 
 
-def test_from_images_to_a_chat_reply(folder: Path, studio: StudioDriver, browser: Browser) -> None:
+def test_unlabeled_images_become_a_served_model(
+    folder: Path, studio: StudioDriver, browser: Browser
+) -> None:
+    images = draw_dots(folder / "images", 200)
+
     studio.open("data")
-    studio.fill(source="../photos", name="colors", prompt="Which color?", fraction="2")
+    studio.fill(source="../images", name="dots", prompt="Which color?")
     studio.wait_for("document.querySelector('#preview .message')")
     studio.click("import")
     studio.wait_for("document.querySelector('#message .error')?.innerText.includes('outside')")
-    studio.fill(source="photos")
-    command = "finesight import photos data/colors --prompt 'Which color?' --train-fraction 2"
+    studio.fill(source="images")
+    command = "finesight import images data/dots --prompt 'Which color?' --train-fraction 0.9"
     studio.wait_for(f'document.querySelector("#preview code")?.textContent === "{command}"')
     studio.click("import")
     studio.wait_for_job("failed")
-    studio.wait_for("document.querySelector('#source input, #source textarea')?.value === 'photos'")
-    studio.fill(fraction="0.75")
-    studio.click("import")
-    studio.wait_for_job("finished")
-    studio.check()
-    studio.open("data")
+    studio.reload("document.querySelector('.log')?.textContent.includes('finesight label')")
+    studio.wait_for("document.querySelector('#source input, #source textarea')?.value === 'images'")
+    studio.fill(source="", name="uploaded")
     studio.upload("upload", sorted((folder / "photos").iterdir()))
-    studio.fill(name="uploaded", prompt="Which color?", fraction="0.75")
     studio.click("import")
     studio.wait_for("document.querySelector('.job code')?.textContent.includes('uploads/')")
     studio.wait_for_job("finished")
-    assert (folder / "data" / "uploaded" / "train.jsonl").is_file()
-    studio.check()
+    studio.reload("document.querySelector('td a')?.textContent === 'data/uploaded'")
+
+    studio.open("label")
+    studio.fill(images="images", label_prompt="Which color?", labels_name="dots")
+    studio.fill(classes=",".join(COLORS))
+    studio.click("start-labelling")
+    studio.reload(LINK)
+    browser.visit(browser.run(f"return {LINK}.href;"))
+    studio.wait_for("document.querySelector('#position')?.textContent.includes('1 of 200')")
+    for index in range(NUM_LABELS):
+        name = browser.run("return document.querySelector('#name').textContent;")
+        browser.press(str(1 + COLORS.index(images[name])), "Enter")
+        shown = f"document.querySelector('#position')?.textContent.includes('{index + 2} of')"
+        studio.wait_for(shown)
+    studio.reload(f"document.querySelector('#counts')?.textContent.includes('{NUM_LABELS}')")
+    studio.open("label")
+    studio.click("stop")
+    studio.wait_for_job("stopped")
+    studio.reload("document.querySelector('td a')?.textContent === 'data/dots'")
+    assert browser.run("return document.querySelector('td.number').textContent;") == "24"
+
     studio.open("check")
     studio.click("check")
-    studio.wait_for("document.querySelector('#studio-bottom iframe')")
+    studio.reload("document.querySelector('#studio-bottom iframe')")
     studio.open("plan")
-    studio.fill(recipe_name="colors", epochs="40", learning_rate="2e-3", metric="classification")
+    studio.fill(recipe_name="dots", epochs="10", learning_rate="2e-3", metric="classification")
     studio.click("create-the-recipe")
-    studio.wait_for("document.querySelector('#editor textarea')?.value.includes('epochs: 40')")
+    studio.wait_for("document.querySelector('#editor textarea')?.value.includes('epochs: 10')")
     studio.click("estimate-memory-and-time")
     studio.wait_for_job("finished")
+    studio.reload("document.querySelector('#editor textarea')?.value.includes('epochs: 10')")
     studio.open("train")
     studio.click("start-or-resume")
     studio.wait_for_job("finished")
-    studio.wait_for("document.querySelectorAll('.chart').length > 2")
-    studio.check()
+    studio.reload("document.querySelectorAll('.chart').length > 2")
+    studio.open("results")
+    studio.reload("document.querySelector('td:last-child')?.textContent.includes('accuracy')")
+
     studio.open("chat")
     studio.click("start-the-chat")
-    studio.wait_for("document.querySelector('a.open')")
-    browser.driver.refresh()
-    studio.wait_for("document.querySelector('a.open')")
-    address = browser.run("return document.querySelector('a.open').href;")
-    chat = ChatPageDriver(browser, address)
-    chat.ask("Which color?", [folder / "photos" / "00.png"])
-    assert "red" in chat.read_texts(".reply .message-text")[-1]
+    studio.reload(LINK)
+    chat = ChatPageDriver(browser, browser.run(f"return {LINK}.href;"))
+    labeled = json.loads((folder / "data/dots/labels.jsonl").read_text().splitlines()[0])
+    image = folder / "images" / Path(labeled["id"]).name
+    chat.ask("Which color?", [image])
+    assert chat.read_texts(".reply .message-text") == [images[image.name]]
+    studio.reload("document.querySelector('.reply .message-text')")
     studio.open("chat")
     studio.click("stop")
     studio.wait_for_job("stopped")
-    studio.open("label")
-    studio.fill(images="photos", label_prompt="Which color?", labels_name="labeled")
-    studio.click("start-labelling")
-    studio.wait_for("document.querySelector('a.open')")
-    browser.visit(browser.run("return document.querySelector('a.open').href;"))
-    studio.wait_for("document.querySelector('#position')?.textContent.includes('1 of 24')")
-    browser.press("Enter")
-    studio.wait_for("document.querySelector('#counts').textContent.includes('accepted 1')")
-    studio.open("label")
+    studio.open("export")
+    studio.click("start-the-server")
+    studio.reload(LINK)
+    models = browser.run(f"return {LINK}.href;")
+    assert ask_server(models.removesuffix("models"), image) == images[image.name]
     studio.click("stop")
     studio.wait_for_job("stopped")
-    assert (folder / "data" / "labeled" / "labels.jsonl").is_file()
     studio.check()
 
     checker = AxeChecker()
-    for width, dark, lang in ((390, False, "en"), (390, True, "zh"), (1440, True, "en")):
-        for step in STEPS:
-            studio.open(step, width, dark, lang)
-            browser.settle()
-            studio.check()
-            assert checker.find_violations(browser) == [], (step, width, lang)
+    for step, lang in product(STEPS, get_args(Language)):
+        studio.open(step, lang)
+        texts = browser.run(VISIBLE_LABELS_SCRIPT)
+        chinese = [text for text in texts if re.search("[\u4e00-\u9fff]", text)]
+        assert chinese == (texts if lang == "zh" else []), step
+        assert checker.find_layout_problems(browser) == [], (step, lang)
+        studio.check()

@@ -1,4 +1,4 @@
-"""Generate docs/images/web.png: PYTHONPATH=tests python tests/web/screenshot.py"""
+"""Generate docs/images/web.png: PYTHONPATH=tests:pretraining python tests/web/screenshot.py"""
 
 from __future__ import annotations
 

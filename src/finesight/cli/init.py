@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -133,6 +133,7 @@ def init(
     Detects the format, columns and task of the data, and the memory of the GPU. Asks at most five
     questions. Writes FOLDER/data and a commented FOLDER/recipe.yaml with a model that fits, checks
     the data, and prints the plan of the run and the next command. Existing files are never changed.
+    For a folder of images without labels, the next command is `finesight label`.
 
     Example: finesight init photos/captions.csv --yes
     """
@@ -143,7 +144,7 @@ def init(
     from finesight.data.source_fetch import fetch_source
     from finesight.hub.address import is_hub_address
     from finesight.model_folder import locate_model
-    from finesight.storage import raise_if_exists, write_file
+    from finesight.storage import raise_if_exists
     from finesight.train.console import TrainingConsole
 
     if not yes and not is_interactive():
@@ -153,10 +154,13 @@ def init(
     name = re.split("[:@]", source)[1] if is_hub_address(source) else source
     folder = out or Path(f"{Path(name).resolve().stem}-finetune")
     raise_if_exists(folder)
-    console = TrainingConsole(Console(stderr=True))
     options = ImportOptions(
         columns=parse_column_map(columns or []), prompt=prompt, on_invalid_row="skip"
     )
+    if num_images := count_unlabeled_images(Path(source)):
+        _init_labels(source, folder, num_images, prompt, model, yes, as_json)
+        return
+    console = TrainingConsole(Console(stderr=True))
     with fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, yes)
         task, options, opened = _detect_task(path, options, yes)
@@ -170,12 +174,13 @@ def init(
         with console.activity("importing the data"):
             summary = import_dataset(path, folder / "data", options)
     recipe = folder / "recipe.yaml"
-    write_file(recipe, _format_recipe(recipe, model, device, task, summary, ()).encode())
+    files = {file.file: f"{file.num_samples} samples" for file in summary.output_files}
+    num_samples = summary.output_files[0].num_samples
+    _write_recipe(recipe, model, device, task, files, num_samples)
     run_plan = _plan(recipe, console)
     if run_plan is not None:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
-        text = _format_recipe(recipe, model, device, task, summary, overrides)
-        write_file(recipe, text.encode())
+        _write_recipe(recipe, model, device, task, files, num_samples, overrides)
     lines = [
         f"data    {source}: {summary.format} ({opened.detected_by}), {num_rows} rows",
         *([f"        {summary.text_format}"] if summary.text_format else []),
@@ -220,6 +225,71 @@ def is_interactive() -> bool:
 def _ask(question: str, default: str, yes: bool) -> str:
     """Ask a question on the terminal; without questions, return the default."""
     return default if yes else str(typer.prompt(question, default=default, err=True))
+
+
+def _ask_metric(default: str, yes: bool) -> str:
+    from finesight.config import TaskName
+
+    question = f"Task ({', '.join(get_args(TaskName))})"
+    while (metric := _ask(question, default, yes)) not in get_args(TaskName):
+        typer.echo(f"unknown task {metric!r}", err=True)
+    return metric
+
+
+def count_unlabeled_images(folder: Path) -> int:
+    """Return the number of images in a folder without labels; 0 for any other source."""
+    from finesight.data.import_source import ImportOptions, open_source
+    from finesight.data.row_reader import ROW_SUFFIXES, list_folder
+
+    if not folder.is_dir():
+        return 0
+    listing = list_folder(folder)
+    if not listing.count_suffixes().keys().isdisjoint((".txt", ".xml", ".tar", *ROW_SUFFIXES)):
+        return 0
+    try:
+        open_source(folder, ImportOptions())  # opens class folders
+    except UserError:
+        return len(listing.image_files())
+    return 0
+
+
+def _init_labels(
+    source: str,
+    folder: Path,
+    num_images: int,
+    prompt: str | None,
+    model: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Write the recipe of images that `finesight label` labels, and print the commands."""
+    from finesight.label.label_store import EVAL_FILE, LABELS_FILE
+    from finesight.model_folder import locate_model
+
+    metric = _ask_metric("captions", yes)
+    prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), yes)
+    classes = _ask("Classes (A,B,C)", "", yes) if metric == "classification" else ""
+    device, memory_bytes = find_device()
+    model = model or _ask("Model", choose_model(memory_bytes), yes)
+    locate_model(model)
+    data, recipe, run = folder / "data", folder / "recipe.yaml", folder / "run"
+    files = dict.fromkeys((data / LABELS_FILE, data / EVAL_FILE), "written by `finesight label`")
+    num_samples = round(num_images * (1 - MAX_EVAL_FRACTION))
+    task = DetectedTask(metric, prompt, 32 if classes else 256)
+    _write_recipe(recipe, model, device, task, files, num_samples)
+    label = ["label", model, source, "--prompt", prompt, "--out", data]
+    label += ["--classes", classes] if classes else []
+    label += ["--train-fraction", 1 - MAX_EVAL_FRACTION]
+    commands = [
+        shlex.join(["finesight", *map(str, words)])
+        for words in (label, ["train", recipe], ["serve", run])
+    ]
+    if as_json:
+        echo_json({"recipe": str(recipe), "metric": metric, "prompt": prompt, "next": commands})
+        return
+    lines = [f"data    {source}: {num_images} images without labels", f"model   {model}", ""]
+    lines += [f"recipe: {recipe}", "next:", *(f"  {command}" for command in commands)]
+    typer.echo("\n".join(map(escape_unprintable, lines)))
 
 
 def _select_source(path: Path, options: ImportOptions, yes: bool) -> tuple[Path, ImportOptions]:
@@ -307,7 +377,6 @@ def _detect_task(
     Returns:
         Task, import options and opened dataset.
     """
-    from finesight.config import TaskName
     from finesight.data.import_source import UnvalidatedSource, open_source
 
     samples: list[Sample] = []
@@ -336,9 +405,7 @@ def _detect_task(
         )
         classes = {str(answer).strip() for answer in answers if answer not in (None, "")}
         task = replace(task, prompt=_format_class_prompt(classes))
-    question = f"Task ({', '.join(get_args(TaskName))})"
-    while (metric := _ask(question, task.metric, yes)) not in get_args(TaskName):
-        typer.echo(f"unknown task {metric!r}", err=True)
+    metric = _ask_metric(task.metric, yes)
     label = options.columns.get("label")
     if label is not None and options.columns.get("question") == label:
         task = replace(task, prompt=PROMPTS["grounding"])
@@ -420,20 +487,26 @@ def choose_model(memory_bytes: int) -> str:
     return next((name for minimum, name in MODELS if memory_bytes >= minimum), TINY_MODEL)
 
 
-def _format_recipe(
+def _write_recipe(
     recipe: Path,
     model: str,
     device: str,
     task: DetectedTask,
-    summary: ImportSummary,
-    overrides: Sequence[str],
-) -> str:
-    """Format the recipe, with the overrides of a plan as further settings."""
+    files: Mapping[Path, str],
+    num_samples: int,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Write the recipe, with the overrides of a plan as further settings.
+
+    Args:
+        files: Comment on the training file and on the validation file, if there is one.
+        num_samples: Number of training samples.
+    """
     from finesight.model_folder import TINY_MODEL
+    from finesight.storage import write_file
 
     is_tiny = model == TINY_MODEL
-    train_file, *eval_files = summary.output_files
-    num_samples = train_file.num_samples
+    train_file, *eval_files = files
     epochs = 3 if num_samples < 3000 else 1
     duration = "steps: 200" if is_tiny else f"epochs: {epochs}  # passes over the training samples"
     learning_rate = "1.0e-4"
@@ -451,18 +524,17 @@ def _format_recipe(
             tune += f"  quantize: {{nf4: {value}}}  # QLoRA: frozen weights in 4 bits\n"
     max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
     eval_data = "".join(
-        f"  eval: {_quote(file.file)}  # {file.num_samples} samples, not used for training\n"
-        for file in eval_files
+        f"  eval: {_quote(file)}  # {files[file]}, not used for training\n" for file in eval_files
     )
     eval_settings = (
         f"eval: {{metric: {task.metric}, limit: {NUM_EVAL_ROWS},"
         f" max_new_tokens: {task.max_new_tokens}}}\n"
     )
-    return _RECIPE.format(
+    text = _RECIPE.format(
         device=device,
         recipe=recipe,
         model=_quote(model),
-        train=f"{_quote(train_file.file)}  # {num_samples} samples",
+        train=f"{_quote(train_file)}  # {files[train_file]}",
         eval_data=eval_data,
         image=""
         if is_tiny
@@ -472,6 +544,7 @@ def _format_recipe(
         eval_settings=eval_settings if eval_files else "",
         run=_quote(recipe.parent / "run"),
     )
+    write_file(recipe, text.encode())
 
 
 def _quote(value: str | Path) -> str:

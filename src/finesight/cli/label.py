@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,6 +24,7 @@ from finesight.cli.servers import (
     PasswordFileOption,
     is_loopback,
     print_page_address,
+    require_gradio,
     resolve_password,
 )
 from finesight.errors import UserError
@@ -69,6 +71,15 @@ def label(
             help="Review the existing answers of a JSONL file, most probably wrong first.",
         ),
     ] = False,
+    train_fraction: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Fraction of the labels for training; the others are in labels_eval.jsonl. "
+            "Default: that of FOLDER, else 1.",
+        ),
+    ] = None,
     suggestions: Annotated[
         bool, typer.Option("--suggestions/--no-suggestions", help="Suggest answers with the model.")
     ] = True,
@@ -93,13 +104,14 @@ def label(
     """Suggest labels for images, and accept, correct or skip them on a page.
 
     The least certain suggestions come first. Each decision is saved at once. `finesight train`
-    reads labels.jsonl. The page requires finesight[web].
+    reads labels.jsonl. The next command is printed at the end. The page requires finesight[web].
 
     Example: finesight label runs/receipts photos
     """
     from rich.console import Console
 
     from finesight.label.label_session import open_session
+    from finesight.label.label_store import LABELS_FILE
     from finesight.train.console import TrainingConsole
 
     if as_json and not suggest_only:
@@ -118,7 +130,14 @@ def label(
         )
     names = [name.strip() for name in (classes or "").split(",") if name.strip()]
     session = open_session(
-        out, run_or_model, sources, prompt=prompt, kind=kind, choices=names, review=review
+        out,
+        run_or_model,
+        sources,
+        prompt=prompt,
+        kind=kind,
+        choices=names,
+        review=review,
+        train_fraction=train_fraction,
     )
     with session.store:
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
@@ -145,6 +164,12 @@ def label(
     counts = session.store.count_events()
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     typer.echo(f"{text}: {out}", err=True)
+    if counts["accepted"] + counts["corrected"]:
+        # The recipe that `finesight init` has written for these labels.
+        recipe, labels = out.parent / "recipe.yaml", str(out / LABELS_FILE)
+        is_known = recipe.is_file() and labels in recipe.read_text("utf-8", "replace")
+        words = ["train", str(recipe)] if is_known else ["init", labels]
+        typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
 
 
 def _print_suggestions(session: LabelSession, as_json: bool) -> None:
@@ -165,16 +190,11 @@ def _print_suggestions(session: LabelSession, as_json: bool) -> None:
 def _run_page(
     session: LabelSession, host: str, port: int, password_file: Path | None, no_auth: bool
 ) -> None:
-    try:
-        from finesight.label.label_page import make_label_app
-        from finesight.web.web_server import bind_socket, create_private_folder, serve_app
-    except ImportError as error:
-        raise UserError(
-            f"the package {error.name} cannot be imported",
-            where="finesight label",
-            expected="the extra web",
-            remedy="pip install 'finesight[web]', or use --suggest-only",
-        ) from error
+    require_gradio("finesight label")
+
+    from finesight.label.label_page import make_label_app
+    from finesight.web.web_server import bind_socket, create_private_folder, serve_app
+
     # Answers are data of the user, so a page on the network needs a password.
     password, is_generated = resolve_password(host, password_file, no_auth)
     with bind_socket(host, port) as listener, create_private_folder() as folder:

@@ -704,7 +704,7 @@ class FolderListing:
         if self.image_files():
             return (
                 "the closest is folder: a .txt file with the answer next to each image; or sort the"
-                " images into one folder per class"
+                " images into one folder per class; or label them: finesight label MODEL IMAGES"
             )
         return "give the folder with the images and labels, or the file with the rows"
 

@@ -10,7 +10,7 @@ import re
 import secrets
 import threading
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -45,7 +45,7 @@ MAX_DISPLAY_SIDE = 2000
 
 SCRIPT_TEXTS = (
     *("No suggestion", "confidence {}", "error score {}", "The model suggests:"),
-    *("{} of {}", "Image {} of {}", "Box {}", "Label", "Text", "Delete"),
+    *("{} of {}", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
     *("open", "suggested", "accepted", "corrected", "skipped", "reopened"),
     *("All images are decided.", "Not saved", "The server does not answer."),
     "The image cannot be read.",
@@ -224,10 +224,9 @@ def make_label_app(
 
     @app.get("/")
     def get_page(request: Request) -> Response:
-        language = request.query_params.get("lang", "")
-        if language not in get_args(Language):
-            language = select_ui_text(request.headers.get("accept-language", "")).language
-        return HTMLResponse(page.render("zh" if language == "zh" else "en"))
+        # A supported language in the URL precedes those of the header.
+        names = (request.query_params.get("lang", ""), request.headers.get("accept-language", ""))
+        return HTMLResponse(page.render(select_ui_text(",".join(names)).language))
 
     @app.get("/page.css")
     def get_sign_in_style() -> Response:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,14 +44,6 @@ class RankedLabel:
     excess_loss: float
     disagreement: float
     score: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the values and the suggestion as JSON data."""
-        values = {name: round(value, 6) for name, value in self._values().items()}
-        return {"id": self.suggestion.id, **values, "suggestion": self.suggestion.as_json()}
-
-    def _values(self) -> dict[str, float]:
-        return {k: v for k, v in asdict(self).items() if isinstance(v, float)}
 
 
 def rank_labels(

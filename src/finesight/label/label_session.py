@@ -205,6 +205,7 @@ def open_session(
     kind: AnswerKind | None = None,
     choices: Sequence[str] = (),
     review: bool = False,
+    train_fraction: float | None = None,
 ) -> LabelSession:
     """Read the samples of a session and open its folder.
 
@@ -218,7 +219,8 @@ def open_session(
     if not examples:
         examples = [one for one in samples if one.sample.messages[-1].role == "assistant"]
     task = detect_task(examples, prompt=prompt, kind=kind, choices=choices)
-    return LabelSession(run_or_model, task, LabelStore(folder, samples, review=review), review)
+    store = LabelStore(folder, samples, review=review, train_fraction=train_fraction)
+    return LabelSession(run_or_model, task, store, review)
 
 
 def describe_answer(content: Sequence[Any]) -> dict[str, Any]:

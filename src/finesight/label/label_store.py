@@ -2,7 +2,8 @@
 
 `journal.jsonl` is append-only, with one entry per suggestion and decision, and flushed to disk
 after each decision. An incomplete last line, left by a crash, is removed. `labels.jsonl` is written
-atomically from the journal and contains all labeled samples; `finesight train` reads it.
+atomically from the journal and contains the labeled samples; `finesight train` reads it. With a
+training fraction, some of them are in `labels_eval.jsonl` instead.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from finesight.data.sample import (
     ImagePart,
     LocatedSample,
     Message,
+    Sample,
     TextPart,
     read_samples,
     validate_sample,
@@ -35,7 +37,7 @@ from finesight.errors import UserError
 from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion
 from finesight.storage import FileLock, append_line, flush_file, make_folder, truncate_file
 
-JOURNAL_FILE, LABELS_FILE = "journal.jsonl", "labels.jsonl"
+JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
 
 LABELS_PER_WRITE = 500
 """`labels.jsonl` is written after one decision for each so many labels that it contains."""
@@ -136,17 +138,31 @@ class LabelStore(AbstractContextManager["LabelStore"]):
     of a review, highest first. Samples without a suggestion follow in their own order.
     """
 
-    def __init__(self, folder: Path, samples: Sequence[LocatedSample], *, review: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        samples: Sequence[LocatedSample],
+        *,
+        review: bool,
+        train_fraction: float | None = None,
+    ) -> None:
         """Open or create a folder and read its journal.
 
         Args:
             samples: Samples to label; those with an answer are listed in a review only.
+            train_fraction: Fraction of the labels for training; the others are for validation.
+                None: that of the existing files, or else all.
 
         Raises:
             UserError: Another process uses the folder, the journal is damaged, or samples share an
                 ID.
         """
         self.folder = folder
+        if train_fraction is None:
+            files = (folder / EVAL_FILE, folder / LABELS_FILE)
+            sizes = [f.read_bytes().count(b"\n") if f.is_file() else 0 for f in files]
+            train_fraction = 1 - sizes[0] / max(1, sum(sizes))
+        self._train_fraction = train_fraction
         make_folder(folder)
         self._journal = folder / JOURNAL_FILE
         self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
@@ -337,22 +353,34 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             self.write_labels()
 
     def write_labels(self) -> int:
-        """Write all labeled samples to `labels.jsonl`, and return their number.
+        """Write all labeled samples, and return their number.
 
         Labels of samples that are not loaded now are kept.
         """
-        file = self.folder / LABELS_FILE
-        samples = []
-        if self._other_ids and file.is_file() and file.stat().st_size:
-            samples = [sample for sample in read_samples(file) if sample.id in self._other_ids]
-        samples += [
-            self._build_labeled(item, item.label).sample
-            for item in self._items.values()
-            if item.label is not None
-        ]
-        write_samples(file, samples)
+        train_file, eval_file = self.folder / LABELS_FILE, self.folder / EVAL_FILE
+        labeled: dict[str, Sample] = {}
+        for file in (eval_file, train_file):
+            if self._other_ids and file.is_file() and file.stat().st_size:
+                kept = (sample for sample in read_samples(file) if sample.id in self._other_ids)
+                labeled |= {sample.id: sample for sample in kept}
+        for sample_id, item in self._items.items():
+            if item.label is not None:
+                labeled[sample_id] = self._build_labeled(item, item.label).sample
+        num_eval = round((1 - self._train_fraction) * len(labeled))
+        if self._train_fraction < 1:
+            num_eval = min(max(1, num_eval), len(labeled) - 1)
+        # The order is that of digests, so that further labels hardly change the split.
+        order = sorted(
+            labeled, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+        )
+        eval_ids = {*order[: max(0, num_eval)]}
+        if eval_ids:
+            write_samples(eval_file, [labeled[name] for name in labeled if name in eval_ids])
+        write_samples(train_file, [labeled[name] for name in labeled if name not in eval_ids])
+        if not eval_ids:
+            eval_file.unlink(missing_ok=True)
         self._num_unwritten = 0
-        return len(samples)
+        return len(labeled)
 
     def _build_labeled(self, item: LabelItem, content: AnswerContent) -> LocatedSample:
         """Return the sample with an answer and with paths relative to the folder of the labels."""

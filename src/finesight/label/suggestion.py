@@ -53,7 +53,6 @@ class Suggestion:
     """Suggested answer to a sample with confidences in [0, 1].
 
     Attributes:
-        is_complete: Whether the model ended the answer before the maximum length.
         loss: Negative log likelihood of the answer, in nats.
     """
 
@@ -61,21 +60,7 @@ class Suggestion:
     content: AnswerContent
     confidence: float
     parts: tuple[SuggestedPart, ...]
-    is_complete: bool = True
     loss: float = 0.0
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the suggestion as JSON data."""
-        return {
-            "id": self.id,
-            "confidence": round(self.confidence, 6),
-            "content": [part.model_dump(mode="json") for part in self.content],
-            "parts": [
-                {"path": list(part.path), "confidence": round(part.confidence, 6)}
-                for part in self.parts
-            ],
-            "is_complete": self.is_complete,
-        }
 
 
 class JsonLeaf(NamedTuple):
@@ -167,7 +152,7 @@ def build_suggestion(
     if not parts:
         parts = [SuggestedPart((), confidence)]
     loss = -math.fsum(tokens.logprobs)
-    return Suggestion(prediction.id, content, confidence, tuple(parts), prediction.stopped, loss)
+    return Suggestion(prediction.id, content, confidence, tuple(parts), loss)
 
 
 class AnswerTokens:

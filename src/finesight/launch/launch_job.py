@@ -119,7 +119,8 @@ class LaunchJob:
         Raises UserError for an invalid recipe or job name.
         """
         output_dir = load_recipe(recipe, overrides).output_dir
-        job_name = _sanitize_name(output_dir.name) if name is None else name
+        words = re.sub("[^a-z0-9]+", "-", output_dir.name.lower()).lstrip("-0123456789")
+        job_name = (words[:63].strip("-") or "finesight") if name is None else name
         if not _JOB_NAME_PATTERN.fullmatch(job_name):
             raise UserError(
                 f"the name {job_name!r}",
@@ -141,19 +142,15 @@ class LaunchJob:
     @property
     def python_arguments(self) -> str:
         """Arguments of the Python interpreter for training with `--resume`, quoted for a shell."""
-        words = ["-m", "finesight", "train", *self._recipe_arguments(), "--resume"]
-        words += self.train_options
-        return shlex.join(words)
+        # A path that starts with a dash would be an option.
+        recipe = f"./{self.recipe}" if str(self.recipe).startswith("-") else str(self.recipe)
+        words = ["-m", "finesight", "train", recipe, *self.overrides, "--resume"]
+        return shlex.join([*words, *self.train_options])
 
     @property
     def result_file(self) -> str:
         """Path of the file that a finished run contains, quoted for a shell."""
         return shlex.quote(str(self.output_dir / RESULT_FILE))
-
-    def _recipe_arguments(self) -> list[str]:
-        # A path that starts with a dash would be an option.
-        recipe = str(self.recipe)
-        return [f"./{recipe}" if recipe.startswith("-") else recipe, *self.overrides]
 
     def require_inside_store(self, store: str) -> None:
         """Raise UserError unless recipe and output folder are relative paths in the storage."""
@@ -165,12 +162,6 @@ class LaunchJob:
                     expected="a path relative to the root of the store",
                     remedy="move recipe, data and output to the store, and use relative paths",
                 )
-
-
-def _sanitize_name(text: str) -> str:
-    """Convert a folder name to a valid job name, `finesight` if no valid character remains."""
-    words = re.sub("[^a-z0-9]+", "-", text.lower()).lstrip("-0123456789")
-    return words[:63].strip("-") or "finesight"
 
 
 def validate_name(value: str | None, option: str) -> str | None:

@@ -36,6 +36,8 @@ PACK_TOKENS_STEP = 256
 MAX_TIMED_STEPS = 40
 """Maximum number of training steps whose time is estimated, since steps are similar."""
 
+PACK_SIZES = ("num_tokens", "num_patches", "num_supervised_tokens", "num_attention_scores")
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedSettings:
@@ -133,7 +135,7 @@ class PlannedSteps:
 
             self._largest_packs[key] = [
                 *_select_per_graph_shape(packs, get_shape),
-                *_select_largest(packs),
+                *dict.fromkeys(max(packs, key=attrgetter(name)) for name in PACK_SIZES),
             ]
             self._has_multiple_packs[token_budget] = any(len(step) > 1 for step in packed_steps)
         return self._largest_packs[key]
@@ -165,11 +167,6 @@ def _select_per_graph_shape(
         if len(pack_by_shape) == MAX_GRAPHS:
             break
     return list(pack_by_shape.values())
-
-
-def _select_largest(packs: Sequence[PlannedPack]) -> list[PlannedPack]:
-    size_names = "num_tokens", "num_patches", "num_supervised_tokens", "num_attention_scores"
-    return list(dict.fromkeys(max(packs, key=attrgetter(name)) for name in size_names))
 
 
 class SettingsSearch:

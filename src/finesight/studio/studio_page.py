@@ -21,6 +21,7 @@ from pydantic import Field, TypeAdapter
 
 from finesight.config import TaskName
 from finesight.errors import UserError
+from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
@@ -139,6 +140,9 @@ class StudioPage:
                 self._text("Prompt", "label-prompt", "Read the ticket."),
                 self._text("Name of the data set", "labels-name", value=LABELS_NAME),
                 self._text("Model without a run", "label-model", value=TINY_MODEL),
+                self._text("Kind of the answers", "kind", ", ".join(get_args(AnswerKind))),
+                self._text("Classes", "classes", "red, green, blue"),
+                self._text("Fraction of training samples", "label-fraction", value="0.8"),
             ]
             self._button("Start labelling", self._label, fields)
             self._button("Review existing labels", partial(self._label, review=True), fields)
@@ -343,6 +347,9 @@ class StudioPage:
         prompt: str,
         name: str,
         model: str,
+        kind: str,
+        classes: str,
+        fraction: str,
         *,
         review: bool = False,
     ) -> str:
@@ -362,7 +369,8 @@ class StudioPage:
         else:
             target = self._workspace.check_new_name("data", name)
         run = as_argument(state.run) if state.run else self._workspace.check_model(model)
-        options = ["--prompt", prompt.strip()] if prompt.strip() else []
+        values = {"prompt": prompt, "kind": kind, "classes": classes, "train-fraction": fraction}
+        options = [f"--{key}={value.strip()}" for key, value in values.items() if value.strip()]
         options += ["--review"] if review else []
         options += ["--out", str(target), *self._page_options()]
         arguments = ["label", run, as_argument(source)]

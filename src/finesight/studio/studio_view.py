@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -64,17 +64,15 @@ class Selection:
     def parse(cls, params: Mapping[str, str], accept_language: str) -> Selection:
         """Read a selection from query parameters. Invalid values are ignored."""
         step, lang = params.get("step", ""), params.get("lang", "")
+        # A supported language in the URL precedes those of the header.
+        ui_text = select_ui_text(f"{lang},{accept_language}")
         return cls(
             step=step if step in STEPS else STEPS[0],
             data=params.get("data", ""),
             recipe=params.get("recipe", ""),
             run=params.get("run", ""),
             job=params.get("job", ""),
-            lang="zh"
-            if lang == "zh"
-            else "en"
-            if lang in get_args(Language)
-            else select_ui_text(accept_language).language,
+            lang=ui_text.language,
         )
 
     def link(self, **changes: str) -> str:

@@ -23,14 +23,15 @@ import yaml
 from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TaskName, is_url
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
+from finesight.label.label_store import EVAL_FILE, LABELS_FILE
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
 from finesight.storage import working_folder, write_file
 
 STUDIO_FOLDER = ".finesight"
-TRAIN_FILES, EVAL_FILE = ("train.jsonl", "data.jsonl", "labels.jsonl"), "eval.jsonl"
-"""Files that `finesight import` and `finesight label` write."""
+DATA_FILES = {"train.jsonl": "eval.jsonl", "data.jsonl": "eval.jsonl", LABELS_FILE: EVAL_FILE}
+"""Validation file by training file that `finesight import` and `finesight label` write."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 
@@ -78,16 +79,17 @@ class Workspace:
         content = WorkspaceContent()
         for folder, names in self._walk():
             path = folder.relative_to(self.folder)
-            train_name = next((name for name in TRAIN_FILES if name in names), None)
+            train_name = next((name for name in DATA_FILES if name in names), None)
             if MANIFEST_FILE in names and RECIPE_FILE in names:
                 content.runs.append(path)
             elif "config.json" in names and any(n.endswith(".safetensors") for n in names):
                 content.models.append(path)
             elif train_name is not None:
-                eval_file = path / EVAL_FILE if EVAL_FILE in names else None
+                eval_name = DATA_FILES[train_name]
+                eval_file = path / eval_name if eval_name in names else None
                 with contextlib.suppress(OSError):
                     num_train = _count_lines(folder / train_name)
-                    num_eval = _count_lines(folder / EVAL_FILE) if eval_file else 0
+                    num_eval = _count_lines(folder / eval_name) if eval_file else 0
                     content.datasets.append(
                         WorkspaceDataset(path, path / train_name, eval_file, num_train, num_eval)
                     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import shlex
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -367,7 +368,8 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
     run_dir.write_result(run_result.as_json())
     _log_summary(run_result, run_dir, console)
     write_run_report(run_dir, console)
-    console.log(f"Try it:  finesight predict {run_dir.path} IMAGE --prompt TEXT")
+    console.log(f"Try it:  {shlex.join(['finesight', 'chat', str(run_dir.path)])}")
+    console.log(f"next: {shlex.join(['finesight', 'serve', str(run_dir.path)])}")
     return run_result
 
 

@@ -6,19 +6,20 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from finesight.bounded_files import load_yaml, parse_json
+from finesight.bounded_files import parse_json
 from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import FormulaConverter, render_mathml
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.prediction import BOX_COLORS
+from finesight.report.i18n import Language, translate, use_language
 
 if TYPE_CHECKING:
     from finesight.web.web_sessions import ChatImage, WebSession
@@ -49,17 +50,15 @@ _FORMULA = re.compile(
 )
 """Formula with delimiters."""
 
-UiLanguage = Literal["en", "zh"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UiText:
-    """Texts of the chat page in one language, by default English."""
+    """Texts of the chat page in one language, by default English; `zh.yaml` translates them."""
 
-    language: UiLanguage = "en"
+    language: Language = "en"
     other_language: str = "中文"
     question_label: str = "Your question"
-    question_placeholder: str = "Ask about images. Drop or paste them here."
+    question_placeholder: str = "Ask, or drop images here."
     welcome: str = "Drop or paste an image below and ask about it."
     regenerate: str = "Regenerate"
     undo: str = "Undo"
@@ -127,7 +126,11 @@ class UiText:
 
 ENGLISH = UiText()
 
-CHINESE = UiText(**load_yaml((STATIC_FOLDER / "zh.yaml").read_text(encoding="utf-8")))
+with use_language("zh"):
+    CHINESE = UiText(
+        **{key: translate(text) for key, text in asdict(ENGLISH).items() if key != "language"},
+        language="zh",
+    )
 
 
 def select_ui_text(accept_language: str) -> UiText:

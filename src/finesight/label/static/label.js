@@ -172,7 +172,7 @@ const showForm = () => {
     return;
   }
   const isChoice = settings.kind === "classes" && settings.choices.length;
-  const label = create("label", { for: "answer" }, translate(isChoice ? "Label" : "Text"), " ",
+  const label = create("label", { for: "answer" }, translate(isChoice ? "Class" : "Text"), " ",
     makeBadge(getConfidence([])));
   const input = isChoice ? makeChoice("answer", item.answer.text, () => {})
     : create("textarea", { id: "answer", rows: 6 });

@@ -22,14 +22,17 @@ from finesight.model.config import (
     ConfigReader,
     DecoderConfig,
     LinearAttentionConfig,
-    MoeConfig,
     get_rope_config,
     get_text_config,
     parse_decoder_config,
 )
 from finesight.model.decoder import Decoder, FusibleLayer
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
-from finesight.model.families.qwen3_vl import build_vision_encoder, interleaved_mrope_axes
+from finesight.model.families.qwen3_vl import (
+    build_vision_encoder,
+    interleaved_mrope_axes,
+    parse_moe_config,
+)
 from finesight.model.fused_ops import has_kernels, norm_rotary, sigmoid_gate
 from finesight.model.gated_delta_net import DeltaNetInputs, gated_rms_norm
 from finesight.model.layers import (
@@ -296,19 +299,8 @@ def _parse_linear_attention(text: ConfigReader, num_layers: int) -> LinearAttent
 
 def parse_hybrid_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
     text = get_text_config(hf_config)
-    text.require_supported("mlp_only_layers", (), ((), []))
-    moe_config = MoeConfig(
-        num_experts=text.get_int("num_experts"),
-        num_experts_per_tok=text.get_int("num_experts_per_tok"),
-        intermediate_size=text.get_int("moe_intermediate_size"),
-        shared_intermediate_size=text.get_int("shared_expert_intermediate_size"),
-    )
-    if moe_config.num_experts_per_tok > moe_config.num_experts:
-        text.raise_invalid("num_experts_per_tok", f"at most the {moe_config.num_experts} experts")
-    if moe_config.intermediate_size % 8 or text.get_int("hidden_size") % 8:
-        text.raise_invalid(
-            "moe_intermediate_size", "a multiple of 8, as hidden_size, for grouped matmuls"
-        )
+    shared_size = text.get_int("shared_expert_intermediate_size")
+    moe_config = replace(parse_moe_config(text), shared_intermediate_size=shared_size)
     decoder_config = _parse_decoder_config(hf_config, moe_config.intermediate_size)
     return replace(decoder_config, moe=moe_config)
 

@@ -186,11 +186,9 @@ ARCHITECTURE = Architecture(
 )
 
 
-def parse_qwen3_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    text = get_text_config(hf_config)
-    text.require_supported("decoder_sparse_step", 1, (1,))
+def parse_moe_config(text: ConfigReader) -> MoeConfig:
+    """Parse and validate the settings of the experts, without a shared one."""
     text.require_supported("mlp_only_layers", (), ((), []))
-    text.require_supported("norm_topk_prob", True, (True,))
     moe_config = MoeConfig(
         # transformers 5 uses the second name.
         num_experts=text.get_int("num_experts" if text.has("num_experts") else "num_local_experts"),
@@ -203,7 +201,14 @@ def parse_qwen3_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
         text.raise_invalid(
             "moe_intermediate_size", "a multiple of 8, as hidden_size, for grouped matmuls"
         )
-    return replace(parse_qwen3_decoder_config(hf_config), moe=moe_config)
+    return moe_config
+
+
+def parse_qwen3_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
+    text = get_text_config(hf_config)
+    text.require_supported("decoder_sparse_step", 1, (1,))
+    text.require_supported("norm_topk_prob", True, (True,))
+    return replace(parse_qwen3_decoder_config(hf_config), moe=parse_moe_config(text))
 
 
 MOE_ARCHITECTURE = Architecture(

@@ -131,7 +131,8 @@ def run_quickstart(
         f" {_import_table(table, out, settings)}"
     )
     log(f"3. Check the data\n   $ {_format_command('check', recipe)}")
-    log(_check_recipe_data(recipe))
+    check_result = check_sources(*inputs_from_recipe(recipe))
+    log("\n".join(f"   {line}" for line in format_summary(check_result, MAX_SHOWN_ISSUES)))
     log(
         f"4. Train {settings.model}, with an evaluation before and after\n   $"
         f" {_format_command('train', recipe)}"
@@ -195,11 +196,6 @@ def _import_table(table: Path, out: Path, settings: QuickstartSettings) -> str:
 def _format_command(*arguments: str | Path) -> str:
     """Format a finesight command as a user would type it."""
     return shlex.join(["finesight", *map(str, arguments)])
-
-
-def _check_recipe_data(recipe: Path) -> str:
-    check_result = check_sources(*inputs_from_recipe(recipe))
-    return "\n".join(f"   {line}" for line in format_summary(check_result, MAX_SHOWN_ISSUES))
 
 
 def _train(recipe: Path, console: Console) -> RunResult:

@@ -191,6 +191,8 @@ def _format_summary(source: str, summary: ImportSummary) -> list[str]:
     lines += [f"  {count} {source_note}" for source_note, count in summary.source_notes.items()]
     if summary.unused_columns:
         lines.append(f"  unused columns: {', '.join(summary.unused_columns)}")
+        if not summary.num_images:
+            lines.append("  no images: --map image=COLUMN sets the column of the image paths")
     train, *validation = (str(file.file) for file in summary.output_files)
     against = ["--against", *validation] if validation else []
     return [*lines, f"next: {shlex.join(['finesight', 'check', train, *against])}"]

@@ -23,6 +23,7 @@ from finesight.cli.servers import (
     PasswordFileOption,
     is_loopback,
     print_page_address,
+    require_gradio,
     resolve_password,
 )
 from finesight.errors import UserError
@@ -117,6 +118,15 @@ def label(
             expected="one of the two options",
             remedy="remove one of the options",
         )
+    if suggestions:
+        from finesight.model_folder import check_model_path
+
+        check_model_path(run_or_model)
+    if not suggest_only:
+        require_gradio("finesight label")
+        from finesight.web.web_server import bind_socket
+
+        bind_socket(host, port).close()  # an occupied port is reported before the suggestions
     names = [name.strip() for name in (classes or "").split(",") if name.strip()]
     session = open_session(
         out, run_or_model, sources, prompt=prompt, kind=kind, choices=names, review=review
@@ -166,16 +176,11 @@ def _print_suggestions(session: LabelSession, as_json: bool) -> None:
 def _run_page(
     session: LabelSession, host: str, port: int, password_file: Path | None, no_auth: bool
 ) -> None:
-    try:
-        from finesight.label.label_page import make_label_app
-        from finesight.web.web_server import bind_socket, create_private_folder, serve_app
-    except ImportError as error:
-        raise UserError(
-            f"the package {error.name} cannot be imported",
-            where="finesight label",
-            expected="the extra web",
-            remedy="pip install 'finesight[web]', or use --suggest-only",
-        ) from error
+    require_gradio("finesight label")
+
+    from finesight.label.label_page import make_label_app
+    from finesight.web.web_server import bind_socket, create_private_folder, serve_app
+
     # Answers are data of the user, so a page on the network needs a password.
     password, is_generated = resolve_password(host, password_file, no_auth)
     with bind_socket(host, port) as listener, create_private_folder() as folder:

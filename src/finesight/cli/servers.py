@@ -244,7 +244,7 @@ def web(
 
     Example: finesight web runs/latex
     """
-    _require_gradio("finesight web")
+    require_gradio("finesight web")
     password, is_generated = resolve_password(host, password_file, no_auth)
 
     from finesight.encode.family import ThinkingOptions
@@ -322,7 +322,7 @@ def studio(
 
     Example: finesight studio work
     """
-    _require_gradio("finesight studio")
+    require_gradio("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.
     password, is_generated = resolve_password(host, password_file, no_auth, open_loopback=False)
 
@@ -371,7 +371,8 @@ def print_page_address(
         threading.Thread(target=open_browser, daemon=True).start()
 
 
-def _require_gradio(command: str) -> None:
+def require_gradio(command: str) -> None:
+    """Raise UserError if the extra `web` of a command is not installed."""
     if find_spec("gradio") is None:
         raise UserError(
             "gradio is not installed",

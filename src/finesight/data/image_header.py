@@ -13,7 +13,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -213,7 +213,8 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
         MissingPackageError: The file is a HEIF file, and pillow-heif is not installed.
     """
     try:
-        return Image.open(source, formats=[name for name in formats if name in _list_codecs()])
+        Image.init()
+        return Image.open(source, formats=[name for name in formats if name in Image.OPEN])
     except UnidentifiedImageError:
         head = source.getvalue()[:80] if isinstance(source, io.BytesIO) else _read_head(source)
         if "HEIF" not in formats or not _HEIF_HEADER.match(head) or "HEIF" in Image.OPEN:
@@ -226,11 +227,6 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
         raise build_file_error(path, what, expected, remedy, MissingPackageError) from error
     register_heif_opener()
     return Image.open(source, formats=("HEIF",))
-
-
-def _list_codecs() -> Collection[str]:
-    Image.init()
-    return Image.OPEN
 
 
 def _read_head(path: Path) -> bytes:

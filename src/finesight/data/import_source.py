@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -293,11 +292,10 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         listing = list_folder(source)
         raise UserError(
             f"a folder without a known dataset format; it contains {listing}"
-            f"{''.join(map(partial(_explain_mismatch, source), folder_formats))}",
+            + "".join(_explain_mismatch(source, one) for one in folder_formats if listing.files),
             where=str(source),
-            expected="; ".join(
-                f"{data_format.name}: {data_format.description}" for data_format in folder_formats
-            ),
+            expected="a dataset in one of the formats "
+            f'{", ".join(one.name for one in folder_formats)} (page "Importing data")',
             remedy=listing.suggest_source(),
         )
     readers = [

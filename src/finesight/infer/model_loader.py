@@ -224,7 +224,8 @@ def resolve_device(device: Device) -> torch.device:
             f"device is {device}, but torch {torch.__version__} finds no CUDA device",
             where="device",
             expected="a GPU and a matching torch build (torch.cuda.is_available())",
-            remedy="set the device to cpu or auto, or install a torch build for your driver",
+            remedy="use the CPU (--device cpu, in a recipe train.device: cpu), or install a torch"
+            " build for your driver",
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

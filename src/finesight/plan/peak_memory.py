@@ -133,7 +133,7 @@ def compute_persistent_memory(
     ).param_groups
     tensors = [*model.parameters(), *model.buffers()]
     num_trainable = sum(len(group.master_weights) for group in param_groups)
-    always_summed = [group for group in param_groups if _always_sums_gradients(group, train)]
+    always_summed = [g for g in param_groups if g.is_matmul and train.optimizer == "muon"]
     num_summed = sum(len(group.master_weights) for group in always_summed)
     residuals = [group.master_weights.residual_E for group in param_groups]
     return PersistentMemory(
@@ -157,11 +157,6 @@ def _accumulated_ids(groups: Iterable[ParamGroup]) -> frozenset[int]:
     return frozenset(
         id(p.parameter) for p in param_slices if p.parameter.numel() >= LARGE_PARAM_ELEMENTS
     )
-
-
-def _always_sums_gradients(group: ParamGroup, train: TrainSettings) -> bool:
-    """Return whether a parameter group accumulates gradients even with one pack per step."""
-    return group.is_matmul and train.optimizer == "muon"
 
 
 def _optimizer_state_bytes(group: ParamGroup, train: TrainSettings) -> int:

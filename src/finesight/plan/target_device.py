@@ -167,7 +167,8 @@ def build_named_target(name: str, precision: Precision) -> TargetDevice:
         UserError: The GPU is unknown.
     """
     spec = find_gpu_spec(name)
-    dtype = DTYPES[precision] if precision != "auto" else _select_dtype(spec.supports_bf16)
+    auto_dtype = torch.bfloat16 if spec.supports_bf16 else torch.float16
+    dtype = DTYPES[precision] if precision != "auto" else auto_dtype
     # torch computes fp32 products at an eighth or less of the 16-bit speed.
     datasheet_flops = spec.tflops * 1e12 / (1 if dtype.itemsize == 2 else 8)
     return TargetDevice(
@@ -180,10 +181,6 @@ def build_named_target(name: str, precision: Precision) -> TargetDevice:
         num_workers=default_num_workers(torch.device("cuda")),
         is_measured=False,
     )
-
-
-def _select_dtype(supports_bf16: bool) -> torch.dtype:
-    return torch.bfloat16 if supports_bf16 else torch.float16
 
 
 def measure_local_target(device: Device, precision: Precision) -> TargetDevice:

@@ -521,7 +521,7 @@ def check_model_path(name: str) -> HubAddress | None:
     with contextlib.suppress(OSError, ValueError):
         names = sorted(entry.name for entry in os.scandir(path.parent) if entry.is_dir())
     known = [*names, TINY_MODEL] if path.parent == Path() else names
-    similar = difflib.get_close_matches(path.name, known, n=1)
+    similar = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
     remedy = f"use {path.parent / similar[0]}" if similar else "correct the path"
     expected = _EXPECTED_MODEL
     if address is not None:

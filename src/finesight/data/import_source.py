@@ -243,7 +243,7 @@ def _check_options(options: ImportOptions) -> None:
             remedy="for example 0.9",
         )
     try:
-        b"".decode(options.encoding or "utf-8")
+        bytes(4).decode(options.encoding or "utf-8")  # decode ignores the encoding of b""
     except (LookupError, ValueError) as error:
         raise UserError(
             f"unknown encoding {options.encoding!r}",

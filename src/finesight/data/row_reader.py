@@ -363,6 +363,8 @@ def _open_csv(source: Path, encoding: str | None) -> RowReader:
     guessed = encoding or _detect_encoding(content)
     try:
         text = content.decode(guessed)
+        if encoding is not None and "\0" in text:
+            raise UnicodeError("it contains NUL characters, as UTF-16 does")
     except UnicodeError as error:
         if encoding is not None:
             raise UserError(

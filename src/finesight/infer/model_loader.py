@@ -300,7 +300,7 @@ def _resolve_run(run_dir: Path, manifest: Manifest, base: str | None) -> ModelSo
                 f"the base model {folder.path} has the fingerprint {fingerprint}",
                 where=str(run_dir / MANIFEST_FILE),
                 expected=f"{manifest.base_fingerprint}, the base model of the run",
-                remedy="restore that version of the model; the adapter is not valid for another",
+                remedy=f"use {manifest.base_model} as in the training; an adapter fits no other",
             )
     if folder.family != manifest.family:
         raise UserError(

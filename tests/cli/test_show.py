@@ -83,6 +83,22 @@ def test_html_page_of_samples(recipe: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in again.stdout.splitlines()] == ["s0", "s1"]
 
 
+def test_samples_with_truncated_images_are_skipped(recipe: Path, tmp_path: Path) -> None:
+    Image.effect_noise((90, 90), 80).save(tmp_path / "b.jpg")
+    content = (tmp_path / "b.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(content[: len(content) // 2])
+    data = tmp_path / "data.jsonl"
+    data.write_text(data.read_text().replace("a.png", "b.jpg", 1))
+    page = tmp_path / "show.html"
+    result = CliRunner().invoke(app, [str(recipe), "--html", str(page)], catch_exceptions=False)
+    assert f"skipped: s0: {tmp_path / 'b.jpg'}: truncated" in result.stderr
+    assert '"id": "s1"' in page.read_text()
+    (tmp_path / "b.jpg").unlink()
+    result = CliRunner().invoke(app, [str(recipe), "--json"], catch_exceptions=False)
+    assert [json.loads(line)["id"] for line in result.stdout.splitlines()] == ["s1", "s2"]
+    assert f"skipped: s0: {tmp_path / 'b.jpg'}: no such image" in result.stderr
+
+
 def test_seed_selects_random_samples(recipe: Path) -> None:
     selections = []
     for seed in range(9):

@@ -335,6 +335,12 @@ MISTAKES = {
         "use the page of that process, or another --out",
         label_elsewhere,
     ),
+    "port-of-page-in-use": Mistake(
+        "label finesight-tiny photos --prompt Read. --out out --port $PORT",
+        "--host, --port: cannot listen on 127.0.0.1:$PORT (Address already in use)",
+        "add --port 0 for any free port, or stop the other program",
+        occupy_port,
+    ),
     "script-with-variables": Mistake(
         "convert train.sh out.yaml",
         "train.sh: the training command depends on '$MODEL'",

@@ -131,10 +131,9 @@ class PlannedSteps:
                 )
                 return compute_graph_shape(model.visual, pack, captures_vision)
 
-            self._largest_packs[key] = [
-                *_select_per_graph_shape(packs, get_shape),
-                *_select_largest(packs),
-            ]
+            sizes = "num_tokens", "num_patches", "num_supervised_tokens", "num_attention_scores"
+            largest = dict.fromkeys(max(packs, key=attrgetter(name)) for name in sizes)
+            self._largest_packs[key] = [*_select_per_graph_shape(packs, get_shape), *largest]
             self._has_multiple_packs[token_budget] = any(len(step) > 1 for step in packed_steps)
         return self._largest_packs[key]
 
@@ -165,11 +164,6 @@ def _select_per_graph_shape(
         if len(pack_by_shape) == MAX_GRAPHS:
             break
     return list(pack_by_shape.values())
-
-
-def _select_largest(packs: Sequence[PlannedPack]) -> list[PlannedPack]:
-    size_names = "num_tokens", "num_patches", "num_supervised_tokens", "num_attention_scores"
-    return list(dict.fromkeys(max(packs, key=attrgetter(name)) for name in size_names))
 
 
 class SettingsSearch:

@@ -367,7 +367,8 @@ def test_changed_data_file_ends_with_checkpoint(
 
 def test_evaluation_shows_its_progress(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
-    task.run("train.pack_tokens=1", eval={"metric": "qa", "max_new_tokens": 2, "batch_size": 1})
+    short = ("train.epochs=null", "train.steps=1", "train.batch_size=1")
+    task.run(*short, eval={"metric": "qa", "max_new_tokens": 2, "batch_size": 1})
     for stage in ("validation loss", "generation"):
         for name in ("before", "after"):
             assert re.search(rf"^{stage} {name}: 1/3, \d+ s left$", task.console_output, re.M)

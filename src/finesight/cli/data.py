@@ -763,7 +763,8 @@ def _write_sample_page(
     with TrainingConsole(Console(stderr=True)).progress_stage(
         "samples", len(selected)
     ) as on_progress:
-        content = render_sample_page(renderer, selected, source, on_progress, _report_skipped)
+        on_corrupt = _report_skipped if len(selected) > 1 else None
+        content = render_sample_page(renderer, selected, source, on_progress, on_corrupt)
     write_page(page, content)
     typer.echo(f"page: {page}", err=True)
 
@@ -781,6 +782,8 @@ def _print_samples(renderer: Renderer, selected: Sequence[LocatedSample], as_jso
         try:
             tokenized = renderer.tokenize(located_sample)
         except CorruptImageError as error:
+            if len(selected) == 1:
+                raise
             _report_skipped(located_sample.sample.id, error)
             continue
         if as_json:

@@ -83,10 +83,10 @@ def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = 
     return f"did you mean {prefix}{similar[0]}?" if similar else otherwise
 
 
-def suggest_similar_path(path: Path) -> str:
-    """Return a remedy for a missing file: the most similar name in its folder."""
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    return suggest_name(path.name, siblings, "check the path", f"{path.parent}/")
+def suggest_similar_path(path: Path, otherwise: str = "check the path") -> str:
+    """Return a remedy for a missing file: the most similar name in its folder, or `otherwise`."""
+    siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
+    return suggest_name(path.name, siblings, otherwise, f"{path.parent}/")
 
 
 class TrainingInterrupted(Exception):

@@ -495,42 +495,39 @@ def locate_model(name_or_path: str) -> ModelFolder:
             remedy="reinstall finesight from its wheel, its source archive or a checkout"
             " (pip install -e .)",
         )
+    address = check_model_path(name_or_path)
+    return ModelFolder(path) if address is None else _open_hub_model(name_or_path, address)
+
+
+def check_model_path(name: str) -> HubAddress | None:
+    """Return the hub address of a model that is no local folder, without network access.
+
+    A name such as `runs/mine` is a path if the folder `runs` exists, even if `mine` does not.
+
+    Raises:
+        UserError: The name is a missing path or a file.
+    """
+    path = resolve_model_path(name)
     # os.path accepts invalid paths: unknown home folders, names that are too long.
-    if name_or_path and os.path.isdir(path):
-        return ModelFolder(path)
+    if name and os.path.isdir(path):
+        return None
     if os.path.isfile(path):
-        raise UserError(
-            f"{name_or_path} is a file",
-            where="model",
-            expected=_EXPECTED_MODEL,
-            remedy=f"give the folder, {path.parent}",
-        )
-    address = parse_model_address(name_or_path)
-    if address is None:
-        raise UserError(
-            f"no folder {name_or_path!r}",
-            where="model",
-            expected=_EXPECTED_MODEL,
-            remedy="correct the path",
-        )
-    if not is_hub_address(name_or_path) and path.parent.is_dir():
-        raise _build_missing_folder_error(name_or_path, path)
-    return _open_hub_model(name_or_path, address)
-
-
-def _build_missing_folder_error(name: str, path: Path) -> UserError:
-    """Build the error for a path that is missing in an existing folder, such as a run folder."""
+        remedy = f"give the folder, {path.parent}"
+        raise UserError(f"{name} is a file", where="model", expected=_EXPECTED_MODEL, remedy=remedy)
+    address = parse_model_address(name)
+    if address is not None and (is_hub_address(name) or not path.parent.is_dir()):
+        return address
     names: list[str] = []
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError, ValueError):
         names = sorted(entry.name for entry in os.scandir(path.parent) if entry.is_dir())
-    similar = difflib.get_close_matches(path.name, names, n=1)
-    suggestion = f"use {path.parent / similar[0]}" if similar else "correct the path"
-    return UserError(
-        f"no folder {name}",
-        where="model",
-        expected=f"a folder in {path.parent}/: {', '.join(names[:8]) or 'it has none'}",
-        remedy=f"{suggestion}, or give hf:{name} for a model of the hub",
-    )
+    known = [*names, TINY_MODEL] if path.parent == Path() else names
+    similar = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
+    remedy = f"use {path.parent / similar[0]}" if similar else "correct the path"
+    expected = _EXPECTED_MODEL
+    if address is not None:
+        expected = f"a folder in {path.parent}/: {', '.join(names[:8]) or 'it has none'}"
+        remedy += f", or give hf:{name} for a model of the hub"
+    raise UserError(f"no folder {name}", where="model", expected=expected, remedy=remedy)
 
 
 def resolve_model_path(name_or_path: str) -> Path:

@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 
 from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_name
 from finesight.manifest import RECIPE_FILE
 
 MAX_RECIPE_BYTES = 2**20
@@ -32,6 +32,8 @@ _TOO_LARGE_REMEDY = "list many data files as a pattern, such as shards/*.tar"
 
 MAX_VALUES = 20_000
 """Maximum number of values and names in a recipe; the longest lists are data files."""
+
+_DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".xlsx", ".parquet", ".tar", ".zip")
 
 SettingKey = tuple[str | int, ...]
 
@@ -53,6 +55,13 @@ def read_recipe_text(path: Path) -> str:
             where=str(path),
             expected="a YAML file",
             remedy=f"give the recipe of this run: {recipe}" if recipe.is_file() else "give a file",
+        )
+    if path.suffix.lower() in _DATA_SUFFIXES and path.is_file():
+        raise UserError(
+            "is a data file",
+            where=str(path),
+            expected="a recipe, a YAML file of settings",
+            remedy=f"write one for these data: {shlex.join(['finesight', 'init', str(path)])}",
         )
     remedy = "check the path and its permissions"
     with translate_os_errors(path, expected="a YAML file", remedy=remedy):
@@ -99,7 +108,7 @@ def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
             f"{'' if too_many else 'broken YAML: '}{error.problem or error.context}",
             where=f"{path}:{mark.line + 1}" if mark else str(path),
             expected="settings as `name: value`, groups indented by spaces",
-            remedy=_TOO_LARGE_REMEDY if too_many else "correct this line or the one above it",
+            remedy=_TOO_LARGE_REMEDY if too_many else _suggest_yaml_fix(text, mark),
         ) from error
     except yaml.YAMLError as error:
         raise UserError(
@@ -108,6 +117,18 @@ def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
             expected="settings as `name: value`, groups indented by spaces",
             remedy="remove content that YAML does not support",
         ) from error
+
+
+def _suggest_yaml_fix(text: str, mark: yaml.Mark | None) -> str:
+    """Return the remedy for broken YAML at a mark: a tab, a missing colon, or missing quotes."""
+    lines = text.splitlines()[: mark.line + 1] if mark else []
+    if lines and "\t" in lines[-1]:
+        return "replace the tab by spaces"
+    if len(lines) > 1 and (words := lines[-2].split()) and not re.search(":|^ *#", lines[-2]):
+        return f"add a colon on line {len(lines) - 1}: {words[0]}: {' '.join(words[1:])}".rstrip()
+    if lines and lines[-1].count(": ") > 1:
+        return "put quotes around the value with a colon"
+    return "correct this line or the one above it; the settings of a group have the same indent"
 
 
 def _collect_lines(
@@ -322,7 +343,9 @@ def _parse_override(override: str) -> tuple[str, object]:
             f"{override!r} is not an override",
             where="command line",
             expected="group.setting=value",
-            remedy="for example train.batch_size=8",
+            remedy=f"write {override}=VALUE"
+            if tuple(override.split(".")) in _list_paths()
+            else "for example train.batch_size=8",
         )
     try:
         value: object = load_yaml(text)
@@ -500,6 +523,8 @@ def _build_setting_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> _Se
         return _SettingError(key, reason, "consistent settings", remedy)
     expected = " or ".join(dict.fromkeys(_format_expected(key, error) for error in errors))
     remedy = f"change {format_key(key)}" if key else "correct the name"
+    choices = re.findall("'([^']*)'", expected) if first["type"] == "literal_error" else []
+    remedy = suggest_name(str(first["input"]), choices, remedy, f"{format_key(key)}: ")
     return _SettingError(key, f"has the invalid value {value}", expected, remedy)
 
 

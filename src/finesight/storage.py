@@ -113,9 +113,7 @@ def _close_inherited_locks() -> None:
 
 
 os.register_at_fork(
-    before=_forking.acquire,
-    after_in_parent=_forking.release,
-    after_in_child=_close_inherited_locks,
+    before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_inherited_locks
 )
 
 
@@ -487,11 +485,12 @@ def _write_all(fd: int, data: bytes) -> None:
 def raise_if_exists(target: Path) -> None:
     """Raise UserError if the file or folder to create already exists."""
     if target.exists():
+        other = target.parent / f"{target.stem}-2{target.suffix}"
         raise UserError(
-            f"{target.name} exists already and is never overwritten",
+            "exists already and is never overwritten",
             where=str(target),
             expected="an unused name",
-            remedy="choose another name, or move it away first",
+            remedy=f"move it away first, or choose another name, such as {other}",
         )
 
 

@@ -172,13 +172,6 @@ def _signal_hangup(connection: socket.socket) -> None:
     fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
-def _check_open(connection: socket.socket) -> None:
-    """Raise EOFError if the pool has closed the connection."""
-    with contextlib.suppress(BlockingIOError):
-        if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-            raise EOFError
-
-
 def _run_job(
     job: WorkerJob, state: Any, connection: socket.socket
 ) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
@@ -191,7 +184,9 @@ def _run_job(
     # The pool sends no data while a job runs: SIGIO means that it has closed the connection.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     try:
-        _check_open(connection)
+        with contextlib.suppress(BlockingIOError):
+            if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raise EOFError  # the pool has closed the connection
         return _outcome(lambda: job.function(state, *job.args))
     finally:
         signal.signal(signal.SIGIO, signal.SIG_IGN)

@@ -138,6 +138,11 @@ def test_help_has_an_example() -> None:
     assert "Example: finesight import" in run("--help").output
 
 
+def test_table_without_image_column_prints_the_option(source: Path, tmp_path: Path) -> None:
+    result = run(source, tmp_path / "out", "--map", "answer=n", "--prompt", "Read.")
+    assert "  no images: --map image=COLUMN sets the column of the image paths" in result.output
+
+
 def test_missing_column_is_one_message_and_the_text_format_is_printed(tmp_path: Path) -> None:
     lines = [f"{write_gray_image(tmp_path / f'{n}.png').name};Größe {n}" for n in range(9)]
     table = tmp_path / "a.csv"

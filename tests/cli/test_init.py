@@ -95,7 +95,7 @@ def test_folder_of_images_becomes_a_trained_model(
     assert "photos/images/0.png: " in capsys.readouterr().out
     files = {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")}
     assert run_command(["init", "photos", "--yes"]) == 2
-    assert "photos-finetune exists already and is never overwritten" in capsys.readouterr().err
+    assert "photos-finetune: exists already and is never overwritten" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")} == files
 
 

@@ -83,6 +83,29 @@ def test_html_page_of_samples(recipe: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in again.stdout.splitlines()] == ["s0", "s1"]
 
 
+def test_samples_with_truncated_images_are_skipped(recipe: Path, tmp_path: Path) -> None:
+    Image.effect_noise((90, 90), 80).save(tmp_path / "b.jpg")
+    content = (tmp_path / "b.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(content[: len(content) // 2])
+    data = tmp_path / "data.jsonl"
+    data.write_text(data.read_text().replace("a.png", "b.jpg", 1))
+    page = tmp_path / "show.html"
+    arguments = [str(recipe), "--html", str(page)]
+    with pytest.raises(UserError, match="truncated"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    arguments += ["--num-samples", "3"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert f"skipped: s0: {tmp_path / 'b.jpg'}: truncated" in result.stderr
+    text = page.read_text().partition('<script type="application/json" id="data">')[2]
+    records = json.loads(text.partition("<")[0])["samples"]
+    assert [record["id"] for record in records] == ["s1", "s2"]
+    (tmp_path / "b.jpg").unlink()
+    arguments = [str(recipe), "--json", "--num-samples", "3"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert [json.loads(line)["id"] for line in result.stdout.splitlines()] == ["s1", "s2"]
+    assert f"skipped: s0: {tmp_path / 'b.jpg'}: no such image" in result.stderr
+
+
 def test_seed_selects_random_samples(recipe: Path) -> None:
     selections = []
     for seed in range(9):

@@ -111,9 +111,12 @@ def test_run_folder_is_resumed_by_its_recipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_command(["train", str(recipe), "output_dir=runs/one"]) == 0
+    assert run_command(["train", str(recipe), "output_dir=runs/one", "--resume"]) == 0
+    assert "runs/one: no run to resume; a new run starts" in capsys.readouterr().err
     assert run_command(["train", "runs/one", "--resume"]) == 0
-    assert "runs/one: the run is already complete" in capsys.readouterr().err
+    messages = capsys.readouterr().err
+    assert "runs/one: the run is already complete; changed settings have no effect" in messages
+    assert "adapter=runs/one output_dir=runs/one-2" in messages
     shutil.copytree("runs/one", "runs/copy")
     for folder, words in (
         ("runs/copy", "output_dir is runs/one, another folder"),

@@ -21,7 +21,7 @@ from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
-from finesight.train import optimizer, trainer
+from finesight.train import console, optimizer, trainer
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
@@ -363,6 +363,15 @@ def test_changed_data_file_ends_with_checkpoint(
     os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns))
     monkeypatch.undo()
     assert task.run(train=task.recipe["train"] | {"save_every": 6}, resume=True).steps == 6
+
+
+def test_evaluation_shows_its_progress(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
+    short = ("train.epochs=null", "train.steps=1", "train.batch_size=1")
+    task.run(*short, eval={"metric": "qa", "max_new_tokens": 2, "batch_size": 1})
+    for stage in ("validation loss", "generation"):
+        for name in ("before", "after"):
+            assert re.search(rf"^{stage} {name}: 1/3, \d+ s left$", task.console_output, re.M)
 
 
 def test_default_evaluations_and_overfitting_warning(

@@ -191,6 +191,8 @@ def _format_summary(source: str, summary: ImportSummary) -> list[str]:
     lines += [f"  {count} {source_note}" for source_note, count in summary.source_notes.items()]
     if summary.unused_columns:
         lines.append(f"  unused columns: {', '.join(summary.unused_columns)}")
+        if not summary.num_images:
+            lines.append("  no images: --map image=COLUMN sets the column of the image paths")
     train, *validation = (str(file.file) for file in summary.output_files)
     against = ["--against", *validation] if validation else []
     return [*lines, f"next: {shlex.join(['finesight', 'check', train, *against])}"]
@@ -760,17 +762,29 @@ def _write_sample_page(
     with TrainingConsole(Console(stderr=True)).progress_stage(
         "samples", len(selected)
     ) as on_progress:
-        content = render_sample_page(renderer, selected, source, on_progress)
+        on_corrupt = _report_skipped if len(selected) > 1 else None
+        content = render_sample_page(renderer, selected, source, on_progress, on_corrupt)
     write_page(page, content)
     typer.echo(f"page: {page}", err=True)
 
 
+def _report_skipped(sample_id: str, error: UserError) -> None:
+    typer.echo(escape_unprintable(f"skipped: {sample_id}: {error.where}: {error.what}"), err=True)
+
+
 def _print_samples(renderer: Renderer, selected: Sequence[LocatedSample], as_json: bool) -> None:
     """Print one token table, or one JSON object, per sample."""
+    from finesight.data.image_header import CorruptImageError
     from finesight.encode.tokenization import format_token_table, token_table_to_dict
 
     for located_sample in selected:
-        tokenized = renderer.tokenize(located_sample)
+        try:
+            tokenized = renderer.tokenize(located_sample)
+        except CorruptImageError as error:
+            if len(selected) == 1:
+                raise
+            _report_skipped(located_sample.sample.id, error)
+            continue
         if as_json:
             record = token_table_to_dict(tokenized, renderer.tokenizer)
             echo_json(record)

@@ -128,6 +128,15 @@ def label(
             expected="one of the two options",
             remedy="remove one of the options",
         )
+    if suggestions:
+        from finesight.model_folder import check_model_path
+
+        check_model_path(run_or_model)
+    if not suggest_only:
+        require_gradio("finesight label")
+        from finesight.web.web_server import bind_socket
+
+        bind_socket(host, port).close()  # an occupied port is reported before the suggestions
     names = [name.strip() for name in (classes or "").split(",") if name.strip()]
     session = open_session(
         out,

@@ -407,7 +407,7 @@ def _check_options(
             f"{option} is given, but OUT is {out or 'missing'}",
             where=option,
             expected="hf:OWNER/NAME or modelscope:OWNER/NAME",
-            remedy=f"remove {option}, or give a hub address",
+            remedy=f"remove {option}, or give a hub address: hf:{out or 'OWNER/NAME'}",
         )
     if converting and (is_hub or out is None):
         raise UserError(

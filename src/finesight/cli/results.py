@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,7 @@ from finesight.cli.options import (
     WeightFormatOption,
     echo_json,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_similar_path
 
 if TYPE_CHECKING:
     from finesight.data.sample import LocatedSample
@@ -189,7 +190,7 @@ def predict(
     from finesight.infer.prediction import save_annotated_images
     from finesight.train.console import TrainingConsole
 
-    samples = _load_samples(images or [], prompt, data)
+    samples = _load_samples(run_or_model, images or [], prompt, data)
     options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     console = TrainingConsole(Console(stderr=True))
     with console.activity(f"loading the weights of {run_or_model}"):
@@ -215,7 +216,9 @@ def predict(
             typer.echo(f"saved: {path}", err=True)
 
 
-def _load_samples(images: list[Path], prompt: str | None, data: Path | None) -> list[LocatedSample]:
+def _load_samples(
+    run_or_model: str, images: list[Path], prompt: str | None, data: Path | None
+) -> list[LocatedSample]:
     from finesight.data.sample import LocatedSample, read_samples
     from finesight.infer.prediction import build_questions
 
@@ -224,14 +227,21 @@ def _load_samples(images: list[Path], prompt: str | None, data: Path | None) -> 
             LocatedSample(sample, data.parent)
             for sample in read_samples(data, require_answer=False)
         ]
+    for image in images:
+        if not image.exists() or image.is_dir():
+            what, remedy = "no such image", suggest_similar_path(image)
+            if image.is_dir():
+                what, remedy = "a folder", f"give its images: {image}/*"
+            raise UserError(what, where=str(image), expected="an image file", remedy=remedy)
     if prompt is not None and data is None:
         return build_questions(images, prompt)
+    example = shlex.join(["finesight", "predict", run_or_model, str([*images, "IMAGE"][0])])
     raise UserError(
         f"{len(images)} images, "
         f"{'no ' if prompt is None else ''}--prompt and {'no ' if data is None else ''}--data",
         where="finesight predict",
         expected="images with --prompt TEXT, or --data FILE.jsonl alone",
-        remedy='for example: finesight predict runs/latex a.png --prompt "What is this?"',
+        remedy=f'for example: {example} --prompt "What is this?"',
     )
 
 

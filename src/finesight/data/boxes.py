@@ -93,21 +93,28 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
     height, width = image_size
     x1, y1, x2, y2 = box
     is_valid = all(map(math.isfinite, box)) and x1 < x2 and y1 < y2
+    # In pixels, such a box is smaller than one and not on the pixel grid.
+    is_fraction = convention.units == "pixel" and max(box) <= 1 and any(n % 1 for n in box)
     is_inside = (
         min(x1, y1) >= -MAX_OVERHANG_PX
         and x2 <= width + MAX_OVERHANG_PX
         and y2 <= height + MAX_OVERHANG_PX
     )
     clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    if is_valid and is_inside and clipped[0] < clipped[2] and clipped[1] < clipped[3]:
+    has_area = clipped[0] < clipped[2] and clipped[1] < clipped[3]
+    if is_valid and is_inside and has_area and not is_fraction:
         return clipped
     coordinates = ", ".join(f"{value:g}" for value in box)
+    problem = "is outside its image" if is_valid else "has inverted corners or no area"
+    remedy = _suggest_convention(convention)
+    if is_valid and is_fraction:
+        problem = "is smaller than a pixel"
+        remedy = "if the boxes are fractions of the image size, give --box-units 1"
     raise InvalidBoxError(
         f"the box [{coordinates}] in pixels (read as {convention.format} in units of"
-        f" {convention.units}) "
-        + ("is outside its image" if is_valid else "has inverted corners or no area"),
+        f" {convention.units}) {problem}",
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
-        remedy=_suggest_convention(convention),
+        remedy=remedy,
     )
 
 

@@ -213,11 +213,6 @@ class ImageResolver:
         return self._saved_paths[key]
 
 
-def _resolve_parent(path: Path) -> Path:
-    # Resolve the folder first: `..` is relative to the target of a link.
-    return path.parent.resolve() / path.name
-
-
 def encode_data_url(path: Path) -> str:
     """Encode an image file as a base64 data URL (RFC 2397)."""
     data = path.read_bytes()

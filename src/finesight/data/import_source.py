@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -245,7 +244,7 @@ def _check_options(options: ImportOptions) -> None:
             remedy="for example 0.9",
         )
     try:
-        b"".decode(options.encoding or "utf-8")
+        bytes(4).decode(options.encoding or "utf-8")  # decode ignores the encoding of b""
     except (LookupError, ValueError) as error:
         raise UserError(
             f"unknown encoding {options.encoding!r}",
@@ -297,11 +296,10 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         listing = list_folder(source)
         raise UserError(
             f"a folder without a known dataset format; it contains {listing}"
-            f"{''.join(map(partial(_explain_mismatch, source), folder_formats))}",
+            + "".join(_explain_mismatch(source, one) for one in folder_formats if listing.files),
             where=str(source),
-            expected="; ".join(
-                f"{data_format.name}: {data_format.description}" for data_format in folder_formats
-            ),
+            expected="a dataset in one of the formats "
+            f'{", ".join(one.name for one in folder_formats)} (page "Importing data")',
             remedy=listing.suggest_source(),
         )
     readers = [

@@ -25,7 +25,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from finesight.bounded_files import parse_json, reject_special_file, to_readable_name
+from finesight.bounded_files import (
+    parse_json,
+    reject_special_file,
+    to_readable_name,
+    translate_os_errors,
+)
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
 from finesight.data.parquet_reader import (
@@ -152,17 +157,25 @@ def open_row_file(source: Path, encoding: str | None = None) -> RowReader:
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
     else:
+        remedy = "rename the file if it is one of these, or convert it"
+        if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers"):
+            remedy = "save the table as .xlsx or .csv"
+        elif suffix in IMAGE_SUFFIXES:
+            remedy = f"give the folder of the images: {source.parent}"
+        with translate_os_errors(source, expected="a file or folder", remedy=remedy):
+            source.stat()
         raise UserError(
             f"a file of type {suffix or '(no suffix)'}",
             where=str(source),
             expected=".json, .jsonl, .csv, .tsv, .xlsx or .parquet",
-            remedy="save the table as .xlsx or .csv"
-            if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers")
-            else "rename the file if it is one of these, or convert it",
+            remedy=remedy,
         )
     if rows.num_rows == 0:
         raise UserError(
-            "contains no rows", where=str(source), expected="at least one", remedy="check the file"
+            "contains no rows",
+            where=str(source),
+            expected="at least one row (in a table, below the line of column names)",
+            remedy="add the rows, or give another file",
         )
     return rows
 
@@ -350,6 +363,8 @@ def _open_csv(source: Path, encoding: str | None) -> RowReader:
     guessed = encoding or _detect_encoding(content)
     try:
         text = content.decode(guessed)
+        if encoding is not None and "\0" in text:
+            raise UnicodeError("it contains NUL characters, as UTF-16 does")
     except UnicodeError as error:
         if encoding is not None:
             raise UserError(

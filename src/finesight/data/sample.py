@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -422,6 +423,13 @@ class JsonlSamples(IndexedLines):
 
 def open_jsonl_samples(path: Path) -> JsonlSamples:
     """Open and index a JSONL file without parsing its samples."""
+    if path.suffix.lower() in (".csv", ".tsv", ".xlsx") and path.is_file():
+        raise UserError(
+            "is a table, not a file of samples",
+            where=str(path),
+            expected="a .jsonl, .parquet or .tar file of samples",
+            remedy=f"import it: {shlex.join(['finesight', 'init', str(path)])}",
+        )
     lines = index_lines(path)
     return JsonlSamples(path, lines.index, lines.file_state)
 
@@ -592,6 +600,8 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
                 str(error_location[-1]), SAMPLE_KEYS, "remove it; `meta` accepts arbitrary metadata"
             ),
         )
+    if not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
+        remedy = "import the file with `finesight import` first"
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error_type == "union_tag_invalid":
         expected = f"a part with a type of {first['ctx']['expected_tags']}"

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from finesight.doctor import (
-    machine_check,
-    model_check,
-    package_check,
-    run_check,
-)
+from finesight.doctor import machine_check, model_check, package_check, run_check
 from finesight.doctor.diagnosis import Diagnosis, DiagnosisSections
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_similar_path
 from finesight.manifest import MANIFEST_FILE
 from finesight.model_folder import resolve_model_path
 from finesight.report.run_reader import read_run
@@ -54,6 +49,9 @@ def diagnose(subject: str) -> DiagnosisSections:
         f"no folder {subject!r}",
         where="finesight doctor",
         expected="a run, or the folder of an adapter or model; no argument for this machine",
-        remedy="correct the path; download a model of a hub first (finesight download); to check a"
-        " recipe: finesight plan RECIPE",
+        remedy=suggest_similar_path(
+            path,
+            "correct the path; download a model of a hub first (finesight download); to check a"
+            " recipe: finesight plan RECIPE",
+        ),
     )

@@ -20,12 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finesight.doctor import probes
-from finesight.doctor.diagnosis import (
-    Diagnosis,
-    DiagnosisSeverity,
-    join_command,
-    make_diagnosis,
-)
+from finesight.doctor.diagnosis import Diagnosis, DiagnosisSeverity, join_command, make_diagnosis
 from finesight.doctor.package_check import InstalledPackages, install_command
 from finesight.host_memory import available_memory, num_allowed_cpus, total_memory
 

@@ -36,13 +36,7 @@ from finesight.errors import UserError
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.report import summary
-from finesight.report.run_reader import (
-    JsonObject,
-    RunRecord,
-    as_object,
-    is_finite,
-    read_json_lines,
-)
+from finesight.report.run_reader import JsonObject, RunRecord, as_object, is_finite, read_json_lines
 from finesight.storage import verify_folder
 
 MAX_NONFINITE_STEPS = 5
@@ -60,11 +54,7 @@ REPETITION_PATTERN = re.compile(r"(.{1,60}?)\1{3,}.{0,60}$", re.DOTALL)
 
 
 def diagnose_run(
-    run_record: RunRecord,
-    code: str,
-    severity: DiagnosisSeverity | None = None,
-    /,
-    **values: object,
+    run_record: RunRecord, code: str, severity: DiagnosisSeverity | None = None, /, **values: object
 ) -> Diagnosis:
     """Create a diagnosis of a run. Remedies contain its folder, its recipe and a new folder.
 

@@ -40,12 +40,7 @@ class Qwen2VL(ModelFamily):
     """Box format and temporal positions of Qwen2-VL (Wang et al. 2024, arXiv 2409.12191)."""
 
     name: str = "qwen2_vl"
-    box_tokens = (
-        "<|object_ref_start|>",
-        "<|object_ref_end|>",
-        "<|box_start|>",
-        "<|box_end|>",
-    )
+    box_tokens = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format boxes with special tokens in thousandths of the image size (section 2.2.1)."""

@@ -440,10 +440,7 @@ class Renderer(ABC):
     def _with_system_prompt(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         if messages[0].role == "system" or self.system_prompt is None:
             return tuple(messages)
-        return (
-            Message(role="system", content=(TextPart(text=self.system_prompt),)),
-            *messages,
-        )
+        return (Message(role="system", content=(TextPart(text=self.system_prompt),)), *messages)
 
 
 class NativeRenderer(Renderer):

@@ -673,11 +673,13 @@ def iter_token_rows(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Ite
         span = spans.get(index)
         stop = index + 1 if span is None else span.stop
         token_id = int(tokenized.ids_T[index])
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
         yield TokenRow(
             start=index,
             stop=stop,
             id=token_id,
-            text=_token_text(token_id, tokenizer),
+            # A token with a part of a character has no text: show its vocabulary entry.
+            text=tokenizer.id_to_token(token_id) if "\ufffd" in text else text,
             is_supervised=bool(tokenized.loss_mask_T[index]),
             first_position=_get_position(tokenized, index),
             last_position=_get_position(tokenized, stop - 1),
@@ -732,12 +734,6 @@ def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) ->
             for row in iter_token_rows(tokenized, tokenizer)
         ],
     }
-
-
-def _token_text(token_id: int, tokenizer: TextTokenizer) -> str:
-    """Return the text of a token, or the vocabulary entry of a partial character."""
-    text = tokenizer.decode([token_id], skip_special_tokens=False)
-    return tokenizer.id_to_token(token_id) if "\ufffd" in text else text
 
 
 def _get_position(tokenized: TokenizedSample, index: int) -> PositionTHW:

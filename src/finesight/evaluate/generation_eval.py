@@ -30,6 +30,7 @@ from finesight.evaluate.task_metrics import (
 )
 from finesight.infer.prediction import Prediction, predict
 from finesight.model.hf_backend import AnyModel
+from finesight.model_folder import check_model_path
 from finesight.recipe import load_recipe
 from finesight.storage import write_file
 
@@ -69,6 +70,8 @@ def load_eval_inputs(
             recipe.eval.metric, path.parent, prefer_copy=True
         )
         settings = recipe.eval.model_dump() | {"metric": copied_metric} | settings
+    if recipe is None:
+        check_model_path(run_or_model)
     if "metric" not in settings:
         raise _build_missing_error("metric", METRIC_CHOICES, run_or_model)
     if data is not None:

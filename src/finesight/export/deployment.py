@@ -81,7 +81,8 @@ def find_converter(path: Path | None) -> Path:
             f"{converter} does not exist" if converter else f"{CONVERTER_SCRIPT} is not in PATH",
             where="--converter",
             expected=f"{CONVERTER_SCRIPT} of llama.cpp, which creates GGUF files",
-            remedy="git clone https://github.com/ggml-org/llama.cpp, install its"
+            remedy="for an upload, give hf:OWNER/NAME as OUT; for GGUF,"
+            " git clone https://github.com/ggml-org/llama.cpp, install its"
             " requirements/requirements-convert_hf_to_gguf.txt in a separate environment,"
             f" and set --converter llama.cpp/{CONVERTER_SCRIPT} (and --python to the"
             " Python of that environment)",

@@ -224,7 +224,8 @@ def resolve_device(device: Device) -> torch.device:
             f"device is {device}, but torch {torch.__version__} finds no CUDA device",
             where="device",
             expected="a GPU and a matching torch build (torch.cuda.is_available())",
-            remedy="set the device to cpu or auto, or install a torch build for your driver",
+            remedy="use the CPU (--device cpu, in a recipe train.device: cpu), or install a torch"
+            " build for your driver",
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -299,7 +300,7 @@ def _resolve_run(run_dir: Path, manifest: Manifest, base: str | None) -> ModelSo
                 f"the base model {folder.path} has the fingerprint {fingerprint}",
                 where=str(run_dir / MANIFEST_FILE),
                 expected=f"{manifest.base_fingerprint}, the base model of the run",
-                remedy="restore that version of the model; the adapter is not valid for another",
+                remedy=f"use {manifest.base_model} as in the training; an adapter fits no other",
             )
     if folder.family != manifest.family:
         raise UserError(

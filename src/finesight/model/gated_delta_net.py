@@ -372,10 +372,7 @@ def forward_with_states(
 
 
 def _forward(
-    inputs: DeltaNetInputs,
-    layout: ChunkLayout,
-    conv_SWN: Tensor | None,
-    delta_SHDV: Tensor | None,
+    inputs: DeltaNetInputs, layout: ChunkLayout, conv_SWN: Tensor | None, delta_SHDV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if supports_kernels(inputs.config, inputs.qkv_TN):
         q, k, v = _apply_conv_kernels(inputs, layout, conv_SWN)

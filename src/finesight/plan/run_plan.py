@@ -379,7 +379,9 @@ def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: Targ
 def _compute_token_stats(stats: DatasetStats) -> TokenStats:
     sample_stats = stats.sample_stats
     lengths = sorted(sample.num_tokens for sample in sample_stats)
-    bin_width = _round_bin_width((lengths[-1] - lengths[0]) / NUM_BINS)
+    width = (lengths[-1] - lengths[0]) / NUM_BINS
+    power: int = 10 ** max(0, math.floor(math.log10(max(width, 1))))
+    bin_width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
     bins = Counter(length // bin_width * bin_width for length in lengths)
     first, last = min(bins), max(bins)
     longest = max(sample_stats, key=lambda sample: sample.num_tokens)
@@ -395,12 +397,6 @@ def _compute_token_stats(stats: DatasetStats) -> TokenStats:
         bin_width=bin_width,
         bins=tuple((bin_start, bins[bin_start]) for bin_start in range(first, last + 1, bin_width)),
     )
-
-
-def _round_bin_width(width: float) -> int:
-    """Round a bin width up to 1, 2 or 5 times a power of ten."""
-    power: int = 10 ** max(0, math.floor(math.log10(max(width, 1))))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
 
 
 def _compute_flops(

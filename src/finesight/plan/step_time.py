@@ -153,7 +153,8 @@ class StepTimeEstimator:
         model = tracer.model
         self._model, self._target, self._num_workers = model, target, num_workers
         self._tracer = tracer
-        self._efficiency = _get_efficiency(target)
+        on_cpu = CPU_EFFICIENCY if target.dtype == torch.float32 else CPU_16BIT_EFFICIENCY
+        self._efficiency = GPU_EFFICIENCY if target.compute.is_cuda else on_cpu
         self._flop_counter = FlopCounter(model)
         num_trainable = persistent.num_trainable
         bytes_per_param = OPTIMIZER_BYTES_PER_PARAM[train.optimizer]
@@ -299,12 +300,6 @@ def _compute_fp8_fractions(model: VisionLanguageModel) -> dict[ModelPart, float]
     for name, parameter in model.named_parameters():
         num_total[get_part(name)] += parameter.numel()
     return {part: num_fp8[part] / max(1, num_total[part]) for part in MODEL_PARTS}
-
-
-def _get_efficiency(target: TargetDevice) -> DeviceEfficiency:
-    if target.compute.is_cuda:
-        return GPU_EFFICIENCY
-    return CPU_EFFICIENCY if target.dtype == torch.float32 else CPU_16BIT_EFFICIENCY
 
 
 def estimate_startup_seconds(persistent: PersistentMemory, target: TargetDevice) -> float:

@@ -46,6 +46,7 @@ def render_sample_page(
     samples: Sequence[LocatedSample],
     source: str,
     on_progress: Callable[[int], None] = lambda done: None,
+    on_corrupt: Callable[[str, CorruptImageError], None] | None = None,
 ) -> str:
     """Render samples as an HTML page that shows the model input.
 
@@ -55,10 +56,17 @@ def render_sample_page(
     Args:
         source: Description of the file or split that contains the samples.
         on_progress: Called with 1 after each sample.
+        on_corrupt: Called for each sample that is left out because of its images, with its ID. By
+            default, the first one raises its error.
     """
     records = []
     for located_sample in samples:
-        records.append(_build_sample_record(renderer, located_sample))
+        try:
+            records.append(_build_sample_record(renderer, located_sample))
+        except CorruptImageError as error:
+            if on_corrupt is None:
+                raise
+            on_corrupt(located_sample.sample.id, error)
         on_progress(1)
     count_labels = {
         "num_tokens": translate("total tokens"),

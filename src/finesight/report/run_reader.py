@@ -16,7 +16,7 @@ import yaml
 
 from finesight import bounded_files
 from finesight.bounded_files import MAX_LINE_BYTES, load_yaml, parse_json, read_text
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_similar_path
 from finesight.manifest import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
@@ -121,7 +121,7 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
             f"{folder} is not a run directory",
             where=where,
             expected=f"a folder with {MANIFEST_FILE} from `finesight train`",
-            remedy="Use the output directory of a run.",
+            remedy=suggest_similar_path(folder, "give the output_dir of a run"),
         )
     reader = _RunFolderReader(folder)
     lines = [_drop_invalid_values(line) for line in reader.read_lines(METRICS_FILE)]

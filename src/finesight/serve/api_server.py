@@ -398,11 +398,12 @@ def bind_socket(host: str, port: int, keys: Sequence[str]) -> socket.socket:
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=512)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
         raise UserError(
-            f"cannot listen on {host}:{port} ({error.strerror or error})",
+            f"cannot listen on {host}:{port} ({reason})",
             where="--host, --port",
             expected="a local address and a free port",
-            remedy="choose another --port; port 0 selects a free port",
+            remedy="add --port 0 for any free port, or stop the other program",
         ) from error
 
 

@@ -280,11 +280,7 @@ def _draw_route(
 
 LAYOUTS: tuple[
     tuple[Callable[[Canvas, TicketFields, _TicketStyle, random.Random], None], int], ...
-] = (
-    (_draw_two_rows, 112),
-    (_draw_list, 140),
-    (_draw_route, 112),
-)
+] = ((_draw_two_rows, 112), (_draw_list, 140), (_draw_route, 112))
 """Functions that draw a layout, with the image height of the layout in pixels."""
 
 

@@ -73,23 +73,19 @@ class RunDir:
             is_started = self.is_started
         entries = [] if is_started or not self.path.is_dir() else list(self.path.iterdir())
         visible = sorted(path.name for path in entries if not path.name.startswith("."))
-        name, absent, remedy = (
-            self.path.name,
-            "a path that does not exist",
-            "set another output_dir",
-        )
+        absent, remedy = "a path that does not exist", "set another output_dir"
         problem = None
         if is_started and not resume:
-            problem = f"{name} contains another run", "a new folder, or a run that is resumed"
+            problem = "contains another run", "a new folder, or a run that is resumed"
             remedy = (
                 "add --resume (in Python, resume=True) to continue it, or set another folder:"
                 f" output_dir={self.path}-2"
             )
         elif self.path.is_symlink() and not self.path.exists():
-            problem = f"{name} is a broken link", f"a folder, or {absent}"
+            problem = "is a broken link", f"a folder, or {absent}"
             remedy = f"remove the link, or {remedy}"
         elif self.path.exists() and not self.path.is_dir():
-            problem = f"{name} is a file", f"a folder, or {absent}"
+            problem = "is a file", f"a folder, or {absent}"
         elif visible:
             found = ", ".join(visible[:5])
             problem = f"contains {found}, but no run", f"an empty folder, or {absent}"

@@ -21,11 +21,7 @@ from rich.console import Console
 
 from finesight.config import Recipe
 from finesight.errors import TrainingInterrupted
-from finesight.model.kernels.runtime import (
-    HAS_TRITON,
-    compile_in_parallel,
-    is_compile_cache_empty,
-)
+from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
@@ -266,12 +262,18 @@ def _train_rank(
     if is_main:
         run_dir.check_available(resume)
     is_resumed = resume and run_dir.is_started
+    if resume and not is_resumed:
+        console.log(f"{run_dir.path}: no run to resume; a new run starts")
     with ExitStack() as stack:
         if is_resumed and is_main:
             # No other process may write to the run while it is read.
             stack.enter_context(run_dir.lock())
         if resume and (result := load_result(run_dir)) is not None:
-            console.log(f"{run_dir.path}: the run is already complete")
+            further = f"adapter={run_dir.path} output_dir={run_dir.path}-2"
+            console.log(
+                f"{run_dir.path}: the run is already complete; changed settings have no effect. To"
+                f" train an adapter further, start another run: {further}"
+            )
             if is_main and not run_dir.report_path.exists():
                 write_run_report(run_dir, console)
             return result if is_main else None

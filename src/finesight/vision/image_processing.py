@@ -16,13 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finesight.config import (
-    ExactSize,
-    ImageRule,
-    ImageSettings,
-    LongestSide,
-    PixelRange,
-)
+from finesight.config import ExactSize, ImageRule, ImageSettings, LongestSide, PixelRange
 from finesight.data.image_header import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,

@@ -69,7 +69,7 @@ def test_roundtrip(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "what"), [(b"", "an empty turn"), (b"\xff", "byte 0 is not UTF-8")]
+    ("content", "what"), [(b"\n", "a.txt: an empty text file"), (b"\xff", "byte 0 is not UTF-8")]
 )
 def test_invalid_text_files(root: Path, tmp_path: Path, content: bytes, what: str) -> None:
     (root / "a.txt").write_bytes(content)

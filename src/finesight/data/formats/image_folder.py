@@ -44,7 +44,13 @@ from finesight.data.row_reader import (
     open_row_file,
     rows_from_items,
 )
-from finesight.data.sample import MAX_LABEL_FILE_BYTES, LocatedSample, Message, read_text_file
+from finesight.data.sample import (
+    MAX_LABEL_FILE_BYTES,
+    EmptyAnswerError,
+    LocatedSample,
+    Message,
+    read_text_file,
+)
 from finesight.errors import UserError
 
 REASON_NO_TEXT_FILE = "images without a text file of the same name"
@@ -82,6 +88,9 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         return []
     file = Path(row.record["text"])
     text = read_text_file(file, MAX_LABEL_FILE_BYTES).replace("\r\n", "\n").rstrip("\n")
+    if not text.strip():
+        what, remedy = "an empty text file", "write the answer into it, or remove the file"
+        raise EmptyAnswerError(what, where=str(file), expected="the answer", remedy=remedy)
     image = RowImages(context).add_image(row.record["image"])
     user = Message(role="user", content=context.add_prompt([image]))
     return [ImportExample(row.id, (user,), ((make_text_part(text),),))]

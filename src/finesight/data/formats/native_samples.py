@@ -44,15 +44,12 @@ def detect(records: Sequence[Record]) -> str | None:
             return None
         contents = [message["content"] for message in messages]
         parts = [part for content in contents if isinstance(content, list) for part in content]
-        if any(isinstance(part, dict) and _is_foreign(part) for part in parts):
+        typed = [(part.get("type"), part) for part in parts if isinstance(part, dict)]
+        if any(x == "image_url" or (x == "image" and "image" not in part) for x, part in typed):
             return None
         if not parts and not record.keys() <= Sample.model_fields.keys():
             return None
     return f"messages with role and content in all of the first {len(records)}"
-
-
-def _is_foreign(part: Record) -> bool:
-    return part.get("type") == "image_url" or (part.get("type") == "image" and "image" not in part)
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:

@@ -195,14 +195,11 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
                 expected="each column once",
                 remedy="remove one of the two",
             )
-        members_by_name[name] = "" if _is_empty(value) else _format_member(name, value)
+        is_blank = isinstance(value, str) and not value.strip()
+        is_empty = is_blank or value is None or value != value  # only NaN is not itself
+        members_by_name[name] = "" if is_empty else _format_member(name, value)
     members = ", ".join(filter(None, members_by_name.values()))
     return [f"{{{members}}}"] if members else []
-
-
-def _is_empty(value: object) -> bool:
-    is_blank = isinstance(value, str) and not value.strip()
-    return is_blank or value is None or value != value  # only NaN is not itself
 
 
 def _format_member(name: str, value: object) -> str:

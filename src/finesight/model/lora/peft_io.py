@@ -559,7 +559,7 @@ def _read_matching_adapter(
             where=str(folder),
             expected=f"{spec.base_fingerprint}, the model {spec.base_model} that the adapter was "
             "trained on",
-            remedy="use that model; an adapter fits no other",
+            remedy=f"use {spec.base_model} as in its training; an adapter fits no other",
         )
     layers, where = find_adaptable_layers(model), str(folder / ADAPTER_WEIGHTS_FILE)
     unknown = [name for name in factors if name not in layers]

@@ -12,7 +12,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Tests use small tensors: one thread is faster than several. Each process uses up to 4 GB.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+# Bytecode is cached even where containers disable it: tests start hundreds of Python processes.
+PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: quickstart test test-slow test-fuzz test-faults test-docs lint types layers unit measures docs clean
@@ -20,10 +21,9 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 quickstart: $(VENV)/.installed
 	$(BIN)/finesight quickstart --out quickstart
 
-# The static checks run in parallel: each uses one core.
+# The static checks use one core each; the tests start beside the longest of them.
 test: $(VENV)/.installed-dev
-	$(MAKE) --no-print-directory --jobs 2 types lint layers
-	$(MAKE) --no-print-directory unit
+	$(MAKE) --no-print-directory --jobs 2 types lint layers unit
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -66,10 +66,13 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(wildcard pretraining/weights/*)
+INSTALLED_FILES := pyproject.toml setup.py constraints.txt $(wildcard pretraining/weights/*)
+
+$(VENV)/.installed: $(VENV)/bin/python $(INSTALLED_FILES)
 	$(PIP) -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# Includes everything of .installed, in one installation.
+$(VENV)/.installed-dev: $(VENV)/bin/python $(INSTALLED_FILES)
 	$(PIP) -e '.[dev,track]'
-	touch $@
+	touch $(VENV)/.installed $@

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from tiers import is_slow
+from tiers import is_slow, may_contain_tests
 
 TESTS = Path(__file__).parent
 _ASSETS = pytest.StashKey[str]()
@@ -30,12 +30,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """What runs keep for later ones stays apart from what is on this machine. Here, as
     huggingface_hub reads it when it is imported, and processes that tests start inherit it."""
+    gc.disable()  # until the tests are collected: imports leave little garbage
     settings.register_profile("finesight", deadline=None, derandomize=True)
     settings.load_profile("finesight")
     config.stash[_ASSETS] = tempfile.mkdtemp(prefix="finesight-assets-")
     os.environ.update(HF_ASSETS_CACHE=config.stash[_ASSETS])
     # So does the list of trusted metric files.
     os.environ.update(XDG_STATE_HOME=config.stash[_ASSETS])
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import files without tests of the selected tier."""
+    file = collection_path.relative_to(TESTS).as_posix()
+    if collection_path.suffix != ".py" or may_contain_tests(file, config.getoption("markexpr")):
+        return None
+    return True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -66,6 +75,7 @@ def pytest_collection_finish() -> None:
 
     Training and evaluation collect garbage to free memory, over all objects of the test process.
     """
+    gc.enable()
     gc.collect()
     gc.freeze()
 

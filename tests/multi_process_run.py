@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -48,47 +52,108 @@ def run_to_completion(
     task: TinyTask, count: int, name: str, *words: str, tune: dict[str, Any] = TUNE, **train: Any
 ) -> Path:
     """Train in this number of forked processes, without the launcher and its imports."""
-    recipe = _write_recipe(task, name, tune, train)
-    # As under torchrun, the launcher has the store: it lives until the last rank ends.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    rendezvous = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "WORLD_SIZE": str(count),
-    }
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED])
-    ranks = []
-    for rank in range(count):
-        environment = dict(os.environ)
-        if count > 1:
-            environment |= rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        output = task.folder / f"{name}.rank{rank}.txt"
-        arguments = ["train", str(recipe), *words]
-        ranks.append(context.Process(target=_run_rank, args=(arguments, environment, output)))
-        ranks[-1].start()
-    for process in ranks:
-        process.join(300)
-    for process in ranks:
-        process.kill()  # a hanging rank
-    outputs = [(task.folder / f"{name}.rank{rank}.txt").read_text() for rank in range(count)]
-    assert [process.exitcode for process in ranks] == [0] * count, "\n".join(outputs)
+    with run_in_ranks(task, count, name, *words, tune=tune, **train) as ranks:
+        pass
+    texts = [(task.folder / f"{name}.rank{rank}.txt").read_text() for rank in range(count)]
+    assert [process.exitcode for process in ranks] == [0] * count, "\n".join(texts)
     return task.folder / name
 
 
-def _run_rank(arguments: list[str], environment: dict[str, str], output: Path) -> None:
-    """Run a command in this process, with its output in a file."""
+@contextmanager
+def run_in_ranks(
+    task: TinyTask, count: int, name: str, *words: str, tune: dict[str, Any] = TUNE, **train: Any
+) -> Iterator[list[ForkServerProcess]]:
+    """Train in forked processes within the context, which waits for their end."""
+    # As under torchrun, the launcher has the store: it lives until the last rank ends.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    recipe = _write_recipe(task, name, tune, train)
+    outputs = [task.folder / f"{name}.rank{rank}.txt" for rank in range(count)]
+    ranks = fork_ranks(store.port, outputs, run_command, ["train", str(recipe), *words])
+    try:
+        yield ranks
+        for process in ranks:
+            process.join(300)
+    finally:
+        for process in ranks:
+            process.kill()  # a hanging rank
+            process.join()
+
+
+def fork_ranks(
+    port: int,
+    outputs: list[Path],
+    target: Callable[..., int | None],
+    *arguments: Any,
+    has_agent_store: bool = True,
+) -> list[ForkServerProcess]:
+    """Call a function in one forked rank per output file.
+
+    Args:
+        port: Port of the store.
+        outputs: Files for the output of each rank.
+        target: Function of `arguments` that returns the exit code of its process.
+        has_agent_store: Whether this process has the store, as torchrun has, instead of rank 0.
+    """
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(has_agent_store),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(len(outputs)),
+    }
+    ranks = []
+    for rank, output in enumerate(outputs):
+        environment = dict(os.environ)
+        if len(outputs) > 1:
+            environment |= rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(fork_process(output, target, *arguments, environment=environment))
+    return ranks
+
+
+def fork_process(
+    output: Path,
+    target: Callable[..., int | None],
+    *arguments: Any,
+    environment: Mapping[str, str] = os.environ,
+    errors: Path | None = None,
+) -> ForkServerProcess:
+    """Call a function in a process that the fork server forks after its imports.
+
+    Args:
+        output: File for the standard output.
+        target: Function of `arguments` that returns the exit code of the process.
+        environment: Environment of the process.
+        errors: File for the standard error; `output` if None.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
+    process = context.Process(
+        target=_run_forked, args=(output, errors, dict(environment), target, arguments)
+    )
+    process.start()
+    return process
+
+
+def _run_forked(
+    output: Path,
+    errors: Path | None,
+    environment: dict[str, str],
+    target: Callable[..., int | None],
+    arguments: tuple[Any, ...],
+) -> None:
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if errors is not None:
+        with errors.open("w") as file:
+            os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
     # The fork server has read this variable of an earlier test.
     constants.HF_ASSETS_CACHE = environment["HF_ASSETS_CACHE"]
     torch.set_num_threads(1)
-    sys.exit(run_command(arguments))
+    gc.freeze()  # a collection would copy the memory that is shared with the fork server
+    sys.exit(target(*arguments))
 
 
 def rewind_to_checkpoint(folder: Path) -> Path:

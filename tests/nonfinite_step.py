@@ -1,12 +1,8 @@
-"""Steps with non-finite losses or gradients; also a rank of a distributed run.
-
-Usage: python nonfinite_step.py KIND STEP[,STEP...] RECIPE [--resume]
-"""
+"""Steps with non-finite losses or gradients; also a rank of a distributed run."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,12 +43,7 @@ def corrupt_steps(kind: CorruptionKind, steps: Collection[int]) -> Iterator[None
         yield
 
 
-def main() -> None:
-    kind, steps, recipe, *words = sys.argv[1:]
-    assert kind in ("loss", "gradient", "jump"), kind
-    with corrupt_steps(kind, [int(step) for step in steps.split(",")]):
-        train(load_recipe(Path(recipe)), resume="--resume" in words)
-
-
-if __name__ == "__main__":
-    main()
+def train_with_corrupt_steps(kind: CorruptionKind, steps: Collection[int], recipe: Path) -> None:
+    """Train a recipe; the function of each rank of a distributed run."""
+    with corrupt_steps(kind, steps):
+        train(load_recipe(recipe))

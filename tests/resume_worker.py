@@ -63,9 +63,8 @@ def run_until_crash(recipe: Path, output: Path, operations: int) -> str:
     return "killed" if os.WIFSIGNALED(status) else f"exit-{os.WEXITSTATUS(status)}"
 
 
-def main() -> None:
+def main(recipe: str, output: str, how: str, *points: str) -> None:
     torch.set_num_threads(1)
-    recipe, output, how, *points = sys.argv[1:]
     alarm = SignalAtCall()
     for pair in points:
         name, _, point = pair.partition(":")
@@ -78,4 +77,5 @@ def main() -> None:
         print(f"{name} {ending} {alarm.calls}", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main(*sys.argv[1:])

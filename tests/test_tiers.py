@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from tiers import END_TO_END, SLOW, is_slow
+from tiers import (
+    DEFAULT_MARKERS,
+    END_TO_END,
+    SLOW,
+    SLOW_MARKERS,
+    TESTS,
+    defines_slow_fixture,
+    is_slow,
+    may_contain_tests,
+)
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from finesight.cli.app import app
-
-TESTS = Path(__file__).parent
 
 
 def _iter_commands(group: TyperGroup, prefix: str = "") -> Iterator[str]:
@@ -43,3 +50,28 @@ def test_listed_tests_exist(test: str) -> None:
 def test_tests_in_a_browser_are_slow() -> None:
     assert is_slow("report/test_a.py::test_page", ["tmp_path", "browser"])
     assert not is_slow("report/test_a.py::test_page", ["tmp_path"])
+
+
+def test_files_with_tests_of_a_tier_are_collected() -> None:
+    skipped = dict.fromkeys((DEFAULT_MARKERS, SLOW_MARKERS), 0)
+    for path in TESTS.rglob("test_*.py"):
+        file, names = (
+            path.relative_to(TESTS).as_posix(),
+            re.findall(r"def (test_\w+)", path.read_text()),
+        )
+        slow = {is_slow(f"{file}::{name}") for name in names}
+        assert True not in slow or may_contain_tests(file, SLOW_MARKERS), file
+        assert False not in slow or may_contain_tests(file, DEFAULT_MARKERS), file
+        for markers in skipped:
+            skipped[markers] += not may_contain_tests(file, markers)
+    assert min(skipped.values()) > 0
+    makefile = (TESTS.parent / "Makefile").read_text()
+    assert f'-m "{DEFAULT_MARKERS}"' in makefile
+    assert f"-m {SLOW_MARKERS}\n" in makefile
+
+
+def test_slow_fixtures_belong_to_a_folder_or_a_file() -> None:
+    """Files that import such a fixture would not be collected."""
+    for path in TESTS.rglob("*.py"):
+        if path.name != "conftest.py" and not path.name.startswith("test_"):
+            assert path.name == "tiers.py" or not defines_slow_fixture(path), path

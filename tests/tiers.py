@@ -7,12 +7,18 @@ belong to the third tier, `make test-fuzz`.
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 from case_files import load_cases
+
+TESTS = Path(__file__).parent
 
 # Prefixes of test ids below tests/: folders, files, or single tests of a file.
 SLOW = tuple(load_cases("slow_tests"))
 SLOW_FIXTURES = {"browser"}
+
+DEFAULT_MARKERS, SLOW_MARKERS = "not slow and not fuzz", "slow"
+"""Values of the option -m in the Makefile."""
 
 END_TO_END = {
     "chat": "cli/test_chat.py::test_session_with_images_is_drawn_saved_and_undone",
@@ -52,3 +58,25 @@ def is_slow(test_id: str, fixtures: Collection[str] = ()) -> bool:
     if test_id.partition("[")[0] in END_TO_END.values():
         return False
     return test_id.startswith(SLOW) or not SLOW_FIXTURES.isdisjoint(fixtures)
+
+
+def may_contain_tests(file: str, markers: str) -> bool:
+    """Check if a file can contain tests of the tier that `make` selects with these markers.
+
+    Args:
+        file: File below tests/, such as `cli/test_merge.py`.
+        markers: Value of the option -m. Other values than those of `make` select all files.
+    """
+    if markers == DEFAULT_MARKERS:
+        tests = [test for test in END_TO_END.values() if test.startswith(f"{file}::")]
+        return bool(tests) or not file.startswith(SLOW)
+    if markers != SLOW_MARKERS or any(file.startswith(one.partition("::")[0]) for one in SLOW):
+        return True
+    folder = TESTS / Path(file).parent
+    sources = (folder / Path(file).name, folder / "conftest.py")
+    return any(defines_slow_fixture(path) for path in sources if path.is_file())
+
+
+def defines_slow_fixture(path: Path) -> bool:
+    text = path.read_text("utf-8")
+    return any(f"def {fixture}(" in text for fixture in SLOW_FIXTURES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,8 @@ def get_text(message: Message) -> str:
     return "".join(part.text for part in message.content if isinstance(part, TextPart))
 
 
-def render_published(
-    folder: ModelFolder, messages: list[Message], *, inline_reasoning: bool, **kwargs: Any
-) -> str:
-    """Render messages with the published template."""
+@cache
+def compile_template(text: str) -> Any:
     jinja2 = pytest.importorskip("jinja2")
 
     def refuse(message: str) -> None:
@@ -78,6 +77,13 @@ def render_published(
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
+    return environment.from_string(text)
+
+
+def render_published(
+    folder: ModelFolder, messages: list[Message], *, inline_reasoning: bool, **kwargs: Any
+) -> str:
+    """Render messages with the published template."""
     turns: list[dict[str, Any]] = []
     for message in messages:
         content: list[dict[str, Any]] = [
@@ -94,7 +100,7 @@ def render_published(
                 (thought,) = parts.reasoning
                 assert isinstance(thought, TextPart)
                 turns[-1]["reasoning_content"] = thought.text
-    text: str = environment.from_string(folder.chat_template).render(messages=turns, **kwargs)
+    text: str = compile_template(folder.chat_template).render(messages=turns, **kwargs)
     return text
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from nonfinite_step import CorruptionKind, corrupt_steps
+import torch.distributed as dist
+from multi_process_run import fork_ranks
+from nonfinite_step import CorruptionKind, corrupt_steps, train_with_corrupt_steps
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
@@ -26,7 +25,6 @@ from finesight.train.setup import build_train_state
 from finesight.train.trainer import TrainState, train_step
 from finesight.train.training_run import StopRequest
 
-TESTS = Path(__file__).parents[1]
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
 
 
@@ -140,17 +138,16 @@ def test_all_ranks_skip_the_same_step(task: TinyTask, every_point: bool) -> None
         : 4 if every_point else 2
     ]:
         name = f"{parallel}{count}"
-        output = {"output_dir": str(task.folder / name), "tune": FULL_FINETUNE}
+        changed = {"output_dir": str(task.folder / name), "tune": FULL_FINETUNE}
         settings = {"learning_rate": 1e-3, "parallel": parallel}
-        recipe = write_recipe(task.folder / f"{name}.yaml", task.recipe | output, **settings)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        words = [*(launcher if count > 1 else []), str(TESTS / "nonfinite_step.py"), "loss", "2"]
-        surroundings = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-        done = subprocess.run(
-            [sys.executable, *words, str(recipe)], capture_output=True, text=True, env=surroundings
-        )
-        assert done.returncode == 0, done.stderr
-        figures.append(dict(read_losses(Path(output["output_dir"]))))
+        recipe = write_recipe(task.folder / f"{name}.yaml", task.recipe | changed, **settings)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        outputs = [task.folder / f"{name}.rank{rank}.txt" for rank in range(count)]
+        ranks = fork_ranks(store.port, outputs, train_with_corrupt_steps, "loss", [2], recipe)
+        for rank, output in zip(ranks, outputs, strict=True):
+            rank.join(300)
+            assert rank.exitcode == 0, output.read_text()
+        figures.append(dict(read_losses(task.folder / name)))
     assert [step for step in figures[0] if math.isnan(figures[0][step])] == [2]
     for other in figures[1:]:
         assert other == pytest.approx(figures[0], rel=1e-5, nan_ok=True)

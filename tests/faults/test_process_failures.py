@@ -9,26 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from hung_rank import train_with_short_timeout
+from multi_process_run import fork_ranks
 from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 
 from finesight.storage import verify_folder
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
 from finesight.train.trainer import StepOutput, TrainState
-
-TESTS = Path(__file__).parents[1]
-
-
-def wait_until(come: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for it, as long as the process lives."""
-    while not come():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
 
 
 def test_killed_data_worker_is_restarted(
@@ -53,44 +44,34 @@ def test_killed_data_worker_is_restarted(
     assert read_losses(task.folder / "run") == read_losses(task.folder / "whole")
 
 
-def start_ranks(task: TinyTask, count: int) -> list[subprocess.Popen[str]]:
-    """Start ranks of one run, without a launcher that would end the others."""
-    recipe = task.recipe | {"output_dir": str(task.folder / "run")}
-    path = write_recipe(task.folder / "recipe.yaml", recipe, epochs=500)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    result = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    result |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(TESTS / "hung_rank.py"), str(path)],
-            env=os.environ | result | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-
-
 @pytest.mark.parametrize("lost", [signal.SIGSTOP, signal.SIGKILL], ids=["hung", "killed"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_lost_rank_is_named(task: TinyTask, lost: signal.Signals, world_size: int) -> None:
     """Stop or kill the last rank in a step; rank 0 saves a checkpoint and names it, all end."""
-    first, *others = start_ranks(task, world_size)
+    recipe = task.recipe | {"output_dir": str(task.folder / "run")}
+    path = write_recipe(task.folder / "recipe.yaml", recipe, epochs=500)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outputs = [task.folder / f"rank{rank}.txt" for rank in range(world_size)]
+    # Without a launcher, which would end the other ranks.
+    ranks = fork_ranks(port, outputs, train_with_short_timeout, path, has_agent_store=False)
+    first, *others = ranks
     try:
-        wait_until(lambda: len(read_losses(task.folder / "run")) > 2, first)
-        others[-1].send_signal(lost)
-        output, _ = first.communicate(timeout=120)
+        while len(read_losses(task.folder / "run")) <= 2:
+            assert first.is_alive(), outputs[0].read_text()
+            time.sleep(0.05)
+        os.kill(others[-1].pid, lost)
+        first.join(120)
         for survivor in others[:-1]:
-            survivor.communicate(timeout=60)
-            assert survivor.returncode != 0
+            survivor.join(60)
+            assert survivor.exitcode, "did not end, or without an error"
     finally:
-        for process in (*others, first):
+        for process in ranks:
             process.kill()
-            process.communicate()
-    assert first.returncode == 2, output
+            process.join()
+    output = outputs[0].read_text()
+    assert first.exitcode == 2, output
     name = f"rank {world_size - 1} of {world_size}"
     assert f"{name} did not respond within 0:00:03" in output
     last = max(step for step, _ in read_losses(task.folder / "run"))
@@ -109,7 +90,9 @@ def test_stop_signal_saves_a_checkpoint(task: TinyTask, every_point: bool) -> No
             stderr=subprocess.STDOUT,
             text=True,
         )
-        wait_until(lambda run=run: len(read_losses(run)) > 2, process)
+        while len(read_losses(run)) <= 2:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
         process.send_signal(number)
         output, _ = process.communicate()
         assert process.returncode == 75, output

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import resume_worker
+from multi_process_run import fork_process
 from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
 TESTS = Path(__file__).parents[1]
@@ -21,8 +23,10 @@ class RunEnd(NamedTuple):
     calls: int
 
 
-def in_new_process(recipe: Path, output: Path, how: str, points: dict[str, int]) -> list[RunEnd]:
-    """Runs in `output`, each stopped at its point, by a process of their own."""
+def in_new_interpreter(
+    recipe: Path, output: Path, how: str, points: dict[str, int]
+) -> list[RunEnd]:
+    """Runs in `output`, each stopped at its point, by an interpreter of their own."""
     pairs = [f"{name}:{point}" for name, point in points.items()]
     done = subprocess.run(
         [sys.executable, str(TESTS / "resume_worker.py"), str(recipe), str(output), how, *pairs],
@@ -31,7 +35,26 @@ def in_new_process(recipe: Path, output: Path, how: str, points: dict[str, int])
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)},
     )
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+    return parse_endings(done.stdout)
+
+
+def in_new_process(recipe: Path, output: Path, how: str, points: dict[str, int]) -> list[RunEnd]:
+    """Runs in `output`, each stopped at its point, by a forked process of their own.
+
+    Its hash seed is that of all forked processes, and differs from that of an interpreter.
+    """
+    pairs = [f"{name}:{point}" for name, point in points.items()]
+    printed, errors = output / "printed.txt", output / "errors.txt"
+    process = fork_process(
+        printed, resume_worker.main, str(recipe), str(output), how, *pairs, errors=errors
+    )
+    process.join()
+    assert process.exitcode == 0, errors.read_text()
+    return parse_endings(printed.read_text())
+
+
+def parse_endings(printed: str) -> list[RunEnd]:
+    lines = [line.split() for line in printed.splitlines()]
     return [RunEnd(name, ending, int(calls)) for name, ending, calls in lines]
 
 
@@ -52,7 +75,7 @@ def uninterrupted_run(
     """An uninterrupted run without worker processes, and how often it called the model."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = write_recipe(folder / "recipe.yaml", task)
-    (ending,) = in_new_process(recipe, folder, "term", {"run": 0})
+    (ending,) = in_new_interpreter(recipe, folder, "term", {"run": 0})
     assert ending.how == "done"
     return UninterruptedRun(folder / "run", ending.calls)
 
@@ -114,7 +137,7 @@ def test_muon_resumes_bit_exactly(task: dict[str, Any], tmp_path: Path) -> None:
     assert ending.how == "done"
     assert in_new_process(recipe, tmp_path, "term", {"run": 7})[0].how == "stopped"
     assert 0 < len(read_losses(tmp_path / "run")) < 6
-    assert in_new_process(recipe, tmp_path, "term", {"run": 0})[0].how == "done"
+    assert in_new_interpreter(recipe, tmp_path, "term", {"run": 0})[0].how == "done"
     check_same(tmp_path / "run", tmp_path / "whole")
 
 

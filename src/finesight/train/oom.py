@@ -217,8 +217,8 @@ def translate_oom_errors() -> Iterator[None]:
 
 def release_memory(device: torch.device) -> None:
     """Release unused cached memory of PyTorch to the device."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

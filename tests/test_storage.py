@@ -150,7 +150,7 @@ def test_concurrent_writers_create_one_folder(tmp_path: Path) -> None:
             (folder / "a").write_bytes(b"late")
             write_all(tmp_path / "x", OLD)
 
-    with pytest.raises(UserError, match="x exists already"):
+    with pytest.raises(UserError, match="x: exists already"):
         slower()
     assert visible(tmp_path) == {"x": OLD}
     assert not list(tmp_path.glob(".*"))
@@ -163,7 +163,7 @@ def test_name_taken_during_write_is_rejected(tmp_path: Path) -> None:
                 write_all(target, OLD)
             super().rename(source, target)
 
-    with storage.use_file_system(Slow()), pytest.raises(UserError, match="x exists already"):
+    with storage.use_file_system(Slow()), pytest.raises(UserError, match="x: exists already"):
         write_all(tmp_path / "x", NEW)
     assert visible(tmp_path) == {"x": OLD}
 

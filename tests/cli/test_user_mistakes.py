@@ -344,7 +344,7 @@ MISTAKES = {
     "script-with-variables": Mistake(
         "convert train.sh out.yaml",
         "train.sh: the training command depends on '$MODEL'",
-        "write the command without $MODEL to another .sh file (bash -x prints it as it runs)",
+        "save the resolved command, with values in place of variables and loops, in another .sh",
     ),
 }
 

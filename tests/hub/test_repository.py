@@ -303,7 +303,7 @@ def test_concurrent_deliveries_create_one_folder(
             download_folder(opened, paths, target)
             return HubRepository.download_files(self, paths, folder)
 
-    with pytest.raises(UserError, match="mine exists already"):
+    with pytest.raises(UserError, match="mine: exists already"):
         download_folder(
             ConcurrentRepository(opened.address, opened.commit, opened.files, opened.folder),
             opened.paths,

@@ -163,7 +163,10 @@ def _split_commands(text: str, path: Path) -> Iterator[list[str]]:
 
 def _build_unresolved_error(path: Path, text: str) -> UserError:
     what = f"the training command depends on {text!r}, and finesight does not execute scripts"
-    remedy = f"write the command without {text} to another .sh file (bash -x prints it as it runs)"
+    remedy = (
+        "save the resolved command, with values in place of variables and loops, in another .sh"
+        " file; `bash -x` prints it as it runs"
+    )
     return _build_error(path, what, remedy)
 
 

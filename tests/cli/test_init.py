@@ -293,6 +293,23 @@ def test_questions_change_the_settings(tmp_path: Path, monkeypatch: pytest.Monke
     }
 
 
+def test_classes_of_unlabeled_images_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "is_interactive", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    draw_dots(Path("photos"), 3)
+    answers: Sequence[str] = ("photos", "classification", "Which color?", "red,green", "")
+    result = CliRunner().invoke(init_app(), [], input="\n".join(answers) + "\n")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("]: ") == len(answers)
+    label = "finesight label finesight-tiny photos --prompt 'Which color?' --out photos-finetune"
+    assert f"{label}/data --classes red,green --train-fraction 0.8\n" in result.output
+    recipe = yaml.safe_load(Path("photos-finetune/recipe.yaml").read_text())
+    assert recipe["eval"]["metric"] == "classification"
+    assert recipe["data"]["eval"] == "photos-finetune/data/labels_eval.jsonl"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

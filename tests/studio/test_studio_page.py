@@ -46,7 +46,8 @@ LINK = "document.querySelector('a.open')"
 VISIBLE_LABELS_SCRIPT = """
 const form = ".studio-form :is(label > span, button.primary, .label-wrap > span)";
 const labels = [...document.querySelectorAll(`${form}, h2, th, #studio-top p`)];
-return labels.filter((at) => at.offsetParent).map((at) => at.innerText);
+const texts = labels.filter((at) => at.offsetParent).map((at) => at.innerText);
+return texts.filter((text) => /\\p{L}/u.test(text));
 """
 
 GRADIO_NOTES = ("AbortError", "Method not implemented.")

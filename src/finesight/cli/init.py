@@ -157,7 +157,8 @@ def init(
     options = ImportOptions(
         columns=parse_column_map(columns or []), prompt=prompt, on_invalid_row="skip"
     )
-    if num_images := count_unlabeled_images(Path(source)):
+    num_images = 0 if options.columns else count_unlabeled_images(Path(source))
+    if num_images:
         _init_labels(source, folder, num_images, prompt, model, yes, as_json)
         return
     console = TrainingConsole(Console(stderr=True))

@@ -19,7 +19,7 @@ from finesight.encode.tokenization import EncodedSample
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
-from finesight.model_folder import locate_model
+from finesight.model_folder import ModelFolder, locate_model
 from finesight.train.graph_buffers import GraphShape
 
 CPU = torch.device("cpu")
@@ -32,18 +32,22 @@ LORA_DROPOUT = VISION_LORA.model_copy(update={"lora": LORA.lora})
 FULL_FINETUNE = TuneSettings.model_validate(dict.fromkeys((*PARTS, "embeddings"), "full"))
 
 
-def encode_samples(folder: Path) -> list[EncodedSample]:
-    renderer = NativeRenderer(
-        locate_model("finesight-tiny"), PixelRange(min_pixels=784, max_pixels=7056)
-    )
+TINY = locate_model("finesight-tiny")
+
+
+def encode_samples(folder: Path, model_folder: ModelFolder = TINY) -> list[EncodedSample]:
+    renderer = NativeRenderer(model_folder, PixelRange(min_pixels=784, max_pixels=7056))
     corpus = load_corpus((TrainFileSettings(path=folder / "train.jsonl"),))
     return [renderer.encode(sample) for sample in corpus.read_samples()]
 
 
 def make_model(
-    dtype: torch.dtype, device: torch.device, tune: TuneSettings = LORA
+    dtype: torch.dtype,
+    device: torch.device,
+    tune: TuneSettings = LORA,
+    model_folder: ModelFolder = TINY,
 ) -> VisionLanguageModel:
-    model = load_model(locate_model("finesight-tiny"), dtype, device)
+    model = load_model(model_folder, dtype, device)
     configure_tuning(model, tune, 0)
     for name, parameter in trainable_parameters(model).items():
         if ".adapter.lora_B" in name:

@@ -55,11 +55,9 @@ def test_tests_in_a_browser_are_slow() -> None:
 def test_files_with_tests_of_a_tier_are_collected() -> None:
     skipped = dict.fromkeys((DEFAULT_MARKERS, SLOW_MARKERS), 0)
     for path in TESTS.rglob("test_*.py"):
-        file, names = (
-            path.relative_to(TESTS).as_posix(),
-            re.findall(r"def (test_\w+)", path.read_text()),
-        )
-        slow = {is_slow(f"{file}::{name}") for name in names}
+        file, text = path.relative_to(TESTS).as_posix(), path.read_text("utf-8")
+        slow = {is_slow(f"{file}::{name}") for name in re.findall(r"def (test_\w+)", text)}
+        slow |= {True} if "@pytest.mark." + SLOW_MARKERS in text else set()
         assert True not in slow or may_contain_tests(file, SLOW_MARKERS), file
         assert False not in slow or may_contain_tests(file, DEFAULT_MARKERS), file
         for markers in skipped:

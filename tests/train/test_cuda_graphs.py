@@ -139,8 +139,8 @@ def test_larger_packs_are_captured_if_launch_bound(
     folder: Path, monkeypatch: pytest.MonkeyPatch, card: FakeGpu
 ) -> None:
     """Takes long: larger packs are captured only after many passes."""
-    model = make_model(torch.float32, CPU).eval()
-    samples = encode_samples(folder)
+    model = make_model(torch.float32, CPU, model_folder=ModelFolder(folder / "tiny")).eval()
+    samples = encode_samples(folder, ModelFolder(folder / "tiny"))
     batch, longer = pack(samples[:4]), pack(samples[:12])
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS", len(batch.ids_T))
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS_STARVED", len(longer.ids_T) - 1)

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,7 @@ from safetensors.torch import load_file
 from tiny_task import TinyTask, read_losses, write_recipe
 from torch import Tensor
 
+from finesight.cli.app import run_command
 from finesight.encode.packing import SampleShape
 from finesight.errors import TrainingInterrupted
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
@@ -279,27 +278,34 @@ def test_other_optimizers_match_single_process(tmp_path: Path, optimizer: str) -
 def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
     """A corrupt image on one rank ends the run on all ranks; the repaired run resumes.
 
-    Takes long: torchrun starts two runs, each in processes that import torch.
+    Takes long: torchrun starts one of the runs, in processes that import torch.
     """
     task = TinyTask(tmp_path / "task")
     full_value = run_to_completion(task, 2, "whole", epochs=1)
-    for number in (3, 4):
+    fail = "data.on_invalid_sample=fail"
+    for number, is_launched in ((3, True), (4, False)):
         broken = task.folder / f"train{number}.png"
         content = broken.read_bytes()
         broken.write_bytes(content[:60])
+        name = f"run{number}"
         # Nothing else falls due at that step.
-        process = start_run(
-            task, 2, f"run{number}", "data.on_invalid_sample=fail", epochs=1, save_every=100
-        )
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode
+        settings = {"epochs": 1, "save_every": 100}
+        if is_launched:
+            process = start_run(task, 2, name, fail, **settings)
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode
+        else:
+            with run_in_ranks(task, 2, name, fail, **settings) as ranks:
+                pass
+            assert all(rank.exitcode for rank in ranks), "a rank hangs, or has no error"
+            files = [task.folder / f"{name}.rank{rank}.txt" for rank in range(2)]
+            output = "".join(file.read_text() for file in files)
         assert f"train{number}.png" in output
-        assert not (task.folder / f"run{number}" / "result.json").exists()
+        assert not (task.folder / name / "result.json").exists()
         broken.write_bytes(content)
-    words = "--resume", "data.on_invalid_sample=fail"
     # The main process does not know which images another rank has read.
     (task.folder / "run4" / "images.safetensors").unlink()
-    resumed = run_to_completion(task, 2, "run4", *words, epochs=1, save_every=100)
+    resumed = run_to_completion(task, 2, "run4", "--resume", fail, **settings)
     assert dict(read_losses(resumed)) == pytest.approx(dict(read_losses(full_value)), rel=1e-6)
 
 
@@ -335,12 +341,10 @@ def make_ranks(folder: Path, rank: int) -> Iterator[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
-@pytest.mark.parametrize(("world_size", "rank"), [(2, 1), (4, 0)])
-def test_stop_signal_on_one_rank_stops_all_ranks_of_torchrun(
-    tmp_path: Path, world_size: int, rank: int
-) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stop_signal_on_one_rank_stops_all_ranks_of_torchrun(tmp_path: Path, rank: int) -> None:
     task = TinyTask(tmp_path / "task")
-    process = start_run(task, world_size, "run", epochs=200)
+    process = start_run(task, 2, "run", epochs=200)
     folder = task.folder / "run"
     deadline = time.monotonic() + 120
     while not read_losses(folder):
@@ -354,21 +358,19 @@ def test_stop_signal_on_one_rank_stops_all_ranks_of_torchrun(
     assert_stopped(folder, output)
 
 
-@pytest.mark.parametrize(("world_size", "rank"), [(2, 0), (4, 3)])
-def test_stop_signal_on_one_rank_stops_all_ranks(
-    tmp_path: Path, world_size: int, rank: int
-) -> None:
+@pytest.mark.parametrize("rank", [0, 3])
+def test_stop_signal_on_one_rank_stops_all_ranks(tmp_path: Path, rank: int) -> None:
     """No launcher ends the other ranks: each of them stops by itself."""
     task = TinyTask(tmp_path / "task")
     folder = task.folder / "run"
-    with run_in_ranks(task, world_size, "run", epochs=200) as ranks:
+    with run_in_ranks(task, 4, "run", epochs=200) as ranks:
         deadline = time.monotonic() + 120
         while not read_losses(folder):
             assert all(process.is_alive() for process in ranks)
             assert time.monotonic() < deadline
             time.sleep(0.1)
         os.kill(ranks[rank].pid, signal.SIGTERM)
-    assert [process.exitcode for process in ranks] == [75] * world_size
+    assert [process.exitcode for process in ranks] == [75] * 4
     assert_stopped(folder, (task.folder / "run.rank0.txt").read_text())
 
 
@@ -454,20 +456,22 @@ def test_batch_split_is_balanced_by_tokens() -> None:
     ("name", "value", "output"), CASES["test_incomplete_launch_environment_is_rejected"]
 )
 def test_incomplete_launch_environment_is_rejected(
-    tmp_path: Path, name: str, value: str | None, output: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str | None,
+    output: str,
 ) -> None:
     task = TinyTask(tmp_path / "task")
     recipe = write_recipe(tmp_path / "r.yaml", task.recipe | {"output_dir": str(tmp_path / "run")})
     result = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     result |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    result = {n: v for n, v in (result | {name: value}).items() if v is not None}
-    done = subprocess.run(
-        [sys.executable, "-m", "finesight", "train", str(recipe)],
-        env={n: v for n, v in os.environ.items() if n != name} | result,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
+    monkeypatch.delenv(name, raising=False)
+    for variable, text in (result | {name: value}).items():
+        if text is not None:
+            monkeypatch.setenv(variable, text)
+    assert run_command(["train", str(recipe)]) == 2
     # The screen breaks lines.
-    assert output in " ".join(done.stderr.split())
+    assert output in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()

@@ -94,7 +94,7 @@ def test_script_ends_at_first_error(line: str, output: str, monkeypatch, tmp_pat
 def test_truncated_reply_depends_on_seed(image_question):
     options = ("--max-new-tokens", "3", "--temperature", "8", "--seed", "4")
     lines = run_chat(f"/image {image_question[0]}", image_question[1], "/again", options=options)
-    assert lines[1].endswith("[truncated at --max-new-tokens]")
+    assert lines[1].endswith("[truncated after 3 tokens]")
     assert lines[1] != lines[2]
     assert (
         run_chat(f"/image {image_question[0]}", image_question[1], options=options)[1] == lines[1]

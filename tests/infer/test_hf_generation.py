@@ -106,7 +106,7 @@ def test_predict_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     image = tmp_path / hf_models.write_image(tmp_path, 0)
     command = ["predict", str(folder), str(image), "--prompt", "Which colour?", "--device", "cpu"]
     assert run_command([*command, "--max-new-tokens", "3"]) == 0
-    assert "[cut off after 3 tokens]" in capsys.readouterr().out
+    assert "[truncated after 3 tokens]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["predict", "train"])

@@ -193,8 +193,9 @@ class ChatTerminal:
                 if delta and delta == reply.text and reply.reasoning:
                     typer.echo("\n")
                 typer.echo(escape_unprintable(delta), nl=False)
+        assert reply.prediction is not None, "the reply has not ended"
         finish_notes = {
-            "length": " [truncated at --max-new-tokens]",
+            "length": f" [truncated after {reply.prediction.num_tokens} tokens]",
             "cancelled": " [stopped]",
         }
         typer.echo(finish_notes.get(reply.finish_reason or "", ""))

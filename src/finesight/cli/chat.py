@@ -88,7 +88,8 @@ def chat(
     service = InferenceService(
         load_multi_adapter_model(
             run_or_model, (), device, precision, weight_format, thinking_options
-        )
+        ),
+        max_num_seqs=1,
     )
     try:
         ChatTerminal(

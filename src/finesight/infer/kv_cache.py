@@ -305,15 +305,17 @@ class LinearStateCache:
         self._delta_LSHDV[layer_index].index_copy_(0, slots_S, state.delta_SHDV)
 
 
-def get_linear_state_bytes(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Return the size of the linear attention states of one sequence in bytes."""
+def get_linear_state_bytes(
+    decoder_config: DecoderConfig, dtype: torch.dtype, max_num_seqs: int
+) -> int:
+    """Return the size of `LinearStateCache` in bytes, with the reserved slot."""
     config = decoder_config.linear_attention
     if config is None:
         return 0
     conv_bytes = (config.conv_kernel_size - 1) * config.conv_size * dtype.itemsize
     delta_bytes = 4 * config.num_value_heads * config.key_head_dim * config.value_head_dim
     num_layers = decoder_config.num_layers - decoder_config.num_full_attention_layers
-    return num_layers * (conv_bytes + delta_bytes)
+    return (max_num_seqs + 1) * num_layers * (conv_bytes + delta_bytes)
 
 
 def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:

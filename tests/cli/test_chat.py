@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from case_files import load_cases
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 from finesight.cli.app import app
 from finesight.data.sample import ImagePart, read_samples
 from finesight.errors import UserError
+from finesight.infer import inference_service
+from finesight.infer.engine import Engine
 from finesight.vision.image_processing import load_image
 
 CASES = load_cases("chat")
@@ -94,11 +97,25 @@ def test_script_ends_at_first_error(line: str, output: str, monkeypatch, tmp_pat
 def test_truncated_reply_depends_on_seed(image_question):
     options = ("--max-new-tokens", "3", "--temperature", "8", "--seed", "4")
     lines = run_chat(f"/image {image_question[0]}", image_question[1], "/again", options=options)
-    assert lines[1].endswith("[truncated at --max-new-tokens]")
+    assert lines[1].endswith("[truncated after 3 tokens]")
     assert lines[1] != lines[2]
     assert (
         run_chat(f"/image {image_question[0]}", image_question[1], options=options)[1] == lines[1]
     )
+
+
+def test_chat_allocates_one_sequence(monkeypatch):
+    """More sequences would take memory of linear attention states from the KV cache."""
+    sizes = []
+
+    class RecordedEngine(Engine):
+        def __init__(self, *args: Any, max_num_seqs: int, **options: Any) -> None:
+            sizes.append(max_num_seqs)
+            super().__init__(*args, max_num_seqs=max_num_seqs, **options)
+
+    monkeypatch.setattr(inference_service, "Engine", RecordedEngine)
+    run_chat("/quit")
+    assert sizes == [1]
 
 
 def test_ctrl_c_cancels_reply_but_not_session():

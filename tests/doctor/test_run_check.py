@@ -235,7 +235,7 @@ def test_truncated_answers_suggest_more_tokens(fake_run_dir: FakeRunDir) -> None
         "after", [cut] * 3 + [make_prediction_line("b", "x", "x", 1.0)] * 7
     )
     words = shlex.split(
-        find_diagnosis(diagnose_predictions(fake_run_dir), "answers-cut-off").remedy
+        find_diagnosis(diagnose_predictions(fake_run_dir), "answers-truncated").remedy
     )
     assert words[words.index("--max-new-tokens") + 1] == "256"
 

@@ -106,7 +106,7 @@ def test_predict_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     image = tmp_path / hf_models.write_image(tmp_path, 0)
     command = ["predict", str(folder), str(image), "--prompt", "Which colour?", "--device", "cpu"]
     assert run_command([*command, "--max-new-tokens", "3"]) == 0
-    assert "[cut off after 3 tokens]" in capsys.readouterr().out
+    assert "[truncated after 3 tokens]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["predict", "train"])
@@ -141,7 +141,7 @@ def test_service_answers_match_predict(inference_model: InferenceModel, tmp_path
         hf_models.make_sample(tmp_path, ("Hello", ""), num_images=0, name="b"),
     ]
     wanted = run_predict(inference_model, samples, 9)
-    service = InferenceService(inference_model)
+    service = InferenceService(inference_model, max_num_seqs=1)
     try:
         requested = [
             service.submit(sample, GenerationOptions(max_new_tokens=9)) for sample in samples
@@ -167,7 +167,7 @@ def test_chat_accepts_images(inference_model: InferenceModel, tmp_path: Path) ->
     options = [GenerationOptions(max_new_tokens=9)]
     images = [Path(hf_models.write_image(tmp_path, number)) for number in range(2)]
     paths = [tmp_path / image for image in images]
-    service = InferenceService(inference_model)
+    service = InferenceService(inference_model, max_num_seqs=1)
     try:
         chat = ChatSession(service)
         for path in paths:

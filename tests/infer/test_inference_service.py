@@ -24,10 +24,12 @@ from finesight.errors import UserError
 from finesight.infer import inference_service as area
 from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
+from finesight.infer.kv_cache import KVCache, get_kv_bytes_per_token
 from finesight.infer.model_loader import InferenceModel, load_multi_adapter_model
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.prediction import build_question, predict
 from finesight.infer.request import CompletionDelta, GenerationOptions, SamplingParams
+from finesight.model.config import DecoderConfig, LinearAttentionConfig
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 
@@ -469,3 +471,44 @@ def test_adapters_keep_the_thinking_mode_of_their_runs(tmp_path):
         finally:
             service.close()
         assert found == expected
+
+
+def test_kv_cache_leaves_memory_to_linear_states() -> None:
+    """Use the sizes of Qwen3.5-27B: 154 MB of states per sequence."""
+    linear = LinearAttentionConfig(tuple(range(3, 64, 4)), 16, 48, 128, 128, 4)
+    config = DecoderConfig(
+        vocab_size=248320,
+        hidden_size=5120,
+        intermediate_size=17408,
+        num_layers=64,
+        num_heads=24,
+        num_kv_heads=4,
+        head_dim=256,
+        use_qk_norm=True,
+        rms_norm_eps=1e-6,
+        rope_theta=1e7,
+        mrope_axes=(0,) * 32,
+        max_position_embeddings=262144,
+        tie_word_embeddings=False,
+        linear_attention=linear,
+    )
+    bf16, free_bytes = torch.bfloat16, 24 << 30
+    for max_num_seqs in (1, 64):
+        size = area.compute_kv_cache_bytes(config, bf16, free_bytes, max_num_seqs)
+        num_blocks = size // (64 * get_kv_bytes_per_token(config, bf16))
+        cache = KVCache(
+            config,
+            num_blocks=num_blocks,
+            block_size=64,
+            max_num_seqs=max_num_seqs,
+            dtype=bf16,
+            device=torch.device("meta"),
+        )
+        assert cache.linear_states is not None
+        states = cache.linear_states.get_layer(0)
+        num_bytes = 48 * sum(state.nbytes for state in states)
+        num_bytes += cache.keys_LPSKD.nbytes + cache.values_LPSKD.nbytes
+        assert 0.59 * free_bytes < num_bytes <= 0.6 * free_bytes
+    with pytest.raises(UserError, match="at most 9 sequences, with 154 MB each"):
+        area.compute_kv_cache_bytes(config, bf16, 5 << 29, 64)
+    assert area.compute_kv_cache_bytes(config, bf16, 5 << 29, 9) > 0

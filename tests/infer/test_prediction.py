@@ -233,7 +233,7 @@ def test_as_json_and_text(images, expected):
         "boxes": [{"image": 0, "label": "dog", "xyxy": [1, 2.35, 3, 4]}],
     }
     text = prediction.as_text()
-    assert "there [cut off after 2 tokens]\n  box 1.0, 2.3, 3.0, 4.0  dog" in text
+    assert "there [truncated after 2 tokens]\n  box 1.0, 2.3, 3.0, 4.0  dog" in text
     assert all(name in text for name in images)
 
 

@@ -63,6 +63,16 @@ def published(folder: Path, settings: dict[str, Any], theirs: Any) -> ModelFolde
     return ModelFolder(folder)
 
 
+def add_tensors(folder: ModelFolder, tensors: dict[str, Tensor]) -> None:
+    """Add tensors to the first weight file and to the index."""
+    file = folder.weight_files()[0]
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+    index_file = folder.path / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, file.name)
+    index_file.write_text(json.dumps(index))
+
+
 @pytest.fixture(params=FAMILIES)
 def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return make_config(request.param)
@@ -315,6 +325,41 @@ def test_mixed_dtypes_are_indexed_correctly(tmp_path: Path) -> None:
     assert {t.dtype for some in tensors for t in some} == {torch.float16, torch.float32}
     assert saved.config["torch_dtype"] == "float32"
     assert merge_to_folder(saved, None, tmp_path / "merged").precision == "fp32"
+
+
+def test_copied_tensors_keep_their_dtype(tmp_path: Path) -> None:
+    """Weights of multi-token prediction are written as published, even if only they are packed."""
+    settings = make_config("qwen3_5")
+    source = published(tmp_path / "source", settings, make_reference_model(settings))
+    copied = {
+        "mtp.fc.weight": torch.arange(8).to(torch.float8_e4m3fn),
+        "mtp.layers.0.mlp.up_proj.g_idx": torch.arange(3),
+        "mtp.layers.0.mlp.up_proj.qweight": torch.arange(3, dtype=torch.int32),
+    }
+    add_tensors(source, copied)
+    packing = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    (source.path / "config.json").write_text(
+        json.dumps(source.config | {"quantization_config": packing})
+    )
+    source = ModelFolder(source.path)
+    (tmp_path / "saved").mkdir()
+    save_model(
+        load_model(source, torch.float32, CPU), source, tmp_path / "saved", torch.float32, 80_000
+    )
+    saved = ModelFolder(tmp_path / "saved")
+    tensors = {n: t for file in saved.weight_files() for n, t in load_file(file).items()}
+    for name, tensor in copied.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert tensors[name].view(torch.uint8).equal(tensor.view(torch.uint8))
+    assert "quantization_config" not in saved.config
+
+
+def test_unsupported_copied_tensor_is_rejected_at_load(tmp_path: Path) -> None:
+    settings = make_config("qwen3_5")
+    source = published(tmp_path / "source", settings, make_reference_model(settings))
+    add_tensors(source, {"mtp.fc.weight": torch.ones(2, dtype=torch.complex64)})
+    with pytest.raises(UserError, match=r"1 tensors are of another type: mtp\.fc\.weight C64"):
+        load_model(source, torch.float32, CPU)
 
 
 def test_saving_with_adapter_raises(tmp_path: Path) -> None:

@@ -14,11 +14,7 @@ from pydantic import TypeAdapter
 from typer.main import get_command
 
 from finesight.cli.app import app
-from finesight.infer.inference_service import (
-    DEFAULT_MAX_NEW_TOKENS,
-    DEFAULT_MAX_NUM_SEQS,
-    DEFAULT_MAX_WAITING,
-)
+from finesight.infer.inference_service import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_WAITING
 from finesight.serve.api_schema import (
     IGNORED_FIELDS,
     ChatCompletionRequest,
@@ -142,7 +138,6 @@ def test_option_defaults_match_limits():
 
 def test_service_defaults_match_limits():
     limits = ServerLimits()
-    assert limits.max_num_seqs == DEFAULT_MAX_NUM_SEQS
     assert limits.max_queue == DEFAULT_MAX_WAITING
     # The documented default length of answers.
     assert f"{DEFAULT_MAX_NEW_TOKENS:,}" in limits.to_markdown()

@@ -87,7 +87,8 @@ def chat(
     service = InferenceService(
         load_multi_adapter_model(
             run_or_model, (), device, precision, weight_format, thinking_options
-        )
+        ),
+        max_num_seqs=1,
     )
     try:
         ChatTerminal(
@@ -192,7 +193,11 @@ class ChatTerminal:
                 if delta and delta == reply.text and reply.reasoning:
                     typer.echo("\n")
                 typer.echo(escape_unprintable(delta), nl=False)
-        finish_notes = {"length": " [truncated at --max-new-tokens]", "cancelled": " [stopped]"}
+        assert reply.prediction is not None, "the reply has not ended"
+        finish_notes = {
+            "length": f" [truncated after {reply.prediction.num_tokens} tokens]",
+            "cancelled": " [stopped]",
+        }
         typer.echo(finish_notes.get(reply.finish_reason or "", ""))
         for box in reply.boxes:
             corners = ", ".join(f"{coordinate:.1f}" for coordinate in box.xyxy)

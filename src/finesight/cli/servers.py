@@ -202,6 +202,9 @@ def _print_address(
 
 MIN_PASSWORD_LENGTH = 8
 
+WEB_MAX_NUM_SEQS = 8
+"""Maximum number of concurrent answers of the chat page; further ones wait."""
+
 PageHostOption = Annotated[
     str,
     typer.Option(
@@ -257,7 +260,8 @@ def web(
         service = InferenceService(
             load_multi_adapter_model(
                 run_or_model, (), device, precision, weight_format, thinking_options
-            )
+            ),
+            max_num_seqs=WEB_MAX_NUM_SEQS,
         )
         try:
             shown_password = password if is_generated else None

@@ -383,10 +383,10 @@ def _check_end_tokens(
     answers = [prediction.answer for prediction in unfinished]
     num_repeating = sum(bool(REPETITION_PATTERN.search(answer[-2000:])) for answer in answers)
     longest, shortest = max(len(one.gold) for one in unfinished), min(map(len, answers))
-    is_cut_off = num_repeating * 2 < len(unfinished) and longest > 0.9 * shortest
+    is_truncated = num_repeating * 2 < len(unfinished) and longest > 0.9 * shortest
     yield diagnose_run(
         run_record,
-        "answers-cut-off" if is_cut_off else "answers-unfinished",
+        "answers-truncated" if is_truncated else "answers-unfinished",
         **{"count": len(unfinished), "total": len(predictions), "repetitive": num_repeating},
         **{"limit": limit, "higher": 4 * limit, "longest": longest, "shortest": shortest},
         overrides=scale_duration(run_record, 2.0),

@@ -17,8 +17,8 @@ from finesight.encode.family import DEFAULT_THINKING, THINK_END, ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TextTokenizer, TokenizedSample
 from finesight.errors import UserError
-from finesight.infer.engine import Engine, HfEngine, compute_cache_capacity
-from finesight.infer.kv_cache import hash_images
+from finesight.infer.engine import GPU_BLOCK_SIZE, Engine, HfEngine, compute_cache_capacity
+from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes, hash_images
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, build_prediction
 from finesight.infer.request import (
@@ -30,16 +30,15 @@ from finesight.infer.request import (
     GenerationRequest,
     TokenUsage,
 )
+from finesight.model.config import DecoderConfig
 from finesight.model.hf_backend import HfModel
 from finesight.model.vlm import VisionLanguageModel
-
-DEFAULT_MAX_NUM_SEQS = 64
 
 DEFAULT_MAX_WAITING = 256
 
 CPU_KV_CACHE_BYTES = 1 << 30
 GPU_MEMORY_FRACTION = 0.6
-"""Fraction of free GPU memory for the KV cache.
+"""Fraction of free GPU memory for the KV cache and the states of linear attention layers.
 
 The rest is for the activations of prompts and images.
 """
@@ -349,14 +348,17 @@ class InferenceService:
     """Runs one model in a background thread and streams completions.
 
     Args:
-        kv_cache_bytes: Size of the KV cache; by default a share of free GPU memory.
+        max_num_seqs: Maximum number of concurrent sequences. Each has states in the linear
+            attention layers, whose memory is allocated in advance.
+        kv_cache_bytes: Size of the KV cache, without these states. Default: see
+            `compute_kv_cache_bytes`.
     """
 
     def __init__(
         self,
         inference_model: InferenceModel,
         *,
-        max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+        max_num_seqs: int,
         max_waiting: int = DEFAULT_MAX_WAITING,
         kv_cache_bytes: int | None = None,
     ) -> None:
@@ -370,7 +372,12 @@ class InferenceService:
         if isinstance(model, VisionLanguageModel):
             device = model.model.embed_tokens.weight.device
             if kv_cache_bytes is None and device.type == "cuda":
-                kv_cache_bytes = int(torch.cuda.mem_get_info(device)[0] * GPU_MEMORY_FRACTION)
+                kv_cache_bytes = compute_kv_cache_bytes(
+                    model.config.decoder,
+                    model.model.embed_tokens.weight.dtype,
+                    torch.cuda.mem_get_info(device)[0],
+                    max_num_seqs,
+                )
             self._num_cache_tokens = min(
                 compute_cache_capacity(model, kv_cache_bytes or CPU_KV_CACHE_BYTES),
                 max_num_seqs * model.config.decoder.max_position_embeddings,
@@ -613,6 +620,33 @@ class InferenceService:
                 self._new_requests = []
                 return False
         return True
+
+
+def compute_kv_cache_bytes(
+    config: DecoderConfig, dtype: torch.dtype, free_bytes: int, max_num_seqs: int
+) -> int:
+    """Return the size of the KV cache on a GPU with `free_bytes` of free memory.
+
+    The KV cache and the states of linear attention layers together take `GPU_MEMORY_FRACTION`.
+
+    Raises:
+        UserError: The states leave less than one block per sequence to the KV cache.
+    """
+    budget = int(free_bytes * GPU_MEMORY_FRACTION)
+    state_bytes = get_linear_state_bytes(config, dtype, max_num_seqs)
+    bytes_per_seq = get_linear_state_bytes(config, dtype, 0)
+    block_bytes = GPU_BLOCK_SIZE * get_kv_bytes_per_token(config, dtype)
+    if state_bytes and budget < state_bytes + max_num_seqs * block_bytes:
+        max_possible = max(0, (budget - bytes_per_seq) // (bytes_per_seq + block_bytes))
+        raise UserError(
+            f"{max_num_seqs} sequences need {state_bytes / 1e9:.2f} GB for the states of linear "
+            f"attention layers, and {budget / 1e9:.2f} GB are available for them and the KV cache",
+            where="GPU memory",
+            expected=f"at most {max_possible} sequences, with {bytes_per_seq / 1e6:.0f} MB each",
+            remedy="set a lower --max-num-seqs of serve, quantize the weights with "
+            "--weight-format, or stop other programs on the GPU",
+        )
+    return budget - state_bytes
 
 
 def _to_user_error(error: Exception) -> Exception:

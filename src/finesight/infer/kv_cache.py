@@ -305,15 +305,17 @@ class LinearStateCache:
         self._delta_LSHDV[layer_index].index_copy_(0, slots_S, state.delta_SHDV)
 
 
-def get_linear_state_bytes(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Return the size of the linear attention states of one sequence in bytes."""
+def get_linear_state_bytes(
+    decoder_config: DecoderConfig, dtype: torch.dtype, max_num_seqs: int
+) -> int:
+    """Return the size of `LinearStateCache` in bytes, with the reserved slot."""
     config = decoder_config.linear_attention
     if config is None:
         return 0
     conv_bytes = (config.conv_kernel_size - 1) * config.conv_size * dtype.itemsize
     delta_bytes = 4 * config.num_value_heads * config.key_head_dim * config.value_head_dim
     num_layers = decoder_config.num_layers - decoder_config.num_full_attention_layers
-    return num_layers * (conv_bytes + delta_bytes)
+    return (max_num_seqs + 1) * num_layers * (conv_bytes + delta_bytes)
 
 
 def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -369,8 +371,9 @@ class PrefillAttention:
         if cache.linear_states is not None:
             slots = np.array([chunk.state_slot for chunk in chunks], dtype=np.int64)
             self._state_slots_S = copy_to_device(slots, device)
-            is_new_S = np.array([chunk.start == 0 for chunk in chunks])
-            cache.linear_states.reset(copy_to_device(slots[is_new_S], device))
+            if not self._is_first_chunk:
+                is_new_S = np.array([chunk.start == 0 for chunk in chunks])
+                cache.linear_states.reset(copy_to_device(slots[is_new_S], device))
 
     @property
     def context_lengths_T(self) -> Tensor:
@@ -398,10 +401,12 @@ class PrefillAttention:
         return self._attend_per_chunk(q_THD, k_MKD, v_MKD)
 
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
-        """Continue from the states of the prompts, and update them."""
+        """Continue from the states of the prompts, unless all chunks are first ones."""
         states = self._cache.linear_states
         assert states is not None, "a cache without linear attention states"
-        state = states.read(layer_index, self._state_slots_S)
+        state = None
+        if not self._is_first_chunk:
+            state = states.read(layer_index, self._state_slots_S)
         o_THV, state = forward_with_states(inputs, self._query_segments.chunk_layout, state)
         states.write(layer_index, self._state_slots_S, state)
         return o_THV

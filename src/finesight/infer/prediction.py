@@ -96,7 +96,7 @@ class Prediction:
         """Format the prediction for the console, with one line per box."""
         paths = self.images or ((self.id,) if is_video_path(self.id) else ())
         head = "".join(f"{path}: " for path in paths)
-        truncation_note = "" if self.stopped else f" [cut off after {self.num_tokens} tokens]"
+        truncation_note = "" if self.stopped else f" [truncated after {self.num_tokens} tokens]"
         boxes = [
             f"\n  box {', '.join(f'{number:.1f}' for number in box.xyxy)}"
             + (f"  {box.label}" if box.label else "")

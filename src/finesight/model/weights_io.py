@@ -196,6 +196,19 @@ def count_unquantized_layers(model: nn.Module, fp8_parts: Collection[ModelPart])
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Dtypes of weights and computation by their names in settings."""
 
+_FILE_DTYPES = {name: DTYPES[dtype] for name, dtype in SAFETENSORS_DTYPES.items()} | {
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes of tensors that are copied unchanged, by their names in safetensors files."""
+
 _LM_HEAD_KEY = "lm_head.weight"
 
 _PATCH_EMBED_KEY = "visual.patch_embed.proj.weight"
@@ -324,11 +337,11 @@ def load_model(
             verify_folder(written_folder)
     model = build_model(hf_config, preprocessor, dtype, torch.device("meta"))
     quantize_model_parts(model, nf4_parts, fp8_parts, weight_format, folder.path)
-    headers = [
-        header
-        for header in read_headers(files, model.architecture.to_native_name)
-        if not header.native_name.startswith(model.architecture.copied_prefixes)
-    ]
+    headers = read_headers(files, model.architecture.to_native_name)
+    prefixes = model.architecture.copied_prefixes
+    # Reject unsupported dtypes now instead of when the trained model is saved.
+    _check_dtypes([(t, _FILE_DTYPES) for t in headers if t.native_name.startswith(prefixes)])
+    headers = [t for t in headers if not t.native_name.startswith(prefixes)]
     if group_size is not None:
         layers = {t.layer_name for t in headers if t.native_name.endswith(_QWEIGHT_SUFFIX)}
         quantize_gptq_layers(model, layers, group_size, str(folder.path))
@@ -458,14 +471,19 @@ def _check_tensors(
         raise _tensor_error(
             shapes, "of another shape", "the shapes of config.json", wrong[0][0].file
         )
-    wrong = [(t, target) for t, target in pairs if t.dtype not in target.dtypes]
-    if wrong:
-        dtypes = [f"{t.name} {t.dtype}" for t, _ in wrong]
-        supported = f"one of {', '.join(wrong[0][1].dtypes)}"
-        raise _tensor_error(dtypes, "of another type", supported, wrong[0][0].file)
+    _check_dtypes([(t, target.dtypes) for t, target in pairs])
     missing = [name for name in expected if name not in counts]
     if missing:
         raise _tensor_error(missing, "missing", "all tensors of config.json", folder)
+
+
+def _check_dtypes(tensors: Sequence[tuple[TensorHeader, Collection[str]]]) -> None:
+    """Check that each tensor has one of the given dtypes."""
+    wrong = [(t, dtypes) for t, dtypes in tensors if t.dtype not in dtypes]
+    if wrong:
+        (first, supported), names = wrong[0], [f"{t.name} {t.dtype}" for t, _ in wrong]
+        expected = f"one of {', '.join(supported)}"
+        raise _tensor_error(names, "of another type", expected, first.file)
 
 
 def save_model(
@@ -486,6 +504,7 @@ def save_model(
     num_adapters = sum(linear.adapter is not None for linear in linears)
     assert num_adapters == 0, f"{num_adapters} linear layers still have an adapter"
     tensors = list(hub_tensors(model))
+    has_packed = any(tensor.name.endswith(_QWEIGHT_SUFFIX) for tensor in tensors)
     source_headers: dict[str, TensorHeader] = {}
     architecture = model.architecture
     if find_quantized_weights(model) or architecture.fp32_suffixes or architecture.copied_prefixes:
@@ -501,18 +520,14 @@ def save_model(
     fp32_suffixes = architecture.fp32_suffixes
     dtypes = {t.name: _stored_dtype(t, dtype, source_headers, fp32_suffixes) for t in tensors}
     shards = _split_shards(tensors, dtypes, max_shard_bytes)
-    dropped_keys = (
-        () if any(name.endswith(_QWEIGHT_SUFFIX) for name in dtypes) else ("quantization_config",)
-    )
     dense_dtypes = {
         dtypes[t.name]
         for t in tensors
         if t.is_dense and not t.name.endswith(architecture.fp32_suffixes)
     }
     # config.json names one dtype for all tensors: fp32 if they differ.
-    copy_model_files(
-        folder, target, dtype if dense_dtypes == {dtype} else torch.float32, dropped_keys
-    )
+    file_dtype = dtype if dense_dtypes == {dtype} else torch.float32
+    copy_model_files(folder, target, file_dtype, () if has_packed else ("quantization_config",))
     to_hub_name = architecture.to_hub_name
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -555,9 +570,9 @@ def _stored_dtype(
     if isinstance(tensor.data, Tensor):
         if header is None or not tensor.name.endswith(fp32_suffixes):
             return dtype
-        return torch.promote_types(dtype, DTYPES[SAFETENSORS_DTYPES[header.dtype]])
+        return torch.promote_types(dtype, _FILE_DTYPES[header.dtype])
     assert header is not None, f"{tensor.name} has no source"
-    return torch.int32 if header.dtype == "I32" else DTYPES[SAFETENSORS_DTYPES[header.dtype]]
+    return _FILE_DTYPES[header.dtype]
 
 
 def _to_file_tensor(

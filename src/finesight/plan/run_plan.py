@@ -156,7 +156,7 @@ def _estimate_generation_bytes(
         KV_CACHE_BYTES,
         num_seqs * max_seq_len * get_kv_bytes_per_token(decoder_config, target.dtype),
     )
-    cache_bytes += num_seqs * get_linear_state_bytes(decoder_config, target.dtype)
+    cache_bytes += get_linear_state_bytes(decoder_config, target.dtype, num_seqs)
     num_prefill_tokens = min(MAX_PREFILL_TOKENS, sum(sample.num_tokens for sample in eval_stats))
     elements_per_token = 3 * decoder_config.intermediate_size + 4 * decoder_config.hidden_size
     return cache_bytes + num_prefill_tokens * elements_per_token * target.dtype.itemsize

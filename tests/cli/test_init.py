@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,29 @@ def test_missing_model_is_an_error_before_the_import(tmp_path: Path) -> None:
     words = ["init", str(write_table(tmp_path, 3, text=str)), "--yes", "--out", f"{tmp_path}/out"]
     assert run_command([*words, "--model", "./missing"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize("source", ["labels.csv", "."])
+def test_bare_names_are_found_in_the_only_matching_subfolder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    table = write_table(tmp_path, 3, caption=lambda i: f"number {i}") / "labels.csv"
+    table.write_text(table.read_text().replace("images/", ""))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert run_command(["init", source, "--yes", "--out", "work"]) == 0
+    assert "table (--map; images found in images/), 3 rows" in capsys.readouterr().out
+    line = json.loads(Path("work/data/data.jsonl").read_text().splitlines()[0])
+    assert line["messages"][0]["content"][0]["image"] == "../../images/0.png"
+    # A second folder with the same files is ambiguous, and nothing is left of a failed command.
+    (tmp_path / "images").rename(tmp_path / "a")
+    shutil.copytree("a", "b")
+    assert run_command(["init", "labels.csv", "--yes", "--out", "work2"]) == 2
+    error = capsys.readouterr().err
+    assert "0.png: no such image" in error
+    assert error.count(str(tmp_path.resolve())) == 1
+    assert not Path("work2").exists()
 
 
 @pytest.mark.parametrize(

@@ -263,13 +263,13 @@ def _train_rank(
     """Train on this rank; only the main process writes files and returns a result."""
     start, is_main = time.perf_counter(), process_group.is_main
     run_dir = RunDir(recipe.output_dir)
-    if is_main:
-        run_dir.check_available(resume)
-    is_resumed = resume and run_dir.is_started
     with ExitStack() as stack:
-        if is_resumed and is_main:
-            # No other process may write to the run while it is read.
-            stack.enter_context(run_dir.lock())
+        if is_main:
+            if run_dir.is_started:
+                # No other process may write to the run while it is read.
+                stack.enter_context(run_dir.lock())
+            run_dir.check_available(resume)
+        is_resumed = resume and run_dir.is_started
         if resume and (result := load_result(run_dir)) is not None:
             console.log(f"{run_dir.path}: the run is already complete")
             if is_main and not run_dir.report_path.exists():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +85,18 @@ def test_folder_of_images_becomes_a_trained_model(
     assert recipe["eval"]["metric"] == "captions"
     short = ["train.steps=2", "eval.limit=2", "eval.max_new_tokens=4"]
     assert run_command(["train", "photos-finetune/recipe.yaml", *short]) == 0
+    # The complete command, with an image and the prompt of the training.
+    command = capsys.readouterr().err.partition("Try it:  finesight ")[2].splitlines()[0]
+    image = shlex.split(command)[2]
+    assert re.fullmatch(r"photos/images/\d+\.png", image)
+    assert shlex.split(command)[3:] == ["--prompt", "Describe the image."]
+    assert run_command(shlex.split(command)) == 0
+    assert run_command(["predict", "photos-finetune", image, "--prompt", "x"]) == 2
+    assert "did you mean photos-finetune/run?" in capsys.readouterr().err
+    monkeypatch.chdir("photos-finetune")
+    assert run_command(["train", "recipe.yaml"]) == 2
+    assert "run the command in the parent folder (cd ..)" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
     question = ["photos/images/0.png", "--prompt", "Describe the image."]
     assert run_command(["predict", "photos-finetune/run", *question]) == 0
     assert "photos/images/0.png: " in capsys.readouterr().out

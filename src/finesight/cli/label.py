@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,6 +27,7 @@ from finesight.cli.servers import (
     resolve_password,
 )
 from finesight.errors import UserError
+from finesight.manifest import RECIPE_FILE
 
 if TYPE_CHECKING:
     from finesight.label.label_session import LabelSession
@@ -101,6 +103,8 @@ def label(
     from rich.console import Console
 
     from finesight.label.label_session import open_session
+    from finesight.label.label_store import LABELS_FILE
+    from finesight.recipe import load_recipe
     from finesight.train.console import TrainingConsole
 
     if as_json and not suggest_only:
@@ -146,6 +150,13 @@ def label(
     counts = session.store.count_events()
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     typer.echo(f"{text}: {out}", err=True)
+    recipe = Path(run_or_model) / RECIPE_FILE
+    if counts["accepted"] + counts["corrected"] and recipe.is_file():
+        # The labels of a review contain the reviewed training data.
+        files = [] if review else [str(file.path) for file in load_recipe(recipe).data.train]
+        train = f"data.train=[{', '.join([*files, str(out / LABELS_FILE)])}]"
+        words = ["finesight", "train", str(recipe), train, f"output_dir={run_or_model}-2"]
+        typer.echo(f"next: {shlex.join(words)}", err=True)
 
 
 def _print_suggestions(session: LabelSession, as_json: bool) -> None:

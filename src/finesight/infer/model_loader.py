@@ -103,7 +103,7 @@ def load_inference_model(
     if source.adapter is not None:
         load_adapter(model, source.adapter, base_folder=source.folder)
     model.eval()
-    name = _get_model_name(run_or_model)
+    name = get_model_name(run_or_model)
     return InferenceModel(model, renderer, {name: None}, manifest=source.manifest)
 
 
@@ -152,13 +152,13 @@ def load_multi_adapter_model(
         _check_same_base(run_or_adapter, source, base_source, adapter_indices)
         mode = None if source.manifest is None else source.manifest.enable_thinking
         if mode is not None and thinking == DEFAULT_THINKING:
-            thinking_modes[_get_model_name(run_or_adapter)] = mode
+            thinking_modes[get_model_name(run_or_adapter)] = mode
         if source.adapter is None:
-            adapter_indices[_get_model_name(run_or_adapter)] = None
+            adapter_indices[get_model_name(run_or_adapter)] = None
             continue
         load_adapter(model, source.adapter, base_folder=base_source.folder)
         multi_lora.collect_adapter()
-        adapter_indices[_get_model_name(run_or_adapter)] = num_adapters
+        adapter_indices[get_model_name(run_or_adapter)] = num_adapters
         num_adapters += 1
     assert isinstance(model, VisionLanguageModel), (
         f"adapters are not supported by {type(model).__name__}"
@@ -183,7 +183,7 @@ def _check_same_base(
             f"{run_or_adapter} {what}", where="adapters", expected=expected, remedy=remedy
         )
 
-    name, base_path = _get_model_name(run_or_adapter), base_source.folder.path
+    name, base_path = get_model_name(run_or_adapter), base_source.folder.path
     if source.folder.path.resolve() != base_path.resolve():
         expected = f"adapters of {base_path}, the base of the first adapter"
         reject(f"has the base model {source.folder.path}", expected, "start another server for it")
@@ -205,9 +205,13 @@ def _check_same_base(
                 reject(f"was trained with {key} {value}", expected, "start another server for it")
 
 
-def _get_model_name(run_or_model: str) -> str:
-    """Return the model name for requests: the folder name, or a hub name without owner."""
-    return Path(run_or_model).name or Path(run_or_model).resolve().name
+def get_model_name(run_or_model: str) -> str:
+    """Return the model name for requests: the folder name, or a hub name without owner.
+
+    A folder `run`, as `finesight init` names it, has the name of its parent folder.
+    """
+    name = Path(run_or_model).name or Path(run_or_model).resolve().name
+    return Path(run_or_model).resolve().parent.name if name == "run" else name
 
 
 def select_cpu_precision() -> Literal["bf16", "fp32"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import shlex
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ from finesight.evaluate.metric_difference import (
     compare_prediction_files,
     format_differences,
 )
-from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
+from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE, read_example
 from finesight.model.hf_backend import save_auto_model
 from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
@@ -367,7 +368,9 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
     run_dir.write_result(run_result.as_json())
     _log_summary(run_result, run_dir, console)
     write_run_report(run_dir, console)
-    console.log(f"Try it:  finesight predict {run_dir.path} IMAGE --prompt TEXT")
+    image, prompt = read_example(run_dir.path)
+    command = shlex.join(["finesight", "predict", str(run_dir.path), image, "--prompt", prompt])
+    console.log(f"Try it:  {command}")
     return run_result
 
 

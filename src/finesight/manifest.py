@@ -84,6 +84,12 @@ class Manifest(BaseModel):
     prompts: tuple[str, ...] = ()
 
 
+def find_run_dir(run_or_checkpoint: Path) -> Path:
+    """Return the run folder of a path, which may be one of its checkpoints."""
+    is_checkpoint = run_or_checkpoint.parent.name == CHECKPOINTS_FOLDER
+    return run_or_checkpoint.parents[1] if is_checkpoint else run_or_checkpoint
+
+
 def read_example(run_dir: Path) -> tuple[str, str]:
     """Return an image and a prompt for example commands: those of the first validation prediction.
 

@@ -149,7 +149,7 @@ def serve(
         ) from error
     from finesight.encode.family import ThinkingOptions
     from finesight.infer.model_loader import load_multi_adapter_model
-    from finesight.manifest import read_example
+    from finesight.manifest import find_run_dir, read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
         raise UserError(
@@ -185,7 +185,9 @@ def serve(
         on_ready=lambda service: _print_address(
             service,
             address,
-            None if inference_model.manifest is None else read_example(Path(run_or_model)),
+            None
+            if inference_model.manifest is None
+            else read_example(find_run_dir(Path(run_or_model))),
             has_api_key=bool(keys),
             has_label_studio=label_studio,
         ),

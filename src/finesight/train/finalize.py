@@ -460,9 +460,11 @@ def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -
     if after is not None and best is not None and best.step != after.step:
         metric_name = "validation loss" if best.primary_metric is None else best.primary_metric
         value = best.validation_loss if best.primary_score is None else best.primary_score
+        checkpoint = run_dir.checkpoint_dir / f"step-{best.step}"
+        hint = "" if run_dir.model_dir.exists() else f": finesight predict {checkpoint} IMAGE"
         console.log(
             f"The {metric_name} was better after step {best.step} ({value:.4f});"
-            f" its checkpoint is {run_dir.checkpoint_dir / f'step-{best.step}'}"
+            f" its checkpoint is {checkpoint}{hint}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -47,6 +48,18 @@ def test_suggestions_are_printed_once_and_answered_on_the_page(tmp_path: Path) -
         assert page.wait(60) == 0
     (sample,) = read_samples(out / LABELS_FILE)
     assert sample.messages[-1].content == (TextPart(text="a cat"),)
+
+
+def test_port_in_use_is_reported_before_the_suggestions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = draw_images(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, text = run_label(photos, *PROMPT, "--out", tmp_path / "labels", "--port", port)
+    assert code != 0
+    assert text.startswith(f"cannot listen on 127.0.0.1:{port} (")
+    assert "suggested" not in (tmp_path / "labels" / "journal.jsonl").read_text()
 
 
 def test_next_command_keeps_the_earlier_training_data(

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,14 @@ def start_server(*arguments: str, **environment: str) -> tuple[subprocess.Popen[
     return program, address
 
 
+def test_mistyped_run_is_reported_before_a_port_in_use(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        error = run_serve("./mistyped", "--port", taken.getsockname()[1]).exception
+    assert isinstance(error, UserError)
+    assert "no folder" in error.what
+
+
 def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch, capsys):
     """The shell command sends a valid request; quotes and backslashes of the prompt survive."""
     monkeypatch.chdir(tmp_path)
@@ -65,7 +74,8 @@ def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch
         listener.close()
         on_ready(SimpleNamespace(model_names=(*model.adapters, "base")))
 
-    monkeypatch.setattr(model_loader, "load_multi_adapter_model", lambda *arguments: manifest)
+    for name in ("load_multi_adapter_model", "resolve_model_source"):
+        monkeypatch.setattr(model_loader, name, lambda *arguments: manifest)
     monkeypatch.setattr(api_server, "run_api_server", run_server)
     output = run_serve("first/run", "--port", "0").output
     assert output.startswith("serving first, base at ")

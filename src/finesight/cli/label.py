@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,6 +31,8 @@ from finesight.errors import UserError
 from finesight.manifest import RECIPE_FILE
 
 if TYPE_CHECKING:
+    import socket
+
     from finesight.label.label_session import LabelSession
 
 
@@ -125,7 +128,9 @@ def label(
     session = open_session(
         out, run_or_model, sources, prompt=prompt, kind=kind, choices=names, review=review
     )
-    with session.store:
+    with session.store, ExitStack() as stack:
+        # A port in use is reported before the suggestions, which take minutes.
+        listener = None if suggest_only else stack.enter_context(_bind_page(host, port))
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
             from finesight.infer.model_loader import load_inference_model
 
@@ -143,10 +148,10 @@ def label(
                 typer.echo(f"skipped: {reason}", err=True)
             del model
         session.complete_task()
-        if suggest_only:
+        if listener is None:
             _print_suggestions(session, as_json)
         else:
-            _run_page(session, host, port, password_file, no_auth)
+            _run_page(session, listener, host, password_file, no_auth)
     counts = session.store.count_events()
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     typer.echo(f"{text}: {out}", err=True)
@@ -174,12 +179,10 @@ def _print_suggestions(session: LabelSession, as_json: bool) -> None:
         typer.echo(f"{'-' if score is None else f'{score:.3f}'}  {values['id']}  {text}")
 
 
-def _run_page(
-    session: LabelSession, host: str, port: int, password_file: Path | None, no_auth: bool
-) -> None:
+def _bind_page(host: str, port: int) -> socket.socket:
+    """Bind the socket of the page; a missing package of the page is an error as well."""
     try:
-        from finesight.label.label_page import make_label_app
-        from finesight.web.web_server import bind_socket, create_private_folder, serve_app
+        from finesight.web.web_server import bind_socket
     except ImportError as error:
         raise UserError(
             f"the package {error.name} cannot be imported",
@@ -187,9 +190,22 @@ def _run_page(
             expected="the extra web",
             remedy="pip install 'finesight[web]', or use --suggest-only",
         ) from error
+    return bind_socket(host, port)
+
+
+def _run_page(
+    session: LabelSession,
+    listener: socket.socket,
+    host: str,
+    password_file: Path | None,
+    no_auth: bool,
+) -> None:
+    from finesight.label.label_page import make_label_app
+    from finesight.web.web_server import create_private_folder, serve_app
+
     # Answers are data of the user, so a page on the network needs a password.
     password, is_generated = resolve_password(host, password_file, no_auth)
-    with bind_socket(host, port) as listener, create_private_folder() as folder:
+    with create_private_folder() as folder:
         port = listener.getsockname()[1]
         app = make_label_app(session, folder, password, is_loopback(host), port)
         print_page_address(host, listener, password if is_generated else None)

@@ -148,7 +148,7 @@ def serve(
             remedy="pip install 'finesight[serve]'",
         ) from error
     from finesight.encode.family import ThinkingOptions
-    from finesight.infer.model_loader import load_multi_adapter_model
+    from finesight.infer.model_loader import load_multi_adapter_model, resolve_model_source
     from finesight.manifest import find_run_dir, read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
@@ -158,6 +158,8 @@ def serve(
             expected="--label-studio",
             remedy="add --label-studio, or remove the option",
         )
+    for name in (run_or_model, *(adapter or ())):
+        resolve_model_source(name)  # a mistyped path is reported before a port in use
     formats = read_formats(image_format or ())
     keys = read_api_keys(key_file)
     listener = bind_socket(host, port, keys)

@@ -400,7 +400,6 @@ def bind_socket(host: str, port: int, keys: Sequence[str]) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"cannot listen on {host}:{port} ({error.strerror or error})",
-            where="--host, --port",
             expected="a local address and a free port",
             remedy="choose another --port; port 0 selects a free port",
         ) from error

@@ -73,7 +73,6 @@ def bind_socket(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise UserError(
             f"cannot listen on {host}:{port} ({error})",
-            where="--host, --port",
             expected="a local address and a free port",
             remedy="choose another --port",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,12 @@ def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = 
 
 
 def suggest_similar_path(path: Path, otherwise: str = "check the path") -> str:
-    """Return a remedy for a missing file: the most similar name in its folder, or `otherwise`."""
+    """Return a remedy for a missing file: the most similar name in its folder, or `otherwise`.
+
+    Paths in recipes start at the working directory of `finesight init`, often the parent folder.
+    """
+    if not path.is_absolute() and os.path.exists(os.path.join("..", path)):
+        return "run the command in the parent folder (cd ..), in which it exists"
     siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
     return suggest_name(path.name, siblings, otherwise, f"{path.parent}/")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from finesight.bounded_files import read_bytes
+from finesight.bounded_files import read_bytes, read_lines
 from finesight.config import ImageRule, TaskName, TuneSettings
 from finesight.errors import UserError
 
@@ -80,6 +82,28 @@ class Manifest(BaseModel):
     metric: TaskName | None = None
     max_new_tokens: int | None = None
     prompts: tuple[str, ...] = ()
+
+
+def find_run_dir(run_or_checkpoint: Path) -> Path:
+    """Return the run folder of a path, which may be one of its checkpoints."""
+    is_checkpoint = run_or_checkpoint.parent.name == CHECKPOINTS_FOLDER
+    return run_or_checkpoint.parents[1] if is_checkpoint else run_or_checkpoint
+
+
+def read_example(run_dir: Path) -> tuple[str, str]:
+    """Return an image and a prompt for example commands: those of the first validation prediction.
+
+    Without predictions, an image inside an archive, or a prompt, they are `IMAGE` and `TEXT`.
+    """
+    record: dict[str, object] = {}
+    with suppress(UserError, ValueError):
+        lines = read_lines(run_dir / PREDICTIONS_FOLDER / "after.jsonl", expected="predictions")
+        record = json.loads(next(lines, b"{}"))
+    path, prompt = record.get("image"), record.get("prompt")
+    # Paths of imported data contain "..", which the file system resolves differently after a link.
+    image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"
+    image = image if os.path.isfile(image) else str(path if path else image)
+    return image, prompt if isinstance(prompt, str) and prompt else "TEXT"
 
 
 def load_manifest(path: Path) -> Manifest:

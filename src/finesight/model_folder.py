@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from finesight.bounded_files import read_bytes, read_json, read_json_object, read_text
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress, is_hub_address, parse_model_address
+from finesight.manifest import MANIFEST_FILE
 from finesight.storage import FileLock, remove_folder, write_folder
 
 if TYPE_CHECKING:
@@ -510,6 +511,15 @@ def check_model_path(name: str) -> HubAddress | None:
     path = resolve_model_path(name)
     # os.path accepts invalid paths: unknown home folders, names that are too long.
     if name and os.path.isdir(path):
+        if not (path / "config.json").exists():
+            runs = sorted(file.parent for file in path.glob(f"*/{MANIFEST_FILE}"))
+            if runs:
+                raise UserError(
+                    f"{name} is no model, but contains {', '.join(r.name for r in runs)}",
+                    where="model",
+                    expected=_EXPECTED_MODEL,
+                    remedy=f"did you mean {runs[0]}?",
+                )
         return None
     if os.path.isfile(path):
         remedy = f"give the folder, {path.parent}"

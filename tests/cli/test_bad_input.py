@@ -230,7 +230,7 @@ CASES: dict[Callable[[Path], list[str]], tuple[str, ...]] = {
     two_adapters: ("adapter", "already has an adapter", "remove adapter"),
     name_too_long: ("longlong", "file name too long", "shorter"),
     folder_below_file: ("recipe.yaml/run", "not a directory"),
-    another_run: ("done", "contains another run", "--resume"),
+    another_run: ("done", "contains a finished run", "output_dir="),
     other_files: ("task", "but no run"),
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +92,18 @@ def test_folder_of_images_becomes_a_trained_model(
     assert recipe["eval"]["metric"] == "captions"
     short = ["train.steps=2", "eval.limit=2", "eval.max_new_tokens=4"]
     assert run_command(["train", "photos-finetune/recipe.yaml", *short]) == 0
+    # The complete command, with an image and the prompt of the training.
+    command = capsys.readouterr().err.partition("Try it:  finesight ")[2].splitlines()[0]
+    image = shlex.split(command)[2]
+    assert re.fullmatch(r"photos/images/\d+\.png", image)
+    assert shlex.split(command)[3:] == ["--prompt", "Describe the image."]
+    assert run_command(shlex.split(command)) == 0
+    assert run_command(["predict", "photos-finetune", image, "--prompt", "x"]) == 2
+    assert "did you mean photos-finetune/run?" in capsys.readouterr().err
+    monkeypatch.chdir("photos-finetune")
+    assert run_command(["train", "recipe.yaml"]) == 2
+    assert "run the command in the parent folder (cd ..)" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
     question = ["photos/images/0.png", "--prompt", "Describe the image."]
     assert run_command(["predict", "photos-finetune/run", *question]) == 0
     assert "photos/images/0.png: " in capsys.readouterr().out
@@ -258,6 +272,29 @@ def test_missing_model_is_an_error_before_the_import(tmp_path: Path) -> None:
     words = ["init", str(write_table(tmp_path, 3, text=str)), "--yes", "--out", f"{tmp_path}/out"]
     assert run_command([*words, "--model", "./missing"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize("source", ["labels.csv", "."])
+def test_bare_names_are_found_in_the_only_matching_subfolder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    table = write_table(tmp_path, 3, caption=lambda i: f"number {i}") / "labels.csv"
+    table.write_text(table.read_text().replace("images/", ""))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert run_command(["init", source, "--yes", "--out", "work"]) == 0
+    assert "table (--map; images found in images/), 3 rows" in capsys.readouterr().out
+    line = json.loads(Path("work/data/data.jsonl").read_text().splitlines()[0])
+    assert line["messages"][0]["content"][0]["image"] == "../../images/0.png"
+    # A second folder with the same files is ambiguous, and nothing is left of a failed command.
+    (tmp_path / "images").rename(tmp_path / "a")
+    shutil.copytree("a", "b")
+    assert run_command(["init", "labels.csv", "--yes", "--out", "work2"]) == 2
+    error = capsys.readouterr().err
+    assert "0.png: no such image" in error
+    assert error.count(str(tmp_path.resolve())) == 1
+    assert not Path("work2").exists()
 
 
 @pytest.mark.parametrize(

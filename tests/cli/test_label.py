@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 
 from finesight.cli.app import app
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
-from finesight.label.label_store import LABELS_FILE
+from finesight.label.label_store import LABELS_FILE, LabelStore
+from finesight.web import web_server
 
 PROMPT = ("--prompt", "Describe the image.")
 
@@ -46,6 +48,38 @@ def test_suggestions_are_printed_once_and_answered_on_the_page(tmp_path: Path) -
         assert page.wait(60) == 0
     (sample,) = read_samples(out / LABELS_FILE)
     assert sample.messages[-1].content == (TextPart(text="a cat"),)
+
+
+def test_port_in_use_is_reported_before_the_suggestions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = draw_images(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, text = run_label(photos, *PROMPT, "--out", tmp_path / "labels", "--port", port)
+    assert code != 0
+    assert text.startswith(f"cannot listen on 127.0.0.1:{port} (")
+    assert "suggested" not in (tmp_path / "labels" / "journal.jsonl").read_text()
+
+
+def test_next_command_keeps_the_earlier_training_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`data.train` replaces the files of the recipe, so the command lists them again."""
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path)
+    Path("first").mkdir()
+    recipe = "model: finesight-tiny\ndata: {train: old.jsonl}\noutput_dir: first\n"
+    Path("first/recipe.yaml").write_text(recipe)
+    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    arguments = ["label", "first", "photos", *PROMPT, "--no-suggestions", "--port", "0"]
+    assert "next:" not in CliRunner().invoke(app, arguments).stderr
+    counts = {"open": 2, "accepted": 0, "corrected": 1, "skipped": 0}
+    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
+    assert CliRunner().invoke(app, arguments).stderr.splitlines()[-1] == (
+        "next: finesight train first/recipe.yaml 'data.train=[old.jsonl, labels/labels.jsonl]'"
+        " output_dir=first-2"
+    )
 
 
 def test_review_ranks_existing_answers(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -13,6 +18,9 @@ from typer.testing import CliRunner
 
 from finesight.cli.servers import serve
 from finesight.errors import UserError
+from finesight.infer import model_loader
+from finesight.infer.model_loader import get_model_name
+from finesight.serve import api_server
 
 KEY = "a-key-of-this-test-0123456789"
 ENDLESS = {
@@ -42,6 +50,42 @@ def start_server(*arguments: str, **environment: str) -> tuple[subprocess.Popen[
     address = first.split()[-1]
     assert second.strip().startswith(f"curl {address}/chat/completions"), second
     return program, address
+
+
+def test_mistyped_run_is_reported_before_a_port_in_use(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        error = run_serve("./mistyped", "--port", taken.getsockname()[1]).exception
+    assert isinstance(error, UserError)
+    assert "no folder" in error.what
+
+
+def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch, capsys):
+    """The shell command sends a valid request; quotes and backslashes of the prompt survive."""
+    monkeypatch.chdir(tmp_path)
+    Path("my image.png").write_bytes(b"\x89PNG" + bytes(200))
+    predictions = Path("first/run/predictions/after.jsonl")
+    predictions.parent.mkdir(parents=True)
+    prompt = r"Write $x' as \LaTeX."
+    predictions.write_text(json.dumps({"image": "first/../my image.png", "prompt": prompt}) + "\n")
+    manifest = SimpleNamespace(manifest="of a run", adapters={get_model_name("first/run"): None})
+
+    def run_server(model, listener, *, on_ready, **options):
+        listener.close()
+        on_ready(SimpleNamespace(model_names=(*model.adapters, "base")))
+
+    for name in ("load_multi_adapter_model", "resolve_model_source"):
+        monkeypatch.setattr(model_loader, name, lambda *arguments: manifest)
+    monkeypatch.setattr(api_server, "run_api_server", run_server)
+    output = run_serve("first/run", "--port", "0").output
+    assert output.startswith("serving first, base at ")
+    sender, _, curl = output.splitlines()[1].strip().rpartition(" | ")
+    assert curl.startswith("curl http://127.0.0.1:")
+    body = json.loads(subprocess.run(["sh", "-c", sender], capture_output=True).stdout)
+    image, text = body["messages"][0]["content"]
+    assert (body["model"], text["text"]) == ("first", prompt)
+    content = base64.b64encode(Path("my image.png").read_bytes()).decode()
+    assert image["image_url"]["url"] == f"data:image/png;base64,{content}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -156,6 +156,19 @@ def test_overfitting_suggests_a_shorter_run(
     assert is_slower == (20 not in validation_losses)
 
 
+@pytest.mark.parametrize(
+    ("scores", "is_reported"), [((5.0, 5.7, 6.4), False), ((6.4, 6.0, 5.7), True)]
+)
+def test_improving_score_takes_precedence_over_the_loss(
+    scores, is_reported: bool, tmp_path: Path
+) -> None:
+    lines = steps(lambda n: 2.0 * math.exp(-n / 15) + 0.05)
+    for step, loss, score in zip((20, 40, 60), (1.0, 1.2, 1.5), scores, strict=True):
+        lines.append(make_evaluation_line(step, score, validation_loss=loss))
+    found = diagnose(tmp_path, lines, RECIPE | {"eval": {"metric": "captions"}})
+    assert any(one.code == "overfitted" for one in found) == is_reported
+
+
 def test_step_based_recipe_gets_step_based_remedy(tmp_path: Path) -> None:
     recipe = RECIPE | {"train": {"steps": 4}}
     found = find_diagnosis(diagnose(tmp_path, steps(lambda n: 2.0, 4), recipe), "too-short")

@@ -129,7 +129,7 @@ def test_unreadable_image_can_be_skipped(tmp_path: Path) -> None:
         ({"boxes": [{"label": "shop", "xyxy": [10, 10, 300, 50]}]}, 422, "outside its image"),
         ({"boxes": [{"label": "shop", "xyxy": [40, 10, 30, 50]}]}, 422, "inverted corners"),
         ({"boxes": [{"image": 1, "xyxy": [1, 1, 9, 9]}]}, 422, "image 1"),
-        ({"boxes": [], "text": " "}, 422, "empty turn"),
+        ({"boxes": [], "text": " "}, 422, "the answer is empty"),
         ({"id": "../other"}, 422, "not a sample"),
         ({"action": "delete"}, 422, "action"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from run_dir_fixtures import JsonLine, make_prediction_line
 
-from finesight.report.examples import ExampleSet, read_examples
+from finesight.report.examples import ExampleSet, read_examples, read_incorrect_lines
 
 
 def write_predictions(path: Path, lines: list[JsonLine]) -> Path:
@@ -106,6 +106,23 @@ def test_single_evaluation_separates_right_from_wrong(tmp_path: Path) -> None:
     found = read_examples(file, None, "similarity", 9)
     assert not found.is_paired
     assert [one.kind for one in found.displayed] == ["wrong", "right"]
+
+
+def test_answer_equal_to_a_reference_is_correct(tmp_path: Path) -> None:
+    """The CIDEr-D of a perfect caption of common words is below its maximum."""
+    scores = {"cider_d": 7.5}
+    box = {"image": 0, "label": None, "xyxy": [1, 2, 3, 4]}
+    lines = [
+        make_prediction_line("equal", "a circle", "a circle", 0, scores=scores),
+        make_prediction_line("second", "a ball", "a", 0, scores=scores, references=["a ball"]),
+        make_prediction_line("other", "a ball", "a circle", 0, scores=scores),
+        make_prediction_line("box", "here", "here", 0, scores=scores, gold_boxes=[box]),
+    ]
+    file = write_predictions(tmp_path / "a.jsonl", lines)
+    found = read_examples(file, None, "cider_d", 9)
+    assert [one.latest["id"] for one in found.displayed] == ["other", "box", "equal", "second"]
+    assert [one.is_incorrect for one in found.displayed] == [True, True, False, False]
+    assert [line["id"] for line in read_incorrect_lines(file, "cider_d")] == ["other", "box"]
 
 
 def test_truncated_line_ends_the_file(tmp_path: Path) -> None:

@@ -108,9 +108,9 @@ def test_omitted_examples_are_counted(run: FakeRunDir) -> None:
     page = render_run_page(run.folder, max_examples=6)
     assert len(read_script_data(page)["examples"]) == 6
     assert (
-        "12 validation samples, classified by similarity: the maximum is correct, any lower score"
-        " is incorrect. Not on this page: 2 improved, 2 still incorrect and 2 still correct. The"
-        " run folder contains all of them."
+        "12 validation samples, classified by similarity: the maximum is correct, and an answer"
+        " that equals its reference; any other is incorrect. Not on this page: 2 improved, 2 still"
+        " incorrect and 2 still correct. The run folder contains all of them."
     ) in html.unescape(read_visible_text(page))
     assert "all 6" in read_visible_text(page)
 

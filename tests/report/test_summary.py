@@ -130,7 +130,8 @@ def test_throughput_and_memory_cover_all_steps(finished_record: RunRecord) -> No
 @pytest.mark.parametrize(
     ("losses", "scores", "train_losses", "words"),
     [
-        ((3, 2, 2.1, 2.5), (0, 1, 2, 3), (3, 2, 1), "from 2 after step 20 to 2.5 after step 60"),
+        ((3, 2, 2.1, 2.5), (0, 3, 2, 3), (3, 2, 1), "from 2 after step 20 to 2.5 after step 60"),
+        ((3, 2, 2.1, 2.5), (0, 1, 2, 3), (3, 2, 1), None),
         ((3, 2, 2.1, 2.5), (0, 1, 2, 3), (1, 2, 3), None),
         ((3, 2, 1.9, 2.5), (0, 1, 2, 3), (3, 2, 1), None),
         ((3, 2, 2.001, 2.002), (0, 1, 2, 3), (3, 2, 1), None),
@@ -138,7 +139,16 @@ def test_throughput_and_memory_cover_all_steps(finished_record: RunRecord) -> No
         ((3, 2, 1.9, 1.8), (1, 8, 7.9, 7.8), (3, 2, 1), None),
         ((3, 2, 2.5), (0, 1, 2), (3, 2), None),
     ],
-    ids=["rising", "diverging", "recovering", "flat", "score-falls", "noise", "mixed-samples"],
+    ids=[
+        "rising",
+        "score-improves",
+        "diverging",
+        "recovering",
+        "flat",
+        "score-falls",
+        "noise",
+        "mixed-samples",
+    ],
 )
 def test_overfitting_is_reported_with_best_checkpoint(
     tmp_path: Path,

@@ -16,6 +16,7 @@ from finesight.errors import UserError
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES
 from finesight.evaluate.generation_eval import load_eval_inputs
 from finesight.evaluate.metric_difference import REASON_NO_PREDICTIONS, REASON_UNSAMPLED
+from finesight.infer.model_loader import load_inference_model
 from finesight.train.finalize import (
     SAMPLE_SIZE,
     ParamAudit,
@@ -100,8 +101,41 @@ def test_without_patience_last_weights_are_used(task: TinyTask) -> None:
     assert (result.weights_step, result.stopped_early) == (6, False)
     assert result.best_eval.step == 2
     assert "The score was better after step 2 (0.0000); its checkpoint is " in task.console_output
+    assert f"finesight predict {task.folder}" not in task.console_output.partition("Try it")[0]
     steps = sorted(path.name for path in (task.folder / "run" / "checkpoints").iterdir())
     assert steps == ["step-2", "step-6"]
+
+
+def test_checkpoint_of_a_stopped_run_can_be_used(task: TinyTask) -> None:
+    tune = {"merger": "lora", "language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
+    task.run("train.keep_checkpoints=3", tune=tune)
+    run = task.folder / "run"
+    trained = load_inference_model(str(run), "cpu").model.state_dict()
+    for name in ("adapter", "result.json"):
+        (run / name).rename(task.folder / name)
+    with pytest.raises(UserError, match="the run is not finished") as caught:
+        load_inference_model(str(run), "cpu")
+    assert caught.value.remedy.endswith(
+        f", or give its newest checkpoint, {run}/checkpoints/step-6"
+    )
+    for _ in range(2):  # the adapter is written once
+        last = load_inference_model(f"{run}/checkpoints/step-6", "cpu")
+        loaded = last.model.state_dict()
+        assert trained.keys() == loaded.keys()
+        assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+        assert last.manifest is not None
+    earlier = load_inference_model(f"{run}/checkpoints/step-2", "cpu").model.state_dict()
+    assert any(not torch.equal(earlier[name], trained[name]) for name in trained)
+    adapters = {path.name for path in run.glob("adapter*")}
+    assert adapters == {"adapter-step-2", "adapter-step-6"}
+    samples, _ = load_eval_inputs(f"{run}/checkpoints/step-2", metric="ocr")
+    assert len(samples) == 3
+
+
+def test_checkpoint_of_full_fine_tuning_is_rejected(task: TinyTask) -> None:
+    task.run()
+    with pytest.raises(UserError, match="no complete weights in its checkpoints"):
+        load_inference_model(str(task.folder / "run" / "checkpoints" / "step-6"), "cpu")
 
 
 def test_final_comparison_has_intervals(task: TinyTask) -> None:

@@ -25,6 +25,14 @@ def test_existing_run_is_rejected_unless_resumed(tmp_path: Path) -> None:
     RunDir(tmp_path).check_available(resume=True)
 
 
+def test_finished_run_is_not_offered_for_resuming(tmp_path: Path) -> None:
+    for name in ("manifest.json", "result.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="contains a finished run") as caught:
+        RunDir(tmp_path).check_available(resume=False)
+    assert caught.value.remedy == f"set another folder: output_dir={tmp_path}-2"
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_foreign_files_are_not_touched(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "thesis.tex").touch()

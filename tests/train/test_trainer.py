@@ -120,7 +120,7 @@ def test_mixed_run_uses_adapter_and_full_parts(task: TinyTask) -> None:
 
 def test_existing_run_is_rejected(task: TinyTask) -> None:
     first = task.run()
-    with pytest.raises(UserError, match="contains another run"):
+    with pytest.raises(UserError, match="contains a finished run"):
         task.run()
     before = (task.folder / "run" / "metrics.jsonl").read_bytes()
     assert task.run(resume=True) == first
@@ -224,8 +224,9 @@ def test_concurrent_run_is_rejected(task: TinyTask) -> None:
     half_written = run.checkpoint_dir / ".step-6.partial"
     with run.lock():
         half_written.mkdir()
-        with pytest.raises(UserError, match="another process is training"):
-            task.run(resume=True)
+        for resume in (False, True):
+            with pytest.raises(UserError, match="another process is training"):
+                task.run(resume=resume)
         assert half_written.exists()
 
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -116,7 +117,10 @@ def init(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder to create. Default: DATA with -finetune."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder to create. Default: DATA with -finetune, in the current directory.",
+        ),
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="Ask no questions: use the detected settings.")
@@ -162,7 +166,7 @@ def init(
         _init_labels(source, folder, num_images, prompt, model, yes, as_json)
         return
     console = TrainingConsole(Console(stderr=True))
-    with fetch_source(source, folder / "data", options) as fetched:
+    with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, yes)
         task, options, opened = _detect_task(path, options, yes)
         device, memory_bytes = find_device()
@@ -216,6 +220,16 @@ def init(
         return
     lines += [*check_lines, "", *_format_plan(run_plan), f"recipe: {recipe}", "next:"]
     typer.echo("\n".join(map(escape_unprintable, [*lines, *(f"  {c}" for c in next_commands)])))
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove a folder after the `with` block unless it has content: a retry may create it again."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def is_interactive() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -28,8 +29,11 @@ from finesight.cli.servers import (
     resolve_password,
 )
 from finesight.errors import UserError
+from finesight.manifest import RECIPE_FILE
 
 if TYPE_CHECKING:
+    import socket
+
     from finesight.label.label_session import LabelSession
 
 
@@ -112,6 +116,7 @@ def label(
 
     from finesight.label.label_session import open_session
     from finesight.label.label_store import LABELS_FILE
+    from finesight.recipe import load_recipe
     from finesight.train.console import TrainingConsole
 
     if as_json and not suggest_only:
@@ -132,23 +137,26 @@ def label(
         from finesight.model_folder import check_model_path
 
         check_model_path(run_or_model)
-    if not suggest_only:
-        require_gradio("finesight label")
-        from finesight.web.web_server import bind_socket
-
-        bind_socket(host, port).close()  # an occupied port is reported before the suggestions
     names = [name.strip() for name in (classes or "").split(",") if name.strip()]
-    session = open_session(
-        out,
-        run_or_model,
-        sources,
-        prompt=prompt,
-        kind=kind,
-        choices=names,
-        review=review,
-        train_fraction=train_fraction,
-    )
-    with session.store:
+    with ExitStack() as stack:
+        listener = None
+        if not suggest_only:
+            require_gradio("finesight label")
+            from finesight.web.web_server import bind_socket
+
+            # A port in use is reported before the suggestions, which take minutes.
+            listener = stack.enter_context(bind_socket(host, port))
+        session = open_session(
+            out,
+            run_or_model,
+            sources,
+            prompt=prompt,
+            kind=kind,
+            choices=names,
+            review=review,
+            train_fraction=train_fraction,
+        )
+        stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
             from finesight.infer.model_loader import load_inference_model
 
@@ -166,18 +174,27 @@ def label(
                 typer.echo(f"skipped: {reason}", err=True)
             del model
         session.complete_task()
-        if suggest_only:
+        if listener is None:
             _print_suggestions(session, as_json)
         else:
-            _run_page(session, host, port, password_file, no_auth)
+            _run_page(session, listener, host, password_file, no_auth)
     counts = session.store.count_events()
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     typer.echo(f"{text}: {out}", err=True)
     if counts["accepted"] + counts["corrected"]:
+        run_recipe, labels = Path(run_or_model) / RECIPE_FILE, str(out / LABELS_FILE)
         # The recipe that `finesight init` has written for these labels.
-        recipe, labels = out.parent / "recipe.yaml", str(out / LABELS_FILE)
-        is_known = recipe.is_file() and labels in recipe.read_text("utf-8", "replace")
-        words = ["train", str(recipe)] if is_known else ["init", labels]
+        recipe = out.parent / RECIPE_FILE
+        words = ["init", labels]
+        if recipe.is_file() and labels in recipe.read_text("utf-8", "replace"):
+            words = ["train", str(recipe)]
+        elif run_recipe.is_file():
+            # The labels of a review contain the reviewed training data.
+            files = (
+                [] if review else [str(file.path) for file in load_recipe(run_recipe).data.train]
+            )
+            train = f"data.train=[{', '.join([*files, labels])}]"
+            words = ["train", str(run_recipe), train, f"output_dir={run_or_model}-2"]
         typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
 
 
@@ -197,16 +214,18 @@ def _print_suggestions(session: LabelSession, as_json: bool) -> None:
 
 
 def _run_page(
-    session: LabelSession, host: str, port: int, password_file: Path | None, no_auth: bool
+    session: LabelSession,
+    listener: socket.socket,
+    host: str,
+    password_file: Path | None,
+    no_auth: bool,
 ) -> None:
-    require_gradio("finesight label")
-
     from finesight.label.label_page import make_label_app
-    from finesight.web.web_server import bind_socket, create_private_folder, serve_app
+    from finesight.web.web_server import create_private_folder, serve_app
 
     # Answers are data of the user, so a page on the network needs a password.
     password, is_generated = resolve_password(host, password_file, no_auth)
-    with bind_socket(host, port) as listener, create_private_folder() as folder:
+    with create_private_folder() as folder:
         port = listener.getsockname()[1]
         app = make_label_app(session, folder, password, is_loopback(host), port)
         print_page_address(host, listener, password if is_generated else None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import mimetypes
 import os
 import secrets
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -145,7 +148,8 @@ def serve(
             remedy="pip install 'finesight[serve]'",
         ) from error
     from finesight.encode.family import ThinkingOptions
-    from finesight.infer.model_loader import load_multi_adapter_model
+    from finesight.infer.model_loader import load_multi_adapter_model, resolve_model_source
+    from finesight.manifest import find_run_dir, read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
         raise UserError(
@@ -154,6 +158,8 @@ def serve(
             expected="--label-studio",
             remedy="add --label-studio, or remove the option",
         )
+    for name in (run_or_model, *(adapter or ())):
+        resolve_model_source(name)  # a mistyped path is reported before a port in use
     formats = read_formats(image_format or ())
     keys = read_api_keys(key_file)
     listener = bind_socket(host, port, keys)
@@ -179,23 +185,51 @@ def serve(
         image_formats=formats,
         label_studio=backend,
         on_ready=lambda service: _print_address(
-            service, address, has_api_key=bool(keys), has_label_studio=label_studio
+            service,
+            address,
+            None
+            if inference_model.manifest is None
+            else read_example(find_run_dir(Path(run_or_model))),
+            has_api_key=bool(keys),
+            has_label_studio=label_studio,
         ),
     )
 
 
+_IMAGE_MARK = "$(image)"
+"""Placeholder of the image in the example request."""
+
+
 def _print_address(
-    service: InferenceService, address: str, *, has_api_key: bool, has_label_studio: bool
+    service: InferenceService,
+    address: str,
+    example: tuple[str, str] | None,
+    *,
+    has_api_key: bool,
+    has_label_studio: bool,
 ) -> None:
-    """Print the base URL of the server and an example request with curl."""
+    """Print the base URL of the server and an example request with curl.
+
+    Args:
+        example: Image and prompt of the request; None for a text.
+    """
     auth_header = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if has_api_key else ""
-    messages = '[{"role": "user", "content": "Hello"}]'
-    request_body = f'{{"model": "{service.model_names[0]}", "messages": {messages}}}'
     typer.echo(f"serving {', '.join(service.model_names)} at {address}")
-    typer.echo(
-        f"  curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
-        f" -d '{request_body}'"
-    )
+    curl = f"curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
+    content: object = "Hello"
+    if example is not None:
+        image_type = mimetypes.guess_type(example[0])[0] or "image/jpeg"
+        url = {"url": f"data:{image_type};base64,{_IMAGE_MARK}"}
+        content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": example[1]}]
+    message = {"role": "user", "content": content}
+    body = json.dumps({"model": service.model_names[0], "messages": [message]}, ensure_ascii=False)
+    if example is None:
+        typer.echo(f"  {curl} -d {shlex.quote(body)}")
+    else:
+        # An image exceeds the maximum length of an argument.
+        start, end = (f"printf %s {shlex.quote(part)}" for part in body.split(_IMAGE_MARK))
+        image = f"base64 < {shlex.quote(example[0])} | tr -d '\\n'"
+        typer.echo(f"  ({start}; {image}; {end}) | {curl} -d @-")
     if has_label_studio:
         typer.echo(f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio")
 

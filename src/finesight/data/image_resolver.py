@@ -145,11 +145,13 @@ class ImageResolver:
                 remedy="unpack or download the source, inspect it, and import its folder",
             )
         if candidate is None:
+            home = self._folder.resolve()
+            current = "" if home == Path.cwd() else f", or at {Path.cwd()}, the current one"
             raise CorruptImageError(
                 "no such image",
                 where=name[:200],
-                expected=f"an existing file; a relative path starts at {self._folder.resolve()},"
-                f" the folder of the data file, or at {Path.cwd()}, the current one",
+                expected=f"an existing file; a relative path starts at {home}, the folder of the"
+                f" data file{current}",
                 remedy="correct the path, or change to the base folder of the paths",
             )
         path = Path(self._settled(candidate))

@@ -91,6 +91,7 @@ class ImportSource:
     Attributes:
         column_map: Column of each role, of `--map` or of the format.
         row_bounds: First and last (exclusive) selected row, 0-based.
+        image_folder: Folder of the images that the rows name; None for that of the data file.
     """
 
     path: Path
@@ -100,6 +101,7 @@ class ImportSource:
     columns: tuple[str, ...]
     column_map: Mapping[str, str]
     row_bounds: tuple[int, int]
+    image_folder: Path | None = None
 
     def iter_rows(self) -> Iterator[SourceRow]:
         """Yield the rows that `--rows` and `--limit` select."""
@@ -114,7 +116,7 @@ class ImportSource:
             output_folder: Folder below which embedded images are saved.
             lenient: Accept invalid images and boxes unchanged, for data checks.
         """
-        folder = self.path if self.path.is_dir() else self.path.parent
+        folder = self.path if self.path.is_dir() else self.image_folder or self.path.parent
         return ImportContext(
             ImageResolver(
                 folder,
@@ -216,7 +218,31 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     known = dict.fromkeys(key for record in first_records for key in record)
     for role, column in column_map.items():
         table_format.find_columns(known, role, column, str(source))
-    return ImportSource(source, rows, data_format, detected_by, columns, column_map, (start, stop))
+    opened = ImportSource(
+        source, rows, data_format, detected_by, columns, column_map, (start, stop)
+    )
+    if data_format is table_format.FORMAT and (folder := _find_image_folder(opened)) is not None:
+        detected_by = f"{detected_by}; images found in {folder.name}/"
+        opened = replace(opened, image_folder=folder, detected_by=detected_by)
+    return opened
+
+
+def _find_image_folder(source: ImportSource) -> Path | None:
+    """Return the only subfolder next to a table that contains all images, given by bare names."""
+    column, home = source.column_map.get("image", ""), source.path.parent
+    folders: list[Path] | None = None
+    for row in source.iter_rows():
+        name = row.record.get(column)
+        if not isinstance(name, str) or Path(name).name != name or os.path.exists(home / name):
+            return None
+        if folders is None:
+            if os.path.exists(name):
+                return None
+            folders = [folder for folder in home.iterdir() if folder.is_dir()]
+        folders = [folder for folder in folders if os.path.exists(folder / name)]
+        if not folders:
+            return None
+    return folders[0] if folders is not None and len(folders) == 1 else None
 
 
 def _check_options(options: ImportOptions) -> None:

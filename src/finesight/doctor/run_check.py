@@ -287,7 +287,10 @@ def _check_loss_spikes(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 
 def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Detect overfitting: the validation loss rises while the training loss falls."""
+    """Detect overfitting: the validation loss rises while the training loss falls.
+
+    A primary score that improves after the lowest validation loss takes precedence.
+    """
     evaluations = summary.list_comparable_evaluations(run_record.evaluations)
     if len(evaluations) < 2:
         return
@@ -297,6 +300,8 @@ def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
     losses = _finite_values(later_steps, "loss")
     is_falling = len(losses) >= 6 and median(losses[-3:]) < median(losses[:3])
     if last_loss <= 1.05 * best_loss or not is_falling:
+        return
+    if summary.has_score_improved_after(int(best["step"]), run_record.evaluations):
         return
     overrides = _scale_learning_rates(run_record, 0.3)
     if run_record.recipe.get("eval"):

@@ -29,12 +29,11 @@ from finesight.evaluate.task_metrics import (
     get_primary_metric,
 )
 from finesight.infer.prediction import Prediction, predict
+from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.hf_backend import AnyModel
 from finesight.model_folder import check_model_path
 from finesight.recipe import load_recipe
 from finesight.storage import write_file
-
-RECIPE_FILE = "recipe.yaml"
 
 METRIC_CHOICES = f"{', '.join(TASK_METRICS)}, or a function in a Python file: metric.py:function"
 
@@ -50,13 +49,13 @@ def load_eval_inputs(
 ) -> tuple[list[LocatedSample], EvalSettings]:
     """Load the samples and settings of an evaluation.
 
-    For a run folder, arguments that are None default to its recipe; a custom metric is loaded from
-    the copy in the run folder.
+    For a run or its checkpoint, arguments that are None default to its recipe; a custom metric is
+    loaded from the copy in the run folder.
 
     Raises:
         UserError: Data or metric is missing, or the metric does not exist.
     """
-    path = Path(run_or_model) / RECIPE_FILE
+    path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
     recipe = load_recipe(path) if path.is_file() else None
     overrides: dict[str, Any] = {
         "metric": metric,

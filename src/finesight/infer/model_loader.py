@@ -9,23 +9,33 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
+from safetensors.torch import load_file
 
 from finesight.config import Device, Precision, WeightFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
-from finesight.manifest import MANIFEST_FILE, Manifest, load_manifest
+from finesight.manifest import (
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    RECIPE_FILE,
+    Manifest,
+    find_run_dir,
+    load_manifest,
+)
 from finesight.model.hf_backend import AnyModel, load_auto_model
 from finesight.model.lora.multi import MultiLora
 from finesight.model.lora.peft_io import (
     ADAPTER_CONFIG_FILE,
     load_adapter,
     read_peft_config,
+    save_adapter,
 )
-from finesight.model.trainable import ModelPart
+from finesight.model.trainable import ModelPart, configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES
 from finesight.model_folder import ModelFolder, locate_model, resolve_model_path
+from finesight.storage import verify_folder, write_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +100,9 @@ def load_inference_model(
     """Load a single model for inference, as in `finesight predict` and `finesight eval`.
 
     Args:
-        run_or_model: Run folder (its manifest sets image size, system prompt and base model), model
-            folder in Hugging Face layout, PEFT adapter folder with a base model, or hub name.
+        run_or_model: Run folder (its manifest sets image size, system prompt and base model), one
+            of its LoRA checkpoints, model folder in Hugging Face layout, PEFT adapter folder with
+            a base model, or hub name.
         device: Device of the model; `auto` is CUDA if available.
         precision: `auto` is bf16 on GPUs that support it, fp16 on older GPUs, fp32 on CPU.
         weight_format: `auto` is the stored format, or the format of the training run. Other formats
@@ -103,7 +114,7 @@ def load_inference_model(
     if source.adapter is not None:
         load_adapter(model, source.adapter, base_folder=source.folder)
     model.eval()
-    name = _get_model_name(run_or_model)
+    name = get_model_name(run_or_model)
     return InferenceModel(model, renderer, {name: None}, manifest=source.manifest)
 
 
@@ -152,13 +163,13 @@ def load_multi_adapter_model(
         _check_same_base(run_or_adapter, source, base_source, adapter_indices)
         mode = None if source.manifest is None else source.manifest.enable_thinking
         if mode is not None and thinking == DEFAULT_THINKING:
-            thinking_modes[_get_model_name(run_or_adapter)] = mode
+            thinking_modes[get_model_name(run_or_adapter)] = mode
         if source.adapter is None:
-            adapter_indices[_get_model_name(run_or_adapter)] = None
+            adapter_indices[get_model_name(run_or_adapter)] = None
             continue
         load_adapter(model, source.adapter, base_folder=base_source.folder)
         multi_lora.collect_adapter()
-        adapter_indices[_get_model_name(run_or_adapter)] = num_adapters
+        adapter_indices[get_model_name(run_or_adapter)] = num_adapters
         num_adapters += 1
     assert isinstance(model, VisionLanguageModel), (
         f"adapters are not supported by {type(model).__name__}"
@@ -183,7 +194,7 @@ def _check_same_base(
             f"{run_or_adapter} {what}", where="adapters", expected=expected, remedy=remedy
         )
 
-    name, base_path = _get_model_name(run_or_adapter), base_source.folder.path
+    name, base_path = get_model_name(run_or_adapter), base_source.folder.path
     if source.folder.path.resolve() != base_path.resolve():
         expected = f"adapters of {base_path}, the base of the first adapter"
         reject(f"has the base model {source.folder.path}", expected, "start another server for it")
@@ -205,9 +216,13 @@ def _check_same_base(
                 reject(f"was trained with {key} {value}", expected, "start another server for it")
 
 
-def _get_model_name(run_or_model: str) -> str:
-    """Return the model name for requests: the folder name, or a hub name without owner."""
-    return Path(run_or_model).name or Path(run_or_model).resolve().name
+def get_model_name(run_or_model: str) -> str:
+    """Return the model name for requests: the folder name, or a hub name without owner.
+
+    A folder `run`, as `finesight init` names it, has the name of its parent folder.
+    """
+    name = Path(run_or_model).name or Path(run_or_model).resolve().name
+    return Path(run_or_model).resolve().parent.name if name == "run" else name
 
 
 def select_cpu_precision() -> Literal["bf16", "fp32"]:
@@ -246,12 +261,18 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 
 def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSource:
-    """Locate the files of a run, adapter or model without loading the weights."""
+    """Locate the files of a run, adapter or model without loading the weights.
+
+    The first use of a checkpoint (RUN/checkpoints/step-N) of LoRA training writes its adapter to
+    RUN/adapter-step-N.
+    """
     # os.path.isfile returns False for invalid paths (unknown home, name too long).
     path = resolve_model_path(run_or_model)
-    manifest = load_manifest(path / MANIFEST_FILE) if os.path.isfile(path / MANIFEST_FILE) else None
+    run_dir = find_run_dir(path)
+    file = run_dir / MANIFEST_FILE
+    manifest = load_manifest(file) if os.path.isdir(path) and os.path.isfile(file) else None
     if manifest is not None and not (path / "config.json").is_file():
-        return _resolve_run(path, manifest, base)
+        return _resolve_run(run_dir, manifest, base, None if path == run_dir else path)
     if os.path.isfile(path / ADAPTER_CONFIG_FILE):
         # Reject unsupported adapter settings before reading weights.
         settings = read_peft_config(path / ADAPTER_CONFIG_FILE)
@@ -278,16 +299,30 @@ def _reject_base(base: str | None, source: str, reason: str) -> None:
         )
 
 
-def _resolve_run(run_dir: Path, manifest: Manifest, base: str | None) -> ModelSource:
+def _resolve_run(
+    run_dir: Path, manifest: Manifest, base: str | None, checkpoint: Path | None
+) -> ModelSource:
     model_dir = run_dir / "model" if manifest.tune.has_mode("full") else None
     adapter_dir = run_dir / "adapter" if manifest.tune.has_mode("lora") else None
+    if checkpoint is not None and model_dir is None:
+        adapter_dir = run_dir / f"adapter-{checkpoint.name}"
+        checkpoint = None if adapter_dir.is_dir() else checkpoint
     missing = [f"{part.name}/" for part in (model_dir, adapter_dir) if part and not part.is_dir()]
-    if missing:
+    if model_dir is not None and checkpoint is not None:
+        missing = ["complete weights in its checkpoints"]
+    if missing and (model_dir is not None or checkpoint is None):
+        remedy = f"resume it: finesight train {run_dir / RECIPE_FILE} --resume"
+        steps = [
+            folder for folder in run_dir.glob(f"{CHECKPOINTS_FOLDER}/step-*") if folder.is_dir()
+        ]
+        if steps and model_dir is None:
+            newest = max(steps, key=lambda folder: int(folder.name.removeprefix("step-")))
+            remedy += f", or give its newest checkpoint, {newest}"
         raise UserError(
             f"{run_dir.name} has no {' and no '.join(missing)}: the run is not finished",
             where=str(run_dir),
-            expected="a finished run",
-            remedy=f"resume it: finesight train {run_dir / 'recipe.yaml'} --resume",
+            expected="a finished run, or a checkpoint of LoRA training",
+            remedy=remedy,
         )
     if model_dir is not None:
         _reject_base(base, str(run_dir), "contains a complete model in model/")
@@ -310,6 +345,31 @@ def _resolve_run(run_dir: Path, manifest: Manifest, base: str | None) -> ModelSo
             remedy="restore the base model of the run",
         )
     tune = manifest.tune
+    if checkpoint is not None and adapter_dir is not None:
+        _write_checkpoint_adapter(checkpoint, adapter_dir, manifest, folder)
     return ModelSource(
         folder, adapter_dir, manifest, tune.quantize.nf4 or (), tune.quantize.fp8 or ()
     )
+
+
+def _write_checkpoint_adapter(
+    checkpoint: Path, target: Path, manifest: Manifest, base: ModelFolder
+) -> None:
+    """Write the LoRA weights of a checkpoint to a PEFT folder.
+
+    The base model is loaded once, because its layers determine the names and ranks.
+    """
+    verify_folder(checkpoint)
+    shards = [load_file(file) for file in sorted(checkpoint.glob("trainable*.safetensors"))]
+    names = dict.fromkeys(name for shard in shards for name in shard)
+    rows = {name: [shard[name] for shard in shards if name in shard] for name in names}
+    model = load_auto_model(base, torch.bfloat16, torch.device("cpu"))
+    configure_tuning(model, manifest.tune, seed=0)
+    with write_folder(target) as folder:
+        save_adapter(
+            folder,
+            model,
+            base_model=manifest.base_model,
+            base_fingerprint=manifest.base_fingerprint,
+            master_values={name: torch.cat(tensors) for name, tensors in rows.items()},
+        )

@@ -198,6 +198,12 @@ def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
             clipped = iter(boxes)
             return tuple(next(clipped) if isinstance(part, BoxPart) else part for part in known)
     text = (TextPart(text=request.text),) if request.text.strip() else ()
+    if not text and not boxes:
+        raise UserError(
+            "the answer is empty",
+            expected="a text or a box",
+            remedy="enter an answer, or skip the image (S)",
+        )
     return (*text, *boxes)
 
 

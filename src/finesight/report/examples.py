@@ -45,8 +45,8 @@ EXAMPLE_KINDS = ("worse", "better", "wrong", "right")
 
 - `worse`: the score decreased.
 - `better`: the score increased.
-- `wrong`: the score did not change and is below the maximum.
-- `right`: the score did not change and is the maximum.
+- `wrong`: the score did not change, and an answer is incorrect.
+- `right`: the score did not change, and all answers are correct (see `is_correct`).
 """
 
 PER_SAMPLE_METRICS = {
@@ -78,6 +78,7 @@ class Example:
         kind: Class by score, such as `better`.
         change: Increase of the compared score, or range of the scores of several runs.
         row_index: Position of the sample in the predictions (0-based).
+        is_incorrect: Whether the last scored answer is incorrect.
     """
 
     predictions: Sequence[JsonObject | None]
@@ -85,6 +86,7 @@ class Example:
     kind: str
     change: float
     row_index: int = 0
+    is_incorrect: bool = False
 
     @property
     def latest(self) -> JsonObject:
@@ -150,9 +152,13 @@ def build_example_set(
         kind = "wrong"
         if abs(change) > MIN_SCORE_CHANGE:
             kind = "differ" if "differ" in quotas else "better" if change > 0 else "worse"
-        elif known_scores and is_max_score(min(known_scores), metric):
+        correct = [
+            is_correct(line, metric) for line in lines if line and metric in read_scores(line)
+        ]
+        if kind == "wrong" and correct and all(correct):
             kind = "right"
-        groups[kind].append(Example(lines, scores, kind, change, row_index))
+        is_incorrect = bool(correct) and not correct[-1]
+        groups[kind].append(Example(lines, scores, kind, change, row_index, is_incorrect))
     for group in groups.values():
         group.sort(key=lambda example: -abs(example.change))
     # Classes with more examples use the rest of the quotas of smaller ones.
@@ -219,13 +225,19 @@ def read_scores(line: JsonObject) -> dict[str, float]:
     return {str(name): float(value) for name, value in scores.items() if is_finite(value)}
 
 
-def is_max_score(score: float, metric: str) -> bool:
-    """Return whether a per-sample score is the maximum of its metric: the answer is correct."""
-    return score >= MAX_SCORES.get(metric, 1.0) - MIN_SCORE_CHANGE
+def is_correct(line: JsonObject, metric: str) -> bool:
+    """Return whether an answer has the maximum score, or equals a reference in text and boxes.
+
+    The CIDEr-D of a caption that equals its reference is below the maximum if its words are common.
+    """
+    if read_scores(line).get(metric, 0.0) >= MAX_SCORES.get(metric, 1.0) - MIN_SCORE_CHANGE:
+        return True
+    has_equal_text = str(line.get("answer", "")).strip() in map(str.strip, _read_references(line))
+    return has_equal_text and read_boxes(line.get("boxes")) == read_boxes(line.get("gold_boxes"))
 
 
 def read_incorrect_lines(predictions: Path, primary_metric: str | None) -> list[JsonObject]:
-    """Read the predictions whose score is known and below the maximum, in file order.
+    """Read the predictions with a score that are not correct, in file order.
 
     Raises:
         UserError: No prediction has a suitable score.
@@ -239,11 +251,7 @@ def read_incorrect_lines(predictions: Path, primary_metric: str | None) -> list[
             expected="per-sample scores, as `finesight train` and `finesight eval --out` write",
             remedy="set eval.metric in the recipe, and evaluate again",
         )
-    return [
-        line
-        for line in lines
-        if (score := read_scores(line).get(metric)) is not None and not is_max_score(score, metric)
-    ]
+    return [line for line in lines if metric in read_scores(line) and not is_correct(line, metric)]
 
 
 def read_image_paths(line: JsonObject) -> list[str]:
@@ -365,6 +373,7 @@ class ExampleDataBuilder:
                     "kind": example.kind,
                     "change": round(example.change, 4),
                     "row_index": example.row_index,
+                    "is_incorrect": example.is_incorrect,
                     "is_truncated": _is_truncated(example.latest),
                     "predictions": [self._build_answer(line) for line in example.predictions],
                     "scores": [

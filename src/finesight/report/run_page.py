@@ -22,8 +22,6 @@ from finesight.report import summary
 from finesight.report.charts import build_run_charts
 from finesight.report.examples import (
     EXAMPLE_KINDS,
-    MAX_SCORES,
-    MIN_SCORE_CHANGE,
     ExampleDataBuilder,
     ExampleSet,
     JsonData,
@@ -176,7 +174,6 @@ def render_run_page(
             **example_data,
             "charts": [chart.data for chart in charts],
             "metric": format_metric_name(examples.metric),
-            "max_score": MAX_SCORES.get(examples.metric, 1.0) - MIN_SCORE_CHANGE,
             "evaluation_names": evaluation_names,
             "live": live_data,
         },
@@ -283,8 +280,8 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
     text = "{:,} validation samples."
     if examples.metric and examples.is_paired:
         text = (
-            "{:,} validation samples, classified by {}: the maximum is correct, any lower score is"
-            " incorrect."
+            "{:,} validation samples, classified by {}: the maximum is correct, and an answer that"
+            " equals its reference; any other is incorrect."
         )
     elif examples.metric:
         text = "{:,} validation samples, classified by {}: the maximum is correct."

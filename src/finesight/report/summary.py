@@ -244,8 +244,8 @@ def list_comparable_evaluations(
 def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | None:
     """Describe overfitting in the last three comparable evaluations of a run; None without.
 
-    The validation loss rises twice while the training loss falls, or the score of the primary
-    metric falls twice, below the confidence interval of the best one.
+    The validation loss rises twice while the training loss falls and the score of the primary
+    metric does not improve, or this score falls twice, below the confidence interval of the best.
 
     Args:
         folder: Run directory.
@@ -286,22 +286,36 @@ def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
 
     (start, first), (middle, second), (end, last) = points[-3:]
     is_rising = first < second < last > MIN_LOSS_INCREASE * min(loss for _, loss in points)
+    best_step = min(trained)[1]
     if not is_rising or mean_loss(middle, end) >= mean_loss(start, middle):
         return None
+    if has_score_improved_after(best_step, lines):
+        return None
     sign = translate("the validation loss rose while the training loss fell")
-    return sign, translate("validation loss"), points[-3:], min(trained)[1]
+    return sign, translate("validation loss"), points[-3:], best_step
+
+
+def has_score_improved_after(step: int, lines: Sequence[JsonObject]) -> bool:
+    """Return whether a later evaluation has a higher primary score than that after a step."""
+    _, points = _list_primary_scores(lines)
+    start = [score for point_step, score in points if point_step == step]
+    return bool(start) and max(score for s, score in points if s >= step) > start[0]
+
+
+def _list_primary_scores(lines: Sequence[JsonObject]) -> tuple[str, list[tuple[int, float]]]:
+    """Return the primary metric, and step and score of the comparable evaluations."""
+    evaluations = list_comparable_evaluations(lines, "num_samples")
+    metric = str(evaluations[-1].get("primary_metric")) if evaluations else ""
+    scores = [
+        (int(line["step"]), as_object(line.get("scores")).get(metric)) for line in evaluations
+    ]
+    return metric, [(step, float(score)) for step, score in scores if is_finite(score)]
 
 
 def _find_falling_score(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     """Find a primary score that falls twice, below the confidence interval of the best one."""
     evaluations = list_comparable_evaluations(lines, "num_samples")
-    metric = str(evaluations[-1].get("primary_metric")) if evaluations else ""
-    scores = [as_object(line.get("scores")).get(metric) for line in evaluations]
-    points = [
-        (int(line["step"]), float(score))
-        for line, score in zip(evaluations, scores, strict=True)
-        if is_finite(score)
-    ]
+    metric, points = _list_primary_scores(lines)
     trained = [point for point in points if point[0]]
     if len(points) < 3 or not trained:
         return None

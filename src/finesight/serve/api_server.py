@@ -401,7 +401,6 @@ def bind_socket(host: str, port: int, keys: Sequence[str]) -> socket.socket:
         reason = os.strerror(error.errno) if error.errno else error
         raise UserError(
             f"cannot listen on {host}:{port} ({reason})",
-            where="--host, --port",
             expected="a local address and a free port",
             remedy="add --port 0 for any free port, or stop the other program",
         ) from error

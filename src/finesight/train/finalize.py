@@ -28,7 +28,7 @@ from finesight.evaluate.metric_difference import (
     compare_prediction_files,
     format_differences,
 )
-from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
+from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE, read_example
 from finesight.model.hf_backend import save_auto_model
 from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
@@ -368,7 +368,9 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
     run_dir.write_result(run_result.as_json())
     _log_summary(run_result, run_dir, console)
     write_run_report(run_dir, console)
-    console.log(f"Try it:  {shlex.join(['finesight', 'chat', str(run_dir.path)])}")
+    image, prompt = read_example(run_dir.path)
+    command = shlex.join(["finesight", "predict", str(run_dir.path), image, "--prompt", prompt])
+    console.log(f"Try it:  {command}")
     console.log(f"next: {shlex.join(['finesight', 'serve', str(run_dir.path)])}")
     return run_result
 
@@ -459,9 +461,11 @@ def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -
     if after is not None and best is not None and best.step != after.step:
         metric_name = "validation loss" if best.primary_metric is None else best.primary_metric
         value = best.validation_loss if best.primary_score is None else best.primary_score
+        checkpoint = run_dir.checkpoint_dir / f"step-{best.step}"
+        hint = "" if run_dir.model_dir.exists() else f": finesight predict {checkpoint} IMAGE"
         console.log(
             f"The {metric_name} was better after step {best.step} ({value:.4f});"
-            f" its checkpoint is {run_dir.checkpoint_dir / f'step-{best.step}'}"
+            f" its checkpoint is {checkpoint}{hint}"
         )
 
 

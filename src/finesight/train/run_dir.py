@@ -61,7 +61,8 @@ class RunDir:
     @property
     def is_started(self) -> bool:
         """True if the directory contains a run."""
-        return (self.path / MANIFEST_FILE).exists()
+        with translate_os_errors(self.path):
+            return (self.path / MANIFEST_FILE).exists()
 
     def check_available(self, resume: bool) -> None:
         """Verify that the directory is empty or absent, or contains the run to resume.
@@ -69,18 +70,20 @@ class RunDir:
         Raises:
             UserError: The directory contains other files or another run.
         """
-        with translate_os_errors(self.path):
-            is_started = self.is_started
+        is_started = self.is_started
         entries = [] if is_started or not self.path.is_dir() else list(self.path.iterdir())
         visible = sorted(path.name for path in entries if not path.name.startswith("."))
         absent, remedy = "a path that does not exist", "set another output_dir"
         problem = None
         if is_started and not resume:
-            problem = "contains another run", "a new folder, or a run that is resumed"
-            remedy = (
-                "add --resume (in Python, resume=True) to continue it, or set another folder:"
-                f" output_dir={self.path}-2"
+            is_finished = (self.path / RESULT_FILE).exists()
+            problem = (
+                f"contains {'a finished' if is_finished else 'another'} run",
+                "a new folder" if is_finished else "a new folder, or a run that is resumed",
             )
+            remedy = f"set another folder: output_dir={self.path}-2"
+            if not is_finished:
+                remedy = f"add --resume (in Python, resume=True) to continue it, or {remedy}"
         elif self.path.is_symlink() and not self.path.exists():
             problem = "is a broken link", f"a folder, or {absent}"
             remedy = f"remove the link, or {remedy}"

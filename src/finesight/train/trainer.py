@@ -838,7 +838,10 @@ class Trainer:
         step = self.state.progress.step
         message = f"checkpoint of step {step} written" if step else "no step was finished"
         assert self.stop.signal is not None, "an interruption without a signal"
+        run_dir, hint = self.state.run_dir, ""
+        if step and not self.state.recipe.tune.has_mode("full"):
+            hint = f", or use {run_dir.checkpoint_dir / f'step-{step}'} as a model"
         return TrainingInterrupted(
-            f"stopped by {self.stop.signal.name}, {message} in {self.state.run_dir.path};"
-            " repeat the command with --resume to continue"
+            f"stopped by {self.stop.signal.name}, {message} in {run_dir.path};"
+            f" repeat the command with --resume to continue{hint}"
         )

@@ -259,15 +259,15 @@ def _train_rank(
     """Train on this rank; only the main process writes files and returns a result."""
     start, is_main = time.perf_counter(), process_group.is_main
     run_dir = RunDir(recipe.output_dir)
-    if is_main:
-        run_dir.check_available(resume)
-    is_resumed = resume and run_dir.is_started
-    if resume and not is_resumed:
-        console.log(f"{run_dir.path}: no run to resume; a new run starts")
     with ExitStack() as stack:
-        if is_resumed and is_main:
-            # No other process may write to the run while it is read.
-            stack.enter_context(run_dir.lock())
+        if is_main:
+            if run_dir.is_started:
+                # No other process may write to the run while it is read.
+                stack.enter_context(run_dir.lock())
+            run_dir.check_available(resume)
+        is_resumed = resume and run_dir.is_started
+        if resume and not is_resumed:
+            console.log(f"{run_dir.path}: no run to resume; a new run starts")
         if resume and (result := load_result(run_dir)) is not None:
             further = f"adapter={run_dir.path} output_dir={run_dir.path}-2"
             console.log(

@@ -74,7 +74,6 @@ def bind_socket(host: str, port: int) -> socket.socket:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise UserError(
             f"cannot listen on {host}:{port} ({reason})",
-            where="--host, --port",
             expected="a local address and a free port",
             remedy="add --port 0 for any free port, or stop the other program",
         ) from error

@@ -77,11 +77,6 @@ function lastScore({scores}) {
   return scores.findLast((score) => score !== null) ?? null;
 }
 
-function isIncorrect(example) {
-  const score = lastScore(example);
-  return score !== null && score < DATA.max_score;
-}
-
 /* Examples without a score are last. */
 function compareScores(one, other, sign) {
   const [score, otherScore] = [lastScore(one), lastScore(other)];
@@ -180,7 +175,7 @@ function startExamples() {
       button.setAttribute("aria-pressed", String(button.dataset.view === view));
     }
     byId("found").textContent = translate("{} found", matches.length);
-    const numIncorrect = matches.filter(isIncorrect).length;
+    const numIncorrect = matches.filter((example) => example.is_incorrect).length;
     save.textContent = translate("Save {} incorrect as JSONL", numIncorrect);
     save.disabled = numIncorrect === 0;
     byId("feed").classList.toggle("grid", view === "grid");
@@ -200,7 +195,7 @@ function startExamples() {
   });
   save.addEventListener("click", () => {
     const name = document.querySelector("h1").textContent;
-    saveFile(`${name}-incorrect.jsonl`, matches.filter(isIncorrect).map(toPredictionLine).join(""));
+    saveFile(`${name}-incorrect.jsonl`, matches.filter((example) => example.is_incorrect).map(toPredictionLine).join(""));
   });
   byId("enlarged-close").addEventListener("click", () => byId("enlarged").close());
   onNavigate((step) => moveFocus(step));

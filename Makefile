@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Tests use small tensors: one thread is faster than several. Each process uses up to 4 GB.
 # Bytecode is cached even where containers disable it: tests start hundreds of Python processes.
-PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: quickstart test test-slow test-fuzz test-faults test-docs lint types layers unit measures docs clean

@@ -253,9 +253,8 @@ MISTAKES = {
     ),
     "existing-run": Mistake(
         "train recipe.yaml",
-        "run: contains another run",
-        "add --resume (in Python, resume=True) to continue it, or set another folder: "
-        "output_dir=run-2",
+        "run: contains a finished run",
+        "set another folder: output_dir=run-2",
     ),
     "mistyped-model": Mistake(
         "plan recipe.yaml model=task/tyni", "model: no folder task/tyni", "use task/tiny, or give"
@@ -308,7 +307,7 @@ MISTAKES = {
     ),
     "port-in-use": Mistake(
         "serve run --port $PORT",
-        "--host, --port: cannot listen on 127.0.0.1:$PORT (Address already in use)",
+        "cannot listen on 127.0.0.1:$PORT (Address already in use)",
         "add --port 0 for any free port, or stop the other program",
         occupy_port,
     ),
@@ -337,7 +336,7 @@ MISTAKES = {
     ),
     "port-of-page-in-use": Mistake(
         "label finesight-tiny photos --prompt Read. --out out --port $PORT",
-        "--host, --port: cannot listen on 127.0.0.1:$PORT (Address already in use)",
+        "cannot listen on 127.0.0.1:$PORT (Address already in use)",
         "add --port 0 for any free port, or stop the other program",
         occupy_port,
     ),

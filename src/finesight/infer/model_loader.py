@@ -362,7 +362,7 @@ def _write_checkpoint_adapter(
     verify_folder(checkpoint)
     shards = [load_file(file) for file in sorted(checkpoint.glob("trainable*.safetensors"))]
     names = dict.fromkeys(name for shard in shards for name in shard)
-    rows = {name: [shard[name] for shard in shards if name in shard] for name in names}
+    parts = {name: [shard[name] for shard in shards if name in shard] for name in names}
     model = load_auto_model(base, torch.bfloat16, torch.device("cpu"))
     configure_tuning(model, manifest.tune, seed=0)
     with write_folder(target) as folder:
@@ -371,5 +371,5 @@ def _write_checkpoint_adapter(
             model,
             base_model=manifest.base_model,
             base_fingerprint=manifest.base_fingerprint,
-            master_values={name: torch.cat(tensors) for name, tensors in rows.items()},
+            master_values={name: torch.cat(tensors) for name, tensors in parts.items()},
         )

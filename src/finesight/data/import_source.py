@@ -317,11 +317,14 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             data_format for data_format in FORMATS if data_format.open_dataset is not None
         ]
         listing = list_folder(source)
+        has_only_images = len(listing.image_files()) == len(listing.files) > 0
         raise UserError(
             f"a folder without a known dataset format; it contains {listing}"
             f"{''.join(map(partial(_explain_mismatch, source), folder_formats))}",
             where=str(source),
-            expected="; ".join(
+            expected="images with labels"
+            if has_only_images
+            else "; ".join(
                 f"{data_format.name}: {data_format.description}" for data_format in folder_formats
             ),
             remedy=listing.suggest_source(),

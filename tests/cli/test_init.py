@@ -80,7 +80,7 @@ def test_folder_of_images_becomes_a_trained_model(
     assert "answer: caption\n        unused column: url\n" in printed
     assert "24 rows\n        comma-separated, UTF-8\n" in printed
     assert "no issues found" in printed
-    assert "fits 90%" in printed
+    assert "fits in 90% of memory" in printed
     assert printed.endswith(
         "next:\n  finesight train photos-finetune/recipe.yaml\n"
         "  finesight chat photos-finetune/run\n"
@@ -101,8 +101,10 @@ def test_folder_of_images_becomes_a_trained_model(
     assert run_command(["predict", "photos-finetune", image, "--prompt", "x"]) == 2
     assert "did you mean photos-finetune/run?" in capsys.readouterr().err
     monkeypatch.chdir("photos-finetune")
-    assert run_command(["train", "recipe.yaml"]) == 2
-    assert "run the command in the parent folder (cd ..)" in capsys.readouterr().err
+    assert run_command(["train", "recipe.yaml", "train.epochs=1"]) == 2
+    printed = capsys.readouterr().err
+    assert "train.epochs replaces train.steps: 200 of the recipe" in printed
+    assert "run the command in the parent folder (cd ..)" in printed
     monkeypatch.chdir(tmp_path)
     question = ["photos/images/0.png", "--prompt", "Describe the image."]
     assert run_command(["predict", "photos-finetune/run", *question]) == 0
@@ -345,6 +347,17 @@ def test_classes_of_unlabeled_images_are_asked(
     recipe = yaml.safe_load(Path("photos-finetune/recipe.yaml").read_text())
     assert recipe["eval"]["metric"] == "classification"
     assert recipe["data"]["eval"] == "photos-finetune/data/labels_eval.jsonl"
+
+
+def test_images_without_labels_lead_to_labelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "photos" / "a.png", 0)
+    assert run_command(["import", "photos", "--out", "data"]) == 2
+    error = capsys.readouterr().err
+    assert "  expected: images with labels\n" in error
+    assert "or label them: finesight label MODEL photos --prompt TEXT" in error
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,10 @@ def test_lines_and_record_are_consistent(task: TinyTask) -> None:
     assert f"the longest is {plan.token_stats.longest_sample_id}" in text
     assert "          recipe          chosen" in text
     assert text.endswith(f"to use the chosen settings: {' '.join(record['overrides'])}")
+    assert "train.precision" not in text
+    lines = format_plan(replace(plan, overrides=("train.precision=bf16",), precision="bf16"))
+    (row,) = [line.split() for line in lines if line.startswith("  train.precision ")]
+    assert row == ["train.precision", "auto", "(fp32)", "bf16"]
     assert record["chosen"]["pack_tokens"] == plan.chosen_estimate.settings.pack_tokens
     memory = record["recipe"]["memory"]
     assert sum(memory.values()) == record["recipe"]["total_bytes"]

@@ -16,7 +16,11 @@ from finesight.train.console import TrainingConsole
     ("step_s", "lines"),
     [
         (1.0, ["reading: 10/30, 20 s left", "reading: 20/30, 10 s left"]),
-        (25.0, [f"reading: {n}/30, {25 * (30 - n)} s left" for n in range(1, 30)]),
+        # The first sample includes the warm-up.
+        (
+            25.0,
+            ["reading: 1/30", *(f"reading: {n}/30, {25 * (30 - n)} s left" for n in range(2, 30))],
+        ),
         (0.1, []),
     ],
     ids=["every-ten-seconds", "slow", "fast"],

@@ -109,5 +109,5 @@ def test_console_shows_significant_data_wait() -> None:
     assert all("waiting" not in line for line in logged_lines([0.9, 0.01, 0.02, 0.03]))
     lines = logged_lines([0.9, 0.0, 0.3, 0.6])
     assert ["waiting" in line for line in lines] == [False, False, True, True]
-    assert "1.0 GB  15 % waiting for data" in lines[2]
+    assert "  peak 1.0 GB  15 % waiting for data" in lines[2]
     assert "30 % waiting for data" in lines[3]

@@ -71,7 +71,7 @@ _LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
 
 _RECIPE = """\
 # Written by `finesight init` for {device}.
-# Override settings on the command line: finesight train {recipe} train.learning_rate=5.0e-5
+# Override settings on the command line: finesight train {recipe} train.batch_size=4
 model: {model}
 data:
   train: {train}

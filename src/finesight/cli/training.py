@@ -166,7 +166,7 @@ def train(
     Example: finesight train runs/short --resume
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
-    from finesight.recipe import load_recipe
+    from finesight.recipe import load_recipe, parse_recipe, read_recipe_text
 
     if push is not None:
         from finesight.hub.address import parse_address
@@ -176,6 +176,11 @@ def train(
     if os.path.isdir(recipe):  # False for an invalid path, which load_recipe reports
         recipe = _find_run_recipe(recipe, overrides or ())
     settings = load_recipe(recipe, overrides or ())
+    if any(override.startswith("train.epochs=") for override in overrides or ()):
+        content, _ = parse_recipe(read_recipe_text(recipe), recipe)
+        steps = content.get("train", {}).get("steps") if isinstance(content, dict) else None
+        if steps is not None and os.environ.get("RANK", "0") == "0":
+            typer.echo(f"train.epochs replaces train.steps: {steps} of the recipe", err=True)
     if push is not None and settings.tune.has_mode("full") and settings.tune.has_mode("lora"):
         raise UserError(
             "the run trains an adapter and complete parts, which must be merged first",

@@ -320,11 +320,14 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             data_format for data_format in FORMATS if data_format.open_dataset is not None
         ]
         listing = list_folder(source)
+        has_only_images = len(listing.image_files()) == len(listing.files) > 0
         raise UserError(
             f"a folder without a known dataset format; it contains {listing}"
             + "".join(_explain_mismatch(source, one) for one in folder_formats if listing.files),
             where=str(source),
-            expected="a dataset in one of the formats "
+            expected="images with labels"
+            if has_only_images
+            else "a dataset in one of the formats "
             f'{", ".join(one.name for one in folder_formats)} (page "Importing data")',
             remedy=listing.suggest_source(),
         )

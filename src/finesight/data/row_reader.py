@@ -718,8 +718,9 @@ class FolderListing:
             )
         if self.image_files():
             return (
-                "the closest is folder: a .txt file with the answer next to each image; or sort the"
-                " images into one folder per class; or label them: finesight label MODEL IMAGES"
+                "add a table or a .txt file with the answer next to each image, sort the images"
+                f" into one folder per class, or label them: finesight label MODEL {self.root}"
+                " --prompt TEXT"
             )
         return "give the folder with the images and labels, or the file with the rows"
 

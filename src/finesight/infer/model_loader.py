@@ -360,16 +360,15 @@ def _write_checkpoint_adapter(
     The base model is loaded once, because its layers determine the names and ranks.
     """
     verify_folder(checkpoint)
-    shards = [load_file(file) for file in sorted(checkpoint.glob("trainable*.safetensors"))]
-    names = dict.fromkeys(name for shard in shards for name in shard)
-    parts = {name: [shard[name] for shard in shards if name in shard] for name in names}
+    parts: dict[str, list[torch.Tensor]] = {}
+    for file in sorted(checkpoint.glob("trainable*.safetensors")):
+        for name, tensor in load_file(file).items():
+            parts.setdefault(name, []).append(tensor)
     model = load_auto_model(base, torch.bfloat16, torch.device("cpu"))
     configure_tuning(model, manifest.tune, seed=0)
-    with write_folder(target) as folder:
+    values = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    name, fingerprint = manifest.base_model, manifest.base_fingerprint
+    with write_folder(target) as out:
         save_adapter(
-            folder,
-            model,
-            base_model=manifest.base_model,
-            base_fingerprint=manifest.base_fingerprint,
-            master_values={name: torch.cat(tensors) for name, tensors in parts.items()},
+            out, model, base_model=name, base_fingerprint=fingerprint, master_values=values
         )

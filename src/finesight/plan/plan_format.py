@@ -59,7 +59,7 @@ def _format_summary(plan: RunPlan) -> Iterator[str]:
     )
     yield (
         f"run     {plan.total_steps} steps of {plan.batch_size} samples,"
-        f" packs per step: {plan.chosen_estimate.packs_per_step:.3g}"
+        f" packs (forward passes) per step: {plan.chosen_estimate.packs_per_step:.3g}"
     )
 
 
@@ -107,6 +107,8 @@ def _format_estimates(plan: RunPlan) -> Iterator[str]:
         "tune.quantize.nf4",
         [",".join(estimate.settings.nf4_parts) or "none" for estimate in estimates],
     )
+    if any(override.startswith("train.precision=") for override in plan.overrides):
+        yield _format_row("train.precision", ["auto (fp32)", plan.precision])
     for key, name in MEMORY_ROWS.items():
         values = [asdict(estimate.peak)[key] for estimate in estimates]
         if any(values):
@@ -120,7 +122,7 @@ def _format_estimates(plan: RunPlan) -> Iterator[str]:
     )
     limit = f"{plan.chosen_estimate.memory_limit / 1e9:.1f} GB"
     yield _format_row(
-        f"fits {USABLE_MEMORY_FRACTION:.0%}, {limit}",
+        f"fits in {USABLE_MEMORY_FRACTION:.0%} of memory, {limit}",
         ["yes" if estimate.fits else "no" for estimate in estimates],
     )
     yield _format_row(

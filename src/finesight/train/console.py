@@ -51,20 +51,25 @@ class TrainingConsole:
         Yields:
             Callback to call with the number of newly processed samples.
         """
-        done, start_s = 0, time.perf_counter()
-        logged_s = start_s
+        done = num_first = 0
+        first_s = logged_s = time.perf_counter()
         with self._create_bar() as bar:
             task = bar.add_task(title, total=total, figures="")
 
             def on_progress(count: int) -> None:
-                nonlocal done, logged_s
+                nonlocal done, num_first, first_s, logged_s
                 done += count
                 bar.advance(task, count)
                 now = time.perf_counter()
+                if not num_first:
+                    num_first, first_s = done, now  # the first samples include the warm-up
                 if bar.disable and 0 < done < total and now - logged_s >= LOG_INTERVAL_S:
                     logged_s = now
-                    remaining_s = (now - start_s) / done * (total - done)
-                    self.log(f"{title}: {done}/{total}, {remaining_s:.0f} s left")
+                    text = f"{title}: {done}/{total}"
+                    if done > num_first:
+                        remaining_s = (now - first_s) / (done - num_first) * (total - done)
+                        text += f", {remaining_s:.0f} s left"
+                    self.log(text)
 
             yield on_progress
 
@@ -157,6 +162,6 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
         f"{metrics['samples_per_s']:.1f} samples/s",
         f"{metrics['tokens_per_s']:.0f} tokens/s",
         *([f"{100 * metrics['mfu']:.0f} % MFU"] if metrics["mfu"] else []),
-        f"{metrics['peak_memory_gb']:.1f} GB",
+        f"peak {metrics['peak_memory_gb']:.1f} GB",
     ]
     return "  ".join(fields)

@@ -130,7 +130,7 @@ const show = () => {
   byId("confidence").textContent = item.score !== null
     ? translate("error score {}", item.score.toFixed(2))
     : item.confidence !== null
-      ? translate("confidence {}", item.confidence.toFixed(2)) : translate("No suggestion");
+      ? translate("confidence {}", `${Math.floor(100 * item.confidence)} %`) : translate("No suggestion");
   byId("history").hidden = !history.length;
   byId("history").querySelector("ol").replaceChildren(...history.map((entry) => create(
     "li", {}, `${entry.time.slice(0, 19).replace("T", " ")} ${translate(entry.event)} ${entry.model}`)));

@@ -208,8 +208,8 @@ def test_read_samples_accepts_files_and_questions(task, tmp_path):
         (lambda *_: api.read_samples("missing.jsonl", limit=0), "limit"),
         (lambda *_: api.load_model("./missing"), "model"),
         (lambda *_: api.evaluate("./missing", limit=-1), "limit"),
-        (lambda *_: api.evaluate("./missing", "missing.jsonl"), "metric"),
-        (lambda *_: api.evaluate("./missing", metric="qa"), "data"),
+        (lambda *_: api.evaluate("finesight-tiny", "missing.jsonl"), "metric"),
+        (lambda *_: api.evaluate("finesight-tiny", metric="qa"), "data"),
         (lambda *_: api.load_model("finesight-tiny", device="cuda:1"), "device"),
         (lambda *_: api.load_model("finesight-tiny", precision="bfloat16"), "precision"),
         (lambda *_: api.load_model("finesight-tiny", weights="int3"), "weights"),
@@ -233,8 +233,8 @@ def test_invalid_calls_are_reported(model, image_path, tmp_path, monkeypatch, ca
 def test_errors_mention_no_cli_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls = [
-        lambda: api.evaluate("./missing", "missing.jsonl"),
-        lambda: api.evaluate("./missing", metric="qa"),
+        lambda: api.evaluate("finesight-tiny", "missing.jsonl"),
+        lambda: api.evaluate("finesight-tiny", metric="qa"),
         lambda: api.import_data("missing.csv", "out", train_fraction=2),
         lambda: api.import_data("missing.csv", "out", train_fraction=0.5, eval_last=2),
     ]

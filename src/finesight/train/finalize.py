@@ -94,11 +94,12 @@ class ParamAudit:
 
     def __init__(self, model: nn.Module, master_weights: Mapping[str, Tensor]) -> None:
         # Parameters, not tensors: the data of a weight may be reallocated.
+        is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
         self._frozen = {
             name: parameter
             for name, parameter in model.named_parameters()
-            # Trainable parameters without rows on this rank have no master weights here.
-            if name not in master_weights and not parameter.requires_grad
+            # Trainable parameters of a sharded model may have no master weights on this rank.
+            if name not in master_weights and not (is_sharded and parameter.requires_grad)
         }
         self._quantized = find_quantized_weights(model)
         self._master_weights = master_weights

@@ -100,6 +100,16 @@ def test_mistyped_run_folder_is_not_requested_from_the_hub(
     assert raised.value.remedy == "use runs/mine, or give hf:runs/mnie for a model of the hub"
 
 
+def test_run_of_a_recipe_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos-finetune").mkdir()
+    (tmp_path / "photos-finetune" / "recipe.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no folder photos-finetune/run") as raised:
+        locate_model("photos-finetune/run")
+    remedy = "train it first: finesight train photos-finetune/recipe.yaml"
+    assert raised.value.remedy == remedy
+
+
 def test_hub_name_without_connection(tmp_path: Path) -> None:
     # In a process of its own: huggingface_hub reads these settings when it is imported.
     code = """

@@ -91,6 +91,8 @@ def suggest_similar_path(path: Path, otherwise: str = "check the path") -> str:
     """
     if not path.is_absolute() and os.path.exists(os.path.join("..", path)):
         return "run the command in the parent folder (cd ..), in which it exists"
+    if path.name == "labels.jsonl":
+        return "label images first, with the command that finesight init has printed"
     siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
     return suggest_name(path.name, siblings, otherwise, f"{path.parent}/")
 

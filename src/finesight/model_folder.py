@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from finesight.bounded_files import read_bytes, read_json, read_json_object, read_text
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress, is_hub_address, parse_model_address
-from finesight.manifest import MANIFEST_FILE
+from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import FileLock, remove_folder, write_folder
 
 if TYPE_CHECKING:
@@ -533,7 +533,11 @@ def check_model_path(name: str) -> HubAddress | None:
     known = [*names, TINY_MODEL] if path.parent == Path() else names
     similar = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
     remedy = f"use {path.parent / similar[0]}" if similar else "correct the path"
-    expected = _EXPECTED_MODEL
+    expected, recipe = _EXPECTED_MODEL, path.parent / RECIPE_FILE
+    if path.name == "run" and recipe.is_file():
+        # The folder that `finesight init` has written.
+        remedy = f"train it first: finesight train {recipe}"
+        raise UserError(f"no folder {name}", where="model", expected=expected, remedy=remedy)
     if address is not None:
         expected = f"a folder in {path.parent}/: {', '.join(names[:8]) or 'it has none'}"
         remedy += f", or give hf:{name} for a model of the hub"

@@ -134,6 +134,9 @@ def test_unlabeled_images_become_a_served_model(
     colors = draw_dots(Path("photos"), 200)
     assert run_command(["init", "photos", "--yes", "--prompt", "Which color?"]) == 0
     label, train, serve = capsys.readouterr().out.partition("next:\n")[2].split("\n", 2)
+    assert run_command(shlex.split(train)[1:]) == 2
+    remedy = "label images first, with the command that finesight init has printed"
+    assert remedy in capsys.readouterr().err
     with run_server(label) as (address, errors):
         for index in range(30):
             with urllib.request.urlopen(f"{address}/items/{index}") as answer:
@@ -343,7 +346,8 @@ def test_classes_of_unlabeled_images_are_asked(
     assert result.exit_code == 0, result.output
     assert result.output.count("]: ") == len(answers)
     label = "finesight label finesight-tiny photos --prompt 'Which color?' --out photos-finetune"
-    assert f"{label}/data --classes red,green --train-fraction 0.8\n" in result.output
+    options = "--classes red,green --no-suggestions --train-fraction 0.8"
+    assert f"{label}/data {options}\n" in result.output
     recipe = yaml.safe_load(Path("photos-finetune/recipe.yaml").read_text())
     assert recipe["eval"]["metric"] == "classification"
     assert recipe["data"]["eval"] == "photos-finetune/data/labels_eval.jsonl"
@@ -354,7 +358,7 @@ def test_images_without_labels_lead_to_labelling(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_image(tmp_path / "photos" / "a.png", 0)
-    assert run_command(["import", "photos", "--out", "data"]) == 2
+    assert run_command(["import", "photos", "data"]) == 2
     error = capsys.readouterr().err
     assert "  expected: images with labels\n" in error
     assert "or label them: finesight label MODEL photos --prompt TEXT" in error

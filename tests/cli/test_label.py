@@ -80,6 +80,12 @@ def test_next_command_keeps_the_earlier_training_data(
         "next: finesight train first/recipe.yaml 'data.train=[old.jsonl, labels/labels.jsonl]'"
         " output_dir=first-2"
     )
+    # With the recipe of `finesight init`, which names the labels.
+    recipe = "model: finesight-tiny\ndata: {train: data/labels.jsonl}\noutput_dir: first\n"
+    Path("recipe.yaml").write_text(recipe)
+    Path("first-2").mkdir()
+    last_line = CliRunner().invoke(app, [*arguments, "--out", "data"]).stderr.splitlines()[-1]
+    assert last_line == "next: finesight train recipe.yaml output_dir=first-3"
 
 
 def test_review_ranks_existing_answers(tmp_path: Path) -> None:

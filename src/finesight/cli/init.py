@@ -49,6 +49,21 @@ MODELS = (
 )
 """GPU memory in bytes from which a model is suggested; with less, the bundled model."""
 
+TASKS = {
+    "captions": "describe the image in words of your own",
+    "latex": "write a formula as LaTeX",
+    "ocr": "read the text of the image",
+    "qa": "answer a question in a few words",
+    "classification": "choose one of several classes",
+    "json": "read fields, such as shop, date and total, as JSON",
+    "grounding": "find the object that the question names",
+    "detection": "find all objects of given classes",
+}
+"""Tasks with the answer that a model gives."""
+
+LABEL_KINDS = {"json": "fields", "grounding": "boxes", "detection": "boxes"}
+"""Kind of the labels of a task, if it is not text."""
+
 PROMPTS = {
     "captions": "Describe the image.",
     "latex": "Write the formula as LaTeX.",
@@ -245,8 +260,9 @@ def _ask(question: str, default: str, yes: bool) -> str:
 def _ask_metric(default: str, yes: bool) -> str:
     from finesight.config import TaskName
 
-    question = f"Task ({', '.join(get_args(TaskName))})"
-    while (metric := _ask(question, default, yes)) not in get_args(TaskName):
+    if not yes:
+        typer.echo("\n".join(f"  {task:15} {text}" for task, text in TASKS.items()), err=True)
+    while (metric := _ask("Task, one of the above", default, yes)) not in get_args(TaskName):
         typer.echo(f"unknown task {metric!r}", err=True)
     return metric
 
@@ -279,7 +295,7 @@ def _init_labels(
 ) -> None:
     """Write the recipe of images that `finesight label` labels, and print the commands."""
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
-    from finesight.model_folder import locate_model
+    from finesight.model_folder import TINY_MODEL, locate_model
 
     metric = _ask_metric("captions", yes)
     prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), yes)
@@ -293,7 +309,11 @@ def _init_labels(
     task = DetectedTask(metric, prompt, 32 if classes else 256)
     _write_recipe(recipe, model, device, task, files, num_samples)
     label = ["label", model, source, "--prompt", prompt, "--out", data]
-    label += ["--classes", classes] if classes else []
+    # The bundled model cannot answer before training; the keys of fields come from suggestions.
+    has_suggestions = model != TINY_MODEL
+    kind = "text" if metric == "json" and not has_suggestions else LABEL_KINDS.get(metric, "text")
+    label += ["--classes", classes] if classes else ["--kind", kind]
+    label += [] if has_suggestions else ["--no-suggestions"]
     label += ["--train-fraction", 1 - MAX_EVAL_FRACTION]
     commands = [
         shlex.join(["finesight", *map(str, words)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -188,14 +189,23 @@ def label(
         words = ["init", labels]
         if recipe.is_file() and labels in recipe.read_text("utf-8", "replace"):
             words = ["train", str(recipe)]
+            run_dir = load_recipe(recipe).output_dir
+            words += [f"output_dir={_find_free_folder(run_dir)}"] if run_dir.exists() else []
         elif run_recipe.is_file():
             # The labels of a review contain the reviewed training data.
             files = (
                 [] if review else [str(file.path) for file in load_recipe(run_recipe).data.train]
             )
             train = f"data.train=[{', '.join([*files, labels])}]"
-            words = ["train", str(run_recipe), train, f"output_dir={run_or_model}-2"]
+            free_folder = _find_free_folder(Path(run_or_model))
+            words = ["train", str(run_recipe), train, f"output_dir={free_folder}"]
         typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
+
+
+def _find_free_folder(folder: Path) -> Path:
+    """Return the name of a further run: the folder with the first unused number from 2."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(name for name in names if not name.exists())
 
 
 def _print_suggestions(session: LabelSession, as_json: bool) -> None:

@@ -463,9 +463,20 @@ def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -
             console.log("stopped: share of answers that ended before eval.max_new_tokens")
     if after is not None and best is not None and best.step != after.step:
         metric_name = "validation loss" if best.primary_metric is None else best.primary_metric
-        value = best.validation_loss if best.primary_score is None else best.primary_score
-        checkpoint = run_dir.checkpoint_dir / f"step-{best.step}"
-        hint = "" if run_dir.model_dir.exists() else f": finesight predict {checkpoint} IMAGE"
+        value, final = (
+            evaluation.validation_loss
+            if evaluation.primary_score is None
+            else evaluation.primary_score
+            for evaluation in (best, after)
+        )
+        if f"{value:.4f}" == f"{final:.4f}":
+            return
+        checkpoint, (image, prompt) = (
+            run_dir.checkpoint_dir / f"step-{best.step}",
+            read_example(run_dir.path),
+        )
+        command = shlex.join(["finesight", "predict", str(checkpoint), image, "--prompt", prompt])
+        hint = "" if run_dir.model_dir.exists() else f": {command}"
         console.log(
             f"The {metric_name} was better after step {best.step} ({value:.4f});"
             f" its checkpoint is {checkpoint}{hint}"

@@ -48,7 +48,7 @@ SCRIPT_TEXTS = (
     *("{} of {}", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
     *("open", "suggested", "accepted", "corrected", "skipped", "reopened"),
     *("All images are decided.", "Not saved", "The server does not answer."),
-    "The image cannot be read.",
+    *("The image cannot be read.", "No objects", "Answer without JSON:"),
 )
 """Texts of the script, which are translated on the page."""
 
@@ -106,7 +106,6 @@ class LabelPage:
                 "choices": task.choices,
                 "colors": BOX_COLORS,
                 "no_objects": NO_OBJECTS_ANSWER,
-                "review": self._session.review,
                 "texts": {text: translate(text) for text in SCRIPT_TEXTS},
             }
             return self._environment.get_template("label.html").render(
@@ -156,6 +155,7 @@ class LabelPage:
                 text = request.text
                 if request.edits is not None:
                     text = self._session.edit_fields(text, request.edits)
+                self._session.check_text(text)
                 request = request.model_copy(update={"text": text})
                 store.save_label(request.id, _build_content(item, request))
             elif request.action == "skip":
@@ -202,7 +202,7 @@ def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
         raise UserError(
             "the answer is empty",
             expected="a text or a box",
-            remedy="enter an answer, or skip the image (S)",
+            remedy="enter an answer or skip (S)",
         )
     return (*text, *boxes)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finesight.data.corpus import load_corpus
+from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.sample import (
     BoxPart,
@@ -59,12 +60,14 @@ class LabelTask:
         choices: Class names: the answers, or the labels of boxes. Empty for free text.
         template: JSON object for images without a suggestion; empty without one. Its values have
             the types of the examples: "", 0, false, or null for an unknown type.
+        has_default_kind: Whether neither the user nor examples determine the kind.
     """
 
     kind: AnswerKind = "text"
     prompt: str | None = None
     choices: tuple[str, ...] = ()
     template: str = ""
+    has_default_kind: bool = False
 
 
 SUGGESTIONS_PER_WRITE = 64
@@ -120,16 +123,17 @@ class LabelSession:
         return reasons
 
     def complete_task(self) -> None:
-        """Use boxes in suggestions for the kind and the choices, if the task has no examples."""
-        contents = [item.proposal for item in self.store.items]
-        labels = Counter(
-            part.label for content in contents for part in content if isinstance(part, BoxPart)
-        )
-        if self.task.kind == "text" and labels:
-            self.task = replace(self.task, kind="boxes")
+        """Detect kind, labels of boxes and template in the suggestions, if they are unknown."""
+        contents = [item.proposal for item in self.store.items if item.proposal]
+        if self.task.has_default_kind:
+            self.task = replace(self.task, kind=_detect_kind(contents))
         if self.task.kind == "boxes" and not self.task.choices:
-            choices = tuple(label for label, _ in labels.most_common() if label)
-            self.task = replace(self.task, choices=choices)
+            boxes = (part for content in contents for part in content if isinstance(part, BoxPart))
+            labels = Counter(box.label for box in boxes if box.label)
+            self.task = replace(self.task, choices=tuple(name for name, _ in labels.most_common()))
+        if self.task.kind == "fields" and not self.task.template:
+            template = _build_template([get_text(content) for content in contents])
+            self.task = replace(self.task, template=template)
 
     def describe_item(self, item: LabelItem) -> dict[str, Any]:
         """Return the values of an item as JSON data."""
@@ -166,8 +170,17 @@ class LabelSession:
         """Replace fields of an answer by index. All other characters remain.
 
         Fields of the template without a value become "" or null.
+
+        Raises:
+            UserError: A field is unknown, or the template is unedited.
         """
         source, leaves = self._find_fields(text)
+        if source != text and not edits:
+            raise UserError(
+                "the fields are empty",
+                expected="a value of a field",
+                remedy="enter an answer or skip (S)",
+            )
         if extra := edits.keys() - set(range(len(leaves))):
             raise UserError(
                 f"field {min(extra)} (0-based) of {len(leaves)} fields",
@@ -184,6 +197,15 @@ class LabelSession:
             parts += [source[offset : leaf.start], _encode_scalar(edits.get(index, ""), typed)]
             offset = leaf.stop
         return "".join(parts) + source[offset:]
+
+    def check_text(self, text: str) -> None:
+        """Raise UserError if a task of JSON fields has a text that is not JSON."""
+        if self.task.kind == "fields" and text.strip() and _parse_json(text) is None:
+            raise UserError(
+                f"the answer is not JSON: {text!r:.80}",
+                expected="a JSON object, like most answers",
+                remedy="correct it, skip (S), or start again with --kind text",
+            )
 
     def _find_fields(self, text: str) -> tuple[str, list[JsonLeaf]]:
         """Return the JSON text that has the fields of an answer, and its scalars.
@@ -253,35 +275,56 @@ def detect_task(
 ) -> LabelTask:
     """Detect the task of labeled samples. Given values take precedence.
 
-    Answers are boxes if one of them has a box, fields if all are JSON objects, and classes if at
-    most `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average.
+    Answers are boxes or fields if most have boxes or are JSON objects, and classes if at most
+    `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average.
     """
     answers = [one.sample.messages[-1] for one in examples]
     contents = [message.content for message in answers if message.role == "assistant"]
     boxes = [part for content in contents for part in content if isinstance(part, BoxPart)]
     texts = [get_text(content) for content in contents]
-    objects = [_parse_json(text) for text in texts]
     counts = dict.fromkeys(texts)
-    detected: AnswerKind = "text"
-    if boxes:
-        detected = "boxes"
-    elif objects and all(isinstance(value, dict) for value in objects):
-        detected = "fields"
-    elif texts and len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
+    has_default_kind = kind is None and not choices and not contents
+    detected = _detect_kind(contents)
+    is_short = len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS)
+    if detected == "text" and texts and is_short:
         detected = "classes"
     kind = kind or ("classes" if choices and detected == "text" else detected)
     if not choices and kind in ("boxes", "classes"):
         names = (box.label for box in boxes) if kind == "boxes" else iter(counts)
         choices = [name for name in dict.fromkeys(names) if name]
-    template = ""
-    if kind == "fields" and objects and isinstance(objects[0], dict):
-        leaves = (leaf for text in reversed(texts) for leaf in iter_json_leaves(text))
-        types = {_generalize(one.path): one.value for one in leaves if one.value is not None}
-        template = json.dumps(_clear_values(objects[0], (), types), ensure_ascii=False)
+    template = _build_template(texts) if kind == "fields" else ""
     if prompt is None and examples:
         turns = [turn for turn in examples[0].sample.messages if turn.role == "user"]
         prompt = get_text(turns[-1].content) or None
-    return LabelTask(kind, prompt, tuple(choices), template)
+    return LabelTask(kind, prompt, tuple(choices), template, has_default_kind)
+
+
+def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:
+    """Return the kind of more than half of the answers; images without objects are not counted."""
+    texts = [get_text(one) for one in contents if not any(isinstance(p, BoxPart) for p in one)]
+    num_objects = sum(isinstance(_parse_json(text), dict) for text in texts)
+    num_boxes = len(contents) - len(texts)
+    if num_boxes > sum(text != NO_OBJECTS_ANSWER for text in texts):
+        return "boxes"
+    return "fields" if 2 * num_objects > len(contents) else "text"
+
+
+def _build_template(texts: Sequence[str]) -> str:
+    """Return a JSON object with the keys of at least half of the objects.
+
+    It is empty unless most of the texts are JSON objects.
+    """
+    objects = [value for text in texts if isinstance(value := _parse_json(text), dict)]
+    counts = Counter(key for value in objects for key in value)
+    example: dict[str, Any] = {}
+    for key, value in (item for one in objects for item in one.items()):
+        if 2 * counts[key] >= len(objects) and example.get(key) is None:
+            example[key] = value
+    if not example or 2 * len(objects) <= len(texts):
+        return ""
+    leaves = (leaf for text in reversed(texts) for leaf in iter_json_leaves(text))
+    types = {_generalize(one.path): one.value for one in leaves if one.value is not None}
+    return json.dumps(_clear_values(example, (), types), ensure_ascii=False)
 
 
 def read_items(sources: Iterable[Path], prompt: str | None) -> list[LocatedSample]:

@@ -75,8 +75,8 @@ def test_answers_are_saved_skipped_and_reopened(tmp_path: Path) -> None:
         ("other", None, "not JSON: 'other'"),
         ("", None, "the answer is empty"),
         # The page shows the fields of the template.
-        ("", {}, "the fields are empty"),
-        ("no JSON", {}, "the fields are empty"),
+        ("", {}, "the answer is empty"),
+        ("no JSON", {}, "the answer is empty"),
     ],
 )
 def test_untouched_and_invalid_fields_are_refused(

@@ -111,17 +111,16 @@ class ConsistencyChecker:
         for one, other in self._conflicts:
             if one.boxes or other.boxes or other.question_hash not in multi_answer_questions:
                 yield other.location, _create_contradiction_issue(one, other)
-        for answer in self._texts:
-            num_objects = self._json_counts[answer.question_hash]
-            total = self._question_counts[answer.question_hash]
-            if 2 * num_objects > total:
-                what = f"{answer.preview!r}, but {num_objects} of {total} answers are JSON objects"
+        for text in self._texts:
+            total = self._question_counts[text.question_hash]
+            if 2 * (count := self._json_counts[text.question_hash]) > total:
+                what = f"{text.preview!r}, but {count} of {total} answers are JSON objects"
                 remedy = "correct the answer, or ask another question"
-                yield answer.location, answer.location.create_issue("answer-not-json", what, remedy)
+                yield text.location, text.location.create_issue("answer-not-json", what, remedy)
         num_samples = self._answer_counts.total()
-        (answer_hash, count), *_ = self._answer_counts.most_common(1) or [(0, 0)]
+        (answer, count), *_ = self._answer_counts.most_common(1) or [(0, 0)]
         if num_samples >= MIN_SAMPLES and count > MAX_ANSWER_FRACTION * num_samples:
-            message = f"{count} of {num_samples} answers are {self._previews[answer_hash]!r}"
+            message = f"{count} of {num_samples} answers are {self._previews[answer]!r}"
             remedy = "a constant answer reaches this score: evaluate the other answers separately"
             yield None, CheckIssue("dominant-answer", sources, message, remedy, source=sources)
 

@@ -112,7 +112,6 @@ class LabelPage:
                 settings=settings,
                 task=task,
                 model=self._session.model,
-                review=self._session.review,
                 language=LANGUAGE_TAGS[language],
                 other="en" if language == "zh" else "zh",
             )
@@ -200,9 +199,7 @@ def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
     text = (TextPart(text=request.text),) if request.text.strip() else ()
     if not text and not boxes:
         raise UserError(
-            "the answer is empty",
-            expected="a text or a box",
-            remedy="enter an answer or skip (S)",
+            "the answer is empty", expected="a text or a box", remedy="enter an answer or skip (S)"
         )
     return (*text, *boxes)
 

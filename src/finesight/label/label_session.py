@@ -105,11 +105,8 @@ class LabelSession:
         pending = self.store.list_unsuggested(self.model)
         for start in range(0, len(pending), SUGGESTIONS_PER_WRITE):
             chunk = pending[start : start + SUGGESTIONS_PER_WRITE]
-            options: dict[str, Any] = {
-                "max_new_tokens": max_new_tokens,
-                "batch_size": batch_size,
-                "on_progress": on_progress,
-            }
+            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            options["on_progress"] = on_progress
             scored: list[tuple[Suggestion, float | None]]
             if self.review:
                 ranked, failed = rank_labels(inference_model, chunk, **options)
@@ -125,15 +122,13 @@ class LabelSession:
     def complete_task(self) -> None:
         """Detect kind, labels of boxes and template in the suggestions, if they are unknown."""
         contents = [item.proposal for item in self.store.items if item.proposal]
-        if self.task.has_default_kind:
-            self.task = replace(self.task, kind=_detect_kind(contents))
-        if self.task.kind == "boxes" and not self.task.choices:
-            boxes = (part for content in contents for part in content if isinstance(part, BoxPart))
-            labels = Counter(box.label for box in boxes if box.label)
-            self.task = replace(self.task, choices=tuple(name for name, _ in labels.most_common()))
-        if self.task.kind == "fields" and not self.task.template:
-            template = _build_template([get_text(content) for content in contents])
-            self.task = replace(self.task, template=template)
+        kind = _detect_kind(contents) if self.task.has_default_kind else self.task.kind
+        boxes = (part for content in contents for part in content if isinstance(part, BoxPart))
+        labels = Counter(box.label for box in boxes if box.label)
+        names = tuple(name for name, _ in labels.most_common()) if kind == "boxes" else ()
+        template = _build_template(map(get_text, contents)) if kind == "fields" else ""
+        choices, template = self.task.choices or names, self.task.template or template
+        self.task = replace(self.task, kind=kind, choices=choices, template=template)
 
     def describe_item(self, item: LabelItem) -> dict[str, Any]:
         """Return the values of an item as JSON data."""
@@ -169,18 +164,11 @@ class LabelSession:
     def edit_fields(self, text: str, edits: Mapping[int, str]) -> str:
         """Replace fields of an answer by index. All other characters remain.
 
-        Fields of the template without a value become "" or null.
-
-        Raises:
-            UserError: A field is unknown, or the template is unedited.
+        Fields of the template without a value become "" or null. An unedited template becomes "".
         """
         source, leaves = self._find_fields(text)
         if source != text and not edits:
-            raise UserError(
-                "the fields are empty",
-                expected="a value of a field",
-                remedy="enter an answer or skip (S)",
-            )
+            return ""
         if extra := edits.keys() - set(range(len(leaves))):
             raise UserError(
                 f"field {min(extra)} (0-based) of {len(leaves)} fields",
@@ -285,8 +273,7 @@ def detect_task(
     counts = dict.fromkeys(texts)
     has_default_kind = kind is None and not choices and not contents
     detected = _detect_kind(contents)
-    is_short = len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS)
-    if detected == "text" and texts and is_short:
+    if detected == "text" and 0 < len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
         detected = "classes"
     kind = kind or ("classes" if choices and detected == "text" else detected)
     if not choices and kind in ("boxes", "classes"):
@@ -302,27 +289,24 @@ def detect_task(
 def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:
     """Return the kind of more than half of the answers; images without objects are not counted."""
     texts = [get_text(one) for one in contents if not any(isinstance(p, BoxPart) for p in one)]
-    num_objects = sum(isinstance(_parse_json(text), dict) for text in texts)
-    num_boxes = len(contents) - len(texts)
-    if num_boxes > sum(text != NO_OBJECTS_ANSWER for text in texts):
+    if len(contents) - len(texts) > sum(text != NO_OBJECTS_ANSWER for text in texts):
         return "boxes"
+    num_objects = sum(isinstance(_parse_json(text), dict) for text in texts)
     return "fields" if 2 * num_objects > len(contents) else "text"
 
 
-def _build_template(texts: Sequence[str]) -> str:
-    """Return a JSON object with the keys of at least half of the objects.
-
-    It is empty unless most of the texts are JSON objects.
-    """
-    objects = [value for text in texts if isinstance(value := _parse_json(text), dict)]
+def _build_template(texts: Iterable[str]) -> str:
+    """Return a JSON object with the keys of at least half of the objects, if most texts are any."""
+    values = [_parse_json(text) for text in texts]
+    objects = [value for value in values if isinstance(value, dict)]
     counts = Counter(key for value in objects for key in value)
     example: dict[str, Any] = {}
     for key, value in (item for one in objects for item in one.items()):
         if 2 * counts[key] >= len(objects) and example.get(key) is None:
             example[key] = value
-    if not example or 2 * len(objects) <= len(texts):
+    if not example or 2 * len(objects) <= len(values):
         return ""
-    leaves = (leaf for text in reversed(texts) for leaf in iter_json_leaves(text))
+    leaves = (leaf for one in reversed(objects) for leaf in iter_json_leaves(json.dumps(one)))
     types = {_generalize(one.path): one.value for one in leaves if one.value is not None}
     return json.dumps(_clear_values(example, (), types), ensure_ascii=False)
 

@@ -161,7 +161,7 @@ class StudioPage:
                     self._text("Learning rate", "learning-rate", "1e-4"),
                     self._text("Metric", "metric", ", ".join(get_args(TaskName))),
                 ]
-                recipe_type: Inputs = TypeAdapter(tuple[list[Text], Text, Text, Text, Text, Text])
+                recipe_type: Inputs = TypeAdapter(tuple[tuple[Text, ...], *[Text] * 5])
                 named, title = [self._others, *values], "Recipe not saved"
                 self._button(
                     "Create the recipe", self._create_recipe, named, recipe_type, error_title=title

@@ -161,10 +161,10 @@ class StudioPage:
                     self._text("Learning rate", "learning-rate", "1e-4"),
                     self._text("Metric", "metric", ", ".join(get_args(TaskName))),
                 ]
-                recipe_type: Inputs = TypeAdapter(tuple[tuple[Text, ...], *[Text] * 5])
+                types: Inputs = TypeAdapter(tuple[tuple[Text, ...], Text, Text, Text, Text, Text])
                 named, title = [self._others, *values], "Recipe not saved"
                 self._button(
-                    "Create the recipe", self._create_recipe, named, recipe_type, error_title=title
+                    "Create the recipe", self._create_recipe, named, types, error_title=title
                 )
             self._editor = self._text("Selected recipe", "editor", lines=12)
             values = [self._editor, self._digest]

@@ -47,6 +47,26 @@ def test_contradicting_answers(folder, one, other, contradict):
     assert count_codes(result) == ({"contradictory-answers": 1} if contradict else {})
 
 
+@pytest.mark.parametrize("num_texts", [2, 4])
+def test_texts_among_json_answers_are_reported(folder, num_texts):
+    answers = [*(f'{{"total": {index}}}' for index in range(5)), "12.50", '{"total": ', "x", "y"]
+    # Answers to another question may be texts.
+    questions = [("How?", answer) for answer in answers[: 5 + num_texts]] + [("Why?", "z")]
+    result = check_records(
+        folder, *(make_record(image_name(n), *pair) for n, pair in enumerate(questions))
+    )
+    assert count_codes(result) == {"answer-not-json": num_texts}
+    issue = issues_by_line(result, "answer-not-json")[6]
+    assert issue.severity == "warning"
+    assert issue.what == f"'12.50', but 5 of {5 + num_texts} answers are JSON objects"
+
+
+@pytest.mark.parametrize("answers", [('{"a": 1}', "x"), ("[1]", "x", "y"), ('{"a": 1}',) * 2])
+def test_half_of_the_answers_as_json_is_no_issue(folder, answers):
+    records = [make_record(image_name(n), "How?", answer) for n, answer in enumerate(answers)]
+    assert count_codes(check_records(folder, *records)) == {}
+
+
 @pytest.mark.parametrize(
     ("other", "contradict"),
     [([10, 10, 50, 50], False), ([11, 9, 50, 52], False), ([60, 60, 100, 100], True)],

@@ -20,12 +20,13 @@ from label_fixtures import (
     FIELDS,
     MODEL,
     draw_images,
+    make_suggestion,
     open_boxes_session,
     open_fields_session,
 )
 from starlette.testclient import TestClient
 
-from finesight.data.sample import read_samples
+from finesight.data.sample import BoxPart, read_samples
 from finesight.label.label_page import make_label_app
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
@@ -56,14 +57,74 @@ def test_answers_are_saved_skipped_and_reopened(tmp_path: Path) -> None:
         saved = client.post("/decision", json=decision).json()
         assert (saved["item"]["decision"], saved["counts"]["open"]) == ("accepted", 2)
         assert read_answers(tmp_path / "labels") == {"2.png": json.dumps(FIELDS[2])}
-        client.post("/decision", json={**decision, "text": "other"})
-        assert read_answers(tmp_path / "labels") == {"2.png": "other"}
+        client.post("/decision", json={**decision, "text": '{"shop": "A"}'})
+        assert read_answers(tmp_path / "labels") == {"2.png": '{"shop": "A"}'}
         other = client.get("/items/1").json()["id"]
         client.post("/decision", json={"id": other, "action": "skip"})
         reopened = client.post("/decision", json={"id": item["id"], "action": "reopen"}).json()
         assert reopened["counts"] == {"open": 2, "accepted": 0, "corrected": 0, "skipped": 1}
         events = [entry["event"] for entry in reopened["item"]["history"]]
         assert events == ["suggested", "accepted", "corrected", "reopened"]
+        # The correction is not lost, also after a reload.
+        assert client.get("/items/0").json()["answer"]["text"] == '{"shop": "A"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "edits", "message"),
+    [
+        ("other", None, "not JSON: 'other'"),
+        ("", None, "the answer is empty"),
+        # The page shows the fields of the template.
+        ("", {}, "the answer is empty"),
+        ("no JSON", {}, "the answer is empty"),
+    ],
+)
+def test_untouched_and_invalid_fields_are_refused(
+    tmp_path: Path, text: str, edits: dict[int, str] | None, message: str
+) -> None:
+    session = open_fields_session(tmp_path)
+    session.complete_task()
+    with open_client(session) as client:
+        decision = {"id": client.get("/items/0").json()["id"], "action": "save", "text": text}
+        answer = client.post("/decision", json={**decision, "edits": edits})
+        assert (answer.status_code, message in answer.text) == (422, True)
+        assert "skip (S)" in answer.text
+        assert client.get("/items").json()["counts"]["open"] == 3
+
+
+@pytest.mark.parametrize(
+    ("answers", "options", "kind", "template"),
+    [
+        # One box among three suggestions does not hide the texts.
+        ((CORNERS, "Olp", "Rab"), {}, "text", None),
+        ((CORNERS, CORNERS, "Rab"), {}, "boxes", None),
+        # Images without objects are not counted.
+        ((CORNERS, "none", "none"), {}, "boxes", None),
+        ((CORNERS, CORNERS, "Rab"), {"kind": "text"}, "text", None),
+        (('{"a": "x"}', '{"b": 1, "a": "y"}', "Rab"), {}, "fields", {"a": "", "b": 0}),
+        (('{"a": "x"}', '{"a": "y"}', '{"a": "z", "c": 1}'), {}, "fields", {"a": ""}),
+        (('{"a": "x"}', "Olp", "Rab"), {}, "text", None),
+        (('{"a": "x"}', "Olp", "Rab"), {"kind": "fields"}, "fields", None),
+        (("red", "red", "red"), {}, "text", None),
+    ],
+)
+def test_kind_is_that_of_most_suggestions(
+    tmp_path: Path,
+    answers: tuple[Any, ...],
+    options: dict[str, Any],
+    kind: str,
+    template: dict[str, Any] | None,
+) -> None:
+    photos = draw_images(tmp_path)
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.", **options)
+    for index, answer in enumerate(answers):
+        parts = [BoxPart(label="shop", xyxy=answer[0])] if answer is CORNERS else answer
+        fields = len(json.loads(parts)) if isinstance(parts, str) and parts[0] == "{" else 1
+        suggestion = make_suggestion(str(photos / f"{index}.png"), parts, *[0.9] * fields)
+        session.store.add_suggestions([(suggestion, None)], MODEL)
+    session.complete_task()
+    session.store.close()
+    assert (session.task.kind, json.loads(session.task.template or "null")) == (kind, template)
 
 
 RECEIPT = '{"shop":"Olp", "price": 12.50, "id": 9007199254740993, "paid": null, "vat": true}'
@@ -269,6 +330,39 @@ def test_unreadable_images_are_shown_and_skipped(tmp_path: Path, browser: Browse
         wait_for(browser, f"{text} === undefined")
         press(browser, "s")
         wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 3')")
+
+
+def test_texts_of_a_box_task_are_shown_and_a_refused_save_undoes_nothing(
+    tmp_path: Path, browser: Browser
+) -> None:
+    photos = draw_images(tmp_path)
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Find.", kind="boxes")
+    suggestion = make_suggestion(str(photos / "0.png"), "Vade Mart", 0.5)
+    session.store.add_suggestions([(suggestion, None)], MODEL)
+    text, error = "document.querySelector('#answer')?.value", "document.querySelector('#error')"
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, f"{text} === 'Vade Mart'")
+        press(browser, "e")
+        browser.run("document.execCommand('insertText', false, 'Olp');")
+        press(browser, "Enter")
+        wait_for(browser, f"{text} === ''")
+        press(browser, "Enter")
+        wait_for(browser, f"{error}.textContent.includes('enter an answer or skip (S)')")
+        press(browser, "u")
+        wait_for(browser, f"{error}.hidden && {text} === ''")
+        assert read_answers(tmp_path / "labels") == {"0.png": "Olp"}
+        press(browser, "0")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
+        press(browser, "n")
+        wait_for(browser, f"{text} === '' && document.querySelectorAll('rect').length === 1")
+        press(browser, "u")
+        is_open = "document.querySelector('#decision').textContent === 'open'"
+        wait_for(browser, f"{text} === 'none' && {is_open}")
+        press(browser, "u")
+        wait_for(browser, f"{text} === 'Olp'")
+        assert "Vade Mart" in browser.run("return document.querySelector('#hint').innerText;")
 
 
 def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path: Path, browser: Browser) -> None:

@@ -169,6 +169,7 @@ def test_invalid_sources_are_rejected(
             {"a": 0, "b": [""], "c": False, "d": None},
         ),
         (["[1, 2]", '{"a": 2}'], "text", None),
+        (["[1, 2]", '{"a": 2}', '{"a": 3}'], "fields", {"a": 0}),
         (["red", "green"] * 4, "classes", None),
         (["a long caption", "another"], "text", None),
     ],

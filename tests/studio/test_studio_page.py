@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from axe import AxeChecker
@@ -25,6 +26,8 @@ from comparison_fixtures import make_run, make_sign_answers
 from fastapi.testclient import TestClient
 from label_fixtures import COLORS, ask_server, draw_dots
 
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
@@ -149,6 +152,58 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(
     assert not any(key in word for word in started[0])
 
 
+def call_page(page: StudioPage, elem_id: str, query: dict[str, str], *values: object) -> Any:
+    """Call the handler of a button, or of the loaded page for an empty ID."""
+    ids = [id for id, at in page.blocks.blocks.items() if getattr(at, "elem_id", "") == elem_id]
+    event = ("click" if elem_id else "load",)
+    [function] = [
+        fn
+        for fn in page.blocks.fns.values()
+        if any(target[1:] == event and (not elem_id or target[0] in ids) for target in fn.targets)
+    ]
+    return function.fn(SimpleNamespace(query_params=query, headers={}), *values)
+
+
+def read_fields(page: StudioPage, query: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the updates of the fields of a loaded page by element ID."""
+    updates = call_page(page, "", query)
+    return {item.elem_id: update for item, update in updates.items() if isinstance(update, dict)}
+
+
+def test_label_form_offers_a_prompt_and_keeps_its_values(folder: Path) -> None:
+    view, query = StudioView(Workspace(folder)), {"step": "label", "lang": "en"}
+    page = StudioPage(view, ServerAccess())
+    prompt = read_fields(page, query)["label-prompt"]
+    assert (prompt["value"], prompt["label"]) == ("", "Prompt (required)")
+    form = ["photos", "", "colors", "finesight-tiny", "wrong", "", "0.8"]
+    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Which color?"))
+    prompt = read_fields(page, query)["label-prompt"]
+    assert (prompt["value"], prompt["label"]) == ("Which color?", "Prompt")
+    form[1] = "Color?"
+    message, url = call_page(page, "start-labelling", query, *form)
+    assert message == ""
+    [job] = view.jobs.list_jobs("label")
+    while job.status == "running":
+        time.sleep(0.05)
+    assert job.status == "failed"
+    fields = read_fields(page, dict(parse_qsl(urlsplit(url).query)))
+    names = ("images", "label-prompt", "labels-name", "label-model", "kind", "classes")
+    assert [fields[name]["value"] for name in (*names, "label-fraction")] == form
+
+
+def test_recipe_form_offers_the_other_data_sets(folder: Path) -> None:
+    for name in ("a", "b", "c"):
+        import_dataset(folder / "photos", folder / "data" / name, ImportOptions(prompt="Color?"))
+    query = {"step": "plan", "data": "data/b", "lang": "en"}
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    others = read_fields(page, query)["other-data"]
+    assert (sorted(others["choices"]), others["visible"]) == (["data/a", "data/c"], True)
+    values = (["data/c"], "both", "finesight-tiny", "", "", "")
+    assert call_page(page, "create-the-recipe", query, *values)[0] == ""
+    files = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data.train
+    assert sorted(str(file.path) for file in files) == [f"data/{name}/data.jsonl" for name in "bc"]
+
+
 class StudioDriver:
     """Studio page in a browser."""
 
@@ -226,6 +281,21 @@ def studio(folder: Path, browser: Browser) -> Iterator[StudioDriver]:
                     job.stop()
             process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
+
+
+def test_ticked_data_sets_are_in_the_recipe(folder: Path, studio: StudioDriver) -> None:
+    for name in ("a", "b", "c"):
+        import_dataset(folder / "photos", folder / "data" / name, ImportOptions(prompt="Color?"))
+    studio.open("plan")
+    studio.fill(recipe_name="both")
+    box = "document.querySelector('#other-data input[type=checkbox]')"
+    studio.wait_for(f"{box}?.offsetParent")
+    studio.browser.run(f"{box}.click();")
+    studio.browser.settle()
+    studio.click("create-the-recipe")
+    studio.wait_for("document.querySelector('#editor textarea')?.value.includes('train:\\n')")
+    data = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data
+    assert len({file.path for file in data.train}) == 2
 
 
 def test_unlabeled_images_become_a_served_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
     (dataset,) = workspace.scan().datasets
     assert (dataset.path, dataset.num_train, dataset.num_eval) == (Path("data/a"), 24, 0)
     settings = {"train.epochs": "2", "train.learning_rate": "", "eval.metric": ""}
-    path = workspace.create_recipe("a", dataset, "finesight-tiny", settings)
+    path = workspace.create_recipe("a", [dataset], "finesight-tiny", settings)
     assert workspace.scan().recipes == [path] == [Path("recipes/a.yaml")]
     recipe = workspace.load_recipe(path)
     assert (recipe.train.epochs, recipe.output_dir) == (2, Path("runs/a"))
@@ -95,9 +96,36 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
     assert workspace.read_recipe(path)[0] == text
     workspace.save_recipe(path, text, workspace.read_recipe(path)[1])
     with pytest.raises(UserError, match=r"train.epochs"):
-        workspace.create_recipe("b", dataset, "finesight-tiny", {"train.epochs": "{3"})
+        workspace.create_recipe("b", [dataset], "finesight-tiny", {"train.epochs": "{3"})
     with pytest.raises(UserError, match=r"recipes/a.yaml exists"):
-        workspace.create_recipe("a", dataset, "finesight-tiny", settings)
+        workspace.create_recipe("a", [dataset], "finesight-tiny", settings)
+
+
+def test_recipe_of_several_data_sets(workspace: Workspace) -> None:
+    for name, fraction in (("a", None), ("b", 0.5)):
+        options = replace(OPTIONS, train_fraction=fraction)
+        import_dataset(workspace.folder / "photos", workspace.folder / "data" / name, options)
+    datasets = sorted(workspace.scan().datasets, key=lambda one: one.path)
+    path = workspace.create_recipe("a", datasets, "finesight-tiny", {})
+    data = workspace.load_recipe(path).data
+    assert [str(file.path) for file in data.train] == ["data/a/data.jsonl", "data/b/train.jsonl"]
+    assert [str(file.path) for file in data.eval] == ["data/b/eval.jsonl"]
+
+
+def test_prompt_is_that_of_the_run_or_of_the_data_set(workspace: Workspace) -> None:
+    import_dataset(workspace.folder / "photos", workspace.folder / "data" / "a", OPTIONS)
+    (dataset,) = workspace.scan().datasets
+    assert workspace.read_prompt(None, None) == ""
+    assert workspace.read_prompt(None, dataset) == "Which color?"
+    run = workspace.folder / "runs" / "a"
+    run.mkdir(parents=True)
+    for name, prompt in (("data/a/data.jsonl", "Which color?"), ("../secret.txt", "")):
+        (run / "recipe.yaml").write_text(
+            f"model: finesight-tiny\ndata: {{train: {name}}}\noutput_dir: runs/a\n"
+        )
+        assert workspace.read_prompt(Path("runs/a"), None) == prompt
+    (workspace.folder / dataset.train_file).write_text("no sample\n")
+    assert workspace.read_prompt(None, dataset) == ""
 
 
 def test_uploads_are_copied_into_a_new_folder(workspace: Workspace, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ _DESCRIPTIONS: dict[Severity, dict[str, str]] = {
     "warning": {
         "box-in-text": "the text contains a box",
         "contradictory-answers": "the same question about the same image has different answers",
+        "answer-not-json": "the answer is no JSON object, but most answers to its question are",
     },
     "note": {
         "box-at-edge": "a box exceeds its image by a rounding error",

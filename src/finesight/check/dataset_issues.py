@@ -5,6 +5,7 @@ Leakage is a validation image in the training data, also as a re-encoded copy.
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class ConsistencyChecker:
         self._answer_counts: Counter[int] = Counter()
         self._previews: dict[int, str] = {}
         self._question_counts: Counter[int] = Counter()
+        self._json_counts: Counter[int] = Counter()
+        self._texts: list[_AnswerRecord] = []
 
     def add_sample(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
         """Add a sample, and yield an issue if it duplicates an earlier sample."""
@@ -73,6 +76,10 @@ class ConsistencyChecker:
         prompt_hash = hash(tuple(self._hash_message(turn) for turn in turns))
         answer = self._record_answer(sample, location)
         self._question_counts[answer.question_hash] += 1
+        if _is_json_object(join_text(sample.messages[-1].content)):
+            self._json_counts[answer.question_hash] += 1
+        elif not answer.boxes:
+            self._texts.append(answer)
         self._answer_counts[answer.answer_hash] += 1
         self._previews.setdefault(answer.answer_hash, answer.preview)
         first = self._first_answers.setdefault(prompt_hash, answer)
@@ -97,13 +104,19 @@ class ConsistencyChecker:
     ) -> Iterator[tuple[SampleLocation | None, CheckIssue]]:
         """Yield the issues that can be found only after all samples were added.
 
-        These are contradictory answers with the location of the sample, and a dominant answer with
-        None.
+        These are contradictory answers and texts among JSON answers with the location of the
+        sample, and a dominant answer with None.
         """
         multi_answer_questions = self._find_multi_answer_questions()
         for one, other in self._conflicts:
             if one.boxes or other.boxes or other.question_hash not in multi_answer_questions:
                 yield other.location, _create_contradiction_issue(one, other)
+        for text in self._texts:
+            total = self._question_counts[text.question_hash]
+            if 2 * (count := self._json_counts[text.question_hash]) > total:
+                what = f"{text.preview!r}, but {count} of {total} answers are JSON objects"
+                remedy = "correct the answer, or ask another question"
+                yield text.location, text.location.create_issue("answer-not-json", what, remedy)
         num_samples = self._answer_counts.total()
         (answer, count), *_ = self._answer_counts.most_common(1) or [(0, 0)]
         if num_samples >= MIN_SAMPLES and count > MAX_ANSWER_FRACTION * num_samples:
@@ -156,6 +169,13 @@ class ConsistencyChecker:
             else:
                 segments.append(tuple(map(self._catalog.image_index, list_media_paths(part))))
         return hash(tuple(segments))
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return text.lstrip().startswith("{") and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _are_contradictory(one: _AnswerRecord, other: _AnswerRecord) -> bool:

@@ -48,7 +48,7 @@ SCRIPT_TEXTS = (
     *("{} of {}", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
     *("open", "suggested", "accepted", "corrected", "skipped", "reopened"),
     *("All images are decided.", "Not saved", "The server does not answer."),
-    "The image cannot be read.",
+    *("The image cannot be read.", "No objects", "Answer without JSON:"),
 )
 """Texts of the script, which are translated on the page."""
 
@@ -106,14 +106,12 @@ class LabelPage:
                 "choices": task.choices,
                 "colors": BOX_COLORS,
                 "no_objects": NO_OBJECTS_ANSWER,
-                "review": self._session.review,
                 "texts": {text: translate(text) for text in SCRIPT_TEXTS},
             }
             return self._environment.get_template("label.html").render(
                 settings=settings,
                 task=task,
                 model=self._session.model,
-                review=self._session.review,
                 language=LANGUAGE_TAGS[language],
                 other="en" if language == "zh" else "zh",
             )
@@ -156,6 +154,7 @@ class LabelPage:
                 text = request.text
                 if request.edits is not None:
                     text = self._session.edit_fields(text, request.edits)
+                self._session.check_text(text)
                 request = request.model_copy(update={"text": text})
                 store.save_label(request.id, _build_content(item, request))
             elif request.action == "skip":
@@ -200,9 +199,7 @@ def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
     text = (TextPart(text=request.text),) if request.text.strip() else ()
     if not text and not boxes:
         raise UserError(
-            "the answer is empty",
-            expected="a text or a box",
-            remedy="enter an answer, or skip the image (S)",
+            "the answer is empty", expected="a text or a box", remedy="enter an answer or skip (S)"
         )
     return (*text, *boxes)
 

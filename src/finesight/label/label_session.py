@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finesight.data.corpus import load_corpus
+from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.sample import (
     BoxPart,
@@ -59,12 +60,14 @@ class LabelTask:
         choices: Class names: the answers, or the labels of boxes. Empty for free text.
         template: JSON object for images without a suggestion; empty without one. Its values have
             the types of the examples: "", 0, false, or null for an unknown type.
+        has_default_kind: Whether neither the user nor examples determine the kind.
     """
 
     kind: AnswerKind = "text"
     prompt: str | None = None
     choices: tuple[str, ...] = ()
     template: str = ""
+    has_default_kind: bool = False
 
 
 SUGGESTIONS_PER_WRITE = 64
@@ -102,11 +105,8 @@ class LabelSession:
         pending = self.store.list_unsuggested(self.model)
         for start in range(0, len(pending), SUGGESTIONS_PER_WRITE):
             chunk = pending[start : start + SUGGESTIONS_PER_WRITE]
-            options: dict[str, Any] = {
-                "max_new_tokens": max_new_tokens,
-                "batch_size": batch_size,
-                "on_progress": on_progress,
-            }
+            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            options["on_progress"] = on_progress
             scored: list[tuple[Suggestion, float | None]]
             if self.review:
                 ranked, failed = rank_labels(inference_model, chunk, **options)
@@ -120,16 +120,15 @@ class LabelSession:
         return reasons
 
     def complete_task(self) -> None:
-        """Use boxes in suggestions for the kind and the choices, if the task has no examples."""
-        contents = [item.proposal for item in self.store.items]
-        labels = Counter(
-            part.label for content in contents for part in content if isinstance(part, BoxPart)
-        )
-        if self.task.kind == "text" and labels:
-            self.task = replace(self.task, kind="boxes")
-        if self.task.kind == "boxes" and not self.task.choices:
-            choices = tuple(label for label, _ in labels.most_common() if label)
-            self.task = replace(self.task, choices=choices)
+        """Detect kind, labels of boxes and template in the suggestions, if they are unknown."""
+        contents = [item.proposal for item in self.store.items if item.proposal]
+        kind = _detect_kind(contents) if self.task.has_default_kind else self.task.kind
+        boxes = (part for content in contents for part in content if isinstance(part, BoxPart))
+        labels = Counter(box.label for box in boxes if box.label)
+        names = tuple(name for name, _ in labels.most_common()) if kind == "boxes" else ()
+        template = _build_template(map(get_text, contents)) if kind == "fields" else ""
+        choices, template = self.task.choices or names, self.task.template or template
+        self.task = replace(self.task, kind=kind, choices=choices, template=template)
 
     def describe_item(self, item: LabelItem) -> dict[str, Any]:
         """Return the values of an item as JSON data."""
@@ -165,9 +164,11 @@ class LabelSession:
     def edit_fields(self, text: str, edits: Mapping[int, str]) -> str:
         """Replace fields of an answer by index. All other characters remain.
 
-        Fields of the template without a value become "" or null.
+        Fields of the template without a value become "" or null. An unedited template becomes "".
         """
         source, leaves = self._find_fields(text)
+        if source != text and not edits:
+            return ""
         if extra := edits.keys() - set(range(len(leaves))):
             raise UserError(
                 f"field {min(extra)} (0-based) of {len(leaves)} fields",
@@ -184,6 +185,15 @@ class LabelSession:
             parts += [source[offset : leaf.start], _encode_scalar(edits.get(index, ""), typed)]
             offset = leaf.stop
         return "".join(parts) + source[offset:]
+
+    def check_text(self, text: str) -> None:
+        """Raise UserError if a task of JSON fields has a text that is not JSON."""
+        if self.task.kind == "fields" and text.strip() and _parse_json(text) is None:
+            raise UserError(
+                f"the answer is not JSON: {text!r:.80}",
+                expected="a JSON object, like most answers",
+                remedy="correct it, skip (S), or start again with --kind text",
+            )
 
     def _find_fields(self, text: str) -> tuple[str, list[JsonLeaf]]:
         """Return the JSON text that has the fields of an answer, and its scalars.
@@ -253,35 +263,52 @@ def detect_task(
 ) -> LabelTask:
     """Detect the task of labeled samples. Given values take precedence.
 
-    Answers are boxes if one of them has a box, fields if all are JSON objects, and classes if at
-    most `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average.
+    Answers are boxes or fields if most have boxes or are JSON objects, and classes if at most
+    `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average.
     """
     answers = [one.sample.messages[-1] for one in examples]
     contents = [message.content for message in answers if message.role == "assistant"]
     boxes = [part for content in contents for part in content if isinstance(part, BoxPart)]
     texts = [get_text(content) for content in contents]
-    objects = [_parse_json(text) for text in texts]
     counts = dict.fromkeys(texts)
-    detected: AnswerKind = "text"
-    if boxes:
-        detected = "boxes"
-    elif objects and all(isinstance(value, dict) for value in objects):
-        detected = "fields"
-    elif texts and len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
+    has_default_kind = kind is None and not choices and not contents
+    detected = _detect_kind(contents)
+    if detected == "text" and 0 < len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
         detected = "classes"
     kind = kind or ("classes" if choices and detected == "text" else detected)
     if not choices and kind in ("boxes", "classes"):
         names = (box.label for box in boxes) if kind == "boxes" else iter(counts)
         choices = [name for name in dict.fromkeys(names) if name]
-    template = ""
-    if kind == "fields" and objects and isinstance(objects[0], dict):
-        leaves = (leaf for text in reversed(texts) for leaf in iter_json_leaves(text))
-        types = {_generalize(one.path): one.value for one in leaves if one.value is not None}
-        template = json.dumps(_clear_values(objects[0], (), types), ensure_ascii=False)
+    template = _build_template(texts) if kind == "fields" else ""
     if prompt is None and examples:
         turns = [turn for turn in examples[0].sample.messages if turn.role == "user"]
         prompt = get_text(turns[-1].content) or None
-    return LabelTask(kind, prompt, tuple(choices), template)
+    return LabelTask(kind, prompt, tuple(choices), template, has_default_kind)
+
+
+def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:
+    """Return the kind of more than half of the answers; images without objects are not counted."""
+    texts = [get_text(one) for one in contents if not any(isinstance(p, BoxPart) for p in one)]
+    if len(contents) - len(texts) > sum(text != NO_OBJECTS_ANSWER for text in texts):
+        return "boxes"
+    num_objects = sum(isinstance(_parse_json(text), dict) for text in texts)
+    return "fields" if 2 * num_objects > len(contents) else "text"
+
+
+def _build_template(texts: Iterable[str]) -> str:
+    """Return a JSON object with the keys of at least half of the objects, if most texts are any."""
+    values = [_parse_json(text) for text in texts]
+    objects = [value for value in values if isinstance(value, dict)]
+    counts = Counter(key for value in objects for key in value)
+    example: dict[str, Any] = {}
+    for key, value in (item for one in objects for item in one.items()):
+        if 2 * counts[key] >= len(objects) and example.get(key) is None:
+            example[key] = value
+    if not example or 2 * len(objects) <= len(values):
+        return ""
+    leaves = (leaf for one in reversed(objects) for leaf in iter_json_leaves(json.dumps(one)))
+    types = {_generalize(one.path): one.value for one in leaves if one.value is not None}
+    return json.dumps(_clear_values(example, (), types), ensure_ascii=False)
 
 
 def read_items(sources: Iterable[Path], prompt: str | None) -> list[LocatedSample]:

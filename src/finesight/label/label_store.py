@@ -79,6 +79,7 @@ class LabelItem:
         is_listed: Whether the sample is to be labeled or reviewed.
         suggestion: Newest suggestion; None without one.
         decision: Newest decision; None if the sample is undecided.
+        draft: Newest accepted or corrected answer, also after the sample was reopened.
         history: All entries of the sample, in order.
     """
 
@@ -86,6 +87,7 @@ class LabelItem:
     is_listed: bool
     suggestion: JournalEntry | None = None
     decision: JournalEntry | None = None
+    draft: AnswerContent = ()
     history: list[JournalEntry] = field(default_factory=list)
 
     @property
@@ -117,9 +119,9 @@ class LabelItem:
 
     @property
     def proposal(self) -> AnswerContent:
-        """Answer that the page shows first: the label, or else the suggestion."""
-        if self.label is not None:
-            return self.label
+        """Answer that the page shows first: the draft, or else the label or the suggestion."""
+        if self.draft or self.label is not None:
+            return self.draft or self.label or ()
         return () if self.suggestion is None else self.suggestion.content
 
     def apply(self, entry: JournalEntry) -> None:
@@ -129,6 +131,7 @@ class LabelItem:
             self.suggestion = entry
         else:
             self.decision = None if entry.event == "reopened" else entry
+            self.draft = entry.content or self.draft
 
 
 class LabelStore(AbstractContextManager["LabelStore"]):

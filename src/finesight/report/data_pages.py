@@ -257,7 +257,7 @@ CHECKS: dict[str, list[str]] = {
         "Number of tokens": "too-long",
         "Validation images in the training data": "leaked-image leaked-image-reencoded",
         "Duplicates, contradictions and dominant answers": "contradictory-answers duplicate-sample"
-        " dominant-answer",
+        " dominant-answer answer-not-json",
     }.items()
 }
 """Issue codes by check, in the order of the page."""

@@ -137,13 +137,14 @@ class StudioPage:
         with self._form("label"):
             fields = [
                 self._text("Images to label: a file or folder", "images", "photos"),
-                self._text("Prompt", "label-prompt", "Read the ticket."),
+                self._text("Prompt", "label-prompt", "Read the ticket.", lines=2),
                 self._text("Name of the data set", "labels-name", value=LABELS_NAME),
                 self._text("Model without a run", "label-model", value=TINY_MODEL),
                 self._text("Kind of the answers", "kind", ", ".join(get_args(AnswerKind))),
                 self._text("Classes", "classes", "red, green, blue"),
                 self._text("Fraction of training samples", "label-fraction", value="0.8"),
             ]
+            self._label_fields = fields
             self._button("Start labelling", self._label, fields)
             self._button("Review existing labels", partial(self._label, review=True), fields)
         with self._form("check"):
@@ -151,6 +152,8 @@ class StudioPage:
         with self._form("plan"):
             self._button("Estimate memory and time", self._start_listed)
             with self._accordion("New recipe for the selected data set") as self._recipe_panel:
+                self._others = gr.CheckboxGroup(elem_id="other-data", visible=False)
+                self._labels.append((self._others, "Also train on"))
                 values = [
                     self._text("Name of the recipe and its run", "recipe-name", "tickets"),
                     self._text("Model: a name on a hub, or a folder", "model", value=TINY_MODEL),
@@ -158,8 +161,10 @@ class StudioPage:
                     self._text("Learning rate", "learning-rate", "1e-4"),
                     self._text("Metric", "metric", ", ".join(get_args(TaskName))),
                 ]
+                types: Inputs = TypeAdapter(tuple[tuple[Text, ...], Text, Text, Text, Text, Text])
+                named, title = [self._others, *values], "Recipe not saved"
                 self._button(
-                    "Create the recipe", self._create_recipe, values, error_title="Recipe not saved"
+                    "Create the recipe", self._create_recipe, named, types, error_title=title
                 )
             self._editor = self._text("Selected recipe", "editor", lines=12)
             values = [self._editor, self._digest]
@@ -250,12 +255,19 @@ class StudioPage:
                 text = translate(label)
                 is_button = isinstance(item, gr.Button)
                 updates[item] = gr.update(value=text) if is_button else gr.update(label=text)
+            prompt = self._workspace.read_prompt(state.run, state.dataset)
+            updates[self._label_fields[1]]["value"] = prompt
+            if not prompt and state.run is None:
+                updates[self._label_fields[1]]["label"] = translate("Prompt (required)")
         # Forms for new items are open in an empty workspace.
         job, is_open = state.job, not state.content.datasets
-        if job is not None and job.form and job.status != "finished":
+        fields = self._label_fields if selection.step == "label" else self._import_fields
+        if job is not None and job.form and (job.status != "finished" or job.step == "label"):
             is_open = True
-            for field, text in zip(self._import_fields, job.form, strict=True):
+            for field, text in zip(fields, job.form, strict=False):
                 updates[field]["value"] = text
+        others = [str(one.path) for one in state.content.datasets if one is not state.dataset]
+        updates[self._others] |= {"choices": others, "value": [], "visible": bool(others)}
         updates[self._import_panel]["open"] = is_open
         updates[self._digest] = ""
         updates[self._recipe_panel]["open"] = not state.content.recipes
@@ -312,6 +324,7 @@ class StudioPage:
     def _create_recipe(
         self,
         state: StudioState,
+        others: list[str],
         name: str,
         model: str,
         epochs: str,
@@ -325,7 +338,9 @@ class StudioPage:
             "train.learning_rate": learning_rate,
             "eval.metric": metric,
         }
-        recipe = self._workspace.create_recipe(name.strip(), state.dataset, model, settings)
+        chosen = {str(state.dataset.path), *others}
+        datasets = [one for one in state.content.datasets if str(one.path) in chosen]
+        recipe = self._workspace.create_recipe(name.strip(), datasets, model, settings)
         return state.selection.link(recipe=str(recipe))
 
     def _save_recipe(self, state: StudioState, text: str, digest: str) -> str:
@@ -374,9 +389,9 @@ class StudioPage:
         options += ["--review"] if review else []
         options += ["--out", str(target), *self._page_options()]
         arguments = ["label", run, as_argument(source)]
-        return self._start_server(
-            state, arguments, self._access.label_port, options, self._access.host
-        )
+        form = [images, prompt, name, model, kind, classes, fraction]
+        port, host = self._access.label_port, self._access.host
+        return self._start_server(state, arguments, port, options, host, form)
 
     def _page_options(self) -> list[str]:
         """Return the options that protect a page in the same way as the studio."""
@@ -417,12 +432,13 @@ class StudioPage:
         port: int,
         options: Sequence[str] = (),
         host: str = "127.0.0.1",
+        form: Sequence[str] = (),
     ) -> str:
         if not port:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = int(free.getsockname()[1])
         arguments = [*arguments, "--port", str(port), *options]
-        return self._start(state, state.target, arguments, port=port, host=host)
+        return self._start(state, state.target, arguments, port=port, host=host, form=form)
 
     def _merge(self, state: StudioState, name: str) -> str:
         if state.run is None:

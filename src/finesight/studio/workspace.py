@@ -22,8 +22,10 @@ import yaml
 
 from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TaskName, is_url
+from finesight.data.sample import Sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
 from finesight.label.label_store import EVAL_FILE, LABELS_FILE
+from finesight.label.suggestion import get_text
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
@@ -227,18 +229,20 @@ class Workspace:
         return folder / sources[0].name if len(sources) == 1 else folder
 
     def create_recipe(
-        self, name: str, dataset: WorkspaceDataset, model: str, settings: dict[str, str]
+        self, name: str, datasets: Sequence[WorkspaceDataset], model: str, settings: dict[str, str]
     ) -> Path:
-        """Write a recipe for a data set, with defaults for empty settings.
+        """Write a recipe for one or more data sets, with defaults for empty settings.
 
         Args:
             settings: Values of `train.epochs`, `train.learning_rate` and `eval.metric` as YAML.
         """
         path = self.check_new_name("recipes", name, ".yaml")
         run = self.check_new_name("runs", name)
-        data = {"train": str(dataset.train_file)}
-        if dataset.eval_file is not None:
-            data["eval"] = str(dataset.eval_file)
+        files = {
+            "train": [str(dataset.train_file) for dataset in datasets],
+            "eval": [str(dataset.eval_file) for dataset in datasets if dataset.eval_file],
+        }
+        data = {key: paths if paths[1:] else paths[0] for key, paths in files.items() if paths}
         content: dict[str, object] = {"model": self.check_model(model), "data": data}
         for key, text in settings.items():
             section, _, setting = key.partition(".")
@@ -253,6 +257,18 @@ class Workspace:
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         self.save_recipe(path, text)
         return path
+
+    def read_prompt(self, run: Path | None, dataset: WorkspaceDataset | None) -> str:
+        """Return the first question of a run, else of a data set; empty if it is unreadable."""
+        file: Path | str | None = dataset.train_file if dataset else None
+        with contextlib.suppress(UserError, OSError, ValueError):
+            if run is not None:
+                file = self.load_recipe(run / RECIPE_FILE).data.train[0].path
+            with (self.folder / (file or "")).open("rb") as lines:
+                sample = Sample.model_validate_json(lines.readline(MAX_RECIPE_BYTES))
+            turns = [turn for turn in sample.messages if turn.role == "user"]
+            return get_text(turns[-1].content) if turns else ""
+        return ""
 
     def read_recipe(self, path: Path) -> tuple[str, str]:
         """Return the text of a recipe and its digest; empty if it cannot be read."""

@@ -18,7 +18,9 @@ const create = (name, attributes = {}, ...children) => {
 
 let decisions = []; // Of all items, in their order; "" for an open item.
 let item = null; // Item that the page shows.
-let boxes = [], edits = {}, selected = -1, imageIndex = 0; // `edits` are new texts of JSON fields.
+// The answer without its boxes, and new texts of its JSON fields.
+let answerText = "", edits = {};
+let boxes = [], selected = -1, imageIndex = 0;
 let isSaving = false, decided = []; // Items decided on this page, newest last.
 
 // Requests
@@ -51,6 +53,7 @@ const open = async (index, select = -1) => {
     selected = select;
     imageIndex = item.answer.boxes[0]?.image ?? 0;
     boxes = structuredClone(item.answer.boxes);
+    answerText = item.answer.text;
     edits = {};
     byId("error").hidden = true;
     location.hash = index;
@@ -91,6 +94,11 @@ const decide = async (action) => {
 
 const undo = async () => {
   if (!item || isSaving) return;
+  if (!byId("error").hidden) {
+    // Nothing was saved, so the answer stays as it is.
+    byId("error").hidden = true;
+    return;
+  }
   const index = decided.length ? decided.pop() : decisions[item.index] ? item.index : -1;
   if (index < 0) return;
   if (!await open(index)) return;
@@ -101,15 +109,9 @@ const undo = async () => {
 // Answer
 
 const readAnswer = () => {
-  if (settings.kind === "boxes") {
-    // A reviewed answer without boxes keeps its text.
-    const isText = settings.review && !item.answer.boxes.length && item.answer.text;
-    if (!boxes.length) return { text: isText ? item.answer.text : settings.no_objects, boxes };
-    return { text: item.answer.boxes.length ? item.answer.text : "", boxes };
-  }
+  const hasFields = item.fields.length && (!boxes.length || Object.keys(edits).length);
   // The server replaces the fields: numbers of JavaScript have fewer digits than those of JSON.
-  if (item.fields.length) return { text: item.answer.text, edits, boxes };
-  return { text: byId("answer").value, boxes };
+  return { text: answerText, edits: hasFields ? edits : null, boxes };
 };
 
 const getConfidence = (path) => item.parts.find(
@@ -134,16 +136,16 @@ const show = () => {
   byId("history").hidden = !history.length;
   byId("history").querySelector("ol").replaceChildren(...history.map((entry) => create(
     "li", {}, `${entry.time.slice(0, 19).replace("T", " ")} ${translate(entry.event)} ${entry.model}`)));
-  const isHinted = suggestion && JSON.stringify(suggestion) !== JSON.stringify(answer)
-    || item.has_template && answer.text;
-  byId("hint").hidden = !isHinted;
-  if (isHinted) {
-    const shown = suggestion ?? answer;
+  const hints = [];
+  const isShown = JSON.stringify(suggestion) === JSON.stringify(answer);
+  if (suggestion && (item.has_template || !isShown)) hints.push([translate("The model suggests:"), suggestion]);
+  if (item.has_template && answer.text && !isShown) hints.push([translate("Answer without JSON:"), answer]);
+  byId("hint").hidden = !hints.length;
+  byId("hint").replaceChildren(...hints.flatMap(([title, shown]) => {
     const text = [shown.text, ...shown.boxes.map((box) =>
       `${box.label ?? ""} [${box.xyxy.map(Math.round).join(", ")}]`)].join("\n").trim();
-    byId("hint").replaceChildren(
-      create("p", { class: "small soft" }, translate("The model suggests:")), create("pre", {}, text));
-  }
+    return [create("p", { class: "small soft" }, title), create("pre", {}, text)];
+  }));
   byId("save").disabled = item.images.some((image) => image.error);
   showForm();
   showImage();
@@ -151,33 +153,33 @@ const show = () => {
 
 const showForm = () => {
   const form = byId("form");
-  if (settings.kind === "boxes") {
-    form.replaceChildren(...boxes.map((box, index) => create(
-      "div", { class: `row${index === selected ? " selected" : ""}`, style: `--color: ${getColor(index)}`,
-        onfocusin: () => { if (selected !== index) select(index, false); } },
-      create("label", { for: `box-${index}` }, translate("Box {}", index + 1), " ",
-        makeBadge(isUnchangedBox(index) ? getConfidence([index]) : null)),
-      makeChoice(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
-      create("button", { type: "button", "aria-label": `${translate("Delete")} ${translate("Box {}", index + 1)}`,
-        onclick: () => remove(index) }, "✕"))));
-    return;
-  }
+  const rows = boxes.map((box, index) => create(
+    "div", { class: `row${index === selected ? " selected" : ""}`, style: `--color: ${getColor(index)}`,
+      onfocusin: () => { if (selected !== index) select(index, false); } },
+    create("label", { for: `box-${index}` }, translate("Box {}", index + 1), " ",
+      makeBadge(isUnchangedBox(index) ? getConfidence([index]) : null)),
+    makeChoice(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
+    create("button", { type: "button", "aria-label": `${translate("Delete")} ${translate("Box {}", index + 1)}`,
+      onclick: () => remove(index) }, "✕")));
   if (item.fields.length) {
-    form.replaceChildren(...item.fields.map(({ path, text }, index) => create("div", { class: "row" },
+    rows.push(...item.fields.map(({ path, text }, index) => create("div", { class: "row" },
       create("label", { for: `field-${index}` }, path.join("."), " ", makeBadge(getConfidence(path))),
-      makeInput(`field-${index}`, text, (edited) => {
+      makeInput(`field-${index}`, edits[index] ?? text, (edited) => {
         if (edited === text) delete edits[index];
         else edits[index] = edited;
       }))));
-    return;
+  } else {
+    const isBoxes = settings.kind === "boxes", change = (value) => { answerText = value; };
+    const isChoice = settings.kind === "classes" && settings.choices.length;
+    const label = create("label", { for: "answer" }, translate(isChoice ? "Class" : "Text"), " ",
+      makeBadge(getConfidence([])));
+    const input = isChoice ? makeChoice("answer", answerText, change)
+      : create("textarea", { id: "answer", rows: isBoxes ? 1 : 6, oninput: () => change(input.value) });
+    if (!isChoice) input.value = answerText;
+    rows.push(create("div", { class: "row" }, label, input, ...(isBoxes ? [create("button",
+      { type: "button", onclick: clear }, translate("No objects"), " ", create("kbd", {}, "0"))] : [])));
   }
-  const isChoice = settings.kind === "classes" && settings.choices.length;
-  const label = create("label", { for: "answer" }, translate(isChoice ? "Class" : "Text"), " ",
-    makeBadge(getConfidence([])));
-  const input = isChoice ? makeChoice("answer", item.answer.text, () => {})
-    : create("textarea", { id: "answer", rows: 6 });
-  if (!isChoice) input.value = item.answer.text;
-  form.replaceChildren(create("div", { class: "row" }, label, input));
+  form.replaceChildren(...rows);
 };
 
 const makeInput = (id, value, onInput) => {
@@ -201,7 +203,7 @@ const isUnchangedBox = (index) =>
 const choose = (index) => {
   const name = settings.choices[index];
   if (name === undefined) return;
-  if (settings.kind === "classes") byId("answer").value = name;
+  if (settings.kind === "classes") byId("answer").value = answerText = name;
   else if (boxes[selected]) {
     boxes[selected].label = name;
     showForm();
@@ -282,10 +284,19 @@ const select = (index, hasForm = true) => {
 
 const remove = (index) => {
   boxes.splice(index, 1);
+  if (!boxes.length && !answerText && settings.kind === "boxes") answerText = settings.no_objects;
   select(Math.min(selected, boxes.length - 1));
 };
 
+const clear = () => {
+  boxes = [];
+  answerText = settings.no_objects;
+  select(-1);
+};
+
 const add = (xyxy) => {
+  // Boxes replace an unchanged text of an answer without boxes.
+  if (!boxes.length && [item.answer.text, settings.no_objects].includes(answerText)) answerText = "";
   const label = boxes[selected]?.label ?? settings.choices[0] ?? null;
   boxes.push({ image: imageIndex, label, xyxy });
   select(boxes.length - 1);
@@ -400,7 +411,7 @@ document.addEventListener("keydown", (event) => {
     ArrowRight: () => open((item.index + 1) % decisions.length),
     ...(isBoxes && {
       b: () => { if (boxes.length) select((selected + 1) % boxes.length); },
-      n: addByKey,
+      n: addByKey, 0: clear,
       Delete: () => { if (selected >= 0) remove(selected); },
       Backspace: () => { if (selected >= 0) remove(selected); } }),
   };

@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
+from urllib.parse import parse_qsl
 
 import pytest
 from axe import AxeChecker
@@ -60,6 +61,66 @@ def open_client(folder: Path, password: str | None = None) -> Iterator[TestClien
         access = ServerAccess(password=password)
         app = make_studio_app(StudioView(Workspace(folder)), private_folder, access, True)
         yield TestClient(app, base_url="http://127.0.0.1", follow_redirects=False)
+
+
+def click_button(page: StudioPage, elem_id: str, query: str, *values: object) -> str:
+    """Run the action of a button, and return its message."""
+    [button] = [id for id, at in page.blocks.blocks.items() if at.elem_id == elem_id]
+    [event] = [fn for fn in page.blocks.fns.values() if (button, "click") in fn.targets]
+    request = SimpleNamespace(query_params=dict(parse_qsl(query)), headers={})
+    message, url = event.fn(request, *values)
+    assert bool(message) != bool(url)
+    return message
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Arguments of the commands that a page would start."""
+    commands: list[list[str]] = []
+
+    def start(
+        jobs: JobStore, step: str, target: str, arguments: list[str], **options: object
+    ) -> SimpleNamespace:
+        commands.append(arguments)
+        return SimpleNamespace(id="1")
+
+    monkeypatch.setattr(JobStore, "start", start)
+    return commands
+
+
+@pytest.mark.parametrize(
+    "columns", ["", "--map image=picture --map answer=text", "image=picture answer=text"]
+)
+def test_columns_are_detected_or_pasted_from_a_message(
+    folder: Path, columns: str, started: list[list[str]]
+) -> None:
+    rows = [f"photos/{index:02}.png,color {index}" for index in range(24)]
+    (folder / "table.csv").write_text("\n".join(["picture,text", *rows]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    values = ["table.csv", "a", "Which color?", columns, ""]
+    assert click_button(page, "import", "step=data", None, *values) == ""
+    assert started[0][5:] == ["--map", "image=picture", "--map", "answer=text"]
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt", "fraction", "problem"),
+    [
+        ("images", "What?", "", "24 images without labels"),
+        ("images", "What?", "", "table.csv or label the images in the step Label"),
+        ("table.csv", "", "", "Prompt"),
+        ("table.csv", "What?", "90%", "fraction"),
+        ("table.csv", "What?", "1.5", "fraction"),
+    ],
+)
+def test_import_form_is_checked_before_the_command_starts(
+    folder: Path, source: str, prompt: str, fraction: str, problem: str, started: list[list[str]]
+) -> None:
+    draw_dots(folder / "images", 24)
+    (folder / "table.csv").write_text("picture,text\nphotos/00.png,red\nphotos/01.png,green\n")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    values = [source, "a", prompt, "", fraction]
+    assert problem in click_button(page, "import", "step=data", None, *values)
+    assert started == []
 
 
 def test_every_page_requires_the_password(folder: Path) -> None:
@@ -120,23 +181,13 @@ def test_url_names_the_shown_items_and_actions_use_no_others(folder: Path) -> No
 
 @pytest.mark.parametrize("password", ["right-password", None])
 def test_served_api_needs_a_key_if_the_studio_has_a_password(
-    folder: Path, password: str | None, monkeypatch: pytest.MonkeyPatch
+    folder: Path, password: str | None, started: list[list[str]]
 ) -> None:
     make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
     view = StudioView(Workspace(folder))
-    started: list[list[str]] = []
-
-    def start(step: str, target: str, arguments: list[str], **options: object) -> SimpleNamespace:
-        started.append(arguments)
-        return SimpleNamespace(id="1")
-
-    monkeypatch.setattr(view.jobs, "start", start)
     page = StudioPage(view, ServerAccess(password=password))
-    [button] = [id for id, at in page.blocks.blocks.items() if at.elem_id == "start-the-server"]
-    [event] = [fn for fn in page.blocks.fns.values() if (button, "click") in fn.targets]
-    query = {"step": "export", "run": "runs/a"}
     for _ in range(2):
-        assert event.fn(SimpleNamespace(query_params=query, headers={}))[0] == ""
+        assert click_button(page, "start-the-server", "step=export&run=runs/a") == ""
     if password is None:
         assert "--key-file" not in started[0]
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -20,6 +21,7 @@ from markupsafe import Markup
 from pydantic import Field, TypeAdapter
 
 from finesight.config import TaskName
+from finesight.data.import_source import ImportOptions, count_unlabeled_images, detect_columns
 from finesight.errors import UserError
 from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
@@ -35,7 +37,7 @@ from finesight.studio.studio_view import (
     StudioView,
     render_message,
 )
-from finesight.studio.workspace import STUDIO_FOLDER, as_argument
+from finesight.studio.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
 from finesight.web.access_middleware import (
     EMPTY_INPUT,
     GET_ROUTES,
@@ -114,7 +116,7 @@ class StudioPage:
         with self._form("data"), self._accordion("New data set") as self._import_panel:
             upload = gr.File(file_count="multiple", elem_id="upload", height=120)
             self._labels.append((upload, "Upload images with labels, or an archive"))
-            values = [
+            values: list[Any] = [
                 self._text("Or a file or folder in the workspace", "source", "photos"),
                 self._text("Name of the data set", "name", "tickets"),
                 self._text("Prompt", "prompt", "Read the ticket."),
@@ -154,9 +156,10 @@ class StudioPage:
                 values = [
                     self._text("Name of the recipe and its run", "recipe-name", "tickets"),
                     self._text("Model: a name on a hub, or a folder", "model", value=TINY_MODEL),
-                    self._text("Epochs", "epochs", "3"),
-                    self._text("Learning rate", "learning-rate", "1e-4"),
-                    self._text("Metric", "metric", ", ".join(get_args(TaskName))),
+                    self._metric(),
+                    self._text("Epochs", "epochs", "chosen from the data"),
+                    self._text("Steps instead of epochs", "steps", "chosen from the data"),
+                    self._text("Learning rate", "learning-rate", "chosen from the model"),
                 ]
                 self._button(
                     "Create the recipe", self._create_recipe, values, error_title="Recipe not saved"
@@ -207,6 +210,13 @@ class StudioPage:
         )
         self._labels.append((box, label))
         return box
+
+    def _metric(self) -> gr.Dropdown:
+        """Add the list of metrics. Empty: the one of the detected task."""
+        choices = [("", ""), *((name, name) for name in get_args(TaskName))]
+        field = gr.Dropdown(choices, value="", elem_id="metric")
+        self._labels.append((field, "Metric (empty: chosen from the answers)"))
+        return field
 
     def _button(
         self,
@@ -287,8 +297,21 @@ class StudioPage:
                 expected="ROLE=COLUMN pairs separated by spaces",
                 remedy="for example image=path answer=caption",
             ) from error
+        if source.strip() and not any(pairs):
+            path, roles = _detect_columns(self._workspace.folder, path)
+            arguments[1] = as_argument(path)
+            pairs = [f"{role}={column}" for role, column in roles.items()]
+            if roles and "question" not in roles and not prompt.strip():
+                raise UserError(
+                    "the field Prompt is empty, and the table has no column of questions",
+                    where=str(path),
+                    expected="a question about every image",
+                    remedy="enter one, such as: Read the text.",
+                )
+        # The messages of commands write the option before each pair.
+        pairs = [pair.removeprefix("--map=") for pair in pairs if pair not in ("", "--map")]
         arguments += [word for pair in pairs for word in ("--map", pair)]
-        arguments += ["--train-fraction", fraction.strip()] if fraction.strip() else []
+        arguments += ["--train-fraction", fraction.strip()] if _check_fraction(fraction) else []
         return target, arguments
 
     def _import(self, state: StudioState, upload: list[str] | None, *values: str) -> str:
@@ -301,6 +324,7 @@ class StudioPage:
                 remedy="clear one of them" if upload else "upload files, or enter a path",
             )
         self._build_import(source, name, *others)
+        self._check_labels(source)
         if upload:
             files = [Path(file) for file in upload]
             source = str(self._workspace.save_uploads(files, name.strip()))
@@ -309,19 +333,35 @@ class StudioPage:
             state, str(target), arguments, data=str(target), form=[source, name, *others]
         )
 
+    def _check_labels(self, source: str) -> None:
+        """Raise UserError for a folder of images without labels, before the import fails."""
+        folder = self._workspace.folder / source.strip()
+        if not source.strip() or not (count := count_unlabeled_images(folder)):
+            return
+        tables = [file for file in folder.parent.iterdir() if file.suffix in TABLE_SUFFIXES]
+        remedies = [f"enter {Path(source.strip()).parent / file.name}" for file in sorted(tables)]
+        raise UserError(
+            f"{count} images without labels",
+            where=source.strip(),
+            expected="labels: a table, or a text or annotation file for each image",
+            remedy=" or ".join([*remedies[:3], "label the images in the step Label"]),
+        )
+
     def _create_recipe(
         self,
         state: StudioState,
         name: str,
         model: str,
-        epochs: str,
-        learning_rate: str,
         metric: str,
+        epochs: str,
+        steps: str,
+        learning_rate: str,
     ) -> str:
         if state.dataset is None:
             raise _missing("data set")
         settings = {
             "train.epochs": epochs,
+            "train.steps": steps,
             "train.learning_rate": learning_rate,
             "eval.metric": metric,
         }
@@ -484,6 +524,30 @@ class StudioPage:
         return state.selection.link(
             job=job.id, **{key: item for key, item in items.items() if item}
         )
+
+
+def _detect_columns(workspace: Path, path: Path) -> tuple[Path, dict[str, str]]:
+    """Return the table of a source with its column roles; none if the command detects its format.
+
+    A source without a known format is returned unchanged, for the error of the command.
+    """
+    with contextlib.suppress(UserError):
+        table, roles = detect_columns(workspace / path, ImportOptions())
+        return (table.relative_to(workspace) if roles else path), roles
+    return path, {}
+
+
+def _check_fraction(text: str) -> bool:
+    """Return whether a fraction is given. Raises UserError if it is not between 0 and 1."""
+    with contextlib.suppress(ValueError):
+        if not text.strip() or 0 < float(text) <= 1:
+            return bool(text.strip())
+    raise UserError(
+        f"{text.strip()!r:.80} is not a fraction",
+        where="fraction of training samples",
+        expected="a number above 0 and at most 1",
+        remedy="enter 0.9 for 90 %",
+    )
 
 
 def render_command(arguments: Sequence[str]) -> str:

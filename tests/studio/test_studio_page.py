@@ -25,8 +25,10 @@ from chat_page_driver import ChatPageDriver
 from comparison_fixtures import make_run, make_sign_answers
 from fastapi.testclient import TestClient
 from label_fixtures import COLORS, ask_server, draw_dots
+from run_dir_fixtures import MANIFEST, TUNE
 
 from finesight.errors import UserError
+from finesight.manifest import read_example
 from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
 from finesight.studio.studio_jobs import JobStore
@@ -198,6 +200,31 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(
     assert len(key) > 40
     assert password not in key
     assert not any(key in word for word in started[0])
+
+
+def test_unfinished_run_is_used_with_its_newest_checkpoint(
+    folder: Path, started: list[list[str]]
+) -> None:
+    run = make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+    tune = {**TUNE, "merger": "lora"}
+    manifest = {**MANIFEST, "format_version": 2, "tune": tune, "prompts": ["Which color?"]}
+    run.write("manifest.json", json.dumps(manifest))
+    for name in ("step-9", "step-20", "step-x", "best"):
+        (folder / "runs/a/checkpoints" / name).mkdir(parents=True)
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    for step, button in (("chat", "start-the-chat"), ("export", "start-the-server")):
+        assert click_button(page, button, f"step={step}&run=runs/a") == ""
+        with open_client(folder) as client:
+            shown = client.get(f"/live?step={step}&lang=en").json()["top"]
+        assert "The run is not finished: its newest checkpoint is used" in shown
+    assert [words[1] for words in started] == ["runs/a/checkpoints/step-20"] * 2
+    (folder / "runs/a/predictions/after.jsonl").unlink()
+    (folder / "runs/a/predictions/before.jsonl").write_text('{"image": "photos/00.png"}\n')
+    with contextlib.chdir(folder):
+        assert read_example(Path("runs/a")) == ("photos/00.png", "Which color?")
+    (folder / "runs/a/adapter").mkdir()
+    assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
+    assert started[2][1] == "runs/a"
 
 
 class StudioDriver:

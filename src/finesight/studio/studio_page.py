@@ -377,7 +377,8 @@ class StudioPage:
     def _chat(self, state: StudioState) -> str:
         if state.run is None:
             raise _missing("run")
-        arguments, port = ["web", as_argument(state.run)], self._access.chat_port
+        weights = as_argument(self._workspace.find_weights(state.run))
+        arguments, port = ["web", weights], self._access.chat_port
         return self._start_server(state, arguments, port, self._page_options(), self._access.host)
 
     def _label(
@@ -437,7 +438,7 @@ class StudioPage:
             options = ["--key-file", str(self._write_password(key, API_KEY_FILE))]
         if state.run is None:
             raise _missing("run")
-        arguments = ["serve", as_argument(state.run)]
+        arguments = ["serve", as_argument(self._workspace.find_weights(state.run))]
         return self._start_server(state, arguments, self._access.api_port, options)
 
     def _write_password(self, password: str, name: str = PASSWORD_FILE) -> Path:

@@ -194,6 +194,7 @@ class StudioView:
                 "runs": [self._describe_run(run) for run in state.content.runs],
                 "charts": self._build_charts(state),
                 "page": self._find_page(state),
+                "weights": str(self.workspace.find_weights(state.run)) if state.run else "",
                 "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
             }
             top, bottom = (
@@ -221,7 +222,7 @@ class StudioView:
         if step == "results" and run is not None:
             return [["report", as_argument(run)]]
         if step == "chat" and run is not None:
-            return [["web", as_argument(run)]]
+            return [["web", as_argument(self.workspace.find_weights(run))]]
         if step == "export":
             model = as_argument((state.content.models or [Path("models/NAME")])[0])
             options = ["--converter", "convert_hf_to_gguf.py"]

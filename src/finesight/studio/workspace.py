@@ -33,7 +33,14 @@ from finesight.errors import (
     suggest_similar_path,
 )
 from finesight.label.label_store import EVAL_FILE, LABELS_FILE
-from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
+from finesight.manifest import (
+    ADAPTER_FOLDER,
+    MANIFEST_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    find_newest_checkpoint,
+    load_manifest,
+)
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
 from finesight.storage import working_folder, write_file
@@ -173,6 +180,17 @@ class Workspace:
         except (OSError, ValueError, yaml.YAMLError):
             return False
         return isinstance(content, dict) and {"model", "data"} <= content.keys()
+
+    def find_weights(self, run: Path) -> Path:
+        """Return a run, or its newest checkpoint if LoRA training has not ended yet."""
+        folder = self.folder / run
+        newest = find_newest_checkpoint(folder)
+        if newest is None or any((folder / n).is_dir() for n in (ADAPTER_FOLDER, MODEL_FOLDER)):
+            return run
+        with contextlib.suppress(UserError):
+            if not load_manifest(folder / MANIFEST_FILE).tune.has_mode("full"):
+                return newest.relative_to(self.folder)
+        return run
 
     def _contains(self, path: Path) -> bool:
         # Unlike Path.resolve, it accepts links in a loop.

@@ -212,6 +212,7 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
     for name in ("step-9", "step-20", "step-x", "best"):
         (folder / "runs/a/checkpoints" / name).mkdir(parents=True)
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    (folder / "runs/a/adapter").rename(folder / "adapter")
     for step, button in (("chat", "start-the-chat"), ("export", "start-the-server")):
         assert click_button(page, button, f"step={step}&run=runs/a") == ""
         with open_client(folder) as client:
@@ -222,7 +223,7 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
     (folder / "runs/a/predictions/before.jsonl").write_text('{"image": "photos/00.png"}\n')
     with contextlib.chdir(folder):
         assert read_example(Path("runs/a")) == ("photos/00.png", "Which color?")
-    (folder / "runs/a/adapter").mkdir()
+    (folder / "adapter").rename(folder / "runs/a/adapter")
     assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
     assert started[2][1] == "runs/a"
 

@@ -228,6 +228,48 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
     assert started[2][1] == "runs/a"
 
 
+def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
+    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+    for name in ("a", "b"):
+        text = f"model: finesight-tiny\ndata: {{train: a.jsonl}}\noutput_dir: runs/{name}\n"
+        (folder / f"{name}.yaml").write_text(text)
+    with open_client(folder) as client:
+        for recipe, shown in (("a", "runs/b"), ("b", "runs/a")):
+            page = client.get(f"/live?step=train&recipe={recipe}.yaml&run={shown}").json()
+            assert f"run=runs%2F{recipe}" in page["url"]
+            assert ("charts" in page["bottom"]) == (recipe == "a")
+            assert page["top"].count("selected") == (2 if recipe == "a" else 1)
+
+
+def test_estimate_of_a_changed_recipe_is_marked(folder: Path) -> None:
+    (folder / "a.yaml").write_text("model: finesight-tiny\ndata: {train: a.jsonl}\n")
+    job = {"step": "plan", "target": "a.yaml", "arguments": ["plan", "a.yaml"]}
+    with open_client(folder) as client:
+        for started_at in ("2000-01-01T00:00:00Z", "2100-01-01T00:00:00Z"):
+            file = folder / ".finesight/jobs/1/job.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(job | {"started_at": started_at}))
+            page = client.get("/live?step=plan&recipe=a.yaml&lang=en").json()
+            assert ("has changed since" in page["bottom"]) == started_at.startswith("2000")
+            assert "saved 2" in page["top"]
+
+
+def test_remedy_of_a_missing_item_names_its_step(folder: Path) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    for button, step, problem in (
+        ("check", "check", "step Data"),
+        ("estimate-memory-and-time", "plan", "step Plan"),
+        ("start-the-chat", "chat", "step Train"),
+    ):
+        assert problem in click_button(page, button, f"step={step}")
+
+
+def test_icon_is_answered_before_sign_in(folder: Path) -> None:
+    for password in ("right-password", None):
+        with open_client(folder, password) as client:
+            assert client.get("/favicon.ico").status_code == 204
+
+
 class StudioDriver:
     """Studio page in a browser."""
 
@@ -321,9 +363,7 @@ def test_unlabeled_images_become_a_served_model(
     command = "finesight import images data/dots --prompt 'Which color?' --train-fraction 0.9"
     studio.wait_for(f'document.querySelector("#preview code")?.textContent === "{command}"')
     studio.click("import")
-    studio.wait_for_job("failed")
-    studio.reload("document.querySelector('.log')?.textContent.includes('finesight label')")
-    studio.wait_for("document.querySelector('#source input, #source textarea')?.value === 'images'")
+    studio.wait_for("document.querySelector('#message .error')?.innerText.includes('step Label')")
     studio.fill(source="", name="uploaded")
     studio.upload("upload", sorted((folder / "photos").iterdir()))
     studio.click("import")
@@ -354,7 +394,7 @@ def test_unlabeled_images_become_a_served_model(
     studio.click("check")
     studio.reload("document.querySelector('#studio-bottom iframe')")
     studio.open("plan")
-    studio.fill(recipe_name="dots", epochs="10", learning_rate="2e-3", metric="classification")
+    studio.fill(recipe_name="dots", metric="classification", epochs="10", learning_rate="2e-3")
     studio.click("create-the-recipe")
     studio.wait_for("document.querySelector('#editor textarea')?.value.includes('epochs: 10')")
     studio.click("estimate-memory-and-time")

@@ -36,6 +36,7 @@ from finesight.studio.studio_view import (
     StudioState,
     StudioView,
     render_message,
+    split_words,
 )
 from finesight.studio.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
 from finesight.web.access_middleware import (
@@ -81,6 +82,12 @@ class ServerAccess:
     port: int = 0
 
 
+MISSING_REMEDIES = {
+    "data set": "select one, or import one in the step Data",
+    "recipe": "select one, or create one in the step Plan",
+    "run": "select one, or train one in the step Train",
+}
+
 Action = Callable[..., str]
 """Handler of a button: takes the state and the inputs, and returns the URL to open."""
 
@@ -120,7 +127,7 @@ class StudioPage:
                 self._text("Or a file or folder in the workspace", "source", "photos"),
                 self._text("Name of the data set", "name", "tickets"),
                 self._text("Prompt", "prompt", "Read the ticket."),
-                self._text("Column mapping", "columns", "image=path answer=caption"),
+                self._text("Columns (empty: detected)", "columns", "image=path answer=caption"),
                 self._text("Fraction of training samples", "fraction", value=DEFAULT_FRACTION),
             ]
             self._import_fields = values
@@ -553,7 +560,8 @@ def _check_fraction(text: str) -> bool:
 
 def render_command(arguments: Sequence[str]) -> str:
     """Render the command that a form would start."""
-    return Markup('<div class="command"><code>{}</code></div>').format(format_command(arguments))
+    code = split_words(format_command(arguments))
+    return Markup('<div class="command"><code>{}</code></div>').format(code)
 
 
 def _create_html(elem_id: str) -> gr.HTML:
@@ -571,7 +579,7 @@ def _missing(kind: str) -> UserError:
         f"no {kind} is selected",
         where="studio",
         expected=f"a {kind} in the workspace",
-        remedy="complete the previous step",
+        remedy=MISSING_REMEDIES.get(kind, "fill in the field"),
     )
 
 

@@ -159,6 +159,14 @@ def test_lines_and_record_are_consistent(task: TinyTask) -> None:
     assert record["recipe"]["fits"] is True
 
 
+def test_plan_warns_about_answers_longer_than_max_new_tokens(task: TinyTask) -> None:
+    longest = make_plan(task, eval={"metric": "ocr"}).evaluation.max_answer_tokens
+    for max_new_tokens, is_cut in ((longest, False), (longest - 1, True)):
+        settings = {"metric": "ocr", "max_new_tokens": max_new_tokens}
+        text = "\n".join(format_plan(make_plan(task, eval=settings)))
+        assert (f"up to {longest} tokens" in text) == is_cut
+
+
 def test_unknown_gpu_is_rejected_before_reading_data(task: TinyTask) -> None:
     (task.folder / "train.jsonl").unlink()
     with pytest.raises(UserError, match="unknown GPU 'H20000'"):

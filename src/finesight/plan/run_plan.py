@@ -63,12 +63,16 @@ class EvaluationEstimate:
         num_samples: Number of validation samples per evaluation before and after training.
         total_s: Seconds of all evaluations.
         generation_bytes: Peak bytes of generation; 0 if only the validation loss is computed.
+        max_answer_tokens: Supervised tokens of the longest validation answer.
+        num_cut_answers: Number of answers of more tokens than `eval.max_new_tokens`.
     """
 
     num_evaluations: int
     num_samples: int
     total_s: float
     generation_bytes: int
+    max_answer_tokens: int = 0
+    num_cut_answers: int = 0
 
 
 def estimate_evaluation(
@@ -106,10 +110,16 @@ def estimate_evaluation(
         interim_stats = validation_stats[: resolve_interim_limit(settings)]
         total_s += num_interim * estimate_seconds(interim_stats)
     eval_stats = validation_stats[: settings.limit if settings else None]
-    generation_bytes = 0
-    if settings is not None:
-        generation_bytes = _estimate_generation_bytes(settings, planned, target, eval_stats)
-    return EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, generation_bytes)
+    estimate = EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, 0)
+    if settings is None:
+        return estimate
+    lengths = [stats.num_supervised_tokens for stats in eval_stats]
+    return replace(
+        estimate,
+        generation_bytes=_estimate_generation_bytes(settings, planned, target, eval_stats),
+        max_answer_tokens=max(lengths),
+        num_cut_answers=sum(length > settings.max_new_tokens for length in lengths),
+    )
 
 
 def _estimate_generation_s(

@@ -91,17 +91,17 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "columns", ["", "--map image=picture --map answer=text", "image=picture answer=text"]
+    "columns", ["", "--map image=photo --map answer=text", "image=photo answer=text"]
 )
 def test_columns_are_detected_or_pasted_from_a_message(
     folder: Path, columns: str, started: list[list[str]]
 ) -> None:
     rows = [f"photos/{index:02}.png,color {index}" for index in range(24)]
-    (folder / "table.csv").write_text("\n".join(["picture,text", *rows]))
+    (folder / "table.csv").write_text("\n".join(["photo,text", *rows]))
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     values = ["table.csv", "a", "Which color?", columns, ""]
     assert click_button(page, "import", "step=data", None, *values) == ""
-    assert started[0][5:] == ["--map", "image=picture", "--map", "answer=text"]
+    assert started[0][5:] == ["--map", "image=photo", "--map", "answer=text"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_import_form_is_checked_before_the_command_starts(
     folder: Path, source: str, prompt: str, fraction: str, problem: str, started: list[list[str]]
 ) -> None:
     draw_dots(folder / "images", 24)
-    (folder / "table.csv").write_text("picture,text\nphotos/00.png,red\nphotos/01.png,green\n")
+    (folder / "table.csv").write_text("photo,text\nphotos/00.png,red\nphotos/01.png,green\n")
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     values = [source, "a", prompt, "", fraction]
     assert problem in click_button(page, "import", "step=data", None, *values)
@@ -394,9 +394,12 @@ def test_unlabeled_images_become_a_served_model(
     studio.click("check")
     studio.reload("document.querySelector('#studio-bottom iframe')")
     studio.open("plan")
-    studio.fill(recipe_name="dots", metric="classification", epochs="10", learning_rate="2e-3")
+    studio.fill(metric="classification")
+    browser.press("Enter")
+    studio.fill(recipe_name="dots", epochs="10", learning_rate="2e-3")
     studio.click("create-the-recipe")
     studio.wait_for("document.querySelector('#editor textarea')?.value.includes('epochs: 10')")
+    studio.wait_for("document.querySelector('#editor textarea').value.includes('classification')")
     studio.click("estimate-memory-and-time")
     studio.wait_for_job("finished")
     studio.reload("document.querySelector('#editor textarea')?.value.includes('epochs: 10')")

@@ -147,5 +147,5 @@ def test_recipe_without_settings_has_the_values_of_init(workspace: Workspace) ->
     assert (recipe.train.steps, recipe.train.learning_rate.default) == (7, 1e-3)
     assert recipe.eval is not None
     assert recipe.eval.metric == "captions"
-    with pytest.raises(UserError, match="did you mean captions"):
+    with pytest.raises(UserError, match=r"did you mean eval\.metric: captions"):
         workspace.create_recipe("c", dataset, "finesight-tiny", {"eval.metric": "caption"})

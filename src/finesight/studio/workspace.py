@@ -26,12 +26,7 @@ from finesight.config import TRACKER_MODES, Recipe, TaskName, is_url
 from finesight.data.corpus import open_sample_source
 from finesight.data.import_source import NUM_PREVIEW_ROWS, DetectedTask, detect_task
 from finesight.data.sample import validate_sample
-from finesight.errors import (
-    UserError,
-    escape_surrogates,
-    suggest_name,
-    suggest_similar_path,
-)
+from finesight.errors import UserError, escape_surrogates, suggest_similar_path
 from finesight.label.label_store import EVAL_FILE, LABELS_FILE
 from finesight.manifest import (
     ADAPTER_FOLDER,
@@ -296,13 +291,6 @@ class Workspace:
         path = self.check_new_name("recipes", name, ".yaml")
         run = self.check_new_name("runs", name)
         metric = settings.get("eval.metric", "").strip()
-        if metric and metric not in get_args(TaskName):
-            raise UserError(
-                f"{metric!r:.200} is unknown",
-                where="eval.metric",
-                expected=", ".join(get_args(TaskName)),
-                remedy=suggest_name(metric, get_args(TaskName), "choose one, or leave it empty"),
-            )
         source = open_sample_source(self.folder / dataset.train_file)
         spacing = max(1, len(source) // NUM_PREVIEW_ROWS)
         samples = [source.read_sample(i).sample for i in range(0, len(source), spacing)]
@@ -313,16 +301,8 @@ class Workspace:
         files = {dataset.train_file: f"{dataset.num_train} samples"}
         if dataset.eval_file is not None:
             files[dataset.eval_file] = f"{dataset.num_eval} samples"
-        text = format_recipe(
-            path,
-            run,
-            self.check_model(model),
-            "finesight studio",
-            task,
-            files,
-            dataset.num_train,
-            settings=settings,
-        )
+        inputs = (path, run, self.check_model(model), "finesight studio", task, files)
+        text = format_recipe(*inputs, dataset.num_train, settings=settings)
         self.save_recipe(path, text)
         return path
 

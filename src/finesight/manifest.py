@@ -90,15 +90,26 @@ def find_run_dir(run_or_checkpoint: Path) -> Path:
     return run_or_checkpoint.parents[1] if is_checkpoint else run_or_checkpoint
 
 
+def find_newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the folder of the newest checkpoint of a run."""
+    folders = [path for path in run_dir.glob(f"{CHECKPOINTS_FOLDER}/step-*") if path.is_dir()]
+    numbered = [path for path in folders if path.name.removeprefix("step-").isdecimal()]
+    return max(numbered, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
 def read_example(run_dir: Path) -> tuple[str, str]:
     """Return an image and a prompt for example commands: those of the first validation prediction.
 
-    Without predictions, an image inside an archive, or a prompt, they are `IMAGE` and `TEXT`.
+    Without predictions, the prompt is the most frequent one of the training samples. Without an
+    image file or a prompt, they are `IMAGE` and `TEXT`.
     """
     record: dict[str, object] = {}
-    with suppress(UserError, ValueError):
-        lines = read_lines(run_dir / PREDICTIONS_FOLDER / "after.jsonl", expected="predictions")
-        record = json.loads(next(lines, b"{}"))
+    with suppress(UserError):
+        record["prompt"] = next(iter(load_manifest(run_dir / MANIFEST_FILE).prompts), None)
+    for name in ("before.jsonl", "after.jsonl"):
+        with suppress(UserError, ValueError):
+            lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
+            record |= json.loads(next(lines, b"{}"))
     path, prompt = record.get("image"), record.get("prompt")
     # Paths of imported data contain "..", which the file system resolves differently after a link.
     image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"

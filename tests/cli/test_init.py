@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from finesight import model_folder
 from finesight.cli import init
 from finesight.cli.app import run_command
+from finesight.data import import_source
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
 from finesight.plan import run_plan
@@ -266,7 +267,7 @@ def test_split_of_the_source_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("no_plan")
 def test_all_classes_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "NUM_PREVIEW_ROWS", 10)
+    monkeypatch.setattr(import_source, "NUM_PREVIEW_ROWS", 10)
     table = write_table(tmp_path, 24, label=lambda i: "ab"[i > 11] if i < 23 else "c")
     found = run_init(table, "--out", tmp_path / "out")
     assert found["metric"] == "classification"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -77,10 +78,16 @@ def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch
     for name in ("load_multi_adapter_model", "resolve_model_source"):
         monkeypatch.setattr(model_loader, name, lambda *arguments: manifest)
     monkeypatch.setattr(api_server, "run_api_server", run_server)
-    output = run_serve("first/run", "--port", "0").output
+    Path("my keys.txt").write_text(f"# server\n\n{KEY}\n")
+    output = run_serve("first/run", "--port", "0", "--key-file", "my keys.txt").output
     assert output.startswith("serving first, base at ")
     sender, _, curl = output.splitlines()[1].strip().rpartition(" | ")
     assert curl.startswith("curl http://127.0.0.1:")
+    header = re.findall('-H (".*?") ', curl)[0]
+    command = ["sh", "-c", f"printf %s {header}"]
+    assert subprocess.run(command, capture_output=True).stdout.decode() == (
+        f"Authorization: Bearer {KEY}"
+    )
     body = json.loads(subprocess.run(["sh", "-c", sender], capture_output=True).stdout)
     image, text = body["messages"][0]["content"]
     assert (body["model"], text["text"]) == ("first", prompt)

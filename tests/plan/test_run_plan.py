@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 from tiny_task import TinyTask, write_recipe
 
+from finesight.config import Device, Precision
 from finesight.errors import UserError
 from finesight.plan import run_plan
 from finesight.plan.plan_format import format_plan, plan_to_dict
 from finesight.plan.run_plan import RunPlan, check_fit, plan_run
-from finesight.plan.target_device import build_named_target
+from finesight.plan.target_device import TargetDevice, build_local_target, build_named_target
 from finesight.recipe import load_recipe
 from finesight.train.console import TrainingConsole
 from finesight.train.dataset_stats import load_training_data
@@ -79,6 +80,39 @@ def test_suggested_overrides_are_valid(task: TinyTask) -> None:
     assert plan.chosen_estimate.step_time.total < plan.recipe_estimate.step_time.total
 
 
+@pytest.mark.parametrize(
+    ("bf16_flops", "memory_factor", "precision"),
+    [(1e9, 1.0, "fp32"), (1e12, 1.0, "bf16"), (1e9, 0.9, "bf16")],
+    ids=["slower", "faster", "slower-but-fits"],
+)
+def test_precision_is_recommended_for_speed_or_memory(
+    task: TinyTask,
+    bf16_flops: float,
+    memory_factor: float,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory_bytes = 64 * 10**9
+
+    def build_target(device: Device, precision: Precision) -> TargetDevice:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        flops = bf16_flops if precision == "bf16" else 1e11
+        target = build_local_target(torch.device("cpu"), dtype, flops, 1e10)
+        return replace(target, memory_bytes=memory_bytes, num_workers=0)
+
+    monkeypatch.setattr(run_plan, "select_cpu_precision", lambda: "bf16")
+    monkeypatch.setattr(run_plan, "measure_local_target", build_target)
+    plan = make_plan(task, gpu=None)
+    if memory_factor < 1:
+        memory_bytes = round(memory_factor * plan.recipe_estimate.peak.total)
+        plan = make_plan(task, gpu=None)
+    assert plan.precision == precision
+    assert ("train.precision=bf16" in plan.overrides) == (precision == "bf16")
+    if plan.recipe_estimate.fits:
+        recipe_s = plan.recipe_estimate.step_time.total
+        assert plan.chosen_estimate.step_time.total <= recipe_s
+
+
 def test_evaluation_count_follows_the_recipe(task: TinyTask) -> None:
     default_plan = make_plan(task)
     assert (default_plan.evaluation.num_evaluations, default_plan.evaluation.num_samples) == (2, 3)
@@ -127,6 +161,14 @@ def test_lines_and_record_are_consistent(task: TinyTask) -> None:
     memory = record["recipe"]["memory"]
     assert sum(memory.values()) == record["recipe"]["total_bytes"]
     assert record["recipe"]["fits"] is True
+
+
+def test_plan_warns_about_answers_longer_than_max_new_tokens(task: TinyTask) -> None:
+    longest = make_plan(task, eval={"metric": "ocr"}).evaluation.max_answer_tokens
+    for max_new_tokens, is_cut in ((longest, False), (longest - 1, True)):
+        settings = {"metric": "ocr", "max_new_tokens": max_new_tokens}
+        text = "\n".join(format_plan(make_plan(task, eval=settings)))
+        assert (f"up to {longest} tokens" in text) == is_cut
 
 
 def test_unknown_gpu_is_rejected_before_reading_data(task: TinyTask) -> None:

@@ -133,3 +133,9 @@ def test_single_point_is_a_marker() -> None:
     assert len(drawing.lines) == 1
     assert drawing.lines[0].markers
     assert build_chart("s", [ChartSeries("s", [])]) is None
+
+
+def test_one_point_has_the_tick_of_its_step() -> None:
+    chart = build_chart("F1", [ChartSeries("F1", [(0.0, 0.5)], "marks")])
+    assert chart is not None
+    assert [tick.label for tick in chart.x_ticks] == ["0"]

@@ -25,10 +25,12 @@ from chat_page_driver import ChatPageDriver
 from comparison_fixtures import make_run, make_sign_answers
 from fastapi.testclient import TestClient
 from label_fixtures import COLORS, ask_server, draw_dots
+from run_dir_fixtures import MANIFEST, TUNE
 
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
+from finesight.manifest import read_example
 from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
 from finesight.studio.studio_jobs import JobStore
@@ -63,6 +65,66 @@ def open_client(folder: Path, password: str | None = None) -> Iterator[TestClien
         access = ServerAccess(password=password)
         app = make_studio_app(StudioView(Workspace(folder)), private_folder, access, True)
         yield TestClient(app, base_url="http://127.0.0.1", follow_redirects=False)
+
+
+def click_button(page: StudioPage, elem_id: str, query: str, *values: object) -> str:
+    """Run the action of a button, and return its message."""
+    [button] = [id for id, at in page.blocks.blocks.items() if at.elem_id == elem_id]
+    [event] = [fn for fn in page.blocks.fns.values() if (button, "click") in fn.targets]
+    request = SimpleNamespace(query_params=dict(parse_qsl(query)), headers={})
+    message, url = event.fn(request, *values)
+    assert bool(message) != bool(url)
+    return message
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Arguments of the commands that a page would start."""
+    commands: list[list[str]] = []
+
+    def start(
+        jobs: JobStore, step: str, target: str, arguments: list[str], **options: object
+    ) -> SimpleNamespace:
+        commands.append(arguments)
+        return SimpleNamespace(id="1")
+
+    monkeypatch.setattr(JobStore, "start", start)
+    return commands
+
+
+@pytest.mark.parametrize(
+    "columns", ["", "--map image=photo --map answer=text", "image=photo answer=text"]
+)
+def test_columns_are_detected_or_pasted_from_a_message(
+    folder: Path, columns: str, started: list[list[str]]
+) -> None:
+    rows = [f"photos/{index:02}.png,color {index}" for index in range(24)]
+    (folder / "table.csv").write_text("\n".join(["photo,text", *rows]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    values = ["table.csv", "a", "Which color?", columns, ""]
+    assert click_button(page, "import", "step=data", None, *values) == ""
+    assert started[0][5:] == ["--map", "image=photo", "--map", "answer=text"]
+
+
+@pytest.mark.parametrize(
+    ("source", "prompt", "fraction", "problem"),
+    [
+        ("images", "What?", "", "24 images without labels"),
+        ("images", "What?", "", "table.csv or label the images in the step Label"),
+        ("table.csv", "", "", "Prompt"),
+        ("table.csv", "What?", "90%", "fraction"),
+        ("table.csv", "What?", "1.5", "fraction"),
+    ],
+)
+def test_import_form_is_checked_before_the_command_starts(
+    folder: Path, source: str, prompt: str, fraction: str, problem: str, started: list[list[str]]
+) -> None:
+    draw_dots(folder / "images", 24)
+    (folder / "table.csv").write_text("photo,text\nphotos/00.png,red\nphotos/01.png,green\n")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    values = [source, "a", prompt, "", fraction]
+    assert problem in click_button(page, "import", "step=data", None, *values)
+    assert started == []
 
 
 def test_every_page_requires_the_password(folder: Path) -> None:
@@ -123,23 +185,13 @@ def test_url_names_the_shown_items_and_actions_use_no_others(folder: Path) -> No
 
 @pytest.mark.parametrize("password", ["right-password", None])
 def test_served_api_needs_a_key_if_the_studio_has_a_password(
-    folder: Path, password: str | None, monkeypatch: pytest.MonkeyPatch
+    folder: Path, password: str | None, started: list[list[str]]
 ) -> None:
     make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
     view = StudioView(Workspace(folder))
-    started: list[list[str]] = []
-
-    def start(step: str, target: str, arguments: list[str], **options: object) -> SimpleNamespace:
-        started.append(arguments)
-        return SimpleNamespace(id="1")
-
-    monkeypatch.setattr(view.jobs, "start", start)
     page = StudioPage(view, ServerAccess(password=password))
-    [button] = [id for id, at in page.blocks.blocks.items() if at.elem_id == "start-the-server"]
-    [event] = [fn for fn in page.blocks.fns.values() if (button, "click") in fn.targets]
-    query = {"step": "export", "run": "runs/a"}
     for _ in range(2):
-        assert event.fn(SimpleNamespace(query_params=query, headers={}))[0] == ""
+        assert click_button(page, "start-the-server", "step=export&run=runs/a") == ""
     if password is None:
         assert "--key-file" not in started[0]
         return
@@ -202,6 +254,74 @@ def test_recipe_form_offers_the_other_data_sets(folder: Path) -> None:
     assert call_page(page, "create-the-recipe", query, *values)[0] == ""
     files = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data.train
     assert sorted(str(file.path) for file in files) == [f"data/{name}/data.jsonl" for name in "bc"]
+
+
+def test_unfinished_run_is_used_with_its_newest_checkpoint(
+    folder: Path, started: list[list[str]]
+) -> None:
+    run = make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+    tune = {**TUNE, "merger": "lora"}
+    manifest = {**MANIFEST, "format_version": 2, "tune": tune, "prompts": ["Which color?"]}
+    run.write("manifest.json", json.dumps(manifest))
+    for name in ("step-9", "step-20", "step-x", "best"):
+        (folder / "runs/a/checkpoints" / name).mkdir(parents=True)
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    (folder / "runs/a/adapter").rename(folder / "adapter")
+    for step, button in (("chat", "start-the-chat"), ("export", "start-the-server")):
+        assert click_button(page, button, f"step={step}&run=runs/a") == ""
+        with open_client(folder) as client:
+            shown = client.get(f"/live?step={step}&lang=en").json()["top"]
+        assert "The run is not finished: its newest checkpoint is used" in shown
+    assert [words[1] for words in started] == ["runs/a/checkpoints/step-20"] * 2
+    (folder / "runs/a/predictions/after.jsonl").unlink()
+    (folder / "runs/a/predictions/before.jsonl").write_text('{"image": "photos/00.png"}\n')
+    with contextlib.chdir(folder):
+        assert read_example(Path("runs/a")) == ("photos/00.png", "Which color?")
+    (folder / "adapter").rename(folder / "runs/a/adapter")
+    assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
+    assert started[2][1] == "runs/a"
+
+
+def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
+    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+    for name in ("a", "b"):
+        text = f"model: finesight-tiny\ndata: {{train: a.jsonl}}\noutput_dir: runs/{name}\n"
+        (folder / f"{name}.yaml").write_text(text)
+    with open_client(folder) as client:
+        for recipe, shown in (("a", "runs/b"), ("b", "runs/a")):
+            page = client.get(f"/live?step=train&recipe={recipe}.yaml&run={shown}").json()
+            assert f"run=runs%2F{recipe}" in page["url"]
+            assert ("charts" in page["bottom"]) == (recipe == "a")
+            assert page["top"].count("selected") == (2 if recipe == "a" else 1)
+
+
+def test_estimate_of_a_changed_recipe_is_marked(folder: Path) -> None:
+    (folder / "a.yaml").write_text("model: finesight-tiny\ndata: {train: a.jsonl}\n")
+    job = {"step": "plan", "target": "a.yaml", "arguments": ["plan", "a.yaml"]}
+    with open_client(folder) as client:
+        for started_at in ("2000-01-01T00:00:00Z", "2100-01-01T00:00:00Z"):
+            file = folder / ".finesight/jobs/1/job.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(job | {"started_at": started_at}))
+            page = client.get("/live?step=plan&recipe=a.yaml&lang=en").json()
+            assert ("has changed since" in page["bottom"]) == started_at.startswith("2000")
+            assert "saved 2" in page["top"]
+
+
+def test_remedy_of_a_missing_item_names_its_step(folder: Path) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    for button, step, problem in (
+        ("check", "check", "step Data"),
+        ("estimate-memory-and-time", "plan", "step Plan"),
+        ("start-the-chat", "chat", "step Train"),
+    ):
+        assert problem in click_button(page, button, f"step={step}")
+
+
+def test_icon_is_answered_before_sign_in(folder: Path) -> None:
+    for password in ("right-password", None):
+        with open_client(folder, password) as client:
+            assert client.get("/favicon.ico").status_code == 204
 
 
 class StudioDriver:
@@ -312,9 +432,7 @@ def test_unlabeled_images_become_a_served_model(
     command = "finesight import images data/dots --prompt 'Which color?' --train-fraction 0.9"
     studio.wait_for(f'document.querySelector("#preview code")?.textContent === "{command}"')
     studio.click("import")
-    studio.wait_for_job("failed")
-    studio.reload("document.querySelector('.log')?.textContent.includes('finesight label')")
-    studio.wait_for("document.querySelector('#source input, #source textarea')?.value === 'images'")
+    studio.wait_for("document.querySelector('#message .error')?.innerText.includes('step Label')")
     studio.fill(source="", name="uploaded")
     studio.upload("upload", sorted((folder / "photos").iterdir()))
     studio.click("import")
@@ -345,9 +463,12 @@ def test_unlabeled_images_become_a_served_model(
     studio.click("check")
     studio.reload("document.querySelector('#studio-bottom iframe')")
     studio.open("plan")
-    studio.fill(recipe_name="dots", epochs="10", learning_rate="2e-3", metric="classification")
+    studio.fill(metric="classification")
+    browser.press("Enter")
+    studio.fill(recipe_name="dots", epochs="10", learning_rate="2e-3")
     studio.click("create-the-recipe")
     studio.wait_for("document.querySelector('#editor textarea')?.value.includes('epochs: 10')")
+    studio.wait_for("document.querySelector('#editor textarea').value.includes('classification')")
     studio.click("estimate-memory-and-time")
     studio.wait_for_job("finished")
     studio.reload("document.querySelector('#editor textarea')?.value.includes('epochs: 10')")

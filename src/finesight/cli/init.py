@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
@@ -28,18 +26,15 @@ from finesight.cli.options import (
 from finesight.errors import UserError, escape_unprintable
 
 if TYPE_CHECKING:
-    from finesight.data.import_source import ImportOptions, ImportSource
+    from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
     from finesight.data.importer import ImportSummary
-    from finesight.data.row_reader import Record, SourceRow
+    from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
     from finesight.plan.run_plan import RunPlan
     from finesight.train.console import TrainingConsole
 
-NUM_PREVIEW_ROWS = 300
-"""Number of rows from which columns and task are detected."""
-
-MIN_SPLIT_ROWS, NUM_EVAL_ROWS, MAX_EVAL_FRACTION = 20, 200, 0.2
-"""Smallest dataset with a validation split, and its target number and maximum fraction of rows."""
+MIN_SPLIT_ROWS, MAX_EVAL_FRACTION = 20, 0.2
+"""Smallest dataset with a validation split, and the maximum fraction of its rows."""
 
 MODELS = (
     (44e9, "Qwen/Qwen3.5-9B"),
@@ -63,64 +58,6 @@ TASKS = {
 
 LABEL_KINDS = {"json": "fields", "grounding": "boxes", "detection": "boxes"}
 """Kind of the labels of a task, if it is not text."""
-
-PROMPTS = {
-    "captions": "Describe the image.",
-    "latex": "Write the formula as LaTeX.",
-    "ocr": "Read the text.",
-    "qa": "Answer the question.",
-    "grounding": "Locate the object.",
-    "detection": "Locate all objects.",
-}
-MAX_PIXELS = {"captions": 262_144, "classification": 262_144, "grounding": 602_112}
-"""Maximum number of pixels per image by task; `DEFAULT_MAX_PIXELS` for other tasks."""
-
-DEFAULT_MAX_PIXELS = 802_816
-
-_QUESTION_NAMES = ("question", "query", "instruction", "prompt")
-_BOX_NAMES = ("bbox", "box", "bboxes", "boxes")
-_LABEL_NAMES = ("label", "class", "category", "name")
-_ANSWER_NAMES = ("answer", "caption", "text", "latex", "formula", "response", "label", "class")
-_IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|")
-_LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
-
-_RECIPE = """\
-# Written by `finesight init` for {device}.
-# Override settings on the command line: finesight train {recipe} train.batch_size=4
-model: {model}
-data:
-  train: {train}
-{eval_data}{image}tune:  # trained parts of the model: frozen, lora (adapters) or full
-{tune}train:
-{train_settings}{eval_settings}output_dir: {run}  # checkpoints, weights and report
-"""
-_TUNE_TINY = """\
-  vision: lora
-  merger: lora
-  language: lora
-  lora: {rank: 32, alpha: 32, dropout: 0.0}
-"""
-_TUNE_LARGE = """\
-  vision: frozen  # lora, if the images differ much from photos and documents
-  merger: frozen
-  language: lora
-  lora: {rank: 64, alpha: 16, dropout: 0.05}
-"""
-
-
-@dataclass(frozen=True)
-class DetectedTask:
-    """Task of a dataset, detected from its samples.
-
-    Attributes:
-        metric: Name of the task metric.
-        prompt: Suggested question about every image; None if the samples contain questions.
-        max_new_tokens: Upper bound of the answer length in tokens.
-    """
-
-    metric: str
-    prompt: str | None
-    max_new_tokens: int
 
 
 def init(
@@ -158,12 +95,13 @@ def init(
     """
     from rich.console import Console
 
-    from finesight.data.import_source import ImportOptions
+    from finesight.data.import_source import ImportOptions, count_unlabeled_images
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.hub.address import is_hub_address
     from finesight.model_folder import locate_model
-    from finesight.storage import raise_if_exists
+    from finesight.storage import raise_if_exists, write_file
+    from finesight.studio.workspace import NUM_EVAL_ROWS, format_recipe
     from finesight.train.console import TrainingConsole
 
     if not yes and not is_interactive():
@@ -196,11 +134,12 @@ def init(
     recipe = folder / "recipe.yaml"
     files = {file.file: f"{file.num_samples} samples" for file in summary.output_files}
     num_samples = summary.output_files[0].num_samples
-    _write_recipe(recipe, model, device, task, files, num_samples)
+    inputs = (recipe, folder / "run", model, f"`finesight init` for {device}", task, files)
+    write_file(recipe, format_recipe(*inputs, num_samples).encode())
     run_plan = _plan(recipe, console)
     if run_plan is not None:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
-        _write_recipe(recipe, model, device, task, files, num_samples, overrides)
+        write_file(recipe, format_recipe(*inputs, num_samples, overrides).encode())
     lines = [
         f"data    {source}: {summary.format} ({opened.detected_by}), {num_rows} rows",
         *([f"        {summary.text_format}"] if summary.text_format else []),
@@ -267,23 +206,6 @@ def _ask_metric(default: str, yes: bool) -> str:
     return metric
 
 
-def count_unlabeled_images(folder: Path) -> int:
-    """Return the number of images in a folder without labels; 0 for any other source."""
-    from finesight.data.import_source import ImportOptions, open_source
-    from finesight.data.row_reader import ROW_SUFFIXES, list_folder
-
-    if not folder.is_dir():
-        return 0
-    listing = list_folder(folder)
-    if not listing.count_suffixes().keys().isdisjoint((".txt", ".xml", ".tar", *ROW_SUFFIXES)):
-        return 0
-    try:
-        open_source(folder, ImportOptions())  # opens class folders
-    except UserError:
-        return len(listing.image_files())
-    return 0
-
-
 def _init_labels(
     source: str,
     folder: Path,
@@ -294,8 +216,11 @@ def _init_labels(
     as_json: bool,
 ) -> None:
     """Write the recipe of images that `finesight label` labels, and print the commands."""
+    from finesight.data.import_source import PROMPTS, DetectedTask
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.model_folder import TINY_MODEL, locate_model
+    from finesight.storage import write_file
+    from finesight.studio.workspace import format_recipe
 
     metric = _ask_metric("captions", yes)
     prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), yes)
@@ -307,7 +232,9 @@ def _init_labels(
     files = dict.fromkeys((data / LABELS_FILE, data / EVAL_FILE), "written by `finesight label`")
     num_samples = round(num_images * (1 - MAX_EVAL_FRACTION))
     task = DetectedTask(metric, prompt, 32 if classes else 256)
-    _write_recipe(recipe, model, device, task, files, num_samples)
+    author = f"`finesight init` for {device}"
+    text = format_recipe(recipe, run, model, author, task, files, num_samples)
+    write_file(recipe, text.encode())
     label = ["label", model, source, "--prompt", prompt, "--out", data]
     # The bundled model cannot answer before training; the keys of fields come from suggestions.
     has_suggestions = model != TINY_MODEL
@@ -329,79 +256,18 @@ def _init_labels(
 
 def _select_source(path: Path, options: ImportOptions, yes: bool) -> tuple[Path, ImportOptions]:
     """Return the file or folder to import, with the column roles of a table."""
-    from finesight.data.import_source import open_source
-    from finesight.data.row_reader import ROW_SUFFIXES, list_folder, open_row_file
+    from finesight.data.import_source import detect_columns
 
     if options.columns or options.row_files:
         return path, options
-    try:
-        open_source(path, options)
+    path, columns = detect_columns(path, options)
+    if not columns:
         return path, options
-    except UserError:
-        files = [path]
-        if path.is_dir():
-            listing = list_folder(path).files
-            files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
-        if len(files) != 1 or not files[0].is_file():
-            raise
-        rows = open_row_file(files[0])
-        records = [row.record for row in rows.iter_range(0, min(rows.num_rows, NUM_PREVIEW_ROWS))]
-        columns = guess_columns(records)
-        if "image" not in columns or len(columns) < 2:
-            open_source(files[0], options)  # raises the error of a table, if it is one
-            return files[0], options
-        if not columns.keys() & {"answer", "fields", "box"}:
-            raise UserError(
-                f"no answer column among {', '.join(map(str, records[0]))}",
-                where=str(files[0]),
-                expected="a column with the answers",
-                remedy="name the column: --map image=COLUMN --map answer=COLUMN",
-            ) from None
     if "box" not in columns:
         default = columns.pop("answer", None) or columns.pop("fields")
         answer = _ask("Answer column, or several for a JSON answer", default, yes)
         columns["fields" if "," in answer else "answer"] = answer
-    return files[0], replace(options, columns=columns)
-
-
-def guess_columns(records: Sequence[Record]) -> dict[str, str]:
-    """Guess the roles of table columns from their names and values, as for `import --map`."""
-    from finesight.data.image_header import IMAGE_SUFFIXES
-
-    def is_image(value: object) -> bool:
-        if isinstance(value, dict):
-            return "bytes" in value or "path" in value
-        return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
-
-    names = {str(name).lower(): str(name) for name in records[0]}
-    columns: dict[str, str] = {}
-    for name in names.values():
-        if fmean(is_image(record.get(name)) for record in records) > 0.9:
-            columns["image"] = name
-            break
-    roles = {"question": _QUESTION_NAMES, "box": _BOX_NAMES, "label": _LABEL_NAMES}
-    for role, candidates in roles.items():
-        if (match := next((names[key] for key in candidates if key in names), None)) is not None:
-            columns[role] = match
-    if "box" in columns:
-        # The label of a box is also the question.
-        if "label" in columns:
-            columns.setdefault("question", columns["label"])
-        return columns
-    columns.pop("label", None)
-    others = [
-        name
-        for key, name in names.items()
-        if name not in columns.values()
-        and not _IGNORED_NAMES.fullmatch(key)
-        and any(record.get(name) not in (None, "") for record in records)
-    ]
-    answers = [names[key] for key in _ANSWER_NAMES if names.get(key) in others]
-    if answers or len(others) == 1:
-        columns["answer"] = (answers or others)[0]
-    elif others:
-        columns["fields"] = ",".join(others)
-    return columns
+    return path, replace(options, columns=columns)
 
 
 def _detect_task(
@@ -412,7 +278,14 @@ def _detect_task(
     Returns:
         Task, import options and opened dataset.
     """
-    from finesight.data.import_source import UnvalidatedSource, open_source
+    from finesight.data.import_source import (
+        NUM_PREVIEW_ROWS,
+        PROMPTS,
+        UnvalidatedSource,
+        detect_task,
+        format_class_prompt,
+        open_source,
+    )
 
     samples: list[Sample] = []
     opened = open_source(path, options)
@@ -439,7 +312,7 @@ def _detect_task(
             row.record.get(opened.column_map.get("answer", "")) for row in opened.iter_rows()
         )
         classes = {str(answer).strip() for answer in answers if answer not in (None, "")}
-        task = replace(task, prompt=_format_class_prompt(classes))
+        task = replace(task, prompt=format_class_prompt(classes))
     metric = _ask_metric(task.metric, yes)
     label = options.columns.get("label")
     if label is not None and options.columns.get("question") == label:
@@ -448,59 +321,6 @@ def _detect_task(
     if needs_prompt and "prompt" in opened.data_format.supported_options:
         options = replace(options, prompt=_ask("Question about every image", str(task.prompt), yes))
     return replace(task, metric=metric), options, opened
-
-
-def _format_class_prompt(classes: Collection[str]) -> str:
-    from finesight.data.formats.image_annotations import build_class_prompt
-
-    return build_class_prompt(len(classes)).format(labels=", ".join(sorted(classes)))
-
-
-def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
-    """Detect the task of samples from their last answers and questions.
-
-    Args:
-        samples: Samples of the dataset.
-        fields: Columns of a JSON answer, for the prompt.
-    """
-    from finesight.data.formats.dataset_format import join_text
-    from finesight.data.sample import BoxPart
-
-    answers = [join_text(sample.messages[-1].content).strip() for sample in samples]
-    questions = {join_text(sample.messages[-2].content).strip() for sample in samples}
-    box_counts = [
-        sum(isinstance(part, BoxPart) for part in sample.messages[-1].content) for sample in samples
-    ]
-    classes = set(answers)
-    longest = max(map(len, answers)) + 32 * max(box_counts)
-    if fmean(map(bool, box_counts)) > 0.5:
-        metric = "detection" if max(box_counts) > 1 else "grounding"
-    elif fmean(map(_is_json_object, answers)) > 0.8:
-        metric = "json"
-    elif fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
-        metric = "latex"
-    elif len(classes) <= max(2, len(answers) / 10) and longest <= 60:
-        metric = "classification"
-    elif len(questions) > max(1, len(answers) / 4):
-        metric = "qa"
-    else:
-        metric = "captions" if fmean(len(answer.split()) for answer in answers) >= 4 else "ocr"
-    prompt = PROMPTS.get(metric)
-    if metric == "json":
-        prompt = f"Return {fields.replace(',', ', ')} as JSON." if fields else "Return the JSON."
-    elif metric == "classification":
-        prompt = _format_class_prompt(classes)
-    max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
-    return DetectedTask(metric, prompt if questions == {""} else None, max_new_tokens)
-
-
-def _is_json_object(text: str) -> bool:
-    from finesight.bounded_files import parse_json
-
-    try:
-        return isinstance(parse_json(text), dict)
-    except ValueError:
-        return False
 
 
 def find_device() -> tuple[str, int]:
@@ -520,71 +340,6 @@ def choose_model(memory_bytes: int) -> str:
     from finesight.model_folder import TINY_MODEL
 
     return next((name for minimum, name in MODELS if memory_bytes >= minimum), TINY_MODEL)
-
-
-def _write_recipe(
-    recipe: Path,
-    model: str,
-    device: str,
-    task: DetectedTask,
-    files: Mapping[Path, str],
-    num_samples: int,
-    overrides: Sequence[str] = (),
-) -> None:
-    """Write the recipe, with the overrides of a plan as further settings.
-
-    Args:
-        files: Comment on the training file and on the validation file, if there is one.
-        num_samples: Number of training samples.
-    """
-    from finesight.model_folder import TINY_MODEL
-    from finesight.storage import write_file
-
-    is_tiny = model == TINY_MODEL
-    train_file, *eval_files = files
-    epochs = 3 if num_samples < 3000 else 1
-    duration = "steps: 200" if is_tiny else f"epochs: {epochs}  # passes over the training samples"
-    learning_rate = "1.0e-4"
-    if is_tiny:
-        learning_rate = "2.0e-3  # a small model needs more than the usual 1.0e-4"
-    batch_size = 16 if num_samples >= 200 else 8
-    train = [duration, f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
-    tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
-    for override in overrides:
-        key, _, value = override.partition("=")
-        section, name = key.split(".", 1)
-        if section == "train":
-            train.append(f"{name}: {value}  # chosen by the plan for this device")
-        elif name == "quantize.nf4":
-            tune += f"  quantize: {{nf4: {value}}}  # QLoRA: frozen weights in 4 bits\n"
-    max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
-    eval_data = "".join(
-        f"  eval: {_quote(file)}  # {files[file]}, not used for training\n" for file in eval_files
-    )
-    eval_settings = (
-        f"eval: {{metric: {task.metric}, limit: {NUM_EVAL_ROWS},"
-        f" max_new_tokens: {task.max_new_tokens}}}\n"
-    )
-    text = _RECIPE.format(
-        device=device,
-        recipe=recipe,
-        model=_quote(model),
-        train=f"{_quote(train_file)}  # {files[train_file]}",
-        eval_data=eval_data,
-        image=""
-        if is_tiny
-        else f"image: {{max_pixels: {max_pixels}}}  # larger images are reduced to this size\n",
-        tune=tune,
-        train_settings="".join(f"  {line}\n" for line in train),
-        eval_settings=eval_settings if eval_files else "",
-        run=_quote(recipe.parent / "run"),
-    )
-    write_file(recipe, text.encode())
-
-
-def _quote(value: str | Path) -> str:
-    """Format a value as a quoted YAML string."""
-    return json.dumps(str(value), ensure_ascii=False)
 
 
 def _plan(recipe: Path, console: TrainingConsole) -> RunPlan | None:

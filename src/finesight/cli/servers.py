@@ -26,6 +26,7 @@ from finesight.errors import UserError
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Sequence
 
     from finesight.infer.inference_service import InferenceService
 
@@ -190,10 +191,20 @@ def serve(
             None
             if inference_model.manifest is None
             else read_example(find_run_dir(Path(run_or_model))),
-            has_api_key=bool(keys),
+            auth_header=_format_auth_header(key_file, keys),
             has_label_studio=label_studio,
         ),
     )
+
+
+def _format_auth_header(key_file: Path | None, keys: Sequence[str]) -> str:
+    """Return the option of curl that reads an API key from its file or environment variable."""
+    if not keys:
+        return ""
+    key = "$FINESIGHT_KEY"
+    if key_file is not None:
+        key = f"$(grep -m 1 '^[^#]' {shlex.quote(str(key_file))})"
+    return f' -H "Authorization: Bearer {key}"'
 
 
 _IMAGE_MARK = "$(image)"
@@ -205,15 +216,15 @@ def _print_address(
     address: str,
     example: tuple[str, str] | None,
     *,
-    has_api_key: bool,
+    auth_header: str,
     has_label_studio: bool,
 ) -> None:
     """Print the base URL of the server and an example request with curl.
 
     Args:
         example: Image and prompt of the request; None for a text.
+        auth_header: Option of curl with the API key, after a space; empty without a key.
     """
-    auth_header = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if has_api_key else ""
     typer.echo(f"serving {', '.join(service.model_names)} at {address}")
     curl = f"curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
     content: object = "Hello"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from finesight.bounded_files import parse_json
@@ -27,10 +29,14 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     RawBox,
+    join_text,
 )
+from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
+from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
+    ROW_SUFFIXES,
     Record,
     RowReader,
     SourceRow,
@@ -40,7 +46,7 @@ from finesight.data.row_reader import (
     open_row_file,
     open_webdataset,
 )
-from finesight.data.sample import Sample, validate_roles
+from finesight.data.sample import BoxPart, Sample, validate_roles
 from finesight.errors import UserError, suggest_name
 
 if TYPE_CHECKING:
@@ -48,6 +54,39 @@ if TYPE_CHECKING:
 
 
 NUM_DETECTION_ROWS = 100
+
+NUM_PREVIEW_ROWS = 300
+"""Number of rows from which columns and task are detected."""
+
+PROMPTS = {
+    "captions": "Describe the image.",
+    "latex": "Write the formula as LaTeX.",
+    "ocr": "Read the text.",
+    "qa": "Answer the question.",
+    "grounding": "Locate the object.",
+    "detection": "Locate all objects.",
+}
+_QUESTION_NAMES = ("question", "query", "instruction", "prompt")
+_BOX_NAMES = ("bbox", "box", "bboxes", "boxes")
+_LABEL_NAMES = ("label", "class", "category", "name")
+_ANSWER_NAMES = ("answer", "caption", "text", "latex", "formula", "response", "label", "class")
+_IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|")
+_LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
+
+
+@dataclass(frozen=True)
+class DetectedTask:
+    """Task of a dataset, detected from its samples.
+
+    Attributes:
+        metric: Name of the task metric.
+        prompt: Suggested question about every image; None if the samples contain questions.
+        max_new_tokens: Upper bound of the answer length in tokens.
+    """
+
+    metric: str
+    prompt: str | None
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,3 +482,133 @@ def open_unvalidated_samples(
         Path(path_or_url), rows, data_format, "as in training", (), {}, (0, len(samples))
     )
     return UnvalidatedSource(source, options, output_folder)
+
+
+def count_unlabeled_images(folder: Path) -> int:
+    """Return the number of images in a folder without labels; 0 for any other source."""
+    if not folder.is_dir():
+        return 0
+    listing = list_folder(folder)
+    if not listing.count_suffixes().keys().isdisjoint((".txt", ".xml", ".tar", *ROW_SUFFIXES)):
+        return 0
+    try:
+        open_source(folder, ImportOptions())  # opens class folders
+    except UserError:
+        return len(listing.image_files())
+    return 0
+
+
+def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, str]]:
+    """Return the file or folder to import, and the column roles of a table.
+
+    The roles are empty if the format of the data is detected without them.
+    """
+    try:
+        open_source(path, options)
+        return path, {}
+    except UserError:
+        files = [path]
+        if path.is_dir():
+            listing = list_folder(path).files
+            files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
+        if len(files) != 1 or not files[0].is_file():
+            raise
+        rows = open_row_file(files[0])
+        records = [row.record for row in rows.iter_range(0, min(rows.num_rows, NUM_PREVIEW_ROWS))]
+        columns = guess_columns(records)
+        if "image" not in columns or len(columns) < 2:
+            open_source(files[0], options)  # raises the error of a table, if it is one
+            return files[0], {}
+        if not columns.keys() & {"answer", "fields", "box"}:
+            raise UserError(
+                f"no answer column among {', '.join(map(str, records[0]))}",
+                where=str(files[0]),
+                expected="a column with the answers",
+                remedy="name the column: --map image=COLUMN --map answer=COLUMN",
+            ) from None
+        return files[0], columns
+
+
+def guess_columns(records: Sequence[Record]) -> dict[str, str]:
+    """Guess the roles of table columns from their names and values, as for `import --map`."""
+
+    def is_image(value: object) -> bool:
+        if isinstance(value, dict):
+            return "bytes" in value or "path" in value
+        return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
+
+    names = {str(name).lower(): str(name) for name in records[0]}
+    columns: dict[str, str] = {}
+    for name in names.values():
+        if fmean(is_image(record.get(name)) for record in records) > 0.9:
+            columns["image"] = name
+            break
+    roles = {"question": _QUESTION_NAMES, "box": _BOX_NAMES, "label": _LABEL_NAMES}
+    for role, candidates in roles.items():
+        if (match := next((names[key] for key in candidates if key in names), None)) is not None:
+            columns[role] = match
+    if "box" in columns:
+        # The label of a box is also the question.
+        if "label" in columns:
+            columns.setdefault("question", columns["label"])
+        return columns
+    columns.pop("label", None)
+    others = [
+        name
+        for key, name in names.items()
+        if name not in columns.values()
+        and not _IGNORED_NAMES.fullmatch(key)
+        and any(record.get(name) not in (None, "") for record in records)
+    ]
+    answers = [names[key] for key in _ANSWER_NAMES if names.get(key) in others]
+    if answers or len(others) == 1:
+        columns["answer"] = (answers or others)[0]
+    elif others:
+        columns["fields"] = ",".join(others)
+    return columns
+
+
+def format_class_prompt(classes: Collection[str]) -> str:
+    return build_class_prompt(len(classes)).format(labels=", ".join(sorted(classes)))
+
+
+def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
+    """Detect the task of samples from their last answers and questions.
+
+    Args:
+        samples: Samples of the dataset.
+        fields: Columns of a JSON answer, for the prompt.
+    """
+    answers = [join_text(sample.messages[-1].content).strip() for sample in samples]
+    questions = {join_text(sample.messages[-2].content).strip() for sample in samples}
+    box_counts = [
+        sum(isinstance(part, BoxPart) for part in sample.messages[-1].content) for sample in samples
+    ]
+    classes = set(answers)
+    longest = max(map(len, answers)) + 32 * max(box_counts)
+    if fmean(map(bool, box_counts)) > 0.5:
+        metric = "detection" if max(box_counts) > 1 else "grounding"
+    elif fmean(map(_is_json_object, answers)) > 0.8:
+        metric = "json"
+    elif fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
+        metric = "latex"
+    elif len(classes) <= max(2, len(answers) / 10) and longest <= 60:
+        metric = "classification"
+    elif len(questions) > max(1, len(answers) / 4):
+        metric = "qa"
+    else:
+        metric = "captions" if fmean(len(answer.split()) for answer in answers) >= 4 else "ocr"
+    prompt = PROMPTS.get(metric)
+    if metric == "json":
+        prompt = f"Return {fields.replace(',', ', ')} as JSON." if fields else "Return the JSON."
+    elif metric == "classification":
+        prompt = format_class_prompt(classes)
+    max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
+    return DetectedTask(metric, prompt if questions == {""} else None, max_new_tokens)
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict)
+    except ValueError:
+        return False

@@ -16,10 +16,10 @@ from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
 from finesight.manifest import (
-    CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     RECIPE_FILE,
     Manifest,
+    find_newest_checkpoint,
     find_run_dir,
     load_manifest,
 )
@@ -312,11 +312,8 @@ def _resolve_run(
         missing = ["complete weights in its checkpoints"]
     if missing and (model_dir is not None or checkpoint is None):
         remedy = f"resume it: finesight train {run_dir / RECIPE_FILE} --resume"
-        steps = [
-            folder for folder in run_dir.glob(f"{CHECKPOINTS_FOLDER}/step-*") if folder.is_dir()
-        ]
-        if steps and model_dir is None:
-            newest = max(steps, key=lambda folder: int(folder.name.removeprefix("step-")))
+        newest = find_newest_checkpoint(run_dir)
+        if newest is not None and model_dir is None:
             remedy += f", or give its newest checkpoint, {newest}"
         raise UserError(
             f"{run_dir.name} has no {' and no '.join(missing)}: the run is not finished",

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import median
 from typing import get_args
 
@@ -63,12 +63,16 @@ class EvaluationEstimate:
         num_samples: Number of validation samples per evaluation before and after training.
         total_s: Seconds of all evaluations.
         generation_bytes: Peak bytes of generation; 0 if only the validation loss is computed.
+        max_answer_tokens: Supervised tokens of the longest validation answer.
+        num_cut_answers: Number of answers of more tokens than `eval.max_new_tokens`.
     """
 
     num_evaluations: int
     num_samples: int
     total_s: float
     generation_bytes: int
+    max_answer_tokens: int = 0
+    num_cut_answers: int = 0
 
 
 def estimate_evaluation(
@@ -106,10 +110,16 @@ def estimate_evaluation(
         interim_stats = validation_stats[: resolve_interim_limit(settings)]
         total_s += num_interim * estimate_seconds(interim_stats)
     eval_stats = validation_stats[: settings.limit if settings else None]
-    generation_bytes = 0
-    if settings is not None:
-        generation_bytes = _estimate_generation_bytes(settings, planned, target, eval_stats)
-    return EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, generation_bytes)
+    estimate = EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, 0)
+    if settings is None:
+        return estimate
+    lengths = [stats.num_supervised_tokens for stats in eval_stats]
+    return replace(
+        estimate,
+        generation_bytes=_estimate_generation_bytes(settings, planned, target, eval_stats),
+        max_answer_tokens=max(lengths),
+        num_cut_answers=sum(length > settings.max_new_tokens for length in lengths),
+    )
 
 
 def _estimate_generation_s(
@@ -253,37 +263,34 @@ def plan_run(recipe: Recipe, gpu: str | None, console: TrainingConsole) -> RunPl
         [*iter_planned_steps(sampler, train_data.build_sample_stats(renderer, recipe.data))],
         train_data.stats.prefix_length,
     )
-    target = _prefer_bf16(recipe, gpu, recipe_target)
-
-    @lru_cache
-    def build_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
-        return build_planned_model(base_model.folder, recipe, nf4_parts, target)
-
     recipe_nf4 = recipe.tune.quantize.nf4 or ()
     recipe_settings = PlannedSettings(
         recipe.train.pack_tokens, float(recipe.train.activation_checkpointing), recipe_nf4
     )
-    quantization_choices = _list_quantization_choices(recipe, build_model)
-    search = SettingsSearch(
-        build_model,
-        planned_steps,
-        target.memory_bytes,
-        quantization_choices,
-        prefer_large_packs=target.compute.is_cuda,
-    )
-    chosen_estimate = search.estimate(search.find_best(recipe_settings))
-    if target is recipe_target:
-        recipe_estimate = search.estimate(recipe_settings)
-    else:
-        recipe_model = build_planned_model(base_model.folder, recipe, recipe_nf4, recipe_target)
-        recipe_estimate = SettingsSearch(
-            lambda _: recipe_model,
+
+    @lru_cache
+    def build_model(target: TargetDevice, nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
+        return build_planned_model(base_model.folder, recipe, nf4_parts, target)
+
+    # The first of equal estimates is chosen, so the recipe changes only for a reason.
+    recipe_estimate: SettingsEstimate | None = None
+    estimates: list[tuple[TargetDevice, SettingsEstimate]] = []
+    for target in dict.fromkeys((recipe_target, _prefer_bf16(recipe, gpu, recipe_target))):
+        build = partial(build_model, target)
+        search = SettingsSearch(
+            build,
             planned_steps,
             target.memory_bytes,
-            [recipe_nf4],
-            prefer_large_packs=False,
-        ).estimate(recipe_settings)
-    model = build_model(chosen_estimate.settings.nf4_parts)
+            _list_quantization_choices(recipe, build),
+            prefer_large_packs=target.compute.is_cuda,
+        )
+        if recipe_estimate is None:
+            recipe_estimate = search.estimate(recipe_settings)
+            estimates.append((target, recipe_estimate))
+        estimates.append((target, search.estimate(search.find_best(recipe_settings))))
+    assert recipe_estimate is not None, "no target"
+    target, chosen_estimate = min(estimates, key=lambda item: item[1].rank)
+    model = build_model(target, chosen_estimate.settings.nf4_parts)
     validation_stats = validation_data.stats.sample_stats if validation_data is not None else ()
     evaluation = EvaluationEstimate(0, 0, 0.0, 0)
     if validation_stats:
@@ -322,7 +329,7 @@ def _select_target(recipe: Recipe, gpu: str | None, precision: Precision) -> Tar
 
 
 def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -> TargetDevice:
-    """Return a bf16 target on a CPU that supports bf16.
+    """Return a bf16 target on a CPU that supports bf16, as an alternative to the recipe.
 
     Returns the target of the recipe on a GPU, or if the recipe sets a precision.
     """

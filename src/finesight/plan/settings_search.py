@@ -80,6 +80,11 @@ class SettingsEstimate:
         """True if the peak memory is within the usable memory."""
         return self.peak.total <= self.memory_limit
 
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Sorting key: settings that fit first, by time; others by memory."""
+        return (not self.fits, self.step_time.total if self.fits else self.peak.total)
+
 
 class PlannedSteps:
     """Training steps of a run, which can be packed with any token budget."""

@@ -126,7 +126,9 @@ def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") ->
     x_low, x_high = min(steps), max(steps)
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
-    x_ticks = compute_ticks(x_low, x_high, 6, integer_only=True)
+    x_ticks = [steps[0]]
+    if len(set(steps)) > 1:
+        x_ticks = compute_ticks(x_low, x_high, 6, integer_only=True)
     y_ticks = compute_ticks(min(values), max(values), 5, include_ends=True)
     scale = _AxisScale(x_low, x_high, y_ticks[0], y_ticks[-1])
     descriptions = []

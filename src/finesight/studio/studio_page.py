@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -20,6 +21,7 @@ from markupsafe import Markup
 from pydantic import Field, TypeAdapter
 
 from finesight.config import TaskName
+from finesight.data.import_source import ImportOptions, count_unlabeled_images, detect_columns
 from finesight.errors import UserError
 from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
@@ -34,8 +36,9 @@ from finesight.studio.studio_view import (
     StudioState,
     StudioView,
     render_message,
+    split_words,
 )
-from finesight.studio.workspace import STUDIO_FOLDER, as_argument
+from finesight.studio.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
 from finesight.web.access_middleware import (
     EMPTY_INPUT,
     GET_ROUTES,
@@ -79,6 +82,12 @@ class ServerAccess:
     port: int = 0
 
 
+MISSING_REMEDIES = {
+    "data set": "select one, or import one in the step Data",
+    "recipe": "select one, or create one in the step Plan",
+    "run": "select one, or train one in the step Train",
+}
+
 Action = Callable[..., str]
 """Handler of a button: takes the state and the inputs, and returns the URL to open."""
 
@@ -114,11 +123,11 @@ class StudioPage:
         with self._form("data"), self._accordion("New data set") as self._import_panel:
             upload = gr.File(file_count="multiple", elem_id="upload", height=120)
             self._labels.append((upload, "Upload images with labels, or an archive"))
-            values = [
+            values: list[Any] = [
                 self._text("Or a file or folder in the workspace", "source", "photos"),
                 self._text("Name of the data set", "name", "tickets"),
                 self._text("Prompt", "prompt", "Read the ticket."),
-                self._text("Column mapping", "columns", "image=path answer=caption"),
+                self._text("Columns (empty: detected)", "columns", "image=path answer=caption"),
                 self._text("Fraction of training samples", "fraction", value=DEFAULT_FRACTION),
             ]
             self._import_fields = values
@@ -157,9 +166,10 @@ class StudioPage:
                 values = [
                     self._text("Name of the recipe and its run", "recipe-name", "tickets"),
                     self._text("Model: a name on a hub, or a folder", "model", value=TINY_MODEL),
-                    self._text("Epochs", "epochs", "3"),
-                    self._text("Learning rate", "learning-rate", "1e-4"),
-                    self._text("Metric", "metric", ", ".join(get_args(TaskName))),
+                    self._metric(),
+                    self._text("Epochs", "epochs", "chosen from the data"),
+                    self._text("Steps instead of epochs", "steps", "chosen from the data"),
+                    self._text("Learning rate", "learning-rate", "chosen from the model"),
                 ]
                 types: Inputs = TypeAdapter(tuple[tuple[Text, ...], Text, Text, Text, Text, Text])
                 named, title = [self._others, *values], "Recipe not saved"
@@ -212,6 +222,13 @@ class StudioPage:
         )
         self._labels.append((box, label))
         return box
+
+    def _metric(self) -> gr.Dropdown:
+        """Add the list of metrics. Empty: the one of the detected task."""
+        choices = [("", ""), *((name, name) for name in get_args(TaskName))]
+        field = gr.Dropdown(choices, value="", elem_id="metric")
+        self._labels.append((field, "Metric (empty: chosen from the answers)"))
+        return field
 
     def _button(
         self,
@@ -299,8 +316,21 @@ class StudioPage:
                 expected="ROLE=COLUMN pairs separated by spaces",
                 remedy="for example image=path answer=caption",
             ) from error
+        if source.strip() and not any(pairs):
+            path, roles = _detect_columns(self._workspace.folder, path)
+            arguments[1] = as_argument(path)
+            pairs = [f"{role}={column}" for role, column in roles.items()]
+            if roles and "question" not in roles and not prompt.strip():
+                raise UserError(
+                    "the field Prompt is empty, and the table has no column of questions",
+                    where=str(path),
+                    expected="a question about every image",
+                    remedy="enter one, such as: Read the text.",
+                )
+        # The messages of commands write the option before each pair.
+        pairs = [pair.removeprefix("--map=") for pair in pairs if pair not in ("", "--map")]
         arguments += [word for pair in pairs for word in ("--map", pair)]
-        arguments += ["--train-fraction", fraction.strip()] if fraction.strip() else []
+        arguments += ["--train-fraction", fraction.strip()] if _check_fraction(fraction) else []
         return target, arguments
 
     def _import(self, state: StudioState, upload: list[str] | None, *values: str) -> str:
@@ -313,6 +343,7 @@ class StudioPage:
                 remedy="clear one of them" if upload else "upload files, or enter a path",
             )
         self._build_import(source, name, *others)
+        self._check_labels(source)
         if upload:
             files = [Path(file) for file in upload]
             source = str(self._workspace.save_uploads(files, name.strip()))
@@ -321,20 +352,36 @@ class StudioPage:
             state, str(target), arguments, data=str(target), form=[source, name, *others]
         )
 
+    def _check_labels(self, source: str) -> None:
+        """Raise UserError for a folder of images without labels, before the import fails."""
+        folder = self._workspace.folder / source.strip()
+        if not source.strip() or not (count := count_unlabeled_images(folder)):
+            return
+        tables = [file for file in folder.parent.iterdir() if file.suffix in TABLE_SUFFIXES]
+        remedies = [f"enter {Path(source.strip()).parent / file.name}" for file in sorted(tables)]
+        raise UserError(
+            f"{count} images without labels",
+            where=source.strip(),
+            expected="labels: a table, or a text or annotation file for each image",
+            remedy=" or ".join([*remedies[:3], "label the images in the step Label"]),
+        )
+
     def _create_recipe(
         self,
         state: StudioState,
         others: list[str],
         name: str,
         model: str,
-        epochs: str,
-        learning_rate: str,
         metric: str,
+        epochs: str,
+        steps: str,
+        learning_rate: str,
     ) -> str:
         if state.dataset is None:
             raise _missing("data set")
         settings = {
             "train.epochs": epochs,
+            "train.steps": steps,
             "train.learning_rate": learning_rate,
             "eval.metric": metric,
         }
@@ -352,7 +399,8 @@ class StudioPage:
     def _chat(self, state: StudioState) -> str:
         if state.run is None:
             raise _missing("run")
-        arguments, port = ["web", as_argument(state.run)], self._access.chat_port
+        weights = as_argument(self._workspace.find_weights(state.run))
+        arguments, port = ["web", weights], self._access.chat_port
         return self._start_server(state, arguments, port, self._page_options(), self._access.host)
 
     def _label(
@@ -412,7 +460,7 @@ class StudioPage:
             options = ["--key-file", str(self._write_password(key, API_KEY_FILE))]
         if state.run is None:
             raise _missing("run")
-        arguments = ["serve", as_argument(state.run)]
+        arguments = ["serve", as_argument(self._workspace.find_weights(state.run))]
         return self._start_server(state, arguments, self._access.api_port, options)
 
     def _write_password(self, password: str, name: str = PASSWORD_FILE) -> Path:
@@ -502,9 +550,34 @@ class StudioPage:
         )
 
 
+def _detect_columns(workspace: Path, path: Path) -> tuple[Path, dict[str, str]]:
+    """Return the table of a source with its column roles; none if the command detects its format.
+
+    A source without a known format is returned unchanged, for the error of the command.
+    """
+    with contextlib.suppress(UserError):
+        table, roles = detect_columns(workspace / path, ImportOptions())
+        return (table.relative_to(workspace) if roles else path), roles
+    return path, {}
+
+
+def _check_fraction(text: str) -> bool:
+    """Return whether a fraction is given. Raises UserError if it is not between 0 and 1."""
+    with contextlib.suppress(ValueError):
+        if not text.strip() or 0 < float(text) <= 1:
+            return bool(text.strip())
+    raise UserError(
+        f"{text.strip()!r:.80} is not a fraction",
+        where="fraction of training samples",
+        expected="a number above 0 and at most 1",
+        remedy="enter 0.9 for 90 %",
+    )
+
+
 def render_command(arguments: Sequence[str]) -> str:
     """Render the command that a form would start."""
-    return Markup('<div class="command"><code>{}</code></div>').format(format_command(arguments))
+    code = split_words(format_command(arguments))
+    return Markup('<div class="command"><code>{}</code></div>').format(code)
 
 
 def _create_html(elem_id: str) -> gr.HTML:
@@ -522,7 +595,7 @@ def _missing(kind: str) -> UserError:
         f"no {kind} is selected",
         where="studio",
         expected=f"a {kind} in the workspace",
-        remedy="complete the previous step",
+        remedy=MISSING_REMEDIES.get(kind, "fill in the field"),
     )
 
 

@@ -5,8 +5,11 @@ The page shows what is on disk for the selection in its URL, so a reload loses n
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -134,7 +137,11 @@ class StudioView:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.globals |= {"translate": translate_markup, "steps": STEPS}
+        self._environment.globals |= {
+            "translate": translate_markup,
+            "steps": STEPS,
+            "split_words": split_words,
+        }
         styles = [
             (templates / f"{name}.css").read_text("utf-8") for name in ("base", "charts", "results")
         ]
@@ -153,6 +160,11 @@ class StudioView:
         dataset = _select(content.datasets, selection.data, lambda x: str(x.path), use_newest)
         recipe = _select(content.recipes, selection.recipe, str, use_newest)
         run = _select(content.runs, selection.run, str, use_newest)
+        if selection.step == "train" and recipe is not None:
+            # Command, log and curves are those of the recipe, so its run is selected too.
+            output_dir = self._find_run(recipe)
+            run = next((path for path in content.runs if path == output_dir), None)
+            selection = replace(selection, run=str(output_dir or ""))
         state = StudioState(selection, content, dataset, recipe, run, (), None)
         # An import creates its data set, so it belongs to no item.
         target = None if selection.step == "data" else state.target
@@ -194,6 +206,8 @@ class StudioView:
                 "runs": [self._describe_run(run) for run in state.content.runs],
                 "charts": self._build_charts(state),
                 "page": self._find_page(state),
+                "weights": str(self.workspace.find_weights(state.run)) if state.run else "",
+                "saved_at": self._read_saved_time(state.recipe),
                 "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
             }
             top, bottom = (
@@ -221,7 +235,7 @@ class StudioView:
         if step == "results" and run is not None:
             return [["report", as_argument(run)]]
         if step == "chat" and run is not None:
-            return [["web", as_argument(run)]]
+            return [["web", as_argument(self.workspace.find_weights(run))]]
         if step == "export":
             model = as_argument((state.content.models or [Path("models/NAME")])[0])
             options = ["--converter", "convert_hf_to_gguf.py"]
@@ -252,14 +266,24 @@ class StudioView:
         """Return the curves of the run that the selected recipe has started."""
         if state.selection.step != "train" or state.recipe is None:
             return []
-        folder = self.workspace.folder
-        try:
-            output_dir = self.workspace.load_recipe(state.recipe).output_dir
-        except UserError:
+        if state.run is None:
             return []
-        target = (folder / output_dir).resolve()
-        runs = [run for run in state.content.runs if (folder / run).resolve() == target]
-        return [chart for run in runs for chart in build_run_charts(read_run(folder / run))]
+        return build_run_charts(read_run(self.workspace.folder / state.run))
+
+    def _find_run(self, recipe: Path) -> Path | None:
+        """Return the output folder of a recipe, which may not exist yet."""
+        folder = self.workspace.folder
+        with contextlib.suppress(UserError):
+            output_dir = folder / self.workspace.load_recipe(recipe).output_dir
+            return Path(os.path.relpath(os.path.realpath(output_dir), folder))
+        return None
+
+    def _read_saved_time(self, recipe: Path | None) -> datetime | None:
+        with contextlib.suppress(OSError):
+            if recipe is not None:
+                saved_s = (self.workspace.folder / recipe).stat().st_mtime
+                return datetime.fromtimestamp(saved_s, UTC)
+        return None
 
     def _find_page(self, state: StudioState) -> str:
         """Return the URL of the report or check to embed, with its version."""
@@ -310,6 +334,11 @@ def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> 
 @lru_cache(maxsize=64)
 def _read_run_version(folder: Path, versions: tuple[int, ...]) -> RunRecord:
     return read_run(folder)
+
+
+def split_words(command: str) -> Markup:
+    """Render a command whose lines break between words only, not after a hyphen."""
+    return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" "))
 
 
 def render_message(title: str, text: str, kind: str = "error") -> str:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import iglob
 from itertools import chain
@@ -22,11 +23,20 @@ import yaml
 
 from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TaskName, is_url
-from finesight.data.sample import Sample
+from finesight.data.corpus import open_sample_source
+from finesight.data.import_source import NUM_PREVIEW_ROWS, DetectedTask, detect_task
+from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
 from finesight.label.label_store import EVAL_FILE, LABELS_FILE
 from finesight.label.suggestion import get_text
-from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
+from finesight.manifest import (
+    ADAPTER_FOLDER,
+    MANIFEST_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    find_newest_checkpoint,
+    load_manifest,
+)
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
 from finesight.storage import working_folder, write_file
@@ -47,6 +57,37 @@ MAX_RECIPE_BYTES = 100_000
 
 NAME_PATTERN = re.compile(r"\w[\w.-]{0,63}")
 HUB_NAME_PATTERN = re.compile(r"(?:(?:hf|modelscope):)?[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+
+
+NUM_EVAL_ROWS = 200
+"""Target number of validation samples."""
+
+MAX_PIXELS = {"captions": 262_144, "classification": 262_144, "grounding": 602_112}
+"""Maximum number of pixels per image by task; `DEFAULT_MAX_PIXELS` for other tasks."""
+
+DEFAULT_MAX_PIXELS = 802_816
+
+_RECIPE = """\
+# Written by {author}.
+# Override settings on the command line: finesight train {recipe} train.learning_rate=5.0e-5
+model: {model}
+data:
+{data}{image}tune:  # trained parts of the model: frozen, lora (adapters) or full
+{tune}train:
+{train_settings}{eval_settings}output_dir: {run}  # checkpoints, weights and report
+"""
+_TUNE_TINY = """\
+  vision: lora
+  merger: lora
+  language: lora
+  lora: {rank: 32, alpha: 32, dropout: 0.0}
+"""
+_TUNE_LARGE = """\
+  vision: frozen  # lora, if the images differ much from photos and documents
+  merger: frozen
+  language: lora
+  lora: {rank: 64, alpha: 16, dropout: 0.05}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +175,17 @@ class Workspace:
         except (OSError, ValueError, yaml.YAMLError):
             return False
         return isinstance(content, dict) and {"model", "data"} <= content.keys()
+
+    def find_weights(self, run: Path) -> Path:
+        """Return a run, or its newest checkpoint if LoRA training has not ended yet."""
+        folder = self.folder / run
+        newest = find_newest_checkpoint(folder)
+        if newest is None or any((folder / n).is_dir() for n in (ADAPTER_FOLDER, MODEL_FOLDER)):
+            return run
+        with contextlib.suppress(UserError):
+            if not load_manifest(folder / MANIFEST_FILE).tune.has_mode("full"):
+                return newest.relative_to(self.folder)
+        return run
 
     def _contains(self, path: Path) -> bool:
         # Unlike Path.resolve, it accepts links in a loop.
@@ -229,32 +281,36 @@ class Workspace:
         return folder / sources[0].name if len(sources) == 1 else folder
 
     def create_recipe(
-        self, name: str, datasets: Sequence[WorkspaceDataset], model: str, settings: dict[str, str]
+        self,
+        name: str,
+        datasets: Sequence[WorkspaceDataset],
+        model: str,
+        settings: Mapping[str, str],
     ) -> Path:
-        """Write a recipe for one or more data sets, with defaults for empty settings.
+        """Write a recipe for one or more data sets, with the values of `finesight init` if empty.
 
         Args:
-            settings: Values of `train.epochs`, `train.learning_rate` and `eval.metric` as YAML.
+            settings: `eval.metric`, and the settings of `format_recipe`.
         """
         path = self.check_new_name("recipes", name, ".yaml")
         run = self.check_new_name("runs", name)
-        files = {
-            "train": [str(dataset.train_file) for dataset in datasets],
-            "eval": [str(dataset.eval_file) for dataset in datasets if dataset.eval_file],
+        metric, samples = settings.get("eval.metric", "").strip(), []
+        for dataset in datasets:
+            source = open_sample_source(self.folder / dataset.train_file)
+            for index in range(0, len(source), max(1, len(source) // NUM_PREVIEW_ROWS)):
+                samples.append(source.read_sample(index).sample)
+                validate_sample(samples[-1], source.location(index))
+        task = detect_task(samples)
+        task = replace(task, metric=metric or task.metric)
+        files = {one.train_file: f"{one.num_train} samples" for one in datasets}
+        files |= {
+            one.eval_file: f"{one.num_eval} samples"
+            for one in datasets
+            if one.eval_file is not None
         }
-        data = {key: paths if paths[1:] else paths[0] for key, paths in files.items() if paths}
-        content: dict[str, object] = {"model": self.check_model(model), "data": data}
-        for key, text in settings.items():
-            section, _, setting = key.partition(".")
-            if text.strip():
-                values = content.setdefault(section, {})
-                assert isinstance(values, dict), f"{section} is not a section of settings"
-                # Invalid YAML remains text, which the validation of the recipe reports.
-                with contextlib.suppress(yaml.YAMLError):
-                    text = load_yaml(text)
-                values[setting] = text
-        content["output_dir"] = str(run)
-        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        inputs = (path, run, self.check_model(model), "finesight studio", task, files)
+        num_samples = sum(one.num_train for one in datasets)
+        text = format_recipe(*inputs, num_samples, settings=settings, num_train_files=len(datasets))
         self.save_recipe(path, text)
         return path
 
@@ -351,3 +407,93 @@ def _count_lines(file: Path) -> int:
 def _count_lines_of_version(file: Path, mtime_ns: int, size: int) -> int:
     with file.open("rb") as lines:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: lines.read(1 << 20), b""))
+
+
+def format_recipe(
+    recipe: Path,
+    run: Path,
+    model: str,
+    author: str,
+    task: DetectedTask,
+    files: Mapping[Path, str],
+    num_samples: int,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, str] | None = None,
+    num_train_files: int = 1,
+) -> str:
+    """Format a recipe with the values that fit a task, a model and a number of samples.
+
+    Args:
+        author: Command that writes the recipe, for its first comment.
+        files: Comments on the training files, followed by those on the validation files.
+        num_samples: Number of training samples.
+        overrides: Overrides of a plan, which become further settings.
+        settings: Values of `train.steps`, `train.epochs` and `train.learning_rate` that the user
+            has chosen. Empty ones keep the values of the task.
+        num_train_files: Number of training files in `files`.
+    """
+    is_tiny = model == TINY_MODEL
+    epochs = 3 if num_samples < 3000 else 1
+    duration = "steps: 200" if is_tiny else f"epochs: {epochs}  # passes over the training samples"
+    learning_rate = "1.0e-4"
+    if is_tiny:
+        learning_rate = "2.0e-3  # a small model needs more than the usual 1.0e-4"
+    chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
+    learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
+    durations = [
+        f"{key}: {_format_yaml(chosen[f'train.{key}'])}"
+        for key in ("steps", "epochs")
+        if f"train.{key}" in chosen
+    ]
+    batch_size = 16 if num_samples >= 200 else 8
+    train = durations or [duration]
+    train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
+    tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
+    for override in overrides:
+        key, _, value = override.partition("=")
+        section, name = key.split(".", 1)
+        if section == "train":
+            train.append(f"{name}: {value}  # chosen by the plan for this device")
+        elif name == "quantize.nf4":
+            tune += f"  quantize: {{nf4: {value}}}  # QLoRA: frozen weights in 4 bits\n"
+    max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
+    lines = [f"{_quote(file)}  # {comment}" for file, comment in files.items()]
+    train_data = _format_files("train", lines[:num_train_files])
+    eval_lines = [f"{line}, not used for training" for line in lines[num_train_files:]]
+    eval_settings = (
+        f"eval: {{metric: {task.metric}, limit: {NUM_EVAL_ROWS},"
+        f" max_new_tokens: {task.max_new_tokens}}}\n"
+    )
+    return _RECIPE.format(
+        author=author,
+        recipe=recipe,
+        model=_quote(model),
+        data=train_data + _format_files("eval", eval_lines),
+        image=""
+        if is_tiny
+        else f"image: {{max_pixels: {max_pixels}}}  # larger images are reduced to this size\n",
+        tune=tune,
+        train_settings="".join(f"  {line}\n" for line in train),
+        eval_settings=eval_settings if eval_lines else "",
+        run=_quote(run),
+    )
+
+
+def _format_yaml(text: str) -> str:
+    """Return YAML unchanged, and invalid YAML as text, which the recipe's validation reports."""
+    try:
+        return text if yaml.safe_load(text) is not None else _quote(text)
+    except yaml.YAMLError:
+        return _quote(text)
+
+
+def _format_files(key: str, lines: Sequence[str]) -> str:
+    """Format the paths of a key with their comments: a single one, or a list."""
+    if len(lines) > 1:
+        return f"  {key}:\n" + "".join(f"    - {line}\n" for line in lines)
+    return "".join(f"  {key}: {line}\n" for line in lines)
+
+
+def _quote(value: str | Path) -> str:
+    """Format a value as a quoted YAML string."""
+    return json.dumps(str(value), ensure_ascii=False)

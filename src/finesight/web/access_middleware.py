@@ -306,6 +306,8 @@ class AccessMiddleware:
         routes = {"GET": gets, "HEAD": gets, "POST": self.post_routes}.get(method)
         if routes is None or not routes.fullmatch(path):
             return PlainTextResponse("not found", 404)
+        if path == "/favicon.ico":
+            return Response(status_code=204)  # browsers request it also before sign-in
         token = request.cookies.get(self.session_cookie, "")
         if (
             path not in (SIGN_IN_PATH, STYLE_PATH)

@@ -58,6 +58,9 @@ const open = async (index, select = -1) => {
     byId("error").hidden = true;
     location.hash = index;
     show();
+    // An empty text has the focus, so that the letters of the answer are no commands.
+    const isEmpty = !item.suggestion && !answerText && item.decision === "open";
+    if (isEmpty && ["text", "fields"].includes(settings.kind)) edit();
     return true;
   } catch (error) {
     report(error);

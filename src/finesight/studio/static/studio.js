@@ -3,6 +3,9 @@
   if (window.finesightStudio) return;
   window.finesightStudio = true;
   const shown = {};
+  // Buttons that would start the running command again.
+  const starters = ["check", "estimate-memory-and-time", "start-or-resume", "start-the-chat", "start-the-server"];
+  let isEdited = false;
 
   const replace = (id, html) => {
     const place = document.getElementById(id);
@@ -38,12 +41,31 @@
       replace("studio-bottom", page.bottom);
       document.getElementById("stop")?.classList.toggle("shown", page.status === "running");
       document.getElementById("stop-again")?.classList.toggle("shown", page.status === "stopping");
-      if (["running", "stopping"].includes(page.status)) delay = 1500;
+      const isRunning = ["running", "stopping"].includes(page.status);
+      for (const id of starters) {
+        const button = document.getElementById(id);
+        if (button) button.disabled = isRunning;
+      }
+      if (isRunning) delay = 1500;
     } catch { /* The studio was stopped; another attempt follows. */ }
     setTimeout(update, delay);
   };
 
+  document.addEventListener("input", (event) => {
+    if (event.target.closest?.("#editor") && event.isTrusted) isEdited = true;
+  });
+  window.addEventListener("beforeunload", (event) => { if (isEdited) event.preventDefault(); });
+  document.addEventListener("submit", (event) => {
+    const text = event.submitter?.dataset.missing;
+    const [box, ...others] = event.target.querySelectorAll("input[type=checkbox]");
+    if (!text || !box || [box, ...others].some((item) => item.checked)) return;
+    event.preventDefault();
+    box.setCustomValidity(text);
+    box.reportValidity();
+    box.setCustomValidity("");
+  });
   document.addEventListener("click", async (event) => {
+    if (event.target.closest?.("#save-the-recipe")) isEdited = false;
     const stop = event.target.closest?.("button.stop-job");
     if (stop) {
       history.replaceState(null, "", stop.dataset.url);

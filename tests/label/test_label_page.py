@@ -328,6 +328,11 @@ def test_unreadable_images_are_shown_and_skipped(tmp_path: Path, browser: Browse
             press(browser, "s")
         wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
         wait_for(browser, f"{text} === undefined")
+        # The empty text of a readable image has the focus: letters are no commands.
+        wait_for(browser, "document.activeElement.id === 'answer'")
+        press(browser, "s")
+        wait_for(browser, "document.querySelector('#answer').value === 's'")
+        press(browser, "Escape")
         press(browser, "s")
         wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 3')")
 

@@ -250,7 +250,7 @@ def test_recipe_form_offers_the_other_data_sets(folder: Path) -> None:
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     others = read_fields(page, query)["other-data"]
     assert (sorted(others["choices"]), others["visible"]) == (["data/a", "data/c"], True)
-    values = (["data/c"], "both", "finesight-tiny", "", "", "")
+    values = (["data/c"], "both", "finesight-tiny", "", "", "", "")
     assert call_page(page, "create-the-recipe", query, *values)[0] == ""
     files = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data.train
     assert sorted(str(file.path) for file in files) == [f"data/{name}/data.jsonl" for name in "bc"]

@@ -164,16 +164,16 @@ def test_recipe_without_settings_has_the_values_of_init(workspace: Workspace) ->
     options = ImportOptions(prompt="Which color?", train_fraction=0.75)
     import_dataset(workspace.folder / "photos", workspace.folder / "data" / "a", options)
     (dataset,) = workspace.scan().datasets
-    recipe = workspace.load_recipe(workspace.create_recipe("a", dataset, "finesight-tiny", {}))
+    recipe = workspace.load_recipe(workspace.create_recipe("a", [dataset], "finesight-tiny", {}))
     assert (recipe.train.steps, recipe.train.learning_rate.default) == (200, 2e-3)
     assert recipe.eval is not None
     assert (recipe.eval.metric, recipe.eval.max_new_tokens) == ("ocr", 32)
     settings = {"train.steps": "7", "train.learning_rate": "1e-3", "eval.metric": "captions"}
     recipe = workspace.load_recipe(
-        workspace.create_recipe("b", dataset, "finesight-tiny", settings)
+        workspace.create_recipe("b", [dataset], "finesight-tiny", settings)
     )
     assert (recipe.train.steps, recipe.train.learning_rate.default) == (7, 1e-3)
     assert recipe.eval is not None
     assert recipe.eval.metric == "captions"
     with pytest.raises(UserError, match=r"did you mean eval\.metric: captions"):
-        workspace.create_recipe("c", dataset, "finesight-tiny", {"eval.metric": "caption"})
+        workspace.create_recipe("c", [dataset], "finesight-tiny", {"eval.metric": "caption"})

@@ -171,7 +171,9 @@ class StudioPage:
                     self._text("Steps instead of epochs", "steps", "chosen from the data"),
                     self._text("Learning rate", "learning-rate", "chosen from the model"),
                 ]
-                types: Inputs = TypeAdapter(tuple[tuple[Text, ...], Text, Text, Text, Text, Text])
+                types: Inputs = TypeAdapter(
+                    tuple[tuple[Text, ...], Text, Text, Text, Text, Text, Text]
+                )
                 named, title = [self._others, *values], "Recipe not saved"
                 self._button(
                     "Create the recipe", self._create_recipe, named, types, error_title=title

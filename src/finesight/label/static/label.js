@@ -59,7 +59,8 @@ const open = async (index, select = -1) => {
     location.hash = index;
     show();
     // An empty text has the focus, so that the letters of the answer are no commands.
-    const isEmpty = !item.suggestion && !answerText && item.decision === "open";
+    const isReadable = !item.images.some((image) => image.error);
+    const isEmpty = isReadable && !item.suggestion && !answerText && item.decision === "open";
     if (isEmpty && ["text", "fields"].includes(settings.kind)) edit();
     return true;
   } catch (error) {
@@ -250,6 +251,7 @@ byId("image").addEventListener("error", () => {
   byId("unreadable").textContent = translate("The image cannot be read.");
   byId("unreadable").hidden = false;
   byId("image").removeAttribute("src");
+  document.activeElement?.blur?.();
 });
 
 const drawBoxes = () => {

@@ -21,6 +21,7 @@ from finesight.model_folder import (
     TINY_MODEL,
     TINY_MODEL_FOLDER,
     ModelFolder,
+    check_model_path,
     get_portable_name,
     locate_model,
     resolve_model_path,
@@ -98,6 +99,16 @@ def test_mistyped_run_folder_is_not_requested_from_the_hub(
         locate_model("runs/mnie")
     assert raised.value.expected == "a folder in runs/: mine"
     assert raised.value.remedy == "use runs/mine, or give hf:runs/mnie for a model of the hub"
+
+
+def test_run_may_contain_another_run(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "merged"):
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").touch()
+    assert check_model_path(str(tmp_path)) is None
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="but contains merged"):
+        check_model_path(str(tmp_path))
 
 
 def test_run_of_a_recipe_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

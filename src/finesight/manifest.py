@@ -111,6 +111,7 @@ def read_example(run_dir: Path) -> tuple[str, str]:
             lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
             record |= json.loads(next(lines, b"{}"))
     path, prompt = record.get("image"), record.get("prompt")
+    path = next(iter(path), None) if isinstance(path, list) else path
     # Paths of imported data contain "..", which the file system resolves differently after a link.
     image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"
     image = image if os.path.isfile(image) else str(path if path else image)

@@ -77,7 +77,8 @@ def test_next_command_keeps_the_earlier_training_data(
     counts = {"open": 2, "accepted": 0, "corrected": 1, "skipped": 0}
     monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
     assert CliRunner().invoke(app, arguments).stderr.splitlines()[-1] == (
-        "next: finesight train first/recipe.yaml 'data.train=[old.jsonl, labels/labels.jsonl]'"
+        "next: finesight train first/recipe.yaml"
+        ' \'data.train=["old.jsonl", "labels/labels.jsonl"]\''
         " output_dir=first-2"
     )
     # With the recipe of `finesight init`, which names the labels.
@@ -86,6 +87,9 @@ def test_next_command_keeps_the_earlier_training_data(
     Path("first-2").mkdir()
     last_line = CliRunner().invoke(app, [*arguments, "--out", "data"]).stderr.splitlines()[-1]
     assert last_line == "next: finesight train recipe.yaml output_dir=first-3"
+    Path("first/recipe.yaml").write_text("model: [")
+    last_line = CliRunner().invoke(app, arguments).stderr.splitlines()[-1]
+    assert last_line == "next: finesight init labels/labels.jsonl"
 
 
 def test_review_ranks_existing_answers(tmp_path: Path) -> None:

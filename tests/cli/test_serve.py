@@ -21,6 +21,7 @@ from finesight.cli.servers import serve
 from finesight.errors import UserError
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
+from finesight.manifest import read_example
 from finesight.serve import api_server
 
 KEY = "a-key-of-this-test-0123456789"
@@ -59,6 +60,18 @@ def test_mistyped_run_is_reported_before_a_port_in_use(tmp_path, monkeypatch):
         error = run_serve("./mistyped", "--port", taken.getsockname()[1]).exception
     assert isinstance(error, UserError)
     assert "no folder" in error.what
+
+
+def test_name_of_a_checkpoint_starts_with_that_of_its_run() -> None:
+    names = [get_model_name(f"{run}/checkpoints/step-40") for run in ("runs/a", "b/run")]
+    assert names == ["a-step-40", "b-step-40"]
+
+
+def test_example_of_several_images_is_the_first(tmp_path: Path) -> None:
+    (tmp_path / "predictions").mkdir()
+    line = {"image": ["a.png", "b.png"], "prompt": "Compare."}
+    (tmp_path / "predictions" / "after.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_example(tmp_path) == ("a.png", "Compare.")
 
 
 def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch, capsys):

@@ -273,3 +273,13 @@ def test_failed_prediction_does_not_fail_the_run(
 
     monkeypatch.setattr(run_plan, "build_meta_model", fail)
     assert run_command(["train", str(recipe), f"output_dir={tmp_path / 'run'}"]) == 0
+
+
+def test_epochs_with_an_empty_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = "model: finesight-tiny\ndata: {train: missing.jsonl}\ntrain:\noutput_dir: run\n"
+    Path("recipe.yaml").write_text(recipe)
+    assert run_command(["train", "recipe.yaml", "train.epochs=1"]) == 2
+    assert "missing.jsonl: no such file" in capsys.readouterr().err

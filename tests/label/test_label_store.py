@@ -102,7 +102,8 @@ def test_labels_are_split_in_the_same_way_in_each_session(tmp_path: Path) -> Non
         ]
 
     assert [len(ids) for ids in label(1, 0.7, images[0])] == [1, 0]
-    train, validation = label(10, 0.7, images[0])
+    assert [len(ids) for ids in label(2, None, images[0])] == [1, 1]
+    train, validation = label(10, None, images[0])
     assert (len(train), len(validation)) == (7, 3)
     assert label(0, None, images[0]) == [train, validation]
     both = label(10, None, images[1])

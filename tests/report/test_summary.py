@@ -131,6 +131,7 @@ def test_throughput_and_memory_cover_all_steps(finished_record: RunRecord) -> No
     ("losses", "scores", "train_losses", "words"),
     [
         ((3, 2, 2.1, 2.5), (0, 3, 2, 3), (3, 2, 1), "from 2 after step 20 to 2.5 after step 60"),
+        ((3, 2, 2.1, 2.5), (0, 3, 4, 1), (3, 2, 1), "from 2 after step 20 to 2.5 after step 60"),
         ((3, 2, 2.1, 2.5), (0, 1, 2, 3), (3, 2, 1), None),
         ((3, 2, 2.1, 2.5), (0, 1, 2, 3), (1, 2, 3), None),
         ((3, 2, 1.9, 2.5), (0, 1, 2, 3), (3, 2, 1), None),
@@ -141,6 +142,7 @@ def test_throughput_and_memory_cover_all_steps(finished_record: RunRecord) -> No
     ],
     ids=[
         "rising",
+        "score-improves-and-falls",
         "score-improves",
         "diverging",
         "recovering",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from contextlib import ExitStack
 from itertools import count
@@ -30,7 +31,7 @@ from finesight.cli.servers import (
     resolve_password,
 )
 from finesight.errors import UserError
-from finesight.manifest import RECIPE_FILE
+from finesight.manifest import RECIPE_FILE, find_run_dir
 
 if TYPE_CHECKING:
     import socket
@@ -116,8 +117,6 @@ def label(
     from rich.console import Console
 
     from finesight.label.label_session import open_session
-    from finesight.label.label_store import LABELS_FILE
-    from finesight.recipe import load_recipe
     from finesight.train.console import TrainingConsole
 
     if as_json and not suggest_only:
@@ -183,23 +182,34 @@ def label(
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     typer.echo(f"{text}: {out}", err=True)
     if counts["accepted"] + counts["corrected"]:
-        run_recipe, labels = Path(run_or_model) / RECIPE_FILE, str(out / LABELS_FILE)
-        # The recipe that `finesight init` has written for these labels.
-        recipe = out.parent / RECIPE_FILE
-        words = ["init", labels]
-        if recipe.is_file() and labels in recipe.read_text("utf-8", "replace"):
-            words = ["train", str(recipe)]
-            run_dir = load_recipe(recipe).output_dir
-            words += [f"output_dir={_find_free_folder(run_dir)}"] if run_dir.exists() else []
-        elif run_recipe.is_file():
-            # The labels of a review contain the reviewed training data.
-            files = (
-                [] if review else [str(file.path) for file in load_recipe(run_recipe).data.train]
-            )
-            train = f"data.train=[{', '.join([*files, labels])}]"
-            free_folder = _find_free_folder(Path(run_or_model))
-            words = ["train", str(run_recipe), train, f"output_dir={free_folder}"]
+        words = _suggest_command(out, find_run_dir(Path(run_or_model)), review)
         typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
+
+
+def _suggest_command(out: Path, run_dir: Path, review: bool) -> list[str]:
+    """Return the next command for the labels in `out`: training with them, or `init`."""
+    from finesight.label.label_store import LABELS_FILE
+    from finesight.recipe import load_recipe
+
+    labels = out / LABELS_FILE
+    # A recipe that `finesight init` has written for these labels, or that of the run.
+    for recipe in (out.parent / RECIPE_FILE, run_dir / RECIPE_FILE):
+        try:
+            settings = load_recipe(recipe)
+        except UserError:
+            continue
+        files = [file.path for file in settings.data.train]
+        words = ["train", str(recipe)]
+        if labels not in files:
+            if recipe.parent != run_dir:
+                continue
+            # The labels of a review contain the reviewed training data.
+            names = [json.dumps(str(file)) for file in ([] if review else files) + [labels]]
+            words.append(f"data.train=[{', '.join(names)}]")
+        if (folder := settings.output_dir).exists():
+            words.append(f"output_dir={_find_free_folder(folder)}")
+        return words
+    return ["init", str(labels)]
 
 
 def _find_free_folder(folder: Path) -> Path:

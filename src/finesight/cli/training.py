@@ -178,7 +178,8 @@ def train(
     settings = load_recipe(recipe, overrides or ())
     if any(override.startswith("train.epochs=") for override in overrides or ()):
         content, _ = parse_recipe(read_recipe_text(recipe), recipe)
-        steps = content.get("train", {}).get("steps") if isinstance(content, dict) else None
+        section = content.get("train") if isinstance(content, dict) else None
+        steps = section.get("steps") if isinstance(section, dict) else None
         if steps is not None and os.environ.get("RANK", "0") == "0":
             typer.echo(f"train.epochs replaces train.steps: {steps} of the recipe", err=True)
     if push is not None and settings.tune.has_mode("full") and settings.tune.has_mode("lora"):

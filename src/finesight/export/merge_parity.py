@@ -33,7 +33,7 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.engine import generate
-from finesight.manifest import RECIPE_FILE
+from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe
 from finesight.synth.scenes import compose_scene
@@ -49,7 +49,7 @@ def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample
 
     Returns an empty list if `source` has no recipe, or if its validation data cannot be read.
     """
-    path = Path(source) / RECIPE_FILE
+    path = find_run_dir(Path(source)) / RECIPE_FILE
     if not path.is_file():
         return []
     try:

@@ -35,7 +35,7 @@ from finesight.model.trainable import ModelPart, configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES
 from finesight.model_folder import ModelFolder, locate_model, resolve_model_path
-from finesight.storage import verify_folder, write_folder
+from finesight.storage import verify_folder, write_folder_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +219,15 @@ def _check_same_base(
 def get_model_name(run_or_model: str) -> str:
     """Return the model name for requests: the folder name, or a hub name without owner.
 
-    A folder `run`, as `finesight init` names it, has the name of its parent folder.
+    A folder `run`, as `finesight init` names it, has the name of its parent folder. The name of a
+    checkpoint starts with that of its run.
     """
-    name = Path(run_or_model).name or Path(run_or_model).resolve().name
-    return Path(run_or_model).resolve().parent.name if name == "run" else name
+    path = Path(run_or_model)
+    run_dir = find_run_dir(path)
+    if run_dir != path:
+        return f"{get_model_name(str(run_dir))}-{path.name}"
+    name = path.name or path.resolve().name
+    return path.resolve().parent.name if name == "run" else name
 
 
 def select_cpu_precision() -> Literal["bf16", "fp32"]:
@@ -309,8 +314,16 @@ def _resolve_run(
         checkpoint = None if adapter_dir.is_dir() else checkpoint
     missing = [f"{part.name}/" for part in (model_dir, adapter_dir) if part and not part.is_dir()]
     if model_dir is not None and checkpoint is not None:
-        missing = ["complete weights in its checkpoints"]
-    if missing and (model_dir is not None or checkpoint is None):
+        remedy = f"give the run, {run_dir}"
+        if missing:
+            remedy = f"resume it: finesight train {run_dir / RECIPE_FILE} --resume"
+        raise UserError(
+            f"{checkpoint} is a checkpoint of full fine-tuning, which is no model",
+            where="model",
+            expected="a finished run, or a checkpoint of LoRA training",
+            remedy=remedy,
+        )
+    if missing and checkpoint is None:
         remedy = f"resume it: finesight train {run_dir / RECIPE_FILE} --resume"
         newest = find_newest_checkpoint(run_dir)
         if newest is not None and model_dir is None:
@@ -365,7 +378,11 @@ def _write_checkpoint_adapter(
     configure_tuning(model, manifest.tune, seed=0)
     values = {name: torch.cat(tensors) for name, tensors in parts.items()}
     name, fingerprint = manifest.base_model, manifest.base_fingerprint
-    with write_folder(target) as out:
+
+    def write(out: Path) -> None:
         save_adapter(
             out, model, base_model=name, base_fingerprint=fingerprint, master_values=values
         )
+
+    # Another process may use the checkpoint for the first time as well.
+    write_folder_once(target, write)

@@ -33,7 +33,7 @@ from finesight.label.suggestion import (
     iter_json_leaves,
     suggest_labels,
 )
-from finesight.manifest import RECIPE_FILE
+from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
 
 AnswerKind = Literal["text", "fields", "classes", "boxes"]
@@ -244,7 +244,7 @@ def describe_answer(content: Sequence[Any]) -> dict[str, Any]:
 
 def read_run_examples(run_or_model: str) -> list[LocatedSample]:
     """Return the first training samples of a run, or an empty list without readable data."""
-    path = Path(run_or_model) / RECIPE_FILE
+    path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
     if not path.is_file():
         return []
     try:

@@ -35,9 +35,17 @@ from finesight.data.sample import (
 )
 from finesight.errors import UserError
 from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion
-from finesight.storage import FileLock, append_line, flush_file, make_folder, truncate_file
+from finesight.storage import (
+    FileLock,
+    append_line,
+    flush_file,
+    make_folder,
+    truncate_file,
+    write_file,
+)
 
 JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
+FRACTION_FILE = "train_fraction.txt"
 
 LABELS_PER_WRITE = 500
 """`labels.jsonl` is written after one decision for each so many labels that it contains."""
@@ -154,23 +162,19 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         Args:
             samples: Samples to label; those with an answer are listed in a review only.
             train_fraction: Fraction of the labels for training; the others are for validation.
-                None: that of the existing files, or else all.
+                None: that of the last session with a fraction, or else all.
 
         Raises:
             UserError: Another process uses the folder, the journal is damaged, or samples share an
                 ID.
         """
         self.folder = folder
-        if train_fraction is None:
-            files = (folder / EVAL_FILE, folder / LABELS_FILE)
-            sizes = [f.read_bytes().count(b"\n") if f.is_file() else 0 for f in files]
-            train_fraction = 1 - sizes[0] / max(1, sum(sizes))
-        self._train_fraction = train_fraction
         make_folder(folder)
         self._journal = folder / JOURNAL_FILE
         self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
         try:
             self._acquire()
+            self._train_fraction = _store_fraction(folder / FRACTION_FILE, train_fraction)
             self._items: dict[str, LabelItem] = {}
             # Samples of earlier sessions that are not loaded now; their labels are kept.
             self._other_ids: set[str] = set()
@@ -410,6 +414,22 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _store_fraction(file: Path, fraction: float | None) -> float:
+    """Store the fraction of a session in a file, or return that of an earlier session."""
+    if fraction is not None:
+        write_file(file, f"{fraction}\n".encode())
+        return fraction
+    try:
+        return min(1.0, max(0.0, float(file.read_text()))) if file.is_file() else 1.0
+    except ValueError as error:
+        raise UserError(
+            f"not a number: {error}",
+            where=str(file),
+            expected="the fraction of the labels for training, such as 0.8",
+            remedy="give it again: --train-fraction 0.8",
+        ) from error
 
 
 def check_utf8(path: str) -> str:

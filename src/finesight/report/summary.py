@@ -296,10 +296,10 @@ def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
 
 
 def has_score_improved_after(step: int, lines: Sequence[JsonObject]) -> bool:
-    """Return whether a later evaluation has a higher primary score than that after a step."""
+    """Return whether the last evaluation has a higher primary score than that after a step."""
     _, points = _list_primary_scores(lines)
     start = [score for point_step, score in points if point_step == step]
-    return bool(start) and max(score for s, score in points if s >= step) > start[0]
+    return bool(start) and points[-1][1] > start[0]
 
 
 def _list_primary_scores(lines: Sequence[JsonObject]) -> tuple[str, list[tuple[int, float]]]:

@@ -398,7 +398,8 @@ def bind_socket(host: str, port: int, keys: Sequence[str]) -> socket.socket:
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=512)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
+        is_known = error.errno and not isinstance(error, socket.gaierror)
+        reason = os.strerror(error.errno or 0) if is_known else error.strerror or error
         raise UserError(
             f"cannot listen on {host}:{port} ({reason})",
             expected="a local address and a free port",

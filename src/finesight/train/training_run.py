@@ -260,12 +260,12 @@ def _train_rank(
     start, is_main = time.perf_counter(), process_group.is_main
     run_dir = RunDir(recipe.output_dir)
     with ExitStack() as stack:
+        is_resumed = resume and run_dir.is_started
         if is_main:
-            if run_dir.is_started:
+            if is_resumed or run_dir.is_started:
                 # No other process may write to the run while it is read.
                 stack.enter_context(run_dir.lock())
             run_dir.check_available(resume)
-        is_resumed = resume and run_dir.is_started
         if resume and not is_resumed:
             console.log(f"{run_dir.path}: no run to resume; a new run starts")
         if resume and (result := load_result(run_dir)) is not None:

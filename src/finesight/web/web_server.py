@@ -71,7 +71,10 @@ def bind_socket(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        reason: object = error
+        if isinstance(error, OSError):
+            is_known = error.errno and not isinstance(error, socket.gaierror)
+            reason = os.strerror(error.errno or 0) if is_known else error.strerror or error
         raise UserError(
             f"cannot listen on {host}:{port} ({reason})",
             expected="a local address and a free port",

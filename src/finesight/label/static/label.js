@@ -301,7 +301,9 @@ const clear = () => {
 
 const add = (xyxy) => {
   // Boxes replace an unchanged text of an answer without boxes.
-  if (!boxes.length && [item.answer.text, settings.no_objects].includes(answerText)) answerText = "";
+  const isReplaced = answerText === settings.no_objects
+    || !item.answer.boxes.length && answerText === item.answer.text;
+  if (!boxes.length && isReplaced) answerText = "";
   const label = boxes[selected]?.label ?? settings.choices[0] ?? null;
   boxes.push({ image: imageIndex, label, xyxy });
   select(boxes.length - 1);
@@ -372,7 +374,7 @@ const edit = () => {
   const least = item.parts[values.indexOf(Math.min(...values))]?.path;
   const paths = item.fields.length ? item.fields.map(({ path }) => path) : boxes.map((_, index) => [index]);
   const index = paths.findIndex((path) => JSON.stringify(path) === JSON.stringify(least));
-  const target = inputs[Math.max(0, index)];
+  const target = inputs[Math.max(0, index) + (item.fields.length ? boxes.length : 0)];
   target?.focus();
   target?.select?.();
 };

@@ -58,6 +58,9 @@ return texts.filter((text) => /\\p{L}/u.test(text));
 GRADIO_NOTES = ("AbortError", "Method not implemented.")
 """Messages of Gradio about requests that end with the page, and about the end of an upload."""
 
+RELOAD_NOTES = (*GRADIO_NOTES, "Connection errored out.")
+"""The same, and that about an event stream which a reload ends."""
+
 
 @contextmanager
 def open_client(folder: Path, password: str | None = None) -> Iterator[TestClient]:
@@ -333,6 +336,7 @@ class StudioDriver:
     def open(self, step: str, lang: str = "en") -> None:
         self.browser.visit(f"{self.address}/?step={step}&lang={lang}")
         self.wait_for(f"document.querySelector('#studio-top nav') && ({IS_LOADED})")
+        self.check(RELOAD_NOTES)
 
     def reload(self, state: str) -> None:
         """Wait for a state, which the page must show again after a reload, without errors."""
@@ -344,7 +348,7 @@ class StudioDriver:
         self.check()
         self.browser.driver.refresh()
         self.wait_for(f"({state}) && ({is_loaded})")
-        self.check()
+        self.check(RELOAD_NOTES)
 
     def wait_for(self, condition: str) -> None:
         end = time.monotonic() + WAIT_TIMEOUT_S
@@ -380,9 +384,9 @@ class StudioDriver:
         chip = "document.querySelector('.job .chip')"
         self.wait_for(f"{chip}?.textContent.trim().startsWith('{status}')")
 
-    def check(self) -> None:
+    def check(self, notes: Sequence[str] = GRADIO_NOTES) -> None:
         messages = self.browser.messages()
-        assert [text for text in messages if not any(map(text.__contains__, GRADIO_NOTES))] == []
+        assert [text for text in messages if not any(map(text.__contains__, notes))] == []
         assert self.browser.overflow_width() == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -92,9 +93,23 @@ def suggest_similar_path(path: Path, otherwise: str = "check the path") -> str:
     if not path.is_absolute() and os.path.exists(os.path.join("..", path)):
         return "run the command in the parent folder (cd ..), in which it exists"
     if path.name == "labels.jsonl":
-        return "label images first, with the command that finesight init has printed"
+        return f"label images first: finesight label MODEL IMAGES --out {path.parent}"
     siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
     return suggest_name(path.name, siblings, otherwise, f"{path.parent}/")
+
+
+def build_bind_error(host: str, port: int, error: Exception) -> UserError:
+    """Build the error for an address on which a server cannot listen."""
+    reason: object = error
+    if isinstance(error, OSError):
+        # Python appends the address to the text of system errors.
+        is_system_error = error.errno and not isinstance(error, socket.gaierror)
+        reason = os.strerror(error.errno or 0) if is_system_error else error.strerror or error
+    return UserError(
+        f"cannot listen on {host}:{port} ({reason})",
+        expected="a local address and a free port",
+        remedy="add --port 0 for any free port, or stop the other program",
+    )
 
 
 class TrainingInterrupted(Exception):

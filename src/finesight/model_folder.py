@@ -511,7 +511,7 @@ def check_model_path(name: str) -> HubAddress | None:
     path = resolve_model_path(name)
     # os.path accepts invalid paths: unknown home folders, names that are too long.
     if name and os.path.isdir(path):
-        if not any((path / name).exists() for name in ("config.json", MANIFEST_FILE)):
+        if not any((path / file).exists() for file in ("config.json", MANIFEST_FILE)):
             runs = sorted(file.parent for file in path.glob(f"*/{MANIFEST_FILE}"))
             if runs:
                 raise UserError(

@@ -136,7 +136,7 @@ def test_unlabeled_images_become_a_served_model(
     assert run_command(["init", "photos", "--yes", "--prompt", "Which color?"]) == 0
     label, train, serve = capsys.readouterr().out.partition("next:\n")[2].split("\n", 2)
     assert run_command(shlex.split(train)[1:]) == 2
-    remedy = "label images first, with the command that finesight init has printed"
+    remedy = "label images first: finesight label MODEL IMAGES --out photos-finetune/data"
     assert remedy in capsys.readouterr().err
     with run_server(label) as (address, errors):
         for index in range(30):

@@ -30,7 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from finesight.encode.renderer import NativeRenderer
-from finesight.errors import UserError
+from finesight.errors import build_bind_error
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
@@ -398,13 +398,7 @@ def bind_socket(host: str, port: int, keys: Sequence[str]) -> socket.socket:
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=512)
     except OSError as error:
-        is_known = error.errno and not isinstance(error, socket.gaierror)
-        reason = os.strerror(error.errno or 0) if is_known else error.strerror or error
-        raise UserError(
-            f"cannot listen on {host}:{port} ({reason})",
-            expected="a local address and a free port",
-            remedy="add --port 0 for any free port, or stop the other program",
-        ) from error
+        raise build_bind_error(host, port, error) from error
 
 
 def run_api_server(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from math import fsum, isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -369,9 +370,7 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
     run_dir.write_result(run_result.as_json())
     _log_summary(run_result, run_dir, console)
     write_run_report(run_dir, console)
-    image, prompt = read_example(run_dir.path)
-    command = shlex.join(["finesight", "predict", str(run_dir.path), image, "--prompt", prompt])
-    console.log(f"Try it:  {command}")
+    console.log(f"Try it:  {_format_predict_command(run_dir.path, run_dir)}")
     console.log(f"next: {shlex.join(['finesight', 'serve', str(run_dir.path)])}")
     return run_result
 
@@ -454,6 +453,13 @@ def _compute_differences(
     ]
 
 
+def _format_predict_command(run_or_checkpoint: Path, run_dir: RunDir) -> str:
+    """Return a command with an image and a prompt of the run."""
+    image, prompt = read_example(run_dir.path)
+    words = ["finesight", "predict", str(run_or_checkpoint), image, "--prompt", prompt]
+    return shlex.join(words)
+
+
 def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -> None:
     """Log the metrics, and the best checkpoint if it is not the exported one."""
     after, best = result.after, result.best_eval
@@ -471,11 +477,8 @@ def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -
         )
         if f"{value:.4f}" == f"{final:.4f}":
             return
-        checkpoint, (image, prompt) = (
-            run_dir.checkpoint_dir / f"step-{best.step}",
-            read_example(run_dir.path),
-        )
-        command = shlex.join(["finesight", "predict", str(checkpoint), image, "--prompt", prompt])
+        checkpoint = run_dir.checkpoint_dir / f"step-{best.step}"
+        command = _format_predict_command(checkpoint, run_dir)
         hint = "" if run_dir.model_dir.exists() else f": {command}"
         console.log(
             f"The {metric_name} was better after step {best.step} ({value:.4f});"

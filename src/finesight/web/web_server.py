@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
-from finesight.errors import UserError
+from finesight.errors import UserError, build_bind_error
 from finesight.infer.inference_service import InferenceService
 from finesight.web.access_middleware import AccessMiddleware
 from finesight.web.chat_html import STATIC_FOLDER
@@ -71,15 +71,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        reason: object = error
-        if isinstance(error, OSError):
-            is_known = error.errno and not isinstance(error, socket.gaierror)
-            reason = os.strerror(error.errno or 0) if is_known else error.strerror or error
-        raise UserError(
-            f"cannot listen on {host}:{port} ({reason})",
-            expected="a local address and a free port",
-            remedy="add --port 0 for any free port, or stop the other program",
-        ) from error
+        raise build_bind_error(host, port, error) from error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -94,11 +95,15 @@ def run_rank(arguments: list[str]) -> int:
     train_step = trainer.train_step
 
     def limit_memory(session: Any, step: Any, *rest: Any) -> Any:
+        if step.step_index == FAULT_STEP - 1:
+            # A CUDA graph has its memory already: measure a step without graphs.
+            session.graph_runner.release_graphs()
+            torch.cuda.reset_peak_memory_stats()
         if step.step_index == FAULT_STEP:
-            used, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            step_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             torch.cuda.empty_cache()
-            total = torch.cuda.get_device_properties().total_memory
-            limit = used + 0.6 * (peak - used)
+            reserved, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
+            limit, peak = reserved + 0.6 * step_bytes, reserved + step_bytes
             torch.cuda.set_per_process_memory_fraction(limit / total)
             print(f"limit {limit / 1e9:.3f} GB, peak {peak / 1e9:.3f} GB", flush=True)
         return train_step(session, step, *rest)
@@ -141,7 +146,10 @@ def inject(fault: str, send: signal.Signals | None, options: argparse.Namespace)
         for process in processes:
             process.kill()
             process.wait()
-    log = (run.parent / f"{run.name}-0.txt").read_text(errors="replace").splitlines()
+    logs = [
+        (run.parent / f"{run.name}-{rank}.txt").read_text(errors="replace").splitlines()
+        for rank in range(len(processes))
+    ]
     checkpoints = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     return {
         "fault": fault,
@@ -150,8 +158,10 @@ def inject(fault: str, send: signal.Signals | None, options: argparse.Namespace)
         "seconds": round(seconds, 1),
         "steps": len(read_steps(run)),
         "checkpoints": checkpoints,
-        "memory_messages": [line[:240] for line in log if "memory" in line],
-        "last_lines": [line[:240] for line in log[-4:]],
+        "memory_messages": [
+            line[:240] for line in chain(*logs) if line.startswith("limit ") or " is full" in line
+        ],
+        "last_lines": [line[:240] for line in logs[0][-4:]],
     }
 
 

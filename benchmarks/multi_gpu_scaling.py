@@ -174,7 +174,8 @@ def run_finesight(
                     break
                 time.sleep(0.2)
         finally:
-            kill_processes(process, run_dir)
+            kill_processes(f"output_dir={run_dir}")
+            process.wait()
     steps = read_steps(run_dir)[: options.steps]
     if len(steps) < options.steps:
         overrides = log_path.read_text(errors="replace").splitlines()
@@ -253,6 +254,8 @@ def run_hf_trainer(
         gpu_environment(num_gpus) | extra_env | {"PYTHONPATH": os.pathsep.join(python_path)},
         LIMIT_S + STARTUP_LIMIT_S,
     )
+    # Ranks that a timeout left would hold the memory of the next case.
+    kill_processes(to_argument(job))
     result_path = target / RESULT_FILE
     results = json.loads(result_path.read_text()) if result_path.exists() else {}
     if "seconds" not in results:
@@ -275,9 +278,9 @@ def run_hf_trainer(
     }
 
 
-def kill_processes(process: subprocess.Popen[bytes], run_dir: Path) -> None:
-    """Kill the launcher and its processes, each in its own process group."""
-    marker = f"output_dir={run_dir}".encode()
+def kill_processes(argument: str) -> None:
+    """Kill all processes with this argument: each rank has its own process group."""
+    marker = argument.encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if marker in (folder / "cmdline").read_bytes().split(b"\0"):
@@ -285,7 +288,6 @@ def kill_processes(process: subprocess.Popen[bytes], run_dir: Path) -> None:
         except OSError:
             # The process has already ended.
             continue
-    process.wait()
 
 
 def gpu_environment(num_gpus: int) -> dict[str, str]:

@@ -239,12 +239,12 @@ class CudaGraphRunner:
         max_tokens = MAX_GRAPH_TOKENS if features_MKD is None else MAX_GRAPH_TOKENS_CACHED
         if self._is_starved:
             max_tokens = MAX_GRAPH_TOKENS_STARVED
-        inputs = self._find_inputs(
+        inputs = self._get_or_allocate_inputs(
             self._vision_graph_shape(batch, features_MKD), batch, None, max_tokens
         )
         if inputs is None:
             features_MKD = self._encode_images(batch, features_MKD)
-            inputs = self._find_inputs(
+            inputs = self._get_or_allocate_inputs(
                 GraphShape.from_batch(batch), batch, features_MKD, max_tokens
             )
         if inputs is None:
@@ -333,7 +333,7 @@ class CudaGraphRunner:
             return None
         return GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
 
-    def _find_inputs(
+    def _get_or_allocate_inputs(
         self,
         shape: GraphShape | None,
         batch: PackedBatch,

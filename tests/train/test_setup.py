@@ -26,11 +26,14 @@ LONGEST_SIDE = LongestSide(longest_side=56)
 def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
     lora = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
     first = task.run(tune=lora, name="first")
+    checkpoint = str(task.folder / "first" / "checkpoints" / "step-6")
     for number, start in enumerate(
         (
             {"model": str(task.folder / "first")},
             {"adapter": str(task.folder / "first")},
             {"adapter": str(task.folder / "first" / "adapter")},
+            {"model": checkpoint},
+            {"adapter": checkpoint},
         )
     ):
         result = task.run(tune=lora, name=f"second{number}", **start)
@@ -47,13 +50,18 @@ def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
         )
 
 
-@pytest.mark.parametrize("setting", ["model", "adapter"])
-def test_continued_run_keeps_image_size_and_prompt(task: TinyTask, setting: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "source"),
+    [("model", "one"), ("adapter", "one"), ("adapter", "one/checkpoints/step-6")],
+)
+def test_continued_run_keeps_image_size_and_prompt(
+    task: TinyTask, setting: str, source: str
+) -> None:
     lora = {"language": "lora", "lora": {"rank": 2}}
     task.run(
         "data.system_prompt=Name colours.", "image={height: 56, width: 28}", tune=lora, name="one"
     )
-    start = {setting: str(task.folder / "one"), "image": None}
+    start = {setting: str(task.folder / source), "image": None}
     task.run(tune=lora, name="two", **start)
     task.run(
         "data.system_prompt=Speak.", "image={longest_side: 56}", tune=lora, name="three", **start

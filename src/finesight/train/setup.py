@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -246,7 +247,8 @@ def build_train_state(
                     run_dir, checkpoint[0], resume_config, train_data, validation_data, console
                 )
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
-        check_resume_config(checkpoint[0].resume_config, resume_config, folder)
+        suggest = partial(run_dir.suggest_restart, recipe, folder)
+        check_resume_config(checkpoint[0].resume_config, resume_config, folder, suggest)
     if checkpoint is None and check_inputs is not None:
         with hardware.process_group.sync_errors():
             if hardware.process_group.is_main:

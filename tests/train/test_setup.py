@@ -53,6 +53,15 @@ def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
         )
 
 
+@pytest.mark.parametrize("source", ["run", "run/checkpoints/step-1"])
+def test_fully_trained_run_is_no_adapter(task: TinyTask, source: str) -> None:
+    task.run("train.steps=1", "train.epochs=null", tune={"merger": "full"})
+    with pytest.raises(UserError, match="has fully trained parts") as caught:
+        task.run(tune={"language": "lora"}, name="second", adapter=str(task.folder / source))
+    assert caught.value.where == "adapter"
+    assert f"set model: {task.folder / 'run'} after" in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("tune", "start"),
     [

@@ -14,7 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -238,11 +238,10 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             item = self._items.get(entry.id)
             if item is None:
                 # Decisions about samples that are not loaded remain in the journal.
-                if entry.event != "suggested":
-                    is_labeled = bool(entry.content)
-                    (self._withdrawn_ids.discard if is_labeled else self._withdrawn_ids.add)(
-                        entry.id
-                    )
+                if entry.event != "suggested" and entry.content:
+                    self._withdrawn_ids.discard(entry.id)
+                elif entry.event != "suggested":
+                    self._withdrawn_ids.add(entry.id)
             elif entry.sample in ("", item.digest):
                 item.apply(entry)
             else:
@@ -480,18 +479,11 @@ def find_label_folder(recipe: Recipe) -> Path | None:
 
 
 def read_sources(folder: Path) -> list[str]:
-    """Return the sources of all sessions of a folder, as the user named them."""
-    file = folder / SOURCES_FILE
-    try:
-        sources = json.loads(file.read_bytes()) if file.is_file() else []
-        return [str(source) for source in sources]
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"not a list of paths: {error}",
-            where=str(file),
-            expected="the file as `finesight label` wrote it",
-            remedy="remove it",
-        ) from error
+    """Return the sources of all sessions of a folder, as the user named them; [] if unreadable."""
+    with suppress(OSError, ValueError):
+        sources = json.loads((folder / SOURCES_FILE).read_bytes())
+        return [str(source) for source in sources] if isinstance(sources, list) else []
+    return []
 
 
 def _match_meta(item: LabelItem, content: AnswerContent) -> dict[str, Any]:

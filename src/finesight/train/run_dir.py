@@ -101,7 +101,8 @@ class RunDir:
 
     def suggest_restart(self, recipe: Recipe, checkpoint: Path, changes: Mapping[str, Any]) -> str:
         """Return the commands that resume without changes of settings, or start with them."""
-        resume = f"to keep the settings of the run: finesight train {self.path} --resume"
+        command = shlex.join(["finesight", "train", str(self.path), "--resume"])
+        resume = f"to keep the settings of the run: {command}"
         if recipe.tune.has_mode("full"):
             further = self.format_further_run(recipe, self.path, changes)
             return f"{resume}; to train its final weights with the new ones: {further}"
@@ -117,7 +118,7 @@ class RunDir:
             source: The run, or one of its LoRA checkpoints.
             changes: Changed settings by name.
         """
-        model = find_run_dir(Path(recipe.model).expanduser())
+        model = find_run_dir(Path(os.path.expanduser(recipe.model)))
         files = (model / name for name in (MANIFEST_FILE, "adapter_config.json"))
         has_adapter = recipe.adapter is None and any(map(os.path.isfile, files))
         is_model = recipe.tune.has_mode("full") or has_adapter

@@ -22,7 +22,7 @@ from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.task_metrics import TASK_METRICS, get_task_metric
 from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
-from finesight.manifest import MANIFEST_FILE, Manifest, find_run_dir
+from finesight.manifest import MANIFEST_FILE, Manifest, find_run_dir, load_manifest
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
 from finesight.model.linear import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
@@ -121,7 +121,15 @@ def resolve_base_model(recipe: Recipe) -> BaseModelRef:
             remedy="remove adapter, or set model to the base model of the adapter",
         )
     manifest = parts.manifest
-    if os.path.isfile(find_run_dir(adapter) / MANIFEST_FILE):
+    run_dir = find_run_dir(adapter)
+    if os.path.isfile(run_dir / MANIFEST_FILE):
+        if load_manifest(run_dir / MANIFEST_FILE).tune.has_mode("full"):
+            raise UserError(
+                f"the run {run_dir} has fully trained parts, which are not in an adapter",
+                where="adapter",
+                expected="a run with LoRA only, or one of its checkpoints",
+                remedy=f"remove adapter, and set model: {run_dir} after the end of that run",
+            )
         parts.folder.fetch_weights()  # needed for the fingerprint of the base model
         source = resolve_model_source(str(adapter), base=str(parts.folder.path))
         manifest, adapter = source.manifest, source.adapter or adapter

@@ -96,34 +96,48 @@ def test_next_command_keeps_the_earlier_training_data(
 
 
 @pytest.mark.parametrize(
-    ("review", "expected"),
+    ("source", "split", "expected"),
     [
-        (False, [{"path": "a.jsonl", "weight": 2.0, "limit": 5}, "b.jsonl", "labels/labels.jsonl"]),
-        (True, ["b.jsonl", {"path": "labels/labels.jsonl", "weight": 2.0, "limit": 5}]),
+        (
+            "photos",
+            "train",
+            [{"path": "a.jsonl", "weight": 2.0, "limit": 5}, "b.jsonl", "labels/labels.jsonl"],
+        ),
+        (
+            "a.jsonl",
+            "train",
+            ["b.jsonl", {"path": "labels/labels.jsonl", "weight": 2.0, "limit": 5}],
+        ),
+        ("eval.jsonl", "eval", [{"path": "labels/labels.jsonl", "limit": 9}]),
     ],
 )
 def test_next_command_keeps_weight_and_limit_of_training_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, review: bool, expected: list[object]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, split: str, expected: list[object]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     draw_images(tmp_path, 1)
     question = (ImagePart(image="photos/0.png"), TextPart(text="Describe the image."))
     messages = (Message(role="user", content=question), Message(role="assistant", content="x"))
-    write_samples(Path("a.jsonl"), [Sample(id="a", messages=messages)])
+    for name in ("a", "eval"):
+        write_samples(Path(f"{name}.jsonl"), [Sample(id=name, messages=messages)])
     Path("first").mkdir()
     train = "[{path: a.jsonl, weight: 2, limit: 5}, b.jsonl]"
-    recipe = f"model: finesight-tiny\ndata: {{train: {train}}}\noutput_dir: first\n"
+    evaluation = "{path: eval.jsonl, limit: 9}"
+    recipe = (
+        f"model: finesight-tiny\ndata: {{train: {train}, eval: {evaluation}}}\noutput_dir: first\n"
+    )
     Path("first/recipe.yaml").write_text(recipe)
     monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
     counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
     monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
-    source = ["a.jsonl", "--review"] if review else ["photos", *PROMPT]
-    arguments = ["label", "first", *source, "--no-suggestions", "--port", "0"]
+    options = PROMPT if source == "photos" else ("--review",)
+    arguments = ["label", "first", source, *options, "--no-suggestions", "--port", "0"]
     words = shlex.split(CliRunner().invoke(app, arguments).stderr.splitlines()[-1])
-    override = next(word for word in words if word.startswith("data.train="))
-    assert json.loads(override.removeprefix("data.train=")) == expected
-    files = load_recipe(Path("first/recipe.yaml"), [override]).data.train
-    assert {(file.weight, file.limit) for file in files} == {(2.0, 5), (1.0, None)}
+    override = next(word for word in words if word.startswith("data."))
+    assert json.loads(override.removeprefix(f"data.{split}=")) == expected
+    data = load_recipe(Path("first/recipe.yaml"), [override]).data
+    assert {(file.weight, file.limit) for file in data.train} == {(2.0, 5), (1.0, None)}
+    assert data.eval[0].limit == 9
 
 
 def test_further_rounds_continue_the_labels_of_the_run(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
-    from finesight.config import Recipe
+    from finesight.config import DataFileSettings, Recipe
     from finesight.label.label_session import LabelSession
 
 
@@ -233,12 +233,16 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             settings = load_recipe(recipe)
         except UserError:
             continue
-        files, words = settings.data.train, ["train", str(recipe)]
+        files: Sequence[DataFileSettings] = settings.data.train
+        words = ["train", str(recipe)]
         if os.path.abspath(labels) not in [os.path.abspath(file.path) for file in files]:
             if recipe.parent != run_dir:
                 continue
-            # The labels of a review contain the reviewed training data.
-            paths = [os.path.abspath(path) for path in reviewed]
+            # The labels of a review contain the reviewed training or validation data.
+            paths = {os.path.abspath(path) for path in reviewed}
+            split = "train"
+            if paths and paths <= {os.path.abspath(file.path) for file in settings.data.eval}:
+                split, files = "eval", settings.data.eval
             replaced = [file for file in files if os.path.abspath(file.path) in paths]
             kept = [file for file in files if file not in replaced]
             entries = [
@@ -248,7 +252,7 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             template = replaced[0].model_dump(exclude_defaults=True) if len(replaced) == 1 else {}
             entries.append(template | {"path": str(labels)})
             items = [entry if len(entry) > 1 else entry["path"] for entry in entries]
-            words.append(f"data.train={json.dumps(items)}")
+            words.append(f"data.{split}={json.dumps(items)}")
         if (folder := settings.output_dir).exists():
             words.append(f"output_dir={_find_free_folder(folder)}")
         return words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,8 +16,10 @@ from label_fixtures import draw_images
 from typer.testing import CliRunner
 
 from finesight.cli.app import app
+from finesight.cli.label import find_label_command
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
 from finesight.label.label_store import LABELS_FILE, LabelStore
+from finesight.recipe import load_recipe
 from finesight.web import web_server
 
 PROMPT = ("--prompt", "Describe the image.")
@@ -90,6 +93,79 @@ def test_next_command_keeps_the_earlier_training_data(
     Path("first/recipe.yaml").write_text("model: [")
     last_line = CliRunner().invoke(app, arguments).stderr.splitlines()[-1]
     assert last_line == "next: finesight init labels/labels.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "expected"),
+    [
+        (
+            "photos",
+            "train",
+            [{"path": "a.jsonl", "weight": 2.0, "limit": 5}, "b.jsonl", "labels/labels.jsonl"],
+        ),
+        (
+            "a.jsonl",
+            "train",
+            ["b.jsonl", {"path": "labels/labels.jsonl", "weight": 2.0, "limit": 5}],
+        ),
+        ("eval.jsonl", "eval", [{"path": "labels/labels.jsonl", "limit": 9}]),
+    ],
+)
+def test_next_command_keeps_weight_and_limit_of_training_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, split: str, expected: list[object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path, 1)
+    question = (ImagePart(image="photos/0.png"), TextPart(text="Describe the image."))
+    messages = (Message(role="user", content=question), Message(role="assistant", content="x"))
+    for name in ("a", "eval"):
+        write_samples(Path(f"{name}.jsonl"), [Sample(id=name, messages=messages)])
+    Path("first").mkdir()
+    train = "[{path: a.jsonl, weight: 2, limit: 5}, b.jsonl]"
+    evaluation = "{path: eval.jsonl, limit: 9}"
+    recipe = (
+        f"model: finesight-tiny\ndata: {{train: {train}, eval: {evaluation}}}\noutput_dir: first\n"
+    )
+    Path("first/recipe.yaml").write_text(recipe)
+    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
+    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
+    options = PROMPT if source == "photos" else ("--review",)
+    arguments = ["label", "first", source, *options, "--no-suggestions", "--port", "0"]
+    words = shlex.split(CliRunner().invoke(app, arguments).stderr.splitlines()[-1])
+    override = next(word for word in words if word.startswith("data."))
+    assert json.loads(override.removeprefix(f"data.{split}=")) == expected
+    data = load_recipe(Path("first/recipe.yaml"), [override]).data
+    assert {(file.weight, file.limit) for file in data.train} == {(2.0, 5), (1.0, None)}
+    assert data.eval[0].limit == 9
+
+
+def test_further_rounds_continue_the_labels_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path, 1)
+    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+
+    def run(run_or_model: str, *options: str) -> str:
+        arguments = ["label", run_or_model, "photos", *PROMPT, "--no-suggestions", "--port", "0"]
+        return CliRunner().invoke(app, [*arguments, *options]).stderr
+
+    for out in ("mine", "labels"):
+        run("finesight-tiny", "--out", out)
+    Path("run").mkdir()
+    text = "model: finesight-tiny\ndata: {train: [old.jsonl, mine/labels.jsonl]}\noutput_dir: run\n"
+    Path("run/recipe.yaml").write_text(text)
+    recipe = load_recipe(Path("run/recipe.yaml"))
+    assert find_label_command(recipe) == ["finesight", "label", "run", "photos"]
+    assert "continuing the labels in mine, training data of run" in run("run")
+    assert run("run", "--out", "labels").endswith(
+        "1 open, 0 accepted, 0 corrected, 0 skipped: labels\n"
+    )
+    # A folder of reviewed labels contains no new images.
+    Path("mine/sources.json").unlink()
+    assert find_label_command(recipe) == []
+    assert "continuing" not in run("run")
 
 
 def test_review_ranks_existing_answers(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 from click.testing import Result
 from openai import OpenAI
@@ -74,25 +75,69 @@ def test_example_of_several_images_is_the_first(tmp_path: Path) -> None:
     assert read_example(tmp_path) == ("a.png", "Compare.")
 
 
-def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_fake_server(monkeypatch):
+    """Serve a fake model: a function that returns the result and the limits of the server."""
+
+    def run(*arguments, model=None):
+        limits = []
+
+        def run_server(model, listener, *, on_ready, **options):
+            listener.close()
+            limits.append(options["limits"])
+            on_ready(SimpleNamespace(model_names=(*model.adapters, "base")))
+
+        names = {get_model_name(str(arguments[0])): None}
+        loaded = SimpleNamespace(manifest="of a run", adapters=names, model=model)
+        for name in ("load_multi_adapter_model", "resolve_model_source"):
+            monkeypatch.setattr(model_loader, name, lambda *arguments: loaded)
+        monkeypatch.setattr(api_server, "run_api_server", run_server)
+        result = run_serve(*arguments, "--port", "0")
+        assert result.exit_code == 0, result.exception
+        return result, limits[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "options", "num_seqs"),
+    [(80, (), 64), (1, (), 12), (0.01, (), 1), (1, ("--max-num-seqs", "64"), 64)],
+)
+def test_default_number_of_sequences_fits_into_gpu_memory(
+    run_fake_server, monkeypatch, free_gb, options, num_seqs
+):
+    """States take 22 MB per sequence, and at most half of 60 % of the free memory."""
+    weight = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    linear = SimpleNamespace(
+        conv_kernel_size=4, conv_size=1024, num_value_heads=16, key_head_dim=128, value_head_dim=128
+    )
+    decoder = SimpleNamespace(linear_attention=linear, num_layers=28, num_full_attention_layers=7)
+    model = SimpleNamespace(
+        model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)),
+        config=SimpleNamespace(decoder=decoder),
+    )
+    free_bytes = int(free_gb * 1e9), int(80e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free_bytes)
+    result, limits = run_fake_server("run", *options, model=model)
+    assert limits.max_num_seqs == num_seqs
+    text = f"at most {num_seqs} answers at the same time instead of 64"
+    assert (text in result.stderr) == (num_seqs < 64)
+
+
+def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch, run_fake_server):
     """The shell command sends a valid request; quotes and backslashes of the prompt survive."""
     monkeypatch.chdir(tmp_path)
     Path("my image.png").write_bytes(b"\x89PNG" + bytes(200))
     predictions = Path("first/run/predictions/after.jsonl")
     predictions.parent.mkdir(parents=True)
-    prompt = r"Write $x' as \LaTeX."
+    prompt = r"Write $x' of $(image) as \LaTeX: `$(image)` %s."
     predictions.write_text(json.dumps({"image": "first/../my image.png", "prompt": prompt}) + "\n")
-    manifest = SimpleNamespace(manifest="of a run", adapters={get_model_name("first/run"): None})
-
-    def run_server(model, listener, *, on_ready, **options):
-        listener.close()
-        on_ready(SimpleNamespace(model_names=(*model.adapters, "base")))
-
-    for name in ("load_multi_adapter_model", "resolve_model_source"):
-        monkeypatch.setattr(model_loader, name, lambda *arguments: manifest)
-    monkeypatch.setattr(api_server, "run_api_server", run_server)
     Path("my keys.txt").write_text(f"# server\n\n{KEY}\n")
-    output = run_serve("first/run", "--port", "0", "--key-file", "my keys.txt").output
+    model = SimpleNamespace(
+        model=SimpleNamespace(embed_tokens=torch.nn.Embedding(1, 1)),
+        config=SimpleNamespace(decoder=SimpleNamespace(linear_attention=None)),
+    )
+    output = run_fake_server("first/run", "--key-file", "my keys.txt", model=model)[0].output
     assert output.startswith("serving first, base at ")
     sender, _, curl = output.splitlines()[1].strip().rpartition(" | ")
     assert curl.startswith("curl http://127.0.0.1:")

@@ -111,12 +111,18 @@ def test_run_folder_is_resumed_by_its_recipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_command(["train", str(recipe), "output_dir=runs/one", "--resume"]) == 0
-    assert "runs/one: no run to resume; a new run starts" in capsys.readouterr().err
+    data = recipe.parent / "task"
+    labels = shutil.copy(data / "train.jsonl", data / "labels.jsonl")
+    (data / "sources.json").write_text('["removed"]')
+    overrides = ["output_dir=runs/one", f"data.train={labels}"]
+    assert run_command(["train", str(recipe), *overrides, "--resume"]) == 0
+    messages = capsys.readouterr().err
+    assert "runs/one: no run to resume; a new run starts" in messages
+    assert messages.endswith("to label further images: finesight label runs/one IMAGES\n")
     assert run_command(["train", "runs/one", "--resume"]) == 0
     messages = capsys.readouterr().err
     assert "runs/one: the run is already complete; changed settings have no effect" in messages
-    assert "adapter=runs/one output_dir=runs/one-2" in messages
+    assert "model=runs/one output_dir=runs/one-2" in messages
     shutil.copytree("runs/one", "runs/copy")
     for folder, words in (
         ("runs/copy", "output_dir is runs/one, another folder"),

@@ -285,7 +285,7 @@ MISTAKES = {
     "resume-with-another-recipe": Mistake(
         "train recipe.yaml --resume output_dir=stopped train.batch_size=3",
         "stopped/checkpoints/step-2: train.batch_size is 3 now",
-        "resume with the original recipe and data, or set another output_dir",
+        "to keep the settings of the run: finesight train stopped --resume; to start from the",
     ),
     "run-in-use": Mistake(
         "train recipe.yaml --resume output_dir=stopped",

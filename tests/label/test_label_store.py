@@ -21,6 +21,7 @@ from finesight.data.sample import (
     write_samples,
 )
 from finesight.errors import UserError
+from finesight.evaluate.eval_case import get_reference_answer
 from finesight.label.label_session import open_session
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 
@@ -237,6 +238,41 @@ def test_labels_of_other_folders_are_kept(tmp_path: Path) -> None:
     (out / LABELS_FILE).unlink()
     open_session(out, MODEL, photos, kind="text", prompt="Color?").store.close()
     assert list_texts(out) == ["blue"]
+
+
+def test_answered_samples_of_other_sources_are_kept(tmp_path: Path) -> None:
+    """A later session with other sources loses no answer, reviewed or not."""
+    out = tmp_path / "labels"
+    data = write_answers(tmp_path / "first", "red", "green", "blue", None)
+    with open_session(out, MODEL, [data], review=True).store as store:
+        store.save_label("s1", (TextPart(text="gray"),))
+        store.skip("s1")
+        store.save_label("s3", (TextPart(text="pink"),))
+        store.reopen("s3")
+        # The page shows the corrected answer again.
+        assert store.find("s1").proposal == (TextPart(text="gray"),)
+    photos = [draw_images(tmp_path / "second", 1)]
+    with open_session(out, MODEL, photos, kind="text", prompt="Color?").store as store:
+        store.save_label(store.items[0].sample.sample.id, (TextPart(text="white"),))
+    assert list_texts(out) == ["red", "green", "blue", "white"]
+
+
+@pytest.mark.parametrize(
+    ("corrected", "references"),
+    [("cat", ("cat", "kitty", "pet")), ("dog", ()), ("kitty", ("pet",))],
+)
+def test_references_follow_the_corrected_answer(
+    tmp_path: Path, corrected: str, references: tuple[str, ...]
+) -> None:
+    """An evaluation must not accept the replaced answer as correct."""
+    (sample,) = read_samples(write_answers(tmp_path, "cat"))
+    sample = sample.model_copy(update={"references": ("cat", "kitty", "pet")})
+    write_samples(tmp_path / "data.jsonl", [sample])
+    sources = [tmp_path / "data.jsonl"]
+    with open_session(tmp_path / "labels", MODEL, sources, review=True).store as store:
+        store.save_label("s0", (TextPart(text=corrected),))
+    (labeled,) = read_samples(tmp_path / "labels" / LABELS_FILE)
+    assert get_reference_answer(labeled) == ((corrected, *references), ())
 
 
 def test_another_sample_with_the_same_id_is_rejected(tmp_path: Path) -> None:

@@ -171,6 +171,18 @@ def test_plan_warns_about_answers_longer_than_max_new_tokens(task: TinyTask) -> 
         assert (f"up to {longest} tokens" in text) == is_cut
 
 
+def test_only_the_last_answer_of_a_conversation_counts_for_max_new_tokens(task: TinyTask) -> None:
+    settings = {"metric": "ocr", "max_new_tokens": 64}
+    single = make_plan(task, eval=settings).evaluation.max_answer_tokens
+    lines = [json.loads(line) for line in (task.folder / "eval.jsonl").read_text().splitlines()]
+    for line in lines:
+        earlier = {"role": "assistant", "content": "red " * 100}
+        line["messages"][1:1] = [earlier, {"role": "user", "content": "And in one word?"}]
+    (task.folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation = make_plan(task, eval=settings).evaluation
+    assert (evaluation.max_answer_tokens, evaluation.num_cut_answers) == (single, 0)
+
+
 def test_unknown_gpu_is_rejected_before_reading_data(task: TinyTask) -> None:
     (task.folder / "train.jsonl").unlink()
     with pytest.raises(UserError, match="unknown GPU 'H20000'"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_task import TinyTask
 from torch import nn
 
@@ -16,7 +16,9 @@ from finesight.errors import UserError
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES
 from finesight.evaluate.generation_eval import load_eval_inputs
 from finesight.evaluate.metric_difference import REASON_NO_PREDICTIONS, REASON_UNSAMPLED
-from finesight.infer.model_loader import load_inference_model
+from finesight.export.model_card import collect_uploads
+from finesight.infer.model_loader import load_inference_model, resolve_model_source
+from finesight.storage import sha256_file
 from finesight.train.finalize import (
     SAMPLE_SIZE,
     ParamAudit,
@@ -108,7 +110,8 @@ def test_without_patience_last_weights_are_used(task: TinyTask) -> None:
 
 def test_checkpoint_of_a_stopped_run_can_be_used(task: TinyTask) -> None:
     tune = {"merger": "lora", "language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
-    task.run("train.keep_checkpoints=3", tune=tune)
+    metric = _eval(task, CONSTANT, "same", every=2)
+    task.run("train.keep_checkpoints=3", tune=tune, eval=metric)
     run = task.folder / "run"
     trained = load_inference_model(str(run), "cpu").model.state_dict()
     for name in ("adapter", "result.json"):
@@ -130,6 +133,30 @@ def test_checkpoint_of_a_stopped_run_can_be_used(task: TinyTask) -> None:
     assert adapters == {"adapter-step-2", "adapter-step-6"}
     samples, _ = load_eval_inputs(f"{run}/checkpoints/step-2", metric="ocr")
     assert len(samples) == 3
+    checkpoint = f"{run}/checkpoints/step-2"
+    with collect_uploads(resolve_model_source(checkpoint), checkpoint) as files:
+        card = files["README.md"].read_text()
+    evaluations = [line for line in task.read_metrics() if "validation_loss" in line]
+    losses = {line["step"]: line["validation_loss"] for line in evaluations}
+    assert f"# {task.folder.name}-step-2\n" in card
+    assert "2 steps." in card
+    assert f"| validation_loss | {losses[0]:.4f} | {losses[2]:.4f} |" in card
+    assert "## Recipe" in card
+
+
+def test_checkpoint_without_some_lora_weights_is_rejected(task: TinyTask) -> None:
+    task.run(tune={"merger": "lora", "language": "lora", "lora": {"rank": 4}})
+    folder = task.folder / "run" / "checkpoints" / "step-6"
+    weights = load_file(folder / "trainable.safetensors")
+    removed = next(name for name in weights if name.endswith("lora_A"))
+    del weights[removed]
+    save_file(weights, folder / "trainable.safetensors")
+    digests = json.loads((folder / "sha256.json").read_text())
+    digests["trainable.safetensors"] = sha256_file(folder / "trainable.safetensors")
+    (folder / "sha256.json").write_text(json.dumps(digests))
+    with pytest.raises(UserError, match=rf"lacks 1 of {len(weights) + 1} LoRA weights: {removed}"):
+        load_inference_model(str(folder), "cpu")
+    assert not (task.folder / "run" / "adapter-step-6").exists()
 
 
 def test_checkpoint_of_full_fine_tuning_is_rejected(task: TinyTask) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL, locate_model
-from finesight.recipe import recipe_from_dict
+from finesight.recipe import load_recipe, recipe_from_dict
 from finesight.train.oom import translate_oom_errors
 from finesight.train.setup import BaseModelRef
+from finesight.train.training_run import train
 
 PIXEL_RANGE = PixelRange(min_pixels=1568, max_pixels=7056)
 LONGEST_SIDE = LongestSide(longest_side=56)
@@ -26,11 +29,14 @@ LONGEST_SIDE = LongestSide(longest_side=56)
 def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
     lora = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
     first = task.run(tune=lora, name="first")
+    checkpoint = str(task.folder / "first" / "checkpoints" / "step-6")
     for number, start in enumerate(
         (
             {"model": str(task.folder / "first")},
             {"adapter": str(task.folder / "first")},
             {"adapter": str(task.folder / "first" / "adapter")},
+            {"model": checkpoint},
+            {"adapter": checkpoint},
         )
     ):
         result = task.run(tune=lora, name=f"second{number}", **start)
@@ -47,13 +53,71 @@ def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
         )
 
 
-@pytest.mark.parametrize("setting", ["model", "adapter"])
-def test_continued_run_keeps_image_size_and_prompt(task: TinyTask, setting: str) -> None:
+@pytest.mark.parametrize("source", ["run", "run/checkpoints/step-1"])
+def test_fully_trained_run_is_no_adapter(task: TinyTask, source: str) -> None:
+    task.run("train.steps=1", "train.epochs=null", tune={"merger": "full"})
+    with pytest.raises(UserError, match="has fully trained parts") as caught:
+        task.run(tune={"language": "lora"}, name="second", adapter=str(task.folder / source))
+    assert caught.value.where == "adapter"
+    assert f"set model: {task.folder / 'run'} after" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("tune", "start"),
+    [
+        ({"language": "lora", "lora": {"rank": 2}}, "adapter={0}/checkpoints/step-6"),
+        ({"merger": "full"}, "model={0}"),
+        ({"merger": "full", "language": "lora"}, "model={0}"),
+    ],
+)
+def test_resuming_with_a_new_schedule_names_the_commands(
+    task: TinyTask, tune: dict[str, object], start: str
+) -> None:
+    first, run = task.run(tune=tune), task.folder / "run"
+    (run / "result.json").unlink()
+    with pytest.raises(UserError, match=r"train\.steps is 3 now") as caught:
+        task.run("train.epochs=null", "train.steps=3", tune=tune, resume=True)
+    resume, separator, further = caught.value.remedy.partition("; ")
+    assert separator
+    assert resume.endswith(f": finesight train {run} --resume")
+    assert train(load_recipe(run / "recipe.yaml"), resume=True) == first
+    words = shlex.split(further.partition(": ")[2])
+    assert words[-2:] == [start.format(run), f"output_dir={run}-2"]
+    second = train(load_recipe(Path(words[2]), words[3:]))
+    assert second.steps == 3
+    assert second.before.validation_loss == pytest.approx(first.after.validation_loss, rel=1e-6)
+    # The message about a finished run names the same setting.
+    task.run("train.steps=3", "train.epochs=null", tune=tune, resume=True)
+    setting = start.partition("=")[0]
+    assert f"run/recipe.yaml {setting}={run} output_dir=" in task.console_output.replace("\n", " ")
+
+
+def test_continued_run_is_continued_by_the_same_setting(task: TinyTask) -> None:
+    lora = {"language": "lora", "lora": {"rank": 2}}
+    task.run(tune=lora, name="first")
+    for setting in ("model", "adapter"):
+        start = {setting: str(task.folder / "first")}
+        task.run("train.steps=1", "train.epochs=null", tune=lora, name=setting, **start)
+        task.run(tune=lora, name=setting, resume=True, **start)
+        run = task.folder / setting
+        words = task.console_output.replace("\n", " ").partition("finesight train ")[2].split()
+        assert words == [f"{run}/recipe.yaml", f"{setting}={run}", f"output_dir={run}-2"]
+        result = train(load_recipe(Path(words[0]), words[1:]))
+        assert result.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "source"),
+    [("model", "one"), ("adapter", "one"), ("adapter", "one/checkpoints/step-6")],
+)
+def test_continued_run_keeps_image_size_and_prompt(
+    task: TinyTask, setting: str, source: str
+) -> None:
     lora = {"language": "lora", "lora": {"rank": 2}}
     task.run(
         "data.system_prompt=Name colours.", "image={height: 56, width: 28}", tune=lora, name="one"
     )
-    start = {setting: str(task.folder / "one"), "image": None}
+    start = {setting: str(task.folder / source), "image": None}
     task.run(tune=lora, name="two", **start)
     task.run(
         "data.system_prompt=Speak.", "image={longest_side: 56}", tune=lora, name="three", **start

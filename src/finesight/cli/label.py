@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -35,7 +36,9 @@ from finesight.manifest import RECIPE_FILE, find_run_dir
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Sequence
 
+    from finesight.config import DataFileSettings, Recipe
     from finesight.label.label_session import LabelSession
 
 
@@ -50,14 +53,14 @@ def label(
         typer.Option(help="Question about every image. Default: that of the run's training data."),
     ] = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             metavar="FOLDER",
             file_okay=False,
             help="Folder of the labels (labels.jsonl) and their history (journal.jsonl). An "
-            "existing one is continued.",
+            "existing one is continued. Default: that of the run's training data, else labels.",
         ),
-    ] = Path("labels"),
+    ] = None,
     kind: Annotated[
         Literal["text", "fields", "classes", "boxes"] | None,
         typer.Option(help="Kind of the answers. Default: detected from the training data."),
@@ -138,6 +141,8 @@ def label(
 
         check_model_path(run_or_model)
     names = [name.strip() for name in (classes or "").split(",") if name.strip()]
+    run_dir = find_run_dir(Path(run_or_model))
+    out = out or _select_label_folder(run_dir, review)
     with ExitStack() as stack:
         listener = None
         if not suggest_only:
@@ -182,12 +187,42 @@ def label(
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     typer.echo(f"{text}: {out}", err=True)
     if counts["accepted"] + counts["corrected"]:
-        words = _suggest_command(out, find_run_dir(Path(run_or_model)), review)
+        words = _suggest_command(out, run_dir, sources if review else ())
         typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
 
 
-def _suggest_command(out: Path, run_dir: Path, review: bool) -> list[str]:
-    """Return the next command for the labels in `out`: training with them, or `init`."""
+def _select_label_folder(run_dir: Path, review: bool) -> Path:
+    """Return the default folder: that of the labels in the recipe of the run, else `labels`."""
+    from finesight.label.label_store import find_label_folder
+    from finesight.recipe import load_recipe
+
+    folder = None
+    # The samples of a review have the IDs of those labels.
+    if not review and (run_dir / RECIPE_FILE).is_file():
+        with suppress(UserError):
+            folder = find_label_folder(load_recipe(run_dir / RECIPE_FILE))
+    if folder is not None:
+        typer.echo(f"continuing the labels in {folder}, training data of {run_dir}", err=True)
+    return folder or Path("labels")
+
+
+def find_label_command(recipe: Recipe) -> list[str]:
+    """Return the command that labels further images with a run; empty if it trained no labels."""
+    from finesight.label.label_store import find_label_folder, read_sources
+
+    folder = find_label_folder(recipe)
+    if folder is None:
+        return []
+    sources = [source for source in read_sources(folder) if os.path.exists(source)]
+    return ["finesight", "label", str(recipe.output_dir), *(sources or ["IMAGES"])]
+
+
+def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list[str]:
+    """Return the next command for the labels in `out`: training with them, or `init`.
+
+    Args:
+        reviewed: Data files whose samples the labels contain.
+    """
     from finesight.label.label_store import LABELS_FILE
     from finesight.recipe import load_recipe
 
@@ -198,14 +233,26 @@ def _suggest_command(out: Path, run_dir: Path, review: bool) -> list[str]:
             settings = load_recipe(recipe)
         except UserError:
             continue
-        files = [file.path for file in settings.data.train]
+        files: Sequence[DataFileSettings] = settings.data.train
         words = ["train", str(recipe)]
-        if labels not in files:
+        if os.path.abspath(labels) not in [os.path.abspath(file.path) for file in files]:
             if recipe.parent != run_dir:
                 continue
-            # The labels of a review contain the reviewed training data.
-            names = [json.dumps(str(file)) for file in ([] if review else files) + [labels]]
-            words.append(f"data.train=[{', '.join(names)}]")
+            # The labels of a review contain the reviewed training or validation data.
+            paths = {os.path.abspath(path) for path in reviewed}
+            split = "train"
+            if paths and paths <= {os.path.abspath(file.path) for file in settings.data.eval}:
+                split, files = "eval", settings.data.eval
+            replaced = [file for file in files if os.path.abspath(file.path) in paths]
+            kept = [file for file in files if file not in replaced]
+            entries = [
+                file.model_dump(exclude_defaults=True) | {"path": str(file.path)}
+                for file in (kept if replaced or not reviewed else ())
+            ]
+            template = replaced[0].model_dump(exclude_defaults=True) if len(replaced) == 1 else {}
+            entries.append(template | {"path": str(labels)})
+            items = [entry if len(entry) > 1 else entry["path"] for entry in entries]
+            words.append(f"data.{split}={json.dumps(items)}")
         if (folder := settings.output_dir).exists():
             words.append(f"output_dir={_find_free_folder(folder)}")
         return words

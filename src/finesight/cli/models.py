@@ -374,6 +374,7 @@ def _upload_to_hub(
 ) -> None:
     from finesight.hub.address import parse_address
     from finesight.hub.repository import publish_model
+    from finesight.infer.model_loader import get_model_name
 
     address = parse_address(out)
     sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -385,7 +386,7 @@ def _upload_to_hub(
         typer.echo(f"{total:>16,}  bytes in {len(files)} files to {address}, {visibility}")
     page_url = None
     if confirm:
-        name = Path(source).resolve().name
+        name = get_model_name(str(Path(source).resolve()))
         page_url = publish_model(
             address, files, public=public, message=f"Upload {name} with finesight"
         )

@@ -7,6 +7,7 @@ import mimetypes
 import os
 import secrets
 import shlex
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from finesight.infer.inference_service import InferenceService
+    from finesight.infer.model_loader import InferenceModel
 
 
 def serve(
@@ -106,9 +108,13 @@ def serve(
         ),
     ] = None,
     max_num_seqs: Annotated[
-        int,
-        typer.Option(min=1, help="Maximum number of answers that are generated at the same time."),
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of answers that are generated at the same time. Default: 64, or "
+            "fewer for a model with linear attention if the GPU has little memory.",
+        ),
+    ] = None,
     max_queue: Annotated[
         int,
         typer.Option(
@@ -164,7 +170,7 @@ def serve(
     formats = read_formats(image_format or ())
     keys = read_api_keys(key_file)
     listener = bind_socket(host, port, keys)
-    limits = ServerLimits(max_num_seqs=max_num_seqs, max_queue=max_queue, timeout=timeout)
+    limits = ServerLimits(max_queue=max_queue, timeout=timeout)
     backend = None
     if label_studio:
         token = os.environ.get(TOKEN_VARIABLE)
@@ -174,6 +180,8 @@ def serve(
     inference_model = load_multi_adapter_model(
         run_or_model, adapter or (), device, precision, weight_format, thinking_options
     )
+    max_num_seqs = max_num_seqs or _select_num_seqs(inference_model, limits.max_num_seqs)
+    limits = replace(limits, max_num_seqs=max_num_seqs)
     url_host = f"[{host}]" if ":" in host else host
     address = f"http://{url_host}:{listener.getsockname()[1]}/v1"
 
@@ -197,6 +205,17 @@ def serve(
     )
 
 
+def _select_num_seqs(inference_model: InferenceModel, default: int) -> int:
+    """Return the default number of concurrent answers; print it if GPU memory limits it."""
+    from finesight.infer.inference_service import fit_num_seqs
+
+    num_seqs = fit_num_seqs(inference_model, default)
+    if num_seqs < default:
+        text = f"at most {num_seqs} answers at the same time instead of {default}"
+        typer.echo(f"{text}, because of the GPU memory for linear attention", err=True)
+    return num_seqs
+
+
 def _format_auth_header(key_file: Path | None, keys: Sequence[str]) -> str:
     """Return the option of curl that reads an API key from its file or environment variable."""
     if not keys:
@@ -205,10 +224,6 @@ def _format_auth_header(key_file: Path | None, keys: Sequence[str]) -> str:
     if key_file is not None:
         key = f"$(grep -m 1 '^[^#]' {shlex.quote(str(key_file))})"
     return f' -H "Authorization: Bearer {key}"'
-
-
-_IMAGE_MARK = "$(image)"
-"""Placeholder of the image in the example request."""
 
 
 def _print_address(
@@ -230,7 +245,9 @@ def _print_address(
     content: object = "Hello"
     if example is not None:
         image_type = mimetypes.guess_type(example[0])[0] or "image/jpeg"
-        url = {"url": f"data:{image_type};base64,{_IMAGE_MARK}"}
+        # Neither the prompt nor the name of the model contains this placeholder of the image.
+        mark = secrets.token_hex(16)
+        url = {"url": f"data:{image_type};base64,{mark}"}
         content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": example[1]}]
     message = {"role": "user", "content": content}
     body = json.dumps({"model": service.model_names[0], "messages": [message]}, ensure_ascii=False)
@@ -238,7 +255,7 @@ def _print_address(
         typer.echo(f"  {curl} -d {shlex.quote(body)}")
     else:
         # An image exceeds the maximum length of an argument.
-        start, end = (f"printf %s {shlex.quote(part)}" for part in body.split(_IMAGE_MARK))
+        start, end = (f"printf %s {shlex.quote(part)}" for part in body.split(mark))
         image = f"base64 < {shlex.quote(example[0])} | tr -d '\\n'"
         typer.echo(f"  ({start}; {image}; {end}) | {curl} -d @-")
     if has_label_studio:
@@ -302,12 +319,11 @@ def web(
 
     thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     with bind_socket(host, port) as listener:
-        service = InferenceService(
-            load_multi_adapter_model(
-                run_or_model, (), device, precision, weight_format, thinking_options
-            ),
-            max_num_seqs=WEB_MAX_NUM_SEQS,
+        inference_model = load_multi_adapter_model(
+            run_or_model, (), device, precision, weight_format, thinking_options
         )
+        num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
+        service = InferenceService(inference_model, max_num_seqs=num_seqs)
         try:
             shown_password = password if is_generated else None
             print_page_address(host, listener, shown_password, open_page=open_page)

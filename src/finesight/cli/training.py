@@ -202,6 +202,11 @@ def train(
     result = run_training(settings, resume=resume, check_inputs=partial(check_fit, force=force))
     if as_json and result is not None:
         typer.echo(json.dumps(result.as_json()))
+    if result is not None:
+        from finesight.cli.label import find_label_command
+
+        if words := find_label_command(settings):
+            typer.echo(f"to label further images: {shlex.join(words)}", err=True)
     if push is not None and result is not None:
         from finesight.cli.models import push_run
 

@@ -520,6 +520,13 @@ class TokenizedSample:
         return int(self.loss_mask_T[1:].sum())
 
     @property
+    def num_answer_tokens(self) -> int:
+        """Number of supervised tokens of the last answer, which an evaluation generates."""
+        supervised = np.flatnonzero(self.loss_mask_T[1:])
+        gaps = np.flatnonzero(np.diff(supervised) > 1)
+        return len(supervised) - (int(gaps[-1]) + 1 if len(gaps) else 0)
+
+    @property
     def num_packed_tokens(self) -> int:
         """Number of tokens of this sample that a packed batch contains.
 

@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from finesight.export.deployment import format_serving_commands
 from finesight.export.hf_files import HF_ARCHITECTURES, list_uploads
 from finesight.export.merge_parity import MergeParity
 from finesight.hub.address import parse_model_address
-from finesight.infer.model_loader import ModelSource
-from finesight.manifest import MANIFEST_FILE
+from finesight.infer.model_loader import ModelSource, get_model_name
+from finesight.manifest import MANIFEST_FILE, find_run_dir
 from finesight.model.lora.merge import public_model_name
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
@@ -70,8 +70,7 @@ class VerifiedMerge:
 
 def write_model_card(folder: Path, info: VerifiedMerge) -> None:
     """Write the model card of a merged folder, which already contains all other files."""
-    manifest_file = info.source / MANIFEST_FILE
-    run_record = read_run(info.source) if manifest_file.is_file() else None
+    run_record = _read_run_record(info.source)
     blocks = [
         _format_front_matter(info.model_source, "transformers"),
         f"# {info.folder.name}",
@@ -112,8 +111,8 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
 
 
 def _render_adapter_card(model_source: ModelSource, source: Path) -> str:
-    run_record = read_run(source) if (source / MANIFEST_FILE).is_file() else None
-    title, base = source.resolve().name, _get_base_name(model_source)
+    run_record = _read_run_record(source)
+    title, base = get_model_name(str(source.resolve())), _get_base_name(model_source)
     summary = [
         f"LoRA adapter of {base} (family {model_source.folder.family}), trained with finesight"
         f" {__version__}.",
@@ -137,6 +136,23 @@ def _render_adapter_card(model_source: ModelSource, source: Path) -> str:
         _format_license(model_source.folder, source),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _read_run_record(source: Path) -> RunRecord | None:
+    """Read the run of a model; for a checkpoint, with the evaluation of its step as the result."""
+    run_dir = find_run_dir(source)
+    if not (run_dir / MANIFEST_FILE).is_file():
+        return None
+    run_record = read_run(run_dir)
+    if run_dir == source:
+        return run_record
+    step = source.name.removeprefix("step-")
+    evaluations = {str(line["step"]): line for line in run_record.evaluations}
+    before, after = evaluations.get("0", {}), evaluations.get(step, {})
+    # Interim evaluations may have fewer samples than that before training.
+    is_comparable = before.get("num_samples") == after.get("num_samples")
+    result = {"before": before if is_comparable else {}, "after": after}
+    return replace(run_record, result=result | {"steps": int(step) if step.isdecimal() else 0})
 
 
 def _get_base_name(model_source: ModelSource) -> str:

@@ -622,6 +622,22 @@ class InferenceService:
         return True
 
 
+def fit_num_seqs(inference_model: InferenceModel, max_num_seqs: int) -> int:
+    """Return the number of concurrent sequences that fit into GPU memory, up to `max_num_seqs`.
+
+    The states of linear attention layers take at most half of the memory of `GPU_MEMORY_FRACTION`.
+    """
+    model = inference_model.model
+    if isinstance(model, HfModel):
+        return max_num_seqs
+    weight = model.model.embed_tokens.weight
+    bytes_per_seq = get_linear_state_bytes(model.config.decoder, weight.dtype, 0)
+    if weight.device.type != "cuda" or not bytes_per_seq:
+        return max_num_seqs
+    budget = int(torch.cuda.mem_get_info(weight.device)[0] * GPU_MEMORY_FRACTION)
+    return max(1, min(max_num_seqs, budget // (2 * bytes_per_seq) - 1))
+
+
 def compute_kv_cache_bytes(
     config: DecoderConfig, dtype: torch.dtype, free_bytes: int, max_num_seqs: int
 ) -> int:

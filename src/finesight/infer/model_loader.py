@@ -377,6 +377,14 @@ def _write_checkpoint_adapter(
     model = load_auto_model(base, torch.bfloat16, torch.device("cpu"))
     configure_tuning(model, manifest.tune, seed=0)
     values = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    trainable = [name for name, param in model.named_parameters() if param.requires_grad]
+    if missing := [name for name in trainable if name not in values]:
+        raise UserError(
+            f"the checkpoint lacks {len(missing)} of {len(trainable)} LoRA weights: {missing[0]}",
+            where=str(checkpoint),
+            expected="the weights of all layers with LoRA in the manifest of the run",
+            remedy="use another checkpoint, with the finesight version that wrote it",
+        )
     name, fingerprint = manifest.base_model, manifest.base_fingerprint
 
     def write(out: Path) -> None:

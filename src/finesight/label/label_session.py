@@ -230,6 +230,8 @@ def open_session(
         examples = [one for one in samples if one.sample.messages[-1].role == "assistant"]
     task = detect_task(examples, prompt=prompt, kind=kind, choices=choices)
     store = LabelStore(folder, samples, review=review, train_fraction=train_fraction)
+    if not review:
+        store.add_sources(sources)
     return LabelSession(run_or_model, task, store, review)
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from finesight.bounded_files import is_utf8
+from finesight.config import Recipe, is_url
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -34,7 +36,7 @@ from finesight.data.sample import (
     write_samples,
 )
 from finesight.errors import UserError
-from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion
+from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion, get_text
 from finesight.storage import (
     FileLock,
     append_line,
@@ -45,7 +47,7 @@ from finesight.storage import (
 )
 
 JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
-FRACTION_FILE = "train_fraction.txt"
+FRACTION_FILE, SOURCES_FILE = "train_fraction.txt", "sources.json"
 
 LABELS_PER_WRITE = 500
 """`labels.jsonl` is written after one decision for each so many labels that it contains."""
@@ -59,7 +61,8 @@ class JournalEntry(BaseModel):
     Attributes:
         model: Run or model of the suggestion; empty without one.
         confidence: Confidence of the suggestion; None without one.
-        content: Suggested answer, or the label of an accepted or corrected sample.
+        content: Suggested answer, or the label of the sample; empty if a skipped or reopened sample
+            has none.
         parts: Confidence of each part of the suggestion.
         score: Score of `finesight label --review`; None for a suggestion of a new label.
         sample: Digest of the sample, by which another sample with the same ID is noticed.
@@ -139,7 +142,8 @@ class LabelItem:
             self.suggestion = entry
         else:
             self.decision = None if entry.event == "reopened" else entry
-            self.draft = entry.content or self.draft
+            if entry.event in ("accepted", "corrected"):
+                self.draft = entry.content
 
 
 class LabelStore(AbstractContextManager["LabelStore"]):
@@ -176,8 +180,8 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             self._acquire()
             self._train_fraction = _store_fraction(folder / FRACTION_FILE, train_fraction)
             self._items: dict[str, LabelItem] = {}
-            # Samples of earlier sessions that are not loaded now; their labels are kept.
-            self._other_ids: set[str] = set()
+            # Samples of earlier sessions that are not loaded now and lost their label.
+            self._withdrawn_ids: set[str] = set()
             for located in samples:
                 is_labeled = located.sample.messages[-1].role == "assistant"
                 if located.sample.id in self._items:
@@ -189,6 +193,12 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                     )
                 self._items[located.sample.id] = LabelItem(located, review or not is_labeled)
             self._read_journal()
+            # The labels of samples that are not loaded now are kept.
+            self._others: list[Sample] = []
+            for file in (folder / EVAL_FILE, folder / LABELS_FILE):
+                if file.is_file() and file.stat().st_size:
+                    known = self._withdrawn_ids.union(self._items)
+                    self._others += [one for one in read_samples(file) if one.id not in known]
         except BaseException:
             self._lock.close()
             raise
@@ -228,10 +238,10 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             item = self._items.get(entry.id)
             if item is None:
                 # Decisions about samples that are not loaded remain in the journal.
-                if entry.event in ("accepted", "corrected"):
-                    self._other_ids.add(entry.id)
-                elif entry.event in ("skipped", "reopened"):
-                    self._other_ids.discard(entry.id)
+                if entry.event != "suggested" and entry.content:
+                    self._withdrawn_ids.discard(entry.id)
+                elif entry.event != "suggested":
+                    self._withdrawn_ids.add(entry.id)
             elif entry.sample in ("", item.digest):
                 item.apply(entry)
             else:
@@ -331,14 +341,14 @@ class LabelStore(AbstractContextManager["LabelStore"]):
     def skip(self, sample_id: str) -> LabelItem:
         """Skip a sample: an unlabeled one gets no label, and another keeps its answer."""
         item = self.find(sample_id)
-        self._append(item, "skipped", ())
+        self._append(item, "skipped", item.existing_answer or ())
         return item
 
     def reopen(self, sample_id: str) -> LabelItem:
         """Withdraw the decision about a sample."""
         item = self.find(sample_id)
         if item.decision is not None:
-            self._append(item, "reopened", ())
+            self._append(item, "reopened", item.existing_answer or ())
         return item
 
     def _append(self, item: LabelItem, event: LabelEvent, content: AnswerContent) -> None:
@@ -365,11 +375,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         Labels of samples that are not loaded now are kept.
         """
         train_file, eval_file = self.folder / LABELS_FILE, self.folder / EVAL_FILE
-        labeled: dict[str, Sample] = {}
-        for file in (eval_file, train_file):
-            if self._other_ids and file.is_file() and file.stat().st_size:
-                kept = (sample for sample in read_samples(file) if sample.id in self._other_ids)
-                labeled |= {sample.id: sample for sample in kept}
+        labeled = {sample.id: sample for sample in self._others}
         for sample_id, item in self._items.items():
             if item.label is not None:
                 labeled[sample_id] = self._build_labeled(item, item.label).sample
@@ -402,7 +408,13 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         messages = messages[:-1] if messages[-1].role == "assistant" else messages
         answer = Message(role="assistant", content=content)
         update = {"messages": (*messages, answer), "meta": _match_meta(item, content)}
+        update["references"] = _match_references(item, content)
         return LocatedSample(sample.model_copy(update=update), self.folder)
+
+    def add_sources(self, sources: Iterable[Path]) -> None:
+        """Add the sources of a session, as the user named them, to those of the folder."""
+        names = dict.fromkeys([*read_sources(self.folder), *map(str, sources)])
+        write_file(self.folder / SOURCES_FILE, f"{json.dumps([*names])}\n".encode())
 
     def close(self) -> None:
         """Write the labels and release the folder."""
@@ -442,6 +454,36 @@ def check_utf8(path: str) -> str:
             remedy="rename the file or folder",
         )
     return path
+
+
+def _match_references(item: LabelItem, content: AnswerContent) -> tuple[str, ...]:
+    """Return the references of a sample: none if the answer is corrected to another text.
+
+    They are alternatives to the replaced answer. A correction to one of them keeps the others.
+    """
+    references, answer = item.sample.sample.references, item.existing_answer
+    if answer is None or answer == content:
+        return references
+    texts = get_text(answer), get_text(content)
+    return tuple(one for one in references if texts[1] in references and one not in texts)
+
+
+def find_label_folder(recipe: Recipe) -> Path | None:
+    """Return the folder of new labels that a recipe trains, the last one of several, or None.
+
+    Folders of a review have no sources.
+    """
+    files = [Path(file.path) for file in recipe.data.train if not is_url(file.path)]
+    folders = [file.parent for file in files if file.name == LABELS_FILE]
+    return next((one for one in reversed(folders) if (one / SOURCES_FILE).is_file()), None)
+
+
+def read_sources(folder: Path) -> list[str]:
+    """Return the sources of all sessions of a folder, as the user named them; [] if unreadable."""
+    with suppress(OSError, ValueError):
+        sources = json.loads((folder / SOURCES_FILE).read_bytes())
+        return [str(source) for source in sources] if isinstance(sources, list) else []
+    return []
 
 
 def _match_meta(item: LabelItem, content: AnswerContent) -> dict[str, Any]:

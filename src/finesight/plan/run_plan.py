@@ -63,7 +63,7 @@ class EvaluationEstimate:
         num_samples: Number of validation samples per evaluation before and after training.
         total_s: Seconds of all evaluations.
         generation_bytes: Peak bytes of generation; 0 if only the validation loss is computed.
-        max_answer_tokens: Supervised tokens of the longest validation answer.
+        max_answer_tokens: Tokens of the longest validation answer.
         num_cut_answers: Number of answers of more tokens than `eval.max_new_tokens`.
     """
 
@@ -113,7 +113,7 @@ def estimate_evaluation(
     estimate = EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, 0)
     if settings is None:
         return estimate
-    lengths = [stats.num_supervised_tokens for stats in eval_stats]
+    lengths = [stats.num_answer_tokens for stats in eval_stats]
     return replace(
         estimate,
         generation_bytes=_estimate_generation_bytes(settings, planned, target, eval_stats),
@@ -133,9 +133,7 @@ def _estimate_generation_s(
     Each decode step reads the weights once per batch. Completions are assumed to be as long as
     their references, and prefill to cost as much as the validation loss.
     """
-    num_tokens = sum(
-        min(sample.num_supervised_tokens, settings.max_new_tokens) for sample in eval_stats
-    )
+    num_tokens = sum(min(one.num_answer_tokens, settings.max_new_tokens) for one in eval_stats)
     num_steps = num_tokens / min(settings.batch_size, len(eval_stats))
     step_s = max(
         MIN_DECODE_STEP_S if target.compute.is_cuda else 0.0,

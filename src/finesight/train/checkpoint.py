@@ -367,13 +367,20 @@ def _read_state(path: Path, remedy: str) -> CheckpointState:
     )
 
 
-def check_resume_config(stored: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
+def check_resume_config(
+    stored: Mapping[str, Any],
+    current: Mapping[str, Any],
+    where: Path,
+    suggest: Callable[[Mapping[str, Any]], str] | None = None,
+) -> None:
     """Verify that settings and fingerprints have not changed since a checkpoint was written.
 
     Args:
         stored: `resume_config` of the checkpoint.
         current: Configuration of the resumed run.
         where: Location for the error message.
+        suggest: Function that returns the remedy if only settings of `train` differ, from their
+            current values by name.
 
     Raises:
         UserError: Settings or fingerprints differ; the error lists them.
@@ -381,11 +388,14 @@ def check_resume_config(stored: Mapping[str, Any], current: Mapping[str, Any], w
     current = json.loads(json.dumps(current))
     different = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     if different:
+        remedy = "resume with the original recipe and data, or set another output_dir"
+        if suggest is not None and all(name.startswith("train.") for name in different):
+            remedy = suggest({name: current.get(name) for name in different})
         raise UserError(
             "; ".join(f"{name} is {current.get(name)!r} now" for name in different),
             where=str(where),
             expected="; ".join(f"{name}={stored.get(name)!r}" for name in different),
-            remedy="resume with the original recipe and data, or set another output_dir",
+            remedy=remedy,
         )
 
 

@@ -350,6 +350,7 @@ class SampleStats(NamedTuple):
         image_hashes: Short digests of the image paths.
         leaked_images: Paths of validation images that occur in the sample.
         is_thinking: Whether the sample is rendered in thinking mode.
+        num_answer_tokens: Number of supervised tokens of the last answer.
     """
 
     id: str
@@ -360,6 +361,7 @@ class SampleStats(NamedTuple):
     image_hashes: tuple[bytes, ...]
     leaked_images: frozenset[str]
     is_thinking: bool = False
+    num_answer_tokens: int = 0
 
     @property
     def num_patches(self) -> int:
@@ -400,6 +402,7 @@ def _scan_sample(
         ),
         leaked_images=frozenset(paths & watched_images),
         is_thinking=tokenized.is_thinking,
+        num_answer_tokens=tokenized.num_answer_tokens,
     )
     return _ScanResult(stats, SharedPrefix.from_sample(tokenized), read_image_state(sample))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ from finesight.manifest import (
     RESULT_FILE,
     SKIPPED_SAMPLES_FILE,
     Manifest,
+    find_run_dir,
 )
 from finesight.recipe import dump_recipe
 from finesight.storage import (
@@ -95,6 +98,37 @@ class RunDir:
         if problem is not None:
             what, expected = problem
             raise UserError(what, where=str(self.path), expected=expected, remedy=remedy)
+
+    def suggest_restart(self, recipe: Recipe, checkpoint: Path, changes: Mapping[str, Any]) -> str:
+        """Return the commands that resume without changes of settings, or start with them."""
+        command = shlex.join(["finesight", "train", str(self.path), "--resume"])
+        resume = f"to keep the settings of the run: {command}"
+        if recipe.tune.has_mode("full"):
+            further = self.format_further_run(recipe, self.path, changes)
+            return f"{resume}; to train its final weights with the new ones: {further}"
+        further = self.format_further_run(recipe, checkpoint, changes)
+        return f"{resume}; to start from the checkpoint with the new ones: {further}"
+
+    def format_further_run(
+        self, recipe: Recipe, source: Path, changes: Mapping[str, Any] | None = None
+    ) -> str:
+        """Return the command of a new run that starts from the weights of this one.
+
+        Args:
+            source: The run, or one of its LoRA checkpoints.
+            changes: Changed settings by name.
+        """
+        model = find_run_dir(Path(os.path.expanduser(recipe.model)))
+        files = (model / name for name in (MANIFEST_FILE, "adapter_config.json"))
+        has_adapter = recipe.adapter is None and any(map(os.path.isfile, files))
+        is_model = recipe.tune.has_mode("full") or has_adapter
+        words = [
+            *(f"{name}={json.dumps(value)}" for name, value in (changes or {}).items()),
+            f"{'model' if is_model else 'adapter'}={source}",
+            *(["adapter=null"] if is_model and recipe.adapter is not None else []),
+            f"output_dir={self.path}-2",
+        ]
+        return shlex.join(["finesight", "train", str(self.path / RECIPE_FILE), *words])
 
     @contextmanager
     def lock(self) -> Iterator[None]:

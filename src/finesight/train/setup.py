@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.task_metrics import TASK_METRICS, get_task_metric
 from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
-from finesight.manifest import MANIFEST_FILE, Manifest
+from finesight.manifest import MANIFEST_FILE, Manifest, find_run_dir, load_manifest
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
 from finesight.model.linear import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
@@ -100,7 +101,7 @@ class BaseModelRef:
 def resolve_base_model(recipe: Recipe) -> BaseModelRef:
     """Resolve the `model` and `adapter` settings of a recipe.
 
-    `model` is a model folder, a hub name, an adapter folder or a run directory.
+    `model` is a model folder, a hub name, an adapter folder, a run directory or a LoRA checkpoint.
 
     Raises:
         UserError: The model or adapter does not exist, or the recipe specifies two adapters.
@@ -120,16 +121,25 @@ def resolve_base_model(recipe: Recipe) -> BaseModelRef:
             remedy="remove adapter, or set model to the base model of the adapter",
         )
     manifest = parts.manifest
-    if os.path.isfile(adapter / MANIFEST_FILE):
+    run_dir = find_run_dir(adapter)
+    if os.path.isfile(run_dir / MANIFEST_FILE):
+        if load_manifest(run_dir / MANIFEST_FILE).tune.has_mode("full"):
+            raise UserError(
+                f"the run {run_dir} has fully trained parts, which are not in an adapter",
+                where="adapter",
+                expected="a run with LoRA only, or one of its checkpoints",
+                remedy=f"remove adapter, and set model: {run_dir} after the end of that run",
+            )
         parts.folder.fetch_weights()  # needed for the fingerprint of the base model
-        manifest = resolve_model_source(str(adapter), base=str(parts.folder.path)).manifest
+        source = resolve_model_source(str(adapter), base=str(parts.folder.path))
+        manifest, adapter = source.manifest, source.adapter or adapter
     if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
         adapter = adapter / "adapter"
     if not os.path.isfile(adapter / ADAPTER_CONFIG):
         raise UserError(
             f"no {ADAPTER_CONFIG} in {adapter}",
             where="adapter",
-            expected="an adapter folder, or a run folder with an adapter",
+            expected="an adapter folder, a run with an adapter, or one of its LoRA checkpoints",
             remedy="correct the path",
         )
     return BaseModelRef(name, parts.folder, adapter, manifest)
@@ -245,7 +255,8 @@ def build_train_state(
                     run_dir, checkpoint[0], resume_config, train_data, validation_data, console
                 )
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
-        check_resume_config(checkpoint[0].resume_config, resume_config, folder)
+        suggest = partial(run_dir.suggest_restart, recipe, folder)
+        check_resume_config(checkpoint[0].resume_config, resume_config, folder, suggest)
     if checkpoint is None and check_inputs is not None:
         with hardware.process_group.sync_errors():
             if hardware.process_group.is_main:

@@ -269,10 +269,9 @@ def _train_rank(
         if resume and not is_resumed:
             console.log(f"{run_dir.path}: no run to resume; a new run starts")
         if resume and (result := load_result(run_dir)) is not None:
-            further = f"adapter={run_dir.path} output_dir={run_dir.path}-2"
             console.log(
                 f"{run_dir.path}: the run is already complete; changed settings have no effect. To"
-                f" train an adapter further, start another run: {further}"
+                f" train further: {run_dir.format_further_run(recipe, run_dir.path)}"
             )
             if is_main and not run_dir.report_path.exists():
                 write_run_report(run_dir, console)

@@ -185,6 +185,37 @@ def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
             "Return shop, invoice_id as JSON.",
         ),
         ({"question": lambda i: f"How many {i}?", "answer": lambda i: i}, "qa", None),
+        ({"question": lambda i: f"Is it {i % 3}?", "answer": lambda i: f"{i} of 9"}, "qa", None),
+        (
+            {"question": lambda i: f"Is it {i}?", "answer": lambda i: ("yes", "no", "2")[i % 3]},
+            "classification",
+            None,
+        ),
+        (
+            {
+                "question": lambda i: f"Why {i}?",
+                "answer": lambda i: f"because of {i} " + "a b " * 3,
+            },
+            "captions",
+            None,
+        ),
+        (
+            {"status": lambda i: f"{('invoice', 'order')[i % 2]} {('paid', 'open')[i % 3 // 2]}"},
+            "classification",
+            "Which of these classes does the image show: invoice open, invoice paid, order open, "
+            "order paid? Answer with the class only.",
+        ),
+        (
+            {"status": lambda i: f"the invoice is still {('paid', 'open', 'sent')[i % 3]}"},
+            "classification",
+            "Which of these classes does the image show: the invoice is still open, the invoice is "
+            "still paid, the invoice is still sent? Answer with the class only.",
+        ),
+        (
+            {"caption": lambda i: f"a {COLORS[i % 4]} car with {i % 3 + i // 8} doors"},
+            "captions",
+            "Describe the image.",
+        ),
         (
             {"bbox": lambda i: "[1, 2, 20, 20]", "label": lambda i: f"thing {i}"},
             "grounding",

@@ -94,7 +94,7 @@ def of_cases(metric: Any, cases: list[EvalCase]) -> Drawn:
         ap = weighted_ap(box_metrics.match_detections(cases))
         resampled = {name: ap[name] for name in ("ap", "ap_50", "ap_75")}
     estimators = compute_metrics(metric, cases).estimators
-    return Drawn({n: e for n, e in estimators.items() if n != "stopped"}, resampled)
+    return Drawn({n: e for n, e in estimators.items() if n != "ended_with_eos"}, resampled)
 
 
 Rates = Callable[[Generator, FloatArray], FloatArray]

@@ -78,7 +78,7 @@ def make_prediction_line(name: str, answer: str, gold: str, score: float, **more
         "gold_boxes": [],
         "scores": {"similarity": score, "exact": float(score == 1.0)},
         "num_tokens": 5,
-        "stopped": True,
+        "finish_reason": "stop",
     } | more
 
 
@@ -108,7 +108,7 @@ def make_evaluation_line(step: int, score: float, **more: Any) -> JsonLine:
     return {
         "step": step,
         "validation_loss": 2.0 - score,
-        "scores": {"similarity": score, "stopped": 1.0},
+        "scores": {"similarity": score, "ended_with_eos": 1.0},
         "primary_metric": "similarity",
         "intervals": {"similarity": [score - 0.05, score + 0.05]},
         "eval_s": 4.0,

@@ -59,7 +59,7 @@ def test_words_are_read_and_answers_end(evaluate_task: EvaluateTask) -> None:
     found = evaluate_task("word", "word", "ocr")
     assert found.scores["exact"] > 0.9, found.as_table()
     assert found.scores["cer"] < 0.05, found.as_table()
-    assert found.scores["stopped"] == 1.0, found.as_table()
+    assert found.scores["ended_with_eos"] == 1.0, found.as_table()
 
 
 def test_box_detection_accuracy(evaluate_task: EvaluateTask) -> None:
@@ -71,7 +71,7 @@ def test_box_detection_accuracy(evaluate_task: EvaluateTask) -> None:
 def test_word_grounding_accuracy(evaluate_task: EvaluateTask) -> None:
     found = evaluate_task("words", "find", "grounding")
     assert found.scores["accuracy_at_0.5"] > 0.9, found.as_table()
-    assert found.scores["stopped"] == 1.0, found.as_table()
+    assert found.scores["ended_with_eos"] == 1.0, found.as_table()
 
 
 def test_formula_accuracy(evaluate_task: EvaluateTask) -> None:
@@ -86,7 +86,7 @@ def test_scene_caption_accuracy(evaluate_task: EvaluateTask) -> None:
     )
     assert found.primary_metric == "exact"
     assert found.scores["exact"] > 0.9, found.as_table()
-    assert found.scores["stopped"] == 1.0, found.as_table()
+    assert found.scores["ended_with_eos"] == 1.0, found.as_table()
 
 
 def test_short_finetune_improves_json_answers(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ FACTS: dict[str, Any] = {
             "num_samples": 1999,
             "corrupt_samples": 0,
             "primary_metric": "exact",
-            "scores": {"exact": 0.961, "stopped": 1.0},
-            "intervals": {"exact": [0.951, 0.97], "stopped": [1.0, 1.0]},
+            "scores": {"exact": 0.961, "ended_with_eos": 1.0},
+            "intervals": {"exact": [0.951, 0.97], "ended_with_eos": [1.0, 1.0]},
             "details": {},
         },
         "receipts": {
@@ -57,8 +57,8 @@ FACTS: dict[str, Any] = {
             "num_samples": 1998,
             "corrupt_samples": 0,
             "primary_metric": "f1",
-            "scores": {"f1": 0.9, "exact": 0.8, "stopped": 1.0},
-            "intervals": {"f1": [0.89, 0.91], "exact": [0.78, 0.82], "stopped": [1.0, 1.0]},
+            "scores": {"f1": 0.9, "exact": 0.8, "ended_with_eos": 1.0},
+            "intervals": {"f1": [0.89, 0.91], "exact": [0.78, 0.82], "ended_with_eos": [1.0, 1.0]},
             "details": {"fields": {"total": {"f1": 0.5}}},
         },
     },
@@ -112,7 +112,7 @@ def test_facts_are_on_the_card(page: str, fact: str) -> None:
 def test_card_has_no_placeholders_or_paths(page: str) -> None:
     assert "{" not in page
     assert "/somewhere" not in page
-    assert "stopped" not in page
+    assert "ended_with_eos" not in page
 
 
 def test_every_font_is_listed_with_license(page: str) -> None:

@@ -50,6 +50,10 @@ class ScriptedGeneration:
                 self.finish_reason = "stop"
             await asyncio.sleep(0.02)
 
+    def __iter__(self) -> Iterator[CompletionDelta]:
+        self.generated_text, self.finish_reason = self.text, "stop"
+        yield CompletionDelta(self.text, ())
+
     def cancel(self) -> None:
         self.finish_reason = "cancelled"
 
@@ -57,7 +61,7 @@ class ScriptedGeneration:
         image_parts = [p for p in self.located.sample.iter_parts() if isinstance(p, ImagePart)]
         images = tuple(Path(part.image) for part in image_parts)
         return Prediction(
-            "", images, "", self.generated_text, self.generated_text, self.boxes, 1, True
+            "", images, "", self.generated_text, self.generated_text, self.boxes, 1, "stop"
         )
 
 

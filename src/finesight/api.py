@@ -179,7 +179,7 @@ class Model:
 
         Returns:
             The prediction: `text` for display, `boxes` in pixels of the original images, and
-                `stopped`, which is False if the answer was truncated.
+                `finish_reason`, which is "length" if the answer was truncated, else "stop".
 
         Raises:
             UserError: An image is missing or corrupt, or the prompt exceeds the context length.

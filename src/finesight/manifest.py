@@ -65,6 +65,8 @@ class Manifest(BaseModel):
             a custom metric, or without an evaluation.
         max_new_tokens: Maximum completion length of the evaluation; None without an evaluation.
         prompts: Most frequent prompts of the training samples, which the chat page suggests.
+        has_images: Whether the training samples have images; `load_manifest` reads it from the
+            metrics of a run. None if unknown.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,6 +84,7 @@ class Manifest(BaseModel):
     metric: TaskName | None = None
     max_new_tokens: int | None = None
     prompts: tuple[str, ...] = ()
+    has_images: bool | None = None
 
 
 def find_run_dir(run_or_checkpoint: Path) -> Path:
@@ -123,7 +126,7 @@ def load_manifest(path: Path) -> Manifest:
     content = read_bytes(path, expected="the manifest of a run", remedy=_REMEDY)
     _check_format_version(content, path)
     try:
-        return Manifest.model_validate_json(content)
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first_error = error.errors(include_url=False)[0]
         key = ".".join(map(str, first_error["loc"])) or "the file"
@@ -133,6 +136,14 @@ def load_manifest(path: Path) -> Manifest:
             expected=first_error["msg"],
             remedy=_REMEDY,
         ) from error
+    if manifest.has_images is None:
+        with suppress(UserError, ValueError, LookupError, TypeError):
+            start = json.loads(
+                next(read_lines(path.parent / METRICS_FILE, expected="metrics"), b"")
+            )
+            has_images = bool(start["size_histograms"]["patches"])
+            return manifest.model_copy(update={"has_images": has_images})
+    return manifest
 
 
 def _check_format_version(content: bytes, path: Path) -> None:

@@ -12,12 +12,17 @@ from case_files import load_cases
 from service_fixture import write_shape_image
 from thinking_fixtures import ANSWER, THOUGHT, train_run
 from typer.testing import CliRunner
+from web_server_fixture import ScriptedService
 
 from finesight.cli.app import app
+from finesight.cli.chat import ChatTerminal
 from finesight.data.sample import ImagePart, read_samples
 from finesight.errors import UserError
 from finesight.infer import inference_service
+from finesight.infer.chat_session import ChatSession
 from finesight.infer.engine import Engine
+from finesight.infer.request import GenerationOptions
+from finesight.manifest import Manifest
 from finesight.vision.image_processing import load_image
 
 CASES = load_cases("chat")
@@ -92,6 +97,40 @@ def test_several_images_in_one_question(image_question, tmp_path):
 def test_script_ends_at_first_error(line: str, output: str, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert output in run_chat(line)[-1]
+
+
+@pytest.mark.parametrize("has_images", [True, False, None])
+@pytest.mark.parametrize("is_interactive", [True, False])
+def test_image_is_asked_for(image_question, monkeypatch, capsys, has_images, is_interactive):
+    manifest = Manifest.model_construct(has_images=has_images, prompts=("What is it?", "Why?"))
+    session = ChatSession(ScriptedService(manifest=manifest))  # type: ignore[arg-type]
+    prompts: list[str] = []
+    lines = iter(["What is it?", "missing.png", f"'{image_question[0]}'"])
+
+    def read_line(prompt: str) -> str:
+        prompts.append(prompt)
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read_line)
+    ChatTerminal(session, GenerationOptions(), is_interactive).run()
+    sent = [(turn.text, turn.image_paths) for turn in session.turns]
+    printed = capsys.readouterr()
+    assert ("Prompt of the training: What is it?\n" in printed.out) == is_interactive
+    if is_interactive and has_images:
+        assert sent == [("What is it?", (image_question[0],))]
+        assert prompts == ["> ", *["image, or Enter for none: "] * 2, "> "]
+        assert "Attach an image with /image PATH." in printed.out
+        assert "missing.png" in printed.err
+    else:
+        assert [text for text, _ in sent] == [
+            "What is it?",
+            "missing.png",
+            f"'{image_question[0]}'",
+        ]
+        assert "ttach" not in printed.out
 
 
 def test_truncated_reply_depends_on_seed(image_question):

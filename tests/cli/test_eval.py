@@ -47,7 +47,7 @@ def test_json_scores_and_predictions_file(tiny, data, tmp_path):
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert (figures["metric"], figures["num_samples"]) == ("captions", 2)
-    assert {"bleu_4", "rouge_l", "cider_d", "stopped"} <= set(figures["scores"])
+    assert {"bleu_4", "rouge_l", "cider_d", "ended_with_eos"} <= set(figures["scores"])
     assert len(out.read_text().splitlines()) == 2
 
 

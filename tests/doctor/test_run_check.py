@@ -231,7 +231,7 @@ def test_run_without_evaluation_is_a_hint(fake_run_dir: FakeRunDir) -> None:
 
 
 def test_repetitive_answers_are_detected(fake_run_dir: FakeRunDir) -> None:
-    loop = make_prediction_line("a", "x = " + "1 + " * 30, "x = 1", 0.1, stopped=False)
+    loop = make_prediction_line("a", "x = " + "1 + " * 30, "x = 1", 0.1, finish_reason="length")
     fake_run_dir.write_predictions(
         "after", [loop] * 4 + [make_prediction_line("b", "x", "x", 1.0)] * 6
     )
@@ -243,7 +243,7 @@ def test_repetitive_answers_are_detected(fake_run_dir: FakeRunDir) -> None:
 
 def test_truncated_answers_suggest_more_tokens(fake_run_dir: FakeRunDir) -> None:
     text = "".join(random.Random(0).choices("abcdefghij ", k=200))
-    cut = make_prediction_line("a", text[:100], text, 0.5, stopped=False)
+    cut = make_prediction_line("a", text[:100], text, 0.5, finish_reason="length")
     fake_run_dir.write_predictions(
         "after", [cut] * 3 + [make_prediction_line("b", "x", "x", 1.0)] * 7
     )
@@ -255,7 +255,11 @@ def test_truncated_answers_suggest_more_tokens(fake_run_dir: FakeRunDir) -> None
 
 def test_single_truncated_answer_is_no_issue(fake_run_dir: FakeRunDir) -> None:
     fake_run_dir.write_predictions(
-        "after", [make_prediction_line("b", "x", "x", 1.0, stopped=n > 0) for n in range(40)]
+        "after",
+        [
+            make_prediction_line("b", "x", "x", 1.0, finish_reason="stop" if n else "length")
+            for n in range(40)
+        ],
     )
     assert list_codes(diagnose_predictions(fake_run_dir)) == []
 

@@ -86,7 +86,10 @@ def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
     image = str(folder.parent / "image.png")
     boxes = {"image": image, "boxes": [box], "gold_boxes": [box | {"xyxy": [9, 20, 90, 80]}]}
     lines = [
-        make_prediction_line("a", "b " * 9, "c", 0.3, **boxes, stopped=n < 6) for n in range(12)
+        make_prediction_line(
+            "a", "b " * 9, "c", 0.3, **boxes, finish_reason=("length", "stop")[n < 6]
+        )
+        for n in range(12)
     ]
     made.write_predictions("after", [maybe(line, 0.2) for line in lines])
     return made

@@ -28,9 +28,9 @@ def _write_metric(folder: Path, text: str) -> str:
 def test_single_score_is_named_after_function(tmp_path):
     metric = _write_metric(tmp_path, "def score(case): return case.answer in case.references")
     scored = compute_metrics(metric, CASES)
-    assert scored.scores == {"score": 0.5, "stopped": 1.0}
+    assert scored.scores == {"score": 0.5, "ended_with_eos": 1.0}
     assert get_primary_metric(metric, scored.scores) == "score"
-    assert set(scored.intervals()) == {"score", "stopped"}
+    assert set(scored.intervals()) == {"score", "ended_with_eos"}
 
 
 def test_several_scores_with_headline(tmp_path):
@@ -41,7 +41,7 @@ def test_several_scores_with_headline(tmp_path):
         "    return {'length': len(case.answer), 'same': case.answer == case.references[0]}\n",
     )
     scored = compute_metrics(metric, CASES)
-    assert list(scored.scores.items()) == [("same", 0.5), ("length", 2.0), ("stopped", 1.0)]
+    assert list(scored.scores.items()) == [("same", 0.5), ("length", 2.0), ("ended_with_eos", 1.0)]
     assert get_primary_metric(metric, scored.scores) == "same"
     assert scored.per_sample[0] == {"same": 0.0, "length": 3.0}
 
@@ -72,7 +72,7 @@ def test_broken_metric_fails_before_generation(tmp_path):
     check_references(metric, [(("",), ())])
 
 
-@pytest.mark.parametrize("name", ["cer", "stopped"])
+@pytest.mark.parametrize("name", ["cer", "ended_with_eos"])
 def test_reserved_score_names_are_rejected(tmp_path, name):
     metric = _write_metric(tmp_path, f"def score(case): return {{'right': 1, '{name}': 0.5}}\n")
     with pytest.raises(UserError, match=f"the score name {name} is reserved"):

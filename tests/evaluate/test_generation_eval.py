@@ -62,8 +62,9 @@ def test_scores_match_the_predictions(loaded_model, samples, tmp_path, metric):
     truths = [("noise of many colours",), ("a word", "a", "words"), ("because",)]
     cases = [EvalCase(p.answer, (), t, ()) for p, t in zip(answers, truths, strict=True)]
     scored = compute_metrics(metric, cases)
-    stopped = sum(prediction.stopped for prediction in answers) / 3
-    assert result.scores == scored.scores | {"stopped": stopped}
+    share = sum(prediction.finish_reason == "stop" for prediction in answers) / 3
+    assert result.scores == scored.scores | {"ended_with_eos": share}
+    assert ("0 of 3 correct" in result.as_table()) == (metric != "captions")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["scores"] for line in lines] == scored.per_sample
     assert [line["id"] for line in lines] == ["s0", "s1", "s2"]

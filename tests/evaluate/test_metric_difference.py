@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def test_clear_gain_is_better():
     assert found["similarity"].verdict == "better"
     assert found["cer"].verdict == "better"
     assert found["cer"].high < 0
-    assert found["stopped"].verdict == "no clear change"
+    assert found["ended_with_eos"].verdict == "no clear change"
     back = _by_name(compare_cases("ocr", _answers(*["abcd"] * 20), _answers(*["wxyz"] * 20)))
     assert back["similarity"].verdict == back["cer"].verdict == "worse"
 
@@ -99,3 +100,13 @@ def test_table_marks_the_primary_score():
     assert "-0.1250 to +0.5000  no clear change" in exact
     assert loss.index("better") == exact.index("no clear")
     assert note == f"validation_loss: {REASON_UNSAMPLED}"
+
+
+def test_number_of_correct_answers_is_printed():
+    cases = [EvalCase("a", (), (answer,), (), str(i)) for i, answer in enumerate("aab")]
+    wrong = [replace(case, answer="c", ended_with_eos=False) for case in cases]
+    lines = format_differences(compare_cases("classification", wrong, cases)).splitlines()
+    assert "accuracy: 0 of 3 answers correct before, 2 after" in lines
+    assert not any("max_new_tokens" in line for line in lines)
+    lines = format_differences(compare_cases("classification", cases, wrong)).splitlines()
+    assert "ended_with_eos: share of answers that ended before eval.max_new_tokens" in lines

@@ -16,17 +16,15 @@ def test_predictions_roundtrip_exactly(tmp_path):
     case = EvalCase(
         "dog", (box,), ("a dog", "hound"), (box.model_copy(update={"image": 1}),), "s", False
     )
-    prediction = Prediction("s", (), "Where?", "dog", "dog<end>", (box,), 4, False)
+    prediction = Prediction("s", (), "Where?", "dog", "dog<end>", (box,), 4, "length")
     path = tmp_path / "answers.jsonl"
     path.write_text(format_prediction_line(prediction, case, {"iou": 1.0}) * 2)
     first, second = read_predictions(path)
     assert first.case == second.case == case
     assert first.scores == {"iou": 1.0}
     assert first.record["raw_text"] == "dog<end>"
-    keys = (
-        "id image prompt answer raw_text boxes gold references gold_boxes scores num_tokens stopped"
-    )
-    assert list(first.record) == keys.split()
+    keys = "id image prompt answer raw_text boxes gold references gold_boxes scores num_tokens"
+    assert list(first.record) == [*keys.split(), "finish_reason"]
 
 
 @pytest.mark.parametrize("line", ["{}", "no", "[]", json.dumps({"answer": "a", "boxes": 3})])

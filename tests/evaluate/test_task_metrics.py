@@ -60,8 +60,8 @@ def test_caption_scores_increase_with_correct_words():
 
 
 def test_truncated_answers_are_counted():
-    cases = [EvalCase("a", (), ("a",), ()), EvalCase("b", (), ("b",), (), stopped=False)]
-    assert compute_metrics("ocr", cases).scores["stopped"] == 0.5
+    cases = [EvalCase("a", (), ("a",), ()), EvalCase("b", (), ("b",), (), ended_with_eos=False)]
+    assert compute_metrics("ocr", cases).scores["ended_with_eos"] == 0.5
 
 
 def test_every_score_has_an_interval():

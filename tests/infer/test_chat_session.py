@@ -216,7 +216,7 @@ def test_boxes_are_drawn_into_a_copy(service, first, tmp_path):
 
 
 def _prediction(answer: str, raw: str, *boxes: BoxPart, thought: str | None = None) -> Prediction:
-    return Prediction("", (), "", answer, raw, boxes, 1, True, thought)
+    return Prediction("", (), "", answer, raw, boxes, 1, "stop", thought)
 
 
 def _box(label: str | None, *xyxy: float) -> BoxPart:

@@ -221,7 +221,7 @@ def test_stop_string_ends_the_answer(service, question_set):
         text_of(list(answering)) == full[: full.index(stop)] == answering.build_prediction().answer
     )
     assert answering.finish_reason == "stop"
-    assert answering.build_prediction().stopped
+    assert answering.build_prediction().finish_reason == "stop"
     assert answering.usage.completion_tokens <= TOKENS
     assert_idle(service)
 
@@ -238,7 +238,7 @@ def test_end_token_is_not_in_the_text(question_set):
     until = question_set.answers[0].index(end)
     assert ids_of(deltas) == question_set.answers[0][: until + 1]
     assert text_of(deltas) == renderer.decode_completion(question_set.answers[0][:until]).text
-    assert (answering.finish_reason, answering.build_prediction().stopped) == ("stop", True)
+    assert answering.finish_reason == answering.build_prediction().finish_reason == "stop"
     assert_idle(service)
 
 

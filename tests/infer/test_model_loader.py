@@ -13,7 +13,12 @@ from tiny_model import create_tiny_model
 from finesight.config import ExactSize, LoraSettings, TuneSettings
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
-from finesight.infer.model_loader import load_inference_model, resolve_device, resolve_precision
+from finesight.infer.model_loader import (
+    load_inference_model,
+    resolve_device,
+    resolve_model_source,
+    resolve_precision,
+)
 from finesight.infer.prediction import predict
 from finesight.manifest import Manifest
 from finesight.model.lora.peft_io import save_adapter
@@ -96,6 +101,26 @@ def test_model_folder_uses_family_settings(base, tmp_path):
     model = load_model(ModelFolder(base), torch.float32, CPU)
     expected = _answer(model, NativeRenderer(ModelFolder(base)), tmp_path)
     assert _answer(answerer.model, answerer.renderer, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("metrics", "has_images"),
+    [
+        ('{"size_histograms": {"tokens": {"12": 2}, "patches": {"12": 2}}}\n{"step": 1}\n', True),
+        ('{"size_histograms": {"tokens": {"12": 2}, "patches": {}}}\n', False),
+        ("", None),
+        ("broken\n", None),
+        ("[]\n", None),
+    ],
+)
+def test_images_of_the_training_are_known(base, run, tmp_path, metrics, has_images):
+    (run / "metrics.jsonl").write_text(metrics)
+    source = resolve_model_source(str(run))
+    assert source.manifest.has_images is has_images
+    # A merged model has no metrics.
+    (run / "metrics.jsonl").unlink()
+    (run / "manifest.json").write_text(source.manifest.model_dump_json())
+    assert resolve_model_source(str(run)).manifest.has_images is has_images
 
 
 def test_run_uses_its_training_settings(base, run, tmp_path):

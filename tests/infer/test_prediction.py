@@ -163,7 +163,7 @@ def test_boxes_refer_to_the_target_image(loaded_model, tmp_path):
     answer_ids = renderer.tokenize(sample).ids_T[prompt.tokenized.num_tokens :].tolist()
     answer_ids = answer_ids[: answer_ids.index(renderer.end_ids[0]) + 1]
     prediction = build_prediction(renderer, sample, prompt.tokenized, answer_ids)
-    assert prediction.stopped
+    assert prediction.finish_reason == "stop"
     (box,) = prediction.boxes
     assert (box.image, box.label) == (1, "dog")
     assert np.allclose(box.xyxy, answer.xyxy, atol=0.5)
@@ -223,7 +223,7 @@ def test_build_questions_validates_images(tmp_path):
 )
 def test_as_json_and_text(images, expected):
     box = BoxPart(label="dog", xyxy=(1, 2.3456, 3, 4))
-    prediction = replace(_prediction(tuple(map(Path, images)), box), stopped=False)
+    prediction = replace(_prediction(tuple(map(Path, images)), box), finish_reason="length")
     assert prediction.as_json() == {
         "id": "s",
         "image": expected,
@@ -277,7 +277,7 @@ def test_out_of_memory_reduces_the_batch_size(loaded_model, tmp_path, capacity):
 
 
 def _prediction(images: tuple[Path, ...], *boxes: BoxPart) -> Prediction:
-    return Prediction("s", images, "Where?", "there", "there<|im_end|>", boxes, 2, True)
+    return Prediction("s", images, "Where?", "there", "there<|im_end|>", boxes, 2, "stop")
 
 
 def _write_gray(path: Path, size: tuple[int, int] = (60, 40)) -> Path:

@@ -46,7 +46,7 @@ def image_path(tmp_path: Path) -> str:
 
 
 def test_example_has_both_answers(image_path: str) -> None:
-    before = make_prediction_line("s", "b", "gold", 0.25, image=image_path, stopped=False)
+    before = make_prediction_line("s", "b", "gold", 0.25, image=image_path, finish_reason="length")
     after = make_prediction_line("s", "a", "gold", 1.0, image=image_path, references=["", "other"])
     (found,) = build_data(example(before, after))["examples"]
     assert found["references"] == ["gold", "other"]
@@ -247,8 +247,8 @@ def test_large_images_use_bounded_memory(tmp_path: Path) -> None:
 def test_truncated_formula_is_not_rendered() -> None:
     pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
     lines = [
-        make_prediction_line("s", "orange " * 50, "x", 0.0, stopped=stopped)
-        for stopped in (True, False)
+        make_prediction_line("s", "orange " * 50, "x", 0.0, finish_reason=reason)
+        for reason in ("stop", "length")
     ]
     found = ExampleDataBuilder((), FormulaConverter()).build(
         [example(after=line) for line in lines]

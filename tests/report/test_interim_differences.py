@@ -30,7 +30,7 @@ def cases(metric: MetricSpec, right: int) -> list[EvalCase]:
             references=(text,),
             reference_boxes=(box,) if boxed else (),
             id=str(i),
-            stopped=i % 3 == 0,
+            ended_with_eos=i % 3 == 0,
         )
         for i, text in enumerate(TEXTS)
     ]
@@ -40,7 +40,12 @@ def write_predictions(path: Path, metric: MetricSpec, answers: list[EvalCase]) -
     scored = compute_metrics(metric, answers)
     lines = [
         make_prediction_line(
-            one.id, one.answer, one.references[0], 0.0, scores=scores, stopped=one.stopped
+            one.id,
+            one.answer,
+            one.references[0],
+            0.0,
+            scores=scores,
+            finish_reason="stop" if one.ended_with_eos else "length",
         )
         for one, scores in zip(answers, scored.per_sample, strict=True)
     ]
@@ -56,7 +61,7 @@ def test_means_match_the_full_comparison(metric: MetricSpec, tmp_path: Path) -> 
     found = estimate_differences(files[0], files[1], then, since)
     wanted = {one.name: one for one in compare_cases(metric, before, after)}
     assert len(found) >= 2
-    assert "stopped" in found
+    assert "ended_with_eos" in found
     for name, one in found.items():
         assert one.verdict == wanted[name].verdict
         assert one.low == pytest.approx(wanted[name].low)
@@ -70,7 +75,7 @@ def test_non_mean_metrics_have_no_interval(tmp_path: Path) -> None:
     then, since = compute_metrics("ocr", before).scores, compute_metrics("ocr", after).scores
     assert "cer" not in estimate_differences(files[0], files[1], then, since)
     assert estimate_differences(files[0], files[1], then | {"exact": 0.9}, since).keys() == {
-        *("similarity", "exact_folded", "stopped")
+        *("similarity", "exact_folded", "ended_with_eos")
     }
 
 

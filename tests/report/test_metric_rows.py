@@ -33,11 +33,22 @@ def row(low: float | None, high: float | None, verdict: str = "better") -> Metri
     return found[0]
 
 
+def test_number_of_correct_answers_is_shown() -> None:
+    scores = {"accuracy": 0.6, "similarity": 0.6}
+    lines = [make_evaluation_line(n, 0.2, scores=scores, num_samples=n) for n in (5, 4)]
+    found = {one.name: one for one in build_metric_rows(lines, {})}
+    assert found["accuracy"].before_correct == "3 of 5 correct"
+    assert found["accuracy"].after_correct == ""  # 0.6 is no share of 4 samples
+    assert found["similarity"].before_correct == ""
+
+
 def test_primary_score_is_first_and_loss_is_last() -> None:
-    before = make_evaluation_line(0, 0.2, scores={"stopped": 0.5, "similarity": 0.2})
-    after = make_evaluation_line(9, 0.9, scores={"stopped": 1.0, "similarity": 0.9, "new": 1.0})
+    before = make_evaluation_line(0, 0.2, scores={"ended_with_eos": 0.5, "similarity": 0.2})
+    after = make_evaluation_line(
+        9, 0.9, scores={"ended_with_eos": 1.0, "similarity": 0.9, "new": 1.0}
+    )
     found = build_metric_rows([before, after], {})
-    assert [one.name for one in found] == ["similarity", "stopped", "new", "validation_loss"]
+    assert [one.name for one in found] == ["similarity", "ended_with_eos", "new", "validation_loss"]
     assert [one.is_primary for one in found] == [True, False, False, False]
     assert ["lower is better" in describe_metric(one.name) for one in found] == [
         False,
@@ -88,7 +99,7 @@ def test_verdict_of_comparison_is_used(
 
 def test_unchanged_score_is_reported() -> None:
     found = build_metric_rows([make_evaluation_line(0, 0.2), make_evaluation_line(9, 0.2)], {})
-    assert {one.verdict_text for one in found if one.name != "stopped"} == {"no change"}
+    assert {one.verdict_text for one in found if one.name != "ended_with_eos"} == {"no change"}
     assert describe_change(found[0]) == "The similarity did not change."
 
 

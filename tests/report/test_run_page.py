@@ -194,7 +194,8 @@ def test_best_intermediate_score_is_reported(run: FakeRunDir) -> None:
 def test_missing_primary_score(tmp_path: Path) -> None:
     made = FakeRunDir(tmp_path / "run")
     made.write_lines(
-        "metrics.jsonl", [START_RECORD, make_evaluation_line(0, 0.2, scores={"stopped": 1.0})]
+        "metrics.jsonl",
+        [START_RECORD, make_evaluation_line(0, 0.2, scores={"ended_with_eos": 1.0})],
     )
     assert "could not be computed" in read_visible_text(render_run_page(made.folder))
 
@@ -322,7 +323,7 @@ def test_keyboard_navigation(browser: Browser, run: FakeRunDir) -> None:
 
 
 def test_long_texts_are_collapsed(browser: Browser, run: FakeRunDir) -> None:
-    lines = [make_prediction_line("a", "orange " * 400, "short", 0.5, stopped=False)]
+    lines = [make_prediction_line("a", "orange " * 400, "short", 0.5, finish_reason="length")]
     run.write_predictions("before", lines)
     run.write_predictions("after", with_figures(lines, 0.4))
     browser.open(write_report(run.folder), PHONE_WIDTH)

@@ -62,7 +62,7 @@ def test_answer_matches_predict(ask_about_scene, client, inference_model, scenes
     (choice,) = found.choices
     assert choice.message.content == expected.answer
     assert choice.message.role == "assistant"
-    assert choice.finish_reason == ("stop" if expected.stopped else "length")
+    assert choice.finish_reason == expected.finish_reason
     assert found.usage.completion_tokens == expected.num_tokens
     assert found.usage.total_tokens == found.usage.prompt_tokens + expected.num_tokens
     extra = choice.message.model_extra

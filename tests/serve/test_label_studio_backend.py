@@ -146,7 +146,7 @@ def test_key_as_password(backend: RunningServer) -> None:
 
 
 def make_choice(answer: str, boxes: tuple[BoxPart, ...] = ()) -> ChoiceBuilder:
-    prediction = Prediction("request", (), "?", answer, answer, boxes, 1, stopped=True)
+    prediction = Prediction("request", (), "?", answer, answer, boxes, 1, "stop")
     return ChoiceBuilder(0, None, False, None, prediction=prediction)  # type: ignore[arg-type]
 
 

@@ -169,7 +169,7 @@ def test_final_comparison_has_intervals(task: TinyTask) -> None:
     result = task.run(eval={"metric": "ocr", "max_new_tokens": 3})
     names = [one.name for one in result.metric_differences]
     assert names[:2] == ["validation_loss", "similarity"]
-    assert "stopped: share of answers that ended before" in task.console_output
+    assert "exact: 0 of 3 answers correct before" in task.console_output
     loss, similarity, exact = result.metric_differences[:3]
     assert (loss.low, loss.high, loss.note) == (None, None, REASON_UNSAMPLED)
     # Of so few samples, only a difference of two proportions has an interval.

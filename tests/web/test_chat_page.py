@@ -77,6 +77,25 @@ def test_boxes_are_drawn_on_the_target_image(browser, tiny_page, image_paths, wi
     tiny_page.visitors.delete(visitor)
 
 
+def test_missing_image_is_hinted_at(browser, image_paths):
+    manifest = Manifest.model_construct(metric=None, max_new_tokens=9, prompts=(), has_images=True)
+    hint = "return [...document.querySelectorAll('#image-hint p')].some(p => p.offsetHeight > 0);"
+    with run_web_page(ScriptedService(manifest=manifest)) as location:
+        visit = ChatPageDriver(browser, location.address, PHONE_WIDTH)
+        visit.wait_for_script(hint)
+        visit.submit("Without an image.")
+        visit.wait_until_idle()
+        visit.wait_for_script(hint)
+        visit.submit("What is it?", [image_paths[0][0]])
+        visit.wait_until_idle()
+        assert not browser.run(hint)
+    for has_images in (False, None):
+        manifest = manifest.model_copy(update={"has_images": has_images})
+        with run_web_page(ScriptedService(manifest=manifest)) as location:
+            ChatPageDriver(browser, location.address, PHONE_WIDTH).wait_until_idle()
+            assert not browser.run(hint)
+
+
 def test_stop_regenerate_and_undo(browser, image_paths):
     manifest = Manifest.model_construct(metric=None, max_new_tokens=99, prompts=("<b>Say it.",))
     parrot = ScriptedService(lambda text: (f"{text} ", ()), is_endless=True, manifest=manifest)

@@ -120,7 +120,12 @@ class ChatTerminal:
         """Read and process input lines until `/quit` or the end of standard input."""
         if self._is_interactive:
             _enable_line_editing()
-            typer.echo(f"{self._session.service.model_names[0]}. Enter a question or /help.")
+            hint = "Attach an image with /image PATH. " * self._expects_image
+            model_name = self._session.service.model_names[0]
+            typer.echo(f"{model_name}. {hint}Enter a question or /help.")
+            manifest = self._session.service.manifest
+            for prompt in manifest.prompts[:1] if manifest is not None else ():
+                typer.echo(escape_unprintable(f"Prompt of the training: {prompt}"))
         while (line := self._read_line()) is not None:
             try:
                 if not self._handle_line(line.strip()):
@@ -130,10 +135,28 @@ class ChatTerminal:
                     raise
                 typer.echo(f"error: {error}", err=True)
 
-    def _read_line(self) -> str | None:
+    @property
+    def _expects_image(self) -> bool:
+        """Whether the model was trained with images, and the conversation has none yet."""
+        manifest = self._session.service.manifest
+        has_image = self._pending_images or any(turn.image_paths for turn in self._session.turns)
+        return manifest is not None and bool(manifest.has_images) and not has_image
+
+    def _ask_image(self) -> None:
+        """Ask for the image of the first question, until it is readable or the answer is empty."""
+        while self._expects_image and not self._session.turns:
+            path = self._read_line("image, or Enter for none: ")
+            if not path or not path.strip():
+                return
+            try:
+                self._add_images(path.strip())
+            except UserError as error:
+                typer.echo(f"error: {error}", err=True)
+
+    def _read_line(self, prompt: str = "> ") -> str | None:
         while True:
             try:
-                return input("> " if self._is_interactive else "")
+                return input(prompt if self._is_interactive else "")
             except EOFError:
                 return None
             except KeyboardInterrupt:
@@ -166,6 +189,8 @@ class ChatTerminal:
                 remedy="enter /help; start a question with another character",
             )
         elif line:
+            if self._is_interactive:
+                self._ask_image()
             self._print_reply(
                 self._session.send(line, self._pending_images, [self._generation_options])
             )

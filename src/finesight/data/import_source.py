@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,6 +59,9 @@ NUM_DETECTION_ROWS = 100
 NUM_PREVIEW_ROWS = 300
 """Number of rows from which columns and task are detected."""
 
+MAX_CLASS_CHARS, MIN_CAPTION_WORDS = 60, 8
+"""Maximum length of a class, and mean words of answers to several questions that are captions."""
+
 PROMPTS = {
     "captions": "Describe the image.",
     "latex": "Write the formula as LaTeX.",
@@ -69,8 +73,11 @@ PROMPTS = {
 _QUESTION_NAMES = ("question", "query", "instruction", "prompt")
 _BOX_NAMES = ("bbox", "box", "bboxes", "boxes")
 _LABEL_NAMES = ("label", "class", "category", "name")
-_ANSWER_NAMES = ("answer", "caption", "text", "latex", "formula", "response", "label", "class")
-_IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|")
+_ANSWER_NAMES = (
+    *("answer", "caption", "description", "text", "transcription", "latex", "formula"),
+    *("response", "output", "label", "class", "category"),
+)
+_IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|")
 _LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
 
 
@@ -580,24 +587,28 @@ def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
         fields: Columns of a JSON answer, for the prompt.
     """
     answers = [join_text(sample.messages[-1].content).strip() for sample in samples]
+    num_words = fmean(len(answer.split()) for answer in answers)
     questions = {join_text(sample.messages[-2].content).strip() for sample in samples}
-    box_counts = [
-        sum(isinstance(part, BoxPart) for part in sample.messages[-1].content) for sample in samples
+    boxes = [
+        [part.label for part in sample.messages[-1].content if isinstance(part, BoxPart)]
+        for sample in samples
     ]
+    box_counts = list(map(len, boxes))
     classes = set(answers)
     longest = max(map(len, answers)) + 32 * max(box_counts)
     if fmean(map(bool, box_counts)) > 0.5:
-        metric = "detection" if max(box_counts) > 1 else "grounding"
+        has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
+        metric = "detection" if max(box_counts) > 1 or has_classes else "grounding"
     elif fmean(map(_is_json_object, answers)) > 0.8:
         metric = "json"
     elif fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
         metric = "latex"
-    elif len(classes) <= max(2, len(answers) / 10) and longest <= 60:
+    elif longest <= MAX_CLASS_CHARS and _is_closed_set(answers):
         metric = "classification"
-    elif len(questions) > max(1, len(answers) / 4):
+    elif len(questions) > 1 and num_words < MIN_CAPTION_WORDS:
         metric = "qa"
     else:
-        metric = "captions" if fmean(len(answer.split()) for answer in answers) >= 4 else "ocr"
+        metric = "captions" if num_words >= 4 else "ocr"
     prompt = PROMPTS.get(metric)
     if metric == "json":
         prompt = f"Return {fields.replace(',', ', ')} as JSON." if fields else "Return the JSON."
@@ -605,6 +616,18 @@ def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
         prompt = format_class_prompt(classes)
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
     return DetectedTask(metric, prompt if questions == {""} else None, max_new_tokens)
+
+
+def _is_closed_set(answers: Sequence[str]) -> bool:
+    """Return whether most answers repeat, so that exact match measures their accuracy.
+
+    Sentences must repeat more often than short answers, because captions may have a template.
+    """
+    counts = Counter(answer.casefold() for answer in answers)
+    num_repeated = sum(count for count in counts.values() if count > 1)
+    is_short = fmean(len(answer.split()) for answer in answers) < 4
+    max_classes = len(answers) / 3 if is_short else len(answers) ** 0.5
+    return num_repeated >= 0.8 * len(answers) and len(counts) <= max(2, max_classes)
 
 
 def _is_json_object(text: str) -> bool:

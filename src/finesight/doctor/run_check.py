@@ -325,7 +325,7 @@ class SavedPrediction(BaseModel):
     gold: str = ""
     boxes: tuple[BoxPart, ...] = ()
     gold_boxes: tuple[BoxPart, ...] = ()
-    stopped: bool = True
+    finish_reason: str = "stop"
 
 
 def check_predictions(run_record: RunRecord) -> list[Diagnosis]:
@@ -380,7 +380,7 @@ def _check_end_tokens(
     run_record: RunRecord, predictions: Sequence[SavedPrediction]
 ) -> Iterator[Diagnosis]:
     """Detect completions that reached the token limit without an end token."""
-    unfinished = [prediction for prediction in predictions if not prediction.stopped]
+    unfinished = [prediction for prediction in predictions if prediction.finish_reason != "stop"]
     if len(unfinished) <= 0.05 * len(predictions):
         return
     settings = load_run_recipe(run_record).eval

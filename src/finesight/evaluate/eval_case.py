@@ -40,7 +40,7 @@ class EvalCase:
     references: tuple[str, ...]
     reference_boxes: tuple[BoxPart, ...]
     id: str = ""
-    stopped: bool = True
+    ended_with_eos: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import EvalCase, MetricValues, get_reference_answer, note_lines
-from finesight.evaluate.metric_difference import format_prediction_line
+from finesight.evaluate.metric_difference import count_correct, format_prediction_line
 from finesight.evaluate.task_metrics import (
     TASK_METRICS,
     check_references,
@@ -125,7 +125,7 @@ class GenerationEvalResult:
 
     Attributes:
         primary_metric: Name of the primary score (higher is better).
-        scores: Scores of the task, and `stopped`, the share of completions with an end token.
+        scores: Scores of the task, and `ended_with_eos`, the share of answers with an end token.
         corrupt_samples: (sample id, reason) of samples with unreadable images, which are excluded.
         intervals: 95 % confidence interval of each score; None if undefined.
         notes: Warnings and reasons for missing intervals, by the name of the score.
@@ -163,7 +163,9 @@ class GenerationEvalResult:
             title = f"{name}*" if name == self.primary_metric else name
             interval = self.intervals[name]
             bounds = "-" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
-            lines.append(f"{title:<18}  {value:8.4f}   {bounds}")
+            count = count_correct(name, value, len(self.predictions))
+            correct = "" if count is None else f"   {count} of {len(self.predictions)} correct"
+            lines.append(f"{title:<18}  {value:8.4f}   {bounds}{correct}")
         lines += note_lines(self.notes.items())
         # The most frequent confusions, and the fields with the lowest F1.
         confusions = [row for row in self.details.get("confusion", []) if row[0] != row[1]]
@@ -173,7 +175,8 @@ class GenerationEvalResult:
         for name in sorted(f1_by_field, key=f1_by_field.__getitem__)[:MAX_LISTED_DETAILS]:
             lines.append(f"field {name}: f1 {f1_by_field[name]:.4f}")
         num_truncated = sum(
-            bool(one.reasoning) and not one.answer and not one.stopped for one in self.predictions
+            bool(one.reasoning) and not one.answer and one.finish_reason == "length"
+            for one in self.predictions
         )
         if num_truncated:
             end = "ended within the reasoning: raise eval.max_new_tokens (--max-new-tokens)"
@@ -236,8 +239,8 @@ def evaluate(
         reference for i, reference in enumerate(references) if i not in corrupt_reasons
     ]
     cases = [
-        EvalCase(prediction.answer, prediction.boxes, *truth, prediction.id, prediction.stopped)
-        for prediction, truth in zip(predictions, valid_references, strict=True)
+        EvalCase(one.answer, one.boxes, *truth, one.id, one.finish_reason == "stop")
+        for one, truth in zip(predictions, valid_references, strict=True)
     ]
     metric_result = compute_metrics(settings.metric, cases)
     if predictions_file is not None:

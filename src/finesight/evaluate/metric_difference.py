@@ -53,7 +53,7 @@ def format_prediction_line(prediction: Prediction, case: EvalCase, scores: Metri
         "gold_boxes": gold_boxes,
         "scores": scores,
         "num_tokens": prediction.num_tokens,
-        "stopped": prediction.stopped,
+        "finish_reason": prediction.finish_reason,
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
 
@@ -87,7 +87,7 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
             references=(record_fields.gold, *record_fields.references),
             reference_boxes=record_fields.gold_boxes,
             id=record_fields.id,
-            stopped=record_fields.stopped,
+            ended_with_eos=record_fields.finish_reason == "stop",
         )
         predictions.append(ScoredPrediction(case, record_fields.scores, record))
     return predictions
@@ -103,7 +103,7 @@ class _PredictionRecord(BaseModel):
     references: tuple[str, ...]
     gold_boxes: tuple[BoxPart, ...]
     scores: dict[str, float]
-    stopped: bool
+    finish_reason: Literal["stop", "length"]
 
 
 T = TypeVar("T")
@@ -124,6 +124,7 @@ class MetricDifference:
     Attributes:
         low: Lower bound of after - before; None, like `high`, without an interval.
         note: Reason for a missing interval, or a warning about the score.
+        num_samples: Number of compared predictions; 0 if unknown.
     """
 
     name: str
@@ -133,6 +134,14 @@ class MetricDifference:
     high: float | None
     verdict: Verdict
     note: str = ""
+    num_samples: int = 0
+
+
+def count_correct(metric: str, score: float, num_samples: int) -> int | None:
+    """Return the number of correct answers of a score; None for a score of another kind."""
+    count = round(score * num_samples)
+    is_count = num_samples > 0 and abs(score * num_samples - count) < 0.01
+    return count if is_count and metric in ("accuracy", "exact") else None
 
 
 def compare_cases(
@@ -176,7 +185,8 @@ def compare_estimators(
         if old.num_samples >= MIN_SAMPLES:
             verdict = _classify_change(name, interval)
         note = get_missing_difference_reason(old, new) or old.note
-        differences.append(MetricDifference(name, old.score, new.score, low, high, verdict, note))
+        bounds = low, high, verdict, note, old.num_samples
+        differences.append(MetricDifference(name, old.score, new.score, *bounds))
     return differences
 
 
@@ -225,6 +235,14 @@ def format_differences(
         interval_text = "" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}"
         rows.append((name, *values, interval_text, one.verdict))
     notes = note_lines((one.name, one.note) for one in differences)
+    for one in differences:
+        old, new = (count_correct(one.name, x, one.num_samples) for x in (one.before, one.after))
+        if new is not None:
+            notes.append(
+                f"{one.name}: {old} of {one.num_samples} answers correct before, {new} after"
+            )
+        if one.name == "ended_with_eos" and one.after < 1:
+            notes.append(f"{one.name}: share of answers that ended before eval.max_new_tokens")
     return "\n".join([align_columns(rows, 1), *notes])
 
 

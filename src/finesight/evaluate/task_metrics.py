@@ -120,7 +120,7 @@ def _dry_run_metric(metric: MetricSpec, metric_fn: MetricFn, reference: Referenc
     texts, reference_boxes = reference
     answers = (texts[0], reference_boxes), ("", ())
     cases = [EvalCase(text, boxes, texts, reference_boxes) for text, boxes in answers]
-    reserved_names = metric_fn(cases).scores.keys() & (LOWER_IS_BETTER | {"stopped"})
+    reserved_names = metric_fn(cases).scores.keys() & (LOWER_IS_BETTER | {"ended_with_eos"})
     for name in sorted(reserved_names):
         raise UserError(
             f"the score name {name} is reserved",
@@ -134,8 +134,8 @@ def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResu
     """Compute the scores of a task and the share of completions with an end token."""
     assert cases, "no cases to score"
     metric_result = get_task_metric(metric).score_fn(cases)
-    stopped_fn = mean_metrics([{"stopped": float(case.stopped)} for case in cases])
-    return replace(metric_result, estimators=metric_result.estimators | stopped_fn)
+    eos_fn = mean_metrics([{"ended_with_eos": float(case.ended_with_eos)} for case in cases])
+    return replace(metric_result, estimators=metric_result.estimators | eos_fn)
 
 
 def get_primary_metric(metric: MetricSpec, scores: MetricValues) -> str:

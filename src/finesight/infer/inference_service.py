@@ -306,7 +306,7 @@ class GenerationStream:
         prediction = build_prediction(self._service.renderer, *inputs)
         if not self._detokenizer.has_stopped:
             return prediction
-        return replace(prediction, answer=self.text, stopped=True)
+        return replace(prediction, answer=self.text, finish_reason="stop")
 
     def _handle_event(self, event: EngineEvent) -> bool:
         """Process an engine event in the service thread.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -54,7 +54,7 @@ class Prediction:
     Attributes:
         images: Image files of the sample without videos; `BoxPart.image` is an index into them.
         raw_text: Text with special tokens, including the end token.
-        stopped: Whether the completion ended with an end token or a stop string.
+        finish_reason: "stop" after an end token or a stop string, "length" at the token limit.
         reasoning: Reasoning of a thinking model; None for other models.
         tokens: Generated tokens with log probabilities, if `predict` was called with `logprobs`.
     """
@@ -66,7 +66,7 @@ class Prediction:
     raw_text: str
     boxes: tuple[BoxPart, ...]
     num_tokens: int
-    stopped: bool
+    finish_reason: Literal["stop", "length"]
     reasoning: str | None = None
     tokens: tuple[GeneratedToken, ...] = ()
 
@@ -96,7 +96,9 @@ class Prediction:
         """Format the prediction for the console, with one line per box."""
         paths = self.images or ((self.id,) if is_video_path(self.id) else ())
         head = "".join(f"{path}: " for path in paths)
-        truncation_note = "" if self.stopped else f" [truncated after {self.num_tokens} tokens]"
+        truncation_note = f" [truncated after {self.num_tokens} tokens]" * (
+            self.finish_reason == "length"
+        )
         boxes = [
             f"\n  box {', '.join(f'{number:.1f}' for number in box.xyxy)}"
             + (f"  {box.label}" if box.label else "")
@@ -302,7 +304,7 @@ def build_prediction(
             for box in renderer.parse_boxes(completion.raw_text, prompt.spans, image_index)
         ),
         num_tokens=len(output_ids),
-        stopped=bool(output_ids) and output_ids[-1] in renderer.end_ids,
+        finish_reason="stop" if output_ids and output_ids[-1] in renderer.end_ids else "length",
         reasoning=completion.reasoning,
     )
 

@@ -298,8 +298,8 @@ def estimate_differences(
 
 def _read_score_column(metric: str, lines: tuple[Any, ...]) -> FloatArray | None:
     """Return one score of every prediction, or None if any prediction lacks it."""
-    if metric == "stopped":
-        return np.array([float(line.get("stopped") is True) for line in lines])
+    if metric == "ended_with_eos":
+        return np.array([float(line.get("finish_reason") == "stop") for line in lines])
     scores = [read_scores(line).get(PER_SAMPLE_METRICS.get(metric, metric)) for line in lines]
     return None if None in scores else np.array(scores, np.float64)
 
@@ -458,7 +458,7 @@ class ExampleDataBuilder:
         """Return the page data of an answer and its scores, or None without a prediction."""
         if line is None:
             return None
-        text, is_complete = str(line.get("answer", "")), line.get("stopped") is not False
+        text, is_complete = str(line.get("answer", "")), line.get("finish_reason") != "length"
         num_tokens = line.get("num_tokens")
         references = _read_references(line)
         is_compared = len(references) == 1 and len(text) <= MAX_ANSWER_CHARS >= len(references[0])

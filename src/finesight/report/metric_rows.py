@@ -12,6 +12,7 @@ from finesight.evaluate.metric_difference import (
     REASON_UNSAMPLED,
     MetricDifference,
     build_unsampled_difference,
+    count_correct,
 )
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.report.i18n import translate
@@ -45,7 +46,7 @@ METRIC_TEXTS = {
     "wer": ("WER", "word edits divided by the words of the references"),
     "rendered": ("equal when rendered", "formulas whose rendered image equals that of a reference"),
     "rendered_share": ("renderable share", "samples with a reference that can be rendered"),
-    "stopped": ("completed answers", "answers that ended before the token limit"),
+    "ended_with_eos": ("ended with EOS", "answers that ended before the token limit"),
     "accuracy": ("accuracy", "answers with the correct class"),
     "bleu": ("BLEU", "precision of n-grams of up to four tokens"),
     "f1": ("F1", "harmonic mean of precision and recall over words, classes or fields"),
@@ -124,6 +125,8 @@ class MetricRow(MetricChange):
     after_interval: IntervalBounds | None
     difference: MetricDifference | None
     notes: tuple[str, ...] = ()
+    before_correct: str = ""
+    after_correct: str = ""
 
     @property
     def change(self) -> float | None:
@@ -167,9 +170,20 @@ def build_metric_rows(
                 after_interval=read_interval(after, name),
                 difference=difference,
                 notes=notes,
+                before_correct=_format_correct(before, name),
+                after_correct=_format_correct(after, name),
             )
         )
     return metric_rows
+
+
+def _format_correct(line: JsonObject, name: str) -> str:
+    """Return the translated number of correct answers of an evaluation; empty if unknown."""
+    score, num_samples = read_metrics(line).get(name), line.get("num_samples")
+    if score is None or not isinstance(num_samples, int):
+        return ""
+    count = count_correct(name, score, num_samples)
+    return "" if count is None else translate("{:,} of {:,} correct", count, num_samples)
 
 
 def format_metric_name(metric: str) -> str:

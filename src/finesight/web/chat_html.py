@@ -59,6 +59,7 @@ class UiText:
     other_language: str = "中文"
     question_label: str = "Your question"
     question_placeholder: str = "Ask, or drop images here."
+    image_hint: str = "No image is attached. The model was trained with images."
     welcome: str = "Drop or paste an image below and ask about it."
     regenerate: str = "Regenerate"
     undo: str = "Undo"

@@ -89,6 +89,7 @@ class ChatPage:
         self._default_system_prompt = session_store.service.system_prompt or ""
         manifest = session_store.service.manifest
         self._prompts = () if manifest is None else manifest.prompts
+        self._expects_images = manifest is not None and bool(manifest.has_images)
         self._max_new_tokens = min(MAX_NEW_TOKENS, session_store.service.max_model_len)
         default = None if manifest is None else manifest.max_new_tokens
         self._default_max_new_tokens = min(default or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
@@ -121,6 +122,7 @@ class ChatPage:
                 self._export_html = _create_html("export")
             self._tool_buttons = self._regenerate_button, self._undo_button, self._new_chat_button
             self._prompts_html = _create_html("prompts")
+            self._image_hint_html = _create_html("image-hint")
             self._composer = gr.MultimodalTextbox(
                 label=ui_text.question_label,
                 show_label=False,
@@ -202,6 +204,7 @@ class ChatPage:
             self._notice_html,
             self._export_html,
             self._prompts_html,
+            self._image_hint_html,
             self._language_button,
             *self._tool_buttons,
             self._composer,
@@ -428,6 +431,7 @@ class ChatPage:
                 updates = {
                     self._history_html: render_turns(session, session.chat.turns[:-1]),
                     self._notice_html: "",
+                    self._image_hint_html: "",
                     self._composer: gr.MultimodalTextbox(**composer_updates, **RUNNING_BUTTONS),
                     **dict.fromkeys(self._tool_buttons, gr.Button(interactive=False)),
                 }
@@ -495,6 +499,7 @@ class ChatPage:
         link = Markup('<a href="export/{}/chat.zip" download>{}</a>')
         chats = self._session_store.list_chats(session.browser_id)
         buttons = RUNNING_BUTTONS if is_running else IDLE_BUTTONS
+        needs_image = self._expects_images and not any(turn.image_paths for turn in turns)
         can_use_tools = bool(turns) and not is_running
         labels = ui_text.regenerate, ui_text.undo, ui_text.new_chat
         return {
@@ -503,6 +508,7 @@ class ChatPage:
             self._current_turn_html: render_turns(session, turns[num_complete:], num_complete),
             self._export_html: link.format(session.token, ui_text.export) if turns else "",
             self._prompts_html: render_prompts(self._prompts, ui_text),
+            self._image_hint_html: f"<p>{ui_text.image_hint}</p>" * needs_image,
             self._notice_html: "",
             self._composer: gr.MultimodalTextbox(
                 label=ui_text.question_label, placeholder=ui_text.question_placeholder, **buttons

@@ -150,7 +150,7 @@ function toPredictionLine(example) {
   const line = {id: example.id, image: paths.length > 1 ? paths : paths[0] ?? null,
     prompt: example.question, answer: prediction.text, boxes: toBoxes(prediction.boxes), gold,
     references, gold_boxes: toBoxes(example.boxes), scores: Object.fromEntries(scores),
-    num_tokens: prediction.num_tokens, stopped: prediction.is_complete};
+    num_tokens: prediction.num_tokens, finish_reason: prediction.is_complete ? "stop" : "length"};
   if (example.is_truncated) line.is_truncated = true;
   return `${JSON.stringify(line)}\n`;
 }

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,19 +271,31 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
         (folder / "runs/a/checkpoints" / name).mkdir(parents=True)
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     (folder / "runs/a/adapter").rename(folder / "adapter")
-    for step, button in (("chat", "start-the-chat"), ("export", "start-the-server")):
-        assert click_button(page, button, f"step={step}&run=runs/a") == ""
+    label_form = ("photos", "Color?", "labels", "finesight-tiny", "", "", "")
+    buttons = {"start-the-chat": (), "start-the-server": (), "merge": ("m",)}
+    for button, values in {**buttons, "start-labelling": label_form}.items():
+        step = {"start-the-chat": "chat", "start-labelling": "label"}.get(button, "export")
+        assert click_button(page, button, f"step={step}&run=runs/a", *values) == ""
         with open_client(folder) as client:
             shown = client.get(f"/live?step={step}&lang=en").json()["top"]
         assert "The run is not finished: its newest checkpoint is used" in shown
-    assert [words[1] for words in started] == ["runs/a/checkpoints/step-20"] * 2
+    assert [words[1] for words in started] == ["runs/a/checkpoints/step-20"] * 4
     (folder / "runs/a/predictions/after.jsonl").unlink()
     (folder / "runs/a/predictions/before.jsonl").write_text('{"image": "photos/00.png"}\n')
     with contextlib.chdir(folder):
         assert read_example(Path("runs/a")) == ("photos/00.png", "Which color?")
+    shutil.rmtree(folder / "runs/a/checkpoints")
+    for button, values in buttons.items():
+        message = click_button(page, button, "step=export&run=runs/a", *values)
+        assert "no weights yet" in message
+        assert "step Train" in message
+    assert click_button(page, "start-labelling", "step=label&run=runs/a", *label_form) == ""
+    assert started[4][1] == "finesight-tiny"
+    with open_client(folder) as client:
+        assert "no weights yet" in client.get("/live?step=label&run=runs/a&lang=en").json()["top"]
     (folder / "adapter").rename(folder / "runs/a/adapter")
     assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
-    assert started[2][1] == "runs/a"
+    assert started[5][1] == "runs/a"
 
 
 def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:

@@ -398,11 +398,22 @@ class StudioPage:
         self._workspace.save_recipe(state.recipe, text, digest)
         return state.selection.link(recipe=str(state.recipe))
 
-    def _chat(self, state: StudioState) -> str:
+    def _find_weights(self, state: StudioState) -> str:
+        """Return the weights of the selected run as an argument. Raises UserError without any."""
         if state.run is None:
             raise _missing("run")
-        weights = as_argument(self._workspace.find_weights(state.run))
-        arguments, port = ["web", weights], self._access.chat_port
+        weights = self._workspace.find_weights(state.run)
+        if weights is None:
+            raise UserError(
+                "the run has no weights yet",
+                where=str(state.run),
+                expected="a finished run, or a LoRA run with a checkpoint",
+                remedy="select another run, or resume this one in the step Train",
+            )
+        return as_argument(weights)
+
+    def _chat(self, state: StudioState) -> str:
+        arguments, port = ["web", self._find_weights(state)], self._access.chat_port
         return self._start_server(state, arguments, port, self._page_options(), self._access.host)
 
     def _label(
@@ -418,7 +429,7 @@ class StudioPage:
         *,
         review: bool = False,
     ) -> str:
-        """Start the labelling page, with the selected run or else a model.
+        """Start the labelling page, with the selected run or, without weights of one, a model.
 
         A review without images is that of the selected data set. An existing folder of labels is
         continued.
@@ -433,7 +444,8 @@ class StudioPage:
             target = self._workspace.resolve(str(target), "labels")
         else:
             target = self._workspace.check_new_name("data", name)
-        run = as_argument(state.run) if state.run else self._workspace.check_model(model)
+        weights = self._workspace.find_weights(state.run) if state.run else None
+        run = as_argument(weights) if weights else self._workspace.check_model(model)
         values = {"prompt": prompt, "kind": kind, "classes": classes, "train-fraction": fraction}
         options = [f"--{key}={value.strip()}" for key, value in values.items() if value.strip()]
         options += ["--review"] if review else []
@@ -460,9 +472,7 @@ class StudioPage:
             file = self._workspace.folder / STUDIO_FOLDER / API_KEY_FILE
             key = file.read_text("utf-8") if file.is_file() else secrets.token_urlsafe(32)
             options = ["--key-file", str(self._write_password(key, API_KEY_FILE))]
-        if state.run is None:
-            raise _missing("run")
-        arguments = ["serve", as_argument(self._workspace.find_weights(state.run))]
+        arguments = ["serve", self._find_weights(state)]
         return self._start_server(state, arguments, self._access.api_port, options)
 
     def _write_password(self, password: str, name: str = PASSWORD_FILE) -> Path:
@@ -491,10 +501,8 @@ class StudioPage:
         return self._start(state, state.target, arguments, port=port, host=host, form=form)
 
     def _merge(self, state: StudioState, name: str) -> str:
-        if state.run is None:
-            raise _missing("run")
-        target = self._workspace.check_new_name("models", name)
-        return self._start(state, str(state.run), ["merge", as_argument(state.run), str(target)])
+        weights, target = self._find_weights(state), self._workspace.check_new_name("models", name)
+        return self._start(state, state.target, ["merge", weights, str(target)])
 
     def _export(self, state: StudioState, name: str, *, write_gguf: bool = False) -> str:
         """Print serving commands for a merged model, or write GGUF files."""

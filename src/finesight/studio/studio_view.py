@@ -188,6 +188,7 @@ class StudioView:
         state = self.read_state(selection)
         selection, job = state.selection, state.job
         status = "stopping" if job and job.is_stopping else job.status if job else ""
+        weights = self.workspace.find_weights(state.run) if state.run else None
         running = [item for item in self.jobs.list_running() if job is None or item.id != job.id]
         with use_language(selection.lang):
             values = {
@@ -206,7 +207,7 @@ class StudioView:
                 "runs": [self._describe_run(run) for run in state.content.runs],
                 "charts": self._build_charts(state),
                 "page": self._find_page(state),
-                "weights": str(self.workspace.find_weights(state.run)) if state.run else "",
+                "weights": str(weights or ""),
                 "saved_at": self._read_saved_time(state.recipe),
                 "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
             }
@@ -221,8 +222,9 @@ class StudioView:
     def list_commands(self, state: StudioState) -> list[list[str]]:
         """Return the commands of a step that depend on the selection and the workspace only."""
         step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
-        if step == "label" and run is not None:
-            return [["label", as_argument(run), "IMAGES", "--out", f"data/{LABELS_NAME}"]]
+        weights = as_argument(self.workspace.find_weights(run) or run) if run else ""
+        if step == "label" and weights:
+            return [["label", weights, "IMAGES", "--out", f"data/{LABELS_NAME}"]]
         if step == "check" and dataset is not None:
             against = ["--against", as_argument(dataset.eval_file)] if dataset.eval_file else []
             options = ["--html", str(_get_check_page(dataset)), "--language", state.selection.lang]
@@ -234,8 +236,8 @@ class StudioView:
             return [["train", as_argument(recipe), "--resume"]]
         if step == "results" and run is not None:
             return [["report", as_argument(run)]]
-        if step == "chat" and run is not None:
-            return [["web", as_argument(self.workspace.find_weights(run))]]
+        if step == "chat" and weights:
+            return [["web", weights]]
         if step == "export":
             model = as_argument((state.content.models or [Path("models/NAME")])[0])
             options = ["--converter", "convert_hf_to_gguf.py"]

@@ -176,16 +176,16 @@ class Workspace:
             return False
         return isinstance(content, dict) and {"model", "data"} <= content.keys()
 
-    def find_weights(self, run: Path) -> Path:
-        """Return a run, or its newest checkpoint if LoRA training has not ended yet."""
+    def find_weights(self, run: Path) -> Path | None:
+        """Return a finished run, or the newest checkpoint of unfinished LoRA training, or None."""
         folder = self.folder / run
-        newest = find_newest_checkpoint(folder)
-        if newest is None or any((folder / n).is_dir() for n in (ADAPTER_FOLDER, MODEL_FOLDER)):
+        if any((folder / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER)):
             return run
+        newest = find_newest_checkpoint(folder)
         with contextlib.suppress(UserError):
-            if not load_manifest(folder / MANIFEST_FILE).tune.has_mode("full"):
-                return newest.relative_to(self.folder)
-        return run
+            is_full = load_manifest(folder / MANIFEST_FILE).tune.has_mode("full")
+            return None if newest is None or is_full else newest.relative_to(self.folder)
+        return None
 
     def _contains(self, path: Path) -> bool:
         # Unlike Path.resolve, it accepts links in a loop.

@@ -435,6 +435,24 @@ def test_ticked_data_sets_are_in_the_recipe(folder: Path, studio: StudioDriver) 
     assert len({file.path for file in data.train}) == 2
 
 
+def test_edits_are_unsaved_until_saving_succeeds(folder: Path, studio: StudioDriver) -> None:
+    text = "model: finesight-tiny\ndata: {train: a.jsonl}\noutput_dir: runs/"
+    (folder / "a.yaml").write_text(f"{text}a")
+    asks = "!window.dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+    studio.open("plan")
+    studio.fill(editor=f"{text}a\nunknown: 1")
+    studio.wait_for(asks)
+    studio.click("save-the-recipe")
+    studio.wait_for("document.querySelector('#message .error')?.innerText.includes('unknown')")
+    studio.wait_for(asks)
+    studio.fill(editor=f"{text}b")
+    studio.click("save-the-recipe")
+    is_shown = "document.querySelector('#editor textarea')?.value.includes('runs/b')"
+    studio.wait_for(f"!document.querySelector('#message .error') && {is_shown}")
+    studio.wait_for(f"!({asks})")
+    assert "runs/b" in (folder / "a.yaml").read_text()
+
+
 def test_unlabeled_images_become_a_served_model(
     folder: Path, studio: StudioDriver, browser: Browser
 ) -> None:

@@ -259,9 +259,9 @@ class StudioPage:
             on_click, list(inputs), [self._message, self._next_url], show_progress="hidden"
         )
         self.inputs[click["id"]] = input_type or _text_inputs(len(inputs))
-        click.then(
-            None, self._next_url, None, js="(url) => { if (url) window.location.assign(url); }"
-        )
+        is_saved = str(action == self._save_recipe).lower()
+        script = f"(url) => window.finesightOpen(url, {is_saved})"
+        click.then(None, self._next_url, None, js=script)
 
     def _on_load(self, request: gr.Request) -> dict[Any, Any]:
         selection = _read_selection(request)

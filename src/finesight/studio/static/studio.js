@@ -5,7 +5,7 @@
   const shown = {};
   // Buttons that would start the running command again.
   const starters = ["check", "estimate-memory-and-time", "start-or-resume", "start-the-chat", "start-the-server"];
-  let isEdited = false;
+  let isEdited = false, savedText = "";
 
   const replace = (id, html) => {
     const place = document.getElementById(id);
@@ -65,7 +65,7 @@
     box.setCustomValidity("");
   });
   document.addEventListener("click", async (event) => {
-    if (event.target.closest?.("#save-the-recipe")) isEdited = false;
+    if (event.target.closest?.("#save-the-recipe")) savedText = document.querySelector("#editor textarea").value;
     const stop = event.target.closest?.("button.stop-job");
     if (stop) {
       history.replaceState(null, "", stop.dataset.url);
@@ -85,5 +85,11 @@
     }
     button.textContent = "✓";
   });
+  // Called with the address to open after an action; it is empty if the action has failed.
+  window.finesightOpen = (url, isSaved) => {
+    if (!url) return;
+    if (isSaved && savedText === document.querySelector("#editor textarea").value) isEdited = false;
+    window.location.assign(url);
+  };
   update();
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -334,6 +335,75 @@ def test_remedy_of_a_missing_item_names_its_step(folder: Path) -> None:
         assert problem in click_button(page, button, f"step={step}")
 
 
+def write_recipe(folder: Path, name: str, data: str) -> Path:
+    text = f"model: finesight-tiny\ndata: {{train: {data}}}\noutput_dir: runs/{name}\n"
+    (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{name}.yaml"
+
+
+def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
+    uploads = folder / "uploads"
+    for name in "ab":
+        shutil.copytree(folder / "photos", uploads / name)
+        import_dataset(uploads / name, folder / "data" / name, ImportOptions(prompt="Color?"))
+    import_dataset(folder / "photos", folder / "own", ImportOptions(prompt="Color?"))
+    write_recipe(folder, "other", "data/aa/data.jsonl")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    (folder / ".finesight/check").mkdir(parents=True)
+    (folder / ".finesight/check/data--a.html").write_text("old")
+    assert "no data set" in click_button(page, "delete", "step=data&data=data/c")
+    assert "not created by the studio" in click_button(page, "delete", "step=data&data=own")
+    assert click_button(page, "delete", "step=data&data=data/a") == ""
+    assert sorted(path.name for path in folder.glob("data/*")) == ["b"]
+    assert sorted(path.name for path in uploads.iterdir()) == ["b"]
+    assert [path.name for path in folder.rglob(".finesight/**/*")] == ["check"]
+    # Another data set keeps the uploads that it uses.
+    import_dataset(uploads / "b", folder / "data/c", ImportOptions(prompt="Color?"))
+    assert click_button(page, "delete", "step=data&data=data/b") == ""
+    assert (uploads / "b/00.png").exists()
+    with open_client(folder) as client:
+        shown = client.get("/live?step=data").json()["top"]
+    assert shown.count('class="delete"') == 1
+
+
+@pytest.mark.parametrize("user", ["recipe", "pattern", "run", "job", "labels"])
+def test_data_set_in_use_is_not_deleted(
+    folder: Path, user: str, request: pytest.FixtureRequest
+) -> None:
+    data = folder / "data/a"
+    options = ImportOptions(prompt="Color?", copy_images=True)
+    import_dataset(folder / "photos", data, options)
+    view = StudioView(Workspace(folder))
+    page = StudioPage(view, ServerAccess())
+    used_by = "the recipe mine.yaml"
+    if user == "recipe":
+        write_recipe(folder, "mine", "data/a/data.jsonl")
+    elif user == "pattern":
+        write_recipe(folder, "mine", "data/*/data.jsonl")
+    elif user == "run":
+        # A run that holds the lock of its folder is in progress.
+        run = make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0])).folder
+        (run / "result.json").unlink()
+        write_recipe(folder, "mine", "data/a/data.jsonl").rename(run / "recipe.yaml")
+        lock = os.open(run, os.O_RDONLY)
+        request.addfinalizer(lambda: os.close(lock))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        used_by = "the recipe runs/a/recipe.yaml"
+    elif user == "job":
+        job = view.jobs.start("label", "", ["label", "finesight-tiny", "photos", "--out", "data/a"])
+        used_by = f"the running command {job.command}"
+    else:
+        labels = json.loads((data / "data.jsonl").read_text().splitlines()[0])
+        labels["messages"][0]["content"][0]["image"] = "../a/images/00.png"
+        (folder / "data/labels").mkdir()
+        (folder / "data/labels/labels.jsonl").write_text(f"{json.dumps(labels)}\n")
+        used_by = "the data set data/labels"
+    message = click_button(page, "delete", "step=data&data=data/a&lang=en")
+    assert f"data/a is used by {used_by}" in message
+    assert "Not deleted" in message
+    assert (data / "data.jsonl").exists()
+
+
 def test_icon_is_answered_before_sign_in(folder: Path) -> None:
     for password in ("right-password", None):
         with open_client(folder, password) as client:
@@ -433,6 +503,21 @@ def test_ticked_data_sets_are_in_the_recipe(folder: Path, studio: StudioDriver) 
     studio.wait_for("document.querySelector('#editor textarea')?.value.includes('train:\\n')")
     data = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data
     assert len({file.path for file in data.train}) == 2
+
+
+def test_deletion_is_confirmed(folder: Path, studio: StudioDriver) -> None:
+    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Color?"))
+    button = "document.querySelector('button.delete')"
+    studio.open("data")
+    studio.browser.run(
+        f"window.confirm = (text) => (window.asked = text, false); {button}.click();"
+    )
+    studio.wait_for("window.asked?.includes('Delete data/a with')")
+    studio.browser.settle()
+    assert (folder / "data/a").exists()
+    studio.browser.run(f"window.confirm = () => true; {button}.click();")
+    studio.wait_for(f"document.querySelector('#studio-top nav') && !{button}")
+    assert not (folder / "data/a").exists()
 
 
 def test_edits_are_unsaved_until_saving_succeeds(folder: Path, studio: StudioDriver) -> None:

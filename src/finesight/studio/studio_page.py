@@ -25,6 +25,7 @@ from finesight.data.import_source import ImportOptions, count_unlabeled_images, 
 from finesight.errors import UserError
 from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
+from finesight.manifest import RECIPE_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
 from finesight.studio.studio_jobs import format_command
@@ -143,6 +144,9 @@ class StudioPage:
             )
             self.inputs[previews["id"]] = _text_inputs(len(values))
             self._button("Import", self._import, inputs, input_type)
+        # Clicked by the script of the page after a confirmation.
+        with self._forms["data"]:
+            self._button("Delete", self._delete, error_title="Not deleted")
         with self._form("label"):
             fields = [
                 self._text("Images to label: a file or folder", "images", "photos"),
@@ -353,6 +357,29 @@ class StudioPage:
         return self._start(
             state, str(target), arguments, data=str(target), form=[source, name, *others]
         )
+
+    def _delete(self, state: StudioState) -> str:
+        """Delete the selected data set, unless something uses it."""
+        if state.dataset is None:
+            raise _missing("data set")
+        path, content = state.dataset.path, state.content
+        running = [run for run in content.runs if self._view.describe_run(run).status == "running"]
+        recipes = [*content.recipes, *(run / RECIPE_FILE for run in running)]
+        uses = [
+            f"the running command {job.command}"
+            for job in self._jobs.list_running()
+            if any(Path(os.path.normpath(word)).is_relative_to(path) for word in job.arguments)
+        ]
+        if uses := [*uses, *self._workspace.find_uses(path, recipes)]:
+            raise UserError(
+                f"{path} is used by {', '.join(uses)}",
+                where="delete",
+                expected="a data set that nothing uses",
+                remedy="stop the command, choose other data in the recipe in the step Plan, or"
+                " delete the other data set first",
+            )
+        self._workspace.delete_dataset(state.dataset)
+        return state.selection.link(data="")
 
     def _check_labels(self, source: str) -> None:
         """Raise UserError for a folder of images without labels, before the import fails."""

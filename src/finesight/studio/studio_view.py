@@ -30,7 +30,6 @@ from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import get_run_status
 from finesight.studio.studio_jobs import Job, JobStore, format_command
 from finesight.studio.workspace import (
-    STUDIO_FOLDER,
     Workspace,
     WorkspaceContent,
     WorkspaceDataset,
@@ -204,7 +203,7 @@ class StudioView:
                 "host": f"[{host}]" if ":" in host else host,
                 "workspace": self.workspace.folder,
                 "commands": [format_command(words) for words in self.list_commands(state)],
-                "runs": [self._describe_run(run) for run in state.content.runs],
+                "runs": [self.describe_run(run) for run in state.content.runs],
                 "charts": self._build_charts(state),
                 "page": self._find_page(state),
                 "weights": str(weights or ""),
@@ -227,7 +226,7 @@ class StudioView:
             return [["label", weights, "IMAGES", "--out", f"data/{LABELS_NAME}"]]
         if step == "check" and dataset is not None:
             against = ["--against", as_argument(dataset.eval_file)] if dataset.eval_file else []
-            options = ["--html", str(_get_check_page(dataset)), "--language", state.selection.lang]
+            options = ["--html", str(dataset.check_page), "--language", state.selection.lang]
             return [["check", as_argument(dataset.train_file), *against, *options]]
         if step == "plan" and recipe is not None:
             return [["plan", as_argument(recipe)]]
@@ -259,7 +258,7 @@ class StudioView:
     def read_check_page(self, selection: Selection) -> str:
         """Return the page of the last check of the selected data set."""
         dataset = self.read_state(selection).dataset
-        file = self.workspace.folder / _get_check_page(dataset) if dataset else None
+        file = self.workspace.folder / dataset.check_page if dataset else None
         if file is None or not file.is_file():
             raise UserError("no check", expected="a checked data set", remedy="run the check")
         return file.read_text(encoding="utf-8")
@@ -294,7 +293,7 @@ class StudioView:
             file = folder / state.run / METRICS_FILE
             query = {"run": str(state.run)}
         elif state.selection.step == "check" and state.dataset:
-            file, query = folder / _get_check_page(state.dataset), {"data": str(state.dataset.path)}
+            file, query = folder / state.dataset.check_page, {"data": str(state.dataset.path)}
         else:
             return ""
         if not file.is_file():
@@ -303,7 +302,8 @@ class StudioView:
         name = "report" if state.selection.step == "results" else "check"
         return f"view/{name}?{urlencode(query)}"
 
-    def _describe_run(self, run: Path) -> RunRow:
+    def describe_run(self, run: Path) -> RunRow:
+        """Return the row of a run in the table of runs."""
         folder = self.workspace.folder / run
         files = [folder / name for name in (METRICS_FILE, RESULT_FILE)]
         versions = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
@@ -319,11 +319,6 @@ class StudioView:
             metric=format_metric_name(name) if values else "",
             scores=[format_value(v) for v in (values[:1] + values[1:][-1:]) if v is not None],
         )
-
-
-def _get_check_page(dataset: WorkspaceDataset) -> Path:
-    name = str(dataset.path).replace("/", "--")
-    return Path(STUDIO_FOLDER, "check", f"{name}.html")
 
 
 def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> Any:

@@ -71,6 +71,11 @@
       history.replaceState(null, "", stop.dataset.url);
       document.getElementById("stop").click();
     }
+    const remove = event.target.closest?.("button.delete");
+    if (remove && window.confirm(remove.dataset.confirm)) {
+      history.replaceState(null, "", remove.dataset.url);
+      document.getElementById("delete").click();
+    }
     const button = event.target.closest?.("button.copy");
     if (!button) return;
     if (navigator.clipboard) await navigator.clipboard.writeText(button.dataset.copy);

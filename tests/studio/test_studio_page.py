@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import html
 import json
 import os
 import re
@@ -37,7 +38,7 @@ from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
 from finesight.studio.studio_jobs import JobStore
 from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
-from finesight.studio.studio_view import STEPS, Selection, StudioView
+from finesight.studio.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
 from finesight.studio.workspace import Workspace
 from finesight.web.web_server import create_private_folder
 
@@ -310,6 +311,111 @@ def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
             assert f"run=runs%2F{recipe}" in page["url"]
             assert ("charts" in page["bottom"]) == (recipe == "a")
             assert page["top"].count("selected") == (2 if recipe == "a" else 1)
+
+
+def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
+    (folder / "data/a").mkdir(parents=True)
+    (folder / "data/a/data.jsonl").write_text('{"id": 1}\n')
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    labels = {
+        label
+        for block in page.blocks.blocks.values()
+        for label in (getattr(block, "label", None), getattr(block, "value", None))
+        if isinstance(label, str)
+    }
+    assert set(FIELD_NAMES.values()) <= labels
+    for lang, name in (("en", "the step “Data”"), ("zh", "步骤“数据”")):
+        values = ([], "r", "finesight-tiny", "", "", "", "")
+        message = click_button(
+            page, "create-the-recipe", f"step=plan&data=data/a&lang={lang}", *values
+        )
+        assert name in message
+        assert "finesight import" not in message
+
+
+@pytest.mark.parametrize(
+    ("step", "arguments", "exit_code", "log", "shown"),
+    [
+        (
+            "data",
+            "import a",
+            0,
+            "next: finesight check a.jsonl --against b.jsonl",
+            "the step “Check”",
+        ),
+        (
+            "label",
+            "label m a",
+            0,
+            "next: finesight train r 'data.train=[\"a\"]'",
+            "the step “Plan”",
+        ),
+        (
+            "data",
+            "import a b",
+            2,
+            "error: perhaps with --map image=a --map answer=b --map box=c, or --prompt",
+            "perhaps with “Columns” image=a answer=b box=c, or “Prompt”",
+        ),
+        ("train", "train r", 2, "error: a\n  remedy: use --resume", "use “Start or resume”"),
+        (
+            "label",
+            "label m a",
+            2,
+            "Usage: finesight label X\nTry 'finesight label'.\n\nError: a",
+            "Error: a",
+        ),
+        ("export", "export m", 0, "finesight serve m --port 1", "finesight serve m --port 1"),
+        (
+            "check",
+            "check a",
+            0,
+            "next: finesight check a --fix b",
+            "next: finesight check a --fix b",
+        ),
+    ],
+)
+def test_log_names_fields_and_steps_of_the_page(
+    folder: Path, step: str, arguments: str, exit_code: int, log: str, shown: str
+) -> None:
+    write_job(folder, step, arguments.split(), exit_code, log)
+    with open_client(folder) as client:
+        page = client.get(f"/live?step={step}&lang=en").json()["bottom"]
+    [found] = re.findall(r"<pre class=\"log\"[^>]*>(.*?)</pre>", page, re.DOTALL)
+    assert shown in html.unescape(found)
+    assert ("Usage" in found, "no field for" in found) == (False, "--fix" in shown)
+    assert "exit code" not in page
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "log", "shown"),
+    [
+        (2, "2 issues", "finished: errors found"),
+        (3, "2 issues", "finished: warnings found"),
+        (2, "error: a", "failed"),
+        (-9, "", "failed: ended by the system, often for lack of memory"),
+    ],
+)
+def test_outcome_of_a_check_is_shown_without_its_exit_code(
+    folder: Path, exit_code: int, log: str, shown: str
+) -> None:
+    write_job(folder, "check", ["check", "a"], exit_code, log, ok_exit_codes=[0, 2, 3])
+    with open_client(folder) as client:
+        page = client.get("/live?step=check&lang=en").json()["bottom"]
+    [chip] = re.findall(r"<h2 id=\"job-h\">.*?<span[^>]*>(.*?)</span>", page)
+    assert chip == shown
+
+
+def write_job(
+    folder: Path, step: str, arguments: list[str], exit_code: int, log: str, **values: object
+) -> None:
+    job = {"step": step, "target": "", "arguments": arguments, **values}
+    job_folder = folder / ".finesight/jobs/1"
+    job_folder.mkdir(parents=True)
+    job["started_at"] = "2000-01-01T00:00:00Z"
+    (job_folder / "job.json").write_text(json.dumps(job))
+    (job_folder / "log.txt").write_text(log)
+    (job_folder / "exit_code").write_text(str(exit_code))
 
 
 def test_estimate_of_a_changed_recipe_is_marked(folder: Path) -> None:

@@ -189,7 +189,7 @@ class LabelSession:
             raise UserError(
                 f"the answer is not JSON: {text!r:.80}",
                 expected="a JSON object, like most answers",
-                remedy="correct it, skip (S), or start again with --kind text",
+                remedy="correct it, or skip (S); answers of the kind text need no JSON",
             )
 
     def _find_fields(self, text: str) -> tuple[str, list[JsonLeaf]]:

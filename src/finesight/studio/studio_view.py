@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -23,7 +25,13 @@ from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
 from finesight.report import i18n
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import compare_runs, render_compare_page
-from finesight.report.i18n import LANGUAGE_TAGS, Language, translate_markup, use_language
+from finesight.report.i18n import (
+    LANGUAGE_TAGS,
+    Language,
+    translate,
+    translate_markup,
+    use_language,
+)
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import RunRecord, read_run
@@ -45,6 +53,54 @@ CHECK_EXIT_CODES = (0, 2, 3)
 
 LABELS_NAME = "labels"
 """Default name of the data set that the label step creates."""
+
+STEP_NAMES = dict(
+    zip(
+        STEPS,
+        ("Data", "Label", "Check", "Plan", "Train", "Results", "Chat", "Serve and export"),
+        strict=True,
+    )
+)
+
+FIELD_NAMES = {
+    "--map": "Columns (empty: detected)",
+    "--prompt": "Prompt",
+    "--train-fraction": "Fraction of training samples",
+    "--out": "Name of the data set",
+    "--kind": "Kind of the answers",
+    "--classes": "Classes",
+    "--resume": "Start or resume",
+}
+"""Field or button of the page by option of a command."""
+
+COMMAND_STEPS = {
+    "import": "data",
+    "init": "plan",
+    "report": "results",
+    "compare": "results",
+    "predict": "chat",
+    "web": "chat",
+    "serve": "export",
+    "merge": "export",
+    **{step: step for step in STEPS},
+}
+"""Step of the page by command."""
+
+_USAGE = re.compile(r"(?m)^(?:Usage: |Try ')finesight .*\n+")
+_COMMAND = re.compile(
+    # The page cannot fix data.
+    rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b(?:(?!, or )[^\n`;])*`?"
+)
+_NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+OUTCOMES = {
+    "check": {2: "errors found", 3: "warnings found"},
+    "train": {75: "checkpoint saved"},
+}
+"""Meaning of the exit codes of the commands of a step."""
+
+KILLED_OUTCOME = "ended by the system, often for lack of memory"
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
@@ -138,7 +194,7 @@ class StudioView:
         )
         self._environment.globals |= {
             "translate": translate_markup,
-            "steps": STEPS,
+            "step_names": STEP_NAMES,
             "split_words": split_words,
         }
         styles = [
@@ -198,7 +254,8 @@ class StudioView:
                 "job": job,
                 "status": status,
                 "running": running,
-                "log": job.read_log() if job else "",
+                "log": _read_log(job) if job else "",
+                "outcome": _find_outcome(job) if job else "",
                 "is_ready": job is not None and status == "running" and job.port and job.is_ready,
                 "host": f"[{host}]" if ":" in host else host,
                 "workspace": self.workspace.folder,
@@ -333,6 +390,43 @@ def _read_run_version(folder: Path, versions: tuple[int, ...]) -> RunRecord:
     return read_run(folder)
 
 
+def _read_log(job: Job) -> str:
+    # The output of these commands is for a terminal.
+    is_raw = job.arguments[0] in ("export", "serve") and job.status != "failed"
+    return job.read_log() if is_raw else use_page_names(job.read_log())
+
+
+def _find_outcome(job: Job) -> str:
+    """Return the meaning of an exit code; empty for most."""
+    if job.exit_code == -signal.SIGKILL:
+        return KILLED_OUTCOME
+    outcomes = OUTCOMES.get(job.step, {}) if job.status != "failed" else {}
+    return outcomes.get(job.exit_code or 0, "")
+
+
+def use_page_names(text: str) -> str:
+    """Replace commands and options in a message by steps, fields and buttons of the page.
+
+    Messages of functions and commands name what a terminal has. A note explains other options.
+    """
+
+    def name_field(match: re.Match[str]) -> str:
+        if match[0] not in FIELD_NAMES:
+            return match[0]
+        return f"“{re.split(r' ?[(（]', translate(FIELD_NAMES[match[0]]))[0]}”"
+
+    def name_step(match: re.Match[str]) -> str:
+        # A new recipe combines data sets.
+        step = "plan" if "data.train=" in match[0] else COMMAND_STEPS[match[1]]
+        return translate("the step “{}”", translate(STEP_NAMES[step]))
+
+    text = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, _USAGE.sub("", text)))
+    text = _OPTION.sub(name_field, text)
+    options = ", ".join(dict.fromkeys(_OPTION.findall(text)))
+    note = "The page has no field for options such as {}. Use them in a terminal, in the workspace."
+    return f"{text}\n{translate(note, options)}" if options else text
+
+
 def split_words(command: str) -> Markup:
     """Render a command whose lines break between words only, not after a hyphen."""
     return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" "))
@@ -340,5 +434,5 @@ def split_words(command: str) -> Markup:
 
 def render_message(title: str, text: str, kind: str = "error") -> str:
     """Render the result of an action above the form."""
-    inner = Markup("<strong>{}</strong><pre>{}</pre>").format(title, text)
+    inner = Markup("<strong>{}</strong><pre>{}</pre>").format(title, use_page_names(text))
     return Markup('<div class="message {}" role="alert">{}</div>').format(kind, inner)

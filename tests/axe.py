@@ -34,7 +34,7 @@ class AxeChecker:
         ]
 
     def find_layout_problems(self, browser: Browser) -> list[str]:
-        """Return serious violations and overflow of the open page, narrow and wide, light and dark.
+        """Return serious violations, overflow and scrolled tables of the open page, narrow and wide, light and dark.
 
         The page is not loaded again.
         """
@@ -43,5 +43,6 @@ class AxeChecker:
             problems = self.find_violations(browser)
             if overflow := browser.overflow_width():
                 problems.append(f"overflow of {overflow} px")
+            problems += [f"scrolled table {text!r}" for text in browser.scrolled_tables()]
             found += [f"{width} px, {'dark' if dark else 'light'}: {one}" for one in problems]
         return found

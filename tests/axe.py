@@ -34,14 +34,15 @@ class AxeChecker:
         ]
 
     def find_layout_problems(self, browser: Browser) -> list[str]:
-        """Return serious violations and overflow of the open page, narrow and wide, light and dark.
+        """Return serious violations, overflow and scrolled tables of the open page.
 
-        The page is not loaded again.
+        It is shown narrow and wide, light and dark, and is not loaded again.
         """
         found = []
         for width, dark in browser.iter_layouts():
             problems = self.find_violations(browser)
             if overflow := browser.overflow_width():
                 problems.append(f"overflow of {overflow} px")
+            problems += [f"scrolled table {text!r}" for text in browser.scrolled_tables()]
             found += [f"{width} px, {'dark' if dark else 'light'}: {one}" for one in problems]
         return found

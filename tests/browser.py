@@ -131,6 +131,13 @@ class Browser:
             )
         )
 
+    def scrolled_tables(self) -> list[str]:
+        """Return the starts of tables that are wider than their place."""
+        script = """return [...document.querySelectorAll(".scroll")]
+          .filter((at) => at.querySelector("table") && at.scrollWidth > at.clientWidth)
+          .map((at) => at.innerText.slice(0, 80));"""
+        return [str(text) for text in self.run(script)]
+
     def unlabeled_elements(self) -> list[str]:
         """Return elements without a label, and skipped heading levels."""
         return [str(found) for found in self.run(UNLABELED_SCRIPT)]

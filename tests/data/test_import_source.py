@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 from image_fixtures import write_gray_image, write_jsonl
 
+from finesight.data import import_source
 from finesight.data.boxes import BoxConvention, InvalidBoxError
-from finesight.data.import_source import ImportOptions, UnvalidatedRow, open_unvalidated
+from finesight.data.import_source import (
+    ImportOptions,
+    UnvalidatedRow,
+    open_source,
+    open_unvalidated,
+)
 from finesight.data.importer import import_dataset
 from finesight.data.sample import BoxPart, ImagePart
 from finesight.errors import UserError
@@ -128,3 +134,18 @@ def test_column_option_for_folder_is_rejected(tmp_path: Path) -> None:
             tmp_path / "set", tmp_path / "out", ImportOptions(columns={"image": "image"})
         )
     assert caught.value.where == "--map"
+
+
+@pytest.mark.parametrize("num_images", [3, 4])
+def test_image_folder_is_that_of_the_first_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int
+) -> None:
+    monkeypatch.setattr(import_source, "NUM_PREVIEW_ROWS", 4)
+    (tmp_path / "images").mkdir()
+    for index in range(num_images):
+        write_gray_image(tmp_path / f"images/{index}.png")
+    rows = [f"{index}.png,red" for index in range(20)]
+    (tmp_path / "table.csv").write_text("\n".join(["image,answer", *rows]))
+    options = ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="Color?")
+    found = open_source(tmp_path / "table.csv", options).image_folder
+    assert found == (tmp_path / "images" if num_images == 4 else None)

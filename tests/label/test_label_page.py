@@ -170,6 +170,40 @@ def test_edited_fields_leave_the_rest_of_the_answer(
         assert (unknown.status_code, "field 5" in unknown.text) == (422, True)
 
 
+def test_items_are_listed_by_state_and_text(tmp_path: Path) -> None:
+    def list_names(client: TestClient, **query: object) -> list[str]:
+        found = client.get("/search", params=query).json()
+        assert found["count"] == len(found["items"]) + query.get("start", 0)
+        return [row["name"] for row in found["items"]]
+
+    with open_client(open_fields_session(tmp_path)) as client:
+        ids = [client.get(f"/items/{index}").json()["id"] for index in range(3)]
+        client.post("/decision", json={"id": ids[0], "action": "save", "text": '{"shop": "Zed"}'})
+        client.post("/decision", json={"id": ids[1], "action": "skip"})
+        assert list_names(client) == ["2.png", "1.png", "0.png"]
+        assert list_names(client, start=1) == ["1.png", "0.png"]
+        for state, name in (("labeled", "2.png"), ("skipped", "1.png"), ("open", "0.png")):
+            assert list_names(client, state=state) == [name]
+        assert list_names(client, text="zed") == ["2.png"]
+        assert list_names(client, text="VADE") == list_names(client, text="0.PNG") == ["0.png"]
+        assert list_names(client, text="vade", state="labeled") == []
+        assert client.get("/search?state=other").status_code == 422
+
+
+def test_history_has_the_old_and_new_answers(tmp_path: Path) -> None:
+    suggested, corrected = json.dumps(FIELDS[2]), '{"shop": "A"}'
+    with open_client(open_fields_session(tmp_path)) as client:
+        decision = {"id": client.get("/items/0").json()["id"], "action": "save"}
+        for changes in ({"text": suggested}, {"text": corrected}, {"action": "reopen"}):
+            item = client.post("/decision", json=decision | changes).json()["item"]
+        texts = [
+            tuple(entry[key] and entry[key]["text"] for key in ("old", "new"))
+            for entry in item["history"]
+        ]
+    unchanged = (None, suggested)
+    assert texts == [unchanged, unchanged, (suggested, corrected), (None, None)]
+
+
 def test_unreadable_image_can_be_skipped(tmp_path: Path) -> None:
     photos = draw_images(tmp_path)
     (photos / "0.png").write_bytes(b"no image")
@@ -311,6 +345,37 @@ def test_fields_are_labeled_by_keyboard_and_survive_a_reload(
             "1.png": json.dumps({**FIELDS[1], "shop": "Olpa"}),
         }
         check_layouts(browser, address)
+
+
+def test_listed_image_is_opened_with_its_history(tmp_path: Path, browser: Browser) -> None:
+    rows = "document.querySelectorAll('#list-items button')"
+    with serve(open_fields_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#name').textContent === '1.png'")
+        browser.run("document.querySelector('#list').open = true;")
+        wait_for(browser, f"{rows}.length === 3 && {rows}[1].ariaCurrent === 'true'")
+        browser.run("document.querySelector('#list-text').focus();")
+        browser.run("document.execCommand('insertText', false, 'rab');")
+        wait_for(browser, f"{rows}.length === 1 && {rows}[0].innerText.includes('accepted')")
+        press(browser, "Enter")  # saves nothing
+        browser.run(f"{rows}[0].click();")
+        wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
+        browser.run("document.querySelector('#history').open = true;")
+        press(browser, "e")
+        wait_for(browser, "document.activeElement.id === 'field-0'")
+        browser.run("document.execCommand('insertText', false, 'Rabe');")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('corrected 1')")
+        assert read_answers(tmp_path / "labels") == {
+            "2.png": json.dumps(FIELDS[2] | {"shop": "Rabe"})
+        }
+        browser.run(f"{rows}[0].click();")
+        wait_for(browser, "document.querySelector('#history del')?.textContent.includes('Rab')")
+        assert "Rabe" in browser.run("return document.querySelector('#history').innerText;")
+        checker = AxeChecker()
+        assert checker.find_layout_problems(browser) == []
 
 
 def test_unreadable_images_are_shown_and_skipped(tmp_path: Path, browser: Browser) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import html
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +38,7 @@ from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
 from finesight.studio.studio_jobs import JobStore
 from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
-from finesight.studio.studio_view import STEPS, Selection, StudioView
+from finesight.studio.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
 from finesight.studio.workspace import Workspace
 from finesight.web.web_server import create_private_folder
 
@@ -270,19 +273,31 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
         (folder / "runs/a/checkpoints" / name).mkdir(parents=True)
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     (folder / "runs/a/adapter").rename(folder / "adapter")
-    for step, button in (("chat", "start-the-chat"), ("export", "start-the-server")):
-        assert click_button(page, button, f"step={step}&run=runs/a") == ""
+    label_form = ("photos", "Color?", "labels", "finesight-tiny", "", "", "")
+    buttons = {"start-the-chat": (), "start-the-server": (), "merge": ("m",)}
+    for button, values in {**buttons, "start-labelling": label_form}.items():
+        step = {"start-the-chat": "chat", "start-labelling": "label"}.get(button, "export")
+        assert click_button(page, button, f"step={step}&run=runs/a", *values) == ""
         with open_client(folder) as client:
             shown = client.get(f"/live?step={step}&lang=en").json()["top"]
         assert "The run is not finished: its newest checkpoint is used" in shown
-    assert [words[1] for words in started] == ["runs/a/checkpoints/step-20"] * 2
+    assert [words[1] for words in started] == ["runs/a/checkpoints/step-20"] * 4
     (folder / "runs/a/predictions/after.jsonl").unlink()
     (folder / "runs/a/predictions/before.jsonl").write_text('{"image": "photos/00.png"}\n')
     with contextlib.chdir(folder):
         assert read_example(Path("runs/a")) == ("photos/00.png", "Which color?")
+    shutil.rmtree(folder / "runs/a/checkpoints")
+    for button, values in buttons.items():
+        message = click_button(page, button, "step=export&run=runs/a", *values)
+        assert "no weights yet" in message
+        assert "step Train" in message
+    assert click_button(page, "start-labelling", "step=label&run=runs/a", *label_form) == ""
+    assert started[4][1] == "finesight-tiny"
+    with open_client(folder) as client:
+        assert "no weights yet" in client.get("/live?step=label&run=runs/a&lang=en").json()["top"]
     (folder / "adapter").rename(folder / "runs/a/adapter")
     assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
-    assert started[2][1] == "runs/a"
+    assert started[5][1] == "runs/a"
 
 
 def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
@@ -296,6 +311,111 @@ def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
             assert f"run=runs%2F{recipe}" in page["url"]
             assert ("charts" in page["bottom"]) == (recipe == "a")
             assert page["top"].count("selected") == (2 if recipe == "a" else 1)
+
+
+def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
+    (folder / "data/a").mkdir(parents=True)
+    (folder / "data/a/data.jsonl").write_text('{"id": 1}\n')
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    labels = {
+        label
+        for block in page.blocks.blocks.values()
+        for label in (getattr(block, "label", None), getattr(block, "value", None))
+        if isinstance(label, str)
+    }
+    assert set(FIELD_NAMES.values()) <= labels
+    for lang, name in (("en", "the step “Data”"), ("zh", "步骤“数据”")):
+        values = ([], "r", "finesight-tiny", "", "", "", "")
+        message = click_button(
+            page, "create-the-recipe", f"step=plan&data=data/a&lang={lang}", *values
+        )
+        assert name in message
+        assert "finesight import" not in message
+
+
+@pytest.mark.parametrize(
+    ("step", "arguments", "exit_code", "log", "shown"),
+    [
+        (
+            "data",
+            "import a",
+            0,
+            "next: finesight check a.jsonl --against b.jsonl",
+            "the step “Check”",
+        ),
+        (
+            "label",
+            "label m a",
+            0,
+            "next: finesight train r 'data.train=[\"a\"]'",
+            "the step “Plan”",
+        ),
+        (
+            "data",
+            "import a b",
+            2,
+            "error: perhaps with --map image=a --map answer=b --map box=c, or --prompt",
+            "perhaps with “Columns” image=a answer=b box=c, or “Prompt”",
+        ),
+        ("train", "train r", 2, "error: a\n  remedy: use --resume", "use “Start or resume”"),
+        (
+            "label",
+            "label m a",
+            2,
+            "Usage: finesight label X\nTry 'finesight label'.\n\nError: a",
+            "Error: a",
+        ),
+        ("export", "export m", 0, "finesight serve m --port 1", "finesight serve m --port 1"),
+        (
+            "check",
+            "check a",
+            0,
+            "next: finesight check a --fix b",
+            "next: finesight check a --fix b",
+        ),
+    ],
+)
+def test_log_names_fields_and_steps_of_the_page(
+    folder: Path, step: str, arguments: str, exit_code: int, log: str, shown: str
+) -> None:
+    write_job(folder, step, arguments.split(), exit_code, log)
+    with open_client(folder) as client:
+        page = client.get(f"/live?step={step}&lang=en").json()["bottom"]
+    [found] = re.findall(r"<pre class=\"log\"[^>]*>(.*?)</pre>", page, re.DOTALL)
+    assert shown in html.unescape(found)
+    assert ("Usage" in found, "no field for" in found) == (False, "--fix" in shown)
+    assert "exit code" not in page
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "log", "shown"),
+    [
+        (2, "2 issues", "finished: errors found"),
+        (3, "2 issues", "finished: warnings found"),
+        (2, "error: a", "failed"),
+        (-9, "", "failed: ended by the system, often for lack of memory"),
+    ],
+)
+def test_outcome_of_a_check_is_shown_without_its_exit_code(
+    folder: Path, exit_code: int, log: str, shown: str
+) -> None:
+    write_job(folder, "check", ["check", "a"], exit_code, log, ok_exit_codes=[0, 2, 3])
+    with open_client(folder) as client:
+        page = client.get("/live?step=check&lang=en").json()["bottom"]
+    [chip] = re.findall(r"<h2 id=\"job-h\">.*?<span[^>]*>(.*?)</span>", page)
+    assert chip == shown
+
+
+def write_job(
+    folder: Path, step: str, arguments: list[str], exit_code: int, log: str, **values: object
+) -> None:
+    job = {"step": step, "target": "", "arguments": arguments, **values}
+    job_folder = folder / ".finesight/jobs/1"
+    job_folder.mkdir(parents=True)
+    job["started_at"] = "2000-01-01T00:00:00Z"
+    (job_folder / "job.json").write_text(json.dumps(job))
+    (job_folder / "log.txt").write_text(log)
+    (job_folder / "exit_code").write_text(str(exit_code))
 
 
 def test_estimate_of_a_changed_recipe_is_marked(folder: Path) -> None:
@@ -319,6 +439,84 @@ def test_remedy_of_a_missing_item_names_its_step(folder: Path) -> None:
         ("start-the-chat", "chat", "step Train"),
     ):
         assert problem in click_button(page, button, f"step={step}")
+
+
+def write_recipe(folder: Path, name: str, data: str) -> Path:
+    text = f"model: finesight-tiny\ndata: {{train: {data}}}\noutput_dir: runs/{name}\n"
+    (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{name}.yaml"
+
+
+def test_command_that_runs_already_is_named_by_its_step(folder: Path) -> None:
+    write_recipe(folder, "mine", "data/a/data.jsonl")
+    view = StudioView(Workspace(folder))
+    view.jobs.start("plan", "mine.yaml", ["plan", "mine.yaml"])
+    page = StudioPage(view, ServerAccess())
+    message = click_button(page, "estimate-memory-and-time", "step=plan&recipe=mine.yaml&lang=en")
+    assert "the step “Plan”: the command is already running" in message
+
+
+def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
+    uploads = folder / "uploads"
+    for name in "ab":
+        shutil.copytree(folder / "photos", uploads / name)
+        import_dataset(uploads / name, folder / "data" / name, ImportOptions(prompt="Color?"))
+    import_dataset(folder / "photos", folder / "own", ImportOptions(prompt="Color?"))
+    write_recipe(folder, "other", "data/aa/data.jsonl")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    (folder / ".finesight/check").mkdir(parents=True)
+    (folder / ".finesight/check/data--a.html").write_text("old")
+    assert "no data set" in click_button(page, "delete", "step=data&data=data/c")
+    assert "not created by the studio" in click_button(page, "delete", "step=data&data=own")
+    assert click_button(page, "delete", "step=data&data=data/a") == ""
+    assert sorted(path.name for path in folder.glob("data/*")) == ["b"]
+    assert sorted(path.name for path in uploads.iterdir()) == ["b"]
+    assert [path.name for path in folder.rglob(".finesight/**/*")] == ["check"]
+    # Another data set keeps the uploads that it uses.
+    import_dataset(uploads / "b", folder / "data/c", ImportOptions(prompt="Color?"))
+    assert click_button(page, "delete", "step=data&data=data/b") == ""
+    assert (uploads / "b/00.png").exists()
+    with open_client(folder) as client:
+        shown = client.get("/live?step=data").json()["top"]
+    assert shown.count('class="delete"') == 1
+
+
+@pytest.mark.parametrize("user", ["recipe", "pattern", "run", "job", "labels"])
+def test_data_set_in_use_is_not_deleted(
+    folder: Path, user: str, request: pytest.FixtureRequest
+) -> None:
+    data = folder / "data/a"
+    options = ImportOptions(prompt="Color?", copy_images=True)
+    import_dataset(folder / "photos", data, options)
+    view = StudioView(Workspace(folder))
+    page = StudioPage(view, ServerAccess())
+    used_by = "the recipe mine.yaml"
+    if user == "recipe":
+        write_recipe(folder, "mine", "data/a/data.jsonl")
+    elif user == "pattern":
+        write_recipe(folder, "mine", "data/*/data.jsonl")
+    elif user == "run":
+        # A run that holds the lock of its folder is in progress.
+        run = make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0])).folder
+        (run / "result.json").unlink()
+        write_recipe(folder, "mine", "data/a/data.jsonl").rename(run / "recipe.yaml")
+        lock = os.open(run, os.O_RDONLY)
+        request.addfinalizer(lambda: os.close(lock))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        used_by = "the recipe runs/a/recipe.yaml"
+    elif user == "job":
+        view.jobs.start("label", "", ["label", "finesight-tiny", "photos", "--out", "data/a"])
+        used_by = "the running command in the step Label"
+    else:
+        labels = json.loads((data / "data.jsonl").read_text().splitlines()[0])
+        labels["messages"][0]["content"][0]["image"] = "../a/images/00.png"
+        (folder / "data/labels").mkdir()
+        (folder / "data/labels/labels.jsonl").write_text(f"{json.dumps(labels)}\n")
+        used_by = "the data set data/labels"
+    message = click_button(page, "delete", "step=data&data=data/a&lang=en")
+    assert f"data/a is used by {used_by}" in message
+    assert "Not deleted" in message
+    assert (data / "data.jsonl").exists()
 
 
 def test_icon_is_answered_before_sign_in(folder: Path) -> None:
@@ -420,6 +618,39 @@ def test_ticked_data_sets_are_in_the_recipe(folder: Path, studio: StudioDriver) 
     studio.wait_for("document.querySelector('#editor textarea')?.value.includes('train:\\n')")
     data = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data
     assert len({file.path for file in data.train}) == 2
+
+
+def test_deletion_is_confirmed(folder: Path, studio: StudioDriver) -> None:
+    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Color?"))
+    button = "document.querySelector('button.delete')"
+    studio.open("data")
+    studio.browser.run(
+        f"window.confirm = (text) => (window.asked = text, false); {button}.click();"
+    )
+    studio.wait_for("window.asked?.includes('Delete data/a with')")
+    studio.browser.settle()
+    assert (folder / "data/a").exists()
+    studio.browser.run(f"window.confirm = () => true; {button}.click();")
+    studio.wait_for(f"document.querySelector('#studio-top nav') && !{button}")
+    assert not (folder / "data/a").exists()
+
+
+def test_edits_are_unsaved_until_saving_succeeds(folder: Path, studio: StudioDriver) -> None:
+    text = "model: finesight-tiny\ndata: {train: a.jsonl}\noutput_dir: runs/"
+    (folder / "a.yaml").write_text(f"{text}a")
+    asks = "!window.dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+    studio.open("plan")
+    studio.fill(editor=f"{text}a\nunknown: 1")
+    studio.wait_for(asks)
+    studio.click("save-the-recipe")
+    studio.wait_for("document.querySelector('#message .error')?.innerText.includes('unknown')")
+    studio.wait_for(asks)
+    studio.fill(editor=f"{text}b")
+    studio.click("save-the-recipe")
+    is_shown = "document.querySelector('#editor textarea')?.value.includes('runs/b')"
+    studio.wait_for(f"!document.querySelector('#message .error') && {is_shown}")
+    studio.wait_for(f"!({asks})")
+    assert "runs/b" in (folder / "a.yaml").read_text()
 
 
 def test_unlabeled_images_become_a_served_model(

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 NUM_DETECTION_ROWS = 100
 
 NUM_PREVIEW_ROWS = 300
-"""Number of rows from which columns and task are detected."""
+"""Number of rows from which columns, image folder and task are detected."""
 
 MAX_CLASS_CHARS, MIN_CAPTION_WORDS = 60, 8
 """Maximum length of a class, and mean words of answers to several questions that are captions."""
@@ -274,10 +274,14 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
 
 
 def _find_image_folder(source: ImportSource) -> Path | None:
-    """Return the only subfolder next to a table that contains all images, given by bare names."""
+    """Return the only subfolder next to a table with the images, given by bare names.
+
+    The first `NUM_PREVIEW_ROWS` rows decide.
+    """
     column, home = source.column_map.get("image", ""), source.path.parent
     folders: list[Path] | None = None
-    for row in source.iter_rows():
+    start, stop = source.row_bounds
+    for row in source.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS)):
         name = row.record.get(column)
         if not isinstance(name, str) or Path(name).name != name or os.path.exists(home / name):
             return None

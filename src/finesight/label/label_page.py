@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, Field, FiniteFloat
@@ -25,7 +25,7 @@ from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
 from finesight.label.label_store import LabelItem
-from finesight.label.suggestion import AnswerContent
+from finesight.label.suggestion import AnswerContent, get_text
 from finesight.report import i18n
 from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, translate_markup, use_language
 from finesight.vision.image_processing import load_image
@@ -36,9 +36,14 @@ from finesight.web.web_sessions import DiskBudget
 
 LABEL_STATIC_FOLDER = Path(__file__).parent / "static"
 GET_ROUTES = re.compile(
-    r"/|/sign-in|/page\.css|/label\.(?:css|js)|/items(?:/\d{1,9})?|/images/\d{1,9}/\d{1,4}"
+    r"/|/sign-in|/page\.css|/label\.(?:css|js)|/search|/items(?:/\d{1,9})?|/images/\d{1,9}/\d{1,4}"
 )
 POST_ROUTES = re.compile(r"/sign-in|/decision")
+
+MAX_LISTED_ITEMS, MAX_LISTED_CHARS = 100, 200
+"""Maximum number of items and of characters per answer in one part of the list."""
+
+ListState = Literal["", "open", "labeled", "skipped"]
 
 MAX_DISPLAY_SIDE = 2000
 """Maximum width and height of an image that the browser receives, in pixels."""
@@ -49,6 +54,7 @@ SCRIPT_TEXTS = (
     *("open", "suggested", "accepted", "corrected", "skipped", "reopened"),
     *("All images are decided.", "Not saved", "The server does not answer."),
     *("The image cannot be read.", "No objects", "Answer without JSON:"),
+    *("before:", "after:", "{} images"),
 )
 """Texts of the script, which are translated on the page."""
 
@@ -122,6 +128,21 @@ class LabelPage:
             "decisions": [item.decision.event if item.decision else "" for item in self._items],
             "counts": self._session.store.count_events(),
         }
+
+    def search(self, text: str, state: ListState, start: int) -> dict[str, Any]:
+        """Return the items of a state with a text in their answers or file names, from `start`."""
+        found = []
+        for index, item in enumerate(self._items):
+            event = item.decision.event if item.decision else "open"
+            content = item.proposal
+            labels = [part.label for part in content if isinstance(part, BoxPart) and part.label]
+            answer = " ".join([get_text(content), *labels]).strip()
+            name = ", ".join(path.name for path in _list_images(item)) or item.sample.sample.id
+            is_of_state = state in ("", "labeled" if event in ("accepted", "corrected") else event)
+            if is_of_state and text.casefold() in f"{name}\n{answer}".casefold():
+                answer = answer[:MAX_LISTED_CHARS]
+                found.append({"index": index, "name": name, "decision": event, "answer": answer})
+        return {"count": len(found), "items": found[start : start + MAX_LISTED_ITEMS]}
 
     def describe(self, index: int) -> dict[str, Any]:
         """Return an item with the sizes of its images."""
@@ -244,6 +265,14 @@ def make_label_app(
     @app.get("/items")
     def get_items() -> Any:
         return page.list_items()
+
+    @app.get("/search")
+    def search_items(
+        text: Annotated[str, Query(max_length=1000)] = "",
+        state: ListState = "",
+        start: Annotated[int, Query(ge=0)] = 0,
+    ) -> Any:
+        return page.search(text, state, start)
 
     @app.get("/items/{index}")
     def get_item(index: int) -> Any:

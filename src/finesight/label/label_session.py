@@ -155,10 +155,7 @@ class LabelSession:
                 {"path": list(part.path), "confidence": part.confidence}
                 for part in (suggestion.parts if suggestion else ())
             ],
-            "history": [
-                {"time": entry.time.isoformat(), "event": entry.event, "model": entry.model}
-                for entry in item.history
-            ],
+            "history": _describe_history(item),
         }
 
     def edit_fields(self, text: str, edits: Mapping[int, str]) -> str:
@@ -192,7 +189,7 @@ class LabelSession:
             raise UserError(
                 f"the answer is not JSON: {text!r:.80}",
                 expected="a JSON object, like most answers",
-                remedy="correct it, skip (S), or start again with --kind text",
+                remedy="correct it, or skip (S); answers of the kind text need no JSON",
             )
 
     def _find_fields(self, text: str) -> tuple[str, list[JsonLeaf]]:
@@ -242,6 +239,18 @@ def describe_answer(content: Sequence[Any]) -> dict[str, Any]:
         "text": get_text(content),
         "boxes": [box.model_dump(mode="json", exclude={"type"}) for box in boxes],
     }
+
+
+def _describe_history(item: LabelItem) -> list[dict[str, Any]]:
+    """Return the entries of an item with their answers, and the answer before if it differs."""
+    entries, before = [], item.existing_answer or ()
+    for entry in item.history:
+        old, new = describe_answer(before), describe_answer(entry.content)
+        texts = {"old": old if before and old != new else None, "new": new}
+        values = {"time": entry.time.isoformat(), "event": entry.event, "model": entry.model}
+        entries.append({**values, **(texts if entry.content else {"old": None, "new": None})})
+        before = entry.content or before
+    return entries
 
 
 def read_run_examples(run_or_model: str) -> list[LocatedSample]:

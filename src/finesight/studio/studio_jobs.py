@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -103,7 +104,9 @@ class Job(BaseModel, frozen=True):
             # A server ends only when it is stopped.
             if code in STOPPED_EXIT_CODES or (self.port and code == 0):
                 return "stopped"
-            return "finished" if code in self.ok_exit_codes else "failed"
+            # A data check with errors has the exit code of an error of the command.
+            is_error = bool(code and re.search("^error: ", self.read_log(), re.MULTILINE))
+            return "finished" if code in self.ok_exit_codes and not is_error else "failed"
         return "running" if is_running else "killed"
 
     def read_log(self) -> str:

@@ -25,6 +25,7 @@ from finesight.data.import_source import ImportOptions, count_unlabeled_images, 
 from finesight.errors import UserError
 from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
+from finesight.manifest import RECIPE_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
 from finesight.studio.studio_jobs import format_command
@@ -32,6 +33,7 @@ from finesight.studio.studio_view import (
     CHECK_EXIT_CODES,
     LABELS_NAME,
     STATIC_FOLDER,
+    STEP_NAMES,
     Selection,
     StudioState,
     StudioView,
@@ -143,6 +145,9 @@ class StudioPage:
             )
             self.inputs[previews["id"]] = _text_inputs(len(values))
             self._button("Import", self._import, inputs, input_type)
+        # Clicked by the script of the page after a confirmation.
+        with self._forms["data"]:
+            self._button("Delete", self._delete, error_title="Not deleted")
         with self._form("label"):
             fields = [
                 self._text("Images to label: a file or folder", "images", "photos"),
@@ -259,9 +264,9 @@ class StudioPage:
             on_click, list(inputs), [self._message, self._next_url], show_progress="hidden"
         )
         self.inputs[click["id"]] = input_type or _text_inputs(len(inputs))
-        click.then(
-            None, self._next_url, None, js="(url) => { if (url) window.location.assign(url); }"
-        )
+        is_saved = str(action == self._save_recipe).lower()
+        script = f"(url) => window.finesightOpen(url, {is_saved})"
+        click.then(None, self._next_url, None, js=script)
 
     def _on_load(self, request: gr.Request) -> dict[Any, Any]:
         selection = _read_selection(request)
@@ -354,6 +359,29 @@ class StudioPage:
             state, str(target), arguments, data=str(target), form=[source, name, *others]
         )
 
+    def _delete(self, state: StudioState) -> str:
+        """Delete the selected data set, unless something uses it."""
+        if state.dataset is None:
+            raise _missing("data set")
+        path, content = state.dataset.path, state.content
+        running = [run for run in content.runs if self._view.describe_run(run).status == "running"]
+        recipes = [*content.recipes, *(run / RECIPE_FILE for run in running)]
+        uses = [
+            f"the running command in the step {STEP_NAMES[job.step]}"
+            for job in self._jobs.list_running()
+            if any(Path(os.path.normpath(word)).is_relative_to(path) for word in job.arguments)
+        ]
+        if uses := [*uses, *self._workspace.find_uses(path, recipes)]:
+            raise UserError(
+                f"{path} is used by {', '.join(uses)}",
+                where="delete",
+                expected="a data set that nothing uses",
+                remedy="stop the command, choose other data in the recipe in the step Plan, or"
+                " delete the other data set first",
+            )
+        self._workspace.delete_dataset(state.dataset)
+        return state.selection.link(data="")
+
     def _check_labels(self, source: str) -> None:
         """Raise UserError for a folder of images without labels, before the import fails."""
         folder = self._workspace.folder / source.strip()
@@ -398,11 +426,23 @@ class StudioPage:
         self._workspace.save_recipe(state.recipe, text, digest)
         return state.selection.link(recipe=str(state.recipe))
 
-    def _chat(self, state: StudioState) -> str:
+    def _find_weights(self, state: StudioState) -> str:
+        """Return the weights of the selected run as an argument. Raises UserError without any."""
         if state.run is None:
             raise _missing("run")
-        weights = as_argument(self._workspace.find_weights(state.run))
-        arguments, port = ["web", weights], self._access.chat_port
+        weights = self._workspace.find_weights(state.run)
+        if weights is None:
+            raise UserError(
+                "the run has no weights yet",
+                where=str(state.run),
+                expected="a finished run, or a LoRA run with a checkpoint",
+                remedy="select another run, or resume this one in the step Train",
+            )
+        return as_argument(weights)
+
+    def _chat(self, state: StudioState) -> str:
+        arguments = ["web", self._find_weights(state)]
+        port = self._access.chat_port
         return self._start_server(state, arguments, port, self._page_options(), self._access.host)
 
     def _label(
@@ -418,7 +458,7 @@ class StudioPage:
         *,
         review: bool = False,
     ) -> str:
-        """Start the labelling page, with the selected run or else a model.
+        """Start the labelling page, with the selected run or, without weights of one, a model.
 
         A review without images is that of the selected data set. An existing folder of labels is
         continued.
@@ -433,7 +473,8 @@ class StudioPage:
             target = self._workspace.resolve(str(target), "labels")
         else:
             target = self._workspace.check_new_name("data", name)
-        run = as_argument(state.run) if state.run else self._workspace.check_model(model)
+        weights = self._workspace.find_weights(state.run) if state.run else None
+        run = as_argument(weights) if weights else self._workspace.check_model(model)
         values = {"prompt": prompt, "kind": kind, "classes": classes, "train-fraction": fraction}
         options = [f"--{key}={value.strip()}" for key, value in values.items() if value.strip()]
         options += ["--review"] if review else []
@@ -460,9 +501,7 @@ class StudioPage:
             file = self._workspace.folder / STUDIO_FOLDER / API_KEY_FILE
             key = file.read_text("utf-8") if file.is_file() else secrets.token_urlsafe(32)
             options = ["--key-file", str(self._write_password(key, API_KEY_FILE))]
-        if state.run is None:
-            raise _missing("run")
-        arguments = ["serve", as_argument(self._workspace.find_weights(state.run))]
+        arguments = ["serve", self._find_weights(state)]
         return self._start_server(state, arguments, self._access.api_port, options)
 
     def _write_password(self, password: str, name: str = PASSWORD_FILE) -> Path:
@@ -491,10 +530,10 @@ class StudioPage:
         return self._start(state, state.target, arguments, port=port, host=host, form=form)
 
     def _merge(self, state: StudioState, name: str) -> str:
-        if state.run is None:
-            raise _missing("run")
+        weights = self._find_weights(state)
         target = self._workspace.check_new_name("models", name)
-        return self._start(state, str(state.run), ["merge", as_argument(state.run), str(target)])
+        arguments = ["merge", weights, str(target)]
+        return self._start(state, state.target, arguments)
 
     def _export(self, state: StudioState, name: str, *, write_gguf: bool = False) -> str:
         """Print serving commands for a merged model, or write GGUF files."""

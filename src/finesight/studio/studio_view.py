@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -23,29 +25,68 @@ from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
 from finesight.report import i18n
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import compare_runs, render_compare_page
-from finesight.report.i18n import LANGUAGE_TAGS, Language, translate_markup, use_language
+from finesight.report.i18n import (
+    LANGUAGE_TAGS,
+    Language,
+    translate,
+    translate_markup,
+    use_language,
+)
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import get_run_status
 from finesight.studio.studio_jobs import Job, JobStore, format_command
-from finesight.studio.workspace import (
-    STUDIO_FOLDER,
-    Workspace,
-    WorkspaceContent,
-    WorkspaceDataset,
-    as_argument,
-)
+from finesight.studio.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.web.chat_html import select_ui_text
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
+STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
 
 CHECK_EXIT_CODES = (0, 2, 3)
 """Exit codes of `finesight check`: no issues, errors, warnings."""
 
 LABELS_NAME = "labels"
 """Default name of the data set that the label step creates."""
+
+FIELD_NAMES = {
+    "--map": "Columns (empty: detected)",
+    "--prompt": "Prompt",
+    "--train-fraction": "Fraction of training samples",
+    "--out": "Name of the data set",
+    "--kind": "Kind of the answers",
+    "--classes": "Classes",
+    "--resume": "Start or resume",
+}
+"""Field or button of the page by option of a command."""
+
+_COMMANDS = "import,label,check,plan init,train,report compare,chat web predict,serve merge export"
+COMMAND_STEPS = {
+    command: step
+    for step, commands in zip(STEPS, _COMMANDS.split(","), strict=True)
+    for command in commands.split()
+}
+"""Step of the page by command."""
+
+TERMINAL_COMMANDS = ("export", "serve")
+"""Commands whose output is for a terminal."""
+
+_USAGE = re.compile(r"(?m)^(?:Usage: |Try ')finesight .*\n+")
+_COMMAND = re.compile(
+    # The page cannot fix data.
+    rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b(?:(?!, or |: )[^\n`;])*`?"
+)
+_NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+OUTCOMES = {
+    "check": {2: "errors found", 3: "warnings found"},
+    "train": {75: "checkpoint saved"},
+}
+"""Meaning of the exit codes of the commands of a step."""
+
+KILLED_OUTCOME = "ended by the system, often for lack of memory"
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
@@ -139,7 +180,7 @@ class StudioView:
         )
         self._environment.globals |= {
             "translate": translate_markup,
-            "steps": STEPS,
+            "step_names": STEP_NAMES,
             "split_words": split_words,
         }
         styles = [
@@ -188,6 +229,11 @@ class StudioView:
         state = self.read_state(selection)
         selection, job = state.selection, state.job
         status = "stopping" if job and job.is_stopping else job.status if job else ""
+        weights = self.workspace.find_weights(state.run) if state.run else None
+        log = job.read_log() if job else ""
+        if status in ("failed", "killed") or (job and job.arguments[0] not in TERMINAL_COMMANDS):
+            with use_language(selection.lang):
+                log = use_page_names(log)
         running = [item for item in self.jobs.list_running() if job is None or item.id != job.id]
         with use_language(selection.lang):
             values = {
@@ -198,15 +244,16 @@ class StudioView:
                 "job": job,
                 "status": status,
                 "running": running,
-                "log": job.read_log() if job else "",
+                "log": log,
+                "outcome": _find_outcome(job) if job else "",
                 "is_ready": job is not None and status == "running" and job.port and job.is_ready,
                 "host": f"[{host}]" if ":" in host else host,
                 "workspace": self.workspace.folder,
                 "commands": [format_command(words) for words in self.list_commands(state)],
-                "runs": [self._describe_run(run) for run in state.content.runs],
+                "runs": [self.describe_run(run) for run in state.content.runs],
                 "charts": self._build_charts(state),
                 "page": self._find_page(state),
-                "weights": str(self.workspace.find_weights(state.run)) if state.run else "",
+                "weights": str(weights or ""),
                 "saved_at": self._read_saved_time(state.recipe),
                 "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
             }
@@ -221,11 +268,12 @@ class StudioView:
     def list_commands(self, state: StudioState) -> list[list[str]]:
         """Return the commands of a step that depend on the selection and the workspace only."""
         step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
-        if step == "label" and run is not None:
-            return [["label", as_argument(run), "IMAGES", "--out", f"data/{LABELS_NAME}"]]
+        weights = as_argument(self.workspace.find_weights(run) or run) if run else ""
+        if step == "label" and weights:
+            return [["label", weights, "IMAGES", "--out", f"data/{LABELS_NAME}"]]
         if step == "check" and dataset is not None:
             against = ["--against", as_argument(dataset.eval_file)] if dataset.eval_file else []
-            options = ["--html", str(_get_check_page(dataset)), "--language", state.selection.lang]
+            options = ["--html", str(dataset.check_page), "--language", state.selection.lang]
             return [["check", as_argument(dataset.train_file), *against, *options]]
         if step == "plan" and recipe is not None:
             return [["plan", as_argument(recipe)]]
@@ -234,8 +282,8 @@ class StudioView:
             return [["train", as_argument(recipe), "--resume"]]
         if step == "results" and run is not None:
             return [["report", as_argument(run)]]
-        if step == "chat" and run is not None:
-            return [["web", as_argument(self.workspace.find_weights(run))]]
+        if step == "chat" and weights:
+            return [["web", weights]]
         if step == "export":
             model = as_argument((state.content.models or [Path("models/NAME")])[0])
             options = ["--converter", "convert_hf_to_gguf.py"]
@@ -257,7 +305,7 @@ class StudioView:
     def read_check_page(self, selection: Selection) -> str:
         """Return the page of the last check of the selected data set."""
         dataset = self.read_state(selection).dataset
-        file = self.workspace.folder / _get_check_page(dataset) if dataset else None
+        file = self.workspace.folder / dataset.check_page if dataset else None
         if file is None or not file.is_file():
             raise UserError("no check", expected="a checked data set", remedy="run the check")
         return file.read_text(encoding="utf-8")
@@ -292,7 +340,7 @@ class StudioView:
             file = folder / state.run / METRICS_FILE
             query = {"run": str(state.run)}
         elif state.selection.step == "check" and state.dataset:
-            file, query = folder / _get_check_page(state.dataset), {"data": str(state.dataset.path)}
+            file, query = folder / state.dataset.check_page, {"data": str(state.dataset.path)}
         else:
             return ""
         if not file.is_file():
@@ -301,7 +349,8 @@ class StudioView:
         name = "report" if state.selection.step == "results" else "check"
         return f"view/{name}?{urlencode(query)}"
 
-    def _describe_run(self, run: Path) -> RunRow:
+    def describe_run(self, run: Path) -> RunRow:
+        """Return the row of a run in the table of runs."""
         folder = self.workspace.folder / run
         files = [folder / name for name in (METRICS_FILE, RESULT_FILE)]
         versions = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
@@ -319,11 +368,6 @@ class StudioView:
         )
 
 
-def _get_check_page(dataset: WorkspaceDataset) -> Path:
-    name = str(dataset.path).replace("/", "--")
-    return Path(STUDIO_FOLDER, "check", f"{name}.html")
-
-
 def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> Any:
     """Return the item with a name, or None. Without a name, return the first one or None."""
     if not name:
@@ -336,6 +380,37 @@ def _read_run_version(folder: Path, versions: tuple[int, ...]) -> RunRecord:
     return read_run(folder)
 
 
+def _find_outcome(job: Job) -> str:
+    """Return the meaning of an exit code; empty for most."""
+    if job.exit_code == -signal.SIGKILL:
+        return KILLED_OUTCOME
+    outcomes = OUTCOMES.get(job.step, {}) if job.status != "failed" else {}
+    return outcomes.get(job.exit_code or 0, "")
+
+
+def use_page_names(text: str) -> str:
+    """Replace commands and options in a message by steps, fields and buttons of the page.
+
+    Messages of functions and commands name what a terminal has. A note explains other options.
+    """
+
+    def name_field(match: re.Match[str]) -> str:
+        if match[0] not in FIELD_NAMES:
+            return match[0]
+        return f"“{re.split(r' ?[(（]', translate(FIELD_NAMES[match[0]]))[0]}”"
+
+    def name_step(match: re.Match[str]) -> str:
+        # A new recipe combines data sets.
+        step = "plan" if "data.train=" in match[0] else COMMAND_STEPS[match[1]]
+        return translate("the step “{}”", translate(STEP_NAMES[step]))
+
+    text = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, _USAGE.sub("", text)))
+    text = _OPTION.sub(name_field, text)
+    options = ", ".join(dict.fromkeys(_OPTION.findall(text)))
+    note = "The page has no field for options such as {}. Use them in a terminal, in the workspace."
+    return f"{text}\n{translate(note, options)}" if options else text
+
+
 def split_words(command: str) -> Markup:
     """Render a command whose lines break between words only, not after a hyphen."""
     return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" "))
@@ -343,5 +418,5 @@ def split_words(command: str) -> Markup:
 
 def render_message(title: str, text: str, kind: str = "error") -> str:
     """Render the result of an action above the form."""
-    inner = Markup("<strong>{}</strong><pre>{}</pre>").format(title, text)
+    inner = Markup("<strong>{}</strong><pre>{}</pre>").format(title, use_page_names(text))
     return Markup('<div class="message {}" role="alert">{}</div>').format(kind, inner)

@@ -100,6 +100,11 @@ class WorkspaceDataset:
     num_train: int
     num_eval: int
 
+    @property
+    def check_page(self) -> Path:
+        """Page of the last check."""
+        return Path(STUDIO_FOLDER, "check", f"{str(self.path).replace('/', '--')}.html")
+
 
 @dataclass(slots=True)
 class WorkspaceContent:
@@ -176,16 +181,16 @@ class Workspace:
             return False
         return isinstance(content, dict) and {"model", "data"} <= content.keys()
 
-    def find_weights(self, run: Path) -> Path:
-        """Return a run, or its newest checkpoint if LoRA training has not ended yet."""
+    def find_weights(self, run: Path) -> Path | None:
+        """Return a finished run, or the newest checkpoint of unfinished LoRA training, or None."""
         folder = self.folder / run
-        newest = find_newest_checkpoint(folder)
-        if newest is None or any((folder / n).is_dir() for n in (ADAPTER_FOLDER, MODEL_FOLDER)):
+        if any((folder / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER)):
             return run
+        newest = find_newest_checkpoint(folder)
         with contextlib.suppress(UserError):
-            if not load_manifest(folder / MANIFEST_FILE).tune.has_mode("full"):
-                return newest.relative_to(self.folder)
-        return run
+            is_full = load_manifest(folder / MANIFEST_FILE).tune.has_mode("full")
+            return None if newest is None or is_full else newest.relative_to(self.folder)
+        return None
 
     def _contains(self, path: Path) -> bool:
         # Unlike Path.resolve, it accepts links in a loop.
@@ -279,6 +284,48 @@ class Workspace:
         tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
         sources = tables if len(tables) == 1 else files
         return folder / sources[0].name if len(sources) == 1 else folder
+
+    def find_uses(self, folder: Path, recipes: Sequence[Path]) -> list[str]:
+        """Return those of the recipes, and the data sets elsewhere, that use files of a folder."""
+        root, uses = os.path.realpath(self.folder / folder), []
+        for recipe in recipes:
+            with contextlib.suppress(UserError):
+                data = load_recipe(self.folder / recipe).data
+                patterns = [str(self.folder / file.path) for file in (*data.train, *data.eval)]
+                files = chain(patterns, *(iglob(pattern, recursive=True) for pattern in patterns))
+                if any(Path(os.path.realpath(file)).is_relative_to(root) for file in files):
+                    uses.append(f"the recipe {recipe}")
+        for dataset in self.scan().datasets:
+            home = os.path.realpath(self.folder / dataset.path)
+            # Image paths are relative to the data set, or absolute.
+            names = [f'"{path}/'.encode() for path in (os.path.relpath(root, home), root)]
+            for file in (dataset.train_file, dataset.eval_file) if home != root else ():
+                with (self.folder / (file or os.devnull)).open("rb") as lines:
+                    if any(name in line for line in lines for name in names):
+                        uses.append(f"the data set {dataset.path}")
+        return [*dict.fromkeys(uses)]
+
+    def delete_dataset(self, dataset: WorkspaceDataset) -> None:
+        """Delete a data set in `data` and its check, and its uploads unless others use them.
+
+        Raises:
+            UserError: The data set is in another folder, which may contain files of the user.
+        """
+        if dataset.path.parent != Path("data"):
+            raise UserError(
+                f"{dataset.path} was not created by the studio",
+                where="delete",
+                expected="a data set in the folder data",
+                remedy="delete its folder with another program",
+            )
+        paths, uploads = [dataset.path, dataset.check_page], Path("uploads", dataset.path.name)
+        if self.find_uses(uploads, ()) in ([], [f"the data set {dataset.path}"]):
+            paths.append(uploads)
+        # Renaming leaves no half data set if deleting fails.
+        with working_folder(self.folder / STUDIO_FOLDER / "deleted") as trash:
+            for number, path in enumerate(paths):
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / path).rename(trash / str(number))
 
     def create_recipe(
         self,

@@ -58,6 +58,7 @@ const open = async (index, select = -1) => {
     byId("error").hidden = true;
     location.hash = index;
     show();
+    markListed();
     // An empty text has the focus, so that the letters of the answer are no commands.
     const isReadable = !item.images.some((image) => image.error);
     const isEmpty = isReadable && !item.suggestion && !answerText && item.decision === "open";
@@ -85,6 +86,7 @@ const decide = async (action) => {
     const result = await request("decision", { id: item.id, action, ...readAnswer() });
     decisions[index] = action === "reopen" ? "" : result.item.decision;
     showCounts(result.counts);
+    showList();
     if (action === "reopen") return;
     decided.push(index);
     document.activeElement?.blur?.();
@@ -127,6 +129,46 @@ const makeBadge = (confidence) => {
   return create("span", { class: `badge ${level}` }, `${Math.floor(100 * confidence)} %`);
 };
 
+const formatAnswer = ({ text, boxes: shown }) => [text, ...shown.map((box) =>
+  `${box.label ?? ""} [${box.xyxy.map(Math.round).join(", ")}]`)].join("\n").trim();
+
+// List of all images
+
+let listed = 0, listRequest = 0;
+const showList = async (start = 0) => {
+  if (!byId("list").open) return;
+  const number = ++listRequest;
+  const query = new URLSearchParams({ text: byId("list-text").value, state: byId("list-state").value, start });
+  try {
+    const found = await request(`search?${query}`);
+    // The answer to an earlier request may come later.
+    if (number !== listRequest) return;
+    const rows = found.items.map(({ index, name, decision, answer }) => create("li", {}, create("button",
+      { type: "button", "data-index": index, onclick: () => openListed(index) },
+      create("span", {}, name), " ", create("span", { class: "chip" }, translate(decision)), " ",
+      create("span", { class: "answer" }, answer))));
+    if (start) byId("list-items").append(...rows);
+    else byId("list-items").replaceChildren(...rows);
+    listed = start + rows.length;
+    byId("list-count").textContent = translate("{} images", found.count);
+    byId("list-more").hidden = listed >= found.count;
+    markListed();
+  } catch (error) { report(error); }
+};
+const openListed = async (index) => {
+  document.activeElement?.blur?.();
+  if (await open(index)) window.scrollTo(0, 0);
+};
+const markListed = () => {
+  for (const button of document.querySelectorAll("#list-items button")) {
+    button.setAttribute("aria-current", Number(button.dataset.index) === item?.index);
+  }
+};
+byId("list").addEventListener("toggle", () => showList());
+byId("list-state").addEventListener("change", () => showList());
+byId("list-text").addEventListener("input", () => showList());
+byId("list-more").addEventListener("click", () => showList(listed));
+
 // Page
 
 const show = () => {
@@ -139,17 +181,18 @@ const show = () => {
       ? translate("confidence {}", `${Math.floor(100 * item.confidence)} %`) : translate("No suggestion");
   byId("history").hidden = !history.length;
   byId("history").querySelector("ol").replaceChildren(...history.map((entry) => create(
-    "li", {}, `${entry.time.slice(0, 19).replace("T", " ")} ${translate(entry.event)} ${entry.model}`)));
+    "li", {}, `${entry.time.slice(0, 19).replace("T", " ")} ${translate(entry.event)} ${entry.model}`,
+    ...(entry.old ? [create("div", { class: "small" }, translate("before:"), " ",
+      create("del", {}, formatAnswer(entry.old)))] : []),
+    ...(entry.new ? [create("div", { class: "small" }, ...(entry.old ? [translate("after:"), " "] : []),
+      create("ins", {}, formatAnswer(entry.new)))] : []))));
   const hints = [];
   const isShown = JSON.stringify(suggestion) === JSON.stringify(answer);
   if (suggestion && (item.has_template || !isShown)) hints.push([translate("The model suggests:"), suggestion]);
   if (item.has_template && answer.text && !isShown) hints.push([translate("Answer without JSON:"), answer]);
   byId("hint").hidden = !hints.length;
-  byId("hint").replaceChildren(...hints.flatMap(([title, shown]) => {
-    const text = [shown.text, ...shown.boxes.map((box) =>
-      `${box.label ?? ""} [${box.xyxy.map(Math.round).join(", ")}]`)].join("\n").trim();
-    return [create("p", { class: "small soft" }, title), create("pre", {}, text)];
-  }));
+  byId("hint").replaceChildren(...hints.flatMap(([title, shown]) => [
+    create("p", { class: "small soft" }, title), create("pre", {}, formatAnswer(shown))]));
   byId("save").disabled = item.images.some((image) => image.error);
   showForm();
   showImage();
@@ -396,6 +439,7 @@ const addByKey = () => {
 document.addEventListener("keydown", (event) => {
   // Enter also ends the composition of an input method.
   if (!item || event.isComposing || event.keyCode === 229 || event.metaKey || event.altKey) return;
+  if (event.target.closest?.("#list")) return;
   const isField = event.target.matches?.("input, textarea, select");
   const isControl = event.target.matches?.("button, a, summary");
   if (event.key === "Escape") {

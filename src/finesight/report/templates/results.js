@@ -33,19 +33,19 @@ function drawFieldDiff({differences, num_equal: numEqual}) {
   const note = createElement("p", {class: "soft small"},
     translate("{} equal values, {} fields with differences", numEqual, differences.length));
   if (!differences.length) return [note];
-  const headers = ["field", "reference", "answer", "difference"].map((name) =>
-    createElement("th", {scope: "col"}, translate(name)));
+  const names = ["field", "reference", "answer", "difference"].map((name) => translate(name));
+  const headers = names.map((name) => createElement("th", {scope: "col"}, name));
   const rows = differences.map(([name, missing, extra]) => {
     const kind = missing.length && extra.length ? "different" : missing.length ? "missing" : "extra";
     return createElement("tr", {},
       createElement("th", {scope: "row"}, name || "[ ]"),
-      createElement("td", {}, createElement("del", {}, missing.join("; "))),
-      createElement("td", {}, createElement("ins", {}, extra.join("; "))),
-      createElement("td", {}, translate(kind)));
+      createElement("td", {"data-label": names[1]}, createElement("del", {}, missing.join("; "))),
+      createElement("td", {"data-label": names[2]}, createElement("ins", {}, extra.join("; "))),
+      createElement("td", {"data-label": names[3]}, translate(kind)));
   });
   return [note, createElement("div", {class: "scroll fields", tabindex: 0, role: "region",
     "aria-label": translate("Differences by field")},
-  createElement("table", {}, createElement("thead", {}, createElement("tr", {}, ...headers)),
+  createElement("table", {class: "stack"}, createElement("thead", {}, createElement("tr", {}, ...headers)),
     createElement("tbody", {}, ...rows)))];
 }
 

@@ -56,14 +56,14 @@ function drawImages(sample) {
 
 function drawBoxes(sample) {
   if (!sample.boxes.length && !sample.num_sample_boxes) return [];
-  const headers = [translate("no."), translate("label"), translate("in the model input"),
-    translate("in the original image")].map((name) => createElement("th", {scope: "col"}, name));
+  const names = ["no.", "label", "in the model input", "in the original image"].map((name) => translate(name));
+  const headers = names.map((name) => createElement("th", {scope: "col"}, name));
   const formatCorners = (xyxy) => xyxy.map(Math.round).join(", ");
   const rows = sample.boxes.map((box, index) => createElement("tr", {},
     createElement("td", {}, `${index + 1}`),
-    createElement("td", {}, box.label === null ? "–" : box.label),
-    createElement("td", {class: "mono"}, formatCorners(box.xyxy)),
-    createElement("td", {class: "mono"}, formatCorners(box.original_box))));
+    createElement("td", {"data-label": names[1]}, box.label === null ? "–" : box.label),
+    createElement("td", {class: "mono", "data-label": names[2]}, formatCorners(box.xyxy)),
+    createElement("td", {class: "mono", "data-label": names[3]}, formatCorners(box.original_box))));
   const isEqual = sample.boxes.length === sample.num_sample_boxes;
   const counts = translate("{} parsed from the tokens, {} in the sample",
     formatCount(sample.boxes.length, "{} box", "{} boxes"), sample.num_sample_boxes);
@@ -71,7 +71,7 @@ function drawBoxes(sample) {
     createElement("p", {class: isEqual ? "small soft" : "small warn"}, counts),
     createElement("div",
       {class: "scroll", tabindex: 0, role: "region", "aria-label": translate("Boxes")},
-      createElement("table", {},
+      createElement("table", {class: "stack"},
         createElement("thead", {}, createElement("tr", {}, ...headers)),
         createElement("tbody", {}, ...rows))),
   ];

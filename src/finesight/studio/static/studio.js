@@ -5,7 +5,7 @@
   const shown = {};
   // Buttons that would start the running command again.
   const starters = ["check", "estimate-memory-and-time", "start-or-resume", "start-the-chat", "start-the-server"];
-  let isEdited = false;
+  let isEdited = false, savedText = "";
 
   const replace = (id, html) => {
     const place = document.getElementById(id);
@@ -65,11 +65,16 @@
     box.setCustomValidity("");
   });
   document.addEventListener("click", async (event) => {
-    if (event.target.closest?.("#save-the-recipe")) isEdited = false;
+    if (event.target.closest?.("#save-the-recipe")) savedText = document.querySelector("#editor textarea").value;
     const stop = event.target.closest?.("button.stop-job");
     if (stop) {
       history.replaceState(null, "", stop.dataset.url);
       document.getElementById("stop").click();
+    }
+    const remove = event.target.closest?.("button.delete");
+    if (remove && window.confirm(remove.dataset.confirm)) {
+      history.replaceState(null, "", remove.dataset.url);
+      document.getElementById("delete").click();
     }
     const button = event.target.closest?.("button.copy");
     if (!button) return;
@@ -85,5 +90,11 @@
     }
     button.textContent = "✓";
   });
+  // Called with the address to open after an action; it is empty if the action has failed.
+  window.finesightOpen = (url, isSaved) => {
+    if (!url) return;
+    if (isSaved && savedText === document.querySelector("#editor textarea").value) isEdited = false;
+    window.location.assign(url);
+  };
   update();
 }

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from tiers import is_slow, may_contain_tests
+from module_loader import load_module
+from tiers import SLOW_MARKERS, is_longest, is_slow, may_contain_tests
 
 TESTS = Path(__file__).parent
 _ASSETS = pytest.StashKey[str]()
@@ -39,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(XDG_STATE_HOME=config.stash[_ASSETS])
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Start two workers per core for the slow tier, whose tests often wait for other processes."""
+    is_waiting_tier = config.getoption("markexpr") == SLOW_MARKERS
+    return 2 * len(os.sched_getaffinity(0)) if is_waiting_tier else None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not import files without tests of the selected tier."""
     file = collection_path.relative_to(TESTS).as_posix()
@@ -48,12 +56,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the slow tier; tests marked `fuzz` belong to their own tier."""
+    """Mark the tests of the slow tier and move the longest to the front.
+
+    A long test that starts last would leave the other workers idle. Tests marked `fuzz` belong to
+    their own tier.
+    """
     for item in items:
         test_id = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
         fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
         if not item.get_closest_marker("fuzz") and is_slow(test_id, fixtures):
             item.add_marker("slow")
+    items.sort(key=lambda item: not is_longest(item.nodeid.removeprefix("tests/")))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -75,9 +88,23 @@ def pytest_collection_finish() -> None:
 
     Training and evaluation collect garbage to free memory, over all objects of the test process.
     """
-    gc.enable()
-    gc.collect()
     gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session")
+def thinking_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run of a model with a thinking mode, which tests only read."""
+    from thinking_fixtures import train_run
+
+    return train_run(tmp_path_factory.mktemp("thinking") / "task")
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Build the source archive of the checkout, and the wheel from it."""
+    verify_wheel = load_module("tools/verify_wheel.py")
+    return verify_wheel.build_archives(TESTS.parent, tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,11 +38,13 @@ def build_context(tmp_path: Path) -> Path:
     return tmp_path / "given"
 
 
-def test_build_context_gives_the_same_wheel(build_context: Path, tmp_path: Path) -> None:
+def test_build_context_gives_the_same_wheel(
+    build_context: Path, archives: tuple[Path, Path], tmp_path: Path
+) -> None:
     (tmp_path / "dist").mkdir()
     name = VERIFY_WHEEL.call_build_hook("build_wheel", build_context, tmp_path / "dist")
     built = tmp_path / "dist" / name
-    assert _contents(built) == _contents(VERIFY_WHEEL.build_archives(ROOT, tmp_path / "whole")[1])
+    assert _contents(built) == _contents(archives[1])
 
 
 def _contents(wheel: Path) -> dict[str, int]:

@@ -25,12 +25,6 @@ VERIFY_WHEEL = load_module("tools/verify_wheel.py")
 SOURCES = {str(path) for path in VERIFY_WHEEL.source_files(ROOT)}
 
 
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Build the source archive, and the wheel from it."""
-    return VERIFY_WHEEL.build_archives(ROOT, tmp_path_factory.mktemp("built"))
-
-
 def test_wheel_contains_only_the_package(archives: tuple[Path, Path]) -> None:
     packed = {name for name in VERIFY_WHEEL.list_contents(archives[1]) if ".dist-info/" not in name}
     own = {name.removeprefix("src/") for name in SOURCES if name.startswith("src/")}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from case_files import load_cases
 from service_fixture import write_shape_image
-from thinking_fixtures import ANSWER, THOUGHT, train_run
+from thinking_fixtures import ANSWER, THOUGHT
 from typer.testing import CliRunner
 from web_server_fixture import ScriptedService
 
@@ -179,9 +179,8 @@ def test_ctrl_c_cancels_reply_but_not_session():
 @pytest.mark.parametrize(
     ("options", "has_reasoning"), [((), True), (("--no-thinking",), False)], ids=["run", "option"]
 )
-def test_reasoning_is_printed_before_the_answer(tmp_path, options, has_reasoning):
-    run = str(train_run(tmp_path / "task"))
-    command = ["chat", run, "--device", "cpu", "--precision", "fp32", *options]
+def test_reasoning_is_printed_before_the_answer(thinking_run, options, has_reasoning):
+    command = ["chat", str(thinking_run), "--device", "cpu", "--precision", "fp32", *options]
     result = CliRunner().invoke(app, command, input="Which colour?\n")
     assert result.exit_code == 0, result.output
     assert result.stdout == (f"{THOUGHT}\n\n" if has_reasoning else "") + f"{ANSWER}\n"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from api_server_fixtures import RunningServer, run_server
 from openai import BadRequestError, OpenAI
-from thinking_fixtures import ANSWER, THOUGHT, train_run
+from thinking_fixtures import ANSWER, THOUGHT
 
 from finesight.infer.model_loader import load_inference_model
 
@@ -19,9 +19,10 @@ COLORS = {"name": "color", "schema": {"enum": ["red", "blue"]}}
 
 
 @pytest.fixture(scope="module")
-def thinking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    run = train_run(tmp_path_factory.mktemp("trained") / "task")
-    model = load_inference_model(str(run), "cpu", "fp32")
+def thinking_server(
+    thinking_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    model = load_inference_model(str(thinking_run), "cpu", "fp32")
     with run_server(model, tmp_path_factory.mktemp("server")) as server:
         yield server
 

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import pytest
 from case_files import load_cases
 from service_fixture import run_service
-from thinking_fixtures import ANSWER, THOUGHT, train_run
+from thinking_fixtures import ANSWER, THOUGHT
 from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
 from finesight.encode.family import ThinkingOptions
@@ -540,9 +540,8 @@ def test_page_selects_the_thinking_mode(default):
             assert service.requests[-1].thinking == ThinkingOptions(enable_thinking=expected)
 
 
-def test_page_shows_reasoning_of_a_run(tmp_path):
-    run = train_run(tmp_path / "task")
-    with run_service(str(run)) as service, run_web_page(service) as location:
+def test_page_shows_reasoning_of_a_run(thinking_run):
+    with run_service(str(thinking_run)) as service, run_web_page(service) as location:
         assert _converse(location, "Which colour?", thinking=True) == ANSWER
         assert _converse(location, "Which colour?", thinking=False) == ANSWER
         session = location.visitors.get_or_create("shown")

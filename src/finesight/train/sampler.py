@@ -49,13 +49,10 @@ class SampleOrder:
             math.ceil(Fraction(str(weight)) * size)
             for size, weight in zip(sizes, weights, strict=True)
         )
+        self.epoch_length = sum(self._samples_per_epoch)
+        """Number of samples per epoch, the same for all epochs."""
         self._epoch = -1
         self._indices: NDArray[np.int64] = np.empty(0, np.int64)
-
-    @property
-    def epoch_length(self) -> int:
-        """Number of samples per epoch, the same for all epochs."""
-        return sum(self._samples_per_epoch)
 
     def index_at(self, position: int) -> int:
         """Return the sample index at a position, counted from the start of epoch 0."""

@@ -10,10 +10,12 @@ import pytest
 from tiers import (
     DEFAULT_MARKERS,
     END_TO_END,
+    LONGEST,
     SLOW,
     SLOW_MARKERS,
     TESTS,
     defines_slow_fixture,
+    is_longest,
     is_slow,
     may_contain_tests,
 )
@@ -38,13 +40,19 @@ def test_each_command_has_an_end_to_end_test_in_the_default_tier() -> None:
     assert not any(is_slow(f"{test}[a]") for test in END_TO_END.values())
 
 
-@pytest.mark.parametrize("test", [*SLOW, *END_TO_END.values()])
+@pytest.mark.parametrize("test", [*SLOW, *LONGEST, *END_TO_END.values()])
 def test_listed_tests_exist(test: str) -> None:
     path, _, name = test.partition("::")
     assert (TESTS / path).is_dir() if test.endswith("/") else (TESTS / path).is_file()
     if name:
         nodes = ast.walk(ast.parse((TESTS / path).read_text("utf-8")))
         assert name in {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+def test_longest_tests_of_the_slow_tier_start_first() -> None:
+    assert all(is_slow(test, ["browser"]) for test in LONGEST)
+    assert is_longest(f"{LONGEST[0]}[a]")
+    assert not is_longest("report/test_a.py::test_page")
 
 
 def test_tests_in_a_browser_are_slow() -> None:

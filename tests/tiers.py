@@ -16,6 +16,8 @@ TESTS = Path(__file__).parent
 # Prefixes of test ids below tests/: folders, files, or single tests of a file.
 SLOW = tuple(load_cases("slow_tests"))
 SLOW_FIXTURES = {"browser"}
+# Single tests that take 20 seconds or more, most of them alone.
+LONGEST = tuple(load_cases("longest_tests"))
 
 DEFAULT_MARKERS, SLOW_MARKERS = "not slow and not fuzz", "slow"
 """Values of the option -m in the Makefile."""
@@ -58,6 +60,11 @@ def is_slow(test_id: str, fixtures: Collection[str] = ()) -> bool:
     if test_id.partition("[")[0] in END_TO_END.values():
         return False
     return test_id.startswith(SLOW) or not SLOW_FIXTURES.isdisjoint(fixtures)
+
+
+def is_longest(test_id: str) -> bool:
+    """Check if a test takes so long that it has to start first."""
+    return test_id.startswith(LONGEST)
 
 
 def may_contain_tests(file: str, markers: str) -> bool:

@@ -34,9 +34,9 @@ class AxeChecker:
         ]
 
     def find_layout_problems(self, browser: Browser) -> list[str]:
-        """Return serious violations, overflow and scrolled tables of the open page, narrow and wide, light and dark.
+        """Return serious violations, overflow and scrolled tables of the open page.
 
-        The page is not loaded again.
+        It is shown narrow and wide, light and dark, and is not loaded again.
         """
         found = []
         for width, dark in browser.iter_layouts():

@@ -447,6 +447,15 @@ def write_recipe(folder: Path, name: str, data: str) -> Path:
     return folder / f"{name}.yaml"
 
 
+def test_command_that_runs_already_is_named_by_its_step(folder: Path) -> None:
+    write_recipe(folder, "mine", "data/a/data.jsonl")
+    view = StudioView(Workspace(folder))
+    view.jobs.start("plan", "mine.yaml", ["plan", "mine.yaml"])
+    page = StudioPage(view, ServerAccess())
+    message = click_button(page, "estimate-memory-and-time", "step=plan&recipe=mine.yaml&lang=en")
+    assert "the step “Plan”: the command is already running" in message
+
+
 def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     uploads = folder / "uploads"
     for name in "ab":
@@ -496,8 +505,8 @@ def test_data_set_in_use_is_not_deleted(
         fcntl.flock(lock, fcntl.LOCK_EX)
         used_by = "the recipe runs/a/recipe.yaml"
     elif user == "job":
-        job = view.jobs.start("label", "", ["label", "finesight-tiny", "photos", "--out", "data/a"])
-        used_by = f"the running command {job.command}"
+        view.jobs.start("label", "", ["label", "finesight-tiny", "photos", "--out", "data/a"])
+        used_by = "the running command in the step Label"
     else:
         labels = json.loads((data / "data.jsonl").read_text().splitlines()[0])
         labels["messages"][0]["content"][0]["image"] = "../a/images/00.png"

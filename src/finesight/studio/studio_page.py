@@ -33,6 +33,7 @@ from finesight.studio.studio_view import (
     CHECK_EXIT_CODES,
     LABELS_NAME,
     STATIC_FOLDER,
+    STEP_NAMES,
     Selection,
     StudioState,
     StudioView,
@@ -366,7 +367,7 @@ class StudioPage:
         running = [run for run in content.runs if self._view.describe_run(run).status == "running"]
         recipes = [*content.recipes, *(run / RECIPE_FILE for run in running)]
         uses = [
-            f"the running command {job.command}"
+            f"the running command in the step {STEP_NAMES[job.step]}"
             for job in self._jobs.list_running()
             if any(Path(os.path.normpath(word)).is_relative_to(path) for word in job.arguments)
         ]
@@ -440,8 +441,10 @@ class StudioPage:
         return as_argument(weights)
 
     def _chat(self, state: StudioState) -> str:
-        arguments, port = ["web", self._find_weights(state)], self._access.chat_port
-        return self._start_server(state, arguments, port, self._page_options(), self._access.host)
+        arguments = ["web", self._find_weights(state)]
+        port, host = self._access.chat_port, self._access.host
+        options = self._page_options()
+        return self._start_server(state, arguments, port, options, host)
 
     def _label(
         self,
@@ -528,8 +531,10 @@ class StudioPage:
         return self._start(state, state.target, arguments, port=port, host=host, form=form)
 
     def _merge(self, state: StudioState, name: str) -> str:
-        weights, target = self._find_weights(state), self._workspace.check_new_name("models", name)
-        return self._start(state, state.target, ["merge", weights, str(target)])
+        weights = self._find_weights(state)
+        target = self._workspace.check_new_name("models", name)
+        arguments = ["merge", weights, str(target)]
+        return self._start(state, state.target, arguments)
 
     def _export(self, state: StudioState, name: str, *, write_gguf: bool = False) -> str:
         """Print serving commands for a merged model, or write GGUF files."""

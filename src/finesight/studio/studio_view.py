@@ -37,30 +37,18 @@ from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import get_run_status
 from finesight.studio.studio_jobs import Job, JobStore, format_command
-from finesight.studio.workspace import (
-    Workspace,
-    WorkspaceContent,
-    WorkspaceDataset,
-    as_argument,
-)
+from finesight.studio.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.web.chat_html import select_ui_text
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
+STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
 
 CHECK_EXIT_CODES = (0, 2, 3)
 """Exit codes of `finesight check`: no issues, errors, warnings."""
 
 LABELS_NAME = "labels"
 """Default name of the data set that the label step creates."""
-
-STEP_NAMES = dict(
-    zip(
-        STEPS,
-        ("Data", "Label", "Check", "Plan", "Train", "Results", "Chat", "Serve and export"),
-        strict=True,
-    )
-)
 
 FIELD_NAMES = {
     "--map": "Columns (empty: detected)",
@@ -73,23 +61,21 @@ FIELD_NAMES = {
 }
 """Field or button of the page by option of a command."""
 
+_COMMANDS = "import,label,check,plan init,train,report compare,chat web predict,serve merge export"
 COMMAND_STEPS = {
-    "import": "data",
-    "init": "plan",
-    "report": "results",
-    "compare": "results",
-    "predict": "chat",
-    "web": "chat",
-    "serve": "export",
-    "merge": "export",
-    **{step: step for step in STEPS},
+    command: step
+    for step, commands in zip(STEPS, _COMMANDS.split(","), strict=True)
+    for command in commands.split()
 }
 """Step of the page by command."""
+
+TERMINAL_COMMANDS = ("export", "serve")
+"""Commands whose output is for a terminal."""
 
 _USAGE = re.compile(r"(?m)^(?:Usage: |Try ')finesight .*\n+")
 _COMMAND = re.compile(
     # The page cannot fix data.
-    rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b(?:(?!, or )[^\n`;])*`?"
+    rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b(?:(?!, or |: )[^\n`;])*`?"
 )
 _NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
@@ -244,6 +230,10 @@ class StudioView:
         selection, job = state.selection, state.job
         status = "stopping" if job and job.is_stopping else job.status if job else ""
         weights = self.workspace.find_weights(state.run) if state.run else None
+        log = job.read_log() if job else ""
+        if status in ("failed", "killed") or (job and job.arguments[0] not in TERMINAL_COMMANDS):
+            with use_language(selection.lang):
+                log = use_page_names(log)
         running = [item for item in self.jobs.list_running() if job is None or item.id != job.id]
         with use_language(selection.lang):
             values = {
@@ -254,7 +244,7 @@ class StudioView:
                 "job": job,
                 "status": status,
                 "running": running,
-                "log": _read_log(job) if job else "",
+                "log": log,
                 "outcome": _find_outcome(job) if job else "",
                 "is_ready": job is not None and status == "running" and job.port and job.is_ready,
                 "host": f"[{host}]" if ":" in host else host,
@@ -388,12 +378,6 @@ def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> 
 @lru_cache(maxsize=64)
 def _read_run_version(folder: Path, versions: tuple[int, ...]) -> RunRecord:
     return read_run(folder)
-
-
-def _read_log(job: Job) -> str:
-    # The output of these commands is for a terminal.
-    is_raw = job.arguments[0] in ("export", "serve") and job.status != "failed"
-    return job.read_log() if is_raw else use_page_names(job.read_log())
 
 
 def _find_outcome(job: Job) -> str:

@@ -299,15 +299,11 @@ class Workspace:
             home = os.path.realpath(self.folder / dataset.path)
             # Image paths are relative to the data set, or absolute.
             names = [f'"{path}/'.encode() for path in (os.path.relpath(root, home), root)]
-            for file in (dataset.train_file, dataset.eval_file):
-                if file is not None and home != root and self._contains_any(file, names):
-                    uses.append(f"the data set {dataset.path}")
-                    break
-        return uses
-
-    def _contains_any(self, file: Path, words: Sequence[bytes]) -> bool:
-        with (self.folder / file).open("rb") as lines:
-            return any(word in line for line in lines for word in words)
+            for file in (dataset.train_file, dataset.eval_file) if home != root else ():
+                with (self.folder / (file or os.devnull)).open("rb") as lines:
+                    if any(name in line for line in lines for name in names):
+                        uses.append(f"the data set {dataset.path}")
+        return [*dict.fromkeys(uses)]
 
     def delete_dataset(self, dataset: WorkspaceDataset) -> None:
         """Delete a data set in `data` and its check, and its uploads unless others use them.

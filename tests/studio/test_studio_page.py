@@ -390,8 +390,8 @@ def test_log_names_fields_and_steps_of_the_page(
 @pytest.mark.parametrize(
     ("exit_code", "log", "shown"),
     [
-        (2, "2 issues", "finished: errors found"),
-        (3, "2 issues", "finished: warnings found"),
+        (2, "a.jsonl: 1 row\nerror: the image file is missing", "finished: errors found"),
+        (3, "a.jsonl: 1 row\nwarning: b", "finished: warnings found"),
         (2, "error: a", "failed"),
         (-9, "", "failed: ended by the system, often for lack of memory"),
     ],

@@ -481,7 +481,7 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     assert shown.count('class="delete"') == 1
 
 
-@pytest.mark.parametrize("user", ["recipe", "pattern", "run", "job", "labels"])
+@pytest.mark.parametrize("user", ["recipe", "pattern", "run", "data/a", "uploads/a", "labels"])
 def test_data_set_in_use_is_not_deleted(
     folder: Path, user: str, request: pytest.FixtureRequest
 ) -> None:
@@ -504,8 +504,8 @@ def test_data_set_in_use_is_not_deleted(
         request.addfinalizer(lambda: os.close(lock))
         fcntl.flock(lock, fcntl.LOCK_EX)
         used_by = "the recipe runs/a/recipe.yaml"
-    elif user == "job":
-        view.jobs.start("label", "", ["label", "finesight-tiny", "photos", "--out", "data/a"])
+    elif user in ("data/a", "uploads/a"):
+        view.jobs.start("label", "", ["label", "finesight-tiny", user, "--prompt=Color?"])
         used_by = "the running command in the step Label"
     else:
         labels = json.loads((data / "data.jsonl").read_text().splitlines()[0])

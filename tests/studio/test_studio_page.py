@@ -294,7 +294,8 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
     assert click_button(page, "start-labelling", "step=label&run=runs/a", *label_form) == ""
     assert started[4][1] == "finesight-tiny"
     with open_client(folder) as client:
-        assert "no weights yet" in client.get("/live?step=label&run=runs/a&lang=en").json()["top"]
+        shown = client.get("/live?step=label&run=runs/a&lang=en").json()["top"]
+    assert ("no weights yet" in shown, 'class="command"' in shown) == (True, False)
     (folder / "adapter").rename(folder / "runs/a/adapter")
     assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
     assert started[5][1] == "runs/a"

@@ -294,7 +294,8 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
     assert click_button(page, "start-labelling", "step=label&run=runs/a", *label_form) == ""
     assert started[4][1] == "finesight-tiny"
     with open_client(folder) as client:
-        assert "no weights yet" in client.get("/live?step=label&run=runs/a&lang=en").json()["top"]
+        shown = client.get("/live?step=label&run=runs/a&lang=en").json()["top"]
+    assert ("no weights yet" in shown, 'class="command"' in shown) == (True, False)
     (folder / "adapter").rename(folder / "runs/a/adapter")
     assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
     assert started[5][1] == "runs/a"
@@ -390,8 +391,8 @@ def test_log_names_fields_and_steps_of_the_page(
 @pytest.mark.parametrize(
     ("exit_code", "log", "shown"),
     [
-        (2, "2 issues", "finished: errors found"),
-        (3, "2 issues", "finished: warnings found"),
+        (2, "a.jsonl: 1 row\nerror: the image file is missing", "finished: errors found"),
+        (3, "a.jsonl: 1 row\nwarning: b", "finished: warnings found"),
         (2, "error: a", "failed"),
         (-9, "", "failed: ended by the system, often for lack of memory"),
     ],
@@ -481,7 +482,7 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     assert shown.count('class="delete"') == 1
 
 
-@pytest.mark.parametrize("user", ["recipe", "pattern", "run", "job", "labels"])
+@pytest.mark.parametrize("user", ["recipe", "pattern", "run", "data/a", "uploads/a", "labels"])
 def test_data_set_in_use_is_not_deleted(
     folder: Path, user: str, request: pytest.FixtureRequest
 ) -> None:
@@ -504,8 +505,8 @@ def test_data_set_in_use_is_not_deleted(
         request.addfinalizer(lambda: os.close(lock))
         fcntl.flock(lock, fcntl.LOCK_EX)
         used_by = "the recipe runs/a/recipe.yaml"
-    elif user == "job":
-        view.jobs.start("label", "", ["label", "finesight-tiny", "photos", "--out", "data/a"])
+    elif user in ("data/a", "uploads/a"):
+        view.jobs.start("label", "", ["label", "finesight-tiny", user, "--prompt=Color?"])
         used_by = "the running command in the step Label"
     else:
         labels = json.loads((data / "data.jsonl").read_text().splitlines()[0])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import secrets
 import shlex
 import signal
@@ -104,8 +103,8 @@ class Job(BaseModel, frozen=True):
             # A server ends only when it is stopped.
             if code in STOPPED_EXIT_CODES or (self.port and code == 0):
                 return "stopped"
-            # A data check with errors has the exit code of an error of the command.
-            is_error = bool(code and re.search("^error: ", self.read_log(), re.MULTILINE))
+            # A data check that finds errors has the exit code of one that cannot start.
+            is_error = bool(code) and self.read_log().startswith("error: ")
             return "finished" if code in self.ok_exit_codes and not is_error else "failed"
         return "running" if is_running else "killed"
 

@@ -364,16 +364,18 @@ class StudioPage:
         if state.dataset is None:
             raise _missing("data set")
         path, content = state.dataset.path, state.content
+        folders = (path, Path("uploads", path.name))
         running = [run for run in content.runs if self._view.describe_run(run).status == "running"]
         recipes = [*content.recipes, *(run / RECIPE_FILE for run in running)]
         uses = [
             f"the running command in the step {STEP_NAMES[job.step]}"
             for job in self._jobs.list_running()
-            if any(Path(os.path.normpath(word)).is_relative_to(path) for word in job.arguments)
+            for word in job.arguments
+            if any(Path(os.path.normpath(word)).is_relative_to(folder) for folder in folders)
         ]
         if uses := [*uses, *self._workspace.find_uses(path, recipes)]:
             raise UserError(
-                f"{path} is used by {', '.join(uses)}",
+                f"{path} is used by {', '.join(dict.fromkeys(uses))}",
                 where="delete",
                 expected="a data set that nothing uses",
                 remedy="stop the command, choose other data in the recipe in the step Plan, or"
@@ -442,8 +444,9 @@ class StudioPage:
 
     def _chat(self, state: StudioState) -> str:
         arguments = ["web", self._find_weights(state)]
-        port = self._access.chat_port
-        return self._start_server(state, arguments, port, self._page_options(), self._access.host)
+        port, host = self._access.chat_port, self._access.host
+        options = self._page_options()
+        return self._start_server(state, arguments, port, options, host)
 
     def _label(
         self,

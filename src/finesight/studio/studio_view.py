@@ -268,9 +268,9 @@ class StudioView:
     def list_commands(self, state: StudioState) -> list[list[str]]:
         """Return the commands of a step that depend on the selection and the workspace only."""
         step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
-        weights = as_argument(self.workspace.find_weights(run) or run) if run else ""
-        if step == "label" and weights:
-            return [["label", weights, "IMAGES", "--out", f"data/{LABELS_NAME}"]]
+        weights = self.workspace.find_weights(run) if run else None
+        if step == "label" and weights is not None:
+            return [["label", as_argument(weights), "IMAGES", "--out", f"data/{LABELS_NAME}"]]
         if step == "check" and dataset is not None:
             against = ["--against", as_argument(dataset.eval_file)] if dataset.eval_file else []
             options = ["--html", str(dataset.check_page), "--language", state.selection.lang]
@@ -282,8 +282,8 @@ class StudioView:
             return [["train", as_argument(recipe), "--resume"]]
         if step == "results" and run is not None:
             return [["report", as_argument(run)]]
-        if step == "chat" and weights:
-            return [["web", weights]]
+        if step == "chat" and weights is not None:
+            return [["web", as_argument(weights)]]
         if step == "export":
             model = as_argument((state.content.models or [Path("models/NAME")])[0])
             options = ["--converter", "convert_hf_to_gguf.py"]

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from case_files import load_cases
 from test_bounded_files import LAUGHS
 
@@ -14,6 +15,7 @@ from finesight.config import ExactSize, LearningRates, LongestSide
 from finesight.errors import UserError
 from finesight.recipe import (
     MAX_REPORTED_ERRORS,
+    choose_duration,
     dump_recipe,
     list_setting_names,
     load_recipe,
@@ -548,3 +550,28 @@ def test_long_name_is_shortened_in_the_message(tmp_path):
     error = _load_error(tmp_path, SHORTEST + "? " + "x" * 500_000 + "\n: 1\n")
     assert "unknown setting" in error.what
     assert len(error.what) < 200
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "is_short", "key", "value"),
+    [
+        (24, False, "steps", 100),
+        (24, True, "steps", 100),
+        (160, False, "epochs", 5),
+        (600, True, "epochs", 5),
+        (800, True, "steps", 200),
+        (800, False, "epochs", 5),
+        (2000, False, "epochs", 3),
+        (50_000, False, "epochs", 1),
+        (50_000, True, "steps", 200),
+        (None, True, "steps", 100),
+    ],
+)
+def test_duration_follows_the_number_of_samples(num_samples, is_short, key, value):
+    batch_size = 8 if (num_samples or 0) < 200 else 16
+    [(name, text)] = choose_duration(num_samples, batch_size, is_short).items()
+    number, _, comment = text.partition("  # ")
+    assert (name, int(number)) == (f"train.{key}", value)
+    assert 20 < len(comment) < 80
+    settings = yaml.safe_load(f"{key}: {text}")
+    assert settings == {key: value}

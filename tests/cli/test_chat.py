@@ -102,7 +102,7 @@ def test_script_ends_at_first_error(line: str, output: str, monkeypatch, tmp_pat
 @pytest.mark.parametrize("has_images", [True, False, None])
 @pytest.mark.parametrize("is_interactive", [True, False])
 def test_image_is_asked_for(image_question, monkeypatch, capsys, has_images, is_interactive):
-    manifest = Manifest.model_construct(has_images=has_images)
+    manifest = Manifest.model_construct(has_images=has_images, prompts=("What is it?", "Why?"))
     session = ChatSession(ScriptedService(manifest=manifest))  # type: ignore[arg-type]
     prompts: list[str] = []
     lines = iter(["What is it?", "missing.png", f"'{image_question[0]}'"])
@@ -118,6 +118,7 @@ def test_image_is_asked_for(image_question, monkeypatch, capsys, has_images, is_
     ChatTerminal(session, GenerationOptions(), is_interactive).run()
     sent = [(turn.text, turn.image_paths) for turn in session.turns]
     printed = capsys.readouterr()
+    assert ("Prompt of the training: What is it?\n" in printed.out) == is_interactive
     if is_interactive and has_images:
         assert sent == [("What is it?", (image_question[0],))]
         assert prompts == ["> ", *["image, or Enter for none: "] * 2, "> "]

@@ -76,12 +76,15 @@ def test_folder_of_images_becomes_a_trained_model(
     write_table(Path("photos"), 24, **captions, url=lambda i: i)
     assert run_command(["init", "photos", "--yes"]) == 0
     printed = capsys.readouterr().out
-    assert "task    captions; prompt: Describe the image." in printed
+    assert "task    captions (cider_d)\nexample <image> Describe the image. -> a plain " in printed
     assert "image: file" in printed
     assert "answer: caption\n        unused column: url\n" in printed
     assert "24 rows\n        comma-separated, UTF-8\n" in printed
-    assert "no issues found" in printed
-    assert "fits in 90% of memory" in printed
+    assert (
+        "check   24 images, 24 unique; no issues found\nrun     100 steps of 8 samples: " in printed
+    )
+    assert "FLOPs" not in printed
+    assert len(printed.splitlines()) < 20
     assert printed.endswith(
         "next:\n  finesight train photos-finetune/recipe.yaml\n"
         "  finesight chat photos-finetune/run\n"
@@ -91,6 +94,8 @@ def test_folder_of_images_becomes_a_trained_model(
     recipe = yaml.safe_load(content)
     assert recipe["model"] == TINY_MODEL
     assert recipe["eval"]["metric"] == "captions"
+    assert recipe["train"]["steps"] == 100
+    assert "steps: 100  # 42 epochs of 19 samples; fewer steps learn too little\n" in content
     short = ["train.steps=2", "eval.limit=2", "eval.max_new_tokens=4"]
     assert run_command(["train", "photos-finetune/recipe.yaml", *short]) == 0
     # The complete command, with an image and the prompt of the training.
@@ -104,7 +109,7 @@ def test_folder_of_images_becomes_a_trained_model(
     monkeypatch.chdir("photos-finetune")
     assert run_command(["train", "recipe.yaml", "train.epochs=1"]) == 2
     printed = capsys.readouterr().err
-    assert "train.epochs replaces train.steps: 200 of the recipe" in printed
+    assert "train.epochs replaces train.steps: 100 of the recipe" in printed
     assert "run the command in the parent folder (cd ..)" in printed
     monkeypatch.chdir(tmp_path)
     question = ["photos/images/0.png", "--prompt", "Describe the image."]
@@ -245,6 +250,17 @@ def write_coco(folder: Path) -> None:
     (folder / "coco.json").write_text(json.dumps(content))
 
 
+def write_coco_classes(folder: Path) -> None:
+    """Write one object per image, each of one of two classes."""
+    boxes = [
+        {"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [i, 1, 9, 9]} for i in range(22)
+    ]
+    images = [{"id": i, "file_name": f"images/{i}.png"} for i in range(22)]
+    classes = [{"id": 1, "name": "ball"}, {"id": 2, "name": "cube"}]
+    content = {"images": images, "annotations": boxes, "categories": classes}
+    (folder / "coco.json").write_text(json.dumps(content))
+
+
 def write_chats(folder: Path) -> None:
     lines = [
         {
@@ -269,10 +285,11 @@ def write_texts(folder: Path) -> None:
     ("write", "source", "name", "metric", "prompt"),
     [
         (write_coco, "coco.json", "coco", "detection", None),
+        (write_coco_classes, "coco.json", "coco", "detection", None),
         (write_chats, ".", "ms-swift", "captions", None),
         (write_texts, "images", "folder", "latex", "Write the formula as LaTeX."),
     ],
-    ids=["boxes", "conversations", "text-files"],
+    ids=["boxes", "single-boxes", "conversations", "text-files"],
 )
 def test_other_formats_are_detected(
     tmp_path: Path, write: Any, source: str, name: str, metric: str, prompt: str | None
@@ -321,7 +338,7 @@ def test_bare_names_are_found_in_the_only_matching_subfolder(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     assert run_command(["init", source, "--yes", "--out", "work"]) == 0
-    assert "table (--map; images found in images/), 3 rows" in capsys.readouterr().out
+    assert "table (columns; images found in images/), 3 rows" in capsys.readouterr().out
     line = json.loads(Path("work/data/data.jsonl").read_text().splitlines()[0])
     assert line["messages"][0]["content"][0]["image"] == "../../images/0.png"
     # A second folder with the same files is ambiguous, and nothing is left of a failed command.
@@ -365,6 +382,32 @@ def test_questions_change_the_settings(tmp_path: Path, monkeypatch: pytest.Monke
         "caption": "text 3",
         "shop": "3",
     }
+
+
+def test_labels_with_one_answer_column_or_several(tmp_path: Path, capsys: Any) -> None:
+    columns = {"No.": lambda i: i, "customer": lambda i: f"c{i}", "city": lambda i: f"t{i}"}
+    write_table(tmp_path, 4, **columns)
+    assert run_command(["init", f"{tmp_path}/labels.csv", "--yes", "--out", f"{tmp_path}/out"]) == 0
+    printed = capsys.readouterr().out
+    assert "        fields: customer,city\n        unused column: No.\n" in printed
+    assert "for one column only: --map image=file --map answer=COLUMN\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "metric"), [("Which color?", "qa"), ("Describe it.", "captions")]
+)
+def test_question_about_unlabeled_images_selects_the_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, metric: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_dots(Path("photos"), 3)
+    found = run_init("photos", "--yes", "--prompt", prompt)
+    assert found["metric"] == metric
+    recipe = Path("photos-finetune/recipe.yaml").read_text()
+    assert (
+        "steps: 100  # for a few dozen labels; with hundreds, replace it by epochs: 5\n" in recipe
+    )
+    assert yaml.safe_load(recipe)["eval"]["metric"] == metric
 
 
 def test_classes_of_unlabeled_images_are_asked(

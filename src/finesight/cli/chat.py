@@ -123,6 +123,9 @@ class ChatTerminal:
             hint = "Attach an image with /image PATH. " * self._expects_image
             model_name = self._session.service.model_names[0]
             typer.echo(f"{model_name}. {hint}Enter a question or /help.")
+            manifest = self._session.service.manifest
+            for prompt in manifest.prompts[:1] if manifest is not None else ():
+                typer.echo(escape_unprintable(f"Prompt of the training: {prompt}"))
         while (line := self._read_line()) is not None:
             try:
                 if not self._handle_line(line.strip()):

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -98,8 +99,11 @@ def init(
     from finesight.data.import_source import ImportOptions, count_unlabeled_images
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
+    from finesight.evaluate.task_metrics import TASK_METRICS
     from finesight.hub.address import is_hub_address
-    from finesight.model_folder import locate_model
+    from finesight.model_folder import TINY_MODEL, locate_model
+    from finesight.plan.plan_format import format_short_plan
+    from finesight.recipe import choose_duration, recipe_from_text
     from finesight.storage import raise_if_exists, write_file
     from finesight.studio.workspace import NUM_EVAL_ROWS, format_recipe
     from finesight.train.console import TrainingConsole
@@ -135,22 +139,27 @@ def init(
     files = {file.file: f"{file.num_samples} samples" for file in summary.output_files}
     num_samples = summary.output_files[0].num_samples
     inputs = (recipe, folder / "run", model, f"`finesight init` for {device}", task, files)
-    write_file(recipe, format_recipe(*inputs, num_samples).encode())
+    batch_size = recipe_from_text(format_recipe(*inputs, num_samples), recipe).train.batch_size
+    duration = choose_duration(num_samples, batch_size, is_short=model == TINY_MODEL)
+    write_file(recipe, format_recipe(*inputs, num_samples, (), duration).encode())
     run_plan = _plan(recipe, console)
     if run_plan is not None:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
-        write_file(recipe, format_recipe(*inputs, num_samples, overrides).encode())
+        write_file(recipe, format_recipe(*inputs, num_samples, overrides, duration).encode())
+    detected_by = opened.detected_by if columns else opened.detected_by.replace("--map", "columns")
+    map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
     lines = [
-        f"data    {source}: {summary.format} ({opened.detected_by}), {num_rows} rows",
+        f"data    {source}: {summary.format} ({detected_by}), {num_rows} rows",
         *([f"        {summary.text_format}"] if summary.text_format else []),
         *(f"        {file.file}: {file.num_samples} samples" for file in summary.output_files),
         *(f"        skipped: {count} rows, {why}" for why, count in summary.skipped_rows.items()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
         *(f"        unused column: {column}" for column in summary.unused_columns),
-        f"task    {task.metric}" + (f"; prompt: {options.prompt}" if options.prompt else ""),
+        *([f"        for one column only: {map_hint}"] if "fields" in options.columns else []),
+        f"task    {task.metric} ({TASK_METRICS[task.metric].primary_metric})",
+        f"example {_format_example(summary.output_files[0].file)}",
         f"device  {device}, {memory_bytes / 1e9:.0f} GB" if memory_bytes else f"device  {device}",
         f"model   {model}",
-        "",
     ]
     check_lines, has_errors = _check(summary)
     commands = [["check", recipe, "--html", folder / "check.html"]] if has_errors else []
@@ -172,8 +181,24 @@ def init(
         }
         echo_json(result)
         return
-    lines += [*check_lines, "", *_format_plan(run_plan), f"recipe: {recipe}", "next:"]
+    plan_lines = [] if run_plan is None else format_short_plan(run_plan)
+    lines += [*check_lines, *plan_lines, "", f"recipe: {recipe}", "next:"]
     typer.echo("\n".join(map(escape_unprintable, [*lines, *(f"  {c}" for c in next_commands)])))
+
+
+def _format_example(file: Path) -> str:
+    """Format question and answer of the first sample of a file."""
+    from finesight.data.corpus import open_sample_source
+    from finesight.data.sample import BoxPart, ContentPart, TextPart
+
+    def format_part(part: ContentPart) -> str:
+        if isinstance(part, BoxPart):
+            return f"{part.label or 'box'} {[round(corner) for corner in part.xyxy]}"
+        return part.text if isinstance(part, TextPart) else f"<{part.type}>"
+
+    messages = open_sample_source(file).read_sample(0).sample.messages[-2:]
+    texts = (" ".join(map(format_part, message.content)) for message in messages)
+    return " -> ".join(textwrap.shorten(text, 120, placeholder=" ...") for text in texts)
 
 
 @contextmanager
@@ -219,10 +244,12 @@ def _init_labels(
     from finesight.data.import_source import PROMPTS, DetectedTask
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.model_folder import TINY_MODEL, locate_model
+    from finesight.recipe import choose_duration
     from finesight.storage import write_file
     from finesight.studio.workspace import format_recipe
 
-    metric = _ask_metric("captions", yes)
+    is_question = prompt is not None and prompt.rstrip().endswith(("?", "？"))
+    metric = _ask_metric("qa" if is_question else "captions", yes)
     prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), yes)
     classes = _ask("Classes (A,B,C)", "", yes) if metric == "classification" else ""
     device, memory_bytes = find_device()
@@ -233,7 +260,8 @@ def _init_labels(
     num_samples = round(num_images * (1 - MAX_EVAL_FRACTION))
     task = DetectedTask(metric, prompt, 32 if classes else 256)
     author = f"`finesight init` for {device}"
-    text = format_recipe(recipe, run, model, author, task, files, num_samples)
+    duration = choose_duration(None, 0, is_short=False)
+    text = format_recipe(recipe, run, model, author, task, files, num_samples, (), duration)
     write_file(recipe, text.encode())
     label = ["label", model, source, "--prompt", prompt, "--out", data]
     # The bundled model cannot answer before training; the keys of fields come from suggestions.
@@ -249,7 +277,8 @@ def _init_labels(
     if as_json:
         echo_json({"recipe": str(recipe), "metric": metric, "prompt": prompt, "next": commands})
         return
-    lines = [f"data    {source}: {num_images} images without labels", f"model   {model}", ""]
+    lines = [f"data    {source}: {num_images} images without labels"]
+    lines += [f"task    {metric}; prompt: {prompt}", f"model   {model}", ""]
     lines += [f"recipe: {recipe}", "next:", *(f"  {command}" for command in commands)]
     typer.echo("\n".join(map(escape_unprintable, lines)))
 
@@ -344,26 +373,19 @@ def choose_model(memory_bytes: int) -> str:
 
 def _plan(recipe: Path, console: TrainingConsole) -> RunPlan | None:
     """Plan the run of a recipe; None if the model cannot be downloaded."""
+    from rich.console import Console
+
     from finesight.plan.run_plan import plan_run
     from finesight.recipe import load_recipe
+    from finesight.train.console import TrainingConsole
 
     settings = load_recipe(recipe)
     try:
         with console.activity("planning the run"):
-            return plan_run(settings, None, console)
+            return plan_run(settings, None, TrainingConsole(Console(quiet=True)))
     except UserError as error:
         console.log(f"the run was not planned: {error}")
         return None
-
-
-def _format_plan(run_plan: RunPlan | None) -> list[str]:
-    from finesight.plan.plan_format import format_plan
-
-    if run_plan is None:
-        return []
-    lines = format_plan(run_plan)
-    # The overrides of the last line are in the recipe.
-    return lines if not run_plan.chosen_estimate.fits else lines[:-1]
 
 
 def _check(summary: ImportSummary) -> tuple[list[str], bool]:
@@ -380,4 +402,10 @@ def _check(summary: ImportSummary) -> tuple[list[str], bool]:
     train_file, *eval_files = [file.file for file in summary.output_files]
     inputs = inputs_from_files([train_file], eval_files, ImportOptions())
     result = check_sources(inputs, load_model_requirements(None, None))
-    return format_summary(result, MAX_PRINTED_ISSUES), result.exit_code == 2
+    # The files are those of the import.
+    first, *lines = format_summary(result, MAX_PRINTED_ISSUES)[len(result.sources) :]
+    is_clean = not result.issue_counts
+    lines = [f"check   {'; '.join([first, *lines]) if is_clean else first}"] + lines * (
+        not is_clean
+    )
+    return lines, result.exit_code == 2

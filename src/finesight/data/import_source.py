@@ -73,8 +73,11 @@ PROMPTS = {
 _QUESTION_NAMES = ("question", "query", "instruction", "prompt")
 _BOX_NAMES = ("bbox", "box", "bboxes", "boxes")
 _LABEL_NAMES = ("label", "class", "category", "name")
-_ANSWER_NAMES = ("answer", "caption", "text", "latex", "formula", "response", "label", "class")
-_IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|")
+_ANSWER_NAMES = (
+    *("answer", "caption", "description", "text", "transcription", "latex", "formula"),
+    *("response", "output", "label", "class", "category"),
+)
+_IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|")
 _LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
 
 
@@ -586,13 +589,16 @@ def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
     answers = [join_text(sample.messages[-1].content).strip() for sample in samples]
     num_words = fmean(len(answer.split()) for answer in answers)
     questions = {join_text(sample.messages[-2].content).strip() for sample in samples}
-    box_counts = [
-        sum(isinstance(part, BoxPart) for part in sample.messages[-1].content) for sample in samples
+    boxes = [
+        [part.label for part in sample.messages[-1].content if isinstance(part, BoxPart)]
+        for sample in samples
     ]
+    box_counts = list(map(len, boxes))
     classes = set(answers)
     longest = max(map(len, answers)) + 32 * max(box_counts)
     if fmean(map(bool, box_counts)) > 0.5:
-        metric = "detection" if max(box_counts) > 1 else "grounding"
+        has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
+        metric = "detection" if max(box_counts) > 1 or has_classes else "grounding"
     elif fmean(map(_is_json_object, answers)) > 0.8:
         metric = "json"
     elif fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:

@@ -41,6 +41,22 @@ def format_plan(plan: RunPlan) -> list[str]:
     ]
 
 
+def format_short_plan(plan: RunPlan) -> list[str]:
+    """Format duration and memory of a run as one line, followed by its warnings."""
+    estimate = plan.chosen_estimate
+    seconds = plan.startup_s + plan.total_steps * estimate.step_time.total
+    duration = _format_seconds(seconds + plan.evaluation.total_s)
+    memory = f"{estimate.peak.total / 1e9:.1f} of {plan.target.memory_bytes / 1e9:.0f} GB"
+    lines = [
+        f"run     {plan.total_steps} steps of {plan.batch_size} samples: about {duration},"
+        f" {memory} of memory"
+    ]
+    if plan.token_stats.num_skipped:
+        lines.append(f"warning: {plan.token_stats.num_skipped} samples are skipped")
+    lines += [line for line in _format_overheads(plan) if line.startswith("warning")]
+    return lines if estimate.fits else [*lines, *_format_verdict(plan)]
+
+
 def _format_summary(plan: RunPlan) -> Iterator[str]:
     stats, target = plan.token_stats, plan.target
     origin = "measured" if target.is_measured else "data sheet"

@@ -22,7 +22,7 @@ from finesight.export.model_card import VerifiedMerge
 from finesight.export.verified_merge import merge_and_verify
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.infer.prediction import build_questions, predict
-from finesight.manifest import Manifest
+from finesight.manifest import Manifest, load_manifest
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.weights_io import load_model
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
@@ -100,6 +100,10 @@ def run_predict(source: Path, image: Path) -> str:
     requested = build_questions([image], PROMPT)
     result = predict(answerer.model, answerer.renderer, requested, max_new_tokens=24, batch_size=1)
     return result[0].raw_text
+
+
+def test_merged_manifest_has_no_local_path(merged: VerifiedMerge) -> None:
+    assert load_manifest(merged.folder / "manifest.json").base_model == TINY_MODEL_FOLDER.name
 
 
 def test_fp32_merge_is_exact_up_to_rounding(merged: VerifiedMerge) -> None:

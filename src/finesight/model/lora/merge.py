@@ -111,7 +111,7 @@ def save_merged_model(
     """Write a merged model with config and tokenizer files to the empty folder `folder`."""
     save_model(model, base_folder, folder, dtype, max_shard_bytes)
     if manifest is not None:
-        named = manifest.model_copy(update={"base": public_model_name(manifest.base_model)})
+        named = manifest.model_copy(update={"base_model": public_model_name(manifest.base_model)})
         (folder / MANIFEST_FILE).write_text(named.model_dump_json(indent=1) + "\n")
         if isinstance(manifest.image_rule, PixelRange):
             _write_pixel_limits(folder, manifest.image_rule)

@@ -46,7 +46,7 @@ MODELS = (
 """GPU memory in bytes from which a model is suggested; with less, the bundled model."""
 
 TASKS = {
-    "captions": "describe the image in words of your own",
+    "captions": "describe the image in sentences",
     "latex": "write a formula as LaTeX",
     "ocr": "read the text of the image",
     "qa": "answer a question in a few words",
@@ -99,7 +99,7 @@ def init(
     from finesight.data.import_source import ImportOptions, count_unlabeled_images
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
-    from finesight.evaluate.task_metrics import TASK_METRICS
+    from finesight.evaluate.task_metrics import get_task_metric
     from finesight.hub.address import is_hub_address
     from finesight.model_folder import TINY_MODEL, locate_model
     from finesight.plan.plan_format import format_short_plan
@@ -156,7 +156,7 @@ def init(
         *(f"        {role}: {column}" for role, column in options.columns.items()),
         *(f"        unused column: {column}" for column in summary.unused_columns),
         *([f"        for one column only: {map_hint}"] if "fields" in options.columns else []),
-        f"task    {task.metric} ({TASK_METRICS[task.metric].primary_metric})",
+        f"task    {task.metric} ({get_task_metric(task.metric).primary_metric})",
         f"example {_format_example(summary.output_files[0].file)}",
         f"device  {device}, {memory_bytes / 1e9:.0f} GB" if memory_bytes else f"device  {device}",
         f"model   {model}",

@@ -20,7 +20,7 @@ BUILD_PROGRAM = Path(__file__).parents[1] / "pretraining" / "build_tiny_model.py
 
 MINIATURE = [
     *("--num-images", "24", "32", "40", "40", "--num-eval-samples=1"),
-    *("train.steps=2", "train.batch_size=8", "train.warmup=1", "train.num_workers=0"),
+    *("train.steps=1", "train.batch_size=4", "train.warmup=0", "train.num_workers=0"),
     *("train.device=cpu", "train.precision=fp32", "eval=null"),
 ]
 

@@ -225,6 +225,7 @@ def test_killed_data_workers_leave_a_checkpoint(recipe: Path, tmp_path: Path) ->
         with suppress(OSError):
             for child in children.read_text().split():
                 os.kill(int(child), signal.SIGKILL)
+        time.sleep(0.005)
     _, printed_text = process.communicate()
     assert process.returncode == 2, printed_text
     assert "error: train.num_workers: a data loader worker died" in printed_text

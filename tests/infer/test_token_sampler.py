@@ -15,7 +15,7 @@ from finesight.infer.structured_output import build_bitmask
 from finesight.infer.token_sampler import TokenSampler, sample_tokens
 
 VOCABULARY = 8
-DRAWS, ROWS = 4000, 16
+DRAWS, SEQUENCES = 4000, 16
 
 
 def _make_sampler(sampling: SamplingParams, *, prompt: Sequence[int] = (), **given) -> TokenSampler:
@@ -62,14 +62,15 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=repr)
 def test_sampling_frequencies_match_probabilities(sampling):
-    """Pearson's chi-square over rows with seeds of their own; probability 0 never comes."""
+    """Pearson's chi-square over sequences with seeds of their own; probability 0 never comes."""
     logits_1V = _logits()
     choosers = [
-        _make_sampler(replace(sampling, seed=20 * row + sampling.seed)) for row in range(ROWS)
+        _make_sampler(replace(sampling, seed=20 * number + sampling.seed))
+        for number in range(SEQUENCES)
     ]
-    logits_SV = logits_1V.expand(ROWS, -1)
+    logits_SV = logits_1V.expand(SEQUENCES, -1)
     counts: Counter[int] = Counter()
-    for _ in range(DRAWS // ROWS):
+    for _ in range(DRAWS // SEQUENCES):
         counts.update(sample_tokens(logits_SV, choosers).ids_S.tolist())
     wanted = _reference(logits_1V[0], sampling)
     assert set(counts) <= set(np.flatnonzero(wanted).tolist())

@@ -302,17 +302,19 @@ class StepTracer:
         self._patch_bytes: float | None = None
         self.persistent_bytes, self._is_warm = 0, False
 
-    def _warm_up(self, batch: PackedBatch, features_MKD: Tensor | None) -> None:
+    def _warm_up(
+        self, batch: PackedBatch, features_MKD: Tensor | None, accumulated_ids: Collection[int]
+    ) -> MemoryTracker:
         """Run a pack, and count the bytes that remain allocated in addition to the weights.
 
         Examples are padding columns for LoRA and transposed copies of FP8 weights.
         """
         weights = {id(s): s for s in (t.untyped_storage() for t in self._own_tensors())}
-        tracker = self._run(batch, features_MKD, frozenset())
-        self.model.zero_grad(set_to_none=True)
+        tracker = self._run(batch, features_MKD, accumulated_ids)
         still_used = {id(tensor.untyped_storage()) for tensor in self._own_tensors()}
         replaced = sum(s.nbytes() for key, s in weights.items() if key not in still_used)
         self.persistent_bytes, self._is_warm = tracker.live_bytes - replaced, True
+        return tracker
 
     def _own_tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
@@ -339,10 +341,12 @@ class StepTracer:
             batch, features_MKD = self._build_batch(pack, num_features), None
             if num_features is not None:
                 features_MKD = self._build_features(num_features)
+            tracker = None
             if not self._is_warm:
-                self._warm_up(batch, features_MKD)
-            tracker = self._run(batch, features_MKD, accumulated_ids)
-            self.model.zero_grad(set_to_none=True)
+                tracker = self._warm_up(batch, features_MKD, accumulated_ids)
+            # If nothing remains allocated, another run allocates the same.
+            if tracker is None or tracker.live_bytes:
+                tracker = self._run(batch, features_MKD, accumulated_ids)
             self._traces[key] = _summarize(tracker)
         return self._traces[key]
 
@@ -403,6 +407,8 @@ class StepTracer:
             loss.backward()  # type: ignore[no-untyped-call]
         for hook in hooks:
             hook.remove()
+        del loss
+        self.model.zero_grad(set_to_none=True)
         return tracker
 
     def _build_batch(self, pack: PlannedPack, num_features: int | None) -> PackedBatch:

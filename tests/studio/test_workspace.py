@@ -165,7 +165,7 @@ def test_recipe_without_settings_has_the_values_of_init(workspace: Workspace) ->
     import_dataset(workspace.folder / "photos", workspace.folder / "data" / "a", options)
     (dataset,) = workspace.scan().datasets
     recipe = workspace.load_recipe(workspace.create_recipe("a", [dataset], "finesight-tiny", {}))
-    assert (recipe.train.steps, recipe.train.learning_rate.default) == (200, 2e-3)
+    assert (recipe.train.steps, recipe.train.learning_rate.default) == (100, 2e-3)
     assert recipe.eval is not None
     assert (recipe.eval.metric, recipe.eval.max_new_tokens) == ("classification", 32)
     settings = {"train.steps": "7", "train.learning_rate": "1e-3", "eval.metric": "captions"}

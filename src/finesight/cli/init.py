@@ -101,9 +101,8 @@ def init(
     from finesight.data.source_fetch import fetch_source
     from finesight.evaluate.task_metrics import get_task_metric
     from finesight.hub.address import is_hub_address
-    from finesight.model_folder import TINY_MODEL, locate_model
+    from finesight.model_folder import locate_model
     from finesight.plan.plan_format import format_short_plan
-    from finesight.recipe import choose_duration, recipe_from_text
     from finesight.storage import raise_if_exists, write_file
     from finesight.studio.workspace import NUM_EVAL_ROWS, format_recipe
     from finesight.train.console import TrainingConsole
@@ -139,13 +138,11 @@ def init(
     files = {file.file: f"{file.num_samples} samples" for file in summary.output_files}
     num_samples = summary.output_files[0].num_samples
     inputs = (recipe, folder / "run", model, f"`finesight init` for {device}", task, files)
-    batch_size = recipe_from_text(format_recipe(*inputs, num_samples), recipe).train.batch_size
-    duration = choose_duration(num_samples, batch_size, is_short=model == TINY_MODEL)
-    write_file(recipe, format_recipe(*inputs, num_samples, (), duration).encode())
+    write_file(recipe, format_recipe(*inputs, num_samples).encode())
     run_plan = _plan(recipe, console)
     if run_plan is not None:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
-        write_file(recipe, format_recipe(*inputs, num_samples, overrides, duration).encode())
+        write_file(recipe, format_recipe(*inputs, num_samples, overrides).encode())
     detected_by = opened.detected_by if columns else opened.detected_by.replace("--map", "columns")
     map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
     lines = [

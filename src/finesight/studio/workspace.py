@@ -38,7 +38,7 @@ from finesight.manifest import (
     load_manifest,
 )
 from finesight.model_folder import TINY_MODEL
-from finesight.recipe import load_recipe, recipe_from_text
+from finesight.recipe import choose_duration, load_recipe, recipe_from_text
 from finesight.storage import working_folder, write_file
 
 STUDIO_FOLDER = ".finesight"
@@ -480,20 +480,18 @@ def format_recipe(
         num_train_files: Number of training files in `files`.
     """
     is_tiny = model == TINY_MODEL
-    epochs = 3 if num_samples < 3000 else 1
-    duration = "steps: 200" if is_tiny else f"epochs: {epochs}  # passes over the training samples"
     learning_rate = "1.0e-4"
     if is_tiny:
         learning_rate = "2.0e-3  # a small model needs more than the usual 1.0e-4"
     chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
     learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
-    durations = [
-        f"{key}: {_format_yaml(chosen[f'train.{key}'])}"
-        for key in ("steps", "epochs")
-        if f"train.{key}" in chosen
-    ]
     batch_size = 16 if num_samples >= 200 else 8
-    train = durations or [duration]
+    durations = {
+        key: _format_yaml(text)
+        for key, text in chosen.items()
+        if key in ("train.steps", "train.epochs")
+    } or choose_duration(num_samples, batch_size, is_short=is_tiny)
+    train = [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
     train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
     tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
     for override in overrides:

@@ -465,8 +465,6 @@ def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -
     after, best = result.after, result.best_eval
     if after is not None:
         console.log(result.as_table())
-        if "stopped" in after.scores:
-            console.log("stopped: share of answers that ended before eval.max_new_tokens")
     if after is not None and best is not None and best.step != after.step:
         metric_name = "validation loss" if best.primary_metric is None else best.primary_metric
         value, final = (

@@ -55,6 +55,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_task(folder)
     for family in FAMILIES:
         create_tiny_model(folder / family, family)
+    # The tests collect garbage often: not among all objects of the earlier tests.
+    gc.collect()
+    gc.freeze()
     return folder
 
 

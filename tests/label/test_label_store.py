@@ -275,6 +275,29 @@ def test_references_follow_the_corrected_answer(
     assert get_reference_answer(labeled) == ((corrected, *references), ())
 
 
+def test_references_stay_with_a_corrected_box(tmp_path: Path) -> None:
+    """The text of the answer, to which the references are alternatives, has not changed."""
+    sample = read_samples(write_answers(tmp_path, "cat"))[0]
+    write_samples(tmp_path / "data.jsonl", [sample.model_copy(update={"references": ("kitty",)})])
+    box = BoxPart(label="cat", xyxy=(1, 1, 5, 5))
+    sources = [tmp_path / "data.jsonl"]
+    with open_session(tmp_path / "labels", MODEL, sources, review=True).store as store:
+        store.save_label("s0", (TextPart(text="cat"), box))
+    assert read_samples(tmp_path / "labels" / LABELS_FILE)[0].references == ("kitty",)
+
+
+def test_review_forgets_samples_that_were_removed(tmp_path: Path) -> None:
+    """A faulty sample that the user removed from the data is not trained."""
+    samples = read_samples(write_answers(tmp_path, "red", "green"))
+    for kept in (samples, samples[:1]):
+        write_samples(tmp_path / "data.jsonl", kept)
+        with open_session(
+            tmp_path / "labels", MODEL, [tmp_path / "data.jsonl"], review=True
+        ).store as store:
+            store.save_label("s0", (TextPart(text="blue"),))
+    assert list_texts(tmp_path / "labels") == ["blue"]
+
+
 def test_another_sample_with_the_same_id_is_rejected(tmp_path: Path) -> None:
     out = tmp_path / "labels"
     sources = [write_answers(tmp_path / name, "red") for name in ("first", "second")]

@@ -355,7 +355,7 @@ def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
             "data",
             "import a b",
             2,
-            "error: perhaps with --map image=a --map answer=b --map box=c, or --prompt",
+            "error: a\n  remedy: perhaps with --map image=a --map answer=b --map box=c, or --prompt",
             "perhaps with “Columns” image=a answer=b box=c, or “Prompt”",
         ),
         ("train", "train r", 2, "error: a\n  remedy: use --resume", "use “Start or resume”"),
@@ -367,6 +367,21 @@ def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
             "Error: a",
         ),
         ("export", "export m", 0, "finesight serve m --port 1", "finesight serve m --port 1"),
+        # Other lines may quote data.
+        (
+            "train",
+            "train r",
+            2,
+            "error: finesight train/a.jsonl: the answer 'type --out a' is too long",
+            "finesight train/a.jsonl: the answer 'type --out a' is too long",
+        ),
+        (
+            "train",
+            "train r",
+            2,
+            "error: a\n  remedy: check the data (finesight check), or set a lower rate",
+            "check the data (the step “Check”), or set a lower rate",
+        ),
         (
             "check",
             "check a",

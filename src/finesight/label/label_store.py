@@ -193,11 +193,11 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                     )
                 self._items[located.sample.id] = LabelItem(located, review or not is_labeled)
             self._read_journal()
-            # The labels of samples that are not loaded now are kept.
+            # The labels of images that are not loaded now are kept. A review replaces all labels.
             self._others: list[Sample] = []
-            for file in (folder / EVAL_FILE, folder / LABELS_FILE):
+            known = self._withdrawn_ids.union(self._items)
+            for file in () if review else (folder / EVAL_FILE, folder / LABELS_FILE):
                 if file.is_file() and file.stat().st_size:
-                    known = self._withdrawn_ids.union(self._items)
                     self._others += [one for one in read_samples(file) if one.id not in known]
         except BaseException:
             self._lock.close()
@@ -465,6 +465,8 @@ def _match_references(item: LabelItem, content: AnswerContent) -> tuple[str, ...
     if answer is None or answer == content:
         return references
     texts = get_text(answer), get_text(content)
+    if texts[0] == texts[1]:
+        return references
     return tuple(one for one in references if texts[1] in references and one not in texts)
 
 

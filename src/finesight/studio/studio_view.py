@@ -73,9 +73,11 @@ TERMINAL_COMMANDS = ("export", "serve")
 """Commands whose output is for a terminal."""
 
 _USAGE = re.compile(r"(?m)^(?:Usage: |Try ')finesight .*\n+")
+_ADVICE = re.compile(r"(?m)^(?: *(?:remedy|next): |finesight ).*(?:\n {4,}.*)*")
 _COMMAND = re.compile(
     # The page cannot fix data.
-    rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b(?:(?!, or |: )[^\n`;])*`?"
+    rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b"
+    r"(?:'[^'\n]*'|(?!, or |: )[^\n`;),'])*`?"
 )
 _NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
@@ -389,10 +391,12 @@ def _find_outcome(job: Job) -> str:
 
 
 def use_page_names(text: str) -> str:
-    """Replace commands and options in a message by steps, fields and buttons of the page.
+    """Replace commands and options in the advice of a message by steps and fields of the page.
 
     Messages of functions and commands name what a terminal has. A note explains other options.
+    Other lines may quote data of the user and stay as they are.
     """
+    options: list[str] = []
 
     def name_field(match: re.Match[str]) -> str:
         if match[0] not in FIELD_NAMES:
@@ -404,11 +408,15 @@ def use_page_names(text: str) -> str:
         step = "plan" if "data.train=" in match[0] else COMMAND_STEPS[match[1]]
         return translate("the step “{}”", translate(STEP_NAMES[step]))
 
-    text = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, _USAGE.sub("", text)))
-    text = _OPTION.sub(name_field, text)
-    options = ", ".join(dict.fromkeys(_OPTION.findall(text)))
+    def translate_advice(match: re.Match[str]) -> str:
+        advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, match[0]))
+        advice = _OPTION.sub(name_field, advice)
+        options.extend(_OPTION.findall(advice))
+        return advice
+
+    text = _ADVICE.sub(translate_advice, _USAGE.sub("", text))
     note = "The page has no field for options such as {}. Use them in a terminal, in the workspace."
-    return f"{text}\n{translate(note, options)}" if options else text
+    return f"{text}\n{translate(note, ', '.join(dict.fromkeys(options)))}" if options else text
 
 
 def split_words(command: str) -> Markup:

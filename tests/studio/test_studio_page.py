@@ -355,8 +355,8 @@ def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
             "data",
             "import a b",
             2,
-            "error: a\n  remedy: perhaps with --map image=a --map answer=b --map box=c, or --prompt",
-            "perhaps with “Columns” image=a answer=b box=c, or “Prompt”",
+            "error: a\n  remedy: with --map image=a --map answer=b --map box=c, or --prompt",
+            "with “Columns” image=a answer=b box=c, or “Prompt”",
         ),
         ("train", "train r", 2, "error: a\n  remedy: use --resume", "use “Start or resume”"),
         (

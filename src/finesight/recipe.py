@@ -341,9 +341,9 @@ def choose_duration(num_samples: int | None, batch_size: int, is_short: bool) ->
     if bounded == steps:
         reason = f"{steps} steps; 3 to 5 epochs are usual, 1 for 3,000 samples or more"
         return {"train.epochs": f"{epochs}  # {reason}"}
-    share = f"{bounded * batch_size / num_samples:.2g} epochs of {num_samples} samples"
-    reason = "fewer steps learn too little" if bounded > steps else "short for training on a CPU"
-    return {"train.steps": f"{bounded}  # {share}; {reason}"}
+    num_epochs = f"{bounded * batch_size / num_samples:.1f}".removesuffix(".0")
+    reason = f"at least {MIN_STEPS} steps" if bounded > steps else "short for training on a CPU"
+    return {"train.steps": f"{bounded}  # {num_epochs} epochs; {reason}"}
 
 
 def list_setting_names(section: type[SettingsSection] = Recipe) -> list[str]:

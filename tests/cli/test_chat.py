@@ -118,7 +118,7 @@ def test_image_is_asked_for(image_question, monkeypatch, capsys, has_images, is_
     ChatTerminal(session, GenerationOptions(), is_interactive).run()
     sent = [(turn.text, turn.image_paths) for turn in session.turns]
     printed = capsys.readouterr()
-    assert ("Prompt of the training: What is it?\n" in printed.out) == is_interactive
+    assert ("Training prompt: What is it?\n" in printed.out) == is_interactive
     if is_interactive and has_images:
         assert sent == [("What is it?", (image_question[0],))]
         assert prompts == ["> ", *["image, or Enter for none: "] * 2, "> "]

@@ -95,7 +95,7 @@ def test_folder_of_images_becomes_a_trained_model(
     assert recipe["model"] == TINY_MODEL
     assert recipe["eval"]["metric"] == "captions"
     assert recipe["train"]["steps"] == 100
-    assert "steps: 100  # 42 epochs of 19 samples; fewer steps learn too little\n" in content
+    assert "steps: 100  # 42.1 epochs; at least 100 steps\n" in content
     short = ["train.steps=2", "eval.limit=2", "eval.max_new_tokens=4"]
     assert run_command(["train", "photos-finetune/recipe.yaml", *short]) == 0
     # The complete command, with an image and the prompt of the training.
@@ -179,6 +179,7 @@ def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"caption": lambda i: f"a photo of house {i} here"}, "captions", "Describe the image."),
         ({"latex": lambda i: rf"\frac{{{i}}}{{2}}"}, "latex", "Write the formula as LaTeX."),
         ({"plate": lambda i: f"AB {i}"}, "ocr", "Read the text."),
+        ({"reading": lambda i: f"{i // 2 + 30}"}, "ocr", "Read the text."),
         (
             {"label": lambda i: ("cat", "dog")[i % 2]},
             "classification",

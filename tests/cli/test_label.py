@@ -96,6 +96,52 @@ def test_next_command_keeps_the_earlier_training_data(
 
 
 @pytest.mark.parametrize(
+    ("train", "reviewed", "fraction", "expected"),
+    [
+        # Training would use the validation samples, too.
+        ("a.jsonl", ["a.jsonl", "eval.jsonl"], (), "check labels-review/labels.jsonl"),
+        # The other files of the pattern would be missing.
+        ("'[ab].jsonl'", ["a.jsonl"], (), "check labels-review/labels.jsonl"),
+        (
+            "a.jsonl",
+            ["a.jsonl"],
+            ("--train-fraction", "0.5"),
+            "train first/recipe.yaml 'data.train=[\"labels-review/labels.jsonl\"]'"
+            " data.eval=labels-review/labels_eval.jsonl output_dir=first-2",
+        ),
+    ],
+)
+def test_command_after_a_review_trains_no_validation_samples(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train: str,
+    reviewed: list[str],
+    fraction: tuple[str, ...],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path, 1)
+    question = (ImagePart(image="photos/0.png"), TextPart(text="Describe the image."))
+    messages = (Message(role="user", content=question), Message(role="assistant", content="x"))
+    for name in ("a", "b", "eval"):
+        samples = [Sample(id=f"{name}{index}", messages=messages) for index in range(8)]
+        write_samples(Path(f"{name}.jsonl"), samples)
+    Path("first").mkdir()
+    Path("first/recipe.yaml").write_text(
+        f"model: finesight-tiny\ndata: {{train: {train}, eval: eval.jsonl}}\noutput_dir: first\n"
+    )
+    written = Path("labels-review/labels_eval.jsonl")
+    monkeypatch.setattr(
+        web_server, "serve_app", lambda page, listener: written.touch() if fraction else None
+    )
+    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
+    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
+    options = ["--review", *fraction, "--no-suggestions", "--port", "0"]
+    result = CliRunner().invoke(app, ["label", "first", *reviewed, *options])
+    assert result.stderr.splitlines()[-1] == f"next: finesight {expected}"
+
+
+@pytest.mark.parametrize(
     ("source", "split", "expected"),
     [
         (
@@ -106,12 +152,12 @@ def test_next_command_keeps_the_earlier_training_data(
         (
             "a.jsonl",
             "train",
-            ["b.jsonl", {"path": "labels/labels.jsonl", "weight": 2.0, "limit": 5}],
+            ["b.jsonl", {"path": "labels-review/labels.jsonl", "weight": 2.0, "limit": 5}],
         ),
-        ("eval.jsonl", "eval", [{"path": "labels/labels.jsonl", "limit": 9}]),
+        ("eval.jsonl", "eval", [{"path": "labels-review/labels.jsonl", "limit": 9}]),
     ],
 )
-def test_next_command_keeps_weight_and_limit_of_training_files(
+def test_next_command_keeps_weight_and_limit_of_data_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, split: str, expected: list[object]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -305,3 +305,10 @@ def test_another_sample_with_the_same_id_is_rejected(tmp_path: Path) -> None:
         store.save_label("s0", (TextPart(text="blue"),))
     with pytest.raises(UserError, match="another sample with the ID 's0'"):
         open_session(out, MODEL, [sources[1]], review=True)
+
+
+def test_review_needs_another_folder(tmp_path: Path) -> None:
+    """A skipped label would be lost: reviews have the sample IDs of the labels."""
+    data = write_answers(tmp_path, "red", "green")
+    with pytest.raises(UserError, match="contains the labels under review"):
+        open_session(tmp_path, MODEL, [data], review=True)

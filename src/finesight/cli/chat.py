@@ -125,7 +125,7 @@ class ChatTerminal:
             typer.echo(f"{model_name}. {hint}Enter a question or /help.")
             manifest = self._session.service.manifest
             for prompt in manifest.prompts[:1] if manifest is not None else ():
-                typer.echo(escape_unprintable(f"Prompt of the training: {prompt}"))
+                typer.echo(escape_unprintable(f"Training prompt: {prompt}"))
         while (line := self._read_line()) is not None:
             try:
                 if not self._handle_line(line.strip()):
@@ -142,16 +142,24 @@ class ChatTerminal:
         has_image = self._pending_images or any(turn.image_paths for turn in self._session.turns)
         return manifest is not None and bool(manifest.has_images) and not has_image
 
-    def _ask_image(self) -> None:
-        """Ask for the image of the first question, until it is readable or the answer is empty."""
+    def _ask_image(self) -> bool:
+        """Ask for the image of the first question, until it is readable or the answer is empty.
+
+        Returns:
+            False for `/quit` or the end of standard input.
+        """
         while self._expects_image and not self._session.turns:
-            path = self._read_line("image, or Enter for none: ")
-            if not path or not path.strip():
-                return
+            line = self._read_line("image, or Enter for none: ")
+            if line is None or line.strip() == "/quit":
+                return False
+            path = line.strip().removeprefix("/image").strip()
+            if not path:
+                return True
             try:
-                self._add_images(path.strip())
+                self._add_images(path)
             except UserError as error:
                 typer.echo(f"error: {error}", err=True)
+        return True
 
     def _read_line(self, prompt: str = "> ") -> str | None:
         while True:
@@ -189,8 +197,8 @@ class ChatTerminal:
                 remedy="enter /help; start a question with another character",
             )
         elif line:
-            if self._is_interactive:
-                self._ask_image()
+            if self._is_interactive and not self._ask_image():
+                return False
             self._print_reply(
                 self._session.send(line, self._pending_images, [self._generation_options])
             )

@@ -203,7 +203,7 @@ def _select_label_folder(run_dir: Path, review: bool) -> Path:
             folder = find_label_folder(load_recipe(run_dir / RECIPE_FILE))
     if folder is not None:
         typer.echo(f"continuing the labels in {folder}, training data of {run_dir}", err=True)
-    return folder or Path("labels")
+    return folder or Path("labels-review" if review else "labels")
 
 
 def find_label_command(recipe: Recipe) -> list[str]:
@@ -218,12 +218,15 @@ def find_label_command(recipe: Recipe) -> list[str]:
 
 
 def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list[str]:
-    """Return the next command for the labels in `out`: training with them, or `init`.
+    """Return the next command for the labels in `out`.
+
+    It trains with them, or checks reviewed labels that replace no file of the recipe. Without a
+    recipe, it is `init`.
 
     Args:
         reviewed: Data files whose samples the labels contain.
     """
-    from finesight.label.label_store import LABELS_FILE
+    from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.recipe import load_recipe
 
     labels = out / LABELS_FILE
@@ -240,19 +243,28 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
                 continue
             # The labels of a review contain the reviewed training or validation data.
             paths = {os.path.abspath(path) for path in reviewed}
-            split = "train"
-            if paths and paths <= {os.path.abspath(file.path) for file in settings.data.eval}:
-                split, files = "eval", settings.data.eval
+            splits = {"train": files, "eval": settings.data.eval}
+            found = [
+                name
+                for name, listed in splits.items()
+                if paths <= {os.path.abspath(file.path) for file in listed}
+            ]
+            has_eval_labels = bool(reviewed) and (out / EVAL_FILE).exists()
+            if not found or (found == ["eval"] and has_eval_labels):
+                # No file of the recipe has exactly these samples.
+                return ["check", str(labels)]
+            split, files = found[0], splits[found[0]]
             replaced = [file for file in files if os.path.abspath(file.path) in paths]
             kept = [file for file in files if file not in replaced]
             entries = [
-                file.model_dump(exclude_defaults=True) | {"path": str(file.path)}
-                for file in (kept if replaced or not reviewed else ())
+                file.model_dump(exclude_defaults=True) | {"path": str(file.path)} for file in kept
             ]
             template = replaced[0].model_dump(exclude_defaults=True) if len(replaced) == 1 else {}
             entries.append(template | {"path": str(labels)})
             items = [entry if len(entry) > 1 else entry["path"] for entry in entries]
             words.append(f"data.{split}={json.dumps(items)}")
+            if has_eval_labels:
+                words.append(f"data.eval={out / EVAL_FILE}")
         if (folder := settings.output_dir).exists():
             words.append(f"output_dir={_find_free_folder(folder)}")
         return words

@@ -59,6 +59,7 @@ NUM_DETECTION_ROWS = 100
 NUM_PREVIEW_ROWS = 300
 """Number of rows from which columns, image folder and task are detected."""
 
+MAX_NUMERIC_CLASSES = 10
 MAX_CLASS_CHARS, MIN_CAPTION_WORDS = 60, 8
 """Maximum length of a class, and mean words of answers to several questions that are captions."""
 
@@ -608,6 +609,7 @@ def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
     elif fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
         metric = "latex"
     elif longest <= MAX_CLASS_CHARS and _is_closed_set(answers):
+        # Also answers to several questions, such as yes and no.
         metric = "classification"
     elif len(questions) > 1 and num_words < MIN_CAPTION_WORDS:
         metric = "qa"
@@ -629,6 +631,9 @@ def _is_closed_set(answers: Sequence[str]) -> bool:
     """
     counts = Counter(answer.casefold() for answer in answers)
     num_repeated = sum(count for count in counts.values() if count > 1)
+    if sum(any(map(str.isdigit, answer)) for answer in counts) > MAX_NUMERIC_CLASSES:
+        # Readings and counts, not classes.
+        return False
     is_short = fmean(len(answer.split()) for answer in answers) < 4
     max_classes = len(answers) / 3 if is_short else len(answers) ** 0.5
     return num_repeated >= 0.8 * len(answers) and len(counts) <= max(2, max_classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,9 +140,10 @@ class MetricDifference:
 
 def count_correct(metric: str, score: float, num_samples: int) -> int | None:
     """Return the number of correct answers of a score; None for a score of another kind."""
+    if metric not in ("accuracy", "exact") or not math.isfinite(score):
+        return None
     count = round(score * num_samples)
-    is_count = num_samples > 0 and abs(score * num_samples - count) < 0.01
-    return count if is_count and metric in ("accuracy", "exact") else None
+    return count if num_samples > 0 and abs(score * num_samples - count) < 0.01 else None
 
 
 def compare_cases(

@@ -226,6 +226,13 @@ def open_session(
     if not examples:
         examples = [one for one in samples if one.sample.messages[-1].role == "assistant"]
     task = detect_task(examples, prompt=prompt, kind=kind, choices=choices)
+    if review and any(folder.resolve() in source.resolve().parents for source in sources):
+        raise UserError(
+            f"{folder} contains the labels under review",
+            where="label",
+            expected="another folder for the reviewed labels",
+            remedy="set another folder: --out labels-review",
+        )
     store = LabelStore(folder, samples, review=review, train_fraction=train_fraction)
     if not review:
         store.add_sources(sources)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -511,7 +512,7 @@ def format_recipe(
     )
     return _RECIPE.format(
         author=author,
-        recipe=recipe,
+        recipe=shlex.quote(str(recipe)),
         model=_quote(model),
         data=train_data + _format_files("eval", eval_lines),
         image=""

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from http.cookiejar import CookieJar
 from pathlib import Path
 from urllib.error import HTTPError
@@ -19,7 +20,12 @@ def test_page_shows_the_workspace(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "a.yaml").write_text("model: finesight-tiny\ndata: {train: a.jsonl}\n")
     command = [sys.executable, "-m", "finesight", "studio", "work", "--port", "0"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as studio:
+    with (
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as studio,
+        ExitStack() as stack,
+    ):
+        # Otherwise, a failed assertion would wait for the server.
+        stack.callback(studio.kill)
         address = studio.stdout.readline().strip()
         password = studio.stdout.readline().strip().removeprefix("password: ")
         opener = build_opener(HTTPCookieProcessor(CookieJar()))

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,18 @@ def test_public_host_requires_a_password_unless_open(options: list[str], tmp_pat
     browser.chmod(0o755)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     environment["BROWSER"] = f"{browser} %s"
-    with subprocess.Popen(
-        [*command, "--host", "0.0.0.0", "--port", "0", "--open", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment | {"PYTHONUNBUFFERED": "1"},
-        text=True,
-    ) as page:
+    with (
+        subprocess.Popen(
+            [*command, "--host", "0.0.0.0", "--port", "0", "--open", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment | {"PYTHONUNBUFFERED": "1"},
+            text=True,
+        ) as page,
+        ExitStack() as stack,
+    ):
+        # Otherwise, a failed assertion would wait for the server.
+        stack.callback(page.kill)
         address = page.stdout.readline()
         port = int(address.rsplit(":", 1)[1])
         if not options:
@@ -68,7 +74,10 @@ def test_public_host_requires_a_password_unless_open(options: list[str], tmp_pat
         status = _status(f"http://127.0.0.1:{port}/config")
         assert status == (200 if options else 401)
         assert [*tmp_path.glob("finesight-web-*")] != []
-        assert (tmp_path / "opened").read_text() == address
+        # The browser is started beside the first requests.
+        while not (opened := tmp_path / "opened").exists() or not opened.read_text():
+            time.sleep(0.02)
+        assert opened.read_text() == address
         page.send_signal(signal.SIGTERM if options else signal.SIGINT)
         _, complaints = page.communicate(timeout=60)
     assert (page.returncode, complaints) == (0, "")

@@ -75,13 +75,15 @@ def test_resuming_with_a_new_schedule_names_the_commands(
 ) -> None:
     first, run = task.run(tune=tune), task.folder / "run"
     (run / "result.json").unlink()
+    changes = "train.epochs=null", "train.steps=3", "train.learning_rate=0.001"
     with pytest.raises(UserError, match=r"train\.steps is 3 now") as caught:
-        task.run("train.epochs=null", "train.steps=3", tune=tune, resume=True)
+        task.run(*changes, tune=tune, resume=True)
     resume, separator, further = caught.value.remedy.partition("; ")
     assert separator
     assert resume.endswith(f": finesight train {run} --resume")
     assert train(load_recipe(run / "recipe.yaml"), resume=True) == first
     words = shlex.split(further.partition(": ")[2])
+    assert "train.learning_rate=0.001" in words
     assert words[-2:] == [start.format(run), f"output_dir={run}-2"]
     second = train(load_recipe(Path(words[2]), words[3:]))
     assert second.steps == 3

@@ -123,7 +123,7 @@ class RunDir:
         has_adapter = recipe.adapter is None and any(map(os.path.isfile, files))
         is_model = recipe.tune.has_mode("full") or has_adapter
         words = [
-            *(f"{name}={json.dumps(value)}" for name, value in (changes or {}).items()),
+            *(f"{name}={_format_setting(value)}" for name, value in (changes or {}).items()),
             f"{'model' if is_model else 'adapter'}={source}",
             *(["adapter=null"] if is_model and recipe.adapter is not None else []),
             f"output_dir={self.path}-2",
@@ -300,3 +300,11 @@ def _check_types(metrics: dict[str, Any], where: str) -> None:
             expected=_LINE_EXPECTED,
             remedy=_LINE_REMEDY,
         ) from error
+
+
+def _format_setting(value: Any) -> str:
+    """Format the value of a setting in its short form, such as one learning rate of all parts."""
+    if isinstance(value, dict):
+        value = {key: item for key, item in value.items() if item is not None}
+        value = value["default"] if value.keys() == {"default"} else value
+    return json.dumps(value)

@@ -362,10 +362,20 @@ def test_listed_image_is_opened_with_its_history(tmp_path: Path, browser: Browse
         press(browser, "Enter")  # saves nothing
         browser.run(f"{rows}[0].click();")
         wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
-        browser.run("document.querySelector('#history').open = true;")
         press(browser, "e")
         wait_for(browser, "document.activeElement.id === 'field-0'")
         browser.run("document.execCommand('insertText', false, 'Rabe');")
+        # An unsaved edit is kept while another image is shown, and after a reload.
+        browser.run("document.querySelector('#next').click();")
+        wait_for(browser, "document.querySelector('#name').textContent === '1.png'")
+        browser.visit(f"{address}/?lang=en")
+        browser.run("location.hash = 0; location.reload();")
+        wait_for(browser, "document.querySelector('#field-0')?.value === 'Rabe'")
+        browser.run("document.querySelector('#list').open = true;")
+        browser.run("document.querySelector('#list-text').focus();")
+        browser.run("document.execCommand('insertText', false, 'rab');")
+        wait_for(browser, f"{rows}.length === 1")
+        browser.run("document.activeElement.blur();")
         press(browser, "Enter")
         wait_for(browser, "document.querySelector('#counts').textContent.includes('corrected 1')")
         assert read_answers(tmp_path / "labels") == {
@@ -373,6 +383,7 @@ def test_listed_image_is_opened_with_its_history(tmp_path: Path, browser: Browse
         }
         browser.run(f"{rows}[0].click();")
         wait_for(browser, "document.querySelector('#history del')?.textContent.includes('Rab')")
+        browser.run("document.querySelector('#history').open = true;")
         assert "Rabe" in browser.run("return document.querySelector('#history').innerText;")
         checker = AxeChecker()
         assert checker.find_layout_problems(browser) == []

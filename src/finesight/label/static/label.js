@@ -21,6 +21,7 @@ let item = null; // Item that the page shows.
 // The answer without its boxes, and new texts of its JSON fields.
 let answerText = "", edits = {};
 let boxes = [], selected = -1, imageIndex = 0;
+let loadedAnswer = ""; // The answer as loaded, to find unsaved edits.
 let isSaving = false, decided = []; // Items decided on this page, newest last.
 
 // Requests
@@ -35,9 +36,10 @@ const request = async (url, body) => {
   return content;
 };
 
+const describe = (error) =>
+  error instanceof TypeError ? translate("The server does not answer.") : error.message;
 const report = (error) => {
-  const text = error instanceof TypeError ? translate("The server does not answer.") : error.message;
-  byId("error").textContent = `${translate("Not saved")}: ${text}`;
+  byId("error").textContent = `${translate("Not saved")}: ${describe(error)}`;
   byId("error").hidden = false;
 };
 
@@ -49,12 +51,16 @@ const showCounts = (counts) => {
 const open = async (index, select = -1) => {
   try {
     const loaded = await request(`items/${index}`);
+    keepDraft();
     item = loaded;
     selected = select;
     imageIndex = item.answer.boxes[0]?.image ?? 0;
     boxes = structuredClone(item.answer.boxes);
     answerText = item.answer.text;
     edits = {};
+    loadedAnswer = JSON.stringify(readAnswer());
+    const draft = JSON.parse(sessionStorage.getItem(`draft/${item.id}`));
+    if (draft?.loadedAnswer === loadedAnswer) ({ answerText, edits, boxes } = draft);
     byId("error").hidden = true;
     location.hash = index;
     show();
@@ -70,6 +76,14 @@ const open = async (index, select = -1) => {
   }
 };
 
+// Keep unsaved edits when another image is opened or the page is reloaded.
+const keepDraft = () => {
+  if (!item) return;
+  if (JSON.stringify(readAnswer()) === loadedAnswer) sessionStorage.removeItem(`draft/${item.id}`);
+  else sessionStorage.setItem(`draft/${item.id}`, JSON.stringify({ loadedAnswer, answerText, edits, boxes }));
+};
+addEventListener("pagehide", keepDraft);
+
 const findOpen = (index) => {
   for (let step = 1; step <= decisions.length; step++) {
     const other = (index + step) % decisions.length;
@@ -84,6 +98,7 @@ const decide = async (action) => {
   try {
     const { index } = item;
     const result = await request("decision", { id: item.id, action, ...readAnswer() });
+    loadedAnswer = JSON.stringify(readAnswer());
     decisions[index] = action === "reopen" ? "" : result.item.decision;
     showCounts(result.counts);
     showList();
@@ -153,8 +168,9 @@ const showList = async (start = 0) => {
     byId("list-count").textContent = translate("{} images", found.count);
     byId("list-more").hidden = listed >= found.count;
     markListed();
-  } catch (error) { report(error); }
+  } catch (error) { byId("list-count").textContent = describe(error); }
 };
+let searchTimer;
 const openListed = async (index) => {
   document.activeElement?.blur?.();
   if (await open(index)) window.scrollTo(0, 0);
@@ -166,7 +182,10 @@ const markListed = () => {
 };
 byId("list").addEventListener("toggle", () => showList());
 byId("list-state").addEventListener("change", () => showList());
-byId("list-text").addEventListener("input", () => showList());
+byId("list-text").addEventListener("input", () => {
+  clearTimeout(searchTimer);
+  searchTimer = setTimeout(showList, 200);
+});
 byId("list-more").addEventListener("click", () => showList(listed));
 
 // Page
@@ -439,7 +458,7 @@ const addByKey = () => {
 document.addEventListener("keydown", (event) => {
   // Enter also ends the composition of an input method.
   if (!item || event.isComposing || event.keyCode === 229 || event.metaKey || event.altKey) return;
-  if (event.target.closest?.("#list")) return;
+  if (event.target.matches?.("#list :is(input, select, button)")) return;
   const isField = event.target.matches?.("input, textarea, select");
   const isControl = event.target.matches?.("button, a, summary");
   if (event.key === "Escape") {

@@ -202,8 +202,11 @@ def list_fields(item: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["fields", "text", "classes"])
-def test_suggested_boxes_are_dropped_from_another_kind(tmp_path: Path, kind: str) -> None:
-    session = open_receipts(tmp_path, CORNERS, CORNERS, CORNERS, kind=kind)
+@pytest.mark.parametrize("suggestion", [CORNERS, " "], ids=["boxes", "blank"])
+def test_suggestions_of_another_kind_are_dropped(
+    tmp_path: Path, kind: str, suggestion: object
+) -> None:
+    session = open_receipts(tmp_path, *[suggestion] * 3, kind=kind)
     with open_client(session) as client:
         item = client.get("/items/0").json()
         shown = (item["answer"], item["suggestion"], item["parts"])

@@ -161,9 +161,12 @@ class LabelSession:
         return self.select_suggestion(item)
 
     def _select_parts(self, item: LabelItem, content: AnswerContent) -> AnswerContent:
-        if self._allows_boxes(item):
+        boxes = [part for part in content if isinstance(part, BoxPart)]
+        if self._allows_boxes(item) and boxes:
             return content
-        return tuple(part for part in content if not isinstance(part, BoxPart))
+        # Models answer some questions with an empty text.
+        is_empty = not get_text(content).strip()
+        return () if is_empty else tuple(part for part in content if part not in boxes)
 
     def _allows_boxes(self, item: LabelItem) -> bool:
         """Whether the task has boxes, or the answer of a reviewed sample."""

@@ -153,7 +153,7 @@ def test_unlabeled_images_become_a_served_model(
             with urllib.request.urlopen(
                 urllib.request.Request(f"{address}/decision", body, headers)
             ) as answer:
-                assert json.load(answer)["item"]["decision"] == "corrected"
+                assert json.load(answer)["item"]["decision"] == "written"
     assert errors[-1] == f"next: {train.strip()}"
     assert run_command([*shlex.split(train)[1:], "train.steps=30"]) == 0
     assert f"next: {serve.strip()}\n" in capsys.readouterr().err

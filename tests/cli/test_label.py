@@ -206,7 +206,7 @@ def test_further_rounds_continue_the_labels_of_the_run(
     assert find_label_command(recipe) == ["finesight", "label", "run", "photos"]
     assert "continuing the labels in mine, training data of run" in run("run")
     assert run("run", "--out", "labels").endswith(
-        "1 open, 0 accepted, 0 corrected, 0 skipped: labels\n"
+        "1 open, 0 written, 0 accepted, 0 corrected, 0 skipped: labels\n"
     )
     # A folder of reviewed labels contains no new images.
     Path("mine/sources.json").unlink()
@@ -232,6 +232,8 @@ def test_review_ranks_existing_answers(tmp_path: Path) -> None:
         (["--json"], "--json with --suggest-only"),
         (["--suggest-only", "--no-suggestions"], "one of the two options"),
         (["--kind", "other"], ""),
+        (["--kind", "text", "--fields", "name"], "--fields with --kind fields"),
+        (["--classes", "a,b", "--fields", "name"], "--fields with --kind fields"),
     ],
 )
 def test_invalid_options_are_rejected(tmp_path: Path, options: list[str], message: str) -> None:

@@ -62,7 +62,13 @@ def test_answers_are_saved_skipped_and_reopened(tmp_path: Path) -> None:
         other = client.get("/items/1").json()["id"]
         client.post("/decision", json={"id": other, "action": "skip"})
         reopened = client.post("/decision", json={"id": item["id"], "action": "reopen"}).json()
-        assert reopened["counts"] == {"open": 2, "accepted": 0, "corrected": 0, "skipped": 1}
+        assert reopened["counts"] == {
+            "open": 2,
+            "written": 0,
+            "accepted": 0,
+            "corrected": 0,
+            "skipped": 1,
+        }
         events = [entry["event"] for entry in reopened["item"]["history"]]
         assert events == ["suggested", "accepted", "corrected", "reopened"]
         # The correction is not lost, also after a reload.
@@ -168,6 +174,115 @@ def test_edited_fields_leave_the_rest_of_the_answer(
             assert texts == dict(zip(("shop", "price", "id", "paid", "vat"), shown, strict=True))
         unknown = client.post("/decision", json={**decision, "edits": {5: "1"}})
         assert (unknown.status_code, "field 5" in unknown.text) == (422, True)
+
+
+def open_receipts(tmp_path: Path, *answers: object, **options: Any) -> LabelSession:
+    """Open a session of JSON fields about three images with suggestions: boxes or texts."""
+    photos = tmp_path / "photos"
+    if not photos.exists():
+        draw_images(tmp_path)
+    options = {"kind": "fields"} | options
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.", **options)
+    for index, answer in enumerate(answers):
+        boxes = [BoxPart(label="shop", xyxy=xyxy) for xyxy in CORNERS]
+        parts = boxes if answer is CORNERS else answer
+        num_parts = 2 if answer is CORNERS or answer[0] == "{" else 1
+        suggestion = make_suggestion(str(photos / f"{index}.png"), parts, *[0.9] * num_parts)
+        session.store.add_suggestions([(suggestion, None)], MODEL)
+    session.complete_task()
+    return session
+
+
+def save(client: TestClient, item: dict[str, Any], **values: object) -> Any:
+    return client.post("/decision", json={"id": item["id"], "action": "save", **values})
+
+
+def list_fields(item: dict[str, Any]) -> dict[str, str]:
+    return {".".join(field["path"]): field["text"] for field in item["fields"]}
+
+
+@pytest.mark.parametrize("kind", ["fields", "text", "classes"])
+@pytest.mark.parametrize("suggestion", [CORNERS, " "], ids=["boxes", "blank"])
+def test_suggestions_of_another_kind_are_dropped(
+    tmp_path: Path, kind: str, suggestion: object
+) -> None:
+    session = open_receipts(tmp_path, *[suggestion] * 3, kind=kind)
+    with open_client(session) as client:
+        item = client.get("/items/0").json()
+        shown = (item["answer"], item["suggestion"], item["parts"])
+        assert shown == ({"text": "", "boxes": []}, None, [])
+        assert client.get("/search", params={"text": "shop"}).json()["count"] == 0
+        box = {"label": "shop", "xyxy": [1, 1, 9, 9]}
+        for text in ("", '{"name": "Olp"}'):
+            refused = save(client, item, text=text, boxes=[box])
+            assert (refused.status_code, f"of the kind {kind}" in refused.text) == (422, True)
+        # An answer beside a suggestion that was not shown corrects nothing.
+        assert save(client, item, text='{"a": "b"}').json()["item"]["decision"] == "written"
+    (sample,) = read_samples(tmp_path / "labels" / LABELS_FILE)
+    assert [part.type for part in sample.messages[-1].content] == ["text"]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '"a"', "12", '[{"name": "Olp"}]'])
+def test_fields_are_those_of_a_json_object(tmp_path: Path, text: str) -> None:
+    with open_client(open_receipts(tmp_path)) as client:
+        refused = save(client, client.get("/items/0").json(), text=text)
+        assert (refused.status_code, "expected: a JSON object" in refused.text) == (422, True)
+
+
+def test_existing_labels_determine_the_kind(tmp_path: Path) -> None:
+    suggestions = (CORNERS,) * 3
+    with open_client(open_receipts(tmp_path, *suggestions)) as client:
+        save(client, client.get("/items/0").json(), text='{"name": "Olp"}')
+    session = open_receipts(tmp_path, kind=None)
+    with open_client(session) as client:
+        assert session.task.kind == "fields"
+        assert list_fields(client.get("/items/1").json()) == {"name": ""}
+
+
+@pytest.mark.parametrize("suggestions", [(), (CORNERS,) * 3, ('Read: {"name": "Ol',) * 3])
+def test_first_saved_object_has_the_fields_of_the_next_images(
+    tmp_path: Path, suggestions: tuple[object, ...]
+) -> None:
+    with open_client(open_receipts(tmp_path, *suggestions)) as client:
+        item = client.get("/items/0").json()
+        assert (item["fields"], item["answer"]["text"]) == ([], "")
+        text = '{"name": "Olp", "price": 12.50}'
+        assert save(client, item, text=text).json()["item"]["decision"] == "written"
+        item = client.get("/items/1").json()
+        assert (list_fields(item), item["answer"]["text"]) == ({"name": "", "price": ""}, "")
+        save(client, item, edits={0: "Rab", 1: "3.10"})
+    with open_client(open_receipts(tmp_path)) as client:
+        assert list_fields(client.get("/items/2").json()) == {"name": "", "price": ""}
+    answers = sorted(read_answers(tmp_path / "labels").values())
+    assert answers == [text, '{"name": "Rab", "price": 3.10}']
+    # The labels determine the types of named fields.
+    session = open_receipts(tmp_path, field_names=("price", "paid"))
+    session.store.close()
+    assert json.loads(session.task.template) == {"price": 0.0, "paid": ""}
+
+
+def test_named_fields_are_shown_from_the_first_image_on(tmp_path: Path) -> None:
+    names, suggested = ("name", "price"), '{"price": 1.50, "name": "Vade"}'
+    answers = (json.dumps(FIELDS[0]), suggested, "no JSON")
+    session = open_receipts(tmp_path, *answers, kind=None, field_names=names)
+    with open_client(session) as client:
+        items = [client.get(f"/items/{index}").json() for index in range(3)]
+        # A suggestion with other keys is shown beside the fields.
+        assert [list_fields(item) for item in items] == [
+            {"name": "", "price": ""},
+            {"price": "1.50", "name": "Vade"},
+            {"name": "", "price": ""},
+        ]
+        assert items[0]["suggestion"]["text"] == answers[0]
+        events = [
+            save(client, items[0], edits={0: "Olp", 1: "2"}).json()["item"]["decision"],
+            save(client, items[1], text=suggested, edits={}).json()["item"]["decision"],
+        ]
+        assert events == ["written", "accepted"]
+    assert read_answers(tmp_path / "labels") == {
+        "0.png": '{"name": "Olp", "price": "2"}',
+        "1.png": suggested,
+    }
 
 
 def test_items_are_listed_by_state_and_text(tmp_path: Path) -> None:
@@ -345,6 +460,38 @@ def test_fields_are_labeled_by_keyboard_and_survive_a_reload(
             "1.png": json.dumps({**FIELDS[1], "shop": "Olpa"}),
         }
         check_layouts(browser, address)
+
+
+def test_fields_without_a_suggestion_are_typed_once(tmp_path: Path, browser: Browser) -> None:
+    def type_text(text: str) -> None:
+        browser.run(f"document.execCommand('insertText', false, {text!r});")
+
+    with serve(open_receipts(tmp_path, *(CORNERS,) * 3)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.activeElement.id === 'answer'")
+        assert browser.run("return document.querySelectorAll('.row, rect').length;") == 1
+        type_text('{"name": "Olp", "price": 12.50}')
+        press(browser, "Enter")
+        wait_for(browser, "document.activeElement.id === 'field-0'")
+        type_text("Rab")
+        browser.run("document.querySelector('#field-1').focus();")
+        type_text("3.10")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('written 2')")
+        assert sorted(read_answers(tmp_path / "labels").values()) == [
+            '{"name": "Olp", "price": 12.50}',
+            '{"name": "Rab", "price": 3.10}',
+        ]
+        check_layouts(browser, address)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_buttons_are_in_one_line(tmp_path: Path, browser: Browser, lang: str) -> None:
+    tops = "[...document.querySelectorAll('.actions button')].map((at) => at.offsetTop)"
+    with serve(open_fields_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang={lang}", 1280 - 15)  # with a scroll bar
+        wait_for(browser, "document.querySelector('#form .row')")
+        assert len(set(browser.run(f"return {tops};"))) == 1
 
 
 def test_listed_image_is_opened_with_its_history(tmp_path: Path, browser: Browser) -> None:

@@ -63,7 +63,13 @@ def test_session_continues_after_a_crash(tmp_path: Path, damage: str) -> None:
     with open_session(tmp_path / "labels", MODEL, photos, prompt="Read.").store as store:
         assert journal.read_bytes() == before
         assert [item.sample.sample.id for item in store.items] == ids
-        assert store.count_events() == {"open": 1, "accepted": 1, "corrected": 0, "skipped": 1}
+        assert store.count_events() == {
+            "open": 1,
+            "written": 0,
+            "accepted": 1,
+            "corrected": 0,
+            "skipped": 1,
+        }
         assert [one.sample.id for one in store.list_unsuggested("other")] == [ids[2]]
         assert store.list_unsuggested(MODEL) == []
 

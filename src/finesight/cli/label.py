@@ -73,6 +73,14 @@ def label(
             "the training data.",
         ),
     ] = None,
+    fields: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="Keys of the JSON answers, with --kind fields. Default: those of the training "
+            "data or of the existing labels.",
+        ),
+    ] = None,
     review: Annotated[
         bool,
         typer.Option(
@@ -140,7 +148,17 @@ def label(
         from finesight.model_folder import check_model_path
 
         check_model_path(run_or_model)
-    names = [name.strip() for name in (classes or "").split(",") if name.strip()]
+    names, field_names = (
+        [*dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip())]
+        for text in (classes, fields)
+    )
+    if field_names and (names or kind not in (None, "fields")):
+        raise UserError(
+            f"--fields is given with {'--classes' if names else f'--kind {kind}'}",
+            where="--fields",
+            expected="--fields with --kind fields",
+            remedy="remove one of the options",
+        )
     run_dir = find_run_dir(Path(run_or_model))
     out = out or _select_label_folder(run_dir, review)
     with ExitStack() as stack:
@@ -158,6 +176,7 @@ def label(
             prompt=prompt,
             kind=kind,
             choices=names,
+            field_names=field_names,
             review=review,
             train_fraction=train_fraction,
         )
@@ -186,7 +205,7 @@ def label(
     counts = session.store.count_events()
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     typer.echo(f"{text}: {out}", err=True)
-    if counts["accepted"] + counts["corrected"]:
+    if any(count for name, count in counts.items() if name not in ("open", "skipped")):
         words = _suggest_command(out, run_dir, sources if review else ())
         typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
 

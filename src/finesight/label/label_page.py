@@ -24,7 +24,7 @@ from finesight.data.sample import BoxPart, ImagePart, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
-from finesight.label.label_store import LabelItem
+from finesight.label.label_store import ANSWER_EVENTS, LabelItem
 from finesight.label.suggestion import AnswerContent, get_text
 from finesight.report import i18n
 from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, translate_markup, use_language
@@ -51,7 +51,7 @@ MAX_DISPLAY_SIDE = 2000
 SCRIPT_TEXTS = (
     *("No suggestion", "confidence {}", "error score {}", "The model suggests:"),
     *("{} of {}", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
-    *("open", "suggested", "accepted", "corrected", "skipped", "reopened"),
+    *("open", "suggested", "written", "accepted", "corrected", "skipped", "reopened"),
     *("All images are decided.", "Not saved", "The server does not answer."),
     *("The image cannot be read.", "No objects", "Answer without JSON:"),
     *("before:", "after:", "{} images"),
@@ -134,11 +134,11 @@ class LabelPage:
         found = []
         for index, item in enumerate(self._items):
             event = item.decision.event if item.decision else "open"
-            content = item.proposal
+            content = self._session.select_proposal(item)
             labels = [part.label for part in content if isinstance(part, BoxPart) and part.label]
             answer = " ".join([get_text(content), *labels]).strip()
             name = ", ".join(path.name for path in _list_images(item)) or item.sample.sample.id
-            is_of_state = state in ("", "labeled" if event in ("accepted", "corrected") else event)
+            is_of_state = state in ("", "labeled" if event in ANSWER_EVENTS else event)
             if is_of_state and text.casefold() in f"{name}\n{answer}".casefold():
                 answer = answer[:MAX_LISTED_CHARS]
                 found.append({"index": index, "name": name, "decision": event, "answer": answer})
@@ -175,9 +175,9 @@ class LabelPage:
                 text = request.text
                 if request.edits is not None:
                     text = self._session.edit_fields(text, request.edits)
-                self._session.check_text(text)
+                self._session.check_answer(item, text, bool(request.boxes))
                 request = request.model_copy(update={"text": text})
-                store.save_label(request.id, _build_content(item, request))
+                self._session.save(item, _build_content(item, request))
             elif request.action == "skip":
                 store.skip(request.id)
             else:

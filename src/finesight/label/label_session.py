@@ -27,6 +27,7 @@ from finesight.infer.model_loader import InferenceModel
 from finesight.label.label_ranking import rank_labels
 from finesight.label.label_store import LabelItem, LabelStore, check_utf8
 from finesight.label.suggestion import (
+    AnswerContent,
     JsonLeaf,
     Suggestion,
     get_text,
@@ -60,6 +61,7 @@ class LabelTask:
         choices: Class names: the answers, or the labels of boxes. Empty for free text.
         template: JSON object for images without a suggestion; empty without one. Its values have
             the types of the examples: "", 0, false, or null for an unknown type.
+        field_names: Keys of the answers, as given by the user; empty without any.
         has_default_kind: Whether neither the user nor examples determine the kind.
     """
 
@@ -67,6 +69,7 @@ class LabelTask:
     prompt: str | None = None
     choices: tuple[str, ...] = ()
     template: str = ""
+    field_names: tuple[str, ...] = ()
     has_default_kind: bool = False
 
 
@@ -120,19 +123,67 @@ class LabelSession:
         return reasons
 
     def complete_task(self) -> None:
-        """Detect kind, labels of boxes and template in the suggestions, if they are unknown."""
+        """Detect kind, labels of boxes and template, if they are unknown.
+
+        The existing labels of the folder determine them, or else the suggestions.
+        """
         contents = [item.proposal for item in self.store.items if item.proposal]
-        kind = _detect_kind(contents) if self.task.has_default_kind else self.task.kind
+        answers = [one for one in self.store.list_answers() if get_text(one) != NO_OBJECTS_ANSWER]
+        kind = _detect_kind(answers or contents) if self.task.has_default_kind else self.task.kind
         boxes = (part for content in contents for part in content if isinstance(part, BoxPart))
         labels = Counter(box.label for box in boxes if box.label)
         names = tuple(name for name, _ in labels.most_common()) if kind == "boxes" else ()
-        template = _build_template(map(get_text, contents)) if kind == "fields" else ""
-        choices, template = self.task.choices or names, self.task.template or template
+        template, field_names = self.task.template, self.task.field_names
+        if kind == "fields" and (field_names or not template):
+            texts = [get_text(one) for one in answers]
+            template = _build_template([*texts, template] if field_names else texts, field_names)
+            template = template or _build_template(map(get_text, contents))
+        choices = self.task.choices or names
         self.task = replace(self.task, kind=kind, choices=choices, template=template)
+
+    def select_suggestion(self, item: LabelItem) -> AnswerContent:
+        """Return the parts of a suggestion that have the kind of the task; empty without any.
+
+        Fields are those of a JSON object with the keys that the user named.
+        """
+        content = self._select_parts(item, item.suggestion.content if item.suggestion else ())
+        if self.task.kind != "fields" or any(isinstance(part, BoxPart) for part in content):
+            return content
+        value, names = _parse_json(get_text(content)), self.task.field_names
+        if not isinstance(value, dict) or not value:
+            return ()
+        return content if not names or value.keys() == {*names} else ()
+
+    def select_proposal(self, item: LabelItem) -> AnswerContent:
+        """Return the answer that the page shows first, without parts of another kind."""
+        if item.draft or item.label is not None:
+            return self._select_parts(item, item.proposal)
+        return self.select_suggestion(item)
+
+    def _select_parts(self, item: LabelItem, content: AnswerContent) -> AnswerContent:
+        boxes = [part for part in content if isinstance(part, BoxPart)]
+        if self._allows_boxes(item) and boxes:
+            return content
+        # Models answer some questions with an empty text.
+        is_empty = not get_text(content).strip()
+        return () if is_empty else tuple(part for part in content if part not in boxes)
+
+    def _allows_boxes(self, item: LabelItem) -> bool:
+        """Whether the task has boxes, or the answer of a reviewed sample."""
+        existing = item.existing_answer or ()
+        return self.task.kind == "boxes" or any(isinstance(part, BoxPart) for part in existing)
+
+    def save(self, item: LabelItem, content: AnswerContent) -> None:
+        """Save an answer. The first JSON object determines the fields of the other images."""
+        suggested = self.select_suggestion(item)
+        self.store.save_label(item.sample.sample.id, content, suggested)
+        if self.task.kind == "fields" and not self.task.template:
+            self.task = replace(self.task, template=_build_template([get_text(content)]))
 
     def describe_item(self, item: LabelItem) -> dict[str, Any]:
         """Return the values of an item as JSON data."""
-        suggestion, content = item.suggestion, item.proposal
+        suggestion, content = item.suggestion, self.select_proposal(item)
+        suggested = self._select_parts(item, suggestion.content if suggestion else ())
         text = get_text(content)
         source, leaves = self._find_fields(text)
         fields = []
@@ -150,10 +201,10 @@ class LabelSession:
             "answer": describe_answer(content),
             "fields": fields,
             "has_template": bool(leaves) and source != text,
-            "suggestion": describe_answer(suggestion.content) if suggestion else None,
+            "suggestion": describe_answer(suggested) if suggested else None,
             "parts": [
                 {"path": list(part.path), "confidence": part.confidence}
-                for part in (suggestion.parts if suggestion else ())
+                for part in (suggestion.parts if suggestion and suggested else ())
             ],
             "history": _describe_history(item),
         }
@@ -183,11 +234,18 @@ class LabelSession:
             offset = leaf.stop
         return "".join(parts) + source[offset:]
 
-    def check_text(self, text: str) -> None:
-        """Raise UserError if a task of JSON fields has a text that is not JSON."""
-        if self.task.kind == "fields" and text.strip() and _parse_json(text) is None:
+    def check_answer(self, item: LabelItem, text: str, has_boxes: bool) -> None:
+        """Raise UserError for boxes in another task, or fields that are not a JSON object."""
+        if has_boxes and not self._allows_boxes(item):
             raise UserError(
-                f"the answer is not JSON: {text!r:.80}",
+                "the answer has boxes",
+                expected=f"an answer of the kind {self.task.kind}",
+                remedy="reload the page; for boxes, start the command with --kind boxes",
+            )
+        value = _parse_json(text)
+        if self.task.kind == "fields" and text.strip() and not isinstance(value, dict):
+            raise UserError(
+                f"the answer is not JSON{'' if value is None else ' of an object'}: {text!r:.80}",
                 expected="a JSON object, like most answers",
                 remedy="correct it, or skip (S); answers of the kind text need no JSON",
             )
@@ -198,7 +256,7 @@ class LabelSession:
         It is the answer or else the template; without fields, the answer without scalars.
         """
         for source in (text, self.task.template) if self.task.kind == "fields" else ():
-            if _parse_json(source) is not None:
+            if isinstance(_parse_json(source), dict):
                 return source, [*iter_json_leaves(source)]
         return text, []
 
@@ -211,6 +269,7 @@ def open_session(
     prompt: str | None = None,
     kind: AnswerKind | None = None,
     choices: Sequence[str] = (),
+    field_names: Sequence[str] = (),
     review: bool = False,
     train_fraction: float | None = None,
 ) -> LabelSession:
@@ -225,7 +284,7 @@ def open_session(
     samples = read_items(sources, prompt)
     if not examples:
         examples = [one for one in samples if one.sample.messages[-1].role == "assistant"]
-    task = detect_task(examples, prompt=prompt, kind=kind, choices=choices)
+    task = detect_task(examples, prompt=prompt, kind=kind, choices=choices, field_names=field_names)
     if review and any(folder.resolve() in source.resolve().parents for source in sources):
         raise UserError(
             f"{folder} contains the labels under review",
@@ -278,6 +337,7 @@ def detect_task(
     prompt: str | None = None,
     kind: AnswerKind | None = None,
     choices: Sequence[str] = (),
+    field_names: Sequence[str] = (),
 ) -> LabelTask:
     """Detect the task of labeled samples. Given values take precedence.
 
@@ -289,19 +349,19 @@ def detect_task(
     boxes = [part for content in contents for part in content if isinstance(part, BoxPart)]
     texts = [get_text(content) for content in contents]
     counts = dict.fromkeys(texts)
-    has_default_kind = kind is None and not choices and not contents
-    detected = _detect_kind(contents)
+    has_default_kind = not (kind or choices or field_names or contents)
+    detected = "fields" if field_names else _detect_kind(contents)
     if detected == "text" and 0 < len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
         detected = "classes"
     kind = kind or ("classes" if choices and detected == "text" else detected)
     if not choices and kind in ("boxes", "classes"):
         names = (box.label for box in boxes) if kind == "boxes" else iter(counts)
         choices = [name for name in dict.fromkeys(names) if name]
-    template = _build_template(texts) if kind == "fields" else ""
+    template = _build_template(texts, field_names) if kind == "fields" else ""
     if prompt is None and examples:
         turns = [turn for turn in examples[0].sample.messages if turn.role == "user"]
         prompt = get_text(turns[-1].content) or None
-    return LabelTask(kind, prompt, tuple(choices), template, has_default_kind)
+    return LabelTask(kind, prompt, tuple(choices), template, tuple(field_names), has_default_kind)
 
 
 def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:
@@ -313,16 +373,25 @@ def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:
     return "fields" if 2 * num_objects > len(contents) else "text"
 
 
-def _build_template(texts: Iterable[str]) -> str:
-    """Return a JSON object with the keys of at least half of the objects, if most texts are any."""
+def _build_template(texts: Iterable[str], field_names: Sequence[str] = ()) -> str:
+    """Return a JSON object with the keys of at least half of the objects, if most texts are any.
+
+    Args:
+        field_names: Keys of the result instead. Those in no text are strings.
+    """
     values = [_parse_json(text) for text in texts]
     objects = [value for value in values if isinstance(value, dict)]
     counts = Counter(key for value in objects for key in value)
     example: dict[str, Any] = {}
     for key, value in (item for one in objects for item in one.items()):
-        if 2 * counts[key] >= len(objects) and example.get(key) is None:
+        is_frequent = 2 * counts[key] >= len(objects)
+        if (key in field_names if field_names else is_frequent) and example.get(key) is None:
             example[key] = value
-    if not example or 2 * len(objects) <= len(values):
+    if field_names:
+        known = {name: value for name, value in example.items() if value is not None}
+        example = {name: known.get(name, "") for name in field_names}
+        objects = [*objects, example]
+    elif not example or 2 * len(objects) <= len(values):
         return ""
     leaves = (leaf for one in reversed(objects) for leaf in iter_json_leaves(json.dumps(one)))
     types = {_generalize(one.path): one.value for one in leaves if one.value is not None}

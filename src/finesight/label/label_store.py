@@ -26,6 +26,7 @@ from finesight.bounded_files import is_utf8
 from finesight.config import Recipe, is_url
 from finesight.data.sample import (
     BoxPart,
+    ContentPart,
     ImagePart,
     LocatedSample,
     Message,
@@ -52,7 +53,10 @@ FRACTION_FILE, SOURCES_FILE = "train_fraction.txt", "sources.json"
 LABELS_PER_WRITE = 500
 """`labels.jsonl` is written after one decision for each so many labels that it contains."""
 
-LabelEvent = Literal["suggested", "accepted", "corrected", "skipped", "reopened"]
+ANSWER_EVENTS = ("written", "accepted", "corrected")
+"""Decisions with an answer: without a suggestion, equal to it, or different from it."""
+
+LabelEvent = Literal["suggested", "written", "accepted", "corrected", "skipped", "reopened"]
 
 
 class JournalEntry(BaseModel):
@@ -90,7 +94,7 @@ class LabelItem:
         is_listed: Whether the sample is to be labeled or reviewed.
         suggestion: Newest suggestion; None without one.
         decision: Newest decision; None if the sample is undecided.
-        draft: Newest accepted or corrected answer, also after the sample was reopened.
+        draft: Newest saved answer, also after the sample was reopened.
         history: All entries of the sample, in order.
     """
 
@@ -123,7 +127,7 @@ class LabelItem:
 
     @property
     def label(self) -> AnswerContent | None:
-        """Accepted or corrected answer, or else the existing answer."""
+        """Saved answer, or else the existing answer."""
         if self.decision is not None and self.decision.event != "skipped":
             return self.decision.content
         return self.existing_answer
@@ -142,7 +146,7 @@ class LabelItem:
             self.suggestion = entry
         else:
             self.decision = None if entry.event == "reopened" else entry
-            if entry.event in ("accepted", "corrected"):
+            if entry.event in ANSWER_EVENTS:
                 self.draft = entry.content
 
 
@@ -292,8 +296,12 @@ class LabelStore(AbstractContextManager["LabelStore"]):
     def count_events(self) -> dict[str, int]:
         """Count the listed items by decision; `open` are undecided."""
         events = Counter(item.decision.event if item.decision else "open" for item in self.items)
-        names = ("open", "accepted", "corrected", "skipped")
-        return {name: events[name] for name in names}
+        return {name: events[name] for name in ("open", *ANSWER_EVENTS, "skipped")}
+
+    def list_answers(self) -> list[Sequence[ContentPart]]:
+        """Return the answers of all labeled samples, also of those that are not loaded now."""
+        others = [sample.messages[-1].content for sample in self._others]
+        return [*others, *(item.label for item in self._items.values() if item.label)]
 
     def list_unsuggested(self, model: str) -> list[LocatedSample]:
         """Return the undecided samples whose newest suggestion is not from this model."""
@@ -324,8 +332,13 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         flush_file(self._journal)
         self.sort()
 
-    def save_label(self, sample_id: str, content: AnswerContent) -> LabelItem:
-        """Accept or correct a sample: accepted if the content equals what the page proposed.
+    def save_label(
+        self, sample_id: str, content: AnswerContent, suggested: AnswerContent | None = None
+    ) -> LabelItem:
+        """Save the answer of a sample: accepted if it equals the answer before or the suggestion.
+
+        Args:
+            suggested: Parts of the suggestion that the page proposed. None: all of them.
 
         Raises:
             UserError: The content is not a valid answer.
@@ -333,9 +346,11 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         item = self.find(sample_id)
         validate_sample(self._build_labeled(item, content).sample, f"sample {sample_id}")
         unchanged = item.existing_answer
-        if unchanged is None and item.suggestion is not None:
-            unchanged = item.suggestion.content
-        self._append(item, "accepted" if content == unchanged else "corrected", content)
+        if unchanged is None and suggested is None and item.suggestion is not None:
+            suggested = item.suggestion.content
+        unchanged = unchanged or suggested
+        event: LabelEvent = "corrected" if unchanged else "written"
+        self._append(item, "accepted" if content == unchanged else event, content)
         return item
 
     def skip(self, sample_id: str) -> LabelItem:

@@ -67,7 +67,7 @@ const open = async (index, select = -1) => {
     markListed();
     // An empty text has the focus, so that the letters of the answer are no commands.
     const isReadable = !item.images.some((image) => image.error);
-    const isEmpty = isReadable && !item.suggestion && !answerText && item.decision === "open";
+    const isEmpty = isReadable && !answerText && item.decision === "open";
     if (isEmpty && ["text", "fields"].includes(settings.kind)) edit();
     return true;
   } catch (error) {
@@ -196,7 +196,7 @@ const show = () => {
   byId("decision").textContent = translate(item.decision);
   byId("confidence").textContent = item.score !== null
     ? translate("error score {}", item.score.toFixed(2))
-    : item.confidence !== null
+    : item.suggestion
       ? translate("confidence {}", `${Math.floor(100 * item.confidence)} %`) : translate("No suggestion");
   byId("history").hidden = !history.length;
   byId("history").querySelector("ol").replaceChildren(...history.map((entry) => create(
@@ -237,7 +237,8 @@ const showForm = () => {
   } else {
     const isBoxes = settings.kind === "boxes", change = (value) => { answerText = value; };
     const isChoice = settings.kind === "classes" && settings.choices.length;
-    const label = create("label", { for: "answer" }, translate(isChoice ? "Class" : "Text"), " ",
+    const name = isChoice ? "Class" : settings.kind === "fields" ? "JSON" : "Text";
+    const label = create("label", { for: "answer" }, translate(name), " ",
       makeBadge(getConfidence([])));
     const input = isChoice ? makeChoice("answer", answerText, change)
       : create("textarea", { id: "answer", rows: isBoxes ? 1 : 6, oninput: () => change(input.value) });

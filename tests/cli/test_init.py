@@ -426,6 +426,9 @@ def test_option_sets_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     table = write_table(tmp_path / "table", 3, caption=lambda i: f"a photo of house {i}")
     found = run_init(table, "--task", "qa", "--out", "table-qa")
     assert found["metric"] == "qa"
+    draw_dots(Path("one"), 1)
+    result = CliRunner().invoke(init_app(), ["one", "--yes"])
+    assert "data    one: 1 image without labels\n" in result.output
     assert run_command(["init", "photos", "--task", "poems", "--out", "other"]) == 2
 
 

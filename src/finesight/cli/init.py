@@ -24,7 +24,7 @@ from finesight.cli.options import (
     echo_json,
     parse_column_map,
 )
-from finesight.errors import UserError, escape_unprintable, suggest_name
+from finesight.errors import UserError, escape_unprintable, format_count, suggest_name
 
 if TYPE_CHECKING:
     from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
@@ -149,7 +149,7 @@ def init(
         with console.activity("importing the data"):
             summary = import_dataset(path, folder / "data", options)
     recipe = folder / "recipe.yaml"
-    files = {file.file: f"{file.num_samples} samples" for file in summary.output_files}
+    files = {file.file: format_count(file.num_samples, "sample") for file in summary.output_files}
     num_samples = summary.output_files[0].num_samples
     inputs = (recipe, folder / "run", model, f"`finesight init` for {device}", task, files)
     write_file(recipe, format_recipe(*inputs, num_samples).encode())
@@ -160,10 +160,13 @@ def init(
     detected_by = opened.detected_by if columns else opened.detected_by.replace("--map", "columns")
     map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
     lines = [
-        f"data    {source}: {summary.format} ({detected_by}), {num_rows} rows",
+        f"data    {source}: {summary.format} ({detected_by}), {format_count(num_rows, 'row')}",
         *([f"        {summary.text_format}"] if summary.text_format else []),
-        *(f"        {file.file}: {file.num_samples} samples" for file in summary.output_files),
-        *(f"        skipped: {count} rows, {why}" for why, count in summary.skipped_rows.items()),
+        *(
+            f"        {file.file}: {format_count(file.num_samples, 'sample')}"
+            for file in summary.output_files
+        ),
+        *(f"        {line}" for line in summary.list_skipped()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
         *(f"        unused column: {column}" for column in summary.unused_columns),
         *([f"        for one column only: {map_hint}"] if "fields" in options.columns else []),
@@ -291,7 +294,7 @@ def _init_labels(
     if as_json:
         echo_json({"recipe": str(recipe), "metric": metric, "prompt": prompt, "next": commands})
         return
-    lines = [f"data    {source}: {num_images} images without labels"]
+    lines = [f"data    {source}: {format_count(num_images, 'image')} without labels"]
     lines += [f"task    {metric}; prompt: {prompt}", f"model   {model}", ""]
     lines += [f"recipe: {recipe}", "next:", *(f"  {command}" for command in commands)]
     typer.echo("\n".join(map(escape_unprintable, lines)))

@@ -23,7 +23,7 @@ from finesight.cli.options import (
     WeightFormatOption,
     echo_json,
 )
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import UserError, format_count, suggest_similar_path
 
 if TYPE_CHECKING:
     from finesight.data.sample import LocatedSample
@@ -237,7 +237,7 @@ def _load_samples(
         return build_questions(images, prompt)
     example = shlex.join(["finesight", "predict", run_or_model, str([*images, "IMAGE"][0])])
     raise UserError(
-        f"{len(images)} images, "
+        f"{format_count(len(images), 'image')}, "
         f"{'no ' if prompt is None else ''}--prompt and {'no ' if data is None else ''}--data",
         where="finesight predict",
         expected="images with --prompt TEXT, or --data FILE.jsonl alone",

@@ -77,7 +77,7 @@ def compute_box_scores(
 ) -> dict[str, float]:
     """Compute the box scores of one answer: `parse_rate`, `iou`, `hit` and `hit_at_0.75`.
 
-    `parse_rate` is 1 if the answer has a box. The other scores are sums over the pairs of `match_boxes`
+    `parse_rate` is 1 if the answer has a box. The others are sums over the pairs of `match_boxes`
     (IoU, IoU of at least 0.5 and 0.75), divided by the larger number of boxes: missing and
     additional boxes cost the same. With one reference box and one predicted box they are the IoU
     and accuracy of referring expressions. Without reference boxes the correct answer has no boxes.

@@ -77,6 +77,11 @@ def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy
     return kind(what, where=where, expected=expected, remedy=remedy)
 
 
+def format_count(count: int, noun: str) -> str:
+    """Format a number with a noun that has a regular plural."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = "") -> str:
     """Return a remedy for an unknown name: the most similar valid name, or `otherwise`."""
     import difflib

@@ -115,6 +115,31 @@ def test_dominant_answer_is_reported(folder):
     assert "15 of 25 answers are 'yes'" in result.issues[0].what
 
 
+@pytest.mark.parametrize(("rare", "is_similar"), CASES["test_rare_similar_answers"])
+@pytest.mark.parametrize("num_rare", [1, 2])
+def test_rare_similar_answers(folder, rare, is_similar, num_rare):
+    answers = ["square"] * 48 + ["disc 1"] * 48 + ["cat"] * 40 + [rare] * num_rare
+    records = [
+        make_record(image_name(0), "Which?", answer) | {"id": f"s{n}"}
+        for n, answer in enumerate(answers)
+    ]
+    train = write_records(folder / "train.jsonl", records[:-num_rare])
+    result = run_check(train, write_records(folder / "eval.jsonl", records[-num_rare:]))
+    issues = [one for one in result.issues if one.code == "rare-similar-answer"]
+    assert [one.sample_id for one in issues] == [f"s{136 + n}" for n in range(num_rare)][
+        : num_rare * is_similar
+    ]
+    for one in issues:
+        assert one.severity == "warning"
+        assert (repr(rare) in one.what, "'square' in 48" in one.what) == (True, True)
+
+
+def test_answers_of_free_text_are_not_similar(folder):
+    answers = ["square"] * 30 + ["sqaure"] + [f"text {chr(97 + n)}" for n in range(20)]
+    records = [make_record(image_name(0), "Which?", answer) for answer in answers]
+    assert "rare-similar-answer" not in count_codes(check_records(folder, *records))
+
+
 def test_eval_images_in_training_file_are_reported(folder):
     (folder / "copy.png").write_bytes((folder / image_name(1)).read_bytes())
     Image.open(folder / image_name(2)).resize((150, 150)).save(folder / "anew.jpg", quality=80)

@@ -64,6 +64,7 @@ def test_archive_cannot_reference_files_outside(
     (tmp_path / "a.zip").write_bytes(make_zip(files))
     code, output = run_import(capsys, tmp_path / "a.zip", tmp_path / "out")
     assert (code, "no such image in the source" in output) == (2, True)
+    assert "cannot use other files of this machine" in output
 
 
 def test_symlink_at_unpack_folder_is_not_followed(

@@ -68,6 +68,38 @@ def test_notes_name_the_metric_keys(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert any(line.startswith("similarity: no interval: ") for line in notes), notes
 
 
+def test_scores_of_common_samples_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = (
+        str(make_run(tmp_path / name, make_sign_answers(tmp_path, marks)).folder)
+        for name, marks in (("first", [0.5] * 8), ("other", [0.5] * 8 + [1.0] * 4))
+    )
+    page = str(tmp_path / "page.html")
+    assert run_command(["compare", first, other, "--out", page]) == 0
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.endswith("  no clear change (0.5333 and 0.5333 on 8 common samples)")
+    assert "0.5333 and 0.5333 on 8 common samples" in Path(page).read_text()
+    assert run_command(["compare", first, other, "--out", page, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["runs"][1]["metrics"]
+    common = metrics["similarity"]["common_samples"]
+    assert (common["num_samples"], common["before"]) == (8, common["after"])
+    assert "common_samples" not in metrics["validation_loss"]
+
+
+def test_few_predictions_have_one_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for name, marks in (("first", [0.5] * 8), ("other", [0.5] * 7 + [1.0])):
+        run = make_run(tmp_path / name, make_sign_answers(tmp_path, marks)).folder
+        files.append(f"{run}.jsonl")
+        shutil.copy(run / "predictions" / "after.jsonl", files[-1])
+    assert run_command(["compare", *files, "--out", str(tmp_path / "page.html")]) == 0
+    output = capsys.readouterr().out
+    (line,) = [line for line in output.splitlines() if line.startswith("B other.jsonl  similarity")]
+    assert " to " in line
+    assert "similarity: no interval" not in output
+
+
 def test_json_output(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["compare", *runs, "--out", str(tmp_path / "page.html"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -9,6 +9,7 @@ import typer
 from click.testing import Result
 from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
+from tiny_task import TinyTask
 from typer.testing import CliRunner
 
 from finesight.cli.results import evaluate
@@ -81,6 +82,18 @@ def test_table_marks_the_primary_score(tiny, data):
     assert result.exit_code == 0, result.output
     assert "latex: 1 samples" in result.stdout
     assert "similarity*" in result.stdout
+
+
+def test_changed_validation_data_of_a_run_are_noted(tmp_path):
+    task = TinyTask(tmp_path)
+    task.run("train.steps=1", "train.epochs=null", eval={"metric": "qa", "max_new_tokens": 2})
+    run, data = tmp_path / "run", tmp_path / "eval.jsonl"
+    assert "note:" not in run_eval(run, "--json").stderr
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
+    result = run_eval(run, "--json")
+    assert json.loads(result.stdout)["num_samples"] == 2
+    assert "note: the validation data changed since the run (3 samples, now 2)" in result.stderr
+    assert "note:" not in run_eval(run, "--data", data).stderr
 
 
 def test_samples_with_damaged_images_are_reported(tiny, data, tmp_path):

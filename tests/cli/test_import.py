@@ -51,7 +51,7 @@ def test_summary_is_printed(source: Path, tmp_path: Path) -> None:
     assert f"{source}: 6 rows, read as table (--map)" in result.output
     assert f"{out / 'train.jsonl'}: 6 samples from 3 rows" in result.output
     assert f"{out / 'eval.jsonl'}: 2 samples from 2 rows" in result.output
-    assert "skipped: 1 rows, not selected" in result.output
+    assert "skipped: 1 row, not selected" in result.output
     assert "unused columns: box, n" in result.output
     files = f"{out / 'train.jsonl'} --against {out / 'eval.jsonl'}"
     assert result.output.splitlines()[-1] == f"next: finesight check {files}"
@@ -77,6 +77,7 @@ def test_json_output(source: Path, tmp_path: Path) -> None:
         "unused_columns": ["n", "text"],
         "skipped_rows_file": None,
         "text_format": "",
+        "first_errors": {},
     }
     sample = read_samples(out / "data.jsonl")[0]
     assert sample.messages[0].content[0].image == "images/1.png"
@@ -103,7 +104,10 @@ def test_invalid_rows_can_be_skipped(source: Path, tmp_path: Path) -> None:
     assert "--on-invalid-row skip" in refused.exception.remedy
     result = run(source, tmp_path / "out", *arguments, "--on-invalid-row", "skip")
     assert result.exit_code == 0, result.output
-    assert "skipped: 1 rows, an image is missing or corrupt" in result.output
+    assert (
+        "skipped: 1 row, an image is missing or corrupt; first: line 4, 3.png: no such"
+        in result.output
+    )
     assert f"{tmp_path / 'out' / 'skipped_rows.jsonl'}: invalid rows with reasons" in result.output
     (line,) = (tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()
     left_out = json.loads(line)

@@ -395,7 +395,15 @@ def test_labels_with_one_answer_column_or_several(tmp_path: Path, capsys: Any) -
 
 
 @pytest.mark.parametrize(
-    ("prompt", "metric"), [("Which color?", "qa"), ("Describe it.", "captions")]
+    ("prompt", "metric"),
+    [
+        ("Which color?", "qa"),
+        ("Describe it.", "captions"),
+        ("Return name, price as JSON.", "json"),
+        ("Was kostet es, als json?", "json"),
+        ("以JSON返回名称。", "json"),
+        ("Describe the jsonl file.", "captions"),
+    ],
 )
 def test_question_about_unlabeled_images_selects_the_metric(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, metric: str
@@ -409,6 +417,20 @@ def test_question_about_unlabeled_images_selects_the_metric(
         "steps: 100  # for a few dozen labels; with hundreds, replace it by epochs: 5\n" in recipe
     )
     assert yaml.safe_load(recipe)["eval"]["metric"] == metric
+
+
+def test_option_sets_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_dots(Path("photos"), 3)
+    found = run_init("photos", "--yes", "--task", "json")
+    assert (found["metric"], found["prompt"]) == ("json", "Return the fields as JSON.")
+    table = write_table(tmp_path / "table", 3, caption=lambda i: f"a photo of house {i}")
+    found = run_init(table, "--task", "qa", "--out", "table-qa")
+    assert found["metric"] == "qa"
+    draw_dots(Path("one"), 1)
+    result = CliRunner().invoke(init_app(), ["one", "--yes"])
+    assert "data    one: 1 image without labels\n" in result.output
+    assert run_command(["init", "photos", "--task", "poems", "--out", "other"]) == 2
 
 
 def test_classes_of_unlabeled_images_are_asked(

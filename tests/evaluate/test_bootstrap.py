@@ -139,6 +139,10 @@ def test_difference_without_interval_has_a_reason() -> None:
     assert change(estimate_mean(few), estimate_mean(few**2)) is None
     assert get_missing_difference_reason(estimate_mean(some), estimate_mean(some**2)) == ""
     own = estimate_mean(10 * some, UNBOUNDED)
+    other = estimate_mean(20 * some, UNBOUNDED)
+    assert get_missing_difference_reason(own, other) == REASON_FEW_SAMPLES_UNBOUNDED
+    assert other.get_missing_reason() == REASON_FEW_SAMPLES_UNBOUNDED, "the same rule"
+    own = estimate_mean(np.arange(20.0), UNBOUNDED)
     assert get_missing_difference_reason(own, own) == REASON_NO_CHANGE
     empty = estimate_ratio(np.zeros(MIN_SAMPLES), np.zeros(MIN_SAMPLES))
     assert get_missing_difference_reason(empty, empty) == REASON_NO_SAMPLES

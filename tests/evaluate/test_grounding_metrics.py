@@ -13,7 +13,7 @@ def box(x1: float, y1: float, x2: float, y2: float, label: str | None = None, im
 
 def test_one_box_for_one_target():
     assert compute_box_scores([box(0, 0, 10, 10)], [box(0, 0, 10, 20)]) == {
-        "parsed": 1,
+        "parse_rate": 1,
         "iou": 0.5,
         "hit": 1,
         "hit_at_0.75": 0,
@@ -23,7 +23,7 @@ def test_one_box_for_one_target():
 
 def test_answer_without_box_scores_zero():
     assert compute_box_scores([], [box(0, 0, 1, 1)]) == {
-        "parsed": 0,
+        "parse_rate": 0,
         "iou": 0,
         "hit": 0,
         "hit_at_0.75": 0,
@@ -35,7 +35,7 @@ def test_extra_boxes_lower_the_score():
     right = box(0, 0, 10, 10)
     spray = [right, *(box(50 * i, 0, 50 * i + 10, 10) for i in range(1, 4))]
     assert compute_box_scores(spray, [right]) == {
-        "parsed": 1,
+        "parse_rate": 1,
         "iou": 0.25,
         "hit": 0.25,
         "hit_at_0.75": 0.25,

@@ -110,6 +110,7 @@ def test_page_without_issues_shows_checks_and_statistics(tmp_path: Path) -> None
     box = {"type": "box", "image": 0, "label": "cat", "xyxy": [10, 20, 60, 80]}
     records = [make_record(f"{n}.png", answer="yes" if n % 2 else "no") for n in range(60)]
     records[3]["messages"][1]["content"].append(box)
+    records[5] = make_record("5.png", answer="perhaps")
     train = write_records(tmp_path / "train.jsonl", records[:24])
     validation = write_records(tmp_path / "eval.jsonl", records[24:30])
     page = render_check_page(run_check(train, validation))
@@ -117,7 +118,8 @@ def test_page_without_issues_shows_checks_and_statistics(tmp_path: Path) -> None
     assert "Checks of 30 samples, 30 images (30 unique) and 1 boxes" in text
     assert "Validation images in the training data no issues" in text
     assert "skipped: no source has enough samples with boxes" in text
-    assert "Most frequent answers, training (2 different values)" in text
+    assert "Most frequent answers, training (3 different values)" in text
+    assert "perhaps 1 4.2" in text
     assert "no 12 50.0" in text
     assert [[one["name"] for one in chart["series"]] for chart in data["charts"]] == [
         ["training", "validation"],

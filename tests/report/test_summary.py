@@ -117,6 +117,15 @@ def test_time_is_split_into_phases(finished_record: RunRecord) -> None:
     assert phases[1].duration_text == "30.0 s"
 
 
+def test_mfu_above_the_measured_peak_is_omitted(tmp_path: Path) -> None:
+    run = FakeRunDir(tmp_path / "run")
+    lines = [make_step_line(n + 1, mfu=mfu) for n, mfu in enumerate((4.73, 0.2, 0.4))]
+    run.write_lines("metrics.jsonl", lines)
+    record = read_run(run.folder)
+    assert [line["mfu"] for line in record.steps] == [None, 0.2, 0.4]
+    assert dict(summary.summarize_cost(record))["MFU"] == "30 %"
+
+
 def test_throughput_and_memory_cover_all_steps(finished_record: RunRecord) -> None:
     cost = dict(summary.summarize_cost(finished_record))
     assert cost["samples/s"] == "32"

@@ -33,6 +33,27 @@ def test_finished_run_is_not_offered_for_resuming(tmp_path: Path) -> None:
     assert caught.value.remedy == f"set another folder: output_dir={tmp_path}-2"
 
 
+@pytest.mark.parametrize(
+    ("existing", "run", "expected"),
+    [
+        (["run", "run-2"], "run", "run-3"),
+        (["run", "run-2"], "run-2", "run-3"),
+        (["run", "run-3"], "run-3", "run-2"),
+        (["rank-64"], "rank-64", "rank-64-2"),
+    ],
+)
+def test_remedy_names_a_free_folder(
+    tmp_path: Path, existing: list[str], run: str, expected: str
+) -> None:
+    for name in existing:
+        (tmp_path / name).mkdir()
+    for name in ("manifest.json", "result.json"):
+        (tmp_path / run / name).touch()
+    with pytest.raises(UserError, match="contains a finished run") as caught:
+        RunDir(tmp_path / run).check_available(resume=False)
+    assert caught.value.remedy.endswith(f"output_dir={tmp_path / expected}")
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_foreign_files_are_not_touched(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "thesis.tex").touch()

@@ -81,6 +81,15 @@ def test_metrics_of_each_step(task: TinyTask) -> None:
     assert measured == [0, 2, 4, 6]
 
 
+def test_mfu_above_the_measured_peak_is_omitted(
+    task: TinyTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finesight.train.setup.measure_peak_flops", lambda *_: 1.0)
+    task.run("train.steps=1", "train.epochs=null")
+    assert [line["mfu"] for line in task.read_metrics() if "loss" in line] == [None]
+    assert "MFU" not in task.console_output
+
+
 def test_per_part_learning_rates(task: TinyTask) -> None:
     learning_rates = {"default": 0.01, "merger": 1e-6}
     train_settings = task.recipe["train"] | {

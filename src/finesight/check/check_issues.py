@@ -13,7 +13,7 @@ from finesight.data.boxes import Box
 from finesight.data.formats.dataset_format import PlaceholderCountError, UnexpectedPlaceholderError
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import EmptyAnswerError, InvalidTurnsError
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.manifest import HistogramCounts
 
 Severity = Literal["error", "warning", "note"]
@@ -75,6 +75,7 @@ _DESCRIPTIONS: dict[Severity, dict[str, str]] = {
         "box-in-text": "the text contains a box",
         "contradictory-answers": "the same question about the same image has different answers",
         "answer-not-json": "the answer is no JSON object, but most answers to its question are",
+        "rare-similar-answer": "a rare answer differs from a frequent one by a letter or two",
     },
     "note": {
         "box-at-edge": "a box exceeds its image by a rounding error",
@@ -284,10 +285,10 @@ class FixResult:
     def as_lines(self) -> list[str]:
         """Format the result as lines of text."""
         files = [
-            f"{path}: {_format_count(samples, 'sample')}" for path, samples in self.output_files
+            f"{path}: {format_count(samples, 'sample')}" for path, samples in self.output_files
         ]
         folder = self.output_files[0][0].parent
-        changed = _format_count(self.num_changed, "sample")
+        changed = format_count(self.num_changed, "sample")
         summary = f"{changed} changed, {self.num_skipped} skipped"
         return [*files, f"{summary}: {folder / CHANGES_FILE}, {folder / SKIPPED_SAMPLES_FILE}"]
 
@@ -345,12 +346,12 @@ def format_summary(result: CheckResult, max_issues: int) -> list[str]:
     The lines list the data files, a table of issue codes, and up to `max_issues` examples per code.
     """
     lines = [_format_source(source) for source in result.sources]
-    files = [_format_count(result.num_images, "image")] if result.num_images else []
+    files = [format_count(result.num_images, "image")] if result.num_images else []
     if result.num_video_files:
-        files.append(_format_count(result.num_video_files, "video file"))
+        files.append(format_count(result.num_video_files, "video file"))
     if result.num_video_frames or not files:
         kind = "video frame" if result.num_video_frames else "image"
-        files.append(_format_count(result.num_video_frames, kind))
+        files.append(format_count(result.num_video_frames, kind))
     lines.append(f"{' and '.join(files)}, {result.num_unique_images} unique")
     if not result.issue_counts:
         return [*lines, "no issues found"]
@@ -389,17 +390,13 @@ def summary_to_dict(result: CheckResult, fix_result: FixResult | None) -> dict[s
 
 def _format_source(source: SourceStats) -> str:
     split_note = ", validation" if source.is_validation else ""
-    samples = _format_count(source.num_samples, "sample")
+    samples = format_count(source.num_samples, "sample")
     if source.num_unreadable_rows:
-        samples += f" and {_format_count(source.num_unreadable_rows, 'invalid row')}"
+        samples += f" and {format_count(source.num_unreadable_rows, 'invalid row')}"
     return (
-        f"{source.path}: {_format_count(source.num_rows, 'row')}, {samples},"
+        f"{source.path}: {format_count(source.num_rows, 'row')}, {samples},"
         f" read as {source.format} ({source.detected_by}){split_note}"
     )
-
-
-def _format_count(count: int, kind: str) -> str:
-    return f"{count} {kind}{'' if count == 1 else 's'}"
 
 
 def _format_table(result: CheckResult, issues_by_code: dict[str, list[CheckIssue]]) -> list[str]:

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import yaml
@@ -28,7 +28,11 @@ from finesight.check.check_issues import (
 )
 from finesight.check.convention_detector import find_convention_issues, has_enough_samples
 from finesight.check.dataset_fixer import DatasetFixer
-from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector
+from finesight.check.dataset_issues import (
+    ConsistencyChecker,
+    LeakageDetector,
+    RareAnswerChecker,
+)
 from finesight.check.dataset_profile import PreviewSampler, SplitProfiler
 from finesight.check.image_catalog import ImageCatalog, open_executor
 from finesight.check.sample_issues import filter_known_tokens, find_sample_issues, iter_media_paths
@@ -281,12 +285,15 @@ class DataChecker:
             self._consistency = {
                 is_validation: ConsistencyChecker(catalog) for is_validation in (True, False)
             }
+            self._rare_answers = RareAnswerChecker()
             source_stats = [self._check_source(*pair) for pair in self._inputs]
             for is_validation, consistency in self._consistency.items():
                 names = [str(s.path) for s, _ in self._inputs if s.is_validation is is_validation]
                 for issue_location, issue in consistency.find_global_issues(", ".join(names)):
                     self._add_issue(issue, issue_location)
-            for location, issue in self._leakage.find_near_duplicates():
+            for location, issue in chain(
+                self._rare_answers.find_issues(), self._leakage.find_near_duplicates()
+            ):
                 self._add_issue(issue, location)
         code_order = list(ISSUE_TYPES)
         sorted_issues = sorted(self._issues, key=lambda issue: code_order.index(issue.code))
@@ -363,6 +370,7 @@ class DataChecker:
         issues = list(find_sample_issues(sample, location, self._catalog, special_tokens))
         if all(issue.severity != "error" for issue in issues):
             issues += self._consistency[is_validation].add_sample(sample, location)
+            self._rare_answers.add_sample(sample, location)
             issues += self._check_length(sample, location, self._profilers[is_validation])
         if is_validation:
             self._leakage.add_validation_sample(sample, location)

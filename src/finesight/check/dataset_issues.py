@@ -35,6 +35,9 @@ MIN_MATCH_IOU = 0.5
 MAX_ANSWER_FRACTION, MIN_SAMPLES = 0.5, 20
 """Maximum fraction of samples with the same answer, and minimum number of samples."""
 
+MAX_RARE_COUNT, MIN_FREQUENCY_RATIO, MAX_CLASSES = 2, 20, 1000
+"""Maximum count of a rare answer, minimum ratio of a frequent one to it, and maximum of classes."""
+
 _MAX_PREVIEW = 60
 
 
@@ -169,6 +172,71 @@ class ConsistencyChecker:
             else:
                 segments.append(tuple(map(self._catalog.image_index, list_media_paths(part))))
         return hash(tuple(segments))
+
+
+class RareAnswerChecker:
+    """Find rare answers that are similar to a frequent answer to the same question.
+
+    Only questions with short answers that repeat, such as classes, are checked.
+    """
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self._locations: defaultdict[tuple[int, str], list[SampleLocation]] = defaultdict(list)
+
+    def add_sample(self, sample: Sample, location: SampleLocation) -> None:
+        """Count the answer of a sample."""
+        *turns, answer = sample.messages
+        text = " ".join(join_text(answer.content).split())
+        if len(text) > MAX_SHORT_ANSWER or any(isinstance(x, BoxPart) for x in answer.content):
+            return
+        question = hash(tuple((turn.role, join_text(turn.content)) for turn in turns))
+        self._counts[question][text] += 1
+        if len(locations := self._locations[question, text]) < MAX_RARE_COUNT:
+            locations.append(location)
+
+    def find_issues(self) -> Iterator[tuple[SampleLocation, CheckIssue]]:
+        """Yield an issue for each sample with a rare answer that is likely misspelled."""
+        for question, counts in self._counts.items():
+            # Further answers are free text.
+            if len(counts) > min(MAX_CLASSES, counts.total() / 3):
+                continue
+            ranked = counts.most_common()
+            for rare, num_rare in ranked:
+                frequent = (
+                    f"{text!r} in {count}"
+                    for text, count in ranked
+                    if count >= num_rare * MIN_FREQUENCY_RATIO and is_similar(rare, text)
+                )
+                similar = next(frequent, None) if num_rare <= MAX_RARE_COUNT else None
+                for location in [] if similar is None else self._locations[question, rare]:
+                    what = f"{rare!r} ({num_rare} of {counts.total()} answers), but {similar}"
+                    remedy = "correct a misspelled answer, also where the prompt lists the classes"
+                    yield location, location.create_issue("rare-similar-answer", what, remedy)
+
+
+def is_similar(text: str, other: str) -> bool:
+    """Return whether two texts differ by a likely misspelling.
+
+    One edit, or two from 6 characters. A swap of adjacent characters is one edit; case is ignored.
+    Texts of up to 3 characters, or with different digits, are not similar.
+    """
+    a, b = text.casefold(), other.casefold()
+    length = min(len(a), len(b))
+    max_edits = 2 if length >= 6 else 1 if length >= 4 else 0
+    digits = ["".join(filter(str.isdigit, one)) for one in (a, b)]
+    if abs(len(a) - len(b)) > max_edits or digits[0] != digits[1]:
+        return False
+    rows = [list(range(len(b) + 1))]
+    for i, x in enumerate(a):
+        row = [i + 1]
+        for j, y in enumerate(b):
+            num_edits = min(rows[i][j + 1] + 1, row[j] + 1, rows[i][j] + (x != y))
+            if i and j and (x, a[i - 1]) == (b[j - 1], y):
+                num_edits = min(num_edits, rows[i - 1][j - 1] + 1)
+            row.append(num_edits)
+        rows.append(row)
+    return rows[-1][-1] <= max_edits
 
 
 def _is_json_object(text: str) -> bool:

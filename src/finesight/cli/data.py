@@ -32,7 +32,7 @@ from finesight.cli.options import (
     parse_column_map,
     parse_row_range,
 )
-from finesight.errors import UserError, escape_unprintable
+from finesight.errors import UserError, escape_unprintable, format_count
 
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue
@@ -175,14 +175,16 @@ def import_data(
 
 def _format_summary(source: str, summary: ImportSummary) -> list[str]:
     lines = [
-        f"{source}: {summary.num_rows} rows, read as {summary.format} ({summary.detected_by})",
+        f"{source}: {format_count(summary.num_rows, 'row')}, read as {summary.format}"
+        f" ({summary.detected_by})",
         *([f"  {summary.text_format}"] if summary.text_format else []),
         *(
-            f"  {file.file}: {file.num_samples} samples from {file.num_rows} rows"
+            f"  {file.file}: {format_count(file.num_samples, 'sample')}"
+            f" from {format_count(file.num_rows, 'row')}"
             for file in summary.output_files
         ),
-        *(f"  skipped: {count} rows, {reason}" for reason, count in summary.skipped_rows.items()),
-        f"  {summary.num_images} images",
+        *(f"  {line}" for line in summary.list_skipped()),
+        f"  {format_count(summary.num_images, 'image')}",
     ]
     if summary.skipped_rows_file is not None:
         lines.append(f"  {summary.skipped_rows_file}: invalid rows with reasons")
@@ -254,9 +256,9 @@ def _format_export_summary(out: Path, summary: ExportSummary) -> list[str]:
     is_one_file = first_file.suffix in (".json", ".jsonl") and summary.format != "labelme"
     source = first_file if is_one_file else out
     return [
-        f"{out}: {summary.num_samples} samples in the format {summary.format}",
+        f"{out}: {format_count(summary.num_samples, 'sample')} in the format {summary.format}",
         f"  {', '.join(files)}",
-        f"  {summary.num_images} images",
+        f"  {format_count(summary.num_images, 'image')}",
         *(f"  not supported: {count} {feature}" for feature, count in summary.lost_counts.items()),
         *(f"  note: {note}" for note in summary.notes),
         f"next: {shlex.join(['finesight', 'check', str(source), '--format', summary.format])}",

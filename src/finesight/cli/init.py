@@ -24,7 +24,7 @@ from finesight.cli.options import (
     echo_json,
     parse_column_map,
 )
-from finesight.errors import UserError, escape_unprintable
+from finesight.errors import UserError, escape_unprintable, format_count, suggest_name
 
 if TYPE_CHECKING:
     from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
@@ -80,6 +80,14 @@ def init(
     ] = False,
     columns: ColumnsOption = None,
     prompt: PromptOption = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help=f"{', '.join(TASKS)}. Default: by the answers, or by the prompt without labels.",
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub name. Default: by GPU memory.")
     ] = None,
@@ -107,6 +115,12 @@ def init(
     from finesight.studio.workspace import NUM_EVAL_ROWS, format_recipe
     from finesight.train.console import TrainingConsole
 
+    if metric is not None and metric not in TASKS:
+        remedy = suggest_name(metric, TASKS, "choose one of these")
+        expected = ", ".join(TASKS)
+        raise UserError(
+            f"unknown task {metric!r}", where="--task", expected=expected, remedy=remedy
+        )
     if not yes and not is_interactive():
         typer.echo("standard input is not a terminal: no questions, as with --yes", err=True)
         yes = True
@@ -119,12 +133,12 @@ def init(
     )
     num_images = 0 if options.columns else count_unlabeled_images(Path(source))
     if num_images:
-        _init_labels(source, folder, num_images, prompt, model, yes, as_json)
+        _init_labels(source, folder, num_images, prompt, metric, model, yes, as_json)
         return
     console = TrainingConsole(Console(stderr=True))
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, yes)
-        task, options, opened = _detect_task(path, options, yes)
+        task, options, opened = _detect_task(path, options, metric, yes)
         device, memory_bytes = find_device()
         model = model or _ask("Model", choose_model(memory_bytes), yes)
         locate_model(model)  # raises the error of a missing model before anything is written
@@ -135,7 +149,7 @@ def init(
         with console.activity("importing the data"):
             summary = import_dataset(path, folder / "data", options)
     recipe = folder / "recipe.yaml"
-    files = {file.file: f"{file.num_samples} samples" for file in summary.output_files}
+    files = {file.file: format_count(file.num_samples, "sample") for file in summary.output_files}
     num_samples = summary.output_files[0].num_samples
     inputs = (recipe, folder / "run", model, f"`finesight init` for {device}", task, files)
     write_file(recipe, format_recipe(*inputs, num_samples).encode())
@@ -146,10 +160,13 @@ def init(
     detected_by = opened.detected_by if columns else opened.detected_by.replace("--map", "columns")
     map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
     lines = [
-        f"data    {source}: {summary.format} ({detected_by}), {num_rows} rows",
+        f"data    {source}: {summary.format} ({detected_by}), {format_count(num_rows, 'row')}",
         *([f"        {summary.text_format}"] if summary.text_format else []),
-        *(f"        {file.file}: {file.num_samples} samples" for file in summary.output_files),
-        *(f"        skipped: {count} rows, {why}" for why, count in summary.skipped_rows.items()),
+        *(
+            f"        {file.file}: {format_count(file.num_samples, 'sample')}"
+            for file in summary.output_files
+        ),
+        *(f"        {line}" for line in summary.list_skipped()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
         *(f"        unused column: {column}" for column in summary.unused_columns),
         *([f"        for one column only: {map_hint}"] if "fields" in options.columns else []),
@@ -233,6 +250,7 @@ def _init_labels(
     folder: Path,
     num_images: int,
     prompt: str | None,
+    metric: str | None,
     model: str | None,
     yes: bool,
     as_json: bool,
@@ -246,7 +264,9 @@ def _init_labels(
     from finesight.studio.workspace import format_recipe
 
     is_question = prompt is not None and prompt.rstrip().endswith(("?", "？"))
-    metric = _ask_metric("qa" if is_question else "captions", yes)
+    is_json = re.search("(?i)(?<![a-z])json(?![a-z])", prompt or "") is not None
+    default = "json" if is_json else "qa" if is_question else "captions"
+    metric = metric or _ask_metric(default, yes)
     prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), yes)
     classes = _ask("Classes (A,B,C)", "", yes) if metric == "classification" else ""
     device, memory_bytes = find_device()
@@ -274,7 +294,7 @@ def _init_labels(
     if as_json:
         echo_json({"recipe": str(recipe), "metric": metric, "prompt": prompt, "next": commands})
         return
-    lines = [f"data    {source}: {num_images} images without labels"]
+    lines = [f"data    {source}: {format_count(num_images, 'image')} without labels"]
     lines += [f"task    {metric}; prompt: {prompt}", f"model   {model}", ""]
     lines += [f"recipe: {recipe}", "next:", *(f"  {command}" for command in commands)]
     typer.echo("\n".join(map(escape_unprintable, lines)))
@@ -297,9 +317,12 @@ def _select_source(path: Path, options: ImportOptions, yes: bool) -> tuple[Path,
 
 
 def _detect_task(
-    path: Path, options: ImportOptions, yes: bool
+    path: Path, options: ImportOptions, metric: str | None, yes: bool
 ) -> tuple[DetectedTask, ImportOptions, ImportSource]:
     """Detect the task of a dataset from evenly spaced rows, and complete its prompt.
+
+    Args:
+        metric: Task chosen by the user, None for the detected one.
 
     Returns:
         Task, import options and opened dataset.
@@ -339,7 +362,7 @@ def _detect_task(
         )
         classes = {str(answer).strip() for answer in answers if answer not in (None, "")}
         task = replace(task, prompt=format_class_prompt(classes))
-    metric = _ask_metric(task.metric, yes)
+    metric = metric or _ask_metric(task.metric, yes)
     label = options.columns.get("label")
     if label is not None and options.columns.get("question") == label:
         task = replace(task, prompt=PROMPTS["grounding"])

@@ -23,7 +23,7 @@ from finesight.cli.options import (
     WeightFormatOption,
     echo_json,
 )
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import UserError, format_count, suggest_similar_path
 
 if TYPE_CHECKING:
     from finesight.data.sample import LocatedSample
@@ -110,6 +110,8 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
+    if data is None and (changed := describe_changed_data(run_or_model)):
+        typer.echo(f"note: {changed}", err=True)
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     if parse_metric_path(settings.metric) is not None:
         typer.echo(f"custom metric: {settings.metric}", err=True)
@@ -132,6 +134,25 @@ def evaluate(
     for sample, reason in result.corrupt_samples:
         typer.echo(f"skipped: sample {sample}: {reason}", err=True)
     typer.echo(json.dumps(result.as_json()) if as_json else result.as_table())
+
+
+def describe_changed_data(run: str) -> str:
+    """Describe a change of the validation data since a run started; empty without a change."""
+    from finesight.data.corpus import load_corpus
+    from finesight.manifest import RECIPE_FILE, find_run_dir
+    from finesight.recipe import load_recipe
+    from finesight.report.run_reader import read_run
+    from finesight.report.summary import get_data_stats
+
+    folder = find_run_dir(Path(run))
+    recorded = get_data_stats(read_run(folder, "finesight eval"), "eval")
+    corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
+    if recorded.get("fingerprint") in (None, corpus.fingerprint):
+        return ""
+    return (
+        f"the validation data changed since the run ({recorded.get('num_samples')} samples, now"
+        f" {len(corpus)}): the scores are not comparable with those of its report"
+    )
 
 
 def predict(
@@ -237,7 +258,7 @@ def _load_samples(
         return build_questions(images, prompt)
     example = shlex.join(["finesight", "predict", run_or_model, str([*images, "IMAGE"][0])])
     raise UserError(
-        f"{len(images)} images, "
+        f"{format_count(len(images), 'image')}, "
         f"{'no ' if prompt is None else ''}--prompt and {'no ' if data is None else ''}--data",
         where="finesight predict",
         expected="images with --prompt TEXT, or --data FILE.jsonl alone",

@@ -140,9 +140,9 @@ class ImageResolver:
             raise CorruptImageError(
                 "no such image in the source",
                 where=name[:200],
-                expected="a path to a file of the source: other files on this machine"
-                " is not taken for a source that is not your own",
-                remedy="unpack or download the source, inspect it, and import its folder",
+                expected="an image inside the source: for safety, a downloaded or unpacked source"
+                " cannot use other files of this machine",
+                remedy="correct the path; to use other files, import the source as a local folder",
             )
         if candidate is None:
             home = self._folder.resolve()

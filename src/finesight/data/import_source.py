@@ -68,6 +68,7 @@ PROMPTS = {
     "latex": "Write the formula as LaTeX.",
     "ocr": "Read the text.",
     "qa": "Answer the question.",
+    "json": "Return the fields as JSON.",
     "grounding": "Locate the object.",
     "detection": "Locate all objects.",
 }
@@ -616,8 +617,8 @@ def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
     else:
         metric = "captions" if num_words >= 4 else "ocr"
     prompt = PROMPTS.get(metric)
-    if metric == "json":
-        prompt = f"Return {fields.replace(',', ', ')} as JSON." if fields else "Return the JSON."
+    if metric == "json" and fields:
+        prompt = f"Return {fields.replace(',', ', ')} as JSON."
     elif metric == "classification":
         prompt = format_class_prompt(classes)
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))

@@ -48,7 +48,7 @@ from finesight.data.sample import (
     sample_fields,
     to_json_data,
 )
-from finesight.errors import UserError, escape_surrogates
+from finesight.errors import UserError, escape_surrogates, format_count
 from finesight.host_memory import available_memory, num_allowed_cpus
 from finesight.storage import translate_os_errors, write_chunks, write_folder
 
@@ -251,6 +251,7 @@ class ImportSummary:
         num_clipped_boxes: Number of boxes that exceeded their image by a rounding error.
         text_format: Delimiter and encoding of a table, its sheet, classes, or "".
         source_notes: Counts of source content that samples do not represent, by description.
+        first_errors: Location and error of the first invalid row, by reason.
         skipped_rows_file: File that lists the invalid rows, None if there are none.
     """
 
@@ -265,6 +266,15 @@ class ImportSummary:
     unused_columns: tuple[str, ...]
     skipped_rows_file: Path | None = None
     text_format: str = ""
+    first_errors: dict[str, str] = field(default_factory=dict)
+
+    def list_skipped(self) -> list[str]:
+        """Return a line per reason, with the number of skipped rows and the first error."""
+        return [
+            f"skipped: {format_count(count, 'row')}, {reason}"
+            + (f"; first: {self.first_errors[reason]}" if reason in self.first_errors else "")
+            for reason, count in self.skipped_rows.items()
+        ]
 
 
 class _EncodedExample(NamedTuple):
@@ -304,6 +314,7 @@ class _InvalidRows:
     Attributes:
         described: Locations and errors of the first rows with the same remedy, by remedy.
         remedies: Number of rows by remedy.
+        first_errors: Location and text of the first error by reason.
         lines: Lines of the file of skipped rows, in the spool.
     """
 
@@ -313,6 +324,7 @@ class _InvalidRows:
     )
     remedies: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    first_errors: dict[str, str] = field(default_factory=dict)
     boxes: int = 0
     lines: list[SpoolSpan] = field(default_factory=list)
 
@@ -328,10 +340,12 @@ class _InvalidRows:
         if len(self.described[error.remedy]) < MAX_DESCRIBED_ROWS:
             self.described[error.remedy].append((location, error))
         self.remedies[error.remedy] += 1
-        self.reasons[get_skip_reason(error)] += 1
+        reason, text = get_skip_reason(error), ": ".join(filter(None, (error.where, error.what)))
+        self.reasons[reason] += 1
+        self.first_errors.setdefault(reason, f"{location}, {text}")
         self.boxes += isinstance(error, InvalidBoxError)
         if spool is not None:
-            line = {"location": location, "reason": get_skip_reason(error), "error": str(error)}
+            line = {"location": location, "reason": reason, "error": str(error)}
             self.lines.append(spool.add(f"{escape_surrogates(encode_json_line(line))}\n".encode()))
 
     def describe(self) -> Iterator[str]:
@@ -427,6 +441,7 @@ def import_dataset(
         unused_columns=_list_unused_columns(source, options),
         skipped_rows_file=out / SKIPPED_ROWS_FILE if refused else None,
         text_format=source.rows.text_format,
+        first_errors=refused.first_errors,
     )
 
 

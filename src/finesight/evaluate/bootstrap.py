@@ -142,20 +142,20 @@ PSEUDO_WEIGHT = 0.5
 """Weight of the pseudo-observation; the average weight of a sample is 1."""
 
 MIN_SAMPLES = 6
-"""Minimum number of samples for the interval of a difference.
+"""Minimum number of samples for the interval of a difference of scores with bounds.
 
 Five samples change in the same direction by chance in 1 of 16 sets.
 """
 
 MIN_SAMPLES_UNBOUNDED = 20
-"""Minimum number of samples for the interval of a score without known bounds."""
+"""Minimum number of samples for the intervals of a score without known bounds."""
 
 MIN_SAMPLES_PER_CLASS = 5
 """Minimum number of samples of each class or field for the interval of a macro mean."""
 
 # String literals, so that reports can look up their translations.
 REASON_FEW_SAMPLES = "no interval: fewer than 6 samples"
-REASON_FEW_SAMPLES_UNBOUNDED = "no interval: fewer than 20 samples"
+REASON_FEW_SAMPLES_UNBOUNDED = "no interval: fewer than 20 samples, on a scale without bounds"
 REASON_RARE_CLASS = "no interval: a class or field is in fewer than 5 samples"
 REASON_NO_SAMPLES = "no interval: no sample counts towards it"
 REASON_CONSTANT_SCORE = "no interval: all samples score the same, on a scale without bounds"
@@ -405,10 +405,11 @@ def get_missing_difference_reason(before: ScoreEstimator, after: ScoreEstimator)
     undefined = before.undefined_reason or after.undefined_reason
     if undefined or _count_discordant_pairs(before, after) is not None:
         return undefined
-    if len(before.sample_rates) < MIN_SAMPLES:
-        return REASON_FEW_SAMPLES
+    is_bounded = before.is_bounded and after.is_bounded
+    if len(before.sample_rates) < (MIN_SAMPLES if is_bounded else MIN_SAMPLES_UNBOUNDED):
+        return REASON_FEW_SAMPLES if is_bounded else REASON_FEW_SAMPLES_UNBOUNDED
     changed = bool((before.sample_rates != after.sample_rates).any())
-    return "" if changed or (before.is_bounded and after.is_bounded) else REASON_NO_CHANGE
+    return "" if changed or is_bounded else REASON_NO_CHANGE
 
 
 def _count_discordant_pairs(

@@ -37,7 +37,7 @@ def score_grounding(cases: Sequence[EvalCase]) -> MetricResult:
         "accuracy_at_0.5": "hit",
         "accuracy_at_0.75": "hit_at_0.75",
         "mean_iou": "iou",
-        "parse_rate": "parsed",
+        "parse_rate": "parse_rate",
     }
     return MetricResult(per_sample, mean_metrics(per_sample, sources))
 
@@ -75,19 +75,19 @@ def match_boxes(
 def compute_box_scores(
     predicted: Sequence[BoxPart], references: Sequence[BoxPart]
 ) -> dict[str, float]:
-    """Compute the box scores of one answer: `parsed`, `iou`, `hit` and `hit_at_0.75`.
+    """Compute the box scores of one answer: `parse_rate`, `iou`, `hit` and `hit_at_0.75`.
 
-    `parsed` is 1 if the answer has a box. The other scores are sums over the pairs of `match_boxes`
+    `parse_rate` is 1 if the answer has a box. The others are sums over the pairs of `match_boxes`
     (IoU, IoU of at least 0.5 and 0.75), divided by the larger number of boxes: missing and
     additional boxes cost the same. With one reference box and one predicted box they are the IoU
     and accuracy of referring expressions. Without reference boxes the correct answer has no boxes.
     """
     max_boxes = max(len(predicted), len(references))
     if max_boxes == 0:
-        return {"parsed": 1.0, "iou": 1.0, "hit": 1.0, "hit_at_0.75": 1.0}
+        return {"parse_rate": 1.0, "iou": 1.0, "hit": 1.0, "hit_at_0.75": 1.0}
     overlaps = [overlap for _, _, overlap in match_boxes(predicted, references)]
     return {
-        "parsed": float(len(predicted) > 0),
+        "parse_rate": float(len(predicted) > 0),
         "iou": sum(overlaps) / max_boxes,
         "hit": sum(overlap >= 0.5 for overlap in overlaps) / max_boxes,
         "hit_at_0.75": sum(overlap >= 0.75 for overlap in overlaps) / max_boxes,
@@ -148,7 +148,7 @@ def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
         "precision_at_0.5": estimate_ratio(num_correct, num_predicted),
         "recall_at_0.5": estimate_ratio(num_correct, num_references),
         **build_average_precision_fn(classes, len(cases)),
-        **mean_metrics(per_sample, {"mean_iou": "iou", "parse_rate": "parsed"}),
+        **mean_metrics(per_sample, {"mean_iou": "iou", "parse_rate": "parse_rate"}),
     }
     return MetricResult(per_sample, estimators)
 

@@ -66,7 +66,7 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
             {
                 "f1": _compute_f1(predicted_fields, reference_fields),
                 "exact": float(predicted_form in reference_forms),
-                "parsed": float(predicted_form is not None),
+                "parse_rate": float(predicted_form is not None),
             }
         )
         pairs.append((predicted_fields, reference_fields))
@@ -81,7 +81,7 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
     estimators = {
         "f1": estimate_ratio(2 * num_correct, num_total),
         "f1_macro": _compute_f1_macro(counts_by_field, f1_values),
-        **mean_metrics(per_sample, {"exact": "exact", "parse_rate": "parsed"}),
+        **mean_metrics(per_sample, {"exact": "exact", "parse_rate": "parse_rate"}),
     }
     fields = [(name, _compute_field_scores(one)) for name, one in counts_by_field.items()]
     fields.sort(key=lambda field: -field[1]["num_references"])

@@ -23,10 +23,16 @@ from finesight.evaluate.metric_difference import (
     index_by_sample,
     read_predictions,
 )
-from finesight.evaluate.task_metrics import TASK_METRICS, check_references, compute_metrics
-from finesight.report.examples import ExampleSet, build_example_set
+from finesight.evaluate.task_metrics import (
+    LOWER_IS_BETTER,
+    TASK_METRICS,
+    check_references,
+    compute_metrics,
+)
+from finesight.report.examples import MAX_SCORES, ExampleSet, build_example_set
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
+    METRIC_TEXTS,
     VALIDATION_LOSS,
     IntervalBounds,
     MetricChange,
@@ -286,12 +292,15 @@ class MetricCell(MetricChange):
         value: Value of the metric. None if the run does not have it.
         interval: 95 % confidence interval.
         difference: Difference from the baseline. None for the baseline, or if not comparable.
+        num_common: Number of samples of the difference if one of the runs answered others, too.
+            Its scores then differ from the values. 0 otherwise.
     """
 
     value: float | None
     interval: IntervalBounds | None
     difference: MetricDifference | None
     note: str = ""
+    num_common: int = 0
 
     @property
     def change(self) -> float | None:
@@ -318,7 +327,8 @@ def _compute_result(run: ComparedRun, keys: tuple[SampleKey, ...]) -> MetricResu
     """Return the metric result of a run on the given samples.
 
     Built-in metrics are computed again. Custom metrics are not executed: the result is the mean of
-    recorded scores, or None if the predictions have different score names.
+    recorded scores, or None if the predictions have different score names. Without a known metric,
+    scores with the names of built-in ones have their bounds.
     """
     predictions = [run.predictions[key] for key in keys]
     task = next((task for task in TASK_METRICS if task == run.metric), None)
@@ -327,7 +337,16 @@ def _compute_result(run: ComparedRun, keys: tuple[SampleKey, ...]) -> MetricResu
     if len({frozenset(prediction.scores) for prediction in predictions}) != 1:
         return None
     per_sample = [prediction.scores for prediction in predictions]
-    return MetricResult(per_sample, mean_metrics(per_sample, bounds=UNBOUNDED))
+    is_custom = run.metric is not None
+    bounds = {
+        name: UNBOUNDED
+        for name in per_sample[0]
+        if is_custom
+        or name not in METRIC_TEXTS
+        or name in (*LOWER_IS_BETTER, *MAX_SCORES)
+        or not all(0 <= scores[name] <= 1 for scores in per_sample)
+    }
+    return MetricResult(per_sample, mean_metrics(per_sample, bounds=bounds))
 
 
 def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricComparisonRow]:
@@ -340,8 +359,11 @@ def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricComparisonRow]:
     primary_metric = next(filter(None, primary_metrics), "")
     order = dict.fromkeys([primary_metric, *(name for cells in cells_by_run for name in cells)])
     for run, cells in zip(runs[1:], cells_by_run[1:], strict=True):
+        keys, _ = find_common_samples(runs[0], run)
+        num_common = len(keys) * any(len(one.predictions) != len(keys) for one in (runs[0], run))
         for name, difference in _compute_differences(runs[0], run, compute_result).items():
-            cells[name] = replace(cells.get(name, MISSING_CELL), difference=difference)
+            cell = replace(cells.get(name, MISSING_CELL), difference=difference)
+            cells[name] = cell if name == VALIDATION_LOSS else replace(cell, num_common=num_common)
     return [
         MetricComparisonRow(
             name, name == primary_metric, [cells.get(name, MISSING_CELL) for cells in cells_by_run]

@@ -257,7 +257,7 @@ CHECKS: dict[str, list[str]] = {
         "Number of tokens": "too-long",
         "Validation images in the training data": "leaked-image leaked-image-reencoded",
         "Duplicates, contradictions and dominant answers": "contradictory-answers duplicate-sample"
-        " dominant-answer answer-not-json",
+        " dominant-answer answer-not-json rare-similar-answer",
     }.items()
 }
 """Issue codes by check, in the order of the page."""
@@ -401,8 +401,10 @@ def _list_frequent_values(
             ("Most frequent labels, {}", profile.labels, profile.num_labels, profile.num_boxes),
         )
         for title, values, num_different, total in kinds:
-            # A list of answers that all differ is not informative.
-            rows = [(value, count, 100 * count / total) for value, count in values if count > 1]
+            # A list of answers that all differ is not informative. Rare classes are.
+            has_rare = len(values) == num_different and any(count > 1 for _, count in values)
+            min_count = 1 if has_rare else 2
+            rows = [(v, count, 100 * count / total) for v, count in values if count >= min_count]
             note = translate("{:,} different values", num_different)
             if rows:
                 tables.append((translate(title, translate(SPLIT_NAMES[split])), note, rows))

@@ -54,7 +54,6 @@ PER_SAMPLE_METRICS = {
     "accuracy_at_0.75": "hit_at_0.75",
     "f1_at_0.5": "f1",
     "mean_iou": "iou",
-    "parse_rate": "parsed",
 }
 """Names of per-sample scores by metric, if they differ from the name of the metric."""
 

@@ -58,7 +58,6 @@ METRIC_TEXTS = {
     "anls": ("ANLS", "similarity to a reference, 0 below 0.5"),
     "cider_d": ("CIDEr-D", "TF-IDF n-gram similarity to the reference captions"),
     "rouge_l": ("ROUGE-L", "longest common subsequence of words"),
-    "parsed": ("parsable", ""),
     "iou": ("IoU", ""),
     "hit": ("hit at IoU 0.5", ""),
     "hit_at_0.75": ("hit at IoU 0.75", ""),

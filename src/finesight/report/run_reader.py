@@ -53,8 +53,11 @@ FIELD_TYPES: dict[str, type] = {
 Values of another type are treated as missing.
 """
 
-MAX_ABS_VALUE = 1e15
-"""Maximum absolute value of a number. Larger numbers are treated as missing."""
+MAX_ABS_VALUE, MAX_MFU = 1e15, 1.0
+"""Maximum absolute value of a number, and of the MFU. Larger numbers are treated as missing.
+
+The MFU of a step exceeds 1 if the peak was measured on a busy device.
+"""
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,8 @@ def _drop_invalid_values(line: JsonObject) -> JsonObject:
 
     def is_valid(key: str, value: object) -> bool:
         if FIELD_TYPES.get(key) is float:
-            return isinstance(value, int | float) and abs(value) < MAX_ABS_VALUE
+            maximum = MAX_MFU if key == "mfu" else MAX_ABS_VALUE
+            return isinstance(value, int | float) and abs(value) <= maximum
         return key not in FIELD_TYPES or isinstance(value, FIELD_TYPES[key])
 
     return {key: value if is_valid(key, value) else None for key, value in line.items()}

@@ -173,7 +173,9 @@ def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
     seconds = _sum_field(steps, "step_s")
     if not seconds:
         return [(translate("training steps"), translate("none yet"))]
-    mean_mfu = sum(float(line.get("mfu") or 0) * float(line["step_s"]) for line in steps) / seconds
+    mfu_steps = [line for line in steps if line.get("mfu")]
+    mfu_seconds = _sum_field(mfu_steps, "step_s")
+    mfu_sum = sum(float(line["mfu"]) * float(line["step_s"]) for line in mfu_steps)
     peak_gb = max(float(line.get("peak_memory_gb") or 0) for line in steps)
     num_samples, num_tokens = _sum_field(steps, "num_samples"), _sum_field(steps, "num_tokens")
     total_seconds = seconds + _sum_field(run_record.vision_cache_builds, "vision_cache_s")
@@ -183,7 +185,7 @@ def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
         "samples/s": f"{num_samples / total_seconds:,.4g}",
         "tokens/s": f"{num_tokens / total_seconds:,.0f}",
         "median step": format_duration(median(float(line["step_s"]) for line in steps)),
-        "MFU": f"{100 * mean_mfu:.3g} %" if mean_mfu else missing,
+        "MFU": f"{100 * mfu_sum / mfu_seconds:.3g} %" if mfu_seconds else missing,
         "data wait": missing if data_wait_fraction is None else f"{100 * data_wait_fraction:.2g} %",
         "peak memory": f"{peak_gb:.3g} GB" if peak_gb else missing,
         "processed samples": f"{num_samples:,.0f}",

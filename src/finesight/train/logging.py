@@ -439,6 +439,7 @@ class MetricsLogger:
             (step_batch.step_index + 1) * state.recipe.train.batch_size, state.sampler.num_samples
         )
         flops = sum(count_flops(state, batch) for batch in step_batch.packs)
+        mfu = flops / seconds / state.hardware.peak_flops
         return {
             "step": step_batch.step_index + 1,
             "epoch": round(position / state.sampler.epoch_length, 4),
@@ -458,8 +459,9 @@ class MetricsLogger:
             "data_wait_s": data_wait.seconds,
             "samples_per_s": global_stats.num_samples / seconds,
             "tokens_per_s": global_stats.num_tokens / seconds,
-            # None for the transformers backend, whose FLOPs are unknown.
-            "mfu": flops / seconds / state.hardware.peak_flops or None,
+            # None for the transformers backend, whose FLOPs are unknown, and above the peak, which
+            # was measured too low on a busy device.
+            "mfu": mfu if 0 < mfu <= 1 else None,
             "peak_memory_gb": peak_memory_gb(state.hardware.device),
         }
 

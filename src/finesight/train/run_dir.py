@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -67,6 +68,14 @@ class RunDir:
         with translate_os_errors(self.path):
             return (self.path / MANIFEST_FILE).exists()
 
+    @property
+    def next_path(self) -> Path:
+        """First free path of a further run: `run-2`, `run-3` and so on after `run`."""
+        stem, _, number = str(self.path).rpartition("-")
+        base = stem if number.isdecimal() and os.path.isdir(stem) else str(self.path)
+        paths = (Path(f"{base}-{n}") for n in itertools.count(2))
+        return next(path for path in paths if not os.path.lexists(path))
+
     def check_available(self, resume: bool) -> None:
         """Verify that the directory is empty or absent, or contains the run to resume.
 
@@ -84,7 +93,7 @@ class RunDir:
                 f"contains {'a finished' if is_finished else 'another'} run",
                 "a new folder" if is_finished else "a new folder, or a run that is resumed",
             )
-            remedy = f"set another folder: output_dir={self.path}-2"
+            remedy = f"set another folder: output_dir={self.next_path}"
             if not is_finished:
                 remedy = f"add --resume (in Python, resume=True) to continue it, or {remedy}"
         elif self.path.is_symlink() and not self.path.exists():
@@ -126,7 +135,7 @@ class RunDir:
             *(f"{name}={_format_setting(value)}" for name, value in (changes or {}).items()),
             f"{'model' if is_model else 'adapter'}={source}",
             *(["adapter=null"] if is_model and recipe.adapter is not None else []),
-            f"output_dir={self.path}-2",
+            f"output_dir={self.next_path}",
         ]
         return shlex.join(["finesight", "train", str(self.path / RECIPE_FILE), *words])
 

@@ -133,6 +133,33 @@ def test_import_form_is_checked_before_the_command_starts(
     assert started == []
 
 
+def test_refused_or_failed_import_does_not_block_its_name(
+    folder: Path, started: list[list[str]]
+) -> None:
+    files = [folder.parent / "t.csv", *sorted((folder / "photos").glob("*.png"))]
+    files[0].write_text("photo,text\n" + "".join(f"{file.name},red\n" for file in files[1:]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    assert "Prompt" in click_button(page, "import", "", files, "", "a", "", "", "")
+    assert [*folder.glob("uploads/*")] == []
+    # The command fails: its uploads stay for another attempt, or are replaced by the next upload.
+    for source in ("", "uploads/a/t.csv"):
+        assert click_button(page, "import", "", files, source, "a", "Color?", "", "") == ""
+        assert started.pop()[1:3] == ["uploads/a/t.csv", "data/a"]
+    assert click_button(page, "import", "", None, "uploads/a/t.csv", "a", "Color?", "", "") == ""
+    message = click_button(page, "import", "", files, "photos", "a", "Color?", "", "")
+    assert "an upload and a path are given" in message
+
+
+def test_uploads_in_use_are_not_replaced(folder: Path, started: list[list[str]]) -> None:
+    shutil.copytree(folder / "photos", folder / "uploads/a")
+    import_dataset(folder / "uploads/a", folder / "data/b", ImportOptions(prompt="Color?"))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    upload = sorted((folder / "photos").iterdir())
+    assert "uploads/a exists" in click_button(page, "import", "", upload, "", "a", "?", "", "")
+    assert started == []
+    assert len([*(folder / "uploads/a").iterdir()]) == 48
+
+
 def test_every_page_requires_the_password(folder: Path) -> None:
     with open_client(folder, "right-password") as client:
         paths = ("/live", "/view/report?run=a", "/view/check", "/studio.css", "/config")

@@ -342,6 +342,9 @@ class StudioPage:
 
     def _import(self, state: StudioState, upload: list[str] | None, *values: str) -> str:
         source, name, *others = values
+        # The page fills in the path of an earlier upload for another attempt.
+        if upload and source.strip().startswith("uploads/"):
+            source = ""
         if bool(upload) == bool(source.strip()):
             raise UserError(
                 "an upload and a path are given" if upload else "nothing to import is given",
@@ -352,27 +355,42 @@ class StudioPage:
         self._build_import(source, name, *others)
         self._check_labels(source)
         if upload:
+            if uses := self._find_commands(Path("uploads", name.strip())):
+                raise UserError(
+                    f"the earlier upload is used by {uses[0]}",
+                    where=name.strip(),
+                    expected="the name of a data set that is not being imported",
+                    remedy="wait for the end of the command, or choose another name",
+                )
             files = [Path(file) for file in upload]
             source = str(self._workspace.save_uploads(files, name.strip()))
-        target, arguments = self._build_import(source, name, *others)
-        return self._start(
-            state, str(target), arguments, data=str(target), form=[source, name, *others]
-        )
+        try:
+            target, arguments = self._build_import(source, name, *others)
+            form = [source, name, *others]
+            return self._start(state, str(target), arguments, data=str(target), form=form)
+        except UserError:
+            # A refused import leaves no uploads: the browser still has them.
+            if upload:
+                self._workspace.delete_uploads(name.strip())
+            raise
+
+    def _find_commands(self, *folders: Path) -> list[str]:
+        """Return the running commands with files of the folders."""
+        return [
+            f"the running command in the step {STEP_NAMES[job.step]}"
+            for job in self._jobs.list_running()
+            for word in job.arguments
+            if any(Path(os.path.normpath(word)).is_relative_to(folder) for folder in folders)
+        ]
 
     def _delete(self, state: StudioState) -> str:
         """Delete the selected data set, unless something uses it."""
         if state.dataset is None:
             raise _missing("data set")
         path, content = state.dataset.path, state.content
-        folders = (path, Path("uploads", path.name))
         running = [run for run in content.runs if self._view.describe_run(run).status == "running"]
         recipes = [*content.recipes, *(run / RECIPE_FILE for run in running)]
-        uses = [
-            f"the running command in the step {STEP_NAMES[job.step]}"
-            for job in self._jobs.list_running()
-            for word in job.arguments
-            if any(Path(os.path.normpath(word)).is_relative_to(folder) for folder in folders)
-        ]
+        uses = self._find_commands(path, Path("uploads", path.name))
         if uses := [*uses, *self._workspace.find_uses(path, recipes)]:
             raise UserError(
                 f"{path} is used by {', '.join(dict.fromkeys(uses))}",

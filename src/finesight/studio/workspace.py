@@ -263,11 +263,15 @@ class Workspace:
         return str(self.resolve(name, "model"))
 
     def save_uploads(self, files: Sequence[Path], name: str) -> Path:
-        """Copy uploaded files into a new folder, and return the path to import.
+        """Copy uploaded files into a folder, and return the path to import.
 
-        It is the only table or the only file, else the folder.
+        It is the only table or the only file, else the folder. Uploads of a failed import, which
+        no data set or recipe uses, are replaced.
         """
-        folder = self.check_new_name("uploads", name)
+        folder = Path("uploads", name)
+        is_leftover = NAME_PATTERN.fullmatch(name) and self._contains(self.folder / folder)
+        if not is_leftover or self.find_uses(folder, self.scan().recipes):
+            self.check_new_name("uploads", name)
         names = [file.name for file in files]
         if duplicates := [name for name in names if names.count(name) > 1]:
             raise UserError(
@@ -280,10 +284,18 @@ class Workspace:
         with working_folder(self.folder / folder) as partial:
             for file in files:
                 shutil.copyfile(file, partial / file.name)
+            self.delete_uploads(name)
             partial.rename(self.folder / folder)
         tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
         sources = tables if len(tables) == 1 else files
         return folder / sources[0].name if len(sources) == 1 else folder
+
+    def delete_uploads(self, name: str) -> None:
+        """Delete the uploads of a data set that was not created."""
+        folder = self.folder / "uploads" / name
+        if os.path.lexists(folder):
+            with working_folder(self.folder / STUDIO_FOLDER / "deleted") as trash:
+                folder.rename(trash / name)
 
     def find_uses(self, folder: Path, recipes: Sequence[Path]) -> list[str]:
         """Return those of the recipes, and the data sets elsewhere, that use files of a folder."""

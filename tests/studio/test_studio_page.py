@@ -29,7 +29,9 @@ from comparison_fixtures import make_run, make_sign_answers
 from fastapi.testclient import TestClient
 from label_fixtures import COLORS, ask_server, draw_dots
 from run_dir_fixtures import MANIFEST, TUNE
+from typer.testing import CliRunner
 
+from finesight.cli.app import app
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
@@ -148,6 +150,56 @@ def test_refused_or_failed_import_does_not_block_its_name(
     assert click_button(page, "import", "", None, "uploads/a/t.csv", "a", "Color?", "", "") == ""
     message = click_button(page, "import", "", files, "photos", "a", "Color?", "", "")
     assert "an upload and a path are given" in message
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_folders_and_columns_of_an_uploaded_table_are_found(
+    folder: Path, archive: bool, started: list[list[str]]
+) -> None:
+    home = folder.parent / "upload"
+    home.mkdir()
+    for file in (folder / "photos").glob("*.png"):
+        shutil.copy(file, home)
+    rows = [f"shapes/{file.name},red\n" for file in sorted(home.iterdir())]
+    (home / "t.csv").write_text("image,class\n" + "".join(rows))
+    files = sorted(home.iterdir())
+    if archive:
+        (home / "shapes").mkdir()
+        for file in files[:-1]:
+            file.rename(home / "shapes" / file.name)
+        files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    assert click_button(page, "import", "", files, "", "a", "Which color?", "", "") == ""
+    assert started[0][-4:] == ["--map", "image=image", "--map", "answer=class"]
+    with contextlib.chdir(folder):
+        CliRunner().invoke(app, started[0], catch_exceptions=False)
+    assert len((folder / "data/a/data.jsonl").read_text().splitlines()) == 24
+
+
+def test_ambiguous_folders_of_an_uploaded_table_are_refused(folder: Path) -> None:
+    table = folder.parent / "t.csv"
+    table.write_text("image,class\na/00.png,red\nb/00.png,blue\n")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    files = [table, folder / "photos/00.png"]
+    message = click_button(page, "import", "", files, "", "a", "Which color?", "", "")
+    assert "upload a zip archive of the folders" in message
+    assert not (folder / "uploads/a").exists()
+
+
+def test_uploaded_images_without_labels_are_labeled_next(
+    folder: Path, started: list[list[str]]
+) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    files = sorted((folder / "photos").glob("*.png"))
+    message, url = call_page(page, "import", {"lang": "en"}, files, "", "dots", "", "", "0.9")
+    query = dict(parse_qsl(urlsplit(url).query))
+    assert (message, query["step"]) == ("", "label")
+    fields = read_fields(page, query)
+    assert fields["images"]["value"] == "uploads/dots"
+    assert fields["labels-name"]["value"] == "dots"
+    with open_client(folder) as client:
+        assert "images=uploads%2Fdots" in client.get(f"/live{url[2:]}").json()["url"]
+    assert started == []
 
 
 def test_uploads_in_use_are_not_replaced(folder: Path, started: list[list[str]]) -> None:

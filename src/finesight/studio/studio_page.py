@@ -21,8 +21,11 @@ from markupsafe import Markup
 from pydantic import Field, TypeAdapter
 
 from finesight.config import TaskName
+from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions, count_unlabeled_images, detect_columns
+from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError
+from finesight.hub.archive import is_archive
 from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.manifest import RECIPE_FILE
@@ -124,7 +127,7 @@ class StudioPage:
     def _build_forms(self) -> None:
         with self._form("data"), self._accordion("New data set") as self._import_panel:
             upload = gr.File(file_count="multiple", elem_id="upload", height=120)
-            self._labels.append((upload, "Upload images with labels, or an archive"))
+            self._labels.append((upload, "Upload images with or without labels, or an archive"))
             values: list[Any] = [
                 self._text("Or a file or folder in the workspace", "source", "photos"),
                 self._text("Name of the data set", "name", "tickets"),
@@ -283,6 +286,9 @@ class StudioPage:
             updates[self._label_fields[1]]["value"] = prompt
             if not prompt and state.run is None:
                 updates[self._label_fields[1]]["label"] = translate("Prompt (required)")
+        if selection.images:
+            updates[self._label_fields[0]]["value"] = selection.images
+            updates[self._label_fields[2]]["value"] = (*Path(selection.images).parts, "")[1]
         # Forms for new items are open in an empty workspace.
         job, is_open = state.job, not state.content.datasets
         fields = self._label_fields if selection.step == "label" else self._import_fields
@@ -302,14 +308,25 @@ class StudioPage:
 
     def _on_preview(self, request: gr.Request, *values: str) -> str:
         try:
-            return render_command(self._build_import(*values)[1])
+            return render_command(self._build_import(*values, unpack=False)[1])
         except UserError as error:
             return render_message("", str(error), "hint")
 
     def _build_import(
-        self, source: str, name: str, prompt: str, columns: str, fraction: str
+        self,
+        source: str,
+        name: str,
+        prompt: str,
+        columns: str,
+        fraction: str,
+        *,
+        unpack: bool = True,
     ) -> tuple[Path, list[str]]:
-        """Return the data set and the import command of a form. The source may be missing yet."""
+        """Return the data set and the import command of a form. The source may be missing yet.
+
+        Args:
+            unpack: Detect the columns of a table in an archive, too.
+        """
         target = self._workspace.check_new_name("data", name)
         path = self._workspace.resolve(source, "source") if source.strip() else Path("uploads/…")
         arguments = ["import", as_argument(path), str(target)]
@@ -323,7 +340,7 @@ class StudioPage:
                 expected="ROLE=COLUMN pairs separated by spaces",
                 remedy="for example image=path answer=caption",
             ) from error
-        if source.strip() and not any(pairs):
+        if source.strip() and not any(pairs) and (unpack or not is_archive(path.name)):
             path, roles = _detect_columns(self._workspace.folder, path)
             arguments[1] = as_argument(path)
             pairs = [f"{role}={column}" for role, column in roles.items()]
@@ -364,6 +381,9 @@ class StudioPage:
                 )
             files = [Path(file) for file in upload]
             source = str(self._workspace.save_uploads(files, name.strip()))
+            if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+                # Images without a table are labeled in the next step.
+                return state.selection.link(step="label", images=source)
         try:
             target, arguments = self._build_import(source, name, *others)
             form = [source, name, *others]
@@ -615,9 +635,14 @@ class StudioPage:
 def _detect_columns(workspace: Path, path: Path) -> tuple[Path, dict[str, str]]:
     """Return the table of a source with its column roles; none if the command detects its format.
 
-    A source without a known format is returned unchanged, for the error of the command.
+    A source without a known format is returned unchanged, for the error of the command. So is an
+    archive, which is unpacked for the detection only.
     """
     with contextlib.suppress(UserError):
+        if is_archive(path.name):
+            folder = workspace / STUDIO_FOLDER / "unpacked"
+            with fetch_source(str(workspace / path), folder, ImportOptions()) as fetched:
+                return path, detect_columns(fetched.path, fetched.options)[1]
         table, roles = detect_columns(workspace / path, ImportOptions())
         return (table.relative_to(workspace) if roles else path), roles
     return path, {}

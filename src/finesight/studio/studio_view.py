@@ -95,7 +95,7 @@ MAX_LISTED_JOBS = 5
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Selection in the URL of the page: step, items of the workspace, job and language."""
+    """Selection in the URL: step, items of the workspace, job, language and images to label."""
 
     step: str = "data"
     data: str = ""
@@ -103,6 +103,7 @@ class Selection:
     run: str = ""
     job: str = ""
     lang: Language = "en"
+    images: str = ""
 
     @classmethod
     def parse(cls, params: Mapping[str, str], accept_language: str) -> Selection:
@@ -117,6 +118,7 @@ class Selection:
             run=params.get("run", ""),
             job=params.get("job", ""),
             lang=ui_text.language,
+            images=params.get("images", ""),
         )
 
     def link(self, **changes: str) -> str:

@@ -328,6 +328,31 @@ def test_label_form_offers_a_prompt_and_keeps_its_values(folder: Path) -> None:
     assert [fields[name]["value"] for name in (*names, "label-fraction")] == form
 
 
+def test_epochs_and_steps_are_refused_by_the_names_of_their_fields(folder: Path) -> None:
+    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Which color?"))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    values = ([], "r", "finesight-tiny", "", "3", "100", "")
+    message = click_button(page, "create-the-recipe", "step=plan&data=data/a", *values)
+    assert "“Epochs” and “Steps instead of epochs”" in message
+    assert "null" not in message
+
+
+def test_export_form_names_the_merged_model(folder: Path, started: list[list[str]]) -> None:
+    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    query = {"step": "export", "run": "runs/a", "lang": "en"}
+    assert "merge one" in click_button(page, "commands-for-vllm-and-sglang", "step=export", "")
+    for name in ("newer", "mine"):
+        (folder / "models" / name).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (folder / "models" / name / file).touch()
+        os.utime(folder / "models" / name, (len(name), len(name)))
+    assert read_fields(page, query)["merged-name"]["value"] == "newer"
+    write_job(folder, "export", ["merge", "runs/a", "models/mine"], 0, "", target="runs/a")
+    assert read_fields(page, query)["merged-name"]["value"] == "mine"
+    assert started == []
+
+
 def test_recipe_form_offers_the_other_data_sets(folder: Path) -> None:
     for name in ("a", "b", "c"):
         import_dataset(folder / "photos", folder / "data" / name, ImportOptions(prompt="Color?"))
@@ -446,6 +471,7 @@ def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
             "Error: a",
         ),
         ("export", "export m", 0, "finesight serve m --port 1", "finesight serve m --port 1"),
+        ("export", "merge m n", 0, "n: 9 tensors\nnext: finesight export n", "n: 9 tensors"),
         (
             "check",
             "check a",
@@ -463,6 +489,7 @@ def test_log_names_fields_and_steps_of_the_page(
         page = client.get(f"/live?step={step}&lang=en").json()["bottom"]
     [found] = re.findall(r"<pre class=\"log\"[^>]*>(.*?)</pre>", page, re.DOTALL)
     assert shown in html.unescape(found)
+    assert "Serve and export" not in found
     assert ("Usage" in found, "no field for" in found) == (False, "--fix" in shown)
     assert "exit code" not in page
 
@@ -698,6 +725,23 @@ def test_ticked_data_sets_are_in_the_recipe(folder: Path, studio: StudioDriver) 
     studio.wait_for("document.querySelector('#editor textarea')?.value.includes('train:\\n')")
     data = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data
     assert len({file.path for file in data.train}) == 2
+
+
+def test_two_marked_runs_are_compared(folder: Path, studio: StudioDriver) -> None:
+    for name in ("runs/a", "runs/b"):
+        make_run(folder / name, make_sign_answers(folder, [0.5, 1.0] * 4))
+    studio.open("results")
+    box = "document.querySelector('input[name=run]')"
+    assert (
+        studio.browser.run(f"{box}.click(); return getComputedStyle({box}).appearance;") == "auto"
+    )
+    is_sent = studio.browser.run(
+        "let isSent = true; document.addEventListener('submit', (event) => {"
+        " isSent = !event.defaultPrevented; event.preventDefault(); });"
+        " document.querySelector('button[data-missing]').click(); return isSent;"
+    )
+    assert not is_sent
+    assert len(studio.browser.driver.window_handles) == 1
 
 
 def test_deletion_is_confirmed(folder: Path, studio: StudioDriver) -> None:

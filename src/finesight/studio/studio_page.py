@@ -91,6 +91,7 @@ MISSING_REMEDIES = {
     "data set": "select one, or import one in the step Data",
     "recipe": "select one, or create one in the step Plan",
     "run": "select one, or train one in the step Train",
+    "merged model": "merge one, or enter its name",
 }
 
 Action = Callable[..., str]
@@ -200,6 +201,7 @@ class StudioPage:
         with self._form("export"):
             self._button("Start the server", self._serve)
             name = self._text("Name of the merged model", "merged-name", "tickets")
+            self._merged_name = name
             self._button("Merge", self._merge, [name])
             with gr.Row():
                 self._button("Commands for vLLM and SGLang", self._export, [name])
@@ -289,6 +291,10 @@ class StudioPage:
         if selection.images:
             updates[self._label_fields[0]]["value"] = selection.images
             updates[self._label_fields[2]]["value"] = (*Path(selection.images).parts, "")[1]
+        # Commands apply to the model that was merged last.
+        merged = [job.arguments[2] for job in state.jobs if job.arguments[0] == "merge"]
+        merged += [str(path) for path in state.content.models if path.parent == Path("models")]
+        updates[self._merged_name]["value"] = Path((merged or [""])[0]).name
         # Forms for new items are open in an empty workspace.
         job, is_open = state.job, not state.content.datasets
         fields = self._label_fields if selection.step == "label" else self._import_fields
@@ -449,6 +455,13 @@ class StudioPage:
     ) -> str:
         if state.dataset is None:
             raise _missing("data set")
+        if epochs.strip() and steps.strip():
+            raise UserError(
+                "both “Epochs” and “Steps instead of epochs” are given",
+                where="recipe",
+                expected="one of them, or none: then the data decide",
+                remedy="clear one of the two fields",
+            )
         settings = {
             "train.epochs": epochs,
             "train.steps": steps,
@@ -578,6 +591,8 @@ class StudioPage:
 
     def _export(self, state: StudioState, name: str, *, write_gguf: bool = False) -> str:
         """Print serving commands for a merged model, or write GGUF files."""
+        if not name.strip():
+            raise _missing("merged model")
         model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
         arguments = ["export", str(model)]
         if write_gguf:

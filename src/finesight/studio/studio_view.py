@@ -77,6 +77,7 @@ _COMMAND = re.compile(
     # The page cannot fix data.
     rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b(?:(?!, or |: )[^\n`;])*`?"
 )
+_NEXT = re.compile(r"(?m)^next: finesight (\w+)\b(?!.* --fix )[^\n]*\n?")
 _NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
@@ -235,7 +236,7 @@ class StudioView:
         log = job.read_log() if job else ""
         if status in ("failed", "killed") or (job and job.arguments[0] not in TERMINAL_COMMANDS):
             with use_language(selection.lang):
-                log = use_page_names(log)
+                log = use_page_names(log, selection.step)
         running = [item for item in self.jobs.list_running() if job is None or item.id != job.id]
         with use_language(selection.lang):
             values = {
@@ -390,10 +391,11 @@ def _find_outcome(job: Job) -> str:
     return outcomes.get(job.exit_code or 0, "")
 
 
-def use_page_names(text: str) -> str:
+def use_page_names(text: str, current_step: str = "") -> str:
     """Replace commands and options in a message by steps, fields and buttons of the page.
 
     Messages of functions and commands name what a terminal has. A note explains other options.
+    A next command in the current step is left out.
     """
 
     def name_field(match: re.Match[str]) -> str:
@@ -406,6 +408,7 @@ def use_page_names(text: str) -> str:
         step = "plan" if "data.train=" in match[0] else COMMAND_STEPS[match[1]]
         return translate("the step “{}”", translate(STEP_NAMES[step]))
 
+    text = _NEXT.sub(lambda m: "" if COMMAND_STEPS.get(m[1]) == current_step else m[0], text)
     text = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, _USAGE.sub("", text)))
     text = _OPTION.sub(name_field, text)
     options = ", ".join(dict.fromkeys(_OPTION.findall(text)))

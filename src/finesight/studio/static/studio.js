@@ -57,8 +57,8 @@
   window.addEventListener("beforeunload", (event) => { if (isEdited) event.preventDefault(); });
   document.addEventListener("submit", (event) => {
     const text = event.submitter?.dataset.missing;
-    const [box, ...others] = event.target.querySelectorAll("input[type=checkbox]");
-    if (!text || !box || [box, ...others].some((item) => item.checked)) return;
+    const box = event.target.querySelector("input[type=checkbox]");
+    if (!text || !box || event.target.querySelectorAll("input:checked").length > 1) return;
     event.preventDefault();
     box.setCustomValidity(text);
     box.reportValidity();

@@ -575,6 +575,8 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     (folder / ".finesight/check/data--a.html").write_text("old")
     assert "no data set" in click_button(page, "delete", "step=data&data=data/c")
     assert "not created by the studio" in click_button(page, "delete", "step=data&data=own")
+    assert click_button(page, "ask-delete", "step=data&data=data/a") == ""
+    assert (folder / "data/a/data.jsonl").exists()
     assert click_button(page, "delete", "step=data&data=data/a") == ""
     assert sorted(path.name for path in folder.glob("data/*")) == ["b"]
     assert sorted(path.name for path in uploads.iterdir()) == ["b"]
@@ -620,10 +622,32 @@ def test_data_set_in_use_is_not_deleted(
         (folder / "data/labels").mkdir()
         (folder / "data/labels/labels.jsonl").write_text(f"{json.dumps(labels)}\n")
         used_by = "the data set data/labels"
-    message = click_button(page, "delete", "step=data&data=data/a&lang=en")
-    assert f"data/a is used by {used_by}" in message
-    assert "Not deleted" in message
+    # The page asks for confirmation only after the first button.
+    for button in ("ask-delete", "delete"):
+        message = click_button(page, button, "step=data&data=data/a&lang=en")
+        assert f"data/a is used by {used_by}" in message
+        assert "Not deleted" in message
     assert (data / "data.jsonl").exists()
+
+
+def test_recipe_without_an_unfinished_run_is_deleted(folder: Path) -> None:
+    (folder / "recipes").mkdir()
+    file = write_recipe(folder, "a", "a.jsonl").rename(folder / "recipes/a.yaml")
+    write_recipe(folder, "own", "a.jsonl")
+    run = make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0])).folder
+    (run / "result.json").rename(folder / "result.json")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    query = "step=plan&recipe=recipes/a.yaml"
+    assert "not created by" in click_button(page, "delete", "step=plan&recipe=own.yaml")
+    assert "used by the unfinished run runs/a" in click_button(page, "ask-delete", query)
+    (folder / "result.json").rename(run / "result.json")
+    with open_client(folder) as client:
+        assert client.get("/live?step=plan").json()["top"].count('class="delete"') == 1
+    assert click_button(page, "ask-delete", query) == ""
+    assert file.exists()
+    assert click_button(page, "delete", query) == ""
+    assert not file.exists()
+    assert (folder / "own.yaml").exists()
 
 
 def test_icon_is_answered_before_sign_in(folder: Path) -> None:

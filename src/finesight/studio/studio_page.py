@@ -149,9 +149,11 @@ class StudioPage:
             )
             self.inputs[previews["id"]] = _text_inputs(len(values))
             self._button("Import", self._import, inputs, input_type)
-        # Clicked by the script of the page after a confirmation.
-        with self._forms["data"]:
-            self._button("Delete", self._delete, error_title="Not deleted")
+        # Clicked by the script of the page, the second one after a confirmation.
+        ask = partial(self._delete, ask_only=True)
+        script, title = "(url) => window.finesightConfirm(url)", "Not deleted"
+        self._button("Delete", ask, elem_id="ask-delete", error_title=title, script=script)
+        self._button("Delete", self._delete, error_title=title)
         with self._form("label"):
             fields = [
                 self._text("Images to label: a file or folder", "images", "photos"),
@@ -250,8 +252,9 @@ class StudioPage:
         input_type: Inputs | None = None,
         elem_id: str | None = None,
         error_title: str = "Command not started",
+        script: str = "",
     ) -> None:
-        """Add a button whose action shows its error, or opens a URL."""
+        """Add a button whose action shows its error, or opens a URL by default."""
 
         def on_click(request: gr.Request, *values: Any) -> tuple[str, str]:
             selection = _read_selection(request)
@@ -270,7 +273,7 @@ class StudioPage:
         )
         self.inputs[click["id"]] = input_type or _text_inputs(len(inputs))
         is_saved = str(action == self._save_recipe).lower()
-        script = f"(url) => window.finesightOpen(url, {is_saved})"
+        script = script or f"(url) => window.finesightOpen(url, {is_saved})"
         click.then(None, self._next_url, None, js=script)
 
     def _on_load(self, request: gr.Request) -> dict[Any, Any]:
@@ -409,8 +412,14 @@ class StudioPage:
             if any(Path(os.path.normpath(word)).is_relative_to(folder) for folder in folders)
         ]
 
-    def _delete(self, state: StudioState) -> str:
-        """Delete the selected data set, unless something uses it."""
+    def _delete(self, state: StudioState, *, ask_only: bool = False) -> str:
+        """Delete the selected data set or, in the step Plan, recipe, unless something uses it.
+
+        Args:
+            ask_only: Check the uses only, before the page asks for confirmation.
+        """
+        if state.selection.step == "plan":
+            return self._delete_recipe(state, ask_only)
         if state.dataset is None:
             raise _missing("data set")
         path, content = state.dataset.path, state.content
@@ -422,11 +431,34 @@ class StudioPage:
                 f"{path} is used by {', '.join(dict.fromkeys(uses))}",
                 where="delete",
                 expected="a data set that nothing uses",
-                remedy="stop the command, choose other data in the recipe in the step Plan, or"
-                " delete the other data set first",
+                remedy="stop the command, choose other data in the recipe in the step Plan or"
+                " delete it there, or delete the other data set first",
             )
-        self._workspace.delete_dataset(state.dataset)
+        if not ask_only:
+            self._workspace.delete_dataset(state.dataset)
         return state.selection.link(data="")
+
+    def _delete_recipe(self, state: StudioState, ask_only: bool) -> str:
+        if state.recipe is None:
+            raise _missing("recipe")
+        uses = self._find_commands(state.recipe)
+        for run in state.content.runs:
+            # A finished run needs the copy in its folder only.
+            if run == self._view.find_run(state.recipe):
+                is_finished = self._view.describe_run(run).status == "finished"
+                uses += [] if is_finished else [f"the unfinished run {run}"]
+        if uses or state.recipe.parent != Path("recipes"):
+            raise UserError(
+                f"{state.recipe} is used by {', '.join(uses)}"
+                if uses
+                else f"{state.recipe} was not created by the studio",
+                where="delete",
+                expected="a recipe in the folder recipes without an unfinished run",
+                remedy="finish the run in the step Train" if uses else "delete it in a terminal",
+            )
+        if not ask_only:
+            (self._workspace.folder / state.recipe).unlink(missing_ok=True)
+        return state.selection.link(recipe="")
 
     def _check_labels(self, source: str) -> None:
         """Raise UserError for a folder of images without labels, before the import fails."""

@@ -206,7 +206,7 @@ class StudioView:
         run = _select(content.runs, selection.run, str, use_newest)
         if selection.step == "train" and recipe is not None:
             # Command, log and curves are those of the recipe, so its run is selected too.
-            output_dir = self._find_run(recipe)
+            output_dir = self.find_run(recipe)
             run = next((path for path in content.runs if path == output_dir), None)
             selection = replace(selection, run=str(output_dir or ""))
         state = StudioState(selection, content, dataset, recipe, run, (), None)
@@ -321,7 +321,7 @@ class StudioView:
             return []
         return build_run_charts(read_run(self.workspace.folder / state.run))
 
-    def _find_run(self, recipe: Path) -> Path | None:
+    def find_run(self, recipe: Path) -> Path | None:
         """Return the output folder of a recipe, which may not exist yet."""
         folder = self.workspace.folder
         with contextlib.suppress(UserError):

@@ -8,6 +8,7 @@ import html
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from finesight.cli.app import app
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
+from finesight.label.label_session import AnswerKind
 from finesight.manifest import read_example
 from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
@@ -403,6 +405,36 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
     (folder / "adapter").rename(folder / "runs/a/adapter")
     assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
     assert started[5][1] == "runs/a"
+
+
+def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
+    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    form = ("photos", "Color?", "labels", "finesight-tiny", "classes", "red, blue", "0.8")
+    with open_client(folder) as client:
+        shown = client.get("/live?step=label&lang=en").json()["top"]
+        [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
+        query = urlsplit(html.unescape(link)).query
+        assert client.get(f"/live?{query}").json()["url"].count("run=-") == 1
+        # Other steps select the newest run again.
+        url = client.get(f"/live?{query.replace('step=label', 'step=chat')}").json()["url"]
+        assert "run=runs%2Fa" in url
+    for text, model in ((query, "finesight-tiny"), ("step=label&run=runs/a", "runs/a")):
+        assert click_button(page, "start-labelling", text, *form) == ""
+        words = started.pop()
+        assert words[1] == model
+        # The shown command has the options of the form.
+        [preview] = [at for at in page.blocks.fns.values() if len(at.inputs) == len(form)][:1]
+        request = SimpleNamespace(query_params=dict(parse_qsl(text)), headers={})
+        command = re.sub("<.*?>", "", html.unescape(preview.fn(request, *form)))
+        assert shlex.split(command) == ["finesight", *words[: words.index("--port")]]
+        assert {"--prompt=Color?", "--kind=classes", "--train-fraction=0.8"} < {*words}
+
+
+def test_kind_of_answers_is_a_list(folder: Path) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    [field] = [at for at in page.blocks.blocks.values() if at.elem_id == "kind"]
+    assert [name for name, _ in field.choices] == ["", *get_args(AnswerKind)]
 
 
 def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:

@@ -63,6 +63,7 @@ VIEW_ROUTES = r"|/studio\.(?:css|js)|/live|/view/(?:report|check)"
 
 PASSWORD_FILE, API_KEY_FILE = "password", "api-key"
 DEFAULT_FRACTION = "0.9"
+METRIC_LABEL = "Metric (empty: chosen from the answers)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +138,9 @@ class StudioPage:
                 self._text("Fraction of training samples", "fraction", value=DEFAULT_FRACTION),
             ]
             self._import_fields = values
-            preview = _create_html("preview")
+            self._add_preview("preview", values, self._preview_import)
             inputs = [upload, *values]
             input_type = TypeAdapter(tuple[list[Upload] | None, Text, Text, Text, Text, Text])
-            previews = gr.on(
-                [item.change for item in values[:5]],
-                self._on_preview,
-                values,
-                preview,
-                show_progress="hidden",
-            )
-            self.inputs[previews["id"]] = _text_inputs(len(values))
             self._button("Import", self._import, inputs, input_type)
         # Clicked by the script of the page, the second one after a confirmation.
         ask = partial(self._delete, ask_only=True)
@@ -160,11 +153,12 @@ class StudioPage:
                 self._text("Prompt", "label-prompt", "Read the ticket.", lines=2),
                 self._text("Name of the data set", "labels-name", value=LABELS_NAME),
                 self._text("Model without a run", "label-model", value=TINY_MODEL),
-                self._text("Kind of the answers", "kind", ", ".join(get_args(AnswerKind))),
+                self._choice("Kind of the answers", "kind", get_args(AnswerKind)),
                 self._text("Classes", "classes", "red, green, blue"),
                 self._text("Fraction of training samples", "label-fraction", value="0.8"),
             ]
             self._label_fields = fields
+            self._add_preview("label-preview", fields, self._preview_labels)
             self._button("Start labelling", self._label, fields)
             self._button("Review existing labels", partial(self._label, review=True), fields)
         with self._form("check"):
@@ -177,7 +171,7 @@ class StudioPage:
                 values = [
                     self._text("Name of the recipe and its run", "recipe-name", "tickets"),
                     self._text("Model: a name on a hub, or a folder", "model", value=TINY_MODEL),
-                    self._metric(),
+                    self._choice(METRIC_LABEL, "metric", get_args(TaskName)),
                     self._text("Epochs", "epochs", "chosen from the data"),
                     self._text("Steps instead of epochs", "steps", "chosen from the data"),
                     self._text("Learning rate", "learning-rate", "chosen from the model"),
@@ -237,11 +231,11 @@ class StudioPage:
         self._labels.append((box, label))
         return box
 
-    def _metric(self) -> gr.Dropdown:
-        """Add the list of metrics. Empty: the one of the detected task."""
-        choices = [("", ""), *((name, name) for name in get_args(TaskName))]
-        field = gr.Dropdown(choices, value="", elem_id="metric")
-        self._labels.append((field, "Metric (empty: chosen from the answers)"))
+    def _choice(self, label: str, elem_id: str, names: Sequence[str]) -> gr.Dropdown:
+        """Add a list of names. Empty: the one that the command detects."""
+        choices = [("", ""), *((name, name) for name in names)]
+        field = gr.Dropdown(choices, value="", label=label, elem_id=elem_id)
+        self._labels.append((field, label))
         return field
 
     def _button(
@@ -315,11 +309,28 @@ class StudioPage:
             updates[self._editor]["value"] = text
         return updates
 
-    def _on_preview(self, request: gr.Request, *values: str) -> str:
-        try:
-            return render_command(self._build_import(*values, unpack=False)[1])
-        except UserError as error:
-            return render_message("", str(error), "hint")
+    def _add_preview(
+        self, elem_id: str, fields: Sequence[Any], build: Callable[..., list[str]]
+    ) -> None:
+        """Show the command of a form, and update it with each field."""
+
+        def on_change(request: gr.Request, *values: str) -> str:
+            try:
+                state = self._view.read_state(_read_selection(request), use_newest=False)
+                arguments = build(state, *values)
+                return render_command(arguments) if arguments else ""
+            except UserError as error:
+                return render_message("", str(error), "hint")
+
+        html, changes = _create_html(elem_id), [field.change for field in fields]
+        event = gr.on(changes, on_change, list(fields), html, show_progress="hidden")
+        self.inputs[event["id"]] = _text_inputs(len(fields))
+
+    def _preview_import(self, state: StudioState, *values: str) -> list[str]:
+        return self._build_import(*values, unpack=False)[1]
+
+    def _preview_labels(self, state: StudioState, images: str, *values: str) -> list[str]:
+        return self._build_labels(state, images, *values) if images.strip() else []
 
     def _build_import(
         self,
@@ -531,7 +542,13 @@ class StudioPage:
         options = self._page_options()
         return self._start_server(state, arguments, port, options, host)
 
-    def _label(
+    def _label(self, state: StudioState, *form: str, review: bool = False) -> str:
+        """Start the labelling page."""
+        arguments = self._build_labels(state, *form, review=review)
+        port, host = self._access.label_port, self._access.host
+        return self._start_server(state, arguments, port, self._page_options(), host, form)
+
+    def _build_labels(
         self,
         state: StudioState,
         images: str,
@@ -543,8 +560,8 @@ class StudioPage:
         fraction: str,
         *,
         review: bool = False,
-    ) -> str:
-        """Start the labelling page, with the selected run or, without weights of one, a model.
+    ) -> list[str]:
+        """Return the command with the selected run or, without weights of one, a model.
 
         A review without images is that of the selected data set. An existing folder of labels is
         continued.
@@ -564,11 +581,7 @@ class StudioPage:
         values = {"prompt": prompt, "kind": kind, "classes": classes, "train-fraction": fraction}
         options = [f"--{key}={value.strip()}" for key, value in values.items() if value.strip()]
         options += ["--review"] if review else []
-        options += ["--out", str(target), *self._page_options()]
-        arguments = ["label", run, as_argument(source)]
-        form = [images, prompt, name, model, kind, classes, fraction]
-        port, host = self._access.label_port, self._access.host
-        return self._start_server(state, arguments, port, options, host, form)
+        return ["label", run, as_argument(source), *options, "--out", str(target)]
 
     def _page_options(self) -> list[str]:
         """Return the options that protect a page in the same way as the studio."""

@@ -47,6 +47,9 @@ STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and expo
 CHECK_EXIT_CODES = (0, 2, 3)
 """Exit codes of `finesight check`: no issues, errors, warnings."""
 
+NO_RUN = "-"
+"""Name in the URL for labelling without a run."""
+
 LABELS_NAME = "labels"
 """Default name of the data set that the label step creates."""
 
@@ -130,7 +133,10 @@ class Selection:
     def link_job(self, job: Job) -> str:
         """Return the URL of a job in its step, with its target selected."""
         keys = {"data": "data", "check": "data", "plan": "recipe", "train": "recipe"}
-        return self.link(step=job.step, job=job.id, **{keys.get(job.step, "run"): job.target})
+        # Only labelling needs no run.
+        return self.link(
+            step=job.step, job=job.id, **{keys.get(job.step, "run"): job.target or NO_RUN}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +190,7 @@ class StudioView:
         self._environment.globals |= {
             "translate": translate_markup,
             "step_names": STEP_NAMES,
+            "no_run": NO_RUN,
             "split_words": split_words,
         }
         styles = [
@@ -192,7 +199,8 @@ class StudioView:
         # The styles of reports apply within the parts that this module renders.
         nested = "".join(styles).replace(":root", "&").replace("body {", "& {")
         style = (STATIC_FOLDER / "studio.css").read_text(encoding="utf-8")
-        self.style = f":is(#studio-top, #studio-bottom, #message, #preview) {{ {nested} }} {style}"
+        parts = "#studio-top, #studio-bottom, #message, #preview, #label-preview"
+        self.style = f":is({parts}) {{ {nested} }} {style}"
 
     def read_state(self, selection: Selection, *, use_newest: bool = True) -> StudioState:
         """Find the selected items.
@@ -203,6 +211,8 @@ class StudioView:
         content = self.workspace.scan()
         dataset = _select(content.datasets, selection.data, lambda x: str(x.path), use_newest)
         recipe = _select(content.recipes, selection.recipe, str, use_newest)
+        if selection.run == NO_RUN and selection.step != "label":
+            selection = replace(selection, run="")
         run = _select(content.runs, selection.run, str, use_newest)
         if selection.step == "train" and recipe is not None:
             # Command, log and curves are those of the recipe, so its run is selected too.
@@ -272,8 +282,6 @@ class StudioView:
         """Return the commands of a step that depend on the selection and the workspace only."""
         step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
         weights = self.workspace.find_weights(run) if run else None
-        if step == "label" and weights is not None:
-            return [["label", as_argument(weights), "IMAGES", "--out", f"data/{LABELS_NAME}"]]
         if step == "check" and dataset is not None:
             against = ["--against", as_argument(dataset.eval_file)] if dataset.eval_file else []
             options = ["--html", str(dataset.check_page), "--language", state.selection.lang]

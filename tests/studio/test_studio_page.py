@@ -8,6 +8,7 @@ import html
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,10 +30,13 @@ from comparison_fixtures import make_run, make_sign_answers
 from fastapi.testclient import TestClient
 from label_fixtures import COLORS, ask_server, draw_dots
 from run_dir_fixtures import MANIFEST, TUNE
+from typer.testing import CliRunner
 
+from finesight.cli.app import app
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
+from finesight.label.label_session import AnswerKind
 from finesight.manifest import read_example
 from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
@@ -131,6 +135,83 @@ def test_import_form_is_checked_before_the_command_starts(
     values = [source, "a", prompt, "", fraction]
     assert problem in click_button(page, "import", "step=data", None, *values)
     assert started == []
+
+
+def test_refused_or_failed_import_does_not_block_its_name(
+    folder: Path, started: list[list[str]]
+) -> None:
+    files = [folder.parent / "t.csv", *sorted((folder / "photos").glob("*.png"))]
+    files[0].write_text("photo,text\n" + "".join(f"{file.name},red\n" for file in files[1:]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    assert "Prompt" in click_button(page, "import", "", files, "", "a", "", "", "")
+    assert [*folder.glob("uploads/*")] == []
+    # The command fails: its uploads stay for another attempt, or are replaced by the next upload.
+    for source in ("", "uploads/a/t.csv"):
+        assert click_button(page, "import", "", files, source, "a", "Color?", "", "") == ""
+        assert started.pop()[1:3] == ["uploads/a/t.csv", "data/a"]
+    assert click_button(page, "import", "", None, "uploads/a/t.csv", "a", "Color?", "", "") == ""
+    message = click_button(page, "import", "", files, "photos", "a", "Color?", "", "")
+    assert "an upload and a path are given" in message
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_folders_and_columns_of_an_uploaded_table_are_found(
+    folder: Path, archive: bool, started: list[list[str]]
+) -> None:
+    home = folder.parent / "upload"
+    home.mkdir()
+    for file in (folder / "photos").glob("*.png"):
+        shutil.copy(file, home)
+    rows = [f"shapes/{file.name},red\n" for file in sorted(home.iterdir())]
+    (home / "t.csv").write_text("image,class\n" + "".join(rows))
+    files = sorted(home.iterdir())
+    if archive:
+        (home / "shapes").mkdir()
+        for file in files[:-1]:
+            file.rename(home / "shapes" / file.name)
+        files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    assert click_button(page, "import", "", files, "", "a", "Which color?", "", "") == ""
+    assert started[0][-4:] == ["--map", "image=image", "--map", "answer=class"]
+    with contextlib.chdir(folder):
+        CliRunner().invoke(app, started[0], catch_exceptions=False)
+    assert len((folder / "data/a/data.jsonl").read_text().splitlines()) == 24
+
+
+def test_ambiguous_folders_of_an_uploaded_table_are_refused(folder: Path) -> None:
+    table = folder.parent / "t.csv"
+    table.write_text("image,class\na/00.png,red\nb/00.png,blue\n")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    files = [table, folder / "photos/00.png"]
+    message = click_button(page, "import", "", files, "", "a", "Which color?", "", "")
+    assert "upload a zip archive of the folders" in message
+    assert not (folder / "uploads/a").exists()
+
+
+def test_uploaded_images_without_labels_are_labeled_next(
+    folder: Path, started: list[list[str]]
+) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    files = sorted((folder / "photos").glob("*.png"))
+    message, url = call_page(page, "import", {"lang": "en"}, files, "", "dots", "", "", "0.9")
+    query = dict(parse_qsl(urlsplit(url).query))
+    assert (message, query["step"]) == ("", "label")
+    fields = read_fields(page, query)
+    assert fields["images"]["value"] == "uploads/dots"
+    assert fields["labels-name"]["value"] == "dots"
+    with open_client(folder) as client:
+        assert "images=uploads%2Fdots" in client.get(f"/live{url[2:]}").json()["url"]
+    assert started == []
+
+
+def test_uploads_in_use_are_not_replaced(folder: Path, started: list[list[str]]) -> None:
+    shutil.copytree(folder / "photos", folder / "uploads/a")
+    import_dataset(folder / "uploads/a", folder / "data/b", ImportOptions(prompt="Color?"))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    upload = sorted((folder / "photos").iterdir())
+    assert "uploads/a exists" in click_button(page, "import", "", upload, "", "a", "?", "", "")
+    assert started == []
+    assert len([*(folder / "uploads/a").iterdir()]) == 48
 
 
 def test_every_page_requires_the_password(folder: Path) -> None:
@@ -249,6 +330,31 @@ def test_label_form_offers_a_prompt_and_keeps_its_values(folder: Path) -> None:
     assert [fields[name]["value"] for name in (*names, "label-fraction")] == form
 
 
+def test_epochs_and_steps_are_refused_by_the_names_of_their_fields(folder: Path) -> None:
+    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Which color?"))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    values = ([], "r", "finesight-tiny", "", "3", "100", "")
+    message = click_button(page, "create-the-recipe", "step=plan&data=data/a", *values)
+    assert "“Epochs” and “Steps instead of epochs”" in message
+    assert "null" not in message
+
+
+def test_export_form_names_the_merged_model(folder: Path, started: list[list[str]]) -> None:
+    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    query = {"step": "export", "run": "runs/a", "lang": "en"}
+    assert "merge one" in click_button(page, "commands-for-vllm-and-sglang", "step=export", "")
+    for name in ("newer", "mine"):
+        (folder / "models" / name).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (folder / "models" / name / file).touch()
+        os.utime(folder / "models" / name, (len(name), len(name)))
+    assert read_fields(page, query)["merged-name"]["value"] == "newer"
+    write_job(folder, "export", ["merge", "runs/a", "models/mine"], 0, "", target="runs/a")
+    assert read_fields(page, query)["merged-name"]["value"] == "mine"
+    assert started == []
+
+
 def test_recipe_form_offers_the_other_data_sets(folder: Path) -> None:
     for name in ("a", "b", "c"):
         import_dataset(folder / "photos", folder / "data" / name, ImportOptions(prompt="Color?"))
@@ -299,6 +405,36 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
     (folder / "adapter").rename(folder / "runs/a/adapter")
     assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
     assert started[5][1] == "runs/a"
+
+
+def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
+    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    form = ("photos", "Color?", "labels", "finesight-tiny", "classes", "red, blue", "0.8")
+    with open_client(folder) as client:
+        shown = client.get("/live?step=label&lang=en").json()["top"]
+        [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
+        query = urlsplit(html.unescape(link)).query
+        assert client.get(f"/live?{query}").json()["url"].count("run=-") == 1
+        # Other steps select the newest run again.
+        url = client.get(f"/live?{query.replace('step=label', 'step=chat')}").json()["url"]
+        assert "run=runs%2Fa" in url
+    for text, model in ((query, "finesight-tiny"), ("step=label&run=runs/a", "runs/a")):
+        assert click_button(page, "start-labelling", text, *form) == ""
+        words = started.pop()
+        assert words[1] == model
+        # The shown command has the options of the form.
+        [preview] = [at for at in page.blocks.fns.values() if len(at.inputs) == len(form)][:1]
+        request = SimpleNamespace(query_params=dict(parse_qsl(text)), headers={})
+        command = re.sub("<.*?>", "", html.unescape(preview.fn(request, *form)))
+        assert shlex.split(command) == ["finesight", *words[: words.index("--port")]]
+        assert {"--prompt=Color?", "--kind=classes", "--train-fraction=0.8"} < {*words}
+
+
+def test_kind_of_answers_is_a_list(folder: Path) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    [field] = [at for at in page.blocks.blocks.values() if at.elem_id == "kind"]
+    assert [name for name, _ in field.choices] == ["", *get_args(AnswerKind)]
 
 
 def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
@@ -382,6 +518,7 @@ def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
             "error: a\n  remedy: check the data (finesight check), or set a lower rate",
             "check the data (the step “Check”), or set a lower rate",
         ),
+        ("export", "merge m n", 0, "n: 9 tensors\nnext: finesight export n", "n: 9 tensors"),
         (
             "check",
             "check a",
@@ -399,6 +536,7 @@ def test_log_names_fields_and_steps_of_the_page(
         page = client.get(f"/live?step={step}&lang=en").json()["bottom"]
     [found] = re.findall(r"<pre class=\"log\"[^>]*>(.*?)</pre>", page, re.DOTALL)
     assert shown in html.unescape(found)
+    assert "Serve and export" not in found
     assert ("Usage" in found, "no field for" in found) == (False, "--fix" in shown)
     assert "exit code" not in page
 
@@ -484,6 +622,8 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     (folder / ".finesight/check/data--a.html").write_text("old")
     assert "no data set" in click_button(page, "delete", "step=data&data=data/c")
     assert "not created by the studio" in click_button(page, "delete", "step=data&data=own")
+    assert click_button(page, "ask-delete", "step=data&data=data/a") == ""
+    assert (folder / "data/a/data.jsonl").exists()
     assert click_button(page, "delete", "step=data&data=data/a") == ""
     assert sorted(path.name for path in folder.glob("data/*")) == ["b"]
     assert sorted(path.name for path in uploads.iterdir()) == ["b"]
@@ -529,10 +669,32 @@ def test_data_set_in_use_is_not_deleted(
         (folder / "data/labels").mkdir()
         (folder / "data/labels/labels.jsonl").write_text(f"{json.dumps(labels)}\n")
         used_by = "the data set data/labels"
-    message = click_button(page, "delete", "step=data&data=data/a&lang=en")
-    assert f"data/a is used by {used_by}" in message
-    assert "Not deleted" in message
+    # The page asks for confirmation only after the first button.
+    for button in ("ask-delete", "delete"):
+        message = click_button(page, button, "step=data&data=data/a&lang=en")
+        assert f"data/a is used by {used_by}" in message
+        assert "Not deleted" in message
     assert (data / "data.jsonl").exists()
+
+
+def test_recipe_without_an_unfinished_run_is_deleted(folder: Path) -> None:
+    (folder / "recipes").mkdir()
+    file = write_recipe(folder, "a", "a.jsonl").rename(folder / "recipes/a.yaml")
+    write_recipe(folder, "own", "a.jsonl")
+    run = make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0])).folder
+    (run / "result.json").rename(folder / "result.json")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    query = "step=plan&recipe=recipes/a.yaml"
+    assert "not created by" in click_button(page, "delete", "step=plan&recipe=own.yaml")
+    assert "used by the unfinished run runs/a" in click_button(page, "ask-delete", query)
+    (folder / "result.json").rename(run / "result.json")
+    with open_client(folder) as client:
+        assert client.get("/live?step=plan").json()["top"].count('class="delete"') == 1
+    assert click_button(page, "ask-delete", query) == ""
+    assert file.exists()
+    assert click_button(page, "delete", query) == ""
+    assert not file.exists()
+    assert (folder / "own.yaml").exists()
 
 
 def test_icon_is_answered_before_sign_in(folder: Path) -> None:
@@ -634,6 +796,23 @@ def test_ticked_data_sets_are_in_the_recipe(folder: Path, studio: StudioDriver) 
     studio.wait_for("document.querySelector('#editor textarea')?.value.includes('train:\\n')")
     data = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data
     assert len({file.path for file in data.train}) == 2
+
+
+def test_two_marked_runs_are_compared(folder: Path, studio: StudioDriver) -> None:
+    for name in ("runs/a", "runs/b"):
+        make_run(folder / name, make_sign_answers(folder, [0.5, 1.0] * 4))
+    studio.open("results")
+    box = "document.querySelector('input[name=run]')"
+    assert (
+        studio.browser.run(f"{box}.click(); return getComputedStyle({box}).appearance;") == "auto"
+    )
+    is_sent = studio.browser.run(
+        "let isSent = true; document.addEventListener('submit', (event) => {"
+        " isSent = !event.defaultPrevented; event.preventDefault(); });"
+        " document.querySelector('button[data-missing]').click(); return isSent;"
+    )
+    assert not is_sent
+    assert len(studio.browser.driver.window_handles) == 1
 
 
 def test_deletion_is_confirmed(folder: Path, studio: StudioDriver) -> None:

@@ -21,8 +21,11 @@ from markupsafe import Markup
 from pydantic import Field, TypeAdapter
 
 from finesight.config import TaskName
+from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions, count_unlabeled_images, detect_columns
+from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError
+from finesight.hub.archive import is_archive
 from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.manifest import RECIPE_FILE
@@ -60,6 +63,7 @@ VIEW_ROUTES = r"|/studio\.(?:css|js)|/live|/view/(?:report|check)"
 
 PASSWORD_FILE, API_KEY_FILE = "password", "api-key"
 DEFAULT_FRACTION = "0.9"
+METRIC_LABEL = "Metric (empty: chosen from the answers)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ MISSING_REMEDIES = {
     "data set": "select one, or import one in the step Data",
     "recipe": "select one, or create one in the step Plan",
     "run": "select one, or train one in the step Train",
+    "merged model": "merge one, or enter its name",
 }
 
 Action = Callable[..., str]
@@ -124,7 +129,7 @@ class StudioPage:
     def _build_forms(self) -> None:
         with self._form("data"), self._accordion("New data set") as self._import_panel:
             upload = gr.File(file_count="multiple", elem_id="upload", height=120)
-            self._labels.append((upload, "Upload images with labels, or an archive"))
+            self._labels.append((upload, "Upload images with or without labels, or an archive"))
             values: list[Any] = [
                 self._text("Or a file or folder in the workspace", "source", "photos"),
                 self._text("Name of the data set", "name", "tickets"),
@@ -133,32 +138,27 @@ class StudioPage:
                 self._text("Fraction of training samples", "fraction", value=DEFAULT_FRACTION),
             ]
             self._import_fields = values
-            preview = _create_html("preview")
+            self._add_preview("preview", values, self._preview_import)
             inputs = [upload, *values]
             input_type = TypeAdapter(tuple[list[Upload] | None, Text, Text, Text, Text, Text])
-            previews = gr.on(
-                [item.change for item in values[:5]],
-                self._on_preview,
-                values,
-                preview,
-                show_progress="hidden",
-            )
-            self.inputs[previews["id"]] = _text_inputs(len(values))
             self._button("Import", self._import, inputs, input_type)
-        # Clicked by the script of the page after a confirmation.
-        with self._forms["data"]:
-            self._button("Delete", self._delete, error_title="Not deleted")
+        # Clicked by the script of the page, the second one after a confirmation.
+        ask = partial(self._delete, ask_only=True)
+        script, title = "(url) => window.finesightConfirm(url)", "Not deleted"
+        self._button("Delete", ask, elem_id="ask-delete", error_title=title, script=script)
+        self._button("Delete", self._delete, error_title=title)
         with self._form("label"):
             fields = [
                 self._text("Images to label: a file or folder", "images", "photos"),
                 self._text("Prompt", "label-prompt", "Read the ticket.", lines=2),
                 self._text("Name of the data set", "labels-name", value=LABELS_NAME),
                 self._text("Model without a run", "label-model", value=TINY_MODEL),
-                self._text("Kind of the answers", "kind", ", ".join(get_args(AnswerKind))),
+                self._choice("Kind of the answers", "kind", get_args(AnswerKind)),
                 self._text("Classes", "classes", "red, green, blue"),
                 self._text("Fraction of training samples", "label-fraction", value="0.8"),
             ]
             self._label_fields = fields
+            self._add_preview("label-preview", fields, self._preview_labels)
             self._button("Start labelling", self._label, fields)
             self._button("Review existing labels", partial(self._label, review=True), fields)
         with self._form("check"):
@@ -171,7 +171,7 @@ class StudioPage:
                 values = [
                     self._text("Name of the recipe and its run", "recipe-name", "tickets"),
                     self._text("Model: a name on a hub, or a folder", "model", value=TINY_MODEL),
-                    self._metric(),
+                    self._choice(METRIC_LABEL, "metric", get_args(TaskName)),
                     self._text("Epochs", "epochs", "chosen from the data"),
                     self._text("Steps instead of epochs", "steps", "chosen from the data"),
                     self._text("Learning rate", "learning-rate", "chosen from the model"),
@@ -197,6 +197,7 @@ class StudioPage:
         with self._form("export"):
             self._button("Start the server", self._serve)
             name = self._text("Name of the merged model", "merged-name", "tickets")
+            self._merged_name = name
             self._button("Merge", self._merge, [name])
             with gr.Row():
                 self._button("Commands for vLLM and SGLang", self._export, [name])
@@ -230,11 +231,11 @@ class StudioPage:
         self._labels.append((box, label))
         return box
 
-    def _metric(self) -> gr.Dropdown:
-        """Add the list of metrics. Empty: the one of the detected task."""
-        choices = [("", ""), *((name, name) for name in get_args(TaskName))]
-        field = gr.Dropdown(choices, value="", elem_id="metric")
-        self._labels.append((field, "Metric (empty: chosen from the answers)"))
+    def _choice(self, label: str, elem_id: str, names: Sequence[str]) -> gr.Dropdown:
+        """Add a list of names. Empty: the one that the command detects."""
+        choices = [("", ""), *((name, name) for name in names)]
+        field = gr.Dropdown(choices, value="", label=label, elem_id=elem_id)
+        self._labels.append((field, label))
         return field
 
     def _button(
@@ -245,8 +246,9 @@ class StudioPage:
         input_type: Inputs | None = None,
         elem_id: str | None = None,
         error_title: str = "Command not started",
+        script: str = "",
     ) -> None:
-        """Add a button whose action shows its error, or opens a URL."""
+        """Add a button whose action shows its error, or opens a URL by default."""
 
         def on_click(request: gr.Request, *values: Any) -> tuple[str, str]:
             selection = _read_selection(request)
@@ -265,7 +267,7 @@ class StudioPage:
         )
         self.inputs[click["id"]] = input_type or _text_inputs(len(inputs))
         is_saved = str(action == self._save_recipe).lower()
-        script = f"(url) => window.finesightOpen(url, {is_saved})"
+        script = script or f"(url) => window.finesightOpen(url, {is_saved})"
         click.then(None, self._next_url, None, js=script)
 
     def _on_load(self, request: gr.Request) -> dict[Any, Any]:
@@ -283,6 +285,13 @@ class StudioPage:
             updates[self._label_fields[1]]["value"] = prompt
             if not prompt and state.run is None:
                 updates[self._label_fields[1]]["label"] = translate("Prompt (required)")
+        if selection.images:
+            updates[self._label_fields[0]]["value"] = selection.images
+            updates[self._label_fields[2]]["value"] = (*Path(selection.images).parts, "")[1]
+        # Commands apply to the model that was merged last.
+        merged = [job.arguments[2] for job in state.jobs if job.arguments[0] == "merge"]
+        merged += [str(path) for path in state.content.models if path.parent == Path("models")]
+        updates[self._merged_name]["value"] = Path((merged or [""])[0]).name
         # Forms for new items are open in an empty workspace.
         job, is_open = state.job, not state.content.datasets
         fields = self._label_fields if selection.step == "label" else self._import_fields
@@ -300,16 +309,44 @@ class StudioPage:
             updates[self._editor]["value"] = text
         return updates
 
-    def _on_preview(self, request: gr.Request, *values: str) -> str:
-        try:
-            return render_command(self._build_import(*values)[1])
-        except UserError as error:
-            return render_message("", str(error), "hint")
+    def _add_preview(
+        self, elem_id: str, fields: Sequence[Any], build: Callable[..., list[str]]
+    ) -> None:
+        """Show the command of a form, and update it with each field."""
+
+        def on_change(request: gr.Request, *values: str) -> str:
+            try:
+                state = self._view.read_state(_read_selection(request), use_newest=False)
+                arguments = build(state, *values)
+                return render_command(arguments) if arguments else ""
+            except UserError as error:
+                return render_message("", str(error), "hint")
+
+        html, changes = _create_html(elem_id), [field.change for field in fields]
+        event = gr.on(changes, on_change, list(fields), html, show_progress="hidden")
+        self.inputs[event["id"]] = _text_inputs(len(fields))
+
+    def _preview_import(self, state: StudioState, *values: str) -> list[str]:
+        return self._build_import(*values, unpack=False)[1]
+
+    def _preview_labels(self, state: StudioState, images: str, *values: str) -> list[str]:
+        return self._build_labels(state, images, *values) if images.strip() else []
 
     def _build_import(
-        self, source: str, name: str, prompt: str, columns: str, fraction: str
+        self,
+        source: str,
+        name: str,
+        prompt: str,
+        columns: str,
+        fraction: str,
+        *,
+        unpack: bool = True,
     ) -> tuple[Path, list[str]]:
-        """Return the data set and the import command of a form. The source may be missing yet."""
+        """Return the data set and the import command of a form. The source may be missing yet.
+
+        Args:
+            unpack: Detect the columns of a table in an archive, too.
+        """
         target = self._workspace.check_new_name("data", name)
         path = self._workspace.resolve(source, "source") if source.strip() else Path("uploads/…")
         arguments = ["import", as_argument(path), str(target)]
@@ -323,7 +360,7 @@ class StudioPage:
                 expected="ROLE=COLUMN pairs separated by spaces",
                 remedy="for example image=path answer=caption",
             ) from error
-        if source.strip() and not any(pairs):
+        if source.strip() and not any(pairs) and (unpack or not is_archive(path.name)):
             path, roles = _detect_columns(self._workspace.folder, path)
             arguments[1] = as_argument(path)
             pairs = [f"{role}={column}" for role, column in roles.items()]
@@ -342,6 +379,9 @@ class StudioPage:
 
     def _import(self, state: StudioState, upload: list[str] | None, *values: str) -> str:
         source, name, *others = values
+        # The page fills in the path of an earlier upload for another attempt.
+        if upload and source.strip().startswith("uploads/"):
+            source = ""
         if bool(upload) == bool(source.strip()):
             raise UserError(
                 "an upload and a path are given" if upload else "nothing to import is given",
@@ -352,37 +392,84 @@ class StudioPage:
         self._build_import(source, name, *others)
         self._check_labels(source)
         if upload:
+            if uses := self._find_commands(Path("uploads", name.strip())):
+                raise UserError(
+                    f"the earlier upload is used by {uses[0]}",
+                    where=name.strip(),
+                    expected="the name of a data set that is not being imported",
+                    remedy="wait for the end of the command, or choose another name",
+                )
             files = [Path(file) for file in upload]
             source = str(self._workspace.save_uploads(files, name.strip()))
-        target, arguments = self._build_import(source, name, *others)
-        return self._start(
-            state, str(target), arguments, data=str(target), form=[source, name, *others]
-        )
+            if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+                # Images without a table are labeled in the next step.
+                return state.selection.link(step="label", images=source)
+        try:
+            target, arguments = self._build_import(source, name, *others)
+            form = [source, name, *others]
+            return self._start(state, str(target), arguments, data=str(target), form=form)
+        except UserError:
+            # A refused import leaves no uploads: the browser still has them.
+            if upload:
+                self._workspace.delete_uploads(name.strip())
+            raise
 
-    def _delete(self, state: StudioState) -> str:
-        """Delete the selected data set, unless something uses it."""
-        if state.dataset is None:
-            raise _missing("data set")
-        path, content = state.dataset.path, state.content
-        folders = (path, Path("uploads", path.name))
-        running = [run for run in content.runs if self._view.describe_run(run).status == "running"]
-        recipes = [*content.recipes, *(run / RECIPE_FILE for run in running)]
-        uses = [
+    def _find_commands(self, *folders: Path) -> list[str]:
+        """Return the running commands with files of the folders."""
+        return [
             f"the running command in the step {STEP_NAMES[job.step]}"
             for job in self._jobs.list_running()
             for word in job.arguments
             if any(Path(os.path.normpath(word)).is_relative_to(folder) for folder in folders)
         ]
+
+    def _delete(self, state: StudioState, *, ask_only: bool = False) -> str:
+        """Delete the selected data set or, in the step Plan, recipe, unless something uses it.
+
+        Args:
+            ask_only: Check the uses only, before the page asks for confirmation.
+        """
+        if state.selection.step == "plan":
+            return self._delete_recipe(state, ask_only)
+        if state.dataset is None:
+            raise _missing("data set")
+        path, content = state.dataset.path, state.content
+        running = [run for run in content.runs if self._view.describe_run(run).status == "running"]
+        recipes = [*content.recipes, *(run / RECIPE_FILE for run in running)]
+        uses = self._find_commands(path, Path("uploads", path.name))
         if uses := [*uses, *self._workspace.find_uses(path, recipes)]:
             raise UserError(
                 f"{path} is used by {', '.join(dict.fromkeys(uses))}",
                 where="delete",
                 expected="a data set that nothing uses",
-                remedy="stop the command, choose other data in the recipe in the step Plan, or"
-                " delete the other data set first",
+                remedy="stop the command, choose other data in the recipe in the step Plan or"
+                " delete it there, or delete the other data set first",
             )
-        self._workspace.delete_dataset(state.dataset)
+        if not ask_only:
+            self._workspace.delete_dataset(state.dataset)
         return state.selection.link(data="")
+
+    def _delete_recipe(self, state: StudioState, ask_only: bool) -> str:
+        if state.recipe is None:
+            raise _missing("recipe")
+        uses = self._find_commands(state.recipe)
+        for run in state.content.runs:
+            # A finished run needs the copy in its folder only.
+            if run == self._view.find_run(state.recipe):
+                is_finished = self._view.describe_run(run).status == "finished"
+                uses += [] if is_finished else [f"the unfinished run {run}"]
+        if uses or state.recipe.parent != Path("recipes"):
+            raise UserError(
+                f"{state.recipe} is used by {', '.join(uses)}"
+                if uses
+                else f"{state.recipe} was not created by the studio",
+                where="delete",
+                expected="a recipe in the folder recipes without an unfinished run",
+                remedy="finish the run in the step Train" if uses else "delete it in a terminal",
+            )
+        if not ask_only:
+            (self._workspace.folder / state.recipe).unlink(missing_ok=True)
+        return state.selection.link(recipe="")
 
     def _check_labels(self, source: str) -> None:
         """Raise UserError for a folder of images without labels, before the import fails."""
@@ -411,6 +498,13 @@ class StudioPage:
     ) -> str:
         if state.dataset is None:
             raise _missing("data set")
+        if epochs.strip() and steps.strip():
+            raise UserError(
+                "both “Epochs” and “Steps instead of epochs” are given",
+                where="recipe",
+                expected="one of them, or none: then the data decide",
+                remedy="clear one of the two fields",
+            )
         settings = {
             "train.epochs": epochs,
             "train.steps": steps,
@@ -448,7 +542,13 @@ class StudioPage:
         options = self._page_options()
         return self._start_server(state, arguments, port, options, host)
 
-    def _label(
+    def _label(self, state: StudioState, *form: str, review: bool = False) -> str:
+        """Start the labelling page."""
+        arguments = self._build_labels(state, *form, review=review)
+        port, host = self._access.label_port, self._access.host
+        return self._start_server(state, arguments, port, self._page_options(), host, form)
+
+    def _build_labels(
         self,
         state: StudioState,
         images: str,
@@ -460,8 +560,8 @@ class StudioPage:
         fraction: str,
         *,
         review: bool = False,
-    ) -> str:
-        """Start the labelling page, with the selected run or, without weights of one, a model.
+    ) -> list[str]:
+        """Return the command with the selected run or, without weights of one, a model.
 
         A review without images is that of the selected data set. An existing folder of labels is
         continued.
@@ -481,11 +581,7 @@ class StudioPage:
         values = {"prompt": prompt, "kind": kind, "classes": classes, "train-fraction": fraction}
         options = [f"--{key}={value.strip()}" for key, value in values.items() if value.strip()]
         options += ["--review"] if review else []
-        options += ["--out", str(target), *self._page_options()]
-        arguments = ["label", run, as_argument(source)]
-        form = [images, prompt, name, model, kind, classes, fraction]
-        port, host = self._access.label_port, self._access.host
-        return self._start_server(state, arguments, port, options, host, form)
+        return ["label", run, as_argument(source), *options, "--out", str(target)]
 
     def _page_options(self) -> list[str]:
         """Return the options that protect a page in the same way as the studio."""
@@ -540,6 +636,8 @@ class StudioPage:
 
     def _export(self, state: StudioState, name: str, *, write_gguf: bool = False) -> str:
         """Print serving commands for a merged model, or write GGUF files."""
+        if not name.strip():
+            raise _missing("merged model")
         model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
         arguments = ["export", str(model)]
         if write_gguf:
@@ -597,9 +695,14 @@ class StudioPage:
 def _detect_columns(workspace: Path, path: Path) -> tuple[Path, dict[str, str]]:
     """Return the table of a source with its column roles; none if the command detects its format.
 
-    A source without a known format is returned unchanged, for the error of the command.
+    A source without a known format is returned unchanged, for the error of the command. So is an
+    archive, which is unpacked for the detection only.
     """
     with contextlib.suppress(UserError):
+        if is_archive(path.name):
+            folder = workspace / STUDIO_FOLDER / "unpacked"
+            with fetch_source(str(workspace / path), folder, ImportOptions()) as fetched:
+                return path, detect_columns(fetched.path, fetched.options)[1]
         table, roles = detect_columns(workspace / path, ImportOptions())
         return (table.relative_to(workspace) if roles else path), roles
     return path, {}

@@ -47,6 +47,9 @@ STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and expo
 CHECK_EXIT_CODES = (0, 2, 3)
 """Exit codes of `finesight check`: no issues, errors, warnings."""
 
+NO_RUN = "-"
+"""Name in the URL for labelling without a run."""
+
 LABELS_NAME = "labels"
 """Default name of the data set that the label step creates."""
 
@@ -79,6 +82,7 @@ _COMMAND = re.compile(
     rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b"
     r"(?:'[^'\n]*'|(?!, or |: )[^\n`;),'])*`?"
 )
+_NEXT = re.compile(r"(?m)^next: finesight (\w+)\b(?!.* --fix )[^\n]*\n?")
 _NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
@@ -97,7 +101,7 @@ MAX_LISTED_JOBS = 5
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Selection in the URL of the page: step, items of the workspace, job and language."""
+    """Selection in the URL: step, items of the workspace, job, language and images to label."""
 
     step: str = "data"
     data: str = ""
@@ -105,6 +109,7 @@ class Selection:
     run: str = ""
     job: str = ""
     lang: Language = "en"
+    images: str = ""
 
     @classmethod
     def parse(cls, params: Mapping[str, str], accept_language: str) -> Selection:
@@ -119,6 +124,7 @@ class Selection:
             run=params.get("run", ""),
             job=params.get("job", ""),
             lang=ui_text.language,
+            images=params.get("images", ""),
         )
 
     def link(self, **changes: str) -> str:
@@ -129,7 +135,10 @@ class Selection:
     def link_job(self, job: Job) -> str:
         """Return the URL of a job in its step, with its target selected."""
         keys = {"data": "data", "check": "data", "plan": "recipe", "train": "recipe"}
-        return self.link(step=job.step, job=job.id, **{keys.get(job.step, "run"): job.target})
+        # Only labelling needs no run.
+        return self.link(
+            step=job.step, job=job.id, **{keys.get(job.step, "run"): job.target or NO_RUN}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +192,7 @@ class StudioView:
         self._environment.globals |= {
             "translate": translate_markup,
             "step_names": STEP_NAMES,
+            "no_run": NO_RUN,
             "split_words": split_words,
         }
         styles = [
@@ -191,7 +201,8 @@ class StudioView:
         # The styles of reports apply within the parts that this module renders.
         nested = "".join(styles).replace(":root", "&").replace("body {", "& {")
         style = (STATIC_FOLDER / "studio.css").read_text(encoding="utf-8")
-        self.style = f":is(#studio-top, #studio-bottom, #message, #preview) {{ {nested} }} {style}"
+        parts = "#studio-top, #studio-bottom, #message, #preview, #label-preview"
+        self.style = f":is({parts}) {{ {nested} }} {style}"
 
     def read_state(self, selection: Selection, *, use_newest: bool = True) -> StudioState:
         """Find the selected items.
@@ -202,10 +213,12 @@ class StudioView:
         content = self.workspace.scan()
         dataset = _select(content.datasets, selection.data, lambda x: str(x.path), use_newest)
         recipe = _select(content.recipes, selection.recipe, str, use_newest)
+        if selection.run == NO_RUN and selection.step != "label":
+            selection = replace(selection, run="")
         run = _select(content.runs, selection.run, str, use_newest)
         if selection.step == "train" and recipe is not None:
             # Command, log and curves are those of the recipe, so its run is selected too.
-            output_dir = self._find_run(recipe)
+            output_dir = self.find_run(recipe)
             run = next((path for path in content.runs if path == output_dir), None)
             selection = replace(selection, run=str(output_dir or ""))
         state = StudioState(selection, content, dataset, recipe, run, (), None)
@@ -235,7 +248,7 @@ class StudioView:
         log = job.read_log() if job else ""
         if status in ("failed", "killed") or (job and job.arguments[0] not in TERMINAL_COMMANDS):
             with use_language(selection.lang):
-                log = use_page_names(log)
+                log = use_page_names(log, selection.step)
         running = [item for item in self.jobs.list_running() if job is None or item.id != job.id]
         with use_language(selection.lang):
             values = {
@@ -271,8 +284,6 @@ class StudioView:
         """Return the commands of a step that depend on the selection and the workspace only."""
         step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
         weights = self.workspace.find_weights(run) if run else None
-        if step == "label" and weights is not None:
-            return [["label", as_argument(weights), "IMAGES", "--out", f"data/{LABELS_NAME}"]]
         if step == "check" and dataset is not None:
             against = ["--against", as_argument(dataset.eval_file)] if dataset.eval_file else []
             options = ["--html", str(dataset.check_page), "--language", state.selection.lang]
@@ -320,7 +331,7 @@ class StudioView:
             return []
         return build_run_charts(read_run(self.workspace.folder / state.run))
 
-    def _find_run(self, recipe: Path) -> Path | None:
+    def find_run(self, recipe: Path) -> Path | None:
         """Return the output folder of a recipe, which may not exist yet."""
         folder = self.workspace.folder
         with contextlib.suppress(UserError):
@@ -390,11 +401,12 @@ def _find_outcome(job: Job) -> str:
     return outcomes.get(job.exit_code or 0, "")
 
 
-def use_page_names(text: str) -> str:
+def use_page_names(text: str, current_step: str = "") -> str:
     """Replace commands and options in the advice of a message by steps and fields of the page.
 
     Messages of functions and commands name what a terminal has. A note explains other options.
-    Other lines may quote data of the user and stay as they are.
+    Other lines may quote data of the user and stay as they are. A next command in the current step
+    is left out.
     """
     options: list[str] = []
 
@@ -414,6 +426,7 @@ def use_page_names(text: str) -> str:
         options.extend(_OPTION.findall(advice))
         return advice
 
+    text = _NEXT.sub(lambda m: "" if COMMAND_STEPS.get(m[1]) == current_step else m[0], text)
     text = _ADVICE.sub(translate_advice, _USAGE.sub("", text))
     note = "The page has no field for options such as {}. Use them in a terminal, in the workspace."
     return f"{text}\n{translate(note, ', '.join(dict.fromkeys(options)))}" if options else text

@@ -26,6 +26,7 @@ from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TaskName, is_url
 from finesight.data.corpus import open_sample_source
 from finesight.data.import_source import NUM_PREVIEW_ROWS, DetectedTask, detect_task
+from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
 from finesight.label.label_store import EVAL_FILE, LABELS_FILE
@@ -264,11 +265,15 @@ class Workspace:
         return str(self.resolve(name, "model"))
 
     def save_uploads(self, files: Sequence[Path], name: str) -> Path:
-        """Copy uploaded files into a new folder, and return the path to import.
+        """Copy uploaded files into a folder, and return the path to import.
 
-        It is the only table or the only file, else the folder.
+        It is the only table or the only file, else the folder. Uploads of a failed import, which
+        no data set or recipe uses, are replaced.
         """
-        folder = self.check_new_name("uploads", name)
+        folder = Path("uploads", name)
+        is_leftover = NAME_PATTERN.fullmatch(name) and self._contains(self.folder / folder)
+        if not is_leftover or self.find_uses(folder, self.scan().recipes):
+            self.check_new_name("uploads", name)
         names = [file.name for file in files]
         if duplicates := [name for name in names if names.count(name) > 1]:
             raise UserError(
@@ -281,10 +286,20 @@ class Workspace:
         with working_folder(self.folder / folder) as partial:
             for file in files:
                 shutil.copyfile(file, partial / file.name)
+            tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
+            if len(tables) == 1:
+                _restore_folders(partial, tables[0].name)
+            self.delete_uploads(name)
             partial.rename(self.folder / folder)
-        tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
         sources = tables if len(tables) == 1 else files
         return folder / sources[0].name if len(sources) == 1 else folder
+
+    def delete_uploads(self, name: str) -> None:
+        """Delete the uploads of a data set that was not created."""
+        folder = self.folder / "uploads" / name
+        if os.path.lexists(folder):
+            with working_folder(self.folder / STUDIO_FOLDER / "deleted") as trash:
+                folder.rename(trash / name)
 
     def find_uses(self, folder: Path, recipes: Sequence[Path]) -> list[str]:
         """Return those of the recipes, and the data sets elsewhere, that use files of a folder."""
@@ -434,6 +449,30 @@ class Workspace:
                 expected="data and output_dir in the workspace, a built-in metric, no track.uri",
                 remedy="change the setting, or train in a terminal",
             )
+
+
+def _restore_folders(folder: Path, table: str) -> None:
+    """Move uploaded files into the folders that a table names; browsers send no folders."""
+    paths: dict[str, set[Path]] = {}
+    files = {file.name for file in folder.iterdir() if file.name != table}
+    with contextlib.suppress(UserError):
+        reader = open_row_file(folder / table)
+        records = (row.record for row in reader.iter_range(0, reader.num_rows))
+        for value in chain.from_iterable(record.values() for record in records):
+            path = Path(value.strip().replace("\\", "/")) if isinstance(value, str) else Path()
+            if path.name in files:
+                paths.setdefault(path.name, set()).add(path)
+    for name, (path, *others) in paths.items():
+        if others:
+            raise UserError(
+                f"{table} names {' and '.join(sorted(map(str, (path, *others))))}",
+                where="upload",
+                expected="files with different names",
+                remedy="upload a zip archive of the folders",
+            )
+        if not path.is_absolute() and ".." not in path.parts:
+            (folder / path.parent).mkdir(parents=True, exist_ok=True)
+            (folder / name).rename(folder / path)
 
 
 def as_argument(path: Path) -> str:

@@ -5,7 +5,7 @@
   const shown = {};
   // Buttons that would start the running command again.
   const starters = ["check", "estimate-memory-and-time", "start-or-resume", "start-the-chat", "start-the-server"];
-  let isEdited = false, savedText = "";
+  let isEdited = false, savedText = "", question = "";
 
   const replace = (id, html) => {
     const place = document.getElementById(id);
@@ -57,8 +57,8 @@
   window.addEventListener("beforeunload", (event) => { if (isEdited) event.preventDefault(); });
   document.addEventListener("submit", (event) => {
     const text = event.submitter?.dataset.missing;
-    const [box, ...others] = event.target.querySelectorAll("input[type=checkbox]");
-    if (!text || !box || [box, ...others].some((item) => item.checked)) return;
+    const box = event.target.querySelector("input[type=checkbox]");
+    if (!text || !box || event.target.querySelectorAll("input:checked").length > 1) return;
     event.preventDefault();
     box.setCustomValidity(text);
     box.reportValidity();
@@ -72,9 +72,10 @@
       document.getElementById("stop").click();
     }
     const remove = event.target.closest?.("button.delete");
-    if (remove && window.confirm(remove.dataset.confirm)) {
+    if (remove) {
+      question = remove.dataset.confirm;
       history.replaceState(null, "", remove.dataset.url);
-      document.getElementById("delete").click();
+      document.getElementById("ask-delete").click();
     }
     const button = event.target.closest?.("button.copy");
     if (!button) return;
@@ -90,6 +91,10 @@
     }
     button.textContent = "✓";
   });
+  // Called with an empty address if the selected item cannot be deleted.
+  window.finesightConfirm = (url) => {
+    if (url && window.confirm(question)) document.getElementById("delete").click();
+  };
   // Called with the address to open after an action; it is empty if the action has failed.
   window.finesightOpen = (url, isSaved) => {
     if (!url) return;

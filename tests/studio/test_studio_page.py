@@ -178,16 +178,6 @@ def test_folders_and_columns_of_an_uploaded_table_are_found(
     assert len((folder / "data/a/data.jsonl").read_text().splitlines()) == 24
 
 
-def test_ambiguous_folders_of_an_uploaded_table_are_refused(folder: Path) -> None:
-    table = folder.parent / "t.csv"
-    table.write_text("image,class\na/00.png,red\nb/00.png,blue\n")
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    files = [table, folder / "photos/00.png"]
-    message = click_button(page, "import", "", files, "", "a", "Which color?", "", "")
-    assert "upload a zip archive of the folders" in message
-    assert not (folder / "uploads/a").exists()
-
-
 def test_uploaded_images_without_labels_are_labeled_next(
     folder: Path, started: list[list[str]]
 ) -> None:
@@ -202,16 +192,6 @@ def test_uploaded_images_without_labels_are_labeled_next(
     with open_client(folder) as client:
         assert "images=uploads%2Fdots" in client.get(f"/live{url[2:]}").json()["url"]
     assert started == []
-
-
-def test_uploads_in_use_are_not_replaced(folder: Path, started: list[list[str]]) -> None:
-    shutil.copytree(folder / "photos", folder / "uploads/a")
-    import_dataset(folder / "uploads/a", folder / "data/b", ImportOptions(prompt="Color?"))
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    upload = sorted((folder / "photos").iterdir())
-    assert "uploads/a exists" in click_button(page, "import", "", upload, "", "a", "?", "", "")
-    assert started == []
-    assert len([*(folder / "uploads/a").iterdir()]) == 48
 
 
 def test_every_page_requires_the_password(folder: Path) -> None:

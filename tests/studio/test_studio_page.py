@@ -391,6 +391,8 @@ def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
     make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     form = ("photos", "Color?", "labels", "finesight-tiny", "classes", "red, blue", "0.8")
+    [kinds] = [at.choices for at in page.blocks.blocks.values() if at.elem_id == "kind"]
+    assert [kind for kind, _ in kinds] == ["", *get_args(AnswerKind)]
     with open_client(folder) as client:
         shown = client.get("/live?step=label&lang=en").json()["top"]
         [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
@@ -409,12 +411,6 @@ def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
         command = re.sub("<.*?>", "", html.unescape(preview.fn(request, *form)))
         assert shlex.split(command) == ["finesight", *words[: words.index("--port")]]
         assert {"--prompt=Color?", "--kind=classes", "--train-fraction=0.8"} < {*words}
-
-
-def test_kind_of_answers_is_a_list(folder: Path) -> None:
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    [field] = [at for at in page.blocks.blocks.values() if at.elem_id == "kind"]
-    assert [name for name, _ in field.choices] == ["", *get_args(AnswerKind)]
 
 
 def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
@@ -682,13 +678,10 @@ class StudioDriver:
     def reload(self, state: str) -> None:
         """Wait for a state, which the page must show again after a reload, without errors."""
         # A reload while Gradio is loading would abort its requests.
-        is_loaded = (
-            "!document.querySelector('#studio-top') || document.querySelector('.studio-form')"
-        )
-        self.wait_for(f"({state}) && ({is_loaded})")
+        self.wait_for(f"({state}) && ({IS_LOADED})")
         self.check()
         self.browser.driver.refresh()
-        self.wait_for(f"({state}) && ({is_loaded})")
+        self.wait_for(f"({state}) && ({IS_LOADED})")
         self.check(RELOAD_NOTES)
 
     def wait_for(self, condition: str) -> None:

@@ -333,14 +333,7 @@ class StudioPage:
         self.inputs[event["id"]] = _text_inputs(len(fields))
 
     def _build_import(
-        self,
-        source: str,
-        name: str,
-        prompt: str,
-        columns: str,
-        fraction: str,
-        *,
-        unpack: bool = True,
+        self, source: str, name: str, prompt: str, columns: str, fraction: str, unpack: bool = True
     ) -> tuple[Path, list[str]]:
         """Return the data set and the import command of a form. The source may be missing yet.
 

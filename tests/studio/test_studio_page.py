@@ -178,16 +178,6 @@ def test_folders_and_columns_of_an_uploaded_table_are_found(
     assert len((folder / "data/a/data.jsonl").read_text().splitlines()) == 24
 
 
-def test_ambiguous_folders_of_an_uploaded_table_are_refused(folder: Path) -> None:
-    table = folder.parent / "t.csv"
-    table.write_text("image,class\na/00.png,red\nb/00.png,blue\n")
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    files = [table, folder / "photos/00.png"]
-    message = click_button(page, "import", "", files, "", "a", "Which color?", "", "")
-    assert "upload a zip archive of the folders" in message
-    assert not (folder / "uploads/a").exists()
-
-
 def test_uploaded_images_without_labels_are_labeled_next(
     folder: Path, started: list[list[str]]
 ) -> None:
@@ -202,16 +192,6 @@ def test_uploaded_images_without_labels_are_labeled_next(
     with open_client(folder) as client:
         assert "images=uploads%2Fdots" in client.get(f"/live{url[2:]}").json()["url"]
     assert started == []
-
-
-def test_uploads_in_use_are_not_replaced(folder: Path, started: list[list[str]]) -> None:
-    shutil.copytree(folder / "photos", folder / "uploads/a")
-    import_dataset(folder / "uploads/a", folder / "data/b", ImportOptions(prompt="Color?"))
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    upload = sorted((folder / "photos").iterdir())
-    assert "uploads/a exists" in click_button(page, "import", "", upload, "", "a", "?", "", "")
-    assert started == []
-    assert len([*(folder / "uploads/a").iterdir()]) == 48
 
 
 def test_every_page_requires_the_password(folder: Path) -> None:
@@ -411,6 +391,8 @@ def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
     make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     form = ("photos", "Color?", "labels", "finesight-tiny", "classes", "red, blue", "0.8")
+    [kinds] = [at.choices for at in page.blocks.blocks.values() if at.elem_id == "kind"]
+    assert [kind for kind, _ in kinds] == ["", *get_args(AnswerKind)]
     with open_client(folder) as client:
         shown = client.get("/live?step=label&lang=en").json()["top"]
         [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
@@ -429,12 +411,6 @@ def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
         command = re.sub("<.*?>", "", html.unescape(preview.fn(request, *form)))
         assert shlex.split(command) == ["finesight", *words[: words.index("--port")]]
         assert {"--prompt=Color?", "--kind=classes", "--train-fraction=0.8"} < {*words}
-
-
-def test_kind_of_answers_is_a_list(folder: Path) -> None:
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    [field] = [at for at in page.blocks.blocks.values() if at.elem_id == "kind"]
-    assert [name for name, _ in field.choices] == ["", *get_args(AnswerKind)]
 
 
 def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
@@ -610,6 +586,19 @@ def test_command_that_runs_already_is_named_by_its_step(folder: Path) -> None:
     assert "the step “Plan”: the command is already running" in message
 
 
+def test_data_set_that_cannot_be_moved_stays(folder: Path, tmp_path: Path) -> None:
+    """The page neither empties folders beyond the workspace nor leaves half a data set."""
+    shutil.copytree(folder / "photos", tmp_path / "other/a")
+    (folder / "uploads").symlink_to(tmp_path / "other")
+    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Color?"))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    message = click_button(page, "delete", "step=data&data=data/a")
+    assert "cannot be moved to the trash: it is a link to another folder" in message
+    assert (folder / "data/a/data.jsonl").exists()
+    assert len([*(tmp_path / "other/a").iterdir()]) == len([*(folder / "photos").iterdir()])
+    assert [*(folder / ".finesight/trash").iterdir()] == []
+
+
 def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     uploads = folder / "uploads"
     for name in "ab":
@@ -627,7 +616,11 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     assert click_button(page, "delete", "step=data&data=data/a") == ""
     assert sorted(path.name for path in folder.glob("data/*")) == ["b"]
     assert sorted(path.name for path in uploads.iterdir()) == ["b"]
-    assert [path.name for path in folder.rglob(".finesight/**/*")] == ["check"]
+    assert [*(folder / ".finesight/check").iterdir()] == []
+    (trash,) = (folder / ".finesight/trash").iterdir()
+    assert sorted(path.name for path in trash.glob("*/*")) == ["a", "a"]
+    assert (trash / "data/a/data.jsonl").exists()
+    assert (trash / ".finesight/check/data--a.html").exists()
     # Another data set keeps the uploads that it uses.
     import_dataset(uploads / "b", folder / "data/c", ImportOptions(prompt="Color?"))
     assert click_button(page, "delete", "step=data&data=data/b") == ""
@@ -717,13 +710,10 @@ class StudioDriver:
     def reload(self, state: str) -> None:
         """Wait for a state, which the page must show again after a reload, without errors."""
         # A reload while Gradio is loading would abort its requests.
-        is_loaded = (
-            "!document.querySelector('#studio-top') || document.querySelector('.studio-form')"
-        )
-        self.wait_for(f"({state}) && ({is_loaded})")
+        self.wait_for(f"({state}) && ({IS_LOADED})")
         self.check()
         self.browser.driver.refresh()
-        self.wait_for(f"({state}) && ({is_loaded})")
+        self.wait_for(f"({state}) && ({IS_LOADED})")
         self.check(RELOAD_NOTES)
 
     def wait_for(self, condition: str) -> None:

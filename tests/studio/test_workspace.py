@@ -143,6 +143,25 @@ def test_uploads_are_copied_into_a_new_folder(workspace: Workspace, tmp_path: Pa
     assert workspace.save_uploads(files[:1], "twice") == Path("uploads/twice/a.png")
 
 
+def test_ambiguous_folders_of_an_uploaded_table_are_refused(workspace: Workspace) -> None:
+    table = workspace.folder.parent / "t.csv"
+    table.write_text("image,class\na/00.png,red\nb/00.png,blue\n")
+    with pytest.raises(UserError, match=r"names a/00.png and b/00.png[^!]*upload a zip archive"):
+        workspace.save_uploads([table, workspace.folder / "photos/00.png"], "a")
+    assert not (workspace.folder / "uploads/a").exists()
+
+
+def test_uploads_in_use_are_not_replaced(workspace: Workspace) -> None:
+    files = sorted((workspace.folder / "photos").iterdir())
+    uploads = workspace.folder / workspace.save_uploads(files, "a")
+    assert workspace.save_uploads(files[:24], "a") == Path("uploads/a")
+    assert len([*uploads.iterdir()]) == 24
+    import_dataset(uploads, workspace.folder / "data/b", OPTIONS)
+    with pytest.raises(UserError, match="uploads/a exists"):
+        workspace.save_uploads(files, "a")
+    assert len([*uploads.iterdir()]) == 24
+
+
 def test_files_that_cannot_be_read_are_skipped(workspace: Workspace) -> None:
     for name in ("a", "b", "c", "d"):
         (workspace.folder / name).mkdir()

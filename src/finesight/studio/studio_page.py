@@ -138,7 +138,9 @@ class StudioPage:
                 self._text("Fraction of training samples", "fraction", value=DEFAULT_FRACTION),
             ]
             self._import_fields = values
-            self._add_preview("preview", values, self._preview_import)
+            self._add_preview(
+                "preview", values, lambda _, *form: self._build_import(*form, unpack=False)[1]
+            )
             inputs = [upload, *values]
             input_type = TypeAdapter(tuple[list[Upload] | None, Text, Text, Text, Text, Text])
             self._button("Import", self._import, inputs, input_type)
@@ -158,7 +160,11 @@ class StudioPage:
                 self._text("Fraction of training samples", "label-fraction", value="0.8"),
             ]
             self._label_fields = fields
-            self._add_preview("label-preview", fields, self._preview_labels)
+            self._add_preview(
+                "label-preview",
+                fields,
+                lambda state, *form: self._build_labels(state, *form) if form[0].strip() else [],
+            )
             self._button("Start labelling", self._label, fields)
             self._button("Review existing labels", partial(self._label, review=True), fields)
         with self._form("check"):
@@ -326,21 +332,8 @@ class StudioPage:
         event = gr.on(changes, on_change, list(fields), html, show_progress="hidden")
         self.inputs[event["id"]] = _text_inputs(len(fields))
 
-    def _preview_import(self, state: StudioState, *values: str) -> list[str]:
-        return self._build_import(*values, unpack=False)[1]
-
-    def _preview_labels(self, state: StudioState, images: str, *values: str) -> list[str]:
-        return self._build_labels(state, images, *values) if images.strip() else []
-
     def _build_import(
-        self,
-        source: str,
-        name: str,
-        prompt: str,
-        columns: str,
-        fraction: str,
-        *,
-        unpack: bool = True,
+        self, source: str, name: str, prompt: str, columns: str, fraction: str, unpack: bool = True
     ) -> tuple[Path, list[str]]:
         """Return the data set and the import command of a form. The source may be missing yet.
 
@@ -411,7 +404,7 @@ class StudioPage:
         except UserError:
             # A refused import leaves no uploads: the browser still has them.
             if upload:
-                self._workspace.delete_uploads(name.strip())
+                self._workspace.move_to_trash(Path("uploads", name.strip()))
             raise
 
     def _find_commands(self, *folders: Path) -> list[str]:
@@ -468,7 +461,7 @@ class StudioPage:
                 remedy="finish the run in the step Train" if uses else "delete it in a terminal",
             )
         if not ask_only:
-            (self._workspace.folder / state.recipe).unlink(missing_ok=True)
+            self._workspace.move_to_trash(state.recipe)
         return state.selection.link(recipe="")
 
     def _check_labels(self, source: str) -> None:

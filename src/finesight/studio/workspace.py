@@ -6,6 +6,7 @@ The studio only opens files that lie in the workspace after symbolic links are r
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from functools import lru_cache
 from glob import iglob
 from itertools import chain
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import get_args
 
 import yaml
@@ -44,6 +46,7 @@ from finesight.recipe import choose_duration, load_recipe, recipe_from_text
 from finesight.storage import working_folder, write_file
 
 STUDIO_FOLDER = ".finesight"
+TRASH_FOLDER = f"{STUDIO_FOLDER}/trash"
 DATA_FILES = {"train.jsonl": "eval.jsonl", "data.jsonl": "eval.jsonl", LABELS_FILE: EVAL_FILE}
 """Validation file by training file that `finesight import` and `finesight label` write."""
 
@@ -289,17 +292,40 @@ class Workspace:
             tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
             if len(tables) == 1:
                 _restore_folders(partial, tables[0].name)
-            self.delete_uploads(name)
+            if os.path.lexists(self.folder / folder):
+                self.move_to_trash(folder)
             partial.rename(self.folder / folder)
         sources = tables if len(tables) == 1 else files
         return folder / sources[0].name if len(sources) == 1 else folder
 
-    def delete_uploads(self, name: str) -> None:
-        """Delete the uploads of a data set that was not created."""
-        folder = self.folder / "uploads" / name
-        if os.path.lexists(folder):
-            with working_folder(self.folder / STUDIO_FOLDER / "deleted") as trash:
-                folder.rename(trash / name)
+    def move_to_trash(self, *paths: Path) -> None:
+        """Move those of the files and folders that exist to a new folder of the trash, or none.
+
+        The trash keeps their paths, so they can be moved back.
+        """
+        parent = self.folder / TRASH_FOLDER
+        parent.mkdir(parents=True, exist_ok=True)
+        trash = Path(mkdtemp(prefix=f"{paths[0].name}-", dir=parent))
+        moves = [(self.folder / path, trash / path) for path in paths]
+        moves = [(source, target) for source, target in moves if os.path.lexists(source)]
+        moved: list[tuple[Path, Path]] = []
+        try:
+            for source, target in moves:
+                if not self._contains(source):
+                    raise OSError(errno.EXDEV, "it is a link to another folder")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.rename(target)
+                moved.append((source, target))
+        except OSError as error:
+            for source, target in moved:
+                target.rename(source)
+            shutil.rmtree(trash)
+            raise UserError(
+                f"cannot be moved to the trash: {error.strerror}",
+                where=str(paths[0]),
+                expected="files of this workspace",
+                remedy="delete them with another program",
+            ) from error
 
     def find_uses(self, folder: Path, recipes: Sequence[Path]) -> list[str]:
         """Return those of the recipes, and the data sets elsewhere, that use files of a folder."""
@@ -322,7 +348,9 @@ class Workspace:
         return [*dict.fromkeys(uses)]
 
     def delete_dataset(self, dataset: WorkspaceDataset) -> None:
-        """Delete a data set in `data` and its check, and its uploads unless others use them.
+        """Move a data set in `data` to the trash, with its check and the uploads of this name.
+
+        Uploads that other data sets use stay.
 
         Raises:
             UserError: The data set is in another folder, which may contain files of the user.
@@ -337,11 +365,7 @@ class Workspace:
         paths, uploads = [dataset.path, dataset.check_page], Path("uploads", dataset.path.name)
         if self.find_uses(uploads, ()) in ([], [f"the data set {dataset.path}"]):
             paths.append(uploads)
-        # Renaming leaves no half data set if deleting fails.
-        with working_folder(self.folder / STUDIO_FOLDER / "deleted") as trash:
-            for number, path in enumerate(paths):
-                with contextlib.suppress(FileNotFoundError):
-                    (self.folder / path).rename(trash / str(number))
+        self.move_to_trash(*paths)
 
     def create_recipe(
         self,

@@ -332,14 +332,13 @@ class StudioPage:
         event = gr.on(changes, on_change, list(fields), html, show_progress="hidden")
         self.inputs[event["id"]] = _text_inputs(len(fields))
 
-    def _build_import(
-        self, source: str, name: str, prompt: str, columns: str, fraction: str, unpack: bool = True
-    ) -> tuple[Path, list[str]]:
+    def _build_import(self, *form: str, unpack: bool = True) -> tuple[Path, list[str]]:
         """Return the data set and the import command of a form. The source may be missing yet.
 
         Args:
             unpack: Detect the columns of a table in an archive, too.
         """
+        source, name, prompt, columns, fraction = form
         target = self._workspace.check_new_name("data", name)
         path = self._workspace.resolve(source, "source") if source.strip() else Path("uploads/…")
         arguments = ["import", as_argument(path), str(target)]

@@ -162,10 +162,7 @@ def init(
     lines = [
         f"data    {source}: {summary.format} ({detected_by}), {format_count(num_rows, 'row')}",
         *([f"        {summary.text_format}"] if summary.text_format else []),
-        *(
-            f"        {file.file}: {format_count(file.num_samples, 'sample')}"
-            for file in summary.output_files
-        ),
+        *(f"        {file}: {text}" for file, text in files.items()),
         *(f"        {line}" for line in summary.list_skipped()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
         *(f"        unused column: {column}" for column in summary.unused_columns),

@@ -116,11 +116,8 @@ def init(
     from finesight.train.console import TrainingConsole
 
     if metric is not None and metric not in TASKS:
-        remedy = suggest_name(metric, TASKS, "choose one of these")
-        expected = ", ".join(TASKS)
-        raise UserError(
-            f"unknown task {metric!r}", where="--task", expected=expected, remedy=remedy
-        )
+        names, remedy = ", ".join(TASKS), suggest_name(metric, TASKS, "choose one of these")
+        raise UserError(f"unknown task {metric!r}", where="--task", expected=names, remedy=remedy)
     if not yes and not is_interactive():
         typer.echo("standard input is not a terminal: no questions, as with --yes", err=True)
         yes = True

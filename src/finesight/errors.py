@@ -78,7 +78,7 @@ def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy
 
 
 def format_count(count: int, noun: str) -> str:
-    """Format a number with a noun that has a regular plural."""
+    """Format a number with a regular noun."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 

@@ -618,7 +618,10 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     assert sorted(path.name for path in uploads.iterdir()) == ["b"]
     assert [*(folder / ".finesight/check").iterdir()] == []
     (trash,) = (folder / ".finesight/trash").iterdir()
-    assert sorted(path.name for path in trash.glob("*/*")) == ["a", "a"]
+    assert sorted(str(path.relative_to(trash)) for path in trash.glob("[du]*/*")) == [
+        "data/a",
+        "uploads/a",
+    ]
     assert (trash / "data/a/data.jsonl").exists()
     assert (trash / ".finesight/check/data--a.html").exists()
     # Another data set keeps the uploads that it uses.

@@ -28,11 +28,7 @@ from finesight.check.check_issues import (
 )
 from finesight.check.convention_detector import find_convention_issues, has_enough_samples
 from finesight.check.dataset_fixer import DatasetFixer
-from finesight.check.dataset_issues import (
-    ConsistencyChecker,
-    LeakageDetector,
-    RareAnswerChecker,
-)
+from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector, RareAnswerChecker
 from finesight.check.dataset_profile import PreviewSampler, SplitProfiler
 from finesight.check.image_catalog import ImageCatalog, open_executor
 from finesight.check.sample_issues import filter_known_tokens, find_sample_issues, iter_media_paths

@@ -175,17 +175,13 @@ class ConsistencyChecker:
 
 
 class RareAnswerChecker:
-    """Find rare answers that are similar to a frequent answer to the same question.
-
-    Only questions with short answers that repeat, such as classes, are checked.
-    """
+    """Find rare answers that are similar to a frequent answer, such as a class."""
 
     def __init__(self) -> None:
         self._counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._locations: defaultdict[tuple[int, str], list[SampleLocation]] = defaultdict(list)
 
     def add_sample(self, sample: Sample, location: SampleLocation) -> None:
-        """Count the answer of a sample."""
         *turns, answer = sample.messages
         text = " ".join(join_text(answer.content).split())
         if len(text) > MAX_SHORT_ANSWER or any(isinstance(x, BoxPart) for x in answer.content):
@@ -216,10 +212,9 @@ class RareAnswerChecker:
 
 
 def is_similar(text: str, other: str) -> bool:
-    """Return whether two texts differ by a likely misspelling.
+    """Return whether two texts have the same digits and differ by a likely misspelling.
 
-    One edit, or two from 6 characters. A swap of adjacent characters is one edit; case is ignored.
-    Texts of up to 3 characters, or with different digits, are not similar.
+    One edit (or swap) from 4 characters, two from 6; case is ignored.
     """
     a, b = text.casefold(), other.casefold()
     length = min(len(a), len(b))
@@ -227,16 +222,15 @@ def is_similar(text: str, other: str) -> bool:
     digits = ["".join(filter(str.isdigit, one)) for one in (a, b)]
     if abs(len(a) - len(b)) > max_edits or digits[0] != digits[1]:
         return False
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a):
-        row = [i + 1]
-        for j, y in enumerate(b):
-            num_edits = min(rows[i][j + 1] + 1, row[j] + 1, rows[i][j] + (x != y))
-            if i and j and (x, a[i - 1]) == (b[j - 1], y):
-                num_edits = min(num_edits, rows[i - 1][j - 1] + 1)
-            row.append(num_edits)
-        rows.append(row)
-    return rows[-1][-1] <= max_edits
+    return _is_within(a, b, max_edits)
+
+
+def _is_within(a: str, b: str, num_edits: int) -> bool:
+    while a[:1] == b[:1] != "":
+        a, b = a[1:], b[1:]
+    pairs = [(a[1:], b), (a, b[1:]), (a[1:], b[1:])]
+    pairs += [(a[2:], b[2:])] if a[:2] == b[1::-1] else []
+    return a == b or (num_edits > 0 and any(_is_within(*pair, num_edits - 1) for pair in pairs))
 
 
 def _is_json_object(text: str) -> bool:

@@ -116,11 +116,8 @@ def init(
     from finesight.train.console import TrainingConsole
 
     if metric is not None and metric not in TASKS:
-        remedy = suggest_name(metric, TASKS, "choose one of these")
-        expected = ", ".join(TASKS)
-        raise UserError(
-            f"unknown task {metric!r}", where="--task", expected=expected, remedy=remedy
-        )
+        names, remedy = ", ".join(TASKS), suggest_name(metric, TASKS, "choose one of these")
+        raise UserError(f"unknown task {metric!r}", where="--task", expected=names, remedy=remedy)
     if not yes and not is_interactive():
         typer.echo("standard input is not a terminal: no questions, as with --yes", err=True)
         yes = True
@@ -162,10 +159,7 @@ def init(
     lines = [
         f"data    {source}: {summary.format} ({detected_by}), {format_count(num_rows, 'row')}",
         *([f"        {summary.text_format}"] if summary.text_format else []),
-        *(
-            f"        {file.file}: {format_count(file.num_samples, 'sample')}"
-            for file in summary.output_files
-        ),
+        *(f"        {file}: {text}" for file, text in files.items()),
         *(f"        {line}" for line in summary.list_skipped()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
         *(f"        unused column: {column}" for column in summary.unused_columns),

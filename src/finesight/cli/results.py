@@ -149,10 +149,8 @@ def describe_changed_data(run: str) -> str:
     corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
     if recorded.get("fingerprint") in (None, corpus.fingerprint):
         return ""
-    return (
-        f"the validation data changed since the run ({recorded.get('num_samples')} samples, now"
-        f" {len(corpus)}): the scores are not comparable with those of its report"
-    )
+    counts = f"{recorded.get('num_samples')} samples, now {len(corpus)}"
+    return f"the validation data changed since the run ({counts}): its report has other scores"
 
 
 def predict(

@@ -314,7 +314,6 @@ class _InvalidRows:
     Attributes:
         described: Locations and errors of the first rows with the same remedy, by remedy.
         remedies: Number of rows by remedy.
-        first_errors: Location and text of the first error by reason.
         lines: Lines of the file of skipped rows, in the spool.
     """
 

@@ -295,8 +295,7 @@ _IMAGE_TAG = re.compile(
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _STRING_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BOX_FORMAT_REQUEST = re.compile(
-    r"bbox|<box>|<\|box_start\|>|\bjson\b|coordinate|\bx_?min\b|\bx1\b|\b1000\b|坐标",
-    re.IGNORECASE,
+    r"bbox|<box>|<\|box_start\|>|\bjson\b|coordinate|\bx_?min\b|\bx1\b|\b1000\b|坐标", re.IGNORECASE
 )
 
 

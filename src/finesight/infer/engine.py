@@ -564,9 +564,7 @@ def iter_completions(
                 index, prompt = next_prompt
                 max_tokens = min(max_new_tokens, engine.get_max_new_tokens(prompt))
                 request = GenerationRequest(
-                    prompt=prompt,
-                    max_new_tokens=max_tokens,
-                    logprobs=0 if logprobs else None,
+                    prompt=prompt, max_new_tokens=max_tokens, logprobs=0 if logprobs else None
                 )
                 active[engine.add_request(request)] = (index, prompt.tokenized, [])
         num_finished = 0

@@ -42,11 +42,7 @@ MAX_LABEL_LENGTH = 200
 _WHITESPACE_OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{1,24}"}}
 # JSON separators of tool calls in chat templates.
 _JSON_DUMPS_OPTIONS = {
-    "x-guidance": {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-    }
+    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 }
 _ANY_OBJECT_SCHEMA: JsonSchema = {"type": "object"}
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finesight.errors import format_count
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import align_columns
@@ -354,7 +353,7 @@ def _cell_to_dict(cell: MetricCell) -> dict[str, Any]:
         }
         if cell.num_common:
             scores = {"before": cell.difference.before, "after": cell.difference.after}
-            values["common_samples"] = {"num_samples": cell.num_common, **scores}
+            values["common_samples"] = scores | {"num_samples": cell.num_common}
     return values
 
 
@@ -364,8 +363,6 @@ def _format_cell(cell: MetricCell) -> tuple[str, str, str, str]:
         return value, "", "", ""
     difference = cell.difference
     interval = "" if difference.low is None else f"{difference.low:+.4f} to {difference.high:+.4f}"
-    verdict: str = difference.verdict
-    if cell.num_common:
-        common = f"{difference.before:.4f} and {difference.after:.4f}"
-        verdict += f" ({common} on {format_count(cell.num_common, 'common sample')})"
-    return value, f"{cell.change:+.4f}", interval, verdict
+    scores = f"{difference.before:.4f} and {difference.after:.4f}"
+    note = f" ({scores} on {cell.num_common} common samples)" if cell.num_common else ""
+    return value, f"{cell.change:+.4f}", interval, f"{difference.verdict}{note}"

@@ -292,8 +292,7 @@ class MetricCell(MetricChange):
         value: Value of the metric. None if the run does not have it.
         interval: 95 % confidence interval.
         difference: Difference from the baseline. None for the baseline, or if not comparable.
-        num_common: Number of samples of the difference if one of the runs answered others, too.
-            Its scores then differ from the values. 0 otherwise.
+        num_common: Number of samples of the difference if a run answered others, too; else 0.
     """
 
     value: float | None
@@ -327,8 +326,7 @@ def _compute_result(run: ComparedRun, keys: tuple[SampleKey, ...]) -> MetricResu
     """Return the metric result of a run on the given samples.
 
     Built-in metrics are computed again. Custom metrics are not executed: the result is the mean of
-    recorded scores, or None if the predictions have different score names. Without a known metric,
-    scores with the names of built-in ones have their bounds.
+    recorded scores, or None if the predictions have different score names.
     """
     predictions = [run.predictions[key] for key in keys]
     task = next((task for task in TASK_METRICS if task == run.metric), None)
@@ -337,14 +335,11 @@ def _compute_result(run: ComparedRun, keys: tuple[SampleKey, ...]) -> MetricResu
     if len({frozenset(prediction.scores) for prediction in predictions}) != 1:
         return None
     per_sample = [prediction.scores for prediction in predictions]
-    is_custom = run.metric is not None
+    known = {*METRIC_TEXTS} - {*LOWER_IS_BETTER, *MAX_SCORES} if run.metric is None else set()
     bounds = {
         name: UNBOUNDED
         for name in per_sample[0]
-        if is_custom
-        or name not in METRIC_TEXTS
-        or name in (*LOWER_IS_BETTER, *MAX_SCORES)
-        or not all(0 <= scores[name] <= 1 for scores in per_sample)
+        if name not in known or max(s[name] for s in per_sample) > 1
     }
     return MetricResult(per_sample, mean_metrics(per_sample, bounds=bounds))
 

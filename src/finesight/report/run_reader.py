@@ -54,10 +54,7 @@ Values of another type are treated as missing.
 """
 
 MAX_ABS_VALUE, MAX_MFU = 1e15, 1.0
-"""Maximum absolute value of a number, and of the MFU. Larger numbers are treated as missing.
-
-The MFU of a step exceeds 1 if the peak was measured on a busy device.
-"""
+"""Maximum absolute value of a number, and of the MFU. Larger numbers are treated as missing."""
 
 
 @dataclass(frozen=True)

@@ -459,8 +459,7 @@ class MetricsLogger:
             "data_wait_s": data_wait.seconds,
             "samples_per_s": global_stats.num_samples / seconds,
             "tokens_per_s": global_stats.num_tokens / seconds,
-            # None for the transformers backend, whose FLOPs are unknown, and above the peak, which
-            # was measured too low on a busy device.
+            # None for unknown FLOPs (transformers backend) and a peak measured on a busy device.
             "mfu": mfu if 0 < mfu <= 1 else None,
             "peak_memory_gb": peak_memory_gb(state.hardware.device),
         }

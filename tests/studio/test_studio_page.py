@@ -15,11 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import get_args
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
@@ -27,9 +26,9 @@ from axe import AxeChecker
 from browser import Browser
 from chat_page_driver import ChatPageDriver
 from comparison_fixtures import make_run, make_sign_answers
-from fastapi.testclient import TestClient
 from label_fixtures import COLORS, ask_server, draw_dots
 from run_dir_fixtures import MANIFEST, TUNE
+from studio_fixtures import call_page, click_button, open_client, read_fields
 from typer.testing import CliRunner
 
 from finesight.cli.app import app
@@ -41,10 +40,9 @@ from finesight.manifest import read_example
 from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
 from finesight.studio.studio_jobs import JobStore
-from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
+from finesight.studio.studio_page import ServerAccess, StudioPage
 from finesight.studio.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
 from finesight.studio.workspace import Workspace
-from finesight.web.web_server import create_private_folder
 
 WAIT_TIMEOUT_S = 60.0
 NUM_LABELS = 30
@@ -67,24 +65,6 @@ GRADIO_NOTES = ("AbortError", "Method not implemented.")
 
 RELOAD_NOTES = (*GRADIO_NOTES, "Connection errored out.")
 """The same, and that about an event stream which a reload ends."""
-
-
-@contextmanager
-def open_client(folder: Path, password: str | None = None) -> Iterator[TestClient]:
-    with create_private_folder() as private_folder:
-        access = ServerAccess(password=password)
-        app = make_studio_app(StudioView(Workspace(folder)), private_folder, access, True)
-        yield TestClient(app, base_url="http://127.0.0.1", follow_redirects=False)
-
-
-def click_button(page: StudioPage, elem_id: str, query: str, *values: object) -> str:
-    """Run the action of a button, and return its message."""
-    [button] = [id for id, at in page.blocks.blocks.items() if at.elem_id == elem_id]
-    [event] = [fn for fn in page.blocks.fns.values() if (button, "click") in fn.targets]
-    request = SimpleNamespace(query_params=dict(parse_qsl(query)), headers={})
-    message, url = event.fn(request, *values)
-    assert bool(message) != bool(url)
-    return message
 
 
 @pytest.fixture
@@ -269,24 +249,6 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(
     assert len(key) > 40
     assert password not in key
     assert not any(key in word for word in started[0])
-
-
-def call_page(page: StudioPage, elem_id: str, query: dict[str, str], *values: object) -> Any:
-    """Call the handler of a button, or of the loaded page for an empty ID."""
-    ids = [id for id, at in page.blocks.blocks.items() if getattr(at, "elem_id", "") == elem_id]
-    event = ("click" if elem_id else "load",)
-    [function] = [
-        fn
-        for fn in page.blocks.fns.values()
-        if any(target[1:] == event and (not elem_id or target[0] in ids) for target in fn.targets)
-    ]
-    return function.fn(SimpleNamespace(query_params=query, headers={}), *values)
-
-
-def read_fields(page: StudioPage, query: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the updates of the fields of a loaded page by element ID."""
-    updates = call_page(page, "", query)
-    return {item.elem_id: update for item, update in updates.items() if isinstance(update, dict)}
 
 
 def test_label_form_offers_a_prompt_and_keeps_its_values(folder: Path) -> None:

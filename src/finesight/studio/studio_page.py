@@ -321,12 +321,14 @@ class StudioPage:
         """Show the command of a form, and update it with each field."""
 
         def on_change(request: gr.Request, *values: str) -> str:
+            selection = _read_selection(request)
             try:
-                state = self._view.read_state(_read_selection(request), use_newest=False)
+                state = self._view.read_state(selection, use_newest=False)
                 arguments = build(state, *values)
                 return render_command(arguments) if arguments else ""
             except UserError as error:
-                return render_message("", str(error), "hint")
+                with use_language(selection.lang):
+                    return render_message("", str(error), "hint")
 
         html, changes = _create_html(elem_id), [field.change for field in fields]
         event = gr.on(changes, on_change, list(fields), html, show_progress="hidden")

@@ -43,7 +43,7 @@ def test_summary_is_printed(samples: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(samples, out, "--to", "llama-factory")
     assert result.exit_code == 0, result.output
-    assert f"{out}: 1 samples in the format llama-factory" in result.output
+    assert f"{out}: 1 sample in the format llama-factory" in result.output
     assert f"{out / 'data.jsonl'}, {out / 'dataset_info.json'}" in result.output
     assert "not supported: 1 references" in result.output
     *_, last = result.output.splitlines()

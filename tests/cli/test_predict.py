@@ -125,7 +125,7 @@ def test_annotated_images_are_written(tiny, image_paths, tmp_path):
 def test_ambiguous_arguments_are_rejected(tiny, image_paths, tmp_path):
     assert "--prompt" in str(run_rejected(tiny, image_paths[0]))
     assert "--data" in str(run_rejected(tiny, "--prompt", "What?", "--data", tmp_path / "x.jsonl"))
-    assert "1 images" in str(run_rejected(tiny, image_paths[0], "--data", tmp_path / "x.jsonl"))
+    assert "1 image" in str(run_rejected(tiny, image_paths[0], "--data", tmp_path / "x.jsonl"))
 
 
 def test_bad_input_is_rejected(tiny, image_paths, tmp_path):

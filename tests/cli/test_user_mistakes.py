@@ -302,7 +302,7 @@ MISTAKES = {
     "evaluation-of-mistyped-run": Mistake("eval rnu", "model: no folder rnu", "use run"),
     "question-without-prompt": Mistake(
         "predict run photos/0.png",
-        "finesight predict: 1 images, no --prompt and no --data",
+        "finesight predict: 1 image, no --prompt and no --data",
         'for example: finesight predict run photos/0.png --prompt "What is this?"',
     ),
     "port-in-use": Mistake(

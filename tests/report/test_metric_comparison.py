@@ -105,7 +105,7 @@ def test_custom_metric_is_not_executed(tmp_path: Path) -> None:
     program.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef mine(case): return 1.0\n")
     recipe = RECIPE | {"eval": {"metric": f"{program}:mine"}}
     folders = []
-    for name, marks in (("first", MIXED), ("other", BETTER)):
+    for name, marks in (("first", MIXED * 3), ("other", BETTER * 3)):
         lines = [
             line | {"scores": {"mine": line["scores"]["similarity"]}}
             for line in make_sign_answers(tmp_path, marks)

@@ -777,7 +777,7 @@ def test_deletion_is_confirmed(folder: Path, studio: StudioDriver) -> None:
     studio.browser.run(
         f"window.confirm = (text) => (window.asked = text, false); {button}.click();"
     )
-    studio.wait_for("window.asked?.includes('Delete data/a with')")
+    studio.wait_for("window.asked?.includes('Move data/a with')")
     studio.browser.settle()
     assert (folder / "data/a").exists()
     studio.browser.run(f"window.confirm = () => true; {button}.click();")
@@ -837,7 +837,9 @@ def test_unlabeled_images_become_a_served_model(
         browser.press(str(1 + COLORS.index(images[name])), "Enter")
         shown = f"document.querySelector('#position')?.textContent.includes('{index + 2} of')"
         studio.wait_for(shown)
-    studio.reload(f"document.querySelector('#counts')?.textContent.includes('{NUM_LABELS}')")
+    studio.reload(
+        f"document.querySelector('#counts')?.textContent.includes('open {200 - NUM_LABELS} ')"
+    )
     studio.open("label")
     studio.click("stop")
     studio.wait_for_job("stopped")

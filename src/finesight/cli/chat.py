@@ -120,7 +120,7 @@ class ChatTerminal:
         """Read and process input lines until `/quit` or the end of standard input."""
         if self._is_interactive:
             _enable_line_editing()
-            hint = "Attach an image with /image PATH. " * self._expects_image
+            hint = "Attach an image with /image PATH. " if self._expects_image else ""
             model_name = self._session.service.model_names[0]
             typer.echo(f"{model_name}. {hint}Enter a question or /help.")
             manifest = self._session.service.manifest

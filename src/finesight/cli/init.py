@@ -418,8 +418,6 @@ def _check(summary: ImportSummary) -> tuple[list[str], bool]:
     result = check_sources(inputs, load_model_requirements(None, None))
     # The files are those of the import.
     first, *lines = format_summary(result, MAX_PRINTED_ISSUES)[len(result.sources) :]
-    is_clean = not result.issue_counts
-    lines = [f"check   {'; '.join([first, *lines]) if is_clean else first}"] + lines * (
-        not is_clean
-    )
-    return lines, result.exit_code == 2
+    if not result.issue_counts:
+        first, lines = "; ".join([first, *lines]), []
+    return [f"check   {first}", *lines], result.exit_code == 2

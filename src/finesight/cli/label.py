@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 from contextlib import ExitStack, suppress
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -247,6 +246,7 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
     """
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.recipe import load_recipe
+    from finesight.train.run_dir import RunDir
 
     labels = out / LABELS_FILE
     # A recipe that `finesight init` has written for these labels, or that of the run.
@@ -284,16 +284,10 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             words.append(f"data.{split}={json.dumps(items)}")
             if has_eval_labels:
                 words.append(f"data.eval={out / EVAL_FILE}")
-        if (folder := settings.output_dir).exists():
-            words.append(f"output_dir={_find_free_folder(folder)}")
+        if settings.output_dir.exists():
+            words.append(f"output_dir={RunDir(settings.output_dir).next_path}")
         return words
     return ["init", str(labels)]
-
-
-def _find_free_folder(folder: Path) -> Path:
-    """Return the name of a further run: the folder with the first unused number from 2."""
-    names = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
-    return next(name for name in names if not name.exists())
 
 
 def _print_suggestions(session: LabelSession, as_json: bool) -> None:

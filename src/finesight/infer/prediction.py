@@ -96,9 +96,8 @@ class Prediction:
         """Format the prediction for the console, with one line per box."""
         paths = self.images or ((self.id,) if is_video_path(self.id) else ())
         head = "".join(f"{path}: " for path in paths)
-        truncation_note = f" [truncated after {self.num_tokens} tokens]" * (
-            self.finish_reason == "length"
-        )
+        is_truncated = self.finish_reason == "length"
+        truncation_note = f" [truncated after {self.num_tokens} tokens]" if is_truncated else ""
         boxes = [
             f"\n  box {', '.join(f'{number:.1f}' for number in box.xyxy)}"
             + (f"  {box.label}" if box.label else "")

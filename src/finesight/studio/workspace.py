@@ -348,7 +348,7 @@ class Workspace:
         return [*dict.fromkeys(uses)]
 
     def delete_dataset(self, dataset: WorkspaceDataset) -> None:
-        """Move a data set in `data` to the trash, with its check and the uploads of this name.
+        """Move a data set in `data`, its check page and its uploads to the trash.
 
         Uploads that other data sets use stay.
 

@@ -133,8 +133,11 @@ def inject(fault: str, send: signal.Signals | None, options: argparse.Namespace)
     """Start a run, inject the fault in the last rank, and describe the end."""
     run = options.work / fault.replace(" ", "-")
     shutil.rmtree(run, ignore_errors=True)
-    num_steps = "400" if send else "30"
-    processes = start_ranks(run, options, 2, f"train.steps={num_steps}", fault=fault)
+    settings = ["train.steps=400" if send else "train.steps=30"]
+    if fault == "out of memory":
+        # A step needs far more memory than the cached blocks leave free.
+        settings += ["train.batch_size=128", "train.pack_tokens=16384"]
+    processes = start_ranks(run, options, 2, *settings, fault=fault)
     try:
         if send and wait_until(lambda: len(read_steps(run)) >= FAULT_STEP):
             processes[-1].send_signal(send)

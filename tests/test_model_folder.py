@@ -112,12 +112,12 @@ def test_run_may_contain_another_run(tmp_path: Path) -> None:
 
 
 def test_run_of_a_recipe_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "photos-finetune").mkdir()
-    (tmp_path / "photos-finetune" / "recipe.yaml").touch()
+    (tmp_path / "my photos-finetune").mkdir()
+    (tmp_path / "my photos-finetune" / "recipe.yaml").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no folder photos-finetune/run") as raised:
-        locate_model("photos-finetune/run")
-    remedy = "train it first: finesight train photos-finetune/recipe.yaml"
+    with pytest.raises(UserError, match="no folder my photos-finetune/run") as raised:
+        locate_model("my photos-finetune/run")
+    remedy = "train it first: finesight train 'my photos-finetune/recipe.yaml'"
     assert raised.value.remedy == remedy
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import socket
+from shlex import quote
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
-
 
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -97,8 +97,10 @@ def suggest_similar_path(path: Path, otherwise: str = "check the path") -> str:
     """
     if not path.is_absolute() and os.path.exists(os.path.join("..", path)):
         return "run the command in the parent folder (cd ..), in which it exists"
-    if path.name == "labels.jsonl":
-        return f"label images first: finesight label MODEL IMAGES --out {path.parent}"
+    if path.name in {"labels.jsonl", "labels_eval.jsonl"}:
+        # One of five labels is a validation sample, so a new folder may have none yet.
+        action = "label images first" if path.name == "labels.jsonl" else "label more images"
+        return f"{action}: finesight label MODEL IMAGES --out {quote(str(path.parent))}"
     siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
     return suggest_name(path.name, siblings, otherwise, f"{path.parent}/")
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from finesight.bounded_files import read_bytes, read_json, read_json_object, read_text
@@ -536,7 +537,7 @@ def check_model_path(name: str) -> HubAddress | None:
     expected, recipe = _EXPECTED_MODEL, path.parent / RECIPE_FILE
     if path.name == "run" and recipe.is_file():
         # The folder that `finesight init` has written.
-        remedy = f"train it first: finesight train {recipe}"
+        remedy = f"train it first: finesight train {quote(str(recipe))}"
         raise UserError(f"no folder {name}", where="model", expected=expected, remedy=remedy)
     if address is not None:
         expected = f"a folder in {path.parent}/: {', '.join(names[:8]) or 'it has none'}"

@@ -27,7 +27,7 @@ from finesight import model_folder
 from finesight.cli import init
 from finesight.cli.app import run_command
 from finesight.data import import_source
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_similar_path
 from finesight.model_folder import TINY_MODEL
 from finesight.plan import run_plan
 
@@ -143,6 +143,12 @@ def test_unlabeled_images_become_a_served_model(
     assert run_command(shlex.split(train)[1:]) == 2
     remedy = "label images first: finesight label MODEL IMAGES --out photos-finetune/data"
     assert remedy in capsys.readouterr().err
+    # The first labels may all be training samples.
+    Path("photos-finetune/data").mkdir(exist_ok=True)
+    Path("photos-finetune/data/labels.jsonl").touch()
+    missing = Path("photos-finetune/data/labels_eval.jsonl")
+    assert suggest_similar_path(missing) == remedy.replace("images first", "more images")
+    Path("photos-finetune/data/labels.jsonl").unlink()
     with run_server(label) as (address, errors):
         for index in range(30):
             with urllib.request.urlopen(f"{address}/items/{index}") as answer:

@@ -66,6 +66,16 @@ def test_too_few_samples_give_no_verdict():
         assert _by_name(found)["exact"].verdict == verdict
 
 
+def test_interval_of_a_bounded_difference_is_bounded():
+    truth = "abcd" * 5
+    before = [EvalCase("no", (), (label,), (), str(i)) for i, label in enumerate(truth)]
+    after = [
+        EvalCase(a, (), (b,), (), str(i))
+        for i, (a, b) in enumerate(zip("b" + truth[1:], truth, strict=True))
+    ]
+    assert _by_name(compare_cases("classification", before, after))["f1_macro"].high == 1.0
+
+
 def test_answers_are_paired_by_sample_id():
     before, after = _answers("abcd", "x", "abcd"), _answers("abcd", "abcd")
     found = _by_name(compare_cases("ocr", before, after[::-1]))

@@ -111,7 +111,7 @@ def _format_conversion(source: Path, recipe: Path, conversion: ConvertedRecipe) 
     yield "next:"
     for command in conversion.import_commands:
         yield f"  {command}"
-    yield f"  finesight train {recipe}"
+    yield f"  {shlex.join(['finesight', 'train', str(recipe)])}"
 
 
 def _notes_of_kind(conversion: ConvertedRecipe, kind: str) -> Iterable[ConversionNote]:
@@ -187,8 +187,8 @@ def train(
             "the run trains an adapter and complete parts, which must be merged first",
             where="--push",
             expected="tune with lora only, or with full only",
-            remedy=f"remove --push; after training: finesight merge {settings.output_dir} OUT,"
-            f" then finesight export OUT {push} --yes",
+            remedy="remove --push; after training: finesight merge"
+            f" {shlex.quote(str(settings.output_dir))} OUT, then finesight export OUT {push} --yes",
         )
     check_recipe_metric(settings, recipe, overrides or (), trust=trust_metric)
     if push is not None and os.environ.get("RANK", "0") == "0":

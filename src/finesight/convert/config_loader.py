@@ -53,7 +53,9 @@ def load_external_config(path: Path) -> ExternalConfig:
         return _config_from_script(_read_text(path), path)
     content = _parse_content(path)
     if isinstance(content.get("data"), dict) and "model" in content and "output_dir" in content:
-        raise _build_error(path, "is a finesight recipe already", f"finesight train {path}")
+        raise _build_error(
+            path, "is a finesight recipe already", f"finesight train {shlex.quote(str(path))}"
+        )
     if "model_name_or_path" in content:
         return _build_config("LLaMA-Factory", content, path, {})
     if content.keys() & {"model", "model_id_or_path"} and content.keys() & _MS_SWIFT_KEYS:

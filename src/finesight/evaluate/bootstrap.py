@@ -396,7 +396,11 @@ def compute_difference_intervals(
     for name, values in _resample(statistics, _count_samples(before)).items():
         old, new = pairs[name]
         plug_in, score = new.plug_in_score - old.plug_in_score, new.score - old.score
-        result[name] = _build_interval(values, plug_in, score, UNBOUNDED)
+        ends = UNBOUNDED
+        if old.is_bounded and new.is_bounded:
+            (old_low, old_high), (new_low, new_high) = old.pseudo_rates, new.pseudo_rates
+            ends = new_low - old_high, new_high - old_low
+        result[name] = _build_interval(values, plug_in, score, ends)
     return result
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from finesight.bounded_files import read_json_object
@@ -155,7 +156,7 @@ def list_uploads(model_source: ModelSource, source: str) -> dict[str, Path]:
             f"{source} is an adapter on a base",
             where="finesight export",
             expected="a merged model",
-            remedy=f"finesight merge {source} OUT, then export OUT",
+            remedy=f"finesight merge {quote(source)} OUT, then export OUT",
         )
     folder = model_source.folder
     weight_files = folder.weight_files()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NoReturn
 
 import torch
@@ -316,7 +317,7 @@ def _resolve_run(
     if model_dir is not None and checkpoint is not None:
         remedy = f"give the run, {run_dir}"
         if missing:
-            remedy = f"resume it: finesight train {run_dir / RECIPE_FILE} --resume"
+            remedy = f"resume it: finesight train {quote(str(run_dir / RECIPE_FILE))} --resume"
         raise UserError(
             f"{checkpoint} is a checkpoint of full fine-tuning, which is no model",
             where="model",
@@ -324,7 +325,7 @@ def _resolve_run(
             remedy=remedy,
         )
     if missing and checkpoint is None:
-        remedy = f"resume it: finesight train {run_dir / RECIPE_FILE} --resume"
+        remedy = f"resume it: finesight train {quote(str(run_dir / RECIPE_FILE))} --resume"
         newest = find_newest_checkpoint(run_dir)
         if newest is not None and model_dir is None:
             remedy += f", or give its newest checkpoint, {newest}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from shlex import quote
 
 from finesight.errors import UserError, suggest_similar_path
 from finesight.evaluate.bootstrap import UNBOUNDED
@@ -145,8 +146,8 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
             f"{path} has no evaluation",
             where=COMMAND,
             expected="runs with validation samples (data.eval) and at least one evaluation",
-            remedy=f"Omit it, or evaluate it with finesight eval {path} --data FILE --metric NAME"
-            " --out predictions.jsonl and give predictions.jsonl instead.",
+            remedy=f"Omit it, or evaluate it with finesight eval {quote(str(path))} --data FILE"
+            " --metric NAME --out predictions.jsonl and give predictions.jsonl instead.",
         )
     final_evaluation = (run_record.result or {}).get("after")
     evaluation = (

@@ -421,7 +421,7 @@ def write_run_report(
     except Exception as error:
         console.log(
             f"writing the report failed ({type(error).__name__}: {error});"
-            f" `finesight report {run_dir.path}` creates it later"
+            f" `finesight report {shlex.quote(str(run_dir.path))}` creates it later"
         )
     else:
         if run_dir.read_result() is not None:

@@ -215,7 +215,7 @@ def test_undo_needs_the_server_and_survives_a_reload(tmp_path: Path, browser: Br
         assert browser.run(f"return {decision}.textContent;") == "accepted"
         browser.run("window.fetch = window.realFetch; return open(1);")
         press(browser, "u")
-        wait_for(browser, f"{notice}.textContent === 'Undone: accepted, 0.png'")
+        wait_for(browser, f"{notice}.textContent === 'Undone: accepted · 0.png'")
         assert browser.run(f"return [{decision}.textContent, undo.disabled];")[0] == "open"
         browser.run("window.fetch = async () => { throw new TypeError(); };")
         browser.run("return open(2);")

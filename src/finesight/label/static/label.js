@@ -121,6 +121,7 @@ const load = (loaded) => {
   decisions[item.index] = event;
   show(draft && !isCurrent ? draft.answer : null);
   markListed();
+  scrollTo(0, 0);
   // An empty text has the focus, so that the letters of the answer are no commands.
   const isReadable = !item.images.some((image) => image.error);
   const isEmpty = isReadable && !answer.text && item.decision === "open";
@@ -175,11 +176,11 @@ const decide = async (action) => {
       notify(translate("Saved without your later changes"));
     } else if (number === numOpened) {
       Object.assign(item, result.item);
-      document.activeElement?.blur?.();
+      // Enter does not press the same button again. Text that is typed until the next image is kept.
+      if (document.activeElement?.matches("button")) document.activeElement.blur();
       const next = findOpen(index);
-      if (next < 0) show();
+      if (next < 0) load(result.item);
       else await open(next);
-      scrollTo(0, 0);
     }
     return true;
   } catch (error) {
@@ -205,7 +206,7 @@ const undo = async () => {
   if (!await decide("reopen")) return;
   store(undoKey, (readStored(undoKey) ?? []).slice(0, -1));
   refresh();
-  notify(translate("Undone: {}", `${translate(decision)}, ${name}`));
+  notify(translate("Undone: {}", `${translate(decision)} · ${name}`));
 };
 // The last image decided on this page, or else the shown one; -1 if it is open.
 const findUndone = () => readStored(undoKey)?.at(-1) ?? (decisions[item.index] ? item.index : -1);
@@ -300,7 +301,7 @@ const showList = async (start = 0) => {
 let searchTimer;
 const openListed = async (index) => {
   document.activeElement?.blur?.();
-  if (await open(index)) scrollTo(0, 0);
+  await open(index);
 };
 const markListed = () => {
   for (const button of document.querySelectorAll("#list-items button")) {
@@ -374,7 +375,7 @@ const showForm = () => {
     const badge = makeBadge(getConfidence([]), () => answer.text === item.suggestion?.text && !isUnknownClass(answer.text));
     if (isChoice) {
       const choice = makeChoices(answer.text, change, badge);
-      rows.push(create("div", { class: "row" }, ...choice, makeClassNote(item.suggestion?.text)));
+      rows.push(create("div", { class: "row" }, ...choice, makeClassNote(isEqual(item.suggestion, item.answer) ? item.suggestion.text : "")));
     } else {
       const label = create("label", { for: "answer" },
         translate(settings.kind === "fields" ? "JSON" : "Text"), " ", badge);
@@ -413,13 +414,10 @@ addEventListener("pointerdown", () => { isPointer = true; }, true);
 addEventListener("keydown", () => { isPointer = false; }, true);
 
 const nameChoice = (name, index) => index < 9 && name ? `${index + 1} ${name}` : name;
-const isUnknownClass = (value) =>
-  value !== "" && item.choices.length > 0 && settings.kind === "classes" && !item.choices.includes(value);
-const makeClassNote = (value) => {
-  const isUnknown = value && item.choices.length && !item.choices.includes(value);
-  return isUnknown
-    ? create("span", { class: "note" }, translate("suggested: {}, not one of the classes", value)) : "";
-};
+const isUnknown = (value) => Boolean(value) && item.choices.length > 0 && !item.choices.includes(value);
+const isUnknownClass = (value) => settings.kind === "classes" && isUnknown(value);
+const makeClassNote = (value) => isUnknown(value)
+  ? create("span", { class: "note" }, translate("suggested: {}, not one of the classes", value)) : "";
 
 const makeChoice = (id, value, onInput) => {
   if (!item.choices.length) return makeInput("input", { id }, value, onInput);
@@ -524,7 +522,7 @@ const drawBoxes = () => {
       class: index === selected ? "selected" : "", "data-box": index });
     const text = draw("text", { x: x1, y: Math.max(y1 - 3 * unit, 12 * unit), fill: color,
       "font-size": 13 * unit, "stroke-width": 3 * unit });
-    text.textContent = box.label ?? index + 1;
+    text.textContent = box.label ? `${box.label}${isUnknown(box.label) ? "?" : ""}` : index + 1;
     if (index !== selected) return;
     // The invisible area of a corner is larger, and leaves the middle of a small box.
     const reach = Math.min(18 * unit, Math.max(8 * unit, (x2 - x1) / 3, (y2 - y1) / 3));
@@ -561,7 +559,8 @@ const add = (xyxy) => {
   const isReplaced = answer.text === settings.no_objects
     || !item.answer.boxes.length && answer.text === item.answer.text;
   if (!answer.boxes.length && isReplaced) answer.text = "";
-  const label = answer.boxes[selected]?.label ?? settings.choices[0] ?? null;
+  const chosen = answer.boxes[selected]?.label;
+  const label = chosen && !isUnknown(chosen) ? chosen : settings.choices[0] ?? null;
   answer.boxes.push({ image: imageIndex, label, xyxy });
   select(answer.boxes.length - 1);
 };
@@ -640,7 +639,9 @@ const edit = () => {
   const index = paths.findIndex((path) => isEqual(path, least));
   const target = inputs.find((input) => input.type === "radio" && input.checked)
     ?? inputs[Math.max(0, index) + (fields.length ? answer.boxes.length : 0)];
-  target?.focus({ preventScroll: !isTouch.matches });
+  // The row is visible above the buttons of a narrow page, and the image stays in view.
+  target?.focus({ preventScroll: true });
+  target?.closest(".row").scrollIntoView({ block: "nearest" });
   // New text replaces a field, and continues a longer text.
   if (target?.matches("textarea")) target.setSelectionRange(target.value.length, target.value.length);
   else target?.select?.();

@@ -249,6 +249,7 @@ def test_only_classes_are_saved(
         for _ in range(2):
             wait_for(browser, "!document.querySelector('#finished').hidden")
             assert "3" in browser.run("return document.querySelector('#all-decided').innerText;")
+            assert browser.run("return document.querySelector('#save-text').innerText;") == "保存"
             browser.driver.refresh()
         browser.run("document.querySelector('#review').click();")
         wait_for_name(browser, "2.png")

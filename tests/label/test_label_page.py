@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from label_page_driver import (
     serve,
     wait_for,
 )
+from PIL import Image
 from starlette.testclient import TestClient
 
 from finesight.data.sample import BoxPart, read_samples
@@ -289,6 +291,12 @@ def test_items_are_listed_by_state_and_text(tmp_path: Path) -> None:
         assert list_names(client, text="VADE") == list_names(client, text="0.PNG") == ["0.png"]
         assert list_names(client, text="vade", state="corrected") == []
         assert client.get("/search?state=other").status_code == 422
+        url = client.get("/search").json()["items"][0]["url"]
+        sizes = [
+            Image.open(io.BytesIO(client.get(f"{url}{option}").content)).size
+            for option in ("", "&small=true")
+        ]
+        assert sizes == [(120, 80), (96, 64)]
 
 
 def test_history_has_the_old_and_new_answers(tmp_path: Path) -> None:
@@ -466,7 +474,8 @@ def test_listed_image_is_opened_with_its_history(tmp_path: Path, browser: Browse
         browser.run(f"{rows}[0].click();")
         wait_for(browser, "document.querySelector('#history del')?.textContent.includes('Rab')")
         browser.run("document.querySelector('#history').open = true;")
-        assert "Rabe" in browser.run("return document.querySelector('#history').innerText;")
+        history = browser.run("return document.querySelector('#history').innerText;")
+        assert ("Rabe" in history, history.count(MODEL)) == (True, 1)
         checker = AxeChecker()
         assert checker.find_layout_problems(browser) == []
 

@@ -301,3 +301,22 @@ def test_narrow_page_shows_the_next_image_and_the_buttons(tmp_path: Path, browse
             "return document.querySelector('#save').getBoundingClientRect().bottom;"
         )
         assert bottom <= 600
+
+
+def test_reviewed_samples_may_keep_their_class(tmp_path: Path) -> None:
+    with open_client(open_texts_session(tmp_path)) as client:
+        for index, text in enumerate(("red", "rare", "red")):
+            save(client, client.get(f"/items/{index}").json(), text=text)
+    options: dict[str, Any] = {"kind": "classes", "choices": ("red", "blue"), "review": True}
+    session = open_session(
+        tmp_path / "reviewed", MODEL, [tmp_path / "labels/labels.jsonl"], **options
+    )
+    session.complete_task()
+    with open_client(session) as client:
+        items = [client.get(f"/items/{index}").json() for index in range(3)]
+        item = next(one for one in items if one["answer"]["text"] == "rare")
+        assert item["choices"] == ["red", "blue", "rare"]
+        assert save(client, item, text="rare").json()["item"]["decision"] == "accepted"
+        for text, known in (("other", item), ("rare", items[item["index"] - 1])):
+            refused = save(client, known, text=text)
+            assert (refused.status_code, "not one of the classes" in refused.text) == (422, True)

@@ -5,7 +5,9 @@ The page has its own editor of boxes, because labelling by keyboard needs one sc
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import re
 import secrets
 import threading
@@ -17,14 +19,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, Field, FiniteFloat
 
-from finesight.data.boxes import BoxConvention, clip_to_image
+from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import CorruptImageError, read_image_size
 from finesight.data.sample import BoxPart, ImagePart, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
-from finesight.label.label_store import ANSWER_EVENTS, LabelItem
+from finesight.label.label_store import LabelItem
 from finesight.label.suggestion import AnswerContent, get_text
 from finesight.report import i18n
 from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, translate_markup, use_language
@@ -43,20 +45,46 @@ POST_ROUTES = re.compile(r"/sign-in|/decision")
 MAX_LISTED_ITEMS, MAX_LISTED_CHARS = 100, 200
 """Maximum number of items and of characters per answer in one part of the list."""
 
-ListState = Literal["", "open", "labeled", "skipped"]
+ListState = Literal["", "open", "written", "accepted", "corrected", "skipped"]
 
 MAX_DISPLAY_SIDE = 2000
 """Maximum width and height of an image that the browser receives, in pixels."""
 
+THUMBNAIL_SIDE = 96
+"""Width and height of the images in the list, in pixels of a screen with doubled resolution."""
+
 SCRIPT_TEXTS = (
     *("No suggestion", "confidence {}", "error score {}", "The model suggests:"),
-    *("{} of {}", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
+    *("{} of {}", "{} of {} done", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
     *("open", "suggested", "written", "accepted", "corrected", "skipped", "reopened"),
-    *("All images are decided.", "Not saved", "The server does not answer."),
-    *("The image cannot be read.", "No objects", "Answer without JSON:"),
-    *("before:", "after:", "{} images"),
+    *("All {} images are decided.", "Review the skipped images ({})", "Save and next", "Save"),
+    *("Not saved", "Not loaded", "The server does not answer.", "no such item"),
+    *("The image cannot be read.", "No objects", "Answer without JSON:", "Your unsaved answer:"),
+    *("before:", "after:", "1 image", "{} images", "No image matches", "unsaved"),
+    *("suggested: {}, not one of the classes", "text, not a number", "text, not true or false"),
+    *("Nothing to undo", "Undone: {}", "Saved without your later changes"),
 )
 """Texts of the script, which are translated on the page."""
+
+ERROR_TEXTS = (
+    *(
+        "reload the page",
+        "the image was changed in another tab",
+        "the decisions that the page shows",
+    ),
+    *("the answer is empty", "a text or a box", "enter an answer, or skip (S)"),
+    *("fill at least one field, or skip (S)", "choose a class, or skip (S)"),
+    *("{} is not one of the classes", "box {} has no class", "choose its class, or delete the box"),
+    "the box [{}] in pixels (read as xyxy in units of pixel) is outside its image",
+    "the box [{}] in pixels (read as xyxy in units of pixel) has inverted corners or no area",
+    "the box [{}] in pixels (read as xyxy in units of pixel) is smaller than a pixel",
+    *("x1 < x2 up to {} and y1 < y2 up to {}, after EXIF rotation", "draw the box again"),
+    *("the answer is not JSON: {}", "the answer is not JSON of an object: {}"),
+    *("a JSON object, like most answers", "fields of the answer"),
+    "correct it, or skip (S); answers of the kind text need no JSON",
+    *("{} is not a sample of this session", "the ID of a listed sample"),
+)
+"""Texts of errors, which are translated on the page. Others are shown in English."""
 
 
 class BoxAnswer(BaseModel, frozen=True):
@@ -71,11 +99,13 @@ class DecisionRequest(BaseModel, frozen=True):
     """Decision from the browser: save an answer, skip the sample, or reopen it.
 
     Attributes:
+        revision: `revision` of the item that the page shows; None to overwrite other decisions.
         edits: New texts of JSON fields in `text` by index; None for an answer without fields.
     """
 
     id: str
     action: Literal["save", "skip", "reopen"]
+    revision: int | None = None
     text: str = ""
     edits: dict[int, str] | None = None
     boxes: Annotated[list[BoxAnswer], Field(max_length=10_000)] = []
@@ -89,6 +119,10 @@ class LabelPage:
         self._items = [*session.store.items]
         # Browsers cache images; the same URL shows another image in the next session.
         self._version = secrets.token_hex(8)
+        # Edits in the browser belong to a folder and a question. Servers may share an address.
+        folder, task = str(session.store.folder.resolve()), session.task
+        origin = json.dumps([folder, task.prompt, task.kind])
+        self._key = hashlib.sha256(origin.encode()).hexdigest()[:16]
         self._index_by_id = {item.sample.sample.id: i for i, item in enumerate(self._items)}
         templates = Path(i18n.__file__).parent / "templates"
         self._environment = Environment(
@@ -109,6 +143,8 @@ class LabelPage:
         with use_language(language):
             settings = {
                 "kind": task.kind,
+                "session": self._key,
+                "version": self._version,
                 "choices": task.choices,
                 "colors": BOX_COLORS,
                 "no_objects": NO_OBJECTS_ANSWER,
@@ -138,30 +174,46 @@ class LabelPage:
             labels = [part.label for part in content if isinstance(part, BoxPart) and part.label]
             answer = " ".join([get_text(content), *labels]).strip()
             name = ", ".join(path.name for path in _list_images(item)) or item.sample.sample.id
-            is_of_state = state in ("", "labeled" if event in ANSWER_EVENTS else event)
-            if is_of_state and text.casefold() in f"{name}\n{answer}".casefold():
-                answer = answer[:MAX_LISTED_CHARS]
-                found.append({"index": index, "name": name, "decision": event, "answer": answer})
+            if state in ("", event) and text.casefold() in f"{name}\n{answer}".casefold():
+                row = {"index": index, "id": item.sample.sample.id, "name": name}
+                row["url"] = self._make_url(index, 0) if _list_images(item) else None
+                found.append({**row, "decision": event, "answer": answer[:MAX_LISTED_CHARS]})
         return {"count": len(found), "items": found[start : start + MAX_LISTED_ITEMS]}
 
     def describe(self, index: int) -> dict[str, Any]:
-        """Return an item with the sizes of its images."""
+        """Return an item with its choices and the sizes of its images."""
         item = self._items[index]
         images = []
         for number, path in enumerate(_list_images(item)):
-            url, error = f"images/{index}/{number}?v={self._version}", ""
+            url, error = self._make_url(index, number), ""
             try:
                 height, width = read_image_size(path)
             except CorruptImageError as corrupt:
                 height, width, error = 1, 1, str(corrupt)
             image = {"url": url, "width": width, "height": height, "error": error}
             images.append({**image, "name": path.name})
-        return {"index": index, "images": images, **self._session.describe_item(item)}
+        choices, template = self._list_choices(item), self._session.task.template
+        values = {"index": index, "revision": len(item.history), "images": images}
+        values |= {"choices": choices, "template": template}
+        return values | self._session.describe_item(item)
 
-    def read_image(self, index: int, number: int) -> bytes:
-        """Return an image without metadata as WebP, reduced to `MAX_DISPLAY_SIDE`."""
+    def _make_url(self, index: int, number: int) -> str:
+        return f"images/{index}/{number}?v={self._version}"
+
+    def _list_choices(self, item: LabelItem) -> list[str]:
+        """Return the choices of the task and the labels that the sample has; empty for any text."""
+        task, content = self._session.task, (*(item.existing_answer or ()), *(item.label or ()))
+        if not task.choices or task.kind not in ("classes", "boxes"):
+            return []
+        is_box = task.kind == "boxes"
+        labels = [part.label or "" for part in content if isinstance(part, BoxPart)]
+        texts = [part.text for part in content if isinstance(part, TextPart)]
+        return [*dict.fromkeys((*task.choices, *(labels if is_box else texts)))]
+
+    def read_image(self, index: int, number: int, side: int = MAX_DISPLAY_SIDE) -> bytes:
+        """Return an image without metadata as WebP, reduced to a side."""
         image = load_image(_list_images(self._items[index])[number])
-        image.thumbnail((MAX_DISPLAY_SIDE, MAX_DISPLAY_SIDE))
+        image.thumbnail((side, side))
         buffer = io.BytesIO()
         image.save(buffer, format="WEBP", quality=90)
         return buffer.getvalue()
@@ -171,19 +223,54 @@ class LabelPage:
         store = self._session.store
         with self._lock:
             item = store.find(request.id)
+            if request.revision not in (None, len(item.history)):
+                raise UserError(
+                    "the image was changed in another tab",
+                    expected="the decisions that the page shows",
+                    remedy="reload the page",
+                )
             if request.action == "save":
                 text = request.text
                 if request.edits is not None:
                     text = self._session.edit_fields(text, request.edits)
                 self._session.check_answer(item, text, bool(request.boxes))
-                request = request.model_copy(update={"text": text})
-                self._session.save(item, _build_content(item, request))
+                updated = request.model_copy(update={"text": text})
+                content = _build_content(item, updated)
+                self._check_classes(item, updated)
+                if not content:
+                    raise self._build_empty_error(request)
+                self._session.save(item, content)
             elif request.action == "skip":
                 store.skip(request.id)
             else:
                 store.reopen(request.id)
             index = self._index_by_id[request.id]
             return {"item": self.describe(index), "counts": store.count_events()}
+
+    def _check_classes(self, item: LabelItem, request: DecisionRequest) -> None:
+        """Raise UserError for a class that is not a choice."""
+        choices, is_box = self._list_choices(item), self._session.task.kind == "boxes"
+        names = [box.label or "" for box in request.boxes] if is_box else [request.text]
+        for number, name in enumerate(names if choices else (), 1):
+            if name not in choices and (is_box or name.strip()):
+                what = f"{name!r:.80} is not one of the classes" if name else ""
+                raise UserError(
+                    what or f"box {number} has no class",
+                    expected=f"{', '.join(choices):.200}",
+                    remedy="choose its class, or delete the box"
+                    if is_box
+                    else "choose a class, or skip (S)",
+                )
+
+    def _build_empty_error(self, request: DecisionRequest) -> UserError:
+        kind = self._session.task.kind
+        remedy = "enter an answer, or skip (S)"
+        if request.edits is not None:
+            remedy = "fill at least one field, or skip (S)"
+        elif kind == "classes" and self._session.task.choices:
+            remedy = "choose a class, or skip (S)"
+        expected = "a text or a box" if kind == "boxes" else ""
+        return UserError("the answer is empty", expected=expected, remedy=remedy)
 
 
 def _list_images(item: LabelItem) -> list[Path]:
@@ -198,6 +285,8 @@ def _list_images(item: LabelItem) -> list[Path]:
 def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
     """Return the answer of a request, with the parts of the proposal if nothing was changed.
 
+    It is empty without a text and boxes.
+
     Raises:
         UserError: A box is outside of its image, or an image is unreadable.
     """
@@ -211,18 +300,36 @@ def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
                 expected=f"an index below {len(sizes)}",
                 remedy="reload the page",
             )
-        corners = clip_to_image(box.xyxy, sizes[box.image], BoxConvention())
+        try:
+            corners = clip_to_image(box.xyxy, sizes[box.image], BoxConvention())
+        except InvalidBoxError as error:
+            remedy = "draw the box again"
+            raise UserError(error.what, expected=error.expected, remedy=remedy) from error
         boxes.append(BoxPart(image=box.image, label=box.label or None, xyxy=corners))
     for known in (item.proposal, item.suggestion.content if item.suggestion else ()):
         if known and describe_answer(known) == answer:
             clipped = iter(boxes)
             return tuple(next(clipped) if isinstance(part, BoxPart) else part for part in known)
     text = (TextPart(text=request.text),) if request.text.strip() else ()
-    if not text and not boxes:
-        raise UserError(
-            "the answer is empty", expected="a text or a box", remedy="enter an answer or skip (S)"
-        )
     return (*text, *boxes)
+
+
+def describe_error(error: UserError) -> str:
+    """Return the message of an error in the current language."""
+    lines = [_translate_error(error.what), _translate_error(error.remedy)]
+    if error.where not in ("", "label"):
+        lines[0] = f"{error.where}: {lines[0]}"
+    if error.expected:
+        lines.insert(1, translate("expected: {}", _translate_error(error.expected)))
+    return "\n".join(filter(None, lines))
+
+
+def _translate_error(text: str) -> str:
+    for known in ERROR_TEXTS:
+        pattern = re.escape(known).replace(r"\{\}", "(.*)")
+        if match := re.fullmatch(pattern, text, re.DOTALL):
+            return translate(known, *match.groups())
+    return text
 
 
 def make_label_app(
@@ -240,7 +347,9 @@ def make_label_app(
 
     @app.exception_handler(UserError)
     def report_error(request: Request, error: UserError) -> Response:
-        return JSONResponse({"error": str(error)}, 422, headers=error_headers)
+        names = request.headers.get("accept-language", "")
+        with use_language(select_ui_text(names).language):
+            return JSONResponse({"error": describe_error(error)}, 422, headers=error_headers)
 
     @app.exception_handler(IndexError)
     def report_missing(request: Request, error: IndexError) -> Response:
@@ -279,9 +388,10 @@ def make_label_app(
         return page.describe(index)
 
     @app.get("/images/{index}/{number}")
-    def get_image(index: int, number: int) -> Response:
+    def get_image(index: int, number: int, small: bool = False) -> Response:
         headers = {"cache-control": "private, max-age=3600"}
-        return Response(page.read_image(index, number), media_type="image/webp", headers=headers)
+        content = page.read_image(index, number, THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE)
+        return Response(content, media_type="image/webp", headers=headers)
 
     @app.post("/decision")
     def post_decision(decision: DecisionRequest) -> Any:

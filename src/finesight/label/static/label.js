@@ -17,72 +17,116 @@ const create = (name, attributes = {}, ...children) => {
 };
 
 let decisions = []; // Of all items, in their order; "" for an open item.
-let item = null; // Item that the page shows.
-// The answer without its boxes, and new texts of its JSON fields.
-let answerText = "", edits = {};
-let boxes = [], selected = -1, imageIndex = 0;
-let loadedAnswer = ""; // The answer as loaded, to find unsaved edits.
-let isSaving = false, decided = []; // Items decided on this page, newest last.
+let item = null; // Item that the page shows, as the server sent it.
+// The answer in the form: new texts of JSON fields are by path.
+let answer = { text: "", edits: {}, boxes: [] };
+let selected = -1, imageIndex = 0;
+let numOpened = 0, isSaving = false;
+let updates = []; // Functions that show a changed answer, apart from the form.
+const isTouch = matchMedia("(pointer: coarse)");
+
+const isEqual = (one, other) => JSON.stringify(one) === JSON.stringify(other);
+const makeAnswer = ({ text, boxes }) => ({ text, edits: {}, boxes: structuredClone(boxes) });
+const isChanged = () => !isEqual(answer, makeAnswer(item.answer));
+
+// Unsaved answers are kept while another image is opened or the page is reloaded. Servers may share
+// an address, and the order of the images changes when the server starts.
+
+const draftKey = (id) => `draft/${settings.session}/${id}`;
+const undoKey = `undo/${settings.version}`;
+const readStored = (key) => JSON.parse(sessionStorage.getItem(key));
+const store = (key, value) => {
+  try { sessionStorage.setItem(key, JSON.stringify(value)); } catch { /* The storage is full. */ }
+};
+const keepDraft = () => {
+  if (!item) return;
+  if (isChanged()) store(draftKey(item.id), { base: item.answer, answer });
+  else sessionStorage.removeItem(draftKey(item.id));
+};
+addEventListener("pagehide", keepDraft);
 
 // Requests
 
 const request = async (url, body) => {
+  const headers = { "accept-language": document.documentElement.lang };
   const options = body && {
-    method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
-  const response = await fetch(url, options);
+    method: "POST", headers: { ...headers, "content-type": "application/json" }, body: JSON.stringify(body) };
+  const response = await fetch(url, options ?? { headers });
   if (response.status === 401) location.reload();
   const content = await response.json();
-  if (!response.ok) throw new Error(content.error ?? content.detail ?? response.status);
+  if (!response.ok) throw new Error(content.error ?? response.status);
   return content;
 };
 
 const describe = (error) =>
-  error instanceof TypeError ? translate("The server does not answer.") : error.message;
-const report = (error) => {
-  byId("error").textContent = `${translate("Not saved")}: ${describe(error)}`;
+  translate(error instanceof TypeError ? "The server does not answer." : error.message);
+const report = (title, error) => {
+  byId("error").textContent = `${translate(title)}: ${describe(error)}`;
   byId("error").hidden = false;
+  byId("error").scrollIntoView({ block: "nearest" });
 };
+const notify = (text) => { byId("notice").textContent = text; };
 
 const showCounts = (counts) => {
-  byId("counts").textContent = Object.entries(counts)
-    .map(([name, count]) => `${translate(name)} ${count}`).join(" · ");
+  const total = decisions.length, done = total - counts.open;
+  byId("done").textContent = translate("{} of {} done", done, total);
+  Object.assign(byId("bar"), { max: total || 1, value: done });
+  byId("counts").replaceChildren(...Object.entries(counts).map(([name, count]) =>
+    create("span", {}, `${translate(name)} ${count}`)));
+  const isFinished = total > 0 && !counts.open;
+  byId("finished").hidden = !isFinished;
+  byId("all-decided").textContent = isFinished ? translate("All {} images are decided.", total) : "";
+  byId("review").hidden = !counts.skipped;
+  byId("review").textContent = translate("Review the skipped images ({})", counts.skipped);
+  byId("save-text").textContent = translate(isFinished ? "Save" : "Save and next");
 };
 
-const open = async (index, select = -1) => {
+const loadItems = async () => {
+  const content = await request("items");
+  ({ decisions } = content);
+  showCounts(content.counts);
+};
+
+const open = async (index) => {
+  const number = ++numOpened;
   try {
     const loaded = await request(`items/${index}`);
-    keepDraft();
-    item = loaded;
-    selected = select;
-    imageIndex = item.answer.boxes[0]?.image ?? 0;
-    boxes = structuredClone(item.answer.boxes);
-    answerText = item.answer.text;
-    edits = {};
-    loadedAnswer = JSON.stringify(readAnswer());
-    const draft = JSON.parse(sessionStorage.getItem(`draft/${item.id}`));
-    if (draft?.loadedAnswer === loadedAnswer) ({ answerText, edits, boxes } = draft);
-    byId("error").hidden = true;
-    location.hash = index;
-    show();
-    markListed();
-    // An empty text has the focus, so that the letters of the answer are no commands.
-    const isReadable = !item.images.some((image) => image.error);
-    const isEmpty = isReadable && !answerText && item.decision === "open";
-    if (isEmpty && ["text", "fields"].includes(settings.kind)) edit();
+    // The answer to an earlier request may come later.
+    if (number !== numOpened) return false;
+    load(loaded);
     return true;
   } catch (error) {
-    report(error);
+    if (number === numOpened) report("Not loaded", error);
     return false;
   }
 };
 
-// Keep unsaved edits when another image is opened or the page is reloaded.
-const keepDraft = () => {
-  if (!item) return;
-  if (JSON.stringify(readAnswer()) === loadedAnswer) sessionStorage.removeItem(`draft/${item.id}`);
-  else sessionStorage.setItem(`draft/${item.id}`, JSON.stringify({ loadedAnswer, answerText, edits, boxes }));
+const load = (loaded) => {
+  keepDraft();
+  item = loaded;
+  selected = -1;
+  imageIndex = item.answer.boxes[0]?.image ?? 0;
+  answer = makeAnswer(item.answer);
+  const draft = readStored(draftKey(item.id)), paths = item.fields.map(getKey);
+  const isCurrent = draft && isEqual(draft.base, item.answer);
+  if (isCurrent) {
+    const edits = Object.entries(draft.answer.edits).filter(([path]) => paths.includes(path));
+    answer = { ...draft.answer, edits: Object.fromEntries(edits) };
+  }
+  byId("error").hidden = true;
+  notify("");
+  location.hash = byId("language").hash = item.index;
+  const event = item.decision === "open" ? "" : item.decision;
+  if (decisions[item.index] !== event) loadItems().catch((error) => report("Not loaded", error));
+  decisions[item.index] = event;
+  show(draft && !isCurrent ? draft.answer : null);
+  markListed();
+  scrollTo(0, 0);
+  // An empty text has the focus, so that the letters of the answer are no commands.
+  const isReadable = !item.images.some((image) => image.error);
+  const isEmpty = isReadable && !answer.text && item.decision === "open";
+  if (isEmpty && !isTouch.matches && ["text", "fields"].includes(settings.kind)) edit();
 };
-addEventListener("pagehide", keepDraft);
 
 const findOpen = (index) => {
   for (let step = 1; step <= decisions.length; step++) {
@@ -92,24 +136,56 @@ const findOpen = (index) => {
   return -1;
 };
 
+// Update an item after its answer was saved, and keep what was typed since. Returns whether
+// nothing was.
+const settle = (saved, loaded, sent) => {
+  const kept = saved === item ? answer : readStored(draftKey(saved.id))?.answer;
+  const isSettled = !kept || JSON.stringify(kept) === sent;
+  let current = makeAnswer(loaded.answer);
+  if (!isSettled) {
+    const edits = loaded.fields.map((field) => [getKey(field), kept.edits[getKey(field)], field.text])
+      .filter(([, edited, text]) => edited !== undefined && edited !== text);
+    const hasFields = kept.text === saved.answer.text && saved.fields.length;
+    current = hasFields ? { ...kept, text: loaded.answer.text, edits: Object.fromEntries(edits) } : kept;
+  }
+  Object.assign(saved, loaded);
+  if (saved === item) answer = current;
+  if (isSettled) sessionStorage.removeItem(draftKey(saved.id));
+  else store(draftKey(saved.id), { base: saved.answer, answer: current });
+  return isSettled;
+};
+
+// Returns whether the decision is saved.
 const decide = async (action) => {
-  if (!item || isSaving) return;
+  if (!item || isSaving) return false;
   isSaving = true;
+  const decided = item, number = numOpened, sent = JSON.stringify(answer);
+  const { id, index, revision } = item;
   try {
-    const { index } = item;
-    const result = await request("decision", { id: item.id, action, ...readAnswer() });
-    loadedAnswer = JSON.stringify(readAnswer());
+    const result = await request("decision", { id, revision, action, ...encodeAnswer() });
     decisions[index] = action === "reopen" ? "" : result.item.decision;
+    if (action !== "reopen") store(undoKey, [...readStored(undoKey) ?? [], index]);
     showCounts(result.counts);
+    // A skipped answer is not saved, and remains a draft.
+    const isSettled = action !== "save" || settle(decided, result.item, sent);
     showList();
-    if (action === "reopen") return;
-    decided.push(index);
-    document.activeElement?.blur?.();
-    const next = findOpen(index);
-    await open(next < 0 ? index : next);
-    if (next < 0) byId("counts").textContent += ` · ${translate("All images are decided.")}`;
+    if (item !== decided) return true;
+    if (action === "reopen") load(result.item);
+    else if (!isSettled) {
+      refresh();
+      notify(translate("Saved without your later changes"));
+    } else if (number === numOpened) {
+      Object.assign(item, result.item);
+      // Enter does not press the same button again. Text that is typed until the next image is kept.
+      if (document.activeElement?.matches("button")) document.activeElement.blur();
+      const next = findOpen(index);
+      if (next < 0) load(result.item);
+      else await open(next);
+    }
+    return true;
   } catch (error) {
-    report(error);
+    report("Not saved", error);
+    return false;
   } finally { isSaving = false; }
 };
 
@@ -120,28 +196,74 @@ const undo = async () => {
     byId("error").hidden = true;
     return;
   }
-  const index = decided.length ? decided.pop() : decisions[item.index] ? item.index : -1;
-  if (index < 0) return;
+  const index = findUndone();
+  if (index < 0) {
+    notify(translate("Nothing to undo"));
+    return;
+  }
   if (!await open(index)) return;
-  await decide("reopen");
-  await open(index);
+  const { decision } = item, name = item.images[0]?.name ?? item.id;
+  if (!await decide("reopen")) return;
+  store(undoKey, (readStored(undoKey) ?? []).slice(0, -1));
+  refresh();
+  notify(translate("Undone: {}", `${translate(decision)} · ${name}`));
 };
+// The last image decided on this page, or else the shown one; -1 if it is open.
+const findUndone = () => readStored(undoKey)?.at(-1) ?? (decisions[item.index] ? item.index : -1);
 
 // Answer
 
-const readAnswer = () => {
-  const hasFields = item.fields.length && (!boxes.length || Object.keys(edits).length);
+const getKey = ({ path }) => JSON.stringify(path);
+// Fields replace a text only as long as nobody has typed another one.
+const listFields = () => answer.text === item.answer.text ? item.fields : [];
+
+const encodeAnswer = () => {
+  const { text, edits, boxes } = answer, fields = listFields();
+  const edited = fields.map((field, index) => [index, edits[getKey(field)]])
+    .filter(([, value]) => value !== undefined);
+  const hasFields = fields.length && (!boxes.length || edited.length);
   // The server replaces the fields: numbers of JavaScript have fewer digits than those of JSON.
-  return { text: answerText, edits: hasFields ? edits : null, boxes };
+  return { text, edits: hasFields ? Object.fromEntries(edited) : null, boxes };
+};
+
+const getValue = (text, path) => {
+  try { return path.reduce((value, key) => value?.[key], JSON.parse(text)); } catch { return undefined; }
+};
+// Returns what is saved instead of the number, or true or false, of the template; "" if nothing.
+const describeType = ({ path, text }, value) => {
+  const own = getValue(item.answer.text, path), word = value.trim();
+  const typical = getValue(item.template, path.map((key) => Number.isInteger(key) ? 0 : key)) ?? own;
+  const isText = value === text && own !== undefined ? typeof own === "string" : typeof (own ?? typical) === "string"
+    || (typeof typical === "number" ? !/^-?(0|[1-9]\d*)(\.\d+)?(e[+-]?\d+)?$/i.test(word) : !["true", "false"].includes(word));
+  if (!word || word === "null" || !isText || !["number", "boolean"].includes(typeof typical)) return "";
+  return typeof typical === "number" ? "text, not a number" : "text, not true or false";
+};
+
+// Show the state of a changed answer without its form, in which the user may be typing.
+const refresh = () => {
+  keepDraft();
+  const isSuggested = isEqual(item.suggestion, item.answer) && !isChanged() && !isUnknownClass(answer.text);
+  byId("position").textContent = translate("{} of {}", item.index + 1, decisions.length);
+  byId("decision").textContent = translate(item.decision);
+  byId("confidence").textContent = item.score !== null
+    ? translate("error score {}", item.score.toFixed(2)) : !item.suggestion
+      ? translate("No suggestion") : isSuggested && item.confidence !== null
+        ? translate("confidence {}", `${Math.floor(100 * item.confidence)} %`) : "";
+  byId("reset").hidden = !isChanged();
+  byId("undo").disabled = findUndone() < 0;
+  for (const update of updates) update();
 };
 
 const getConfidence = (path) => item.parts.find(
   (part) => JSON.stringify(part.path) === JSON.stringify(path))?.confidence;
 
-const makeBadge = (confidence) => {
+// The badge is visible as long as the value is the suggested one.
+const makeBadge = (confidence, isSuggested) => {
   if (confidence === undefined || confidence === null) return "";
   const level = confidence < 0.5 ? "low" : confidence < 0.9 ? "medium" : "high";
-  return create("span", { class: `badge ${level}` }, `${Math.floor(100 * confidence)} %`);
+  const badge = create("span", { class: `badge ${level}` }, `${Math.floor(100 * confidence)} %`);
+  if (isSuggested) updates.push(() => { badge.hidden = !isSuggested(); });
+  return badge;
 };
 
 const formatAnswer = ({ text, boxes: shown }) => [text, ...shown.map((box) =>
@@ -158,14 +280,20 @@ const showList = async (start = 0) => {
     const found = await request(`search?${query}`);
     // The answer to an earlier request may come later.
     if (number !== listRequest) return;
-    const rows = found.items.map(({ index, name, decision, answer }) => create("li", {}, create("button",
-      { type: "button", "data-index": index, onclick: () => openListed(index) },
-      create("span", {}, name), " ", create("span", { class: "chip" }, translate(decision)), " ",
-      create("span", { class: "answer" }, answer))));
+    const rows = found.items.map((row) => create("li", {}, create("button",
+      { type: "button", "data-index": row.index, onclick: () => openListed(row.index) },
+      row.url ? create("img", { src: `${row.url}&small=true`, alt: "", loading: "lazy",
+        onerror: ({ target }) => target.removeAttribute("src") }) : create("span"),
+      create("span", {}, row.name), " ",
+      create("span", { class: "chips" }, ...(sessionStorage.getItem(draftKey(row.id))
+        ? [create("span", { class: "chip draft" }, translate("unsaved")), " "] : []),
+      create("span", { class: "chip" }, translate(row.decision))), " ",
+      create("span", { class: "answer" }, row.answer))));
     if (start) byId("list-items").append(...rows);
     else byId("list-items").replaceChildren(...rows);
     listed = start + rows.length;
-    byId("list-count").textContent = translate("{} images", found.count);
+    byId("list-count").textContent = translate(
+      found.count > 1 ? "{} images" : found.count ? "1 image" : "No image matches", found.count);
     byId("list-more").hidden = listed >= found.count;
     markListed();
   } catch (error) { byId("list-count").textContent = describe(error); }
@@ -173,7 +301,7 @@ const showList = async (start = 0) => {
 let searchTimer;
 const openListed = async (index) => {
   document.activeElement?.blur?.();
-  if (await open(index)) window.scrollTo(0, 0);
+  await open(index);
 };
 const markListed = () => {
   for (const button of document.querySelectorAll("#list-items button")) {
@@ -181,6 +309,12 @@ const markListed = () => {
   }
 };
 byId("list").addEventListener("toggle", () => showList());
+byId("review").addEventListener("click", () => {
+  byId("list-state").value = "skipped";
+  if (byId("list").open) showList();
+  byId("list").open = true;
+  openListed(decisions.indexOf("skipped"));
+});
 byId("list-state").addEventListener("change", () => showList());
 byId("list-text").addEventListener("input", () => {
   clearTimeout(searchTimer);
@@ -190,92 +324,146 @@ byId("list-more").addEventListener("click", () => showList(listed));
 
 // Page
 
-const show = () => {
-  const { history, answer, suggestion } = item;
-  byId("position").textContent = translate("{} of {}", item.index + 1, decisions.length);
-  byId("decision").textContent = translate(item.decision);
-  byId("confidence").textContent = item.score !== null
-    ? translate("error score {}", item.score.toFixed(2))
-    : item.suggestion
-      ? translate("confidence {}", `${Math.floor(100 * item.confidence)} %`) : translate("No suggestion");
+const show = (lost = null) => {
+  const { history, answer: loaded, suggestion } = item;
   byId("history").hidden = !history.length;
   byId("history").querySelector("ol").replaceChildren(...history.map((entry) => create(
-    "li", {}, `${entry.time.slice(0, 19).replace("T", " ")} ${translate(entry.event)} ${entry.model}`,
+    "li", {}, new Date(entry.time).toLocaleString(document.documentElement.lang), " ",
+    [translate(entry.event), ...(entry.event === "suggested" ? [entry.model] : [])].join(" "),
     ...(entry.old ? [create("div", { class: "small" }, translate("before:"), " ",
       create("del", {}, formatAnswer(entry.old)))] : []),
     ...(entry.new ? [create("div", { class: "small" }, ...(entry.old ? [translate("after:"), " "] : []),
       create("ins", {}, formatAnswer(entry.new)))] : []))));
-  const hints = [];
-  const isShown = JSON.stringify(suggestion) === JSON.stringify(answer);
-  if (suggestion && (item.has_template || !isShown)) hints.push([translate("The model suggests:"), suggestion]);
-  if (item.has_template && answer.text && !isShown) hints.push([translate("Answer without JSON:"), answer]);
+  const hints = [], isShown = isEqual(suggestion, loaded);
+  if (suggestion && (item.has_template || !isShown)) {
+    hints.push([["The model suggests:", makeBadge(item.confidence)], suggestion]);
+  }
+  if (item.has_template && loaded.text && !isShown) hints.push([["Answer without JSON:"], loaded]);
+  if (lost) {
+    const text = [lost.text, ...Object.values(lost.edits)].join("\n");
+    hints.push([["Your unsaved answer:"], { ...lost, text }]);
+  }
   byId("hint").hidden = !hints.length;
-  byId("hint").replaceChildren(...hints.flatMap(([title, shown]) => [
-    create("p", { class: "small soft" }, title), create("pre", {}, formatAnswer(shown))]));
+  byId("hint").replaceChildren(...hints.flatMap(([[title, ...badges], shown]) => [
+    create("p", { class: "small soft" }, translate(title), " ", ...badges),
+    create("pre", {}, formatAnswer(shown))]));
   byId("save").disabled = item.images.some((image) => image.error);
   showForm();
   showImage();
 };
 
 const showForm = () => {
-  const form = byId("form");
+  updates = [];
+  const fields = listFields(), { boxes } = answer;
   const rows = boxes.map((box, index) => create(
     "div", { class: `row${index === selected ? " selected" : ""}`, style: `--color: ${getColor(index)}`,
       onfocusin: () => { if (selected !== index) select(index, false); } },
     create("label", { for: `box-${index}` }, translate("Box {}", index + 1), " ",
-      makeBadge(isUnchangedBox(index) ? getConfidence([index]) : null)),
+      makeBadge(getConfidence([index]), () => isUnchangedBox(index))),
     makeChoice(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
     create("button", { type: "button", "aria-label": `${translate("Delete")} ${translate("Box {}", index + 1)}`,
-      onclick: () => remove(index) }, "✕")));
-  if (item.fields.length) {
-    rows.push(...item.fields.map(({ path, text }, index) => create("div", { class: "row" },
-      create("label", { for: `field-${index}` }, path.join("."), " ", makeBadge(getConfidence(path))),
-      makeInput(`field-${index}`, edits[index] ?? text, (edited) => {
-        if (edited === text) delete edits[index];
-        else edits[index] = edited;
-      }))));
-  } else {
-    const isBoxes = settings.kind === "boxes", change = (value) => { answerText = value; };
-    const isChoice = settings.kind === "classes" && settings.choices.length;
-    const name = isChoice ? "Class" : settings.kind === "fields" ? "JSON" : "Text";
-    const label = create("label", { for: "answer" }, translate(name), " ",
-      makeBadge(getConfidence([])));
-    const input = isChoice ? makeChoice("answer", answerText, change)
-      : create("textarea", { id: "answer", rows: isBoxes ? 1 : 6, oninput: () => change(input.value) });
-    if (!isChoice) input.value = answerText;
-    rows.push(create("div", { class: "row" }, label, input, ...(isBoxes ? [create("button",
-      { type: "button", onclick: clear }, translate("No objects"), " ", create("kbd", {}, "0"))] : [])));
+      onclick: () => remove(index) }, "✕"),
+    makeClassNote(box.label ?? "")));
+  if (settings.kind === "boxes" && settings.choices.length && boxes.length) {
+    rows.unshift(create("p", { class: "small soft legend" }, ...settings.choices.slice(0, 9).map(
+      (name, index) => create("span", {}, create("kbd", {}, index + 1), ` ${name}`))));
   }
-  form.replaceChildren(...rows);
+  if (fields.length) rows.push(...fields.map(makeField));
+  else {
+    const isBoxes = settings.kind === "boxes", change = (value) => { answer.text = value; };
+    const isChoice = settings.kind === "classes" && item.choices.length;
+    const badge = makeBadge(getConfidence([]), () => answer.text === item.suggestion?.text && !isUnknownClass(answer.text));
+    if (isChoice) {
+      const choice = makeChoices(answer.text, change, badge);
+      rows.push(create("div", { class: "row" }, ...choice, makeClassNote(isEqual(item.suggestion, item.answer) ? item.suggestion.text : "")));
+    } else {
+      const label = create("label", { for: "answer" },
+        translate(settings.kind === "fields" ? "JSON" : "Text"), " ", badge);
+      const input = makeInput("textarea", { id: "answer", rows: isBoxes ? 1 : 6 }, answer.text, change);
+      rows.push(create("div", { class: "row" }, label, input, ...(isBoxes ? [create("button",
+        { type: "button", onclick: clear }, translate("No objects"), " ", create("kbd", {}, "0"))] : [])));
+    }
+  }
+  byId("form").replaceChildren(...rows);
+  refresh();
 };
 
-const makeInput = (id, value, onInput) => {
-  const input = create("input", { id, oninput: () => onInput(input.value) });
+const makeField = (field, index) => {
+  const { path, text } = field, key = getKey(field), getEdit = () => answer.edits[key] ?? text;
+  const isSuggested = () => getEdit() === text && item.answer.text === item.suggestion?.text;
+  const note = create("span", { class: "note", role: "status" });
+  updates.push(() => { note.textContent = translate(describeType(field, getEdit())); });
+  return create("div", { class: "row" },
+    create("label", { for: `field-${index}` }, path.join("."), " ", makeBadge(getConfidence(path), isSuggested)),
+    makeInput("input", { id: `field-${index}` }, getEdit(), (edited) => {
+      if (edited === text) delete answer.edits[key];
+      else answer.edits[key] = edited;
+    }), note);
+};
+
+const makeInput = (name, attributes, value, onInput) => {
+  const change = () => { onInput(input.value); refresh(); };
+  const input = create(name, { ...attributes, oninput: change });
   input.value = value;
   return input;
 };
 
+// The focus of a mouse does not stay in a choice, because its keys are those of the page.
+let isPointer = false;
+addEventListener("pointerdown", () => { isPointer = true; }, true);
+addEventListener("keydown", () => { isPointer = false; }, true);
+
+const nameChoice = (name, index) => index < 9 && name ? `${index + 1} ${name}` : name;
+const isUnknown = (value) => Boolean(value) && item.choices.length > 0 && !item.choices.includes(value);
+const isUnknownClass = (value) => settings.kind === "classes" && isUnknown(value);
+const makeClassNote = (value) => isUnknown(value)
+  ? create("span", { class: "note" }, translate("suggested: {}, not one of the classes", value)) : "";
+
 const makeChoice = (id, value, onInput) => {
-  if (!settings.choices.length) return makeInput(id, value, onInput);
-  const names = settings.choices.includes(value) ? settings.choices : [value, ...settings.choices];
-  const choice = create("select", { id, onchange: () => onInput(choice.value) },
-    ...names.map((name) => create("option", { value: name }, name)));
-  choice.value = value;
+  if (!item.choices.length) return makeInput("input", { id }, value, onInput);
+  const change = () => {
+    onInput(choice.value);
+    if (isPointer) choice.blur();
+    showForm();
+    if (!isPointer) byId(id).focus();
+  };
+  const isKnown = item.choices.includes(value);
+  const choice = create("select", { id, onchange: change },
+    ...(isKnown ? [] : [create("option", { value: "", disabled: true }, "–")]),
+    ...item.choices.map((name, index) => create("option", { value: name }, nameChoice(name, index))));
+  choice.value = isKnown ? value : "";
   return choice;
 };
 
+const MAX_RADIO_BUTTONS = 9;
+// Returns the label and the choice of a class.
+const makeChoices = (value, onInput, badge) => {
+  if (item.choices.length > MAX_RADIO_BUTTONS) {
+    const label = create("label", { for: "answer" }, translate("Class"), " ", badge);
+    return [label, makeChoice("answer", value, onInput)];
+  }
+  const change = ({ target }) => {
+    onInput(target.value);
+    if (isPointer) target.blur();
+    refresh();
+  };
+  const options = item.choices.map((name, index) => create("label", { class: "option" },
+    create("kbd", {}, index + 1),
+    create("input", { type: "radio", name: "answer", value: name, checked: name === value, onchange: change }),
+    create("span", {}, name)));
+  return [create("fieldset", { id: "answer" }, create("legend", {}, translate("Class"), " ", badge), ...options)];
+};
+
 const isUnchangedBox = (index) =>
-  JSON.stringify(item.suggestion?.boxes[index]) === JSON.stringify(boxes[index]);
+  isEqual(item.suggestion?.boxes[index], answer.boxes[index]);
 
 const choose = (index) => {
-  const name = settings.choices[index];
+  const name = item.choices[index], box = answer.boxes[selected];
   if (name === undefined) return;
-  if (settings.kind === "classes") byId("answer").value = answerText = name;
-  else if (boxes[selected]) {
-    boxes[selected].label = name;
-    showForm();
-    drawBoxes();
-  }
+  if (settings.kind === "classes") answer.text = name;
+  else if (box) box.label = name;
+  showForm();
+  if (box) drawBoxes();
 };
 
 // Image and boxes
@@ -303,8 +491,8 @@ const showImage = () => {
   byId("image").alt = shown.name;
   byId("image").width = shown.width;
   byId("image").height = shown.height;
-  byId("stage").style.setProperty("--width", `${shown.width}px`);
-  byId("stage").style.setProperty("--ratio", shown.width / shown.height);
+  byId("view").style.setProperty("--width", `${shown.width}px`);
+  byId("view").style.setProperty("--ratio", shown.width / shown.height);
   byId("overlay").setAttribute("viewBox", `0 0 ${shown.width} ${shown.height}`);
   drawBoxes();
 };
@@ -327,17 +515,21 @@ const drawBoxes = () => {
   const overlay = byId("overlay");
   overlay.replaceChildren();
   const unit = item.images[imageIndex].width / Math.max(1, overlay.clientWidth);
-  boxes.forEach((box, index) => {
+  answer.boxes.forEach((box, index) => {
     if (box.image !== imageIndex) return;
     const [x1, y1, x2, y2] = box.xyxy, color = getColor(index);
     draw("rect", { x: x1, y: y1, width: Math.max(0, x2 - x1), height: Math.max(0, y2 - y1), stroke: color,
       class: index === selected ? "selected" : "", "data-box": index });
     const text = draw("text", { x: x1, y: Math.max(y1 - 3 * unit, 12 * unit), fill: color,
       "font-size": 13 * unit, "stroke-width": 3 * unit });
-    text.textContent = box.label ?? index + 1;
+    text.textContent = box.label ? `${box.label}${isUnknown(box.label) ? "?" : ""}` : index + 1;
     if (index !== selected) return;
+    // The invisible area of a corner is larger, and leaves the middle of a small box.
+    const reach = Math.min(18 * unit, Math.max(8 * unit, (x2 - x1) / 3, (y2 - y1) / 3));
     for (const [corner, x, y] of [[0, x1, y1], [1, x2, y1], [2, x1, y2], [3, x2, y2]]) {
-      draw("circle", { cx: x, cy: y, r: 6 * unit, fill: color, "data-box": index, "data-corner": corner });
+      const point = { cx: x, cy: y, "data-box": index, "data-corner": corner };
+      draw("circle", { ...point, r: reach, class: "reach" });
+      draw("circle", { ...point, r: 6 * unit, fill: color });
     }
   });
 };
@@ -351,25 +543,26 @@ const select = (index, hasForm = true) => {
 };
 
 const remove = (index) => {
-  boxes.splice(index, 1);
-  if (!boxes.length && !answerText && settings.kind === "boxes") answerText = settings.no_objects;
-  select(Math.min(selected, boxes.length - 1));
+  answer.boxes.splice(index, 1);
+  if (!answer.boxes.length && !answer.text && settings.kind === "boxes") answer.text = settings.no_objects;
+  select(Math.min(selected, answer.boxes.length - 1));
 };
 
 const clear = () => {
-  boxes = [];
-  answerText = settings.no_objects;
+  answer.boxes = [];
+  answer.text = settings.no_objects;
   select(-1);
 };
 
 const add = (xyxy) => {
   // Boxes replace an unchanged text of an answer without boxes.
-  const isReplaced = answerText === settings.no_objects
-    || !item.answer.boxes.length && answerText === item.answer.text;
-  if (!boxes.length && isReplaced) answerText = "";
-  const label = boxes[selected]?.label ?? settings.choices[0] ?? null;
-  boxes.push({ image: imageIndex, label, xyxy });
-  select(boxes.length - 1);
+  const isReplaced = answer.text === settings.no_objects
+    || !item.answer.boxes.length && answer.text === item.answer.text;
+  if (!answer.boxes.length && isReplaced) answer.text = "";
+  const chosen = answer.boxes[selected]?.label;
+  const label = chosen && !isUnknown(chosen) ? chosen : settings.choices[0] ?? null;
+  answer.boxes.push({ image: imageIndex, label, xyxy });
+  select(answer.boxes.length - 1);
 };
 
 const clampBox = (xyxy) => {
@@ -399,19 +592,26 @@ byId("overlay").addEventListener("pointerdown", (event) => {
   byId("stage").focus({ preventScroll: true });
   byId("overlay").setPointerCapture(event.pointerId);
   const { box, corner } = event.target.dataset, start = getPoint(event);
+  // A finger scrolls the page, unless it draws or moves the selected box.
+  const isDrawing = event.pointerType === "mouse" || byId("view").classList.contains("drawing");
+  const isMoving = isDrawing || Number(box) === selected;
   if (box !== undefined) select(Number(box));
-  drag = { start, corner, box: box === undefined ? -1 : Number(box),
-    before: box === undefined ? null : [...boxes[Number(box)].xyxy] };
+  drag = { start, corner, isMoving, box: box === undefined ? -1 : Number(box),
+    before: box === undefined ? null : [...answer.boxes[Number(box)].xyxy] };
+});
+byId("draw").addEventListener("click", () => {
+  const isOn = byId("view").classList.toggle("drawing");
+  byId("draw").setAttribute("aria-pressed", isOn);
 });
 byId("overlay").addEventListener("pointermove", (event) => {
-  if (!drag) return;
+  if (!drag?.isMoving) return;
   const [x, y] = getPoint(event), [dx, dy] = [x - drag.start[0], y - drag.start[1]];
   if (drag.box < 0) {
     if (Math.hypot(dx, dy) < 3) return;
     add(clampBox([...drag.start, x, y]));
     Object.assign(drag, { box: selected, corner: "new" });
   }
-  const box = boxes[drag.box];
+  const box = answer.boxes[drag.box];
   if (drag.corner === "new") box.xyxy = clampBox([...drag.start, x, y]);
   else if (drag.corner === undefined) box.xyxy = shiftBox(drag.before, dx, dy);
   else {
@@ -423,8 +623,8 @@ byId("overlay").addEventListener("pointermove", (event) => {
   drawBoxes();
 });
 for (const name of ["pointerup", "pointercancel"]) byId("overlay").addEventListener(name, () => {
-  // A click next to all boxes selects none.
-  if (drag && drag.box < 0) select(-1);
+  // A click next to all boxes selects none. The start of scrolling cancels a pointer.
+  if (drag && drag.box < 0 && name === "pointerup") select(-1);
   else if (drag) showForm();
   drag = null;
 });
@@ -433,18 +633,23 @@ for (const name of ["pointerup", "pointercancel"]) byId("overlay").addEventListe
 
 const edit = () => {
   const inputs = [...byId("form").querySelectorAll("input, select, textarea")];
-  const values = item.parts.map((part) => part.confidence);
+  const fields = listFields(), values = item.parts.map((part) => part.confidence);
   const least = item.parts[values.indexOf(Math.min(...values))]?.path;
-  const paths = item.fields.length ? item.fields.map(({ path }) => path) : boxes.map((_, index) => [index]);
-  const index = paths.findIndex((path) => JSON.stringify(path) === JSON.stringify(least));
-  const target = inputs[Math.max(0, index) + (item.fields.length ? boxes.length : 0)];
-  target?.focus();
-  target?.select?.();
+  const paths = fields.length ? fields.map(({ path }) => path) : answer.boxes.map((_, index) => [index]);
+  const index = paths.findIndex((path) => isEqual(path, least));
+  const target = inputs.find((input) => input.type === "radio" && input.checked)
+    ?? inputs[Math.max(0, index) + (fields.length ? answer.boxes.length : 0)];
+  // The row is visible above the buttons of a narrow page, and the image stays in view.
+  target?.focus({ preventScroll: true });
+  target?.closest(".row").scrollIntoView({ block: "nearest" });
+  // New text replaces a field, and continues a longer text.
+  if (target?.matches("textarea")) target.setSelectionRange(target.value.length, target.value.length);
+  else target?.select?.();
 };
 
 const moveByKey = (event) => {
   const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-  const size = event.ctrlKey ? 10 : 1, box = boxes[selected], [x1, y1, x2, y2] = box.xyxy;
+  const size = event.ctrlKey ? 10 : 1, box = answer.boxes[selected], [x1, y1, x2, y2] = box.xyxy;
   box.xyxy = event.shiftKey ? clampBox([x1, y1, x2 + dx * size, y2 + dy * size])
     : shiftBox(box.xyxy, dx * size, dy * size);
   showForm();
@@ -456,40 +661,52 @@ const addByKey = () => {
   if (width) add(clampBox([width / 4, height / 4, 3 * width / 4, 3 * height / 4]));
 };
 
+const move = (step) => open((item.index + decisions.length + step) % decisions.length);
+
+// Enter in a field continues with the next empty one, so that no half-empty record is saved.
+const enter = (target) => {
+  const inputs = listFields().length ? [...byId("form").querySelectorAll("input[id^=field]")] : [];
+  const position = inputs.indexOf(target);
+  const empty = position < 0 ? null : inputs.slice(position + 1).find((input) => !input.value.trim());
+  if (empty) empty.focus();
+  else decide("save");
+};
+
 document.addEventListener("keydown", (event) => {
   // Enter also ends the composition of an input method.
   if (!item || event.isComposing || event.keyCode === 229 || event.metaKey || event.altKey) return;
-  if (event.target.matches?.("#list :is(input, select, button)")) return;
-  const isField = event.target.matches?.("input, textarea, select");
-  const isControl = event.target.matches?.("button, a, summary");
-  if (event.key === "Escape") {
-    if (isField) event.target.blur();
+  const { key, target } = event, isBoxes = settings.kind === "boxes", isArrow = key.startsWith("Arrow");
+  if (target.matches?.("#list :is(input, select, button)")) return;
+  const isText = target.matches?.("input:not([type=radio]), textarea"), isSelect = target.matches?.("select");
+  if (key === "Escape") {
+    if (target.matches?.("input, textarea, select")) target.blur();
     else if (selected >= 0) select(-1);
     return;
   }
-  if (event.key === "Enter" && !isControl) {
+  if (key === "Enter" && !target.matches?.("button, a, summary")) {
     // Enter starts a new line in a text with Shift.
-    if (event.shiftKey && event.target.matches?.("textarea")) return;
+    if (event.shiftKey && target.matches?.("textarea")) return;
     event.preventDefault();
-    if (!event.repeat) decide("save");
+    if (!event.repeat) enter(target);
     return;
   }
-  if (isField) return;
-  const isBoxes = settings.kind === "boxes", isArrow = event.key.startsWith("Arrow");
+  // Letters search in the list of a choice. Its box has the other keys.
+  const isBoxKey = isBoxes && selected >= 0 && (isArrow || ["Delete", "Backspace"].includes(key));
+  if (isText || isSelect && !isBoxKey && !/^[1-9]$/.test(key)) return;
+  if (isArrow && target.matches?.("input[type=radio]")) return;
   const actions = {
     a: () => decide("save"), s: () => decide("skip"), u: undo, e: edit,
-    ArrowLeft: () => open((item.index + decisions.length - 1) % decisions.length),
-    ArrowRight: () => open((item.index + 1) % decisions.length),
+    ArrowLeft: () => move(-1), ArrowRight: () => move(1),
     ...(isBoxes && {
-      b: () => { if (boxes.length) select((selected + 1) % boxes.length); },
+      b: () => { if (answer.boxes.length) select((selected + 1) % answer.boxes.length); },
       n: addByKey, 0: clear,
       Delete: () => { if (selected >= 0) remove(selected); },
       Backspace: () => { if (selected >= 0) remove(selected); } }),
   };
-  let action = actions[event.key] ?? actions[event.key.toLowerCase()];
+  let action = actions[key] ?? actions[key.toLowerCase()];
   if (isBoxes && selected >= 0 && isArrow) action = () => moveByKey(event);
   else if (event.ctrlKey) return;
-  if (/^[1-9]$/.test(event.key)) action = () => choose(Number(event.key) - 1);
+  if (/^[1-9]$/.test(key)) action = () => choose(Number(key) - 1);
   if (!action) return;
   event.preventDefault();
   if (!event.repeat || isArrow) action();
@@ -498,8 +715,13 @@ byId("form").addEventListener("submit", (event) => event.preventDefault());
 byId("save").addEventListener("click", () => decide("save"));
 byId("skip").addEventListener("click", () => decide("skip"));
 byId("undo").addEventListener("click", undo);
-byId("previous").addEventListener("click", () => open((item.index + decisions.length - 1) % decisions.length));
-byId("next").addEventListener("click", () => open((item.index + 1) % decisions.length));
+byId("reset").addEventListener("click", () => {
+  answer = makeAnswer(item.answer);
+  selected = -1;
+  show();
+});
+byId("previous").addEventListener("click", () => move(-1));
+byId("next").addEventListener("click", () => move(1));
 byId("next-image").addEventListener("click", () => {
   imageIndex = (imageIndex + 1) % item.images.length;
   showImage();
@@ -508,11 +730,9 @@ window.addEventListener("resize", () => { if (item?.images.length) drawBoxes(); 
 
 (async () => {
   try {
-    const content = await request("items");
-    ({ decisions } = content);
-    showCounts(content.counts);
+    await loadItems();
     const index = Number(location.hash.slice(1));
     const isKnown = location.hash && index < decisions.length;
     if (decisions.length) await open(isKnown ? index : Math.max(0, findOpen(-1)));
-  } catch (error) { report(error); }
+  } catch (error) { report("Not loaded", error); }
 })();

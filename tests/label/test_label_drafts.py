@@ -1,0 +1,322 @@
+"""Tests that unsaved answers and decisions of other tabs are not lost on the labelling page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser
+from label_fixtures import (
+    CORNERS,
+    MODEL,
+    draw_images,
+    make_suggestion,
+    open_boxes_session,
+    open_fields_session,
+)
+from label_page_driver import (
+    check_layouts,
+    open_client,
+    press,
+    read_answers,
+    save,
+    serve,
+    wait_for,
+)
+
+from finesight.label.label_session import LabelSession, open_session
+
+DELAY_SCRIPT = """window.realFetch ??= window.fetch;
+window.fetch = async (url, options) => {
+  if (url === URL_TO_DELAY) await new Promise((resolve) => { window.release = resolve; });
+  return window.realFetch(url, options);
+};"""
+TYPE_SCRIPT = """const input = document.querySelector("#form :is(input, textarea)");
+input.value = TEXT;
+input.dispatchEvent(new Event("input"));"""
+
+
+def open_texts_session(folder: Path, **options: Any) -> LabelSession:
+    """Open a session with the suggested texts a0, a1 and a2, in this order."""
+    photos = folder / "photos"
+    if not photos.exists():
+        draw_images(folder)
+    options = {"prompt": "Read."} | options
+    session = open_session(folder / "labels", MODEL, [photos], **options)
+    suggestions = [make_suggestion(str(photos / f"{i}.png"), f"a{i}", 0.9) for i in range(3)]
+    session.store.add_suggestions([(one, None) for one in suggestions], MODEL)
+    session.complete_task()
+    return session
+
+
+def delay(browser: Browser, url: str) -> None:
+    """Delay the requests of a URL until `release` is called."""
+    browser.run(f"window.release = null; {DELAY_SCRIPT.replace('URL_TO_DELAY', repr(url))}")
+
+
+def release(browser: Browser) -> None:
+    wait_for(browser, "window.release")
+    browser.run("window.release();")
+
+
+def type_text(browser: Browser, text: str) -> None:
+    browser.run(TYPE_SCRIPT.replace("TEXT", json.dumps(text)))
+
+
+def get_value(browser: Browser) -> Any:
+    return browser.run("return document.querySelector('#form :is(input, textarea)').value;")
+
+
+def wait_for_name(browser: Browser, name: str) -> None:
+    wait_for(browser, f"document.querySelector('#name').textContent === '{name}'")
+
+
+def open_image(browser: Browser, index: int) -> None:
+    browser.run(f"return open({index});")
+    wait_for_name(browser, f"{index}.png")
+
+
+def test_typed_text_survives_saving_and_late_requests(tmp_path: Path, browser: Browser) -> None:
+    count = "document.querySelector('#counts').textContent.includes('corrected {}')"
+    with serve(open_texts_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for_name(browser, "0.png")
+        # The answer to the first of two requests comes last.
+        delay(browser, "items/1")
+        browser.run("open(1); open(2);")
+        wait_for_name(browser, "2.png")
+        release(browser)
+        browser.settle()
+        wait_for_name(browser, "2.png")
+        # Text that is typed while it is saved remains, with its field.
+        delay(browser, "decision")
+        type_text(browser, "v1")
+        browser.run("decide('save');")
+        type_text(browser, "v1 and more")
+        release(browser)
+        wait_for(browser, count.format(1))
+        wait_for(browser, "document.querySelector('#notice').textContent.startsWith('Saved')")
+        assert (get_value(browser), read_answers(tmp_path / "labels")) == (
+            "v1 and more",
+            {"2.png": "v1"},
+        )
+        # Another image that was opened while an answer is saved stays open.
+        open_image(browser, 0)
+        type_text(browser, "first")
+        browser.run("decide('save');")
+        open_image(browser, 1)
+        type_text(browser, "second")
+        release(browser)
+        wait_for(browser, count.format(2))
+        wait_for_name(browser, "1.png")
+        browser.driver.refresh()
+        wait_for_name(browser, "1.png")
+        assert get_value(browser) == "second"
+        for index, text in ((0, "first"), (2, "v1 and more")):
+            open_image(browser, index)
+            assert get_value(browser) == text
+        assert browser.run("return document.querySelector('#hint').innerText;").endswith("a2")
+        # The list names images with unsaved answers, and a reset drops them.
+        browser.run("document.querySelector('#list').open = true;")
+        unsaved = "document.querySelectorAll('#list .draft').length"
+        wait_for(browser, f"{unsaved} === 2")
+        browser.run("document.querySelector('#reset').click(); return showList();")
+        wait_for(browser, f"{unsaved} === 1")
+        assert get_value(browser) == "v1"
+
+
+def test_stale_page_overwrites_no_decision(tmp_path: Path, browser: Browser) -> None:
+    with open_client(open_texts_session(tmp_path)) as client:
+        item = client.get("/items/0").json()
+        save(client, item, revision=item["revision"], text="other tab")
+        for values in ({"text": "a0"}, {"action": "skip"}, {"action": "reopen"}):
+            refused = save(client, item, revision=item["revision"], **values)
+            assert (refused.status_code, "another tab" in refused.text) == (422, True)
+            headers = {"accept-language": "zh-Hans"}
+            body = {"id": item["id"], "action": "save", "revision": 1, "text": "a0"}
+            assert "另一个标签页" in client.post("/decision", json=body, headers=headers).text
+    assert read_answers(tmp_path / "labels") == {"0.png": "other tab"}
+    session = open_texts_session(tmp_path)
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en#1")
+        wait_for_name(browser, "1.png")
+        type_text(browser, "mine")
+        session.store.skip(session.store.items[1].sample.sample.id)
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#error').textContent.includes('another tab')")
+        session.store.skip(session.store.items[2].sample.sample.id)
+        open_image(browser, 2)
+        # The counts follow the decisions of other tabs.
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 2')")
+        wait_for(browser, "!document.querySelector('#finished').hidden")
+        open_image(browser, 1)
+        assert get_value(browser) == "mine"
+
+
+def test_unsaved_answers_belong_to_a_session(tmp_path: Path, browser: Browser) -> None:
+    keys = set()
+    for prompt, names in (("Which color?", ()), ("Which size?", ()), ("Read.", ("shop", "total"))):
+        options = {"kind": "fields", "field_names": names} if names else {}
+        with open_client(open_texts_session(tmp_path, prompt=prompt, **options)) as client:
+            keys.add(client.get("/").text.split("&#34;session&#34;: &#34;")[1][:16])
+    assert len(keys) == 3
+    options = {"kind": "fields", "prompt": "Read."}
+    session = open_session(tmp_path / "new", MODEL, [tmp_path / "photos"], **options)
+    session.complete_task()
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for_name(browser, "0.png")
+        open_image(browser, 1)
+        type_text(browser, '{"shop": "typed on 1"}')
+        open_image(browser, 0)
+        type_text(browser, '{"shop": "zero", "total": 1}')
+        press(browser, "Enter")
+        # The first object gives the next images fields, and an object that was typed remains.
+        wait_for_name(browser, "1.png")
+        assert get_value(browser) == '{"shop": "typed on 1"}'
+        open_image(browser, 2)
+        wait_for(browser, "document.activeElement.id === 'field-0'")
+        # An edit belongs to the name of its field, whatever the order of the fields.
+        browser.run("document.execCommand('insertText', false, 'Olp');")
+        assert browser.run("return answer.edits;") == {'["shop"]': "Olp"}
+        press(browser, "Enter")
+        wait_for(browser, "document.activeElement.id === 'field-1'")
+        browser.run("document.execCommand('insertText', false, '1,5');")
+        note = "document.querySelectorAll('#form .note')[1].textContent"
+        wait_for(browser, f"{note} === 'text, not a number'")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('written 2')")
+    assert read_answers(tmp_path / "new") == {
+        "0.png": '{"shop": "zero", "total": 1}',
+        "2.png": '{"shop": "Olp", "total": "1,5"}',
+    }
+
+
+def test_undo_needs_the_server_and_survives_a_reload(tmp_path: Path, browser: Browser) -> None:
+    notice, decision = ("document.querySelector('#notice')", "document.querySelector('#decision')")
+    with serve(open_texts_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for_name(browser, "0.png")
+        assert browser.run("return document.querySelector('#undo').disabled;")
+        press(browser, "u")
+        wait_for(browser, f"{notice}.textContent === 'Nothing to undo'")
+        press(browser, "Enter")
+        wait_for_name(browser, "1.png")
+        browser.driver.refresh()
+        wait_for_name(browser, "1.png")
+        browser.run(
+            "window.realFetch = window.fetch; window.fetch = async (url, options) => {"
+            "if (url === 'decision') throw new TypeError(); return realFetch(url, options);};"
+        )
+        press(browser, "u")
+        wait_for(browser, "!document.querySelector('#error').hidden")
+        assert browser.run(f"return {decision}.textContent;") == "accepted"
+        browser.run("window.fetch = window.realFetch; return open(1);")
+        press(browser, "u")
+        wait_for(browser, f"{notice}.textContent === 'Undone: accepted · 0.png'")
+        assert browser.run(f"return [{decision}.textContent, undo.disabled];")[0] == "open"
+        browser.run("window.fetch = async () => { throw new TypeError(); };")
+        browser.run("return open(2);")
+        error = browser.run("return document.querySelector('#error').textContent;")
+        assert error == "Not loaded: The server does not answer."
+
+
+@pytest.mark.parametrize(("num_classes", "control"), [(3, "input[type=radio]"), (12, "option")])
+def test_only_classes_are_saved(
+    tmp_path: Path, browser: Browser, num_classes: int, control: str
+) -> None:
+    names = ("a1", *(f"class {number}" for number in range(2, num_classes + 1)))
+    error, note = "document.querySelector('#error')", "document.querySelector('#form .note')"
+    with serve(open_texts_session(tmp_path, choices=names, kind="classes")) as address:
+        browser.visit(f"{address}/?lang=zh")
+        wait_for(browser, f"{note}?.textContent.includes('a0')")
+        press(browser, "Enter")
+        wait_for(browser, f"{error}.textContent.includes('请选择类别')")
+        press(browser, "2")
+        count = browser.run(f"return document.querySelectorAll('#form {control}').length;")
+        assert count == num_classes
+        press(browser, "Enter")
+        wait_for_name(browser, "1.png")
+        assert browser.run("return document.querySelector('#confidence').textContent;")
+        press(browser, "3")
+        assert browser.run("return document.querySelector('#confidence').textContent;") == ""
+        press(browser, "Enter")
+        wait_for_name(browser, "2.png")
+        press(browser, "s")
+        # The finished state is that of the server.
+        for _ in range(2):
+            wait_for(browser, "!document.querySelector('#finished').hidden")
+            assert "3" in browser.run("return document.querySelector('#all-decided').innerText;")
+            assert browser.run("return document.querySelector('#save-text').innerText;") == "保存"
+            browser.driver.refresh()
+        browser.run("document.querySelector('#review').click();")
+        wait_for_name(browser, "2.png")
+        wait_for(browser, "document.querySelectorAll('#list-items li').length === 1")
+        check_layouts(browser, address)
+    assert read_answers(tmp_path / "labels") == {"0.png": names[1], "1.png": names[2]}
+
+
+def test_boxes_have_a_class(tmp_path: Path, browser: Browser) -> None:
+    session = open_boxes_session(tmp_path)
+    with open_client(session) as client:
+        item = client.get("/items/0").json()
+        for label, message in (("other", "'other' is not one"), (None, "box 1 has no class")):
+            refused = save(client, item, boxes=[{"label": label, "xyxy": CORNERS[0]}])
+            assert (refused.status_code, message in refused.text) == (422, True)
+    choice = "document.querySelector('#box-0')"
+    (tmp_path / "next").mkdir()
+    with serve(open_boxes_session(tmp_path / "next")) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, choice)
+        # The keys of a selected box are those of its choice, too.
+        browser.run(f"{choice}.focus();")
+        press(browser, "ArrowRight")
+        press(browser, "2")
+        wait_for(browser, f"{choice}.value === 'total'")
+        assert browser.run("return answer.boxes[0].xyxy[0];") == CORNERS[0][0] + 1
+        browser.run(f"{choice}.focus();")
+        press(browser, "Delete")
+        wait_for(browser, "document.querySelectorAll('#overlay rect').length === 1")
+        # A finger scrolls the page until the boxes are drawn.
+        action = "getComputedStyle(document.querySelector('#overlay')).touchAction"
+        assert browser.run(f"return {action};") == "pan-y pinch-zoom"
+        browser.run("document.querySelector('#draw').click();")
+        assert browser.run(f"return {action};") == "none"
+        browser.run("return open(1);")
+        address = "document.querySelector('#language').hash"
+        assert browser.run(f"return {address};") == "#1"
+
+
+def test_narrow_page_shows_the_next_image_and_the_buttons(tmp_path: Path, browser: Browser) -> None:
+    with serve(open_fields_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en", 390, 600)
+        wait_for_name(browser, "2.png")
+        browser.run("window.scrollTo(0, 400);")
+        browser.run("document.querySelector('#save').click();")
+        wait_for_name(browser, "1.png")
+        wait_for(browser, "window.scrollY === 0")
+        bottom = browser.run(
+            "return document.querySelector('#save').getBoundingClientRect().bottom;"
+        )
+        assert bottom <= 600
+
+
+def test_reviewed_samples_may_keep_their_class(tmp_path: Path) -> None:
+    with open_client(open_texts_session(tmp_path)) as client:
+        for index, text in enumerate(("red", "rare", "red")):
+            save(client, client.get(f"/items/{index}").json(), text=text)
+    options: dict[str, Any] = {"kind": "classes", "choices": ("red", "blue"), "review": True}
+    session = open_session(
+        tmp_path / "reviewed", MODEL, [tmp_path / "labels/labels.jsonl"], **options
+    )
+    session.complete_task()
+    with open_client(session) as client:
+        items = [client.get(f"/items/{index}").json() for index in range(3)]
+        item = next(one for one in items if one["answer"]["text"] == "rare")
+        assert item["choices"] == ["red", "blue", "rare"]
+        assert save(client, item, text="rare").json()["item"]["decision"] == "accepted"
+        for text, known in (("other", item), ("rare", items[item["index"] - 1])):
+            refused = save(client, known, text=text)
+            assert (refused.status_code, "not one of the classes" in refused.text) == (422, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
 from PIL import Image
 from shape_images import write_shape_images
+
+from finesight.check import dataset_issues
 
 CASES = load_cases("consistency")
 
@@ -116,9 +120,9 @@ def test_dominant_answer_is_reported(folder):
 
 
 @pytest.mark.parametrize(("rare", "is_similar"), CASES["test_rare_similar_answers"])
-@pytest.mark.parametrize("num_rare", [1, 2])
+@pytest.mark.parametrize("num_rare", [1, 2, 3])
 def test_rare_similar_answers(folder, rare, is_similar, num_rare):
-    answers = ["square"] * 48 + ["disc 1"] * 48 + ["cat"] * 40 + [rare] * num_rare
+    answers = ["square"] * 60 + ["disc 1"] * 60 + ["cat"] * 60 + [rare] * num_rare
     records = [
         make_record(image_name(0), "Which?", answer) | {"id": f"s{n}"}
         for n, answer in enumerate(answers)
@@ -126,12 +130,47 @@ def test_rare_similar_answers(folder, rare, is_similar, num_rare):
     train = write_records(folder / "train.jsonl", records[:-num_rare])
     result = run_check(train, write_records(folder / "eval.jsonl", records[-num_rare:]))
     issues = [one for one in result.issues if one.code == "rare-similar-answer"]
-    assert [one.sample_id for one in issues] == [f"s{136 + n}" for n in range(num_rare)][
+    assert [one.sample_id for one in issues] == [f"s{180 + n}" for n in range(num_rare)][
         : num_rare * is_similar
     ]
     for one in issues:
-        assert one.severity == "warning"
-        assert (repr(rare) in one.what, "'square' in 48" in one.what) == (True, True)
+        assert one.severity == "note"
+        assert (repr(rare) in one.what, "'square' in 60" in one.what) == (True, True)
+        assert "if it is misspelled" in one.remedy
+
+
+@pytest.mark.parametrize(("rare", "frequent", "similar"), CASES["test_classes_are_no_misspellings"])
+def test_classes_are_no_misspellings(rare, frequent, similar):
+    counts = Counter({frequent: 60, rare: 3})
+    assert [*dataset_issues.find_similar(counts)] == ([(rare, frequent)] if similar else [])
+
+
+def test_rare_labels_of_boxes_are_reported(folder):
+    records = [
+        make_record(image_name(0), f"Where is {n}?", None, [10, 10, 50, 50]) for n in range(60)
+    ]
+    for n, record in enumerate(records):
+        record["messages"][-1]["content"][0]["label"] = "pedestrain" if n == 7 else "pedestrian"
+    issues = issues_by_line(check_records(folder, *records), "rare-similar-answer")
+    assert {line: issue.what for line, issue in issues.items()} == {
+        8: "'pedestrain' (1 of 60 labels of boxes), but 'pedestrian' in 59"
+    }
+
+
+def test_few_pairs_of_classes_are_compared(monkeypatch):
+    compared = []
+
+    def is_similar(rare, frequent):
+        compared.append((rare, frequent))
+        return False
+
+    monkeypatch.setattr(dataset_issues, "is_similar", is_similar)
+    chance = random.Random(0)
+    names = ["".join(chance.choices("abcdefgh", k=8)) for _ in range(340)]
+    counts = Counter({name: 1 if n < 290 else 20 for n, name in enumerate(names)})
+    assert [*dataset_issues.find_similar(counts)] == []
+    assert 0 < len(compared) < 0.05 * 290 * 50
+    assert all(counts[rare] == 1 and counts[text] == 20 for rare, text in compared)
 
 
 def test_answers_of_free_text_are_not_similar(folder):

@@ -133,6 +133,25 @@ def test_image_is_asked_for(image_question, monkeypatch, capsys, has_images, is_
         assert "ttach" not in printed.out
 
 
+def test_commands_at_the_image_question(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    path, _ = write_shape_image(tmp_path / "images", 0)
+    session = ChatSession(  # type: ignore[arg-type]
+        ScriptedService(manifest=Manifest.model_construct(has_images=True, prompts=()))
+    )
+    lines = iter(["What is it?", "/help", "/undo", "/imagesX", f"/image {path}", "/quit"])
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt: [asked.append(prompt), next(lines)][1])
+    ChatTerminal(session, GenerationOptions(), is_interactive=True).run()
+    assert [turn.image_paths for turn in session.turns] == [(path,)]
+    assert asked.count("image, or Enter for none: ") == 4
+    printed = capsys.readouterr()
+    assert "print this list" in printed.out
+    assert "nothing to undo" in printed.out
+    assert "error: /imagesX: no such" in printed.err
+
+
 def test_truncated_reply_depends_on_seed(image_question):
     options = ("--max-new-tokens", "3", "--temperature", "8", "--seed", "4")
     lines = run_chat(f"/image {image_question[0]}", image_question[1], "/again", options=options)

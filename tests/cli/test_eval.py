@@ -12,7 +12,7 @@ from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 from typer.testing import CliRunner
 
-from finesight.cli.results import evaluate
+from finesight.cli.results import describe_changed_data, evaluate
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES_UNBOUNDED
@@ -96,6 +96,11 @@ def test_changed_validation_data_of_a_run_are_noted(tmp_path):
     assert "note:" not in run_eval(run, "--data", data).stderr
 
 
+def test_recipe_without_a_run_has_no_recorded_data(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("data: {}")
+    assert describe_changed_data(str(tmp_path)) == ""
+
+
 def test_samples_with_damaged_images_are_reported(tiny, data, tmp_path):
     (tmp_path / "a.png").write_bytes(b"broken")
     result = run_eval(tiny, "--data", data, "--metric", "ocr")
@@ -150,6 +155,10 @@ def test_custom_metric_function_is_used_and_named(tiny, data, tmp_path):
     assert figures["primary_metric"] == "length"
     assert figures["scores"]["length"] == (len("noise") + len("more noise")) / 2
     assert f"custom metric: {tmp_path / 'mine.py'}:length" in result.stderr
+    (tmp_path / "mine.py").write_text("def accuracy(case):\n    return 0.5\n")
+    table = run_eval(tiny, "--data", data, "--metric", f"{tmp_path / 'mine.py'}:accuracy").stdout
+    assert "accuracy*" in table
+    assert "correct" not in table
 
 
 @pytest.mark.parametrize("needed", ["metric", "data"])

@@ -187,6 +187,22 @@ def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"plate": lambda i: f"AB {i}"}, "ocr", "Read the text."),
         ({"reading": lambda i: f"{i // 2 + 30}"}, "ocr", "Read the text."),
         (
+            {
+                "question": lambda i: ("Read the line.", "Transcribe.")[i % 2],
+                "answer": lambda i: f"line {i}",
+            },
+            "ocr",
+            None,
+        ),
+        (
+            {
+                "question": lambda i: ("Describe.", "Caption:")[i % 2],
+                "answer": lambda i: f"a dog on grass {i}",
+            },
+            "captions",
+            None,
+        ),
+        (
             {"label": lambda i: ("cat", "dog")[i % 2]},
             "classification",
             "Which of these classes does the image show: cat, dog? Answer with the class only.",
@@ -432,7 +448,12 @@ def test_option_sets_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (found["metric"], found["prompt"]) == ("json", "Return the fields as JSON.")
     table = write_table(tmp_path / "table", 3, caption=lambda i: f"a photo of house {i}")
     found = run_init(table, "--task", "qa", "--out", "table-qa")
-    assert found["metric"] == "qa"
+    assert (found["metric"], found["prompt"]) == ("qa", "Answer the question.")
+    found = run_init(table, "--task", "classification", "--out", "table-classes")
+    assert "image show: a photo of house 0, a photo of house 1, " in found["prompt"]
+    # Answers that are no JSON cannot be evaluated as JSON.
+    assert run_command(["init", "table", "--task", "json", "--yes", "--out", "table-json"]) == 2
+    assert not Path("table-json").exists()
     draw_dots(Path("one"), 1)
     result = CliRunner().invoke(init_app(), ["one", "--yes"])
     assert "data    one: 1 image without labels\n" in result.output
@@ -455,6 +476,55 @@ def test_classes_of_unlabeled_images_are_asked(
     recipe = yaml.safe_load(Path("photos-finetune/recipe.yaml").read_text())
     assert recipe["eval"]["metric"] == "classification"
     assert recipe["data"]["eval"] == "photos-finetune/data/labels_eval.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "prompt"),
+    [
+        (["--task", "classification"], "--classes A,B ", "What is it?"),
+        (["--task", "json"], "--kind fields --fields A,B ", "Return the fields as JSON."),
+        (
+            ["--prompt", "Return total, date as JSON."],
+            "--kind fields --fields total,date ",
+            "Return total, date as JSON.",
+        ),
+    ],
+)
+def test_names_of_unlabeled_images_are_proposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], options: str, prompt: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_dots(Path("photos"), 3)
+    found = run_init("photos", "--yes", *words)
+    assert found["prompt"] == prompt
+    assert f" --out photos-finetune/data {options}--no-suggestions" in found["next"][0]
+
+
+def test_fields_of_unlabeled_images_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "is_interactive", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    draw_dots(Path("photos"), 3)
+    answers = ("photos", "json", "", "total, date", "")
+    result = CliRunner().invoke(init_app(), [], input="\n".join(answers) + "\n")
+    assert result.exit_code == 0, result.output
+    assert "--kind fields --fields total,date --no-suggestions" in result.output
+    assert "task    json; prompt: Return total, date as JSON.\n" in result.output
+
+
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize("num_missing", [0, 5])
+def test_rows_without_images_are_mentioned(tmp_path: Path, num_missing: int) -> None:
+    table = write_table(tmp_path, 24, label=lambda i: "ab"[i % 2])
+    for i in range(num_missing):
+        (table / f"images/{i}.png").unlink()
+    words = [f"{table}/labels.csv", "--out", f"{tmp_path}/out", "--json"]
+    result = CliRunner().invoke(init_app(), words, catch_exceptions=False)
+    skipped = {"an image is missing or corrupt": num_missing} if num_missing else {}
+    assert json.loads(result.stdout.splitlines()[-1])["skipped_rows"] == skipped
+    warning = "warning: 5 of 24 rows have no readable image and were skipped"
+    assert (warning in result.stderr) == bool(num_missing)
 
 
 def test_images_without_labels_lead_to_labelling(

@@ -17,7 +17,7 @@ from finesight.data.import_source import (
     open_unvalidated,
 )
 from finesight.data.importer import import_dataset
-from finesight.data.sample import BoxPart, ImagePart
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from finesight.errors import UserError
 
 
@@ -134,6 +134,27 @@ def test_column_option_for_folder_is_rejected(tmp_path: Path) -> None:
             tmp_path / "set", tmp_path / "out", ImportOptions(columns={"image": "image"})
         )
     assert caught.value.where == "--map"
+
+
+@pytest.mark.parametrize(
+    ("answers", "metric"),
+    [
+        ([str(n % 13) for n in range(200)], "classification"),
+        ([f"{n % 100:02}.{n % 7}" for n in range(200)], "ocr"),
+        ([str(n % 60) for n in range(200)], "ocr"),
+    ],
+    ids=["counts", "decimals", "readings"],
+)
+def test_few_integers_are_classes(answers: list[str], metric: str) -> None:
+    requested = [Message(role="user", content=(ImagePart(image="a.png"),))]
+    samples = [
+        Sample(
+            id=str(n),
+            messages=(*requested, Message(role="assistant", content=(TextPart(text=answer),))),
+        )
+        for n, answer in enumerate(answers)
+    ]
+    assert import_source.detect_task(samples).metric == metric
 
 
 @pytest.mark.parametrize("num_images", [3, 4])

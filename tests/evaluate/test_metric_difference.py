@@ -8,12 +8,13 @@ import pytest
 
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES
-from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.eval_case import EvalCase, MetricResult, mean_metrics
 from finesight.evaluate.metric_difference import (
     REASON_UNSAMPLED,
     MetricDifference,
     build_unsampled_difference,
     compare_cases,
+    compare_results,
     format_differences,
 )
 
@@ -118,5 +119,10 @@ def test_number_of_correct_answers_is_printed():
     lines = format_differences(compare_cases("classification", wrong, cases)).splitlines()
     assert "accuracy: 0 of 3 answers correct before, 2 after" in lines
     assert not any("max_new_tokens" in line for line in lines)
+    fractions = [{"accuracy": value} for value in (0.3, 0.2, 0.1, 0.4)]
+    halves = [{"accuracy": 0.5}] * 4
+    for before, after in ((fractions, halves), (halves, halves)):
+        results = (MetricResult(values, mean_metrics(values)) for values in (before, after))
+        assert "correct" not in format_differences(compare_results(*results))
     lines = format_differences(compare_cases("classification", cases, wrong)).splitlines()
     assert "ended_with_eos: share of answers that ended before eval.max_new_tokens" in lines

@@ -512,3 +512,10 @@ def test_kv_cache_leaves_memory_to_linear_states() -> None:
     with pytest.raises(UserError, match="at most 9 sequences, with 154 MB each"):
         area.compute_kv_cache_bytes(config, bf16, 5 << 29, 64)
     assert area.compute_kv_cache_bytes(config, bf16, 5 << 29, 9) > 0
+    num_tokens = 1024 + area.DEFAULT_MAX_NEW_TOKENS
+    for free_gb, expected in ((1, 1), (8, 10), (16, 20), (200, 64)):
+        num_seqs = area.compute_num_seqs(config, bf16, free_gb << 30, 64)
+        assert num_seqs == expected
+        if num_seqs > 1:
+            size = area.compute_kv_cache_bytes(config, bf16, free_gb << 30, num_seqs)
+            assert size >= num_seqs * num_tokens * get_kv_bytes_per_token(config, bf16)

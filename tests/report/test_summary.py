@@ -122,8 +122,12 @@ def test_mfu_above_the_measured_peak_is_omitted(tmp_path: Path) -> None:
     lines = [make_step_line(n + 1, mfu=mfu) for n, mfu in enumerate((4.73, 0.2, 0.4))]
     run.write_lines("metrics.jsonl", lines)
     record = read_run(run.folder)
-    assert [line["mfu"] for line in record.steps] == [None, 0.2, 0.4]
-    assert dict(summary.summarize_cost(record))["MFU"] == "30 %"
+    assert [line["mfu"] for line in record.steps] == [None, None, None]
+    assert dict(summary.summarize_cost(record))["MFU"] == "not recorded"
+    # A rank without packs in a step has no MFU.
+    lines = [make_step_line(1, mfu=None, num_packs=0), make_step_line(2, mfu=0.4)]
+    run.write_lines("metrics.jsonl", lines)
+    assert dict(summary.summarize_cost(read_run(run.folder)))["MFU"] == "20 %"
 
 
 def test_throughput_and_memory_cover_all_steps(finished_record: RunRecord) -> None:
@@ -195,6 +199,35 @@ def test_overfitting_is_reported_with_best_checkpoint(
         lines = [make_step_line(line["step"]) | line for line in steps]
         made.write_lines("metrics.jsonl", [START_RECORD, *lines, *evaluations])
         assert text in summary.list_remarks(record(made))
+
+
+@pytest.mark.parametrize(
+    ("losses", "scores", "sign"),
+    [
+        ((0.5, 0.6, 0.7, 0.8), (9, 8, 7, 6), "falling loss"),
+        ((0.5, 0.6, 0.7), (9, 8, 7), "falling loss"),
+        ((0.8, 0.7, 0.6), (9, 8, 7), "exact"),
+    ],
+)
+def test_model_before_training_may_be_the_best(
+    tmp_path: Path, losses: tuple[float, ...], scores: tuple[float, ...], sign: str
+) -> None:
+    lines: list[dict[str, object]] = [{"step": n, "loss": 1 / n} for n in range(1, 31)]
+    lines += [
+        {
+            "step": 10 * i,
+            "validation_loss": loss,
+            "scores": {"exact": score / 10},
+            "primary_metric": "exact",
+            "intervals": {"exact": [score / 10 - 0.1, score / 10 + 0.1]},
+            "num_samples": 64,
+        }
+        for i, (loss, score) in enumerate(zip(losses, scores, strict=True))
+    ]
+    text = summary.describe_overfitting(tmp_path, lines)
+    assert text is not None
+    best = "exact" if sign == "exact" else "validation loss"
+    assert f"The model before training has the best {best}. Lower train.learning_rate" in text
 
 
 def test_data_wait_is_reported_with_advice(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from finesight.errors import UserError
+from finesight.recipe import recipe_from_dict
 from finesight.train.run_dir import RunDir
 
 
@@ -40,6 +41,7 @@ def test_finished_run_is_not_offered_for_resuming(tmp_path: Path) -> None:
         (["run", "run-2"], "run-2", "run-3"),
         (["run", "run-3"], "run-3", "run-2"),
         (["rank-64"], "rank-64", "rank-64-2"),
+        (["folder-2024", "folder-2024-05"], "folder-2024-05", "folder-2024-05-2"),
     ],
 )
 def test_remedy_names_a_free_folder(
@@ -47,11 +49,25 @@ def test_remedy_names_a_free_folder(
 ) -> None:
     for name in existing:
         (tmp_path / name).mkdir()
+        if not name.startswith("folder"):
+            (tmp_path / name / "manifest.json").touch()
     for name in ("manifest.json", "result.json"):
         (tmp_path / run / name).touch()
     with pytest.raises(UserError, match="contains a finished run") as caught:
         RunDir(tmp_path / run).check_available(resume=False)
     assert caught.value.remedy.endswith(f"output_dir={tmp_path / expected}")
+
+
+def test_full_weights_are_available_after_the_run(tmp_path: Path) -> None:
+    settings = {"model": "finesight-tiny", "data": {"train": "a.jsonl"}, "output_dir": "run"}
+    run = RunDir(tmp_path / "run")
+    for mode, start in (
+        ("full", "; after the run has finished, to train its final weights with the new ones"),
+        ("lora", "; to start from the checkpoint with the new ones"),
+    ):
+        recipe = recipe_from_dict(settings | {"tune": {"language": mode}})
+        text = run.suggest_restart(recipe, tmp_path / "step-2", {"train.batch_size": 3})
+        assert f"{start}: finesight train {tmp_path}/run/recipe.yaml train.batch_size=3" in text
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -75,7 +75,6 @@ _DESCRIPTIONS: dict[Severity, dict[str, str]] = {
         "box-in-text": "the text contains a box",
         "contradictory-answers": "the same question about the same image has different answers",
         "answer-not-json": "the answer is no JSON object, but most answers to its question are",
-        "rare-similar-answer": "a rare answer differs from a frequent one by a letter or two",
     },
     "note": {
         "box-at-edge": "a box exceeds its image by a rounding error",
@@ -83,6 +82,7 @@ _DESCRIPTIONS: dict[Severity, dict[str, str]] = {
         "box-covers-image": "a box covers the full image",
         "duplicate-sample": "the sample is a duplicate",
         "dominant-answer": "most answers are identical",
+        "rare-similar-answer": "a rare answer differs from a frequent one by a letter or two",
     },
 }
 

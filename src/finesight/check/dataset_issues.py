@@ -6,6 +6,7 @@ Leakage is a validation image in the training data, also as a re-encoded copy.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,8 +36,11 @@ MIN_MATCH_IOU = 0.5
 MAX_ANSWER_FRACTION, MIN_SAMPLES = 0.5, 20
 """Maximum fraction of samples with the same answer, and minimum number of samples."""
 
-MAX_RARE_COUNT, MIN_FREQUENCY_RATIO, MAX_CLASSES = 2, 20, 1000
-"""Maximum count of a rare answer, minimum ratio of a frequent one to it, and maximum of classes."""
+MIN_FREQUENCY_RATIO, MAX_CLASSES, MAX_RARE_LOCATIONS, MAX_EDITS = 20, 1000, 20, 2
+"""Minimum ratio of a frequent answer to a rare one, and maximum of classes, samples and edits.
+
+The ratio alone makes an answer rare: a mistake may be repeated.
+"""
 
 _MAX_PREVIEW = 60
 
@@ -175,54 +179,93 @@ class ConsistencyChecker:
 
 
 class RareAnswerChecker:
-    """Find rare answers that are similar to a frequent answer, such as a class."""
+    """Find rare answers and labels of boxes that are similar to a frequent one, such as a class."""
 
     def __init__(self) -> None:
-        self._counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        self._locations: defaultdict[tuple[int, str], list[SampleLocation]] = defaultdict(list)
+        self._counts: defaultdict[int | None, Counter[str]] = defaultdict(Counter)
+        self._locations: defaultdict[tuple[int | None, str], list[SampleLocation]]
+        self._locations = defaultdict(list)
 
     def add_sample(self, sample: Sample, location: SampleLocation) -> None:
         *turns, answer = sample.messages
-        text = " ".join(join_text(answer.content).split())
-        if len(text) > MAX_SHORT_ANSWER or any(isinstance(x, BoxPart) for x in answer.content):
-            return
-        question = hash(tuple((turn.role, join_text(turn.content)) for turn in turns))
-        self._counts[question][text] += 1
-        if len(locations := self._locations[question, text]) < MAX_RARE_COUNT:
-            locations.append(location)
+        labels = [part.label for part in answer.content if isinstance(part, BoxPart) and part.label]
+        question = None
+        if not any(isinstance(part, BoxPart) for part in answer.content):
+            labels = [" ".join(join_text(answer.content).split())]
+            question = hash(tuple((turn.role, join_text(turn.content)) for turn in turns))
+        labels = [label for label in labels if len(label) <= MAX_SHORT_ANSWER]
+        self._counts[question].update(labels)
+        for label in dict.fromkeys(labels):
+            if len(locations := self._locations[question, label]) < MAX_RARE_LOCATIONS:
+                locations.append(location)
 
     def find_issues(self) -> Iterator[tuple[SampleLocation, CheckIssue]]:
-        """Yield an issue for each sample with a rare answer that is likely misspelled."""
+        """Yield an issue for each sample with a rare answer or label that may be misspelled."""
         for question, counts in self._counts.items():
             # Further answers are free text.
             if len(counts) > min(MAX_CLASSES, counts.total() / 3):
                 continue
-            ranked = counts.most_common()
-            for rare, num_rare in ranked:
-                frequent = (
-                    f"{text!r} in {count}"
-                    for text, count in ranked
-                    if count >= num_rare * MIN_FREQUENCY_RATIO and is_similar(rare, text)
-                )
-                similar = next(frequent, None) if num_rare <= MAX_RARE_COUNT else None
-                for location in [] if similar is None else self._locations[question, rare]:
-                    what = f"{rare!r} ({num_rare} of {counts.total()} answers), but {similar}"
-                    remedy = "correct a misspelled answer, also where the prompt lists the classes"
+            kind = "labels of boxes" if question is None else "answers"
+            for rare, text in find_similar(counts):
+                what = f"{rare!r} ({counts[rare]} of {counts.total()} {kind})"
+                what += f", but {text!r} in {counts[text]}"
+                remedy = f"correct it if it is misspelled, also where the prompt lists the {kind}"
+                for location in self._locations[question, rare]:
                     yield location, location.create_issue("rare-similar-answer", what, remedy)
 
 
-def is_similar(text: str, other: str) -> bool:
-    """Return whether two texts have the same digits and differ by a likely misspelling.
+def find_similar(counts: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Yield each rare text with the most frequent text that is similar to it.
 
-    One edit (or swap) from 4 characters, two from 6; case is ignored.
+    Only texts with the same first character and almost the same characters are compared.
+    """
+    ranked = counts.most_common()
+    masks = {text: _mask_characters(text.casefold()) for text in counts}
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for text, _ in ranked:
+        groups[text[:1].casefold()].append(text)
+    for rare, num_rare in ranked:
+        for text in groups[rare[:1].casefold()]:
+            if counts[text] < num_rare * MIN_FREQUENCY_RATIO:
+                break
+            num_different = (masks[rare] ^ masks[text]).bit_count()
+            if num_different <= 2 * MAX_EDITS and is_similar(rare, text):
+                yield rare, text
+                break
+
+
+def _mask_characters(text: str) -> int:
+    """Return a bit mask of the occurrences of each character; an edit changes at most two bits."""
+    occurrences: Counter[str] = Counter()
+    mask = 0
+    for character in text:
+        mask |= 1 << (8 * ord(character) + occurrences[character]) % 499
+        occurrences[character] += 1
+    return mask
+
+
+_TOKEN = re.compile(r"[^\w\s]*\d+(?:[.,]\d+)*|[^\W\d_]+")
+_ROMAN = re.compile(r"[ivx]+")
+_START = re.compile(r"hyp(?:o|er)|int(?:er|ra)|m[ai]cro|.")
+
+
+def is_similar(text: str, other: str) -> bool:
+    """Return whether two texts differ by a likely misspelling; case is ignored.
+
+    One edit (or swap) from 4 characters, two from 6. Different numbers, Roman numerals, words of 1
+    or 2 letters and starts of words, such as hypo- and hyper-, are no misspellings.
     """
     a, b = text.casefold(), other.casefold()
     length = min(len(a), len(b))
-    max_edits = 2 if length >= 6 else 1 if length >= 4 else 0
-    digits = ["".join(filter(str.isdigit, one)) for one in (a, b)]
-    if abs(len(a) - len(b)) > max_edits or digits[0] != digits[1]:
+    max_edits = MAX_EDITS if length >= 6 else 1 if length >= 4 else 0
+    if not _is_within(a, b, max_edits):
         return False
-    return _is_within(a, b, max_edits)
+    tokens, others = (Counter(_TOKEN.findall(one)) for one in (a, b))
+    words, other_words = tokens - others, others - tokens
+    if any(len(x) < 3 or not x.isalpha() or _ROMAN.fullmatch(x) for x in (words | other_words)):
+        return False
+    starts, other_starts = ({_START.findall(x)[0] for x in y} for y in (words, other_words))
+    return starts == other_starts
 
 
 def _is_within(a: str, b: str, num_edits: int) -> bool:

@@ -108,11 +108,8 @@ class ChatTerminal:
     def __init__(
         self, session: ChatSession, generation_options: GenerationOptions, is_interactive: bool
     ) -> None:
-        self._session, self._generation_options, self._is_interactive = (
-            session,
-            generation_options,
-            is_interactive,
-        )
+        self._session, self._is_interactive = session, is_interactive
+        self._generation_options = generation_options
         self._pending_images: list[Path] = []
         self._num_regenerations = 0
 
@@ -152,11 +149,13 @@ class ChatTerminal:
             line = self._read_line("image, or Enter for none: ")
             if line is None or line.strip() == "/quit":
                 return False
-            path = line.strip().removeprefix("/image").strip()
-            if not path:
+            line = line.strip()
+            if not line or line == "/image":
                 return True
             try:
-                self._add_images(path)
+                # A file name may start like a command, such as /images/cat.png.
+                is_command = line.partition(" ")[0] in COMMAND_HELP
+                self._handle_line(line if is_command else f"/image {line}")
             except UserError as error:
                 typer.echo(f"error: {error}", err=True)
         return True
@@ -211,9 +210,8 @@ class ChatTerminal:
         for path in _parse_paths(argument):
             height, width = read_image_size(path)
             self._pending_images.append(path)
-            typer.echo(
-                escape_unprintable(f"{path}: {width} x {height}, attached to the next question")
-            )
+            text = f"{path}: {width} x {height}, attached to the next question"
+            typer.echo(escape_unprintable(text))
 
     def _print_reply(self, turn: ChatTurn) -> None:
         reply = turn.replies[0]
@@ -234,9 +232,8 @@ class ChatTerminal:
         typer.echo(finish_notes.get(reply.finish_reason or "", ""))
         for box in reply.boxes:
             corners = ", ".join(f"{coordinate:.1f}" for coordinate in box.xyxy)
-            typer.echo(
-                escape_unprintable(f"  box {corners}" + (f"  {box.label}" if box.label else ""))
-            )
+            label = f"  {box.label}" if box.label else ""
+            typer.echo(escape_unprintable(f"  box {corners}{label}"))
 
     def _regenerate(self) -> None:
         from dataclasses import replace
@@ -245,17 +242,14 @@ class ChatTerminal:
         sampling = self._generation_options.sampling_params
         # The same seed would generate the same answer.
         seed = None if sampling.seed is None else sampling.seed + self._num_regenerations
-        self._print_reply(
-            self._session.regenerate(
-                [replace(self._generation_options, sampling_params=replace(sampling, seed=seed))]
-            )
-        )
+        sampling = replace(sampling, seed=seed)
+        options = replace(self._generation_options, sampling_params=sampling)
+        self._print_reply(self._session.regenerate([options]))
 
     def _undo(self) -> None:
         turn = self._session.undo()
-        typer.echo(
-            "nothing to undo" if turn is None else escape_unprintable(f"removed: {turn.text}")
-        )
+        text = "nothing to undo" if turn is None else f"removed: {turn.text}"
+        typer.echo(escape_unprintable(text))
 
     def _start_session(self) -> None:
         from finesight.infer.chat_session import ChatSession

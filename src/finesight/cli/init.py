@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from finesight.plan.run_plan import RunPlan
     from finesight.train.console import TrainingConsole
 
-MIN_SPLIT_ROWS, MAX_EVAL_FRACTION = 20, 0.2
-"""Smallest dataset with a validation split, and the maximum fraction of its rows."""
+MIN_SPLIT_ROWS, MAX_EVAL_FRACTION, MAX_MISSING_FRACTION = 20, 0.2, 0.01
+"""Smallest dataset with a validation split, and the maximum fractions of its rows and of rows
+without a readable image; more are a warning.
+"""
 
 MODELS = (
     (44e9, "Qwen/Qwen3.5-9B"),
@@ -104,8 +106,9 @@ def init(
     """
     from rich.console import Console
 
+    from finesight.data.image_header import CorruptImageError
     from finesight.data.import_source import ImportOptions, count_unlabeled_images
-    from finesight.data.importer import import_dataset
+    from finesight.data.importer import REASON_BY_ERROR, import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.evaluate.task_metrics import get_task_metric
     from finesight.hub.address import is_hub_address
@@ -145,6 +148,10 @@ def init(
             options = replace(options, train_fraction=1 - num_eval_rows)
         with console.activity("importing the data"):
             summary = import_dataset(path, folder / "data", options)
+    num_without_image = summary.skipped_rows.get(REASON_BY_ERROR[CorruptImageError], 0)
+    if num_without_image > MAX_MISSING_FRACTION * num_rows:
+        text = "have no readable image and were skipped; table and images may be in other folders"
+        typer.echo(f"warning: {num_without_image} of {num_rows} rows {text}", err=True)
     recipe = folder / "recipe.yaml"
     files = {file.file: format_count(file.num_samples, "sample") for file in summary.output_files}
     num_samples = summary.output_files[0].num_samples
@@ -183,6 +190,7 @@ def init(
             "prompt": options.prompt,
             "model": model,
             "samples": {file.file.stem: file.num_samples for file in summary.output_files},
+            "skipped_rows": summary.skipped_rows,
             "fits": fits,
             "has_data_errors": has_errors,
             "next": next_commands,
@@ -262,14 +270,19 @@ def _init_labels(
     default = "json" if is_json else "qa" if is_question else "captions"
     metric = metric or _ask_metric(default, yes)
     prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), yes)
-    classes = _ask("Classes (A,B,C)", "", yes) if metric == "classification" else ""
+    names, listed = "", re.fullmatch(r"(?i)return (\w+(?:, ?\w+)+) as json\.?", prompt)
+    if title := {"classification": "Classes", "json": "Fields"}.get(metric):
+        names = _ask(f"{title} (A,B,C)", listed[1] if listed else "", yes)
+        names = re.sub(" *, *", ",", names.strip())
+    if names and prompt == PROMPTS["json"]:
+        prompt = f"Return {names.replace(',', ', ')} as JSON."
     device, memory_bytes = find_device()
     model = model or _ask("Model", choose_model(memory_bytes), yes)
     locate_model(model)
     data, recipe, run = folder / "data", folder / "recipe.yaml", folder / "run"
     files = dict.fromkeys((data / LABELS_FILE, data / EVAL_FILE), "written by `finesight label`")
     num_samples = round(num_images * (1 - MAX_EVAL_FRACTION))
-    task = DetectedTask(metric, prompt, 32 if classes else 256)
+    task = DetectedTask(metric, prompt, 32 if metric == "classification" else 256)
     author = f"`finesight init` for {device}"
     duration = choose_duration(None, 0, is_short=False)
     text = format_recipe(recipe, run, model, author, task, files, num_samples, (), duration)
@@ -277,8 +290,12 @@ def _init_labels(
     label = ["label", model, source, "--prompt", prompt, "--out", data]
     # The bundled model cannot answer before training; the keys of fields come from suggestions.
     has_suggestions = model != TINY_MODEL
-    kind = "text" if metric == "json" and not has_suggestions else LABEL_KINDS.get(metric, "text")
-    label += ["--classes", classes] if classes else ["--kind", kind]
+    if metric == "classification":
+        label += ["--classes", names or "A,B"]
+    else:
+        label += ["--kind", LABEL_KINDS.get(metric, "text")]
+    if metric == "json" and (names or not has_suggestions):
+        label += ["--fields", names or "A,B"]
     label += [] if has_suggestions else ["--no-suggestions"]
     label += ["--train-fraction", 1 - MAX_EVAL_FRACTION]
     commands = [
@@ -290,7 +307,8 @@ def _init_labels(
         return
     lines = [f"data    {source}: {format_count(num_images, 'image')} without labels"]
     lines += [f"task    {metric}; prompt: {prompt}", f"model   {model}", ""]
-    lines += [f"recipe: {recipe}", "next:", *(f"  {command}" for command in commands)]
+    hint = " (replace A,B by your names)" if "A,B" in label else ""
+    lines += [f"recipe: {recipe}", f"next{hint}:", *(f"  {command}" for command in commands)]
     typer.echo("\n".join(map(escape_unprintable, lines)))
 
 
@@ -329,6 +347,8 @@ def _detect_task(
         format_class_prompt,
         open_source,
     )
+    from finesight.evaluate.eval_case import get_reference_answer
+    from finesight.evaluate.task_metrics import check_references
 
     samples: list[Sample] = []
     opened = open_source(path, options)
@@ -348,7 +368,12 @@ def _detect_task(
             break
     if not samples:
         raise next(row.error for row in rows if row.error is not None)
-    task = detect_task(samples, options.columns.get("fields", ""))
+    fields = options.columns.get("fields", "")
+    task = detect_task(samples, fields)
+    metric = metric or _ask_metric(task.metric, yes)
+    if metric != task.metric:
+        check_references(metric, [get_reference_answer(sample) for sample in samples])
+        task = detect_task(samples, fields, metric)
     if spacing > 1 and task.metric == "classification" and task.prompt is not None:
         # The preview may lack classes.
         answers = (
@@ -356,14 +381,13 @@ def _detect_task(
         )
         classes = {str(answer).strip() for answer in answers if answer not in (None, "")}
         task = replace(task, prompt=format_class_prompt(classes))
-    metric = metric or _ask_metric(task.metric, yes)
     label = options.columns.get("label")
     if label is not None and options.columns.get("question") == label:
         task = replace(task, prompt=PROMPTS["grounding"])
     needs_prompt = task.prompt is not None and options.prompt is None
     if needs_prompt and "prompt" in opened.data_format.supported_options:
         options = replace(options, prompt=_ask("Question about every image", str(task.prompt), yes))
-    return replace(task, metric=metric), options, opened
+    return task, options, opened
 
 
 def find_device() -> tuple[str, int]:

@@ -139,12 +139,14 @@ def evaluate(
 def describe_changed_data(run: str) -> str:
     """Describe a change of the validation data since a run started; empty without a change."""
     from finesight.data.corpus import load_corpus
-    from finesight.manifest import RECIPE_FILE, find_run_dir
+    from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, find_run_dir
     from finesight.recipe import load_recipe
     from finesight.report.run_reader import read_run
     from finesight.report.summary import get_data_stats
 
     folder = find_run_dir(Path(run))
+    if not (folder / MANIFEST_FILE).is_file():
+        return ""  # an adapter without the records of a run
     recorded = get_data_stats(read_run(folder, "finesight eval"), "eval")
     corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
     if recorded.get("fingerprint") in (None, corpus.fingerprint):

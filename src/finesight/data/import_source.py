@@ -59,7 +59,9 @@ NUM_DETECTION_ROWS = 100
 NUM_PREVIEW_ROWS = 300
 """Number of rows from which columns, image folder and task are detected."""
 
-MAX_NUMERIC_CLASSES = 10
+MAX_NUMERIC_CLASSES, MAX_NUMERIC_FRACTION = 10, 0.1
+"""Number of classes with digits, and their fraction of the answers; more are readings."""
+
 MAX_CLASS_CHARS, MIN_CAPTION_WORDS = 60, 8
 """Maximum length of a class, and mean words of answers to several questions that are captions."""
 
@@ -585,44 +587,57 @@ def format_class_prompt(classes: Collection[str]) -> str:
     return build_class_prompt(len(classes)).format(labels=", ".join(sorted(classes)))
 
 
-def detect_task(samples: Sequence[Sample], fields: str = "") -> DetectedTask:
+def detect_task(
+    samples: Sequence[Sample], fields: str = "", metric: str | None = None
+) -> DetectedTask:
     """Detect the task of samples from their last answers and questions.
 
     Args:
         samples: Samples of the dataset.
         fields: Columns of a JSON answer, for the prompt.
+        metric: Task chosen by the user, None to detect it.
     """
     answers = [join_text(sample.messages[-1].content).strip() for sample in samples]
-    num_words = fmean(len(answer.split()) for answer in answers)
     questions = {join_text(sample.messages[-2].content).strip() for sample in samples}
     boxes = [
         [part.label for part in sample.messages[-1].content if isinstance(part, BoxPart)]
         for sample in samples
     ]
-    box_counts = list(map(len, boxes))
-    classes = set(answers)
-    longest = max(map(len, answers)) + 32 * max(box_counts)
-    if fmean(map(bool, box_counts)) > 0.5:
-        has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
-        metric = "detection" if max(box_counts) > 1 or has_classes else "grounding"
-    elif fmean(map(_is_json_object, answers)) > 0.8:
-        metric = "json"
-    elif fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
-        metric = "latex"
-    elif longest <= MAX_CLASS_CHARS and _is_closed_set(answers):
-        # Also answers to several questions, such as yes and no.
-        metric = "classification"
-    elif len(questions) > 1 and num_words < MIN_CAPTION_WORDS:
-        metric = "qa"
-    else:
-        metric = "captions" if num_words >= 4 else "ocr"
+    metric = metric or _detect_metric(answers, questions, boxes)
     prompt = PROMPTS.get(metric)
     if metric == "json" and fields:
         prompt = f"Return {fields.replace(',', ', ')} as JSON."
     elif metric == "classification":
-        prompt = format_class_prompt(classes)
+        prompt = format_class_prompt(set(answers))
+    longest = max(map(len, answers)) + 32 * max(map(len, boxes))
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
     return DetectedTask(metric, prompt if questions == {""} else None, max_new_tokens)
+
+
+def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str | None]]) -> str:
+    """Detect the task metric from answers, different questions, and labels of boxes.
+
+    Few imperative questions are paraphrases of one prompt.
+    """
+    num_words = fmean(len(answer.split()) for answer in answers)
+    box_counts = list(map(len, boxes))
+    num_paraphrases = max(1, min(max(10, len(answers) ** 0.5), len(answers) / 2))
+    if fmean(question.endswith(("?", "？")) for question in questions) > 0.5:
+        num_paraphrases = 1
+    if fmean(map(bool, box_counts)) > 0.5:
+        has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
+        return "detection" if max(box_counts) > 1 or has_classes else "grounding"
+    if fmean(map(_is_json_object, answers)) > 0.8:
+        return "json"
+    if fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
+        return "latex"
+    is_short = max(map(len, answers)) <= MAX_CLASS_CHARS and max(box_counts) <= 1
+    if is_short and _is_closed_set(answers):
+        # Also answers to several questions, such as yes and no.
+        return "classification"
+    if len(questions) > num_paraphrases and num_words < MIN_CAPTION_WORDS:
+        return "qa"
+    return "captions" if num_words >= 4 else "ocr"
 
 
 def _is_closed_set(answers: Sequence[str]) -> bool:
@@ -632,8 +647,9 @@ def _is_closed_set(answers: Sequence[str]) -> bool:
     """
     counts = Counter(answer.casefold() for answer in answers)
     num_repeated = sum(count for count in counts.values() if count > 1)
-    if sum(any(map(str.isdigit, answer)) for answer in counts) > MAX_NUMERIC_CLASSES:
-        # Readings and counts, not classes.
+    num_numeric = sum(any(map(str.isdigit, answer)) for answer in counts)
+    if num_numeric > max(MAX_NUMERIC_CLASSES, MAX_NUMERIC_FRACTION * len(answers)):
+        # Readings, not classes.
         return False
     is_short = fmean(len(answer.split()) for answer in answers) < 4
     max_classes = len(answers) / 3 if is_short else len(answers) ** 0.5

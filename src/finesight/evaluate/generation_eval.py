@@ -163,7 +163,9 @@ class GenerationEvalResult:
             title = f"{name}*" if name == self.primary_metric else name
             interval = self.intervals[name]
             bounds = "-" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
-            count = count_correct(name, value, len(self.predictions))
+            # Custom scores of a sample may be other values than 0 and 1.
+            is_count = custom_metric.parse_metric_path(self.metric) is None
+            count = count_correct(name, value, len(self.predictions)) if is_count else None
             correct = "" if count is None else f"   {count} of {len(self.predictions)} correct"
             lines.append(f"{title:<18}  {value:8.4f}   {bounds}{correct}")
         lines += note_lines(self.notes.items())

@@ -125,7 +125,7 @@ class MetricDifference:
     Attributes:
         low: Lower bound of after - before; None, like `high`, without an interval.
         note: Reason for a missing interval, or a warning about the score.
-        num_samples: Number of compared predictions; 0 if unknown.
+        num_samples: Number of predictions that are correct or not; 0 if unknown or otherwise.
     """
 
     name: str
@@ -187,7 +187,8 @@ def compare_estimators(
         if old.num_samples >= MIN_SAMPLES:
             verdict = _classify_change(name, interval)
         note = get_missing_difference_reason(old, new) or old.note
-        bounds = low, high, verdict, note, old.num_samples
+        is_count = old.successes_and_trials is not None and new.successes_and_trials is not None
+        bounds = low, high, verdict, note, old.num_samples if is_count else 0
         differences.append(MetricDifference(name, old.score, new.score, *bounds))
     return differences
 
@@ -196,12 +197,8 @@ def compare_prediction_files(
     metric: MetricSpec, before: Path, after: Path
 ) -> list[MetricDifference]:
     """Compare the scores of two prediction files."""
-    before_predictions, after_predictions = read_predictions(before), read_predictions(after)
-    return compare_cases(
-        metric,
-        [prediction.case for prediction in before_predictions],
-        [one.case for one in after_predictions],
-    )
+    old, new = ([one.case for one in read_predictions(file)] for file in (before, after))
+    return compare_cases(metric, old, new)
 
 
 def build_unsampled_difference(
@@ -239,7 +236,7 @@ def format_differences(
     notes = note_lines((one.name, one.note) for one in differences)
     for one in differences:
         old, new = (count_correct(one.name, x, one.num_samples) for x in (one.before, one.after))
-        if new is not None:
+        if old is not None and new is not None:
             notes.append(
                 f"{one.name}: {old} of {one.num_samples} answers correct before, {new} after"
             )

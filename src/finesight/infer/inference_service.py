@@ -49,6 +49,9 @@ DEFAULT_MAX_NEW_TOKENS = 4096
 The KV cache reserves blocks for the maximum length.
 """
 
+EXPECTED_PROMPT_TOKENS = 1024
+"""Expected length of a prompt with an image, for the default number of sequences."""
+
 
 _REPLACEMENT_CHAR = "�"
 """Decoder output for bytes of an incomplete character."""
@@ -625,17 +628,29 @@ class InferenceService:
 def fit_num_seqs(inference_model: InferenceModel, max_num_seqs: int) -> int:
     """Return the number of concurrent sequences that fit into GPU memory, up to `max_num_seqs`.
 
-    The states of linear attention layers take at most half of the memory of `GPU_MEMORY_FRACTION`.
+    With linear attention, the memory of `GPU_MEMORY_FRACTION` contains the states of each sequence
+    and its blocks in the KV cache, with `EXPECTED_PROMPT_TOKENS` and `DEFAULT_MAX_NEW_TOKENS`.
     """
     model = inference_model.model
     if isinstance(model, HfModel):
         return max_num_seqs
     weight = model.model.embed_tokens.weight
-    bytes_per_seq = get_linear_state_bytes(model.config.decoder, weight.dtype, 0)
-    if weight.device.type != "cuda" or not bytes_per_seq:
+    if weight.device.type != "cuda" or model.config.decoder.linear_attention is None:
         return max_num_seqs
-    budget = int(torch.cuda.mem_get_info(weight.device)[0] * GPU_MEMORY_FRACTION)
-    return max(1, min(max_num_seqs, budget // (2 * bytes_per_seq) - 1))
+    free_bytes = torch.cuda.mem_get_info(weight.device)[0]
+    return compute_num_seqs(model.config.decoder, weight.dtype, free_bytes, max_num_seqs)
+
+
+def compute_num_seqs(
+    config: DecoderConfig, dtype: torch.dtype, free_bytes: int, max_num_seqs: int
+) -> int:
+    """Return the number of sequences of `fit_num_seqs` for `free_bytes` of free GPU memory."""
+    bytes_per_seq = get_linear_state_bytes(config, dtype, 0)
+    # One further slot of states is reserved.
+    budget = int(free_bytes * GPU_MEMORY_FRACTION) - bytes_per_seq
+    num_tokens = EXPECTED_PROMPT_TOKENS + DEFAULT_MAX_NEW_TOKENS
+    bytes_per_seq += num_tokens * get_kv_bytes_per_token(config, dtype)
+    return max(1, min(max_num_seqs, budget // bytes_per_seq))
 
 
 def compute_kv_cache_bytes(

@@ -126,6 +126,10 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
     reader = _RunFolderReader(folder)
     lines = [_drop_invalid_values(line) for line in reader.read_lines(METRICS_FILE)]
     lines = [line for line in lines if line.get("step") is not None]
+    steps = [line for line in lines if "loss" in line and line.get("step_s") is not None]
+    if any(line.get("mfu") is None and line.get("num_packs") != 0 for line in steps):
+        # A step above the measured peak shows that the peak is too low for all steps.
+        steps = [line | {"mfu": None} for line in steps]
     events = [line for line in lines if line.get("started_at") or line.get("ended_at")]
     reader.record_irregular_files(PREDICTIONS_FOLDER)
     param_changes = reader.read_json(PARAM_AUDIT_FILE)
@@ -139,7 +143,7 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
         recipe=reader.parse_recipe(text),
         recipe_text=text,
         manifest=as_object(reader.read_json(MANIFEST_FILE)),
-        steps=[line for line in lines if "loss" in line and line.get("step_s") is not None],
+        steps=steps,
         evaluations=[line for line in lines if "validation_loss" in line],
         starts=[line for line in lines if line.get("started_at")],
         vision_cache_builds=[line for line in lines if "vision_cache_s" in line],

@@ -173,9 +173,7 @@ def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
     seconds = _sum_field(steps, "step_s")
     if not seconds:
         return [(translate("training steps"), translate("none yet"))]
-    mfu_steps = [line for line in steps if line.get("mfu")]
-    mfu_seconds = _sum_field(mfu_steps, "step_s")
-    mfu_sum = sum(float(line["mfu"]) * float(line["step_s"]) for line in mfu_steps)
+    mfu_sum = sum(float(line.get("mfu") or 0) * float(line["step_s"]) for line in steps)
     peak_gb = max(float(line.get("peak_memory_gb") or 0) for line in steps)
     num_samples, num_tokens = _sum_field(steps, "num_samples"), _sum_field(steps, "num_tokens")
     total_seconds = seconds + _sum_field(run_record.vision_cache_builds, "vision_cache_s")
@@ -185,7 +183,7 @@ def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
         "samples/s": f"{num_samples / total_seconds:,.4g}",
         "tokens/s": f"{num_tokens / total_seconds:,.0f}",
         "median step": format_duration(median(float(line["step_s"]) for line in steps)),
-        "MFU": f"{100 * mfu_sum / mfu_seconds:.3g} %" if mfu_seconds else missing,
+        "MFU": f"{100 * mfu_sum / seconds:.3g} %" if mfu_sum else missing,
         "data wait": missing if data_wait_fraction is None else f"{100 * data_wait_fraction:.2g} %",
         "peak memory": f"{peak_gb:.3g} GB" if peak_gb else missing,
         "processed samples": f"{num_samples:,.0f}",
@@ -258,6 +256,13 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
         return None
     sign, criterion, points, best_step = found
     (first_step, before), _, (last_step, after) = points
+    change = before, first_step, after, last_step, criterion
+    if not best_step:
+        text = (
+            "Overfitting: {}, from {:.4g} after step {:,} to {:.4g} after step {:,}. The model"
+            " before training has the best {}. Lower train.learning_rate, or add samples."
+        )
+        return translate(text, sign, *change)
     text = (
         "Overfitting: {}, from {:.4g} after step {:,} to {:.4g} after step {:,}. The best {} is"
         " that after step {:,}{}. Train fewer steps (train.steps={}), stop early and keep the best"
@@ -265,20 +270,18 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
     )
     checkpoint = folder / CHECKPOINTS_FOLDER / f"step-{best_step}"
     location = translate(" (checkpoint {})", checkpoint) if checkpoint.is_dir() else ""
-    values = before, first_step, after, last_step, criterion, best_step, location, best_step
-    return translate(text, sign, *values)
+    return translate(text, sign, *change, best_step, location, best_step)
 
 
 OverfittingSign = tuple[str, str, list[tuple[int, float]], int]
-"""Sign, criterion, steps and values of the last three evaluations, and step of the best one."""
+"""Sign, criterion, steps and values of the last three evaluations, and best step (0: untrained)."""
 
 
 def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     """Find a validation loss that rises twice while the training loss falls."""
     evaluations = list_comparable_evaluations(lines)
     points = [(int(line["step"]), float(line["validation_loss"])) for line in evaluations]
-    trained = [(loss, step) for step, loss in points if step]
-    if len(points) < 3 or not trained:
+    if len(points) < 3:
         return None
 
     def mean_loss(start: int, end: int) -> float:
@@ -287,8 +290,8 @@ def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
         return mean(losses) if losses else 0.0
 
     (start, first), (middle, second), (end, last) = points[-3:]
-    is_rising = first < second < last > MIN_LOSS_INCREASE * min(loss for _, loss in points)
-    best_step = min(trained)[1]
+    best_loss, best_step = min((loss, step) for step, loss in points)
+    is_rising = first < second < last > MIN_LOSS_INCREASE * best_loss
     if not is_rising or mean_loss(middle, end) >= mean_loss(start, middle):
         return None
     if has_score_improved_after(best_step, lines):
@@ -318,10 +321,9 @@ def _find_falling_score(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     """Find a primary score that falls twice, below the confidence interval of the best one."""
     evaluations = list_comparable_evaluations(lines, "num_samples")
     metric, points = _list_primary_scores(lines)
-    trained = [point for point in points if point[0]]
-    if len(points) < 3 or not trained:
+    if len(points) < 3:
         return None
-    best_step, best_score = max(trained, key=lambda point: point[1])
+    best_step, best_score = max(points, key=lambda point: point[1])
     best = next(line for line in evaluations if line["step"] == best_step)
     interval = as_object(best.get("intervals")).get(metric) or [best_score]
     limit = interval[0] if isinstance(interval, list) and is_finite(interval[0]) else -math.inf

@@ -182,28 +182,23 @@ class AnomalyDetector:
         """
         self._corrupt_samples |= step_output.global_stats.skipped
         loss, grad_norm = step_output.wait()
-        progress = self._state.progress
+        progress, step_index = self._state.progress, step_output.step_batch.step_index
         if not step_output.is_applied:
             return StepCheck(None, None)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             progress.consecutive_nonfinite_steps, self._nonfinite_samples = 0, []
             is_spike = is_loss_spike(loss, self._losses)
             if is_spike:
-                self._log_loss_spike(step_output.step_batch.step_index, loss)
+                self._log_loss_spike(step_index, loss)
             self._losses.append(loss)
-            return StepCheck(
-                loss,
-                grad_norm,
-                spike_samples=self._sample_locations(step_output.step_batch.step_index)
-                if is_spike
-                else (),
-            )
-        sample_locations = self._sample_locations(step_output.step_batch.step_index)
+            spike_samples = self._sample_locations(step_index) if is_spike else ()
+            return StepCheck(loss, grad_norm, spike_samples=spike_samples)
+        sample_locations = self._sample_locations(step_index)
         progress.nonfinite_steps += 1
         progress.consecutive_nonfinite_steps += 1
         self._nonfinite_samples += sample_locations
         self._log(
-            f"skipped non-finite step {step_output.step_batch.step_index + 1}: loss {loss},"
+            f"skipped non-finite step {step_index + 1}: loss {loss},"
             f" gradient norm {grad_norm}; {progress.consecutive_nonfinite_steps} in a row, the run"
             f" ends after {MAX_CONSECUTIVE_NONFINITE};"
             f" samples: {_format_locations(sample_locations)}"
@@ -282,9 +277,8 @@ def _or_nan(value: float) -> float:
 
 def _format_locations(locations: Iterable[str]) -> str:
     unique = list(dict.fromkeys(locations))
-    more = (
-        f" and {len(unique) - MAX_LISTED_SAMPLES} more" if len(unique) > MAX_LISTED_SAMPLES else ""
-    )
+    num_more = len(unique) - MAX_LISTED_SAMPLES
+    more = f" and {num_more} more" if num_more > 0 else ""
     return ", ".join(unique[:MAX_LISTED_SAMPLES]) + more
 
 
@@ -297,10 +291,8 @@ class StepTimer:
 
     def restart(self) -> None:
         """Restart the timer at the current time."""
-        self._wall, self._event = (
-            time.perf_counter(),
-            record_event(self._device, enable_timing=True),
-        )
+        self._wall = time.perf_counter()
+        self._event = record_event(self._device, enable_timing=True)
 
     def lap(self, event: torch.cuda.Event | None) -> float:
         """Return the seconds since the previous lap.
@@ -331,7 +323,7 @@ class MetricsLogger:
         self._anomaly_detector = AnomalyDetector(state, console.log)
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None
-        self._has_warned = False
+        self._has_warned, self._is_peak_valid = False, True
         self._timer = StepTimer(state.hardware.device)
 
     def log_start(self, seconds: float) -> None:
@@ -430,16 +422,14 @@ class MetricsLogger:
     def _build_metrics(self, step_output: StepOutput, data_wait: DataWait) -> dict[str, Any]:
         step_check = self._anomaly_detector.check_step(step_output)
         seconds = self._timer.lap(step_output.event)
-        state, step_batch, global_stats = (
-            self._state,
-            step_output.step_batch,
-            step_output.global_stats,
-        )
+        state, step_batch = self._state, step_output.step_batch
+        global_stats = step_output.global_stats
         position = min(
             (step_batch.step_index + 1) * state.recipe.train.batch_size, state.sampler.num_samples
         )
         flops = sum(count_flops(state, batch) for batch in step_batch.packs)
         mfu = flops / seconds / state.hardware.peak_flops
+        self._is_peak_valid &= mfu <= 1
         return {
             "step": step_batch.step_index + 1,
             "epoch": round(position / state.sampler.epoch_length, 4),
@@ -460,7 +450,7 @@ class MetricsLogger:
             "samples_per_s": global_stats.num_samples / seconds,
             "tokens_per_s": global_stats.num_tokens / seconds,
             # None for unknown FLOPs (transformers backend) and a peak measured on a busy device.
-            "mfu": mfu if 0 < mfu <= 1 else None,
+            "mfu": mfu if mfu > 0 and self._is_peak_valid else None,
             "peak_memory_gb": peak_memory_gb(state.hardware.device),
         }
 
@@ -550,16 +540,14 @@ def describe_run(state: TrainState) -> str:
         "language": tune.language,
         "embeddings": tune.embeddings,
     }
-    trainable_modes = ", ".join(
-        f"{part} {mode}" for part, mode in modes.items() if mode != "frozen"
-    )
+    trained = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
     num_trainable = state.parallel.num_trainable_params
     num_params = sum(parameter.numel() for parameter in state.model.parameters())
     quantized = find_quantized_weights(state.model)
     num_params += sum(weight.num_elements for weight in quantized.values())
     epochs = state.sampler.num_samples / state.sampler.epoch_length
     return (
-        f"training {trainable_modes}: {num_trainable:,} of {num_params:,} parameters"
+        f"training {trained}: {num_trainable:,} of {num_params:,} parameters"
         f"{_describe_frozen_weights(state, quantized)};"
         f" {len(state.sampler)} steps of {recipe.train.batch_size} samples ({epochs:.2f} epochs)"
         f" in {hardware.precision} on {hardware.device}, {hardware.num_workers} data loader workers"

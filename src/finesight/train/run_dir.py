@@ -72,7 +72,8 @@ class RunDir:
     def next_path(self) -> Path:
         """First free path of a further run: `run-2`, `run-3` and so on after `run`."""
         stem, _, number = str(self.path).rpartition("-")
-        base = stem if number.isdecimal() and os.path.isdir(stem) else str(self.path)
+        is_counter = number.isdecimal() and RunDir(Path(stem)).is_started
+        base = stem if is_counter else str(self.path)
         paths = (Path(f"{base}-{n}") for n in itertools.count(2))
         return next(path for path in paths if not os.path.lexists(path))
 
@@ -114,7 +115,8 @@ class RunDir:
         resume = f"to keep the settings of the run: {command}"
         if recipe.tune.has_mode("full"):
             further = self.format_further_run(recipe, self.path, changes)
-            return f"{resume}; to train its final weights with the new ones: {further}"
+            start = "after the run has finished, to train its final weights with the new ones"
+            return f"{resume}; {start}: {further}"
         further = self.format_further_run(recipe, checkpoint, changes)
         return f"{resume}; to start from the checkpoint with the new ones: {further}"
 

@@ -78,7 +78,7 @@ TERMINAL_COMMANDS = ("export", "serve")
 """Commands whose output is for a terminal."""
 
 _USAGE = re.compile(r"(?m)^(?:Usage: |Try ')finesight .*\n+")
-_ADVICE = re.compile(r"(?m)^ *(?:remedy|next): .*(?:\n {4,}.*)*")
+_ADVICE = re.compile(r"(?m)(?:\Afinesight |^ *(?:remedy|next): ).*(?:\n {4,}.*)*")
 _COMMAND = re.compile(
     # The page cannot fix data.
     rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b"
@@ -227,7 +227,7 @@ class StudioView:
         # An import creates its data set, so it belongs to no item.
         target = None if selection.step == "data" else state.target
         jobs = self.jobs.list_jobs(selection.step, target)
-        # A running server precedes a newer command that has ended.
+        # A running command precedes newer ones that have ended.
         order = sorted(jobs, key=lambda job: job.status != "running")
         job = _select(order, selection.job, lambda job: job.id, use_newest)
         selection = replace(
@@ -410,8 +410,8 @@ def use_page_names(text: str, current_step: str = "") -> str:
     """Replace commands and options in the advice of a message by steps and fields of the page.
 
     Messages of functions and commands name what a terminal has. A note explains other options.
-    Other lines may quote data of the user and stay as they are. A next command in the current step
-    is left out.
+    The first line may name its command. Other lines may quote data of the user and stay as they
+    are. A next command in the current step is left out.
     """
     options: list[str] = []
 

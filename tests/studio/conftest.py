@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from browser import Browser, launch_chromium
 from PIL import Image
+
+from finesight.studio.studio_jobs import JobStore
 
 COLORS = ("red", "green", "blue", "gray")
 
@@ -30,3 +33,18 @@ def folder(tmp_path: Path) -> Path:
         Image.new("RGB", (56 + index, 56), color).save(file)
         file.with_suffix(".txt").write_text(f"{color}\n")
     return workspace
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Arguments of the commands that a page would start."""
+    commands: list[list[str]] = []
+
+    def start(
+        jobs: JobStore, step: str, target: str, arguments: list[str], **options: object
+    ) -> SimpleNamespace:
+        commands.append(arguments)
+        return SimpleNamespace(id="1")
+
+    monkeypatch.setattr(JobStore, "start", start)
+    return commands

@@ -1,4 +1,4 @@
-"""Tests of the processes that the studio starts, without a page."""
+"""Tests of the processes that the studio starts, without a browser."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from studio_fixtures import call_page, click_button, open_client, read_fields
 
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
+from finesight.storage import write_file
 from finesight.studio.studio_jobs import JOB_FILE, PID_FILE, Job, JobStore
+from finesight.studio.studio_page import ServerAccess, StudioPage
+from finesight.studio.studio_view import StudioView
+from finesight.studio.workspace import Workspace
 
 RECIPE = """\
 model: finesight-tiny
@@ -112,3 +118,119 @@ def test_killed_and_damaged_jobs(folder: Path) -> None:
     (job.folder.parent / "missing").mkdir()
     assert [found.id for found in jobs.list_jobs()] == [job.id]
     assert jobs.list_jobs("train") == []
+
+
+def write_job(folder: Path, name: str, step: str, *arguments: str, **values: object) -> Job:
+    """Write a job that has ended with an error."""
+    job_folder = folder / ".finesight/jobs" / name
+    values = {"step": step, "target": "", "started_at": datetime.now(UTC), **values}
+    job = Job(folder=job_folder, arguments=arguments, **values)
+    write_file(job_folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
+    write_file(job_folder / "exit_code", b"2")
+    return job
+
+
+@pytest.mark.parametrize(
+    ("log", "status"),
+    [
+        ("error: a", "failed"),
+        (f"error: {'a' * 30_000}", "failed"),
+        ("UserWarning: a\nerror: b: c\n  expected: d\n  remedy: e", "failed"),
+        ("Usage: finesight check SOURCE\n\nError: a", "failed"),
+        ("a.jsonl: 1 row\nerror: a (b, 1)\n  a.jsonl:1: c\n    remedy: d", "finished"),
+    ],
+)
+def test_check_that_cannot_start_has_failed(folder: Path, log: str, status: str) -> None:
+    job = write_job(folder, "1", "check", "check", "a", ok_exit_codes=(0, 2, 3))
+    (job.folder / "log.txt").write_text(log)
+    assert job.status == status
+
+
+def test_logs_of_checks_are_distinguished(folder: Path) -> None:
+    """A data check with errors and one that cannot write its page have the same exit code."""
+    import_dataset(folder / "photos", folder / "a", ImportOptions(prompt="Color?"))
+    (folder / "photos/00.png").unlink()
+    codes = {"ok_exit_codes": (0, 2, 3)}
+    jobs, words = JobStore(folder), ["check", "a/data.jsonl", "--html"]
+    for page, status in (("check.html", "finished"), ("/dev/null/check.html", "failed")):
+        job = jobs.start("check", "a", [*words, page], **codes)
+        assert wait_for_end(job) == status, job.read_log()
+        assert "image-missing" in job.read_log()
+
+
+def test_review_has_a_folder_of_its_own(folder: Path, started: list[list[str]]) -> None:
+    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Color?"))
+    write_file(folder / "data/labels/journal.jsonl", b"")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    form = ["photos", "Color?", "labels", "finesight-tiny", "fields", "", "0.8", "a, b"]
+    button = "review-existing-labels"
+
+    def review() -> tuple[str, str]:
+        assert click_button(page, button, "step=label&data=data/a", *form) == ""
+        words = started.pop()
+        assert "--fields=a, b" in words
+        assert not any(word.startswith("--train-fraction=0.8") for word in words)
+        return words[2], words[words.index("--out") + 1]
+
+    assert review() == ("data/a/data.jsonl", "data/a-review")
+    # The folder is in use for something else, and the last review is continued.
+    write_file(folder / "data/a-review/journal.jsonl", b"")
+    assert review() == ("data/a/data.jsonl", "data/a-review-2")
+    write_job(
+        folder, "1", "label", "label", "m", *review()[:1], "--review", "--out", "data/a-review"
+    )
+    assert review() == ("data/a/data.jsonl", "data/a-review")
+    # Labels of images.
+    assert "No data set" in click_button(page, button, "step=label", *form)
+    assert click_button(page, "start-labelling", "step=label", *form) == ""
+    assert started[0][started[0].index("--out") + 1] == "data/labels"
+    assert not any("--train-fraction" in word for word in started[0])
+    form[6] = "0.5"
+    assert click_button(page, "start-labelling", "step=label", *form) == ""
+    assert "--train-fraction=0.5" in started[1]
+
+
+def test_uploaded_images_precede_the_form_of_an_earlier_command(
+    folder: Path, started: list[list[str]]
+) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    form = ("photos", "Color?", "old", "finesight-tiny", "text", "", "0.8")
+    write_job(folder, "1", "label", "label", "finesight-tiny", "photos", form=form)
+    query = {"step": "label", "images": "uploads/new", "lang": "en"}
+    fields = read_fields(page, query)
+    names = ("images", "labels-name", "kind")
+    assert [fields[name].get("value") for name in names] == ["uploads/new", "new", None]
+    assert "images" not in call_page(page, "start-labelling", query, *form)[1]
+    fields = read_fields(page, {"step": "label"})
+    assert [fields[name].get("value") for name in names] == ["photos", "old", "text"]
+
+
+def test_missing_item_is_reported_as_a_sentence(folder: Path) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    form = ("", "Color?", "a", "finesight-tiny", "", "", "0.8")
+    for lang, text in (("en", "<pre>No images are given."), ("zh", "<pre>未给出图像。")):
+        message = click_button(page, "start-labelling", f"step=label&lang={lang}", *form)
+        assert text in message
+        assert 'data-field="images"' in message
+        assert "expected" not in message
+
+
+def test_invalid_rows_are_skipped_by_the_import_form(
+    folder: Path, started: list[list[str]]
+) -> None:
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    form = (None, "photos", "a", "Color?", "", "", "skip")
+    assert click_button(page, "import", "step=data", *form) == ""
+    assert started[0][-2:] == ["--on-invalid-row", "skip"]
+
+
+def test_running_server_precedes_a_newer_command(folder: Path) -> None:
+    jobs = JobStore(folder)
+    server = jobs.start("export", "", ["serve", "finesight-tiny", "--port", "0"], port=1)
+    write_job(folder, "9", "export", "merge", "runs/a", "models/a")
+    with open_client(folder) as client:
+        page = client.get("/live?step=export&lang=en").json()
+    assert f"job={server.id}" in page["url"]
+    wait_for((server.folder / PID_FILE).exists)
+    server.stop()
+    wait_for_end(server)

@@ -42,7 +42,7 @@ from finesight.serve.request_middleware import read_api_keys
 from finesight.studio.studio_jobs import JobStore
 from finesight.studio.studio_page import ServerAccess, StudioPage
 from finesight.studio.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
-from finesight.studio.workspace import Workspace
+from finesight.studio.workspace import UPLOAD_MARKER, Workspace
 
 WAIT_TIMEOUT_S = 60.0
 NUM_LABELS = 30
@@ -65,21 +65,6 @@ GRADIO_NOTES = ("AbortError", "Method not implemented.")
 
 RELOAD_NOTES = (*GRADIO_NOTES, "Connection errored out.")
 """The same, and that about an event stream which a reload ends."""
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Arguments of the commands that a page would start."""
-    commands: list[list[str]] = []
-
-    def start(
-        jobs: JobStore, step: str, target: str, arguments: list[str], **options: object
-    ) -> SimpleNamespace:
-        commands.append(arguments)
-        return SimpleNamespace(id="1")
-
-    monkeypatch.setattr(JobStore, "start", start)
-    return commands
 
 
 @pytest.mark.parametrize(
@@ -285,7 +270,7 @@ def test_export_form_names_the_merged_model(folder: Path, started: list[list[str
     make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     query = {"step": "export", "run": "runs/a", "lang": "en"}
-    assert "merge one" in click_button(page, "commands-for-vllm-and-sglang", "step=export", "")
+    assert "Merge one" in click_button(page, "commands-for-vllm-and-sglang", "step=export", "")
     for name in ("newer", "mine"):
         (folder / "models" / name).mkdir(parents=True)
         for file in ("config.json", "model.safetensors"):
@@ -352,9 +337,10 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
 def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
     make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    form = ("photos", "Color?", "labels", "finesight-tiny", "classes", "red, blue", "0.8")
-    [kinds] = [at.choices for at in page.blocks.blocks.values() if at.elem_id == "kind"]
-    assert [kind for kind, _ in kinds] == ["", *get_args(AnswerKind)]
+    form = ("photos", "Color?", "labels", "finesight-tiny", "classes", "red, blue", "0.8", "a, b")
+    kinds = read_fields(page, {"step": "label", "lang": "zh"})["kind"]["choices"]
+    assert [kind for _, kind in kinds] == ["", *get_args(AnswerKind)]
+    assert kinds[0][0] == "自动检测"
     with open_client(folder) as client:
         shown = client.get("/live?step=label&lang=en").json()["top"]
         [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
@@ -373,6 +359,7 @@ def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
         command = re.sub("<.*?>", "", html.unescape(preview.fn(request, *form)))
         assert shlex.split(command) == ["finesight", *words[: words.index("--port")]]
         assert {"--prompt=Color?", "--kind=classes", "--train-fraction=0.8"} < {*words}
+        assert ("--classes=red, blue" in words, "--fields=a, b" in words) == (True, False)
 
 
 def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
@@ -442,6 +429,7 @@ def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
         ),
         ("export", "export m", 0, "finesight serve m --port 1", "finesight serve m --port 1"),
         # Other lines may quote data.
+        ("train", "train r", 2, "a: b\nfinesight train is fun", "\nfinesight train is fun"),
         (
             "train",
             "train r",
@@ -551,13 +539,14 @@ def test_command_that_runs_already_is_named_by_its_step(folder: Path) -> None:
 def test_data_set_that_cannot_be_moved_stays(folder: Path, tmp_path: Path) -> None:
     """The page neither empties folders beyond the workspace nor leaves half a data set."""
     shutil.copytree(folder / "photos", tmp_path / "other/a")
+    (tmp_path / "other/a" / UPLOAD_MARKER).touch()
     (folder / "uploads").symlink_to(tmp_path / "other")
     import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Color?"))
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     message = click_button(page, "delete", "step=data&data=data/a")
     assert "cannot be moved to the trash: it is a link to another folder" in message
     assert (folder / "data/a/data.jsonl").exists()
-    assert len([*(tmp_path / "other/a").iterdir()]) == len([*(folder / "photos").iterdir()])
+    assert len([*(tmp_path / "other/a").glob("[!.]*")]) == len([*folder.glob("photos/*")])
     assert [*(folder / ".finesight/trash").iterdir()] == []
 
 
@@ -565,13 +554,14 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     uploads = folder / "uploads"
     for name in "ab":
         shutil.copytree(folder / "photos", uploads / name)
+        (uploads / name / UPLOAD_MARKER).touch()
         import_dataset(uploads / name, folder / "data" / name, ImportOptions(prompt="Color?"))
     import_dataset(folder / "photos", folder / "own", ImportOptions(prompt="Color?"))
     write_recipe(folder, "other", "data/aa/data.jsonl")
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     (folder / ".finesight/check").mkdir(parents=True)
     (folder / ".finesight/check/data--a.html").write_text("old")
-    assert "no data set" in click_button(page, "delete", "step=data&data=data/c")
+    assert "No data set" in click_button(page, "delete", "step=data&data=data/c")
     assert "not created by the studio" in click_button(page, "delete", "step=data&data=own")
     assert click_button(page, "ask-delete", "step=data&data=data/a") == ""
     assert (folder / "data/a/data.jsonl").exists()
@@ -771,18 +761,27 @@ def test_two_marked_runs_are_compared(folder: Path, studio: StudioDriver) -> Non
 
 
 def test_deletion_is_confirmed(folder: Path, studio: StudioDriver) -> None:
-    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Color?"))
-    button = "document.querySelector('button.delete')"
-    studio.open("data")
+    for name in "ab":
+        import_dataset(folder / "photos", folder / "data" / name, ImportOptions(prompt="Color?"))
+    button = "document.querySelector('button.delete[data-url*=\"data%2Fb\"]')"
+    studio.open("data&data=data/a")
     studio.browser.run(
         f"window.confirm = (text) => (window.asked = text, false); {button}.click();"
     )
-    studio.wait_for("window.asked?.includes('Move data/a with')")
+    studio.wait_for("window.asked?.includes('Move data/b with')")
     studio.browser.settle()
-    assert (folder / "data/a").exists()
+    assert (folder / "data/b").exists()
+    # The URL names the selected data set again, also after a refusal.
+    studio.wait_for("location.search.includes('data=data%2Fa')")
+    recipe = folder / "mine.yaml"
+    recipe.write_text("model: finesight-tiny\ndata: {train: data/b/data.jsonl}\n")
+    studio.browser.run(f"{button}.click();")
+    studio.wait_for("document.querySelector('#message')?.innerText.includes('mine.yaml')")
+    studio.wait_for("location.search.includes('data=data%2Fa')")
+    recipe.unlink()
     studio.browser.run(f"window.confirm = () => true; {button}.click();")
     studio.wait_for(f"document.querySelector('#studio-top nav') && !{button}")
-    assert not (folder / "data/a").exists()
+    assert sorted(path.name for path in folder.glob("data/*")) == ["a"]
 
 
 def test_edits_are_unsaved_until_saving_succeeds(folder: Path, studio: StudioDriver) -> None:
@@ -826,7 +825,8 @@ def test_unlabeled_images_become_a_served_model(
     studio.reload("document.querySelector('td a')?.textContent === 'data/uploaded'")
 
     studio.open("label")
-    studio.fill(images="images", label_prompt="Which color?", labels_name="dots")
+    studio.fill(images="images", label_prompt="Which color?", labels_name="dots", kind="classes")
+    browser.press("Enter")
     studio.fill(classes=",".join(COLORS))
     studio.click("start-labelling")
     studio.reload(LINK)

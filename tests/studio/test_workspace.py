@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from studio_fixtures import click_button
 
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
-from finesight.studio.workspace import Workspace, as_argument
+from finesight.label.label_session import open_session
+from finesight.storage import write_file
+from finesight.studio.studio_jobs import JOB_FILE, Job
+from finesight.studio.studio_page import ServerAccess, StudioPage
+from finesight.studio.studio_view import StudioView
+from finesight.studio.workspace import UPLOAD_MARKER, Workspace, as_argument
 
 OPTIONS = ImportOptions(prompt="Which color?")
 
@@ -155,11 +163,19 @@ def test_uploads_in_use_are_not_replaced(workspace: Workspace) -> None:
     files = sorted((workspace.folder / "photos").iterdir())
     uploads = workspace.folder / workspace.save_uploads(files, "a")
     assert workspace.save_uploads(files[:24], "a") == Path("uploads/a")
-    assert len([*uploads.iterdir()]) == 24
+    assert len([*uploads.glob("[!.]*")]) == 24
     import_dataset(uploads, workspace.folder / "data/b", OPTIONS)
     with pytest.raises(UserError, match="uploads/a exists"):
         workspace.save_uploads(files, "a")
-    assert len([*uploads.iterdir()]) == 24
+    assert len([*uploads.glob("[!.]*")]) == 24
+    # Images that a session labels, and folders that the studio has not created.
+    workspace.save_uploads(files, "c")
+    label = workspace.folder / "data/labels"
+    write_file(label / "sources.json", b'["uploads/c"]')
+    shutil.copytree(workspace.folder / "photos", workspace.folder / "uploads/own")
+    for name in ("c", "own"):
+        with pytest.raises(UserError, match=f"uploads/{name} exists"):
+            workspace.save_uploads(files[:2], name)
 
 
 def test_files_that_cannot_be_read_are_skipped(workspace: Workspace) -> None:
@@ -196,3 +212,84 @@ def test_recipe_without_settings_has_the_values_of_init(workspace: Workspace) ->
     assert recipe.eval.metric == "captions"
     with pytest.raises(UserError, match=r"did you mean eval\.metric: captions"):
         workspace.create_recipe("c", [dataset], "finesight-tiny", {"eval.metric": "caption"})
+
+
+@pytest.mark.parametrize("user", ["", "recipe", "labels", "foreign", "table"])
+def test_uploads_in_use_are_not_deleted_with_their_data_set(
+    workspace: Workspace, user: str
+) -> None:
+    folder = workspace.folder
+    uploads = folder / workspace.save_uploads(sorted((folder / "photos").iterdir()), "a")
+    import_dataset(uploads, folder / "data/a", OPTIONS)
+    if user == "recipe":
+        recipe = b"model: finesight-tiny\ndata: {train: [{path: uploads/a/*.jsonl}]}\n"
+        write_file(folder / "mine.yaml", recipe)
+    elif user == "labels":
+        write_file(folder / "data/b/sources.json", b'["uploads"]')
+    elif user == "foreign":
+        (uploads / UPLOAD_MARKER).unlink()
+    elif user == "table":
+        import_dataset(folder / "photos", uploads / "b", OPTIONS)
+    (uploads / "own.jsonl").touch()
+    [dataset] = [one for one in workspace.scan().datasets if one.path == Path("data/a")]
+    workspace.move_to_trash(*workspace.list_deleted(dataset, (), ()))
+    assert not (folder / "data/a").exists()
+    assert uploads.exists() == bool(user)
+
+
+@pytest.mark.parametrize(
+    ("user", "problem"),
+    [
+        ("train: {stepz: 5}", "used by the recipe mine.yaml"),
+        ("train: [", "used by the recipe mine.yaml"),
+        ("data set", "contains data/a/v2"),
+        ("run", "contains data/a/run"),
+        ("session", "used by the labelling page of data/a"),
+        ("command", "used by the running command in the step Label"),
+    ],
+)
+def test_data_set_in_use_is_not_deleted(workspace: Workspace, user: str, problem: str) -> None:
+    folder, text = workspace.folder, f"data: {{train: data/a/data.jsonl}}\nmodel: a\n{user}\n"
+    import_dataset(folder / "photos", folder / "data/a", OPTIONS)
+    page = StudioPage(StudioView(workspace), ServerAccess())
+    if user == "data set":
+        import_dataset(folder / "photos", folder / "data/a/v2", OPTIONS)
+    elif user == "run":
+        for name in ("manifest.json", "recipe.yaml"):
+            write_file(folder / "data/a/run" / name, b"{}")
+    elif user == "session":
+        session = open_session(folder / "data/a", "finesight-tiny", [folder / "photos"], prompt="Q")
+    elif user == "command":
+        # Its folder contains the data set.
+        values = {"step": "label", "target": "", "started_at": datetime.now(UTC)}
+        job = Job(folder=folder, arguments=("label", "finesight-tiny", "data"), **values)
+        file = folder / ".finesight/jobs/1" / JOB_FILE
+        write_file(file, job.model_dump_json(exclude={"folder"}).encode())
+    else:
+        (folder / "mine.yaml").write_text(text)
+    for button in ("ask-delete", "delete"):
+        assert problem in click_button(page, button, "step=data&data=data/a")
+    assert (folder / "data/a/data.jsonl").exists()
+    if user == "session":
+        session.store.close()
+        assert click_button(page, "delete", "step=data&data=data/a") == ""
+
+
+def test_words_of_a_command_that_are_no_folders_do_not_count(workspace: Workspace) -> None:
+    for word in (".", "..", "/", "--out=data", "data/ab", "dat", "Read data"):
+        assert not workspace.is_overlapping(word, Path("data/a")), word
+    for word in ("data", "./data/", "data/a", "data/a/b.png", str(workspace.folder / "data")):
+        assert workspace.is_overlapping(word, Path("data/a")), word
+
+
+def test_trash_that_cannot_be_written_is_reported(workspace: Workspace) -> None:
+    long_name = "a" * 250
+    import_dataset(workspace.folder / "photos", workspace.folder / "data/a", OPTIONS)
+    (workspace.folder / "data" / long_name).mkdir()
+    workspace.move_to_trash(Path("data", long_name))
+    assert not (workspace.folder / "data" / long_name).exists()
+    shutil.rmtree(workspace.folder / ".finesight/trash")
+    (workspace.folder / ".finesight/trash").write_text("no folder")
+    with pytest.raises(UserError, match="cannot be moved to the trash"):
+        workspace.move_to_trash(Path("data/a"))
+    assert (workspace.folder / "data/a/data.jsonl").exists()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -49,6 +50,8 @@ START_TIMEOUT_S = 20.0
 
 STOPPED_EXIT_CODES = (75, 130, -signal.SIGINT, -signal.SIGTERM)
 """Exit codes of commands that were stopped, with or without a checkpoint."""
+
+_ERROR_PART = re.compile(r"(?m)^  (?:expected|remedy): ")
 
 JobStatus = Literal["running", "finished", "stopped", "failed", "killed"]
 
@@ -103,9 +106,8 @@ class Job(BaseModel, frozen=True):
             # A server ends only when it is stopped.
             if code in STOPPED_EXIT_CODES or (self.port and code == 0):
                 return "stopped"
-            # A data check that finds errors has the exit code of one that cannot start.
-            is_error = bool(code) and self.read_log().startswith("error: ")
-            return "finished" if code in self.ok_exit_codes and not is_error else "failed"
+            is_finished = code in self.ok_exit_codes and not (code and self._has_error())
+            return "finished" if is_finished else "failed"
         return "running" if is_running else "killed"
 
     def read_log(self) -> str:
@@ -115,6 +117,16 @@ class Job(BaseModel, frozen=True):
             log.seek(max(0, log.tell() - MAX_LOG_BYTES))
             return log.read().decode("utf-8", "replace").strip()
         return ""
+
+    def _has_error(self) -> bool:
+        """Return whether the log has the error of a command that cannot start or ended early.
+
+        A data check that finds errors has the same exit code, but indents its issues further.
+        """
+        with contextlib.suppress(OSError), (self.folder / LOG_FILE).open("rb") as log:
+            if log.read(7) in (b"error: ", b"Usage: "):
+                return True
+        return _ERROR_PART.search(self.read_log()) is not None
 
     @property
     def is_stopping(self) -> bool:

@@ -27,8 +27,7 @@ from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError
 from finesight.hub.archive import is_archive
 from finesight.label.label_session import AnswerKind
-from finesight.label.label_store import JOURNAL_FILE
-from finesight.manifest import RECIPE_FILE
+from finesight.label.label_store import JOURNAL_FILE, SOURCES_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
 from finesight.studio.studio_jobs import format_command
@@ -62,7 +61,7 @@ Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 VIEW_ROUTES = r"|/studio\.(?:css|js)|/live|/view/(?:report|check)"
 
 PASSWORD_FILE, API_KEY_FILE = "password", "api-key"
-DEFAULT_FRACTION = "0.9"
+DEFAULT_FRACTION, DEFAULT_LABEL_FRACTION = "0.9", "0.8"
 METRIC_LABEL = "Metric (empty: chosen from the answers)"
 
 
@@ -88,12 +87,23 @@ class ServerAccess:
     port: int = 0
 
 
-MISSING_REMEDIES = {
-    "data set": "select one, or import one in the step Data",
-    "recipe": "select one, or create one in the step Plan",
-    "run": "select one, or train one in the step Train",
-    "merged model": "merge one, or enter its name",
+MISSING_MESSAGES = {
+    "data": "No data set is selected. Select one, or import one in the step Data.",
+    "recipe": "No recipe is selected. Select one, or create one in the step Plan.",
+    "run": "No run is selected. Select one, or train one in the step Train.",
+    "images": "No images are given. Enter a file or folder, or upload images in the step Data.",
+    "merged-name": "No merged model is given. Merge one, or enter its name.",
 }
+"""Message about a missing item or an empty field by its name."""
+
+ANSWER_KINDS, DETECTED_KIND = get_args(AnswerKind), "detect automatically"
+KINDS_OF_FIELDS = {"classes": ("classes", "boxes"), "fields": ("fields",)}
+"""Kinds of answers by field of the label form that is shown for these kinds only."""
+
+
+class MissingItemError(UserError):
+    """Raised for a missing selection or an empty field. Its message is one or two sentences."""
+
 
 Action = Callable[..., str]
 """Handler of a button: takes the state and the inputs, and returns the URL to open."""
@@ -106,6 +116,7 @@ class StudioPage:
         self._view, self._workspace, self._jobs = view, view.workspace, view.jobs
         self._access = access
         self._labels: list[tuple[Any, str]] = []
+        self._choices: list[tuple[Any, list[tuple[str, str]]]] = []
         self._forms: dict[str, gr.Column] = {}
         self.inputs: dict[int, Inputs] = {}
         """Input types of the events that a browser may send, by event number."""
@@ -136,13 +147,14 @@ class StudioPage:
                 self._text("Prompt", "prompt", "Read the ticket."),
                 self._text("Columns (empty: detected)", "columns", "image=path answer=caption"),
                 self._text("Fraction of training samples", "fraction", value=DEFAULT_FRACTION),
+                self._choice("Invalid rows", "invalid-rows", ["skip"], "stop the import"),
             ]
             self._import_fields = values
             self._add_preview(
                 "preview", values, lambda _, *form: self._build_import(*form, unpack=False)[1]
             )
             inputs = [upload, *values]
-            input_type = TypeAdapter(tuple[list[Upload] | None, Text, Text, Text, Text, Text])
+            input_type = TypeAdapter(tuple[list[Upload] | None, Text, Text, Text, Text, Text, Text])
             self._button("Import", self._import, inputs, input_type)
         # Clicked by the script of the page, the second one after a confirmation.
         ask = partial(self._delete, ask_only=True)
@@ -150,23 +162,31 @@ class StudioPage:
         self._button("Delete", ask, elem_id="ask-delete", error_title=title, script=script)
         self._button("Delete", self._delete, error_title=title)
         with self._form("label"):
-            fields = [
+            fields: list[Any] = [
                 self._text("Images to label: a file or folder", "images", "photos"),
                 self._text("Prompt", "label-prompt", "Read the ticket.", lines=2),
                 self._text("Name of the data set", "labels-name", value=LABELS_NAME),
                 self._text("Model without a run", "label-model", value=TINY_MODEL),
-                self._choice("Kind of the answers", "kind", get_args(AnswerKind)),
-                self._text("Classes", "classes", "red, green, blue"),
-                self._text("Fraction of training samples", "label-fraction", value="0.8"),
+                kind := self._choice("Kind of the answers", "kind", ANSWER_KINDS, DETECTED_KIND),
             ]
-            self._label_fields = fields
+            optional = [
+                self._text("Classes", "classes", "red, green, blue", visible=False),
+                self._text("Fields", "fields", "merchant, date, amount", visible=False),
+            ]
+            label, value = "Fraction of training samples", DEFAULT_LABEL_FRACTION
+            fraction = self._text(label, "label-fraction", value=value)
+            self._label_fields = fields = [*fields, optional[0], fraction, optional[1]]
+            change = kind.change(_show_fields_of_kind, kind, optional, show_progress="hidden")
+            self.inputs[change["id"]] = _text_inputs(1)
             self._add_preview(
                 "label-preview",
                 fields,
                 lambda state, *form: self._build_labels(state, *form) if form[0].strip() else [],
             )
-            self._button("Start labelling", self._label, fields)
-            self._button("Review existing labels", partial(self._label, review=True), fields)
+            with gr.Row():
+                self._button("Start labelling", self._label, fields)
+                review = partial(self._label, review=True)
+                self._button("Review existing labels", review, fields, variant="secondary")
         with self._form("check"):
             self._button("Check", self._start_listed)
         with self._form("plan"):
@@ -223,25 +243,26 @@ class StudioPage:
         return panel
 
     def _text(
-        self, label: str, elem_id: str, placeholder: str = "", value: str = "", lines: int = 1
+        self, label: str, elem_id: str, placeholder: str = "", lines: int = 1, **options: Any
     ) -> gr.Textbox:
         box = gr.Textbox(
-            value,
             label=label,
             placeholder=placeholder,
             elem_id=elem_id,
             lines=lines,
             max_lines=max(lines, 30) if lines > 1 else 1,
             max_length=MAX_FIELD_CHARS,
+            **{"value": ""} | options,
         )
         self._labels.append((box, label))
         return box
 
-    def _choice(self, label: str, elem_id: str, names: Sequence[str]) -> gr.Dropdown:
-        """Add a list of names. Empty: the one that the command detects."""
-        choices = [("", ""), *((name, name) for name in names)]
+    def _choice(self, label: str, elem_id: str, names: Sequence[str], default: str = "") -> Any:
+        """Add a list of names. Empty: the default of the command, with its description."""
+        choices = [(default, ""), *((name, name) for name in names)]
         field = gr.Dropdown(choices, value="", label=label, elem_id=elem_id)
         self._labels.append((field, label))
+        self._choices.append((field, choices))
         return field
 
     def _button(
@@ -253,6 +274,7 @@ class StudioPage:
         elem_id: str | None = None,
         error_title: str = "Command not started",
         script: str = "",
+        variant: Any = "primary",
     ) -> None:
         """Add a button whose action shows its error, or opens a URL by default."""
 
@@ -263,10 +285,12 @@ class StudioPage:
                 return "", action(self._view.read_state(selection, use_newest=False), *values)
             except UserError as error:
                 with use_language(selection.lang):
-                    return render_message(translate(error_title), str(error)), ""
+                    is_sentence = isinstance(error, MissingItemError)
+                    text = translate(error.what) if is_sentence else str(error)
+                    return render_message(translate(error_title), text, field=error.where), ""
 
         elem_id = elem_id or re.sub(r"\W+", "-", label.lower())
-        button = gr.Button(label, elem_id=elem_id, variant="primary")
+        button = gr.Button(label, elem_id=elem_id, variant=variant)
         self._labels.append((button, label))
         click = button.click(
             on_click, list(inputs), [self._message, self._next_url], show_progress="hidden"
@@ -287,6 +311,8 @@ class StudioPage:
                 text = translate(label)
                 is_button = isinstance(item, gr.Button)
                 updates[item] = gr.update(value=text) if is_button else gr.update(label=text)
+            for item, choices in self._choices:
+                updates[item]["choices"] = [(translate(name), key) for name, key in choices]
             prompt = self._workspace.read_prompt(state.run, state.dataset)
             updates[self._label_fields[1]]["value"] = prompt
             if not prompt and state.run is None:
@@ -300,10 +326,13 @@ class StudioPage:
         updates[self._merged_name]["value"] = Path((merged or [""])[0]).name
         # Forms for new items are open in an empty workspace.
         job, is_open = state.job, not state.content.datasets
-        fields = self._label_fields if selection.step == "label" else self._import_fields
-        if job is not None and job.form and (job.status != "finished" or job.step == "label"):
+        is_label = selection.step == "label"
+        fields = self._label_fields if is_label else self._import_fields
+        # New images to label precede those of an earlier command.
+        form = () if job is None or (is_label and selection.images) else job.form
+        if job is not None and form and (is_label or job.status != "finished"):
             is_open = True
-            for field, text in zip(fields, job.form, strict=False):
+            for field, text in zip(fields, form, strict=False):
                 updates[field]["value"] = text
         others = [str(one.path) for one in state.content.datasets if one is not state.dataset]
         updates[self._others] |= {"choices": others, "value": [], "visible": bool(others)}
@@ -340,7 +369,7 @@ class StudioPage:
         Args:
             unpack: Detect the columns of a table in an archive, too.
         """
-        source, name, prompt, columns, fraction = form
+        source, name, prompt, columns, fraction, invalid_rows = (*form, "")[:6]
         target = self._workspace.check_new_name("data", name)
         path = self._workspace.resolve(source, "source") if source.strip() else Path("uploads/…")
         arguments = ["import", as_argument(path), str(target)]
@@ -369,6 +398,7 @@ class StudioPage:
         pairs = [pair.removeprefix("--map=") for pair in pairs if pair not in ("", "--map")]
         arguments += [word for pair in pairs for word in ("--map", pair)]
         arguments += ["--train-fraction", fraction.strip()] if _check_fraction(fraction) else []
+        arguments += ["--on-invalid-row", invalid_rows] if invalid_rows else []
         return target, arguments
 
     def _import(self, state: StudioState, upload: list[str] | None, *values: str) -> str:
@@ -409,12 +439,12 @@ class StudioPage:
             raise
 
     def _find_commands(self, *folders: Path) -> list[str]:
-        """Return the running commands with files of the folders."""
+        """Return the running commands with files of the folders, or with parents of them."""
         return [
             f"the running command in the step {STEP_NAMES[job.step]}"
             for job in self._jobs.list_running()
             for word in job.arguments
-            if any(Path(os.path.normpath(word)).is_relative_to(folder) for folder in folders)
+            if any(self._workspace.is_overlapping(word, folder) for folder in folders)
         ]
 
     def _delete(self, state: StudioState, *, ask_only: bool = False) -> str:
@@ -426,21 +456,13 @@ class StudioPage:
         if state.selection.step == "plan":
             return self._delete_recipe(state, ask_only)
         if state.dataset is None:
-            raise _missing("data set")
-        path, content = state.dataset.path, state.content
-        running = [run for run in content.runs if self._view.describe_run(run).status == "running"]
-        recipes = [*content.recipes, *(run / RECIPE_FILE for run in running)]
-        uses = self._find_commands(path, Path("uploads", path.name))
-        if uses := [*uses, *self._workspace.find_uses(path, recipes)]:
-            raise UserError(
-                f"{path} is used by {', '.join(dict.fromkeys(uses))}",
-                where="delete",
-                expected="a data set that nothing uses",
-                remedy="stop the command, choose other data in the recipe in the step Plan or"
-                " delete it there, or delete the other data set first",
-            )
+            raise _missing("data")
+        path, runs = state.dataset.path, state.content.runs
+        running = [run for run in runs if self._view.describe_run(run).status == "running"]
+        commands = self._find_commands(path, Path("uploads", path.name))
+        paths = self._workspace.list_deleted(state.dataset, running, commands)
         if not ask_only:
-            self._workspace.delete_dataset(state.dataset)
+            self._workspace.move_to_trash(*paths)
         return state.selection.link(data="")
 
     def _delete_recipe(self, state: StudioState, ask_only: bool) -> str:
@@ -491,7 +513,7 @@ class StudioPage:
         learning_rate: str,
     ) -> str:
         if state.dataset is None:
-            raise _missing("data set")
+            raise _missing("data")
         if epochs.strip() and steps.strip():
             raise UserError(
                 "both “Epochs” and “Steps instead of epochs” are given",
@@ -552,30 +574,53 @@ class StudioPage:
         kind: str,
         classes: str,
         fraction: str,
+        fields: str = "",
         *,
         review: bool = False,
     ) -> list[str]:
         """Return the command with the selected run or, without weights of one, a model.
 
-        A review without images is that of the selected data set. An existing folder of labels is
-        continued.
+        An existing folder of labels is continued. A review is that of the selected data set, and
+        has a folder of its own.
         """
-        source = state.dataset.train_file if review and state.dataset else None
-        if images.strip():
-            source = self._workspace.resolve(images, "images")
-        if source is None:
-            raise _missing("data set" if review else "folder of images")
-        target = Path("data", name.strip())
-        if (self._workspace.folder / target / JOURNAL_FILE).is_file():
-            target = self._workspace.resolve(str(target), "labels")
+        if review:
+            if state.dataset is None:
+                raise _missing("data")
+            source = state.dataset.train_file
+            target = self._find_review(as_argument(source)) or self._workspace.create_name(
+                "data", f"{state.dataset.path.name}-review"
+            )
         else:
+            if not images.strip():
+                raise _missing("images")
+            source, target = self._workspace.resolve(images, "images"), Path("data", name.strip())
+        is_existing = review or (self._workspace.folder / target / JOURNAL_FILE).is_file()
+        if not is_existing:
             target = self._workspace.check_new_name("data", name)
+        elif not review:
+            target = self._workspace.resolve(str(target), "labels")
+        if is_existing and fraction.strip() == DEFAULT_LABEL_FRACTION:
+            # The command continues with the fraction of the folder.
+            fraction = ""
         weights = self._workspace.find_weights(state.run) if state.run else None
         run = as_argument(weights) if weights else self._workspace.check_model(model)
-        values = {"prompt": prompt, "kind": kind, "classes": classes, "train-fraction": fraction}
+        values = {"prompt": prompt, "kind": kind, "train-fraction": fraction}
+        named = {"classes": classes, "fields": fields}
+        values |= {key: text for key, text in named.items() if kind in KINDS_OF_FIELDS[key]}
         options = [f"--{key}={value.strip()}" for key, value in values.items() if value.strip()]
         options += ["--review"] if review else []
         return ["label", run, as_argument(source), *options, "--out", str(target)]
+
+    def _find_review(self, source: str) -> Path | None:
+        """Return the folder of the last review of a file, if it still exists."""
+        for words in (job.arguments for job in self._jobs.list_jobs("label")):
+            if "--review" in words and words[2] == source:
+                target = Path(words[words.index("--out") + 1])
+                folder = self._workspace.folder / target
+                # Only folders of new labels have a list of sources.
+                if (folder / JOURNAL_FILE).is_file() and not (folder / SOURCES_FILE).exists():
+                    return target
+        return None
 
     def _page_options(self) -> list[str]:
         """Return the options that protect a page in the same way as the studio."""
@@ -631,7 +676,7 @@ class StudioPage:
     def _export(self, state: StudioState, name: str, *, write_gguf: bool = False) -> str:
         """Print serving commands for a merged model, or write GGUF files."""
         if not name.strip():
-            raise _missing("merged model")
+            raise _missing("merged-name")
         model = self._workspace.resolve(f"models/{name.strip()}", "merged model")
         arguments = ["export", str(model)]
         if write_gguf:
@@ -648,7 +693,7 @@ class StudioPage:
         """Start the command that the page shows for the selection."""
         commands, is_check = self._view.list_commands(state), state.selection.step == "check"
         if not commands:
-            raise _missing("data set" if is_check else "recipe")
+            raise _missing("data" if is_check else "recipe")
         is_train, run = state.selection.step == "train", ""
         if not is_check and state.recipe is not None:
             output_dir = self._workspace.load_recipe(state.recipe).output_dir
@@ -682,7 +727,7 @@ class StudioPage:
         # The command creates these items, so they are selected before they exist.
         items = {"data": data, "run": run}
         return state.selection.link(
-            job=job.id, **{key: item for key, item in items.items() if item}
+            job=job.id, images="", **{key: item for key, item in items.items() if item}
         )
 
 
@@ -731,13 +776,13 @@ def _text_inputs(count: int) -> Inputs:
     return TypeAdapter(texts)
 
 
-def _missing(kind: str) -> UserError:
-    return UserError(
-        f"no {kind} is selected",
-        where="studio",
-        expected=f"a {kind} in the workspace",
-        remedy=MISSING_REMEDIES.get(kind, "fill in the field"),
-    )
+def _show_fields_of_kind(kind: str) -> list[dict[str, Any]]:
+    """Show the fields of the label form that a kind of answers has."""
+    return [gr.update(visible=kind in kinds) for kinds in KINDS_OF_FIELDS.values()]
+
+
+def _missing(name: str) -> UserError:
+    return MissingItemError(MISSING_MESSAGES[name], where=name)
 
 
 def _read_selection(request: gr.Request | Request) -> Selection:

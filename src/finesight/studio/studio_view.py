@@ -60,6 +60,8 @@ FIELD_NAMES = {
     "--out": "Name of the data set",
     "--kind": "Kind of the answers",
     "--classes": "Classes",
+    "--fields": "Fields",
+    "--on-invalid-row": "Invalid rows",
     "--resume": "Start or resume",
 }
 """Field or button of the page by option of a command."""
@@ -76,7 +78,7 @@ TERMINAL_COMMANDS = ("export", "serve")
 """Commands whose output is for a terminal."""
 
 _USAGE = re.compile(r"(?m)^(?:Usage: |Try ')finesight .*\n+")
-_ADVICE = re.compile(r"(?m)^(?: *(?:remedy|next): |finesight ).*(?:\n {4,}.*)*")
+_ADVICE = re.compile(r"(?m)(?:\Afinesight |^ *(?:remedy|next): ).*(?:\n {4,}.*)*")
 _COMMAND = re.compile(
     # The page cannot fix data.
     rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b"
@@ -225,7 +227,9 @@ class StudioView:
         # An import creates its data set, so it belongs to no item.
         target = None if selection.step == "data" else state.target
         jobs = self.jobs.list_jobs(selection.step, target)
-        job = _select(jobs, selection.job, lambda job: job.id, use_newest)
+        # A running command precedes newer ones that have ended.
+        order = sorted(jobs, key=lambda job: job.status != "running")
+        job = _select(order, selection.job, lambda job: job.id, use_newest)
         selection = replace(
             selection,
             data=str(dataset.path) if dataset else selection.data,
@@ -278,7 +282,8 @@ class StudioView:
             )
         language = LANGUAGE_TAGS[selection.lang]
         url = selection.link(job=selection.job)
-        return {"top": top, "bottom": bottom, "status": status, "language": language, "url": url}
+        page = {"top": top, "bottom": bottom, "status": status, "language": language, "url": url}
+        return page | {"has_data": state.dataset is not None}
 
     def list_commands(self, state: StudioState) -> list[list[str]]:
         """Return the commands of a step that depend on the selection and the workspace only."""
@@ -405,8 +410,8 @@ def use_page_names(text: str, current_step: str = "") -> str:
     """Replace commands and options in the advice of a message by steps and fields of the page.
 
     Messages of functions and commands name what a terminal has. A note explains other options.
-    Other lines may quote data of the user and stay as they are. A next command in the current step
-    is left out.
+    The first line may name its command. Other lines may quote data of the user and stay as they
+    are. A next command in the current step is left out.
     """
     options: list[str] = []
 
@@ -437,7 +442,8 @@ def split_words(command: str) -> Markup:
     return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" "))
 
 
-def render_message(title: str, text: str, kind: str = "error") -> str:
-    """Render the result of an action above the form."""
+def render_message(title: str, text: str, kind: str = "error", field: str = "") -> str:
+    """Render the result of an action above the form. The script of the page marks the field."""
     inner = Markup("<strong>{}</strong><pre>{}</pre>").format(title, use_page_names(text))
-    return Markup('<div class="message {}" role="alert">{}</div>').format(kind, inner)
+    markup = Markup('<div class="message {}" role="alert" data-field="{}">{}</div>')
+    return markup.format(kind, field, inner)

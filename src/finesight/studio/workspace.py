@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import iglob
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import get_args
@@ -31,7 +31,7 @@ from finesight.data.import_source import NUM_PREVIEW_ROWS, DetectedTask, detect_
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
-from finesight.label.label_store import EVAL_FILE, LABELS_FILE
+from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE, read_sources
 from finesight.label.suggestion import get_text
 from finesight.manifest import (
     ADAPTER_FOLDER,
@@ -43,10 +43,13 @@ from finesight.manifest import (
 )
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import choose_duration, load_recipe, recipe_from_text
-from finesight.storage import working_folder, write_file
+from finesight.storage import FileLock, working_folder, write_file
 
 STUDIO_FOLDER = ".finesight"
 TRASH_FOLDER = f"{STUDIO_FOLDER}/trash"
+UPLOAD_MARKER = ".finesight-upload"
+"""Empty file in a folder of uploads. Other folders are neither replaced nor deleted."""
+
 DATA_FILES = {"train.jsonl": "eval.jsonl", "data.jsonl": "eval.jsonl", LABELS_FILE: EVAL_FILE}
 """Validation file by training file that `finesight import` and `finesight label` write."""
 
@@ -259,6 +262,12 @@ class Workspace:
             )
         return path
 
+    def create_name(self, parent: str, name: str) -> Path:
+        """Return a path that does not exist, with a valid name similar to the given one."""
+        name = re.sub(r"\W+", "-", name).strip("-")[-50:]
+        paths = (Path(parent, f"{name}{number}") for number in chain([""], count(-2, -1)))
+        return next(path for path in paths if not os.path.lexists(self.folder / path))
+
     def check_model(self, name: str) -> str:
         """Return a model name that a user has entered: a hub name, or a folder in the workspace."""
         name = name.strip()
@@ -275,7 +284,8 @@ class Workspace:
         """
         folder = Path("uploads", name)
         is_leftover = NAME_PATTERN.fullmatch(name) and self._contains(self.folder / folder)
-        if not is_leftover or self.find_uses(folder, self.scan().recipes):
+        is_leftover = is_leftover and (self.folder / folder / UPLOAD_MARKER).is_file()
+        if not is_leftover or self.find_uses(folder):
             self.check_new_name("uploads", name)
         names = [file.name for file in files]
         if duplicates := [name for name in names if names.count(name) > 1]:
@@ -292,6 +302,7 @@ class Workspace:
             tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
             if len(tables) == 1:
                 _restore_folders(partial, tables[0].name)
+            (partial / UPLOAD_MARKER).touch()
             if os.path.lexists(self.folder / folder):
                 self.move_to_trash(folder)
             partial.rename(self.folder / folder)
@@ -303,69 +314,131 @@ class Workspace:
 
         The trash keeps their paths, so they can be moved back.
         """
-        parent = self.folder / TRASH_FOLDER
-        parent.mkdir(parents=True, exist_ok=True)
-        trash = Path(mkdtemp(prefix=f"{paths[0].name}-", dir=parent))
-        moves = [(self.folder / path, trash / path) for path in paths]
-        moves = [(source, target) for source, target in moves if os.path.lexists(source)]
+        parent = trash = self.folder / TRASH_FOLDER
         moved: list[tuple[Path, Path]] = []
         try:
-            for source, target in moves:
+            parent.mkdir(parents=True, exist_ok=True)
+            trash = Path(mkdtemp(prefix=f"{paths[0].name[:40]}-", dir=parent))
+            existing = [path for path in paths if os.path.lexists(self.folder / path)]
+            for source, target in [(self.folder / path, trash / path) for path in existing]:
                 if not self._contains(source):
                     raise OSError(errno.EXDEV, "it is a link to another folder")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(target)
                 moved.append((source, target))
         except OSError as error:
-            for source, target in moved:
-                target.rename(source)
-            shutil.rmtree(trash)
+            # Files that cannot be moved back remain in the trash.
+            with contextlib.suppress(OSError):
+                for source, target in moved:
+                    target.rename(source)
+                if trash != parent:
+                    shutil.rmtree(trash)
             raise UserError(
                 f"cannot be moved to the trash: {error.strerror}",
                 where=str(paths[0]),
-                expected="files of this workspace",
-                remedy="delete them with another program",
+                expected="files of this workspace, and a trash that can be written",
+                remedy="free some disk space, or delete them with another program",
             ) from error
 
-    def find_uses(self, folder: Path, recipes: Sequence[Path]) -> list[str]:
-        """Return those of the recipes, and the data sets elsewhere, that use files of a folder."""
+    def find_uses(self, folder: Path, running: Sequence[Path] = ()) -> list[str]:
+        """Return the recipes, labelling sessions, and data sets elsewhere that use a folder.
+
+        Args:
+            running: Runs in progress, whose recipes count, too.
+        """
         root, uses = os.path.realpath(self.folder / folder), []
-        for recipe in recipes:
-            with contextlib.suppress(UserError):
-                data = load_recipe(self.folder / recipe).data
-                patterns = [str(self.folder / file.path) for file in (*data.train, *data.eval)]
-                files = chain(patterns, *(iglob(pattern, recursive=True) for pattern in patterns))
-                if any(Path(os.path.realpath(file)).is_relative_to(root) for file in files):
-                    uses.append(f"the recipe {recipe}")
-        for dataset in self.scan().datasets:
-            home = os.path.realpath(self.folder / dataset.path)
+        recipes = [run / RECIPE_FILE for run in running]
+        datasets = self.scan().datasets
+        for home, names in self._walk():
+            path = home.relative_to(self.folder)
+            if MANIFEST_FILE not in names:
+                recipes += [path / name for name in names if name.endswith((".yaml", ".yml"))]
+            sources = [] if os.path.realpath(home) == root else read_sources(home)
+            if any(self.is_overlapping(name, folder) for name in sources):
+                uses.append(f"the data set {path}")
+        uses += [f"the recipe {recipe}" for recipe in recipes if self._uses_files(recipe, root)]
+        for dataset in datasets:
+            home_path = os.path.realpath(self.folder / dataset.path)
             # Image paths are relative to the data set, or absolute.
-            names = [f'"{path}/'.encode() for path in (os.path.relpath(root, home), root)]
-            for file in (dataset.train_file, dataset.eval_file) if home != root else ():
+            words = [f'"{path}/'.encode() for path in (os.path.relpath(root, home_path), root)]
+            for file in (dataset.train_file, dataset.eval_file) if home_path != root else ():
                 with (self.folder / (file or os.devnull)).open("rb") as lines:
-                    if any(name in line for line in lines for name in names):
+                    if any(word in line for line in lines for word in words):
                         uses.append(f"the data set {dataset.path}")
+        for journal in Path(root).rglob(JOURNAL_FILE):
+            with contextlib.suppress(OSError), FileLock(journal) as lock:
+                try:
+                    lock.acquire(shared=True, wait=False)
+                except BlockingIOError:
+                    uses.append(f"the labelling page of {journal.parent.relative_to(self.folder)}")
         return [*dict.fromkeys(uses)]
 
-    def delete_dataset(self, dataset: WorkspaceDataset) -> None:
-        """Move a data set in `data`, its check page and its uploads to the trash.
+    def is_overlapping(self, name: str, folder: Path) -> bool:
+        """Return whether a path is in a folder, or contains it below the workspace."""
+        path, root = (Path(os.path.realpath(self.folder / one)) for one in (name, folder))
+        is_parent = self.folder in path.parents and root.is_relative_to(path)
+        return is_parent or path.is_relative_to(root)
 
-        Uploads that other data sets use stay.
+    def _uses_files(self, recipe: Path, root: str) -> bool:
+        """Return whether data of a recipe, also of an invalid one, are files of a folder."""
+        text = ""
+        try:
+            with (self.folder / recipe).open("rb") as file:
+                text = file.read(MAX_RECIPE_BYTES).decode("utf-8", "replace")
+            content = load_yaml(text)
+            data = content.get("data", []) if isinstance(content, dict) else []
+            patterns = [str(self.folder / name) for name in _list_texts(data)]
+            files = chain(patterns, *(iglob(pattern, recursive=True) for pattern in patterns))
+            return any(Path(os.path.realpath(file)).is_relative_to(root) for file in files)
+        except (OSError, ValueError, yaml.YAMLError):
+            return os.path.relpath(root, self.folder) in text
+
+    def list_deleted(
+        self, dataset: WorkspaceDataset, running: Sequence[Path], commands: Sequence[str]
+    ) -> list[Path]:
+        """Return the paths of a data set in `data`: its folder, check page and unused uploads.
+
+        Args:
+            running: Runs in progress.
+            commands: Running commands that use the data set.
 
         Raises:
-            UserError: The data set is in another folder, which may contain files of the user.
+            UserError: The data set is in use, contains other items, or is in another folder.
         """
-        if dataset.path.parent != Path("data"):
+        path, uploads = dataset.path, Path("uploads", dataset.path.name)
+        if path.parent != Path("data"):
             raise UserError(
-                f"{dataset.path} was not created by the studio",
+                f"{path} was not created by the studio",
                 where="delete",
                 expected="a data set in the folder data",
                 remedy="delete its folder with another program",
             )
-        paths, uploads = [dataset.path, dataset.check_page], Path("uploads", dataset.path.name)
-        if self.find_uses(uploads, ()) in ([], [f"the data set {dataset.path}"]):
-            paths.append(uploads)
-        self.move_to_trash(*paths)
+        if items := self._list_inside(path):
+            raise UserError(
+                f"{path} contains {', '.join(map(str, items))}",
+                where="delete",
+                expected="a folder with one data set only",
+                remedy="move the other items to another folder first",
+            )
+        if uses := [*commands, *self.find_uses(path, running)]:
+            raise UserError(
+                f"{path} is used by {', '.join(dict.fromkeys(uses))}",
+                where="delete",
+                expected="a data set that nothing uses",
+                remedy="stop the command, choose other data in the recipe in the step Plan or"
+                " delete it there, or delete the other data set first",
+            )
+        paths, own = [path, dataset.check_page], {f"the data set {path}"}
+        is_upload = (self.folder / uploads / UPLOAD_MARKER).is_file()
+        is_upload = is_upload and own.issuperset(self.find_uses(uploads, running))
+        return [*paths, uploads] if is_upload and not self._list_inside(uploads) else paths
+
+    def _list_inside(self, folder: Path) -> list[Path]:
+        """Return the data sets, recipes, runs and models in subfolders of a folder."""
+        content = Workspace(self.folder / folder).scan()
+        items = [dataset.path for dataset in content.datasets]
+        items += [*content.recipes, *content.runs, *content.models]
+        return [folder / item for item in items if item.parts]
 
     def create_recipe(
         self,
@@ -502,6 +575,15 @@ def _restore_folders(folder: Path, table: str) -> None:
 def as_argument(path: Path) -> str:
     """Return a path as a command-line argument that is never read as an option."""
     return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def _list_texts(value: object) -> list[str]:
+    """Return all values of nested settings as texts."""
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, list):
+        return [text for item in value for text in _list_texts(item)]
+    return [str(value)]
 
 
 def _is_text(name: str) -> bool:

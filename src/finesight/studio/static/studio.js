@@ -4,8 +4,20 @@
   window.finesightStudio = true;
   const shown = {};
   // Buttons that would start the running command again.
-  const starters = ["check", "estimate-memory-and-time", "start-or-resume", "start-the-chat", "start-the-server"];
-  let isEdited = false, savedText = "", question = "";
+  const starters = ["check", "estimate-memory-and-time", "start-or-resume", "start-the-chat", "start-the-server",
+    "start-labelling", "review-existing-labels"];
+  let isEdited = false, savedText = "", question = "", shownQuery = "";
+
+  // An action applies to the item in the URL. A refused one leaves the URL of the shown item.
+  const act = (button, url) => {
+    shownQuery ||= location.search;
+    history.replaceState(null, "", url);
+    document.getElementById(button).click();
+  };
+  const restoreUrl = () => {
+    if (shownQuery) history.replaceState(null, "", shownQuery);
+    shownQuery = "";
+  };
 
   const replace = (id, html) => {
     const place = document.getElementById(id);
@@ -35,7 +47,8 @@
       if (response.status === 401) location.reload();
       const page = await response.json();
       // Actions apply to the items in the URL, which are those that the page shows.
-      if (query === location.search) history.replaceState(null, "", page.url);
+      if (query !== location.search) return void setTimeout(update, 500);
+      history.replaceState(null, "", page.url);
       document.documentElement.lang = page.language;
       replace("studio-top", page.top);
       replace("studio-bottom", page.bottom);
@@ -44,7 +57,8 @@
       const isRunning = ["running", "stopping"].includes(page.status);
       for (const id of starters) {
         const button = document.getElementById(id);
-        if (button) button.disabled = isRunning;
+        const needsData = id === "review-existing-labels" && !page.has_data;
+        if (button) button.disabled = isRunning || needsData;
       }
       if (isRunning) delay = 1500;
     } catch { /* The studio was stopped; another attempt follows. */ }
@@ -53,6 +67,7 @@
 
   document.addEventListener("input", (event) => {
     if (event.target.closest?.("#editor") && event.isTrusted) isEdited = true;
+    event.target.removeAttribute?.("aria-invalid");
   });
   window.addEventListener("beforeunload", (event) => { if (isEdited) event.preventDefault(); });
   document.addEventListener("submit", (event) => {
@@ -67,15 +82,11 @@
   document.addEventListener("click", async (event) => {
     if (event.target.closest?.("#save-the-recipe")) savedText = document.querySelector("#editor textarea").value;
     const stop = event.target.closest?.("button.stop-job");
-    if (stop) {
-      history.replaceState(null, "", stop.dataset.url);
-      document.getElementById("stop").click();
-    }
+    if (stop) act("stop", stop.dataset.url);
     const remove = event.target.closest?.("button.delete");
     if (remove) {
       question = remove.dataset.confirm;
-      history.replaceState(null, "", remove.dataset.url);
-      document.getElementById("ask-delete").click();
+      act("ask-delete", remove.dataset.url);
     }
     const button = event.target.closest?.("button.copy");
     if (!button) return;
@@ -94,10 +105,22 @@
   // Called with an empty address if the selected item cannot be deleted.
   window.finesightConfirm = (url) => {
     if (url && window.confirm(question)) document.getElementById("delete").click();
+    else restoreUrl();
   };
   // Called with the address to open after an action; it is empty if the action has failed.
   window.finesightOpen = (url, isSaved) => {
-    if (!url) return;
+    if (!url) {
+      restoreUrl();
+      // After the message is shown.
+      setTimeout(() => {
+        const name = document.querySelector("#message .message")?.dataset.field;
+        const field = document.querySelector(".studio-form")?.parentElement.querySelector(
+          `[id="${CSS.escape(name ?? "")}"] :is(input:not([type=file]), textarea)`);
+        field?.setAttribute("aria-invalid", "true");
+        field?.focus();
+      }, 100);
+      return;
+    }
     if (isSaved && savedText === document.querySelector("#editor textarea").value) isEdited = false;
     window.location.assign(url);
   };

@@ -112,7 +112,8 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
 def test_recipe_of_several_data_sets(workspace: Workspace) -> None:
     for name, fraction in (("a", None), ("b", 0.5)):
         options = replace(OPTIONS, train_fraction=fraction)
-        import_dataset(workspace.folder / "photos", workspace.folder / "data" / name, options)
+        images = shutil.copytree(workspace.folder / "photos", workspace.folder / f"photos-{name}")
+        import_dataset(images, workspace.folder / "data" / name, options)
     datasets = sorted(workspace.scan().datasets, key=lambda one: one.path)
     path = workspace.create_recipe("a", datasets, "finesight-tiny", {})
     data = workspace.load_recipe(path).data

@@ -294,3 +294,20 @@ def test_validation_samples_that_do_not_exist_are_not_reviewed(folder: Path) -> 
     form = ["", "", "labels", "finesight-tiny", "", "", "", "", "for validation"]
     message = click_button(page, "review-existing-labels", "step=label&data=data/a", *form)
     assert "The data set has no validation samples" in message
+
+
+def test_earlier_upload_is_kept_if_the_next_one_is_refused(
+    folder: Path, started: list[list[str]]
+) -> None:
+    files = [folder.parent / "t.csv", *sorted((folder / "photos").glob("*.png"))]
+    files[0].write_text("photo,text\n" + "".join(f"{file.name},red\n" for file in files[1:]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    assert click_button(page, "import", "", files, "", "a", "Color?", "", "") == ""
+    write_job(folder, "1", "data", *started.pop()[:3])
+    (folder / ".finesight/jobs/1/exit_code").write_text("2")
+    with open_client(folder) as client:
+        assert "The uploaded files are kept" in client.get("/live?lang=en").json()["bottom"]
+    assert "Prompt" in click_button(page, "import", "", files[:1], "", "a", "", "", "")
+    assert len([*folder.glob("uploads/a/*.png")]) == 24
+    assert click_button(page, "import", "", files[:1], "", "a", "Color?", "", "") == ""
+    assert started.pop()[1:3] == ["uploads/a/t.csv", "data/a"]

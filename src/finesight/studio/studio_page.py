@@ -435,8 +435,10 @@ class StudioPage:
                     expected="the name of a data set that is not being imported",
                     remedy="wait for the end of the command, or choose another name",
                 )
-            files = [Path(file) for file in upload]
+            folder = self._workspace.folder / "uploads" / name.strip()
+            is_new, files = not folder.exists(), [Path(file) for file in upload]
             source = str(self._workspace.save_uploads(files, name.strip()))
+            files = [file for file in folder.rglob("[!.]*") if file.is_file()]
             if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
                 # Images without a table are labeled in the next step.
                 return state.selection.link(step="label", images=source)
@@ -446,7 +448,7 @@ class StudioPage:
             return self._start(state, str(target), arguments, data=str(target), form=form)
         except UserError:
             # A refused import leaves no uploads: the browser still has them.
-            if upload:
+            if upload and is_new:
                 self._workspace.move_to_trash(Path("uploads", name.strip()))
             raise
 

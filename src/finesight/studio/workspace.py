@@ -31,6 +31,7 @@ from finesight.data.import_source import NUM_PREVIEW_ROWS, DetectedTask, detect_
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
+from finesight.hub.archive import is_archive
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE, read_sources
 from finesight.label.suggestion import get_text
 from finesight.manifest import (
@@ -316,8 +317,8 @@ class Workspace:
     def save_uploads(self, files: Sequence[Path], name: str) -> Path:
         """Copy uploaded files into a folder, and return the path to import.
 
-        It is the only table or the only file, else the folder. Uploads of a failed import, which
-        no data set or recipe uses, are replaced.
+        It is the only table or the only file, else the folder. The files of a failed import, which
+        no data set or recipe uses, are kept, except for those with the names of new ones.
         """
         folder = Path("uploads", name)
         is_leftover = NAME_PATTERN.fullmatch(name) and self._contains(self.folder / folder)
@@ -334,17 +335,29 @@ class Workspace:
             )
         # An error leaves no folder, so the same name can be used again.
         with working_folder(self.folder / folder) as partial:
+            if is_leftover:
+                shutil.copytree(self.folder / folder, partial, symlinks=True, dirs_exist_ok=True)
+            kept = {file.name: file for file in partial.rglob("[!.]*") if file.is_file()}
             for file in files:
-                shutil.copyfile(file, partial / file.name)
-            tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
+                target = kept.get(file.name, partial / file.name)
+                # Not through a link.
+                target.unlink(missing_ok=True)
+                shutil.copyfile(file, target)
+            old, new = (
+                {name for name in group if Path(name).suffix.lower() in TABLE_SUFFIXES}
+                for group in (kept, names)
+            )
+            # A corrected table may have another name.
+            tables = new if new and len(old) == 1 else old | new
             if len(tables) == 1:
-                _restore_folders(partial, tables[0].name)
+                _restore_folders(partial, *tables)
             (partial / UPLOAD_MARKER).touch()
-            if os.path.lexists(self.folder / folder):
+            if is_leftover:
                 self.move_to_trash(folder)
             partial.rename(self.folder / folder)
-        sources = tables if len(tables) == 1 else files
-        return folder / sources[0].name if len(sources) == 1 else folder
+        is_single = len(tables) != 1 and len(names) == 1 and is_archive(names[0])
+        sources = {*names} if is_single else tables if len(tables) == 1 else {*kept, *names}
+        return folder / sources.pop() if len(sources) == 1 else folder
 
     def move_to_trash(self, *paths: Path) -> None:
         """Move those of the files and folders that exist to a new folder of the trash, or none.
@@ -623,7 +636,8 @@ def _join_review(
 def _restore_folders(folder: Path, table: str) -> None:
     """Move uploaded files into the folders that a table names; browsers send no folders."""
     paths: dict[str, set[Path]] = {}
-    files = {file.name for file in folder.iterdir() if file.name != table}
+    files = {file.name: file for file in folder.rglob("[!.]*") if file.is_file()}
+    files.pop(table, None)
     with contextlib.suppress(UserError):
         reader = open_row_file(folder / table)
         records = (row.record for row in reader.iter_range(0, reader.num_rows))
@@ -641,7 +655,7 @@ def _restore_folders(folder: Path, table: str) -> None:
             )
         if not path.is_absolute() and ".." not in path.parts:
             (folder / path.parent).mkdir(parents=True, exist_ok=True)
-            (folder / name).rename(folder / path)
+            files[name].rename(folder / path)
 
 
 def as_argument(path: Path) -> str:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
-    from finesight.config import DataFileSettings, Recipe
+    from finesight.config import Recipe
     from finesight.label.label_session import LabelSession
 
 
@@ -159,7 +159,7 @@ def label(
             remedy="remove one of the options",
         )
     run_dir = find_run_dir(Path(run_or_model))
-    out = out or _select_label_folder(run_dir, review)
+    out = out or _select_label_folder(run_dir, sources if review else ())
     with ExitStack() as stack:
         listener = None
         if not suggest_only:
@@ -209,19 +209,26 @@ def label(
         typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
 
 
-def _select_label_folder(run_dir: Path, review: bool) -> Path:
-    """Return the default folder: that of the labels in the recipe of the run, else `labels`."""
-    from finesight.label.label_store import find_label_folder
+def _select_label_folder(run_dir: Path, reviewed: Sequence[Path]) -> Path:
+    """Return the folder of a review, of the labels in the recipe of the run, or `labels`."""
+    from finesight.label.label_store import REVIEWED_FILE, can_review, find_label_folder
     from finesight.recipe import load_recipe
+    from finesight.train.run_dir import RunDir
 
+    if reviewed:
+        default = Path("labels-review")
+        folders = [file.parent for file in sorted(Path().glob(f"{default}*/{REVIEWED_FILE}"))]
+        folders += [default, RunDir(default).next_path]
+        out = next(one for one in folders if can_review(one, reviewed))
+        typer.echo(f"reviewed labels: {out}", err=True)
+        return out
     folder = None
-    # The samples of a review have the IDs of those labels.
-    if not review and (run_dir / RECIPE_FILE).is_file():
+    if (run_dir / RECIPE_FILE).is_file():
         with suppress(UserError):
             folder = find_label_folder(load_recipe(run_dir / RECIPE_FILE))
     if folder is not None:
         typer.echo(f"continuing the labels in {folder}, training data of {run_dir}", err=True)
-    return folder or Path("labels-review" if review else "labels")
+    return folder or Path("labels")
 
 
 def find_label_command(recipe: Recipe) -> list[str]:
@@ -238,13 +245,14 @@ def find_label_command(recipe: Recipe) -> list[str]:
 def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list[str]:
     """Return the next command for the labels in `out`.
 
-    It trains with them, or checks reviewed labels that replace no file of the recipe. Without a
-    recipe, it is `init`.
+    It trains with them, continues their review, or checks reviewed labels that replace no file of
+    the recipe. Without a recipe, it is `init`.
 
     Args:
         reviewed: Data files whose samples the labels contain.
     """
-    from finesight.label.label_store import EVAL_FILE, LABELS_FILE
+    from finesight.config import DataFileSettings
+    from finesight.label.label_store import EVAL_FILE, LABELS_FILE, REVIEWED_FILE, read_sources
     from finesight.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
@@ -257,9 +265,14 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             continue
         files: Sequence[DataFileSettings] = settings.data.train
         words = ["train", str(recipe)]
-        if os.path.abspath(labels) not in [os.path.abspath(file.path) for file in files]:
+        listed = [os.path.abspath(file.path) for file in (*files, *settings.data.eval)]
+        if os.path.abspath(labels) not in listed:
             if recipe.parent != run_dir:
                 continue
+            for folder in (os.path.dirname(file.path) for file in files):
+                sources = [*map(os.path.relpath, read_sources(Path(folder), REVIEWED_FILE))]
+                if os.path.relpath(os.path.realpath(labels)) in sources:
+                    return ["label", str(run_dir), *sources, "--review", "--out", folder]
             # The labels of a review contain the reviewed training or validation data.
             paths = {os.path.abspath(path) for path in reviewed}
             splits = {"train": files, "eval": settings.data.eval}
@@ -275,11 +288,9 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             split, files = found[0], splits[found[0]]
             replaced = [file for file in files if os.path.abspath(file.path) in paths]
             kept = [file for file in files if file not in replaced]
-            entries = [
-                file.model_dump(exclude_defaults=True) | {"path": str(file.path)} for file in kept
-            ]
-            template = replaced[0].model_dump(exclude_defaults=True) if len(replaced) == 1 else {}
-            entries.append(template | {"path": str(labels)})
+            added = replaced[0] if len(replaced) == 1 else DataFileSettings(path=labels)
+            kept.append(added.model_copy(update={"path": labels}))
+            entries = [file.model_dump(mode="json", exclude_defaults=True) for file in kept]
             items = [entry if len(entry) > 1 else entry["path"] for entry in entries]
             words.append(f"data.{split}={json.dumps(items)}")
             if has_eval_labels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import socket
@@ -225,6 +226,38 @@ def test_review_ranks_existing_answers(tmp_path: Path) -> None:
     code, text = run_label(*files, "--review", "--suggest-only", "--out", tmp_path / "labels")
     scores = [float(line.split()[0]) for line in text.splitlines()]
     assert (code, len(scores), scores) == (0, 2, sorted(scores, reverse=True))
+
+
+def test_next_command_imports_labels_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data of the first import contains the earlier labels, some of them for validation."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    draw_images(tmp_path, 3)
+    imported, reviewed = "labels-finetune/data/train", "labels-review/labels"
+    for name, indices in (("labels/labels", (0, 1)), (imported, (0,)), (reviewed, (0,))):
+        Path(name).parent.mkdir(parents=True)
+        samples, path = [], os.path.relpath("photos", Path(name).parent)
+        for index in indices:
+            question = (ImagePart(image=f"{path}/{index}.png"), TextPart(text="Color?"))
+            answer = Message(role="assistant", content="red")
+            messages = (Message(role="user", content=question), answer)
+            samples.append(Sample(id=f"photos/{index}.png", messages=messages))
+        write_samples(Path(f"{name}.jsonl"), samples)
+    run = Path("labels-finetune/run")
+    run.mkdir()
+    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
+    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
+    arguments = ["label", str(run), "photos/2.png", "--no-suggestions", "--port", "0"]
+    Path("labels-review/reviewed.json").write_text(json.dumps([f"{imported}.jsonl"]))
+    for data, expected in (
+        (imported, "init labels/labels.jsonl --out labels-finetune-2"),
+        (reviewed, "check labels/labels.jsonl"),
+    ):
+        (run / "recipe.yaml").write_text(
+            f"model: finesight-tiny\ndata: {{train: {data}.jsonl}}\noutput_dir: {run}\n"
+        )
+        last_line = CliRunner().invoke(app, arguments).stderr.splitlines()[-1]
+        assert last_line == f"next: finesight {expected}"
 
 
 def test_progress_in_a_log_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def label(
     ],
     prompt: Annotated[
         str | None,
-        typer.Option(help="Question about every image. Default: that of the run's training data."),
+        typer.Option(help="Question about every image. Default: that of FOLDER or else the run."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -252,6 +252,7 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
         reviewed: Data files whose samples the labels contain.
     """
     from finesight.config import DataFileSettings
+    from finesight.label.label_session import is_imported
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE, REVIEWED_FILE, read_sources
     from finesight.recipe import load_recipe
     from finesight.train.run_dir import RunDir
@@ -269,10 +270,15 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
         if os.path.abspath(labels) not in listed:
             if recipe.parent != run_dir:
                 continue
-            for folder in (os.path.dirname(file.path) for file in files):
-                sources = [*map(os.path.relpath, read_sources(Path(folder), REVIEWED_FILE))]
-                if os.path.relpath(os.path.realpath(labels)) in sources:
-                    return ["label", str(run_dir), *sources, "--review", "--out", folder]
+            folders = {Path(file.path).parent for file in files}
+            reviews = {folder: read_sources(folder, REVIEWED_FILE) for folder in folders}
+            for folder, names in reviews.items():
+                if os.path.realpath(labels) in names:
+                    sources = map(os.path.relpath, names)
+                    return ["label", str(run_dir), *sources, "--review", "--out", str(folder)]
+            is_copy = not reviewed and is_imported(out, run_dir)
+            if is_copy and not any(reviews.values()):
+                break
             # The labels of a review contain the reviewed training or validation data.
             paths = {os.path.abspath(path) for path in reviewed}
             splits = {"train": files, "eval": settings.data.eval}
@@ -282,8 +288,8 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
                 if paths <= {os.path.abspath(file.path) for file in listed}
             ]
             has_eval_labels = bool(reviewed) and (out / EVAL_FILE).exists()
-            if not found or (found == ["eval"] and has_eval_labels):
-                # No file of the recipe has exactly these samples.
+            if is_copy or not found or (found == ["eval"] and has_eval_labels):
+                # No file of the recipe has exactly these samples, or one has copies of them.
                 return ["check", str(labels)]
             split, files = found[0], splits[found[0]]
             replaced = [file for file in files if os.path.abspath(file.path) in paths]
@@ -298,7 +304,9 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
         if settings.output_dir.exists():
             words.append(f"output_dir={RunDir(settings.output_dir).next_path}")
         return words
-    return ["init", str(labels)]
+    default = Path(f"{labels.stem}-finetune")
+    option = ["--out", str(RunDir(default).next_path)] if os.path.lexists(default) else []
+    return ["init", str(labels), *option]
 
 
 def _print_suggestions(session: LabelSession, as_json: bool) -> None:

@@ -107,7 +107,7 @@ class LabelSession:
         *,
         max_new_tokens: int,
         batch_size: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], None] = lambda count: None,
     ) -> dict[str, str]:
         """Suggest answers to the open samples that have none from this model.
 
@@ -129,8 +129,7 @@ class LabelSession:
                 scored = [(suggestion, None) for suggestion in suggestions]
             self.store.add_suggestions(scored, self.model)
             reasons |= failed
-            if on_progress is not None:
-                on_progress(len(failed))
+            on_progress(len(failed))
         self.store.exclude(reasons)
         return reasons
 
@@ -292,9 +291,9 @@ def open_session(
     """
     examples = read_run_examples(run_or_model)
     questions = {
-        os.path.realpath(folder / part.image): get_question(sample)
-        for sample in (() if review else read_labels(folder))
-        for part in sample.iter_parts()
+        os.path.realpath(one.resolve_path(part.image)): get_question(one.sample)
+        for one in (() if review else read_labels(folder))
+        for part in one.sample.iter_parts()
         if isinstance(part, ImagePart)
     }
     default = prompt or next(reversed(questions.values()), detect_task(examples).prompt)
@@ -367,6 +366,16 @@ def read_run_examples(run_or_model: str) -> list[LocatedSample]:
         return [corpus[index] for index in range(min(MAX_EXAMPLES, len(corpus)))]
     except UserError:
         return []
+
+
+def is_imported(folder: Path, run_dir: Path) -> bool:
+    """Return whether a run was trained with copies of labels of a folder, as `init` writes them."""
+
+    examples, labels = (
+        {(LabelItem(one, is_listed=False).digest, get_question(one.sample)) for one in samples}
+        for samples in (read_run_examples(str(run_dir)), read_labels(folder))
+    )
+    return bool(examples) and examples <= labels
 
 
 def detect_task(

@@ -196,7 +196,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             withdrawn_ids = self._apply_entries(entries)
             # The labels of images that are not loaded now are kept. A review replaces all labels.
             known_ids = withdrawn_ids.union(self._items)
-            others = () if review else read_labels(folder)
+            others = [] if review else [one.sample for one in read_labels(folder)]
             self._others = [sample for sample in others if sample.id not in known_ids]
             self._train_fraction = _store_fraction(folder / FRACTION_FILE, train_fraction)
             # A crash may have ended the last session before it wrote its labels.
@@ -564,11 +564,11 @@ def get_question(sample: Sample) -> str:
     return get_text(next(turn for turn in sample.messages[::-1] if turn.role == "user").content)
 
 
-def read_labels(folder: Path) -> list[Sample]:
+def read_labels(folder: Path) -> list[LocatedSample]:
     """Return the labeled samples of a folder."""
     files = (folder / EVAL_FILE, folder / LABELS_FILE)
     found = (read_samples(file) for file in files if file.is_file() and file.stat().st_size)
-    return [*chain.from_iterable(found)]
+    return [LocatedSample(sample, folder) for sample in chain.from_iterable(found)]
 
 
 def _match_meta(item: LabelItem, content: AnswerContent) -> dict[str, Any]:

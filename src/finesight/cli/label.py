@@ -130,18 +130,10 @@ def label(
     from finesight.train.console import TrainingConsole
 
     if as_json and not suggest_only:
-        raise UserError(
-            "--json is given without --suggest-only",
-            where="--json",
-            expected="--json with --suggest-only",
-            remedy="add --suggest-only, or remove --json",
-        )
+        raise _build_option_error("--json", "without --suggest-only", "--json with --suggest-only")
     if suggest_only and not suggestions:
-        raise UserError(
-            "--suggest-only is given with --no-suggestions",
-            where="--suggest-only",
-            expected="one of the two options",
-            remedy="remove one of the options",
+        raise _build_option_error(
+            "--suggest-only", "with --no-suggestions", "one of the two options"
         )
     if suggestions:
         from finesight.model_folder import check_model_path
@@ -152,12 +144,8 @@ def label(
         for text in (classes, fields)
     )
     if field_names and (names or kind not in (None, "fields")):
-        raise UserError(
-            f"--fields is given with {'--classes' if names else f'--kind {kind}'}",
-            where="--fields",
-            expected="--fields with --kind fields",
-            remedy="remove one of the options",
-        )
+        other = f"with {'--classes' if names else f'--kind {kind}'}"
+        raise _build_option_error("--fields", other, "--fields with --kind fields")
     run_dir = find_run_dir(Path(run_or_model))
     out = out or _select_label_folder(run_dir, sources if review else ())
     with ExitStack() as stack:
@@ -207,6 +195,11 @@ def label(
     if any(count for name, count in counts.items() if name not in ("open", "skipped")):
         words = _suggest_command(out, run_dir, sources if review else ())
         typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
+
+
+def _build_option_error(option: str, other: str, expected: str) -> UserError:
+    remedy = "add or remove one of the options"
+    return UserError(f"{option} is given {other}", where=option, expected=expected, remedy=remedy)
 
 
 def _select_label_folder(run_dir: Path, reviewed: Sequence[Path]) -> Path:
@@ -270,7 +263,7 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
         if os.path.abspath(labels) not in listed:
             if recipe.parent != run_dir:
                 continue
-            folders = {Path(file.path).parent for file in files}
+            folders = [Path(file.path).parent for file in files]
             reviews = {folder: read_sources(folder, REVIEWED_FILE) for folder in folders}
             for folder, names in reviews.items():
                 if os.path.realpath(labels) in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import socket
@@ -20,6 +21,7 @@ from finesight.cli.label import find_label_command
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
 from finesight.label.label_store import LABELS_FILE, LabelStore
 from finesight.recipe import load_recipe
+from finesight.train import console
 from finesight.web import web_server
 
 PROMPT = ("--prompt", "Describe the image.")
@@ -224,6 +226,103 @@ def test_review_ranks_existing_answers(tmp_path: Path) -> None:
     code, text = run_label(*files, "--review", "--suggest-only", "--out", tmp_path / "labels")
     scores = [float(line.split()[0]) for line in text.splitlines()]
     assert (code, len(scores), scores) == (0, 2, sorted(scores, reverse=True))
+
+
+def test_next_command_imports_labels_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data of the first import contains the earlier labels, some of them for validation."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    draw_images(tmp_path, 3)
+    imported, reviewed = "labels-finetune/data/train", "labels-review/labels"
+    for name, indices in (("labels/labels", (0, 1)), (imported, (0,)), (reviewed, (0,))):
+        Path(name).parent.mkdir(parents=True)
+        samples, path = [], os.path.relpath("photos", Path(name).parent)
+        for index in indices:
+            question = (ImagePart(image=f"{path}/{index}.png"), TextPart(text="Color?"))
+            answer = Message(role="assistant", content="red")
+            messages = (Message(role="user", content=question), answer)
+            samples.append(Sample(id=f"photos/{index}.png", messages=messages))
+        write_samples(Path(f"{name}.jsonl"), samples)
+    run = Path("labels-finetune/run")
+    run.mkdir()
+    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
+    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
+    arguments = ["label", str(run), "photos/2.png", "--no-suggestions", "--port", "0"]
+    Path("labels-review/reviewed.json").write_text(json.dumps([f"{imported}.jsonl"]))
+    for data, expected in (
+        (imported, "init labels/labels.jsonl --out labels-finetune-2"),
+        (reviewed, "check labels/labels.jsonl"),
+    ):
+        (run / "recipe.yaml").write_text(
+            f"model: finesight-tiny\ndata: {{train: {data}.jsonl}}\noutput_dir: {run}\n"
+        )
+        last_line = CliRunner().invoke(app, arguments).stderr.splitlines()[-1]
+        assert last_line == f"next: finesight {expected}"
+
+
+def test_progress_in_a_log_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = draw_images(tmp_path)
+    (photos / "1.png").write_bytes(b"no image")
+    monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
+    arguments = [photos, *PROMPT, "--out", tmp_path / "labels", "--suggest-only", "--device", "cpu"]
+    options = ["--max-new-tokens", "2", "--batch-size", "1"]
+    result = CliRunner().invoke(app, ["label", "finesight-tiny", *map(str, arguments), *options])
+    lines = [line for line in result.stderr.splitlines() if line.startswith("suggestions: ")]
+    assert (lines[0], lines[-1]) == ("suggestions: 1/3", "suggestions: 3/3")
+
+
+def test_reviews_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next command trains the reviewed training data, or keeps it for validation."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
+    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
+    draw_images(tmp_path, 1)
+    question = (ImagePart(image="photos/0.png"), TextPart(text="Describe the image."))
+    messages = (Message(role="user", content=question), Message(role="assistant", content="x"))
+
+    def label(*arguments: str, train: str = "a.jsonl", evaluation: str = "eval.jsonl") -> list[str]:
+        data = f"data: {{train: {train}, eval: {evaluation}}}"
+        Path("run/recipe.yaml").write_text(f"model: finesight-tiny\n{data}\noutput_dir: run\n")
+        arguments = ("label", "run", *arguments, "--no-suggestions", "--port", "0")
+        lines = CliRunner().invoke(app, arguments).stderr.splitlines()
+        return [line for line in lines if line.startswith(("reviewed", "continuing", "next"))]
+
+    Path("run").mkdir()
+    for name in ("a.jsonl", "eval.jsonl", "labels/labels.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        write_samples(Path(name), [Sample(id=name, messages=messages)])
+    reviewed = {name: f"{name}/labels.jsonl" for name in ("labels-review", "labels-review-2")}
+    train = "next: finesight train run/recipe.yaml"
+    first = ["reviewed labels: labels-review"]
+    first += [f"{train} 'data.train=[\"labels-review/labels.jsonl\"]' output_dir=run-2"]
+    second = ["reviewed labels: labels-review-2"]
+    second += [f"{train} 'data.eval=[\"labels-review-2/labels.jsonl\"]' output_dir=run-2"]
+    assert label("a.jsonl", "--review") == first
+    assert label("eval.jsonl", "--review", train=reviewed["labels-review"]) == second
+    assert label("./a.jsonl", "--review") == first
+    # After the training with the reviewed validation data.
+    assert label("eval.jsonl", "--review", evaluation=reviewed["labels-review-2"]) == [
+        "reviewed labels: labels-review-2",
+        f"{train} output_dir=run-2",
+    ]
+    # New labels beside their own reviewed copies: the review is continued.
+    Path("labels/sources.json").write_text('["photos"]')
+    trained = {"train": "[a.jsonl, labels-review-3/labels.jsonl]"}
+    assert label("labels/labels.jsonl", "--review", **trained) == [
+        "reviewed labels: labels-review-3",
+        f"{train} output_dir=run-2",
+    ]
+    assert find_label_command(load_recipe(Path("run/recipe.yaml"))) == [
+        "finesight",
+        "label",
+        "run",
+        "photos",
+    ]
+    assert label("photos", **trained) == [
+        "continuing the labels in labels, training data of run",
+        "next: finesight label run labels/labels.jsonl --review --out labels-review-3",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -24,6 +25,7 @@ from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.label.label_session import open_session
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
+from finesight.storage import FileSystem, use_file_system
 
 
 def list_texts(folder: Path) -> list[str]:
@@ -150,8 +152,14 @@ def test_labeled_samples_are_not_listed_without_review(tmp_path: Path) -> None:
     [
         (["photos"], None, "images have no prompt"),
         (["photo"], "Read.", "photo does not exist"),
-        (["photos", "photos/0.png"], "Read.", "several samples have the ID"),
+        (["data.jsonl", "data.jsonl"], "Read.", "several samples have the ID"),
         (["empty"], "Read.", "no images and no samples"),
+        (["data.jsonl", "--review"], None, "data.jsonl: no sample has an answer"),
+        (
+            ["photos", "--review"],
+            "Read.",
+            "photos: no sample has an answer\n.*\n  remedy: remove --re",
+        ),
     ],
 )
 def test_invalid_sources_are_rejected(
@@ -161,11 +169,13 @@ def test_invalid_sources_are_rejected(
     prompt: str | None,
     message: str,
 ) -> None:
-    draw_images(tmp_path)
+    write_answers(tmp_path, None, None)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
+    review = "--review" in sources
+    paths = [Path(name) for name in sources if name != "--review"]
     with pytest.raises(UserError, match=message):
-        open_session(Path("labels"), MODEL, [Path(name) for name in sources], prompt=prompt)
+        open_session(Path("labels"), MODEL, paths, prompt=prompt, review=review)
 
 
 @pytest.mark.parametrize(
@@ -306,15 +316,150 @@ def test_review_forgets_samples_that_were_removed(tmp_path: Path) -> None:
 
 def test_another_sample_with_the_same_id_is_rejected(tmp_path: Path) -> None:
     out = tmp_path / "labels"
-    sources = [write_answers(tmp_path / name, "red") for name in ("first", "second")]
-    with open_session(out, MODEL, [sources[0]], review=True).store as store:
+    sources = [write_answers(tmp_path / name, None) for name in ("first", "second")]
+    with open_session(out, MODEL, [sources[0]]).store as store:
         store.save_label("s0", (TextPart(text="blue"),))
     with pytest.raises(UserError, match="another sample with the ID 's0'"):
-        open_session(out, MODEL, [sources[1]], review=True)
+        open_session(out, MODEL, [sources[1]])
 
 
-def test_review_needs_another_folder(tmp_path: Path) -> None:
-    """A skipped label would be lost: reviews have the sample IDs of the labels."""
-    data = write_answers(tmp_path, "red", "green")
-    with pytest.raises(UserError, match="contains the labels under review"):
-        open_session(tmp_path, MODEL, [data], review=True)
+def test_review_needs_a_new_folder(tmp_path: Path) -> None:
+    """A review replaces all labels of its folder. It has the IDs of the labels under review."""
+    photos, out = [draw_images(tmp_path, 2)], tmp_path / "labels"
+    with open_session(out, MODEL, photos, kind="text", prompt="Color?").store as store:
+        for item in store.items:
+            store.save_label(item.sample.sample.id, (TextPart(text="red"),))
+    data = write_answers(tmp_path / "data", "green")
+    (tmp_path / "labels-2").mkdir()
+    for folder, source in ((out, data), (out, out / LABELS_FILE), (data.parent, data)):
+        before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+        with pytest.raises(UserError, match="samples that are not of this review") as caught:
+            open_session(folder, MODEL, [source], review=True)
+        assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+        free = tmp_path / "labels-3" if folder == out else tmp_path / "data-2"
+        assert caught.value.remedy == f"choose a free folder: --out {free}"
+    with open_session(free, MODEL, [out / LABELS_FILE], review=True).store as store:
+        store.save_label(store.items[0].sample.sample.id, (TextPart(text="blue"),))
+    with pytest.raises(UserError, match="samples that are not of this review"):
+        open_session(free, MODEL, [data], review=True)
+    assert sorted(list_texts(free)) == ["blue", "red"]
+
+
+def test_labels_keep_their_prompt(tmp_path: Path) -> None:
+    photos, out = [draw_images(tmp_path, 2)], tmp_path / "labels"
+    with open_session(out, MODEL, photos, kind="text", prompt="Which color?").store as store:
+        store.save_label(str(photos[0] / "0.png"), (TextPart(text="red"),))
+        store.add_suggestions([(make_suggestion(str(photos[0] / "1.png"), "x", 0.5), None)], MODEL)
+    before = (out / LABELS_FILE).read_bytes()
+    with pytest.raises(UserError) as caught:
+        open_session(out, MODEL, photos, prompt="Who is the author?", train_fraction=0.5)
+    assert "answers the prompt 'Which color?', not 'Who is the author?'" in caught.value.what
+    assert caught.value.remedy == (
+        f"use it: --prompt 'Which color?', or choose a free folder: --out {out}-2"
+    )
+    assert {file.name for file in out.iterdir()} == {JOURNAL_FILE, LABELS_FILE, "sources.json"}
+    # Without a prompt, each image keeps its own, and further images have the last one.
+    more = [draw_images(tmp_path / "more", 1)]
+    with open_session(out, MODEL, more, prompt="Which shape?").store as store:
+        store.save_label(store.items[0].sample.sample.id, (TextPart(text="round"),))
+    more[0].joinpath("new.png").write_bytes(more[0].joinpath("0.png").read_bytes())
+    session = open_session(out, MODEL, [*photos, *more])
+    with session.store as store:
+        questions = {i.sample.sample.id: i.sample.sample.messages[0].content for i in store.items}
+        assert {Path(name).name: content[1].text for name, content in questions.items()} == {
+            "0.png": "Which shape?",
+            "1.png": "Which shape?",
+            "new.png": "Which shape?",
+        }
+        # A suggestion for another prompt is not used.
+        assert [item.suggestion for item in store.items] == [None] * 4
+    assert session.task.prompt == "Which shape?"
+    assert (out / LABELS_FILE).read_bytes().startswith(before)
+
+
+def test_reviewed_sample_is_open_again_after_a_correction_of_its_source(tmp_path: Path) -> None:
+    """An earlier decision about another answer does not bring the replaced answer back."""
+    data, out = write_answers(tmp_path, "red", "green"), tmp_path / "labels"
+    with open_session(out, MODEL, [data], review=True).store as store:
+        store.add_suggestions([(make_suggestion("s0", "gray", 0.9), 0.5)], MODEL)
+        store.save_label("s0", (TextPart(text="pink"),))
+        store.save_label("s1", (TextPart(text="green"),))
+    before = data.read_text()
+    data.write_text(before.replace("red", "blue"))
+    with open_session(out, MODEL, [data], review=True).store as store:
+        item = store.find("s0")
+        assert (item.decision, item.suggestion, len(item.history)) == (None, None, 2)
+        assert item.proposal == (TextPart(text="blue"),)
+        assert store.find("s1").decision.event == "accepted"
+    assert list_texts(out) == ["blue", "green"]
+    data.write_text(before)
+    with open_session(out, MODEL, [data], review=True).store as store:
+        assert store.find("s0").decision.event == "corrected"
+    assert list_texts(out) == ["pink", "green"]
+
+
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_image_is_recognized_under_another_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_relative: bool
+) -> None:
+    monkeypatch.chdir(draw_images(tmp_path, 2).parent)
+    paths = [Path("photos"), tmp_path / "photos"]
+    first, second = paths if is_relative else paths[::-1]
+    with open_session(Path("labels"), MODEL, [first], prompt="Color?").store as store:
+        store.save_label(str(first / "0.png"), (TextPart(text="red"),))
+        store.skip(str(first / "1.png"))
+    for sources in ([second], paths, [Path("photos/1.png"), *paths]):
+        with open_session(Path("labels"), MODEL, sources, prompt="Color?").store as store:
+            events = {item.sample.sample.id: item.decision.event for item in store.items}
+            assert events == {str(first / "0.png"): "written", str(first / "1.png"): "skipped"}
+    assert json.loads(Path("labels/sources.json").read_bytes()) == [
+        str(tmp_path / "photos"),
+        "photos/1.png",
+    ]
+
+
+class FullDisk(FileSystem):
+    """File system on which `labels.jsonl` cannot be written."""
+
+    def create(self, path: Path) -> int:
+        if LABELS_FILE in path.name:
+            raise OSError(errno.ENOSPC, "full")
+        return super().create(path)
+
+
+def test_decision_is_kept_if_the_labels_cannot_be_written(tmp_path: Path) -> None:
+    photos, journal = [draw_images(tmp_path, 1)], tmp_path / "labels" / JOURNAL_FILE
+    session = open_session(tmp_path / "labels", MODEL, photos, kind="text", prompt="Color?")
+    with session.store as store:
+        item = store.items[0]
+        with use_file_system(FullDisk()):
+            for _ in range(2):
+                with pytest.raises(UserError, match="the decision is kept in journal"):
+                    session.save(item, (TextPart(text="red"),))
+        assert len(item.history) == len(journal.read_bytes().splitlines()) == 1
+        assert not (tmp_path / "labels" / LABELS_FILE).exists()
+        session.save(item, (TextPart(text="red"),))
+        assert list_texts(tmp_path / "labels") == ["red"]
+    assert len(journal.read_bytes().splitlines()) == 1
+
+
+def test_moved_folder_is_reported(tmp_path: Path) -> None:
+    photos, out = [draw_images(tmp_path, 2)], tmp_path / "labels"
+    with open_session(out, MODEL, photos, kind="text", prompt="Color?").store as store:
+        ids = [item.sample.sample.id for item in store.items]
+        store.save_label(ids[0], (TextPart(text="red"),))
+        out.rename(tmp_path / "moved")
+        for name in ("absent", "new"):
+            with pytest.raises(UserError, match=f"{out}: the folder was moved or deleted"):
+                store.save_label(ids[1], (TextPart(text="blue"),))
+            with pytest.raises(UserError, match="was moved"):
+                store.add_suggestions([], MODEL)
+            if name == "absent":
+                assert not out.exists()
+                out.mkdir()
+                (out / JOURNAL_FILE).touch()
+        assert store.find(ids[1]).decision is None
+        (out / JOURNAL_FILE).unlink()
+        (tmp_path / "moved").rename(out)
+        store.save_label(ids[1], (TextPart(text="blue"),))
+    assert list_texts(out) == ["red", "blue"]

@@ -15,11 +15,15 @@ from finesight.train.console import TrainingConsole
 @pytest.mark.parametrize(
     ("step_s", "lines"),
     [
-        (1.0, ["reading: 10/30, 20 s left", "reading: 20/30, 10 s left"]),
+        (1.0, ["reading: 10/30, 20 s left", "reading: 20/30, 10 s left", "reading: 30/30"]),
         # The first sample includes the warm-up.
         (
             25.0,
-            ["reading: 1/30", *(f"reading: {n}/30, {25 * (30 - n)} s left" for n in range(2, 30))],
+            [
+                "reading: 1/30",
+                *(f"reading: {n}/30, {25 * (30 - n)} s left" for n in range(2, 30)),
+                "reading: 30/30",
+            ],
         ),
         (0.1, []),
     ],

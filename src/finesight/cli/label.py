@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
-    from finesight.config import DataFileSettings, Recipe
+    from finesight.config import Recipe
     from finesight.label.label_session import LabelSession
 
 
@@ -49,7 +49,7 @@ def label(
     ],
     prompt: Annotated[
         str | None,
-        typer.Option(help="Question about every image. Default: that of the run's training data."),
+        typer.Option(help="Question about every image. Default: that of FOLDER or else the run."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -130,18 +130,10 @@ def label(
     from finesight.train.console import TrainingConsole
 
     if as_json and not suggest_only:
-        raise UserError(
-            "--json is given without --suggest-only",
-            where="--json",
-            expected="--json with --suggest-only",
-            remedy="add --suggest-only, or remove --json",
-        )
+        raise _build_option_error("--json", "without --suggest-only", "--json with --suggest-only")
     if suggest_only and not suggestions:
-        raise UserError(
-            "--suggest-only is given with --no-suggestions",
-            where="--suggest-only",
-            expected="one of the two options",
-            remedy="remove one of the options",
+        raise _build_option_error(
+            "--suggest-only", "with --no-suggestions", "one of the two options"
         )
     if suggestions:
         from finesight.model_folder import check_model_path
@@ -152,14 +144,10 @@ def label(
         for text in (classes, fields)
     )
     if field_names and (names or kind not in (None, "fields")):
-        raise UserError(
-            f"--fields is given with {'--classes' if names else f'--kind {kind}'}",
-            where="--fields",
-            expected="--fields with --kind fields",
-            remedy="remove one of the options",
-        )
+        other = f"with {'--classes' if names else f'--kind {kind}'}"
+        raise _build_option_error("--fields", other, "--fields with --kind fields")
     run_dir = find_run_dir(Path(run_or_model))
-    out = out or _select_label_folder(run_dir, review)
+    out = out or _select_label_folder(run_dir, sources if review else ())
     with ExitStack() as stack:
         listener = None
         if not suggest_only:
@@ -209,19 +197,31 @@ def label(
         typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
 
 
-def _select_label_folder(run_dir: Path, review: bool) -> Path:
-    """Return the default folder: that of the labels in the recipe of the run, else `labels`."""
-    from finesight.label.label_store import find_label_folder
-    from finesight.recipe import load_recipe
+def _build_option_error(option: str, other: str, expected: str) -> UserError:
+    remedy = "add or remove one of the options"
+    return UserError(f"{option} is given {other}", where=option, expected=expected, remedy=remedy)
 
+
+def _select_label_folder(run_dir: Path, reviewed: Sequence[Path]) -> Path:
+    """Return the folder of a review, of the labels in the recipe of the run, or `labels`."""
+    from finesight.label.label_store import REVIEWED_FILE, can_review, find_label_folder
+    from finesight.recipe import load_recipe
+    from finesight.train.run_dir import RunDir
+
+    if reviewed:
+        default = Path("labels-review")
+        folders = [file.parent for file in sorted(Path().glob(f"{default}*/{REVIEWED_FILE}"))]
+        folders += [default, RunDir(default).next_path]
+        out = next(one for one in folders if can_review(one, reviewed))
+        typer.echo(f"reviewed labels: {out}", err=True)
+        return out
     folder = None
-    # The samples of a review have the IDs of those labels.
-    if not review and (run_dir / RECIPE_FILE).is_file():
+    if (run_dir / RECIPE_FILE).is_file():
         with suppress(UserError):
             folder = find_label_folder(load_recipe(run_dir / RECIPE_FILE))
     if folder is not None:
         typer.echo(f"continuing the labels in {folder}, training data of {run_dir}", err=True)
-    return folder or Path("labels-review" if review else "labels")
+    return folder or Path("labels")
 
 
 def find_label_command(recipe: Recipe) -> list[str]:
@@ -238,13 +238,15 @@ def find_label_command(recipe: Recipe) -> list[str]:
 def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list[str]:
     """Return the next command for the labels in `out`.
 
-    It trains with them, or checks reviewed labels that replace no file of the recipe. Without a
-    recipe, it is `init`.
+    It trains with them, continues their review, or checks reviewed labels that replace no file of
+    the recipe. Without a recipe, it is `init`.
 
     Args:
         reviewed: Data files whose samples the labels contain.
     """
-    from finesight.label.label_store import EVAL_FILE, LABELS_FILE
+    from finesight.config import DataFileSettings
+    from finesight.label.label_session import is_imported
+    from finesight.label.label_store import EVAL_FILE, LABELS_FILE, REVIEWED_FILE, read_sources
     from finesight.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
@@ -257,9 +259,19 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             continue
         files: Sequence[DataFileSettings] = settings.data.train
         words = ["train", str(recipe)]
-        if os.path.abspath(labels) not in [os.path.abspath(file.path) for file in files]:
+        listed = [os.path.abspath(file.path) for file in (*files, *settings.data.eval)]
+        if os.path.abspath(labels) not in listed:
             if recipe.parent != run_dir:
                 continue
+            folders = [Path(file.path).parent for file in files]
+            reviews = {folder: read_sources(folder, REVIEWED_FILE) for folder in folders}
+            for folder, names in reviews.items():
+                if os.path.realpath(labels) in names:
+                    sources = map(os.path.relpath, names)
+                    return ["label", str(run_dir), *sources, "--review", "--out", str(folder)]
+            is_copy = not reviewed and is_imported(out, run_dir)
+            if is_copy and not any(reviews.values()):
+                break
             # The labels of a review contain the reviewed training or validation data.
             paths = {os.path.abspath(path) for path in reviewed}
             splits = {"train": files, "eval": settings.data.eval}
@@ -269,17 +281,15 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
                 if paths <= {os.path.abspath(file.path) for file in listed}
             ]
             has_eval_labels = bool(reviewed) and (out / EVAL_FILE).exists()
-            if not found or (found == ["eval"] and has_eval_labels):
-                # No file of the recipe has exactly these samples.
+            if is_copy or not found or (found == ["eval"] and has_eval_labels):
+                # No file of the recipe has exactly these samples, or one has copies of them.
                 return ["check", str(labels)]
             split, files = found[0], splits[found[0]]
             replaced = [file for file in files if os.path.abspath(file.path) in paths]
             kept = [file for file in files if file not in replaced]
-            entries = [
-                file.model_dump(exclude_defaults=True) | {"path": str(file.path)} for file in kept
-            ]
-            template = replaced[0].model_dump(exclude_defaults=True) if len(replaced) == 1 else {}
-            entries.append(template | {"path": str(labels)})
+            added = replaced[0] if len(replaced) == 1 else DataFileSettings(path=labels)
+            kept.append(added.model_copy(update={"path": labels}))
+            entries = [file.model_dump(mode="json", exclude_defaults=True) for file in kept]
             items = [entry if len(entry) > 1 else entry["path"] for entry in entries]
             words.append(f"data.{split}={json.dumps(items)}")
             if has_eval_labels:
@@ -287,7 +297,9 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
         if settings.output_dir.exists():
             words.append(f"output_dir={RunDir(settings.output_dir).next_path}")
         return words
-    return ["init", str(labels)]
+    default = Path(f"{labels.stem}-finetune")
+    option = ["--out", str(RunDir(default).next_path)] if os.path.lexists(default) else []
+    return ["init", str(labels), *option]
 
 
 def _print_suggestions(session: LabelSession, as_json: bool) -> None:

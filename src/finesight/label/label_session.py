@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +27,14 @@ from finesight.data.sample import (
 from finesight.errors import UserError, suggest_similar_path
 from finesight.infer.model_loader import InferenceModel
 from finesight.label.label_ranking import rank_labels
-from finesight.label.label_store import LabelItem, LabelStore, check_utf8
+from finesight.label.label_store import (
+    LabelItem,
+    LabelStore,
+    can_review,
+    check_utf8,
+    get_question,
+    read_labels,
+)
 from finesight.label.suggestion import (
     AnswerContent,
     JsonLeaf,
@@ -36,6 +45,7 @@ from finesight.label.suggestion import (
 )
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
+from finesight.train.run_dir import RunDir
 
 AnswerKind = Literal["text", "fields", "classes", "boxes"]
 
@@ -97,7 +107,7 @@ class LabelSession:
         *,
         max_new_tokens: int,
         batch_size: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], None] = lambda count: None,
     ) -> dict[str, str]:
         """Suggest answers to the open samples that have none from this model.
 
@@ -119,6 +129,7 @@ class LabelSession:
                 scored = [(suggestion, None) for suggestion in suggestions]
             self.store.add_suggestions(scored, self.model)
             reasons |= failed
+            on_progress(len(failed))
         self.store.exclude(reasons)
         return reasons
 
@@ -275,26 +286,52 @@ def open_session(
 ) -> LabelSession:
     """Read the samples of a session and open its folder.
 
-    Prompt, kind and choices that are not given come from the training data of the run, or else from
-    the answers of the samples.
+    Kind and choices that are not given come from the training data of the run, or else from the
+    answers of the samples. The prompt is that of the existing labels, or else of the training data.
     """
     examples = read_run_examples(run_or_model)
-    if prompt is None:
-        prompt = detect_task(examples).prompt
-    samples = read_items(sources, prompt)
+    questions = {
+        os.path.realpath(one.resolve_path(part.image)): get_question(one.sample)
+        for one in (() if review else read_labels(folder))
+        for part in one.sample.iter_parts()
+        if isinstance(part, ImagePart)
+    }
+    default = prompt or next(reversed(questions.values()), detect_task(examples).prompt)
+
+    def select_prompt(path: Path) -> str:
+        question = questions.get(os.path.realpath(path), default)
+        if question is None:
+            raise UserError(
+                "images have no prompt",
+                where="--prompt",
+                expected="a question, because the training data of a run does not provide one",
+                remedy='for example: --prompt "Read the receipt."',
+            )
+        if prompt and prompt != question:
+            raise UserError(
+                f"the label of {path} answers the prompt {question!r:.500}, not {prompt!r:.500}",
+                where=str(folder),
+                expected="the prompt of the existing labels",
+                remedy=f"use it: --prompt {shlex.quote(question)}, or choose a free folder: "
+                f"--out {RunDir(folder).next_path}",
+            )
+        return question
+
+    samples = read_items(sources, select_prompt, review)
     if not examples:
         examples = [one for one in samples if one.sample.messages[-1].role == "assistant"]
-    task = detect_task(examples, prompt=prompt, kind=kind, choices=choices, field_names=field_names)
-    if review and any(folder.resolve() in source.resolve().parents for source in sources):
+    task = detect_task(
+        examples, prompt=default, kind=kind, choices=choices, field_names=field_names
+    )
+    if review and not can_review(folder, sources):
         raise UserError(
-            f"{folder} contains the labels under review",
-            where="label",
-            expected="another folder for the reviewed labels",
-            remedy="set another folder: --out labels-review",
+            "the folder has samples that are not of this review",
+            where=str(folder),
+            expected="a new folder, or that of a review of the same files",
+            remedy=f"choose a free folder: --out {RunDir(folder).next_path}",
         )
     store = LabelStore(folder, samples, review=review, train_fraction=train_fraction)
-    if not review:
-        store.add_sources(sources)
+    store.add_sources(sources, review=review)
     return LabelSession(run_or_model, task, store, review)
 
 
@@ -331,6 +368,15 @@ def read_run_examples(run_or_model: str) -> list[LocatedSample]:
         return []
 
 
+def is_imported(folder: Path, run_dir: Path) -> bool:
+    """Return whether a run was trained with copies of labels of a folder, as `init` writes them."""
+    examples, labels = (
+        {(LabelItem(one, is_listed=False).digest, get_question(one.sample)) for one in samples}
+        for samples in (read_run_examples(str(run_dir)), read_labels(folder))
+    )
+    return bool(examples) and examples <= labels
+
+
 def detect_task(
     examples: Sequence[LocatedSample],
     *,
@@ -359,8 +405,7 @@ def detect_task(
         choices = [name for name in dict.fromkeys(names) if name]
     template = _build_template(texts, field_names) if kind == "fields" else ""
     if prompt is None and examples:
-        turns = [turn for turn in examples[0].sample.messages if turn.role == "user"]
-        prompt = get_text(turns[-1].content) or None
+        prompt = get_question(examples[0].sample) or None
     return LabelTask(kind, prompt, tuple(choices), template, tuple(field_names), has_default_kind)
 
 
@@ -398,15 +443,18 @@ def _build_template(texts: Iterable[str], field_names: Sequence[str] = ()) -> st
     return json.dumps(_clear_values(example, (), types), ensure_ascii=False)
 
 
-def read_items(sources: Iterable[Path], prompt: str | None) -> list[LocatedSample]:
+def read_items(
+    sources: Iterable[Path], select_prompt: Callable[[Path], str], review: bool
+) -> list[LocatedSample]:
     """Read samples from data files, and build one sample for each image.
 
     Args:
         sources: Images, folders of images (searched recursively), and JSONL files.
-        prompt: Question about each image.
+        select_prompt: Function that returns the question about an image.
+        review: Whether the samples of each source need answers.
 
     Raises:
-        UserError: A source is missing, nothing is found, or images have no prompt.
+        UserError: A source is missing, has no samples or, in a review, no answers.
     """
     items: list[LocatedSample] = []
     for source in sources:
@@ -417,22 +465,21 @@ def read_items(sources: Iterable[Path], prompt: str | None) -> list[LocatedSampl
                 expected="images, folders of images, or a JSONL file",
                 remedy=suggest_similar_path(source),
             )
-        if source.is_dir():
-            files = sorted(path for path in source.rglob("*") if _is_image(path))
-        elif _is_image(source):
-            files = [source]
+        if source.is_dir() or _is_image(source):
+            paths = source.rglob("*") if source.is_dir() else [source]
+            files = [] if review else sorted(filter(_is_image, paths))
+            found = [_build_question(path, select_prompt(path)) for path in files]
         else:
             samples = read_samples(source, require_answer=False)
-            items += [LocatedSample(sample, source.parent) for sample in samples]
-            continue
-        if files and prompt is None:
+            found = [LocatedSample(sample, source.parent) for sample in samples]
+        if review and not any(one.sample.messages[-1].role == "assistant" for one in found):
             raise UserError(
-                "images have no prompt",
-                where="--prompt",
-                expected="a question, because the training data of a run does not provide one",
-                remedy='for example: --prompt "Read the receipt."',
+                "no sample has an answer",
+                where=str(source),
+                expected="with --review, JSONL files of samples with answers",
+                remedy="remove --review",
             )
-        items += [_build_question(path, prompt or "") for path in files]
+        items += found
     if not items:
         raise UserError(
             "no images and no samples",

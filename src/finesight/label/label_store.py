@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,9 +47,10 @@ from finesight.storage import (
     truncate_file,
     write_file,
 )
+from finesight.train.run_dir import RunDir
 
 JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
-FRACTION_FILE, SOURCES_FILE = "train_fraction.txt", "sources.json"
+FRACTION_FILE, SOURCES_FILE, REVIEWED_FILE = "train_fraction.txt", "sources.json", "reviewed.json"
 
 LABELS_PER_WRITE = 500
 """`labels.jsonl` is written after one decision for each so many labels that it contains."""
@@ -69,7 +71,8 @@ class JournalEntry(BaseModel):
             has none.
         parts: Confidence of each part of the suggestion.
         score: Score of `finesight label --review`; None for a suggestion of a new label.
-        sample: Digest of the sample, by which another sample with the same ID is noticed.
+        sample: Digest of the images or else the questions, to notice another sample with this ID.
+        version: Digest of question and existing answer. A changed sample is open again.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -83,6 +86,7 @@ class JournalEntry(BaseModel):
     parts: tuple[SuggestedPart, ...] = ()
     score: float | None = None
     sample: str = ""
+    version: str = ""
 
 
 @dataclass(slots=True)
@@ -96,6 +100,8 @@ class LabelItem:
         decision: Newest decision; None if the sample is undecided.
         draft: Newest saved answer, also after the sample was reopened.
         history: All entries of the sample, in order.
+        digest, version: See `JournalEntry`.
+        is_image: Whether the ID is the path of the image, as the user named it.
     """
 
     sample: LocatedSample
@@ -104,18 +110,18 @@ class LabelItem:
     decision: JournalEntry | None = None
     draft: AnswerContent = ()
     history: list[JournalEntry] = field(default_factory=list)
+    digest: str = field(init=False)
+    version: str = field(init=False)
+    is_image: bool = field(init=False)
 
-    @property
-    def digest(self) -> str:
-        """Digest of the image paths, or of the messages of a sample without images."""
-        located, parts = self.sample, [*self.sample.sample.iter_parts()]
-        paths = [located.resolve_path(part.image) for part in parts if isinstance(part, ImagePart)]
-        names = [os.path.realpath(path) for path in paths] or [
-            message.model_dump_json()
-            for message in located.sample.messages
-            if message.role != "assistant"
-        ]
-        return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+    def __post_init__(self) -> None:
+        sample, parts = self.sample.sample, [*self.sample.sample.iter_parts()]
+        paths = [self.sample.resolve_path(one.image) for one in parts if isinstance(one, ImagePart)]
+        self.is_image = [str(path) for path in paths] == [sample.id]
+        questions = [turn.model_dump_json() for turn in sample.messages if turn.role != "assistant"]
+        self.digest = _compute_digest([os.path.realpath(path) for path in paths] or questions)
+        texts = [one.model_dump_json() for one in parts if isinstance(one, TextPart | BoxPart)]
+        self.version = _compute_digest([sample.messages[-1].role, *texts])
 
     @property
     def existing_answer(self) -> AnswerContent | None:
@@ -142,6 +148,8 @@ class LabelItem:
     def apply(self, entry: JournalEntry) -> None:
         """Update the item by an entry of the journal."""
         self.history.append(entry)
+        if entry.version not in ("", self.version):
+            return
         if entry.event == "suggested":
             self.suggestion = entry
         else:
@@ -182,33 +190,22 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
         try:
             self._acquire()
-            self._train_fraction = _store_fraction(folder / FRACTION_FILE, train_fraction)
-            self._items: dict[str, LabelItem] = {}
-            # Samples of earlier sessions that are not loaded now and lost their label.
-            self._withdrawn_ids: set[str] = set()
-            for located in samples:
-                is_labeled = located.sample.messages[-1].role == "assistant"
-                if located.sample.id in self._items:
-                    raise UserError(
-                        f"several samples have the ID {located.sample.id!r:.200}",
-                        where="label",
-                        expected="samples with different IDs",
-                        remedy="correct the IDs, or label the files one by one",
-                    )
-                self._items[located.sample.id] = LabelItem(located, review or not is_labeled)
-            self._read_journal()
+            self._status = os.stat(self._journal)
+            entries = self._read_journal()
+            self._items = _build_items(samples, entries, review)
+            withdrawn_ids = self._apply_entries(entries)
             # The labels of images that are not loaded now are kept. A review replaces all labels.
-            self._others: list[Sample] = []
-            known = self._withdrawn_ids.union(self._items)
-            for file in () if review else (folder / EVAL_FILE, folder / LABELS_FILE):
-                if file.is_file() and file.stat().st_size:
-                    self._others += [one for one in read_samples(file) if one.id not in known]
+            known_ids = withdrawn_ids.union(self._items)
+            others = [] if review else [one.sample for one in read_labels(folder)]
+            self._others = [sample for sample in others if sample.id not in known_ids]
+            self._train_fraction = _store_fraction(folder / FRACTION_FILE, train_fraction)
+            # A crash may have ended the last session before it wrote its labels.
+            decided = (one.id in self._items for one in entries if one.event != "suggested")
+            self._num_unwritten = int(any(decided))
         except BaseException:
             self._lock.close()
             raise
         self._order: list[str] = []
-        # A crash may have ended the last session before it wrote its labels.
-        self._num_unwritten = int(any(item.decision is not None for item in self._items.values()))
         self.sort()
 
     def _acquire(self) -> None:
@@ -224,14 +221,14 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                 remedy="use the page of that process, or another --out",
             ) from error
 
-    def _read_journal(self) -> None:
-        content = self._journal.read_bytes()
+    def _read_journal(self) -> list[JournalEntry]:
+        content, entries = self._journal.read_bytes(), []
         size = content.rfind(b"\n") + 1
         if size < len(content):
             truncate_file(self._journal, size)
         for number, line in enumerate(content[:size].splitlines(), 1):
             try:
-                entry = JournalEntry.model_validate_json(line)
+                entries.append(JournalEntry.model_validate_json(line))
             except ValidationError as error:
                 raise UserError(
                     f"line {number} is not an entry: {line[:80]!r}",
@@ -239,13 +236,17 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                     expected="entries of `finesight label`",
                     remedy="restore the file from a copy, or remove this line",
                 ) from error
+        return entries
+
+    def _apply_entries(self, entries: Sequence[JournalEntry]) -> set[str]:
+        """Update the items, and return the IDs of other samples that lost their label."""
+        withdrawn_ids: set[str] = set()
+        for entry in entries:
             item = self._items.get(entry.id)
             if item is None:
                 # Decisions about samples that are not loaded remain in the journal.
-                if entry.event != "suggested" and entry.content:
-                    self._withdrawn_ids.discard(entry.id)
-                elif entry.event != "suggested":
-                    self._withdrawn_ids.add(entry.id)
+                if entry.event != "suggested":
+                    (withdrawn_ids.discard if entry.content else withdrawn_ids.add)(entry.id)
             elif entry.sample in ("", item.digest):
                 item.apply(entry)
             else:
@@ -253,8 +254,21 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                     f"the folder has labels of another sample with the ID {entry.id!r:.200}",
                     where=str(self._journal),
                     expected="the samples for which the folder was created",
-                    remedy="choose another --out",
+                    remedy=f"choose a free folder: --out {RunDir(self.folder).next_path}",
                 )
+        return withdrawn_ids
+
+    def _check_folder(self) -> None:
+        """Raise UserError if the folder was moved or replaced during the session."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(os.stat(self._journal), self._status):
+                return
+        raise UserError(
+            "the folder was moved or deleted during this session",
+            where=str(self.folder),
+            expected="the folder with the earlier decisions of the session",
+            remedy="move it back, from .finesight/trash if the studio moved it, and save again",
+        )
 
     @property
     def items(self) -> Sequence[LabelItem]:
@@ -315,20 +329,17 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self, suggestions: Iterable[tuple[Suggestion, float | None]], model: str
     ) -> None:
         """Append suggestions with their review scores to the journal, and sort the items."""
+        self._check_folder()
         for suggestion, score in suggestions:
-            entry = JournalEntry(
-                time=datetime.now(UTC),
+            self._append(
+                self._items[suggestion.id],
                 event="suggested",
-                id=suggestion.id,
                 model=model,
                 confidence=round(suggestion.confidence, 6),
                 content=suggestion.content,
                 parts=suggestion.parts,
                 score=None if score is None else round(score, 6),
-                sample=self._items[suggestion.id].digest,
             )
-            append_line(self._journal, entry.model_dump_json(exclude_none=True))
-            self._items[suggestion.id].apply(entry)
         flush_file(self._journal)
         self.sort()
 
@@ -350,45 +361,50 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             suggested = item.suggestion.content
         unchanged = unchanged or suggested
         event: LabelEvent = "corrected" if unchanged else "written"
-        self._append(item, "accepted" if content == unchanged else event, content)
+        self._decide(item, "accepted" if content == unchanged else event, content)
         return item
 
     def skip(self, sample_id: str) -> LabelItem:
         """Skip a sample: an unlabeled one gets no label, and another keeps its answer."""
         item = self.find(sample_id)
-        self._append(item, "skipped", item.existing_answer or ())
+        self._decide(item, "skipped", item.existing_answer or ())
         return item
 
     def reopen(self, sample_id: str) -> LabelItem:
         """Withdraw the decision about a sample."""
         item = self.find(sample_id)
         if item.decision is not None:
-            self._append(item, "reopened", item.existing_answer or ())
+            self._decide(item, "reopened", item.existing_answer or ())
         return item
 
-    def _append(self, item: LabelItem, event: LabelEvent, content: AnswerContent) -> None:
-        suggestion = item.suggestion
-        entry = JournalEntry(
-            time=datetime.now(UTC),
-            event=event,
-            id=item.sample.sample.id,
-            model="" if suggestion is None else suggestion.model,
-            confidence=None if suggestion is None else suggestion.confidence,
-            content=content,
-            sample=item.digest,
-        )
+    def _append(self, item: LabelItem, **values: Any) -> None:
+        """Append an entry to the journal, and update its item."""
+        values |= {"id": item.sample.sample.id, "sample": item.digest, "version": item.version}
+        entry = JournalEntry(time=datetime.now(UTC), **values)
         append_line(self._journal, entry.model_dump_json(exclude_none=True))
-        flush_file(self._journal)
         item.apply(entry)
-        self._num_unwritten += 1
+
+    def _decide(self, item: LabelItem, event: LabelEvent, content: AnswerContent) -> None:
+        self._check_folder()
+        last, values = item.decision, dict[str, Any](event=event, content=content)
+        # A save is repeated if the labels could not be written.
+        if last is None or (last.event, last.content) != (event, content):
+            if item.suggestion is not None:
+                values |= item.suggestion.model_dump(include={"model", "confidence"})
+            self._append(item, **values)
+            flush_file(self._journal)
+            self._num_unwritten += 1
         if self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
-            self.write_labels()
+            try:
+                self.write_labels()
+            except UserError as error:
+                error.what += f"; the decision is kept in {JOURNAL_FILE}"
+                error.remedy = "correct the cause; the next decision or session writes the file"
+                raise
 
-    def write_labels(self) -> int:
-        """Write all labeled samples, and return their number.
-
-        Labels of samples that are not loaded now are kept.
-        """
+    def write_labels(self) -> None:
+        """Write all labeled samples. Labels of samples that are not loaded now are kept."""
+        self._check_folder()
         train_file, eval_file = self.folder / LABELS_FILE, self.folder / EVAL_FILE
         labeled = {sample.id: sample for sample in self._others}
         for sample_id, item in self._items.items():
@@ -408,7 +424,6 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         if not eval_ids:
             eval_file.unlink(missing_ok=True)
         self._num_unwritten = 0
-        return len(labeled)
 
     def _build_labeled(self, item: LabelItem, content: AnswerContent) -> LocatedSample:
         """Return the sample with an answer and with paths relative to the folder of the labels."""
@@ -426,10 +441,12 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         update["references"] = _match_references(item, content)
         return LocatedSample(sample.model_copy(update=update), self.folder)
 
-    def add_sources(self, sources: Iterable[Path]) -> None:
-        """Add the sources of a session, as the user named them, to those of the folder."""
-        names = dict.fromkeys([*read_sources(self.folder), *map(str, sources)])
-        write_file(self.folder / SOURCES_FILE, f"{json.dumps([*names])}\n".encode())
+    def add_sources(self, sources: Iterable[Path], *, review: bool) -> None:
+        """Add the sources of a session, as the user named them, or store the reviewed files."""
+        known = (*read_sources(self.folder), *map(str, sources))
+        names = {os.path.realpath(name): name for name in known}
+        file = self.folder / (REVIEWED_FILE if review else SOURCES_FILE)
+        write_file(file, f"{json.dumps([*(names if review else names.values())])}\n".encode())
 
     def close(self) -> None:
         """Write the labels and release the folder."""
@@ -441,6 +458,35 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _compute_digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _build_items(
+    samples: Iterable[LocatedSample], entries: Iterable[JournalEntry], review: bool
+) -> dict[str, LabelItem]:
+    """Return items by ID. An image and its question have one ID, also under another path."""
+    items: dict[str, LabelItem] = {}
+    known_ids = {(entry.sample, entry.version): entry.id for entry in entries}
+    found = [LabelItem(one, review) for one in samples]
+    for item in sorted(found, key=lambda item: item.is_image):
+        item.is_listed = review or item.existing_answer is None
+        sample, key = item.sample.sample, (item.digest, item.version)
+        if item.is_image and (known_id := known_ids.setdefault(key, sample.id)) != sample.id:
+            sample = sample.model_copy(update={"id": known_id})
+            item.sample = LocatedSample(sample, item.sample.folder)
+        if sample.id not in items:
+            items[sample.id] = item
+        elif not item.is_image:
+            raise UserError(
+                f"several samples have the ID {sample.id!r:.200}",
+                where="label",
+                expected="samples with different IDs",
+                remedy="correct the IDs, or label the files one by one",
+            )
+    return items
 
 
 def _store_fraction(file: Path, fraction: float | None) -> float:
@@ -488,19 +534,41 @@ def _match_references(item: LabelItem, content: AnswerContent) -> tuple[str, ...
 def find_label_folder(recipe: Recipe) -> Path | None:
     """Return the folder of new labels that a recipe trains, the last one of several, or None.
 
-    Folders of a review have no sources.
+    A recipe may train reviewed labels instead. Folders of a review have no sources.
     """
     files = [Path(file.path) for file in recipe.data.train if not is_url(file.path)]
+    names = [name for file in files for name in read_sources(file.parent, REVIEWED_FILE)]
+    files = [*(Path(os.path.relpath(name)) for name in names), *files]
     folders = [file.parent for file in files if file.name == LABELS_FILE]
     return next((one for one in reversed(folders) if (one / SOURCES_FILE).is_file()), None)
 
 
-def read_sources(folder: Path) -> list[str]:
-    """Return the sources of all sessions of a folder, as the user named them; [] if unreadable."""
+def read_sources(folder: Path, name: str = SOURCES_FILE) -> list[str]:
+    """Return the `IMAGES` of all sessions of a folder, or its reviewed files; [] if unreadable."""
     with suppress(OSError, ValueError):
-        sources = json.loads((folder / SOURCES_FILE).read_bytes())
+        sources = json.loads((folder / name).read_bytes())
         return [str(source) for source in sources] if isinstance(sources, list) else []
     return []
+
+
+def can_review(folder: Path, sources: Iterable[Path]) -> bool:
+    """Return whether a folder has no samples, or those of a review of exactly these files."""
+    if reviewed := {*read_sources(folder, REVIEWED_FILE)}:
+        is_same = reviewed == {*map(os.path.realpath, sources)}
+        return is_same and not (folder / SOURCES_FILE).exists()
+    return not any(file.stat().st_size for file in folder.glob("*.json*"))
+
+
+def get_question(sample: Sample) -> str:
+    """Return the text of the last question of a sample."""
+    return get_text(next(turn for turn in sample.messages[::-1] if turn.role == "user").content)
+
+
+def read_labels(folder: Path) -> list[LocatedSample]:
+    """Return the labeled samples of a folder."""
+    files = (folder / EVAL_FILE, folder / LABELS_FILE)
+    found = (read_samples(file) for file in files if file.is_file() and file.stat().st_size)
+    return [LocatedSample(sample, folder) for sample in chain.from_iterable(found)]
 
 
 def _match_meta(item: LabelItem, content: AnswerContent) -> dict[str, Any]:

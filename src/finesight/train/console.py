@@ -46,27 +46,28 @@ class TrainingConsole:
         """Show the progress of a stage of `total` samples within the context.
 
         On a terminal, this is a bar with the remaining time, otherwise a line every
-        `LOG_INTERVAL_S` seconds.
+        `LOG_INTERVAL_S` seconds, and one at the end if there were others.
 
         Yields:
             Callback to call with the number of newly processed samples.
         """
-        done = num_first = 0
+        done = num_first = num_lines = 0
         first_s = logged_s = time.perf_counter()
         with self._create_bar() as bar:
             task = bar.add_task(title, total=total, figures="")
 
             def on_progress(count: int) -> None:
-                nonlocal done, num_first, first_s, logged_s
+                nonlocal done, num_first, first_s, logged_s, num_lines
                 done += count
                 bar.advance(task, count)
                 now = time.perf_counter()
                 if not num_first:
                     num_first, first_s = done, now  # the first samples include the warm-up
-                if bar.disable and 0 < done < total and now - logged_s >= LOG_INTERVAL_S:
-                    logged_s = now
+                is_due = num_lines if done == total else now - logged_s >= LOG_INTERVAL_S
+                if bar.disable and count and done <= total and is_due:
+                    logged_s, num_lines = now, num_lines + 1
                     text = f"{title}: {done}/{total}"
-                    if done > num_first:
+                    if num_first < done < total:
                         remaining_s = (now - first_s) / (done - num_first) * (total - done)
                         text += f", {remaining_s:.0f} s left"
                     self.log(text)

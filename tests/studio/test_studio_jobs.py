@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode
 
 import pytest
 from studio_fixtures import call_page, click_button, open_client, read_fields
@@ -173,13 +177,11 @@ def test_review_has_a_folder_of_its_own(folder: Path, started: list[list[str]]) 
         return words[2], words[words.index("--out") + 1]
 
     assert review() == ("data/a/data.jsonl", "data/a-review")
-    # The folder is in use for something else, and the last review is continued.
+    # The last review is continued, unless the folder is in use for something else.
     write_file(folder / "data/a-review/journal.jsonl", b"")
-    assert review() == ("data/a/data.jsonl", "data/a-review-2")
-    write_job(
-        folder, "1", "label", "label", "m", *review()[:1], "--review", "--out", "data/a-review"
-    )
     assert review() == ("data/a/data.jsonl", "data/a-review")
+    (folder / "data/a-review/review.json").unlink()
+    assert review() == ("data/a/data.jsonl", "data/a-review-2")
     # Labels of images.
     assert "No data set" in click_button(page, button, "step=label", *form)
     assert click_button(page, "start-labelling", "step=label", *form) == ""
@@ -234,3 +236,78 @@ def test_running_server_precedes_a_newer_command(folder: Path) -> None:
     wait_for((server.folder / PID_FILE).exists)
     server.stop()
     wait_for_end(server)
+
+
+def test_reviewed_labels_replace_those_of_the_data_set(
+    folder: Path, started: list[list[str]]
+) -> None:
+    options = ImportOptions(prompt="Color?", train_fraction=0.75)
+    import_dataset(folder / "photos", folder / "data/a", options)
+    workspace = Workspace(folder)
+    page = StudioPage(StudioView(workspace), ServerAccess())
+    form = ["", "", "labels", "finesight-tiny", "", "", "0.5", ""]
+    names = {"": "data/a-review", "for validation": "data/a-eval-review"}
+    button = "review-existing-labels"
+    for split, name in names.items():
+        # The review of reviewed labels is continued.
+        for data in ("data/a", name):
+            query = urlencode({"step": "label", "data": data})
+            assert click_button(page, button, query, *form, split) == ""
+            words = started.pop()
+            assert words[2] == f"data/a/{'eval' if split else 'train'}.jsonl"
+            assert words[words.index("--out") + 1] == name
+            assert not any("--train-fraction" in word for word in words)
+            # The command creates the labels.
+            shutil.copy(folder / words[2], folder / name / "labels.jsonl")
+    pair = ("data/a-review/labels.jsonl", "data/a-eval-review/labels.jsonl")
+    files = {str(one.path): one for one in workspace.scan().datasets}
+    assert files.keys() == {"data/a", *names.values()}
+    for name in names.values():
+        assert (str(files[name].train_file), str(files[name].eval_file)) == pair
+        assert (files[name].num_train, files[name].num_eval) == (18, 6)
+    with open_client(folder) as client:
+        top = client.get("/live?step=label&data=data/a").json()["top"]
+    links = map(html.unescape, re.findall(r'<li><a href="./\?(.*?)"', top))
+    selected = {query["step"]: query["data"] for query in map(dict, map(parse_qsl, links))}
+    assert selected["label"] == "data/a"
+    assert selected["plan"] in names.values()
+    # A copy with the validation images of the other data set is refused beside it.
+    shutil.copytree(folder / "data/a", folder / "data/b")
+    query = {"step": "plan", "data": "data/a-review", "lang": "en"}
+    others = read_fields(page, query)["other-data"]["choices"]
+    assert others == ["data/b"]
+    shutil.copy(folder / "data/a/eval.jsonl", folder / "data/b/train.jsonl")
+    values = ("both", "finesight-tiny", "", "", "", "")
+    message = click_button(page, "create-the-recipe", urlencode(query), others, *values)
+    assert "6 validation images of data/a-review are training images of data/b" in message
+    assert not (folder / "recipes").exists()
+    assert click_button(page, "create-the-recipe", urlencode(query), [], *values) == ""
+    data = workspace.load_recipe(Path("recipes/both.yaml")).data
+    assert (str(data.train[0].path), str(data.eval[0].path)) == pair
+    message = click_button(page, "ask-delete", "step=data&data=data/a")
+    assert "is used by the data set data/a-" in message
+
+
+def test_validation_samples_that_do_not_exist_are_not_reviewed(folder: Path) -> None:
+    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Color?"))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    form = ["", "", "labels", "finesight-tiny", "", "", "", "", "for validation"]
+    message = click_button(page, "review-existing-labels", "step=label&data=data/a", *form)
+    assert "The data set has no validation samples" in message
+
+
+def test_earlier_upload_is_kept_if_the_next_one_is_refused(
+    folder: Path, started: list[list[str]]
+) -> None:
+    files = [folder.parent / "t.csv", *sorted((folder / "photos").glob("*.png"))]
+    files[0].write_text("photo,text\n" + "".join(f"{file.name},red\n" for file in files[1:]))
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    assert click_button(page, "import", "", files, "", "a", "Color?", "", "") == ""
+    write_job(folder, "1", "data", *started.pop()[:3])
+    (folder / ".finesight/jobs/1/exit_code").write_text("2")
+    with open_client(folder) as client:
+        assert "The uploaded files are kept" in client.get("/live?lang=en").json()["bottom"]
+    assert "Prompt" in click_button(page, "import", "", files[:1], "", "a", "", "", "")
+    assert len([*folder.glob("uploads/a/*.png")]) == 24
+    assert click_button(page, "import", "", files[:1], "", "a", "Color?", "", "") == ""
+    assert started.pop()[1:3] == ["uploads/a/t.csv", "data/a"]

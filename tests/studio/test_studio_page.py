@@ -110,7 +110,7 @@ def test_refused_or_failed_import_does_not_block_its_name(
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     assert "Prompt" in click_button(page, "import", "", files, "", "a", "", "", "")
     assert [*folder.glob("uploads/*")] == []
-    # The command fails: its uploads stay for another attempt, or are replaced by the next upload.
+    # The command fails: its uploads stay for another attempt, with files of the next upload.
     for source in ("", "uploads/a/t.csv"):
         assert click_button(page, "import", "", files, source, "a", "Color?", "", "") == ""
         assert started.pop()[1:3] == ["uploads/a/t.csv", "data/a"]

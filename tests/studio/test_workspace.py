@@ -112,7 +112,8 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
 def test_recipe_of_several_data_sets(workspace: Workspace) -> None:
     for name, fraction in (("a", None), ("b", 0.5)):
         options = replace(OPTIONS, train_fraction=fraction)
-        import_dataset(workspace.folder / "photos", workspace.folder / "data" / name, options)
+        images = shutil.copytree(workspace.folder / "photos", workspace.folder / f"photos-{name}")
+        import_dataset(images, workspace.folder / "data" / name, options)
     datasets = sorted(workspace.scan().datasets, key=lambda one: one.path)
     path = workspace.create_recipe("a", datasets, "finesight-tiny", {})
     data = workspace.load_recipe(path).data
@@ -159,15 +160,41 @@ def test_ambiguous_folders_of_an_uploaded_table_are_refused(workspace: Workspace
     assert not (workspace.folder / "uploads/a").exists()
 
 
+@pytest.mark.parametrize("new_name", ["t.csv", "corrected.csv"])
+def test_upload_of_the_same_name_is_added(
+    workspace: Workspace, tmp_path: Path, new_name: str
+) -> None:
+    images = sorted((workspace.folder / "photos").glob("*.png"))
+    table, outside = tmp_path / "t.csv", tmp_path / "outside.csv"
+    table.write_text("image,class\n" + "".join(f"shapes/{file.name},red\n" for file in images))
+    assert workspace.save_uploads([*images[:-1], table], "a") == Path("uploads/a/t.csv")
+    # A missing image.
+    assert workspace.save_uploads(images[-1:], "a") == Path("uploads/a/t.csv")
+    uploads = workspace.folder / "uploads/a"
+    assert len([*uploads.glob("shapes/*.png")]) == len(images)
+    text = table.read_text().replace("shapes/", "")
+    (tmp_path / new_name).write_text(text)
+    outside.write_text("unchanged")
+    (uploads / "t.csv").unlink()
+    (uploads / "t.csv").symlink_to(outside)
+    new_image = tmp_path / images[0].name
+    new_image.write_bytes(images[1].read_bytes())
+    source = workspace.save_uploads([tmp_path / new_name, new_image], "a")
+    assert (source, (workspace.folder / source).read_text()) == (Path("uploads/a", new_name), text)
+    assert len([*uploads.glob("*.png")]) == len(images)
+    assert (uploads / images[0].name).read_bytes() == images[1].read_bytes()
+    assert outside.read_text() == "unchanged"
+
+
 def test_uploads_in_use_are_not_replaced(workspace: Workspace) -> None:
     files = sorted((workspace.folder / "photos").iterdir())
     uploads = workspace.folder / workspace.save_uploads(files, "a")
     assert workspace.save_uploads(files[:24], "a") == Path("uploads/a")
-    assert len([*uploads.glob("[!.]*")]) == 24
+    assert len([*uploads.glob("[!.]*")]) == len(files)
     import_dataset(uploads, workspace.folder / "data/b", OPTIONS)
     with pytest.raises(UserError, match="uploads/a exists"):
-        workspace.save_uploads(files, "a")
-    assert len([*uploads.glob("[!.]*")]) == 24
+        workspace.save_uploads(files[:1], "a")
+    assert len([*uploads.glob("[!.]*")]) == len(files)
     # Images that a session labels, and folders that the studio has not created.
     workspace.save_uploads(files, "c")
     label = workspace.folder / "data/labels"

@@ -168,6 +168,15 @@ def test_wrong_password_or_cookie_is_rejected(locked_page):
     assert _ask(locked_page, "GET", "/config", cookie=cookie.split(";")[0])[0] == 200
 
 
+def test_query_is_kept_over_the_sign_in(locked_page):
+    query = "?step=results&run=runs%2Fa"
+    assert _ask(locked_page, "GET", f"/{query}")[1]["location"] == f"sign-in{query}"
+    # The form without an action is sent to the address of the page.
+    assert b"action=" not in _ask(locked_page, "GET", f"/sign-in{query}")[2]
+    right = _ask(locked_page, "POST", f"/sign-in{query}", f"password={PASSWORD}".encode())
+    assert right[1]["location"] == f"./{query}"
+
+
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:1", "", "[::2]:80", "["])
 def test_invalid_host_headers_are_rejected(open_page, host):
     assert _ask(open_page, "GET", "/config", host=host)[0] in (400, 403)

@@ -27,7 +27,7 @@ from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError
 from finesight.hub.archive import is_archive
 from finesight.label.label_session import AnswerKind
-from finesight.label.label_store import JOURNAL_FILE, SOURCES_FILE
+from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
 from finesight.studio.studio_jobs import format_command
@@ -92,6 +92,7 @@ MISSING_MESSAGES = {
     "recipe": "No recipe is selected. Select one, or create one in the step Plan.",
     "run": "No run is selected. Select one, or train one in the step Train.",
     "images": "No images are given. Enter a file or folder, or upload images in the step Data.",
+    "review-split": "The data set has no validation samples. Review those for training.",
     "merged-name": "No merged model is given. Merge one, or enter its name.",
 }
 """Message about a missing item or an empty field by its name."""
@@ -175,8 +176,16 @@ class StudioPage:
             ]
             label, value = "Fraction of training samples", DEFAULT_LABEL_FRACTION
             fraction = self._text(label, "label-fraction", value=value)
-            self._label_fields = fields = [*fields, optional[0], fraction, optional[1]]
-            change = kind.change(_show_fields_of_kind, kind, optional, show_progress="hidden")
+            fields = [*fields, optional[0], fraction, optional[1]]
+            label, names = "Samples to review", ["for validation"]
+            split = self._choice(label, "review-split", names, "for training")
+            self._label_fields = [*fields, split]
+            change = kind.change(
+                lambda kind: [gr.update(visible=kind in one) for one in KINDS_OF_FIELDS.values()],
+                kind,
+                optional,
+                show_progress="hidden",
+            )
             self.inputs[change["id"]] = _text_inputs(1)
             self._add_preview(
                 "label-preview",
@@ -186,6 +195,7 @@ class StudioPage:
             with gr.Row():
                 self._button("Start labelling", self._label, fields)
                 review = partial(self._label, review=True)
+                fields = self._label_fields
                 self._button("Review existing labels", review, fields, variant="secondary")
         with self._form("check"):
             self._button("Check", self._start_listed)
@@ -334,7 +344,9 @@ class StudioPage:
             is_open = True
             for field, text in zip(fields, form, strict=False):
                 updates[field]["value"] = text
-        others = [str(one.path) for one in state.content.datasets if one is not state.dataset]
+        # A review replaces the reviewed data set. Both have the same validation samples.
+        used = state.dataset.files if state.dataset else set()
+        others = [str(one.path) for one in state.content.datasets if not one.files & used]
         updates[self._others] |= {"choices": others, "value": [], "visible": bool(others)}
         updates[self._import_panel]["open"] = is_open
         updates[self._digest] = ""
@@ -423,8 +435,10 @@ class StudioPage:
                     expected="the name of a data set that is not being imported",
                     remedy="wait for the end of the command, or choose another name",
                 )
-            files = [Path(file) for file in upload]
+            folder = self._workspace.folder / "uploads" / name.strip()
+            is_new, files = not folder.exists(), [Path(file) for file in upload]
             source = str(self._workspace.save_uploads(files, name.strip()))
+            files = [file for file in folder.rglob("[!.]*") if file.is_file()]
             if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
                 # Images without a table are labeled in the next step.
                 return state.selection.link(step="label", images=source)
@@ -434,7 +448,7 @@ class StudioPage:
             return self._start(state, str(target), arguments, data=str(target), form=form)
         except UserError:
             # A refused import leaves no uploads: the browser still has them.
-            if upload:
+            if upload and is_new:
                 self._workspace.move_to_trash(Path("uploads", name.strip()))
             raise
 
@@ -575,21 +589,24 @@ class StudioPage:
         classes: str,
         fraction: str,
         fields: str = "",
+        split: str = "",
         *,
         review: bool = False,
     ) -> list[str]:
         """Return the command with the selected run or, without weights of one, a model.
 
-        An existing folder of labels is continued. A review is that of the selected data set, and
-        has a folder of its own.
+        An existing folder of labels is continued. A review is that of one file of the selected
+        data set, and has a folder of its own.
         """
         if review:
             if state.dataset is None:
                 raise _missing("data")
-            source = state.dataset.train_file
-            target = self._find_review(as_argument(source)) or self._workspace.create_name(
-                "data", f"{state.dataset.path.name}-review"
-            )
+            if split and state.dataset.eval_file is None:
+                raise _missing("review-split")
+            file = (split and state.dataset.eval_file) or state.dataset.train_file
+            source, target = self._workspace.open_review(file)
+            # The other file of the data set keeps the split.
+            fraction = "" if state.dataset.eval_file else fraction
         else:
             if not images.strip():
                 raise _missing("images")
@@ -610,17 +627,6 @@ class StudioPage:
         options = [f"--{key}={value.strip()}" for key, value in values.items() if value.strip()]
         options += ["--review"] if review else []
         return ["label", run, as_argument(source), *options, "--out", str(target)]
-
-    def _find_review(self, source: str) -> Path | None:
-        """Return the folder of the last review of a file, if it still exists."""
-        for words in (job.arguments for job in self._jobs.list_jobs("label")):
-            if "--review" in words and words[2] == source:
-                target = Path(words[words.index("--out") + 1])
-                folder = self._workspace.folder / target
-                # Only folders of new labels have a list of sources.
-                if (folder / JOURNAL_FILE).is_file() and not (folder / SOURCES_FILE).exists():
-                    return target
-        return None
 
     def _page_options(self) -> list[str]:
         """Return the options that protect a page in the same way as the studio."""
@@ -774,11 +780,6 @@ def _text_inputs(count: int) -> Inputs:
     """Return the input type of an event with texts."""
     texts = Annotated[tuple[Text, ...], Field(min_length=count, max_length=count)]
     return TypeAdapter(texts)
-
-
-def _show_fields_of_kind(kind: str) -> list[dict[str, Any]]:
-    """Show the fields of the label form that a kind of answers has."""
-    return [gr.update(visible=kind in kinds) for kinds in KINDS_OF_FIELDS.values()]
 
 
 def _missing(name: str) -> UserError:

@@ -274,6 +274,7 @@ class StudioView:
                 "page": self._find_page(state),
                 "weights": str(weights or ""),
                 "saved_at": self._read_saved_time(state.recipe),
+                "next_data": _find_next_data(state),
                 "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
             }
             top, bottom = (
@@ -396,6 +397,15 @@ def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> 
 @lru_cache(maxsize=64)
 def _read_run_version(folder: Path, versions: tuple[int, ...]) -> RunRecord:
     return read_run(folder)
+
+
+def _find_next_data(state: StudioState) -> str:
+    """Return the data set for the links to other steps: after a review, that of the review."""
+    dataset, selection = state.dataset, state.selection
+    if selection.step == "label" and dataset is not None and dataset.source is None:
+        reviews = (str(one.path) for one in state.content.datasets if one.source in dataset.files)
+        return next(reviews, selection.data)
+    return selection.data
 
 
 def _find_outcome(job: Job) -> str:

@@ -17,20 +17,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import iglob
-from itertools import chain, count
+from itertools import chain, count, permutations
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import get_args
 
 import yaml
 
-from finesight.bounded_files import load_yaml
-from finesight.config import TRACKER_MODES, Recipe, TaskName, is_url
-from finesight.data.corpus import open_sample_source
+from finesight.bounded_files import load_yaml, parse_json
+from finesight.config import TRACKER_MODES, Recipe, TaskName, TrainFileSettings, is_url
+from finesight.data.corpus import load_corpus, open_sample_source
 from finesight.data.import_source import NUM_PREVIEW_ROWS, DetectedTask, detect_task
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
+from finesight.hub.archive import is_archive
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE, read_sources
 from finesight.label.suggestion import get_text
 from finesight.manifest import (
@@ -52,6 +53,9 @@ UPLOAD_MARKER = ".finesight-upload"
 
 DATA_FILES = {"train.jsonl": "eval.jsonl", "data.jsonl": "eval.jsonl", LABELS_FILE: EVAL_FILE}
 """Validation file by training file that `finesight import` and `finesight label` write."""
+
+REVIEW_FILE = "review.json"
+"""File in the folder of a review with the path of the reviewed file, relative to the workspace."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 
@@ -100,13 +104,24 @@ _TUNE_LARGE = """\
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceDataset:
-    """Folder with samples from `finesight import` or `label`, relative to the workspace."""
+    """Folder with samples from `finesight import` or `label`, relative to the workspace.
+
+    Attributes:
+        source: Reviewed file of another data set, whose other file belongs to this one. None for
+            a data set that is not a review.
+    """
 
     path: Path
     train_file: Path
     eval_file: Path | None
     num_train: int
     num_eval: int
+    source: Path | None = None
+
+    @property
+    def files(self) -> set[Path]:
+        """Training file, validation file and reviewed file. Reviews share them with the source."""
+        return {file for file in (self.train_file, self.eval_file, self.source) if file}
 
     @property
     def check_page(self) -> Path:
@@ -146,8 +161,9 @@ class Workspace:
                 with contextlib.suppress(OSError):
                     num_train = _count_lines(folder / train_name)
                     num_eval = _count_lines(folder / eval_name) if eval_file else 0
+                    train_file, source = path / train_name, self._read_source(path)
                     content.datasets.append(
-                        WorkspaceDataset(path, path / train_name, eval_file, num_train, num_eval)
+                        WorkspaceDataset(path, train_file, eval_file, num_train, num_eval, source)
                     )
             else:
                 recipes = (path / name for name in names if name.endswith((".yaml", ".yml")))
@@ -162,7 +178,29 @@ class Workspace:
         content.datasets.sort(key=lambda dataset: by_time(dataset.train_file), reverse=True)
         for paths in (content.recipes, content.runs, content.models):
             paths.sort(key=by_time, reverse=True)
+        content.datasets = [_join_review(one, content.datasets) for one in content.datasets]
         return content
+
+    def _read_source(self, folder: Path) -> Path | None:
+        """Return the reviewed file of the folder of a review; None for other folders."""
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            return Path(parse_json((self.folder / folder / REVIEW_FILE).read_text("utf-8")))
+        return None
+
+    def open_review(self, file: Path) -> tuple[Path, Path]:
+        """Return the file to review and the folder of its review, a new one if there is none.
+
+        Args:
+            file: File of a data set. That of a review stands for the reviewed file.
+        """
+        file = self.resolve(str(self._read_source(file.parent) or file), "review")
+        for review in sorted((self.folder / "data").glob(f"*/{REVIEW_FILE}")):
+            if self._read_source(folder := review.parent.relative_to(self.folder)) == file:
+                return file, folder
+        is_eval = file.name in DATA_FILES.values()
+        folder = self.create_name("data", f"{file.parent.name}{'-eval' * is_eval}-review")
+        write_file(self.folder / folder / REVIEW_FILE, json.dumps(str(file)).encode())
+        return file, folder
 
     def _walk(self) -> Iterator[tuple[Path, frozenset[str]]]:
         """Yield folders with their file names, without those inside of runs and models."""
@@ -279,8 +317,8 @@ class Workspace:
     def save_uploads(self, files: Sequence[Path], name: str) -> Path:
         """Copy uploaded files into a folder, and return the path to import.
 
-        It is the only table or the only file, else the folder. Uploads of a failed import, which
-        no data set or recipe uses, are replaced.
+        It is the only table or the only file, else the folder. The files of a failed import, which
+        no data set or recipe uses, are kept, except for those with the names of new ones.
         """
         folder = Path("uploads", name)
         is_leftover = NAME_PATTERN.fullmatch(name) and self._contains(self.folder / folder)
@@ -297,17 +335,29 @@ class Workspace:
             )
         # An error leaves no folder, so the same name can be used again.
         with working_folder(self.folder / folder) as partial:
+            if is_leftover:
+                shutil.copytree(self.folder / folder, partial, symlinks=True, dirs_exist_ok=True)
+            kept = {file.name: file for file in partial.rglob("[!.]*") if file.is_file()}
             for file in files:
-                shutil.copyfile(file, partial / file.name)
-            tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
+                target = kept.get(file.name, partial / file.name)
+                # Not through a link.
+                target.unlink(missing_ok=True)
+                shutil.copyfile(file, target)
+            old, new = (
+                {name for name in group if Path(name).suffix.lower() in TABLE_SUFFIXES}
+                for group in (kept, names)
+            )
+            # A corrected table may have another name.
+            tables = new if new and len(old) == 1 else old | new
             if len(tables) == 1:
-                _restore_folders(partial, tables[0].name)
+                _restore_folders(partial, *tables)
             (partial / UPLOAD_MARKER).touch()
-            if os.path.lexists(self.folder / folder):
+            if is_leftover:
                 self.move_to_trash(folder)
             partial.rename(self.folder / folder)
-        sources = tables if len(tables) == 1 else files
-        return folder / sources[0].name if len(sources) == 1 else folder
+        is_single = len(tables) != 1 and len(names) == 1 and is_archive(names[0])
+        sources = {*names} if is_single else tables if len(tables) == 1 else {*kept, *names}
+        return folder / sources.pop() if len(sources) == 1 else folder
 
     def move_to_trash(self, *paths: Path) -> None:
         """Move those of the files and folders that exist to a new folder of the trash, or none.
@@ -353,8 +403,9 @@ class Workspace:
             path = home.relative_to(self.folder)
             if MANIFEST_FILE not in names:
                 recipes += [path / name for name in names if name.endswith((".yaml", ".yml"))]
-            sources = [] if os.path.realpath(home) == root else read_sources(home)
-            if any(self.is_overlapping(name, folder) for name in sources):
+            sources = [*read_sources(home), *filter(None, [self._read_source(path)])]
+            sources = [] if os.path.realpath(home) == root else sources
+            if any(self.is_overlapping(str(name), folder) for name in sources):
                 uses.append(f"the data set {path}")
         uses += [f"the recipe {recipe}" for recipe in recipes if self._uses_files(recipe, root)]
         for dataset in datasets:
@@ -462,6 +513,7 @@ class Workspace:
                 validate_sample(samples[-1], source.location(index))
         task = detect_task(samples)
         task = replace(task, metric=metric or task.metric)
+        _check_shared_images(self.folder, datasets)
         files = {one.train_file: f"{one.num_train} samples" for one in datasets}
         files |= {
             one.eval_file: f"{one.num_eval} samples"
@@ -548,10 +600,44 @@ class Workspace:
             )
 
 
+def _check_shared_images(folder: Path, datasets: Sequence[WorkspaceDataset]) -> None:
+    """Raise UserError if images for training are validation images of another data set."""
+    from finesight.train.dataset_stats import list_image_paths
+
+    for one, other in permutations(datasets, 2):
+        images: list[set[str]] = []
+        for file in (one.train_file, other.eval_file) if other.eval_file else ():
+            samples = load_corpus([TrainFileSettings(path=folder / file)]).read_samples()
+            images.append(set().union(*map(list_image_paths, samples)))
+        if images and (shared := len(images[0] & images[1])):
+            raise UserError(
+                f"{shared} validation images of {other.path} are training images of {one.path}",
+                where="Also train on",
+                expected="different images for training and validation",
+                remedy="select one of the two data sets only",
+            )
+
+
+def _join_review(
+    dataset: WorkspaceDataset, datasets: Sequence[WorkspaceDataset]
+) -> WorkspaceDataset:
+    """Return the data set of a review with the other file of the reviewed one, reviewed or not."""
+    for one in datasets if dataset.source else ():
+        if one.source is None and dataset.source in one.files and one.eval_file is not None:
+            reviews = {review.source: (review.train_file, review.num_train) for review in datasets}
+            train = reviews.get(one.train_file, (one.train_file, one.num_train))
+            evaluation = reviews.get(one.eval_file, (one.eval_file, one.num_eval))
+            return WorkspaceDataset(
+                dataset.path, train[0], evaluation[0], train[1], evaluation[1], dataset.source
+            )
+    return dataset
+
+
 def _restore_folders(folder: Path, table: str) -> None:
     """Move uploaded files into the folders that a table names; browsers send no folders."""
     paths: dict[str, set[Path]] = {}
-    files = {file.name for file in folder.iterdir() if file.name != table}
+    files = {file.name: file for file in folder.rglob("[!.]*") if file.is_file()}
+    files.pop(table, None)
     with contextlib.suppress(UserError):
         reader = open_row_file(folder / table)
         records = (row.record for row in reader.iter_range(0, reader.num_rows))
@@ -569,7 +655,7 @@ def _restore_folders(folder: Path, table: str) -> None:
             )
         if not path.is_absolute() and ".." not in path.parts:
             (folder / path.parent).mkdir(parents=True, exist_ok=True)
-            (folder / name).rename(folder / path)
+            files[name].rename(folder / path)
 
 
 def as_argument(path: Path) -> str:

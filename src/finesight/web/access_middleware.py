@@ -315,7 +315,7 @@ class AccessMiddleware:
             and not hmac.compare_digest(token.encode(), self._session_token.encode())
         ):
             if path == "/":
-                return RedirectResponse("sign-in", 303)
+                return RedirectResponse(_add_query("sign-in", request), 303)
             return PlainTextResponse("sign-in required", 401)
         if path.startswith(FILE_PATH_PREFIX) and not self._is_uploaded_file(
             path.removeprefix(FILE_PATH_PREFIX)
@@ -339,7 +339,7 @@ class AccessMiddleware:
     async def _handle_sign_in(self, request: Request, send: Send) -> Response:
         ui_text = select_ui_text(request.headers.get("accept-language", ""))
         if self.password is None:
-            return RedirectResponse("./", 303)
+            return RedirectResponse(_add_query("./", request), 303)
         if request.method != "POST":
             return HTMLResponse(render_sign_in_page(False, ui_text))
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
@@ -351,7 +351,7 @@ class AccessMiddleware:
             if not hmac.compare_digest(password.encode(), self.password.encode()):
                 await asyncio.sleep(FAILED_LOGIN_DELAY_S)
                 return HTMLResponse(render_sign_in_page(True, ui_text), 401)
-        response = RedirectResponse("./", 303)
+        response = RedirectResponse(_add_query("./", request), 303)
         is_https = request.headers.get("origin", "").startswith("https://")
         self._set_browser_cookie(request, response, is_secure=is_https)
         response.set_cookie(
@@ -463,6 +463,12 @@ def get_browser_id(request: Request) -> str | None:
     """Return the secret ID in the cookie of a browser; None without a valid one."""
     value = request.cookies.get(BROWSER_COOKIE, "")
     return value if BROWSER_ID.fullmatch(value) else None
+
+
+def _add_query(path: str, request: Request) -> str:
+    """Return a path with the query of a request, which the sign-in keeps."""
+    query = request.scope["query_string"].decode("latin-1")
+    return f"{path}?{query}" if query else path
 
 
 def _get_body_limit(path: str) -> int:

@@ -214,6 +214,7 @@ def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"question": lambda i: f"How many {i}?", "answer": lambda i: i}, "qa", None),
         ({"question": lambda i: f"Is it {i % 3}?", "answer": lambda i: f"{i} of 9"}, "qa", None),
+        ({"question": lambda i: f"is it {i % 3}", "answer": lambda i: f"{i} of 9"}, "qa", None),
         (
             {"question": lambda i: f"Is it {i}?", "answer": lambda i: ("yes", "no", "2")[i % 3]},
             "classification",
@@ -484,9 +485,9 @@ def test_classes_of_unlabeled_images_are_asked(
         (["--task", "classification"], "--classes A,B ", "What is it?"),
         (["--task", "json"], "--kind fields --fields A,B ", "Return the fields as JSON."),
         (
-            ["--prompt", "Return total, date as JSON."],
-            "--kind fields --fields total,date ",
-            "Return total, date as JSON.",
+            ["--prompt", "Return shop, date and total as JSON."],
+            "--kind fields --fields shop,date,total ",
+            "Return shop, date and total as JSON.",
         ),
     ],
 )
@@ -498,6 +499,7 @@ def test_names_of_unlabeled_images_are_proposed(
     found = run_init("photos", "--yes", *words)
     assert found["prompt"] == prompt
     assert f" --out photos-finetune/data {options}--no-suggestions" in found["next"][0]
+    assert found["placeholder"] == ("A,B" if "A,B" in options else None)
 
 
 def test_fields_of_unlabeled_images_are_asked(
@@ -506,7 +508,7 @@ def test_fields_of_unlabeled_images_are_asked(
     monkeypatch.setattr(init, "is_interactive", lambda: True)
     monkeypatch.chdir(tmp_path)
     draw_dots(Path("photos"), 3)
-    answers = ("photos", "json", "", "total, date", "")
+    answers = ("photos", "json", "", "total, date,", "")
     result = CliRunner().invoke(init_app(), [], input="\n".join(answers) + "\n")
     assert result.exit_code == 0, result.output
     assert "--kind fields --fields total,date --no-suggestions" in result.output

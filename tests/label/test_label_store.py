@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from label_fixtures import CORNERS, MODEL, draw_images, make_suggestion, open_fields_session
+from label_page_driver import open_client, save
 
 from finesight.config import DataFileSettings
 from finesight.data.corpus import load_corpus
@@ -23,7 +24,8 @@ from finesight.data.sample import (
 )
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
-from finesight.label.label_session import open_session
+from finesight.label import label_session
+from finesight.label.label_session import detect_task, open_session, read_run_examples
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 from finesight.storage import FileSystem, use_file_system
 
@@ -43,6 +45,25 @@ def write_answers(folder: Path, *texts: str | None) -> Path:
         samples.append(Sample(id=f"s{index}", messages=tuple(messages)))
     write_samples(folder / "data.jsonl", samples)
     return folder / "data.jsonl"
+
+
+def test_examples_of_sorted_data_have_all_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_answers(tmp_path, *["cat"] * 6, *["dog"] * 6)
+    recipe = {"model": MODEL, "data": {"train": str(data)}, "output_dir": str(tmp_path)}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    monkeypatch.setattr(label_session, "MAX_EXAMPLES", 6)
+    assert detect_task(read_run_examples(str(tmp_path))).choices == ("cat", "dog")
+
+
+def test_known_classes_are_the_only_ones_if_the_user_gives_them(tmp_path: Path) -> None:
+    data = write_answers(tmp_path, "red", None, "red", "red")
+    for choices, status in (((), 200), (("red",), 422)):
+        folder = tmp_path / f"labels-{status}"
+        session = open_session(folder, MODEL, [data], choices=choices)
+        with open_client(session) as client:
+            assert save(client, client.get("/items/0").json(), text="green").status_code == status
 
 
 @pytest.mark.parametrize("damage", ["", '{"time": "2026-01-01T00', '{"time": "2026\n'])

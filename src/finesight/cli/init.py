@@ -59,6 +59,10 @@ TASKS = {
 }
 """Tasks with the answer that a model gives."""
 
+FIELDS_PROMPT = re.compile(
+    r"(?i)return (?!(?:all|everything|fields|it|the|them)\b)(\w+(?:(?:, ?(?:and )?| and )\w+)*)"
+    r" as json\.?"
+)
 LABEL_KINDS = {"json": "fields", "grounding": "boxes", "detection": "boxes"}
 """Kind of the labels of a task, if it is not text."""
 
@@ -270,10 +274,11 @@ def _init_labels(
     default = "json" if is_json else "qa" if is_question else "captions"
     metric = metric or _ask_metric(default, yes)
     prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), yes)
-    names, listed = "", re.fullmatch(r"(?i)return (\w+(?:, ?\w+)+) as json\.?", prompt)
+    names, listed = "", FIELDS_PROMPT.fullmatch(prompt)
     if title := {"classification": "Classes", "json": "Fields"}.get(metric):
-        names = _ask(f"{title} (A,B,C)", listed[1] if listed else "", yes)
-        names = re.sub(" *, *", ",", names.strip())
+        default_names = re.sub(",? and |, ?", ",", listed[1]) if listed else ""
+        names = _ask(f"{title} (A,B,C)", default_names, yes)
+        names = ",".join(filter(None, map(str.strip, names.split(","))))
     if names and prompt == PROMPTS["json"]:
         prompt = f"Return {names.replace(',', ', ')} as JSON."
     device, memory_bytes = find_device()
@@ -302,12 +307,14 @@ def _init_labels(
         shlex.join(["finesight", *map(str, words)])
         for words in (label, ["train", recipe], ["serve", run])
     ]
+    placeholder = "A,B" if "A,B" in label else None
     if as_json:
-        echo_json({"recipe": str(recipe), "metric": metric, "prompt": prompt, "next": commands})
+        values = {"recipe": str(recipe), "metric": metric, "prompt": prompt, "next": commands}
+        echo_json({**values, "placeholder": placeholder})
         return
     lines = [f"data    {source}: {format_count(num_images, 'image')} without labels"]
     lines += [f"task    {metric}; prompt: {prompt}", f"model   {model}", ""]
-    hint = " (replace A,B by your names)" if "A,B" in label else ""
+    hint = f" (replace {placeholder} by your names)" if placeholder else ""
     lines += [f"recipe: {recipe}", f"next{hint}:", *(f"  {command}" for command in commands)]
     typer.echo("\n".join(map(escape_unprintable, lines)))
 

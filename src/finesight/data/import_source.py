@@ -83,6 +83,10 @@ _ANSWER_NAMES = (
 )
 _IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|")
 _LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
+_QUESTION = re.compile(
+    "(?i)[?？]$|^(?:what|which|who|whose|whom|where|when|why|how|is|are|was|were|do|does|did|can"
+    "|could|has|have|will|would)\\b|什么|多少|几|哪|谁|吗|怎"
+)
 
 
 @dataclass(frozen=True)
@@ -622,7 +626,7 @@ def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str
     num_words = fmean(len(answer.split()) for answer in answers)
     box_counts = list(map(len, boxes))
     num_paraphrases = max(1, min(max(10, len(answers) ** 0.5), len(answers) / 2))
-    if fmean(question.endswith(("?", "？")) for question in questions) > 0.5:
+    if fmean(bool(_QUESTION.search(question)) for question in questions) > 0.5:
         num_paraphrases = 1
     if fmean(map(bool, box_counts)) > 0.5:
         has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1

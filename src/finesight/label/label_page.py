@@ -146,6 +146,7 @@ class LabelPage:
                 "session": self._key,
                 "version": self._version,
                 "choices": task.choices,
+                "closed": task.has_fixed_choices,
                 "colors": BOX_COLORS,
                 "no_objects": NO_OBJECTS_ANSWER,
                 "texts": {text: translate(text) for text in SCRIPT_TEXTS},
@@ -248,8 +249,11 @@ class LabelPage:
             return {"item": self.describe(index), "counts": store.count_events()}
 
     def _check_classes(self, item: LabelItem, request: DecisionRequest) -> None:
-        """Raise UserError for a class that is not a choice."""
-        choices, is_box = self._list_choices(item), self._session.task.kind == "boxes"
+        """Raise UserError for a class that is none of the choices of the user."""
+        task = self._session.task
+        choices, is_box = self._list_choices(item), task.kind == "boxes"
+        if not task.has_fixed_choices:
+            return
         names = [box.label or "" for box in request.boxes] if is_box else [request.text]
         for number, name in enumerate(names if choices else (), 1):
             if name not in choices and (is_box or name.strip()):

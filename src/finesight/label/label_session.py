@@ -69,6 +69,7 @@ class LabelTask:
     Attributes:
         prompt: Question about each image; None if it is unknown.
         choices: Class names: the answers, or the labels of boxes. Empty for free text.
+        has_fixed_choices: Whether the user gave the choices, so that other classes are invalid.
         template: JSON object for images without a suggestion; empty without one. Its values have
             the types of the examples: "", 0, false, or null for an unknown type.
         field_names: Keys of the answers, as given by the user; empty without any.
@@ -81,6 +82,7 @@ class LabelTask:
     template: str = ""
     field_names: tuple[str, ...] = ()
     has_default_kind: bool = False
+    has_fixed_choices: bool = False
 
 
 SUGGESTIONS_PER_WRITE = 64
@@ -357,13 +359,15 @@ def _describe_history(item: LabelItem) -> list[dict[str, Any]]:
 
 
 def read_run_examples(run_or_model: str) -> list[LocatedSample]:
-    """Return the first training samples of a run, or an empty list without readable data."""
+    """Return training samples of a run, evenly distributed; empty without readable data."""
     path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
     if not path.is_file():
         return []
     try:
         corpus = load_corpus(load_recipe(path).data.train)
-        return [corpus[index] for index in range(min(MAX_EXAMPLES, len(corpus)))]
+        # Data may be sorted by class.
+        num_examples = min(MAX_EXAMPLES, len(corpus))
+        return [corpus[index * len(corpus) // num_examples] for index in range(num_examples)]
     except UserError:
         return []
 
@@ -400,13 +404,16 @@ def detect_task(
     if detected == "text" and 0 < len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
         detected = "classes"
     kind = kind or ("classes" if choices and detected == "text" else detected)
+    is_fixed = bool(choices)
     if not choices and kind in ("boxes", "classes"):
         names = (box.label for box in boxes) if kind == "boxes" else iter(counts)
         choices = [name for name in dict.fromkeys(names) if name]
     template = _build_template(texts, field_names) if kind == "fields" else ""
     if prompt is None and examples:
         prompt = get_question(examples[0].sample) or None
-    return LabelTask(kind, prompt, tuple(choices), template, tuple(field_names), has_default_kind)
+    return LabelTask(
+        kind, prompt, tuple(choices), template, tuple(field_names), has_default_kind, is_fixed
+    )
 
 
 def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:

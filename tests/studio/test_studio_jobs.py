@@ -178,9 +178,10 @@ def test_review_has_a_folder_of_its_own(folder: Path, started: list[list[str]]) 
 
     assert review() == ("data/a/data.jsonl", "data/a-review")
     # The last review is continued, unless the folder is in use for something else.
-    write_file(folder / "data/a-review/journal.jsonl", b"")
+    reviewed = folder / "data/a-review/reviewed.json"
+    write_file(reviewed, json.dumps([str(folder / "data/a/data.jsonl")]).encode())
     assert review() == ("data/a/data.jsonl", "data/a-review")
-    (folder / "data/a-review/review.json").unlink()
+    reviewed.unlink()
     assert review() == ("data/a/data.jsonl", "data/a-review-2")
     # Labels of images.
     assert "No data set" in click_button(page, button, "step=label", *form)
@@ -257,7 +258,10 @@ def test_reviewed_labels_replace_those_of_the_data_set(
             assert words[2] == f"data/a/{'eval' if split else 'train'}.jsonl"
             assert words[words.index("--out") + 1] == name
             assert not any("--train-fraction" in word for word in words)
-            # The command creates the labels.
+            # The command creates these files.
+            (folder / name).mkdir(exist_ok=True)
+            reviewed = json.dumps([str(folder / words[2])])
+            (folder / name / "reviewed.json").write_text(reviewed)
             shutil.copy(folder / words[2], folder / name / "labels.jsonl")
     pair = ("data/a-review/labels.jsonl", "data/a-eval-review/labels.jsonl")
     files = {str(one.path): one for one in workspace.scan().datasets}

@@ -24,7 +24,7 @@ from typing import get_args
 
 import yaml
 
-from finesight.bounded_files import load_yaml, parse_json
+from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TaskName, TrainFileSettings, is_url
 from finesight.data.corpus import load_corpus, open_sample_source
 from finesight.data.import_source import NUM_PREVIEW_ROWS, DetectedTask, detect_task
@@ -32,7 +32,13 @@ from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
 from finesight.hub.archive import is_archive
-from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE, read_sources
+from finesight.label.label_store import (
+    EVAL_FILE,
+    JOURNAL_FILE,
+    LABELS_FILE,
+    REVIEWED_FILE,
+    read_sources,
+)
 from finesight.label.suggestion import get_text
 from finesight.manifest import (
     ADAPTER_FOLDER,
@@ -53,9 +59,6 @@ UPLOAD_MARKER = ".finesight-upload"
 
 DATA_FILES = {"train.jsonl": "eval.jsonl", "data.jsonl": "eval.jsonl", LABELS_FILE: EVAL_FILE}
 """Validation file by training file that `finesight import` and `finesight label` write."""
-
-REVIEW_FILE = "review.json"
-"""File in the folder of a review with the path of the reviewed file, relative to the workspace."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 
@@ -183,8 +186,9 @@ class Workspace:
 
     def _read_source(self, folder: Path) -> Path | None:
         """Return the reviewed file of the folder of a review; None for other folders."""
-        with contextlib.suppress(OSError, TypeError, ValueError):
-            return Path(parse_json((self.folder / folder / REVIEW_FILE).read_text("utf-8")))
+        names = read_sources(self.folder / folder, REVIEWED_FILE)
+        with contextlib.suppress(ValueError):
+            return Path(names[0]).relative_to(self.folder) if len(names) == 1 else None
         return None
 
     def open_review(self, file: Path) -> tuple[Path, Path]:
@@ -194,13 +198,11 @@ class Workspace:
             file: File of a data set. That of a review stands for the reviewed file.
         """
         file = self.resolve(str(self._read_source(file.parent) or file), "review")
-        for review in sorted((self.folder / "data").glob(f"*/{REVIEW_FILE}")):
+        for review in sorted((self.folder / "data").glob(f"*/{REVIEWED_FILE}")):
             if self._read_source(folder := review.parent.relative_to(self.folder)) == file:
                 return file, folder
-        is_eval = file.name in DATA_FILES.values()
-        folder = self.create_name("data", f"{file.parent.name}{'-eval' * is_eval}-review")
-        write_file(self.folder / folder / REVIEW_FILE, json.dumps(str(file)).encode())
-        return file, folder
+        name = file.parent.name + "-eval" * (file.name in DATA_FILES.values())
+        return file, self.create_name("data", f"{name}-review")
 
     def _walk(self) -> Iterator[tuple[Path, frozenset[str]]]:
         """Yield folders with their file names, without those inside of runs and models."""
@@ -403,9 +405,9 @@ class Workspace:
             path = home.relative_to(self.folder)
             if MANIFEST_FILE not in names:
                 recipes += [path / name for name in names if name.endswith((".yaml", ".yml"))]
-            sources = [*read_sources(home), *filter(None, [self._read_source(path)])]
+            sources = [*read_sources(home), *read_sources(home, REVIEWED_FILE)]
             sources = [] if os.path.realpath(home) == root else sources
-            if any(self.is_overlapping(str(name), folder) for name in sources):
+            if any(self.is_overlapping(name, folder) for name in sources):
                 uses.append(f"the data set {path}")
         uses += [f"the recipe {recipe}" for recipe in recipes if self._uses_files(recipe, root)]
         for dataset in datasets:

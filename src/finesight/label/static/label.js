@@ -124,7 +124,7 @@ const load = (loaded) => {
   scrollTo(0, 0);
   // An empty text has the focus, so that the letters of the answer are no commands.
   const isReadable = !item.images.some((image) => image.error);
-  const isEmpty = isReadable && !answer.text && item.decision === "open";
+  const isEmpty = isReadable && !answer.text && !isChanged() && item.decision === "open";
   if (isEmpty && !isTouch.matches && ["text", "fields"].includes(settings.kind)) edit();
 };
 

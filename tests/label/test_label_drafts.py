@@ -177,6 +177,7 @@ def test_unsaved_answers_belong_to_a_session(tmp_path: Path, browser: Browser) -
         wait_for_name(browser, "1.png")
         assert get_value(browser) == '{"shop": "typed on 1"}'
         open_image(browser, 2)
+        press(browser, "e")
         wait_for(browser, "document.activeElement.id === 'field-0'")
         # An edit belongs to the name of its field, whatever the order of the fields.
         browser.run("document.execCommand('insertText', false, 'Olp');")

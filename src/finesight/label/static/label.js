@@ -87,13 +87,13 @@ const loadItems = async () => {
   showCounts(content.counts);
 };
 
-const open = async (index) => {
+const open = async (index, hasFocus = false) => {
   const number = ++numOpened;
   try {
     const loaded = await request(`items/${index}`);
     // The answer to an earlier request may come later.
     if (number !== numOpened) return false;
-    load(loaded);
+    load(loaded, hasFocus);
     return true;
   } catch (error) {
     if (number === numOpened) report("Not loaded", error);
@@ -101,7 +101,7 @@ const open = async (index) => {
   }
 };
 
-const load = (loaded) => {
+const load = (loaded, hasFocus = false) => {
   keepDraft();
   item = loaded;
   selected = -1;
@@ -122,10 +122,11 @@ const load = (loaded) => {
   show(draft && !isCurrent ? draft.answer : null);
   markListed();
   scrollTo(0, 0);
-  // An empty text has the focus, so that the letters of the answer are no commands.
+  // An empty text has the focus, so that the letters of the answer are no commands. After a command
+  // it has not, so that the next letter is one, too.
   const isReadable = !item.images.some((image) => image.error);
   const isEmpty = isReadable && !answer.text && !isChanged() && item.decision === "open";
-  if (isEmpty && !isTouch.matches && ["text", "fields"].includes(settings.kind)) edit();
+  if (hasFocus && isEmpty && !isTouch.matches && ["text", "fields"].includes(settings.kind)) edit();
 };
 
 const findOpen = (index) => {
@@ -180,7 +181,7 @@ const decide = async (action) => {
       if (document.activeElement?.matches("button")) document.activeElement.blur();
       const next = findOpen(index);
       if (next < 0) load(result.item);
-      else await open(next);
+      else await open(next, action === "save");
     }
     return true;
   } catch (error) {
@@ -733,6 +734,6 @@ window.addEventListener("resize", () => { if (item?.images.length) drawBoxes(); 
     await loadItems();
     const index = Number(location.hash.slice(1));
     const isKnown = location.hash && index < decisions.length;
-    if (decisions.length) await open(isKnown ? index : Math.max(0, findOpen(-1)));
+    if (decisions.length) await open(isKnown ? index : Math.max(0, findOpen(-1)), true);
   } catch (error) { report("Not loaded", error); }
 })();

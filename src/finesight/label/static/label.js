@@ -364,7 +364,7 @@ const showForm = () => {
     makeChoice(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
     create("button", { type: "button", "aria-label": `${translate("Delete")} ${translate("Box {}", index + 1)}`,
       onclick: () => remove(index) }, "✕"),
-    makeClassNote(box.label ?? "")));
+    makeClassNote(() => box.label)));
   if (settings.kind === "boxes" && settings.choices.length && boxes.length) {
     rows.unshift(create("p", { class: "small soft legend" }, ...settings.choices.slice(0, 9).map(
       (name, index) => create("span", {}, create("kbd", {}, index + 1), ` ${name}`))));
@@ -376,7 +376,7 @@ const showForm = () => {
     const badge = makeBadge(getConfidence([]), () => answer.text === item.suggestion?.text && !isUnknownClass(answer.text));
     if (isChoice) {
       const choice = makeChoices(answer.text, change, badge);
-      rows.push(create("div", { class: "row" }, ...choice, makeClassNote(isEqual(item.suggestion, item.answer) ? item.suggestion.text : "")));
+      rows.push(create("div", { class: "row" }, ...choice, makeClassNote(() => isEqual(item.suggestion, item.answer) ? item.suggestion.text : "")));
     } else {
       const label = create("label", { for: "answer" },
         translate(settings.kind === "fields" ? "JSON" : "Text"), " ", badge);
@@ -414,19 +414,24 @@ let isPointer = false;
 addEventListener("pointerdown", () => { isPointer = true; }, true);
 addEventListener("keydown", () => { isPointer = false; }, true);
 
-const nameChoice = (name, index) => index < 9 && name ? `${index + 1} ${name}` : name;
+const nameChoice = (name, index) => index < 9 && name ? `${name} (${index + 1})` : name;
 const isUnknown = (value) => Boolean(value) && item.choices.length > 0 && !item.choices.includes(value);
 const isUnknownClass = (value) => settings.kind === "classes" && isUnknown(value);
-const makeClassNote = (value) => isUnknown(value)
-  ? create("span", { class: "note" }, translate("suggested: {}, not one of the classes", value)) : "";
+const makeClassNote = (getName) => {
+  const note = create("span", { class: "note" });
+  updates.push(() => {
+    note.textContent = isUnknown(getName()) ? translate("suggested: {}, not one of the classes", getName()) : "";
+  });
+  return note;
+};
 
 const makeChoice = (id, value, onInput) => {
   if (!item.choices.length) return makeInput("input", { id }, value, onInput);
+  // A new form would end the search for the typed letters.
   const change = () => {
     onInput(choice.value);
     if (isPointer) choice.blur();
-    showForm();
-    if (!isPointer) byId(id).focus();
+    refresh();
   };
   const isKnown = item.choices.includes(value);
   const choice = create("select", { id, onchange: change },

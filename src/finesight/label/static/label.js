@@ -22,6 +22,7 @@ let item = null; // Item that the page shows, as the server sent it.
 let answer = { text: "", edits: {}, boxes: [] };
 let selected = -1, imageIndex = 0;
 let numOpened = 0, isSaving = false;
+const entered = new Set(); // Fields of the item in which Enter was pressed, with the answer.
 let updates = []; // Functions that show a changed answer, apart from the form.
 const isTouch = matchMedia("(pointer: coarse)");
 
@@ -105,6 +106,7 @@ const load = (loaded, hasFocus = false) => {
   keepDraft();
   item = loaded;
   selected = -1;
+  entered.clear();
   imageIndex = item.answer.boxes[0]?.image ?? 0;
   answer = makeAnswer(item.answer);
   const draft = readStored(draftKey(item.id)), paths = item.fields.map(getKey);
@@ -669,13 +671,18 @@ const addByKey = () => {
 
 const move = (step) => open((item.index + decisions.length + step) % decisions.length);
 
-// Enter in a field continues with the next empty one, so that no half-empty record is saved.
+// Enter in a field continues with the next empty one, so that no half-empty record is saved. The
+// second Enter in a field saves an unchanged answer.
 const enter = (target) => {
   const inputs = listFields().length ? [...byId("form").querySelectorAll("input[id^=field]")] : [];
   const position = inputs.indexOf(target);
-  const empty = position < 0 ? null : inputs.slice(position + 1).find((input) => !input.value.trim());
-  if (empty) empty.focus();
-  else decide("save");
+  const others = position < 0 ? [] : [...inputs.slice(position + 1), ...inputs.slice(0, position)];
+  const empty = others.find((input) => !input.value.trim()), state = JSON.stringify([position, answer]);
+  if (!empty || entered.has(state)) decide("save");
+  else {
+    entered.add(state);
+    empty.focus();
+  }
 };
 
 document.addEventListener("keydown", (event) => {
@@ -693,7 +700,8 @@ document.addEventListener("keydown", (event) => {
     // Enter starts a new line in a text with Shift.
     if (event.shiftKey && target.matches?.("textarea")) return;
     event.preventDefault();
-    if (!event.repeat) enter(target);
+    if (event.ctrlKey && !event.repeat) decide("save");
+    else if (!event.repeat) enter(target);
     return;
   }
   // Letters search in the list of a choice. Its box has the other keys.

@@ -312,11 +312,14 @@ const markListed = () => {
   }
 };
 byId("list").addEventListener("toggle", () => showList());
-byId("review").addEventListener("click", () => {
+byId("review").addEventListener("click", async () => {
+  // Another tab may have skipped them.
+  try { await loadItems(); } catch (error) { report("Not loaded", error); return; }
   byId("list-state").value = "skipped";
   if (byId("list").open) showList();
   byId("list").open = true;
-  openListed(decisions.indexOf("skipped"));
+  const index = decisions.indexOf("skipped");
+  if (index >= 0) openListed(index);
 });
 byId("list-state").addEventListener("change", () => showList());
 byId("list-text").addEventListener("input", () => {

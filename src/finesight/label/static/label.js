@@ -366,13 +366,16 @@ const showForm = () => {
       onfocusin: () => { if (selected !== index) select(index, false); } },
     create("label", { for: `box-${index}` }, translate("Box {}", index + 1), " ",
       makeBadge(getConfidence([index]), () => isUnchangedBox(index))),
-    makeChoice(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
+    makeLabel(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
     create("button", { type: "button", "aria-label": `${translate("Delete")} ${translate("Box {}", index + 1)}`,
       onclick: () => remove(index) }, "✕"),
-    makeClassNote(() => box.label)));
+    makeClassNote(() => box.label, true)));
   if (settings.kind === "boxes" && settings.choices.length && boxes.length) {
     rows.unshift(create("p", { class: "small soft legend" }, ...settings.choices.slice(0, 9).map(
       (name, index) => create("span", {}, create("kbd", {}, index + 1), ` ${name}`))));
+  }
+  if (boxes.length && !settings.closed) {
+    rows.push(create("datalist", { id: "names" }, ...item.choices.map((value) => create("option", { value }))));
   }
   if (fields.length) rows.push(...fields.map(makeField));
   else {
@@ -382,6 +385,7 @@ const showForm = () => {
     if (isChoice) {
       const choice = makeChoices(answer.text, change, badge);
       rows.push(create("div", { class: "row" }, ...choice, makeClassNote(() => isEqual(item.suggestion, item.answer) ? item.suggestion.text : "")));
+      if (!settings.closed) rows.push(makeOther(change));
     } else {
       const label = create("label", { for: "answer" },
         translate(settings.kind === "fields" ? "JSON" : "Text"), " ", badge);
@@ -420,29 +424,33 @@ addEventListener("pointerdown", () => { isPointer = true; }, true);
 addEventListener("keydown", () => { isPointer = false; }, true);
 
 const nameChoice = (name, index) => index < 9 && name ? `${name} (${index + 1})` : name;
-const isUnknown = (value) => Boolean(value) && item.choices.length > 0 && !item.choices.includes(value);
+const isKnown = (value) => item.choices.includes(value);
+const isUnknown = (value) => settings.closed && Boolean(value) && item.choices.length > 0 && !isKnown(value);
 const isUnknownClass = (value) => settings.kind === "classes" && isUnknown(value);
-const makeClassNote = (getName) => {
+const makeClassNote = (getName, isRequired = false) => {
   const note = create("span", { class: "note" });
   updates.push(() => {
-    note.textContent = isUnknown(getName()) ? translate("suggested: {}, not one of the classes", getName()) : "";
+    const name = getName(), isMissing = isRequired && settings.closed && !name;
+    note.textContent = isUnknown(name) ? translate("suggested: {}, not one of the classes", name)
+      : isMissing ? translate("Choose a class") : "";
   });
   return note;
 };
 
+const makeLabel = (id, value, onInput) => settings.closed && item.choices.length
+  ? makeChoice(id, value, onInput) : makeInput("input", { id, list: "names" }, value, onInput);
+
 const makeChoice = (id, value, onInput) => {
-  if (!item.choices.length) return makeInput("input", { id }, value, onInput);
   // A new form would end the search for the typed letters.
   const change = () => {
     onInput(choice.value);
     if (isPointer) choice.blur();
     refresh();
   };
-  const isKnown = item.choices.includes(value);
   const choice = create("select", { id, onchange: change },
-    ...(isKnown ? [] : [create("option", { value: "", disabled: true }, "–")]),
+    ...(settings.closed && isKnown(value) ? [] : [create("option", { value: "", disabled: true }, "–")]),
     ...item.choices.map((name, index) => create("option", { value: name }, nameChoice(name, index))));
-  choice.value = isKnown ? value : "";
+  choice.value = isKnown(value) ? value : "";
   return choice;
 };
 
@@ -463,6 +471,19 @@ const makeChoices = (value, onInput, badge) => {
     create("input", { type: "radio", name: "answer", value: name, checked: name === value, onchange: change }),
     create("span", {}, name)));
   return [create("fieldset", { id: "answer" }, create("legend", {}, translate("Class"), " ", badge), ...options)];
+};
+
+// Returns the input of a class that is none of the choices. It and the choices show the same answer.
+const makeOther = (onInput) => {
+  const other = makeInput("input", { id: "other" }, isKnown(answer.text) ? "" : answer.text, onInput);
+  updates.push(() => {
+    const choice = byId("answer"), name = isKnown(answer.text) ? answer.text : "";
+    // A typed class may begin with the name of another one.
+    if (document.activeElement !== other) other.value = name ? "" : answer.text;
+    if (choice.matches("select")) choice.value = name;
+    for (const button of choice.querySelectorAll("input")) button.checked = button.value === name;
+  });
+  return create("div", { class: "row" }, create("label", { for: "other" }, translate("Other class")), other);
 };
 
 const isUnchangedBox = (index) =>
@@ -648,7 +669,7 @@ const edit = () => {
   const least = item.parts[values.indexOf(Math.min(...values))]?.path;
   const paths = fields.length ? fields.map(({ path }) => path) : answer.boxes.map((_, index) => [index]);
   const index = paths.findIndex((path) => isEqual(path, least));
-  const target = inputs.find((input) => input.type === "radio" && input.checked)
+  const target = inputs.find((input) => input.type === "radio" ? input.checked : input.id === "other" && input.value)
     ?? inputs[Math.max(0, index) + (fields.length ? answer.boxes.length : 0)];
   // The row is visible above the buttons of a narrow page, and the image stays in view.
   target?.focus({ preventScroll: true });

@@ -26,7 +26,9 @@ from label_page_driver import (
     wait_for,
 )
 
+from finesight.data.sample import BoxPart, read_samples
 from finesight.label.label_session import LabelSession, open_session
+from finesight.label.label_store import LABELS_FILE
 
 DELAY_SCRIPT = """window.realFetch ??= window.fetch;
 window.fetch = async (url, options) => {
@@ -177,10 +179,16 @@ def test_unsaved_answers_belong_to_a_session(tmp_path: Path, browser: Browser) -
         wait_for_name(browser, "1.png")
         assert get_value(browser) == '{"shop": "typed on 1"}'
         open_image(browser, 2)
+        press(browser, "e")
         wait_for(browser, "document.activeElement.id === 'field-0'")
         # An edit belongs to the name of its field, whatever the order of the fields.
         browser.run("document.execCommand('insertText', false, 'Olp');")
         assert browser.run("return answer.edits;") == {'["shop"]': "Olp"}
+        # The next key does not replace a restored edit.
+        browser.driver.refresh()
+        wait_for(browser, "document.querySelector('#field-0')?.value === 'Olp'")
+        assert browser.run("return document.activeElement.id;") == ""
+        press(browser, "e")
         press(browser, "Enter")
         wait_for(browser, "document.activeElement.id === 'field-1'")
         browser.run("document.execCommand('insertText', false, '1,5');")
@@ -251,11 +259,94 @@ def test_only_classes_are_saved(
             assert "3" in browser.run("return document.querySelector('#all-decided').innerText;")
             assert browser.run("return document.querySelector('#save-text').innerText;") == "保存"
             browser.driver.refresh()
-        browser.run("document.querySelector('#review').click();")
+        # The decisions that this tab knows may be older than the counts.
+        open_image(browser, 0)
+        browser.run("decisions.fill('accepted'); document.querySelector('#review').click();")
         wait_for_name(browser, "2.png")
         wait_for(browser, "document.querySelectorAll('#list-items li').length === 1")
         check_layouts(browser, address)
     assert read_answers(tmp_path / "labels") == {"0.png": names[1], "1.png": names[2]}
+
+
+def test_letters_search_in_the_choice_of_a_class(tmp_path: Path, browser: Browser) -> None:
+    names = ("heron", "egret", "house", *(f"bird {number}" for number in range(9)))
+    choice, note = "document.querySelector('#answer')", "document.querySelector('#form .note')"
+    with serve(open_texts_session(tmp_path, choices=names, kind="classes")) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, f"{note}?.textContent.includes('a0')")
+        browser.run(f"{choice}.focus();")
+        for key in "hou":
+            press(browser, key)
+        assert browser.run(f"return [answer.text, {choice}.value];") == ["house"] * 2
+        assert browser.run("return document.activeElement.id;") == "answer"
+        press(browser, "Enter")
+        wait_for_name(browser, "1.png")
+    assert read_answers(tmp_path / "labels") == {"0.png": "house"}
+
+
+def read_labels_of_boxes(folder: Path) -> list[list[str | None]]:
+    return [
+        [part.label for part in sample.messages[-1].content if isinstance(part, BoxPart)]
+        for sample in read_samples(folder / LABELS_FILE)
+    ]
+
+
+def test_other_labels_of_boxes_are_saved(tmp_path: Path, browser: Browser) -> None:
+    photos = draw_images(tmp_path)
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Find.", kind="boxes")
+    boxes = [
+        BoxPart(label=name, xyxy=xyxy)
+        for name, xyxy in zip(("shop", "total"), CORNERS, strict=True)
+    ]
+    suggestions = [make_suggestion(str(photos / f"{i}.png"), boxes, 0.4, 0.8) for i in range(3)]
+    session.store.add_suggestions([(one, None) for one in suggestions], MODEL)
+    session.complete_task()
+    names = "[...document.querySelectorAll('#names option')].map((name) => name.value)"
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelector('#box-1')?.list.id === 'names'")
+        assert browser.run(f"return {names};") == ["shop", "total"]
+        type_text(browser, "tax 2")
+        assert browser.run("return overlay.querySelector('text').textContent;") == "tax 2"
+        check_layouts(browser, address)
+        browser.run("document.querySelector('#box-1').value = ''; answer.boxes[1].label = null;")
+        press(browser, "Enter")
+        wait_for_name(browser, "1.png")
+        press(browser, "b")
+        press(browser, "2")
+        press(browser, "Enter")
+        wait_for_name(browser, "2.png")
+    assert read_labels_of_boxes(tmp_path / "labels") == [["tax 2", None], ["total", "total"]]
+
+
+def test_other_classes_are_saved(tmp_path: Path, browser: Browser) -> None:
+    with open_client(open_texts_session(tmp_path)) as client:
+        for index, text in enumerate(("red", "rare", "red")):
+            save(client, client.get(f"/items/{index}").json(), text=text)
+    sources, options = [tmp_path / "labels/labels.jsonl"], {"kind": "classes", "review": True}
+    session = open_session(tmp_path / "reviewed", MODEL, sources, **options)
+    state = "[answer.text, other.value, document.querySelector('#form :checked')?.value ?? '']"
+    other = "document.querySelector('#other')"
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=zh")
+        wait_for(browser, f"{other}?.labels[0].textContent === '其他类别'")
+        for more in ("", "item.choices.push(...'abcdefghij'); showForm();"):
+            browser.run(f"{more} {other}.focus();")
+            browser.run("document.execCommand('insertText', false, 'rare');")
+            assert browser.run(f"return {state};") == ["rare", "rare", "rare"]
+            browser.run("document.execCommand('insertText', false, ' one');")
+            assert browser.run(f"return {state};") == ["rare one", "rare one", ""]
+            check_layouts(browser, address)
+            press(browser, "1")
+            assert browser.run(f"return {state};") == ["red", "", "red"]
+        browser.run(f"{other}.focus();")
+        browser.run("document.execCommand('insertText', false, 'pin');")
+        press(browser, "Escape")
+        press(browser, "e")
+        browser.run("document.execCommand('insertText', false, 'pink');")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('已修正 1')")
+    assert "pink" in read_answers(tmp_path / "reviewed").values()
 
 
 def test_boxes_have_a_class(tmp_path: Path, browser: Browser) -> None:
@@ -276,6 +367,9 @@ def test_boxes_have_a_class(tmp_path: Path, browser: Browser) -> None:
         press(browser, "2")
         wait_for(browser, f"{choice}.value === 'total'")
         assert browser.run("return answer.boxes[0].xyxy[0];") == CORNERS[0][0] + 1
+        browser.run("answer.boxes[0].label = null; showForm();")
+        note = "return document.querySelector('#form .note').textContent;"
+        assert browser.run(note) == "Choose a class"
         browser.run(f"{choice}.focus();")
         press(browser, "Delete")
         wait_for(browser, "document.querySelectorAll('#overlay rect').length === 1")

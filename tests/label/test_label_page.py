@@ -428,6 +428,37 @@ def test_fields_without_a_suggestion_are_typed_once(tmp_path: Path, browser: Bro
         check_layouts(browser, address)
 
 
+def test_enter_in_a_field_continues_with_any_empty_field(tmp_path: Path, browser: Browser) -> None:
+    def enter(text: str, field: int) -> None:
+        browser.run(f"document.execCommand('insertText', false, {text!r});")
+        press(browser, "Enter")
+        wait_for(browser, f"document.activeElement.id === 'field-{field}'")
+
+    with serve(open_receipts(tmp_path, field_names=("name", "price", "vat"))) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.activeElement.id === 'field-0'")
+        browser.run("document.querySelector('#field-2').focus();")
+        for text, field in (("1", 0), ("", 1), ("", 0)):
+            enter(text, field)
+        # An unchanged answer is saved by the second Enter in a field.
+        press(browser, "Enter")
+        for index, (text, modifiers) in enumerate((("Olp", 2), ("c", 0)), 1):
+            name = f"document.querySelector('#name').textContent === '{index}.png'"
+            wait_for(browser, f"{name} && document.activeElement.id === 'field-0'")
+            if not modifiers:
+                enter("a", 1)
+                enter("b", 2)
+            browser.run(f"document.execCommand('insertText', false, '{text}');")
+            press(browser, "Enter", modifiers)
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('written 3')")
+    answers = [json.loads(text) for text in read_answers(tmp_path / "labels").values()]
+    assert [[*answer.values()] for answer in answers] == [
+        ["", "", "1"],
+        ["Olp", "", ""],
+        ["a", "b", "c"],
+    ]
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_buttons_are_in_one_line(tmp_path: Path, browser: Browser, lang: str) -> None:
     tops = "[...document.querySelectorAll('.actions button')].map((at) => at.offsetTop)"
@@ -495,13 +526,18 @@ def test_unreadable_images_are_shown_and_skipped(tmp_path: Path, browser: Browse
             press(browser, "s")
         wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
         wait_for(browser, f"{text} === undefined")
+        # Letters after a command are commands.
+        counts = "document.querySelector('#counts').textContent"
+        for key, count in (("s", 3), ("u", 2), ("s", 3), ("u", 2), ("u", 1)):
+            press(browser, key)
+            wait_for(browser, f"{counts}.includes('skipped {count}') && !isSaving")
+        assert browser.run("return document.activeElement.id;") == ""
+        browser.run("return open(2);")
+        browser.driver.refresh()
         # The empty text of a readable image has the focus: letters are no commands.
         wait_for(browser, "document.activeElement.id === 'answer'")
         press(browser, "s")
         wait_for(browser, "document.querySelector('#answer').value === 's'")
-        press(browser, "Escape")
-        press(browser, "s")
-        wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 3')")
 
 
 def test_texts_of_a_box_task_are_shown_and_a_refused_save_undoes_nothing(

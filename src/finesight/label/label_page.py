@@ -56,6 +56,7 @@ THUMBNAIL_SIDE = 96
 SCRIPT_TEXTS = (
     *("No suggestion", "confidence {}", "error score {}", "The model suggests:"),
     *("{} of {}", "{} of {} done", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
+    *("Other class", "Choose a class"),
     *("open", "suggested", "written", "accepted", "corrected", "skipped", "reopened"),
     *("All {} images are decided.", "Review the skipped images ({})", "Save and next", "Save"),
     *("Not saved", "Not loaded", "The server does not answer.", "no such item"),

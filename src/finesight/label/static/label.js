@@ -22,6 +22,7 @@ let item = null; // Item that the page shows, as the server sent it.
 let answer = { text: "", edits: {}, boxes: [] };
 let selected = -1, imageIndex = 0;
 let numOpened = 0, isSaving = false;
+const entered = new Set(); // Fields of the item in which Enter was pressed, with the answer.
 let updates = []; // Functions that show a changed answer, apart from the form.
 const isTouch = matchMedia("(pointer: coarse)");
 
@@ -87,13 +88,13 @@ const loadItems = async () => {
   showCounts(content.counts);
 };
 
-const open = async (index) => {
+const open = async (index, hasFocus = false) => {
   const number = ++numOpened;
   try {
     const loaded = await request(`items/${index}`);
     // The answer to an earlier request may come later.
     if (number !== numOpened) return false;
-    load(loaded);
+    load(loaded, hasFocus);
     return true;
   } catch (error) {
     if (number === numOpened) report("Not loaded", error);
@@ -101,10 +102,11 @@ const open = async (index) => {
   }
 };
 
-const load = (loaded) => {
+const load = (loaded, hasFocus = false) => {
   keepDraft();
   item = loaded;
   selected = -1;
+  entered.clear();
   imageIndex = item.answer.boxes[0]?.image ?? 0;
   answer = makeAnswer(item.answer);
   const draft = readStored(draftKey(item.id)), paths = item.fields.map(getKey);
@@ -122,10 +124,11 @@ const load = (loaded) => {
   show(draft && !isCurrent ? draft.answer : null);
   markListed();
   scrollTo(0, 0);
-  // An empty text has the focus, so that the letters of the answer are no commands.
+  // An empty text has the focus, so that the letters of the answer are no commands. After a command
+  // it has not, so that the next letter is one, too.
   const isReadable = !item.images.some((image) => image.error);
-  const isEmpty = isReadable && !answer.text && item.decision === "open";
-  if (isEmpty && !isTouch.matches && ["text", "fields"].includes(settings.kind)) edit();
+  const isEmpty = isReadable && !answer.text && !isChanged() && item.decision === "open";
+  if (hasFocus && isEmpty && !isTouch.matches && ["text", "fields"].includes(settings.kind)) edit();
 };
 
 const findOpen = (index) => {
@@ -180,7 +183,7 @@ const decide = async (action) => {
       if (document.activeElement?.matches("button")) document.activeElement.blur();
       const next = findOpen(index);
       if (next < 0) load(result.item);
-      else await open(next);
+      else await open(next, action === "save");
     }
     return true;
   } catch (error) {
@@ -309,11 +312,14 @@ const markListed = () => {
   }
 };
 byId("list").addEventListener("toggle", () => showList());
-byId("review").addEventListener("click", () => {
+byId("review").addEventListener("click", async () => {
+  // Another tab may have skipped them.
+  try { await loadItems(); } catch (error) { report("Not loaded", error); return; }
   byId("list-state").value = "skipped";
   if (byId("list").open) showList();
   byId("list").open = true;
-  openListed(decisions.indexOf("skipped"));
+  const index = decisions.indexOf("skipped");
+  if (index >= 0) openListed(index);
 });
 byId("list-state").addEventListener("change", () => showList());
 byId("list-text").addEventListener("input", () => {
@@ -360,13 +366,16 @@ const showForm = () => {
       onfocusin: () => { if (selected !== index) select(index, false); } },
     create("label", { for: `box-${index}` }, translate("Box {}", index + 1), " ",
       makeBadge(getConfidence([index]), () => isUnchangedBox(index))),
-    makeChoice(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
+    makeLabel(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
     create("button", { type: "button", "aria-label": `${translate("Delete")} ${translate("Box {}", index + 1)}`,
       onclick: () => remove(index) }, "✕"),
-    makeClassNote(box.label ?? "")));
+    makeClassNote(() => box.label, true)));
   if (settings.kind === "boxes" && settings.choices.length && boxes.length) {
     rows.unshift(create("p", { class: "small soft legend" }, ...settings.choices.slice(0, 9).map(
       (name, index) => create("span", {}, create("kbd", {}, index + 1), ` ${name}`))));
+  }
+  if (boxes.length && !settings.closed) {
+    rows.push(create("datalist", { id: "names" }, ...item.choices.map((value) => create("option", { value }))));
   }
   if (fields.length) rows.push(...fields.map(makeField));
   else {
@@ -375,7 +384,8 @@ const showForm = () => {
     const badge = makeBadge(getConfidence([]), () => answer.text === item.suggestion?.text && !isUnknownClass(answer.text));
     if (isChoice) {
       const choice = makeChoices(answer.text, change, badge);
-      rows.push(create("div", { class: "row" }, ...choice, makeClassNote(isEqual(item.suggestion, item.answer) ? item.suggestion.text : "")));
+      rows.push(create("div", { class: "row" }, ...choice, makeClassNote(() => isEqual(item.suggestion, item.answer) ? item.suggestion.text : "")));
+      if (!settings.closed) rows.push(makeOther(change));
     } else {
       const label = create("label", { for: "answer" },
         translate(settings.kind === "fields" ? "JSON" : "Text"), " ", badge);
@@ -413,25 +423,34 @@ let isPointer = false;
 addEventListener("pointerdown", () => { isPointer = true; }, true);
 addEventListener("keydown", () => { isPointer = false; }, true);
 
-const nameChoice = (name, index) => index < 9 && name ? `${index + 1} ${name}` : name;
-const isUnknown = (value) => Boolean(value) && item.choices.length > 0 && !item.choices.includes(value);
+const nameChoice = (name, index) => index < 9 && name ? `${name} (${index + 1})` : name;
+const isKnown = (value) => item.choices.includes(value);
+const isUnknown = (value) => settings.closed && Boolean(value) && item.choices.length > 0 && !isKnown(value);
 const isUnknownClass = (value) => settings.kind === "classes" && isUnknown(value);
-const makeClassNote = (value) => isUnknown(value)
-  ? create("span", { class: "note" }, translate("suggested: {}, not one of the classes", value)) : "";
+const makeClassNote = (getName, isRequired = false) => {
+  const note = create("span", { class: "note" });
+  updates.push(() => {
+    const name = getName(), isMissing = isRequired && settings.closed && !name;
+    note.textContent = isUnknown(name) ? translate("suggested: {}, not one of the classes", name)
+      : isMissing ? translate("Choose a class") : "";
+  });
+  return note;
+};
+
+const makeLabel = (id, value, onInput) => settings.closed && item.choices.length
+  ? makeChoice(id, value, onInput) : makeInput("input", { id, list: "names" }, value, onInput);
 
 const makeChoice = (id, value, onInput) => {
-  if (!item.choices.length) return makeInput("input", { id }, value, onInput);
+  // A new form would end the search for the typed letters.
   const change = () => {
     onInput(choice.value);
     if (isPointer) choice.blur();
-    showForm();
-    if (!isPointer) byId(id).focus();
+    refresh();
   };
-  const isKnown = item.choices.includes(value);
   const choice = create("select", { id, onchange: change },
-    ...(isKnown ? [] : [create("option", { value: "", disabled: true }, "–")]),
+    ...(settings.closed && isKnown(value) ? [] : [create("option", { value: "", disabled: true }, "–")]),
     ...item.choices.map((name, index) => create("option", { value: name }, nameChoice(name, index))));
-  choice.value = isKnown ? value : "";
+  choice.value = isKnown(value) ? value : "";
   return choice;
 };
 
@@ -452,6 +471,19 @@ const makeChoices = (value, onInput, badge) => {
     create("input", { type: "radio", name: "answer", value: name, checked: name === value, onchange: change }),
     create("span", {}, name)));
   return [create("fieldset", { id: "answer" }, create("legend", {}, translate("Class"), " ", badge), ...options)];
+};
+
+// Returns the input of a class that is none of the choices. It and the choices show the same answer.
+const makeOther = (onInput) => {
+  const other = makeInput("input", { id: "other" }, isKnown(answer.text) ? "" : answer.text, onInput);
+  updates.push(() => {
+    const choice = byId("answer"), name = isKnown(answer.text) ? answer.text : "";
+    // A typed class may begin with the name of another one.
+    if (document.activeElement !== other) other.value = name ? "" : answer.text;
+    if (choice.matches("select")) choice.value = name;
+    for (const button of choice.querySelectorAll("input")) button.checked = button.value === name;
+  });
+  return create("div", { class: "row" }, create("label", { for: "other" }, translate("Other class")), other);
 };
 
 const isUnchangedBox = (index) =>
@@ -637,7 +669,7 @@ const edit = () => {
   const least = item.parts[values.indexOf(Math.min(...values))]?.path;
   const paths = fields.length ? fields.map(({ path }) => path) : answer.boxes.map((_, index) => [index]);
   const index = paths.findIndex((path) => isEqual(path, least));
-  const target = inputs.find((input) => input.type === "radio" && input.checked)
+  const target = inputs.find((input) => input.type === "radio" ? input.checked : input.id === "other" && input.value)
     ?? inputs[Math.max(0, index) + (fields.length ? answer.boxes.length : 0)];
   // The row is visible above the buttons of a narrow page, and the image stays in view.
   target?.focus({ preventScroll: true });
@@ -663,13 +695,18 @@ const addByKey = () => {
 
 const move = (step) => open((item.index + decisions.length + step) % decisions.length);
 
-// Enter in a field continues with the next empty one, so that no half-empty record is saved.
+// Enter in a field continues with the next empty one, so that no half-empty record is saved. The
+// second Enter in a field saves an unchanged answer.
 const enter = (target) => {
   const inputs = listFields().length ? [...byId("form").querySelectorAll("input[id^=field]")] : [];
   const position = inputs.indexOf(target);
-  const empty = position < 0 ? null : inputs.slice(position + 1).find((input) => !input.value.trim());
-  if (empty) empty.focus();
-  else decide("save");
+  const others = position < 0 ? [] : [...inputs.slice(position + 1), ...inputs.slice(0, position)];
+  const empty = others.find((input) => !input.value.trim()), state = JSON.stringify([position, answer]);
+  if (!empty || entered.has(state)) decide("save");
+  else {
+    entered.add(state);
+    empty.focus();
+  }
 };
 
 document.addEventListener("keydown", (event) => {
@@ -687,7 +724,8 @@ document.addEventListener("keydown", (event) => {
     // Enter starts a new line in a text with Shift.
     if (event.shiftKey && target.matches?.("textarea")) return;
     event.preventDefault();
-    if (!event.repeat) enter(target);
+    if (event.ctrlKey && !event.repeat) decide("save");
+    else if (!event.repeat) enter(target);
     return;
   }
   // Letters search in the list of a choice. Its box has the other keys.
@@ -733,6 +771,6 @@ window.addEventListener("resize", () => { if (item?.images.length) drawBoxes(); 
     await loadItems();
     const index = Number(location.hash.slice(1));
     const isKnown = location.hash && index < decisions.length;
-    if (decisions.length) await open(isKnown ? index : Math.max(0, findOpen(-1)));
+    if (decisions.length) await open(isKnown ? index : Math.max(0, findOpen(-1)), true);
   } catch (error) { report("Not loaded", error); }
 })();

@@ -101,17 +101,23 @@ def run_fake_server(monkeypatch):
 
 @pytest.mark.parametrize(
     ("free_gb", "options", "num_seqs"),
-    [(80, (), 64), (1, (), 12), (0.01, (), 1), (1, ("--max-num-seqs", "64"), 64)],
+    [(80, (), 64), (1, (), 6), (0.01, (), 1), (1, ("--max-num-seqs", "64"), 64)],
 )
 def test_default_number_of_sequences_fits_into_gpu_memory(
     run_fake_server, monkeypatch, free_gb, options, num_seqs
 ):
-    """States take 22 MB per sequence, and at most half of 60 % of the free memory."""
+    """States take 22 MB per sequence, its KV cache 73 MB, and both 60 % of the free memory."""
     weight = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
     linear = SimpleNamespace(
         conv_kernel_size=4, conv_size=1024, num_value_heads=16, key_head_dim=128, value_head_dim=128
     )
-    decoder = SimpleNamespace(linear_attention=linear, num_layers=28, num_full_attention_layers=7)
+    decoder = SimpleNamespace(
+        linear_attention=linear,
+        num_layers=28,
+        num_full_attention_layers=7,
+        num_kv_heads=2,
+        head_dim=256,
+    )
     model = SimpleNamespace(
         model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)),
         config=SimpleNamespace(decoder=decoder),

@@ -838,7 +838,7 @@ def test_unlabeled_images_become_a_served_model(
         shown = f"document.querySelector('#position')?.textContent.includes('{index + 2} of')"
         studio.wait_for(shown)
     studio.reload(
-        f"document.querySelector('#counts')?.textContent.includes('open {200 - NUM_LABELS} ')"
+        f"document.querySelector('#done')?.textContent === '{NUM_LABELS} of 200 done'"
     )
     studio.open("label")
     studio.click("stop")

@@ -837,9 +837,7 @@ def test_unlabeled_images_become_a_served_model(
         browser.press(str(1 + COLORS.index(images[name])), "Enter")
         shown = f"document.querySelector('#position')?.textContent.includes('{index + 2} of')"
         studio.wait_for(shown)
-    studio.reload(
-        f"document.querySelector('#done')?.textContent === '{NUM_LABELS} of 200 done'"
-    )
+    studio.reload(f"document.querySelector('#done')?.textContent === '{NUM_LABELS} of 200 done'")
     studio.open("label")
     studio.click("stop")
     studio.wait_for_job("stopped")

@@ -168,3 +168,10 @@ def launch_chromium() -> Iterator[Browser]:
         yield Browser(started)
     finally:
         started.quit()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium. Tests are skipped without it."""
+    with launch_chromium() as started:
+        yield started

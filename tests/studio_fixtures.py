@@ -26,7 +26,10 @@ def open_client(folder: Path, password: str | None = None) -> Iterator[TestClien
 
 
 def call_page(page: StudioPage, elem_id: str, query: dict[str, str], *values: object) -> Any:
-    """Call the handler of a button, or of the loaded page for an empty ID."""
+    """Call the handler of a button, or of the loaded page for an empty ID.
+
+    Further fields are empty.
+    """
     ids = [id for id, at in page.blocks.blocks.items() if getattr(at, "elem_id", "") == elem_id]
     event = ("click" if elem_id else "load",)
     [function] = [
@@ -34,7 +37,8 @@ def call_page(page: StudioPage, elem_id: str, query: dict[str, str], *values: ob
         for fn in page.blocks.fns.values()
         if any(target[1:] == event and (not elem_id or target[0] in ids) for target in fn.targets)
     ]
-    return function.fn(SimpleNamespace(query_params=query, headers={}), *values)
+    empty = ("",) * (len(function.inputs) - len(values))
+    return function.fn(SimpleNamespace(query_params=query, headers={}), *values, *empty)
 
 
 def click_button(page: StudioPage, elem_id: str, query: str, *values: object) -> str:

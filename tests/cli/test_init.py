@@ -144,11 +144,8 @@ def test_unlabeled_images_become_a_served_model(
     remedy = "label images first: finesight label MODEL IMAGES --out photos-finetune/data"
     assert remedy in capsys.readouterr().err
     # The first labels may all be training samples.
-    Path("photos-finetune/data").mkdir(exist_ok=True)
-    Path("photos-finetune/data/labels.jsonl").touch()
     missing = Path("photos-finetune/data/labels_eval.jsonl")
     assert suggest_similar_path(missing) == remedy.replace("images first", "more images")
-    Path("photos-finetune/data/labels.jsonl").unlink()
     with run_server(label) as (address, errors):
         for index in range(30):
             with urllib.request.urlopen(f"{address}/items/{index}") as answer:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from browser import Browser, launch_chromium
+from browser import browser as browser
 from PIL import Image
 
 from finesight.studio.studio_jobs import JobStore
 
 COLORS = ("red", "green", "blue", "gray")
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Headless Chromium. Tests are skipped without it."""
-    with launch_chromium() as started:
-        yield started
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_review_has_a_folder_of_its_own(folder: Path, started: list[list[str]]) 
     import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Color?"))
     write_file(folder / "data/labels/journal.jsonl", b"")
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    form = ["photos", "Color?", "labels", "finesight-tiny", "fields", "", "0.8", "a, b"]
+    form = ["photos", "Color?", "labels", "finesight-tiny", "fields", "", "a, b", "0.8"]
     button = "review-existing-labels"
 
     def review() -> tuple[str, str]:
@@ -188,7 +188,7 @@ def test_review_has_a_folder_of_its_own(folder: Path, started: list[list[str]]) 
     assert click_button(page, "start-labelling", "step=label", *form) == ""
     assert started[0][started[0].index("--out") + 1] == "data/labels"
     assert not any("--train-fraction" in word for word in started[0])
-    form[6] = "0.5"
+    form[7] = "0.5"
     assert click_button(page, "start-labelling", "step=label", *form) == ""
     assert "--train-fraction=0.5" in started[1]
 
@@ -197,7 +197,7 @@ def test_uploaded_images_precede_the_form_of_an_earlier_command(
     folder: Path, started: list[list[str]]
 ) -> None:
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    form = ("photos", "Color?", "old", "finesight-tiny", "text", "", "0.8")
+    form = ("photos", "Color?", "old", "finesight-tiny", "text", "", "", "0.8")
     write_job(folder, "1", "label", "label", "finesight-tiny", "photos", form=form)
     query = {"step": "label", "images": "uploads/new", "lang": "en"}
     fields = read_fields(page, query)
@@ -210,7 +210,7 @@ def test_uploaded_images_precede_the_form_of_an_earlier_command(
 
 def test_missing_item_is_reported_as_a_sentence(folder: Path) -> None:
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    form = ("", "Color?", "a", "finesight-tiny", "", "", "0.8")
+    form = ("", "Color?", "a", "finesight-tiny", "", "", "", "0.8")
     for lang, text in (("en", "<pre>No images are given."), ("zh", "<pre>未给出图像。")):
         message = click_button(page, "start-labelling", f"step=label&lang={lang}", *form)
         assert text in message
@@ -246,7 +246,7 @@ def test_reviewed_labels_replace_those_of_the_data_set(
     import_dataset(folder / "photos", folder / "data/a", options)
     workspace = Workspace(folder)
     page = StudioPage(StudioView(workspace), ServerAccess())
-    form = ["", "", "labels", "finesight-tiny", "", "", "0.5", ""]
+    form = ["", "", "labels", "finesight-tiny", "", "", "", "0.5"]
     names = {"": "data/a-review", "for validation": "data/a-eval-review"}
     button = "review-existing-labels"
     for split, name in names.items():

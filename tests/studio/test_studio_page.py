@@ -241,7 +241,7 @@ def test_label_form_offers_a_prompt_and_keeps_its_values(folder: Path) -> None:
     page = StudioPage(view, ServerAccess())
     prompt = read_fields(page, query)["label-prompt"]
     assert (prompt["value"], prompt["label"]) == ("", "Prompt (required)")
-    form = ["photos", "", "colors", "finesight-tiny", "wrong", "", "0.8"]
+    form = ["photos", "", "colors", "finesight-tiny", "wrong", "", "", "0.8"]
     import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Which color?"))
     prompt = read_fields(page, query)["label-prompt"]
     assert (prompt["value"], prompt["label"]) == ("Which color?", "Prompt")
@@ -253,7 +253,7 @@ def test_label_form_offers_a_prompt_and_keeps_its_values(folder: Path) -> None:
         time.sleep(0.05)
     assert job.status == "failed"
     fields = read_fields(page, dict(parse_qsl(urlsplit(url).query)))
-    names = ("images", "label-prompt", "labels-name", "label-model", "kind", "classes")
+    names = ("images", "label-prompt", "labels-name", "label-model", "kind", "classes", "fields")
     assert [fields[name]["value"] for name in (*names, "label-fraction")] == form
 
 
@@ -337,7 +337,7 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(
 def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
     make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
     page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    form = ("photos", "Color?", "labels", "finesight-tiny", "classes", "red, blue", "0.8", "a, b")
+    form = ["photos", "Color?", "x", "finesight-tiny", "classes", "red, blue", "a, b", "0.8", ""]
     kinds = read_fields(page, {"step": "label", "lang": "zh"})["kind"]["choices"]
     assert [kind for _, kind in kinds] == ["", *get_args(AnswerKind)]
     assert kinds[0][0] == "自动检测"

@@ -1,4 +1,4 @@
-"""Hypotheses about the format and frame of box coordinates, and tests of them on the images.
+"""Hypotheses about the format and frame of box coordinates, and their tests on the images.
 
 Boxes of a correct hypothesis match their own image better than other images. Three cues are
 measured per side on a small grayscale image: the brightness difference between a strip just inside

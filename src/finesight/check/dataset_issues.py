@@ -44,6 +44,13 @@ The ratio alone makes an answer rare: a mistake may be repeated.
 
 _MAX_PREVIEW = 60
 
+_NUM_MASK_BITS = 499
+"""Number of bits of a character mask: a prime number, so that few characters share a bit."""
+
+_TOKEN = re.compile(r"[^\w\s]*\d+(?:[.,]\d+)*|[^\W\d_]+")
+_ROMAN = re.compile(r"[ivx]+")
+_START = re.compile(r"hyp(?:o|er)|int(?:er|ra)|m[ai]cro|.")
+
 
 @dataclass(frozen=True, slots=True)
 class _AnswerRecord:
@@ -239,14 +246,9 @@ def _mask_characters(text: str) -> int:
     occurrences: Counter[str] = Counter()
     mask = 0
     for character in text:
-        mask |= 1 << (8 * ord(character) + occurrences[character]) % 499
+        mask |= 1 << (8 * ord(character) + occurrences[character]) % _NUM_MASK_BITS
         occurrences[character] += 1
     return mask
-
-
-_TOKEN = re.compile(r"[^\w\s]*\d+(?:[.,]\d+)*|[^\W\d_]+")
-_ROMAN = re.compile(r"[ivx]+")
-_START = re.compile(r"hyp(?:o|er)|int(?:er|ra)|m[ai]cro|.")
 
 
 def is_similar(text: str, other: str) -> bool:

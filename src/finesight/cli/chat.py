@@ -134,7 +134,7 @@ class ChatTerminal:
 
     @property
     def _expects_image(self) -> bool:
-        """Whether the model was trained with images, and the conversation has none yet."""
+        """Whether the model was trained with images and the conversation lacks one."""
         manifest = self._session.service.manifest
         has_image = self._pending_images or any(turn.image_paths for turn in self._session.turns)
         return manifest is not None and bool(manifest.has_images) and not has_image

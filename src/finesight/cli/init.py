@@ -63,6 +63,8 @@ FIELDS_PROMPT = re.compile(
     r"(?i)return (?!(?:all|everything|fields|it|the|them)\b)(\w+(?:(?:, ?(?:and )?| and )\w+)*)"
     r" as json\.?"
 )
+"""Prompt about unlabeled images that lists the fields of the answer."""
+
 LABEL_KINDS = {"json": "fields", "grounding": "boxes", "detection": "boxes"}
 """Kind of the labels of a task, if it is not text."""
 
@@ -293,21 +295,21 @@ def _init_labels(
     text = format_recipe(recipe, run, model, author, task, files, num_samples, (), duration)
     write_file(recipe, text.encode())
     label = ["label", model, source, "--prompt", prompt, "--out", data]
-    # The bundled model cannot answer before training; the keys of fields come from suggestions.
+    # The bundled model cannot answer before training. Other models may suggest the fields.
     has_suggestions = model != TINY_MODEL
-    if metric == "classification":
-        label += ["--classes", names or "A,B"]
-    else:
+    needs_names = metric == "classification" or (metric == "json" and not has_suggestions)
+    placeholder = "A,B" if needs_names and not names else None
+    if metric != "classification":
         label += ["--kind", LABEL_KINDS.get(metric, "text")]
-    if metric == "json" and (names or not has_suggestions):
-        label += ["--fields", names or "A,B"]
+    if names or placeholder:
+        option = "--classes" if metric == "classification" else "--fields"
+        label += [option, names or placeholder]
     label += [] if has_suggestions else ["--no-suggestions"]
     label += ["--train-fraction", 1 - MAX_EVAL_FRACTION]
     commands = [
         shlex.join(["finesight", *map(str, words)])
         for words in (label, ["train", recipe], ["serve", run])
     ]
-    placeholder = "A,B" if "A,B" in label else None
     if as_json:
         values = {"recipe": str(recipe), "metric": metric, "prompt": prompt, "next": commands}
         echo_json({**values, "placeholder": placeholder})

@@ -244,9 +244,8 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
     Args:
         reviewed: Data files whose samples the labels contain.
     """
-    from finesight.config import DataFileSettings
     from finesight.label.label_session import is_imported
-    from finesight.label.label_store import EVAL_FILE, LABELS_FILE, REVIEWED_FILE, read_sources
+    from finesight.label.label_store import LABELS_FILE, REVIEWED_FILE, read_sources
     from finesight.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
@@ -257,13 +256,12 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             settings = load_recipe(recipe)
         except UserError:
             continue
-        files: Sequence[DataFileSettings] = settings.data.train
         words = ["train", str(recipe)]
-        listed = [os.path.abspath(file.path) for file in (*files, *settings.data.eval)]
-        if os.path.abspath(labels) not in listed:
+        files = (*settings.data.train, *settings.data.eval)
+        if os.path.abspath(labels) not in {os.path.abspath(file.path) for file in files}:
             if recipe.parent != run_dir:
                 continue
-            folders = [Path(file.path).parent for file in files]
+            folders = [Path(file.path).parent for file in settings.data.train]
             reviews = {folder: read_sources(folder, REVIEWED_FILE) for folder in folders}
             for folder, names in reviews.items():
                 if os.path.realpath(labels) in names:
@@ -272,34 +270,45 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             is_copy = not reviewed and is_imported(out, run_dir)
             if is_copy and not any(reviews.values()):
                 break
-            # The labels of a review contain the reviewed training or validation data.
-            paths = {os.path.abspath(path) for path in reviewed}
-            splits = {"train": files, "eval": settings.data.eval}
-            found = [
-                name
-                for name, listed in splits.items()
-                if paths <= {os.path.abspath(file.path) for file in listed}
-            ]
-            has_eval_labels = bool(reviewed) and (out / EVAL_FILE).exists()
-            if is_copy or not found or (found == ["eval"] and has_eval_labels):
+            changes = [] if is_copy else _replace_reviewed_files(settings, out, reviewed)
+            if not changes:
                 # No file of the recipe has exactly these samples, or one has copies of them.
                 return ["check", str(labels)]
-            split, files = found[0], splits[found[0]]
-            replaced = [file for file in files if os.path.abspath(file.path) in paths]
-            kept = [file for file in files if file not in replaced]
-            added = replaced[0] if len(replaced) == 1 else DataFileSettings(path=labels)
-            kept.append(added.model_copy(update={"path": labels}))
-            entries = [file.model_dump(mode="json", exclude_defaults=True) for file in kept]
-            items = [entry if len(entry) > 1 else entry["path"] for entry in entries]
-            words.append(f"data.{split}={json.dumps(items)}")
-            if has_eval_labels:
-                words.append(f"data.eval={out / EVAL_FILE}")
+            words += changes
         if settings.output_dir.exists():
             words.append(f"output_dir={RunDir(settings.output_dir).next_path}")
         return words
     default = Path(f"{labels.stem}-finetune")
     option = ["--out", str(RunDir(default).next_path)] if os.path.lexists(default) else []
     return ["init", str(labels), *option]
+
+
+def _replace_reviewed_files(recipe: Recipe, out: Path, reviewed: Sequence[Path]) -> list[str]:
+    """Return the overrides of a recipe that train with labels instead of the reviewed files.
+
+    New labels are added to the training data. Empty if no split of the recipe has all reviewed
+    files.
+    """
+    from finesight.config import DataFileSettings
+    from finesight.label.label_store import EVAL_FILE, LABELS_FILE
+
+    labels, paths = out / LABELS_FILE, {*map(os.path.abspath, reviewed)}
+    has_eval_labels = bool(reviewed) and (out / EVAL_FILE).exists()
+    splits: dict[str, Sequence[DataFileSettings]] = {"train": recipe.data.train}
+    if not has_eval_labels:
+        splits["eval"] = recipe.data.eval
+    for split, files in splits.items():
+        replaced = [file for file in files if os.path.abspath(file.path) in paths]
+        if not paths <= {os.path.abspath(file.path) for file in replaced}:
+            continue
+        added = replaced[0] if len(replaced) == 1 else DataFileSettings(path=labels)
+        others = [file for file in files if file not in replaced]
+        data = [*others, added.model_copy(update={"path": labels})]
+        entries = [file.model_dump(mode="json", exclude_defaults=True) for file in data]
+        items = [entry if len(entry) > 1 else entry["path"] for entry in entries]
+        changes = [f"data.{split}={json.dumps(items)}"]
+        return [*changes, f"data.eval={out / EVAL_FILE}"] if has_eval_labels else changes
+    return []
 
 
 def _print_suggestions(session: LabelSession, as_json: bool) -> None:

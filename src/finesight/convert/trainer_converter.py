@@ -335,7 +335,7 @@ class TrainerConverter:
 
 
 def _folder_name(source: DatasetSource) -> str:
-    """Return the folder name for the samples of a dataset, from title, file or hub name."""
+    """Return the folder name of a dataset, from its title, file or hub name."""
     is_hub = source.name.startswith(("hf:", "modelscope:"))
     path = Path(source.name.split(":")[1] if is_hub else source.name)
     stem = path.stem

@@ -125,7 +125,7 @@ class MetricDifference:
     Attributes:
         low: Lower bound of after - before; None, like `high`, without an interval.
         note: Reason for a missing interval, or a warning about the score.
-        num_samples: Number of predictions that are correct or not; 0 if unknown or otherwise.
+        num_samples: Number of predictions of a proportion; 0 for other scores, or if unknown.
     """
 
     name: str
@@ -187,8 +187,8 @@ def compare_estimators(
         if old.num_samples >= MIN_SAMPLES:
             verdict = _classify_change(name, interval)
         note = get_missing_difference_reason(old, new) or old.note
-        is_count = old.successes_and_trials is not None and new.successes_and_trials is not None
-        bounds = low, high, verdict, note, old.num_samples if is_count else 0
+        is_proportion = all(one.successes_and_trials is not None for one in (old, new))
+        bounds = low, high, verdict, note, old.num_samples if is_proportion else 0
         differences.append(MetricDifference(name, old.score, new.score, *bounds))
     return differences
 

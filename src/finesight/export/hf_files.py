@@ -1,4 +1,4 @@
-"""Complete the files of a model for transformers, vLLM and SGLang, and list them for an upload."""
+"""Files of an exported model for transformers, vLLM and SGLang."""
 
 from __future__ import annotations
 

@@ -68,11 +68,8 @@ SCRIPT_TEXTS = (
 """Texts of the script, which are translated on the page."""
 
 ERROR_TEXTS = (
-    *(
-        "reload the page",
-        "the image was changed in another tab",
-        "the decisions that the page shows",
-    ),
+    *("the image was changed in another tab", "the decisions that the page shows"),
+    "reload the page",
     *("the answer is empty", "a text or a box", "enter an answer, or skip (S)"),
     *("fill at least one field, or skip (S)", "choose a class, or skip (S)"),
     *("{} is not one of the classes", "box {} has no class", "choose its class, or delete the box"),
@@ -251,21 +248,26 @@ class LabelPage:
 
     def _check_classes(self, item: LabelItem, request: DecisionRequest) -> None:
         """Raise UserError for a class that is none of the choices of the user."""
-        task = self._session.task
-        choices, is_box = self._list_choices(item), task.kind == "boxes"
-        if not task.has_fixed_choices:
+        choices = self._list_choices(item) if self._session.task.has_fixed_choices else []
+        if not choices:
             return
-        names = [box.label or "" for box in request.boxes] if is_box else [request.text]
-        for number, name in enumerate(names if choices else (), 1):
-            if name not in choices and (is_box or name.strip()):
-                what = f"{name!r:.80} is not one of the classes" if name else ""
-                raise UserError(
-                    what or f"box {number} has no class",
-                    expected=f"{', '.join(choices):.200}",
-                    remedy="choose its class, or delete the box"
-                    if is_box
-                    else "choose a class, or skip (S)",
+        # An empty text is reported as an empty answer.
+        names, remedy = (
+            [request.text] if request.text.strip() else [],
+            "choose a class, or skip (S)",
+        )
+        if self._session.task.kind == "boxes":
+            names = [box.label or "" for box in request.boxes]
+            remedy = "choose its class, or delete the box"
+        for number, name in enumerate(names, 1):
+            if name not in choices:
+                known = f"{', '.join(choices):.200}"
+                what = (
+                    f"{name!r:.80} is not one of the classes"
+                    if name
+                    else f"box {number} has no class"
                 )
+                raise UserError(what, expected=known, remedy=remedy)
 
     def _build_empty_error(self, request: DecisionRequest) -> UserError:
         kind = self._session.task.kind
@@ -288,7 +290,7 @@ def _list_images(item: LabelItem) -> list[Path]:
 
 
 def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
-    """Return the answer of a request, with the parts of the proposal if nothing was changed.
+    """Build the answer of a request; an unchanged one has the parts of the proposal.
 
     It is empty without a text and boxes.
 

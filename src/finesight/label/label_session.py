@@ -292,12 +292,7 @@ def open_session(
     answers of the samples. The prompt is that of the existing labels, or else of the training data.
     """
     examples = read_run_examples(run_or_model)
-    questions = {
-        os.path.realpath(one.resolve_path(part.image)): get_question(one.sample)
-        for one in (() if review else read_labels(folder))
-        for part in one.sample.iter_parts()
-        if isinstance(part, ImagePart)
-    }
+    questions = {} if review else _read_questions(folder)
     default = prompt or next(reversed(questions.values()), detect_task(examples).prompt)
 
     def select_prompt(path: Path) -> str:
@@ -343,6 +338,16 @@ def describe_answer(content: Sequence[Any]) -> dict[str, Any]:
     return {
         "text": get_text(content),
         "boxes": [box.model_dump(mode="json", exclude={"type"}) for box in boxes],
+    }
+
+
+def _read_questions(folder: Path) -> dict[str, str]:
+    """Return the questions of the labels in a folder by the resolved paths of their images."""
+    return {
+        os.path.realpath(one.resolve_path(part.image)): get_question(one.sample)
+        for one in read_labels(folder)
+        for part in one.sample.iter_parts()
+        if isinstance(part, ImagePart)
     }
 
 
@@ -404,7 +409,7 @@ def detect_task(
     if detected == "text" and 0 < len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
         detected = "classes"
     kind = kind or ("classes" if choices and detected == "text" else detected)
-    is_fixed = bool(choices)
+    has_fixed_choices = bool(choices)
     if not choices and kind in ("boxes", "classes"):
         names = (box.label for box in boxes) if kind == "boxes" else iter(counts)
         choices = [name for name in dict.fromkeys(names) if name]
@@ -412,7 +417,13 @@ def detect_task(
     if prompt is None and examples:
         prompt = get_question(examples[0].sample) or None
     return LabelTask(
-        kind, prompt, tuple(choices), template, tuple(field_names), has_default_kind, is_fixed
+        kind=kind,
+        prompt=prompt,
+        choices=tuple(choices),
+        template=template,
+        field_names=tuple(field_names),
+        has_default_kind=has_default_kind,
+        has_fixed_choices=has_fixed_choices,
     )
 
 

@@ -101,7 +101,7 @@ class LabelItem:
         draft: Newest saved answer, also after the sample was reopened.
         history: All entries of the sample, in order.
         digest, version: See `JournalEntry`.
-        is_image: Whether the ID is the path of the image, as the user named it.
+        has_path_id: Whether the ID is the path of the image, as the user named it.
     """
 
     sample: LocatedSample
@@ -112,12 +112,12 @@ class LabelItem:
     history: list[JournalEntry] = field(default_factory=list)
     digest: str = field(init=False)
     version: str = field(init=False)
-    is_image: bool = field(init=False)
+    has_path_id: bool = field(init=False)
 
     def __post_init__(self) -> None:
         sample, parts = self.sample.sample, [*self.sample.sample.iter_parts()]
         paths = [self.sample.resolve_path(one.image) for one in parts if isinstance(one, ImagePart)]
-        self.is_image = [str(path) for path in paths] == [sample.id]
+        self.has_path_id = [str(path) for path in paths] == [sample.id]
         questions = [turn.model_dump_json() for turn in sample.messages if turn.role != "assistant"]
         self.digest = _compute_digest([os.path.realpath(path) for path in paths] or questions)
         texts = [one.model_dump_json() for one in parts if isinstance(one, TextPart | BoxPart)]
@@ -190,7 +190,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
         try:
             self._acquire()
-            self._status = os.stat(self._journal)
+            self._journal_stat = os.stat(self._journal)
             entries = self._read_journal()
             self._items = _build_items(samples, entries, review)
             withdrawn_ids = self._apply_entries(entries)
@@ -245,8 +245,10 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             item = self._items.get(entry.id)
             if item is None:
                 # Decisions about samples that are not loaded remain in the journal.
-                if entry.event != "suggested":
-                    (withdrawn_ids.discard if entry.content else withdrawn_ids.add)(entry.id)
+                if entry.event != "suggested" and entry.content:
+                    withdrawn_ids.discard(entry.id)
+                elif entry.event != "suggested":
+                    withdrawn_ids.add(entry.id)
             elif entry.sample in ("", item.digest):
                 item.apply(entry)
             else:
@@ -261,7 +263,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
     def _check_folder(self) -> None:
         """Raise UserError if the folder was moved or replaced during the session."""
         with suppress(FileNotFoundError, NotADirectoryError):
-            if os.path.samestat(os.stat(self._journal), self._status):
+            if os.path.samestat(os.stat(self._journal), self._journal_stat):
                 return
         raise UserError(
             "the folder was moved or deleted during this session",
@@ -471,15 +473,15 @@ def _build_items(
     items: dict[str, LabelItem] = {}
     known_ids = {(entry.sample, entry.version): entry.id for entry in entries}
     found = [LabelItem(one, review) for one in samples]
-    for item in sorted(found, key=lambda item: item.is_image):
+    for item in sorted(found, key=lambda item: item.has_path_id):
         item.is_listed = review or item.existing_answer is None
         sample, key = item.sample.sample, (item.digest, item.version)
-        if item.is_image and (known_id := known_ids.setdefault(key, sample.id)) != sample.id:
+        if item.has_path_id and (known_id := known_ids.setdefault(key, sample.id)) != sample.id:
             sample = sample.model_copy(update={"id": known_id})
             item.sample = LocatedSample(sample, item.sample.folder)
         if sample.id not in items:
             items[sample.id] = item
-        elif not item.is_image:
+        elif not item.has_path_id:
             raise UserError(
                 f"several samples have the ID {sample.id!r:.200}",
                 where="label",
@@ -490,7 +492,7 @@ def _build_items(
 
 
 def _store_fraction(file: Path, fraction: float | None) -> float:
-    """Store the fraction of a session in a file, or return that of an earlier session."""
+    """Store the fraction of a session, or return that of an earlier session."""
     if fraction is not None:
         write_file(file, f"{fraction}\n".encode())
         return fraction

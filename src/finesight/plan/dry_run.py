@@ -88,7 +88,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _FusedRmsNorm(torch.autograd.Function):
-    """Memory of the RMS norm kernels of a GPU, which torch composes on the meta device."""
+    """RMS norm with the memory of the fused GPU kernels, for the meta device."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor) -> Tensor:

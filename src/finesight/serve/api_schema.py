@@ -146,7 +146,7 @@ or `server_error`."""
 
 @dataclass(slots=True, eq=False)
 class ApiError(Exception):
-    """Raised to respond to a request with an error in the format that OpenAI clients expect.
+    """Raised to respond to a request with an error in the OpenAI format.
 
     Attributes:
         code: Machine-readable code, such as `model_not_found`.

@@ -171,7 +171,7 @@ class Job(BaseModel, frozen=True):
         )
 
     def _is_running(self) -> bool:
-        """Return whether a process holds the lock of the job, or is about to take it."""
+        """Return whether a process holds or is about to take the lock of the job."""
         age_s = (datetime.now(UTC) - self.started_at).total_seconds()
         if not (self.folder / PID_FILE).exists():
             return age_s < START_TIMEOUT_S

@@ -163,27 +163,26 @@ class StudioPage:
         self._button("Delete", ask, elem_id="ask-delete", error_title=title, script=script)
         self._button("Delete", self._delete, error_title=title)
         with self._form("label"):
-            fields: list[Any] = [
+            fields = [
                 self._text("Images to label: a file or folder", "images", "photos"),
                 self._text("Prompt", "label-prompt", "Read the ticket.", lines=2),
                 self._text("Name of the data set", "labels-name", value=LABELS_NAME),
                 self._text("Model without a run", "label-model", value=TINY_MODEL),
-                kind := self._choice("Kind of the answers", "kind", ANSWER_KINDS, DETECTED_KIND),
-            ]
-            optional = [
+                self._choice("Kind of the answers", "kind", ANSWER_KINDS, DETECTED_KIND),
                 self._text("Classes", "classes", "red, green, blue", visible=False),
                 self._text("Fields", "fields", "merchant, date, amount", visible=False),
+                self._text(
+                    "Fraction of training samples", "label-fraction", value=DEFAULT_LABEL_FRACTION
+                ),
+                self._choice(
+                    "Samples to review", "review-split", ["for validation"], "for training"
+                ),
             ]
-            label, value = "Fraction of training samples", DEFAULT_LABEL_FRACTION
-            fraction = self._text(label, "label-fraction", value=value)
-            fields = [*fields, optional[0], fraction, optional[1]]
-            label, names = "Samples to review", ["for validation"]
-            split = self._choice(label, "review-split", names, "for training")
-            self._label_fields = [*fields, split]
-            change = kind.change(
+            self._label_fields = fields
+            change = fields[4].change(
                 lambda kind: [gr.update(visible=kind in one) for one in KINDS_OF_FIELDS.values()],
-                kind,
-                optional,
+                fields[4],
+                fields[5:7],
                 show_progress="hidden",
             )
             self.inputs[change["id"]] = _text_inputs(1)
@@ -195,7 +194,6 @@ class StudioPage:
             with gr.Row():
                 self._button("Start labelling", self._label, fields)
                 review = partial(self._label, review=True)
-                fields = self._label_fields
                 self._button("Review existing labels", review, fields, variant="secondary")
         with self._form("check"):
             self._button("Check", self._start_listed)
@@ -381,7 +379,7 @@ class StudioPage:
         Args:
             unpack: Detect the columns of a table in an archive, too.
         """
-        source, name, prompt, columns, fraction, invalid_rows = (*form, "")[:6]
+        source, name, prompt, columns, fraction, invalid_rows = form
         target = self._workspace.check_new_name("data", name)
         path = self._workspace.resolve(source, "source") if source.strip() else Path("uploads/…")
         arguments = ["import", as_argument(path), str(target)]
@@ -587,9 +585,9 @@ class StudioPage:
         model: str,
         kind: str,
         classes: str,
+        fields: str,
         fraction: str,
-        fields: str = "",
-        split: str = "",
+        split: str,
         *,
         review: bool = False,
     ) -> list[str]:

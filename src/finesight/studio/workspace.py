@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import iglob
-from itertools import chain, count, permutations
+from itertools import chain, permutations
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import get_args
@@ -51,6 +51,7 @@ from finesight.manifest import (
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import choose_duration, load_recipe, recipe_from_text
 from finesight.storage import FileLock, working_folder, write_file
+from finesight.train.run_dir import RunDir
 
 STUDIO_FOLDER = ".finesight"
 TRASH_FOLDER = f"{STUDIO_FOLDER}/trash"
@@ -201,8 +202,11 @@ class Workspace:
         for review in sorted((self.folder / "data").glob(f"*/{REVIEWED_FILE}")):
             if self._read_source(folder := review.parent.relative_to(self.folder)) == file:
                 return file, folder
-        name = file.parent.name + "-eval" * (file.name in DATA_FILES.values())
-        return file, self.create_name("data", f"{name}-review")
+        suffix = "-eval-review" if file.name in DATA_FILES.values() else "-review"
+        name = re.sub(r"\W+", "-", file.parent.name + suffix).strip("-")[-50:]
+        target = self.folder / "data" / name
+        target = RunDir(target).next_path if os.path.lexists(target) else target
+        return file, target.relative_to(self.folder)
 
     def _walk(self) -> Iterator[tuple[Path, frozenset[str]]]:
         """Yield folders with their file names, without those inside of runs and models."""
@@ -302,12 +306,6 @@ class Workspace:
             )
         return path
 
-    def create_name(self, parent: str, name: str) -> Path:
-        """Return a path that does not exist, with a valid name similar to the given one."""
-        name = re.sub(r"\W+", "-", name).strip("-")[-50:]
-        paths = (Path(parent, f"{name}{number}") for number in chain([""], count(-2, -1)))
-        return next(path for path in paths if not os.path.lexists(self.folder / path))
-
     def check_model(self, name: str) -> str:
         """Return a model name that a user has entered: a hub name, or a folder in the workspace."""
         name = name.strip()
@@ -323,8 +321,11 @@ class Workspace:
         no data set or recipe uses, are kept, except for those with the names of new ones.
         """
         folder = Path("uploads", name)
-        is_leftover = NAME_PATTERN.fullmatch(name) and self._contains(self.folder / folder)
-        is_leftover = is_leftover and (self.folder / folder / UPLOAD_MARKER).is_file()
+        is_leftover = (
+            NAME_PATTERN.fullmatch(name) is not None
+            and self._contains(self.folder / folder)
+            and (self.folder / folder / UPLOAD_MARKER).is_file()
+        )
         if not is_leftover or self.find_uses(folder):
             self.check_new_name("uploads", name)
         names = [file.name for file in files]
@@ -339,15 +340,15 @@ class Workspace:
         with working_folder(self.folder / folder) as partial:
             if is_leftover:
                 shutil.copytree(self.folder / folder, partial, symlinks=True, dirs_exist_ok=True)
-            kept = {file.name: file for file in partial.rglob("[!.]*") if file.is_file()}
+            earlier = {file.name: file for file in partial.rglob("[!.]*") if file.is_file()}
             for file in files:
-                target = kept.get(file.name, partial / file.name)
+                target = earlier.get(file.name, partial / file.name)
                 # Not through a link.
                 target.unlink(missing_ok=True)
                 shutil.copyfile(file, target)
             old, new = (
                 {name for name in group if Path(name).suffix.lower() in TABLE_SUFFIXES}
-                for group in (kept, names)
+                for group in (earlier, names)
             )
             # A corrected table may have another name.
             tables = new if new and len(old) == 1 else old | new
@@ -358,7 +359,7 @@ class Workspace:
                 self.move_to_trash(folder)
             partial.rename(self.folder / folder)
         is_single = len(tables) != 1 and len(names) == 1 and is_archive(names[0])
-        sources = {*names} if is_single else tables if len(tables) == 1 else {*kept, *names}
+        sources = {*names} if is_single else tables if len(tables) == 1 else {*earlier, *names}
         return folder / sources.pop() if len(sources) == 1 else folder
 
     def move_to_trash(self, *paths: Path) -> None:
@@ -406,8 +407,8 @@ class Workspace:
             if MANIFEST_FILE not in names:
                 recipes += [path / name for name in names if name.endswith((".yaml", ".yml"))]
             sources = [*read_sources(home), *read_sources(home, REVIEWED_FILE)]
-            sources = [] if os.path.realpath(home) == root else sources
-            if any(self.is_overlapping(name, folder) for name in sources):
+            is_other = os.path.realpath(home) != root
+            if is_other and any(self.is_overlapping(name, folder) for name in sources):
                 uses.append(f"the data set {path}")
         uses += [f"the recipe {recipe}" for recipe in recipes if self._uses_files(recipe, root)]
         for dataset in datasets:
@@ -500,7 +501,7 @@ class Workspace:
         model: str,
         settings: Mapping[str, str],
     ) -> Path:
-        """Write a recipe for one or more data sets, with the values of `finesight init` if empty.
+        """Write a recipe for data sets, with the values of `finesight init` if empty.
 
         Args:
             settings: `eval.metric`, and the settings of `format_recipe`.

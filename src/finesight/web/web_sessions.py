@@ -316,7 +316,7 @@ class WebSessionStore:
             return self._show(tab_id, browser_id, self._sessions.get(token))
 
     def open(self, tab_id: str, browser_id: str | None, token: str) -> WebSession:
-        """Show another conversation of the browser in a tab; a new one if the token is unknown."""
+        """Show a conversation of the browser in a tab, or a new one for an unknown token."""
         browser_id = tab_id if browser_id is None else browser_id
         with self._lock:
             previous = self._sessions.get(self._tokens_by_tab.get((browser_id, tab_id), ""))

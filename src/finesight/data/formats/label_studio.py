@@ -575,7 +575,7 @@ def _parse_region(
 
 
 def _compute_bounds(region: Record, notes: Counter[str]) -> list[float]:
-    """Return the bounding box of a rectangle or polygon as corner and size, scaled to 1."""
+    """Return the bounding box of a region as normalized corner and size."""
     try:
         if "points" in region:
             notes[NOTE_POLYGON_AS_BOX] += 1

@@ -45,7 +45,7 @@ def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING
 def to_layer_name(
     module: str, key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
 ) -> str:
-    """Map a PEFT module name to the native layer name; those of transformers 4 are equal."""
+    """Map a PEFT module name of transformers 4 or 5 to the native layer name."""
     return replace_prefix(module, ((new, old) for old, new in chain(*key_mappings)))
 
 

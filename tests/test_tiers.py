@@ -12,9 +12,9 @@ from tiers import (
     END_TO_END,
     LONGEST,
     SLOW,
+    SLOW_FIXTURES,
     SLOW_MARKERS,
     TESTS,
-    defines_slow_fixture,
     is_longest,
     is_slow,
     may_contain_tests,
@@ -76,8 +76,14 @@ def test_files_with_tests_of_a_tier_are_collected() -> None:
     assert f"-m {SLOW_MARKERS}\n" in makefile
 
 
-def test_slow_fixtures_belong_to_a_folder_or_a_file() -> None:
-    """Files that import such a fixture would not be collected."""
-    for path in TESTS.rglob("*.py"):
-        if path.name != "conftest.py" and not path.name.startswith("test_"):
-            assert path.name == "tiers.py" or not defines_slow_fixture(path), path
+def test_files_that_use_slow_fixtures_are_collected() -> None:
+    """Fixtures have to be provided by the file or by the conftest.py of its folder."""
+    found = []
+    for path in TESTS.rglob("test_*.py"):
+        nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+        used = {argument.arg for function in functions for argument in function.args.args}
+        if not SLOW_FIXTURES.isdisjoint(used):
+            found.append(path)
+            assert may_contain_tests(path.relative_to(TESTS).as_posix(), SLOW_MARKERS), path
+    assert len(found) > 5

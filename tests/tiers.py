@@ -81,9 +81,11 @@ def may_contain_tests(file: str, markers: str) -> bool:
         return True
     folder = TESTS / Path(file).parent
     sources = (folder / Path(file).name, folder / "conftest.py")
-    return any(defines_slow_fixture(path) for path in sources if path.is_file())
+    return any(provides_slow_fixture(path) for path in sources if path.is_file())
 
 
-def defines_slow_fixture(path: Path) -> bool:
+def provides_slow_fixture(path: Path) -> bool:
+    """Check if a test file or conftest.py defines or imports a slow fixture."""
     text = path.read_text("utf-8")
-    return any(f"def {fixture}(" in text for fixture in SLOW_FIXTURES)
+    forms = [(f"def {fixture}(", f"import {fixture} as {fixture}") for fixture in SLOW_FIXTURES]
+    return any(form in text for pair in forms for form in pair)

@@ -40,6 +40,8 @@ def test_number_of_correct_answers_is_shown() -> None:
     assert found["accuracy"].before_correct == "3 of 5 correct"
     assert found["accuracy"].after_correct == ""  # 0.6 is no share of 4 samples
     assert found["similarity"].before_correct == ""
+    custom = [line | {"metric": "score.py:grade"} for line in lines]  # 0.6 may be partial credits
+    assert not any(one.before_correct for one in build_metric_rows(custom, {}))
 
 
 def test_primary_score_is_first_and_loss_is_last() -> None:
@@ -57,7 +59,7 @@ def test_primary_score_is_first_and_loss_is_last() -> None:
         True,
     ]
     assert found[0].before_interval == pytest.approx((0.15, 0.25))
-    assert [one.verdict for one in found] == ["better", "better", "", "better"]
+    assert [one.verdict for one in found] == ["", "", "", "better"]  # no intervals
     assert found[2].before is None
     assert found[2].change is None
 
@@ -86,7 +88,7 @@ def test_lower_loss_is_better() -> None:
             "which may be due to chance: the 95 % interval of the difference is −0.1",
         ),
         (0.1, 0.8, NONE, NONE, "on too few samples for a verdict"),
-        (None, None, "better", "better", "The confidence interval of the difference is unknown"),
+        (None, None, "better", "", "The confidence interval of the difference is unknown"),
     ],
 )
 def test_verdict_of_comparison_is_used(

@@ -210,7 +210,7 @@ def test_run_of_older_version(run: FakeRunDir) -> None:
     run.write("result.json", json.dumps({"steps": 60, "before": before, "after": after}))
     shutil.rmtree(run.folder / "predictions")
     text = read_visible_text(render_run_page(run.folder))
-    assert "0.2000 → 0.9000 better" in text
+    assert "0.2000 → 0.9000 The similarity increased" in text  # no interval, so no verdict
     assert "device not recorded" in text
     assert "training data not recorded" in text
 

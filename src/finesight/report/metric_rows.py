@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finesight.evaluate.custom_metric import parse_metric_path
 from finesight.evaluate.eval_case import group_notes
 from finesight.evaluate.metric_difference import (
-    REASON_UNSAMPLED,
     MetricDifference,
     build_unsampled_difference,
     count_correct,
@@ -95,11 +95,15 @@ class MetricChange(ABC):
 
     @property
     def verdict(self) -> Verdict:
-        """Verdict on the difference, such as `better`. Empty without a difference."""
-        if self.difference is None:
-            return ""
+        """Verdict on the difference, such as `better`. Empty without a confidence interval.
+
+        The validation loss has no interval; its verdict depends on its values only.
+        """
         if self.change == 0:
             return "same"
+        is_loss = self.difference is not None and self.difference.name == VALIDATION_LOSS
+        if self.difference is None or not (is_loss or self.change_interval):
+            return ""
         verdict = self.difference.verdict
         return "unsure" if verdict == "no clear change" else verdict
 
@@ -143,7 +147,7 @@ def build_metric_rows(
     Args:
         evaluations: Evaluation before and after training, or one of them.
         differences: Differences with confidence intervals by metric. A metric without an entry has
-            no interval.
+            no verdict, except for the validation loss, whose verdict depends on its values only.
     """
     if not evaluations:
         return []
@@ -155,9 +159,8 @@ def build_metric_rows(
     for name in sorted(dict.fromkeys((*order, VALIDATION_LOSS)), key=VALIDATION_LOSS.__eq__):
         values = before_metrics.get(name), after_metrics.get(name)
         difference = differences.get(name)
-        if difference is None and values[0] is not None and values[1] is not None:
-            note = REASON_UNSAMPLED if name == VALIDATION_LOSS else ""
-            difference = build_unsampled_difference(name, values[0], values[1], note)
+        if name == VALIDATION_LOSS and values[0] is not None and values[1] is not None:
+            difference = difference or build_unsampled_difference(name, values[0], values[1])
         notes = get_note(before, name), get_note(after, name), difference.note if difference else ""
         metric_rows.append(
             MetricRow(
@@ -179,7 +182,9 @@ def build_metric_rows(
 def _format_correct(line: JsonObject, name: str) -> str:
     """Return the translated number of correct answers of an evaluation; empty if unknown."""
     score, num_samples = read_metrics(line).get(name), line.get("num_samples")
-    if score is None or not isinstance(num_samples, int):
+    # Custom scores of a sample may be other values than 0 and 1.
+    is_custom = parse_metric_path(str(line.get("metric"))) is not None
+    if score is None or not isinstance(num_samples, int) or is_custom:
         return ""
     count = count_correct(name, score, num_samples)
     return "" if count is None else translate("{:,} of {:,} correct", count, num_samples)

@@ -469,7 +469,7 @@ class ImageEvidence:
         self.is_sufficient = len(set(self._vote_groups)) >= MIN_IMAGES
 
     def take(self, num_images: int) -> ImageEvidence:
-        """Return the evidence of a random subset of the images."""
+        """Return the measurements of a random subset of the images."""
         subset = copy.copy(self)
         subset._images = self._images[:num_images]
         is_included = self.image_of_claim < num_images
@@ -479,7 +479,7 @@ class ImageEvidence:
         return subset
 
     def _assign_vote_groups(self, claims: BoxClaimTable) -> NDArray[np.int_]:
-        """Assign a group number to each image, which has one vote per group.
+        """Assign each image to a group. Each group counts as one vote.
 
         Images with similar brightness and a similar first box, such as video frames or scans of the
         same form, share a group.

@@ -110,7 +110,7 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
         if command[0] in ("export", "declare"):
             exported |= assigned
         if words and words[0].startswith("--"):
-            remedy = "end the line before it with a backslash, or remove it"
+            remedy = "end the preceding line with a backslash, or remove this line"
             raise _build_error(path, f"{words[0]} is not a part of a command", remedy)
         program, name, index = _find_program(words)
         if program is not None and name in ("sft", "train"):

@@ -60,7 +60,7 @@ def tango_interval(num_gained: float, num_lost: float, num_trials: float) -> Con
     change = (num_gained - num_lost) / num_trials
 
     def score_statistic(difference: float) -> float:
-        """Return the score statistic, which decreases with the assumed difference."""
+        """Return the score statistic, which decreases with the hypothesized difference."""
         b = (2 * num_trials - num_gained + num_lost) * difference - num_gained - num_lost
         c = -num_lost * difference * (1 - difference)
         discordant = (math.sqrt(max(0.0, b * b - 8 * num_trials * c)) - b) / (4 * num_trials)
@@ -288,11 +288,10 @@ class SampleGroup(NamedTuple):
 
 
 def typical_classes(counts: Sequence[int], num_samples: int) -> tuple[FloatArray, str]:
-    """Return the share of each class in a typical sample, for a macro mean.
+    """Return the share of each class in a typical sample, for the interval of a macro mean.
 
-    By default, it is the fraction of samples that contain the class or field. If one sample of the
-    rarest class affects the macro mean more than such a typical sample, the typical sample consists
-    of the rarest class only.
+    By default, it is the fraction of samples that contain the class or field. If a single sample of
+    the rarest class has more influence on the mean, the typical sample has this class only.
 
     Args:
         counts: Number of samples of each class, shape (C,).

@@ -138,7 +138,7 @@ class LabelSession:
     def complete_task(self) -> None:
         """Detect kind, labels of boxes and template, if they are unknown.
 
-        The existing labels of the folder determine them, or else the suggestions.
+        The existing labels of the folder determine them or, without labels, the suggestions.
         """
         contents = [item.proposal for item in self.store.items if item.proposal]
         answers = [one for one in self.store.list_answers() if get_text(one) != NO_OBJECTS_ANSWER]
@@ -168,7 +168,7 @@ class LabelSession:
         return content if not names or value.keys() == {*names} else ()
 
     def select_proposal(self, item: LabelItem) -> AnswerContent:
-        """Return the answer that the page shows first, without parts of another kind."""
+        """Return the answer that the page shows first, without parts that its kind excludes."""
         if item.draft or item.label is not None:
             return self._select_parts(item, item.proposal)
         return self.select_suggestion(item)
@@ -187,7 +187,7 @@ class LabelSession:
         return self.task.kind == "boxes" or any(isinstance(part, BoxPart) for part in existing)
 
     def save(self, item: LabelItem, content: AnswerContent) -> None:
-        """Save an answer. The first JSON object determines the fields of the other images."""
+        """Save an answer. The first saved JSON object defines the fields of the other images."""
         suggested = self.select_suggestion(item)
         self.store.save_label(item.sample.sample.id, content, suggested)
         if self.task.kind == "fields" and not self.task.template:

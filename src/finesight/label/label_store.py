@@ -348,7 +348,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
     def save_label(
         self, sample_id: str, content: AnswerContent, suggested: AnswerContent | None = None
     ) -> LabelItem:
-        """Save the answer of a sample: accepted if it equals the answer before or the suggestion.
+        """Save the answer of a sample, as accepted if it equals the old answer or the suggestion.
 
         Args:
             suggested: Parts of the suggestion that the page proposed. None: all of them.

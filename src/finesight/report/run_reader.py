@@ -257,7 +257,7 @@ class _RunFolderReader:
             self.unreadable_files.append(f"{lines} {damaged_lines[0]:,} of {name}")
 
     def record_irregular_files(self, name: str) -> None:
-        """Record as unreadable the JSON Lines files of a folder that are not regular files."""
+        """Mark JSON Lines files of a folder as unreadable unless they are regular files."""
         candidates = sorted((self._folder / name).glob("*.jsonl"))
         self.unreadable_files += [
             f"{name}/{path.name}" for path in candidates if not path.is_file()

@@ -52,7 +52,7 @@ class ServerLimits:
         256, "requests in the queue; the next one gets status 429", "`--max-queue`"
     )
     timeout: float = _limit(
-        300.0, "seconds for a request from its first byte; then it is canceled", "`--timeout`"
+        300.0, "request timeout in seconds, from its first byte on", "`--timeout`"
     )
     max_completion_tokens: int = _limit(
         16_384, "tokens that a request may ask for; 4,096 by default"
@@ -109,7 +109,7 @@ class ServerLimits:
         1024 * MIB, "memory of a worker process; a request that exceeds it gets status 400"
     )
     max_schema_cpu_s: float = _limit(
-        2.0, "CPU seconds to compile a schema, and for each token of a constrained answer"
+        2.0, "CPU seconds for compiling a schema, and for each token of constrained decoding"
     )
     max_constraint_cpu_s: float = _limit(30.0, "CPU seconds for the schema constraint of an answer")
     max_schema_memory_bytes: int = _limit(256 * MIB, "memory of the process of a schema constraint")

@@ -210,7 +210,7 @@ class JobStore:
         """Start a command in a process that outlives this one.
 
         Raises:
-            UserError: The same command, or another server of its target or port, is running.
+            UserError: The same command is running, or another server uses its target or port.
         """
         make_folder(self._folder)
         with FileLock(self._folder) as lock:

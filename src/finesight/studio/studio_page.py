@@ -451,7 +451,7 @@ class StudioPage:
             raise
 
     def _find_commands(self, *folders: Path) -> list[str]:
-        """Return the running commands with files of the folders, or with parents of them."""
+        """Return the running commands that use a file in the folders or a parent folder."""
         return [
             f"the running command in the step {STEP_NAMES[job.step]}"
             for job in self._jobs.list_running()

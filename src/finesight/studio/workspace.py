@@ -363,7 +363,7 @@ class Workspace:
         return folder / sources.pop() if len(sources) == 1 else folder
 
     def move_to_trash(self, *paths: Path) -> None:
-        """Move those of the files and folders that exist to a new folder of the trash, or none.
+        """Move the existing files and folders to a new trash folder. An error moves all back.
 
         The trash keeps their paths, so they can be moved back.
         """
@@ -450,7 +450,7 @@ class Workspace:
     def list_deleted(
         self, dataset: WorkspaceDataset, running: Sequence[Path], commands: Sequence[str]
     ) -> list[Path]:
-        """Return the paths of a data set in `data`: its folder, check page and unused uploads.
+        """Return the paths to delete with a data set: its folder, check page and unused uploads.
 
         Args:
             running: Runs in progress.
@@ -624,7 +624,7 @@ def _check_shared_images(folder: Path, datasets: Sequence[WorkspaceDataset]) -> 
 def _join_review(
     dataset: WorkspaceDataset, datasets: Sequence[WorkspaceDataset]
 ) -> WorkspaceDataset:
-    """Return the data set of a review with the other file of the reviewed one, reviewed or not."""
+    """Return the training and validation file of a data set, of which one or both are reviewed."""
     for one in datasets if dataset.source else ():
         if one.source is None and dataset.source in one.files and one.eval_file is not None:
             reviews = {review.source: (review.train_file, review.num_train) for review in datasets}
@@ -676,7 +676,7 @@ def _list_texts(value: object) -> list[str]:
 
 
 def _is_text(name: str) -> bool:
-    """Return whether a file name is UTF-8. Other bytes are lone surrogates."""
+    """Return whether a file name is UTF-8. Python represents other bytes by lone surrogates."""
     return escape_surrogates(name) == name
 
 

@@ -76,7 +76,7 @@ class TrainingConsole:
 
     @contextmanager
     def activity(self, title: str) -> Iterator[None]:
-        """Show the elapsed time of a stage without countable samples within the context.
+        """Show the elapsed time of a stage, within the context, for stages without a sample count.
 
         If the output is not a terminal, a line is printed after `LOG_INTERVAL_S` seconds, and
         another one at the end.

@@ -426,7 +426,7 @@ class WebSessionStore:
     def _free_space(self, num_bytes: int) -> bool:
         """Delete conversations that no tab displays, least recently used first.
 
-        Nothing is deleted if all of them have fewer than `num_bytes` bytes.
+        Nothing is deleted if they have fewer than `num_bytes` bytes in total.
         """
         sessions = [one for one in self.list_sessions() if not one.tabs and not one.is_generating]
         sizes = [sum(state.st_size for _, state in _iter_files(one.folder)) for one in sessions]

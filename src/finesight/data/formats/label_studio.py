@@ -459,7 +459,7 @@ def _find_images(source: Path, prefix: str, references: Sequence[str]) -> dict[s
     """Map the references of images with an address prefix to paths of local images.
 
     Raises:
-        UserError: Two images differ only in leading folders, which are missing.
+        UserError: Several images match a reference without leading folders.
     """
     names = {
         one: PurePosixPath(path)

@@ -101,6 +101,11 @@ def test_recipe_roundtrip(tmp_path, addition):
     assert "weight_decay: 0.0" in text, "defaults in force are written out"
 
 
+def test_misnamed_section_is_recognized_by_its_settings(tmp_path):
+    text = "model: some/model\ndataset: {train: a.jsonl}\noutput_dir: runs/one\n"
+    assert "rename it to data" in str(_load_error(tmp_path, text))
+
+
 @pytest.mark.parametrize(("wrong", "near"), CASES["test_unknown_setting_suggests_closest_name"])
 def test_unknown_setting_suggests_closest_name(tmp_path, wrong, near):
     error = _load_error(tmp_path, SHORTEST + wrong)

@@ -580,6 +580,10 @@ def _suggest_remedy(key: SettingKey, value: object) -> str:
     wanted = str(key[-1]).replace("-", "_")
     if len(wanted) > MAX_SHOWN_CHARS:
         return "remove it or correct its name"
+    if isinstance(value, dict) and len(key) == 1:
+        sections = [n for n in _list_group_names(()) if {*value} <= {*_list_group_names((n,))}]
+        if value and len(sections) == 1:
+            return f"rename it to {sections[0]}"
     advice = _load_advice()
     for name in (format_key(key), wanted):
         if name in advice and "use" in advice[name]:

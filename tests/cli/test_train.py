@@ -121,7 +121,7 @@ def test_run_folder_is_resumed_by_its_recipe(
     assert messages.endswith("to label further images: finesight label runs/one IMAGES\n")
     assert run_command(["train", "runs/one", "--resume"]) == 0
     messages = capsys.readouterr().err
-    assert "runs/one: the run is already complete; changed settings have no effect" in messages
+    assert "runs/one: the run is already complete, so nothing was trained" in messages
     assert "model=runs/one output_dir=runs/one-2" in messages
     shutil.copytree("runs/one", "runs/copy")
     for folder, words in (

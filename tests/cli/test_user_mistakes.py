@@ -86,8 +86,9 @@ class Mistake:
     prepare: Prepare | None = None
 
 
-def hide_package(name: str) -> Prepare:
-    return lambda stack, patch: patch.setitem(sys.modules, name, None)
+def hide_heif_plugin(stack: contextlib.ExitStack, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "pillow_heif", None)
+    patch.delitem(Image.OPEN, "HEIF", raising=False)  # registered by an earlier test
 
 
 def hide_web_packages(stack: contextlib.ExitStack, patch: pytest.MonkeyPatch) -> None:
@@ -180,7 +181,7 @@ MISTAKES = {
         f"import heic.csv out {IMPORT}",
         "heic.csv: 1 of 1 rows are invalid; no files were written\n  row 1:",
         "install it: pip install 'finesight[heif]'",
-        hide_package("pillow_heif"),
+        hide_heif_plugin,
     ),
     "existing-output": Mistake(
         f"import labels.csv task {IMPORT}",

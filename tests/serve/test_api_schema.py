@@ -17,10 +17,12 @@ from finesight.cli.app import app
 from finesight.infer.inference_service import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_WAITING
 from finesight.serve.api_schema import (
     IGNORED_FIELDS,
+    ApiError,
     ChatCompletionRequest,
     ServerLimits,
     Tool,
     ToolCall,
+    parse_chat_request,
 )
 from finesight.serve.chat_completions import ToolCallParser, parse_tool_call
 from finesight.serve.preprocessing_jobs import (
@@ -113,6 +115,27 @@ def test_schema_is_a_subset_of_the_openai_types():
     theirs = TypeAdapter(CompletionCreateParamsStreaming).json_schema()
     problems = SchemaComparison(ours, theirs).compare(ours, theirs)
     assert problems == EXTENSIONS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            [{"type": "image_url", "image_url": "data:,"}],
+            "messages.0.user.content.0.image_url.image_url: Input should be an object",
+        ),
+        (
+            [{"type": "text", "text": "a", "b": 1}],
+            "messages.0.user.content.0.text.b: unknown field",
+        ),
+        (5, "messages.0.user.content.str: Input should be a valid string"),
+    ],
+)
+def test_error_names_the_wrong_part_of_a_message(content, message):
+    body = {"model": "m", "messages": [{"role": "user", "content": content}]}
+    with pytest.raises(ApiError) as raised:
+        parse_chat_request(json.dumps(body).encode())
+    assert message in str(raised.value)
 
 
 def test_every_openai_field_is_supported_or_known():

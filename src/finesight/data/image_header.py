@@ -190,7 +190,8 @@ def open_image_header(
         raise _build_too_large_error(path, "more than 178 million", max_pixels) from error
     except UnidentifiedImageError as error:
         what = "not an image" if num_bytes else "an empty file"
-        raise build_file_error(path, what, f"one of {', '.join(formats)}") from error
+        remedy = "correct the path, or download the image again" if num_bytes else ""
+        raise build_file_error(path, what, f"one of {', '.join(formats)}", remedy) from error
     except CorruptImageError:
         raise
     except Exception as error:  # Pillow raises many error types

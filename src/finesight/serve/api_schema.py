@@ -422,8 +422,12 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     try:
         return ChatCompletionRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        location = ".".join(map(str, first["loc"]))
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        parent = errors[0]["loc"][:-1]
+        # Of the members of a union, the one with the deepest error matches best.
+        group = [one for one in errors if parent and one["loc"][: len(parent)] == parent]
+        first = max(group or errors[:1], key=lambda one: len(one["loc"]))
+        location = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
         is_unknown_field = first["type"] == "extra_forbidden"
         message = "unknown field" if is_unknown_field else first["msg"][:200]
         raise ApiError(400, f"{location or 'body'}: {message}", location or None) from error

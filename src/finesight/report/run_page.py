@@ -27,6 +27,7 @@ from finesight.report.examples import (
     ExampleSet,
     JsonData,
     ThumbnailCache,
+    count_incorrect,
     estimate_differences,
     read_examples,
     read_image_paths,
@@ -68,7 +69,7 @@ MAX_DETAIL_ROWS = 20
 KIND_LABELS: dict[str, str] = {
     "better": "improved",
     "worse": "worsened",
-    "wrong": "still incorrect",
+    "wrong": "incorrect without change",
     "right": "still correct",
 }
 UNPAIRED_KIND_LABELS: dict[str, str] = {"wrong": "incorrect", "right": "correct"}
@@ -308,8 +309,10 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
     return {
         "examples": examples,
         "kind_labels": list(labels.items()),
-        "incorrect_label": labels["wrong"],
-        "displayed_counts": {kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
+        "displayed_counts": {
+            **{kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
+            "wrong": count_incorrect(examples.displayed),
+        },
         "examples_note": note,
     }
 

@@ -90,6 +90,10 @@ def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = 
     return f"did you mean {prefix}{similar[0]}?" if similar else otherwise
 
 
+LABEL_TRAIN_FRACTION = 0.8
+"""Fraction of the labels for training, if others are required for validation."""
+
+
 def suggest_similar_path(path: Path, otherwise: str = "check the path") -> str:
     """Return a remedy for a missing file: the most similar name in its folder, or `otherwise`.
 
@@ -98,9 +102,12 @@ def suggest_similar_path(path: Path, otherwise: str = "check the path") -> str:
     if not path.is_absolute() and os.path.exists(os.path.join("..", path)):
         return "run the command in the parent folder (cd ..), in which it exists"
     if path.name in {"labels.jsonl", "labels_eval.jsonl"}:
-        # One of five labels is a validation sample, so a new folder may have none yet.
-        action = "label images first" if path.name == "labels.jsonl" else "label more images"
-        return f"{action}: finesight label MODEL IMAGES --out {quote(str(path.parent))}"
+        command = f"finesight label MODEL IMAGES --out {quote(str(path.parent))}"
+        option = f"--train-fraction {LABEL_TRAIN_FRACTION}"
+        if (path.parent / "labels.jsonl").exists():
+            # All labels are for training: there is no fraction, or only one label.
+            return f"label at least 2 images, some of them for validation: {command} {option}"
+        return f'label images first: {command} --prompt "..." {option}'
     siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
     return suggest_name(path.name, siblings, otherwise, f"{path.parent}/")
 

@@ -141,11 +141,17 @@ def test_unlabeled_images_become_a_served_model(
     assert run_command(["init", "photos", "--yes", "--prompt", "Which color?"]) == 0
     label, train, serve = capsys.readouterr().out.partition("next:\n")[2].split("\n", 2)
     assert run_command(shlex.split(train)[1:]) == 2
-    remedy = "label images first: finesight label MODEL IMAGES --out photos-finetune/data"
+    command = "finesight label MODEL IMAGES --out photos-finetune/data"
+    remedy = f'label images first: {command} --prompt "..." --train-fraction 0.8'
     assert remedy in capsys.readouterr().err
-    # The first labels may all be training samples.
-    missing = Path("photos-finetune/data/labels_eval.jsonl")
-    assert suggest_similar_path(missing) == remedy.replace("images first", "more images")
+    # Without --train-fraction, all labels are training samples.
+    labels = Path("photos-finetune/data/labels.jsonl")
+    labels.parent.mkdir()
+    labels.touch()
+    assert suggest_similar_path(labels.with_name("labels_eval.jsonl")) == (
+        f"label at least 2 images, some of them for validation: {command} --train-fraction 0.8"
+    )
+    labels.unlink()
     with run_server(label) as (address, errors):
         for index in range(30):
             with urllib.request.urlopen(f"{address}/items/{index}") as answer:

@@ -92,6 +92,10 @@ def test_next_command_keeps_the_earlier_training_data(
     Path("first-2").mkdir()
     last_line = CliRunner().invoke(app, [*arguments, "--out", "data"]).stderr.splitlines()[-1]
     assert last_line == "next: finesight train recipe.yaml output_dir=first-3"
+    Path("recipe.yaml").write_text(recipe.replace("}", ", eval: data/labels_eval.jsonl}"))
+    last_line = CliRunner().invoke(app, [*arguments, "--out", "data"]).stderr.splitlines()[-1]
+    expected = "next: finesight label first photos --out data --train-fraction 0.8"
+    assert last_line.replace(f"{tmp_path}/", "") == expected
     Path("first/recipe.yaml").write_text("model: [")
     last_line = CliRunner().invoke(app, arguments).stderr.splitlines()[-1]
     assert last_line == "next: finesight init labels/labels.jsonl"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from image_fixtures import write_gray_image
-from run_dir_fixtures import FakeRunDir, make_prediction_line
+from run_dir_fixtures import START_RECORD, FakeRunDir, make_prediction_line
 
 from finesight.cli.app import run_command
 from finesight.data.sample import read_samples
@@ -78,6 +78,27 @@ def test_incorrect_answers_are_written_and_imported(
     fake_run_dir.write_predictions("after", [lines[0] | {"scores": {}}])
     assert run_command(arguments) == 2
     assert "none of 1 predictions has a score" in capsys.readouterr().err
+
+
+def test_incorrect_answers_have_the_images_of_the_run(
+    fake_run_dir: FakeRunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded paths start at the working directory of the run."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home, elsewhere):
+        folder.mkdir()
+        write_gray_image(folder / "a.png")
+    images = ["a.png", ["a.png", "missing.png"], str(elsewhere / "a.png"), None]
+    lines = [
+        make_prediction_line(f"s{i}", "x", "y", 0.5, image=one) for i, one in enumerate(images)
+    ]
+    fake_run_dir.write_predictions("after", lines)
+    fake_run_dir.write_metrics(start=START_RECORD | {"working_dir": str(home)})
+    monkeypatch.chdir(elsewhere)
+    assert run_command(["report", str(fake_run_dir.folder), "--incorrect", "wrong.jsonl"]) == 0
+    found = [one.record["image"] for one in read_predictions(Path("wrong.jsonl"))]
+    image = str(home / "a.png")
+    assert found == [image, [image, "missing.png"], images[2], None]
 
 
 def test_folder_without_run_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ def test_example_kind_follows_its_score(tmp_path: Path) -> None:
         **{"s0": "better", "s1": "worse", "s2": "wrong", "s3": "right", "s4": "wrong"}
     }
     assert found.counts == {"worse": 1, "better": 1, "wrong": 2, "right": 1}
+    assert found.num_incorrect == 4
     assert found.is_paired
     assert found.count_hidden() == {}
 

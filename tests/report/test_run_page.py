@@ -74,7 +74,8 @@ def test_finished_run(run: FakeRunDir) -> None:
         "0.2000 → 0.9000 better",
         "increased by 0.7000, more than expected by chance:",
         "the 95 % interval of the difference is +0.600",
-        "3 improved 3 worsened 3 still incorrect 3 still correct",
+        "3 improved 3 worsened 3 incorrect without change 3 still correct 9 incorrect in total",
+        "all 12 improved 3 worsened 3 incorrect 9 still correct 3",
         "edit distance; higher is better 0.2000 0.150 to 0.250 0.9000 0.850 to 0.950 +0.7000",
         "in nats per token; lower is better 1.8000 1.1000 −0.7000 better",
         "vision frozen 9 900 0 yes: bitwise unchanged",
@@ -109,8 +110,8 @@ def test_omitted_examples_are_counted(run: FakeRunDir) -> None:
     assert len(read_script_data(page)["examples"]) == 6
     assert (
         "12 validation samples, classified by similarity: the maximum is correct, and an answer"
-        " that equals its reference; any other is incorrect. Not on this page: 2 improved, 2 still"
-        " incorrect and 2 still correct. The run folder contains all of them."
+        " that equals its reference; any other is incorrect. Not on this page: 2 improved, 2"
+        " incorrect without change and 2 still correct. The run folder contains all of them."
     ) in html.unescape(read_visible_text(page))
     assert "all 6" in read_visible_text(page)
 
@@ -377,7 +378,10 @@ def test_examples_are_sorted_filtered_and_enlarged(browser: Browser, run: FakeRu
     browser.run("document.querySelector('[data-kind=worse]').click();")
     assert browser.run(shown) == ["s0", "s4", "s8"]
     browser.run("document.querySelector('[data-view=grid]').click();")
-    assert browser.run("return document.querySelectorAll('.tile').length;") == 3
+    count_tiles = "return document.querySelectorAll('.tile').length;"
+    for kind, count in (("wrong", 9), ("worse", 3)):
+        browser.run(f"document.querySelector('[data-kind={kind}]').click();")
+        assert browser.run(count_tiles) == count
     assert browser.unlabeled_elements() == []
     browser.press("j")
     browser.press("Enter")

@@ -24,7 +24,13 @@ from finesight.cli.options import (
     echo_json,
     parse_column_map,
 )
-from finesight.errors import UserError, escape_unprintable, format_count, suggest_name
+from finesight.errors import (
+    LABEL_TRAIN_FRACTION,
+    UserError,
+    escape_unprintable,
+    format_count,
+    suggest_name,
+)
 
 if TYPE_CHECKING:
     from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
@@ -305,7 +311,7 @@ def _init_labels(
         option = "--classes" if metric == "classification" else "--fields"
         label += [option, names or placeholder]
     label += [] if has_suggestions else ["--no-suggestions"]
-    label += ["--train-fraction", 1 - MAX_EVAL_FRACTION]
+    label += ["--train-fraction", LABEL_TRAIN_FRACTION]
     commands = [
         shlex.join(["finesight", *map(str, words)])
         for words in (label, ["train", recipe], ["serve", run])

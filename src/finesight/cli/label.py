@@ -30,7 +30,7 @@ from finesight.cli.servers import (
     require_gradio,
     resolve_password,
 )
-from finesight.errors import UserError
+from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.manifest import RECIPE_FILE, find_run_dir
 
 if TYPE_CHECKING:
@@ -238,14 +238,14 @@ def find_label_command(recipe: Recipe) -> list[str]:
 def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list[str]:
     """Return the next command for the labels in `out`.
 
-    It trains with them, continues their review, or checks reviewed labels that replace no file of
-    the recipe. Without a recipe, it is `init`.
+    It trains with them, reserves some for validation, continues their review, or checks reviewed
+    labels that replace no file of the recipe. Without a recipe, it is `init`.
 
     Args:
         reviewed: Data files whose samples the labels contain.
     """
     from finesight.label.label_session import is_imported
-    from finesight.label.label_store import LABELS_FILE, REVIEWED_FILE, read_sources
+    from finesight.label.label_store import EVAL_FILE, LABELS_FILE, REVIEWED_FILE, read_sources
     from finesight.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
@@ -257,6 +257,13 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
         except UserError:
             continue
         words = ["train", str(recipe)]
+        eval_paths = {os.path.abspath(file.path) for file in settings.data.eval}
+        eval_labels = os.path.abspath(out / EVAL_FILE)
+        if eval_labels in eval_paths and not (reviewed or os.path.exists(eval_labels)):
+            # The recipe requires validation labels, but all labels are for training.
+            known = list(filter(os.path.exists, read_sources(out)))
+            options = ["--out", str(out), "--train-fraction", str(LABEL_TRAIN_FRACTION)]
+            return ["label", str(run_dir), *(known or ["IMAGES"]), *options]
         files = (*settings.data.train, *settings.data.eval)
         if os.path.abspath(labels) not in {os.path.abspath(file.path) for file in files}:
             if recipe.parent != run_dir:

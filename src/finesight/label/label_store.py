@@ -37,7 +37,7 @@ from finesight.data.sample import (
     validate_sample,
     write_samples,
 )
-from finesight.errors import UserError
+from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion, get_text
 from finesight.storage import (
     FileLock,
@@ -503,7 +503,7 @@ def _store_fraction(file: Path, fraction: float | None) -> float:
             f"not a number: {error}",
             where=str(file),
             expected="the fraction of the labels for training, such as 0.8",
-            remedy="give it again: --train-fraction 0.8",
+            remedy=f"give it again: --train-fraction {LABEL_TRAIN_FRACTION}",
         ) from error
 
 

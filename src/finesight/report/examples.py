@@ -102,12 +102,14 @@ class ExampleSet:
         counts: Number of examples by class, including those that are not displayed.
         metric: Name of the compared per-sample score. Empty if there is none.
         is_paired: True if there are predictions of several evaluations or runs.
+        num_incorrect: Number of incorrect last answers of all classes, also improved ones.
     """
 
     displayed: list[Example]
     counts: dict[str, int]
     metric: str
     is_paired: bool
+    num_incorrect: int = 0
 
     @property
     def total(self) -> int:
@@ -169,7 +171,13 @@ def build_example_set(
         counts={kind: len(group) for kind, group in groups.items()},
         metric=metric,
         is_paired=any(len(lines) > 1 for lines in line_groups),
+        num_incorrect=count_incorrect(one for group in groups.values() for one in group),
     )
+
+
+def count_incorrect(examples: Iterable[Example]) -> int:
+    """Return the number of examples that are incorrect or have no score."""
+    return sum(example.kind == "wrong" or example.is_incorrect for example in examples)
 
 
 def read_examples(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -26,8 +27,10 @@ from finesight.report.examples import (
     ExampleSet,
     JsonData,
     ThumbnailCache,
+    count_incorrect,
     estimate_differences,
     read_examples,
+    read_image_paths,
     read_incorrect_lines,
 )
 from finesight.report.html import render_page, write_page
@@ -66,7 +69,7 @@ MAX_DETAIL_ROWS = 20
 KIND_LABELS: dict[str, str] = {
     "better": "improved",
     "worse": "worsened",
-    "wrong": "still incorrect",
+    "wrong": "incorrect without change",
     "right": "still correct",
 }
 UNPAIRED_KIND_LABELS: dict[str, str] = {"wrong": "incorrect", "right": "correct"}
@@ -127,7 +130,8 @@ def write_report(
 def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
     """Write the incorrect answers of the latest evaluation as a prediction file (JSONL).
 
-    An answer is incorrect if its score of the primary metric is below the maximum.
+    An answer is incorrect if its score of the primary metric is below the maximum. Paths of images
+    that exist are absolute, because recorded ones start at the working directory of the run.
 
     Returns:
         Number of answers.
@@ -145,8 +149,19 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
         )
     lines = read_incorrect_lines(run_record.predictions_files[-1], run_record.primary_metric)
     raise_if_exists(out)
+    folders = list_image_folders([run_record])[::-1]
+    for line in lines:
+        if paths := read_image_paths(line):
+            found = [_find_image(path, folders) for path in paths]
+            line["image"] = found if isinstance(line["image"], list) else found[0]
     write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return len(lines)
+
+
+def _find_image(name: str, folders: Sequence[Path]) -> str:
+    """Return the absolute path of an image in the first folder with it, or else the given path."""
+    candidates = [os.path.abspath(folder / name) for folder in folders]
+    return next(filter(os.path.exists, candidates), name)
 
 
 def render_run_page(
@@ -294,8 +309,10 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
     return {
         "examples": examples,
         "kind_labels": list(labels.items()),
-        "incorrect_label": labels["wrong"],
-        "displayed_counts": {kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
+        "displayed_counts": {
+            **{kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
+            "wrong": count_incorrect(examples.displayed),
+        },
         "examples_note": note,
     }
 

@@ -3,7 +3,7 @@
 
 const KIND_LABELS = DATA.evaluation_names.length > 1
   ? {better: translate("improved"), worse: translate("worsened"),
-    wrong: translate("still incorrect"), right: translate("still correct")}
+    wrong: translate("incorrect without change"), right: translate("still correct")}
   : {better: "", worse: "", wrong: translate("incorrect"), right: translate("correct")};
 const CHIP_CLASSES = {better: "better", worse: "worse", wrong: "unsure", right: "trained"};
 
@@ -166,7 +166,7 @@ function startExamples() {
   const refresh = () => {
     const query = search.value.trim().toLowerCase();
     matches = sortExamples(DATA.examples.filter((example) =>
-      (!kind || example.kind === kind) && (!query || searchText(example).includes(query))),
+      (!kind || example.kind === kind || (kind === "wrong" && example.is_incorrect)) && (!query || searchText(example).includes(query))),
     order.value);
     for (const button of buttons) {
       button.setAttribute("aria-pressed", String(button.dataset.kind === kind));

@@ -282,25 +282,29 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
 
 
 def _find_image_folder(source: ImportSource) -> Path | None:
-    """Return the only subfolder next to a table with the images, given by bare names.
+    """Return the only subfolder next to a table with most images, given by bare names.
 
-    The first `NUM_PREVIEW_ROWS` rows decide.
+    The first `NUM_PREVIEW_ROWS` rows decide. Images that no subfolder contains are ignored.
     """
     column, home = source.column_map.get("image", ""), source.path.parent
-    folders: list[Path] | None = None
+    subfolders: list[Path] | None = None
+    matches: list[set[Path]] = []
     start, stop = source.row_bounds
-    for row in source.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS)):
+    stop = min(stop, start + NUM_PREVIEW_ROWS)
+    for row in source.rows.iter_range(start, stop):
         name = row.record.get(column)
-        if not isinstance(name, str) or Path(name).name != name or os.path.exists(home / name):
+        if name is None or name == "":
+            continue
+        if not isinstance(name, str) or Path(name).name != name:
             return None
-        if folders is None:
-            if os.path.exists(name):
-                return None
-            folders = [folder for folder in home.iterdir() if folder.is_dir()]
-        folders = [folder for folder in folders if os.path.exists(folder / name)]
-        if not folders:
+        if os.path.exists(home / name) or os.path.exists(name):
             return None
-    return folders[0] if folders is not None and len(folders) == 1 else None
+        if subfolders is None:
+            subfolders = [folder for folder in home.iterdir() if folder.is_dir()]
+        if found := {folder for folder in subfolders if os.path.exists(folder / name)}:
+            matches.append(found)
+    folders = set.intersection(*matches) if 2 * len(matches) > stop - start else set()
+    return folders.pop() if len(folders) == 1 else None
 
 
 def _check_options(options: ImportOptions) -> None:

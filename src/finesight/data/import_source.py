@@ -524,11 +524,12 @@ def count_unlabeled_images(folder: Path) -> int:
 def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, str]]:
     """Return the file or folder to import, and the column roles of a table.
 
-    The roles are empty if the format of the data is detected without them.
+    The roles are empty if the format of the data is detected without them. Roles in `options`
+    are returned unchanged.
     """
     try:
         open_source(path, options)
-        return path, {}
+        return path, dict(options.columns)
     except UserError:
         files = [path]
         if path.is_dir():
@@ -536,6 +537,8 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, 
             files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
         if len(files) != 1 or not files[0].is_file():
             raise
+        if options.columns:
+            return files[0], dict(options.columns)
         rows = open_row_file(files[0])
         records = [row.record for row in rows.iter_range(0, min(rows.num_rows, NUM_PREVIEW_ROWS))]
         columns = guess_columns(records)

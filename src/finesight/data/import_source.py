@@ -48,7 +48,7 @@ from finesight.data.row_reader import (
     open_webdataset,
 )
 from finesight.data.sample import BoxPart, Sample, validate_roles
-from finesight.errors import UserError, suggest_name
+from finesight.errors import UserError
 
 if TYPE_CHECKING:
     from finesight.hub.url_files import RemoteImages
@@ -315,7 +315,7 @@ def _check_options(options: ImportOptions) -> None:
             f"unknown role {unknown[0]!r}",
             where="--map",
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
-            remedy=suggest_name(unknown[0], table_format.MAPPABLE_COLUMNS, "remove the column"),
+            remedy=table_format.suggest_role(unknown[0], options.columns[unknown[0]]),
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
@@ -555,18 +555,19 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, 
         return files[0], columns
 
 
+def is_image_value(value: object) -> bool:
+    """Return whether a cell contains an embedded image or the name of an image file."""
+    if isinstance(value, dict):
+        return "bytes" in value or "path" in value
+    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
+
+
 def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     """Guess the roles of table columns from their names and values, as for `import --map`."""
-
-    def is_image(value: object) -> bool:
-        if isinstance(value, dict):
-            return "bytes" in value or "path" in value
-        return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
-
     names = {str(name).lower(): str(name) for name in records[0]}
     columns: dict[str, str] = {}
     for name in names.values():
-        if fmean(is_image(record.get(name)) for record in records) > 0.9:
+        if fmean(is_image_value(record.get(name)) for record in records) > 0.9:
             columns["image"] = name
             break
     roles = {"question": _QUESTION_NAMES, "box": _BOX_NAMES, "label": _LABEL_NAMES}

@@ -38,6 +38,7 @@ from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
+    FolderListing,
     Record,
     RowReader,
     SourceRow,
@@ -385,7 +386,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         has_only_images = len(listing.image_files()) == len(listing.files) > 0
         raise UserError(
             f"a folder without a known dataset format; it contains {listing}"
-            + "".join(_explain_mismatch(source, one) for one in folder_formats if listing.files),
+            + "".join(_explain_mismatch(listing, one) for one in folder_formats if listing.files),
             where=str(source),
             expected="images with labels"
             if has_only_images
@@ -400,12 +401,12 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 
-def _explain_mismatch(source: Path, data_format: DatasetFormat) -> str:
+def _explain_mismatch(listing: FolderListing, data_format: DatasetFormat) -> str:
     """Return why a folder is not of a format without a distinctive file, "" for other formats."""
     try:
-        result = data_format.open_requested(source) if data_format.open_requested else None
+        result = data_format.open_requested(listing.root) if data_format.open_requested else None
     except UserError as error:
-        return f"; not {data_format.name}: {error.what}"
+        return f"; not {data_format.name}: {error.what}" if listing.image_files() else ""
     return f"; {result[0].text_format} only with --format {data_format.name}" if result else ""
 
 

@@ -528,11 +528,9 @@ def _parse_rows(
     is_systematic = skipped.boxes > max(1, MAX_INVALID_BOX_FRACTION * (len(rows) + len(skipped)))
     if len(skipped) and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
         alternative = None
-        if skipped.first:
-            image_column = None if any(rows) else _suggest_image_column(skipped.first, context)
-            alternative = image_column or _suggest_format(
-                skipped.first, context, source.data_format
-            )
+        if first := skipped.first:
+            alternative = None if any(rows) else _suggest_image_column(first, context)
+            alternative = alternative or _suggest_format(first, context, source.data_format)
         raise _build_import_error(
             skipped, rows, source.path, alternative, is_systematic=is_systematic
         )

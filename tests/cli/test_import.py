@@ -131,6 +131,15 @@ def test_invalid_options_are_rejected(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("arguments", "remedy"), CASES["test_mapping_mistakes_have_a_remedy"])
+def test_mapping_mistakes_have_a_remedy(
+    source: Path, tmp_path: Path, arguments: list[str], remedy: str
+) -> None:
+    result = run(source, tmp_path / "out", *arguments)
+    assert isinstance(result.exception, UserError)
+    assert result.exception.remedy == remedy
+
+
 @pytest.mark.parametrize(
     "arguments", [["--box-format", "corners"], ["--limit", "0"], ["--box-units", "px"]]
 )

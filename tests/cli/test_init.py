@@ -413,11 +413,13 @@ def test_questions_change_the_settings(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_labels_with_one_answer_column_or_several(tmp_path: Path, capsys: Any) -> None:
     columns = {"No.": lambda i: i, "customer": lambda i: f"c{i}", "city": lambda i: f"t{i}"}
-    write_table(tmp_path, 4, **columns)
-    assert run_command(["init", f"{tmp_path}/labels.csv", "--yes", "--out", f"{tmp_path}/out"]) == 0
+    source = write_table(tmp_path / "photos", 4, **columns)
+    assert run_command(["init", str(source), "--yes", "--out", f"{tmp_path}/out"]) == 0
     printed = capsys.readouterr().out
     assert "        fields: customer,city\n        unused column: No.\n" in printed
     assert "for one column only: --map image=file --map answer=COLUMN\n" in printed
+    hinted = ("--map", "image=file", "--map", "answer=city", "--out", tmp_path / "two")
+    assert run_init(source, *hinted)["columns"] == {"image": "file", "answer": "city"}
 
 
 @pytest.mark.parametrize(

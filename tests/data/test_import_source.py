@@ -157,16 +157,21 @@ def test_few_integers_are_classes(answers: list[str], metric: str) -> None:
     assert import_source.detect_task(samples).metric == metric
 
 
-@pytest.mark.parametrize("num_images", [3, 4])
-def test_image_folder_is_that_of_the_first_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int
+@pytest.mark.parametrize(
+    ("num_images", "other", "is_found"),
+    [(2, "", False), (3, "", True), (4, "", True), (3, "other/3.png", False), (3, "3.png", False)],
+)
+def test_image_folder_has_most_images_of_the_first_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int, other: str, is_found: bool
 ) -> None:
     monkeypatch.setattr(import_source, "NUM_PREVIEW_ROWS", 4)
     (tmp_path / "images").mkdir()
     for index in range(num_images):
         write_gray_image(tmp_path / f"images/{index}.png")
+    if other:
+        write_gray_image(tmp_path / other)
     rows = [f"{index}.png,red" for index in range(20)]
     (tmp_path / "table.csv").write_text("\n".join(["image,answer", *rows]))
     options = ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="Color?")
     found = open_source(tmp_path / "table.csv", options).image_folder
-    assert found == (tmp_path / "images" if num_images == 4 else None)
+    assert found == (tmp_path / "images" if is_found else None)

@@ -331,10 +331,10 @@ def _select_source(path: Path, options: ImportOptions, yes: bool) -> tuple[Path,
     """Return the file or folder to import, with the column roles of a table."""
     from finesight.data.import_source import detect_columns
 
-    if options.columns or options.row_files:
+    if options.row_files:
         return path, options
     path, columns = detect_columns(path, options)
-    if not columns:
+    if options.columns or not columns:
         return path, options
     if "box" not in columns:
         default = columns.pop("answer", None) or columns.pop("fields")

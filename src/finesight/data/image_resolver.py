@@ -151,7 +151,7 @@ class ImageResolver:
                 "no such image",
                 where=name[:200],
                 expected=f"an existing file; a relative path starts at {home}, the folder of the"
-                f" data file{current}",
+                f" data file or of its images{current}",
                 remedy="correct the path, or change to the base folder of the paths",
             )
         path = Path(self._settled(candidate))

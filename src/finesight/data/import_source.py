@@ -38,6 +38,7 @@ from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
+    FolderListing,
     Record,
     RowReader,
     SourceRow,
@@ -48,7 +49,7 @@ from finesight.data.row_reader import (
     open_webdataset,
 )
 from finesight.data.sample import BoxPart, Sample, validate_roles
-from finesight.errors import UserError, suggest_name
+from finesight.errors import UserError
 
 if TYPE_CHECKING:
     from finesight.hub.url_files import RemoteImages
@@ -282,25 +283,29 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
 
 
 def _find_image_folder(source: ImportSource) -> Path | None:
-    """Return the only subfolder next to a table with the images, given by bare names.
+    """Return the only subfolder next to a table with most images, given by bare names.
 
-    The first `NUM_PREVIEW_ROWS` rows decide.
+    The first `NUM_PREVIEW_ROWS` rows decide. Images that no subfolder contains are ignored.
     """
     column, home = source.column_map.get("image", ""), source.path.parent
-    folders: list[Path] | None = None
+    subfolders: list[Path] | None = None
+    matches: list[set[Path]] = []
     start, stop = source.row_bounds
-    for row in source.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS)):
+    stop = min(stop, start + NUM_PREVIEW_ROWS)
+    for row in source.rows.iter_range(start, stop):
         name = row.record.get(column)
-        if not isinstance(name, str) or Path(name).name != name or os.path.exists(home / name):
+        if name is None or name == "":
+            continue
+        if not isinstance(name, str) or Path(name).name != name:
             return None
-        if folders is None:
-            if os.path.exists(name):
-                return None
-            folders = [folder for folder in home.iterdir() if folder.is_dir()]
-        folders = [folder for folder in folders if os.path.exists(folder / name)]
-        if not folders:
+        if os.path.exists(home / name) or os.path.exists(name):
             return None
-    return folders[0] if folders is not None and len(folders) == 1 else None
+        if subfolders is None:
+            subfolders = [folder for folder in home.iterdir() if folder.is_dir()]
+        if found := {folder for folder in subfolders if os.path.exists(folder / name)}:
+            matches.append(found)
+    folders = set.intersection(*matches) if 2 * len(matches) > stop - start else set()
+    return folders.pop() if len(folders) == 1 else None
 
 
 def _check_options(options: ImportOptions) -> None:
@@ -311,7 +316,7 @@ def _check_options(options: ImportOptions) -> None:
             f"unknown role {unknown[0]!r}",
             where="--map",
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
-            remedy=suggest_name(unknown[0], table_format.MAPPABLE_COLUMNS, "remove the column"),
+            remedy=table_format.suggest_role(unknown[0], options.columns[unknown[0]]),
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
@@ -381,7 +386,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         has_only_images = len(listing.image_files()) == len(listing.files) > 0
         raise UserError(
             f"a folder without a known dataset format; it contains {listing}"
-            + "".join(_explain_mismatch(source, one) for one in folder_formats if listing.files),
+            + "".join(_explain_mismatch(listing, one) for one in folder_formats if listing.files),
             where=str(source),
             expected="images with labels"
             if has_only_images
@@ -396,12 +401,12 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 
-def _explain_mismatch(source: Path, data_format: DatasetFormat) -> str:
+def _explain_mismatch(listing: FolderListing, data_format: DatasetFormat) -> str:
     """Return why a folder is not of a format without a distinctive file, "" for other formats."""
     try:
-        result = data_format.open_requested(source) if data_format.open_requested else None
+        result = data_format.open_requested(listing.root) if data_format.open_requested else None
     except UserError as error:
-        return f"; not {data_format.name}: {error.what}"
+        return f"; not {data_format.name}: {error.what}" if listing.image_files() else ""
     return f"; {result[0].text_format} only with --format {data_format.name}" if result else ""
 
 
@@ -520,11 +525,12 @@ def count_unlabeled_images(folder: Path) -> int:
 def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, str]]:
     """Return the file or folder to import, and the column roles of a table.
 
-    The roles are empty if the format of the data is detected without them.
+    The roles are empty if the format of the data is detected without them. Roles in `options`
+    are returned unchanged.
     """
     try:
         open_source(path, options)
-        return path, {}
+        return path, dict(options.columns)
     except UserError:
         files = [path]
         if path.is_dir():
@@ -532,6 +538,8 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, 
             files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
         if len(files) != 1 or not files[0].is_file():
             raise
+        if options.columns:
+            return files[0], dict(options.columns)
         rows = open_row_file(files[0])
         records = [row.record for row in rows.iter_range(0, min(rows.num_rows, NUM_PREVIEW_ROWS))]
         columns = guess_columns(records)
@@ -548,18 +556,19 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, 
         return files[0], columns
 
 
+def is_image_value(value: object) -> bool:
+    """Return whether a cell contains an embedded image or the name of an image file."""
+    if isinstance(value, dict):
+        return "bytes" in value or "path" in value
+    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
+
+
 def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     """Guess the roles of table columns from their names and values, as for `import --map`."""
-
-    def is_image(value: object) -> bool:
-        if isinstance(value, dict):
-            return "bytes" in value or "path" in value
-        return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
-
     names = {str(name).lower(): str(name) for name in records[0]}
     columns: dict[str, str] = {}
     for name in names.values():
-        if fmean(is_image(record.get(name)) for record in records) > 0.9:
+        if fmean(is_image_value(record.get(name)) for record in records) > 0.9:
             columns["image"] = name
             break
     roles = {"question": _QUESTION_NAMES, "box": _BOX_NAMES, "label": _LABEL_NAMES}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import shlex
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,12 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.image_header import CorruptImageError, check_pixels
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
-from finesight.data.import_source import ImportOptions, ImportSource, open_source
+from finesight.data.import_source import (
+    ImportOptions,
+    ImportSource,
+    is_image_value,
+    open_source,
+)
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import SourceRow, list_folder
 from finesight.data.sample import (
@@ -521,9 +527,10 @@ def _parse_rows(
         is_eval = list(itertools.compress(is_eval, is_valid))
     is_systematic = skipped.boxes > max(1, MAX_INVALID_BOX_FRACTION * (len(rows) + len(skipped)))
     if len(skipped) and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
-        alternative = (
-            _suggest_format(skipped.first, context, source.data_format) if skipped.first else None
-        )
+        alternative = None
+        if first := skipped.first:
+            alternative = None if any(rows) else _suggest_image_column(first, context)
+            alternative = alternative or _suggest_format(first, context, source.data_format)
         raise _build_import_error(
             skipped, rows, source.path, alternative, is_systematic=is_systematic
         )
@@ -640,6 +647,15 @@ def _encode_sample(
 
 def _format_line(name: str, encoded: bytes) -> bytes:
     return b'{"id": %s, %s\n' % (encode_json_line(name).encode(), encoded)
+
+
+def _suggest_image_column(row: SourceRow, context: ImportContext) -> str | None:
+    """Return the option for a column with images, if the column of `--map` has none."""
+    value = row.record.get(context.columns.get("image", ""))
+    if value is None or isinstance(value, bytes | list) or is_image_value(value):
+        return None
+    column = next((name for name, value in row.record.items() if is_image_value(value)), None)
+    return column and f"--map {shlex.quote(f'image={column}')}, the column with images"
 
 
 def _suggest_format(

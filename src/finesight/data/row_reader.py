@@ -705,8 +705,12 @@ class FolderListing:
         It names the closest format and the files that it misses.
         """
         for suffix in ROW_SUFFIXES:
-            if self.files_with_suffix(suffix):
-                return f"give the file itself, such as {self.files_with_suffix(suffix)[0]}"
+            if files := self.files_with_suffix(suffix):
+                by_stem = {path.stem: path for path in files}
+                train, evaluation = by_stem.get("train"), by_stem.get("eval")
+                has_both = train is not None and evaluation is not None
+                more = f"; `finesight check` also takes --against {evaluation}" * has_both
+                return f"give the file itself, such as {train or files[0]}{more}"
         if self.files_with_suffix(".xml"):
             first = self.files_with_suffix(".xml")[0]
             return f"the closest is voc: its XML files contain <annotation>, in contrast to {first}"

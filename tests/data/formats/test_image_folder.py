@@ -111,8 +111,13 @@ def test_unknown_folders_are_rejected(tmp_path: Path, files: list[str], remedy: 
         import_samples(root, tmp_path / "out")
     assert remedy in caught.value.remedy
     assert str(len(files)) not in "0" or "no file" in caught.value.what
+    assert ("not classes" in caught.value.what) == ("a.png" in files)
     has_only_images = files == ["a.png"]
     assert ("images with labels" if has_only_images else "coco") in caught.value.expected
+    if "a.png" not in files:
+        with pytest.raises(UserError) as requested:
+            import_samples(root, tmp_path / "out", format="classes")
+        assert requested.value.what == "0 class folders with images"
 
 
 def test_windows_line_endings(root: Path, tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
         problem = f"the image {images[labels.index(())].name} is outside the class folders"
     elif len(classes) < 2:
         problem = f"{len(classes)} class folders with images{note}: {', '.join(classes)}"
+        problem = problem.removesuffix(": ")
     elif names <= SPLIT_ALIASES.keys():
         problem = f"split folders without train: {', '.join(classes)}"
     if problem and is_requested:

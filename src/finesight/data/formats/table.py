@@ -80,6 +80,14 @@ def suggest_mapping(record: Record) -> str:
     return " ".join(options)
 
 
+def suggest_role(name: str, column: str) -> str:
+    """Return a remedy for an unknown role that `--map` gives to a column."""
+    for role, names in _COMMON_NAMES.items():
+        if name.lower() in names:
+            return f"use {role}={column}"
+    return suggest_name(name, MAPPABLE_COLUMNS, "use one of these, such as answer=COLUMN")
+
+
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a table row with mapped columns."""
     images = RowImages(context)
@@ -142,7 +150,9 @@ def find_columns(record: Collection[str], role: str, column: str, where: str = "
         f"no column {missing!r} for --map {role}={column}",
         where=where,
         expected=f"one of {', '.join(map(str, record))}",
-        remedy=suggest_name(missing, map(str, record), "name one of these columns"),
+        remedy=f"repeat --map for each role: --map {shlex.quote(missing)}"
+        if "=" in missing
+        else suggest_name(missing, map(str, record), "name one of these columns"),
     )
 
 

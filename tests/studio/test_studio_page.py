@@ -609,7 +609,8 @@ def test_data_set_in_use_is_not_deleted(
         fcntl.flock(lock, fcntl.LOCK_EX)
         used_by = "the recipe runs/a/recipe.yaml"
     elif user in ("data/a", "uploads/a"):
-        view.jobs.start("label", "", ["label", "finesight-tiny", user, "--prompt=Color?"])
+        command = ["label", "finesight-tiny", user, "--prompt=Color?", "--suggest-only"]
+        view.jobs.start("label", "", command)
         used_by = "the running command in the step Label"
     else:
         labels = json.loads((data / "data.jsonl").read_text().splitlines()[0])

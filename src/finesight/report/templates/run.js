@@ -3,7 +3,7 @@
 
 const KIND_LABELS = DATA.evaluation_names.length > 1
   ? {better: translate("improved"), worse: translate("worsened"),
-    wrong: translate("incorrect without change"), right: translate("still correct")}
+    wrong: translate("still incorrect"), right: translate("still correct")}
   : {better: "", worse: "", wrong: translate("incorrect"), right: translate("correct")};
 const CHIP_CLASSES = {better: "better", worse: "worse", wrong: "unsure", right: "trained"};
 

@@ -538,7 +538,7 @@ def _size_measures(
 # Bounds that still miss their target. Lower them as the code improves. Those of files and lines may
 # rise only by the size of a new feature.
 MAX_SOURCE_FILES = 270
-MAX_SOURCE_LINES = 86_900
+MAX_SOURCE_LINES = 86_880
 MIN_MEDIAN_FUNCTION_LINES = 6
 MAX_TRAINER_MODULES = 120
 MAX_TRAINER_LINES = 24_000

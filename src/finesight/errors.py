@@ -24,6 +24,9 @@ MAX_PART_CHARS = 10_000
 A message may contain values of untrusted files.
 """
 
+LABEL_TRAIN_FRACTION = 0.8
+"""Fraction of the labels for training, if others are required for validation."""
+
 
 def escape_unprintable(text: str) -> str:
     """Escape characters of untrusted text that could manipulate the terminal."""
@@ -88,10 +91,6 @@ def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = 
 
     similar = difflib.get_close_matches(name, list(names), n=1)
     return f"did you mean {prefix}{similar[0]}?" if similar else otherwise
-
-
-LABEL_TRAIN_FRACTION = 0.8
-"""Fraction of the labels for training, if others are required for validation."""
 
 
 def suggest_similar_path(path: Path, otherwise: str = "check the path") -> str:

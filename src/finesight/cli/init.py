@@ -294,7 +294,7 @@ def _init_labels(
     locate_model(model)
     data, recipe, run = folder / "data", folder / "recipe.yaml", folder / "run"
     files = dict.fromkeys((data / LABELS_FILE, data / EVAL_FILE), "written by `finesight label`")
-    num_samples = round(num_images * (1 - MAX_EVAL_FRACTION))
+    num_samples = round(num_images * LABEL_TRAIN_FRACTION)
     task = DetectedTask(metric, prompt, 32 if metric == "classification" else 256)
     author = f"`finesight init` for {device}"
     duration = choose_duration(None, 0, is_short=False)

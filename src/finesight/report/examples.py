@@ -268,6 +268,12 @@ def read_image_paths(line: JsonObject) -> list[str]:
     return [path for path in paths if isinstance(path, str)]
 
 
+def find_image(name: str, folders: Sequence[Path]) -> Path:
+    """Return the path of an image in the first folder with it, or else the given path."""
+    candidates = (folder / name for folder in folders)
+    return next((path for path in candidates if path.exists()), Path(name))
+
+
 MAX_MEAN_ERROR = 1e-6
 """Maximum difference of a metric from the mean of its per-sample scores.
 
@@ -434,8 +440,7 @@ class ExampleDataBuilder:
         Returns None without decoding if the image has more than `max_source_pixels`.
         """
         try:
-            candidates = [folder / name for folder in self._folders]
-            path = next((file for file in candidates if file.exists()), Path(name))
+            path = find_image(name, self._folders)
             height, width = read_image_size(path)
             if height * width > max_source_pixels:
                 return None

@@ -101,10 +101,10 @@ class MetricChange(ABC):
         """
         if self.change == 0:
             return "same"
-        is_loss = self.difference is not None and self.difference.name == VALIDATION_LOSS
-        if self.difference is None or not (is_loss or self.change_interval):
+        difference = self.difference
+        if difference is None or not (self.change_interval or difference.name == VALIDATION_LOSS):
             return ""
-        verdict = self.difference.verdict
+        verdict = difference.verdict
         return "unsure" if verdict == "no clear change" else verdict
 
     @property

@@ -29,6 +29,7 @@ from finesight.report.examples import (
     ThumbnailCache,
     count_incorrect,
     estimate_differences,
+    find_image,
     read_examples,
     read_image_paths,
     read_incorrect_lines,
@@ -152,16 +153,14 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
     folders = list_image_folders([run_record])[::-1]
     for line in lines:
         if paths := read_image_paths(line):
-            found = [_find_image(path, folders) for path in paths]
+            files = [find_image(path, folders) for path in paths]
+            found = [
+                os.path.abspath(file) if file.exists() else path
+                for path, file in zip(paths, files, strict=True)
+            ]
             line["image"] = found if isinstance(line["image"], list) else found[0]
     write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return len(lines)
-
-
-def _find_image(name: str, folders: Sequence[Path]) -> str:
-    """Return the absolute path of an image in the first folder with it, or else the given path."""
-    candidates = [os.path.abspath(folder / name) for folder in folders]
-    return next(filter(os.path.exists, candidates), name)
 
 
 def render_run_page(

@@ -24,7 +24,7 @@ from finesight.config import TaskName
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions, count_unlabeled_images, detect_columns
 from finesight.data.source_fetch import fetch_source
-from finesight.errors import UserError
+from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.hub.archive import is_archive
 from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
@@ -61,7 +61,7 @@ Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 VIEW_ROUTES = r"|/studio\.(?:css|js)|/live|/view/(?:report|check)"
 
 PASSWORD_FILE, API_KEY_FILE = "password", "api-key"
-DEFAULT_FRACTION, DEFAULT_LABEL_FRACTION = "0.9", "0.8"
+DEFAULT_FRACTION, DEFAULT_LABEL_FRACTION = "0.9", str(LABEL_TRAIN_FRACTION)
 METRIC_LABEL = "Metric (empty: chosen from the answers)"
 
 

@@ -3,6 +3,7 @@
 # make test-slow    run the slow tests: browser, processes, faults, invariants
 # make test-fuzz    fuzz importers, folders and the request parser (20 minutes)
 # make test-faults  inject faults at every known point instead of a sample (minutes)
+# make test-pretraining   test the training of finesight-tiny from scratch (2 minutes)
 # make test-docs    run all commands of the documentation and compare their output (minutes)
 # make measures     print the code and language measures
 # make docs         build the documentation in English and Chinese: build/docs/en/index.html
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart test test-slow test-fuzz test-faults test-docs lint types layers unit measures docs clean
+.PHONY: quickstart test test-slow test-fuzz test-faults test-pretraining test-docs lint types layers unit measures docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/finesight quickstart --out quickstart
@@ -47,6 +48,9 @@ test-slow: $(VENV)/.installed-dev
 
 test-fuzz: $(VENV)/.installed-dev
 	$(PYTEST) -m fuzz
+
+test-pretraining: $(VENV)/.installed-dev
+	$(PYTEST) $(PARALLEL) pretraining/tests
 
 # Run the code blocks of the documentation; takes minutes.
 test-docs: $(VENV)/.installed-dev

@@ -19,7 +19,7 @@ from finesight.errors import UserError
 
 CASES = load_cases("model_card")
 
-FILE = Path(__file__).parents[1] / "pretraining" / "model_card.py"
+FILE = Path(__file__).parents[1] / "model_card.py"
 
 
 CARD = load_module("pretraining/model_card.py")

@@ -16,7 +16,7 @@ from finesight.infer.model_loader import load_inference_model
 from finesight.model_folder import ModelFolder
 from finesight.storage import verify_folder
 
-BUILD_PROGRAM = Path(__file__).parents[1] / "pretraining" / "build_tiny_model.py"
+BUILD_PROGRAM = Path(__file__).parents[1] / "build_tiny_model.py"
 
 MINIATURE = [
     *("--num-images", "24", "32", "40", "40", "--num-eval-samples=1"),

@@ -42,7 +42,7 @@ from typing import Any
 import yaml
 
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, read_samples
-from finesight.synth.scenes import compose_scene
+from finesight.synth.tickets import draw_ticket, sample_ticket
 
 NUM_IMAGES, BOXES_PER_IMAGE, NUM_UPLOADS, NUM_SKIPPED = 52, 10, 2, 2
 LABEL = "shape"
@@ -60,8 +60,8 @@ def write_dataset(folder: Path, seed: int) -> dict[str, list[tuple[float, ...]]]
     boxes: dict[str, list[tuple[float, ...]]] = {}
     lines = []
     for index in range(NUM_IMAGES):
-        image = compose_scene(rng, crowded=False).image
-        name = f"images/scene {index:02d}.png"
+        image = draw_ticket(sample_ticket(rng), rng)
+        name = f"images/ticket {index:02d}.png"
         image.save(folder / name)
         corners = []
         for _ in range(BOXES_PER_IMAGE):

@@ -52,6 +52,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not import files without tests of the selected tier."""
+    if not collection_path.is_relative_to(TESTS):
+        return None
     file = collection_path.relative_to(TESTS).as_posix()
     if collection_path.suffix != ".py" or may_contain_tests(file, config.getoption("markexpr")):
         return None
@@ -65,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     their own tier.
     """
     for item in items:
-        test_id = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
+        test_id = f"{os.path.relpath(item.path, TESTS)}::{item.name}"
         fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
         if not item.get_closest_marker("fuzz") and is_slow(test_id, fixtures):
             item.add_marker("slow")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
-from finesight.synth.scenes import COLORS, FILLS, SHAPES, ShapeKind
+from synthetic_tasks.scenes import COLORS, FILLS, SHAPES, ShapeKind
 
 Relation = Literal["left", "right", "above", "below", "inside", "larger", "smaller"]
 RelationTriple = tuple[ShapeKind, Relation, ShapeKind]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 
-from finesight.synth.scenes import COLORS, SHAPES, PlacedShape, ShapeScene, compose_scene
 from synthetic_tasks import captions
 from synthetic_tasks.camera_noise import apply_camera_noise
 from synthetic_tasks.captions import Relation, RelationTriple, describe_kind
 from synthetic_tasks.fonts import FontSplit
 from synthetic_tasks.question_templates import fill_template, sample_is_chinese
+from synthetic_tasks.scenes import COLORS, SHAPES, PlacedShape, ShapeScene, compose_scene
 from synthetic_tasks.synthetic_sample import (
     ContentPart,
     QuestionAnswer,

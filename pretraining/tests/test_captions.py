@@ -6,11 +6,9 @@ import random
 
 import pytest
 from case_files import load_cases
-from synthetic_tasks import captions, scene_questions
+from synthetic_tasks import captions, scene_questions, scenes
 from synthetic_tasks.captions import CaptionFacts, parse_caption, score_caption, write_caption
-
-from finesight.synth import scenes
-from finesight.synth.scenes import COLORS, FILLS, SHAPES, ShapeKind
+from synthetic_tasks.scenes import COLORS, FILLS, SHAPES, ShapeKind
 
 CASES = load_cases("captions")
 

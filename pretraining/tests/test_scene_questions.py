@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 
 from synthetic_tasks import scene_questions
-
-from finesight.synth.scenes import compose_scene
+from synthetic_tasks.scenes import compose_scene
 
 SIMPLE = [compose_scene(random.Random(number), crowded=False) for number in range(300)]
 CROWDS = [compose_scene(random.Random(number), crowded=True) for number in range(150)]

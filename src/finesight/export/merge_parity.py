@@ -36,7 +36,7 @@ from finesight.infer.engine import generate
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe
-from finesight.synth.scenes import compose_scene
+from finesight.synth.tickets import draw_ticket, sample_ticket
 
 IMAGE_SEED = 20260
 """Random seed of the images that are generated if a run has no validation samples."""
@@ -66,11 +66,11 @@ def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample
 
 
 def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
-    """Save generated images of shapes in a folder, and return one question about each."""
+    """Save generated images of tickets in a folder, and return one question about each."""
     questions = []
     for index in range(num_questions):
-        rng = random.Random(f"scene {IMAGE_SEED} {index}")
-        compose_scene(rng, crowded=False).image.save(folder / f"{index}.png")
+        rng = random.Random(f"ticket {IMAGE_SEED} {index}")
+        draw_ticket(sample_ticket(rng), rng).save(folder / f"{index}.png")
         parts = (ImagePart(image=f"{index}.png"), TextPart(text="Describe this image."))
         sample = Sample(
             id=f"generated {index}", messages=(Message(role="user", content=parts),), meta={}

@@ -8,10 +8,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic_tasks import scenes
+from synthetic_tasks.scenes import COLORS, CONTAINER_SHAPES, are_distinct
 
-from finesight.synth import scenes
 from finesight.synth.canvas import INK_THRESHOLD
-from finesight.synth.scenes import COLORS, CONTAINER_SHAPES, are_distinct
 
 KINDS = [
     scenes.ShapeKind(fill, "black", shape)

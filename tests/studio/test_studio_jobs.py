@@ -229,7 +229,10 @@ def test_invalid_rows_are_skipped_by_the_import_form(
 
 def test_running_server_precedes_a_newer_command(folder: Path) -> None:
     jobs = JobStore(folder)
+    # As in a shell that runs the studio in the background.
+    previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = jobs.start("export", "", ["serve", "finesight-tiny", "--port", "0"], port=1)
+    signal.signal(signal.SIGINT, previous_handler)
     write_job(folder, "9", "export", "merge", "runs/a", "models/a")
     with open_client(folder) as client:
         page = client.get("/live?step=export&lang=en").json()

@@ -146,6 +146,8 @@ class Job(BaseModel, frozen=True):
     def stop(self, *, again: bool = False) -> None:
         """Send SIGINT to the command. Training then saves a checkpoint and ends.
 
+        A server gets SIGTERM: while it loads modules, Python may lose a SIGINT.
+
         Args:
             again: Send another SIGINT, which ends training without a checkpoint. By default,
                 further calls have no effect.
@@ -160,7 +162,7 @@ class Job(BaseModel, frozen=True):
                     (self.folder / STOP_FILE).touch(exist_ok=False)
                     again = True
                 if again:
-                    os.kill(pid, signal.SIGINT)
+                    os.kill(pid, signal.SIGTERM if self.port else signal.SIGINT)
                 return
         is_starting = self.status == "running"
         raise UserError(
@@ -302,14 +304,14 @@ def run_job(folder: Path) -> int:
     # The child inherits the lock, so that it counts as running if this process is killed.
     with (folder / LOCK_FILE).open("a+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [*PYTHON, "finesight", *job.arguments]
-        child = subprocess.Popen(command, pass_fds=[lock.fileno()])
 
         def forward(number: int, frame: FrameType | None) -> None:
             child.send_signal(number)
 
+        # Before the start of the child, which would inherit a SIGINT that a shell ignores.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, forward)
+        child = subprocess.Popen([*PYTHON, "finesight", *job.arguments], pass_fds=[lock.fileno()])
         write_file(folder / PID_FILE, str(child.pid).encode())
         exit_code = child.wait()
         write_file(folder / EXIT_CODE_FILE, str(exit_code).encode())

@@ -32,6 +32,7 @@ from finesight.model.config import LinearAttentionConfig
 from finesight.model.fused_ops import has_kernels, rms_norm
 from finesight.model.kernels import gated_delta_net as kernels
 from finesight.model.kernels.gated_delta_net import ConvOutput, SequenceChunks
+from finesight.model.kernels.runtime import get_device_capability
 
 CHUNK_LENGTH = 64
 """Tokens of a chunk. Within a chunk the tokens are computed in parallel."""
@@ -443,7 +444,7 @@ def supports_kernels(config: LinearAttentionConfig, x: Tensor) -> bool:
     They need the shared memory of an NVIDIA GPU of compute capability 8.0 or higher.
     """
     is_supported = all(map(_is_kernel_size, (config.key_head_dim, config.value_head_dim)))
-    return is_supported and has_kernels(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return is_supported and has_kernels(x) and get_device_capability(x.device) >= (8, 0)
 
 
 def _apply_conv_kernels(

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from finesight.errors import UserError
 from finesight.model.fused_ops import has_kernels, quick_gelu
-from finesight.model.kernels.runtime import HAS_TRITON
+from finesight.model.kernels.runtime import HAS_TRITON, get_device_capability
 from finesight.model.quant.base import Fp8Rows, QuantizedMatrix, QuantizedWeight
 from finesight.model.quant.int8 import RowwiseMatrix
 
@@ -45,7 +45,7 @@ class Fp8Matrix(RowwiseMatrix):
     @property
     def has_kernels(self) -> bool:
         # Older GPUs cannot convert this dtype.
-        return super().has_kernels and torch.cuda.get_device_capability(self.device) >= (8, 9)
+        return super().has_kernels and get_device_capability(self.device) >= (8, 9)
 
 
 FP8_ALIGNMENT = 16

@@ -120,7 +120,7 @@ class _EmulatedTensors(TorchFunctionMode):
             return _FusedRmsNorm.apply(x, weight)  # type: ignore[no-untyped-call]
 
         self._emulations: dict[Callable[..., Any], Callable[..., Any]] = {
-            Tensor.is_cuda.__get__: lambda x: is_cuda,  # type: ignore[attr-defined]
+            Tensor.is_cuda.__get__: lambda x: is_cuda,
             F.scaled_dot_product_attention: emulate_sdpa,
         }
         if is_cuda:

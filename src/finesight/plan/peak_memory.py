@@ -309,21 +309,19 @@ def compute_peak_memory(
     parameters = trainable_parameters(model).values()
     accumulated_ids = persistent.accumulated_ids[has_multiple_packs]
     waiting_bytes = sum(p.nbytes for p in parameters if id(p) not in accumulated_ids)
-    peak = StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
-    input_bytes = pool_bytes = 0
+    optimizer_step = StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
+    candidates = [(optimizer_step, 0, 0)]
     for pack in bound_packs(eager_packs, compute):
         memory = tracer.trace(pack, activation_checkpointing, accumulated_ids)
-        if memory.total + count_input_bytes(model, pack) > peak.total + input_bytes:
-            peak, input_bytes = memory, count_input_bytes(model, pack)
+        candidates.append((memory, 0, count_input_bytes(model, pack)))
     for pack in bound_packs(graph_packs, compute):
         graph = plan_graph(model, compute, activation_checkpointing, pack)
         assert graph is not None, "a pack with a graph"
-        for memory, pool in _trace_graph(
+        peaks = _trace_graph(
             tracer, pack, graph, activation_checkpointing, persistent.accumulated_ids[True]
-        ):
-            pool_bytes = max(pool_bytes, pool)
-            if memory.total + count_input_bytes(model, pack) > peak.total + input_bytes:
-                peak, input_bytes = memory, count_input_bytes(model, pack)
+        )
+        candidates += [(memory, pool, count_input_bytes(model, pack)) for memory, pool in peaks]
+    peak, _, input_bytes = max(candidates, key=lambda item: item[0].total + item[2])
     return PeakMemory(
         weights=persistent.weight_bytes + tracer.persistent_bytes,
         master_weights=persistent.master_weight_bytes,
@@ -337,7 +335,7 @@ def compute_peak_memory(
         inputs=input_bytes + sum(graph.buffer_bytes for graph in graphs.values()),
         libraries=(CUBLAS_WORKSPACE_BYTES if compute.is_cuda else CPU_PROCESS_BYTES)
         * (2 if graphs else 1),
-        cuda_graphs=pool_bytes,
+        cuda_graphs=max(pool_bytes for _, pool_bytes, _ in candidates),
         cuda_context=CUDA_CONTEXT_BYTES if compute.is_cuda else 0,
     )
 

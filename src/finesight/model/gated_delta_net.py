@@ -250,7 +250,6 @@ def chunk_gated_delta_rule(
     Args:
         q_THD: Queries, normalized and scaled.
         k_THD: Keys, normalized.
-        v_THV: Values.
         log_decay_TH: Logarithm of the decay, at most 0.
         beta_TH: Step size, 0 to 1.
         layout: Assignment of the tokens to chunks.
@@ -335,7 +334,6 @@ def causal_conv1d(
     Args:
         x_TN: Channels of the tokens.
         weight_NW: Kernel of each channel; the last weight belongs to the token itself.
-        layout: Layout of the sequences.
         state_SWN: Inputs before the first token of each sequence. None means zeros.
     """
     dtype = torch.promote_types(x_TN.dtype, torch.float32)
@@ -358,8 +356,6 @@ def forward_with_states(
     """Compute a linear attention layer for a packed batch, and the states of its sequences.
 
     Args:
-        inputs: Inputs of the layer.
-        layout: Layout of the sequences.
         state: State before the first token of each sequence. None means zeros.
 
     Returns:

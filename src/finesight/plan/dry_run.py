@@ -326,8 +326,6 @@ class StepTracer:
         """Trace the forward and backward pass of a pack.
 
         Args:
-            pack: Pack of the step.
-            activation_checkpointing: Fraction of layers with activation checkpointing.
             accumulated_ids: ids of parameters whose gradients are added to the accumulation buffer
                 immediately, so they do not wait for the optimizer step.
             num_features: Number of precomputed image features. None runs the vision encoder.

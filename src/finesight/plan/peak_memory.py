@@ -196,13 +196,7 @@ class GraphPlan:
 def compute_graph_shape(
     encoder: VisionEncoder, pack: PlannedPack, captures_vision: bool
 ) -> GraphShape:
-    """Return the shape of the CUDA graph of a pack.
-
-    Args:
-        encoder: Vision encoder of the model.
-        pack: Pack to plan.
-        captures_vision: Whether the graph contains the vision encoder.
-    """
+    """Return the shape of the CUDA graph of a pack."""
     vision_shape = None
     if captures_vision:
         patch_bytes = pack.stored_patch_dim(encoder.config)
@@ -224,14 +218,7 @@ def plan_graph(
     activation_checkpointing: float,
     pack: PlannedPack,
 ) -> GraphPlan | None:
-    """Return the CUDA graph plan of a pack, or None if no graph is used.
-
-    Args:
-        model: Model, configured for tuning.
-        compute: Device properties.
-        activation_checkpointing: Fraction of layers with activation checkpointing.
-        pack: Pack to plan.
-    """
+    """Return the CUDA graph plan of a pack, or None if no graph is used."""
     encoder = model.visual
     if not (compute.has_varlen_attention and has_few_trainable_params(model)):
         return None
@@ -286,16 +273,7 @@ def compute_peak_memory(
     has_multiple_packs: bool,
     use_graphs: bool = True,
 ) -> PeakMemory:
-    """Compute the peak memory over packs and the optimizer step.
-
-    Args:
-        persistent: Persistent memory of the run.
-        tracer: Traces the packs.
-        packs: Packs that may be the peak.
-        activation_checkpointing: Fraction of layers with activation checkpointing.
-        has_multiple_packs: Whether any step has several packs.
-        use_graphs: Whether CUDA graphs are used where possible.
-    """
+    """Compute the peak memory over packs and the optimizer step."""
     model, compute = tracer.model, tracer.compute
     graphs: dict[GraphShape, GraphPlan] = {}
     graph_packs, eager_packs = [], []

@@ -68,12 +68,6 @@ def build_planned_model(
 ) -> PlannedModel:
     """Build a planned model from the small files of a model folder, without reading weights.
 
-    Args:
-        folder: Folder of the base model.
-        recipe: Recipe of the run.
-        nf4_parts: Parts of the model to quantize to NF4.
-        target: Device of the run.
-
     Raises:
         UserError: The family has no native implementation, so the layers are unknown.
     """
@@ -101,14 +95,7 @@ def build_meta_model(
     nf4_parts: Collection[ModelPart],
     fp8_parts: Collection[ModelPart],
 ) -> VisionLanguageModel:
-    """Build the model that `model.weights_io.load_model` would load, on the meta device.
-
-    Args:
-        folder: Folder of the base model.
-        dtype: Data type of the weights.
-        nf4_parts: Parts of the model to quantize to NF4.
-        fp8_parts: Parts of the model to quantize to FP8.
-    """
+    """Build the model that `model.weights_io.load_model` would load, on the meta device."""
     hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
     preprocessor = ConfigReader(
         folder.preprocessor_config, str(folder.path / "preprocessor_config.json")

@@ -119,10 +119,8 @@ class PlannedSteps:
         patches, supervised tokens and attention scores.
 
         Args:
-            token_budget: Maximum number of tokens per pack.
             model: Model, configured for tuning. The result is cached: the model of each call may
                 differ only in its quantization.
-            activation_checkpointing: Fraction of layers with activation checkpointing.
         """
         # Graph shapes depend on activation checkpointing, but not on the fraction of layers.
         key = token_budget, activation_checkpointing > 0
@@ -169,8 +167,6 @@ class SettingsSearch:
 
         Args:
             build_model: Returns the planned model with the given parts quantized to NF4.
-            steps: Training steps of the run.
-            memory_bytes: Memory of the device.
             quantization_choices: Sets of parts to quantize to NF4, the set of the recipe first.
             prefer_large_packs: Whether larger packs are faster, as on a GPU.
         """

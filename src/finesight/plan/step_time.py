@@ -183,10 +183,7 @@ class StepTimeEstimator:
         """Estimate the time of a training step.
 
         Args:
-            packs: Packs of the step.
-            activation_checkpointing: Fraction of layers with activation checkpointing.
             has_cached_features: Whether image features are read from the vision cache.
-            use_graphs: Whether CUDA graphs are used where possible.
         """
         target, efficiency = self._target, self._efficiency
         flops, memory_bytes, host_s, read_s = 0.0, 0.0, 0.0, 0.0

@@ -127,7 +127,6 @@ def accumulate_gradients(
     """Add gradients to fp32 sums with one kernel.
 
     Args:
-        tiles: Tiles of the parameters.
         gradients: Gradient of each parameter; None leaves its sum unchanged.
         sums: fp32 sums of each parameter.
         has_sum: Whether a sum contains values; otherwise, it is overwritten.
@@ -348,13 +347,11 @@ def adamw_step(
     """Apply an AdamW step to one parameter group with one kernel.
 
     Args:
-        tiles: Tiles of the group.
         gradients: Gradient of each parameter; None counts as zero.
         master_weights: Weights, updated in-place.
         states: First and second moments, updated in-place.
         grad_factor: Scalar on the device that multiplies the gradients; NaN skips the step.
         step_counts: Number of previous steps, and output for the new count; scalars on the device.
-        hparams: Hyperparameters.
     """
     params_E, residual_E = master_weights.params_E, master_weights.residual_E
     gradients = _align_gradients(gradients)

@@ -837,7 +837,6 @@ def causal_conv_step(
     Args:
         x_RN: Channels of the tokens; rows may be strided.
         states_SWN: Earlier inputs, updated in place.
-        slots_R: State of each token.
     """
     (num_rows, channels), width = x_RN.shape, weight_NW.shape[1]
     head_dim = (channels - heads * value_dim) // (2 * key_heads)
@@ -863,7 +862,6 @@ def gated_delta_step(
         b_RH: Step size before the sigmoid.
         z_RE: Gate of the norm.
         states_SHDV: States in fp32, updated in place.
-        slots_R: State of each token.
     """
     _, heads, head_dim, value_dim = states_SHDV.shape
     y_RE = qkv_RN.new_empty(len(qkv_RN), heads * value_dim)

@@ -25,8 +25,7 @@ import httpx2
 
 from finesight import __version__
 from finesight.errors import UserError
-from finesight.hub.access import HubAccess, Refusal
-from finesight.hub.address import HubAddress
+from finesight.hub.address import HubAccess, HubAddress, Refusal
 from finesight.hub.download import (
     HTTP_TIMEOUT,
     RETRY_STATUSES,

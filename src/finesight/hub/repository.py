@@ -20,8 +20,7 @@ from urllib.parse import quote
 
 from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
-from finesight.hub.access import HubAccess
-from finesight.hub.address import HubAddress
+from finesight.hub.address import HubAccess, HubAddress
 from finesight.hub.archive import safe_join
 from finesight.hub.download import Downloader, HttpSite, RemoteFile, is_offline, raise_if_offline
 from finesight.storage import make_folder, raise_if_exists, translate_os_errors

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.runtime import jit, supports_pdl, wait_for_previous_kernel
+from finesight.model.kernels.runtime import jit, supports_pdl, tl, triton, wait_for_previous_kernel
 
 _TARGET_PROGRAMS = 512
 """Number of Triton programs that saturates a GPU; sequences are split to reach it."""

@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from finesight.model.kernels import elementwise, rotary
+from finesight.model.kernels import swiglu as swiglu_kernels
 from finesight.model.kernels.runtime import HAS_TRITON, NO_DROPOUT, get_device_capability
 
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
-
-if HAS_TRITON:
-    from finesight.model.kernels import elementwise, rotary
-    from finesight.model.kernels import swiglu as swiglu_kernels
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:

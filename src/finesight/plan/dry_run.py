@@ -111,7 +111,7 @@ class _EmulatedTensors(TorchFunctionMode):
     """Let meta tensors appear on a target device, with the memory of its fused operations."""
 
     def __init__(self, is_cuda: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
 
         def emulate_sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Any:
             return _FusedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
@@ -120,7 +120,7 @@ class _EmulatedTensors(TorchFunctionMode):
             return _FusedRmsNorm.apply(x, weight)  # type: ignore[no-untyped-call]
 
         self._emulations: dict[Callable[..., Any], Callable[..., Any]] = {
-            Tensor.is_cuda.__get__: lambda x: is_cuda,
+            Tensor.is_cuda.__get__: lambda x: is_cuda,  # type: ignore[attr-defined]
             F.scaled_dot_product_attention: emulate_sdpa,
         }
         if is_cuda:

@@ -142,8 +142,9 @@ class StepTime:
 
 def average_step_times(step_times: Sequence[StepTime]) -> StepTime:
     """Return the mean of each part of the step times."""
-    *seconds, is_blocking = map(fmean, zip(*map(astuple, step_times), strict=True))
-    return StepTime(*seconds, is_loading_blocking=bool(is_blocking))
+    parts = zip(*map(astuple, step_times), strict=True)
+    matmul_s, memory_s, host_s, optimizer_s, loading_s, is_blocking = map(fmean, parts)
+    return StepTime(matmul_s, memory_s, host_s, optimizer_s, loading_s, bool(is_blocking))
 
 
 class StepTimeEstimator:

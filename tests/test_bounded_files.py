@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from each_value import each
 
 from finesight.bounded_files import (
     MAX_ALIASED_VALUES,
@@ -37,7 +38,7 @@ READERS: list[Callable[[Path], object]] = [
 
 
 @pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize("location", ["folder", "pipe", "/dev/zero", "link", "missing", "null\0"])
+@each("location", ["folder", "pipe", "/dev/zero", "link", "missing", "null\0"])
 def test_only_regular_files_are_read(
     read: Callable[[Path], object], location: str, tmp_path: Path
 ) -> None:

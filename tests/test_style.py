@@ -188,7 +188,6 @@ def test_glossary_page_lists_the_avoided_terms():
 
 BUDGETS = {
     "source files",
-    "source lines",
     "files under 60 lines",
     "private functions under 4 lines with one use",
     "modules that the trainer imports",
@@ -223,12 +222,34 @@ def test_size_budgets(tmp_path):
     num_trainer_lines = TRAINER.count("\n")
     assert {name: measures[name] for name in BUDGETS} == {
         "source files": 4,
-        "source lines": lines["a"] + lines["b"] + num_trainer_lines,
         "files under 60 lines": 3,
         "private functions under 4 lines with one use": 1,
         "modules that the trainer imports": 2,
         "lines that the trainer imports": lines["a"] + num_trainer_lines,
     }
+
+
+def test_each_package_has_a_budget(tmp_path):
+    """Pages and tables count; modules of no listed package count together."""
+    project = _project(tmp_path, "x = 1\n" * 4)
+    package = project / "src" / "finesight"
+    for folder, name in (("web", "a.html"), ("cli", "a.py"), ("hub", "a.json"), ("new", "a.js")):
+        (package / folder).mkdir()
+        (package / folder / name).write_text("1\n" * 5)
+    (package / "trainer_settings.yaml").write_text("1\n" * 3)
+    budgets = (*CODE_MEASURES.PACKAGE_BUDGETS, CODE_MEASURES.OTHER_MODULES)
+    measures = {one.name: one for one in CODE_MEASURES.measure_project(project)}
+    lines = {b.packages[0]: measures[b.name].value for b in budgets}
+    other_lines = 4 + len((package / "b.py").read_text().splitlines()) + 5
+    assert {package: value for package, value in lines.items() if value} == {
+        "cli": 10,
+        "doctor": 3,
+        "other modules": other_lines,
+    }
+    hub = next(b for b in budgets if b.packages == ("hub",))
+    (package / "hub" / "a.css").write_text("1\n" * (hub.bound + 1))
+    measures = {one.name: one for one in CODE_MEASURES.measure_project(project)}
+    assert [b.name for b in budgets if not measures[b.name].is_met] == ["lines of hub"]
 
 
 def test_every_measure_has_a_violation_case(tmp_path):
@@ -237,6 +258,8 @@ def test_every_measure_has_a_violation_case(tmp_path):
         *("glossary exceptions", "unused glossary exceptions"),
         *("test lines per source line, most", "private names of the package used in tests"),
         *BUDGETS,
+        *(b.name for b in CODE_MEASURES.PACKAGE_BUDGETS),
+        CODE_MEASURES.OTHER_MODULES.name,
     }
     measures = CODE_MEASURES.measure_project(_project(tmp_path, GOOD))
     assert {one.name for one in measures} == {*OFFENCES, *PAGE_OFFENCES, *others}

@@ -55,8 +55,9 @@ class CodeMeasure:
     def __str__(self) -> str:
         sign = ">=" if self.is_minimum else "<="
         mark = "ok " if self.is_met else "NOT"
+        value = f"{self.value:.5g}"
         target = "" if self.target is None else f"  (target {self.target:g})"
-        return f"{mark} {self.name:44} {self.value:8.4g}  {sign} {self.bound:g}{target}"
+        return f"{mark} {self.name:44} {value:>8}  {sign} {self.bound:g}{target}"
 
 
 STRING_OR_COMMENT = re.compile(
@@ -112,6 +113,7 @@ def measure_project(root: Path) -> list[CodeMeasure]:
     return [
         *_size_measures(source, everything),
         *_budget_measures(source),
+        *_package_measures(root),
         *_definition_measures(source),
         *_habit_measures(source),
         _vague_name_measure(everything),
@@ -535,10 +537,66 @@ def _size_measures(
     )
 
 
-# Bounds that still miss their target. Lower them as the code improves. Those of files and lines may
-# rise only by the size of a new feature.
+@dataclass(frozen=True)
+class PackageBudget:
+    """Lines of one or more packages or top-level modules: their bound and the target.
+
+    Lower the bound after a redesign. A feature that needs more lines names in its commit the code
+    that it deletes.
+    """
+
+    packages: tuple[str, ...]
+    bound: int
+    target: int
+
+    @property
+    def name(self) -> str:
+        """Return the name of the measure, which lists the packages."""
+        return f"lines of {', '.join(self.packages)}"
+
+
+PACKAGE_BUDGETS = (
+    PackageBudget(("train",), 11_751, 11_500),
+    PackageBudget(("model",), 12_260, 11_300),
+    PackageBudget(("data",), 11_608, 10_500),
+    PackageBudget(("infer",), 4_954, 4_900),
+    PackageBudget(("encode",), 4_030, 4_000),
+    PackageBudget(("evaluate",), 3_211, 3_500),
+    PackageBudget(("check",), 3_837, 3_500),
+    PackageBudget(("report",), 7_103, 6_500),
+    PackageBudget(("serve",), 3_520, 3_000),
+    PackageBudget(("plan",), 2_700, 2_200),
+    PackageBudget(("hub",), 2_100, 1_400),
+    PackageBudget(("export", "track", "launch", "synth", "vision"), 4_522, 4_300),
+    PackageBudget(("doctor", "convert", "trainer_settings"), 3_550, 2_700),
+    PackageBudget(
+        ("cli", "studio", "web", "label", "api", "quickstart_demo", "operations", "app"),
+        13_136,
+        9_300,
+    ),
+)
+OTHER_MODULES = PackageBudget(("other modules",), 3_738, 3_300)
+SOURCE_SUFFIXES = (".py", ".html", ".css", ".js", ".yaml")
+
+
+def _package_measures(root: Path) -> Iterator[CodeMeasure]:
+    """Yield the lines of each package, with its pages, scripts and tables."""
+    folder = root / "src" / PACKAGE
+    lines: Counter[str] = Counter()
+    for path in folder.rglob("*"):
+        if path.suffix in SOURCE_SUFFIXES:
+            part = path.relative_to(folder).parts[0].partition(".")[0]
+            lines[part] += len(path.read_text(encoding="utf-8").splitlines())
+    for budget in PACKAGE_BUDGETS:
+        num_lines = sum(lines.pop(package, 0) for package in budget.packages)
+        yield CodeMeasure(budget.name, num_lines, budget.bound, target=budget.target)
+    rest = OTHER_MODULES
+    yield CodeMeasure(rest.name, sum(lines.values()), rest.bound, target=rest.target)
+
+
+# Bounds that still miss their target. Lower them as the code improves. That of files may rise only
+# by the size of a new feature.
 MAX_SOURCE_FILES = 270
-MAX_SOURCE_LINES = 86_880
 MIN_MEDIAN_FUNCTION_LINES = 6
 MAX_TRAINER_MODULES = 120
 MAX_TRAINER_LINES = 24_000
@@ -551,7 +609,6 @@ TRAINER_MODULE = f"{PACKAGE}.train.trainer"
 def _budget_measures(source: Sequence[SourceModule]) -> Iterator[CodeMeasure]:
     """Yield the size of the package, of its functions, and of what the trainer imports."""
     yield CodeMeasure("source files", len(source), MAX_SOURCE_FILES, target=240)
-    yield CodeMeasure("source lines", _num_lines(source), MAX_SOURCE_LINES, target=56_000)
     free = {"families", "formats", "kernels"}
     small = tuple(
         f"{m.path}: {len(m.lines)} lines"

@@ -6,7 +6,7 @@ import random
 from itertools import combinations
 
 import numpy as np
-import pytest
+from each_value import each
 from PIL import Image
 from synthetic_tasks import scenes
 from synthetic_tasks.scenes import COLORS, CONTAINER_SHAPES, are_distinct
@@ -27,8 +27,8 @@ SIMPLE = [scenes.compose_scene(random.Random(number), crowded=False) for number 
 CROWDS = [scenes.compose_scene(random.Random(number), crowded=True) for number in range(150)]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.phrase)
-@pytest.mark.parametrize("side", [22, 71])
+@each("kind", KINDS)
+@each("side", [22, 71])
 def test_box_is_the_ink_bounds(kind, side):
     cover = np.asarray(scenes.render_mask(kind, side), dtype=int) >= INK_THRESHOLD
     image = Image.new("RGB", (160, 140), (255, 255, 255))
@@ -101,7 +101,7 @@ def test_described_shapes_have_unique_color_and_shape():
         assert len(result) == len(made.shapes)
 
 
-@pytest.mark.parametrize("made", SIMPLE[:100])
+@each("made", SIMPLE[:100])
 def test_colors_are_visible(made):
     for shape in made.shapes:
         if shape.kind.fill == "solid" and shape.kind.shape in ("square", "circle", "hexagon"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from case_files import load_cases
 from docs_code_blocks import list_pages
+from each_value import each
 
 CASES = load_cases("code_references")
 
@@ -96,7 +97,7 @@ def iter_missing(text: str) -> Iterator[str]:
             yield f"{name} in {path}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@each("page", PAGES)
 def test_code_named_in_page_exists(page: Path) -> None:
     assert [*iter_missing(page.read_text("utf-8"))] == []
 
@@ -112,7 +113,7 @@ def test_code_named_in_docstrings_exists() -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@each("page", PAGES)
 def test_table_cells_name_each_path_once(page: Path) -> None:
     for number, line in enumerate(page.read_text("utf-8").splitlines(), 1):
         for cell in line.split("|") if line.startswith("|") else ():

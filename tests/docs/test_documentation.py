@@ -23,6 +23,7 @@ from docs_environment import (
     run_fake_hubs,
 )
 from docs_terminal import DocsTerminal
+from each_value import each
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -39,7 +40,7 @@ def test_both_languages_have_the_same_pages() -> None:
     assert list(ENGLISH) == list(CHINESE)
 
 
-@pytest.mark.parametrize("name", CHINESE)
+@each("name", CHINESE)
 def test_page_has_the_same_content_in_both_languages(name: str) -> None:
     english, chinese = ENGLISH[name], CHINESE[name]
     assert list_heading_levels(chinese) == list_heading_levels(english)
@@ -54,7 +55,7 @@ def normalize_block(block: CodeBlock) -> tuple[str, str | None, str | None, str]
     return block.language, caption, block.needs, block.code
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh"], ids=str)
+@each("block", [b for b in BLOCKS if b.language == "sh"])
 def test_commands_in_code_blocks_exist(block: CodeBlock) -> None:
     """Check command names and options without running the commands."""
     for words in _commands(block.text):
@@ -92,13 +93,13 @@ def _is_of_a_recipe(block: CodeBlock) -> bool:
     return block.language == "yaml" and "model_name_or_path" not in block.text
 
 
-@pytest.mark.parametrize("block", filter(_is_of_a_recipe, BLOCKS), ids=str)
+@each("block", filter(_is_of_a_recipe, BLOCKS))
 def test_settings_in_code_blocks_are_valid(block: CodeBlock) -> None:
     least = {"model": "tiny", "data": {"train": "train.jsonl"}, "output_dir": "runs/a"}
     recipe_from_dict(least | yaml.safe_load(block.text))
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=str)
+@each("block", [b for b in BLOCKS if b.language == "json"])
 def test_json_code_blocks_are_valid(block: CodeBlock) -> None:
     """Check JSON syntax; `make test-docs` runs the blocks."""
     json.loads(block.text)

@@ -8,6 +8,7 @@ import random
 
 import pytest
 from case_files import load_cases
+from each_value import each
 
 from finesight.data.image_header import ImageSize
 from finesight.encode.box_migration import BOX_FORMATS, FrameSizes, convert_boxes
@@ -45,8 +46,8 @@ def test_conversion_between_all_families(source: str, target: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("source", "target"), itertools.permutations(BOX_FORMATS, 2))
-@pytest.mark.parametrize("resized", [(56, 84), RESIZED, (2044, 3584)])
+@each(("source", "target"), itertools.permutations(BOX_FORMATS, 2))
+@each("resized", [(56, 84), RESIZED, (2044, 3584)])
 def test_roundtrip_changes_coordinates_by_at_most_one(
     source: str, target: str, resized: ImageSize
 ) -> None:
@@ -129,9 +130,7 @@ def test_text_without_boxes_is_unchanged(source: str) -> None:
         assert convert_boxes(text, source, target, frames(source, target)) == (text, 0)
 
 
-@pytest.mark.parametrize(
-    ("text", "source", "target", "what"), CASES["test_invalid_boxes_are_rejected"]
-)
+@each(("text", "source", "target", "what"), CASES["test_invalid_boxes_are_rejected"])
 def test_invalid_boxes_are_rejected(text: str, source: str, target: str, what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
         to(text, source, target)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from chat_reference import build_rope_model
+from each_value import each
 
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
@@ -52,7 +53,7 @@ def test_text_after_long_video_continues_after_its_time() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-@pytest.mark.parametrize("fps", FPS)
+@each("fps", FPS)
 def test_time_steps_match_transformers(family: str, fps: float) -> None:
     groups, side = 400, 1600
     grid = torch.tensor([[groups, 2, 2 * side]])

@@ -23,6 +23,7 @@ import pytest
 import torch
 from chat_reference import build_rope_model
 from conversation_fixtures import make_folder
+from each_value import each
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from video_fixtures import find_index, save_frames, write_video
 
@@ -217,8 +218,8 @@ def test_several_videos_in_a_sample(tmp_path: Path, renderer: NativeRenderer) ->
     np.testing.assert_array_equal(np.concatenate(alone), encoded.patches_ND)
 
 
-@pytest.mark.parametrize("fps", [0.7, 2.0, 3.0, 7.0])
-@pytest.mark.parametrize(("num_frames", "video_fps"), [(61, 10), (90, 24), (50, 30)])
+@each("fps", [0.7, 2.0, 3.0, 7.0])
+@each(("num_frames", "video_fps"), [(61, 10), (90, 24), (50, 30)])
 def test_positions_and_timestamps_match_transformers(
     tmp_path: Path, renderer: NativeRenderer, num_frames: int, video_fps: int, fps: float
 ) -> None:

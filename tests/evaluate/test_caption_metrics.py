@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from each_value import each
 
 from finesight.evaluate.caption_metrics import (
     compute_cider_d,
@@ -126,7 +127,7 @@ def test_corpus_scores_match_coco_evaluation(seed):
     _agree(output, truths)
 
 
-@pytest.mark.parametrize("seed", range(200))
+@each("seed", range(200))
 def test_single_caption_scores_match_coco_evaluation(seed):
     """BLEU of one caption, where whole orders of n-grams match nothing."""
     chance = random.Random(1000 + seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from browser import XSS_PAYLOADS
+from each_value import each
 
 from finesight.evaluate.mathml import (
     ALLOWED_ATTRIBUTES,
@@ -81,7 +82,7 @@ def test_invalid_latex_returns_none(source: str) -> None:
     assert FormulaConverter().convert(source) is None
 
 
-@pytest.mark.parametrize(
+@each(
     "source",
     [
         r"\href{javascript:alert(1)}{x}",

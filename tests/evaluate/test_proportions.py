@@ -6,6 +6,7 @@ import math
 from fractions import Fraction
 
 import pytest
+from each_value import each
 
 from finesight.evaluate.bootstrap import (
     beta_cdf,
@@ -100,9 +101,9 @@ def test_pairs_that_all_agree_have_an_interval_with_a_width() -> None:
     assert (low, high) == pytest.approx((-z2 / (30 + z2), z2 / (30 + z2)), abs=1e-6)
 
 
-@pytest.mark.parametrize("trials", [6, 10, 20])
-@pytest.mark.parametrize("gain", [0.0, 0.02, 0.1, 0.4, 0.8])
-@pytest.mark.parametrize("loss", [0.0, 0.02, 0.1])
+@each("trials", [6, 10, 20])
+@each("gain", [0.0, 0.02, 0.1, 0.4, 0.8])
+@each("loss", [0.0, 0.02, 0.1])
 def test_the_interval_of_pairs_covers_nearly_95_of_100_sets(
     trials: int, gain: float, loss: float
 ) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from case_files import load_cases
+from each_value import each
 
 from finesight.evaluate.caption_metrics import tokenize_caption
 
@@ -9,7 +10,7 @@ from finesight.evaluate.caption_metrics import tokenize_caption
 REFERENCE = load_cases("ptb_tokens")
 
 
-@pytest.mark.parametrize(("caption", "expected"), REFERENCE)
+@each(("caption", "expected"), REFERENCE)
 def test_tokens_match_ptb_reference(caption, expected):
     assert tokenize_caption(caption) == expected.split()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from each_value import each
 
 from finesight.errors import UserError
 from finesight.hub.address import (
@@ -13,7 +14,7 @@ from finesight.hub.address import (
 )
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "address"),
     [
         ("Qwen/Qwen2-VL-2B", HubAddress("hf", "model", "Qwen/Qwen2-VL-2B")),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fake_hub_servers
 import pytest
+from each_value import each
 from fake_hub_servers import COMMIT, TOKEN, FakeHubServer, HuggingFaceHandler, run_hub_server
 from huggingface_hub import constants
 
@@ -244,7 +245,7 @@ def test_path_traversal_is_rejected(hub: FakeHubServer, address: HubAddress, pat
         open_repository(address).fetch_files([path])
 
 
-@pytest.mark.parametrize(
+@each(
     "target",
     [
         *("file:///etc/passwd", "http://169.254.169.254/latest", "http://example.com/a"),

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from container_fixtures import write_parquet, write_tar_shards
 from flaky_proxy import FlakyProxy
-from tiny_task import TinyTask, read_losses
 
 from finesight.errors import UserError
 from finesight.hub import url_files
@@ -47,20 +45,6 @@ def set_endpoint(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the endpoint to a port of this machine."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     s3fs.S3FileSystem.clear_instance_cache()
-
-
-def test_run_trains_from_s3(tmp_path: Path, bucket: Any) -> None:
-    task = TinyTask(tmp_path)
-    write_tar_shards(tmp_path / "train.jsonl", tmp_path / "shards", each=4)
-    for shard in sorted((tmp_path / "shards").iterdir()):
-        bucket.put(str(shard), f"bucket/shards/{shard.name}")
-    bucket.put(
-        str(write_parquet(tmp_path / "eval.jsonl", tmp_path / "e.parquet")), "bucket/e.parquet"
-    )
-    task.run(name="plain")
-    data = {"train": "s3://bucket/shards/*.tar", "eval": "s3://bucket/e.parquet"}
-    task.run(name="stored", data=data)
-    assert read_losses(tmp_path / "stored") == read_losses(tmp_path / "plain")
 
 
 def test_changed_object_is_downloaded_again(bucket: Any) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from each_value import each
 
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.infer.kv_cache import (
@@ -108,7 +109,7 @@ class BlockLedger:
         assert self.manager._ref_counts == used
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each("seed", range(40))
 def test_random_operations_leak_no_blocks(seed):
     rng = random.Random(seed)
     book = BlockLedger(BlockManager(rng.randrange(2, 30)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from each_value import each
 from engine_fixtures import (
     ForcedTokens,
     Generated,
@@ -155,7 +156,7 @@ def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("late", [0, 1])
-@pytest.mark.parametrize("seed", range(12))
+@each("seed", range(12))
 def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monkeypatch):
     """Random requests, cancelled at random, in a cache that is too small for all of them; what is
     not cancelled is answered as alone."""
@@ -223,7 +224,7 @@ def test_concurrent_equal_prompts_share_cache_later(loaded_model, tmp_path):
     assert engine.num_free_blocks == engine.num_blocks
 
 
-@pytest.mark.parametrize("tokens", range(33, 33 + CPU_BLOCK_SIZE))
+@each("tokens", range(33, 33 + CPU_BLOCK_SIZE))
 def test_answer_is_cached_for_next_turn(loaded_model, tmp_path, tokens):
     """All but the last token of the answer, which is nowhere read; with the same answer as if they
     were not."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from each_value import each
 from torch import Tensor
 
 from finesight.errors import UserError
@@ -87,8 +88,8 @@ def test_sampling_frequencies_match_probabilities(sampling):
         assert seen.tolist() == [DRAWS]
 
 
-@pytest.mark.parametrize("top_k", [0, 1, 2, 5, 8, 50])
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
+@each("top_k", [0, 1, 2, 5, 8, 50])
+@each("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
 def test_top_k_and_top_p_match_reference(top_k, top_p):
     """Check that a batch with different logits samples every token that the filters allow."""
     sampling = SamplingParams(temperature=5.0, top_k=top_k, top_p=top_p, seed=0)
@@ -238,8 +239,8 @@ class FixedConstraint(DecodingConstraint):
         """Nothing changes."""
 
 
-@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 63, 64, 65, 300])
-@pytest.mark.parametrize("wider", [0, 1, 40])
+@each("vocabulary", [1, 31, 32, 33, 63, 64, 65, 300])
+@each("wider", [0, 1, 40])
 def test_only_allowed_tokens_are_sampled(vocabulary, wider):
     """Each token has its own bit, the 32nd of a number too; a head may have rows for no token."""
     logits_1V = _logits(1, vocabulary + wider)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from each_value import each
 from hf_reference import CPU, max_relative_error
 from torch import Tensor
 
@@ -46,12 +47,11 @@ def reference_attention(
     return o_THD
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(
+@each("causal", [True, False])
+@each("kv_heads", [4, 2, 1])
+@each(
     "lengths",
     [[7], [4, 4, 4], [1, 5, 2], [3, 1, 3, 1, 1, 3], [5, 5, 2, 5, 2, 2, 1]],
-    ids=str,
 )
 def test_segments_attend_only_to_themselves(
     lengths: list[int], kv_heads: int, causal: bool
@@ -293,9 +293,9 @@ def with_gradients(found: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [found, *torch.autograd.grad((found * weights.to(found.dtype)).sum(), inputs)]
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", CPU_LENGTHS, ids=str)
-@pytest.mark.parametrize(("causal", "padding"), [(True, True), (True, False), (False, False)])
+@each("kv_heads", [4, 2, 1])
+@each("lengths", CPU_LENGTHS)
+@each(("causal", "padding"), [(True, True), (True, False), (False, False)])
 def test_fp64_matches_fused_kernel(
     lengths: list[int], kv_heads: int, causal: bool, padding: bool
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from case_files import load_cases
+from each_value import each
 from hf_reference import CPU, make_config
 
 from finesight.errors import UserError
@@ -142,7 +143,7 @@ def test_qwen3_transformers_5_config_layout_is_equivalent(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-@pytest.mark.parametrize(("change", "key"), load_cases("model_config_errors"))
+@each(("change", "key"), load_cases("model_config_errors"))
 def test_invalid_config_values_are_reported(family: str, change: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError) as refused:
         geometry(make_config(family, **dict(change)))
@@ -151,7 +152,7 @@ def test_invalid_config_values_are_reported(family: str, change: dict[str, Any],
     assert refused.value.expected
 
 
-@pytest.mark.parametrize(("change", "key"), CASES["test_invalid_moe_config_is_reported"])
+@each(("change", "key"), CASES["test_invalid_moe_config_is_reported"])
 def test_invalid_moe_config_is_reported(change: dict[str, Any], key: str) -> None:
     assert geometry(make_config("qwen3_vl_moe", mlp_only_layers=[])).decoder.moe is not None
     with pytest.raises(UserError) as refused:
@@ -159,7 +160,7 @@ def test_invalid_moe_config_is_reported(change: dict[str, Any], key: str) -> Non
     assert key in refused.value.what
 
 
-@pytest.mark.parametrize(("change", "key"), CASES["test_invalid_qwen3_config_is_reported"])
+@each(("change", "key"), CASES["test_invalid_qwen3_config_is_reported"])
 def test_invalid_qwen3_config_is_reported(change: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError) as refused:
         geometry(make_config("qwen3_vl", **dict(change)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from each_value import each
 from torch import Tensor
 
 from finesight.model.quant import base
@@ -26,10 +27,10 @@ def expand_scales(matrix: RtnInt4Matrix, of_groups: Tensor) -> Tensor:
     return of_groups.float().repeat_interleave(DEFAULT_GROUP_SIZE, 1)[:, : matrix.in_features]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("shift", [-3.0, 0.0, 0.4, 3.0])
-@pytest.mark.parametrize("size", [1e-2, 1.0, 1e3])
-@pytest.mark.parametrize("at_once", [base.CHUNK_ELEMENTS, 300])
+@each("shape", SHAPES)
+@each("shift", [-3.0, 0.0, 0.4, 3.0])
+@each("size", [1e-2, 1.0, 1e3])
+@each("at_once", [base.CHUNK_ELEMENTS, 300])
 def test_quantization_error_is_at_most_half_a_scale(
     shape: tuple[int, int],
     shift: float,
@@ -46,7 +47,7 @@ def test_quantization_error_is_at_most_half_a_scale(
     assert bool((off <= expand_scales(matrix, matrix.scales_OG) * (0.5 + 15 * 2**-11)).all())
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-6])
+@each("size", [0.0, 1e-9, 1e-6])
 def test_tiny_values_have_small_error(size: float) -> None:
     values = random_values((4, 128)) * size
     found = quantize(values).dequantize(torch.float32)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from each_value import each
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("share", [0.0, 0.3])
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (77, 176), (90, 99), (300, 1536)])
-@pytest.mark.parametrize("ranks", [rank for rank in RANKS if rank <= 128])
+@each("dtype", [torch.bfloat16, torch.float16])
+@each("share", [0.0, 0.3])
+@each(("rows", "width"), [(1, 64), (77, 176), (90, 99), (300, 1536)])
+@each("ranks", [rank for rank in RANKS if rank <= 128])
 def test_forward_matches_fp64(
     ranks: int, rows: int, width: int, share: float, dtype: torch.dtype
 ) -> None:
@@ -58,11 +59,11 @@ def test_forward_matches_fp64(
     assert relative_error(low_TR, exact) < rounding(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("share", [0.0, 0.3])
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (77, 176), (90, 99), (3000, 1536)])
-@pytest.mark.parametrize("ranks", RANKS)
+@each("dtype", [torch.bfloat16, torch.float16])
+@each("share", [0.0, 0.3])
+@each("normed", [False, True])
+@each(("rows", "width"), [(1, 64), (77, 176), (90, 99), (3000, 1536)])
+@each("ranks", RANKS)
 def test_backward_matches_fp64(
     ranks: int, rows: int, width: int, normed: bool, share: float, dtype: torch.dtype
 ) -> None:

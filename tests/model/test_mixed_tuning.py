@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from each_value import each
 from hf_reference import (
     make_config,
     make_conversation,
@@ -48,8 +49,8 @@ MIXES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("how", MIXES)
+@each("tied", [True, False])
+@each("how", MIXES)
 def test_mixed_tuning_gradients_match_peft(
     family: str, tied: bool, how: str, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from each_value import each
 from hf_reference import (
     collect_gradients,
     make_config,
@@ -141,7 +142,7 @@ def pair(request: pytest.FixtureRequest) -> Any:
     return make_native_model(MODELS[request.param], theirs), theirs
 
 
-@pytest.mark.parametrize(
+@each(
     "samples",
     [
         [TEXT],
@@ -150,7 +151,6 @@ def pair(request: pytest.FixtureRequest) -> Any:
         [FILM, TEXT],
         [TWO_IMAGES, TEXT, ONE_IMAGE, BOTH, FILM],
     ],
-    ids=["text", "texts", "image", "video", "all"],
 )
 def test_packed_logits_match_reference(pair: Any, samples: list[Any]) -> None:
     ours, theirs = pair

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
-import pytest
+from each_value import each
 from PIL import Image
 
 from finesight.synth import canvas
@@ -24,8 +24,8 @@ def _ink_bounds(image):
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
-@pytest.mark.parametrize("angle", [0.0, 3.5, -6.0, 20.0])
-@pytest.mark.parametrize("text", ["Word", "jump", "...", "12:30"])
+@each("angle", [0.0, 3.5, -6.0, 20.0])
+@each("text", ["Word", "jump", "...", "12:30"])
 def test_box_is_the_ink_bounds(angle, text):
     page = _white(angle)
     word = page.draw_text(text, canvas.load_builtin_font(28), 60, 70, (0, 0, 0))

@@ -99,13 +99,13 @@ def test_pending_compilation_holds_no_memory() -> None:
 @pytest.mark.gpu
 @GPU
 def test_compilation_errors_are_raised_at_the_end() -> None:
-    triton: Any = pytest.importorskip("triton")
-    from finesight.model.kernels.runtime import compile_in_parallel
+    pytest.importorskip("triton")
+    from finesight.model.kernels.runtime import compile_in_parallel, jit
 
     def wrong(x, block):  # type: ignore[no-untyped-def]
         x + no_such_name  # type: ignore[name-defined]  # noqa: F821
 
-    kernel = triton.jit(wrong)
+    kernel = jit(wrong)
     x_D = torch.zeros(16, device="cuda")
     with pytest.raises(Exception, match="no_such_name"), compile_in_parallel(x_D.device):
         kernel[(1,)](x_D, 16)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from each_value import each
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image as load_image_hf
@@ -25,7 +26,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("turn", range(1, 9))
+@each("turn", range(1, 9))
 def test_exif_orientation(tmp_path: Path, turn: int, kind: str) -> None:
     # A bright top left corner of the upright image, 40 wide and 24 high.
     upright = np.zeros((24, 40, 3), dtype=np.uint8)

@@ -19,7 +19,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -68,6 +68,11 @@ HeaderT = TypeVar("HeaderT")
 _DRIVE_PATTERN = re.compile(r"[A-Za-z]:")
 
 
+_TRUST_REMEDY = (
+    "use it only if you trust its author: unpack it with another program and use the folder"
+)
+
+
 def safe_join(folder: Path, name: str, source: str) -> Path:
     """Join an untrusted relative file name to a folder, without path traversal.
 
@@ -84,7 +89,7 @@ def safe_join(folder: Path, name: str, source: str) -> Path:
             f"file name {name[:200]!r} may be outside the target folder",
             where=source,
             expected="relative paths without `..`",
-            remedy="use it only if you trust its author: unpack it yourself and use the folder",
+            remedy=_TRUST_REMEDY,
         )
     return folder.joinpath(*path.parts)
 
@@ -103,24 +108,16 @@ class _UnpackBudget:
 
     def add_target(self, target: Path) -> None:
         if target in self.targets:
-            raise self._build_error(f"two files with the name {target.name!r}")
+            raise _build_limit_error(self.archive, f"two files with the name {target.name!r}")
         self.targets.add(target)
 
     def add_bytes(self, num_bytes: int) -> None:
         self.unpacked_bytes += num_bytes
         if self.unpacked_bytes > MAX_UNPACKED_BYTES:
-            raise self._build_error(f"more than {MAX_UNPACKED_BYTES} bytes")
+            raise _build_limit_error(self.archive, f"more than {MAX_UNPACKED_BYTES} bytes")
         if self.unpacked_bytes > max(UNCHECKED_BYTES, MAX_COMPRESSION_RATIO * self.archive_bytes):
-            raise self._build_error(
-                f"more than {MAX_COMPRESSION_RATIO} times the {self.archive_bytes} bytes"
-                " of the archive"
-            )
-
-    def _build_error(self, what: str) -> UserError:
-        expected = (
-            f"at most {MAX_UNPACKED_BYTES} bytes and {MAX_COMPRESSION_RATIO} times the archive"
-        )
-        return build_archive_limit_error(self.archive, what, expected)
+            what = f"more than {MAX_COMPRESSION_RATIO} times the {self.archive_bytes} bytes"
+            raise _build_limit_error(self.archive, f"{what} of the archive")
 
 
 def is_archive(name: str) -> bool:
@@ -135,53 +132,42 @@ def unpack_archive(archive: Path, target: Path) -> None:
     """
     budget = _UnpackBudget(archive, archive.stat().st_size)
     make_folder(target)
-    open_members: Callable[[Path], contextlib.AbstractContextManager[Iterator[_ArchiveMember]]]
-    open_members = _open_zip if archive.name.lower().endswith(".zip") else _open_tar
+    iter_members = _iter_zip if archive.name.lower().endswith(".zip") else _iter_tar
     with (
         translate_os_errors(target),
-        translate_archive_errors(archive),
-        open_members(archive) as members,
+        _translate_archive_errors(archive),
+        contextlib.closing(iter_members(archive)) as members,
     ):
-        for member in members:
-            if any(pattern in member.name for pattern in _IGNORED_MEMBERS):
+        for name, open_stream in members:
+            if any(pattern in name for pattern in _IGNORED_MEMBERS):
                 continue
-            path = safe_join(target, to_readable_name(member.name), str(archive))
+            path = safe_join(target, to_readable_name(name), str(archive))
+            if open_stream is None:
+                continue
             budget.add_target(path)
             make_folder(path.parent)
-            with member.open_stream() as source, path.open("xb") as out:
+            with open_stream() as source, path.open("xb") as out:
                 while chunk := source.read(CHUNK_BYTES):
                     budget.add_bytes(len(chunk))
                     out.write(chunk)
 
 
-@dataclass(frozen=True, slots=True)
-class _ArchiveMember:
-    name: str
-    open_stream: Callable[[], IO[bytes]]
+_Member = tuple[str, Callable[[], IO[bytes]] | None]
+"""Name of a member, and the function that opens it; None for a folder."""
 
 
-@contextlib.contextmanager
-def _open_zip(archive: Path) -> Iterator[Iterator[_ArchiveMember]]:
+def _iter_zip(archive: Path) -> Generator[_Member]:
     with open_regular_file(archive) as raw, zipfile.ZipFile(raw) as file:
-        yield _iter_zip_members(archive, file)
-
-
-def _iter_zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[_ArchiveMember]:
-    for info in iter_limited(archive, file.infolist()):
-        file_type = stat.S_IFMT(info.external_attr >> 16)
-        if file_type not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise _build_special_file_error(archive, info.filename)
-        if info.flag_bits & 1:
-            raise UserError(
-                f"{info.filename[:200]!r} is encrypted",
-                where=str(archive),
-                expected="an archive without a password",
-                remedy="unpack it with another program and use the folder",
-            )
-        if info.is_dir():
-            safe_join(archive, info.filename.rstrip("/") or "/", str(archive))
-            continue
-        yield _ArchiveMember(_zip_name(info), partial(file.open, info))
+        for info in _iter_limited(archive, file.infolist()):
+            file_type = stat.S_IFMT(info.external_attr >> 16)
+            if file_type not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise _build_member_error(archive, info.filename, "a link or a device, not a file")
+            if info.flag_bits & 1:
+                raise _build_member_error(archive, info.filename, "encrypted")
+            if info.is_dir():
+                yield info.filename.rstrip("/") or "/", None
+            else:
+                yield _zip_name(info), partial(file.open, info)
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
@@ -214,35 +200,29 @@ def _unicode_name(extra: bytes, name: bytes) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _open_tar(archive: Path) -> Iterator[Iterator[_ArchiveMember]]:
+def _iter_tar(archive: Path) -> Generator[_Member]:
     with open_tar(archive) as tar:
-        yield _iter_tar_members(tar)
+        for info in tar.iter_headers():
+            if info.isdir():
+                if info.name not in (".", ""):
+                    yield info.name, None
+            elif info.isreg():
+                yield info.name, partial(tar.open_member, info)
+            else:
+                raise _build_member_error(archive, info.name, "a link or a device, not a file")
 
 
-def _iter_tar_members(tar: TarArchive) -> Iterator[_ArchiveMember]:
-    for info in tar.iter_headers():
-        if info.isdir():
-            if info.name not in (".", ""):
-                safe_join(tar.archive, info.name, str(tar.archive))
-            continue
-        if not info.isreg():
-            raise _build_special_file_error(tar.archive, info.name)
-        yield _ArchiveMember(info.name, partial(tar.open_member, info))
-
-
-def _build_special_file_error(archive: Path, name: str) -> UserError:
+def _build_member_error(archive: Path, name: str, what: str) -> UserError:
     return UserError(
-        f"{name[:200]!r} is a link or a device, not a file",
+        f"{name[:200]!r} is {what}",
         where=str(archive),
-        expected="only files and folders",
-        remedy="use the archive only if you trust its author: unpack it yourself and use the"
-        " folder",
+        expected="only files and folders, without a password",
+        remedy=_TRUST_REMEDY,
     )
 
 
 @contextlib.contextmanager
-def translate_archive_errors(archive: Path) -> Iterator[None]:
+def _translate_archive_errors(archive: Path) -> Iterator[None]:
     """Convert exceptions that a corrupt archive causes to UserError.
 
     Disk errors, such as a full disk, are not converted.
@@ -253,13 +233,11 @@ def translate_archive_errors(archive: Path) -> Iterator[None]:
         # bz2 and gzip raise OSError without errno for invalid data.
         if isinstance(error, OSError) and error.errno not in _NON_DISK_ERRNOS:
             raise
-        raise build_corrupt_archive_error(
-            archive, f"{type(error).__name__}: {str(error)[:200]}"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise _build_corrupt_error(archive, reason) from error
 
 
-def build_corrupt_archive_error(archive: Path, reason: str) -> UserError:
-    """Build the UserError for an archive that cannot be read."""
+def _build_corrupt_error(archive: Path, reason: str) -> UserError:
     return UserError(
         f"cannot be read: {reason}",
         where=str(archive),
@@ -268,29 +246,26 @@ def build_corrupt_archive_error(archive: Path, reason: str) -> UserError:
     )
 
 
-def build_archive_limit_error(archive: Path, what: str, expected: str) -> UserError:
-    """Build the UserError for an archive that exceeds a size or file limit."""
+def _build_limit_error(archive: Path, what: str) -> UserError:
     return UserError(
         f"it would unpack to {what}; no files were kept",
         where=str(archive),
-        expected=expected,
-        remedy="use the archive only if you trust its author: unpack it yourself and use the"
-        " folder",
+        expected=f"at most {MAX_MEMBERS} files of different names, {MAX_UNPACKED_BYTES} bytes and"
+        f" {MAX_COMPRESSION_RATIO} times the archive",
+        remedy=_TRUST_REMEDY,
     )
 
 
-def iter_limited(archive: Path, headers: Iterable[HeaderT]) -> Iterator[HeaderT]:
+def _iter_limited(archive: Path, headers: Iterable[HeaderT]) -> Iterator[HeaderT]:
     """Iterate over the headers of an archive, up to the maximum number of files."""
     iterator = iter(headers)
     for _ in range(MAX_MEMBERS):
-        with translate_archive_errors(archive):
+        with _translate_archive_errors(archive):
             header = next(iterator, None)
         if header is None:
             return
         yield header
-    raise build_archive_limit_error(
-        archive, f"more than {MAX_MEMBERS} files", f"at most {MAX_MEMBERS} files"
-    )
+    raise _build_limit_error(archive, f"more than {MAX_MEMBERS} files")
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,19 +277,18 @@ class TarArchive:
 
     def iter_headers(self) -> Iterator[tarfile.TarInfo]:
         """Iterate over the headers of the archive."""
-        for header in iter_limited(self.archive, self.file):
+        for header in _iter_limited(self.archive, self.file):
             if header.size < 0:
-                raise build_corrupt_archive_error(
-                    self.archive, f"{header.name[:200]!r} has {header.size} bytes"
-                )
+                reason = f"{header.name[:200]!r} has {header.size} bytes"
+                raise _build_corrupt_error(self.archive, reason)
             yield header
 
     def read_member(self, header: tarfile.TarInfo) -> bytes:
         """Return the content of one file in the archive."""
-        with translate_archive_errors(self.archive):
+        with _translate_archive_errors(self.archive):
             content: bytes = self.open_member(header).read()
         if len(content) != header.size:
-            raise build_corrupt_archive_error(self.archive, f"{header.name[:200]!r} is truncated")
+            raise _build_corrupt_error(self.archive, f"{header.name[:200]!r} is truncated")
         return content
 
     def open_member(self, header: tarfile.TarInfo) -> Any:
@@ -346,7 +320,7 @@ def open_tar(archive: Path, start: int = 0) -> Iterator[TarArchive]:
     openers: dict[str, Callable[..., Any]]
     openers = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     with contextlib.ExitStack() as stack:
-        with translate_archive_errors(archive):
+        with _translate_archive_errors(archive):
             raw = stack.enter_context(open_regular_file(archive))
             opener = openers.get(archive.suffix.lower())
             reader = _BoundedReader(

@@ -11,12 +11,12 @@ import contextlib
 import fcntl
 import hashlib
 import ipaddress
-import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from io import BufferedRandom
 from pathlib import Path
 from threading import Event
@@ -181,34 +181,31 @@ Data sets may consist of many small files.
 LOCK_POLL_S = 0.2
 """Interval in seconds at which the lock of another process is checked."""
 
-ProgressCallback = Callable[[int], None]
-"""Callback that receives the number of new bytes; negative if bytes are discarded."""
-
 
 class DownloadCancelled(Exception):
     """Raised to stop a download because another one failed or the user cancelled."""
 
 
-class RetryableError(Exception):
+class _RetryableError(Exception):
     """Raised after a temporary failure of a server or connection.
 
-    `retry_after` is the delay in seconds that the server requests, or None.
+    `retry_after` is the delay in seconds that the server requests.
     """
 
-    def __init__(self, what: str, retry_after: int | None = None) -> None:
-        self.what, self.retry_after = what, retry_after
+    def __init__(self, what: str, retry_after: int = 0) -> None:
         super().__init__(what)
+        self.retry_after = retry_after
 
-    def retry_delay(self, num_failures: int) -> float | None:
-        """Return the seconds to wait before the next attempt, or None to give up.
 
-        With 0 failures (some bytes were received), the next attempt is immediate unless the server
-        requests a delay.
-        """
-        requested_s = float(self.retry_after or 0)
-        if num_failures > len(RETRY_DELAYS_S) or requested_s > MAX_RETRY_DELAY_S:
-            return None
-        return max(RETRY_DELAYS_S[num_failures - 1] if num_failures else 0.0, requested_s)
+def get_retry_delay(num_failures: int, requested_s: int = 0) -> float | None:
+    """Return the seconds to wait before the next attempt, or None to give up.
+
+    With 0 failures (some bytes were received), the next attempt is immediate unless the server
+    requests a delay.
+    """
+    if num_failures > len(RETRY_DELAYS_S) or requested_s > MAX_RETRY_DELAY_S:
+        return None
+    return max(RETRY_DELAYS_S[num_failures - 1] if num_failures else 0.0, requested_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,9 +264,7 @@ class RemoteFile:
             raise UserError(
                 f"at least {num_bytes} bytes",
                 where=self.url,
-                expected=f"at most {max_bytes} bytes"
-                if self.size is None
-                else f"{max_bytes} bytes, as listed",
+                expected=f"at most {max_bytes} bytes",
                 remedy="if this is intended, download it with another program and use its path",
             )
 
@@ -299,6 +294,8 @@ class Downloader:
 
     def __init__(self, site: HttpSite) -> None:
         self._site = site
+        self._stop_event = Event()
+        self._on_progress: Callable[[int], None] = lambda num_bytes: None
         self._client = httpx2.Client(
             follow_redirects=True,
             max_redirects=MAX_REDIRECTS,
@@ -318,7 +315,7 @@ class Downloader:
         """Download files in parallel with a progress bar, except those that exist.
 
         After an error, the other downloads are stopped. Partial files remain, so that the next
-        attempt resumes them.
+        attempt resumes them. A downloader has one such call.
         """
         targets = [(file, safe_join(folder, file.path, source)) for file in files]
         missing = [(file, target) for file, target in targets if file.needs_download(target)]
@@ -328,41 +325,22 @@ class Downloader:
         require_free_space(
             folder, total_bytes, source, "free some space, or choose another disk (HF_HOME, --to)"
         )
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            console.print(
-                f"{source}: downloading {len(missing)} files, {total_bytes:,} bytes",
-                markup=False, highlight=False, soft_wrap=True,
-            )  # fmt: skip
-        stop_event = Event()
         with (
-            _build_progress_bar(console) as progress,
+            _show_progress(source, len(missing), total_bytes) as self._on_progress,
             ThreadPoolExecutor(MAX_PARALLEL_DOWNLOADS, thread_name_prefix="download") as executor,
         ):
-            task_id = progress.add_task(source, total=total_bytes or None)
-            futures = [
-                executor.submit(
-                    self.download, file, target, lambda n: progress.advance(task_id, n), stop_event
-                )
-                for file, target in missing
-            ]
+            futures = [executor.submit(self.download, file, target) for file, target in missing]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
-                stop_event.set()
+                self._stop_event.set()
                 executor.shutdown(wait=True, cancel_futures=True)
         for future in futures:
             error = None if future.cancelled() else future.exception()
             if error is not None and not isinstance(error, DownloadCancelled):
                 raise error
 
-    def download(
-        self,
-        file: RemoteFile,
-        target: Path,
-        on_progress: ProgressCallback = lambda num_bytes: None,
-        stop_event: Event | None = None,
-    ) -> None:
+    def download(self, file: RemoteFile, target: Path) -> None:
         """Download and verify a file, unless the target is complete and current.
 
         A partial file of an earlier attempt is resumed. If several processes request the same file,
@@ -370,29 +348,23 @@ class Downloader:
 
         Raises:
             UserError: The file is not available, fails verification, or `target` is not writable.
-            DownloadCancelled: `stop_event` is set.
+            DownloadCancelled: Another file of `download_all` failed.
         """
         if not file.needs_download(target):
             return
         make_folder(target.parent)
         partial = target.with_name(f".{target.name}.partial")
-        stop_event = stop_event or Event()
-        with translate_os_errors(target), _open_locked(partial, stop_event) as stream:
-            if not file.needs_download(target):  # another process has downloaded it
-                on_progress(target.stat().st_size)
-                partial.unlink()
-                return
-            transfer = _Transfer(self, file, target, stream, on_progress, stop_event)
+        with translate_os_errors(target), self._open_locked(partial) as stream:
             num_existing = stream.seek(0, os.SEEK_END)
-            on_progress(num_existing)
-            if not transfer.receive():  # the target is current
+            self._on_progress(num_existing)
+            # Another process may have downloaded it, or the server confirms that it is current.
+            if not (file.needs_download(target) and self._receive(file, target, stream)):
                 partial.unlink()
                 return
             mismatch = file.find_mismatch(stream)
-            if mismatch and num_existing:
-                # The partial file may be of another version: restart once.
-                transfer.truncate()
-                transfer.receive()
+            if mismatch and num_existing:  # of another version
+                self._truncate(stream)
+                self._receive(file, target, stream)
                 mismatch = file.find_mismatch(stream)
             if mismatch:
                 partial.unlink()
@@ -406,43 +378,145 @@ class Downloader:
             os.fsync(stream.fileno())
             partial.rename(target)
             if not file.is_mutable:
-                transfer.etag_path.unlink(missing_ok=True)
+                _etag_path(target).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def open(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+    def _open_locked(self, partial: Path) -> Iterator[BufferedRandom]:
+        """Open and lock the partial file of a download.
+
+        Other processes, such as other ranks, wait until the first one has finished.
+        """
+        while True:
+            with partial.open("ab+") as stream:
+                while True:
+                    try:
+                        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        self._wait(LOCK_POLL_S)
+                        continue
+                    except OSError:  # some network file systems have no locks
+                        pass
+                    break
+                # Another process may have renamed or removed the file.
+                if partial.exists() and os.path.samestat(partial.stat(), os.fstat(stream.fileno())):
+                    yield stream
+                    return
+
+    def _wait(self, seconds: float) -> None:
+        if self._stop_event.wait(seconds):
+            raise DownloadCancelled
+
+    def _receive(self, file: RemoteFile, target: Path, stream: BufferedRandom) -> bool:
+        """Append to the partial file until it is complete, with retries.
+
+        Returns:
+            False if the server confirms that the target is unchanged.
+        """
+        num_failures, max_received = 0, 0
+        while True:
+            num_received = stream.seek(0, os.SEEK_END)
+            if file.size is not None and num_received == file.size:
+                return True
+            if file.size is not None and num_received > file.size:
+                num_received = self._truncate(stream)
+            headers = _conditional_headers(file, target, num_received)
+            try:
+                with self._open(file.url, headers) as response:
+                    if response.status_code == 304:
+                        return False
+                    if self._append(response, file, target, stream):
+                        return True
+                failure = _RetryableError("the response ended early")
+            except _RetryableError as error:
+                failure = error
+            # A file shorter than listed is restarted, never extended past its end.
+            size = stream.seek(0, os.SEEK_END)
+            num_failures = 0 if size > max(num_received, max_received) else num_failures + 1
+            max_received = max(max_received, size)
+            delay_s = get_retry_delay(num_failures, failure.retry_after)
+            if delay_s is None:
+                total_note = f" of {file.size}" if file.size is not None else ""
+                raise UserError(
+                    f"{file.path}: received {size}{total_note} bytes, then {failure}",
+                    where=file.url,
+                    expected="a response from the server",
+                    remedy="check the connection and start again to resume the download",
+                )
+            self._wait(delay_s)
+
+    def _truncate(self, stream: BufferedRandom) -> int:
+        """Discard the partial content, and return the new size 0."""
+        self._on_progress(-stream.seek(0, os.SEEK_END))
+        return stream.truncate(0)
+
+    def _append(
+        self, response: httpx2.Response, file: RemoteFile, target: Path, stream: BufferedRandom
+    ) -> bool:
+        """Append the body of a response to the partial file; return whether it is complete."""
+        headers, num_received = response.headers, stream.tell()
+        content_range = headers.get("content-range", "").removeprefix("bytes ")
+        is_partial = response.status_code == 206
+        is_wrong_range = is_partial and parse_int(content_range.partition("-")[0]) != num_received
+        if not is_partial or is_wrong_range:
+            self._truncate(stream)
+        if response.status_code == 416 or is_wrong_range:
+            return False
+        total_bytes = parse_int(
+            content_range.rpartition("/")[2] if is_partial else headers.get("content-length", "")
+        )
+        if not file.has_digest:
+            target.unlink(missing_ok=True)  # its ETag is replaced
+            etag = headers.get("etag", "") or headers.get("last-modified", "")
+            write_file(_etag_path(target), etag.encode() if etag.isascii() else b"")
+            is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+            if file.size is None and total_bytes is None and not is_chunked:
+                raise UserError(
+                    f"the server does not send the size of {file.path}",
+                    where=strip_query(file.url),
+                    expected="a size, a digest, or a chunked response, which show truncation",
+                    remedy="download it with another program, check that it is complete, and use"
+                    " its path",
+                )
+        file.check_size(total_bytes)
+        for chunk in response.iter_raw():
+            self._wait(0)
+            stream.write(chunk)
+            stream.flush()
+            self._on_progress(len(chunk))
+            file.check_size(stream.tell())
+        return stream.tell() == total_bytes or (file.size is None and total_bytes is None)
+
+    @contextlib.contextmanager
+    def _open(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
         """Send a GET request, follow allowed redirects, and yield the response before its body.
 
-        Raises:
-            UserError: A redirect is not allowed, or the server rejects the request.
-            RetryableError: The failure is temporary.
+        Raises UserError if a redirect is not allowed or the server rejects the request, and
+        `_RetryableError` if the failure is temporary.
         """
         raise_if_offline(url)
         self._check_target(url, url)
         request_headers = {**self._site.headers, **headers}
         try:
             with self._client.stream("GET", url, headers=request_headers) as response:
-                if response.status_code in RETRY_STATUSES:
-                    raise RetryableError(
-                        f"status {response.status_code}",
-                        parse_int(response.headers.get("retry-after", "")),
-                    )
-                if response.status_code >= 400 and response.status_code != 416:
+                status = response.status_code
+                if status in RETRY_STATUSES:
+                    retry_after = parse_int(response.headers.get("retry-after", ""))
+                    raise _RetryableError(f"status {status}", retry_after or 0)
+                if status >= 400 and status != 416:
                     body = next(response.iter_raw(), b"")[:MAX_ERROR_BYTES]
                     raise self._site.build_error(response, body.decode("utf-8", "replace"))
                 yield response
         except httpx2.TransportError as error:
-            raise RetryableError(f"{type(error).__name__}: {error}") from error
-        except httpx2.InvalidURL as error:
+            raise _RetryableError(f"{type(error).__name__}: {error}") from error
+        except (httpx2.InvalidURL, httpx2.TooManyRedirects) as error:
+            is_redirect = isinstance(error, httpx2.TooManyRedirects)
             raise UserError(
-                f"invalid address: {error}", where=url[:200], expected="https://HOST/PATH",
-                remedy="correct the address",
-            ) from error  # fmt: skip
-        except httpx2.TooManyRedirects as error:
-            raise UserError(
-                f"more than {MAX_REDIRECTS} redirects",
-                where=url,
-                expected="the file, or a redirect to it",
-                remedy="download the file with another program and use its path",
+                f"more than {MAX_REDIRECTS} redirects"
+                if is_redirect
+                else f"invalid address: {error}",
+                where=strip_query(url)[:200],
+                expected="https://HOST/PATH of the file",
+                remedy="correct the address, or download the file with another program",
             ) from error
 
     def _check_redirect(self, response: httpx2.Response) -> None:
@@ -453,171 +527,59 @@ class Downloader:
     def _check_target(self, original: str, target: str) -> None:
         """Raise UserError if a URL, or the redirect to it from `original`, is not allowed."""
         hosts = self._site.allowed_hosts
-        try:
+        with contextlib.suppress(ValueError):  # invalid port, address or name
             if is_allowed_url(original, target, hosts):
                 return
-        except ValueError:  # invalid port, address or name
-            pass
-        redirect_note = (
-            "" if original == target else f", the redirect target of {urlsplit(original).netloc}"
-        )
+        is_redirect = original != target
+        origin = f", the redirect target of {urlsplit(original).netloc}" if is_redirect else ""
+        expected, remedy = "from the hub, or from a public host", "check the hub address"
+        if hosts is not None:
+            expected, remedy = f"from {', '.join(sorted(hosts))}", "if you trust it, add the host"
         raise UserError(
-            f"{strip_query(target)[:200]} is not an allowed address{redirect_note}",
+            f"{strip_query(target)[:200]} is not an allowed address{origin}",
             where=strip_query(original)[:200],
-            expected="a response from the hub, or from a public host over https"
-            if hosts is None
-            else f"a response from {', '.join(sorted(hosts))} over https",
-            remedy="check the hub address (HF_ENDPOINT, MODELSCOPE_ENDPOINT)"
-            if hosts is None
-            else "if you trust this host, add it with --allow-host",
+            expected=f"a response {expected} over https",
+            remedy=f"{remedy} (HF_ENDPOINT, MODELSCOPE_ENDPOINT; --allow-host)",
         )
 
 
-@dataclass(slots=True)
-class _Transfer:
-    """Transfer of one remote file to the end of its locked partial file."""
+def _etag_path(target: Path) -> Path:
+    """Return the path of the ETag or date of a target, or of its partial file without it."""
+    return target.with_name(f".{target.name}.etag")
 
-    downloader: Downloader
-    file: RemoteFile
-    target: Path
-    stream: BufferedRandom
-    on_progress: ProgressCallback
-    stop_event: Event
 
-    def receive(self) -> bool:
-        """Append to the partial file until it is complete, with retries.
-
-        Returns:
-            False if the server confirms that the target is unchanged.
-        """
-        file, num_failures, max_received = self.file, 0, 0
-        while True:
-            num_received = self.stream.seek(0, os.SEEK_END)
-            if file.size is not None and num_received == file.size:
-                return True
-            if file.size is not None and num_received > file.size:
-                num_received = self.truncate()
-            try:
-                with self.downloader.open(file.url, self._headers(num_received)) as response:
-                    if response.status_code == 304:
-                        return False
-                    if self._append(response, num_received):
-                        return True
-                failure = RetryableError("the response ended early")
-            except RetryableError as error:
-                failure = error
-            # A file shorter than listed is restarted, never extended past its end.
-            size = self.stream.seek(0, os.SEEK_END)
-            num_failures = 0 if size > max(num_received, max_received) else num_failures + 1
-            max_received = max(max_received, size)
-            delay_s = failure.retry_delay(num_failures)
-            if delay_s is None:
-                total_note = f" of {file.size}" if file.size is not None else ""
-                raise UserError(
-                    f"{file.path}: received {size}{total_note} bytes, then {failure.what}",
-                    where=file.url,
-                    expected="a response from the server",
-                    remedy="check the connection and start again to resume the download",
-                )
-            if self.stop_event.wait(delay_s):
-                raise DownloadCancelled
-
-    def truncate(self) -> int:
-        """Discard the partial content, and return the new size 0."""
-        self.on_progress(-self.stream.seek(0, os.SEEK_END))
-        return self.stream.truncate(0)
-
-    def _headers(self, num_received: int) -> dict[str, str]:
-        headers = {"Range": f"bytes={num_received}-"} if num_received else {}
-        path = self.etag_path
-        etag = path.read_text(encoding="utf-8") if path.exists() else ""
-        # Without a digest, only the server can tell whether the file is unchanged.
-        if etag and num_received and not self.file.has_digest:
-            headers["If-Range"] = etag
-        elif etag and self.target.exists():
-            headers["If-None-Match" if '"' in etag else "If-Modified-Since"] = etag
-        return headers
-
-    @property
-    def etag_path(self) -> Path:
-        """Path of the ETag or date of the target, or of the partial file without a target."""
-        return self.target.with_name(f".{self.target.name}.etag")
-
-    def _append(self, response: httpx2.Response, num_received: int) -> bool:
-        """Append the body of a response to the partial file.
-
-        Returns:
-            True if the file is complete. If the server does not support the range, the partial file
-        """
-        file, headers = self.file, response.headers
-        content_range = headers.get("content-range", "").removeprefix("bytes ")
-        is_partial = response.status_code == 206
-        range_start = parse_int(content_range.partition("-")[0])
-        if response.status_code == 416 or (is_partial and range_start != num_received):
-            self.truncate()
-            return False
-        if not is_partial and num_received:
-            self.truncate()
-        total_bytes = parse_int(
-            content_range.rpartition("/")[2] if is_partial else headers.get("content-length", "")
-        )
-        if not file.has_digest:
-            self.target.unlink(missing_ok=True)  # its ETag is replaced
-            etag = headers.get("etag", "") or headers.get("last-modified", "")
-            write_file(self.etag_path, etag.encode() if etag.isascii() else b"")
-            is_chunked = "chunked" in headers.get("transfer-encoding", "").lower()
-            if file.size is None and total_bytes is None and not is_chunked:
-                raise UserError(
-                    f"the server does not send the size of {file.path}",
-                    where=strip_query(file.url),
-                    expected="a size, a digest, or a chunked response: otherwise truncation is not"
-                    " detected",
-                    remedy="download it with another program, check that it is complete, and use"
-                    " its path",
-                )
-        file.check_size(total_bytes)
-        for chunk in response.iter_raw():
-            if self.stop_event.is_set():
-                raise DownloadCancelled
-            self.stream.write(chunk)
-            self.stream.flush()
-            self.on_progress(len(chunk))
-            file.check_size(self.stream.tell())
-        return self.stream.tell() == total_bytes or (file.size is None and total_bytes is None)
+def _conditional_headers(file: RemoteFile, target: Path, num_received: int) -> dict[str, str]:
+    """Return the headers that request the rest of a file, or its content only if it changed."""
+    headers = {"Range": f"bytes={num_received}-"} if num_received else {}
+    path = _etag_path(target)
+    etag = path.read_text(encoding="utf-8") if path.exists() else ""
+    # Without a digest, only the server can tell whether the file is unchanged.
+    if etag and num_received and not file.has_digest:
+        headers["If-Range"] = etag
+    elif etag and target.exists():
+        headers["If-None-Match" if '"' in etag else "If-Modified-Since"] = etag
+    return headers
 
 
 @contextlib.contextmanager
-def _open_locked(partial: Path, stop_event: Event) -> Iterator[BufferedRandom]:
-    """Open and lock the partial file of a download.
+def _show_progress(
+    source: str, num_files: int, total_bytes: int
+) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar, or one line outside a terminal, and yield its callback.
 
-    Other processes, such as other ranks, wait until the first one has finished.
+    The callback receives the number of new bytes, negative if bytes are discarded.
     """
-    for _ in itertools.count():
-        with partial.open("ab+") as stream:
-            while True:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if stop_event.wait(LOCK_POLL_S):
-                        raise DownloadCancelled from None
-                    continue
-                except OSError:  # some network file systems have no locks
-                    pass
-                break
-            # Another process may have renamed or removed the file.
-            if partial.exists() and os.path.samestat(partial.stat(), os.fstat(stream.fileno())):
-                yield stream
-                return
-
-
-def _build_progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        line = f"{source}: downloading {num_files} files, {total_bytes:,} bytes"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    description = TextColumn("{task.description}", markup=False)
+    columns = description, BarColumn(20), DownloadColumn(), TransferSpeedColumn()
+    with Progress(
+        *columns,
         TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
-    )
+    ) as progress:
+        yield partial(progress.advance, progress.add_task(source, total=total_bytes or None))

@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
@@ -25,14 +25,13 @@ import httpx2
 
 from finesight import __version__
 from finesight.errors import UserError
-from finesight.hub.address import HubAddress
+from finesight.hub.address import HubAccess, HubAddress, Refusal
 from finesight.hub.download import (
     HTTP_TIMEOUT,
     RETRY_STATUSES,
     HttpSite,
     RemoteFile,
-    RetryableError,
-    strip_query,
+    get_retry_delay,
 )
 from finesight.storage import sha256_file
 
@@ -48,11 +47,12 @@ LFS_SUFFIXES = (".safetensors", ".gguf", ".bin", ".model")
 """Suffixes of files that are uploaded with Git LFS at any size."""
 
 
-def get_endpoint() -> str:
-    """Return the base URL of the hub, without a trailing slash."""
+def get_access() -> HubAccess:
+    """Return the endpoint of the hub and the names of its settings."""
     configured = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or ""
     url = configured.strip() or "https://www.modelscope.cn"
-    return (url if "://" in url else f"https://{url}").rstrip("/")
+    endpoint = (url if "://" in url else f"https://{url}").rstrip("/")
+    return HubAccess(endpoint, "MODELSCOPE_ENDPOINT", "MODELSCOPE_API_TOKEN", "my/myaccesstoken")
 
 
 def build_site(address: HubAddress) -> HttpSite:
@@ -61,9 +61,7 @@ def build_site(address: HubAddress) -> HttpSite:
     # Older services of the hub read the cookie, newer ones the header.
     headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"}
     return HttpSite(
-        lambda response, message: _build_refusal_error(
-            address, response.status_code, message, strip_query(str(response.request.url))
-        ),
+        lambda response, message: _build_refusal_error(address, response.status_code, message),
         headers if token else {},
     )
 
@@ -75,9 +73,9 @@ def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
     digests of all files.
     """
     revision = address.revision or DEFAULT_REVISION
-    with _open_api(address, _build_refusal_error) as api:
+    with _open_api(address) as api:
         entries = api.list_repo_files(address.repo_id, address.repo_type, revision=revision)
-    url = f"{get_endpoint()}/api/v1/{address.repo_type}s/{address.repo_id}/repo"
+    url = f"{get_access().endpoint}/api/v1/{address.repo_type}s/{address.repo_id}/repo"
     files = [
         RemoteFile(
             entry.path,
@@ -96,34 +94,20 @@ def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
 
 def check_publish(address: HubAddress, *, public: bool) -> None:
     """Raise UserError without a token, or if the repository exists with another visibility."""
-    _require_token(address)
-    with _open_api(address, _build_write_error) as api:
+    with _open_api(address, writes=True) as api:
         _has_repository(api, address, public)
-
-
-def _require_token(address: HubAddress) -> None:
-    if not _read_token():
-        raise UserError(
-            f"no token for {address}",
-            where="MODELSCOPE_API_TOKEN",
-            expected="a token of an account with write access",
-            remedy=f"create one at {get_endpoint()}/my/myaccesstoken, then: export"
-            " MODELSCOPE_API_TOKEN=ms-...",
-        )
 
 
 def publish_files(
     address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
 ) -> str:
     """Publish files in a model repository on ModelScope in one commit."""
-    _require_token(address)
-    repo_url = f"{get_endpoint()}/models/{address.repo_id}"
     digests = {
         path: sha256_file(path)
         for name, path in files.items()
         if path.stat().st_size > MIN_LFS_BYTES or name.endswith(LFS_SUFFIXES)
     }
-    with _open_api(address, _build_write_error) as api:
+    with _open_api(address, writes=True) as api:
         if not _has_repository(api, address, public):
             api.create_repo(address.repo_id, "model", visibility=_get_visibility(public))
         objects = [{"oid": oid, "size": path.stat().st_size} for path, oid in digests.items()]
@@ -138,20 +122,7 @@ def publish_files(
             _build_commit_action(name, path, digests.get(path)) for name, path in files.items()
         ]
         api.legacy.create_commit(address.repo_id, "model", actions, commit_message)
-    return repo_url
-
-
-def build_visibility_error(address: HubAddress, repo_url: str, public: bool) -> UserError:
-    """Build the UserError for a repository that exists with another visibility."""
-    current = "private" if public else "public"
-    return UserError(
-        f"the repository {address} exists and is {current}",
-        where=repo_url,
-        expected=f"a {'public' if public else 'private'} repository, or a new name",
-        remedy="remove --public"
-        if public
-        else "give another name, or run `finesight export` with --public",
-    )
+    return get_access().get_page(address)
 
 
 def is_same_domain(url: str, hub_url: str) -> bool:
@@ -172,15 +143,13 @@ def _read_token() -> str:
             f"{len(token)} characters, some of which are invalid in a token",
             where="MODELSCOPE_API_TOKEN",
             expected="a token such as ms-... with ASCII letters, digits and punctuation",
-            remedy=f"copy it again from {get_endpoint()}/my/myaccesstoken, or unset the variable",
+            remedy=f"unset the variable, or {get_access().token_hint}",
         )
     return token
 
 
 @contextlib.contextmanager
-def _open_api(
-    address: HubAddress, build_error: Callable[[HubAddress, int, str, str], UserError]
-) -> Iterator[HubApi]:
+def _open_api(address: HubAddress, *, writes: bool = False) -> Iterator[HubApi]:
     """Yield a client of the hub, and convert its exceptions to UserError."""
     try:
         from modelscope_hub import HubApi, HubConfig
@@ -191,25 +160,20 @@ def _open_api(
             where=str(address),
             remedy="pip install 'finesight[modelscope]'",
         ) from error
-    endpoint, token = get_endpoint(), _read_token()
+    access, token = get_access(), _read_token()
+    if writes:
+        access.require_token(address, token)
     # An empty folder, because the package reads tokens of other programs and stores an identifier.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
             logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
-            config = HubConfig(endpoint=endpoint, token=token, cache_dir=folder, config_dir=folder)
-            yield HubApi(config)
+            yield HubApi(HubConfig(access.endpoint, folder, folder, token))
         except APIError as error:
-            url = strip_query(error.url or endpoint)
-            raise build_error(address, error.status_code or 0, error.message, url) from error
+            build_error = access.build_write_error if writes else _build_refusal_error
+            raise build_error(address, error.status_code or 0, error.message) from error
         except (HubError, OSError, ValueError) as error:
-            raise UserError(
-                f"{address} is not available: {type(error).__name__}: {str(error).strip()[:200]}",
-                where=endpoint,
-                expected="a connection to the hub",
-                remedy="check the connection and MODELSCOPE_ENDPOINT, and start again; with"
-                " HF_HUB_OFFLINE=1, downloaded files are used",
-            ) from error
+            raise access.build_connection_error(address, error) from error
 
 
 def _has_repository(api: HubApi, address: HubAddress, public: bool) -> bool:
@@ -220,8 +184,8 @@ def _has_repository(api: HubApi, address: HubAddress, public: bool) -> bool:
         info = api.legacy.get_repo_info(address.repo_id, "model")
     except NotExistError:
         return False
-    if info.get("Visibility") != int(_get_visibility(public)):
-        raise build_visibility_error(address, f"{get_endpoint()}/models/{address.repo_id}", public)
+    is_private = info.get("Visibility") == int(_get_visibility(False))
+    get_access().require_visibility(address, is_private, public)
     return True
 
 
@@ -235,7 +199,7 @@ def _upload_object(address: HubAddress, url: str, path: Path) -> None:
     """Upload a file to storage with one PUT request, which is retried."""
     headers = {"User-Agent": f"finesight/{__version__}"}
     headers["Content-Length"] = str(path.stat().st_size)
-    if is_same_domain(url, get_endpoint()):
+    if is_same_domain(url, get_access().endpoint):
         headers |= build_site(address).headers
     for num_failures in itertools.count(1):
         try:
@@ -246,9 +210,9 @@ def _upload_object(address: HubAddress, url: str, path: Path) -> None:
             status, message = 0, f"{type(error).__name__}: {error}"
         if 200 <= status < 300:
             return
-        delay_s = RetryableError(message).retry_delay(num_failures)
+        delay_s = get_retry_delay(num_failures)
         if status not in (0, *RETRY_STATUSES) or delay_s is None:
-            raise _build_write_error(address, status, message, strip_query(url))
+            raise get_access().build_write_error(address, status, message)
         time.sleep(delay_s)
 
 
@@ -260,37 +224,6 @@ def _build_commit_action(name: str, path: Path, sha256: str | None) -> dict[str,
     return base | {"type": "normal", "sha256": "", "content": content, "encoding": "base64"}
 
 
-def _build_write_error(address: HubAddress, status: int, message: str, url: str) -> UserError:
-    return UserError(
-        f"the hub rejects writing to {address} (status {status}): {message[:200]}",
-        where=url,
-        expected="a token (MODELSCOPE_API_TOKEN) with write access",
-        remedy="check name and token, and start again: without the final commit, the repository is"
-        " unchanged",
-    )
-
-
-def _build_refusal_error(address: HubAddress, status: int, message: str, url: str) -> UserError:
-    repo_url = f"{get_endpoint()}/{address.repo_type}s/{address.repo_id}"
-    if status in (401, 403):
-        return UserError(
-            f"{address} is private or gated, or requires accepting a license (status {status})",
-            where=repo_url,
-            expected="a token (MODELSCOPE_API_TOKEN) with read access",
-            remedy=f"log in and request access at {repo_url}, create a token at"
-            f" {get_endpoint()}/my/myaccesstoken, then: export MODELSCOPE_API_TOKEN=ms-...",
-        )
-    if status == 404:
-        return UserError(
-            f"{address} or its revision does not exist, or it is private (status 404)",
-            where=repo_url,
-            expected="a public repository, or a token (MODELSCOPE_API_TOKEN) with read access",
-            remedy="check the name (the main branch is called master), and whether it is a model"
-            " or a dataset",
-        )
-    return UserError(
-        f"the hub rejects the request for {address} with status {status}: {message[:200]!r}",
-        where=url,
-        expected="the file",
-        remedy="try again later, or download it with another program and use the folder",
-    )
+def _build_refusal_error(address: HubAddress, status: int, message: str) -> UserError:
+    reasons: dict[int, Refusal] = {401: "gated", 403: "gated", 404: "missing"}
+    return get_access().build_refusal_error(address, reasons.get(status, "other"), status, message)

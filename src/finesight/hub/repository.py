@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
-from finesight.hub.address import HubAddress
+from finesight.hub.address import HubAccess, HubAddress
 from finesight.hub.archive import safe_join
 from finesight.hub.download import Downloader, HttpSite, RemoteFile, is_offline, raise_if_offline
 from finesight.storage import make_folder, raise_if_exists, translate_os_errors
@@ -46,7 +46,7 @@ See `finesight.model_folder`.
 class _Hub(Protocol):
     """Functions of the modules `huggingface` and `modelscope`."""
 
-    def get_endpoint(self) -> str: ...
+    def get_access(self) -> HubAccess: ...
 
     def build_site(self, address: HubAddress) -> HttpSite: ...
 
@@ -85,9 +85,11 @@ class HubRepository:
         for path in paths:
             safe_join(self.folder, path, str(self.address))
         if self.address.hub == "hf":
-            from finesight.hub.huggingface import find_cached_files
+            from finesight.hub.huggingface import find_cached_snapshot
 
-            return find_cached_files(self.address, self.commit, list(paths)) or self.folder
+            cached = find_cached_snapshot(replace(self.address, revision=self.commit), paths)
+            if cached is not None and all((cached / path).exists() for path in paths):
+                return cached
         return self.folder
 
     def download_files(self, paths: Sequence[str], folder: Path) -> Path:
@@ -253,7 +255,7 @@ def _get_cache_folder(address: HubAddress) -> Path:
     from huggingface_hub import constants
 
     cache_root = Path(constants.HF_ASSETS_CACHE) / "finesight" / address.hub
-    endpoint = _get_hub(address).get_endpoint()
+    endpoint = _get_hub(address).get_access().endpoint
     if endpoint != DEFAULT_ENDPOINTS[address.hub]:
         cache_root = cache_root / quote(endpoint, safe="")
     return cache_root / f"{address.repo_type}s" / address.repo_id

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.runtime import supports_pdl, wait_for_previous_kernel
+from finesight.model.kernels.runtime import jit, supports_pdl, tl, triton, wait_for_previous_kernel
 
 _TARGET_PROGRAMS = 512
 """Number of Triton programs that saturates a GPU; sequences are split to reach it."""
@@ -30,7 +28,7 @@ _TARGET_PROGRAMS = 512
 _MAX_SPLITS = 64
 
 
-@triton.jit
+@jit
 def _gemv_kernel(
     x, norm, w, bias, lora_low, lora_b, output_scale, residual, y, in_features, out_features,
     num_ranks, eps, norm_offset, has_norm: tl.constexpr, has_bias: tl.constexpr,
@@ -187,7 +185,7 @@ class QKNorms(NamedTuple):
     offset: float = 0.0
 
 
-@triton.jit
+@jit
 def _rope_cache_kernel(
     q, k, v, q_norm, k_norm, cos, sin, slot_mapping, q_out, keys, values, q_stride, q_head_stride,
     k_stride, v_stride, num_heads, num_kv_heads, head_dim, rotary_dim, eps, norm_offset,
@@ -260,7 +258,7 @@ def rope_and_cache(
     return q_out
 
 
-@triton.jit
+@jit
 def _swiglu_kernel(gate_up, y, half, block: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     offsets = tl.program_id(0) * block + tl.arange(0, block)
@@ -279,7 +277,7 @@ def swiglu(gate_up_RX: Tensor) -> Tensor:
     return y_RI
 
 
-@triton.jit
+@jit
 def _paged_attention_kernel(
     q, keys, values, block_table, seq_lens, partial_out, softmax_stats, scale, q_stride,
     block_table_stride, num_heads, num_kv_heads, head_dim, num_kv_groups: tl.constexpr,
@@ -344,7 +342,7 @@ def _paged_attention_kernel(
         tl.store(softmax_stats + stat_offsets * 2 + 1, sum_G, mask=g < num_kv_groups)
 
 
-@triton.jit
+@jit
 def _combine_splits_kernel(
     partial_out, softmax_stats, o, head_dim, num_splits: tl.constexpr, use_pdl: tl.constexpr,
     block_x: tl.constexpr, block_d: tl.constexpr,

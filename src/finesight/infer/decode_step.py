@@ -9,19 +9,20 @@ Shapes: R rows, D hidden size, I intermediate size, V vocabulary.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finesight.infer import decode_kernels
 from finesight.infer.kv_cache import DecodeAttention
 from finesight.model.decoder import DecoderAttention, DecoderLayer
 from finesight.model.families.qwen3_5 import GatedAttention, GatedDeltaNet, HybridDecoderLayer
 from finesight.model.fused_ops import sigmoid_gate
 from finesight.model.gated_delta_net import L2_NORM_EPS, supports_kernels
 from finesight.model.kernels import gated_delta_net as delta_net_kernels
+from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.layers import (
     GatedMlp,
     RmsNorm,
@@ -33,11 +34,6 @@ from finesight.model.linear import FusedLinear, add_lora_delta, single_output
 from finesight.model.lora.multi import MultiLoraLinear
 from finesight.model.quant.base import Packed4BitMatrix, QuantizedWeight, RmsNormParams, pack_inputs
 from finesight.model.vlm import VisionLanguageModel
-
-_HAS_TRITON = find_spec("triton") is not None
-
-if _HAS_TRITON:
-    from finesight.infer import decode_kernels
 
 _LAYER_TYPES = DecoderLayer, HybridDecoderLayer
 
@@ -53,7 +49,7 @@ def supports_fused_decode(model: VisionLanguageModel) -> bool:
     has_known_layers = all(isinstance(layer, layer_types) for layer in model.model.layers)
     if linear_attention is not None and not supports_kernels(linear_attention, weight):
         return False
-    return _HAS_TRITON and weight.is_cuda and is_16_bit and has_known_layers
+    return HAS_TRITON and weight.is_cuda and is_16_bit and has_known_layers
 
 
 def fused_decode_step(

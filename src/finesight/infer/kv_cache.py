@@ -17,7 +17,6 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from finesight.encode.packing import copy_to_device
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
+from finesight.infer import decode_kernels
 from finesight.model.attention import Segments, supports_varlen_attention, varlen_attention
 from finesight.model.config import DecoderConfig
 from finesight.model.gated_delta_net import (
@@ -35,6 +35,7 @@ from finesight.model.gated_delta_net import (
     forward_step,
     forward_with_states,
 )
+from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.vision.image_processing import first_frame
 
 BlockHash = bytes
@@ -183,12 +184,6 @@ def get_span_patches(prompt: EncodedSample, span_index: int) -> NDArray[np.uint8
     if span.num_frames > 1:
         return patches_ND
     return first_frame(patches_ND, span.resized_size[0] // span.grid_thw[1])
-
-
-_HAS_TRITON = find_spec("triton") is not None
-
-if _HAS_TRITON:
-    from finesight.infer import decode_kernels
 
 
 class KVCache:
@@ -500,4 +495,4 @@ def has_paged_kernels(cache: KVCache) -> bool:
 
     With them, decoding needs no sequence lengths on the host.
     """
-    return _HAS_TRITON and cache.device.type == "cuda"
+    return HAS_TRITON and cache.device.type == "cuda"

@@ -43,11 +43,8 @@ from finesight.model.gated_delta_net import (
     forward_packed,
     forward_with_states,
 )
+from finesight.model.kernels import varlen_attention as varlen_kernels
 from finesight.model.kernels.runtime import HAS_TRITON
-
-if HAS_TRITON:
-    from finesight.model.kernels import varlen_attention as varlen_kernels
-
 
 MAX_LENGTH_RATIO, LENGTH_MULTIPLE = 2, 64
 """Maximum length ratio of the segments in a padded bucket, and divisor of its padded length.

@@ -19,20 +19,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import supports_varlen_attention
+from finesight.model.kernels import lora_gemm as lora_gemm_kernels
+from finesight.model.kernels import norm as norm_kernels
+from finesight.model.kernels import rotary as rotary_kernels
+from finesight.model.kernels import swiglu as swiglu_kernels
+from finesight.model.kernels.lora_gemm import RmsNormStats
+from finesight.model.kernels.rotary import QkvLayout
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.layers import RotaryCosSin
 from finesight.model.linear import FusedLinear, LoraLinear
 from finesight.model.lora.fused import LoraMatmul
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import empty_fp8_rows
-
-if HAS_TRITON:
-    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
-    from finesight.model.kernels import norm as norm_kernels
-    from finesight.model.kernels import rotary as rotary_kernels
-    from finesight.model.kernels import swiglu as swiglu_kernels
-    from finesight.model.kernels.lora_gemm import RmsNormStats
-    from finesight.model.kernels.rotary import QkvLayout
 
 MAX_RANK = 128
 """Maximum LoRA rank of a layer that the accumulators of the kernels support."""

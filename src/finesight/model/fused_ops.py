@@ -8,7 +8,6 @@ Shapes: T tokens or patches, H heads, D width.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,13 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.model.kernels.runtime import HAS_TRITON, NO_DROPOUT
+from finesight.model.kernels import elementwise, rotary
+from finesight.model.kernels import swiglu as swiglu_kernels
+from finesight.model.kernels.runtime import HAS_TRITON, NO_DROPOUT, get_device_capability
 
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
-
-if HAS_TRITON:
-    from finesight.model.kernels import elementwise, rotary
-    from finesight.model.kernels import swiglu as swiglu_kernels
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
@@ -100,7 +97,7 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """
     if x.is_cuda:
         return torch.native_dropout(x, p, True)
-    dropped_indices = draw_dropped_indices(x.numel(), p)
+    dropped_indices = draw_dropped_indices(x.numel(), p, x.device)
     return _zero_indices(x * (1.0 / (1.0 - p)), dropped_indices), dropped_indices
 
 
@@ -114,13 +111,15 @@ def dropout_matmul(x_TS: Tensor, y_SD: Tensor, dropout_mask: Tensor, p: float) -
     return _zero_indices(torch.addmm(x_TS[:1, :1], x_TS, y_SD, beta=0, alpha=scale), dropout_mask)
 
 
-def draw_dropped_indices(num_elements: int, p: float) -> Tensor:
-    """Sample the indices of dropped elements in ascending order.
+def draw_dropped_indices(num_elements: int, p: float, device: torch.device) -> Tensor:
+    """Sample the indices of dropped elements in ascending order; undefined on the meta device.
 
     On a CPU torch draws one random value per element. Here each random value is the gap to the next
     dropped element.
     """
     expected = num_elements * p
+    if device.type == "meta":
+        return torch.empty(round(expected), dtype=torch.int64, device=device)
     # Eight standard deviations of slack. Too few values have a probability of 1e-14 and would only
     # retain the last few elements.
     draws = int(expected + 8 * expected**0.5) + 16
@@ -146,12 +145,6 @@ def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if Triton and flash attention can use tensor cores for this dtype."""
     is_16_bit = dtype in (torch.bfloat16, torch.float16)
     return is_16_bit and get_device_capability(device) >= (8, 0)
-
-
-@lru_cache
-def get_device_capability(device: torch.device) -> tuple[int, int]:
-    """Return the CUDA compute capability of a device, or (0, 0) without CUDA."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 class _ApplyRotary(torch.autograd.Function):

@@ -32,6 +32,7 @@ from finesight.model.config import LinearAttentionConfig
 from finesight.model.fused_ops import has_kernels, rms_norm
 from finesight.model.kernels import gated_delta_net as kernels
 from finesight.model.kernels.gated_delta_net import ConvOutput, SequenceChunks
+from finesight.model.kernels.runtime import get_device_capability
 
 CHUNK_LENGTH = 64
 """Tokens of a chunk. Within a chunk the tokens are computed in parallel."""
@@ -249,7 +250,6 @@ def chunk_gated_delta_rule(
     Args:
         q_THD: Queries, normalized and scaled.
         k_THD: Keys, normalized.
-        v_THV: Values.
         log_decay_TH: Logarithm of the decay, at most 0.
         beta_TH: Step size, 0 to 1.
         layout: Assignment of the tokens to chunks.
@@ -334,7 +334,6 @@ def causal_conv1d(
     Args:
         x_TN: Channels of the tokens.
         weight_NW: Kernel of each channel; the last weight belongs to the token itself.
-        layout: Layout of the sequences.
         state_SWN: Inputs before the first token of each sequence. None means zeros.
     """
     dtype = torch.promote_types(x_TN.dtype, torch.float32)
@@ -357,8 +356,6 @@ def forward_with_states(
     """Compute a linear attention layer for a packed batch, and the states of its sequences.
 
     Args:
-        inputs: Inputs of the layer.
-        layout: Layout of the sequences.
         state: State before the first token of each sequence. None means zeros.
 
     Returns:
@@ -443,7 +440,7 @@ def supports_kernels(config: LinearAttentionConfig, x: Tensor) -> bool:
     They need the shared memory of an NVIDIA GPU of compute capability 8.0 or higher.
     """
     is_supported = all(map(_is_kernel_size, (config.key_head_dim, config.value_head_dim)))
-    return is_supported and has_kernels(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return is_supported and has_kernels(x) and get_device_capability(x.device) >= (8, 0)
 
 
 def _apply_conv_kernels(

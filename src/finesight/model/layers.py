@@ -32,16 +32,14 @@ from finesight.model.fused_ops import (
     swiglu,
     swiglu_concat,
 )
-from finesight.model.kernels.runtime import HAS_TRITON, NO_DROPOUT
+from finesight.model.kernels import gemm_gelu as gemm_gelu_kernels
+from finesight.model.kernels import norm as norm_kernels
+from finesight.model.kernels import rotary as rotary_kernels
+from finesight.model.kernels.runtime import NO_DROPOUT
 from finesight.model.linear import FusedLinear, single_output
 from finesight.model.lora.fused import fuse_lora_weight, padding_columns
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import quantize_fp8
-
-if HAS_TRITON:
-    from finesight.model.kernels import gemm_gelu as gemm_gelu_kernels
-    from finesight.model.kernels import norm as norm_kernels
-    from finesight.model.kernels import rotary as rotary_kernels
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finesight.model.fused_ops import dropout, dropout_matmul, has_tensor_cores
+from finesight.model.kernels import lora_gemm as lora_gemm_kernels
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.quant.base import Fp8Rows, QuantizedMatrix, QuantizedWeight
 from finesight.model.quant.fp8 import Fp8Weight
-
-if HAS_TRITON:
-    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
 
 
 class LoraDelta(NamedTuple):

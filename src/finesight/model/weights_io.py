@@ -311,6 +311,22 @@ def _linear_tensors(path: str, linear: FusedLinear) -> Iterator[HubTensor]:
             yield HubTensor(f"{layer}.bias", layer_bias, tuple(layer_bias.shape))
 
 
+def build_empty_model(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    nf4_parts: Collection[ModelPart] = (),
+    weight_format: WeightFormat = "auto",
+    fp8_parts: Collection[ModelPart] = (),
+) -> VisionLanguageModel:
+    """Build the model of a hub folder on the meta device, without layers published with GPTQ."""
+    hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
+    preprocessor_path = str(folder.path / "preprocessor_config.json")
+    preprocessor = ConfigReader(folder.preprocessor_config, preprocessor_path)
+    model = build_model(hf_config, preprocessor, dtype, torch.device("meta"))
+    quantize_model_parts(model, nf4_parts, fp8_parts, weight_format, folder.path)
+    return model
+
+
 def load_model(
     folder: ModelFolder,
     dtype: torch.dtype,
@@ -326,17 +342,12 @@ def load_model(
     on the compute dtype. `quantize_model_parts` describes the formats.
     """
     group_size = gptq_group_size(folder)
-    hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
-    preprocessor = ConfigReader(
-        folder.preprocessor_config, str(folder.path / "preprocessor_config.json")
-    )
     files = folder.weight_files()
     # Verify digests, also of files converted from pickles.
     for written_folder in dict.fromkeys((folder.path, *(file.parent for file in files))):
         if (written_folder / DIGESTS_FILE).is_file():
             verify_folder(written_folder)
-    model = build_model(hf_config, preprocessor, dtype, torch.device("meta"))
-    quantize_model_parts(model, nf4_parts, fp8_parts, weight_format, folder.path)
+    model = build_empty_model(folder, dtype, nf4_parts, weight_format, fp8_parts)
     headers = read_headers(files, model.architecture.to_native_name)
     prefixes = model.architecture.copied_prefixes
     # Reject unsupported dtypes now instead of when the trained model is saved.
@@ -351,7 +362,7 @@ def load_model(
         headers = [tensor for tensor in headers if tensor.native_name != _LM_HEAD_KEY]
     headers = _drop_zero_biases(headers, expected)
     _check_tensors(headers, expected, folder.path)
-    with raise_on_failed_allocation(hf_config.file):
+    with raise_on_failed_allocation(str(folder.path / "config.json")):
         materialize_parameters(model, device)
     # List the tensors again, with allocated parameters.
     expected = _list_expected(model, headers)

@@ -8,22 +8,22 @@ memory inside the kernels of torch is declared here (`_kernel_workspace`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finesight.encode.packing import PackedBatch
-from finesight.model import fused_ops
-from finesight.model.kernels.runtime import JITFunction
+from finesight.model.kernels.runtime import override_launches
 from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.planned_pack import PlannedPack
 from finesight.train.loss import fused_linear_cross_entropy
@@ -107,14 +107,34 @@ class _FusedRmsNorm(torch.autograd.Function):
         )
 
 
-def _emulate_rms_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
-    y: Tensor = _FusedRmsNorm.apply(x, weight)  # type: ignore[no-untyped-call]
-    return y
+class _EmulatedTensors(TorchFunctionMode):
+    """Let meta tensors appear on a target device, with the memory of its fused operations."""
 
+    def __init__(self, is_cuda: bool) -> None:
+        super().__init__()
 
-def _emulate_sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
-    o: Tensor = _FusedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
-    return o
+        def emulate_sdpa(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Any:
+            return _FusedAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+
+        def emulate_rms_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Any:
+            return _FusedRmsNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+
+        self._emulations: dict[Callable[..., Any], Callable[..., Any]] = {
+            Tensor.is_cuda.__get__: lambda x: is_cuda,  # type: ignore[attr-defined]
+            F.scaled_dot_product_attention: emulate_sdpa,
+        }
+        if is_cuda:
+            self._emulations[F.rms_norm] = emulate_rms_norm
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run a function of torch, or its emulation."""
+        return self._emulations.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -123,35 +143,12 @@ def emulate_device(target: ComputeTarget) -> Iterator[None]:
 
     Triton kernels are not launched, so that all outputs remain undefined.
     """
-
-    def get_capability(device: torch.device) -> tuple[int, int]:
-        return target.capability if target.is_cuda else (0, 0)
-
-    def sample_indices(num_elements: int, p: float) -> Tensor:
-        return torch.empty(round(num_elements * p), dtype=torch.int64, device=META)
-
-    with ExitStack() as stack:
-        for owner, name, replacement in (
-            (Tensor, "is_cuda", target.is_cuda),
-            (F, "scaled_dot_product_attention", _emulate_sdpa),
-            (fused_ops, "get_device_capability", get_capability),
-            (F, "rms_norm", _emulate_rms_norm if target.is_cuda else F.rms_norm),
-            (fused_ops, "draw_dropped_indices", sample_indices),
-            (torch.cuda, "get_device_capability", get_capability),
-            (torch.cuda, "get_device_properties", lambda device: _Gpu),
-            (JITFunction, "run", _skip_launch),
-        ):
-            stack.enter_context(patch.object(owner, name, replacement))
+    capability = target.capability if target.is_cuda else (0, 0)
+    with override_launches(_skip_launch, capability), _EmulatedTensors(target.is_cuda):
         yield
 
 
-class _Gpu:
-    """Properties of the emulated GPU that do not affect memory."""
-
-    multi_processor_count = 132
-
-
-def _skip_launch(*arguments: object, **options: object) -> None:
+def _skip_launch(kernel: object, *arguments: object, **options: object) -> None:
     """Replace the launch of a Triton kernel."""
 
 
@@ -329,8 +326,6 @@ class StepTracer:
         """Trace the forward and backward pass of a pack.
 
         Args:
-            pack: Pack of the step.
-            activation_checkpointing: Fraction of layers with activation checkpointing.
             accumulated_ids: ids of parameters whose gradients are added to the accumulation buffer
                 immediately, so they do not wait for the optimizer step.
             num_features: Number of precomputed image features. None runs the vision encoder.
@@ -361,7 +356,7 @@ class StepTracer:
                 features_MKD = self.model.encode_images(batch.patches_ND, batch.grid_thw)
                 tracker.start_backward()
                 if features_MKD.requires_grad:
-                    features_MKD.sum().backward()  # type: ignore[no-untyped-call]
+                    torch.autograd.backward(get_gradient_edge(features_MKD.sum()))
             self.model.zero_grad(set_to_none=True)
             self._traces[key] = _summarize(tracker)
         return self._traces[key]
@@ -404,7 +399,8 @@ class StepTracer:
             )
             del h_LD
             tracker.start_backward()
-            loss.backward()  # type: ignore[no-untyped-call]
+            # Of an edge, because the backward pass of a tensor would run without the emulation.
+            torch.autograd.backward(get_gradient_edge(loss))
         for hook in hooks:
             hook.remove()
         del loss

@@ -196,13 +196,7 @@ class GraphPlan:
 def compute_graph_shape(
     encoder: VisionEncoder, pack: PlannedPack, captures_vision: bool
 ) -> GraphShape:
-    """Return the shape of the CUDA graph of a pack.
-
-    Args:
-        encoder: Vision encoder of the model.
-        pack: Pack to plan.
-        captures_vision: Whether the graph contains the vision encoder.
-    """
+    """Return the shape of the CUDA graph of a pack."""
     vision_shape = None
     if captures_vision:
         patch_bytes = pack.stored_patch_dim(encoder.config)
@@ -224,14 +218,7 @@ def plan_graph(
     activation_checkpointing: float,
     pack: PlannedPack,
 ) -> GraphPlan | None:
-    """Return the CUDA graph plan of a pack, or None if no graph is used.
-
-    Args:
-        model: Model, configured for tuning.
-        compute: Device properties.
-        activation_checkpointing: Fraction of layers with activation checkpointing.
-        pack: Pack to plan.
-    """
+    """Return the CUDA graph plan of a pack, or None if no graph is used."""
     encoder = model.visual
     if not (compute.has_varlen_attention and has_few_trainable_params(model)):
         return None
@@ -286,16 +273,7 @@ def compute_peak_memory(
     has_multiple_packs: bool,
     use_graphs: bool = True,
 ) -> PeakMemory:
-    """Compute the peak memory over packs and the optimizer step.
-
-    Args:
-        persistent: Persistent memory of the run.
-        tracer: Traces the packs.
-        packs: Packs that may be the peak.
-        activation_checkpointing: Fraction of layers with activation checkpointing.
-        has_multiple_packs: Whether any step has several packs.
-        use_graphs: Whether CUDA graphs are used where possible.
-    """
+    """Compute the peak memory over packs and the optimizer step."""
     model, compute = tracer.model, tracer.compute
     graphs: dict[GraphShape, GraphPlan] = {}
     graph_packs, eager_packs = [], []
@@ -309,21 +287,19 @@ def compute_peak_memory(
     parameters = trainable_parameters(model).values()
     accumulated_ids = persistent.accumulated_ids[has_multiple_packs]
     waiting_bytes = sum(p.nbytes for p in parameters if id(p) not in accumulated_ids)
-    peak = StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
-    input_bytes = pool_bytes = 0
+    optimizer_step = StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
+    candidates = [(optimizer_step, 0, 0)]
     for pack in bound_packs(eager_packs, compute):
         memory = tracer.trace(pack, activation_checkpointing, accumulated_ids)
-        if memory.total + count_input_bytes(model, pack) > peak.total + input_bytes:
-            peak, input_bytes = memory, count_input_bytes(model, pack)
+        candidates.append((memory, 0, count_input_bytes(model, pack)))
     for pack in bound_packs(graph_packs, compute):
         graph = plan_graph(model, compute, activation_checkpointing, pack)
         assert graph is not None, "a pack with a graph"
-        for memory, pool in _trace_graph(
+        peaks = _trace_graph(
             tracer, pack, graph, activation_checkpointing, persistent.accumulated_ids[True]
-        ):
-            pool_bytes = max(pool_bytes, pool)
-            if memory.total + count_input_bytes(model, pack) > peak.total + input_bytes:
-                peak, input_bytes = memory, count_input_bytes(model, pack)
+        )
+        candidates += [(memory, pool, count_input_bytes(model, pack)) for memory, pool in peaks]
+    peak, _, input_bytes = max(candidates, key=lambda item: item[0].total + item[2])
     return PeakMemory(
         weights=persistent.weight_bytes + tracer.persistent_bytes,
         master_weights=persistent.master_weight_bytes,
@@ -337,7 +313,7 @@ def compute_peak_memory(
         inputs=input_bytes + sum(graph.buffer_bytes for graph in graphs.values()),
         libraries=(CUBLAS_WORKSPACE_BYTES if compute.is_cuda else CPU_PROCESS_BYTES)
         * (2 if graphs else 1),
-        cuda_graphs=pool_bytes,
+        cuda_graphs=max(pool_bytes for _, pool_bytes, _ in candidates),
         cuda_context=CUDA_CONTEXT_BYTES if compute.is_cuda else 0,
     )
 

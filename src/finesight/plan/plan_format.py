@@ -106,54 +106,42 @@ def _format_flops(plan: RunPlan) -> Iterator[str]:
 
 def _format_estimates(plan: RunPlan) -> Iterator[str]:
     """Yield a table of memory and time: the recipe next to the chosen settings."""
-    columns = {"recipe": plan.recipe_estimate, "chosen": plan.chosen_estimate}
-    if plan.recipe_estimate.settings == plan.chosen_estimate.settings and not plan.overrides:
-        columns = {"recipe": plan.recipe_estimate}
+    changes_precision = any(one.startswith("train.precision=") for one in plan.overrides)
+    precisions = ("auto (fp32)", plan.precision) if changes_precision else ("", "")
+    columns = {"recipe": _describe_estimate(plan, plan.recipe_estimate, precisions[0])}
+    if plan.recipe_estimate.settings != plan.chosen_estimate.settings or plan.overrides:
+        columns["chosen"] = _describe_estimate(plan, plan.chosen_estimate, precisions[1])
     yield ""
     yield _format_row("", list(columns))
-    estimates = list(columns.values())
-    yield _format_row(
-        "train.pack_tokens", [str(estimate.settings.pack_tokens) for estimate in estimates]
-    )
-    yield _format_row(
-        "train.activation_checkpointing",
-        [f"{estimate.settings.activation_checkpointing:g}" for estimate in estimates],
-    )
-    yield _format_row(
-        "tune.quantize.nf4",
-        [",".join(estimate.settings.nf4_parts) or "none" for estimate in estimates],
-    )
-    if any(override.startswith("train.precision=") for override in plan.overrides):
-        yield _format_row("train.precision", ["auto (fp32)", plan.precision])
-    for key, name in MEMORY_ROWS.items():
-        values = [asdict(estimate.peak)[key] for estimate in estimates]
-        if any(values):
-            yield _format_row(name, [f"{value / 1e9:.2f} GB" for value in values])
-    yield _format_row(
-        "allocated by tensors",
-        [f"{estimate.peak.allocated / 1e9:.2f} GB" for estimate in estimates],
-    )
-    yield _format_row(
-        "total memory", [f"{estimate.peak.total / 1e9:.2f} GB" for estimate in estimates]
-    )
-    limit = f"{plan.chosen_estimate.memory_limit / 1e9:.1f} GB"
-    yield _format_row(
-        f"fits in {USABLE_MEMORY_FRACTION:.0%} of memory, {limit}",
-        ["yes" if estimate.fits else "no" for estimate in estimates],
-    )
-    yield _format_row(
-        "step time", [_format_seconds(estimate.step_time.total) for estimate in estimates]
-    )
-    yield _format_row(
-        "samples/s", [f"{plan.batch_size / estimate.step_time.total:.4g}" for estimate in estimates]
-    )
-    yield _format_row(
-        "bottleneck", [_find_bottleneck(estimate.step_time) for estimate in estimates]
-    )
-    yield _format_row(
-        "all steps",
-        [_format_seconds(plan.total_steps * estimate.step_time.total) for estimate in estimates],
-    )
+    for title in columns["recipe"]:
+        cells = [cells[title] for cells in columns.values()]
+        if any(cells):
+            yield _format_row(title, [cell or _format_gb(0) for cell in cells])
+
+
+def _describe_estimate(plan: RunPlan, estimate: SettingsEstimate, precision: str) -> dict[str, str]:
+    """Return the cells of an estimate by title; empty for memory of 0 bytes."""
+    settings, peak, step_s = estimate.settings, estimate.peak, estimate.step_time.total
+    num_bytes = asdict(peak)
+    limit = f"{USABLE_MEMORY_FRACTION:.0%} of memory, {plan.chosen_estimate.memory_limit / 1e9:.1f}"
+    return {
+        "train.pack_tokens": str(settings.pack_tokens),
+        "train.activation_checkpointing": f"{settings.activation_checkpointing:g}",
+        "tune.quantize.nf4": ",".join(settings.nf4_parts) or "none",
+        "train.precision": precision,
+        **{t: _format_gb(num_bytes[k]) if num_bytes[k] else "" for k, t in MEMORY_ROWS.items()},
+        "allocated by tensors": _format_gb(peak.allocated),
+        "total memory": _format_gb(peak.total),
+        f"fits in {limit} GB": "yes" if estimate.fits else "no",
+        "step time": _format_seconds(step_s),
+        "samples/s": f"{plan.batch_size / step_s:.4g}",
+        "bottleneck": _find_bottleneck(estimate.step_time),
+        "all steps": _format_seconds(plan.total_steps * step_s),
+    }
+
+
+def _format_gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
 
 
 def _format_row(name: str, cells: list[str]) -> str:
@@ -232,11 +220,10 @@ def _format_seconds(seconds: float) -> str:
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     """Convert the plan of a run to JSON data, in bytes, FLOPs and seconds."""
-    target = plan.target
-    return {
-        "family": plan.family,
-        "num_params": plan.num_params,
-        "num_trainable": plan.num_trainable,
+    target, data = plan.target, asdict(plan)
+    for name in ("recipe_estimate", "chosen_estimate", "num_samples", "memory_hints"):
+        del data[name]
+    return data | {
         "target": {
             "name": target.name,
             "is_measured": target.is_measured,
@@ -244,18 +231,8 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
             "flops_per_s": target.peak_flops,
             "bytes_per_s": target.memory_bandwidth,
         },
-        "token_stats": asdict(plan.token_stats),
-        "flops_per_sample": dict(plan.flops_per_sample),
-        "total_steps": plan.total_steps,
-        "batch_size": plan.batch_size,
         "recipe": _estimate_to_dict(plan, plan.recipe_estimate),
         "chosen": _estimate_to_dict(plan, plan.chosen_estimate),
-        "evaluation": asdict(plan.evaluation),
-        "feature_bytes": plan.feature_bytes,
-        "precision": plan.precision,
-        "num_workers": plan.num_workers,
-        "startup_s": plan.startup_s,
-        "overrides": list(plan.overrides),
     }
 
 

@@ -10,13 +10,12 @@ import torch
 from finesight.config import QuantizablePart, Recipe
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
-from finesight.model.config import ConfigReader
 from finesight.model.linear import find_adaptable_layers
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
 from finesight.model.trainable import ModelPart, configure_tuning, get_part, trainable_parameters
-from finesight.model.vlm import VisionLanguageModel, build_model
-from finesight.model.weights_io import quantize_model_parts
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import build_empty_model
 from finesight.model_folder import ModelFolder
 from finesight.plan.dry_run import StepTracer
 from finesight.plan.peak_memory import PersistentMemory, compute_persistent_memory
@@ -68,12 +67,6 @@ def build_planned_model(
 ) -> PlannedModel:
     """Build a planned model from the small files of a model folder, without reading weights.
 
-    Args:
-        folder: Folder of the base model.
-        recipe: Recipe of the run.
-        nf4_parts: Parts of the model to quantize to NF4.
-        target: Device of the run.
-
     Raises:
         UserError: The family has no native implementation, so the layers are unknown.
     """
@@ -101,20 +94,8 @@ def build_meta_model(
     nf4_parts: Collection[ModelPart],
     fp8_parts: Collection[ModelPart],
 ) -> VisionLanguageModel:
-    """Build the model that `model.weights_io.load_model` would load, on the meta device.
-
-    Args:
-        folder: Folder of the base model.
-        dtype: Data type of the weights.
-        nf4_parts: Parts of the model to quantize to NF4.
-        fp8_parts: Parts of the model to quantize to FP8.
-    """
-    hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
-    preprocessor = ConfigReader(
-        folder.preprocessor_config, str(folder.path / "preprocessor_config.json")
-    )
-    model = build_model(hf_config, preprocessor, dtype, torch.device("meta"))
-    quantize_model_parts(model, nf4_parts, fp8_parts, "auto", folder.path)
+    """Build the model that `model.weights_io.load_model` would load, on the meta device."""
+    model = build_empty_model(folder, dtype, nf4_parts, fp8_parts=fp8_parts)
     group_size = gptq_group_size(folder)
     if group_size is not None:
         layers = [name for name in find_adaptable_layers(model) if get_part(name) == "language"]

@@ -83,13 +83,7 @@ def build_planned_pack(samples: Sequence[SampleStats], prefix_length: int = 0) -
 def plan_step_packs(
     samples: Sequence[SampleStats], token_budget: int, prefix_length: int = 0
 ) -> list[PlannedPack]:
-    """Split the samples of a training step into packs.
-
-    Args:
-        samples: Samples of the step.
-        token_budget: Maximum number of tokens per pack.
-        prefix_length: Number of tokens of the prefix that all samples share.
-    """
+    """Split the samples of a training step into packs."""
     lengths = [sample.num_packed_tokens for sample in samples]
     prefix_length = effective_prefix_length(prefix_length, lengths)
     groups = plan_packs(lengths, token_budget, prefix_length)
@@ -103,13 +97,7 @@ def iter_planned_steps(
     sample_stats: Mapping[int, SampleStats],
     max_steps: int = MAX_PLANNED_STEPS,
 ) -> Iterator[list[SampleStats]]:
-    """Iterate over the samples of evenly spaced training steps, from the first to the last.
-
-    Args:
-        sampler: Sampler of the run.
-        sample_stats: Sizes of each sample by index.
-        max_steps: Maximum number of steps.
-    """
+    """Iterate over the samples of evenly spaced training steps, from the first to the last."""
     last_step = len(sampler) - 1
     num_steps = min(max_steps, len(sampler))
     for i in range(num_steps):

@@ -93,14 +93,7 @@ def estimate_evaluation(
         num_interim = (total_steps - 1) // eval_interval if eval_interval else 0
 
     def estimate_seconds(stats: Sequence[SampleStats]) -> float:
-        # Validation loss: forward passes only, about a third of the work of a training step.
-        batch_size = recipe.train.batch_size
-        batches = [stats[start : start + batch_size] for start in range(0, len(stats), batch_size)]
-        step_times = (
-            planned.step_timer.estimate_step([build_planned_pack(batch)], 0.0, use_graphs=False)
-            for batch in batches
-        )
-        loss_s = sum(step_time.total for step_time in step_times) / 3
+        loss_s = _estimate_forward_s(planned, stats, recipe.train.batch_size)
         if settings is None:
             return loss_s
         return loss_s + _estimate_generation_s(settings, planned, target, stats[: settings.limit])
@@ -139,15 +132,19 @@ def _estimate_generation_s(
         MIN_DECODE_STEP_S if target.compute.is_cuda else 0.0,
         planned.persistent.weight_bytes / target.memory_bandwidth,
     )
-    prefill_s = sum(
-        planned.step_timer.estimate_step(
-            [build_planned_pack(eval_stats[start : start + settings.batch_size])],
-            0.0,
-            use_graphs=False,
-        ).total
-        for start in range(0, len(eval_stats), settings.batch_size)
-    )
-    return num_steps * step_s + prefill_s / 3
+    return num_steps * step_s + _estimate_forward_s(planned, eval_stats, settings.batch_size)
+
+
+def _estimate_forward_s(
+    planned: PlannedModel, stats: Sequence[SampleStats], batch_size: int
+) -> float:
+    """Estimate the seconds of forward passes, about a third of the work of training steps."""
+    packs = [
+        build_planned_pack(stats[start : start + batch_size])
+        for start in range(0, len(stats), batch_size)
+    ]
+    estimate_step = partial(planned.step_timer.estimate_step, use_graphs=False)
+    return sum(estimate_step([pack], 0.0).total for pack in packs) / 3
 
 
 def _estimate_generation_bytes(
@@ -373,12 +370,16 @@ def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: Targ
     On a GPU, data loading must keep up with the training steps. The number is at least that of the
     recipe or the default, and at most `MAX_WORKERS`.
     """
+    current = _resolve_num_workers(recipe, target)
     if not target.compute.is_cuda:
-        return target.num_workers if recipe.train.num_workers is None else recipe.train.num_workers
+        return current
     step_s = replace(estimate.step_time, data_loading_s=0.0).total
-    current = target.num_workers if recipe.train.num_workers is None else recipe.train.num_workers
     needed = math.ceil(estimate.step_time.data_loading_s * max(1, current) / step_s * WORKER_MARGIN)
     return min(MAX_WORKERS, max(1, needed, current))
+
+
+def _resolve_num_workers(recipe: Recipe, target: TargetDevice) -> int:
+    return target.num_workers if recipe.train.num_workers is None else recipe.train.num_workers
 
 
 def _compute_token_stats(stats: DatasetStats) -> TokenStats:
@@ -409,17 +410,12 @@ def _compute_flops(
 ) -> dict[str, float]:
     """Compute the FLOPs of an average sample by part of the model."""
     packs = [pack for packed_step in packed_steps for pack in packed_step]
-    breakdowns = [*map(FlopCounter(model.model).count_by_part, packs)]
-    num_samples = sum(pack.num_samples for pack in packs)
-    flops = {
-        part: sum(breakdown.matmul_by_part[part] for breakdown in breakdowns) / num_samples
-        for part in MODEL_PARTS
-    }
-    attention = {
-        "decoder attention": sum(breakdown.decoder_attention for breakdown in breakdowns),
-        "vision attention": sum(breakdown.vision_attention for breakdown in breakdowns),
-    }
-    return flops | {name: count / num_samples for name, count in attention.items()}
+    num_samples, flops = sum(pack.num_samples for pack in packs), Counter[str]()
+    for breakdown in map(FlopCounter(model.model).count_by_part, packs):
+        flops.update({part: breakdown.matmul_by_part[part] for part in MODEL_PARTS})
+        flops["decoder attention"] += breakdown.decoder_attention
+        flops["vision attention"] += breakdown.vision_attention
+    return {part: count / num_samples for part, count in flops.items()}
 
 
 def _compute_feature_bytes(
@@ -467,9 +463,7 @@ def _list_overrides(
         overrides.append(f"tune.quantize.nf4=[{','.join(chosen_settings.nf4_parts)}]")
     if target.dtype != recipe_target.dtype:
         overrides.append(f"train.precision={target.precision}")
-    if num_workers != (
-        target.num_workers if recipe.train.num_workers is None else recipe.train.num_workers
-    ):
+    if num_workers != _resolve_num_workers(recipe, target):
         overrides.append(f"train.num_workers={num_workers}")
     return tuple(overrides)
 
@@ -554,8 +548,7 @@ def _estimate_fit(inputs: RunInputs, console: TrainingConsole) -> UserError | No
         hints.insert(0, "train.precision=bf16")
     remedy = f"try {', '.join(hints)}"
     if best_bytes <= target.memory_bytes:
-        workers = recipe.train.num_workers
-        workers = target.num_workers if workers is None else workers
+        workers = _resolve_num_workers(recipe, target)
         overrides = _list_overrides(recipe, settings, best, target, target, workers)
         remedy = f"add {' '.join(overrides)} ({best_bytes / 1e9:.1f} GB), or {remedy}"
     return UserError(

@@ -6,8 +6,10 @@ The search covers the pack size, activation checkpointing and NF4 quantization.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from statistics import fmean
 
@@ -22,7 +24,7 @@ from finesight.plan.peak_memory import (
 )
 from finesight.plan.planned_model import PlannedModel
 from finesight.plan.planned_pack import PlannedPack, plan_step_packs
-from finesight.plan.step_time import StepTime
+from finesight.plan.step_time import StepTime, average_step_times
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
@@ -92,8 +94,7 @@ class PlannedSteps:
     def __init__(self, steps: Sequence[Sequence[SampleStats]], prefix_length: int = 0) -> None:
         self._steps = steps
         self._prefix_length = prefix_length
-        self._largest_packs: dict[tuple[int, bool], list[PlannedPack]] = {}
-        self._has_multiple_packs: dict[int, bool] = {}
+        self._bounds: dict[tuple[int, bool], tuple[list[PlannedPack], bool]] = {}
 
     @property
     def max_sample_tokens(self) -> int:
@@ -111,48 +112,36 @@ class PlannedSteps:
 
     def largest_packs(
         self, token_budget: int, model: VisionLanguageModel, activation_checkpointing: float
-    ) -> list[PlannedPack]:
-        """Return the packs that may need the most memory with this token budget.
+    ) -> tuple[list[PlannedPack], bool]:
+        """Return the packs that may need the most memory, and whether a step has several packs.
 
-        These are the first pack of each CUDA graph shape, and the packs with the most tokens,
+        The packs are the first one of each CUDA graph shape, and those with the most tokens,
         patches, supervised tokens and attention scores.
 
         Args:
-            token_budget: Maximum number of tokens per pack.
             model: Model, configured for tuning. The result is cached: the model of each call may
                 differ only in its quantization.
-            activation_checkpointing: Fraction of layers with activation checkpointing.
         """
         # Graph shapes depend on activation checkpointing, but not on the fraction of layers.
         key = token_budget, activation_checkpointing > 0
-        if key not in self._largest_packs:
-            packed_steps = [
-                plan_step_packs(step, token_budget, self._prefix_length) for step in self._steps
-            ]
-            packs = [pack for step in packed_steps for pack in step]
-            can_capture = can_capture_vision(model)
-
-            def get_shape(pack: PlannedPack) -> GraphShape:
-                captures_vision = can_capture and should_capture_vision(
-                    pack.num_patches, activation_checkpointing
-                )
-                return compute_graph_shape(model.visual, pack, captures_vision)
-
-            self._largest_packs[key] = [
-                *_select_per_graph_shape(packs, get_shape),
-                *dict.fromkeys(max(packs, key=attrgetter(name)) for name in PACK_SIZES),
-            ]
-            self._has_multiple_packs[token_budget] = any(len(step) > 1 for step in packed_steps)
-        return self._largest_packs[key]
-
-    def has_multiple_packs(self, token_budget: int) -> bool:
-        """Return whether any step has several packs with this token budget."""
-        if token_budget not in self._has_multiple_packs:
-            self._has_multiple_packs[token_budget] = any(
-                len(plan_step_packs(step, token_budget, self._prefix_length)) > 1
-                for step in self._steps
+        if key in self._bounds:
+            return self._bounds[key]
+        steps = [plan_step_packs(step, token_budget, self._prefix_length) for step in self._steps]
+        packs = [pack for step in steps for pack in step]
+        first_by_shape: dict[GraphShape, PlannedPack] = {}
+        can_capture = can_capture_vision(model)
+        for pack in packs:
+            captures_vision = can_capture and should_capture_vision(
+                pack.num_patches, activation_checkpointing
             )
-        return self._has_multiple_packs[token_budget]
+            first_by_shape.setdefault(
+                compute_graph_shape(model.visual, pack, captures_vision), pack
+            )
+            if len(first_by_shape) == MAX_GRAPHS:
+                break
+        largest = dict.fromkeys(max(packs, key=attrgetter(name)) for name in PACK_SIZES)
+        self._bounds[key] = [*first_by_shape.values(), *largest], any(len(s) > 1 for s in steps)
+        return self._bounds[key]
 
     def timed_steps(self, token_budget: int) -> list[list[PlannedPack]]:
         """Return the packs of the steps whose time is estimated."""
@@ -161,17 +150,6 @@ class PlannedSteps:
             plan_step_packs(step, token_budget, self._prefix_length)
             for step in self._steps[::stride]
         ]
-
-
-def _select_per_graph_shape(
-    packs: Sequence[PlannedPack], get_shape: Callable[[PlannedPack], GraphShape]
-) -> list[PlannedPack]:
-    pack_by_shape: dict[GraphShape, PlannedPack] = {}
-    for pack in packs:
-        pack_by_shape.setdefault(get_shape(pack), pack)
-        if len(pack_by_shape) == MAX_GRAPHS:
-            break
-    return list(pack_by_shape.values())
 
 
 class SettingsSearch:
@@ -189,17 +167,12 @@ class SettingsSearch:
 
         Args:
             build_model: Returns the planned model with the given parts quantized to NF4.
-            steps: Training steps of the run.
-            memory_bytes: Memory of the device.
             quantization_choices: Sets of parts to quantize to NF4, the set of the recipe first.
             prefer_large_packs: Whether larger packs are faster, as on a GPU.
         """
-        self._build_model, self._steps, self._quantization_choices, self._prefer_large_packs = (
-            build_model,
-            steps,
-            quantization_choices,
-            prefer_large_packs,
-        )
+        self._build_model, self._steps = build_model, steps
+        self._quantization_choices = quantization_choices
+        self._prefer_large_packs = prefer_large_packs
         self._memory_limit = round(memory_bytes * USABLE_MEMORY_FRACTION)
 
     def estimate(self, settings: PlannedSettings) -> SettingsEstimate:
@@ -208,32 +181,23 @@ class SettingsSearch:
         packed_steps = self._steps.timed_steps(settings.pack_tokens)
         peak = self.estimate_peak(settings)
         use_graphs = peak.cuda_graphs > 0
-
-        def time_step(packs: Sequence[PlannedPack], has_cached_features: bool = False) -> StepTime:
-            return planned.step_timer.estimate_step(
-                packs,
-                settings.activation_checkpointing,
-                has_cached_features=has_cached_features,
-                use_graphs=use_graphs,
-            )
-
-        step_times = [time_step(step) for step in packed_steps]
-        mean_time = replace(
-            step_times[0],
-            matmul_s=fmean(step_time.matmul_s for step_time in step_times),
-            memory_s=fmean(step_time.memory_s for step_time in step_times),
-            host_s=fmean(step_time.host_s for step_time in step_times),
-            optimizer_s=fmean(step_time.optimizer_s for step_time in step_times),
-            data_loading_s=fmean(step_time.data_loading_s for step_time in step_times),
+        time_step = partial(
+            planned.step_timer.estimate_step,
+            activation_checkpointing=settings.activation_checkpointing,
+            use_graphs=use_graphs,
         )
         cached_step_s = None
         if planned.is_encoder_frozen:
             cached_step_s = fmean(
                 time_step(step, has_cached_features=True).total for step in packed_steps
             )
-        packs_per_step = fmean(len(step) for step in packed_steps)
         return SettingsEstimate(
-            settings, peak, mean_time, cached_step_s, packs_per_step, self._memory_limit
+            settings,
+            peak,
+            average_step_times([time_step(step) for step in packed_steps]),
+            cached_step_s,
+            packs_per_step=fmean(len(step) for step in packed_steps),
+            memory_limit=self._memory_limit,
         )
 
     def estimate_peak(self, settings: PlannedSettings) -> PeakMemory:
@@ -245,10 +209,9 @@ class SettingsSearch:
 
     def _compute_peak(self, settings: PlannedSettings, *, use_graphs: bool) -> PeakMemory:
         planned = self._build_model(settings.nf4_parts)
-        packs = self._steps.largest_packs(
+        packs, has_multiple_packs = self._steps.largest_packs(
             settings.pack_tokens, planned.model, settings.activation_checkpointing
         )
-        has_multiple_packs = self._steps.has_multiple_packs(settings.pack_tokens)
         return compute_peak_memory(
             planned.persistent,
             planned.tracer,
@@ -276,28 +239,19 @@ class SettingsSearch:
         """
         best = self._search(recipe_settings)
         max_budget = self._steps.single_pack_budget
-        is_equivalent = (
+        is_as_good = (
             recipe_settings.nf4_parts == best.nf4_parts
             and recipe_settings.activation_checkpointing <= best.activation_checkpointing
+            and min(recipe_settings.pack_tokens, max_budget) >= min(best.pack_tokens, max_budget)
         )
-        is_as_large = min(recipe_settings.pack_tokens, max_budget) >= min(
-            best.pack_tokens, max_budget
-        )
-        return (
-            recipe_settings
-            if is_equivalent and is_as_large and self._fits_memory(recipe_settings)
-            else best
-        )
+        return recipe_settings if is_as_good and self._fits_memory(recipe_settings) else best
 
     def _search(self, recipe_settings: PlannedSettings) -> PlannedSettings:
         min_budget = self._steps.max_sample_tokens
-        target_budget = max(
-            min_budget, min(MIN_EFFICIENT_PACK_TOKENS, self._steps.single_pack_budget)
+        wanted = (
+            MIN_EFFICIENT_PACK_TOKENS if self._prefer_large_packs else recipe_settings.pack_tokens
         )
-        if not self._prefer_large_packs:
-            target_budget = max(
-                min_budget, min(recipe_settings.pack_tokens, self._steps.single_pack_budget)
-            )
+        target_budget = max(min_budget, min(wanted, self._steps.single_pack_budget))
         for nf4_parts in self._quantization_choices:
             fraction = self._find_min_checkpointing(target_budget, nf4_parts)
             if fraction is not None:
@@ -315,46 +269,30 @@ class SettingsSearch:
         Returns None if the token budget does not fit even with all layers.
         """
         num_layers = self._build_model(nf4_parts).num_layers
-        if not self._fits_memory(PlannedSettings(token_budget, 1.0, nf4_parts)):
+        fractions = [_to_fraction(count, num_layers) for count in range(num_layers + 1)]
+
+        def fits(fraction: float) -> bool:
+            return self._fits_memory(PlannedSettings(token_budget, fraction, nf4_parts))
+
+        if not fits(1.0):
             return None
-        low, high = 0, num_layers
-        while low < high:
-            middle = (low + high) // 2
-            if self._fits_memory(
-                PlannedSettings(token_budget, _to_fraction(middle, num_layers), nf4_parts)
-            ):
-                high = middle
-            else:
-                low = middle + 1
-        return _to_fraction(low, num_layers)
+        return fractions[bisect_left(fractions, True, hi=num_layers, key=fits)]
 
     def _find_max_budget(self, settings: PlannedSettings) -> PlannedSettings:
-        """Replace the token budget by the largest one that fits."""
-        if not self._prefer_large_packs:
-            low, high = settings.pack_tokens, settings.pack_tokens
-        else:
-            low, high = settings.pack_tokens, self._steps.single_pack_budget
-        while high - low > PACK_TOKENS_STEP:
-            middle = (low + high) // 2
-            if self._fits_memory(replace(settings, pack_tokens=middle)):
-                low = middle
-            else:
-                high = middle
-        if self._fits_memory(replace(settings, pack_tokens=high)):
-            low = high
-        return replace(settings, pack_tokens=self._round_budget(low, settings))
+        """Replace the token budget by the largest multiple of `PACK_TOKENS_STEP` that fits."""
+        first = _round_up(settings.pack_tokens)
+        last = _round_up(self._steps.single_pack_budget) if self._prefer_large_packs else first
+        budgets = range(first, last + 1, PACK_TOKENS_STEP)
 
-    def _round_budget(self, token_budget: int, settings: PlannedSettings) -> int:
-        """Round a token budget to a multiple of `PACK_TOKENS_STEP`.
+        def exceeds_memory(pack_tokens: int) -> bool:
+            return not self._fits_memory(replace(settings, pack_tokens=pack_tokens))
 
-        Rounds up if the larger budget fits or is never used in full, otherwise down.
-        """
-        rounded_up = math.ceil(token_budget / PACK_TOKENS_STEP) * PACK_TOKENS_STEP
-        if token_budget >= self._steps.single_pack_budget or self._fits_memory(
-            replace(settings, pack_tokens=rounded_up)
-        ):
-            return rounded_up
-        return max(settings.pack_tokens, token_budget // PACK_TOKENS_STEP * PACK_TOKENS_STEP)
+        num_fitting = bisect_left(budgets, True, key=exceeds_memory)
+        return replace(settings, pack_tokens=budgets[num_fitting - 1]) if num_fitting else settings
+
+
+def _round_up(token_budget: int) -> int:
+    return -(-token_budget // PACK_TOKENS_STEP) * PACK_TOKENS_STEP
 
 
 def _to_fraction(num_checkpointed: int, num_layers: int) -> float:

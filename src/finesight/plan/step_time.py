@@ -12,7 +12,8 @@ change.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from statistics import fmean
 
 import torch
 
@@ -139,6 +140,13 @@ class StepTime:
         )
 
 
+def average_step_times(step_times: Sequence[StepTime]) -> StepTime:
+    """Return the mean of each part of the step times."""
+    parts = zip(*map(astuple, step_times), strict=True)
+    matmul_s, memory_s, host_s, optimizer_s, loading_s, is_blocking = map(fmean, parts)
+    return StepTime(matmul_s, memory_s, host_s, optimizer_s, loading_s, bool(is_blocking))
+
+
 class StepTimeEstimator:
     """Estimates the time of training steps of a model on a target device."""
 
@@ -176,10 +184,7 @@ class StepTimeEstimator:
         """Estimate the time of a training step.
 
         Args:
-            packs: Packs of the step.
-            activation_checkpointing: Fraction of layers with activation checkpointing.
             has_cached_features: Whether image features are read from the vision cache.
-            use_graphs: Whether CUDA graphs are used where possible.
         """
         target, efficiency = self._target, self._efficiency
         flops, memory_bytes, host_s, read_s = 0.0, 0.0, 0.0, 0.0
@@ -245,49 +250,27 @@ class StepTimeEstimator:
         has_cached_features: bool,
         use_graphs: bool,
     ) -> float:
-        efficiency, model = self._efficiency, self._model
+        efficiency, model, compute = self._efficiency, self._model, self._target.compute
         adapted_paths = {path for path, _, _ in iter_adapters(model)}
+        relaunched = FORWARD_TRAFFIC_FRACTION * activation_checkpointing
+        train_s = efficiency.host_train_s, efficiency.host_lora_s
         seconds = 0.0
-        compute = self._target.compute
         # A CUDA graph launches all layers at once.
         graph = plan_graph(model, compute, activation_checkpointing, pack) if use_graphs else None
         if graph is None:
             has_lora = any(path.startswith("model.") for path in adapted_paths)
             for layer in model.model.layers:
-                is_fused = (
-                    compute.has_varlen_attention
-                    and isinstance(layer, FusibleLayer)
-                    and layer.fusible_linears
-                )
-                seconds += (
-                    efficiency.host_fused_s
-                    if is_fused
-                    else (efficiency.host_train_s, efficiency.host_lora_s)
-                )[has_lora]
-            seconds *= 1 + FORWARD_TRAFFIC_FRACTION * activation_checkpointing
-        if (
-            pack.num_patches
-            and not has_cached_features
-            and (graph is None or graph.shape.vision_shape is None)
-        ):
-            encoder = model.visual
-            layer_s = efficiency.host_forward_s
+                is_fused = compute.has_varlen_attention and isinstance(layer, FusibleLayer)
+                is_fused = is_fused and bool(layer.fusible_linears)
+                seconds += (efficiency.host_fused_s if is_fused else train_s)[has_lora]
+            seconds *= 1 + relaunched
+        runs_encoder = pack.num_patches > 0 and not has_cached_features
+        if runs_encoder and (graph is None or graph.shape.vision_shape is None):
+            encoder, layer_s = model.visual, efficiency.host_forward_s
             if encoder.is_encoder_trainable:
-                layer_s = (
-                    efficiency.host_lora_s
-                    if any(p.startswith("visual.b") for p in adapted_paths)
-                    else efficiency.host_train_s
-                )
-            seconds += (
-                len(encoder.blocks)
-                * layer_s
-                * (
-                    1
-                    + FORWARD_TRAFFIC_FRACTION
-                    * activation_checkpointing
-                    * encoder.is_encoder_trainable
-                )
-            )
+                has_lora = any(path.startswith("visual.b") for path in adapted_paths)
+                layer_s = train_s[has_lora] * (1 + relaunched)
+            seconds += len(encoder.blocks) * layer_s
         return seconds
 
 

@@ -16,7 +16,7 @@ from finesight.config import Device, Precision
 from finesight.errors import UserError
 from finesight.host_memory import total_memory
 from finesight.infer.model_loader import resolve_device, resolve_precision
-from finesight.model.fused_ops import get_device_capability
+from finesight.model.kernels.runtime import get_device_capability
 from finesight.model.weights_io import DTYPES
 from finesight.plan.dry_run import ComputeTarget
 from finesight.train.dataloader import default_num_workers

@@ -89,9 +89,6 @@ class GraphTimer:
         """Return whether a replay takes less device time than eager launches take host time.
 
         The result is None until both have been measured.
-
-        Args:
-            num_tokens: Number of tokens of the graph.
         """
         self._poll()
         is_measured = math.isfinite(self.replay_s_per_token) and math.isfinite(self.launch_s)
@@ -144,15 +141,7 @@ def should_capture(
     activation_checkpointing: float,
     max_tokens: int = MAX_GRAPH_TOKENS,
 ) -> bool:
-    """Return whether a pack of this size is faster as a CUDA graph.
-
-    Args:
-        model: Model to train.
-        num_tokens: Number of tokens of the pack.
-        num_labels: Number of supervised tokens of the pack.
-        activation_checkpointing: Fraction of layers with activation checkpointing.
-        max_tokens: Maximum number of tokens of a pack in a graph.
-    """
+    """Return whether a pack of this size is faster as a CUDA graph."""
     if activation_checkpointing and not all(
         isinstance(layer, FusibleLayer) and layer.fusible_linears for layer in model.model.layers
     ):
@@ -196,8 +185,6 @@ class CudaGraphRunner:
         """Create the runner without capturing any graph.
 
         Args:
-            model: Model to train.
-            trainable_params: Parameters that receive gradients.
             is_local: Whether a pass needs no communication with other ranks. Otherwise, all passes
                 are eager.
         """
@@ -226,7 +213,6 @@ class CudaGraphRunner:
         The pass is a graph replay if a graph fits the pack and is faster, otherwise eager.
 
         Args:
-            batch: Pack on the device.
             features_MKD: Cached image features; None to run the vision encoder.
             loss_weight: Scalar on the device that multiplies the summed loss.
 

@@ -70,7 +70,6 @@ def prefetch_items(
 
     Args:
         load_item: Function from an index to an item; must be picklable.
-        indices: Indices of the items.
         num_workers: Number of worker processes; 0 loads in this process.
         pin_memory: Whether to copy items to pinned memory.
 
@@ -223,28 +222,19 @@ class VisionCacheReader(Protocol):
     def check(self, sample: int, num_features: int) -> None:
         """Verify that a sample can use the cached features of its images.
 
-        Args:
-            sample: Corpus index of the sample.
-            num_features: Number of image tokens of the sample.
-
         Raises:
             CorruptImageError: An image was corrupt, or its number of image tokens has changed.
         """
         ...
 
     def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        """Return the dtype and shape of the cache inputs of a pack.
-
-        Args:
-            sample_indices: Corpus indices of the samples of the pack.
-        """
+        """Return the dtype and shape of the cache inputs of a pack."""
         ...
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
         """Write the cache inputs of a pack to a buffer.
 
         Args:
-            sample_indices: Corpus indices of the samples of the pack.
             buffer: Tensor with the dtype and shape of `tensor_spec`.
         """
         ...
@@ -586,8 +576,6 @@ def read_steps(
     The steps do not depend on the number of workers. Close the generator to end the workers.
 
     Args:
-        data: Dataset of steps.
-        start: Index of the first step.
         num_workers: Number of worker processes; 0 reads in this process.
         pin_memory: Whether to copy the tensors to pinned memory.
     """

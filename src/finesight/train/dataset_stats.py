@@ -239,12 +239,9 @@ def check_images(
 
     Args:
         split: Name of the split, `train` or `eval`.
-        corpus: Samples of the split.
-        current: Current fingerprints.
         recorded: Fingerprints at the start of the run.
         path: File of the recorded fingerprints, for messages.
         reported_errors: Result of `collect_reported_errors`.
-        log: Function that logs a message.
 
     Raises:
         UserError: Images have changed that the run had not reported as corrupt.
@@ -458,11 +455,6 @@ def compute_dataset_stats(
     an error with `on_invalid_sample=fail`. All other errors of a sample are raised.
 
     Args:
-        corpus: Samples.
-        renderer: Tokenizer and image processor.
-        data: Data settings of the recipe.
-        num_workers: Number of data loader workers.
-        on_progress: Callback for the number of newly scanned samples.
         watched_images: Absolute paths of validation images to search for in the samples.
         subset: Corpus indices for a partial scan; None scans all samples.
 
@@ -621,10 +613,6 @@ class TrainingData:
         """Create the dataset of packed steps of the split.
 
         Args:
-            renderer: Tokenizer and image processor.
-            sampler: Samples of each step.
-            pack_tokens: Maximum number of tokens of a pack.
-            data: Data settings of the recipe.
             use_shared_prefix: Whether each pack stores the prefix shared by all samples of a step
                 only once.
         """

@@ -151,12 +151,7 @@ class FlopCounter:
         )
 
     def count_checkpointing(self, batch: PackShape, fraction: float) -> float:
-        """Count the additional FLOPs of activation checkpointing.
-
-        Args:
-            batch: Packed batch.
-            fraction: Fraction of the layers with activation checkpointing.
-        """
+        """Count the additional FLOPs of activation checkpointing."""
         flops = self.count_by_part(batch)
         num_patches = sum(t * h * w for t, h, w in batch.grid_thw)
         language_flops = (

@@ -227,7 +227,6 @@ class GraphGradients:
         """Compute the gradients of a loss and write them to static buffers.
 
         Args:
-            loss: Loss of a pack.
             extra_outputs: Additional tensors that require gradients, each with its gradient buffer.
         """
         handles = [self._register_hook(index) for index in self._large_indices.values()]
@@ -346,10 +345,6 @@ class GraphShape(NamedTuple):
         `max_seqlen` tokens.
 
         Args:
-            lengths: Lengths of the sequences.
-            prefix_length: Length of the shared prefix.
-            num_features: Number of image tokens.
-            num_labels: Number of supervised tokens.
             vision_shape: Sizes of the vision encoder inputs, if the graph contains the encoder.
         """
         num_tokens = sum(lengths) + 1
@@ -461,10 +456,8 @@ class GraphInputs:
         """Allocate the buffers of a graph.
 
         Args:
-            shape: Shape of the graph.
             batch: Pack that the graph can run, for dtypes and device.
             features_MKD: Image features of this pack, if they are an input of the graph.
-            vision_encoder: Vision encoder of the model.
         """
         device = batch.ids_T.device
 

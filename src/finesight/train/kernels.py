@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.runtime import Ptr, tl, triton
+from finesight.model.kernels.runtime import Ptr, jit, tl, triton
 from finesight.train.optim_states import (
     ADAM_EPS,
     BLOCK_SIZE,
@@ -74,7 +74,7 @@ def _align_gradients(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [g.clone() if g is not None and g.data_ptr() % 16 else g for g in gradients]
 
 
-@triton.jit
+@jit
 def _locate_tile(param_index_T, param_table_P3, is_aligned: tl.constexpr, rows: tl.constexpr):
     """Return the position of this program's tile.
 
@@ -94,7 +94,7 @@ def _locate_tile(param_index_T, param_table_P3, is_aligned: tl.constexpr, rows: 
     return p, first, param_offset + first, offset_RN, first + offset_RN < size
 
 
-@triton.jit
+@jit
 def _load_gradient(pointers_P, p, first, offset_RN, mask_RN, like):
     """Load the gradient of a tile in fp32; zeros if the parameter has no gradient."""
     address = tl.load(pointers_P + p)
@@ -105,7 +105,7 @@ def _load_gradient(pointers_P, p, first, offset_RN, mask_RN, like):
     return grad_RN
 
 
-@triton.jit
+@jit
 def _accumulate_kernel(
     param_index_T, param_table_P3, gradients_P, sums_P, previous_P, grad_like, sum_like,
     is_aligned: tl.constexpr, rows: tl.constexpr,
@@ -127,7 +127,6 @@ def accumulate_gradients(
     """Add gradients to fp32 sums with one kernel.
 
     Args:
-        tiles: Tiles of the parameters.
         gradients: Gradient of each parameter; None leaves its sum unchanged.
         sums: fp32 sums of each parameter.
         has_sum: Whether a sum contains values; otherwise, it is overwritten.
@@ -142,7 +141,7 @@ def accumulate_gradients(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _squared_norm_kernel(
     param_index_T, param_table_P3, gradients_P, sums_T, like, is_aligned: tl.constexpr,
     rows: tl.constexpr,
@@ -167,7 +166,7 @@ def squared_norm(tiles: ParamTiles, gradients: Sequence[Tensor | None]) -> Tenso
     return sums_T.sum()
 
 
-@triton.jit
+@jit
 def _dequantize(codes, scale, signed: tl.constexpr):
     """Dequantize 8-bit codes to the levels of `create_dynamic_map`.
 
@@ -189,7 +188,7 @@ def _dequantize(codes, scale, signed: tl.constexpr):
     return level
 
 
-@triton.jit
+@jit
 def _quantize(values, scale, signed: tl.constexpr):
     """Quantize values to the nearest levels of `create_dynamic_map`.
 
@@ -216,7 +215,7 @@ def _quantize(values, scale, signed: tl.constexpr):
     return code.to(tl.uint8)
 
 
-@triton.jit
+@jit
 def _load_master(weights, residual, offset, mask, residual_bytes: tl.constexpr):
     """Load fp32 master weights of `SplitBf16Master`.
 
@@ -233,7 +232,7 @@ def _load_master(weights, residual, offset, mask, residual_bytes: tl.constexpr):
     return master
 
 
-@triton.jit
+@jit
 def _store_master(master, weights, residual, offset, mask, residual_bytes: tl.constexpr):
     if residual_bytes == 2:
         bits = master.to(tl.int32, bitcast=True)
@@ -245,7 +244,7 @@ def _store_master(master, weights, residual, offset, mask, residual_bytes: tl.co
         tl.store(weights + offset, master.to(weights.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _load_state(
     codes, scales, offset, blocks, mask, block_mask, is_8bit: tl.constexpr, signed: tl.constexpr,
 ):  # fmt: skip
@@ -258,7 +257,7 @@ def _load_state(
     return state
 
 
-@triton.jit
+@jit
 def _store_state(
     state, codes, scales, offset, blocks, mask, block_mask, is_8bit: tl.constexpr,
     signed: tl.constexpr,
@@ -271,7 +270,7 @@ def _store_state(
         tl.store(codes + offset, state, mask=mask)
 
 
-@triton.jit
+@jit
 def _adamw_kernel(
     param_index_T, param_table_P3, pointers_P, like, weights, residual, exp_avg, exp_avg_scale,
     exp_avg_sq, exp_avg_sq_scale, grad_factor_ptr, num_steps, next_num_steps, log_beta_1,
@@ -348,13 +347,11 @@ def adamw_step(
     """Apply an AdamW step to one parameter group with one kernel.
 
     Args:
-        tiles: Tiles of the group.
         gradients: Gradient of each parameter; None counts as zero.
         master_weights: Weights, updated in-place.
         states: First and second moments, updated in-place.
         grad_factor: Scalar on the device that multiplies the gradients; NaN skips the step.
         step_counts: Number of previous steps, and output for the new count; scalars on the device.
-        hparams: Hyperparameters.
     """
     params_E, residual_E = master_weights.params_E, master_weights.residual_E
     gradients = _align_gradients(gradients)
@@ -377,7 +374,7 @@ _LOSS_BLOCK_SIZE, _LOSS_NUM_WARPS = 4096, 8
 """Vocabulary entries per block, and warps per program of the cross entropy kernel."""
 
 
-@triton.jit(do_not_specialize=["num_labels"])
+@jit(do_not_specialize=["num_labels"])
 def _cross_entropy_kernel(
     logits: Ptr, labels: Ptr, scale: Ptr, losses: Ptr, num_labels: int, vocab_size: int,
     needs_grad: tl.constexpr, block_size: tl.constexpr,

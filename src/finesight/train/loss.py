@@ -34,8 +34,6 @@ def fused_linear_cross_entropy(
 
     Args:
         h_LD: Hidden states. Rows after the last label are padding without loss and gradient.
-        head_VD: Weight of the language model head.
-        labels_L: Label tokens.
         scale: fp32 scalar on the device that multiplies the loss.
         chunk_size: Rows per chunk; by default, as many as fit in `MAX_LOGITS_BYTES` of logits.
 

@@ -58,8 +58,6 @@ class MemoryBudget(BaseModel):
         single sample; splitting the sample over the ranks.
 
         Args:
-            batch: Batch that ran out of memory.
-            is_training: Whether a backward pass is needed.
             world_size: Number of ranks that can share a sample; 1 if samples cannot be split.
 
         Returns:
@@ -121,10 +119,6 @@ def build_pack_oom_error(
     """Convert an out-of-memory error of PyTorch in a pack to a `GpuOutOfMemoryError`.
 
     Args:
-        error: Error of PyTorch.
-        batch: Pack that exceeded the memory.
-        budget: Current memory budget.
-        is_training: Whether a backward pass is needed.
         world_size: Number of ranks that can share a sample; 1 if samples cannot be split.
         has_freed_memory: Whether memory was freed, so that a retry with the same budget may
             succeed.
@@ -167,9 +161,7 @@ def retry_on_oom(
     """Call a function with a memory budget; retry with smaller ones on out-of-memory errors.
 
     Args:
-        budget: First memory budget.
         device: Device whose cached memory is released before a retry.
-        log: Function that logs a message.
         fn: Function of the budget. When called again, it must continue from its own progress.
 
     Raises:

@@ -302,8 +302,6 @@ class Muon:
         synchronizes with the device only to capture the CUDA graph of a small group.
 
         Args:
-            lr: Learning rate.
-            weight_decay: Decoupled weight decay.
             grad_factor: Scalar on the device that multiplies all gradients, for clipping and
                 unscaling.
         """

@@ -202,13 +202,6 @@ def index_images(
 ) -> ImageIndex:
     """Hash the image files of samples, and build an index of the unique images.
 
-    Args:
-        corpus: Samples.
-        renderer: Tokenizer and image processor.
-        samples: Corpus indices of the samples to index.
-        num_workers: Number of data loader workers.
-        on_progress: Callback for the number of newly hashed samples.
-
     Raises:
         UserError: A sample has an error other than a corrupt image.
     """
@@ -331,7 +324,6 @@ class VisionFileStore:
 
         Args:
             required_chunks: Names of chunks that must not be removed.
-            missing_bytes: Size of the new files.
 
         Returns:
             Number of bytes available for new files.
@@ -385,7 +377,6 @@ class VisionFileStore:
         """Write the features of a chunk to a file, atomically.
 
         Args:
-            name: Name of the chunk.
             features_MKD: Contiguous CPU tensor.
 
         Raises:
@@ -416,7 +407,6 @@ class VisionFileStore:
         """Read and verify the features of a chunk.
 
         Args:
-            name: Name of the chunk.
             features_MKD: Contiguous CPU tensor that receives the features.
 
         Returns:
@@ -520,7 +510,6 @@ def read_rows(stored_chunk: StoredChunk, start_row: int, features_MKD: Tensor) -
     """Read the features of consecutive image tokens of a chunk, without verifying them.
 
     Args:
-        stored_chunk: Feature file.
         start_row: Index of the first image token in the chunk.
         features_MKD: Contiguous CPU tensor that receives the features.
 

@@ -94,9 +94,7 @@ def fingerprint_encoder(
     fingerprint are not used.
 
     Args:
-        vision_encoder: Vision encoder of the model.
         settings: Content of `config.json` and of the preprocessor configuration.
-        device: Device that runs the encoder.
     """
 
     def compute_digest(tensor: Tensor) -> str:
@@ -239,7 +237,6 @@ def choose_cache_tier(
     The setting restricts the choice: `memory` excludes the disk, and `disk` allows only the disk.
 
     Args:
-        setting: Value of `train.vision_cache`.
         needed_bytes: Size of all features.
         missing_bytes: Size of the features that are not yet on disk.
         free: Free bytes in each tier.
@@ -340,8 +337,6 @@ def open_vision_cache(
     it.
 
     Args:
-        state: State of the run.
-        console: Console for progress and messages.
         stop: Stop request, checked between chunks.
 
     Raises:

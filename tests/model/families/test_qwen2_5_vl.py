@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from each_value import each
 
 from finesight.model.families.qwen2_5_vl import window_order
 from finesight.model.vision_encoder import patch_coordinates
@@ -10,8 +11,8 @@ from finesight.model.vision_encoder import patch_coordinates
 GRIDS = [(1, 2, 2), (1, 8, 8), (1, 10, 14), (3, 6, 4), (2, 16, 24), (1, 18, 2), (5, 34, 22)]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("window", [1, 2, 4])
+@each("grid", GRIDS)
+@each("window", [1, 2, 4])
 def test_windows_match_reference(grid: tuple[int, int, int], window: int) -> None:
     from transformers.vision_utils import get_vision_window_index
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from each_value import each
 from lora_fixtures import make_group
 from torch import Tensor, nn
 
@@ -87,10 +88,10 @@ def preserved_fraction(group: FusedLinear, x_TI: Tensor, found: list[Tensor]) ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("names", [["gate_proj", "up_proj"], ["up_proj"]], ids=len)
-@pytest.mark.parametrize("bias", [False, True])
+@each("names", [["gate_proj", "up_proj"], ["up_proj"]])
+@each("bias", [False, True])
 @pytest.mark.parametrize("kind", [None, to_nf4, to_fp8])
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@each("dtype", NARROW)
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_lora_delta_is_not_lost_to_rounding(
     names: list[str], bias: bool, kind: Kind, dtype: torch.dtype, device: str

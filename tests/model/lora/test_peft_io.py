@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from case_files import load_cases
+from each_value import each
 from hf_reference import (
     make_config,
     make_conversation,
@@ -80,7 +81,7 @@ def list_peft_layers(model: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", TUNE_SETTINGS)
+@each("how", TUNE_SETTINGS)
 def test_saved_adapter_gives_the_same_logits_in_peft(family: str, how: str, tmp_path: Path) -> None:
     theirs = make_reference_model(make_config(family))
     baseline = their_logits(theirs)
@@ -120,7 +121,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", PEFT_CONFIGS)
+@each("how", PEFT_CONFIGS)
 def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Path) -> None:
     theirs = make_reference_model(make_config(family))
     ours = make_native_model(make_config(family), theirs)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from case_files import load_cases
+from each_value import each
 from engine_fixtures import make_mixed_questions
 from gptq_fixtures import (
     GPTQ_CONFIGS,
@@ -64,9 +65,9 @@ def make_matrix(tensors: dict[str, Tensor], shape: tuple[int, int], way: GptqCon
     return matrix
 
 
-@pytest.mark.parametrize("way", GPTQ_CONFIGS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("at_once", [base.CHUNK_ELEMENTS, 300])
+@each("way", GPTQ_CONFIGS)
+@each("shape", SHAPES)
+@each("at_once", [base.CHUNK_ELEMENTS, 300])
 def test_dequantize_matches_reference(
     shape: tuple[int, int], way: GptqConfig, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +138,7 @@ def logits(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
     return model.compute_logits(model.eval()(batch))
 
 
-@pytest.mark.parametrize("way", GPTQ_CONFIGS, ids=str)
+@each("way", GPTQ_CONFIGS)
 def test_model_matches_dequantized_bit_exactly(
     source: ModelFolder, way: GptqConfig, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_value import each
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -56,8 +57,8 @@ def dequantize_reference(matrix: Nf4Matrix) -> Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("dtype", TYPES)
+@each("shape", SHAPES)
 def test_codes_match_bitsandbytes_linear4bit(
     shape: tuple[int, int], dtype: torch.dtype, device: str
 ) -> None:
@@ -84,7 +85,7 @@ def test_chunked_quantization_matches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("shape", SHAPES)
 def test_dequantize_matches_reference(shape: tuple[int, int], device: str) -> None:
     """Includes rows that are no multiple of a block, where bitsandbytes fails on a CPU."""
     matrix = quantize(random_values(shape).to(device))
@@ -150,9 +151,9 @@ def run_layer(group: FusedLinear, x: Tensor) -> list[Tensor]:
     return [*(y.detach() for y in outputs), x.grad, *supervised]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(7, INPUTS), (2, 3, INPUTS), (1, INPUTS)], ids=str)
-@pytest.mark.parametrize("adapted", [False, True])
+@each("dtype", [torch.float32, torch.bfloat16])
+@each("shape", [(7, INPUTS), (2, 3, INPUTS), (1, INPUTS)])
+@each("adapted", [False, True])
 def test_output_and_gradients_match_dequantized(
     dtype: torch.dtype, shape: tuple[int, ...], adapted: bool
 ) -> None:

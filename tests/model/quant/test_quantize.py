@@ -13,6 +13,7 @@ from typing import get_args
 
 import pytest
 import torch
+from each_value import each
 from engine_fixtures import make_mixed_questions
 from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import max_relative_error
@@ -84,8 +85,8 @@ def dequantize_model(model: VisionLanguageModel) -> VisionLanguageModel:
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
+@each("kind", FORMATS)
+@each("family", FAMILIES)
 def test_only_the_decoder_is_quantized(
     kind: WeightFormat, family: TinyFamily, tmp_path: Path
 ) -> None:

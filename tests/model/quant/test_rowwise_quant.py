@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from each_value import each
 from torch import Tensor
 
 from finesight.model.quant import base
@@ -36,8 +37,8 @@ def max_error(matrix: RowwiseMatrix, values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
+@each("shape", SHAPES)
+@each("size", [1e-30, 1e-3, 1.0, 1e30])
 def test_quantization_error_is_bounded(
     kind: type[RowwiseMatrix], shape: tuple[int, int], size: float
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, empty_like
 
-from finesight.model.kernels.runtime import tl, triton
+from finesight.model.kernels.runtime import jit, tl, triton
 
 _WARPS = 4
 
@@ -21,7 +21,7 @@ _BLOCK = 4096
 """Elements per program of an elementwise kernel."""
 
 
-@triton.jit
+@jit
 def _rotary_kernel(
     x, y, cos, sin, stride_t, stride_h, num_heads, half, sign, round_first: tl.constexpr,
     block_h: tl.constexpr, block_f: tl.constexpr,
@@ -61,7 +61,7 @@ def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -
     return y_THD
 
 
-@triton.jit
+@jit
 def quick_gelu_rounded(x, narrow: tl.constexpr):
     """Compute quick GELU, x sigmoid(1.702 x), with the rounding of eager torch.
 
@@ -72,7 +72,7 @@ def quick_gelu_rounded(x, narrow: tl.constexpr):
     return (x * gate).to(narrow)
 
 
-@triton.jit
+@jit
 def _quick_gelu_kernel(x, y, total, block: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     mask = offsets < total
@@ -88,7 +88,7 @@ def quick_gelu(x_E: Tensor) -> Tensor:
     return y_E
 
 
-@triton.jit
+@jit
 def _swiglu_kernel(gate, up, y, total, block: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     mask = offsets < total
@@ -98,7 +98,7 @@ def _swiglu_kernel(gate, up, y, total, block: tl.constexpr):
     tl.store(y + offsets, silu * u, mask=mask)
 
 
-@triton.jit
+@jit
 def _swiglu_backward_kernel(gate, up, dy, dgate, dup, total, block: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     mask = offsets < total
@@ -132,7 +132,7 @@ def swiglu_backward(gate_E: Tensor, up_E: Tensor, dy_E: Tensor) -> tuple[Tensor,
     return dgate_E, dup_E
 
 
-@triton.jit
+@jit
 def _sigmoid_gate_kernel(
     x, gate, y, stride_t, stride_h, rows, heads: tl.constexpr, width: tl.constexpr,
     block_m: tl.constexpr, block_d: tl.constexpr,
@@ -146,7 +146,7 @@ def _sigmoid_gate_kernel(
     tl.store(y + offsets, value * tl.sigmoid(g), mask=mask)
 
 
-@triton.jit
+@jit
 def _sigmoid_gate_backward_kernel(
     x, gate, dy, dx, dgate, stride_t, stride_h, rows, heads: tl.constexpr, width: tl.constexpr,
     block_m: tl.constexpr, block_d: tl.constexpr,

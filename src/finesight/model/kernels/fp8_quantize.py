@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finesight.model.kernels.elementwise import quick_gelu_rounded
-from finesight.model.kernels.runtime import tl, triton
+from finesight.model.kernels.runtime import jit, tl, triton
 
 _MAX_REGISTER_ROW = 16384
 """Maximum number of elements of a row that fits the registers of a program."""
@@ -20,7 +20,7 @@ _CHUNK_SIZE = 4096
 """Number of elements of a longer row that are read at once."""
 
 
-@triton.jit
+@jit
 def fp8_factor_and_scale(amax, max_code, min_amax):
     """Return the FP8 quantization factor and the scale of rows.
 
@@ -31,7 +31,7 @@ def fp8_factor_and_scale(amax, max_code, min_amax):
     return tl.div_rn(max_code, amax), tl.div_rn(amax, max_code)
 
 
-@triton.jit
+@jit
 def _load_row(x, column_scales, offsets_I, mask_I, is_scaled: tl.constexpr, is_gelu: tl.constexpr):
     x_I = tl.load(x + offsets_I, mask=mask_I, other=0.0).to(tl.float32)
     if is_gelu:
@@ -41,7 +41,7 @@ def _load_row(x, column_scales, offsets_I, mask_I, is_scaled: tl.constexpr, is_g
     return x_I
 
 
-@triton.jit
+@jit
 def _quantize_kernel(
     x, column_scales, codes, scales, num_columns, stride, max_code, min_amax,
     is_scaled: tl.constexpr, is_gelu: tl.constexpr, fits_registers: tl.constexpr,

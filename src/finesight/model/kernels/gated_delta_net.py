@@ -25,6 +25,8 @@ from torch import Tensor
 from finesight.model.kernels.runtime import (
     MAX_PARTIAL_SUMS,
     Ptr,
+    get_device_capability,
+    jit,
     sum_partials,
     supports_pdl,
     tl,
@@ -54,7 +56,7 @@ class SequenceChunks(NamedTuple):
     end_C: Tensor
 
 
-@triton.jit
+@jit
 def _load_gates(
     log_decay: Ptr, beta: Ptr, start: tl.tensor, end: tl.tensor, head: tl.tensor,
     heads: tl.constexpr, length: tl.constexpr,
@@ -68,7 +70,7 @@ def _load_gates(
     return tl.cumsum(g_L, 0), tl.sum(g_L, 0), beta_L
 
 
-@triton.jit
+@jit
 def _load_rows(
     x: Ptr, start: tl.tensor, end: tl.tensor, head: tl.tensor, first: tl.tensor,
     heads: tl.constexpr, width: tl.constexpr, length: tl.constexpr, block: tl.constexpr,
@@ -80,7 +82,7 @@ def _load_rows(
     return tl.load(x + offsets, mask=(rows < end)[:, None], other=0.0)
 
 
-@triton.jit
+@jit
 def _store_rows(
     x: Ptr, value: tl.tensor, start: tl.tensor, end: tl.tensor, head: tl.tensor, first: tl.tensor,
     heads: tl.constexpr, width: tl.constexpr, length: tl.constexpr, block: tl.constexpr,
@@ -91,7 +93,7 @@ def _store_rows(
     tl.store(x + offsets, value.to(x.dtype.element_ty), mask=(rows < end)[:, None])
 
 
-@triton.jit
+@jit
 def _decay_matrix(g_L: tl.tensor, length: tl.constexpr) -> tl.tensor:
     """Compute exp(G_i - G_j) for i >= j, otherwise 0. The mask comes first: exp would overflow."""
     index = tl.arange(0, length)
@@ -99,7 +101,7 @@ def _decay_matrix(g_L: tl.tensor, length: tl.constexpr) -> tl.tensor:
     return tl.exp(tl.where(index[:, None] >= index[None, :], difference, float("-inf")))
 
 
-@triton.jit
+@jit
 def _invert_unit_lower(
     a_LL: tl.tensor, length: tl.constexpr, block: tl.constexpr, precision: tl.constexpr
 ) -> tl.tensor:
@@ -133,7 +135,7 @@ def _invert_unit_lower(
     return tl.dot(series_LL, inverse_LL, input_precision=precision)
 
 
-@triton.jit
+@jit
 def _chunk_matrices_kernel(
     q: Ptr, k: Ptr, log_decay: Ptr, beta: Ptr, starts: Ptr, ends: Ptr, inverse: Ptr, product: Ptr,
     key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, length: tl.constexpr,
@@ -158,7 +160,7 @@ def _chunk_matrices_kernel(
     tl.store(product + offsets, p_LL.to(product.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["initial_stride"])
+@jit(do_not_specialize=["initial_stride"])
 def _recurrence_kernel(
     q: Ptr, k: Ptr, v: Ptr, log_decay: Ptr, beta: Ptr, inverse: Ptr, product: Ptr, initial: Ptr,
     first_chunks: Ptr, starts: Ptr, ends: Ptr, out: Ptr, final: Ptr, states: Ptr, updates: Ptr,
@@ -211,7 +213,7 @@ def _recurrence_kernel(
         tl.store(final + own_state + state_offsets, state_DV)
 
 
-@triton.jit
+@jit
 def _recurrence_backward_kernel(
     q: Ptr, k: Ptr, log_decay: Ptr, beta: Ptr, inverse: Ptr, product: Ptr, dout: Ptr, dfinal: Ptr,
     first_chunks: Ptr, starts: Ptr, ends: Ptr, dstates: Ptr, drs: Ptr, dinitial: Ptr,
@@ -260,7 +262,7 @@ def _recurrence_backward_kernel(
         tl.store(dinitial + own_state + state_offsets, dstate_DV)
 
 
-@triton.jit
+@jit
 def _chunk_gradients_kernel(
     q: Ptr, k: Ptr, v: Ptr, log_decay: Ptr, beta: Ptr, dout: Ptr, states: Ptr, dstates: Ptr,
     updates: Ptr, drs: Ptr, starts: Ptr, ends: Ptr, dq: Ptr, dk: Ptr, dv: Ptr, dlog_decay: Ptr,
@@ -347,7 +349,7 @@ def _precision(x: Tensor) -> str:
 
 def _num_stages(device: torch.device) -> int:
     """Return the pipeline stages of loops with large tiles: 2 with 160 KB of shared memory."""
-    capability = torch.cuda.get_device_capability(device)
+    capability = get_device_capability(device)
     return 2 if capability in ((8, 0), (8, 7)) or (9, 0) <= capability < (12, 0) else 1
 
 
@@ -478,7 +480,7 @@ def gated_delta_rule_backward(
     return dq, dk, dv, dlog_decay.to(log_decay_TH.dtype), dbeta.to(beta_TH.dtype), dinitial
 
 
-@triton.jit
+@jit
 def _conv_rows(
     x: Ptr, x_stride: tl.tensor, weight: Ptr, position: Ptr, t: tl.tensor, n: tl.tensor,
     num_tokens: tl.tensor, width: tl.constexpr, block_t: tl.constexpr, block_n: tl.constexpr,
@@ -495,7 +497,7 @@ def _conv_rows(
     return y_TN
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens"])
 def _conv_kernel(
     x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, y: Ptr, num_tokens: int,
     scale: float, eps: float, heads: tl.constexpr, width: tl.constexpr, is_normed: tl.constexpr,
@@ -512,7 +514,7 @@ def _conv_kernel(
     tl.store(y + offsets, y_TN.to(y.dtype.element_ty), mask=(t < num_tokens)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens"])
 def _conv_activation_backward_kernel(
     x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, dy: Ptr, da: Ptr,
     num_tokens: int, channels: int, scale: float, eps: float, heads: tl.constexpr,
@@ -537,7 +539,7 @@ def _conv_activation_backward_kernel(
     tl.store(da + offsets, da_TN.to(da.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "per_program"])
+@jit(do_not_specialize=["num_tokens", "per_program"])
 def _conv_backward_kernel(
     x: Ptr, x_stride: int, weight: Ptr, position: Ptr, da: Ptr, dx: Ptr, dweight: Ptr,
     num_tokens: int, per_program: int, channels: int, width: tl.constexpr, block_w: tl.constexpr,
@@ -660,7 +662,7 @@ def causal_conv_silu_backward(
     return dx_TN, sum_partials(dweight, weight_NW.dtype) if needs_weight_grad else None
 
 
-@triton.jit
+@jit
 def _gate_offsets(
     m: tl.tensor, d: tl.tensor, stride: tl.tensor, heads: tl.constexpr, width: tl.constexpr
 ) -> tl.tensor:
@@ -668,7 +670,7 @@ def _gate_offsets(
     return (m // heads).to(tl.int64)[:, None] * stride + ((m % heads) * width)[:, None] + d[None, :]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _gated_norm_kernel(
     x: Ptr, z: Ptr, weight: Ptr, y: Ptr, rows: int, z_stride: int, eps: float,
     heads: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr,
@@ -686,7 +688,7 @@ def _gated_norm_kernel(
     tl.store(y + offsets, y_MD.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "per_program"])
+@jit(do_not_specialize=["rows", "per_program"])
 def _gated_norm_backward_kernel(
     x: Ptr, z: Ptr, weight: Ptr, dy: Ptr, dx: Ptr, dz: Ptr, dweight: Ptr, rows: int,
     per_program: int, z_stride: int, eps: float, heads: tl.constexpr, width: tl.constexpr,
@@ -756,7 +758,7 @@ def gated_rms_norm_backward(
     return dx, dz, sum_partials(dweight, weight_V.dtype) if needs_weight_grad else None
 
 
-@triton.jit
+@jit
 def _conv_step_kernel(
     x: Ptr, weight: Ptr, states: Ptr, slots: Ptr, y: Ptr, x_stride: int, scale: float, eps: float,
     key_heads: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, value_dim: tl.constexpr,
@@ -791,7 +793,7 @@ def _conv_step_kernel(
     tl.store(y + row * channels + n, y_N, mask=mask)
 
 
-@triton.jit
+@jit
 def _delta_step_kernel(
     qkv: Ptr, a: Ptr, b: Ptr, a_log: Ptr, dt_bias: Ptr, z: Ptr, norm: Ptr, states: Ptr, slots: Ptr,
     y: Ptr, a_stride: int, b_stride: int, z_stride: int, eps: float, key_heads: tl.constexpr,
@@ -835,7 +837,6 @@ def causal_conv_step(
     Args:
         x_RN: Channels of the tokens; rows may be strided.
         states_SWN: Earlier inputs, updated in place.
-        slots_R: State of each token.
     """
     (num_rows, channels), width = x_RN.shape, weight_NW.shape[1]
     head_dim = (channels - heads * value_dim) // (2 * key_heads)
@@ -861,7 +862,6 @@ def gated_delta_step(
         b_RH: Step size before the sigmoid.
         z_RE: Gate of the norm.
         states_SHDV: States in fp32, updated in place.
-        slots_R: State of each token.
     """
     _, heads, head_dim, value_dim = states_SHDV.shape
     y_RE = qkv_RN.new_empty(len(qkv_RN), heads * value_dim)

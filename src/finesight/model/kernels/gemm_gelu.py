@@ -18,9 +18,9 @@ from finesight.model.kernels.runtime import (
     Ptr,
     TensorDescriptor,
     TileConfig,
+    jit,
     times_sigmoid,
     tl,
-    triton,
 )
 
 GEMM_TILE, BLOCK_K, GROUP_M = TileConfig(128, 256, 8, 3), 64, 16
@@ -36,7 +36,7 @@ Below them, separate kernels with smaller tiles are faster.
 """
 
 
-@triton.jit
+@jit
 def _gelu_value(y: tl.tensor, linear_2: tl.constexpr, cubic_2: tl.constexpr) -> tl.tensor:
     """Compute the GELU of an fp32 tile.
 
@@ -48,7 +48,7 @@ def _gelu_value(y: tl.tensor, linear_2: tl.constexpr, cubic_2: tl.constexpr) -> 
     return times_sigmoid(y, power)
 
 
-@triton.jit(do_not_specialize=["rows", "num_programs"])
+@jit(do_not_specialize=["rows", "num_programs"])
 def _gemm_gelu_kernel(
     x: tl.tensor_descriptor, w: tl.tensor_descriptor, bias: Ptr, y: tl.tensor_descriptor, rows: int,
     out_features: int, num_programs: int, in_features: tl.constexpr, linear_2: tl.constexpr,

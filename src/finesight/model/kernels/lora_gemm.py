@@ -23,6 +23,7 @@ from finesight.model.kernels.runtime import (
     TileConfig,
     align_layouts,
     hash_u32,
+    jit,
     keep_mask,
     rank_block_size,
     rows_per_chunk,
@@ -39,7 +40,7 @@ LARGE_RANK_SUM = 192
 pipeline stages."""
 
 
-@triton.jit(do_not_specialize=["rows", "salt", "threshold"])
+@jit(do_not_specialize=["rows", "salt", "threshold"])
 def _lora_down_kernel(
     x: Ptr, a: Ptr, copy: Ptr, low: Ptr, rows: int, width: int, ranks: int, padding: int, seed: Ptr,
     salt: int, threshold: int, scale: float, is_dropped: tl.constexpr, is_copied: tl.constexpr,
@@ -103,7 +104,7 @@ class RmsNormStats(NamedTuple):
     rstd_T: Tensor
 
 
-@triton.jit(do_not_specialize=["rows", "per_chunk", "salt", "threshold"])
+@jit(do_not_specialize=["rows", "per_chunk", "salt", "threshold"])
 def _lora_down_backward_kernel(
     x: Ptr, w: Ptr, scales: Ptr, dn: Ptr, dlow: Ptr, a: Ptr, dx: Ptr, partial: Ptr, rows: int,
     per_chunk: int, width: int, ranks: int, dn_stride: int, dlow_stride: int, seed: Ptr, salt: int,
@@ -236,7 +237,7 @@ def _split_ranks(ranks: int) -> tuple[int, int]:
     return (padded_ranks // 2, padded_ranks // 4) if is_split_cheaper else (padded_ranks, 0)
 
 
-@triton.jit
+@jit
 def _stochastic_round(
     y_MN: tl.tensor, total_MN: tl.tensor, c: tl.tensor, dropped_bits: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
@@ -258,7 +259,7 @@ def _stochastic_round(
     return tl.where(tl.abs(total_MN) < float("inf"), rounded_MN, total_MN)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _add_lora_up_kernel(
     y: Ptr, low: Ptr, b: Ptr, rows: int, width: int, ranks: int, y_stride: int, low_stride: int,
     b_stride: int, scale: float, dropped_bits: tl.constexpr, block_m: tl.constexpr,
@@ -296,7 +297,7 @@ def add_lora_up(y_TO: Tensor, low_TR: Tensor, lora_B_OR: Tensor, scale: float) -
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _copy_matrices_kernel(
     table: Ptr, reference: Ptr, block_m: tl.constexpr, block_n: tl.constexpr
 ) -> None:

@@ -14,6 +14,7 @@ from finesight.model.kernels.runtime import (
     Ptr,
     SeededDropout,
     TileConfig,
+    jit,
     keep_mask,
     sum_partials,
     tl,
@@ -26,7 +27,7 @@ RMS_NORM_TILE = TileConfig(4, 0, 8, 1)
 """Tile of the RMS norm kernel, whose programs process complete rows; fastest on an H200."""
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _add_norm_kernel(
     x: Ptr, y: Ptr, w: Ptr, b: Ptr, residual: Ptr, n: Ptr, scales: Ptr, rows: int, width: int,
     eps: float, max_code: float, min_amax: float, is_layer_norm: tl.constexpr,
@@ -80,7 +81,7 @@ def add_norm(
     return residual_ND, normed
 
 
-@triton.jit(do_not_specialize=["rows", "salt", "threshold"])
+@jit(do_not_specialize=["rows", "salt", "threshold"])
 def _rms_norm_kernel(
     x: Ptr, w: Ptr, n: Ptr, dropped: Ptr, codes: Ptr, fp8_scales: Ptr, rstd: Ptr, rows: int,
     width: int, n_stride: int, eps: float, w_offset: float, max_code: float, min_amax: float,
@@ -141,7 +142,7 @@ def rms_norm_dropout(
     return dropped_TD, rstd_T
 
 
-@triton.jit(do_not_specialize=["rows", "per_program"])
+@jit(do_not_specialize=["rows", "per_program"])
 def _rms_norm_backward_kernel(
     x: Ptr, w: Ptr, rstds: Ptr, dn: Ptr, residual_grad: Ptr, dx: Ptr, dw: Ptr, rows: int,
     per_program: int, width: int, needs_weight_grad: tl.constexpr, block_d: tl.constexpr,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finesight.model.kernels.quant_gemv import MatmulTiling, load_codebook_lane, lookup_codebook
-from finesight.model.kernels.runtime import tl, triton
+from finesight.model.kernels.runtime import jit, tl, triton
 
 
 def choose_gemm_tiling(out_features: int, rows: int) -> MatmulTiling:
@@ -26,14 +26,14 @@ def choose_gemm_tiling(out_features: int, rows: int) -> MatmulTiling:
     )
 
 
-@triton.jit
+@jit
 def _slice_offsets(slices: tl.constexpr, block: tl.constexpr, step: tl.constexpr):
     """Return row index and input offset of each line when the slices are concatenated."""
     line = tl.arange(0, slices * block)
     return line % block, line // block * step
 
 
-@triton.jit
+@jit
 def _accumulate(
     total_SRO, x_PK, w_QK, slices: tl.constexpr, block_r: tl.constexpr, block_o: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def _accumulate(
     return tl.dot(x_SRK, tl.trans(w_SOK, (0, 2, 1)), total_SRO)
 
 
-@triton.jit
+@jit
 def _store(
     total_RO, bias, y, rows, out_features, has_bias: tl.constexpr, block_r: tl.constexpr,
     block_o: tl.constexpr,
@@ -56,7 +56,7 @@ def _store(
     )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _nf4_gemm_kernel(
     x, codes, scales, nested_absmax, absmax_mean, scale_codebook, codebook, bias, y, rows,
     out_features, in_features, has_bias: tl.constexpr, shuffled: tl.constexpr, slices: tl.constexpr,
@@ -92,7 +92,7 @@ def _nf4_gemm_kernel(
     _store(tl.sum(total_SRO, axis=0), bias, y, rows, out_features, has_bias, block_r, block_o)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _int4_gemm_kernel(
     x, codes, scales, zeros, bias, y, rows, out_features, in_features, group_size: tl.constexpr,
     has_bias: tl.constexpr, slices: tl.constexpr, block_r: tl.constexpr, block_o: tl.constexpr,
@@ -131,7 +131,7 @@ def _int4_gemm_kernel(
     _store(tl.sum(total_SRO, axis=0), bias, y, rows, out_features, has_bias, block_r, block_o)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _rowwise_gemm_kernel(
     x, codes, scales, bias, y, rows, out_features, in_features, has_bias: tl.constexpr,
     slices: tl.constexpr, block_r: tl.constexpr, block_o: tl.constexpr, block_k: tl.constexpr,
@@ -206,7 +206,7 @@ def rowwise_gemm(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _dequantize_rowwise_kernel(codes, scales, w, in_features, block: tl.constexpr):
     o = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * block + tl.arange(0, block)

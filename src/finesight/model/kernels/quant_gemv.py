@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.runtime import tl, triton
+from finesight.model.kernels.runtime import jit, tl, triton
 from finesight.model.quant.base import PackedInput, RmsNormParams
 
 
@@ -38,7 +38,7 @@ def choose_gemv_tiling(out_features: int, row_bytes: int) -> MatmulTiling:
     return MatmulTiling(block_outputs=4, block_chunks=32 * warps, num_warps=warps)
 
 
-@triton.jit
+@jit
 def _store_sums(
     total_OTE, bias, y, first, out_features, has_bias: tl.constexpr, block_o: tl.constexpr
 ):
@@ -50,7 +50,7 @@ def _store_sums(
     tl.store(out_ptrs, sums_O.to(y.dtype.element_ty), mask=o < out_features)
 
 
-@triton.jit
+@jit
 def _rowwise_gemv_kernel(
     x, codes, scales, bias, y, out_features, in_features, has_bias: tl.constexpr,
     block_o: tl.constexpr, block_t: tl.constexpr,
@@ -91,7 +91,7 @@ _WORDS_PER_PROGRAM = 128
 """Number of words per program of the kernel that packs the input row."""
 
 
-@triton.jit
+@jit
 def _pack_input_kernel(
     x, norm, packed, sums, in_features, eps, is_normed: tl.constexpr, halves: tl.constexpr,
     words_per_group: tl.constexpr, block_j: tl.constexpr,
@@ -148,7 +148,7 @@ def pack_input(x_1I: Tensor, norm: RmsNormParams | None, group_size: int | None)
     return PackedInput(values_8N, group_sums_G if halves else None)
 
 
-@triton.jit
+@jit
 def _nibble_plus_128(packed, shift: tl.constexpr):
     """Return 128 plus a 4-bit code in fp32, exactly and without a conversion.
 
@@ -162,7 +162,7 @@ def _nibble_plus_128(packed, shift: tl.constexpr):
     return ((packed & 0xF0000) | 0x43000000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@jit
 def _store_output(
     y_O, bias, residual, y, o, mask_O, has_bias: tl.constexpr, has_residual: tl.constexpr
 ):
@@ -173,7 +173,7 @@ def _store_output(
     tl.store(y + o, y_O.to(y.dtype.element_ty), mask=mask_O)
 
 
-@triton.jit
+@jit
 def _int4_gemv_kernel(
     packed, sums, codes, scales, zeros, bias, residual, y, out_features, num_words,
     has_bias: tl.constexpr, has_residual: tl.constexpr, words_per_group: tl.constexpr,
@@ -238,7 +238,7 @@ def int4_gemv(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def load_codebook_lane(codebook, shuffled: tl.constexpr):
     """Load the codebook value of this thread for the warp shuffles of `lookup_codebook`."""
     value = 0.0
@@ -250,7 +250,7 @@ def load_codebook_lane(codebook, shuffled: tl.constexpr):
     return value
 
 
-@triton.jit
+@jit
 def lookup_codebook(packed, lane_value, codebook, shift: tl.constexpr, shuffled: tl.constexpr):
     """Look up the codebook values of the four bits that start at `shift`.
 
@@ -266,7 +266,7 @@ def lookup_codebook(packed, lane_value, codebook, shift: tl.constexpr, shuffled:
     return tl.load(codebook + ((packed >> shift) & 15))
 
 
-@triton.jit
+@jit
 def _nf4_gemv_kernel(
     packed, codes, scales, nested_absmax, absmax_mean, scale_codebook, codebook, bias, residual, y,
     out_features, num_words, has_bias: tl.constexpr, has_residual: tl.constexpr,
@@ -329,7 +329,7 @@ _BLOCK = 1024
 """Number of bytes of a row per program."""
 
 
-@triton.jit
+@jit
 def _dequantize_int4_kernel(
     codes, scales, zeros, permutation, w, half, num_groups, group_size, block: tl.constexpr
 ):

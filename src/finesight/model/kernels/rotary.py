@@ -20,6 +20,7 @@ from finesight.model.kernels.runtime import (
     MAX_PARTIAL_SUMS,
     Ptr,
     TileConfig,
+    jit,
     sum_partials,
     tl,
     triton,
@@ -48,7 +49,7 @@ class QkvLayout(NamedTuple):
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-@triton.jit
+@jit
 def _rotate_halves(
     x1: tl.tensor, x2: tl.tensor, cos: tl.tensor, sin: tl.tensor, narrow: tl.constexpr,
     round_first: tl.constexpr,
@@ -60,7 +61,7 @@ def _rotate_halves(
     return cos_term1 - x2 * sin, cos_term2 + x1 * sin
 
 
-@triton.jit
+@jit
 def _rotate_qk_kernel(
     qkv: Ptr, cos: Ptr, sin: Ptr, num_rotated: int, columns: int, half: tl.constexpr,
     round_first: tl.constexpr, block_h: tl.constexpr, block_f: tl.constexpr,
@@ -95,7 +96,7 @@ def rotate_qk(qkv_TE: Tensor, layout: QkvLayout, cos_T1D: Tensor, sin_T1D: Tenso
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _rotate_qk_backward_kernel(
     source: Ptr, cos: Ptr, sin: Ptr, dqkv: Ptr, rows: int, num_heads: int, first_column: int,
     columns: int, half: tl.constexpr, is_rotated: tl.constexpr, round_first: tl.constexpr,
@@ -146,7 +147,7 @@ def rotate_qk_backward(
     return dqkv_TE
 
 
-@triton.jit
+@jit
 def _rotation(
     cos: Ptr, sin: Ptr, t_M: tl.tensor, d: tl.tensor, mask: tl.tensor, rotary_dim: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
@@ -161,7 +162,7 @@ def _rotation(
     return tl.where(is_rotated[None, :], cos_MD, 1.0), sin_MD, partner_D
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _norm_rotary_kernel(
     x: Ptr, w: Ptr, cos: Ptr, sin: Ptr, y: Ptr, rstds: Ptr, rows: int, x_stride: int,
     head_stride: int, eps: float, w_offset: float, heads: tl.constexpr, head_dim: tl.constexpr,
@@ -183,7 +184,7 @@ def _norm_rotary_kernel(
     tl.store(rstds + m, rstd_M, mask=m < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "per_program"])
+@jit(do_not_specialize=["rows", "per_program"])
 def _norm_rotary_backward_kernel(
     x: Ptr, w: Ptr, cos: Ptr, sin: Ptr, dy: Ptr, rstds: Ptr, dx: Ptr, dw: Ptr, rows: int,
     per_program: int, x_stride: int, head_stride: int, w_offset: float, heads: tl.constexpr,

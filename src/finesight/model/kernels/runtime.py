@@ -14,20 +14,20 @@ Shapes: M rows (tokens), N columns of an input.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-__all__ = ["JITFunction", "TensorDescriptor", "knobs", "libdevice", "tl", "triton"]
+__all__ = ["TensorDescriptor", "knobs", "libdevice", "tl", "triton"]
 
 HAS_TRITON = find_spec("triton") is not None or torch.version.cuda is None
 """True if the Triton kernels can be imported.
@@ -57,6 +57,44 @@ class _Placeholder:
         return 1 << (number - 1).bit_length()
 
 
+Launch = Callable[..., object]
+"""Function that receives a kernel, its arguments, and its options with the grid."""
+
+
+@dataclass(slots=True)
+class _Overrides:
+    """Replacements in this process, see `override_launches`."""
+
+    launch: Launch | None = None
+    capability: tuple[int, int] | None = None
+
+
+_overrides = _Overrides()
+
+
+@contextmanager
+def override_launches(launch: Launch, capability: tuple[int, int] | None = None) -> Iterator[None]:
+    """Call `launch` instead of launching kernels within the block, in all threads.
+
+    Args:
+        launch: Called for each launch.
+        capability: Compute capability that `get_device_capability` returns for any device.
+    """
+    previous = _overrides.launch, _overrides.capability
+    _overrides.launch, _overrides.capability = launch, capability
+    try:
+        yield
+    finally:
+        _overrides.launch, _overrides.capability = previous
+
+
+def get_device_capability(device: torch.device) -> tuple[int, int]:
+    """Return the CUDA compute capability of a device, or (0, 0) without CUDA."""
+    if _overrides.capability is not None:
+        return _overrides.capability
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 if find_spec("triton") is not None:
     import triton
     import triton.language as tl
@@ -64,9 +102,23 @@ if find_spec("triton") is not None:
     from triton.language.extra import libdevice
     from triton.runtime.jit import JITFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    class _Kernel(JITFunction):  # type: ignore[misc]
+        """Triton kernel whose launches `override_launches` replaces."""
+
+        def run(self, *arguments: Any, **options: Any) -> Any:
+            if _overrides.launch is not None:
+                return _overrides.launch(self, *arguments, **options)
+            return super().run(*arguments, **options)
+
+    def jit(function: Any = None, **options: Any) -> Any:
+        """Decorate a Triton kernel, like `triton.jit`."""
+        if function is None:
+            return partial(jit, **options)
+        return (triton.jit if knobs.runtime.interpret else _Kernel)(function, **options)
 else:
     _placeholder: Any = _Placeholder()
-    triton = tl = knobs = libdevice = JITFunction = TensorDescriptor = _placeholder
+    triton = tl = knobs = libdevice = jit = JITFunction = TensorDescriptor = _placeholder
 
 
 @lru_cache
@@ -77,10 +129,10 @@ def supports_pdl(device: torch.device) -> bool:
     `wait_for_previous_kernel`. Before its own call, it may read only what the kernel before it
     does not write, such as weights.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and get_device_capability(device) >= (9, 0)
 
 
-@triton.jit
+@jit
 def wait_for_previous_kernel() -> None:
     """Wait for the end of the kernel before this one, and allow the next one to start."""
     tl.extra.cuda.gdc_wait()
@@ -164,7 +216,7 @@ def rank_block_size(ranks: int) -> int:
     return max(16, int(triton.next_power_of_2(ranks)))
 
 
-@triton.jit
+@jit
 def times_sigmoid(x: tl.tensor, power: tl.tensor) -> tl.tensor:
     """Compute x / (1 + 2^power) with a fast division, in half the time.
 
@@ -173,7 +225,7 @@ def times_sigmoid(x: tl.tensor, power: tl.tensor) -> tl.tensor:
     return libdevice.fast_dividef(x, 1.0 + tl.exp2(power))
 
 
-@triton.jit
+@jit
 def align_layouts(x: tl.tensor, y: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Convert two tensors to the same thread layout.
 
@@ -184,7 +236,7 @@ def align_layouts(x: tl.tensor, y: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     return pair[0], pair[1]
 
 
-@triton.jit
+@jit
 def _sum_partials_kernel(
     partial: Ptr, y: Ptr, total: int, chunks: int, block_chunks: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -212,7 +264,7 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-@triton.jit
+@jit
 def hash_u32(x: tl.tensor) -> tl.tensor:
     """Hash 32-bit integers with lowbias32 by Chris Wellons."""
     x ^= x >> 16
@@ -222,7 +274,7 @@ def hash_u32(x: tl.tensor) -> tl.tensor:
     return x ^ (x >> 16)
 
 
-@triton.jit
+@jit
 def keep_mask(
     seed: tl.tensor, salt: tl.tensor, m: tl.tensor, c: tl.tensor, threshold: tl.tensor
 ) -> tl.tensor:
@@ -259,7 +311,7 @@ def compile_in_parallel(device: torch.device) -> Iterator[None]:
     The outputs of the kernels remain uninitialized and must be discarded. On exit all kernels are
     compiled and loaded. Raises the errors of the compiler.
     """
-    launch, pending, lock = JITFunction.run, dict[tuple[Any, ...], Future[object]](), Lock()
+    pending, lock = dict[tuple[Any, ...], Future[object]](), Lock()
 
     def compile_only(kernel: Any, *args: Any, **options: Any) -> None:
         # With an empty grid Triton compiles and loads the kernel without launching it.
@@ -268,7 +320,7 @@ def compile_in_parallel(device: torch.device) -> Iterator[None]:
         with lock:
             if key not in pending:
                 pending[key] = threads.submit(
-                    launch, kernel, *map(_dummy_argument, args), **options
+                    JITFunction.run, kernel, *map(_dummy_argument, args), **options
                 )
 
     device_index = torch.cuda.current_device() if device.index is None else device.index
@@ -278,7 +330,7 @@ def compile_in_parallel(device: torch.device) -> Iterator[None]:
     ) as threads:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
-            with patch.object(JITFunction, "run", compile_only):
+            with override_launches(compile_only):
                 yield
         finally:
             wait(pending.values())

@@ -20,6 +20,7 @@ from finesight.model.kernels.runtime import (
     SeededDropout,
     align_layouts,
     columns_per_chunk,
+    jit,
     keep_mask,
     rank_block_size,
     rows_per_chunk,
@@ -30,7 +31,7 @@ from finesight.model.kernels.runtime import (
 )
 
 
-@triton.jit(do_not_specialize=["rows", "salt", "threshold"])
+@jit(do_not_specialize=["rows", "salt", "threshold"])
 def _swiglu_lora_kernel(
     gate_up: Ptr, a: Ptr, h: Ptr, partial: Ptr, rows: int, width: int, ranks: int, h_stride: int,
     per_chunk: int, seed: Ptr, salt: int, threshold: int, scale: float, has_lora: tl.constexpr,
@@ -100,7 +101,7 @@ def swiglu_lora(
     return h_TJ, low_TR
 
 
-@triton.jit(do_not_specialize=["rows", "per_chunk", "salt", "threshold"])
+@jit(do_not_specialize=["rows", "per_chunk", "salt", "threshold"])
 def _swiglu_lora_backward_kernel(
     gate_up: Ptr, a: Ptr, dh: Ptr, dlow: Ptr, partial: Ptr, rows: int, per_chunk: int, width: int,
     ranks: int, dh_stride: int, dlow_stride: int, seed: Ptr, salt: int, threshold: int,

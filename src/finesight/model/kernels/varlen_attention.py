@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.runtime import Ptr, TileConfig, sum_partials, tl, triton
+from finesight.model.kernels.runtime import Ptr, TileConfig, jit, sum_partials, tl, triton
 
 FORWARD_TILE = TileConfig(64, 32, 4, 3)
 
@@ -39,7 +39,7 @@ class CuSeqlens(NamedTuple):
     prefix_length: int = 0
 
 
-@triton.jit
+@jit
 def locate_tile(
     cu_seqlens: Ptr, block: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
@@ -50,13 +50,13 @@ def locate_tile(
     return segment_start, length, tl.program_id(1) * block, tl.program_id(2)
 
 
-@triton.jit
+@jit
 def _prefix_rows(prefix_length: tl.tensor, has_prefix: tl.constexpr) -> tl.tensor:
     """Return the number of shared prefix rows before the segment of a program."""
     return tl.where(tl.program_id(0) > 0, prefix_length, 0) if has_prefix else 0
 
 
-@triton.jit
+@jit
 def _locate_rows(
     x: tl.tensor, segment_start: tl.tensor, rows: tl.tensor, stride: tl.tensor, head: tl.tensor,
     head_dim: tl.tensor, length: tl.tensor, d: tl.tensor,
@@ -67,7 +67,7 @@ def _locate_rows(
     return ptrs, mask
 
 
-@triton.jit
+@jit
 def _load_rows(
     x: tl.tensor, segment_start: tl.tensor, rows: tl.tensor, stride: tl.tensor, head: tl.tensor,
     head_dim: tl.tensor, length: tl.tensor, d: tl.tensor,
@@ -77,7 +77,7 @@ def _load_rows(
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
-@triton.jit
+@jit
 def _load_keys(
     x: tl.tensor, segment_start: tl.tensor, n: tl.tensor, stride: tl.tensor, head: tl.tensor,
     head_dim: tl.tensor, length: tl.tensor, d: tl.tensor, prefix: tl.tensor,
@@ -93,7 +93,7 @@ def _load_keys(
     return _load_rows(x, segment_start, n, stride, head, head_dim, prefix + length, d)
 
 
-@triton.jit(do_not_specialize=["prefix_length"])
+@jit(do_not_specialize=["prefix_length"])
 def _attention_fwd(
     q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, cu_seqlens: Ptr, q_stride: int, k_stride: int,
     v_stride: int, num_heads: int, num_kv_groups: int, rows: int, head_dim: int, qk_scale: float,
@@ -138,7 +138,7 @@ def _attention_fwd(
     tl.store(lse + head * rows + segment_start + m, max_M + tl.log2(sum_M), mask=m < length)
 
 
-@triton.jit(do_not_specialize=["prefix_length"])
+@jit(do_not_specialize=["prefix_length"])
 def _attention_bwd_dq(
     q: Ptr, k: Ptr, v: Ptr, o: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dq: Ptr, cu_seqlens: Ptr,
     q_stride: int, k_stride: int, v_stride: int, num_heads: int, num_kv_groups: int, rows: int,
@@ -180,7 +180,7 @@ def _attention_bwd_dq(
     tl.store(dq_ptrs, dq_MD * scale, mask=mask)
 
 
-@triton.jit(do_not_specialize=["prefix_length"])
+@jit(do_not_specialize=["prefix_length"])
 def _attention_bwd_dkv(
     q: Ptr, k: Ptr, v: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dk: Ptr, dv: Ptr, cu_seqlens: Ptr,
     q_stride: int, k_stride: int, v_stride: int, num_heads: int, num_kv_groups: int, rows: int,
@@ -326,7 +326,7 @@ The fastest of twelve configurations on an H200 for segments of 64, 400 and 2,11
 """
 
 
-@triton.jit
+@jit
 def _load_head_part(
     x: Ptr, rows: tl.tensor, segment_start: tl.tensor, length: tl.tensor, stride: int,
     width: tl.constexpr, block: tl.constexpr, is_full_tile: tl.constexpr,
@@ -339,7 +339,7 @@ def _load_head_part(
     return tl.load(ptrs, mask=(rows < length)[:, None] & (c < width)[None, :], other=0.0)
 
 
-@triton.jit
+@jit
 def _attend_tile(
     q1: tl.tensor, q2: tl.tensor, o1: tl.tensor, o2: tl.tensor, max_scores: tl.tensor,
     sums: tl.tensor, k: Ptr, v: Ptr, n: tl.tensor, segment_start: tl.tensor, length: tl.tensor,
@@ -376,7 +376,7 @@ def _attend_tile(
     return o1, o2, new_max_M, sums
 
 
-@triton.jit
+@jit
 def _vision_attention_kernel(
     q: Ptr, k: Ptr, v: Ptr, o: Ptr, cu_seqlens: Ptr, q_stride: int, k_stride: int, v_stride: int,
     num_heads: int, num_kv_groups: int, qk_scale: float, head_dim: tl.constexpr,

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.encode.packing import copy_to_device
-from finesight.model.kernels.runtime import HAS_TRITON, SeededDropout
+from finesight.model.kernels import lora_gemm as lora_gemm_kernels
+from finesight.model.kernels.runtime import SeededDropout
 from finesight.model.linear import (
     FusedLinear,
     LoraLinear,
@@ -30,10 +31,6 @@ from finesight.model.linear import (
     linear_concat_backward,
 )
 from finesight.model.quant.base import Fp8Rows, QuantizedWeight
-
-if HAS_TRITON:
-    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
-
 
 _COLUMN_ALIGNMENT = 64
 """Column alignment: tensor cores require rows aligned to 16 bytes and are fastest at 128 bytes."""

@@ -24,12 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from finesight.errors import UserError
 from finesight.model.fused_ops import has_kernels, quick_gelu
-from finesight.model.kernels.runtime import HAS_TRITON
+from finesight.model.kernels import fp8_quantize as fp8_kernels
+from finesight.model.kernels.runtime import HAS_TRITON, get_device_capability
 from finesight.model.quant.base import Fp8Rows, QuantizedMatrix, QuantizedWeight
 from finesight.model.quant.int8 import RowwiseMatrix
-
-if HAS_TRITON:
-    from finesight.model.kernels import fp8_quantize as fp8_kernels
 
 
 class Fp8Matrix(RowwiseMatrix):
@@ -45,7 +43,7 @@ class Fp8Matrix(RowwiseMatrix):
     @property
     def has_kernels(self) -> bool:
         # Older GPUs cannot convert this dtype.
-        return super().has_kernels and torch.cuda.get_device_capability(self.device) >= (8, 9)
+        return super().has_kernels and get_device_capability(self.device) >= (8, 9)
 
 
 FP8_ALIGNMENT = 16

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.errors import UserError
-from finesight.model.kernels.runtime import HAS_TRITON
+from finesight.model.kernels import quant_gemm as quant_gemm_kernels
+from finesight.model.kernels import quant_gemv as quant_gemv_kernels
 from finesight.model.linear import FusedLinear, hub_name
 from finesight.model.quant.base import (
     Packed4BitMatrix,
@@ -25,10 +26,6 @@ from finesight.model.quant.base import (
     WeightTensorSpec,
 )
 from finesight.model_folder import ModelFolder
-
-if HAS_TRITON:
-    from finesight.model.kernels import quant_gemm as quant_gemm_kernels
-    from finesight.model.kernels import quant_gemv as quant_gemv_kernels
 
 DEFAULT_GROUP_SIZE = 64
 """Group size of weights that are rounded to INT4 while loading."""

@@ -14,13 +14,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.runtime import HAS_TRITON
+from finesight.model.kernels import quant_gemm as quant_gemm_kernels
+from finesight.model.kernels import quant_gemv as quant_gemv_kernels
 from finesight.model.quant.base import QuantizedMatrix
-
-if HAS_TRITON:
-    from finesight.model.kernels import quant_gemm as quant_gemm_kernels
-    from finesight.model.kernels import quant_gemv as quant_gemv_kernels
-
 
 KERNEL_VECTOR_SIZE = 16
 """Number of inputs that a kernel reads at once, and divisor of supported row sizes."""

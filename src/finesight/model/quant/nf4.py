@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.model.kernels.runtime import HAS_TRITON
+from finesight.model.kernels import quant_gemm as quant_gemm_kernels
+from finesight.model.kernels import quant_gemv as quant_gemv_kernels
 from finesight.model.quant.base import Packed4BitMatrix, PackedInput, RmsNormParams
-
-if HAS_TRITON:
-    from finesight.model.kernels import quant_gemm as quant_gemm_kernels
-    from finesight.model.kernels import quant_gemv as quant_gemv_kernels
 
 BLOCK_SIZE, SCALE_BLOCK_SIZE = 64, 256
 """Number of elements that share a scale, and number of scales that share a nested scale."""

@@ -76,9 +76,6 @@ class RankMonitor:
 
         Args:
             store: Store of torch.distributed, which has no precise public type.
-            rank: Rank of this process.
-            world_size: Number of ranks.
-            name: Prefix of the keys.
         """
         self._store, self._rank, self._world_size, self._name = store, rank, world_size, name
         self._round = 0
@@ -275,8 +272,6 @@ class ProcessGroup:
         """Exchange strings with all ranks, which must be in the same collective and step.
 
         Args:
-            kind: Kind of the collective.
-            value: String of this rank.
             step: Index of the step that begins; the current step by default.
 
         Returns:

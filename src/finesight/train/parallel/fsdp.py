@@ -52,8 +52,6 @@ class FSDPStrategy:
         """Shard a model in-place; its parameters become DTensors.
 
         Args:
-            model: Model to shard.
-            dtype: Compute dtype.
             mode: Value of `train.parallel`: `zero2`, `fsdp` or `fsdp_offload`.
         """
         self._is_zero2, self._vision_encoder = mode == "zero2", model.visual

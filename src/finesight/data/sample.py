@@ -516,6 +516,13 @@ def to_json_data(value: Any) -> Any:
     return [to_json_data(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
 
+def remove_nulls(value: Any) -> Any:
+    """Remove keys whose value is null at any depth, as Parquet adds them to each object."""
+    if isinstance(value, dict):
+        return {key: remove_nulls(item) for key, item in value.items() if item is not None}
+    return [remove_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
     """Build a sample from parsed JSON data and check its types."""
     try:

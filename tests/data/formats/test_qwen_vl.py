@@ -86,7 +86,7 @@ def test_detected_by_markup_of_later_row() -> None:
     [
         (record("Dog?", "<box>(1,2),(3,4)</box>"), "precedes the first image"),
         (record("<img>a.png</img>Dog?", "<box>(9,2),(3,4)</box>"), "inverted"),
-        (record("<img>a.png</img>Dog?", "<box>(9,2)</box>"), "the placeholder '<box>"),
+        (record("<img>a.png</img>Dog?", "<box>(9,2)</box>"), "points"),
         (
             record("<img>a.png</img>Dog?", "<quad>(1,2),(3,4),(5,6)</quad>"),
             "the placeholder '<quad>",

@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finesight.bounded_files import find_existing, parse_json
+from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -174,7 +174,7 @@ def _read_document(source: Path) -> dict[str, list[Record]] | None:
     if b'"annotations"' not in content:
         return None
     try:
-        document = parse_json(content)
+        document = parse_unique_json(content)
     except ValueError:
         return None  # JSON Lines or invalid: the row reader reports it
     lists = {key: document.get(key) or [] for key in ("images", "annotations", "categories")}

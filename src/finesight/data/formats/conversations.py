@@ -42,31 +42,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from finesight.data.formats.conversation_rows import (
     JSONL_FILE,
     Files,
+    RowMedia,
     Turn,
     add_box_note,
     build_turns_example,
     encode_row,
-    list_checked_images,
+    list_images,
     list_turn_texts,
-    list_videos,
     parse_history,
+    parse_system,
     parse_text,
     parse_turns,
     render_turns,
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
-    IMAGE_KEYS,
     VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
     ImportExample,
-    PlaceholderCountError,
     RowImages,
-    has_value,
     split_at_pattern,
 )
+from finesight.data.formats.row_keys import has_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     ContentPart,
@@ -159,21 +158,18 @@ def _detect_llama_factory(records: Sequence[Record]) -> str | None:
 
 
 def _parse_conversation(row: SourceRow, context: ImportContext) -> ImportExample:
-    return _build_example(row, context, parse_turns(row.record))
+    return _build_example(row, context, parse_turns(row.record, context))
 
 
 def _build_example(
     row: SourceRow, context: ImportContext, turns: Sequence[Turn], *handled_keys: str
 ) -> ImportExample:
     """Build a training example from turns with image placeholders."""
-    row_images = RowImages(context)
-    listed_images = list_checked_images(row.record)
-    unplaced_images = iter(listed_images)
-    listed_videos = list_videos(row.record)
-    unplaced_videos = iter(listed_videos)
-    placeholder = _MEDIA_PLACEHOLDER if listed_videos else IMAGE_PLACEHOLDER
+    media = RowMedia(row.record, context)
+    has_videos = bool(media.listed["video"])
+    placeholder = _MEDIA_PLACEHOLDER if has_videos else IMAGE_PLACEHOLDER
     # Rows of LLaVA-Video mark their video by `<image>`.
-    video_tags = ("<video>",) if listed_images else ("<video>", "<image>")
+    video_tags = ("<video>",) if media.listed["image"] else ("<video>", "<image>")
 
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         if role == "user" and is_image_path(text):
@@ -184,40 +180,14 @@ def _build_example(
             )
         for piece in split_at_pattern(text, placeholder):
             if isinstance(piece, str):
-                yield from parse_text(role, piece, row_images)
+                yield from parse_text(role, piece, media.images)
                 continue
             path = piece["path"]
-            is_listed_video = bool(listed_videos) and piece[0] in video_tags
-            is_video = is_video_path(path) if path else is_listed_video
-            value = path or next(unplaced_videos if is_video else unplaced_images, None)
-            if value is None:
-                kind = "a video" if is_video else "an image"
-                raise PlaceholderCountError(
-                    f"a placeholder without {kind} in the text {text[:60]!r}",
-                    expected="a path inside the placeholder, or an image under `image` or `images`",
-                    remedy="add the image, or remove the placeholder from the text",
-                )
-            yield row_images.add_video(value) if is_video else row_images.add_image(value)
+            is_video = is_video_path(path) if path else has_videos and piece[0] in video_tags
+            yield media.add("video" if is_video else "image", path or None)
 
-    keys = ("conversations", "system", *IMAGE_KEYS, *VIDEO_KEYS, *handled_keys)
-    example = build_turns_example(row, context, turns, parse_turn, *keys)
-    num_unplaced = len(list(unplaced_images))
-    if num_unplaced:
-        raise PlaceholderCountError(
-            f"{len(listed_images)} images are listed, {num_unplaced} of them have no `<image>` in"
-            " the text",
-            expected="one `<image>` per image",
-            remedy="correct the row",
-        )
-    num_unplaced = len(list(unplaced_videos))
-    if num_unplaced:
-        raise PlaceholderCountError(
-            f"{len(listed_videos)} videos are listed, {num_unplaced} of them have no `<video>` in"
-            " the text",
-            expected="one `<video>` per video",
-            remedy="correct the row",
-        )
-    return example
+    keys = ("conversations", "system", *handled_keys)
+    return build_turns_example(row, context, turns, parse_turn, media, *keys)
 
 
 def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -228,13 +198,15 @@ def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
             return [row_images.add_image(text)]
         return parse_text(role, text, row_images)
 
-    turns = parse_turns(row.record)
-    return build_turns_example(row, context, turns, parse_turn, "conversations", "system")
+    turns = parse_turns(row.record, context)
+    return build_turns_example(row, context, turns, parse_turn, None, "conversations", "system")
 
 
 def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
-    pattern = r"(<image>|<video>)\n" if list_videos(row.record) else r"(<image>)\n"
-    turns = [(role, re.sub(pattern, r"\1", text)) for role, text in parse_turns(row.record)]
+    pattern = r"(<image>|<video>)\n" if list_images(row.record, VIDEO_KEYS) else r"(<image>)\n"
+    turns = [
+        (role, re.sub(pattern, r"\1", text)) for role, text in parse_turns(row.record, context)
+    ]
     return _build_example(row, context, turns)
 
 
@@ -253,8 +225,12 @@ def _parse_llama_factory(row: SourceRow, context: ImportContext) -> ImportExampl
             "three texts, input being optional",
         )
     question = f"{instruction}\n{input_text}" if has_value(input_text) else instruction
-    system: list[Turn] = [("system", str(record["system"]))] if record.get("system") else []
-    turns = [*system, *parse_history(record), ("user", question), ("assistant", output)]
+    turns = [
+        *parse_system(record),
+        *parse_history(record),
+        ("user", question),
+        ("assistant", output),
+    ]
     return _build_example(row, context, turns, *ALPACA_KEYS)
 
 

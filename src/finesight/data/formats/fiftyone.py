@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import parse_unique_json
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -155,7 +155,7 @@ def write_files(
 
 def _read_object(file: Path) -> dict[str, Any] | None:
     try:
-        document = parse_json(read_data_file(file))
+        document = parse_unique_json(read_data_file(file))
     except ValueError:
         return None  # the row reader reports it
     return document if isinstance(document, dict) else None

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.etree import ElementTree
 
-from finesight.bounded_files import find_existing, parse_json
+from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import Box, BoxConvention, InvalidBoxError
 from finesight.data.formats.coco import find_image_folder
 from finesight.data.formats.dataset_format import (
@@ -346,7 +346,7 @@ def _read_tasks(source: Path, results_from: ResultSource) -> list[LabeledTask] |
     ):
         return None
     try:
-        records = parse_json(content)
+        records = parse_unique_json(content)
     except ValueError:
         return None  # the row reader reports it
     if not records or not all(isinstance(record, dict) for record in records):

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finesight.bounded_files import find_existing, parse_json
+from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -94,7 +94,7 @@ def _read_record(file: Path) -> Record:
     content = read_data_file(file, MAX_LINE_BYTES)
     check_json(content, str(file))
     try:
-        record = parse_json(content)
+        record = parse_unique_json(content)
     except ValueError as error:
         raise UserError(
             f"broken JSON: {error}",

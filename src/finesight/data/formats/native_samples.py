@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,42 +14,57 @@ from finesight.data.formats.dataset_format import (
     ExportContext,
     ImportContext,
     ImportExample,
+    as_list,
 )
+from finesight.data.formats.row_keys import PARTS, TURNS, sort_keys
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
+    SAMPLE_KEYS,
     BoxPart,
     ContentPart,
     ImagePart,
     LocatedSample,
     Sample,
     check_limits,
+    remove_nulls,
     sample_from_dict,
     sample_to_dict,
     validate_roles,
     validate_sample,
 )
+from finesight.errors import UserError
 
 
 def detect(records: Sequence[Record]) -> str | None:
     """Detect native samples, and return the reason for the match or None.
 
-    Every record has messages with role and content, and no content part of another format. Because
-    messages of plain text are ambiguous, any key that samples do not have then excludes a match.
+    Every record has messages with role and content. Because chat messages of other formats look
+    alike, any key that samples do not have excludes a match, unless a record has a box, a list of
+    frames or references.
     """
-    for record in records:
+    is_marked = is_native = False
+    for number, record in enumerate(map(remove_nulls, records)):
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
             return None
         if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
             return None
-        contents = [message["content"] for message in messages]
-        parts = [part for content in contents if isinstance(content, list) for part in content]
-        typed = [(part.get("type"), part) for part in parts if isinstance(part, dict)]
-        if any(x == "image_url" or (x == "image" and "image" not in part) for x, part in typed):
-            return None
-        if not parts and not record.keys() <= Sample.model_fields.keys():
-            return None
-    return f"messages with role and content in all of the first {len(records)}"
+        is_marked |= "references" in record or any(
+            isinstance(part, dict) and (part.get("type") == "box" or "frames" in part)
+            for message in messages
+            for part in as_list(message["content"])
+        )
+        is_native = _is_sample(record) and (is_native or number == 0)
+    reason = f"messages with role and content in all of the first {len(records)}"
+    return reason if is_native or is_marked else None
+
+
+def _is_sample(record: Record) -> bool:
+    try:
+        sample_from_dict({**record, "id": ""}, "")
+    except UserError:
+        return False
+    return True
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -58,7 +73,13 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     A lenient import keeps invalid content. Boxes whose image index is invalid are not recorded in
     `raw_boxes`.
     """
-    sample = sample_from_dict({**row.record, "id": row.id}, "")
+    meta = row.record.get("meta")
+    record = {key: value for key, value in row.record.items() if key != "meta"}
+    for level, values in _iter_objects(record):
+        nulls = {key: value for key, value in values.items() if value is None}
+        sort_keys(nulls, SAMPLE_KEYS, level, context.other_keys)
+    record = {**remove_nulls(record), "id": row.id}
+    sample = sample_from_dict(record if meta is None else {**record, "meta": meta}, "")
     if context.lenient:
         check_limits(sample.messages, sample.references, "")
         validate_roles(sample.messages, "")  # an example requires this order
@@ -67,6 +88,18 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     return example_from_sample(
         sample.map_paths(lambda name: str(context.images.resolve(name))), context
     )
+
+
+def _iter_objects(record: Record) -> Iterator[tuple[str, Record]]:
+    """Yield the row, its turns and their content parts, each with its level."""
+    yield "samples", record
+    messages = record.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            yield TURNS, message
+            content = message.get("content")
+            parts = content if isinstance(content, list) else ()
+            yield from ((PARTS, part) for part in parts if isinstance(part, dict))
 
 
 def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:

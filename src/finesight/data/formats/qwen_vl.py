@@ -20,27 +20,25 @@ from finesight.data.formats.conversation_rows import (
     PartRenderer,
     build_turns_example,
     list_turn_texts,
+    parse_token_box,
     parse_turns,
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
-    IMAGE_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
     ImportExample,
     RowImages,
     make_text_part,
-    reject_unsupported_keys,
     split_at_pattern,
 )
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, LocatedSample, Message, Role
 from finesight.errors import UserError
 
-_POINT = r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)"
 _REF_TEXT = r"(?s:(?:(?!</?ref>).)*)"
-_BOX = rf"<box>\s*{_POINT}\s*,\s*{_POINT}\s*</box>"
+_BOX = r"<box>((?:(?!</?box>)(?s:.))*)</box>"
 PLACEHOLDER = re.compile(
     r"(?:Picture \d+:\s*)?<img>(?P<path>[^<]*)</img>\n?"
     rf"|(?:<ref>(?P<label>{_REF_TEXT})</ref>)?(?P<boxes>(?:{_BOX})+)"
@@ -69,16 +67,12 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
             elif piece["boxes"] is None:
                 yield make_text_part(piece["words"])
             else:
-                for box in re.findall(_BOX, piece["boxes"]):
-                    yield images.create_box(
-                        re.findall(r"[\d.]+", box), piece["label"], QWEN_VL_BOX_CONVENTION
-                    )
+                for text_between in re.findall(_BOX, piece["boxes"]):
+                    for box in parse_token_box(text_between):
+                        yield images.create_box(box, piece["label"], QWEN_VL_BOX_CONVENTION)
 
-    turns = parse_turns(row.record)
-    case = build_turns_example(row, context, turns, parse_text, "conversations", "system")
-    if not images.paths:
-        reject_unsupported_keys(row.record, IMAGE_KEYS)
-    return case
+    turns = parse_turns(row.record, context)
+    return build_turns_example(row, context, turns, parse_text, None, "conversations", "system")
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:

@@ -114,9 +114,6 @@ BoxTask = Literal["detection", "grounding"]
 
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
-IMAGE_VALUE_KEYS = ("bytes", "path", "url")
-"""Keys of an image that is given as an object."""
-
 _VIDEO_REMEDY = (
     "write these rows as samples (--format samples) with the content part"
     ' {"type": "video", "video": "clip.mp4"} or a list of frames; see "Videos" on the page "Data"'
@@ -249,8 +246,10 @@ class RowImages:
         The value is a path, a URL or embedded bytes; see `ImageResolver.resolve`.
         """
         if isinstance(value, dict):
-            sort_keys(value, IMAGE_VALUE_KEYS, "images", self._context.other_keys)
-            value = value if value.get("bytes") or value.get("path") else value.get("url")
+            path, is_url = value.get("path"), not (value.get("bytes") or value.get("path"))
+            used = ("bytes", "path", "url")[: 2 + is_url]
+            sort_keys(value, used, "images", self._context.other_keys, (str(path),))
+            value = value.get("url") if is_url else value
         self.paths.append(self._context.images.resolve(value))
         return ImagePart(image=str(self.paths[-1]))
 

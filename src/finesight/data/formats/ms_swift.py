@@ -167,13 +167,14 @@ def _parse_turns(record: Record, context: ImportContext) -> list[Turn]:
         return _parse_query(record)
     turns = parse_system(record)
     for pair in as_list(record["conversation"]):
-        texts = [pair.get(key) for key in ("human", "assistant")] if isinstance(pair, dict) else []
-        if [type(text) for text in texts] != [str, str]:
+        texts = pair if isinstance(pair, dict) else {}
+        question, answer = texts.get("human"), texts.get("assistant")
+        if not isinstance(question, str) or not isinstance(answer, str):
             raise InvalidRowError(
                 f"the turn {str(pair)[:80]}", '{"human": text, "assistant": text}'
             )
-        sort_keys(pair, ("human", "assistant"), TURNS, context.other_keys)
-        turns += [("user", str(texts[0])), ("assistant", str(texts[1]))]
+        sort_keys(texts, ("human", "assistant"), TURNS, context.other_keys)
+        turns += [("user", question), ("assistant", answer)]
     return turns
 
 

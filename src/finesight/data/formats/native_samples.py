@@ -78,7 +78,9 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     for level, values in _iter_objects(record):
         nulls = {key: value for key, value in values.items() if value is None}
         sort_keys(nulls, SAMPLE_KEYS, level, context.other_keys)
-    record = {**remove_nulls(record), "id": row.id}
+    if row.has_own_id or record.get("id") is None:
+        record["id"] = row.id
+    record = remove_nulls(record)
     sample = sample_from_dict(record if meta is None else {**record, "meta": meta}, "")
     if context.lenient:
         check_limits(sample.messages, sample.references, "")

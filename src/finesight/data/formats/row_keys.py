@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from finesight.data.image_header import IMAGE_SUFFIXES
@@ -173,18 +173,30 @@ def sort_keys(
         UnsupportedKeyError: A key has content that an import must not drop.
     """
     others = {str(key): value for key, value in values.items() if key not in used}
-    for key, value in others.items():
-        if level == PARTS and key in PART_KEYS and not has_value(value):
+    for path, key, value in _iter_nested(others):
+        if level == PARTS and path in PART_KEYS and not has_value(value):
             continue
         meaning = find_meaning(key, value, level)
+        is_nested_meta = level == ROWS and path != key
+        if is_nested_meta and (image_names or meaning is not MEDIA):
+            continue
         if meaning and not (meaning is MEDIA and _is_origin(key, value, image_names)):
             raise UnsupportedKeyError(
-                f"the key {key!r} with {str(value)[:60]} in {level}: {meaning.what}",
+                f"the key {path!r} with {str(value)[:60]} in {level}: {meaning.what}",
                 expected=meaning.expected,
                 remedy=meaning.remedy,
             )
-        counts[f"{key} in meta" if level == ROWS else f"{key} of {level}, not imported"] += 1
+        counts[f"{path} in meta" if level == ROWS else f"{path} of {level}, not imported"] += 1
     return {key: to_json_data(value) for key, value in others.items()}
+
+
+def _iter_nested(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield the path, key and value of each entry of an object and of the objects in it."""
+    for key, value in values.items():
+        yield f"{prefix}{key}", str(key), value
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, dict):
+                yield from _iter_nested(item, f"{prefix}{key}.")
 
 
 def _is_origin(key: str, value: object, image_names: Collection[str]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from finesight.data.image_header import IMAGE_SUFFIXES
@@ -188,6 +188,17 @@ def sort_keys(
             )
         counts[f"{path} in meta" if level == ROWS else f"{path} of {level}, not imported"] += 1
     return {key: to_json_data(value) for key, value in others.items()}
+
+
+def count_keys(
+    objects: Iterable[Mapping[str, Any]], used: Collection[str], level: str, counts: Counter[str]
+) -> None:
+    """Count the keys of annotations that a format does not use, with those of nested objects."""
+    counts.update(
+        f"{path} of {level}, not imported"
+        for values in objects
+        for path, _, _ in _iter_nested({k: v for k, v in values.items() if k not in used})
+    )
 
 
 def _iter_nested(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:

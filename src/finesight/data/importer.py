@@ -276,9 +276,16 @@ class ImportSummary:
 
     def list_other_keys(self) -> list[str]:
         """Return a line with the keys that the format does not use, and their numbers."""
-        keys = [f"{key} ({count})" for key, count in self.other_keys.items()]
+        counts = self.other_keys.items()
+        keys = [f"{key} ({count})" for key, count in counts if key not in self.unused_columns]
         more = f" and {len(keys) - MAX_LISTED_KEYS} more" * (len(keys) > MAX_LISTED_KEYS)
         return [f"other keys: {'; '.join(keys[:MAX_LISTED_KEYS])}{more}"] if keys else []
+
+    def list_unused_columns(self) -> list[str]:
+        """Return the unused columns of a table, with their numbers of rows if not all have it."""
+        most = max(self.other_keys.values(), default=0)
+        counts = {name: self.other_keys.get(name, most) for name in self.unused_columns}
+        return [one if n == most else f"{one} ({n} of {most} rows)" for one, n in counts.items()]
 
     def list_skipped(self) -> list[str]:
         """Return a line per reason, with the number of skipped rows and the first error."""

@@ -373,12 +373,9 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
         )
 
 
+PART_TYPES = (TextPart, ImagePart, VideoPart, BoxPart)
 SAMPLE_KEYS = tuple(
-    dict.fromkeys(
-        name
-        for kind in (Sample, Message, TextPart, ImagePart, VideoPart, BoxPart)
-        for name in kind.model_fields
-    )
+    dict.fromkeys(name for kind in (Sample, Message, *PART_TYPES) for name in kind.model_fields)
 )
 
 FOREIGN_KEYS = frozenset(
@@ -599,13 +596,16 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             remedy="import it with `finesight import` first",
         )
     if error_type == "extra_forbidden":
+        kinds = {kind.model_fields["type"].default: kind for kind in PART_TYPES}
+        kind = {1: Sample, 3: Message}.get(len(error_location)) or kinds[str(error_location[4])]
+        name, names = str(error_location[-1]), tuple(kind.model_fields)
+        remove = "remove it; `meta` accepts arbitrary metadata"
+        suggest = suggest_name(name, names, remove)
         return UserError(
             f"unknown key {key} with the value {value_repr}",
             where=where,
-            expected=f"the keys {', '.join(SAMPLE_KEYS)}",
-            remedy=suggest_name(
-                str(error_location[-1]), SAMPLE_KEYS, "remove it; `meta` accepts arbitrary metadata"
-            ),
+            expected=f"the keys {', '.join(names)}",
+            remedy=remove if name.endswith(names) else suggest,
         )
     if not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
         remedy = "import the file with `finesight import` first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     as_list,
 )
-from finesight.data.formats.row_keys import PARTS, TURNS, sort_keys
+from finesight.data.formats.row_keys import iter_nested
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     SAMPLE_KEYS,
@@ -75,9 +75,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """
     meta = row.record.get("meta")
     record = {key: value for key, value in row.record.items() if key != "meta"}
-    for level, values in _iter_objects(record):
-        nulls = {key: value for key, value in values.items() if value is None}
-        sort_keys(nulls, SAMPLE_KEYS, level, context.other_keys)
+    context.other_keys.update(
+        f"{path} of samples, not imported"
+        for path, key, value in iter_nested(record)
+        if value is None and key not in SAMPLE_KEYS
+    )
     if row.has_own_id or record.get("id") is None:
         record["id"] = row.id
     record = remove_nulls(record)
@@ -90,18 +92,6 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     return example_from_sample(
         sample.map_paths(lambda name: str(context.images.resolve(name))), context
     )
-
-
-def _iter_objects(record: Record) -> Iterator[tuple[str, Record]]:
-    """Yield the row, its turns and their content parts, each with its level."""
-    yield "samples", record
-    messages = record.get("messages")
-    for message in messages if isinstance(messages, list) else ():
-        if isinstance(message, dict):
-            yield TURNS, message
-            content = message.get("content")
-            parts = content if isinstance(content, list) else ()
-            yield from ((PARTS, part) for part in parts if isinstance(part, dict))
 
 
 def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:

@@ -25,7 +25,7 @@ PART_KEYS = frozenset(("type", "text", "image", "image_url", "video", "video_url
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
 _MEDIA = re.compile(
-    "(?:image|img|picture|photo|pic|frame|clip|video|audio)(?:s|path|file|name|url|data|bytes)?|图.*"
+    "(?:image|img|pict?(?:ure)?|photo|frame|clip|video|audio)(?:s|path|file|name|url|data|bytes)?|图.*"
 )
 _MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".mp3", ".wav", ".flac", ".ogg", ".avi")
 _ATTRIBUTE = re.compile(
@@ -172,10 +172,12 @@ def sort_keys(
     Raises:
         UnsupportedKeyError: A key has content that an import must not drop.
     """
-    others = {str(key): value for key, value in values.items() if key not in used}
-    for path, key, value in _iter_nested(others):
-        if level == PARTS and path in PART_KEYS and not has_value(value):
-            continue
+    others = {
+        str(key): value
+        for key, value in values.items()
+        if key not in used and (level != PARTS or key not in PART_KEYS or has_value(value))
+    }
+    for path, key, value in iter_nested(others):
         meaning = find_meaning(key, value, level)
         is_nested_meta = level == ROWS and path != key
         if is_nested_meta and (image_names or meaning is not MEDIA):
@@ -197,17 +199,17 @@ def count_keys(
     counts.update(
         f"{path} of {level}, not imported"
         for values in objects
-        for path, _, _ in _iter_nested({k: v for k, v in values.items() if k not in used})
+        for path, _, _ in iter_nested({k: v for k, v in values.items() if k not in used})
     )
 
 
-def _iter_nested(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+def iter_nested(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """Yield the path, key and value of each entry of an object and of the objects in it."""
     for key, value in values.items():
         yield f"{prefix}{key}", str(key), value
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, dict):
-                yield from _iter_nested(item, f"{prefix}{key}.")
+                yield from iter_nested(item, f"{prefix}{key}.")
 
 
 def _is_origin(key: str, value: object, image_names: Collection[str]) -> bool:

@@ -232,7 +232,7 @@ def _build_box_error(value: object) -> InvalidRowError:
     return InvalidRowError(f"the box {str(value)[:80]}: {problem}", expected, remedy)
 
 
-class RowMedia:
+class RowMedia(RowImages):
     """Images and videos of a row: those in its turns, and those of its lists of files.
 
     Args:
@@ -243,7 +243,7 @@ class RowMedia:
     def __init__(
         self, record: Record, context: ImportContext, num_marked: Mapping[str, int] | None = None
     ) -> None:
-        self.images = RowImages(context)
+        super().__init__(context)
         self.listed = {
             kind: list_images(record, keys)
             for kind, keys in (("image", IMAGE_KEYS), ("video", VIDEO_KEYS))
@@ -278,7 +278,7 @@ class RowMedia:
                 )
             placed.add(index)
             value = files[index]
-        return self.images.add_image(value) if kind == "image" else self.images.add_video(value)
+        return self.add_image(value) if kind == "image" else self.add_video(value)
 
     def place_unmarked(self) -> list[ContentPart]:
         """Return the parts of listed files for which no turn has a placeholder."""

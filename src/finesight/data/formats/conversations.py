@@ -205,7 +205,7 @@ def _build_example(
             )
         for piece in split_at_pattern(text, placeholder):
             if isinstance(piece, str):
-                yield from parse_text(role, piece, media.images)
+                yield from parse_text(role, piece, media)
                 continue
             path = piece["path"]
             is_video = is_video_path(path) if path else has_videos and piece[0] in video_tags

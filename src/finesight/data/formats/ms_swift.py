@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from finesight.data.boxes import BOX_KEY, BoxConvention
@@ -147,7 +147,7 @@ def _build_example(
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         for piece in split_at_pattern(text, placeholder):
             if isinstance(piece, str):
-                yield from parse_text(role, piece, media.images)
+                yield from parse_text(role, piece, media)
             elif piece[0] in ("<image>", "<video>"):
                 yield media.add(piece[0][1:-1])
             elif piece["boxes"] is None:
@@ -155,7 +155,7 @@ def _build_example(
             else:
                 label = objects.next_ref() if piece["ref"] else None
                 for _ in range(piece["boxes"].count("<bbox>")):
-                    yield objects.next_box(media.images, label)
+                    yield objects.next_box(media, label)
 
     return build_turns_example(row, context, turns, parse_turn, media, *keys)
 
@@ -251,27 +251,18 @@ class _ObjectQueue:
         )
 
 
-@dataclass(slots=True)
-class _ObjectColumns:
-    """Columns of the key `objects` of an exported row, filled while its texts are rendered."""
-
-    ref: list[str]
-    bbox: list[list[int | float]]
-    image_id: list[int]
-
-
 def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write messages with `<image>` placeholders, and boxes in pixels under `objects`."""
 
     def make_fields(located_sample: LocatedSample) -> Record:
         renderer = PartRenderer(located_sample, context)
-        objects = _ObjectColumns([], [], [])
+        objects: dict[str, list[Any]] = {"ref": [], "bbox": [], "image_id": []}
         messages = [
             {"role": message.role, "content": "".join(_iter_texts(message, renderer, objects))}
             for message in located_sample.sample.messages
         ]
         images = {"images": renderer.image_names} if renderer.image_names else {}
-        boxes = {"objects": asdict(objects)} if objects.bbox else {}
+        boxes = {"objects": objects} if objects["bbox"] else {}
         return {"messages": messages, **images, **boxes}
 
     yield from write_rows(samples, context, make_fields)
@@ -281,7 +272,9 @@ def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) ->
     )
 
 
-def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectColumns) -> Iterator[str]:
+def _iter_texts(
+    message: Message, renderer: PartRenderer, objects: dict[str, list[Any]]
+) -> Iterator[str]:
     has_label = False
     for part in message.content:
         if not isinstance(part, BoxPart):
@@ -297,10 +290,10 @@ def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectColumn
             )
         if part.label is not None:
             has_label = True
-            objects.ref.append(make_text_part(part.label).text)
+            objects["ref"].append(make_text_part(part.label).text)
             yield "<ref-object>"
-        objects.bbox.append([format_number(value) for value in part.xyxy])
-        objects.image_id.append(part.image)
+        objects["bbox"].append([format_number(value) for value in part.xyxy])
+        objects["image_id"].append(part.image)
         yield "<bbox>"
 
 

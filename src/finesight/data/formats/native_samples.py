@@ -38,25 +38,18 @@ from finesight.errors import UserError
 def detect(records: Sequence[Record]) -> str | None:
     """Detect native samples, and return the reason for the match or None.
 
-    Every record has messages with role and content. Because chat messages of other formats look
-    alike, any key that samples do not have excludes a match, unless a record has a box, a list of
-    frames or references.
+    Chat messages of other formats look alike. Therefore any key that samples do not have excludes a
+    match, unless a record has a box, a list of frames or references.
     """
-    is_marked = is_native = False
-    for number, record in enumerate(map(remove_nulls, records)):
-        messages = record.get("messages")
-        if not isinstance(messages, list) or not messages:
-            return None
-        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-            return None
-        is_marked |= "references" in record or any(
-            isinstance(part, dict) and (part.get("type") == "box" or "frames" in part)
-            for message in messages
-            for part in as_list(message["content"])
-        )
-        is_native = _is_sample(record) and (is_native or number == 0)
+    cleaned = list(map(remove_nulls, records))
+    messages = [as_list(record.get("messages")) for record in cleaned]
+    if not all(isinstance(one, dict) and "role" in one for turns in messages for one in turns):
+        return None
+    parts = [part for turns in messages for one in turns for part in as_list(one.get("content"))]
+    is_marked = all(messages) and any("references" in record for record in cleaned)
+    is_marked |= any(p.get("type") == "box" or "frames" in p for p in parts if isinstance(p, dict))
     reason = f"messages with role and content in all of the first {len(records)}"
-    return reason if is_native or is_marked else None
+    return reason if is_marked or all(map(_is_sample, cleaned)) else None
 
 
 def _is_sample(record: Record) -> bool:

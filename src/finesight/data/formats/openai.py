@@ -165,7 +165,7 @@ def _parse_part(
     kind = _get_kind(item)
     if kind == "text" and isinstance(item, dict) and isinstance(item.get("text"), str):
         sort_keys(item, ("type", "text"), PARTS, context.other_keys)
-        yield from parse_text(role, item["text"], media.images)
+        yield from parse_text(role, item["text"], media)
     elif kind in _KINDS and isinstance(item, dict):
         names = (f"{kind}_url", kind, "url", "path")
         key = next((name for name in names if has_value(item.get(name))), "index")

@@ -25,7 +25,8 @@ PART_KEYS = frozenset(("type", "text", "image", "image_url", "video", "video_url
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
 _MEDIA = re.compile(
-    "(?:image|img|pict?(?:ure)?|photo|frame|clip|video|audio)(?:s|path|file|name|url|data|bytes)?|图.*"
+    "(?:image|img|pict?(?:ure)?|photo|frame|clip|video|audio)"
+    "(?:s|path|file|name|url|data|bytes)?|图.*"
 )
 _MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".mp3", ".wav", ".flac", ".ogg", ".avi")
 _ATTRIBUTE = re.compile(
@@ -61,40 +62,31 @@ class UnsupportedKeyError(UserError):
 
 
 class KeyMeaning(NamedTuple):
-    """Content that an import must not drop, with the accepted content and a remedy."""
+    """Content that an import must not drop, and the remedy."""
 
     what: str
-    expected: str
     remedy: str
 
 
-TOOL_CALLS = KeyMeaning(
-    "tool calls, which are not supported yet", "rows without tool calls", "leave out these rows"
-)
+TOOL_CALLS = KeyMeaning("tool calls, which are not supported yet", "leave out these rows")
 PREFERENCE = KeyMeaning(
     "preference data; an import reads correct answers only",
-    "one answer, without rejected ones",
     "keep the better answer only: as `completion` after `prompt`, or as last turn of `messages`",
 )
 MEDIA = KeyMeaning(
     "an image, a video or audio that the format does not use",
-    "images under `images`, videos under `videos`",
-    "move it there, or remove the key",
+    "move it to `images` or `videos`, or remove the key",
 )
 REASONING = KeyMeaning(
     "a reasoning text outside of an answer",
-    "reasoning in the answer, as <think>...</think>",
-    "write it into the answer, or remove the key",
+    "write it into the answer as <think>...</think>, or remove the key",
 )
 LOSS = KeyMeaning(
     "the loss of single turns, which is not supported yet",
-    "training on every answer",
     "remove the key to train on every answer",
 )
 LABEL = KeyMeaning(
-    "a label or a text that the format does not use",
-    "texts, labels and boxes in the turns",
-    "write it into a turn, or remove the key",
+    "a label or a text that the format does not use", "write it into a turn, or remove the key"
 )
 
 
@@ -185,7 +177,7 @@ def sort_keys(
         if meaning and not (meaning is MEDIA and _is_origin(key, value, image_names)):
             raise UnsupportedKeyError(
                 f"the key {path!r} with {str(value)[:60]} in {level}: {meaning.what}",
-                expected=meaning.expected,
+                expected="keys that the format uses, or metadata of the row",
                 remedy=meaning.remedy,
             )
         counts[f"{path} in meta" if level == ROWS else f"{path} of {level}, not imported"] += 1

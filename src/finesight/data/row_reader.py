@@ -621,8 +621,10 @@ def _is_image_suffix(suffix: str) -> bool:
 def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
     """Build a row from the files of a sample, with their suffixes as keys.
 
-    A single image has the key `image`.
+    A single image has the key `image`. Files of other types are represented by their names, and
+    keys of the JSON that clash with a file have the prefix `json.`.
     """
+    names = [posixpath.basename(member.name) for member in members]
     record: Record = {"id": split_member_name(members[0])[0]}
     image_members = {
         split_member_name(m)[1]: m for m in members if _is_image_suffix(split_member_name(m)[1])
@@ -638,7 +640,13 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
                 if suffix == "json"
                 else {suffix: text}
             )
+            clashing = {key: value for key, value in values.items() if key in record}
             record = {**values, **record}
+            for key, value in clashing.items():
+                if value != record[key] and value not in names:
+                    record[f"json.{key}"] = value
+        elif suffix not in image_members:
+            record.setdefault(suffix, posixpath.basename(member.name))
     return record
 
 

@@ -76,6 +76,7 @@ IMAGE_PLACEHOLDER = re.compile("<image>")
 PLACEHOLDER = re.compile(r"<image>|(?P<ref><ref-object>)?(?P<boxes>(?:<bbox>)+)|<ref-object>")
 CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
 QUERY_KEYS = ("query", "response", "history", "system")
+_ObjectLists = dict[str, list[Any]]
 _OBJECT_KEYS = ("ref", "bbox", "bbox_type", "image_id")
 SWIFT_KEYS = ("messages", "conversation", "objects", *QUERY_KEYS)
 
@@ -256,7 +257,7 @@ def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) ->
 
     def make_fields(located_sample: LocatedSample) -> Record:
         renderer = PartRenderer(located_sample, context)
-        objects: dict[str, list[Any]] = {"ref": [], "bbox": [], "image_id": []}
+        objects: _ObjectLists = {"ref": [], "bbox": [], "image_id": []}
         messages = [
             {"role": message.role, "content": "".join(_iter_texts(message, renderer, objects))}
             for message in located_sample.sample.messages
@@ -272,9 +273,7 @@ def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) ->
     )
 
 
-def _iter_texts(
-    message: Message, renderer: PartRenderer, objects: dict[str, list[Any]]
-) -> Iterator[str]:
+def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectLists) -> Iterator[str]:
     has_label = False
     for part in message.content:
         if not isinstance(part, BoxPart):

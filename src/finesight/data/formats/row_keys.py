@@ -20,8 +20,13 @@ from finesight.errors import UserError
 ROWS, TURNS, PARTS = "rows", "turns", "content parts"
 """Levels of keys, as the summary of an import names them."""
 
-PART_KEYS = frozenset(("type", "text", "image", "image_url", "video", "video_url", "url", "path"))
-"""Keys that each content part has in Parquet files, null if they do not apply."""
+_COLUMN_KEYS = frozenset(
+    (
+        *("type", "text", "image", "image_url", "video", "video_url", "url", "path"),
+        *("from", "value", "role", "content"),
+    )
+)
+"""Keys that all turns or content parts of a Parquet file may have, null if they do not apply."""
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
 _MEDIA = re.compile(
@@ -167,7 +172,7 @@ def sort_keys(
     others = {
         str(key): value
         for key, value in values.items()
-        if key not in used and (level != PARTS or key not in PART_KEYS or has_value(value))
+        if key not in used and (level == ROWS or key not in _COLUMN_KEYS or has_value(value))
     }
     for path, key, value in iter_nested(others):
         meaning = find_meaning(key, value, level)

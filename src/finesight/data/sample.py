@@ -373,7 +373,7 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
         )
 
 
-PART_TYPES = (TextPart, ImagePart, VideoPart, BoxPart)
+PART_TYPES: tuple[type[FrozenModel], ...] = (TextPart, ImagePart, VideoPart, BoxPart)
 SAMPLE_KEYS = tuple(
     dict.fromkeys(name for kind in (Sample, Message, *PART_TYPES) for name in kind.model_fields)
 )
@@ -597,8 +597,9 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
         )
     if error_type == "extra_forbidden":
         kinds = {kind.model_fields["type"].default: kind for kind in PART_TYPES}
-        kind = {1: Sample, 3: Message}.get(len(error_location)) or kinds[str(error_location[4])]
-        name, names = str(error_location[-1]), tuple(kind.model_fields)
+        levels: dict[int, type[FrozenModel]] = {1: Sample, 3: Message}
+        level = levels.get(len(error_location)) or kinds[str(error_location[4])]
+        name, names = str(error_location[-1]), tuple(level.model_fields)
         remove = "remove it; `meta` accepts arbitrary metadata"
         suggest = suggest_name(name, names, remove)
         return UserError(

@@ -72,6 +72,7 @@ Files = Iterator[tuple[str, bytes]]
 """Relative file names with content. A repeated name appends to the file."""
 
 JSONL_FILE = "data.jsonl"
+ROLE_KEYS = ("from", "role")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an answer whose text becomes its `<think>` section."""
 

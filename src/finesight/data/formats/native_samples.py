@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.conversation_rows import JSONL_FILE, Files
@@ -42,7 +43,7 @@ def detect(records: Sequence[Record]) -> str | None:
     match, unless a record has a box, a list of frames or references.
     """
     cleaned = list(map(remove_nulls, records))
-    messages = [as_list(record.get("messages")) for record in cleaned]
+    messages: list[list[Any]] = [as_list(record.get("messages")) for record in cleaned]
     if not all(isinstance(one, dict) and "role" in one for turns in messages for one in turns):
         return None
     parts = [part for turns in messages for one in turns for part in as_list(one.get("content"))]

@@ -10,6 +10,7 @@ names in GBK; unzip keeps these bytes or decodes them as code page 437.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -143,6 +144,35 @@ def parse_json(text: str | bytes) -> Any:
         return from_json(text)
     except TypeError as error:  # text with a lone surrogate is no text to the parser
         raise ValueError("a character that UTF-8 cannot encode") from error
+
+
+class DuplicateKeyError(ValueError):
+    """Raised for a JSON object with two values under one key."""
+
+
+def parse_unique_json(text: str | bytes) -> Any:
+    """Parse JSON like `parse_json`, and reject objects in which a key occurs twice.
+
+    A parser would silently drop the first of the two values.
+
+    Raises:
+        DuplicateKeyError: A key occurs twice.
+    """
+    value = parse_json(text)
+    try:
+        json.loads(text, object_pairs_hook=_reject_duplicate_keys)
+    except DuplicateKeyError:
+        raise
+    except ValueError:  # an integer too long for this parser
+        pass
+    return value
+
+
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise DuplicateKeyError(f"the key {duplicate[:60]!r} occurs twice in one object")
 
 
 def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the file") -> Any:

@@ -75,6 +75,7 @@ def test_json_output(source: Path, tmp_path: Path) -> None:
         "num_clipped_boxes": 0,
         "source_notes": {},
         "unused_columns": ["n", "text"],
+        "other_keys": {"n": 3, "text": 3},
         "skipped_rows_file": None,
         "text_format": "",
         "first_errors": {},

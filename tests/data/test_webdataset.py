@@ -38,7 +38,7 @@ def test_files_are_grouped_by_name(tmp_path: Path) -> None:
     (second, third) = rows.iter_range(1, 3)
     assert (second.number, second.location) == (2, "sample train/0001")
     assert second.record == {
-        "id": "train/0001", "image": make_png(1), "txt": "caption 1", "width": 64
+        "id": "train/0001", "image": make_png(1), "txt": "caption 1", "width": 64, "json.image": "x"
     }  # fmt: skip
     assert third.record["txt"] == "caption 2"
 

@@ -191,8 +191,9 @@ def _format_summary(source: str, summary: ImportSummary) -> list[str]:
     if summary.num_clipped_boxes:
         lines.append(f"  {summary.num_clipped_boxes} boxes clipped by at most 1 pixel")
     lines += [f"  {count} {source_note}" for source_note, count in summary.source_notes.items()]
+    lines += [f"  {line}" for line in summary.list_other_keys()]
     if summary.unused_columns:
-        lines.append(f"  unused columns: {', '.join(summary.unused_columns)}")
+        lines.append(f"  unused columns: {', '.join(summary.list_unused_columns())}")
         if not summary.num_images:
             lines.append("  no images: --map image=COLUMN sets the column of the image paths")
     train, *validation = (str(file.file) for file in summary.output_files)

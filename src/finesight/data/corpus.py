@@ -48,6 +48,7 @@ from finesight.data.sample import (
     build_no_samples_error,
     open_jsonl_samples,
     parse_sample,
+    remove_nulls,
     sample_from_dict,
     validate_sample,
 )
@@ -335,14 +336,8 @@ def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:
             expected=f"JSON, or lists and structs, in {', '.join(JSON_COLUMNS)}",
             remedy="write the file again",
         ) from error
-    cleaned: dict[str, Any] = _drop_none(decoded)
+    cleaned: dict[str, Any] = remove_nulls(decoded)
     return cleaned
-
-
-def _drop_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _drop_none(item) for key, item in value.items() if item is not None}
-    return [_drop_none(item) for item in value] if isinstance(value, list) else value
 
 
 MIN_PARALLEL_FILES = 8

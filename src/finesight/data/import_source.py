@@ -30,6 +30,7 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     RawBox,
+    as_list,
     join_text,
 )
 from finesight.data.formats.image_annotations import build_class_prompt
@@ -464,7 +465,13 @@ def is_sample_source(path: Path) -> bool:
     record = (
         _read_first_tar_record(path) if path.suffix.lower() == ".tar" else read_first_record(path)
     )
-    return record is not None and "id" in record and samples_format.detect([record]) is not None
+    if record is None or "id" not in record:
+        return False
+    # A text-only conversation next to images belongs to another format.
+    with_images = record.pop("images", None) is not None
+    messages = as_list(record.get("messages"))
+    is_text = all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages)
+    return samples_format.detect([record]) is not None and not (with_images and is_text)
 
 
 def _read_first_tar_record(path: Path) -> dict[str, object] | None:

@@ -30,9 +30,9 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     UnexpectedPlaceholderError,
-    UnsupportedKeyError,
     format_answer_id,
 )
+from finesight.data.formats.row_keys import UnsupportedKeyError
 from finesight.data.image_header import CorruptImageError, check_pixels
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
 from finesight.data.import_source import ImportOptions, ImportSource, is_image_value, open_source
@@ -198,6 +198,9 @@ MAX_INVALID_BOX_FRACTION = 0.1
 Above it, the box convention is probably wrong, and boxes that pass validation are wrong as well.
 """
 
+MAX_LISTED_KEYS = 100
+"""Maximum number of unused keys that the summary lists; further keys are only counted."""
+
 MAX_ROW_BYTES = 2**28
 
 LINE_OVERHEAD_BYTES, MAX_ESCAPED_BYTES = 100, 6
@@ -252,6 +255,7 @@ class ImportSummary:
         num_clipped_boxes: Number of boxes that exceeded their image by a rounding error.
         text_format: Delimiter and encoding of a table, its sheet, classes, or "".
         source_notes: Counts of source content that samples do not represent, by description.
+        other_keys: Number of keys of the rows that the format does not use, by description.
         first_errors: Location and error of the first invalid row, by reason.
         skipped_rows_file: File that lists the invalid rows, None if there are none.
     """
@@ -268,6 +272,20 @@ class ImportSummary:
     skipped_rows_file: Path | None = None
     text_format: str = ""
     first_errors: dict[str, str] = field(default_factory=dict)
+    other_keys: dict[str, int] = field(default_factory=dict)
+
+    def list_other_keys(self) -> list[str]:
+        """Return a line with the keys that the format does not use, and their numbers."""
+        counts = self.other_keys.items()
+        keys = [f"{key} ({count})" for key, count in counts if key not in self.unused_columns]
+        more = f" and {len(keys) - MAX_LISTED_KEYS} more" * (len(keys) > MAX_LISTED_KEYS)
+        return [f"other keys: {'; '.join(keys[:MAX_LISTED_KEYS])}{more}"] if keys else []
+
+    def list_unused_columns(self) -> list[str]:
+        """Return the unused columns of a table, with their numbers of rows if not all have it."""
+        most = max(self.other_keys.values(), default=0)
+        counts = {name: self.other_keys.get(name, most) for name in self.unused_columns}
+        return [one if n == most else f"{one} ({n} of {most} rows)" for one, n in counts.items()]
 
     def list_skipped(self) -> list[str]:
         """Return a line per reason, with the number of skipped rows and the first error."""
@@ -403,7 +421,7 @@ def import_dataset(
         context = source.create_context(options, staging)
         image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
         with _paused_gc():
-            rows, num_eval, refused = _parse_rows(
+            rows, num_eval, refused, other_keys = _parse_rows(
                 source, context, options, spool, image_names, progress_stage
             )
         if (
@@ -438,7 +456,8 @@ def import_dataset(
         num_images=len(num_used),
         num_clipped_boxes=context.num_clipped,
         source_notes=dict(+context.source_notes),
-        unused_columns=_list_unused_columns(source, options),
+        unused_columns=_list_unused_columns(source, other_keys),
+        other_keys=dict(other_keys),
         skipped_rows_file=out / SKIPPED_ROWS_FILE if refused else None,
         text_format=source.rows.text_format,
         first_errors=refused.first_errors,
@@ -483,16 +502,17 @@ def _parse_rows(
     spool: Spool,
     names: ImageNames,
     progress_stage: ProgressStage,
-) -> tuple[list[RowExamples], int, _InvalidRows]:
+) -> tuple[list[RowExamples], int, _InvalidRows, Counter[str]]:
     """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows.
 
     Returns:
-        The valid rows, how many of them belong to the validation split of the source, and the
-            invalid rows.
+        The valid rows, how many of them belong to the validation split of the source, the invalid
+            rows, and the number of unused keys in the others by description.
     """
     rows: list[RowExamples] = []
     locations: list[str] = []
     skipped = _InvalidRows()
+    other_keys: Counter[str] = Counter()
     skipped_spool = spool if options.on_invalid_row == "skip" else None
     eval_start = source.rows.num_rows if source.rows.eval_start is None else source.rows.eval_start
     is_eval: list[bool] = []
@@ -508,6 +528,7 @@ def _parse_rows(
             skipped.first = skipped.first or row
             skipped.add(row.location, error, skipped_spool)
         else:
+            other_keys.update(context.other_keys)
             rows.append([_spool_example(example, spool) for example in encoded])
             locations.append(row.location)
             is_eval.append(row_index >= eval_start)
@@ -537,7 +558,7 @@ def _parse_rows(
             expected=source.data_format.description,
             remedy="check the source, or choose another --format",
         )
-    return rows, sum(is_eval), skipped
+    return rows, sum(is_eval), skipped, other_keys
 
 
 def _find_corrupt_images(
@@ -764,14 +785,10 @@ def _remove_unused_images(staging: Path, used: set[str]) -> None:
             saved.unlink()
 
 
-def _list_unused_columns(source: ImportSource, options: ImportOptions) -> tuple[str, ...]:
-    """Return the table columns that no `--map` option uses."""
+def _list_unused_columns(source: ImportSource, other_keys: Counter[str]) -> tuple[str, ...]:
+    """Return the table columns that no `--map` option uses, of the first row and of later ones."""
     if "map" not in source.data_format.supported_options:
         return ()
-    known, mapped_columns = source.columns, source.column_map.values()
-    used = {
-        name
-        for column in mapped_columns
-        for name in (column, *table_format.split_column_names(column, known))
-    }
-    return tuple(name for name in known if name not in used and name != "id")
+    names = dict.fromkeys((*source.columns, *other_keys))
+    used = table_format.list_used_columns(source.column_map, names)
+    return tuple(name for name in names if name not in used)

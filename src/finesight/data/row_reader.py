@@ -7,6 +7,7 @@ their suffixes (`txt`, `cls`, `caption`), and the keys of the JSON object.
 
 from __future__ import annotations
 
+import ast
 import codecs
 import contextlib
 import csv
@@ -26,7 +27,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from finesight.bounded_files import (
-    parse_json,
+    DuplicateKeyError,
+    parse_unique_json,
     reject_special_file,
     to_readable_name,
     translate_os_errors,
@@ -81,9 +83,13 @@ class SourceRow:
     @property
     def id(self) -> str:
         """ID of the row: its `id`, else file stem and row number, as UTF-8."""
-        own = self.record.get("id")
-        is_own = isinstance(own, str | int)
-        return to_readable_name(str(own) if is_own else f"{self.stem}-{self.number}")
+        own = str(self.record["id"]) if self.has_own_id else f"{self.stem}-{self.number}"
+        return to_readable_name(own)
+
+    @property
+    def has_own_id(self) -> bool:
+        """True if the row has an `id` that is a text or a number."""
+        return isinstance(self.record.get("id"), str | int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +233,7 @@ def _reject_single_object(source: Path) -> None:
     content = read_data_file(source)
     if _is_object(content):
         raise UserError(
-            f"one object with the keys {', '.join(parse_json(content))[:80]}",
+            f"one object with the keys {', '.join(parse_unique_json(content))[:80]}",
             where=str(source),
             expected="a JSON array of objects, or one object per line",
             remedy="write only the list of its rows to a file",
@@ -236,7 +242,7 @@ def _reject_single_object(source: Path) -> None:
 
 def _is_object(content: bytes) -> bool:
     try:
-        return isinstance(parse_json(content), dict)
+        return isinstance(parse_unique_json(content), dict)
     except ValueError:
         return False
 
@@ -256,7 +262,7 @@ def _iter_json_lines(source: Path) -> Iterator[SourceRow]:
 
 def _parse_json(content: bytes, source: Path, line: int) -> Any:
     try:
-        return parse_json(content)
+        return parse_unique_json(content)
     except ValueError as error:
         raise _broken(content, str(error), source, line) from error
 
@@ -501,6 +507,9 @@ def _open_parquet(source: Path) -> RowReader:
         read_data_file(source)  # raises a UserError
     found = read_parquet_metadata(source)
     check_row_count(source, found.num_rows)
+    with translate_parquet_errors(source):
+        names = found.schema.to_arrow_schema().names
+    _reject_duplicate_columns(names, source)
 
     def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
         with translate_parquet_errors(source), open_parquet(source) as parquet_file:
@@ -612,8 +621,10 @@ def _is_image_suffix(suffix: str) -> bool:
 def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
     """Build a row from the files of a sample, with their suffixes as keys.
 
-    A single image has the key `image`.
+    A single image has the key `image`. Files of other types are represented by their names, and
+    keys of the JSON that clash with a file have the prefix `json.`.
     """
+    names = [posixpath.basename(member.name) for member in members]
     record: Record = {"id": split_member_name(members[0])[0]}
     image_members = {
         split_member_name(m)[1]: m for m in members if _is_image_suffix(split_member_name(m)[1])
@@ -629,14 +640,20 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
                 if suffix == "json"
                 else {suffix: text}
             )
+            clashing = {key: value for key, value in values.items() if key in record}
             record = {**values, **record}
+            for key, value in clashing.items():
+                if value != record[key] and value not in names:
+                    record[f"json.{key}"] = value
+        elif suffix not in image_members:
+            record.setdefault(suffix, posixpath.basename(member.name))
     return record
 
 
 def _parse_member_json(text: str, member: tarfile.TarInfo, source: Path) -> Record:
     check_json(text.encode(), f"{source}, {member.name}")
     try:
-        content = parse_json(text)
+        content = parse_unique_json(text)
     except ValueError as error:
         raise UserError(
             f"{member.name}: broken JSON: {error}",
@@ -668,6 +685,46 @@ def _read_member(tar: TarArchive, member: tarfile.TarInfo) -> bytes:
             remedy="create the tar again without it",
         )
     return tar.read_member(member)
+
+
+_TURN_KEYS = ("messages", "conversations", "conversation", "prompt", "completion", "history")
+_OBJECT_KEYS = ("images", "image", "videos", "objects")
+
+MAX_LITERAL_CHARS = 2**20
+"""Maximum number of characters of a list that is written as a Python literal."""
+
+
+def decode_json_lists(record: Record) -> Record:
+    """Return a conversation row with its turns, images and objects parsed if they are text.
+
+    The text is JSON or, in tables written by pandas, a Python literal. Other text is returned
+    unchanged.
+    """
+    texts = {
+        key: value
+        for key in (*_TURN_KEYS, *_OBJECT_KEYS)
+        if isinstance(value := record.get(key), str) and value.lstrip()[:1] in ("[", "{")
+    }
+    decoded = {
+        key: _decode_json_list(text, (dict, list) if key in _TURN_KEYS else (dict, list, str))
+        for key, text in texts.items()
+    }
+    return {**record, **decoded} if texts else record
+
+
+def _decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
+    try:
+        check_json(text.encode(errors="replace"), "")
+        value = parse_unique_json(text)
+    except DuplicateKeyError:
+        return text
+    except ValueError:
+        try:
+            value = ast.literal_eval(text) if len(text) < MAX_LITERAL_CHARS else text
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return text
+    items = value if isinstance(value, list) else [value]
+    return value if items and all(isinstance(item, item_types) for item in items) else text
 
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".xlsx")

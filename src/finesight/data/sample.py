@@ -373,12 +373,9 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
         )
 
 
+PART_TYPES: tuple[type[FrozenModel], ...] = (TextPart, ImagePart, VideoPart, BoxPart)
 SAMPLE_KEYS = tuple(
-    dict.fromkeys(
-        name
-        for kind in (Sample, Message, TextPart, ImagePart, VideoPart, BoxPart)
-        for name in kind.model_fields
-    )
+    dict.fromkeys(name for kind in (Sample, Message, *PART_TYPES) for name in kind.model_fields)
 )
 
 FOREIGN_KEYS = frozenset(
@@ -516,6 +513,13 @@ def to_json_data(value: Any) -> Any:
     return [to_json_data(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
 
+def remove_nulls(value: Any) -> Any:
+    """Remove keys whose value is null at any depth, as Parquet adds them to each object."""
+    if isinstance(value, dict):
+        return {key: remove_nulls(item) for key, item in value.items() if item is not None}
+    return [remove_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
     """Build a sample from parsed JSON data and check its types."""
     try:
@@ -592,13 +596,17 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             remedy="import it with `finesight import` first",
         )
     if error_type == "extra_forbidden":
+        kinds = {kind.model_fields["type"].default: kind for kind in PART_TYPES}
+        levels: dict[int, type[FrozenModel]] = {1: Sample, 3: Message}
+        level = levels.get(len(error_location)) or kinds[str(error_location[4])]
+        name, names = str(error_location[-1]), tuple(level.model_fields)
+        remove = "remove it; `meta` accepts arbitrary metadata"
+        suggest = suggest_name(name, names, remove)
         return UserError(
             f"unknown key {key} with the value {value_repr}",
             where=where,
-            expected=f"the keys {', '.join(SAMPLE_KEYS)}",
-            remedy=suggest_name(
-                str(error_location[-1]), SAMPLE_KEYS, "remove it; `meta` accepts arbitrary metadata"
-            ),
+            expected=f"the keys {', '.join(names)}",
+            remedy=remove if name.endswith(names) else suggest,
         )
     if not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
         remedy = "import the file with `finesight import` first"

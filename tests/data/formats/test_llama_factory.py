@@ -81,7 +81,7 @@ def test_openai_style_rows_are_ms_swift(folder: Path) -> None:
         (alpaca("?", "x", images=["a.png"]), "1 of them have no `<image>`"),
         (alpaca("?", None), "output 'None'"),
         (alpaca("?", "x", history=["y"]), "history with 'y'"),
-        ({"conversations": [{"from": "function_call", "value": "x"}]}, "the turn"),
+        ({"conversations": [{"from": "function_call", "value": "x"}]}, "tool calls"),
     ],
 )
 def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:

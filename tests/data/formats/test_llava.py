@@ -56,7 +56,7 @@ def test_boxes_in_answer(folder: Path) -> None:
         (record("<image>?", "x", video="a.mp4"), "1 videos are listed"),
         (record("<image>?", "x", audio="a.wav"), "'audio'"),
         ({"conversations": None, "image": "a.png"}, "conversations is"),
-        ({"conversations": [{"from": "observation", "value": "x"}]}, "the turn"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "tool calls"),
     ],
 )
 def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:

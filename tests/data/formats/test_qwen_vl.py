@@ -9,7 +9,7 @@ import pytest
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
-from finesight.data.formats.qwen_vl import FORMAT
+from finesight.data.formats.conversations import QWEN_VL as FORMAT
 from finesight.errors import UserError
 
 
@@ -86,7 +86,7 @@ def test_detected_by_markup_of_later_row() -> None:
     [
         (record("Dog?", "<box>(1,2),(3,4)</box>"), "precedes the first image"),
         (record("<img>a.png</img>Dog?", "<box>(9,2),(3,4)</box>"), "inverted"),
-        (record("<img>a.png</img>Dog?", "<box>(9,2)</box>"), "the placeholder '<box>"),
+        (record("<img>a.png</img>Dog?", "<box>(9,2)</box>"), "points"),
         (
             record("<img>a.png</img>Dog?", "<quad>(1,2),(3,4),(5,6)</quad>"),
             "the placeholder '<quad>",

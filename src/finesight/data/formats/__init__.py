@@ -20,13 +20,12 @@ from finesight.data.formats import (
     ms_swift,
     native_samples,
     openai,
-    qwen_vl,
     table,
     voc,
     yolo,
 )
 from finesight.data.formats.dataset_format import IMAGE_KEYS, DatasetFormat
-from finesight.data.row_reader import Record
+from finesight.data.row_reader import Record, decode_json_lists
 from finesight.errors import UserError, suggest_name
 
 FORMATS = (
@@ -44,7 +43,7 @@ FORMATS = (
     native_samples.FORMAT,
     openai.FORMAT,
     ms_swift.MS_SWIFT,
-    qwen_vl.FORMAT,
+    conversations.QWEN_VL,
     conversations.IMAGE_PATH,
     ms_swift.QUERY_RESPONSE,
     conversations.LLAVA,
@@ -79,6 +78,7 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
 
 def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat, str]:
     """Detect the dataset format of the first records of a source."""
+    records = list(map(decode_json_lists, records))
     for data_format in FORMATS:
         detected_by = data_format.detect(records)
         if detected_by is not None:

@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finesight.bounded_files import find_existing, parse_json
+from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -43,11 +43,17 @@ from finesight.data.formats.image_annotations import (
     parse_declared_size,
     round_coordinate,
 )
+from finesight.data.formats.row_keys import count_keys
 from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
 from finesight.data.sample import MAX_BOXES, LocatedSample, check_limit, read_data_file
 from finesight.errors import UserError
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
+_IMAGE_KEYS = ("id", "file_name", "width", "height", "license")
+_ANNOTATION_KEYS = (
+    *("id", "image_id", "category_id", "bbox", "caption", "iscrowd", "area"),
+    *("segmentation", "keypoints", "num_keypoints"),
+)
 REASON_NO_CAPTION = "images without a caption"
 NUM_PROBED_IMAGES = 500
 """Approximate number of images that are looked up to find the image folder."""
@@ -109,6 +115,8 @@ def open_document(source: Path) -> tuple[RowReader, str] | None:
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     """Build the training examples of an image in a COCO document."""
     image, annotations = row.record["image"], row.record["annotations"]
+    count_keys([image], _IMAGE_KEYS, "images", context.other_keys)
+    count_keys(annotations, _ANNOTATION_KEYS, "annotations", context.other_keys)
     meta = {"image_id": image.get("id"), "license": image.get("license")}
     meta = {key: value for key, value in meta.items() if value is not None}
     if row.record["names"] is None:
@@ -174,7 +182,7 @@ def _read_document(source: Path) -> dict[str, list[Record]] | None:
     if b'"annotations"' not in content:
         return None
     try:
-        document = parse_json(content)
+        document = parse_unique_json(content)
     except ValueError:
         return None  # JSON Lines or invalid: the row reader reports it
     lists = {key: document.get(key) or [] for key in ("images", "annotations", "categories")}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,20 +26,26 @@ from finesight.data.boxes import (
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
-    UNSUPPORTED_KEYS,
     VIDEO_KEYS,
     ExportContext,
     ImportContext,
     ImportExample,
+    PlaceholderCountError,
     RowImages,
     as_list,
     build_example,
-    has_value,
     make_text_part,
     merge_text_parts,
-    reject_unsupported_keys,
     split_at_pattern,
     strip_object_refs,
+)
+from finesight.data.formats.row_keys import (
+    ROWS,
+    TURNS,
+    UnsupportedKeyError,
+    find_meaning,
+    has_value,
+    sort_keys,
 )
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
@@ -53,11 +59,11 @@ from finesight.data.sample import (
     LocatedSample,
     Role,
     TextPart,
+    VideoPart,
     check_limit,
     format_number,
-    to_json_data,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 
 ContentT = TypeVar("ContentT")
 Turn = tuple[Role, str]
@@ -66,6 +72,10 @@ Files = Iterator[tuple[str, bytes]]
 """Relative file names with content. A repeated name appends to the file."""
 
 JSONL_FILE = "data.jsonl"
+ROLE_KEYS = ("from", "role")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an answer whose text becomes its `<think>` section."""
+
 ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -73,27 +83,50 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-ROLE_KEYS = ("from", "role")
-UNSUPPORTED_TURN_KEYS = frozenset(
-    ("loss", "loss_scale", "weight", "tool_calls", "function_call", "audio", "refusal")
-)
-"""Keys of a turn with unsupported content: tool calls, other media, and loss weights."""
+TOOL_ROLES = re.compile("tool.*|function.*|observation|ipython")
 
 RESERVED_KEYS = frozenset(
     {
         *("id", "messages", "conversations", "conversation", "query", "response", "system"),
-        *("instruction", "input", "output", "label", *IMAGE_KEYS, *UNSUPPORTED_KEYS),
+        *("instruction", "input", "output", "label", "prompt", "completion", "history"),
+        *("objects", *IMAGE_KEYS, *VIDEO_KEYS),
     }
 )
 """Metadata keys that are not exported, because a dataset format would read them as content."""
 
-_COORDINATE = r"-?\d+(?:\.\d+)?"
-_POINT = rf"\(\s*{_COORDINATE}\s*,\s*{_COORDINATE}\s*\)"
-_CORNERS = re.compile(rf"<\|box_start\|>\s*({_POINT}\s*,\s*{_POINT})\s*<\|box_end\|>")
+_COORDINATE = re.compile(r"-?\d+(?:\.\d+)?")
+_BOX_TEXT = re.compile(r"[\s\d.,;()\[\]-]*")
+_BOXES_IN_BRACKETS = re.compile(r"\[[^\[\]()]*\]")
+_TOKEN_BOX = r"<\|box_start\|>(?P<box>(?:(?!<\|box_).)*)<\|box_end\|>"
 _TOKEN_BOXES = re.compile(
-    r"(?:<\|object_ref_start\|>(?P<label>(?s:(?:(?!<\|object_ref_).)*))<\|object_ref_end\|>\s*)?"
-    rf"(?P<boxes>(?:{_CORNERS.pattern})+)"
+    r"(?:<\|object_ref_start\|>(?P<label>(?:(?!<\|object_ref_).)*)<\|object_ref_end\|>\s*)?"
+    rf"(?P<boxes>{_TOKEN_BOX.replace('?P<box>', '?:')}"
+    rf"(?:{_TOKEN_BOX.replace('?P<box>', '?:')})*)",
+    re.DOTALL,
 )
+
+
+def parse_token_box(text: str) -> list[list[str]]:
+    """Parse the coordinates between box tokens, such as (x1,y1),(x2,y2) or [x1, y1, x2, y2].
+
+    Several boxes are in brackets each: [[x1, y1, x2, y2], ...].
+
+    Raises:
+        InvalidRowError: The text is not a box.
+    """
+    numbers = _COORDINATE.findall(text)
+    is_plain = _BOX_TEXT.fullmatch(text) is not None
+    if is_plain and len(numbers) == 4:
+        return [numbers]
+    boxes = [_COORDINATE.findall(box) for box in _BOXES_IN_BRACKETS.findall(text)]
+    if is_plain and boxes and all(len(box) == 4 for box in boxes):
+        return boxes
+    what = "points, which are not supported yet" if len(numbers) == 2 else "not a box"
+    raise InvalidRowError(
+        f"{text[:60]!r} between box tokens: {what}",
+        "the corners of a box: (x1,y1),(x2,y2) or [x1,y1,x2,y2]",
+        "correct the row, or leave it out",
+    )
 
 
 def parse_text(role: Role, text: str, images: RowImages) -> Iterable[ContentPart]:
@@ -106,9 +139,10 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
     for piece in split_at_pattern(answer, _TOKEN_BOXES) if "<|box_start|>" in answer else [answer]:
         if not isinstance(piece, str):
             images.require_single_image()
-            for corners in _CORNERS.findall(piece["boxes"]):
-                coordinates = re.findall(_COORDINATE, corners)
-                yield images.create_box(coordinates, piece["label"], BoxConvention(units="1000"))
+            for text in re.findall(_TOKEN_BOX, piece["boxes"], re.DOTALL):
+                for coordinates in parse_token_box(text):
+                    convention = BoxConvention(units="1000")
+                    yield images.create_box(coordinates, piece["label"], convention)
         elif BOX_KEY not in piece:
             yield from [strip_object_refs(piece)] if piece else []
         else:
@@ -174,10 +208,7 @@ def _iter_json_boxes(text: str) -> Iterator[str | JsonBoxes]:
             check_limit(len(piece), MAX_BOXES, "boxes")
             boxes = [parse_json_box(value) for value in piece]
             if None in boxes:
-                raise InvalidRowError(
-                    f"the box {str(piece[boxes.index(None)])[:80]}",
-                    f'{{"{BOX_KEY}": [four values], "label": text}}',
-                )
+                raise _build_box_error(piece[boxes.index(None)])
             yield [box for box in boxes if box is not None]
         elif BOX_KEY in piece:
             raise InvalidRowError(
@@ -188,32 +219,125 @@ def _iter_json_boxes(text: str) -> Iterator[str | JsonBoxes]:
             yield piece
 
 
+def _build_box_error(value: object) -> InvalidRowError:
+    expected = f'{{"{BOX_KEY}": [four values], "label": text}}'
+    remedy = "remove the other keys, or leave out the row"
+    if not isinstance(value, dict):
+        remedy = "correct the row"
+        problem = "not an object"
+    elif BOX_KEY in value:
+        problem = "attributes of boxes are not supported yet"
+    else:
+        problem = "boxes nested in JSON are not supported yet"
+        remedy = "write the boxes as the answer, without an object around them"
+    return InvalidRowError(f"the box {str(value)[:80]}: {problem}", expected, remedy)
+
+
+class RowMedia(RowImages):
+    """Images and videos of a row: those in its turns, and those of its lists of files.
+
+    Args:
+        num_marked: Number of placeholders in the turns by kind, `image` or `video`. Listed files
+            without any placeholder precede the first question; None forbids such files.
+    """
+
+    def __init__(
+        self, record: Record, context: ImportContext, num_marked: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(context)
+        self.listed = {
+            kind: list_images(record, keys)
+            for kind, keys in (("image", IMAGE_KEYS), ("video", VIDEO_KEYS))
+        }
+        for kind, files in self.listed.items():
+            check_limit(len(files), MAX_PARTS, f"{kind}s")
+        self._num_marked = num_marked
+        self._placed: dict[str, set[int]] = {kind: set() for kind in self.listed}
+        self._order = {kind: iter(range(len(files))) for kind, files in self.listed.items()}
+
+    def add(self, kind: str, value: object = None, index: object = None) -> ImagePart | VideoPart:
+        """Return the part of an image or video, by default of the next listed one.
+
+        Args:
+            value: A file that the turn names.
+            index: 0-based index of a listed file.
+        """
+        files, placed = self.listed[kind], self._placed[kind]
+        if value is not None:
+            placed.update(number for number, file in enumerate(files) if file == value)
+        else:
+            if index is None:
+                index = next((number for number in self._order[kind] if number not in placed), None)
+            if not isinstance(index, int) or not 0 <= index < len(files):
+                article = "an" if kind == "image" else "a"
+                number = "" if index is None else f" of the index {index!r}"
+                num_listed = format_count(len(files), kind)
+                raise PlaceholderCountError(
+                    f"a placeholder without {article} {kind}{number}: {num_listed} listed",
+                    expected=f"{article} {kind} under `{kind}s` per placeholder, or a path in it",
+                    remedy=f"add the {kind}, or remove the placeholder",
+                )
+            placed.add(index)
+            value = files[index]
+        return self.add_image(value) if kind == "image" else self.add_video(value)
+
+    def place_unmarked(self) -> list[ContentPart]:
+        """Return the parts of listed files for which no turn has a placeholder."""
+        marked = self._num_marked
+        kinds = [] if marked is None else [kind for kind in self.listed if not marked.get(kind)]
+        return [self.add(kind) for kind in kinds for _ in self.listed[kind]]
+
+    def require_all_placed(self) -> None:
+        """Raise PlaceholderCountError if a listed file is in no turn."""
+        for kind, files in self.listed.items():
+            num_remaining = len(files) - len(self._placed[kind])
+            if num_remaining:
+                raise PlaceholderCountError(
+                    f"{len(files)} {kind}s are listed, {num_remaining} of them have no"
+                    f" `<{kind}>` in the text and no part",
+                    expected=f"one placeholder per {kind}",
+                    remedy="correct the row",
+                )
+
+
 def build_turns_example(
     row: SourceRow,
     context: ImportContext,
     turns: Sequence[tuple[Role, ContentT]],
     parse_turn: Callable[[Role, ContentT], Iterable[ContentPart]],
+    media: RowMedia | None,
     *handled_keys: str,
 ) -> ImportExample:
     """Build a training example from the turns of a row.
 
     Args:
-        *handled_keys: Keys of the row that the format has parsed. Other keys become metadata or,
-            with unsupported content, are rejected.
+        media: Listed images and videos of the row, all of which must be placed.
+        *handled_keys: Keys of the row that the format has parsed. `sort_keys` handles the others.
+
+    Raises:
+        UnsupportedKeyError: Another key has content that an import must not drop.
     """
-    reject_unsupported_keys(row.record, UNSUPPORTED_KEYS - {*handled_keys})
     check_limit(len(turns), MAX_MESSAGES, "messages")
     messages: list[tuple[Role, tuple[ContentPart, ...]]] = []
     has_prompt = False
     for role, content in turns:
-        parts = merge_text_parts(parse_turn(role, content))
-        if role == "user" and not has_prompt:
+        is_first = role == "user" and not has_prompt
+        unmarked = media.place_unmarked() if media is not None and is_first else []
+        parts = merge_text_parts([*unmarked, *parse_turn(role, content)])
+        if is_first:
             parts, has_prompt = context.add_prompt(parts), True
         messages.append((role, parts))
-    return build_example(row.id, messages, collect_meta(row.record, *handled_keys))
+    if media is not None:
+        handled_keys = (*handled_keys, *IMAGE_KEYS, *VIDEO_KEYS)
+        media.require_all_placed()
+    images = {part.image for _, parts in messages for part in parts if part.type == "image"}
+    names = {Path(image).name for image in images}
+    used = {*handled_keys, "id"} if row.has_own_id else handled_keys
+    meta = sort_keys(row.record, used, ROWS, context.other_keys, names)
+    return build_example(row.id, messages, meta)
 
 
-def parse_turns(record: Record, key: str = "conversations") -> list[Turn]:
+def parse_turns(record: Record, context: ImportContext, key: str = "conversations") -> list[Turn]:
     """Return role and text of each turn under a key of a record, after its system prompt.
 
     Raises:
@@ -225,16 +349,75 @@ def parse_turns(record: Record, key: str = "conversations") -> list[Turn]:
         raise InvalidRowError(f"{key} is {str(values)[:60]!r}", "a list of turns")
     turns = parse_system(record)
     for turn in values:
-        role = get_role(turn) if isinstance(turn, dict) else None
-        text = turn.get("value", turn.get("content")) if role is not None else None
-        if role is None or not isinstance(text, str):
-            raise InvalidRowError(
-                f"the turn {str(turn)[:80]}",
-                f"{{from: ..., value: text}} from one of {', '.join(ROLES)}",
-            )
-        reject_unsupported_turn_keys(turn)
-        turns.append((role, text))
+        role = parse_role(turn)
+        text_key = "content" if turn.get("value") is None else "value"
+        text = turn.get(text_key)
+        reasoning = sort_turn_keys(turn, role, text_key, context)
+        if not isinstance(text, str):
+            raise _build_turn_error(turn)
+        turns.append((role, f"{format_reasoning(reasoning, text)}{text}"))
     return turns
+
+
+def parse_role(turn: object) -> Role:
+    """Return the role of a turn.
+
+    Raises:
+        InvalidRowError: The role is missing or unknown.
+        UnsupportedKeyError: The turn is a tool call or its result.
+    """
+    role = get_role(turn) if isinstance(turn, dict) else None
+    if role is not None:
+        return role
+    name = turn.get("from") or turn.get("role") if isinstance(turn, dict) else None
+    if isinstance(name, str) and TOOL_ROLES.fullmatch(name):
+        raise build_tool_error(f"a turn of the role {name}")
+    raise _build_turn_error(turn)
+
+
+def build_tool_error(what: str) -> UnsupportedKeyError:
+    """Build the error for content that is a tool call or its result."""
+    return UnsupportedKeyError(
+        f"{what}: tool calls, which are not supported yet",
+        expected="turns of system, user and assistant",
+        remedy="leave out the rows with tool calls",
+    )
+
+
+def _build_turn_error(turn: object) -> InvalidRowError:
+    keys = "{role: ..., content: text}"
+    if isinstance(turn, dict) and ("from" in turn or "value" in turn):
+        keys = "{from: ..., value: text}"
+    return InvalidRowError(f"the turn {str(turn)[:80]}", f"{keys} from one of {', '.join(ROLES)}")
+
+
+def sort_turn_keys(turn: Record, role: Role, text_key: str, context: ImportContext) -> str:
+    """Handle the keys of a turn besides role and content; return the reasoning of an answer.
+
+    Raises:
+        UnsupportedKeyError: A key has content other than text, or a loss weight.
+    """
+    role_key = "role" if turn.get("from") is None else "from"
+    others = {key: value for key, value in turn.items() if key not in (role_key, text_key)}
+    reasoning = ""
+    if role == "assistant":
+        texts = {key: text for key in REASONING_KEYS if isinstance(text := others.get(key), str)}
+        reasoning = next(filter(str.strip, texts.values()), "")
+        others = {k: v for k, v in others.items() if k not in texts or v not in (reasoning, "")}
+    else:  # only answers are trained on, so that a loss weight of 0 is the default
+        others = {k: v or None if isinstance(v, int | float) else v for k, v in others.items()}
+    sort_keys(others, (), TURNS, context.other_keys)
+    return reasoning
+
+
+def format_reasoning(reasoning: str, answer: str) -> str:
+    """Format a reasoning as in chat templates of reasoning models; the answer follows it."""
+    if "</think>" in reasoning or (reasoning and "</think>" in answer):
+        raise InvalidRowError(
+            f"the reasoning {reasoning[:40]!r} and the answer {answer[:40]!r} with </think>",
+            "the reasoning in one place",
+        )
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n" if reasoning else ""
 
 
 def parse_system(record: Record) -> list[Turn]:
@@ -255,15 +438,9 @@ def parse_history(record: Record) -> list[Turn]:
     return turns
 
 
-def reject_unsupported_turn_keys(turn: Record) -> None:
-    """Raise UnsupportedKeyError if a turn has tool calls, other media, or a loss weight."""
-    keys = [key for key in UNSUPPORTED_TURN_KEYS & turn.keys() if turn[key] != 1]
-    reject_unsupported_keys(turn, keys)
-
-
 def get_role(turn: Record) -> Role | None:
     """Return the role of a turn, or None if it is missing or unknown."""
-    speaker = turn["from"] if "from" in turn else turn.get("role")
+    speaker = turn.get("role") if turn.get("from") is None else turn["from"]
     return ROLES.get(speaker) if isinstance(speaker, str) else None
 
 
@@ -285,29 +462,6 @@ def list_images(record: Record, keys: Sequence[str] = IMAGE_KEYS) -> list[object
         if key in record and has_value(record[key])
         for image in as_list(record[key])
     ]
-
-
-def list_checked_images(record: Record) -> list[object]:
-    """Return the images of a record like `list_images`, limited to `MAX_PARTS`."""
-    images = list_images(record)
-    check_limit(len(images), MAX_PARTS, "images")
-    return images
-
-
-def list_videos(record: Record) -> list[object]:
-    """Return the video files under the keys `video` and `videos` of a record, in order."""
-    videos = list_images(record, VIDEO_KEYS)
-    check_limit(len(videos), MAX_PARTS, "videos")
-    return videos
-
-
-def collect_meta(record: Record, *handled_keys: str) -> Record:
-    """Return the keys of a record that are neither parsed nor unsupported, as sample metadata.
-
-    NaN, which tables use for missing values, becomes null.
-    """
-    keys = record.keys() - UNSUPPORTED_KEYS - {"id", *handled_keys}
-    return {str(key): to_json_data(value) for key, value in record.items() if key in keys}
 
 
 def write_rows(
@@ -339,7 +493,11 @@ def encode_row(
             expected=error.expected,
             remedy=error.remedy,
         ) from error
-    reserved = {*RESERVED_KEYS, *fields} & sample.meta.keys()
+    reserved = {
+        key
+        for key, value in sample.meta.items()
+        if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS)
+    }
     context.lost_counts["references"] += len(sample.references)
     context.lost_counts["metadata with a key that the format uses"] += len(reserved)
     meta = {key: value for key, value in sample.meta.items() if key not in reserved}

@@ -1,9 +1,18 @@
-r"""Conversations of turns with `from` and `value`: four formats that mark images differently.
+r"""Conversations of turns with `from` and `value`: five formats that mark images differently.
 
 conversations: image paths between `<|vision_start|>` and `<|vision_end|>`, at any position.
 
 {"conversations": [{"from": "user", "value": "COCO Yes: <|vision_start|>a.jpg<|vision_end|>"},
                    {"from": "assistant", "value": "A dog on a lawn."}]}
+
+qwen-vl: images in `<img>`, and boxes in `<box>` on a grid of 1000.
+
+{"conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\nWhere is the dog?"},
+                   {"from": "assistant", "value": "<ref>a dog</ref><box>(88,99),(500,700)</box>"}]}
+
+A conversation may have any number of turns and images. `Picture 1:` and the line break after an
+image are removed, because each model family adds its own. A box belongs to the last image before
+it, in any turn.
 
 image-path: the first user message is only an image path. The rows contain no question: `--prompt`
 sets it. Later user messages are text unless they are image paths as well.
@@ -38,41 +47,47 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
+from finesight.data.boxes import BoxConvention
 from finesight.data.formats.conversation_rows import (
     JSONL_FILE,
     Files,
+    PartRenderer,
+    RowMedia,
     Turn,
     add_box_note,
     build_turns_example,
     encode_row,
-    list_checked_images,
+    list_images,
     list_turn_texts,
-    list_videos,
     parse_history,
+    parse_system,
     parse_text,
+    parse_token_box,
     parse_turns,
     render_turns,
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
-    IMAGE_KEYS,
     VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
     ImportExample,
-    PlaceholderCountError,
     RowImages,
-    has_value,
+    make_text_part,
     split_at_pattern,
 )
+from finesight.data.formats.row_keys import has_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
+    BoxPart,
     ContentPart,
     ImagePart,
     InvalidRowError,
     LocatedSample,
+    Message,
     Role,
     TextPart,
     is_video_path,
@@ -86,6 +101,15 @@ _MEDIA_PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER.pattern}|<video>", re.DOTAL
 _IMAGE_PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif)", re.IGNORECASE)
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 """Names of the roles in LLaVA and sharegpt."""
+
+_REF_TEXT = r"(?s:(?:(?!</?ref>).)*)"
+_BOX = r"<box>((?:(?!</?box>)(?s:.))*)</box>"
+_QWEN_VL_TAGS = re.compile(
+    r"(?:Picture \d+:\s*)?<img>(?P<path>[^<]*)</img>\n?"
+    rf"|(?:<ref>(?P<label>{_REF_TEXT})</ref>)?(?P<boxes>(?:{_BOX})+)"
+    rf"|<ref>(?P<words>{_REF_TEXT})</ref>"
+)
+_QWEN_VL_BOXES = BoxConvention(format="xyxy", units="1000")
 
 LLAVA_FILE = "data.json"
 ALPACA_KEYS = ("instruction", "input", "output", "history")
@@ -159,21 +183,18 @@ def _detect_llama_factory(records: Sequence[Record]) -> str | None:
 
 
 def _parse_conversation(row: SourceRow, context: ImportContext) -> ImportExample:
-    return _build_example(row, context, parse_turns(row.record))
+    return _build_example(row, context, parse_turns(row.record, context))
 
 
 def _build_example(
     row: SourceRow, context: ImportContext, turns: Sequence[Turn], *handled_keys: str
 ) -> ImportExample:
     """Build a training example from turns with image placeholders."""
-    row_images = RowImages(context)
-    listed_images = list_checked_images(row.record)
-    unplaced_images = iter(listed_images)
-    listed_videos = list_videos(row.record)
-    unplaced_videos = iter(listed_videos)
-    placeholder = _MEDIA_PLACEHOLDER if listed_videos else IMAGE_PLACEHOLDER
+    media = RowMedia(row.record, context)
+    has_videos = bool(media.listed["video"])
+    placeholder = _MEDIA_PLACEHOLDER if has_videos else IMAGE_PLACEHOLDER
     # Rows of LLaVA-Video mark their video by `<image>`.
-    video_tags = ("<video>",) if listed_images else ("<video>", "<image>")
+    video_tags = ("<video>",) if media.listed["image"] else ("<video>", "<image>")
 
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         if role == "user" and is_image_path(text):
@@ -184,40 +205,14 @@ def _build_example(
             )
         for piece in split_at_pattern(text, placeholder):
             if isinstance(piece, str):
-                yield from parse_text(role, piece, row_images)
+                yield from parse_text(role, piece, media)
                 continue
             path = piece["path"]
-            is_listed_video = bool(listed_videos) and piece[0] in video_tags
-            is_video = is_video_path(path) if path else is_listed_video
-            value = path or next(unplaced_videos if is_video else unplaced_images, None)
-            if value is None:
-                kind = "a video" if is_video else "an image"
-                raise PlaceholderCountError(
-                    f"a placeholder without {kind} in the text {text[:60]!r}",
-                    expected="a path inside the placeholder, or an image under `image` or `images`",
-                    remedy="add the image, or remove the placeholder from the text",
-                )
-            yield row_images.add_video(value) if is_video else row_images.add_image(value)
+            is_video = is_video_path(path) if path else has_videos and piece[0] in video_tags
+            yield media.add("video" if is_video else "image", path or None)
 
-    keys = ("conversations", "system", *IMAGE_KEYS, *VIDEO_KEYS, *handled_keys)
-    example = build_turns_example(row, context, turns, parse_turn, *keys)
-    num_unplaced = len(list(unplaced_images))
-    if num_unplaced:
-        raise PlaceholderCountError(
-            f"{len(listed_images)} images are listed, {num_unplaced} of them have no `<image>` in"
-            " the text",
-            expected="one `<image>` per image",
-            remedy="correct the row",
-        )
-    num_unplaced = len(list(unplaced_videos))
-    if num_unplaced:
-        raise PlaceholderCountError(
-            f"{len(listed_videos)} videos are listed, {num_unplaced} of them have no `<video>` in"
-            " the text",
-            expected="one `<video>` per video",
-            remedy="correct the row",
-        )
-    return example
+    keys = ("conversations", "system", *handled_keys)
+    return build_turns_example(row, context, turns, parse_turn, media, *keys)
 
 
 def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -228,13 +223,15 @@ def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
             return [row_images.add_image(text)]
         return parse_text(role, text, row_images)
 
-    turns = parse_turns(row.record)
-    return build_turns_example(row, context, turns, parse_turn, "conversations", "system")
+    turns = parse_turns(row.record, context)
+    return build_turns_example(row, context, turns, parse_turn, None, "conversations", "system")
 
 
 def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
-    pattern = r"(<image>|<video>)\n" if list_videos(row.record) else r"(<image>)\n"
-    turns = [(role, re.sub(pattern, r"\1", text)) for role, text in parse_turns(row.record)]
+    pattern = r"(<image>|<video>)\n" if list_images(row.record, VIDEO_KEYS) else r"(<image>)\n"
+    turns = [
+        (role, re.sub(pattern, r"\1", text)) for role, text in parse_turns(row.record, context)
+    ]
     return _build_example(row, context, turns)
 
 
@@ -253,9 +250,115 @@ def _parse_llama_factory(row: SourceRow, context: ImportContext) -> ImportExampl
             "three texts, input being optional",
         )
     question = f"{instruction}\n{input_text}" if has_value(input_text) else instruction
-    system: list[Turn] = [("system", str(record["system"]))] if record.get("system") else []
-    turns = [*system, *parse_history(record), ("user", question), ("assistant", output)]
+    turns = [
+        *parse_system(record),
+        *parse_history(record),
+        ("user", question),
+        ("assistant", output),
+    ]
     return _build_example(row, context, turns, *ALPACA_KEYS)
+
+
+def _detect_qwen_vl(records: Sequence[Record]) -> str | None:
+    """Detect Qwen-VL tags of images, boxes or references, and return the reason or None."""
+    texts = (text for record in records for _, text in list_turn_texts(record))
+    first = next((match[0] for text in texts for match in _QWEN_VL_TAGS.finditer(text)), None)
+    return f"a turn contains {first.strip()[:60]!r}" if first else None
+
+
+def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Build a training example from a Qwen-VL conversation."""
+    images = RowImages(context)
+
+    def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
+        for piece in split_at_pattern(text, _QWEN_VL_TAGS):
+            if isinstance(piece, str):
+                yield make_text_part(piece)
+            elif piece["path"] is not None:
+                yield images.add_image(piece["path"])
+            elif piece["boxes"] is None:
+                yield make_text_part(piece["words"])
+            else:
+                for text_between in re.findall(_BOX, piece["boxes"]):
+                    for box in parse_token_box(text_between):
+                        yield images.create_box(box, piece["label"], _QWEN_VL_BOXES)
+
+    turns = parse_turns(row.record, context)
+    return build_turns_example(row, context, turns, parse_turn, None, "conversations", "system")
+
+
+def _write_qwen_vl(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write conversations in the syntax of Qwen-VL.
+
+    Box coordinates are rounded to its grid of 1000, with 999 as the maximum.
+    """
+
+    def make_fields(located_sample: LocatedSample) -> Record:
+        renderer = PartRenderer(located_sample, context, "{}")
+        turns = [
+            {
+                "from": message.role,
+                "value": "".join(_iter_tagged_texts(message, renderer, context)),
+            }
+            for message in located_sample.sample.messages
+        ]
+        return {"conversations": turns}
+
+    yield from write_rows(samples, context, make_fields)
+
+
+def _iter_tagged_texts(
+    message: Message, renderer: PartRenderer, context: ExportContext
+) -> Iterator[str]:
+    label = None
+    for part in message.content:
+        if not isinstance(part, BoxPart):
+            label = None
+            text = _check_no_markup(renderer.render(part))
+            is_image = isinstance(part, ImagePart)
+            number = len(renderer.image_paths)
+            yield f"Picture {number}: <img>{text}</img>\n" if is_image else text
+            continue
+        if part.image != len(renderer.image_paths) - 1 or (
+            label is not None and part.label is None
+        ):
+            raise UserError(
+                f"a box in image {part.image} after {len(renderer.image_paths)} images, or one"
+                " without a label after one with",
+                expected="boxes in the preceding image, and labels for all consecutive boxes",
+                remedy="export to ms-swift or samples, or remove the sample",
+            )
+        label = part.label
+        if label is not None:
+            yield f"<ref>{_check_no_markup(make_text_part(label).text)}</ref>"
+        yield _format_box(part, renderer.image_paths[-1], context)
+
+
+def _format_box(part: BoxPart, image_path: Path, context: ExportContext) -> str:
+    height, width = context.image_size(image_path)
+    sides = (width, height, width, height)
+    grid_box = [value * 1000 / side for value, side in zip(part.xyxy, sides, strict=True)]
+    x1, y1, x2, y2 = (min(round(value), 999) for value in grid_box)
+    if x1 >= x2 or y1 >= y2:
+        raise UserError(
+            f"the box {list(part.xyxy)} is smaller than a grid cell",
+            expected="boxes larger than a thousandth of the image",
+            remedy="export to ms-swift or samples, or remove the sample",
+        )
+    is_rounded = any(abs(a - b) > 1e-3 for a, b in zip(grid_box, (x1, y1, x2, y2), strict=True))
+    context.lost_counts["exact box corners (rounded to a grid of 1000)"] += is_rounded
+    return f"<box>({x1},{y1}),({x2},{y2})</box>"
+
+
+def _check_no_markup(text: str) -> str:
+    """Return a text unchanged if it contains no Qwen-VL tags, else raise UserError."""
+    if re.search(r"</?(?:img|ref|box)>", text):
+        raise UserError(
+            f"markup in {text[:60]!r}",
+            expected="texts, labels and names without <img>, <ref> and <box>",
+            remedy="export to ms-swift or samples, or remove the sample",
+        )
+    return text
 
 
 def _render_checked(
@@ -395,4 +498,13 @@ LLAMA_FACTORY = DatasetFormat(
     parse_row=_parse_llama_factory,
     supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_llama_factory,
+)
+QWEN_VL = DatasetFormat(
+    name="qwen-vl",
+    description='"conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\n..."}]',
+    typical_keys=frozenset({"conversations", "from", "value"}),
+    detect=_detect_qwen_vl,
+    parse_row=_parse_qwen_vl,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=_write_qwen_vl,
 )

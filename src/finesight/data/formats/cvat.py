@@ -45,6 +45,7 @@ from finesight.data.formats.image_annotations import (
     require_inside_output,
     round_coordinate,
 )
+from finesight.data.formats.row_keys import count_keys
 from finesight.data.formats.voc import add_child, parse_xml
 from finesight.data.image_resolver import IMAGES_FOLDER
 from finesight.data.row_reader import (
@@ -124,6 +125,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         return [build_text_example(row.id, row.record["path"], [answer], classes, context, meta)]
     source_notes: Counter[str] = Counter()
     objects = [obj for shape in image for obj in _parse_shape(shape, source_notes)]
+    used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
+    count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
     annotation = ImageAnnotation(
         row.record["path"],
         objects,

@@ -18,8 +18,9 @@ from finesight.data.boxes import (
     clip_to_image,
     parse_coordinates,
 )
+from finesight.data.formats.row_keys import sort_keys
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.row_reader import Record, RowReader, SourceRow
+from finesight.data.row_reader import Record, RowReader, SourceRow, decode_json_lists
 from finesight.data.sample import (
     MAX_BOXES,
     VIDEO_SUFFIXES,
@@ -113,19 +114,6 @@ BoxTask = Literal["detection", "grounding"]
 
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
-UNSUPPORTED_KEYS = frozenset(
-    {
-        *(*VIDEO_KEYS, "audio", "audios"),
-        *("tools", "objects", "history", "kto_tag"),
-        *("chosen", "rejected", "rejected_response", "rejected_messages"),
-    }
-)
-"""Keys of conversation records with content that an import cannot represent.
-
-They contain other media, tools, boxes, earlier turns, or rejected answers. A format that supports
-one of them exempts it.
-"""
-
 _VIDEO_REMEDY = (
     "write these rows as samples (--format samples) with the content part"
     ' {"type": "video", "video": "clip.mp4"} or a list of frames; see "Videos" on the page "Data"'
@@ -133,7 +121,7 @@ _VIDEO_REMEDY = (
 )
 
 _PLACEHOLDERS = re.compile(
-    r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*\("
+    r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*[(\[]"
     r"|<image>|<bbox>|<ref-object>"
 )
 
@@ -151,10 +139,6 @@ class InvalidOptionError(UserError):
 
 class PlaceholderCountError(UserError):
     """Raised when the numbers of image placeholders and images in a row differ."""
-
-
-class UnsupportedKeyError(UserError):
-    """Raised when a row has a key with content that the import cannot represent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +168,7 @@ class ImportContext:
         lenient: Accept every box unchanged, for data checks.
         raw_boxes: Boxes of the current row with coordinates as stored in the source.
         num_clipped: Number of boxes that exceeded their image by a rounding error.
+        other_keys: Number of keys in the current row that its format does not use, by description.
     """
 
     images: ImageResolver
@@ -197,6 +182,7 @@ class ImportContext:
     num_clipped: int = 0
     source_notes: Counter[str] = field(default_factory=Counter)
     skipped_rows: Counter[str] = field(default_factory=Counter)
+    other_keys: Counter[str] = field(default_factory=Counter)
 
     def resolve_convention(self, default: BoxConvention) -> BoxConvention:
         """Return the box convention of the user options, else that of the dataset format."""
@@ -259,6 +245,11 @@ class RowImages:
 
         The value is a path, a URL or embedded bytes; see `ImageResolver.resolve`.
         """
+        if isinstance(value, dict):
+            path, is_url = value.get("path"), not (value.get("bytes") or value.get("path"))
+            used = ("bytes", "path", "url")[: 2 + is_url]
+            sort_keys(value, used, "images", self._context.other_keys, (str(path),))
+            value = value.get("url") if is_url else value
         self.paths.append(self._context.images.resolve(value))
         return ImagePart(image=str(self.paths[-1]))
 
@@ -372,7 +363,13 @@ class DatasetFormat:
     ) = None
 
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
-        """Parse a row and return its examples as a list, which may be empty."""
+        """Parse a row and return its examples as a list, which may be empty.
+
+        Lists that a conversation row contains as JSON text are parsed, except in tables.
+        """
+        context.other_keys.clear()
+        if "map" not in self.supported_options:
+            row = replace(row, record=decode_json_lists(row.record))
         result = self.parse_row(row, context)
         return [result] if isinstance(result, ImportExample) else result
 
@@ -403,7 +400,7 @@ def make_text_part(text: str) -> TextPart:
         raise UnexpectedPlaceholderError(
             f"the placeholder {match[0]!r} in the text {text[:60]!r}",
             expected="text without placeholders: images and boxes are separate parts",
-            remedy="choose a --format that supports this placeholder, or remove it from the text",
+            remedy="remove it from the text, or write the image or the box as its format requires",
         )
     return TextPart(text=text)
 
@@ -436,25 +433,6 @@ def merge_text_parts(parts: Iterable[ContentPart]) -> tuple[ContentPart, ...]:
 
 def _joined(run: Sequence[TextPart]) -> TextPart:
     return run[0] if len(run) == 1 else TextPart(text="".join(part.text for part in run))
-
-
-def reject_unsupported_keys(record: Record, keys: Iterable[str] = UNSUPPORTED_KEYS) -> None:
-    """Raise UnsupportedKeyError if a record has a non-empty value under one of the given keys."""
-    present_keys = sorted(key for key in keys if key in record and has_value(record[key]))
-    if present_keys:
-        key = present_keys[0]
-        raise UnsupportedKeyError(
-            f"the key {key!r} with {str(record[key])[:60]}",
-            expected="a conversation of text, images and boxes",
-            remedy=_VIDEO_REMEDY
-            if key in VIDEO_KEYS
-            else "write these rows as samples, or remove the key",
-        )
-
-
-def has_value(value: object) -> bool:
-    """Return whether a value is not None and not an empty string, list or dictionary."""
-    return value is not None and value != "" and value != [] and value != {}
 
 
 def as_list(value: object) -> list[object]:

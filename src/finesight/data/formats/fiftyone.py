@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import parse_unique_json
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -38,6 +38,7 @@ from finesight.data.formats.image_annotations import (
     has_boxes,
     make_unique_stem,
 )
+from finesight.data.formats.row_keys import count_keys
 from finesight.data.row_reader import (
     Record,
     RowReader,
@@ -50,6 +51,7 @@ from finesight.data.sample import LocatedSample, read_data_file
 from finesight.errors import UserError
 
 LABELS_FILE, MANIFEST_FILE, DATA_FOLDER = "labels.json", "data.json", "data"
+_ITEM_KEYS = ("label", "bounding_box", "attributes")
 BOX_CONVENTION = BoxConvention(format="xywh", units="1")
 REASON_UNLABELED = "images without a label"
 
@@ -110,6 +112,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     for item, label in zip(items, labels, strict=True):
         # Without a box, the list of its coordinates is empty, which is an error of the row.
         fields = item if isinstance(item, dict) else {}
+        count_keys([fields], _ITEM_KEYS, "labels", context.other_keys)
         attributes = fields.get("attributes")
         box = as_list(fields.get("bounding_box"))
         attributes = attributes if isinstance(attributes, dict) else {}
@@ -155,7 +158,7 @@ def write_files(
 
 def _read_object(file: Path) -> dict[str, Any] | None:
     try:
-        document = parse_json(read_data_file(file))
+        document = parse_unique_json(read_data_file(file))
     except ValueError:
         return None  # the row reader reports it
     return document if isinstance(document, dict) else None

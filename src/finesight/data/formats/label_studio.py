@@ -22,14 +22,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.etree import ElementTree
 
-from finesight.bounded_files import find_existing, parse_json
+from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import Box, BoxConvention, InvalidBoxError
 from finesight.data.formats.coco import find_image_folder
 from finesight.data.formats.dataset_format import (
@@ -55,6 +55,7 @@ from finesight.data.formats.image_annotations import (
     parse_declared_size,
     require_inside_output,
 )
+from finesight.data.formats.row_keys import count_keys
 from finesight.data.formats.voc import parse_xml
 from finesight.data.image_header import IMAGE_SUFFIXES, ImageSize
 from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
@@ -69,6 +70,14 @@ FIELDS_PROMPT = "Read these fields of the image as JSON: {labels}."
 
 LOCAL_FILES_PATH, UPLOAD_PATH = "/data/local-files/", "/data/upload/"
 BOX_CONVENTION = BoxConvention(format="xywh", units="1")
+_RESULT_USED_KEYS = (
+    *("id", "type", "from_name", "to_name", "original_width", "original_height", "value"),
+    "image_rotation",
+)
+_VALUE_USED_KEYS = (
+    *("x", "y", "width", "height", "rotation", "points", "rectanglelabels", "polygonlabels"),
+    *("labels", "choices", "text", "number", "rating", "datetime", "closed", "radiusX", "radiusY"),
+)
 LABEL_KEYS = ("rectanglelabels", "polygonlabels", "labels")
 MODEL_VERSION = "finesight"
 
@@ -92,12 +101,14 @@ class LabeledTask:
 
     Attributes:
         location: Location of the task for messages.
+        data: Data of the task besides the image.
         skip_reason: Reason why the task has no results, "" otherwise.
     """
 
     location: str
     reference: str
     results: tuple[Record, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
     skip_reason: str = ""
     notes: tuple[str, ...] = ()
 
@@ -155,6 +166,10 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     if task.skip_reason:
         context.skipped_rows[task.skip_reason] += 1
         return []
+    count_keys([task.data], (), "tasks", context.other_keys)
+    count_keys(task.results, _RESULT_USED_KEYS, "results", context.other_keys)
+    values = (one["value"] for one in task.results if isinstance(one.get("value"), dict))
+    count_keys(values, _VALUE_USED_KEYS, "results", context.other_keys)
     notes = Counter(task.notes)
     if not project.has_regions:
         context.source_notes.update(notes)
@@ -346,7 +361,7 @@ def _read_tasks(source: Path, results_from: ResultSource) -> list[LabeledTask] |
     ):
         return None
     try:
-        records = parse_json(content)
+        records = parse_unique_json(content)
     except ValueError:
         return None  # the row reader reports it
     if not records or not all(isinstance(record, dict) for record in records):
@@ -374,6 +389,9 @@ def _select_results(
     """Select the annotation or prediction of a task."""
     location = f"task {task.get('id', number)}"
     reference = _get_image_reference(task["data"], f"{source}, {location}")
+    data = {key: value for key, value in task["data"].items() if value != reference}
+    if task["data"].get("annotation_id") is not None:  # JSON-MIN, whose texts are answers
+        data = {}
     annotations, predictions = (
         [one for one in as_list(value) if isinstance(one, dict)]
         for value in (task.get("annotations") or task.get("completions"), task.get("predictions"))
@@ -388,7 +406,7 @@ def _select_results(
     notes = [NOTE_SEVERAL] * (len(valid) > 1)
     notes += [NOTE_PREDICTIONS] * (is_prediction and results_from == "annotations")
     results = tuple(one for one in as_list(selected.get("result")) if isinstance(one, dict))
-    return LabeledTask(location, reference, results, notes=tuple(notes))
+    return LabeledTask(location, reference, results, data, notes=tuple(notes))
 
 
 def _get_time(annotation: Record) -> str:

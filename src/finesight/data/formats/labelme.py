@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finesight.bounded_files import find_existing, parse_json
+from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -39,11 +39,14 @@ from finesight.data.formats.image_annotations import (
     make_unique_stem,
     parse_declared_size,
 )
+from finesight.data.formats.row_keys import count_keys
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import Record, RowReader, SourceRow, open_annotation_files
 from finesight.data.sample import MAX_BOXES, LocatedSample, check_json, check_limit, read_data_file
 from finesight.errors import UserError
 
+_DOCUMENT_KEYS = ("version", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
+_SHAPE_KEYS = ("label", "points", "shape_type")
 LABELME_VERSION = "5.5.0"
 """LabelMe version that exported files declare."""
 
@@ -65,6 +68,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     source_notes: Counter[str] = Counter()
     check_limit(len(record["shapes"]), MAX_BOXES, "shapes")
     objects = [obj for shape in record["shapes"] for obj in _parse_shape(shape, source_notes)]
+    count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
+    count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
     image = _find_image(file, record)
     annotation = ImageAnnotation(
         image,
@@ -94,7 +99,7 @@ def _read_record(file: Path) -> Record:
     content = read_data_file(file, MAX_LINE_BYTES)
     check_json(content, str(file))
     try:
-        record = parse_json(content)
+        record = parse_unique_json(content)
     except ValueError as error:
         raise UserError(
             f"broken JSON: {error}",

@@ -11,7 +11,8 @@ applies to `<video>` and the video files under `videos`.
 
 A box is two corners. With `bbox_type` "real", the default, they are in pixels of the image with the
 0-based index `image_id`; with "norm1" they are normalized. A reference directly before boxes is
-their label; elsewhere it is text. References without a placeholder are ignored, as in ms-swift.
+their label; elsewhere it is text. References without a placeholder are counted, and ignored as in
+ms-swift.
 
 Messages may also be given under `conversation`, as pairs of human and assistant, or under `query`,
 `response` and `history`, the earlier turns as pairs of texts. LLaMA-Factory messages with images
@@ -26,20 +27,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from finesight.data.boxes import BOX_KEY, BoxConvention
 from finesight.data.formats.conversation_rows import (
     Files,
     PartRenderer,
+    RowMedia,
     Turn,
     add_box_note,
     build_turns_example,
     format_answer,
-    list_checked_images,
     list_images,
-    list_videos,
     parse_history,
     parse_system,
     parse_text,
@@ -48,20 +48,17 @@ from finesight.data.formats.conversation_rows import (
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
-    IMAGE_KEYS,
     VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
     ImportExample,
-    PlaceholderCountError,
     RowImages,
     as_list,
-    has_value,
     make_text_part,
-    reject_unsupported_keys,
     split_at_pattern,
 )
+from finesight.data.formats.row_keys import TURNS, has_value, sort_keys
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     BoxPart,
@@ -78,7 +75,9 @@ from finesight.errors import UserError
 IMAGE_PLACEHOLDER = re.compile("<image>")
 PLACEHOLDER = re.compile(r"<image>|(?P<ref><ref-object>)?(?P<boxes>(?:<bbox>)+)|<ref-object>")
 CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
-QUERY_KEYS = ("query", "response", "history", "system", *IMAGE_KEYS, *VIDEO_KEYS)
+QUERY_KEYS = ("query", "response", "history", "system")
+_ObjectLists = dict[str, list[Any]]
+_OBJECT_KEYS = ("ref", "bbox", "bbox_type", "image_id")
 SWIFT_KEYS = ("messages", "conversation", "objects", *QUERY_KEYS)
 
 
@@ -111,16 +110,16 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
 
 
 def _parse_query_response(row: SourceRow, context: ImportContext) -> ImportExample:
-    turns, no_objects = _parse_query(row.record), _ObjectQueue.from_value(None)
+    turns, no_objects = _parse_query(row.record), _ObjectQueue.from_value(None, context)
     return _build_example(row, context, turns, IMAGE_PLACEHOLDER, no_objects, QUERY_KEYS)
 
 
 def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
-    reject_unsupported_keys(row.record, ("label",))
-    objects = _ObjectQueue.from_value(row.record.get("objects"))
-    turns = _parse_turns(row.record)
+    objects = _ObjectQueue.from_value(row.record.get("objects"), context)
+    turns = _parse_turns(row.record, context)
     example = _build_example(row, context, turns, PLACEHOLDER, objects, SWIFT_KEYS)
-    # Remaining references are ignored, as in ms-swift.
+    if num_refs_left := len(list(objects.refs)):  # ms-swift ignores them as well
+        context.other_keys["references without `<ref-object>`, not imported"] += num_refs_left
     num_boxes_left = len(list(objects.boxes))
     if num_boxes_left:
         raise InvalidRowError(
@@ -139,46 +138,44 @@ def _build_example(
     keys: Sequence[str],
 ) -> ImportExample:
     """Build a training example from turns whose placeholders stand for images and objects."""
-    row_images, listed_images = RowImages(context), list_checked_images(row.record)
-    listed_videos = list_videos(row.record)
-    remaining_images, remaining_videos = iter(listed_images), iter(listed_videos)
-    if listed_videos:
+    has_videos = bool(list_images(row.record, VIDEO_KEYS))
+    if has_videos:
         placeholder = re.compile(f"<video>|{placeholder.pattern}")
+    tags = ("image", "video") if has_videos else ("image",)
+    num_marked = {tag: sum(text.count(f"<{tag}>") for _, text in turns) for tag in tags}
+    media = RowMedia(row.record, context, num_marked)
 
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         for piece in split_at_pattern(text, placeholder):
             if isinstance(piece, str):
-                yield from parse_text(role, piece, row_images)
-            elif piece[0] == "<image>":
-                yield row_images.add_image(next(remaining_images))
-            elif piece[0] == "<video>":
-                yield row_images.add_video(next(remaining_videos))
+                yield from parse_text(role, piece, media)
+            elif piece[0] in ("<image>", "<video>"):
+                yield media.add(piece[0][1:-1])
             elif piece["boxes"] is None:
                 yield make_text_part(objects.next_ref())
             else:
                 label = objects.next_ref() if piece["ref"] else None
                 for _ in range(piece["boxes"].count("<bbox>")):
-                    yield objects.next_box(row_images, label)
+                    yield objects.next_box(media, label)
 
-    if listed_videos:
-        turns = _add_placeholders(turns, len(listed_videos), "<video>")
-    turns = _add_placeholders(turns, len(listed_images), "<image>")
-    return build_turns_example(row, context, turns, parse_turn, *keys)
+    return build_turns_example(row, context, turns, parse_turn, media, *keys)
 
 
-def _parse_turns(record: Record) -> list[Turn]:
+def _parse_turns(record: Record, context: ImportContext) -> list[Turn]:
     if "messages" in record:
-        return parse_turns(record, "messages")
+        return parse_turns(record, context, "messages")
     if "conversation" not in record:
         return _parse_query(record)
     turns = parse_system(record)
     for pair in as_list(record["conversation"]):
-        texts = [pair.get(key) for key in ("human", "assistant")] if isinstance(pair, dict) else []
-        if [type(text) for text in texts] != [str, str]:
+        texts = pair if isinstance(pair, dict) else {}
+        question, answer = texts.get("human"), texts.get("assistant")
+        if not isinstance(question, str) or not isinstance(answer, str):
             raise InvalidRowError(
                 f"the turn {str(pair)[:80]}", '{"human": text, "assistant": text}'
             )
-        turns += [("user", str(texts[0])), ("assistant", str(texts[1]))]
+        sort_keys(texts, ("human", "assistant"), TURNS, context.other_keys)
+        turns += [("user", question), ("assistant", answer)]
     return turns
 
 
@@ -197,26 +194,6 @@ def _parse_query(record: Record) -> list[Turn]:
     return [*parse_system(record), *history, ("user", query), ("assistant", response)]
 
 
-def _add_placeholders(turns: list[Turn], num_files: int, tag: str) -> list[Turn]:
-    """Add one placeholder per file to the first question, unless the turns have placeholders."""
-    num_placeholders = sum(text.count(tag) for _, text in turns)
-    if num_placeholders == num_files:
-        return turns
-    if num_placeholders:
-        raise PlaceholderCountError(
-            f"{num_placeholders} `{tag}` in the texts for {num_files} {tag[1:-1]}s",
-            expected=f"one per {tag[1:-1]}, or none",
-            remedy="correct the row",
-        )
-    for turn_index, (role, text) in enumerate(turns):
-        if role == "user":
-            question = (role, tag * num_files + text)
-            return [*turns[:turn_index], question, *turns[turn_index + 1 :]]
-    raise InvalidRowError(
-        f"{num_files} {tag[1:-1]}s but no user message", "a user message that they belong to"
-    )
-
-
 @dataclass(slots=True)
 class _ObjectQueue:
     """References and boxes of a row in the order of their placeholders in the text."""
@@ -226,18 +203,25 @@ class _ObjectQueue:
     convention: BoxConvention
 
     @classmethod
-    def from_value(cls, value: object) -> _ObjectQueue:
+    def from_value(cls, value: object, context: ImportContext) -> _ObjectQueue:
         """Build the queue from the value of the key `objects` of a row."""
         objects: dict[str, Any] = value if isinstance(value, dict) else {}
         bbox_type = objects.get("bbox_type") or "real"
-        unknown = objects.keys() - {"ref", "bbox", "bbox_type", "image_id", "width", "height"}
+        unknown = objects.keys() - {*_OBJECT_KEYS, "width", "height"}
         is_known = isinstance(bbox_type, str) and bbox_type in CONVENTIONS
         if unknown or not is_known or (has_value(value) and not objects):
             raise InvalidRowError(
                 f"objects {str(value)[:80]}",
                 "{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: indices}",
             )
+        sort_keys(objects, _OBJECT_KEYS, "objects", context.other_keys)
         boxes, image_ids = as_list(objects.get("bbox")), as_list(objects.get("image_id"))
+        if any(isinstance(box, list) and len(box) == 2 for box in boxes):
+            raise InvalidRowError(
+                f"objects.bbox {str(boxes)[:60]} with points, which are not supported yet",
+                "boxes of two corners, [x1, y1, x2, y2]",
+                "leave out the rows with points",
+            )
         image_ids += [0] * (len(boxes) - len(image_ids))
         valid_ids = [
             image_id for image_id in image_ids if isinstance(image_id, int) and image_id >= 0
@@ -268,27 +252,18 @@ class _ObjectQueue:
         )
 
 
-@dataclass(slots=True)
-class _ObjectColumns:
-    """Columns of the key `objects` of an exported row, filled while its texts are rendered."""
-
-    ref: list[str]
-    bbox: list[list[int | float]]
-    image_id: list[int]
-
-
 def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write messages with `<image>` placeholders, and boxes in pixels under `objects`."""
 
     def make_fields(located_sample: LocatedSample) -> Record:
         renderer = PartRenderer(located_sample, context)
-        objects = _ObjectColumns([], [], [])
+        objects: _ObjectLists = {"ref": [], "bbox": [], "image_id": []}
         messages = [
             {"role": message.role, "content": "".join(_iter_texts(message, renderer, objects))}
             for message in located_sample.sample.messages
         ]
         images = {"images": renderer.image_names} if renderer.image_names else {}
-        boxes = {"objects": asdict(objects)} if objects.bbox else {}
+        boxes = {"objects": objects} if objects["bbox"] else {}
         return {"messages": messages, **images, **boxes}
 
     yield from write_rows(samples, context, make_fields)
@@ -298,7 +273,7 @@ def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) ->
     )
 
 
-def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectColumns) -> Iterator[str]:
+def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectLists) -> Iterator[str]:
     has_label = False
     for part in message.content:
         if not isinstance(part, BoxPart):
@@ -314,10 +289,10 @@ def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectColumn
             )
         if part.label is not None:
             has_label = True
-            objects.ref.append(make_text_part(part.label).text)
+            objects["ref"].append(make_text_part(part.label).text)
             yield "<ref-object>"
-        objects.bbox.append([format_number(value) for value in part.xyxy])
-        objects.image_id.append(part.image)
+        objects["bbox"].append([format_number(value) for value in part.xyxy])
+        objects["image_id"].append(part.image)
         yield "<bbox>"
 
 

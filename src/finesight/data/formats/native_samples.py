@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.conversation_rows import JSONL_FILE, Files
@@ -14,42 +15,50 @@ from finesight.data.formats.dataset_format import (
     ExportContext,
     ImportContext,
     ImportExample,
+    as_list,
 )
+from finesight.data.formats.row_keys import iter_nested
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
+    SAMPLE_KEYS,
     BoxPart,
     ContentPart,
     ImagePart,
     LocatedSample,
     Sample,
     check_limits,
+    remove_nulls,
     sample_from_dict,
     sample_to_dict,
     validate_roles,
     validate_sample,
 )
+from finesight.errors import UserError
 
 
 def detect(records: Sequence[Record]) -> str | None:
     """Detect native samples, and return the reason for the match or None.
 
-    Every record has messages with role and content, and no content part of another format. Because
-    messages of plain text are ambiguous, any key that samples do not have then excludes a match.
+    Chat messages of other formats look alike. Therefore any key that samples do not have excludes a
+    match, unless a record has a box, a list of frames or references.
     """
-    for record in records:
-        messages = record.get("messages")
-        if not isinstance(messages, list) or not messages:
-            return None
-        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-            return None
-        contents = [message["content"] for message in messages]
-        parts = [part for content in contents if isinstance(content, list) for part in content]
-        typed = [(part.get("type"), part) for part in parts if isinstance(part, dict)]
-        if any(x == "image_url" or (x == "image" and "image" not in part) for x, part in typed):
-            return None
-        if not parts and not record.keys() <= Sample.model_fields.keys():
-            return None
-    return f"messages with role and content in all of the first {len(records)}"
+    cleaned = list(map(remove_nulls, records))
+    messages: list[list[Any]] = [as_list(record.get("messages")) for record in cleaned]
+    if not all(isinstance(one, dict) and "role" in one for turns in messages for one in turns):
+        return None
+    parts = [part for turns in messages for one in turns for part in as_list(one.get("content"))]
+    is_marked = all(messages) and any("references" in record for record in cleaned)
+    is_marked |= any(p.get("type") == "box" or "frames" in p for p in parts if isinstance(p, dict))
+    reason = f"messages with role and content in all of the first {len(records)}"
+    return reason if is_marked or all(map(_is_sample, cleaned)) else None
+
+
+def _is_sample(record: Record) -> bool:
+    try:
+        sample_from_dict({**record, "id": ""}, "")
+    except UserError:
+        return False
+    return True
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -58,7 +67,17 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     A lenient import keeps invalid content. Boxes whose image index is invalid are not recorded in
     `raw_boxes`.
     """
-    sample = sample_from_dict({**row.record, "id": row.id}, "")
+    meta = row.record.get("meta")
+    record = {key: value for key, value in row.record.items() if key != "meta"}
+    context.other_keys.update(
+        f"{path} of samples, not imported"
+        for path, key, value in iter_nested(record)
+        if value is None and key not in SAMPLE_KEYS
+    )
+    if row.has_own_id or record.get("id") is None:
+        record["id"] = row.id
+    record = remove_nulls(record)
+    sample = sample_from_dict(record if meta is None else {**record, "meta": meta}, "")
     if context.lenient:
         check_limits(sample.messages, sample.references, "")
         validate_roles(sample.messages, "")  # an example requires this order

@@ -1,20 +1,25 @@
-"""OpenAI chat messages whose content is text or a list of texts and images.
+"""OpenAI chat messages whose content is text or a list of texts, images and videos.
 
 {"messages": [{"role": "user", "content": [{"type": "text", "text": "What cheese is this?"},
                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]},
               {"role": "assistant", "content": "Danbo"}]}
 
 The OpenAI guide "Vision fine-tuning" documents it. An image is a data URL or a path; `detail`, the
-resolution used by the OpenAI service, is ignored. Adjacent messages of the same role, as in the
-guide, are merged into one turn.
+resolution used by the OpenAI service, is ignored and counted. Adjacent messages of the same role,
+as in the guide, are merged into one turn.
 
-An image may also be a part of type `image` with its path under `image`, `url` or `path`, or without
-a path, which stands for the next of the `images` of the record, as in TRL. See `conversation_rows`
-for boxes in answers.
+An image may also be a part of type `image` with its path under `image`, `url` or `path`, as in
+qwen-vl-utils, or without a path, which stands for an image of the list `images`: that of its
+`index`, else the next one, as in TRL. The same applies to videos. Rows of TRL have their messages
+under `prompt` and `completion`; both may be text. If no part or `<image>` in the text stands for
+the listed images, they precede the first question. See `conversation_rows` for boxes in answers.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -22,25 +27,28 @@ from operator import itemgetter
 from finesight.data.formats.conversation_rows import (
     Files,
     PartRenderer,
+    RowMedia,
     add_box_note,
+    build_tool_error,
     build_turns_example,
-    get_role,
-    list_checked_images,
+    format_reasoning,
+    list_images,
+    parse_role,
     parse_text,
-    reject_unsupported_turn_keys,
     render_turns,
+    sort_turn_keys,
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
+    VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
     ImportExample,
-    PlaceholderCountError,
-    RowImages,
-    has_value,
+    as_list,
 )
+from finesight.data.formats.row_keys import PARTS, ROWS, has_value, sort_keys
 from finesight.data.image_resolver import encode_data_url
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
@@ -51,101 +59,141 @@ from finesight.data.sample import (
     LocatedSample,
     Role,
     TextPart,
+    VideoPart,
     check_limit,
 )
 from finesight.errors import UserError
 
-_IMAGE_VALUE_KEYS = ("image_url", "image", "url", "path")
+_KINDS = ("image", "video")
+_TAGS = re.compile("(<image>|<video>)")
+_PREFERENCE_KEYS = frozenset(("chosen", "rejected"))
+_Turn = tuple[Role, list[object]]
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Detect messages of which at least one has an image part, and return the reason or None."""
-    num_image_parts = 0
+    """Detect messages of which at least one has typed parts, and return the reason or None.
+
+    Prompts with completions, or with chosen and rejected answers, match as well.
+    """
+    if all({"prompt", "completion"} <= r.keys() or _PREFERENCE_KEYS & r.keys() for r in records):
+        return f"completions or chosen answers in all of the first {len(records)}, as in TRL"
+    num_parts = 0
     for record in records:
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
             return None
         for message in messages:
             content = message.get("content") if isinstance(message, dict) else None
-            num_image_parts += sum(map(_is_image, content)) if isinstance(content, list) else 0
-    reason = f"messages with {num_image_parts} parts of type image_url or image in the first"
-    return f"{reason} {len(records)}" if num_image_parts else None
-
-
-def _is_image(item: object) -> bool:
-    return isinstance(item, dict) and item.get("type") in ("image_url", "image")
+            typed = map(_get_kind, content if isinstance(content, list) else ())
+            num_parts += sum(kind is not None for kind in typed)
+    reason = f"messages with {num_parts} parts of type image_url, image, video or text in the first"
+    return f"{reason} {len(records)}" if num_parts else None
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Build a training example from a row of OpenAI chat messages."""
-    messages, row_images = row.record.get("messages"), RowImages(context)
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRowError(f"messages is {str(messages)[:60]!r}", "a list of messages")
+    """Build a training example from a row of chat messages, or of prompt and completion."""
+    messages, keys = _list_messages(row.record)
     check_limit(len(messages), MAX_MESSAGES, "messages")
-    system = row.record.get("system")
-    messages = [{"role": "system", "content": system}, *messages] if has_value(system) else messages
-    remaining_images = iter(list_checked_images(row.record))
+    has_files = bool(list_images(row.record, (*IMAGE_KEYS, *VIDEO_KEYS)))
+    turns = [_parse_message(message, context, has_files=has_files) for message in messages]
+    kinds = Counter(_get_kind(item) for _, content in turns for item in content)
+    media = RowMedia(row.record, context, {kind: kinds[kind] for kind in _KINDS})
 
     def parse_turn(role: Role, contents: Sequence[list[object]]) -> list[ContentPart]:
         parts: list[ContentPart] = []
         for content in contents:
-            added = [
-                part
-                for item in content
-                for part in _parse_part(item, role, row_images, remaining_images)
-            ]
+            added = [p for item in content for p in _parse_part(item, role, media, context)]
             if parts and added and parts[-1].type == "text" and added[0].type == "text":
                 parts.append(TextPart(text="\n"))
             parts += added
         return parts
 
-    turns = [
+    merged = [
         (role, [content for _, content in group])
-        for role, group in groupby(map(_parse_message, messages), key=itemgetter(0))
+        for role, group in groupby(turns, key=itemgetter(0))
     ]
-    keys = ("messages", "system", *IMAGE_KEYS)
-    example = build_turns_example(row, context, turns, parse_turn, *keys)
-    num_remaining = len(list(remaining_images))
-    if num_remaining:
-        raise PlaceholderCountError(
-            f"{num_remaining} of the images under `images` are in no message",
-            expected='a part {"type": "image"} per image',
-            remedy="correct the row",
-        )
-    return example
+    return build_turns_example(row, context, merged, parse_turn, media, *keys)
 
 
-def _parse_message(message: object) -> tuple[Role, list[object]]:
-    """Return the role and the list of content parts of a message; developer means system."""
-    if isinstance(message, dict):
-        role = "system" if message.get("role") == "developer" else get_role(message)
-        if role is not None:
-            reject_unsupported_turn_keys(message)
-            content = message.get("content")
-            return role, content if isinstance(content, list) else [
-                {"type": "text", "text": content}
-            ]
-    raise InvalidRowError(
-        f"the message {str(message)[:80]}",
-        '{"role": "system", "user" or "assistant", "content": text or a list}',
-    )
+def _list_messages(record: Record) -> tuple[list[object], tuple[str, ...]]:
+    """Return the messages of a row and the keys that contain them."""
+    preference = {key: record[key] for key in sorted(_PREFERENCE_KEYS & record.keys())}
+    sort_keys(preference, (), ROWS, Counter())
+    keys: tuple[str, ...] = ("messages",)
+    messages = record.get("messages")
+    if messages is None and "prompt" in record:
+        keys = ("messages", "prompt", "completion")
+        prompt, completion = record["prompt"], record.get("completion")
+        messages = [*_as_messages(prompt, "user"), *_as_messages(completion, "assistant")]
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRowError(f"messages is {str(messages)[:60]!r}", "a list of messages")
+    system = record.get("system")
+    first = [{"role": "system", "content": system}] if has_value(system) else []
+    return [*first, *messages], (*keys, "system")
+
+
+def _as_messages(value: object, role: Role) -> list[object]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return as_list(value)
+
+
+def _parse_message(message: object, context: ImportContext, *, has_files: bool) -> _Turn:
+    """Return the role and the content parts of a message; developer means system."""
+    is_developer = isinstance(message, dict) and message.get("role") == "developer"
+    role: Role = "system" if is_developer else parse_role(message)
+    assert isinstance(message, dict), f"a message of type {type(message)}"
+    reasoning = sort_turn_keys(message, role, "content", context)
+    content = message.get("content")
+    if not isinstance(content, list):
+        texts = _TAGS.split(content) if has_files and isinstance(content, str) else [content]
+        content = [
+            {"type": text[1:-1]}
+            if text in ("<image>", "<video>")
+            else {"type": "text", "text": text}
+            for text in texts
+            if text != "" or len(texts) == 1
+        ]
+    if reasoning:
+        content = [{"type": "text", "text": format_reasoning(reasoning, str(content))}, *content]
+    return role, content
 
 
 def _parse_part(
-    item: object, role: Role, row_images: RowImages, remaining_images: Iterator[object]
+    item: object, role: Role, media: RowMedia, context: ImportContext
 ) -> Iterator[ContentPart]:
-    if isinstance(item, dict) and item.get("type") == "text" and isinstance(item.get("text"), str):
-        yield from parse_text(role, item["text"], row_images)
-    elif isinstance(item, dict) and _is_image(item):
-        value = next((item[key] for key in _IMAGE_VALUE_KEYS if has_value(item.get(key))), None)
-        value = value.get("url") if isinstance(value, dict) and "url" in value else value
-        yield row_images.add_image(next(remaining_images, None) if value is None else value)
+    kind = _get_kind(item)
+    if kind == "text" and isinstance(item, dict) and isinstance(item.get("text"), str):
+        sort_keys(item, ("type", "text"), PARTS, context.other_keys)
+        yield from parse_text(role, item["text"], media)
+    elif kind in _KINDS and isinstance(item, dict):
+        names = (f"{kind}_url", kind, "url", "path")
+        key = next((name for name in names if has_value(item.get(name))), "index")
+        used = ("type", key, "fps") if kind == "video" else ("type", key)
+        sort_keys(item, used, PARTS, context.other_keys)
+        value = item.get(key)
+        part = media.add(kind, index=value) if key == "index" else media.add(kind, value)
+        fps = item.get("fps")
+        if isinstance(part, VideoPart) and fps is not None:
+            if not isinstance(fps, int | float) or not 0 < fps < math.inf:
+                raise InvalidRowError(f"fps is {fps!r}", "frames per second above 0")
+            part = part.model_copy(update={"fps": float(fps)})
+        yield part
+    elif kind is not None and "tool" in kind:
+        raise build_tool_error(f"a part of the type {kind}")
     else:
         raise UserError(
             f"the part {str(item)[:80]}",
-            expected='{"type": "text", "text": ...} or {"type": "image_url", "image_url": {...}}',
+            expected='{"type": "text", "text": ...}, {"type": "image_url", "image_url": {...}} or'
+            ' {"type": "video", "video": ...}',
             remedy="correct the row, or remove it",
         )
+
+
+def _get_kind(item: object) -> str | None:
+    """Return the type of a content part: text, image, video or another name."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    return kind.removesuffix("_url") if isinstance(kind, str) else None
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:

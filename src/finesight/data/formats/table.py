@@ -12,7 +12,7 @@ import ast
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.conversation_rows import (
@@ -88,8 +88,17 @@ def suggest_role(name: str, column: str) -> str:
     return suggest_name(name, MAPPABLE_COLUMNS, "use one of these, such as answer=COLUMN")
 
 
+def list_used_columns(columns: Mapping[str, str], record: Collection[str]) -> set[str]:
+    """Return the columns of a record that `--map` or the row ID uses."""
+    return {"id"}.union(
+        *((column, *split_column_names(column, record)) for column in columns.values())
+    )
+
+
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a table row with mapped columns."""
+    used = list_used_columns(context.columns, row.record)
+    context.other_keys.update(str(name) for name in row.record if name not in used)
     images = RowImages(context)
     parts: list[ContentPart] = []
     if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected

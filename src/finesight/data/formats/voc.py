@@ -41,6 +41,7 @@ from finesight.data.formats.image_annotations import (
     parse_integer,
     round_coordinate,
 )
+from finesight.data.formats.row_keys import count_keys
 from finesight.data.image_header import CorruptImageError, ImageSize
 from finesight.data.row_reader import RowReader, SourceRow, open_annotation_files
 from finesight.data.sample import MAX_LABEL_FILE_BYTES, LocatedSample, read_data_file
@@ -50,6 +51,8 @@ BNDBOX_TAGS = ("xmin", "ymin", "xmax", "ymax")
 OBJECT_FLAGS = ("difficult", "truncated", "occluded")
 IMAGE_FOLDERS = ("JPEGImages", "images")
 NOTE_NO_BNDBOX = "objects without a bndbox (skipped)"
+_ROOT_TAGS = ("filename", "path", "folder", "size", "segmented", "object")
+_OBJECT_TAGS = ("name", "bndbox", "part", *OBJECT_FLAGS)
 NOTE_PARTS = "parts of objects (ignored)"
 
 
@@ -97,6 +100,10 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             source_notes[NOTE_NO_BNDBOX] += 1
         else:
             objects.append(_parse_object(element, one_based=is_one_based))
+    elements = [(root, _ROOT_TAGS), *((one, _OBJECT_TAGS) for one in root.iterfind("object"))]
+    for element, used in elements:
+        children = [{child.tag: child.text} for child in element]
+        count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
     annotation = ImageAnnotation(
         str(image), objects, row.record["classes"], _read_size(root), source_notes=source_notes

@@ -1,0 +1,218 @@
+"""Account for every key of imported data: used, stored in `meta`, counted, or refused.
+
+A format names the keys that it uses at each level: of a row, a turn, a content part and so on.
+`sort_keys` refuses any other key with content that an import must not drop, such as a second image,
+a reasoning text, a label or a loss weight. The remaining keys are counted for the summary; those of
+a row become metadata of its samples.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from finesight.data.image_header import IMAGE_SUFFIXES
+from finesight.data.sample import VIDEO_SUFFIXES, to_json_data
+from finesight.errors import UserError
+
+ROWS, TURNS, PARTS = "rows", "turns", "content parts"
+"""Levels of keys, as the summary of an import names them."""
+
+_COLUMN_KEYS = frozenset(
+    (
+        *("type", "text", "image", "image_url", "video", "video_url", "url", "path"),
+        *("from", "value", "role", "content"),
+    )
+)
+"""Keys that all turns or content parts of a Parquet file may have, null if they do not apply."""
+
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
+_MEDIA = re.compile(
+    "(?:image|img|pict?(?:ure)?|photo|frame|clip|video|audio)"
+    "(?:s|path|file|name|url|data|bytes)?|图.*"
+)
+_MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".mp3", ".wav", ".flac", ".ogg", ".avi")
+_ATTRIBUTE = re.compile(
+    "ids?|idx|index|size|width|height|hash|md|sha|format|type|mode|count|num|number|source|dataset"
+    "|license|author|date|time|timestamp|title|captions?|descriptions?|text|tags|meta|metadata|info"
+    "|score|quality|duration|length|fps|rate|start|end|grid|thw|tokens?|ratio|resolution|effort"
+    "|level|model|category|orientation"
+)
+"""Words of keys that describe an image or a text rather than contain it."""
+
+_ORIGIN = re.compile("source|orig|original|src|file|filename|name|path|url|link|key")
+"""Words of keys whose value may name an image, next to images that are used."""
+
+_TOOLS = re.compile("tools?|functions?")
+_REASONING = re.compile("reasoning|thinking|think|thoughts?|rationales?|cot|思考|推理")
+_PREFERENCE = re.compile("chosen|rejected|kto")
+_LOSS = re.compile("loss|weights?|masks?|masked|train|trainable|learn|learnable|supervised?")
+_LOSS_QUALIFIER = re.compile(
+    "scale|is|on|turns?|prompt|history|inputs?|response|output|tokens?|detail|sample|factor|flag"
+)
+_SHAPE = re.compile(
+    "bbox(?:es)?|box(?:es)?|points?|polygons?|segmentation|keypoints?|masks?|annotations?|objects"
+    "|regions|shapes"
+)
+_LABEL = re.compile(
+    "labels?|class(?:es)?|category|answers?|target|gt|truth|solution|output|response|text|value"
+    "|content|caption|refusal|标签|答案"
+)
+
+
+class UnsupportedKeyError(UserError):
+    """Raised when a row has a key with content that the import cannot represent."""
+
+
+class KeyMeaning(NamedTuple):
+    """Content that an import must not drop, and the remedy."""
+
+    what: str
+    remedy: str
+
+
+TOOL_CALLS = KeyMeaning("tool calls, which are not supported yet", "leave out these rows")
+PREFERENCE = KeyMeaning(
+    "preference data; an import reads correct answers only",
+    "keep the better answer only: as `completion` after `prompt`, or as last turn of `messages`",
+)
+MEDIA = KeyMeaning(
+    "an image, a video or audio that the format does not use",
+    "move it to `images` or `videos`, or remove the key",
+)
+REASONING = KeyMeaning(
+    "a reasoning text outside of an answer",
+    "write it into the answer as <think>...</think>, or remove the key",
+)
+LOSS = KeyMeaning(
+    "the loss of single turns, which is not supported yet",
+    "remove the key to train on every answer",
+)
+LABEL = KeyMeaning(
+    "a label or a text that the format does not use", "write it into a turn, or remove the key"
+)
+
+
+def find_meaning(key: str, value: object, level: str) -> KeyMeaning | None:
+    """Return the content that an import must not drop in a value, None for other values."""
+    words = _split_words(key)
+    is_content = isinstance(value, str | list | tuple | dict | bytes)
+    is_described = _has(words, _ATTRIBUTE)
+    if not has_value(value):
+        return None
+    if is_content and _has(words, _TOOLS):
+        return TOOL_CALLS
+    if _has(words, _PREFERENCE) or (words == ["label"] and isinstance(value, bool)):
+        return PREFERENCE
+    if is_media_value(value) or (is_content and _has(words, _MEDIA) and not is_described):
+        return MEDIA
+    if is_content and _has(words, _REASONING) and not is_described:
+        return REASONING
+    is_loss = all(_LOSS.fullmatch(word) or _LOSS_QUALIFIER.fullmatch(word) for word in words)
+    is_default = value == 1 and "mask" not in key.lower()
+    if is_loss and _has(words, _LOSS) and not is_default:
+        return LOSS
+    if level == ROWS:  # texts are stored in the metadata
+        is_label = is_content and not isinstance(value, str)
+        return LABEL if is_label and (_has(words, _SHAPE) or words == ["history"]) else None
+    is_label = _has(words, _LABEL) or _has(words, _SHAPE)
+    return LABEL if is_label and not _has(words, re.compile("ids?")) else None
+
+
+def _split_words(key: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(key)]
+
+
+def _has(words: list[str], pattern: re.Pattern[str]) -> bool:
+    return any(map(pattern.fullmatch, words))
+
+
+def is_media_value(value: object) -> bool:
+    """Return whether a value is embedded bytes, or names an image, video or audio file."""
+    if isinstance(value, str):
+        is_name = value.lower().endswith(_MEDIA_SUFFIXES) and not re.search(r"\s", value)
+        return is_name or value.startswith(("data:image/", "data:video/", "data:audio/"))
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(is_media_value, value))
+    if isinstance(value, dict):
+        return any(is_media_value(value.get(key)) for key in ("bytes", "path", "url"))
+    return isinstance(value, bytes)
+
+
+def has_value(value: object) -> bool:
+    """Return whether a value is neither None nor an empty text, list or object.
+
+    An object whose values are all empty counts as empty, as in Parquet structs.
+    """
+    if isinstance(value, dict):
+        return any(map(has_value, value.values()))
+    return value is not None and value != "" and value != []
+
+
+def sort_keys(
+    values: Mapping[str, Any],
+    used: Collection[str],
+    level: str,
+    counts: Counter[str],
+    image_names: Collection[str] = (),
+) -> dict[str, Any]:
+    """Count the keys that a format does not use, and return them with their values as JSON data.
+
+    Args:
+        used: Keys that the format uses.
+        level: Kind of the object in the plural; keys of `ROWS` are counted as metadata.
+        counts: Number of unused keys by description.
+        image_names: File names of the images of the row, which metadata may repeat.
+
+    Raises:
+        UnsupportedKeyError: A key has content that an import must not drop.
+    """
+    others = {
+        str(key): value
+        for key, value in values.items()
+        if key not in used and (level == ROWS or key not in _COLUMN_KEYS or has_value(value))
+    }
+    for path, key, value in iter_nested(others):
+        meaning = find_meaning(key, value, level)
+        is_nested_meta = level == ROWS and path != key
+        if is_nested_meta and (image_names or meaning is not MEDIA):
+            continue
+        if meaning and not (meaning is MEDIA and _is_origin(key, value, image_names)):
+            raise UnsupportedKeyError(
+                f"the key {path!r} with {str(value)[:60]} in {level}: {meaning.what}",
+                expected="keys that the format uses, or metadata of the row",
+                remedy=meaning.remedy,
+            )
+        counts[f"{path} in meta" if level == ROWS else f"{path} of {level}, not imported"] += 1
+    return {key: to_json_data(value) for key, value in others.items()}
+
+
+def count_keys(
+    objects: Iterable[Mapping[str, Any]], used: Collection[str], level: str, counts: Counter[str]
+) -> None:
+    """Count the keys of annotations that a format does not use, with those of nested objects."""
+    counts.update(
+        f"{path} of {level}, not imported"
+        for values in objects
+        for path, _, _ in iter_nested({k: v for k, v in values.items() if k not in used})
+    )
+
+
+def iter_nested(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield the path, key and value of each entry of an object and of the objects in it."""
+    for key, value in values.items():
+        yield f"{prefix}{key}", str(key), value
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, dict):
+                yield from iter_nested(item, f"{prefix}{key}.")
+
+
+def _is_origin(key: str, value: object, image_names: Collection[str]) -> bool:
+    """Return whether a value only names an image that the row uses, or the origin of one."""
+    if not isinstance(value, str) or not image_names:
+        return False
+    words = _split_words(key)
+    is_origin = _has(words, _ORIGIN) and not _has(words, _MEDIA)
+    return is_origin or re.split(r"[/\\]", value)[-1] in image_names

@@ -1,0 +1,317 @@
+"""Every key of a row is used, stored in `meta`, named in the summary, or refused with an error."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzzed_sources import COCO, FIFTYONE, JPEG, LABEL_STUDIO, LABELME, MAPPED, PNG, ROWS
+
+from finesight.data.formats import detect_format, get_format
+from finesight.data.formats.conversation_rows import REASONING_KEYS
+from finesight.data.formats.dataset_format import ImportContext
+from finesight.data.image_resolver import ImageResolver
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.row_reader import SourceRow
+from finesight.errors import UserError
+
+FORMATS = {"alpaca": "llama-factory", "swift-pairs": "ms-swift"}
+TRL = {
+    "prompt": [{"role": "user", "content": "Where is the dog?"}],
+    "completion": [{"role": "assistant", "content": "There."}],
+    "images": ["a.png"],
+}
+KINDS = {kind: ROWS[kind] for kind in ROWS} | {"trl": TRL}
+FORMATS["trl"] = "openai"
+NAMES = (
+    *("image2", "depth_image", "photo", "videos", "reasoning_content", "thinking", "rationale"),
+    *("label", "answer", "bbox", "weight", "loss", "train", "mask", "tools", "chosen", "caption"),
+    *("note", "source", "Score", "name", "图片", "text", "value", "content", "url", "index"),
+)
+VALUES = ("fresh zebra", "b.jpg", ["b.jpg", "a.png"], {"inner": "fresh zebra"}, 0, 1, False, None)
+STRUCTURE = {"role", "from", "type", "bbox_type", "detail"}
+"""Keys whose values do not occur in samples."""
+
+
+def iter_objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield all objects of a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    for item in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
+        yield from iter_objects(item)
+
+
+def mutate(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Rename, add, nest, duplicate, move or clear keys of objects at any depth."""
+    mutated = copy.deepcopy(record)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        target = rng.choice(list(iter_objects(mutated)))
+        key = rng.choice(list(target) or ["note"])
+        match rng.randrange(7):
+            case 0:
+                target[rng.choice(NAMES)] = target.pop(key, None)
+            case 1:
+                target[key] = None
+            case 2:
+                target[key] = {rng.choice(NAMES): target.get(key)}
+            case 3:
+                target[f"{key}_{rng.choice(NAMES)}"] = copy.deepcopy(target.get(key))
+            case 4:
+                source = copy.deepcopy(rng.choice(list(iter_objects(record))))
+                target.update(rng.sample(list(source.items()), min(1, len(source))))
+            case _:
+                target[rng.choice(NAMES)] = copy.deepcopy(rng.choice(VALUES))
+    return mutated
+
+
+def iter_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each text of a JSON value with its key."""
+    if isinstance(value, str):
+        yield key, value
+    items = value.items() if isinstance(value, dict) else ()
+    for name, item in items:
+        yield from iter_texts(item, name)
+    for item in value if isinstance(value, list) else ():
+        yield from iter_texts(item, key)
+
+
+def find_lost(record: dict[str, Any], output: str, known: set[str]) -> list[str]:
+    """Return the keys and texts of a row that its samples and the summary do not contain."""
+    keys = {str(key) for target in iter_objects(record) for key in target}
+    lost = [key for key in keys - known if key not in output]
+    for key, text in iter_texts(record):
+        words = re.findall(r"[^\W\d_]{2,}", re.sub(r"<[^>]*>|Pic[a-z]*|bbox_2d|label", " ", text))
+        is_named = f"{key} of " in output or f'"{key}"' in output
+        if key not in STRUCTURE and not is_named and any(word not in output for word in words):
+            lost.append(f"{key}: {text}")
+    return lost
+
+
+def check_mutations(kind: str, count: int, folder: Path) -> None:
+    """Parse mutated rows of a format, and fail if one of them loses a key or a text."""
+    (folder / "a.png").write_bytes(PNG)
+    (folder / "b.jpg").write_bytes(JPEG)
+    data_format = get_format(FORMATS.get(kind, kind))
+    columns = MAPPED if kind == "table" else {}
+    context = ImportContext(ImageResolver(folder, folder / "out"), columns=columns, prompt="Go.")
+    known = {*REASONING_KEYS, "videos", "index"}
+    known |= {key for row in KINDS.values() for target in iter_objects(row) for key in target}
+    num_parsed = 0
+    for number in range(count):
+        record = mutate(KINDS[kind], random.Random(f"{kind} {number}"))
+        try:
+            examples = data_format.parse_examples(SourceRow(1, "row 1", record, "rows"), context)
+        except UserError:
+            continue
+        num_parsed += 1
+        samples = [sample.model_dump() for one in examples for sample in one.to_train_samples()]
+        output = json.dumps([samples, context.other_keys], ensure_ascii=False)
+        if kind == "table":  # a column is used or named as a whole
+            record = {key: value for key, value in record.items() if key in MAPPED}
+        lost = find_lost(record, output, known)
+        assert not lost, f"{kind} {number}: {lost} of {record} in {output}"
+    assert num_parsed > count / 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_mutated_rows(tmp_path: Path, kind: str) -> None:
+    check_mutations(kind, 100, tmp_path)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_mutated_rows(tmp_path: Path, kind: str) -> None:
+    check_mutations(kind, 5000, tmp_path)
+
+
+DOCUMENTS = {"coco": COCO, "labelme": LABELME, "fiftyone": FIFTYONE, "label-studio": LABEL_STUDIO}
+DOCUMENT_FILES = {"fiftyone": "labels.json"}
+
+
+def check_documents(kind: str, count: int, folder: Path) -> None:
+    """Import annotation files with further keys, and fail if one is neither stored nor named."""
+    (folder / "a.png").write_bytes(PNG)
+    (folder / "b.jpg").write_bytes(JPEG)
+    file = folder / DOCUMENT_FILES.get(kind, "a.json")
+    (folder / "data.json").write_text('{"a.png": "a.png", "b.jpg": "b.jpg"}')
+    num_imported = 0
+    for number in range(count):
+        rng = random.Random(f"{kind} {number}")
+        document = copy.deepcopy(DOCUMENTS[kind])
+        targets = [one for one in iter_objects(document) if one.keys() & SHAPE_KEYS]
+        rng.choice(targets)["note_zebra"] = copy.deepcopy(rng.choice(VALUES))
+        file.write_text(json.dumps(document))
+        out = folder / str(number)
+        try:
+            summary = import_dataset(
+                file if kind != "fiftyone" else folder, out, ImportOptions(format=kind)
+            )
+        except UserError:
+            continue
+        num_imported += 1
+        output = f"{summary.other_keys}{(out / 'data.jsonl').read_text()}"
+        assert "note_zebra" in output, f"{kind} {number}: {document}"
+        shutil.rmtree(out)
+    assert num_imported > count / 2
+
+
+SHAPE_KEYS = {"bbox", "file_name", "points", "bounding_box", "rectanglelabels", "from_name"}
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_further_keys_of_annotations(tmp_path: Path, kind: str) -> None:
+    check_documents(kind, 12, tmp_path)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_many_further_keys_of_annotations(tmp_path: Path, kind: str) -> None:
+    check_documents(kind, 5000, tmp_path)
+
+
+def chat(*turns: dict[str, Any], **row: Any) -> dict[str, Any]:
+    question = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Where?"}]
+    return {"messages": [{"role": "user", "content": question}, *turns], **row}
+
+
+ANSWER = {"role": "assistant", "content": "There."}
+
+
+def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
+    """Detect the format of a row and parse it; return the example and the counted keys."""
+    (folder / "a.png").write_bytes(PNG)
+    (folder / "b.jpg").write_bytes(JPEG)
+    context = ImportContext(ImageResolver(folder, folder / "out"))
+    data_format, _ = detect_format([record], "here")
+    (example,) = data_format.parse_examples(SourceRow(1, "row 1", record, "rows"), context)
+    return example, context.other_keys
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        (chat({**ANSWER, "loss": False}), "loss of single turns, which is not supported yet"),
+        (chat({**ANSWER, "weight": 0}), "loss of single turns, which is not supported yet"),
+        (chat(ANSWER, mask_history=True), "loss of single turns"),
+        (chat({**ANSWER, "tool_calls": [{"id": 1}]}), "tool calls, which are not supported yet"),
+        (chat({**ANSWER, "role": "tool"}), "tool calls, which are not supported yet"),
+        (chat({**ANSWER, "extra": {"mask_image": "b.jpg"}}), "an image"),
+        (chat(ANSWER, image2="b.jpg"), "an image"),
+        (chat(ANSWER, thinking="It is there."), "a reasoning text"),
+        (chat({**ANSWER, "label": "dog"}), "a label"),
+        (chat(ANSWER, bbox=[1, 2, 3, 4]), "a label"),
+        (chat(ANSWER, label=False), "preference data"),
+        ({"prompt": "Where?", "chosen": "There.", "rejected": "Here."}, "preference data"),
+    ],
+)
+def test_content_of_further_keys_is_refused(
+    tmp_path: Path, record: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        parse(record, tmp_path)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("record", "counts"),
+    [
+        (chat(ANSWER, label="dog", source="b"), {"label in meta": 1, "source in meta": 1}),
+        (chat({**ANSWER, "name": None, "weight": 1}), {"name of turns, not imported": 1}),
+        (chat(ANSWER, file_name="b.jpg"), {"file_name in meta": 1}),
+        ({**TRL, "images": "a.png"}, {}),
+        ({"prompt": "<image>Where?", "completion": "There.", "images": ["a.png"]}, {}),
+        ({"messages": json.dumps(chat(ANSWER)["messages"])}, {}),
+        ({"messages": str(chat(ANSWER)["messages"])}, {}),
+    ],
+)
+def test_further_keys_are_counted(
+    tmp_path: Path, record: dict[str, Any], counts: dict[str, int]
+) -> None:
+    example, other_keys = parse(record, tmp_path)
+    assert other_keys.items() >= counts.items()
+    assert [part.type for part in example.prompt_messages[0].content] == ["image", "text"]
+    assert example.answers[0][0].text == "There."
+
+
+def test_parts_of_parquet_and_qwen_vl_utils(tmp_path: Path) -> None:
+    """Null keys, sizes of images and the index of a listed image."""
+    parts = [
+        {"type": "image", "text": None, "image": {"bytes": PNG, "path": None}, "min_pixels": 9},
+        {"type": "image", "text": None, "image": {"bytes": None, "path": None}, "index": 1},
+        {"type": "image", "text": None, "image": None, "index": None},
+        {"type": "text", "text": "Where?", "image": None},
+    ]
+    record = {
+        "messages": [{"role": "user", "content": parts}, ANSWER],
+        "images": ["a.png", "b.jpg"],
+    }
+    (tmp_path / "out").mkdir()
+    example, other_keys = parse(record, tmp_path)
+    *images, _ = example.prompt_messages[0].content
+    assert [Path(part.image).name for part in images] == ["000001.png", "b.jpg", "a.png"]
+    assert other_keys == {"min_pixels of content parts, not imported": 1}
+
+
+@pytest.mark.parametrize("key", REASONING_KEYS)
+def test_reasoning_becomes_part_of_the_answer(tmp_path: Path, key: str) -> None:
+    example, _ = parse(chat({**ANSWER, key: "It is there.\n"}), tmp_path)
+    assert example.answers[0][0].text == "<think>\nIt is there.\n</think>\n\nThere."
+    turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "There.", key: "So."}]
+    example, _ = parse({"conversations": turns}, tmp_path)
+    assert example.answers[0][0].text == "<think>\nSo.\n</think>\n\nThere."
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"query": "?", "response": "x", "query": "y"}', '[{"messages": [{"role": 1, "role": 2}]}]'],
+)
+def test_duplicate_json_keys_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(f"{text}\n")
+    with pytest.raises(UserError, match="occurs twice in one object"):
+        import_dataset(tmp_path / "rows.jsonl", tmp_path / "out", ImportOptions())
+
+
+@pytest.mark.parametrize(
+    "notation",
+    [
+        *("[200,250,600,700]", "[[200, 250], [600, 700]]", "(200,250,600,700)", "200 250 600 700"),
+        *("(200,250), (600,700)", "\n[200,\n250,600,700]\n", "[(200,250),(600,700)]"),
+    ],
+)
+def test_notations_of_box_tokens(tmp_path: Path, notation: str) -> None:
+    for start, end, image in (
+        ("<|box_start|>", "<|box_end|>", "<image>"),
+        ("<box>", "</box>", "Picture 1: <img>a.png</img>"),
+    ):
+        turns = [
+            {"from": "human", "value": f"{image}Where?"},
+            {"from": "gpt", "value": f"{start}{notation}{end}"},
+        ]
+        row = {"conversations": turns} | ({"images": ["a.png"]} if image == "<image>" else {})
+        (box,) = parse(row, tmp_path)[0].answers[0]
+        assert box.xyxy == (8, 7.5, 24, 21)
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        ("<|box_start|>(20,30)<|box_end|>", "points, which are not supported yet"),
+        ("<|box_start|>(1,2),(3,4),(5,6)<|box_end|>", "not a box"),
+        ('{"bbox_2d": [1, 2, 3, 4], "color": "red"}', "attributes of boxes are not supported yet"),
+        ('{"items": [{"bbox_2d": [1, 2, 3, 4]}]}', "nested in JSON are not supported yet"),
+    ],
+)
+def test_unsupported_boxes_are_named(tmp_path: Path, answer: str, what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        parse({"query": "<image>Where?", "response": answer, "images": ["a.png"]}, tmp_path)

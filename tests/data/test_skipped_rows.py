@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from image_fixtures import write_gray_image, write_jsonl
 
+from finesight.data.formats.dataset_format import NOTE_CLIPPED_BOX, InvalidBoxPolicy
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import REASON_NOT_SELECTED, import_dataset
 from finesight.data.sample import read_samples
@@ -59,6 +61,47 @@ def test_no_list_is_written_without_invalid_rows(tmp_path: Path) -> None:
     summary = import_dataset(table(tmp_path, "a"), tmp_path / "out", skip_options())
     assert summary.skipped_rows_file is None
     assert not (tmp_path / "out" / "skipped_rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "option", "answers"),
+    [
+        ([[2, 3, 20, 10], [5, 5, 5, 9]], "clip", [[2, 3, 20, 10]]),
+        ([[2, 3, 43, 22], [-4, -3, 6, 9]], "clip", [[2, 3, 40, 20], [0, 0, 6, 9]]),
+        ([[2, 3, 20, 10], [30, 3, 43, 12]], "drop", [[2, 3, 20, 10]]),
+        ([[2, 3, 20, 10], [50, 3, 60, 12], [9, 9, 3, 3]], "clip", [[2, 3, 20, 10]]),
+    ],
+)
+@pytest.mark.parametrize("in_text", [False, True])
+def test_invalid_boxes_of_tables_and_answers(
+    tmp_path: Path,
+    boxes: list[list[int]],
+    option: InvalidBoxPolicy,
+    answers: list[list[int]],
+    in_text: bool,
+) -> None:
+    write_gray_image(tmp_path / "a.png")
+    text = json.dumps([{"bbox_2d": box, "label": "x"} for box in boxes])
+    column = {"answer": text} if in_text else {"box": boxes}
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"image": "a.png", **column}])
+    columns = {"image": "image", next(iter(column)): next(iter(column))}
+    options = ImportOptions(columns=columns, prompt="?", on_invalid_box=option)
+    summary = import_dataset(source, tmp_path / "out", options)
+    (sample,) = read_samples(tmp_path / "out" / "data.jsonl")
+    assert [list(part.xyxy) for part in sample.messages[-1].content] == answers
+    assert sum(summary.source_notes.values()) == sum(box not in answers for box in boxes)
+
+
+def test_many_invalid_boxes_are_a_wrong_convention(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png")
+    options = ImportOptions(columns={"image": "image", "box": "box"}, prompt="?")
+    rows = [{"image": "a.png", "box": [30, 10, 50, 15]} for _ in range(10)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="10 of 10 rows are invalid") as caught:
+        import_dataset(source, tmp_path / "out", replace(options, on_invalid_row="skip"))
+    assert "the box convention is probably wrong" in caught.value.what
+    summary = import_dataset(source, tmp_path / "out", replace(options, on_invalid_box="clip"))
+    assert summary.source_notes == {NOTE_CLIPPED_BOX: 10}
 
 
 def test_all_invalid_rows_raise(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -32,7 +33,9 @@ from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector, 
 from finesight.check.dataset_profile import PreviewSampler, SplitProfiler
 from finesight.check.image_catalog import ImageCatalog, open_executor
 from finesight.check.sample_issues import filter_known_tokens, find_sample_issues, iter_media_paths
+from finesight.data.boxes import COORDINATE_REMEDIES, TextCoordinates
 from finesight.data.corpus import PACKED_SUFFIXES, is_glob
+from finesight.data.formats.dataset_format import join_text
 from finesight.data.import_source import (
     ImportOptions,
     UnvalidatedRow,
@@ -42,7 +45,7 @@ from finesight.data.import_source import (
     open_unvalidated_samples,
 )
 from finesight.data.row_reader import is_tar_file, is_webdataset
-from finesight.data.sample import LocatedSample, Sample, VideoPart
+from finesight.data.sample import ImagePart, LocatedSample, Sample, VideoPart
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tokenization import load_tokenizer
 from finesight.errors import UserError
@@ -322,8 +325,12 @@ class DataChecker:
             reasons["too-long"] = "the check has no model and maximum length"
         return reasons
 
+    def _list_image_sizes(self, sample: Sample) -> list[tuple[int, int]]:
+        paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
+        return [self._catalog[path].size for path in paths]
+
     def _check_source(self, check_input: CheckInput, source: UnvalidatedSource) -> SourceStats:
-        claims = BoxClaimCollector()
+        claims, coordinates = BoxClaimCollector(), TextCoordinates()
         num_samples = num_unreadable = 0
         name = str(check_input.path)
         for group in self._catalog.process_groups(_group_rows(source), _iter_image_paths):
@@ -336,10 +343,17 @@ class DataChecker:
                 for sample_index, sample in enumerate(row.samples):
                     location = SampleLocation(name, where, sample.id, row_index, sample_index)
                     self._check_sample(sample, location, is_validation=check_input.is_validation)
+                    get_sizes = partial(self._list_image_sizes, sample)
+                    text = join_text(sample.iter_parts(), "\n")
+                    coordinates.add(text, get_sizes, where)
                 num_samples += len(row.samples)
                 claims.add_row(row, where, self._catalog)
             self._on_progress(len(group))
         self._are_conventions_tested |= has_enough_samples(claims.claims)
+        for kind, count, where, text in coordinates.describe():
+            what = f"{count} samples with {kind} in their text, such as {text!r}"
+            remedy = f"no model scales numbers in texts; {COORDINATE_REMEDIES[kind]}"
+            self._add_issue(CheckIssue("coordinates-in-text", where, what, remedy, source=name))
         takes_options = "boxes" in source.source.data_format.supported_options
         for issue in find_convention_issues(claims.claims):
             self._add_issue(issue.to_check_issue(name, takes_options=takes_options))

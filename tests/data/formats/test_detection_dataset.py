@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import pytest
 from box_fixtures import LABEL_FILES, import_samples, list_answers, list_questions, write_box_image
 
 from finesight.data.exporter import export_dataset
+from finesight.data.formats.dataset_format import NOTE_SKIPPED_BOX
+from finesight.data.formats.image_annotations import (
+    NOTE_OMITTED_BOXES,
+    NOTE_OMITTED_CLASSES,
+    REASON_OBJECT_WITHOUT_BOX,
+)
 from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
 
@@ -152,6 +159,129 @@ def test_conversion_between_all_box_formats(
     assert [sample.id for sample in again] == [sample.id for sample in samples]
 
 
+def edit(source: Path, pattern: str, replacement: str) -> None:
+    """Replace a pattern in the annotation file of a source."""
+    files = [source] if source.is_file() else sorted(source.glob("*.*[lnt]"))
+    file = next(file for file in files if file.suffix in (".json", ".xml") or file.stem == "a")
+    text, count = re.subn(pattern, replacement, file.read_text(encoding="utf-8"))
+    assert count, f"{pattern} in {text}"
+    file.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern", "replacement"),
+    [
+        (coco, r'"category_id": 2', '"category_id": 2, "iscrowd": 1'),
+        (coco, r'2, "bbox": \[0, 0, 40, 20\]', '2, "keypoints": [1, 2, 2], "segmentation": []'),
+        (
+            coco,
+            r'2, "bbox": \[0, 0, 40, 20\]',
+            '2, "segmentation": {"counts": "a", "size": [9, 9]}',
+        ),
+        (voc, "(lawn</name>)<bndbox>.*?</bndbox>", r"\1<point><x>1</x><y>2</y></point>"),
+        (labelme, '"lawn", "shape_type": "rectangle"', '"lawn", "shape_type": "point"'),
+        (labelme, r'"rectangle", "points": \[\[40, 20\], ', '"line", "points": [[9, 0], '),
+        (cvat, '<box label="lawn"', '<points label="lawn" points="1,2;3,4"'),
+        (cvat, '<box label="lawn"', '<tag label="lawn"'),
+        (label_studio, '"width": 100, "height": 100, "rect', '"width": 1, "keypoint'),
+    ],
+)
+def test_question_leaves_out_objects_without_a_box(
+    tmp_path: Path, make: Callable[[Path], Path], pattern: str, replacement: str
+) -> None:
+    write_box_image(tmp_path / "set" / "a.png", WHITE)
+    source = make(tmp_path / "set")
+    edit(source, pattern, replacement)
+    for task in ("detection", "grounding"):
+        samples, summary = import_samples(source, tmp_path / task, box_task=task)
+        assert ["lawn" in question for question in list_questions(samples)] == [False]
+        assert list_answers(samples) == [[("dog", WHITE), ("dog", (4, 5, 12, 13))]]
+        assert any("(skipped)" in note for note in summary.source_notes)
+    with pytest.raises(UserError, match=REASON_OBJECT_WITHOUT_BOX):
+        import_samples(source, tmp_path / "all", prompt="Locate all objects.")
+
+
+def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path) -> None:
+    write_box_image(tmp_path / "set" / "a.png", WHITE)
+    source = coco(tmp_path / "set")
+    edit(source, r"(\[4, 5, 8, 8\])", r'\1, "iscrowd": 1')
+    samples, summary = import_samples(source, tmp_path / "out")
+    assert list_answers(samples) == [[("lawn", (0, 0, 40, 20))]]
+    assert samples[0].meta["classes"] == ["lawn"]
+    assert summary.source_notes[NOTE_OMITTED_CLASSES] == 1
+    assert summary.source_notes[NOTE_OMITTED_BOXES] == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern", "replacement", "box"),
+    [
+        (
+            coco,
+            r'2, "bbox": \[0, 0, 40, 20\]',
+            '2, "segmentation": [[0, 0, 9, 1, 4, 8]]',
+            (0, 0, 9, 8),
+        ),
+        (
+            labelme,
+            r'"rectangle", "points": \[\[40, 20\], \[0, 0',
+            '"circle", "points": [[9, 9], [9, 4',
+            (4, 4, 14, 14),
+        ),
+        (
+            labelme,
+            r'"rectangle", "points": \[\[40, 20\]',
+            '"linestrip", "points": [[8, 9]',
+            (0, 0, 8, 9),
+        ),
+        (
+            cvat,
+            '<box label="lawn"',
+            '<mask label="lawn" left="2" top="3" width="5" height="6"',
+            (2, 3, 7, 9),
+        ),
+        (cvat, '<box label="lawn"', '<polyline label="lawn" points="1,2;30,4;3,5"', (1, 2, 30, 5)),
+    ],
+)
+def test_shapes_give_their_enclosing_box(
+    tmp_path: Path,
+    make: Callable[[Path], Path],
+    pattern: str,
+    replacement: str,
+    box: tuple[int, int, int, int],
+) -> None:
+    write_box_image(tmp_path / "set" / "a.png", WHITE)
+    source = make(tmp_path / "set")
+    edit(source, pattern, replacement)
+    samples, summary = import_samples(source, tmp_path / "out")
+    assert ("lawn", box) in list_answers(samples)[0]
+    assert any("(converted to bounding boxes)" in note for note in summary.source_notes)
+
+
+EMPTY_DOG = {
+    "coco": (r"\[4, 5, 8, 8\]", "[4, 5, 0, 8]"),
+    "yolo": ("0.2 0.45 0.2 0.4", "0.2 0.45 0 0.4"),
+    "voc": ("<xmax>12<", "<xmax>4<"),
+    "labelme": (r"\[12, 5\]", "[4, 5]"),
+    "cvat": ('xbr="12.00"', 'xbr="4.00"'),
+    "fiftyone": (r"0.25, 0.2, 0.4\]", "0.25, 0, 0.4]"),
+    "label_studio": ('"width": 20', '"width": 0'),
+}
+
+
+@pytest.mark.parametrize("make", SOURCES)
+def test_box_without_area_is_skipped(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    write_box_image(tmp_path / "set" / "a.png", WHITE)
+    source = make(tmp_path / "set")
+    edit(source, *EMPTY_DOG[make.__name__])
+    with pytest.raises(UserError, match="no area"):
+        import_samples(source, tmp_path / "fail")
+    for number, option in enumerate(("drop", "clip", None)):
+        options = {"on_invalid_box": option} if option else {"on_invalid_row": "skip"}
+        samples, summary = import_samples(source, tmp_path / str(number), **options)
+        assert list_answers(samples) == [[("dog", WHITE), ("lawn", (0, 0, 40, 20))]]
+        assert summary.source_notes[NOTE_SKIPPED_BOX] == 1
+
+
 @pytest.mark.parametrize("to", ["coco", "voc", "labelme", "fiftyone"])
 def test_images_can_be_referenced_in_export(source: Path, tmp_path: Path, to: str) -> None:
     samples, _ = import_samples(source, tmp_path / "out")
@@ -167,13 +297,13 @@ def test_image_with_only_skipped_objects_is_not_empty(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         write_box_image(tmp_path / "set" / name, WHITE)
     source = labelme(tmp_path / "set")
-    circle = {"label": "dog", "shape_type": "circle", "points": [[4, 5], [6, 5]]}
-    record = {"imagePath": "b.png", "shapes": [circle]}
+    point = {"label": "dog", "shape_type": "point", "points": [[4, 5]]}
+    record = {"imagePath": "b.png", "shapes": [point]}
     (tmp_path / "set" / "b.json").write_text(json.dumps(record), encoding="utf-8")
     samples, summary = import_samples(source, tmp_path / "out")
     assert [sample.id for sample in samples] == ["a"]
-    assert summary.skipped_rows == {"images whose objects are all of unsupported types": 1}
-    assert summary.source_notes == {"shapes of type circle (skipped)": 1}
+    assert summary.skipped_rows == {REASON_OBJECT_WITHOUT_BOX: 1}
+    assert summary.source_notes == {"shapes of type point (skipped)": 1}
 
 
 def test_class_question_needs_class_names(tmp_path: Path) -> None:

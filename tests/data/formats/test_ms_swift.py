@@ -117,7 +117,7 @@ def test_equivalent_row_layouts(folder: Path, rows: dict[str, Any]) -> None:
         (record("<image>?", "<bbox>"), "a `<bbox>` without a box"),
         (record("<image>?", "<ref-object>"), "a `<ref-object>` for the reference None"),
         (record("<image>?", "x", objects={"bbox": [[1, 2, 3, 4]]}), "1 boxes under objects.bbox"),
-        (record("<image>?", "<bbox>", objects={"bbox": [[615, 226]]}), "the box"),
+        (record("<image>?", "<bbox>", objects={"bbox": [[615, 226]]}), "the point"),
         (
             record("<image>?", "<bbox>", objects={"bbox": [[1, 2, 3, 4]], "image_id": [1]}),
             "image 1",

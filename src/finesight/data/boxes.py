@@ -7,6 +7,7 @@ defines the units, or the user gives them. Others are counted and reported.
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import re
@@ -272,6 +273,7 @@ def parse_json_box(value: object) -> JsonBox | None:
     return JsonBox(value[BOX_KEY], labels[0] if labels else None)
 
 
+_DIGIT = re.compile("[0-9]")
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _FOUR = rf"{_NUMBER}(?:[\s,;]+{_NUMBER}){{3}}"
 _PAIR = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
@@ -331,7 +333,8 @@ def split_at_text_boxes(text: str, *, with_lists: bool) -> Iterator[str | TextBo
     Args:
         with_lists: Also find lists of four numbers, whose units the user gives.
     """
-    matches = [match for match in _TEXT_BOX.finditer(text) if with_lists or _has_units(match)]
+    found = _TEXT_BOX.finditer(text) if _DIGIT.search(text) else ()
+    matches = [match for match in found if with_lists or _has_units(match)]
     json_values = _find_json_values(text, matches)
     end, quote = 0, ""
     for match in matches:
@@ -355,8 +358,10 @@ def _has_units(match: re.Match[str]) -> bool:
 def _find_json_values(text: str, matches: Sequence[re.Match[str]]) -> set[int]:
     """Return the offsets of the matches that are a value inside of JSON, not within a string."""
     offsets: set[int] = set()
+    match_starts = [match.start() for match in matches]
     for region in iter_json_values(text) if matches else ():
-        inner = [m for m in matches if region.start < m.start() and m.end() <= region.stop]
+        first = bisect.bisect_right(match_starts, region.start)
+        inner = matches[first : bisect.bisect_left(match_starts, region.stop)]
         starts = [region.start, *(match.end() for match in inner)]
         stops = [*(match.start() for match in inner), region.stop]
         try:
@@ -389,6 +394,8 @@ class TextCoordinates:
         self, text: str, get_sizes: Callable[[], list[tuple[int, int]]], location: str = ""
     ) -> None:
         """Count a sample by all its texts; `get_sizes` returns the sizes of its images."""
+        if not _DIGIT.search(text):
+            return
         for kind, pattern in _NAMED_COORDINATES.items():
             if match := pattern.search(text):
                 self.named[kind] += 1

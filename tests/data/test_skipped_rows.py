@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from image_fixtures import write_gray_image, write_jsonl
 
-from finesight.data.formats.dataset_format import NOTE_CLIPPED_BOX, InvalidBoxPolicy
+from finesight.data.formats.dataset_format import NOTE_CLIPPED_BOX
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import REASON_NOT_SELECTED, import_dataset
 from finesight.data.sample import read_samples
@@ -63,33 +63,21 @@ def test_no_list_is_written_without_invalid_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "skipped_rows.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("boxes", "option", "answers"),
-    [
-        ([[2, 3, 20, 10], [5, 5, 5, 9]], "clip", [[2, 3, 20, 10]]),
-        ([[2, 3, 43, 22], [-4, -3, 6, 9]], "clip", [[2, 3, 40, 20], [0, 0, 6, 9]]),
-        ([[2, 3, 20, 10], [30, 3, 43, 12]], "drop", [[2, 3, 20, 10]]),
-        ([[2, 3, 20, 10], [50, 3, 60, 12], [9, 9, 3, 3]], "clip", [[2, 3, 20, 10]]),
-    ],
-)
 @pytest.mark.parametrize("in_text", [False, True])
-def test_invalid_boxes_of_tables_and_answers(
-    tmp_path: Path,
-    boxes: list[list[int]],
-    option: InvalidBoxPolicy,
-    answers: list[list[int]],
-    in_text: bool,
-) -> None:
+def test_invalid_boxes_of_tables_and_answers(tmp_path: Path, in_text: bool) -> None:
     write_gray_image(tmp_path / "a.png")
+    boxes = [[2, 3, 20, 10], [5, 5, 5, 9], [30, 3, 43, 22], [50, 3, 60, 12], [9, 9, 3, 3]]
     text = json.dumps([{"bbox_2d": box, "label": "x"} for box in boxes])
     column = {"answer": text} if in_text else {"box": boxes}
     source = write_jsonl(tmp_path / "rows.jsonl", [{"image": "a.png", **column}])
-    columns = {"image": "image", next(iter(column)): next(iter(column))}
-    options = ImportOptions(columns=columns, prompt="?", on_invalid_box=option)
-    summary = import_dataset(source, tmp_path / "out", options)
-    (sample,) = read_samples(tmp_path / "out" / "data.jsonl")
-    assert [list(part.xyxy) for part in sample.messages[-1].content] == answers
-    assert sum(summary.source_notes.values()) == sum(box not in answers for box in boxes)
+    options = ImportOptions(columns={name: name for name in ("image", *column)}, prompt="?")
+    for policy, clipped in (("clip", [[30, 3, 40, 20]]), ("drop", [])):
+        out = tmp_path / policy
+        summary = import_dataset(source, out, replace(options, on_invalid_box=policy))
+        (sample,) = read_samples(out / "data.jsonl")
+        expected = [boxes[0], *clipped]
+        assert [list(part.xyxy) for part in sample.messages[-1].content] == expected
+        assert sum(summary.source_notes.values()) == 4
 
 
 def test_many_invalid_boxes_are_a_wrong_convention(tmp_path: Path) -> None:

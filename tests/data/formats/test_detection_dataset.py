@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,52 +158,61 @@ def test_conversion_between_all_box_formats(
     assert [sample.id for sample in again] == [sample.id for sample in samples]
 
 
-def edit(source: Path, pattern: str, replacement: str) -> None:
-    """Replace a pattern in the annotation file of a source."""
-    files = [source] if source.is_file() else sorted(source.glob("*.*[lnt]"))
-    file = next(file for file in files if file.suffix in (".json", ".xml") or file.stem == "a")
-    text, count = re.subn(pattern, replacement, file.read_text(encoding="utf-8"))
-    assert count, f"{pattern} in {text}"
-    file.write_text(text, encoding="utf-8")
+def write_changed(make: Callable[[Path], Path], root: Path, old: str, new: str) -> Path:
+    """Write a source, and replace a text of its annotation file."""
+    write_box_image(root / "a.png", WHITE)
+    source = make(root)
+    files = [source] if source.is_file() else [*root.glob("*.json"), *root.glob("*.xml")]
+    file = (files or [root / "a.txt"])[0]
+    text = file.read_text(encoding="utf-8")
+    assert old in text, text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    return source
+
+
+LAWNS = {
+    coco: '"category_id": 2, "bbox": [0, 0, 40, 20]',
+    voc: "<name>lawn</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
+    "<xmax>40</xmax><ymax>20</ymax></bndbox>",
+    labelme: '"shape_type": "rectangle", "points": [[40, 20], [0, 0]]',
+    cvat: '<box label="lawn" xtl="0" ytl="0" xbr="40.00" ybr="20.00"/>',
+    label_studio: '"width": 100, "height": 100, "rectanglelabels"',
+}
 
 
 @pytest.mark.parametrize(
-    ("make", "pattern", "replacement"),
+    ("make", "lawn", "box"),
     [
-        (coco, r'"category_id": 2', '"category_id": 2, "iscrowd": 1'),
-        (coco, r'2, "bbox": \[0, 0, 40, 20\]', '2, "keypoints": [1, 2, 2], "segmentation": []'),
-        (
-            coco,
-            r'2, "bbox": \[0, 0, 40, 20\]',
-            '2, "segmentation": {"counts": "a", "size": [9, 9]}',
-        ),
-        (voc, "(lawn</name>)<bndbox>.*?</bndbox>", r"\1<point><x>1</x><y>2</y></point>"),
-        (labelme, '"lawn", "shape_type": "rectangle"', '"lawn", "shape_type": "point"'),
-        (labelme, r'"rectangle", "points": \[\[40, 20\], ', '"line", "points": [[9, 0], '),
-        (cvat, '<box label="lawn"', '<points label="lawn" points="1,2;3,4"'),
-        (cvat, '<box label="lawn"', '<tag label="lawn"'),
-        (label_studio, '"width": 100, "height": 100, "rect', '"width": 1, "keypoint'),
+        (coco, '"category_id": 2, "bbox": [0, 0, 40, 20], "iscrowd": 1', None),
+        (coco, '"category_id": 2, "keypoints": [1, 2, 2], "segmentation": {"counts": "a"}', None),
+        (coco, '"category_id": 2, "segmentation": [[0, 0, 9, 1, 4, 8]]', (0, 0, 9, 8)),
+        (voc, "<name>lawn</name><point><x>1</x><y>2</y></point>", None),
+        (labelme, '"shape_type": "point", "points": [[9, 0]]', None),
+        (labelme, '"shape_type": "line", "points": [[9, 0], [0, 0]]', None),
+        (labelme, '"shape_type": "circle", "points": [[9, 9], [9, 4]]', (4, 4, 14, 14)),
+        (cvat, '<points label="lawn" points="1,2;3,4"/>', None),
+        (cvat, '<tag label="lawn"/>', None),
+        (cvat, '<mask label="lawn" left="2" top="3" width="5" height="6"/>', (2, 3, 7, 9)),
+        (label_studio, '"width": 1, "keypointlabels"', None),
     ],
 )
-def test_question_leaves_out_objects_without_a_box(
-    tmp_path: Path, make: Callable[[Path], Path], pattern: str, replacement: str
+def test_other_shapes(
+    tmp_path: Path, make: Callable[[Path], Path], lawn: str, box: tuple[int, ...] | None
 ) -> None:
-    write_box_image(tmp_path / "set" / "a.png", WHITE)
-    source = make(tmp_path / "set")
-    edit(source, pattern, replacement)
-    for task in ("detection", "grounding"):
-        samples, summary = import_samples(source, tmp_path / task, box_task=task)
-        assert ["lawn" in question for question in list_questions(samples)] == [False]
-        assert list_answers(samples) == [[("dog", WHITE), ("dog", (4, 5, 12, 13))]]
-        assert any("(skipped)" in note for note in summary.source_notes)
-    with pytest.raises(UserError, match=REASON_OBJECT_WITHOUT_BOX):
-        import_samples(source, tmp_path / "all", prompt="Locate all objects.")
+    source = write_changed(make, tmp_path / "set", LAWNS[make], lawn)
+    samples, summary = import_samples(source, tmp_path / "out")
+    lawns = [] if box is None else [("lawn", box)]
+    assert list_answers(samples) == [[("dog", WHITE), ("dog", (4, 5, 12, 13)), *lawns]]
+    assert ["lawn" in question for question in list_questions(samples)] == [bool(lawns)]
+    assert any(note.endswith(("(skipped)", "boxes)")) for note in summary.source_notes)
+    if box is None:
+        with pytest.raises(UserError, match=REASON_OBJECT_WITHOUT_BOX):
+            import_samples(source, tmp_path / "all", prompt="Locate all objects.")
 
 
 def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path) -> None:
-    write_box_image(tmp_path / "set" / "a.png", WHITE)
-    source = coco(tmp_path / "set")
-    edit(source, r"(\[4, 5, 8, 8\])", r'\1, "iscrowd": 1')
+    dog = "[4, 5, 8, 8]"
+    source = write_changed(coco, tmp_path / "set", dog, f'{dog}, "iscrowd": 1')
     samples, summary = import_samples(source, tmp_path / "out")
     assert list_answers(samples) == [[("lawn", (0, 0, 40, 20))]]
     assert samples[0].meta["classes"] == ["lawn"]
@@ -213,66 +221,21 @@ def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "pattern", "replacement", "box"),
+    ("make", "dog", "empty_dog"),
     [
-        (
-            coco,
-            r'2, "bbox": \[0, 0, 40, 20\]',
-            '2, "segmentation": [[0, 0, 9, 1, 4, 8]]',
-            (0, 0, 9, 8),
-        ),
-        (
-            labelme,
-            r'"rectangle", "points": \[\[40, 20\], \[0, 0',
-            '"circle", "points": [[9, 9], [9, 4',
-            (4, 4, 14, 14),
-        ),
-        (
-            labelme,
-            r'"rectangle", "points": \[\[40, 20\]',
-            '"linestrip", "points": [[8, 9]',
-            (0, 0, 8, 9),
-        ),
-        (
-            cvat,
-            '<box label="lawn"',
-            '<mask label="lawn" left="2" top="3" width="5" height="6"',
-            (2, 3, 7, 9),
-        ),
-        (cvat, '<box label="lawn"', '<polyline label="lawn" points="1,2;30,4;3,5"', (1, 2, 30, 5)),
+        (coco, "[4, 5, 8, 8]", "[4, 5, 0, 8]"),
+        (yolo, "0.2 0.45 0.2 0.4", "0.2 0.45 0 0.4"),
+        (voc, "<xmax>12<", "<xmax>4<"),
+        (labelme, "[12, 5]", "[4, 5]"),
+        (cvat, 'xbr="12.00"', 'xbr="4.00"'),
+        (fiftyone, "0.25, 0.2, 0.4]", "0.25, 0, 0.4]"),
+        (label_studio, '"width": 20', '"width": 0'),
     ],
 )
-def test_shapes_give_their_enclosing_box(
-    tmp_path: Path,
-    make: Callable[[Path], Path],
-    pattern: str,
-    replacement: str,
-    box: tuple[int, int, int, int],
+def test_box_without_area_is_skipped(
+    tmp_path: Path, make: Callable[[Path], Path], dog: str, empty_dog: str
 ) -> None:
-    write_box_image(tmp_path / "set" / "a.png", WHITE)
-    source = make(tmp_path / "set")
-    edit(source, pattern, replacement)
-    samples, summary = import_samples(source, tmp_path / "out")
-    assert ("lawn", box) in list_answers(samples)[0]
-    assert any("(converted to bounding boxes)" in note for note in summary.source_notes)
-
-
-EMPTY_DOG = {
-    "coco": (r"\[4, 5, 8, 8\]", "[4, 5, 0, 8]"),
-    "yolo": ("0.2 0.45 0.2 0.4", "0.2 0.45 0 0.4"),
-    "voc": ("<xmax>12<", "<xmax>4<"),
-    "labelme": (r"\[12, 5\]", "[4, 5]"),
-    "cvat": ('xbr="12.00"', 'xbr="4.00"'),
-    "fiftyone": (r"0.25, 0.2, 0.4\]", "0.25, 0, 0.4]"),
-    "label_studio": ('"width": 20', '"width": 0'),
-}
-
-
-@pytest.mark.parametrize("make", SOURCES)
-def test_box_without_area_is_skipped(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    write_box_image(tmp_path / "set" / "a.png", WHITE)
-    source = make(tmp_path / "set")
-    edit(source, *EMPTY_DOG[make.__name__])
+    source = write_changed(make, tmp_path / "set", dog, empty_dog)
     with pytest.raises(UserError, match="no area"):
         import_samples(source, tmp_path / "fail")
     for number, option in enumerate(("drop", "clip", None)):

@@ -94,17 +94,21 @@ def parse_coordinates(value: object) -> list[float]:
     return coordinates
 
 
-def find_bounds(points: Iterable[Sequence[Any]]) -> list[float]:
-    """Return the enclosing box [x1, y1, x2, y2] of two or more points.
+def find_bounds(points: Iterable[Sequence[Any]], shape: object) -> list[float]:
+    """Return the enclosing box [x1, y1, x2, y2] of the points of a shape.
 
     Raises:
-        ValueError or TypeError: The points are not pairs of numbers, or are fewer than two.
+        InvalidBoxError: The points are not two or more pairs of numbers.
     """
-    corners = [(float(x), float(y)) for x, y in points]
-    if len(corners) < 2:
-        raise ValueError("fewer than two points")
-    xs, ys = zip(*corners, strict=True)
-    return [min(xs), min(ys), max(xs), max(ys)]
+    try:
+        xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
+        return [min(xs), min(ys), max(xs), max(ys)]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidBoxError(
+            f"the shape {str(shape)[:80]}",
+            expected="points of two numbers",
+            remedy="correct the shape, or remove it",
+        ) from error
 
 
 def clip_box(box: Box, image_size: tuple[int, int]) -> Box | None:

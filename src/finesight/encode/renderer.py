@@ -612,11 +612,10 @@ class NativeRenderer(Renderer):
                 continue
             if isinstance(part, BoxPart):
                 box = _to_image_box(part, state.images, state.sample_id)
-                last = segments[-1] if segments else None
-                if isinstance(last, list):
-                    last.append(box)
-                else:
-                    segments.append([box])
+                last = segments[-1] if segments else ""
+                if isinstance(last, str):
+                    segments.append(last := [])
+                last.append(box)
                 continue
             pieces = self.family.write_segments(segments)
             state.token_builder.add_pieces(pieces, is_supervised=is_supervised)

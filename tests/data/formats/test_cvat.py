@@ -74,7 +74,7 @@ def test_tags_are_classes(root: Path, tmp_path: Path) -> None:
         (BOX.replace("12", "x"), META, "the box"),
         (BOX.replace('"dog"', '""'), META, "the box"),
         (BOX.replace("32.00", "320"), META, "outside its image"),
-        ('<polygon label="dog" points="1,2;3"/>', META, "the polygon"),
+        ('<polygon label="dog" points="1,2;3"/>', META, "the shape"),
         (BOX, "<meta>", "broken XML"),
     ],
 )

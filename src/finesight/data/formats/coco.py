@@ -15,13 +15,14 @@ If several folders match, the one whose name occurs in the name of the document 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finesight.bounded_files import find_existing, parse_json
-from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
+from finesight.data.boxes import BoxConvention, find_bounds
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -262,16 +263,10 @@ def _find_box(
         return annotation["bbox"]  # type: ignore[no-any-return]  # validated as coordinates
     if not use_polygons or not isinstance(polygons, list) or not polygons:
         return enclose_shape("annotations without a box", None, source_notes)
-    try:
-        bounds = find_bounds(
-            pair for flat in polygons for pair in zip(flat[::2], flat[1::2], strict=True)
-        )
-    except (TypeError, ValueError) as error:
-        raise InvalidBoxError(
-            f"annotation {annotation.get('id')} has the segmentation {str(polygons)[:60]}",
-            expected="polygons [x1, y1, x2, y2, ...]",
-            remedy="correct the annotation, or remove it",
-        ) from error
+    corners = [
+        zip(flat[::2], flat[1::2], strict=False) for flat in polygons if isinstance(flat, list)
+    ]
+    bounds = find_bounds(itertools.chain(*corners), annotation)
     box = enclose_shape("polygons", bounds, source_notes)
     return box and [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 

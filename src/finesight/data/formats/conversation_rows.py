@@ -20,6 +20,7 @@ from finesight.data.boxes import (
     BOX_KEY,
     BoxConvention,
     JsonBox,
+    TextBox,
     parse_json_box,
     split_at_boxes,
     split_at_text_boxes,
@@ -123,9 +124,10 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
 
 def _parse_plain_text(text: str, images: RowImages) -> Iterator[ContentPart]:
     """Parse a text without JSON boxes and box tokens; other notations may follow one image."""
-    has_boxes = len(images.paths) == 1
-    pieces = split_at_text_boxes(text, with_lists=images.has_box_options) if has_boxes else [text]
-    for piece in filter(None, pieces):
+    pieces: Iterable[str | TextBox] = filter(None, [text])
+    if len(images.paths) == 1:
+        pieces = split_at_text_boxes(text, with_lists=images.has_box_options)
+    for piece in pieces:
         if isinstance(piece, str):
             yield strip_object_refs(piece)
         else:

@@ -189,7 +189,8 @@ def _find_bounds(shape: ElementTree.Element, source_notes: Counter[str]) -> list
     """Return the enclosing box of a shape, or None. Raises ValueError for invalid numbers."""
     kind, bounds = f"shapes of type {shape.tag}", None
     if shape.tag in ("polygon", "polyline"):
-        bounds = find_bounds(pair.split(",") for pair in shape.get("points", "").split(";"))
+        pairs = (pair.split(",") for pair in shape.get("points", "").split(";"))
+        bounds = find_bounds(pairs, shape.attrib)
         kind = "polygons" if shape.tag == "polygon" else kind
     elif shape.tag == "mask":
         x, y, width, height = (

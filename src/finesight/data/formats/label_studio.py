@@ -597,7 +597,7 @@ def _compute_bounds(region: Record, notes: Counter[str]) -> list[float] | None:
                 )
                 for dx, dy in ((0.0, 0.0), (width, 0.0), (width, height), (0.0, height))
             ]
-        bounds = enclose_shape(kind, find_bounds(corners), notes)
+        bounds = enclose_shape(kind, find_bounds(corners, region), notes)
     except (TypeError, ValueError, KeyError, OverflowError, ZeroDivisionError) as error:
         raise InvalidBoxError(
             f"the {region['type']} {str(region)[:80]}",

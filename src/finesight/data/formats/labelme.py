@@ -128,19 +128,16 @@ def _get_shape_type(shape: Record) -> str:
 
 def _parse_shape(shape: Record, source_notes: Counter[str]) -> ObjectAnnotation:
     shape_type, points = _get_shape_type(shape), shape.get("points")
-    try:
-        if not isinstance(shape.get("label"), str) or not shape["label"].strip():
-            raise ValueError("no label")
-        bounds = None if shape_type in POINT_TYPES else find_bounds(points or ())
-    except (TypeError, ValueError, OverflowError) as error:
+    bounds = None if shape_type in POINT_TYPES else find_bounds(points or (), shape)
+    if not isinstance(shape.get("label"), str) or not shape["label"].strip():
         raise InvalidBoxError(
             f"the {shape_type} {str(shape)[:80]}",
-            expected="a label and two or more points [x, y]",
+            expected="a label",
             remedy="correct the shape, or remove it",
-        ) from error
-    if points and shape_type == "circle":  # center and a point of the circle
-        x, y = map(float, points[0])
-        radius = math.dist((x, y), map(float, points[1]))
+        )
+    if shape_type == "circle" and isinstance(points, list) and len(points) > 1:
+        (x, y), edge, *_ = ((float(x), float(y)) for x, y in points)
+        radius = math.dist((x, y), edge)
         bounds = [x - radius, y - radius, x + radius, y + radius]
     if shape_type != "rectangle":
         kind = "polygons" if shape_type == "polygon" else f"shapes of type {shape_type}"

@@ -361,7 +361,7 @@ def _parse_label_line(
         return ObjectAnnotation(label, values[:4])
     if len(values) == 4:
         return ObjectAnnotation(label, values)
-    corners = find_bounds(zip(values[::2], values[1::2], strict=True))
+    corners = find_bounds(zip(values[::2], values[1::2], strict=True), values)
     bounds = enclose_shape("polygons", corners, source_notes)
     if bounds is None:
         return ObjectAnnotation(label, None)

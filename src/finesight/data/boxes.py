@@ -293,14 +293,15 @@ _LISTS = {
 _NAMED_COORDINATES = {
     "points": re.compile(
         r"point_2d|<points?\b[^<>]{0,80}\d|\bclick\w*\s*\([^()]{0,20}\d"
-        r"|[\"'](?:points?|keypoints?|center|click)[\"']\s*:\s*[\[{][^a-z]{0,20}\d",
+        r"|[\"'](?:point|keypoints?|center|click)[\"']\s*:\s*[\[{][^a-z]{0,20}\d"
+        r"|[\"']points[\"']\s*:\s*\[\s*[\[(]\s*-?\d",
         re.IGNORECASE,
     ),
     "boxes": re.compile(
         r"<(?:box|bbox)>[\s\[{]*\d|<(?:loc|bin)_?\d+>|<patch_index_\d+>"
         r"|[\"'](?:bbox(?!_2d)\w*|box\w*|bounding_?box|xyxy|xywh|rect\w*)[\"']\s*:"
         r"\s*[\[{][^a-z]{0,20}\d"
-        r"|[\"'](?:x_?1|x_?min|xtl|left)[\"']\s*:\s*[\"']?\d",
+        r"|[\"'](?:x_?1|x_?min|xtl|left)[\"']\s*:[^{}]{0,40}[\"'](?:y|top)",
         re.IGNORECASE,
     ),
 }

@@ -58,6 +58,7 @@ def test_boxes_with_known_units_are_converted(
         ('<point x="10.5" y="20.1">a</point>', "points"),
         ("(120, 80)", "points"),
         ("[1, 2, 3, 4]", None),
+        ('{"x1": 2, "x2": 3, "points": 12, "left": 4}', None),
         ("The years (1990, 2020) and f(x) = (3, 4).", None),
     ],
 )

@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -325,10 +324,6 @@ class DataChecker:
             reasons["too-long"] = "the check has no model and maximum length"
         return reasons
 
-    def _list_image_sizes(self, sample: Sample) -> list[tuple[int, int]]:
-        paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
-        return [self._catalog[path].size for path in paths]
-
     def _check_source(self, check_input: CheckInput, source: UnvalidatedSource) -> SourceStats:
         claims, coordinates = BoxClaimCollector(), TextCoordinates()
         num_samples = num_unreadable = 0
@@ -343,9 +338,9 @@ class DataChecker:
                 for sample_index, sample in enumerate(row.samples):
                     location = SampleLocation(name, where, sample.id, row_index, sample_index)
                     self._check_sample(sample, location, is_validation=check_input.is_validation)
-                    get_sizes = partial(self._list_image_sizes, sample)
                     text = join_text(sample.iter_parts(), "\n")
-                    coordinates.add(text, get_sizes, where)
+                    paths = [one.image for one in sample.iter_parts() if isinstance(one, ImagePart)]
+                    coordinates.add(text, paths, lambda path: self._catalog[path].size, where)
                 num_samples += len(row.samples)
                 claims.add_row(row, where, self._catalog)
             self._on_progress(len(group))

@@ -396,9 +396,13 @@ class TextCoordinates:
     examples: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def add(
-        self, text: str, get_sizes: Callable[[], list[tuple[int, int]]], location: str = ""
+        self,
+        text: str,
+        image_paths: Sequence[str],
+        get_size: Callable[[str], tuple[int, int]],
+        location: str = "",
     ) -> None:
-        """Count a sample by all its texts; `get_sizes` returns the sizes of its images."""
+        """Count a sample with all its texts; `get_size` returns height and width of an image."""
         if not _DIGIT.search(text):
             return
         for kind, pattern in _NAMED_COORDINATES.items():
@@ -412,8 +416,8 @@ class TextCoordinates:
             if not found:
                 continue
             numbers = [[float(n) for n in re.findall(_NUMBER, one)] for one in found]
-            sizes = get_sizes()
-            self.lists[kind] += bool(sizes)
+            self.lists[kind] += bool(image_paths)
+            sizes = map(get_size, image_paths)
             if any(all(_fits(one, size, has_word) for one in numbers) for size in sizes):
                 self.fitting_lists[kind] += 1
                 if has_word or any(one != sorted(one) for one in numbers):

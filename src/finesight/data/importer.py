@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -41,7 +40,6 @@ from finesight.data.import_source import ImportOptions, ImportSource, is_image_v
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import SourceRow, list_folder
 from finesight.data.sample import (
-    ContentPart,
     ImagePart,
     InvalidTurnsError,
     LimitExceededError,
@@ -494,6 +492,10 @@ def _parse_rows(
         The valid rows, how many of them belong to the validation split of the source, and the
             invalid rows.
     """
+
+    def get_size(path: str) -> tuple[int, int]:
+        return context.images.image_size(Path(path))
+
     rows: list[RowExamples] = []
     locations: list[str] = []
     skipped = _InvalidRows()
@@ -512,8 +514,8 @@ def _parse_rows(
             for example in examples:
                 contents = [message.content for message in example.prompt_messages]
                 parts = [*itertools.chain(*contents, *example.answers)]
-                text = join_text(parts, "\n")
-                coordinates.add(text, partial(_list_image_sizes, parts, context))
+                paths = [part.image for part in parts if isinstance(part, ImagePart)]
+                coordinates.add(join_text(parts, "\n"), paths, get_size)
         except InvalidOptionError:
             raise
         except UserError as error:
@@ -567,13 +569,6 @@ def _parse_rows(
             remedy="check the source, or choose another --format",
         )
     return rows, sum(is_eval), skipped
-
-
-def _list_image_sizes(
-    content: Sequence[ContentPart], context: ImportContext
-) -> list[tuple[int, int]]:
-    paths = [Path(part.image) for part in content if isinstance(part, ImagePart)]
-    return [context.images.image_size(path) for path in paths]
 
 
 def _find_corrupt_images(

@@ -377,6 +377,12 @@ def _find_json_values(text: str, matches: Sequence[re.Match[str]]) -> set[int]:
     return offsets
 
 
+def find_number_lists(text: str, kind: str = "boxes") -> list[list[float]]:
+    """Return the coordinates of all lists in a text that may be boxes, or points."""
+    found = _LISTS[kind].finditer(text) if _DIGIT.search(text) else ()
+    return [[float(number) for number in re.findall(_NUMBER, match[0])] for match in found]
+
+
 @dataclass(slots=True)
 class TextCoordinates:
     """Samples of a source whose texts contain boxes or points as numbers.
@@ -412,17 +418,16 @@ class TextCoordinates:
                 return
         has_word = _LOCATION_WORD.search(text) is not None
         for kind, pattern in _LISTS.items():
-            found = pattern.findall(text) if has_word or kind == "boxes" else []
-            if not found:
+            numbers = find_number_lists(text, kind) if has_word or kind == "boxes" else []
+            if not numbers:
                 continue
-            numbers = [[float(n) for n in re.findall(_NUMBER, one)] for one in found]
             self.lists[kind] += bool(image_paths)
             sizes = map(get_size, image_paths)
             if any(all(_fits(one, size, has_word) for one in numbers) for size in sizes):
                 self.fitting_lists[kind] += 1
                 if has_word or any(one != sorted(one) for one in numbers):
                     self.certain_kinds.add(kind)
-                self.examples.setdefault(kind, (location, found[0][:40]))
+                self.examples.setdefault(kind, (location, pattern.findall(text)[0][:40]))
             return
 
     def describe(self) -> Iterator[tuple[str, int, str, str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
-from box_fixtures import import_samples, list_answers
+from box_fixtures import import_samples, list_answers, write_box_image
 from image_fixtures import write_gray_image, write_jsonl
 
+from finesight.check.check_issues import CheckIssue
 from finesight.check.data_checker import DataChecker, inputs_from_files
 from finesight.data.import_source import ImportOptions
 
@@ -45,6 +47,13 @@ def test_boxes_with_known_units_are_converted(
     assert summary.source_notes == {}
 
 
+def find_issues(folder: Path) -> list[CheckIssue]:
+    """Check the imported samples, and return the issues about coordinates in texts."""
+    inputs = inputs_from_files([folder / "out" / "data.jsonl"], [], ImportOptions())
+    result, _ = DataChecker(inputs, folder).run(single_process=True)
+    return [issue for issue in result.issues if issue.code == "coordinates-in-text"]
+
+
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
@@ -64,9 +73,7 @@ def test_boxes_with_known_units_are_converted(
 )
 def test_coordinates_in_texts_are_reported(tmp_path: Path, answer: str, kind: str | None) -> None:
     _, summary = import_samples(write_rows(tmp_path, answer), tmp_path / "out")
-    inputs = inputs_from_files([tmp_path / "out" / "data.jsonl"], [], ImportOptions())
-    result, _ = DataChecker(inputs, tmp_path).run(single_process=True)
-    found = [issue.what for issue in result.issues if issue.code == "coordinates-in-text"]
+    found = [issue.what for issue in find_issues(tmp_path)]
     expected = [f"3 samples with {kind} in their text"] if kind else []
     assert [note.partition(",")[0] for note in found] == expected
     notes = [f"{count} {note}" for note, count in summary.source_notes.items()]
@@ -82,3 +89,20 @@ def test_lists_that_are_no_boxes_are_not_reported(tmp_path: Path) -> None:
     options = {"columns": columns, "prompt": "Read the numbers."}
     _, summary = import_samples(source, tmp_path / "out", **options)
     assert summary.source_notes == {}
+
+
+def test_check_names_the_units_that_match_the_images(tmp_path: Path) -> None:
+    rng, rows = random.Random(0), []
+    for number in range(40):
+        width, height = rng.randrange(400, 900), rng.randrange(300, 700)
+        x, y = rng.randrange(20, width // 2), rng.randrange(20, height // 2)
+        box = (x, y, x + rng.randrange(60, width // 2), y + rng.randrange(60, height // 2))
+        write_box_image(tmp_path / f"{number}.png", box, (width, height))
+        sides = (width, height, width, height)
+        answer = str([round(1000 * value / side) for value, side in zip(box, sides, strict=True)])
+        rows.append({"image": f"{number}.png", "answer": answer})
+    columns = {"image": "image", "answer": "answer"}
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    import_samples(source, tmp_path / "out", columns=columns, prompt="Where?")
+    (issue,) = find_issues(tmp_path)
+    assert issue.remedy.endswith("in thousandths of the image: --box-units 1000")

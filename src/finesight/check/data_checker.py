@@ -481,7 +481,9 @@ class BoxClaimCollector:
 def _list_text_boxes(sample: Sample) -> list[RawBox]:
     """Return the lists of four numbers in the answer about a single image as boxes in pixels."""
     images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
-    lists = find_number_lists(join_text(sample.messages[-1].content)) if len(images) == 1 else []
+    if len(images) != 1:
+        return []
+    lists = find_number_lists(join_text(sample.messages[-1].content))
     return [RawBox((a, b, c, d), Path(images[0]), BoxConvention()) for a, b, c, d in lists]
 
 

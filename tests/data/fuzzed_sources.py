@@ -247,7 +247,7 @@ CVAT = """<annotations><version>1.1</version>
  <image id="0" name="a.png" width="40" height="30">
   <box label="dog" occluded="1" xtl="4" ytl="2" xbr="19.50" ybr="30" rotation="0" z_order="0" >
    <attribute name="kind">pug</attribute></box>
-  <polygon label="dog" points="1,2;3.5,9;9,1" ></polygon> <points label="dog" points="1,2" />
+  <polygon label="dog" points="1,2;3.5,9;9,1" ></polygon> <points label="nose" points="1,2" />
  </image> <image id="1" name="b.jpg"> <tag label="cat" /> </image></annotations>
 """
 FIFTYONE = {

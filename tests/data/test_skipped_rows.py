@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from image_fixtures import write_gray_image, write_jsonl
 
+from finesight.data.formats.dataset_format import NOTE_CLIPPED_BOX
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import REASON_NOT_SELECTED, import_dataset
 from finesight.data.sample import read_samples
@@ -59,6 +61,35 @@ def test_no_list_is_written_without_invalid_rows(tmp_path: Path) -> None:
     summary = import_dataset(table(tmp_path, "a"), tmp_path / "out", skip_options())
     assert summary.skipped_rows_file is None
     assert not (tmp_path / "out" / "skipped_rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("in_text", [False, True])
+def test_invalid_boxes_of_tables_and_answers(tmp_path: Path, in_text: bool) -> None:
+    write_gray_image(tmp_path / "a.png")
+    boxes = [[2, 3, 20, 10], [5, 5, 5, 9], [30, 3, 43, 22], [50, 3, 60, 12], [9, 9, 3, 3]]
+    text = json.dumps([{"bbox_2d": box, "label": "x"} for box in boxes])
+    column = {"answer": text} if in_text else {"box": boxes}
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"image": "a.png", **column}])
+    options = ImportOptions(columns={name: name for name in ("image", *column)}, prompt="?")
+    for policy, clipped in (("clip", [[30, 3, 40, 20]]), ("drop", [])):
+        out = tmp_path / policy
+        summary = import_dataset(source, out, replace(options, on_invalid_box=policy))
+        (sample,) = read_samples(out / "data.jsonl")
+        expected = [boxes[0], *clipped]
+        assert [list(part.xyxy) for part in sample.messages[-1].content] == expected
+        assert sum(summary.source_notes.values()) == 4
+
+
+def test_many_invalid_boxes_are_a_wrong_convention(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png")
+    options = ImportOptions(columns={"image": "image", "box": "box"}, prompt="?")
+    rows = [{"image": "a.png", "box": [30, 10, 50, 15]} for _ in range(10)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="10 of 10 rows are invalid") as caught:
+        import_dataset(source, tmp_path / "out", replace(options, on_invalid_row="skip"))
+    assert "the box convention is probably wrong" in caught.value.what
+    summary = import_dataset(source, tmp_path / "out", replace(options, on_invalid_box="clip"))
+    assert summary.source_notes == {NOTE_CLIPPED_BOX: 10}
 
 
 def test_all_invalid_rows_raise(tmp_path: Path) -> None:

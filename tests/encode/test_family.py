@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from finesight.encode.family import ThinkingOptions
+from finesight.encode.box_migration import convert_boxes
+from finesight.encode.family import (
+    FRAME_1000,
+    ImageBox,
+    ModelFamily,
+    SpecialToken,
+    ThinkingOptions,
+)
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.qwen3_vl import Qwen3VL
+from finesight.encode.qwen_vl import QwenVL
 from finesight.encode.renderer import FAMILIES, load_family
 from finesight.errors import UserError
 from finesight.model import vlm
@@ -81,3 +89,36 @@ def test_unknown_family_is_rejected(tmp_path: Path, name: str) -> None:
         load_family(folder)
     assert raised.value.where == str(folder.path / "config.json")
     assert raised.value.expected == f"one of {', '.join(FAMILIES)}"
+
+
+@pytest.mark.parametrize("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ('{"place": "', '", "colour": "grey"}'),
+        ('Report: [{"a": ["', '", "', '"]}]'),
+        ('{"note": "the car at ', ' in front of \\"', '\\""}'),
+        ('{"', '": 1}'),
+    ],
+)
+def test_boxes_in_json_strings_leave_valid_json(
+    family: ModelFamily, texts: tuple[str, ...]
+) -> None:
+    boxes = [
+        [ImageBox('a "b"', (20.0, 30.0, 40.0, 50.0), (200, 300), (196, 308))] * n
+        for n in range(1, len(texts))
+    ]
+    segments = [piece for pair in zip(texts, [*boxes, []], strict=True) for piece in pair if piece]
+    pieces = family.write_segments(segments)
+    text = "".join(one.token if isinstance(one, SpecialToken) else one for one in pieces)
+    value = json.loads(text.removeprefix("Report: "))
+    assert ("bbox_2d" in str(value)) == (not family.box_tokens)
+    if texts[0] == '{"place": "' and not family.box_tokens:
+        assert value["place"].keys() == {"bbox_2d", "label"}
+
+
+def test_migration_keeps_json_around_boxes_valid() -> None:
+    text = '{"cars": [{"place": "<box>(200,250),(600,700)</box>"}]}'
+    converted, count = convert_boxes(text, "qwen_vl", "qwen3_vl", lambda: (FRAME_1000, FRAME_1000))
+    assert count == 1
+    assert json.loads(converted) == {"cars": [{"place": {"bbox_2d": [200, 250, 600, 700]}}]}

@@ -73,6 +73,7 @@ _DESCRIPTIONS: dict[Severity, dict[str, str]] = {
     },
     "warning": {
         "box-in-text": "the text contains a box",
+        "coordinates-in-text": "the texts contain boxes or points as numbers",
         "contradictory-answers": "the same question about the same image has different answers",
         "answer-not-json": "the answer is no JSON object, but most answers to its question are",
     },

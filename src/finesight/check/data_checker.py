@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -32,7 +32,14 @@ from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector, 
 from finesight.check.dataset_profile import PreviewSampler, SplitProfiler
 from finesight.check.image_catalog import ImageCatalog, open_executor
 from finesight.check.sample_issues import filter_known_tokens, find_sample_issues, iter_media_paths
+from finesight.data.boxes import (
+    COORDINATE_REMEDIES,
+    BoxConvention,
+    TextCoordinates,
+    find_number_lists,
+)
 from finesight.data.corpus import PACKED_SUFFIXES, is_glob
+from finesight.data.formats.dataset_format import RawBox, join_text
 from finesight.data.import_source import (
     ImportOptions,
     UnvalidatedRow,
@@ -42,7 +49,7 @@ from finesight.data.import_source import (
     open_unvalidated_samples,
 )
 from finesight.data.row_reader import is_tar_file, is_webdataset
-from finesight.data.sample import LocatedSample, Sample, VideoPart
+from finesight.data.sample import ImagePart, LocatedSample, Sample, VideoPart
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tokenization import load_tokenizer
 from finesight.errors import UserError
@@ -323,7 +330,8 @@ class DataChecker:
         return reasons
 
     def _check_source(self, check_input: CheckInput, source: UnvalidatedSource) -> SourceStats:
-        claims = BoxClaimCollector()
+        claims, coordinates = BoxClaimCollector(), TextCoordinates()
+        text_claims = BoxClaimCollector()
         num_samples = num_unreadable = 0
         name = str(check_input.path)
         for group in self._catalog.process_groups(_group_rows(source), _iter_image_paths):
@@ -336,10 +344,22 @@ class DataChecker:
                 for sample_index, sample in enumerate(row.samples):
                     location = SampleLocation(name, where, sample.id, row_index, sample_index)
                     self._check_sample(sample, location, is_validation=check_input.is_validation)
+                    text = join_text(sample.iter_parts(), "\n")
+                    paths = [one.image for one in sample.iter_parts() if isinstance(one, ImagePart)]
+                    coordinates.add(text, paths, lambda path: self._catalog[path].size, where)
                 num_samples += len(row.samples)
                 claims.add_row(row, where, self._catalog)
+                text_boxes = tuple(chain.from_iterable(map(_list_text_boxes, row.samples)))
+                text_claims.add_row(replace(row, boxes=text_boxes), where, self._catalog)
             self._on_progress(len(group))
         self._are_conventions_tested |= has_enough_samples(claims.claims)
+        for kind, count, where, text in coordinates.describe():
+            what = f"{count} samples with {kind} in their text, such as {text!r}"
+            remedy = f"no model scales numbers in texts; {COORDINATE_REMEDIES[kind]}"
+            found = find_convention_issues(text_claims.claims) if kind == "boxes" else []
+            for issue in found:
+                remedy += f"; they fit their images as {issue.description}: {issue.options}"
+            self._add_issue(CheckIssue("coordinates-in-text", where, what, remedy, source=name))
         takes_options = "boxes" in source.source.data_format.supported_options
         for issue in find_convention_issues(claims.claims):
             self._add_issue(issue.to_check_issue(name, takes_options=takes_options))
@@ -456,6 +476,15 @@ class BoxClaimCollector:
             locations = list(dict.fromkeys(claim.location for claim in self.claims))
             sampled_locations = set(locations[1::2])
             self.claims = [claim for claim in self.claims if claim.location in sampled_locations]
+
+
+def _list_text_boxes(sample: Sample) -> list[RawBox]:
+    """Return the lists of four numbers in the answer about a single image as boxes in pixels."""
+    images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
+    if len(images) != 1:
+        return []
+    lists = find_number_lists(join_text(sample.messages[-1].content))
+    return [RawBox((a, b, c, d), Path(images[0]), BoxConvention()) for a, b, c, d in lists]
 
 
 def _open_source(check_input: CheckInput, output_folder: Path) -> UnvalidatedSource:

@@ -16,7 +16,7 @@ from finesight.check.check_issues import (
     shorten,
 )
 from finesight.check.image_catalog import ImageCatalog
-from finesight.data.boxes import MAX_OVERHANG_PX, Box
+from finesight.data.boxes import MAX_OVERHANG_PX, Box, clip_box
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -82,14 +82,6 @@ def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
     fits_as_xywh = a + c <= width + MAX_OVERHANG_PX and b + d <= height + MAX_OVERHANG_PX
     fits_as_cxcywh = _is_within((a - c / 2, b - d / 2, a + c / 2, b + d / 2), size, MAX_OVERHANG_PX)
     return None if fits_as_xywh or fits_as_cxcywh else sorted_box
-
-
-def clip_box(xyxy: Box, size: tuple[int, int]) -> Box | None:
-    """Clip a box to its image; return None if no area remains."""
-    height, width = size
-    x1, y1, x2, y2 = xyxy
-    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
 def _check_box(

@@ -77,6 +77,13 @@ OnInvalidRowOption = Annotated[
         "or skip them and list them in OUT/skipped_rows.jsonl."
     ),
 ]
+OnInvalidBoxOption = Annotated[
+    Literal["fail", "drop", "clip"] | None,
+    typer.Option(
+        help="Invalid boxes, such as one without area: fail as an invalid row, drop them, or clip "
+        "them to the image. Default: fail, or clip with --on-invalid-row skip.",
+    ),
+]
 EncodingOption = Annotated[
     str | None,
     typer.Option(
@@ -121,6 +128,7 @@ def import_data(
     train_fraction: TrainFractionOption = None,
     seed: SplitSeedOption = 0,
     on_invalid_row: OnInvalidRowOption = "fail",
+    on_invalid_box: OnInvalidBoxOption = None,
     copy_images: CopyImagesOption = False,
     encoding: EncodingOption = None,
     allow_host: AllowHostOption = None,
@@ -160,6 +168,7 @@ def import_data(
         copy_images=copy_images,
         box_task=box_task,
         on_invalid_row=on_invalid_row,
+        on_invalid_box=on_invalid_box,
         encoding=encoding,
     )
     with fetch_source(source, out, options, allow_host or ()) as fetched:

@@ -1,15 +1,19 @@
-"""Convert box conventions to `[x1, y1, x2, y2]` in pixels, and find boxes in the JSON of answers.
+"""Convert box conventions to `[x1, y1, x2, y2]` in pixels, and find boxes in texts.
 
-Qwen2.5-VL answers contain boxes as JSON objects with the key `bbox_2d`.
+Qwen2.5-VL answers contain boxes as JSON objects with the key `bbox_2d`. Other texts contain boxes
+or points as plain numbers, which no model family scales. An import converts them if their notation
+defines the units, or the user gives them. Others are counted and reported.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from finesight.errors import UserError
@@ -69,11 +73,18 @@ def parse_coordinates(value: object) -> list[float]:
 
     Raises:
         InvalidBoxError: The value is not a list of four numbers.
+        UserError: The value is a point of two numbers.
     """
     try:
         coordinates = [float(item) for item in value] if isinstance(value, list | tuple) else []
     except (TypeError, ValueError, OverflowError):
         coordinates = []
+    if len(coordinates) == 2:
+        raise UserError(
+            f"the point {str(value)[:80]!r}",
+            expected="a box of four coordinates: samples have boxes, but no points yet",
+            remedy="give each point as a box around its object, or remove the row",
+        )
     if len(coordinates) != 4:
         raise InvalidBoxError(
             f"the box {str(value)[:80]!r}",
@@ -81,6 +92,32 @@ def parse_coordinates(value: object) -> list[float]:
             remedy="correct the row, or remove it",
         )
     return coordinates
+
+
+def find_bounds(points: Iterable[Sequence[Any]], shape: object) -> list[float]:
+    """Return the enclosing box [x1, y1, x2, y2] of the points of a shape.
+
+    Raises:
+        InvalidBoxError: The points are not two or more pairs of numbers.
+    """
+    try:
+        xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
+        return [min(xs), min(ys), max(xs), max(ys)]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidBoxError(
+            f"the shape {str(shape)[:80]}",
+            expected="points of two numbers",
+            remedy="correct the shape, or remove it",
+        ) from error
+
+
+def clip_box(box: Box, image_size: tuple[int, int]) -> Box | None:
+    """Clip a box to its image; return None if no area remains."""
+    height, width = image_size
+    x1, y1, x2, y2 = box
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    has_area = all(map(math.isfinite, box)) and x1 < x2 and y1 < y2
+    return (x1, y1, x2, y2) if has_area else None
 
 
 def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConvention) -> Box:
@@ -100,9 +137,8 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
         and x2 <= width + MAX_OVERHANG_PX
         and y2 <= height + MAX_OVERHANG_PX
     )
-    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    has_area = clipped[0] < clipped[2] and clipped[1] < clipped[3]
-    if is_valid and is_inside and has_area and not is_fraction:
+    clipped = clip_box(box, image_size)
+    if clipped is not None and is_valid and is_inside and not is_fraction:
         return clipped
     coordinates = ", ".join(f"{value:g}" for value in box)
     problem = "is outside its image" if is_valid else "has inverted corners or no area"
@@ -239,3 +275,180 @@ def parse_json_box(value: object) -> JsonBox | None:
         return None
     labels = [str(value[key]) for key in LABEL_KEYS if value.get(key) is not None]
     return JsonBox(value[BOX_KEY], labels[0] if labels else None)
+
+
+_DIGIT = re.compile("[0-9]")
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_FOUR = rf"{_NUMBER}(?:[\s,;]+{_NUMBER}){{3}}"
+_PAIR = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
+_LIST = rf"\[\s*{_FOUR}\s*\]|\(\s*{_FOUR}\s*\)|{_PAIR}\s*,?\s*{_PAIR}"
+_TEXT_BOX = re.compile(
+    rf"(?:<ref>(?P<label>[^<>]*)</ref>)?<box>\s*(?P<tagged>\[?(?:{_LIST}|{_FOUR})\]?)\s*</box>"
+    rf"|(?P<tokens>(?:<loc_?\d{{1,4}}>){{4}})|(?<!\"box_2d\":)(?<!\"box_2d\": )(?:{_LIST})"
+)
+_LISTS = {
+    "boxes": re.compile(_LIST),
+    "points": re.compile(rf"[(\[]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[)\]]"),
+}
+_NAMED_COORDINATES = {
+    "points": re.compile(
+        r"point_2d|<points?\b[^<>]{0,80}\d|\bclick\w*\s*\([^()]{0,20}\d"
+        r"|[\"'](?:point|keypoints?|center|click)[\"']\s*:\s*[\[{][^a-z]{0,20}\d"
+        r"|[\"']points[\"']\s*:\s*\[\s*[\[(]\s*-?\d",
+        re.IGNORECASE,
+    ),
+    "boxes": re.compile(
+        r"<(?:box|bbox)>[\s\[{]*\d|<(?:loc|bin)_?\d+>|<patch_index_\d+>"
+        r"|[\"'](?:bbox(?!_2d)\w*|box\w*|bounding_?box|xyxy|xywh|rect\w*)[\"']\s*:"
+        r"\s*[\[{][^a-z]{0,20}\d"
+        r"|[\"'](?:x_?1|x_?min|xtl|left)[\"']\s*:[^{}]{0,40}[\"'](?:y|top)",
+        re.IGNORECASE,
+    ),
+}
+_LOCATION_WORD = re.compile(
+    r"box|coordinat|locat|where|find|detect|point|click|坐标|位置|框|哪", re.IGNORECASE
+)
+
+MIN_FITTING_FRACTION = 0.8
+"""Minimum fraction of the samples with lists of numbers that fit into their image."""
+
+MIN_EXTENT = 0.1
+"""Minimum of the largest coordinate, as a fraction of the shorter image side."""
+
+COORDINATE_REMEDIES = {
+    "boxes": "give --box-units pixel, 1000 or 1 at import, which converts lists of four numbers in"
+    " answers, or write them as bbox_2d",
+    "points": "samples have no points yet: write each point in the units of the model",
+}
+
+
+class TextBox(NamedTuple):
+    """Coordinates, label and default convention of a box in a text, not validated."""
+
+    coordinates: list[float]
+    label: str | None
+    convention: BoxConvention
+
+
+def split_at_text_boxes(text: str, *, with_lists: bool) -> Iterator[str | TextBox]:
+    """Split an answer into non-empty texts, and boxes whose notation defines the units.
+
+    A box that is a value in JSON gets quotes, so that the renderer can write it in any notation.
+
+    Args:
+        with_lists: Also find lists of four numbers, whose units the user gives.
+    """
+    found = _TEXT_BOX.finditer(text) if _DIGIT.search(text) else ()
+    matches = [match for match in found if with_lists or _has_units(match)]
+    json_values = _find_json_values(text, matches)
+    end, quote = 0, ""
+    for match in matches:
+        before = quote + text[end : match.start()]
+        quote = '"' if match.start() in json_values else ""
+        yield from filter(None, [before + quote])
+        numbers = [float(number) for number in re.findall(_NUMBER, match["tagged"] or match[0])]
+        if match["tokens"] and "_" not in match[0]:  # y first, on a grid of 1024
+            numbers = [numbers[n] * 1000 / 1024 for n in (1, 0, 3, 2)]
+        convention = BoxConvention(units="1000") if _has_units(match) else BoxConvention()
+        yield TextBox(numbers, match["label"], convention)
+        end = match.end()
+    yield from filter(None, [quote + text[end:]])
+
+
+def _has_units(match: re.Match[str]) -> bool:
+    """Return whether a notation implies a grid: location tokens, or corners in a box tag."""
+    return bool(match["tokens"]) or (match["tagged"] or "").startswith(("(", "[["))
+
+
+def _find_json_values(text: str, matches: Sequence[re.Match[str]]) -> set[int]:
+    """Return the offsets of the matches that are a value inside of JSON, not within a string."""
+    offsets: set[int] = set()
+    match_starts = [match.start() for match in matches]
+    for region in iter_json_values(text) if matches else ():
+        first = bisect.bisect_right(match_starts, region.start)
+        inner = matches[first : bisect.bisect_left(match_starts, region.stop)]
+        starts = [region.start, *(match.end() for match in inner)]
+        stops = [*(match.start() for match in inner), region.stop]
+        try:
+            json.loads('""'.join(text[a:b] for a, b in zip(starts, stops, strict=True)))
+        except ValueError:
+            continue
+        offsets.update(match.start() for match in inner)
+    return offsets
+
+
+def find_number_lists(text: str, kind: str = "boxes") -> list[list[float]]:
+    """Return the coordinates of all lists in a text that may be boxes, or points."""
+    found = _LISTS[kind].finditer(text) if _DIGIT.search(text) else ()
+    return [[float(number) for number in re.findall(_NUMBER, match[0])] for match in found]
+
+
+@dataclass(slots=True)
+class TextCoordinates:
+    """Samples of a source whose texts contain boxes or points as numbers.
+
+    Attributes:
+        named: Number of samples with a named notation, by kind.
+        lists: Number of samples with lists of numbers.
+        fitting_lists: How many of them have numbers that fit into their image.
+        certain_kinds: Kinds with lists that are not just sorted, or next to a word of location.
+        examples: Location and text of the first sample by kind.
+    """
+
+    named: Counter[str] = field(default_factory=Counter)
+    lists: Counter[str] = field(default_factory=Counter)
+    fitting_lists: Counter[str] = field(default_factory=Counter)
+    certain_kinds: set[str] = field(default_factory=set)
+    examples: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def add(
+        self,
+        text: str,
+        image_paths: Sequence[str],
+        get_size: Callable[[str], tuple[int, int]],
+        location: str = "",
+    ) -> None:
+        """Count a sample with all its texts; `get_size` returns height and width of an image."""
+        if not _DIGIT.search(text):
+            return
+        for kind, pattern in _NAMED_COORDINATES.items():
+            if match := pattern.search(text):
+                self.named[kind] += 1
+                self.examples.setdefault(kind, (location, text[match.start() :][:40]))
+                return
+        has_word = _LOCATION_WORD.search(text) is not None
+        for kind, pattern in _LISTS.items():
+            numbers = find_number_lists(text, kind) if has_word or kind == "boxes" else []
+            if not numbers:
+                continue
+            self.lists[kind] += bool(image_paths)
+            sizes = map(get_size, image_paths)
+            if any(all(_fits(one, size, has_word) for one in numbers) for size in sizes):
+                self.fitting_lists[kind] += 1
+                if has_word or any(one != sorted(one) for one in numbers):
+                    self.certain_kinds.add(kind)
+                self.examples.setdefault(kind, (location, pattern.findall(text)[0][:40]))
+            return
+
+    def describe(self) -> Iterator[tuple[str, int, str, str]]:
+        """Yield kind, number of samples, location and text of the first, of each kind found."""
+        for kind in _NAMED_COORDINATES:
+            num_lists = self.fitting_lists[kind]
+            is_found = num_lists >= MIN_FITTING_FRACTION * self.lists[kind]
+            count = self.named[kind] + num_lists * (is_found and kind in self.certain_kinds)
+            if count:
+                yield (kind, count, *self.examples[kind])
+
+
+def _fits(numbers: Sequence[float], image_size: tuple[int, int], has_word: bool) -> bool:
+    """Return whether numbers are a point, or a box of two corners, in any units of an image."""
+    is_ordered = len(numbers) == 2 or (numbers[0] < numbers[2] and numbers[1] < numbers[3])
+    height, width = image_size
+    is_inside = max(numbers[::2]) <= width + 1 and max(numbers[1::2]) <= height + 1
+    is_fraction = max(numbers) <= 1 and any(value % 1 for value in numbers)
+    return (
+        (is_ordered or has_word)
+        and min(numbers) >= 0
+        and (is_inside or max(numbers) <= 1000)
+        and (is_fraction or max(numbers) >= MIN_EXTENT * min(image_size))
+    )

@@ -28,6 +28,7 @@ from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ImportContext,
     ImportExample,
+    InvalidBoxPolicy,
     InvalidOptionError,
     RawBox,
     as_list,
@@ -115,6 +116,7 @@ class ImportOptions:
         row_range: Slice bounds of the rows, 0-based. None means the first or last row.
         train_fraction: Fraction of the rows for training; the rest is for validation.
         box_task: Whether box datasets become detection or grounding questions.
+        on_invalid_box: Treatment of invalid boxes. None fails, or clips with `on_invalid_row` skip.
         row_files: Files of a folder that contain its rows; empty to detect them.
         web_images: Downloader of image URLs, None to reject URLs.
         encoding: Encoding of .csv and .tsv files, None to detect it.
@@ -134,6 +136,7 @@ class ImportOptions:
     copy_images: bool = False
     box_task: BoxTask = "detection"
     on_invalid_row: Literal["fail", "skip"] = "fail"
+    on_invalid_box: InvalidBoxPolicy | None = None
     row_files: tuple[Path, ...] = ()
     web_images: RemoteImages | None = None
     allowed_root: Path | None = None
@@ -188,6 +191,8 @@ class ImportSource:
             box_units=options.box_units,
             box_task=options.box_task,
             lenient=lenient,
+            on_invalid_box=options.on_invalid_box
+            or ("clip" if options.on_invalid_row == "skip" else "fail"),
         )
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from finesight.data.boxes import InvalidBoxError
+from finesight.data.boxes import COORDINATE_REMEDIES, InvalidBoxError, TextCoordinates
 from finesight.data.formats import detect_format
 from finesight.data.formats import table as table_format
 from finesight.data.formats.dataset_format import (
@@ -31,6 +31,7 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     UnexpectedPlaceholderError,
     format_answer_id,
+    join_text,
 )
 from finesight.data.formats.row_keys import UnsupportedKeyError
 from finesight.data.image_header import CorruptImageError, check_pixels
@@ -39,6 +40,7 @@ from finesight.data.import_source import ImportOptions, ImportSource, is_image_v
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import SourceRow, list_folder
 from finesight.data.sample import (
+    ImagePart,
     InvalidTurnsError,
     LimitExceededError,
     Message,
@@ -509,18 +511,31 @@ def _parse_rows(
         The valid rows, how many of them belong to the validation split of the source, the invalid
             rows, and the number of unused keys in the others by description.
     """
+
+    def get_size(path: str) -> tuple[int, int]:
+        return context.images.image_size(Path(path))
+
     rows: list[RowExamples] = []
     locations: list[str] = []
     skipped = _InvalidRows()
     other_keys: Counter[str] = Counter()
+    repaired: list[tuple[str, UserError]] = []
+    coordinates = TextCoordinates()
     skipped_spool = spool if options.on_invalid_row == "skip" else None
     eval_start = source.rows.num_rows if source.rows.eval_start is None else source.rows.eval_start
     is_eval: list[bool] = []
     for row_index, row in enumerate(source.iter_rows(), start=source.row_bounds[0]):
         num_clipped = context.num_clipped
         context.raw_boxes.clear()
+        context.invalid_boxes.clear()
         try:
-            encoded = _encode_examples(source.data_format.parse_examples(row, context), names)
+            examples = source.data_format.parse_examples(row, context)
+            encoded = _encode_examples(examples, names)
+            for example in examples:
+                contents = [message.content for message in example.prompt_messages]
+                parts = [*itertools.chain(*contents, *example.answers)]
+                paths = [part.image for part in parts if isinstance(part, ImagePart)]
+                coordinates.add(join_text(parts, "\n"), paths, get_size)
         except InvalidOptionError:
             raise
         except UserError as error:
@@ -532,6 +547,12 @@ def _parse_rows(
             rows.append([_spool_example(example, spool) for example in encoded])
             locations.append(row.location)
             is_eval.append(row_index >= eval_start)
+            context.source_notes.update(note for note, _ in context.invalid_boxes)
+            if context.invalid_boxes and options.on_invalid_box is None:
+                repaired.append((row.location, context.invalid_boxes[0][1].with_traceback(None)))
+    for kind, count, _, text in coordinates.describe():
+        note = f"samples with {kind} in their text, such as {text!r}: they stay as they are for"
+        context.source_notes[f"{note} every model; {COORDINATE_REMEDIES[kind]}"] += count
     corrupt = _find_corrupt_images(rows, context, progress_stage)
     if corrupt:
         row_errors = [next((corrupt[i] for i in _images(r) if i in corrupt), None) for r in rows]
@@ -541,14 +562,24 @@ def _parse_rows(
         is_valid = [error is None for error in row_errors]
         rows = list(itertools.compress(rows, is_valid))
         is_eval = list(itertools.compress(is_eval, is_valid))
-    is_systematic = skipped.boxes > max(1, MAX_INVALID_BOX_FRACTION * (len(rows) + len(skipped)))
+    num_rows = len(rows) + len(skipped)
+    num_invalid = skipped.boxes + len(repaired)
+    is_systematic = num_invalid > max(1, MAX_INVALID_BOX_FRACTION * num_rows)
+    if is_systematic:
+        for location, box_error in repaired:
+            skipped.add(location, box_error, None)
     if len(skipped) and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
         alternative = None
         if first := skipped.first:
             alternative = None if any(rows) else _suggest_image_column(first, context)
             alternative = alternative or _suggest_format(first, context, source.data_format)
         raise _build_import_error(
-            skipped, rows, source.path, alternative, is_systematic=is_systematic
+            skipped,
+            num_rows,
+            source.path,
+            alternative,
+            is_systematic=is_systematic,
+            has_valid=any(rows),
         )
     if not any(rows):
         reasons = [f"{count} {reason}" for reason, count in context.skipped_rows.items()]
@@ -691,15 +722,14 @@ def _suggest_format(
 
 def _build_import_error(
     skipped: _InvalidRows,
-    valid: list[RowExamples],
+    num_rows: int,
     path: Path,
     alternative: str | None,
     *,
     is_systematic: bool,
+    has_valid: bool,
 ) -> UserError:
-    lines = [
-        f"{len(skipped)} of {len(skipped) + len(valid)} rows are invalid; no files were written"
-    ]
+    lines = [f"{len(skipped)} of {num_rows} rows are invalid; no files were written"]
     lines += skipped.describe()
     if is_systematic:
         lines.append(
@@ -710,7 +740,7 @@ def _build_import_error(
     first = skipped.described[remedy][0][1]
     if alternative is not None:
         remedy = f"give {alternative}"
-    elif any(valid) and not is_systematic:
+    elif has_valid and not is_systematic:
         remedy += "; --on-invalid-row skip skips and lists invalid rows"
     return UserError("\n".join(lines), where=str(path), expected=first.expected, remedy=remedy)
 

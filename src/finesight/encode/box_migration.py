@@ -115,8 +115,12 @@ def convert_boxes(
         (_parse_json if source_format in _JSON_FORMATS else _parse_token_boxes)(text, source_format)
     )
     num_boxes = sum(len(piece) for piece in pieces if isinstance(piece, list))
+    families: dict[str, ModelFamily] = {"qwen_vl": QwenVL(), "qwen2_vl": Qwen2VL()}
+    written = families.get(target_format, Qwen25VL()).write_segments(
+        [_to_segment(piece, source_format, target_format, get_frames) for piece in pieces]
+    )
     return "".join(
-        _format_piece(piece, source_format, target_format, get_frames) for piece in pieces
+        one.token if isinstance(one, SpecialToken) else one for one in written
     ), num_boxes
 
 
@@ -203,12 +207,12 @@ def _require_no_boxes(text: str, source_format: str) -> str:
     return text
 
 
-def _format_piece(
+def _to_segment(
     piece: str | LabelReference | list[ParsedBox],
     source_format: str,
     target_format: str,
     get_frames: FrameSizes,
-) -> str:
+) -> str | list[ImageBox]:
     if isinstance(piece, str):
         return piece
     is_json = target_format in _JSON_FORMATS
@@ -226,9 +230,7 @@ def _format_piece(
         boxes.append(
             ImageBox(label, box.xyxy, original_size=source_frame, resized_size=target_frame)
         )
-    families: dict[str, ModelFamily] = {"qwen_vl": QwenVL(), "qwen2_vl": Qwen2VL()}
-    pieces = families.get(target_format, Qwen25VL()).write_boxes(boxes)
-    return "".join(part.token if isinstance(part, SpecialToken) else part for part in pieces)
+    return boxes
 
 
 def _check_label(label: str, target_format: str) -> None:

@@ -6,6 +6,7 @@ coordinate frame depends on the family.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -242,6 +243,25 @@ class ModelFamily(ABC):
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format one or more adjacent boxes in the box format of the family."""
 
+    def write_segments(self, segments: Sequence[str | list[ImageBox]]) -> list[PromptPiece]:
+        """Format texts and lists of adjacent boxes.
+
+        Boxes within a string of JSON text are escaped, or replace the string if they are JSON and
+        its only content.
+        """
+        pieces = [[one] if isinstance(one, str) else self.write_boxes(one) for one in segments]
+        for index in _find_boxes_in_json_strings(segments):
+            before, after = str(pieces[index - 1][0]), str(pieces[index + 1][0])
+            is_value = before[-1:] == after[:1] == '"' and before[-2:-1] != "\\"
+            if is_value and not self.box_tokens and after[1:].lstrip()[:1] != ":":
+                pieces[index - 1], pieces[index + 1] = [before[:-1]], [after[1:]]
+            else:
+                pieces[index] = [
+                    json.dumps(one, ensure_ascii=False)[1:-1] if isinstance(one, str) else one
+                    for one in pieces[index]
+                ]
+        return list(itertools.chain.from_iterable(pieces))
+
     @abstractmethod
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
@@ -297,6 +317,18 @@ def round_to_frame(xyxy: BoxCorners, frame: ImageSize) -> tuple[int, int, int, i
         min(max(x2, 0), width),
         min(max(y2, 0), height),
     )
+
+
+def _find_boxes_in_json_strings(segments: Sequence[str | list[ImageBox]]) -> list[int]:
+    """Return the indices of the boxes within strings of JSON: a mark elsewhere is invalid JSON."""
+    texts = [one if isinstance(one, str) else "?" for one in segments]
+    regions = list(iter_json_values("".join(texts))) if "?" in texts and len(texts) > 2 else []
+    ends = itertools.accumulate(map(len, texts))
+    return [
+        index
+        for index, (one, end) in enumerate(zip(segments, ends, strict=True))
+        if isinstance(one, list) and any(found.start < end < found.stop for found in regions)
+    ]
 
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"

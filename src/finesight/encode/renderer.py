@@ -605,20 +605,22 @@ class NativeRenderer(Renderer):
         self, state: _RenderState, content: Sequence[ContentPart], *, is_supervised: bool
     ) -> None:
         """Append the content parts of a turn; adjacent boxes are formatted together."""
-        token_builder = state.token_builder
-        adjacent_boxes: list[ImageBox] = []
+        segments: list[str | list[ImageBox]] = []
         for part in (*content, None):
-            if isinstance(part, BoxPart):
-                adjacent_boxes.append(_to_image_box(part, state.images, state.sample_id))
-                continue
-            if adjacent_boxes:
-                token_builder.add_pieces(
-                    self.family.write_boxes(adjacent_boxes), is_supervised=is_supervised
-                )
-                adjacent_boxes = []
             if isinstance(part, TextPart):
-                token_builder.add_text(part.text, is_supervised=is_supervised)
-            elif part is not None:
+                segments.append(part.text)
+                continue
+            if isinstance(part, BoxPart):
+                box = _to_image_box(part, state.images, state.sample_id)
+                last = segments[-1] if segments else ""
+                if isinstance(last, str):
+                    segments.append(last := [])
+                last.append(box)
+                continue
+            pieces = self.family.write_segments(segments)
+            state.token_builder.add_pieces(pieces, is_supervised=is_supervised)
+            segments = []
+            if part is not None:
                 for vision_input in next(state.pending_visuals):
                     self._add_visual(state, vision_input)
 

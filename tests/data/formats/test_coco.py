@@ -18,7 +18,7 @@ from box_fixtures import (
 from case_files import load_cases
 from PIL import Image
 
-from finesight.data.formats.image_annotations import CAPTION_PROMPT
+from finesight.data.formats.image_annotations import CAPTION_PROMPT, NOTE_OMITTED_CLASSES
 from finesight.data.import_source import ImportOptions, open_unvalidated
 from finesight.errors import UserError
 
@@ -68,6 +68,10 @@ def instances() -> dict[str, Any]:
     }
 
 
+def instances_without_crowd() -> dict[str, Any]:
+    return instances() | {"annotations": instances()["annotations"][:-1]}
+
+
 def write(
     root: Path, document: dict[str, Any], location: str = "annotations/instances.json"
 ) -> Path:
@@ -88,14 +92,18 @@ def test_detection(tmp_path: Path) -> None:
         [("dog", (2, 1, 7, 6)), ("dog", (20, 1, 25, 6))],
         ["none"],
     ]
-    requested = "Locate every object of these classes in the image: dog, person, toothbrush."
-    assert list_questions(samples) == [requested] * 3
+    requested = "Locate every object of these classes in the image: dog, {}toothbrush."
+    assert list_questions(samples) == [requested.format(n) for n in ("person, ", "", "person, ")]
     assert samples[0].id == "000000397133"
     assert samples[0].meta["image_id"] == 397133
     assert samples[0].meta["license"] == 4
     assert summary.format == "coco"
     assert "annotations with bbox: COCO instances of 3 classes" in summary.detected_by
-    assert summary.source_notes == {"crowd regions (skipped)": 1, "segmentation (ignored)": 4}
+    assert summary.source_notes == {
+        "crowd regions (skipped)": 1,
+        "segmentation (ignored)": 4,
+        NOTE_OMITTED_CLASSES: 1,
+    }
 
 
 def test_grounding(tmp_path: Path) -> None:
@@ -119,7 +127,8 @@ def test_box_matches_known_pixels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ask", ["detection", "grounding"])
 def test_roundtrip(tmp_path: Path, ask: str) -> None:
-    done = check_export_roundtrip(write(tmp_path / "coco", instances()), tmp_path, box_task=ask)
+    source = write(tmp_path / "coco", instances_without_crowd())
+    done = check_export_roundtrip(source, tmp_path, box_task=ask)
     assert done.lost_counts == {
         "questions, which an import regenerates from --prompt and --box-task": 3
     }
@@ -170,7 +179,7 @@ def test_blank_caption_is_rejected(tmp_path: Path) -> None:
 
 def test_export_is_readable_by_pycocotools(tmp_path: Path) -> None:
     api = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
-    check_export_roundtrip(write(tmp_path / "coco", instances()), tmp_path)
+    check_export_roundtrip(write(tmp_path / "coco", instances_without_crowd()), tmp_path)
     document = api.COCO(str(tmp_path / "exported" / "annotations.json"))
     assert sorted(document.getImgIds()) == [37777, 252219, 397133]
     names = {one["id"]: one["name"] for one in document.loadCats(document.getCatIds())}

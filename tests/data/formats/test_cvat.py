@@ -39,13 +39,13 @@ def test_shapes(root: Path, tmp_path: Path) -> None:
     shapes = [BOX.format(ATTRIBUTE), rotated, polygon, '<polyline label="dog" points="1,2;3,4"/>']
     samples, summary = import_samples(write_document(root, "".join(shapes)), tmp_path / "out")
     lawns = [("lawn", (4, 2, 20, 18.5)), ("lawn", (25, 8, 35, 12))]
-    assert list_answers(samples) == [[("dog", WHITE), *lawns]]
-    assert samples[0].meta["boxes"] == [{"breed": "Pug", "occluded": 1}, {}, {}]
+    assert list_answers(samples) == [[("dog", (1, 2, 3, 4)), ("dog", WHITE), *lawns]]
+    assert samples[0].meta["boxes"] == [{}, {"breed": "Pug", "occluded": 1}, {}, {}]
     assert samples[0].meta["classes"] == ["lawn", "dog"]
     assert summary.source_notes == {
         "rotated rectangles (converted to bounding boxes)": 1,
         "polygons (converted to bounding boxes)": 1,
-        "shapes of type polyline (skipped)": 1,
+        "shapes of type polyline (converted to bounding boxes)": 1,
     }
 
 
@@ -74,7 +74,7 @@ def test_tags_are_classes(root: Path, tmp_path: Path) -> None:
         (BOX.replace("12", "x"), META, "the box"),
         (BOX.replace('"dog"', '""'), META, "the box"),
         (BOX.replace("32.00", "320"), META, "outside its image"),
-        ('<polygon label="dog" points="1,2;3"/>', META, "the polygon"),
+        ('<polygon label="dog" points="1,2;3"/>', META, "the shape"),
         (BOX, "<meta>", "broken XML"),
     ],
 )

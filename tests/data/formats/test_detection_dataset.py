@@ -10,6 +10,12 @@ import pytest
 from box_fixtures import LABEL_FILES, import_samples, list_answers, list_questions, write_box_image
 
 from finesight.data.exporter import export_dataset
+from finesight.data.formats.dataset_format import NOTE_SKIPPED_BOX
+from finesight.data.formats.image_annotations import (
+    NOTE_OMITTED_BOXES,
+    NOTE_OMITTED_CLASSES,
+    REASON_OBJECT_WITHOUT_BOX,
+)
 from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
 
@@ -152,6 +158,93 @@ def test_conversion_between_all_box_formats(
     assert [sample.id for sample in again] == [sample.id for sample in samples]
 
 
+def write_changed(make: Callable[[Path], Path], root: Path, old: str, new: str) -> Path:
+    """Write a source, and replace a text of its annotation file."""
+    write_box_image(root / "a.png", WHITE)
+    source = make(root)
+    files = [source] if source.is_file() else [*root.glob("*.json"), *root.glob("*.xml")]
+    file = (files or [root / "a.txt"])[0]
+    text = file.read_text(encoding="utf-8")
+    assert old in text, text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    return source
+
+
+LAWNS = {
+    coco: '"category_id": 2, "bbox": [0, 0, 40, 20]',
+    voc: "<name>lawn</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
+    "<xmax>40</xmax><ymax>20</ymax></bndbox>",
+    labelme: '"shape_type": "rectangle", "points": [[40, 20], [0, 0]]',
+    cvat: '<box label="lawn" xtl="0" ytl="0" xbr="40.00" ybr="20.00"/>',
+    label_studio: '"width": 100, "height": 100, "rectanglelabels"',
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "lawn", "box"),
+    [
+        (coco, '"category_id": 2, "bbox": [0, 0, 40, 20], "iscrowd": 1', None),
+        (coco, '"category_id": 2, "keypoints": [1, 2, 2], "segmentation": {"counts": "a"}', None),
+        (coco, '"category_id": 2, "segmentation": [[0, 0, 9, 1, 4, 8]]', (0, 0, 9, 8)),
+        (voc, "<name>lawn</name><point><x>1</x><y>2</y></point>", None),
+        (labelme, '"shape_type": "point", "points": [[9, 0]]', None),
+        (labelme, '"shape_type": "line", "points": [[9, 0], [0, 0]]', None),
+        (labelme, '"shape_type": "circle", "points": [[9, 9], [9, 4]]', (4, 4, 14, 14)),
+        (cvat, '<points label="lawn" points="1,2;3,4"/>', None),
+        (cvat, '<tag label="lawn"/>', None),
+        (cvat, '<mask label="lawn" left="2" top="3" width="5" height="6"/>', (2, 3, 7, 9)),
+        (label_studio, '"width": 1, "keypointlabels"', None),
+    ],
+)
+def test_other_shapes(
+    tmp_path: Path, make: Callable[[Path], Path], lawn: str, box: tuple[int, ...] | None
+) -> None:
+    source = write_changed(make, tmp_path / "set", LAWNS[make], lawn)
+    samples, summary = import_samples(source, tmp_path / "out")
+    lawns = [] if box is None else [("lawn", box)]
+    assert list_answers(samples) == [[("dog", WHITE), ("dog", (4, 5, 12, 13)), *lawns]]
+    assert ["lawn" in question for question in list_questions(samples)] == [bool(lawns)]
+    assert any(note.endswith(("(skipped)", "boxes)")) for note in summary.source_notes)
+    if box is None:
+        with pytest.raises(UserError, match=REASON_OBJECT_WITHOUT_BOX):
+            import_samples(source, tmp_path / "all", prompt="Locate all objects.")
+
+
+def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path) -> None:
+    dog = "[4, 5, 8, 8]"
+    source = write_changed(coco, tmp_path / "set", dog, f'{dog}, "iscrowd": 1')
+    samples, summary = import_samples(source, tmp_path / "out")
+    assert list_answers(samples) == [[("lawn", (0, 0, 40, 20))]]
+    assert samples[0].meta["classes"] == ["lawn"]
+    assert summary.source_notes[NOTE_OMITTED_CLASSES] == 1
+    assert summary.source_notes[NOTE_OMITTED_BOXES] == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "dog", "empty_dog"),
+    [
+        (coco, "[4, 5, 8, 8]", "[4, 5, 0, 8]"),
+        (yolo, "0.2 0.45 0.2 0.4", "0.2 0.45 0 0.4"),
+        (voc, "<xmax>12<", "<xmax>4<"),
+        (labelme, "[12, 5]", "[4, 5]"),
+        (cvat, 'xbr="12.00"', 'xbr="4.00"'),
+        (fiftyone, "0.25, 0.2, 0.4]", "0.25, 0, 0.4]"),
+        (label_studio, '"width": 20', '"width": 0'),
+    ],
+)
+def test_box_without_area_is_skipped(
+    tmp_path: Path, make: Callable[[Path], Path], dog: str, empty_dog: str
+) -> None:
+    source = write_changed(make, tmp_path / "set", dog, empty_dog)
+    with pytest.raises(UserError, match="no area"):
+        import_samples(source, tmp_path / "fail")
+    for number, option in enumerate(("drop", "clip", None)):
+        options = {"on_invalid_box": option} if option else {"on_invalid_row": "skip"}
+        samples, summary = import_samples(source, tmp_path / str(number), **options)
+        assert list_answers(samples) == [[("dog", WHITE), ("lawn", (0, 0, 40, 20))]]
+        assert summary.source_notes[NOTE_SKIPPED_BOX] == 1
+
+
 @pytest.mark.parametrize("to", ["coco", "voc", "labelme", "fiftyone"])
 def test_images_can_be_referenced_in_export(source: Path, tmp_path: Path, to: str) -> None:
     samples, _ = import_samples(source, tmp_path / "out")
@@ -167,13 +260,13 @@ def test_image_with_only_skipped_objects_is_not_empty(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         write_box_image(tmp_path / "set" / name, WHITE)
     source = labelme(tmp_path / "set")
-    circle = {"label": "dog", "shape_type": "circle", "points": [[4, 5], [6, 5]]}
-    record = {"imagePath": "b.png", "shapes": [circle]}
+    point = {"label": "dog", "shape_type": "point", "points": [[4, 5]]}
+    record = {"imagePath": "b.png", "shapes": [point]}
     (tmp_path / "set" / "b.json").write_text(json.dumps(record), encoding="utf-8")
     samples, summary = import_samples(source, tmp_path / "out")
     assert [sample.id for sample in samples] == ["a"]
-    assert summary.skipped_rows == {"images whose objects are all of unsupported types": 1}
-    assert summary.source_notes == {"shapes of type circle (skipped)": 1}
+    assert summary.skipped_rows == {REASON_OBJECT_WITHOUT_BOX: 1}
+    assert summary.source_notes == {"shapes of type point (skipped)": 1}
 
 
 def test_class_question_needs_class_names(tmp_path: Path) -> None:

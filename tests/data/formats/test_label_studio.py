@@ -16,7 +16,7 @@ from box_fixtures import (
 )
 
 from finesight.data.exporter import export_dataset
-from finesight.data.formats.image_annotations import CAPTION_PROMPT
+from finesight.data.formats.image_annotations import CAPTION_PROMPT, REASON_OBJECT_WITHOUT_BOX
 from finesight.data.formats.label_studio import (
     FIELDS_PROMPT,
     SPOTTING_PROMPT,
@@ -102,7 +102,7 @@ def test_regions_of_other_shapes(root: Path, tmp_path: Path) -> None:
     results = [
         region("a", id="1", **rotated),
         region("b", id="2", points=[[10, 10], [50, 10], [25, 90]]),
-        {"id": "3", "type": "brushlabels", "value": {"rle": [1], "format": "rle"}},
+        {"id": "3", "type": "brushlabels", "value": {"rle": [1], "brushlabels": ["sky"]}},
         answer("kind", choices=["street"]),
     ]
     samples, summary = import_samples(
@@ -134,13 +134,15 @@ def test_invalid_regions(root: Path, tmp_path: Path, result: dict[str, Any], wha
 
 def test_texts_of_regions(root: Path, tmp_path: Path) -> None:
     text = region(None, x=30, y=15, width=50, height=70, text=["Total 12"]) | {"type": "textarea"}
-    blank = region("Text", id="blank")
-    source = write_tasks(root, {"annotations": [annotation(region("Text"), text, blank)]})
-    samples, summary = import_samples(source, tmp_path / "out")
+    results = [region("Text"), text, region("Logo", id="logo")]
+    unread = [*results, region("Text", id="unread")]
+    tasks = [{"annotations": [annotation(*one)]} for one in (results, unread)]
+    samples, summary = import_samples(write_tasks(root, *tasks), tmp_path / "out")
     assert list_questions(samples) == [SPOTTING_PROMPT]
     assert list_answers(samples) == [[("Total 12", WHITE)]]
     assert samples[0].meta["boxes"] == [{"class": "Text"}]
-    assert summary.source_notes == {"regions without text (skipped)": 1}
+    assert summary.source_notes == {"regions without text (skipped)": 3}
+    assert summary.skipped_rows == {REASON_OBJECT_WITHOUT_BOX: 1}
     located_samples = [LocatedSample(sample, tmp_path / "out") for sample in samples]
     export_dataset(located_samples, tmp_path / "exported", "label-studio", copy_images=True)
     again, _ = import_samples(tmp_path / "exported" / "tasks.json", tmp_path / "again")

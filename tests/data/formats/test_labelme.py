@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,8 @@ def test_sizes_include_exif_rotation(root: Path, tmp_path: Path) -> None:
         ("{", "broken JSON"),
         ("[1]", "no list of shapes"),
         (record(shapes=[5]), "no list of shapes"),
-        (record(shapes=[shape("dog", [[1, 2]])]), "the rectangle"),
-        (record(shapes=[shape("dog", [[1, 2, 3], [4, 5, 6]])]), "the rectangle"),
+        (record(shapes=[shape("dog", [[1, 2]])]), "has inverted corners or no area"),
+        (record(shapes=[shape("dog", [[1, 2, 3], [4, 5, 6]])]), "the shape"),
         (record(shapes=[shape("dog", [[1, 2], [1, 9]])]), "has inverted corners or no area"),
         (record(imagePath="missing.png"), "no such image"),
         (record(imagePath="missing.png", imageData="%"), "not base64"),
@@ -152,3 +153,13 @@ def test_invalid_files(root: Path, tmp_path: Path, content: object, what: str) -
         import_samples(root, tmp_path / "out", format="labelme")
     assert "a.json" in caught.value.what
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("stem", ["a", os.fsdecode("猫".encode("gbk"))])
+@pytest.mark.parametrize("suffix", [".png", ".JPG"])
+def test_empty_image_path(tmp_path: Path, stem: str, suffix: str) -> None:
+    for name in (f"{stem}{suffix}", os.fsdecode("狗.png".encode("gbk"))):
+        write_box_image(tmp_path / "set" / name, WHITE)
+    save(tmp_path / "set", record(imagePath=""), f"{stem}.json")
+    samples, _ = import_samples(tmp_path / "set", tmp_path / "out")
+    assert ("dog", WHITE) in list_answers(samples)[0]

@@ -157,3 +157,19 @@ def test_unparseable_dataset_error_has_reason(root: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="a DOCTYPE, 'annotation'") as caught:
         import_samples(root, tmp_path / "out")
     assert "remove the DOCTYPE" in caught.value.remedy
+
+
+@pytest.mark.parametrize("encoding", ["GBK", "gb2312", "big5", "shift_jis", "UTF-8"])
+def test_declared_encodings(root: Path, tmp_path: Path, encoding: str) -> None:
+    write_box_image(root / "JPEGImages" / "犬.png", WHITE)
+    text = ANNOTATION.replace("2007_000027.png", "犬.png").replace("dog", "犬")
+    content = f'<?xml version="1.0" encoding="{encoding}"?>\n{text}'.encode(encoding)
+    (root / "Annotations" / "2007_000027.xml").write_bytes(content)
+    samples, _ = import_samples(root, tmp_path / "out")
+    assert list_answers(samples)[0][1] == ("犬", (0, 0.5, 40, 20))
+
+
+def test_annotation_without_file_name(root: Path, tmp_path: Path) -> None:
+    annotate(root, ANNOTATION.replace("2007_000027.png", ""))
+    samples, _ = import_samples(root, tmp_path / "out")
+    assert samples[0].id == "2007_000027"

@@ -4,9 +4,9 @@
  "annotations": [{"id": 7, "image_id": 1, "category_id": 2, "bbox": [x, y, width, height]}],
  "categories": [{"id": 2, "name": "dog"}]}
 
-A box is its top left corner and size in pixels, 0-based. Several captions of an image are answers
-to the same question. Crowd regions and annotations without a box are skipped and counted;
-segmentation, area and keypoints are ignored.
+A box is its top left corner and size in pixels, 0-based. Without a box, the enclosing box of the
+polygons in `segmentation` is used. Several captions of an image are answers to the same question.
+Crowd regions and other annotations have no box. Area and keypoints are ignored.
 
 Images are searched in the folder of the document, its parent, `images` in either, and other
 subfolders. The first folder that contains all images is used, else the folder that contains most.
@@ -15,13 +15,14 @@ If several folders match, the one whose name occurs in the name of the document 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finesight.bounded_files import find_existing, parse_unique_json
-from finesight.data.boxes import BoxConvention
+from finesight.data.boxes import BoxConvention, find_bounds
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -37,15 +38,14 @@ from finesight.data.formats.image_annotations import (
     build_detection_examples,
     build_text_example,
     collect_classes,
-    group_boxes_by_image,
-    group_texts_by_image,
-    has_boxes,
+    enclose_shape,
+    group_answers_by_image,
     parse_declared_size,
     round_coordinate,
 )
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
-from finesight.data.sample import MAX_BOXES, LocatedSample, check_limit, read_data_file
+from finesight.data.sample import LocatedSample, read_data_file
 from finesight.errors import UserError
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
@@ -58,7 +58,7 @@ REASON_NO_CAPTION = "images without a caption"
 NUM_PROBED_IMAGES = 500
 """Approximate number of images that are looked up to find the image folder."""
 
-UNSUPPORTED_ANNOTATION_KEYS = ("segmentation", "keypoints")
+UNSUPPORTED_KEYS = ("segmentation", "keypoints")
 
 
 def open_document(source: Path) -> tuple[RowReader, str] | None:
@@ -71,7 +71,7 @@ def open_document(source: Path) -> tuple[RowReader, str] | None:
     if document is None:
         return None
     images, annotations = document["images"], document["annotations"]
-    has_boxes = any("bbox" in item for item in annotations)
+    has_boxes = any(key in item for item in annotations for key in ("bbox", "segmentation"))
     if not images or not (has_boxes or any("caption" in item for item in annotations)):
         raise UserError(
             f"{len(images)} images, {len(annotations)} annotations, none with bbox or caption",
@@ -123,11 +123,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         return _parse_captions(row, annotations, meta, context)
     names: dict[str, str] = row.record["names"]
     source_notes: Counter[str] = Counter()
-    marked = [
-        annotation for annotation in annotations if _is_box_annotation(annotation, source_notes)
+    is_coco = context.resolve_convention(COCO_BOX_CONVENTION) == COCO_BOX_CONVENTION
+    objects = [
+        ObjectAnnotation(_get_class_name(one, names), _find_box(one, source_notes, is_coco))
+        for one in annotations
     ]
-    check_limit(len(marked), MAX_BOXES, "boxes")
-    objects = [_parse_object(one, names) for one in marked]
     image_annotation = ImageAnnotation(
         row.record["path"],
         objects,
@@ -143,9 +143,7 @@ def write_files(
     samples: Sequence[LocatedSample], context: ExportContext
 ) -> Iterator[tuple[str, bytes]]:
     """Write a COCO document, of instances if any answer contains a box, else of captions."""
-    is_detection = has_boxes(samples)
-    group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
-    records = group_by_image(samples, context, {"image_id", "license"})
+    records, is_detection = group_answers_by_image(samples, context, {"image_id", "license"})
     classes = collect_classes(records)
     declared_ids = [record.meta.get("image_id") for record in records]
     ids = [value for value in declared_ids if isinstance(value, int)]
@@ -261,24 +259,27 @@ def _list_subfolders(folder: Path) -> list[Path]:
         return []
 
 
-def _is_box_annotation(annotation: Record, source_notes: Counter[str]) -> bool:
-    """Return whether an annotation is a single object with a box.
-
-    Other annotations and ignored keys are counted in `source_notes`.
-    """
+def _find_box(
+    annotation: Record, source_notes: Counter[str], use_polygons: bool
+) -> Sequence[object] | None:
+    """Return the box of an annotation, or the enclosing box of its polygons, else None."""
+    polygons = annotation.get("segmentation")
     if annotation.get("iscrowd"):
-        source_notes["crowd regions (skipped)"] += 1
-        return False
-    if "bbox" not in annotation:
-        source_notes["annotations without a box (skipped)"] += 1
-        return False
-    source_notes.update(
-        f"{key} (ignored)" for key in UNSUPPORTED_ANNOTATION_KEYS if annotation.get(key)
-    )
-    return True
+        return enclose_shape("crowd regions", None, source_notes)
+    if annotation.get("bbox"):
+        source_notes.update(f"{k} (ignored)" for k in UNSUPPORTED_KEYS if annotation.get(k))
+        return annotation["bbox"]  # type: ignore[no-any-return]  # validated as coordinates
+    if not use_polygons or not isinstance(polygons, list) or not polygons:
+        return enclose_shape("annotations without a box", None, source_notes)
+    corners = [
+        zip(flat[::2], flat[1::2], strict=False) for flat in polygons if isinstance(flat, list)
+    ]
+    bounds = find_bounds(itertools.chain(*corners), annotation)
+    box = enclose_shape("polygons", bounds, source_notes)
+    return box and [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
-def _parse_object(annotation: Record, names: dict[str, str]) -> ObjectAnnotation:
+def _get_class_name(annotation: Record, names: dict[str, str]) -> str:
     category = str(annotation.get("category_id"))
     if category not in names:
         raise UserError(
@@ -286,7 +287,7 @@ def _parse_object(annotation: Record, names: dict[str, str]) -> ObjectAnnotation
             expected=f"one of the {len(names)} categories of the document",
             remedy="add the category, or remove the annotation",
         )
-    return ObjectAnnotation(names[category], annotation["bbox"])
+    return names[category]
 
 
 def _parse_captions(

@@ -20,8 +20,10 @@ from finesight.data.boxes import (
     BOX_KEY,
     BoxConvention,
     JsonBox,
+    TextBox,
     parse_json_box,
     split_at_boxes,
+    split_at_text_boxes,
     strip_code_fences,
 )
 from finesight.data.formats.dataset_format import (
@@ -83,6 +85,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+ROLE_KEYS = ("from", "role")
 TOOL_ROLES = re.compile("tool.*|function.*|observation|ipython")
 
 RESERVED_KEYS = frozenset(
@@ -144,15 +147,26 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
                     convention = BoxConvention(units="1000")
                     yield images.create_box(coordinates, piece["label"], convention)
         elif BOX_KEY not in piece:
-            yield from [strip_object_refs(piece)] if piece else []
+            yield from _parse_plain_text(piece, images)
         else:
             for text_or_boxes in _iter_json_boxes(strip_code_fences(piece)):
                 if isinstance(text_or_boxes, str):
-                    yield strip_object_refs(text_or_boxes)
+                    yield from _parse_plain_text(text_or_boxes, images)
                     continue
                 images.require_single_image()
-                for coordinates, label in text_or_boxes:
-                    yield images.create_box(coordinates, label, BoxConvention())
+                yield from images.create_boxes(text_or_boxes, BoxConvention())
+
+
+def _parse_plain_text(text: str, images: RowImages) -> Iterator[ContentPart]:
+    """Parse a text without JSON boxes and box tokens; other notations may follow one image."""
+    pieces: Iterable[str | TextBox] = filter(None, [text])
+    if len(images.paths) == 1:
+        pieces = split_at_text_boxes(text, with_lists=images.has_box_options)
+    for piece in pieces:
+        if isinstance(piece, str):
+            yield strip_object_refs(piece)
+        else:
+            yield images.create_box(piece.coordinates, piece.label, piece.convention)
 
 
 def format_answer(content: Sequence[ContentPart], num_images: int) -> str:

@@ -5,8 +5,8 @@
   <box label="dog" occluded="0" xtl="48" ytl="240" xbr="195" ybr="371">
    <attribute name="breed">Pug</attribute></box></image></annotations>
 
-Polygons and rotated boxes are converted to their bounding boxes and counted. Other shapes are
-skipped and counted. Attributes and `occluded` are stored in the metadata. In a file without shapes,
+Polygons, polylines, masks and rotated boxes are converted to their bounding boxes. Other shapes and
+tags have no box. Attributes and `occluded` are stored in the metadata. In a file without shapes,
 the tags of an image are its class. Images are searched as by `find_image_folder`. XML with a
 DOCTYPE is rejected, because it could declare entities.
 """
@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 from finesight.bounded_files import find_existing
-from finesight.data.boxes import BoxConvention, InvalidBoxError
+from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
 from finesight.data.formats.coco import find_image_folder
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -29,17 +29,14 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
 )
 from finesight.data.formats.image_annotations import (
-    NOTE_POLYGON_AS_BOX,
-    NOTE_ROTATED_AS_BOX,
     ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
     build_text_example,
     collect_classes,
-    group_boxes_by_image,
-    group_texts_by_image,
-    has_boxes,
+    enclose_shape,
+    group_answers_by_image,
     parse_declared_size,
     parse_integer,
     require_inside_output,
@@ -124,7 +121,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         answer, meta = ", ".join(filter(None, tags)), {"classes": classes}
         return [build_text_example(row.id, row.record["path"], [answer], classes, context, meta)]
     source_notes: Counter[str] = Counter()
-    objects = [obj for shape in image for obj in _parse_shape(shape, source_notes)]
+    objects = [_parse_shape(shape, source_notes) for shape in image]
     used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
     annotation = ImageAnnotation(
@@ -143,9 +140,7 @@ def write_files(
     samples: Sequence[LocatedSample], context: ExportContext
 ) -> Iterator[tuple[str, bytes]]:
     """Write the file annotations.xml, with boxes, or with tags if no answer contains a box."""
-    is_detection = has_boxes(samples)
-    group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
-    records = group_by_image(samples, context, {"boxes"})
+    records, _ = group_answers_by_image(samples, context, {"boxes"})
     answers = dict.fromkeys(answer for record in records for answer in record.answers)
     classes = list(dict.fromkeys([*collect_classes(records), *answers]))
     _check_names(classes)
@@ -173,30 +168,10 @@ def write_files(
     yield "annotations.xml", bytes(ElementTree.tostring(root, "utf-8")) + b"\n"
 
 
-def _parse_shape(
-    shape: ElementTree.Element, source_notes: Counter[str]
-) -> Iterator[ObjectAnnotation]:
-    if shape.tag not in ("box", "polygon"):
-        source_notes[f"shapes of type {shape.tag} (skipped)"] += 1
-        return
+def _parse_shape(shape: ElementTree.Element, source_notes: Counter[str]) -> ObjectAnnotation:
     label = shape.get("label", "").strip()
     try:
-        if shape.tag == "polygon":
-            source_notes[NOTE_POLYGON_AS_BOX] += 1
-            pairs = [pair.split(",") for pair in shape.get("points", "").split(";")]
-            corners = [(float(x), float(y)) for x, y in pairs]
-        else:
-            x1, y1, x2, y2 = (float(shape.get(corner, "")) for corner in CORNERS)
-            corners = [(x1, y1), (x2, y2)]
-            angle = math.radians(float(shape.get("rotation", "0")))
-            if angle:
-                # Around the center.
-                source_notes[NOTE_ROTATED_AS_BOX] += 1
-                cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
-                dx = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
-                dy = ((x2 - x1) * sin + (y2 - y1) * cos) / 2
-                center_x, center_y = (x1 + x2) / 2, (y1 + y2) / 2
-                corners = [(center_x - dx, center_y - dy), (center_x + dx, center_y + dy)]
+        bounds = _find_bounds(shape, source_notes)
         if not label:
             raise ValueError("no label")
     except ValueError as error:
@@ -210,11 +185,34 @@ def _parse_shape(
     }
     if shape.get("occluded") == "1":
         attributes["occluded"] = 1
-    if shape.tag == "polygon":
-        xs, ys = zip(*corners, strict=True)
-        corners = [(min(xs), min(ys)), (max(xs), max(ys))]
-    bounds = [number for corner in corners for number in corner]
-    yield ObjectAnnotation(label, bounds, attributes)
+    return ObjectAnnotation(label, bounds, attributes)
+
+
+def _find_bounds(shape: ElementTree.Element, source_notes: Counter[str]) -> list[float] | None:
+    """Return the enclosing box of a shape, or None. Raises ValueError for invalid numbers."""
+    kind, bounds = f"shapes of type {shape.tag}", None
+    if shape.tag in ("polygon", "polyline"):
+        pairs = (pair.split(",") for pair in shape.get("points", "").split(";"))
+        bounds = find_bounds(pairs, shape.attrib)
+        kind = "polygons" if shape.tag == "polygon" else kind
+    elif shape.tag == "mask":
+        x, y, width, height = (
+            float(shape.get(side, "")) for side in ("left", "top", "width", "height")
+        )
+        bounds = [x, y, x + width, y + height]
+    elif shape.tag == "box":
+        x1, y1, x2, y2 = (float(shape.get(corner, "")) for corner in CORNERS)
+        angle = math.radians(float(shape.get("rotation", "0")))
+        if not angle:
+            return [x1, y1, x2, y2]
+        # Around the center.
+        cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+        dx = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
+        dy = ((x2 - x1) * sin + (y2 - y1) * cos) / 2
+        center_x, center_y = (x1 + x2) / 2, (y1 + y2) / 2
+        kind = "rotated rectangles"
+        bounds = [center_x - dx, center_y - dy, center_x + dx, center_y + dy]
+    return enclose_shape(kind, bounds, source_notes)
 
 
 def _check_names(classes: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from finesight.data.boxes import (
     BoxFormat,
     BoxUnits,
     InvalidBoxError,
+    clip_box,
     clip_to_image,
     parse_coordinates,
 )
@@ -104,13 +105,22 @@ def build_example(
     return ImportExample(sample_id, turns, (messages[-1][1],), meta=meta)
 
 
-def join_text(content: tuple[ContentPart, ...]) -> str:
+def join_text(content: Iterable[ContentPart], separator: str = "") -> str:
     """Return the concatenated text parts of a message, without images and boxes."""
-    return "".join(part.text for part in content if isinstance(part, TextPart))
+    return separator.join(part.text for part in content if isinstance(part, TextPart))
 
 
 BoxTask = Literal["detection", "grounding"]
 """Task of a box dataset: one question per image, or one per label."""
+
+InvalidBoxPolicy = Literal["fail", "drop", "clip"]
+"""Treatment of invalid boxes: an error of the row, drop the box, or clip it to the image.
+
+A box without area inside the image is dropped with `clip`, too.
+"""
+
+NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
+NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
@@ -169,6 +179,7 @@ class ImportContext:
         raw_boxes: Boxes of the current row with coordinates as stored in the source.
         num_clipped: Number of boxes that exceeded their image by a rounding error.
         other_keys: Number of keys in the current row that its format does not use, by description.
+        invalid_boxes: Note and error of each clipped or dropped box of the current row.
     """
 
     images: ImageResolver
@@ -178,8 +189,10 @@ class ImportContext:
     box_units: BoxUnits | None = None
     box_task: BoxTask = "detection"
     lenient: bool = False
+    on_invalid_box: InvalidBoxPolicy = "fail"
     raw_boxes: list[RawBox] = field(default_factory=list)
     num_clipped: int = 0
+    invalid_boxes: list[tuple[str, InvalidBoxError]] = field(default_factory=list)
     source_notes: Counter[str] = field(default_factory=Counter)
     skipped_rows: Counter[str] = field(default_factory=Counter)
     other_keys: Counter[str] = field(default_factory=Counter)
@@ -210,7 +223,14 @@ class ImportContext:
         pixel_box = convention.to_pixels((a, b, c, d), image_size)
         if self.lenient:
             return pixel_box
-        clipped_box = clip_to_image(pixel_box, image_size, convention)
+        try:
+            clipped_box = clip_to_image(pixel_box, image_size, convention)
+        except InvalidBoxError as error:
+            inner_box = clip_box(pixel_box, image_size) if self.on_invalid_box == "clip" else None
+            if inner_box is None or inner_box == pixel_box:  # empty, or not in pixels
+                raise
+            self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
+            return inner_box
         self.num_clipped += clipped_box != pixel_box
         return clipped_box
 
@@ -292,6 +312,37 @@ class RowImages:
             )
         xyxy = self._context.read_box(value, self.paths[resolved_index], default, label)
         return BoxPart(image=resolved_index, label=label, xyxy=xyxy)
+
+    @property
+    def has_box_options(self) -> bool:
+        """Whether the user gives the format or the units of boxes."""
+        return self._context.box_format is not None or self._context.box_units is not None
+
+    def create_valid_box(
+        self, value: object, label: str | None, default: BoxConvention
+    ) -> BoxPart | None:
+        """Create a box part, or return None for an invalid box that the import drops."""
+        try:
+            return self.create_box(value, label, default)
+        except InvalidBoxError as error:
+            if self._context.on_invalid_box == "fail":
+                raise
+            self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
+            return None
+
+    def create_boxes(
+        self, values: Iterable[tuple[object, str | None]], default: BoxConvention
+    ) -> list[BoxPart]:
+        """Create the box parts of pairs of coordinates and label, except dropped boxes.
+
+        Raises:
+            InvalidBoxError: A box is invalid, and the import does not drop it or no other is left.
+        """
+        boxes = [self.create_valid_box(*pair, default) for pair in values]
+        valid_boxes = [box for box in boxes if box is not None]
+        if boxes and not valid_boxes:
+            raise self._context.invalid_boxes[-1][1]
+        return valid_boxes
 
     def require_single_image(self) -> None:
         """Raise UserError unless the row has exactly one image, to which all boxes belong."""

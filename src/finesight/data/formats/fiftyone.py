@@ -33,9 +33,7 @@ from finesight.data.formats.image_annotations import (
     build_detection_examples,
     build_text_example,
     collect_classes,
-    group_boxes_by_image,
-    group_texts_by_image,
-    has_boxes,
+    group_answers_by_image,
     make_unique_stem,
 )
 from finesight.data.formats.row_keys import count_keys
@@ -125,9 +123,7 @@ def write_files(
     samples: Sequence[LocatedSample], context: ExportContext
 ) -> Iterator[tuple[str, bytes]]:
     """Write labels.json, of a detection dataset if any answer contains a box, and data.json."""
-    is_detection = has_boxes(samples)
-    group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
-    records = group_by_image(samples, context, {"boxes"})
+    records, is_detection = group_answers_by_image(samples, context, {"boxes"})
     answers = sorted({answer for record in records for answer in record.answers})
     classes = list(dict.fromkeys([*collect_classes(records), *answers]))
     indices = {name: index for index, name in enumerate(classes)}

@@ -5,8 +5,11 @@ With `--box-task detection`, an image yields one question that is answered by al
 label. Boxes are sorted by label, then from top to bottom and left to right.
 
 The answer for an image without objects is `none`, which is scored as no boxes; grounding skips such
-an image. An image whose objects are all of unsupported types is skipped, because `none` would be
-wrong.
+an image.
+
+A shape other than a box gives its enclosing box. If an object has none, such as a keypoint or a
+crowd, the question about its image does not ask for its class. If the class is unknown, the
+template does not list the classes, or no box is left, the image is skipped.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from finesight.data.formats.dataset_format import (
     make_text_part,
 )
 from finesight.data.image_header import (
+    IMAGE_SUFFIXES,
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
     ImageSize,
@@ -58,8 +62,27 @@ def parse_integer(text: str) -> int | None:
     return int(text) if _DIGITS.fullmatch(text) else None
 
 
-NOTE_POLYGON_AS_BOX = "polygons (converted to bounding boxes)"
-NOTE_ROTATED_AS_BOX = "rotated rectangles (converted to bounding boxes)"
+def list_image_names(annotation_file: Path) -> list[str]:
+    """Return the names of images that an annotation file without image name may belong to."""
+    suffixes = sorted(IMAGE_SUFFIXES, key=lambda suffix: suffix != ".jpg")
+    names = [annotation_file.with_suffix(suffix).name for suffix in suffixes]
+    return names + [f"{annotation_file.stem}{suffix.upper()}" for suffix in suffixes]
+
+
+UNKNOWN_LABEL = ""
+"""Label of an object without a box whose class is unknown."""
+
+NOTE_OMITTED_CLASSES = "classes of objects without a box (not in the question about their image)"
+NOTE_OMITTED_BOXES = "boxes of these classes (not in the answer)"
+
+
+def enclose_shape(
+    kind: str, bounds: list[float] | None, source_notes: Counter[str]
+) -> list[float] | None:
+    """Return the enclosing box of a shape, None without area, and count the shape by its kind."""
+    is_box = bounds is not None and bounds[0] < bounds[2] and bounds[1] < bounds[3]
+    source_notes[f"{kind} ({'converted to bounding boxes' if is_box else 'skipped'})"] += 1
+    return bounds if is_box else None
 
 
 def parse_declared_size(height: object, width: object) -> ImageSize | None:
@@ -81,7 +104,7 @@ MAX_PROMPT_CLASSES = 20
 
 NO_OBJECTS_ANSWER = "none"
 
-REASON_UNSUPPORTED_OBJECTS = "images whose objects are all of unsupported types"
+REASON_OBJECT_WITHOUT_BOX = "images with objects without a box, for which the question would ask"
 REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
 
 MAX_CLASSES = 100_000
@@ -93,11 +116,12 @@ class ObjectAnnotation:
     """An annotated object with its class name and box.
 
     Attributes:
+        coordinates: Box in the convention of the format; None if the object has no box.
         attributes: Further properties such as `difficult`, stored in the metadata of the sample.
     """
 
     label: str
-    coordinates: Sequence[object]
+    coordinates: Sequence[object] | None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -129,8 +153,8 @@ def build_detection_examples(
 ) -> list[ImportExample]:
     """Build the training examples of an annotated image.
 
-    Images without objects yield none for grounding, and images with only unsupported objects yield
-    none.
+    Images without objects yield none for grounding. Images with objects without a box yield none if
+    the question cannot leave out their classes.
 
     Raises:
         InvalidOptionError: The prompt template is invalid.
@@ -140,18 +164,20 @@ def build_detection_examples(
     images = RowImages(context)
     image = images.add_image(annotation.image)
     check_declared_size(annotation.declared_size, images.paths[-1], context)
-    boxes_with_attributes = [
-        (images.create_box(obj.coordinates, obj.label, default_convention), obj.attributes)
-        for obj in annotation.objects
-    ]
-    # By label, then from top to bottom and left to right.
-    boxes_with_attributes.sort(
-        key=lambda pair: (str(pair[0].label), *(pair[0].xyxy[axis] for axis in (1, 0, 3, 2)))
-    )
+    located_boxes, omitted = _locate_objects(annotation.objects, images, default_convention)
+    boxes_with_attributes = [pair for pair in located_boxes if pair[0].label not in omitted]
+    template = annotation.default_prompt if context.prompt is None else context.prompt
+    has_class_list = "{labels}" in template
     context.source_notes.update(annotation.source_notes)
-    if not boxes_with_attributes and +annotation.source_notes:
-        context.skipped_rows[REASON_UNSUPPORTED_OBJECTS] += 1
+    if omitted and (
+        not boxes_with_attributes
+        or UNKNOWN_LABEL in omitted
+        or (context.box_task == "detection" and not has_class_list)
+    ):
+        context.skipped_rows[REASON_OBJECT_WITHOUT_BOX] += 1
         return []
+    context.source_notes[NOTE_OMITTED_CLASSES] += len(omitted.intersection(annotation.class_names))
+    context.source_notes[NOTE_OMITTED_BOXES] += len(located_boxes) - len(boxes_with_attributes)
     if context.box_task == "detection":
         if len(annotation.class_names) > MAX_CLASSES:
             raise InvalidOptionError(
@@ -160,13 +186,9 @@ def build_detection_examples(
                 expected=f"at most {MAX_CLASSES:,}",
                 remedy="use --box-task grounding, which asks for one class per question",
             )
-        template = annotation.default_prompt if context.prompt is None else context.prompt
-        labels = {"labels": ", ".join(annotation.class_names)}
-        question, has_class_list = format_prompt(template, template, labels), "{labels}" in template
-        meta = {
-            **annotation.meta,
-            **({"classes": list(annotation.class_names)} if has_class_list else {}),
-        }
+        class_names = [name for name in annotation.class_names if name not in omitted]
+        question = format_prompt(template, template, {"labels": ", ".join(class_names)})
+        meta = annotation.meta | ({"classes": class_names} if has_class_list else {})
         return [_build_example(row.id, [image, *question], boxes_with_attributes, meta)]
     boxes_by_label: defaultdict[str, list[tuple[BoxPart, Mapping[str, Any]]]] = defaultdict(list)
     for box, attributes in boxes_with_attributes:
@@ -181,6 +203,29 @@ def build_detection_examples(
         )
         for label, boxes in boxes_by_label.items()
     ]
+
+
+def _locate_objects(
+    objects: Sequence[ObjectAnnotation], images: RowImages, convention: BoxConvention
+) -> tuple[list[tuple[BoxPart, Mapping[str, Any]]], set[str]]:
+    """Return the boxes of objects with their attributes, and the labels of objects without a box.
+
+    The label of a skipped box counts only if no other box has it.
+    """
+    omitted = {obj.label for obj in objects if obj.coordinates is None}
+    boxes: list[tuple[BoxPart, Mapping[str, Any]]] = []
+    skipped: set[str] = set()
+    for obj in objects:
+        if obj.coordinates is None:
+            continue
+        box = images.create_valid_box(obj.coordinates, obj.label, convention)
+        if box is None:
+            skipped.add(obj.label)
+        else:
+            boxes.append((box, obj.attributes))
+    # By label, then from top to bottom and left to right.
+    boxes.sort(key=lambda pair: (str(pair[0].label), *(pair[0].xyxy[n] for n in (1, 0, 3, 2))))
+    return boxes, omitted | (skipped - {str(box.label) for box, _ in boxes})
 
 
 def build_class_prompt(num_classes: int) -> str:
@@ -385,13 +430,17 @@ def group_texts_by_image(
     return list(records.values())
 
 
-def has_boxes(samples: Sequence[LocatedSample]) -> bool:
-    """Return whether the answer of any sample contains a box."""
-    return any(
+def group_answers_by_image(
+    samples: Sequence[LocatedSample], context: ExportContext, meta_keys: Set[str]
+) -> tuple[list[ImageRecord], bool]:
+    """Group the boxes or else the texts of all samples by image, and return if there are boxes."""
+    is_detection = any(
         isinstance(part, BoxPart)
         for located_sample in samples
         for part in located_sample.sample.messages[-1].content
     )
+    group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
+    return group_by_image(samples, context, meta_keys), is_detection
 
 
 def collect_classes(records: Sequence[ImageRecord]) -> list[str]:

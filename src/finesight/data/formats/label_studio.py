@@ -30,7 +30,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.etree import ElementTree
 
 from finesight.bounded_files import find_existing, parse_unique_json
-from finesight.data.boxes import Box, BoxConvention, InvalidBoxError
+from finesight.data.boxes import Box, BoxConvention, InvalidBoxError, find_bounds
 from finesight.data.formats.coco import find_image_folder
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -41,17 +41,15 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import (
     DETECTION_PROMPT,
-    NOTE_POLYGON_AS_BOX,
-    NOTE_ROTATED_AS_BOX,
+    UNKNOWN_LABEL,
     ExportBox,
     ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
     build_text_example,
-    group_boxes_by_image,
-    group_texts_by_image,
-    has_boxes,
+    enclose_shape,
+    group_answers_by_image,
     parse_declared_size,
     require_inside_output,
 )
@@ -78,7 +76,6 @@ _VALUE_USED_KEYS = (
     *("x", "y", "width", "height", "rotation", "points", "rectanglelabels", "polygonlabels"),
     *("labels", "choices", "text", "number", "rating", "datetime", "closed", "radiusX", "radiusY"),
 )
-LABEL_KEYS = ("rectanglelabels", "polygonlabels", "labels")
 MODEL_VERSION = "finesight"
 
 NOTE_PREDICTIONS = "tasks without annotations (predictions are used)"
@@ -119,7 +116,7 @@ class ProjectLabels:
 
     Attributes:
         has_regions: Whether any task has a region.
-        has_region_texts: Whether any region has a text.
+        text_classes: Classes of regions with texts; "" of regions without class.
         controls: Names of the controls whose answers are about the whole image.
     """
 
@@ -127,7 +124,7 @@ class ProjectLabels:
     choices: tuple[str, ...]
     controls: tuple[str, ...]
     has_regions: bool
-    has_region_texts: bool
+    text_classes: frozenset[str]
 
 
 def open_tasks(
@@ -189,14 +186,14 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
     objects: list[ObjectAnnotation] = []
     for region in _merge_regions(task.results):
-        objects += _parse_region(region, notes, with_text=project.has_region_texts)
+        objects += _parse_region(region, notes, project)
     annotation = ImageAnnotation(
         row.record["image"],
         objects,
         project.classes,
         declared.pop() if len(declared) == 1 else None,
         source_notes=notes,
-        default_prompt=SPOTTING_PROMPT if project.has_region_texts else DETECTION_PROMPT,
+        default_prompt=SPOTTING_PROMPT if project.text_classes else DETECTION_PROMPT,
     )
     return build_detection_examples(row, annotation, context, BOX_CONVENTION)
 
@@ -208,9 +205,7 @@ def write_files(
     results_to: ResultSource = "annotations",
 ) -> Iterator[tuple[str, bytes]]:
     """Write the tasks and the labeling configuration of a project."""
-    is_detection = has_boxes(samples)
-    group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
-    records = group_by_image(samples, context, {"boxes"})
+    records, is_detection = group_answers_by_image(samples, context, {"boxes"})
     declared = {name for record in records for name in record.meta.get("classes", ())}
     has_choices = all(answer in declared for record in records for answer in record.answers)
     tasks = []
@@ -507,7 +502,7 @@ def _find_images(source: Path, prefix: str, references: Sequence[str]) -> dict[s
     return {one: str(path) for one, path in names.items()}
 
 
-_GEOMETRY_KEYS = frozenset({"x", "points", "rle", "sequence", "vertices"})
+_GEOMETRY_KEYS = frozenset({"x", "points", "rle", "sequence", "vertices", "imageDataURL"})
 _RECTANGLE_KEYS = ("x", "y", "width", "height")
 _ANSWER_KEYS = ("choices", "text", "number", "rating", "datetime")
 
@@ -544,12 +539,12 @@ def _merge_answers(results: Sequence[Record]) -> dict[str, tuple[str, list[Any]]
 
 def _collect_labels(tasks: Sequence[LabeledTask]) -> ProjectLabels:
     classes, choices, controls = set[str](), set[str](), dict[str, None]()
-    has_regions = has_region_texts = False
+    has_regions, text_classes = False, set[str]()
     for task in tasks:
         for region in _merge_regions(task.results):
-            has_regions = True
-            has_region_texts |= bool(region.get("text"))
-            classes.update(_get_labels(region)[:1])
+            has_regions, labels = True, _get_labels(region)
+            text_classes.update(labels or [UNKNOWN_LABEL] if region.get("text") else ())
+            classes.update(labels if _has_bounds(region) else ())
         for name, (kind, values) in _merge_answers(task.results).items():
             controls[name] = None
             choices.update(map(str, values) if kind == "choices" else ())
@@ -558,52 +553,59 @@ def _collect_labels(tasks: Sequence[LabeledTask]) -> ProjectLabels:
         tuple(sorted(choices)),
         tuple(controls),
         has_regions,
-        has_region_texts,
+        frozenset(text_classes),
     )
 
 
 def _get_labels(region: Record) -> list[str]:
-    return [str(one) for key in LABEL_KEYS for one in as_list(region.get(key)) if str(one).strip()]
+    labels = [label for key in region if key.endswith("labels") for label in as_list(region[key])]
+    return [str(label) for label in labels if str(label).strip()]
+
+
+def _has_bounds(region: Record) -> bool:
+    return "points" in region or set(_RECTANGLE_KEYS) <= region.keys()
 
 
 def _parse_region(
-    region: Record, notes: Counter[str], *, with_text: bool
+    region: Record, notes: Counter[str], project: ProjectLabels
 ) -> Iterator[ObjectAnnotation]:
-    """Yield the box of a region, unless its type is not supported."""
-    if "points" not in region and not set(_RECTANGLE_KEYS) <= region.keys():
-        notes[f"regions of type {region['type']} (skipped)"] += 1
-        return
+    """Yield the box of a region with each of its labels, or its labels without a box."""
     notes["choices of regions (ignored)"] += "choices" in region
     labels = _get_labels(region)
-    text = "\n".join(map(str, as_list(region.get("text"))))
-    if region.get("image_rotation") or not (labels or with_text):
+    if not _has_bounds(region):
+        enclose_shape(f"regions of type {region['type']}", None, notes)
+        yield from (ObjectAnnotation(label, None) for label in labels or [UNKNOWN_LABEL])
+        return
+    if region.get("image_rotation") or not (labels or project.text_classes):
         raise InvalidBoxError(
             f"the {region['type']} {str(region)[:80]}",
             expected="a region with a label, in an image that is not rotated in the editor",
             remedy="correct the region in Label Studio, or remove it",
         )
+    text = "\n".join(map(str, as_list(region.get("text"))))
     coordinates = _compute_bounds(region, notes)
-    if with_text and not text.strip():
-        notes[NOTE_NO_TEXT] += 1
-    elif with_text:
+    if not project.text_classes:
+        yield from (ObjectAnnotation(label, coordinates) for label in labels)
+    elif text.strip():
         yield ObjectAnnotation(text, coordinates, {"class": labels[0]} if labels else {})
     else:
-        notes["further labels of regions (ignored)"] += len(labels) - 1
-        yield ObjectAnnotation(labels[0], coordinates)
+        notes[NOTE_NO_TEXT] += 1
+        if not project.text_classes.isdisjoint(labels or [UNKNOWN_LABEL]):
+            yield ObjectAnnotation(UNKNOWN_LABEL, None)
 
 
-def _compute_bounds(region: Record, notes: Counter[str]) -> list[float]:
-    """Return the bounding box of a region as normalized corner and size."""
+def _compute_bounds(region: Record, notes: Counter[str]) -> list[float] | None:
+    """Return the bounding box of a region as normalized corner and size, None without area."""
     try:
         if "points" in region:
-            notes[NOTE_POLYGON_AS_BOX] += 1
+            kind = "polygons"
             corners = [(float(x) / 100, float(y) / 100) for x, y in region["points"]]
         else:
             x, y, width, height = (float(region[key]) / 100 for key in _RECTANGLE_KEYS)
             angle = math.radians(float(region.get("rotation") or 0))
             if not angle:
                 return [x, y, width, height]
-            notes[NOTE_ROTATED_AS_BOX] += 1
+            kind = "rotated rectangles"
             # Clockwise around the top left corner, in pixels.
             aspect = float(region["original_height"]) / float(region["original_width"])
             corners = [
@@ -613,14 +615,14 @@ def _compute_bounds(region: Record, notes: Counter[str]) -> list[float]:
                 )
                 for dx, dy in ((0.0, 0.0), (width, 0.0), (width, height), (0.0, height))
             ]
-        xs, ys = zip(*corners, strict=True)
+        bounds = enclose_shape(kind, find_bounds(corners, region), notes)
     except (TypeError, ValueError, KeyError, OverflowError, ZeroDivisionError) as error:
         raise InvalidBoxError(
             f"the {region['type']} {str(region)[:80]}",
             expected="numbers in percent, and the original size of the image",
             remedy="correct the task, or remove it",
         ) from error
-    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    return bounds and [*bounds[:2], bounds[2] - bounds[0], bounds[3] - bounds[1]]
 
 
 def _parse_answers(

@@ -3,9 +3,9 @@
 {"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640, "imageData": null, "shapes":
  [{"label": "dog", "shape_type": "rectangle", "points": [[10.5, 20.0], [110.0, 220.5]]}]}
 
-A rectangle is given by two opposite corners in any order; some tools write all four. A polygon is
-converted to its bounding box and counted. Points, lines, circles and masks are skipped and counted.
-Coordinates are in pixels, 0-based, after EXIF rotation.
+A rectangle is given by two opposite corners in any order; some tools write all four. A polygon,
+circle, line or mask is converted to its bounding box; points have none. Coordinates are in pixels,
+0-based, after EXIF rotation.
 
 The image path is relative to the JSON file. If the image is missing, it is saved from `imageData`.
 Images without a JSON file are considered unlabeled and ignored.
@@ -16,13 +16,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finesight.bounded_files import find_existing, parse_unique_json
-from finesight.data.boxes import BoxConvention, InvalidBoxError
+from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -30,25 +31,28 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
 )
 from finesight.data.formats.image_annotations import (
-    NOTE_POLYGON_AS_BOX,
     ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
+    enclose_shape,
     group_boxes_by_image,
+    list_image_names,
     make_unique_stem,
     parse_declared_size,
 )
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import Record, RowReader, SourceRow, open_annotation_files
-from finesight.data.sample import MAX_BOXES, LocatedSample, check_json, check_limit, read_data_file
+from finesight.data.sample import LocatedSample, check_json, read_data_file
 from finesight.errors import UserError
 
 _DOCUMENT_KEYS = ("version", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
 _SHAPE_KEYS = ("label", "points", "shape_type")
 LABELME_VERSION = "5.5.0"
 """LabelMe version that exported files declare."""
+
+POINT_TYPES = ("point", "points")
 
 
 def open_folder(source: Path) -> tuple[RowReader, str] | None:
@@ -66,8 +70,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     file = Path(row.record["file"])
     record = _read_record(file)
     source_notes: Counter[str] = Counter()
-    check_limit(len(record["shapes"]), MAX_BOXES, "shapes")
-    objects = [obj for shape in record["shapes"] for obj in _parse_shape(shape, source_notes)]
+    objects = [_parse_shape(shape, source_notes) for shape in record["shapes"]]
     count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
     count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
     image = _find_image(file, record)
@@ -118,7 +121,7 @@ def _read_record(file: Path) -> Record:
 
 def _read_classes(file: Path) -> tuple[bool, set[str]]:
     record = _read_record(file)
-    shapes = [s for s in record["shapes"] if _get_shape_type(s) in ("rectangle", "polygon")]
+    shapes = [s for s in record["shapes"] if _get_shape_type(s) not in POINT_TYPES]
     labels = {shape["label"] for shape in shapes if isinstance(shape.get("label"), str)}
     return "imagePath" in record, labels
 
@@ -128,36 +131,36 @@ def _get_shape_type(shape: Record) -> str:
     return str(shape.get("shape_type") or "polygon")
 
 
-def _parse_shape(shape: Record, source_notes: Counter[str]) -> Iterator[ObjectAnnotation]:
+def _parse_shape(shape: Record, source_notes: Counter[str]) -> ObjectAnnotation:
     shape_type, points = _get_shape_type(shape), shape.get("points")
-    if shape_type not in ("rectangle", "polygon"):
-        source_notes[f"shapes of type {shape_type} (skipped)"] += 1
-        return
-    try:
-        corners = [(float(x), float(y)) for x, y in points or ()]
-    except (TypeError, ValueError, OverflowError):
-        corners = []
-    if len(corners) < 2 or not isinstance(shape.get("label"), str) or not shape["label"].strip():
+    bounds = None if shape_type in POINT_TYPES else find_bounds(points or (), shape)
+    if not isinstance(shape.get("label"), str) or not shape["label"].strip():
         raise InvalidBoxError(
             f"the {shape_type} {str(shape)[:80]}",
-            expected="a label and two or more points [x, y]",
+            expected="a label",
             remedy="correct the shape, or remove it",
         )
-    source_notes.update([NOTE_POLYGON_AS_BOX] if shape_type == "polygon" else [])
-    xs, ys = zip(*corners, strict=True)
-    yield ObjectAnnotation(shape["label"], [min(xs), min(ys), max(xs), max(ys)])
+    if shape_type == "circle" and isinstance(points, list) and len(points) > 1:
+        (x, y), edge, *_ = ((float(x), float(y)) for x, y in points)
+        radius = math.dist((x, y), edge)
+        bounds = [x - radius, y - radius, x + radius, y + radius]
+    if shape_type != "rectangle":
+        kind = "polygons" if shape_type == "polygon" else f"shapes of type {shape_type}"
+        bounds = enclose_shape(kind, bounds, source_notes)
+    return ObjectAnnotation(shape["label"], bounds)
 
 
 def _find_image(file: Path, record: Record) -> str | bytes:
     """Return the image path, or the bytes of `imageData` if the image is missing.
 
-    The image path in the record may have Windows separators.
+    The image path in the record may have Windows separators. Without one, the image has the name of
+    the JSON file.
     """
-    name = str(record.get("imagePath") or "")
-    path = file.parent / name
-    found = find_existing(file.parent, name)
-    if found is not None and os.path.isfile(found):
-        return str(found)
+    names = [str(record["imagePath"])] if record.get("imagePath") else list_image_names(file)
+    path = file.parent / names[0]
+    for found in (find_existing(file.parent, name) for name in names):
+        if found is not None and os.path.isfile(found):
+            return str(found)
     data = record.get("imageData")
     if not isinstance(data, str) or not data:
         return str(path)  # the image resolver reports the path

@@ -12,7 +12,7 @@ import ast
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.conversation_rows import (
@@ -108,7 +108,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     if question is not None:
         parts.append(make_text_part(_get_text(question, "question")))
     user = Message(role="user", content=context.add_prompt(parts))
-    boxes = tuple(_iter_boxes(row, context, images))
+    boxes = tuple(_read_boxes(row, context, images))
     line_end = "\n" if boxes else ""
     answers_text = as_list(_read_cell(row, context, "answer"))
     check_limit(len(answers_text), MAX_ANSWERS, "answers")
@@ -244,7 +244,7 @@ def _json_default(value: object) -> str:
     return str(value)
 
 
-def _iter_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> Iterator[BoxPart]:
+def _read_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> list[BoxPart]:
     boxes = _parse_boxes(_read_cell(row, context, "box"))
     labels = as_list(_read_cell(row, context, "label")) or [None] * len(boxes)
     if boxes:
@@ -253,10 +253,8 @@ def _iter_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> It
         raise InvalidRowError(
             f"{len(labels)} labels for {len(boxes)} boxes", "a label for each box"
         )
-    for box, label in zip(boxes, labels, strict=True):
-        yield images.create_box(
-            box, None if label is None else _get_text(label, "label"), BoxConvention()
-        )
+    names = [None if label is None else _get_text(label, "label") for label in labels]
+    return images.create_boxes(zip(boxes, names, strict=True), BoxConvention())
 
 
 def _parse_boxes(value: object) -> list[object]:

@@ -18,6 +18,7 @@ declare entities.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,9 @@ from finesight.data.formats.image_annotations import (
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
+    enclose_shape,
     group_boxes_by_image,
+    list_image_names,
     make_unique_stem,
     parse_integer,
     round_coordinate,
@@ -50,10 +53,12 @@ from finesight.errors import UserError
 BNDBOX_TAGS = ("xmin", "ymin", "xmax", "ymax")
 OBJECT_FLAGS = ("difficult", "truncated", "occluded")
 IMAGE_FOLDERS = ("JPEGImages", "images")
-NOTE_NO_BNDBOX = "objects without a bndbox (skipped)"
 _ROOT_TAGS = ("filename", "path", "folder", "size", "segmented", "object")
 _OBJECT_TAGS = ("name", "bndbox", "part", *OBJECT_FLAGS)
 NOTE_PARTS = "parts of objects (ignored)"
+
+
+_XML_ENCODING = re.compile(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.-]+)")
 
 
 class _SafeTreeBuilder(ElementTree.TreeBuilder):
@@ -97,7 +102,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     for element in root.iterfind("object"):
         source_notes[NOTE_PARTS] += len(element.findall("part"))
         if element.find("bndbox") is None:
-            source_notes[NOTE_NO_BNDBOX] += 1
+            bounds = enclose_shape("objects without a bndbox", None, source_notes)
+            objects.append(ObjectAnnotation(element.findtext("name", "").strip(), bounds))
         else:
             objects.append(_parse_object(element, one_based=is_one_based))
     elements = [(root, _ROOT_TAGS), *((one, _OBJECT_TAGS) for one in root.iterfind("object"))]
@@ -128,13 +134,18 @@ def _read_xml(file: Path) -> ElementTree.Element:
 
 
 def parse_xml(content: str | bytes, expected: str) -> ElementTree.Element:
-    """Parse XML of an annotation tool without entities.
+    """Parse XML of an annotation tool without entities, in any declared encoding.
 
     Raises:
         UserError: The XML is invalid, or has a DOCTYPE, which could declare entities.
     """
     parser = ElementTree.XMLParser(target=_SafeTreeBuilder())
     try:
+        declared = _XML_ENCODING.match(content) if isinstance(content, bytes) else None
+        if declared is not None and isinstance(content, bytes):
+            # The XML parser reads no multi-byte encodings; GB 18030 extends GB 2312 and GBK.
+            name = declared[1].decode().lower()
+            content = content.decode("gb18030" if name.startswith("gb") else name)
         parser.feed(content)
         root = parser.close()
     except (ElementTree.ParseError, ValueError, LookupError) as error:
@@ -174,15 +185,16 @@ def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Pat
 
     If none exists and the image is not required, the path next to the XML file is returned.
     """
-    name = root.findtext("filename", "").strip().replace("\\", "/") or file.with_suffix(".jpg").name
+    name = root.findtext("filename", "").strip().replace("\\", "/")
+    names = [name] if name else list_image_names(file)
     folder = root.findtext("folder", "").strip()
     folders = [file.parent, *(file.parent.parent / inner for inner in (*IMAGE_FOLDERS, folder))]
-    candidates = (find_existing(candidate, name) for candidate in folders)
+    candidates = (find_existing(candidate, one) for candidate in folders for one in names)
     match = next((path for path in candidates if path and os.path.isfile(path)), None)
     if match is not None or not required:
-        return match or folders[0] / name
+        return match or folders[0] / names[0]
     raise CorruptImageError(
-        f"no image {name!r}",
+        f"no image {names[0]!r}",
         expected=f"the image in one of {', '.join(dict.fromkeys(map(str, folders)))}",
         remedy="move it there, or correct <filename>",
     )

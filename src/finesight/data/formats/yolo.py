@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from finesight.bounded_files import find_existing, load_yaml
-from finesight.data.boxes import BoxConvention, InvalidBoxError
+from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -35,13 +35,13 @@ from finesight.data.formats.dataset_format import (
     as_list,
 )
 from finesight.data.formats.image_annotations import (
-    NOTE_POLYGON_AS_BOX,
     ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     assign_text_file,
     build_detection_examples,
     collect_classes,
+    enclose_shape,
     group_boxes_by_image,
     parse_integer,
     require_inside_output,
@@ -56,11 +56,9 @@ from finesight.data.row_reader import (
     rows_from_items,
 )
 from finesight.data.sample import (
-    MAX_BOXES,
     MAX_DESCRIPTION_BYTES,
     MAX_LABEL_FILE_BYTES,
     LocatedSample,
-    check_limit,
     read_data_file,
     read_text_file,
 )
@@ -135,7 +133,6 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     source_notes: Counter[str] = Counter()
     text = read_data_file(label_file, MAX_LABEL_FILE_BYTES).decode("utf-8", "replace")
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    check_limit(len(lines), MAX_BOXES, "boxes")
     objects = [
         _parse_label_line(line, line_number, record, source_notes) for line_number, line in lines
     ]
@@ -364,9 +361,11 @@ def _parse_label_line(
         return ObjectAnnotation(label, values[:4])
     if len(values) == 4:
         return ObjectAnnotation(label, values)
-    source_notes[NOTE_POLYGON_AS_BOX] += 1
-    x1, y1 = min(values[::2]), min(values[1::2])
-    x2, y2 = max(values[::2]), max(values[1::2])
+    corners = find_bounds(zip(values[::2], values[1::2], strict=True), values)
+    bounds = enclose_shape("polygons", corners, source_notes)
+    if bounds is None:
+        return ObjectAnnotation(label, None)
+    x1, y1, x2, y2 = bounds
     return ObjectAnnotation(label, [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
 
 

@@ -1,0 +1,108 @@
+"""Boxes and points as numbers in texts: conversion at import, and reports of import and check."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from box_fixtures import import_samples, list_answers, write_box_image
+from image_fixtures import write_gray_image, write_jsonl
+
+from finesight.check.check_issues import CheckIssue
+from finesight.check.data_checker import DataChecker, inputs_from_files
+from finesight.data.import_source import ImportOptions
+
+
+def write_rows(root: Path, answer: str, question: str = "find fruit") -> Path:
+    write_gray_image(root / "a.png", 300, 200)
+    turns = [("user", f"<image>{question}"), ("assistant", answer)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return write_jsonl(root / "rows.jsonl", [{"messages": messages, "images": ["a.png"]}] * 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "units", "expected"),
+    [
+        ("<loc0256><loc0512><loc0768><loc1024> a", None, [(None, (150, 50, 300, 150)), " a"]),
+        ("a<loc_100><loc_200><loc_300><loc_400>", None, ["a", (None, (30, 40, 90, 80))]),
+        ("<ref>a</ref><box>(80,70),(150,90)</box>", None, [("a", (24, 14, 45, 18))]),
+        ("a<box>[[80, 70, 150, 90]]</box>", None, ["a", (None, (24, 14, 45, 18))]),
+        ("<box>80 70 150 90</box>", "pixel", [(None, (80, 70, 150, 90))]),
+        ("at [80, 70, 150, 90].", "1000", ["at ", (None, (24, 14, 45, 18)), "."]),
+        ("(0.1, 0.2), (0.5, 0.5)", "1", [(None, (30, 40, 150, 100))]),
+        (
+            '{"a": {"bbox": [80, 70, 150, 90]}}',
+            "pixel",
+            ['{"a": {"bbox": "', (None, (80, 70, 150, 90)), '"}}'],
+        ),
+        ('{"a": "at [1, 2, 9, 9]"}', "pixel", ['{"a": "at ', (None, (1, 2, 9, 9)), '"}']),
+    ],
+)
+def test_boxes_with_known_units_are_converted(
+    tmp_path: Path, answer: str, units: str | None, expected: list[object]
+) -> None:
+    samples, summary = import_samples(write_rows(tmp_path, answer), tmp_path / "o", box_units=units)
+    assert list_answers(samples) == [expected] * 3
+    assert summary.source_notes == {}
+
+
+def find_issues(folder: Path) -> list[CheckIssue]:
+    """Check the imported samples, and return the issues about coordinates in texts."""
+    inputs = inputs_from_files([folder / "out" / "data.jsonl"], [], ImportOptions())
+    result, _ = DataChecker(inputs, folder).run(single_process=True)
+    return [issue for issue in result.issues if issue.code == "coordinates-in-text"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("[80, 70, 150, 90]", "boxes"),
+        ("[10, 20, 110, 120]", "boxes"),
+        ("<box>80 70 150 90</box>", "boxes"),
+        ('{"xmin": 80, "ymin": 70, "xmax": 150, "ymax": 90}', "boxes"),
+        ('[{"box_2d": [70, 80, 90, 150], "label": "a"}]', "boxes"),
+        ("<patch_index_0044><patch_index_0863>", "boxes"),
+        ('[{"point_2d": [240, 150], "label": "fruit"}]', "points"),
+        ('<point x="10.5" y="20.1">a</point>', "points"),
+        ("(120, 80)", "points"),
+        ("[1, 2, 3, 4]", None),
+        ('{"x1": 2, "x2": 3, "points": 12, "left": 4}', None),
+        ("The years (1990, 2020) and f(x) = (3, 4).", None),
+    ],
+)
+def test_coordinates_in_texts_are_reported(tmp_path: Path, answer: str, kind: str | None) -> None:
+    _, summary = import_samples(write_rows(tmp_path, answer), tmp_path / "out")
+    found = [issue.what for issue in find_issues(tmp_path)]
+    expected = [f"3 samples with {kind} in their text"] if kind else []
+    assert [note.partition(",")[0] for note in found] == expected
+    notes = [f"{count} {note}" for note, count in summary.source_notes.items()]
+    assert [note.partition(",")[0] for note in notes] == expected
+
+
+def test_lists_that_are_no_boxes_are_not_reported(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png", 300, 200)
+    values = ([80, 70, 150, 90], [90, 20, 60, 99], [5, 80, 60, 7], [120, 3, 7, 150])
+    rows = [{"image": "a.png", "answer": str(value)} for value in values]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    columns = {"image": "image", "answer": "answer"}
+    options = {"columns": columns, "prompt": "Read the numbers."}
+    _, summary = import_samples(source, tmp_path / "out", **options)
+    assert summary.source_notes == {}
+
+
+def test_check_names_the_units_that_match_the_images(tmp_path: Path) -> None:
+    rng, rows = random.Random(0), []
+    for number in range(40):
+        width, height = rng.randrange(400, 900), rng.randrange(300, 700)
+        x, y = rng.randrange(20, width // 2), rng.randrange(20, height // 2)
+        box = (x, y, x + rng.randrange(60, width // 2), y + rng.randrange(60, height // 2))
+        write_box_image(tmp_path / f"{number}.png", box, (width, height))
+        sides = (width, height, width, height)
+        answer = str([round(1000 * value / side) for value, side in zip(box, sides, strict=True)])
+        rows.append({"image": f"{number}.png", "answer": answer})
+    columns = {"image": "image", "answer": "answer"}
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    import_samples(source, tmp_path / "out", columns=columns, prompt="Where?")
+    (issue,) = find_issues(tmp_path)
+    assert issue.remedy.endswith("in thousandths of the image: --box-units 1000")

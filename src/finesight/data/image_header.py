@@ -15,8 +15,9 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from finesight.data.parquet_reader import read_parquet_image
@@ -106,6 +107,9 @@ MAX_IMAGE_PIXELS = 64_000_000
 
 Without a limit, a 12 KB file could decode to gigabytes.
 """
+
+_HASH_ROWS = 256
+"""Number of image rows that are converted and hashed at once."""
 
 MAX_IMAGE_BYTES = 1 << 30
 """Maximum file size of an image: `MAX_IMAGE_PIXELS` uncompressed pixels of four 32-bit values."""
@@ -235,23 +239,71 @@ def _read_head(path: Path) -> bytes:
         return file.read(80)
 
 
-def check_pixels(path: Path) -> bool:
-    """Decode an image, JPEG at an eighth of its size, and return whether it has further frames.
+class PixelKey(NamedTuple):
+    """Key that is equal for images with equal pixels, in any format and with any metadata.
+
+    Attributes:
+        size: Height and width after EXIF rotation.
+        is_reduced: Whether the digest is that of a JPEG at an eighth of its size.
+    """
+
+    size: ImageSize
+    is_reduced: bool
+    digest: bytes
+
+
+class DecodedImage(NamedTuple):
+    """Result of decoding an image, with its key and 16 gray levels if a key was requested."""
+
+    has_more_frames: bool
+    key: PixelKey | None = None
+    thumbnail: bytes = b""
+
+
+def decode_image(path: Path, *, is_reduced: bool = True, with_key: bool = False) -> DecodedImage:
+    """Decode an image completely, to find truncated and equal ones.
+
+    Args:
+        is_reduced: Decode JPEG at an eighth of its size, which is faster.
 
     Raises:
         CorruptImageError: The file is truncated or corrupt.
     """
     with open_image_header(path) as image:
         try:
-            image.draft(None, (1, 1))
+            full_size = image.size
+            is_reduced = is_reduced and image.draft(None, (1, 1)) is not None
             image.load()
+            decoded = DecodedImage(False)
+            if with_key:
+                thumbnail = image.convert("L").resize((4, 4), Image.Resampling.BOX).tobytes()
+                key = _hash_pixels(image, full_size, is_reduced)
+                decoded = DecodedImage(False, key, thumbnail)
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
         # The further images of an MPO file are previews and depth maps.
         with contextlib.suppress(Exception):
             image.seek(1)
-            return image.format != "MPO"
-    return False
+            return decoded._replace(has_more_frames=image.format != "MPO")
+    return decoded
+
+
+def _hash_pixels(image: Image.Image, full_size: ImageSize, is_reduced: bool) -> PixelKey:
+    """Hash the pixels of a decoded image, in bands to limit the memory of conversions."""
+    orientation = read_exif_orientation(image)
+    size = full_size if orientation in TRANSPOSED_ORIENTATIONS else full_size[::-1]
+    if orientation != 1:
+        image = ImageOps.exif_transpose(image)
+    digest = hashlib.sha256()
+    for top in range(0, image.height, _HASH_ROWS):
+        band = image.crop((0, top, image.width, min(top + _HASH_ROWS, image.height)))
+        if band.has_transparency_data:  # as in training, transparent pixels are white
+            white = Image.new("RGBA", band.size, "white")
+            band = Image.alpha_composite(white, band.convert("RGBA"))
+        # Pixels of 16 and 32 bits have several byte orders in files.
+        mode = band.mode[0] if band.mode[0] in "IF" else "RGB"
+        digest.update(band.convert(mode).tobytes())
+    return PixelKey(size, is_reduced, digest.digest())
 
 
 def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:

@@ -12,7 +12,7 @@ import os
 import shlex
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats import detect_format
@@ -33,7 +34,13 @@ from finesight.data.formats.dataset_format import (
     UnsupportedKeyError,
     format_answer_id,
 )
-from finesight.data.image_header import CorruptImageError, check_pixels
+from finesight.data.image_header import (
+    CorruptImageError,
+    DecodedImage,
+    ImageSize,
+    PixelKey,
+    decode_image,
+)
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
 from finesight.data.import_source import ImportOptions, ImportSource, is_image_value, open_source
 from finesight.data.line_index import MAX_LINE_BYTES
@@ -111,7 +118,7 @@ class Spool:
         return content
 
 
-ImageKeys = frozenset[str]
+ImageKeys = frozenset[Hashable]
 """Keys of the images in a row. Identical images have equal keys."""
 
 
@@ -130,7 +137,7 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
             expected=f"at most {len(rows)}",
             remedy="use fewer rows for validation",
         )
-    eval_images = frozenset[str]().union(*rows[num_other_rows:])
+    eval_images = frozenset[Hashable]().union(*rows[num_other_rows:])
     train = [row_index for row_index in range(num_other_rows) if not rows[row_index] & eval_images]
     if num_other_rows and not train:
         raise UserError(
@@ -179,7 +186,7 @@ def _group_rows(rows: Sequence[ImageKeys]) -> list[list[int]]:
             parent[row_index] = row_index = parent[parent[row_index]]
         return row_index
 
-    first_row_by_key: dict[str, int] = {}
+    first_row_by_key: dict[Hashable, int] = {}
     for row_index, keys in enumerate(rows):
         for key in keys:
             parent[find_root(row_index)] = find_root(first_row_by_key.setdefault(key, row_index))
@@ -212,6 +219,11 @@ SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 NOTE_FIRST_FRAME = "images are animated or have several pages; only the first frame is used"
 DECODE_BATCH_SIZE = 1024
 """Number of images whose decoding is submitted at once."""
+
+MIN_COMPARED_SIDE, MAX_GRAY_DIFFERENCE = 64, 4
+"""Side length in pixels from which a JPEG at an eighth of its size has the gray levels of areas of
+the full image, and their maximum difference.
+"""
 
 MAX_DECODE_THREADS, DECODE_BYTES = 16, 2**29
 """Maximum number of decoding threads, and the available memory in bytes that each requires.
@@ -403,7 +415,7 @@ def import_dataset(
         context = source.create_context(options, staging)
         image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
         with _paused_gc():
-            rows, num_eval, refused = _parse_rows(
+            rows, num_eval, refused, pixel_keys = _parse_rows(
                 source, context, options, spool, image_names, progress_stage
             )
         if (
@@ -412,7 +424,7 @@ def import_dataset(
             and 0 < num_eval < len(rows)
         ):
             options = replace(options, eval_last=num_eval)
-        splits = _split_rows(_make_ids_unique(rows), options)
+        splits = _split_rows(_make_ids_unique(rows), options, pixel_keys)
         num_used = dict.fromkeys(image for part in splits for image in part.images())
         image_names.copy(num_used)
         output_files = [_write_split(split, spool, staging, out) for split in splits]
@@ -483,12 +495,12 @@ def _parse_rows(
     spool: Spool,
     names: ImageNames,
     progress_stage: ProgressStage,
-) -> tuple[list[RowExamples], int, _InvalidRows]:
+) -> tuple[list[RowExamples], int, _InvalidRows, dict[str, PixelKey]]:
     """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows.
 
     Returns:
-        The valid rows, how many of them belong to the validation split of the source, and the
-            invalid rows.
+        The valid rows, how many of them belong to the validation split of the source, the invalid
+            rows, and the keys of the images by path, which are empty without a split.
     """
     rows: list[RowExamples] = []
     locations: list[str] = []
@@ -511,7 +523,8 @@ def _parse_rows(
             rows.append([_spool_example(example, spool) for example in encoded])
             locations.append(row.location)
             is_eval.append(row_index >= eval_start)
-    corrupt = _find_corrupt_images(rows, context, progress_stage)
+    has_split = any(is_eval) or options.eval_last is not None or options.train_fraction is not None
+    corrupt, pixel_keys = _decode_images(rows, context, progress_stage, with_keys=has_split)
     if corrupt:
         row_errors = [next((corrupt[i] for i in _images(r) if i in corrupt), None) for r in rows]
         for location, image_error in zip(locations, row_errors, strict=True):
@@ -537,42 +550,84 @@ def _parse_rows(
             expected=source.data_format.description,
             remedy="check the source, or choose another --format",
         )
-    return rows, sum(is_eval), skipped
+    return rows, sum(is_eval), skipped, pixel_keys
 
 
-def _find_corrupt_images(
-    rows: Sequence[RowExamples], context: ImportContext, progress_stage: ProgressStage
-) -> dict[str, CorruptImageError]:
-    """Decode all images in threads, and return the errors of corrupt ones by path.
+def _decode_images(
+    rows: Sequence[RowExamples],
+    context: ImportContext,
+    progress_stage: ProgressStage,
+    *,
+    with_keys: bool,
+) -> tuple[dict[str, CorruptImageError], dict[str, PixelKey]]:
+    """Decode all images in threads; return the errors of corrupt ones and the keys by path.
 
     Images with further frames are counted in the notes of the import.
     """
+    errors: dict[str, CorruptImageError] = {}
 
-    def decode(path: str) -> bool | CorruptImageError:
+    def decode(path: str, is_reduced: bool) -> DecodedImage | CorruptImageError:
         try:
-            return not is_video_path(path) and check_pixels(Path(path))
+            return decode_image(Path(path), is_reduced=is_reduced, with_key=with_keys)
         except CorruptImageError as error:
             if context.images.is_saved(Path(path)):  # this file is deleted after the error
                 what = f"the embedded image: {error.what}"
                 return CorruptImageError(what, expected=error.expected, remedy=error.remedy)
             return error
 
-    errors = {}
-    paths = dict.fromkeys(image for examples in rows for image in _images(examples))
-    num_threads = min(num_allowed_cpus(), MAX_DECODE_THREADS, available_memory() // DECODE_BYTES)
-    with (
-        progress_stage("images", len(paths)) as on_progress,
-        ThreadPoolExecutor(max(1, num_threads)) as pool,
-    ):
-        remaining = iter(paths)
-        while batch := list(itertools.islice(remaining, DECODE_BATCH_SIZE)):
-            for path, result in zip(batch, pool.map(decode, batch), strict=True):
-                on_progress(1)
+    def decode_all(
+        paths: Sequence[str], is_reduced: bool = True
+    ) -> Iterator[tuple[str, DecodedImage]]:
+        for start in range(0, len(paths), DECODE_BATCH_SIZE):
+            batch = paths[start : start + DECODE_BATCH_SIZE]
+            results = pool.map(decode, batch, itertools.repeat(is_reduced))
+            for path, result in zip(batch, results, strict=True):
                 if isinstance(result, CorruptImageError):
                     errors[path] = result
-                elif result:
-                    context.source_notes[NOTE_FIRST_FRAME] += 1
-    return errors
+                else:
+                    yield path, result
+                on_progress(is_reduced)
+
+    paths = dict.fromkeys(image for examples in rows for image in _images(examples))
+    images = [path for path in paths if not is_video_path(path)]
+    num_threads = min(num_allowed_cpus(), MAX_DECODE_THREADS, available_memory() // DECODE_BYTES)
+    with (
+        progress_stage("images", len(images)) as on_progress,
+        ThreadPoolExecutor(max(1, num_threads)) as pool,
+    ):
+        all_decoded = dict(decode_all(images))
+        num_animated = sum(decoded.has_more_frames for decoded in all_decoded.values())
+        context.source_notes[NOTE_FIRST_FRAME] += num_animated
+        all_decoded |= decode_all(_find_ambiguous(all_decoded), is_reduced=False)
+    return errors, {path: decoded.key for path, decoded in all_decoded.items() if decoded.key}
+
+
+def _find_ambiguous(decoded: Mapping[str, DecodedImage]) -> list[str]:
+    """Return the paths of reduced JPEGs that may be equal to each other or to a full image.
+
+    Reduction changes the mean gray level of areas slightly, except for small images.
+    """
+    counts = Counter(image.key for image in decoded.values())
+    full_images: defaultdict[ImageSize, list[NDArray[np.int16]]] = defaultdict(list)
+
+    def read_gray(image: DecodedImage) -> NDArray[np.int16]:
+        return np.frombuffer(image.thumbnail, np.uint8).astype(np.int16)
+
+    for image in decoded.values():
+        if image.key and not image.key.is_reduced:
+            full_images[image.key.size].append(read_gray(image))
+    stacked = {size: np.stack(images) for size, images in full_images.items()}
+
+    def is_ambiguous(image: DecodedImage) -> bool:
+        if image.key is None or not image.key.is_reduced:
+            return False
+        size = image.key.size
+        if counts[image.key] > 1 or size not in stacked:
+            return counts[image.key] > 1
+        difference = np.abs(stacked[size] - read_gray(image)).max(axis=1).min()
+        return min(size) < MIN_COMPARED_SIDE or difference <= MAX_GRAY_DIFFERENCE
+
+    return [path for path, image in decoded.items() if is_ambiguous(image)]
 
 
 def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_EncodedExample]:
@@ -714,16 +769,21 @@ def _make_ids_unique(rows: list[RowExamples]) -> list[RowExamples]:
     return [[rename(example) for example in examples] for examples in rows]
 
 
-def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_OutputSplit]:
-    """Assign the rows to output files.
+def _split_rows(
+    rows: list[RowExamples], options: ImportOptions, pixel_keys: Mapping[str, PixelKey]
+) -> list[_OutputSplit]:
+    """Assign the rows to output files, so that no two files have images with equal pixels.
 
     Without a split there is one file, data.jsonl, otherwise train.jsonl and eval.jsonl.
     """
     if options.eval_last is None and options.train_fraction is None:
         return [_OutputSplit("data.jsonl", rows)]
-    images_per_row = [[Path(i) for i in dict.fromkeys(_images(examples))] for examples in rows]
-    keys = hash_images(path for paths in images_per_row for path in paths)
-    image_keys = [frozenset(keys[path] for path in paths) for paths in images_per_row]
+    videos = {Path(p) for examples in rows for p in _images(examples) if p not in pixel_keys}
+    video_keys = hash_images(videos)
+    image_keys = [
+        frozenset(pixel_keys.get(p) or video_keys[Path(p)] for p in _images(examples))
+        for examples in rows
+    ]
     if options.train_fraction is not None:
         train, validation = split_by_image(image_keys, options.train_fraction, options.seed)
     else:

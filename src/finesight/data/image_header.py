@@ -7,6 +7,7 @@ to read the image without unpacking the container. Pixels are not decoded.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -14,7 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -128,8 +129,21 @@ IMAGE_SUFFIXES = frozenset(
     }
 )
 
+IMAGE_MAGICS = {
+    b"\xff\xd8": ".jpg",
+    b"\x89PNG": ".png",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II": ".tif",
+    b"MM": ".tif",
+}
+"""Suffix of image files by their first bytes, for common formats."""
+
 _HEIF_HEADER = re.compile(rb".{4}ftyp.{4,60}(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 """Pattern of the first bytes of a HEIF file: its box `ftyp` with a HEIF brand."""
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
@@ -141,6 +155,41 @@ Pillow decodes a tile completely even if the image covers only a small part of i
 
 # The limit above is enforced for every image; the limit of Pillow only warns above 89 megapixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def find_image_suffix(data: bytes) -> str:
+    """Return the suffix of an image file from its first bytes, "" for an unknown format."""
+    if data[4:8] == b"ftyp":
+        return ".avif" if data[8:12] in (b"avif", b"avis") else ".heic"
+    return next((suffix for magic, suffix in IMAGE_MAGICS.items() if data.startswith(magic)), "")
+
+
+def is_base64_image(text: str) -> bool:
+    """Return whether a text is an image in base64, without the header of a data URL.
+
+    The URL-safe alphabet, line breaks and missing padding are accepted.
+    """
+    head = "".join(text[:100].split())[:32]
+    return (
+        len(head) == 32
+        and _BASE64.fullmatch(text) is not None
+        and find_image_suffix(base64.b64decode(head, altchars=b"-_")) != ""
+    )
+
+
+def is_image_value(value: object) -> bool:
+    """Return whether a value is an embedded image, the name of an image, or a list of them."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(is_image_value, value))
+    if isinstance(value, dict):
+        return "bytes" in value or "path" in value
+    if isinstance(value, bytes):
+        return find_image_suffix(value) != ""
+    if not isinstance(value, str):
+        return False
+    path = value.partition("?")[0] if "://" in value else value
+    is_data_url = value.lstrip()[:11].lower() == "data:image/"
+    return PurePath(path).suffix.lower() in IMAGE_SUFFIXES or is_data_url or is_base64_image(value)
 
 
 class CorruptImageError(UserError):

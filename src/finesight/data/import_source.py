@@ -34,7 +34,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
-from finesight.data.image_header import IMAGE_SUFFIXES
+from finesight.data.image_header import is_image_value
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
@@ -54,6 +54,8 @@ from finesight.errors import UserError
 if TYPE_CHECKING:
     from finesight.hub.url_files import RemoteImages
 
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx")
 
 NUM_DETECTION_ROWS = 100
 
@@ -117,6 +119,7 @@ class ImportOptions:
         row_files: Files of a folder that contain its rows; empty to detect them.
         web_images: Downloader of image URLs, None to reject URLs.
         encoding: Encoding of .csv and .tsv files, None to detect it.
+        no_header: The first row of a table contains values; its columns are 1, 2 and so on.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
     """
 
@@ -137,6 +140,7 @@ class ImportOptions:
     web_images: RemoteImages | None = None
     allowed_root: Path | None = None
     encoding: str | None = None
+    no_header: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +367,13 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             expected="a table as text, or an ImageFolder with metadata.csv; others are UTF-8",
             remedy="remove --encoding",
         )
+    if options.no_header and any(file.suffix.lower() not in TABLE_SUFFIXES for file in files):
+        raise UserError(
+            "the source is not a .csv, .tsv or .xlsx file",
+            where="--no-header",
+            expected="a table whose first row contains values",
+            remedy="remove --no-header",
+        )
     as_table = options.columns and (source.is_file() or options.row_files)
     candidates = [requested] if requested else [] if as_table else FORMATS
     for data_format in candidates:
@@ -395,7 +406,9 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy=listing.suggest_source(),
         )
     readers = [
-        open_webdataset(file) if is_tar_file(file) else open_row_file(file, options.encoding)
+        open_webdataset(file)
+        if is_tar_file(file)
+        else open_row_file(file, options.encoding, no_header=options.no_header)
         for file in files
     ]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
@@ -554,13 +567,6 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, 
                 remedy="name the column: --map image=COLUMN --map answer=COLUMN",
             ) from None
         return files[0], columns
-
-
-def is_image_value(value: object) -> bool:
-    """Return whether a cell contains an embedded image or the name of an image file."""
-    if isinstance(value, dict):
-        return "bytes" in value or "path" in value
-    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
 
 
 def guess_columns(records: Sequence[Record]) -> dict[str, str]:

@@ -40,9 +40,10 @@ from finesight.data.image_header import (
     ImageSize,
     PixelKey,
     decode_image,
+    is_image_value,
 )
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
-from finesight.data.import_source import ImportOptions, ImportSource, is_image_value, open_source
+from finesight.data.import_source import ImportOptions, ImportSource, open_source
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import SourceRow, list_folder
 from finesight.data.sample import (

@@ -41,6 +41,7 @@ from finesight.data.formats.dataset_format import (
     split_at_pattern,
     strip_object_refs,
 )
+from finesight.data.image_header import is_image_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_BOXES,
@@ -295,8 +296,14 @@ def list_checked_images(record: Record) -> list[object]:
 
 
 def list_videos(record: Record) -> list[object]:
-    """Return the video files under the keys `video` and `videos` of a record, in order."""
-    videos = list_images(record, VIDEO_KEYS)
+    """Return the videos under the keys `video` and `videos` of a record, in order.
+
+    A video is a file, a folder of frames or a list of them; a plain list of images is one video.
+    """
+    videos: list[object] = []
+    for values in (as_list(record[key]) for key in VIDEO_KEYS if has_value(record.get(key))):
+        is_frame_list = all(is_image_value(v) and not isinstance(v, list) for v in values)
+        videos += [values] if is_frame_list else values
     check_limit(len(videos), MAX_PARTS, "videos")
     return videos
 

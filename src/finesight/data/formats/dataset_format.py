@@ -22,11 +22,9 @@ from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import Record, RowReader, SourceRow
 from finesight.data.sample import (
     MAX_BOXES,
-    VIDEO_SUFFIXES,
     BoxPart,
     ContentPart,
     ImagePart,
-    InvalidRowError,
     InvalidTurnsError,
     LocatedSample,
     Message,
@@ -263,14 +261,11 @@ class RowImages:
         return ImagePart(image=str(self.paths[-1]))
 
     def add_video(self, value: object) -> VideoPart:
-        """Resolve the path of a video file, and return its video part."""
-        if not isinstance(value, str) or not is_video_path(value.strip()):
-            raise InvalidRowError(
-                f"a video given as {str(value)[:60]!r}",
-                f"the path of a file with one of the suffixes {', '.join(VIDEO_SUFFIXES)}",
-                _VIDEO_REMEDY,
-            )
-        return VideoPart(video=str(self._context.images.resolve(value)))
+        """Resolve a video file, a list of frames or a folder of them; return the video part."""
+        if isinstance(value, str) and is_video_path(value.strip()):
+            return VideoPart(video=str(self._context.images.resolve(value)))
+        frames = self._context.images.resolve_frames(value)
+        return VideoPart(frames=tuple(map(str, frames)))
 
     def create_box(
         self,

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 from finesight.data.formats import table
 from finesight.data.formats.dataset_format import (
@@ -66,19 +67,24 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
         return None
     listing = list_folder(source)
     images = listing.image_files()
-    texts = {text.with_suffix(""): text for text in listing.files_with_suffix(".txt")}
-    num_with_text = sum(image.with_suffix("") in texts for image in images)
+    texts = {_get_pair_key(text): text for text in listing.files_with_suffix(".txt")}
+    num_with_text = sum(_get_pair_key(image) in texts for image in images)
     if not num_with_text:
         return None
 
     def make_row(row_number: int, image: Path) -> SourceRow:
-        text = texts.get(image.with_suffix(""))
+        text = texts.get(_get_pair_key(image))
         record = {"id": image.stem, "image": str(image), "text": str(text) if text else None}
         return SourceRow(row_number, str(image), record, source.stem)
 
     return rows_from_items(
         images, make_row
     ), f"{num_with_text} images with a text file of the same name"
+
+
+def _get_pair_key(path: Path) -> str:
+    """Return the path that an image and its text share, with composed characters (NFC)."""
+    return normalize("NFC", str(path.with_suffix("")))
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -233,7 +239,9 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
     listing = list_folder(source) if source.is_dir() else None
     images, num_train, note = _order_by_split(source, listing.image_files() if listing else ())
     depth = 1 if note else 0
-    labels = [image.relative_to(source).parts[depth:-1] for image in images]
+    # macOS decomposes the characters of names, in contrast to texts.
+    paths = [Path(normalize("NFC", str(image.relative_to(source)))).parts for image in images]
+    labels = [parts[depth:-1] for parts in paths]
     classes = Counter(label[0] for label in sorted(labels) if label)
     names = {name.lower() for name in classes}
     problem = ""
@@ -258,7 +266,7 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
         return None
 
     def make_row(row_number: int, image: Path) -> SourceRow:
-        parts = image.relative_to(source).parts
+        parts = paths[row_number - 1]
         record = {
             "id": "-".join((*parts[:-1], image.stem)),
             "image": str(image),

@@ -432,11 +432,12 @@ def test_real_boxes(shared: Path, tmp_path: Path, form: str) -> None:
         assert list(sample.messages[-1].content[0].xyxy) == original["bbox_xyxy"]
 
 
-def test_real_boxes_with_undeclared_format_are_rejected(shared: Path, tmp_path: Path) -> None:
+def test_real_boxes_in_the_wrong_format_are_rejected(shared: Path, tmp_path: Path) -> None:
     source = shared / "data" / "grounding" / "grounding.jsonl"
     columns = {"image": "image", "question": "question", "box": "bbox_xywh"}
+    options = ImportOptions(columns=columns, box_format="xyxy")
     with pytest.raises(UserError, match="of 534 rows are invalid") as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions(columns=columns))
+        import_dataset(source, tmp_path / "out", options)
     assert "--box-format xywh" in caught.value.remedy
 
 

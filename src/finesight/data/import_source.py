@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import find_existing, parse_json
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.corpus import (
     PACKED_SUFFIXES,
@@ -20,7 +21,7 @@ from finesight.data.corpus import (
     read_first_json,
     read_first_record,
 )
-from finesight.data.formats import FORMATS, detect_format, get_format
+from finesight.data.formats import FORMATS, column_roles, detect_format, get_format
 from finesight.data.formats import native_samples as samples_format
 from finesight.data.formats import table as table_format
 from finesight.data.formats.dataset_format import (
@@ -34,7 +35,6 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
-from finesight.data.image_header import is_image_value
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
@@ -47,6 +47,7 @@ from finesight.data.row_reader import (
     list_folder,
     open_row_file,
     open_webdataset,
+    rows_from_items,
 )
 from finesight.data.sample import BoxPart, Sample, validate_roles
 from finesight.errors import UserError
@@ -77,14 +78,6 @@ PROMPTS = {
     "grounding": "Locate the object.",
     "detection": "Locate all objects.",
 }
-_QUESTION_NAMES = ("question", "query", "instruction", "prompt")
-_BOX_NAMES = ("bbox", "box", "bboxes", "boxes")
-_LABEL_NAMES = ("label", "class", "category", "name")
-_ANSWER_NAMES = (
-    *("answer", "caption", "description", "text", "transcription", "latex", "formula"),
-    *("response", "output", "label", "class", "category"),
-)
-_IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|")
 _LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
 _QUESTION = re.compile(
     "(?i)[?？]$|^(?:what|which|who|whose|whom|where|when|why|how|is|are|was|were|do|does|did|can"
@@ -272,18 +265,76 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     if data_format is None:
         data_format, detected_by = _detect_format(first_records, source, options)
     check_format_options(data_format, detected_by, options)
-    columns = tuple(map(str, first_records[0])) if first_records else ()
     column_map = data_format.map_columns(first_records[0] if first_records else {}, options.columns)
     known = dict.fromkeys(key for record in first_records for key in record)
     for role, column in column_map.items():
         table_format.find_columns(known, role, column, str(source))
+    columns = tuple(_list_columns(first_records[0], column_map)) if first_records else ()
     opened = ImportSource(
         source, rows, data_format, detected_by, columns, column_map, (start, stop)
     )
+    if {"image", "box"} <= column_map.keys():
+        opened = _merge_objects(opened)
     if data_format is table_format.FORMAT and (folder := _find_image_folder(opened)) is not None:
-        detected_by = f"{detected_by}; images found in {folder.name}/"
+        detected_by = f"{opened.detected_by}; images found in {folder.name}/"
         opened = replace(opened, image_folder=folder, detected_by=detected_by)
     return opened
+
+
+def _list_columns(record: Record, column_map: Mapping[str, str]) -> Iterator[str]:
+    """Yield the columns of a record, and the keys inside those of which a part is mapped."""
+    mapped = ",".join(column_map.values()).split(",")
+    for name, value in record.items():
+        item = value[0] if isinstance(value, list) and value else value
+        if isinstance(item, dict) and any(one.startswith(f"{name}.") for one in mapped):
+            yield from (f"{name}.{key}" for key in item)
+        else:
+            yield str(name)
+
+
+def _merge_objects(source: ImportSource) -> ImportSource:
+    """Merge rows with an object each to rows with all objects of an image.
+
+    Rows are merged if their cells are equal in all roles except box and label. Rows with embedded
+    images are unchanged.
+    """
+    start, stop = source.row_bounds
+    eval_start = source.rows.num_rows if source.rows.eval_start is None else source.rows.eval_start
+    mapped = {role: source.column_map[role] for role in source.column_map.keys() - {"box", "label"}}
+    groups: dict[tuple[bool, bytes], list[int]] = {}
+    for index, row in enumerate(source.iter_rows(), start=start):
+        if not isinstance(row.record.get(mapped["image"]), str):
+            return source
+        cells = [table_format.get_cell(row.record, name) for name in mapped.values()]
+        digest = hashlib.blake2b(repr(cells).encode(errors="backslashreplace"), digest_size=16)
+        groups.setdefault((index >= eval_start, digest.digest()), []).append(index)
+    if len(groups) == stop - start:
+        return source
+    all_rows = list(source.iter_rows())
+
+    def merge(_: int, indices: list[int]) -> SourceRow:
+        first, *others = (all_rows[index - start] for index in indices)
+        more = f" and {len(others)} more of its image" if others else ""
+        return replace(
+            first,
+            location=f"{first.location}{more}",
+            more_records=tuple(row.record for row in others),
+        )
+
+    merged = rows_from_items(list(groups.values()), merge)
+    num_train = sum(not is_eval for is_eval, _ in groups)
+    note = f"; {stop - start} rows with boxes of {len(groups)} images"
+    return replace(
+        source,
+        rows=replace(
+            source.rows,
+            num_rows=len(groups) + source.rows.num_rows - (stop - start),
+            iter_range=merged.iter_range,
+            eval_start=None if source.rows.eval_start is None else num_train,
+        ),
+        row_bounds=(0, len(groups)),
+        detected_by=f"{source.detected_by}{note}",
+    )
 
 
 def _find_image_folder(source: ImportSource) -> Path | None:
@@ -302,11 +353,11 @@ def _find_image_folder(source: ImportSource) -> Path | None:
             continue
         if not isinstance(name, str) or Path(name).name != name:
             return None
-        if os.path.exists(home / name) or os.path.exists(name):
+        if find_existing(home, name) or os.path.exists(name):
             return None
         if subfolders is None:
             subfolders = [folder for folder in home.iterdir() if folder.is_dir()]
-        if found := {folder for folder in subfolders if os.path.exists(folder / name)}:
+        if found := {folder for folder in subfolders if find_existing(folder, name)}:
             matches.append(found)
     folders = set.intersection(*matches) if 2 * len(matches) > stop - start else set()
     return folders.pop() if len(folders) == 1 else None
@@ -320,7 +371,7 @@ def _check_options(options: ImportOptions) -> None:
             f"unknown role {unknown[0]!r}",
             where="--map",
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
-            remedy=table_format.suggest_role(unknown[0], options.columns[unknown[0]]),
+            remedy=column_roles.suggest_role(unknown[0], options.columns[unknown[0]]),
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
@@ -438,7 +489,7 @@ def _detect_format(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
             where="--format table",
             expected="--map image=COLUMN, --map answer=COLUMN or --map box=COLUMN and so on",
-            remedy=f"perhaps {table_format.suggest_mapping(first_records[0])}",
+            remedy=f"perhaps {column_roles.suggest_mapping(first_records[0])}",
         )
     return data_format, detected_by
 
@@ -535,15 +586,14 @@ def count_unlabeled_images(folder: Path) -> int:
     return 0
 
 
-def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, str]]:
-    """Return the file or folder to import, and the column roles of a table.
+def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOptions]:
+    """Return the file or folder to import, and the options with the column roles of a table.
 
-    The roles are empty if the format of the data is detected without them. Roles in `options`
-    are returned unchanged.
+    The roles are empty if the format of the data is detected without them. Roles in `options` are
+    not changed. Box format and units are set if the values contradict the names of the columns.
     """
     try:
-        open_source(path, options)
-        return path, dict(options.columns)
+        opened = open_source(path, options)
     except UserError:
         files = [path]
         if path.is_dir():
@@ -551,55 +601,33 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, 
             files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
         if len(files) != 1 or not files[0].is_file():
             raise
-        if options.columns:
-            return files[0], dict(options.columns)
-        rows = open_row_file(files[0])
-        records = [row.record for row in rows.iter_range(0, min(rows.num_rows, NUM_PREVIEW_ROWS))]
-        columns = guess_columns(records)
-        if "image" not in columns or len(columns) < 2:
-            open_source(files[0], options)  # raises the error of a table, if it is one
-            return files[0], {}
-        if not columns.keys() & {"answer", "fields", "box"}:
-            raise UserError(
-                f"no answer column among {', '.join(map(str, records[0]))}",
-                where=str(files[0]),
-                expected="a column with the answers",
-                remedy="name the column: --map image=COLUMN --map answer=COLUMN",
-            ) from None
-        return files[0], columns
+        path = files[0]
+        if not options.columns:
+            rows = open_row_file(path, options.encoding, no_header=options.no_header)
+            records = _read_preview(rows)
+            columns = column_roles.guess_columns(records)
+            if "image" not in columns or len(columns) < 2:
+                open_source(path, options)  # raises the error of a table, if it is one
+                return path, options
+            if not columns.keys() & {"answer", "fields", "box"}:
+                raise UserError(
+                    f"no answer column among {', '.join(map(str, records[0]))}",
+                    where=str(path),
+                    expected="a column with the answers",
+                    remedy="name the column: --map image=COLUMN --map answer=COLUMN",
+                ) from None
+            options = replace(options, columns=columns)
+        opened = open_source(path, options)
+    box = opened.column_map.get("box")
+    if box is None or options.box_format or options.box_units:
+        return path, options
+    box_format, box_units = column_roles.guess_box_options(_read_preview(opened.rows), box)
+    return path, replace(options, box_format=box_format, box_units=box_units)
 
 
-def guess_columns(records: Sequence[Record]) -> dict[str, str]:
-    """Guess the roles of table columns from their names and values, as for `import --map`."""
-    names = {str(name).lower(): str(name) for name in records[0]}
-    columns: dict[str, str] = {}
-    for name in names.values():
-        if fmean(is_image_value(record.get(name)) for record in records) > 0.9:
-            columns["image"] = name
-            break
-    roles = {"question": _QUESTION_NAMES, "box": _BOX_NAMES, "label": _LABEL_NAMES}
-    for role, candidates in roles.items():
-        if (match := next((names[key] for key in candidates if key in names), None)) is not None:
-            columns[role] = match
-    if "box" in columns:
-        # The label of a box is also the question.
-        if "label" in columns:
-            columns.setdefault("question", columns["label"])
-        return columns
-    columns.pop("label", None)
-    others = [
-        name
-        for key, name in names.items()
-        if name not in columns.values()
-        and not _IGNORED_NAMES.fullmatch(key)
-        and any(record.get(name) not in (None, "") for record in records)
-    ]
-    answers = [names[key] for key in _ANSWER_NAMES if names.get(key) in others]
-    if answers or len(others) == 1:
-        columns["answer"] = (answers or others)[0]
-    elif others:
-        columns["fields"] = ",".join(others)
-    return columns
+def _read_preview(rows: RowReader) -> list[Record]:
+    preview = rows.iter_range(0, min(rows.num_rows, NUM_PREVIEW_ROWS))
+    return [record for row in preview for record in (row.record, *row.more_records)]
 
 
 def format_class_prompt(classes: Collection[str]) -> str:

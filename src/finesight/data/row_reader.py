@@ -74,12 +74,14 @@ class SourceRow:
     Attributes:
         number: 1-based line number in JSON Lines, else 1-based row number.
         location: Location of the row for messages, such as "line 12".
+        more_records: Further rows about the same image, each with an object.
     """
 
     number: int
     location: str
     record: Record
     stem: str
+    more_records: tuple[Record, ...] = ()
 
     @property
     def id(self) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from unicodedata import normalize
 
 from finesight.data.formats import table
+from finesight.data.formats.column_roles import guess_columns
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -145,7 +146,6 @@ _NO_CLASS_NAMES = frozenset({"images", "img", "masks", "labels", "annotations"})
 """Names of folders, in lower case, that are classes only with `--format classes`."""
 
 _METADATA_NAME = re.compile(r"metadata\.(?:csv|jsonl|parquet)", re.IGNORECASE)
-_ANSWER_COLUMNS = ("text", "caption", "label", "answer", "ground_truth")
 
 
 def _order_by_split(root: Path, files: Sequence[Path]) -> tuple[list[Path], int, str]:
@@ -208,20 +208,19 @@ def _resolve_file_names(reader: RowReader, folder: Path) -> RowReader:
 
 
 def map_imagefolder_columns(record: Record, columns: Mapping[str, str]) -> dict[str, str]:
-    """Return the column of each role: of `--map`, else `file_name` and the answer column."""
-    mapped = {"image": "file_name", **columns}
-    if not mapped.keys() & {"answer", "fields", "box"}:
-        others = [name for name in record if name not in ("file_name", "id")]
-        answers = [name for name in _ANSWER_COLUMNS if name in record] or others
-        if not answers or (answers == others and len(others) > 1):
-            raise UserError(
-                f"no answer column among {', '.join(map(str, record))}",
-                where="--map",
-                expected=f"a column {', '.join(_ANSWER_COLUMNS)}, or a single one",
-                remedy="name the column: --map answer=COLUMN, or --map fields=COLUMN,COLUMN",
-            )
-        mapped["answer"] = str(answers[0])
-    return mapped
+    """Return the column of each role: of `--map`, else `file_name` and those of known names."""
+    if columns.keys() & {"answer", "fields", "box"}:
+        return {"image": "file_name", **columns}
+    guessed = guess_columns([record]) | {"image": "file_name"}
+    if not guessed.keys() & {"answer", "box"}:
+        raise UserError(
+            f"no answer column among {', '.join(map(str, record))}",
+            where="--map",
+            expected="columns with known names, such as caption, or question and answer, or objects"
+            " with bbox and categories; or a single column",
+            remedy="name the column: --map answer=COLUMN, or --map fields=COLUMN,COLUMN",
+        )
+    return guessed | dict(columns)
 
 
 def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[RowReader, str] | None:

@@ -14,7 +14,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 
-from finesight.data.boxes import BoxConvention
+from finesight.data.boxes import BoxConvention, BoxFormat
 from finesight.data.formats.conversation_rows import (
     Files,
     PartRenderer,
@@ -60,32 +60,42 @@ _SEPARATOR = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 
 MAX_CELL_CHARS = 2**20
 
-_COMMON_NAMES = {
-    "image": ("image", "img", "picture", "path", "file"),
-    "answer": ("answer", "caption", "text", "txt", "latex", "formula", "response", "sentence"),
-    "question": ("question", "query", "instruction"),
-    "box": ("bbox", "box"),
-}
+BOX_COLUMNS: tuple[tuple[BoxFormat, tuple[tuple[str, ...], ...]], ...] = (
+    (
+        "xyxy",
+        (
+            ("xmin", "ymin", "xmax", "ymax"),
+            ("x1", "y1", "x2", "y2"),
+            ("left", "top", "right", "bottom"),
+            ("minx", "miny", "maxx", "maxy"),
+            ("x0", "y0", "x1", "y1"),
+        ),
+    ),
+    (
+        "cxcywh",
+        (
+            ("cx", "cy", "w", "h"),
+            ("cx", "cy", "width", "height"),
+            ("xcenter", "ycenter", "width", "height"),
+            ("centerx", "centery", "width", "height"),
+        ),
+    ),
+    (
+        "xywh",
+        (
+            ("x", "y", "w", "h"),
+            ("x", "y", "width", "height"),
+            ("left", "top", "width", "height"),
+            ("xmin", "ymin", "width", "height"),
+        ),
+    ),
+)
+"""Common names of four columns with the coordinates of a box, by box format."""
 
-
-def suggest_mapping(record: Record) -> str:
-    """Suggest `--map` options for a record, based on common column names."""
-    options = []
-    for role, names in _COMMON_NAMES.items():
-        matches = (key for name in names for key in record if name in key.lower())
-        column = next(matches, None)
-        if column or role in ("image", "answer"):
-            pair = f"{role}={column or 'COLUMN'}"
-            options.append(f"--map {shlex.quote(pair)}")
-    return " ".join(options)
-
-
-def suggest_role(name: str, column: str) -> str:
-    """Return a remedy for an unknown role that `--map` gives to a column."""
-    for role, names in _COMMON_NAMES.items():
-        if name.lower() in names:
-            return f"use {role}={column}"
-    return suggest_name(name, MAPPABLE_COLUMNS, "use one of these, such as answer=COLUMN")
+_BOX_PREFIX = re.compile(r"^(?:bndbox|boundingbox|bbox|box|roi|rect)")
+_FORMAT_IN_NAME = re.compile(
+    r"(?i)(?P<cxcywh>cxcywh|xcycwh|yolo)|(?P<xyxy>xyxy|ltrb)|(?P<xywh>xywh|ltwh|coco)"
+)
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -93,15 +103,19 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     images = RowImages(context)
     parts: list[ContentPart] = []
     if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected
-        values = _read_cell(row, context, "image")
+        values = _read_cell(row.record, context, "image")
         parts += map(images.add_image, values if isinstance(values, list) else [values])
-    question = _read_cell(row, context, "question")
+    question = _read_cell(row.record, context, "question")
+    if isinstance(question, list) and "," in context.columns["question"]:
+        # Empty cells of several columns, such as instruction and input, are left out.
+        texts = (str(cell) for cell in question if cell not in (None, "") and cell == cell)
+        question = "\n".join(texts)
     if question is not None:
         parts.append(make_text_part(_get_text(question, "question")))
     user = Message(role="user", content=context.add_prompt(parts))
     boxes = tuple(_iter_boxes(row, context, images))
     line_end = "\n" if boxes else ""
-    answers_text = as_list(_read_cell(row, context, "answer"))
+    answers_text = as_list(_read_cell(row.record, context, "answer"))
     check_limit(len(answers_text), MAX_ANSWERS, "answers")
     texts = [_get_text(answer, "answer") for answer in answers_text]
     answers = [(*parse_answer(f"{text}{line_end}", images), *boxes) for text in texts]
@@ -121,7 +135,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     return ImportExample(row.id, (user,), tuple(answers))
 
 
-def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
+def _read_cell(record: Record, context: ImportContext, role: str) -> object:
     """Return the value of the column mapped to a role, None without a mapping.
 
     Several comma-separated columns yield a list, such as the four coordinates of a box.
@@ -129,9 +143,22 @@ def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
     column = context.columns.get(role)
     if column is None:
         return None
-    names = find_columns(row.record, role, column)
-    values = [row.record[name] for name in names]
-    return values[0] if len(names) == 1 else values
+    values = [get_cell(record, name) for name in find_columns(record, role, column)]
+    return values[0] if len(values) == 1 else values
+
+
+def get_cell(record: Record, name: str) -> object:
+    """Return the value of a column, or of a key inside it: `objects.bbox`."""
+    if name in record:
+        return record[name]
+    column, _, key = name.partition(".")
+    return _get_inner(record.get(column), key)
+
+
+def _get_inner(value: object, key: str) -> object:
+    if isinstance(value, list | tuple):
+        return [_get_inner(item, key) for item in value]
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def find_columns(record: Collection[str], role: str, column: str, where: str = "") -> list[str]:
@@ -143,7 +170,9 @@ def find_columns(record: Collection[str], role: str, column: str, where: str = "
     if column in record:
         return [column]
     names = split_column_names(column, record)
-    missing = next((name for name in names if name not in record), None)
+    missing = next(
+        (name for name in names if {name, name.partition(".")[0]}.isdisjoint(record)), None
+    )
     if missing is None:
         return names
     raise UserError(
@@ -189,7 +218,7 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
             expected="an answer in one column, or in several",
             remedy="remove one of the two",
         )
-    cell = _read_cell(row, context, "fields")
+    cell = _read_cell(row.record, context, "fields")
     is_single_column = column in row.record
     cells = (
         [(column, cell)]
@@ -236,18 +265,54 @@ def _json_default(value: object) -> str:
 
 
 def _iter_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> Iterator[BoxPart]:
-    boxes = _parse_boxes(_read_cell(row, context, "box"))
-    labels = as_list(_read_cell(row, context, "label")) or [None] * len(boxes)
-    if boxes:
-        images.require_single_image()
-    if len(labels) != len(boxes):
-        raise InvalidRowError(
-            f"{len(labels)} labels for {len(boxes)} boxes", "a label for each box"
-        )
-    for box, label in zip(boxes, labels, strict=True):
-        yield images.create_box(
-            box, None if label is None else _get_text(label, "label"), BoxConvention()
-        )
+    convention = get_default_convention(context.columns.get("box", ""))
+    for record in (row.record, *row.more_records):
+        boxes = read_boxes(record, context.columns.get("box", ""))
+        labels = as_list(_read_cell(record, context, "label")) if boxes else []
+        if boxes:
+            images.require_single_image()
+        if labels and len(labels) != len(boxes):
+            raise InvalidRowError(
+                f"{len(labels)} labels for {len(boxes)} boxes", "a label for each box"
+            )
+        for box, label in zip(boxes, labels or [None] * len(boxes), strict=True):
+            text = None if label is None else _get_text(label, "label")
+            yield images.create_box(box, text, convention)
+
+
+def get_default_convention(column: str) -> BoxConvention:
+    """Return the box convention that the name of a column, or of four columns, states.
+
+    Boxes under `objects` are those of Hugging Face datasets, in the format of COCO.
+    """
+    names = tuple(map(normalize_coordinate, column.split(",")))
+    stated = _FORMAT_IN_NAME.search(column)
+    for box_format, coordinates in BOX_COLUMNS:
+        is_stated = stated is not None and stated.lastgroup == box_format
+        if names in coordinates or is_stated:
+            return BoxConvention(box_format)
+    return BoxConvention("xywh" if column.startswith("objects.") else "xyxy")
+
+
+def normalize_coordinate(name: str) -> str:
+    """Return the name of a coordinate in lower case, without punctuation and `bbox`."""
+    name = re.sub(r"[\W_]", "", name.rpartition(".")[2].lower())
+    return _BOX_PREFIX.sub("", name) or name
+
+
+def read_boxes(record: Record, column: str) -> list[object]:
+    """Return the boxes of a record, from one column or from four columns of coordinates.
+
+    Four empty cells are no box, and four lists are the coordinates of several boxes.
+    """
+    if not column:
+        return []
+    cells = [get_cell(record, name) for name in find_columns(record, "box", column)]
+    if len(cells) == 1:
+        return _parse_boxes(cells[0])
+    if all(isinstance(cell, list) for cell in cells):
+        return [list(box) for box in zip(*cells, strict=False)]
+    return [] if all(cell is None or cell == "" or cell != cell for cell in cells) else [cells]
 
 
 def _parse_boxes(value: object) -> list[object]:

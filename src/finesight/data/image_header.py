@@ -288,17 +288,12 @@ def _read_head(path: Path) -> bytes:
         return file.read(80)
 
 
-class PixelKey(NamedTuple):
-    """Key that is equal for images with equal pixels, in any format and with any metadata.
+PixelKey = tuple[ImageSize, bool, bytes]
+"""Key that is equal for images with equal pixels, in any format and with any metadata.
 
-    Attributes:
-        size: Height and width after EXIF rotation.
-        is_reduced: Whether the digest is that of a JPEG at an eighth of its size.
-    """
-
-    size: ImageSize
-    is_reduced: bool
-    digest: bytes
+It consists of height and width after EXIF rotation, whether the image is a JPEG that was decoded at
+an eighth of its size, and the SHA-256 of its pixels.
+"""
 
 
 class DecodedImage(NamedTuple):
@@ -352,7 +347,7 @@ def _hash_pixels(image: Image.Image, full_size: ImageSize, is_reduced: bool) -> 
         # Pixels of 16 and 32 bits have several byte orders in files.
         mode = band.mode[0] if band.mode[0] in "IF" else "RGB"
         digest.update(band.convert(mode).tobytes())
-    return PixelKey(size, is_reduced, digest.digest())
+    return size, is_reduced, digest.digest()
 
 
 def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:

@@ -37,7 +37,8 @@ IMAGES_FOLDER = "images"
 """Name of the output subfolder with saved and copied images."""
 
 
-_DIGITS = re.compile(r"([0-9]+)")
+_FROM_URL_SAFE = str.maketrans("-_", "+/")
+_DIGITS = re.compile(r"[0-9]+")
 
 
 class ImageResolver:
@@ -90,10 +91,10 @@ class ImageResolver:
             return self._save_image(value)
         if isinstance(value, str) and value in self._found:
             return self._found[value]
+        if isinstance(value, str) and is_base64_image(value):
+            value = f"data:image;base64,{value}"
         if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
             return self._save_image(_decode_data_url(value.strip()))
-        if isinstance(value, str) and is_base64_image(value):
-            return self._save_image(_decode_base64(value))
         if self._web_images is not None and isinstance(value, str) and "://" in value:
             return self._fetch_image(self._web_images, value.strip())
         if isinstance(value, str) and value.strip():
@@ -126,7 +127,8 @@ class ImageResolver:
             candidate, _ = self._find(value.strip())
             is_folder = candidate is not None and os.path.isdir(candidate)
             names = filter(is_image_value, os.listdir(candidate)) if is_folder else ()
-            frames = [os.path.join(candidate, name) for name in sorted(names, key=_natural_key)]
+            ordered = sorted(names, key=lambda name: _DIGITS.sub(lambda n: n[0].zfill(18), name))
+            frames = [os.path.join(candidate, name) for name in ordered]
         if isinstance(frames, list | tuple) and frames:
             return list(map(self.resolve, frames))
         raise InvalidRowError(
@@ -236,10 +238,6 @@ class ImageResolver:
         return self._saved_paths[key]
 
 
-def _natural_key(name: str) -> list[tuple[int, str]]:
-    return [(int(text), "") if text.isdecimal() else (0, text) for text in _DIGITS.split(name)]
-
-
 def encode_data_url(path: Path) -> str:
     """Encode an image file as a base64 data URL (RFC 2397)."""
     data = path.read_bytes()
@@ -259,7 +257,8 @@ def _decode_data_url(url: str) -> bytes:
     header, comma, data = url.partition(",")
     try:
         if comma and header.lower().endswith(";base64"):
-            return base64.b64decode(data, validate=True)
+            data = "".join(data.split()).rstrip("=").translate(_FROM_URL_SAFE)
+            return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except ValueError:
         pass
     raise CorruptImageError(
@@ -267,18 +266,6 @@ def _decode_data_url(url: str) -> bytes:
         expected="data:image/png;base64, and the image bytes in base64",
         remedy="correct the URL, or save the image and use its path",
     )
-
-
-def _decode_base64(text: str) -> bytes:
-    data = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
-    try:
-        return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
-    except ValueError as error:
-        raise CorruptImageError(
-            f"the base64 {text[:20]!r} of {len(text)} characters: {error}",
-            expected="the bytes of an image in base64",
-            remedy="correct the row, or save the image and use its path",
-        ) from error
 
 
 class ImageNames:

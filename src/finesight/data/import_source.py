@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -21,7 +20,7 @@ from finesight.data.corpus import (
     read_first_json,
     read_first_record,
 )
-from finesight.data.formats import FORMATS, column_roles, detect_format, get_format
+from finesight.data.formats import FORMATS, detect_format, get_format
 from finesight.data.formats import native_samples as samples_format
 from finesight.data.formats import table as table_format
 from finesight.data.formats.dataset_format import (
@@ -47,7 +46,6 @@ from finesight.data.row_reader import (
     list_folder,
     open_row_file,
     open_webdataset,
-    rows_from_items,
 )
 from finesight.data.sample import BoxPart, Sample, validate_roles
 from finesight.errors import UserError
@@ -59,6 +57,9 @@ if TYPE_CHECKING:
 TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx")
 
 NUM_DETECTION_ROWS = 100
+
+MAX_PATH_CHARS = 4096
+"""Maximum length of an image path; longer texts are embedded images."""
 
 NUM_PREVIEW_ROWS = 300
 """Number of rows from which columns, image folder and task are detected."""
@@ -299,42 +300,34 @@ def _merge_objects(source: ImportSource) -> ImportSource:
     images are unchanged.
     """
     start, stop = source.row_bounds
-    eval_start = source.rows.num_rows if source.rows.eval_start is None else source.rows.eval_start
-    mapped = {role: source.column_map[role] for role in source.column_map.keys() - {"box", "label"}}
-    groups: dict[tuple[bool, bytes], list[int]] = {}
+    rows, image = source.rows, source.column_map["image"]
+    names = [
+        name
+        for role, column in source.column_map.items()
+        if role not in ("box", "label")
+        for name in table_format.find_columns(source.columns, role, column)
+    ]
+    groups: dict[tuple[bool, str], list[SourceRow]] = {}
     for index, row in enumerate(source.iter_rows(), start=start):
-        if not isinstance(row.record.get(mapped["image"]), str):
+        if not isinstance(row.record.get(image), str) or len(row.record[image]) > MAX_PATH_CHARS:
             return source
-        cells = [table_format.get_cell(row.record, name) for name in mapped.values()]
-        digest = hashlib.blake2b(repr(cells).encode(errors="backslashreplace"), digest_size=16)
-        groups.setdefault((index >= eval_start, digest.digest()), []).append(index)
+        is_eval = rows.eval_start is not None and index >= rows.eval_start
+        cells = repr([table_format.get_cell(row.record, name) for name in names])
+        groups.setdefault((is_eval, cells), []).append(row)
     if len(groups) == stop - start:
         return source
-    all_rows = list(source.iter_rows())
-
-    def merge(_: int, indices: list[int]) -> SourceRow:
-        first, *others = (all_rows[index - start] for index in indices)
-        more = f" and {len(others)} more of its image" if others else ""
-        return replace(
-            first,
-            location=f"{first.location}{more}",
-            more_records=tuple(row.record for row in others),
-        )
-
-    merged = rows_from_items(list(groups.values()), merge)
-    num_train = sum(not is_eval for is_eval, _ in groups)
-    note = f"; {stop - start} rows with boxes of {len(groups)} images"
-    return replace(
-        source,
-        rows=replace(
-            source.rows,
-            num_rows=len(groups) + source.rows.num_rows - (stop - start),
-            iter_range=merged.iter_range,
-            eval_start=None if source.rows.eval_start is None else num_train,
-        ),
-        row_bounds=(0, len(groups)),
-        detected_by=f"{source.detected_by}{note}",
+    merged = [
+        replace(first, more_records=tuple(row.record for row in others))
+        for first, *others in groups.values()
+    ]
+    rows = RowReader(
+        len(merged) + rows.num_rows - (stop - start),
+        lambda start, stop: iter(merged[start:stop]),
+        None if rows.eval_start is None else sum(not is_eval for is_eval, _ in groups),
+        rows.text_format,
     )
+    note = f"{source.detected_by}; {stop - start} rows with boxes of {len(merged)} images"
+    return replace(source, rows=rows, row_bounds=(0, len(merged)), detected_by=note)
 
 
 def _find_image_folder(source: ImportSource) -> Path | None:
@@ -371,7 +364,7 @@ def _check_options(options: ImportOptions) -> None:
             f"unknown role {unknown[0]!r}",
             where="--map",
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
-            remedy=column_roles.suggest_role(unknown[0], options.columns[unknown[0]]),
+            remedy=table_format.suggest_role(unknown[0], options.columns[unknown[0]]),
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
@@ -489,7 +482,7 @@ def _detect_format(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
             where="--format table",
             expected="--map image=COLUMN, --map answer=COLUMN or --map box=COLUMN and so on",
-            remedy=f"perhaps {column_roles.suggest_mapping(first_records[0])}",
+            remedy=f"perhaps {table_format.suggest_mapping(first_records[0])}",
         )
     return data_format, detected_by
 
@@ -605,7 +598,7 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
         if not options.columns:
             rows = open_row_file(path, options.encoding, no_header=options.no_header)
             records = _read_preview(rows)
-            columns = column_roles.guess_columns(records)
+            columns = table_format.guess_columns(records)
             if "image" not in columns or len(columns) < 2:
                 open_source(path, options)  # raises the error of a table, if it is one
                 return path, options
@@ -621,7 +614,7 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
     box = opened.column_map.get("box")
     if box is None or options.box_format or options.box_units:
         return path, options
-    box_format, box_units = column_roles.guess_box_options(_read_preview(opened.rows), box)
+    box_format, box_units = table_format.guess_box_options(_read_preview(opened.rows), box)
     return path, replace(options, box_format=box_format, box_units=box_units)
 
 

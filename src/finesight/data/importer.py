@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats import detect_format
@@ -609,24 +608,23 @@ def _find_ambiguous(decoded: Mapping[str, DecodedImage]) -> list[str]:
     Reduction changes the mean gray level of areas slightly, except for small images.
     """
     counts = Counter(image.key for image in decoded.values())
-    full_images: defaultdict[ImageSize, list[NDArray[np.int16]]] = defaultdict(list)
-
-    def read_gray(image: DecodedImage) -> NDArray[np.int16]:
-        return np.frombuffer(image.thumbnail, np.uint8).astype(np.int16)
-
+    full_images: defaultdict[ImageSize, list[bytes]] = defaultdict(list)
     for image in decoded.values():
-        if image.key and not image.key.is_reduced:
-            full_images[image.key.size].append(read_gray(image))
-    stacked = {size: np.stack(images) for size, images in full_images.items()}
+        if image.key and not image.key[1]:
+            full_images[image.key[0]].append(image.thumbnail)
+    # [images, areas]
+    gray = {
+        size: np.frombuffer(b"".join(images), np.uint8).reshape(len(images), -1).astype(int)
+        for size, images in full_images.items()
+    }
 
     def is_ambiguous(image: DecodedImage) -> bool:
-        if image.key is None or not image.key.is_reduced:
-            return False
-        size = image.key.size
-        if counts[image.key] > 1 or size not in stacked:
-            return counts[image.key] > 1
-        difference = np.abs(stacked[size] - read_gray(image)).max(axis=1).min()
-        return min(size) < MIN_COMPARED_SIDE or difference <= MAX_GRAY_DIFFERENCE
+        size, is_reduced, _ = image.key or ((0, 0), False, b"")
+        if not is_reduced or counts[image.key] > 1 or size not in gray:
+            return is_reduced and counts[image.key] > 1
+        difference = np.abs(gray[size] - np.frombuffer(image.thumbnail, np.uint8))
+        is_similar = difference.max(axis=1).min() <= MAX_GRAY_DIFFERENCE
+        return min(size) < MIN_COMPARED_SIDE or bool(is_similar)
 
     return [path for path, image in decoded.items() if is_ambiguous(image)]
 

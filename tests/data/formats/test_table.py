@@ -10,9 +10,8 @@ import pytest
 from case_files import load_cases
 from format_fixtures import list_turns, parse_record, summarize_content
 
-from finesight.data.formats.column_roles import suggest_mapping
 from finesight.data.formats.dataset_format import ImportExample
-from finesight.data.formats.table import FORMAT
+from finesight.data.formats.table import FORMAT, suggest_mapping
 from finesight.errors import UserError
 
 CASES = load_cases("table")

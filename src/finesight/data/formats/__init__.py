@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from finesight.data.formats import (
     coco,
-    column_roles,
     conversations,
     cvat,
     fiftyone,
@@ -94,7 +93,7 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     )
     suggestion = f"--format {closest.name}, for rows such as {closest.description}"
     if closest is table.FORMAT:
-        suggestion = f"name its columns, perhaps with {column_roles.suggest_mapping(records[0])}"
+        suggestion = f"name its columns, perhaps with {table.suggest_mapping(records[0])}"
     raise UserError(
         f"the format cannot be detected from rows with the keys {', '.join(map(str, records[0]))}",
         where=where,

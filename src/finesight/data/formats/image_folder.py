@@ -20,7 +20,6 @@ from pathlib import Path
 from unicodedata import normalize
 
 from finesight.data.formats import table
-from finesight.data.formats.column_roles import guess_columns
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -211,7 +210,7 @@ def map_imagefolder_columns(record: Record, columns: Mapping[str, str]) -> dict[
     """Return the column of each role: of `--map`, else `file_name` and those of known names."""
     if columns.keys() & {"answer", "fields", "box"}:
         return {"image": "file_name", **columns}
-    guessed = guess_columns([record]) | {"image": "file_name"}
+    guessed = table.guess_columns([record]) | {"image": "file_name"}
     if not guessed.keys() & {"answer", "box"}:
         raise UserError(
             f"no answer column among {', '.join(map(str, record))}",

@@ -9,12 +9,13 @@ answer text on a new line. See `conversation_rows` for boxes within the answer t
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-from finesight.data.boxes import BoxConvention, BoxFormat
+from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits, parse_coordinates
 from finesight.data.formats.conversation_rows import (
     Files,
     PartRenderer,
@@ -31,8 +32,10 @@ from finesight.data.formats.dataset_format import (
     RowImages,
     UnexpectedPlaceholderError,
     as_list,
+    has_value,
     make_text_part,
 )
+from finesight.data.image_header import is_image_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_ANSWERS,
@@ -60,42 +63,221 @@ _SEPARATOR = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 
 MAX_CELL_CHARS = 2**20
 
-BOX_COLUMNS: tuple[tuple[BoxFormat, tuple[tuple[str, ...], ...]], ...] = (
-    (
-        "xyxy",
-        (
-            ("xmin", "ymin", "xmax", "ymax"),
-            ("x1", "y1", "x2", "y2"),
-            ("left", "top", "right", "bottom"),
-            ("minx", "miny", "maxx", "maxy"),
-            ("x0", "y0", "x1", "y1"),
-        ),
+_COMMON_NAMES = {
+    "image": ("image", "img", "picture", "photo", "path", "file", "filename"),
+    "question": ("question", "query", "instruction", "prompt", "problem"),
+    "answer": (
+        *("answer", "answers", "response", "completion", "output", "solution", "target", "reply"),
+        *("groundtruth", "caption", "captions", "description", "text", "txt", "transcription"),
+        *("latex", "formula", "label", "class", "category"),
     ),
-    (
-        "cxcywh",
-        (
-            ("cx", "cy", "w", "h"),
-            ("cx", "cy", "width", "height"),
-            ("xcenter", "ycenter", "width", "height"),
-            ("centerx", "centery", "width", "height"),
-        ),
+    "box": ("bbox", "box"),
+    "label": (
+        *("label", "labels", "class", "category", "categories", "name", "names", "object"),
+        *("classid", "labelid", "categoryid"),
     ),
-    (
-        "xywh",
-        (
-            ("x", "y", "w", "h"),
-            ("x", "y", "width", "height"),
-            ("left", "top", "width", "height"),
-            ("xmin", "ymin", "width", "height"),
-        ),
-    ),
+}
+_PAIRS = (
+    *(("prefix", "suffix"), ("input", "output"), ("input", "target"), ("input", "label")),
+    *(("source", "target"), ("user", "assistant"), ("human", "gpt"), ("human", "assistant")),
+    *(("context", "completion"), ("q", "a")),
 )
-"""Common names of four columns with the coordinates of a box, by box format."""
+"""Names of a question and its answer that have this meaning only together."""
 
-_BOX_PREFIX = re.compile(r"^(?:bndbox|boundingbox|bbox|box|roi|rect)")
-_FORMAT_IN_NAME = re.compile(
-    r"(?i)(?P<cxcywh>cxcywh|xcycwh|yolo)|(?P<xyxy>xyxy|ltrb)|(?P<xywh>xywh|ltwh|coco)"
+_PHRASE_NAMES = ("phrase", "expression", "sentence", "caption", "description", "text")
+"""Names of the question in a table of boxes without classes."""
+
+_IGNORED_NAMES = re.compile(
+    r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative).*|"
 )
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W_A-Za-z0-9]+")
+_TEXT_WORDS = {"text", "content", "en"}
+
+_BOX_COLUMNS: dict[BoxFormat, tuple[str, ...]] = {
+    "xyxy": (
+        *("xmin,ymin,xmax,ymax", "x1,y1,x2,y2", "left,top,right,bottom"),
+        *("minx,miny,maxx,maxy", "x0,y0,x1,y1"),
+    ),
+    "cxcywh": (
+        *("cx,cy,w,h", "cx,cy,width,height", "xcenter,ycenter,width,height"),
+        "centerx,centery,width,height",
+    ),
+    "xywh": (*("x,y,w,h", "x,y,width,height", "left,top,width,height", "xmin,ymin,width,height"),),
+}
+"""Names of four columns with the coordinates of a box, in lower case without punctuation."""
+
+_BOX_PREFIX = re.compile(r".*\.|^(?:bnd|bounding_?|b)?box_?|^(?:roi|rect)_?", re.IGNORECASE)
+_FORMAT_IN_NAME = re.compile(
+    r"(?P<cxcywh>cxcywh|xcycwh|yolo)|(?P<xyxy>xyxy|ltrb)|(?P<xywh>xywh|ltwh|coco)", re.IGNORECASE
+)
+
+MAX_FEW_RECORDS = 4
+"""Number of records up to which different labels may be classes."""
+
+MIN_ORDERED_BOXES = 10
+"""Number of boxes that are all corners if no second coordinate is below its first one."""
+
+
+def guess_columns(records: Sequence[Record]) -> dict[str, str]:
+    """Guess the roles of table columns from their names and values, as for `import --map`.
+
+    Several unknown columns with text become the fields of a JSON answer.
+    """
+    names = list(map(str, records[0]))
+    images = [name for name in names if _has_values(records, name, is_image_value, 0.9)]
+    columns = {"image": images[0]} if images else {}
+    boxes = _guess_box_columns(records, [name for name in names if name not in images])
+    others = [
+        name
+        for name in names
+        if name not in (*images, *",".join(boxes.values()).split(","))
+        and not _IGNORED_NAMES.fullmatch(name)
+        and _has_values(records, name, _is_text, 0)
+    ]
+    question, answer = _find_pair(others)
+    if boxes:
+        label = boxes.get("label")
+        if label is None:
+            question = question or _find_name(others, _PHRASE_NAMES)
+        elif question is None and images:
+            labels = {record.get(label) for record in records if isinstance(record.get(label), str)}
+            is_unique = len({str(record.get(images[0])) for record in records}) == len(records)
+            # The label of the only box of an image is a class or, if it rarely recurs, a phrase.
+            is_phrase = is_unique and 2 * len(labels) > len(records) > MAX_FEW_RECORDS
+            question = label if is_phrase else None
+        return columns | ({"question": question} if question else {}) | boxes
+    if question is not None:
+        columns["question"] = question
+        others = [name for name in others if name not in question.split(",")]
+    answer = answer or _find_name(others, _COMMON_NAMES["answer"])
+    if answer or len(others) == 1:
+        columns["answer"] = answer or others[0]
+    elif others and not all(map(str.isdecimal, names)):
+        columns["fields"] = ",".join(others)
+    return columns
+
+
+def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
+    """Return the columns of question and answer; None for those that are not found."""
+    question = _find_name(names, _COMMON_NAMES["question"])
+    for first, second in _PAIRS if question is None else ():
+        found = _find_name(names, (first,)), _find_name(names, (second,))
+        if None not in found:
+            return found
+    # The input of an instruction is a part of the question (Alpaca).
+    others = [name for name in names if name != question]
+    more = _find_name(others, ("input",)) if "instruction" in (question or "").lower() else None
+    return (f"{question},{more}" if more else question), None
+
+
+def _find_name(names: Sequence[str], candidates: Sequence[str]) -> str | None:
+    """Return the first name that is a candidate, or else the first one that ends with one.
+
+    `question_text` and `user_question` are questions, `question_id` is not.
+    """
+    split_names = {name: [word.lower() for word in _WORDS.findall(name)] for name in names}
+    for name, words in split_names.items():
+        split_names[name] = words[:-1] if len(words) > 1 and words[-1] in _TEXT_WORDS else words
+    for is_whole, candidate in itertools.product((True, False), candidates):
+        for name, words in split_names.items():
+            if ("".join(words) if is_whole else "".join(words[-1:])) == candidate:
+                return name
+    return None
+
+
+def _has_values(
+    records: Sequence[Record],
+    name: str,
+    is_valid: Callable[[object], bool],
+    min_fraction: float,
+) -> bool:
+    """Return whether over a fraction of the non-empty cells of a column are valid."""
+    cells = [cell for record in records if (cell := record.get(name)) not in (None, "", [])]
+    return sum(map(is_valid, cells)) > min_fraction * len(cells)
+
+
+def _is_text(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_text, value))
+    return not isinstance(value, dict | bytes) and value is not None and value == value
+
+
+def _guess_box_columns(records: Sequence[Record], names: Sequence[str]) -> dict[str, str]:
+    """Return the columns of boxes and labels, also inside an object such as `objects`."""
+    folders: dict[str, str] = {}
+    for name in names:
+        item = next(iter(as_list(records[0][name])), None)
+        if isinstance(item, dict):
+            folders |= {f"{name}.{key}": f"{name}." for key in item}
+        else:
+            folders[name] = ""
+    by_coordinate = {_normalize_coordinate(path): path for path in folders}
+    candidates = [path for path in folders if "box" in path.lower()] + [
+        ",".join(by_coordinate[key] for key in variant.split(","))
+        for variant in itertools.chain(*_BOX_COLUMNS.values())
+        if by_coordinate.keys() >= set(variant.split(","))
+    ]
+    box = next((name for name in candidates if _list_boxes(records, name) is not None), None)
+    if box is None:
+        return {}
+    box_names = box.split(",")
+    others = {
+        path.removeprefix(folder): path
+        for path, folder in folders.items()
+        if path not in box_names and folder == folders[box_names[0]]
+    }
+    label = _find_name(list(others), _COMMON_NAMES["label"])
+    return {"box": box, "label": others[label]} if label else {"box": box}
+
+
+def _list_boxes(records: Iterable[Record], column: str) -> list[list[float]] | None:
+    """Return the boxes of a column; None if over a tenth of its cells are no boxes."""
+    boxes: list[list[float]] = []
+    num_invalid = 0
+    for record in records:
+        try:
+            boxes += map(parse_coordinates, _read_boxes(record, column))
+        except UserError:
+            num_invalid += 1
+    return boxes if len(boxes) >= 9 * num_invalid else None
+
+
+def guess_box_options(
+    records: Sequence[Record], column: str
+) -> tuple[BoxFormat | None, BoxUnits | None]:
+    """Return box format and units where the values contradict the default of the column."""
+    boxes = _list_boxes(records, column) or []
+    default = _get_default_convention(column).format
+    num_ordered = sum(a < c and b < d for a, b, c, d in boxes)
+    box_format: BoxFormat | None = None
+    if default == "xyxy" and num_ordered < len(boxes):
+        box_format = "xywh"
+    elif default == "xywh" and num_ordered == len(boxes) >= MIN_ORDERED_BOXES:
+        box_format = "xyxy"
+    is_fraction = bool(boxes) and max(map(max, boxes)) <= 1
+    return box_format, "1" if is_fraction else None
+
+
+def suggest_mapping(record: Record) -> str:
+    """Suggest `--map` options for a record, by the values or the names of its columns."""
+    columns = guess_columns([record])
+    if "image" not in columns:
+        columns = {}
+        for role in ("image", "answer", "question", "box"):
+            matches = (key for name in _COMMON_NAMES[role] for key in record if name in key.lower())
+            columns[role] = next(matches, "COLUMN" if role == "image" else "")
+    if not any(map(columns.get, ("answer", "fields", "box"))):
+        columns["answer"] = "COLUMN"
+    pairs = [f"{role}={columns[role]}" for role in MAPPABLE_COLUMNS if columns.get(role)]
+    return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
+
+
+def suggest_role(name: str, column: str) -> str:
+    """Return a remedy for an unknown role that `--map` gives to a column."""
+    for role, names in _COMMON_NAMES.items():
+        if name.lower() in names:
+            return f"use {role}={column}"
+    return suggest_name(name, MAPPABLE_COLUMNS, "use one of these, such as answer=COLUMN")
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -265,10 +447,10 @@ def _json_default(value: object) -> str:
 
 
 def _iter_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> Iterator[BoxPart]:
-    convention = get_default_convention(context.columns.get("box", ""))
+    convention = _get_default_convention(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
-        boxes = read_boxes(record, context.columns.get("box", ""))
-        labels = as_list(_read_cell(record, context, "label")) if boxes else []
+        boxes = _read_boxes(record, context.columns.get("box", ""))
+        labels = list(filter(has_value, as_list(_read_cell(record, context, "label"))))
         if boxes:
             images.require_single_image()
         if labels and len(labels) != len(boxes):
@@ -280,27 +462,24 @@ def _iter_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> It
             yield images.create_box(box, text, convention)
 
 
-def get_default_convention(column: str) -> BoxConvention:
+def _get_default_convention(column: str) -> BoxConvention:
     """Return the box convention that the name of a column, or of four columns, states.
 
     Boxes under `objects` are those of Hugging Face datasets, in the format of COCO.
     """
-    names = tuple(map(normalize_coordinate, column.split(",")))
+    coordinates = ",".join(map(_normalize_coordinate, column.split(",")))
     stated = _FORMAT_IN_NAME.search(column)
-    for box_format, coordinates in BOX_COLUMNS:
-        is_stated = stated is not None and stated.lastgroup == box_format
-        if names in coordinates or is_stated:
+    for box_format, variants in _BOX_COLUMNS.items():
+        if coordinates in variants or (stated and stated.lastgroup == box_format):
             return BoxConvention(box_format)
     return BoxConvention("xywh" if column.startswith("objects.") else "xyxy")
 
 
-def normalize_coordinate(name: str) -> str:
-    """Return the name of a coordinate in lower case, without punctuation and `bbox`."""
-    name = re.sub(r"[\W_]", "", name.rpartition(".")[2].lower())
-    return _BOX_PREFIX.sub("", name) or name
+def _normalize_coordinate(name: str) -> str:
+    return re.sub(r"[\W_]", "", _BOX_PREFIX.sub("", name)).lower()
 
 
-def read_boxes(record: Record, column: str) -> list[object]:
+def _read_boxes(record: Record, column: str) -> list[object]:
     """Return the boxes of a record, from one column or from four columns of coordinates.
 
     Four empty cells are no box, and four lists are the coordinates of several boxes.

@@ -296,6 +296,41 @@ def test_question_and_answer_are_known_by_name(
     assert answered.split()[0] == answer
 
 
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize(
+    ("image", "remedy"),
+    [
+        ({"messages": None, "image_path": "{}.png"}, "rename the key image_path to images"),
+        ({"messages": None, "media": {"files": ["{}.png"]}}, "rename the key media to images"),
+        (
+            {"query": "q {}", "response": "a {}", "pic": {"path": "{}.png"}},
+            "give --map image=pic --map answer=response --map question=query",
+        ),
+    ],
+)
+def test_unrecognized_images_are_no_text_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], image: dict[str, Any], remedy: str
+) -> None:
+    turns = [{"role": "user", "content": "q {}"}, {"role": "assistant", "content": "a {}"}]
+    row = json.dumps({key: value or turns for key, value in image.items()})
+    rows = []
+    for i in range(12):
+        write_image(tmp_path / f"{i}.png", i)
+        rows.append(row.replace("{}", str(i)))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = ["init", str(tmp_path / "rows.jsonl"), "--yes", "--out", f"{tmp_path}/out"]
+    assert run_command(words) == 2
+    assert remedy in capsys.readouterr().err
+    if remedy.startswith("give"):
+        assert run_command([*words, *remedy.split()[1:]]) == 0
+    else:
+        file, key = tmp_path / "rows.jsonl", remedy.split()[3]
+        content = file.read_text().replace('{"files": ["', '"').replace('"]}', '"')
+        file.write_text(content.replace(f'"{key}"', '"images"'))
+        assert run_command(words) == 0
+    assert "<image> q 0" in capsys.readouterr().out
+
+
 OBJECTS = [((5, 6, 20, 16), "ball"), ((8, 20, 50, 27), "cube")]
 
 

@@ -183,6 +183,7 @@ def init(
         *(f"        {role}: {column}" for role, column in options.columns.items()),
         *([f"        box format: {options.box_format}"] if options.box_format else []),
         *([f"        box units: {options.box_units}"] if options.box_units else []),
+        *(["        no images: a task of text only"] if not summary.num_images else []),
         *(f"        unused column: {column}" for column in summary.unused_columns),
         *([f"        for one column only: {map_hint}"] if "fields" in options.columns else []),
         f"task    {task.metric} ({get_task_metric(task.metric).primary_metric})",
@@ -414,25 +415,29 @@ def _detect_task(
 
 def _reject_unrecognized_images(opened: ImportSource) -> None:
     """Raise UserError if a dataset that was read as text only contains columns with images."""
+    from finesight.data.formats.table import suggest_mapping
     from finesight.data.image_header import is_image_value
     from finesight.data.import_source import NUM_PREVIEW_ROWS
 
     def has_image(value: object) -> bool:
-        inner = value.values() if isinstance(value, dict) else value
-        is_nested = isinstance(value, dict | list)
-        return is_image_value(value) or (is_nested and any(map(has_image, inner)))
+        inner = list(value.values()) if isinstance(value, dict) else value
+        is_nested = isinstance(inner, list) and any(map(has_image, inner))
+        return is_image_value(value) or is_nested
 
     start, stop = opened.row_bounds
     rows = opened.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS))
-    names = sorted({key for row in rows for key, value in row.record.items() if has_image(value)})
+    records = [row.record for row in rows]
+    names = sorted({key for one in records for key, value in one.items() if has_image(value)})
     if names:
+        mapping = suggest_mapping(records[0])
         raise UserError(
-            f"no image is recognized, but {', '.join(names)} looks like images",
+            f"no image is recognized, but {', '.join(names)} contains images",
             where=str(opened.path),
             expected=f"images where {opened.data_format.name} has them, in rows such as "
             f"{opened.data_format.description}",
-            remedy=f"rename the key {names[0]} to images, or name the columns of a table: "
-            f"--map image={shlex.quote(names[0])} --map answer=COLUMN",
+            remedy=f"rename the key {names[0]} to images in all rows"
+            if "COLUMN" in mapping
+            else f"give {mapping}",
         )
 
 

@@ -124,11 +124,10 @@ class ImageResolver:
         """
         frames = value
         if isinstance(value, str) and value.strip():
-            candidate, _ = self._find(value.strip())
-            is_folder = candidate is not None and os.path.isdir(candidate)
-            names = filter(is_image_value, os.listdir(candidate)) if is_folder else ()
+            folder = self._find(value.strip())[0] or ""
+            names = filter(is_image_value, os.listdir(folder)) if os.path.isdir(folder) else ()
             ordered = sorted(names, key=lambda name: _DIGITS.sub(lambda n: n[0].zfill(18), name))
-            frames = [os.path.join(candidate, name) for name in ordered]
+            frames = [os.path.join(folder, name) for name in ordered]
         if isinstance(frames, list | tuple) and frames:
             return list(map(self.resolve, frames))
         raise InvalidRowError(

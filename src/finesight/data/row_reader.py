@@ -480,7 +480,8 @@ def _parse_csv(
         names, header_note = _name_columns(reader.fieldnames or (), no_header, source)
         if header_note:
             text.seek(0)
-            reader = csv.DictReader(text, names, delimiter=delimiter, strict=True)
+            columns = list(map(str, names))
+            reader = csv.DictReader(text, columns, delimiter=delimiter, strict=True)
         for row_number, record in enumerate(reader, start=1):
             if None in record or None in record.values():
                 raise UserError(

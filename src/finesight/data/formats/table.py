@@ -290,8 +290,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     question = _read_cell(row.record, context, "question")
     if isinstance(question, list) and "," in context.columns["question"]:
         # Empty cells of several columns, such as instruction and input, are left out.
-        texts = (str(cell) for cell in question if cell not in (None, "") and cell == cell)
-        question = "\n".join(texts)
+        cells = [str(cell) for cell in question if has_value(cell) and cell == cell]
+        question = "\n".join(cells)
     if question is not None:
         parts.append(make_text_part(_get_text(question, "question")))
     user = Message(role="user", content=context.add_prompt(parts))

@@ -24,7 +24,13 @@ from finesight.data.image_header import (
     read_image_size,
     resolve_content,
 )
-from finesight.data.sample import VIDEO_SUFFIXES, InvalidRowError, is_video_path
+from finesight.data.sample import (
+    MAX_PARTS,
+    VIDEO_SUFFIXES,
+    InvalidRowError,
+    check_limit,
+    is_video_path,
+)
 from finesight.data.video_file import read_video_header
 from finesight.errors import UserError
 from finesight.storage import sha256_file, translate_os_errors
@@ -129,6 +135,7 @@ class ImageResolver:
             ordered = sorted(names, key=lambda name: _DIGITS.sub(lambda n: n[0].zfill(18), name))
             frames = [os.path.join(folder, name) for name in ordered]
         if isinstance(frames, list | tuple) and frames:
+            check_limit(len(frames), MAX_PARTS, "frames")
             return list(map(self.resolve, frames))
         raise InvalidRowError(
             f"a video given as {str(value)[:60]!r}",

@@ -264,9 +264,9 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
         row.record for row in rows.iter_range(start, min(stop, start + NUM_DETECTION_ROWS))
     )
     if data_format is None:
-        data_format, detected_by = _detect_format(first_records, source, options)
+        data_format, detected_by = _detect_format(first_records, source, rows, options)
     check_format_options(data_format, detected_by, options)
-    column_map = data_format.map_columns(first_records[0] if first_records else {}, options.columns)
+    column_map = data_format.map_columns(first_records, options.columns)
     known = dict.fromkeys(key for record in first_records for key in record)
     for role, column in column_map.items():
         table_format.find_columns(known, role, column, str(source))
@@ -468,7 +468,7 @@ def _explain_mismatch(listing: FolderListing, data_format: DatasetFormat) -> str
 
 
 def _detect_format(
-    first_records: Sequence[Record], source: Path, options: ImportOptions
+    first_records: Sequence[Record], source: Path, rows: RowReader, options: ImportOptions
 ) -> tuple[DatasetFormat, str]:
     """Detect the format of a row file from its first records."""
     if options.format is not None:
@@ -476,7 +476,8 @@ def _detect_format(
     elif options.columns:
         data_format, detected_by = table_format.FORMAT, "--map"
     else:
-        data_format, detected_by = detect_format(first_records, str(source))
+        note = f" ({rows.text_format})" if "no header" in rows.text_format else ""
+        data_format, detected_by = detect_format(first_records, f"{source}{note}")
     if data_format is table_format.FORMAT and not options.columns:
         raise UserError(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",

@@ -346,7 +346,7 @@ class DatasetFormat:
         open_requested: Function that replaces `open_dataset` if the user names the format. It
             raises UserError with the reason for a mismatch.
         map_columns: Function that returns the column of each role for tables with known columns,
-            from the first record and the columns of `--map`.
+            from the first records and the columns of `--map`.
         write_files: Function that yields relative file names with content; a repeated name appends.
             It raises UserError for a sample that the format cannot represent.
     """
@@ -359,8 +359,8 @@ class DatasetFormat:
     supported_options: frozenset[str] = frozenset()
     open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
     open_requested: Callable[[Path], tuple[RowReader, str] | None] | None = None
-    map_columns: Callable[[Record, Mapping[str, str]], Mapping[str, str]] = lambda _, columns: (
-        columns
+    map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] = (
+        lambda _, columns: columns
     )
     write_files: (
         Callable[[Sequence[LocatedSample], ExportContext], Iterator[tuple[str, bytes]]] | None

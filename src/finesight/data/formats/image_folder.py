@@ -206,14 +206,16 @@ def _resolve_file_names(reader: RowReader, folder: Path) -> RowReader:
     return replace(reader, iter_range=iter_range)
 
 
-def map_imagefolder_columns(record: Record, columns: Mapping[str, str]) -> dict[str, str]:
+def map_imagefolder_columns(
+    records: Sequence[Record], columns: Mapping[str, str]
+) -> dict[str, str]:
     """Return the column of each role: of `--map`, else `file_name` and those of known names."""
     if columns.keys() & {"answer", "fields", "box"}:
         return {"image": "file_name", **columns}
-    guessed = table.guess_columns([record]) | {"image": "file_name"}
+    guessed = table.guess_columns(records) | {"image": "file_name"}
     if not guessed.keys() & {"answer", "box"}:
         raise UserError(
-            f"no answer column among {', '.join(map(str, record))}",
+            f"no answer column among {', '.join(map(str, records[0]))}",
             where="--map",
             expected="columns with known names, such as caption, or question and answer, or objects"
             " with bbox and categories; or a single column",

@@ -297,7 +297,7 @@ def _merge_objects(source: ImportSource) -> ImportSource:
     """Merge rows with an object each to rows with all objects of an image.
 
     Rows are merged if their cells are equal in all roles except box and label. Rows with embedded
-    images are unchanged.
+    images or with a list of boxes are unchanged.
     """
     start, stop = source.row_bounds
     rows, image = source.rows, source.column_map["image"]
@@ -311,15 +311,20 @@ def _merge_objects(source: ImportSource) -> ImportSource:
     for index, row in enumerate(source.iter_rows(), start=start):
         if not isinstance(row.record.get(image), str) or len(row.record[image]) > MAX_PATH_CHARS:
             return source
+        boxes = table_format.get_cell(row.record, source.column_map["box"])
+        if isinstance(boxes, list) and boxes and isinstance(boxes[0], list):
+            return source
         is_eval = rows.eval_start is not None and index >= rows.eval_start
         cells = repr([table_format.get_cell(row.record, name) for name in names])
         groups.setdefault((is_eval, cells), []).append(row)
     if len(groups) == stop - start:
         return source
-    merged = [
-        replace(first, more_records=tuple(row.record for row in others))
-        for first, *others in groups.values()
-    ]
+    merged = []
+    for first, *others in groups.values():
+        location = f"{first.location} with {len(others)} more of its image"
+        records = tuple(row.record for row in others)
+        row = replace(first, location=location, more_records=records) if others else first
+        merged.append(row)
     rows = RowReader(
         len(merged) + rows.num_rows - (stop - start),
         lambda start, stop: iter(merged[start:stop]),

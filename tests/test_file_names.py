@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
@@ -42,6 +44,18 @@ def test_spellings_of_a_path() -> None:
     misread = f"{CAT}.jpg".encode("gbk").decode("cp437")
     assert list(iter_spellings(f"{CAT}.jpg")) == [f"{CAT}.jpg", in_gbk(f"{CAT}.jpg"), misread]
     assert list(iter_spellings("\udcd6.jpg")) == ["\udcd6.jpg"]
+
+
+@pytest.mark.parametrize(("folder_form", "form"), list(itertools.product(("NFC", "NFD"), repeat=2)))
+def test_composed_and_decomposed_names_are_equal(
+    tmp_path: Path, folder_form: str, form: str
+) -> None:
+    folder, stem = normalize(folder_form, "Übung"), normalize(form, "Käse-가")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / f"{stem}.jpg").touch()
+    for spelling in ("NFC", "NFD"):
+        name = normalize(spelling, "Übung/Käse-가.jpg")
+        assert find_existing(tmp_path, name) == tmp_path / folder / f"{stem}.jpg"
 
 
 @pytest.mark.parametrize("there", [CAT, in_gbk(CAT), CAT.encode("gbk").decode("cp437")])

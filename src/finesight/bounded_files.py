@@ -10,10 +10,12 @@ names in GBK; unzip keeps these bytes or decodes them as code page 437.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -250,6 +252,10 @@ ZIP_ENCODING = "cp437"
 """Encoding of file names in a zip archive without the UTF-8 flag."""
 
 
+MAX_SPELLINGS = 64
+"""Maximum number of tried combinations of composed and decomposed names in a path."""
+
+
 def is_utf8(name: str) -> bool:
     """Return whether a file name or path can be encoded as UTF-8."""
     return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
@@ -291,8 +297,9 @@ def decode_name(content: bytes) -> str:
 def iter_spellings(name: str) -> Iterator[str]:
     """Yield the spellings that a path may have on disk.
 
-    The path itself is first. Backslashes of Windows paths become slashes. Chinese characters are
-    also tried as GBK bytes, and as decoded by unzip.
+    The path itself is first. Backslashes of Windows paths become slashes. Accented characters are
+    tried composed (NFC) and decomposed (NFD, macOS) in each folder name, Chinese characters as GBK
+    bytes and as decoded by unzip.
     """
     yield name
     names = [name]
@@ -302,6 +309,12 @@ def iter_spellings(name: str) -> Iterator[str]:
     for path in names:
         if path.isascii() or not is_utf8(path):
             continue
+        forms = [
+            dict.fromkeys((part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))))
+            for part in path.split("/")
+        ]
+        for parts in itertools.islice(itertools.product(*forms), 1, MAX_SPELLINGS):
+            yield "/".join(parts)
         content = path.encode(CHINESE_ENCODING)
         yield os.fsdecode(content)
         yield content.decode(ZIP_ENCODING)

@@ -70,7 +70,9 @@ def test_table_row_without_answer(folder, answer):
 
 
 def test_box_issues_of_table_rows(folder):
-    rows = [{"image": "a.png", "box": box} for box in ([50, 10, 60, 20], [90, 10, 200, 20])]
+    # Rows with the same image and question would be one sample.
+    boxes = {"a.png": [50, 10, 60, 20], "./a.png": [90, 10, 200, 20]}
+    rows = [{"image": name, "box": box} for name, box in boxes.items()]
     source = write_jsonl(folder / "rows.jsonl", rows)
     columns = {"image": "image", "box": "box"}
     found = run_check(source, format="table", columns=columns, prompt="Where?")

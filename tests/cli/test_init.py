@@ -267,6 +267,138 @@ def test_task_of_a_table_is_detected(
     assert found["fits"] is None
 
 
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize(
+    ("question", "answer", "other"),
+    [
+        ("prefix", "suffix", ""),
+        ("problem", "solution", "level"),
+        ("Prompt", "Completion", "source"),
+        ("input", "target", "split"),
+        ("user_prompt", "model_response", "system_prompt"),
+        ("question_text", "gt_answer", "question_id"),
+        ("instruction,input", "output", "task"),
+        ("query", "reply", ""),
+        ("q", "a", ""),
+    ],
+)
+def test_question_and_answer_are_known_by_name(
+    tmp_path: Path, question: str, answer: str, other: str
+) -> None:
+    names = filter(None, [answer, other, *question.split(",")])
+    columns = {name: (lambda i, name=name: f"{name} {i}") for name in names}
+    found = run_init(write_table(tmp_path, 20, **columns), "--out", tmp_path / "out")
+    assert found["columns"] == {"image": "file", "question": question, "answer": answer}
+    assert found["prompt"] is None
+    sample = json.loads((tmp_path / "out" / "data" / "eval.jsonl").read_text().splitlines()[0])
+    asked, answered = (message["content"][-1]["text"] for message in sample["messages"])
+    assert [line.split()[0] for line in asked.split("\n")] == question.split(",")
+    assert answered.split()[0] == answer
+
+
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize(
+    ("image", "remedy"),
+    [
+        ({"messages": None, "image_path": "{}.png"}, "rename the key image_path to images"),
+        ({"messages": None, "media": {"files": ["{}.png"]}}, "rename the key media to images"),
+        (
+            {"query": "q {}", "response": "a {}", "pic": {"path": "{}.png"}},
+            "give --map image=pic --map answer=response --map question=query",
+        ),
+    ],
+)
+def test_unrecognized_images_are_no_text_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], image: dict[str, Any], remedy: str
+) -> None:
+    turns = [{"role": "user", "content": "q {}"}, {"role": "assistant", "content": "a {}"}]
+    row = json.dumps({key: value or turns for key, value in image.items()})
+    rows = []
+    for i in range(12):
+        write_image(tmp_path / f"{i}.png", i)
+        rows.append(row.replace("{}", str(i)))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = ["init", str(tmp_path / "rows.jsonl"), "--yes", "--out", f"{tmp_path}/out"]
+    assert run_command(words) == 2
+    assert remedy in capsys.readouterr().err
+    if remedy.startswith("give"):
+        assert run_command([*words, *remedy.split()[1:]]) == 0
+    else:
+        file, key = tmp_path / "rows.jsonl", remedy.split()[3]
+        content = file.read_text().replace('{"files": ["', '"').replace('"]}', '"')
+        file.write_text(content.replace(f'"{key}"', '"images"'))
+        assert run_command(words) == 0
+    assert "<image> q 0" in capsys.readouterr().out
+
+
+OBJECTS = [((5, 6, 20, 16), "ball"), ((8, 20, 50, 27), "cube")]
+
+
+def make_object_records(layout: str) -> list[dict[str, Any]]:
+    """Return the rows of two objects in each of 12 images in a layout of known data sets."""
+    rows = []
+    for i in range(12):
+        image = {"file_name": f"{i}.png", "width": 56, "height": 40}
+        boxes = [box for box, _ in OBJECTS]
+        sizes = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in boxes]
+        labels = [label for _, label in OBJECTS]
+        if layout == "objects":
+            rows.append({**image, "objects": {"id": [1, 2], "bbox": sizes, "categories": labels}})
+        elif layout == "list of objects":
+            objects = [{"bbox": b, "category": c} for b, c in zip(sizes, labels, strict=True)]
+            rows.append({**image, "objects": objects})
+        elif layout in ("bbox_xyxy", "boxes", "bbox_xywh"):
+            rows.append({**image, layout: sizes if "xywh" in layout else boxes, "label": labels})
+        else:
+            for (x1, y1, x2, y2), label in OBJECTS:
+                values = (x1, y1, x2, y2)
+                if layout in ("x,y,w,h", "bbox"):
+                    values = (x1, y1, x2 - x1, y2 - y1)
+                elif layout == "cx,cy,width,height":
+                    values = ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
+                elif layout == "XMin,YMin,XMax,YMax":
+                    values = (x1 / 56, y1 / 40, x2 / 56, y2 / 40)
+                names = layout.split(",")
+                box = {layout: values} if len(names) == 1 else dict(zip(names, values, strict=True))
+                if layout == "cx,cy,width,height":
+                    image = {"file_name": f"{i}.png"}
+                rows.append({**image, "class": label, **box})
+    return rows
+
+
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize("metadata", ["rows.jsonl", "metadata.jsonl"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "objects",
+        "list of objects",
+        "bbox_xyxy",
+        "boxes",
+        "bbox_xywh",
+        "bbox",
+        "xmin,ymin,xmax,ymax",
+        "x,y,w,h",
+        "cx,cy,width,height",
+        "XMin,YMin,XMax,YMax",
+        "Roi.X1,Roi.Y1,Roi.X2,Roi.Y2",
+    ],
+)
+def test_boxes_of_an_image_are_one_sample(tmp_path: Path, layout: str, metadata: str) -> None:
+    rows = make_object_records(layout)
+    for i in range(12):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        Image.new("RGB", (56, 40), (i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
+    (tmp_path / "set" / metadata).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = run_init(tmp_path / "set", "--out", tmp_path / "out")
+    assert found["samples"] == {"data": 12}
+    assert found["metric"] == "detection"
+    assert found["prompt"] == "Locate every object of these classes in the image: ball, cube."
+    for line in (tmp_path / "out" / "data" / "data.jsonl").read_text().splitlines():
+        parts = json.loads(line)["messages"][1]["content"]
+        assert [(tuple(map(round, part["xyxy"])), part["label"]) for part in parts] == OBJECTS
+
+
 def write_coco(folder: Path) -> None:
     boxes = [
         {"id": i, "image_id": i // 2, "category_id": 1, "bbox": [i, 1, 9, 9]} for i in range(44)

@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 import yaml
@@ -269,3 +270,41 @@ def test_findings_about_such_names_are_printed(tmp_path: Path, options: list[str
     assert b"not an image" in done.stdout
     for line in done.stdout.splitlines() if options else []:
         json.loads(line.decode())
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("format_name", ["folder", "yolo", "fiftyone", "query-response", "classes"])
+def test_accented_names_match_in_both_normal_forms(
+    tmp_path: Path, format_name: str, stored: str
+) -> None:
+    folder, other = tmp_path / "set", "NFD" if stored == "NFC" else "NFC"
+    name, label = (normalize(form, "Käse") for form in (stored, other))
+    source = folder
+    if format_name == "query-response":
+        row = {"image": f"{label}/{label}.jpg", "query": "?", "response": "x"}
+        folder.mkdir()
+        source = write_jsonl(folder / "a.jsonl", [row])
+        write_gray_image(folder / name / f"{name}.jpg")
+    elif format_name == "classes":
+        write_gray_image(folder / "train" / name / "a.jpg")
+        write_gray_image(folder / "train" / "b" / "b.jpg", gray_level=1)
+        write_gray_image(folder / "val" / label / "c.jpg", gray_level=2)
+    else:
+        write_gray_image(folder / "data" / f"{name}.jpg")
+        text = "0 .5 .5 .2 .2" if format_name == "yolo" else "a text"
+        (folder / "data" / f"{label}.txt").write_text(text)
+    if format_name == "yolo":
+        (folder / "classes.txt").write_text("cat")
+    if format_name == "fiftyone":
+        (folder / "data" / f"{label}.txt").unlink()
+        labels = {label: [{"label": "cat", "bounding_box": [0.1, 0.1, 0.5, 0.5]}]}
+        (folder / "labels.json").write_text(json.dumps({"classes": ["cat"], "labels": labels}))
+    summary = imported(source, tmp_path / "out", prompt=None if format_name != "folder" else "?")
+    assert summary.format == format_name
+    assert not summary.skipped_rows
+    samples = read_samples(summary.output_files[-1].file)
+    content = samples[0].messages[-1].content[0]
+    expected = {"folder": "a text", "query-response": "x", "classes": "Käse"}
+    assert (content.label if content.type == "box" else content.text) == (
+        expected.get(format_name, "cat")
+    )

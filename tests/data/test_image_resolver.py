@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import pytest
 from image_fixtures import write_gray_image
 
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, is_image_value
 from finesight.data.image_resolver import ImageResolver, encode_data_url, hash_images, name_images
 from finesight.errors import UserError
 
@@ -55,6 +56,24 @@ def test_data_urls_are_saved(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_text("text")
     with pytest.raises(UserError, match="data URLs do not support"):
         encode_data_url(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tif", "webp", "avif"])
+def test_base64_is_saved(tmp_path: Path, suffix: str) -> None:
+    file = write_gray_image(tmp_path / f"a.{suffix}", 64, 64)
+    text = base64.b64encode(file.read_bytes()).decode()
+    (tmp_path / "out").mkdir()
+    images = ImageResolver(tmp_path, tmp_path / "out")
+    lines = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    url_safe = text.translate(str.maketrans("+/", "-_"))
+    for value in (text, f"{lines}\n", text.rstrip("="), url_safe, {"bytes": file.read_bytes()}):
+        assert images.resolve(value) == tmp_path / "out" / "images" / f"000001.{suffix}"
+        assert is_image_value(value)
+    with pytest.raises(CorruptImageError, match=r"base64|not an image|cannot be opened"):
+        images.resolve(text[:49])
+    name = "Qk_images/of/a/folder/with/many/parts/a.jpg"  # begins like a BMP file in base64
+    with pytest.raises(CorruptImageError, match="no such image"):
+        images.resolve(name)
 
 
 def test_unchecked_images_are_accepted(tmp_path: Path) -> None:

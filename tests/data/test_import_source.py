@@ -17,7 +17,14 @@ from finesight.data.import_source import (
     open_unvalidated,
 )
 from finesight.data.importer import import_dataset
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    Message,
+    Sample,
+    TextPart,
+    read_samples,
+)
 from finesight.errors import UserError
 
 
@@ -175,3 +182,21 @@ def test_image_folder_has_most_images_of_the_first_rows(
     options = ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="Color?")
     found = open_source(tmp_path / "table.csv", options).image_folder
     assert found == (tmp_path / "images" if is_found else None)
+
+
+@pytest.mark.parametrize(("limit", "boxes"), [(None, [2, 1, 1, 1]), (4, [2, 1, 1]), (2, [1, 1])])
+def test_rows_of_an_object_are_merged_by_image_and_question(
+    tmp_path: Path, limit: int | None, boxes: list[int]
+) -> None:
+    for name in ("a", "b"):
+        write_gray_image(tmp_path / f"{name}.png")
+    lines = ["i,q,x1,y1,x2,y2,c"]
+    lines += [f"{i}.png,{q},1,2,9,9,x" for i, q in ("a1", "b1", "a1", "a2", "b2")]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    columns = {"image": "i", "question": "q", "box": "x1,y1,x2,y2", "label": "c"}
+    options = ImportOptions(columns=columns, limit=limit)
+    summary = import_dataset(tmp_path / "rows.csv", tmp_path / "out", options)
+    samples = read_samples(summary.output_files[0].file)
+    assert [len(sample.messages[-1].content) for sample in samples] == boxes
+    assert [sample.id for sample in samples][:2] == ["rows-1", "rows-2"]
+    assert ("rows with boxes" in summary.detected_by) == (len(boxes) < (limit or 5))

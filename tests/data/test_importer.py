@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from image_fixtures import write_gray_image, write_jsonl
+from PIL import Image
 
 from finesight import storage
 from finesight.config import TrainFileSettings
@@ -105,12 +108,59 @@ def test_eval_rows_and_their_images_leave_training(tmp_path: Path) -> None:
     assert check_row_counts(summary)
 
 
-def test_image_copies_count_as_same_image(tmp_path: Path) -> None:
-    source = table(tmp_path, *"abc")
-    write_gray_image(tmp_path / "in" / "c.png", gray_level=0)  # now like a.png, under its own name
-    request = ImportOptions(columns=ANSWERS.columns, prompt="?", eval_last=1)
-    import_dataset(source, tmp_path / "out", request)
-    assert words(tmp_path / "out" / "train.jsonl") == ["b1"]
+def save_copies(folder: Path, image: Image.Image) -> list[Path]:
+    """Save an image in formats, modes and orientations with equal pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear = image.convert("RGBA")
+    clear.putpixel((0, 0), (1, 2, 3, 0))
+    white = image.copy()
+    white.putpixel((0, 0), (255, 255, 255))
+    saved = {
+        "a.png": image,
+        "fast.png": image,
+        "rgba.png": image.convert("RGBA"),
+        "a.bmp": image,
+        "a.tif": image,
+        "a.webp": image,
+        "turned.png": image.transpose(Image.Transpose.ROTATE_90),
+        "clear.png": clear,
+        "white.png": white,
+    }
+    options = {
+        "fast.png": {"compress_level": 1},
+        "a.webp": {"lossless": True},
+        "turned.png": {"exif": exif},
+    }
+    folder.mkdir()
+    for name, copy in saved.items():
+        copy.save(folder / name, **options.get(name, {}))
+    return [folder / name for name in saved]
+
+
+@pytest.mark.parametrize("size", [(9, 5), (200, 100)])
+def test_images_with_equal_pixels_stay_together(tmp_path: Path, size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for _ in range(9)]
+    copies = save_copies(tmp_path / "copies", images.pop())
+    images[0].save(tmp_path / "photo.jpg", quality=80)
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        photo.save(tmp_path / "photo.png")
+    start, rest = (tmp_path / "photo.jpg").read_bytes().split(b"\xff\xe0", 1)
+    (tmp_path / "tagged.jpg").write_bytes(start + b"\xff\xfe\0\4hi\xff\xe0" + rest)
+    photos = [tmp_path / name for name in ("photo.jpg", "photo.png", "tagged.jpg")]
+    groups = [copies[:-2], copies[-2:], photos]
+    for number, image in enumerate(images[1:]):
+        groups.append([tmp_path / f"{number}.{('jpg', 'png')[number % 2]}"])
+        image.save(groups[-1][0], quality=80)
+    rows = [{"image": str(path), "answer": f"{n}"} for n, g in enumerate(groups) for path in g]
+    for seed in range(4):
+        options = replace(ANSWERS, train_fraction=0.5, seed=seed)
+        out = tmp_path / f"out{seed}"
+        import_dataset(write_jsonl(tmp_path / "rows.jsonl", rows), out, options)
+        train, evaluation = (words(out / f"{name}.jsonl") for name in ("train", "eval"))
+        assert not set(train) & set(evaluation)
+        assert len(set(train) | set(evaluation)) == len(groups)
 
 
 def test_all_rows_in_eval_write_no_training_file(tmp_path: Path) -> None:
@@ -382,11 +432,12 @@ def test_real_boxes(shared: Path, tmp_path: Path, form: str) -> None:
         assert list(sample.messages[-1].content[0].xyxy) == original["bbox_xyxy"]
 
 
-def test_real_boxes_with_undeclared_format_are_rejected(shared: Path, tmp_path: Path) -> None:
+def test_real_boxes_in_the_wrong_format_are_rejected(shared: Path, tmp_path: Path) -> None:
     source = shared / "data" / "grounding" / "grounding.jsonl"
     columns = {"image": "image", "question": "question", "box": "bbox_xywh"}
+    options = ImportOptions(columns=columns, box_format="xyxy")
     with pytest.raises(UserError, match="of 534 rows are invalid") as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions(columns=columns))
+        import_dataset(source, tmp_path / "out", options)
     assert "--box-format xywh" in caught.value.remedy
 
 

@@ -111,7 +111,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.json", b"[" * 100_000, "a.json:1", "broken JSON"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv:3", "more or fewer cells"),
         ("a.csv", b"a,b\n1,2\n1\n", "a.csv:3", "more or fewer cells"),
-        ("a.csv", b"a,b\n1," + b"x" * 200_000, "a.csv:2", "broken CSV"),
+        ("a.csv", b'a,b\n1,"x"y\n', "a.csv:2", "broken CSV"),
         ("a.csv", b'a,b\n1,"2\n3,4\n', "a.csv:3", "broken CSV: unexpected end"),
         ("a.csv", b"a,b,a\n1,2,3\n", "a.csv:1", "duplicate column name 'a'"),
         ("a.csv", b"a,b\n", "a.csv", "contains no rows"),
@@ -213,3 +213,28 @@ def test_excel_workbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError, match="openpyxl cannot be imported") as caught:
         open_row_file(tmp_path / "a.xlsx")
     assert "pip install 'finesight[xlsx]'" in caught.value.remedy
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "xlsx"])
+@pytest.mark.parametrize("first", ["a.png", "https://x.org/a.jpg?w=1", "7", "9" * 200_000])
+def test_first_row_without_header_is_a_row(tmp_path: Path, suffix: str, first: str) -> None:
+    table = [[first, "cat", "cat"], ["b.png", "dog", "dog"]]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "xlsx":
+        workbook = openpyxl.Workbook()
+        for row in [[first[:99], *table[0][1:]], table[1]]:
+            workbook.active.append(row)
+        workbook.save(path)
+    else:
+        path.write_text("".join("\t,"[suffix == "csv"].join(row) + "\n" for row in table))
+    is_detected = not first.isdecimal()
+    if not is_detected:
+        with pytest.raises(UserError, match="duplicate column name 'cat'") as caught:
+            open_row_file(path)
+        assert "--no-header" in caught.value.remedy
+    reader = open_row_file(path, no_header=not is_detected)
+    records = [row.record for row in reader.iter_range(0, 9)]
+    assert [record["2"] for record in records] == ["cat", "dog"]
+    assert records[0]["1"][:99] == first[:99]
+    assert reader.text_format.endswith("; no header, columns 1 to 3")
+    assert reader.num_rows == 2

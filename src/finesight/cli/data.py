@@ -91,6 +91,14 @@ EncodingOption = Annotated[
         help="Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.",
     ),
 ]
+NoHeaderOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-header",
+        help="The first row of a .csv, .tsv or .xlsx file contains values: name the columns 1, 2 "
+        "and so on. Detected if the row contains an image or its file name.",
+    ),
+]
 SourceArgument = Annotated[
     str,
     typer.Argument(
@@ -131,6 +139,7 @@ def import_data(
     on_invalid_box: OnInvalidBoxOption = None,
     copy_images: CopyImagesOption = False,
     encoding: EncodingOption = None,
+    no_header: NoHeaderOption = False,
     allow_host: AllowHostOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -170,6 +179,7 @@ def import_data(
         on_invalid_row=on_invalid_row,
         on_invalid_box=on_invalid_box,
         encoding=encoding,
+        no_header=no_header,
     )
     with fetch_source(source, out, options, allow_host or ()) as fetched:
         progress_stage = TrainingConsole(Console(stderr=True)).progress_stage

@@ -181,6 +181,9 @@ def init(
         *(f"        {file}: {text}" for file, text in files.items()),
         *(f"        {line}" for line in summary.list_skipped()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
+        *([f"        box format: {options.box_format}"] if options.box_format else []),
+        *([f"        box units: {options.box_units}"] if options.box_units else []),
+        *(["        no images: a task of text only"] if not summary.num_images else []),
         *(f"        unused column: {column}" for column in summary.list_unused_columns()),
         *(f"        {line}" for line in summary.list_other_keys()),
         *([f"        for one column only: {map_hint}"] if "fields" in options.columns else []),
@@ -334,14 +337,15 @@ def _select_source(path: Path, options: ImportOptions, yes: bool) -> tuple[Path,
 
     if options.row_files:
         return path, options
-    path, columns = detect_columns(path, options)
+    path, detected = detect_columns(path, options)
+    columns = dict(detected.columns)
     if options.columns or not columns:
-        return path, options
+        return path, detected
     if "box" not in columns:
         default = columns.pop("answer", None) or columns.pop("fields")
         answer = _ask("Answer column, or several for a JSON answer", default, yes)
         columns["fields" if "," in answer else "answer"] = answer
-    return path, replace(options, columns=columns)
+    return path, replace(detected, columns=columns)
 
 
 def _detect_task(
@@ -384,6 +388,8 @@ def _detect_task(
             break
     if not samples:
         raise next(row.error for row in rows if row.error is not None)
+    if not any(part.type in ("image", "video") for s in samples for part in s.iter_parts()):
+        _reject_unrecognized_images(opened)
     fields = options.columns.get("fields", "")
     task = detect_task(samples, fields)
     metric = metric or _ask_metric(task.metric, yes)
@@ -397,13 +403,56 @@ def _detect_task(
         )
         classes = {str(answer).strip() for answer in answers if answer not in (None, "")}
         task = replace(task, prompt=format_class_prompt(classes))
-    label = options.columns.get("label")
-    if label is not None and options.columns.get("question") == label:
+    label, question = map(opened.column_map.get, ("label", "question"))
+    if label is not None and question == label:
         task = replace(task, prompt=PROMPTS["grounding"])
+    elif label is not None and task.prompt is not None:
+        task = replace(task, prompt=_format_box_prompt(opened, label) or task.prompt)
     needs_prompt = task.prompt is not None and options.prompt is None
     if needs_prompt and "prompt" in opened.data_format.supported_options:
         options = replace(options, prompt=_ask("Question about every image", str(task.prompt), yes))
     return task, options, opened
+
+
+def _reject_unrecognized_images(opened: ImportSource) -> None:
+    """Raise UserError if a dataset that was read as text only contains columns with images."""
+    from finesight.data.formats.table import suggest_mapping
+    from finesight.data.image_header import is_image_value
+    from finesight.data.import_source import NUM_PREVIEW_ROWS
+
+    def has_image(value: object) -> bool:
+        inner = list(value.values()) if isinstance(value, dict) else value
+        is_nested = isinstance(inner, list) and any(map(has_image, inner))
+        return is_image_value(value) or is_nested
+
+    start, stop = opened.row_bounds
+    rows = opened.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS))
+    records = [row.record for row in rows]
+    names = sorted({key for one in records for key, value in one.items() if has_image(value)})
+    if names:
+        mapping = suggest_mapping(records[0])
+        raise UserError(
+            f"no image is recognized, but {', '.join(names)} contains images",
+            where=str(opened.path),
+            expected=f"images where {opened.data_format.name} has them, in rows such as "
+            f"{opened.data_format.description}",
+            remedy=f"rename the key {names[0]} to images in all rows"
+            if "COLUMN" in mapping
+            else f"give {mapping}",
+        )
+
+
+def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
+    """Format the question about all objects with their classes; None for too many classes."""
+    from finesight.data.formats.dataset_format import as_list
+    from finesight.data.formats.image_annotations import DETECTION_PROMPT, MAX_PROMPT_CLASSES
+    from finesight.data.formats.table import get_cell
+
+    records = (one for row in opened.iter_rows() for one in (row.record, *row.more_records))
+    labels = {str(name) for record in records for name in as_list(get_cell(record, label))}
+    names = sorted(labels - {"", "None"})
+    is_listed = 0 < len(names) <= MAX_PROMPT_CLASSES
+    return DETECTION_PROMPT.format(labels=", ".join(names)) if is_listed else None
 
 
 def find_device() -> tuple[str, int]:

@@ -123,7 +123,7 @@ BoxFormatOption = Annotated[
         "--box-format",
         help="Box coordinates in SOURCE: xyxy (left, top, right, bottom), xywh (left, top, width, "
         "height) or cxcywh (center x, center y, width, height). Default: of the format (coco: "
-        "xywh, yolo: cxcywh), else xyxy.",
+        "xywh, yolo: cxcywh) or the column names of a table (x,y,w,h: xywh), else xyxy.",
     ),
 ]
 

@@ -7,6 +7,7 @@ to read the image without unpacking the container. Pixels are not decoded.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -14,9 +15,10 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from finesight.data.parquet_reader import read_parquet_image
@@ -107,6 +109,9 @@ MAX_IMAGE_PIXELS = 64_000_000
 Without a limit, a 12 KB file could decode to gigabytes.
 """
 
+_HASH_ROWS = 256
+"""Number of image rows that are converted and hashed at once."""
+
 MAX_IMAGE_BYTES = 1 << 30
 """Maximum file size of an image: `MAX_IMAGE_PIXELS` uncompressed pixels of four 32-bit values."""
 
@@ -124,8 +129,21 @@ IMAGE_SUFFIXES = frozenset(
     }
 )
 
+IMAGE_MAGICS = {
+    b"\xff\xd8": ".jpg",
+    b"\x89PNG": ".png",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II": ".tif",
+    b"MM": ".tif",
+}
+"""Suffix of image files by their first bytes, for common formats."""
+
 _HEIF_HEADER = re.compile(rb".{4}ftyp.{4,60}(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 """Pattern of the first bytes of a HEIF file: its box `ftyp` with a HEIF brand."""
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]++={0,2}\s*")
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
@@ -137,6 +155,41 @@ Pillow decodes a tile completely even if the image covers only a small part of i
 
 # The limit above is enforced for every image; the limit of Pillow only warns above 89 megapixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def find_image_suffix(data: bytes) -> str:
+    """Return the suffix of an image file from its first bytes, "" for an unknown format."""
+    if data[4:8] == b"ftyp":
+        return ".avif" if data[8:12] in (b"avif", b"avis") else ".heic"
+    return next((suffix for magic, suffix in IMAGE_MAGICS.items() if data.startswith(magic)), "")
+
+
+def is_base64_image(text: str) -> bool:
+    """Return whether a text is an image in base64, without the header of a data URL.
+
+    The URL-safe alphabet, line breaks and missing padding are accepted.
+    """
+    head = "".join(text[:100].split())[:32]
+    return (
+        len(head) == 32
+        and _BASE64.fullmatch(text) is not None
+        and find_image_suffix(base64.b64decode(head, altchars=b"-_")) != ""
+    )
+
+
+def is_image_value(value: object) -> bool:
+    """Return whether a value is an embedded image, the name of an image, or a list of them."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(is_image_value, value))
+    if isinstance(value, dict):
+        return "bytes" in value or "path" in value
+    if isinstance(value, bytes):
+        return find_image_suffix(value) != ""
+    if not isinstance(value, str):
+        return False
+    path = value.partition("?")[0] if "://" in value else value
+    is_data_url = value.lstrip()[:11].lower() == "data:image/"
+    return PurePath(path).suffix.lower() in IMAGE_SUFFIXES or is_data_url or is_base64_image(value)
 
 
 class CorruptImageError(UserError):
@@ -235,23 +288,66 @@ def _read_head(path: Path) -> bytes:
         return file.read(80)
 
 
-def check_pixels(path: Path) -> bool:
-    """Decode an image, JPEG at an eighth of its size, and return whether it has further frames.
+PixelKey = tuple[ImageSize, bool, bytes]
+"""Key that is equal for images with equal pixels, in any format and with any metadata.
+
+It consists of height and width after EXIF rotation, whether the image is a JPEG that was decoded at
+an eighth of its size, and the SHA-256 of its pixels.
+"""
+
+
+class DecodedImage(NamedTuple):
+    """Result of decoding an image, with its key and 16 gray levels if a key was requested."""
+
+    has_more_frames: bool
+    key: PixelKey | None = None
+    thumbnail: bytes = b""
+
+
+def decode_image(path: Path, *, is_reduced: bool = True, with_key: bool = False) -> DecodedImage:
+    """Decode an image completely, to find truncated and equal ones.
+
+    Args:
+        is_reduced: Decode JPEG at an eighth of its size, which is faster.
 
     Raises:
         CorruptImageError: The file is truncated or corrupt.
     """
     with open_image_header(path) as image:
         try:
-            image.draft(None, (1, 1))
+            full_size = image.size
+            is_reduced = is_reduced and image.draft(None, (1, 1)) is not None
             image.load()
+            decoded = DecodedImage(False)
+            if with_key:
+                thumbnail = image.convert("L").resize((4, 4), Image.Resampling.BOX).tobytes()
+                key = _hash_pixels(image, full_size, is_reduced)
+                decoded = DecodedImage(False, key, thumbnail)
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
         # The further images of an MPO file are previews and depth maps.
         with contextlib.suppress(Exception):
             image.seek(1)
-            return image.format != "MPO"
-    return False
+            return decoded._replace(has_more_frames=image.format != "MPO")
+    return decoded
+
+
+def _hash_pixels(image: Image.Image, full_size: ImageSize, is_reduced: bool) -> PixelKey:
+    """Hash the pixels of a decoded image, in bands to limit the memory of conversions."""
+    orientation = read_exif_orientation(image)
+    size = full_size if orientation in TRANSPOSED_ORIENTATIONS else full_size[::-1]
+    if orientation != 1:
+        image = ImageOps.exif_transpose(image)
+    digest = hashlib.sha256()
+    for top in range(0, image.height, _HASH_ROWS):
+        band = image.crop((0, top, image.width, min(top + _HASH_ROWS, image.height)))
+        if band.has_transparency_data:  # as in training, transparent pixels are white
+            white = Image.new("RGBA", band.size, "white")
+            band = Image.alpha_composite(white, band.convert("RGBA"))
+        # Pixels of 16 and 32 bits have several byte orders in files.
+        mode = band.mode[0] if band.mode[0] in "IF" else "RGB"
+        digest.update(band.convert(mode).tobytes())
+    return size, is_reduced, digest.digest()
 
 
 def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:

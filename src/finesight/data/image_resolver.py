@@ -6,6 +6,7 @@ import base64
 import hashlib
 import itertools
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,12 +15,22 @@ from typing import TYPE_CHECKING
 
 from finesight.bounded_files import is_utf8, iter_spellings, to_readable_name
 from finesight.data.image_header import (
+    IMAGE_MAGICS,
     CorruptImageError,
+    find_image_suffix,
+    is_base64_image,
     is_container_path,
+    is_image_value,
     read_image_size,
     resolve_content,
 )
-from finesight.data.sample import is_video_path
+from finesight.data.sample import (
+    MAX_PARTS,
+    VIDEO_SUFFIXES,
+    InvalidRowError,
+    check_limit,
+    is_video_path,
+)
 from finesight.data.video_file import read_video_header
 from finesight.errors import UserError
 from finesight.storage import sha256_file, translate_os_errors
@@ -31,23 +42,16 @@ if TYPE_CHECKING:
 IMAGES_FOLDER = "images"
 """Name of the output subfolder with saved and copied images."""
 
-_SUFFIXES = {
-    b"\xff\xd8": ".jpg",
-    b"\x89PNG": ".png",
-    b"RIFF": ".webp",
-    b"GIF8": ".gif",
-    b"BM": ".bmp",
-    b"II": ".tif",
-    b"MM": ".tif",
-}
+
+_FROM_URL_SAFE = str.maketrans("-_", "+/")
+_DIGITS = re.compile(r"[0-9]+")
 
 
 class ImageResolver:
     """Resolve the image values of dataset rows to files on disk.
 
-    Embedded images (bytes, data URLs) are saved in the output folder. A relative path is searched
-    in `folder` and then in the current directory. Backslashes in Windows paths are also tried as
-    slashes.
+    Embedded images (bytes, base64, data URLs) are saved in the output folder. A relative path is
+    searched in `folder` and then in the current directory; see `iter_spellings` for variations.
 
     Args:
         validate: Reject missing and invalid images. Otherwise, they keep their expected path.
@@ -80,8 +84,8 @@ class ImageResolver:
         """Return the file of an image value in a dataset row.
 
         Args:
-            value: A path, bytes, a base64 data URL (RFC 2397), or {bytes, path} as in the datasets
-                library.
+            value: A path, bytes, base64 with or without the header of a data URL (RFC 2397), or
+                {bytes, path} as in the datasets library.
 
         Raises:
             CorruptImageError: The image is missing or invalid.
@@ -93,6 +97,8 @@ class ImageResolver:
             return self._save_image(value)
         if isinstance(value, str) and value in self._found:
             return self._found[value]
+        if isinstance(value, str) and is_base64_image(value):
+            value = f"data:image;base64,{value}"
         if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
             return self._save_image(_decode_data_url(value.strip()))
         if self._web_images is not None and isinstance(value, str) and "://" in value:
@@ -117,6 +123,27 @@ class ImageResolver:
         """Return whether a path is an embedded image that was saved in the output folder."""
         return path.parent == self._images_folder
 
+    def resolve_frames(self, value: object) -> list[Path]:
+        """Return the images of a video given as a list of frames, or as a folder of frames.
+
+        Frames of a folder are ordered by name, with numbers by value.
+        """
+        frames = value
+        if isinstance(value, str) and value.strip():
+            folder = self._find(value.strip())[0] or ""
+            names = filter(is_image_value, os.listdir(folder)) if os.path.isdir(folder) else ()
+            ordered = sorted(names, key=lambda name: _DIGITS.sub(lambda n: n[0].zfill(18), name))
+            frames = [os.path.join(folder, name) for name in ordered]
+        if isinstance(frames, list | tuple) and frames:
+            check_limit(len(frames), MAX_PARTS, "frames")
+            return list(map(self.resolve, frames))
+        raise InvalidRowError(
+            f"a video given as {str(value)[:60]!r}",
+            f"the path of a file with one of the suffixes {', '.join(VIDEO_SUFFIXES)}, of a folder"
+            " of images, or a list of images",
+            "correct the path; relative paths start at the folder of the data file",
+        )
+
     def _resolve_path(self, name: str) -> Path:
         if "://" in name and not name.startswith("file://"):
             raise CorruptImageError(
@@ -125,17 +152,9 @@ class ImageResolver:
                 remedy="allow their host with --allow-host HOST, or download the images and put"
                 " their paths into the data",
             )
-        # Scripts often write paths relative to the directory in which they were started.
-        folders = (self._folder, self._allowed_root or Path.cwd())
-        if self._exact_paths:
-            candidates = [os.path.join(self._folder, name)]
-        else:
-            names = iter_spellings(name.removeprefix("file://"))
-            candidates = [os.path.join(folder, one) for one in names for folder in folders]
-        # os.path accepts invalid names: too long or with a null byte.
-        candidate = next(filter(self._is_available, candidates), None)
+        candidate, expected_path = self._find(name)
         if candidate is None and not self._validate:
-            return Path(candidates[0]).absolute()
+            return Path(expected_path).absolute()
         if candidate is None and self._allowed_root:
             raise CorruptImageError(
                 "no such image in the source",
@@ -158,6 +177,18 @@ class ImageResolver:
         if self._validate:
             self.image_size(path)
         return path
+
+    def _find(self, name: str) -> tuple[str | None, str]:
+        """Return the path of an existing file or folder or None, and the expected path."""
+        # Scripts often write paths relative to the directory in which they were started.
+        folders = (self._folder, self._allowed_root or Path.cwd())
+        if self._exact_paths:
+            candidates = [os.path.join(self._folder, name)]
+        else:
+            names = iter_spellings(name.removeprefix("file://"))
+            candidates = [os.path.join(folder, one) for one in names for folder in folders]
+        # os.path accepts invalid names: too long or with a null byte.
+        return next(filter(self._is_available, candidates), None), candidates[0]
 
     def _is_available(self, path: str) -> bool:
         if not os.path.exists(path):
@@ -190,9 +221,7 @@ class ImageResolver:
     def _save_image(self, data: bytes) -> Path:
         key = hashlib.sha256(data).hexdigest()
         if key not in self._saved_paths:
-            suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), "")
-            if data[4:8] == b"ftyp":
-                suffix = ".avif" if data[8:12] in (b"avif", b"avis") else ".heic"
+            suffix = find_image_suffix(data)
             counter = itertools.count(len(self._saved_paths) + 1)
             names = (f"{number:06d}{suffix}" for number in counter)
             path = self._images_folder / next(
@@ -218,12 +247,12 @@ class ImageResolver:
 def encode_data_url(path: Path) -> str:
     """Encode an image file as a base64 data URL (RFC 2397)."""
     data = path.read_bytes()
-    suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), None)
-    if suffix is None:
+    suffix = find_image_suffix(data)
+    if suffix not in IMAGE_MAGICS.values():
         raise UserError(
             "an image format that data URLs do not support",
             where=str(path),
-            expected=f"one of {', '.join(dict.fromkeys(_SUFFIXES.values()))}",
+            expected=f"one of {', '.join(dict.fromkeys(IMAGE_MAGICS.values()))}",
             remedy="save the image as PNG or JPEG",
         )
     image_type = {".jpg": "jpeg", ".tif": "tiff"}.get(suffix, suffix[1:])
@@ -234,7 +263,8 @@ def _decode_data_url(url: str) -> bytes:
     header, comma, data = url.partition(",")
     try:
         if comma and header.lower().endswith(";base64"):
-            return base64.b64decode(data, validate=True)
+            data = "".join(data.split()).rstrip("=").translate(_FROM_URL_SAFE)
+            return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except ValueError:
         pass
     raise CorruptImageError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import find_existing, parse_json
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.corpus import (
     PACKED_SUFFIXES,
@@ -36,7 +36,6 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
-from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
@@ -57,7 +56,12 @@ if TYPE_CHECKING:
     from finesight.hub.url_files import RemoteImages
 
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx")
+
 NUM_DETECTION_ROWS = 100
+
+MAX_PATH_CHARS = 4096
+"""Maximum length of an image path; longer texts are embedded images."""
 
 NUM_PREVIEW_ROWS = 300
 """Number of rows from which columns, image folder and task are detected."""
@@ -77,14 +81,6 @@ PROMPTS = {
     "grounding": "Locate the object.",
     "detection": "Locate all objects.",
 }
-_QUESTION_NAMES = ("question", "query", "instruction", "prompt")
-_BOX_NAMES = ("bbox", "box", "bboxes", "boxes")
-_LABEL_NAMES = ("label", "class", "category", "name")
-_ANSWER_NAMES = (
-    *("answer", "caption", "description", "text", "transcription", "latex", "formula"),
-    *("response", "output", "label", "class", "category"),
-)
-_IGNORED_NAMES = re.compile(r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|")
 _LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
 _QUESTION = re.compile(
     "(?i)[?？]$|^(?:what|which|who|whose|whom|where|when|why|how|is|are|was|were|do|does|did|can"
@@ -120,6 +116,7 @@ class ImportOptions:
         row_files: Files of a folder that contain its rows; empty to detect them.
         web_images: Downloader of image URLs, None to reject URLs.
         encoding: Encoding of .csv and .tsv files, None to detect it.
+        no_header: The first row of a table contains values; its columns are 1, 2 and so on.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
     """
 
@@ -141,6 +138,7 @@ class ImportOptions:
     web_images: RemoteImages | None = None
     allowed_root: Path | None = None
     encoding: str | None = None
+    no_header: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,20 +270,75 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
         row.record for row in rows.iter_range(start, min(stop, start + NUM_DETECTION_ROWS))
     )
     if data_format is None:
-        data_format, detected_by = _detect_format(first_records, source, options)
+        data_format, detected_by = _detect_format(first_records, source, rows, options)
     check_format_options(data_format, detected_by, options)
-    columns = tuple(map(str, first_records[0])) if first_records else ()
-    column_map = data_format.map_columns(first_records[0] if first_records else {}, options.columns)
+    column_map = data_format.map_columns(first_records, options.columns)
     known = dict.fromkeys(key for record in first_records for key in record)
     for role, column in column_map.items():
         table_format.find_columns(known, role, column, str(source))
+    columns = tuple(_list_columns(first_records[0], column_map)) if first_records else ()
     opened = ImportSource(
         source, rows, data_format, detected_by, columns, column_map, (start, stop)
     )
+    if {"image", "box"} <= column_map.keys():
+        opened = _merge_objects(opened)
     if data_format is table_format.FORMAT and (folder := _find_image_folder(opened)) is not None:
-        detected_by = f"{detected_by}; images found in {folder.name}/"
+        detected_by = f"{opened.detected_by}; images found in {folder.name}/"
         opened = replace(opened, image_folder=folder, detected_by=detected_by)
     return opened
+
+
+def _list_columns(record: Record, column_map: Mapping[str, str]) -> Iterator[str]:
+    """Yield the columns of a record, and the keys inside those of which a part is mapped."""
+    mapped = ",".join(column_map.values()).split(",")
+    for name, value in record.items():
+        item = value[0] if isinstance(value, list) and value else value
+        if isinstance(item, dict) and any(one.startswith(f"{name}.") for one in mapped):
+            yield from (f"{name}.{key}" for key in item)
+        else:
+            yield str(name)
+
+
+def _merge_objects(source: ImportSource) -> ImportSource:
+    """Merge rows with an object each to rows with all objects of an image.
+
+    Rows are merged if their cells are equal in all roles except box and label. Rows with embedded
+    images or with a list of boxes are unchanged.
+    """
+    start, stop = source.row_bounds
+    rows, image = source.rows, source.column_map["image"]
+    names = [
+        name
+        for role, column in source.column_map.items()
+        if role not in ("box", "label")
+        for name in table_format.find_columns(source.columns, role, column)
+    ]
+    groups: dict[tuple[bool, str], list[SourceRow]] = {}
+    for index, row in enumerate(source.iter_rows(), start=start):
+        if not isinstance(row.record.get(image), str) or len(row.record[image]) > MAX_PATH_CHARS:
+            return source
+        boxes = table_format.get_cell(row.record, source.column_map["box"])
+        if isinstance(boxes, list) and boxes and isinstance(boxes[0], list):
+            return source
+        is_eval = rows.eval_start is not None and index >= rows.eval_start
+        cells = repr([table_format.get_cell(row.record, name) for name in names])
+        groups.setdefault((is_eval, cells), []).append(row)
+    if len(groups) == stop - start:
+        return source
+    merged = []
+    for first, *others in groups.values():
+        location = f"{first.location} with {len(others)} more of its image"
+        records = tuple(row.record for row in others)
+        row = replace(first, location=location, more_records=records) if others else first
+        merged.append(row)
+    rows = RowReader(
+        len(merged) + rows.num_rows - (stop - start),
+        lambda start, stop: iter(merged[start:stop]),
+        None if rows.eval_start is None else sum(not is_eval for is_eval, _ in groups),
+        rows.text_format,
+    )
+    note = f"{source.detected_by}; {stop - start} rows with boxes of {len(merged)} images"
+    return replace(source, rows=rows, row_bounds=(0, len(merged)), detected_by=note)
 
 
 def _find_image_folder(source: ImportSource) -> Path | None:
@@ -304,11 +357,11 @@ def _find_image_folder(source: ImportSource) -> Path | None:
             continue
         if not isinstance(name, str) or Path(name).name != name:
             return None
-        if os.path.exists(home / name) or os.path.exists(name):
+        if find_existing(home, name) or os.path.exists(name):
             return None
         if subfolders is None:
             subfolders = [folder for folder in home.iterdir() if folder.is_dir()]
-        if found := {folder for folder in subfolders if os.path.exists(folder / name)}:
+        if found := {folder for folder in subfolders if find_existing(folder, name)}:
             matches.append(found)
     folders = set.intersection(*matches) if 2 * len(matches) > stop - start else set()
     return folders.pop() if len(folders) == 1 else None
@@ -369,6 +422,13 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             expected="a table as text, or an ImageFolder with metadata.csv; others are UTF-8",
             remedy="remove --encoding",
         )
+    if options.no_header and any(file.suffix.lower() not in TABLE_SUFFIXES for file in files):
+        raise UserError(
+            "the source is not a .csv, .tsv or .xlsx file",
+            where="--no-header",
+            expected="a table whose first row contains values",
+            remedy="remove --no-header",
+        )
     as_table = options.columns and (source.is_file() or options.row_files)
     candidates = [requested] if requested else [] if as_table else FORMATS
     for data_format in candidates:
@@ -401,7 +461,9 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy=listing.suggest_source(),
         )
     readers = [
-        open_webdataset(file) if is_tar_file(file) else open_row_file(file, options.encoding)
+        open_webdataset(file)
+        if is_tar_file(file)
+        else open_row_file(file, options.encoding, no_header=options.no_header)
         for file in files
     ]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
@@ -417,7 +479,7 @@ def _explain_mismatch(listing: FolderListing, data_format: DatasetFormat) -> str
 
 
 def _detect_format(
-    first_records: Sequence[Record], source: Path, options: ImportOptions
+    first_records: Sequence[Record], source: Path, rows: RowReader, options: ImportOptions
 ) -> tuple[DatasetFormat, str]:
     """Detect the format of a row file from its first records."""
     if options.format is not None:
@@ -425,7 +487,8 @@ def _detect_format(
     elif options.columns:
         data_format, detected_by = table_format.FORMAT, "--map"
     else:
-        data_format, detected_by = detect_format(first_records, str(source))
+        note = f" ({rows.text_format})" if "no header" in rows.text_format else ""
+        data_format, detected_by = detect_format(first_records, f"{source}{note}")
     if data_format is table_format.FORMAT and not options.columns:
         raise UserError(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
@@ -534,15 +597,14 @@ def count_unlabeled_images(folder: Path) -> int:
     return 0
 
 
-def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, str]]:
-    """Return the file or folder to import, and the column roles of a table.
+def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOptions]:
+    """Return the file or folder to import, and the options with the column roles of a table.
 
-    The roles are empty if the format of the data is detected without them. Roles in `options`
-    are returned unchanged.
+    The roles are empty if the format of the data is detected without them. Roles in `options` are
+    not changed. Box format and units are set if the values contradict the names of the columns.
     """
     try:
-        open_source(path, options)
-        return path, dict(options.columns)
+        opened = open_source(path, options)
     except UserError:
         files = [path]
         if path.is_dir():
@@ -550,62 +612,33 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, dict[str, 
             files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
         if len(files) != 1 or not files[0].is_file():
             raise
-        if options.columns:
-            return files[0], dict(options.columns)
-        rows = open_row_file(files[0])
-        records = [row.record for row in rows.iter_range(0, min(rows.num_rows, NUM_PREVIEW_ROWS))]
-        columns = guess_columns(records)
-        if "image" not in columns or len(columns) < 2:
-            open_source(files[0], options)  # raises the error of a table, if it is one
-            return files[0], {}
-        if not columns.keys() & {"answer", "fields", "box"}:
-            raise UserError(
-                f"no answer column among {', '.join(map(str, records[0]))}",
-                where=str(files[0]),
-                expected="a column with the answers",
-                remedy="name the column: --map image=COLUMN --map answer=COLUMN",
-            ) from None
-        return files[0], columns
+        path = files[0]
+        if not options.columns:
+            rows = open_row_file(path, options.encoding, no_header=options.no_header)
+            records = _read_preview(rows)
+            columns = table_format.guess_columns(records)
+            if "image" not in columns or len(columns) < 2:
+                open_source(path, options)  # raises the error of a table, if it is one
+                return path, options
+            if not columns.keys() & {"answer", "fields", "box"}:
+                raise UserError(
+                    f"no answer column among {', '.join(map(str, records[0]))}",
+                    where=str(path),
+                    expected="a column with the answers",
+                    remedy="name the column: --map image=COLUMN --map answer=COLUMN",
+                ) from None
+            options = replace(options, columns=columns)
+        opened = open_source(path, options)
+    box = opened.column_map.get("box")
+    if box is None or options.box_format or options.box_units:
+        return path, options
+    box_format, box_units = table_format.guess_box_options(_read_preview(opened.rows), box)
+    return path, replace(options, box_format=box_format, box_units=box_units)
 
 
-def is_image_value(value: object) -> bool:
-    """Return whether a cell contains an embedded image or the name of an image file."""
-    if isinstance(value, dict):
-        return "bytes" in value or "path" in value
-    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES
-
-
-def guess_columns(records: Sequence[Record]) -> dict[str, str]:
-    """Guess the roles of table columns from their names and values, as for `import --map`."""
-    names = {str(name).lower(): str(name) for name in records[0]}
-    columns: dict[str, str] = {}
-    for name in names.values():
-        if fmean(is_image_value(record.get(name)) for record in records) > 0.9:
-            columns["image"] = name
-            break
-    roles = {"question": _QUESTION_NAMES, "box": _BOX_NAMES, "label": _LABEL_NAMES}
-    for role, candidates in roles.items():
-        if (match := next((names[key] for key in candidates if key in names), None)) is not None:
-            columns[role] = match
-    if "box" in columns:
-        # The label of a box is also the question.
-        if "label" in columns:
-            columns.setdefault("question", columns["label"])
-        return columns
-    columns.pop("label", None)
-    others = [
-        name
-        for key, name in names.items()
-        if name not in columns.values()
-        and not _IGNORED_NAMES.fullmatch(key)
-        and any(record.get(name) not in (None, "") for record in records)
-    ]
-    answers = [names[key] for key in _ANSWER_NAMES if names.get(key) in others]
-    if answers or len(others) == 1:
-        columns["answer"] = (answers or others)[0]
-    elif others:
-        columns["fields"] = ",".join(others)
-    return columns
+def _read_preview(rows: RowReader) -> list[Record]:
+    preview = rows.iter_range(0, min(rows.num_rows, NUM_PREVIEW_ROWS))
+    return [record for row in preview for record in (row.record, *row.more_records)]
 
 
 def format_class_prompt(classes: Collection[str]) -> str:

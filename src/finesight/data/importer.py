@@ -12,7 +12,7 @@ import os
 import shlex
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -34,9 +34,16 @@ from finesight.data.formats.dataset_format import (
     join_text,
 )
 from finesight.data.formats.row_keys import UnsupportedKeyError
-from finesight.data.image_header import CorruptImageError, check_pixels
+from finesight.data.image_header import (
+    CorruptImageError,
+    DecodedImage,
+    ImageSize,
+    PixelKey,
+    decode_image,
+    is_image_value,
+)
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
-from finesight.data.import_source import ImportOptions, ImportSource, is_image_value, open_source
+from finesight.data.import_source import ImportOptions, ImportSource, open_source
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import SourceRow, list_folder
 from finesight.data.sample import (
@@ -113,7 +120,7 @@ class Spool:
         return content
 
 
-ImageKeys = frozenset[str]
+ImageKeys = frozenset[Hashable]
 """Keys of the images in a row. Identical images have equal keys."""
 
 
@@ -132,7 +139,7 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
             expected=f"at most {len(rows)}",
             remedy="use fewer rows for validation",
         )
-    eval_images = frozenset[str]().union(*rows[num_other_rows:])
+    eval_images = frozenset[Hashable]().union(*rows[num_other_rows:])
     train = [row_index for row_index in range(num_other_rows) if not rows[row_index] & eval_images]
     if num_other_rows and not train:
         raise UserError(
@@ -181,7 +188,7 @@ def _group_rows(rows: Sequence[ImageKeys]) -> list[list[int]]:
             parent[row_index] = row_index = parent[parent[row_index]]
         return row_index
 
-    first_row_by_key: dict[str, int] = {}
+    first_row_by_key: dict[Hashable, int] = {}
     for row_index, keys in enumerate(rows):
         for key in keys:
             parent[find_root(row_index)] = find_root(first_row_by_key.setdefault(key, row_index))
@@ -217,6 +224,11 @@ SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 NOTE_FIRST_FRAME = "images are animated or have several pages; only the first frame is used"
 DECODE_BATCH_SIZE = 1024
 """Number of images whose decoding is submitted at once."""
+
+MIN_COMPARED_SIDE, MAX_GRAY_DIFFERENCE = 64, 4
+"""Side length in pixels from which a JPEG at an eighth of its size has the gray levels of areas of
+the full image, and their maximum difference.
+"""
 
 MAX_DECODE_THREADS, DECODE_BYTES = 16, 2**29
 """Maximum number of decoding threads, and the available memory in bytes that each requires.
@@ -423,24 +435,23 @@ def import_dataset(
         context = source.create_context(options, staging)
         image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
         with _paused_gc():
-            rows, num_eval, refused, other_keys = _parse_rows(
-                source, context, options, spool, image_names, progress_stage
-            )
+            parsed = _parse_rows(source, context, options, spool, image_names, progress_stage)
+        rows, invalid = parsed.rows, parsed.invalid
         if (
             options.eval_last is None
             and options.train_fraction is None
-            and 0 < num_eval < len(rows)
+            and 0 < parsed.num_eval < len(rows)
         ):
-            options = replace(options, eval_last=num_eval)
-        splits = _split_rows(_make_ids_unique(rows), options)
+            options = replace(options, eval_last=parsed.num_eval)
+        splits = _split_rows(_make_ids_unique(rows), options, parsed.pixel_keys)
         num_used = dict.fromkeys(image for part in splits for image in part.images())
         image_names.copy(num_used)
         output_files = [_write_split(split, spool, staging, out) for split in splits]
-        if refused.lines:
-            write_chunks(staging / SKIPPED_ROWS_FILE, map(spool.read, refused.lines))
+        if invalid.lines:
+            write_chunks(staging / SKIPPED_ROWS_FILE, map(spool.read, invalid.lines))
         _remove_unused_images(staging, {image_names.name(image) for image in num_used})
     in_files = sum(part.num_rows for part in output_files)
-    num_not_selected = source.rows.num_rows - len(rows) - len(refused)
+    num_not_selected = source.rows.num_rows - len(rows) - len(invalid)
     reason_counts = Counter(
         {
             REASON_NOT_SELECTED: num_not_selected,
@@ -448,7 +459,7 @@ def import_dataset(
         }
     )
     reason_counts.update(context.skipped_rows)
-    reason_counts.update(refused.reasons)
+    reason_counts.update(invalid.reasons)
     return ImportSummary(
         format=source.data_format.name,
         detected_by=source.detected_by,
@@ -458,11 +469,11 @@ def import_dataset(
         num_images=len(num_used),
         num_clipped_boxes=context.num_clipped,
         source_notes=dict(+context.source_notes),
-        unused_columns=_list_unused_columns(source, other_keys),
-        other_keys=dict(other_keys),
-        skipped_rows_file=out / SKIPPED_ROWS_FILE if refused else None,
+        unused_columns=_list_unused_columns(source, parsed.other_keys),
+        other_keys=dict(parsed.other_keys),
+        skipped_rows_file=out / SKIPPED_ROWS_FILE if invalid else None,
         text_format=source.rows.text_format,
-        first_errors=refused.first_errors,
+        first_errors=invalid.first_errors,
     )
 
 
@@ -497,6 +508,24 @@ def get_skip_reason(error: UserError) -> str:
     return next(reasons, REASON_OTHER)
 
 
+class _ParsedRows(NamedTuple):
+    """Result of reading a source.
+
+    Attributes:
+        rows: Valid rows; those of the validation split of the source are the last.
+        num_eval: Number of rows of the validation split of the source.
+        invalid: Invalid rows.
+        other_keys: Number of unused keys of the valid rows by description.
+        pixel_keys: Keys of the images by path, which are empty without a split.
+    """
+
+    rows: list[RowExamples]
+    num_eval: int
+    invalid: _InvalidRows
+    other_keys: Counter[str]
+    pixel_keys: dict[str, PixelKey]
+
+
 def _parse_rows(
     source: ImportSource,
     context: ImportContext,
@@ -504,13 +533,8 @@ def _parse_rows(
     spool: Spool,
     names: ImageNames,
     progress_stage: ProgressStage,
-) -> tuple[list[RowExamples], int, _InvalidRows, Counter[str]]:
-    """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows.
-
-    Returns:
-        The valid rows, how many of them belong to the validation split of the source, the invalid
-            rows, and the number of unused keys in the others by description.
-    """
+) -> _ParsedRows:
+    """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows."""
 
     def get_size(path: str) -> tuple[int, int]:
         return context.images.image_size(Path(path))
@@ -553,7 +577,8 @@ def _parse_rows(
     for kind, count, _, text in coordinates.describe():
         note = f"samples with {kind} in their text, such as {text!r}: they stay as they are for"
         context.source_notes[f"{note} every model; {COORDINATE_REMEDIES[kind]}"] += count
-    corrupt = _find_corrupt_images(rows, context, progress_stage)
+    has_split = any(is_eval) or options.eval_last is not None or options.train_fraction is not None
+    corrupt, pixel_keys = _decode_images(rows, context, progress_stage, with_keys=has_split)
     if corrupt:
         row_errors = [next((corrupt[i] for i in _images(r) if i in corrupt), None) for r in rows]
         for location, image_error in zip(locations, row_errors, strict=True):
@@ -589,42 +614,83 @@ def _parse_rows(
             expected=source.data_format.description,
             remedy="check the source, or choose another --format",
         )
-    return rows, sum(is_eval), skipped, other_keys
+    return _ParsedRows(rows, sum(is_eval), skipped, other_keys, pixel_keys)
 
 
-def _find_corrupt_images(
-    rows: Sequence[RowExamples], context: ImportContext, progress_stage: ProgressStage
-) -> dict[str, CorruptImageError]:
-    """Decode all images in threads, and return the errors of corrupt ones by path.
+def _decode_images(
+    rows: Sequence[RowExamples],
+    context: ImportContext,
+    progress_stage: ProgressStage,
+    *,
+    with_keys: bool,
+) -> tuple[dict[str, CorruptImageError], dict[str, PixelKey]]:
+    """Decode all images in threads; return the errors of corrupt ones and the keys by path.
 
     Images with further frames are counted in the notes of the import.
     """
+    errors: dict[str, CorruptImageError] = {}
 
-    def decode(path: str) -> bool | CorruptImageError:
+    def decode(path: str, is_reduced: bool) -> DecodedImage | CorruptImageError:
         try:
-            return not is_video_path(path) and check_pixels(Path(path))
+            return decode_image(Path(path), is_reduced=is_reduced, with_key=with_keys)
         except CorruptImageError as error:
             if context.images.is_saved(Path(path)):  # this file is deleted after the error
                 what = f"the embedded image: {error.what}"
                 return CorruptImageError(what, expected=error.expected, remedy=error.remedy)
             return error
 
-    errors = {}
-    paths = dict.fromkeys(image for examples in rows for image in _images(examples))
-    num_threads = min(num_allowed_cpus(), MAX_DECODE_THREADS, available_memory() // DECODE_BYTES)
-    with (
-        progress_stage("images", len(paths)) as on_progress,
-        ThreadPoolExecutor(max(1, num_threads)) as pool,
-    ):
-        remaining = iter(paths)
-        while batch := list(itertools.islice(remaining, DECODE_BATCH_SIZE)):
-            for path, result in zip(batch, pool.map(decode, batch), strict=True):
-                on_progress(1)
+    def decode_all(
+        paths: Sequence[str], is_reduced: bool = True
+    ) -> Iterator[tuple[str, DecodedImage]]:
+        for start in range(0, len(paths), DECODE_BATCH_SIZE):
+            batch = paths[start : start + DECODE_BATCH_SIZE]
+            results = pool.map(decode, batch, itertools.repeat(is_reduced))
+            for path, result in zip(batch, results, strict=True):
                 if isinstance(result, CorruptImageError):
                     errors[path] = result
-                elif result:
-                    context.source_notes[NOTE_FIRST_FRAME] += 1
-    return errors
+                else:
+                    yield path, result
+                on_progress(is_reduced)
+
+    paths = dict.fromkeys(image for examples in rows for image in _images(examples))
+    images = [path for path in paths if not is_video_path(path)]
+    num_threads = min(num_allowed_cpus(), MAX_DECODE_THREADS, available_memory() // DECODE_BYTES)
+    with (
+        progress_stage("images", len(images)) as on_progress,
+        ThreadPoolExecutor(max(1, num_threads)) as pool,
+    ):
+        all_decoded = dict(decode_all(images))
+        num_animated = sum(decoded.has_more_frames for decoded in all_decoded.values())
+        context.source_notes[NOTE_FIRST_FRAME] += num_animated
+        all_decoded |= decode_all(_find_ambiguous(all_decoded), is_reduced=False)
+    return errors, {path: decoded.key for path, decoded in all_decoded.items() if decoded.key}
+
+
+def _find_ambiguous(decoded: Mapping[str, DecodedImage]) -> list[str]:
+    """Return the paths of reduced JPEGs that may be equal to each other or to a full image.
+
+    Reduction changes the mean gray level of areas slightly, except for small images.
+    """
+    counts = Counter(image.key for image in decoded.values())
+    full_images: defaultdict[ImageSize, list[bytes]] = defaultdict(list)
+    for image in decoded.values():
+        if image.key and not image.key[1]:
+            full_images[image.key[0]].append(image.thumbnail)
+    # [images, areas]
+    gray = {
+        size: np.frombuffer(b"".join(images), np.uint8).reshape(len(images), -1).astype(int)
+        for size, images in full_images.items()
+    }
+
+    def is_ambiguous(image: DecodedImage) -> bool:
+        size, is_reduced, _ = image.key or ((0, 0), False, b"")
+        if not is_reduced or counts[image.key] > 1 or size not in gray:
+            return is_reduced and counts[image.key] > 1
+        difference = np.abs(gray[size] - np.frombuffer(image.thumbnail, np.uint8))
+        is_similar = difference.max(axis=1).min() <= MAX_GRAY_DIFFERENCE
+        return min(size) < MIN_COMPARED_SIDE or bool(is_similar)
+
+    return [path for path, image in decoded.items() if is_ambiguous(image)]
 
 
 def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_EncodedExample]:
@@ -765,16 +831,21 @@ def _make_ids_unique(rows: list[RowExamples]) -> list[RowExamples]:
     return [[rename(example) for example in examples] for examples in rows]
 
 
-def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_OutputSplit]:
-    """Assign the rows to output files.
+def _split_rows(
+    rows: list[RowExamples], options: ImportOptions, pixel_keys: Mapping[str, PixelKey]
+) -> list[_OutputSplit]:
+    """Assign the rows to output files, so that no two files have images with equal pixels.
 
     Without a split there is one file, data.jsonl, otherwise train.jsonl and eval.jsonl.
     """
     if options.eval_last is None and options.train_fraction is None:
         return [_OutputSplit("data.jsonl", rows)]
-    images_per_row = [[Path(i) for i in dict.fromkeys(_images(examples))] for examples in rows]
-    keys = hash_images(path for paths in images_per_row for path in paths)
-    image_keys = [frozenset(keys[path] for path in paths) for paths in images_per_row]
+    videos = {Path(p) for examples in rows for p in _images(examples) if p not in pixel_keys}
+    video_keys = hash_images(videos)
+    image_keys = [
+        frozenset(pixel_keys.get(p) or video_keys[Path(p)] for p in _images(examples))
+        for examples in rows
+    ]
     if options.train_fraction is not None:
         train, validation = split_by_image(image_keys, options.train_fraction, options.seed)
     else:

@@ -33,7 +33,7 @@ from finesight.bounded_files import (
     to_readable_name,
     translate_os_errors,
 )
-from finesight.data.image_header import IMAGE_SUFFIXES
+from finesight.data.image_header import IMAGE_SUFFIXES, is_image_value
 from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
 from finesight.data.parquet_reader import (
     check_row_count,
@@ -59,6 +59,9 @@ MAX_XLSX_BYTES = 2**30
 MAX_XLSX_CELLS = 5 * 10**7
 """Maximum number of cells of an Excel sheet, including empty rows and inner empty cells."""
 
+MAX_CSV_CELL_CHARS = 2**26
+"""Maximum number of characters in a cell of a CSV file, such as an image in base64."""
+
 SNIFF_BYTES = 4096
 """Number of bytes read from the start of a file to detect its format."""
 
@@ -73,12 +76,14 @@ class SourceRow:
     Attributes:
         number: 1-based line number in JSON Lines, else 1-based row number.
         location: Location of the row for messages, such as "line 12".
+        more_records: Further rows about the same image, each with an object.
     """
 
     number: int
     location: str
     record: Record
     stem: str
+    more_records: tuple[Record, ...] = ()
 
     @property
     def id(self) -> str:
@@ -147,19 +152,22 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
     return RowReader(sum(reader.num_rows for reader in readers), iter_range, None, text_format)
 
 
-def open_row_file(source: Path, encoding: str | None = None) -> RowReader:
+def open_row_file(
+    source: Path, encoding: str | None = None, *, no_header: bool = False
+) -> RowReader:
     """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file as rows.
 
     Args:
         encoding: Encoding of a .csv or .tsv file, None to detect it.
+        no_header: The first row of a table contains values; see `_name_columns`.
     """
     suffix = source.suffix.lower()
     if suffix == ".parquet":
         rows = _open_parquet(source)
     elif suffix in (".csv", ".tsv"):
-        rows = _open_csv(source, encoding)
+        rows = _open_csv(source, encoding, no_header)
     elif suffix == ".xlsx":
-        rows = _open_xlsx(source)
+        rows = _open_xlsx(source, no_header)
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
     else:
@@ -364,7 +372,7 @@ def _detect_delimiter(text: str, suffix: str) -> str:
     return max((default, *_DELIMITERS), key=header.count)
 
 
-def _open_csv(source: Path, encoding: str | None) -> RowReader:
+def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
     content = read_data_file(source)
     guessed = encoding or _detect_encoding(content)
     try:
@@ -382,10 +390,11 @@ def _open_csv(source: Path, encoding: str | None) -> RowReader:
         text = _decode_utf8(content, source, 1)
     text = text.removeprefix("\ufeff")
     delimiter = _detect_delimiter(text, source.suffix.lower())
-    table = _parse_csv(text, source, delimiter)
+    table, header_note = _parse_csv(text, source, delimiter, no_header)
     is_certain = encoding is not None or guessed in ("utf-8", "utf-16")
     note = "" if is_certain else "encoding guessed: "
-    text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{guessed.upper().replace('_', '-')}"
+    encoding_name = guessed.upper().replace("_", "-")
+    text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{encoding_name}{header_note}"
     return RowReader(
         len(table),
         lambda start, stop: itertools.islice(table, start, stop),
@@ -393,8 +402,8 @@ def _open_csv(source: Path, encoding: str | None) -> RowReader:
     )
 
 
-def _open_xlsx(source: Path) -> RowReader:
-    """Open the active sheet of an Excel workbook; its first non-empty row contains the columns.
+def _open_xlsx(source: Path, no_header: bool) -> RowReader:
+    """Open the active sheet of an Excel workbook; its first non-empty row names the columns.
 
     Rows have the numbers of the sheet.
     """
@@ -423,8 +432,7 @@ def _open_xlsx(source: Path) -> RowReader:
             expected="an unencrypted .xlsx file with a table in its active sheet",
             remedy="save the table again, or as CSV",
         ) from error
-    header = [None if name is None else str(name) for name in cells[0][1]] if cells else []
-    _reject_duplicate_columns([name for name in header if name is not None], source)
+    header, header_note = _name_columns(cells[0][1] if cells else [], no_header, source)
 
     def make_row(_: int, numbered_values: tuple[int, list[Any]]) -> SourceRow:
         row_number, values = numbered_values
@@ -434,7 +442,8 @@ def _open_xlsx(source: Path) -> RowReader:
 
     others = [name for name in workbook.sheetnames if name != sheet.title]
     text_format = f"sheet {sheet.title!r}" + (f", not {', '.join(others)}" if others else "")
-    return replace(rows_from_items(cells[1:], make_row), text_format=text_format)
+    rows = rows_from_items(cells if header_note else cells[1:], make_row)
+    return replace(rows, text_format=f"{text_format}{header_note}")
 
 
 def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
@@ -464,13 +473,21 @@ def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
             )
 
 
-def _parse_csv(content: str, source: Path, delimiter: str) -> list[SourceRow]:
-    rows = []
+def _parse_csv(
+    content: str, source: Path, delimiter: str, no_header: bool
+) -> tuple[list[SourceRow], str]:
+    """Return the rows of a table, and a note about a missing header."""
+    rows, header_note = [], ""
     text = io.StringIO(content, newline="")
+    csv.field_size_limit(MAX_CSV_CELL_CHARS)
     # Strict: an unclosed quote would otherwise consume the rest of the file.
     reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
-        _reject_duplicate_columns(reader.fieldnames or (), source)
+        names, header_note = _name_columns(reader.fieldnames or (), no_header, source)
+        if header_note:
+            text.seek(0)
+            columns = list(map(str, names))
+            reader = csv.DictReader(text, columns, delimiter=delimiter, strict=True)
         for row_number, record in enumerate(reader, start=1):
             if None in record or None in record.values():
                 raise UserError(
@@ -484,20 +501,37 @@ def _parse_csv(content: str, source: Path, delimiter: str) -> list[SourceRow]:
         raise UserError(
             f"broken CSV: {error}",
             where=f"{source}:{reader.reader.line_num}",
-            expected="cells of at most 131072 characters, quoted with double quotes",
+            expected=f"cells of at most {MAX_CSV_CELL_CHARS} characters, quoted with double quotes",
             remedy="correct the line, or save the table as JSONL or Parquet",
         ) from error
-    return rows
+    return rows, header_note
 
 
-def _reject_duplicate_columns(names: Sequence[str], source: Path) -> None:
+def _name_columns(
+    first_row: Sequence[Any], no_header: bool, source: Path
+) -> tuple[list[str | None], str]:
+    """Return the names of table columns, and a note if the first row contains values.
+
+    Such columns are named 1, 2 and so on. A row with an image or its file name contains values.
+    """
+    if first_row and (no_header or any(map(is_image_value, first_row))):
+        names = [str(number) for number in range(1, len(first_row) + 1)]
+        return [*names], f"; no header, columns {names[0]} to {names[-1]}"
+    header = [None if name is None else str(name) for name in first_row]
+    remedy = "rename the columns in the first line, or if it contains values, import the file"
+    names = [name for name in header if name is not None]
+    _reject_duplicate_columns(names, f"{source}:1", f"{remedy} with --no-header")
+    return header, ""
+
+
+def _reject_duplicate_columns(names: Sequence[str], where: str, remedy: str) -> None:
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates:
         raise UserError(
             f"duplicate column name {duplicates[0]!r}",
-            where=f"{source}:1",
+            where=where,
             expected="a unique name per column",
-            remedy="rename the columns in the first line",
+            remedy=remedy,
         )
 
 
@@ -509,7 +543,7 @@ def _open_parquet(source: Path) -> RowReader:
     check_row_count(source, found.num_rows)
     with translate_parquet_errors(source):
         names = found.schema.to_arrow_schema().names
-    _reject_duplicate_columns(names, source)
+    _reject_duplicate_columns(names, str(source), "rename the columns")
 
     def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
         with translate_parquet_errors(source), open_parquet(source) as parquet_file:

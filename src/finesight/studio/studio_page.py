@@ -394,9 +394,12 @@ class StudioPage:
                 remedy="for example image=path answer=caption",
             ) from error
         if source.strip() and not any(pairs) and (unpack or not is_archive(path.name)):
-            path, roles = _detect_columns(self._workspace.folder, path)
+            path, options = _detect_columns(self._workspace.folder, path)
             arguments[1] = as_argument(path)
+            roles = options.columns
             pairs = [f"{role}={column}" for role, column in roles.items()]
+            arguments += ["--box-format", options.box_format] if options.box_format else []
+            arguments += ["--box-units", options.box_units] if options.box_units else []
             if roles and "question" not in roles and not prompt.strip():
                 raise UserError(
                     "the field Prompt is empty, and the table has no column of questions",
@@ -735,7 +738,7 @@ class StudioPage:
         )
 
 
-def _detect_columns(workspace: Path, path: Path) -> tuple[Path, dict[str, str]]:
+def _detect_columns(workspace: Path, path: Path) -> tuple[Path, ImportOptions]:
     """Return the table of a source with its column roles; none if the command detects its format.
 
     A source without a known format is returned unchanged, for the error of the command. So is an
@@ -746,9 +749,9 @@ def _detect_columns(workspace: Path, path: Path) -> tuple[Path, dict[str, str]]:
             folder = workspace / STUDIO_FOLDER / "unpacked"
             with fetch_source(str(workspace / path), folder, ImportOptions()) as fetched:
                 return path, detect_columns(fetched.path, fetched.options)[1]
-        table, roles = detect_columns(workspace / path, ImportOptions())
-        return (table.relative_to(workspace) if roles else path), roles
-    return path, {}
+        table, options = detect_columns(workspace / path, ImportOptions())
+        return (table.relative_to(workspace) if options.columns else path), options
+    return path, ImportOptions()
 
 
 def _check_fraction(text: str) -> bool:

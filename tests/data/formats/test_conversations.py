@@ -120,7 +120,7 @@ def test_empty_turn_does_not_prevent_detection() -> None:
         (record(("user", f"{A}{A}?"), ("gpt", '{"bbox_2d": [1, 2, 3, 4]}')), "2 images"),
         (record(("user", "q"), ("gpt", "a"), videos=["a.mp4"]), "1 videos are listed, 1 of them"),
         (record(("user", "<video>"), ("gpt", "a"), videos=["a.mp4"]), "no such image"),
-        (record(("user", "<video>"), ("gpt", "a"), videos=[["a.png"]]), "a video given as"),
+        (record(("user", "<video>"), ("gpt", "a"), videos=[["a.png", 7]]), "an image given as int"),
         ({"conversations": []}, "conversations is"),
         ({"conversations": [{"from": "user", "value": 5}]}, "the turn"),
     ],

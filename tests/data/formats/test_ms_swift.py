@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
 from finesight.data.formats.ms_swift import MS_SWIFT
-from finesight.data.sample import VideoPart
 from finesight.errors import UserError
 
 
@@ -142,14 +140,6 @@ def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str
         parse_record(MS_SWIFT, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy
-
-
-def test_video_error_names_the_sample_format(folder: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        parse_record(MS_SWIFT, record("<image>?", "x", videos=[["a.png"]]), folder)
-    part = re.search(r"\{.*\}", caught.value.remedy)
-    assert part is not None
-    VideoPart.model_validate_json(part[0])
 
 
 def test_rows_of_other_formats_are_not_detected(folder: Path) -> None:

@@ -33,7 +33,9 @@ VIDEO, IMAGE = "video", "image"
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("media")
-    write_gray_image(folder / "a.png", 40, 20)
+    for name in ("a", "v0/1", "v0/2", "v0/10"):
+        write_gray_image(folder / f"{name}.png", 40, 20)
+    (folder / "v0" / "notes.txt").touch()
     write_video(folder / "v.mp4")
     write_video(folder / "w.webm", codec="libvpx-vp9")
     return folder
@@ -78,6 +80,22 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"query": "<video>What?", "response": "x", "videos": ["v.mp4"]},
         ["v.mp4", "What?"],
     ),
+    "frame list": (
+        "ms-swift",
+        messages("What?", videos=[["v0/2.png", "v0/1.png"], "v.mp4"]),
+        ["2.png", "1.png", "v.mp4", "What?"],
+    ),
+    "frame folder": (
+        "ms-swift",
+        messages("<video>What?", videos=["v0"]),
+        ["1.png", "2.png", "10.png", "What?"],
+    ),
+    "frames of one video": (
+        "llama-factory",
+        chat("<video>A", videos=["v0/1.png", "v0/10.png"]),
+        ["1.png", "10.png", "A"],
+    ),
+    "llava frames": ("llava", chat("<video>\nA", video="v0"), ["1.png", "2.png", "10.png", "A"]),
     "path in placeholder": (
         "conversations",
         chat("See <|vision_start|>v.mp4<|vision_end|>"),
@@ -97,7 +115,9 @@ def parse(form: DatasetFormat, row: dict[str, Any], folder: Path) -> list[str]:
             assert part.image.endswith(".png")
         else:
             assert isinstance(part, VideoPart)
-            assert part.video is not None
+            found += [Path(frame).name for frame in part.frames]
+            if part.video is None:
+                continue
             assert Path(part.video).parent == folder.resolve()
             found.append(Path(part.video).name)
     return found

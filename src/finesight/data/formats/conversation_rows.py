@@ -49,6 +49,7 @@ from finesight.data.formats.row_keys import (
     has_value,
     sort_keys,
 )
+from finesight.data.image_header import is_image_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_BOXES,
@@ -259,10 +260,7 @@ class RowMedia(RowImages):
         self, record: Record, context: ImportContext, num_marked: Mapping[str, int] | None = None
     ) -> None:
         super().__init__(context)
-        self.listed = {
-            kind: list_images(record, keys)
-            for kind, keys in (("image", IMAGE_KEYS), ("video", VIDEO_KEYS))
-        }
+        self.listed = {"image": list_images(record), "video": list_videos(record)}
         for kind, files in self.listed.items():
             check_limit(len(files), MAX_PARTS, f"{kind}s")
         self._num_marked = num_marked
@@ -476,6 +474,18 @@ def list_images(record: Record, keys: Sequence[str] = IMAGE_KEYS) -> list[object
         if key in record and has_value(record[key])
         for image in as_list(record[key])
     ]
+
+
+def list_videos(record: Record) -> list[object]:
+    """Return the videos under the keys `video` and `videos` of a record, in order.
+
+    A video is a file, a folder of frames or a list of them; a plain list of images is one video.
+    """
+    videos: list[object] = []
+    for values in (as_list(record[key]) for key in VIDEO_KEYS if has_value(record.get(key))):
+        is_frame_list = all(is_image_value(v) and not isinstance(v, list) for v in values)
+        videos += [values] if is_frame_list else values
+    return videos
 
 
 def write_rows(

@@ -24,11 +24,9 @@ from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import Record, RowReader, SourceRow, decode_json_lists
 from finesight.data.sample import (
     MAX_BOXES,
-    VIDEO_SUFFIXES,
     BoxPart,
     ContentPart,
     ImagePart,
-    InvalidRowError,
     InvalidTurnsError,
     LocatedSample,
     Message,
@@ -274,14 +272,11 @@ class RowImages:
         return ImagePart(image=str(self.paths[-1]))
 
     def add_video(self, value: object) -> VideoPart:
-        """Resolve the path of a video file, and return its video part."""
-        if not isinstance(value, str) or not is_video_path(value.strip()):
-            raise InvalidRowError(
-                f"a video given as {str(value)[:60]!r}",
-                f"the path of a file with one of the suffixes {', '.join(VIDEO_SUFFIXES)}",
-                _VIDEO_REMEDY,
-            )
-        return VideoPart(video=str(self._context.images.resolve(value)))
+        """Resolve a video file, a list of frames or a folder of them; return the video part."""
+        if isinstance(value, str) and is_video_path(value.strip()):
+            return VideoPart(video=str(self._context.images.resolve(value)))
+        frames = self._context.images.resolve_frames(value)
+        return VideoPart(frames=tuple(map(str, frames)))
 
     def create_box(
         self,
@@ -393,7 +388,7 @@ class DatasetFormat:
         open_requested: Function that replaces `open_dataset` if the user names the format. It
             raises UserError with the reason for a mismatch.
         map_columns: Function that returns the column of each role for tables with known columns,
-            from the first record and the columns of `--map`.
+            from the first records and the columns of `--map`.
         write_files: Function that yields relative file names with content; a repeated name appends.
             It raises UserError for a sample that the format cannot represent.
     """
@@ -406,8 +401,8 @@ class DatasetFormat:
     supported_options: frozenset[str] = frozenset()
     open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
     open_requested: Callable[[Path], tuple[RowReader, str] | None] | None = None
-    map_columns: Callable[[Record, Mapping[str, str]], Mapping[str, str]] = lambda _, columns: (
-        columns
+    map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] = (
+        lambda _, columns: columns
     )
     write_files: (
         Callable[[Sequence[LocatedSample], ExportContext], Iterator[tuple[str, bytes]]] | None

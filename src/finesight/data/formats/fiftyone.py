@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from finesight.bounded_files import parse_unique_json
 from finesight.data.boxes import BoxConvention
@@ -76,7 +77,7 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
         target = labels[key]
         record = {
             "id": PurePosixPath(key).name,
-            "path": str(paths.get(key, file.parent / DATA_FOLDER / key)),
+            "path": str(paths.get(normalize("NFC", key), file.parent / DATA_FOLDER / key)),
             "items": None if target is None else as_list(target),
             "labels": [_get_label(item, declared) for item in as_list(target)],
             "classes": classes,
@@ -179,7 +180,7 @@ def _find_images(folder: Path) -> dict[str, Path]:
 
 
 def _get_key(name: str) -> str:
-    return os.path.splitext(name)[0]
+    return normalize("NFC", os.path.splitext(name)[0])
 
 
 def _iter_boxes(

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 from finesight.data.formats import table
 from finesight.data.formats.dataset_format import (
@@ -66,19 +67,24 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
         return None
     listing = list_folder(source)
     images = listing.image_files()
-    texts = {text.with_suffix(""): text for text in listing.files_with_suffix(".txt")}
-    num_with_text = sum(image.with_suffix("") in texts for image in images)
+    texts = {_get_pair_key(text): text for text in listing.files_with_suffix(".txt")}
+    num_with_text = sum(_get_pair_key(image) in texts for image in images)
     if not num_with_text:
         return None
 
     def make_row(row_number: int, image: Path) -> SourceRow:
-        text = texts.get(image.with_suffix(""))
+        text = texts.get(_get_pair_key(image))
         record = {"id": image.stem, "image": str(image), "text": str(text) if text else None}
         return SourceRow(row_number, str(image), record, source.stem)
 
     return rows_from_items(
         images, make_row
     ), f"{num_with_text} images with a text file of the same name"
+
+
+def _get_pair_key(path: Path) -> str:
+    """Return the path that an image and its text share, with composed characters (NFC)."""
+    return normalize("NFC", str(path.with_suffix("")))
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -139,7 +145,6 @@ _NO_CLASS_NAMES = frozenset({"images", "img", "masks", "labels", "annotations"})
 """Names of folders, in lower case, that are classes only with `--format classes`."""
 
 _METADATA_NAME = re.compile(r"metadata\.(?:csv|jsonl|parquet)", re.IGNORECASE)
-_ANSWER_COLUMNS = ("text", "caption", "label", "answer", "ground_truth")
 
 
 def _order_by_split(root: Path, files: Sequence[Path]) -> tuple[list[Path], int, str]:
@@ -201,21 +206,22 @@ def _resolve_file_names(reader: RowReader, folder: Path) -> RowReader:
     return replace(reader, iter_range=iter_range)
 
 
-def map_imagefolder_columns(record: Record, columns: Mapping[str, str]) -> dict[str, str]:
-    """Return the column of each role: of `--map`, else `file_name` and the answer column."""
-    mapped = {"image": "file_name", **columns}
-    if not mapped.keys() & {"answer", "fields", "box"}:
-        others = [name for name in record if name not in ("file_name", "id")]
-        answers = [name for name in _ANSWER_COLUMNS if name in record] or others
-        if not answers or (answers == others and len(others) > 1):
-            raise UserError(
-                f"no answer column among {', '.join(map(str, record))}",
-                where="--map",
-                expected=f"a column {', '.join(_ANSWER_COLUMNS)}, or a single one",
-                remedy="name the column: --map answer=COLUMN, or --map fields=COLUMN,COLUMN",
-            )
-        mapped["answer"] = str(answers[0])
-    return mapped
+def map_imagefolder_columns(
+    records: Sequence[Record], columns: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the column of each role: of `--map`, else `file_name` and those of known names."""
+    if columns.keys() & {"answer", "fields", "box"}:
+        return {"image": "file_name", **columns}
+    guessed = table.guess_columns(records) | {"image": "file_name"}
+    if not guessed.keys() & {"answer", "box"}:
+        raise UserError(
+            f"no answer column among {', '.join(map(str, records[0]))}",
+            where="--map",
+            expected="columns with known names, such as caption, or question and answer, or objects"
+            " with bbox and categories; or a single column",
+            remedy="name the column: --map answer=COLUMN, or --map fields=COLUMN,COLUMN",
+        )
+    return guessed | dict(columns)
 
 
 def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[RowReader, str] | None:
@@ -233,7 +239,9 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
     listing = list_folder(source) if source.is_dir() else None
     images, num_train, note = _order_by_split(source, listing.image_files() if listing else ())
     depth = 1 if note else 0
-    labels = [image.relative_to(source).parts[depth:-1] for image in images]
+    # macOS decomposes the characters of names, in contrast to texts.
+    paths = [Path(normalize("NFC", str(image.relative_to(source)))).parts for image in images]
+    labels = [parts[depth:-1] for parts in paths]
     classes = Counter(label[0] for label in sorted(labels) if label)
     names = {name.lower() for name in classes}
     problem = ""
@@ -258,7 +266,7 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
         return None
 
     def make_row(row_number: int, image: Path) -> SourceRow:
-        parts = image.relative_to(source).parts
+        parts = paths[row_number - 1]
         record = {
             "id": "-".join((*parts[:-1], image.stem)),
             "image": str(image),

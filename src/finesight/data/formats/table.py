@@ -9,12 +9,13 @@ answer text on a new line. See `conversation_rows` for boxes within the answer t
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from finesight.data.boxes import BoxConvention
+from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits, parse_coordinates
 from finesight.data.formats.conversation_rows import (
     Files,
     PartRenderer,
@@ -33,6 +34,8 @@ from finesight.data.formats.dataset_format import (
     as_list,
     make_text_part,
 )
+from finesight.data.formats.row_keys import has_value
+from finesight.data.image_header import is_image_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_ANSWERS,
@@ -61,23 +64,212 @@ _SEPARATOR = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 MAX_CELL_CHARS = 2**20
 
 _COMMON_NAMES = {
-    "image": ("image", "img", "picture", "path", "file"),
-    "answer": ("answer", "caption", "text", "txt", "latex", "formula", "response", "sentence"),
-    "question": ("question", "query", "instruction"),
+    "image": ("image", "img", "picture", "photo", "path", "file", "filename"),
+    "question": ("question", "query", "instruction", "prompt", "problem"),
+    "answer": (
+        *("answer", "answers", "response", "completion", "output", "solution", "target", "reply"),
+        *("groundtruth", "caption", "captions", "description", "text", "txt", "transcription"),
+        *("latex", "formula", "label", "class", "category"),
+    ),
     "box": ("bbox", "box"),
+    "label": (
+        *("label", "labels", "class", "category", "categories", "name", "names", "object"),
+        *("classid", "labelid", "categoryid"),
+    ),
 }
+_PAIRS = (
+    *(("prefix", "suffix"), ("input", "output"), ("input", "target"), ("input", "label")),
+    *(("source", "target"), ("user", "assistant"), ("human", "gpt"), ("human", "assistant")),
+    *(("context", "completion"), ("q", "a")),
+)
+"""Names of a question and its answer that have this meaning only together."""
+
+_PHRASE_NAMES = ("phrase", "expression", "sentence", "caption", "description", "text")
+"""Names of the question in a table of boxes without classes."""
+
+_IGNORED_NAMES = re.compile(
+    r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative).*|"
+)
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W_A-Za-z0-9]+")
+_TEXT_WORDS = {"text", "content", "en"}
+
+_BOX_COLUMNS: dict[BoxFormat, tuple[str, ...]] = {
+    "xyxy": (
+        *("xmin,ymin,xmax,ymax", "x1,y1,x2,y2", "left,top,right,bottom"),
+        *("minx,miny,maxx,maxy", "x0,y0,x1,y1"),
+    ),
+    "cxcywh": (
+        *("cx,cy,w,h", "cx,cy,width,height", "xcenter,ycenter,width,height"),
+        "centerx,centery,width,height",
+    ),
+    "xywh": (*("x,y,w,h", "x,y,width,height", "left,top,width,height", "xmin,ymin,width,height"),),
+}
+"""Names of four columns with the coordinates of a box, in lower case without punctuation."""
+
+_BOX_PREFIX = re.compile(r".*\.|^(?:bnd|bounding_?|b)?box_?|^(?:roi|rect)_?", re.IGNORECASE)
+_FORMAT_IN_NAME = re.compile(
+    r"(?P<cxcywh>cxcywh|xcycwh|yolo)|(?P<xyxy>xyxy|ltrb)|(?P<xywh>xywh|ltwh|coco)", re.IGNORECASE
+)
+
+MAX_FEW_RECORDS = 4
+"""Number of records up to which different labels may be classes."""
+
+MIN_ORDERED_BOXES = 10
+"""Number of boxes that are all corners if no second coordinate is below its first one."""
+
+
+def guess_columns(records: Sequence[Record]) -> dict[str, str]:
+    """Guess the roles of table columns from their names and values, as for `import --map`.
+
+    Several unknown columns with text become the fields of a JSON answer.
+    """
+    names = list(map(str, records[0]))
+    images = [name for name in names if _has_values(records, name, is_image_value, 0.9)]
+    columns = {"image": images[0]} if images else {}
+    boxes = _guess_box_columns(records, [name for name in names if name not in images])
+    others = [
+        name
+        for name in names
+        if name not in (*images, *",".join(boxes.values()).split(","))
+        and not _IGNORED_NAMES.fullmatch(name)
+        and _has_values(records, name, _is_text, 0)
+    ]
+    question, answer = _find_pair(others)
+    if boxes:
+        label = boxes.get("label")
+        if label is None:
+            question = question or _find_name(others, _PHRASE_NAMES)
+        elif question is None and images:
+            labels = {record.get(label) for record in records if isinstance(record.get(label), str)}
+            is_unique = len({str(record.get(images[0])) for record in records}) == len(records)
+            # The label of the only box of an image is a class or, if it rarely recurs, a phrase.
+            is_phrase = is_unique and 2 * len(labels) > len(records) > MAX_FEW_RECORDS
+            question = label if is_phrase else None
+        return columns | ({"question": question} if question else {}) | boxes
+    if question is not None:
+        columns["question"] = question
+        others = [name for name in others if name not in question.split(",")]
+    answer = answer or _find_name(others, _COMMON_NAMES["answer"])
+    if answer or len(others) == 1:
+        columns["answer"] = answer or others[0]
+    elif others and not all(map(str.isdecimal, names)):
+        columns["fields"] = ",".join(others)
+    return columns
+
+
+def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
+    """Return the columns of question and answer; None for those that are not found."""
+    question = _find_name(names, _COMMON_NAMES["question"])
+    for first, second in _PAIRS if question is None else ():
+        found = _find_name(names, (first,)), _find_name(names, (second,))
+        if None not in found:
+            return found
+    # The input of an instruction is a part of the question (Alpaca).
+    others = [name for name in names if name != question]
+    more = _find_name(others, ("input",)) if "instruction" in (question or "").lower() else None
+    return (f"{question},{more}" if more else question), None
+
+
+def _find_name(names: Sequence[str], candidates: Sequence[str]) -> str | None:
+    """Return the first name that is a candidate, or else the first one that ends with one.
+
+    `question_text` and `user_question` are questions, `question_id` is not.
+    """
+    split_names = {name: [word.lower() for word in _WORDS.findall(name)] for name in names}
+    for name, words in split_names.items():
+        split_names[name] = words[:-1] if len(words) > 1 and words[-1] in _TEXT_WORDS else words
+    for is_whole, candidate in itertools.product((True, False), candidates):
+        for name, words in split_names.items():
+            if ("".join(words) if is_whole else "".join(words[-1:])) == candidate:
+                return name
+    return None
+
+
+def _has_values(
+    records: Sequence[Record],
+    name: str,
+    is_valid: Callable[[object], bool],
+    min_fraction: float,
+) -> bool:
+    """Return whether over a fraction of the non-empty cells of a column are valid."""
+    cells = [cell for record in records if (cell := record.get(name)) not in (None, "", [])]
+    return sum(map(is_valid, cells)) > min_fraction * len(cells)
+
+
+def _is_text(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_text, value))
+    return not isinstance(value, dict | bytes) and value is not None and value == value
+
+
+def _guess_box_columns(records: Sequence[Record], names: Sequence[str]) -> dict[str, str]:
+    """Return the columns of boxes and labels, also inside an object such as `objects`."""
+    folders: dict[str, str] = {}
+    for name in names:
+        item = next(iter(as_list(records[0][name])), None)
+        if isinstance(item, dict):
+            folders |= {f"{name}.{key}": f"{name}." for key in item}
+        else:
+            folders[name] = ""
+    by_coordinate = {_normalize_coordinate(path): path for path in folders}
+    candidates = [path for path in folders if "box" in path.lower()] + [
+        ",".join(by_coordinate[key] for key in variant.split(","))
+        for variant in itertools.chain(*_BOX_COLUMNS.values())
+        if by_coordinate.keys() >= set(variant.split(","))
+    ]
+    box = next((name for name in candidates if _list_boxes(records, name) is not None), None)
+    if box is None:
+        return {}
+    box_names = box.split(",")
+    others = {
+        path.removeprefix(folder): path
+        for path, folder in folders.items()
+        if path not in box_names and folder == folders[box_names[0]]
+    }
+    label = _find_name(list(others), _COMMON_NAMES["label"])
+    return {"box": box, "label": others[label]} if label else {"box": box}
+
+
+def _list_boxes(records: Iterable[Record], column: str) -> list[list[float]] | None:
+    """Return the boxes of a column; None if over a tenth of its cells are no boxes."""
+    boxes: list[list[float]] = []
+    num_invalid = 0
+    for record in records:
+        try:
+            boxes += map(parse_coordinates, _read_boxes(record, column))
+        except UserError:
+            num_invalid += 1
+    return boxes if len(boxes) >= 9 * num_invalid else None
+
+
+def guess_box_options(
+    records: Sequence[Record], column: str
+) -> tuple[BoxFormat | None, BoxUnits | None]:
+    """Return box format and units where the values contradict the default of the column."""
+    boxes = _list_boxes(records, column) or []
+    default = _get_default_convention(column).format
+    num_ordered = sum(a < c and b < d for a, b, c, d in boxes)
+    box_format: BoxFormat | None = None
+    if default == "xyxy" and num_ordered < len(boxes):
+        box_format = "xywh"
+    elif default == "xywh" and num_ordered == len(boxes) >= MIN_ORDERED_BOXES:
+        box_format = "xyxy"
+    is_fraction = bool(boxes) and max(map(max, boxes)) <= 1
+    return box_format, "1" if is_fraction else None
 
 
 def suggest_mapping(record: Record) -> str:
-    """Suggest `--map` options for a record, based on common column names."""
-    options = []
-    for role, names in _COMMON_NAMES.items():
-        matches = (key for name in names for key in record if name in key.lower())
-        column = next(matches, None)
-        if column or role in ("image", "answer"):
-            pair = f"{role}={column or 'COLUMN'}"
-            options.append(f"--map {shlex.quote(pair)}")
-    return " ".join(options)
+    """Suggest `--map` options for a record, by the values or the names of its columns."""
+    columns = guess_columns([record])
+    if "image" not in columns:
+        columns = {}
+        for role in ("image", "answer", "question", "box"):
+            matches = (key for name in _COMMON_NAMES[role] for key in record if name in key.lower())
+            columns[role] = next(matches, "COLUMN" if role == "image" else "")
+    if not any(map(columns.get, ("answer", "fields", "box"))):
+        columns["answer"] = "COLUMN"
+    pairs = [f"{role}={columns[role]}" for role in MAPPABLE_COLUMNS if columns.get(role)]
+    return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
 
 
 def suggest_role(name: str, column: str) -> str:
@@ -102,15 +294,19 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     images = RowImages(context)
     parts: list[ContentPart] = []
     if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected
-        values = _read_cell(row, context, "image")
+        values = _read_cell(row.record, context, "image")
         parts += map(images.add_image, values if isinstance(values, list) else [values])
-    question = _read_cell(row, context, "question")
+    question = _read_cell(row.record, context, "question")
+    if isinstance(question, list) and "," in context.columns["question"]:
+        # Empty cells of several columns, such as instruction and input, are left out.
+        cells = [str(cell) for cell in question if has_value(cell) and cell == cell]
+        question = "\n".join(cells)
     if question is not None:
         parts.append(make_text_part(_get_text(question, "question")))
     user = Message(role="user", content=context.add_prompt(parts))
-    boxes = tuple(_read_boxes(row, context, images))
+    boxes = tuple(_create_boxes(row, context, images))
     line_end = "\n" if boxes else ""
-    answers_text = as_list(_read_cell(row, context, "answer"))
+    answers_text = as_list(_read_cell(row.record, context, "answer"))
     check_limit(len(answers_text), MAX_ANSWERS, "answers")
     texts = [_get_text(answer, "answer") for answer in answers_text]
     answers = [(*parse_answer(f"{text}{line_end}", images), *boxes) for text in texts]
@@ -130,7 +326,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     return ImportExample(row.id, (user,), tuple(answers))
 
 
-def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
+def _read_cell(record: Record, context: ImportContext, role: str) -> object:
     """Return the value of the column mapped to a role, None without a mapping.
 
     Several comma-separated columns yield a list, such as the four coordinates of a box.
@@ -138,9 +334,22 @@ def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
     column = context.columns.get(role)
     if column is None:
         return None
-    names = find_columns(row.record, role, column)
-    values = [row.record[name] for name in names]
-    return values[0] if len(names) == 1 else values
+    values = [get_cell(record, name) for name in find_columns(record, role, column)]
+    return values[0] if len(values) == 1 else values
+
+
+def get_cell(record: Record, name: str) -> object:
+    """Return the value of a column, or of a key inside it: `objects.bbox`."""
+    if name in record:
+        return record[name]
+    column, _, key = name.partition(".")
+    return _get_inner(record.get(column), key)
+
+
+def _get_inner(value: object, key: str) -> object:
+    if isinstance(value, list | tuple):
+        return [_get_inner(item, key) for item in value]
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def find_columns(record: Collection[str], role: str, column: str, where: str = "") -> list[str]:
@@ -152,7 +361,9 @@ def find_columns(record: Collection[str], role: str, column: str, where: str = "
     if column in record:
         return [column]
     names = split_column_names(column, record)
-    missing = next((name for name in names if name not in record), None)
+    missing = next(
+        (name for name in names if {name, name.partition(".")[0]}.isdisjoint(record)), None
+    )
     if missing is None:
         return names
     raise UserError(
@@ -198,7 +409,7 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
             expected="an answer in one column, or in several",
             remedy="remove one of the two",
         )
-    cell = _read_cell(row, context, "fields")
+    cell = _read_cell(row.record, context, "fields")
     is_single_column = column in row.record
     cells = (
         [(column, cell)]
@@ -244,17 +455,53 @@ def _json_default(value: object) -> str:
     return str(value)
 
 
-def _read_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> list[BoxPart]:
-    boxes = _parse_boxes(_read_cell(row, context, "box"))
-    labels = as_list(_read_cell(row, context, "label")) or [None] * len(boxes)
-    if boxes:
-        images.require_single_image()
-    if len(labels) != len(boxes):
-        raise InvalidRowError(
-            f"{len(labels)} labels for {len(boxes)} boxes", "a label for each box"
-        )
-    names = [None if label is None else _get_text(label, "label") for label in labels]
-    return images.create_boxes(zip(boxes, names, strict=True), BoxConvention())
+def _create_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> list[BoxPart]:
+    pairs: list[tuple[object, str | None]] = []
+    convention = _get_default_convention(context.columns.get("box", ""))
+    for record in (row.record, *row.more_records):
+        boxes = _read_boxes(record, context.columns.get("box", ""))
+        labels = list(filter(has_value, as_list(_read_cell(record, context, "label"))))
+        if boxes:
+            images.require_single_image()
+        if labels and len(labels) != len(boxes):
+            raise InvalidRowError(
+                f"{len(labels)} labels for {len(boxes)} boxes", "a label for each box"
+            )
+        names = [None if label is None else _get_text(label, "label") for label in labels]
+        pairs += zip(boxes, names or [None] * len(boxes), strict=True)
+    return images.create_boxes(pairs, convention)
+
+
+def _get_default_convention(column: str) -> BoxConvention:
+    """Return the box convention that the name of a column, or of four columns, states.
+
+    Boxes under `objects` are those of Hugging Face datasets, in the format of COCO.
+    """
+    coordinates = ",".join(map(_normalize_coordinate, column.split(",")))
+    stated = _FORMAT_IN_NAME.search(column)
+    for box_format, variants in _BOX_COLUMNS.items():
+        if coordinates in variants or (stated and stated.lastgroup == box_format):
+            return BoxConvention(box_format)
+    return BoxConvention("xywh" if column.startswith("objects.") else "xyxy")
+
+
+def _normalize_coordinate(name: str) -> str:
+    return re.sub(r"[\W_]", "", _BOX_PREFIX.sub("", name)).lower()
+
+
+def _read_boxes(record: Record, column: str) -> list[object]:
+    """Return the boxes of a record, from one column or from four columns of coordinates.
+
+    Four empty cells are no box, and four lists are the coordinates of several boxes.
+    """
+    if not column:
+        return []
+    cells = [get_cell(record, name) for name in find_columns(record, "box", column)]
+    if len(cells) == 1:
+        return _parse_boxes(cells[0])
+    if all(isinstance(cell, list) for cell in cells):
+        return [list(box) for box in zip(*cells, strict=False)]
+    return [] if all(cell is None or cell == "" or cell != cell for cell in cells) else [cells]
 
 
 def _parse_boxes(value: object) -> list[object]:

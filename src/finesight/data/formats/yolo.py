@@ -325,10 +325,15 @@ def _find_label_file(image: Path) -> Path:
     if "images" in parts[:-1]:
         images_index = len(parts) - 2 - parts[-2::-1].index("images")
         parts[images_index] = "labels"
-        mirrored = Path(*parts).with_suffix(".txt")
-        if os.path.isfile(mirrored):
+        labels_folder, inner_path = (
+            Path(*parts[: images_index + 1]),
+            Path(*parts[images_index + 1 :]),
+        )
+        mirrored = find_existing(labels_folder, str(inner_path.with_suffix(".txt")))
+        if mirrored is not None and mirrored.is_file():
             return mirrored
-    return image.with_suffix(".txt")
+    sibling = image.with_suffix(".txt")
+    return find_existing(sibling.parent, sibling.name) or sibling
 
 
 def _parse_label_line(

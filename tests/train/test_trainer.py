@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from finesight import storage
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
+from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
 from finesight.train import console, optimizer, trainer
@@ -193,7 +194,7 @@ def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
     dropped = [name for line in task.read_metrics() for name in line.get("skipped_samples", [])]
     assert dropped == ["train5", "train5"]
     listed = (task.folder / "run" / "skipped_samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in listed] == ["train2"]
+    assert [json.loads(line)["id"] for line in listed] == ["train2", "train5"]
     assert result.skipped_samples == 3
     assert "skipped train2" in task.console_output
     assert "skipped train5" in task.console_output

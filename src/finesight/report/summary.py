@@ -351,6 +351,8 @@ def list_memory_remarks(run_record: RunRecord) -> list[str]:
     text = "The run ran out of GPU memory and continued with less: {}."
     return [translate(text, join_words(changes))] if changes else []
 
+    # Runs of earlier versions list these samples only in their steps.
+    recorded = {name for ids in ids_by_reason.values() for name in ids}
 
 def _sum_field(lines: Iterable[JsonObject], name: str) -> float:
     return sum(float(line[name]) for line in lines if isinstance(line.get(name), int | float))
@@ -365,7 +367,7 @@ def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
         ids_by_reason[reason.partition(": ")[2] or reason].append(str(line.get("id")))
     for line in run_record.steps:
         ids_by_reason[translate("images that could not be decoded during training")] += [
-            str(name) for name in line.get("skipped_samples") or ()
+            str(name) for name in line.get("skipped_samples") or () if str(name) not in recorded
         ]
     return [
         SkippedGroup(reason, len(ids), ", ".join(ids[:5]) + (", …" if len(ids) > 5 else ""))

@@ -35,6 +35,7 @@ from finesight.train.dataset_stats import SampleStats
 from finesight.train.evaluation import EvalResult, load_eval_history, peak_memory_gb
 from finesight.train.finalize import RunResult
 from finesight.train.setup import library_versions
+from finesight.train.optimizer import resolve_interim_limit
 from finesight.train.trainer import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
 
@@ -413,7 +414,8 @@ class MetricsLogger:
         metrics = self._build_metrics(step_output, data_wait)
         self._append_metrics(metrics)
         self._tracking_events.log_step(metrics)
-        for skipped in step_output.global_stats.skipped:
+        skipped_samples = step_output.global_stats.skipped
+        for skipped in skipped_samples:
             self._console.log(f"skipped {skipped.id}: {skipped.reason}")
         if self._step_progress is not None:
             self._step_progress.update(metrics)
@@ -430,6 +432,8 @@ class MetricsLogger:
         flops = sum(count_flops(state, batch) for batch in step_batch.packs)
         mfu = flops / seconds / state.hardware.peak_flops
         self._is_peak_valid &= mfu <= 1
+        if skipped_samples and self._state.hardware.process_group.is_main:
+            self._state.run_dir.append_skipped_samples(skipped_samples, metrics["step"])
         return {
             "step": step_batch.step_index + 1,
             "epoch": round(position / state.sampler.epoch_length, 4),

@@ -80,8 +80,8 @@ def make_tool_turn(rng: random.Random) -> Message:
     text = before + make_space(rng).join(responses[rng.randrange(2) :]) + after
     parts = split_text(rng, f"{make_space(rng)}{text}{make_space(rng)}")
     if rng.random() < 0.3:
-        place = rng.randrange(len(parts) + 1)
-        parts = (*parts[:place], ImagePart(image="image.png"), *parts[place:])
+        index = rng.randrange(len(parts) + 1)
+        parts = (*parts[:index], ImagePart(image="image.png"), *parts[index:])
     return Message(role="user", content=parts)
 
 

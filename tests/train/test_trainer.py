@@ -268,17 +268,6 @@ def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
     assert [path.name for path in (task.folder / "run").iterdir()] == ["manifest.json"]
 
 
-def test_part_without_gradients_is_reported(task: TinyTask) -> None:
-    """Text-only samples give the merger no gradients."""
-    turns = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
-    lines = [json.dumps({"id": str(i), "messages": turns}) for i in range(4)]
-    (task.folder / "train.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"no gradient reached the 6 trainable tensors of merger"):
-        task.run()
-    assert re.search(r"merger +trained +6 ", task.console_output)
-    assert not (task.folder / "run" / "model").exists()
-
-
 def test_diverged_run_keeps_last_good_checkpoint(task: TinyTask) -> None:
     settings = task.recipe["train"] | {
         "learning_rate": 1e20,
@@ -385,6 +374,35 @@ def test_changed_data_file_ends_with_checkpoint(
     os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns))
     monkeypatch.undo()
     assert task.run(train=task.recipe["train"] | {"save_every": 6}, resume=True).steps == 6
+
+
+@pytest.mark.parametrize(
+    ("tune", "is_rejected"),
+    [
+        ({"merger": "full"}, True),
+        ({"vision": "lora", "merger": "frozen", "language": "lora"}, True),
+        ({"vision": "full", "merger": "lora"}, True),
+        ({"language": "lora", "embeddings": "full"}, False),
+    ],
+)
+def test_parts_without_gradient_are_rejected_before_the_first_step(
+    task: TinyTask, tune: dict[str, str], is_rejected: bool
+) -> None:
+    file = task.folder / "train.jsonl"
+    with_images = file.read_text().splitlines(keepends=True)
+    text_only = [re.sub(r'\{"type": "image"[^}]*\}, ', "", line) for line in with_images]
+    file.write_text("".join(text_only))
+    settings: dict[str, Any] = {"tune": tune | {"lora": {"rank": 4, "dropout": 0.0}}}
+    if not is_rejected:
+        assert task.run("train.epochs=1", **settings).steps == 3
+        return
+    with pytest.raises(UserError, match="no gradient would reach") as caught:
+        task.run(**settings)
+    parts = [part for part in ("vision", "merger") if tune.get(part, "frozen") != "frozen"]
+    assert all(f"tune.{part}=frozen" in caught.value.remedy for part in parts)
+    assert not (task.folder / "run").exists()
+    file.write_text("".join([*text_only[1:], with_images[0]]))
+    assert task.run("train.epochs=1", **settings).steps == 3
 
 
 def test_evaluation_shows_its_progress(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:

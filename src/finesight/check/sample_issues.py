@@ -258,6 +258,7 @@ def find_sample_issues(
     except InvalidTurnsError as error:
         yield issue_from_error(error, location)
     yield from _check_turns(sample, location)
+    yield from _check_reasoning(sample, location)
     yield from _check_images(sample, location, catalog)
     yield from find_text_issues(sample, location, special_tokens)
     yield from find_box_issues(sample, location, catalog)
@@ -280,6 +281,42 @@ def _check_turns(sample: Sample, location: SampleLocation) -> Iterator[CheckIssu
                 "image-in-answer",
                 f"message {message_index}, of the {message.role}, contains an image",
                 "move it to a user turn: answers contain text and boxes only",
+            )
+
+
+_THINK_TAG = re.compile(r"</?think>")
+
+
+def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
+    """Check that the reasoning of each answer is one block at its start, before the answer."""
+    for index, message in enumerate(sample.messages):
+        # As in the chat template, a tag may extend over several text parts.
+        parts = [part for part in message.content if isinstance(part, TextPart | BoxPart)]
+        pieces = (part.text if isinstance(part, TextPart) else "<box>" for part in parts)
+        text, turn = "".join(pieces), f"message {index}, of the {message.role},"
+        tags, is_at_start = _THINK_TAG.findall(text), text.lstrip().startswith("<think>")
+        if message.role != "assistant":
+            if is_at_start:
+                remedy = "move the reasoning to the start of the answer"
+                yield location.create_issue(
+                    "misplaced-reasoning", f"{turn} starts with <think>", remedy
+                )
+        elif tags == ["</think>"]:
+            yield location.create_issue(
+                "misplaced-reasoning",
+                f"{turn} has </think>, but no <think>",
+                "start the answer with <think>; the text before </think> is its reasoning",
+            )
+        elif tags and (tags != ["<think>", "</think>"] or not is_at_start):
+            shown = " ".join(tags[:6]) + " …" * (len(tags) > 6)
+            yield location.create_issue(
+                "unpaired-reasoning",
+                f"{turn} has {shown}{'' if is_at_start else ' after other text'}",
+                "write <think>, the reasoning and </think> once, before the answer",
+            )
+        elif tags and not text.rpartition("</think>")[2].strip():
+            yield location.create_issue(
+                "empty-answer", f"{turn} ends with </think>", "add the answer after the reasoning"
             )
 
 

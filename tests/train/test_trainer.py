@@ -427,13 +427,18 @@ def test_default_evaluations_and_overfitting_warning(
     tune = {"language": "full", "embeddings": "full"}
     task.run("train.lr_schedule=constant", tune=tune, eval={"metric": "qa", "max_new_tokens": 4})
     evaluations = [line for line in task.read_metrics() if "validation_loss" in line]
-    assert [(line["step"], line["num_samples"]) for line in evaluations] == [
-        *((0, 3), (10, 2), (20, 2), (30, 2), (40, 2), (50, 3))
-    ]
-    assert [line["num_loss_samples"] for line in evaluations] == [3, 2, 2, 2, 2, 3]
+    counts = [(line["step"], line["num_samples"], line["num_loss_samples"]) for line in evaluations]
+    assert counts == [(step, 2, 2) for step in (0, 10, 20, 30, 40, 50)]
+    assert len({line["sample_set"] for line in evaluations}) == 1
+    full = {line["step"]: line["full"] for line in evaluations if line["full"]}
+    assert [(step, one["num_samples"]) for step, one in full.items()] == [(0, 3), (50, 3)]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["best_eval"]["step"] == 50
-    assert "(first 2 samples)" in task.console_output
+    assert [result["before"], result["after"]] == [full[0], full[50]]
+    assert len(read_predictions(tmp_path / "run" / "predictions" / "after.jsonl")) == 3
+    losses = {line["step"]: line["validation_loss"] for line in evaluations if line["step"]}
+    assert result["best_eval"]["step"] == min(losses, key=losses.__getitem__)
+    for text in ("(common subset: 2 of 3 samples)", "(all 3 samples)"):
+        assert text in task.console_output
     warnings = [x for x in task.console_output.splitlines() if x.startswith("warning: Overfit")]
     (warning,) = warnings
     assert "the validation loss rose while the training loss fell" in warning

@@ -211,8 +211,11 @@ class RunDir:
     def write_skipped_samples(self, skipped: Iterable[tuple[str, str]], step: int = 0) -> None:
         """Write the samples skipped before the first step to `skipped_samples.jsonl`.
 
+        The samples that were skipped in the steps before a resume are kept.
+
         Args:
             skipped: ID and reason of each sample.
+            step: Step of the checkpoint of a resumed run.
         """
         rows = [_SkippedRow(id=name, reason=reason) for name, reason in skipped]
         self._recorded_skips = {(row.id, row.reason) for row in rows}
@@ -299,9 +302,6 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield len(line), metrics
 
 
-class _MetricsLine(BaseModel):
-    """Schema of the values in `metrics.jsonl` that a resumed run reads."""
-
 class _SkippedRow(BaseModel):
     """Row of `skipped_samples.jsonl`; `step` is 0 for a sample skipped before the first step."""
 
@@ -313,6 +313,9 @@ class _SkippedRow(BaseModel):
         return self.model_dump_json(exclude_defaults=True)
 
 
+class _MetricsLine(BaseModel):
+    """Schema of the values in `metrics.jsonl` that a resumed run reads."""
+
     model_config = ConfigDict(strict=True)
 
     step: Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -322,6 +325,8 @@ class _SkippedRow(BaseModel):
     primary_metric: str | None = None
     intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)] | None] = {}
     details: dict[str, Any] = {}
+    sample_set: str | None = None
+    full: _MetricsLine | None = None
     skipped_samples: list[Any] = []
     nonfinite_samples: list[str] = []
 

@@ -295,29 +295,21 @@ def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[Check
         pieces = (part.text if isinstance(part, TextPart) else "<box>" for part in parts)
         text, turn = "".join(pieces), f"message {index}, of the {message.role},"
         tags, is_at_start = _THINK_TAG.findall(text), text.lstrip().startswith("<think>")
+        remedy = "write <think>, the reasoning and </think> once, before the answer"
         if message.role != "assistant":
-            if is_at_start:
-                remedy = "move the reasoning to the start of the answer"
-                yield location.create_issue(
-                    "misplaced-reasoning", f"{turn} starts with <think>", remedy
-                )
+            code, problem = "misplaced-reasoning" * is_at_start, "starts with <think>"
+            remedy = "move the reasoning to the start of the answer"
         elif tags == ["</think>"]:
-            yield location.create_issue(
-                "misplaced-reasoning",
-                f"{turn} has </think>, but no <think>",
-                "start the answer with <think>; the text before </think> is its reasoning",
-            )
+            code, problem = "misplaced-reasoning", "has </think>, but no <think>"
         elif tags and (tags != ["<think>", "</think>"] or not is_at_start):
-            shown = " ".join(tags[:6]) + " …" * (len(tags) > 6)
-            yield location.create_issue(
-                "unpaired-reasoning",
-                f"{turn} has {shown}{'' if is_at_start else ' after other text'}",
-                "write <think>, the reasoning and </think> once, before the answer",
-            )
+            code, problem = "unpaired-reasoning", f"has {shorten(' '.join(tags), 60)}"
+            problem += "" if is_at_start else " after other text"
         elif tags and not text.rpartition("</think>")[2].strip():
-            yield location.create_issue(
-                "empty-answer", f"{turn} ends with </think>", "add the answer after the reasoning"
-            )
+            code, problem = "empty-answer", "ends with </think>"
+        else:
+            continue
+        if code:
+            yield location.create_issue(code, f"{turn} {problem}", remedy)
 
 
 def _check_images(

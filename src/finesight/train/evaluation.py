@@ -212,23 +212,24 @@ def run_evaluation(
             )
     full = None
     if rest:
-        full = _build_eval_result(state, losses[1], indices, generation, scored)
+        full = _build_eval_result(state, losses[1], indices, generation, len(scored))
         generation = generation and (generation.subset or generation)
-        scored = [index for index in scored if index in common]
-    return _build_eval_result(state, losses[0], subset, generation, scored, full)
+    num_scored = sum(index in common for index in scored)
+    return _build_eval_result(state, losses[0], subset, generation, num_scored, full)
 
 
 def _build_eval_result(
     state: TrainState,
     loss: float,
-    loss_indices: Sequence[int],
+    indices: Sequence[int],
     generation: GenerationEvalResult | None,
-    score_indices: Sequence[int],
+    num_scored: int,
     full: EvalResult | None = None,
 ) -> EvalResult:
     """Build the result of an evaluation of the given validation samples."""
     assert state.validation_data is not None, "no validation data"
-    samples = state.validation_data.corpus.fingerprint, [*loss_indices], [*score_indices]
+    # The samples of the scores depend only on these samples and their own number.
+    samples = json.dumps([state.validation_data.corpus.fingerprint, *indices]).encode()
     return EvalResult(
         step=state.progress.step,
         validation_loss=loss,
@@ -237,9 +238,9 @@ def _build_eval_result(
         intervals=generation.intervals if generation else {},
         details=generation.details if generation else {},
         notes=generation.notes if generation else {},
-        num_samples=len(score_indices),
-        num_loss_samples=len(loss_indices),
-        sample_set=hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:16],
+        num_samples=num_scored,
+        num_loss_samples=len(indices),
+        sample_set=hashlib.sha256(samples).hexdigest()[:16],
         full=full,
     )
 

@@ -218,26 +218,24 @@ class RunDir:
             step: Step of the checkpoint of a resumed run.
         """
         rows = [_SkippedRow(id=name, reason=reason) for name, reason in skipped]
-        self._recorded_skips = {(row.id, row.reason) for row in rows}
+        first = {(row.id, row.reason) for row in rows}
         if self.skipped_path.is_file():
             for line in read_lines(self.skipped_path, expected="skipped samples"):
                 with suppress(ValidationError):  # A damaged line.
                     row = _SkippedRow.model_validate_json(line)
-                    rows += self._select_new(row) if 0 < row.step <= step else []
-        write_file(self.skipped_path, "".join(f"{row.as_line()}\n" for row in rows).encode())
+                    is_late = 0 < row.step <= step and (row.id, row.reason) not in first
+                    rows += [row] * is_late
+        self._recorded_skips = {(row.id, row.reason) for row in rows}
+        lines = [row.model_dump_json(exclude_defaults=True) + "\n" for row in rows]
+        write_file(self.skipped_path, "".join(lines).encode())
 
     def append_skipped_samples(self, skipped: Iterable[tuple[str, str]], step: int) -> None:
         """Append the samples that a step skipped to `skipped_samples.jsonl`, each only once."""
         for name, reason in skipped:
-            for row in self._select_new(_SkippedRow(id=name, reason=reason, step=step)):
-                append_line(self.skipped_path, row.as_line())
-
-    def _select_new(self, row: _SkippedRow) -> list[_SkippedRow]:
-        """Return the row unless it is recorded, and mark it as recorded."""
-        key = row.id, row.reason
-        is_new = key not in self._recorded_skips
-        self._recorded_skips.add(key)
-        return [row] * is_new
+            if (name, reason) not in self._recorded_skips:
+                self._recorded_skips.add((name, reason))
+                row = _SkippedRow(id=name, reason=reason, step=step)
+                append_line(self.skipped_path, row.model_dump_json())
 
     def write_result(self, result: object) -> None:
         """Write `result.json`, which marks the run as complete."""
@@ -308,9 +306,6 @@ class _SkippedRow(BaseModel):
     id: str
     reason: str
     step: int = 0
-
-    def as_line(self) -> str:
-        return self.model_dump_json(exclude_defaults=True)
 
 
 class _MetricsLine(BaseModel):

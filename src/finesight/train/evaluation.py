@@ -158,7 +158,6 @@ def run_evaluation(
     name: str,
     console: TrainingConsole,
     stop: StopRequest,
-    *,
     is_complete: bool = True,
 ) -> EvalResult:
     """Compute the validation loss, and generate and score predictions if a metric is set.

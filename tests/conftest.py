@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ import typer.testing
 from hypothesis import settings
 from module_loader import load_module
 from tiers import SLOW_MARKERS, is_longest, is_slow, may_contain_tests
+
+from finesight.errors import UserError
 
 TESTS = Path(__file__).parent
 _ASSETS = pytest.StashKey[str]()
@@ -72,6 +75,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not item.get_closest_marker("fuzz") and is_slow(test_id, fixtures):
             item.add_marker("slow")
     items.sort(key=lambda item: not is_longest(item.nodeid.removeprefix("tests/")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip a GPU test that fails because an optional package is not installed."""
+    try:
+        return (yield)
+    except (ImportError, UserError) as error:
+        for name in ("bitsandbytes", "av"):
+            is_missing = name in str(error) and importlib.util.find_spec(name) is None
+            if is_missing and item.get_closest_marker("gpu"):
+                pytest.skip(f"{name} is not installed")
+        raise
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

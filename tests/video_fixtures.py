@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import av
-import av.filter
 import numpy as np
+import pytest
 from PIL import Image
+
+av = pytest.importorskip("av", reason="the package av is not installed")
+pytest.importorskip("av.filter")
 
 LOSSLESS: dict[str, dict[str, str]] = {
     "libx264": {"qp": "0"},

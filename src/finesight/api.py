@@ -500,7 +500,7 @@ def evaluate(
         data: JSONL file of samples; for a run, defaults to the validation data of its recipe.
         metric: captions, latex, ocr, qa, classification, json, grounding, detection, or a custom
             function `FILE.py:FUNCTION`; for a run, defaults to that of its recipe.
-        limit: Number of samples to evaluate from the start; for a run, defaults to its recipe.
+        limit: Number of randomly selected samples; for a run, defaults to its recipe.
         max_new_tokens: Maximum number of tokens per answer; for a run, defaults to its recipe.
         batch_size: Number of answers generated at the same time; for a run, defaults to its recipe.
         out: JSONL file to write, with each answer and its scores.

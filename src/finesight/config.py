@@ -367,10 +367,10 @@ class EvalSettings(SettingsSection):
     The model is evaluated before the first and after the last step.
 
     `every` is the interval of evaluations during training. By default, there are about five
-    evaluations after the start of training, at least ten steps apart. Interim evaluations use the
-    first 64 samples. `every: 0` disables interim evaluations. `patience` stops the run after this
-    number of evaluations without improvement of the primary metric; the run then keeps the weights
-    of the best evaluation.
+    evaluations after the start of training, at least ten steps apart. Evaluations are then compared
+    on a random subset of 64 samples. `every: 0` disables interim evaluations. `patience` stops the
+    run after this number of evaluations without improvement of the primary metric; the run then
+    keeps the weights of the best evaluation.
     """
 
     metric: MetricSpec

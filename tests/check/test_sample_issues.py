@@ -127,6 +127,29 @@ def test_empty_answer(folder, answer):
     }
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "code"),
+    [
+        ("What?", "<think>\nIt has four corners", "unpaired-reasoning"),
+        ("What?", "<think>a</think>b</think>c", "unpaired-reasoning"),
+        ("What?", "<think>a<think>b</think></think>c", "unpaired-reasoning"),
+        ("What?", "<think>a</think><think>b</think>c", "unpaired-reasoning"),
+        ("What?", "</think>a<think>b", "unpaired-reasoning"),
+        ("What?", "Well. <think>a</think>b", "unpaired-reasoning"),
+        ("What?", "a\n</think>\n\nb", "misplaced-reasoning"),
+        ("<think>a</think>What?", "b", "misplaced-reasoning"),
+        ("What?", "<think>a</think> \n", "empty-answer"),
+        ("Write <think> </think> first.", " <think>\n\n</think>\n\nb", None),
+    ],
+)
+def test_reasoning_tags(folder, question, answer, code):
+    split, whole = make_record("0.png", question), make_record("1.png", question, answer)
+    split["messages"][1]["content"] = [{"type": "text", "text": letter} for letter in answer]
+    turns = {"role": "user", "content": "Ready?"}, {"role": "assistant", "content": "Yes"}
+    whole["messages"] = [*turns, *whole["messages"], *turns]
+    assert count_codes(check_records(folder, split, whole)) == ({code: 2} if code else {})
+
+
 def test_empty_question(folder):
     assert count_codes(check_records(folder, make_record(None, " "))) == {"empty-question": 1}
 

@@ -13,10 +13,17 @@ from case_files import load_cases
 from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
-from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
+from finesight.data.sample import (
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+)
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.qwen3_5 import Qwen35
-from finesight.encode.renderer import NativeRenderer, build_renderer, split_reasoning
+from finesight.encode.renderer import NativeRenderer, build_renderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
@@ -43,25 +50,55 @@ def make_model_folder(name: str, target: Path) -> ModelFolder:
 
 
 def make_conversation(rng: random.Random) -> list[Message]:
-    """Make one to four questions with images, whitespace around texts and some reasoning."""
+    """Make one to four questions with images, reasoning, tool responses and whitespace."""
     messages = []
     if rng.random() < 0.4:
-        messages.append(Message(role="system", content=(make_text(rng),)))
+        messages.append(Message(role="system", content=split_text(rng, make_text(rng))))
     for _ in range(rng.randrange(1, 5)):
         images = [ImagePart(image="image.png") for _ in range(rng.randrange(3))]
-        messages.append(Message(role="user", content=(*images, make_text(rng))))
-        answer = make_text(rng)
-        if rng.random() < 0.5:
-            thought = make_text(rng).text
-            answer = TextPart(text=f"<think>\n{thought}\n</think>\n\n{answer.text.strip()}")
-        messages.append(Message(role="assistant", content=(answer,)))
+        messages.append(Message(role="user", content=(*images, *split_text(rng, make_text(rng)))))
+        messages.append(make_answer(rng))
+        for _ in range(rng.choice([0, 0, 1, 2])):
+            messages += [make_tool_turn(rng), make_answer(rng)]
     return messages
 
 
-def make_text(rng: random.Random) -> TextPart:
-    space = rng.choice(["", "", " ", "\n", " \n\n", "\t"])
+def make_answer(rng: random.Random) -> Message:
+    answer = make_text(rng)
+    if rng.random() < 0.6:
+        space, reasoning = make_space(rng), make_text(rng) if rng.random() < 0.8 else ""
+        # Answers that start with a space and a newline are tokenized apart from the prompt.
+        separator = rng.choice(["", "\n", "\n\n", "  ", "\n\n  ", "\t"])
+        answer = f"{space}<think>{reasoning}</think>{separator}{answer.lstrip()}"
+    return Message(role="assistant", content=split_text(rng, answer))
+
+
+def make_tool_turn(rng: random.Random) -> Message:
+    """Make one or two tool responses, or a question that looks similar."""
+    responses = [f"<tool_response>{make_text(rng)}</tool_response>" for _ in range(2)]
+    before, after = (rng.choice(["", "", "", "x"]) for _ in range(2))
+    text = before + make_space(rng).join(responses[rng.randrange(2) :]) + after
+    parts = split_text(rng, f"{make_space(rng)}{text}{make_space(rng)}")
+    if rng.random() < 0.3:
+        index = rng.randrange(len(parts) + 1)
+        parts = (*parts[:index], ImagePart(image="image.png"), *parts[index:])
+    return Message(role="user", content=parts)
+
+
+def split_text(rng: random.Random, text: str) -> tuple[ContentPart, ...]:
+    """Split a text into one to three parts; tags may be split."""
+    cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.choice([0, 0, 1, 2])))
+    ends = zip([0, *cuts], [*cuts, len(text)], strict=True)
+    return tuple(TextPart(text=text[start:end]) for start, end in ends)
+
+
+def make_space(rng: random.Random) -> str:
+    return rng.choice(["", "", " ", "  ", "\n", " \n\n", "\n \n", "\t"])
+
+
+def make_text(rng: random.Random) -> str:
     text = random_text_without_specials(rng).replace("<", "(") + "x"
-    return TextPart(text=space + text + rng.choice(["", " ", "\n"]))
+    return make_space(rng) + text + make_space(rng)
 
 
 def get_text(message: Message) -> str:
@@ -99,14 +136,9 @@ def render_published(
         ]
         turns.append({"role": message.role, "content": content})
         if message.role == "assistant" and not inline_reasoning:
-            parts = split_reasoning(message.content)
-            (answer,) = parts.answer
-            assert isinstance(answer, TextPart)
-            turns[-1]["content"] = answer.text
-            if parts.reasoning is not None:
-                (thought,) = parts.reasoning
-                assert isinstance(thought, TextPart)
-                turns[-1]["reasoning_content"] = thought.text
+            before, tag, turns[-1]["content"] = get_text(message).rpartition("</think>")
+            if tag:
+                turns[-1]["reasoning_content"] = before.partition("<think>")[2]
     text: str = compile_template(folder.chat_template).render(messages=turns, **kwargs)
     return text
 
@@ -138,7 +170,8 @@ def test_tokens_equal_published_template(
         sample = Sample(id=str(number), messages=tuple(messages))
         for is_prompt in (False, True):
             # The last answer of a training sample selects its mode.
-            mode = thinking if is_prompt else "</think>" in get_text(messages[-1])
+            thought = get_text(messages[-1]).partition("<think>")[2].partition("</think>")[0]
+            mode = thinking if is_prompt else bool(thought.strip())
             rendered = render_published(
                 folder,
                 messages[:-1] if is_prompt else messages,
@@ -160,20 +193,23 @@ def test_tokens_equal_published_template(
 def test_answers_and_their_reasoning_are_supervised(thinking: bool, tmp_path: Path) -> None:
     folder = make_model_folder("Qwen3.5-4B", tmp_path / "model")
     renderer = NativeRenderer(folder).with_thinking(ThinkingOptions(enable_thinking=thinking))
-    answers = {
-        "red": "red<|im_end|>",
-        "<think>\nIt glows.\n</think>\n\nred": "It glows.\n</think>\n\nred<|im_end|>",
-    }
-    for answer, expected in answers.items():
-        messages = [("user", "Which?"), ("assistant", "blue"), ("user", "Sure?")]
-        turns = tuple(
-            Message(role=role, content=(TextPart(text=text),))  # type: ignore[arg-type]
-            for role, text in [*messages, ("assistant", answer)]
+    thought, output = "<think>\nIt glows.\n</think>\n\n", "It glows.\n</think>\n\n"
+    tool = "<tool_response>\n7\n</tool_response>"
+    for turns, expected in (
+        (("Which?", "blue", "Sure?", "red"), ("blue", "red")),
+        (("Which?", "blue", "Sure?", f"{thought}red"), ("blue", f"{output}red")),
+        (("Which?", f"{thought}blue", "Sure?", "red"), ("blue", "red")),
+        (("Which?", f"{thought}call", tool, f"{thought}red"), (f"{output}call", f"{output}red")),
+        (("Which?", f"{thought}call", tool, "call", tool, "red"), (f"{output}call", "call", "red")),
+    ):
+        messages = tuple(
+            Message(role=("user", "assistant")[n % 2], content=(TextPart(text=text),))
+            for n, text in enumerate(turns)
         )
-        outline = renderer.tokenize(LocatedSample(Sample(id="s", messages=turns), tmp_path))
+        outline = renderer.tokenize(LocatedSample(Sample(id="s", messages=messages), tmp_path))
         supervised = outline.ids_T[outline.loss_mask_T].tolist()
         text = renderer.tokenizer.decode(supervised, skip_special_tokens=False)
-        assert text == "blue<|im_end|>" + expected
+        assert text == "".join(f"{answer}<|im_end|>" for answer in expected)
 
 
 @needs_assets

@@ -159,6 +159,16 @@ def test_only_last_answer_keeps_its_reasoning(reasoning_renderer: NativeRenderer
     assert output == "answer 1<|im_end|>thought 2\n</think>\n\nanswer 2<|im_end|>"
 
 
+def test_reasoning_before_tool_responses_is_kept(reasoning_renderer: NativeRenderer) -> None:
+    """Qwen3-VL Thinking: without reasoning, only the last turn has a reasoning section."""
+    tool = "<tool_response>\n7\n</tool_response>"
+    _, output = decode_with_loss_mask(
+        reasoning_renderer,
+        conversation("one?", "<think>\na\n</think>\n\nb", tool, "\nc", tool, "\n\nd"),
+    )
+    assert output == "a\n</think>\n\nb<|im_end|>\nc<|im_end|>\n</think>\n\nd<|im_end|>"
+
+
 def test_answer_without_reasoning_gets_empty_reasoning(reasoning_renderer: NativeRenderer) -> None:
     text, output = decode_with_loss_mask(reasoning_renderer, conversation("one?", "answer"))
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nanswer<|im_end|>\n")

@@ -13,7 +13,7 @@ from finesight.config import EvalSettings
 from finesight.data.sample import BoxPart, LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
-from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.eval_case import EvalCase, select_eval_samples
 from finesight.evaluate.generation_eval import evaluate
 from finesight.evaluate.task_metrics import compute_metrics
 from finesight.infer.prediction import predict
@@ -89,9 +89,16 @@ def test_grounding_compares_boxes(loaded_model, tmp_path):
     assert json.loads(out.read_text())["gold_boxes"] == [expected]
 
 
-def test_limit_selects_first_samples(loaded_model, samples):
-    result = evaluate(*loaded_model, samples, _settings(limit=2))
-    assert [prediction.id for prediction in result.predictions] == ["s0", "s1"]
+def test_limit_selects_random_samples_and_subset_is_scored_separately(loaded_model, samples):
+    result = evaluate(*loaded_model, [samples[n % 3] for n in range(9)], _settings(limit=2))
+    chosen = select_eval_samples(range(9), 2)
+    assert chosen != [0, 1]
+    assert [prediction.id for prediction in result.predictions] == [f"s{n % 3}" for n in chosen]
+    assert result.subset is None
+    result = evaluate(*loaded_model, samples, _settings(), subset=[0, 2])
+    alone = evaluate(*loaded_model, [samples[0], samples[2]], _settings())
+    assert result.subset is not None
+    assert (result.subset.as_json(), len(result.predictions)) == (alone.as_json(), 3)
 
 
 def test_unreadable_images_are_skipped_and_counted(loaded_model, samples, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,11 @@ def before_step(number: int, happens: Callable[[], object]) -> Iterator[None]:
         yield
 
 
+def read_skipped_samples(task: TinyTask) -> list[dict[str, Any]]:
+    text = (task.folder / "run" / "skipped_samples.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def test_image_corrupted_during_run_is_skipped_and_counted(task: TinyTask) -> None:
     """Corrupt an image after the start; only its sample is skipped, and reported."""
     broken = task.folder / "train5.png"
@@ -45,6 +52,9 @@ def test_image_corrupted_during_run_is_skipped_and_counted(task: TinyTask) -> No
     assert len(skipped) >= 2
     assert min(skipped) > 2
     assert result.skipped_samples == len(skipped)
+    (recorded,) = read_skipped_samples(task)
+    assert (recorded["id"], recorded["step"]) == ("train5", min(skipped))
+    assert f"skipped train5: {recorded['reason']}" in task.console_output
     assert "skipped train5" in task.console_output
     assert [line["num_samples"] for line in lines if line["step"] in skipped] == [3] * len(skipped)
     assert all(math.isfinite(line["loss"]) for line in lines)
@@ -67,6 +77,9 @@ def test_vanished_image_folder_ends_the_run(task: TinyTask) -> None:
         task.run(*SETTINGS)
     assert "--resume" in one.value.remedy
     assert len(images) == 11
+    logged = re.findall(r"^skipped (\w+): ", task.console_output, re.M)
+    assert len(logged) > len({*logged})
+    assert [line["id"] for line in read_skipped_samples(task)] == [*dict.fromkeys(logged)]
     lines = [line for line in task.read_metrics() if "loss" in line]
     assert [line["loss"] is None for line in lines] == [line["num_samples"] == 0 for line in lines]
     assert lines[-1]["step"] < 11
@@ -77,3 +90,6 @@ def test_vanished_image_folder_ends_the_run(task: TinyTask) -> None:
     assert [line["step"] for line in again] == [*range(1, 12)]
     assert again[-1]["num_samples"] == 4
     assert not again[-1]["skipped_samples"]
+    # Those of the repeated steps are no longer skipped.
+    skipped = {name for line in again for name in line["skipped_samples"]}
+    assert {line["id"] for line in read_skipped_samples(task)} == skipped

@@ -192,6 +192,40 @@ def test_best_intermediate_score_is_reported(run: FakeRunDir) -> None:
     assert "best after" not in read_visible_text(render_run_page(run.folder))
 
 
+@pytest.mark.parametrize("is_old", [False, True], ids=["subset", "earlier-version"])
+@pytest.mark.parametrize("losses", [(2.0, 1.18, 1.175), (2.0, 1.1, 1.175)], ids=["last", "best"])
+def test_evaluations_of_different_samples_are_not_compared(
+    run: FakeRunDir, losses: tuple[float, ...], is_old: bool
+) -> None:
+    """The figures of all samples are higher, as those of other samples may be."""
+    lines = []
+    for step, loss in zip((0, 20, 40), losses, strict=True):
+        counts = {"num_samples": 64, "num_loss_samples": 64}
+        of_all = {"validation_loss": loss + 0.25} | dict.fromkeys(counts, 200)
+        line = make_evaluation_line(step, 0.5, validation_loss=loss, **counts)
+        full = line | of_all | {"scores": {"similarity": 0.25}} if step != 20 else None
+        lines.append(full or line if is_old else line | {"sample_set": "0af1", "full": full})
+    run.write_lines("metrics.jsonl", [START_RECORD, *lines])
+    before, after = (line.get("full") or line for line in (lines[0], lines[-1]))
+    run.write_finished(before=before, after=after)
+    page = render_run_page(run.folder)
+    text, data = read_visible_text(page), read_script_data(page)
+    assert ("2.2500" in text, "1.4250" in text) == (True, True)
+    (loss_points,) = [
+        one["points"]
+        for chart in data["charts"]
+        for one in chart["series"]
+        if one["name"] == "validation"
+    ]
+    curve = [before["validation_loss"], after["validation_loss"]] if is_old else list(losses)
+    assert [point[1] for point in loss_points] == curve
+    best = "validation loss of the same 64 samples was best after step 20: 1.1000, and 1.1750"
+    assert (best in text) == (losses[1] == 1.1 and not is_old)
+    assert ("was best" in text) == (best in text)
+    assert f"; validation on the same {200 if is_old else 64} samples" in text
+    assert "Overfitting" not in text
+
+
 def test_missing_primary_score(tmp_path: Path) -> None:
     made = FakeRunDir(tmp_path / "run")
     made.write_lines(

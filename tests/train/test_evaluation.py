@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from finesight.evaluate.bootstrap import ConfidenceInterval
+from finesight.evaluate.eval_case import select_eval_samples
 from finesight.train.evaluation import EvalResult, find_best_eval
 
 
@@ -48,7 +49,25 @@ def test_evaluations_of_other_samples_are_not_compared():
     assert find_best_eval([replace(first, num_samples=9), second, third]) == (second, 1)
     lower_loss = replace(second, step=4, validation_loss=0.5, num_loss_samples=200)
     assert find_best_eval([second, lower_loss]) == (second, 1)
+    # An equal number of other samples.
+    other = replace(second, step=5, sample_set="0af1")
+    assert find_best_eval([second, lower_loss, other]) == (other, 0)
     assert lower_loss.as_best_eval().is_better_than(replace(first, num_samples=9).as_best_eval())
+
+
+@pytest.mark.parametrize("limit", [1, 64, 500, 1000, None])
+def test_common_subset_is_fixed_random_and_nested(limit):
+    indices = [*range(0, 3000, 3)]
+    chosen = select_eval_samples(indices, limit)
+    assert len(chosen) == min(limit or 1000, 1000)
+    assert chosen == sorted({*chosen} & {*indices})
+    assert {*select_eval_samples(indices, 1)} <= {*chosen}
+    assert select_eval_samples(chosen, 1) == select_eval_samples(indices, 1)
+    # An index keeps its place if other samples are skipped.
+    fewer = [index for index in indices if index in chosen or index % 2]
+    assert {*select_eval_samples(fewer, limit)} >= {*chosen}
+    if limit and 1 < limit < 1000:
+        assert 1000 < sum(chosen) / limit < 2000, "not the first rows"
 
 
 def test_evaluation_record_roundtrip():
@@ -61,6 +80,8 @@ def test_evaluation_record_roundtrip():
         {"confusion": []},
         num_samples=20,
         num_loss_samples=30,
+        sample_set="0af1",
+        full=EvalResult(7, 1.5, {"exact": 0.25}, "exact", num_samples=40),
     )
     assert EvalResult.from_metrics(json.loads(json.dumps(measured.as_json()))) == measured
     assert measured.primary_score == 0.5

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -326,11 +327,17 @@ def test_worse_evaluation_sends_alert(
     RunDir(tmp_path).metrics_path.write_text(
         "".join(json.dumps(one.as_json()) + "\n" for one in (first, second))
     )
-    tracking_events.log_evaluation(second, "step-4")
+    full = replace(second, validation_loss=9.0)
+    tracking_events.log_evaluation(replace(second, full=full), "step-4")
     scores = {f"scores/{headline}": now[0]} if headline else {}
-    assert recorder.records[:2] == [
+    all_scores = {f"all_samples/{name}": score for name, score in scores.items()}
+    assert recorder.records[:3] == [
         ("figures", 4, {"validation_loss": now[1], **scores}),
+        ("figures", 4, {"all_samples/validation_loss": 9.0, **all_scores}),
         ("images", 4, 0),
     ]
     alerts = [] if worse is None else [("warning", "worse than before training", worse)]
-    assert recorder.records[2:] == alerts
+    assert recorder.records[3:] == alerts
+    # The evaluation of other samples is not compared.
+    tracking_events.log_evaluation(replace(second, sample_set="0af1"), "step-4")
+    assert len(recorder.records) == 5 + len(alerts)

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from finesight import storage
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
+from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
 from finesight.train import console, optimizer, trainer
@@ -193,7 +194,7 @@ def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
     dropped = [name for line in task.read_metrics() for name in line.get("skipped_samples", [])]
     assert dropped == ["train5", "train5"]
     listed = (task.folder / "run" / "skipped_samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in listed] == ["train2"]
+    assert [json.loads(line)["id"] for line in listed] == ["train2", "train5"]
     assert result.skipped_samples == 3
     assert "skipped train2" in task.console_output
     assert "skipped train5" in task.console_output
@@ -265,17 +266,6 @@ def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
     ):
         task.run()
     assert [path.name for path in (task.folder / "run").iterdir()] == ["manifest.json"]
-
-
-def test_part_without_gradients_is_reported(task: TinyTask) -> None:
-    """Text-only samples give the merger no gradients."""
-    turns = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
-    lines = [json.dumps({"id": str(i), "messages": turns}) for i in range(4)]
-    (task.folder / "train.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"no gradient reached the 6 trainable tensors of merger"):
-        task.run()
-    assert re.search(r"merger +trained +6 ", task.console_output)
-    assert not (task.folder / "run" / "model").exists()
 
 
 def test_diverged_run_keeps_last_good_checkpoint(task: TinyTask) -> None:
@@ -386,6 +376,35 @@ def test_changed_data_file_ends_with_checkpoint(
     assert task.run(train=task.recipe["train"] | {"save_every": 6}, resume=True).steps == 6
 
 
+@pytest.mark.parametrize(
+    ("tune", "is_rejected"),
+    [
+        ({"merger": "full"}, True),
+        ({"vision": "lora", "merger": "frozen", "language": "lora"}, True),
+        ({"vision": "full", "merger": "lora"}, True),
+        ({"language": "lora", "embeddings": "full"}, False),
+    ],
+)
+def test_parts_without_gradient_are_rejected_before_the_first_step(
+    task: TinyTask, tune: dict[str, str], is_rejected: bool
+) -> None:
+    file = task.folder / "train.jsonl"
+    with_images = file.read_text().splitlines(keepends=True)
+    text_only = [re.sub(r'\{"type": "image"[^}]*\}, ', "", line) for line in with_images]
+    file.write_text("".join(text_only))
+    settings: dict[str, Any] = {"tune": tune | {"lora": {"rank": 4, "dropout": 0.0}}}
+    if not is_rejected:
+        assert task.run("train.epochs=1", **settings).steps == 3
+        return
+    with pytest.raises(UserError, match="no gradient would reach") as caught:
+        task.run(**settings)
+    parts = [part for part in ("vision", "merger") if tune.get(part, "frozen") != "frozen"]
+    assert all(f"tune.{part}=frozen" in caught.value.remedy for part in parts)
+    assert not (task.folder / "run").exists()
+    file.write_text("".join([*text_only[1:], with_images[0]]))
+    assert task.run("train.epochs=1", **settings).steps == 3
+
+
 def test_evaluation_shows_its_progress(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
     short = ("train.epochs=null", "train.steps=1", "train.batch_size=1")
@@ -408,13 +427,18 @@ def test_default_evaluations_and_overfitting_warning(
     tune = {"language": "full", "embeddings": "full"}
     task.run("train.lr_schedule=constant", tune=tune, eval={"metric": "qa", "max_new_tokens": 4})
     evaluations = [line for line in task.read_metrics() if "validation_loss" in line]
-    assert [(line["step"], line["num_samples"]) for line in evaluations] == [
-        *((0, 3), (10, 2), (20, 2), (30, 2), (40, 2), (50, 3))
-    ]
-    assert [line["num_loss_samples"] for line in evaluations] == [3, 2, 2, 2, 2, 3]
+    counts = [(line["step"], line["num_samples"], line["num_loss_samples"]) for line in evaluations]
+    assert counts == [(step, 2, 2) for step in (0, 10, 20, 30, 40, 50)]
+    assert len({line["sample_set"] for line in evaluations}) == 1
+    full = {line["step"]: line["full"] for line in evaluations if line["full"]}
+    assert [(step, one["num_samples"]) for step, one in full.items()] == [(0, 3), (50, 3)]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["best_eval"]["step"] == 50
-    assert "(first 2 samples)" in task.console_output
+    assert [result["before"], result["after"]] == [full[0], full[50]]
+    assert len(read_predictions(tmp_path / "run" / "predictions" / "after.jsonl")) == 3
+    losses = {line["step"]: line["validation_loss"] for line in evaluations if line["step"]}
+    assert result["best_eval"]["step"] == min(losses, key=losses.__getitem__)
+    for text in ("(common subset: 2 of 3 samples)", "(all 3 samples)"):
+        assert text in task.console_output
     warnings = [x for x in task.console_output.splitlines() if x.startswith("warning: Overfit")]
     (warning,) = warnings
     assert "the validation loss rose while the training loss fell" in warning

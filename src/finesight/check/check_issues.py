@@ -63,6 +63,7 @@ _DESCRIPTIONS: dict[Severity, dict[str, str]] = {
         "image-in-answer": "an image is in a turn that is not a user turn",
         "empty-answer": "the answer is empty",
         "empty-question": "a turn before the answer is empty",
+        "unpaired-reasoning": "the answer does not start with one pair of <think> and </think>",
         "box-outside": "a box is outside its image",
         "box-inverted": "the corners of a box are inverted",
         "box-empty": "a box has no area",
@@ -72,6 +73,7 @@ _DESCRIPTIONS: dict[Severity, dict[str, str]] = {
         "leaked-image-reencoded": "a re-encoded copy of a validation image is in the training data",
     },
     "warning": {
+        "misplaced-reasoning": "a question starts with <think>, or an answer lacks it",
         "box-in-text": "the text contains a box",
         "coordinates-in-text": "the texts contain boxes or points as numbers",
         "contradictory-answers": "the same question about the same image has different answers",

@@ -250,6 +250,7 @@ def find_sample_issues(
     except InvalidTurnsError as error:
         yield issue_from_error(error, location)
     yield from _check_turns(sample, location)
+    yield from _check_reasoning(sample, location)
     yield from _check_images(sample, location, catalog)
     yield from find_text_issues(sample, location, special_tokens)
     yield from find_box_issues(sample, location, catalog)
@@ -273,6 +274,34 @@ def _check_turns(sample: Sample, location: SampleLocation) -> Iterator[CheckIssu
                 f"message {message_index}, of the {message.role}, contains an image",
                 "move it to a user turn: answers contain text and boxes only",
             )
+
+
+_THINK_TAG = re.compile(r"</?think>")
+
+
+def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
+    """Check that the reasoning of each answer is one block at its start, before the answer."""
+    for index, message in enumerate(sample.messages):
+        # As in the chat template, a tag may extend over several text parts.
+        parts = [part for part in message.content if isinstance(part, TextPart | BoxPart)]
+        pieces = (part.text if isinstance(part, TextPart) else "<box>" for part in parts)
+        text, turn = "".join(pieces), f"message {index}, of the {message.role},"
+        tags, is_at_start = _THINK_TAG.findall(text), text.lstrip().startswith("<think>")
+        remedy = "write <think>, the reasoning and </think> once, before the answer"
+        if message.role != "assistant":
+            code, problem = "misplaced-reasoning" * is_at_start, "starts with <think>"
+            remedy = "move the reasoning to the start of the answer"
+        elif tags == ["</think>"]:
+            code, problem = "misplaced-reasoning", "has </think>, but no <think>"
+        elif tags and (tags != ["<think>", "</think>"] or not is_at_start):
+            code, problem = "unpaired-reasoning", f"has {shorten(' '.join(tags), 60)}"
+            problem += "" if is_at_start else " after other text"
+        elif tags and not text.rpartition("</think>")[2].strip():
+            code, problem = "empty-answer", "ends with </think>"
+        else:
+            continue
+        if code:
+            yield location.create_issue(code, f"{turn} {problem}", remedy)
 
 
 def _check_images(

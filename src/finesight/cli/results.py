@@ -50,7 +50,8 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="Evaluate only the first N samples. Default for a run: of its recipe, else all.",
+            help="Evaluate N randomly selected samples, always the same. Default for a run: of its "
+            "recipe, else all.",
         ),
     ] = None,
     batch_size: Annotated[

@@ -36,7 +36,14 @@ from finesight.errors import UserError
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.report import summary
-from finesight.report.run_reader import JsonObject, RunRecord, as_object, is_finite, read_json_lines
+from finesight.report.run_reader import (
+    JsonObject,
+    RunRecord,
+    as_object,
+    is_finite,
+    list_comparable_evaluations,
+    read_json_lines,
+)
 from finesight.storage import verify_folder
 
 MAX_NONFINITE_STEPS = 5
@@ -291,7 +298,7 @@ def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
 
     A primary score that improves after the lowest validation loss takes precedence.
     """
-    evaluations = summary.list_comparable_evaluations(run_record.evaluations)
+    evaluations = list_comparable_evaluations(run_record.evaluations)
     if len(evaluations) < 2:
         return
     best = min(evaluations, key=lambda line: float(line["validation_loss"]))
@@ -357,14 +364,16 @@ def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
         before, after = change.get("before"), change.get("after")
         if change.get("name") != primary or not (is_finite(before) and is_finite(after)):
             continue
-        lines = [line for line in run_record.evaluations if line["step"]]
+        lines = list_comparable_evaluations(run_record.evaluations, "num_samples")
         scores = [(as_object(line.get("scores")).get(str(primary)), line["step"]) for line in lines]
-        best, step = max(((v, s) for v, s in scores if is_finite(v)), default=(-math.inf, 0))
+        known = [(v, s) for v, s in scores if s and is_finite(v)]
+        best, step = max(known, default=(-math.inf, 0))
+        final = known[-1][0] if known else after
         limit = settings.limit if settings else None
         code = "metric-unclear" if limit is None else "metric-unclear.limit"
         if change.get("verdict") in ("better", "worse"):
             code = "metric" if change["verdict"] == "better" else "metric-worse"
-            code += ".peak" * (code == "metric-worse" and best > after)
+            code += ".peak" * (code == "metric-worse" and best > final)
         bounds = [change[name] for name in ("low", "high") if is_finite(change.get(name))]
         values = {
             "change": f"{primary} {before:.4f} before, {after:.4f} after training",

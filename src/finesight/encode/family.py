@@ -115,6 +115,7 @@ class ModelFamily(ABC):
         has_thinking_modes: Whether the template has a thinking and a non-thinking mode.
         uses_1d_positions: Whether the decoder uses 1D position ids instead of M-RoPE.
         strips_content: Whether the template strips whitespace around the content of a turn.
+        strips_answer: Whether it also strips whitespace between reasoning and answer.
         splits_role_tokens: Whether role name, newline and content of a turn are tokenized
             separately.
         box_tokens: Special tokens around the label and around the coordinates of a box, for
@@ -129,6 +130,7 @@ class ModelFamily(ABC):
     system_prompt: str | None = "You are a helpful assistant."
     has_reasoning: bool = False
     reasoning_effort: str | None = None
+    strips_answer: bool = False
     has_thinking_modes: ClassVar[bool] = False
     uses_1d_positions: ClassVar[bool] = False
     strips_content: ClassVar[bool] = False
@@ -201,9 +203,15 @@ class ModelFamily(ABC):
         """Text after the header of the answer to generate."""
         return THINK_START if self.has_reasoning else ""
 
-    def keeps_reasoning(self, messages: Sequence[Message], index: int) -> bool:
-        """Return whether the template renders the reasoning of an assistant turn."""
-        return index == len(messages) - 1
+    def keeps_reasoning(
+        self, messages: Sequence[Message], index: int, *, has_reasoning: bool
+    ) -> bool:
+        """Return whether the template renders a reasoning section in an assistant turn.
+
+        By default, these are the last turn, and turns with reasoning after the last question.
+        """
+        is_last = index == len(messages) - 1
+        return is_last or (has_reasoning and not any(map(is_question, messages[index:])))
 
     def format_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Apply the changes of the template to the content of turns; none by default."""
@@ -284,20 +292,39 @@ class ModelFamily(ABC):
         """
 
 
+def merge_text_parts(content: Sequence[ContentPart]) -> list[ContentPart]:
+    """Join adjacent text parts, because a template sees the content of a turn as one text."""
+    merged: list[ContentPart] = []
+    for part in content:
+        last = merged[-1] if merged else None
+        if isinstance(part, TextPart) and isinstance(last, TextPart):
+            merged[-1] = TextPart(text=last.text + part.text)
+        else:
+            merged.append(part)
+    return merged
+
+
 def strip_content(content: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
     """Remove whitespace at both ends of the content of a turn, across adjacent text parts."""
-    parts = list(content)
-    while parts and isinstance(first := parts[0], TextPart):
-        text = first.text.lstrip()
-        parts[:1] = [TextPart(text=text)] if text else []
-        if text:
-            break
-    while parts and isinstance(last := parts[-1], TextPart):
-        text = last.text.rstrip()
-        parts[-1:] = [TextPart(text=text)] if text else []
-        if text:
-            break
-    return tuple(parts)
+    parts = merge_text_parts(content)
+    if parts and isinstance(first := parts[0], TextPart):
+        parts[0] = TextPart(text=first.text.lstrip())
+    if parts and isinstance(last := parts[-1], TextPart):
+        parts[-1] = TextPart(text=last.text.rstrip())
+    return tuple(part for part in parts if not isinstance(part, TextPart) or part.text)
+
+
+def is_question(message: Message) -> bool:
+    """Return whether a turn is a user turn other than tool responses."""
+    parts = merge_text_parts(message.content)
+    is_tool_response = (
+        bool(parts)
+        and isinstance(first := parts[0], TextPart)
+        and first.text.startswith("<tool_response>")
+        and isinstance(last := parts[-1], TextPart)
+        and last.text.endswith("</tool_response>")
+    )
+    return message.role == "user" and not is_tool_response
 
 
 def scale_box(xyxy: BoxCorners, source_frame: ImageSize, target_frame: ImageSize) -> BoxCorners:

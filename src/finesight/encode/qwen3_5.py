@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finesight.data.sample import Message, TextPart
-from finesight.encode.family import THINK_END, THINK_START, strip_content
+from finesight.encode.family import THINK_END, THINK_START, is_question, strip_content
 from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.model_folder import ModelFolder
 
@@ -60,9 +60,11 @@ class Qwen35(Qwen3VL):
     def generation_prompt(self) -> str:
         return THINK_START if self.has_reasoning else THINK_START + THINK_END
 
-    def keeps_reasoning(self, messages: Sequence[Message], index: int) -> bool:
+    def keeps_reasoning(
+        self, messages: Sequence[Message], index: int, *, has_reasoning: bool
+    ) -> bool:
         """Return True after the last question, or for all turns of a family that keeps them."""
-        return self.preserves_reasoning or all(x.role != "user" for x in messages[index:])
+        return self.preserves_reasoning or not any(map(is_question, messages[index:]))
 
     def format_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Strip whitespace around contents, and add the reasoning effort to the system prompt."""
@@ -91,4 +93,6 @@ def from_folder(folder: ModelFolder) -> Qwen35:
         name=folder.family,
         preserves_reasoning="preserve_thinking is undefined" in template,
         reasoning_effort="xhigh" if "reasoning_effort" in template else None,
+        # The template expects reasoning and answer separately, and strips both.
+        strips_answer="'</think>' in content" not in template,
     )

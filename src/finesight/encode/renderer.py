@@ -50,6 +50,7 @@ from finesight.encode.family import (
     SpecialToken,
     ThinkingOptions,
     VideoSegment,
+    merge_text_parts,
     strip_content,
 )
 from finesight.encode.tokenization import (
@@ -95,6 +96,7 @@ def split_reasoning(content: Sequence[ContentPart]) -> ReasoningAndAnswer:
 
     A leading `<think>` and newlines around both parts are removed.
     """
+    content = merge_text_parts(content)
     end_indices = [
         index
         for index, part in enumerate(content)
@@ -109,7 +111,8 @@ def split_reasoning(content: Sequence[ContentPart]) -> ReasoningAndAnswer:
     reasoning = [*content[:end_index], TextPart(text=before.rstrip("\n"))]
     first = reasoning[0]
     if isinstance(first, TextPart):
-        reasoning_text = first.text.lstrip().removeprefix(_THINK_TAG)
+        start, tag, rest = first.text.partition(_THINK_TAG)
+        reasoning_text = rest if tag and not start.strip() else first.text
         reasoning[0] = TextPart(text=reasoning_text.lstrip("\n"))
     return ReasoningAndAnswer(
         tuple(reasoning), (TextPart(text=after.lstrip("\n")), *content[end_index + 1 :])
@@ -550,8 +553,7 @@ class NativeRenderer(Renderer):
             is_assistant = message.role == "assistant"
             content: Sequence[ContentPart] = message.content
             if family.renders_reasoning and is_assistant:
-                is_kept = family.keeps_reasoning(messages, index)
-                content = self._add_reasoning(state, message, is_kept=is_kept)
+                content = self._add_reasoning(state, family, messages, index)
             self._add_content(state, content, is_supervised=is_assistant)
             token_builder.add_special_token(IM_END, is_supervised=is_assistant)
             token_builder.add_text("\n", is_supervised=False)
@@ -584,22 +586,28 @@ class NativeRenderer(Renderer):
                 token_builder.flush()
 
     def _add_reasoning(
-        self, state: _RenderState, message: Message, *, is_kept: bool
-    ) -> tuple[ContentPart, ...]:
-        """Append the reasoning of a message if it is kept, and return the answer.
+        self, state: _RenderState, family: ModelFamily, messages: Sequence[Message], index: int
+    ) -> Sequence[ContentPart]:
+        """Append the reasoning of a turn if the template keeps it, and return the answer.
 
         An answer without reasoning is rendered with an empty reasoning section.
         """
-        parts = split_reasoning(message.content)
-        reasoning = parts.reasoning or ()
-        if self.family.strips_content:
+        parts = split_reasoning(messages[index].content)
+        reasoning, answer = parts.reasoning or (), parts.answer
+        if family.strips_content:
             reasoning = strip_content(reasoning)
-        if is_kept:
-            is_supervised = bool(reasoning) or self.family.supervises_empty_reasoning
-            state.token_builder.add_text(THINK_START, is_supervised=False)
-            self._add_content(state, reasoning, is_supervised=is_supervised)
-            state.token_builder.add_text(THINK_END, is_supervised=is_supervised)
-        return parts.answer
+        if family.strips_answer:
+            answer = strip_content(answer)
+        has_reasoning = any(not isinstance(part, TextPart) or part.text for part in reasoning)
+        if not family.keeps_reasoning(messages, index, has_reasoning=has_reasoning):
+            return answer
+        is_supervised = bool(reasoning) or family.supervises_empty_reasoning
+        state.token_builder.add_text(THINK_START, is_supervised=False)
+        self._add_content(state, reasoning, is_supervised=is_supervised)
+        state.token_builder.add_text(THINK_END, is_supervised=is_supervised)
+        if answer and isinstance(first := answer[0], TextPart):
+            answer = (TextPart(text=first.text.lstrip("\n")), *answer[1:])
+        return answer
 
     def _add_content(
         self, state: _RenderState, content: Sequence[ContentPart], *, is_supervised: bool

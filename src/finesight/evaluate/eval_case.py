@@ -22,6 +22,21 @@ from finesight.evaluate.bootstrap import (
 
 MetricValues = dict[str, float]
 
+
+def select_eval_samples(indices: Sequence[int], limit: int | None) -> list[int]:
+    """Return a random subset of at most `limit` sample indices, in their order.
+
+    Each index has a fixed random priority. The subset is therefore the same in every run, and
+    contains every smaller one. Samples are not taken from the start, because a file may be sorted.
+    """
+    if limit is None or limit >= len(indices):
+        return list(indices)
+    generator = np.random.Philox(np.random.SeedSequence(0))
+    priorities_N = generator.random_raw(max(indices) + 1)[np.array(indices)]
+    chosen_K = np.sort(np.argsort(priorities_N, kind="stable")[:limit])
+    return [indices[position] for position in chosen_K]
+
+
 ReferenceAnswer = tuple[tuple[str, ...], tuple[BoxPart, ...]]
 """Reference texts, any of which is correct, and reference boxes, all of which are expected."""
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,14 @@ from finesight.encode.renderer import Renderer
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
-from finesight.evaluate.eval_case import EvalCase, MetricValues, get_reference_answer, note_lines
+from finesight.evaluate.eval_case import (
+    EvalCase,
+    MetricResult,
+    MetricValues,
+    get_reference_answer,
+    note_lines,
+    select_eval_samples,
+)
 from finesight.evaluate.metric_difference import count_correct, format_prediction_line
 from finesight.evaluate.task_metrics import (
     TASK_METRICS,
@@ -129,6 +135,7 @@ class GenerationEvalResult:
         corrupt_samples: (sample id, reason) of samples with unreadable images, which are excluded.
         intervals: 95 % confidence interval of each score; None if undefined.
         notes: Warnings and reasons for missing intervals, by the name of the score.
+        subset: The result of a subset of the same predictions, if one was requested.
     """
 
     metric: MetricSpec
@@ -139,6 +146,7 @@ class GenerationEvalResult:
     intervals: dict[str, ConfidenceInterval | None]
     details: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    subset: GenerationEvalResult | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the scores as JSON data, without predictions."""
@@ -195,10 +203,12 @@ def evaluate(
     on_progress: Callable[[int], None] | None = None,
     on_batch_reduced: Callable[[int], None] | None = None,
     distribute: Callable[[PredictFn], PredictFn] | None = None,
+    subset: Collection[int] | None = None,
 ) -> GenerationEvalResult:
     """Generate predictions for validation samples and score them.
 
-    Uses the first `settings.limit` samples and restores the model's training mode.
+    Uses a random subset of `settings.limit` samples (`select_eval_samples`), and restores the
+    model's training mode.
 
     Args:
         settings: Metric, sample limit, batch size and maximum completion length.
@@ -208,12 +218,13 @@ def evaluate(
         on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
         distribute: Wraps the prediction function so that it distributes the samples over several
             ranks; None for one process.
+        subset: Positions of selected samples whose predictions are also scored separately.
 
     Raises:
         UserError: There are no samples, samples have no reference answer for the metric, or no
             image can be read.
     """
-    selected = list(islice(samples, settings.limit))
+    selected = [samples[i] for i in select_eval_samples(range(len(samples)), settings.limit)]
     if not selected:
         raise UserError(
             f"{len(selected)} samples to evaluate",
@@ -230,35 +241,48 @@ def evaluate(
         _generate_predictions, model, renderer, settings, on_progress, on_batch_reduced
     )
     predictions, corrupt_reasons = (distribute(predict_fn) if distribute else predict_fn)(selected)
-    if not predictions:
+    readable = [i for i in range(len(selected)) if i not in corrupt_reasons]
+    positions = readable if subset is None else [i for i in readable if i in subset]
+    if not positions:
         raise UserError(
-            f"none of {len(selected)} samples has a readable image",
+            f"none of {len(selected if subset is None else subset)} samples has a readable image",
             where="evaluation data",
             expected="complete image files",
-            remedy=f"correct the first error: {corrupt_reasons[0]}",
+            remedy=f"correct the first error: {next(iter(corrupt_reasons.values()))}",
         )
-    valid_references = [
-        reference for i, reference in enumerate(references) if i not in corrupt_reasons
-    ]
-    cases = [
-        EvalCase(one.answer, one.boxes, *truth, one.id, one.finish_reason == "stop")
-        for one, truth in zip(predictions, valid_references, strict=True)
-    ]
-    metric_result = compute_metrics(settings.metric, cases)
+    cases = {
+        i: EvalCase(one.answer, one.boxes, *references[i], one.id, one.finish_reason == "stop")
+        for i, one in zip(readable, predictions, strict=True)
+    }
+    metric_result = compute_metrics(settings.metric, [*cases.values()])
     if predictions_file is not None:
         lines = [
             format_prediction_line(*row)
-            for row in zip(predictions, cases, metric_result.per_sample, strict=True)
+            for row in zip(predictions, cases.values(), metric_result.per_sample, strict=True)
         ]
         write_file(predictions_file, "".join(lines).encode())
+    corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
+    result = _build_result(settings.metric, metric_result, predictions, corrupt)
+    if subset is None or positions == readable:
+        return result
+    chosen = [one for i, one in zip(readable, predictions, strict=True) if i in subset]
+    subset_result = compute_metrics(settings.metric, [cases[i] for i in positions])
+    return replace(result, subset=_build_result(settings.metric, subset_result, chosen, corrupt))
+
+
+def _build_result(
+    metric: MetricSpec,
+    metric_result: MetricResult,
+    predictions: Sequence[Prediction],
+    corrupt_samples: Sequence[tuple[str, str]],
+) -> GenerationEvalResult:
+    """Build the result of an evaluation from the metrics of its predictions."""
     return GenerationEvalResult(
-        metric=settings.metric,
-        primary_metric=get_primary_metric(settings.metric, metric_result.scores),
+        metric=metric,
+        primary_metric=get_primary_metric(metric, metric_result.scores),
         scores=metric_result.scores,
         predictions=tuple(predictions),
-        corrupt_samples=tuple(
-            (selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())
-        ),
+        corrupt_samples=tuple(corrupt_samples),
         intervals=metric_result.intervals(),
         details=metric_result.details,
         notes=metric_result.notes(),

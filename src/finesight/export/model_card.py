@@ -29,7 +29,7 @@ from finesight.model.lora.merge import public_model_name
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
 from finesight.report.metric_rows import get_note
-from finesight.report.run_reader import RunRecord, read_json_lines, read_run
+from finesight.report.run_reader import RunRecord, pair_evaluations, read_json_lines, read_run
 
 MODEL_CARD_FILE = "README.md"
 
@@ -148,10 +148,8 @@ def _read_run_record(source: Path) -> RunRecord | None:
         return run_record
     step = source.name.removeprefix("step-")
     evaluations = {str(line["step"]): line for line in run_record.evaluations}
-    before, after = evaluations.get("0", {}), evaluations.get(step, {})
-    # Interim evaluations may have fewer samples than that before training.
-    is_comparable = before.get("num_samples") == after.get("num_samples")
-    result = {"before": before if is_comparable else {}, "after": after}
+    before, after = pair_evaluations(evaluations.get("0", {}), evaluations.get(step, {}))
+    result = {"before": before, "after": after}
     return replace(run_record, result=result | {"steps": int(step) if step.isdecimal() else 0})
 
 

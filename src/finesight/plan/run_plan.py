@@ -43,7 +43,7 @@ from finesight.train.dataset_stats import DatasetStats, SampleStats, load_traini
 from finesight.train.flops import FlopCounter
 from finesight.train.optimizer import resolve_eval_interval, resolve_interim_limit
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import RunInputs, resolve_base_model
+from finesight.train.setup import RunInputs, check_trainable_parts, resolve_base_model
 
 MIN_DECODE_STEP_S = 3.0e-3
 """Minimum seconds of a decode step on a GPU for any model.
@@ -254,6 +254,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: TrainingConsole) -> RunPl
         recipe, renderer, recipe_target.num_workers, console
     )
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
+    check_trainable_parts(recipe.tune, train_data, sampler)
     planned_steps = PlannedSteps(
         [*iter_planned_steps(sampler, train_data.build_sample_stats(renderer, recipe.data))],
         train_data.stats.prefix_length,

@@ -15,7 +15,12 @@ from typing import Any, Literal
 from finesight.manifest import HistogramCounts
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import format_metric_name, read_interval, read_metrics
-from finesight.report.run_reader import RunRecord, is_finite
+from finesight.report.run_reader import (
+    JsonObject,
+    RunRecord,
+    is_finite,
+    list_comparable_evaluations,
+)
 
 Point = tuple[float, float]
 
@@ -338,10 +343,11 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
             return [ChartSeries(title, points)]
         return [ChartSeries(title, points, "faint"), ChartSeries(translate("smoothed"), smoothed)]
 
-    evaluations = [(line.get("step"), read_metrics(line)) for line in run_record.evaluations]
+    evaluations = list_comparable_evaluations(run_record.evaluations)
     validation_points = filter_finite(
-        (s, values.get("validation_loss")) for s, values in evaluations
+        (line.get("step"), read_metrics(line).get("validation_loss")) for line in evaluations
     )
+    subset_text = _describe_subset(run_record.evaluations, evaluations)
     samples_text, mfu_text = translate("samples/s"), translate("% of the measured peak FLOPS")
     charts = [
         build_chart(
@@ -350,7 +356,7 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
                 *read_series(translate("training"), "loss"),
                 ChartSeries(translate("validation"), validation_points, "marks"),
             ],
-            translate("nats per supervised token"),
+            translate("nats per supervised token") + subset_text,
         ),
         _build_primary_metric_chart(run_record),
         build_chart(translate("Learning rate"), _build_lr_series(run_record)),
@@ -372,14 +378,25 @@ def _build_primary_metric_chart(run_record: RunRecord) -> Chart | None:
     if name is None:
         return None
     points, error_bars = [], []
-    for line in run_record.evaluations:
+    evaluations = list_comparable_evaluations(run_record.evaluations, "num_samples")
+    for line in evaluations:
         points += filter_finite([(line.get("step"), read_metrics(line).get(name))])
         interval = read_interval(line, name)
         if interval is not None:
             error_bars.append((float(line["step"]), *interval))
     note = translate("validation, bars: 95 % intervals" if error_bars else "validation")
+    note += _describe_subset(run_record.evaluations, evaluations)
     title = format_metric_name(name)
     return build_chart(title, [ChartSeries(title, points, "marks", error_bars)], note)
+
+
+def _describe_subset(all_lines: Sequence[JsonObject], evaluations: Sequence[JsonObject]) -> str:
+    """Describe the validation samples of a curve, if they are not all samples; otherwise empty."""
+    count = evaluations[-1].get("num_samples") if evaluations else None
+    has_others = len(evaluations) < len(all_lines) or any(line.get("full") for line in all_lines)
+    if not has_others or not isinstance(count, int):
+        return ""
+    return translate("; validation on the same {:,} samples", count)
 
 
 def _build_lr_series(run_record: RunRecord) -> list[ChartSeries]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,13 @@ from finesight.report.metric_rows import (
     format_notes,
     read_metrics,
 )
-from finesight.report.run_reader import RunRecord, as_object, list_image_folders
+from finesight.report.run_reader import (
+    RunRecord,
+    as_object,
+    get_sample_set,
+    list_comparable_evaluations,
+    list_image_folders,
+)
 
 DiffRow = tuple[str, list[str]]
 """Row of the table of differences: a name, and its value in each run."""
@@ -296,22 +303,31 @@ def _build_charts(runs: Sequence[ComparedRun]) -> list[Chart | None]:
     training: list[ChartSeries] = []
     validation: list[ChartSeries] = []
     scores: list[ChartSeries] = []
+    sample_sets: defaultdict[str, list[object]] = defaultdict(list)
     primary_metrics = {str(run.evaluation.get("primary_metric")) for run, _ in recorded}
     for run, run_record in recorded:
         losses = filter_finite((line.get("step"), line.get("loss")) for line in run_record.steps)
         training.append(ChartSeries(run.label, smooth_points(losses) or losses))
-        metrics = [(line.get("step"), read_metrics(line)) for line in run_record.evaluations]
-        for name, series in ((VALIDATION_LOSS, validation), (min(primary_metrics), scores)):
-            points = filter_finite((step, values.get(name)) for step, values in metrics)
-            series.append(ChartSeries(run.label, points, "marks"))
-    loss_caption = translate("nats per supervised token")
+        curves = (VALIDATION_LOSS, validation), (min(primary_metrics), scores)
+        for (name, series), count in zip(curves, ("num_loss_samples", "num_samples"), strict=True):
+            lines = list_comparable_evaluations(run_record.evaluations, count)
+            points = filter_finite(
+                (line.get("step"), read_metrics(line).get(name)) for line in lines
+            )
+            # The evaluations of each line, and of all lines of a chart, have the same samples.
+            sample_sets[count].append(get_sample_set(lines[-1], count) if lines else None)
+            if sample_sets[count][-1] == sample_sets[count][0]:
+                series.append(ChartSeries(run.label, points, "marks"))
+    is_partial = len(validation) < len(recorded)
+    others_text = translate("; without runs evaluated on other samples") if is_partial else ""
+    loss_caption = translate("nats per supervised token") + others_text
     charts = [
         build_chart(translate("Loss"), training, translate("training, smoothed")),
         build_chart(translate("Validation loss"), validation, loss_caption),
     ]
     if len(primary_metrics) == 1:
         title = format_metric_name(min(primary_metrics))
-        charts.append(build_chart(title, scores, translate("validation")))
+        charts.append(build_chart(title, scores, translate("validation") + others_text))
     return charts
 
 

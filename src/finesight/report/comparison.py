@@ -42,7 +42,13 @@ from finesight.report.metric_rows import (
     read_interval,
     read_metrics,
 )
-from finesight.report.run_reader import JsonObject, RunRecord, as_object, read_run
+from finesight.report.run_reader import (
+    JsonObject,
+    RunRecord,
+    as_object,
+    get_sample_set,
+    read_run,
+)
 from finesight.report.summary import RunStatus, get_data_stats, get_run_status
 
 COMMAND = "finesight compare"
@@ -149,10 +155,9 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
             remedy=f"Omit it, or evaluate it with finesight eval {quote(str(path))} --data FILE"
             " --metric NAME --out predictions.jsonl and give predictions.jsonl instead.",
         )
-    final_evaluation = (run_record.result or {}).get("after")
-    evaluation = (
-        final_evaluation if isinstance(final_evaluation, dict) else run_record.evaluations[-1]
-    )
+    # The figures of the last prediction file.
+    last = run_record.evaluations[-1]
+    evaluation = as_object((run_record.result or {}).get("after") or last.get("full")) or last
     files = run_record.predictions_files
     predictions = _read_predictions(files[-1]) if files and read_metrics(evaluation) else {}
     metric = as_object(run_record.recipe.get("eval")).get("metric")
@@ -282,6 +287,10 @@ def explain_loss_mismatch(reference_run: ComparedRun, other_run: ComparedRun) ->
         return "the model families use different tokenizers"
     if reference_record.manifest.get("system_prompt") != other_record.manifest.get("system_prompt"):
         return "the system prompts differ"
+    sample_sets = [get_sample_set(run.evaluation) for run in (reference_run, other_run)]
+    digests, counts = map(set, zip(*sample_sets, strict=True))
+    if len(digests - {None}) > 1 or len(counts) > 1:
+        return "they are means over different validation samples"
     return ""
 
 

@@ -244,8 +244,8 @@ MAX_ISSUE_IMAGE_SIDE = 360
 CHECKS: dict[str, list[str]] = {
     name: codes.split()
     for name, codes in {
-        "Rows, roles and empty texts": "invalid-row invalid-role-order image-in-answer empty-answer"
-        " empty-question",
+        "Rows, roles, reasoning and empty texts": "invalid-row invalid-role-order image-in-answer"
+        " empty-answer empty-question unpaired-reasoning misplaced-reasoning",
         "Image and video files, completely decoded": "image-missing image-truncated image-corrupt"
         " image-too-large video-frame-sizes-differ",
         "Placeholders, special tokens and boxes in texts": "placeholder-count-mismatch"

@@ -50,7 +50,9 @@ from finesight.report.run_reader import (
     JsonObject,
     RunRecord,
     as_object,
+    list_comparable_evaluations,
     list_image_folders,
+    pair_evaluations,
     read_run,
 )
 from finesight.report.summary import get_run_status
@@ -175,7 +177,7 @@ def render_run_page(
     now = datetime.now(UTC)
     run_status = get_run_status(run_record, is_training=live_state is not None)
     charts = build_run_charts(run_record)
-    evaluations = _select_evaluations(run_record)
+    evaluations = select_evaluations(run_record)
     evaluation_names = _name_evaluations(run_record, evaluations)
     live_data = None
     if run_status.kind == "running":
@@ -245,20 +247,24 @@ def _describe_best(run_record: RunRecord, name: str, final_evaluation: JsonObjec
     Returns an empty string if there is none.
     """
     sign = -1 if name in LOWER_IS_BETTER else 1
+    count = "num_loss_samples" if name == VALIDATION_LOSS else "num_samples"
+    lines = list_comparable_evaluations(run_record.evaluations, count)
     values = {
-        step: sign * value
-        for line in (*run_record.evaluations, final_evaluation)
-        if (step := int(line.get("step") or 0))
-        and (value := read_metrics(line).get(name)) is not None
+        int(line.get("step") or 0): value
+        for line in lines
+        if (value := read_metrics(line).get(name)) is not None
     }
-    final_value = read_metrics(final_evaluation).get(name)
-    best_step = max(values, key=values.__getitem__, default=0)
-    if final_value is None or not best_step or values[best_step] <= sign * final_value:
+    best_step = max(values, key=lambda step: sign * values[step], default=0)
+    final_value = values.get(int(final_evaluation.get("step") or 0))
+    if final_value is None or not best_step or sign * (values[best_step] - final_value) <= 0:
         return ""
-    text = "The {} was best after step {:,}: {}."
-    return translate(
-        text, format_metric_name(name), best_step, format_value(sign * values[best_step])
-    )
+    name_text, value_text = format_metric_name(name), format_value(values[best_step])
+    if not any(line.get("full") for line in lines):
+        text = "The {} was best after step {:,}: {}."
+        return translate(text, name_text, best_step, value_text)
+    text = "The {} of the same {:,} samples was best after step {:,}: {}, and {} at the end."
+    texts = lines[-1].get(count), best_step, value_text, format_value(final_value)
+    return translate(text, name_text, *texts)
 
 
 def _build_details(evaluation: JsonObject) -> dict[str, Any]:
@@ -334,17 +340,19 @@ def _build_examples(
     return examples, builder.build(examples.displayed)
 
 
-def _select_evaluations(run_record: RunRecord) -> list[JsonObject]:
+def select_evaluations(run_record: RunRecord) -> list[JsonObject]:
     """Return the evaluation before training and the latest one, or the only one.
 
-    In a finished run, the second is the evaluation of the final weights.
+    Both have the same samples. In a finished run, the second is that of the final weights.
     """
     if run_record.result is not None:
         before, after = run_record.result.get("before"), run_record.result.get("after")
         if isinstance(before, dict) and isinstance(after, dict):
             return [before, after]
-    evaluations = run_record.evaluations
-    return [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
+    evaluations = list_comparable_evaluations(run_record.evaluations)
+    if len(evaluations) > 1:
+        return pair_evaluations(evaluations[0], evaluations[-1])
+    return [as_object(line.get("full")) or line for line in evaluations]
 
 
 def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) -> list[str]:

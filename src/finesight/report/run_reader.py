@@ -7,6 +7,7 @@ are recorded.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ FIELD_TYPES: dict[str, type] = {
     **dict.fromkeys(["num_tensors", "num_params", "num_changed", "num_with_grad"], float),
     "relative_change": float,
     **dict.fromkeys(["lr", "scores", "intervals", "details", "versions", "data"], dict),
-    **dict.fromkeys(["size_histograms", "before", "after", "notes"], dict),
+    **dict.fromkeys(["size_histograms", "before", "after", "notes", "full"], dict),
     **dict.fromkeys(["skipped_samples", "nonfinite_samples", "loss_spike_samples"], list),
     "metric_differences": list,
     **dict.fromkeys(["primary_metric", "started_at", "ended_at", "status", "reason"], str),
@@ -63,7 +64,8 @@ class RunRecord:
 
     Attributes:
         steps: Lines of `metrics.jsonl` for training steps.
-        evaluations: Lines of `metrics.jsonl` for evaluations.
+        evaluations: Lines of `metrics.jsonl` for evaluations: figures of the common subset of the
+            run, and with the key `full`, of all samples.
         starts: Lines of `metrics.jsonl` for the start of each training process.
         vision_cache_builds: Lines of `metrics.jsonl` for builds of the vision cache.
         skipped_samples: Lines of `skipped_samples.jsonl`.
@@ -135,9 +137,9 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
     param_changes = reader.read_json(PARAM_AUDIT_FILE)
     text = reader.read_text(RECIPE_FILE) or ""
     result = _drop_invalid_values(as_object(reader.read_json(RESULT_FILE)))
-    for name in ("before", "after"):
-        if result.get(name) is not None:
-            result[name] = _drop_invalid_values(result[name])
+    for line, name in [(result, "before"), (result, "after"), *((line, "full") for line in lines)]:
+        if line.get(name) is not None:
+            line[name] = _drop_invalid_values(line[name])
     return RunRecord(
         folder=folder,
         recipe=reader.parse_recipe(text),
@@ -157,6 +159,47 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
         end_event=events[-1] if events and events[-1].get("ended_at") else None,
         unreadable_files=reader.unreadable_files,
     )
+
+
+def get_sample_set(line: JsonObject, count: str = "num_loss_samples") -> tuple[object, object]:
+    """Return the digest and the number of validation samples of an evaluation.
+
+    Runs of earlier versions have no digest.
+
+    Args:
+        count: Number of samples: `num_loss_samples`, or `num_samples` for scores.
+    """
+    return line.get("sample_set"), line.get(count, line.get("num_samples"))
+
+
+def list_comparable_evaluations(
+    lines: Iterable[JsonObject], count: str = "num_loss_samples"
+) -> list[JsonObject]:
+    """Return the evaluations of the most frequent set of samples.
+
+    Args:
+        lines: Lines of `metrics.jsonl`.
+        count: Number of samples to compare: `num_loss_samples`, or `num_samples` for scores.
+    """
+    groups: defaultdict[object, list[JsonObject]] = defaultdict(list)
+    for line in lines:
+        if is_finite(line.get("validation_loss")):
+            groups[get_sample_set(line, count)].append(line)
+    return max(groups.values(), key=len, default=[])
+
+
+def pair_evaluations(before: JsonObject, after: JsonObject) -> list[JsonObject]:
+    """Return two evaluations of the same samples: if possible, of all.
+
+    The first one is empty if the samples differ.
+    """
+    if before.get("full") and after.get("full"):
+        before, after = before["full"], after["full"]
+    is_comparable = all(
+        get_sample_set(before, count) == get_sample_set(after, count)
+        for count in ("num_samples", "num_loss_samples")
+    )
+    return [before if is_comparable else {}, after]
 
 
 def list_image_folders(run_records: Iterable[RunRecord]) -> list[Path]:

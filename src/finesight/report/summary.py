@@ -16,7 +16,13 @@ from typing import Literal
 
 from finesight.manifest import CHECKPOINTS_FOLDER, MAX_DATA_WAIT_FRACTION, METRICS_FILE
 from finesight.report.i18n import translate
-from finesight.report.run_reader import JsonObject, RunRecord, as_object, is_finite
+from finesight.report.run_reader import (
+    JsonObject,
+    RunRecord,
+    as_object,
+    is_finite,
+    list_comparable_evaluations,
+)
 
 NOT_RECORDED = "not recorded"
 
@@ -223,24 +229,6 @@ MIN_LOSS_INCREASE = 1.01
 """Ratio of the last validation loss to the lowest one from which it counts as overfitting."""
 
 
-def list_comparable_evaluations(
-    lines: Iterable[JsonObject], count: str = "num_loss_samples"
-) -> list[JsonObject]:
-    """Return the evaluations of the most frequent number of samples.
-
-    Evaluations during training may use fewer samples than those before and after it.
-
-    Args:
-        lines: Lines of `metrics.jsonl`.
-        count: Number of samples to compare: `num_loss_samples`, or `num_samples` for scores.
-    """
-    groups: defaultdict[object, list[JsonObject]] = defaultdict(list)
-    for line in lines:
-        if is_finite(line.get("validation_loss")):
-            groups[line.get(count, line.get("num_samples"))].append(line)
-    return max(groups.values(), key=len, default=[])
-
-
 def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | None:
     """Describe overfitting in the last three comparable evaluations of a run; None without.
 
@@ -363,9 +351,11 @@ def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
         reason = str(line.get("reason"))
         # Without the image path at the start, so that equal reasons match.
         ids_by_reason[reason.partition(": ")[2] or reason].append(str(line.get("id")))
+    # Runs of earlier versions list these samples only in their steps.
+    recorded = {name for ids in ids_by_reason.values() for name in ids}
     for line in run_record.steps:
         ids_by_reason[translate("images that could not be decoded during training")] += [
-            str(name) for name in line.get("skipped_samples") or ()
+            str(name) for name in line.get("skipped_samples") or () if str(name) not in recorded
         ]
     return [
         SkippedGroup(reason, len(ids), ", ".join(ids[:5]) + (", …" if len(ids) > 5 else ""))

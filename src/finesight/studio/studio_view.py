@@ -33,7 +33,7 @@ from finesight.report.i18n import (
     use_language,
 )
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
-from finesight.report.run_page import render_run_page
+from finesight.report.run_page import render_run_page, select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import get_run_status
 from finesight.studio.studio_jobs import Job, JobStore, format_command
@@ -375,7 +375,7 @@ class StudioView:
         versions = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
         record = _read_run_version(folder, versions)
         name = record.primary_metric or "validation_loss"
-        values = [read_metrics(line).get(name) for line in record.evaluations]
+        values = [read_metrics(line).get(name) for line in select_evaluations(record)]
         status = get_run_status(record)
         return RunRow(
             path=str(run),
@@ -383,7 +383,7 @@ class StudioView:
             step=status.step,
             total_steps=status.total_steps,
             metric=format_metric_name(name) if values else "",
-            scores=[format_value(v) for v in (values[:1] + values[1:][-1:]) if v is not None],
+            scores=[format_value(v) for v in values if v is not None],
         )
 
 

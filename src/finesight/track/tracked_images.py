@@ -6,6 +6,7 @@ Trackers show them. The samples are the same at every evaluation of a run.
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from pathlib import Path
 
 from PIL import Image
@@ -30,23 +31,31 @@ PANEL_GAP = 6
 MAX_CAPTION_CHARS = 1000
 
 
-def render_example_images(before: Path, after: Path) -> list[TrackedImage]:
+def render_example_images(
+    before: Path, after: Path, sample_ids: Collection[str] | None = None
+) -> list[TrackedImage]:
     """Render validation samples with the boxes of two prediction files.
 
     Args:
         before: Prediction file before training; may be missing, or equal to `after`.
+        after: Prediction file of the evaluation.
+        sample_ids: Samples to choose from; None for all.
 
     Returns:
         One captioned image per sample. Samples without a readable image are skipped.
     """
     baseline = before if before.is_file() and before != after else None
-    line_pairs = list(pair_predictions(baseline, after)) if after.is_file() else []
+    line_pairs = [
+        (old, new)
+        for old, new in (pair_predictions(baseline, after) if after.is_file() else ())
+        if new is not None and (sample_ids is None or new.get("id") in sample_ids)
+    ]
     num_samples = min(len(line_pairs), MAX_SAMPLES)
     images = []
     for n in range(num_samples):
         index = round(n * (len(line_pairs) - 1) / max(1, num_samples - 1))
         before_line, after_line = line_pairs[index]
-        image = _render_example(before_line, after_line) if after_line is not None else None
+        image = _render_example(before_line, after_line)
         images += [] if image is None else [image]
     return images
 

@@ -59,17 +59,23 @@ class BestEval(BaseModel):
     primary_score: float | None = None
     num_samples: int | None = None
     num_loss_samples: int | None = None
+    sample_set: str | None = None
+
+    def is_comparable_to(self, other: BestEval) -> bool:
+        """Return whether both evaluations have the same metric and samples."""
+        return (self.primary_metric, self.num_samples, self.sample_set) == (
+            other.primary_metric,
+            other.num_samples,
+            other.sample_set,
+        )
 
     def is_better_than(self, other: BestEval | None) -> bool:
         """Return whether this evaluation is better than another one.
 
-        It is also considered better than None and than an evaluation with a different primary
-        metric or number of samples. Losses over different numbers of samples are not compared.
+        It is also considered better than None and than an evaluation that is not comparable. Losses
+        over different numbers of samples are not compared.
         """
-        if other is None or (other.primary_metric, other.num_samples) != (
-            self.primary_metric,
-            self.num_samples,
-        ):
+        if other is None or not self.is_comparable_to(other):
             return True
         own_score, other_score = self.primary_score or 0.0, other.primary_score or 0.0
         return own_score > other_score or (

@@ -1,13 +1,18 @@
-"""Evaluation during training: validation loss and task metrics of generated answers."""
+"""Evaluation during training: validation loss and task metrics of generated answers.
+
+All evaluations of a run are compared on one common subset of the validation samples. An evaluation
+before or after training also has figures of all samples, which are separate.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +26,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
+from finesight.evaluate.eval_case import select_eval_samples
 from finesight.train.checkpoint import BestEval
 from finesight.train.console import ProgressCallback, TrainingConsole
 from finesight.train.dataloader import SkippedSample, read_steps
@@ -31,7 +37,7 @@ from finesight.train.oom import (
     build_pack_oom_error,
     retry_on_oom,
 )
-from finesight.train.optimizer import build_nonfinite_error
+from finesight.train.optimizer import build_nonfinite_error, resolve_interim_limit
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir
 
@@ -56,6 +62,9 @@ class EvalResult:
         notes: Reasons for missing intervals, and warnings.
         num_samples: Number of validation samples of the scores; None if unknown.
         num_loss_samples: Number of validation samples of the loss; None if unknown.
+        sample_set: Digest of these samples. Results are compared only if it is equal. None for
+            results of earlier versions.
+        full: Result of all samples, if this is the result of a subset and all were evaluated.
     """
 
     step: int
@@ -67,6 +76,13 @@ class EvalResult:
     notes: dict[str, str] = field(default_factory=dict)
     num_samples: int | None = None
     num_loss_samples: int | None = None
+    sample_set: str | None = None
+    full: EvalResult | None = None
+
+    @property
+    def on_all_samples(self) -> EvalResult:
+        """Result of all evaluated samples, for the comparison before and after training."""
+        return self.full or self
 
     @property
     def primary_score(self) -> float | None:
@@ -75,17 +91,7 @@ class EvalResult:
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of the `metrics.jsonl` line of this evaluation."""
-        return {
-            "step": self.step,
-            "validation_loss": self.validation_loss,
-            "scores": self.scores,
-            "primary_metric": self.primary_metric,
-            "intervals": self.intervals,
-            "details": self.details,
-            "notes": self.notes,
-            "num_samples": self.num_samples,
-            "num_loss_samples": self.num_loss_samples,
-        }
+        return asdict(self)
 
     def as_best_eval(self) -> BestEval:
         """Return the fields that rank evaluations."""
@@ -96,6 +102,7 @@ class EvalResult:
             primary_score=self.primary_score,
             num_samples=self.num_samples,
             num_loss_samples=self.num_loss_samples,
+            sample_set=self.sample_set,
         )
 
     @classmethod
@@ -109,7 +116,9 @@ class EvalResult:
         }
         metrics = line["step"], line["validation_loss"], line["scores"], line["primary_metric"]
         counts = line.get("num_samples"), line.get("num_loss_samples", line.get("num_samples"))
-        return cls(*metrics, intervals, line.get("details", {}), line.get("notes", {}), *counts)
+        texts = line.get("details", {}), line.get("notes", {})
+        full = cls.from_metrics(line.get("full") or {})
+        return cls(*metrics, intervals, *texts, *counts, line.get("sample_set"), full)
 
 
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
@@ -120,7 +129,7 @@ def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
 
 
 def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, int]:
-    """Find the best evaluation with the metric and number of samples of the last one.
+    """Find the best evaluation with the metric and samples of the last one.
 
     Evaluations are ranked by the primary metric, then by the validation loss. The evaluation before
     the first step is ignored, because scores may drop at first and recover.
@@ -134,8 +143,8 @@ def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, in
     best: EvalResult | None = None
     num_later = 0
     for result in results:
-        last = results[-1].primary_metric, results[-1].num_samples
-        if not result.step or (result.primary_metric, result.num_samples) != last:
+        last = results[-1].as_best_eval()
+        if not result.step or not result.as_best_eval().is_comparable_to(last):
             continue
         if best is None or result.as_best_eval().is_better_than(best.as_best_eval()):
             best, num_later = result, 0
@@ -149,9 +158,12 @@ def run_evaluation(
     name: str,
     console: TrainingConsole,
     stop: StopRequest,
-    limit: int | None = None,
+    is_complete: bool = True,
 ) -> EvalResult:
     """Compute the validation loss, and generate and score predictions if a metric is set.
+
+    The result is that of the common subset of the run. A complete evaluation also returns that of
+    all samples (`EvalResult.full`); each sample is evaluated once.
 
     Predictions are written to `predictions/NAME.jsonl`. In a distributed run, each rank evaluates
     its share of the samples, all ranks return the same result, and the main process writes the
@@ -162,45 +174,73 @@ def run_evaluation(
         name: Name of the predictions file, such as `before` or `step-100`.
         console: Console for progress and messages.
         stop: Stop request, checked between batches.
-        limit: Maximum number of validation samples; None for all.
+        is_complete: Whether to evaluate all samples, not only the common subset.
 
     Raises:
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A single sample exceeds the GPU memory.
     """
     assert state.validation_data is not None, "no validation data"
-    indices, process_group = (
-        state.validation_data.stats.sample_indices[:limit],
-        state.hardware.process_group,
-    )
+    indices, settings = state.validation_data.stats.sample_indices, state.recipe.eval
+    process_group, corpus = state.hardware.process_group, state.validation_data.corpus
+    subset = select_eval_samples(indices, resolve_interim_limit(settings))
+    common = frozenset(subset)
+    evaluated = indices if is_complete else subset
+    rest = [index for index in evaluated if index not in common]
+    parts = [subset, rest] if rest else [subset]
 
-    def compute_loss(budget: MemoryBudget) -> LossSum:
-        with console.progress_stage(
-            f"validation loss {name}", len(process_group.shard(indices))
-        ) as on_progress:
-            return compute_validation_loss(state, budget, on_progress, stop, limit)
+    def compute_loss(budget: MemoryBudget) -> list[LossSum]:
+        num_own = sum(len(process_group.shard(part)) for part in parts)
+        with console.progress_stage(f"validation loss {name}", num_own) as on_progress:
+            return [
+                compute_validation_loss(state, budget, on_progress, stop, part) for part in parts
+            ]
 
     budget, device = state.progress.budget, state.hardware.device
     with state.parallel.summon_full_params():
         with process_group.sync_errors():
-            loss_sum = retry_on_oom(budget, device, console.log, compute_loss)
-        loss = _mean_loss(state, loss_sum, console)
-        step, settings = state.progress.step, state.recipe.eval
-        if settings is None:
-            num = len(indices)
-            return EvalResult(step, loss, {}, None, num_samples=num, num_loss_samples=num)
-        samples = [state.validation_data.corpus[index] for index in indices[: settings.limit]]
-        result = _evaluate_generation(state, settings, samples, name, console, stop)
+            loss_sums = retry_on_oom(budget, device, console.log, compute_loss)
+        losses = _mean_losses(state, loss_sums, console)
+        generation = None
+        scored = select_eval_samples(evaluated, settings.limit if settings else None)
+        if settings is not None:
+            positions = [n for n, index in enumerate(scored) if index in common]
+            samples = [corpus[index] for index in scored]
+            generation = _evaluate_generation(
+                state, settings, samples, name, console, stop, positions
+            )
+    full = None
+    if rest:
+        full = _build_eval_result(state, losses[1], indices, generation, len(scored))
+        generation = generation and (generation.subset or generation)
+    num_scored = sum(index in common for index in scored)
+    return _build_eval_result(state, losses[0], subset, generation, num_scored, full)
+
+
+def _build_eval_result(
+    state: TrainState,
+    loss: float,
+    indices: Sequence[int],
+    generation: GenerationEvalResult | None,
+    num_scored: int,
+    full: EvalResult | None = None,
+) -> EvalResult:
+    """Build the result of an evaluation of the given validation samples."""
+    assert state.validation_data is not None, "no validation data"
+    # The samples of the scores depend only on these samples and their own number.
+    samples = json.dumps([state.validation_data.corpus.fingerprint, *indices]).encode()
     return EvalResult(
-        step,
-        loss,
-        result.scores,
-        result.primary_metric,
-        result.intervals,
-        result.details,
-        result.notes,
-        len(samples),
-        len(indices),
+        step=state.progress.step,
+        validation_loss=loss,
+        scores=generation.scores if generation else {},
+        primary_metric=generation.primary_metric if generation else None,
+        intervals=generation.intervals if generation else {},
+        details=generation.details if generation else {},
+        notes=generation.notes if generation else {},
+        num_samples=num_scored,
+        num_loss_samples=len(indices),
+        sample_set=hashlib.sha256(samples).hexdigest()[:16],
+        full=full,
     )
 
 
@@ -211,6 +251,7 @@ def _evaluate_generation(
     name: str,
     console: TrainingConsole,
     stop: StopRequest,
+    subset: Sequence[int],
 ) -> GenerationEvalResult:
     # A run without `eval.metric` needs no inference engine.
     from finesight.evaluate.generation_eval import evaluate
@@ -245,6 +286,7 @@ def _evaluate_generation(
             on_progress=on_generated,
             on_batch_reduced=on_batch_reduced,
             distribute=partial(_distribute_generation, process_group),
+            subset=subset,
         )
 
 
@@ -297,32 +339,41 @@ class LossSum(NamedTuple):
     skipped: tuple[SkippedSample, ...]
 
 
-def _mean_loss(state: TrainState, loss_sum: LossSum, console: TrainingConsole) -> float:
-    """Return the mean loss per supervised token over all ranks.
+def _mean_losses(
+    state: TrainState, loss_sums: Sequence[LossSum], console: TrainingConsole
+) -> list[float]:
+    """Return the mean loss per supervised token of the first part, and of all parts together.
+
+    Args:
+        state: State of the run.
+        loss_sums: Sums of this rank over each part of the validation samples.
+        console: Console for messages.
 
     Raises:
-        UserError: All samples have corrupt images, or the loss is not finite.
+        UserError: All samples of the first part have corrupt images, or a loss is not finite.
     """
-    payloads = state.hardware.process_group.all_gather_str(json.dumps(loss_sum))
-    losses, token_counts, skipped_by_rank = zip(*map(json.loads, payloads), strict=True)
-    skipped = [
-        SkippedSample(*sample) for rank_skipped in skipped_by_rank for sample in rank_skipped
-    ]
-    if not sum(token_counts):
-        raise UserError(
-            f"none of {len(skipped)} samples has decodable images",
-            where="data.eval",
-            expected="valid images",
-            remedy=f"fix the images; the first error is: {skipped[0].reason}",
-        )
-    loss: float = math.fsum(losses) / sum(token_counts)
-    if not math.isfinite(loss):
-        raise build_nonfinite_error(loss, "validation loss", state.progress.step)
+    payloads = state.hardware.process_group.all_gather_str(json.dumps(loss_sums))
+    sums_by_rank = [json.loads(payload) for payload in payloads]
+    losses, skipped = list[float](), list[SkippedSample]()
+    for num_parts in range(1, len(loss_sums) + 1):
+        sums = [one for rank_sums in sums_by_rank for one in rank_sums[:num_parts]]
+        parts, token_counts, skipped_by_part = zip(*sums, strict=True)
+        skipped = [SkippedSample(*sample) for part in skipped_by_part for sample in part]
+        if not sum(token_counts):
+            raise UserError(
+                f"none of {len(skipped)} samples has decodable images",
+                where="data.eval",
+                expected="valid images",
+                remedy=f"fix the images; the first error is: {skipped[0].reason}",
+            )
+        losses.append(math.fsum(parts) / sum(token_counts))
+        if not math.isfinite(losses[-1]):
+            raise build_nonfinite_error(losses[-1], "validation loss", state.progress.step)
     if skipped:
         console.log(
             f"{len(skipped)} validation samples skipped, {skipped[0].id}: {skipped[0].reason}"
         )
-    return loss
+    return losses
 
 
 @torch.no_grad()
@@ -331,7 +382,7 @@ def compute_validation_loss(
     budget: MemoryBudget,
     on_progress: ProgressCallback,
     stop: StopRequest,
-    limit: int | None = None,
+    indices: Sequence[int],
 ) -> LossSum:
     """Sum the cross entropy over the supervised tokens of this rank's validation samples.
 
@@ -342,15 +393,14 @@ def compute_validation_loss(
         budget: Memory budget, which limits the tokens of a pack.
         on_progress: Callback for the number of newly processed samples.
         stop: Stop request, checked between batches.
-        limit: Maximum number of samples over all ranks; None for all.
+        indices: Corpus indices of the samples of all ranks.
 
     Raises:
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
-    data, model = state.build_validation_dataset(budget.pack_tokens, limit), state.model
+    data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.model
     hardware = state.hardware
-    assert data is not None, "no validation data"
     total = torch.zeros((), device=hardware.device, dtype=torch.float64)
     unit_weight = torch.ones((), device=hardware.device)
     num_tokens = 0

@@ -267,11 +267,11 @@ class RunResult(BaseModel):
         samples: Number of consumed samples.
         skipped_samples: Number of skipped samples.
         loss: Loss of the last step with a finite loss.
-        before: Evaluation before training; None without validation data.
-        after: Evaluation of the exported weights; None without validation data.
+        before: Evaluation of all samples before training; None without validation data.
+        after: Evaluation of all samples with the exported weights; None without validation data.
         param_changes: Result of the parameter audit.
         metric_differences: Differences of the metrics between `before` and `after`.
-        best_eval: Best evaluation of the samples of the last one, except that before training.
+        best_eval: Best evaluation after the first step on the common subset of the run.
         weights_step: Step of the exported weights in `adapter/` and `model/`.
         stopped_early: Whether early stopping ended the run.
     """
@@ -321,7 +321,11 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
     run_dir, process_group = state.run_dir, state.hardware.process_group
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval, _ = find_best_eval(eval_history)
-    before, after = (eval_history[0], eval_history[-1]) if len(eval_history) > 1 else (None, None)
+    before, after = (
+        (eval_history[0].on_all_samples, eval_history[-1].on_all_samples)
+        if len(eval_history) > 1
+        else (None, None)
+    )
     step = state.progress.step
     if best_eval is not None and state.recipe.eval is not None and state.recipe.eval.patience:
         after = best_eval
@@ -368,7 +372,7 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
         stopped_early=state.progress.step < len(state.sampler),
     )
     run_dir.write_result(run_result.as_json())
-    _log_summary(run_result, run_dir, console)
+    _log_summary(run_result, eval_history[-1] if eval_history else None, run_dir, console)
     write_run_report(run_dir, console)
     console.log(f"Try it:  {_format_predict_command(run_dir.path, run_dir)}")
     console.log(f"next: {shlex.join(['finesight', 'serve', str(run_dir.path)])}")
@@ -460,26 +464,32 @@ def _format_predict_command(run_or_checkpoint: Path, run_dir: RunDir) -> str:
     return shlex.join(words)
 
 
-def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -> None:
-    """Log the metrics, and the best checkpoint if it is not the exported one."""
+def _log_summary(
+    result: RunResult, last: EvalResult | None, run_dir: RunDir, console: TrainingConsole
+) -> None:
+    """Log the metrics, and the best checkpoint if it is not the exported one.
+
+    The checkpoints are compared by the last evaluation, on the common subset of the run.
+    """
     after, best = result.after, result.best_eval
     if after is not None:
         console.log(result.as_table())
-    if after is not None and best is not None and best.step != after.step:
+    if after is not None and last is not None and best is not None and best.step != after.step:
         metric_name = "validation loss" if best.primary_metric is None else best.primary_metric
         value, final = (
             evaluation.validation_loss
             if evaluation.primary_score is None
             else evaluation.primary_score
-            for evaluation in (best, after)
+            for evaluation in (best, last)
         )
         if f"{value:.4f}" == f"{final:.4f}":
             return
         checkpoint = run_dir.checkpoint_dir / f"step-{best.step}"
         command = _format_predict_command(checkpoint, run_dir)
         hint = "" if run_dir.model_dir.exists() else f": {command}"
+        subset = f"Common subset of {last.num_loss_samples} samples: " if last.full else ""
         console.log(
-            f"The {metric_name} was better after step {best.step} ({value:.4f});"
+            f"{subset}The {metric_name} was better after step {best.step} ({value:.4f});"
             f" its checkpoint is {checkpoint}{hint}"
         )
 

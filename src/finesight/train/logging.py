@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import torch
 
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
-from finesight.evaluate.eval_case import note_lines
+from finesight.evaluate.eval_case import note_lines, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.model.layers import MoeExperts
@@ -34,9 +35,13 @@ from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.evaluation import EvalResult, load_eval_history, peak_memory_gb
 from finesight.train.finalize import RunResult
+from finesight.train.optimizer import resolve_interim_limit
 from finesight.train.setup import library_versions
 from finesight.train.trainer import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
+
+FULL_PREFIX = "all_samples/"
+"""Prefix of the names of tracked metrics of all validation samples instead of the common subset."""
 
 
 class TrackingEvents:
@@ -64,24 +69,29 @@ class TrackingEvents:
             text = f"the loss of step {metrics['step']} increased to {metrics['loss']:.4g}"
             self._tracking.send_alert("warning", "loss spike", text)
 
-    def log_evaluation(self, eval_result: EvalResult, name: str) -> None:
+    def log_evaluation(
+        self, eval_result: EvalResult, name: str, sample_ids: Collection[str] | None = None
+    ) -> None:
         """Send the scores and example images of an evaluation, and an alert if it regressed.
 
         Args:
             eval_result: Result of the evaluation.
             name: Name of the file in `predictions/` with its predictions.
+            sample_ids: IDs of the samples that may be shown; None for all.
         """
         if not self._tracking.is_active:
             return
-        scores = {f"scores/{score}": value for score, value in eval_result.scores.items()}
-        loss = {"validation_loss": eval_result.validation_loss}
-        self._tracking.log_metrics(eval_result.step, loss | scores)
+        for result, prefix in ((eval_result, ""), (eval_result.full, FULL_PREFIX)):
+            if result is not None:
+                scores = {f"{prefix}scores/{name}": x for name, x in result.scores.items()}
+                loss = {f"{prefix}validation_loss": result.validation_loss}
+                self._tracking.log_metrics(eval_result.step, loss | scores)
         # Only needed with a tracker.
         from finesight.track.tracked_images import render_example_images
 
         predictions_dir = self._state.run_dir.predictions_dir
         images = render_example_images(
-            predictions_dir / "before.jsonl", predictions_dir / f"{name}.jsonl"
+            predictions_dir / "before.jsonl", predictions_dir / f"{name}.jsonl", sample_ids
         )
         self._tracking.log_images(eval_result.step, images)
         baseline = load_eval_history(self._state.run_dir)[0]
@@ -96,6 +106,7 @@ class TrackingEvents:
         """Send an alert that the run has finished, with its result."""
         text = f"{result.steps} steps"
         if result.before is not None and result.after is not None:
+            # Both are evaluations of all samples.
             name, before = _primary_score(result.before)
             _, after = _primary_score(result.after)
             text += f", {name} {before:.4f} before, {after:.4f} after"
@@ -111,10 +122,9 @@ def _primary_score(eval_result: EvalResult) -> tuple[str, float]:
 
 def _describe_regression(baseline: EvalResult, current: EvalResult) -> str | None:
     """Describe the regression if an evaluation is worse than before training; otherwise None."""
-    (name, old), (current_name, new) = _primary_score(baseline), _primary_score(current)
-    if (name, baseline.num_samples) != (current_name, current.num_samples) or not (
-        new > old if name in LOWER_IS_BETTER else new < old
-    ):
+    (name, old), (_, new) = _primary_score(baseline), _primary_score(current)
+    is_comparable = current.as_best_eval().is_comparable_to(baseline.as_best_eval())
+    if not is_comparable or not (new > old if name in LOWER_IS_BETTER else new < old):
         return None
     return f"{name} {new:.4f} after {current.step} steps, {old:.4f} before"
 
@@ -413,8 +423,11 @@ class MetricsLogger:
         metrics = self._build_metrics(step_output, data_wait)
         self._append_metrics(metrics)
         self._tracking_events.log_step(metrics)
-        for skipped in step_output.global_stats.skipped:
+        skipped_samples = step_output.global_stats.skipped
+        for skipped in skipped_samples:
             self._console.log(f"skipped {skipped.id}: {skipped.reason}")
+        if skipped_samples and self._state.hardware.process_group.is_main:
+            self._state.run_dir.append_skipped_samples(skipped_samples, metrics["step"])
         if self._step_progress is not None:
             self._step_progress.update(metrics)
         self._anomaly_detector.raise_if_exceeded()
@@ -463,28 +476,45 @@ class MetricsLogger:
             seconds: Duration of the evaluation.
         """
         self._append_metrics(eval_result.as_json() | {"eval_s": seconds})
-        self._tracking_events.log_evaluation(eval_result, name)
-        summary = "  ".join(f"{score} {value:.4f}" for score, value in eval_result.scores.items())
-        interval = eval_result.intervals.get(eval_result.primary_metric or "")
-        if interval is not None:
-            summary += (
-                f"  ({eval_result.primary_metric}: 95 % interval {interval.low:.4f} to"
-                f" {interval.high:.4f})"
-            )
+        self._tracking_events.log_evaluation(eval_result, name, self._common_ids)
         assert self._state.validation_data is not None, "no validation data"
         num_all = len(self._state.validation_data.stats.sample_indices)
-        if self._state.recipe.eval is not None:
-            num_all = min(num_all, self._state.recipe.eval.limit or num_all)
-        num_samples = eval_result.num_samples or num_all
-        subset = f"  (first {num_samples} samples)" if num_samples < num_all else ""
-        self._console.log(
-            f"after {eval_result.step} steps: validation loss {eval_result.validation_loss:.4f}"
-            f"  {summary}{subset}"
-        )
+        for result in filter(None, (eval_result, eval_result.full)):
+            num_samples = result.num_loss_samples or num_all
+            label = f"common subset: {num_samples} of {num_all} samples"
+            if num_samples == num_all:
+                label = f"all {num_all} samples" if result is eval_result.full else ""
+            if result.scores and result.num_samples != num_samples:
+                label += f"{', ' if label else ''}scores of {result.num_samples} samples"
+            self._log_scores(result, f"  ({label})" if label else "")
         if self._state.hardware.process_group.is_main and not self._has_warned:
             self._warn_overfitting()
-        for line in note_lines(eval_result.notes.items()) if not eval_result.step else ():
+        for line in (
+            note_lines(eval_result.on_all_samples.notes.items()) if not eval_result.step else ()
+        ):
             self._console.log(line)
+
+    @cached_property
+    def _common_ids(self) -> frozenset[str] | None:
+        """IDs of the samples that all evaluations have in common; None for all samples."""
+        data, limit = self._state.validation_data, resolve_interim_limit(self._state.recipe.eval)
+        if data is None or limit is None:
+            return None
+        indices = select_eval_samples(data.stats.sample_indices, limit)
+        return frozenset(data.corpus[index].sample.id for index in indices)
+
+    def _log_scores(self, result: EvalResult, label: str) -> None:
+        summary = "  ".join(f"{score} {value:.4f}" for score, value in result.scores.items())
+        interval = result.intervals.get(result.primary_metric or "")
+        if interval is not None:
+            summary += (
+                f"  ({result.primary_metric}: 95 % interval {interval.low:.4f} to"
+                f" {interval.high:.4f})"
+            )
+        self._console.log(
+            f"after {result.step} steps: validation loss {result.validation_loss:.4f}"
+            f"  {summary}{label}"
+        )
 
     def _warn_overfitting(self) -> None:
         """Log the first sign of overfitting, and send it as an alert."""

@@ -56,7 +56,7 @@ DEFAULT_EVAL_INTERVAL, MIN_DEFAULT_EVAL_STEPS = 0.2, 10
 """Default interval between two evaluations: fraction of the run, and minimum number of steps."""
 
 DEFAULT_INTERIM_SAMPLES = 64
-"""Maximum number of samples of an evaluation during training at the default interval."""
+"""Size of the subset on which evaluations at the default interval are compared."""
 
 
 def resolve_steps(value: StepsOrFraction, total_steps: int) -> int:
@@ -75,7 +75,7 @@ def resolve_eval_interval(settings: EvalSettings, total_steps: int) -> int:
 
 
 def resolve_interim_limit(settings: EvalSettings | None) -> int | None:
-    """Return the maximum number of samples of an evaluation during training; None for all."""
+    """Return the size of the subset on which evaluations are compared; None for all samples."""
     if settings is None or settings.every is not None:
         return None
     return DEFAULT_INTERIM_SAMPLES

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +61,8 @@ class RunDir:
         self.metrics_path = path / METRICS_FILE
         self.report_path = path / REPORT_FILE
         self.images_path = path / IMAGES_FILE
+        self.skipped_path = path / SKIPPED_SAMPLES_FILE
+        self._recorded_skips: set[tuple[str, str]] = set()
 
     @property
     def is_started(self) -> bool:
@@ -198,21 +200,42 @@ class RunDir:
         append_line(self.metrics_path, json.dumps(metrics))
 
     def flush(self) -> None:
-        """Flush `metrics.jsonl` to disk (fsync)."""
+        """Flush `metrics.jsonl` and `skipped_samples.jsonl` to disk (fsync)."""
         flush_file(self.metrics_path)
+        flush_file(self.skipped_path)
 
     def write(self, name: str, content: object) -> None:
         """Write an object to a JSON file of the run, atomically."""
         write_file(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
 
-    def write_skipped_samples(self, skipped: Iterable[tuple[str, str]]) -> None:
+    def write_skipped_samples(self, skipped: Iterable[tuple[str, str]], step: int = 0) -> None:
         """Write the samples skipped before the first step to `skipped_samples.jsonl`.
+
+        The samples that were skipped in the steps before a resume are kept.
 
         Args:
             skipped: ID and reason of each sample.
+            step: Step of the checkpoint of a resumed run.
         """
-        lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in skipped]
-        write_file(self.path / SKIPPED_SAMPLES_FILE, "".join(lines).encode())
+        rows = [_SkippedRow(id=name, reason=reason) for name, reason in skipped]
+        first = {(row.id, row.reason) for row in rows}
+        if self.skipped_path.is_file():
+            for line in read_lines(self.skipped_path, expected="skipped samples"):
+                with suppress(ValidationError):  # A damaged line.
+                    row = _SkippedRow.model_validate_json(line)
+                    is_late = 0 < row.step <= step and (row.id, row.reason) not in first
+                    rows += [row] * is_late
+        self._recorded_skips = {(row.id, row.reason) for row in rows}
+        lines = [row.model_dump_json(exclude_defaults=True) + "\n" for row in rows]
+        write_file(self.skipped_path, "".join(lines).encode())
+
+    def append_skipped_samples(self, skipped: Iterable[tuple[str, str]], step: int) -> None:
+        """Append the samples that a step skipped to `skipped_samples.jsonl`, each only once."""
+        for name, reason in skipped:
+            if (name, reason) not in self._recorded_skips:
+                self._recorded_skips.add((name, reason))
+                row = _SkippedRow(id=name, reason=reason, step=step)
+                append_line(self.skipped_path, row.model_dump_json())
 
     def write_result(self, result: object) -> None:
         """Write `result.json`, which marks the run as complete."""
@@ -277,6 +300,14 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield len(line), metrics
 
 
+class _SkippedRow(BaseModel):
+    """Row of `skipped_samples.jsonl`; `step` is 0 for a sample skipped before the first step."""
+
+    id: str
+    reason: str
+    step: int = 0
+
+
 class _MetricsLine(BaseModel):
     """Schema of the values in `metrics.jsonl` that a resumed run reads."""
 
@@ -289,6 +320,8 @@ class _MetricsLine(BaseModel):
     primary_metric: str | None = None
     intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)] | None] = {}
     details: dict[str, Any] = {}
+    sample_set: str | None = None
+    full: _MetricsLine | None = None
     skipped_samples: list[Any] = []
     nonfinite_samples: list[str] = []
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import PixelLimits, PixelRange, Recipe
+from finesight.config import PixelLimits, PixelRange, Recipe, TuneSettings
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
@@ -48,6 +49,7 @@ from finesight.train.dataset_stats import (
     TrainingData,
     check_images,
     collect_reported_errors,
+    list_image_paths,
     load_image_record,
     load_training_data,
 )
@@ -240,6 +242,7 @@ def build_train_state(
     )
     renderer = train_data.select_thinking_mode(renderer)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
+    check_trainable_parts(recipe.tune, train_data, sampler)
     lr_schedule = LRSchedule(recipe.train, len(sampler))
     resume_config = _build_resume_config(
         recipe, hardware, base_model, renderer, train_data, validation_data
@@ -340,6 +343,31 @@ def build_train_state(
     state.apply_budget(progress.budget)
     _log_overrides(state, budget, console)
     return state
+
+
+def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:
+    """Verify that the samples of a run give every trainable part of the model a gradient.
+
+    Raises:
+        UserError: Vision encoder or merger are trainable, but the run has no images.
+    """
+    modes = {"vision": tune.vision, "merger": tune.merger}
+    parts = [part for part, mode in modes.items() if mode != "frozen"]
+    indices = (index for step in range(len(sampler)) for index in sampler.batch_indices(step))
+
+    def has_images(index: int) -> bool:
+        with suppress(UserError):  # Samples beyond a partial scan may be invalid.
+            return bool(list_image_paths(data.corpus.read_validated(index)))
+        return False
+
+    if parts and not any(map(has_images, indices)):
+        raise UserError(
+            f"no sample of this run has an image, so no gradient would reach {' and '.join(parts)}",
+            where=f"tune.{parts[0]}",
+            expected="images or videos, which give these parts a gradient",
+            remedy="add samples with images, or set"
+            f" {' and '.join(f'tune.{part}=frozen' for part in parts)}",
+        )
 
 
 def build_rank_sampler(

@@ -49,7 +49,6 @@ from finesight.train.oom import (
 )
 from finesight.train.optimizer import (
     resolve_eval_interval,
-    resolve_interim_limit,
     resolve_save_interval,
 )
 from finesight.train.parallel.distributed import (
@@ -170,21 +169,17 @@ class TrainState:
         sampler = self.step_dataset.with_pack_tokens(self.progress.budget.pack_tokens).sampler
         return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
 
-    def build_validation_dataset(
-        self, pack_tokens: int, limit: int | None = None
-    ) -> StepDataset | None:
-        """Create the dataset of this rank's validation samples; None without validation data.
+    def build_validation_dataset(self, pack_tokens: int, indices: Sequence[int]) -> StepDataset:
+        """Create the dataset of this rank's share of validation samples.
 
         It does not use shared prefixes: in evaluation mode, some families compute a token depending
         on the length of its sample (`model.families.qwen_vl`).
 
         Args:
             pack_tokens: Maximum number of tokens of a pack.
-            limit: Maximum number of samples over all ranks; None for all.
+            indices: Corpus indices of the samples of all ranks.
         """
-        if self.validation_data is None:
-            return None
-        indices = self.validation_data.stats.sample_indices[:limit]
+        assert self.validation_data is not None, "no validation data"
         own_indices = self.hardware.process_group.shard(indices)
         sampler = SequentialSampler(own_indices, self.recipe.train.batch_size)
         return self.validation_data.build_step_dataset(
@@ -743,7 +738,7 @@ class Trainer:
         self.metrics_logger.flush()
         progress = self.state.progress
         if should_evaluate and progress.last_eval_step < progress.step:
-            self.evaluate(f"step-{progress.step}", resolve_interim_limit(self.state.recipe.eval))
+            self.evaluate(f"step-{progress.step}", is_complete=False)
         if should_save:
             self.save_checkpoint()
         if is_single_process:
@@ -776,17 +771,17 @@ class Trainer:
         step = self.state.progress.step
         return interval > 0 and 0 < step < self.total_steps and step % interval == 0
 
-    def evaluate(self, name: str, limit: int | None = None) -> None:
+    def evaluate(self, name: str, *, is_complete: bool = True) -> None:
         """Evaluate the model, log the result, and checkpoint the best intermediate evaluation.
 
         Args:
             name: Name of the predictions file, such as `before` or `step-100`.
-            limit: Maximum number of validation samples; None for all.
+            is_complete: Whether to evaluate all samples, not only the common subset.
         """
         progress = self.state.progress
         start = time.perf_counter()
         with self.vision_features.reload_encoder():
-            eval_result = run_evaluation(self.state, name, self.console, self.stop, limit)
+            eval_result = run_evaluation(self.state, name, self.console, self.stop, is_complete)
         self.metrics_logger.log_evaluation(eval_result, name, time.perf_counter() - start)
         progress.last_eval_step = progress.step
         best_eval = eval_result.as_best_eval()

@@ -319,4 +319,4 @@ def _prepare_run_dir(state: TrainState) -> None:
     state.checkpoint_manager.quarantine_after(progress.step)
     run_dir.truncate_metrics(progress.step, progress.last_eval_step)
     run_dir.copy_metric(state.recipe)
-    run_dir.write_skipped_samples(state.train_data.stats.skipped)
+    run_dir.write_skipped_samples(state.train_data.stats.skipped, progress.step)

@@ -57,7 +57,7 @@ class ServerLimits:
     max_completion_tokens: int = _limit(
         16_384, "tokens that a request may ask for; 4,096 by default"
     )
-    max_connections: int = _limit(512, "concurrent connections; the next one is closed")
+    max_connections: int = _limit(512, "concurrent connections; the next one gets status 503")
     max_body_bytes: int = _limit(64 * MIB, "size of a request body; a larger one gets status 413")
     max_total_body_bytes: int = _limit(
         1024 * MIB,
@@ -406,7 +406,7 @@ class ChatCompletionRequest(ChatCompletionParameters):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=ignored)
 
 
-def parse_chat_request(body: bytes) -> ChatCompletionRequest:
+def parse_chat_request(body: bytes | bytearray) -> ChatCompletionRequest:
     """Parse and validate a JSON request body.
 
     Raises:

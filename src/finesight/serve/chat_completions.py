@@ -61,6 +61,7 @@ from finesight.serve.request_middleware import (
     ServerMetrics,
     get_reservation,
     log_internal_error,
+    read_body,
 )
 from finesight.serve.request_preprocessor import (
     ConstraintFactory,
@@ -279,6 +280,12 @@ def format_usage(usages: Sequence[TokenUsage]) -> dict[str, Any]:
     }
 
 
+LARGE_BODY_BYTES, MAX_LARGE_BODIES = 4 << 20, 2
+"""Size from which a body is large, and maximum number of them that workers parse at once.
+
+A worker has a copy of the body, and of the texts and images in it.
+"""
+
 ArgTs = TypeVarTuple("ArgTs")
 ResultT = TypeVar("ResultT")
 
@@ -307,6 +314,9 @@ class ChatCompletionsHandler:
     store: FileStore
     folder: Path
     active_requests: set[ActiveCompletion] = field(default_factory=set)
+    large_body_semaphore: threading.Semaphore = field(
+        default_factory=lambda: threading.Semaphore(MAX_LARGE_BODIES)
+    )
 
     @functools.cached_property
     def executor(self) -> ThreadPoolExecutor:
@@ -336,10 +346,8 @@ class ChatCompletionsHandler:
             ClientDisconnectedError: The client disconnected.
         """
         start_time = asyncio.get_running_loop().time()
-        # In a list, so that the body can be released after parsing. Starlette would retain it.
-        chunks = b"".join([chunk async for chunk in request.stream()])
-        body_slot = [np.frombuffer(chunks, dtype=np.uint8)]
-        del chunks
+        # In a list, so that the body can be released after parsing.
+        body_slot = [await read_body(request)]
         with contextlib.ExitStack() as stack:
             completion = stack.enter_context(self.admit_completion(start_time))
             disconnect_task = asyncio.create_task(completion.watch_disconnect(request.receive))
@@ -590,7 +598,9 @@ class ActiveCompletion:
         Both steps run in one call, so that a request waits for a thread only once.
         """
         service = self.handler.service
-        body = self.preprocessor.parse_body(body_slot[0], service.max_model_len)
+        is_large = len(body_slot[0]) > LARGE_BODY_BYTES
+        with self.handler.large_body_semaphore if is_large else contextlib.nullcontext():
+            body = self.preprocessor.parse_body(body_slot[0], service.max_model_len)
         body_slot.clear()
         names, name = service.model_names, body.chat_request.model
         if name not in names:

@@ -39,7 +39,12 @@ from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError, ClientDisconnectedError, from_user_error
 from finesight.serve.chat_completions import ChatCompletionsHandler, ChoiceBuilder
 from finesight.serve.image_sources import LabelStudioImages
-from finesight.serve.request_middleware import LABEL_STUDIO_PATH, ByteReservation, get_reservation
+from finesight.serve.request_middleware import (
+    LABEL_STUDIO_PATH,
+    ByteReservation,
+    get_reservation,
+    read_body,
+)
 from finesight.serve.request_preprocessor import RequestPreprocessor
 
 TOKEN_VARIABLE = "LABEL_STUDIO_API_KEY"
@@ -119,7 +124,7 @@ class LabelStudioHandler:
         preprocessor = RequestPreprocessor(
             handler.worker_pool, handler.limits, handler.image_formats, handler.folder
         )
-        body = np.frombuffer(await request.body(), dtype=np.uint8)
+        body = await read_body(request)
         return await handler.run_in_thread(preprocessor.parse_label_studio_body, body)
 
     async def predict(self, request: Request) -> Response:

@@ -95,16 +95,19 @@ def load_worker_state(renderer: NativeRenderer, vocab_size: int) -> WorkerState:
 
 
 def parse_request(
-    state: WorkerState, body: NDArray[np.uint8], folder: Path, limits: ServerLimits, max_chars: int
+    state: WorkerState, body: bytearray, folder: Path, limits: ServerLimits, max_chars: int
 ) -> JobOutput:
     """Parse the body of a chat completion request, and write images of data URLs to the folder.
+
+    The body is cleared, so that its memory is available for the images.
 
     The value has `parameters`, the fields of the request except for its messages, and `images`, a
     list of arguments for `ImageRequest`. The array is the conversation as JSON text. For an invalid
     request, the value has the fields of an `api_error` only.
     """
     try:
-        chat_request = parse_chat_request(body.tobytes())
+        chat_request = parse_chat_request(body)
+        body.clear()
         check_limits(chat_request, limits, max_chars)
         images = [
             _read_image_part(image_number, param, part, folder, limits)
@@ -154,8 +157,8 @@ def _decode_data_url(url: str, max_bytes: int, param: str) -> bytes:
     if num_bytes > max_bytes + 3:
         raise ApiError(413, f"the image has {num_bytes} bytes; expected at most {max_bytes}", param)
     try:
-        return binascii.a2b_base64(url[comma + 1 :].encode("ascii"))
-    except (binascii.Error, UnicodeEncodeError) as error:
+        return binascii.a2b_base64(url[comma + 1 :])
+    except ValueError as error:
         raise ApiError(400, f"data URL is not base64: {type(error).__name__}", param) from error
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import PickleBuffer
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,8 @@ class RequestPreprocessor:
         """Parse and validate a request body, and write images of data URLs to the folder."""
         max_chars = min(self.limits.max_text_chars, MAX_CHARS_PER_TOKEN * max_model_len)
         with self._borrow_worker() as worker:
-            reply = self._call(worker, parse_request, body, self.folder, self.limits, max_chars)
+            buffer = PickleBuffer(body.data)  # the worker receives a bytearray
+            reply = self._call(worker, parse_request, buffer, self.folder, self.limits, max_chars)
         if "api_error" in reply.value:
             status, message, param, code = reply.value["api_error"]
             raise ApiError(status, message, param, code)

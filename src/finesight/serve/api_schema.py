@@ -87,6 +87,11 @@ class ServerLimits:
     max_image_pixels: int = _limit(
         MAX_IMAGE_PIXELS, "pixels of an image, read from its header before decoding"
     )
+    max_label_studio_answers: int = _limit(
+        2000,
+        "answers that requests of Label Studio wait for, one per task and control; a request with"
+        " more gets status 400, further requests get status 429",
+    )
     max_choices: int = _limit(8, "`n` of a request")
     max_top_logprobs: int = _limit(20, "`top_logprobs` of a request")
     max_stop_strings: int = _limit(16, "stop strings of a request")

@@ -162,24 +162,28 @@ def _decode_data_url(url: str, max_bytes: int, param: str) -> bytes:
         raise ApiError(400, f"data URL is not base64: {type(error).__name__}", param) from error
 
 
-def parse_label_studio_request(state: WorkerState, body: NDArray[np.uint8]) -> JobOutput:
+def parse_label_studio_request(state: WorkerState, body: bytearray, max_answers: int) -> JobOutput:
     """Parse the body of a request of Label Studio.
 
     The value has the `action` of a webhook, the `controls` of the labeling configuration, and for
-    each of the `tasks` its image reference for each control. None is a missing one.
+    each of the `tasks` its image reference for each control. None is a missing one. Raises
+    UserError for more than `max_answers` answers.
     """
     try:
-        request = parse_json(body.tobytes())
+        request = parse_json(bytes(body))
     except ValueError as error:
         raise UserError(f"the body is not JSON: {error}", expected="JSON") from error
     fields = request if isinstance(request, dict) else {}
     config = fields.get("label_config")
     controls = parse_label_config(config) if isinstance(config, str) and config else []
-    tasks = fields.get("tasks")
-    data = [
-        task.get("data") if isinstance(task, dict) else None
-        for task in (tasks if isinstance(tasks, list) else ())
-    ]
+    tasks = fields["tasks"] if isinstance(fields.get("tasks"), list) else []
+    if len(tasks) * len(controls) > max_answers:
+        raise UserError(
+            f"{len(tasks)} tasks with {len(controls)} controls each",
+            expected=f"at most {max_answers} answers per request",
+            remedy="Request predictions for fewer tasks.",
+        )
+    data = [task.get("data") if isinstance(task, dict) else None for task in tasks]
     references = [
         [one.get(control.data_key) if isinstance(one, dict) else None for control in controls]
         for one in data

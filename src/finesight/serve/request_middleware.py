@@ -22,8 +22,6 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -239,8 +237,8 @@ def get_reservation(scope: Scope) -> ByteReservation:
     return reservation
 
 
-async def read_body(request: Request) -> NDArray[np.uint8]:
-    """Read the body of a request into one buffer, whose memory is freed with the array."""
+async def read_body(request: Request) -> bytearray:
+    """Read the body of a request into one buffer, which is cleared after an error."""
     buffer = bytearray()
     try:
         async for chunk in request.stream():
@@ -250,7 +248,7 @@ async def read_body(request: Request) -> NDArray[np.uint8]:
         buffer.clear()
         get_reservation(request.scope).release()
         raise
-    return np.frombuffer(buffer, dtype=np.uint8)
+    return buffer
 
 
 class RequestMiddleware:

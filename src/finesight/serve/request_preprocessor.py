@@ -114,12 +114,12 @@ class RequestPreprocessor:
             if self._worker is not None:
                 self._worker.kill()
 
-    def parse_body(self, body: NDArray[np.uint8], max_model_len: int) -> ParsedBody:
+    def parse_body(self, body: bytearray, max_model_len: int) -> ParsedBody:
         """Parse and validate a request body, and write images of data URLs to the folder."""
         max_chars = min(self.limits.max_text_chars, MAX_CHARS_PER_TOKEN * max_model_len)
         with self._borrow_worker() as worker:
-            buffer = PickleBuffer(body.data)  # the worker receives a bytearray
-            reply = self._call(worker, parse_request, buffer, self.folder, self.limits, max_chars)
+            args = PickleBuffer(body), self.folder, self.limits, max_chars
+            reply = self._call(worker, parse_request, *args)
         if "api_error" in reply.value:
             status, message, param, code = reply.value["api_error"]
             raise ApiError(status, message, param, code)
@@ -149,10 +149,11 @@ class RequestPreprocessor:
         tokenized = unpack_tokenized(reply, "request", files)
         return EncodedSample(tokenized, concat_patches(decoded or [empty_patches]))
 
-    def parse_label_studio_body(self, body: NDArray[np.uint8]) -> dict[str, Any]:
+    def parse_label_studio_body(self, body: bytearray) -> dict[str, Any]:
         """Parse a request of Label Studio; see `parse_label_studio_request`."""
+        args = PickleBuffer(body), self.limits.max_label_studio_answers
         with self._borrow_worker() as worker:
-            value = self._call(worker, parse_label_studio_request, body, param="tasks").value
+            value = self._call(worker, parse_label_studio_request, *args, param="tasks").value
         assert isinstance(value, dict), f"the worker returned {type(value)}"
         return value
 

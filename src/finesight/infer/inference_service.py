@@ -96,8 +96,10 @@ class IncrementalDetokenizer:
         end_ids: Collection[int],
         stop_strings: Sequence[str],
         is_thinking: bool,
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer, self._end_ids, self._stop_strings = tokenizer, end_ids, tuple(stop_strings)
+        self._skip_special_tokens = skip_special_tokens
         self._in_reasoning, self._strips_newlines = is_thinking, is_thinking
         self._new_reasoning = ""
         self._token_ids: list[int] = []
@@ -149,7 +151,9 @@ class IncrementalDetokenizer:
             self._prefix_offset = self._read_offset = split_at
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+        if not ids:
+            return ""
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
     def _emit(self, new_text: str, *, is_last: bool) -> str:
         if self.has_stopped:
@@ -227,7 +231,11 @@ class GenerationStream:
         self._service, self._located_sample, self._tokenized = service, located_sample, tokenized
         self._image_index = image_index
         self._detokenizer = IncrementalDetokenizer(
-            renderer.tokenizer, renderer.end_ids, options.stop_strings, tokenized.is_thinking
+            renderer.tokenizer,
+            renderer.end_ids,
+            options.stop_strings,
+            tokenized.is_thinking,
+            options.skip_special_tokens,
         )
         self._deltas: deque[CompletionDelta] = deque()
         self._changed = threading.Condition()

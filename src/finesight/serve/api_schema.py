@@ -343,7 +343,34 @@ class ChatTemplateArguments(StrictModel):
     reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
 
 
-class ChatCompletionParameters(StrictModel):
+class NeutralParameters(StrictModel):
+    """Parameters of vLLM and SGLang that clients send with values that change nothing."""
+
+    min_p: Literal[0, None] = None
+    min_tokens: Literal[0, None] = None
+    length_penalty: Literal[1, None] = None
+    typical_p: Literal[1, None] = None
+    best_of: Literal[1, None] = None
+    use_beam_search: Literal[False, None] = None
+    ignore_eos: Literal[False, None] = None
+    include_stop_str_in_output: Literal[False, None] = None
+    spaces_between_special_tokens: bool | None = None
+    add_generation_prompt: Literal[True, None] = None
+    continue_final_message: Literal[False, None] = None
+    add_special_tokens: Literal[False, None] = None
+    echo: Literal[False, None] = None
+    include_reasoning: Literal[True, None] = None
+    separate_reasoning: Literal[True, None] = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=0)
+    bad_words: list[str] | None = Field(default=None, max_length=0)
+    prompt_logprobs: Literal[None] = None
+    frequency_penalty: Literal[0, None] = None
+    presence_penalty: Literal[0, None] = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    modalities: list[Literal["text"]] | None = None
+
+
+class ChatCompletionParameters(NeutralParameters):
     """Fields of a chat completion request, except for its messages."""
 
     model: str = Field(max_length=MAX_NAME_CHARS)
@@ -353,6 +380,7 @@ class ChatCompletionParameters(StrictModel):
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
+    skip_special_tokens: bool | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     n: int | None = Field(default=None, ge=1)
@@ -365,11 +393,6 @@ class ChatCompletionParameters(StrictModel):
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
     chat_template_kwargs: ChatTemplateArguments | None = None
-    # Only the neutral value of these fields is supported.
-    frequency_penalty: Literal[0, None] = None
-    presence_penalty: Literal[0, None] = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
-    modalities: list[Literal["text"]] | None = None
     # IGNORED_FIELDS
     metadata: Any = None
     parallel_tool_calls: Any = None

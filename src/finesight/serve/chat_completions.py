@@ -683,6 +683,8 @@ class ActiveCompletion:
         settings = chat_request.model_dump(include=names, exclude_none=True)
         if "seed" in settings:
             settings["seed"] += choice_index
+        if settings.get("top_k") == -1:  # all tokens, as in vLLM
+            settings["top_k"] = 0
         try:
             sampling_params = replace(GREEDY_SAMPLING, **settings)
         except UserError as error:
@@ -691,6 +693,7 @@ class ActiveCompletion:
             max_new_tokens=chat_request.max_new_tokens,
             sampling_params=sampling_params,
             stop_strings=chat_request.stop_strings,
+            skip_special_tokens=chat_request.skip_special_tokens is not False,
             logprobs=(chat_request.top_logprobs or 0) if chat_request.logprobs else None,
             constraint=constraint,
             model=chat_request.model,

@@ -19,6 +19,7 @@ from finesight.serve.api_schema import (
     IGNORED_FIELDS,
     ApiError,
     ChatCompletionRequest,
+    NeutralParameters,
     ServerLimits,
     Tool,
     ToolCall,
@@ -33,9 +34,12 @@ from finesight.serve.preprocessing_jobs import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "en" / "serving.md"
 
+OPENAI_PARAMETERS = {"frequency_penalty", "presence_penalty", "logit_bias", "modalities"}
 EXTENSIONS = {
     "top_k",
     "repetition_penalty",
+    "skip_special_tokens",
+    *(NeutralParameters.model_fields.keys() - OPENAI_PARAMETERS),
     "chat_template_kwargs",
     "messages.[].reasoning_content",
     "reasoning_effort: any",

@@ -28,6 +28,7 @@ from tiny_model import create_tiny_model
 from finesight.config import TuneSettings
 from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.errors import UserError
+from finesight.export.deployment import REQUEST_PARAMETERS
 from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
 from finesight.infer.prediction import predict
 from finesight.model.linear import iter_adapters
@@ -214,6 +215,37 @@ def test_box_response(ask_about_scene, client, scenes):
     assert caption.model_extra["raw_text"].startswith(starts)
 
 
+def test_parameters_of_vllm_clients(ask_about_scene, client, scenes):
+    messages = make_messages(
+        make_image_part(make_data_url(scenes[3].read_bytes())), "Locate each hollow gray hexagon."
+    )
+    neutral = {
+        **{"top_k": -1, "min_p": 0.0, "min_tokens": 0, "length_penalty": 1.0, "best_of": 1},
+        **{"use_beam_search": False, "ignore_eos": False, "include_stop_str_in_output": False},
+        **{"spaces_between_special_tokens": True, "add_generation_prompt": True, "echo": False},
+        **{"continue_final_message": False, "stop_token_ids": [], "bad_words": None},
+        **{"repetition_penalty": 1.0, "skip_special_tokens": True},
+    }
+    given = {"messages": messages, "max_tokens": 60}
+    plain = ask_about_scene(client, **given).choices[0].message
+    same = ask_about_scene(client, extra_body=neutral, **given).choices[0].message
+    assert same.to_dict() == plain.to_dict()
+    shown = ask_about_scene(client, extra_body=REQUEST_PARAMETERS, **given).choices[0].message
+    assert "<|box_start|>" in shown.content
+    assert "<|box_start|>" not in plain.content
+    assert plain.model_extra["raw_text"] == f"{shown.content}<|im_end|>"
+    assert shown.model_extra == plain.model_extra
+    chunks = list(ask_about_scene(client, extra_body=REQUEST_PARAMETERS, stream=True, **given))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == shown.content
+    stopped = ask_about_scene(
+        client, stop="<|box_start|>", extra_body=REQUEST_PARAMETERS, **given
+    ).choices[0]
+    assert (stopped.finish_reason, stopped.message.content) == (
+        "stop",
+        shown.content.partition("<|box_start|>")[0],
+    )
+
+
 ROW = make_object_schema(row={"type": "integer", "minimum": 1, "maximum": 9})
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": parameters}}
@@ -309,7 +341,18 @@ def test_uploaded_files(ask_about_scene, client, server, scenes):
         ({"frequency_penalty": 1.0}, "frequency_penalty"),
         ({"logit_bias": {"1": 1}}, "logit_bias"),
         ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
-        ({"extra_body": {"top_k": -1}}, None),
+        ({"extra_body": {"top_k": -2}}, None),
+        *(
+            ({"extra_body": given}, next(iter(given)))
+            for given in (
+                {"min_p": 0.1},
+                {"include_stop_str_in_output": True},
+                {"add_generation_prompt": False},
+                {"stop_token_ids": [1]},
+                {"ignore_eos": True},
+                {"prompt_logprobs": 1},
+            )
+        ),
         ({"response_format": make_schema_format({"type": "strange"})}, "response_format"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"messages": []}, "messages"),

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
+import io
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,7 @@ from api_server_fixtures import (
     make_data_url,
     run_server,
     send_request,
+    wait_until_idle,
 )
 
 from finesight.data.formats.label_studio import LabelControl
@@ -30,7 +36,7 @@ from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction
 from finesight.serve.api_schema import ApiError
 from finesight.serve.chat_completions import ChoiceBuilder
-from finesight.serve.image_sources import LabelStudioImages
+from finesight.serve.image_sources import ImageFetcher, LabelStudioImages
 from finesight.serve.label_studio_backend import LabelStudioOptions, build_results
 
 IMAGE_TAG = '<Image name="img" value="$photo"/>'
@@ -195,7 +201,7 @@ def label_studio() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             requests.append((self.path, self.headers["Authorization"]))
-            status = {"/moved.png": 302, "/data/upload/1/a.png": 200}.get(self.path, 404)
+            status = {"/data/moved.png": 302, "/data/upload/1/a.png": 200}.get(self.path, 404)
             self.reply(status, b"pixels")
 
         def do_POST(self) -> None:
@@ -229,17 +235,79 @@ def test_images_of_the_named_server(
     caplog.set_level(logging.DEBUG)
     images = LabelStudioImages(None, f"{url}/", token, LIMITS)
     for reference in ("/data/upload/1/a.png", f"{url}/data/upload/1/a.png"):
-        data_url = asyncio.run(images.load(reference))
-        assert base64.b64decode(data_url.partition(",")[2]) == b"pixels"
+        assert fetch_image(images, reference) == b"pixels"
     sent = [value for path, value in requests if path.startswith("/data")]
     assert sent == [TOKENS.get(token or "")] * 2
-    for reference in ("/moved.png", "/none.png"):
+    for reference in ("/data/moved.png", "/data/none.png"):
         with pytest.raises(ApiError, match="could not be loaded from the Label Studio server"):
-            asyncio.run(images.load(reference))
-    other = "http://127.0.0.1:9/data/upload/1/a.png"
-    assert asyncio.run(images.load(other)) == other
+            fetch_image(images, reference)
+    with pytest.raises(UserError, match="--allow-media-host"):
+        fetch_image(images, "http://127.0.0.1:9/data/upload/1/a.png")
     assert token is None or token not in caplog.text
     assert "short-lived" not in caplog.text
+
+
+def fetch_image(images: LabelStudioImages, reference: str) -> bytes:
+    file = io.BytesIO()
+    asyncio.run(images.fetch(reference, file, web=ImageFetcher((), timeout_s=1, max_bytes=99)))
+    return file.getvalue()
+
+
+DOTS = ("..", "%2e%2e", "%2E.", "%252e%252e", "..%2f..", "..\\..", "..;", "a/../..", "%2e%2e%5c%2e")
+
+
+@pytest.mark.parametrize(
+    "references",
+    [
+        [f"/data/{dots}/api/token" for dots in DOTS],
+        [f"/data/upload/{dots}/{dots}/api/token?d=/data/" for dots in DOTS],
+        [f"/data/local-files/?d={dots}/secret.png" for dots in DOTS],
+        ["/api/token", "//127.0.0.1:9/data/a.png", "/\\127.0.0.1:9/data/a.png", "/data", "/DATA/a"],
+        ["/data/\x00.png", "/data/a%00.png", "/data/a%0d%0aX:1.png", "/data/%c0%ae%c0%ae/a.png"],
+        ["/data/%" + "25" * 9 + "2e./a.png", "@127.0.0.1:9/data/a.png", "", "/", "?d=/data/a.png"],
+    ],
+)
+def test_token_is_sent_for_data_paths_only(
+    label_studio: tuple[str, list[tuple[str, str | None]]], references: list[str]
+) -> None:
+    url, requests = label_studio
+    images = LabelStudioImages(None, url, "0123456789abcdef", LIMITS)
+    for reference in (*references, *(url + path for path in references if path[:1] == "/")):
+        with pytest.raises(ApiError, match="no image"):
+            fetch_image(images, reference)
+    assert requests == []
+
+
+def test_predictions_are_limited(
+    inference_model: InferenceModel,
+    scenes: list[Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The limits apply to one request and to all of them, and a disconnect cancels the answers."""
+    images = LabelStudioImages(scenes[0].parent, None, None, LIMITS)
+    limits = replace(LIMITS, timeout=0.5, max_label_studio_answers=400)
+    options = LabelStudioOptions(images)
+    with run_server(inference_model, tmp_path, limits=limits, label_studio=options) as there:
+        name = scenes[0].name
+        status, output = predict(there, TEXT * 300, *[name] * 300)
+        assert (status, "300 tasks with 300 controls" in output["error"]["message"]) == (400, True)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: predict(there, TEXT, *[name] * 200), range(4)))
+        assert sorted(status for status, _ in found) == [429, 429, 504, 504]
+        view = f"<View>{IMAGE_TAG}{TEXT}</View>"
+        tasks = [{"data": {"photo": name}}] * 200
+        body = json.dumps({"tasks": tasks, "label_config": view}).encode()
+        head = (
+            b"POST /label-studio/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        )
+        with there.connect(head % len(body) + body):
+            time.sleep(0.2)
+        wait_until_idle(there)
+        while predict(there, TEXT, *[name] * 300)[0] == 429:
+            time.sleep(0.05)
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(

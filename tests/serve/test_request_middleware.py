@@ -289,18 +289,38 @@ def test_keep_alive_timeout(short_timeout_server):
         assert wait_until_closed(there)
 
 
-def test_connection_limit(short_timeout_server):
+def test_connections_beyond_the_limit_get_status_503(short_timeout_server):
     with contextlib.ExitStack() as stack:
-        many = [stack.enter_context(short_timeout_server.connect()) for _ in range(20)]
-        time.sleep(0.1)
-        shut = 0
+        many = [stack.enter_context(short_timeout_server.connect()) for _ in range(8)]
+        status, output, answer = send_request(short_timeout_server, "POST", "/health", "x" * 999)
+        assert (status, output["error"]["type"]) == (503, "overloaded_error")
+        assert int(answer.headers["retry-after"]) >= 1
         for there in many:
-            there.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                shut += wait_until_closed(there)
-        assert shut >= 12
+            assert wait_until_closed(there)
     time.sleep(0.2)
     assert send_request(short_timeout_server, "GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("refused_at", ["the budget", "the route"])
+def test_refused_client_that_sends_slowly_receives_the_response(
+    inference_model, tmp_path, refused_at
+):
+    """A connection that is closed with unread data would be reset."""
+    limits = replace(
+        SHORT_TIMEOUT_LIMITS, body_timeout_s=20.0, max_total_body_bytes=1000, send_timeout_s=9.0
+    )
+    head, expected = POST_CHAT, b" 503 "
+    if refused_at == "the route":
+        head, expected = head.replace(CHAT.encode(), b"/v1/none"), b" 404 "
+    with run_server(inference_model, tmp_path, limits=limits) as server:
+        with server.connect(head + b"Content-Length: 900000\r\n\r\n") as there:
+            for _ in range(9):
+                there.sendall(b" " * 100_000)
+                time.sleep(0.15)
+            answer = there.recv(1000)
+        assert expected in answer
+        assert (b"retry-after: 2" in answer) == (expected == b" 503 ")
+        assert server.app.budget.used_bytes == 0
 
 
 def test_stalled_client_is_disconnected(short_timeout_server):

@@ -96,8 +96,10 @@ class IncrementalDetokenizer:
         end_ids: Collection[int],
         stop_strings: Sequence[str],
         is_thinking: bool,
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer, self._end_ids, self._stop_strings = tokenizer, end_ids, tuple(stop_strings)
+        self._skip_special_tokens = skip_special_tokens
         self._in_reasoning, self._strips_newlines = is_thinking, is_thinking
         self._new_reasoning = ""
         self._token_ids: list[int] = []
@@ -149,7 +151,9 @@ class IncrementalDetokenizer:
             self._prefix_offset = self._read_offset = split_at
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+        if not ids:
+            return ""
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
     def _emit(self, new_text: str, *, is_last: bool) -> str:
         if self.has_stopped:
@@ -227,7 +231,11 @@ class GenerationStream:
         self._service, self._located_sample, self._tokenized = service, located_sample, tokenized
         self._image_index = image_index
         self._detokenizer = IncrementalDetokenizer(
-            renderer.tokenizer, renderer.end_ids, options.stop_strings, tokenized.is_thinking
+            renderer.tokenizer,
+            renderer.end_ids,
+            options.stop_strings,
+            tokenized.is_thinking,
+            options.skip_special_tokens,
         )
         self._deltas: deque[CompletionDelta] = deque()
         self._changed = threading.Condition()
@@ -355,6 +363,8 @@ class InferenceService:
             attention layers, whose memory is allocated in advance.
         kv_cache_bytes: Size of the KV cache, without these states. Default: see
             `compute_kv_cache_bytes`.
+        encode_prompt: Encodes prompts of `submit`, in worker processes if their images are
+            untrusted. Default: in the calling thread.
     """
 
     def __init__(
@@ -364,8 +374,10 @@ class InferenceService:
         max_num_seqs: int,
         max_waiting: int = DEFAULT_MAX_WAITING,
         kv_cache_bytes: int | None = None,
+        encode_prompt: Callable[[LocatedSample, ThinkingOptions], EncodedSample] | None = None,
     ) -> None:
         model = inference_model.model
+        self._encode_prompt = encode_prompt or self._encode_in_thread
         self.renderer: Renderer = inference_model.renderer
         self._model, self._adapters = model, inference_model.adapters
         self._thinking_modes = inference_model.thinking_modes
@@ -430,8 +442,8 @@ class InferenceService:
 
         Args:
             located_sample: Sample whose turns, except a final assistant turn, are the prompt.
-            prompt: Encoded prompt. If None, the prompt, including images, is encoded in the calling
-                thread.
+            prompt: Encoded prompt. If None, the prompt, including images, is encoded before the
+                method returns.
             image_index: Index of the image that predicted boxes refer to. If None, that of the
                 boxes in a final assistant turn, or else the first image.
 
@@ -443,8 +455,8 @@ class InferenceService:
         adapter_index = self._resolve_adapter(options.model)
         self._check_queue()
         if prompt is None:
-            renderer = self.select_renderer(options.model, options.thinking)
-            prompt = renderer.load_patches(renderer.tokenize_prompt(located_sample))
+            thinking = self._select_thinking(options.model, options.thinking)
+            prompt = self._encode_prompt(located_sample, thinking)
         with self._lock:
             available = self._engine.get_max_new_tokens(prompt)
         max_new_tokens = options.max_new_tokens
@@ -512,10 +524,21 @@ class InferenceService:
         Raises:
             UserError: The chat template does not define this mode or reasoning effort.
         """
+        return self.renderer.with_thinking(self._select_thinking(model_name, thinking))
+
+    def _select_thinking(
+        self, model_name: str | None, thinking: ThinkingOptions
+    ) -> ThinkingOptions:
         name = self.model_names[0] if model_name is None else model_name
         if thinking == DEFAULT_THINKING and name in self._thinking_modes:
-            thinking = ThinkingOptions(enable_thinking=self._thinking_modes[name])
-        return self.renderer.with_thinking(thinking)
+            return ThinkingOptions(enable_thinking=self._thinking_modes[name])
+        return thinking
+
+    def _encode_in_thread(
+        self, located_sample: LocatedSample, thinking: ThinkingOptions
+    ) -> EncodedSample:
+        renderer = self.renderer.with_thinking(thinking)
+        return renderer.load_patches(renderer.tokenize_prompt(located_sample))
 
     def _resolve_adapter(self, model_name: str | None) -> int | None:
         if model_name is not None and model_name not in self._adapters:

@@ -87,6 +87,7 @@ class GenerationOptions:
     Attributes:
         max_new_tokens: Maximum completion length; None for the default limit of the service.
         sampling_params: Sampling parameters; greedy by default.
+        skip_special_tokens: Whether streamed text omits special tokens, such as those of boxes.
         logprobs: Number of alternative tokens with log probabilities; None for no log
             probabilities.
         constraint: Decoding constraint for this request only.
@@ -97,6 +98,7 @@ class GenerationOptions:
     max_new_tokens: int | None = 512
     sampling_params: SamplingParams = GREEDY_SAMPLING
     stop_strings: Sequence[str] = ()
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     constraint: DecodingConstraint | None = None
     model: str | None = None

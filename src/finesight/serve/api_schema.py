@@ -57,7 +57,7 @@ class ServerLimits:
     max_completion_tokens: int = _limit(
         16_384, "tokens that a request may ask for; 4,096 by default"
     )
-    max_connections: int = _limit(512, "concurrent connections; the next one is closed")
+    max_connections: int = _limit(512, "concurrent connections; the next one gets status 503")
     max_body_bytes: int = _limit(64 * MIB, "size of a request body; a larger one gets status 413")
     max_total_body_bytes: int = _limit(
         1024 * MIB,
@@ -86,6 +86,11 @@ class ServerLimits:
     )
     max_image_pixels: int = _limit(
         MAX_IMAGE_PIXELS, "pixels of an image, read from its header before decoding"
+    )
+    max_label_studio_answers: int = _limit(
+        2000,
+        "answers that requests of Label Studio wait for, one per task and control; a request with"
+        " more gets status 400, further requests get status 429",
     )
     max_choices: int = _limit(8, "`n` of a request")
     max_top_logprobs: int = _limit(20, "`top_logprobs` of a request")
@@ -338,7 +343,34 @@ class ChatTemplateArguments(StrictModel):
     reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
 
 
-class ChatCompletionParameters(StrictModel):
+class NeutralParameters(StrictModel):
+    """Parameters of vLLM and SGLang that clients send with values that change nothing."""
+
+    min_p: Literal[0, None] = None
+    min_tokens: Literal[0, None] = None
+    length_penalty: Literal[1, None] = None
+    typical_p: Literal[1, None] = None
+    best_of: Literal[1, None] = None
+    use_beam_search: Literal[False, None] = None
+    ignore_eos: Literal[False, None] = None
+    include_stop_str_in_output: Literal[False, None] = None
+    spaces_between_special_tokens: bool | None = None
+    add_generation_prompt: Literal[True, None] = None
+    continue_final_message: Literal[False, None] = None
+    add_special_tokens: Literal[False, None] = None
+    echo: Literal[False, None] = None
+    include_reasoning: Literal[True, None] = None
+    separate_reasoning: Literal[True, None] = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=0)
+    bad_words: list[str] | None = Field(default=None, max_length=0)
+    prompt_logprobs: Literal[None] = None
+    frequency_penalty: Literal[0, None] = None
+    presence_penalty: Literal[0, None] = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    modalities: list[Literal["text"]] | None = None
+
+
+class ChatCompletionParameters(NeutralParameters):
     """Fields of a chat completion request, except for its messages."""
 
     model: str = Field(max_length=MAX_NAME_CHARS)
@@ -348,6 +380,7 @@ class ChatCompletionParameters(StrictModel):
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
+    skip_special_tokens: bool | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     n: int | None = Field(default=None, ge=1)
@@ -360,11 +393,6 @@ class ChatCompletionParameters(StrictModel):
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
     chat_template_kwargs: ChatTemplateArguments | None = None
-    # Only the neutral value of these fields is supported.
-    frequency_penalty: Literal[0, None] = None
-    presence_penalty: Literal[0, None] = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
-    modalities: list[Literal["text"]] | None = None
     # IGNORED_FIELDS
     metadata: Any = None
     parallel_tool_calls: Any = None
@@ -406,7 +434,7 @@ class ChatCompletionRequest(ChatCompletionParameters):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=ignored)
 
 
-def parse_chat_request(body: bytes) -> ChatCompletionRequest:
+def parse_chat_request(body: bytes | bytearray) -> ChatCompletionRequest:
     """Parse and validate a JSON request body.
 
     Raises:

@@ -75,6 +75,13 @@ ENDING_SECONDS = 5.0
 
 MAX_HEAD_BYTES = 1 << 14
 
+REFUSED_SECONDS = 2.0
+MAX_REFUSED_CONNECTIONS = 64
+"""Seconds that a connection beyond the limit stays open for its response, and number of these.
+
+Further connections are closed without a response.
+"""
+
 NUM_UNCHECKED_CHUNKS = 1000
 MIN_MEAN_CHUNK_BYTES = 256
 """Minimum mean chunk size of a body, checked after `NUM_UNCHECKED_CHUNKS` chunks."""
@@ -262,8 +269,10 @@ def build_protocol_class(limits: ServerLimits) -> type[H11Protocol]:
 
     uvicorn only closes connections that are idle between requests. This protocol also closes
     connections with an incomplete request header, without a first request, or whose client does
-    not read its response.
+    not read its response. Connections beyond the limit get status 503.
     """
+    refused = set[H11Protocol]()
+    refusal = _build_refusal(limits.max_connections)
 
     class LimitedH11Protocol(H11Protocol):
         def __init__(
@@ -281,12 +290,20 @@ def build_protocol_class(limits: ServerLimits) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            if len(self.connections) > limits.max_connections:
-                transport.abort()
-                return
-            self._start_head_timeout()
+            if len(self.connections) <= limits.max_connections:
+                self._start_head_timeout()
+            elif len(refused) < MAX_REFUSED_CONNECTIONS:
+                self.connections.discard(self)
+                refused.add(self)
+                transport.write(refusal)
+                # Until then, what the client sends is discarded, so that it reads the response.
+                self.loop.call_later(REFUSED_SECONDS, self._abort)
+            else:
+                self._abort()
 
         def data_received(self, data: bytes) -> None:
+            if self in refused:
+                return
             # In slices, because h11 limits a header only if it arrives in several reads.
             for start in range(0, len(data), MAX_HEAD_BYTES):
                 if not self.transport.is_closing():
@@ -300,6 +317,7 @@ def build_protocol_class(limits: ServerLimits) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel_head_timeout()
+            refused.discard(self)
             super().connection_lost(exc)
 
         def timeout_keep_alive_handler(self) -> None:
@@ -320,6 +338,16 @@ def build_protocol_class(limits: ServerLimits) -> type[H11Protocol]:
             self.transport.abort()
 
     return LimitedH11Protocol
+
+
+def _build_refusal(max_connections: int) -> bytes:
+    """Build the HTTP response to a connection beyond the limit."""
+    error = ApiError(503, f"{max_connections} connections are open", retry_after_s=2)
+    response = JSONResponse(
+        error.body, error.status, {**error.response_headers, "Connection": "close"}
+    )
+    headers = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
+    return b"HTTP/1.1 503 Service Unavailable\r\n" + headers + b"\r\n" + bytes(response.body)
 
 
 class ApiServer(uvicorn.Server):

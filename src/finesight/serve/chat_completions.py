@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
-import numpy as np
-from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -48,7 +46,7 @@ from finesight.serve.api_schema import (
     UnstructuredFormat,
     from_user_error,
 )
-from finesight.serve.image_sources import FileStore, ImageFetcher
+from finesight.serve.image_sources import FetchFn, FileStore, ImageFetcher
 from finesight.serve.preprocessing_jobs import (
     TOOL_CALL_END,
     TOOL_CALL_START,
@@ -61,6 +59,7 @@ from finesight.serve.request_middleware import (
     ServerMetrics,
     get_reservation,
     log_internal_error,
+    read_body,
 )
 from finesight.serve.request_preprocessor import (
     ConstraintFactory,
@@ -279,6 +278,12 @@ def format_usage(usages: Sequence[TokenUsage]) -> dict[str, Any]:
     }
 
 
+LARGE_BODY_BYTES, MAX_LARGE_BODIES = 4 << 20, 2
+"""Size from which a body is large, and maximum number of them that workers parse at once.
+
+A worker has a copy of the body, and of the texts and images in it.
+"""
+
 ArgTs = TypeVarTuple("ArgTs")
 ResultT = TypeVar("ResultT")
 
@@ -307,6 +312,9 @@ class ChatCompletionsHandler:
     store: FileStore
     folder: Path
     active_requests: set[ActiveCompletion] = field(default_factory=set)
+    large_body_semaphore: threading.Semaphore = field(
+        default_factory=lambda: threading.Semaphore(MAX_LARGE_BODIES)
+    )
 
     @functools.cached_property
     def executor(self) -> ThreadPoolExecutor:
@@ -336,23 +344,27 @@ class ChatCompletionsHandler:
             ClientDisconnectedError: The client disconnected.
         """
         start_time = asyncio.get_running_loop().time()
-        # In a list, so that the body can be released after parsing. Starlette would retain it.
-        chunks = b"".join([chunk async for chunk in request.stream()])
-        body_slot = [np.frombuffer(chunks, dtype=np.uint8)]
-        del chunks
+        data = await read_body(request)
         with contextlib.ExitStack() as stack:
             completion = stack.enter_context(self.admit_completion(start_time))
             disconnect_task = asyncio.create_task(completion.watch_disconnect(request.receive))
             stack.callback(disconnect_task.cancel)
-            await completion.start(body_slot, request.state.owner, get_reservation(request.scope))
+            await completion.start(data, request.state.owner, get_reservation(request.scope))
             if not completion.chat_request.stream:
                 return await completion.build_response()
             return ChatCompletionStreamResponse(completion, stack.pop_all())
         raise AssertionError("the exit stack suppressed an error")
 
     @contextlib.contextmanager
-    def admit_completion(self, start_time: float) -> Iterator[ActiveCompletion]:
+    def admit_completion(
+        self, start_time: float, fetch_image: FetchFn | None = None
+    ) -> Iterator[ActiveCompletion]:
         """Create a completion, and release its resources at the end of a `with` block.
+
+        Args:
+            start_time: Start of the time limit, on the clock of the event loop.
+            fetch_image: Writes the image at a URL to a file. By default, only URLs of allowed
+                hosts are fetched.
 
         Raises:
             ApiError: The queue is full.
@@ -367,14 +379,28 @@ class ChatCompletionsHandler:
         with contextlib.ExitStack() as stack:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            deadline = time.monotonic() + self.limits.timeout
+            elapsed = asyncio.get_running_loop().time() - start_time
+            deadline = time.monotonic() + self.limits.timeout - elapsed
             preprocessor = RequestPreprocessor(
                 self.worker_pool, self.limits, self.image_formats, folder, deadline
             )
-            completion = ActiveCompletion(self, preprocessor, start_time)
+            fetch_image = fetch_image or self.fetcher.fetch
+            completion = ActiveCompletion(self, preprocessor, start_time, fetch_image)
             self.active_requests.add(completion)
             stack.callback(completion.close)
             yield completion
+
+
+@contextlib.asynccontextmanager
+async def limit_time(start_time: float, seconds: float) -> AsyncGenerator[None]:
+    """Raise an API error in a `with` block that exceeds the time limit of a request."""
+    try:
+        async with asyncio.timeout_at(start_time + seconds):
+            yield
+    except TimeoutError as error:
+        raise ApiError(
+            504, f"timeout: no complete answer within {seconds:g} seconds", code="timeout"
+        ) from error
 
 
 @dataclass(slots=True, eq=False)
@@ -389,6 +415,7 @@ class ActiveCompletion:
     handler: ChatCompletionsHandler
     preprocessor: RequestPreprocessor
     start_time: float
+    fetch_image: FetchFn
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created_at: int = field(default_factory=lambda: int(time.time()))
     streams: list[GenerationStream] = field(default_factory=list)
@@ -399,12 +426,10 @@ class ActiveCompletion:
     _is_closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    async def start(
-        self, body_slot: list[NDArray[np.uint8]], owner: str, reservation: ByteReservation
-    ) -> None:
+    async def start(self, data: bytearray, owner: str, reservation: ByteReservation) -> None:
         """Preprocess the request of a client and submit it to the inference service.
 
-        The body in `body_slot` is removed after parsing, and its memory reservation is released.
+        The body `data` is cleared after parsing, and its memory reservation is released.
 
         Raises:
             ApiError: The request is invalid, exceeds a limit or timed out.
@@ -413,7 +438,7 @@ class ActiveCompletion:
         handler = self.handler
         folder, max_model_len = self.preprocessor.folder, handler.service.max_model_len
         async with self._limit_time():
-            body, prompt = await handler.run_in_thread(self._parse_and_encode, body_slot)
+            body, prompt = await handler.run_in_thread(self._parse_and_encode, data)
             reservation.release()
             for image in body.images:
                 await self._fetch_image(image, owner)
@@ -490,17 +515,8 @@ class ActiveCompletion:
             await send(_format_sse_event(log_internal_error(error).body))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
-    @contextlib.asynccontextmanager
-    async def _limit_time(self) -> AsyncGenerator[None]:
-        """Raise an API error in a `with` block that exceeds the time limit of the request."""
-        seconds = self.handler.limits.timeout
-        try:
-            async with asyncio.timeout_at(self.start_time + seconds):
-                yield
-        except TimeoutError as error:
-            raise ApiError(
-                504, f"timeout: no complete answer within {seconds:g} seconds", code="timeout"
-            ) from error
+    def _limit_time(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return limit_time(self.start_time, self.handler.limits.timeout)
 
     def _build_object(self, object_type: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """Build a response object, or a chunk of a stream, with the fields that all share."""
@@ -582,16 +598,16 @@ class ActiveCompletion:
             for task in tasks:
                 task.cancel()
 
-    def _parse_and_encode(
-        self, body_slot: list[NDArray[np.uint8]]
-    ) -> tuple[ParsedBody, EncodedSample | None]:
+    def _parse_and_encode(self, data: bytearray) -> tuple[ParsedBody, EncodedSample | None]:
         """Parse the request body, and encode the prompt if the body contains all images.
 
         Both steps run in one call, so that a request waits for a thread only once.
         """
         service = self.handler.service
-        body = self.preprocessor.parse_body(body_slot[0], service.max_model_len)
-        body_slot.clear()
+        is_large = len(data) > LARGE_BODY_BYTES
+        with self.handler.large_body_semaphore if is_large else contextlib.nullcontext():
+            body = self.preprocessor.parse_body(data, service.max_model_len)
+        data.clear()
         names, name = service.model_names, body.chat_request.model
         if name not in names:
             message = f"unknown model {name[:80]!r}; expected {' or '.join(names)}"
@@ -618,7 +634,7 @@ class ActiveCompletion:
                 self.handler.store.link(owner, image.file_id, path)
             elif image.url is not None:
                 with open(path, "xb") as file:
-                    await self.handler.fetcher.fetch(image.url, file)
+                    await self.fetch_image(image.url, file)
         except UserError as error:
             raise from_user_error(error, image.param, hidden_path=f"{folder}/") from error
         except ApiError as error:
@@ -667,6 +683,8 @@ class ActiveCompletion:
         settings = chat_request.model_dump(include=names, exclude_none=True)
         if "seed" in settings:
             settings["seed"] += choice_index
+        if settings.get("top_k") == -1:  # all tokens, as in vLLM
+            settings["top_k"] = 0
         try:
             sampling_params = replace(GREEDY_SAMPLING, **settings)
         except UserError as error:
@@ -675,6 +693,7 @@ class ActiveCompletion:
             max_new_tokens=chat_request.max_new_tokens,
             sampling_params=sampling_params,
             stop_strings=chat_request.stop_strings,
+            skip_special_tokens=chat_request.skip_special_tokens is not False,
             logprobs=(chat_request.top_logprobs or 0) if chat_request.logprobs else None,
             constraint=constraint,
             model=chat_request.model,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import ipaddress
 import os
+import re
 import secrets
 import socket
 import ssl
@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import httpx2
 
@@ -38,6 +38,12 @@ CHUNK_BYTES = 2**20
 MAX_REDIRECTS = 5
 CONTENT_TYPE_PREFIXES = ("image/", "application/octet-stream", "binary/octet-stream")
 
+DATA_PATH = "/data/"
+"""Path of the images on a Label Studio server: uploads and local files."""
+
+MAX_DECODINGS = 4
+_UNSAFE_CHARACTERS = re.compile("[\x00-\x1f\x7f\ufffd]")
+
 DEFAULT_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """Image formats that are always accepted.
 
@@ -46,6 +52,7 @@ The decoders of other formats are slow or rarely fuzzed.
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 ResolveFn = Callable[[str, int], Awaitable[Sequence[str]]]
+FetchFn = Callable[[str, BinaryIO], Awaitable[None]]
 
 
 def read_formats(more: Sequence[str]) -> tuple[str, ...]:
@@ -302,45 +309,51 @@ class LabelStudioImages:
         self._folder = Path(os.path.realpath(folder)) if folder else None
         self._url, self._token, self._limits = (url or "").rstrip("/"), token, limits
 
-    async def load(self, reference: str) -> str:
-        """Return an image of a task as data URL. Data URLs and other web URLs are returned as is.
+    async def fetch(self, reference: str, file: BinaryIO, *, web: ImageFetcher) -> None:
+        """Write an image of a task to a file; `web` fetches other web URLs.
 
         Raises:
             ApiError: The image is missing or too large, or its source is not configured.
+            UserError: `web` does not allow the URL.
         """
         is_own = bool(self._url) and reference.startswith(f"{self._url}/")
         path = reference.removeprefix(self._url) if is_own else reference
-        if path.startswith("data:") or "://" in path:
-            return reference
-        data = await asyncio.to_thread(self._read_file, path)
-        if data is None and self._url and path.startswith("/"):
-            data = await self._fetch(path)
-        if data is None:
+        if "://" in path:
+            await web.fetch(reference, file)
+            return
+        if await asyncio.to_thread(self._copy_file, path, file):
+            return
+        if not self._url or not _is_data_path(path):
             raise ApiError(
                 400,
-                f"no image {path[:200]!r}; expected a file below --label-studio-files, or a path of"
-                " the server at --label-studio-url",
+                f"no image {path[:200]!r}; expected a file below --label-studio-files, or a path"
+                f" below {DATA_PATH} of the server at --label-studio-url",
                 "tasks",
             )
-        if len(data) > self._limits.max_image_bytes:
-            raise ApiError(413, f"image {path[:200]!r} is too large", "tasks")
-        return f"data:image/unknown;base64,{base64.b64encode(data).decode()}"
+        await self._request(path, file)
 
-    def _read_file(self, path: str) -> bytes | None:
-        """Read a file below the folder, or return None if there is none."""
+    def _copy_file(self, path: str, target: BinaryIO) -> bool:
+        """Copy a file below the folder, or return False if there is none."""
         name = get_local_path(path) or path
         if self._folder is None or name.startswith("/"):
-            return None
+            return False
         try:
             file = Path(os.path.realpath(self._folder / name))
             if not file.is_relative_to(self._folder):
-                return None
+                return False
             with open_regular_file(file) as stream:
-                return stream.read(self._limits.max_image_bytes + 1)
+                while chunk := stream.read(CHUNK_BYTES):
+                    self._write(chunk, path, target)
         except (OSError, ValueError, UserError):
-            return None
+            return False
+        return True
 
-    async def _fetch(self, path: str) -> bytes:
+    def _write(self, chunk: bytes, path: str, target: BinaryIO) -> None:
+        if target.tell() + len(chunk) > self._limits.max_image_bytes:
+            raise ApiError(413, f"image {path[:200]!r} is too large", "tasks")
+        target.write(chunk)
+
+    async def _request(self, path: str, file: BinaryIO) -> None:
         try:
             async with (
                 asyncio.timeout(self._limits.fetch_timeout_s),
@@ -350,12 +363,8 @@ class LabelStudioImages:
                 async with client.stream("GET", self._url + path, headers=headers) as response:
                     if response.status_code != 200:
                         raise OSError(f"status {response.status_code}")
-                    data = bytearray()
                     async for chunk in response.aiter_bytes():
-                        data += chunk
-                        if len(data) > self._limits.max_image_bytes:
-                            break
-                    return bytes(data)
+                        self._write(chunk, path, file)
         except (
             httpx2.RequestError,
             httpx2.InvalidURL,
@@ -383,6 +392,16 @@ class LabelStudioImages:
         if response.status_code != 200:
             raise OSError(f"status {response.status_code} of the token")
         return {"Authorization": f"Bearer {response.json()['access']}"}
+
+
+def _is_data_path(path: str) -> bool:
+    """Return whether a path stays below `DATA_PATH`, however often a server decodes it."""
+    decoded = path
+    for _ in range(MAX_DECODINGS):
+        decoded = unquote(decoded)
+    parts = re.split(r"[/\\?&=;#]", decoded)
+    is_plain = decoded == unquote(decoded) and not _UNSAFE_CHARACTERS.search(decoded)
+    return is_plain and path.startswith(DATA_PATH) and ".." not in parts
 
 
 def _fetch_error(what: str) -> UserError:

@@ -9,14 +9,15 @@ regions asks for boxes with their text.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -37,9 +38,14 @@ from finesight.data.row_reader import Record
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError, ClientDisconnectedError, from_user_error
-from finesight.serve.chat_completions import ChatCompletionsHandler, ChoiceBuilder
+from finesight.serve.chat_completions import ChatCompletionsHandler, ChoiceBuilder, limit_time
 from finesight.serve.image_sources import LabelStudioImages
-from finesight.serve.request_middleware import LABEL_STUDIO_PATH, ByteReservation, get_reservation
+from finesight.serve.request_middleware import (
+    LABEL_STUDIO_PATH,
+    ByteReservation,
+    get_reservation,
+    read_body,
+)
 from finesight.serve.request_preprocessor import RequestPreprocessor
 
 TOKEN_VARIABLE = "LABEL_STUDIO_API_KEY"
@@ -82,10 +88,17 @@ class LabelStudioOptions:
 
 @dataclass(frozen=True)
 class LabelStudioHandler:
-    """Handles the requests of Label Studio with the resources of chat completions."""
+    """Handles the requests of Label Studio with the resources of chat completions.
+
+    `num_answers` has the number of answers of each running request.
+    """
 
     completions: ChatCompletionsHandler
     options: LabelStudioOptions
+    num_answers: list[int] = field(default_factory=list)
+    semaphore: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(MAX_CONCURRENT_TASKS)
+    )
 
     @property
     def model_name(self) -> str:
@@ -119,16 +132,17 @@ class LabelStudioHandler:
         preprocessor = RequestPreprocessor(
             handler.worker_pool, handler.limits, handler.image_formats, handler.folder
         )
-        body = np.frombuffer(await request.body(), dtype=np.uint8)
+        body = await read_body(request)
         return await handler.run_in_thread(preprocessor.parse_label_studio_body, body)
 
     async def predict(self, request: Request) -> Response:
         """Predict all tasks of a request. A task with an error has no result.
 
         Raises:
-            ApiError: The labeling configuration has no supported control.
+            ApiError: The labeling configuration has no supported control, or a limit is exceeded.
             ClientDisconnectedError: Label Studio disconnected.
         """
+        start_time = asyncio.get_running_loop().time()
         parsed = await self._parse_body(request)
         controls = [LabelControl(**control) for control in parsed["controls"]]
         if not controls:
@@ -138,57 +152,90 @@ class LabelStudioHandler:
                 " Choices or TextArea",
                 "label_config",
             )
-        semaphore = asyncio.Semaphore(MAX_CONCURRENT_TASKS)
-        reservation = get_reservation(request.scope)
-
-        async def predict_task(references: Sequence[str | None]) -> Record:
-            async with semaphore:
-                try:
-                    return await self._predict_task(controls, references, request, reservation)
-                except ApiError as error:
-                    return {"error": error.message}
 
         async def watch_disconnect() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        watch_task = asyncio.create_task(watch_disconnect())
-        tasks = [asyncio.create_task(predict_task(references)) for references in parsed["tasks"]]
-        predictions = asyncio.gather(*tasks)
+        with self._admit_answers(len(controls) * len(parsed["tasks"])):
+            work = asyncio.create_task(
+                self._predict_tasks(controls, parsed["tasks"], request, start_time)
+            )
+            watch = asyncio.create_task(watch_disconnect())
+            try:
+                async with limit_time(start_time, self.completions.limits.timeout):
+                    await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    raise ClientDisconnectedError
+                return JSONResponse({"results": work.result()})
+            finally:
+                work.cancel()
+                watch.cancel()
+                await asyncio.gather(work, watch, return_exceptions=True)
+
+    @contextlib.contextmanager
+    def _admit_answers(self, number: int) -> Iterator[None]:
+        """Count the answers of a request within a `with` block, or raise ApiError."""
+        limit = self.completions.limits.max_label_studio_answers
+        if sum(self.num_answers) + number > limit:
+            message = f"{sum(self.num_answers)} answers are in progress; expected at most {limit}"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=10)
+        self.num_answers.append(number)
         try:
-            await asyncio.wait((predictions, watch_task), return_when=asyncio.FIRST_COMPLETED)
-            if not predictions.done():
-                raise ClientDisconnectedError
-            return JSONResponse({"results": await predictions})
+            yield
         finally:
-            for task in (watch_task, *tasks):
-                task.cancel()
+            self.num_answers.remove(number)
+
+    async def _predict_tasks(
+        self,
+        controls: Sequence[LabelControl],
+        tasks: Sequence[Sequence[str | None]],
+        request: Request,
+        start_time: float,
+    ) -> list[Record]:
+        """Predict tasks, given as image references for each control."""
+
+        async def predict(references: Sequence[str | None]) -> Record:
+            async with self.semaphore:
+                try:
+                    return await self._predict_task(controls, references, request, start_time)
+                except ApiError as error:
+                    if error.status == 504:
+                        raise
+                    return {"error": error.message}
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                predictions = [group.create_task(predict(references)) for references in tasks]
+        except* Exception as errors:
+            raise errors.exceptions[0] from None
+        return [prediction.result() for prediction in predictions]
 
     async def _predict_task(
         self,
         controls: Sequence[LabelControl],
         references: Sequence[str | None],
         request: Request,
-        reservation: ByteReservation,
+        start_time: float,
     ) -> Record:
         """Ask the question of each control, and return the prediction of a task."""
         results: list[Record] = []
         scores = []
+        budget = get_reservation(request.scope).budget
+        fetch = partial(self.options.images.fetch, web=self.completions.fetcher)
         for control, reference in zip(controls, references, strict=True):
             if reference is None:
                 message = f"a task without the data {control.data_key[:80]!r}"
                 raise ApiError(400, message, "tasks")
-            url = await self.options.images.load(reference.strip())
-            body = json.dumps(self._build_request(control, url)).encode()
-            own_reservation = ByteReservation(reservation.budget)
-            own_reservation.reserve(len(body))
+            body = bytearray(json.dumps(self._build_request(control, reference.strip())).encode())
+            reservation = ByteReservation(budget)
+            reservation.reserve(len(body))
             try:
-                with self.completions.admit_completion(_get_time()) as completion:
-                    slot = [np.frombuffer(body, dtype=np.uint8)]
-                    await completion.start(slot, request.state.owner, own_reservation)
+                with self.completions.admit_completion(start_time, fetch) as completion:
+                    await completion.start(body, request.state.owner, reservation)
                     (choice,) = await completion.generate_choices()
             finally:
-                own_reservation.release()
+                reservation.release()
             results += build_results(control, choice, completion.image_sizes[0])
             logprobs = [entry["logprob"] for entry in choice.logprobs]
             scores.append(math.exp(fmean(logprobs)) if logprobs else 0.0)
@@ -256,7 +303,3 @@ def _clip(box: BoxPart, image_size: tuple[int, int]) -> tuple[float, float, floa
     x1, y1, x2, y2 = box.xyxy
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
-
-
-def _get_time() -> float:
-    return asyncio.get_running_loop().time()

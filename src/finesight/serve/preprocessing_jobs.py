@@ -34,6 +34,7 @@ from finesight.data.sample import (
     validate_sample,
 )
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
+from finesight.encode.prompt_encoder import pack_tokenized
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import UserError
@@ -94,16 +95,19 @@ def load_worker_state(renderer: NativeRenderer, vocab_size: int) -> WorkerState:
 
 
 def parse_request(
-    state: WorkerState, body: NDArray[np.uint8], folder: Path, limits: ServerLimits, max_chars: int
+    state: WorkerState, body: bytearray, folder: Path, limits: ServerLimits, max_chars: int
 ) -> JobOutput:
     """Parse the body of a chat completion request, and write images of data URLs to the folder.
+
+    The body is cleared, so that its memory is available for the images.
 
     The value has `parameters`, the fields of the request except for its messages, and `images`, a
     list of arguments for `ImageRequest`. The array is the conversation as JSON text. For an invalid
     request, the value has the fields of an `api_error` only.
     """
     try:
-        chat_request = parse_chat_request(body.tobytes())
+        chat_request = parse_chat_request(body)
+        body.clear()
         check_limits(chat_request, limits, max_chars)
         images = [
             _read_image_part(image_number, param, part, folder, limits)
@@ -153,29 +157,33 @@ def _decode_data_url(url: str, max_bytes: int, param: str) -> bytes:
     if num_bytes > max_bytes + 3:
         raise ApiError(413, f"the image has {num_bytes} bytes; expected at most {max_bytes}", param)
     try:
-        return binascii.a2b_base64(url[comma + 1 :].encode("ascii"))
-    except (binascii.Error, UnicodeEncodeError) as error:
+        return binascii.a2b_base64(url[comma + 1 :])
+    except ValueError as error:
         raise ApiError(400, f"data URL is not base64: {type(error).__name__}", param) from error
 
 
-def parse_label_studio_request(state: WorkerState, body: NDArray[np.uint8]) -> JobOutput:
+def parse_label_studio_request(state: WorkerState, body: bytearray, max_answers: int) -> JobOutput:
     """Parse the body of a request of Label Studio.
 
     The value has the `action` of a webhook, the `controls` of the labeling configuration, and for
-    each of the `tasks` its image reference for each control. None is a missing one.
+    each of the `tasks` its image reference for each control. None is a missing one. Raises
+    UserError for more than `max_answers` answers.
     """
     try:
-        request = parse_json(body.tobytes())
+        request = parse_json(bytes(body))
     except ValueError as error:
         raise UserError(f"the body is not JSON: {error}", expected="JSON") from error
     fields = request if isinstance(request, dict) else {}
     config = fields.get("label_config")
     controls = parse_label_config(config) if isinstance(config, str) and config else []
-    tasks = fields.get("tasks")
-    data = [
-        task.get("data") if isinstance(task, dict) else None
-        for task in (tasks if isinstance(tasks, list) else ())
-    ]
+    tasks = fields["tasks"] if isinstance(fields.get("tasks"), list) else []
+    if len(tasks) * len(controls) > max_answers:
+        raise UserError(
+            f"{len(tasks)} tasks with {len(controls)} controls each",
+            expected=f"at most {max_answers} answers per request",
+            remedy="Request predictions for fewer tasks.",
+        )
+    data = [task.get("data") if isinstance(task, dict) else None for task in tasks]
     references = [
         [one.get(control.data_key) if isinstance(one, dict) else None for control in controls]
         for one in data
@@ -205,9 +213,8 @@ def tokenize_sample(
 ) -> JobOutput:
     """Tokenize a conversation from `parse_request`, without decoding its images.
 
-    The value has the `spans` of image tokens, `patch_dim` and `is_thinking`. The arrays are the
-    token IDs and the position IDs. Raises UserError if the prompt has `max_model_len` tokens or
-    more.
+    The output is that of `pack_tokenized`, with `patch_dim`. Raises UserError if the prompt has
+    `max_model_len` tokens or more.
     """
     located_sample = LocatedSample(Sample.model_validate_json(sample.tobytes()), folder)
     try:
@@ -223,16 +230,9 @@ def tokenize_sample(
             remedy="Send less text, or fewer or smaller images.",
         )
     state.tokenized = tokenized
-    spans = [
-        [s.start, s.stop, s.grid_thw, s.files[0].name, s.original_size, s.resized_size]
-        for s in tokenized.spans
-    ]
-    value = {
-        "spans": spans,
-        "patch_dim": state.renderer.patch_config.patch_dim,
-        "is_thinking": tokenized.is_thinking,
-    }
-    return JobOutput(value, [tokenized.ids_T, tokenized.position_ids_3T])
+    output = pack_tokenized(tokenized)
+    patch_dim = state.renderer.patch_config.patch_dim
+    return JobOutput(output.value | {"patch_dim": patch_dim}, output.arrays)
 
 
 def load_image_patches(state: WorkerState, image_index: int) -> JobOutput:

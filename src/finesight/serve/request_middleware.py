@@ -31,6 +31,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -54,9 +55,10 @@ GENERATE_KEY_COMMAND = "python -c 'import secrets; print(secrets.token_urlsafe(3
 MIN_KEY_LENGTH = 16
 
 DRAIN_TIMEOUT_S = 10.0
-"""Seconds to receive the rest of a rejected request.
+"""Seconds without data after which the rest of a rejected request is no longer received.
 
-Many clients read a response only after they have sent their request.
+Many clients read a response only after they have sent their request. Without API key, it is the
+time limit for the complete rest.
 """
 
 MAX_TRACEBACK_FRAMES = 20
@@ -235,6 +237,20 @@ def get_reservation(scope: Scope) -> ByteReservation:
     return reservation
 
 
+async def read_body(request: Request) -> bytearray:
+    """Read the body of a request into one buffer, which is cleared after an error."""
+    buffer = bytearray()
+    try:
+        async for chunk in request.stream():
+            buffer += chunk
+    except BaseException:
+        # The traceback would retain them until the client has received the error.
+        buffer.clear()
+        get_reservation(request.scope).release()
+        raise
+    return buffer
+
+
 class RequestMiddleware:
     """ASGI middleware that authenticates requests and applies the limits of the server."""
 
@@ -313,7 +329,9 @@ class RequestExchange:
         self._scope, self._receive, self._send = scope, receive, send
         self._limits, self._reservation = limits, reservation
         self._deadline = asyncio.get_running_loop().time() + limits.body_timeout_s
-        self._body_complete = self._response_complete = False
+        headers = Headers(scope=scope)
+        has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        self._body_complete, self._response_complete = not has_body, False
         self._body_bytes = 0
         self.status = 0
 
@@ -348,16 +366,40 @@ class RequestExchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send an ASGI message. Raises ClientStalledError after the send timeout."""
+        """Send an ASGI message. Raises ClientStalledError after the send timeout.
+
+        If the response ends before the request body, the rest of the body is received first: the
+        system resets a connection that is closed with unread data, and the response is lost.
+        """
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
         if message["type"] == "http.response.start":
             self.status = message["status"]
-        elif not message.get("more_body", False):
-            self._response_complete = True
+            if not self._body_complete:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+        elif is_last and not self._body_complete:
+            await self._send_in_time({**message, "more_body": True})
+            await self._drain()
+            message = {"type": "http.response.body", "body": b""}
+        self._response_complete = is_last
+        await self._send_in_time(message)
+
+    async def _send_in_time(self, message: Message) -> None:
         try:
             async with asyncio.timeout(self._limits.send_timeout_s):
                 await self._send(message)
         except TimeoutError as error:
             raise ClientStalledError from error
+
+    async def _drain(self) -> None:
+        """Receive and discard the rest of the request body, within time limits."""
+        self._reservation.release()
+        is_client = "owner" in self._scope["state"]
+        end = asyncio.get_running_loop().time() + DRAIN_TIMEOUT_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._deadline if is_client else end):
+                while not self._body_complete:
+                    message = await asyncio.wait_for(self._receive(), DRAIN_TIMEOUT_S)
+                    self._body_complete = not message.get("more_body", False)
 
     async def send_error(self, api_error: ApiError) -> None:
         """Send an error response, or close the connection if a response has started."""
@@ -365,20 +407,9 @@ class RequestExchange:
             if not self._response_complete:
                 self.abort()
             return
-        headers = {"connection": "close", **api_error.response_headers}
-        response = JSONResponse(api_error.body, api_error.status, headers)
-        start = {"type": "http.response.start", "status": response.status_code}
-        body = {"type": "http.response.body", "body": response.body, "more_body": True}
+        response = JSONResponse(api_error.body, api_error.status, api_error.response_headers)
         with contextlib.suppress(ClientStalledError):
-            await self.send({**start, "headers": response.raw_headers})
-            await self.send(body)
-            with contextlib.suppress(TimeoutError):
-                # Receive and discard the rest of the body.
-                async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                    while not self._body_complete and api_error.status != 408:
-                        message = await self._receive()
-                        self._body_complete = not message.get("more_body", False)
-            await self.send({"type": "http.response.body", "body": b""})
+            await response(self._scope, self._receive, self.send)
 
     def abort(self) -> None:
         """Close the connection of the client immediately, without a response."""

@@ -56,7 +56,7 @@ THUMBNAIL_SIDE = 96
 SCRIPT_TEXTS = (
     *("No suggestion", "confidence {}", "error score {}", "The model suggests:"),
     *("{} of {}", "{} of {} done", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
-    *("Other class", "Choose a class"),
+    *("Other class", "Choose a class", "Prompt"),
     *("open", "suggested", "written", "accepted", "corrected", "skipped", "reopened"),
     *("All {} images are decided.", "Review the skipped images ({})", "Save and next", "Save"),
     *("Not saved", "Not loaded", "The server does not answer.", "no such item"),
@@ -71,6 +71,7 @@ ERROR_TEXTS = (
     *("the image was changed in another tab", "the decisions that the page shows"),
     "reload the page",
     *("the answer is empty", "a text or a box", "enter an answer, or skip (S)"),
+    *("the prompt is empty", "a question", "enter a prompt, or reset it"),
     *("fill at least one field, or skip (S)", "choose a class, or skip (S)"),
     *("{} is not one of the classes", "box {} has no class", "choose its class, or delete the box"),
     "the box [{}] in pixels (read as xyxy in units of pixel) is outside its image",
@@ -99,6 +100,7 @@ class DecisionRequest(BaseModel, frozen=True):
     Attributes:
         revision: `revision` of the item that the page shows; None to overwrite other decisions.
         edits: New texts of JSON fields in `text` by index; None for an answer without fields.
+        question: Texts of the question, which the user may correct; None for an unchanged one.
     """
 
     id: str
@@ -106,6 +108,7 @@ class DecisionRequest(BaseModel, frozen=True):
     revision: int | None = None
     text: str = ""
     edits: dict[int, str] | None = None
+    question: Annotated[list[str], Field(max_length=1000)] | None = None
     boxes: Annotated[list[BoxAnswer], Field(max_length=10_000)] = []
 
 
@@ -144,6 +147,7 @@ class LabelPage:
                 "session": self._key,
                 "version": self._version,
                 "choices": task.choices,
+                "names": task.choices or task.names,
                 "closed": task.has_fixed_choices,
                 "colors": BOX_COLORS,
                 "no_objects": NO_OBJECTS_ANSWER,
@@ -238,7 +242,7 @@ class LabelPage:
                 self._check_classes(item, updated)
                 if not content:
                     raise self._build_empty_error(request)
-                self._session.save(item, content)
+                self._session.save(item, content, request.question)
             elif request.action == "skip":
                 store.skip(request.id)
             else:
@@ -247,26 +251,27 @@ class LabelPage:
             return {"item": self.describe(index), "counts": store.count_events()}
 
     def _check_classes(self, item: LabelItem, request: DecisionRequest) -> None:
-        """Raise UserError for a class that is none of the choices of the user."""
-        choices = self._list_choices(item) if self._session.task.has_fixed_choices else []
-        if not choices:
-            return
-        # An empty text is reported as an empty answer.
-        names, remedy = (
-            [request.text] if request.text.strip() else [],
-            "choose a class, or skip (S)",
-        )
-        if self._session.task.kind == "boxes":
+        """Raise UserError for a class that is none of the choices of the user.
+
+        A new box also needs a class if the known boxes have one.
+        """
+        task, choices = self._session.task, self._list_choices(item)
+        names, remedy = [request.text], "choose a class, or skip (S)"
+        if task.kind == "boxes":
             names = [box.label or "" for box in request.boxes]
             remedy = "choose its class, or delete the box"
-        for number, name in enumerate(names, 1):
-            if name not in choices:
-                known = f"{', '.join(choices):.200}"
-                what = (
-                    f"{name!r:.80} is not one of the classes"
-                    if name
-                    else f"box {number} has no class"
-                )
+        known = f"{', '.join(choices or task.names):.200}"
+        old = [part for part in item.proposal if isinstance(part, BoxPart)]
+        corners = () if task.has_fixed_choices else [part.xyxy for part in old]
+        unlabeled = [n for n, box in enumerate(request.boxes, 1) if not box.label]
+        new = [n for n in unlabeled if request.boxes[n - 1].xyxy not in corners]
+        is_moved = not task.has_fixed_choices and not all(part.label for part in old)
+        if known and task.kind == "boxes" and new and not is_moved:
+            raise UserError(f"box {new[0]} has no class", expected=known, remedy=remedy)
+        for name in names if task.has_fixed_choices and choices else ():
+            # An empty text is reported as an empty answer.
+            if name.strip() and name not in choices:
+                what = f"{name!r:.80} is not one of the classes"
                 raise UserError(what, expected=known, remedy=remedy)
 
     def _build_empty_error(self, request: DecisionRequest) -> UserError:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import uvicorn
@@ -17,6 +19,7 @@ from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
 from finesight.manifest import Manifest
+from finesight.vision.image_reader import create_image_pool
 from finesight.web.access_middleware import AccessMiddleware
 from finesight.web.web_server import (
     UPLOADS_FOLDER,
@@ -26,6 +29,7 @@ from finesight.web.web_server import (
     make_app,
 )
 from finesight.web.web_sessions import WebSessionStore
+from finesight.worker_pool import WorkerPool
 
 AnswerFunction = Callable[[str], tuple[str, tuple[BoxPart, ...]]]
 """Returns the answer to a question, and its boxes."""
@@ -94,6 +98,14 @@ class ScriptedService:
         return ScriptedGeneration(located_sample, *self.answer(text), self.is_endless)
 
 
+@cache
+def get_image_pool() -> WorkerPool:
+    """Return worker processes for the images of all pages of the test process."""
+    pool = create_image_pool()
+    atexit.register(pool.close)
+    return pool
+
+
 @dataclass(frozen=True)
 class RunningWebPage:
     """URL and sessions of a running page."""
@@ -111,7 +123,7 @@ def run_web_page(
 ) -> Iterator[RunningWebPage]:
     """Run the page within the block."""
     with bind_socket("127.0.0.1", 0) as listener, create_private_folder() as folder:
-        visitors = create_session_store(folder, service)  # type: ignore[arg-type]
+        visitors = create_session_store(folder, service, get_image_pool())  # type: ignore[arg-type]
         app = make_app(visitors, folder / UPLOADS_FOLDER, password, loopback)
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)

@@ -224,31 +224,31 @@ def _box(label: str | None, *xyxy: float) -> BoxPart:
 
 
 def test_boxes_in_answer_become_parts(first):
-    image = first[0]
+    size = load_image(first[0]).size[::-1]
     a, b = _box("a cat", 1, 2, 30, 40), _box(None, 5, 6, 70, 80)
     marked = "see <|object_ref_start|>a cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
     raw = f"{marked}<|box_start|>(5,6),(7,8)<|box_end|>, so<|im_end|>"
-    parts = build_answer_parts(_prediction("see a cat(1,2)...", raw, a, b), image)
+    parts = build_answer_parts(_prediction("see a cat(1,2)...", raw, a, b), size)
     assert parts == (TextPart(text="see "), a, b, TextPart(text=", so"))
     raw = "<ref>a cat</ref><box>(1,2),(3,4)</box><|im_end|>"
-    assert build_answer_parts(_prediction("a cat(1,2),(3,4)", raw, a), image) == (a,)
+    assert build_answer_parts(_prediction("a cat(1,2),(3,4)", raw, a), size) == (a,)
     output = (
         '```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "a cat"}, {"bbox_2d": [5, 6, 7, 8]}]\n```'
     )
-    assert build_answer_parts(_prediction(output, output, a, b), image) == (a, b)
+    assert build_answer_parts(_prediction(output, output, a, b), size) == (a, b)
 
 
 def test_unrepresentable_boxes_stay_text(first):
-    image = first[0]
+    size = load_image(first[0]).size[::-1]
     output = '{"bbox_2d": [1, 2, 3, 4], "label": "a cat", "sure": 0.5}'
     inside, outside = _box("a cat", 1, 2, 30, 40), _box("a cat", 1, 2, 9999, 40)
     for boxes in ((inside,), (outside,), (inside, inside)):
-        assert build_answer_parts(_prediction(output, output, *boxes), image) == (
+        assert build_answer_parts(_prediction(output, output, *boxes), size) == (
             TextPart(text=output),
         )
     baseline = '{"bbox_2d": [1, 2, 3, 4]}'
     turned = _box(None, 30, 2, 1, 40)
-    assert build_answer_parts(_prediction(baseline, baseline, turned), image) == (
+    assert build_answer_parts(_prediction(baseline, baseline, turned), size) == (
         TextPart(text=baseline),
     )
     assert build_answer_parts(_prediction(baseline, baseline, inside), None) == (

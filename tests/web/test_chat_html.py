@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import XSS_PAYLOADS
-from web_server_fixture import ScriptedService
+from web_server_fixture import ScriptedService, get_image_pool
 
 from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
@@ -69,7 +69,7 @@ def answer(folder: Path, text: str, manifest: Manifest | None = None) -> WebSess
         (folder / name).mkdir(exist_ok=True)
     box = BoxPart(label=text, xyxy=(1.0, 1.0, 9.0, 9.0))
     service = ScriptedService(lambda asked: (asked, (box,)), manifest=manifest)
-    session = create_session_store(folder, service).get_or_create("one")
+    session = create_session_store(folder, service, get_image_pool()).get_or_create("one")
     turn = session.chat.send(text, [], [GenerationOptions()])
 
     async def drain() -> None:

@@ -12,9 +12,9 @@ import pytest
 from engine_fixtures import write_noise_image
 from PIL import Image
 from starlette.requests import Request
-from web_server_fixture import ScriptedService
+from web_server_fixture import ScriptedService, get_image_pool
 
-from finesight.data.image_header import CorruptImageError, ImageTooLargeError
+from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatReply
 from finesight.infer.request import GenerationOptions
@@ -29,7 +29,7 @@ from finesight.web.web_sessions import WebSession, WebSessionStore
 def visitors(tmp_path: Path) -> WebSessionStore:
     (tmp_path / "chats").mkdir()
     (tmp_path / "uploads").mkdir()
-    return create_session_store(tmp_path, ScriptedService())
+    return create_session_store(tmp_path, ScriptedService(), get_image_pool())
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_oversized_questions_are_rejected(visitor, tmp_path):
 def test_decompression_bomb_is_rejected_by_header(visitor, tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 20_000
-    with pytest.raises(ImageTooLargeError, match="100000000"):
+    with pytest.raises(CorruptImageError, match="100000000"):
         visitor.add_uploads("What?", [tmp_path / "bomb.png"])
     (tmp_path / "text.png").write_text("<svg onload=alert(1)>")
     with pytest.raises(CorruptImageError, match="not an image"):

@@ -313,6 +313,7 @@ def web(
     password, is_generated = resolve_password(host, password_file, no_auth)
 
     from finesight.encode.family import ThinkingOptions
+    from finesight.encode.prompt_encoder import PromptEncoder, create_prompt_pool
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import load_multi_adapter_model
     from finesight.web.web_server import bind_socket, run_web_server
@@ -323,11 +324,14 @@ def web(
             run_or_model, (), device, precision, weight_format, thinking_options
         )
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
-        service = InferenceService(inference_model, max_num_seqs=num_seqs)
+        pool = create_prompt_pool(inference_model.renderer)
+        service = InferenceService(
+            inference_model, max_num_seqs=num_seqs, encode_prompt=PromptEncoder(pool).encode
+        )
         try:
             shown_password = password if is_generated else None
             print_page_address(host, listener, shown_password, open_page=open_page)
-            run_web_server(service, listener, password, is_loopback(host))
+            run_web_server(service, pool, listener, password, is_loopback(host))
         finally:
             service.close(wait_for_running=False)
 

@@ -20,7 +20,7 @@ from finesight.data.boxes import (
     split_at_boxes,
     strip_code_fences,
 )
-from finesight.data.image_header import read_image_size
+from finesight.data.image_header import ImageSize, read_image_size
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -63,8 +63,14 @@ class ChatReply:
         reasoning: Streamed reasoning before the text.
     """
 
-    def __init__(self, model: str, stream: GenerationStream, image_path: Path | None) -> None:
-        self.model, self.image_path = model, image_path
+    def __init__(
+        self,
+        model: str,
+        stream: GenerationStream,
+        image_path: Path | None,
+        image_size: ImageSize | None,
+    ) -> None:
+        self.model, self.image_path, self._image_size = model, image_path, image_size
         self.text, self.reasoning = "", ""
         self.prediction: Prediction | None = None
         self.finish_reason: FinishReason | None = None
@@ -97,7 +103,7 @@ class ChatReply:
     def _finalize(self) -> None:
         self.finish_reason = self._stream.finish_reason
         self.prediction = self._stream.build_prediction()
-        self.content = build_answer_parts(self.prediction, self.image_path)
+        self.content = build_answer_parts(self.prediction, self._image_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +127,13 @@ class ChatSession:
 
     Attributes:
         system_prompt: System prompt of new replies; None for that of the model or run.
+        read_size: Returns height and width of an image, or raises UserError if it has none.
     """
 
     service: InferenceService
     turns: list[ChatTurn] = field(default_factory=list)
     system_prompt: str | None = None
+    read_size: Callable[[Path], ImageSize] = read_image_size
 
     def send(
         self, text: str, image_paths: Sequence[Path], options: Sequence[GenerationOptions]
@@ -140,7 +148,7 @@ class ChatSession:
             remedy = "enter a question or attach an image"
             raise UserError(what, where="message", expected=expected, remedy=remedy)
         for image_path in image_paths:
-            read_image_size(image_path)
+            self.read_size(image_path)
         replies: list[ChatReply] = []
         try:
             for reply_options in options:
@@ -260,7 +268,8 @@ class ChatSession:
         stream = self.service.submit(
             LocatedSample(sample, Path()), replace(options, model=model), image_index=image_index
         )
-        return ChatReply(model, stream, target_image)
+        image_size = None if target_image is None else self.read_size(target_image)
+        return ChatReply(model, stream, target_image, image_size)
 
 
 def _build_empty_error(where: str, what: str, expected: str) -> UserError:
@@ -290,7 +299,9 @@ def _build_messages(turns: Sequence[ChatTurn], model: str) -> Iterator[Message]:
         yield Message(role="assistant", content=content)
 
 
-def build_answer_parts(prediction: Prediction, image_path: Path | None) -> tuple[ContentPart, ...]:
+def build_answer_parts(
+    prediction: Prediction, image_size: ImageSize | None
+) -> tuple[ContentPart, ...]:
     """Convert a prediction to the content parts of an assistant message.
 
     Reasoning precedes text and boxes, and boxes refer to image 0. If the boxes cannot be located in
@@ -301,17 +312,19 @@ def build_answer_parts(prediction: Prediction, image_path: Path | None) -> tuple
     """
     if not prediction.answer.strip():
         return ()
-    parts = _split_text_and_boxes(prediction, image_path) or [TextPart(text=prediction.answer)]
+    parts = _split_text_and_boxes(prediction, image_size) or [TextPart(text=prediction.answer)]
     if prediction.reasoning is not None:
         parts = [TextPart(text=f"{THINK_START}{prediction.reasoning}{THINK_END}"), *parts]
     return tuple(parts)
 
 
-def _split_text_and_boxes(prediction: Prediction, image_path: Path | None) -> list[ContentPart]:
+def _split_text_and_boxes(
+    prediction: Prediction, image_size: ImageSize | None
+) -> list[ContentPart]:
     """Split an answer into text and box parts; empty if boxes are missing or invalid."""
-    if image_path is None or not prediction.boxes:
+    if image_size is None or not prediction.boxes:
         return []
-    if not all(_is_inside(box, image_path) for box in prediction.boxes):
+    if not all(_is_inside(box, image_size) for box in prediction.boxes):
         return []
     boxes = iter(prediction.boxes)
     parts: list[ContentPart] = []
@@ -347,7 +360,7 @@ def _split_at_boxes(prediction: Prediction) -> Iterator[str | int]:
     yield _SPECIAL_TOKENS.sub("", raw[end:])
 
 
-def _is_inside(box: BoxPart, image_path: Path) -> bool:
-    height, width = read_image_size(image_path)
+def _is_inside(box: BoxPart, image_size: ImageSize) -> bool:
+    height, width = image_size
     ranges = (*box.xyxy[::2], width), (*box.xyxy[1::2], height)
     return all(-MAX_OVERHANG_PX <= a < b <= size + MAX_OVERHANG_PX for a, b, size in ranges)

@@ -355,6 +355,8 @@ class InferenceService:
             attention layers, whose memory is allocated in advance.
         kv_cache_bytes: Size of the KV cache, without these states. Default: see
             `compute_kv_cache_bytes`.
+        encode_prompt: Encodes prompts of `submit`, in worker processes if their images are
+            untrusted. Default: in the calling thread.
     """
 
     def __init__(
@@ -364,8 +366,10 @@ class InferenceService:
         max_num_seqs: int,
         max_waiting: int = DEFAULT_MAX_WAITING,
         kv_cache_bytes: int | None = None,
+        encode_prompt: Callable[[LocatedSample, ThinkingOptions], EncodedSample] | None = None,
     ) -> None:
         model = inference_model.model
+        self._encode_prompt = encode_prompt or self._encode_in_thread
         self.renderer: Renderer = inference_model.renderer
         self._model, self._adapters = model, inference_model.adapters
         self._thinking_modes = inference_model.thinking_modes
@@ -430,8 +434,8 @@ class InferenceService:
 
         Args:
             located_sample: Sample whose turns, except a final assistant turn, are the prompt.
-            prompt: Encoded prompt. If None, the prompt, including images, is encoded in the calling
-                thread.
+            prompt: Encoded prompt. If None, the prompt, including images, is encoded before the
+                method returns.
             image_index: Index of the image that predicted boxes refer to. If None, that of the
                 boxes in a final assistant turn, or else the first image.
 
@@ -443,8 +447,8 @@ class InferenceService:
         adapter_index = self._resolve_adapter(options.model)
         self._check_queue()
         if prompt is None:
-            renderer = self.select_renderer(options.model, options.thinking)
-            prompt = renderer.load_patches(renderer.tokenize_prompt(located_sample))
+            thinking = self._select_thinking(options.model, options.thinking)
+            prompt = self._encode_prompt(located_sample, thinking)
         with self._lock:
             available = self._engine.get_max_new_tokens(prompt)
         max_new_tokens = options.max_new_tokens
@@ -512,10 +516,21 @@ class InferenceService:
         Raises:
             UserError: The chat template does not define this mode or reasoning effort.
         """
+        return self.renderer.with_thinking(self._select_thinking(model_name, thinking))
+
+    def _select_thinking(
+        self, model_name: str | None, thinking: ThinkingOptions
+    ) -> ThinkingOptions:
         name = self.model_names[0] if model_name is None else model_name
         if thinking == DEFAULT_THINKING and name in self._thinking_modes:
-            thinking = ThinkingOptions(enable_thinking=self._thinking_modes[name])
-        return self.renderer.with_thinking(thinking)
+            return ThinkingOptions(enable_thinking=self._thinking_modes[name])
+        return thinking
+
+    def _encode_in_thread(
+        self, located_sample: LocatedSample, thinking: ThinkingOptions
+    ) -> EncodedSample:
+        renderer = self.renderer.with_thinking(thinking)
+        return renderer.load_patches(renderer.tokenize_prompt(located_sample))
 
     def _resolve_adapter(self, model_name: str | None) -> int | None:
         if model_name is not None and model_name not in self._adapters:

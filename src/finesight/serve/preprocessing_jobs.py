@@ -34,6 +34,7 @@ from finesight.data.sample import (
     validate_sample,
 )
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
+from finesight.encode.prompt_encoder import pack_tokenized
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import UserError
@@ -205,9 +206,8 @@ def tokenize_sample(
 ) -> JobOutput:
     """Tokenize a conversation from `parse_request`, without decoding its images.
 
-    The value has the `spans` of image tokens, `patch_dim` and `is_thinking`. The arrays are the
-    token IDs and the position IDs. Raises UserError if the prompt has `max_model_len` tokens or
-    more.
+    The output is that of `pack_tokenized`, with `patch_dim`. Raises UserError if the prompt has
+    `max_model_len` tokens or more.
     """
     located_sample = LocatedSample(Sample.model_validate_json(sample.tobytes()), folder)
     try:
@@ -223,16 +223,9 @@ def tokenize_sample(
             remedy="Send less text, or fewer or smaller images.",
         )
     state.tokenized = tokenized
-    spans = [
-        [s.start, s.stop, s.grid_thw, s.files[0].name, s.original_size, s.resized_size]
-        for s in tokenized.spans
-    ]
-    value = {
-        "spans": spans,
-        "patch_dim": state.renderer.patch_config.patch_dim,
-        "is_thinking": tokenized.is_thinking,
-    }
-    return JobOutput(value, [tokenized.ids_T, tokenized.position_ids_3T])
+    output = pack_tokenized(tokenized)
+    patch_dim = state.renderer.patch_config.patch_dim
+    return JobOutput(output.value | {"patch_dim": patch_dim}, output.arrays)
 
 
 def load_image_patches(state: WorkerState, image_index: int) -> JobOutput:

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
-from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.prompt_encoder import unpack_tokenized
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint
 from finesight.infer.structured_output import BITMASK_WORD_BITS, build_bitmask
@@ -130,11 +131,10 @@ class RequestPreprocessor:
         self, body: ParsedBody, max_model_len: int, thinking: ThinkingOptions = DEFAULT_THINKING
     ) -> EncodedSample:
         """Tokenize the conversation of a request, then decode its images in the folder."""
+        files = [self.folder / get_image_name(image.image_number) for image in body.images]
         with self._borrow_worker() as worker:
-            for image in body.images:
-                self._inspect_image(
-                    worker, self.folder / get_image_name(image.image_number), image.param
-                )
+            for file, image in zip(files, body.images, strict=True):
+                self._inspect_image(worker, file, image.param)
             reply = self._call(
                 worker, tokenize_sample, body.sample_json, self.folder, max_model_len, thinking
             )
@@ -144,9 +144,8 @@ class RequestPreprocessor:
             ]
         empty_patches = np.empty((0, reply.value["patch_dim"]), dtype=np.uint8)
         decoded = [array.view(np.uint8) for array in patches]
-        return EncodedSample(
-            _build_tokenized_sample(reply, self.folder), concat_patches(decoded or [empty_patches])
-        )
+        tokenized = unpack_tokenized(reply, "request", files)
+        return EncodedSample(tokenized, concat_patches(decoded or [empty_patches]))
 
     def parse_label_studio_body(self, body: NDArray[np.uint8]) -> dict[str, Any]:
         """Parse a request of Label Studio; see `parse_label_studio_request`."""
@@ -232,30 +231,6 @@ class RequestPreprocessor:
             if time.monotonic() >= self.deadline:
                 raise TimeoutError from error
             raise from_user_error(error, param, hidden_path=f"{folder}/") from error
-
-
-def _build_tokenized_sample(reply: WorkerReply, folder: Path) -> TokenizedSample:
-    ids_T, positions_3T = reply.arrays
-    spans = tuple(
-        VisualSpan(
-            kind="image",
-            start=start,
-            stop=stop,
-            grid_thw=tuple(grid),
-            files=(folder / name,),
-            original_size=tuple(original_size),
-            resized_size=tuple(resized_size),
-        )
-        for start, stop, grid, name, original_size, resized_size in reply.value["spans"]
-    )
-    return TokenizedSample(
-        id="request",
-        ids_T=ids_T.view(np.int32),
-        loss_mask_T=np.zeros(len(ids_T), dtype=np.bool_),
-        position_ids_3T=positions_3T.view(np.int32),
-        spans=spans,
-        is_thinking=reply.value["is_thinking"],
-    )
 
 
 class ConstraintFactory:

@@ -17,9 +17,11 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from finesight.errors import UserError, build_bind_error
 from finesight.infer.inference_service import InferenceService
+from finesight.vision.image_reader import ImageReader
 from finesight.web.access_middleware import AccessMiddleware
 from finesight.web.chat_html import STATIC_FOLDER
 from finesight.web.web_sessions import MAX_IMAGE_BYTES, DiskBudget, WebSessionStore
+from finesight.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -30,16 +32,23 @@ MONOSPACE_FONTS = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
 
 def run_web_server(
-    service: InferenceService, listener: socket.socket, password: str | None, loopback_only: bool
+    service: InferenceService,
+    pool: WorkerPool,
+    listener: socket.socket,
+    password: str | None,
+    loopback_only: bool,
 ) -> None:
     """Serve the chat page until a signal stops the server.
 
     Args:
+        pool: Worker processes that read images. The function closes them.
         password: Password of the page. None admits everyone.
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
     """
-    with create_private_folder() as folder:
-        session_store = create_session_store(folder, service)
+    # Closed at the end: threads of the page may wait for a worker.
+    with create_private_folder() as folder, contextlib.closing(pool):
+        pool.start()
+        session_store = create_session_store(folder, service, pool)
         app = make_app(session_store, folder / UPLOADS_FOLDER, password, loopback_only)
         serve_app(app, listener)
 
@@ -90,11 +99,12 @@ def create_private_folder() -> Iterator[Path]:
             yield folder
 
 
-def create_session_store(folder: Path, service: InferenceService) -> WebSessionStore:
+def create_session_store(
+    folder: Path, service: InferenceService, pool: WorkerPool
+) -> WebSessionStore:
     """Create an empty session store in the private folder."""
-    return WebSessionStore(
-        service, folder / CHATS_FOLDER, DiskBudget(folder / UPLOADS_FOLDER, folder / CHATS_FOLDER)
-    )
+    budget = DiskBudget(folder / UPLOADS_FOLDER, folder / CHATS_FOLDER)
+    return WebSessionStore(service, folder / CHATS_FOLDER, budget, ImageReader(pool))
 
 
 def make_app(

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from finesight.data.image_header import ImageSize
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
-from finesight.vision.image_processing import load_image
+from finesight.vision.image_reader import ImageReader
 from finesight.web.chat_html import ENGLISH, UiText
 
 MAX_IMAGE_BYTES = 20 << 20
@@ -180,6 +181,7 @@ class WebSession:
     """Conversation of a browser, with a private folder.
 
     Attributes:
+        reader: Reads the uploaded images.
         browser_id: Secret ID of the browser.
         token: Secret part of the URLs of its images and its export.
         tabs: IDs of the tabs that display the conversation.
@@ -190,6 +192,7 @@ class WebSession:
     chat: ChatSession
     folder: Path
     budget: DiskBudget
+    reader: ImageReader
     browser_id: str
     ui_text: UiText = ENGLISH
     title: str = ""
@@ -208,6 +211,10 @@ class WebSession:
         texts = (self.title, first_turn.text if first_turn else "", *names)
         title = next((text for text in texts if text.strip()), self.ui_text.new_chat)
         return " ".join(title.split())[:MAX_TITLE_CHARS]
+
+    def get_image_size(self, path: Path) -> ImageSize:
+        """Return height and width of an image of the conversation."""
+        return self.images[path].height, self.images[path].width
 
     def check_text(self, text: str) -> None:
         """Raise UserError if a message is too long."""
@@ -280,11 +287,9 @@ class WebSession:
 
     def _save_upload(self, upload: Path) -> Path:
         number = 1 + max((existing.number for existing in self.images.values()), default=0)
-        image = load_image(upload)
-        width, height = image.size
-        image.thumbnail((MAX_DISPLAY_SIDE, MAX_DISPLAY_SIDE))
+        (height, width), display_copy = self.reader.encode(upload, MAX_DISPLAY_SIDE)
         display_path = self.folder / f"display-{number}.webp"
-        image.save(display_path, format="WEBP", quality=90)
+        display_path.write_bytes(display_copy)
         image_path = self.folder / f"{number}-{upload.name[-80:]}"
         shutil.copyfile(upload, image_path)
         self.images[image_path] = ChatImage(upload.name, number, width, height, display_path)
@@ -294,8 +299,10 @@ class WebSession:
 class WebSessionStore:
     """Stores conversations by browser, and the conversation that each tab displays."""
 
-    def __init__(self, service: InferenceService, folder: Path, budget: DiskBudget) -> None:
-        self.service, self._folder, self.budget = service, folder, budget
+    def __init__(
+        self, service: InferenceService, folder: Path, budget: DiskBudget, reader: ImageReader
+    ) -> None:
+        self.service, self._folder, self.budget, self._reader = service, folder, budget, reader
         budget.free_space = self._free_space
         # Both from the least to the most recently used.
         self._sessions: dict[str, WebSession] = {}
@@ -402,7 +409,8 @@ class WebSessionStore:
             folder = self._folder / secrets.token_hex(16)
             folder.mkdir()
             chat = ChatSession(self.service)
-            session = WebSession(chat, folder, self.budget, browser_id)
+            session = WebSession(chat, folder, self.budget, self._reader, browser_id)
+            chat.read_size = session.get_image_size
         self._sessions.pop(session.token, None)
         self._sessions[session.token] = session
         session.tabs.add(tab_id)

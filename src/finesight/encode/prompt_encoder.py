@@ -1,0 +1,110 @@
+"""Encode prompts with untrusted images in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from finesight.data.sample import ImagePart, LocatedSample
+from finesight.encode.family import ThinkingOptions
+from finesight.encode.renderer import Renderer
+from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
+from finesight.errors import UserError
+from finesight.vision.image_reader import create_image_pool
+from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool, WorkerReply
+
+MAX_PROMPT_CPU_S = 20.0
+"""CPU seconds to tokenize a prompt and to decode all of its images."""
+
+
+def create_prompt_pool(renderer: Renderer) -> WorkerPool:
+    """Create the worker processes of `PromptEncoder`, which `ImageReader` may use as well."""
+    return create_image_pool(_get_renderer, renderer)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoder:
+    """Encodes prompts in worker processes, with limits on time and memory.
+
+    Attributes:
+        pool: Worker processes of `create_prompt_pool`.
+    """
+
+    pool: WorkerPool
+
+    def encode(self, located_sample: LocatedSample, thinking: ThinkingOptions) -> EncodedSample:
+        """Tokenize the prompt of a sample and decode its images into patches.
+
+        Raises:
+            UserError: The sample is invalid, or exceeds a limit.
+        """
+        try:
+            with self.pool.borrow_worker() as worker:
+                reply = worker.call(
+                    _encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S
+                )
+        except WorkerLostError as error:
+            raise UserError("not encoded, because the server stops", where="prompt") from error
+        parts = located_sample.sample.iter_parts()
+        files = [
+            located_sample.resolve_path(part.image) for part in parts if isinstance(part, ImagePart)
+        ]
+        tokenized = unpack_tokenized(reply, located_sample.sample.id, files)
+        patches_ND, *inputs = reply.arrays[2:]
+        hf_inputs = {
+            name: torch.from_numpy(array.copy())
+            for name, array in zip(reply.value["hf_inputs"], inputs, strict=True)
+        }
+        return EncodedSample(tokenized, patches_ND.view(np.uint8), hf_inputs)
+
+
+def pack_tokenized(tokenized: TokenizedSample) -> JobOutput:
+    """Convert a tokenized prompt with images to the output of a job, without its files."""
+    spans = [
+        [span.start, span.stop, span.grid_thw, span.original_size, span.resized_size]
+        for span in tokenized.spans
+    ]
+    return JobOutput(
+        {"spans": spans, "is_thinking": tokenized.is_thinking},
+        [tokenized.ids_T, tokenized.position_ids_3T],
+    )
+
+
+def unpack_tokenized(reply: WorkerReply, sample_id: str, files: Sequence[Path]) -> TokenizedSample:
+    """Restore a tokenized prompt from the output of a job and the file of each image."""
+    ids_T, positions_3T = reply.arrays[:2]
+    spans = tuple(
+        VisualSpan("image", start, stop, tuple(grid), (file,), tuple(size), tuple(resized_size))
+        for (start, stop, grid, size, resized_size), file in zip(
+            reply.value["spans"], files, strict=False
+        )
+    )
+    return TokenizedSample(
+        id=sample_id,
+        ids_T=ids_T.view(np.int32),
+        loss_mask_T=np.zeros(len(ids_T), dtype=np.bool_),
+        position_ids_3T=positions_3T.view(np.int32),
+        spans=spans,
+        is_thinking=reply.value["is_thinking"],
+    )
+
+
+def _get_renderer(renderer: Renderer) -> Renderer:
+    return renderer
+
+
+def _encode_prompt(
+    renderer: Renderer, located_sample: LocatedSample, thinking: ThinkingOptions
+) -> JobOutput:
+    renderer = renderer.with_thinking(thinking)
+    encoded = renderer.load_patches(renderer.tokenize_prompt(located_sample))
+    tokenized = pack_tokenized(encoded.tokenized)
+    inputs = [tensor.numpy() for tensor in encoded.hf_inputs.values()]
+    return JobOutput(
+        tokenized.value | {"hf_inputs": list(encoded.hf_inputs)},
+        [*tokenized.arrays, encoded.patches_ND, *inputs],
+    )

@@ -1,0 +1,103 @@
+"""Read untrusted images in worker processes with limits on time and memory.
+
+A few hundred bytes of JPEG 2000, or a JPEG with thousands of scans, occupy a decoder for a minute
+and a gigabyte of memory. Servers and pages therefore read images through `ImageReader` only.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from finesight.data.image_header import CorruptImageError, ImageSize, read_image_size
+from finesight.errors import UserError
+from finesight.vision.image_processing import load_image
+from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool, WorkerReply
+
+MAX_IMAGE_CPU_S = 4.0
+"""CPU seconds to decode an image and to encode a copy of it."""
+
+MAX_WORKER_MEMORY_BYTES = 1 << 30
+NUM_IMAGE_WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReader:
+    """Reads untrusted images in worker processes. Its methods block, and are thread-safe.
+
+    They raise CorruptImageError for a file that is not an image, or that exceeds the limits on
+    pixels, time or memory.
+
+    Attributes:
+        pool: Worker processes, such as those of `create_image_pool`. Jobs ignore their state.
+    """
+
+    pool: WorkerPool
+
+    def read_size(self, path: Path) -> ImageSize:
+        """Read height and width of an image in pixels, after EXIF rotation, from its header."""
+        height, width = self.call(_read_size, path).value
+        return int(height), int(width)
+
+    def load(self, path: Path, min_side: int | None = None) -> Image.Image:
+        """Decode an image as upright RGB; see `load_image`."""
+        return Image.fromarray(self.call(_load_pixels, path, min_side).arrays[0].view(np.uint8))
+
+    def encode(
+        self, path: Path, max_side: int, image_format: str = "WEBP"
+    ) -> tuple[ImageSize, bytes]:
+        """Return the original size of an image, and a copy without metadata within `max_side`."""
+        reply = self.call(_encode_copy, path, max_side, image_format)
+        height, width = reply.value
+        return (int(height), int(width)), reply.arrays[0].tobytes()
+
+    def call(self, job: Callable[..., JobOutput], path: Path, *args: Any) -> WorkerReply:
+        """Run `job(state, path, *args)` in a worker process. Its errors name the image."""
+        try:
+            with self.pool.borrow_worker() as worker:
+                return worker.call(job, path, *args, max_cpu_s=MAX_IMAGE_CPU_S)
+        except WorkerLostError as error:
+            raise CorruptImageError(
+                "not read, because the server stops", where=str(path)
+            ) from error
+        except UserError as error:
+            where, what, expected, remedy = error.where, error.what, error.expected, error.remedy
+            raise CorruptImageError(
+                what, where=where or str(path), expected=expected, remedy=remedy
+            ) from error
+
+
+def create_image_pool(setup: Callable[..., Any] | None = None, *args: Any) -> WorkerPool:
+    """Create worker processes for `ImageReader`; the first image starts them.
+
+    Args:
+        setup: Function that loads the state of further jobs from `args`; see `WorkerPool`.
+    """
+    return WorkerPool(
+        setup or Image.init,
+        *args,
+        num_idle=NUM_IMAGE_WORKERS,
+        memory_bytes=MAX_WORKER_MEMORY_BYTES,
+    )
+
+
+def _read_size(state: Any, path: Path) -> JobOutput:
+    return JobOutput(read_image_size(path))
+
+
+def _load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:
+    return JobOutput(arrays=[np.asarray(load_image(path, min_side=min_side))])
+
+
+def _encode_copy(state: Any, path: Path, max_side: int, image_format: str) -> JobOutput:
+    size, buffer = read_image_size(path), io.BytesIO()
+    image = load_image(path, min_side=max_side)
+    image.thumbnail((max_side, max_side))
+    image.save(buffer, format=image_format, quality=90)
+    return JobOutput(size, [np.frombuffer(buffer.getvalue(), np.uint8)])

@@ -1,0 +1,86 @@
+"""Reading untrusted images in worker processes."""
+
+from __future__ import annotations
+
+import ast
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile_requests import make_jpeg2000, make_progressive_jpeg, make_small_image
+from PIL import Image
+
+import finesight
+from finesight.data.image_header import CorruptImageError
+from finesight.vision import image_reader
+from finesight.vision.image_processing import load_image
+from finesight.vision.image_reader import ImageReader, create_image_pool
+
+SERVER_PACKAGES = ("serve", "web")
+WORKER_MODULES = {"serve/preprocessing_jobs.py"}
+"""Modules whose functions run in worker processes."""
+
+IMAGE_FUNCTIONS = {"PIL", "load_image", "read_image_size", "open_image_header", "check_pixels"}
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[ImageReader]:
+    pool = create_image_pool()
+    yield ImageReader(pool)
+    pool.close()
+
+
+def test_worker_returns_size_pixels_and_copy(reader: ImageReader, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path, exif=exif)
+
+    size, copy = reader.encode(path, 20)
+    shown = Image.open(io.BytesIO(copy))
+    assert (size, shown.format, max(shown.size)) == ((40, 30), "WEBP", 20)
+    assert not shown.getexif()
+    assert reader.read_size(path) == (40, 30)
+    assert np.array_equal(reader.load(path), load_image(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (make_jpeg2000, "CPU time"),
+        (make_progressive_jpeg, "CPU time"),
+        (lambda: make_small_image("PNG")[:60], "truncated|corrupt"),
+        (lambda: b"text", "not an image"),
+    ],
+)
+def test_image_beyond_a_limit_is_an_error_about_its_file(
+    reader: ImageReader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: object,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.5)
+    path = tmp_path / "a.png"
+    path.write_bytes(data())  # type: ignore[operator]
+    with pytest.raises(CorruptImageError, match=rf"a\.png: .*(?:{reason})"):
+        reader.encode(path, 100)
+
+
+def test_servers_read_images_in_worker_processes_only() -> None:
+    root, found = Path(finesight.__file__).parent, list[str]()
+    for path in (path for name in SERVER_PACKAGES for path in (root / name).rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                words = [one for alias in node.names for one in alias.name.split(".")]
+                words += (getattr(node, "module", "") or "").split(".")
+            elif isinstance(node, ast.Attribute):
+                words = [node.attr]
+            else:
+                continue
+            found += [f"{name}: {word}" for word in IMAGE_FUNCTIONS.intersection(words)]
+    assert [one for one in found if one.split(":")[0] not in WORKER_MODULES] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from axe import AxeChecker
 from browser import Browser
+from hostile_requests import make_jpeg2000, make_progressive_jpeg
 from label_fixtures import (
     CORNERS,
     FIELDS,
@@ -35,6 +37,7 @@ from starlette.testclient import TestClient
 from finesight.data.sample import BoxPart, TextPart, read_samples
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
+from finesight.vision import image_reader
 
 DRAGGED = ((70, 60), (100, 75))
 """Start and end of a new box in pixels of the image."""
@@ -695,6 +698,21 @@ def test_only_closed_sets_of_classes_have_keys(
     session.complete_task()
     session.store.close()
     assert (session.task.choices, session.task.names) == (choices, tuple(dict.fromkeys(labels)))
+
+
+@pytest.mark.parametrize("make_image", [make_jpeg2000, make_progressive_jpeg])
+def test_hostile_image_is_decoded_within_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_image: Callable[[], bytes]
+) -> None:
+    monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.5)
+    photos = draw_images(tmp_path)
+    (photos / "0.png").write_bytes(make_image())
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
+    with open_client(session) as client:
+        answers = [client.get(f"/images/{i}/0?small={s}") for i in range(2) for s in (True, False)]
+        assert [answer.status_code for answer in answers] == [422, 422, 200, 200]
+        assert "CPU time" in answers[0].text
+        assert client.get("/items/0").json()["images"][0]["width"] > 1
 
 
 def test_corrected_prompt_of_one_image_is_not_that_of_others(tmp_path: Path) -> None:

@@ -341,12 +341,13 @@ def _run_page(
     no_auth: bool,
 ) -> None:
     from finesight.label.label_page import make_label_app
+    from finesight.vision.image_reader import create_image_pool
     from finesight.web.web_server import create_private_folder, serve_app
 
     # Answers are data of the user, so a page on the network needs a password.
     password, is_generated = resolve_password(host, password_file, no_auth)
     with create_private_folder() as folder:
-        port = listener.getsockname()[1]
-        app = make_label_app(session, folder, password, is_loopback(host), port)
+        port, pool = listener.getsockname()[1], create_image_pool()
+        app = make_label_app(session, folder, password, is_loopback(host), port, pool)
         print_page_address(host, listener, password if is_generated else None)
-        serve_app(app, listener)
+        serve_app(app, listener, pool)

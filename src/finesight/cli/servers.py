@@ -412,7 +412,7 @@ def studio(
         app = make_studio_app(view, private_folder, access, is_loopback(host))
         shown_password = password if is_generated else None
         print_page_address(host, listener, shown_password, open_page=open_page)
-        serve_app(app, listener)
+        serve_app(app, listener, view.report_pool)
 
 
 def print_page_address(

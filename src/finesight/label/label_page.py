@@ -6,14 +6,15 @@ The page has its own editor of boxes, because labelling by keyboard needs one sc
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import secrets
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -21,7 +22,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.data.image_header import CorruptImageError, ImageSize
 from finesight.data.sample import BoxPart, ImagePart, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
@@ -30,11 +31,12 @@ from finesight.label.label_store import LabelItem
 from finesight.label.suggestion import AnswerContent, get_text
 from finesight.report import i18n
 from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, translate_markup, use_language
-from finesight.vision.image_processing import load_image
+from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 from finesight.web.access_middleware import AccessMiddleware
 from finesight.web.chat_html import STATIC_FOLDER, select_ui_text
 from finesight.web.web_server import CHATS_FOLDER, UPLOADS_FOLDER
 from finesight.web.web_sessions import DiskBudget
+from finesight.worker_pool import WorkerPool
 
 LABEL_STATIC_FOLDER = Path(__file__).parent / "static"
 GET_ROUTES = re.compile(
@@ -115,8 +117,8 @@ class DecisionRequest(BaseModel, frozen=True):
 class LabelPage:
     """Requests of the page. Decisions are handled one after the other."""
 
-    def __init__(self, session: LabelSession) -> None:
-        self._session, self._lock = session, threading.Lock()
+    def __init__(self, session: LabelSession, images: ImageReader) -> None:
+        self._session, self._images, self._lock = session, images, threading.Lock()
         self._items = [*session.store.items]
         # Browsers cache images; the same URL shows another image in the next session.
         self._version = secrets.token_hex(8)
@@ -190,7 +192,7 @@ class LabelPage:
         for number, path in enumerate(_list_images(item)):
             url, error = self._make_url(index, number), ""
             try:
-                height, width = read_image_size(path)
+                height, width = self._images.read_size(path)
             except CorruptImageError as corrupt:
                 height, width, error = 1, 1, str(corrupt)
             image = {"url": url, "width": width, "height": height, "error": error}
@@ -215,11 +217,7 @@ class LabelPage:
 
     def read_image(self, index: int, number: int, side: int = MAX_DISPLAY_SIDE) -> bytes:
         """Return an image without metadata as WebP, reduced to a side."""
-        image = load_image(_list_images(self._items[index])[number])
-        image.thumbnail((side, side))
-        buffer = io.BytesIO()
-        image.save(buffer, format="WEBP", quality=90)
-        return buffer.getvalue()
+        return self._images.encode(_list_images(self._items[index])[number], side)[1]
 
     def decide(self, request: DecisionRequest) -> dict[str, Any]:
         """Save a decision, and return the item and the counts."""
@@ -238,7 +236,8 @@ class LabelPage:
                     text = self._session.edit_fields(text, request.edits)
                 self._session.check_answer(item, text, bool(request.boxes))
                 updated = request.model_copy(update={"text": text})
-                content = _build_content(item, updated)
+                sizes = [self._images.read_size(path) for path in _list_images(item)]
+                content = _build_content(item, updated, sizes)
                 self._check_classes(item, updated)
                 if not content:
                     raise self._build_empty_error(request)
@@ -294,16 +293,15 @@ def _list_images(item: LabelItem) -> list[Path]:
     ]
 
 
-def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
+def _build_content(
+    item: LabelItem, request: DecisionRequest, sizes: Sequence[ImageSize]
+) -> AnswerContent:
     """Build the answer of a request; an unchanged one has the parts of the proposal.
 
-    It is empty without a text and boxes.
-
-    Raises:
-        UserError: A box is outside of its image, or an image is unreadable.
+    It is empty without a text and boxes. Raises UserError if a box is outside of its image.
     """
     answer = request.model_dump(mode="json", include={"text", "boxes"})
-    boxes, sizes = [], [read_image_size(path) for path in _list_images(item)]
+    boxes = []
     for box in request.boxes:
         if box.image >= len(sizes):
             raise UserError(
@@ -345,17 +343,24 @@ def _translate_error(text: str) -> str:
 
 
 def make_label_app(
-    session: LabelSession, folder: Path, password: str | None, loopback_only: bool, port: int
+    session: LabelSession,
+    folder: Path,
+    password: str | None,
+    loopback_only: bool,
+    port: int,
+    pool: WorkerPool | None = None,
 ) -> AccessMiddleware:
     """Build the page as an ASGI application with access control.
 
     Args:
         folder: Private folder, which remains empty.
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
+        pool: Worker processes that read images. None: new ones.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page = LabelPage(session)
+    page = LabelPage(session, ImageReader(pool or create_image_pool()))
     error_headers = {"cache-control": "no-store"}
+    image_limiter = CapacityLimiter(NUM_IMAGE_WORKERS)
 
     @app.exception_handler(UserError)
     def report_error(request: Request, error: UserError) -> Response:
@@ -400,9 +405,16 @@ def make_label_app(
         return page.describe(index)
 
     @app.get("/images/{index}/{number}")
-    def get_image(index: int, number: int, small: bool = False) -> Response:
+    async def get_image(index: int, number: int, small: bool = False) -> Response:
         headers = {"cache-control": "private, max-age=3600"}
-        content = page.read_image(index, number, THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE)
+        # Slow images wait for each other, and leave threads for the other requests.
+        content = await to_thread.run_sync(
+            page.read_image,
+            index,
+            number,
+            THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE,
+            limiter=image_limiter,
+        )
         return Response(content, media_type="image/webp", headers=headers)
 
     @app.post("/decision")

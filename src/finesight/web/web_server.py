@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
@@ -50,13 +51,24 @@ def run_web_server(
         pool.start()
         session_store = create_session_store(folder, service, pool)
         app = make_app(session_store, folder / UPLOADS_FOLDER, password, loopback_only)
-        serve_app(app, listener)
+        serve_app(app, listener, pool)
 
 
-def serve_app(app: AccessMiddleware, listener: socket.socket) -> None:
-    """Serve an application until a signal stops the server."""
-    import uvicorn
+class PageServer(uvicorn.Server):
+    """uvicorn server that first ends the worker processes, for which requests may wait."""
 
+    def __init__(self, config: uvicorn.Config, pool: WorkerPool) -> None:
+        super().__init__(config)
+        self._pool = pool
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the workers, the connections and the listeners."""
+        self._pool.close()
+        await super().shutdown(sockets)
+
+
+def serve_app(app: AccessMiddleware, listener: socket.socket, pool: WorkerPool) -> None:
+    """Serve an application until a signal stops the server, which also closes the pool."""
     config = uvicorn.Config(
         app,
         log_level="critical",
@@ -69,7 +81,7 @@ def serve_app(app: AccessMiddleware, listener: socket.socket) -> None:
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            PageServer(config, pool).run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
 

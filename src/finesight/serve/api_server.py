@@ -335,6 +335,7 @@ class ApiServer(uvicorn.Server):
         limits: ServerLimits,
         on_ready: Callable[[], None],
         abort: Callable[[], None] | None = None,
+        trusted_proxies: Sequence[str] = (),
     ) -> None:
         for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -348,7 +349,8 @@ class ApiServer(uvicorn.Server):
                 log_config=None,
                 log_level="warning",
                 access_log=False,
-                proxy_headers=False,
+                proxy_headers=bool(trusted_proxies),
+                forwarded_allow_ips=[*trusted_proxies],
                 server_header=False,
                 timeout_keep_alive=round(limits.keep_alive_timeout_s),
                 timeout_graceful_shutdown=round(limits.shutdown_timeout_s),
@@ -410,13 +412,14 @@ def run_api_server(
     allowed_media_hosts: Sequence[str] = (),
     image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
     label_studio: LabelStudioOptions | None = None,
+    trusted_proxies: Sequence[str] = (),
     on_ready: Callable[[InferenceService], None],
 ) -> None:
     """Serve requests until a signal stops the server, then close the listener.
 
     At shutdown, running requests have `shutdown_timeout_s` to complete. `on_ready` is called with
     the inference service when the server listens. Images may be fetched from
-    `allowed_media_hosts`.
+    `allowed_media_hosts`. The header X-Forwarded-For of `trusted_proxies` names the client.
     """
     renderer, model = inference_model.renderer, inference_model.model
     assert isinstance(model, VisionLanguageModel), f"unsupported model {type(model)}"
@@ -455,7 +458,8 @@ def run_api_server(
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
 
-        ApiServer(app, limits, lambda: on_ready(service), abort).run(sockets=[listener])
+        server = ApiServer(app, limits, lambda: on_ready(service), abort, trusted_proxies)
+        server.run(sockets=[listener])
 
 
 def create_worker_pool(

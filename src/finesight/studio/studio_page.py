@@ -76,6 +76,7 @@ class ServerAccess:
         chat_port, api_port, label_port: Ports of the chat page, of the HTTP API and of the
             labelling page. 0: any free port.
         converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
+        proxies: Addresses of trusted proxies of the studio and its servers.
     """
 
     host: str = "127.0.0.1"
@@ -85,6 +86,7 @@ class ServerAccess:
     api_port: int = 7872
     label_port: int = 7873
     port: int = 0
+    proxies: tuple[str, ...] = ()
 
 
 MISSING_MESSAGES = {
@@ -629,6 +631,7 @@ class StudioPage:
     def _page_options(self) -> list[str]:
         """Return the options that protect a page in the same way as the studio."""
         options = ["--host", self._access.host]
+        options += [f"--trusted-proxy={proxy}" for proxy in self._access.proxies]
         if self._access.password is None:
             return [*options, "--no-auth"]
         return [*options, "--password-file", str(self._write_password(self._access.password))]

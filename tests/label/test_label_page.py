@@ -715,6 +715,27 @@ def test_hostile_image_is_decoded_within_limits(
         assert client.get("/items/0").json()["images"][0]["width"] > 1
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"id": "a", "action": "save", "boxes": [{"xyxy": [NaN, 0, 1, 1]}]}',
+        b'{"id": "a", "action": "save", "boxes": [{"xyxy": [0, 0, 1, 1e999]}]}',
+        b'{"id": "a", "action": "save", "text": "\\ud800"}',
+        b'{"id": "\\ud800\\u0000", "action": "skip"}',
+        b'{"id": "a", "action": NaN, "edits": {"9": Infinity}}',
+        b"[" * 100_000,
+        b'"\xff"',
+    ],
+)
+def test_invalid_decision_is_an_error_of_the_user(tmp_path: Path, body: bytes) -> None:
+    with open_client(open_fields_session(tmp_path)) as client:
+        answer = client.post(
+            "/decision", content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code in (400, 422), answer.text
+        assert client.get("/items").json()["counts"]["open"] == 3
+
+
 def test_corrected_prompt_of_one_image_is_not_that_of_others(tmp_path: Path) -> None:
     photos, out = draw_images(tmp_path), tmp_path / "labels"
     for kept in (0, 1):

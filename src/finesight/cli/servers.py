@@ -422,7 +422,9 @@ def studio(
 
         # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
         os.chdir(folder)
-        view = StudioView(Workspace(Path()))
+        workspace = Workspace(Path())
+        workspace.remove_leftovers()
+        view = StudioView(workspace)
         port = listener.getsockname()[1]
         ports = {"chat_port": chat_port, "api_port": api_port, "label_port": label_port}
         access = ServerAccess(host, password, converter, port=port, proxies=proxies, **ports)

@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ from finesight.hub.download import (
     RetryableError,
     strip_query,
 )
-from finesight.storage import sha256_file
+from finesight.storage import sha256_file, temporary_folder
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi, Visibility
@@ -193,8 +192,7 @@ def _open_api(
         ) from error
     endpoint, token = get_endpoint(), _read_token()
     # An empty folder, because the package reads tokens of other programs and stores an identifier.
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with temporary_folder("hub") as folder:
         try:
             logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
             config = HubConfig(endpoint=endpoint, token=token, cache_dir=folder, config_dir=folder)

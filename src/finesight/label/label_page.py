@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, Field, FiniteFloat
@@ -367,6 +368,13 @@ def make_label_app(
         names = request.headers.get("accept-language", "")
         with use_language(select_ui_text(names).language):
             return JSONResponse({"error": describe_error(error)}, 422, headers=error_headers)
+
+    @app.exception_handler(RequestValidationError)
+    def report_invalid(request: Request, error: RequestValidationError) -> Response:
+        # The inputs may be no JSON: NaN, or half of a surrogate pair.
+        problems = [f"{one['loc'][-1]!r:.80}: {one['msg']}" for one in error.errors()[:3]]
+        text = "; ".join(problems).encode(errors="replace").decode()
+        return JSONResponse({"error": text}, 422, headers=error_headers)
 
     @app.exception_handler(IndexError)
     def report_missing(request: Request, error: IndexError) -> Response:

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +57,7 @@ from finesight.serve.request_middleware import (
     check_exposure,
 )
 from finesight.serve.request_preprocessor import ConstraintFactory, RequestPreprocessor
+from finesight.storage import temporary_folder
 from finesight.worker_pool import WorkerPool
 
 QUIET_LOGGERS = ("httpx2", "httpcore2", "uvicorn", "python_multipart", "PIL", "asyncio")
@@ -427,7 +427,7 @@ def run_api_server(
     vocab_size = model.config.decoder.vocab_size
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="finesight-serve-"))
+        folder = stack.enter_context(temporary_folder("serve"))
         worker_pool = create_worker_pool(renderer, vocab_size, limits)
         stack.callback(worker_pool.close)
         worker_pool.start()
@@ -441,7 +441,7 @@ def run_api_server(
             service,
             worker_pool,
             vocab_size,
-            Path(folder),
+            folder,
             api_keys=api_keys,
             limits=limits,
             fetcher=ImageFetcher(

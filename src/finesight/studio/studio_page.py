@@ -30,6 +30,7 @@ from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
+from finesight.storage import translate_os_errors
 from finesight.studio.studio_jobs import format_command
 from finesight.studio.studio_view import (
     CHECK_EXIT_CODES,
@@ -55,6 +56,8 @@ from finesight.web.web_server import CHATS_FOLDER, UPLOADS_FOLDER, mount_page
 from finesight.web.web_sessions import DiskBudget
 
 MAX_FIELD_CHARS = 100_000
+
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\ud800-\udfff]")
 
 Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 
@@ -115,7 +118,10 @@ Action = Callable[..., str]
 class StudioPage:
     """Gradio page with one form per step. The lists and jobs are HTML from `StudioView`."""
 
-    def __init__(self, view: StudioView, access: ServerAccess) -> None:
+    def __init__(
+        self, view: StudioView, access: ServerAccess, budget: DiskBudget | None = None
+    ) -> None:
+        self._budget = budget
         self._view, self._workspace, self._jobs = view, view.workspace, view.jobs
         self._access = access
         self._labels: list[tuple[Any, str]] = []
@@ -291,8 +297,11 @@ class StudioPage:
         def on_click(request: gr.Request, *values: Any) -> tuple[str, str]:
             selection = _read_selection(request)
             try:
+                _check_texts(values)
                 # An action applies to the items that the page shows, which its URL names.
-                return "", action(self._view.read_state(selection, use_newest=False), *values)
+                state = self._view.read_state(selection, use_newest=False)
+                with translate_os_errors(self._workspace.folder):
+                    return "", action(state, *values)
             except UserError as error:
                 with use_language(selection.lang):
                     is_sentence = isinstance(error, MissingItemError)
@@ -364,8 +373,10 @@ class StudioPage:
         def on_change(request: gr.Request, *values: str) -> str:
             selection = _read_selection(request)
             try:
+                _check_texts(values)
                 state = self._view.read_state(selection, use_newest=False)
-                arguments = build(state, *values)
+                with translate_os_errors(self._workspace.folder):
+                    arguments = build(state, *values)
                 return render_command(arguments) if arguments else ""
             except UserError as error:
                 with use_language(selection.lang):
@@ -440,17 +451,24 @@ class StudioPage:
             source = str(self._workspace.save_uploads(files, name.strip()))
             files = [file for file in folder.rglob("[!.]*") if file.is_file()]
             if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+                self._mark_copied(upload)
                 # Images without a table are labeled in the next step.
                 return state.selection.link(step="label", images=source)
         try:
             target, arguments = self._build_import(source, name, *others)
             form = [source, name, *others]
-            return self._start(state, str(target), arguments, data=str(target), form=form)
+            url = self._start(state, str(target), arguments, data=str(target), form=form)
+            self._mark_copied(upload or ())
+            return url
         except UserError:
             # A refused import leaves no uploads: the browser still has them.
             if upload and is_new:
                 self._workspace.move_to_trash(Path("uploads", name.strip()))
             raise
+
+    def _mark_copied(self, upload: Sequence[str]) -> None:
+        if self._budget is not None:
+            self._budget.mark_copied(map(Path, upload))
 
     def _find_commands(self, *folders: Path) -> list[str]:
         """Return the running commands that use a file in the folders or a parent folder."""
@@ -754,6 +772,19 @@ def _detect_columns(workspace: Path, path: Path) -> tuple[Path, dict[str, str]]:
     return path, {}
 
 
+def _check_texts(values: Sequence[Any]) -> None:
+    """Raise UserError for a text that no argument of a command or file name can contain."""
+    for text in (value for value in values if isinstance(value, str)):
+        controls = _CONTROL_CHARACTERS.findall(text)
+        if controls or len(text) > MAX_FIELD_CHARS:
+            raise UserError(
+                f"{text!r:.80} has {f'the character {controls[0]!r}' if controls else len(text)}",
+                where="form",
+                expected=f"text of at most {MAX_FIELD_CHARS} characters, no control characters",
+                remedy="correct the field",
+            )
+
+
 def _check_fraction(text: str) -> bool:
     """Return whether a fraction is given. Raises UserError if it is not between 0 and 1."""
     with contextlib.suppress(ValueError):
@@ -802,7 +833,9 @@ def make_studio_app(
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page = StudioPage(view, access)
+    uploads = folder / UPLOADS_FOLDER
+    budget = DiskBudget(uploads, folder / CHATS_FOLDER)
+    page = StudioPage(view, access, budget)
 
     @app.get("/studio.css")
     def get_style() -> Response:
@@ -831,11 +864,10 @@ def make_studio_app(
         head='<link rel="stylesheet" href="studio.css">',
         max_file_size=MAX_UPLOAD_BYTES,
     )
-    uploads = folder / UPLOADS_FOLDER
     return AccessMiddleware(
         mounted,
         uploads,
-        DiskBudget(uploads, folder / CHATS_FOLDER),
+        budget,
         page.inputs,
         lambda name: name in page.blocks._queue.pending_messages_per_session,
         access.password,

@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from uvicorn.server import ServerState
 
 from finesight.errors import UserError, build_bind_error
 from finesight.infer.inference_service import InferenceService
+from finesight.storage import temporary_folder
 from finesight.vision.image_reader import ImageReader
 from finesight.web.access_middleware import SIGNED_IN_KEY, AccessMiddleware
 from finesight.web.chat_html import STATIC_FOLDER
@@ -178,10 +178,7 @@ def create_private_folder() -> Iterator[Path]:
 
     The folder is deleted at the end of the `with` block.
     """
-    with tempfile.TemporaryDirectory(
-        prefix="finesight-web-", ignore_cleanup_errors=True
-    ) as temporary_folder:
-        folder = Path(temporary_folder)
+    with temporary_folder("web") as folder:
         (folder / UPLOADS_FOLDER).mkdir()
         (folder / CHATS_FOLDER).mkdir()
         with _configure_gradio(folder / UPLOADS_FOLDER):

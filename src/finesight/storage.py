@@ -34,7 +34,7 @@ from finesight.errors import UserError
 _PARTIAL_SUFFIX = ".partial"
 _HOST_TAG = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
 _OWN_PARTIAL = re.compile(rf"\..+\.{_HOST_TAG}[0-9a-f]{{6}}\.partial", re.DOTALL)
-_OWN_TEMPORARY = re.compile(r"finesight-[a-z]+-[a-z0-9_]{8}\.tmp")
+_OWN_TEMPORARY = re.compile(rf"finesight-[a-z]+-{_HOST_TAG}-[a-z0-9_]{{8}}\.tmp")
 """Names of hidden folders of this machine, whose locks it knows, and of temporary folders."""
 
 WRITE_BUFFER_BYTES = 2**20
@@ -297,7 +297,7 @@ def temporary_folder(name: str) -> Iterator[Path]:
     """
     with contextlib.suppress(OSError):
         remove_leftovers(Path(tempfile.gettempdir()))
-    prefix = f"finesight-{name}-"
+    prefix = f"finesight-{name}-{_HOST_TAG}-"
     with _hold_new_folder(lambda: Path(tempfile.mkdtemp(".tmp", prefix))) as folder:
         yield folder
 

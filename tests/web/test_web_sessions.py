@@ -344,7 +344,8 @@ def test_sent_and_forgotten_uploads_give_way_to_new_ones(visitors, tmp_path, mon
             os.utime(upload, (past, past))
         else:
             visitor.remove_images(visitor.add_uploads("", [upload]))
-            # The next message has the same upload.
+            # The next message has the same upload, after a long pause.
+            os.utime(upload, (past, past))
             visitor.remove_images(visitor.add_uploads("", [upload]))
     new = write_noise_image(tmp_path / "uploads" / "new.png", 400, 400)
     with visitors.budget.reserve(2 * size):

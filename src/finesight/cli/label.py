@@ -192,7 +192,7 @@ def label(
             _print_suggestions(session, as_json)
         else:
             # Answers are data of the user, so a page on the network needs a password.
-            password, is_generated = resolve_password(host, password_file, no_auth)
+            password, is_generated = resolve_password(host, password_file, no_auth, proxies)
             print_page_address(host, listener, password if is_generated else None)
             _run_page(session, listener, host, password, proxies)
     counts = session.store.count_events()

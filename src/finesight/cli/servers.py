@@ -325,8 +325,8 @@ def web(
     Example: finesight web runs/latex
     """
     require_gradio("finesight web")
-    password, is_generated = resolve_password(host, password_file, no_auth)
     proxies = check_proxies(trusted_proxy)
+    password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
     from finesight.encode.family import ThinkingOptions
     from finesight.encode.prompt_encoder import PromptEncoder, create_prompt_pool
@@ -410,8 +410,10 @@ def studio(
     """
     require_gradio("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.
-    password, is_generated = resolve_password(host, password_file, no_auth, open_loopback=False)
     proxies = check_proxies(trusted_proxy)
+    password, is_generated = resolve_password(
+        host, password_file, no_auth, proxies, open_loopback=False
+    )
 
     from finesight.web.web_server import bind_socket, create_private_folder, serve_app
 
@@ -471,7 +473,12 @@ def require_gradio(command: str) -> None:
 
 
 def resolve_password(
-    host: str, file: Path | None, no_auth: bool, *, open_loopback: bool = True
+    host: str,
+    file: Path | None,
+    no_auth: bool,
+    proxies: Sequence[str],
+    *,
+    open_loopback: bool = True,
 ) -> tuple[str | None, bool]:
     """Return the password of a page, and whether it was generated.
 
@@ -485,7 +492,7 @@ def resolve_password(
             remedy="remove one of the options",
         )
     if file is not None:
-        is_local = is_loopback(host)
+        is_local = is_loopback(host) and not proxies
         length = MIN_PASSWORD_LENGTH if is_local else MIN_NETWORK_PASSWORD_LENGTH
         return _read_password(file, length), False
     if no_auth or (open_loopback and is_loopback(host)):

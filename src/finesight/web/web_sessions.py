@@ -92,7 +92,9 @@ class DiskBudget:
         """
         with self._lock:
             limit, max_age_s = MAX_STORED_BYTES - num_bytes, UPLOAD_TTL_S
-            while (excess := self._count_stored_bytes(max_age_s) + self._reserved - limit) > 0:
+            while (
+                excess := self._count_stored_bytes(max_age_s, needed) + self._reserved - limit
+            ) > 0:
                 if max_age_s == UPLOAD_TTL_S:
                     max_age_s = MIN_UPLOAD_TTL_S
                     self._delete_copied(needed)
@@ -118,12 +120,13 @@ class DiskBudget:
         with self._lock:
             self._reserved -= num_bytes
 
-    def _count_stored_bytes(self, max_age_s: float) -> int:
+    def _count_stored_bytes(self, max_age_s: float, needed: Sequence[Path]) -> int:
         """Delete uploads beyond an age, then count the bytes of all stored files."""
         min_mtime, total = time.time() - max_age_s, 0
         for root in (self._uploads, self._conversations):
             for file, state in _iter_files(root):
-                if root == self._uploads and state.st_mtime < min_mtime:
+                is_expired = root == self._uploads and state.st_mtime < min_mtime
+                if is_expired and file not in needed:
                     file.unlink(missing_ok=True)
                 else:
                     total += state.st_size

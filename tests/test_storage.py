@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from finesight import storage
 from finesight.errors import UserError
+from finesight.storage import temporary_folder, working_folder
 
 OLD, NEW = {"a": b"old", "b/c": b"older"}, {"a": b"new" * 1000, "b/c": b"newer"}
 
@@ -276,3 +278,21 @@ def test_cut_file_preserves_the_prefix(tmp_path: Path) -> None:
     storage.truncate_file(tmp_path / "lines", 4)
     storage.append_line(tmp_path / "lines", "three")
     assert (tmp_path / "lines").read_text() == "one\nthree\n"
+
+
+def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_folder("web") as running, working_folder(tmp_path / "data" / "a") as partial:
+        assert (running.stat().st_mode & 0o777, running.parent) == (0o700, tmp_path)
+        leftovers = [running.with_name(running.name[:-6] + "aa.tmp")]
+        leftovers.append(partial.with_name(partial.name.replace(".a.", ".another.")))
+        kept = [tmp_path / name for name in ("finesight-web-12345678", "finesight-data")]
+        kept += [tmp_path / "data" / ".model.0123456789ab.partial", running, partial]
+        for folder in (*leftovers, *kept):
+            folder.mkdir(exist_ok=True)
+            (folder / "file").touch()
+        with temporary_folder("import") as other, working_folder(tmp_path / "data" / "b"):
+            assert [*other.iterdir()] == []
+        assert [folder.exists() for folder in leftovers] == [False, False]
+        assert all((folder / "file").exists() for folder in kept)
+    assert not running.exists()

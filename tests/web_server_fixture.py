@@ -6,7 +6,7 @@ import asyncio
 import atexit
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +25,7 @@ from finesight.web.web_server import (
     UPLOADS_FOLDER,
     bind_socket,
     create_private_folder,
+    create_server_config,
     create_session_store,
     make_app,
 )
@@ -119,15 +120,16 @@ class RunningWebPage:
 
 @contextmanager
 def run_web_page(
-    service: object, password: str | None = None, loopback: bool = True
+    service: object,
+    password: str | None = None,
+    loopback: bool = True,
+    proxies: Sequence[str] = (),
 ) -> Iterator[RunningWebPage]:
     """Run the page within the block."""
     with bind_socket("127.0.0.1", 0) as listener, create_private_folder() as folder:
         visitors = create_session_store(folder, service, get_image_pool())  # type: ignore[arg-type]
         app = make_app(visitors, folder / UPLOADS_FOLDER, password, loopback)
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-        )
+        server = uvicorn.Server(create_server_config(app, proxies))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -16,6 +16,9 @@ import os
 import re
 import secrets
 import shutil
+import socket
+import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +32,10 @@ from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 
 _PARTIAL_SUFFIX = ".partial"
+_HOST_TAG = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
+_OWN_PARTIAL = re.compile(rf"\..+\.{_HOST_TAG}[0-9a-f]{{6}}\.partial", re.DOTALL)
+_OWN_TEMPORARY = re.compile(rf"finesight-[a-z]+-{_HOST_TAG}-[a-z0-9_]{{8}}\.tmp")
+"""Names of hidden folders of this machine, whose locks it knows, and of temporary folders."""
 
 WRITE_BUFFER_BYTES = 2**20
 """Number of bytes up to which small pieces are collected for one write call."""
@@ -250,7 +257,7 @@ def write_folder(target: Path) -> Iterator[Path]:
     raise_if_exists(target)
     make_folder(target.parent)
     with translate_os_errors(target):
-        _remove_leftovers(target)
+        remove_leftovers(target.parent, target.name)
         with _create_partial_folder(target) as partial:
             yield partial
             _write_digests(partial)
@@ -277,28 +284,53 @@ def working_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden temporary folder next to `target`, and remove it after the `with` block."""
     make_folder(target.parent)
     with translate_os_errors(target):
-        _remove_leftovers(target)
+        remove_leftovers(target.parent, target.name)
         with _create_partial_folder(target) as folder:
             yield folder
 
 
 @contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Yield a private temporary folder of a command, and remove it after the `with` block.
+
+    Those that killed processes left are removed first.
+    """
+    with contextlib.suppress(OSError):
+        remove_leftovers(Path(tempfile.gettempdir()))
+    prefix = f"finesight-{name}-{_HOST_TAG}-"
+    with _hold_new_folder(lambda: Path(tempfile.mkdtemp(".tmp", prefix))) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
 def _create_partial_folder(target: Path) -> Iterator[Path]:
-    """Yield a hidden locked folder next to `target`, and remove it after the `with` block.
+    """Yield a hidden locked folder next to `target`, and remove it after the `with` block."""
+
+    def make() -> Path:
+        folder = _partial_path(target.with_name(f"{target.name}.{_HOST_TAG}{secrets.token_hex(3)}"))
+        _FILE_SYSTEM.get().make_folder(folder)
+        return folder
+
+    with _hold_new_folder(make) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _hold_new_folder(make: Callable[[], Path]) -> Iterator[Path]:
+    """Yield a new locked folder, and remove it after the `with` block.
 
     The lock shows other processes that the folder is in use.
     """
     while True:
-        partial = _partial_path(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
-        _FILE_SYSTEM.get().make_folder(partial)
+        folder = make()
         try:
-            with _lock_folder(partial, wait=True) as is_locked:
+            with _lock_folder(folder, wait=True) as is_locked:
                 # Another process may have taken the new folder for a leftover before the lock.
                 if is_locked:
-                    yield partial
+                    yield folder
                     return
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _commit_folder(partial: Path, target: Path) -> None:
@@ -310,19 +342,29 @@ def _commit_folder(partial: Path, target: Path) -> None:
         raise
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove hidden folders next to `target` that killed processes left.
+def remove_leftovers(parent: Path, target_name: str = "") -> None:
+    """Remove folders of this user in `parent` that killed processes left.
 
     Those of running processes are locked.
+
+    Args:
+        target_name: Name of the folder to write, whose leftovers of other machines are removed too.
     """
-    pattern = re.compile(
-        re.escape(f".{target.name}") + r"(\.[0-9a-f]{8})?" + re.escape(_PARTIAL_SUFFIX)
-    )
-    for folder in target.parent.iterdir():
-        if pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+    suffix = r"(\.[0-9a-f]{8,10})?" + re.escape(_PARTIAL_SUFFIX)
+    own_target = re.compile(re.escape(f".{target_name}") + suffix)
+    patterns = (_OWN_PARTIAL, _OWN_TEMPORARY, *([own_target] if target_name else []))
+    for folder in parent.iterdir() if parent.is_dir() else ():
+        if any(one.fullmatch(folder.name) for one in patterns) and _is_own_folder(folder):
             with _lock_folder(folder) as is_locked:
                 if is_locked:
                     _FILE_SYSTEM.get().remove_tree(folder)
+
+
+def _is_own_folder(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        state = path.lstat()
+        return stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid()
+    return False
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def test_next_command_keeps_the_earlier_training_data(
     Path("first").mkdir()
     recipe = "model: finesight-tiny\ndata: {train: old.jsonl}\noutput_dir: first\n"
     Path("first/recipe.yaml").write_text(recipe)
-    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
     arguments = ["label", "first", "photos", *PROMPT, "--no-suggestions", "--port", "0"]
     assert "next:" not in CliRunner().invoke(app, arguments).stderr
     counts = {"open": 2, "accepted": 0, "corrected": 1, "skipped": 0}
@@ -138,7 +138,7 @@ def test_command_after_a_review_trains_no_validation_samples(
     )
     written = Path("labels-review/labels_eval.jsonl")
     monkeypatch.setattr(
-        web_server, "serve_app", lambda page, listener: written.touch() if fraction else None
+        web_server, "serve_app", lambda *page: written.touch() if fraction else None
     )
     counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
     monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
@@ -179,7 +179,7 @@ def test_next_command_keeps_weight_and_limit_of_data_files(
         f"model: finesight-tiny\ndata: {{train: {train}, eval: {evaluation}}}\noutput_dir: first\n"
     )
     Path("first/recipe.yaml").write_text(recipe)
-    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
     counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
     monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
     options = PROMPT if source == "photos" else ("--review",)
@@ -197,7 +197,7 @@ def test_further_rounds_continue_the_labels_of_the_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     draw_images(tmp_path, 1)
-    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
 
     def run(run_or_model: str, *options: str) -> str:
         arguments = ["label", run_or_model, "photos", *PROMPT, "--no-suggestions", "--port", "0"]
@@ -235,7 +235,7 @@ def test_review_ranks_existing_answers(tmp_path: Path) -> None:
 def test_next_command_imports_labels_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The data of the first import contains the earlier labels, some of them for validation."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
     draw_images(tmp_path, 3)
     imported, reviewed = "labels-finetune/data/train", "labels-review/labels"
     for name, indices in (("labels/labels", (0, 1)), (imported, (0,)), (reviewed, (0,))):
@@ -278,7 +278,7 @@ def test_progress_in_a_log_is_complete(tmp_path: Path, monkeypatch: pytest.Monke
 def test_reviews_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next command trains the reviewed training data, or keeps it for validation."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(web_server, "serve_app", lambda page, listener: None)
+    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
     counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
     monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
     draw_images(tmp_path, 1)

@@ -27,6 +27,13 @@ def run_rejected(*arguments: object) -> str:
 def test_invalid_passwords_are_rejected(tmp_path):
     (tmp_path / "short").write_text("1234567\n")
     assert "the password has 7 characters" in run_rejected("--password-file", tmp_path / "short")
+    (tmp_path / "short").write_text("123456789012345\n")
+    public = ("--host", "0.0.0.0", "--password-file", tmp_path / "short")
+    assert "expected: at least 16" in run_rejected(*public)
+    proxied = ("--trusted-proxy", "127.0.0.1", "--password-file", tmp_path / "short")
+    assert "expected: at least 16" in run_rejected(*proxied)
+    assert "10.0.0.300" in run_rejected("--trusted-proxy", "10.0.0.300")
+    assert "*" in run_rejected("--trusted-proxy", "*")
     assert "cannot be read" in run_rejected("--password-file", tmp_path / "gone")
     assert "--no-auth is given with" in run_rejected(
         "--password-file", tmp_path / "short", "--no-auth"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from axe import AxeChecker
 from browser import Browser
+from hostile_requests import make_jpeg2000, make_progressive_jpeg
 from label_fixtures import (
     CORNERS,
     FIELDS,
@@ -32,9 +34,10 @@ from label_page_driver import (
 from PIL import Image
 from starlette.testclient import TestClient
 
-from finesight.data.sample import BoxPart, read_samples
+from finesight.data.sample import BoxPart, TextPart, read_samples
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
+from finesight.vision import image_reader
 
 DRAGGED = ((70, 60), (100, 75))
 """Start and end of a new box in pixels of the image."""
@@ -594,6 +597,9 @@ def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path: Path, browser: Browser
             browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
         wait_for(browser, "document.querySelectorAll('#overlay rect').length === 2")
         press(browser, "Enter")
+        wait_for(browser, "!error.hidden && error.textContent.includes('box 2 has no class')")
+        press(browser, "1")
+        press(browser, "Enter")
         wait_for(browser, "document.querySelector('#counts').textContent.includes('corrected 1')")
         wait_for(browser, "document.querySelector('#name').textContent === '1.png'")
         press(browser, "Enter")
@@ -603,6 +609,143 @@ def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path: Path, browser: Browser
         one.messages[-1].content for one in read_samples(tmp_path / "labels" / LABELS_FILE)
     )
     assert [box.xyxy for box in accepted] == list(CORNERS)
-    assert [box.label for box in corrected] == ["total", "total"]
+    assert [box.label for box in corrected] == ["total", "shop"]
     assert corrected[0].xyxy == (20, 20, 51, 50)
     assert corrected[1].xyxy == pytest.approx((*DRAGGED[0], *DRAGGED[1]), abs=1)
+
+
+def write_questions(folder: Path) -> Path:
+    """Write three samples with a question, an answer and boxes of their own."""
+    photos = draw_images(folder)
+    rows = []
+    for index, name in enumerate(("a red car", "the left dog", "two cups")):
+        image, question = {"type": "image", "image": f"photos/{index}.png"}, f"Find {name}"
+        content = [
+            {"type": "text", "text": f"{question} in "},
+            image,
+            {"type": "text", "text": "."},
+        ]
+        box = {"type": "box", "label": name, "xyxy": CORNERS[0]}
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [box]}]
+        rows.append(json.dumps({"id": f"s{index}", "messages": messages}))
+    (folder / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert photos.is_dir()
+    return folder / "data.jsonl"
+
+
+def test_question_of_each_sample_is_shown_and_corrected(tmp_path: Path, browser: Browser) -> None:
+    source, out = write_questions(tmp_path), tmp_path / "labels"
+    session = open_session(out, MODEL, [source], review=True)
+    session.complete_task()
+    texts = "[...document.querySelectorAll('#question textarea')].map((one) => one.value)"
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelectorAll('#question textarea').length === 2")
+        assert browser.run(f"return {texts};") == ["Find a red car in ", "."]
+        check_layouts(browser, address)
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelectorAll('#question textarea').length === 2")
+        # Names of an open set have no keys, and a new box has none of them.
+        assert browser.run("return document.querySelector('.legend') === null;")
+        press(browser, "n")
+        assert browser.run("return answer.boxes.map((box) => box.label);") == ["a red car", None]
+        press(browser, "Enter")
+        wait_for(browser, "!error.hidden && error.textContent.includes('box 2 has no class')")
+        press(browser, "Delete")
+        browser.run("document.querySelector('#question textarea').select();")
+        browser.run("document.execCommand('insertText', false, 'Find a blue car in ');")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#name').textContent === '1.png'")
+        assert browser.run(f"return {texts};") == ["Find the left dog in ", "."]
+    for _ in range(2):
+        first, second, _ = read_samples(out / LABELS_FILE)
+        parts = [getattr(part, "text", part.type) for part in first.messages[0].content]
+        assert parts == ["Find a blue car in ", "image", "."]
+        assert first.meta == {"original_prompt": "Find a red car in ."}
+        assert second.meta == {}
+        # The next session shows the corrected question, and cannot empty it.
+        with open_client(open_session(out, MODEL, [source], review=True)) as client:
+            item = client.get("/items/0").json()
+            assert (item["decision"], item["question"][0]) == ("corrected", "Find a blue car in ")
+            decision = {"id": "s0", "action": "save", "boxes": item["answer"]["boxes"]}
+            refused = client.post("/decision", json={**decision, "question": ["", " "]})
+            assert (refused.status_code, "the prompt is empty" in refused.text) == (422, True)
+            assert client.post("/decision", json={"id": "s1", "action": "skip"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("labels", "choices"),
+    [
+        (["car", "dog"] * 3, ("car", "dog")),
+        (["car", "dog", "cup"] * 2, ()),
+        ([f"object {index}" for index in range(20)], ()),
+    ],
+)
+def test_only_closed_sets_of_classes_have_keys(
+    tmp_path: Path, labels: list[str], choices: tuple[str, ...]
+) -> None:
+    photos, rows = draw_images(tmp_path, len(labels)), []
+    for index, label in enumerate(labels):
+        question = [
+            {"type": "image", "image": f"{photos}/{index}.png"},
+            {"type": "text", "text": "?"},
+        ]
+        answer = [{"type": "box", "label": label, "xyxy": CORNERS[0]}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"id": str(index), "messages": messages}))
+    (tmp_path / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    session = open_session(tmp_path / "labels", MODEL, [tmp_path / "data.jsonl"], review=True)
+    session.complete_task()
+    session.store.close()
+    assert (session.task.choices, session.task.names) == (choices, tuple(dict.fromkeys(labels)))
+
+
+@pytest.mark.parametrize("make_image", [make_jpeg2000, make_progressive_jpeg])
+def test_hostile_image_is_decoded_within_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_image: Callable[[], bytes]
+) -> None:
+    monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.5)
+    photos = draw_images(tmp_path)
+    (photos / "0.png").write_bytes(make_image())
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
+    with open_client(session) as client:
+        answers = [client.get(f"/images/{i}/0?small={s}") for i in range(2) for s in (True, False)]
+        assert [answer.status_code for answer in answers] == [422, 422, 200, 200]
+        assert "CPU time" in answers[0].text
+        assert client.get("/items/0").json()["images"][0]["width"] > 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"id": "a", "action": "save", "boxes": [{"xyxy": [NaN, 0, 1, 1]}]}',
+        b'{"id": "a", "action": "save", "boxes": [{"xyxy": [0, 0, 1, 1e999]}]}',
+        b'{"id": "a", "action": "save", "text": "\\ud800"}',
+        b'{"id": "\\ud800\\u0000", "action": "skip"}',
+        b'{"id": "a", "action": NaN, "edits": {"9": Infinity}}',
+        b"[" * 100_000,
+        b'"\xff"',
+    ],
+)
+def test_invalid_decision_is_an_error_of_the_user(tmp_path: Path, body: bytes) -> None:
+    with open_client(open_fields_session(tmp_path)) as client:
+        answer = client.post(
+            "/decision", content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code in (400, 422), answer.text
+        assert client.get("/items").json()["counts"]["open"] == 3
+
+
+def test_corrected_prompt_of_one_image_is_not_that_of_others(tmp_path: Path) -> None:
+    photos, out = draw_images(tmp_path), tmp_path / "labels"
+    for kept in (0, 1):
+        with open_client(open_session(out, MODEL, [photos], prompt="Read.", kind="text")) as client:
+            items = [client.get(f"/items/{index}").json() for index in range(3)]
+            assert [item["question"][0] for item in items] == [
+                "Read all." if kept else "Read.",
+                *["Read."] * 2,
+            ]
+            save(client, items[0], text="a", question=["Read all."])
+    assert [one.messages[0].content[1] for one in read_samples(out / LABELS_FILE)] == [
+        TextPart(text="Read all.")
+    ]

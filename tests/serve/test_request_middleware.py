@@ -31,8 +31,8 @@ from api_server_fixtures import (
 )
 from PIL import Image
 
+from finesight import credentials
 from finesight.errors import UserError
-from finesight.serve import request_middleware as area
 from finesight.serve.api_server import bind_socket
 from finesight.serve.request_middleware import ApiKeys, check_exposure, is_loopback, read_api_keys
 
@@ -56,7 +56,9 @@ def routes(server: RunningServer) -> list[tuple[str, str]]:
     return [*found, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("PUT", "/v1/none")]
 
 
-def test_every_route_requires_a_key(server_with_keys):
+def test_every_route_requires_a_key(server_with_keys, monkeypatch):
+    monkeypatch.setattr(credentials, "MAX_WRONG_GUESSES_PER_ADDRESS", 10**6)
+    monkeypatch.setattr(credentials, "MAX_WRONG_GUESSES", 10**6)
     assert len(routes(server_with_keys)) > 10
     wrong_keys = "wrong-key-0123456789", "", KEY[:-1], KEY + "a"
     wrong = [{}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}]
@@ -70,6 +72,34 @@ def test_every_route_requires_a_key(server_with_keys):
         for headers in (make_auth_header(KEY), make_auth_header(OTHER)):
             status = send_request(server_with_keys, method, path, headers=headers)[0]
             assert status not in (401, 403)
+
+
+def test_wrong_keys_have_a_budget_and_right_keys_are_accepted(server_with_keys, monkeypatch):
+    monkeypatch.setattr(credentials, "MAX_WRONG_GUESSES", 10**6)
+    monkeypatch.setattr(credentials, "GUESS_WINDOW_S", 1e6)
+    wrong = make_auth_header("wrong-key-0123456789")
+    answers = [send_request(server_with_keys, "GET", "/v1/models", headers=wrong) for _ in "a" * 12]
+    assert (answers[-1][0], "retry-after" in answers[-1][2].headers) == (429, True)
+    # A client without a key does not guess, and others are not locked out.
+    assert send_request(server_with_keys, "GET", "/v1/models")[0] == 401
+    assert (
+        send_request(server_with_keys, "GET", "/v1/models", headers=make_auth_header(KEY))[0] == 200
+    )
+
+
+@pytest.mark.parametrize(
+    ("addresses", "num_allowed"),
+    [
+        ([f"127.7.0.{i}" for i in range(60)], 30),
+        (["::ffff:10.0.0.1", "10.0.0.1"] * 30, 10),
+        ([f"2001:db8:1:2::{i:x}" for i in range(60)], 10),
+        (["fe80::1%eth0", "", "unknown"] * 20, 30),
+    ],
+)
+def test_budget_of_wrong_secrets_is_for_all_addresses(addresses, num_allowed):
+    keys = ApiKeys([KEY])
+    waits = [keys.count_wrong(address) for address in addresses]
+    assert (waits.count(0), max(waits)) == (num_allowed, 60)
 
 
 def test_body_is_not_read_before_authentication(server_with_keys):
@@ -86,7 +116,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
 
     constant_time = hmac.compare_digest
     keys = ApiKeys([KEY, OTHER, "third-key-0123456789"])
-    monkeypatch.setattr(area.hmac, "compare_digest", counted)
+    monkeypatch.setattr(credentials.hmac, "compare_digest", counted)
     for given in (KEY, OTHER, "x", ""):
         compared.clear()
         keys.authenticate(f"Bearer {given}")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
@@ -22,6 +22,7 @@ from studio_fixtures import call_page, click_button, open_client, read_fields
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
+from finesight.model_folder import TINY_MODEL
 from finesight.storage import write_file
 from finesight.studio.studio_jobs import JOB_FILE, PID_FILE, Job, JobStore
 from finesight.studio.studio_page import ServerAccess, StudioPage
@@ -132,6 +133,16 @@ def write_job(folder: Path, name: str, step: str, *arguments: str, **values: obj
     write_file(job_folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
     write_file(job_folder / "exit_code", b"2")
     return job
+
+
+@pytest.mark.parametrize(("hours", "status"), [(1, "killed"), (-1, "killed"), (0, "running")])
+def test_job_of_another_time_does_not_block_its_command(
+    folder: Path, hours: int, status: str
+) -> None:
+    started_at = datetime.now(UTC) + timedelta(hours=hours)
+    job = write_job(folder, "a", "train", "train", "r.yaml", started_at=started_at)
+    (job.folder / "exit_code").unlink()
+    assert (job.status, JobStore(folder).list_running()) == (status, [job] if not hours else [])
 
 
 @pytest.mark.parametrize(
@@ -318,3 +329,28 @@ def test_earlier_upload_is_kept_if_the_next_one_is_refused(
     assert len([*folder.glob("uploads/a/*.png")]) == 24
     assert click_button(page, "import", "", files[:1], "", "a", "Color?", "", "") == ""
     assert started.pop()[1:3] == ["uploads/a/t.csv", "data/a"]
+
+
+FORMS = {
+    "import": [None, "table.csv", "a", "What?", "image=photo answer=text", "0.9", ""],
+    "start-labelling": ["photos", "Read.", "b", TINY_MODEL, "classes", "a,b", "", "0.9", ""],
+    "create-the-recipe": [[], "c", TINY_MODEL, "", "", "", ""],
+    "save-the-recipe": ["model: a", ""],
+    "merge": ["d"],
+}
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a" * 5000, "a/" * 2500, "\ud800", "\x1b[0m", "nan"])
+def test_any_text_in_a_field_is_used_or_refused(
+    folder: Path, text: str, started: list[list[str]]
+) -> None:
+    (folder / "table.csv").write_text("photo,text\nphotos/00.png,red\nphotos/01.png,green\n")
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    for button, values in FORMS.items():
+        for index, value in enumerate(values):
+            if isinstance(value, str):
+                fields = [*values[:index], text, *values[index + 1 :]]
+                query = {"step": "data", "data": text, "job": text}
+                message, url = call_page(page, button, query, *fields)
+                assert bool(message) != bool(url)
+    assert all("\0" not in word for words in started for word in words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
             workspace.save_recipe(path, text.replace(old, new))
     with pytest.raises(UserError, match="has changed"):
         workspace.save_recipe(path, text, "digest of another text")
+    # Of several studios that save changes of the same text, one succeeds.
+    digest = workspace.read_recipe(path)[1]
+
+    def save(number: int) -> bool:
+        try:
+            workspace.save_recipe(path, f"{text}# {number}\n", digest)
+        except UserError as error:
+            return "has changed" not in error.what
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(save, range(24))) == 1
+    workspace.save_recipe(path, text)
     assert workspace.read_recipe(path)[0] == text
     workspace.save_recipe(path, text, workspace.read_recipe(path)[1])
     with pytest.raises(UserError, match=r"train.epochs"):

@@ -28,7 +28,7 @@ from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 from finesight.encode.family import ThinkingOptions
 from finesight.infer.chat_session import ChatReply
 from finesight.infer.request import GenerationOptions
-from finesight.web import access_middleware, web_sessions
+from finesight.web import access_middleware, web_server, web_sessions
 from finesight.web.access_middleware import (
     ACTION_INPUT,
     BROWSER_COOKIE,
@@ -166,6 +166,59 @@ def test_wrong_password_or_cookie_is_rejected(locked_page):
     cookie = right[1]["set-cookie"]
     assert {"HttpOnly", "SameSite=strict"} <= set(cookie.split("; "))
     assert _ask(locked_page, "GET", "/config", cookie=cookie.split(";")[0])[0] == 200
+
+
+def _guess(location: RunningWebPage, address: str, **headers: str) -> int:
+    """Send a wrong password from an address of this machine, and return the status."""
+    with contextlib.closing(
+        http.client.HTTPConnection(
+            "127.0.0.1", location.port, timeout=20, source_address=(address, 0)
+        )
+    ) as connection:
+        connection.request("POST", "/sign-in", b"password=wrong", headers)
+        answer = connection.getresponse()
+        assert (answer.getheader("retry-after") is None) == (answer.status == 401)
+        return answer.status
+
+
+@pytest.mark.parametrize("proxies", [(), ("127.0.0.1",), ("10.0.0.1",)])
+def test_wrong_passwords_have_a_budget_and_the_owner_is_admitted(monkeypatch, proxies):
+    monkeypatch.setattr(access_middleware, "FAILED_LOGIN_DELAY_S", 0)
+    with run_web_page(ScriptedService(), password=PASSWORD, proxies=proxies) as location:
+        right = f"password={PASSWORD}".encode()
+        cookie = _ask(location, "POST", "/sign-in", right)[1]["set-cookie"].split(";")[0]
+        # One address has a smaller budget. Only a trusted proxy names the address of its client.
+        names = [{"x-forwarded-for": f"1.2.3.4, 5.6.7.{i}"} for i in range(12)]
+        is_proxied = "127.0.0.1" in proxies
+        statuses = [_guess(location, "127.0.0.1", **headers) for headers in names]
+        assert statuses.count(401) == (12 if is_proxied else 10)
+        statuses += [_guess(location, f"127.7.{i % 9}.{i}") for i in range(1, 30)]
+        assert (statuses.count(401), statuses.count(429)) == (30, 11)
+        assert _ask(location, "POST", "/sign-in", right)[0] == 303
+        assert _ask(location, "GET", "/config", cookie=cookie)[0] == 200
+
+
+def test_half_sent_requests_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(web_server, "MAX_UNKNOWN_CONNECTIONS", 5)
+    monkeypatch.setattr(web_server, "REQUEST_TIMEOUT_S", 0.5)
+    post = b"POST /sign-in HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\npass"
+    starts = (b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n", post)
+    with (
+        run_web_page(ScriptedService(), password=PASSWORD) as location,
+        contextlib.ExitStack() as stack,
+    ):
+        links = []
+        for index in range(20):
+            link = socket.create_connection(("127.0.0.1", location.port), timeout=20)
+            links.append(stack.enter_context(link))
+            link.sendall(starts[index % 4])
+        right = _ask(location, "POST", "/sign-in", f"password={PASSWORD}".encode())
+        assert right[0] == 303
+        cookie = right[1]["set-cookie"].split(";")[0]
+        assert _ask(location, "GET", "/config", cookie=cookie)[0] == 200
+        for link in links:
+            with contextlib.suppress(ConnectionResetError):
+                assert link.recv(100) == b""
 
 
 def test_query_is_kept_over_the_sign_in(locked_page):

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -79,7 +81,7 @@ def test_exports_count_until_they_are_closed(visitors, tmp_path, monkeypatch):
     visitor = visitors.get_or_create("one")
     turn = visitor.chat.send("What?", visitor.add_uploads("", [upload]), [GenerationOptions()])
     asyncio.run(_consume_reply(turn.replies[0]))
-    size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in tmp_path.glob("chats/*/*"))
     monkeypatch.setattr(module, "MAX_STORED_BYTES", size + 2 * upload.stat().st_size)
     archive = visitor.export_archive()
     with pytest.raises(UserError, match="no disk space"):
@@ -329,6 +331,25 @@ def test_closed_conversations_are_deleted_for_new_images(visitors, tmp_path, mon
     assert (closed.folder.exists(), shown.folder.exists()) == (False, True)
     with pytest.raises(UserError, match="no disk space"):
         visitors.get_or_create("third").add_uploads("", [upload, upload])
+
+
+def test_sent_and_forgotten_uploads_give_way_to_new_ones(visitors, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_DISPLAY_BYTES", 0)
+    visitor, past = visitors.get_or_create("one"), time.time() - module.MIN_UPLOAD_TTL_S - 60
+    for number in range(6):
+        upload = write_noise_image(tmp_path / "uploads" / f"{number}.png", 400, 400)
+        size = upload.stat().st_size
+        monkeypatch.setattr(module, "MAX_STORED_BYTES", 4 * size)
+        if number % 2:
+            os.utime(upload, (past, past))
+        else:
+            visitor.remove_images(visitor.add_uploads("", [upload]))
+            # The next message has the same upload, after a long pause.
+            os.utime(upload, (past, past))
+            visitor.remove_images(visitor.add_uploads("", [upload]))
+    new = write_noise_image(tmp_path / "uploads" / "new.png", 400, 400)
+    with visitors.budget.reserve(2 * size):
+        assert new.exists()
 
 
 def test_no_more_conversations_are_deleted_than_needed(visitors, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ Worker processes decode and check images ahead of the pass.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +56,7 @@ from finesight.hub.archive import is_archive
 from finesight.hub.download import WEB_SCHEMES
 from finesight.model_folder import locate_model
 from finesight.recipe import load_recipe
+from finesight.storage import temporary_folder
 
 REMOTE_PREFIXES = ("hf:", "modelscope:", "https:/", "http:/")
 """Prefixes of remote sources, as they appear after conversion to a path."""
@@ -441,8 +441,8 @@ def check_sources(
     Raises:
         UserError: A data file cannot be opened.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        return DataChecker(inputs, Path(folder), model, max_issues).run(single_process=True)[0]
+    with temporary_folder("check") as folder:
+        return DataChecker(inputs, folder, model, max_issues).run(single_process=True)[0]
 
 
 class BoxClaimCollector:

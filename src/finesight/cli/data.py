@@ -6,7 +6,6 @@ import dataclasses
 import json
 import random
 import shlex
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -582,7 +581,7 @@ def _run_check(
     from finesight.report.data_pages import render_check_page
     from finesight.report.html import raise_if_not_generated, write_page
     from finesight.report.i18n import detect_language, use_language
-    from finesight.storage import write_folder
+    from finesight.storage import temporary_folder, write_folder
 
     if html:
         raise_if_not_generated(html)
@@ -591,9 +590,9 @@ def _run_check(
         if as_json:
             echo_json(issue.as_json())
 
-    with write_folder(fix) if fix else tempfile.TemporaryDirectory() as folder:
+    with write_folder(fix) if fix else temporary_folder("check") as folder:
         max_issues = MAX_PAGE_ISSUES if html else MAX_PRINTED_ISSUES
-        checker = DataChecker(inputs, Path(folder), model_context, max_issues, seed)
+        checker = DataChecker(inputs, folder, model_context, max_issues, seed)
         with _show_progress(checker.num_rows) as on_progress:
             result, image_catalog = checker.run(print_issue, on_progress)
         if not as_json:

@@ -6,7 +6,6 @@ import itertools
 import re
 import shlex
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -369,6 +368,7 @@ def _detect_task(
     )
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
+    from finesight.storage import temporary_folder
 
     samples: list[Sample] = []
     opened = open_source(path, options)
@@ -381,8 +381,8 @@ def _detect_task(
     # Rows without a question need a prompt, which may be empty.
     for preview_prompt in dict.fromkeys((options.prompt, options.prompt or "")):
         preview_options = replace(options, prompt=preview_prompt)
-        with tempfile.TemporaryDirectory() as images:
-            rows = list(UnvalidatedSource(spaced, preview_options, Path(images)))
+        with temporary_folder("init") as images:
+            rows = list(UnvalidatedSource(spaced, preview_options, images))
         samples = [sample for row in rows for sample in row.samples]
         if samples:
             break

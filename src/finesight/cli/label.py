@@ -25,6 +25,8 @@ from finesight.cli.servers import (
     NoAuthOption,
     PageHostOption,
     PasswordFileOption,
+    TrustedProxyOption,
+    check_proxies,
     is_loopback,
     print_page_address,
     require_gradio,
@@ -110,6 +112,7 @@ def label(
     port: PortOption = 7873,
     password_file: PasswordFileOption = None,
     no_auth: NoAuthOption = False,
+    trusted_proxy: TrustedProxyOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
@@ -146,7 +149,7 @@ def label(
     if field_names and (names or kind not in (None, "fields")):
         other = f"with {'--classes' if names else f'--kind {kind}'}"
         raise _build_option_error("--fields", other, "--fields with --kind fields")
-    run_dir = find_run_dir(Path(run_or_model))
+    run_dir, proxies = find_run_dir(Path(run_or_model)), check_proxies(trusted_proxy)
     out = out or _select_label_folder(run_dir, sources if review else ())
     with ExitStack() as stack:
         listener = None
@@ -188,7 +191,10 @@ def label(
         if listener is None:
             _print_suggestions(session, as_json)
         else:
-            _run_page(session, listener, host, password_file, no_auth)
+            # Answers are data of the user, so a page on the network needs a password.
+            password, is_generated = resolve_password(host, password_file, no_auth, proxies)
+            print_page_address(host, listener, password if is_generated else None)
+            _run_page(session, listener, host, password, proxies)
     counts = session.store.count_events()
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     typer.echo(f"{text}: {out}", err=True)
@@ -337,16 +343,14 @@ def _run_page(
     session: LabelSession,
     listener: socket.socket,
     host: str,
-    password_file: Path | None,
-    no_auth: bool,
+    password: str | None,
+    trusted_proxies: Sequence[str],
 ) -> None:
     from finesight.label.label_page import make_label_app
+    from finesight.vision.image_reader import create_image_pool
     from finesight.web.web_server import create_private_folder, serve_app
 
-    # Answers are data of the user, so a page on the network needs a password.
-    password, is_generated = resolve_password(host, password_file, no_auth)
     with create_private_folder() as folder:
-        port = listener.getsockname()[1]
-        app = make_label_app(session, folder, password, is_loopback(host), port)
-        print_page_address(host, listener, password if is_generated else None)
-        serve_app(app, listener)
+        port, pool = listener.getsockname()[1], create_image_pool()
+        app = make_label_app(session, folder, password, is_loopback(host), port, pool)
+        serve_app(app, listener, pool, trusted_proxies)

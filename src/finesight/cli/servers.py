@@ -33,6 +33,16 @@ if TYPE_CHECKING:
     from finesight.infer.model_loader import InferenceModel
 
 
+TrustedProxyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Address or network of a proxy in front of the server, whose header X-Forwarded-For "
+        "names the client. Repeatable. Default: the header is ignored.",
+    ),
+]
+
+
 def serve(
     run_or_model: RunOrModelArgument,
     adapter: Annotated[
@@ -59,6 +69,7 @@ def serve(
             "FINESIGHT_KEY, if set, else no key."
         ),
     ] = None,
+    trusted_proxy: TrustedProxyOption = None,
     allow_media_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -168,7 +179,7 @@ def serve(
     for name in (run_or_model, *(adapter or ())):
         resolve_model_source(name)  # a mistyped path is reported before a port in use
     formats = read_formats(image_format or ())
-    keys = read_api_keys(key_file)
+    keys, proxies = read_api_keys(key_file), check_proxies(trusted_proxy)
     listener = bind_socket(host, port, keys)
     limits = ServerLimits(max_queue=max_queue, timeout=timeout)
     backend = None
@@ -193,6 +204,7 @@ def serve(
         allowed_media_hosts=allow_media_host or (),
         image_formats=formats,
         label_studio=backend,
+        trusted_proxies=proxies,
         on_ready=lambda service: _print_address(
             service,
             address,
@@ -262,7 +274,9 @@ def _print_address(
         typer.echo(f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio")
 
 
-MIN_PASSWORD_LENGTH = 8
+MIN_PASSWORD_LENGTH, MIN_NETWORK_PASSWORD_LENGTH = 8, 16
+"""Minimum characters of a password on a loopback address, and of one that protects against guesses
+from the network."""
 
 WEB_MAX_NUM_SEQS = 8
 """Maximum number of concurrent answers of the chat page; further ones wait."""
@@ -278,8 +292,8 @@ PasswordFileOption = Annotated[
     Path | None,
     typer.Option(
         dir_okay=False,
-        help="File with the password, of at least 8 characters. Default: no password on "
-        "127.0.0.1; for other addresses, a generated one is printed.",
+        help="File with the password, of at least 16 characters, or 8 on 127.0.0.1. Default: no "
+        "password on 127.0.0.1; for other addresses, a generated one is printed.",
     ),
 ]
 NoAuthOption = Annotated[
@@ -295,6 +309,7 @@ def web(
     port: PortOption = 7860,
     password_file: PasswordFileOption = None,
     no_auth: NoAuthOption = False,
+    trusted_proxy: TrustedProxyOption = None,
     open_page: OpenOption = False,
     thinking: ThinkingOption = None,
     reasoning_effort: ReasoningEffortOption = None,
@@ -310,7 +325,8 @@ def web(
     Example: finesight web runs/latex
     """
     require_gradio("finesight web")
-    password, is_generated = resolve_password(host, password_file, no_auth)
+    proxies = check_proxies(trusted_proxy)
+    password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
     from finesight.encode.family import ThinkingOptions
     from finesight.encode.prompt_encoder import PromptEncoder, create_prompt_pool
@@ -331,7 +347,7 @@ def web(
         try:
             shown_password = password if is_generated else None
             print_page_address(host, listener, shown_password, open_page=open_page)
-            run_web_server(service, pool, listener, password, is_loopback(host))
+            run_web_server(service, pool, listener, password, is_loopback(host), proxies)
         finally:
             service.close(wait_for_running=False)
 
@@ -352,8 +368,8 @@ def studio(
         Path | None,
         typer.Option(
             dir_okay=False,
-            help="File with the password, of at least 8 characters. Default: a generated one is "
-            "printed.",
+            help="File with the password, of at least 16 characters, or 8 on 127.0.0.1. Default: "
+            "a generated one is printed.",
         ),
     ] = None,
     no_auth: Annotated[
@@ -362,6 +378,7 @@ def studio(
             "--no-auth", help="Require no password, also from other users of the machine."
         ),
     ] = False,
+    trusted_proxy: TrustedProxyOption = None,
     open_page: OpenOption = False,
     chat_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the chat page. 0: any free port.")
@@ -393,7 +410,10 @@ def studio(
     """
     require_gradio("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.
-    password, is_generated = resolve_password(host, password_file, no_auth, open_loopback=False)
+    proxies = check_proxies(trusted_proxy)
+    password, is_generated = resolve_password(
+        host, password_file, no_auth, proxies, open_loopback=False
+    )
 
     from finesight.web.web_server import bind_socket, create_private_folder, serve_app
 
@@ -404,15 +424,16 @@ def studio(
 
         # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
         os.chdir(folder)
-        view = StudioView(Workspace(Path()))
+        workspace = Workspace(Path())
+        workspace.remove_leftovers()
+        view = StudioView(workspace)
         port = listener.getsockname()[1]
-        access = ServerAccess(
-            host, password, converter, chat_port, api_port, port=port, label_port=label_port
-        )
+        ports = {"chat_port": chat_port, "api_port": api_port, "label_port": label_port}
+        access = ServerAccess(host, password, converter, port=port, proxies=proxies, **ports)
         app = make_studio_app(view, private_folder, access, is_loopback(host))
         shown_password = password if is_generated else None
         print_page_address(host, listener, shown_password, open_page=open_page)
-        serve_app(app, listener)
+        serve_app(app, listener, view.report_pool, proxies)
 
 
 def print_page_address(
@@ -452,7 +473,12 @@ def require_gradio(command: str) -> None:
 
 
 def resolve_password(
-    host: str, file: Path | None, no_auth: bool, *, open_loopback: bool = True
+    host: str,
+    file: Path | None,
+    no_auth: bool,
+    proxies: Sequence[str],
+    *,
+    open_loopback: bool = True,
 ) -> tuple[str | None, bool]:
     """Return the password of a page, and whether it was generated.
 
@@ -466,13 +492,15 @@ def resolve_password(
             remedy="remove one of the options",
         )
     if file is not None:
-        return _read_password(file), False
+        is_local = is_loopback(host) and not proxies
+        length = MIN_PASSWORD_LENGTH if is_local else MIN_NETWORK_PASSWORD_LENGTH
+        return _read_password(file, length), False
     if no_auth or (open_loopback and is_loopback(host)):
         return None, False
-    return secrets.token_urlsafe(12), True
+    return secrets.token_urlsafe(18), True
 
 
-def _read_password(file: Path) -> str:
+def _read_password(file: Path, min_length: int) -> str:
     try:
         password = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -482,14 +510,31 @@ def _read_password(file: Path) -> str:
             expected="a text file with the password",
             remedy="correct --password-file",
         ) from error
-    if len(password) < MIN_PASSWORD_LENGTH:
+    if len(password) < min_length:
         raise UserError(
             f"the password has {len(password)} characters",
             where=str(file),
-            expected=f"at least {MIN_PASSWORD_LENGTH}",
+            expected=f"at least {min_length}, on 127.0.0.1 {MIN_PASSWORD_LENGTH}",
             remedy="choose a longer password, or remove --password-file to generate one",
         )
     return password
+
+
+def check_proxies(proxies: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the addresses of trusted proxies. Raises UserError for an invalid one."""
+    import ipaddress
+
+    for proxy in proxies or ():
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError as error:
+            raise UserError(
+                f"{proxy!r:.80} is not an address: {error}",
+                where="--trusted-proxy",
+                expected="the IP address or network of a proxy, such as 10.0.0.5 or 10.0.0.0/24",
+                remedy="correct the option",
+            ) from error
+    return tuple(proxies or ())
 
 
 def is_loopback(host: str) -> bool:

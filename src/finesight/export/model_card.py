@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FI
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
 from finesight.report.metric_rows import get_note
 from finesight.report.run_reader import RunRecord, pair_evaluations, read_json_lines, read_run
+from finesight.storage import temporary_folder
 
 MODEL_CARD_FILE = "README.md"
 
@@ -96,17 +96,17 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
     if adapter is None or (manifest is not None and manifest.tune.has_mode("full")):
         yield list_uploads(model_source, source)
         return
-    with tempfile.TemporaryDirectory() as name:
+    with temporary_folder("export") as folder:
         config = read_json_object(adapter / ADAPTER_CONFIG_FILE, expected="a PEFT configuration")
         config["base_model_name_or_path"] = _get_base_name(model_source)
         address = parse_model_address(_get_base_name(model_source))
         if address is not None:
             config["base_model_name_or_path"] = address.repo_id
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (Path(name) / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
+        (folder / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
         card = _render_adapter_card(model_source, Path(source))
-        (Path(name) / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
-        generated = {file: Path(name) / file for file in (MODEL_CARD_FILE, ADAPTER_CONFIG_FILE)}
+        (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
+        generated = {file: folder / file for file in (MODEL_CARD_FILE, ADAPTER_CONFIG_FILE)}
         yield {**generated, ADAPTER_WEIGHTS_FILE: adapter / ADAPTER_WEIGHTS_FILE}
 
 

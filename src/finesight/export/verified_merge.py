@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,12 @@ from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import DTYPES, hub_tensors, load_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import raise_if_exists, require_free_space, write_folder
+from finesight.storage import (
+    raise_if_exists,
+    require_free_space,
+    temporary_folder,
+    write_folder,
+)
 
 NUM_PARITY_SAMPLES = 4
 """Default number of questions on which the merged and the trained model are compared."""
@@ -96,8 +100,8 @@ def merge_and_verify(
         "free some space, or choose another output folder",
     )
     target = _select_compute_target(device, num_params, fallback_dtype)
-    with tempfile.TemporaryDirectory() as temp_dir, write_folder(out) as folder:
-        questions = _collect_questions(source, model_source, num_samples, Path(temp_dir))
+    with temporary_folder("merge") as temp_dir, write_folder(out) as folder:
+        questions = _collect_questions(source, model_source, num_samples, temp_dir)
         trained_outputs = _run_quantized(model_source, questions, target, log)
         written_outputs = _write_merged(
             model_source, questions, target, folder, DTYPES[weight_precision], max_shard_bytes

@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from finesight.hub.download import (
     RemoteFile,
     get_retry_delay,
 )
-from finesight.storage import sha256_file
+from finesight.storage import sha256_file, temporary_folder
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi, Visibility
@@ -164,8 +163,7 @@ def _open_api(address: HubAddress, *, writes: bool = False) -> Iterator[HubApi]:
     if writes:
         access.require_token(address, token)
     # An empty folder, because the package reads tokens of other programs and stores an identifier.
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with temporary_folder("hub") as folder:
         try:
             logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
             yield HubApi(HubConfig(access.endpoint, folder, folder, token))

@@ -6,22 +6,24 @@ The page has its own editor of boxes, because labelling by keyboard needs one sc
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import secrets
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, Field, FiniteFloat
 
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.data.image_header import CorruptImageError, ImageSize
 from finesight.data.sample import BoxPart, ImagePart, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
@@ -30,11 +32,12 @@ from finesight.label.label_store import LabelItem
 from finesight.label.suggestion import AnswerContent, get_text
 from finesight.report import i18n
 from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, translate_markup, use_language
-from finesight.vision.image_processing import load_image
+from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 from finesight.web.access_middleware import AccessMiddleware
 from finesight.web.chat_html import STATIC_FOLDER, select_ui_text
 from finesight.web.web_server import CHATS_FOLDER, UPLOADS_FOLDER
 from finesight.web.web_sessions import DiskBudget
+from finesight.worker_pool import WorkerPool
 
 LABEL_STATIC_FOLDER = Path(__file__).parent / "static"
 GET_ROUTES = re.compile(
@@ -56,7 +59,7 @@ THUMBNAIL_SIDE = 96
 SCRIPT_TEXTS = (
     *("No suggestion", "confidence {}", "error score {}", "The model suggests:"),
     *("{} of {}", "{} of {} done", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
-    *("Other class", "Choose a class"),
+    *("Other class", "Choose a class", "Prompt"),
     *("open", "suggested", "written", "accepted", "corrected", "skipped", "reopened"),
     *("All {} images are decided.", "Review the skipped images ({})", "Save and next", "Save"),
     *("Not saved", "Not loaded", "The server does not answer.", "no such item"),
@@ -71,6 +74,7 @@ ERROR_TEXTS = (
     *("the image was changed in another tab", "the decisions that the page shows"),
     "reload the page",
     *("the answer is empty", "a text or a box", "enter an answer, or skip (S)"),
+    *("the prompt is empty", "a question", "enter a prompt, or reset it"),
     *("fill at least one field, or skip (S)", "choose a class, or skip (S)"),
     *("{} is not one of the classes", "box {} has no class", "choose its class, or delete the box"),
     "the box [{}] in pixels (read as xyxy in units of pixel) is outside its image",
@@ -99,6 +103,7 @@ class DecisionRequest(BaseModel, frozen=True):
     Attributes:
         revision: `revision` of the item that the page shows; None to overwrite other decisions.
         edits: New texts of JSON fields in `text` by index; None for an answer without fields.
+        question: Texts of the question, which the user may correct; None for an unchanged one.
     """
 
     id: str
@@ -106,14 +111,15 @@ class DecisionRequest(BaseModel, frozen=True):
     revision: int | None = None
     text: str = ""
     edits: dict[int, str] | None = None
+    question: Annotated[list[str], Field(max_length=1000)] | None = None
     boxes: Annotated[list[BoxAnswer], Field(max_length=10_000)] = []
 
 
 class LabelPage:
     """Requests of the page. Decisions are handled one after the other."""
 
-    def __init__(self, session: LabelSession) -> None:
-        self._session, self._lock = session, threading.Lock()
+    def __init__(self, session: LabelSession, images: ImageReader) -> None:
+        self._session, self._images, self._lock = session, images, threading.Lock()
         self._items = [*session.store.items]
         # Browsers cache images; the same URL shows another image in the next session.
         self._version = secrets.token_hex(8)
@@ -144,6 +150,7 @@ class LabelPage:
                 "session": self._key,
                 "version": self._version,
                 "choices": task.choices,
+                "names": task.choices or task.names,
                 "closed": task.has_fixed_choices,
                 "colors": BOX_COLORS,
                 "no_objects": NO_OBJECTS_ANSWER,
@@ -186,7 +193,7 @@ class LabelPage:
         for number, path in enumerate(_list_images(item)):
             url, error = self._make_url(index, number), ""
             try:
-                height, width = read_image_size(path)
+                height, width = self._images.read_size(path)
             except CorruptImageError as corrupt:
                 height, width, error = 1, 1, str(corrupt)
             image = {"url": url, "width": width, "height": height, "error": error}
@@ -211,11 +218,7 @@ class LabelPage:
 
     def read_image(self, index: int, number: int, side: int = MAX_DISPLAY_SIDE) -> bytes:
         """Return an image without metadata as WebP, reduced to a side."""
-        image = load_image(_list_images(self._items[index])[number])
-        image.thumbnail((side, side))
-        buffer = io.BytesIO()
-        image.save(buffer, format="WEBP", quality=90)
-        return buffer.getvalue()
+        return self._images.encode(_list_images(self._items[index])[number], side)[1]
 
     def decide(self, request: DecisionRequest) -> dict[str, Any]:
         """Save a decision, and return the item and the counts."""
@@ -234,11 +237,12 @@ class LabelPage:
                     text = self._session.edit_fields(text, request.edits)
                 self._session.check_answer(item, text, bool(request.boxes))
                 updated = request.model_copy(update={"text": text})
-                content = _build_content(item, updated)
+                sizes = [self._images.read_size(path) for path in _list_images(item)]
+                content = _build_content(item, updated, sizes)
                 self._check_classes(item, updated)
                 if not content:
                     raise self._build_empty_error(request)
-                self._session.save(item, content)
+                self._session.save(item, content, request.question)
             elif request.action == "skip":
                 store.skip(request.id)
             else:
@@ -247,26 +251,27 @@ class LabelPage:
             return {"item": self.describe(index), "counts": store.count_events()}
 
     def _check_classes(self, item: LabelItem, request: DecisionRequest) -> None:
-        """Raise UserError for a class that is none of the choices of the user."""
-        choices = self._list_choices(item) if self._session.task.has_fixed_choices else []
-        if not choices:
-            return
-        # An empty text is reported as an empty answer.
-        names, remedy = (
-            [request.text] if request.text.strip() else [],
-            "choose a class, or skip (S)",
-        )
-        if self._session.task.kind == "boxes":
+        """Raise UserError for a class that is none of the choices of the user.
+
+        A new box also needs a class if the known boxes have one.
+        """
+        task, choices = self._session.task, self._list_choices(item)
+        names, remedy = [request.text], "choose a class, or skip (S)"
+        if task.kind == "boxes":
             names = [box.label or "" for box in request.boxes]
             remedy = "choose its class, or delete the box"
-        for number, name in enumerate(names, 1):
-            if name not in choices:
-                known = f"{', '.join(choices):.200}"
-                what = (
-                    f"{name!r:.80} is not one of the classes"
-                    if name
-                    else f"box {number} has no class"
-                )
+        known = f"{', '.join(choices or task.names):.200}"
+        old = [part for part in item.proposal if isinstance(part, BoxPart)]
+        corners = () if task.has_fixed_choices else [part.xyxy for part in old]
+        unlabeled = [n for n, box in enumerate(request.boxes, 1) if not box.label]
+        new = [n for n in unlabeled if request.boxes[n - 1].xyxy not in corners]
+        is_moved = not task.has_fixed_choices and not all(part.label for part in old)
+        if known and task.kind == "boxes" and new and not is_moved:
+            raise UserError(f"box {new[0]} has no class", expected=known, remedy=remedy)
+        for name in names if task.has_fixed_choices and choices else ():
+            # An empty text is reported as an empty answer.
+            if name.strip() and name not in choices:
+                what = f"{name!r:.80} is not one of the classes"
                 raise UserError(what, expected=known, remedy=remedy)
 
     def _build_empty_error(self, request: DecisionRequest) -> UserError:
@@ -289,16 +294,15 @@ def _list_images(item: LabelItem) -> list[Path]:
     ]
 
 
-def _build_content(item: LabelItem, request: DecisionRequest) -> AnswerContent:
+def _build_content(
+    item: LabelItem, request: DecisionRequest, sizes: Sequence[ImageSize]
+) -> AnswerContent:
     """Build the answer of a request; an unchanged one has the parts of the proposal.
 
-    It is empty without a text and boxes.
-
-    Raises:
-        UserError: A box is outside of its image, or an image is unreadable.
+    It is empty without a text and boxes. Raises UserError if a box is outside of its image.
     """
     answer = request.model_dump(mode="json", include={"text", "boxes"})
-    boxes, sizes = [], [read_image_size(path) for path in _list_images(item)]
+    boxes = []
     for box in request.boxes:
         if box.image >= len(sizes):
             raise UserError(
@@ -340,23 +344,37 @@ def _translate_error(text: str) -> str:
 
 
 def make_label_app(
-    session: LabelSession, folder: Path, password: str | None, loopback_only: bool, port: int
+    session: LabelSession,
+    folder: Path,
+    password: str | None,
+    loopback_only: bool,
+    port: int,
+    pool: WorkerPool | None = None,
 ) -> AccessMiddleware:
     """Build the page as an ASGI application with access control.
 
     Args:
         folder: Private folder, which remains empty.
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
+        pool: Worker processes that read images. None: new ones.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page = LabelPage(session)
+    page = LabelPage(session, ImageReader(pool or create_image_pool()))
     error_headers = {"cache-control": "no-store"}
+    image_limiter = CapacityLimiter(NUM_IMAGE_WORKERS)
 
     @app.exception_handler(UserError)
     def report_error(request: Request, error: UserError) -> Response:
         names = request.headers.get("accept-language", "")
         with use_language(select_ui_text(names).language):
             return JSONResponse({"error": describe_error(error)}, 422, headers=error_headers)
+
+    @app.exception_handler(RequestValidationError)
+    def report_invalid(request: Request, error: RequestValidationError) -> Response:
+        # The inputs may be no JSON: NaN, or half of a surrogate pair.
+        problems = [f"{one['loc'][-1]!r:.80}: {one['msg']}" for one in error.errors()[:3]]
+        text = "; ".join(problems).encode(errors="replace").decode()
+        return JSONResponse({"error": text}, 422, headers=error_headers)
 
     @app.exception_handler(IndexError)
     def report_missing(request: Request, error: IndexError) -> Response:
@@ -395,9 +413,16 @@ def make_label_app(
         return page.describe(index)
 
     @app.get("/images/{index}/{number}")
-    def get_image(index: int, number: int, small: bool = False) -> Response:
+    async def get_image(index: int, number: int, small: bool = False) -> Response:
         headers = {"cache-control": "private, max-age=3600"}
-        content = page.read_image(index, number, THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE)
+        # Slow images wait for each other, and leave threads for the other requests.
+        content = await to_thread.run_sync(
+            page.read_image,
+            index,
+            number,
+            THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE,
+            limiter=image_limiter,
+        )
         return Response(content, media_type="image/webp", headers=headers)
 
     @app.post("/decision")

@@ -28,6 +28,7 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.infer.model_loader import InferenceModel
 from finesight.label.label_ranking import rank_labels
 from finesight.label.label_store import (
+    ORIGINAL_PROMPT_KEY,
     LabelItem,
     LabelStore,
     can_review,
@@ -68,7 +69,9 @@ class LabelTask:
 
     Attributes:
         prompt: Question about each image; None if it is unknown.
-        choices: Class names: the answers, or the labels of boxes. Empty for free text.
+        choices: Closed set of class names: the answers, or the labels of boxes. Empty for free text
+            and for names that hardly repeat.
+        names: Known labels of boxes, also of an open set.
         has_fixed_choices: Whether the user gave the choices, so that other classes are invalid.
         template: JSON object for images without a suggestion; empty without one. Its values have
             the types of the examples: "", 0, false, or null for an unknown type.
@@ -79,6 +82,7 @@ class LabelTask:
     kind: AnswerKind = "text"
     prompt: str | None = None
     choices: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     template: str = ""
     field_names: tuple[str, ...] = ()
     has_default_kind: bool = False
@@ -144,15 +148,17 @@ class LabelSession:
         answers = [one for one in self.store.list_answers() if get_text(one) != NO_OBJECTS_ANSWER]
         kind = _detect_kind(answers or contents) if self.task.has_default_kind else self.task.kind
         boxes = (part for content in contents for part in content if isinstance(part, BoxPart))
-        labels = Counter(box.label for box in boxes if box.label)
-        names = tuple(name for name, _ in labels.most_common()) if kind == "boxes" else ()
+        labels = Counter(box.label for box in boxes if box.label) if kind == "boxes" else Counter()
+        names = self.task.names or tuple(name for name, _ in labels.most_common())
         template, field_names = self.task.template, self.task.field_names
         if kind == "fields" and (field_names or not template):
             texts = [get_text(one) for one in answers]
             template = _build_template([*texts, template] if field_names else texts, field_names)
             template = template or _build_template(map(get_text, contents))
-        choices = self.task.choices or names
-        self.task = replace(self.task, kind=kind, choices=choices, template=template)
+        is_open = not self.task.choices and not self.task.names
+        choices = _find_classes(labels) if is_open else self.task.choices
+        values: dict[str, Any] = {"kind": kind, "choices": choices, "names": names}
+        self.task = replace(self.task, template=template, **values)
 
     def select_suggestion(self, item: LabelItem) -> AnswerContent:
         """Return the parts of a suggestion that have the kind of the task; empty without any.
@@ -186,10 +192,16 @@ class LabelSession:
         existing = item.existing_answer or ()
         return self.task.kind == "boxes" or any(isinstance(part, BoxPart) for part in existing)
 
-    def save(self, item: LabelItem, content: AnswerContent) -> None:
-        """Save an answer. The first saved JSON object defines the fields of the other images."""
+    def save(
+        self, item: LabelItem, content: AnswerContent, question: Sequence[str] | None = None
+    ) -> None:
+        """Save an answer. The first saved JSON object defines the fields of the other images.
+
+        Args:
+            question: See `LabelStore.save_label`.
+        """
         suggested = self.select_suggestion(item)
-        self.store.save_label(item.sample.sample.id, content, suggested)
+        self.store.save_label(item.sample.sample.id, content, suggested, question)
         if self.task.kind == "fields" and not self.task.template:
             self.task = replace(self.task, template=_build_template([get_text(content)]))
 
@@ -212,6 +224,11 @@ class LabelSession:
             "confidence": suggestion.confidence if suggestion else None,
             "score": suggestion.score if suggestion else None,
             "answer": describe_answer(content),
+            "question": item.question,
+            "turns": [
+                {"role": turn.role, "text": get_text(turn.content)}
+                for turn in item.sample.sample.messages[: -2 if item.existing_answer else -1]
+            ],
             "fields": fields,
             "has_template": bool(leaves) and source != text,
             "suggestion": describe_answer(suggested) if suggested else None,
@@ -342,9 +359,14 @@ def describe_answer(content: Sequence[Any]) -> dict[str, Any]:
 
 
 def _read_questions(folder: Path) -> dict[str, str]:
-    """Return the questions of the labels in a folder by the resolved paths of their images."""
+    """Return the questions of the labels in a folder by the resolved paths of their images.
+
+    Corrections concern one image each, and are in the journal.
+    """
     return {
-        os.path.realpath(one.resolve_path(part.image)): get_question(one.sample)
+        os.path.realpath(one.resolve_path(part.image)): one.sample.meta.get(
+            ORIGINAL_PROMPT_KEY, get_question(one.sample)
+        )
         for one in read_labels(folder)
         for part in one.sample.iter_parts()
         if isinstance(part, ImagePart)
@@ -357,7 +379,7 @@ def _describe_history(item: LabelItem) -> list[dict[str, Any]]:
     for entry in item.history:
         old, new = describe_answer(before), describe_answer(entry.content)
         texts = {"old": old if before and old != new else None, "new": new}
-        values = {"time": entry.time.isoformat(), "event": entry.event, "model": entry.model}
+        values = entry.model_dump(mode="json", include={"time", "event", "model", "question"})
         entries.append({**values, **(texts if entry.content else {"old": None, "new": None})})
         before = entry.content or before
     return entries
@@ -397,22 +419,23 @@ def detect_task(
     """Detect the task of labeled samples. Given values take precedence.
 
     Answers are boxes or fields if most have boxes or are JSON objects, and classes if at most
-    `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average.
+    `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average. The same holds for
+    the labels of boxes.
     """
     answers = [one.sample.messages[-1] for one in examples]
     contents = [message.content for message in answers if message.role == "assistant"]
     boxes = [part for content in contents for part in content if isinstance(part, BoxPart)]
     texts = [get_text(content) for content in contents]
-    counts = dict.fromkeys(texts)
     has_default_kind = not (kind or choices or field_names or contents)
     detected = "fields" if field_names else _detect_kind(contents)
-    if detected == "text" and 0 < len(counts) <= min(MAX_CLASSES, len(texts) // MIN_CLASS_REPEATS):
+    if detected == "text" and _find_classes(Counter(texts)):
         detected = "classes"
     kind = kind or ("classes" if choices and detected == "text" else detected)
     has_fixed_choices = bool(choices)
+    labels = Counter(box.label for box in boxes if box.label) if kind == "boxes" else Counter()
     if not choices and kind in ("boxes", "classes"):
-        names = (box.label for box in boxes) if kind == "boxes" else iter(counts)
-        choices = [name for name in dict.fromkeys(names) if name]
+        min_repeats = 1 if kind == "classes" else MIN_CLASS_REPEATS
+        choices = _find_classes(labels if kind == "boxes" else Counter(texts), min_repeats)
     template = _build_template(texts, field_names) if kind == "fields" else ""
     if prompt is None and examples:
         prompt = get_question(examples[0].sample) or None
@@ -420,11 +443,18 @@ def detect_task(
         kind=kind,
         prompt=prompt,
         choices=tuple(choices),
+        names=tuple(labels),
         template=template,
         field_names=tuple(field_names),
         has_default_kind=has_default_kind,
         has_fixed_choices=has_fixed_choices,
     )
+
+
+def _find_classes(counts: Counter[str], min_repeats: int = MIN_CLASS_REPEATS) -> tuple[str, ...]:
+    """Return the names of a closed set, which repeat; empty for other names."""
+    is_closed = len(counts) <= min(MAX_CLASSES, counts.total() // min_repeats)
+    return tuple(name for name in counts if name) if is_closed else ()
 
 
 def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:

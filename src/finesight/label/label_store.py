@@ -52,6 +52,9 @@ from finesight.train.run_dir import RunDir
 JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
 FRACTION_FILE, SOURCES_FILE, REVIEWED_FILE = "train_fraction.txt", "sources.json", "reviewed.json"
 
+ORIGINAL_PROMPT_KEY = "original_prompt"
+"""Key in the metadata of a label for the question that the user has corrected."""
+
 LABELS_PER_WRITE = 500
 """`labels.jsonl` is written after one decision for each so many labels that it contains."""
 
@@ -73,6 +76,7 @@ class JournalEntry(BaseModel):
         score: Score of `finesight label --review`; None for a suggestion of a new label.
         sample: Digest of the images or else the questions, to notice another sample with this ID.
         version: Digest of question and existing answer. A changed sample is open again.
+        question: Corrected texts of the question; empty for an unchanged one.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -87,6 +91,7 @@ class JournalEntry(BaseModel):
     score: float | None = None
     sample: str = ""
     version: str = ""
+    question: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -99,6 +104,7 @@ class LabelItem:
         suggestion: Newest suggestion; None without one.
         decision: Newest decision; None if the sample is undecided.
         draft: Newest saved answer, also after the sample was reopened.
+        question: Texts of the last question, as corrected by the newest saved answer.
         history: All entries of the sample, in order.
         digest, version: See `JournalEntry`.
         has_path_id: Whether the ID is the path of the image, as the user named it.
@@ -113,9 +119,11 @@ class LabelItem:
     digest: str = field(init=False)
     version: str = field(init=False)
     has_path_id: bool = field(init=False)
+    question: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         sample, parts = self.sample.sample, [*self.sample.sample.iter_parts()]
+        self.question = list_question_texts(sample)
         paths = [self.sample.resolve_path(one.image) for one in parts if isinstance(one, ImagePart)]
         self.has_path_id = [str(path) for path in paths] == [sample.id]
         questions = [turn.model_dump_json() for turn in sample.messages if turn.role != "assistant"]
@@ -156,6 +164,7 @@ class LabelItem:
             self.decision = None if entry.event == "reopened" else entry
             if entry.event in ANSWER_EVENTS:
                 self.draft = entry.content
+                self.question = entry.question or list_question_texts(self.sample.sample)
 
 
 class LabelStore(AbstractContextManager["LabelStore"]):
@@ -346,25 +355,44 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self.sort()
 
     def save_label(
-        self, sample_id: str, content: AnswerContent, suggested: AnswerContent | None = None
+        self,
+        sample_id: str,
+        content: AnswerContent,
+        suggested: AnswerContent | None = None,
+        question: Sequence[str] | None = None,
     ) -> LabelItem:
         """Save the answer of a sample, as accepted if it equals the old answer or the suggestion.
 
         Args:
             suggested: Parts of the suggestion that the page proposed. None: all of them.
+            question: Texts of the question, which may be corrected. None: those of the sample.
 
         Raises:
             UserError: The content is not a valid answer.
         """
         item = self.find(sample_id)
-        validate_sample(self._build_labeled(item, content).sample, f"sample {sample_id}")
+        corrected = self._find_correction(item, question)
+        labeled = self._build_labeled(item, content, corrected).sample
+        validate_sample(labeled, f"sample {sample_id}")
         unchanged = item.existing_answer
         if unchanged is None and suggested is None and item.suggestion is not None:
             suggested = item.suggestion.content
         unchanged = unchanged or suggested
         event: LabelEvent = "corrected" if unchanged else "written"
-        self._decide(item, "accepted" if content == unchanged else event, content)
+        is_accepted = content == unchanged and not corrected
+        self._decide(item, "accepted" if is_accepted else event, content, corrected)
         return item
+
+    def _find_correction(self, item: LabelItem, question: Sequence[str] | None) -> tuple[str, ...]:
+        """Return the texts of a corrected question; empty for an unchanged one."""
+        texts = list_question_texts(item.sample.sample)
+        if question is None or (corrected := tuple(question)) == texts:
+            return ()
+        if len(corrected) != len(texts) or not any(text.strip() for text in corrected):
+            raise UserError(
+                "the prompt is empty", expected="a question", remedy="enter a prompt, or reset it"
+            )
+        return corrected
 
     def skip(self, sample_id: str) -> LabelItem:
         """Skip a sample: an unlabeled one gets no label, and another keeps its answer."""
@@ -386,11 +414,18 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         append_line(self._journal, entry.model_dump_json(exclude_none=True))
         item.apply(entry)
 
-    def _decide(self, item: LabelItem, event: LabelEvent, content: AnswerContent) -> None:
+    def _decide(
+        self,
+        item: LabelItem,
+        event: LabelEvent,
+        content: AnswerContent,
+        question: tuple[str, ...] = (),
+    ) -> None:
         self._check_folder()
-        last, values = item.decision, dict[str, Any](event=event, content=content)
+        last = item.decision
+        values: dict[str, Any] = {"event": event, "content": content, "question": question}
         # A save is repeated if the labels could not be written.
-        if last is None or (last.event, last.content) != (event, content):
+        if last is None or (last.event, last.content, last.question) != (*values.values(),):
             if item.suggestion is not None:
                 values |= item.suggestion.model_dump(include={"model", "confidence"})
             self._append(item, **values)
@@ -411,7 +446,8 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         labeled = {sample.id: sample for sample in self._others}
         for sample_id, item in self._items.items():
             if item.label is not None:
-                labeled[sample_id] = self._build_labeled(item, item.label).sample
+                question = item.decision.question if item.decision else ()
+                labeled[sample_id] = self._build_labeled(item, item.label, question).sample
         num_eval = round((1 - self._train_fraction) * len(labeled))
         if self._train_fraction < 1:
             num_eval = min(max(1, num_eval), len(labeled) - 1)
@@ -427,8 +463,13 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             eval_file.unlink(missing_ok=True)
         self._num_unwritten = 0
 
-    def _build_labeled(self, item: LabelItem, content: AnswerContent) -> LocatedSample:
-        """Return the sample with an answer and with paths relative to the folder of the labels."""
+    def _build_labeled(
+        self, item: LabelItem, content: AnswerContent, question: Sequence[str] = ()
+    ) -> LocatedSample:
+        """Return the sample with an answer and with paths relative to the folder of the labels.
+
+        The metadata of a sample with a corrected question contain the original one.
+        """
         located = item.sample
         start = os.path.realpath(self.folder)
 
@@ -438,8 +479,11 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         sample = located.sample.map_paths(rename)
         messages = sample.messages
         messages = messages[:-1] if messages[-1].role == "assistant" else messages
-        answer = Message(role="assistant", content=content)
-        update = {"messages": (*messages, answer), "meta": _match_meta(item, content)}
+        answer, meta = Message(role="assistant", content=content), _match_meta(item, content)
+        if question:
+            messages = (*messages[:-1], _replace_texts(messages[-1], question))
+            meta.setdefault(ORIGINAL_PROMPT_KEY, get_question(sample))
+        update: dict[str, Any] = {"messages": (*messages, answer), "meta": meta}
         update["references"] = _match_references(item, content)
         return LocatedSample(sample.model_copy(update=update), self.folder)
 
@@ -564,6 +608,22 @@ def can_review(folder: Path, sources: Iterable[Path]) -> bool:
 def get_question(sample: Sample) -> str:
     """Return the text of the last question of a sample."""
     return get_text(next(turn for turn in sample.messages[::-1] if turn.role == "user").content)
+
+
+def list_question_texts(sample: Sample) -> tuple[str, ...]:
+    """Return the text parts of the last question of a sample; one empty text without any."""
+    turn = next(turn for turn in sample.messages[::-1] if turn.role == "user")
+    return tuple(part.text for part in turn.content if isinstance(part, TextPart)) or ("",)
+
+
+def _replace_texts(turn: Message, texts: Sequence[str]) -> Message:
+    """Replace the text parts of a question, between which its images stay."""
+    parts = turn.content
+    if not any(isinstance(part, TextPart) for part in parts):
+        parts = (*parts, TextPart(text=""))
+    new = iter(texts)
+    parts = tuple(TextPart(text=next(new)) if isinstance(p, TextPart) else p for p in parts)
+    return turn.model_copy(update={"content": parts})
 
 
 def read_labels(folder: Path) -> list[LocatedSample]:

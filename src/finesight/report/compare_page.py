@@ -43,6 +43,7 @@ from finesight.report.metric_rows import (
     format_notes,
     read_metrics,
 )
+from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import (
     RunRecord,
     as_object,
@@ -50,6 +51,7 @@ from finesight.report.run_reader import (
     list_comparable_evaluations,
     list_image_folders,
 )
+from finesight.worker_pool import JobOutput
 
 DiffRow = tuple[str, list[str]]
 """Row of the table of differences: a name, and its value in each run."""
@@ -247,6 +249,16 @@ def write_compare_page(
         comparison = compare_runs(paths)
         write_page(out, render_compare_page(comparison))
     return comparison
+
+
+def render_report(
+    state: Any, folders: Sequence[Path], max_examples: int, language: Language
+) -> JobOutput:
+    """Render the report of a run, or the comparison of several, as job of a worker process."""
+    with use_language(language):
+        if len(folders) == 1:
+            return JobOutput(render_run_page(folders[0], max_examples))
+        return JobOutput(render_compare_page(compare_runs(folders)))
 
 
 def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLES) -> str:

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +57,7 @@ from finesight.serve.request_middleware import (
     check_exposure,
 )
 from finesight.serve.request_preprocessor import ConstraintFactory, RequestPreprocessor
+from finesight.storage import temporary_folder
 from finesight.worker_pool import WorkerPool
 
 QUIET_LOGGERS = ("httpx2", "httpcore2", "uvicorn", "python_multipart", "PIL", "asyncio")
@@ -363,6 +363,7 @@ class ApiServer(uvicorn.Server):
         limits: ServerLimits,
         on_ready: Callable[[], None],
         abort: Callable[[], None] | None = None,
+        trusted_proxies: Sequence[str] = (),
     ) -> None:
         for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -376,7 +377,8 @@ class ApiServer(uvicorn.Server):
                 log_config=None,
                 log_level="warning",
                 access_log=False,
-                proxy_headers=False,
+                proxy_headers=bool(trusted_proxies),
+                forwarded_allow_ips=[*trusted_proxies],
                 server_header=False,
                 timeout_keep_alive=round(limits.keep_alive_timeout_s),
                 timeout_graceful_shutdown=round(limits.shutdown_timeout_s),
@@ -438,13 +440,14 @@ def run_api_server(
     allowed_media_hosts: Sequence[str] = (),
     image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
     label_studio: LabelStudioOptions | None = None,
+    trusted_proxies: Sequence[str] = (),
     on_ready: Callable[[InferenceService], None],
 ) -> None:
     """Serve requests until a signal stops the server, then close the listener.
 
     At shutdown, running requests have `shutdown_timeout_s` to complete. `on_ready` is called with
     the inference service when the server listens. Images may be fetched from
-    `allowed_media_hosts`.
+    `allowed_media_hosts`. The header X-Forwarded-For of `trusted_proxies` names the client.
     """
     renderer, model = inference_model.renderer, inference_model.model
     assert isinstance(model, VisionLanguageModel), f"unsupported model {type(model)}"
@@ -452,7 +455,7 @@ def run_api_server(
     vocab_size = model.config.decoder.vocab_size
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="finesight-serve-"))
+        folder = stack.enter_context(temporary_folder("serve"))
         worker_pool = create_worker_pool(renderer, vocab_size, limits)
         stack.callback(worker_pool.close)
         worker_pool.start()
@@ -466,7 +469,7 @@ def run_api_server(
             service,
             worker_pool,
             vocab_size,
-            Path(folder),
+            folder,
             api_keys=api_keys,
             limits=limits,
             fetcher=ImageFetcher(
@@ -483,7 +486,8 @@ def run_api_server(
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
 
-        ApiServer(app, limits, lambda: on_ready(service), abort).run(sockets=[listener])
+        server = ApiServer(app, limits, lambda: on_ready(service), abort, trusted_proxies)
+        server.run(sockets=[listener])
 
 
 def create_worker_pool(

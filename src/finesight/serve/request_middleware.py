@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import hashlib
-import hmac
 import ipaddress
 import logging
 import os
@@ -35,6 +33,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finesight.credentials import Credentials
 from finesight.errors import UserError
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.request import TokenUsage
@@ -121,33 +120,24 @@ class ServerMetrics:
         self._tokens.labels("completion").inc(usage.completion_tokens)
 
 
-class ApiKeys:
+class ApiKeys(Credentials):
     """Authenticates clients by API key. Without keys, every client is accepted."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
 
     def authenticate(self, authorization: str | None, *, accept_basic: bool = False) -> str | None:
         """Return the owner name of the key in an Authorization header, or None if it is invalid.
 
-        The comparison takes constant time: all keys are always compared.
-
         Args:
             accept_basic: Accept the key as password of basic authentication, with any user name.
         """
-        if not self._digests:
+        if not self:
             return "everyone"
         scheme, _, key = (authorization or "").partition(" ")
         if accept_basic and scheme.lower() == "basic":
             with contextlib.suppress(ValueError):
                 key = base64.b64decode(key, validate=True).decode().partition(":")[2]
                 scheme = "bearer"
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        matches = [hmac.compare_digest(digest, known_digest) for known_digest in self._digests]
-        return digest.hex()[:16] if any(matches) and scheme.lower() == "bearer" else None
+        owner = self.find_owner(key.strip())
+        return owner if scheme.lower() == "bearer" else None
 
 
 def read_api_keys(file: Path | None) -> list[str]:
@@ -291,8 +281,8 @@ class RequestMiddleware:
         """Return the owner name of the API key of a request.
 
         Raises:
-            ApiError: The API key is missing or wrong, or a server without keys receives a
-                cross-site request of a browser.
+            ApiError: The API key is missing or wrong, too many were wrong, or a server without keys
+                receives a cross-site request of a browser.
         """
         headers = Headers(scope=scope)
         is_label_studio = scope["path"].startswith(f"{LABEL_STUDIO_PATH}/")
@@ -300,6 +290,9 @@ class RequestMiddleware:
             headers.get("authorization"), accept_basic=is_label_studio
         )
         if owner is None:
+            address = (scope.get("client") or ("",))[0]
+            if "authorization" in headers and (wait_s := self._api_keys.count_wrong(address)):
+                raise ApiError(429, "too many wrong API keys", retry_after_s=wait_s)
             message = "wrong or missing API key; expected Authorization: Bearer KEY"
             challenge = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=challenge)

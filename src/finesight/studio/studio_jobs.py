@@ -176,7 +176,8 @@ class Job(BaseModel, frozen=True):
         """Return whether a process holds or is about to take the lock of the job."""
         age_s = (datetime.now(UTC) - self.started_at).total_seconds()
         if not (self.folder / PID_FILE).exists():
-            return age_s < START_TIMEOUT_S
+            # The clock may have been changed since the start.
+            return abs(age_s) < START_TIMEOUT_S
         with FileLock(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT) as lock:
             try:
                 lock.acquire(shared=True, wait=False)

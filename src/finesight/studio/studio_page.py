@@ -30,6 +30,7 @@ from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
+from finesight.storage import translate_os_errors
 from finesight.studio.studio_jobs import format_command
 from finesight.studio.studio_view import (
     CHECK_EXIT_CODES,
@@ -56,6 +57,8 @@ from finesight.web.web_sessions import DiskBudget
 
 MAX_FIELD_CHARS = 100_000
 
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\ud800-\udfff]")
+
 Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 
 VIEW_ROUTES = r"|/studio\.(?:css|js)|/live|/view/(?:report|check)"
@@ -76,6 +79,7 @@ class ServerAccess:
         chat_port, api_port, label_port: Ports of the chat page, of the HTTP API and of the
             labelling page. 0: any free port.
         converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
+        proxies: Addresses of trusted proxies of the studio and its servers.
     """
 
     host: str = "127.0.0.1"
@@ -85,6 +89,7 @@ class ServerAccess:
     api_port: int = 7872
     label_port: int = 7873
     port: int = 0
+    proxies: tuple[str, ...] = ()
 
 
 MISSING_MESSAGES = {
@@ -113,7 +118,10 @@ Action = Callable[..., str]
 class StudioPage:
     """Gradio page with one form per step. The lists and jobs are HTML from `StudioView`."""
 
-    def __init__(self, view: StudioView, access: ServerAccess) -> None:
+    def __init__(
+        self, view: StudioView, access: ServerAccess, budget: DiskBudget | None = None
+    ) -> None:
+        self._budget = budget
         self._view, self._workspace, self._jobs = view, view.workspace, view.jobs
         self._access = access
         self._labels: list[tuple[Any, str]] = []
@@ -289,8 +297,11 @@ class StudioPage:
         def on_click(request: gr.Request, *values: Any) -> tuple[str, str]:
             selection = _read_selection(request)
             try:
+                _check_texts(values)
                 # An action applies to the items that the page shows, which its URL names.
-                return "", action(self._view.read_state(selection, use_newest=False), *values)
+                state = self._view.read_state(selection, use_newest=False)
+                with translate_os_errors(self._workspace.folder):
+                    return "", action(state, *values)
             except UserError as error:
                 with use_language(selection.lang):
                     is_sentence = isinstance(error, MissingItemError)
@@ -362,8 +373,10 @@ class StudioPage:
         def on_change(request: gr.Request, *values: str) -> str:
             selection = _read_selection(request)
             try:
+                _check_texts(values)
                 state = self._view.read_state(selection, use_newest=False)
-                arguments = build(state, *values)
+                with translate_os_errors(self._workspace.folder):
+                    arguments = build(state, *values)
                 return render_command(arguments) if arguments else ""
             except UserError as error:
                 with use_language(selection.lang):
@@ -441,17 +454,24 @@ class StudioPage:
             source = str(self._workspace.save_uploads(files, name.strip()))
             files = [file for file in folder.rglob("[!.]*") if file.is_file()]
             if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+                self._mark_copied(upload)
                 # Images without a table are labeled in the next step.
                 return state.selection.link(step="label", images=source)
         try:
             target, arguments = self._build_import(source, name, *others)
             form = [source, name, *others]
-            return self._start(state, str(target), arguments, data=str(target), form=form)
+            url = self._start(state, str(target), arguments, data=str(target), form=form)
+            self._mark_copied(upload or ())
+            return url
         except UserError:
             # A refused import leaves no uploads: the browser still has them.
             if upload and is_new:
                 self._workspace.move_to_trash(Path("uploads", name.strip()))
             raise
+
+    def _mark_copied(self, upload: Sequence[str]) -> None:
+        if self._budget is not None:
+            self._budget.mark_copied(map(Path, upload))
 
     def _find_commands(self, *folders: Path) -> list[str]:
         """Return the running commands that use a file in the folders or a parent folder."""
@@ -632,6 +652,7 @@ class StudioPage:
     def _page_options(self) -> list[str]:
         """Return the options that protect a page in the same way as the studio."""
         options = ["--host", self._access.host]
+        options += [f"--trusted-proxy={proxy}" for proxy in self._access.proxies]
         if self._access.password is None:
             return [*options, "--no-auth"]
         return [*options, "--password-file", str(self._write_password(self._access.password))]
@@ -754,6 +775,19 @@ def _detect_columns(workspace: Path, path: Path) -> tuple[Path, ImportOptions]:
     return path, ImportOptions()
 
 
+def _check_texts(values: Sequence[Any]) -> None:
+    """Raise UserError for a text that no argument of a command or file name can contain."""
+    for text in (value for value in values if isinstance(value, str)):
+        controls = _CONTROL_CHARACTERS.findall(text)
+        if controls or len(text) > MAX_FIELD_CHARS:
+            raise UserError(
+                f"{text!r:.80} has {f'the character {controls[0]!r}' if controls else len(text)}",
+                where="form",
+                expected=f"text of at most {MAX_FIELD_CHARS} characters, no control characters",
+                remedy="correct the field",
+            )
+
+
 def _check_fraction(text: str) -> bool:
     """Return whether a fraction is given. Raises UserError if it is not between 0 and 1."""
     with contextlib.suppress(ValueError):
@@ -802,7 +836,9 @@ def make_studio_app(
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page = StudioPage(view, access)
+    uploads = folder / UPLOADS_FOLDER
+    budget = DiskBudget(uploads, folder / CHATS_FOLDER)
+    page = StudioPage(view, access, budget)
 
     @app.get("/studio.css")
     def get_style() -> Response:
@@ -831,11 +867,10 @@ def make_studio_app(
         head='<link rel="stylesheet" href="studio.css">',
         max_file_size=MAX_UPLOAD_BYTES,
     )
-    uploads = folder / UPLOADS_FOLDER
     return AccessMiddleware(
         mounted,
         uploads,
-        DiskBudget(uploads, folder / CHATS_FOLDER),
+        budget,
         page.inputs,
         lambda name: name in page.blocks._queue.pending_messages_per_session,
         access.password,

@@ -24,7 +24,7 @@ from finesight.errors import UserError
 from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
 from finesight.report import i18n
 from finesight.report.charts import build_run_charts
-from finesight.report.compare_page import compare_runs, render_compare_page
+from finesight.report.compare_page import render_report
 from finesight.report.i18n import (
     LANGUAGE_TAGS,
     Language,
@@ -33,11 +33,12 @@ from finesight.report.i18n import (
     use_language,
 )
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
-from finesight.report.run_page import render_run_page, select_evaluations
+from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import get_run_status
 from finesight.studio.studio_jobs import Job, JobStore, format_command
 from finesight.studio.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
+from finesight.vision.image_reader import create_image_pool
 from finesight.web.chat_html import select_ui_text
 
 STATIC_FOLDER = Path(__file__).parent / "static"
@@ -98,6 +99,9 @@ KILLED_OUTCOME = "ended by the system, often for lack of memory"
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
+REPORT_CPU_SECONDS = 60.0
+"""Limit of the report, which decodes images of the user in a process of its own."""
+
 MAX_LISTED_JOBS = 5
 
 
@@ -183,6 +187,7 @@ class StudioView:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.jobs = workspace, JobStore(workspace.folder)
+        self.report_pool = create_image_pool()
         templates = Path(i18n.__file__).parent / "templates"
         self._environment = Environment(
             loader=FileSystemLoader([STATIC_FOLDER, templates]),
@@ -316,10 +321,10 @@ class StudioView:
         if not runs:
             raise UserError("no run is selected", expected="a run", remedy="select a run")
         folders = [self.workspace.folder / run for run in runs[:MAX_COMPARED_RUNS]]
-        with use_language(selection.lang):
-            if len(folders) == 1:
-                return render_run_page(folders[0], MAX_REPORT_EXAMPLES)
-            return render_compare_page(compare_runs(folders))
+        arguments = (folders, MAX_REPORT_EXAMPLES, selection.lang)
+        with self.report_pool.borrow_worker() as worker:
+            reply = worker.call(render_report, *arguments, max_cpu_s=REPORT_CPU_SECONDS)
+        return str(reply.value)
 
     def read_check_page(self, selection: Selection) -> str:
         """Return the page of the last check of the selected data set."""

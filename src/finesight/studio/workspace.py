@@ -50,7 +50,14 @@ from finesight.manifest import (
 )
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import choose_duration, load_recipe, recipe_from_text
-from finesight.storage import FileLock, working_folder, write_file
+from finesight.storage import (
+    FileLock,
+    make_folder,
+    remove_leftovers,
+    translate_os_errors,
+    working_folder,
+    write_file,
+)
 from finesight.train.run_dir import RunDir
 
 STUDIO_FOLDER = ".finesight"
@@ -148,6 +155,12 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
+
+    def remove_leftovers(self) -> None:
+        """Remove the folders that killed commands left in the folders of the studio."""
+        for name in (".", STUDIO_FOLDER, "data", "gguf", "models", "runs", "uploads"):
+            with translate_os_errors(self.folder / name):
+                remove_leftovers(self.folder / name)
 
     def scan(self) -> WorkspaceContent:
         """Return all data sets, recipes, runs and models."""
@@ -275,9 +288,9 @@ class Workspace:
             raise UserError(
                 f"{name} is a file of the studio", where=where, expected=expected, remedy=remedy
             )
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(
-                f"{name} does not exist",
+                f"{name:.300} does not exist",
                 where=where,
                 expected=expected,
                 remedy=suggest_similar_path(path).replace(f"{self.folder}{os.sep}", ""),
@@ -526,7 +539,7 @@ class Workspace:
         inputs = (path, run, self.check_model(model), "finesight studio", task, files)
         num_samples = sum(one.num_train for one in datasets)
         text = format_recipe(*inputs, num_samples, settings=settings, num_train_files=len(datasets))
-        self.save_recipe(path, text)
+        self.save_recipe(path, text, hashlib.sha256(b"").hexdigest())
         return path
 
     def read_prompt(self, run: Path | None, dataset: WorkspaceDataset | None) -> str:
@@ -552,21 +565,27 @@ class Workspace:
         """Validate the text of a recipe, and write it.
 
         Args:
-            digest: Digest of the content to replace. None replaces any.
+            digest: Digest of the content to replace, that of no bytes for a new file. None replaces
+                any.
 
         Raises:
             UserError: The content has changed.
             UserError: A setting is invalid, or `check_recipe_paths` rejects the recipe.
         """
         self.check_recipe_paths(recipe_from_text(text, path), path)
-        if digest not in (None, self.read_recipe(path)[1]):
-            raise UserError(
-                "the recipe has changed since the page showed it",
-                where=str(path),
-                expected="an unchanged recipe",
-                remedy="copy your changes, reload the page, and edit the recipe again",
-            )
-        write_file(self.folder / path, text.encode())
+        file = self.folder / path
+        make_folder(file.parent)
+        with translate_os_errors(file), FileLock(file.parent) as lock:
+            # Another studio may save the recipe at the same time.
+            lock.acquire()
+            if digest not in (None, self.read_recipe(path)[1]):
+                raise UserError(
+                    "the recipe has changed since the page showed it",
+                    where=str(path),
+                    expected="an unchanged recipe",
+                    remedy="copy your changes, reload the page, and edit the recipe again",
+                )
+            write_file(file, text.encode())
 
     def load_recipe(self, path: Path) -> Recipe:
         """Load a recipe that `check_recipe_paths` accepts."""

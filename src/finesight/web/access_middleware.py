@@ -35,6 +35,7 @@ from starlette.responses import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finesight.credentials import Credentials
 from finesight.web.chat_html import render_sign_in_page, select_ui_text
 from finesight.web.web_sessions import (
     MAX_IMAGE_BYTES,
@@ -96,11 +97,16 @@ MAX_MESSAGE_BYTES = 1 << 20
 
 MAX_NAME_BYTES = 255
 
+MAX_SIGN_IN_BYTES = 16 << 10
+
 UPLOAD_IDLE_TIMEOUT_S = 30
-"""Seconds without data after which an upload is rejected.
+"""Seconds without data after which a request is rejected.
 
 A stalled upload would keep its reserved disk space.
 """
+
+SIGNED_IN_KEY = "finesight_signed_in"
+"""Key of the ASGI state whose value is a function that ends the limits of unknown clients."""
 
 NONCE_KEY = "finesight_nonce"
 """Key of the nonce of the content security policy in the ASGI scope."""
@@ -239,7 +245,10 @@ class AccessMiddleware:
     session_cookie: str = SESSION_COOKIE
     identifies_browsers: bool = False
     _session_token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
-    _login_locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _credentials: Credentials = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._credentials = Credentials([] if self.password is None else [self.password])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -266,7 +275,7 @@ class AccessMiddleware:
             raise
 
     async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
+        request = Request(scope, _limit_idle_time(receive))
         path = scope["path"]
         handlers = {
             UPLOAD_PATH: self._handle_upload,
@@ -282,10 +291,15 @@ class AccessMiddleware:
                 # Gradio would derive the URL of the page from these headers.
                 if not name.lower().startswith(FORWARDING_HEADER_PREFIXES)
             ]
-            if path in handlers:
-                response = await handlers[path](request, send)
-            else:
-                await self.app(scope, receive, send)
+            if path not in (SIGN_IN_PATH, STYLE_PATH):
+                scope.get("state", {}).get(SIGNED_IN_KEY, lambda: None)()
+            try:
+                if path in handlers:
+                    response = await handlers[path](request, send)
+                else:
+                    await self.app(scope, request.receive, send)
+            except HTTPException as error:
+                response = PlainTextResponse(error.detail, error.status_code)
         if response is not None:
             await response(scope, receive, send)
 
@@ -344,13 +358,13 @@ class AccessMiddleware:
             return HTMLResponse(render_sign_in_page(False, ui_text))
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
         password = form.get("password", [""])[0]
-        # Serialized per client address: more connections do not speed up password guessing,
-        # and other clients are not delayed.
-        address = request.client.host if request.client else ""
-        async with self._login_locks.setdefault(address, asyncio.Lock()):
-            if not hmac.compare_digest(password.encode(), self.password.encode()):
-                await asyncio.sleep(FAILED_LOGIN_DELAY_S)
-                return HTMLResponse(render_sign_in_page(True, ui_text), 401)
+        if self._credentials.find_owner(password) is None:
+            wait_s = self._credentials.count_wrong(request.client.host if request.client else "")
+            page = render_sign_in_page(True, ui_text)
+            if wait_s:
+                return HTMLResponse(page, 429, {"retry-after": str(wait_s)})
+            await asyncio.sleep(FAILED_LOGIN_DELAY_S)
+            return HTMLResponse(page, 401)
         response = RedirectResponse(_add_query("./", request), 303)
         is_https = request.headers.get("origin", "").startswith("https://")
         self._set_browser_cookie(request, response, is_secure=is_https)
@@ -472,7 +486,8 @@ def _add_query(path: str, request: Request) -> str:
 
 
 def _get_body_limit(path: str) -> int:
-    return MAX_UPLOAD_BYTES if path == UPLOAD_PATH else MAX_MESSAGE_BYTES
+    limits = {UPLOAD_PATH: MAX_UPLOAD_BYTES, SIGN_IN_PATH: MAX_SIGN_IN_BYTES}
+    return limits.get(path, MAX_MESSAGE_BYTES)
 
 
 def _add_security_headers(send: Send, policy: str) -> Send:
@@ -518,11 +533,26 @@ def _split_host_port(address: str, default_port: int) -> tuple[str, int]:
     return (parts.hostname or "") if is_bare else "", port
 
 
-def _count_received(receive: Receive, reservation: DiskReservation) -> Receive:
-    """Wrap an ASGI receive function to count the received bytes as written to the disk.
+def _limit_idle_time(receive: Receive) -> Receive:
+    """Raise HTTPException if no data of a request arrives within the idle timeout."""
+    is_complete = False
 
-    It raises HTTPException if no data arrives within the idle timeout.
-    """
+    async def receive_limited() -> Message:
+        nonlocal is_complete
+        if is_complete:
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), UPLOAD_IDLE_TIMEOUT_S)
+        except TimeoutError as error:
+            raise HTTPException(408, "request timeout") from error
+        is_complete = not message.get("more_body", False)
+        return message
+
+    return receive_limited
+
+
+def _count_received(receive: Receive, reservation: DiskReservation) -> Receive:
+    """Wrap an ASGI receive function to count the received bytes as written to the disk."""
 
     num_unwritten = 0
 
@@ -530,10 +560,7 @@ def _count_received(receive: Receive, reservation: DiskReservation) -> Receive:
         nonlocal num_unwritten
         # Gradio requests the next message after it has written the previous one.
         reservation.write(num_unwritten)
-        try:
-            message = await asyncio.wait_for(receive(), UPLOAD_IDLE_TIMEOUT_S)
-        except TimeoutError as error:
-            raise HTTPException(408, "upload timeout") from error
+        message = await receive()
         num_unwritten = len(message.get("body", b""))
         return message
 

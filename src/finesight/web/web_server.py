@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import socket
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
+import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response, StreamingResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from finesight.errors import UserError, build_bind_error
 from finesight.infer.inference_service import InferenceService
+from finesight.storage import temporary_folder
 from finesight.vision.image_reader import ImageReader
-from finesight.web.access_middleware import AccessMiddleware
+from finesight.web.access_middleware import SIGNED_IN_KEY, AccessMiddleware
 from finesight.web.chat_html import STATIC_FOLDER
 from finesight.web.web_sessions import MAX_IMAGE_BYTES, DiskBudget, WebSessionStore
 from finesight.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     import gradio as gr
+
+REQUEST_TIMEOUT_S, MAX_UNKNOWN_CONNECTIONS = 15.0, 100
+"""Seconds of a request, and number of connections, of clients that have not signed in."""
 
 UPLOADS_FOLDER, CHATS_FOLDER = "uploads", "chats"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
@@ -37,6 +44,7 @@ def run_web_server(
     listener: socket.socket,
     password: str | None,
     loopback_only: bool,
+    trusted_proxies: Sequence[str] = (),
 ) -> None:
     """Serve the chat page until a signal stops the server.
 
@@ -44,32 +52,113 @@ def run_web_server(
         pool: Worker processes that read images. The function closes them.
         password: Password of the page. None admits everyone.
         loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
+        trusted_proxies: See `create_server_config`.
     """
     # Closed at the end: threads of the page may wait for a worker.
     with create_private_folder() as folder, contextlib.closing(pool):
         pool.start()
         session_store = create_session_store(folder, service, pool)
         app = make_app(session_store, folder / UPLOADS_FOLDER, password, loopback_only)
-        serve_app(app, listener)
+        serve_app(app, listener, pool, trusted_proxies)
 
 
-def serve_app(app: AccessMiddleware, listener: socket.socket) -> None:
-    """Serve an application until a signal stops the server."""
-    import uvicorn
+class PageServer(uvicorn.Server):
+    """uvicorn server that first ends the worker processes, for which requests may wait."""
 
-    config = uvicorn.Config(
+    def __init__(self, config: uvicorn.Config, pool: WorkerPool) -> None:
+        super().__init__(config)
+        self._pool = pool
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the workers, the connections and the listeners."""
+        self._pool.close()
+        await super().shutdown(sockets)
+
+
+def build_page_protocol() -> type[H11Protocol]:
+    """Create a protocol class with limits on connections that have not signed in.
+
+    Each of their requests must be complete and answered within `REQUEST_TIMEOUT_S`. The oldest one
+    beyond `MAX_UNKNOWN_CONNECTIONS` is closed, so that half-sent requests keep nobody out.
+    """
+    unknown: dict[H11Protocol, asyncio.TimerHandle] = {}
+
+    class PageProtocol(H11Protocol):
+        def __init__(
+            self,
+            config: uvicorn.Config,
+            server_state: ServerState,
+            app_state: dict[str, Any],
+            _loop: asyncio.AbstractEventLoop | None = None,
+        ) -> None:
+            state = {**app_state, SIGNED_IN_KEY: self._end_limits}
+            super().__init__(config, server_state, state, _loop)
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._restart_timeout()
+            if len(unknown) > MAX_UNKNOWN_CONNECTIONS:
+                next(iter(unknown)).transport.abort()
+
+        def on_response_complete(self) -> None:
+            if self in unknown:
+                self._restart_timeout()
+            super().on_response_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._end_limits()
+            super().connection_lost(exc)
+
+        def _restart_timeout(self) -> None:
+            self._end_limits()
+            unknown[self] = self.loop.call_later(REQUEST_TIMEOUT_S, self.transport.abort)
+
+        def _end_limits(self) -> None:
+            timeout = unknown.pop(self, None)
+            if timeout is not None:
+                timeout.cancel()
+
+    return PageProtocol
+
+
+def create_server_config(
+    app: AccessMiddleware, trusted_proxies: Sequence[str] = ()
+) -> uvicorn.Config:
+    """Return the settings of the server of a page.
+
+    Args:
+        trusted_proxies: Addresses of proxies whose header X-Forwarded-For names the client.
+    """
+    return uvicorn.Config(
         app,
+        http=build_page_protocol(),
+        ws="none",
         log_level="critical",
         access_log=False,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=[*trusted_proxies],
         timeout_graceful_shutdown=1,
     )
+
+
+def serve_app(
+    app: AccessMiddleware,
+    listener: socket.socket,
+    pool: WorkerPool,
+    trusted_proxies: Sequence[str] = (),
+) -> None:
+    """Serve an application until a signal stops the server, which also closes the pool.
+
+    Args:
+        trusted_proxies: See `create_server_config`.
+    """
+    config = create_server_config(app, trusted_proxies)
     # uvicorn raises the signal again at its end, after which the private folder must be deleted.
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            PageServer(config, pool).run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
 
@@ -89,10 +178,7 @@ def create_private_folder() -> Iterator[Path]:
 
     The folder is deleted at the end of the `with` block.
     """
-    with tempfile.TemporaryDirectory(
-        prefix="finesight-web-", ignore_cleanup_errors=True
-    ) as temporary_folder:
-        folder = Path(temporary_folder)
+    with temporary_folder("web") as folder:
         (folder / UPLOADS_FOLDER).mkdir()
         (folder / CHATS_FOLDER).mkdir()
         with _configure_gradio(folder / UPLOADS_FOLDER):

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -33,8 +33,8 @@ MAX_IMAGE_BYTES = 20 << 20
 MAX_STORED_BYTES = 2 << 30
 """Maximum size of the stored files of all users in bytes, including reserved space."""
 
-UPLOAD_TTL_S = 3600
-"""Seconds after which an uploaded file is deleted.
+UPLOAD_TTL_S, MIN_UPLOAD_TTL_S = 3600, 300
+"""Seconds after which an uploaded file is deleted, with enough space and if space is short.
 
 Chats contain copies of the images that they use.
 """
@@ -76,35 +76,57 @@ class DiskBudget:
     def __init__(self, uploads: Path, conversations: Path) -> None:
         self._uploads, self._conversations = uploads, conversations
         self._reserved = 0
+        self._copied: dict[Path, float] = {}
         self.free_space: Callable[[int], bool] = lambda num_bytes: False
         """Deletes unused files of a number of bytes, or returns False without deleting any."""
         self._lock = threading.Lock()
 
-    def reserve(self, num_bytes: int) -> DiskReservation:
+    def reserve(self, num_bytes: int, needed: Sequence[Path] = ()) -> DiskReservation:
         """Reserve disk space before writing files.
+
+        Args:
+            needed: Uploads that must not be deleted.
 
         Raises:
             DiskFullError: The stored and reserved bytes would exceed the limit.
         """
         with self._lock:
-            limit = MAX_STORED_BYTES - num_bytes
-            while (excess := self._count_stored_bytes() + self._reserved - limit) > 0:
-                if not self.free_space(excess):
+            limit, max_age_s = MAX_STORED_BYTES - num_bytes, UPLOAD_TTL_S
+            while (
+                excess := self._count_stored_bytes(max_age_s, needed) + self._reserved - limit
+            ) > 0:
+                if max_age_s == UPLOAD_TTL_S:
+                    max_age_s = MIN_UPLOAD_TTL_S
+                    self._delete_copied(needed)
+                elif not self.free_space(excess):
                     raise DiskFullError
             self._reserved += num_bytes
         return DiskReservation(self, num_bytes)
+
+    def mark_copied(self, uploads: Iterable[Path]) -> None:
+        """Note that other folders have copies of uploads, which are deleted if space is short."""
+        with self._lock, contextlib.suppress(FileNotFoundError):
+            self._copied.update((upload, upload.stat().st_mtime) for upload in uploads)
+
+    def _delete_copied(self, needed: Sequence[Path]) -> None:
+        for upload in self._copied.keys() - {*needed}:
+            with contextlib.suppress(FileNotFoundError):
+                # The same file may have been uploaded again.
+                if self._copied.pop(upload) == upload.stat().st_mtime:
+                    upload.unlink()
 
     def free(self, num_bytes: int) -> None:
         """Release reserved bytes."""
         with self._lock:
             self._reserved -= num_bytes
 
-    def _count_stored_bytes(self) -> int:
-        """Delete expired uploads, then count the bytes of all stored files."""
-        min_mtime, total = time.time() - UPLOAD_TTL_S, 0
+    def _count_stored_bytes(self, max_age_s: float, needed: Sequence[Path]) -> int:
+        """Delete uploads beyond an age, then count the bytes of all stored files."""
+        min_mtime, total = time.time() - max_age_s, 0
         for root in (self._uploads, self._conversations):
             for file, state in _iter_files(root):
-                if root == self._uploads and state.st_mtime < min_mtime:
+                is_expired = root == self._uploads and state.st_mtime < min_mtime
+                if is_expired and file not in needed:
                     file.unlink(missing_ok=True)
                 else:
                     total += state.st_size
@@ -232,7 +254,8 @@ class WebSession:
         self.check_text(text)
         size = sum(path.stat().st_size for path in uploads if path.exists())
         try:
-            reservation = self.budget.reserve(size + MAX_DISPLAY_BYTES * len(uploads))
+            num_bytes = size + MAX_DISPLAY_BYTES * len(uploads)
+            reservation = self.budget.reserve(num_bytes, uploads)
         except DiskFullError as error:
             raise UserError(self.ui_text.disk_full) from error
         image_paths: list[Path] = []
@@ -244,6 +267,7 @@ class WebSession:
         except BaseException:
             self.remove_images(image_paths)
             raise
+        self.budget.mark_copied(uploads)
         return image_paths
 
     def remove_images(self, image_paths: Sequence[Path]) -> None:

@@ -27,8 +27,10 @@ let updates = []; // Functions that show a changed answer, apart from the form.
 const isTouch = matchMedia("(pointer: coarse)");
 
 const isEqual = (one, other) => JSON.stringify(one) === JSON.stringify(other);
-const makeAnswer = ({ text, boxes }) => ({ text, edits: {}, boxes: structuredClone(boxes) });
-const isChanged = () => !isEqual(answer, makeAnswer(item.answer));
+const makeAnswer = ({ answer: { text, boxes }, question }) =>
+  ({ text, edits: {}, boxes: structuredClone(boxes), question: [...question] });
+const getBase = ({ answer: saved, question }) => [saved, question];
+const isChanged = () => !isEqual(answer, makeAnswer(item));
 
 // Unsaved answers are kept while another image is opened or the page is reloaded. Servers may share
 // an address, and the order of the images changes when the server starts.
@@ -41,7 +43,7 @@ const store = (key, value) => {
 };
 const keepDraft = () => {
   if (!item) return;
-  if (isChanged()) store(draftKey(item.id), { base: item.answer, answer });
+  if (isChanged()) store(draftKey(item.id), { base: getBase(item), answer });
   else sessionStorage.removeItem(draftKey(item.id));
 };
 addEventListener("pagehide", keepDraft);
@@ -108,9 +110,9 @@ const load = (loaded, hasFocus = false) => {
   selected = -1;
   entered.clear();
   imageIndex = item.answer.boxes[0]?.image ?? 0;
-  answer = makeAnswer(item.answer);
+  answer = makeAnswer(item);
   const draft = readStored(draftKey(item.id)), paths = item.fields.map(getKey);
-  const isCurrent = draft && isEqual(draft.base, item.answer);
+  const isCurrent = draft && isEqual(draft.base, getBase(item));
   if (isCurrent) {
     const edits = Object.entries(draft.answer.edits).filter(([path]) => paths.includes(path));
     answer = { ...draft.answer, edits: Object.fromEntries(edits) };
@@ -144,7 +146,7 @@ const findOpen = (index) => {
 const settle = (saved, loaded, sent) => {
   const kept = saved === item ? answer : readStored(draftKey(saved.id))?.answer;
   const isSettled = !kept || JSON.stringify(kept) === sent;
-  let current = makeAnswer(loaded.answer);
+  let current = makeAnswer(loaded);
   if (!isSettled) {
     const edits = loaded.fields.map((field) => [getKey(field), kept.edits[getKey(field)], field.text])
       .filter(([, edited, text]) => edited !== undefined && edited !== text);
@@ -154,7 +156,7 @@ const settle = (saved, loaded, sent) => {
   Object.assign(saved, loaded);
   if (saved === item) answer = current;
   if (isSettled) sessionStorage.removeItem(draftKey(saved.id));
-  else store(draftKey(saved.id), { base: saved.answer, answer: current });
+  else store(draftKey(saved.id), { base: getBase(saved), answer: current });
   return isSettled;
 };
 
@@ -221,12 +223,12 @@ const getKey = ({ path }) => JSON.stringify(path);
 const listFields = () => answer.text === item.answer.text ? item.fields : [];
 
 const encodeAnswer = () => {
-  const { text, edits, boxes } = answer, fields = listFields();
+  const { text, edits, boxes, question } = answer, fields = listFields();
   const edited = fields.map((field, index) => [index, edits[getKey(field)]])
     .filter(([, value]) => value !== undefined);
   const hasFields = fields.length && (!boxes.length || edited.length);
   // The server replaces the fields: numbers of JavaScript have fewer digits than those of JSON.
-  return { text, edits: hasFields ? Object.fromEntries(edited) : null, boxes };
+  return { text, edits: hasFields ? Object.fromEntries(edited) : null, boxes, question };
 };
 
 const getValue = (text, path) => {
@@ -336,6 +338,7 @@ const show = (lost = null) => {
   byId("history").querySelector("ol").replaceChildren(...history.map((entry) => create(
     "li", {}, new Date(entry.time).toLocaleString(document.documentElement.lang), " ",
     [translate(entry.event), ...(entry.event === "suggested" ? [entry.model] : [])].join(" "),
+    ...(entry.question.length ? [create("div", { class: "small" }, `${translate("Prompt")}: ${entry.question.join("")}`)] : []),
     ...(entry.old ? [create("div", { class: "small" }, translate("before:"), " ",
       create("del", {}, formatAnswer(entry.old)))] : []),
     ...(entry.new ? [create("div", { class: "small" }, ...(entry.old ? [translate("after:"), " "] : []),
@@ -354,8 +357,19 @@ const show = (lost = null) => {
     create("p", { class: "small soft" }, translate(title), " ", ...badges),
     create("pre", {}, formatAnswer(shown))]));
   byId("save").disabled = item.images.some((image) => image.error);
+  showQuestion();
   showForm();
   showImage();
+};
+
+// Each sample has its own question, whose texts are between its images.
+const showQuestion = () => {
+  byId("turns").replaceChildren(...item.turns.flatMap(({ role, text }) => [
+    create("strong", {}, role), " ", text, create("br")]));
+  byId("question").replaceChildren(...answer.question.map((text, index) => makeInput(
+    "textarea", { rows: 2, "aria-label": translate("Prompt"),
+      hidden: !item.question[index].trim() && item.question.some((one) => one.trim()) }, text,
+    (edited) => { answer.question[index] = edited; })));
 };
 
 const showForm = () => {
@@ -375,7 +389,8 @@ const showForm = () => {
       (name, index) => create("span", {}, create("kbd", {}, index + 1), ` ${name}`))));
   }
   if (boxes.length && !settings.closed) {
-    rows.push(create("datalist", { id: "names" }, ...item.choices.map((value) => create("option", { value }))));
+    const names = [...new Set([...settings.names, ...item.choices])];
+    rows.push(create("datalist", { id: "names" }, ...names.map((value) => create("option", { value }))));
   }
   if (fields.length) rows.push(...fields.map(makeField));
   else {
@@ -430,7 +445,7 @@ const isUnknownClass = (value) => settings.kind === "classes" && isUnknown(value
 const makeClassNote = (getName, isRequired = false) => {
   const note = create("span", { class: "note" });
   updates.push(() => {
-    const name = getName(), isMissing = isRequired && settings.closed && !name;
+    const name = getName(), isMissing = isRequired && settings.names.length && !name;
     note.textContent = isUnknown(name) ? translate("suggested: {}, not one of the classes", name)
       : isMissing ? translate("Choose a class") : "";
   });
@@ -591,9 +606,7 @@ const add = (xyxy) => {
   const isReplaced = answer.text === settings.no_objects
     || !item.answer.boxes.length && answer.text === item.answer.text;
   if (!answer.boxes.length && isReplaced) answer.text = "";
-  const chosen = answer.boxes[selected]?.label;
-  const label = chosen && !isUnknown(chosen) ? chosen : settings.choices[0] ?? null;
-  answer.boxes.push({ image: imageIndex, label, xyxy });
+  answer.boxes.push({ image: imageIndex, label: null, xyxy });
   select(answer.boxes.length - 1);
 };
 
@@ -754,7 +767,7 @@ byId("save").addEventListener("click", () => decide("save"));
 byId("skip").addEventListener("click", () => decide("skip"));
 byId("undo").addEventListener("click", undo);
 byId("reset").addEventListener("click", () => {
-  answer = makeAnswer(item.answer);
+  answer = makeAnswer(item);
   selected = -1;
   show();
 });

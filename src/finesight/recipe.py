@@ -656,7 +656,7 @@ def load_trainer_settings() -> dict[str, Any]:
 def _load_advice() -> dict[str, dict[str, Any]]:
     """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
-    trainers = [content[name] for name in ("transformers", "LLaMA-Factory", "ms-swift")]
+    trainers = [content[name] for name in ("TRL", "transformers", "LLaMA-Factory", "ms-swift")]
     groups = [group for trainer in trainers for group in trainer["ignored"]]
     groups += [group for trainer in trainers for group in trainer["unsupported"]]
     groups += content["replacements"]

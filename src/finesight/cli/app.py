@@ -201,7 +201,9 @@ _add_data_command("export", short_help="Export samples in the format of another 
 _add_data_command(
     "convert-boxes", short_help="Convert the boxes of a file to another model family."
 )(convert_boxes)
-_add_command(short_help="Convert an ms-swift or LLaMA-Factory configuration to a recipe.")(convert)
+_add_command(short_help="Convert a configuration or script of another trainer to a recipe.")(
+    convert
+)
 _add_command(short_help="Estimate memory and time of a run and suggest settings that fit.")(plan)
 _add_command(short_help="Fine-tune a model with a recipe.")(train)
 _add_command(short_help="Write a training job for several GPUs or nodes.")(launch)

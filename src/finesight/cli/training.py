@@ -67,14 +67,14 @@ def convert(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="LLaMA-Factory YAML or JSON, ms-swift YAML, args.json of an ms-swift run, or a "
-            "shell script with `swift sft` or `llamafactory-cli train`.",
+            help="YAML or JSON of LLaMA-Factory, ms-swift or TRL; args.json of an ms-swift run; a "
+            "shell script with their command; or a Python script or notebook of TRL or Unsloth.",
         ),
     ],
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file to create.")],
     as_json: AsJsonOption = False,
 ) -> None:
-    """Convert an ms-swift or LLaMA-Factory configuration to a recipe.
+    """Convert a configuration or script of another trainer to a recipe.
 
     Writes the recipe, including defaults of the other program that differ. train.batch_size is the
     product of batch size per device, gradient accumulation steps and GPUs. Settings that finesight

@@ -213,7 +213,7 @@ class TrainerConverter:
         for key in ("eval_steps", "eval_strategy", "evaluation_strategy"):
             if self.config.has(key):
                 value = self.config.get_str(key)
-                self.draft.note(key, value, f"evaluations generate answers, by {task.metric}")
+                self.draft.note(key, value, f"evaluation by generation, metric {task.metric}")
         if interval := self.config.get_float("eval_steps"):
             self.draft.set("eval.every", int(interval) if interval >= 1 else interval)
 

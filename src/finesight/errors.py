@@ -89,7 +89,7 @@ def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = 
     """Return a remedy for an unknown name: the most similar valid name, or `otherwise`."""
     import difflib
 
-    similar = difflib.get_close_matches(name, list(names), n=1)
+    similar = difflib.get_close_matches(name, [n for n in names if n != name], n=1)
     return f"did you mean {prefix}{similar[0]}?" if similar else otherwise
 
 

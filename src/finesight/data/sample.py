@@ -592,13 +592,16 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             remedy="import it with `finesight import` first",
         )
     if error_type == "extra_forbidden":
+        parts = {"text": TextPart, "image": ImagePart, "video": VideoPart, "box": BoxPart}
+        is_part = len(error_location) > 4
+        kind = parts.get(str(error_location[4]), Message) if is_part else Message
+        names = tuple((Sample if len(error_location) == 1 else kind).model_fields)
+        otherwise = "move it into `meta` of the sample, which accepts any key, or remove it"
         return UserError(
             f"unknown key {key} with the value {value_repr}",
             where=where,
-            expected=f"the keys {', '.join(SAMPLE_KEYS)}",
-            remedy=suggest_name(
-                str(error_location[-1]), SAMPLE_KEYS, "remove it; `meta` accepts arbitrary metadata"
-            ),
+            expected=f"the keys {', '.join(names)}",
+            remedy=suggest_name(str(error_location[-1]), names, otherwise),
         )
     if not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
         remedy = "import the file with `finesight import` first"

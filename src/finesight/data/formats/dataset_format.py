@@ -403,7 +403,7 @@ def make_text_part(text: str) -> TextPart:
         raise UnexpectedPlaceholderError(
             f"the placeholder {match[0]!r} in the text {text[:60]!r}",
             expected="text without placeholders: images and boxes are separate parts",
-            remedy="choose a --format that supports this placeholder, or remove it from the text",
+            remedy="remove it from the text, or write the image or the box as its format requires",
         )
     return TextPart(text=text)
 

@@ -16,9 +16,9 @@ import typer
 from image_fixtures import write_gray_image, write_jsonl
 from typer.testing import CliRunner
 
-from finesight.cli.app import app
+from finesight.cli.app import app, run_command
 from finesight.data.formats import FORMATS
-from finesight.errors import UserError
+from finesight.errors import UserError, format_command
 from finesight.recipe import list_setting_names
 
 SOURCE = Path(__file__).parents[1] / "src" / "finesight"
@@ -141,6 +141,7 @@ INVALID_INPUTS: dict[str, dict[str, str]] = {
     "plan recipe.yaml batch_size=1": {},
     "plan recipe.yaml --learning_rate 1e-5": {},
     "predict finesight-tiny a.png": {},
+    "eval finesight-tiny --data samples.jsonl --metric captions eval.limit=1": {},
 }
 """Commands that fail, and values of the placeholders in their remedies."""
 
@@ -181,6 +182,7 @@ def follow(words: list[str], remedy: str, values: dict[str, str]) -> Iterator[li
             yield [name[1] if word in near else word for word in words]
         if override := re.match(r"use (\S+=\S+?)(?::|$)", alternative):
             yield [*words[:2], override[1]]
+        words = words[:-1] if alternative.startswith("use --") else words
         value = r"""(?: (?:"[^"]*"|(?!skips)[^ ;,"-][^ ;,"]*))?"""
         options = re.findall(rf"--[a-z][a-z-]+{value}", alternative)
         yield [*words, *(word for option in options for word in shlex.split(option))]
@@ -202,3 +204,29 @@ def test_followed_remedies_lead_to_success(command):
         seen.add(str(error))
     assert seen
     assert code == 0, seen
+
+
+@pytest.mark.parametrize(
+    ("started", "on_path", "program"),
+    [
+        ("bin/finesight", False, "./bin/finesight"),
+        ("bin/finesight", True, "finesight"),
+        ("../finesight", False, "{parent}/finesight"),
+        ("finesight/__main__.py", False, "finesight"),
+    ],
+)
+def test_next_commands_name_the_program_as_started(
+    started, on_path, program, tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / started
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("#!/bin/sh\n")
+    file.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(file.parent) if on_path else "")
+    monkeypatch.setattr("sys.argv", [str(file)])
+    expected = program.format(parent=tmp_path.parent)
+    assert format_command("train", "a b.yaml") == f"{expected} train 'a b.yaml'"
+    write_jsonl(tmp_path / "a.jsonl", [{}])
+    assert run_command(["train", "a.jsonl"]) == 2
+    assert f"{expected} init a.jsonl" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from finesight.cli.options import AsJsonOption, OverridesArgument, RecipeArgument, TrustMetricOption
-from finesight.errors import UserError, escape_unprintable
+from finesight.errors import UserError, escape_unprintable, format_command
 
 if TYPE_CHECKING:
     from finesight.convert.external_config import ConversionNote
@@ -110,8 +110,8 @@ def _format_conversion(source: Path, recipe: Path, conversion: ConvertedRecipe) 
             yield f"  {', '.join(note.key for note in group)}: {reason}"
     yield "next:"
     for command in conversion.import_commands:
-        yield f"  {command}"
-    yield f"  {shlex.join(['finesight', 'train', str(recipe)])}"
+        yield f"  {format_command(*shlex.split(command)[1:])}"
+    yield f"  {format_command('train', recipe)}"
 
 
 def _notes_of_kind(conversion: ConvertedRecipe, kind: str) -> Iterable[ConversionNote]:

@@ -195,7 +195,7 @@ def render_run_page(
         run_status=run_status,
         written_at=f"{now:%Y-%m-%d %H:%M:%S} UTC",
         live_state=live_state,
-        title=run_record.folder.resolve().name,
+        title=_format_title(run_record.folder.resolve()),
         run_record=run_record,
         evaluation_names=evaluation_names,
         charts=charts,
@@ -345,6 +345,12 @@ def _select_evaluations(run_record: RunRecord) -> list[JsonObject]:
             return [before, after]
     evaluations = run_record.evaluations
     return [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
+
+
+def _format_title(folder: Path) -> str:
+    """Return the name of a run: that of its folder, with the parent of a folder named `run`."""
+    is_generic = folder.name in ("run", "out", "output", "outputs")
+    return "/".join(folder.parts[-2:]) if is_generic else folder.name
 
 
 def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) -> list[str]:

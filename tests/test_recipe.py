@@ -587,7 +587,7 @@ def test_inputs_are_also_found_in_the_folder_of_the_recipe(tmp_path, monkeypatch
     folder.mkdir()
     text = (
         "model: weights\nadapter: adapter\noutput_dir: runs/one\n"
-        "data: {train: [both.jsonl, 'shards/*.tar', {path: c.jsonl, weight: 2}], eval: none.jsonl}\n"
+        "data: {train: [both.jsonl, 'shards/*.tar', {path: c.jsonl, weight: 2}], eval: no.jsonl}\n"
         "eval: {metric: 'score.py:f'}\n"
     )
     for name in ("both.jsonl", "shards/1.tar", "c.jsonl", "score.py", "weights/a", "runs/one"):

@@ -106,8 +106,8 @@ REMEDIES = sorted(set(iter_remedies()))
 
 def test_commands_options_formats_and_settings_of_remedies_exist():
     assert len(REMEDIES) > 600
-    unknown = {place: [*iter_unknown(text)] for place, text in REMEDIES}
-    assert {place: names for place, names in unknown.items() if names} == {}
+    unknown = {source: [*iter_unknown(text)] for source, text in REMEDIES}
+    assert {source: names for source, names in unknown.items() if names} == {}
     assert [*iter_unknown("finesight imports A; --formats; --format cocos; train.step=1")] == [
         *("finesight imports", "--formats", "cocos", "train.step")
     ]

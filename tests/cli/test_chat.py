@@ -73,7 +73,9 @@ def test_session_with_images_is_drawn_saved_and_undone(image_question, tmp_path)
     assert "nothing to undo" in lines
     assert lines[-1].startswith("/quit")
     printed = [line for line in lines if line.partition(" ")[0] in COMMAND_HELP]
-    columns = {line.index(text) for line, (_, text) in zip(printed, COMMAND_HELP.values())}
+    columns = {
+        line.index(text) for line, (_, text) in zip(printed, COMMAND_HELP.values(), strict=True)
+    }
     assert len(columns) == 1, "the descriptions start in one column"
     [sample] = read_samples(saved)
     assert [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)] == [

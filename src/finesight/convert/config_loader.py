@@ -242,7 +242,12 @@ def _split_commands(text: str, path: Path, variables: Mapping[str, str]) -> Iter
     """
     text = _ARITHMETIC.sub(lambda match: match[0].translate(_PROTECTED), text)
     text = _SUBSTITUTION.sub("$...", text.replace("\\$", _LITERAL_DOLLAR))
-    text = _QUOTED_OR_SKIPPED.sub(_mark_quoted_dollars, text).replace("\\\n", " ")
+    text = _QUOTED_OR_SKIPPED.sub(
+        lambda match: (match[1] or "").replace(
+            "$", "\1" if match[0].startswith('"') else _LITERAL_DOLLAR
+        ),
+        text,
+    ).replace("\\\n", " ")
     lexer = shlex.shlex(text, posix=True, punctuation_chars="\n;|&()<>")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
     try:
@@ -258,11 +263,6 @@ def _split_commands(text: str, path: Path, variables: Mapping[str, str]) -> Iter
                 raise _build_unresolved_error(path, f"{command[0]} ...")
             yield command
             command = []
-
-
-def _mark_quoted_dollars(match: re.Match[str]) -> str:
-    quoted = match[1] or ""
-    return quoted.replace("$", "\1" if quoted.startswith('"') else _LITERAL_DOLLAR)
 
 
 def _expand_variables(word: str, variables: Mapping[str, str]) -> list[str]:

@@ -56,6 +56,9 @@ from finesight.report.run_reader import (
 from finesight.report.summary import get_run_status
 from finesight.storage import raise_if_exists, write_file
 
+GENERIC_NAMES = ("run", "out", "output", "outputs")
+"""Folder names that do not identify a run: the title includes the parent folder."""
+
 MAX_EXAMPLES = 2000
 """Maximum number of examples in the report of a finished run.
 
@@ -182,6 +185,7 @@ def render_run_page(
         interval_s = live_state.interval_s if live_state else 0.0
         live_data = {"written_at": now.timestamp(), "interval_s": interval_s}
     questions = [example["question"] for example in example_data["examples"]]
+    folder = run_record.folder.resolve()
     return render_page(
         "run",
         data={
@@ -195,7 +199,7 @@ def render_run_page(
         run_status=run_status,
         written_at=f"{now:%Y-%m-%d %H:%M:%S} UTC",
         live_state=live_state,
-        title=_format_title(run_record.folder.resolve()),
+        title="/".join(folder.parts[-2:]) if folder.name in GENERIC_NAMES else folder.name,
         run_record=run_record,
         evaluation_names=evaluation_names,
         charts=charts,
@@ -345,12 +349,6 @@ def _select_evaluations(run_record: RunRecord) -> list[JsonObject]:
             return [before, after]
     evaluations = run_record.evaluations
     return [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
-
-
-def _format_title(folder: Path) -> str:
-    """Return the name of a run: that of its folder, with the parent of a folder named `run`."""
-    is_generic = folder.name in ("run", "out", "output", "outputs")
-    return "/".join(folder.parts[-2:]) if is_generic else folder.name
 
 
 def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -172,3 +173,13 @@ def test_label_studio_round_trip(tmp_path: Path) -> None:
     for name in ("json", "json_min"):
         assert results[name]["boxes"] == 500
         assert results[name]["max_error_px"] < 0.5
+
+
+def test_results_name_existing_benchmarks():
+    """A reader repeats a measurement with the command in its file."""
+    results = (ROOT / "benchmarks" / "results").glob("*.json*")
+    named = {
+        name for file in results for name in re.findall(r"benchmarks/\w+\.py", file.read_text())
+    }
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []

@@ -91,13 +91,15 @@ def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, ca
     ]
     assert answers[0] == answers[1]
     names = [command[0] for command in others]
-    assert names == ["check", "train", "show", "predict", "eval", "chat", "merge", "import"]
+    assert names == ["check", "train", "show", "predict", "eval", "chat", "merge", "init"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     for command in others:
         if command[0] == "train":
             command.append("--resume")
         if command[0] == "merge":
             command[2] = str(tmp_path / "merged")
+        if command[0] == "init":
+            command += [str(out / "tickets" / "tickets.csv"), "--out", str(tmp_path / "own")]
         capsys.readouterr()
         assert run_command(command) == 0, command
         shown = capsys.readouterr()

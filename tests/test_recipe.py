@@ -580,3 +580,23 @@ def test_duration_follows_the_number_of_samples(num_samples, is_short, key, valu
     assert 20 < len(comment) < 80
     settings = yaml.safe_load(f"{key}: {text}")
     assert settings == {key: value}
+
+
+def test_inputs_are_also_found_in_the_folder_of_the_recipe(tmp_path, monkeypatch):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    text = (
+        "model: weights\nadapter: adapter\noutput_dir: runs/one\n"
+        "data: {train: [both.jsonl, 'shards/*.tar', {path: c.jsonl, weight: 2}], eval: no.jsonl}\n"
+        "eval: {metric: 'score.py:f'}\n"
+    )
+    for name in ("both.jsonl", "shards/1.tar", "c.jsonl", "score.py", "weights/a", "runs/one"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (tmp_path / "both.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(_write_recipe(folder, text).relative_to(tmp_path), ["data.eval=c.jsonl"])
+    paths = [str(file.path) for file in (*recipe.data.train, *recipe.data.eval)]
+    assert paths == ["both.jsonl", "recipes/shards/*.tar", "recipes/c.jsonl", "c.jsonl"]
+    assert (recipe.model, str(recipe.adapter)) == ("recipes/weights", "adapter")
+    assert (recipe.eval.metric, str(recipe.output_dir)) == ("recipes/score.py:f", "runs/one")

@@ -85,11 +85,27 @@ def format_count(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def format_command(*words: str | Path) -> str:
+    """Format a finesight command for the shell in which this process was started.
+
+    A program that the shell would not find, such as .venv/bin/finesight, keeps its path.
+    """
+    import shutil
+    import sys
+
+    program = "finesight"
+    started = os.path.abspath(sys.argv[0])
+    if os.path.basename(started) == program and shutil.which(program) != started:
+        relative = os.path.relpath(started)
+        program = started if relative.startswith(os.pardir) else os.path.join(".", relative)
+    return " ".join(map(quote, [program, *map(str, words)]))
+
+
 def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = "") -> str:
     """Return a remedy for an unknown name: the most similar valid name, or `otherwise`."""
     import difflib
 
-    similar = difflib.get_close_matches(name, list(names), n=1)
+    similar = difflib.get_close_matches(name, [n for n in names if n != name], n=1)
     return f"did you mean {prefix}{similar[0]}?" if similar else otherwise
 
 

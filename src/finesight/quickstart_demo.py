@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from finesight.check.check_issues import format_summary
 from finesight.check.data_checker import check_sources, inputs_from_recipe
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.errors import TrainingInterrupted, UserError
+from finesight.errors import TrainingInterrupted, UserError, format_command
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.manifest import PREDICTIONS_FOLDER, REPORT_FILE
@@ -130,12 +129,12 @@ def run_quickstart(
         f"2. Import them, the last {settings.num_eval_rows} for validation\n   $"
         f" {_import_table(table, out, settings)}"
     )
-    log(f"3. Check the data\n   $ {_format_command('check', recipe)}")
+    log(f"3. Check the data\n   $ {format_command('check', recipe)}")
     check_lines = format_summary(check_sources(*inputs_from_recipe(recipe)), MAX_SHOWN_ISSUES)
     log("\n".join(f"   {line}" for line in check_lines))
     log(
         f"4. Train {settings.model}, with an evaluation before and after\n   $"
-        f" {_format_command('train', recipe)}"
+        f" {format_command('train', recipe)}"
     )
     train_result = _train(recipe, console)
     log("5. Predictions for validation tickets")
@@ -190,12 +189,7 @@ def _import_table(table: Path, out: Path, settings: QuickstartSettings) -> str:
         import_dataset(table, target, import_options)
     map_options = [part for pair in _COLUMNS.items() for part in ("--map", "=".join(pair))]
     options = ["--prompt", PROMPT, "--eval-last", str(settings.num_eval_rows)]
-    return _format_command("import", table, target, *map_options, *options)
-
-
-def _format_command(*arguments: str | Path) -> str:
-    """Format a finesight command as a user would type it."""
-    return shlex.join(["finesight", *map(str, arguments)])
+    return format_command("import", table, target, *map_options, *options)
 
 
 def _train(recipe: Path, console: Console) -> RunResult:
@@ -258,12 +252,12 @@ def _format_result(out: Path, result: QuickstartResult) -> str:
             f"Tickets with all fields correct: {exact_scores}; {result.total_s:.0f} s in total",
             f"Report: {out / 'run' / REPORT_FILE}",
             "Next:",
-            f"   $ {_format_command('show', out / 'recipe.yaml')}",
-            f"   $ {_format_command('predict', out / 'run', first_image, '--prompt', PROMPT)}",
-            f"   $ {_format_command('eval', out / 'run')}",
-            f"   $ {_format_command('chat', out / 'run')}",
-            f"   $ {_format_command('merge', out / 'run', out / 'merged')}",
+            f"   $ {format_command('show', out / 'recipe.yaml')}",
+            f"   $ {format_command('predict', out / 'run', first_image, '--prompt', PROMPT)}",
+            f"   $ {format_command('eval', out / 'run')}",
+            f"   $ {format_command('chat', out / 'run')}",
+            f"   $ {format_command('merge', out / 'run', out / 'merged')}",
             "With your own images:",
-            f"   $ {_format_command('import', '--help')}",
+            f"   $ {format_command('init')}",
         ]
     )

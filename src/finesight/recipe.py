@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
@@ -250,7 +251,8 @@ dotted setting names to values.
 def load_recipe(path: Path, overrides: Overrides = ()) -> Recipe:
     """Load a recipe from a YAML file, and apply overrides.
 
-    Paths in the recipe are relative to the working directory, not to the recipe.
+    Paths in the recipe are relative to the working directory. Inputs that do not exist there are
+    searched in the folder of the recipe.
     """
     return recipe_from_text(read_recipe_text(path), path, overrides)
 
@@ -265,7 +267,34 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
             expected="settings by name, such as model, data, output",
             remedy="start from one of the files in recipes/",
         )
+    _resolve_paths(content, path.parent)
     return _validate_recipe(content, str(path), lines, overrides)
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    """Replace paths of inputs that exist only relative to the folder of the recipe."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        if isinstance(value, dict):
+            return value | {key: resolve(item) for key, item in value.items() if key == "path"}
+        if isinstance(value, str):
+            name = value.rpartition(":")[0] if ".py:" in value else value
+            here, there = (
+                os.path.exists(path) or glob(path) for path in (name, str(folder / name))
+            )
+            return str(folder / value) if there and not here else value
+        return value
+
+    for section, names in {
+        "": ("model", "adapter"),
+        "data": ("train", "eval"),
+        "eval": ("metric",),
+    }.items():
+        settings = content.get(section) if section else content
+        if isinstance(settings, dict):
+            settings |= {name: resolve(settings[name]) for name in names if name in settings}
 
 
 def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> Recipe:
@@ -656,7 +685,7 @@ def load_trainer_settings() -> dict[str, Any]:
 def _load_advice() -> dict[str, dict[str, Any]]:
     """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
-    trainers = [content[name] for name in ("transformers", "LLaMA-Factory", "ms-swift")]
+    trainers = [content[name] for name in ("TRL", "transformers", "LLaMA-Factory", "ms-swift")]
     groups = [group for trainer in trainers for group in trainer["ignored"]]
     groups += [group for trainer in trainers for group in trainer["unsupported"]]
     groups += content["replacements"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from web_server_fixture import ScriptedService
 
 from finesight.cli.app import app
-from finesight.cli.chat import ChatTerminal
+from finesight.cli.chat import COMMAND_HELP, ChatTerminal
 from finesight.data.sample import ImagePart, read_samples
 from finesight.errors import UserError
 from finesight.infer import inference_service
@@ -72,6 +72,11 @@ def test_session_with_images_is_drawn_saved_and_undone(image_question, tmp_path)
     assert lines.count(lines[1]) == 2, "at temperature 0 the same question has the same answer"
     assert "nothing to undo" in lines
     assert lines[-1].startswith("/quit")
+    printed = [line for line in lines if line.partition(" ")[0] in COMMAND_HELP]
+    columns = {
+        line.index(text) for line, (_, text) in zip(printed, COMMAND_HELP.values(), strict=True)
+    }
+    assert len(columns) == 1, "the descriptions start in one column"
     [sample] = read_samples(saved)
     assert [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)] == [
         str(path)

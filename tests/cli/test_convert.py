@@ -65,10 +65,10 @@ def test_json_output(work_dir):
 
 
 def test_failed_conversion_writes_no_files(work_dir):
-    Path("dpo.yaml").write_text(yaml.safe_dump(LLAMA_FACTORY_SETTINGS | {"stage": "dpo"}))
-    result = run("convert", "dpo.yaml", "recipe.yaml")
+    Path("rm.yaml").write_text(yaml.safe_dump(LLAMA_FACTORY_SETTINGS | {"stage": "rm"}))
+    result = run("convert", "rm.yaml", "recipe.yaml")
     assert isinstance(result.exception, UserError)
-    assert sorted(path.name for path in work_dir.iterdir()) == ["dpo.yaml", "train.yaml"]
+    assert sorted(path.name for path in work_dir.iterdir()) == ["rm.yaml", "train.yaml"]
 
 
 def test_printed_import_commands_create_the_data(work_dir):

@@ -80,7 +80,7 @@ def test_batched_images_and_videos_match_single_answers(tiny, tmp_path):
 def test_table_marks_the_primary_score(tiny, data):
     result = run_eval(tiny, "--data", data, "--metric", "latex", "--limit", 1)
     assert result.exit_code == 0, result.output
-    assert "latex: 1 samples" in result.stdout
+    assert "latex: 1 sample, with" in result.stdout
     assert "similarity*" in result.stdout
 
 

@@ -36,7 +36,7 @@ Prepare = Callable[[contextlib.ExitStack, pytest.MonkeyPatch], object]
 TABLE = ["image,text", *(f"photos/{n}.png,ticket {n}" for n in range(4))]
 XYWH_ROWS = [f'{{"image": "photos/{n}.png", "box": [30, 30, 20, 20]}}' for n in range(4)]
 FRACTION_ROWS = [f'{{"image": "photos/{n}.png", "box": [0.1, 0.1, 0.5, 0.5]}}' for n in range(4)]
-SCRIPT = "MODEL=Qwen/Qwen2-VL-2B\nswift sft --model $MODEL --dataset a.jsonl --output_dir out\n"
+SCRIPT = "BASE=Qwen/Qwen2-VL-2B\nswift sft --model $MODEL --dataset a.jsonl --output_dir out\n"
 
 
 @pytest.fixture(scope="module")

@@ -110,11 +110,12 @@ VALUES: list[object] = [
 ]
 
 
-@pytest.mark.parametrize("program", ["ms-swift", "LLaMA-Factory"])
+@pytest.mark.parametrize("program", ["ms-swift", "LLaMA-Factory", "TRL"])
 def test_random_settings_raise_no_traceback(program, tmp_path, monkeypatch):
     """Each recipe that is written loads, whatever stood there; everything else is refused."""
     monkeypatch.chdir(tmp_path)
-    base = SWIFT_SETTINGS if program == "ms-swift" else LLAMA_FACTORY_SETTINGS
+    trl = {"model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct", "dataset_name": "a", "use_peft": True}
+    base = {"ms-swift": SWIFT_SETTINGS, "TRL": trl}.get(program, LLAMA_FACTORY_SETTINGS)
     rules = load_rules(program)
     chance = random.Random(7)
     names = [*sorted(rules.converted), *rules.other, *rules.aliases, "ENV", "made up", "é"]

@@ -31,7 +31,7 @@ PATH_THEN_NAME = re.compile(r"`([\w/]+\.py)` 中的 `([A-Za-z_][\w.]*)`")
 
 PLACEHOLDERS = re.compile(r"NAME|FILE|AREA/test_[xX]\.py|AREA/x\.py")
 USER_FILES = {
-    *("ask.py", "draw.py", "metric.py", "path/to/metric.py", "metrics/plates.py"),
+    *("ask.py", "draw.py", "metric.py", "train.py", "path/to/metric.py", "metrics/plates.py"),
     *("runs/from-a-colleague/metric.py", "convert_hf_to_gguf.py"),
     "llama.cpp/convert_hf_to_gguf.py",
 }

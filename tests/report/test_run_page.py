@@ -65,6 +65,12 @@ def run(tmp_path: Path) -> FakeRunDir:
     return made
 
 
+@pytest.mark.parametrize(("name", "title"), [("runs/a", "a"), ("tickets/run", "tickets/run")])
+def test_title_identifies_the_run(name: str, title: str, tmp_path: Path) -> None:
+    page = render_run_page(FakeRunDir(tmp_path / name).folder)
+    assert f"<title>{title} · finesight</title>" in page
+
+
 def test_finished_run(run: FakeRunDir) -> None:
     page = render_run_page(run.folder)
     text = read_visible_text(page)

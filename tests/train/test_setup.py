@@ -177,7 +177,7 @@ def test_images_in_both_splits_are_reported(task: TinyTask) -> None:
     task.run()
     assert "are also in data.train" not in task.console_output
     task.run(f"data.eval={task.folder / 'train.jsonl'}", name="leaky")
-    assert "11 images of data.eval are also in data.train" in task.console_output
+    assert "11 images of data.eval also in data.train" in task.console_output
 
 
 def test_resume_rejects_changed_settings_and_data(task: TinyTask) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from io import TextIOWrapper
 from itertools import zip_longest
@@ -31,7 +31,7 @@ from finesight.cli.models import download, export, merge
 from finesight.cli.results import compare, evaluate, predict, report
 from finesight.cli.servers import serve, studio, web
 from finesight.cli.training import convert, launch, quickstart, train
-from finesight.errors import TrainingInterrupted, UserError
+from finesight.errors import TrainingInterrupted, UserError, format_command
 from finesight.host_memory import num_allowed_cpus
 
 EXIT_USER_ERROR = 2
@@ -88,6 +88,8 @@ class PlainHelpCommand(TyperCommand):
                 option, _, value = word.partition("=")
                 if option.startswith("--") and option not in known:
                     _reject_setting(option, value or following)
+        else:
+            _reject_override(args, known)
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -122,6 +124,25 @@ def _reject_setting(option: str, value: str) -> None:
             expected="settings of the recipe as KEY=VALUE, without --",
             remedy=remedy,
         )
+
+
+def _reject_override(args: list[str], options: Collection[str]) -> None:
+    """Raise UserError for a setting of a recipe after a command that takes none."""
+    for name, separator, value in (word.partition("=") for word in args):
+        section, _, last = name.rpartition(".")
+        if not (separator and section) or os.path.exists(f"{name}={value}"):
+            continue
+        from finesight.recipe import list_setting_names
+
+        if name in list_setting_names():
+            option = f"--{last.replace('_', '-')}"
+            names = ", ".join(sorted(one for one in options if one.startswith("--")))
+            raise UserError(
+                f"{name} is a setting of a recipe, and this command takes options only",
+                where="command line",
+                expected=names,
+                remedy=f"use {option} {value}" if option in options else "remove it",
+            )
 
 
 def _format_argument(param: Any) -> str:
@@ -201,7 +222,9 @@ _add_data_command("export", short_help="Export samples in the format of another 
 _add_data_command(
     "convert-boxes", short_help="Convert the boxes of a file to another model family."
 )(convert_boxes)
-_add_command(short_help="Convert an ms-swift or LLaMA-Factory configuration to a recipe.")(convert)
+_add_command(short_help="Convert a configuration or script of another trainer to a recipe.")(
+    convert
+)
 _add_command(short_help="Estimate memory and time of a run and suggest settings that fit.")(plan)
 _add_command(short_help="Fine-tune a model with a recipe.")(train)
 _add_command(short_help="Write a training job for several GPUs or nodes.")(launch)
@@ -230,7 +253,9 @@ def run_command(arguments: Sequence[str], typer_app: typer.Typer = app) -> int:
     try:
         typer_app(args=list(arguments), prog_name="finesight")
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        names = "|".join(name for names in COMMAND_GROUPS.values() for name in names)
+        program = format_command().replace("\\", r"\\")
+        typer.echo(re.sub(rf"\bfinesight(?= (?:{names})\b)", program, f"error: {error}"), err=True)
         return EXIT_USER_ERROR
     except TrainingInterrupted as interrupt:
         typer.echo(str(interrupt), err=True)

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from finesight.infer.request import GenerationOptions
 
 COMMAND_HELP = {
-    "/image": "PATH...  attach images to the next question",
-    "/box": "[FILE]   save the image with the boxes of the last answer, as PNG",
-    "/undo": "        remove the last question and its answer",
-    "/again": "       regenerate the last answer (differs at a temperature above 0)",
-    "/save": "FILE    save the conversation as a sample (JSONL for train and predict --data)",
-    "/new": "         start a new conversation",
-    "/help": "        print this list",
-    "/quit": "        quit (also Ctrl-D); Ctrl-C stops an answer",
+    "/image": ("PATH...", "attach images to the next question"),
+    "/box": ("[FILE]", "save the image with the boxes of the last answer, as PNG"),
+    "/undo": ("", "remove the last question and its answer"),
+    "/again": ("", "regenerate the last answer (differs at a temperature above 0)"),
+    "/save": ("FILE", "save the conversation as a sample (JSONL for train and predict --data)"),
+    "/new": ("", "start a new conversation"),
+    "/help": ("", "print this list"),
+    "/quit": ("", "quit (also Ctrl-D); Ctrl-C stops an answer"),
 }
 
 TemperatureOption = Annotated[
@@ -277,8 +277,8 @@ class ChatTerminal:
 
 
 def _print_help() -> None:
-    for name, description in COMMAND_HELP.items():
-        typer.echo(f"{name:7}{description}")
+    for name, (argument, description) in COMMAND_HELP.items():
+        typer.echo(f"{name} {argument}".ljust(16) + description)
 
 
 def _parse_paths(argument: str) -> list[Path]:

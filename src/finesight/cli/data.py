@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ from finesight.cli.options import (
     parse_column_map,
     parse_row_range,
 )
-from finesight.errors import UserError, escape_unprintable, format_count
+from finesight.errors import UserError, escape_unprintable, format_command, format_count
 
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue
@@ -216,7 +215,7 @@ def _format_summary(source: str, summary: ImportSummary) -> list[str]:
             lines.append("  no images: --map image=COLUMN sets the column of the image paths")
     train, *validation = (str(file.file) for file in summary.output_files)
     against = ["--against", *validation] if validation else []
-    return [*lines, f"next: {shlex.join(['finesight', 'check', train, *against])}"]
+    return [*lines, f"next: {format_command('check', train, *against)}"]
 
 
 def export_data(
@@ -280,7 +279,7 @@ def _format_export_summary(out: Path, summary: ExportSummary) -> list[str]:
         f"  {format_count(summary.num_images, 'image')}",
         *(f"  not supported: {count} {feature}" for feature, count in summary.lost_counts.items()),
         *(f"  note: {note}" for note in summary.notes),
-        f"next: {shlex.join(['finesight', 'check', str(source), '--format', summary.format])}",
+        f"next: {format_command('check', source, '--format', summary.format)}",
     ]
 
 
@@ -560,7 +559,7 @@ def _get_command_after_check(
     elif has_errors:
         named = source if source.name else source.resolve()
         words = ["check", source, "--fix", named.with_name(f"{named.stem or 'data'}-fixed")]
-    return f"next: {shlex.join(['finesight', *map(str, words)])}"
+    return f"next: {format_command(*map(str, words))}"
 
 
 def _run_check(
@@ -678,8 +677,8 @@ def plan(
     )
     typer.echo(json.dumps(plan_to_dict(run_plan)) if as_json else "\n".join(format_plan(run_plan)))
     if not as_json and run_plan.chosen_estimate.fits:
-        words = ["finesight", "train", str(recipe), *(overrides or ()), *run_plan.overrides]
-        typer.echo(f"next: {shlex.join(words)}")
+        words = ["train", str(recipe), *(overrides or ()), *run_plan.overrides]
+        typer.echo(f"next: {format_command(*words)}")
     if not run_plan.chosen_estimate.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
@@ -755,8 +754,8 @@ def show(
     if html is None or as_json:
         _print_samples(renderer, selected, as_json)
     if html is None and not as_json:
-        words = ["finesight", "plan", str(recipe), *(overrides or ())]
-        typer.echo(f"next: {shlex.join(words)}")
+        words = ["plan", str(recipe), *(overrides or ())]
+        typer.echo(f"next: {format_command(*words)}")
 
 
 def _write_sample_page(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from finesight.errors import (
     LABEL_TRAIN_FRACTION,
     UserError,
     escape_unprintable,
+    format_command,
     format_count,
     suggest_name,
 )
@@ -195,7 +195,7 @@ def init(
     commands = [["check", recipe, "--html", folder / "check.html"]] if has_errors else []
     fits = None if run_plan is None else run_plan.chosen_estimate.fits
     commands += [["train", recipe], ["chat", folder / "run"]] if fits else [["plan", recipe]]
-    next_commands = [shlex.join(["finesight", *map(str, words)]) for words in commands]
+    next_commands = [format_command(*map(str, words)) for words in commands]
     if as_json:
         result = {
             "recipe": str(recipe),
@@ -316,8 +316,7 @@ def _init_labels(
     label += [] if has_suggestions else ["--no-suggestions"]
     label += ["--train-fraction", LABEL_TRAIN_FRACTION]
     commands = [
-        shlex.join(["finesight", *map(str, words)])
-        for words in (label, ["train", recipe], ["serve", run])
+        format_command(*map(str, words)) for words in (label, ["train", recipe], ["serve", run])
     ]
     if as_json:
         values = {"recipe": str(recipe), "metric": metric, "prompt": prompt, "next": commands}

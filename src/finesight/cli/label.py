@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -32,7 +31,7 @@ from finesight.cli.servers import (
     require_gradio,
     resolve_password,
 )
-from finesight.errors import LABEL_TRAIN_FRACTION, UserError
+from finesight.errors import LABEL_TRAIN_FRACTION, UserError, format_command
 from finesight.manifest import RECIPE_FILE, find_run_dir
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def label(
     typer.echo(f"{text}: {out}", err=True)
     if any(count for name, count in counts.items() if name not in ("open", "skipped")):
         words = _suggest_command(out, run_dir, sources if review else ())
-        typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
+        typer.echo(f"next: {format_command(*words)}", err=True)
 
 
 def _build_option_error(option: str, other: str, expected: str) -> UserError:

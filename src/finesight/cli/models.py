@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ import typer
 
 from finesight.cli.options import AsJsonOption, DeviceOption
 from finesight.config import PixelRange
-from finesight.errors import UserError, escape_unprintable
+from finesight.errors import UserError, escape_unprintable, format_command
 from finesight.hub.address import HubAddress, parse_address
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def download(
         words = ["chat", str(folder)]
         if address.repo_type != "model":
             words = ["import", str(folder), address.repo_id.rpartition("/")[2]]
-        typer.echo(f"next: {shlex.join(['finesight', *words])}", err=True)
+        typer.echo(f"next: {format_command(*words)}", err=True)
 
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
@@ -231,7 +230,7 @@ def _print_result(merge_result: VerifiedMerge, model_source: ModelSource) -> Non
     if not has_default_rule and not isinstance(image_rule, PixelRange):
         rule_text = ", ".join(f"{key} {n}" for key, n in image_rule or ())
         typer.echo(f"other programs cannot store the image size: resize images to {rule_text}")
-    typer.echo(f"next: {shlex.join(['finesight', 'export', str(merge_result.folder)])}")
+    typer.echo(f"next: {format_command('export', merge_result.folder)}")
 
 
 def export(
@@ -348,7 +347,7 @@ def push_run(run_dir: Path, out: str) -> None:
             page = publish_model(parse_address(out), files, public=False, message=message)
             typer.echo(f"uploaded: {page}", err=True)
     except Exception as error:  # whatever fails, the run is complete
-        command = shlex.join(["finesight", "export", str(run_dir), out, "--yes"])
+        command = format_command("export", run_dir, out, "--yes")
         typer.echo(
             f"the upload failed, but the run is complete: {escape_unprintable(str(error))}\n"
             f"to upload it again: {command}",
@@ -394,7 +393,7 @@ def _upload_to_hub(
         result = {"to": str(address), "public": public, "files": sizes, "page": page_url}
         typer.echo(json.dumps(result))
     else:
-        command = shlex.join(["finesight", "export", source, out, *["--public"] * public, "--yes"])
+        command = format_command("export", source, out, *["--public"] * public, "--yes")
         typer.echo(page_url or f"nothing was uploaded; next: {command}")
 
 

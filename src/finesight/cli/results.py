@@ -152,7 +152,7 @@ def describe_changed_data(run: str) -> str:
     corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
     if recorded.get("fingerprint") in (None, corpus.fingerprint):
         return ""
-    counts = f"{recorded.get('num_samples')} samples, now {len(corpus)}"
+    counts = f"{format_count(recorded.get('num_samples', 0), 'sample')}, now {len(corpus)}"
     return f"the validation data changed since the run ({counts}): its report has other scores"
 
 

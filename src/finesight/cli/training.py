@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from finesight.cli.options import AsJsonOption, OverridesArgument, RecipeArgument, TrustMetricOption
-from finesight.errors import UserError, escape_unprintable
+from finesight.errors import UserError, escape_unprintable, format_command
 
 if TYPE_CHECKING:
     from finesight.convert.external_config import ConversionNote
@@ -67,14 +67,14 @@ def convert(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="LLaMA-Factory YAML or JSON, ms-swift YAML, args.json of an ms-swift run, or a "
-            "shell script with `swift sft` or `llamafactory-cli train`.",
+            help="YAML or JSON of LLaMA-Factory, ms-swift or TRL; args.json of an ms-swift run; a "
+            "shell script with their command; or a Python script or notebook of TRL or Unsloth.",
         ),
     ],
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file to create.")],
     as_json: AsJsonOption = False,
 ) -> None:
-    """Convert an ms-swift or LLaMA-Factory configuration to a recipe.
+    """Convert a configuration or script of another trainer to a recipe.
 
     Writes the recipe, including defaults of the other program that differ. train.batch_size is the
     product of batch size per device, gradient accumulation steps and GPUs. Settings that finesight
@@ -110,8 +110,8 @@ def _format_conversion(source: Path, recipe: Path, conversion: ConvertedRecipe) 
             yield f"  {', '.join(note.key for note in group)}: {reason}"
     yield "next:"
     for command in conversion.import_commands:
-        yield f"  {command}"
-    yield f"  {shlex.join(['finesight', 'train', str(recipe)])}"
+        yield f"  {format_command(*shlex.split(command)[1:])}"
+    yield f"  {format_command('train', recipe)}"
 
 
 def _notes_of_kind(conversion: ConvertedRecipe, kind: str) -> Iterable[ConversionNote]:

@@ -1,17 +1,19 @@
-"""Load the configuration of an ms-swift or LLaMA-Factory training from a file or shell script."""
+"""Load the configuration of a training with another program from a file or script."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from finesight.bounded_files import load_yaml, parse_json, read_text
 from finesight.convert.external_config import ExternalConfig, SourceProgram, load_rules
+from finesight.convert.python_script import evaluate_constant, iter_arguments, read_constants
 from finesight.errors import UserError, suggest_similar_path
 from finesight.recipe import load_trainer_settings
 
@@ -24,19 +26,48 @@ CONVERTED_VARIABLES = {
 }
 """Environment variables that the converters read; others are only reported."""
 
-_EXPECTED = "YAML, JSON, or a shell script with `swift sft` or `llamafactory-cli train`"
+_EXPECTED = (
+    "a configuration of ms-swift, LLaMA-Factory or TRL in YAML or JSON, a shell script with their"
+    " command, or a Python script or notebook of TRL or Unsloth"
+)
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _MS_SWIFT_KEYS = {"dataset", "tuner_type", "train_type", "sft_type", "swift_version", "ENV"}
 """Settings that, together with a model, identify a configuration of ms-swift."""
 
+_TRL_KEYS = {"dataset_name", "datasets", "use_peft", "lora_r", "lora_target_modules"}
+_LLAMA_FACTORY_KEYS = {"stage", "finetuning_type", "template", "dataset"}
+
 _PROGRAMS: dict[str, SourceProgram] = {
-    **{"swift": "ms-swift", "megatron": "ms-swift"},
+    **{"swift": "ms-swift", "megatron": "ms-swift", "trl": "TRL"},
     **{"llamafactory-cli": "LLaMA-Factory", "lmf": "LLaMA-Factory"},
 }
+_SCRIPTS: dict[str, SourceProgram] = {
+    r"(?:.*/)?swift[./]cli[./](sft|rlhf)(?:\.py)?": "ms-swift",
+    r"(?:.*/)?(?:src/train|llamafactory/launcher)\.py()": "LLaMA-Factory",
+    r"(?:.*/)?src/train(?:ing)?/train_?(\w*)\.py": "Qwen-VL-Series-Finetune",
+    r"(?:.*/)?(sft|dpo|grpo|kto|orpo|reward)(?:_vlm\w*)?\.py": "TRL",
+}
+"""Programs that start as a Python script, by a pattern with the training method."""
+_STARTS = ("Arguments", "SFTConfig", "DPOConfig", "GRPOConfig", "ORPOConfig", "KTOConfig")
+"""Ends of the names of classes with the arguments of a training."""
+
+_LITERAL_DOLLAR = "\0"
+"""Replaces a dollar sign that starts no variable, in single quotes or after a backslash."""
+
 _COMMAND_PREFIXES = ("env", "nohup", "exec", "time", "sudo", "export", "declare", "-x")
 _CONTROL_KEYWORDS = ("if", "for", "while", "until", "case", "function")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_ARITHMETIC = re.compile(r"\$\(\(((?:[^()]|\([^()]*\))*)\)\)")
 _SUBSTITUTION = re.compile(r"\$\((?:[^()]|\([^()]*\))*\)")
+_PROTECTED = str.maketrans("() \t\n", "\2\3\4\4\4")
+_UNPROTECTED = str.maketrans("\2\3\4", "() ")
+"""Characters of an arithmetic expression that must not end its word."""
+
+_VARIABLE = re.compile(
+    r"[$\x01](?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?::?[-=]([^}$]*))?\}|\x02\x02(.*?)\x03\x03(?!\x03))"
+)
+"""`$NAME`, `${NAME:-default}` or arithmetic; a dollar sign in double quotes is \1."""
+
 _QUOTED_OR_SKIPPED = re.compile(
     r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)#[^\n]*|(?<!\S)[\d&]*[<>]+&?[ \t]*[^\s;|&]+""",
     re.DOTALL,
@@ -49,6 +80,8 @@ def load_external_config(path: Path) -> ExternalConfig:
 
     Raises UserError for an unreadable file and for one without a training configuration.
     """
+    if path.suffix in (".py", ".ipynb"):
+        return _config_from_python(_read_text(path), path)
     if path.suffix not in _CONFIG_SUFFIXES:
         return _config_from_script(_read_text(path), path)
     content = _parse_content(path)
@@ -57,7 +90,8 @@ def load_external_config(path: Path) -> ExternalConfig:
             path, "is a finesight recipe already", f"finesight train {shlex.quote(str(path))}"
         )
     if "model_name_or_path" in content:
-        return _build_config("LLaMA-Factory", content, path, {})
+        is_trl = content.keys() & _TRL_KEYS and not content.keys() & _LLAMA_FACTORY_KEYS
+        return _build_config("TRL" if is_trl else "LLaMA-Factory", content, path, {})
     if content.keys() & {"model", "model_id_or_path"} and content.keys() & _MS_SWIFT_KEYS:
         return _build_config("ms-swift", content, path, {})
     what = f"is not a known configuration: {', '.join(list(content)[:6])}"
@@ -92,60 +126,128 @@ def _build_config(
 ) -> ExternalConfig:
     aliases = load_rules(program).aliases
     values = {aliases.get(key, key): value for key, value in content.items()}
-    if program == "ms-swift" and isinstance(file_environment := values.pop("ENV", None), dict):
+    file_environment = values.pop("env" if program == "TRL" else "ENV", None)
+    if isinstance(file_environment, dict):
         # Variables set outside take precedence.
         environment = {str(k): str(v) for k, v in file_environment.items()} | environment
     is_recorded = program == "ms-swift" and "swift_version" in values
     return ExternalConfig(program, str(path), values, environment, is_recorded)
 
 
+def _config_from_python(text: str, path: Path) -> ExternalConfig:
+    """Build the configuration from the constant arguments of a Python script or notebook."""
+    try:
+        if path.suffix == ".ipynb":
+            cells = [cell for cell in parse_json(text)["cells"] if cell["cell_type"] == "code"]
+            lines = "\n".join("".join(cell["source"]) for cell in cells)
+            text = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
+        tree = ast.parse(text)
+        constants = read_constants(tree)
+        calls = load_trainer_settings()["TRL"]["calls"]
+        arguments = list(iter_arguments(tree, calls))
+        values: dict[str, object] = {}
+        defaults: dict[str, object] = {}
+        unresolved: dict[str, str] = {}
+        for callee, name, node in arguments:
+            key = load_rules("TRL").aliases.get(name, name)
+            try:
+                value = evaluate_constant(node, constants) if name else None
+            except ValueError:
+                unresolved.setdefault(key, ast.unparse(node))
+                continue
+            defaults = calls[callee] | defaults
+            if key:
+                values.setdefault(key, value)
+    except (SyntaxError, ValueError, TypeError, LookupError, RecursionError, MemoryError) as error:
+        what = f"cannot be read as Python: {' '.join(str(error).split())[:200]}"
+        raise _build_error(path, what, "correct the file") from error
+    started = [callee for callee, name, _ in arguments if not name and callee.endswith(_STARTS)]
+    if not started or "model_name_or_path" not in values:
+        model = unresolved.get("model_name_or_path")
+        what = f"loads the model {model!r}, which is not a constant of the script"
+        if not started:
+            what = "sets no training arguments of TRL, such as SFTConfig(...)"
+        remedy = "write the values into a copy of the script, or use the file that starts it"
+        raise _build_error(path, what, remedy)
+    is_unsloth = re.search(r"(?m)^\s*(?:from|import) unsloth\b", text)
+    unresolved = {key: text for key, text in unresolved.items() if key not in values}
+    program: SourceProgram = "Unsloth" if is_unsloth else "TRL"
+    return ExternalConfig(program, str(path), defaults | values, {}, unresolved=unresolved)
+
+
 def _config_from_script(text: str, path: Path) -> ExternalConfig:
     """Build the configuration from the only training command of a script."""
-    trainings, others, exported = [], list[str](), dict[str, str]()
-    for command in _split_commands(text, path):
+    trainings, others = [], list[str]()
+    exported, variables = dict[str, str](), dict[str, str]()
+    settings = load_trainer_settings()
+    for command in _split_commands(text, path, variables):
         words, assigned = list(command), dict[str, str]()
         while words and (words[0] in _COMMAND_PREFIXES or _ASSIGNMENT.fullmatch(words[0])):
             if match := _ASSIGNMENT.fullmatch(words.pop(0)):
                 assigned[match[1]] = match[2]
+        if not words:
+            variables |= assigned
         if command[0] in ("export", "declare"):
             exported |= assigned
         if words and words[0].startswith("--"):
             remedy = "end the preceding line with a backslash, or remove this line"
             raise _build_error(path, f"{words[0]} is not a part of a command", remedy)
         program, name, index = _find_program(words)
-        if program is not None and name in ("sft", "train"):
-            trainings.append((program, words[:index], words[index:], exported | assigned))
+        if program is not None and name not in settings["commands"]:
+            trainings.append((program, name, words[:index], words[index:], exported | assigned))
         elif program is not None:
-            others.append(f"{program}'s {name}: {load_trainer_settings()['commands'][name]}")
+            others.append(f"{program}'s {name}: {settings['commands'][name]}")
+        elif python := next((word for word in words if word.endswith(".py")), None):
+            others.append(f"starts {python}, which is not a script of a known program")
     if len(trainings) != 1:
-        what = "contains no command of ms-swift or LLaMA-Factory"
+        what = "contains no command of ms-swift, LLaMA-Factory or TRL"
         what = f"contains {len(trainings)} training commands" if trainings else [*others, what][0]
-        raise _build_error(path, what, "use a script with one supervised fine-tuning")
-    ((program, launcher, arguments, environment),) = trainings
+        remedy = "use a script with one training command, or the Python script that it starts"
+        raise _build_error(path, what, remedy)
+    ((program, name, launcher, arguments, environment),) = trainings
     values = [environment[name] for name in environment.keys() & CONVERTED_VARIABLES]
     for value in (*launcher, *arguments, *values):
         if "$" in value or "`" in value:
             raise _build_unresolved_error(path, value)
+    arguments = [word.replace(_LITERAL_DOLLAR, "$") for word in arguments]
     environment |= _read_launcher(launcher)
     content: dict[str, object] = {}
     if arguments and arguments[0].endswith(_CONFIG_SUFFIXES):
-        config_path = Path(arguments.pop(0))
-        content = _parse_content(config_path if config_path.exists() else path.parent / config_path)
+        content = _parse_config_file(arguments.pop(0), path)
         # LLaMA-Factory accepts name=value after a file.
         while arguments and "=" in arguments[0] and arguments[0][0] != "-":
             key, _, value = arguments.pop(0).partition("=")
             content[key] = value
-    content |= _parse_options(arguments)
+    options = _parse_options(arguments)
+    if program == "TRL" and "config" in options:
+        content = _parse_config_file(str(options.pop("config")), path)
+    content |= options
+    if program == "ms-swift" and name == "rlhf":
+        content.setdefault("rlhf_type", "dpo")
+    elif name not in ("", "sft", "train"):
+        content.setdefault("stage", name)
     return _build_config(program, content, path, environment)
 
 
-def _split_commands(text: str, path: Path) -> Iterator[list[str]]:
+def _parse_config_file(name: str, script: Path) -> dict[str, object]:
+    return _parse_content(Path(name) if Path(name).exists() else script.parent / name)
+
+
+def _split_commands(text: str, path: Path, variables: Mapping[str, str]) -> Iterator[list[str]]:
     """Yield the words of each simple command of a shell script.
+
+    `variables` are the values of variables, which the caller may complete after each command.
 
     Raises UserError for conditions, loops, here-documents and unclosed quotation marks.
     """
-    text = _SUBSTITUTION.sub("$...", text)
-    text = _QUOTED_OR_SKIPPED.sub(lambda match: match[1] or "", text).replace("\\\n", " ")
+    text = _ARITHMETIC.sub(lambda match: match[0].translate(_PROTECTED), text)
+    text = _SUBSTITUTION.sub("$...", text.replace("\\$", _LITERAL_DOLLAR))
+    text = _QUOTED_OR_SKIPPED.sub(
+        lambda match: (match[1] or "").replace(
+            "$", "\1" if match[0].startswith('"') else _LITERAL_DOLLAR
+        ),
+        text,
+    ).replace("\\\n", " ")
     lexer = shlex.shlex(text, posix=True, punctuation_chars="\n;|&()<>")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
     try:
@@ -155,7 +257,7 @@ def _split_commands(text: str, path: Path) -> Iterator[list[str]]:
     command: list[str] = []
     for word in words:
         if not set(word) <= set("\n;|&()<>{}"):
-            command.append(word)
+            command += _expand_variables(word, variables)
         elif command:
             if command[0] in _CONTROL_KEYWORDS:
                 raise _build_unresolved_error(path, f"{command[0]} ...")
@@ -163,28 +265,48 @@ def _split_commands(text: str, path: Path) -> Iterator[list[str]]:
             command = []
 
 
+def _expand_variables(word: str, variables: Mapping[str, str]) -> list[str]:
+    """Replace known variables and arithmetic in a word; an unquoted value may be several words."""
+    numbers = {name: int(value) for name, value in variables.items() if value.isdecimal()}
+
+    def replace(match: re.Match[str]) -> str:
+        if match[4] is None:
+            return variables.get(match[1] or match[2], match[0] if match[3] is None else match[3])
+        expression = re.sub(r"[${}]", "", match[4].translate(_UNPROTECTED)).replace("/", "//")
+        try:
+            tree = ast.parse(expression.strip(), mode="eval")
+            return str(evaluate_constant(tree.body, numbers))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return match[0]
+
+    expanded = _VARIABLE.sub(replace, word).replace("\1", "$")
+    is_split = "$" in word and not _ASSIGNMENT.fullmatch(word)
+    words = expanded.split() if is_split else [expanded]
+    return [word.translate(_UNPROTECTED) for word in words]
+
+
 def _build_unresolved_error(path: Path, text: str) -> UserError:
     what = f"the training command depends on {text!r}, and finesight does not execute scripts"
     remedy = (
         "save the resolved command, with values in place of variables and loops, in another .sh"
-        " file; `bash -x` prints it as it runs"
+        " file, and convert that file"
     )
     return _build_error(path, what, remedy)
 
 
 def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]:
     """Find the training program in a shell command, its subcommand, and its first argument."""
-    names = {"sft", "train", *load_trainer_settings()["commands"]}
+    settings = load_trainer_settings()
+    names = {"sft", "train", "rlhf", "reward", *settings["commands"], *settings["objectives"]}
     for index, word in enumerate(words):
         basename, following = word.rpartition("/")[2], words[index + 1 : index + 2]
         name = following[0].replace("_", "-") if following else ""
         name = f"megatron {name}" if basename == "megatron" else name
         if basename in _PROGRAMS and name in names:
             return _PROGRAMS[basename], name, index + 2
-        if word == "swift.cli.sft" or word.endswith("swift/cli/sft.py"):
-            return "ms-swift", "sft", index + 1
-        if word.endswith(("src/train.py", "llamafactory/launcher.py")):
-            return "LLaMA-Factory", "train", index + 1
+        for pattern, program in _SCRIPTS.items():
+            if match := re.fullmatch(pattern, word):
+                return program, match[1], index + 1
     return None, "", len(words)
 
 

@@ -1,10 +1,10 @@
-"""Configuration of an ms-swift or LLaMA-Factory training: settings, rules and model family."""
+"""Configuration of a training with another program: settings, rules and model family."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -15,7 +15,7 @@ from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 from finesight.recipe import load_trainer_settings
 
-SourceProgram = Literal["ms-swift", "LLaMA-Factory"]
+SourceProgram = Literal["ms-swift", "LLaMA-Factory", "TRL", "Unsloth", "Qwen-VL-Series-Finetune"]
 PARTS = ("vision", "merger", "language")
 
 ValueT = TypeVar("ValueT", bool, int, float)
@@ -71,9 +71,10 @@ class ConversionNote:
 
 @dataclass(frozen=True)
 class ExternalConfig:
-    """Configuration of an ms-swift or LLaMA-Factory training.
+    """Configuration of a training with another program.
 
-    `is_recorded` is True for the args.json of an ms-swift run, which contains all settings. Methods
+    `is_recorded` is True for the args.json of an ms-swift run, which contains all settings.
+    `unresolved` are expressions of a Python script for settings without a constant value. Methods
     that read a setting raise UserError for values of another type.
     """
 
@@ -82,6 +83,7 @@ class ExternalConfig:
     values: Mapping[str, object]
     environment: Mapping[str, str]
     is_recorded: bool = False
+    unresolved: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, *keys: str) -> bool:
         """Return whether the configuration sets one of the settings to a value other than null."""
@@ -121,9 +123,12 @@ class ExternalConfig:
     def get_list(self, key: str) -> tuple[str, ...]:
         """Return a setting as a list of texts, empty if it has no value.
 
-        LLaMA-Factory separates items by commas. A text of ms-swift is one item.
+        LLaMA-Factory separates items by commas. A text of another program is one item, or a list
+        in brackets.
         """
         value = self.get_value(key)
+        if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+            value = [item.strip(" '\"") for item in value[1:-1].split(",")]
         items = value if isinstance(value, list | tuple) else [] if is_empty(value) else [value]
         if self.program == "LLaMA-Factory" and isinstance(value, str):
             items = value.split(",")
@@ -169,12 +174,15 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
 
     Hints are the model type and template settings of the configuration.
 
-    Raises UserError if the model is not a Qwen vision-language model.
+    Other vision-language models have the family `other`: finesight trains them on the transformers
+    backend.
+
+    Raises UserError if the model is not known to be a vision-language model.
     """
-    what = f"cannot determine whether {model!r} is a Qwen vision-language model"
+    what = f"cannot determine whether {model!r} is a vision-language model"
     families, found = load_trainer_settings()["families"], None
     by_type = {name: key for key, entry in families.items() for name in entry["names"].split()}
-    model_type = _read_model_type(Path(model).expanduser()) if model else None
+    model_type = _read_model_type(Path(model).expanduser(), by_type) if model else None
     if model_type is not None:
         found, what = by_type.get(model_type), f"{model} has the model type {model_type}"
     elif model:
@@ -187,7 +195,7 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
         raise UserError(
             what if model else "the configuration has no model",
             where=where,
-            expected="a model of Qwen-VL, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5",
+            expected="a Qwen vision-language model, or another one that transformers contains",
             remedy="use the name on its hub, or run this command where the model folder exists",
         )
     entry = families[found]
@@ -195,12 +203,18 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     return FamilySettings(found, **numbers, layers={part: entry[part].split() for part in PARTS})
 
 
-def _read_model_type(folder: Path) -> str | None:
-    """Return `model_type` of config.json in a folder, or None if the file cannot be read."""
+def _read_model_type(folder: Path, known_types: Iterable[str]) -> str | None:
+    """Return `model_type` of config.json in a folder, or None if the file cannot be read.
+
+    Unknown vision-language models have the type `other`.
+    """
     try:
         content = read_json_object(folder / "config.json")
     except UserError:
         return None
-    is_text_model = content.get("model_type") == "qwen" and "visual" not in content
-    model_type = "qwen without a vision encoder" if is_text_model else content.get("model_type")
+    model_type = content.get("model_type")
+    if model_type == "qwen" and "visual" not in content:
+        return "qwen without a vision encoder"
+    if "vision_config" in content and model_type not in known_types:
+        return "other"
     return model_type if isinstance(model_type, str) else None

@@ -32,7 +32,7 @@ class LlamaFactoryConverter(TrainerConverter):
                 expected="a configuration with `do_train: true` and a dataset",
                 remedy="to merge, predict or evaluate: finesight merge, predict or eval",
             )
-        self.require_method("stage", ("sft",))
+        self.set_objective("stage", config.get_str("stage") or "sft")
         method = self.require_method("finetuning_type", ("lora", "full"))
         self.hub = "modelscope" if config.get_bool("USE_MODELSCOPE_HUB") else "hf"
         model, hints = config.get_str("model_name_or_path") or "", (config.get_str("template"),)
@@ -100,7 +100,7 @@ class LlamaFactoryConverter(TrainerConverter):
         self, info_file: Path, name: str, entries: dict[str, object], limit: int | None
     ) -> DatasetSource:
         entry = entries.get(name)
-        if not isinstance(entry, dict) or entry.get("ranking"):
+        if not isinstance(entry, dict) or (entry.get("ranking") and self.objective is None):
             is_ranking = isinstance(entry, dict)
             raise UserError(
                 f"{name} is for preference learning" if is_ranking else f"does not contain {name}",
@@ -157,5 +157,5 @@ class LlamaFactoryConverter(TrainerConverter):
             self.set_lora_targets(family, parts, "lora_target", targets)
         alpha = config.get_float("lora_alpha") or 2.0 * (config.get_int("lora_rank") or 0)
         self.set_lora_config(alpha, "additional_target")
-        keys = ("quantization_method", "quantization_bit", "quantization_type")
-        self.set_quantization(PARTS, *keys, "double_quantization")
+        keys = ("quantization_type", "double_quantization", "quantization_method")
+        self.set_quantization(PARTS, "quantization_bit", config.get_str("quantization_bit"), *keys)

@@ -20,6 +20,7 @@ class MsSwiftConverter(TrainerConverter):
     def fill_recipe(self) -> None:
         """Fill the recipe draft from the configuration."""
         config, draft = self.config, self.draft
+        self.set_objective("rlhf_type", config.get_str("rlhf_type") or "sft")
         method = self.require_method("tuner_type", ("lora", "full"))
         if config.has("task_type"):
             self.require_method("task_type", ("causal_lm",))
@@ -130,5 +131,5 @@ class MsSwiftConverter(TrainerConverter):
         else:
             self.set_lora_targets(family, {*PARTS}, "target_modules", targets)
         self.set_lora_config(config.get_float("lora_alpha") or 0.0, "modules_to_save")
-        quant = ("quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-        self.set_quantization(["language"], *quant)
+        keys = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "quant_method")
+        self.set_quantization(["language"], "quant_bits", config.get_str("quant_bits"), *keys)

@@ -1,4 +1,4 @@
-"""Convert a training configuration of ms-swift or LLaMA-Factory to a recipe, with a report.
+"""Convert a training configuration of another program to a recipe, with a report.
 
 The report lists the settings whose effect differs in finesight.
 """
@@ -25,6 +25,7 @@ from finesight.convert.external_config import (
 from finesight.convert.llama_factory import LlamaFactoryConverter
 from finesight.convert.ms_swift import MsSwiftConverter
 from finesight.convert.trainer_converter import RecipeDraft
+from finesight.convert.trl import TrlConverter
 from finesight.errors import UserError
 from finesight.storage import raise_if_exists, write_file
 
@@ -47,8 +48,8 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     """
     raise_if_exists(target)
     config = load_external_config(source)
-    is_swift = config.program == "ms-swift"
-    converter = MsSwiftConverter(config) if is_swift else LlamaFactoryConverter(config)
+    converters = {"ms-swift": MsSwiftConverter, "LLaMA-Factory": LlamaFactoryConverter}
+    converter = converters.get(config.program, TrlConverter)(config)
     converter.fill_recipe()
     draft = converter.draft
     text = draft.to_yaml(f"From {config.program}, {source.name}, by `finesight convert`.")
@@ -64,22 +65,32 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
             expected="valid recipe settings",
             remedy="correct the original setting",
         ) from error
-    notes = (*draft.notes, *_iter_value_notes(config, draft), *_iter_environment_notes(config))
+    value_notes = _iter_value_notes(config, draft, converter.objective)
+    notes = (*draft.notes, *value_notes, *_iter_environment_notes(config))
     write_file(target, text.encode())
     return ConvertedRecipe(config.program, text, notes, tuple(draft.import_commands))
 
 
-def _iter_value_notes(config: ExternalConfig, draft: RecipeDraft) -> Iterator[ConversionNote]:
+def _iter_value_notes(
+    config: ExternalConfig, draft: RecipeDraft, objective: str | None
+) -> Iterator[ConversionNote]:
     """Yield notes about settings of the configuration that the recipe does not contain.
 
     The args.json of a run contains all settings of ms-swift: those without effect are omitted.
     """
     rules = load_rules(config.program)
     skipped_keys = rules.converted | {note.key for note in draft.notes}
+    for key, expression in config.unresolved.items():
+        rule, is_noted = rules.other.get(key), key in ("", "dataset_name", "bf16", "fp16")
+        if not is_noted and (rule is None or not rule.is_ignored):
+            text = "computed by the script, which is not executed: set it in the recipe"
+            text = f"used by {objective} only" if objective and rule is None else text
+            yield ConversionNote("differs", key, _format_short(key, expression), text)
     for key, value in config.values.items():
         rule, formatted = rules.other.get(key), _format_short(key, value)
         if rule is None:
             text = f"unknown setting of {config.program}: check whether it matters"
+            text = f"used by {objective} only" if objective else text
             note = ConversionNote("unknown", key, formatted, text)
         elif rule.is_ignored:
             note = ConversionNote("ignored", key, formatted, rule.reason)

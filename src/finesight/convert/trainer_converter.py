@@ -1,4 +1,4 @@
-"""Convert the settings that ms-swift and LLaMA-Factory share: those of the transformers Trainer."""
+"""Convert the settings that all programs share: those of the transformers Trainer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 
+from finesight.config import TaskName
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
     PARTS,
@@ -20,7 +23,13 @@ from finesight.convert.external_config import (
     FamilySettings,
     detect_family,
 )
-from finesight.errors import UserError, escape_unprintable
+from finesight.data.import_source import (
+    NUM_PREVIEW_ROWS,
+    ImportOptions,
+    detect_task,
+    open_unvalidated,
+)
+from finesight.errors import UserError, escape_unprintable, format_count
 from finesight.recipe import load_trainer_settings
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
@@ -84,17 +93,19 @@ class TrainerConverter:
     def __init__(self, config: ExternalConfig) -> None:
         self.config = config
         self.draft = RecipeDraft()
+        self.objective: str | None = None
+        self.is_native = True
 
     def copy_setting(self, name: str, key: str) -> None:
         """Copy a numeric setting into the recipe, and comment on a default value."""
         self.draft.set(name, self.config.get_float(key), self.config.default_comment(key))
 
-    def require_method(self, key: str, supported: Iterable[str]) -> str:
-        """Return the value of a setting that selects the training method.
+    def require_method(self, key: str, supported: Iterable[str], value: str | None = None) -> str:
+        """Return the value of a setting that selects the training method, or the given `value`.
 
         Raises UserError for a value that is not supported.
         """
-        name = self.config.get_str(key) or ""
+        name = value or self.config.get_str(key) or ""
         if name in supported:
             return name
         reason = load_trainer_settings()["methods"].get(name, "not supported by finesight")
@@ -102,8 +113,25 @@ class TrainerConverter:
             f"{key} is {name}: {reason}",
             where=self.config.where,
             expected=f"one of {', '.join(supported)}",
-            remedy="use the other program for this training, or choose a supported method",
+            remedy=f"set {key} to one of these in a copy of the file, and convert the copy",
         )
+
+    def set_objective(self, key: str, name: str) -> None:
+        """Accept supervised fine-tuning, and the settings that another objective shares with it.
+
+        Raises UserError for an objective without them.
+        """
+        reason = load_trainer_settings()["objectives"].get(name)
+        if reason is None:
+            self.require_method(key, ("sft",), name)
+            return
+        self.objective = name
+        text = (
+            f"{reason} is not supported: the recipe is a supervised fine-tuning with the same"
+            " model, adapter and schedule; import data with answers, such as the chosen ones, and"
+            " set train.learning_rate"
+        )
+        self.draft.note(key, name, text, differs=True)
 
     def set_model(
         self, model: str, hints: tuple[str | None, ...], hub: str, adapters: str
@@ -113,11 +141,17 @@ class TrainerConverter:
         `hub` is `hf` or `modelscope`, and `adapters` the setting of adapters to continue from.
         """
         family = detect_family(model, hints, self.config.where)
+        self.is_native = family.name != "other"
         revision = self.config.get_str("model_revision")
         is_local = os.path.exists(os.path.expanduser(model)) or model.startswith(("/", ".", "~"))
         if not is_local:
             model = model if revision in (None, "main") else f"{model}@{revision}"
             model = f"modelscope:{model}" if hub == "modelscope" else model
+        if not self.is_native:
+            text = "runs on the transformers backend: pip install 'finesight[hf]'"
+            if "internvl" in model.lower() and not model.lower().endswith("-hf") and not is_local:
+                model, text = f"{model}-hf", f"the repository for transformers; {text}"
+            self.draft.note("model", model, text)
         self.draft.set("model", model)
         for adapter in self.config.get_list(adapters)[:1]:
             self.draft.set("adapter", adapter)
@@ -125,8 +159,8 @@ class TrainerConverter:
 
     def set_data_files(
         self,
-        sources: Iterable[DatasetSource],
-        eval_sources: Iterable[DatasetSource],
+        sources: Sequence[DatasetSource],
+        eval_sources: Sequence[DatasetSource],
         split_options: tuple[str, ...],
     ) -> None:
         """Set `data.train` and `data.eval`, and add the commands that import them.
@@ -144,14 +178,44 @@ class TrainerConverter:
                 used.add(folder)
                 limit = () if source.limit is None else ("--limit", str(source.limit))
                 words = ["finesight", "import", source.name, folder, *limit, *split_options]
-                self.draft.import_commands.append(shlex.join(words))
+                if self.objective is None:
+                    self.draft.import_commands.append(shlex.join(words))
                 files[name].append(f"{folder}/{'train' if split_options else 'data'}.jsonl")
                 files["data.eval"] += [f"{folder}/eval.jsonl"] if split_options else []
         for name, paths in files.items():
             if paths:
                 comment = "from the commands printed by `finesight convert`"
+                comment = "import data with answers" if self.objective else comment
                 value = paths[0] if len(paths) == 1 else paths
                 self.draft.set(name, value, comment * (name == "data.train"))
+        if files["data.eval"]:
+            self._set_metric(sources[0].name)
+
+    def _set_metric(self, source: str) -> None:
+        """Set `eval.metric` by the answers in a file, and the interval of evaluations."""
+        options = ImportOptions(on_invalid_row="skip")
+        try:
+            with TemporaryDirectory() as folder:
+                rows = islice(
+                    open_unvalidated(Path(source), options, Path(folder)), NUM_PREVIEW_ROWS
+                )
+                samples = [sample for row in rows for sample in row.samples]
+            task = detect_task(samples) if samples else None
+        except UserError:
+            task = None
+        if task is None or self.objective is not None:
+            tasks = ", ".join(get_args(TaskName))
+            text = f"set by the answers, which {source} does not show here: one of {tasks}"
+            self.draft.note("eval.metric", "none", text)
+            return
+        self.draft.set("eval.metric", task.metric, f"by the answers in {source}")
+        self.draft.set("eval.max_new_tokens", task.max_new_tokens)
+        for key in ("eval_steps", "eval_strategy", "evaluation_strategy"):
+            if self.config.has(key):
+                value = self.config.get_str(key)
+                self.draft.note(key, value, f"evaluation by generation, metric {task.metric}")
+        if interval := self.config.get_float("eval_steps"):
+            self.draft.set("eval.every", int(interval) if interval >= 1 else interval)
 
     def set_trainer_settings(self) -> None:
         """Set schedule, optimizer and parallelism."""
@@ -221,8 +285,9 @@ class TrainerConverter:
         key = "per_device_train_batch_size"
         (num_gpus, suffix), per_device = self.count_gpus(num_visible), self.config.get_int(key) or 0
         total = per_device * accumulation * num_gpus
-        gpus = f"{num_gpus} GPU{'s' * (num_gpus != 1)}{suffix}"
-        description = f"{per_device} per device x {accumulation} accumulation steps x {gpus}"
+        gpus = f"{format_count(num_gpus, 'GPU')}{suffix}"
+        steps = format_count(accumulation, "accumulation step")
+        description = f"{per_device} per device x {steps} x {gpus}"
         self.draft.set("train.batch_size", total, description)
         self.draft.note("batch", total, description)
 
@@ -268,9 +333,9 @@ class TrainerConverter:
     ) -> None:
         """Set LoRA on the layers that a list of names matches; parts without one are frozen.
 
-        A name must end with the name of a layer (ms-swift) or be contained in it (LLaMA-Factory).
+        A name must end with the name of a layer, as in PEFT, or be contained in it (LLaMA-Factory).
         """
-        match_suffix = self.config.program == "ms-swift"
+        match_suffix = self.config.program != "LLaMA-Factory"
         matched: dict[str, set[str]] = {part: set() for part in PARTS}
         for target in targets:
             found = False
@@ -319,21 +384,26 @@ class TrainerConverter:
         draft.set("tune.lora.alpha", alpha, comment)
         self.copy_setting("tune.lora.dropout", "lora_dropout")
 
-    def set_quantization(self, parts: Iterable[str], *keys: str) -> None:
+    def set_quantization(
+        self, parts: Iterable[str], key: str, bits: str | None, *keys: str
+    ) -> None:
         """Set NF4 quantization of the parts, and report a difference for another format.
 
-        The keys are the settings of method, number of bits, 4-bit format and double quantization.
+        `key` is the setting of the number of bits. The others are those of 4-bit format, double
+        quantization, and optionally method.
         """
-        method, bits, quant_type, is_double = map(self.config.get_str, keys)
+        quant_type, is_double, *methods = map(self.config.get_str, keys)
+        method = methods[0] if methods else None
         if not bits:
             return
+        parts = [part for part in parts if self.draft.settings.get(f"tune.{part}") != "full"]
         text = "tune.quantize.nf4 is NF4 with double quantization; other weights remain in 16 bits"
         what = f"{bits} by {method}, {quant_type}, double quantization {is_double}"
-        if bits == "4" and method in (None, "bnb", "bitsandbytes"):
-            self.draft.set("tune.quantize.nf4", list(parts))
+        if self.is_native and bits == "4" and method in (None, "bnb", "bitsandbytes"):
+            self.draft.set("tune.quantize.nf4", parts)
             if quant_type in (None, "nf4") and (is_double or "").lower() == "true":
                 return
-        self.draft.note(keys[1], what, text, differs=True)
+        self.draft.note(key, what, text, differs=True)
 
 
 def _folder_name(source: DatasetSource) -> str:

@@ -346,7 +346,7 @@ def open_data_file(path: Path, *, may_be_pipe: bool = False) -> Iterator[BinaryI
     with (
         translate_os_errors(
             path,
-            expected="a data file",
+            expected=f"a data file, relative to {os.getcwd()} or to the folder of its recipe",
             remedy="check the path and its permissions",
             error_class=UnreadableFileError,
         ),

@@ -599,13 +599,12 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
         levels: dict[int, type[FrozenModel]] = {1: Sample, 3: Message}
         level = levels.get(len(error_location)) or kinds[str(error_location[4])]
         name, names = str(error_location[-1]), tuple(level.model_fields)
-        remove = "remove it; `meta` accepts arbitrary metadata"
-        suggest = suggest_name(name, names, remove)
+        otherwise = "move it into `meta` of the sample, which accepts any key, or remove it"
         return UserError(
             f"unknown key {key} with the value {value_repr}",
             where=where,
             expected=f"the keys {', '.join(names)}",
-            remedy=remove if name.endswith(names) else suggest,
+            remedy=otherwise if name.endswith(names) else suggest_name(name, names, otherwise),
         )
     if not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
         remedy = "import the file with `finesight import` first"

@@ -16,7 +16,7 @@ from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample, read_samples
 from finesight.encode.renderer import Renderer
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import (
@@ -165,7 +165,8 @@ class GenerationEvalResult:
         """Format the scores as a text table; the primary score is marked."""
         skipped_note = f", {len(self.corrupt_samples)} skipped" if self.corrupt_samples else ""
         lines = [
-            f"{self.metric}: {len(self.predictions)} samples{skipped_note}, with 95 % intervals"
+            f"{self.metric}: {format_count(len(self.predictions), 'sample')}{skipped_note},"
+            " with 95 % intervals"
         ]
         for name, value in self.scores.items():
             title = f"{name}*" if name == self.primary_metric else name

@@ -95,12 +95,15 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
         if any(has_reference):
             text = references[has_reference.index(False)][0][0]
             problem = f"the reference {text[:80]!r} is not JSON"
-    raise UserError(
-        problem,
-        where=f"metric {metric}",
-        expected=expected,
-        remedy="choose the metric of this task, or import the data again with answers",
-    )
+    fitting = [
+        name
+        for name, other in TASK_METRICS.items()
+        if all(_has_reference_kind(other.reference_kind, reference) for reference in references)
+    ]
+    remedy = f"choose a metric that fits the answers: {', '.join(fitting) or 'none fits'}"
+    if reference_kind == "box":
+        remedy += "; or import the boxes of a table: --map box=COLUMN --map label=COLUMN"
+    raise UserError(problem, where=f"metric {metric}", expected=expected, remedy=remedy)
 
 
 def _has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from finesight.errors import format_count
 from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION
 from finesight.plan.run_plan import RunPlan
 from finesight.plan.settings_search import SettingsEstimate
@@ -47,12 +48,9 @@ def format_short_plan(plan: RunPlan) -> list[str]:
     seconds = plan.startup_s + plan.total_steps * estimate.step_time.total
     duration = _format_seconds(seconds + plan.evaluation.total_s)
     memory = f"{estimate.peak.total / 1e9:.1f} of {plan.target.memory_bytes / 1e9:.0f} GB"
-    lines = [
-        f"run     {plan.total_steps} steps of {plan.batch_size} samples: about {duration},"
-        f" {memory} of memory"
-    ]
+    lines = [f"run     {_format_steps(plan)}: about {duration}, {memory} of memory"]
     if plan.token_stats.num_skipped:
-        lines.append(f"warning: {plan.token_stats.num_skipped} samples are skipped")
+        lines.append(f"warning: {format_count(plan.token_stats.num_skipped, 'sample')} skipped")
     lines += [line for line in _format_overheads(plan) if line.startswith("warning")]
     return lines if estimate.fits else [*lines, *_format_verdict(plan)]
 
@@ -70,11 +68,11 @@ def _format_summary(plan: RunPlan) -> Iterator[str]:
         f" {target.memory_bandwidth / 1e9:.0f} GB/s"
     )
     yield (
-        f"data    {stats.num_samples} samples, {stats.num_tokens:,} tokens,"
+        f"data    {format_count(stats.num_samples, 'sample')}, {stats.num_tokens:,} tokens,"
         f" {stats.num_patches:,} patches; {stats.num_skipped} skipped"
     )
     yield (
-        f"run     {plan.total_steps} steps of {plan.batch_size} samples,"
+        f"run     {_format_steps(plan)},"
         f" packs (forward passes) per step: {plan.chosen_estimate.packs_per_step:.3g}"
     )
 
@@ -142,6 +140,11 @@ def _describe_estimate(plan: RunPlan, estimate: SettingsEstimate, precision: str
 
 def _format_gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _format_steps(plan: RunPlan) -> str:
+    steps = format_count(plan.total_steps, "step")
+    return f"{steps} of {format_count(plan.batch_size, 'sample')}"
 
 
 def _format_row(name: str, cells: list[str]) -> str:

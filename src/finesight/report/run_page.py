@@ -58,6 +58,9 @@ from finesight.report.run_reader import (
 from finesight.report.summary import get_run_status
 from finesight.storage import raise_if_exists, write_file
 
+GENERIC_NAMES = ("run", "out", "output", "outputs")
+"""Folder names that do not identify a run: the title includes the parent folder."""
+
 MAX_EXAMPLES = 2000
 """Maximum number of examples in the report of a finished run.
 
@@ -184,6 +187,7 @@ def render_run_page(
         interval_s = live_state.interval_s if live_state else 0.0
         live_data = {"written_at": now.timestamp(), "interval_s": interval_s}
     questions = [example["question"] for example in example_data["examples"]]
+    folder = run_record.folder.resolve()
     return render_page(
         "run",
         data={
@@ -197,7 +201,7 @@ def render_run_page(
         run_status=run_status,
         written_at=f"{now:%Y-%m-%d %H:%M:%S} UTC",
         live_state=live_state,
-        title=run_record.folder.resolve().name,
+        title="/".join(folder.parts[-2:]) if folder.name in GENERIC_NAMES else folder.name,
         run_record=run_record,
         evaluation_names=evaluation_names,
         charts=charts,

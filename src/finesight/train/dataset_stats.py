@@ -33,7 +33,7 @@ from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import filter_samples, find_sample_error
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.storage import write_file
 from finesight.train.console import ProgressCallback, TrainingConsole
@@ -665,7 +665,8 @@ def load_training_data(
     )
     if train_data.stats.leaked_images:
         console.log(
-            f"{len(train_data.stats.leaked_images)} images of data.eval are also in data.train:"
+            f"{format_count(len(train_data.stats.leaked_images), 'image')} of data.eval also in"
+            " data.train:"
             " metrics on them do not measure generalization"
         )
     return train_data, _scan_split(
@@ -710,8 +711,8 @@ def _scan_split(
         )
         return TrainingData(corpus, stats)
     log(
-        f"data.{split_name}: {len(stats.sample_indices)} samples, {totals},"
-        f" {len(stats.skipped)} samples skipped"
+        f"data.{split_name}: {format_count(len(stats.sample_indices), 'sample')}, {totals},"
+        f" {format_count(len(stats.skipped), 'sample')} skipped"
     )
     for skipped in stats.skipped[:5]:
         log(f"  skipped {skipped.id}: {skipped.reason}")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from finesight.encode.packing import PackedBatch
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.evaluate.eval_case import note_lines, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import HistogramCounts, count_half_octaves
@@ -579,7 +579,8 @@ def describe_run(state: TrainState) -> str:
     return (
         f"training {trained}: {num_trainable:,} of {num_params:,} parameters"
         f"{_describe_frozen_weights(state, quantized)};"
-        f" {len(state.sampler)} steps of {recipe.train.batch_size} samples ({epochs:.2f} epochs)"
+        f" {format_count(len(state.sampler), 'step')} of"
+        f" {format_count(recipe.train.batch_size, 'sample')} ({epochs:.2f} epochs)"
         f" in {hardware.precision} on {hardware.device}, {hardware.num_workers} data loader workers"
     )
 

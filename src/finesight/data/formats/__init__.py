@@ -91,7 +91,7 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     closest = max(
         reversed(FORMATS), key=lambda data_format: len(data_format.typical_keys & record_keys)
     )
-    suggestion = f"--format {closest.name}, for rows such as {closest.description}"
+    suggestion = f"write the rows in its form, {closest.description}"
     if closest is table.FORMAT:
         suggestion = f"name its columns, perhaps with {table.suggest_mapping(records[0])}"
     raise UserError(

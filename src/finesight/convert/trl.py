@@ -1,0 +1,119 @@
+"""Convert a configuration of TRL, Unsloth or Qwen-VL-Series-Finetune to recipe settings."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from finesight.convert.external_config import PARTS, FamilySettings
+from finesight.convert.trainer_converter import DatasetSource, TrainerConverter
+
+_QUANTIZED_MIRROR = re.compile(r"unsloth/(Qwen.+?)(?:-unsloth)?-bnb-4bit")
+_FILE_BUILDERS = ("json", "csv", "parquet", "imagefolder", "webdataset")
+"""Names of `load_dataset` for local files."""
+
+_FREEZE_KEYS = {
+    "vision": "freeze_vision_tower",
+    "merger": "freeze_merger",
+    "language": "freeze_llm",
+}
+
+
+class TrlConverter(TrainerConverter):
+    """Conversion of a configuration of TRL, or of a program on the same trainer."""
+
+    def fill_recipe(self) -> None:
+        """Fill the recipe draft from the configuration."""
+        config, draft = self.config, self.draft
+        self.set_objective("stage", config.get_str("stage") or "sft")
+        model = config.get_str("model_name_or_path") or ""
+        if mirror := _QUANTIZED_MIRROR.fullmatch(model):
+            draft.note("model", model, "quantized by finesight itself, from the original weights")
+            model = f"Qwen/{mirror[1]}"
+        family = self.set_model(model, (), "hf", "adapter_name_or_path")
+        self._set_data()
+        self._set_image(family)
+        self._set_tune(family)
+        bits = "4" if config.get_bool("load_in_4bit") or mirror else config.get_str("bits")
+        keys = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        self.set_quantization(PARTS, "load_in_4bit", None if bits == "16" else bits, *keys)
+        self.set_trainer_settings()
+        self.set_batch_size(config.get_int("gradient_accumulation_steps") or 1)
+        self.copy_setting("train.learning_rate.default", "learning_rate")
+        for part in ("vision", "merger"):
+            if config.has(f"{part}_learning_rate"):
+                self.copy_setting(f"train.learning_rate.{part}", f"{part}_learning_rate")
+        dtype = (config.get_str("dtype") or "").removeprefix("torch.")
+        is_half = config.get_bool("fp16") or (dtype == "float16" and not config.get_bool("bf16"))
+        draft.set(
+            "train.precision", "fp16" if is_half else "bf16" if config.get_bool("bf16") else "auto"
+        )
+        self.set_output_dir("trainer_output")
+
+    def _set_data(self) -> None:
+        config, draft = self.config, self.draft
+        files = config.get_value("data_files")
+        if not isinstance(files, dict) or config.get_str("dataset_name") not in _FILE_BUILDERS:
+            is_file = config.get_str("dataset_name") in _FILE_BUILDERS
+            names = files if is_file else config.get_list("dataset_name")
+            files = {"train": names, "test": config.get_list("eval_dataset_name")}
+        by_split: dict[bool, list[DatasetSource]] = {True: [], False: []}
+        for split, names in files.items():
+            for name in [names] if isinstance(names, str) else names or ():
+                by_split[split == "train"].append(self._build_source(str(name)))
+        if not by_split[True]:
+            by_split[True] = [DatasetSource("DATA", title=Path(config.where).stem)]
+            text = (
+                "built by the script: replace DATA in the command below by the file that it reads"
+            )
+            if self.objective is None:
+                draft.note("dataset", config.unresolved.get("dataset_name", ""), text, differs=True)
+        self.set_data_files(by_split[True], by_split[False], ())
+        if max_length := config.get_int("max_length"):
+            draft.set("data.max_length", max_length, config.default_comment("max_length"))
+            draft.note("max_length", max_length, "longer samples are skipped and counted")
+
+    def _build_source(self, name: str) -> DatasetSource:
+        """Return a file or hub address, and the number of rows of a split such as train[:500]."""
+        split = self.config.get_str("dataset_train_split") or "train"
+        split, _, rows = split.partition("[")
+        limit = int(rows[1:-1]) if re.fullmatch(r":[1-9]\d{0,8}\]", rows) else None
+        if rows and limit is None:
+            text = "select the rows by --rows in the command below"
+            self.draft.note("dataset_train_split", rows[:-1], text, differs=True)
+        if os.path.exists(name) or Path(name).suffix or name.startswith(("/", ".", "~")):
+            return DatasetSource(name, limit)
+        subset = self.config.get_str("dataset_config")
+        address = f":{subset}/{split}" if subset else f":{split}" if split != "train" else ""
+        return DatasetSource(f"hf:{name}{address}", limit)
+
+    def _set_image(self, family: FamilySettings) -> None:
+        for limit in ("min_pixels", "max_pixels"):
+            if family.token_size and self.config.has(limit):
+                self.draft.set(f"image.{limit}", self.config.get_int(limit))
+
+    def _set_tune(self, family: FamilySettings) -> None:
+        """Set the mode of each part; without adapters, parts that are not frozen are trained."""
+        config, draft = self.config, self.draft
+        full = [part for part in PARTS if not config.get_bool(_FREEZE_KEYS[part])]
+        if not config.get_bool("use_peft") or config.get_bool("full_finetuning"):
+            self.set_parts(full, "full")
+            return
+        targets, parts = config.get_list("lora_target_modules"), set(PARTS)
+        if config.program == "Qwen-VL-Series-Finetune":
+            # Parts without adapters are trained in full, unless they are frozen.
+            parts = {"language", "vision"} if config.get_bool("vision_lora") else {"language"}
+        elif config.program == "Unsloth":
+            keys = {"language": "finetune_language_layers", "vision": "finetune_vision_layers"}
+            parts = {part for part, key in keys.items() if config.get_bool(key)}
+        elif not targets:
+            parts = {"language"}
+        if targets not in (("all-linear",), ()):
+            self.set_lora_targets(family, parts, "lora_target_modules", targets)
+        else:
+            self.set_parts(parts, "lora")
+        if config.program == "Qwen-VL-Series-Finetune":
+            for part in {*full} - parts:
+                draft.set(f"tune.{part}", "full")
+        self.set_lora_config(config.get_float("lora_alpha") or 0.0, "lora_modules_to_save")

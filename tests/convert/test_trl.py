@@ -1,0 +1,144 @@
+"""Scripts and configurations of TRL, Unsloth and Qwen-VL-Series-Finetune, and other objectives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from convert_fixtures import (
+    LLAMA_FACTORY_SETTINGS,
+    SWIFT_SETTINGS,
+    convert_settings,
+    load_converted_recipe,
+    notes_by_setting,
+)
+from image_fixtures import write_gray_image, write_jsonl
+
+from finesight.convert.recipe_converter import ConvertedRecipe, convert_config
+
+UNSLOTH = """
+from unsloth import FastVisionModel, is_bf16_supported
+MODEL, RANK = "not used", None
+RANK_OF_LORA = 8
+class Config:
+    lr: float = 2e-4
+model, tokenizer = FastVisionModel.from_pretrained(
+    "unsloth/Qwen2-VL-7B-Instruct-bnb-4bit", load_in_4bit=True, use_gradient_checkpointing="unsloth"
+)
+model = FastVisionModel.get_peft_model(
+    model, finetune_vision_layers=True, finetune_language_layers=True, r=RANK_OF_LORA,
+    lora_alpha=RANK_OF_LORA * 2, lora_dropout=0, bias="none", random_state=3407,
+)
+processor = AutoProcessor.from_pretrained("other", max_pixels=640 * 28 * 28)
+dataset = load_dataset("unsloth/LaTeX_OCR", split="train[:3000]")
+trainer = SFTTrainer(
+    model=model, train_dataset=dataset,
+    args=SFTConfig(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=30,
+        learning_rate=Config.lr, bf16=is_bf16_supported(), optim="adamw_8bit", seed=RANK,
+        max_seq_length=2048, output_dir=folder() / "outputs", made_up=1,
+    ),
+)
+if False:
+    model, _ = FastVisionModel.from_pretrained("lora_model")
+"""
+TRL = """
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+peft_config = LoraConfig(target_modules=["q_proj", "gate_proj"], r=32)
+args = GRPOConfig(num_train_epochs=2, learning_rate=1e-5, num_generations=8)
+GRPOTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=args, reward_funcs=[score])
+"""
+SERIES = """
+MODEL_NAME="Qwen/Qwen2.5-VL-3B-Instruct"
+TOTAL=16; PER=2
+OPTIONS="--freeze_merger False --deepspeed scripts/zero3.json"
+ACCUMULATION=$((TOTAL / (PER * 4)))
+deepspeed --num_gpus 4 src/train/train_sft.py --lora_enable True --lora_rank ${RANK:-16} \\
+    --model_id $MODEL_NAME --data_path data.json --freeze_vision_tower True $OPTIONS \\
+    --image_max_pixels $((1280 * 28 * 28)) --per_device_train_batch_size "$PER" \\
+    --gradient_accumulation_steps ${ACCUMULATION} --merger_lr 1e-5 --output_dir 'out/$1'
+"""
+CLI = """
+accelerate launch --num_processes 2 trl/scripts/sft.py --config sft.yaml --learning_rate 3e-5
+"""
+CLI_FILE = """
+model_name_or_path: OpenGVLab/InternVL3-2B
+dataset_name: rows.jsonl
+eval_dataset_name: rows.jsonl
+eval_steps: 50
+use_peft: true
+lora_r: 4
+"""
+
+
+def convert(folder: Path, name: str, text: str) -> tuple[ConvertedRecipe, dict[str, object]]:
+    (folder / name).write_text(text)
+    done = convert_config(folder / name, folder / "recipe.yaml")
+    return done, load_converted_recipe(folder).model_dump(mode="json")
+
+
+@pytest.fixture(autouse=True)
+def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_gray_image(tmp_path / "a.png")
+    turns = [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "cat"}]
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns, "images": ["a.png"]}] * 4)
+    (tmp_path / "sft.yaml").write_text(CLI_FILE)
+
+
+@pytest.mark.parametrize("name", ["train.py", "train.ipynb"])
+def test_unsloth_script_is_read_without_execution(name, tmp_path):
+    cells = [{"cell_type": "code", "source": ["!pip install unsloth\n", UNSLOTH]}]
+    done, made = convert(
+        tmp_path, name, json.dumps({"cells": cells}) if name.endswith("b") else UNSLOTH
+    )
+    assert (made["model"], made["output_dir"]) == ("Qwen/Qwen2-VL-7B-Instruct", "trainer_output")
+    tune, train = made["tune"], made["train"]
+    assert (tune["vision"], tune["merger"], tune["language"]) == ("lora", "frozen", "lora")
+    assert (tune["lora"]["rank"], tune["lora"]["alpha"], tune["lora"]["dropout"]) == (8, 16, 0)
+    assert tune["quantize"]["nf4"] == ["vision", "merger", "language"]
+    assert (train["steps"], train["batch_size"], train["optimizer"]) == (30, 8, "adamw_8bit")
+    assert (train["learning_rate"]["default"], train["precision"]) == (2e-4, "auto")
+    assert (made["image"]["max_pixels"], made["data"]["max_length"]) == (640 * 28 * 28, 2048)
+    assert done.import_commands == (
+        "finesight import hf:unsloth/LaTeX_OCR samples/LaTeX_OCR --limit 3000",
+    )
+    assert set(notes_by_setting(done, "differs")) == {"seed", "output_dir"}
+    assert set(notes_by_setting(done, "unknown")) == {"made_up"}
+
+
+def test_shell_variables_and_arithmetic_are_resolved(tmp_path):
+    done, made = convert(tmp_path, "a.sh", SERIES)
+    tune, train = made["tune"], made["train"]
+    assert (tune["vision"], tune["merger"], tune["language"]) == ("frozen", "full", "lora")
+    assert (tune["lora"]["rank"], made["image"]["max_pixels"]) == (16, 1280 * 28 * 28)
+    assert (train["batch_size"], train["parallel"], made["output_dir"]) == (16, "fsdp", "out/$1")
+    assert train["learning_rate"]["merger"] == 1e-5
+    assert done.import_commands == ("finesight import data.json samples/data",)
+
+
+def test_trl_command_with_other_model_gets_metric_of_its_data(tmp_path):
+    done, made = convert(tmp_path, "a.sh", CLI)
+    assert made["model"] == "OpenGVLab/InternVL3-2B-hf"
+    assert "transformers backend" in notes_by_setting(done, "note")["model"]
+    assert (made["eval"]["metric"], made["eval"]["every"]) == ("classification", 50)
+    assert (made["train"]["learning_rate"]["default"], made["train"]["batch_size"]) == (3e-5, 16)
+    assert (made["tune"]["lora"]["rank"], made["tune"]["lora"]["alpha"]) == (4, 32)
+
+
+def test_other_objective_keeps_the_part_that_carries_over(tmp_path):
+    done, made = convert(tmp_path, "a.py", TRL)
+    assert "supervised fine-tuning" in notes_by_setting(done, "differs")["stage"]
+    assert "used by grpo only" in notes_by_setting(done, "unknown")["num_generations"]
+    assert (made["train"]["epochs"], made["tune"]["lora"]["rank"]) == (2.0, 32)
+    assert (made["tune"]["vision"], made["tune"]["lora"]["alpha"]) == ("lora", 8)
+    assert not done.import_commands
+    for settings in (
+        LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.1},
+        SWIFT_SETTINGS | {"rlhf_type": "grpo", "num_generations": 4},
+    ):
+        done = convert_settings(tmp_path, settings)
+        assert {"stage", "rlhf_type"} & set(notes_by_setting(done, "differs"))
+        assert load_converted_recipe(tmp_path).train.batch_size

@@ -374,9 +374,8 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
 
 
 PART_TYPES: tuple[type[FrozenModel], ...] = (TextPart, ImagePart, VideoPart, BoxPart)
-SAMPLE_KEYS = tuple(
-    dict.fromkeys(name for kind in (Sample, Message, *PART_TYPES) for name in kind.model_fields)
-)
+_SAMPLE_TYPES: tuple[type[FrozenModel], ...] = (Sample, Message, *PART_TYPES)
+SAMPLE_KEYS = tuple(dict.fromkeys(name for kind in _SAMPLE_TYPES for name in kind.model_fields))
 
 FOREIGN_KEYS = frozenset(
     ("image", "images", "conversations", "conversation", "query", "response", "objects")

@@ -172,7 +172,7 @@ def sort_keys(
     others = {
         str(key): value
         for key, value in values.items()
-        if key not in used and (level == ROWS or key not in _COLUMN_KEYS or has_value(value))
+        if key not in used and (level == ROWS or not _is_null_column(key, value))
     }
     for path, key, value in iter_nested(others):
         meaning = find_meaning(key, value, level)
@@ -187,6 +187,12 @@ def sort_keys(
             )
         counts[f"{path} in meta" if level == ROWS else f"{path} of {level}, not imported"] += 1
     return {key: to_json_data(value) for key, value in others.items()}
+
+
+def _is_null_column(key: object, value: object) -> bool:
+    """Return whether a key is one that Parquet adds to each object, here without a value."""
+    is_other_object = isinstance(value, dict) and not value.keys() <= {"bytes", "path", "url"}
+    return key in _COLUMN_KEYS and not has_value(value) and not is_other_object
 
 
 def count_keys(

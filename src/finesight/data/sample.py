@@ -594,8 +594,10 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
     if error_type == "extra_forbidden":
         parts = {"text": TextPart, "image": ImagePart, "video": VideoPart, "box": BoxPart}
         is_part = len(error_location) > 4
-        kind = parts.get(str(error_location[4]), Message) if is_part else Message
-        names = tuple((Sample if len(error_location) == 1 else kind).model_fields)
+        kind: type[BaseModel] = Sample if len(error_location) == 1 else Message
+        if is_part:
+            kind = parts.get(str(error_location[4]), Message)
+        names = tuple(kind.model_fields)
         otherwise = "move it into `meta` of the sample, which accepts any key, or remove it"
         return UserError(
             f"unknown key {key} with the value {value_repr}",

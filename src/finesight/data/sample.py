@@ -592,11 +592,11 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             remedy="import it with `finesight import` first",
         )
     if error_type == "extra_forbidden":
-        parts = {"text": TextPart, "image": ImagePart, "video": VideoPart, "box": BoxPart}
-        is_part = len(error_location) > 4
+        kinds: dict[object, type[BaseModel]] = {"text": TextPart, "image": ImagePart}
+        kinds |= {"video": VideoPart, "box": BoxPart}
         kind: type[BaseModel] = Sample if len(error_location) == 1 else Message
-        if is_part:
-            kind = parts.get(str(error_location[4]), Message)
+        if len(error_location) > 4:
+            kind = kinds.get(error_location[4], kind)
         names = tuple(kind.model_fields)
         otherwise = "move it into `meta` of the sample, which accepts any key, or remove it"
         return UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -203,7 +203,7 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     return FamilySettings(found, **numbers, layers={part: entry[part].split() for part in PARTS})
 
 
-def _read_model_type(folder: Path, known_types: Iterable[str]) -> str | None:
+def _read_model_type(folder: Path, known_types: Container[str]) -> str | None:
     """Return `model_type` of config.json in a folder, or None if the file cannot be read.
 
     Unknown vision-language models have the type `other`.

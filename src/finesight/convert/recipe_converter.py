@@ -24,7 +24,7 @@ from finesight.convert.external_config import (
 )
 from finesight.convert.llama_factory import LlamaFactoryConverter
 from finesight.convert.ms_swift import MsSwiftConverter
-from finesight.convert.trainer_converter import RecipeDraft
+from finesight.convert.trainer_converter import RecipeDraft, TrainerConverter
 from finesight.convert.trl import TrlConverter
 from finesight.errors import UserError
 from finesight.storage import raise_if_exists, write_file
@@ -48,7 +48,10 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     """
     raise_if_exists(target)
     config = load_external_config(source)
-    converters = {"ms-swift": MsSwiftConverter, "LLaMA-Factory": LlamaFactoryConverter}
+    converters: dict[str, type[TrainerConverter]] = {
+        "ms-swift": MsSwiftConverter,
+        "LLaMA-Factory": LlamaFactoryConverter,
+    }
     converter = converters.get(config.program, TrlConverter)(config)
     converter.fill_recipe()
     draft = converter.draft

@@ -96,6 +96,10 @@ class TrainerConverter:
         self.objective: str | None = None
         self.is_native = True
 
+    def fill_recipe(self) -> None:
+        """Fill the recipe draft from the configuration."""
+        raise NotImplementedError
+
     def copy_setting(self, name: str, key: str) -> None:
         """Copy a numeric setting into the recipe, and comment on a default value."""
         self.draft.set(name, self.config.get_float(key), self.config.default_comment(key))

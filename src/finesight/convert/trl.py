@@ -60,7 +60,7 @@ class TrlConverter(TrainerConverter):
             files = {"train": names, "test": config.get_list("eval_dataset_name")}
         by_split: dict[bool, list[DatasetSource]] = {True: [], False: []}
         for split, names in files.items():
-            for name in [names] if isinstance(names, str) else names or ():
+            for name in names if isinstance(names, list | tuple) else [names] if names else []:
                 by_split[split == "train"].append(self._build_source(str(name)))
         if not by_split[True]:
             by_split[True] = [DatasetSource("DATA", title=Path(config.where).stem)]

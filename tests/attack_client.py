@@ -89,10 +89,13 @@ class AttackedServer:
 
 
 @contextlib.contextmanager
-def start_server_process(folder: Path) -> Iterator[AttackedServer]:
-    """Start the server, and stop it at the end of the block."""
+def start_server_process(
+    folder: Path, name: str = "serve", options: Iterable[str] = ()
+) -> Iterator[AttackedServer]:
+    """Start the server or the chat page, and stop it at the end of the block."""
     log = folder / "server.log"
-    command = [sys.executable, "-m", "finesight", "serve", MODEL, "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "finesight", name, MODEL, "--port", "0", "--device", "cpu"]
+    command += options
     with open(log, "w") as errors:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True

@@ -29,12 +29,14 @@ class HostileRequest:
     body: bytes
     content_type: str = "application/json"
     cut: float = 1.0
+    headers: str = ""
 
     def send(self, port: int, seconds: float = 120.0) -> int:
         """Send the request and return the status, or 0 if the connection was closed."""
         head = (
             f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
-            f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n\r\n"
+            f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n"
+            f"{self.headers}\r\n"
         )
         with socket.create_connection(("127.0.0.1", port), timeout=seconds) as there:
             try:
@@ -133,6 +135,14 @@ def make_small_image(kind: str) -> bytes:
     """Make an image of 64 x 64 pixels."""
     file = io.BytesIO()
     Image.new("P" if kind == "GIF" else "RGB", (64, 64)).save(file, kind)
+    return file.getvalue()
+
+
+@cache
+def make_image_bomb(side: int = SIDE) -> bytes:
+    """Make a PNG of a few kilobytes with a square of `side` pixels."""
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
     return file.getvalue()
 
 

@@ -14,7 +14,7 @@ from service_fixture import write_shape_image
 from finesight.data.sample import LocatedSample
 from finesight.encode import prompt_encoder, renderer
 from finesight.encode.family import DEFAULT_THINKING
-from finesight.encode.prompt_encoder import PromptEncoder, create_prompt_pool
+from finesight.encode.prompt_encoder import PromptEncoder
 from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession
@@ -22,6 +22,7 @@ from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import GenerationOptions
 from finesight.model_folder import ModelFolder
+from finesight.vision.image_reader import create_image_pool
 
 
 def test_chat_decodes_images_in_worker_processes(
@@ -41,7 +42,7 @@ def test_chat_decodes_images_in_worker_processes(
         expected = ask(service, image, image), ask(service)
     monkeypatch.setattr(prompt_encoder, "MAX_PROMPT_CPU_S", 0.5)
     monkeypatch.setattr(renderer, "load_image", lambda *_: pytest.fail("decoded in the server"))
-    with contextlib.closing(create_prompt_pool(model.renderer)) as pool:
+    with contextlib.closing(create_image_pool(model.renderer)) as pool:
         encode = PromptEncoder(pool).encode
         service = InferenceService(model, max_num_seqs=1, encode_prompt=encode)
         with contextlib.closing(service):
@@ -57,7 +58,7 @@ def test_transformers_inputs_are_encoded_in_worker_processes(tmp_path: Path) -> 
     native = build_renderer(ModelFolder(hf_models.make_llava(tmp_path / "llava")))
     sample: LocatedSample = hf_models.make_sample(tmp_path, ("Which colour?", ""))
     expected = native.load_patches(native.tokenize_prompt(sample))
-    with contextlib.closing(create_prompt_pool(native)) as pool:
+    with contextlib.closing(create_image_pool(native)) as pool:
         encoded = PromptEncoder(pool).encode(sample, DEFAULT_THINKING)
     assert encoded.tokenized.ids_T.tolist() == expected.tokenized.ids_T.tolist()
     assert encoded.hf_inputs.keys() == expected.hf_inputs.keys()

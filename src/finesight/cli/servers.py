@@ -329,9 +329,10 @@ def web(
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
     from finesight.encode.family import ThinkingOptions
-    from finesight.encode.prompt_encoder import PromptEncoder, create_prompt_pool
+    from finesight.encode.prompt_encoder import PromptEncoder
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import load_multi_adapter_model
+    from finesight.vision.image_reader import create_image_pool
     from finesight.web.web_server import bind_socket, run_web_server
 
     thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
@@ -340,7 +341,7 @@ def web(
             run_or_model, (), device, precision, weight_format, thinking_options
         )
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
-        pool = create_prompt_pool(inference_model.renderer)
+        pool = create_image_pool(inference_model.renderer)
         service = InferenceService(
             inference_model, max_num_seqs=num_seqs, encode_prompt=PromptEncoder(pool).encode
         )

@@ -14,16 +14,10 @@ from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.errors import UserError
-from finesight.vision.image_reader import create_image_pool
 from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool, WorkerReply
 
 MAX_PROMPT_CPU_S = 20.0
 """CPU seconds to tokenize a prompt and to decode all of its images."""
-
-
-def create_prompt_pool(renderer: Renderer) -> WorkerPool:
-    """Create the worker processes of `PromptEncoder`, which `ImageReader` may use as well."""
-    return create_image_pool(_get_renderer, renderer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +25,7 @@ class PromptEncoder:
     """Encodes prompts in worker processes, with limits on time and memory.
 
     Attributes:
-        pool: Worker processes of `create_prompt_pool`.
+        pool: Worker processes of `create_image_pool(renderer)`.
     """
 
     pool: WorkerPool
@@ -91,10 +85,6 @@ def unpack_tokenized(reply: WorkerReply, sample_id: str, files: Sequence[Path]) 
         spans=spans,
         is_thinking=reply.value["is_thinking"],
     )
-
-
-def _get_renderer(renderer: Renderer) -> Renderer:
-    return renderer
 
 
 def _encode_prompt(

@@ -42,12 +42,12 @@ class ImageReader:
 
     def read_size(self, path: Path) -> ImageSize:
         """Read height and width of an image in pixels, after EXIF rotation, from its header."""
-        height, width = self.call(_read_size, path).value
+        height, width = self.call(read_size, path).value
         return int(height), int(width)
 
     def load(self, path: Path, min_side: int | None = None) -> Image.Image:
         """Decode an image as upright RGB; see `load_image`."""
-        return Image.fromarray(self.call(_load_pixels, path, min_side).arrays[0].view(np.uint8))
+        return Image.fromarray(self.call(load_pixels, path, min_side).arrays[0].view(np.uint8))
 
     def encode(
         self, path: Path, max_side: int, image_format: str = "WEBP"
@@ -73,25 +73,25 @@ class ImageReader:
             ) from error
 
 
-def create_image_pool(setup: Callable[..., Any] | None = None, *args: Any) -> WorkerPool:
-    """Create worker processes for `ImageReader`; the first image starts them.
-
-    Args:
-        setup: Function that loads the state of further jobs from `args`; see `WorkerPool`.
-    """
-    return WorkerPool(
-        setup or Image.init,
-        *args,
-        num_idle=NUM_IMAGE_WORKERS,
-        memory_bytes=MAX_WORKER_MEMORY_BYTES,
-    )
+def create_image_pool(state: Any = None) -> WorkerPool:
+    """Create worker processes for `ImageReader`, and for jobs with a state; a job starts them."""
+    limits = {"num_idle": NUM_IMAGE_WORKERS, "memory_bytes": MAX_WORKER_MEMORY_BYTES}
+    return WorkerPool(load_state, state, **limits)
 
 
-def _read_size(state: Any, path: Path) -> JobOutput:
+def load_state(state: Any) -> Any:
+    """Load the decoders of Pillow in the template process, and return the state of the jobs."""
+    Image.init()
+    return state
+
+
+def read_size(state: Any, path: Path) -> JobOutput:
+    """Read the size of an image in a worker process."""
     return JobOutput(read_image_size(path))
 
 
-def _load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:
+def load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:
+    """Decode an image in a worker process."""
     return JobOutput(arrays=[np.asarray(load_image(path, min_side=min_side))])
 
 

@@ -140,11 +140,11 @@ def test_non_finite_values_become_json_text(folder):
 
 
 def test_foreign_source_with_options_and_against(folder):
-    rows = [{"file": f"{n}.png", "xywh": [50, 30, 20, 10]} for n in range(6)]
+    rows = [{"file": f"{n}.png", "box": [50, 30, 20, 10]} for n in range(6)]
     for name, part in (("train", rows), ("eval", rows[5:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text)
-    options = ["--map", "image=file", "--map", "box=xywh", "--prompt", "Where?"]
+    options = ["--map", "image=file", "--map", "box=box", "--prompt", "Where?"]
     sides = [folder / "train.jsonl", "--against", folder / "eval.jsonl"]
     result = run(*sides, *options, "--box-format", "xywh", "--limit", "5")
     assert result.exit_code == 0, result.output

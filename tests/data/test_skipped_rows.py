@@ -81,9 +81,10 @@ def test_invalid_boxes_of_tables_and_answers(tmp_path: Path, in_text: bool) -> N
 
 
 def test_many_invalid_boxes_are_a_wrong_convention(tmp_path: Path) -> None:
-    write_gray_image(tmp_path / "a.png")
     options = ImportOptions(columns={"image": "image", "box": "box"}, prompt="?")
-    rows = [{"image": "a.png", "box": [30, 10, 50, 15]} for _ in range(10)]
+    rows = [{"image": f"{number}.png", "box": [30, 10, 50, 15]} for number in range(10)]
+    for row in rows:
+        write_gray_image(tmp_path / str(row["image"]))
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError, match="10 of 10 rows are invalid") as caught:
         import_dataset(source, tmp_path / "out", replace(options, on_invalid_row="skip"))

@@ -357,6 +357,7 @@ def _detect_task(
     Returns:
         Task, import options and opened dataset.
     """
+    from finesight.data.formats.row_keys import UnsupportedKeyError
     from finesight.data.import_source import (
         NUM_PREVIEW_ROWS,
         PROMPTS,
@@ -385,10 +386,12 @@ def _detect_task(
         samples = [sample for row in rows for sample in row.samples]
         if samples:
             break
-    if not samples:
-        raise next(row.error for row in rows if row.error is not None)
-    if not any(part.type in ("image", "video") for s in samples for part in s.iter_parts()):
+    error = next((row.error for row in rows if row.error is not None), None)
+    has_images = any(part.type in ("image", "video") for s in samples for part in s.iter_parts())
+    if not has_images and (samples or isinstance(error, UnsupportedKeyError)):
         _reject_unrecognized_images(opened)
+    if not samples and error is not None:
+        raise error
     fields = options.columns.get("fields", "")
     task = detect_task(samples, fields)
     metric = metric or _ask_metric(task.metric, yes)

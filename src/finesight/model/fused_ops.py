@@ -144,7 +144,7 @@ def has_kernels(x: Tensor) -> bool:
 def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if Triton and flash attention can use tensor cores for this dtype."""
     is_16_bit = dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and get_device_capability(device) >= (8, 0)
+    return is_16_bit and device.type != "cpu" and get_device_capability(device) >= (8, 0)
 
 
 class _ApplyRotary(torch.autograd.Function):

@@ -249,7 +249,7 @@ CHECKS: dict[str, list[str]] = {
         "Image and video files, completely decoded": "image-missing image-truncated image-corrupt"
         " image-too-large video-frame-sizes-differ",
         "Placeholders, special tokens and boxes in texts": "placeholder-count-mismatch"
-        " placeholder-in-text special-token-in-text box-in-text",
+        " placeholder-in-text special-token-in-text box-in-text coordinates-in-text",
         "Boxes within their images": "box-outside box-inverted box-empty box-without-image"
         " box-at-edge box-tiny box-covers-image",
         "Convention of box coordinates": "boxes-xywh boxes-cxcywh boxes-xyxy boxes-pixels"

@@ -54,7 +54,7 @@ from finesight.data.formats.image_annotations import (
     require_inside_output,
 )
 from finesight.data.formats.row_keys import count_keys
-from finesight.data.formats.voc import parse_xml
+from finesight.data.formats.xml_annotations import parse_xml
 from finesight.data.image_header import IMAGE_SUFFIXES, ImageSize
 from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import LocatedSample, read_data_file

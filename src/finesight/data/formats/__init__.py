@@ -10,28 +10,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finesight.data.formats import (
-    coco,
     conversations,
-    fiftyone,
     image_folder,
+    json_annotations,
     label_studio,
-    labelme,
     message_parts,
     table,
     xml_annotations,
     yolo,
 )
-from finesight.data.formats.dataset_format import IMAGE_KEYS, DatasetFormat
-from finesight.data.row_reader import Record, decode_json_lists
+from finesight.data.formats.dataset_format import IMAGE_KEYS, DatasetFormat, decode_json_lists
+from finesight.data.row_reader import Record
 from finesight.errors import UserError, suggest_name
 
 FORMATS = (
-    coco.FORMAT,
+    json_annotations.COCO,
     yolo.FORMAT,
     xml_annotations.VOC,
-    labelme.FORMAT,
+    json_annotations.LABELME,
     xml_annotations.CVAT,
-    fiftyone.FORMAT,
+    json_annotations.FIFTYONE,
     label_studio.FORMAT,
     label_studio.PREDICTIONS,
     image_folder.IMAGEFOLDER,

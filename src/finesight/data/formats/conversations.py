@@ -78,7 +78,6 @@ from typing import Any
 from finesight.data.boxes import BOX_KEY, BoxConvention
 from finesight.data.formats.conversation_rows import (
     JSONL_FILE,
-    Files,
     PartRenderer,
     RowMedia,
     Turn,
@@ -100,6 +99,7 @@ from finesight.data.formats.dataset_format import (
     VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
+    Files,
     ImportContext,
     ImportExample,
     RowImages,

@@ -34,7 +34,6 @@ from typing import Any
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.conversation_rows import (
     JSONL_FILE,
-    Files,
     PartRenderer,
     RowMedia,
     add_box_note,
@@ -53,6 +52,7 @@ from finesight.data.formats.dataset_format import (
     VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
+    Files,
     ImportContext,
     ImportExample,
     as_list,

@@ -35,7 +35,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
@@ -47,10 +47,10 @@ from finesight.data.boxes import (
     find_bounds,
     parse_coordinates,
 )
-from finesight.data.formats.coco import find_image_folder
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
+    Files,
     ImportContext,
     ImportExample,
 )
@@ -62,6 +62,7 @@ from finesight.data.formats.image_annotations import (
     build_text_example,
     collect_classes,
     enclose_shape,
+    find_image_folder,
     group_answers_by_image,
     group_boxes_by_image,
     list_image_names,
@@ -114,11 +115,7 @@ class _SafeTreeBuilder(ElementTree.TreeBuilder):
 
 
 def _open_voc(source: Path) -> tuple[RowReader, str] | None:
-    """Open the Pascal VOC files of a folder, or a single one, as rows.
-
-    Returns:
-        The rows and the reason for the match, or None if the first files are not annotations.
-    """
+    """Open the Pascal VOC files of a folder, or a single one, as rows."""
     description = "XML files with <annotation>: Pascal VOC"
     return open_annotation_files(source, ".xml", description, b"<annotation", _read_classes)
 
@@ -157,9 +154,7 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     return build_detection_examples(row, annotation, context, BoxConvention())
 
 
-def _write_voc(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> Iterator[tuple[str, bytes]]:
+def _write_voc(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a Pascal VOC file per image to the folder Annotations."""
     used_stems: set[str] = set()
     for record in group_boxes_by_image(samples, context, {"boxes"}):
@@ -277,11 +272,7 @@ def add_child(parent: ElementTree.Element, tag: str, value: object) -> None:
 
 
 def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
-    """Open a CVAT file, or the only XML file of a folder, as rows, one per image.
-
-    Returns:
-        The rows and the reason for the match, or None if the file is not from CVAT.
-    """
+    """Open a CVAT file, or the only XML file of a folder, as rows, one per image."""
     files = list_folder(source).files_with_suffix(".xml") if source.is_dir() else [source]
     if len(files) != 1 or files[0].suffix.lower() != ".xml" or not files[0].is_file():
         return None
@@ -349,9 +340,7 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     return build_detection_examples(row, annotation, context, BoxConvention())
 
 
-def _write_cvat(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> Iterator[tuple[str, bytes]]:
+def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write the file annotations.xml, with boxes, or with tags if no answer contains a box."""
     records, _ = group_answers_by_image(samples, context, {"boxes"})
     answers = dict.fromkeys(answer for record in records for answer in record.answers)

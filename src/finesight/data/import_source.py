@@ -21,7 +21,6 @@ from finesight.data.corpus import (
     read_first_record,
 )
 from finesight.data.formats import FORMATS, detect_format, get_format
-from finesight.data.formats import native_samples as samples_format
 from finesight.data.formats import table as table_format
 from finesight.data.formats.dataset_format import (
     BoxTask,
@@ -36,6 +35,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
+from finesight.data.formats.message_parts import SAMPLES, example_from_sample
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
@@ -179,7 +179,7 @@ class ImportSource:
                 folder,
                 output_folder,
                 validate=not lenient,
-                exact_paths=lenient and self.data_format is samples_format.FORMAT,
+                exact_paths=lenient and self.data_format is SAMPLES,
                 web_images=options.web_images,
                 allowed_root=options.allowed_root,
             ),
@@ -539,7 +539,7 @@ def is_sample_source(path: Path) -> bool:
     with_images = record.pop("images", None) is not None
     messages = as_list(record.get("messages"))
     is_text = all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages)
-    return samples_format.detect([record]) is not None and not (with_images and is_text)
+    return SAMPLES.detect([record]) is not None and not (with_images and is_text)
 
 
 def _read_first_tar_record(path: Path) -> dict[str, object] | None:
@@ -572,9 +572,9 @@ def open_unvalidated_samples(
         sample = located_sample.sample.map_paths(
             lambda name: str(located_sample.resolve_path(name).absolute())
         )
-        return samples_format.example_from_sample(sample, context)
+        return example_from_sample(sample, context)
 
-    data_format = replace(samples_format.FORMAT, parse_row=parse_row)
+    data_format = replace(SAMPLES, parse_row=parse_row)
     check_format_options(data_format, "as in training", options)
     rows = RowReader(len(samples), select)
     source = ImportSource(

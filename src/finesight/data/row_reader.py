@@ -7,7 +7,6 @@ their suffixes (`txt`, `cls`, `caption`), and the keys of the JSON object.
 
 from __future__ import annotations
 
-import ast
 import codecs
 import contextlib
 import csv
@@ -27,7 +26,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from finesight.bounded_files import (
-    DuplicateKeyError,
     parse_unique_json,
     reject_special_file,
     to_readable_name,
@@ -719,46 +717,6 @@ def _read_member(tar: TarArchive, member: tarfile.TarInfo) -> bytes:
             remedy="create the tar again without it",
         )
     return tar.read_member(member)
-
-
-_TURN_KEYS = ("messages", "conversations", "conversation", "prompt", "completion", "history")
-_OBJECT_KEYS = ("images", "image", "videos", "objects")
-
-MAX_LITERAL_CHARS = 2**20
-"""Maximum number of characters of a list that is written as a Python literal."""
-
-
-def decode_json_lists(record: Record) -> Record:
-    """Return a conversation row with its turns, images and objects parsed if they are text.
-
-    The text is JSON or, in tables written by pandas, a Python literal. Other text is returned
-    unchanged.
-    """
-    texts = {
-        key: value
-        for key in (*_TURN_KEYS, *_OBJECT_KEYS)
-        if isinstance(value := record.get(key), str) and value.lstrip()[:1] in ("[", "{")
-    }
-    decoded = {
-        key: _decode_json_list(text, (dict, list) if key in _TURN_KEYS else (dict, list, str))
-        for key, text in texts.items()
-    }
-    return {**record, **decoded} if texts else record
-
-
-def _decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
-    try:
-        check_json(text.encode(errors="replace"), "")
-        value = parse_unique_json(text)
-    except DuplicateKeyError:
-        return text
-    except ValueError:
-        try:
-            value = ast.literal_eval(text) if len(text) < MAX_LITERAL_CHARS else text
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return text
-    items = value if isinstance(value, list) else [value]
-    return value if items and all(isinstance(item, item_types) for item in items) else text
 
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".xlsx")

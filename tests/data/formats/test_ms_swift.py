@@ -10,7 +10,7 @@ from case_files import load_cases
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
-from finesight.data.formats.ms_swift import MS_SWIFT
+from finesight.data.formats.conversations import MS_SWIFT
 from finesight.errors import UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
-from finesight.data.formats.openai import FORMAT
+from finesight.data.formats.message_parts import OPENAI as FORMAT
 from finesight.errors import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
-from finesight.data.formats.ms_swift import QUERY_RESPONSE
+from finesight.data.formats.conversations import QUERY_RESPONSE
 from finesight.errors import UserError
 
 QUERY = "what is written? Examples of coordinate value formats: [x1,y1,x2,y2]"

@@ -10,42 +10,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finesight.data.formats import (
-    coco,
     conversations,
-    cvat,
-    fiftyone,
     image_folder,
+    json_annotations,
     label_studio,
-    labelme,
-    ms_swift,
-    native_samples,
-    openai,
+    message_parts,
     table,
-    voc,
+    xml_annotations,
     yolo,
 )
-from finesight.data.formats.dataset_format import IMAGE_KEYS, DatasetFormat
-from finesight.data.row_reader import Record, decode_json_lists
+from finesight.data.formats.dataset_format import IMAGE_KEYS, DatasetFormat, decode_json_lists
+from finesight.data.row_reader import Record
 from finesight.errors import UserError, suggest_name
 
 FORMATS = (
-    coco.FORMAT,
+    json_annotations.COCO,
     yolo.FORMAT,
-    voc.FORMAT,
-    labelme.FORMAT,
-    cvat.FORMAT,
-    fiftyone.FORMAT,
+    xml_annotations.VOC,
+    json_annotations.LABELME,
+    xml_annotations.CVAT,
+    json_annotations.FIFTYONE,
     label_studio.FORMAT,
     label_studio.PREDICTIONS,
     image_folder.IMAGEFOLDER,
     image_folder.FORMAT,
     image_folder.CLASSES,
-    native_samples.FORMAT,
-    openai.FORMAT,
-    ms_swift.MS_SWIFT,
+    message_parts.SAMPLES,
+    message_parts.OPENAI,
+    conversations.MS_SWIFT,
     conversations.QWEN_VL,
     conversations.IMAGE_PATH,
-    ms_swift.QUERY_RESPONSE,
+    conversations.QUERY_RESPONSE,
     conversations.LLAVA,
     conversations.LLAMA_FACTORY,
     conversations.CONVERSATIONS,

@@ -30,6 +30,7 @@ from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     VIDEO_KEYS,
     ExportContext,
+    Files,
     ImportContext,
     ImportExample,
     PlaceholderCountError,
@@ -71,11 +72,8 @@ from finesight.errors import UserError, format_count
 ContentT = TypeVar("ContentT")
 Turn = tuple[Role, str]
 JsonBoxes = list[JsonBox]
-Files = Iterator[tuple[str, bytes]]
-"""Relative file names with content. A repeated name appends to the file."""
 
 JSONL_FILE = "data.jsonl"
-ROLE_KEYS = ("from", "role")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an answer whose text becomes its `<think>` section."""
 

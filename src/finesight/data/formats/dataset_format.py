@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from finesight.bounded_files import DuplicateKeyError, parse_unique_json
 from finesight.data.boxes import (
     Box,
     BoxConvention,
@@ -21,7 +23,7 @@ from finesight.data.boxes import (
 )
 from finesight.data.formats.row_keys import sort_keys
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.row_reader import Record, RowReader, SourceRow, decode_json_lists
+from finesight.data.row_reader import Record, RowReader, SourceRow
 from finesight.data.sample import (
     MAX_BOXES,
     BoxPart,
@@ -34,6 +36,7 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     VideoPart,
+    check_json,
     check_limit,
     is_video_path,
 )
@@ -108,6 +111,9 @@ def join_text(content: Iterable[ContentPart], separator: str = "") -> str:
     return separator.join(part.text for part in content if isinstance(part, TextPart))
 
 
+Files = Iterator[tuple[str, bytes]]
+"""Relative file names with content. A repeated name appends to the file."""
+
 BoxTask = Literal["detection", "grounding"]
 """Task of a box dataset: one question per image, or one per label."""
 
@@ -122,11 +128,6 @@ NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
-_VIDEO_REMEDY = (
-    "write these rows as samples (--format samples) with the content part"
-    ' {"type": "video", "video": "clip.mp4"} or a list of frames; see "Videos" on the page "Data"'
-    " of the documentation"
-)
 
 _PLACEHOLDERS = re.compile(
     r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*[(\[]"
@@ -375,6 +376,46 @@ class ExportContext:
         return self.read_size(path)
 
 
+_TURN_KEYS = ("messages", "conversations", "conversation", "prompt", "completion", "history")
+_OBJECT_KEYS = ("images", "image", "videos", "objects")
+
+MAX_LITERAL_CHARS = 2**20
+"""Maximum number of characters of a list that is written as a Python literal."""
+
+
+def decode_json_lists(record: Record) -> Record:
+    """Return a conversation row with its turns, images and objects parsed if they are text.
+
+    The text is JSON or, in tables written by pandas, a Python literal. Other text is returned
+    unchanged.
+    """
+    texts = {
+        key: value
+        for key in (*_TURN_KEYS, *_OBJECT_KEYS)
+        if isinstance(value := record.get(key), str) and value.lstrip()[:1] in ("[", "{")
+    }
+    decoded = {
+        key: _decode_json_list(text, (dict, list) if key in _TURN_KEYS else (dict, list, str))
+        for key, text in texts.items()
+    }
+    return {**record, **decoded} if texts else record
+
+
+def _decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
+    try:
+        check_json(text.encode(errors="replace"), "")
+        value = parse_unique_json(text)
+    except DuplicateKeyError:
+        return text
+    except ValueError:
+        try:
+            value = ast.literal_eval(text) if len(text) < MAX_LITERAL_CHARS else text
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return text
+    items = value if isinstance(value, list) else [value]
+    return value if items and all(isinstance(item, item_types) for item in items) else text
+
+
 @dataclass(frozen=True, slots=True)
 class DatasetFormat:
     """A dataset format: how to detect, parse and write it.
@@ -404,9 +445,7 @@ class DatasetFormat:
     map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] = (
         lambda _, columns: columns
     )
-    write_files: (
-        Callable[[Sequence[LocatedSample], ExportContext], Iterator[tuple[str, bytes]]] | None
-    ) = None
+    write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
 
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
         """Parse a row and return its examples as a list, which may be empty.

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finesight.bounded_files import find_existing
 from finesight.data.boxes import BOX_DECIMALS, Box, BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
     ExportContext,
@@ -67,6 +68,68 @@ def list_image_names(annotation_file: Path) -> list[str]:
     suffixes = sorted(IMAGE_SUFFIXES, key=lambda suffix: suffix != ".jpg")
     names = [annotation_file.with_suffix(suffix).name for suffix in suffixes]
     return names + [f"{annotation_file.stem}{suffix.upper()}" for suffix in suffixes]
+
+
+NUM_PROBED_IMAGES = 500
+"""Approximate number of images that are looked up to find the image folder."""
+
+
+def find_image_folder(source: Path, names: Sequence[str]) -> Path:
+    """Return the folder that contains the images of a document.
+
+    Images are searched in the folder of the document, its parent, `images` in either, and other
+    subfolders. The first folder that contains all images is used, else the folder that contains
+    most, or of several ones that whose name occurs in the name of the document.
+
+    Args:
+        names: Paths of the images with forward slashes, as written in the document.
+    """
+    names = names[:: max(1, len(names) // NUM_PROBED_IMAGES)]
+    tried_folders: list[Path] = []
+    max_found, best_folders = 0, list[Path]()
+    for candidates in _iter_candidate_folders(source.parent.resolve() / source.name):
+        tried_folders += candidates
+        num_found = {
+            folder: sum(find_existing(folder, n) is not None for n in names)
+            for folder in candidates
+        }
+        if max(num_found.values(), default=0) > max_found:
+            max_found = max(num_found.values())
+            best_folders = [folder for folder in candidates if num_found[folder] == max_found]
+        if max_found == len(names):
+            break
+    if not max_found:
+        raise UserError(
+            f"none of {len(names)} images is found, such as {names[0]!r}",
+            where=str(source),
+            expected=f"images in one of {', '.join(map(str, tried_folders))}",
+            remedy="move the images to a folder `images` next to the document",
+        )
+    name_matches = [folder for folder in best_folders if folder.name in source.stem]
+    if len(best_folders) > 1 and len(name_matches) != 1:
+        raise UserError(
+            f"images of these names, such as {names[0]!r}, are in {len(best_folders)} folders",
+            where=str(source),
+            expected=f"one of {', '.join(map(str, best_folders))}",
+            remedy="add the folder to file_name, or move the document into the folder",
+        )
+    return (name_matches if len(best_folders) > 1 else best_folders)[0]
+
+
+def _iter_candidate_folders(source: Path) -> Iterator[list[Path]]:
+    """Yield groups of folders that may contain the images, the closest to the document first."""
+    base_folders = (source.parent, source.parent.parent)
+    yield from ([base_folder] for base_folder in base_folders)
+    yield from ([base_folder / "images"] for base_folder in base_folders)
+    for base_folder in base_folders:
+        yield [*_list_subfolders(base_folder), *_list_subfolders(base_folder / "images")]
+
+
+def _list_subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "images")
+    except OSError:  # missing or unreadable folder
+        return []
 
 
 UNKNOWN_LABEL = ""

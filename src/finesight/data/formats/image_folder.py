@@ -23,6 +23,7 @@ from finesight.data.formats import table
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
+    Files,
     ImportContext,
     ImportExample,
     RowImages,
@@ -58,11 +59,7 @@ REASON_NO_TEXT_FILE = "images without a text file of the same name"
 
 
 def open_folder(source: Path) -> tuple[RowReader, str] | None:
-    """Open a folder of images and text files as rows, one per image.
-
-    Returns:
-        The rows and the reason for the match, or None if no image has a text file.
-    """
+    """Open a folder of images and text files as rows, one per image."""
     if not source.is_dir():
         return None
     listing = list_folder(source)
@@ -102,9 +99,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     return [ImportExample(row.id, (user,), ((make_text_part(text),),))]
 
 
-def write_files(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> Iterator[tuple[str, bytes]]:
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a text file with the answer next to each image."""
     used_names: set[str] = set()
     for record in group_texts_by_image(samples, context, set()):
@@ -175,12 +170,7 @@ def open_imagefolder(source: Path, encoding: str | None = None) -> tuple[RowRead
     """Open a Hugging Face ImageFolder as table rows; paths in `file_name` become absolute.
 
     Args:
-        encoding: Encoding of metadata.csv, None to detect it.
-
-    Returns:
-        The rows and the reason for the match, or None if there is no metadata file with this
-            column, or not only .csv files with an encoding.
-    """
+        encoding: Encoding of metadata.csv, None to detect it."""
     if not source.is_dir():
         return None
     found = [path for path in list_folder(source).files if _METADATA_NAME.fullmatch(path.name)]
@@ -228,14 +218,7 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
     """Open class folders of images as rows, with the folder name as label.
 
     Args:
-        is_requested: Ignore other files, and accept class names such as `images`.
-
-    Returns:
-        The rows and the reason for the match, or None if the folders are not classes.
-
-    Raises:
-        UserError: The format is requested, but the folders are not classes.
-    """
+        is_requested: Ignore other files, and accept class names such as `images`."""
     listing = list_folder(source) if source.is_dir() else None
     images, num_train, note = _order_by_split(source, listing.image_files() if listing else ())
     depth = 1 if note else 0

@@ -31,10 +31,10 @@ from xml.etree import ElementTree
 
 from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import Box, BoxConvention, InvalidBoxError, find_bounds
-from finesight.data.formats.coco import find_image_folder
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
+    Files,
     ImportContext,
     ImportExample,
     as_list,
@@ -49,12 +49,13 @@ from finesight.data.formats.image_annotations import (
     build_detection_examples,
     build_text_example,
     enclose_shape,
+    find_image_folder,
     group_answers_by_image,
     parse_declared_size,
     require_inside_output,
 )
 from finesight.data.formats.row_keys import count_keys
-from finesight.data.formats.voc import parse_xml
+from finesight.data.formats.xml_annotations import parse_xml
 from finesight.data.image_header import IMAGE_SUFFIXES, ImageSize
 from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import LocatedSample, read_data_file
@@ -133,11 +134,7 @@ def open_tasks(
     """Open a JSON export of Label Studio as rows, one per task.
 
     Args:
-        results_from: Use annotations, and predictions of tasks without any; or predictions only.
-
-    Returns:
-        The rows and the reason for the match, or None if the file is not such an export.
-    """
+        results_from: Use annotations, and predictions of tasks without any; or predictions only."""
     tasks = _read_tasks(source, results_from)
     if tasks is None:
         return None
@@ -203,7 +200,7 @@ def write_files(
     context: ExportContext,
     *,
     results_to: ResultSource = "annotations",
-) -> Iterator[tuple[str, bytes]]:
+) -> Files:
     """Write the tasks and the labeling configuration of a project."""
     records, is_detection = group_answers_by_image(samples, context, {"boxes"})
     declared = {name for record in records for name in record.meta.get("classes", ())}

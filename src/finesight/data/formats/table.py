@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits, parse_coordinates
 from finesight.data.formats.conversation_rows import (
-    Files,
     PartRenderer,
     format_answer,
     parse_answer,
@@ -26,6 +25,7 @@ from finesight.data.formats.conversation_rows import (
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
+    Files,
     ImportContext,
     ImportExample,
     InvalidOptionError,

@@ -30,6 +30,7 @@ from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
+    Files,
     ImportContext,
     ImportExample,
     as_list,
@@ -93,11 +94,7 @@ class _YoloDataset:
 def open_folder(source: Path) -> tuple[RowReader, str] | None:
     """Open a YOLO dataset as rows, one per image.
 
-    The source is a folder with data.yaml or with class names and label files, or the YAML file.
-
-    Returns:
-        The rows and the reason for the match, or None if the source is not a YOLO dataset.
-    """
+    The source is a folder with data.yaml or with class names and label files, or the YAML file."""
     dataset = _open_from_yaml(source) or _open_from_class_names(source)
     if dataset is None:
         return None
@@ -142,9 +139,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     return build_detection_examples(row, annotation, context, YOLO_BOX_CONVENTION)
 
 
-def write_files(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> Iterator[tuple[str, bytes]]:
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write data.yaml, an image list per split, and a label file next to each image.
 
     Images without a split in their metadata are assigned to `train`.

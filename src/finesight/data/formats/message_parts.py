@@ -1,4 +1,8 @@
-"""OpenAI chat messages whose content is text or a list of texts, images and videos.
+"""Messages with typed parts: native samples, and OpenAI chat messages.
+
+samples: the native format, imported with validation of its images and boxes.
+
+openai: messages whose content is text or a list of texts, images and videos.
 
 {"messages": [{"role": "user", "content": [{"type": "text", "text": "What cheese is this?"},
                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]},
@@ -17,15 +21,19 @@ the listed images, they precede the first question. See `conversation_rows` for 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
+from finesight.data.boxes import BoxConvention
 from finesight.data.formats.conversation_rows import (
-    Files,
+    JSONL_FILE,
     PartRenderer,
     RowMedia,
     add_box_note,
@@ -44,23 +52,33 @@ from finesight.data.formats.dataset_format import (
     VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
+    Files,
     ImportContext,
     ImportExample,
     as_list,
 )
-from finesight.data.formats.row_keys import PARTS, ROWS, has_value, sort_keys
+from finesight.data.formats.row_keys import PARTS, ROWS, has_value, iter_nested, sort_keys
 from finesight.data.image_resolver import encode_data_url
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_MESSAGES,
+    SAMPLE_KEYS,
+    BoxPart,
     ContentPart,
     ImagePart,
     InvalidRowError,
     LocatedSample,
     Role,
+    Sample,
     TextPart,
     VideoPart,
     check_limit,
+    check_limits,
+    remove_nulls,
+    sample_from_dict,
+    sample_to_dict,
+    validate_roles,
+    validate_sample,
 )
 from finesight.errors import UserError
 
@@ -70,7 +88,7 @@ _PREFERENCE_KEYS = frozenset(("chosen", "rejected"))
 _Turn = tuple[Role, list[object]]
 
 
-def detect(records: Sequence[Record]) -> str | None:
+def _detect_openai(records: Sequence[Record]) -> str | None:
     """Detect messages of which at least one has typed parts, and return the reason or None.
 
     Prompts with completions, or with chosen and rejected answers, match as well.
@@ -90,7 +108,7 @@ def detect(records: Sequence[Record]) -> str | None:
     return f"{reason} {len(records)}" if num_parts else None
 
 
-def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
+def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a row of chat messages, or of prompt and completion."""
     messages, keys = _list_messages(row.record)
     check_limit(len(messages), MAX_MESSAGES, "messages")
@@ -196,7 +214,7 @@ def _get_kind(item: object) -> str | None:
     return kind.removesuffix("_url") if isinstance(kind, str) else None
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+def _write_openai(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write OpenAI chat messages with images as data URLs, and boxes in answers as JSON."""
 
     def make_fields(located_sample: LocatedSample) -> Record:
@@ -224,12 +242,106 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     add_box_note(samples, context)
 
 
-FORMAT = DatasetFormat(
+def _detect_samples(records: Sequence[Record]) -> str | None:
+    """Detect native samples, and return the reason for the match or None.
+
+    Chat messages of other formats look alike. Therefore any key that samples do not have excludes a
+    match, unless a record has a box, a list of frames or references.
+    """
+    cleaned = list(map(remove_nulls, records))
+    messages: list[list[Any]] = [as_list(record.get("messages")) for record in cleaned]
+    if not all(isinstance(one, dict) and "role" in one for turns in messages for one in turns):
+        return None
+    parts = [part for turns in messages for one in turns for part in as_list(one.get("content"))]
+    is_marked = all(messages) and any("references" in record for record in cleaned)
+    is_marked |= any(p.get("type") == "box" or "frames" in p for p in parts if isinstance(p, dict))
+    reason = f"messages with role and content in all of the first {len(records)}"
+    return reason if is_marked or all(map(_is_sample, cleaned)) else None
+
+
+def _is_sample(record: Record) -> bool:
+    try:
+        sample_from_dict({**record, "id": ""}, "")
+    except UserError:
+        return False
+    return True
+
+
+def _parse_sample(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Build a training example from a native sample, with absolute paths and validated boxes.
+
+    A lenient import keeps invalid content. Boxes whose image index is invalid are not recorded in
+    `raw_boxes`.
+    """
+    meta = row.record.get("meta")
+    record = {key: value for key, value in row.record.items() if key != "meta"}
+    context.other_keys.update(
+        f"{path} of samples, not imported"
+        for path, key, value in iter_nested(record)
+        if value is None and key not in SAMPLE_KEYS
+    )
+    if row.has_own_id or record.get("id") is None:
+        record["id"] = row.id
+    record = remove_nulls(record)
+    sample = sample_from_dict(record if meta is None else {**record, "meta": meta}, "")
+    if context.lenient:
+        check_limits(sample.messages, sample.references, "")
+        validate_roles(sample.messages, "")  # an example requires this order
+    else:
+        validate_sample(sample, "")
+    return example_from_sample(
+        sample.map_paths(lambda name: str(context.images.resolve(name))), context
+    )
+
+
+def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:
+    """Build a training example from a native sample with absolute image paths.
+
+    Its boxes are validated and clipped to their images, unless the import is lenient.
+    """
+    images = [Path(part.image) for part in sample.iter_parts() if isinstance(part, ImagePart)]
+
+    def fitted(part: ContentPart) -> ContentPart:
+        if not isinstance(part, BoxPart) or part.image >= len(images):
+            return part
+        xyxy = context.read_box(part.xyxy, images[part.image], BoxConvention(), part.label)
+        return part.model_copy(update={"xyxy": xyxy})
+
+    if any(part.type == "box" for part in sample.iter_parts()):
+        sample = sample.with_parts(fitted)
+    *turns, answer = sample.messages
+    return ImportExample(sample.id, tuple(turns), (answer.content,), sample.references, sample.meta)
+
+
+def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write samples with image paths relative to the output folder."""
+
+    def build_record(located_sample: LocatedSample) -> Record:
+        return sample_to_dict(
+            located_sample.sample,
+            lambda name: context.image_name(located_sample.resolve_path(name)),
+        )
+
+    for record in map(build_record, samples):
+        yield JSONL_FILE, f"{json.dumps(record, ensure_ascii=False)}\n".encode()
+
+
+OPENAI = DatasetFormat(
     name="openai",
     description='"messages": [{"role": "user", "content": [{"type": "image_url", ...}, ...]}]',
     typical_keys=frozenset({"messages", "role", "content"}),
-    detect=detect,
-    parse_row=parse_row,
+    detect=_detect_openai,
+    parse_row=_parse_openai,
     supported_options=frozenset({"prompt", "boxes"}),
-    write_files=write_files,
+    write_files=_write_openai,
+)
+SAMPLES = DatasetFormat(
+    name="samples",
+    description=(
+        '"messages": [{"role": "user", "content": [{"type": "image", "image": "path"}, ...]}]'
+    ),
+    typical_keys=frozenset({"messages"}),
+    detect=_detect_samples,
+    parse_row=_parse_sample,
+    write_files=_write_samples,
 )

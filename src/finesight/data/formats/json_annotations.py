@@ -1,0 +1,635 @@
+"""Annotation files in JSON: COCO, FiftyOne and LabelMe.
+
+coco: a document of captions or instances.
+
+{"images": [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}],
+ "annotations": [{"id": 7, "image_id": 1, "category_id": 2, "bbox": [x, y, width, height]}],
+ "categories": [{"id": 2, "name": "dog"}]}
+
+A box is its top left corner and size in pixels, 0-based. Without a box, the enclosing box of the
+polygons in `segmentation` is used. Several captions of an image are answers to the same question.
+Crowd regions and other annotations have no box. Area and keypoints are ignored. Images
+are searched as by `find_image_folder`.
+
+fiftyone: FiftyOneImageDetectionDataset and FiftyOneImageClassificationDataset, folders with
+labels.json.
+
+{"classes": ["dog"], "labels": {"a": [{"label": 0, "bounding_box": [0.1, 0.2, 0.3, 0.05]}]}}
+{"classes": ["cat", "dog"], "labels": {"a": 1, "b": null}}
+
+A box is its top left corner and size, scaled to 1. A label is a class name or an index into
+`classes`. Keys are image paths in the folder `data` without suffix. A file data.json with the image
+path of each key replaces the folder. Images without a label are skipped and counted. The attributes
+of a box are stored in the metadata; its confidence is ignored.
+
+labelme: a folder of JSON files, one per image, with `shapes`.
+
+{"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640, "imageData": null, "shapes":
+ [{"label": "dog", "shape_type": "rectangle", "points": [[10.5, 20.0], [110.0, 220.5]]}]}
+
+A rectangle is given by two opposite corners in any order; some tools write all four. A polygon,
+circle, line or mask is converted to its bounding box; points have none. Coordinates are in pixels,
+0-based, after EXIF rotation.
+
+The image path is relative to the JSON file. If the image is missing, it is saved from `imageData`.
+Images without a JSON file are considered unlabeled and ignored.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from unicodedata import normalize
+
+from finesight.bounded_files import find_existing, parse_unique_json
+from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    Files,
+    ImportContext,
+    ImportExample,
+    InvalidOptionError,
+    as_list,
+)
+from finesight.data.formats.image_annotations import (
+    LOST_WHITESPACE,
+    ImageAnnotation,
+    ImageRecord,
+    ObjectAnnotation,
+    build_detection_examples,
+    build_text_example,
+    collect_classes,
+    enclose_shape,
+    find_image_folder,
+    group_answers_by_image,
+    group_boxes_by_image,
+    list_image_names,
+    make_unique_stem,
+    parse_declared_size,
+    round_coordinate,
+)
+from finesight.data.formats.row_keys import count_keys
+from finesight.data.line_index import MAX_LINE_BYTES
+from finesight.data.row_reader import (
+    Record,
+    RowReader,
+    SourceRow,
+    is_json_object,
+    list_folder,
+    open_annotation_files,
+    rows_from_items,
+)
+from finesight.data.sample import LocatedSample, check_json, read_data_file
+from finesight.errors import UserError
+
+COCO_BOX_CONVENTION = BoxConvention(format="xywh")
+_IMAGE_KEYS = ("id", "file_name", "width", "height", "license")
+_ANNOTATION_KEYS = (
+    *("id", "image_id", "category_id", "bbox", "caption", "iscrowd", "area"),
+    *("segmentation", "keypoints", "num_keypoints"),
+)
+REASON_NO_CAPTION = "images without a caption"
+UNSUPPORTED_KEYS = ("segmentation", "keypoints")
+LABELS_FILE, MANIFEST_FILE, DATA_FOLDER = "labels.json", "data.json", "data"
+_ITEM_KEYS = ("label", "bounding_box", "attributes")
+FIFTYONE_BOX_CONVENTION = BoxConvention(format="xywh", units="1")
+REASON_NO_LABEL = "images without a label"
+_DOCUMENT_KEYS = ("version", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
+_SHAPE_KEYS = ("label", "points", "shape_type")
+LABELME_VERSION = "5.5.0"
+"""LabelMe version that exported files declare."""
+
+POINT_TYPES = ("point", "points")
+
+
+def _open_coco(source: Path) -> tuple[RowReader, str] | None:
+    """Open a COCO JSON document as rows, one per image."""
+    document = _read_document(source)
+    if document is None:
+        return None
+    images, annotations = document["images"], document["annotations"]
+    has_boxes = any(key in item for item in annotations for key in ("bbox", "segmentation"))
+    if not images or not (has_boxes or any("caption" in item for item in annotations)):
+        raise UserError(
+            f"{len(images)} images, {len(annotations)} annotations, none with bbox or caption",
+            where=str(source),
+            expected="annotations with `bbox` (instances) or `caption`",
+            remedy="use the document of the instances or of the captions",
+        )
+    ids = Counter(str(image.get("id")) for image in images)
+    _reject_duplicate_ids(ids, source)
+    folder = find_image_folder(source, [_get_file_name(image) for image in images])
+    names = {
+        str(item.get("id")): item["name"]
+        for item in document["categories"]
+        if isinstance(item.get("name"), str) and item["name"].strip()
+    }
+    by_image: defaultdict[str, list[Record]] = defaultdict(list)
+    for annotation in annotations:
+        by_image[str(annotation.get("image_id"))].append(annotation)
+
+    def make_row(row_number: int, image: Record) -> SourceRow:
+        name = _get_file_name(image)
+        record = {
+            "id": Path(name).stem,
+            "image": image,
+            "path": str(find_existing(folder, name) or folder / name),
+            "annotations": by_image.get(str(image.get("id")), []),
+            "names": names if has_boxes else None,
+        }
+        return SourceRow(row_number, f"image {image.get('id')} ({name})", record, source.stem)
+
+    task = f"instances of {len(names)} classes" if has_boxes else "captions"
+    label_key = "bbox" if has_boxes else "caption"
+    reason = f"images, annotations with {label_key}: COCO {task}, images in {folder}"
+    num_unlisted = sum(image_id not in ids for image_id in by_image)
+    reason += (
+        f"; annotations of {num_unlisted} images that it does not list" if num_unlisted else ""
+    )
+    return rows_from_items(images, make_row), reason
+
+
+def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Build the training examples of an image in a COCO document."""
+    image, annotations = row.record["image"], row.record["annotations"]
+    count_keys([image], _IMAGE_KEYS, "images", context.other_keys)
+    count_keys(annotations, _ANNOTATION_KEYS, "annotations", context.other_keys)
+    meta = {"image_id": image.get("id"), "license": image.get("license")}
+    meta = {key: value for key, value in meta.items() if value is not None}
+    if row.record["names"] is None:
+        return _parse_captions(row, annotations, meta, context)
+    names: dict[str, str] = row.record["names"]
+    source_notes: Counter[str] = Counter()
+    is_coco = context.resolve_convention(COCO_BOX_CONVENTION) == COCO_BOX_CONVENTION
+    objects = [
+        ObjectAnnotation(_get_class_name(one, names), _find_box(one, source_notes, is_coco))
+        for one in annotations
+    ]
+    image_annotation = ImageAnnotation(
+        row.record["path"],
+        objects,
+        list(names.values()),
+        parse_declared_size(image.get("height"), image.get("width")),
+        meta,
+        source_notes,
+    )
+    return build_detection_examples(row, image_annotation, context, COCO_BOX_CONVENTION)
+
+
+def _write_coco(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write a COCO document, of instances if any answer contains a box, else of captions."""
+    records, is_detection = group_answers_by_image(samples, context, {"image_id", "license"})
+    classes = collect_classes(records)
+    declared_ids = [record.meta.get("image_id") for record in records]
+    ids = [value for value in declared_ids if isinstance(value, int)]
+    if len(set(ids)) < len(records):
+        ids = list(range(1, len(records) + 1))
+    annotations: list[Record] = []
+    for image_id, record in zip(ids, records, strict=True):
+        record_annotations = (
+            _iter_annotations(record, classes)
+            if is_detection
+            else [{"caption": text} for text in record.answers]
+        )
+        context.lost_counts[LOST_WHITESPACE] += sum(text != text.strip() for text in record.answers)
+        first_id = len(annotations) + 1
+        annotations += [
+            {"id": number, "image_id": image_id, **annotation}
+            for number, annotation in enumerate(record_annotations, start=first_id)
+        ]
+    document = {
+        "images": [
+            _build_image(i, record, context) for i, record in zip(ids, records, strict=True)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": n, "name": name} for n, name in enumerate(classes, start=1)],
+    }
+    if not is_detection:
+        del document["categories"]
+    yield "annotations.json", (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _read_document(source: Path) -> dict[str, list[Record]] | None:
+    """Return the lists of images, annotations and categories of a COCO document, else None."""
+    document = _read_object(source, b'"annotations"') or {}
+    lists = {key: document.get(key) or [] for key in ("images", "annotations", "categories")}
+    if not document or not all(isinstance(items, list) for items in lists.values()):
+        return None
+    return lists if all(isinstance(r, dict) for items in lists.values() for r in items) else None
+
+
+def _read_object(file: Path, marker: bytes = b"") -> Record | None:
+    """Return the object in a JSON file whose content contains a marker, else None."""
+    content = read_data_file(file) if is_json_object(file) else b""
+    if marker not in content:
+        return None
+    try:
+        document = parse_unique_json(content)
+    except ValueError:
+        return None  # JSON Lines or invalid: the row reader reports it
+    return document if isinstance(document, dict) else None
+
+
+def _reject_duplicate_ids(ids: Counter[str], source: Path) -> None:
+    duplicate, count = ids.most_common(1)[0]
+    if count > 1:
+        raise UserError(
+            f"{count} images have the id {duplicate}",
+            where=str(source),
+            expected="a unique ID per image",
+            remedy="assign new IDs to the images and their annotations",
+        )
+
+
+def _get_file_name(image: Record) -> str:
+    """Return the file name of an image with forward slashes; some tools write backslashes."""
+    return str(image.get("file_name")).replace("\\", "/")
+
+
+def _find_box(
+    annotation: Record, source_notes: Counter[str], use_polygons: bool
+) -> Sequence[object] | None:
+    """Return the box of an annotation, or the enclosing box of its polygons, else None."""
+    polygons = annotation.get("segmentation")
+    if annotation.get("iscrowd"):
+        return enclose_shape("crowd regions", None, source_notes)
+    if annotation.get("bbox"):
+        source_notes.update(f"{k} (ignored)" for k in UNSUPPORTED_KEYS if annotation.get(k))
+        return annotation["bbox"]  # type: ignore[no-any-return]  # validated as coordinates
+    if not use_polygons or not isinstance(polygons, list) or not polygons:
+        return enclose_shape("annotations without a box", None, source_notes)
+    corners = [
+        zip(flat[::2], flat[1::2], strict=False) for flat in polygons if isinstance(flat, list)
+    ]
+    bounds = find_bounds(itertools.chain(*corners), annotation)
+    box = enclose_shape("polygons", bounds, source_notes)
+    return box and [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def _get_class_name(annotation: Record, names: dict[str, str]) -> str:
+    category = str(annotation.get("category_id"))
+    if category not in names:
+        raise UserError(
+            f"annotation {annotation.get('id')} is of category {category}",
+            expected=f"one of the {len(names)} categories of the document",
+            remedy="add the category, or remove the annotation",
+        )
+    return names[category]
+
+
+def _parse_captions(
+    row: SourceRow, annotations: Sequence[Record], meta: Record, context: ImportContext
+) -> list[ImportExample]:
+    if context.box_task != "detection":
+        raise InvalidOptionError(
+            f"{context.box_task} of captions",
+            where="--box-task",
+            expected="a document of instances, with boxes",
+            remedy="remove --box-task, or use the document of the instances",
+        )
+    texts = [_read_caption(annotation) for annotation in annotations if "caption" in annotation]
+    if not texts:
+        context.skipped_rows[REASON_NO_CAPTION] += 1
+        return []
+    return [build_text_example(row.id, row.record["path"], texts, (), context, meta)]
+
+
+def _read_caption(annotation: Record) -> str:
+    text = annotation["caption"]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(
+            f"annotation {annotation.get('id')} has the caption {str(text)[:60]!r}",
+            expected="a text",
+            remedy="add one, or remove the annotation",
+        )
+    return text.strip()
+
+
+def _build_image(image_id: int, image_record: ImageRecord, context: ExportContext) -> Record:
+    height, width = context.image_size(image_record.image_path)
+    entry = {
+        "id": image_id,
+        "file_name": context.image_name(image_record.image_path),
+        "width": width,
+        "height": height,
+    }
+    return (
+        entry
+        if "license" not in image_record.meta
+        else {**entry, "license": image_record.meta["license"]}
+    )
+
+
+def _iter_annotations(record: ImageRecord, classes: Sequence[str]) -> Iterator[Record]:
+    for box in record.boxes:
+        x1, y1, x2, y2 = box.xyxy
+        width, height = round_coordinate(x2 - x1), round_coordinate(y2 - y1)
+        yield {
+            "category_id": classes.index(box.label) + 1,
+            "bbox": [round_coordinate(x1), round_coordinate(y1), width, height],
+            "area": round_coordinate(width * height),
+            "iscrowd": 0,
+        }
+
+
+def _open_fiftyone(source: Path) -> tuple[RowReader, str] | None:
+    """Open a folder with labels.json, or this file, as rows, one per image."""
+    file = source / LABELS_FILE if source.is_dir() else source
+    document = _read_object(file)
+    labels = document.get("labels") if document else None
+    if document is None or not isinstance(labels, dict) or not labels:
+        return None
+    items = [item for target in labels.values() for item in as_list(target)]
+    is_detection = not items or any(isinstance(i, dict) and "bounding_box" in i for i in items)
+    declared = as_list(document.get("classes"))
+    names = {_get_label(item, declared) for item in items}
+    classes = list(map(str, declared)) or sorted(name for name in names if name)
+    paths = _find_images(file.parent)
+
+    def make_row(row_number: int, key: str) -> SourceRow:
+        target = labels[key]
+        record = {
+            "id": PurePosixPath(key).name,
+            "path": str(paths.get(normalize("NFC", key), file.parent / DATA_FOLDER / key)),
+            "items": None if target is None else as_list(target),
+            "labels": [_get_label(item, declared) for item in as_list(target)],
+            "classes": classes,
+            "is_detection": is_detection,
+        }
+        return SourceRow(row_number, f"label {key!r}", record, source.stem)
+
+    kind = "detection" if is_detection else "classification"
+    reason = f"{LABELS_FILE} with labels: FiftyOne {kind}, {len(classes)} classes"
+    return rows_from_items(list(labels), make_row), reason
+
+
+def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Build the training examples of an image in a FiftyOne dataset."""
+    record = row.record
+    items, labels, classes = record["items"], record["labels"], record["classes"]
+    if items is None or not (items or record["is_detection"]):
+        context.skipped_rows[REASON_NO_LABEL] += 1
+        return []
+    if None in labels:
+        item = items[labels.index(None)]
+        raise UserError(
+            f"the label {str(item)[:80]}",
+            expected="a class name, or an index into classes",
+            remedy="correct the label, or remove it",
+        )
+    if not record["is_detection"]:
+        answer, meta = ", ".join(labels), {"classes": classes}
+        return [build_text_example(row.id, record["path"], [answer], classes, context, meta)]
+    objects = []
+    for item, label in zip(items, labels, strict=True):
+        # Without a box, the list of its coordinates is empty, which is an error of the row.
+        fields = item if isinstance(item, dict) else {}
+        count_keys([fields], _ITEM_KEYS, "labels", context.other_keys)
+        attributes = fields.get("attributes")
+        box = as_list(fields.get("bounding_box"))
+        attributes = attributes if isinstance(attributes, dict) else {}
+        objects.append(ObjectAnnotation(label, box, attributes))
+    annotation = ImageAnnotation(record["path"], objects, classes)
+    return build_detection_examples(row, annotation, context, FIFTYONE_BOX_CONVENTION)
+
+
+def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write labels.json, of a detection dataset if any answer contains a box, and data.json."""
+    records, is_detection = group_answers_by_image(samples, context, {"boxes"})
+    answers = sorted({answer for record in records for answer in record.answers})
+    classes = list(dict.fromkeys([*collect_classes(records), *answers]))
+    indices = {name: index for index, name in enumerate(classes)}
+    used_stems: set[str] = set()
+    labels: dict[str, Any] = {}
+    manifest: dict[str, str] = {}
+    for record in records:
+        key = make_unique_stem(record.image_path.stem, used_stems)
+        # A reader removes the suffix of the keys of this file.
+        manifest[f"{key}{record.image_path.suffix}"] = context.image_name(record.image_path)
+        if is_detection:
+            labels[key] = list(_iter_boxes(record, indices, context))
+            continue
+        if len(record.answers) != 1:
+            raise UserError(
+                f"{len(record.answers)} answers about {record.image_path.name}",
+                where=str(record.image_path),
+                expected="one class per image",
+                remedy="export as coco, which supports several captions per image",
+            )
+        labels[key] = indices[record.answers[0]]
+    document = {"classes": classes, "labels": labels}
+    kind = "FiftyOneImageDetectionDataset" if is_detection else "FiftyOneImageClassificationDataset"
+    context.notes.append(f"import the folder into FiftyOne as {kind} with data_path='data.json'")
+    yield LABELS_FILE, (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
+    yield MANIFEST_FILE, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _get_label(item: object, classes: Sequence[object]) -> str | None:
+    """Return the class name of a label, or None if it is invalid."""
+    value = item.get("label") if isinstance(item, dict) else item
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(classes[value]) if 0 <= value < len(classes) else None
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _find_images(folder: Path) -> dict[str, Path]:
+    """Map the key of each image to its path, of data.json or of the folder data."""
+    manifest = folder / MANIFEST_FILE
+    if is_json_object(manifest) and not (folder / DATA_FOLDER).is_dir():
+        names = _read_object(manifest) or {}
+        return {_get_key(key): folder / str(name) for key, name in names.items()}
+    files = list_folder(folder / DATA_FOLDER).files if (folder / DATA_FOLDER).is_dir() else ()
+    return {_get_key(file.relative_to(folder / DATA_FOLDER).as_posix()): file for file in files}
+
+
+def _get_key(name: str) -> str:
+    return normalize("NFC", os.path.splitext(name)[0])
+
+
+def _iter_boxes(
+    record: ImageRecord, indices: Mapping[str, int], context: ExportContext
+) -> Iterator[Record]:
+    height, width = context.image_size(record.image_path)
+    for box in record.boxes:
+        x1, y1, x2, y2 = box.xyxy
+        bounds = [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height]
+        item: Record = {"label": indices[box.label], "bounding_box": bounds}
+        yield item | ({"attributes": dict(box.attributes)} if box.attributes else {})
+
+
+def _open_labelme(source: Path) -> tuple[RowReader, str] | None:
+    """Open the LabelMe JSON files of a folder, or a single one, as rows."""
+    description = "JSON files with shapes and imagePath: LabelMe"
+    return open_annotation_files(source, ".json", description, b'"shapes"', _read_classes)
+
+
+def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Build the training examples of a LabelMe file."""
+    file = Path(row.record["file"])
+    record = _read_record(file)
+    source_notes: Counter[str] = Counter()
+    objects = [_parse_shape(shape, source_notes) for shape in record["shapes"]]
+    count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
+    count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
+    image = _find_image(file, record)
+    annotation = ImageAnnotation(
+        image,
+        objects,
+        row.record["classes"],
+        parse_declared_size(record.get("imageHeight"), record.get("imageWidth")),
+        source_notes=source_notes,
+    )
+    return build_detection_examples(row, annotation, context, BoxConvention())
+
+
+def _write_labelme(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write a LabelMe file per image, with its boxes as rectangles."""
+    used_stems: set[str] = set()
+    for record in group_boxes_by_image(samples, context, set()):
+        content = json.dumps(_build_record(record, context), ensure_ascii=False, indent=2)
+        yield (
+            f"{make_unique_stem(record.image_path.stem, used_stems)}.json",
+            f"{content}\n".encode(),
+        )
+
+
+def _read_record(file: Path) -> Record:
+    """Read and validate a LabelMe file."""
+    content = read_data_file(file, MAX_LINE_BYTES)
+    check_json(content, str(file))
+    try:
+        record = parse_unique_json(content)
+    except ValueError as error:
+        raise UserError(
+            f"broken JSON: {error}",
+            expected="a file as LabelMe saves it",
+            remedy="save it again, or remove it from the folder",
+        ) from error
+    shapes = record.get("shapes") if isinstance(record, dict) else None
+    if not isinstance(shapes, list) or not all(isinstance(shape, dict) for shape in shapes):
+        raise UserError(
+            f"no list of shapes in {str(record)[:60]}",
+            expected='{"shapes": [...], "imagePath": ...} as LabelMe saves it',
+            remedy="remove the file from the folder",
+        )
+    return dict(record)
+
+
+def _read_classes(file: Path) -> tuple[bool, set[str]]:
+    record = _read_record(file)
+    shapes = [s for s in record["shapes"] if _get_shape_type(s) not in POINT_TYPES]
+    labels = {shape["label"] for shape in shapes if isinstance(shape.get("label"), str)}
+    return "imagePath" in record, labels
+
+
+def _get_shape_type(shape: Record) -> str:
+    # The first versions of LabelMe supported only polygons and wrote no type.
+    return str(shape.get("shape_type") or "polygon")
+
+
+def _parse_shape(shape: Record, source_notes: Counter[str]) -> ObjectAnnotation:
+    shape_type, points = _get_shape_type(shape), shape.get("points")
+    bounds = None if shape_type in POINT_TYPES else find_bounds(points or (), shape)
+    if not isinstance(shape.get("label"), str) or not shape["label"].strip():
+        raise InvalidBoxError(
+            f"the {shape_type} {str(shape)[:80]}",
+            expected="a label",
+            remedy="correct the shape, or remove it",
+        )
+    if shape_type == "circle" and isinstance(points, list) and len(points) > 1:
+        (x, y), edge, *_ = ((float(x), float(y)) for x, y in points)
+        radius = math.dist((x, y), edge)
+        bounds = [x - radius, y - radius, x + radius, y + radius]
+    if shape_type != "rectangle":
+        kind = "polygons" if shape_type == "polygon" else f"shapes of type {shape_type}"
+        bounds = enclose_shape(kind, bounds, source_notes)
+    return ObjectAnnotation(shape["label"], bounds)
+
+
+def _find_image(file: Path, record: Record) -> str | bytes:
+    """Return the image path, or the bytes of `imageData` if the image is missing.
+
+    The image path in the record may have Windows separators. Without one, the image has the name of
+    the JSON file.
+    """
+    names = [str(record["imagePath"])] if record.get("imagePath") else list_image_names(file)
+    path = file.parent / names[0]
+    for found in (find_existing(file.parent, name) for name in names):
+        if found is not None and os.path.isfile(found):
+            return str(found)
+    data = record.get("imageData")
+    if not isinstance(data, str) or not data:
+        return str(path)  # the image resolver reports the path
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(
+            f"imageData is not base64: {error}",
+            expected="image bytes in base64, or null",
+            remedy=f"move the image to {path}",
+        ) from error
+
+
+def _build_record(image_record: ImageRecord, context: ExportContext) -> Record:
+    height, width = context.image_size(image_record.image_path)
+    shapes: list[Record] = [
+        {
+            "label": box.label,
+            "points": [_format_point(box.xyxy[:2]), _format_point(box.xyxy[2:])],
+            "group_id": None,
+            "description": "",
+            "shape_type": "rectangle",
+            "flags": {},
+        }
+        for box in image_record.boxes
+    ]
+    return {
+        "version": LABELME_VERSION,
+        "flags": {},
+        "shapes": shapes,
+        "imagePath": context.image_name(image_record.image_path),
+        "imageData": None,
+        "imageHeight": height,
+        "imageWidth": width,
+    }
+
+
+def _format_point(point: Sequence[float]) -> list[float]:
+    return [float(value) for value in point]
+
+
+COCO = DatasetFormat(
+    name="coco",
+    description='a .json file of {"images": [...], "annotations": [...], "categories": [...]}',
+    typical_keys=frozenset({"annotations", "categories"}),
+    parse_row=_parse_coco,
+    supported_options=frozenset({"prompt", "boxes", "box_task"}),
+    open_dataset=_open_coco,
+    write_files=_write_coco,
+)
+FIFTYONE = DatasetFormat(
+    name="fiftyone",
+    description='a folder with labels.json, {"classes": [...], "labels": {"a": ...}}, and data/',
+    parse_row=_parse_fiftyone,
+    supported_options=frozenset({"prompt", "boxes", "box_task"}),
+    open_dataset=_open_fiftyone,
+    write_files=_write_fiftyone,
+)
+LABELME = DatasetFormat(
+    name="labelme",
+    description='a folder of JSON files, {"imagePath": "a.jpg", "shapes": [...]}',
+    typical_keys=frozenset({"imagePath", "shapes"}),
+    parse_row=_parse_labelme,
+    supported_options=frozenset({"prompt", "boxes", "box_task"}),
+    open_dataset=_open_labelme,
+    write_files=_write_labelme,
+)

@@ -1,0 +1,468 @@
+"""Annotation files in XML: Pascal VOC and CVAT for images.
+
+XML with a DOCTYPE is rejected, because it could declare entities.
+
+voc: a folder of XML files, one per image, with a `bndbox` per object.
+
+<annotation><folder>VOC2012</folder><filename>a.jpg</filename>
+ <size><width>500</width><height>375</height></size>
+ <object><name>dog</name><difficult>0</difficult>
+  <bndbox><xmin>48</xmin><ymin>240</ymin><xmax>195</xmax><ymax>371</ymax></bndbox></object>
+</annotation>
+
+The VOC development kit counts pixels from 1, inclusive, so a box starts at xmin - 1 and ends at
+xmax. Use --box-format xyxy for tools that count from 0. `difficult`, `truncated` and `occluded` are
+stored in the metadata.
+
+The image is searched next to the XML file, and in `JPEGImages`, `images` and the `folder` of the
+annotation, next to the folder of the XML file.
+
+cvat: an XML file with the shapes and tags of all images.
+
+<annotations><version>1.1</version>
+ <image id="0" name="a.jpg" width="640" height="480">
+  <box label="dog" occluded="0" xtl="48" ytl="240" xbr="195" ybr="371">
+   <attribute name="breed">Pug</attribute></box></image></annotations>
+
+Polygons, polylines, masks and rotated boxes are converted to their bounding boxes. Other shapes and
+tags have no box. Attributes and `occluded` are stored in the metadata. In a file without shapes,
+the tags of an image are its class. Images are searched as by `find_image_folder`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from xml.etree import ElementTree
+
+from finesight.bounded_files import find_existing
+from finesight.data.boxes import (
+    BOX_DECIMALS,
+    BoxConvention,
+    InvalidBoxError,
+    find_bounds,
+    parse_coordinates,
+)
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    Files,
+    ImportContext,
+    ImportExample,
+)
+from finesight.data.formats.image_annotations import (
+    ImageAnnotation,
+    ImageRecord,
+    ObjectAnnotation,
+    build_detection_examples,
+    build_text_example,
+    collect_classes,
+    enclose_shape,
+    find_image_folder,
+    group_answers_by_image,
+    group_boxes_by_image,
+    list_image_names,
+    make_unique_stem,
+    parse_declared_size,
+    parse_integer,
+    require_inside_output,
+    round_coordinate,
+)
+from finesight.data.formats.row_keys import count_keys
+from finesight.data.image_header import CorruptImageError, ImageSize
+from finesight.data.image_resolver import IMAGES_FOLDER
+from finesight.data.row_reader import (
+    SNIFF_BYTES,
+    RowReader,
+    SourceRow,
+    list_folder,
+    open_annotation_files,
+    rows_from_items,
+)
+from finesight.data.sample import MAX_LABEL_FILE_BYTES, LocatedSample, read_data_file
+from finesight.errors import UserError
+
+BNDBOX_TAGS = ("xmin", "ymin", "xmax", "ymax")
+OBJECT_FLAGS = ("difficult", "truncated", "occluded")
+IMAGE_FOLDERS = ("JPEGImages", "images")
+_ROOT_TAGS = ("filename", "path", "folder", "size", "segmented", "object")
+_OBJECT_TAGS = ("name", "bndbox", "part", *OBJECT_FLAGS)
+NOTE_PARTS = "parts of objects (ignored)"
+CORNERS = ("xtl", "ytl", "xbr", "ybr")
+REASON_NO_TAG = "images without a tag"
+MAX_NAME_CHARS = 64
+"""Maximum number of characters of a label name in CVAT."""
+
+_CVAT_DOCUMENT = "CVAT for images 1.1: <annotations> with <image> elements"
+
+_XML_ENCODING = re.compile(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.-]+)")
+
+
+class _SafeTreeBuilder(ElementTree.TreeBuilder):
+    """XML tree builder that rejects a DOCTYPE, without which no entities can be declared."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        """Raise UserError; the parser calls this method for a DOCTYPE."""
+        raise UserError(
+            f"a DOCTYPE, {name[:60]!r}",
+            expected="XML without DOCTYPE, as written by the development kit and labeling tools",
+            remedy="remove the DOCTYPE",
+        )
+
+
+def _open_voc(source: Path) -> tuple[RowReader, str] | None:
+    """Open the Pascal VOC files of a folder, or a single one, as rows."""
+    description = "XML files with <annotation>: Pascal VOC"
+    return open_annotation_files(source, ".xml", description, b"<annotation", _read_classes)
+
+
+def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Build the training examples of a Pascal VOC file."""
+    file = Path(row.record["file"])
+    root = _read_xml(file)
+    if root.tag != "annotation":
+        raise UserError(
+            f"an XML file of <{root.tag}>",
+            expected="<annotation>",
+            remedy="remove the file from the folder",
+        )
+    is_one_based = (
+        context.resolve_convention(BoxConvention()) == BoxConvention()
+        and context.box_format is None
+    )
+    source_notes: Counter[str] = Counter()
+    objects = []
+    for element in root.iterfind("object"):
+        source_notes[NOTE_PARTS] += len(element.findall("part"))
+        if element.find("bndbox") is None:
+            bounds = enclose_shape("objects without a bndbox", None, source_notes)
+            objects.append(ObjectAnnotation(element.findtext("name", "").strip(), bounds))
+        else:
+            objects.append(_parse_object(element, one_based=is_one_based))
+    elements = [(root, _ROOT_TAGS), *((one, _OBJECT_TAGS) for one in root.iterfind("object"))]
+    for element, used in elements:
+        children = [{child.tag: child.text} for child in element]
+        count_keys(children, used, element.tag, context.other_keys)
+    image = _find_image(file, root, required=not context.lenient)
+    annotation = ImageAnnotation(
+        str(image), objects, row.record["classes"], _read_size(root), source_notes=source_notes
+    )
+    return build_detection_examples(row, annotation, context, BoxConvention())
+
+
+def _write_voc(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write a Pascal VOC file per image to the folder Annotations."""
+    used_stems: set[str] = set()
+    for record in group_boxes_by_image(samples, context, {"boxes"}):
+        stem = make_unique_stem(record.image_path.stem, used_stems)
+        root = _build_annotation(record, context)
+        ElementTree.indent(root)
+        yield f"Annotations/{stem}.xml", ElementTree.tostring(root, "utf-8") + b"\n"
+
+
+def _read_xml(file: Path) -> ElementTree.Element:
+    return parse_xml(read_data_file(file, MAX_LABEL_FILE_BYTES), "an annotation of Pascal VOC")
+
+
+def parse_xml(content: str | bytes, expected: str) -> ElementTree.Element:
+    """Parse XML of an annotation tool without entities, in any declared encoding.
+
+    Raises:
+        UserError: The XML is invalid, or has a DOCTYPE, which could declare entities.
+    """
+    parser = ElementTree.XMLParser(target=_SafeTreeBuilder())
+    try:
+        declared = _XML_ENCODING.match(content) if isinstance(content, bytes) else None
+        if declared is not None and isinstance(content, bytes):
+            # The XML parser reads no multi-byte encodings; GB 18030 extends GB 2312 and GBK.
+            name = declared[1].decode().lower()
+            content = content.decode("gb18030" if name.startswith("gb") else name)
+        parser.feed(content)
+        root = parser.close()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise UserError(
+            f"broken XML: {error}",
+            expected=expected,
+            remedy="export the file again, or remove it from the folder",
+        ) from error
+    assert isinstance(root, ElementTree.Element), f"XML became {type(root)}"
+    return root
+
+
+def _read_classes(file: Path) -> tuple[bool, set[str]]:
+    root = _read_xml(file)
+    names = (element.findtext("name", "").strip() for element in root.iterfind("object"))
+    return root.tag == "annotation", {name for name in names if name}
+
+
+def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnnotation:
+    label = element.findtext("name", "").strip()
+    if not label:
+        raise UserError(
+            "an object without a name", expected="<name>", remedy="add a name, or remove it"
+        )
+    texts = [element.findtext(f"bndbox/{corner}", "").strip() for corner in BNDBOX_TAGS]
+    coordinates = parse_coordinates(texts)
+    if one_based:
+        x1, y1, x2, y2 = coordinates
+        coordinates = [round(x1 - 1, BOX_DECIMALS), round(y1 - 1, BOX_DECIMALS), x2, y2]
+    flags = {flag: element.findtext(flag, "").strip() for flag in OBJECT_FLAGS}
+    attributes = {flag: int(value) for flag, value in flags.items() if value in ("0", "1")}
+    return ObjectAnnotation(label, coordinates, attributes)
+
+
+def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Path:
+    """Return the image of an annotation: the first candidate path that exists.
+
+    If none exists and the image is not required, the path next to the XML file is returned.
+    """
+    name = root.findtext("filename", "").strip().replace("\\", "/")
+    names = [name] if name else list_image_names(file)
+    folder = root.findtext("folder", "").strip()
+    folders = [file.parent, *(file.parent.parent / inner for inner in (*IMAGE_FOLDERS, folder))]
+    candidates = (find_existing(candidate, one) for candidate in folders for one in names)
+    match = next((path for path in candidates if path and os.path.isfile(path)), None)
+    if match is not None or not required:
+        return match or folders[0] / names[0]
+    raise CorruptImageError(
+        f"no image {names[0]!r}",
+        expected=f"the image in one of {', '.join(dict.fromkeys(map(str, folders)))}",
+        remedy="move it there, or correct <filename>",
+    )
+
+
+def _read_size(root: ElementTree.Element) -> ImageSize | None:
+    height, width = (
+        parse_integer(root.findtext(f"size/{side}", "").strip()) for side in ("height", "width")
+    )
+    # Some tools write 0 for an unknown size.
+    return (height, width) if height and width else None
+
+
+def _build_annotation(record: ImageRecord, context: ExportContext) -> ElementTree.Element:
+    root = ElementTree.Element("annotation")
+    name = Path(context.image_name(record.image_path))
+    add_child(root, "folder", name.parent.as_posix())
+    add_child(root, "filename", name.name)
+    height, width = context.image_size(record.image_path)
+    size = ElementTree.SubElement(root, "size")
+    add_child(size, "width", width)
+    add_child(size, "height", height)
+    add_child(size, "depth", 3)
+    for box in record.boxes:
+        element = ElementTree.SubElement(root, "object")
+        add_child(element, "name", box.label)
+        for flag in OBJECT_FLAGS:
+            if flag in box.attributes:
+                add_child(element, flag, box.attributes[flag])
+        bounds = ElementTree.SubElement(element, "bndbox")
+        x1, y1, x2, y2 = box.xyxy
+        for corner, value in zip(BNDBOX_TAGS, (x1 + 1, y1 + 1, x2, y2), strict=True):
+            add_child(bounds, corner, round_coordinate(value))
+    return root
+
+
+def add_child(parent: ElementTree.Element, tag: str, value: object) -> None:
+    """Append an element with a text."""
+    ElementTree.SubElement(parent, tag).text = str(value)
+
+
+def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
+    """Open a CVAT file, or the only XML file of a folder, as rows, one per image."""
+    files = list_folder(source).files_with_suffix(".xml") if source.is_dir() else [source]
+    if len(files) != 1 or files[0].suffix.lower() != ".xml" or not files[0].is_file():
+        return None
+    content = read_data_file(files[0])
+    if b"<annotations" not in content[:SNIFF_BYTES]:
+        return None
+    root = parse_xml(content, _CVAT_DOCUMENT)
+    images = root.findall("image")
+    if not images:
+        problem = "tracks of a video" if root.find("track") is not None else "no image"
+        raise UserError(
+            f"the file contains {problem}",
+            where=str(files[0]),
+            expected=_CVAT_DOCUMENT,
+            remedy="export the task as `CVAT for images 1.1`",
+        )
+    folder = find_image_folder(files[0], [image.get("name", "") for image in images])
+    shapes = [shape for image in images for shape in image if shape.tag not in ("tag", "points")]
+    labeled = shapes or [tag for image in images for tag in image.iterfind("tag")]
+    declared = [label.text or "" for label in root.iterfind("meta/*/labels/label/name")]
+    used = {shape.get("label", "") for shape in labeled}
+    classes = [name for name in declared if name] or sorted(used - {""})
+
+    def make_row(row_number: int, image: ElementTree.Element) -> SourceRow:
+        name = image.get("name", "").replace("\\", "/")
+        record = {
+            "id": PurePosixPath(name).stem,
+            "path": str(find_existing(folder, name) or folder / name),
+            "image": image,
+            "classes": classes,
+            "is_detection": bool(shapes),
+        }
+        return SourceRow(row_number, f"image {image.get('id')} ({name})", record, source.stem)
+
+    task = "shapes" if shapes else "tags"
+    reason = (
+        f"<annotations> with <image>: CVAT {task} of {len(classes)} classes, images in {folder}"
+    )
+    return rows_from_items(images, make_row), reason
+
+
+def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Build the training examples of an image in a CVAT file."""
+    image, classes = row.record["image"], row.record["classes"]
+    if not row.record["is_detection"]:
+        tags = [tag.get("label", "") for tag in image.iterfind("tag")]
+        if not any(tags):
+            context.skipped_rows[REASON_NO_TAG] += 1
+            return []
+        answer, meta = ", ".join(filter(None, tags)), {"classes": classes}
+        return [build_text_example(row.id, row.record["path"], [answer], classes, context, meta)]
+    source_notes: Counter[str] = Counter()
+    objects = [_parse_shape(shape, source_notes) for shape in image]
+    used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
+    count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
+    annotation = ImageAnnotation(
+        row.record["path"],
+        objects,
+        classes,
+        parse_declared_size(
+            parse_integer(image.get("height", "")), parse_integer(image.get("width", ""))
+        ),
+        source_notes=source_notes,
+    )
+    return build_detection_examples(row, annotation, context, BoxConvention())
+
+
+def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write the file annotations.xml, with boxes, or with tags if no answer contains a box."""
+    records, _ = group_answers_by_image(samples, context, {"boxes"})
+    answers = dict.fromkeys(answer for record in records for answer in record.answers)
+    classes = list(dict.fromkeys([*collect_classes(records), *answers]))
+    _check_names(classes)
+    root = ElementTree.Element("annotations")
+    add_child(root, "version", "1.1")
+    task = ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task")
+    add_child(task, "name", "finesight")
+    add_child(task, "size", len(records))
+    labels = ElementTree.SubElement(task, "labels")
+    for name in classes:
+        label = ElementTree.SubElement(labels, "label")
+        add_child(label, "name", name)
+        attributes = ElementTree.SubElement(label, "attributes")
+        boxes = [box for record in records for box in record.boxes if box.label == name]
+        for attribute_name in sorted({key for box in boxes for key in box.attributes}):
+            if attribute_name == "occluded":
+                continue
+            attribute = ElementTree.SubElement(attributes, "attribute")
+            add_child(attribute, "name", attribute_name)
+            add_child(attribute, "mutable", "False")
+            add_child(attribute, "input_type", "text")
+    for index, record in enumerate(records):
+        root.append(_build_image(index, record, context))
+    ElementTree.indent(root)
+    yield "annotations.xml", bytes(ElementTree.tostring(root, "utf-8")) + b"\n"
+
+
+def _parse_shape(shape: ElementTree.Element, source_notes: Counter[str]) -> ObjectAnnotation:
+    label = shape.get("label", "").strip()
+    try:
+        bounds = _find_bounds(shape, source_notes)
+        if not label:
+            raise ValueError("no label")
+    except ValueError as error:
+        raise InvalidBoxError(
+            f"the {shape.tag} {str(shape.attrib)[:80]}",
+            expected="a label and numeric coordinates",
+            remedy="correct the shape, or remove it",
+        ) from error
+    attributes: dict[str, str | int] = {
+        attribute.get("name", ""): attribute.text or "" for attribute in shape.iterfind("attribute")
+    }
+    if shape.get("occluded") == "1":
+        attributes["occluded"] = 1
+    return ObjectAnnotation(label, bounds, attributes)
+
+
+def _find_bounds(shape: ElementTree.Element, source_notes: Counter[str]) -> list[float] | None:
+    """Return the enclosing box of a shape, or None. Raises ValueError for invalid numbers."""
+    kind, bounds = f"shapes of type {shape.tag}", None
+    if shape.tag in ("polygon", "polyline"):
+        pairs = (pair.split(",") for pair in shape.get("points", "").split(";"))
+        bounds = find_bounds(pairs, shape.attrib)
+        kind = "polygons" if shape.tag == "polygon" else kind
+    elif shape.tag == "mask":
+        x, y, width, height = (
+            float(shape.get(side, "")) for side in ("left", "top", "width", "height")
+        )
+        bounds = [x, y, x + width, y + height]
+    elif shape.tag == "box":
+        x1, y1, x2, y2 = (float(shape.get(corner, "")) for corner in CORNERS)
+        angle = math.radians(float(shape.get("rotation", "0")))
+        if not angle:
+            return [x1, y1, x2, y2]
+        # Around the center.
+        cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+        dx = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
+        dy = ((x2 - x1) * sin + (y2 - y1) * cos) / 2
+        center_x, center_y = (x1 + x2) / 2, (y1 + y2) / 2
+        kind = "rotated rectangles"
+        bounds = [center_x - dx, center_y - dy, center_x + dx, center_y + dy]
+    return enclose_shape(kind, bounds, source_notes)
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    long_names = [name for name in classes if len(name) > MAX_NAME_CHARS]
+    if long_names:
+        raise UserError(
+            f"the label {long_names[0][:60]!r}... has {len(long_names[0])} characters",
+            where="--to cvat",
+            expected=f"boxes with labels or classes of at most {MAX_NAME_CHARS} characters",
+            remedy="export texts to label-studio or coco",
+        )
+
+
+def _build_image(index: int, record: ImageRecord, context: ExportContext) -> ElementTree.Element:
+    height, width = context.image_size(record.image_path)
+    sides = {"width": str(width), "height": str(height)}
+    path = require_inside_output(record.image_path, context, "CVAT")
+    # As in exports of CVAT, where names are relative to the folder images.
+    name = path.removeprefix(f"{IMAGES_FOLDER}/")
+    image = ElementTree.Element("image", {"id": str(index), "name": name, **sides})
+    for box in record.boxes:
+        corners = map(str, map(round_coordinate, box.xyxy))
+        occluded = str(int(box.attributes.get("occluded") in (1, "1", True)))
+        options = {"label": box.label, "source": "manual", "occluded": occluded, "z_order": "0"}
+        element = ElementTree.SubElement(
+            image, "box", {**options, **dict(zip(CORNERS, corners, strict=True))}
+        )
+        for name, value in box.attributes.items():
+            if name != "occluded":
+                ElementTree.SubElement(element, "attribute", name=name).text = str(value)
+    for answer in record.answers:
+        ElementTree.SubElement(image, "tag", label=answer, source="manual")
+    return image
+
+
+VOC = DatasetFormat(
+    name="voc",
+    description="a folder of XML files, <annotation><filename>..., <object><name>..., <bndbox>",
+    parse_row=_parse_voc,
+    supported_options=frozenset({"prompt", "boxes", "box_task"}),
+    open_dataset=_open_voc,
+    write_files=_write_voc,
+)
+CVAT = DatasetFormat(
+    name="cvat",
+    description='an .xml file of <annotations><image name="a.jpg"><box label="dog" ...> (1.1)',
+    parse_row=_parse_cvat,
+    supported_options=frozenset({"prompt", "boxes", "box_task"}),
+    open_dataset=_open_cvat,
+    write_files=_write_cvat,
+)

@@ -681,15 +681,26 @@ def load_trainer_settings() -> dict[str, Any]:
     return content
 
 
+def invert_groups(groups: Mapping[str, str]) -> dict[str, str]:
+    """Map each name of `trainer_settings.yaml` to the text of its group."""
+    return {name: text for text, names in groups.items() for name in names.split()}
+
+
 @cache
 def _load_advice() -> dict[str, dict[str, Any]]:
     """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
     trainers = [content[name] for name in ("TRL", "transformers", "LLaMA-Factory", "ms-swift")]
-    groups = [group for trainer in trainers for group in trainer["ignored"]]
-    groups += [group for trainer in trainers for group in trainer["unsupported"]]
-    groups += content["replacements"]
-    advice = {key: group for group in groups for key in group["keys"].split()}
+    reasons: dict[str, str] = {}
+    for groups in (
+        *(one[kind] for kind in ("ignored", "unsupported") for one in trainers),
+        content["obsolete"],
+    ):
+        reasons |= invert_groups(groups)
+    advice: dict[str, dict[str, Any]] = {key: {"reason": text} for key, text in reasons.items()}
+    renamed = invert_groups(content["renamed"])
+    advice |= {key: {"use": f"{name}={{}}"} for key, name in renamed.items()}
+    advice |= {key: group for group in content["replacements"] for key in group["keys"].split()}
     for trainer in trainers:
         for old, new in trainer.get("aliases", {}).items():
             if new in advice:

@@ -1,8 +1,9 @@
-"""`finesight eval`, `predict`, `report` and `compare`: answers, metrics and reports of runs."""
+"""`finesight eval`, `predict`, `report`, `compare` and `doctor`: results and problems of runs."""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,8 @@ from finesight.errors import UserError, format_count, suggest_similar_path
 
 if TYPE_CHECKING:
     from finesight.data.sample import LocatedSample
+
+EXIT_ERROR_FOUND = 2
 
 
 def evaluate(
@@ -345,3 +348,43 @@ def compare(
     for text in comparison.warnings:
         typer.echo(f"note: {text}")
     typer.echo(f"page: {out}")
+
+
+def doctor(
+    subject: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="Run folder, or model or adapter folder. Default: this machine.",
+        ),
+    ] = None,
+    as_json: AsJsonOption = False,
+) -> None:
+    """Report problems with their effect and a command that fixes them.
+
+    Without an argument, this machine: memory, disks, package conflicts, torch and driver,
+    environment variables, and optional packages.
+
+    Run, from its records: why it ended, flat or rising loss, lower metrics, answers without end,
+    boxes in wrong coordinates.
+
+    Model or adapter folder: missing or corrupt files.
+
+    The command changes nothing and does not use the network. Exit code: 0 without errors, 2 with
+    errors.
+
+    Example: finesight doctor runs/latex
+    """
+    from finesight.doctor import diagnostics
+    from finesight.doctor.diagnosis import count_severity, diagnoses_to_dict, format_diagnoses
+
+    if subject is None:
+        diagnosis = diagnostics.diagnose_machine(os.environ)
+    else:
+        diagnosis = diagnostics.diagnose(subject)
+    if as_json:
+        echo_json(diagnoses_to_dict(diagnosis))
+    else:
+        typer.echo("\n".join(format_diagnoses(diagnosis)))
+    if count_severity(diagnosis, "error"):
+        raise typer.Exit(EXIT_ERROR_FOUND)

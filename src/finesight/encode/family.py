@@ -278,7 +278,6 @@ class ModelFamily(ABC):
 
         Args:
             text: Answer, including its special tokens.
-            original_size: Size of the original image.
             resized_size: Size of the resized image that the model received.
         """
 

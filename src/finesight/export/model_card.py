@@ -50,7 +50,6 @@ class VerifiedMerge:
     Attributes:
         folder: Folder of the merged model, whose name is the title of the model card.
         source: Run, adapter or model that was merged.
-        merged_layers: Number of layers with adapters.
         dequantized_layers: Number of layers dequantized from 4 bits.
         precision: Data type of the written weights.
         missing_files: Files that other programs need and the base model does not contain.

@@ -64,8 +64,6 @@ class ModelSource:
         folder: Base model or full fine-tuned weights.
         adapter: LoRA adapter to load on top; None without one.
         manifest: Manifest of the run; None if the model is not a run.
-        nf4_parts: Parts quantized to NF4.
-        fp8_parts: Parts quantized to FP8.
     """
 
     folder: ModelFolder

@@ -86,7 +86,6 @@ class LaunchJob:
     """A training job to write for an engine.
 
     Attributes:
-        name: Name of the job in the scheduler.
         recipe: Recipe file, relative to `working_dir` unless absolute.
         overrides: Recipe overrides as typed.
         output_dir: Output folder of the run, relative to `working_dir` unless absolute.

@@ -75,7 +75,6 @@ class ServerAccess:
     Attributes:
         host: Address that the studio and its chat pages listen on.
         password: Password of both. None admits everyone.
-        port: Port of the studio.
         chat_port, api_port, label_port: Ports of the chat page, of the HTTP API and of the
             labelling page. 0: any free port.
         converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.

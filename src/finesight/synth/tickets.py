@@ -128,8 +128,6 @@ def write_tickets(target: Path, num_tickets: int, seed: int) -> Path:
 
     Args:
         target: Folder to create.
-        num_tickets: Number of tickets.
-        seed: Seed of the tickets.
 
     Returns:
         Path of the label table.

@@ -89,7 +89,6 @@ class CheckpointState(BaseModel):
     """Content of `state.json` in a checkpoint: the state of a run apart from tensors.
 
     Attributes:
-        format_version: Version of the checkpoint format.
         step: Number of finished steps.
         consumed_samples: Number of samples consumed since the start of the run.
         last_eval_step: Step of the last evaluation, or -1 before the first one.

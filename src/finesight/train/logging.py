@@ -75,7 +75,6 @@ class TrackingEvents:
         """Send the scores and example images of an evaluation, and an alert if it regressed.
 
         Args:
-            eval_result: Result of the evaluation.
             name: Name of the file in `predictions/` with its predictions.
             sample_ids: IDs of the samples that may be shown; None for all.
         """
@@ -471,7 +470,6 @@ class MetricsLogger:
         """Log an evaluation.
 
         Args:
-            eval_result: Result of the evaluation.
             name: Name of the file in `predictions/` with its predictions.
             seconds: Duration of the evaluation.
         """

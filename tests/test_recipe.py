@@ -375,7 +375,7 @@ def test_replacements_are_settings():
     for group in content["replacements"] + renamed:
         texts = [group["use"]]
         if texts == ["{}"]:
-            texts = list(group["values"].values())
+            texts = [*group["values"], group["other"]]
         for name in re.findall(r"([a-z_0-9.]+)=", " ".join(texts)):
             assert re.sub(r"\.\d$", "", name) in known, group
 

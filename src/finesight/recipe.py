@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 
 from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
-from finesight.errors import UserError, suggest_name
+from finesight.errors import UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE
 
 MAX_RECIPE_BYTES = 2**20
@@ -713,16 +713,16 @@ def _format_replacement(group: Mapping[str, Any], value: object) -> str:
     if group.get("is_list") and isinstance(value, str) and "," in value:
         value = [item.strip() for item in value.split(",")]
     text = _format_value(value)
-    values = group.get("values", {})
-    replacement = group["use"].format(values.get(text.lower(), values.get("other", text)))
+    values = invert_groups(group.get("values", {}))
+    replacement = group["use"].format(values.get(text.lower(), group.get("other", text)))
     return f"use {replacement}" + (f": {group['note']}" if "note" in group else "")
 
 
 def _format_value(value: object) -> str:
     """Format a value for an override in a shell."""
     if isinstance(value, list | tuple):
-        return shlex.quote(_truncate(f"[{','.join(map(_format_scalar, value))}]"))
-    return shlex.quote(_truncate(_format_scalar(value)))
+        return shlex.quote(shorten(f"[{','.join(map(_format_scalar, value))}]", MAX_SHOWN_CHARS))
+    return shlex.quote(shorten(_format_scalar(value), MAX_SHOWN_CHARS))
 
 
 def _format_scalar(value: object) -> str:
@@ -732,12 +732,7 @@ def _format_scalar(value: object) -> str:
 
 def _truncate_repr(value: object) -> str:
     text = _format_scalar(value) if value is None or isinstance(value, bool) else repr(value)
-    text = re.sub(r"\s+", " ", text)
-    return _truncate(text)
-
-
-def _truncate(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
+    return shorten(re.sub(r"\s+", " ", text), MAX_SHOWN_CHARS)
 
 
 def _format_location(
@@ -764,7 +759,7 @@ def _to_user_error(
     """
     errors = [
         UserError(
-            f"{_truncate(format_key(m.key))}: {m.what}" if m.key else m.what,
+            f"{shorten(format_key(m.key), MAX_SHOWN_CHARS)}: {m.what}" if m.key else m.what,
             where=location,
             expected=m.expected,
             remedy=m.remedy,

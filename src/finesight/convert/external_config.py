@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 from pydantic import FiniteFloat, TypeAdapter
 
 from finesight.bounded_files import read_json_object
-from finesight.errors import UserError
+from finesight.errors import UserError, shorten
 from finesight.recipe import invert_groups, load_trainer_settings
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory", "TRL", "Unsloth", "Qwen-VL-Series-Finetune"]
@@ -151,8 +151,8 @@ def is_empty(value: object) -> bool:
 
 def format_value(value: object) -> str:
     """Format a value on one line of at most 4096 characters."""
-    line = " ".join((str(value).lower() if isinstance(value, bool) else str(value)).split())
-    return line if len(line) <= 4096 else f"{line[:4093]}..."
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return shorten(" ".join(text.split()), 4096)
 
 
 class FamilySettings(NamedTuple):

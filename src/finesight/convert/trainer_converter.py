@@ -251,7 +251,7 @@ class TrainerConverter:
         """Set a recipe setting by a table of names, and return the name in the other program."""
         given = self.config.get_str(key) or default
         table = "lr_schedules" if key == "lr_scheduler_type" else "optimizers"
-        names = load_trainer_settings()[table]
+        names = invert_groups(load_trainer_settings()[table])
         if given not in names:
             supported = ", ".join(dict.fromkeys(names.values()))
             text = f"supported: {supported}; {substitute} is set: choose the most similar one"

@@ -90,9 +90,6 @@ class LaunchJob:
         overrides: Recipe overrides as typed.
         output_dir: Output folder of the run, relative to `working_dir` unless absolute.
         working_dir: Folder in which the processes start.
-        node_spec: Numbers of nodes and GPUs.
-        python: Python interpreter of the processes.
-        train_options: Further options of `finesight train`.
     """
 
     name: str

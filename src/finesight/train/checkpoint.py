@@ -94,7 +94,6 @@ class CheckpointState(BaseModel):
         last_eval_step: Step of the last evaluation, or -1 before the first one.
         best: Best evaluation so far.
         loss_scale: State of the fp16 loss scaler.
-        budget: Memory budget of the next step.
         nonfinite_steps: Number of skipped steps with a non-finite loss or gradient.
         consecutive_nonfinite_steps: Number of consecutive non-finite steps up to this step.
         resume_config: Settings and fingerprints that must be the same on resume, by name.

@@ -336,11 +336,7 @@ class MetricsLogger:
         self._timer = StepTimer(state.hardware.device)
 
     def log_start(self, seconds: float) -> None:
-        """Log the start or resume of a run, with hardware, data and library versions.
-
-        Args:
-            seconds: Duration of the setup.
-        """
+        """Log the start or resume of a run, with hardware, data and library versions."""
         state, hardware = self._state, self._state.hardware
         data_by_split = {"train": state.train_data, "eval": state.validation_data}
         entry = {

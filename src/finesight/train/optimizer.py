@@ -405,7 +405,6 @@ class AdamW:
         Args:
             grad_factor: Scalar on the device that multiplies all gradients, for clipping and
                 unscaling.
-            lr: Learning rate.
         """
         hparams = AdamWHyperparams(lr, weight_decay, self._betas)
         tiles, states = self._gradients.tiles, (self.exp_avg, self.exp_avg_sq)

@@ -370,11 +370,12 @@ def test_every_setting_of_other_trainers_has_advice():
 def test_replacements_are_settings():
     names = [tuple(name.split(".")) for name in list_setting_names()]
     known = {".".join(name[:depth]) for name in names for depth in range(1, len(name) + 1)}
-    for group in load_trainer_settings()["replacements"]:
-        assert ("use" in group) != ("reason" in group), group
-        texts = [group.get("use", "")]
+    content = load_trainer_settings()
+    renamed = [{"use": f"{name}={{}}"} for name in content["renamed"]]
+    for group in content["replacements"] + renamed:
+        texts = [group["use"]]
         if texts == ["{}"]:
-            texts = list(group["values"].values())
+            texts = [*group["values"], group["other"]]
         for name in re.findall(r"([a-z_0-9.]+)=", " ".join(texts)):
             assert re.sub(r"\.\d$", "", name) in known, group
 

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from pydantic_core import from_json
 
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import UserError, shorten, suggest_similar_path
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -421,20 +421,15 @@ class _BoundedLoader(yaml.SafeLoader):
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
             kind = node.tag.rpartition(":")[2]
             raise _build_error(
-                f"{_truncate_repr(node.value)} cannot be read as {kind}", node
+                f"{shorten(repr(node.value), 60)} cannot be read as {kind}", node
             ) from error
         if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
             raise _build_error(f"a number of {value.bit_length()} bits", node)
         if isinstance(value, str) and _UNWRITABLE.search(value):
             raise _build_error(
-                f"{_truncate_repr(value)} has a character that is invalid in file names", node
+                f"{shorten(repr(value), 60)} has a character that is invalid in file names", node
             )
         return value
-
-
-def _truncate_repr(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _build_error(problem: str, location: Any) -> yaml.MarkedYAMLError:

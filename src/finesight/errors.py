@@ -33,6 +33,11 @@ def escape_unprintable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def shorten(text: str, max_chars: int) -> str:
+    """Truncate a text to a number of characters, with an ellipsis."""
+    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
+
+
 def escape_surrogates(text: str) -> str:
     """Escape lone surrogates in JSON text, so that it can be encoded as UTF-8.
 
@@ -49,13 +54,9 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", expected: str = "", remedy: str = "") -> None:
-        self.what, self.where = (
-            escape_unprintable(_truncate(what)),
-            escape_unprintable(_truncate(where)),
-        )
-        self.expected, self.remedy = (
-            escape_unprintable(_truncate(expected)),
-            escape_unprintable(_truncate(remedy)),
+        self.what, self.where, self.expected, self.remedy = (
+            escape_unprintable(shorten(part, MAX_PART_CHARS))
+            for part in (what, where, expected, remedy)
         )
         super().__init__(str(self))
 
@@ -70,10 +71,6 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword arguments cannot be unpickled by default.
         return _rebuild, (type(self), self.what, self.where, self.expected, self.remedy)
-
-
-def _truncate(text: str) -> str:
-    return text if len(text) <= MAX_PART_CHARS else f"{text[: MAX_PART_CHARS - 3]}..."
 
 
 def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy: str) -> UserError:

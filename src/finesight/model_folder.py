@@ -19,7 +19,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from finesight.bounded_files import read_bytes, read_json, read_json_object, read_text
-from finesight.errors import UserError
+from finesight.errors import UserError, shorten
 from finesight.hub.address import HubAddress, is_hub_address, parse_model_address
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import FileLock, remove_folder, write_folder
@@ -451,7 +451,7 @@ class ModelFolder:
         )
         if not isinstance(weight_map, dict) or not weight_map or not is_valid:
             raise UserError(
-                f"weight_map is {_truncate_repr(weight_map)}, not a mapping from tensor"
+                f"weight_map is {shorten(repr(weight_map), 60)}, not a mapping from tensor"
                 " names to files",
                 where=str(index),
                 expected='{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}',
@@ -583,11 +583,6 @@ def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
             expected=error.expected,
             remedy=error.remedy,
         ) from error
-
-
-def _truncate_repr(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _read_json(path: Path) -> dict[str, Any]:

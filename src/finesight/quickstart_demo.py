@@ -21,7 +21,7 @@ from finesight.check.check_issues import format_summary
 from finesight.check.data_checker import check_sources, inputs_from_recipe
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.errors import TrainingInterrupted, UserError, format_command
+from finesight.errors import TrainingInterrupted, UserError, format_command, shorten
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.manifest import PREDICTIONS_FOLDER, REPORT_FILE
@@ -226,14 +226,9 @@ def _format_predictions(predictions: Sequence[TicketPrediction]) -> str:
     for prediction in predictions:
         name, indent = prediction.image.name, " " * len(prediction.image.name)
         lines.append(f"   {name}  label   {prediction.reference}")
-        lines.append(f"   {indent}  before  {_truncate_line(prediction.before)}")
-        lines.append(f"   {indent}  after   {_truncate_line(prediction.after)}")
+        lines.append(f"   {indent}  before  {shorten(' '.join(prediction.before.split()), 120)}")
+        lines.append(f"   {indent}  after   {shorten(' '.join(prediction.after.split()), 120)}")
     return "\n".join(lines)
-
-
-def _truncate_line(text: str, max_length: int = 120) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= max_length else f"{line[: max_length - 3]}..."
 
 
 def _format_result(out: Path, result: QuickstartResult) -> str:

@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 
 from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
-from finesight.errors import UserError, suggest_name
+from finesight.errors import UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE
 
 MAX_RECIPE_BYTES = 2**20
@@ -681,15 +681,26 @@ def load_trainer_settings() -> dict[str, Any]:
     return content
 
 
+def invert_groups(groups: Mapping[str, str]) -> dict[str, str]:
+    """Map each name of `trainer_settings.yaml` to the text of its group."""
+    return {name: text for text, names in groups.items() for name in names.split()}
+
+
 @cache
 def _load_advice() -> dict[str, dict[str, Any]]:
     """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
     trainers = [content[name] for name in ("TRL", "transformers", "LLaMA-Factory", "ms-swift")]
-    groups = [group for trainer in trainers for group in trainer["ignored"]]
-    groups += [group for trainer in trainers for group in trainer["unsupported"]]
-    groups += content["replacements"]
-    advice = {key: group for group in groups for key in group["keys"].split()}
+    reasons: dict[str, str] = {}
+    for groups in (
+        *(one[kind] for kind in ("ignored", "unsupported") for one in trainers),
+        content["obsolete"],
+    ):
+        reasons |= invert_groups(groups)
+    advice: dict[str, dict[str, Any]] = {key: {"reason": text} for key, text in reasons.items()}
+    renamed = invert_groups(content["renamed"])
+    advice |= {key: {"use": f"{name}={{}}"} for key, name in renamed.items()}
+    advice |= {key: group for group in content["replacements"] for key in group["keys"].split()}
     for trainer in trainers:
         for old, new in trainer.get("aliases", {}).items():
             if new in advice:
@@ -702,16 +713,16 @@ def _format_replacement(group: Mapping[str, Any], value: object) -> str:
     if group.get("is_list") and isinstance(value, str) and "," in value:
         value = [item.strip() for item in value.split(",")]
     text = _format_value(value)
-    values = group.get("values", {})
-    replacement = group["use"].format(values.get(text.lower(), values.get("other", text)))
+    values = invert_groups(group.get("values", {}))
+    replacement = group["use"].format(values.get(text.lower(), group.get("other", text)))
     return f"use {replacement}" + (f": {group['note']}" if "note" in group else "")
 
 
 def _format_value(value: object) -> str:
     """Format a value for an override in a shell."""
     if isinstance(value, list | tuple):
-        return shlex.quote(_truncate(f"[{','.join(map(_format_scalar, value))}]"))
-    return shlex.quote(_truncate(_format_scalar(value)))
+        return shlex.quote(shorten(f"[{','.join(map(_format_scalar, value))}]", MAX_SHOWN_CHARS))
+    return shlex.quote(shorten(_format_scalar(value), MAX_SHOWN_CHARS))
 
 
 def _format_scalar(value: object) -> str:
@@ -721,12 +732,7 @@ def _format_scalar(value: object) -> str:
 
 def _truncate_repr(value: object) -> str:
     text = _format_scalar(value) if value is None or isinstance(value, bool) else repr(value)
-    text = re.sub(r"\s+", " ", text)
-    return _truncate(text)
-
-
-def _truncate(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
+    return shorten(re.sub(r"\s+", " ", text), MAX_SHOWN_CHARS)
 
 
 def _format_location(
@@ -753,7 +759,7 @@ def _to_user_error(
     """
     errors = [
         UserError(
-            f"{_truncate(format_key(m.key))}: {m.what}" if m.key else m.what,
+            f"{shorten(format_key(m.key), MAX_SHOWN_CHARS)}: {m.what}" if m.key else m.what,
             where=location,
             expected=m.expected,
             remedy=m.remedy,

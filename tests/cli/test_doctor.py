@@ -118,7 +118,7 @@ def test_diagnosis_works_with_broken_torch(tmp_path: Path) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import finesight.cli.app, finesight.doctor.diagnostics as e\n"
-        "try: e.examine('nothing')\nexcept Exception: print('refused')\n"
+        "try: e.diagnose('nothing')\nexcept e.UserError: print('refused')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "refused\n", done.stderr

@@ -21,7 +21,7 @@ from finesight.check.check_issues import (
     SamplePreview,
     SourceStats,
 )
-from finesight.check.dataset_profile import MAX_PREVIEWS, PreviewSampler
+from finesight.check.data_checker import MAX_PREVIEWS, PreviewSampler
 from finesight.data.sample import Sample
 from finesight.report.data_pages import CHECKS, MAX_IMAGES_PER_ISSUE, render_check_page
 

@@ -13,7 +13,7 @@ from finesight.data.boxes import Box
 from finesight.data.formats.dataset_format import PlaceholderCountError, UnexpectedPlaceholderError
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import EmptyAnswerError, InvalidTurnsError
-from finesight.errors import UserError, format_count
+from finesight.errors import UserError, format_count, shorten
 from finesight.manifest import HistogramCounts
 
 Severity = Literal["error", "warning", "note"]
@@ -239,7 +239,6 @@ class CheckResult:
         issues: First issues of each code in full; further issues are only counted.
         skipped_checks: Reason by issue code, for issues that were not searched.
         profiles: Statistics by split, with True for the validation data.
-        previews: Randomly selected samples.
     """
 
     sources: tuple[SourceStats, ...]
@@ -299,11 +298,6 @@ class FixResult:
         """Convert the result to JSON data."""
         files = [{"file": str(path), "num_samples": samples} for path, samples in self.output_files]
         return {"files": files, "num_changed": self.num_changed, "num_skipped": self.num_skipped}
-
-
-def shorten(text: str, max_chars: int) -> str:
-    """Truncate a text to a number of characters, with an ellipsis."""
-    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
 
 
 def format_location(source: str, row_location: str) -> str:

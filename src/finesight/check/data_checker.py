@@ -5,8 +5,9 @@ Worker processes decode and check images ahead of the pass.
 
 from __future__ import annotations
 
+import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -20,7 +21,10 @@ from finesight.check.check_issues import (
     ISSUE_TYPES,
     CheckIssue,
     CheckResult,
+    DatasetProfile,
+    IssueImage,
     SampleLocation,
+    SamplePreview,
     SourceStats,
     format_location,
     issue_from_error,
@@ -28,7 +32,6 @@ from finesight.check.check_issues import (
 from finesight.check.convention_detector import find_convention_issues, has_enough_samples
 from finesight.check.dataset_fixer import DatasetFixer
 from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector, RareAnswerChecker
-from finesight.check.dataset_profile import PreviewSampler, SplitProfiler
 from finesight.check.image_catalog import ImageCatalog, open_executor
 from finesight.check.sample_issues import filter_known_tokens, find_sample_issues, iter_media_paths
 from finesight.data.boxes import (
@@ -48,12 +51,20 @@ from finesight.data.import_source import (
     open_unvalidated_samples,
 )
 from finesight.data.row_reader import is_tar_file, is_webdataset
-from finesight.data.sample import ImagePart, LocatedSample, Sample, VideoPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Sample,
+    VideoPart,
+    list_media_paths,
+)
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tokenization import load_tokenizer
-from finesight.errors import UserError
+from finesight.errors import UserError, shorten
 from finesight.hub.archive import is_archive
 from finesight.hub.download import WEB_SCHEMES
+from finesight.manifest import count_half_octaves
 from finesight.model_folder import locate_model
 from finesight.recipe import load_recipe
 from finesight.storage import temporary_folder
@@ -63,6 +74,17 @@ REMOTE_PREFIXES = ("hf:", "modelscope:", "https:/", "http:/")
 
 _OBJECT_STORE_PATH = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/(?P<name>.+\.(?:tar|parquet))")
 """Pattern of an object storage URL converted to a path, with a single slash."""
+
+MAX_PREVIEWS = 48
+"""Number of randomly selected samples of a data check."""
+
+MAX_PREVIEW_CHARS, MAX_VALUE_CHARS = 600, 60
+"""Maximum characters of a text in a preview, and of an answer or label that is counted."""
+
+MAX_COUNTED_VALUES = 100_000
+"""Maximum number of different answers, and of labels. Further ones are not counted."""
+
+NUM_FREQUENT_VALUES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,3 +528,95 @@ def _iter_image_paths(group: list[tuple[int, UnvalidatedRow]]) -> Iterator[str]:
         for sample in row.samples:
             yield from iter_media_paths(sample)
         yield from (str(box.image_path) for box in row.boxes)
+
+
+class SplitProfiler:
+    """Accumulates the statistics of one split in bounded memory."""
+
+    def __init__(self) -> None:
+        self._histograms: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._answers: Counter[str] = Counter()
+        self._labels: Counter[str] = Counter()
+        self._num_samples = self._num_boxes = 0
+
+    def add_sample(self, sample: Sample, catalog: ImageCatalog) -> None:
+        """Count the answer, images and boxes of a sample. Invalid images are not counted."""
+        answer = join_text(sample.messages[-1].content) if sample.messages else ""
+        boxes = [part for part in sample.iter_parts() if isinstance(part, BoxPart)]
+        paths = [path for part in sample.iter_parts() for path in list_media_paths(part)]
+        self._num_samples += 1
+        self._num_boxes += len(boxes)
+        self.add_value("answer_chars", len(answer))
+        self.add_value("num_boxes", len(boxes))
+        for path in paths:
+            if catalog[path].issue_code is None:
+                self.add_value("image_side", max(catalog[path].size))
+        _count_value(self._answers, answer)
+        for box in boxes:
+            _count_value(self._labels, box.label or "")
+
+    def add_value(self, name: str, value: int) -> None:
+        """Add a value to a histogram; values below 1 are not counted."""
+        self._histograms[name].update(count_half_octaves([value]))
+
+    def build(self) -> DatasetProfile:
+        """Return the statistics of all samples so far."""
+        return DatasetProfile(
+            num_samples=self._num_samples,
+            num_boxes=self._num_boxes,
+            histograms={name: dict(counts) for name, counts in self._histograms.items()},
+            answers=tuple(self._answers.most_common(NUM_FREQUENT_VALUES)),
+            num_answers=len(self._answers),
+            labels=tuple(self._labels.most_common(NUM_FREQUENT_VALUES)),
+            num_labels=len(self._labels),
+        )
+
+
+def _count_value(counts: Counter[str], text: str) -> None:
+    value = shorten(" ".join(text.split()), MAX_VALUE_CHARS)
+    if value and (value in counts or len(counts) < MAX_COUNTED_VALUES):
+        counts[value] += 1
+
+
+class PreviewSampler:
+    """Selects random samples of a stream with equal probability (reservoir sampling)."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._num_samples = 0
+        self.previews: list[SamplePreview] = []
+
+    def add_sample(self, sample: Sample, location: SampleLocation, *, is_validation: bool) -> None:
+        """Select a sample with probability `MAX_PREVIEWS / number of samples so far`."""
+        self._num_samples += 1
+        if len(self.previews) < MAX_PREVIEWS:
+            # The order is random as well.
+            index = self._random.randint(0, len(self.previews))
+            self.previews.insert(index, _build_preview(sample, location, is_validation))
+        elif (index := self._random.randrange(self._num_samples)) < MAX_PREVIEWS:
+            self.previews[index] = _build_preview(sample, location, is_validation)
+
+
+def _build_preview(sample: Sample, location: SampleLocation, is_validation: bool) -> SamplePreview:
+    *turns, answer = [join_text(message.content) for message in sample.messages] or [""]
+    parts = list(sample.iter_parts())
+    paths = [part.image for part in parts if isinstance(part, ImagePart)]
+    frames = [part.frames[0] for part in parts if isinstance(part, VideoPart) and part.frames]
+    boxes = [part for part in parts if isinstance(part, BoxPart)]
+    images = [
+        IssueImage(
+            Path(path),
+            index,
+            tuple(box.xyxy for box in boxes if box.image == index),
+            tuple(box.label or "" for box in boxes if box.image == index),
+        )
+        for index, path in enumerate(paths)
+    ]
+    return SamplePreview(
+        where=location.where,
+        sample_id=location.sample_id,
+        is_validation=is_validation,
+        question=shorten("\n".join(filter(None, turns)), MAX_PREVIEW_CHARS),
+        answer=shorten(answer, MAX_PREVIEW_CHARS),
+        images=(*images, *(IssueImage(Path(frame)) for frame in frames)),
+    )

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation, shorten
+from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation
 from finesight.check.image_catalog import ImageCatalog, has_contrast
 from finesight.check.sample_issues import iter_media_paths
 from finesight.data.boxes import Box, iou
 from finesight.data.formats.dataset_format import join_text
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, list_media_paths
+from finesight.errors import shorten
 
 MAX_SHORT_ANSWER = 40
 """Maximum number of characters of a short answer, such as a name or number."""

@@ -385,10 +385,6 @@ class ImageCatalog:
         """Yield groups in order, each after the images at its paths were checked.
 
         Images of the following groups are hashed and decoded in the background.
-
-        Args:
-            groups: Groups of items such as rows.
-            paths: Function that returns the image paths of a group.
         """
         hashed_groups = prefetch_map(
             groups, lambda group: self._submit_hashing(paths(group)), self._assign_image_indices

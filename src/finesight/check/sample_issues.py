@@ -13,7 +13,6 @@ from finesight.check.check_issues import (
     IssueImage,
     SampleLocation,
     issue_from_error,
-    shorten,
 )
 from finesight.check.image_catalog import ImageCatalog
 from finesight.data.boxes import MAX_OVERHANG_PX, Box, clip_box
@@ -30,6 +29,7 @@ from finesight.data.sample import (
     list_media_paths,
     validate_roles,
 )
+from finesight.errors import shorten
 
 MIN_BOX_SIDE = 2.0
 """Side length in pixels below which a box is reported as tiny."""

@@ -24,11 +24,10 @@ from typer.core import TyperCommand, TyperGroup
 from finesight import __version__
 from finesight.cli.chat import chat
 from finesight.cli.data import check, convert_boxes, export_data, import_data, plan, show
-from finesight.cli.doctor import doctor
 from finesight.cli.init import init
 from finesight.cli.label import label
 from finesight.cli.models import download, export, merge
-from finesight.cli.results import compare, evaluate, predict, report
+from finesight.cli.results import compare, doctor, evaluate, predict, report
 from finesight.cli.servers import serve, studio, web
 from finesight.cli.training import convert, launch, quickstart, train
 from finesight.errors import TrainingInterrupted, UserError, format_command

@@ -27,6 +27,7 @@ from finesight.cli.options import (
     RowRangeOption,
     SourceFormatOption,
     echo_json,
+    echo_result,
     parse_column_map,
     parse_row_range,
 )
@@ -184,10 +185,7 @@ def import_data(
         summary = import_dataset(fetched.path, out, fetched.options, progress_stage)
     for note in fetched.notes:
         typer.echo(escape_unprintable(f"{source}: {note}"), err=True)
-    if as_json:
-        echo_json(dataclasses.asdict(summary))
-    else:
-        typer.echo("\n".join(map(escape_unprintable, _format_summary(source, summary))))
+    echo_result(dataclasses.asdict(summary), _format_summary(source, summary), as_json)
 
 
 def _format_summary(source: str, summary: ImportSummary) -> list[str]:
@@ -223,9 +221,7 @@ def export_data(
         Path,
         typer.Argument(metavar="SAMPLES", help="Samples file, as written by `finesight import`."),
     ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to create; an existing one is an error.")
-    ],
+    out: OutFolderArgument,
     target_format: Annotated[
         str,
         typer.Option(
@@ -256,10 +252,7 @@ def export_data(
 
     located_samples = [LocatedSample(sample, samples.parent) for sample in read_samples(samples)]
     summary = export_dataset(located_samples, out, target_format, copy_images=copy_images)
-    if as_json:
-        echo_json(dataclasses.asdict(summary))
-    else:
-        typer.echo("\n".join(_format_export_summary(out, summary)))
+    echo_result(dataclasses.asdict(summary), _format_export_summary(out, summary), as_json)
 
 
 def _format_export_summary(out: Path, summary: ExportSummary) -> list[str]:
@@ -349,10 +342,7 @@ def convert_boxes(
     summary = migrate_box_file(
         file, out, source_family, target_family, _resolve_resize_rule(model, image or [])
     )
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(summary), ensure_ascii=False, default=str))
-    else:
-        typer.echo("\n".join(_format_conversion(summary)))
+    echo_result(dataclasses.asdict(summary), _format_conversion(summary), as_json)
 
 
 def _resolve_resize_rule(model: str | None, pairs: list[str]) -> ResizeSpec | None:

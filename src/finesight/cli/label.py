@@ -20,6 +20,7 @@ from finesight.cli.options import (
     WeightFormatOption,
     echo_json,
 )
+from finesight.cli.results import load_model
 from finesight.cli.servers import (
     NoAuthOption,
     PageHostOption,
@@ -126,10 +127,8 @@ def label(
 
     Example: finesight label runs/receipts photos
     """
-    from rich.console import Console
 
     from finesight.label.label_session import open_session
-    from finesight.train.console import TrainingConsole
 
     if as_json and not suggest_only:
         raise _build_option_error("--json", "without --suggest-only", "--json with --suggest-only")
@@ -171,11 +170,7 @@ def label(
         )
         stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
-            from finesight.infer.model_loader import load_inference_model
-
-            console = TrainingConsole(Console(stderr=True))
-            with console.activity(f"loading the weights of {run_or_model}"):
-                model = load_inference_model(run_or_model, device, precision, weight_format)
+            console, model = load_model(run_or_model, device, precision, weight_format)
             with console.progress_stage("suggestions", len(pending)) as on_progress:
                 reasons = session.add_suggestions(
                     model,

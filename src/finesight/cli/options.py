@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from finesight.errors import UserError, escape_surrogates
+from finesight.errors import UserError, escape_surrogates, escape_unprintable
 
 RunOrModelArgument = Annotated[
     str,
@@ -214,3 +215,11 @@ LanguageOption = Annotated[
 def echo_json(data: object) -> None:
     """Print data as one line of JSON, with non-UTF-8 bytes of file names escaped."""
     typer.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))
+
+
+def echo_result(data: object, lines: Iterable[str], as_json: bool) -> None:
+    """Print a result as one line of JSON, or as lines of text without control characters."""
+    if as_json:
+        echo_json(data)
+    else:
+        typer.echo("\n".join(map(escape_unprintable, lines)))

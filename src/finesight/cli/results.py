@@ -1,8 +1,9 @@
-"""`finesight eval`, `predict`, `report` and `compare`: answers, metrics and reports of runs."""
+"""`finesight eval`, `predict`, `report`, `compare` and `doctor`: results and problems of runs."""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,11 +23,17 @@ from finesight.cli.options import (
     TrustMetricOption,
     WeightFormatOption,
     echo_json,
+    echo_result,
 )
 from finesight.errors import UserError, format_count, suggest_similar_path
 
 if TYPE_CHECKING:
+    from finesight.config import Device, Precision, WeightFormat
     from finesight.data.sample import LocatedSample
+    from finesight.infer.model_loader import InferenceModel
+    from finesight.train.console import TrainingConsole
+
+EXIT_ERROR_FOUND = 2
 
 
 def evaluate(
@@ -94,14 +101,9 @@ def evaluate(
     Example: finesight eval Qwen/Qwen2-VL-2B-Instruct --data latex/eval.jsonl --metric latex
     --out base.jsonl
     """
-    from rich.console import Console
-
-    from finesight.encode.family import ThinkingOptions
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
-    from finesight.infer.model_loader import load_inference_model
-    from finesight.train.console import TrainingConsole
 
     samples, settings = load_eval_inputs(
         run_or_model,
@@ -116,12 +118,9 @@ def evaluate(
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     if parse_metric_path(settings.metric) is not None:
         typer.echo(f"custom metric: {settings.metric}", err=True)
-    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
-    console = TrainingConsole(Console(stderr=True))
-    with console.activity(f"loading the weights of {run_or_model}"):
-        inference_model = load_inference_model(
-            run_or_model, device, precision, weight_format, options
-        )
+    console, inference_model = load_model(
+        run_or_model, device, precision, weight_format, thinking, reasoning_effort
+    )
     total = min(len(samples), settings.limit or len(samples))
     with console.progress_stage("answers", total) as on_progress:
         result = run_evaluation(
@@ -135,6 +134,28 @@ def evaluate(
     for sample, reason in result.corrupt_samples:
         typer.echo(f"skipped: sample {sample}: {reason}", err=True)
     typer.echo(json.dumps(result.as_json()) if as_json else result.as_table())
+
+
+def load_model(
+    run_or_model: str,
+    device: Device,
+    precision: Precision,
+    weight_format: WeightFormat,
+    thinking: bool | None = None,
+    reasoning_effort: str | None = None,
+) -> tuple[TrainingConsole, InferenceModel]:
+    """Load a model, and return it with the console on standard error that shows the progress."""
+    from rich.console import Console
+
+    from finesight.encode.family import ThinkingOptions
+    from finesight.infer.model_loader import load_inference_model
+    from finesight.train.console import TrainingConsole
+
+    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
+    console = TrainingConsole(Console(stderr=True))
+    with console.activity(f"loading the weights of {run_or_model}"):
+        model = load_inference_model(run_or_model, device, precision, weight_format, options)
+    return console, model
 
 
 def describe_changed_data(run: str) -> str:
@@ -204,21 +225,13 @@ def predict(
 
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
     """
-    from rich.console import Console
-
-    from finesight.encode.family import ThinkingOptions
-    from finesight.infer.model_loader import load_inference_model
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
-    from finesight.train.console import TrainingConsole
 
     samples = _load_samples(run_or_model, images or [], prompt, data)
-    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
-    console = TrainingConsole(Console(stderr=True))
-    with console.activity(f"loading the weights of {run_or_model}"):
-        inference_model = load_inference_model(
-            run_or_model, device, precision, weight_format, options
-        )
+    console, inference_model = load_model(
+        run_or_model, device, precision, weight_format, thinking, reasoning_effort
+    )
     with console.progress_stage("answers", len(samples)) as on_progress:
         predictions = run_prediction(
             inference_model.model,
@@ -345,3 +358,40 @@ def compare(
     for text in comparison.warnings:
         typer.echo(f"note: {text}")
     typer.echo(f"page: {out}")
+
+
+def doctor(
+    subject: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="Run folder, or model or adapter folder. Default: this machine.",
+        ),
+    ] = None,
+    as_json: AsJsonOption = False,
+) -> None:
+    """Report problems with their effect and a command that fixes them.
+
+    Without an argument, this machine: memory, disks, package conflicts, torch and driver,
+    environment variables, and optional packages.
+
+    Run, from its records: why it ended, flat or rising loss, lower metrics, answers without end,
+    boxes in wrong coordinates.
+
+    Model or adapter folder: missing or corrupt files.
+
+    The command changes nothing and does not use the network. Exit code: 0 without errors, 2 with
+    errors.
+
+    Example: finesight doctor runs/latex
+    """
+    from finesight.doctor import diagnostics
+    from finesight.doctor.diagnosis import count_severity, diagnoses_to_dict, format_diagnoses
+
+    if subject is None:
+        diagnosis = diagnostics.diagnose_machine(os.environ)
+    else:
+        diagnosis = diagnostics.diagnose(subject)
+    echo_result(diagnoses_to_dict(diagnosis), format_diagnoses(diagnosis), as_json)
+    if count_severity(diagnosis, "error"):
+        raise typer.Exit(EXIT_ERROR_FOUND)

@@ -10,7 +10,7 @@ import shlex
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -353,6 +353,10 @@ def web(
             service.close(wait_for_running=False)
 
 
+def _port_option(server: str) -> Any:
+    return typer.Option(min=0, max=65535, help=f"Port of the {server}. 0: any free port.")
+
+
 def studio(
     folder: Annotated[
         Path,
@@ -381,15 +385,9 @@ def studio(
     ] = False,
     trusted_proxy: TrustedProxyOption = None,
     open_page: OpenOption = False,
-    chat_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the chat page. 0: any free port.")
-    ] = 7871,
-    api_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the HTTP API. 0: any free port.")
-    ] = 7872,
-    label_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the labelling page. 0: any free port.")
-    ] = 7873,
+    chat_port: Annotated[int, _port_option("chat page")] = 7871,
+    api_port: Annotated[int, _port_option("HTTP API")] = 7872,
+    label_port: Annotated[int, _port_option("labelling page")] = 7873,
     converter: Annotated[
         Path | None,
         typer.Option(

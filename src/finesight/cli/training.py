@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from finesight.cli.options import AsJsonOption, OverridesArgument, RecipeArgument, TrustMetricOption
-from finesight.errors import UserError, escape_unprintable, format_command
+from finesight.cli.options import (
+    AsJsonOption,
+    OverridesArgument,
+    RecipeArgument,
+    TrustMetricOption,
+    echo_result,
+)
+from finesight.errors import UserError, format_command
 
 if TYPE_CHECKING:
     from finesight.convert.external_config import ConversionNote
@@ -86,12 +92,8 @@ def convert(
     from finesight.convert.recipe_converter import convert_config
 
     conversion = convert_config(source, recipe)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(conversion), ensure_ascii=False))
-    else:
-        typer.echo(
-            "\n".join(map(escape_unprintable, _format_conversion(source, recipe, conversion)))
-        )
+    lines = _format_conversion(source, recipe, conversion)
+    echo_result(dataclasses.asdict(conversion), lines, as_json)
 
 
 def _format_conversion(source: Path, recipe: Path, conversion: ConvertedRecipe) -> Iterator[str]:

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple, TypeVar
 from pydantic import FiniteFloat, TypeAdapter
 
 from finesight.bounded_files import read_json_object
-from finesight.errors import UserError
-from finesight.recipe import load_trainer_settings
+from finesight.errors import UserError, shorten
+from finesight.recipe import invert_groups, load_trainer_settings
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory", "TRL", "Unsloth", "Qwen-VL-Series-Finetune"]
 PARTS = ("vision", "merger", "language")
@@ -48,15 +48,15 @@ def load_rules(program: SourceProgram) -> ProgramRules:
     content = load_trainer_settings()
     rules: dict[str, SettingRule | None] = {}
     for section in (content["transformers"], content[program]):
-        for group in (*section["ignored"], *section["unsupported"]):
-            is_ignored = group in section["ignored"]
-            rule = SettingRule(group["reason"], is_ignored, tuple(group.get("equivalent", ())))
-            rules |= dict.fromkeys(group["keys"].split(), rule)
+        for kind in ("ignored", "unsupported"):
+            for key, reason in invert_groups(section[kind]).items():
+                equivalent = tuple(section["equivalent"].get(key, ()))
+                rules[key] = SettingRule(reason, kind == "ignored", equivalent)
         rules |= dict.fromkeys(section["converted"].split())
     converted = frozenset(key for key, rule in rules.items() if rule is None)
     other = {key: rule for key, rule in rules.items() if rule is not None}
-    own = content[program]
-    return ProgramRules(own["defaults"], own["aliases"], converted, other)
+    own, defaults = content[program], content["transformers"]["defaults"]
+    return ProgramRules(defaults | own["defaults"], own["aliases"], converted, other)
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def is_empty(value: object) -> bool:
 
 def format_value(value: object) -> str:
     """Format a value on one line of at most 4096 characters."""
-    line = " ".join((str(value).lower() if isinstance(value, bool) else str(value)).split())
-    return line if len(line) <= 4096 else f"{line[:4093]}..."
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return shorten(" ".join(text.split()), 4096)
 
 
 class FamilySettings(NamedTuple):

@@ -26,7 +26,7 @@ from finesight.convert.llama_factory import LlamaFactoryConverter
 from finesight.convert.ms_swift import MsSwiftConverter
 from finesight.convert.trainer_converter import RecipeDraft, TrainerConverter
 from finesight.convert.trl import TrlConverter
-from finesight.errors import UserError
+from finesight.errors import UserError, shorten
 from finesight.storage import raise_if_exists, write_file
 
 
@@ -134,7 +134,6 @@ def _iter_environment_notes(config: ExternalConfig) -> Iterator[ConversionNote]:
 
 
 def _format_short(key: str, value: object) -> str:
-    text = format_value(value)
     secrets = ("token", "api_key", "secret", "password", "webhook")
     is_secret = any(word in key.lower() for word in secrets)
-    return "..." if is_secret else text if len(text) <= 60 else f"{text[:57]}..."
+    return "..." if is_secret else shorten(format_value(value), 60)

@@ -30,7 +30,7 @@ from finesight.data.import_source import (
     open_unvalidated,
 )
 from finesight.errors import UserError, escape_unprintable, format_count
-from finesight.recipe import load_trainer_settings
+from finesight.recipe import invert_groups, load_trainer_settings
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
 
@@ -112,9 +112,9 @@ class TrainerConverter:
         name = value or self.config.get_str(key) or ""
         if name in supported:
             return name
-        reason = load_trainer_settings()["methods"].get(name, "not supported by finesight")
+        reasons = invert_groups(load_trainer_settings()["methods"])
         raise UserError(
-            f"{key} is {name}: {reason}",
+            f"{key} is {name}: {reasons.get(name, 'not supported by finesight')}",
             where=self.config.where,
             expected=f"one of {', '.join(supported)}",
             remedy=f"set {key} to one of these in a copy of the file, and convert the copy",
@@ -125,7 +125,7 @@ class TrainerConverter:
 
         Raises UserError for an objective without them.
         """
-        reason = load_trainer_settings()["objectives"].get(name)
+        reason = invert_groups(load_trainer_settings()["objectives"]).get(name)
         if reason is None:
             self.require_method(key, ("sft",), name)
             return
@@ -251,7 +251,7 @@ class TrainerConverter:
         """Set a recipe setting by a table of names, and return the name in the other program."""
         given = self.config.get_str(key) or default
         table = "lr_schedules" if key == "lr_scheduler_type" else "optimizers"
-        names = load_trainer_settings()[table]
+        names = invert_groups(load_trainer_settings()[table])
         if given not in names:
             supported = ", ".join(dict.fromkeys(names.values()))
             text = f"supported: {supported}; {substitute} is set: choose the most similar one"

@@ -1,8 +1,13 @@
-"""Check the machine: memory, disks, limits, environment variables, NVIDIA GPUs and torch."""
+"""Check the machine: memory, disks, limits, environment variables, NVIDIA GPUs and torch.
+
+`python -m finesight.doctor.machine_check` prints the properties of torch and its GPUs as JSON: the
+import of torch may crash, so that a child process probes them.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import json
 import os
@@ -15,11 +20,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finesight.doctor import probes
 from finesight.doctor.diagnosis import Diagnosis, DiagnosisSeverity, join_command, make_diagnosis
 from finesight.doctor.package_check import InstalledPackages, install_command
 from finesight.host_memory import available_memory, num_allowed_cpus, total_memory
@@ -42,6 +47,9 @@ _VARIABLES: Mapping[str, tuple[str, str, str]] = {
     "MODELSCOPE_API_TOKEN": ("token", r"(?!Bearer|['\"])[!-~]+", "a token without quotes"),
 }
 """Kind, regular expression and expected form of the environment variables."""
+
+COMPILED_PACKAGES = ("numpy", "PIL", "safetensors", "tokenizers", "triton.language", "bitsandbytes")
+"""Modules with compiled code that may be incompatible. Missing ones are ignored."""
 
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
@@ -191,7 +199,7 @@ def _read_driver_cuda_version() -> tuple[int, int] | None:
 
 def probe_torch(extra_env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> TorchInfo:
     """Import torch in a child process, which may crash or hang, and query its GPUs."""
-    command = [sys.executable, "-m", probes.__name__]
+    command = [sys.executable, "-m", "finesight.doctor.machine_check"]
     try:
         completed = subprocess.run(
             command,
@@ -212,6 +220,55 @@ def probe_torch(extra_env: Mapping[str, str] | None = None, timeout_s: float = 1
     gpus = tuple(GpuInfo(gpu[0], (gpu[1][0], gpu[1][1]), *gpu[2:]) for gpu in content["gpus"])
     lists = {name: tuple(content[name]) for name in ("arch_list", "cuda_warnings")}
     return TorchInfo(**content | lists | {"gpus": gpus})
+
+
+def _query_torch() -> dict[str, Any]:
+    """Return the properties of torch and its GPUs."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    return {
+        "version": torch.__version__,
+        "module_file": torch.__file__ or "",
+        "cuda_version": torch.version.cuda,
+        "arch_list": torch.cuda.get_arch_list() if available else [],
+        "cuda_warnings": [] if available else [str(warning.message) for warning in caught],
+        "gpus": [_probe_gpu(i) for i in range(torch.cuda.device_count())] if available else [],
+        "broken_packages": _find_broken_packages(),
+    }
+
+
+def _probe_gpu(index: int) -> tuple[str, tuple[int, int], int, int, str]:
+    """Return the fields of `GpuInfo`."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    free_bytes, error = 0, ""
+    try:
+        free_bytes = torch.cuda.mem_get_info(index)[0]
+        ones = torch.ones(16, 16, device=f"cuda:{index}")
+        if (ones @ ones)[0, 0].item() != 16:
+            error = "a product of two matrices is incorrect"
+    except (RuntimeError, AssertionError) as failure:
+        error = str(failure).strip().splitlines()[0]
+    capability = (properties.major, properties.minor)
+    return properties.name, capability, properties.total_memory, free_bytes, error
+
+
+def _find_broken_packages() -> dict[str, str]:
+    """Return the installed modules that fail to import, each with its error."""
+    broken = {}
+    for name in COMPILED_PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name.partition(".")[0]:
+                broken[name] = str(error)
+        except Exception as error:  # packages may raise any exception
+            broken[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    return broken
 
 
 def check_gpus(
@@ -312,3 +369,7 @@ def _diagnose_no_gpu(
         install=_install_torch_command(),
         reason=" ".join(torch_info.cuda_warnings)[:300] or "no reason",
     )
+
+
+if __name__ == "__main__":
+    print(json.dumps(_query_torch()))

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -111,8 +111,6 @@ class ModelFamily(ABC):
         name: `model_type` of config.json.
         system_prompt: System prompt of the published chat template; None if it has no system turn.
         has_reasoning: Whether the model generates reasoning before its answer.
-        reasoning_effort: Reasoning effort in thinking mode; None for models without this setting.
-        has_thinking_modes: Whether the template has a thinking and a non-thinking mode.
         uses_1d_positions: Whether the decoder uses 1D position ids instead of M-RoPE.
         strips_content: Whether the template strips whitespace around the content of a turn.
         strips_answer: Whether it also strips whitespace between reasoning and answer.
@@ -241,15 +239,27 @@ class ModelFamily(ABC):
         """Split a video into the segments that the prompt contains separately: by default one.
 
         Args:
-            frame_times: Time of each frame in seconds.
             fps: Average number of frames per second.
             temporal_patch_size: Number of frames per frame group.
         """
         return [VideoSegment("", slice(0, len(frame_times)), temporal_patch_size / fps)]
 
-    @abstractmethod
+    def box_frame(self, resized_size: ImageSize) -> ImageSize:
+        """Return the frame of JSON boxes, by default in thousandths of the image size."""
+        return FRAME_1000
+
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format one or more adjacent boxes in the box format of the family."""
+        """Format one or more adjacent boxes in the box format of the family.
+
+        By default, one box is a JSON object and several are a list, with integer coordinates.
+        """
+        items: list[dict[str, Any]] = []
+        for box in boxes:
+            frame = self.box_frame(box.resized_size)
+            corners = round_to_frame(scale_box(box.xyxy, box.original_size, frame), frame)
+            label = {} if box.label is None else {"label": box.label}
+            items.append({BOX_KEY: list(corners), **label})
+        return [json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)]
 
     def write_segments(self, segments: Sequence[str | list[ImageBox]]) -> list[PromptPiece]:
         """Format texts and lists of adjacent boxes.
@@ -270,7 +280,6 @@ class ModelFamily(ABC):
                 ]
         return list(itertools.chain.from_iterable(pieces))
 
-    @abstractmethod
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
@@ -278,9 +287,9 @@ class ModelFamily(ABC):
 
         Args:
             text: Answer, including its special tokens.
-            original_size: Size of the original image.
             resized_size: Size of the resized image that the model received.
         """
+        return _read_json_boxes(text, self.box_frame(resized_size), original_size)
 
     @abstractmethod
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
@@ -363,23 +372,7 @@ _FOUR_VALUES = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _ONLY_VALUES = re.compile(r"(?:```(?:json)?)?[\s\d\[\],.-]*(?:```)?\s*")
 
 
-def write_json_boxes(
-    boxes: Sequence[ImageBox], get_frame: Callable[[ImageBox], ImageSize]
-) -> list[PromptPiece]:
-    """Format one box as a JSON object, or several boxes as a list.
-
-    Corners are rounded to integers.
-    """
-    items: list[dict[str, Any]] = []
-    for box in boxes:
-        frame = get_frame(box)
-        corners = round_to_frame(scale_box(box.xyxy, box.original_size, frame), frame)
-        label = {} if box.label is None else {"label": box.label}
-        items.append({BOX_KEY: list(corners), **label})
-    return [json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)]
-
-
-def read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> list[PredictedBox]:
+def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> list[PredictedBox]:
     """Parse the boxes of an answer and scale them from `frame` to the original image.
 
     Accepts text and code fences around the JSON, truncated lists, missing labels and fractions.

@@ -5,15 +5,13 @@ Temporal positions of video tokens are proportional to time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import ImageSize
-from finesight.encode import family
-from finesight.encode.family import ImageBox, ModelFamily, PredictedBox, PromptPiece
+from finesight.encode.family import ModelFamily
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
@@ -29,15 +27,9 @@ class Qwen25VL(ModelFamily):
     name: str = "qwen2_5_vl"
     max_box_coordinate = 99_999
 
-    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format boxes as JSON with coordinates in integer pixels of the resized image."""
-        return family.write_json_boxes(boxes, lambda box: box.resized_size)
-
-    def read_boxes(
-        self, text: str, original_size: ImageSize, resized_size: ImageSize
-    ) -> list[PredictedBox]:
-        """Parse the JSON boxes of an answer and scale them to the original image."""
-        return family.read_json_boxes(text, resized_size, original_size)
+    def box_frame(self, resized_size: ImageSize) -> ImageSize:
+        """Return the size of the resized image, because coordinates are its pixels."""
+        return resized_size
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
         """Return the temporal position of each frame group, rounded down.

@@ -35,7 +35,6 @@ class Qwen35(Qwen3VL):
     """Prompt format of Qwen3.5 models, dense or MoE.
 
     Attributes:
-        has_reasoning: Generate in thinking mode.
         preserves_reasoning: Render the reasoning of turns before the last question.
     """
 

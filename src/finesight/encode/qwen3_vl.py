@@ -11,14 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.image_header import ImageSize
 from finesight.encode import family
 from finesight.encode.family import (
-    FRAME_1000,
-    ImageBox,
     ModelFamily,
-    PredictedBox,
-    PromptPiece,
     VideoSegment,
 )
 from finesight.model_folder import ModelFolder
@@ -35,16 +30,6 @@ class Qwen3VL(ModelFamily):
     name: str = "qwen3_vl"
     system_prompt: str | None = None
     limits_video_pixels = True
-
-    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format boxes as JSON with coordinates in integer thousandths of the image size."""
-        return family.write_json_boxes(boxes, lambda box: FRAME_1000)
-
-    def read_boxes(
-        self, text: str, original_size: ImageSize, resized_size: ImageSize
-    ) -> list[PredictedBox]:
-        """Parse the JSON boxes of an answer and scale them to the original image."""
-        return family.read_json_boxes(text, FRAME_1000, original_size)
 
     def sample_frames(
         self, num_frames: int, video_fps: float, fps: float, temporal_patch_size: int

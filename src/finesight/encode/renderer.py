@@ -322,7 +322,6 @@ class Renderer(ABC):
 
     Attributes:
         system_prompt: System prompt of samples without one; None for the default of the model.
-        end_ids: Ids of the tokens that end a completion.
     """
 
     image_rule: ImageRule
@@ -374,7 +373,6 @@ class Renderer(ABC):
         """Parse the boxes of an answer, in pixels of an original image.
 
         Args:
-            raw_text: Answer with special tokens.
             spans: Images and videos of the prompt. Without images, there are no boxes.
             image_index: Index of the image that the boxes refer to, because answers do not name an
                 image.

@@ -185,7 +185,6 @@ def check_metric(metric: MetricSpec, *, named: bool, trust: bool) -> None:
     Args:
         metric: Task name, or `FILE.py:FUNCTION`.
         named: Whether the user named the file in an option or in a recipe outside of run folders.
-        trust: Whether the user passed `--trust-metric`.
 
     Raises:
         UserError: The file is in a run folder and its content is not trusted.
@@ -214,7 +213,6 @@ def check_recipe_metric(
     Args:
         path: Recipe file; None for settings created in Python.
         overrides: Recipe overrides; `eval.metric=...` counts as named by the user.
-        trust: Whether the user passed `--trust-metric`.
     """
     if recipe.eval is None:
         return

@@ -63,7 +63,6 @@ class MetricResult:
     """Result of a task metric on N predictions.
 
     Attributes:
-        estimators: Estimators of the scores over all predictions, by name.
         details: Additional machine-readable results, such as a confusion matrix or scores by field.
     """
 

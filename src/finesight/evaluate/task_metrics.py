@@ -36,7 +36,6 @@ class TaskMetric:
 
     Attributes:
         primary_metric: Primary score (higher is better); None for the first score.
-        reference_kind: Content that references must have.
     """
 
     primary_metric: str | None

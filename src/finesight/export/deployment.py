@@ -25,8 +25,9 @@ from typing import Any, Literal
 from finesight.config import ImageRule, PixelRange
 from finesight.encode.renderer import load_family
 from finesight.errors import UserError
-from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files
+from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files, require_merged_model
 from finesight.infer.model_loader import ModelSource
+from finesight.manifest import Manifest
 from finesight.model.weights_io import stored_precision
 from finesight.model_folder import ModelFolder
 from finesight.storage import raise_if_exists, require_free_space, write_folder
@@ -223,13 +224,8 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
     Raises UserError for an adapter, for quantized weights, and for a family that vLLM and SGLang do
     not support.
     """
-    if model_source.adapter is not None or model_source.quantization_summary:
-        raise UserError(
-            f"{source} is an adapter on a base",
-            where="serving",
-            expected="a merged model: vLLM ignores adapters of the vision encoder",
-            remedy=f"finesight merge {shlex.quote(source)} OUT, then use OUT",
-        )
+    reason = ": vLLM ignores adapters of the vision encoder"
+    require_merged_model(model_source, source, "serving", reason)
     if model_source.folder.family not in HF_ARCHITECTURES:
         raise UserError(
             f"{source} is of the family {model_source.folder.family}",
@@ -238,17 +234,17 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
             remedy="serve it with finesight serve",
         )
     model_source.folder.fetch_weights()  # file names that these engines expect
-    manifest = model_source.manifest
-    image_rule = manifest.image_rule if manifest else None
-    system_prompt = manifest.system_prompt if manifest else None
-    return format_serving_commands(
-        model_source.folder,
-        str(model_source.folder.path),
-        Path(source).name,
-        image_rule,
-        system_prompt,
-        manifest.enable_thinking if manifest else None,
-    )
+    folder, settings = model_source.folder, get_prompt_settings(model_source.manifest)
+    return format_serving_commands(folder, str(folder.path), Path(source).name, *settings)
+
+
+def get_prompt_settings(
+    manifest: Manifest | None,
+) -> tuple[ImageRule | None, str | None, bool | None]:
+    """Return image rule, system prompt and thinking mode of a run; None without one."""
+    if manifest is None:
+        return None, None, None
+    return manifest.image_rule, manifest.system_prompt, manifest.enable_thinking
 
 
 def format_serving_commands(
@@ -259,13 +255,7 @@ def format_serving_commands(
     system_prompt: str | None,
     enable_thinking: bool | None = None,
 ) -> ServingCommands:
-    """Format the serving commands of a model folder.
-
-    Args:
-        image_rule: Image rule of the run; None for the default of the model.
-        system_prompt: System prompt of the run; None without one.
-        enable_thinking: Thinking mode of the run; None for the default of finesight.
-    """
+    """Format the serving commands of a model folder with the prompt settings of its run."""
     preprocessor_config = folder.preprocessor_config
     if isinstance(image_rule, PixelRange):
         pixel_limits = {"min_pixels": image_rule.min_pixels, "max_pixels": image_rule.max_pixels}

@@ -144,6 +144,19 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def require_merged_model(
+    model_source: ModelSource, source: str, where: str, reason: str = ""
+) -> None:
+    """Raise UserError for an adapter and for quantized weights."""
+    if model_source.adapter is not None or model_source.quantization_summary:
+        raise UserError(
+            f"{source} is an adapter on a base",
+            where=where,
+            expected=f"a merged model{reason}",
+            remedy=f"finesight merge {quote(source)} OUT, then use OUT",
+        )
+
+
 def list_uploads(model_source: ModelSource, source: str) -> dict[str, Path]:
     """List the weights, configuration and tokenizer files of a model by their name in the upload.
 
@@ -151,13 +164,7 @@ def list_uploads(model_source: ModelSource, source: str) -> dict[str, Path]:
 
     Raises UserError for an adapter, and for a folder whose files changed since they were written.
     """
-    if model_source.adapter is not None or model_source.quantization_summary:
-        raise UserError(
-            f"{source} is an adapter on a base",
-            where="finesight export",
-            expected="a merged model",
-            remedy=f"finesight merge {quote(source)} OUT, then export OUT",
-        )
+    require_merged_model(model_source, source, "finesight export")
     folder = model_source.folder
     weight_files = folder.weight_files()
     if (folder.path / DIGESTS_FILE).is_file():

@@ -18,7 +18,7 @@ from finesight import __version__
 from finesight.bounded_files import load_yaml, read_bytes, read_json_object
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import note_lines
-from finesight.export.deployment import format_serving_commands
+from finesight.export.deployment import format_serving_commands, get_prompt_settings
 from finesight.export.hf_files import HF_ARCHITECTURES, list_uploads
 from finesight.export.merge_parity import MergeParity
 from finesight.hub.address import parse_model_address
@@ -50,8 +50,6 @@ class VerifiedMerge:
     Attributes:
         folder: Folder of the merged model, whose name is the title of the model card.
         source: Run, adapter or model that was merged.
-        merged_layers: Number of layers with adapters.
-        dequantized_layers: Number of layers dequantized from 4 bits.
         precision: Data type of the written weights.
         missing_files: Files that other programs need and the base model does not contain.
         dropped_sampling: Generation settings of the base model that were removed.
@@ -333,16 +331,9 @@ def _format_serving(folder: ModelFolder, info: VerifiedMerge) -> str:
     command_lines = f"```sh\n{command_lines}\n```"
     if folder.family not in HF_ARCHITECTURES:
         return f"{title}\n\n{command_lines}"
-    manifest = info.model_source.manifest
-    system_prompt = manifest.system_prompt if manifest else None
-    image_rule = manifest.image_rule if manifest else None
+    settings = get_prompt_settings(info.model_source.manifest)
     serving_commands = format_serving_commands(
-        folder,
-        info.folder.name,
-        info.folder.name,
-        image_rule,
-        system_prompt,
-        manifest.enable_thinking if manifest else None,
+        folder, info.folder.name, info.folder.name, *settings
     )
     notes = "\n".join(f"- {note}" for note in serving_commands.notes)
     engine_commands = f"```sh\n{serving_commands.vllm}\n\n{serving_commands.sglang}\n```"

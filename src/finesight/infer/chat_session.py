@@ -60,7 +60,6 @@ class ChatReply:
 
     Attributes:
         image_path: Image that predicted boxes refer to; None without an image.
-        reasoning: Streamed reasoning before the text.
     """
 
     def __init__(

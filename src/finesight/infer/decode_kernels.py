@@ -139,11 +139,8 @@ def fused_gemv(
     """Compute norm(x) W^T + bias + LoRA delta for a single row.
 
     Args:
-        x_1I: Input row.
         norm_I: Weight of an RMSNorm applied to the input.
         norm_offset: Added to this weight: 1 for a zero-centered norm.
-        output_scale_1O: Scale of each output.
-        residual_1O: Residual, which is added last.
         is_gated: Whether the first half of the outputs is the SiLU gate of the second half; the
             result then has half as many outputs.
 

@@ -258,9 +258,6 @@ class LinearStateCache:
 
     Each sequence has a slot from its first prefill step to its end. Slot 0 is reserved for unused
     rows of the decoding batch.
-
-    Attributes:
-        slots_R: Slot of each row of the decoding batch.
     """
 
     def __init__(

@@ -64,8 +64,6 @@ class ModelSource:
         folder: Base model or full fine-tuned weights.
         adapter: LoRA adapter to load on top; None without one.
         manifest: Manifest of the run; None if the model is not a run.
-        nf4_parts: Parts quantized to NF4.
-        fp8_parts: Parts quantized to FP8.
     """
 
     folder: ModelFolder
@@ -314,27 +312,19 @@ def _resolve_run(
         adapter_dir = run_dir / f"adapter-{checkpoint.name}"
         checkpoint = None if adapter_dir.is_dir() else checkpoint
     missing = [f"{part.name}/" for part in (model_dir, adapter_dir) if part and not part.is_dir()]
+    what, where = "", "model"
+    remedy = f"resume it: finesight train {quote(str(run_dir / RECIPE_FILE))} --resume"
     if model_dir is not None and checkpoint is not None:
-        remedy = f"give the run, {run_dir}"
-        if missing:
-            remedy = f"resume it: finesight train {quote(str(run_dir / RECIPE_FILE))} --resume"
-        raise UserError(
-            f"{checkpoint} is a checkpoint of full fine-tuning, which is no model",
-            where="model",
-            expected="a finished run, or a checkpoint of LoRA training",
-            remedy=remedy,
-        )
-    if missing and checkpoint is None:
-        remedy = f"resume it: finesight train {quote(str(run_dir / RECIPE_FILE))} --resume"
-        newest = find_newest_checkpoint(run_dir)
+        what = f"{checkpoint} is a checkpoint of full fine-tuning, which is no model"
+        remedy = remedy if missing else f"give the run, {run_dir}"
+    elif missing and checkpoint is None:
+        what = f"{run_dir.name} has no {' and no '.join(missing)}: the run is not finished"
+        where, newest = str(run_dir), find_newest_checkpoint(run_dir)
         if newest is not None and model_dir is None:
             remedy += f", or give its newest checkpoint, {newest}"
-        raise UserError(
-            f"{run_dir.name} has no {' and no '.join(missing)}: the run is not finished",
-            where=str(run_dir),
-            expected="a finished run, or a checkpoint of LoRA training",
-            remedy=remedy,
-        )
+    if what:
+        expected = "a finished run, or a checkpoint of LoRA training"
+        raise UserError(what, where=where, expected=expected, remedy=remedy)
     if model_dir is not None:
         _reject_base(base, str(run_dir), "contains a complete model in model/")
         folder = ModelFolder(model_dir)

@@ -134,7 +134,6 @@ class ModelRunner:
         """Add a sequence to the decoding batch.
 
         Args:
-            id_1: Next token id [1].
             num_generated: Number of completion tokens in the KV cache, without the next one.
         """
         self.ids_R[batch_index : batch_index + 1] = id_1

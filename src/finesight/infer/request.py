@@ -86,11 +86,9 @@ class GenerationOptions:
 
     Attributes:
         max_new_tokens: Maximum completion length; None for the default limit of the service.
-        sampling_params: Sampling parameters; greedy by default.
         skip_special_tokens: Whether streamed text omits special tokens, such as those of boxes.
         logprobs: Number of alternative tokens with log probabilities; None for no log
             probabilities.
-        constraint: Decoding constraint for this request only.
         model: Name of an adapter or model; None for the default.
         thinking: Thinking mode and reasoning effort; by default those of the model.
     """
@@ -149,7 +147,6 @@ class CompletionDelta:
     Text may lag behind the tokens at incomplete characters and possible stop strings.
 
     Attributes:
-        text: New text of the answer.
         reasoning: New text of the reasoning before the answer.
     """
 
@@ -178,11 +175,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class EngineEvent:
-    """Event of a request in an engine step: a new token, the end of the request, or both.
-
-    Attributes:
-        finish_reason: Reason for the end of the request; None while it runs.
-    """
+    """Event of a request in an engine step: a new token, the end of the request, or both."""
 
     request_id: int
     token: GeneratedToken | None = None

@@ -202,7 +202,6 @@ class AsyncTokens:
     """Sampled tokens of a decoding step with a pending copy to pinned host memory.
 
     Attributes:
-        ids_R: Token id of each batch row.
         sampled: Sampler output and the index within it, by batch row, without greedy rows.
         ready: CUDA event recorded after the copies; None on CPU.
     """

@@ -18,7 +18,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import FileSystemLoader
 from pydantic import BaseModel, Field, FiniteFloat
 
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
@@ -31,7 +31,8 @@ from finesight.label.label_session import LabelSession, describe_answer
 from finesight.label.label_store import LabelItem
 from finesight.label.suggestion import AnswerContent, get_text
 from finesight.report import i18n
-from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, translate_markup, use_language
+from finesight.report.html import create_environment
+from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, use_language
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 from finesight.web.access_middleware import AccessMiddleware
 from finesight.web.chat_html import STATIC_FOLDER, select_ui_text
@@ -129,14 +130,7 @@ class LabelPage:
         self._key = hashlib.sha256(origin.encode()).hexdigest()[:16]
         self._index_by_id = {item.sample.sample.id: i for i, item in enumerate(self._items)}
         templates = Path(i18n.__file__).parent / "templates"
-        self._environment = Environment(
-            loader=FileSystemLoader(LABEL_STATIC_FOLDER),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._environment.globals |= {"translate": translate_markup}
+        self._environment = create_environment(FileSystemLoader(LABEL_STATIC_FOLDER))
         files = (templates / "base.css", LABEL_STATIC_FOLDER / "label.css")
         self.style = "".join(file.read_text(encoding="utf-8") for file in files)
         self.script = (LABEL_STATIC_FOLDER / "label.js").read_text(encoding="utf-8")

@@ -99,13 +99,10 @@ class LabelItem:
     """Sample with its newest suggestion and decision.
 
     Attributes:
-        sample: Sample with or without an answer.
         is_listed: Whether the sample is to be labeled or reviewed.
-        suggestion: Newest suggestion; None without one.
         decision: Newest decision; None if the sample is undecided.
         draft: Newest saved answer, also after the sample was reopened.
         question: Texts of the last question, as corrected by the newest saved answer.
-        history: All entries of the sample, in order.
         digest, version: See `JournalEntry`.
         has_path_id: Whether the ID is the path of the image, as the user named it.
     """

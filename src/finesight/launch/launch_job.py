@@ -86,14 +86,10 @@ class LaunchJob:
     """A training job to write for an engine.
 
     Attributes:
-        name: Name of the job in the scheduler.
         recipe: Recipe file, relative to `working_dir` unless absolute.
         overrides: Recipe overrides as typed.
         output_dir: Output folder of the run, relative to `working_dir` unless absolute.
         working_dir: Folder in which the processes start.
-        node_spec: Numbers of nodes and GPUs.
-        python: Python interpreter of the processes.
-        train_options: Further options of `finesight train`.
     """
 
     name: str

@@ -240,7 +240,6 @@ def write_compare_page(
 
     Args:
         paths: Run directories and prediction files. The first one is the baseline.
-        language: Language of the page, by default that of the locale.
 
     Raises:
         UserError: An input is invalid, or the file cannot be written.

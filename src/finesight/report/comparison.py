@@ -300,7 +300,6 @@ class MetricCell(MetricChange):
 
     Attributes:
         value: Value of the metric. None if the run does not have it.
-        interval: 95 % confidence interval.
         difference: Difference from the baseline. None for the baseline, or if not comparable.
         num_common: Number of samples of the difference if a run answered others, too; else 0.
     """

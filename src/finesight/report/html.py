@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypedDict
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import BaseLoader, Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -150,8 +150,13 @@ def raise_if_not_generated(file: Path) -> None:
 
 @cache
 def _get_environment() -> Environment:
+    return create_environment(FunctionLoader(_read_asset))
+
+
+def create_environment(loader: BaseLoader) -> Environment:
+    """Create an environment of strict templates whose texts are translated and escaped."""
     environment = Environment(
-        loader=FunctionLoader(_read_asset),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

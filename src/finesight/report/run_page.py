@@ -118,7 +118,6 @@ def write_report(
 
     Args:
         out: Output file, by default `report.html` in the run directory.
-        language: Language of the page, by default that of the locale.
         live_state: Cache that the training process passes. None for a report after training.
 
     Returns:

@@ -68,7 +68,6 @@ class RunRecord:
             run, and with the key `full`, of all samples.
         starts: Lines of `metrics.jsonl` for the start of each training process.
         vision_cache_builds: Lines of `metrics.jsonl` for builds of the vision cache.
-        skipped_samples: Lines of `skipped_samples.jsonl`.
         param_changes: Rows of the parameter audit. None if missing.
         result: Result of a finished run. None for an unfinished run.
         weight_digests: SHA-256 digests of the trained weights by file.
@@ -178,7 +177,6 @@ def list_comparable_evaluations(
     """Return the evaluations of the most frequent set of samples.
 
     Args:
-        lines: Lines of `metrics.jsonl`.
         count: Number of samples to compare: `num_loss_samples`, or `num_samples` for scores.
     """
     groups: defaultdict[object, list[JsonObject]] = defaultdict(list)

@@ -236,7 +236,6 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
     metric does not improve, or this score falls twice, below the confidence interval of the best.
 
     Args:
-        folder: Run directory.
         lines: Steps and evaluations of `metrics.jsonl`.
     """
     found = _find_rising_loss(lines) or _find_falling_score(lines)

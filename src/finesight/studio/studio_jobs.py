@@ -13,7 +13,6 @@ import fcntl
 import os
 import re
 import secrets
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from pydantic import BaseModel
 
 from finesight.bounded_files import parse_json
 from finesight.errors import UserError
+from finesight.report.summary import format_command
 from finesight.storage import FileLock, make_folder, write_file
 
 JOBS_FOLDER = Path(".finesight", "jobs")
@@ -62,8 +62,6 @@ class Job(BaseModel, frozen=True):
     Attributes:
         step: Step of the page that shows the job.
         target: Data set, recipe or run that the job belongs to, relative to the workspace.
-        arguments: Arguments of `finesight`.
-        ok_exit_codes: Exit codes of success.
         port: Port of a server, else 0.
         host: Address that the server listens on.
         form: Texts of the form that started the command.
@@ -87,7 +85,7 @@ class Job(BaseModel, frozen=True):
     @property
     def command(self) -> str:
         """Command line, as typed in a terminal in the workspace."""
-        return format_command(self.arguments)
+        return format_command(*self.arguments)
 
     @property
     def exit_code(self) -> int | None:
@@ -184,11 +182,6 @@ class Job(BaseModel, frozen=True):
             except BlockingIOError:
                 return True
         return False
-
-
-def format_command(arguments: Sequence[str]) -> str:
-    """Format arguments of `finesight` as a command line."""
-    return shlex.join(["finesight", *arguments])
 
 
 class JobStore:

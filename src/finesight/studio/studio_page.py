@@ -30,8 +30,8 @@ from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import translate, use_language
+from finesight.report.summary import format_command
 from finesight.storage import translate_os_errors
-from finesight.studio.studio_jobs import format_command
 from finesight.studio.studio_view import (
     CHECK_EXIT_CODES,
     LABELS_NAME,
@@ -75,7 +75,6 @@ class ServerAccess:
     Attributes:
         host: Address that the studio and its chat pages listen on.
         password: Password of both. None admits everyone.
-        port: Port of the studio.
         chat_port, api_port, label_port: Ports of the chat page, of the HTTP API and of the
             labelling page. 0: any free port.
         converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
@@ -803,7 +802,7 @@ def _check_fraction(text: str) -> bool:
 
 def render_command(arguments: Sequence[str]) -> str:
     """Render the command that a form would start."""
-    code = split_words(format_command(arguments))
+    code = split_words(format_command(*arguments))
     return Markup('<div class="command"><code>{}</code></div>').format(code)
 
 

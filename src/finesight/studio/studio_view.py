@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import FileSystemLoader
 from markupsafe import Markup
 
 from finesight.errors import UserError
@@ -25,18 +25,18 @@ from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
 from finesight.report import i18n
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
+from finesight.report.html import create_environment
 from finesight.report.i18n import (
     LANGUAGE_TAGS,
     Language,
     translate,
-    translate_markup,
     use_language,
 )
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
-from finesight.report.summary import get_run_status
-from finesight.studio.studio_jobs import Job, JobStore, format_command
+from finesight.report.summary import format_command, get_run_status
+from finesight.studio.studio_jobs import Job, JobStore
 from finesight.studio.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.vision.image_reader import create_image_pool
 from finesight.web.chat_html import select_ui_text
@@ -189,15 +189,8 @@ class StudioView:
         self.workspace, self.jobs = workspace, JobStore(workspace.folder)
         self.report_pool = create_image_pool()
         templates = Path(i18n.__file__).parent / "templates"
-        self._environment = Environment(
-            loader=FileSystemLoader([STATIC_FOLDER, templates]),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        self._environment = create_environment(FileSystemLoader([STATIC_FOLDER, templates]))
         self._environment.globals |= {
-            "translate": translate_markup,
             "step_names": STEP_NAMES,
             "no_run": NO_RUN,
             "split_words": split_words,
@@ -273,7 +266,7 @@ class StudioView:
                 "is_ready": job is not None and status == "running" and job.port and job.is_ready,
                 "host": f"[{host}]" if ":" in host else host,
                 "workspace": self.workspace.folder,
-                "commands": [format_command(words) for words in self.list_commands(state)],
+                "commands": [format_command(*words) for words in self.list_commands(state)],
                 "runs": [self.describe_run(run) for run in state.content.runs],
                 "charts": self._build_charts(state),
                 "page": self._find_page(state),

@@ -466,7 +466,6 @@ class Workspace:
         """Return the paths to delete with a data set: its folder, check page and unused uploads.
 
         Args:
-            running: Runs in progress.
             commands: Running commands that use the data set.
 
         Raises:
@@ -727,11 +726,9 @@ def format_recipe(
     Args:
         author: Command that writes the recipe, for its first comment.
         files: Comments on the training files, followed by those on the validation files.
-        num_samples: Number of training samples.
         overrides: Overrides of a plan, which become further settings.
         settings: Values of `train.steps`, `train.epochs` and `train.learning_rate` that the user
             has chosen. Empty ones keep the values of the task.
-        num_train_files: Number of training files in `files`.
     """
     is_tiny = model == TINY_MODEL
     learning_rate = "1.0e-4"

@@ -37,7 +37,6 @@ class Canvas:
     """A synthetic image while it is drawn.
 
     Attributes:
-        background: Mean color of the background.
         angle: Rotation of texts about the image center in degrees, counterclockwise.
     """
 
@@ -114,7 +113,6 @@ def make_canvas(size: tuple[int, int], rng: random.Random, pale_fraction: float 
 
     Args:
         size: Width and height in pixels.
-        rng: Random number generator.
         pale_fraction: Probability of a pale background color; others have any color.
     """
     pale_color = (

@@ -126,11 +126,6 @@ def write_tickets(target: Path, num_tickets: int, seed: int) -> Path:
     A row of the table consists of `image`, a path relative to the table, and TICKET_FIELDS. The
     output is determined by the seed. A larger number of tickets extends a smaller one.
 
-    Args:
-        target: Folder to create.
-        num_tickets: Number of tickets.
-        seed: Seed of the tickets.
-
     Returns:
         Path of the label table.
 

@@ -89,13 +89,11 @@ class CheckpointState(BaseModel):
     """Content of `state.json` in a checkpoint: the state of a run apart from tensors.
 
     Attributes:
-        format_version: Version of the checkpoint format.
         step: Number of finished steps.
         consumed_samples: Number of samples consumed since the start of the run.
         last_eval_step: Step of the last evaluation, or -1 before the first one.
         best: Best evaluation so far.
         loss_scale: State of the fp16 loss scaler.
-        budget: Memory budget of the next step.
         nonfinite_steps: Number of skipped steps with a non-finite loss or gradient.
         consecutive_nonfinite_steps: Number of consecutive non-finite steps up to this step.
         resume_config: Settings and fingerprints that must be the same on resume, by name.

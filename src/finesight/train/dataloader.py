@@ -252,8 +252,6 @@ class StepBatch:
     """Data of one optimizer step on one rank; each pack is a micro-batch.
 
     Attributes:
-        step_index: Index of the step.
-        packs: Packed batches.
         skipped: Samples that were skipped because reading or encoding failed.
         sample_indices: Corpus indices of the samples of each pack.
         cache_inputs: Vision cache inputs of each pack; empty without a vision cache.
@@ -418,10 +416,7 @@ class StepDataset:
     skipped, or raises an error with `on_invalid_sample="fail"`.
 
     Attributes:
-        corpus: Samples.
         renderer: Tokenizer and image processor.
-        sampler: Samples of each step.
-        pack_tokens: Maximum number of tokens of a pack.
         on_invalid_sample: Whether to skip invalid samples or to fail.
         cache_reader: Vision cache. With a cache, images are not decoded, and packs contain no
             patches or grids.

@@ -302,8 +302,6 @@ class DatasetStats:
     Attributes:
         sample_indices: Corpus indices of the valid samples.
         skipped: Skipped samples with reasons.
-        num_tokens: Total number of tokens.
-        num_patches: Total number of patches.
         max_sample_tokens: Number of tokens of the longest sample.
         num_images: Number of image files and video frames over all samples.
         num_unique_images: Number of distinct image paths.
@@ -339,10 +337,7 @@ class SampleStats(NamedTuple):
     """Statistics of one sample, small enough to keep for all samples of a dataset.
 
     Attributes:
-        id: ID of the sample.
-        num_tokens: Number of tokens.
         num_packed_tokens: Number of tokens that the sample takes in a pack.
-        num_supervised_tokens: Number of supervised tokens.
         grid_thw: Patch grid of each image or video.
         image_hashes: Short digests of the image paths.
         leaked_images: Paths of validation images that occur in the sample.

@@ -170,7 +170,6 @@ def run_evaluation(
     file. The model is in training mode on return.
 
     Args:
-        state: State of the run.
         name: Name of the predictions file, such as `before` or `step-100`.
         console: Console for progress and messages.
         stop: Stop request, checked between batches.
@@ -345,9 +344,7 @@ def _mean_losses(
     """Return the mean loss per supervised token of the first part, and of all parts together.
 
     Args:
-        state: State of the run.
         loss_sums: Sums of this rank over each part of the validation samples.
-        console: Console for messages.
 
     Raises:
         UserError: All samples of the first part have corrupt images, or a loss is not finite.
@@ -389,7 +386,6 @@ def compute_validation_loss(
     The model is in evaluation mode, so dropout is disabled.
 
     Args:
-        state: State of the run.
         budget: Memory budget, which limits the tokens of a pack.
         on_progress: Callback for the number of newly processed samples.
         stop: Stop request, checked between batches.

@@ -63,10 +63,6 @@ class ParamChange:
     """Changes of the trainable or of the frozen parameters of one model part.
 
     Attributes:
-        part: Model part.
-        is_trained: Whether the parameters are trainable.
-        num_tensors: Number of tensors.
-        num_params: Number of parameters.
         num_changed: Number of tensors with at least one changed bit.
         num_with_grad: Number of tensors that received a non-zero gradient. Weight decay changes a
             tensor even without a gradient.
@@ -262,10 +258,8 @@ class RunResult(BaseModel):
     """Content of `result.json`, which marks a run as complete.
 
     Attributes:
-        run_dir: Path of the run directory.
         steps: Number of finished steps.
         samples: Number of consumed samples.
-        skipped_samples: Number of skipped samples.
         loss: Loss of the last step with a finite loss.
         before: Evaluation of all samples before training; None without validation data.
         after: Evaluation of all samples with the exported weights; None without validation data.
@@ -411,8 +405,6 @@ def write_run_report(
     Errors are logged, because a report must not fail a finished run.
 
     Args:
-        run_dir: Run directory.
-        console: Console for messages.
         live_report: State of the live report while the run is in progress.
         is_complete: Whether the run is finished. The report then has more examples.
     """

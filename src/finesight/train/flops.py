@@ -234,10 +234,8 @@ class _WeightInfo(NamedTuple):
     """Weight of the model, for counting FLOPs.
 
     Attributes:
-        name: Parameter name.
         num_params: Number of elements; in MoE layers, those of the active experts.
         is_matmul: Whether the weight is used in a matrix product.
-        is_trainable: Whether the weight is trainable.
     """
 
     name: str

@@ -303,8 +303,6 @@ class GraphShape(NamedTuple):
     """Fixed sizes of a CUDA graph; packs are padded to them.
 
     Attributes:
-        num_tokens: Number of tokens.
-        num_sequences: Number of sequences.
         prefix_length: Number of tokens of the shared prefix, which is not padded.
         max_seqlen: Maximum length of a sequence, including the shared prefix.
         num_features: Number of image tokens.
@@ -428,7 +426,6 @@ class GraphInputs:
     """Static input buffers of a CUDA graph.
 
     Attributes:
-        shape: Shape of the graph.
         batch: Packed batch with padded tensors.
         vision_inputs: Inputs of the vision encoder; None if the encoder is not in the graph.
         features_MKD: Image features; None for text, or if the graph contains the encoder.

@@ -75,7 +75,6 @@ class TrackingEvents:
         """Send the scores and example images of an evaluation, and an alert if it regressed.
 
         Args:
-            eval_result: Result of the evaluation.
             name: Name of the file in `predictions/` with its predictions.
             sample_ids: IDs of the samples that may be shown; None for all.
         """
@@ -337,11 +336,7 @@ class MetricsLogger:
         self._timer = StepTimer(state.hardware.device)
 
     def log_start(self, seconds: float) -> None:
-        """Log the start or resume of a run, with hardware, data and library versions.
-
-        Args:
-            seconds: Duration of the setup.
-        """
+        """Log the start or resume of a run, with hardware, data and library versions."""
         state, hardware = self._state, self._state.hardware
         data_by_split = {"train": state.train_data, "eval": state.validation_data}
         entry = {
@@ -471,7 +466,6 @@ class MetricsLogger:
         """Log an evaluation.
 
         Args:
-            eval_result: Result of the evaluation.
             name: Name of the file in `predictions/` with its predictions.
             seconds: Duration of the evaluation.
         """

@@ -31,7 +31,6 @@ class MemoryBudget(BaseModel):
     """Settings that limit the GPU memory of a step.
 
     Attributes:
-        pack_tokens: Maximum number of tokens of a pack.
         activation_checkpointing: Fraction of layers with activation checkpointing.
     """
 

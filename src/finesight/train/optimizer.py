@@ -166,7 +166,6 @@ class GradientAccumulator:
     exist in addition to their sums.
 
     Args:
-        param_slices: Parameters of the group.
         length: Number of elements of the flat buffers of the group, including padding.
     """
 
@@ -406,8 +405,6 @@ class AdamW:
         Args:
             grad_factor: Scalar on the device that multiplies all gradients, for clipping and
                 unscaling.
-            lr: Learning rate.
-            weight_decay: Decoupled weight decay.
         """
         hparams = AdamWHyperparams(lr, weight_decay, self._betas)
         tiles, states = self._gradients.tiles, (self.exp_avg, self.exp_avg_sq)
@@ -456,7 +453,6 @@ class AdamW:
 
         Args:
             flat_slice: Elements of the parameter in its group.
-            shape: Shape of the parameter.
         """
         return {
             f"{name}{suffix}": tensor
@@ -523,7 +519,6 @@ class ParamGroup:
         moments.
 
         Args:
-            train: Training settings.
             stacked_rows: Number of rows of each matrix in stacked parameters, by parameter name.
         """
         if train.optimizer == "muon" and self.is_matmul:
@@ -611,7 +606,6 @@ class MasterWeightOptimizer:
 
         Args:
             trainable_params: Trainable parameters by native name.
-            train: Training settings.
             stacked_rows: Number of rows of each matrix in stacked parameters, by parameter name.
         """
         self.param_groups = list(_build_param_groups(trainable_params, train))
@@ -672,11 +666,7 @@ class MasterWeightOptimizer:
             group.gradients.release()
 
     def learning_rates(self, lr_factor: float) -> dict[str, float]:
-        """Return the current learning rate of each trainable part.
-
-        Args:
-            lr_factor: Factor of the learning rate schedule.
-        """
+        """Return the current learning rate of each trainable part."""
         return {group.part: group.lr * lr_factor for group in self.param_groups}
 
     def master_weights(self) -> MasterWeightMap:

@@ -133,7 +133,6 @@ class TrainSampler:
     Args:
         corpus: Samples, with the sizes and weights of their sources.
         indices: Ascending corpus indices of the valid samples.
-        train: Training settings.
     """
 
     def __init__(self, corpus: Corpus, indices: Sequence[int], train: TrainSettings) -> None:
@@ -186,11 +185,9 @@ class DistributedSampler:
 
     Attributes:
         sampler: Sampler of complete steps, the same on all ranks.
-        process_group: Ranks of the run.
         cost_fn: Function from a corpus index to the cost of the sample.
         num_tokens_fn: Function from a corpus index to the number of tokens; None never splits
             samples.
-        pack_tokens: Maximum number of tokens of a pack.
     """
 
     sampler: StepSampler

@@ -74,7 +74,6 @@ class BaseModelRef:
 
     Attributes:
         name: Name stored in manifests and adapters: an absolute path, or the name of a hub model.
-        folder: Folder of the model files.
         adapter: Folder of an adapter to continue training; None to start with a new one.
         manifest: Manifest of the run that produced the model or adapter, if any.
     """
@@ -216,11 +215,8 @@ def build_train_state(
     the newest checkpoint is restored.
 
     Args:
-        recipe: Settings of the run.
-        run_dir: Run directory.
         console: Console for progress and messages.
         resume: Whether to restore the newest checkpoint.
-        process_group: Ranks of the run.
         check_inputs: Further check of a new run, before the weights are loaded.
 
     Raises:
@@ -385,11 +381,9 @@ def build_rank_sampler(
 
     Args:
         sampler: Sampler of complete steps, returned unchanged in a single-process run.
-        process_group: Ranks of the run.
         sample_stats: Statistics of all samples. Without them (None), all ranks get the same number
             of samples, because the ranks must agree on the costs.
         flop_counter: Counter that estimates the cost of a sample.
-        pack_tokens: Maximum number of tokens of a pack.
         can_split_samples: Split long samples over all ranks (context parallelism).
     """
     if process_group.is_single_process:

@@ -87,7 +87,6 @@ class Hardware:
         dtype: Compute dtype.
         num_workers: Number of data loader workers.
         peak_flops: Measured peak FLOP/s of the device.
-        process_group: Ranks of the run.
     """
 
     device: torch.device
@@ -176,7 +175,6 @@ class TrainState:
         on the length of its sample (`model.families.qwen_vl`).
 
         Args:
-            pack_tokens: Maximum number of tokens of a pack.
             indices: Corpus indices of the samples of all ranks.
         """
         assert self.validation_data is not None, "no validation data"
@@ -239,8 +237,6 @@ class GlobalStepStats(NamedTuple):
 
     Attributes:
         num_supervised_tokens: Number of tokens that contribute to the loss.
-        num_samples: Number of samples.
-        num_tokens: Number of tokens.
         max_packs: Largest number of packs on one rank.
         skipped: Samples that were skipped because reading or encoding failed.
         signal: Number of a stop signal that any rank received, or 0.
@@ -271,7 +267,6 @@ def sync_step(
     """Exchange step statistics with all ranks; all ranks must call this before each step.
 
     Args:
-        process_group: Ranks of the run.
         step_batch: Step data of this rank.
         signal: Number of the stop signal that this rank received, or 0.
 
@@ -344,7 +339,6 @@ def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
 
     Args:
         seed: Seed of the run (`train.seed`).
-        step: Index of the step.
         micro_index: Index of the micro-batch over all ranks.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{micro_index}".encode()).digest()
@@ -475,7 +469,6 @@ def _accumulate_gradients(
     """Accumulate the gradients of several packs.
 
     Args:
-        state: State of the run.
         step_batch: Step data of this rank.
         global_stats: Statistics over all ranks.
         packs: Packs with their micro-batch indices.
@@ -561,7 +554,6 @@ class Trainer:
     """Training loop of every rank: steps, evaluations, checkpoints and results.
 
     Args:
-        state: State of the run.
         console: Console for progress and messages.
         stop: Stop request of signal handlers.
         metrics_logger: Logger of steps and evaluations.

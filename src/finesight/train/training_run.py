@@ -113,7 +113,6 @@ def check_disk_space(state: TrainState, num_existing: int) -> None:
     written.
 
     Args:
-        state: State of the run.
         num_existing: Number of checkpoints that are already on disk, which need no more space.
 
     Raises:
@@ -225,7 +224,6 @@ def train(
     """Train a recipe from the start, or resume from its newest checkpoint.
 
     Args:
-        recipe: Settings of the run.
         resume: Whether to continue an existing run.
         console: Console for progress and messages; standard error by default.
         check_inputs: Further check of a new run, before the weights are loaded.

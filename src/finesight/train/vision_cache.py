@@ -624,7 +624,6 @@ class VisionDiskReader(VisionIndexReader):
         files: File of each chunk of images.
         first_images: Index of the first image of each chunk.
         feature_shape: Shape (K, D) of the features of a token.
-        dtype: Dtype of the features.
     """
 
     files: Sequence[StoredChunk]
@@ -660,7 +659,6 @@ class VisionCache:
 
     Attributes:
         reader: Reader that the data loader uses.
-        device: Device of the model.
         features_AKD: Features on the device if the reader sends only indices; otherwise None.
     """
 

@@ -271,7 +271,6 @@ class VisionCacheResult:
         cache: Vision cache; None if images are encoded in every step.
         reason: Description of the decision for the user.
         tier: Storage tier of the features.
-        num_images: Number of cached images.
         num_from_disk: Number of images whose features were read from disk.
         num_bytes: Size of all features in bytes.
     """

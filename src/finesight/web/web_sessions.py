@@ -203,12 +203,9 @@ class WebSession:
     """Conversation of a browser, with a private folder.
 
     Attributes:
-        reader: Reads the uploaded images.
-        browser_id: Secret ID of the browser.
         token: Secret part of the URLs of its images and its export.
         tabs: IDs of the tabs that display the conversation.
         settings: Settings of the last answer; None before the first one.
-        is_generating: Whether an answer is being generated.
     """
 
     chat: ChatSession

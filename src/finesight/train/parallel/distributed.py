@@ -148,8 +148,6 @@ class ProcessGroup:
     """Rank and world size of this process, with collectives over all ranks.
 
     Attributes:
-        rank: Rank of this process.
-        world_size: Number of ranks.
         local_rank: Rank of this process on its machine.
         local_world_size: Number of ranks on this machine.
         monitor: Barriers that report missing ranks; None in a single-process run.

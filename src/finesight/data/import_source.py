@@ -276,7 +276,7 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     known = dict.fromkeys(key for record in first_records for key in record)
     for role, column in column_map.items():
         table_format.find_columns(known, role, column, str(source))
-    columns = tuple(_list_columns(first_records[0], column_map)) if first_records else ()
+    columns = tuple(table_format.list_columns(first_records[0], column_map))
     opened = ImportSource(
         source, rows, data_format, detected_by, columns, column_map, (start, stop)
     )
@@ -286,17 +286,6 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
         detected_by = f"{opened.detected_by}; images found in {folder.name}/"
         opened = replace(opened, image_folder=folder, detected_by=detected_by)
     return opened
-
-
-def _list_columns(record: Record, column_map: Mapping[str, str]) -> Iterator[str]:
-    """Yield the columns of a record, and the keys inside those of which a part is mapped."""
-    mapped = ",".join(column_map.values()).split(",")
-    for name, value in record.items():
-        item = value[0] if isinstance(value, list) and value else value
-        if isinstance(item, dict) and any(one.startswith(f"{name}.") for one in mapped):
-            yield from (f"{name}.{key}" for key in item)
-        else:
-            yield str(name)
 
 
 def _merge_objects(source: ImportSource) -> ImportSource:

@@ -23,7 +23,6 @@ import numpy as np
 
 from finesight.data.boxes import COORDINATE_REMEDIES, InvalidBoxError, TextCoordinates
 from finesight.data.formats import detect_format
-from finesight.data.formats import table as table_format
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ImportContext,
@@ -290,15 +289,15 @@ class ImportSummary:
 
     def list_other_keys(self) -> list[str]:
         """Return a line with the keys that the format does not use, and their numbers."""
-        counts = self.other_keys.items()
-        keys = [f"{key} ({count})" for key, count in counts if key not in self.unused_columns]
+        counts = {} if self.unused_columns else self.other_keys
+        keys = [f"{key} ({count})" for key, count in counts.items()]
         more = f" and {len(keys) - MAX_LISTED_KEYS} more" * (len(keys) > MAX_LISTED_KEYS)
         return [f"other keys: {'; '.join(keys[:MAX_LISTED_KEYS])}{more}"] if keys else []
 
     def list_unused_columns(self) -> list[str]:
         """Return the unused columns of a table, with their numbers of rows if not all have it."""
-        most = max(self.other_keys.values(), default=0)
-        counts = {name: self.other_keys.get(name, most) for name in self.unused_columns}
+        counts = {name: self.other_keys[name] for name in self.unused_columns}
+        most = max(counts.values(), default=0)
         return [one if n == most else f"{one} ({n} of {most} rows)" for one, n in counts.items()]
 
     def list_skipped(self) -> list[str]:
@@ -460,6 +459,7 @@ def import_dataset(
     )
     reason_counts.update(context.skipped_rows)
     reason_counts.update(invalid.reasons)
+    is_table = "map" in source.data_format.supported_options
     return ImportSummary(
         format=source.data_format.name,
         detected_by=source.detected_by,
@@ -469,7 +469,7 @@ def import_dataset(
         num_images=len(num_used),
         num_clipped_boxes=context.num_clipped,
         source_notes=dict(+context.source_notes),
-        unused_columns=_list_unused_columns(source, parsed.other_keys),
+        unused_columns=tuple(parsed.other_keys) if is_table else (),
         other_keys=dict(parsed.other_keys),
         skipped_rows_file=out / SKIPPED_ROWS_FILE if invalid else None,
         text_format=source.rows.text_format,
@@ -551,7 +551,6 @@ def _parse_rows(
     for row_index, row in enumerate(source.iter_rows(), start=source.row_bounds[0]):
         num_clipped = context.num_clipped
         context.raw_boxes.clear()
-        context.invalid_boxes.clear()
         try:
             examples = source.data_format.parse_examples(row, context)
             encoded = _encode_examples(examples, names)
@@ -571,6 +570,7 @@ def _parse_rows(
             rows.append([_spool_example(example, spool) for example in encoded])
             locations.append(row.location)
             is_eval.append(row_index >= eval_start)
+            context.source_notes.update(context.row_notes)
             context.source_notes.update(note for note, _ in context.invalid_boxes)
             if context.invalid_boxes and options.on_invalid_box is None:
                 repaired.append((row.location, context.invalid_boxes[0][1].with_traceback(None)))
@@ -884,12 +884,3 @@ def _remove_unused_images(staging: Path, used: set[str]) -> None:
     for saved in (staging / IMAGES_FOLDER).glob("*"):
         if saved.relative_to(staging).as_posix() not in used:
             saved.unlink()
-
-
-def _list_unused_columns(source: ImportSource, other_keys: Counter[str]) -> tuple[str, ...]:
-    """Return the table columns that no `--map` option uses, of the first row and of later ones."""
-    if "map" not in source.data_format.supported_options:
-        return ()
-    names = dict.fromkeys((*source.columns, *other_keys))
-    used = table_format.list_used_columns(source.column_map, names)
-    return tuple(name for name in names if name not in used)

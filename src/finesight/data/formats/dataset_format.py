@@ -177,6 +177,7 @@ class ImportContext:
         lenient: Accept every box unchanged, for data checks.
         raw_boxes: Boxes of the current row with coordinates as stored in the source.
         num_clipped: Number of boxes that exceeded their image by a rounding error.
+        row_notes: Counts of content of the current row that samples do not represent.
         other_keys: Number of keys in the current row that its format does not use, by description.
         invalid_boxes: Note and error of each clipped or dropped box of the current row.
     """
@@ -193,6 +194,7 @@ class ImportContext:
     num_clipped: int = 0
     invalid_boxes: list[tuple[str, InvalidBoxError]] = field(default_factory=list)
     source_notes: Counter[str] = field(default_factory=Counter)
+    row_notes: Counter[str] = field(default_factory=Counter)
     skipped_rows: Counter[str] = field(default_factory=Counter)
     other_keys: Counter[str] = field(default_factory=Counter)
 
@@ -452,7 +454,8 @@ class DatasetFormat:
 
         Lists that a conversation row contains as JSON text are parsed, except in tables.
         """
-        context.other_keys.clear()
+        for notes in (context.row_notes, context.other_keys, context.invalid_boxes):
+            notes.clear()
         if "map" not in self.supported_options:
             row = replace(row, record=decode_json_lists(row.record))
         result = self.parse_row(row, context)

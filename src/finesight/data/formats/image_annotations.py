@@ -139,12 +139,10 @@ NOTE_OMITTED_CLASSES = "classes of objects without a box (not in the question ab
 NOTE_OMITTED_BOXES = "boxes of these classes (not in the answer)"
 
 
-def enclose_shape(
-    kind: str, bounds: list[float] | None, source_notes: Counter[str]
-) -> list[float] | None:
+def enclose_shape(kind: str, bounds: list[float] | None, notes: Counter[str]) -> list[float] | None:
     """Return the enclosing box of a shape, None without area, and count the shape by its kind."""
     is_box = bounds is not None and bounds[0] < bounds[2] and bounds[1] < bounds[3]
-    source_notes[f"{kind} ({'converted to bounding boxes' if is_box else 'skipped'})"] += 1
+    notes[f"{kind} ({'converted to bounding boxes' if is_box else 'skipped'})"] += 1
     return bounds if is_box else None
 
 
@@ -195,7 +193,6 @@ class ImageAnnotation:
     Attributes:
         class_names: Class names of the full dataset, listed in detection questions.
         declared_size: Height and width stated by the annotation file, None if missing.
-        source_notes: Counts of ignored content, by description.
         default_prompt: Default question for `--box-task detection`.
     """
 
@@ -204,7 +201,6 @@ class ImageAnnotation:
     class_names: Sequence[str]
     declared_size: ImageSize | None = None
     meta: Record = field(default_factory=dict)
-    source_notes: Counter[str] = field(default_factory=Counter)
     default_prompt: str = DETECTION_PROMPT
 
 
@@ -231,7 +227,6 @@ def build_detection_examples(
     boxes_with_attributes = [pair for pair in located_boxes if pair[0].label not in omitted]
     template = annotation.default_prompt if context.prompt is None else context.prompt
     has_class_list = "{labels}" in template
-    context.source_notes.update(annotation.source_notes)
     if omitted and (
         not boxes_with_attributes
         or UNKNOWN_LABEL in omitted
@@ -239,8 +234,8 @@ def build_detection_examples(
     ):
         context.skipped_rows[REASON_OBJECT_WITHOUT_BOX] += 1
         return []
-    context.source_notes[NOTE_OMITTED_CLASSES] += len(omitted.intersection(annotation.class_names))
-    context.source_notes[NOTE_OMITTED_BOXES] += len(located_boxes) - len(boxes_with_attributes)
+    context.row_notes[NOTE_OMITTED_CLASSES] += len(omitted.intersection(annotation.class_names))
+    context.row_notes[NOTE_OMITTED_BOXES] += len(located_boxes) - len(boxes_with_attributes)
     if context.box_task == "detection":
         if len(annotation.class_names) > MAX_CLASSES:
             raise InvalidOptionError(

@@ -170,7 +170,8 @@ def open_imagefolder(source: Path, encoding: str | None = None) -> tuple[RowRead
     """Open a Hugging Face ImageFolder as table rows; paths in `file_name` become absolute.
 
     Args:
-        encoding: Encoding of metadata.csv, None to detect it."""
+        encoding: Encoding of metadata.csv, None to detect it; other files then do not match.
+    """
     if not source.is_dir():
         return None
     found = [path for path in list_folder(source).files if _METADATA_NAME.fullmatch(path.name)]
@@ -218,7 +219,9 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
     """Open class folders of images as rows, with the folder name as label.
 
     Args:
-        is_requested: Ignore other files, and accept class names such as `images`."""
+        is_requested: Ignore other files, accept class names such as `images`, and raise UserError
+            if the folders are not classes.
+    """
     listing = list_folder(source) if source.is_dir() else None
     images, num_train, note = _order_by_split(source, listing.image_files() if listing else ())
     depth = 1 if note else 0

@@ -168,10 +168,9 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     if row.record["names"] is None:
         return _parse_captions(row, annotations, meta, context)
     names: dict[str, str] = row.record["names"]
-    source_notes: Counter[str] = Counter()
     is_coco = context.resolve_convention(COCO_BOX_CONVENTION) == COCO_BOX_CONVENTION
     objects = [
-        ObjectAnnotation(_get_class_name(one, names), _find_box(one, source_notes, is_coco))
+        ObjectAnnotation(_get_class_name(one, names), _find_box(one, context.row_notes, is_coco))
         for one in annotations
     ]
     image_annotation = ImageAnnotation(
@@ -180,7 +179,6 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         list(names.values()),
         parse_declared_size(image.get("height"), image.get("width")),
         meta,
-        source_notes,
     )
     return build_detection_examples(row, image_annotation, context, COCO_BOX_CONVENTION)
 
@@ -476,8 +474,7 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
     """Build the training examples of a LabelMe file."""
     file = Path(row.record["file"])
     record = _read_record(file)
-    source_notes: Counter[str] = Counter()
-    objects = [_parse_shape(shape, source_notes) for shape in record["shapes"]]
+    objects = [_parse_shape(shape, context.row_notes) for shape in record["shapes"]]
     count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
     count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
     image = _find_image(file, record)
@@ -486,7 +483,6 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
         objects,
         row.record["classes"],
         parse_declared_size(record.get("imageHeight"), record.get("imageWidth")),
-        source_notes=source_notes,
     )
     return build_detection_examples(row, annotation, context, BoxConvention())
 

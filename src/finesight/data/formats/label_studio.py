@@ -164,9 +164,9 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     count_keys(task.results, _RESULT_USED_KEYS, "results", context.other_keys)
     values = (one["value"] for one in task.results if isinstance(one.get("value"), dict))
     count_keys(values, _VALUE_USED_KEYS, "results", context.other_keys)
-    notes = Counter(task.notes)
+    notes = context.row_notes
+    notes.update(task.notes)
     if not project.has_regions:
-        context.source_notes.update(notes)
         return _parse_answers(row, task, project, context)
     targets = {str(result.get("to_name")) for result in task.results if "original_width" in result}
     if len(targets) > 1:
@@ -189,7 +189,6 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         objects,
         project.classes,
         declared.pop() if len(declared) == 1 else None,
-        source_notes=notes,
         default_prompt=SPOTTING_PROMPT if project.text_classes else DETECTION_PROMPT,
     )
     return build_detection_examples(row, annotation, context, BOX_CONVENTION)

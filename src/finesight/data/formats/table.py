@@ -280,17 +280,25 @@ def suggest_role(name: str, column: str) -> str:
     return suggest_name(name, MAPPABLE_COLUMNS, "use one of these, such as answer=COLUMN")
 
 
-def list_used_columns(columns: Mapping[str, str], record: Collection[str]) -> set[str]:
-    """Return the columns of a record that `--map` or the row ID uses."""
-    return {"id"}.union(
-        *((column, *split_column_names(column, record)) for column in columns.values())
-    )
+def list_columns(record: Record, columns: Mapping[str, str]) -> list[str]:
+    """Return the columns of a record, and the keys inside those of which `--map` uses a part."""
+    mapped = ",".join(columns.values()).split(",")
+    names: list[str] = []
+    for name, value in record.items():
+        item = value[0] if isinstance(value, list) and value else value
+        is_used_in_part = any(one.startswith(f"{name}.") for one in mapped)
+        nested = item if isinstance(item, dict) and is_used_in_part else None
+        names += [str(name)] if nested is None else [f"{name}.{key}" for key in nested]
+    return names
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a table row with mapped columns."""
-    used = list_used_columns(context.columns, row.record)
-    context.other_keys.update(str(name) for name in row.record if name not in used)
+    names = list_columns(row.record, context.columns)
+    used = {"id"}.union(
+        *((one, *split_column_names(one, names)) for one in context.columns.values())
+    )
+    context.other_keys.update(name for name in names if name not in used)
     images = RowImages(context)
     parts: list[ContentPart] = []
     if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected

@@ -134,12 +134,12 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         context.resolve_convention(BoxConvention()) == BoxConvention()
         and context.box_format is None
     )
-    source_notes: Counter[str] = Counter()
+    notes = context.row_notes
     objects = []
     for element in root.iterfind("object"):
-        source_notes[NOTE_PARTS] += len(element.findall("part"))
+        notes[NOTE_PARTS] += len(element.findall("part"))
         if element.find("bndbox") is None:
-            bounds = enclose_shape("objects without a bndbox", None, source_notes)
+            bounds = enclose_shape("objects without a bndbox", None, notes)
             objects.append(ObjectAnnotation(element.findtext("name", "").strip(), bounds))
         else:
             objects.append(_parse_object(element, one_based=is_one_based))
@@ -148,9 +148,7 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         children = [{child.tag: child.text} for child in element]
         count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
-    annotation = ImageAnnotation(
-        str(image), objects, row.record["classes"], _read_size(root), source_notes=source_notes
-    )
+    annotation = ImageAnnotation(str(image), objects, row.record["classes"], _read_size(root))
     return build_detection_examples(row, annotation, context, BoxConvention())
 
 
@@ -324,8 +322,7 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             return []
         answer, meta = ", ".join(filter(None, tags)), {"classes": classes}
         return [build_text_example(row.id, row.record["path"], [answer], classes, context, meta)]
-    source_notes: Counter[str] = Counter()
-    objects = [_parse_shape(shape, source_notes) for shape in image]
+    objects = [_parse_shape(shape, context.row_notes) for shape in image]
     used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
     annotation = ImageAnnotation(
@@ -335,7 +332,6 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         parse_declared_size(
             parse_integer(image.get("height", "")), parse_integer(image.get("width", ""))
         ),
-        source_notes=source_notes,
     )
     return build_detection_examples(row, annotation, context, BoxConvention())
 

@@ -127,15 +127,13 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     if not os.path.isfile(label_file):
         context.skipped_rows[REASON_NO_LABEL_FILE] += 1
         return []
-    source_notes: Counter[str] = Counter()
     text = read_data_file(label_file, MAX_LABEL_FILE_BYTES).decode("utf-8", "replace")
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     objects = [
-        _parse_label_line(line, line_number, record, source_notes) for line_number, line in lines
+        _parse_label_line(line, line_number, record, context.row_notes)
+        for line_number, line in lines
     ]
-    annotation = ImageAnnotation(
-        record["image"], objects, record["classes"], meta=record["meta"], source_notes=source_notes
-    )
+    annotation = ImageAnnotation(record["image"], objects, record["classes"], meta=record["meta"])
     return build_detection_examples(row, annotation, context, YOLO_BOX_CONVENTION)
 
 

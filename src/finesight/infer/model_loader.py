@@ -345,12 +345,10 @@ def _resolve_run(
             expected=f"{manifest.family}, the family of the run",
             remedy="restore the base model of the run",
         )
-    tune = manifest.tune
+    quantize = manifest.tune.quantize
     if checkpoint is not None and adapter_dir is not None:
         _write_checkpoint_adapter(checkpoint, adapter_dir, manifest, folder)
-    return ModelSource(
-        folder, adapter_dir, manifest, tune.quantize.nf4 or (), tune.quantize.fp8 or ()
-    )
+    return ModelSource(folder, adapter_dir, manifest, quantize.nf4 or (), quantize.fp8 or ())
 
 
 def _write_checkpoint_adapter(

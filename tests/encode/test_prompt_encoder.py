@@ -8,13 +8,13 @@ from pathlib import Path
 import hf_models
 import pytest
 import torch
-from hostile_requests import make_jpeg2000
+from hostile_requests import make_progressive_jpeg
 from service_fixture import write_shape_image
 
 from finesight.data.sample import LocatedSample
 from finesight.encode import prompt_encoder, renderer
 from finesight.encode.family import DEFAULT_THINKING
-from finesight.encode.prompt_encoder import PromptEncoder
+from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
 from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession
@@ -30,8 +30,8 @@ def test_chat_decodes_images_in_worker_processes(
 ) -> None:
     model = load_inference_model("finesight-tiny", "cpu", "fp32")
     image, question = write_shape_image(tmp_path, 0)
-    hostile = tmp_path / "hostile.jp2"
-    hostile.write_bytes(make_jpeg2000())
+    hostile = tmp_path / "hostile.jpg"
+    hostile.write_bytes(make_progressive_jpeg())
     options = [GenerationOptions(max_new_tokens=60)]
 
     def ask(service: InferenceService, *images: Path) -> tuple[str, object]:
@@ -40,13 +40,15 @@ def test_chat_decodes_images_in_worker_processes(
 
     with contextlib.closing(InferenceService(model, max_num_seqs=1)) as service:
         expected = ask(service, image, image), ask(service)
-    monkeypatch.setattr(prompt_encoder, "MAX_PROMPT_CPU_S", 0.5)
+    monkeypatch.setattr(prompt_encoder, "MAX_PROMPT_CPU_S", 2.0)
     monkeypatch.setattr(renderer, "load_image", lambda *_: pytest.fail("decoded in the server"))
-    with contextlib.closing(create_image_pool(model.renderer)) as pool:
+    with contextlib.closing(create_image_pool(model.renderer, encode_prompt)) as pool:
         encode = PromptEncoder(pool).encode
         service = InferenceService(model, max_num_seqs=1, encode_prompt=encode)
         with contextlib.closing(service):
             assert (ask(service, image, image), ask(service)) == expected
+            # Its replacement would cost the time of a start at each prompt.
+            assert sum(worker.jobs for worker in pool.idle_workers) == 2, "a worker was replaced"
             with pytest.raises(UserError, match=r"CPU time"):
                 ask(service, hostile)
             pool.close()
@@ -58,7 +60,7 @@ def test_transformers_inputs_are_encoded_in_worker_processes(tmp_path: Path) -> 
     native = build_renderer(ModelFolder(hf_models.make_llava(tmp_path / "llava")))
     sample: LocatedSample = hf_models.make_sample(tmp_path, ("Which colour?", ""))
     expected = native.load_patches(native.tokenize_prompt(sample))
-    with contextlib.closing(create_image_pool(native)) as pool:
+    with contextlib.closing(create_image_pool(native, encode_prompt)) as pool:
         encoded = PromptEncoder(pool).encode(sample, DEFAULT_THINKING)
     assert encoded.tokenized.ids_T.tolist() == expected.tokenized.ids_T.tolist()
     assert encoded.hf_inputs.keys() == expected.hf_inputs.keys()

@@ -329,7 +329,7 @@ def web(
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
     from finesight.encode.family import ThinkingOptions
-    from finesight.encode.prompt_encoder import PromptEncoder
+    from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import load_multi_adapter_model
     from finesight.vision.image_reader import create_image_pool
@@ -341,7 +341,7 @@ def web(
             run_or_model, (), device, precision, weight_format, thinking_options
         )
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
-        pool = create_image_pool(inference_model.renderer)
+        pool = create_image_pool(inference_model.renderer, encode_prompt)
         service = InferenceService(
             inference_model, max_num_seqs=num_seqs, encode_prompt=PromptEncoder(pool).encode
         )

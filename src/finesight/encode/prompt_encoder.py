@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from finesight.data.sample import ImagePart, LocatedSample
 from finesight.encode.family import ThinkingOptions
@@ -25,7 +24,7 @@ class PromptEncoder:
     """Encodes prompts in worker processes, with limits on time and memory.
 
     Attributes:
-        pool: Worker processes of `create_image_pool(renderer)`.
+        pool: Worker processes of `create_image_pool(renderer, encode_prompt)`.
     """
 
     pool: WorkerPool
@@ -36,10 +35,13 @@ class PromptEncoder:
         Raises:
             UserError: The sample is invalid, or exceeds a limit.
         """
+        # Lazy import: workers import this module, and need torch for some models only.
+        import torch
+
         try:
             with self.pool.borrow_worker() as worker:
                 reply = worker.call(
-                    _encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S
+                    encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S
                 )
         except WorkerLostError as error:
             raise UserError("not encoded, because the server stops", where="prompt") from error
@@ -87,9 +89,10 @@ def unpack_tokenized(reply: WorkerReply, sample_id: str, files: Sequence[Path]) 
     )
 
 
-def _encode_prompt(
+def encode_prompt(
     renderer: Renderer, located_sample: LocatedSample, thinking: ThinkingOptions
 ) -> JobOutput:
+    """Tokenize a prompt in a worker process, and decode its images."""
     renderer = renderer.with_thinking(thinking)
     encoded = renderer.load_patches(renderer.tokenize_prompt(located_sample))
     tokenized = pack_tokenized(encoded.tokenized)

@@ -187,7 +187,7 @@ class StudioView:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.jobs = workspace, JobStore(workspace.folder)
-        self.report_pool = create_image_pool()
+        self.report_pool = create_image_pool(job=render_report)
         templates = Path(i18n.__file__).parent / "templates"
         self._environment = create_environment(FileSystemLoader([STATIC_FOLDER, templates]))
         self._environment.globals |= {

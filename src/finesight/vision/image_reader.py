@@ -73,13 +73,18 @@ class ImageReader:
             ) from error
 
 
-def create_image_pool(state: Any = None) -> WorkerPool:
-    """Create worker processes for `ImageReader`, and for jobs with a state; a job starts them."""
+def create_image_pool(state: Any = None, job: Callable[..., JobOutput] | None = None) -> WorkerPool:
+    """Create worker processes for `ImageReader`, and for another job; a job starts them.
+
+    Args:
+        state: State of the jobs.
+        job: Function whose module the template process imports, so that no worker has to.
+    """
     limits = {"num_idle": NUM_IMAGE_WORKERS, "memory_bytes": MAX_WORKER_MEMORY_BYTES}
-    return WorkerPool(load_state, state, **limits)
+    return WorkerPool(load_state, state, job, **limits)
 
 
-def load_state(state: Any) -> Any:
+def load_state(state: Any, job: Callable[..., JobOutput] | None) -> Any:
     """Load the decoders of Pillow in the template process, and return the state of the jobs."""
     Image.init()
     return state

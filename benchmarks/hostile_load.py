@@ -1,0 +1,344 @@
+"""Measure memory and response times of `finesight serve` and `finesight web` under attack.
+
+    python benchmarks/hostile_load.py [--requests 500] [--clients 8] [--out FILE] [--servers serve]
+
+Several clients send hostile requests without pause: decompression bombs, JPEG 2000, progressive
+JPEGs with thousands of scans, huge dimensions, deep JSON, incomplete bodies, wrong passwords and
+keys, NUL, wrong content types and paths outside of the server. Meanwhile, another client requests
+`/health` of the server, or the chat page with the cookie of its owner and the sign-in page, with
+pauses of 0.1 s. Prints and writes JSON: memory of all processes of the server in MB before, at the
+peak and 5 s after the attack, response times and load average, and statuses by request. Status 0
+is a connection that either side closed, and status -1 an answer that a client did not wait for.
+Before the attack, the owner of the chat page asks 20 questions about images of 448 x 448 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import io
+import itertools
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.parse import urlencode
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from attack_client import MODEL, AttackedServer, start_server_process
+from hostile_requests import (
+    CHAT,
+    FILES,
+    HostileRequest,
+    hostile_requests,
+    make_chat_body,
+    make_header_flood,
+    make_image_bomb,
+    make_image_content,
+    make_jpeg2000,
+    make_multipart_form,
+    make_progressive_jpeg,
+    make_small_image,
+)
+
+PASSWORD, API_KEY = "correct-password", "correct-key-of-the-owner-of-the-server"
+KEY_HEADERS = {"Authorization": f"Bearer {API_KEY}"}
+FORM = "application/x-www-form-urlencoded"
+SETTINGS = [False, False, 9, 0, 1, 0, 1, -1, ""]
+"""Settings of an answer, in the order of the fields of `ChatSettings`."""
+
+MAX_ANSWER_S = 60.0
+"""Seconds after which a hostile client of the chat page does not wait for an answer any more."""
+
+NUM_QUESTIONS = 20
+"""Number of ordinary questions before the attack."""
+
+Attack = Callable[[], tuple[str, int]]
+"""Sends a request, and returns its name and status."""
+
+
+def make_images() -> dict[str, bytes]:
+    """Make hostile images by name."""
+    return {
+        "JPEG 2000": make_jpeg2000(),
+        "progressive JPEG": make_progressive_jpeg(),
+        "image bomb": make_image_bomb(),
+        "huge dimensions": make_image_bomb(30_000),
+        "long header": make_header_flood("GIF", 4 << 20),
+        "truncated image": make_small_image("PNG")[:60],
+        "text as image": b"no image",
+    }
+
+
+def make_photo(seed: int) -> bytes:
+    """Make an ordinary image of 448 x 448 pixels."""
+    file = io.BytesIO()
+    Image.effect_noise((448, 448), 64 + seed).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def get_status(port: int, path: str, headers: Mapping[str, str], body: bytes | None = None) -> int:
+    """Send a request, receive the complete answer, and return its status."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    with contextlib.closing(connection):
+        kind = {"Content-Type": "application/json"}
+        connection.request("GET" if body is None else "POST", path, body, {**kind, **headers})
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
+
+
+def send_request(request: HostileRequest, port: int) -> tuple[str, int]:
+    """Send a request, and return its name and status."""
+    return request.name, request.send(port)
+
+
+def make_api_attacks(port: int, number: int) -> Iterator[Attack]:
+    """Yield attacks on the API server in a fixed random order."""
+    others = [
+        *(
+            HostileRequest(name, CHAT, make_chat_body(MODEL, [make_image_content(data)] * 4))
+            for name, data in make_images().items()
+        ),
+        HostileRequest("deep JSON", CHAT, b'{"model":' + b'{"a":' * 200_000),
+        HostileRequest("half a body", CHAT, bytes(1 << 20), cut=0.5),
+        HostileRequest("wrong key", CHAT, make_chat_body(MODEL, "What?")),
+        HostileRequest("NUL", CHAT, make_chat_body(MODEL, "\0" * 1000)),
+        HostileRequest("wrong content type", FILES, b"x" * 1000, "multipart/form-data"),
+        HostileRequest("path outside", "/v1/files/..%2f..%2fetc%2fpasswd", b"{}"),
+    ]
+    requests = [*hostile_requests(MODEL, number // 2), *others * (number // 2 // len(others) + 1)]
+    random.Random(0).shuffle(requests)
+    for request in requests[:number]:
+        key = "guess" if request.name == "wrong key" else API_KEY
+        headers = f"Authorization: Bearer {key}\r\n"
+        yield partial(send_request, replace(request, headers=headers), port)
+
+
+class ChatPageClient:
+    """Client of the chat page that has signed in."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        body = urlencode({"password": PASSWORD}).encode()
+        _, headers, _ = self.request("POST", "/sign-in", body, FORM)
+        self.cookie = "; ".join(
+            value.split(";")[0] for name, value in headers if name.lower() == "set-cookie"
+        )
+        config = json.loads(self.request("GET", "/config")[2])
+        self.event = next(e["id"] for e in config["dependencies"] if len(e["inputs"]) == 10)
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, kind: str = "application/json"
+    ) -> tuple[int, list[tuple[str, str]], bytes]:
+        """Send a request; returns status, headers and body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        with contextlib.closing(connection):
+            headers = {"Content-Type": kind, "Cookie": getattr(self, "cookie", "")}
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            if "event-stream" not in (answer.headers["content-type"] or ""):
+                return answer.status, answer.getheaders(), answer.read()
+            # Gradio keeps the stream open after the answer, and sends heartbeats before it.
+            end = time.monotonic() + MAX_ANSWER_S
+            for line in answer:
+                if b'"process_completed"' in line:
+                    return answer.status, answer.getheaders(), line
+                if time.monotonic() > end:
+                    break
+            return -1, answer.getheaders(), b""
+
+    def ask(self, name: str, data: bytes, session: str, copies: int = 1) -> tuple[str, int]:
+        """Upload an image, ask a question about copies of it, and wait for the answer."""
+        body, kind = make_multipart_form(data)
+        body = body.replace(b'name="file"', b'name="files"')
+        status, _, output = self.request("POST", "/gradio_api/upload", body, kind)
+        if status != 200:
+            return name, status
+        (path,) = json.loads(output)
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        event = {
+            "data": [{"text": "What?", "files": [file] * copies}, *SETTINGS],
+            "fn_index": self.event,
+            "session_hash": session,
+        }
+        status = self.request("POST", "/gradio_api/queue/join", json.dumps(event).encode())[0]
+        if status == 200:
+            status = self.request("GET", f"/gradio_api/queue/data?session_hash={session}")[0]
+        return name, status
+
+
+def make_page_attacks(port: int, number: int) -> Iterator[Attack]:
+    """Yield attacks on the chat page in a fixed random order, half of them without password."""
+    visitor = ChatPageClient(port)
+    cookie = f"Cookie: {visitor.cookie}\r\n"
+    join, upload = "/gradio_api/queue/join", "/gradio_api/upload"
+    body, kind = make_multipart_form(bytes(1 << 20))
+    others = [
+        HostileRequest("wrong password", "/sign-in", b"password=guess", FORM),
+        HostileRequest("NUL password", "/sign-in", b"password=%00" + b"%00" * 5000, FORM),
+        HostileRequest("half a sign-in", "/sign-in", bytes(1 << 16), FORM, cut=0.5),
+        HostileRequest("half an upload", upload, body, kind, cut=0.5, headers=cookie),
+        HostileRequest("deep JSON", join, b"[" * 500_000, headers=cookie),
+        HostileRequest("wrong content type", upload, b"x" * 1000, headers=cookie),
+        HostileRequest("path outside", "/gradio_api/file=/etc/passwd", b"", headers=cookie),
+        HostileRequest("no cookie", join, b"{}"),
+    ]
+    repeated = others * (number // 2 // len(others) + 1)
+    attacks: list[Attack] = [
+        partial(send_request, request, port) for request in repeated[: number // 2]
+    ]
+    for (name, data), index in zip(
+        itertools.cycle(make_images().items()), range(number - len(attacks)), strict=False
+    ):
+        attacks.append(partial(visitor.ask, name, data, f"visit{index}", 1 + index % 4))
+    random.Random(0).shuffle(attacks)
+    yield from attacks
+
+
+def run_attacks(
+    server: AttackedServer,
+    attacks: Iterator[Attack],
+    clients: int,
+    probes: Mapping[str, Callable[[], int]],
+) -> dict[str, Any]:
+    """Run attacks from several clients, while probes measure response times."""
+    time.sleep(2)
+    load = os.getloadavg()[0]
+    before = sum(server.read_memory().values())
+    peak, statuses = before, Counter[str]()
+    seconds: dict[str, list[float]] = {name: [] for name in probes}
+    lock, is_over, start = threading.Lock(), threading.Event(), time.monotonic()
+
+    def attack() -> None:
+        while True:
+            with lock:
+                one = next(attacks, None)
+            if one is None:
+                return
+            name, status = one()
+            with lock:
+                statuses[f"{name}: {status}"] += 1
+
+    def probe(name: str, request: Callable[[], int]) -> None:
+        while not is_over.is_set():
+            began = time.monotonic()
+            status = request()
+            seconds[name].append(time.monotonic() - began)
+            with lock:
+                statuses[f"{name}: {status}"] += 1
+            is_over.wait(0.1)
+
+    threads = [threading.Thread(target=attack) for _ in range(clients)]
+    probe_threads = [threading.Thread(target=probe, args=pair) for pair in probes.items()]
+    for thread in (*threads, *probe_threads):
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        peak = max(peak, sum(server.read_memory().values()))
+        time.sleep(0.2)
+    is_over.set()
+    for thread in probe_threads:
+        thread.join()
+    duration = time.monotonic() - start
+    time.sleep(5)
+    after = sum(server.read_memory().values())
+    return {
+        "requests": sum(statuses.values()) - sum(map(len, seconds.values())),
+        "seconds": round(duration, 1),
+        "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "memory_mb": {
+            name: round(value / 1e6)
+            for name, value in (("before", before), ("peak", peak), ("after", after))
+        },
+        "growth_mb": round((after - before) / 1e6),
+        "response_s": {name: summarize(found) for name, found in seconds.items()},
+        "tracebacks": server.log.read_text().count("Traceback"),
+        "statuses": dict(sorted(statuses.items())),
+    }
+
+
+def summarize(seconds: Sequence[float]) -> dict[str, float]:
+    """Return median and maximum of durations, and their number."""
+    return {
+        "median": round(median(seconds), 4),
+        "max": round(max(seconds), 3),
+        "n": len(seconds),
+    }
+
+
+def measure_api_server(number: int, clients: int, folder: Path) -> dict[str, Any]:
+    """Attack `finesight serve`."""
+    key_file = folder / "key.txt"
+    key_file.write_text(API_KEY)
+    with start_server_process(folder, options=["--key-file", str(key_file)]) as server:
+        for index in range(8):
+            body = server.make_ordinary_body(index)
+            status = get_status(server.port, CHAT, KEY_HEADERS, body)
+            assert status == 200, f"ordinary request: status {status}"
+        probes = {"health": partial(get_status, server.port, "/health", KEY_HEADERS)}
+        return run_attacks(server, make_api_attacks(server.port, number), clients, probes)
+
+
+def measure_chat_page(number: int, clients: int, folder: Path) -> dict[str, Any]:
+    """Attack `finesight web`."""
+    password_file = folder / "password.txt"
+    password_file.write_text(PASSWORD)
+    with start_server_process(folder, "web", ["--password-file", str(password_file)]) as server:
+        owner = ChatPageClient(server.port)
+        seconds = []
+        for index in range(NUM_QUESTIONS):
+            began = time.monotonic()
+            _, status = owner.ask("ordinary", make_photo(index), f"owner{index}")
+            assert status == 200, f"question {index}: status {status}"
+            seconds.append(time.monotonic() - began)
+        probes = {
+            "owner's page": partial(get_status, server.port, "/", {"Cookie": owner.cookie}),
+            "sign-in page": partial(get_status, server.port, "/sign-in", {}),
+        }
+        result = run_attacks(server, make_page_attacks(server.port, number), clients, probes)
+        return {"question_s": summarize(seconds), **result}
+
+
+def main() -> None:
+    """Attack both servers and print the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--servers", default="serve,web", help="comma-separated; default: both")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    results: dict[str, Any] = {
+        "command": " ".join(["python benchmarks/hostile_load.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("pillow", "uvicorn", "gradio", "torch")},
+        },
+    }
+    measures = {"serve": measure_api_server, "web": measure_chat_page}
+    for name in options.servers.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = measures[name](options.requests, options.clients, Path(folder))
+        print(json.dumps({name: results[name]}, indent=1), flush=True)
+    if options.out is not None:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

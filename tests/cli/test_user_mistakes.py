@@ -326,7 +326,7 @@ MISTAKES = {
     "upload-without-token": Mistake(
         "export run hf:me/mine --yes",
         "HF_TOKEN: no token for hf:me/mine",
-        "create one at https://huggingface.co/settings/tokens, then: export HF_TOKEN=hf_...",
+        "create a token at https://huggingface.co/settings/tokens, then: export HF_TOKEN=TOKEN",
         forget_token,
     ),
     "labels-in-use": Mistake(

@@ -393,15 +393,17 @@ def _select_results(
     if not valid:
         reason = REASON_CANCELLED if candidates else REASON_UNLABELED
         return LabeledTask(location, reference, skip_reason=reason)
-    selected = max(valid, key=lambda one: (bool(one.get("ground_truth")), _get_time(one)))
+    selected = max(
+        valid,
+        key=lambda one: (
+            bool(one.get("ground_truth")),
+            str(one.get("updated_at") or one.get("created_at") or ""),
+        ),
+    )
     notes = [NOTE_SEVERAL] * (len(valid) > 1)
     notes += [NOTE_PREDICTIONS] * (is_prediction and results_from == "annotations")
     results = tuple(one for one in as_list(selected.get("result")) if isinstance(one, dict))
     return LabeledTask(location, reference, results, data, notes=tuple(notes))
-
-
-def _get_time(annotation: Record) -> str:
-    return str(annotation.get("updated_at") or annotation.get("created_at") or "")
 
 
 def _expand_min(record: Record) -> Record:

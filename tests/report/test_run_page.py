@@ -26,7 +26,10 @@ from run_dir_fixtures import (
 
 from finesight.errors import UserError
 from finesight.evaluate.metric_difference import MetricDifference, read_predictions
-from finesight.report.run_page import render_run_page, write_report
+from finesight.report.charts import build_run_charts
+from finesight.report.metric_rows import read_metrics
+from finesight.report.run_page import render_run_page, select_evaluations, write_report
+from finesight.report.run_reader import read_run
 
 
 def make_image_answers(folder: Path, count: int) -> list[JsonLine]:
@@ -230,6 +233,41 @@ def test_evaluations_of_different_samples_are_not_compared(
     assert ("was best" in text) == (best in text)
     assert f"; validation on the same {200 if is_old else 64} samples" in text
     assert "Overfitting" not in text
+
+
+@pytest.mark.parametrize(
+    ("sets", "before"),
+    [
+        ("AA AA BB", {}),
+        ("AA AA AB", {"validation_loss": 2.0}),
+        ("AA AA BA", {"similarity": 0.0}),
+        ("AA BB BB", {"validation_loss": 1.5, "similarity": 0.5}),
+        ("AA BB AA", {"validation_loss": 2.0, "similarity": 0.0}),
+    ],
+)
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_latest_evaluation_is_paired_with_equal_samples(
+    tmp_path: Path, sets: str, before: dict[str, float], is_finished: bool
+) -> None:
+    run = FakeRunDir(tmp_path / "run")
+    counts = {"num_samples": 5, "num_loss_samples": 7}
+    lines = [
+        make_evaluation_line(20 * n, n / 2, **counts, sample_set=loss, score_set=scores)
+        for n, (loss, scores) in enumerate(sets.split())
+    ]
+    run.write_lines("metrics.jsonl", [START_RECORD, *lines])
+    if is_finished:
+        run.write_finished(before=lines[0], after=lines[-1])
+        before = {} if sets == "AA BB BB" else before
+    paired, latest = select_evaluations(read_run(run.folder))
+    assert latest["step"] == 40
+    found = read_metrics(paired)
+    found.pop("ended_with_eos", None)
+    assert found == before
+    text = read_visible_text(render_run_page(run.folder))
+    assert ("has other samples" in text) == (len(before) < 2)
+    charts = {c.title: c.caption for c in build_run_charts(read_run(run.folder))}
+    assert ("the same 7 samples" in charts["Loss"]) == (len({s[0] for s in sets.split()}) > 1)
 
 
 def test_missing_primary_score(tmp_path: Path) -> None:

@@ -212,6 +212,16 @@ def test_missing_predictions_drop_only_the_intervals(task: TinyTask) -> None:
     assert "similarity" in [one.name for one in result.metric_differences]
 
 
+def test_scores_of_other_samples_are_not_compared(task: TinyTask) -> None:
+    task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 3}
+    task.rewind_to_checkpoint()
+    result = task.run("eval.limit=2", resume=True)
+    assert [one.name for one in result.metric_differences] == ["validation_loss"]
+    assert "scores: not compared: the samples before (3) and after training (2) differ" in (
+        task.console_output
+    )
+
+
 def test_missing_best_predictions_drop_only_the_intervals(task: TinyTask) -> None:
     settings = _eval(task, FALLS, "score", patience=2)
     task.run(eval=settings)

@@ -216,6 +216,30 @@ def test_corrupt_validation_images_are_counted(task: TinyTask) -> None:
         task.run("data.on_invalid_sample=fail", name="strict")
 
 
+def test_evaluations_describe_the_samples_that_were_read(task: TinyTask) -> None:
+    task.recipe["eval"] = {"metric": "ocr", "every": 4, "max_new_tokens": 3}
+    run = task.rewind_to_checkpoint()
+    # Its header is readable, so it is still in the list of samples.
+    path = task.folder / "eval1.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    (run / "images.safetensors").unlink()
+    result = task.run(resume=True)
+    lines = [line for line in task.read_metrics() if "validation_loss" in line]
+    first, last = lines[0], lines[-1]
+    for key in ("num_samples", "num_loss_samples"):
+        assert (first[key], last[key]) == (3, 2)
+    assert {first["sample_set"], first["score_set"]}.isdisjoint(
+        {last["sample_set"], last["score_set"]}
+    )
+    listed = [json.loads(line) for line in (run / "skipped_samples.jsonl").open()]
+    assert [row["id"] for row in listed] == ["eval1"]
+    assert "not compared" in task.console_output
+    assert result.metric_differences == ()
+    assert "scores: not compared: the samples before (3) and after training (2) differ" in (
+        result.as_table()
+    )
+
+
 def test_damaged_result_is_rewritten(task: TinyTask) -> None:
     first = task.run()
     (task.folder / "run" / "result.json").write_text("{")

@@ -135,6 +135,7 @@ class GenerationEvalResult:
         corrupt_samples: (sample id, reason) of samples with unreadable images, which are excluded.
         intervals: 95 % confidence interval of each score; None if undefined.
         notes: Warnings and reasons for missing intervals, by the name of the score.
+        positions: Positions of the predicted samples in those given.
         subset: The result of a subset of the same predictions, if one was requested.
     """
 
@@ -146,6 +147,7 @@ class GenerationEvalResult:
     intervals: dict[str, ConfidenceInterval | None]
     details: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    positions: tuple[int, ...] = ()
     subset: GenerationEvalResult | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -225,7 +227,8 @@ def evaluate(
         UserError: There are no samples, samples have no reference answer for the metric, or no
             image can be read.
     """
-    selected = [samples[i] for i in select_eval_samples(range(len(samples)), settings.limit)]
+    chosen = select_eval_samples(range(len(samples)), settings.limit)
+    selected = [samples[i] for i in chosen]
     if not selected:
         raise UserError(
             f"{len(selected)} samples to evaluate",
@@ -263,31 +266,26 @@ def evaluate(
         ]
         write_file(predictions_file, "".join(lines).encode())
     corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
-    result = _build_result(settings.metric, metric_result, predictions, corrupt)
+    by_position = dict(zip(readable, predictions, strict=True))
+
+    def build_result(scored: Sequence[int], metric_result: MetricResult) -> GenerationEvalResult:
+        return GenerationEvalResult(
+            metric=settings.metric,
+            primary_metric=get_primary_metric(settings.metric, metric_result.scores),
+            scores=metric_result.scores,
+            predictions=tuple(by_position[i] for i in scored),
+            corrupt_samples=tuple(corrupt),
+            intervals=metric_result.intervals(),
+            details=metric_result.details,
+            notes=metric_result.notes(),
+            positions=tuple(chosen[i] for i in scored),
+        )
+
+    result = build_result(readable, metric_result)
     if subset is None or positions == readable:
         return result
-    chosen = [one for i, one in zip(readable, predictions, strict=True) if i in subset]
     subset_result = compute_metrics(settings.metric, [cases[i] for i in positions])
-    return replace(result, subset=_build_result(settings.metric, subset_result, chosen, corrupt))
-
-
-def _build_result(
-    metric: MetricSpec,
-    metric_result: MetricResult,
-    predictions: Sequence[Prediction],
-    corrupt_samples: Sequence[tuple[str, str]],
-) -> GenerationEvalResult:
-    """Build the result of an evaluation from the metrics of its predictions."""
-    return GenerationEvalResult(
-        metric=metric,
-        primary_metric=get_primary_metric(metric, metric_result.scores),
-        scores=metric_result.scores,
-        predictions=tuple(predictions),
-        corrupt_samples=tuple(corrupt_samples),
-        intervals=metric_result.intervals(),
-        details=metric_result.details,
-        notes=metric_result.notes(),
-    )
+    return replace(result, subset=build_result(positions, subset_result))
 
 
 def _generate_predictions(

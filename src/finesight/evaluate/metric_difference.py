@@ -194,10 +194,18 @@ def compare_estimators(
 
 
 def compare_prediction_files(
-    metric: MetricSpec, before: Path, after: Path
+    metric: MetricSpec, before: Path, after: Path, num_samples: int | None = None
 ) -> list[MetricDifference]:
-    """Compare the scores of two prediction files."""
+    """Compare the scores of two prediction files.
+
+    Args:
+        num_samples: Number of samples to compare. The result is empty if the files have another
+            number of samples in common.
+    """
     old, new = ([one.case for one in read_predictions(file)] for file in (before, after))
+    old_ids, new_ids = (Counter(case.id for case in cases) for cases in (old, new))
+    if num_samples is not None and (old_ids & new_ids).total() != num_samples:
+        return []
     return compare_cases(metric, old, new)
 
 

@@ -18,6 +18,7 @@ from finesight.report.metric_rows import format_metric_name, read_interval, read
 from finesight.report.run_reader import (
     JsonObject,
     RunRecord,
+    get_sample_set,
     is_finite,
     list_comparable_evaluations,
 )
@@ -347,7 +348,7 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
     validation_points = filter_finite(
         (line.get("step"), read_metrics(line).get("validation_loss")) for line in evaluations
     )
-    subset_text = _describe_subset(run_record.evaluations, evaluations)
+    subset_text = _describe_subset(run_record.evaluations, evaluations, "num_loss_samples")
     samples_text, mfu_text = translate("samples/s"), translate("% of the measured peak FLOPS")
     charts = [
         build_chart(
@@ -385,18 +386,20 @@ def _build_primary_metric_chart(run_record: RunRecord) -> Chart | None:
         if interval is not None:
             error_bars.append((float(line["step"]), *interval))
     note = translate("validation, bars: 95 % intervals" if error_bars else "validation")
-    note += _describe_subset(run_record.evaluations, evaluations)
+    note += _describe_subset(run_record.evaluations, evaluations, "num_samples")
     title = format_metric_name(name)
     return build_chart(title, [ChartSeries(title, points, "marks", error_bars)], note)
 
 
-def _describe_subset(all_lines: Sequence[JsonObject], evaluations: Sequence[JsonObject]) -> str:
+def _describe_subset(
+    all_lines: Sequence[JsonObject], evaluations: Sequence[JsonObject], count: str
+) -> str:
     """Describe the validation samples of a curve, if they are not all samples; otherwise empty."""
-    count = evaluations[-1].get("num_samples") if evaluations else None
+    _, num_samples = get_sample_set(evaluations[-1], count) if evaluations else (None, None)
     has_others = len(evaluations) < len(all_lines) or any(line.get("full") for line in all_lines)
-    if not has_others or not isinstance(count, int):
+    if not has_others or not isinstance(num_samples, int):
         return ""
-    return translate("; validation on the same {:,} samples", count)
+    return translate("; validation on the same {:,} samples", num_samples)
 
 
 def _build_lr_series(run_record: RunRecord) -> list[ChartSeries]:

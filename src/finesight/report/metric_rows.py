@@ -16,7 +16,7 @@ from finesight.evaluate.metric_difference import (
 )
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.report.i18n import translate
-from finesight.report.run_reader import JsonObject, as_object, is_finite
+from finesight.report.run_reader import OTHER_SAMPLES, JsonObject, as_object, is_finite
 
 Verdict = Literal["better", "worse", "unsure", "same", ""]
 
@@ -158,7 +158,8 @@ def build_metric_rows(
     metric_rows = []
     for name in sorted(dict.fromkeys((*order, VALIDATION_LOSS)), key=VALIDATION_LOSS.__eq__):
         values = before_metrics.get(name), after_metrics.get(name)
-        difference = differences.get(name)
+        # A difference belongs to the values of its row.
+        difference = None if None in values else differences.get(name)
         if name == VALIDATION_LOSS and values[0] is not None and values[1] is not None:
             difference = difference or build_unsampled_difference(name, values[0], values[1])
         notes = get_note(before, name), get_note(after, name), difference.note if difference else ""
@@ -248,6 +249,8 @@ def describe_change(row: MetricRow) -> str:
     name = format_metric_name(row.name)
     if row.before is None and row.after is None:
         return translate("The {} could not be computed from these answers.", name)
+    if OTHER_SAMPLES in row.notes:
+        return translate("{}: {}", name, translate(OTHER_SAMPLES)) + "."
     if row.change is None:
         return translate("The {} was evaluated once, so there is no comparison yet.", name)
     if row.change == 0:

@@ -50,9 +50,11 @@ from finesight.report.run_reader import (
     JsonObject,
     RunRecord,
     as_object,
+    is_finite,
     list_comparable_evaluations,
     list_image_folders,
     pair_evaluations,
+    rank_equal_sets,
     read_run,
 )
 from finesight.report.summary import get_run_status
@@ -346,16 +348,18 @@ def _build_examples(
 def select_evaluations(run_record: RunRecord) -> list[JsonObject]:
     """Return the evaluation before training and the latest one, or the only one.
 
-    Both have the same samples. In a finished run, the second is that of the final weights.
+    In a finished run, the second is that of the final weights. The first is of the same samples;
+    values of other samples are removed.
     """
     if run_record.result is not None:
         before, after = run_record.result.get("before"), run_record.result.get("after")
         if isinstance(before, dict) and isinstance(after, dict):
-            return [before, after]
-    evaluations = list_comparable_evaluations(run_record.evaluations)
-    if len(evaluations) > 1:
-        return pair_evaluations(evaluations[0], evaluations[-1])
-    return [as_object(line.get("full")) or line for line in evaluations]
+            return pair_evaluations(before, after)
+    evaluations = [x for x in run_record.evaluations if is_finite(x.get("validation_loss"))]
+    if len(evaluations) < 2:
+        return [as_object(line.get("full")) or line for line in evaluations]
+    *earlier, latest = evaluations
+    return pair_evaluations(max(earlier, key=lambda x: rank_equal_sets(x, latest)), latest)
 
 
 def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) -> list[str]:

@@ -37,8 +37,9 @@ JsonObject = dict[str, Any]
 
 FIELD_TYPES: dict[str, type] = {
     **dict.fromkeys(["step", "steps", "total_steps", "skipped_steps", "weights_step"], float),
-    **dict.fromkeys(["num_samples", "num_tokens", "num_supervised_tokens"], float),
+    **dict.fromkeys(["num_samples", "num_loss_samples", "num_tokens"], float),
     **dict.fromkeys(["epoch", "loss", "validation_loss", "grad_norm", "peak_memory_gb"], float),
+    "num_supervised_tokens": float,
     **dict.fromkeys(["step_s", "eval_s", "setup_s", "vision_cache_s", "data_wait_s"], float),
     **dict.fromkeys(["samples_per_s", "mfu", "pack_tokens", "activation_checkpointing"], float),
     **dict.fromkeys(["num_tensors", "num_params", "num_changed", "num_with_grad"], float),
@@ -48,6 +49,7 @@ FIELD_TYPES: dict[str, type] = {
     **dict.fromkeys(["skipped_samples", "nonfinite_samples", "loss_spike_samples"], list),
     "metric_differences": list,
     **dict.fromkeys(["primary_metric", "started_at", "ended_at", "status", "reason"], str),
+    **dict.fromkeys(["sample_set", "score_set"], str),
 }
 """Expected types of values by key; `float` accepts any number.
 
@@ -168,7 +170,10 @@ def get_sample_set(line: JsonObject, count: str = "num_loss_samples") -> tuple[o
     Args:
         count: Number of samples: `num_loss_samples`, or `num_samples` for scores.
     """
-    return line.get("sample_set"), line.get(count, line.get("num_samples"))
+    digest = line.get("sample_set")
+    if count == "num_samples":
+        digest = line.get("score_set") or digest
+    return digest, line.get(count, line.get("num_samples"))
 
 
 def list_comparable_evaluations(
@@ -189,15 +194,41 @@ def list_comparable_evaluations(
 def pair_evaluations(before: JsonObject, after: JsonObject) -> list[JsonObject]:
     """Return two evaluations of the same samples: if possible, of all.
 
-    The first one is empty if the samples differ.
+    Scores or losses of other samples are removed from the first one, with a note.
     """
-    if before.get("full") and after.get("full"):
-        before, after = before["full"], after["full"]
-    is_comparable = all(
-        get_sample_set(before, count) == get_sample_set(after, count)
-        for count in ("num_samples", "num_loss_samples")
+    if not before or not after:
+        return [{}, as_object(after.get("full")) or after]
+    pairs = [(as_object(before.get("full")) or before, as_object(after.get("full")) or after)]
+    before, after = max([*pairs, (before, after)], key=lambda pair: rank_equal_sets(*pair))
+    removed: JsonObject = {}
+    if not has_equal_sets(before, after, "num_samples"):
+        removed |= {"scores": {}, "intervals": {}}
+        removed["notes"] = dict.fromkeys(as_object(before.get("scores")), OTHER_SAMPLES)
+    if not has_equal_sets(before, after, "num_loss_samples"):
+        notes = removed.get("notes", before.get("notes"))
+        removed["validation_loss"] = None
+        removed["notes"] = as_object(notes) | {"validation_loss": OTHER_SAMPLES}
+    return [before | removed, after]
+
+
+OTHER_SAMPLES = "not compared, because the evaluation before training has other samples"
+
+
+def has_equal_sets(before: JsonObject, after: JsonObject, count: str) -> bool:
+    """Return whether two evaluations have the same samples.
+
+    Args:
+        count: Number of samples: `num_loss_samples`, or `num_samples` for scores.
+    """
+    return get_sample_set(before, count) == get_sample_set(after, count)
+
+
+def rank_equal_sets(before: JsonObject, after: JsonObject) -> int:
+    """Return 0 if two evaluations have no samples in common; equal samples of scores weigh more."""
+    equal_scores, equal_losses = (
+        has_equal_sets(before, after, count) for count in ("num_samples", "num_loss_samples")
     )
-    return [before if is_comparable else {}, after]
+    return 2 * equal_scores + equal_losses
 
 
 def list_image_folders(run_records: Iterable[RunRecord]) -> list[Path]:

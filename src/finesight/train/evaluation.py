@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -62,8 +63,9 @@ class EvalResult:
         notes: Reasons for missing intervals, and warnings.
         num_samples: Number of validation samples of the scores; None if unknown.
         num_loss_samples: Number of validation samples of the loss; None if unknown.
-        sample_set: Digest of these samples. Results are compared only if it is equal. None for
-            results of earlier versions.
+        sample_set: Digest of the samples of the loss, without unreadable ones. Results are compared
+            only if it is equal. None for results of earlier versions.
+        score_set: Digest of the samples of the scores. None for results of earlier versions.
         full: Result of all samples, if this is the result of a subset and all were evaluated.
     """
 
@@ -77,6 +79,7 @@ class EvalResult:
     num_samples: int | None = None
     num_loss_samples: int | None = None
     sample_set: str | None = None
+    score_set: str | None = None
     full: EvalResult | None = None
 
     @property
@@ -103,6 +106,7 @@ class EvalResult:
             num_samples=self.num_samples,
             num_loss_samples=self.num_loss_samples,
             sample_set=self.sample_set,
+            score_set=self.score_set,
         )
 
     @classmethod
@@ -118,7 +122,8 @@ class EvalResult:
         counts = line.get("num_samples"), line.get("num_loss_samples", line.get("num_samples"))
         texts = line.get("details", {}), line.get("notes", {})
         full = cls.from_metrics(line.get("full") or {})
-        return cls(*metrics, intervals, *texts, *counts, line.get("sample_set"), full)
+        digests = line.get("sample_set"), line.get("score_set", line.get("sample_set"))
+        return cls(*metrics, intervals, *texts, *counts, *digests, full)
 
 
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
@@ -153,6 +158,20 @@ def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, in
     return best, num_later
 
 
+def pair_results(before: EvalResult, after: EvalResult) -> tuple[EvalResult, EvalResult]:
+    """Return two results of the same samples: of all, or of the common subset.
+
+    If both have other samples, the results of all samples are returned.
+    """
+
+    def count_equal_sets(pair: tuple[EvalResult, EvalResult]) -> int:
+        old, new = (one.as_best_eval() for one in pair)
+        return 2 * old.has_scores_of(new) + old.has_loss_of(new)
+
+    pairs = (before.on_all_samples, after.on_all_samples), (before, after)
+    return max(pairs, key=count_equal_sets)
+
+
 def run_evaluation(
     state: TrainState,
     name: str,
@@ -167,7 +186,8 @@ def run_evaluation(
 
     Predictions are written to `predictions/NAME.jsonl`. In a distributed run, each rank evaluates
     its share of the samples, all ranks return the same result, and the main process writes the
-    file. The model is in training mode on return.
+    file. Samples that cannot be read are excluded from the result and written to
+    `skipped_samples.jsonl`. The model is in training mode on return.
 
     Args:
         name: Name of the predictions file, such as `before` or `step-100`.
@@ -199,7 +219,7 @@ def run_evaluation(
     with state.parallel.summon_full_params():
         with process_group.sync_errors():
             loss_sums = retry_on_oom(budget, device, console.log, compute_loss)
-        losses = _mean_losses(state, loss_sums, console)
+        losses, skipped = _mean_losses(state, loss_sums)
         generation = None
         scored = select_eval_samples(evaluated, settings.limit if settings else None)
         if settings is not None:
@@ -208,26 +228,47 @@ def run_evaluation(
             generation = _evaluate_generation(
                 state, settings, samples, name, console, stop, positions
             )
+    _record_skipped(state, skipped, generation, console)
     full = None
     if rest:
-        full = _build_eval_result(state, losses[1], indices, generation, len(scored))
+        full = _build_eval_result(state, losses[1], generation, scored)
         generation = generation and (generation.subset or generation)
-    num_scored = sum(index in common for index in scored)
-    return _build_eval_result(state, losses[0], subset, generation, num_scored, full)
+    return _build_eval_result(state, losses[0], generation, scored, full)
+
+
+def _record_skipped(
+    state: TrainState,
+    loss_skipped: Sequence[SkippedSample],
+    generation: GenerationEvalResult | None,
+    console: TrainingConsole,
+) -> None:
+    """Log the unreadable samples of an evaluation, and write them to `skipped_samples.jsonl`."""
+    reasons = dict(generation.corrupt_samples if generation else ()) | dict(loss_skipped)
+    if not reasons:
+        return
+    name, reason = next(iter(reasons.items()))
+    console.log(
+        f"{len(reasons)} validation samples skipped, {name}: {reason};"
+        " evaluations of other samples are not compared with this one"
+    )
+    if state.hardware.process_group.is_main:
+        state.run_dir.append_skipped_samples(reasons.items(), state.progress.step)
 
 
 def _build_eval_result(
     state: TrainState,
-    loss: float,
-    indices: Sequence[int],
+    mean_loss: MeanLoss,
     generation: GenerationEvalResult | None,
-    num_scored: int,
+    scored: Sequence[int],
     full: EvalResult | None = None,
 ) -> EvalResult:
-    """Build the result of an evaluation of the given validation samples."""
-    assert state.validation_data is not None, "no validation data"
-    # The samples of the scores depend only on these samples and their own number.
-    samples = json.dumps([state.validation_data.corpus.fingerprint, *indices]).encode()
+    """Build the result of an evaluation of validation samples.
+
+    Args:
+        scored: Corpus indices of the samples for which an answer was requested.
+    """
+    loss, read = mean_loss
+    answered = [scored[position] for position in generation.positions] if generation else read
     return EvalResult(
         step=state.progress.step,
         validation_loss=loss,
@@ -236,11 +277,18 @@ def _build_eval_result(
         intervals=generation.intervals if generation else {},
         details=generation.details if generation else {},
         notes=generation.notes if generation else {},
-        num_samples=num_scored,
-        num_loss_samples=len(indices),
-        sample_set=hashlib.sha256(samples).hexdigest()[:16],
+        num_samples=len(answered),
+        num_loss_samples=len(read),
+        sample_set=_compute_digest(state, read),
+        score_set=_compute_digest(state, answered),
         full=full,
     )
+
+
+def _compute_digest(state: TrainState, indices: Sequence[int]) -> str:
+    assert state.validation_data is not None, "no validation data"
+    samples = json.dumps([state.validation_data.corpus.fingerprint, *indices])
+    return hashlib.sha256(samples.encode()).hexdigest()[:16]
 
 
 def _evaluate_generation(
@@ -331,17 +379,28 @@ class LossSum(NamedTuple):
         loss: Sum of the cross entropy in nats.
         num_tokens: Number of supervised tokens.
         skipped: Samples that were skipped because of corrupt images.
+        indices: Corpus indices of the other samples.
     """
 
     loss: float
     num_tokens: int
     skipped: tuple[SkippedSample, ...]
+    indices: tuple[int, ...]
+
+
+class MeanLoss(NamedTuple):
+    """Mean validation loss per supervised token, and corpus indices of its samples, sorted."""
+
+    loss: float
+    indices: list[int]
 
 
 def _mean_losses(
-    state: TrainState, loss_sums: Sequence[LossSum], console: TrainingConsole
-) -> list[float]:
-    """Return the mean loss per supervised token of the first part, and of all parts together.
+    state: TrainState, loss_sums: Sequence[LossSum]
+) -> tuple[list[MeanLoss], list[SkippedSample]]:
+    """Return the mean loss of the first part and of all parts together, and the skipped samples.
+
+    The result is the same on all ranks.
 
     Args:
         loss_sums: Sums of this rank over each part of the validation samples.
@@ -351,10 +410,10 @@ def _mean_losses(
     """
     payloads = state.hardware.process_group.all_gather_str(json.dumps(loss_sums))
     sums_by_rank = [json.loads(payload) for payload in payloads]
-    losses, skipped = list[float](), list[SkippedSample]()
+    losses, skipped = list[MeanLoss](), list[SkippedSample]()
     for num_parts in range(1, len(loss_sums) + 1):
         sums = [one for rank_sums in sums_by_rank for one in rank_sums[:num_parts]]
-        parts, token_counts, skipped_by_part = zip(*sums, strict=True)
+        parts, token_counts, skipped_by_part, indices_by_part = zip(*sums, strict=True)
         skipped = [SkippedSample(*sample) for part in skipped_by_part for sample in part]
         if not sum(token_counts):
             raise UserError(
@@ -363,14 +422,11 @@ def _mean_losses(
                 expected="valid images",
                 remedy=f"fix the images; the first error is: {skipped[0].reason}",
             )
-        losses.append(math.fsum(parts) / sum(token_counts))
-        if not math.isfinite(losses[-1]):
-            raise build_nonfinite_error(losses[-1], "validation loss", state.progress.step)
-    if skipped:
-        console.log(
-            f"{len(skipped)} validation samples skipped, {skipped[0].id}: {skipped[0].reason}"
-        )
-    return losses
+        loss = math.fsum(parts) / sum(token_counts)
+        if not math.isfinite(loss):
+            raise build_nonfinite_error(loss, "validation loss", state.progress.step)
+        losses.append(MeanLoss(loss, sorted(chain.from_iterable(indices_by_part))))
+    return losses, skipped
 
 
 @torch.no_grad()
@@ -400,7 +456,7 @@ def compute_validation_loss(
     total = torch.zeros((), device=hardware.device, dtype=torch.float64)
     unit_weight = torch.ones((), device=hardware.device)
     num_tokens = 0
-    skipped: list[SkippedSample] = []
+    skipped, read = list[SkippedSample](), list[int]()
     model.eval()
     try:
         step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
@@ -421,10 +477,11 @@ def compute_validation_loss(
                         ) from None
                     num_tokens += packed_batch.num_supervised_tokens
                 skipped += step_batch.skipped
+                read += chain.from_iterable(step_batch.sample_indices)
                 on_progress(step_batch.num_samples + len(step_batch.skipped))
     finally:
         model.train()
-    return LossSum(total.item(), num_tokens, tuple(skipped))
+    return LossSum(total.item(), num_tokens, tuple(skipped), tuple(read))
 
 
 def _pack_loss(state: TrainState, packed_batch: PackedBatch, unit_weight: Tensor) -> Tensor:

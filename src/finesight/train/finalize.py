@@ -39,7 +39,12 @@ from finesight.model_folder import ModelFolder
 from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import BestEval, TrainProgress
 from finesight.train.console import TrainingConsole
-from finesight.train.evaluation import EvalResult, find_best_eval, load_eval_history
+from finesight.train.evaluation import (
+    EvalResult,
+    find_best_eval,
+    load_eval_history,
+    pair_results,
+)
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 from finesight.train.run_dir import RunDir
 from finesight.train.trainer import TrainState
@@ -261,8 +266,9 @@ class RunResult(BaseModel):
         steps: Number of finished steps.
         samples: Number of consumed samples.
         loss: Loss of the last step with a finite loss.
-        before: Evaluation of all samples before training; None without validation data.
-        after: Evaluation of all samples with the exported weights; None without validation data.
+        before: Evaluation before training; None without validation data.
+        after: Evaluation with the exported weights; None without validation data. Both have the
+            same samples if possible: all, or the common subset of the run.
         param_changes: Result of the parameter audit.
         metric_differences: Differences of the metrics between `before` and `after`.
         best_eval: Best evaluation after the first step on the common subset of the run.
@@ -296,7 +302,18 @@ class RunResult(BaseModel):
         """
         if self.after is None:
             return ""
-        return format_differences(self.metric_differences, self.after.primary_metric)
+        lines = []
+        if self.metric_differences:
+            lines.append(format_differences(self.metric_differences, self.after.primary_metric))
+        if self.before is not None:
+            old, new = self.before.as_best_eval(), self.after.as_best_eval()
+            text = "{}: not compared: the samples before ({}) and after training ({}) differ"
+            if not old.has_scores_of(new):
+                lines.append(text.format("scores", old.num_samples, new.num_samples))
+            if not old.has_loss_of(new):
+                counts = old.num_loss_samples, new.num_loss_samples
+                lines.append(text.format("validation_loss", *counts))
+        return "\n".join(lines)
 
 
 def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | None:
@@ -315,11 +332,8 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
     run_dir, process_group = state.run_dir, state.hardware.process_group
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval, _ = find_best_eval(eval_history)
-    before, after = (
-        (eval_history[0].on_all_samples, eval_history[-1].on_all_samples)
-        if len(eval_history) > 1
-        else (None, None)
-    )
+    before: EvalResult | None = None
+    after = eval_history[-1] if len(eval_history) > 1 else None
     step = state.progress.step
     if best_eval is not None and state.recipe.eval is not None and state.recipe.eval.patience:
         after = best_eval
@@ -329,6 +343,8 @@ def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | Non
         predictions = run_dir.predictions_dir / f"step-{best_eval.step}.jsonl"
         if predictions.is_file():
             write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
+    if after is not None and len(eval_history) > 1:
+        before, after = pair_results(eval_history[0], after)
     step = int(process_group.broadcast_str(str(step)))
     if not (process_group.is_main or state.parallel.is_sharded):
         return None
@@ -427,21 +443,28 @@ def write_run_report(
 def _compute_differences(
     state: TrainState, before: EvalResult, after: EvalResult
 ) -> list[MetricDifference]:
-    """Compute the metric differences between the evaluations before and after training."""
-    loss = build_unsampled_difference(
-        "validation_loss", before.validation_loss, after.validation_loss
-    )
+    """Compute the metric differences between the evaluations before and after training.
+
+    Metrics of different samples are omitted.
+    """
+    old, new = before.as_best_eval(), after.as_best_eval()
+    losses = before.validation_loss, after.validation_loss
+    differences = []
+    if old.has_loss_of(new):
+        differences.append(build_unsampled_difference("validation_loss", *losses))
     settings, run_dir = state.recipe.eval, state.run_dir
-    if settings is None:
-        return [loss]
+    if settings is None or not old.has_scores_of(new):
+        return differences
     metric = custom_metric.resolve_metric_path(settings.metric, run_dir.path)
-    files = [run_dir.predictions_dir / f"{name}.jsonl" for name in ("before", "after")]
-    if all(path.is_file() for path in files):
-        return [loss, *compare_prediction_files(metric, *files)]
-    # The prediction files were removed: scores are known, but not the intervals.
+    first, last = (run_dir.predictions_dir / f"{name}.jsonl" for name in ("before", "after"))
+    if first.is_file() and last.is_file():
+        score_differences = compare_prediction_files(metric, first, last, new.num_samples)
+        if score_differences:
+            return [*differences, *score_differences]
+    # The predictions of these samples are missing: scores are known, but not the intervals.
     shared = [name for name in before.scores if name in after.scores]
     return [
-        loss,
+        *differences,
         *(
             build_unsampled_difference(n, before.scores[n], after.scores[n], REASON_NO_PREDICTIONS)
             for n in shared

@@ -105,10 +105,12 @@ class TrackingEvents:
         """Send an alert that the run has finished, with its result."""
         text = f"{result.steps} steps"
         if result.before is not None and result.after is not None:
-            # Both are evaluations of all samples.
             name, before = _primary_score(result.before)
             _, after = _primary_score(result.after)
-            text += f", {name} {before:.4f} before, {after:.4f} after"
+            is_comparable = result.after.as_best_eval().is_comparable_to(
+                result.before.as_best_eval()
+            )
+            text += f", {name} " + f"{before:.4f} before, " * is_comparable + f"{after:.4f} after"
         self._tracking.send_alert("info", "run finished", text)
 
 

@@ -223,14 +223,18 @@ class RunDir:
             for line in read_lines(self.skipped_path, expected="skipped samples"):
                 with suppress(ValidationError):  # A damaged line.
                     row = _SkippedRow.model_validate_json(line)
-                    is_late = 0 < row.step <= step and (row.id, row.reason) not in first
+                    is_late = (
+                        row.step is not None
+                        and row.step <= step
+                        and (row.id, row.reason) not in first
+                    )
                     rows += [row] * is_late
         self._recorded_skips = {(row.id, row.reason) for row in rows}
         lines = [row.model_dump_json(exclude_defaults=True) + "\n" for row in rows]
         write_file(self.skipped_path, "".join(lines).encode())
 
     def append_skipped_samples(self, skipped: Iterable[tuple[str, str]], step: int) -> None:
-        """Append the samples that a step skipped to `skipped_samples.jsonl`, each only once."""
+        """Append samples that were skipped later to `skipped_samples.jsonl`, each only once."""
         for name, reason in skipped:
             if (name, reason) not in self._recorded_skips:
                 self._recorded_skips.add((name, reason))
@@ -301,11 +305,11 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class _SkippedRow(BaseModel):
-    """Row of `skipped_samples.jsonl`; `step` is 0 for a sample skipped before the first step."""
+    """Row of `skipped_samples.jsonl`; `step` is None for a sample skipped at the start."""
 
     id: str
     reason: str
-    step: int = 0
+    step: int | None = None
 
 
 class _MetricsLine(BaseModel):
@@ -321,6 +325,7 @@ class _MetricsLine(BaseModel):
     intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)] | None] = {}
     details: dict[str, Any] = {}
     sample_set: str | None = None
+    score_set: str | None = None
     full: _MetricsLine | None = None
     skipped_samples: list[Any] = []
     nonfinite_samples: list[str] = []

@@ -12,7 +12,6 @@ it is streamed.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -79,7 +78,6 @@ from finesight.vision.image_processing import (
 )
 
 _THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
-_THINK_TAGS = re.compile(f"{_THINK_TAG}|{_THINK_END_TAG}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,40 +92,31 @@ class ReasoningAndAnswer:
 
 
 def split_reasoning(content: Sequence[ContentPart]) -> ReasoningAndAnswer:
-    """Split the content of an assistant turn like the published chat templates.
+    """Split the content of an assistant turn at its last `</think>`.
 
-    The reasoning ends at the first `</think>` and starts after the last `<think>` before it. The
-    answer starts after the last `</think>`. Newlines around both parts are removed.
+    A leading `<think>` and newlines around both parts are removed.
     """
     content = merge_text_parts(content)
-    tags = [
-        (index, match)
+    end_indices = [
+        index
         for index, part in enumerate(content)
-        if isinstance(part, TextPart)
-        for match in _THINK_TAGS.finditer(part.text)
+        if isinstance(part, TextPart) and _THINK_END_TAG in part.text
     ]
-    ends = [tag for tag in tags if tag[1][0] == _THINK_END_TAG]
-    if not ends:
+    if not end_indices:
         return ReasoningAndAnswer(None, tuple(content))
-    end_index, end = ends[0]
-    reasoning = [*content[:end_index], TextPart(text=end.string[: end.start()].rstrip("\n"))]
-    starts = tags[: tags.index(ends[0])]
-    reasoning = _cut_start(reasoning, *(_locate_end(starts[-1]) if starts else (0, 0)))
-    return ReasoningAndAnswer(tuple(reasoning), tuple(_cut_start(content, *_locate_end(ends[-1]))))
-
-
-def _locate_end(tag: tuple[int, re.Match[str]]) -> tuple[int, int]:
-    """Return the index of the part of a tag, and the offset after the tag in its text."""
-    index, match = tag
-    return index, match.end()
-
-
-def _cut_start(content: Sequence[ContentPart], index: int, offset: int) -> list[ContentPart]:
-    """Return the content from an offset in a part, without newlines at the start."""
-    first, *others = content[index:]
+    end_index = end_indices[-1]
+    part = content[end_index]
+    assert isinstance(part, TextPart), f"reasoning that ends in a {part.type} part"
+    before, _, after = part.text.rpartition(_THINK_END_TAG)
+    reasoning = [*content[:end_index], TextPart(text=before.rstrip("\n"))]
+    first = reasoning[0]
     if isinstance(first, TextPart):
-        first = TextPart(text=first.text[offset:].lstrip("\n"))
-    return [first, *others]
+        start, tag, rest = first.text.partition(_THINK_TAG)
+        reasoning_text = rest if tag and not start.strip() else first.text
+        reasoning[0] = TextPart(text=reasoning_text.lstrip("\n"))
+    return ReasoningAndAnswer(
+        tuple(reasoning), (TextPart(text=after.lstrip("\n")), *content[end_index + 1 :])
+    )
 
 
 def parse_reasoning(text: str) -> tuple[str, str]:

@@ -48,6 +48,7 @@ from finesight.data.formats.row_keys import (
     UnsupportedKeyError,
     find_meaning,
     has_value,
+    is_loss_key,
     sort_keys,
 )
 from finesight.data.image_header import is_image_value
@@ -340,8 +341,7 @@ def build_turns_example(
     if media is not None:
         handled_keys = (*handled_keys, *IMAGE_KEYS, *VIDEO_KEYS)
         media.require_all_placed()
-    images = {part.image for _, parts in messages for part in parts if part.type == "image"}
-    names = {Path(image).name for image in images}
+    names = _list_media_names(part for _, parts in messages for part in parts)
     used = {*handled_keys, "id"} if row.has_own_id else handled_keys
     meta = sort_keys(row.record, used, ROWS, context.other_keys, names)
     return build_example(row.id, messages, meta)
@@ -415,9 +415,23 @@ def sort_turn_keys(turn: Record, role: Role, text_key: str, context: ImportConte
         reasoning = next(filter(str.strip, texts.values()), "")
         others = {k: v for k, v in others.items() if k not in texts or v not in (reasoning, "")}
     else:  # only answers are trained on, so that a loss weight of 0 is the default
-        others = {k: v or None if isinstance(v, int | float) else v for k, v in others.items()}
+        others = {k: None if _is_unused_loss(k, v) else v for k, v in others.items()}
     sort_keys(others, (), TURNS, context.other_keys)
     return reasoning
+
+
+def _is_unused_loss(key: str, value: object) -> bool:
+    return isinstance(value, int | float) and (not value or (value == 1 and is_loss_key(key)))
+
+
+def _list_media_names(parts: Iterable[ContentPart]) -> set[str]:
+    """Return the file names of images and videos."""
+    paths = (
+        part.image if isinstance(part, ImagePart) else part.video or part.frames[0]
+        for part in parts
+        if isinstance(part, ImagePart | VideoPart)
+    )
+    return {Path(path).name for path in paths}
 
 
 def format_reasoning(reasoning: str, answer: str) -> str:
@@ -515,10 +529,11 @@ def encode_row(
             expected=error.expected,
             remedy=error.remedy,
         ) from error
+    names = _list_media_names(sample.iter_parts())
     reserved = {
         key
         for key, value in sample.meta.items()
-        if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS)
+        if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS, names)
     }
     context.lost_counts["references"] += len(sample.references)
     context.lost_counts["metadata with a key that the format uses"] += len(reserved)

@@ -161,7 +161,7 @@ def _parse_plain_text(text: str, images: RowImages) -> Iterator[ContentPart]:
     """Parse a text without JSON boxes and box tokens; other notations may follow one image."""
     pieces: Iterable[str | TextBox] = filter(None, [text])
     if len(images.paths) == 1:
-        pieces = split_at_text_boxes(text, with_lists=images.has_box_options)
+        pieces = split_at_text_boxes(text, images.list_limits)
     for piece in pieces:
         if isinstance(piece, str):
             yield strip_object_refs(piece)

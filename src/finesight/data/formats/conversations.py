@@ -312,8 +312,13 @@ def _parse_llama_factory(row: SourceRow, context: ImportContext) -> ImportExampl
 
 
 def _detect_qwen_vl(records: Sequence[Record]) -> str | None:
-    """Detect Qwen-VL tags of images, boxes or references, and return the reason or None."""
-    texts = (text for record in records for _, text in list_turn_texts(record))
+    """Detect Qwen-VL tags of images, boxes or references, and return the reason or None.
+
+    Boxes next to `<image>` belong to formats with that placeholder.
+    """
+    texts = [text for record in records for _, text in list_turn_texts(record)]
+    if any("<image>" in text for text in texts) and not any("<img>" in text for text in texts):
+        return None
     first = next((match[0] for text in texts for match in _QWEN_VL_TAGS.finditer(text)), None)
     return f"a turn contains {first.strip()[:60]!r}" if first else None
 

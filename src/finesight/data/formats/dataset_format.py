@@ -310,9 +310,15 @@ class RowImages:
         return BoxPart(image=resolved_index, label=label, xyxy=xyxy)
 
     @property
-    def has_box_options(self) -> bool:
-        """Whether the user gives the format or the units of boxes."""
-        return self._context.box_format is not None or self._context.box_units is not None
+    def list_limits(self) -> tuple[float, float] | None:
+        """Maximum x and y of boxes in the units that the user gives, None if not given."""
+        context = self._context
+        if context.box_format is None and context.box_units is None:
+            return None
+        if context.box_units not in (None, "pixel"):
+            return float(context.box_units or 1), float(context.box_units or 1)
+        height, width = context.images.image_size(self.paths[-1])
+        return width, height
 
     def create_valid_box(
         self, value: object, label: str | None, default: BoxConvention

@@ -159,7 +159,7 @@ def _suggest_convention(convention: BoxConvention) -> str:
     return (
         f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
         f"{convention.units}, give --box-units pixel, 1 or 1000; otherwise correct the row, or give"
-        " --on-invalid-box clip or drop (--on-invalid-row skip for a box within a sentence)"
+        " --on-invalid-box clip, or drop for boxes outside of sentences"
     )
 
 
@@ -337,6 +337,11 @@ _PLACE_WORD = re.compile(
     r"|region|coord\w*|\w*[在于为是框标置]",
     re.IGNORECASE,
 )
+_QUANTITY = re.compile(
+    r"how (?:many|much)|number of|\b(?:count|prices?|totals?|dates?|time|year|phone)\b"
+    r"|多少|几个|价格|日期",
+    re.IGNORECASE,
+)
 
 MIN_FITTING_FRACTION = 0.8
 """Minimum fraction of the samples with lists of numbers that fit into their image."""
@@ -438,6 +443,7 @@ def find_number_lists(text: str, kind: str = "boxes") -> list[list[float]]:
 def _find_runs(text: str, kind: str, *, has_word: bool) -> list[tuple[str, list[float]]]:
     """Return numbers of an axis, a tag or a bracket, or that are most of a line of a location."""
     runs: list[tuple[str, list[float]]] = []
+    has_word = has_word and _QUANTITY.search(text) is None
     for line in text.splitlines():
         for match in _RUN.finditer(line):
             plain = re.sub(rf"(?i){_AXIS}", " ", match[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from image_fixtures import write_gray_image, write_jsonl
 from finesight.check.check_issues import CheckIssue
 from finesight.check.data_checker import DataChecker, inputs_from_files
 from finesight.data.import_source import ImportOptions
+from finesight.errors import UserError
 
 
 def write_rows(root: Path, answer: str, question: str = "find fruit") -> Path:
@@ -86,6 +88,24 @@ def test_common_notations_are_reported_and_plain_numbers_are_not(tmp_path: Path)
             _, summary = import_samples(write_rows(root, answer, question), root / "out")
             assert bool(summary.source_notes) == is_reported, answer
             assert bool(find_issues(root)) == is_reported, answer
+
+
+def test_boxes_within_sentences_cannot_be_dropped(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path, "It is at [20, 10, 1120, 90].")
+    for policy, text in ((None, "--on-invalid-box clip"), ("drop", "cannot be dropped")):
+        with pytest.raises(UserError, match=text):
+            import_samples(rows, tmp_path / "out", box_units="pixel", on_invalid_box=policy)
+
+
+@pytest.mark.parametrize("number", [2, 12])
+def test_broken_json_of_a_conversation_is_located(tmp_path: Path, number: int) -> None:
+    turns = json.dumps([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    rows = [{"messages": turns} for _ in range(20)]
+    rows[number - 1] = {"messages": turns[:-1]}
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    message = rf"(row|line) {number}: messages is .* not valid JSON at line 1, column {len(turns)}"
+    with pytest.raises(UserError, match=message):
+        import_samples(source, tmp_path / "out")
 
 
 def test_boxes_of_qwen_vl_next_to_image_placeholders(tmp_path: Path) -> None:

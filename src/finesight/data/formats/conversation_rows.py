@@ -37,6 +37,7 @@ from finesight.data.formats.dataset_format import (
     RowImages,
     as_list,
     build_example,
+    describe_value,
     make_text_part,
     merge_text_parts,
     split_at_pattern,
@@ -145,7 +146,7 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
             for text in re.findall(_TOKEN_BOX, piece["boxes"], re.DOTALL):
                 for coordinates in parse_token_box(text):
                     convention = BoxConvention(units="1000")
-                    yield images.create_box(coordinates, piece["label"], convention)
+                    yield images.create_text_box(coordinates, piece["label"], convention)
         elif BOX_KEY not in piece:
             yield from _parse_plain_text(piece, images)
         else:
@@ -166,7 +167,7 @@ def _parse_plain_text(text: str, images: RowImages) -> Iterator[ContentPart]:
         if isinstance(piece, str):
             yield strip_object_refs(piece)
         else:
-            yield images.create_box(piece.coordinates, piece.label, piece.convention)
+            yield images.create_text_box(piece.coordinates, piece.label, piece.convention)
 
 
 def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
@@ -356,7 +357,7 @@ def parse_turns(record: Record, context: ImportContext, key: str = "conversation
     """
     values = record.get(key)
     if not isinstance(values, list) or not values:
-        raise InvalidRowError(f"{key} is {str(values)[:60]!r}", "a list of turns")
+        raise InvalidRowError(f"{key} is {describe_value(values)}", "a list of turns")
     turns = parse_system(record)
     for turn in values:
         role = parse_role(turn)

@@ -338,7 +338,7 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
             else:
                 for text_between in re.findall(_BOX, piece["boxes"]):
                     for box in parse_token_box(text_between):
-                        yield images.create_box(box, piece["label"], _QWEN_VL_BOXES)
+                        yield images.create_text_box(box, piece["label"], _QWEN_VL_BOXES)
 
     turns = parse_turns(row.record, context)
     return build_turns_example(row, context, turns, parse_turn, None, *_TURN_KEYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -332,6 +333,19 @@ class RowImages:
             self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
             return None
 
+    def create_text_box(self, value: object, label: str | None, default: BoxConvention) -> BoxPart:
+        """Create the part of a box within a text, which an import cannot drop."""
+        try:
+            return self.create_box(value, label, default)
+        except InvalidBoxError as error:
+            if self._context.on_invalid_box != "drop":
+                raise
+            raise InvalidBoxError(
+                f"{error.what}; a box within a text cannot be dropped",
+                expected=error.expected,
+                remedy="correct the row, or leave it out",
+            ) from error
+
     def create_boxes(
         self, values: Iterable[tuple[object, str | None]], default: BoxConvention
     ) -> list[BoxPart]:
@@ -420,6 +434,20 @@ def _decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
             return text
     items = value if isinstance(value, list) else [value]
     return value if items and all(isinstance(item, item_types) for item in items) else text
+
+
+def describe_value(value: object) -> str:
+    """Return the start of a value that is no list, and the position of an error in its JSON."""
+    text = str(value)[:60]
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            json.loads(value)
+        except json.JSONDecodeError as error:
+            position = f"line {error.lineno}, column {error.colno} of its text"
+            return f"{text!r}, which is not valid JSON at {position}: {error.msg}"
+        except (ValueError, RecursionError):
+            pass
+    return repr(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,7 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
         (chat({**ANSWER, "loss": False}), "loss of single turns, which is not supported yet"),
         (chat({**ANSWER, "weight": 0}), "loss of single turns, which is not supported yet"),
         (chat(ANSWER, mask_history=True), "loss of single turns"),
+        (chat(ANSWER, train_on_inputs=True), "loss of single turns"),
         (chat({**ANSWER, "tool_calls": [{"id": 1}]}), "tool calls, which are not supported yet"),
         (chat({**ANSWER, "role": "tool"}), "tool calls, which are not supported yet"),
         (chat({**ANSWER, "extra": {"mask_image": "b.jpg"}}), "an image"),
@@ -229,11 +230,17 @@ def chat_without_images(**row: Any) -> dict[str, Any]:
 
 
 ROW_METADATA = {
-    **{"image_url": "https://x.org/y.jpg", "photo_credit": "Jane Doe", "picture_by": "J"},
+    **{"image_url": "https://x.org/y.jpg", "photo_credit": "Jane Doe", "pic_by": "J"},
     **{"image_name": "other", "source_image": "orig.png", "poster": "p.jpg", "frame": "000123"},
     **{"clip": "scene one", "weight": 12.5, "train": "ICE 3", "is_train": False, "loss": 1.23},
     **{"mask": False, "label": True, "cot": "yes", "function": "x", "points": [1, 2]},
-    **{"regions": ["EU"], "no_loss": False, "mask_history": 0, "Weight": "12 kg"},
+    **{
+        "regions": ["EU"],
+        "no_loss": False,
+        "mask_history": 0,
+        "mask_prompt": True,
+        "Weight": "12 kg",
+    },
 }
 
 

@@ -323,7 +323,8 @@ _RUN = re.compile(
 """Two or more numbers with at most brackets, tags, units and names of axes between them."""
 
 _BEFORE_RUN = re.compile(
-    rf"(?:\b(?:{_AXIS})|box\w*|rect\w*|quad\w*|poly\w*|segment\w*|points?|coord\w*|坐标|框)\W*$",
+    rf"(?:\b(?:{_AXIS})|box\w*|rect\w*|quad\w*|poly\w*|segment\w*|points?|coord\w*"
+    r"|坐标|框)\W*$",
     re.IGNORECASE,
 )
 _OTHER_LIST = re.compile(

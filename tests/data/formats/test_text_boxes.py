@@ -90,7 +90,7 @@ def test_common_notations_are_reported_and_plain_numbers_are_not(tmp_path: Path)
             assert bool(find_issues(root)) == is_reported, answer
 
 
-def test_boxes_within_sentences_cannot_be_dropped(tmp_path: Path) -> None:
+def test_errors_of_boxes_within_sentences(tmp_path: Path) -> None:
     rows = write_rows(tmp_path, "It is at [20, 10, 1120, 90].")
     for policy, text in ((None, "--on-invalid-box clip"), ("drop", "cannot be dropped")):
         with pytest.raises(UserError, match=text):

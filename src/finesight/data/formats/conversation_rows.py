@@ -416,13 +416,12 @@ def sort_turn_keys(turn: Record, role: Role, text_key: str, context: ImportConte
         reasoning = next(filter(str.strip, texts.values()), "")
         others = {k: v for k, v in others.items() if k not in texts or v not in (reasoning, "")}
     else:  # only answers are trained on, so that a loss weight of 0 is the default
-        others = {k: None if _is_unused_loss(k, v) else v for k, v in others.items()}
+        others = {
+            key: None if value == 0 or (value == 1 and is_loss_key(key)) else value
+            for key, value in others.items()
+        }
     sort_keys(others, (), TURNS, context.other_keys)
     return reasoning
-
-
-def _is_unused_loss(key: str, value: object) -> bool:
-    return isinstance(value, int | float) and (not value or (value == 1 and is_loss_key(key)))
 
 
 def _list_media_names(parts: Iterable[ContentPart]) -> set[str]:

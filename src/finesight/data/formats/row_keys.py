@@ -46,16 +46,16 @@ _ORIGIN = re.compile("source|orig|original|src|file|filename|name|path|url|link|
 """Words of keys whose value may name the origin of an image."""
 
 _NUMBERED_IMAGE = re.compile(
-    "(?:images?|img|photo|picture|图片?)_?(?:[0-9]+|[a-z])"
+    "(?:images?|img|photo|pict?(?:ure)?|图片?)_?(?:[0-9]+|[a-z])"
     "|(?:second|third|left|right|front|back|before|after|depth|extra|additional|mask|reference)_?"
-    "(?:image|img|photo|picture)s?|audios?",
+    "(?:image|img|photo|pict?(?:ure)?)s?|audios?",
     re.IGNORECASE,
 )
 """Keys of audio or a further image that a question may need, next to images that are used."""
 
 _DOCUMENT = re.compile(
     "screenshots?|screens?|docs?|documents?|pdfs?|scans?|scanned|pages?|figures?|figs?|charts?"
-    "|diagrams?|drawings?|posters?|thumbnails?|slides?|files?|base|截图|文档"
+    "|diagrams?|drawings?|posters?|thumbnails?|slides?|截图|文档"
 )
 _LOCATION = re.compile(r"[a-z][a-z0-9+]*://\S+|\S*[/\\]\S+|\S+\.[A-Za-z]\w{1,4}", re.IGNORECASE)
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[\w+/=\s-]*")
@@ -72,7 +72,7 @@ _LOSS = re.compile(
 _LOSS_QUALIFIER = re.compile(
     "scale|is|on|turns?|prompt|history|inputs?|response|output|tokens?|detail|sample|factor|flag"
     "|no|not|dont|do|without|with|compute|calculate|calc|use|for|in|out|from|labels?|has|should"
-    "|messages?|apply"
+    "|messages?|apply|includ(?:e|ed|ing)"
 )
 _WITHOUT_LOSS = re.compile(
     "no|not|dont|without|ignored?|excluded?|skip(?:ped)?|masks?|masked|untrain(?:able|ed)?"
@@ -214,9 +214,11 @@ def is_loss_key(key: str) -> bool:
 
 
 def _is_loss_default(words: list[str], value: object) -> bool:
-    """Return whether a value means to train; `loss_mask` and `label_mask` select tokens."""
+    """Return whether a value means to train answers only; `loss_mask` selects tokens to train."""
     is_selection = words[-1] in ("mask", "masks") and len(words) > 1
-    return value == (0 if _has(words, _WITHOUT_LOSS) and not is_selection else 1)
+    is_negative = _has(words, _WITHOUT_LOSS) and not is_selection
+    is_prompt = _has(words, re.compile("prompt|inputs?"))
+    return value == (0 if is_negative != is_prompt else 1)
 
 
 def _split_words(key: str) -> list[str]:

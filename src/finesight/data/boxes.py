@@ -312,7 +312,8 @@ _LOCATION_WORD = re.compile(
 
 _RUN_NUMBER = r"-?(?:[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)"
 _AXIS = (
-    r"(?:[xy]_?(?:[0-9](?![0-9])|min|max|center)|[xywh]|[cxy][xy]|left|top|right|bottom|width|height)"
+    r"(?:[xy]_?(?:[0-9](?![0-9])|min|max|center)|[xywh]|[cxy][xy]"
+    r"|left|top|right|bottom|width|height)"
     r"(?![^\W\d])"
 )
 _BREAK = rf"(?:(?i:{_AXIS})|[\s,;，；、=()（）\[\]【】{{}}<>|\"']|(?<![0-9])[:：])"

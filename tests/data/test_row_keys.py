@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import random
@@ -204,6 +205,7 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
         (chat({**ANSWER, "loss": False}), "loss of single turns, which is not supported yet"),
         (chat({**ANSWER, "weight": 0}), "loss of single turns, which is not supported yet"),
         (chat(ANSWER, mask_history=True), "loss of single turns"),
+        (chat(ANSWER, train_on_inputs=True), "loss of single turns"),
         (chat({**ANSWER, "tool_calls": [{"id": 1}]}), "tool calls, which are not supported yet"),
         (chat({**ANSWER, "role": "tool"}), "tool calls, which are not supported yet"),
         (chat({**ANSWER, "extra": {"mask_image": "b.jpg"}}), "an image"),
@@ -221,6 +223,70 @@ def test_content_of_further_keys_is_refused(
     with pytest.raises(UserError, match=what) as caught:
         parse(record, tmp_path)
     assert caught.value.remedy
+
+
+def chat_without_images(**row: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Where?"}, ANSWER], **row}
+
+
+ROW_METADATA = {
+    **{"image_url": "https://x.org/y.jpg", "photo_credit": "Jane Doe", "pic_by": "J"},
+    **{"image_name": "other", "source_image": "orig.png", "poster": "p.jpg", "frame": "000123"},
+    **{"clip": "scene one", "weight": 12.5, "train": "ICE 3", "is_train": False, "loss": 1.23},
+    **{"mask": False, "label": True, "cot": "yes", "function": "x", "points": [1, 2]},
+    **{
+        "regions": ["EU"],
+        "no_loss": False,
+        "mask_history": 0,
+        "mask_prompt": True,
+        "Weight": "12 kg",
+    },
+}
+
+
+def test_keys_of_rows_that_change_no_training_are_metadata(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": "There."}]
+    row = {"conversations": turns, "images": ["a.png"], **ROW_METADATA}
+    example, other_keys = parse(row, tmp_path)
+    assert example.meta == ROW_METADATA
+    assert other_keys == {f"{key} in meta": 1 for key in ROW_METADATA}
+
+
+@pytest.mark.parametrize(
+    "key", ["screenshot", "doc", "scan", "page", "figure", "b64", "data", "image_b"]
+)
+def test_further_images_and_images_of_rows_without_others_are_refused(
+    tmp_path: Path, key: str
+) -> None:
+    data = base64.b64encode(PNG).decode()
+    values = {"screenshot": "s3://b/0", "b64": data, "data": data, "image_b": "b.jpg"}
+    row = (chat(ANSWER) if key == "image_b" else chat_without_images()) | {
+        key: values.get(key, "x/0.pdf")
+    }
+    with pytest.raises(UserError, match="an image, a video or audio") as caught:
+        parse(row, tmp_path)
+    assert "move it to `images`" in str(caught.value.remedy)
+
+
+LOSS_KEYS = {
+    **dict.fromkeys(("no_loss", "skipLoss", "ignore_loss", "masked_out", "ignore", "exclude"), 0),
+    **dict.fromkeys(("compute_loss", "training", "do_train", "trained", "train_on_turn"), 1),
+    **dict.fromkeys(("label_mask", "loss_mask", "use_for_training", "calculate_loss"), 1),
+}
+
+
+@pytest.mark.parametrize("as_type", [bool, int])
+def test_loss_of_turns_is_refused_unless_it_is_the_default(
+    tmp_path: Path, as_type: type[int]
+) -> None:
+    for key, default in LOSS_KEYS.items():
+        _, other_keys = parse(chat({**ANSWER, key: as_type(default)}), tmp_path)
+        assert other_keys == {f"{key} of turns, not imported": 1}
+        with pytest.raises(UserError, match="loss of single turns"):
+            parse(chat({**ANSWER, key: as_type(not default)}), tmp_path)
+    for key in ("analysis", "scratchpad", "inner_monologue", "explanation"):
+        with pytest.raises(UserError, match="a reasoning text"):
+            parse(chat({**ANSWER, key: "So."}), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,8 @@ def _suggest_convention(convention: BoxConvention) -> str:
     other = "xywh" if convention.format == "xyxy" else "xyxy"
     return (
         f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-        f"{convention.units}, give --box-units pixel, 1 or 1000; otherwise correct the row"
+        f"{convention.units}, give --box-units pixel, 1 or 1000; otherwise correct the row, or give"
+        " --on-invalid-box clip, or drop for boxes outside of sentences"
     )
 
 
@@ -309,6 +310,41 @@ _LOCATION_WORD = re.compile(
     r"box|coordinat|locat|where|find|detect|point|click|坐标|位置|框|哪", re.IGNORECASE
 )
 
+_RUN_NUMBER = r"-?(?:[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)"
+_AXIS = (
+    r"(?:[xy]_?(?:[0-9](?![0-9])|min|max|center)|[xywh]|[cxy][xy]"
+    r"|left|top|right|bottom|width|height)"
+    r"(?![^\W\d])"
+)
+_BREAK = rf"(?:(?i:{_AXIS})|[\s,;，；、=()（）\[\]【】{{}}<>|\"']|(?<![0-9])[:：])"
+_RUN = re.compile(
+    rf"(?<![\w./+-])(?<![0-9][:：]){_RUN_NUMBER}(?:px|[%％])?"
+    rf"(?:{_BREAK}++{_RUN_NUMBER}(?:px|[%％])?)+(?![\w:：/-])"
+)
+"""Two or more numbers with at most brackets, tags, units and names of axes between them."""
+
+_BEFORE_RUN = re.compile(
+    rf"(?:\b(?:{_AXIS})|box\w*|rect\w*|quad\w*|poly\w*|segment\w*|points?|coord\w*"
+    r"|坐标|框)\W*$",
+    re.IGNORECASE,
+)
+_OTHER_LIST = re.compile(
+    r"(?:scores?|years?|prices?|dates?|times?|counts?|grades?|ratings?|rgb|colou?rs?|sizes?"
+    r"|values?|numbers?|分数|年份|价格|数量|日期)[\s:：=\"']*$",
+    re.IGNORECASE,
+)
+_WORD_BEFORE = re.compile(r"([^\W\d]+)\s*[:：=]?\s*$")
+_PLACE_WORD = re.compile(
+    r"at|in|is|are|and|the|here|to|from|of|on|by|\w*box(?:es)?|\w*rect\w*|loc\w*|position|area"
+    r"|region|coord\w*|\w*[在于为是框标置]",
+    re.IGNORECASE,
+)
+_QUANTITY = re.compile(
+    r"how (?:many|much)|number of|\b(?:count|prices?|totals?|dates?|time|year|phone)\b"
+    r"|多少|几个|价格|日期",
+    re.IGNORECASE,
+)
+
 MIN_FITTING_FRACTION = 0.8
 """Minimum fraction of the samples with lists of numbers that fit into their image."""
 
@@ -316,8 +352,8 @@ MIN_EXTENT = 0.1
 """Minimum of the largest coordinate, as a fraction of the shorter image side."""
 
 COORDINATE_REMEDIES = {
-    "boxes": "give --box-units pixel, 1000 or 1 at import, which converts lists of four numbers in"
-    " answers, or write them as bbox_2d",
+    "boxes": "give --box-units pixel, 1000 or 1 at import, which converts [x1, y1, x2, y2] and"
+    " (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d",
     "points": "samples have no points yet: write each point in the units of the model",
 }
 
@@ -330,16 +366,23 @@ class TextBox(NamedTuple):
     convention: BoxConvention
 
 
-def split_at_text_boxes(text: str, *, with_lists: bool) -> Iterator[str | TextBox]:
+def split_at_text_boxes(
+    text: str, list_limits: tuple[float, float] | None
+) -> Iterator[str | TextBox]:
     """Split an answer into non-empty texts, and boxes whose notation defines the units.
 
     A box that is a value in JSON gets quotes, so that the renderer can write it in any notation.
 
     Args:
-        with_lists: Also find lists of four numbers, whose units the user gives.
+        list_limits: Maximum x and y in the units that the user gives for lists of four numbers.
+            None leaves lists in the text.
     """
     found = _TEXT_BOX.finditer(text) if _DIGIT.search(text) else ()
-    matches = [match for match in found if with_lists or _has_units(match)]
+    matches = [
+        match
+        for match in found
+        if _has_units(match) or (list_limits is not None and _is_box(match, list_limits))
+    ]
     json_values = _find_json_values(text, matches)
     end, quote = 0, ""
     for match in matches:
@@ -353,6 +396,22 @@ def split_at_text_boxes(text: str, *, with_lists: bool) -> Iterator[str | TextBo
         yield TextBox(numbers, match["label"], convention)
         end = match.end()
     yield from filter(None, [quote + text[end:]])
+
+
+def _is_box(match: re.Match[str], limits: tuple[float, float]) -> bool:
+    """Return whether a list of four numbers may be a box, rather than points or other values."""
+    if match["tagged"]:
+        return True
+    before, after = match.string[: match.start()][-80:], match.string[match.end() :][:80]
+    is_longer = match[0].count("(") == 2 and (
+        re.search(rf"{_PAIR}[\s,;]*$", before) or re.match(rf"[\s,;]*{_PAIR}", after)
+    )
+    numbers = [float(number) for number in re.findall(_NUMBER, match[0])]
+    is_outside = min(numbers[::2]) > limits[0] + 1 and min(numbers[1::2]) > limits[1] + 1
+    word = _WORD_BEFORE.search(before)
+    is_small = max(numbers) < MIN_EXTENT * min(limits)
+    is_other = is_small and word is not None and not _PLACE_WORD.fullmatch(word[1])
+    return not (is_longer or is_outside or is_other or _OTHER_LIST.search(before))
 
 
 def _has_units(match: re.Match[str]) -> bool:
@@ -381,6 +440,35 @@ def find_number_lists(text: str, kind: str = "boxes") -> list[list[float]]:
     """Return the coordinates of all lists in a text that may be boxes, or points."""
     found = _LISTS[kind].finditer(text) if _DIGIT.search(text) else ()
     return [[float(number) for number in re.findall(_NUMBER, match[0])] for match in found]
+
+
+def _find_runs(text: str, kind: str, *, has_word: bool) -> list[tuple[str, list[float]]]:
+    """Return numbers of an axis, a tag or a bracket, or that are most of a line of a location."""
+    runs: list[tuple[str, list[float]]] = []
+    has_word = has_word and _QUANTITY.search(text) is None
+    for line in text.splitlines():
+        for match in _RUN.finditer(line):
+            plain = re.sub(rf"(?i){_AXIS}", " ", match[0])
+            numbers = [float(number) for number in re.findall(_RUN_NUMBER, plain)]
+            if len(numbers) == 5 and max(numbers[1:]) <= 1:  # a class and its box
+                numbers = numbers[1:]
+            before = line[: match.start()]
+            is_named = _BEFORE_RUN.search(before[-40:]) is not None
+            is_in_brackets = before.rstrip().endswith(("[", "(", "<", "{", ">", "【", "（"))
+            is_most = len(match[0]) > len(line.strip()) / 2
+            is_box = len(numbers) % 2 == 0 and len(numbers) > 2
+            is_pair = len(numbers) == 2 and has_word
+            is_unnamed = has_word and (is_in_brackets or is_most) and _is_ordered(numbers)
+            if (is_named or is_unnamed) and (is_box if kind == "boxes" else is_pair):
+                runs.append((line[max(0, match.start() - 10) :][:40], numbers))
+    return runs
+
+
+def _is_ordered(numbers: Sequence[float]) -> bool:
+    """Return whether numbers are a point, a polygon, fractions or two corners."""
+    if len(numbers) != 4 or max(numbers) <= 1:
+        return True
+    return numbers[0] < numbers[2] and numbers[1] < numbers[3]
 
 
 @dataclass(slots=True)
@@ -419,15 +507,19 @@ class TextCoordinates:
         has_word = _LOCATION_WORD.search(text) is not None
         for kind, pattern in _LISTS.items():
             numbers = find_number_lists(text, kind) if has_word or kind == "boxes" else []
+            runs = [] if numbers else _find_runs(text, kind, has_word=has_word)
+            numbers = numbers or [one for _, one in runs]
             if not numbers:
                 continue
+            example = runs[0][0] if runs else pattern.findall(text)[0][:40]
+            has_word = has_word or bool(runs)
             self.lists[kind] += bool(image_paths)
             sizes = map(get_size, image_paths)
             if any(all(_fits(one, size, has_word) for one in numbers) for size in sizes):
                 self.fitting_lists[kind] += 1
                 if has_word or any(one != sorted(one) for one in numbers):
                     self.certain_kinds.add(kind)
-                self.examples.setdefault(kind, (location, pattern.findall(text)[0][:40]))
+                self.examples.setdefault(kind, (location, example))
             return
 
     def describe(self) -> Iterator[tuple[str, int, str, str]]:
@@ -442,7 +534,7 @@ class TextCoordinates:
 
 def _fits(numbers: Sequence[float], image_size: tuple[int, int], has_word: bool) -> bool:
     """Return whether numbers are a point, or a box of two corners, in any units of an image."""
-    is_ordered = len(numbers) == 2 or (numbers[0] < numbers[2] and numbers[1] < numbers[3])
+    is_ordered = len(numbers) != 4 or (numbers[0] < numbers[2] and numbers[1] < numbers[3])
     height, width = image_size
     is_inside = max(numbers[::2]) <= width + 1 and max(numbers[1::2]) <= height + 1
     is_fraction = max(numbers) <= 1 and any(value % 1 for value in numbers)

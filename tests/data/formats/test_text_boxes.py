@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from image_fixtures import write_gray_image, write_jsonl
 from finesight.check.check_issues import CheckIssue
 from finesight.check.data_checker import DataChecker, inputs_from_files
 from finesight.data.import_source import ImportOptions
+from finesight.errors import UserError
 
 
 def write_rows(root: Path, answer: str, question: str = "find fruit") -> Path:
@@ -45,6 +48,74 @@ def test_boxes_with_known_units_are_converted(
     samples, summary = import_samples(write_rows(tmp_path, answer), tmp_path / "o", box_units=units)
     assert list_answers(samples) == [expected] * 3
     assert summary.source_notes == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (
+            "Scores (3, 4, 7, 8). The dog is at [20,10,120,90]",
+            ["Scores (3, 4, 7, 8). The dog is at ", (None, (20, 10, 120, 90))],
+        ),
+        ("(20,10),(120,10),(120,90),(20,90)", ["(20,10),(120,10),(120,90),(20,90)"]),
+        ("The years [2010, 2011, 2012, 2013].", ["The years [2010, 2011, 2012, 2013]."]),
+        ("[2010, 2011, 2012, 2013]", ["[2010, 2011, 2012, 2013]"]),
+    ],
+)
+def test_box_units_convert_no_other_lists(
+    tmp_path: Path, answer: str, expected: list[object]
+) -> None:
+    rows = write_rows(tmp_path, answer)
+    samples, _ = import_samples(rows, tmp_path / "o", box_units="pixel")
+    assert list_answers(samples) == [expected] * 3
+
+
+NOTATIONS = """x1=20, y1=10, x2=120, y2=90|20,10,120,90|20 10 120 90|<point>20 40</point>
+{"x":20,"y":10,"width":100,"height":60}|bbox: 20 10 120 90|<rect>20 10 120 90</rect>
+{<20><10><120><90>}|[.1, .1, .6, .9]|[20，10，120，90]|[20px, 10px, 120px, 90px]
+0 0.35 0.5 0.5 0.8|xmin=20 ymin=10 xmax=120 ymax=90|left 10%, top 20%, width 30%, height 40%
+{"segmentation":[[20,10,120,10,120,90]]}|<quad>20,10 120,10 120,90 20,90</quad>"""
+PLAIN_ANSWERS = """3|3 dogs and 2 cats|12.50|$12.50, $3.20 and $99.00|2026-11-26|11/26/2026|10:30
+10:30-11:45|100, 200, 300|1,250,000|a 20x30 cm plate|Call 555 123 4567 8901."""
+
+
+def test_common_notations_are_reported_and_plain_numbers_are_not(tmp_path: Path) -> None:
+    for text, is_reported in ((NOTATIONS, True), (PLAIN_ANSWERS, False)):
+        for number, answer in enumerate(re.split(r"[|\n]", text)):
+            root = tmp_path / f"{is_reported}{number}"
+            root.mkdir()
+            question = "Where is the dog?" if is_reported else "Find the value."
+            _, summary = import_samples(write_rows(root, answer, question), root / "out")
+            assert bool(summary.source_notes) == is_reported, answer
+            assert bool(find_issues(root)) == is_reported, answer
+
+
+def test_errors_of_boxes_within_sentences(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path, "It is at [20, 10, 1120, 90].")
+    for policy, text in ((None, "--on-invalid-box clip"), ("drop", "cannot be dropped")):
+        with pytest.raises(UserError, match=text):
+            import_samples(rows, tmp_path / "out", box_units="pixel", on_invalid_box=policy)
+
+
+@pytest.mark.parametrize("number", [2, 12])
+def test_broken_json_of_a_conversation_is_located(tmp_path: Path, number: int) -> None:
+    turns = json.dumps([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    rows = [{"messages": turns} for _ in range(20)]
+    rows[number - 1] = {"messages": turns[:-1]}
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    message = rf"(row|line) {number}: messages is .* not valid JSON at line 1, column {len(turns)}"
+    with pytest.raises(UserError, match=message):
+        import_samples(source, tmp_path / "out")
+
+
+def test_boxes_of_qwen_vl_next_to_image_placeholders(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png", 300, 200)
+    values = ("<image>\nWhere?", "<box>(20,10),(120,90)</box>")
+    turns = [{"from": who, "value": v} for who, v in zip(("human", "gpt"), values, strict=True)]
+    for row in ({"image": "a.png"}, {"images": ["a.png"]}):
+        source = write_jsonl(tmp_path / "rows.jsonl", [{"conversations": turns, **row}])
+        samples, _ = import_samples(source, tmp_path / next(iter(row)))
+        assert list_answers(samples) == [[(None, (6, 2, 36, 18))]]
 
 
 def find_issues(folder: Path) -> list[CheckIssue]:

@@ -19,8 +19,14 @@ from finesight.data.formats import (
     xml_annotations,
     yolo,
 )
-from finesight.data.formats.dataset_format import IMAGE_KEYS, DatasetFormat, decode_json_lists
+from finesight.data.formats.dataset_format import (
+    IMAGE_KEYS,
+    DatasetFormat,
+    decode_json_lists,
+    describe_value,
+)
 from finesight.data.row_reader import Record
+from finesight.data.sample import InvalidRowError
 from finesight.errors import UserError, suggest_name
 
 FORMATS = (
@@ -78,6 +84,15 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
         detected_by = data_format.detect(records)
         if detected_by is not None:
             return data_format, detected_by
+    for number, record in enumerate(records, start=1):
+        for key in ("messages", "conversations", "conversation"):
+            description = describe_value(record.get(key))
+            if "which is not valid JSON" in description:
+                raise InvalidRowError(
+                    f"the selected row {number}: {key} is {description}",
+                    "a list of turns",
+                    where=where,
+                )
     turns = records[0].get("conversations", records[0].get("messages"))
     first_turn = turns[0] if isinstance(turns, list) and turns else None
     turn_keys = first_turn if isinstance(first_turn, dict) else {}

@@ -37,6 +37,7 @@ from finesight.data.formats.dataset_format import (
     RowImages,
     as_list,
     build_example,
+    describe_value,
     make_text_part,
     merge_text_parts,
     split_at_pattern,
@@ -48,6 +49,7 @@ from finesight.data.formats.row_keys import (
     UnsupportedKeyError,
     find_meaning,
     has_value,
+    is_loss_key,
     sort_keys,
 )
 from finesight.data.image_header import is_image_value
@@ -144,7 +146,7 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
             for text in re.findall(_TOKEN_BOX, piece["boxes"], re.DOTALL):
                 for coordinates in parse_token_box(text):
                     convention = BoxConvention(units="1000")
-                    yield images.create_box(coordinates, piece["label"], convention)
+                    yield images.create_text_box(coordinates, piece["label"], convention)
         elif BOX_KEY not in piece:
             yield from _parse_plain_text(piece, images)
         else:
@@ -160,12 +162,12 @@ def _parse_plain_text(text: str, images: RowImages) -> Iterator[ContentPart]:
     """Parse a text without JSON boxes and box tokens; other notations may follow one image."""
     pieces: Iterable[str | TextBox] = filter(None, [text])
     if len(images.paths) == 1:
-        pieces = split_at_text_boxes(text, with_lists=images.has_box_options)
+        pieces = split_at_text_boxes(text, images.list_limits)
     for piece in pieces:
         if isinstance(piece, str):
             yield strip_object_refs(piece)
         else:
-            yield images.create_box(piece.coordinates, piece.label, piece.convention)
+            yield images.create_text_box(piece.coordinates, piece.label, piece.convention)
 
 
 def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
@@ -340,8 +342,7 @@ def build_turns_example(
     if media is not None:
         handled_keys = (*handled_keys, *IMAGE_KEYS, *VIDEO_KEYS)
         media.require_all_placed()
-    images = {part.image for _, parts in messages for part in parts if part.type == "image"}
-    names = {Path(image).name for image in images}
+    names = _list_media_names(part for _, parts in messages for part in parts)
     used = {*handled_keys, "id"} if row.has_own_id else handled_keys
     meta = sort_keys(row.record, used, ROWS, context.other_keys, names)
     return build_example(row.id, messages, meta)
@@ -356,7 +357,7 @@ def parse_turns(record: Record, context: ImportContext, key: str = "conversation
     """
     values = record.get(key)
     if not isinstance(values, list) or not values:
-        raise InvalidRowError(f"{key} is {str(values)[:60]!r}", "a list of turns")
+        raise InvalidRowError(f"{key} is {describe_value(values)}", "a list of turns")
     turns = parse_system(record)
     for turn in values:
         role = parse_role(turn)
@@ -415,9 +416,22 @@ def sort_turn_keys(turn: Record, role: Role, text_key: str, context: ImportConte
         reasoning = next(filter(str.strip, texts.values()), "")
         others = {k: v for k, v in others.items() if k not in texts or v not in (reasoning, "")}
     else:  # only answers are trained on, so that a loss weight of 0 is the default
-        others = {k: v or None if isinstance(v, int | float) else v for k, v in others.items()}
+        others = {
+            key: None if value == 0 or (value == 1 and is_loss_key(key)) else value
+            for key, value in others.items()
+        }
     sort_keys(others, (), TURNS, context.other_keys)
     return reasoning
+
+
+def _list_media_names(parts: Iterable[ContentPart]) -> set[str]:
+    """Return the file names of images and videos."""
+    paths = (
+        part.image if isinstance(part, ImagePart) else part.video or part.frames[0]
+        for part in parts
+        if isinstance(part, ImagePart | VideoPart)
+    )
+    return {Path(path).name for path in paths}
 
 
 def format_reasoning(reasoning: str, answer: str) -> str:
@@ -515,10 +529,11 @@ def encode_row(
             expected=error.expected,
             remedy=error.remedy,
         ) from error
+    names = _list_media_names(sample.iter_parts())
     reserved = {
         key
         for key, value in sample.meta.items()
-        if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS)
+        if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS, names)
     }
     context.lost_counts["references"] += len(sample.references)
     context.lost_counts["metadata with a key that the format uses"] += len(reserved)

@@ -312,8 +312,13 @@ def _parse_llama_factory(row: SourceRow, context: ImportContext) -> ImportExampl
 
 
 def _detect_qwen_vl(records: Sequence[Record]) -> str | None:
-    """Detect Qwen-VL tags of images, boxes or references, and return the reason or None."""
-    texts = (text for record in records for _, text in list_turn_texts(record))
+    """Detect Qwen-VL tags of images, boxes or references, and return the reason or None.
+
+    Boxes next to `<image>` belong to formats with that placeholder.
+    """
+    texts = [text for record in records for _, text in list_turn_texts(record)]
+    if any("<image>" in text for text in texts) and not any("<img>" in text for text in texts):
+        return None
     first = next((match[0] for text in texts for match in _QWEN_VL_TAGS.finditer(text)), None)
     return f"a turn contains {first.strip()[:60]!r}" if first else None
 
@@ -333,7 +338,7 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
             else:
                 for text_between in re.findall(_BOX, piece["boxes"]):
                     for box in parse_token_box(text_between):
-                        yield images.create_box(box, piece["label"], _QWEN_VL_BOXES)
+                        yield images.create_text_box(box, piece["label"], _QWEN_VL_BOXES)
 
     turns = parse_turns(row.record, context)
     return build_turns_example(row, context, turns, parse_turn, None, *_TURN_KEYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -312,9 +313,15 @@ class RowImages:
         return BoxPart(image=resolved_index, label=label, xyxy=xyxy)
 
     @property
-    def has_box_options(self) -> bool:
-        """Whether the user gives the format or the units of boxes."""
-        return self._context.box_format is not None or self._context.box_units is not None
+    def list_limits(self) -> tuple[float, float] | None:
+        """Maximum x and y of boxes in the units that the user gives, None if not given."""
+        context = self._context
+        if context.box_format is None and context.box_units is None:
+            return None
+        if context.box_units not in (None, "pixel"):
+            return float(context.box_units or 1), float(context.box_units or 1)
+        height, width = context.images.image_size(self.paths[-1])
+        return width, height
 
     def create_valid_box(
         self, value: object, label: str | None, default: BoxConvention
@@ -327,6 +334,19 @@ class RowImages:
                 raise
             self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
             return None
+
+    def create_text_box(self, value: object, label: str | None, default: BoxConvention) -> BoxPart:
+        """Create the part of a box within a text, which an import cannot drop."""
+        try:
+            return self.create_box(value, label, default)
+        except InvalidBoxError as error:
+            if self._context.on_invalid_box != "drop":
+                raise
+            raise InvalidBoxError(
+                f"{error.what}; a box within a text cannot be dropped",
+                expected=error.expected,
+                remedy="correct the row, or leave it out",
+            ) from error
 
     def create_boxes(
         self, values: Iterable[tuple[object, str | None]], default: BoxConvention
@@ -416,6 +436,20 @@ def _decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
             return text
     items = value if isinstance(value, list) else [value]
     return value if items and all(isinstance(item, item_types) for item in items) else text
+
+
+def describe_value(value: object) -> str:
+    """Return the start of a value that is no list, and the position of an error in its JSON."""
+    text = str(value)[:60]
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            json.loads(value)
+        except json.JSONDecodeError as error:
+            position = f"line {error.lineno}, column {error.colno} of its text"
+            return f"{text!r}, which is not valid JSON at {position}: {error.msg}"
+        except (ValueError, RecursionError):
+            pass
+    return repr(text)
 
 
 @dataclass(frozen=True, slots=True)

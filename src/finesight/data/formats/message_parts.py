@@ -56,6 +56,7 @@ from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
     as_list,
+    describe_value,
 )
 from finesight.data.formats.row_keys import PARTS, ROWS, has_value, iter_nested, sort_keys
 from finesight.data.image_resolver import encode_data_url
@@ -144,7 +145,7 @@ def _list_messages(record: Record) -> tuple[list[object], tuple[str, ...]]:
         prompt, completion = record["prompt"], record.get("completion")
         messages = [*_as_messages(prompt, "user"), *_as_messages(completion, "assistant")]
     if not isinstance(messages, list) or not messages:
-        raise InvalidRowError(f"messages is {str(messages)[:60]!r}", "a list of messages")
+        raise InvalidRowError(f"messages is {describe_value(messages)}", "a list of messages")
     system = record.get("system")
     first = [{"role": "system", "content": system}] if has_value(system) else []
     return [*first, *messages], (*keys, "system")

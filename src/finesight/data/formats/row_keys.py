@@ -43,15 +43,46 @@ _ATTRIBUTE = re.compile(
 """Words of keys that describe an image or a text rather than contain it."""
 
 _ORIGIN = re.compile("source|orig|original|src|file|filename|name|path|url|link|key")
-"""Words of keys whose value may name an image, next to images that are used."""
+"""Words of keys whose value may name the origin of an image."""
+
+_NUMBERED_IMAGE = re.compile(
+    "(?:images?|img|photo|pict?(?:ure)?|图片?)_?(?:[0-9]+|[a-z])"
+    "|(?:second|third|left|right|front|back|before|after|depth|extra|additional|mask|reference)_?"
+    "(?:image|img|photo|pict?(?:ure)?)s?|audios?",
+    re.IGNORECASE,
+)
+"""Keys of audio or a further image that a question may need, next to images that are used."""
+
+_DOCUMENT = re.compile(
+    "screenshots?|screens?|docs?|documents?|pdfs?|scans?|scanned|pages?|figures?|figs?|charts?"
+    "|diagrams?|drawings?|posters?|thumbnails?|slides?|截图|文档"
+)
+_LOCATION = re.compile(r"[a-z][a-z0-9+]*://\S+|\S*[/\\]\S+|\S+\.[A-Za-z]\w{1,4}", re.IGNORECASE)
+_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[\w+/=\s-]*")
+"""Embedded JPEG, PNG, GIF, WebP or TIFF images."""
 
 _TOOLS = re.compile("tools?|functions?")
 _REASONING = re.compile("reasoning|thinking|think|thoughts?|rationales?|cot|思考|推理")
 _PREFERENCE = re.compile("chosen|rejected|kto")
-_LOSS = re.compile("loss|weights?|masks?|masked|train|trainable|learn|learnable|supervised?")
+_TURN_REASONING = re.compile("analysis|scratchpad|monologue|explanations?|deliberation|reflection")
+_LOSS = re.compile(
+    "loss|weights?|masks?|masked|(?:un)?train(?:able|ing|ed)?|learn|learnable|supervised?|ignored?"
+    "|excluded?|skip(?:ped)?"
+)
 _LOSS_QUALIFIER = re.compile(
     "scale|is|on|turns?|prompt|history|inputs?|response|output|tokens?|detail|sample|factor|flag"
+    "|no|not|dont|do|without|with|compute|calculate|calc|use|for|in|out|from|labels?|has|should"
+    "|messages?|apply|includ(?:e|ed|ing)"
 )
+_WITHOUT_LOSS = re.compile(
+    "no|not|dont|without|ignored?|excluded?|skip(?:ped)?|masks?|masked|untrain(?:able|ed)?"
+)
+_ROW_LOSS = re.compile(
+    "(?:no|skip|ignore|compute)_loss|loss_(?:masks?|weights?|scales?)|train_on(?:_.*)?"
+    "|masks?_(?:history|prompt|inputs?)"
+)
+"""Keys of a row that can only mean its loss; others are metadata."""
+
 _SHAPE = re.compile(
     "bbox(?:es)?|box(?:es)?|points?|polygons?|segmentation|keypoints?|masks?|annotations?|objects"
     "|regions|shapes"
@@ -95,30 +126,99 @@ LABEL = KeyMeaning(
 )
 
 
-def find_meaning(key: str, value: object, level: str) -> KeyMeaning | None:
-    """Return the content that an import must not drop in a value, None for other values."""
-    words = _split_words(key)
-    is_content = isinstance(value, str | list | tuple | dict | bytes)
-    is_described = _has(words, _ATTRIBUTE)
+def find_meaning(
+    key: str, value: object, level: str, image_names: Collection[str] = ()
+) -> KeyMeaning | None:
+    """Return the content that an import must not drop in a value, None for other values.
+
+    Args:
+        image_names: File names of the images and videos that the row uses.
+    """
     if not has_value(value):
         return None
+    words = _split_words(key)
+    if level == ROWS:
+        return _find_row_meaning(key, value, image_names)
+    is_content = isinstance(value, str | list | tuple | dict | bytes)
+    is_described = _has(words, _ATTRIBUTE)
     if is_content and _has(words, _TOOLS):
         return TOOL_CALLS
     if _has(words, _PREFERENCE) or (words == ["label"] and isinstance(value, bool)):
         return PREFERENCE
     if is_media_value(value) or (is_content and _has(words, _MEDIA) and not is_described):
-        return MEDIA
-    if is_content and _has(words, _REASONING) and not is_described:
+        is_origin = _has(words, _ORIGIN) and not _has(words, _MEDIA) and isinstance(value, str)
+        return None if image_names and (is_origin or _is_repeated(value, image_names)) else MEDIA
+    is_reasoning = _has(words, _REASONING) or _has(words, _TURN_REASONING)
+    if is_content and is_reasoning and not is_described:
         return REASONING
-    is_loss = all(_LOSS.fullmatch(word) or _LOSS_QUALIFIER.fullmatch(word) for word in words)
-    is_default = value == 1 and "mask" not in key.lower()
-    if is_loss and _has(words, _LOSS) and not is_default:
-        return LOSS
-    if level == ROWS:  # texts are stored in the metadata
-        is_label = is_content and not isinstance(value, str)
-        return LABEL if is_label and (_has(words, _SHAPE) or words == ["history"]) else None
+    if is_loss_key(key):
+        return None if _is_loss_default(words, value) else LOSS
     is_label = _has(words, _LABEL) or _has(words, _SHAPE)
     return LABEL if is_label and not _has(words, re.compile("ids?")) else None
+
+
+def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> KeyMeaning | None:
+    """Return the content of a key of a row; what does not change the training is metadata."""
+    words = _split_words(key)
+    is_text = isinstance(value, str)
+    is_structure = isinstance(value, list | tuple | dict)
+    name = "_".join(words)
+    is_json = is_structure or (isinstance(value, str) and value.lstrip().startswith(("[", "{")))
+    if is_json and _has(words, _TOOLS):
+        return TOOL_CALLS
+    if _has(words, _PREFERENCE) or (name == "label" and value is False):
+        return PREFERENCE
+    if _is_row_media(key, value, image_names):
+        return MEDIA
+    is_long = is_structure or (isinstance(value, str) and (" " in value.strip() or len(value) > 12))
+    if is_long and _has(words, _REASONING) and not _has(words, _ATTRIBUTE):
+        return REASONING
+    if _ROW_LOSS.fullmatch(name) and not _is_loss_default(words, value):
+        return LOSS
+    is_label = _has(words, _SHAPE) and _count_numbers(value) >= 4
+    return LABEL if not is_text and (is_label or name == "history") else None
+
+
+def _is_row_media(key: str, value: object, image_names: Collection[str]) -> bool:
+    """Return whether a value of a row is an image that it needs.
+
+    A row with images may name others, such as their origin, unless a number or a position marks
+    a further image. Embedded images are always content.
+    """
+    words = _split_words(key)
+    is_media = is_media_value(value)
+    values = value if isinstance(value, list | tuple) else (value,)
+    is_named = all(isinstance(one, str) and not _is_embedded(one) for one in values)
+    if image_names:
+        is_further = _NUMBERED_IMAGE.fullmatch(key) is not None
+        return is_media and not _is_repeated(value, image_names) and (is_further or not is_named)
+    if is_media or _has(words, re.compile("base")):
+        return is_media or (isinstance(value, str) and len(value) > 100 and " " not in value)
+    if isinstance(value, str | list | tuple | dict | bytes) and _has(words, _MEDIA):
+        return not _has(words, _ATTRIBUTE)
+    is_location = all(isinstance(one, str) and _LOCATION.fullmatch(one) for one in values)
+    return is_location and _has(words, _DOCUMENT) and not _has(words, _ATTRIBUTE)
+
+
+def _count_numbers(value: object) -> int:
+    if isinstance(value, dict | list | tuple):
+        return sum(map(_count_numbers, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_loss_key(key: str) -> bool:
+    """Return whether a key of a turn may set its loss."""
+    words = _split_words(key)
+    is_known = all(_LOSS.fullmatch(word) or _LOSS_QUALIFIER.fullmatch(word) for word in words)
+    return is_known and _has(words, _LOSS)
+
+
+def _is_loss_default(words: list[str], value: object) -> bool:
+    """Return whether a value means to train answers only; `loss_mask` selects tokens to train."""
+    is_selection = words[-1] in ("mask", "masks") and len(words) > 1
+    is_negative = _has(words, _WITHOUT_LOSS) and not is_selection
+    is_prompt = _has(words, re.compile("prompt|inputs?"))
+    return value == (0 if is_negative != is_prompt else 1)
 
 
 def _split_words(key: str) -> list[str]:
@@ -133,12 +233,17 @@ def is_media_value(value: object) -> bool:
     """Return whether a value is embedded bytes, or names an image, video or audio file."""
     if isinstance(value, str):
         is_name = value.lower().endswith(_MEDIA_SUFFIXES) and not re.search(r"\s", value)
-        return is_name or value.startswith(("data:image/", "data:video/", "data:audio/"))
+        return is_name or _is_embedded(value)
     if isinstance(value, list | tuple):
         return bool(value) and all(map(is_media_value, value))
     if isinstance(value, dict):
         return any(is_media_value(value.get(key)) for key in ("bytes", "path", "url"))
     return isinstance(value, bytes)
+
+
+def _is_embedded(text: str) -> bool:
+    is_data = text.startswith(("data:image/", "data:video/", "data:audio/"))
+    return is_data or _BASE64.fullmatch(text) is not None
 
 
 def has_value(value: object) -> bool:
@@ -175,11 +280,11 @@ def sort_keys(
         if key not in used and (level == ROWS or not _is_null_column(key, value))
     }
     for path, key, value in iter_nested(others):
-        meaning = find_meaning(key, value, level)
+        meaning = find_meaning(key, value, level, image_names)
         is_nested_meta = level == ROWS and path != key
         if is_nested_meta and (image_names or meaning is not MEDIA):
             continue
-        if meaning and not (meaning is MEDIA and _is_origin(key, value, image_names)):
+        if meaning:
             raise UnsupportedKeyError(
                 f"the key {path!r} with {str(value)[:60]} in {level}: {meaning.what}",
                 expected="keys that the format uses, or metadata of the row",
@@ -215,10 +320,6 @@ def iter_nested(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
                 yield from iter_nested(item, f"{prefix}{key}.")
 
 
-def _is_origin(key: str, value: object, image_names: Collection[str]) -> bool:
-    """Return whether a value only names an image that the row uses, or the origin of one."""
-    if not isinstance(value, str) or not image_names:
-        return False
-    words = _split_words(key)
-    is_origin = _has(words, _ORIGIN) and not _has(words, _MEDIA)
-    return is_origin or re.split(r"[/\\]", value)[-1] in image_names
+def _is_repeated(value: object, image_names: Collection[str]) -> bool:
+    """Return whether a value only repeats the name of an image that the row uses."""
+    return isinstance(value, str) and re.split(r"[/\\]", value)[-1] in image_names

@@ -188,3 +188,21 @@ def test_two_configurations_are_never_mixed(tmp_path):
     text = SCRIPT.format(before="", arguments="seed=1", after="cfg = SFTConfig(seed=2)")
     with pytest.raises(UserError, match="has several training arguments, in lines 5, 6"):
         convert(tmp_path, "a.py", text)
+
+
+def test_shell_arrays_and_assigned_defaults_are_resolved(tmp_path):
+    text = """
+readonly MODEL=Qwen/Qwen2.5-VL-3B-Instruct
+: "${E:=4}"
+ARGS=(
+    --model_name_or_path "$MODEL"  # the model
+    --dataset_name "my rows.jsonl" )
+ARGS+=(--num_train_epochs $E)
+trl sft "${ARGS[@]}" --lora_r 4 --use_peft
+"""
+    done, made = convert(tmp_path, "a.sh", text)
+    assert (made["model"], made["train"]["epochs"]) == ("Qwen/Qwen2.5-VL-3B-Instruct", 4)
+    assert "'my rows.jsonl'" in done.import_commands[0]
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match="depends on"):
+        convert(tmp_path, "a.sh", text.replace("[@]", "[@]:2"))

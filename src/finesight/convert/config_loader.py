@@ -6,7 +6,7 @@ import argparse
 import ast
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -54,9 +54,14 @@ _STARTS = ("Arguments", "SFTConfig", "DPOConfig", "GRPOConfig", "ORPOConfig", "K
 _LITERAL_DOLLAR = "\0"
 """Replaces a dollar sign that starts no variable, in single quotes or after a backslash."""
 
-_COMMAND_PREFIXES = ("env", "nohup", "exec", "time", "sudo", "export", "declare", "-x")
+_COMMAND_PREFIXES = (
+    *("env", "nohup", "exec", "time", "sudo", "export", "declare", "readonly"),
+    *("-x", "-r", "-a"),
+)
 _CONTROL_KEYWORDS = ("if", "for", "while", "until", "case", "function")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_ARRAY_START = re.compile(r"([A-Za-z_]\w*)(\+?)=")
+_ARRAY_ITEMS = re.compile(r"[$\x01]\{(\w+)\[@\]\}")
 _ARITHMETIC = re.compile(r"\$\(\(((?:[^()]|\([^()]*\))*)\)\)")
 _SUBSTITUTION = re.compile(r"\$\((?:[^()]|\([^()]*\))*\)")
 _PROTECTED = str.maketrans("() \t\n", "\2\3\4\4\4")
@@ -231,7 +236,7 @@ def _parse_config_file(name: str, script: Path) -> dict[str, object]:
     return _parse_content(Path(name) if Path(name).exists() else script.parent / name)
 
 
-def _split_commands(text: str, path: Path, variables: Mapping[str, str]) -> Iterator[list[str]]:
+def _split_commands(text: str, path: Path, variables: dict[str, str]) -> Iterator[list[str]]:
     """Yield the words of each simple command of a shell script.
 
     `variables` are the values of variables, which the caller may complete after each command.
@@ -253,8 +258,20 @@ def _split_commands(text: str, path: Path, variables: Mapping[str, str]) -> Iter
     except ValueError as error:
         raise _build_error(path, "has an unclosed quotation mark", "close it") from error
     command: list[str] = []
+    arrays: dict[str, list[str]] = {}
+    array: list[str] | None = None
     for word in words:
-        if not set(word) <= set("\n;|&()<>{}"):
+        start = _ARRAY_START.fullmatch(command[-1]) if command and word[0] == "(" else None
+        if start is not None:
+            command.pop()
+            array = arrays[start[1]] = [*arrays.get(start[1], [])] if start[2] else []
+        if (match := _ARRAY_ITEMS.fullmatch(word)) and match[1] in arrays:
+            (command if array is None else array).extend(arrays[match[1]])
+        elif array is not None:
+            is_item = not set(word) <= set("\n;|&()<>")
+            array += _expand_variables(word, variables) if is_item else []
+            array = None if not is_item and ")" in word else array
+        elif not set(word) <= set("\n;|&()<>{}"):
             command += _expand_variables(word, variables)
         elif command:
             if command[0] in _CONTROL_KEYWORDS:
@@ -263,12 +280,14 @@ def _split_commands(text: str, path: Path, variables: Mapping[str, str]) -> Iter
             command = []
 
 
-def _expand_variables(word: str, variables: Mapping[str, str]) -> list[str]:
+def _expand_variables(word: str, variables: dict[str, str]) -> list[str]:
     """Replace known variables and arithmetic in a word; an unquoted value may be several words."""
     numbers = {name: int(value) for name, value in variables.items() if value.isdecimal()}
 
     def replace(match: re.Match[str]) -> str:
         if match[4] is None:
+            if match[3] is not None and match[0][: -len(match[3]) - 1].endswith("="):
+                variables.setdefault(match[2], match[3])
             return variables.get(match[1] or match[2], match[0] if match[3] is None else match[3])
         expression = re.sub(r"[${}]", "", match[4].translate(_UNPROTECTED)).replace("/", "//")
         try:

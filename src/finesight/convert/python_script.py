@@ -106,8 +106,9 @@ def _merge_items(
 def _iter_statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
     """Yield the statements that always run if the body runs."""
     for statement in body:
-        is_main = isinstance(statement, ast.If) and "__main__" in ast.unparse(statement.test)
-        if isinstance(statement, ast.With) or is_main:
+        if isinstance(statement, ast.With) or (
+            isinstance(statement, ast.If) and "__main__" in ast.unparse(statement.test)
+        ):
             yield from _iter_statements(statement.body)
         else:
             yield statement
@@ -184,7 +185,8 @@ class Script:
         self._scopes: dict[ast.AST, ast.Module | ast.FunctionDef] = dict.fromkeys(self._nodes, tree)
         for function in functions:
             self._scopes |= dict.fromkeys(ast.walk(function), function)
-        self._constants = {tree: _read_constants(tree.body, {}, self._counts)}
+        self._constants: dict[ast.AST, dict[str, object]] = {}
+        self._constants[tree] = _read_constants(tree.body, {}, self._counts)
         for function in functions:
             known = self._constants[tree]
             self._constants[function] = _read_constants(function.body, known, self._counts)

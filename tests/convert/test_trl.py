@@ -164,7 +164,7 @@ SFTTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=cfg)
         ("", "**{'num_train_epochs': 2, **load()}", "", (2, ["**load()"])),
         ("", "num_train_epochs=2, learning_rate=args.lr", "", (2, ["learning_rate"])),
         ("other = SFTConfig(seed=5, weight_decay=0.3)", "num_train_epochs=2", "", (2, [])),
-        ("", "seed=3", "cfg.num_train_epochs = 9", (9, [])),
+        ("", "seed=3", "cfg.num_train_epochs = 9\nsetattr(cfg, 'seed', f())", (9, ["seed"])),
         ("", "seed=3", "if x:\n    cfg.num_train_epochs = 9", (3, ["num_train_epochs"])),
         ("if x:\n    n = 2", "num_train_epochs=n", "", (3, ["num_train_epochs"])),
         ("def f():\n    n = 2", "num_train_epochs=n", "", (3, ["num_train_epochs"])),

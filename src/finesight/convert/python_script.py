@@ -260,6 +260,10 @@ class Script:
             return {}
         direct = set(_iter_statements(scope.body))
         changes: dict[str, object] = {}
+        for setter in self._calls:
+            if ast.unparse(setter.func) == "setattr" and len(setter.args) == 3:
+                owner, field, _ = map(ast.unparse, setter.args)
+                changes |= {field.strip("'"): setter} if f"{owner}." == prefix else {}
         for node in self._nodes:
             if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) or not node.value:
                 continue

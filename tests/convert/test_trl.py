@@ -16,6 +16,7 @@ from convert_fixtures import (
 from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.convert.recipe_converter import ConvertedRecipe, convert_config
+from finesight.errors import UserError
 
 UNSLOTH = """
 from unsloth import FastVisionModel, is_bf16_supported
@@ -142,3 +143,66 @@ def test_other_objective_keeps_the_part_that_carries_over(tmp_path):
         done = convert_settings(tmp_path, settings)
         assert {"stage", "rlhf_type"} & set(notes_by_setting(done, "differs"))
         assert load_converted_recipe(tmp_path).train.batch_size
+
+
+SCRIPT = """
+from trl import SFTConfig, SFTTrainer
+lr = 1e-4
+{before}
+cfg = SFTConfig(output_dir="out", {arguments})
+{after}
+SFTTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=cfg)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "arguments", "after", "expected"),
+    [
+        ("kw = dict(num_train_epochs=2, seed=f())", "**kw", "", (2, ["seed"])),
+        ("kw = {'num_train_epochs': 2}", "**(kw | dict(seed=4))", "", (2, [])),
+        ("kw = {'num_train_epochs': 2}\nkw['seed'] = 3", "**kw, num_train_epochs=4", "", "**kw"),
+        ("", "**{'num_train_epochs': 2, **load()}", "", (2, ["**load()"])),
+        ("", "num_train_epochs=2, learning_rate=args.lr", "", (2, ["learning_rate"])),
+        ("other = SFTConfig(seed=5, weight_decay=0.3)", "num_train_epochs=2", "", (2, [])),
+        ("", "seed=3", "cfg.num_train_epochs = 9\nsetattr(cfg, 'seed', f())", (9, ["seed"])),
+        ("", "seed=3", "if x:\n    cfg.num_train_epochs = 9", (3, ["num_train_epochs"])),
+        ("if x:\n    n = 2", "num_train_epochs=n", "", (3, ["num_train_epochs"])),
+        ("def f():\n    n = 2", "num_train_epochs=n", "", (3, ["num_train_epochs"])),
+        ("class C:\n    n = 2\nc = C()", "num_train_epochs=c.n", "", (2, [])),
+        ("class C:\n    n = 2\nC.n = 4", "num_train_epochs=C.n", "", (3, ["num_train_epochs"])),
+    ],
+)
+def test_only_constants_of_the_used_configuration_are_read(
+    before, arguments, after, expected, tmp_path
+):
+    text = SCRIPT.format(before=before, arguments=arguments, after=after)
+    done, made = convert(tmp_path, "a.py", text)
+    epochs, unresolved = (4, ["**kw"]) if expected == "**kw" else expected
+    assert made["train"]["epochs"] == epochs
+    assert {*notes_by_setting(done, "differs")} == {"dataset", *unresolved}
+    assert made["train"]["learning_rate"]["default"] == 2e-5
+    assert made["train"]["weight_decay"] == 0
+
+
+def test_two_configurations_are_never_mixed(tmp_path):
+    text = SCRIPT.format(before="", arguments="seed=1", after="cfg = SFTConfig(seed=2)")
+    with pytest.raises(UserError, match="has several training arguments, in lines 5, 6"):
+        convert(tmp_path, "a.py", text)
+
+
+def test_shell_arrays_and_assigned_defaults_are_resolved(tmp_path):
+    text = """
+readonly MODEL=Qwen/Qwen2.5-VL-3B-Instruct
+: "${E:=4}"
+ARGS=(
+    --model_name_or_path "$MODEL"  # the model
+    --dataset_name "my rows.jsonl" )
+ARGS+=(--num_train_epochs $E)
+trl sft "${ARGS[@]}" --lora_r 4 --use_peft
+"""
+    done, made = convert(tmp_path, "a.sh", text)
+    assert (made["model"], made["train"]["epochs"]) == ("Qwen/Qwen2.5-VL-3B-Instruct", 4)
+    assert "'my rows.jsonl'" in done.import_commands[0]
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match="depends on"):
+        convert(tmp_path, "a.sh", text.replace("[@]", "[@]:2"))

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-import operator
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from finesight.bounded_files import load_yaml, parse_json, read_text
 from finesight.convert.external_config import ExternalConfig, SourceProgram, load_rules
+from finesight.convert.python_script import AmbiguousConfigError, Script, evaluate_constant
 from finesight.errors import UserError, suggest_similar_path
 from finesight.recipe import load_trainer_settings
 
@@ -57,9 +54,14 @@ _STARTS = ("Arguments", "SFTConfig", "DPOConfig", "GRPOConfig", "ORPOConfig", "K
 _LITERAL_DOLLAR = "\0"
 """Replaces a dollar sign that starts no variable, in single quotes or after a backslash."""
 
-_COMMAND_PREFIXES = ("env", "nohup", "exec", "time", "sudo", "export", "declare", "-x")
+_COMMAND_PREFIXES = (
+    *("env", "nohup", "exec", "time", "sudo", "export", "declare", "readonly"),
+    *("-x", "-r", "-a"),
+)
 _CONTROL_KEYWORDS = ("if", "for", "while", "until", "case", "function")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_ARRAY_START = re.compile(r"([A-Za-z_]\w*)(\+?)=")
+_ARRAY_ITEMS = re.compile(r"[$\x01]\{(\w+)\[@\]\}")
 _ARITHMETIC = re.compile(r"\$\(\(((?:[^()]|\([^()]*\))*)\)\)")
 _SUBSTITUTION = re.compile(r"\$\((?:[^()]|\([^()]*\))*\)")
 _PROTECTED = str.maketrans("() \t\n", "\2\3\4\4\4")
@@ -76,17 +78,6 @@ _QUOTED_OR_SKIPPED = re.compile(
     re.DOTALL,
 )
 """Quoted text and escaped characters, which remain, or comments and redirections."""
-
-_OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], object]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-}
-_DTYPES = ("bfloat16", "float16", "float32")
-_MODEL_CLASSES = ("Model", "ForConditionalGeneration", "ForImageTextToText", "ForCausalLM")
-_POSITIONAL = {"from_pretrained": ("model",), "load_dataset": ("path", "name")}
 
 
 def load_external_config(path: Path) -> ExternalConfig:
@@ -155,26 +146,24 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
             cells = [cell for cell in parse_json(text)["cells"] if cell["cell_type"] == "code"]
             lines = "\n".join("".join(cell["source"]) for cell in cells)
             text = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
-        tree = ast.parse(text)
-        constants = _read_constants(tree)
         calls = load_trainer_settings()["TRL"]["calls"]
-        arguments = list(_iter_arguments(tree, calls))
-        values: dict[str, object] = {}
-        defaults: dict[str, object] = {}
-        unresolved: dict[str, str] = {}
-        for callee, name, node in arguments:
-            key = load_rules("TRL").aliases.get(name, name)
-            try:
-                value = _evaluate_constant(node, constants) if name else None
-            except ValueError:
-                unresolved.setdefault(key, ast.unparse(node))
-                continue
-            defaults = calls[callee] | defaults
-            if key:
-                values.setdefault(key, value)
+        arguments = list(Script(ast.parse(text)).iter_arguments(calls))
+    except AmbiguousConfigError as error:
+        remedy = "keep only the one that the training uses in a copy of the script"
+        raise _build_error(path, str(error), remedy) from error
     except (SyntaxError, ValueError, TypeError, LookupError, RecursionError, MemoryError) as error:
         what = f"cannot be read as Python: {' '.join(str(error).split())[:200]}"
         raise _build_error(path, what, "correct the file") from error
+    values: dict[str, object] = {}
+    defaults: dict[str, object] = {}
+    unresolved: dict[str, str] = {}
+    for callee, name, value in arguments:
+        key = load_rules("TRL").aliases.get(name, name)
+        defaults = calls[callee] | defaults
+        if isinstance(value, ast.expr):
+            unresolved.setdefault(key, ast.unparse(value))
+        elif key:
+            values.setdefault(key, value)
     started = [callee for callee, name, _ in arguments if not name and callee.endswith(_STARTS)]
     if not started or "model_name_or_path" not in values:
         model = unresolved.get("model_name_or_path")
@@ -247,7 +236,7 @@ def _parse_config_file(name: str, script: Path) -> dict[str, object]:
     return _parse_content(Path(name) if Path(name).exists() else script.parent / name)
 
 
-def _split_commands(text: str, path: Path, variables: Mapping[str, str]) -> Iterator[list[str]]:
+def _split_commands(text: str, path: Path, variables: dict[str, str]) -> Iterator[list[str]]:
     """Yield the words of each simple command of a shell script.
 
     `variables` are the values of variables, which the caller may complete after each command.
@@ -269,8 +258,20 @@ def _split_commands(text: str, path: Path, variables: Mapping[str, str]) -> Iter
     except ValueError as error:
         raise _build_error(path, "has an unclosed quotation mark", "close it") from error
     command: list[str] = []
+    arrays: dict[str, list[str]] = {}
+    array: list[str] | None = None
     for word in words:
-        if not set(word) <= set("\n;|&()<>{}"):
+        start = _ARRAY_START.fullmatch(command[-1]) if command and word[0] == "(" else None
+        if start is not None:
+            command.pop()
+            array = arrays[start[1]] = [*arrays.get(start[1], [])] if start[2] else []
+        if (match := _ARRAY_ITEMS.fullmatch(word)) and match[1] in arrays:
+            (command if array is None else array).extend(arrays[match[1]])
+        elif array is not None:
+            is_item = not set(word) <= set("\n;|&()<>")
+            array += _expand_variables(word, variables) if is_item else []
+            array = None if not is_item and ")" in word else array
+        elif not set(word) <= set("\n;|&()<>{}"):
             command += _expand_variables(word, variables)
         elif command:
             if command[0] in _CONTROL_KEYWORDS:
@@ -279,17 +280,19 @@ def _split_commands(text: str, path: Path, variables: Mapping[str, str]) -> Iter
             command = []
 
 
-def _expand_variables(word: str, variables: Mapping[str, str]) -> list[str]:
+def _expand_variables(word: str, variables: dict[str, str]) -> list[str]:
     """Replace known variables and arithmetic in a word; an unquoted value may be several words."""
     numbers = {name: int(value) for name, value in variables.items() if value.isdecimal()}
 
     def replace(match: re.Match[str]) -> str:
         if match[4] is None:
+            if match[3] is not None and match[0][: -len(match[3]) - 1].endswith("="):
+                variables.setdefault(match[2], match[3])
             return variables.get(match[1] or match[2], match[0] if match[3] is None else match[3])
         expression = re.sub(r"[${}]", "", match[4].translate(_UNPROTECTED)).replace("/", "//")
         try:
             tree = ast.parse(expression.strip(), mode="eval")
-            return str(_evaluate_constant(tree.body, numbers))
+            return str(evaluate_constant(tree.body, numbers))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return match[0]
 
@@ -362,66 +365,3 @@ def _read_launcher(words: Sequence[str]) -> dict[str, str]:
     is_known = options.count.isdecimal() and options.nnodes.isdecimal()
     counts = {"NPROC_PER_NODE": options.count, "NNODES": options.nnodes}
     return counts if is_known else {"NPROC_PER_NODE": UNKNOWN_COUNT}
-
-
-def _evaluate_constant(node: ast.expr, names: Mapping[str, object]) -> object:
-    """Evaluate a literal, arithmetic of numbers, or a name or attribute with a known value.
-
-    Raises ValueError for every other expression: scripts are never executed.
-    """
-    if isinstance(node, ast.Name | ast.Attribute):
-        name = node.id if isinstance(node, ast.Name) else node.attr
-        if name in names or name in _DTYPES:
-            return names.get(name, name)
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_evaluate_constant(item, names) for item in node.elts]
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        operands = [_evaluate_constant(side, names) for side in (node.left, node.right)]
-        if all(isinstance(operand, int | float) for operand in operands):
-            with suppress(ArithmeticError):
-                return _OPERATORS[type(node.op)](*operands)
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError) as error:
-        raise ValueError(ast.unparse(node)) from error
-
-
-def _read_constants(tree: ast.Module) -> dict[str, object]:
-    """Return the variables and fields of classes that are assigned once, to a constant."""
-    nodes = list(ast.walk(tree))
-    num_assigned = Counter(node.arg for node in nodes if isinstance(node, ast.arg))
-    num_assigned.update(
-        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    )
-    constants: dict[str, object] = {}
-    for node in sorted(
-        (node for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign)),
-        key=lambda node: node.lineno,
-    ):
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-        if isinstance(target, ast.Name) and num_assigned[target.id] == 1 and node.value is not None:
-            with suppress(ValueError):
-                constants[target.id] = _evaluate_constant(node.value, constants)
-    return constants
-
-
-def _iter_arguments(
-    tree: ast.Module, callees: Collection[str]
-) -> Iterator[tuple[str, str, ast.expr]]:
-    """Yield callee, name and expression of the arguments of known calls, in the order of lines.
-
-    Each call starts with an item without a name. `from_pretrained` of a processor has only limits
-    of pixels.
-    """
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    for call in sorted(calls, key=lambda call: call.lineno):
-        receiver, _, callee = ast.unparse(call.func).rpartition(".")
-        if callee not in callees:
-            continue
-        yield callee, "", call.func
-        keywords = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
-        positional = dict(zip(_POSITIONAL.get(callee, ()), call.args, strict=False))
-        is_model = receiver.endswith(_MODEL_CLASSES) and not receiver.endswith("PeftModel")
-        for name, value in (positional | keywords).items():
-            if callee != "from_pretrained" or is_model or name.endswith("_pixels"):
-                yield callee, name, value

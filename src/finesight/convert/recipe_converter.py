@@ -87,7 +87,8 @@ def _iter_value_notes(
         rule, is_noted = rules.other.get(key), key in ("", "dataset_name", "bf16", "fp16")
         if not is_noted and (rule is None or not rule.is_ignored):
             text = "computed by the script, which is not executed: set it in the recipe"
-            text = f"used by {objective} only" if objective and rule is None else text
+            is_own = rule is None and key not in rules.converted and not key.startswith("**")
+            text = f"used by {objective} only" if objective and is_own else text
             yield ConversionNote("differs", key, _format_short(key, expression), text)
     for key, value in config.values.items():
         rule, formatted = rules.other.get(key), _format_short(key, value)

@@ -180,7 +180,7 @@ def init(
         *(f"        {file}: {text}" for file, text in files.items()),
         *(f"        {line}" for line in summary.list_skipped()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
-        *([f"        box format: {options.box_format}"] if options.box_format else []),
+        *_describe_box_format(options),
         *([f"        box units: {options.box_units}"] if options.box_units else []),
         *(["        no images: a task of text only"] if not summary.num_images else []),
         *(f"        unused column: {column}" for column in summary.list_unused_columns()),
@@ -215,6 +215,20 @@ def init(
     plan_lines = [] if run_plan is None else format_short_plan(run_plan)
     lines += [*check_lines, *plan_lines, "", f"recipe: {recipe}", "next:"]
     typer.echo("\n".join(map(escape_unprintable, [*lines, *(f"  {c}" for c in next_commands)])))
+
+
+def _describe_box_format(options: ImportOptions) -> list[str]:
+    """Describe a box format that differs from the default, or that no column states."""
+    from finesight.data.formats.table import find_stated_format, get_default_convention
+
+    column = options.columns.get("box")
+    if column is None or (find_stated_format(column) and not options.box_format):
+        return []
+    if options.box_format:
+        return [f"        box format: {options.box_format}, by the values"]
+    box_format = get_default_convention(column).format
+    hint = "assumed; for another one, import with --box-format"
+    return [f"        box format: {box_format} ({hint})"]
 
 
 def _format_example(file: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -36,6 +37,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
 from finesight.data.formats.message_parts import SAMPLES, example_from_sample
+from finesight.data.image_header import read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
@@ -632,8 +634,21 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
     box = opened.column_map.get("box")
     if box is None or options.box_format or options.box_units:
         return path, options
-    box_format, box_units = table_format.guess_box_options(_read_preview(opened.rows), box)
+    records = _read_preview(opened.rows)
+    image, folder = opened.column_map.get("image", ""), opened.image_folder or path.parent
+    sizes = [_find_size(record, image, folder) for record in records]
+    box_format, box_units = table_format.guess_box_options(records, box, sizes)
     return path, replace(options, box_format=box_format, box_units=box_units)
+
+
+def _find_size(record: Record, image: str, folder: Path) -> tuple[float, float] | None:
+    """Return width and height of a local image, or those that its record states."""
+    with suppress(KeyError, TypeError, UserError, OSError):
+        height, width = read_image_size(folder / record[image])
+        return width, height
+    with suppress(KeyError, ValueError):
+        return float(str(record["width"])), float(str(record["height"]))
+    return None
 
 
 def _read_preview(rows: RowReader) -> list[Record]:

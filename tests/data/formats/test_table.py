@@ -11,7 +11,7 @@ from case_files import load_cases
 from format_fixtures import list_turns, parse_record, summarize_content
 
 from finesight.data.formats.dataset_format import ImportExample
-from finesight.data.formats.table import FORMAT, suggest_mapping
+from finesight.data.formats.table import FORMAT, guess_box_options, suggest_mapping
 from finesight.errors import UserError
 
 CASES = load_cases("table")
@@ -246,3 +246,32 @@ def test_suggested_mapping_is_shell_quoted() -> None:
     assert suggest_mapping(dict.fromkeys(["file name", "Caption "])) == (
         "--map 'image=file name' --map 'answer=Caption '"
     )
+
+
+@pytest.mark.parametrize(
+    ("column", "boxes", "area", "size", "expected"),
+    [
+        ("xmin,ymin,xmax,ymax", [[20, 10, 120, 90]] * 8 + [[20, 10, 20, 90]], None, None, None),
+        ("bbox_xyxy", [[50, 60, 20, 30]] * 9, None, None, None),
+        ("bbox", [[20, 10, 120, 90]] * 8 + [[20, 10, 20, 90]], None, (200, 150), None),
+        ("bbox", [[50, 60, 20, 30]] * 5 + [[5, 5, 60, 70]] * 4, None, None, "xywh"),
+        ("objects.bbox", [[10, 10, 60, 50]] * 12, 3000, None, None),
+        ("objects.bbox", [[10, 10, 60, 50]] * 12, 2000, None, "xyxy"),
+        ("objects.bbox", [[10, 10, 60, 50]] * 12, None, (200, 150), None),
+        ("objects.bbox", [[90, 90, 160, 120]] * 12, None, (200, 150), "xyxy"),
+        ("objects.bbox", [[10, 10, 60, 50]] * 12, None, None, None),
+    ],
+)
+def test_box_format_is_guessed_by_areas_and_images(
+    column: str, boxes: list[list[int]], area: int | None, size: Any, expected: str | None
+) -> None:
+    names = column.split(",")
+    records: list[dict[str, Any]] = []
+    for box in boxes:
+        record: dict[str, Any] = {column: box} if len(names) == 1 else {}
+        record |= dict(zip(names, box, strict=True)) if len(names) == 4 else {}
+        if "." in column:
+            record = {"objects": {"bbox": [box], "area": [area]}}
+        records.append(record)
+    found = guess_box_options(records, column, [size] * len(records))
+    assert found == (expected, None)

@@ -11,11 +11,19 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits, parse_coordinates
+from finesight.data.boxes import (
+    MAX_OVERHANG_PX,
+    BoxConvention,
+    BoxFormat,
+    BoxUnits,
+    parse_coordinates,
+)
 from finesight.data.formats.conversation_rows import (
     PartRenderer,
     format_answer,
@@ -114,8 +122,8 @@ _FORMAT_IN_NAME = re.compile(
 MAX_FEW_RECORDS = 4
 """Number of records up to which different labels may be classes."""
 
-MIN_ORDERED_BOXES = 10
-"""Number of boxes that are all corners if no second coordinate is below its first one."""
+MIN_VALID_BOXES = 0.75
+"""Fraction of the boxes that must lie in their images in the default format of a column."""
 
 
 def guess_columns(records: Sequence[Record]) -> dict[str, str]:
@@ -243,19 +251,42 @@ def _list_boxes(records: Iterable[Record], column: str) -> list[list[float]] | N
 
 
 def guess_box_options(
-    records: Sequence[Record], column: str
+    records: Sequence[Record], column: str, sizes: Sequence[tuple[float, float] | None]
 ) -> tuple[BoxFormat | None, BoxUnits | None]:
-    """Return box format and units where the values contradict the default of the column."""
+    """Return box format and units where the values contradict the default of the column.
+
+    A format that the names of the columns state is never changed. Otherwise the areas of COCO
+    decide, or else the format in which more boxes lie in their images.
+
+    Args:
+        sizes: Width and height of the image of each record, None if unknown.
+    """
     boxes = _list_boxes(records, column) or []
-    default = _get_default_convention(column).format
-    num_ordered = sum(a < c and b < d for a, b, c, d in boxes)
-    box_format: BoxFormat | None = None
-    if default == "xyxy" and num_ordered < len(boxes):
-        box_format = "xywh"
-    elif default == "xywh" and num_ordered == len(boxes) >= MIN_ORDERED_BOXES:
-        box_format = "xyxy"
     is_fraction = bool(boxes) and max(map(max, boxes)) <= 1
-    return box_format, "1" if is_fraction else None
+    units: BoxUnits | None = "1" if is_fraction else None
+    default = get_default_convention(column).format
+    if find_stated_format(column) is not None:
+        return None, units
+    other: BoxFormat = "xywh" if default == "xyxy" else "xyxy"
+    valid: Counter[str] = Counter()
+    areas: Counter[str] = Counter()
+    area_column = f"{column.rpartition('.')[0]}.area".removeprefix(".")
+    for record, size in zip(records, sizes, strict=True):
+        found = _list_boxes([record], column) or []
+        record_areas = as_list(get_cell(record, area_column))
+        for index, (x, y, c, d) in enumerate(found):
+            area = record_areas[index] if len(record_areas) == len(found) else None
+            for box_format, width, height in (("xyxy", c - x, d - y), ("xywh", c, d)):
+                max_x, max_y = (1, 1) if is_fraction else size or (math.inf, math.inf)
+                is_inside = x + width <= max_x + MAX_OVERHANG_PX
+                is_inside = is_inside and y + height <= max_y + MAX_OVERHANG_PX
+                valid[box_format] += width > 0 and height > 0 and is_inside
+                is_number = isinstance(area, int | float)
+                areas[box_format] += is_number and math.isclose(area, width * height, rel_tol=0.01)
+    if 2 * max(areas.values(), default=0) > len(boxes) and areas["xyxy"] != areas["xywh"]:
+        return (other if areas[other] > areas[default] else None), units
+    is_contradicted = valid[default] < MIN_VALID_BOXES * len(boxes)
+    return (other if is_contradicted and valid[other] > valid[default] else None), units
 
 
 def suggest_mapping(record: Record) -> str:
@@ -457,7 +488,7 @@ def _json_default(value: object) -> str:
 
 def _create_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> list[BoxPart]:
     pairs: list[tuple[object, str | None]] = []
-    convention = _get_default_convention(context.columns.get("box", ""))
+    convention = get_default_convention(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
         boxes = _read_boxes(record, context.columns.get("box", ""))
         labels = list(filter(has_value, as_list(_read_cell(record, context, "label"))))
@@ -472,17 +503,23 @@ def _create_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> 
     return images.create_boxes(pairs, convention)
 
 
-def _get_default_convention(column: str) -> BoxConvention:
+def get_default_convention(column: str) -> BoxConvention:
     """Return the box convention that the name of a column, or of four columns, states.
 
     Boxes under `objects` are those of Hugging Face datasets, in the format of COCO.
     """
+    default: BoxFormat = "xywh" if column.startswith("objects.") else "xyxy"
+    return BoxConvention(find_stated_format(column) or default)
+
+
+def find_stated_format(column: str) -> BoxFormat | None:
+    """Return the box format that the name of a column, or of four columns, states."""
     coordinates = ",".join(map(_normalize_coordinate, column.split(",")))
     stated = _FORMAT_IN_NAME.search(column)
     for box_format, variants in _BOX_COLUMNS.items():
         if coordinates in variants or (stated and stated.lastgroup == box_format):
-            return BoxConvention(box_format)
-    return BoxConvention("xywh" if column.startswith("objects.") else "xyxy")
+            return box_format
+    return None
 
 
 def _normalize_coordinate(name: str) -> str:

@@ -432,6 +432,7 @@ def _detect_task(
 
 def _reject_unrecognized_images(opened: ImportSource) -> None:
     """Raise UserError if a dataset that was read as text only contains columns with images."""
+    from finesight.data.formats.row_keys import iter_nested
     from finesight.data.formats.table import suggest_mapping
     from finesight.data.image_header import is_image_value
     from finesight.data.import_source import NUM_PREVIEW_ROWS
@@ -445,6 +446,16 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
     rows = opened.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS))
     records = [row.record for row in rows]
     names = sorted({key for one in records for key, value in one.items() if has_image(value)})
+    nested = (
+        path
+        for one in records
+        for path, _, value in iter_nested(one)
+        if "." in path and is_image_value(value)
+    )
+    inner = next(nested, "")
+    rename = f"rename the key {names[0]} to images in all rows" if names else ""
+    if inner and inner.partition(".")[0] == names[0]:
+        rename = f"move {inner} to the key images of the row itself, in all rows"
     if names:
         mapping = suggest_mapping(records[0])
         raise UserError(
@@ -452,9 +463,7 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
             where=str(opened.path),
             expected=f"images where {opened.data_format.name} has them, in rows such as "
             f"{opened.data_format.description}",
-            remedy=f"rename the key {names[0]} to images in all rows"
-            if "COLUMN" in mapping
-            else f"give {mapping}",
+            remedy=rename if "COLUMN" in mapping else f"give {mapping}",
         )
 
 

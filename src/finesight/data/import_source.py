@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -349,6 +350,7 @@ def _find_image_folder(source: ImportSource) -> Path | None:
     The first `NUM_PREVIEW_ROWS` rows decide. Images that no subfolder contains are ignored.
     """
     column, home = source.column_map.get("image", ""), source.path.parent
+    column = column if column in source.columns else column.partition(",")[0]
     subfolders: list[Path] | None = None
     matches: list[set[Path]] = []
     start, stop = source.row_bounds
@@ -622,12 +624,21 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
             if "image" not in columns or len(columns) < 2:
                 open_source(path, options)  # raises the error of a table, if it is one
                 return path, options
+            _reject_coordinates(path, records, columns)
             if not columns.keys() & {"answer", "fields", "box"}:
                 raise UserError(
                     f"no answer column among {', '.join(map(str, records[0]))}",
                     where=str(path),
                     expected="a column with the answers",
                     remedy="name the column: --map image=COLUMN --map answer=COLUMN",
+                ) from None
+            if (found := table_format.find_unsupported_column(records, columns)) is not None:
+                mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
+                raise UserError(
+                    f"the column {found[0]!r}: {found[1]}",
+                    where=str(path),
+                    expected="a table of questions and answers",
+                    remedy=f"remove the column, or leave it out with {mapping}",
                 ) from None
             options = replace(options, columns=columns)
         opened = open_source(path, options)
@@ -639,6 +650,24 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
     sizes = [_find_size(record, image, folder) for record in records]
     box_format, box_units = table_format.guess_box_options(records, box, sizes)
     return path, replace(options, box_format=box_format, box_units=box_units)
+
+
+def _reject_coordinates(path: Path, records: Sequence[Record], columns: Mapping[str, str]) -> None:
+    """Raise UserError if four adjacent unknown columns of numbers are boxes in the images."""
+    if "box" in columns:
+        return
+    sizes = [_find_size(record, columns["image"], path.parent) for record in records]
+    names = list(map(str, records[0]))
+    for start in range(len(names) - 3):
+        box = ",".join(names[start : start + 4])
+        if table_format.has_corners(records, box, sizes):
+            raise UserError(
+                f"the columns {box} contain coordinates in the image",
+                where=str(path),
+                expected="columns with names of box coordinates, such as xmin,ymin,xmax,ymax",
+                remedy=f"give --map image={columns['image']} --map box={box}, or without boxes: "
+                f"--map image={columns['image']} --map answer=COLUMN",
+            ) from None
 
 
 def _find_size(record: Record, image: str, folder: Path) -> tuple[float, float] | None:

@@ -42,7 +42,14 @@ from finesight.data.formats.dataset_format import (
     as_list,
     make_text_part,
 )
-from finesight.data.formats.row_keys import has_value
+from finesight.data.formats.row_keys import (
+    LOSS,
+    PREFERENCE,
+    REASONING,
+    ROWS,
+    find_meaning,
+    has_value,
+)
 from finesight.data.image_header import is_image_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
@@ -73,11 +80,25 @@ MAX_CELL_CHARS = 2**20
 
 _COMMON_NAMES = {
     "image": ("image", "img", "picture", "photo", "path", "file", "filename"),
-    "question": ("question", "query", "instruction", "prompt", "problem"),
+    "question": (
+        *("question", "query", "instruction", "prompt", "problem", "ask", "request", "frage"),
+        *("pregunta", "pergunta", "domanda", "вопрос", "问题", "问", "質問", "질문"),
+    ),
     "answer": (
-        *("answer", "answers", "response", "completion", "output", "solution", "target", "reply"),
+        *("antwort", "respuesta", "réponse", "resposta", "risposta", "ответ", "答案", "答", "回答"),
+        *(
+            "답변",
+            "answer",
+            "answers",
+            "response",
+            "completion",
+            "output",
+            "solution",
+            "target",
+            "reply",
+        ),
         *("groundtruth", "caption", "captions", "description", "text", "txt", "transcription"),
-        *("latex", "formula", "label", "class", "category"),
+        *("latex", "formula", "label", "class", "category", "chosen"),
     ),
     "box": ("bbox", "box"),
     "label": (
@@ -92,11 +113,20 @@ _PAIRS = (
 )
 """Names of a question and its answer that have this meaning only together."""
 
+_ANSWER_NAMES = (*_COMMON_NAMES["answer"][:15], "reply")
+"""Names of an answer that is text, also beside boxes."""
+
+_OPTION = re.compile(r"(?i)(?:(?:option|choice)[_ ]?)?([A-H])")
+"""Names of the columns with the options of a multiple-choice question."""
+
+_NO_INPUT_IMAGE = re.compile(r"(?i).*(?:mask|segmentation|thumb|url).*")
+"""Names of images that are labels or copies of another column."""
+
 _PHRASE_NAMES = ("phrase", "expression", "sentence", "caption", "description", "text")
 """Names of the question in a table of boxes without classes."""
 
 _IGNORED_NAMES = re.compile(
-    r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative).*|"
+    r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative|rejected).*|"
 )
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W_A-Za-z0-9]+")
 _TEXT_WORDS = {"text", "content", "en"}
@@ -104,7 +134,12 @@ _TEXT_WORDS = {"text", "content", "en"}
 _BOX_COLUMNS: dict[BoxFormat, tuple[str, ...]] = {
     "xyxy": (
         *("xmin,ymin,xmax,ymax", "x1,y1,x2,y2", "left,top,right,bottom"),
-        *("minx,miny,maxx,maxy", "x0,y0,x1,y1"),
+        *("minx,miny,maxx,maxy", "x0,y0,x1,y1", "startx,starty,endx,endy", "tlx,tly,brx,bry"),
+        *("xstart,ystart,xend,yend", "xtl,ytl,xbr,ybr", "ulx,uly,lrx,lry", "左,上,右,下"),
+        *("xtopleft,ytopleft,xbottomright,ybottomright", "xleft,ytop,xright,ybottom"),
+        *("topleftx,toplefty,bottomrightx,bottomrighty", "leftx,topy,rightx,bottomy"),
+        *("links,oben,rechts,unten", "gauche,haut,droite,bas"),
+        "izquierda,arriba,derecha,abajo",
     ),
     "cxcywh": (
         *("cx,cy,w,h", "cx,cy,width,height", "xcenter,ycenter,width,height"),
@@ -133,7 +168,8 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     """
     names = list(map(str, records[0]))
     images = [name for name in names if _has_values(records, name, is_image_value, 0.9)]
-    columns = {"image": images[0]} if images else {}
+    inputs = images[:1] + [name for name in images[1:] if not _NO_INPUT_IMAGE.fullmatch(name)]
+    columns = {"image": ",".join(inputs)} if images else {}
     boxes = _guess_box_columns(records, [name for name in names if name not in images])
     others = [
         name
@@ -153,16 +189,30 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
             # The label of the only box of an image is a class or, if it rarely recurs, a phrase.
             is_phrase = is_unique and 2 * len(labels) > len(records) > MAX_FEW_RECORDS
             question = label if is_phrase else None
-        return columns | ({"question": question} if question else {}) | boxes
+        left = [name for name in others if name not in (question or "").split(",")]
+        answer = _find_name([name for name in left if name != label], _ANSWER_NAMES)
+        texts = {"question": question, "answer": answer}
+        return columns | {role: name for role, name in texts.items() if name} | boxes
     if question is not None:
         columns["question"] = question
         others = [name for name in others if name not in question.split(",")]
     answer = answer or _find_name(others, _COMMON_NAMES["answer"])
+    if question is None and answer == _find_name(others, _ANSWER_NAMES) is not None:
+        texts = [name for name in others if name != answer and _is_question(records, name)]
+        columns |= {"question": texts[0]} if len(texts) == 1 else {}
     if answer or len(others) == 1:
         columns["answer"] = answer or others[0]
     elif others and not all(map(str.isdecimal, names)):
         columns["fields"] = ",".join(others)
     return columns
+
+
+def _is_question(records: Sequence[Record], name: str) -> bool:
+    """Return whether a column contains a text of several words that differs in most rows."""
+    texts = [str(record.get(name)) for record in records if has_value(record.get(name))]
+    num_long = sum(" " in text.strip() for text in texts)
+    is_free = 2 * num_long > len(records) and 2 * len(set(texts)) > len(records)
+    return is_free and len(records) > 1
 
 
 def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
@@ -174,8 +224,14 @@ def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
             return found
     # The input of an instruction is a part of the question (Alpaca).
     others = [name for name in names if name != question]
-    more = _find_name(others, ("input",)) if "instruction" in (question or "").lower() else None
-    return (f"{question},{more}" if more else question), None
+    more = (
+        _find_name(others, ("input", "context"))
+        if "instruction" in (question or "").lower()
+        else None
+    )
+    options = [name for name in others if _OPTION.fullmatch(name)] if question else []
+    names = [question, more, *(options if len(options) > 1 else [])]
+    return ",".join(filter(None, names)) or None, None
 
 
 def _find_name(names: Sequence[str], candidates: Sequence[str]) -> str | None:
@@ -289,6 +345,22 @@ def guess_box_options(
     return (other if is_contradicted and valid[other] > valid[default] else None), units
 
 
+def has_corners(
+    records: Sequence[Record], columns: str, sizes: Sequence[tuple[float, float] | None]
+) -> bool:
+    """Return whether four columns contain two corners inside the image of each record."""
+    if any(size is None for size in sizes):
+        return False
+    num_valid = 0
+    for record, size in zip(records, sizes, strict=True):
+        boxes = _list_boxes([record], columns)
+        x1, y1, x2, y2 = boxes[0] if boxes else (0, 0, 0, 0)
+        width, height = size or (0, 0)
+        is_pixel = max(x2, y2) <= 1 or all(n == round(n) for n in (x1, y1, x2, y2))
+        num_valid += is_pixel and 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+    return num_valid >= 0.9 * len(records)
+
+
 def suggest_mapping(record: Record) -> str:
     """Suggest `--map` options for a record, by the values or the names of its columns."""
     columns = guess_columns([record])
@@ -326,11 +398,18 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     parts: list[ContentPart] = []
     if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected
         values = _read_cell(row.record, context, "image")
+        if "," in context.columns["image"] and isinstance(values, list):
+            values = list(filter(has_value, values)) or values[:1]
         parts += map(images.add_image, values if isinstance(values, list) else [values])
     question = _read_cell(row.record, context, "question")
     if isinstance(question, list) and "," in context.columns["question"]:
         # Empty cells of several columns, such as instruction and input, are left out.
-        cells = [str(cell) for cell in question if has_value(cell) and cell == cell]
+        names = find_columns(row.record, "question", context.columns["question"])
+        cells = [
+            f"{_format_option(name, names)}{cell}"
+            for name, cell in zip(names, question, strict=True)
+            if has_value(cell) and cell == cell
+        ]
         question = "\n".join(cells)
     if question is not None:
         parts.append(make_text_part(_get_text(question, "question")))
@@ -355,6 +434,28 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
             "that one: --map answer=COLUMN, --map fields=COLUMN,COLUMN or --map box=COLUMN",
         )
     return ImportExample(row.id, (user,), tuple(answers))
+
+
+def _format_option(name: str, names: Sequence[str]) -> str:
+    """Return the letter of an option of a multiple-choice question, such as "A. "."""
+    letters = {other: match[1].upper() for other in names if (match := _OPTION.fullmatch(other))}
+    return f"{letters[name]}. " if name in letters and len(letters) > 1 else ""
+
+
+def find_unsupported_column(
+    records: Sequence[Record], columns: Mapping[str, str]
+) -> tuple[str, str] | None:
+    """Return a column that no role uses but an answer depends on, and its meaning."""
+    used = list_used_columns(columns, records[0])
+    for name in records[0]:
+        values = [record.get(name) for record in records]
+        for value in values if name not in used else ():
+            meaning = find_meaning(str(name), value, ROWS)
+            is_constant = meaning is LOSS and len(set(map(str, values))) == 1
+            is_needed = meaning in (REASONING, LOSS, PREFERENCE) or name == "history"
+            if meaning is not None and is_needed and not is_constant:
+                return str(name), meaning.what
+    return None
 
 
 def _read_cell(record: Record, context: ImportContext, role: str) -> object:

@@ -301,7 +301,7 @@ def test_question_and_answer_are_known_by_name(
     ("image", "remedy"),
     [
         ({"messages": None, "image_path": "{}.png"}, "rename the key image_path to images"),
-        ({"messages": None, "media": {"files": "{}.png"}}, "move media.files to the key images"),
+        ({"messages": None, "media": {"files": ["{}.png"]}}, "move media.files to the key images"),
         (
             {"query": "q {}", "response": "a {}", "pic": {"path": "{}.png"}},
             "give --map image=pic --map answer=response --map question=query",
@@ -326,7 +326,7 @@ def test_unrecognized_images_are_no_text_task(
     else:
         file = tmp_path / "rows.jsonl"
         content = (
-            file.read_text().replace('"media": {"files": ', '"images": ').replace('g"}}', 'g"}')
+            file.read_text().replace('"media": {"files": ', '"images": ').replace('"]}}', '"]}')
         )
         file.write_text(content.replace('"image_path"', '"images"'))
         assert run_command(words) == 0

@@ -198,8 +198,8 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
         others = [name for name in others if name not in question.split(",")]
     answer = answer or _find_name(others, _COMMON_NAMES["answer"])
     if question is None and answer == _find_name(others, _ANSWER_NAMES) is not None:
-        texts = [name for name in others if name != answer and _is_question(records, name)]
-        columns |= {"question": texts[0]} if len(texts) == 1 else {}
+        free = [name for name in others if name != answer and _is_question(records, name)]
+        columns |= {"question": free[0]} if len(free) == 1 else {}
     if answer or len(others) == 1:
         columns["answer"] = answer or others[0]
     elif others and not all(map(str.isdecimal, names)):
@@ -230,8 +230,8 @@ def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
         else None
     )
     options = [name for name in others if _OPTION.fullmatch(name)] if question else []
-    names = [question, more, *(options if len(options) > 1 else [])]
-    return ",".join(filter(None, names)) or None, None
+    found = [name for name in (question, more) if name is not None]
+    return ",".join([*found, *(options if len(options) > 1 else [])]) or None, None
 
 
 def _find_name(names: Sequence[str], candidates: Sequence[str]) -> str | None:
@@ -337,8 +337,8 @@ def guess_box_options(
                 is_inside = x + width <= max_x + MAX_OVERHANG_PX
                 is_inside = is_inside and y + height <= max_y + MAX_OVERHANG_PX
                 valid[box_format] += width > 0 and height > 0 and is_inside
-                is_number = isinstance(area, int | float)
-                areas[box_format] += is_number and math.isclose(area, width * height, rel_tol=0.01)
+                if isinstance(area, int | float):
+                    areas[box_format] += math.isclose(area, width * height, rel_tol=0.01)
     if 2 * max(areas.values(), default=0) > len(boxes) and areas["xyxy"] != areas["xywh"]:
         return (other if areas[other] > areas[default] else None), units
     is_contradicted = valid[default] < MIN_VALID_BOXES * len(boxes)

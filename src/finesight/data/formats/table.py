@@ -230,8 +230,8 @@ def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
         else None
     )
     options = [name for name in others if _OPTION.fullmatch(name)] if question else []
-    found = [name for name in (question, more) if name is not None]
-    return ",".join([*found, *(options if len(options) > 1 else [])]) or None, None
+    texts = [name for name in (question, more) if name is not None]
+    return ",".join([*texts, *(options if len(options) > 1 else [])]) or None, None
 
 
 def _find_name(names: Sequence[str], candidates: Sequence[str]) -> str | None:

@@ -301,7 +301,7 @@ def test_question_and_answer_are_known_by_name(
     ("image", "remedy"),
     [
         ({"messages": None, "image_path": "{}.png"}, "rename the key image_path to images"),
-        ({"messages": None, "media": {"files": ["{}.png"]}}, "rename the key media to images"),
+        ({"messages": None, "media": {"files": ["{}.png"]}}, "move media.files to the key images"),
         (
             {"query": "q {}", "response": "a {}", "pic": {"path": "{}.png"}},
             "give --map image=pic --map answer=response --map question=query",
@@ -324,9 +324,11 @@ def test_unrecognized_images_are_no_text_task(
     if remedy.startswith("give"):
         assert run_command([*words, *remedy.split()[1:]]) == 0
     else:
-        file, key = tmp_path / "rows.jsonl", remedy.split()[3]
-        content = file.read_text().replace('{"files": ["', '"').replace('"]}', '"')
-        file.write_text(content.replace(f'"{key}"', '"images"'))
+        file = tmp_path / "rows.jsonl"
+        content = (
+            file.read_text().replace('"media": {"files": ', '"images": ').replace('"]}}', '"]}')
+        )
+        file.write_text(content.replace('"image_path"', '"images"'))
         assert run_command(words) == 0
     assert "<image> q 0" in capsys.readouterr().out
 
@@ -695,3 +697,14 @@ def test_unsuitable_data_are_rejected_without_files(
     assert run_command(["init", str(file), "--yes", "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_plan")
+def test_unknown_columns_of_coordinates_are_no_classes(tmp_path: Path, capsys: Any) -> None:
+    corners = {name: (lambda i, n=n: 3 + 5 * n + i % 4) for n, name in enumerate("pqrs")}
+    source = str(write_table(tmp_path / "data", 8, **corners, label=lambda i: "ab"[i % 2]))
+    words = ["init", source, "--yes", "--out", f"{tmp_path}/out"]
+    assert run_command(words) == 2
+    remedy = "--map image=file --map box=p,q,r,s"
+    assert f"give {remedy}, or" in capsys.readouterr().err
+    assert run_command([*words, *remedy.split()]) == 0

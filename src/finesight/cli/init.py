@@ -180,7 +180,7 @@ def init(
         *(f"        {file}: {text}" for file, text in files.items()),
         *(f"        {line}" for line in summary.list_skipped()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
-        *([f"        box format: {options.box_format}"] if options.box_format else []),
+        *_describe_box_format(options),
         *([f"        box units: {options.box_units}"] if options.box_units else []),
         *(["        no images: a task of text only"] if not summary.num_images else []),
         *(f"        unused column: {column}" for column in summary.list_unused_columns()),
@@ -215,6 +215,20 @@ def init(
     plan_lines = [] if run_plan is None else format_short_plan(run_plan)
     lines += [*check_lines, *plan_lines, "", f"recipe: {recipe}", "next:"]
     typer.echo("\n".join(map(escape_unprintable, [*lines, *(f"  {c}" for c in next_commands)])))
+
+
+def _describe_box_format(options: ImportOptions) -> list[str]:
+    """Describe a box format that differs from the default, or that no column states."""
+    from finesight.data.formats.table import find_stated_format, get_default_convention
+
+    column = options.columns.get("box")
+    if column is None or (find_stated_format(column) and not options.box_format):
+        return []
+    if options.box_format:
+        return [f"        box format: {options.box_format}, by the values"]
+    box_format = get_default_convention(column).format
+    hint = "assumed; for another one, import with --box-format"
+    return [f"        box format: {box_format} ({hint})"]
 
 
 def _format_example(file: Path) -> str:
@@ -418,6 +432,7 @@ def _detect_task(
 
 def _reject_unrecognized_images(opened: ImportSource) -> None:
     """Raise UserError if a dataset that was read as text only contains columns with images."""
+    from finesight.data.formats.row_keys import iter_nested
     from finesight.data.formats.table import suggest_mapping
     from finesight.data.image_header import is_image_value
     from finesight.data.import_source import NUM_PREVIEW_ROWS
@@ -431,6 +446,16 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
     rows = opened.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS))
     records = [row.record for row in rows]
     names = sorted({key for one in records for key, value in one.items() if has_image(value)})
+    nested = (
+        path
+        for one in records
+        for path, _, value in iter_nested(one)
+        if "." in path and is_image_value(value)
+    )
+    inner = next(nested, "")
+    rename = f"rename the key {names[0]} to images in all rows" if names else ""
+    if inner and inner.partition(".")[0] == names[0]:
+        rename = f"move {inner} to the key images of the row itself, in all rows"
     if names:
         mapping = suggest_mapping(records[0])
         raise UserError(
@@ -438,9 +463,7 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
             where=str(opened.path),
             expected=f"images where {opened.data_format.name} has them, in rows such as "
             f"{opened.data_format.description}",
-            remedy=f"rename the key {names[0]} to images in all rows"
-            if "COLUMN" in mapping
-            else f"give {mapping}",
+            remedy=rename if "COLUMN" in mapping else f"give {mapping}",
         )
 
 

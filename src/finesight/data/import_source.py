@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -36,6 +38,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
 from finesight.data.formats.message_parts import SAMPLES, example_from_sample
+from finesight.data.image_header import read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
@@ -336,6 +339,7 @@ def _find_image_folder(source: ImportSource) -> Path | None:
     The first `NUM_PREVIEW_ROWS` rows decide. Images that no subfolder contains are ignored.
     """
     column, home = source.column_map.get("image", ""), source.path.parent
+    column = column if column in source.columns else column.partition(",")[0]
     subfolders: list[Path] | None = None
     matches: list[set[Path]] = []
     start, stop = source.row_bounds
@@ -609,6 +613,7 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
             if "image" not in columns or len(columns) < 2:
                 open_source(path, options)  # raises the error of a table, if it is one
                 return path, options
+            _reject_coordinates(path, records, columns)
             if not columns.keys() & {"answer", "fields", "box"}:
                 raise UserError(
                     f"no answer column among {', '.join(map(str, records[0]))}",
@@ -616,13 +621,52 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
                     expected="a column with the answers",
                     remedy="name the column: --map image=COLUMN --map answer=COLUMN",
                 ) from None
+            if (found := table_format.find_unsupported_column(records, columns)) is not None:
+                mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
+                raise UserError(
+                    f"the column {found[0]!r}: {found[1]}",
+                    where=str(path),
+                    expected="a table of questions and answers",
+                    remedy=f"remove the column, or leave it out with {mapping}",
+                ) from None
             options = replace(options, columns=columns)
         opened = open_source(path, options)
     box = opened.column_map.get("box")
     if box is None or options.box_format or options.box_units:
         return path, options
-    box_format, box_units = table_format.guess_box_options(_read_preview(opened.rows), box)
+    records = _read_preview(opened.rows)
+    image, folder = opened.column_map.get("image", ""), opened.image_folder or path.parent
+    sizes = [_find_size(record, image, folder) for record in records]
+    box_format, box_units = table_format.guess_box_options(records, box, sizes)
     return path, replace(options, box_format=box_format, box_units=box_units)
+
+
+def _reject_coordinates(path: Path, records: Sequence[Record], columns: Mapping[str, str]) -> None:
+    """Raise UserError if four adjacent unknown columns of numbers are boxes in the images."""
+    if "box" in columns:
+        return
+    sizes = [_find_size(record, columns["image"], path.parent) for record in records]
+    names = list(map(str, records[0]))
+    for start in range(len(names) - 3):
+        box = ",".join(names[start : start + 4])
+        if table_format.has_corners(records, box, sizes):
+            raise UserError(
+                f"the columns {box} contain coordinates in the image",
+                where=str(path),
+                expected="columns with names of box coordinates, such as xmin,ymin,xmax,ymax",
+                remedy=f"give --map image={columns['image']} --map box={box}, or without boxes: "
+                f"--map image={columns['image']} --map answer=COLUMN",
+            ) from None
+
+
+def _find_size(record: Record, image: str, folder: Path) -> tuple[float, float] | None:
+    """Return width and height of a local image, or those that its record states."""
+    with suppress(KeyError, TypeError, UserError, OSError):
+        height, width = read_image_size(folder / record[image])
+        return width, height
+    with suppress(KeyError, ValueError):
+        return float(str(record["width"])), float(str(record["height"]))
+    return None
 
 
 def _read_preview(rows: RowReader) -> list[Record]:

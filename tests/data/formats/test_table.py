@@ -11,7 +11,13 @@ from case_files import load_cases
 from format_fixtures import list_turns, parse_record, summarize_content
 
 from finesight.data.formats.dataset_format import ImportExample
-from finesight.data.formats.table import FORMAT, suggest_mapping
+from finesight.data.formats.table import (
+    FORMAT,
+    find_unsupported_column,
+    guess_box_options,
+    guess_columns,
+    suggest_mapping,
+)
 from finesight.errors import UserError
 
 CASES = load_cases("table")
@@ -246,3 +252,78 @@ def test_suggested_mapping_is_shell_quoted() -> None:
     assert suggest_mapping(dict.fromkeys(["file name", "Caption "])) == (
         "--map 'image=file name' --map 'answer=Caption '"
     )
+
+
+@pytest.mark.parametrize(
+    ("column", "boxes", "area", "size", "expected"),
+    [
+        ("xmin,ymin,xmax,ymax", [[20, 10, 120, 90]] * 8 + [[20, 10, 20, 90]], None, None, None),
+        ("bbox_xyxy", [[50, 60, 20, 30]] * 9, None, None, None),
+        ("bbox", [[20, 10, 120, 90]] * 8 + [[20, 10, 20, 90]], None, (200, 150), None),
+        ("bbox", [[50, 60, 20, 30]] * 5 + [[5, 5, 60, 70]] * 4, None, None, "xywh"),
+        ("objects.bbox", [[10, 10, 60, 50]] * 12, 3000, None, None),
+        ("objects.bbox", [[10, 10, 60, 50]] * 12, 2000, None, "xyxy"),
+        ("objects.bbox", [[10, 10, 60, 50]] * 12, None, (200, 150), None),
+        ("objects.bbox", [[90, 90, 160, 120]] * 12, None, (200, 150), "xyxy"),
+        ("objects.bbox", [[10, 10, 60, 50]] * 12, None, None, None),
+    ],
+)
+def test_box_format_is_guessed_by_areas_and_images(
+    column: str, boxes: list[list[int]], area: int | None, size: Any, expected: str | None
+) -> None:
+    names = column.split(",")
+    records: list[dict[str, Any]] = []
+    for box in boxes:
+        record: dict[str, Any] = {column: box} if len(names) == 1 else {}
+        record |= dict(zip(names, box, strict=True)) if len(names) == 4 else {}
+        if "." in column:
+            record = {"objects": {"bbox": [box], "area": [area]}}
+        records.append(record)
+    found = guess_box_options(records, column, [size] * len(records))
+    assert found == (expected, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("caption", "image=image,after answer=caption"),
+        ("Frage Antwort", "image=image,after question=Frage answer=Antwort"),
+        ("问 答", "image=image,after question=问 answer=答"),
+        ("ask reply", "image=image,after question=ask answer=reply"),
+        ("hint answer", "image=image,after question=hint answer=answer"),
+        ("instruction context output", "question=instruction,context answer=output"),
+        ("question A B C answer", "question=question,A,B,C answer=answer"),
+        ("question answer bbox", "question=question answer=answer box=bbox"),
+        ("startX startY endX endY", "image=image,after box=startX,startY,endX,endY"),
+        ("links oben rechts unten", "image=image,after box=links,oben,rechts,unten"),
+        ("question chosen rejected", "question=question answer=chosen"),
+    ],
+)
+def test_roles_are_guessed(names: str, expected: str) -> None:
+    records = []
+    for i in range(6):
+        texts = {name: f"some {name} {i}" for name in names.split()}
+        if "box" in expected:
+            texts |= {name: str(10 * n + 1) for n, name in enumerate(names.split()[-4:])}
+        texts |= {"bbox": "[1, 2, 3, 4]"} if "bbox" in texts else {}
+        records.append({"image": f"{i}.png", "after": f"{i + 1}.png", "mask": "m.png", **texts})
+    columns = guess_columns(records)
+    assert dict(pair.split("=") for pair in expected.split()).items() <= columns.items()
+    assert (find_unsupported_column(records, columns) is not None) == ("rejected" in names)
+
+
+@pytest.mark.parametrize(("name", "value"), [("reasoning", "because"), ("history", [["q", "a"]])])
+def test_columns_that_an_answer_depends_on_are_found(name: str, value: object) -> None:
+    records = [{"image": "a.png", "q": "x", "a": "y", name: value}]
+    columns = {"image": "image", "question": "q", "answer": "a"}
+    found = find_unsupported_column(records, columns)
+    assert found is not None
+    assert found[0] == name
+    assert find_unsupported_column([{**records[0], name: None}], columns) is None
+
+
+def test_options_follow_the_question(folder: Path) -> None:
+    record = {"q": "which?", "A": "cat", "option_b": "dog", "C": None, "a": "A", "more": ""}
+    columns = {"image": "image,more", "question": "q,A,option_b,C", "answer": "a"}
+    found = parse_record(FORMAT, {"image": "b.png", **record}, folder, columns=columns)
+    assert list_turns(found)[0][1] == [folder / "b.png", "which?\nA. cat\nB. dog"]

@@ -7,6 +7,7 @@ documentation to tests/data/formats/test_documented.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from finesight.data.formats import (
@@ -104,9 +105,25 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     suggestion = f"write the rows in its form, {closest.description}"
     if closest is table.FORMAT:
         suggestion = f"name its columns, perhaps with {table.suggest_mapping(records[0])}"
+    suggestion += _suggest_no_header(list(map(str, records[0])))
     raise UserError(
         f"the format cannot be detected from rows with the keys {', '.join(map(str, records[0]))}",
         where=where,
         expected=f"one of {', '.join(data_format.name for data_format in FORMATS)}",
         remedy=f"the closest is {closest.name}: {suggestion}",
     )
+
+
+def _suggest_no_header(cells: Sequence[str]) -> str:
+    """Return a remedy for column names with numbers, which are perhaps values; else ""."""
+    is_number = [re.fullmatch(r"[+-]?\d+(?:\.\d+)?", cell) is not None for cell in cells]
+    if not any(is_number):
+        return ""
+    starts = [n for n in range(1, len(cells) - 3) if all(is_number[n : n + 4])]
+    texts = [n for n, is_value in enumerate(is_number, start=1) if not is_value] or [1]
+    image = str(texts[0]) if starts or len(texts) > 1 else "COLUMN"
+    first = starts[0] if starts else 0
+    box = ",".join(str(first + n) for n in range(1, 5))
+    answer = f"--map box={box}" if starts else f"--map answer={texts[-1]}"
+    mapping = f"--map image={image} {answer}"
+    return f"; if the first line contains values, import with --no-header {mapping}"

@@ -11,11 +11,19 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits, parse_coordinates
+from finesight.data.boxes import (
+    MAX_OVERHANG_PX,
+    BoxConvention,
+    BoxFormat,
+    BoxUnits,
+    parse_coordinates,
+)
 from finesight.data.formats.conversation_rows import (
     PartRenderer,
     format_answer,
@@ -34,7 +42,14 @@ from finesight.data.formats.dataset_format import (
     as_list,
     make_text_part,
 )
-from finesight.data.formats.row_keys import has_value
+from finesight.data.formats.row_keys import (
+    LOSS,
+    PREFERENCE,
+    REASONING,
+    ROWS,
+    find_meaning,
+    has_value,
+)
 from finesight.data.image_header import is_image_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
@@ -65,11 +80,25 @@ MAX_CELL_CHARS = 2**20
 
 _COMMON_NAMES = {
     "image": ("image", "img", "picture", "photo", "path", "file", "filename"),
-    "question": ("question", "query", "instruction", "prompt", "problem"),
+    "question": (
+        *("question", "query", "instruction", "prompt", "problem", "ask", "request", "frage"),
+        *("pregunta", "pergunta", "domanda", "вопрос", "问题", "问", "質問", "질문"),
+    ),
     "answer": (
-        *("answer", "answers", "response", "completion", "output", "solution", "target", "reply"),
+        *("antwort", "respuesta", "réponse", "resposta", "risposta", "ответ", "答案", "答", "回答"),
+        *(
+            "답변",
+            "answer",
+            "answers",
+            "response",
+            "completion",
+            "output",
+            "solution",
+            "target",
+            "reply",
+        ),
         *("groundtruth", "caption", "captions", "description", "text", "txt", "transcription"),
-        *("latex", "formula", "label", "class", "category"),
+        *("latex", "formula", "label", "class", "category", "chosen"),
     ),
     "box": ("bbox", "box"),
     "label": (
@@ -84,11 +113,20 @@ _PAIRS = (
 )
 """Names of a question and its answer that have this meaning only together."""
 
+_ANSWER_NAMES = (*_COMMON_NAMES["answer"][:15], "reply")
+"""Names of an answer that is text, also beside boxes."""
+
+_OPTION = re.compile(r"(?i)(?:(?:option|choice)[_ ]?)?([A-H])")
+"""Names of the columns with the options of a multiple-choice question."""
+
+_NO_INPUT_IMAGE = re.compile(r"(?i).*(?:mask|segmentation|thumb|url).*")
+"""Names of images that are labels or copies of another column."""
+
 _PHRASE_NAMES = ("phrase", "expression", "sentence", "caption", "description", "text")
 """Names of the question in a table of boxes without classes."""
 
 _IGNORED_NAMES = re.compile(
-    r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative).*|"
+    r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative|rejected).*|"
 )
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W_A-Za-z0-9]+")
 _TEXT_WORDS = {"text", "content", "en"}
@@ -96,7 +134,12 @@ _TEXT_WORDS = {"text", "content", "en"}
 _BOX_COLUMNS: dict[BoxFormat, tuple[str, ...]] = {
     "xyxy": (
         *("xmin,ymin,xmax,ymax", "x1,y1,x2,y2", "left,top,right,bottom"),
-        *("minx,miny,maxx,maxy", "x0,y0,x1,y1"),
+        *("minx,miny,maxx,maxy", "x0,y0,x1,y1", "startx,starty,endx,endy", "tlx,tly,brx,bry"),
+        *("xstart,ystart,xend,yend", "xtl,ytl,xbr,ybr", "ulx,uly,lrx,lry", "左,上,右,下"),
+        *("xtopleft,ytopleft,xbottomright,ybottomright", "xleft,ytop,xright,ybottom"),
+        *("topleftx,toplefty,bottomrightx,bottomrighty", "leftx,topy,rightx,bottomy"),
+        *("links,oben,rechts,unten", "gauche,haut,droite,bas"),
+        "izquierda,arriba,derecha,abajo",
     ),
     "cxcywh": (
         *("cx,cy,w,h", "cx,cy,width,height", "xcenter,ycenter,width,height"),
@@ -114,8 +157,8 @@ _FORMAT_IN_NAME = re.compile(
 MAX_FEW_RECORDS = 4
 """Number of records up to which different labels may be classes."""
 
-MIN_ORDERED_BOXES = 10
-"""Number of boxes that are all corners if no second coordinate is below its first one."""
+MIN_VALID_BOXES = 0.75
+"""Fraction of the boxes that must lie in their images in the default format of a column."""
 
 
 def guess_columns(records: Sequence[Record]) -> dict[str, str]:
@@ -125,7 +168,8 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     """
     names = list(map(str, records[0]))
     images = [name for name in names if _has_values(records, name, is_image_value, 0.9)]
-    columns = {"image": images[0]} if images else {}
+    inputs = images[:1] + [name for name in images[1:] if not _NO_INPUT_IMAGE.fullmatch(name)]
+    columns = {"image": ",".join(inputs)} if images else {}
     boxes = _guess_box_columns(records, [name for name in names if name not in images])
     others = [
         name
@@ -145,16 +189,30 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
             # The label of the only box of an image is a class or, if it rarely recurs, a phrase.
             is_phrase = is_unique and 2 * len(labels) > len(records) > MAX_FEW_RECORDS
             question = label if is_phrase else None
-        return columns | ({"question": question} if question else {}) | boxes
+        left = [name for name in others if name not in (question or "").split(",")]
+        answer = _find_name([name for name in left if name != label], _ANSWER_NAMES)
+        texts = {"question": question, "answer": answer}
+        return columns | {role: name for role, name in texts.items() if name} | boxes
     if question is not None:
         columns["question"] = question
         others = [name for name in others if name not in question.split(",")]
     answer = answer or _find_name(others, _COMMON_NAMES["answer"])
+    if question is None and answer == _find_name(others, _ANSWER_NAMES) is not None:
+        free = [name for name in others if name != answer and _is_question(records, name)]
+        columns |= {"question": free[0]} if len(free) == 1 else {}
     if answer or len(others) == 1:
         columns["answer"] = answer or others[0]
     elif others and not all(map(str.isdecimal, names)):
         columns["fields"] = ",".join(others)
     return columns
+
+
+def _is_question(records: Sequence[Record], name: str) -> bool:
+    """Return whether a column contains a text of several words that differs in most rows."""
+    texts = [str(record.get(name)) for record in records if has_value(record.get(name))]
+    num_long = sum(" " in text.strip() for text in texts)
+    is_free = 2 * num_long > len(records) and 2 * len(set(texts)) > len(records)
+    return is_free and len(records) > 1
 
 
 def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
@@ -166,8 +224,14 @@ def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
             return found
     # The input of an instruction is a part of the question (Alpaca).
     others = [name for name in names if name != question]
-    more = _find_name(others, ("input",)) if "instruction" in (question or "").lower() else None
-    return (f"{question},{more}" if more else question), None
+    more = (
+        _find_name(others, ("input", "context"))
+        if "instruction" in (question or "").lower()
+        else None
+    )
+    options = [name for name in others if _OPTION.fullmatch(name)] if question else []
+    texts = [name for name in (question, more) if name is not None]
+    return ",".join([*texts, *(options if len(options) > 1 else [])]) or None, None
 
 
 def _find_name(names: Sequence[str], candidates: Sequence[str]) -> str | None:
@@ -243,19 +307,58 @@ def _list_boxes(records: Iterable[Record], column: str) -> list[list[float]] | N
 
 
 def guess_box_options(
-    records: Sequence[Record], column: str
+    records: Sequence[Record], column: str, sizes: Sequence[tuple[float, float] | None]
 ) -> tuple[BoxFormat | None, BoxUnits | None]:
-    """Return box format and units where the values contradict the default of the column."""
+    """Return box format and units where the values contradict the default of the column.
+
+    A format that the names of the columns state is never changed. Otherwise the areas of COCO
+    decide, or else the format in which more boxes lie in their images.
+
+    Args:
+        sizes: Width and height of the image of each record, None if unknown.
+    """
     boxes = _list_boxes(records, column) or []
-    default = _get_default_convention(column).format
-    num_ordered = sum(a < c and b < d for a, b, c, d in boxes)
-    box_format: BoxFormat | None = None
-    if default == "xyxy" and num_ordered < len(boxes):
-        box_format = "xywh"
-    elif default == "xywh" and num_ordered == len(boxes) >= MIN_ORDERED_BOXES:
-        box_format = "xyxy"
     is_fraction = bool(boxes) and max(map(max, boxes)) <= 1
-    return box_format, "1" if is_fraction else None
+    units: BoxUnits | None = "1" if is_fraction else None
+    default = get_default_convention(column).format
+    if find_stated_format(column) is not None:
+        return None, units
+    other: BoxFormat = "xywh" if default == "xyxy" else "xyxy"
+    valid: Counter[str] = Counter()
+    areas: Counter[str] = Counter()
+    area_column = f"{column.rpartition('.')[0]}.area".removeprefix(".")
+    for record, size in zip(records, sizes, strict=True):
+        found = _list_boxes([record], column) or []
+        record_areas = as_list(get_cell(record, area_column))
+        for index, (x, y, c, d) in enumerate(found):
+            area = record_areas[index] if len(record_areas) == len(found) else None
+            for box_format, width, height in (("xyxy", c - x, d - y), ("xywh", c, d)):
+                max_x, max_y = (1, 1) if is_fraction else size or (math.inf, math.inf)
+                is_inside = x + width <= max_x + MAX_OVERHANG_PX
+                is_inside = is_inside and y + height <= max_y + MAX_OVERHANG_PX
+                valid[box_format] += width > 0 and height > 0 and is_inside
+                if isinstance(area, int | float):
+                    areas[box_format] += math.isclose(area, width * height, rel_tol=0.01)
+    if 2 * max(areas.values(), default=0) > len(boxes) and areas["xyxy"] != areas["xywh"]:
+        return (other if areas[other] > areas[default] else None), units
+    is_contradicted = valid[default] < MIN_VALID_BOXES * len(boxes)
+    return (other if is_contradicted and valid[other] > valid[default] else None), units
+
+
+def has_corners(
+    records: Sequence[Record], columns: str, sizes: Sequence[tuple[float, float] | None]
+) -> bool:
+    """Return whether four columns contain two corners inside the image of each record."""
+    if any(size is None for size in sizes):
+        return False
+    num_valid = 0
+    for record, size in zip(records, sizes, strict=True):
+        boxes = _list_boxes([record], columns)
+        x1, y1, x2, y2 = boxes[0] if boxes else (0, 0, 0, 0)
+        width, height = size or (0, 0)
+        is_pixel = max(x2, y2) <= 1 or all(n == round(n) for n in (x1, y1, x2, y2))
+        num_valid += is_pixel and 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+    return num_valid >= 0.9 * len(records)
 
 
 def suggest_mapping(record: Record) -> str:
@@ -303,11 +406,18 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     parts: list[ContentPart] = []
     if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected
         values = _read_cell(row.record, context, "image")
+        if "," in context.columns["image"] and isinstance(values, list):
+            values = list(filter(has_value, values)) or values[:1]
         parts += map(images.add_image, values if isinstance(values, list) else [values])
     question = _read_cell(row.record, context, "question")
     if isinstance(question, list) and "," in context.columns["question"]:
         # Empty cells of several columns, such as instruction and input, are left out.
-        cells = [str(cell) for cell in question if has_value(cell) and cell == cell]
+        names = find_columns(row.record, "question", context.columns["question"])
+        cells = [
+            f"{_format_option(name, names)}{cell}"
+            for name, cell in zip(names, question, strict=True)
+            if has_value(cell) and cell == cell
+        ]
         question = "\n".join(cells)
     if question is not None:
         parts.append(make_text_part(_get_text(question, "question")))
@@ -332,6 +442,28 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
             "that one: --map answer=COLUMN, --map fields=COLUMN,COLUMN or --map box=COLUMN",
         )
     return ImportExample(row.id, (user,), tuple(answers))
+
+
+def _format_option(name: str, names: Sequence[str]) -> str:
+    """Return the letter of an option of a multiple-choice question, such as "A. "."""
+    letters = {other: match[1].upper() for other in names if (match := _OPTION.fullmatch(other))}
+    return f"{letters[name]}. " if name in letters and len(letters) > 1 else ""
+
+
+def find_unsupported_column(
+    records: Sequence[Record], columns: Mapping[str, str]
+) -> tuple[str, str] | None:
+    """Return a column that no role uses but an answer depends on, and its meaning."""
+    used = list_used_columns(columns, records[0])
+    for name in records[0]:
+        values = [record.get(name) for record in records]
+        for value in values if name not in used else ():
+            meaning = find_meaning(str(name), value, ROWS)
+            is_constant = meaning is LOSS and len(set(map(str, values))) == 1
+            is_needed = meaning in (REASONING, LOSS, PREFERENCE) or name == "history"
+            if meaning is not None and is_needed and not is_constant:
+                return str(name), meaning.what
+    return None
 
 
 def _read_cell(record: Record, context: ImportContext, role: str) -> object:
@@ -465,7 +597,7 @@ def _json_default(value: object) -> str:
 
 def _create_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> list[BoxPart]:
     pairs: list[tuple[object, str | None]] = []
-    convention = _get_default_convention(context.columns.get("box", ""))
+    convention = get_default_convention(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
         boxes = _read_boxes(record, context.columns.get("box", ""))
         labels = list(filter(has_value, as_list(_read_cell(record, context, "label"))))
@@ -480,17 +612,23 @@ def _create_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> 
     return images.create_boxes(pairs, convention)
 
 
-def _get_default_convention(column: str) -> BoxConvention:
+def get_default_convention(column: str) -> BoxConvention:
     """Return the box convention that the name of a column, or of four columns, states.
 
     Boxes under `objects` are those of Hugging Face datasets, in the format of COCO.
     """
+    default: BoxFormat = "xywh" if column.startswith("objects.") else "xyxy"
+    return BoxConvention(find_stated_format(column) or default)
+
+
+def find_stated_format(column: str) -> BoxFormat | None:
+    """Return the box format that the name of a column, or of four columns, states."""
     coordinates = ",".join(map(_normalize_coordinate, column.split(",")))
     stated = _FORMAT_IN_NAME.search(column)
     for box_format, variants in _BOX_COLUMNS.items():
         if coordinates in variants or (stated and stated.lastgroup == box_format):
-            return BoxConvention(box_format)
-    return BoxConvention("xywh" if column.startswith("objects.") else "xyxy")
+            return box_format
+    return None
 
 
 def _normalize_coordinate(name: str) -> str:

@@ -720,7 +720,10 @@ def test_hostile_image_is_decoded_within_limits(
     [
         b'{"id": "a", "action": "save", "boxes": [{"xyxy": [NaN, 0, 1, 1]}]}',
         b'{"id": "a", "action": "save", "boxes": [{"xyxy": [0, 0, 1, 1e999]}]}',
-        b'{"id": "a", "action": "save", "text": "\\ud800"}',
+        b'{"id": "KNOWN", "action": "save", "text": "\\ud800"}',
+        b'{"id": "KNOWN", "action": "save", "text": "a", "question": ["\\ud800"]}',
+        b'{"id": "KNOWN", "action": "save", "text": "{}", "edits": {"0": "\\udc00"}}',
+        b'{"id": "KNOWN", "action": "save", "boxes": [{"label": "\\ud800", "xyxy": [1, 1, 9, 9]}]}',
         b'{"id": "\\ud800\\u0000", "action": "skip"}',
         b'{"id": "a", "action": NaN, "edits": {"9": Infinity}}',
         b"[" * 100_000,
@@ -728,11 +731,16 @@ def test_hostile_image_is_decoded_within_limits(
     ],
 )
 def test_invalid_decision_is_an_error_of_the_user(tmp_path: Path, body: bytes) -> None:
-    with open_client(open_fields_session(tmp_path)) as client:
+    photos = draw_images(tmp_path)
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.", kind="text")
+    with open_client(session) as client:
+        known = json.dumps(client.get("/items/0").json()["id"])[1:-1].encode()
+        body = body.replace(b"KNOWN", known)
         answer = client.post(
             "/decision", content=body, headers={"content-type": "application/json"}
         )
         assert answer.status_code in (400, 422), answer.text
+        assert {"error", "detail"} & answer.json().keys()
         assert client.get("/items").json()["counts"]["open"] == 3
 
 

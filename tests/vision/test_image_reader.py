@@ -18,7 +18,7 @@ from finesight.vision import image_reader
 from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import ImageReader, create_image_pool
 
-SERVER_PACKAGES = ("serve", "web")
+SERVER_PACKAGES = ("label", "serve", "studio", "web")
 WORKER_MODULES = {"serve/preprocessing_jobs.py"}
 """Modules whose functions run in worker processes."""
 

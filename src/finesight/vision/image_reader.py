@@ -45,6 +45,10 @@ class ImageReader:
         height, width = self.call(read_size, path).value
         return int(height), int(width)
 
+    def check(self, path: Path) -> None:
+        """Decode an image, so that this process may decode it afterwards."""
+        self.call(decode_pixels, path)
+
     def load(self, path: Path, min_side: int | None = None) -> Image.Image:
         """Decode an image as upright RGB; see `load_image`."""
         return Image.fromarray(self.call(load_pixels, path, min_side).arrays[0].view(np.uint8))
@@ -88,6 +92,12 @@ def load_state(state: Any) -> Any:
 def read_size(state: Any, path: Path) -> JobOutput:
     """Read the size of an image in a worker process."""
     return JobOutput(read_image_size(path))
+
+
+def decode_pixels(state: Any, path: Path) -> JobOutput:
+    """Decode an image in a worker process without returning it."""
+    load_image(path)
+    return JobOutput()
 
 
 def load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from finesight import storage
 from finesight.errors import UserError
 from finesight.storage import temporary_folder, working_folder
+from finesight.studio.workspace import Workspace
 
 OLD, NEW = {"a": b"old", "b/c": b"older"}, {"a": b"new" * 1000, "b/c": b"newer"}
 
@@ -296,3 +297,24 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path, monke
         assert [folder.exists() for folder in leftovers] == [False, False]
         assert all((folder / "file").exists() for folder in kept)
     assert not running.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOTEMPTY, errno.EIO])
+def test_leftover_that_cannot_be_removed_is_skipped(tmp_path: Path, number: int) -> None:
+    class Strict(storage.FileSystem):
+        def remove_tree(self, path: Path) -> None:
+            if ".stuck." in path.name:
+                raise OSError(number, os.strerror(number))
+            super().remove_tree(path)
+
+    with working_folder(tmp_path / "a") as partial:
+        names = [partial.name.replace(".a.", f".{name}.") for name in ("stuck", "z", "link")]
+    (tmp_path / "elsewhere").mkdir()
+    stuck, removed, link = (tmp_path / name for name in names)
+    link.symlink_to("elsewhere")
+    for folder in (stuck, removed):
+        folder.mkdir()
+    with storage.use_file_system(Strict()):
+        write_all(tmp_path / "a", OLD)
+        Workspace(tmp_path).remove_leftovers()
+    assert [path.exists() for path in (stuck, removed, link)] == [True, False, True]

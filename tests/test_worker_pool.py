@@ -79,13 +79,18 @@ def test_workers_are_used_again(pool):
 
 
 @pytest.mark.parametrize(
-    ("job", "args"), [(jobs.spin, ()), (jobs.allocate_memory, (200 * MIB,)), (jobs.crash, ())]
+    ("job", "args", "reason"),
+    [
+        (jobs.spin, (), r"0\.3 s of CPU time"),
+        (jobs.allocate_memory, (200 * MIB,), "MiB of memory"),
+        (jobs.crash, (), "crashed"),
+    ],
 )
-def test_a_job_beyond_its_limits_is_killed_and_its_worker_replaced(pool, job, args):
+def test_a_job_beyond_its_limits_is_killed_and_its_worker_replaced(pool, job, args, reason):
     first = pids(pool)
     with (
         pool.borrow_worker() as worker,
-        pytest.raises(WorkerLimitError, match=r"0\.3 s of CPU time"),
+        pytest.raises(WorkerLimitError, match=reason),
     ):
         worker.call(job, *args, max_cpu_s=0.3)
     second = pids(pool)

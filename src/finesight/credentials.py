@@ -11,7 +11,7 @@ import hmac
 import ipaddress
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -41,16 +41,20 @@ class Credentials:
         """Count a wrong secret from an address.
 
         Returns:
-            0 within the budget, else the seconds until another wrong secret is within it.
+            0 within the budgets of all addresses and of the network of this one, else the seconds
+            until the oldest wrong secret of an exceeded budget is no longer counted.
         """
         now, network = time.monotonic(), _find_network(address)
         while self._wrong and self._wrong[0][0] <= now - GUESS_WINDOW_S:
             self._wrong.popleft()
-        counts = Counter(known for _, known in self._wrong)
-        if counts.total() < MAX_WRONG_GUESSES and counts[network] < MAX_WRONG_GUESSES_PER_ADDRESS:
+        times = [time_s for time_s, _ in self._wrong]
+        own_times = [time_s for time_s, known in self._wrong if known == network]
+        budgets = ((times, MAX_WRONG_GUESSES), (own_times, MAX_WRONG_GUESSES_PER_ADDRESS))
+        exceeded = [known[0] for known, max_wrong in budgets if len(known) >= max_wrong]
+        if not exceeded:
             self._wrong.append((now, network))
             return 0
-        return math.ceil(self._wrong[0][0] + GUESS_WINDOW_S - now)
+        return math.ceil(max(exceeded) + GUESS_WINDOW_S - now)
 
 
 def _digest(secret: str) -> bytes:

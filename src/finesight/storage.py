@@ -295,8 +295,7 @@ def temporary_folder(name: str) -> Iterator[Path]:
 
     Those that killed processes left are removed first.
     """
-    with contextlib.suppress(OSError):
-        remove_leftovers(Path(tempfile.gettempdir()))
+    remove_leftovers(Path(tempfile.gettempdir()))
     prefix = f"finesight-{name}-{_HOST_TAG}-"
     with _hold_new_folder(lambda: Path(tempfile.mkdtemp(".tmp", prefix))) as folder:
         yield folder
@@ -345,7 +344,8 @@ def _commit_folder(partial: Path, target: Path) -> None:
 def remove_leftovers(parent: Path, target_name: str = "") -> None:
     """Remove folders of this user in `parent` that killed processes left.
 
-    Those of running processes are locked.
+    Those of running processes are locked. One that cannot be removed stays, such as one with files
+    of another user.
 
     Args:
         target_name: Name of the folder to write, whose leftovers of other machines are removed too.
@@ -353,18 +353,21 @@ def remove_leftovers(parent: Path, target_name: str = "") -> None:
     suffix = r"(\.[0-9a-f]{8,10})?" + re.escape(_PARTIAL_SUFFIX)
     own_target = re.compile(re.escape(f".{target_name}") + suffix)
     patterns = (_OWN_PARTIAL, _OWN_TEMPORARY, *([own_target] if target_name else []))
-    for folder in parent.iterdir() if parent.is_dir() else ():
-        if any(one.fullmatch(folder.name) for one in patterns) and _is_own_folder(folder):
-            with _lock_folder(folder) as is_locked:
-                if is_locked:
-                    _FILE_SYSTEM.get().remove_tree(folder)
+    folders: list[Path] = []
+    with contextlib.suppress(OSError):
+        folders = [*parent.iterdir()]
+    for folder in folders:
+        if any(one.fullmatch(folder.name) for one in patterns):
+            with contextlib.suppress(OSError):
+                _remove_leftover(folder)
 
 
-def _is_own_folder(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        state = path.lstat()
-        return stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid()
-    return False
+def _remove_leftover(folder: Path) -> None:
+    state = folder.lstat()
+    if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
+        with _lock_folder(folder) as is_locked:
+            if is_locked:
+                _FILE_SYSTEM.get().remove_tree(folder)
 
 
 @contextlib.contextmanager
@@ -376,7 +379,7 @@ def _lock_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     process count as locked.
     """
     try:
-        lock = FileLock(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = FileLock(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         yield False
         return

@@ -315,7 +315,7 @@ class Worker:
 
     def __init__(self, pool: WorkerPool, connection: socket.socket, memory_bytes: int) -> None:
         self._pool, self._connection = pool, connection
-        self._memory_bytes, self._max_cpu_s = memory_bytes, 0.0
+        self._memory_bytes, self._max_cpu_s, self._start_time = memory_bytes, 0.0, 0.0
         self._lock = threading.Lock()
         self.is_killed = self._pending = False
         self.jobs = 0
@@ -349,12 +349,12 @@ class Worker:
         while not self.wait(min(60.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 self.kill()
-                raise self._limit_error()
+                raise _build_limit_error("did not end in time")
         return self.get_result()
 
     def start(self, function: Callable[..., JobOutput], *args: Any, max_cpu_s: float) -> None:
         """Send a job to the worker without waiting for its result."""
-        self._max_cpu_s = max_cpu_s
+        self._max_cpu_s, self._start_time = max_cpu_s, time.monotonic()
         job = WorkerJob(function, args, max_cpu_s, max_cpu_s * WALL_FACTOR)
         buffers: list[pickle.PickleBuffer] = []
         payload = pickle.dumps(job, protocol=5, buffer_callback=buffers.append)
@@ -396,7 +396,10 @@ class Worker:
             _raise_error(meta)
         except (WorkerJobError, MemoryError) as error:
             self.kill()
-            raise error if isinstance(error, WorkerJobError) else self._limit_error() from error
+            if isinstance(error, WorkerJobError):
+                raise
+            memory = f"{self._memory_bytes >> 20} MiB"
+            raise _build_limit_error(f"took more than {memory} of memory") from error
         arrays = tuple(
             np.frombuffer(buffer, dtype=np.dtype(dtype)).reshape(shape)
             for buffer, (dtype, shape) in zip(buffers, meta["arrays"], strict=True)
@@ -426,15 +429,21 @@ class Worker:
     def _exit_error(self) -> Exception:
         if self.is_killed or self._pool.is_closed:
             return WorkerLostError(f"a worker ended after {self.jobs} jobs")
-        return self._limit_error()
+        elapsed_s = time.monotonic() - self._start_time
+        if elapsed_s >= self._max_cpu_s * WALL_FACTOR:
+            return _build_limit_error(f"took more than {self._max_cpu_s * WALL_FACTOR:g} s")
+        # The threads of a job may use several CPUs.
+        if elapsed_s >= self._max_cpu_s / 2:
+            return _build_limit_error(f"took more than {self._max_cpu_s:g} s of CPU time")
+        return _build_limit_error("crashed its worker process")
 
-    def _limit_error(self) -> WorkerLimitError:
-        return WorkerLimitError(
-            f"took more than {self._max_cpu_s:g} s of CPU time or"
-            f" {self._memory_bytes >> 20} MiB of memory, and was killed",
-            expected="input within the time and memory limits",
-            remedy="use smaller or simpler input",
-        )
+
+def _build_limit_error(what: str) -> WorkerLimitError:
+    return WorkerLimitError(
+        f"{what}, and was killed",
+        expected="input within the time and memory limits",
+        remedy="use smaller or simpler input",
+    )
 
 
 def _raise_error(meta: Mapping[str, Any]) -> None:

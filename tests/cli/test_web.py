@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from finesight.cli.app import app
+from finesight.cli.servers import resolve_password
 from finesight.errors import UserError
 
 
@@ -25,19 +26,32 @@ def run_rejected(*arguments: object) -> str:
 
 
 def test_invalid_passwords_are_rejected(tmp_path):
-    (tmp_path / "short").write_text("1234567\n")
-    assert "the password has 7 characters" in run_rejected("--password-file", tmp_path / "short")
     (tmp_path / "short").write_text("123456789012345\n")
-    public = ("--host", "0.0.0.0", "--password-file", tmp_path / "short")
-    assert "expected: at least 16" in run_rejected(*public)
-    proxied = ("--trusted-proxy", "127.0.0.1", "--password-file", tmp_path / "short")
-    assert "expected: at least 16" in run_rejected(*proxied)
+    for options in ((), ("--host", "0.0.0.0"), ("--trusted-proxy", "127.0.0.1")):
+        text = run_rejected(*options, "--password-file", tmp_path / "short")
+        assert "the password has 15 characters" in text
+        assert "expected: at least 16" in text
     assert "10.0.0.300" in run_rejected("--trusted-proxy", "10.0.0.300")
     assert "*" in run_rejected("--trusted-proxy", "*")
     assert "cannot be read" in run_rejected("--password-file", tmp_path / "gone")
     assert "--no-auth is given with" in run_rejected(
         "--password-file", tmp_path / "short", "--no-auth"
     )
+
+
+@pytest.mark.parametrize(
+    ("host", "no_auth", "proxies", "is_open"),
+    [
+        ("127.0.0.1", False, (), True),
+        ("127.0.0.1", False, ("127.0.0.1",), False),
+        ("localhost", False, ("10.0.0.0/24",), False),
+        ("0.0.0.0", False, (), False),
+        ("127.0.0.1", True, ("127.0.0.1",), True),
+    ],
+)
+def test_pages_behind_a_proxy_have_a_password(host, no_auth, proxies, is_open):
+    password, is_generated = resolve_password(host, None, no_auth, proxies)
+    assert ((password is None), is_generated) == (is_open, not is_open)
 
 
 def test_unsupported_thinking_mode_is_rejected():

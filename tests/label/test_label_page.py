@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,12 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from finesight.data.sample import BoxPart, TextPart, read_samples
+from finesight.infer.model_loader import load_inference_model
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
+from finesight.model_folder import TINY_MODEL
 from finesight.vision import image_reader
+from finesight.vision.image_reader import ImageReader, create_image_pool
 
 DRAGGED = ((70, 60), (100, 75))
 """Start and end of a new box in pixels of the image."""
@@ -704,7 +708,7 @@ def test_only_closed_sets_of_classes_have_keys(
 def test_hostile_image_is_decoded_within_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_image: Callable[[], bytes]
 ) -> None:
-    monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.5)
+    monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.1)
     photos = draw_images(tmp_path)
     (photos / "0.png").write_bytes(make_image())
     session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
@@ -713,6 +717,12 @@ def test_hostile_image_is_decoded_within_limits(
         assert [answer.status_code for answer in answers] == [422, 422, 200, 200]
         assert "CPU time" in answers[0].text
         assert client.get("/items/0").json()["images"][0]["width"] > 1
+    model = load_inference_model(TINY_MODEL, device="cpu")
+    with closing(create_image_pool()) as pool:
+        options: dict[str, Any] = {"max_new_tokens": 2, "batch_size": 2}
+        reasons = session.add_suggestions(model, images=ImageReader(pool), **options)
+    assert [*reasons] == [str(photos / "0.png")]
+    assert "CPU time" in reasons[str(photos / "0.png")]
 
 
 @pytest.mark.parametrize(
@@ -720,7 +730,10 @@ def test_hostile_image_is_decoded_within_limits(
     [
         b'{"id": "a", "action": "save", "boxes": [{"xyxy": [NaN, 0, 1, 1]}]}',
         b'{"id": "a", "action": "save", "boxes": [{"xyxy": [0, 0, 1, 1e999]}]}',
-        b'{"id": "a", "action": "save", "text": "\\ud800"}',
+        b'{"id": "KNOWN", "action": "save", "text": "\\ud800"}',
+        b'{"id": "KNOWN", "action": "save", "text": "a", "question": ["\\ud800"]}',
+        b'{"id": "KNOWN", "action": "save", "text": "{}", "edits": {"0": "\\udc00"}}',
+        b'{"id": "KNOWN", "action": "save", "boxes": [{"label": "\\ud800", "xyxy": [1, 1, 9, 9]}]}',
         b'{"id": "\\ud800\\u0000", "action": "skip"}',
         b'{"id": "a", "action": NaN, "edits": {"9": Infinity}}',
         b"[" * 100_000,
@@ -728,11 +741,16 @@ def test_hostile_image_is_decoded_within_limits(
     ],
 )
 def test_invalid_decision_is_an_error_of_the_user(tmp_path: Path, body: bytes) -> None:
-    with open_client(open_fields_session(tmp_path)) as client:
+    photos = draw_images(tmp_path)
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.", kind="text")
+    with open_client(session) as client:
+        known = json.dumps(client.get("/items/0").json()["id"])[1:-1].encode()
+        body = body.replace(b"KNOWN", known)
         answer = client.post(
             "/decision", content=body, headers={"content-type": "application/json"}
         )
         assert answer.status_code in (400, 422), answer.text
+        assert {"error", "detail"} & answer.json().keys()
         assert client.get("/items").json()["counts"]["open"] == 3
 
 

@@ -148,6 +148,19 @@ def test_public_host_requires_a_key(host):
     check_exposure(host, [KEY])
 
 
+def test_trusted_proxy_requires_a_key():
+    with pytest.raises(UserError, match=r"--trusted-proxy.*there is no API key"):
+        bind_socket("127.0.0.1", 0, [], ["127.0.0.1"])
+    check_exposure("127.0.0.1", [KEY], ["127.0.0.1"])
+
+
+def test_wait_is_for_the_wrong_secrets_of_the_own_network(monkeypatch):
+    keys, clock = ApiKeys([KEY]), iter((0.0, *[30.0] * 11))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    waits = [keys.count_wrong(address) for address in ("10.0.0.1", *["10.0.0.2"] * 11)]
+    assert waits == [0] * 11 + [60]
+
+
 def test_loopback_detection():
     assert all(map(is_loopback, ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"]))
     assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "127.0.0.1.example.com", ""]))

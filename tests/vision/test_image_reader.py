@@ -6,6 +6,7 @@ import ast
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from finesight.data.image_header import CorruptImageError
 from finesight.vision import image_reader
 from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import ImageReader, create_image_pool
+from finesight.worker_pool import Worker, WorkerReply
 
-SERVER_PACKAGES = ("serve", "web")
+SERVER_PACKAGES = ("label", "serve", "studio", "web")
 WORKER_MODULES = {"serve/preprocessing_jobs.py"}
 """Modules whose functions run in worker processes."""
 
@@ -63,11 +65,28 @@ def test_image_beyond_a_limit_is_an_error_about_its_file(
     data: object,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.5)
+    monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.1)
     path = tmp_path / "a.png"
     path.write_bytes(data())  # type: ignore[operator]
     with pytest.raises(CorruptImageError, match=rf"a\.png: .*(?:{reason})"):
         reader.encode(path, 100)
+
+
+@pytest.mark.parametrize(("pixels", "limit"), [(30, 4.0), (600, 12.0), (6000, 20.0)])
+def test_limit_of_time_grows_with_the_pixels(
+    reader: ImageReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels: int, limit: float
+) -> None:
+    limits, call = list[float](), Worker.call
+
+    def spy(worker: Worker, *args: Any, max_cpu_s: float) -> WorkerReply:
+        limits.append(max_cpu_s)
+        return call(worker, *args, max_cpu_s=max_cpu_s)
+
+    monkeypatch.setattr(Worker, "call", spy)
+    monkeypatch.setattr(image_reader, "LIMITED_PIXELS", 200)
+    Image.new("L", (pixels // 10, 10)).save(tmp_path / "a.png")
+    reader.check(tmp_path / "a.png")
+    assert limits == [4.0, limit]
 
 
 def test_servers_read_images_in_worker_processes_only() -> None:

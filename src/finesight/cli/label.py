@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -170,12 +170,16 @@ def label(
         )
         stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
+            from finesight.vision.image_reader import ImageReader, create_image_pool
+
             console, model = load_model(run_or_model, device, precision, weight_format)
+            image_pool = stack.enter_context(closing(create_image_pool()))
             with console.progress_stage("suggestions", len(pending)) as on_progress:
                 reasons = session.add_suggestions(
                     model,
                     max_new_tokens=max_new_tokens,
                     batch_size=batch_size,
+                    images=ImageReader(image_pool),
                     on_progress=on_progress,
                 )
             for reason in reasons.values():

@@ -57,7 +57,7 @@ def serve(
         str,
         typer.Option(
             help="Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
-            "which requires an API key."
+            "which requires an API key, as does --trusted-proxy."
         ),
     ] = "127.0.0.1",
     port: PortOption = 8000,
@@ -180,7 +180,7 @@ def serve(
         resolve_model_source(name)  # a mistyped path is reported before a port in use
     formats = read_formats(image_format or ())
     keys, proxies = read_api_keys(key_file), check_proxies(trusted_proxy)
-    listener = bind_socket(host, port, keys)
+    listener = bind_socket(host, port, keys, proxies)
     limits = ServerLimits(max_queue=max_queue, timeout=timeout)
     backend = None
     if label_studio:
@@ -274,9 +274,8 @@ def _print_address(
         typer.echo(f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio")
 
 
-MIN_PASSWORD_LENGTH, MIN_NETWORK_PASSWORD_LENGTH = 8, 16
-"""Minimum characters of a password on a loopback address, and of one that protects against guesses
-from the network."""
+MIN_PASSWORD_LENGTH = 16
+"""Minimum characters of a chosen password, whose length makes guesses hopeless."""
 
 WEB_MAX_NUM_SEQS = 8
 """Maximum number of concurrent answers of the chat page; further ones wait."""
@@ -292,8 +291,8 @@ PasswordFileOption = Annotated[
     Path | None,
     typer.Option(
         dir_okay=False,
-        help="File with the password, of at least 16 characters, or 8 on 127.0.0.1. Default: no "
-        "password on 127.0.0.1; for other addresses, a generated one is printed.",
+        help="File with the password, of at least 16 characters. Default: no password on 127.0.0.1 "
+        "without --trusted-proxy; otherwise, a generated one is printed.",
     ),
 ]
 NoAuthOption = Annotated[
@@ -373,8 +372,8 @@ def studio(
         Path | None,
         typer.Option(
             dir_okay=False,
-            help="File with the password, of at least 16 characters, or 8 on 127.0.0.1. Default: "
-            "a generated one is printed.",
+            help="File with the password, of at least 16 characters. Default: a generated one is "
+            "printed.",
         ),
     ] = None,
     no_auth: Annotated[
@@ -481,7 +480,8 @@ def resolve_password(
 ) -> tuple[str | None, bool]:
     """Return the password of a page, and whether it was generated.
 
-    The password is None if the page is open, by default also on a loopback address.
+    The password is None if the page is open, by default also on a loopback address without proxies,
+    which forward the requests of other machines.
     """
     if file is not None and no_auth:
         raise UserError(
@@ -491,15 +491,13 @@ def resolve_password(
             remedy="remove one of the options",
         )
     if file is not None:
-        is_local = is_loopback(host) and not proxies
-        length = MIN_PASSWORD_LENGTH if is_local else MIN_NETWORK_PASSWORD_LENGTH
-        return _read_password(file, length), False
-    if no_auth or (open_loopback and is_loopback(host)):
+        return _read_password(file), False
+    if no_auth or (open_loopback and is_loopback(host) and not proxies):
         return None, False
     return secrets.token_urlsafe(18), True
 
 
-def _read_password(file: Path, min_length: int) -> str:
+def _read_password(file: Path) -> str:
     try:
         password = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -509,11 +507,11 @@ def _read_password(file: Path, min_length: int) -> str:
             expected="a text file with the password",
             remedy="correct --password-file",
         ) from error
-    if len(password) < min_length:
+    if len(password) < MIN_PASSWORD_LENGTH:
         raise UserError(
             f"the password has {len(password)} characters",
             where=str(file),
-            expected=f"at least {min_length}, on 127.0.0.1 {MIN_PASSWORD_LENGTH}",
+            expected=f"at least {MIN_PASSWORD_LENGTH}",
             remedy="choose a longer password, or remove --password-file to generate one",
         )
     return password

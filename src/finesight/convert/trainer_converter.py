@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
@@ -31,6 +30,7 @@ from finesight.data.import_source import (
 )
 from finesight.errors import UserError, escape_unprintable, format_count
 from finesight.recipe import invert_groups, load_trainer_settings
+from finesight.storage import temporary_folder
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
 
@@ -199,10 +199,8 @@ class TrainerConverter:
         """Set `eval.metric` by the answers in a file, and the interval of evaluations."""
         options = ImportOptions(on_invalid_row="skip")
         try:
-            with TemporaryDirectory() as folder:
-                rows = islice(
-                    open_unvalidated(Path(source), options, Path(folder)), NUM_PREVIEW_ROWS
-                )
+            with temporary_folder("convert") as folder:
+                rows = islice(open_unvalidated(Path(source), options, folder), NUM_PREVIEW_ROWS)
                 samples = [sample for row in rows for sample in row.samples]
             task = detect_task(samples) if samples else None
         except UserError:

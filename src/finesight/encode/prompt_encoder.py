@@ -73,10 +73,12 @@ def pack_tokenized(tokenized: TokenizedSample) -> JobOutput:
 def unpack_tokenized(reply: WorkerReply, sample_id: str, files: Sequence[Path]) -> TokenizedSample:
     """Restore a tokenized prompt from the output of a job and the file of each image."""
     ids_T, positions_3T = reply.arrays[:2]
+    # Prompts for the transformers backend have no spans.
+    span_files = files if reply.value["spans"] else ()
     spans = tuple(
         VisualSpan("image", start, stop, tuple(grid), (file,), tuple(size), tuple(resized_size))
         for (start, stop, grid, size, resized_size), file in zip(
-            reply.value["spans"], files, strict=False
+            reply.value["spans"], span_files, strict=True
         )
     )
     return TokenizedSample(

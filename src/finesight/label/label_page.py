@@ -19,8 +19,9 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import FileSystemLoader
-from pydantic import BaseModel, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat
 
+from finesight.bounded_files import is_utf8
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import CorruptImageError, ImageSize
@@ -90,11 +91,21 @@ ERROR_TEXTS = (
 """Texts of errors, which are translated on the page. Others are shown in English."""
 
 
+def _check_text(text: str) -> str:
+    if not is_utf8(text):
+        raise ValueError("half of a surrogate pair, which is not UTF-8 text")
+    return text
+
+
+Utf8Text = Annotated[str, AfterValidator(_check_text)]
+"""Text that samples can store. JSON may contain lone surrogates."""
+
+
 class BoxAnswer(BaseModel, frozen=True):
     """Box of an answer from the browser."""
 
     image: Annotated[int, Field(ge=0)] = 0
-    label: Annotated[str, Field(max_length=1000)] | None = None
+    label: Annotated[Utf8Text, Field(max_length=1000)] | None = None
     xyxy: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
 
 
@@ -107,12 +118,12 @@ class DecisionRequest(BaseModel, frozen=True):
         question: Texts of the question, which the user may correct; None for an unchanged one.
     """
 
-    id: str
+    id: Utf8Text
     action: Literal["save", "skip", "reopen"]
     revision: int | None = None
-    text: str = ""
-    edits: dict[int, str] | None = None
-    question: Annotated[list[str], Field(max_length=1000)] | None = None
+    text: Utf8Text = ""
+    edits: dict[int, Utf8Text] | None = None
+    question: Annotated[list[Utf8Text], Field(max_length=1000)] | None = None
     boxes: Annotated[list[BoxAnswer], Field(max_length=10_000)] = []
 
 

@@ -421,9 +421,11 @@ class ApiServer(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def bind_socket(host: str, port: int, keys: Sequence[str]) -> socket.socket:
+def bind_socket(
+    host: str, port: int, keys: Sequence[str], proxies: Sequence[str] = ()
+) -> socket.socket:
     """Bind a socket. Raises UserError if other machines could reach it without an API key."""
-    check_exposure(host, keys)
+    check_exposure(host, keys, proxies)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=512)

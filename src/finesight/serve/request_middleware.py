@@ -167,13 +167,19 @@ def read_api_keys(file: Path | None) -> list[str]:
     return keys
 
 
-def check_exposure(host: str, keys: Sequence[str]) -> None:
-    """Raise UserError if other machines could reach the server without an API key."""
-    if not keys and not is_loopback(host):
+def check_exposure(host: str, keys: Sequence[str], proxies: Sequence[str] = ()) -> None:
+    """Raise UserError if other machines could reach the server without an API key.
+
+    They reach a loopback address through a trusted proxy.
+    """
+    if not keys and (proxies or not is_loopback(host)):
+        option, other = "--host", "the host 127.0.0.1"
+        if is_loopback(host):
+            option, other = "--trusted-proxy", "no --trusted-proxy"
         raise UserError(
             f"other machines can reach {host}, but there is no API key",
-            where="--host",
-            expected=f"an API key in --key-file or {API_KEY_VARIABLE}, or the host 127.0.0.1",
+            where=option,
+            expected=f"an API key in --key-file or {API_KEY_VARIABLE}, or {other}",
             remedy=f"Run {GENERATE_KEY_COMMAND} > keys.txt, then use --key-file keys.txt.",
         )
 

@@ -299,8 +299,11 @@ def run_job(folder: Path) -> int:
     with (folder / LOCK_FILE).open("a+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
+        child: subprocess.Popen[bytes] | None = None
+
         def forward(number: int, frame: FrameType | None) -> None:
-            child.send_signal(number)
+            if child is not None:
+                child.send_signal(number)
 
         # Before the start of the child, which would inherit a SIGINT that a shell ignores.
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -159,8 +159,7 @@ class Workspace:
     def remove_leftovers(self) -> None:
         """Remove the folders that killed commands left in the folders of the studio."""
         for name in (".", STUDIO_FOLDER, "data", "gguf", "models", "runs", "uploads"):
-            with translate_os_errors(self.folder / name):
-                remove_leftovers(self.folder / name)
+            remove_leftovers(self.folder / name)
 
     def scan(self) -> WorkspaceContent:
         """Return all data sets, recipes, runs and models."""

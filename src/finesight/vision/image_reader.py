@@ -7,6 +7,7 @@ and a gigabyte of memory. Servers and pages therefore read images through `Image
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,11 @@ from finesight.vision.image_processing import load_image
 from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool, WorkerReply
 
 MAX_IMAGE_CPU_S = 4.0
-"""CPU seconds to decode an image and to encode a copy of it."""
+LIMITED_PIXELS, MAX_LIMIT_FACTOR = 8_000_000, 5.0
+"""CPU seconds to decode an image of up to `LIMITED_PIXELS` and to encode a copy of it.
+
+The limit of a larger image is proportional to its pixels, up to `MAX_LIMIT_FACTOR` times as much.
+"""
 
 MAX_WORKER_MEMORY_BYTES = 1 << 30
 NUM_IMAGE_WORKERS = 2
@@ -45,6 +50,10 @@ class ImageReader:
         height, width = self.call(read_size, path).value
         return int(height), int(width)
 
+    def check(self, path: Path) -> None:
+        """Decode an image, so that this process may decode it afterwards."""
+        self.call(decode_pixels, path)
+
     def load(self, path: Path, min_side: int | None = None) -> Image.Image:
         """Decode an image as upright RGB; see `load_image`."""
         return Image.fromarray(self.call(load_pixels, path, min_side).arrays[0].view(np.uint8))
@@ -61,7 +70,11 @@ class ImageReader:
         """Run `job(state, path, *args)` in a worker process. Its errors name the image."""
         try:
             with self.pool.borrow_worker() as worker:
-                return worker.call(job, path, *args, max_cpu_s=MAX_IMAGE_CPU_S)
+                size = worker.call(read_size, path, max_cpu_s=MAX_IMAGE_CPU_S)
+                if job is read_size:
+                    return size
+                factor = min(max(1.0, math.prod(size.value) / LIMITED_PIXELS), MAX_LIMIT_FACTOR)
+                return worker.call(job, path, *args, max_cpu_s=MAX_IMAGE_CPU_S * factor)
         except WorkerLostError as error:
             raise CorruptImageError(
                 "not read, because the server stops", where=str(path)
@@ -93,6 +106,12 @@ def load_state(state: Any, job: Callable[..., JobOutput] | None) -> Any:
 def read_size(state: Any, path: Path) -> JobOutput:
     """Read the size of an image in a worker process."""
     return JobOutput(read_image_size(path))
+
+
+def decode_pixels(state: Any, path: Path) -> JobOutput:
+    """Decode an image in a worker process without returning it."""
+    load_image(path)
+    return JobOutput()
 
 
 def load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:

@@ -556,26 +556,26 @@ class PackageBudget:
 
 
 PACKAGE_BUDGETS = (
-    PackageBudget(("train",), 11_751, 11_500),
+    PackageBudget(("train",), 11_842, 11_500),
     PackageBudget(("model",), 12_260, 11_300),
-    PackageBudget(("data",), 11_608, 10_500),
-    PackageBudget(("infer",), 4_954, 4_900),
-    PackageBudget(("encode",), 4_030, 4_000),
-    PackageBudget(("evaluate",), 3_211, 3_500),
-    PackageBudget(("check",), 3_837, 3_500),
-    PackageBudget(("report",), 7_103, 6_500),
-    PackageBudget(("serve",), 3_520, 3_000),
-    PackageBudget(("plan",), 2_700, 2_200),
-    PackageBudget(("hub",), 2_100, 1_400),
-    PackageBudget(("export", "track", "launch", "synth", "vision"), 4_522, 4_300),
-    PackageBudget(("doctor", "convert", "trainer_settings"), 3_550, 2_700),
+    PackageBudget(("data",), 13_213, 10_500),
+    PackageBudget(("infer",), 4_953, 4_900),
+    PackageBudget(("encode",), 4_177, 4_000),
+    PackageBudget(("evaluate",), 3_256, 3_500),
+    PackageBudget(("check",), 3_869, 3_500),
+    PackageBudget(("report",), 7_253, 6_500),
+    PackageBudget(("serve",), 3_671, 3_000),
+    PackageBudget(("plan",), 2_689, 2_200),
+    PackageBudget(("hub",), 2_085, 1_400),
+    PackageBudget(("export", "track", "launch", "synth", "vision"), 4_637, 4_300),
+    PackageBudget(("doctor", "convert", "trainer_settings"), 4_145, 2_700),
     PackageBudget(
         ("cli", "studio", "web", "label", "api", "quickstart_demo", "operations", "app"),
-        13_136,
+        13_650,
         9_300,
     ),
 )
-OTHER_MODULES = PackageBudget(("other modules",), 3_738, 3_300)
+OTHER_MODULES = PackageBudget(("other modules",), 3_945, 3_300)
 SOURCE_SUFFIXES = (".py", ".html", ".css", ".js", ".yaml")
 
 

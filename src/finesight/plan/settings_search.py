@@ -269,7 +269,9 @@ class SettingsSearch:
         Returns None if the token budget does not fit even with all layers.
         """
         num_layers = self._build_model(nf4_parts).num_layers
-        fractions = [_to_fraction(count, num_layers) for count in range(num_layers + 1)]
+        # Rounded up to the two decimals of a recipe.
+        counts = range(num_layers + 1)
+        fractions = [min(1.0, math.ceil(100 * count / num_layers) / 100) for count in counts]
 
         def fits(fraction: float) -> bool:
             return self._fits_memory(PlannedSettings(token_budget, fraction, nf4_parts))
@@ -293,8 +295,3 @@ class SettingsSearch:
 
 def _round_up(token_budget: int) -> int:
     return -(-token_budget // PACK_TOKENS_STEP) * PACK_TOKENS_STEP
-
-
-def _to_fraction(num_checkpointed: int, num_layers: int) -> float:
-    """Return the fraction of layers, rounded up to the two decimals of a recipe."""
-    return min(1.0, math.ceil(100 * num_checkpointed / num_layers) / 100)

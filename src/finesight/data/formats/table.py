@@ -395,13 +395,16 @@ def list_columns(record: Record, columns: Mapping[str, str]) -> list[str]:
     return names
 
 
+def list_unused_columns(record: Record, columns: Mapping[str, str]) -> list[str]:
+    """Return the columns of a record that neither `--map` nor the row ID uses."""
+    names = list_columns(record, columns)
+    used = {"id"}.union(*((one, *split_column_names(one, names)) for one in columns.values()))
+    return [name for name in names if name not in used]
+
+
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a table row with mapped columns."""
-    names = list_columns(row.record, context.columns)
-    used = {"id"}.union(
-        *((one, *split_column_names(one, names)) for one in context.columns.values())
-    )
-    context.other_keys.update(name for name in names if name not in used)
+    context.other_keys.update(list_unused_columns(row.record, context.columns))
     images = RowImages(context)
     parts: list[ContentPart] = []
     if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected
@@ -413,8 +416,9 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     if isinstance(question, list) and "," in context.columns["question"]:
         # Empty cells of several columns, such as instruction and input, are left out.
         names = find_columns(row.record, "question", context.columns["question"])
+        options = {name: match[1].upper() for name in names if (match := _OPTION.fullmatch(name))}
         cells = [
-            f"{_format_option(name, names)}{cell}"
+            f"{options[name]}. {cell}" if name in options and len(options) > 1 else f"{cell}"
             for name, cell in zip(names, question, strict=True)
             if has_value(cell) and cell == cell
         ]
@@ -444,20 +448,13 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     return ImportExample(row.id, (user,), tuple(answers))
 
 
-def _format_option(name: str, names: Sequence[str]) -> str:
-    """Return the letter of an option of a multiple-choice question, such as "A. "."""
-    letters = {other: match[1].upper() for other in names if (match := _OPTION.fullmatch(other))}
-    return f"{letters[name]}. " if name in letters and len(letters) > 1 else ""
-
-
 def find_unsupported_column(
     records: Sequence[Record], columns: Mapping[str, str]
 ) -> tuple[str, str] | None:
     """Return a column that no role uses but an answer depends on, and its meaning."""
-    used = list_used_columns(columns, records[0])
-    for name in records[0]:
-        values = [record.get(name) for record in records]
-        for value in values if name not in used else ():
+    for name in list_unused_columns(records[0], columns):
+        values = [get_cell(record, name) for record in records]
+        for value in values:
             meaning = find_meaning(str(name), value, ROWS)
             is_constant = meaning is LOSS and len(set(map(str, values))) == 1
             is_needed = meaning in (REASONING, LOSS, PREFERENCE) or name == "history"

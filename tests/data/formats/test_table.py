@@ -312,7 +312,9 @@ def test_roles_are_guessed(names: str, expected: str) -> None:
     assert (find_unsupported_column(records, columns) is not None) == ("rejected" in names)
 
 
-@pytest.mark.parametrize(("name", "value"), [("reasoning", "because"), ("history", [["q", "a"]])])
+@pytest.mark.parametrize(
+    ("name", "value"), [("reasoning", "It is red, so it stops."), ("history", [["q", "a"]])]
+)
 def test_columns_that_an_answer_depends_on_are_found(name: str, value: object) -> None:
     records = [{"image": "a.png", "q": "x", "a": "y", name: value}]
     columns = {"image": "image", "question": "q", "answer": "a"}

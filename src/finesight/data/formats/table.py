@@ -597,15 +597,15 @@ def _create_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> 
     convention = get_default_convention(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
         boxes = _read_boxes(record, context.columns.get("box", ""))
-        labels = list(filter(has_value, as_list(_read_cell(record, context, "label"))))
+        cells = as_list(_read_cell(record, context, "label"))
+        names = [_get_text(one, "label") for one in cells if one is not None and one != ""]
         if boxes:
             images.require_single_image()
-        if labels and len(labels) != len(boxes):
+        if names and len(names) != len(boxes):
             raise InvalidRowError(
-                f"{len(labels)} labels for {len(boxes)} boxes", "a label for each box"
+                f"{len(names)} labels for {len(boxes)} boxes", "a label for each box"
             )
-        names = [None if label is None else _get_text(label, "label") for label in labels]
-        pairs += zip(boxes, names or [None] * len(boxes), strict=True)
+        pairs += itertools.zip_longest(boxes, names)
     return images.create_boxes(pairs, convention)
 
 

@@ -556,16 +556,16 @@ class PackageBudget:
 
 
 PACKAGE_BUDGETS = (
-    PackageBudget(("train",), 11_842, 11_500),
-    PackageBudget(("model",), 12_260, 11_300),
+    PackageBudget(("train",), 11_369, 11_030),
+    PackageBudget(("model",), 13_140, 12_180),
     PackageBudget(("data",), 13_213, 10_500),
-    PackageBudget(("infer",), 4_953, 4_900),
+    PackageBudget(("infer",), 4_544, 4_490),
     PackageBudget(("encode",), 4_177, 4_000),
     PackageBudget(("evaluate",), 3_256, 3_500),
     PackageBudget(("check",), 3_869, 3_500),
     PackageBudget(("report",), 7_253, 6_500),
     PackageBudget(("serve",), 3_671, 3_000),
-    PackageBudget(("plan",), 2_689, 2_200),
+    PackageBudget(("plan",), 2_687, 2_200),
     PackageBudget(("hub",), 2_085, 1_400),
     PackageBudget(("export", "track", "launch", "synth", "vision"), 4_637, 4_300),
     PackageBudget(("doctor", "convert", "trainer_settings"), 4_145, 2_700),

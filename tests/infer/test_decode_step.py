@@ -46,31 +46,31 @@ def random_tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("inputs", [96, 1536, 5000])
 @pytest.mark.parametrize("outputs", [40, 3100, 70000])
 def test_fused_gemv_with_norm_bias_and_residual(dtype, inputs, outputs):
-    from finesight.infer import decode_kernels
+    from finesight.model.kernels import decoding
 
     x_1I, norm_I = random_tensor(1, inputs, dtype=dtype), random_tensor(inputs, dtype=dtype)
     w_OI = random_tensor(outputs, inputs, dtype=dtype) * inputs**-0.5
     bias_O, added_1O = random_tensor(outputs, dtype=dtype), random_tensor(1, outputs, dtype=dtype)
     normed = F.rms_norm(x_1I.double(), (inputs,), norm_I.double(), 1e-6)
     wide = w_OI.double()
-    found = decode_kernels.fused_gemv(x_1I, w_OI, norm_I=norm_I, eps=1e-6, bias_O=bias_O)
+    found = decoding.fused_gemv(x_1I, w_OI, norm_I=norm_I, eps=1e-6, bias_O=bias_O)
     assert relative_error(found, F.linear(normed, wide, bias_O.double()), 4e-3)
-    found = decode_kernels.fused_gemv(x_1I, w_OI, residual_1O=added_1O)
+    found = decoding.fused_gemv(x_1I, w_OI, residual_1O=added_1O)
     assert relative_error(found, F.linear(x_1I.double(), wide) + added_1O.double(), 4e-3)
     gate, up = F.linear(normed, wide).chunk(2, dim=-1)
-    found = decode_kernels.fused_gemv(x_1I, w_OI, norm_I=norm_I, eps=1e-6, is_gated=True)
+    found = decoding.fused_gemv(x_1I, w_OI, norm_I=norm_I, eps=1e-6, is_gated=True)
     assert relative_error(found, F.silu(gate) * up, 4e-3)
     ups_OS, share_1S = random_tensor(outputs, 12, dtype=dtype), random_tensor(1, 12, dtype=dtype)
-    low = decode_kernels.fused_gemv(
+    low = decoding.fused_gemv(
         x_1I, w_OI[:12].contiguous(), norm_I=norm_I, eps=1e-6, output_scale_1O=share_1S
     )
     assert relative_error(low, F.linear(normed, wide[:12]) * share_1S, 4e-3)
-    delta = decode_kernels.GemvLoraDelta(low, ups_OS)
+    delta = decoding.GemvLoraDelta(low, ups_OS)
     more = F.linear(low.double(), ups_OS.double())
-    found = decode_kernels.fused_gemv(x_1I, w_OI, lora_delta=delta, residual_1O=added_1O)
+    found = decoding.fused_gemv(x_1I, w_OI, lora_delta=delta, residual_1O=added_1O)
     assert relative_error(found, F.linear(x_1I.double(), wide) + more + added_1O.double(), 4e-3)
     gate, up = (F.linear(normed, wide) + more).chunk(2, dim=-1)
-    found = decode_kernels.fused_gemv(
+    found = decoding.fused_gemv(
         x_1I, w_OI, norm_I=norm_I, eps=1e-6, lora_delta=delta, is_gated=True
     )
     assert relative_error(found, F.silu(gate) * up, 4e-3)
@@ -80,7 +80,7 @@ def test_fused_gemv_with_norm_bias_and_residual(dtype, inputs, outputs):
 @pytest.mark.parametrize("num_seqs", [1, 5])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, normed: bool) -> None:
-    from finesight.infer import decode_kernels
+    from finesight.model.kernels import decoding
 
     heads, key_heads, width = 6, 2, 24
     qkv = random_tensor(num_seqs, (heads + 2 * key_heads) * width, dtype=dtype)
@@ -91,12 +91,12 @@ def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, nor
     angles = random_tensor(num_seqs, width // 2, dtype=torch.float32)
     for kind in (dtype, torch.float32):
         rotation = RotaryCosSin.from_angles(angles, kind)
-        norms = decode_kernels.QKNorms(
+        norms = decoding.QKNorms(
             random_tensor(width, dtype=dtype), random_tensor(width, dtype=dtype) * 2, 1e-6
         )
         keys, values = (torch.zeros(3, 16, key_heads, width, dtype=dtype).cuda() for _ in range(2))
         at_R = torch.tensor([3, 20, 47, 16, 1][:num_seqs], device="cuda")
-        found = decode_kernels.rope_and_cache(
+        found = decoding.rope_and_cache(
             q_RHD, k_RKD, v_RKD, norms if normed else None, rotation.cos_T1D, rotation.sin_T1D,
             at_R, keys, values,
         )  # fmt: skip

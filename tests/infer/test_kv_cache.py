@@ -254,7 +254,7 @@ def test_first_chunks_do_not_read_linear_states():
 )
 def test_paged_kernel_matches_reference(stale, block_size, heads, key_heads, width, dtype, bound):
     """Check lengths around block sizes, for one sequence and many, with many, few and no splits."""
-    from finesight.infer.decode_kernels import paged_attention
+    from finesight.model.kernels.decoding import paged_attention
 
     card = torch.device("cuda")
     for lengths in (

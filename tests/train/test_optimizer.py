@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from finesight.config import TrainSettings
 from finesight.errors import UserError
+from finesight.model.kernels.adamw import BLOCK_SIZE
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.train import optim_states, optimizer
-from finesight.train.optim_states import BLOCK_SIZE, OptimState8bit, break_bf16_ties
+from finesight.train.optim_states import OptimState8bit, break_bf16_ties
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer, resolve_steps
 
 EXPERTS = "model.layers.0.mlp.experts.down_proj"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finesight.model.kernels.adamw import BLOCK_SIZE
 from finesight.train import optim_states
-from finesight.train.optim_states import BLOCK_SIZE, OptimState8bit, SplitBf16Master
+from finesight.train.optim_states import OptimState8bit, SplitBf16Master
 from finesight.train.optimizer import AdamW, GradientAccumulator, ParamSlice
 
 pytestmark = [

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finesight.infer import decode_kernels
 from finesight.infer.kv_cache import DecodeAttention
 from finesight.model.decoder import DecoderAttention, DecoderLayer
 from finesight.model.families.qwen3_5 import GatedAttention, GatedDeltaNet, HybridDecoderLayer
 from finesight.model.fused_ops import sigmoid_gate
 from finesight.model.gated_delta_net import L2_NORM_EPS, supports_kernels
+from finesight.model.kernels import decoding
 from finesight.model.kernels import gated_delta_net as delta_net_kernels
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.layers import (
@@ -84,7 +84,7 @@ def _compute_tied_logits(model: VisionLanguageModel, x_RD: Tensor) -> Tensor:
     norm, weight = model.model.norm, model.model.embed_tokens.weight
     if len(x_RD) > 1:
         return F.linear(norm(x_RD), weight)
-    logits_1V: Tensor = decode_kernels.fused_gemv(x_RD, weight, **_get_norm_args(norm))
+    logits_1V: Tensor = decoding.fused_gemv(x_RD, weight, **_get_norm_args(norm))
     return logits_1V
 
 
@@ -108,10 +108,8 @@ def _attention_block(
     qk_norms = None
     if self_attn.q_norm is not None and self_attn.k_norm is not None:
         eps, offset = _get_norm_eps(self_attn.q_norm), 0.0 if gate_RHD is None else 1.0
-        qk_norms = decode_kernels.QKNorms(
-            self_attn.q_norm.weight, self_attn.k_norm.weight, eps, offset
-        )
-    q_RHD = decode_kernels.rope_and_cache(
+        qk_norms = decoding.QKNorms(self_attn.q_norm.weight, self_attn.k_norm.weight, eps, offset)
+    q_RHD = decoding.rope_and_cache(
         q_RHD, k_RKD, v_RKD, qk_norms, rotary.cos_T1D, rotary.sin_T1D, attention.slot_mapping_R,
         cache.keys_LPSKD[layer_index], cache.values_LPSKD[layer_index],
     )  # fmt: skip
@@ -156,7 +154,7 @@ def _swiglu_mlp(norm: RmsNorm, mlp: GatedMlp, x_RD: Tensor) -> Tensor:
         return F.silu(gate_RI).mul_(up_RI)
     if len(x_RD) == 1:
         return _linear_single_row(gate_up_proj, x_RD, norm=norm, is_gated=True)
-    y_RI: Tensor = decode_kernels.swiglu(_norm_linear(gate_up_proj, x_RD, norm))
+    y_RI: Tensor = decoding.swiglu(_norm_linear(gate_up_proj, x_RD, norm))
     return y_RI
 
 
@@ -200,16 +198,16 @@ def _linear_single_row(
         norm_kwargs = _get_norm_args(norm)
     lora_delta, multi_lora = None, linear.adapter
     if isinstance(multi_lora, MultiLoraLinear):
-        low_1S = decode_kernels.fused_gemv(
+        low_1S = decoding.fused_gemv(
             x_1I, multi_lora.lora_A_SI, output_scale_1O=multi_lora.rank_scales_TS, **norm_kwargs
         )
-        lora_delta = decode_kernels.GemvLoraDelta(low_1S, multi_lora.lora_B_OS)
+        lora_delta = decoding.GemvLoraDelta(low_1S, multi_lora.lora_B_OS)
     if isinstance(linear.weight, QuantizedWeight):
         y_1O = _linear_4bit(linear.weight, x_1I, linear.bias, norm, residual)
         if lora_delta is not None:
             add_lora_delta(y_1O, lora_delta.low_1S, lora_delta.lora_B_OS)
-        return decode_kernels.swiglu(y_1O) if is_gated else y_1O
-    out_1O: Tensor = decode_kernels.fused_gemv(
+        return decoding.swiglu(y_1O) if is_gated else y_1O
+    out_1O: Tensor = decoding.fused_gemv(
         x_1I,
         linear.weight,
         bias_O=linear.bias,

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from finesight.encode.packing import copy_to_device
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
-from finesight.infer import decode_kernels
 from finesight.model.attention import Segments, supports_varlen_attention, varlen_attention
 from finesight.model.config import DecoderConfig
 from finesight.model.gated_delta_net import (
@@ -35,6 +34,7 @@ from finesight.model.gated_delta_net import (
     forward_step,
     forward_with_states,
 )
+from finesight.model.kernels import decoding
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.vision.image_processing import first_frame
 
@@ -469,9 +469,7 @@ class DecodeAttention:
         keys_PSKD, values_PSKD = cache.keys_LPSKD[layer_index], cache.values_LPSKD[layer_index]
         if self._use_kernels:
             block_args = self.block_table_RB, self.seq_lens_R
-            o_RHD: Tensor = decode_kernels.paged_attention(
-                q_RHD, keys_PSKD, values_PSKD, *block_args
-            )
+            o_RHD: Tensor = decoding.paged_attention(q_RHD, keys_PSKD, values_PSKD, *block_args)
             return o_RHD
         # Grouped-query attention: the G query heads of a key head are computed as G queries.
         q_RKGD = q_RHD.view(self.num_seqs, keys_PSKD.shape[2], -1, q_RHD.shape[-1])

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from finesight.config import TrainSettings
+from finesight.model.kernels.adamw import BLOCK_SIZE
 from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
@@ -23,7 +24,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.optim_states import BLOCK_SIZE, MAX_STACK_ELEMENTS
+from finesight.train.optim_states import MAX_STACK_ELEMENTS
 from finesight.train.optimizer import (
     LARGE_PARAM_ELEMENTS,
     MAX_CHUNK_ELEMENTS,
@@ -58,10 +59,7 @@ steps: the quickstart uses 1.4 GB in total after 16 steps and 2.3 GB after 200 s
 """
 
 USABLE_MEMORY_FRACTION = 0.9
-"""Fraction of the device memory that a plan may use.
-
-The rest is reserved for fragmentation.
-"""
+"""Fraction of the device memory that a plan may use; the rest is for fragmentation."""
 
 
 @dataclass(frozen=True, slots=True)

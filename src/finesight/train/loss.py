@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from finesight.model.fused_ops import has_kernels
-from finesight.train import kernels
+from finesight.model.kernels.cross_entropy import cross_entropy
 
 MAX_LOGITS_BYTES = 1 << 28
 """Maximum size of the fp32 logits of a chunk, in bytes."""
@@ -61,7 +61,7 @@ def _chunk_loss(
     """
     logits_CV = h_CD @ head_VD.T
     if has_kernels(logits_CV):
-        losses_C = kernels.cross_entropy(logits_CV, labels_T, scale, needs_grad=needs_grad)
+        losses_C = cross_entropy(logits_CV, labels_T, scale, needs_grad=needs_grad)
         return losses_C.sum(), logits_CV
     fp32_CV = logits_CV.float()
     fp32_TV = fp32_CV[: len(labels_T)]

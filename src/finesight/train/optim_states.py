@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from finesight.model.fused_ops import has_tensor_cores
+from finesight.model.kernels.adamw import BLOCK_SIZE
 
 
 class SplitBf16Master:
@@ -105,35 +106,8 @@ def break_bf16_ties(values: Tensor) -> Tensor:
     return bits.add(is_tie).view(torch.float32)
 
 
-BLOCK_SIZE = 256
-"""Number of elements that share a quantization scale; each parameter starts a new block."""
-
 NUM_DECADES = 7
 """Number of powers of ten below one that the 8-bit levels cover."""
-
-ADAM_EPS = 1e-8
-"""Epsilon of torch.optim.AdamW."""
-
-
-class AdamWHyperparams(NamedTuple):
-    """Hyperparameters of an AdamW step."""
-
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-
-    @property
-    def decay_factor(self) -> float:
-        """Factor that multiplies the weights for decoupled weight decay."""
-        return 1 - self.lr * self.weight_decay
-
-    def step_size(self, num_steps: int) -> float:
-        """Return the learning rate divided by the bias correction of the first moment."""
-        return self.lr / (1 - self.betas[0] ** num_steps)
-
-    def bias_correction2_sqrt(self, num_steps: int) -> float:
-        """Return the square root of the bias correction of the second moment."""
-        return float((1 - self.betas[1] ** num_steps) ** 0.5)
 
 
 class OptimState:

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from finesight.config import EvalSettings, StepsOrFraction, TrainSettings
 from finesight.errors import UserError
+from finesight.model.kernels import adamw
+from finesight.model.kernels.adamw import ADAM_EPS, BLOCK_SIZE, AdamWHyperparams
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.trainable import (
     CONV_SUFFIX,
@@ -36,11 +38,7 @@ from finesight.model.trainable import (
     ModelPart,
     get_part,
 )
-from finesight.train import kernels
 from finesight.train.optim_states import (
-    ADAM_EPS,
-    BLOCK_SIZE,
-    AdamWHyperparams,
     MatrixSlice,
     Muon,
     OptimState,
@@ -187,10 +185,10 @@ class GradientAccumulator:
         ]
         use_kernels = HAS_TRITON and self.device.type == "cuda"
         flat_slices = [param_slice.flat_slice for param_slice in param_slices]
-        self.tiles = kernels.ParamTiles(flat_slices, self.device) if use_kernels else None
+        self.tiles = adamw.ParamTiles(flat_slices, self.device) if use_kernels else None
         small_slices = [flat_slices[n] for n in self._small_indices]
         self._small_tiles = (
-            kernels.ParamTiles(small_slices, self.device) if use_kernels and small_slices else None
+            adamw.ParamTiles(small_slices, self.device) if use_kernels and small_slices else None
         )
         for index in self._large_indices:
             self._register_hook(index)
@@ -270,7 +268,7 @@ class GradientAccumulator:
                 self._accumulate_one(index)
         small = [n for n in self._small_indices if self.param_slices[n].parameter.grad is not None]
         if self._small_tiles is not None and small:
-            kernels.accumulate_gradients(
+            adamw.accumulate_gradients(
                 self._small_tiles,
                 [self.param_slices[n].parameter.grad for n in self._small_indices],
                 [self._get_sum(n) for n in self._small_indices],
@@ -301,7 +299,7 @@ class GradientAccumulator:
         if not present:
             return torch.zeros((), device=self.device)
         if self.tiles is not None:
-            return kernels.squared_norm(self.tiles, all_gradients)
+            return adamw.squared_norm(self.tiles, all_gradients)
         norms = torch._foreach_norm(
             present, 2, torch.promote_types(present[0].dtype, torch.float32)
         )
@@ -411,7 +409,7 @@ class AdamW:
         gradients = self._gradients.per_parameter()
         if tiles is not None:
             step_counts = self._num_steps, self._next_num_steps
-            kernels.adamw_step(
+            adamw.adamw_step(
                 tiles, gradients, self._master_weights, states, grad_factor, step_counts, hparams
             )
             self._next_num_steps, self._num_steps = step_counts

@@ -152,7 +152,7 @@ def test_decode_kernel_matches_lora_linear(
     widths: list[int], inputs: int, config: LoraConfig
 ) -> None:
     """One row in bf16 with the kernel of the decode step, which rounds intermediate results."""
-    from finesight.infer import decode_kernels
+    from finesight.model.kernels import decoding
 
     linear = make_linear(widths, inputs, dtype=torch.float32)
     adapters = [dict.fromkeys(list(linear.output_sizes)[:count], config) for count in (1, 3)]
@@ -162,13 +162,13 @@ def test_decode_kernel_matches_lora_linear(
     expected_1O = expected_rows(linear, references, [1], x_1I)
     multi = linear.adapter
     assert isinstance(multi, MultiLoraLinear)
-    low_1S = decode_kernels.fused_gemv(
+    low_1S = decoding.fused_gemv(
         x_1I.bfloat16(), multi.lora_A_SI.bfloat16(), output_scale_1O=multi.rank_scales_TS
     )
-    y_1O = decode_kernels.fused_gemv(
+    y_1O = decoding.fused_gemv(
         x_1I.bfloat16(),
         linear.weight.bfloat16(),
         bias_O=linear.bias.bfloat16(),
-        lora_delta=decode_kernels.GemvLoraDelta(low_1S, multi.lora_B_OS.bfloat16()),
+        lora_delta=decoding.GemvLoraDelta(low_1S, multi.lora_B_OS.bfloat16()),
     )
     assert (y_1O - expected_1O).norm() <= 0.02 * expected_1O.norm()

@@ -1,29 +1,64 @@
-"""Triton kernels of the training step: optimizer steps of a parameter group, and cross entropy.
+"""Triton kernels of optimizer steps, fused over all parameters of a group.
 
-The optimizer kernels are fused over all parameters of a group. Each gradient is a separate tensor,
-so they find it in a table of addresses. A program processes one tile of one parameter. The cross
-entropy kernel replaces the logits by their gradient. Launches require Triton.
+Each gradient is a separate tensor, so the kernels find it in a table of addresses. A program
+processes one tile of one parameter. Launches require Triton.
 
-Shapes of the optimizer: P parameters, T tiles of R rows of N = 256 elements, E flat elements of a
-group. Shapes of the cross entropy: C rows of a chunk, V vocabulary size, T rows with a label.
+Shapes: P parameters, T tiles of R rows of N = 256 elements, E flat elements and B blocks of a
+group.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from finesight.model.kernels.runtime import Ptr, jit, tl, triton
-from finesight.train.optim_states import (
-    ADAM_EPS,
-    BLOCK_SIZE,
-    AdamWHyperparams,
-    OptimState,
-    SplitBf16Master,
-)
+from finesight.model.kernels.runtime import jit, tl, triton
+
+BLOCK_SIZE = 256
+"""Number of elements that share a quantization scale; each parameter starts a new block."""
+
+ADAM_EPS = 1e-8
+"""Epsilon of torch.optim.AdamW."""
+
+
+class AdamWHyperparams(NamedTuple):
+    """Hyperparameters of an AdamW step."""
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+
+    @property
+    def decay_factor(self) -> float:
+        """Factor that multiplies the weights for decoupled weight decay."""
+        return 1 - self.lr * self.weight_decay
+
+    def step_size(self, num_steps: int) -> float:
+        """Return the learning rate divided by the bias correction of the first moment."""
+        return self.lr / (1 - self.betas[0] ** num_steps)
+
+    def bias_correction2_sqrt(self, num_steps: int) -> float:
+        """Return the square root of the bias correction of the second moment."""
+        return float((1 - self.betas[1] ** num_steps) ** 0.5)
+
+
+class MasterWeights(Protocol):
+    """Master weights of a group: parameters, and the bits that their data type lacks."""
+
+    params_E: Tensor
+    residual_E: Tensor | None
+
+
+class Moment(Protocol):
+    """First or second moment of a group: fp32 values, or 8-bit codes with scales of blocks."""
+
+    values_E: Tensor
+    scale_B: Tensor | None
+
 
 TILE_ROWS = 8
 """Number of rows of a tile; a row has 256 elements."""
@@ -312,34 +347,20 @@ def _adamw_kernel(
     master_RN -= step_size * (exp_avg_RN / (tl.sqrt(exp_avg_sq_RN) * bias_correction + epsilon))
     _store_master(master_RN, weights, residual, offset_RN, mask_RN, residual_bytes)
     _store_state(
-        exp_avg_RN,
-        exp_avg,
-        exp_avg_scale,
-        offset_RN,
-        blocks_R,
-        mask_RN,
-        block_mask_R,
-        is_8bit,
-        True,
-    )
+        exp_avg_RN, exp_avg, exp_avg_scale, offset_RN, blocks_R, mask_RN, block_mask_R,
+        is_8bit, True,
+    )  # fmt: skip
     _store_state(
-        exp_avg_sq_RN,
-        exp_avg_sq,
-        exp_avg_sq_scale,
-        offset_RN,
-        blocks_R,
-        mask_RN,
-        block_mask_R,
-        is_8bit,
-        False,
-    )
+        exp_avg_sq_RN, exp_avg_sq, exp_avg_sq_scale, offset_RN, blocks_R, mask_RN, block_mask_R,
+        is_8bit, False,
+    )  # fmt: skip
 
 
 def adamw_step(
     tiles: ParamTiles,
     gradients: Sequence[Tensor | None],
-    master_weights: SplitBf16Master,
-    states: tuple[OptimState, OptimState],
+    master_weights: MasterWeights,
+    states: tuple[Moment, Moment],
     grad_factor: Tensor,
     step_counts: tuple[Tensor, Tensor],
     hparams: AdamWHyperparams,
@@ -368,78 +389,3 @@ def adamw_step(
         ADAM_EPS, residual_bytes=residual_bytes, is_8bit=exp_avg.scale_B is not None,
         is_aligned=tiles.is_aligned, rows=TILE_ROWS, num_warps=NUM_WARPS,
     )  # fmt: skip
-
-
-_LOSS_BLOCK_SIZE, _LOSS_NUM_WARPS = 4096, 8
-"""Vocabulary entries per block, and warps per program of the cross entropy kernel."""
-
-
-@jit(do_not_specialize=["num_labels"])
-def _cross_entropy_kernel(
-    logits: Ptr, labels: Ptr, scale: Ptr, losses: Ptr, num_labels: int, vocab_size: int,
-    needs_grad: tl.constexpr, block_size: tl.constexpr,
-) -> None:  # fmt: skip
-    row = tl.program_id(0)
-    row_logits = logits + row.to(tl.int64) * vocab_size
-    v = tl.arange(0, block_size)
-    label = tl.load(labels + row, mask=row < num_labels, other=-1)
-    if label < 0:
-        # Padding has neither loss nor gradient.
-        tl.store(losses + row, 0.0)
-        if needs_grad:
-            zeros = tl.zeros((block_size,), logits.dtype.element_ty)
-            for start in range(0, vocab_size, block_size):
-                tl.store(row_logits + start + v, zeros, mask=start + v < vocab_size)
-        return
-    max_V = tl.full((block_size,), -float("inf"), tl.float32)
-    sum_V = tl.zeros((block_size,), tl.float32)
-    for start in range(0, vocab_size, block_size):
-        x_V = tl.load(row_logits + start + v, mask=start + v < vocab_size, other=-float("inf")).to(
-            tl.float32
-        )
-        new_max_V = tl.maximum(max_V, x_V)
-        # Both are minus infinity before the first finite value.
-        rescale_V = tl.where(max_V == new_max_V, 1.0, tl.exp(max_V - new_max_V))
-        exp_V = tl.where(x_V == -float("inf"), 0.0, tl.exp(x_V - new_max_V))
-        sum_V = sum_V * rescale_V + exp_V
-        max_V = new_max_V
-    max_logit = tl.max(max_V, 0)
-    # NaN must propagate to the loss.
-    sum_exp = tl.sum(tl.where(sum_V == 0.0, 0.0, sum_V * tl.exp(max_V - max_logit)), 0)
-    label_logit = tl.load(row_logits + label).to(tl.float32)
-    tl.store(losses + row, tl.log(sum_exp) + max_logit - label_logit)
-    if needs_grad:
-        # All threads must read the label's logit before it is overwritten.
-        tl.debug_barrier()
-        grad_scale = tl.load(scale)
-        for start in range(0, vocab_size, block_size):
-            mask = start + v < vocab_size
-            x_V = tl.load(row_logits + start + v, mask=mask, other=-float("inf")).to(tl.float32)
-            grad_V = tl.exp(x_V - max_logit) * (grad_scale / sum_exp)
-            grad_V = tl.where(start + v == label, grad_V - grad_scale, grad_V)
-            tl.store(row_logits + start + v, grad_V, mask=mask)
-
-
-def cross_entropy(
-    logits_CV: Tensor, labels_T: Tensor, scale: Tensor, *, needs_grad: bool
-) -> Tensor:
-    """Compute the cross entropy of each row of logits.
-
-    Rows without a label or with a negative label have zero loss and gradient.
-
-    Args:
-        logits_CV: Logits. With `needs_grad`, they are replaced by their gradient times `scale`.
-        labels_T: Label tokens of the first T rows; the other rows are padding.
-        scale: fp32 scalar on the device that multiplies the gradient.
-        needs_grad: Whether to compute the gradient.
-
-    Returns:
-        Loss of each row [C] in fp32, not multiplied by `scale`.
-    """
-    num_rows, vocab_size = logits_CV.shape
-    losses_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
-    _cross_entropy_kernel[(num_rows,)](
-        logits_CV, labels_T, scale, losses_C, len(labels_T), vocab_size,
-        needs_grad=needs_grad, block_size=_LOSS_BLOCK_SIZE, num_warps=_LOSS_NUM_WARPS,
-    )  # fmt: skip
-    return losses_C

@@ -1,15 +1,16 @@
-"""Measure memory and response times of `finesight serve` and `finesight web` under attack.
+"""Measure memory and response times of `finesight serve`, `web` and `label` under attack.
 
     python benchmarks/hostile_load.py [--requests 500] [--clients 8] [--out FILE] [--servers serve]
 
 Several clients send hostile requests without pause: decompression bombs, JPEG 2000, progressive
 JPEGs with thousands of scans, huge dimensions, deep JSON, incomplete bodies, wrong passwords and
 keys, NUL, wrong content types and paths outside of the server. Meanwhile, another client requests
-`/health` of the server, or the chat page with the cookie of its owner and the sign-in page, with
-pauses of 0.1 s. Prints and writes JSON: memory of all processes of the server in MB before, at the
-peak and 5 s after the attack, response times and load average, and statuses by request. Status 0
-is a connection that either side closed, and status -1 an answer that a client did not wait for.
-Before the attack, the owner of the chat page asks 20 questions about images of 448 x 448 pixels.
+`/health` of the server, or a page with the cookie of its owner and the sign-in page, with pauses
+of 0.1 s. The labelling page has the hostile images among those to label. Prints and writes JSON:
+memory of all processes of the server in MB before, at the peak and 5 s after the attack, response
+times and load average, and statuses by request. Status 0 is a connection that either side closed,
+and status -1 an answer that a client did not wait for. Before the attack, the owner of the chat
+page asks 20 questions about images of 448 x 448 pixels.
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ def make_api_attacks(port: int, number: int) -> Iterator[Attack]:
         yield partial(send_request, replace(request, headers=headers), port)
 
 
-class ChatPageClient:
-    """Client of the chat page that has signed in."""
+class PageClient:
+    """Client of a page that has signed in."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -141,8 +142,6 @@ class ChatPageClient:
         self.cookie = "; ".join(
             value.split(";")[0] for name, value in headers if name.lower() == "set-cookie"
         )
-        config = json.loads(self.request("GET", "/config")[2])
-        self.event = next(e["id"] for e in config["dependencies"] if len(e["inputs"]) == 10)
 
     def request(
         self, method: str, path: str, body: bytes | None = None, kind: str = "application/json"
@@ -163,6 +162,15 @@ class ChatPageClient:
                 if time.monotonic() > end:
                     break
             return -1, answer.getheaders(), b""
+
+
+class ChatPageClient(PageClient):
+    """Client of the chat page that has signed in."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        config = json.loads(self.request("GET", "/config")[2])
+        self.event = next(e["id"] for e in config["dependencies"] if len(e["inputs"]) == 10)
 
     def ask(self, name: str, data: bytes, session: str, copies: int = 1) -> tuple[str, int]:
         """Upload an image, ask a question about copies of it, and wait for the answer."""
@@ -208,6 +216,33 @@ def make_page_attacks(port: int, number: int) -> Iterator[Attack]:
         itertools.cycle(make_images().items()), range(number - len(attacks)), strict=False
     ):
         attacks.append(partial(visitor.ask, name, data, f"visit{index}", 1 + index % 4))
+    random.Random(0).shuffle(attacks)
+    yield from attacks
+
+
+def make_label_attacks(port: int, number: int) -> Iterator[Attack]:
+    """Yield attacks on the labelling page in a fixed random order."""
+    visitor, form = PageClient(port), FORM
+    cookie = f"Cookie: {visitor.cookie}\r\n"
+    requests = [
+        HostileRequest("wrong password", "/sign-in", b"password=guess", form),
+        HostileRequest("half a sign-in", "/sign-in", bytes(1 << 16), form, cut=0.5),
+        HostileRequest("deep JSON", "/decision", b"[" * 500_000, headers=cookie),
+        HostileRequest("half a decision", "/decision", bytes(1 << 20), cut=0.5, headers=cookie),
+        HostileRequest("NaN", "/decision", b'{"index": NaN}', headers=cookie),
+        HostileRequest("path outside", "/images/..%2f..%2fetc/0", b"", headers=cookie),
+        HostileRequest("no cookie", "/decision", b"{}"),
+    ]
+    attacks: list[Attack] = [
+        partial(send_request, request, port) for request in requests * (number // 14)
+    ]
+
+    def view(name: str, index: int) -> tuple[str, int]:
+        return name, visitor.request("GET", f"/images/{index}/0?small={index % 2 > 0}")[0]
+
+    names = itertools.cycle(enumerate(make_images()))
+    for index, name in itertools.islice(names, number - len(attacks)):
+        attacks.append(partial(view, name, index))
     random.Random(0).shuffle(attacks)
     yield from attacks
 
@@ -315,12 +350,30 @@ def measure_chat_page(number: int, clients: int, folder: Path) -> dict[str, Any]
         return {"question_s": summarize(seconds), **result}
 
 
+def measure_label_page(number: int, clients: int, folder: Path) -> dict[str, Any]:
+    """Attack `finesight label`, with hostile images among those to label."""
+    password_file, images = folder / "password.txt", folder / "images"
+    password_file.write_text(PASSWORD)
+    images.mkdir()
+    for index, data in enumerate([*make_images().values(), make_photo(0)]):
+        (images / f"{index}.png").write_bytes(data)
+    options = [str(images), "--no-suggestions", "--prompt", "What?", "--out", str(folder / "out")]
+    options += ["--password-file", str(password_file)]
+    with start_server_process(folder, "label", options) as server:
+        owner = PageClient(server.port)
+        probes = {
+            "owner's page": partial(get_status, server.port, "/", {"Cookie": owner.cookie}),
+            "sign-in page": partial(get_status, server.port, "/sign-in", {}),
+        }
+        return run_attacks(server, make_label_attacks(server.port, number), clients, probes)
+
+
 def main() -> None:
-    """Attack both servers and print the results."""
+    """Attack the servers and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--servers", default="serve,web", help="comma-separated; default: both")
+    parser.add_argument("--servers", default="serve,web,label", help="comma-separated")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results: dict[str, Any] = {
@@ -331,7 +384,11 @@ def main() -> None:
             **{name: metadata.version(name) for name in ("pillow", "uvicorn", "gradio", "torch")},
         },
     }
-    measures = {"serve": measure_api_server, "web": measure_chat_page}
+    measures = {
+        "serve": measure_api_server,
+        "web": measure_chat_page,
+        "label": measure_label_page,
+    }
     for name in options.servers.split(","):
         with tempfile.TemporaryDirectory() as folder:
             results[name] = measures[name](options.requests, options.clients, Path(folder))

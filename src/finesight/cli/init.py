@@ -18,6 +18,7 @@ import typer
 from finesight.cli.options import (
     AsJsonOption,
     ColumnsOption,
+    NoHeaderOption,
     PromptOption,
     echo_json,
     parse_column_map,
@@ -92,6 +93,7 @@ def init(
         bool, typer.Option("--yes", help="Ask no questions: use the detected settings.")
     ] = False,
     columns: ColumnsOption = None,
+    no_header: NoHeaderOption = False,
     prompt: PromptOption = None,
     metric: Annotated[
         str | None,
@@ -140,7 +142,10 @@ def init(
     folder = out or Path(f"{Path(name).resolve().stem}-finetune")
     raise_if_exists(folder)
     options = ImportOptions(
-        columns=parse_column_map(columns or []), prompt=prompt, on_invalid_row="skip"
+        columns=parse_column_map(columns or []),
+        prompt=prompt,
+        no_header=no_header,
+        on_invalid_row="skip",
     )
     num_images = 0 if options.columns else count_unlabeled_images(Path(source))
     if num_images:

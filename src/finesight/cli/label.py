@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -128,7 +128,10 @@ def label(
     Example: finesight label runs/receipts photos
     """
 
+    from rich.console import Console
+
     from finesight.label.label_session import open_session
+    from finesight.train.console import TrainingConsole
 
     if as_json and not suggest_only:
         raise _build_option_error("--json", "without --suggest-only", "--json with --suggest-only")
@@ -170,16 +173,12 @@ def label(
         )
         stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
-            from finesight.vision.image_reader import ImageReader, create_image_pool
-
             console, model = load_model(run_or_model, device, precision, weight_format)
-            image_pool = stack.enter_context(closing(create_image_pool()))
             with console.progress_stage("suggestions", len(pending)) as on_progress:
                 reasons = session.add_suggestions(
                     model,
                     max_new_tokens=max_new_tokens,
                     batch_size=batch_size,
-                    images=ImageReader(image_pool),
                     on_progress=on_progress,
                 )
             for reason in reasons.values():
@@ -189,6 +188,8 @@ def label(
         if listener is None:
             _print_suggestions(session, as_json)
         else:
+            with TrainingConsole(Console(stderr=True)).activity("comparing labeled images"):
+                session.store.decode_labels()
             # Answers are data of the user, so a page on the network needs a password.
             password, is_generated = resolve_password(host, password_file, no_auth, proxies)
             print_page_address(host, listener, password if is_generated else None)

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from finesight.bounded_files import is_utf8
 from finesight.config import Recipe, is_url
+from finesight.data.image_header import CorruptImageError
+from finesight.data.importer import _group_rows
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -33,6 +36,7 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
+    list_media_paths,
     read_samples,
     validate_sample,
     write_samples,
@@ -48,6 +52,7 @@ from finesight.storage import (
     write_file,
 )
 from finesight.train.run_dir import RunDir
+from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 
 JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
 FRACTION_FILE, SOURCES_FILE, REVIEWED_FILE = "train_fraction.txt", "sources.json", "reviewed.json"
@@ -212,6 +217,9 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             self._lock.close()
             raise
         self._order: list[str] = []
+        self._images = ImageReader(create_image_pool())
+        # Key of the pixels and, for an unreadable file, the reason.
+        self._decoded: dict[str, tuple[str, str]] = {}
         self.sort()
 
     def _acquire(self) -> None:
@@ -436,26 +444,67 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                 error.remedy = "correct the cause; the next decision or session writes the file"
                 raise
 
-    def write_labels(self) -> None:
-        """Write all labeled samples. Labels of samples that are not loaded now are kept."""
-        self._check_folder()
-        train_file, eval_file = self.folder / LABELS_FILE, self.folder / EVAL_FILE
-        labeled = {sample.id: sample for sample in self._others}
+    def decode_images(self, samples: Iterable[LocatedSample]) -> dict[str, str]:
+        """Decode images, frames and videos within the limits of `ImageReader`, once per session.
+
+        Returns:
+            The reason for each unreadable sample, by ID.
+        """
+        files = {one.sample.id: _list_files(one) for one in samples}
+        new = [*{*chain.from_iterable(files.values())} - self._decoded.keys()]
+        with ThreadPoolExecutor(NUM_IMAGE_WORKERS) as threads:
+            self._decoded.update(zip(new, threads.map(self._decode, new), strict=True))
+        reasons = ((name, self._decoded[file][1]) for name, own in files.items() for file in own)
+        return {name: reason for name, reason in reasons if reason}
+
+    def _decode(self, file: str) -> tuple[str, str]:
+        try:
+            return self._images.check(Path(file)), ""
+        except CorruptImageError as error:
+            return file, str(error).splitlines()[0]
+
+    def decode_labels(self) -> None:
+        """Decode the images of all labels, if a split needs their keys."""
+        if self._train_fraction < 1:
+            self.decode_images(self._list_labeled().values())
+
+    def _list_labeled(self) -> dict[str, LocatedSample]:
+        """Return all labeled samples by ID, also those that are not loaded now."""
+        labeled = {sample.id: LocatedSample(sample, self.folder) for sample in self._others}
         for sample_id, item in self._items.items():
             if item.label is not None:
                 question = item.decision.question if item.decision else ()
-                labeled[sample_id] = self._build_labeled(item, item.label, question).sample
-        num_eval = round((1 - self._train_fraction) * len(labeled))
-        if self._train_fraction < 1:
-            num_eval = min(max(1, num_eval), len(labeled) - 1)
+                labeled[sample_id] = self._build_labeled(item, item.label, question)
+        return labeled
+
+    def _select_eval_ids(self, labeled: Mapping[str, LocatedSample]) -> set[str]:
+        """Return the IDs of validation samples, which share no pixels with training samples."""
+        eval_ids = set[str]()
+        if self._train_fraction == 1:
+            return eval_ids
+        num_eval = min(max(1, round((1 - self._train_fraction) * len(labeled))), len(labeled) - 1)
         # The order is that of digests, so that further labels hardly change the split.
         order = sorted(
             labeled, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest()
         )
-        eval_ids = {*order[: max(0, num_eval)]}
+        self.decode_images(labeled.values())
+        files = (_list_files(labeled[name]) for name in order)
+        keys = [frozenset(self._decoded[file][0] for file in own) for own in files]
+        for group in _group_rows(keys):
+            if len(eval_ids) + len(group) <= num_eval:
+                eval_ids.update(order[index] for index in group)
+        return eval_ids
+
+    def write_labels(self) -> None:
+        """Write all labeled samples. Labels of samples that are not loaded now are kept."""
+        self._check_folder()
+        train_file, eval_file = self.folder / LABELS_FILE, self.folder / EVAL_FILE
+        labeled = self._list_labeled()
+        eval_ids = self._select_eval_ids(labeled)
+        samples = {name: located.sample for name, located in labeled.items()}
         if eval_ids:
-            write_samples(eval_file, [labeled[name] for name in labeled if name in eval_ids])
-        write_samples(train_file, [labeled[name] for name in labeled if name not in eval_ids])
+            write_samples(eval_file, [samples[name] for name in samples if name in eval_ids])
+        write_samples(train_file, [samples[name] for name in samples if name not in eval_ids])
         if not eval_ids:
             eval_file.unlink(missing_ok=True)
         self._num_unwritten = 0
@@ -497,10 +546,17 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             if self._num_unwritten:
                 self.write_labels()
         finally:
+            self._images.pool.close()
             self._lock.close()
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _list_files(located: LocatedSample) -> list[str]:
+    """Return the resolved paths of images, video frames and videos of a sample."""
+    names = (name for part in located.sample.iter_parts() for name in list_media_paths(part))
+    return [os.path.realpath(located.resolve_path(name)) for name in names]
 
 
 def _compute_digest(texts: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
@@ -235,13 +235,18 @@ class RunDir:
                     rows.append(SkippedRow.model_validate_json(line))
         return rows
 
-    def append_skipped_samples(self, skipped: Iterable[tuple[str, str]], step: int) -> None:
+    def append_skipped_samples(
+        self,
+        skipped: Iterable[tuple[str, str]],
+        step: int,
+        split: Literal["train", "eval"] = "train",
+    ) -> None:
         """Append samples that were skipped later to `skipped_samples.jsonl`, each only once."""
         for name, reason in skipped:
             if (name, reason) not in self._recorded_skips:
                 self._recorded_skips.add((name, reason))
-                row = SkippedRow(id=name, reason=reason, step=step)
-                append_line(self.skipped_path, row.model_dump_json())
+                row = SkippedRow(id=name, reason=reason, step=step, split=split)
+                append_line(self.skipped_path, row.model_dump_json(exclude_defaults=True))
 
     def write_result(self, result: object) -> None:
         """Write `result.json`, which marks the run as complete."""
@@ -312,6 +317,7 @@ class SkippedRow(BaseModel):
     id: str
     reason: str
     step: int | None = None
+    split: Literal["train", "eval"] = "train"
 
 
 class _MetricsLine(BaseModel):

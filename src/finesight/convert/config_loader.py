@@ -7,6 +7,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -147,7 +148,8 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
             lines = "\n".join("".join(cell["source"]) for cell in cells)
             text = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
         calls = load_trainer_settings()["TRL"]["calls"]
-        arguments = list(Script(ast.parse(text)).iter_arguments(calls))
+        script = Script(ast.parse(text))
+        arguments = list(script.iter_arguments(calls))
     except AmbiguousConfigError as error:
         remedy = "keep only the one that the training uses in a copy of the script"
         raise _build_error(path, str(error), remedy) from error
@@ -175,7 +177,8 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
     is_unsloth = re.search(r"(?m)^\s*(?:from|import) unsloth\b", text)
     unresolved = {key: text for key, text in unresolved.items() if key not in values}
     program: SourceProgram = "Unsloth" if is_unsloth else "TRL"
-    return ExternalConfig(program, str(path), defaults | values, {}, unresolved=unresolved)
+    config = ExternalConfig(program, str(path), defaults | values, {}, unresolved=unresolved)
+    return replace(config, option_defaults=script.option_defaults)
 
 
 def _config_from_script(text: str, path: Path) -> ExternalConfig:

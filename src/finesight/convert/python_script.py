@@ -174,6 +174,38 @@ def _iter_assigned(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
             yield ast.unparse(target), node.value
 
 
+def _read_option_defaults(
+    nodes: Sequence[ast.AST], constants: Mapping[str, object], counts: Mapping[str, int]
+) -> dict[str, object]:
+    """Return the defaults of `argparse` options by attribute, such as `args.lr`.
+
+    Options without a constant default and those that two parsers define are left out.
+    """
+    calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
+    defaults: dict[str, object] = {}
+    for call in (call for call in calls if _split_callee(call)[1] == "add_argument"):
+        flags = [str(arg.value) for arg in call.args if isinstance(arg, ast.Constant)]
+        items = _merge_items([(item.arg, item.value) for item in call.keywords], constants)
+        is_flag = str(items.get("action")).startswith("store_")
+        default = items.get("default", items["action"] == "store_false" if is_flag else call)
+        long = [flag for flag in flags if flag.startswith("--")] or flags or [""]
+        name = str(items.get("dest", long[0].lstrip("-").replace("-", "_")))
+        defaults[name] = call if name in defaults else default
+    functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+    parsers = {n for n, function in functions.items() if ".parse_args(" in ast.unparse(function)}
+    parsers |= {"parse_args", "parse_known_args"}
+    assigned = list(_iter_assigned(node for node in nodes if isinstance(node, ast.stmt)))
+    owners = [target.split(",")[0].strip("( ") for target, _ in assigned]
+    return {
+        f"{owner}.{name}": default
+        for owner, (_, value) in zip(owners, assigned, strict=True)
+        if isinstance(value, ast.Call) and _split_callee(value)[1] in parsers
+        for name, default in defaults.items()
+        if owners.count(owner) == 1 and not counts[f"{owner}.{name}"]
+        if not isinstance(default, ast.AST)
+    }
+
+
 class Script:
     """Calls in a Python script, with the constants that each of them can use."""
 
@@ -186,7 +218,11 @@ class Script:
         for function in functions:
             self._scopes |= dict.fromkeys(ast.walk(function), function)
         self._constants: dict[ast.AST, dict[str, object]] = {}
-        self._constants[tree] = _read_constants(tree.body, {}, self._counts)
+        constants = _read_constants(tree.body, {}, self._counts)
+        known = _read_option_defaults(self._nodes, constants, self._counts)
+        used = {ast.unparse(node) for node in self._nodes if isinstance(node, ast.Attribute)}
+        self.option_defaults = sorted(used.intersection(known))
+        self._constants[tree] = _read_constants(tree.body, known, self._counts)
         for function in functions:
             known = self._constants[tree]
             self._constants[function] = _read_constants(function.body, known, self._counts)

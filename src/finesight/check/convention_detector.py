@@ -211,18 +211,9 @@ class HypothesisComparison:
             *self.image_lines,
             undecided,
         )
-        return ConventionIssue(
-            code,
-            self.alternative,
-            description,
-            self.total,
-            self.num_invalid,
-            self.undecided_fraction,
-            f"{summary}; {undecided}",
-            evidence,
-            options,
-            manual_fix,
-        )
+        counts = self.total, self.num_invalid, self.undecided_fraction
+        texts = f"{summary}; {undecided}", evidence, options, manual_fix
+        return ConventionIssue(code, self.alternative, description, *counts, *texts)
 
     def build_mixed_issue(self) -> ConventionIssue:
         """Build the issue of a data file that mixes both conventions."""

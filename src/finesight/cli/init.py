@@ -141,12 +141,8 @@ def init(
     name = re.split("[:@]", source)[1] if is_hub_address(source) else source
     folder = out or Path(f"{Path(name).resolve().stem}-finetune")
     raise_if_exists(folder)
-    options = ImportOptions(
-        columns=parse_column_map(columns or []),
-        prompt=prompt,
-        no_header=no_header,
-        on_invalid_row="skip",
-    )
+    options = ImportOptions(columns=parse_column_map(columns or []), on_invalid_row="skip")
+    options = replace(options, prompt=prompt, no_header=no_header)
     num_images = 0 if options.columns else count_unlabeled_images(Path(source))
     if num_images:
         _init_labels(source, folder, num_images, prompt, metric, model, yes, as_json)

@@ -6,7 +6,7 @@ import json
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -160,27 +160,16 @@ def label(
 
             # A port in use is reported before the suggestions, which take minutes.
             listener = stack.enter_context(bind_socket(host, port))
-        session = open_session(
-            out,
-            run_or_model,
-            sources,
-            prompt=prompt,
-            kind=kind,
-            choices=names,
-            field_names=field_names,
-            review=review,
-            train_fraction=train_fraction,
-        )
+        options: dict[str, Any] = {"prompt": prompt, "kind": kind, "review": review}
+        options |= {"choices": names, "field_names": field_names, "train_fraction": train_fraction}
+        with TrainingConsole(Console(stderr=True)).activity("reading the samples"):
+            session = open_session(out, run_or_model, sources, **options)
         stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
             console, model = load_model(run_or_model, device, precision, weight_format)
             with console.progress_stage("suggestions", len(pending)) as on_progress:
-                reasons = session.add_suggestions(
-                    model,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=batch_size,
-                    on_progress=on_progress,
-                )
+                limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+                reasons = session.add_suggestions(model, **limits, on_progress=on_progress)
             for reason in reasons.values():
                 typer.echo(f"skipped: {reason}", err=True)
             del model
@@ -188,8 +177,6 @@ def label(
         if listener is None:
             _print_suggestions(session, as_json)
         else:
-            with TrainingConsole(Console(stderr=True)).activity("comparing labeled images"):
-                session.store.decode_labels()
             # Answers are data of the user, so a page on the network needs a password.
             password, is_generated = resolve_password(host, password_file, no_auth, proxies)
             print_page_address(host, listener, password if is_generated else None)

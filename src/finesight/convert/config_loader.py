@@ -7,7 +7,6 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -177,8 +176,8 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
     is_unsloth = re.search(r"(?m)^\s*(?:from|import) unsloth\b", text)
     unresolved = {key: text for key, text in unresolved.items() if key not in values}
     program: SourceProgram = "Unsloth" if is_unsloth else "TRL"
-    config = ExternalConfig(program, str(path), defaults | values, {}, unresolved=unresolved)
-    return replace(config, option_defaults=script.option_defaults)
+    options = script.option_defaults
+    return ExternalConfig(program, str(path), defaults | values, {}, False, unresolved, options)
 
 
 def _config_from_script(text: str, path: Path) -> ExternalConfig:

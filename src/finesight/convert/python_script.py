@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,16 +24,7 @@ _CONFIG_ENDS = ("Config", "Arguments")
 _CONSUMER_ENDS = ("Trainer", "get_peft_model", "from_pretrained")
 """Ends of the names of calls that make a configuration, and of those that receive one."""
 
-_CHANGING_METHODS = (
-    "update",
-    "pop",
-    "popitem",
-    "clear",
-    "setdefault",
-    "append",
-    "extend",
-    "insert",
-)
+_CHANGING_METHOD = re.compile("update|pop|popitem|clear|setdefault|append|extend|insert")
 
 
 class AmbiguousConfigError(Exception):
@@ -122,7 +114,7 @@ def _count_assignments(tree: ast.Module) -> Counter[str]:
             changed = node.value if isinstance(node, ast.Subscript) else node
             counts[ast.unparse(changed)] += 1
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            counts[ast.unparse(node.func.value)] += node.func.attr in _CHANGING_METHODS
+            counts[ast.unparse(node.func.value)] += bool(_CHANGING_METHOD.fullmatch(node.func.attr))
         elif isinstance(node, ast.arg):
             counts[node.arg] += 1
         for name in {getattr(node, "name", None), getattr(node, "asname", None)} - {None}:
@@ -191,9 +183,9 @@ def _read_option_defaults(
         long = [flag for flag in flags if flag.startswith("--")] or flags or [""]
         name = str(items.get("dest", long[0].lstrip("-").replace("-", "_")))
         defaults[name] = call if name in defaults else default
-    functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
-    parsers = {n for n, function in functions.items() if ".parse_args(" in ast.unparse(function)}
-    parsers |= {"parse_args", "parse_known_args"}
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    parsers = {"parse_args", "parse_known_args"}
+    parsers |= {node.name for node in functions if ".parse_args(" in ast.unparse(node)}
     assigned = list(_iter_assigned(node for node in nodes if isinstance(node, ast.stmt)))
     owners = [target.split(",")[0].strip("( ") for target, _ in assigned]
     return {

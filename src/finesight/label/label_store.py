@@ -36,7 +36,6 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
-    list_media_paths,
     read_samples,
     validate_sample,
     write_samples,
@@ -51,6 +50,7 @@ from finesight.storage import (
     truncate_file,
     write_file,
 )
+from finesight.train.dataset_stats import list_sample_images
 from finesight.train.run_dir import RunDir
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 
@@ -110,6 +110,7 @@ class LabelItem:
         question: Texts of the last question, as corrected by the newest saved answer.
         digest, version: See `JournalEntry`.
         has_path_id: Whether the ID is the path of the image, as the user named it.
+        images: Paths of the images.
     """
 
     sample: LocatedSample
@@ -121,15 +122,17 @@ class LabelItem:
     digest: str = field(init=False)
     version: str = field(init=False)
     has_path_id: bool = field(init=False)
+    images: list[Path] = field(init=False)
     question: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         sample, parts = self.sample.sample, [*self.sample.sample.iter_parts()]
         self.question = list_question_texts(sample)
-        paths = [self.sample.resolve_path(one.image) for one in parts if isinstance(one, ImagePart)]
-        self.has_path_id = [str(path) for path in paths] == [sample.id]
+        images = (part.image for part in parts if isinstance(part, ImagePart))
+        self.images = [self.sample.resolve_path(image) for image in images]
+        self.has_path_id = [str(path) for path in self.images] == [sample.id]
         questions = [turn.model_dump_json() for turn in sample.messages if turn.role != "assistant"]
-        self.digest = _compute_digest([os.path.realpath(path) for path in paths] or questions)
+        self.digest = _compute_digest([*map(os.path.realpath, self.images)] or questions)
         texts = [one.model_dump_json() for one in parts if isinstance(one, TextPart | BoxPart)]
         self.version = _compute_digest([sample.messages[-1].role, *texts])
 
@@ -199,6 +202,9 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         make_folder(folder)
         self._journal = folder / JOURNAL_FILE
         self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
+        self._images = ImageReader(create_image_pool())
+        # Key of the pixels and, for an unreadable file, the reason.
+        self._decoded: dict[str, tuple[str, str]] = {}
         try:
             self._acquire()
             self._journal_stat = os.stat(self._journal)
@@ -213,13 +219,12 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             # A crash may have ended the last session before it wrote its labels.
             decided = (one.id in self._items for one in entries if one.event != "suggested")
             self._num_unwritten = int(any(decided))
+            # The first decision does not wait for the images of earlier labels.
+            self._select_eval_ids(self._list_labeled())
         except BaseException:
             self._lock.close()
             raise
         self._order: list[str] = []
-        self._images = ImageReader(create_image_pool())
-        # Key of the pixels and, for an unreadable file, the reason.
-        self._decoded: dict[str, tuple[str, str]] = {}
         self.sort()
 
     def _acquire(self) -> None:
@@ -450,7 +455,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         Returns:
             The reason for each unreadable sample, by ID.
         """
-        files = {one.sample.id: _list_files(one) for one in samples}
+        files = {s.sample.id: [*map(os.path.realpath, list_sample_images(s))] for s in samples}
         new = [*{*chain.from_iterable(files.values())} - self._decoded.keys()]
         with ThreadPoolExecutor(NUM_IMAGE_WORKERS) as threads:
             self._decoded.update(zip(new, threads.map(self._decode, new), strict=True))
@@ -462,11 +467,6 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             return self._images.check(Path(file)), ""
         except CorruptImageError as error:
             return file, str(error).splitlines()[0]
-
-    def decode_labels(self) -> None:
-        """Decode the images of all labels, if a split needs their keys."""
-        if self._train_fraction < 1:
-            self.decode_images(self._list_labeled().values())
 
     def _list_labeled(self) -> dict[str, LocatedSample]:
         """Return all labeled samples by ID, also those that are not loaded now."""
@@ -488,8 +488,8 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             labeled, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest()
         )
         self.decode_images(labeled.values())
-        files = (_list_files(labeled[name]) for name in order)
-        keys = [frozenset(self._decoded[file][0] for file in own) for own in files]
+        paths = [map(os.path.realpath, list_sample_images(labeled[name])) for name in order]
+        keys = [frozenset(self._decoded[path][0] for path in own) for own in paths]
         for group in _group_rows(keys):
             if len(eval_ids) + len(group) <= num_eval:
                 eval_ids.update(order[index] for index in group)
@@ -551,12 +551,6 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
     def __exit__(self, *raised: object) -> None:
         self.close()
-
-
-def _list_files(located: LocatedSample) -> list[str]:
-    """Return the resolved paths of images, video frames and videos of a sample."""
-    names = (name for part in located.sample.iter_parts() for name in list_media_paths(part))
-    return [os.path.realpath(located.resolve_path(name)) for name in names]
 
 
 def _compute_digest(texts: Iterable[str]) -> str:

@@ -682,16 +682,14 @@ def _scan_split(
     renderer: Renderer,
     num_workers: int,
     console: TrainingConsole,
-    split_name: str,
+    split: str,
     watched_images: Set[str] = frozenset(),
 ) -> TrainingData:
     # Validation data are always read completely.
-    is_partial = split_name == "train" and len(corpus) > MAX_FULL_SCAN_SAMPLES
+    is_partial = split == "train" and len(corpus) > MAX_FULL_SCAN_SAMPLES
     subset = draw_subset(len(corpus)) if is_partial else None
     num_samples = len(corpus) if subset is None else len(subset)
-    with console.progress_stage(
-        f"reading headers of data.{split_name}", num_samples
-    ) as on_progress:
+    with console.progress_stage(f"reading headers of data.{split}", num_samples) as on_progress:
         stats = compute_dataset_stats(
             corpus, renderer, recipe.data, num_workers, on_progress, watched_images, subset
         )
@@ -699,7 +697,7 @@ def _scan_split(
     totals = f"{num_tokens}, {stats.num_patches} patches"
     if not stats.is_complete:
         log(
-            f"data.{split_name}: {len(stats.sample_indices)} samples, too many for a full scan;"
+            f"data.{split}: {len(stats.sample_indices)} samples, too many for a full scan;"
             f" {stats.num_scanned} samples scanned,"
             f" {stats.num_scanned - len(stats.scanned_indices)} of them invalid;"
             f" estimated total: {totals}"
@@ -710,7 +708,7 @@ def _scan_split(
         )
         return TrainingData(corpus, stats)
     log(
-        f"data.{split_name}: {format_count(len(stats.sample_indices), 'sample')}, {totals},"
+        f"data.{split}: {format_count(len(stats.sample_indices), 'sample')}, {totals},"
         f" {format_count(len(stats.skipped), 'sample')} skipped"
     )
     for skipped in stats.skipped[:5]:

@@ -249,14 +249,14 @@ def build_train_state(
     if checkpoint is not None:
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
         suggest = partial(run_dir.suggest_restart, recipe, folder)
-        stored = checkpoint[0].resume_config
+        recorded = checkpoint[0].resume_config
         # Changed images may explain other samples.
-        samples = {name: value for name, value in stored.items() if name.startswith("samples of")}
-        check_resume_config(stored, resume_config | samples, folder, suggest)
+        samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
+        check_resume_config(recorded, resume_config | samples, folder, suggest)
         with hardware.process_group.sync_errors():
             if hardware.process_group.is_main:
                 _check_images(run_dir, train_data, validation_data, console)
-        check_resume_config(stored, resume_config, folder, suggest)
+        check_resume_config(recorded, resume_config, folder, suggest)
     if checkpoint is None and check_inputs is not None:
         with hardware.process_group.sync_errors():
             if hardware.process_group.is_main:
@@ -441,11 +441,10 @@ def _check_images(
         return
     recorded = load_image_record(run_dir.images_path)
     lines = [*run_dir.iter_metrics(), *map(dict, run_dir.read_skipped_samples())]
-    reported_errors = collect_reported_errors(lines)
+    errors = collect_reported_errors(lines)
     for split, data in (("train", train_data), ("eval", validation_data)):
         if data and split in recorded:
-            where = recorded[split], run_dir.images_path, reported_errors
-            check_images(split, data, *where, console.log)
+            check_images(split, data, recorded[split], run_dir.images_path, errors, console.log)
 
 
 def _log_overrides(state: TrainState, requested: MemoryBudget, console: TrainingConsole) -> None:

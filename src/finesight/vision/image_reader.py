@@ -68,7 +68,7 @@ class ImageReader:
         Returns:
             A key that is equal for images with equal pixels, and for equal video files.
         """
-        return str(self.call(decode_video if is_video_path(path) else decode_pixels, path).value)
+        return str(self.call(decode_pixels, path).value)
 
     def load(self, path: Path, min_side: int | None = None) -> Image.Image:
         """Decode an image as upright RGB; see `load_image`."""
@@ -86,7 +86,7 @@ class ImageReader:
         """Run `job(state, path, *args)` in a worker process. Its errors name the image."""
         try:
             with self.pool.borrow_worker() as worker:
-                if job is decode_video:
+                if is_video_path(path):
                     return worker.call(job, path, max_cpu_s=MAX_VIDEO_CPU_S)
                 size = worker.call(read_size, path, max_cpu_s=MAX_IMAGE_CPU_S)
                 if job is read_size:
@@ -127,15 +127,11 @@ def read_size(state: Any, path: Path) -> JobOutput:
 
 
 def decode_pixels(state: Any, path: Path) -> JobOutput:
-    """Decode an image in a worker process, and return the key of its pixels."""
+    """Decode an image or video file in a worker process, and return the key of its content."""
+    if is_video_path(path):
+        deque(iter_video_frames(path, [read_video_header(path).num_frames - 1]), maxlen=0)
+        return JobOutput(sha256_content(path))
     return JobOutput(repr(decode_image(path, is_reduced=False, with_key=True).key))
-
-
-def decode_video(state: Any, path: Path) -> JobOutput:
-    """Decode all frames of a video file in a worker process, and return its SHA-256."""
-    last_frame = read_video_header(path).num_frames - 1
-    deque(iter_video_frames(path, [last_frame]), maxlen=0)
-    return JobOutput(sha256_content(path))
 
 
 def load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:

@@ -212,8 +212,10 @@ class HypothesisComparison:
             undecided,
         )
         counts = self.total, self.num_invalid, self.undecided_fraction
-        texts = f"{summary}; {undecided}", evidence, options, manual_fix
-        return ConventionIssue(code, self.alternative, description, *counts, *texts)
+        summary += f"; {undecided}"
+        return ConventionIssue(
+            code, self.alternative, description, *counts, summary, evidence, options, manual_fix
+        )
 
     def build_mixed_issue(self) -> ConventionIssue:
         """Build the issue of a data file that mixes both conventions."""

@@ -319,9 +319,8 @@ def _print_suggestions(session: LabelSession, as_json: bool) -> None:
             continue
         score = values["confidence"] if values["score"] is None else values["score"]
         answer = values["suggestion"] or values["answer"]
-        text = answer["text"] or ", ".join(
-            f"{box['label'] or 'box'} {box['xyxy']}" for box in answer["boxes"]
-        )
+        boxes = (f"{box['label'] or 'box'} {box['xyxy']}" for box in answer["boxes"])
+        text = answer["text"] or ", ".join(boxes)
         typer.echo(f"{'-' if score is None else f'{score:.3f}'}  {values['id']}  {text}")
 
 

@@ -412,13 +412,8 @@ def make_label_app(
     async def get_image(index: int, number: int, small: bool = False) -> Response:
         headers = {"cache-control": "private, max-age=3600"}
         # Slow images wait for each other, and leave threads for the other requests.
-        content = await to_thread.run_sync(
-            page.read_image,
-            index,
-            number,
-            THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE,
-            limiter=image_limiter,
-        )
+        arguments = index, number, THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE
+        content = await to_thread.run_sync(page.read_image, *arguments, limiter=image_limiter)
         return Response(content, media_type="image/webp", headers=headers)
 
     @app.post("/decision")

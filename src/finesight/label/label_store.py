@@ -8,7 +8,6 @@ training fraction, some of them are in `labels_eval.jsonl` instead.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -230,9 +229,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
     def _acquire(self) -> None:
         try:
             self._lock.acquire(wait=False)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-                raise
+        except BlockingIOError as error:
             raise UserError(
                 "another process labels in this folder",
                 where=str(self.folder),
@@ -450,11 +447,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                 raise
 
     def decode_images(self, samples: Iterable[LocatedSample]) -> dict[str, str]:
-        """Decode images, frames and videos within the limits of `ImageReader`, once per session.
-
-        Returns:
-            The reason for each unreadable sample, by ID.
-        """
+        """Decode images and videos in workers; return the reasons of unreadable samples by ID."""
         files = {s.sample.id: [*map(os.path.realpath, list_sample_images(s))] for s in samples}
         new = [*{*chain.from_iterable(files.values())} - self._decoded.keys()]
         with ThreadPoolExecutor(NUM_IMAGE_WORKERS) as threads:

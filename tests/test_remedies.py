@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from finesight.cli.app import app, run_command
 from finesight.data.formats import FORMATS
+from finesight.doctor.diagnosis import load_catalog
 from finesight.errors import UserError, format_command
 from finesight.recipe import list_setting_names
 
@@ -25,7 +26,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "finesight"
 ROOT_COMMAND: Any = typer.main.get_command(app)
 PROSE = ("from", "is", "or", "that", "version")
 OTHER_PROGRAMS = re.compile(
-    r"(?:du|torchrun|docker|podman|pip|kubectl|nvidia-smi|sbatch|llama|vllm|python)\b[^;`]*"
+    r"(?:du|ps|torchrun|docker|podman|pip|kubectl|nvidia-smi|sbatch|llama|vllm|python)\b[^;`]*"
 )
 
 
@@ -56,6 +57,8 @@ def iter_remedies() -> Iterator[tuple[str, str]]:
                 found += [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
         for value in {id(node): node for node in found if node is not None}.values():
             yield from ((f"{path.name}:{value.lineno}", text) for text in iter_texts(value))
+    for code, entry in load_catalog().items():
+        yield f"diagnoses.yaml: {code}", re.sub(r"\{\w+\}", "X", entry.get("remedy", ""))
 
 
 def iter_texts(node: ast.AST) -> Iterator[str]:

@@ -483,6 +483,14 @@ def test_all_classes_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "image show: a, b, c?" in found["prompt"]
 
 
+@pytest.mark.usefixtures("no_plan")
+def test_table_without_a_header_keeps_its_first_row(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("".join(f"Is {i} even?,{i % 2 == 0}\n" for i in range(6)))
+    words = [table, "--yes", "--no-header", "--map", "question=1", "--map", "answer=2"]
+    assert run_init(*words, "--out", tmp_path / "out")["samples"] == {"data": 6}
+
+
 def test_missing_model_is_an_error_before_the_import(tmp_path: Path) -> None:
     words = ["init", str(write_table(tmp_path, 3, text=str)), "--yes", "--out", f"{tmp_path}/out"]
     assert run_command([*words, "--model", "./missing"]) == 2

@@ -190,6 +190,14 @@ def test_skipped_samples_are_reported(task: TinyTask, is_long: bool) -> None:
         assert run_command(shlex.split(found.remedy)[1:]) == 2
 
 
+def test_skipped_validation_samples_are_counted_separately(task: TinyTask) -> None:
+    image = task.folder / "eval1.png"
+    image.write_bytes(image.read_bytes()[:60])
+    task.run(*SHORT[:1], "train.steps=1")
+    found = find_diagnosis(diagnose(task.folder / "run"), "samples-skipped")
+    assert found.what.startswith("1 of 3 validation samples were skipped, 1 of them: truncated")
+
+
 def test_missing_or_changed_base_is_reported(task: TinyTask) -> None:
     task.run(*SHORT[:1], "train.steps=1")
     folder, model = task.folder / "run", task.folder / "tiny"

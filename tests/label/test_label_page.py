@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.vision import image_reader
-from finesight.vision.image_reader import ImageReader, create_image_pool
 
 DRAGGED = ((70, 60), (100, 75))
 """Start and end of a new box in pixels of the image."""
@@ -718,9 +716,9 @@ def test_hostile_image_is_decoded_within_limits(
         assert "CPU time" in answers[0].text
         assert client.get("/items/0").json()["images"][0]["width"] > 1
     model = load_inference_model(TINY_MODEL, device="cpu")
-    with closing(create_image_pool()) as pool:
-        options: dict[str, Any] = {"max_new_tokens": 2, "batch_size": 2}
-        reasons = session.add_suggestions(model, images=ImageReader(pool), **options)
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
+    with session.store:
+        reasons = session.add_suggestions(model, max_new_tokens=2, batch_size=2)
     assert [*reasons] == [str(photos / "0.png")]
     assert "CPU time" in reasons[str(photos / "0.png")]
 

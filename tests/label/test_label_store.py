@@ -6,10 +6,15 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hostile_requests import make_progressive_jpeg
 from label_fixtures import CORNERS, MODEL, draw_images, make_suggestion, open_fields_session
 from label_page_driver import open_client, save
+from PIL import Image
+from PIL.Image import Transpose
+from video_fixtures import write_video
 
 from finesight.config import DataFileSettings
 from finesight.data.corpus import load_corpus
@@ -19,6 +24,7 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
+    VideoPart,
     read_samples,
     write_samples,
 )
@@ -28,6 +34,7 @@ from finesight.label import label_session
 from finesight.label.label_session import detect_task, open_session, read_run_examples
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 from finesight.storage import FileSystem, use_file_system
+from finesight.vision import image_reader
 
 
 def list_texts(folder: Path) -> list[str]:
@@ -141,6 +148,46 @@ def test_labels_are_split_in_the_same_way_in_each_session(tmp_path: Path) -> Non
     assert train | validation < both[0] | both[1]
     assert label(0, 0.7, images[1]) == both
     assert label(0, 1.0, images[1]) == [both[0] | both[1], set()]
+
+
+def test_equal_pixels_are_in_one_split(tmp_path: Path) -> None:
+    photos = draw_images(tmp_path, 6)
+    for path in [*photos.iterdir()]:
+        Image.open(path).transpose(Transpose.ROTATE_90).save(
+            path.with_suffix(".tiff"), exif={0x0112: 6}
+        )
+    options: dict[str, Any] = {"prompt": "Read.", "train_fraction": 0.5}
+    with open_session(tmp_path / "labels", MODEL, [photos], **options).store as store:
+        for item in store.items:
+            store.save_label(item.sample.sample.id, (TextPart(text="red"),))
+    train, validation = (
+        [Path(one.id).stem for one in read_samples(tmp_path / "labels" / name)]
+        for name in (LABELS_FILE, EVAL_FILE)
+    )
+    assert len(train) == len(validation) == 6
+    assert not {*train} & {*validation}
+
+
+def test_frames_and_videos_are_decoded_within_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [f"photos/{path.name}" for path in draw_images(tmp_path, 2).iterdir()]
+    write_video(tmp_path / "a.mp4")
+    videos = [VideoPart(frames=tuple(frames)), VideoPart(video="a.mp4")]
+    write_samples(
+        tmp_path / "data.jsonl",
+        [
+            Sample(id=name, messages=(Message(role="user", content=(video,)),))
+            for name, video in zip(("frames", "video"), videos, strict=True)
+        ],
+    )
+    monkeypatch.setattr(image_reader, "MAX_VIDEO_CPU_S", 1e-4)
+    (tmp_path / frames[1]).write_bytes(make_progressive_jpeg())
+    monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.1)
+    with open_session(tmp_path / "labels", MODEL, [tmp_path / "data.jsonl"]).store as store:
+        reasons = store.decode_images([item.sample for item in store.items])
+    assert [*reasons] == ["frames", "video"]
+    assert ["took more than" in one for one in reasons.values()] == [True, True], reasons
 
 
 def test_review_replaces_answers_and_keeps_others(tmp_path: Path) -> None:

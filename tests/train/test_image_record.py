@@ -187,3 +187,22 @@ def test_damaged_image_may_be_repaired(task: TinyTask, on_invalid_sample: str) -
     image.write_bytes(full)
     task.run(*settings, resume=True)
     assert "data.train: corrupt images of 1 samples were replaced" in task.console_output
+
+
+@pytest.mark.parametrize(("name", "num_bytes"), [("eval1", 60), ("eval1", 9), ("train4", 9)])
+def test_skipped_image_may_be_repaired_if_the_samples_stay(
+    task: TinyTask, name: str, num_bytes: int
+) -> None:
+    image = task.folder / f"{name}.png"
+    full = image.read_bytes()
+    image.write_bytes(full[:num_bytes])
+    task.run()
+    (task.folder / "run" / "result.json").unlink()
+    image.write_bytes(full)
+    if num_bytes == 60:  # the header is readable, so that each evaluation reads the sample
+        task.run(resume=True)
+        assert "data.eval: corrupt images of 1 samples were replaced" in task.console_output
+        return
+    expected = rf"skipped at the start[\s\S]*{name}\.png[\s\S]*restore these files"
+    with pytest.raises(UserError, match=expected):
+        task.run(resume=True)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from finesight.data.image_header import CorruptImageError
-from finesight.vision.image_processing import PatchConfig, get_frame_size, patchify, patchify_video
+from finesight.vision.image_processing import PatchConfig, get_frame_size, load_image, patchify
 
 
 def write_frames(folder: Path, count: int, size: tuple[int, int] = (56, 84)) -> list[Path]:
@@ -22,7 +22,7 @@ def write_frames(folder: Path, count: int, size: tuple[int, int] = (56, 84)) -> 
 
 def test_frames_are_paired_and_padded(tmp_path: Path) -> None:
     files, geometry = write_frames(tmp_path, 3), PatchConfig()
-    patches = patchify_video(files, (56, 84), geometry)
+    patches = patchify([load_image(file) for file in files], (56, 84), geometry)
     assert patches.shape == (2 * 4 * 6, 1176)
     by_frame = patches.reshape(2, 24, 3, 2, 196).transpose(0, 3, 1, 2, 4)
     stills = [patchify([Image.open(file)], (56, 84), geometry) for file in (*files, files[-1])]
@@ -35,7 +35,7 @@ def test_single_frame_equals_an_image(tmp_path: Path) -> None:
     (file,) = write_frames(tmp_path, 1)
     geometry = PatchConfig()
     still = patchify([Image.open(file)], (56, 56), geometry)
-    np.testing.assert_array_equal(patchify_video([file], (56, 56), geometry), still)
+    np.testing.assert_array_equal(patchify([load_image(file)], (56, 56), geometry), still)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
@@ -54,7 +54,7 @@ def test_video_patches_match_published_processor(tmp_path: Path, count: int) -> 
         do_normalize=False,
         return_tensors="pt",
     )
-    ours = patchify_video(files, (56, 84), PatchConfig())
+    ours = patchify([load_image(file) for file in files], (56, 84), PatchConfig())
     np.testing.assert_array_equal(ours, out["pixel_values_videos"].numpy())
     assert tuple(out["video_grid_thw"][0].tolist()) == PatchConfig().compute_grid((56, 84), count)
 

@@ -211,17 +211,10 @@ class HypothesisComparison:
             *self.image_lines,
             undecided,
         )
+        counts = self.total, self.num_invalid, self.undecided_fraction
+        summary += f"; {undecided}"
         return ConventionIssue(
-            code,
-            self.alternative,
-            description,
-            self.total,
-            self.num_invalid,
-            self.undecided_fraction,
-            f"{summary}; {undecided}",
-            evidence,
-            options,
-            manual_fix,
+            code, self.alternative, description, *counts, summary, evidence, options, manual_fix
         )
 
     def build_mixed_issue(self) -> ConventionIssue:

@@ -361,17 +361,11 @@ class LeakageDetector:
 
         Invalid images and images without contrast, such as blank pages, are omitted.
         """
-        image_indices = dict.fromkeys(
-            self._catalog.image_index(path) for path in iter_media_paths(sample)
-        )
-        image_infos = self._catalog.image_infos
-        return [
-            n
-            for n in image_indices
-            if not image_infos[n].issue_code
-            # Video files have no thumbnail.
-            and (not image_infos[n].thumbnail or has_contrast(image_infos[n].thumbnail))
-        ]
+        indices = dict.fromkeys(map(self._catalog.image_index, iter_media_paths(sample)))
+        infos = self._catalog.image_infos
+        valid = (n for n in indices if not infos[n].issue_code)
+        # Video files have no thumbnail.
+        return [n for n in valid if not infos[n].thumbnail or has_contrast(infos[n].thumbnail)]
 
     def _create_issue(
         self, code: str, location: SampleLocation, train_image: int, validation_image: int

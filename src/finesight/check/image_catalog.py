@@ -93,11 +93,8 @@ these limits.
 
 def compute_thumbnail(image: Image.Image) -> bytes:
     """Return the 16 x 16 grayscale thumbnail of an image as bytes in row-major order."""
-    return (
-        image.convert("L")
-        .resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BICUBIC)
-        .tobytes()
-    )
+    size = THUMBNAIL_SIZE, THUMBNAIL_SIZE
+    return image.convert("L").resize(size, Image.Resampling.BICUBIC).tobytes()
 
 
 def has_contrast(thumbnail: bytes) -> bool:
@@ -146,10 +143,8 @@ class NearDuplicateIndex:
 
 
 def _decode_thumbnails(thumbnails: Sequence[bytes]) -> NDArray[np.float32]:
-    gray = np.frombuffer(b"".join(thumbnails), dtype=np.uint8).reshape(
-        -1, THUMBNAIL_SIZE * THUMBNAIL_SIZE
-    )
-    return gray.astype(np.float32)
+    gray = np.frombuffer(b"".join(thumbnails), dtype=np.uint8)
+    return gray.reshape(-1, THUMBNAIL_SIZE * THUMBNAIL_SIZE).astype(np.float32)
 
 
 def _compute_block_means(gray_NT: NDArray[np.float32]) -> NDArray[np.float32]:

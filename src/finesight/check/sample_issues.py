@@ -277,6 +277,14 @@ def _check_turns(sample: Sample, location: SampleLocation) -> Iterator[CheckIssu
 
 
 _THINK_TAG = re.compile(r"</?think>")
+_OTHER_TAG = re.compile(
+    r"[<\[◁]\|?\s*(?P<end>/|end_of_)?\s*(?:begin_of_)?(?:\w+:)?"
+    r"(?:think(?:ing)?|thoughts?|reasoning|chain_of_thought|cot|scratchpad)\s*\|?[>\]▷]",
+    re.IGNORECASE,
+)
+"""Tag of reasoning in other spellings, such as <thinking> or [THINK], which no template reads."""
+
+_CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 
 
 def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
@@ -286,7 +294,10 @@ def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[Check
         parts = [part for part in message.content if isinstance(part, TextPart | BoxPart)]
         pieces = (part.text if isinstance(part, TextPart) else "<box>" for part in parts)
         text, turn = "".join(pieces), f"message {index}, of the {message.role},"
-        tags, is_at_start = _THINK_TAG.findall(text), text.lstrip().startswith("<think>")
+        is_at_start, others = text.lstrip().startswith("<think>"), _CODE.sub("", text).lstrip()
+        if is_at_start or "</think>" not in text:  # else the template splits even a quoted text
+            text = _CODE.sub(lambda code: code[0].replace("<think>", ""), text)
+        tags, other = _THINK_TAG.findall(text), _OTHER_TAG.search(others)
         remedy = "write <think>, the reasoning and </think> once, before the answer"
         if message.role != "assistant":
             code, problem = "misplaced-reasoning" * is_at_start, "starts with <think>"
@@ -298,6 +309,8 @@ def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[Check
             problem += "" if is_at_start else " after other text"
         elif tags and not text.rpartition("</think>")[2].strip():
             code, problem = "empty-answer", "ends with </think>"
+        elif other and not tags and (other["end"] or other.start() == 0):
+            code, problem = "misplaced-reasoning", f"has {other[0]} instead of <think>"
         else:
             continue
         if code:

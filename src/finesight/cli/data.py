@@ -21,6 +21,7 @@ from finesight.cli.options import (
     ColumnsOption,
     LanguageOption,
     LimitOption,
+    NoHeaderOption,
     OverridesArgument,
     PromptOption,
     RecipeArgument,
@@ -88,14 +89,6 @@ EncodingOption = Annotated[
     typer.Option(
         metavar="NAME",
         help="Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.",
-    ),
-]
-NoHeaderOption = Annotated[
-    bool,
-    typer.Option(
-        "--no-header",
-        help="The first row of a .csv, .tsv or .xlsx file contains values: name the columns 1, 2 "
-        "and so on. Detected if the row contains an image or its file name.",
     ),
 ]
 SourceArgument = Annotated[

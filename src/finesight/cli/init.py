@@ -18,6 +18,7 @@ import typer
 from finesight.cli.options import (
     AsJsonOption,
     ColumnsOption,
+    NoHeaderOption,
     PromptOption,
     echo_json,
     parse_column_map,
@@ -92,6 +93,7 @@ def init(
         bool, typer.Option("--yes", help="Ask no questions: use the detected settings.")
     ] = False,
     columns: ColumnsOption = None,
+    no_header: NoHeaderOption = False,
     prompt: PromptOption = None,
     metric: Annotated[
         str | None,
@@ -139,9 +141,8 @@ def init(
     name = re.split("[:@]", source)[1] if is_hub_address(source) else source
     folder = out or Path(f"{Path(name).resolve().stem}-finetune")
     raise_if_exists(folder)
-    options = ImportOptions(
-        columns=parse_column_map(columns or []), prompt=prompt, on_invalid_row="skip"
-    )
+    options = ImportOptions(columns=parse_column_map(columns or []), on_invalid_row="skip")
+    options = replace(options, prompt=prompt, no_header=no_header)
     num_images = 0 if options.columns else count_unlabeled_images(Path(source))
     if num_images:
         _init_labels(source, folder, num_images, prompt, metric, model, yes, as_json)

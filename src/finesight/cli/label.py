@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -128,7 +128,10 @@ def label(
     Example: finesight label runs/receipts photos
     """
 
+    from rich.console import Console
+
     from finesight.label.label_session import open_session
+    from finesight.train.console import TrainingConsole
 
     if as_json and not suggest_only:
         raise _build_option_error("--json", "without --suggest-only", "--json with --suggest-only")
@@ -157,31 +160,16 @@ def label(
 
             # A port in use is reported before the suggestions, which take minutes.
             listener = stack.enter_context(bind_socket(host, port))
-        session = open_session(
-            out,
-            run_or_model,
-            sources,
-            prompt=prompt,
-            kind=kind,
-            choices=names,
-            field_names=field_names,
-            review=review,
-            train_fraction=train_fraction,
-        )
+        options: dict[str, Any] = {"prompt": prompt, "kind": kind, "review": review}
+        options |= {"choices": names, "field_names": field_names, "train_fraction": train_fraction}
+        with TrainingConsole(Console(stderr=True)).activity("reading the samples"):
+            session = open_session(out, run_or_model, sources, **options)
         stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
-            from finesight.vision.image_reader import ImageReader, create_image_pool
-
             console, model = load_model(run_or_model, device, precision, weight_format)
-            image_pool = stack.enter_context(closing(create_image_pool()))
             with console.progress_stage("suggestions", len(pending)) as on_progress:
-                reasons = session.add_suggestions(
-                    model,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=batch_size,
-                    images=ImageReader(image_pool),
-                    on_progress=on_progress,
-                )
+                limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+                reasons = session.add_suggestions(model, **limits, on_progress=on_progress)
             for reason in reasons.values():
                 typer.echo(f"skipped: {reason}", err=True)
             del model
@@ -331,9 +319,8 @@ def _print_suggestions(session: LabelSession, as_json: bool) -> None:
             continue
         score = values["confidence"] if values["score"] is None else values["score"]
         answer = values["suggestion"] or values["answer"]
-        text = answer["text"] or ", ".join(
-            f"{box['label'] or 'box'} {box['xyxy']}" for box in answer["boxes"]
-        )
+        boxes = (f"{box['label'] or 'box'} {box['xyxy']}" for box in answer["boxes"])
+        text = answer["text"] or ", ".join(boxes)
         typer.echo(f"{'-' if score is None else f'{score:.3f}'}  {values['id']}  {text}")
 
 

@@ -110,6 +110,15 @@ PromptOption = Annotated[
     ),
 ]
 
+NoHeaderOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-header",
+        help="The first row of a .csv, .tsv or .xlsx file contains values: name the columns 1, 2 "
+        "and so on. Detected if the row contains an image or its file name.",
+    ),
+]
+
 BoxTaskOption = Annotated[
     Literal["detection", "grounding"],
     typer.Option(

@@ -147,7 +147,8 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
             lines = "\n".join("".join(cell["source"]) for cell in cells)
             text = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
         calls = load_trainer_settings()["TRL"]["calls"]
-        arguments = list(Script(ast.parse(text)).iter_arguments(calls))
+        script = Script(ast.parse(text))
+        arguments = list(script.iter_arguments(calls))
     except AmbiguousConfigError as error:
         remedy = "keep only the one that the training uses in a copy of the script"
         raise _build_error(path, str(error), remedy) from error
@@ -175,7 +176,8 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
     is_unsloth = re.search(r"(?m)^\s*(?:from|import) unsloth\b", text)
     unresolved = {key: text for key, text in unresolved.items() if key not in values}
     program: SourceProgram = "Unsloth" if is_unsloth else "TRL"
-    return ExternalConfig(program, str(path), defaults | values, {}, unresolved=unresolved)
+    options = script.option_defaults
+    return ExternalConfig(program, str(path), defaults | values, {}, False, unresolved, options)
 
 
 def _config_from_script(text: str, path: Path) -> ExternalConfig:

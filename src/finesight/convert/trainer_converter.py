@@ -351,9 +351,7 @@ class TrainerConverter:
                 text = text if found else f"no linear layer of {family.name} has this name: ignored"
                 self.draft.note(key, target, text, differs=True)
         if not any(matched.values()):
-            text = (
-                "no listed layer exists, so all linear layers of the language model have adapters"
-            )
+            text = "no listed layer exists: all linear layers of the language model have adapters"
             self.draft.note(key, ", ".join(targets), text)
             self.set_parts(parts & {"language"}, "lora")
             return

@@ -64,9 +64,7 @@ class TrlConverter(TrainerConverter):
                 by_split[split == "train"].append(self._build_source(str(name)))
         if not by_split[True]:
             by_split[True] = [DatasetSource("DATA", title=Path(config.where).stem)]
-            text = (
-                "built by the script: replace DATA in the command below by the file that it reads"
-            )
+            text = "built by the script: replace DATA in the command below by its file"
             if self.objective is None:
                 draft.note("dataset", config.unresolved.get("dataset_name", ""), text, differs=True)
         self.set_data_files(by_split[True], by_split[False], ())

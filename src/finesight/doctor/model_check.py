@@ -85,9 +85,8 @@ def redownload_command(path: Path) -> str:
     cache = re.search(r"finesight/(hf|modelscope)/(?:[^/]+/)?models/([^/]+/[^/]+)", str(path))
     if match := hf_cache or cache:
         source = (f"{match[1]}/" if hf_cache else f"{match[1]}:") + match[2]
-        return (
-            f"{join_command('rm', '-r', path)} && {join_command('finesight', 'download', source)}"
-        )
+        download = join_command("finesight", "download", source)
+        return f"{join_command('rm', '-r', path)} && {download}"
     return join_command("finesight", "download", "OWNER/NAME", "--to", f"{path}-again")
 
 

@@ -71,10 +71,8 @@ def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
             if version is None or not one.specifier.contains(version, prereleases=True)
         ]
         if (count := folders.count(folders[0]) if folders else 0) > 1:
-            code, uninstall = (
-                "duplicate-package",
-                join_command(*PIP_COMMAND, "uninstall", "-y", name),
-            )
+            code = "duplicate-package"
+            uninstall = join_command(*PIP_COMMAND, "uninstall", "-y", name)
             install = " && ".join([*[uninstall] * count, install])
         elif unmet:
             code = "package-missing" if version is None else "version-conflict"

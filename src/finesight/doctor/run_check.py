@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 from statistics import median
@@ -198,17 +199,24 @@ def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 
 def _check_skipped_samples(run_record: RunRecord) -> Iterator[Diagnosis]:
-    groups = summary.list_skipped_samples(run_record)
-    if not (count := sum(group.count for group in groups)):
-        return
-    total = count + (summary.count_training_samples(run_record) or 0)
-    code, largest, overrides = "samples-skipped", groups[0], list[str]()
-    if match := re.fullmatch(r"over (\d+) tokens", largest.reason):
-        code, overrides = "samples-skipped.long", [f"data.max_length={2 * int(match[1])}"]
-    severity: DiagnosisSeverity = "error" if count > 0.05 * total else "warning"
-    texts = {"reason": largest.reason, "samples": largest.ids, "overrides": overrides}
-    values = {"count": count, "total": total, "largest": largest.count}
-    yield diagnose_run(run_record, code, severity, **values, **texts)
+    for split, title in (("train", "training"), ("eval", "validation")):
+        rows = [row for row in run_record.skipped_samples if row.get("split", "train") == split]
+        steps = run_record.steps if split == "train" else []
+        record = replace(run_record, skipped_samples=rows, steps=steps)
+        groups = summary.list_skipped_samples(record)
+        if not (count := sum(group.count for group in groups)):
+            continue
+        # Samples skipped at the start are not in the statistics.
+        num_samples = summary.get_data_stats(run_record, split).get("num_samples")
+        total = sum(row.get("step") is None for row in rows)
+        total = max(count, total + (num_samples if isinstance(num_samples, int) else 0))
+        code, largest, overrides = "samples-skipped", groups[0], list[str]()
+        if match := re.fullmatch(r"over (\d+) tokens", largest.reason):
+            code, overrides = "samples-skipped.long", [f"data.max_length={2 * int(match[1])}"]
+        severity: DiagnosisSeverity = "error" if count > 0.05 * total else "warning"
+        texts = {"reason": largest.reason, "samples": largest.ids, "overrides": overrides}
+        values = {"split": title, "count": count, "total": total, "largest": largest.count}
+        yield diagnose_run(run_record, code, severity, **values, **texts)
 
 
 def _finite_values(lines: Iterable[JsonObject], name: str) -> list[float]:

@@ -72,7 +72,6 @@ from finesight.vision.image_processing import (
     load_patch_config,
     load_video_limits,
     patchify,
-    patchify_video,
     resize_frame,
     resolve_image_rule,
 )
@@ -729,9 +728,8 @@ class NativeRenderer(Renderer):
         """Decode an image, a list of frames, or consecutive spans of a video file."""
         span, config = run[0], self.patch_config
         if not span.frame_indices:
-            if span.kind == "video":
-                return [patchify_video(span.files, span.resized_size, config)]
-            return [patchify([load_image(span.files[0])], span.resized_size, config)]
+            images = [load_image(file) for file in span.files]
+            return [patchify(images, span.resized_size, config)]
         frame_indices = [index for span in run for index in span.frame_indices]
         # Frames are resized while they are decoded, which limits memory.
         frames = (

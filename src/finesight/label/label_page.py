@@ -25,7 +25,7 @@ from finesight.bounded_files import is_utf8
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import CorruptImageError, ImageSize
-from finesight.data.sample import BoxPart, ImagePart, TextPart
+from finesight.data.sample import BoxPart, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
@@ -184,10 +184,10 @@ class LabelPage:
             content = self._session.select_proposal(item)
             labels = [part.label for part in content if isinstance(part, BoxPart) and part.label]
             answer = " ".join([get_text(content), *labels]).strip()
-            name = ", ".join(path.name for path in _list_images(item)) or item.sample.sample.id
+            name = ", ".join(path.name for path in item.images) or item.sample.sample.id
             if state in ("", event) and text.casefold() in f"{name}\n{answer}".casefold():
                 row = {"index": index, "id": item.sample.sample.id, "name": name}
-                row["url"] = self._make_url(index, 0) if _list_images(item) else None
+                row["url"] = self._make_url(index, 0) if item.images else None
                 found.append({**row, "decision": event, "answer": answer[:MAX_LISTED_CHARS]})
         return {"count": len(found), "items": found[start : start + MAX_LISTED_ITEMS]}
 
@@ -195,7 +195,7 @@ class LabelPage:
         """Return an item with its choices and the sizes of its images."""
         item = self._items[index]
         images = []
-        for number, path in enumerate(_list_images(item)):
+        for number, path in enumerate(item.images):
             url, error = self._make_url(index, number), ""
             try:
                 height, width = self._images.read_size(path)
@@ -223,7 +223,7 @@ class LabelPage:
 
     def read_image(self, index: int, number: int, side: int = MAX_DISPLAY_SIDE) -> bytes:
         """Return an image without metadata as WebP, reduced to a side."""
-        return self._images.encode(_list_images(self._items[index])[number], side)[1]
+        return self._images.encode(self._items[index].images[number], side)[1]
 
     def decide(self, request: DecisionRequest) -> dict[str, Any]:
         """Save a decision, and return the item and the counts."""
@@ -242,7 +242,7 @@ class LabelPage:
                     text = self._session.edit_fields(text, request.edits)
                 self._session.check_answer(item, text, bool(request.boxes))
                 updated = request.model_copy(update={"text": text})
-                sizes = [self._images.read_size(path) for path in _list_images(item)]
+                sizes = [self._images.read_size(path) for path in item.images]
                 content = _build_content(item, updated, sizes)
                 self._check_classes(item, updated)
                 if not content:
@@ -288,15 +288,6 @@ class LabelPage:
             remedy = "choose a class, or skip (S)"
         expected = "a text or a box" if kind == "boxes" else ""
         return UserError("the answer is empty", expected=expected, remedy=remedy)
-
-
-def _list_images(item: LabelItem) -> list[Path]:
-    sample = item.sample
-    return [
-        sample.resolve_path(part.image)
-        for part in sample.sample.iter_parts()
-        if isinstance(part, ImagePart)
-    ]
 
 
 def _build_content(
@@ -421,13 +412,8 @@ def make_label_app(
     async def get_image(index: int, number: int, small: bool = False) -> Response:
         headers = {"cache-control": "private, max-age=3600"}
         # Slow images wait for each other, and leave threads for the other requests.
-        content = await to_thread.run_sync(
-            page.read_image,
-            index,
-            number,
-            THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE,
-            limiter=image_limiter,
-        )
+        arguments = index, number, THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE
+        content = await to_thread.run_sync(page.read_image, *arguments, limiter=image_limiter)
         return Response(content, media_type="image/webp", headers=headers)
 
     @app.post("/decision")

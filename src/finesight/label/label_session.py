@@ -8,14 +8,13 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_header import IMAGE_SUFFIXES, CorruptImageError
+from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -48,7 +47,6 @@ from finesight.label.suggestion import (
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
 from finesight.train.run_dir import RunDir
-from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
 
 AnswerKind = Literal["text", "fields", "classes", "boxes"]
 
@@ -115,12 +113,11 @@ class LabelSession:
         *,
         max_new_tokens: int,
         batch_size: int,
-        images: ImageReader,
         on_progress: Callable[[int], None] = lambda count: None,
     ) -> dict[str, str]:
         """Suggest answers to the open samples that have none from this model.
 
-        Images are decoded here only after `images` has decoded them within its limits.
+        Images are decoded here only after a worker has decoded them within its limits.
 
         Returns:
             The reason for each sample without a suggestion, by ID: an unreadable image.
@@ -129,7 +126,7 @@ class LabelSession:
         pending = self.store.list_unsuggested(self.model)
         for start in range(0, len(pending), SUGGESTIONS_PER_WRITE):
             chunk = pending[start : start + SUGGESTIONS_PER_WRITE]
-            unreadable = find_unreadable(chunk, images)
+            unreadable = self.store.decode_images(chunk)
             chunk = [sample for sample in chunk if sample.sample.id not in unreadable]
             options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
             options["on_progress"] = on_progress
@@ -297,23 +294,6 @@ class LabelSession:
             if isinstance(_parse_json(source), dict):
                 return source, [*iter_json_leaves(source)]
         return text, []
-
-
-def find_unreadable(samples: Sequence[LocatedSample], images: ImageReader) -> dict[str, str]:
-    """Return the reason for each sample with an image that `images` cannot decode, by ID."""
-
-    def check(located: LocatedSample) -> str:
-        try:
-            for part in located.sample.iter_parts():
-                if isinstance(part, ImagePart):
-                    images.check(located.resolve_path(part.image))
-        except CorruptImageError as error:
-            return str(error).splitlines()[0]
-        return ""
-
-    with ThreadPoolExecutor(NUM_IMAGE_WORKERS) as threads:
-        reasons = zip(samples, threads.map(check, samples), strict=True)
-        return {located.sample.id: reason for located, reason in reasons if reason}
 
 
 def open_session(

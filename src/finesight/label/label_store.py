@@ -8,12 +8,12 @@ training fraction, some of them are in `labels_eval.jsonl` instead.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from finesight.bounded_files import is_utf8
 from finesight.config import Recipe, is_url
+from finesight.data.image_header import CorruptImageError
+from finesight.data.importer import _group_rows
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -47,7 +49,9 @@ from finesight.storage import (
     truncate_file,
     write_file,
 )
+from finesight.train.dataset_stats import list_sample_images
 from finesight.train.run_dir import RunDir
+from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 
 JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
 FRACTION_FILE, SOURCES_FILE, REVIEWED_FILE = "train_fraction.txt", "sources.json", "reviewed.json"
@@ -105,6 +109,7 @@ class LabelItem:
         question: Texts of the last question, as corrected by the newest saved answer.
         digest, version: See `JournalEntry`.
         has_path_id: Whether the ID is the path of the image, as the user named it.
+        images: Paths of the images.
     """
 
     sample: LocatedSample
@@ -116,15 +121,17 @@ class LabelItem:
     digest: str = field(init=False)
     version: str = field(init=False)
     has_path_id: bool = field(init=False)
+    images: list[Path] = field(init=False)
     question: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         sample, parts = self.sample.sample, [*self.sample.sample.iter_parts()]
         self.question = list_question_texts(sample)
-        paths = [self.sample.resolve_path(one.image) for one in parts if isinstance(one, ImagePart)]
-        self.has_path_id = [str(path) for path in paths] == [sample.id]
+        images = (part.image for part in parts if isinstance(part, ImagePart))
+        self.images = [self.sample.resolve_path(image) for image in images]
+        self.has_path_id = [str(path) for path in self.images] == [sample.id]
         questions = [turn.model_dump_json() for turn in sample.messages if turn.role != "assistant"]
-        self.digest = _compute_digest([os.path.realpath(path) for path in paths] or questions)
+        self.digest = _compute_digest([*map(os.path.realpath, self.images)] or questions)
         texts = [one.model_dump_json() for one in parts if isinstance(one, TextPart | BoxPart)]
         self.version = _compute_digest([sample.messages[-1].role, *texts])
 
@@ -194,6 +201,9 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         make_folder(folder)
         self._journal = folder / JOURNAL_FILE
         self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
+        self._images = ImageReader(create_image_pool())
+        # Key of the pixels and, for an unreadable file, the reason.
+        self._decoded: dict[str, tuple[str, str]] = {}
         try:
             self._acquire()
             self._journal_stat = os.stat(self._journal)
@@ -208,6 +218,8 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             # A crash may have ended the last session before it wrote its labels.
             decided = (one.id in self._items for one in entries if one.event != "suggested")
             self._num_unwritten = int(any(decided))
+            # The first decision does not wait for the images of earlier labels.
+            self._select_eval_ids(self._list_labeled())
         except BaseException:
             self._lock.close()
             raise
@@ -217,9 +229,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
     def _acquire(self) -> None:
         try:
             self._lock.acquire(wait=False)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-                raise
+        except BlockingIOError as error:
             raise UserError(
                 "another process labels in this folder",
                 where=str(self.folder),
@@ -436,26 +446,58 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                 error.remedy = "correct the cause; the next decision or session writes the file"
                 raise
 
-    def write_labels(self) -> None:
-        """Write all labeled samples. Labels of samples that are not loaded now are kept."""
-        self._check_folder()
-        train_file, eval_file = self.folder / LABELS_FILE, self.folder / EVAL_FILE
-        labeled = {sample.id: sample for sample in self._others}
+    def decode_images(self, samples: Iterable[LocatedSample]) -> dict[str, str]:
+        """Decode images and videos in workers; return the reasons of unreadable samples by ID."""
+        files = {s.sample.id: [*map(os.path.realpath, list_sample_images(s))] for s in samples}
+        new = [*{*chain.from_iterable(files.values())} - self._decoded.keys()]
+        with ThreadPoolExecutor(NUM_IMAGE_WORKERS) as threads:
+            self._decoded.update(zip(new, threads.map(self._decode, new), strict=True))
+        reasons = ((name, self._decoded[file][1]) for name, own in files.items() for file in own)
+        return {name: reason for name, reason in reasons if reason}
+
+    def _decode(self, file: str) -> tuple[str, str]:
+        try:
+            return self._images.check(Path(file)), ""
+        except CorruptImageError as error:
+            return file, str(error).splitlines()[0]
+
+    def _list_labeled(self) -> dict[str, LocatedSample]:
+        """Return all labeled samples by ID, also those that are not loaded now."""
+        labeled = {sample.id: LocatedSample(sample, self.folder) for sample in self._others}
         for sample_id, item in self._items.items():
             if item.label is not None:
                 question = item.decision.question if item.decision else ()
-                labeled[sample_id] = self._build_labeled(item, item.label, question).sample
-        num_eval = round((1 - self._train_fraction) * len(labeled))
-        if self._train_fraction < 1:
-            num_eval = min(max(1, num_eval), len(labeled) - 1)
+                labeled[sample_id] = self._build_labeled(item, item.label, question)
+        return labeled
+
+    def _select_eval_ids(self, labeled: Mapping[str, LocatedSample]) -> set[str]:
+        """Return the IDs of validation samples, which share no pixels with training samples."""
+        eval_ids = set[str]()
+        if self._train_fraction == 1:
+            return eval_ids
+        num_eval = min(max(1, round((1 - self._train_fraction) * len(labeled))), len(labeled) - 1)
         # The order is that of digests, so that further labels hardly change the split.
         order = sorted(
             labeled, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest()
         )
-        eval_ids = {*order[: max(0, num_eval)]}
+        self.decode_images(labeled.values())
+        paths = [map(os.path.realpath, list_sample_images(labeled[name])) for name in order]
+        keys = [frozenset(self._decoded[path][0] for path in own) for own in paths]
+        for group in _group_rows(keys):
+            if len(eval_ids) + len(group) <= num_eval:
+                eval_ids.update(order[index] for index in group)
+        return eval_ids
+
+    def write_labels(self) -> None:
+        """Write all labeled samples. Labels of samples that are not loaded now are kept."""
+        self._check_folder()
+        train_file, eval_file = self.folder / LABELS_FILE, self.folder / EVAL_FILE
+        labeled = self._list_labeled()
+        eval_ids = self._select_eval_ids(labeled)
+        samples = {name: located.sample for name, located in labeled.items()}
         if eval_ids:
-            write_samples(eval_file, [labeled[name] for name in labeled if name in eval_ids])
-        write_samples(train_file, [labeled[name] for name in labeled if name not in eval_ids])
+            write_samples(eval_file, [samples[name] for name in samples if name in eval_ids])
+        write_samples(train_file, [samples[name] for name in samples if name not in eval_ids])
         if not eval_ids:
             eval_file.unlink(missing_ok=True)
         self._num_unwritten = 0
@@ -497,6 +539,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             if self._num_unwritten:
                 self.write_labels()
         finally:
+            self._images.pool.close()
             self._lock.close()
 
     def __exit__(self, *raised: object) -> None:

@@ -213,21 +213,21 @@ def _checksum(tensors: Mapping[str, NDArray[np.int64]]) -> str:
 
 
 def collect_reported_errors(lines: Iterable[Mapping[str, Any]]) -> str:
-    """Collect the image errors in the lines of `metrics.jsonl`, as one text.
+    """Collect the image errors in `metrics.jsonl` and `skipped_samples.jsonl`, as one text.
 
     The user may have repaired the images that this text mentions, so `check_images` accepts changes
     of them.
     """
     messages = []
     for line in lines:
-        messages += [*map(json.dumps, line.get("skipped_samples", ())), line.get("reason", "")]
+        names = (*line.get("skipped_samples", ()), *filter(None, [line.get("id")]))
+        messages += [*map(json.dumps, names), line.get("reason", "")]
     return "\n".join(messages)
 
 
 def check_images(
     split: str,
-    corpus: Corpus,
-    current: ImageStates,
+    data: TrainingData,
     recorded: ImageStates,
     path: Path,
     reported_errors: str,
@@ -244,10 +244,11 @@ def check_images(
         reported_errors: Result of `collect_reported_errors`.
 
     Raises:
-        UserError: Images have changed that the run had not reported as corrupt.
+        UserError: Images have changed that the run had not reported as corrupt, or were repaired
+            or damaged so that other samples are valid than at the start.
     """
+    corpus, current, num_repaired = data.corpus, data.stats.images, 0
     changed: list[str] = []
-    num_repaired = 0
     for index in current.find_changed(recorded):
         sample = corpus[index]
         first, *others = map(str, list_sample_images(sample))
@@ -258,15 +259,22 @@ def check_images(
             changed.append(
                 f"{first} (or one of {len(others)} others of its sample)" if others else first
             )
+    others = np.setxor1d(current.samples_N, recorded.samples_N).tolist()
+    if others and data.stats.is_complete:
+        files = {str(path) for index in others for path in list_sample_images(corpus[index])}
+        raise UserError(
+            f"data.{split}: {len(others)} samples were skipped at the start of the run and are"
+            f" readable now, or the reverse: {_join_names(sorted(files))}",
+            where=str(path),
+            expected="the images of the start of the run, whose samples it fixed",
+            remedy="restore these files as they were, or start a new run with another output_dir",
+        )
     if num_repaired:
         log(f"data.{split}: corrupt images of {num_repaired} samples were replaced")
     if changed:
-        named = ", ".join(changed[:MAX_LISTED_IMAGES])
-        num_more = len(changed) - MAX_LISTED_IMAGES
-        more = f" and {num_more} more" if num_more > 0 else ""
         raise UserError(
             f"data.{split}: the images of {len(changed)} samples have changed since the start of"
-            f" the run: {named}{more}",
+            f" the run: {_join_names(changed)}",
             where=str(path),
             expected="the images of the start of the run",
             remedy=f"restore them, or delete {path} to resume with the current images",
@@ -277,6 +285,12 @@ def check_images(
             f" at the start of the run; their sizes and their first and last"
             f" {EDGE_BYTES // 1024} KiB are equal, so they count as unchanged"
         )
+
+
+def _join_names(names: Sequence[str]) -> str:
+    num_more = len(names) - MAX_LISTED_IMAGES
+    more = f" and {num_more} more" if num_more > 0 else ""
+    return f"{', '.join(names[:MAX_LISTED_IMAGES])}{more}"
 
 
 MAX_FULL_SCAN_SAMPLES = 500_000
@@ -636,17 +650,11 @@ def load_training_data(
             expected="a JSONL file of validation samples",
             remedy="set data.eval, for example by `finesight import --train-fraction 0.9`",
         )
-    metric_location = (
-        custom_metric.parse_metric_path(
-            custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
-        )
-        if recipe.eval
-        else None
-    )
-    if metric_location is not None:
-        custom_metric.require_metric_file(
-            metric_location[0]
-        )  # not executed here: a plan does not need it
+    if recipe.eval is not None:
+        metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
+        if (location := custom_metric.parse_metric_path(metric)) is not None:
+            # The file is not executed here: a plan does not need it.
+            custom_metric.require_metric_file(location[0])
     with console.activity("reading data.train"):
         corpus = load_corpus(recipe.data.train)
     if not recipe.data.eval:
@@ -661,8 +669,7 @@ def load_training_data(
     if train_data.stats.leaked_images:
         console.log(
             f"{format_count(len(train_data.stats.leaked_images), 'image')} of data.eval also in"
-            " data.train:"
-            " metrics on them do not measure generalization"
+            " data.train: metrics on them do not measure generalization"
         )
     return train_data, _scan_split(
         validation_corpus, recipe, renderer, num_workers, console, "eval"
@@ -675,19 +682,14 @@ def _scan_split(
     renderer: Renderer,
     num_workers: int,
     console: TrainingConsole,
-    split_name: str,
+    split: str,
     watched_images: Set[str] = frozenset(),
 ) -> TrainingData:
     # Validation data are always read completely.
-    subset = (
-        draw_subset(len(corpus))
-        if split_name == "train" and len(corpus) > MAX_FULL_SCAN_SAMPLES
-        else None
-    )
+    is_partial = split == "train" and len(corpus) > MAX_FULL_SCAN_SAMPLES
+    subset = draw_subset(len(corpus)) if is_partial else None
     num_samples = len(corpus) if subset is None else len(subset)
-    with console.progress_stage(
-        f"reading headers of data.{split_name}", num_samples
-    ) as on_progress:
+    with console.progress_stage(f"reading headers of data.{split}", num_samples) as on_progress:
         stats = compute_dataset_stats(
             corpus, renderer, recipe.data, num_workers, on_progress, watched_images, subset
         )
@@ -695,7 +697,7 @@ def _scan_split(
     totals = f"{num_tokens}, {stats.num_patches} patches"
     if not stats.is_complete:
         log(
-            f"data.{split_name}: {len(stats.sample_indices)} samples, too many for a full scan;"
+            f"data.{split}: {len(stats.sample_indices)} samples, too many for a full scan;"
             f" {stats.num_scanned} samples scanned,"
             f" {stats.num_scanned - len(stats.scanned_indices)} of them invalid;"
             f" estimated total: {totals}"
@@ -706,7 +708,7 @@ def _scan_split(
         )
         return TrainingData(corpus, stats)
     log(
-        f"data.{split_name}: {format_count(len(stats.sample_indices), 'sample')}, {totals},"
+        f"data.{split}: {format_count(len(stats.sample_indices), 'sample')}, {totals},"
         f" {format_count(len(stats.skipped), 'sample')} skipped"
     )
     for skipped in stats.skipped[:5]:

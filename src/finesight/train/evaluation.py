@@ -252,7 +252,7 @@ def _record_skipped(
         " evaluations of other samples are not compared with this one"
     )
     if state.hardware.process_group.is_main:
-        state.run_dir.append_skipped_samples(reasons.items(), state.progress.step)
+        state.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
 
 
 def _build_eval_result(

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
@@ -217,29 +217,36 @@ class RunDir:
             skipped: ID and reason of each sample.
             step: Step of the checkpoint of a resumed run.
         """
-        rows = [_SkippedRow(id=name, reason=reason) for name, reason in skipped]
+        rows = [SkippedRow(id=name, reason=reason) for name, reason in skipped]
         first = {(row.id, row.reason) for row in rows}
-        if self.skipped_path.is_file():
-            for line in read_lines(self.skipped_path, expected="skipped samples"):
-                with suppress(ValidationError):  # A damaged line.
-                    row = _SkippedRow.model_validate_json(line)
-                    is_late = (
-                        row.step is not None
-                        and row.step <= step
-                        and (row.id, row.reason) not in first
-                    )
-                    rows += [row] * is_late
+        for row in self.read_skipped_samples():
+            if row.step is not None and row.step <= step and (row.id, row.reason) not in first:
+                rows.append(row)
         self._recorded_skips = {(row.id, row.reason) for row in rows}
         lines = [row.model_dump_json(exclude_defaults=True) + "\n" for row in rows]
         write_file(self.skipped_path, "".join(lines).encode())
 
-    def append_skipped_samples(self, skipped: Iterable[tuple[str, str]], step: int) -> None:
+    def read_skipped_samples(self) -> list[SkippedRow]:
+        """Read `skipped_samples.jsonl`, without damaged lines."""
+        rows = list[SkippedRow]()
+        if self.skipped_path.is_file():
+            for line in read_lines(self.skipped_path, expected="skipped samples"):
+                with suppress(ValidationError):
+                    rows.append(SkippedRow.model_validate_json(line))
+        return rows
+
+    def append_skipped_samples(
+        self,
+        skipped: Iterable[tuple[str, str]],
+        step: int,
+        split: Literal["train", "eval"] = "train",
+    ) -> None:
         """Append samples that were skipped later to `skipped_samples.jsonl`, each only once."""
         for name, reason in skipped:
             if (name, reason) not in self._recorded_skips:
                 self._recorded_skips.add((name, reason))
-                row = _SkippedRow(id=name, reason=reason, step=step)
-                append_line(self.skipped_path, row.model_dump_json())
+                row = SkippedRow(id=name, reason=reason, step=step, split=split)
+                append_line(self.skipped_path, row.model_dump_json(exclude_defaults=True))
 
     def write_result(self, result: object) -> None:
         """Write `result.json`, which marks the run as complete."""
@@ -304,12 +311,13 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield len(line), metrics
 
 
-class _SkippedRow(BaseModel):
+class SkippedRow(BaseModel):
     """Row of `skipped_samples.jsonl`; `step` is None for a sample skipped at the start."""
 
     id: str
     reason: str
     step: int | None = None
+    split: Literal["train", "eval"] = "train"
 
 
 class _MetricsLine(BaseModel):

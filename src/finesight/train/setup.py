@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,6 @@ from finesight.storage import sha256_file
 from finesight.train.checkpoint import (
     Checkpoint,
     CheckpointManager,
-    CheckpointState,
     TrainProgress,
     check_resume_config,
 )
@@ -248,14 +247,16 @@ def build_train_state(
         checkpoint_manager, hardware.process_group, resume, console
     )
     if checkpoint is not None:
-        with hardware.process_group.sync_errors():
-            if hardware.process_group.is_main:
-                _check_images(
-                    run_dir, checkpoint[0], resume_config, train_data, validation_data, console
-                )
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
         suggest = partial(run_dir.suggest_restart, recipe, folder)
-        check_resume_config(checkpoint[0].resume_config, resume_config, folder, suggest)
+        recorded = checkpoint[0].resume_config
+        # Changed images may explain other samples.
+        samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
+        check_resume_config(recorded, resume_config | samples, folder, suggest)
+        with hardware.process_group.sync_errors():
+            if hardware.process_group.is_main:
+                _check_images(run_dir, train_data, validation_data, console)
+        check_resume_config(recorded, resume_config, folder, suggest)
     if checkpoint is None and check_inputs is not None:
         with hardware.process_group.sync_errors():
             if hardware.process_group.is_main:
@@ -424,8 +425,6 @@ def supports_context_parallelism(model: AnyModel) -> bool:
 
 def _check_images(
     run_dir: RunDir,
-    checkpoint_state: CheckpointState,
-    resume_config: Mapping[str, Any],
     train_data: TrainingData,
     validation_data: TrainingData | None,
     console: TrainingConsole,
@@ -440,21 +439,12 @@ def _check_images(
             f"{run_dir.images_path} is missing: images are not compared with the start of the run"
         )
         return
-    recorded, reported_errors = (
-        load_image_record(run_dir.images_path),
-        collect_reported_errors(run_dir.iter_metrics()),
-    )
+    recorded = load_image_record(run_dir.images_path)
+    lines = [*run_dir.iter_metrics(), *map(dict, run_dir.read_skipped_samples())]
+    errors = collect_reported_errors(lines)
     for split, data in (("train", train_data), ("eval", validation_data)):
-        # Changed data have other sample indices; the data fingerprint rejects them later.
-        name = f"data.{split}"
-        if (
-            data
-            and split in recorded
-            and checkpoint_state.resume_config.get(name) == resume_config[name]
-        ):
-            current = data.stats.images
-            where = recorded[split], run_dir.images_path, reported_errors
-            check_images(split, data.corpus, current, *where, console.log)
+        if data and split in recorded:
+            check_images(split, data, recorded[split], run_dir.images_path, errors, console.log)
 
 
 def _log_overrides(state: TrainState, requested: MemoryBudget, console: TrainingConsole) -> None:

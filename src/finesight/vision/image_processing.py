@@ -7,7 +7,7 @@ normalization. Videos are sequences of frame images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,8 @@ def load_image(
             rgb_image = _convert_to_rgb(image)
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
-    return (
-        rgb_image.transpose(_EXIF_TRANSPOSES[exif_orientation])
-        if exif_orientation in _EXIF_TRANSPOSES
-        else rgb_image
-    )
+    transpose = _EXIF_TRANSPOSES.get(exif_orientation)
+    return rgb_image if transpose is None else rgb_image.transpose(transpose)
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -86,7 +83,9 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
             image, lambda band: _gray_to_rgb(_uint16_to_uint8(np.asarray(band)))
         )
     if image.mode in ("I", "F"):
-        low, high = _get_value_range(image)
+        bands = (_to_finite_array(band) for _, band in _iter_bands(image))
+        lows, highs = zip(*((float(band.min()), float(band.max())) for band in bands), strict=True)
+        low, high = min(lows), max(highs)
         return _convert_in_bands(
             image, lambda band: _gray_to_rgb(_rescale_to_uint8(_to_finite_array(band), low, high))
         )
@@ -99,14 +98,20 @@ def _convert_in_bands(
     image: Image.Image, convert: Callable[[Image.Image], Image.Image]
 ) -> Image.Image:
     """Convert an image in horizontal bands to limit the memory of wide intermediate types."""
-    width, height = image.size
-    band_rows = max(1, MAX_BAND_PIXELS // width)
-    if band_rows >= height:
+    if image.width * image.height <= MAX_BAND_PIXELS:
         return convert(image)
     result = Image.new("RGB", image.size)
-    for top in range(0, height, band_rows):
-        result.paste(convert(image.crop((0, top, width, min(top + band_rows, height)))), (0, top))
+    for top, band in _iter_bands(image):
+        result.paste(convert(band), (0, top))
     return result
+
+
+def _iter_bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the first row of each horizontal band of an image, and the band."""
+    width, height = image.size
+    num_rows = max(1, MAX_BAND_PIXELS // width)
+    for top in range(0, height, num_rows):
+        yield top, image.crop((0, top, width, min(top + num_rows, height)))
 
 
 def _blend_on_white(image: Image.Image) -> Image.Image:
@@ -126,17 +131,6 @@ def _uint16_to_uint8(values_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
 def _to_finite_array(image: Image.Image) -> NDArray[np.number]:
     values_HW: NDArray[np.number] = np.nan_to_num(np.asarray(image))
     return values_HW
-
-
-def _get_value_range(image: Image.Image) -> tuple[float, float]:
-    width, height = image.size
-    band_rows = max(1, MAX_BAND_PIXELS // width)
-    bands = (
-        _to_finite_array(image.crop((0, top, width, min(top + band_rows, height))))
-        for top in range(0, height, band_rows)
-    )
-    lows, highs = zip(*((float(band.min()), float(band.max())) for band in bands), strict=True)
-    return min(lows), max(highs)
 
 
 def _rescale_to_uint8(values_HW: NDArray[np.number], low: float, high: float) -> NDArray[np.uint8]:
@@ -326,29 +320,19 @@ def load_patch_config(folder: ModelFolder) -> PatchConfig:
     raw_config = folder.config.get("vision_config")
     # A missing or invalid vision_config is rejected when the model is built.
     vision_config = raw_config if isinstance(raw_config, dict) else {}
-    config_keys = {
-        "patch_size": "patch_size",
-        "merge_size": "spatial_merge_size",
-        "temporal_patch_size": "temporal_patch_size",
-    }
-    for preprocessor_key, config_key in config_keys.items():
-        if (
-            vision_config.get(config_key, preprocessor[preprocessor_key])
-            != preprocessor[preprocessor_key]
-        ):
+    names = ("patch_size", "merge_size", "temporal_patch_size")
+    for name in names:
+        config_name = "spatial_merge_size" if name == "merge_size" else name
+        value = preprocessor[name]
+        if (other := vision_config.get(config_name, value)) != value:
             raise UserError(
-                f"{preprocessor_key} {preprocessor[preprocessor_key]} in"
-                f" preprocessor_config.json, but {config_key} {vision_config[config_key]} under"
+                f"{name} {value} in preprocessor_config.json, but {config_name} {other} under"
                 " vision_config in config.json",
                 where=str(folder.path),
                 expected="the same value in both files",
                 remedy="use both files of the same model",
             )
-    return PatchConfig(
-        patch_size=preprocessor["patch_size"],
-        merge_size=preprocessor["merge_size"],
-        temporal_patch_size=preprocessor["temporal_patch_size"],
-    )
+    return PatchConfig(**{name: preprocessor[name] for name in names})
 
 
 def load_video_limits(folder: ModelFolder) -> PixelRange | None:
@@ -487,17 +471,6 @@ def get_frame_size(files: Sequence[Path]) -> ImageSize:
                 remedy="extract the frames again at one size",
             )
     return first_size
-
-
-def patchify_video(
-    files: Sequence[Path], size: ImageSize, config: PatchConfig
-) -> NDArray[np.uint8]:
-    """Resize the frames of a video and split them into patches, uint8 [N, D].
-
-    Each patch spans several frames. As in the reference video processor, the last frame is repeated
-    if the last group of frames is incomplete.
-    """
-    return patchify([load_image(file) for file in files], size, config)
 
 
 def resize_frame(frame: Image.Image, size: ImageSize) -> Image.Image:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finesight.data.image_header import CorruptImageError, ImageSize, read_image_size
+from finesight.data.image_header import (
+    CorruptImageError,
+    ImageSize,
+    decode_image,
+    read_image_size,
+    sha256_content,
+)
+from finesight.data.sample import is_video_path
+from finesight.data.video_file import iter_video_frames, read_video_header
 from finesight.errors import UserError
 from finesight.vision.image_processing import load_image
 from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool, WorkerReply
@@ -27,6 +36,9 @@ LIMITED_PIXELS, MAX_LIMIT_FACTOR = 8_000_000, 5.0
 
 The limit of a larger image is proportional to its pixels, up to `MAX_LIMIT_FACTOR` times as much.
 """
+
+MAX_VIDEO_CPU_S = 120.0
+"""CPU seconds to decode a video file."""
 
 MAX_WORKER_MEMORY_BYTES = 1 << 30
 NUM_IMAGE_WORKERS = 2
@@ -50,9 +62,13 @@ class ImageReader:
         height, width = self.call(read_size, path).value
         return int(height), int(width)
 
-    def check(self, path: Path) -> None:
-        """Decode an image, so that this process may decode it afterwards."""
-        self.call(decode_pixels, path)
+    def check(self, path: Path) -> str:
+        """Decode an image or a video file, so that this process may decode it afterwards.
+
+        Returns:
+            A key that is equal for images with equal pixels, and for equal video files.
+        """
+        return str(self.call(decode_pixels, path).value)
 
     def load(self, path: Path, min_side: int | None = None) -> Image.Image:
         """Decode an image as upright RGB; see `load_image`."""
@@ -70,6 +86,8 @@ class ImageReader:
         """Run `job(state, path, *args)` in a worker process. Its errors name the image."""
         try:
             with self.pool.borrow_worker() as worker:
+                if is_video_path(path):
+                    return worker.call(job, path, max_cpu_s=MAX_VIDEO_CPU_S)
                 size = worker.call(read_size, path, max_cpu_s=MAX_IMAGE_CPU_S)
                 if job is read_size:
                     return size
@@ -109,9 +127,11 @@ def read_size(state: Any, path: Path) -> JobOutput:
 
 
 def decode_pixels(state: Any, path: Path) -> JobOutput:
-    """Decode an image in a worker process without returning it."""
-    load_image(path)
-    return JobOutput()
+    """Decode an image or video file in a worker process, and return the key of its content."""
+    if is_video_path(path):
+        deque(iter_video_frames(path, [read_video_header(path).num_frames - 1]), maxlen=0)
+        return JobOutput(sha256_content(path))
+    return JobOutput(repr(decode_image(path, is_reduced=False, with_key=True).key))
 
 
 def load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:

@@ -34,34 +34,27 @@ CASES = load_cases("trainer")
 def test_run_folder_contents(task: TinyTask) -> None:
     result = task.run(eval={"metric": "ocr", "every": 4, "max_new_tokens": 6})
     run = task.folder / "run"
-    assert sorted(path.name for path in run.iterdir()) == [
-        *("adapter", "checkpoints", "images.safetensors", "manifest.json"),
-        *(
-            "metrics.jsonl",
-            "model",
-            "param_audit.json",
-            "predictions",
-            "recipe.yaml",
-            "report.html",
-            "result.json",
-            "skipped_samples.jsonl",
-        ),
-    ]
+    files = "images.safetensors manifest.json metrics.jsonl param_audit.json recipe.yaml"
+    files += " report.html result.json skipped_samples.jsonl"
+    folders = "adapter checkpoints model predictions"
+    assert {path.name for path in run.iterdir()} == {*files.split(), *folders.split()}
     for folder in (run / "adapter", run / "model", run / "checkpoints" / "step-6"):
         storage.verify_folder(folder)
-    names = sorted(path.name for path in (run / "predictions").iterdir())
-    assert names == ["after.jsonl", "before.jsonl", "step-4.jsonl"]
+    names = {path.stem for path in (run / "predictions").iterdir()}
+    assert names == {"after", "before", "step-4"}
     assert load_recipe(run / "recipe.yaml").train.batch_size == 4
     assert RunResult.model_validate_json((run / "result.json").read_text()) == result
     assert result.after.validation_loss < result.before.validation_loss
     assert (result.steps, result.samples, result.skipped_samples) == (6, 22, 0)
-    assert "similarity" in task.console_output
-    assert (
-        "training merger full, language lora: 33,024 of 193,152 parameters; 6 steps"
-        in task.console_output
-    )
+    size = "training merger full, language lora: 33,024 of 193,152 parameters; 6 steps"
+    assert size in task.console_output
     assert re.search(r"step 6/6  loss .* samples/s .* tokens/s .* % MFU .* GB", task.console_output)
-    load_inference_model(str(run), "cpu")
+    # The adapter applies to the fully trained parts of the same run.
+    parameters = dict(load_inference_model(str(run), "cpu").model.named_parameters())
+    values = load_file(run / "checkpoints" / "step-6" / "trainable.safetensors")
+    assert len(values) > 20
+    for name, value in values.items():
+        assert torch.equal(parameters[name].detach(), value), name
 
 
 def test_metrics_of_each_step(task: TinyTask) -> None:
@@ -74,27 +67,17 @@ def test_metrics_of_each_step(task: TinyTask) -> None:
         assert line["lr"].keys() == {"merger", "language"}
         assert line["num_tokens"] > line["num_supervised_tokens"] > 0
         assert line["samples_per_s"] == pytest.approx(line["num_samples"] / line["step_s"])
-        assert line["mfu"] > 0
+        assert min(line["mfu"], line["peak_memory_gb"]) > 0
         assert 0 < line["data_wait_s"] < line["step_s"]
-        assert line["peak_memory_gb"] > 0
     assert lines[-1]["lr"]["merger"] < lines[1]["lr"]["merger"]
     measured = [line["step"] for line in task.read_metrics() if "validation_loss" in line]
     assert measured == [0, 2, 4, 6]
 
 
-def test_mfu_above_the_measured_peak_is_omitted(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("finesight.train.setup.measure_peak_flops", lambda *_: 1.0)
-    task.run("train.steps=1", "train.epochs=null")
-    assert [line["mfu"] for line in task.read_metrics() if "loss" in line] == [None]
-    assert "MFU" not in task.console_output
-
-
 def test_mfu_is_omitted_after_a_step_above_the_peak(
     task: TinyTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flops = iter([1e-9, 1e30, 1e-9, 1e-9])
+    flops = iter([1e-9, 1e30])
     monkeypatch.setattr("finesight.train.logging.count_flops", lambda *_: next(flops, 1e-9))
     monkeypatch.setattr("finesight.train.setup.measure_peak_flops", lambda *_: 1.0)
     task.run("train.steps=4", "train.epochs=null", "train.pack_tokens=8192")
@@ -103,12 +86,8 @@ def test_mfu_is_omitted_after_a_step_above_the_peak(
 
 
 def test_per_part_learning_rates(task: TinyTask) -> None:
-    learning_rates = {"default": 0.01, "merger": 1e-6}
-    train_settings = task.recipe["train"] | {
-        "learning_rate": learning_rates,
-        "lr_schedule": "constant",
-    }
-    result = task.run(train=train_settings)
+    learning_rates = "train.learning_rate={default: 0.01, merger: 1e-6}"
+    result = task.run(learning_rates, "train.lr_schedule=constant")
     changed = {row.part: row.relative_change for row in result.param_changes if row.is_trained}
     assert changed["merger"] < changed["language"] / 100
     first = next(line for line in task.read_metrics() if "lr" in line)
@@ -128,25 +107,20 @@ def test_lora_writes_adapter_and_full_writes_model(task: TinyTask) -> None:
     assert all(name.startswith("visual.") and "merger" not in name for name in changed)
 
 
-def test_mixed_run_uses_adapter_and_full_parts(task: TinyTask) -> None:
-    """The adapter applies to the fully trained parts of the same run."""
-    task.run()
-    answerer = load_inference_model(str(task.folder / "run"), "cpu")
-    values = load_file(task.folder / "run" / "checkpoints" / "step-6" / "trainable.safetensors")
-    parameters = dict(answerer.model.named_parameters())
-    assert len(values) > 20
-    for name, value in values.items():
-        assert torch.equal(parameters[name].detach(), value), name
-
-
 def test_existing_run_is_rejected(task: TinyTask) -> None:
-    first = task.run()
+    first, run = task.run(), task.folder / "run"
     with pytest.raises(UserError, match="contains a finished run"):
         task.run()
-    before = (task.folder / "run" / "metrics.jsonl").read_bytes()
+    before = (run / "metrics.jsonl").read_bytes()
     assert task.run(resume=True) == first
     assert "the run is already complete" in task.console_output
-    assert (task.folder / "run" / "metrics.jsonl").read_bytes() == before
+    assert (run / "metrics.jsonl").read_bytes() == before
+    # A damaged result is written again after its deletion.
+    (run / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"not a valid result[\s\S]*delete it"):
+        task.run(resume=True)
+    (run / "result.json").unlink()
+    assert task.run(resume=True) == first
 
 
 def test_resume_allows_non_numeric_settings(task: TinyTask) -> None:
@@ -158,58 +132,45 @@ def test_resume_allows_non_numeric_settings(task: TinyTask) -> None:
     assert [step for step, _ in read_losses(task.folder / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda folder: (folder / "optimizer.safetensors").unlink(), "optimizer.safetensors"),
-        (
-            lambda folder: (folder / "trainable.safetensors").write_bytes(b"x"),
-            "trainable.safetensors",
-        ),
-    ],
-)
-def test_resume_from_damaged_checkpoint(task: TinyTask, spoil: Any, words: str) -> None:
+def test_resume_from_damaged_checkpoint(task: TinyTask) -> None:
     task.recipe["train"]["keep_checkpoints"] = 3
-    run = task.rewind_to_checkpoint()
-    spoil(run / "checkpoints" / "step-4")
+    checkpoints = task.rewind_to_checkpoint() / "checkpoints"
+    (checkpoints / "step-4" / "trainable.safetensors").write_bytes(b"x")
     assert task.run(resume=True).steps == 6
-    assert words in task.console_output
     assert "resuming from step 2" in task.console_output
-    assert (run / "checkpoints" / "corrupt-step-4").is_dir()
-    spoil(run / "checkpoints" / "step-2")
-    (run / "result.json").unlink()
+    assert (checkpoints / "corrupt-step-4").is_dir()
+    (checkpoints / "step-2" / "optimizer.safetensors").unlink()
+    (task.folder / "run" / "result.json").unlink()
     for step in (4, 6):
-        storage.remove_folder(run / "checkpoints" / f"step-{step}")
-    with pytest.raises(UserError) as caught:
+        storage.remove_folder(checkpoints / f"step-{step}")
+    with pytest.raises(UserError, match=r"optimizer\.safetensors") as caught:
         task.run(resume=True)
-    assert words in str(caught.value)
     assert "to restart the run from step 0" in caught.value.remedy
 
 
 def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
+    """One image has no header; another training and a validation image are truncated."""
     (task.folder / "train2.png").write_bytes(b"no picture")
-    full = (task.folder / "train5.png").read_bytes()
-    (task.folder / "train5.png").write_bytes(full[:-30])
+    for name in ("train5", "eval0"):
+        path = task.folder / f"{name}.png"
+        path.write_bytes(path.read_bytes()[:-30])
     result = task.run()
-    dropped = [name for line in task.read_metrics() for name in line.get("skipped_samples", [])]
-    assert dropped == ["train5", "train5"]
+    skipped = [name for line in task.read_metrics() for name in line.get("skipped_samples", [])]
+    assert skipped == ["train5", "train5"]
     listed = (task.folder / "run" / "skipped_samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in listed] == ["train2", "train5"]
+    assert [json.loads(line)["id"] for line in listed] == ["train2", "eval0", "train5"]
     assert result.skipped_samples == 3
-    assert "skipped train2" in task.console_output
-    assert "skipped train5" in task.console_output
+    for text in ("skipped train2", "skipped train5", "1 validation samples skipped, eval0: "):
+        assert text in task.console_output
     with pytest.raises(CorruptImageError, match=r"train2\.png"):
         task.run("data.on_invalid_sample=fail", name="strict")
     assert not (task.folder / "strict").exists()
 
 
-def test_corrupt_validation_images_are_counted(task: TinyTask) -> None:
+def test_unreadable_validation_images_end_the_run(task: TinyTask) -> None:
     for number in range(3):
         path = task.folder / f"eval{number}.png"
         path.write_bytes(path.read_bytes()[:-30])
-        if number == 0:
-            task.run()
-            assert "1 validation samples skipped, eval0: " in task.console_output
     with pytest.raises(UserError, match="none of 3 samples has decodable images"):
         task.run(name="blind")
     with pytest.raises(CorruptImageError, match=r"eval0\.png"):
@@ -240,24 +201,13 @@ def test_evaluations_describe_the_samples_that_were_read(task: TinyTask) -> None
     )
 
 
-def test_damaged_result_is_rewritten(task: TinyTask) -> None:
-    first = task.run()
-    (task.folder / "run" / "result.json").write_text("{")
-    with pytest.raises(UserError, match=r"not a valid result[\s\S]*delete it"):
-        task.run(resume=True)
-    (task.folder / "run" / "result.json").unlink()
-    assert task.run(resume=True) == first
-
-
 def test_out_of_memory_error_has_advice(task: TinyTask) -> None:
     def refuse(module: torch.nn.Module, inputs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     hook = register_module_forward_pre_hook(refuse)
     try:
-        with pytest.raises(
-            UserError, match=r"memory is full[\s\S]*tune\.quantize\.nf4=\[language\]"
-        ):
+        with pytest.raises(UserError, match=r"memory is full[\s\S]*quantize\.nf4=\[language\]"):
             task.run()
     finally:
         hook.remove()
@@ -293,31 +243,12 @@ def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
 
 
 def test_diverged_run_keeps_last_good_checkpoint(task: TinyTask) -> None:
-    settings = task.recipe["train"] | {
-        "learning_rate": 1e20,
-        "max_grad_norm": None,
-        "save_every": 1,
-        "lr_schedule": "constant",
-        "warmup": 3,
-    }
+    task.recipe["train"] |= {"learning_rate": 1e20, "max_grad_norm": None, "save_every": 1}
     with pytest.raises(UserError, match=r"(loss|gradient norm) of step|(validation loss)"):
-        task.run(train=settings)
+        task.run("train.lr_schedule=constant", "train.warmup=3")
     for folder in (task.folder / "run" / "checkpoints").glob("step-*"):
         values = load_file(folder / "trainable.safetensors")
         assert all(value.isfinite().all() for value in values.values())
-
-
-def test_full_disk_at_checkpoint_is_reported(task: TinyTask) -> None:
-    class FullDisk(storage.FileSystem):
-        def sync_path(self, path: Path) -> None:
-            if path.name == "optimizer.safetensors":
-                raise OSError(28, "No space left on device")
-            super().sync_path(path)
-
-    with storage.use_file_system(FullDisk()), pytest.raises(UserError, match="no space left"):
-        task.run()
-    assert list((task.folder / "run" / "checkpoints").iterdir()) == []
-    assert task.run(resume=True).steps == 6
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -347,16 +278,12 @@ def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
 )
 def test_activation_checkpointing_changes_only_memory(task: TinyTask, tune: dict[str, Any]) -> None:
     tune = tune | {"lora": {"rank": 2, "dropout": 0.2}}
-    task.run(name="plain", tune=tune)
-    task.run("train.activation_checkpointing=true", name="checkpointed", tune=tune)
-    task.run("train.activation_checkpointing=0.5", name="half", tune=tune)
-    names = ("plain", "checkpointed", "half")
-    assert len({tuple(read_losses(task.folder / name)) for name in names}) == 1
-    weights = {
-        (task.folder / name / "checkpoints" / "step-6" / "trainable.safetensors").read_bytes()
-        for name in names
-    }
-    assert len(weights) == 1
+    values = {"plain": "false", "checkpointed": "true", "half": "0.5"}
+    for name, value in values.items():
+        task.run(f"train.activation_checkpointing={value}", name=name, tune=tune)
+    assert len({tuple(read_losses(task.folder / name)) for name in values}) == 1
+    file = Path("checkpoints", "step-6", "trainable.safetensors")
+    assert len({(task.folder / name / file).read_bytes() for name in values}) == 1
 
 
 @pytest.mark.gpu
@@ -380,7 +307,7 @@ def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
 def test_changed_data_file_ends_with_checkpoint(
     task: TinyTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run ends with a checkpoint, and resumes after the file is restored."""
+    """The run resumes after the file is restored."""
     file = task.folder / "train.jsonl"
     content, changed = file.read_bytes(), file.stat()
     real = trainer.train_step
@@ -392,12 +319,12 @@ def test_changed_data_file_ends_with_checkpoint(
 
     monkeypatch.setattr(trainer, "train_step", taking)
     with pytest.raises(UserError, match="has changed"):
-        task.run(train=task.recipe["train"] | {"save_every": 6})
+        task.run("train.save_every=6")
     assert [path.name for path in (task.folder / "run" / "checkpoints").iterdir()] == ["step-3"]
     file.write_bytes(content)
     os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns))
     monkeypatch.undo()
-    assert task.run(train=task.recipe["train"] | {"save_every": 6}, resume=True).steps == 6
+    assert task.run("train.save_every=6", resume=True).steps == 6
 
 
 @pytest.mark.parametrize(
@@ -463,9 +390,7 @@ def test_default_evaluations_and_overfitting_warning(
     assert result["best_eval"]["step"] == min(losses, key=losses.__getitem__)
     for text in ("(common subset: 2 of 3 samples)", "(all 3 samples)"):
         assert text in task.console_output
-    warnings = [x for x in task.console_output.splitlines() if x.startswith("warning: Overfit")]
-    (warning,) = warnings
-    assert "the validation loss rose while the training loss fell" in warning
-    checkpoint = re.search(r"\(checkpoint (\S+/step-\d+)\)", warning)
+    (warning,) = re.findall(r"^warning: Overfit.*$", task.console_output, re.M)
+    checkpoint = re.search(r"training loss fell.*\(checkpoint (\S+/step-\d+)\)", warning)
     assert checkpoint is not None
     assert Path(checkpoint[1]).is_dir()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,14 @@ def _make_sample(folder: Path, name: str, rng: random.Random) -> dict[str, Any]:
             {"role": "assistant", "content": color},
         ],
     }
+
+
+@contextmanager
+def edit_samples(data: Path) -> Iterator[list[dict[str, Any]]]:
+    """Read samples from a JSONL file, and write them back after the context."""
+    samples = [json.loads(line) for line in data.read_text().splitlines()]
+    yield samples
+    data.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def write_recipe(path: Path, recipe: dict[str, Any], **train: Any) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from cuda_graph_fixtures import (
     encode_images,
     encode_samples,
     make_model,
-    make_pack,
     pack_shared_prefix,
 )
 from tiny_task import make_task
@@ -33,6 +33,8 @@ from finesight.train import graph_buffers
 from finesight.train.graph_buffers import GraphGradients, GraphInputs, GraphShape, GraphVisionShape
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 
+ONE = torch.tensor(1.0)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,178 +43,181 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def samples(folder: Path) -> list[EncodedSample]:
+    return encode_samples(folder)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("packed", [pack, pack_shared_prefix])
 def test_pack_padding_does_not_change_results(
-    folder: Path,
+    samples: list[EncodedSample],
     packed: Callable[[Sequence[EncodedSample]], PackedBatch],
     shared: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The buffers contained another pack before."""
     model = make_model(torch.float32, CPU).eval()
-    samples = encode_samples(folder)
-    batch = packed(samples[:5])
+    batch, other = packed(samples[:5]), packed(samples[5:9])
     features = encode_images(model, batch)
-    kind = GraphShape.from_batch(batch)
+    shape = GraphShape.from_batch(batch)
     if shared:
-        monkeypatch.setattr("finesight.train.graph_buffers.MAX_PADDING_DIVISOR", 1)
+        monkeypatch.setattr(graph_buffers, "MAX_PADDING_DIVISOR", 1)
         larger = GraphShape.from_batch(packed(samples[:9]))
-        kind = kind.widen([larger])
-        assert kind.fits(larger)
-        assert kind != GraphShape.from_batch(batch)
-    static_inputs = GraphInputs.allocate(kind, batch, features, model.visual)
-    most = max(compute_context_lengths(batch.lengths, batch.prefix_length))
-    assert (
-        max(compute_context_lengths(static_inputs.batch.lengths, static_inputs.batch.prefix_length))
-        == static_inputs.shape.max_seqlen
-        >= most
+        shape = shape.widen([larger])
+        assert shape.fits(larger)
+        assert shape != GraphShape.from_batch(batch)
+    inputs = GraphInputs.allocate(shape, batch, features, model.visual)
+    static, longest = (
+        max(compute_context_lengths(one.lengths, one.prefix_length))
+        for one in (inputs.batch, batch)
     )
-    assert static_inputs.batch.prefix_length == batch.prefix_length
-    # Another one was there before.
-    other = packed(samples[5:9])
-    static_inputs.copy_from(other, encode_images(model, other), torch.tensor(2.0), model.visual)
-    static_inputs.copy_from(batch, features, torch.tensor(0.5), model.visual)
-    lengths = static_inputs.batch.cu_seqlens_S1.diff().tolist()
-    assert len(lengths) == static_inputs.shape.num_sequences
+    assert static == shape.max_seqlen >= longest
+    assert inputs.batch.prefix_length == batch.prefix_length
+    inputs.copy_from(other, encode_images(model, other), torch.tensor(2.0), model.visual)
+    inputs.copy_from(batch, features, torch.tensor(0.5), model.visual)
+    lengths = inputs.batch.cu_seqlens_S1.diff().tolist()
+    assert len(lengths) == shape.num_sequences
     assert lengths[: len(batch.lengths)] == list(batch.lengths)
     # Without a kernel for segments of any length, empty ones have to be left out.
-    full = [length for length in lengths if length]
-    cu_seqlens_S1 = static_inputs.batch.cu_seqlens_S1[: len(full) + 1]
-    filled = replace(static_inputs.batch, lengths=tuple(full), cu_seqlens_S1=cu_seqlens_S1)
-    found = model(filled, static_inputs.features_MKD)[: batch.num_supervised_tokens]
+    full = tuple(length for length in lengths if length)
+    cu_seqlens_S1 = inputs.batch.cu_seqlens_S1[: len(full) + 1]
+    filled = replace(inputs.batch, lengths=full, cu_seqlens_S1=cu_seqlens_S1)
+    num_labels = batch.num_supervised_tokens
+    found = model(filled, inputs.features_MKD)[:num_labels]
     torch.testing.assert_close(found, model(batch, features))
-    assert torch.equal(static_inputs.batch.labels_L[: batch.num_supervised_tokens], batch.labels_L)
-    assert set(static_inputs.batch.labels_L[batch.num_supervised_tokens :].tolist()) <= {-1}
-    assert static_inputs.loss_weight.item() == 0.5
+    assert torch.equal(inputs.batch.labels_L[:num_labels], batch.labels_L)
+    assert set(inputs.batch.labels_L[num_labels:].tolist()) <= {-1}
+    assert inputs.loss_weight.item() == 0.5
 
 
-def assert_filled(
-    static_inputs: GraphInputs, batch: PackedBatch, prefix: int, encoder: VisionEncoder
-) -> None:
+def make_pack(
+    template: PackedBatch, rng: random.Random, bounds: tuple[int, int], prefix: int, count: int
+) -> PackedBatch:
+    """Create a pack of random sequence lengths within bounds, with arbitrary content."""
+    own = [rng.randint(*bounds) for _ in range(count)]
+    lengths = (prefix, *own) if prefix else tuple(own)
+    ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
+    labels_L = torch.zeros(rng.randint(count, 3 * count), dtype=torch.int64)
+    return replace(
+        template,
+        lengths=lengths,
+        prefix_length=prefix,
+        ids_T=ids_T,
+        position_ids_3T=ids_T.expand(3, -1),
+        cu_seqlens_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        logit_indices_L=labels_L,
+        labels_L=labels_L,
+    )
+
+
+def assert_filled(inputs: GraphInputs, batch: PackedBatch, encoder: VisionEncoder) -> None:
     """Fill the buffers with a pack, and check the lengths of its sequences and of the padding."""
-    static_inputs.copy_from(batch, None, torch.tensor(1.0), encoder)
-    lengths = static_inputs.batch.cu_seqlens_S1.diff()
+    inputs.copy_from(batch, None, ONE, encoder)
+    lengths, prefix = inputs.batch.cu_seqlens_S1.diff(), batch.prefix_length
     assert lengths[: len(batch.lengths)].tolist() == list(batch.lengths)
-    assert int(lengths.sum()) == static_inputs.shape.num_tokens
+    assert int(lengths.sum()) == inputs.shape.num_tokens
     assert int(lengths.min()) >= 0
-    assert int(lengths[prefix > 0 :].max()) + prefix <= static_inputs.shape.max_seqlen
+    # Padding sequences continue from the shared prefix as well.
+    assert int(lengths[prefix > 0 :].max()) + prefix <= inputs.shape.max_seqlen
+    assert len(inputs.batch.labels_L) >= batch.num_supervised_tokens
 
 
-def test_padding_stays_within_graph_shape(folder: Path) -> None:
-    """Padding sequences continue from the shared prefix as well."""
-    model, chance = make_model(torch.float32, CPU), random.Random(0)
-    some = pack(encode_samples(folder)[:2])
+def test_padding_stays_within_graph_shape(samples: list[EncodedSample]) -> None:
+    model, rng, template = make_model(torch.float32, CPU), random.Random(0), pack(samples[:2])
     for _ in range(300):
-        prefix = chance.choice([0, 15, 200, 400])
-        own = chance.choice([5, 40, 140, 300])
-        count = chance.randint(2, min(60, 16_000 // own))
-        lengths = [chance.randint(1, own) for _ in range(count)]
-        lengths = [prefix, *lengths] if prefix else lengths
-        batch = make_pack(some, lengths, prefix, some.num_supervised_tokens)
-        kind = GraphShape.from_batch(batch)
-        static_inputs = GraphInputs.allocate(kind, batch, None, model.visual)
-        assert_filled(static_inputs, batch, prefix, model.visual)
+        prefix, longest = rng.choice([0, 15, 200, 400]), rng.choice([5, 40, 140, 300])
+        count = rng.randint(2, min(60, 16_000 // longest))
+        batch = make_pack(template, rng, (1, longest), prefix, count)
+        shape = GraphShape.from_batch(batch)
+        inputs = GraphInputs.allocate(shape, batch, None, model.visual)
+        assert_filled(inputs, batch, model.visual)
 
 
-def test_few_graph_shapes_are_used(folder: Path) -> None:
-    samples = encode_samples(folder)
-    packs = [pack(samples[start : start + 4]) for start in range(8)]
-    kinds = {GraphShape.from_batch(batch) for batch in packs}
-    assert len(kinds) < len({len(batch.ids_T) for batch in packs})
-    for batch in packs:
-        kind = GraphShape.from_batch(batch)
-        assert kind.num_tokens > len(batch.ids_T)
-        assert kind.num_sequences > len(batch.lengths)
-        assert kind.max_seqlen >= max(batch.lengths)
-        assert kind.num_features >= len(batch.visual_indices_M)
-        assert kind.num_labels >= batch.num_supervised_tokens
-
-
-def test_merged_graph_shape_accepts_its_packs(folder: Path) -> None:
-    model, chance = make_model(torch.float32, CPU), random.Random(0)
-    some, taken = pack(encode_samples(folder)[:2]), 0
+def test_merged_graph_shape_accepts_its_packs(samples: list[EncodedSample]) -> None:
+    model, rng, template = make_model(torch.float32, CPU), random.Random(0), pack(samples[:2])
+    num_wider = 0
     for _ in range(100):
-        prefix, most = chance.choice([0, 15, 200]), chance.choice([40, 140, 300])
-        count = chance.randint(3, 20)
-        packs = []
-        for _ in range(6):
-            lengths = [chance.randint(most // 2, most) for _ in range(count + chance.randint(0, 2))]
-            lengths = [prefix, *lengths] if prefix else lengths
-            labels = chance.randint(count, 3 * count)
-            packs.append(make_pack(some, lengths, prefix, labels))
-        kinds = [GraphShape.from_batch(one) for one in packs]
-        kind = kinds[0].widen(kinds[1:])
-        assert kind.fits(kinds[0])
-        assert kind.num_tokens <= kinds[0].num_tokens * 9 // 8
-        static_inputs = GraphInputs.allocate(kind, packs[0], None, model.visual)
-        for own, batch in zip(kinds, packs, strict=True):
-            if not kind.fits(own):
-                continue
-            taken += own != kind
-            assert_filled(static_inputs, batch, prefix, model.visual)
-            assert len(static_inputs.batch.labels_L) >= batch.num_supervised_tokens
-    assert taken > 100
+        prefix, most = rng.choice([0, 15, 200]), rng.choice([40, 140, 300])
+        count, bounds = rng.randint(3, 20), (most // 2, most)
+        packs = [
+            make_pack(template, rng, bounds, prefix, count + rng.randint(0, 2)) for _ in range(6)
+        ]
+        shapes = [GraphShape.from_batch(one) for one in packs]
+        shape = shapes[0].widen(shapes[1:])
+        assert shape.fits(shapes[0])
+        assert shape.num_tokens <= shapes[0].num_tokens * 9 // 8
+        inputs = GraphInputs.allocate(shape, packs[0], None, model.visual)
+        for own, batch in zip(shapes, packs, strict=True):
+            if shape.fits(own):
+                num_wider += own != shape
+                assert_filled(inputs, batch, model.visual)
+    assert num_wider > 100
 
 
-def test_graph_rejects_incompatible_packs(folder: Path) -> None:
-    samples = encode_samples(folder)
-    kind = GraphShape.from_batch(pack(samples[:4]))._replace(num_tokens=1024, num_sequences=16)
-    assert kind.fits(kind)
-    for other in (
-        kind._replace(prefix_length=8),
-        kind._replace(vision_shape=GraphVisionShape(256, 588, ((8, 64),))),
-        kind._replace(num_features=0),
-        kind._replace(num_tokens=kind.num_tokens * 7 // 8),
-        kind._replace(num_tokens=kind.num_tokens + 64),
-        # What fills it up is a sequence more.
-        kind._replace(num_tokens=kind.num_tokens - 64),
-        kind._replace(num_labels=kind.num_labels // 3),
-        kind._replace(num_labels=kind.num_labels + 64),
-        kind._replace(max_seqlen=kind.max_seqlen + 256),
-        kind._replace(num_features=kind.num_features + 64),
-        kind._replace(num_sequences=kind.num_sequences + 1),
-        kind._replace(num_sequences=kind.num_sequences // 2 - 1),
+def test_few_graph_shapes_are_used(samples: list[EncodedSample]) -> None:
+    packs = [pack(samples[start : start + 4]) for start in range(8)]
+    shapes = {GraphShape.from_batch(batch) for batch in packs}
+    assert len(shapes) < len({len(batch.ids_T) for batch in packs})
+    assert all(GraphShape.from_batch(one).num_tokens > len(one.ids_T) for one in packs)
+
+
+@pytest.fixture
+def shape(samples: list[EncodedSample]) -> GraphShape:
+    shape = GraphShape.from_batch(pack(samples[:4]))
+    return shape._replace(num_tokens=1024, num_sequences=16, num_features=512, num_labels=128)
+
+
+def vary(shape: GraphShape, **changes: Sequence[Any]) -> Iterator[GraphShape]:
+    return (shape._replace(**{name: one}) for name, values in changes.items() for one in values)
+
+
+def test_graph_rejects_incompatible_packs(shape: GraphShape) -> None:
+    vision_shape = GraphVisionShape(256, 588, ((8, 64),))
+    for other in vary(
+        shape,
+        prefix_length=[8],
+        vision_shape=[vision_shape],
+        # One padding sequence more is needed for 960 tokens.
+        num_tokens=[896, 960, 1088],
+        num_labels=[128 // 3, 192],
+        max_seqlen=[shape.max_seqlen + 256],
+        num_features=[0, 576],
+        num_sequences=[7, 17],
     ):
-        assert not kind.fits(other), other
-    assert kind.fits(kind._replace(num_tokens=kind.num_tokens - 64, num_sequences=15))
-    long = kind._replace(max_seqlen=1024)
-    assert not long.fits(kind), "they have other kernels"
+        assert not shape.fits(other), other
+    assert shape.fits(shape)
+    assert shape.fits(shape._replace(num_tokens=960, num_sequences=15))
+    long = shape._replace(max_seqlen=1024)
+    assert not long.fits(shape), "long sequences have other kernels"
     assert long.fits(long._replace(max_seqlen=512))
 
 
-def test_merged_graph_shape_covers_all_shapes(folder: Path) -> None:
-    kind = GraphShape.from_batch(pack(encode_samples(folder)[:4]))._replace(
-        num_tokens=1024, num_features=512, num_labels=128
-    )
-    for other in (
-        kind._replace(num_features=768),
-        kind._replace(num_labels=192),
-        kind._replace(num_tokens=1088),
-        kind._replace(num_sequences=kind.num_sequences + 8),
+def test_merged_graph_shape_covers_all_shapes(shape: GraphShape) -> None:
+    for other in vary(
+        shape, num_features=[768], num_labels=[192], num_tokens=[1088], num_sequences=[24]
     ):
-        wider = kind.widen([other])
+        wider = shape.widen([other])
         assert wider.fits(other)
-        assert wider.fits(kind)
-    assert kind.widen([kind._replace(num_tokens=2048), kind._replace(prefix_length=4)]) == kind
+        assert wider.fits(shape)
+    assert shape.widen([*vary(shape, num_tokens=[2048], prefix_length=[4])]) == shape
 
 
-def test_feature_gradients_reach_the_encoder(folder: Path) -> None:
-    model = make_model(torch.float32, CPU, FULL_FINETUNE)
-    batch = pack(encode_samples(folder)[:5])
+def test_feature_gradients_reach_the_encoder(samples: list[EncodedSample]) -> None:
+    """Gradients of padding features are ignored."""
+    model, batch = make_model(torch.float32, CPU, FULL_FINETUNE), pack(samples[:5])
     features = model.encode_images(batch.patches_ND, batch.grid_thw)
-    static_inputs = GraphInputs.allocate(
-        GraphShape.from_batch(batch), batch, features, model.visual
-    )
-    static_inputs.copy_from(batch, features, torch.tensor(1.0), model.visual)
-    ((packed_value, back),) = static_inputs.trainable_features
-    assert torch.equal(packed_value[: len(features)], features)
-    # Gradients of padding features are ignored.
-    back.copy_(torch.arange(back.numel()).view_as(back) / back.numel())
-    static_inputs.backward_features(features)
+    shape = GraphShape.from_batch(batch)
+    inputs = GraphInputs.allocate(shape, batch, features, model.visual)
+    inputs.copy_from(batch, features, ONE, model.visual)
+    ((static, gradient),) = inputs.trainable_features
+    assert torch.equal(static[: len(features)], features)
+    gradient.copy_(torch.arange(gradient.numel()).view_as(gradient) / gradient.numel())
+    inputs.backward_features(features)
     parameters = list(model.visual.parameters())
     found = [parameter.grad for parameter in parameters]
     again = model.encode_images(batch.patches_ND, batch.grid_thw)
-    expected = torch.autograd.grad((again * back[: len(again)]).sum(), parameters)
+    expected = torch.autograd.grad((again * gradient[: len(again)]).sum(), parameters)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -225,8 +230,7 @@ def test_static_gradients_keep_their_addresses() -> None:
     own = GraphGradients([large, small, idle, transposed])
     locations = []
     for factor in (2.0, 3.0):
-        # The large one is read twice, as a table is that is the head, too.
-        # The gradient of what is turned comes turned.
+        # The large parameter is used twice, as a tied embedding table is. A gradient is transposed.
         turned = (transposed.T * torch.arange(6.0).view(3, 2)).sum()
         loss = factor * (large.sum() + (large**2).sum() + small.sum() + features.sum() + turned)
         own.backward(loss, [(features, back)])
@@ -235,13 +239,13 @@ def test_static_gradients_keep_their_addresses() -> None:
         assert torch.equal(small.grad, torch.full_like(small, factor))
         assert torch.equal(back, torch.full_like(back, factor))
         assert idle.grad is None
-        assert transposed.grad.is_contiguous(), "not as the parameter lies: a step reads it so"
+        assert transposed.grad.is_contiguous()
         assert torch.equal(transposed.grad, factor * torch.arange(6.0).view(3, 2).T)
         locations.append((large.grad.data_ptr(), small.grad.data_ptr()))
     assert locations[0] == locations[1]
     loss = large.sum()
     loss.backward()
-    assert torch.equal(large.grad, torch.full_like(large, 10.0)), "a hook was left behind"
+    assert torch.equal(large.grad, torch.full_like(large, 10.0)), "a hook was not removed"
 
 
 class _Product(torch.autograd.Function):
@@ -279,6 +283,6 @@ def test_large_weight_gradient_is_written_directly(
         own.assign_grads()
         for weight in weights:
             torch.testing.assert_close(weight.grad, x.sum(0).expand_as(weight))
-    assert large.weight.grad.data_ptr() in came, "made elsewhere, and copied"
+    assert large.weight.grad.data_ptr() in came, "computed elsewhere, and copied"
     assert small.weight.grad.data_ptr() not in came
     assert fused._GRADIENT_BUFFERS == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_model import create_tiny_model
-from tiny_task import TinyTask
+from tiny_task import TinyTask, edit_samples
 
 from finesight.config import ImageRule, LongestSide, PixelRange
 from finesight.errors import UserError
@@ -32,18 +32,20 @@ def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
     first = task.run(*image_and_prompt, tune=LORA, name="first")
     run = task.folder / "first"
     task.recipe |= {"image": None, "tune": LORA}
-    for setting in ("model", "adapter"):
-        for source in (run, run / "adapter", run / "checkpoints" / "step-6"):
-            if (setting, source.name) == ("model", "adapter"):
-                continue
-            start, name = {setting: str(source)}, f"{setting}-{source.name}"
-            result = task.run(*ONE_STEP, name=name, **start)
-            loss = first.after.validation_loss
-            assert result.before.validation_loss == pytest.approx(loss, rel=1e-6)
-            manifest = json.loads((task.folder / name / "manifest.json").read_text())
-            if source.name != "adapter":
-                assert manifest["image_rule"] == {"height": 56, "width": 28}
-                assert manifest["system_prompt"] == "Name colours."
+    checkpoint = run / "checkpoints" / "step-6"
+    for setting, source in (
+        *(("model", source) for source in (run, checkpoint)),
+        *(("adapter", source) for source in (run, checkpoint, run / "adapter")),
+    ):
+        # An adapter folder has no manifest.
+        settings = image_and_prompt if source.name == "adapter" else ()
+        start, name = {setting: str(source)}, f"{setting}-{source.name}"
+        result = task.run(*ONE_STEP, *settings, name=name, **start)
+        loss = result.before.validation_loss
+        assert loss == pytest.approx(first.after.validation_loss, rel=1e-6)
+        manifest = json.loads((task.folder / name / "manifest.json").read_text())
+        assert manifest["image_rule"] == {"height": 56, "width": 28}
+        assert manifest["system_prompt"] == "Name colours."
     other = "image={longest_side: 56}", "data.system_prompt=Speak."
     task.run(*ONE_STEP, *other, name="other", adapter=str(run))
     manifest = json.loads((task.folder / "other" / "manifest.json").read_text())
@@ -134,12 +136,11 @@ def test_run_or_model_provides_missing_pixel_limit(rule: ImageRule, min_pixels: 
 @pytest.mark.parametrize("num_thoughts", [0, 5, 6])
 def test_run_uses_thinking_mode_of_most_samples(task: TinyTask, num_thoughts: int) -> None:
     """Six of the eleven samples with reasoning select thinking mode; five do not."""
-    data, run = task.folder / "train.jsonl", task.folder / "run"
-    samples = [json.loads(line) for line in data.read_text().splitlines()]
-    for sample in samples[:num_thoughts]:
-        answer = sample["messages"][-1]
-        answer["content"] = f"<think>\nIt is plain.\n</think>\n\n{answer['content']}"
-    data.write_text("\n".join(map(json.dumps, samples)) + "\n")
+    run = task.folder / "run"
+    with edit_samples(task.folder / "train.jsonl") as samples:
+        for sample in samples[:num_thoughts]:
+            answer = sample["messages"][-1]
+            answer["content"] = f"<think>\nIt is plain.\n</think>\n\n{answer['content']}"
     model = str(create_tiny_model(task.folder / "qwen3_5", "qwen3_5"))
     task.run(*ONE_STEP, model=model, tune=LORA, eval={"metric": "qa", "max_new_tokens": 3})
     is_thinking = num_thoughts == 6

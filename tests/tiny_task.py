@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -20,7 +21,10 @@ from torch import Tensor
 
 from finesight import storage
 from finesight.recipe import load_recipe
+from finesight.train import trainer
+from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
+from finesight.train.trainer import StepOutput, TrainState
 from finesight.train.training_run import train
 
 COLORS = {
@@ -159,10 +163,28 @@ class TinyTask:
                 assert torch.equal(trained[name], tensor), name
         return base, trained
 
-    def rewind_to_checkpoint(self) -> Path:
+    def truncate_images(self, *names: str) -> None:
+        """Truncate images after their header, so that only decoding fails."""
+        for name in names:
+            path = self.folder / f"{name}.png"
+            path.write_bytes(path.read_bytes()[:-30])
+
+    def rewind_to_checkpoint(self, *overrides: str) -> Path:
         """Return a run that was interrupted after the checkpoint of step 4."""
-        self.run()
+        self.run(*overrides)
         run = self.folder / "run"
         (run / "result.json").unlink()
         storage.remove_folder(run / "checkpoints" / "step-6")
         return run
+
+
+def act_before_step(patch: pytest.MonkeyPatch, index: int, act: Callable[[], object]) -> None:
+    """Do something before each attempt of a training step."""
+    real = trainer.train_step
+
+    def train_step(state: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
+        if step.step_index == index:
+            act()
+        return real(state, step, *rest)
+
+    patch.setattr(trainer, "train_step", train_step)

@@ -26,8 +26,6 @@ from finesight.train.dataloader import (
     DataWorkerError,
     StepBatch,
     StepDataset,
-    StepTransfer,
-    TensorBlock,
     TensorSpec,
     catch_user_error,
     read_steps,
@@ -103,26 +101,6 @@ def test_shared_prefix_is_stored_once_per_pack(folder: Path) -> None:
             assert batch.prefix_length in ({15} if batch.num_samples > 1 else {0})
             assert len(batch.ids_T) <= 100
         assert sum(len(batch.ids_T) for batch in step.packs) < step.num_tokens
-
-
-def test_shared_memory_transfer_roundtrip(folder: Path) -> None:
-    step, patches = make_dataset(folder).build_step(0)
-    before = contents([step])
-    parcel = StepTransfer.from_step(step, patches)
-    assert all(len(one.ids_T) == len(one.patches_ND) == 0 for one in parcel.step_batch.packs)
-    opened = parcel.unpack()
-    assert contents([opened]) == before
-    base, other = (
-        block.bytes_N.untyped_storage().data_ptr()
-        for block in (parcel.image_block, parcel.tensor_block)
-    )
-    for batch, packed in zip(opened.packs, step.packs, strict=True):
-        assert batch.patches_ND.untyped_storage().data_ptr() == base
-        assert batch.patches_ND.data_ptr() == packed.patches_ND.data_ptr()
-        assert batch.ids_T.untyped_storage().data_ptr() == other
-        assert batch.ids_T.data_ptr() % 64 == other % 64
-    empty = StepBatch(3, (), (), ())
-    assert StepTransfer.from_step(empty, TensorBlock.allocate()).unpack() == empty
 
 
 def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

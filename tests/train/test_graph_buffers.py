@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,32 +14,56 @@ import torch
 from cuda_graph_fixtures import (
     CPU,
     FULL_FINETUNE,
+    EagerGraphCache,
+    collect_grads,
     encode_images,
     encode_samples,
     make_model,
+    make_runner,
     pack_shared_prefix,
 )
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
+from finesight.config import TuneSettings
+from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, compute_context_lengths, pack
 from finesight.encode.tokenization import EncodedSample
+from finesight.model import attention, layers
+from finesight.model.attention import Segments
 from finesight.model.linear import FusedLinear
 from finesight.model.lora import fused
 from finesight.model.lora.fused import LoraMatmul
+from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
-from finesight.train import graph_buffers
-from finesight.train.graph_buffers import GraphGradients, GraphInputs, GraphShape, GraphVisionShape
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model_folder import ModelFolder
+from finesight.train import cuda_graphs, graph_buffers
+from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.graph_buffers import (
+    GraphGradients,
+    GraphInputs,
+    GraphShape,
+    GraphVisionShape,
+    can_capture_vision,
+    should_capture_vision,
+)
+from finesight.train.loss import fused_linear_cross_entropy
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 
 ONE = torch.tensor(1.0)
+PARTS = "vision", "merger", "language", "embeddings"
+ALL = dict.fromkeys(PARTS, "full")
+FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
     make_task(folder)
+    for family in (*FAMILIES, "qwen3_vl", "qwen"):
+        create_tiny_model(folder / family, family)
     return folder
 
 
@@ -162,45 +186,28 @@ def test_few_graph_shapes_are_used(samples: list[EncodedSample]) -> None:
     assert all(GraphShape.from_batch(one).num_tokens > len(one.ids_T) for one in packs)
 
 
-@pytest.fixture
-def shape(samples: list[EncodedSample]) -> GraphShape:
-    shape = GraphShape.from_batch(pack(samples[:4]))
-    return shape._replace(num_tokens=1024, num_sequences=16, num_features=512, num_labels=128)
-
-
-def vary(shape: GraphShape, **changes: Sequence[Any]) -> Iterator[GraphShape]:
-    return (shape._replace(**{name: one}) for name, values in changes.items() for one in values)
-
-
-def test_graph_rejects_incompatible_packs(shape: GraphShape) -> None:
+def test_graph_rejects_incompatible_packs(samples: list[EncodedSample]) -> None:
+    shape = GraphShape.from_batch(pack(samples[:4]))._replace(
+        num_tokens=1024, num_sequences=16, num_features=512, num_labels=128
+    )
     vision_shape = GraphVisionShape(256, 588, ((8, 64),))
-    for other in vary(
-        shape,
-        prefix_length=[8],
-        vision_shape=[vision_shape],
+    changes = {
+        "prefix_length": [8],
+        "vision_shape": [vision_shape],
         # One padding sequence more is needed for 960 tokens.
-        num_tokens=[896, 960, 1088],
-        num_labels=[128 // 3, 192],
-        max_seqlen=[shape.max_seqlen + 256],
-        num_features=[0, 576],
-        num_sequences=[7, 17],
-    ):
+        "num_tokens": [896, 960, 1088],
+        "num_labels": [128 // 3, 192],
+        "max_seqlen": [shape.max_seqlen + 256],
+        "num_features": [0, 576],
+        "num_sequences": [7, 17],
+    }
+    for other in (shape._replace(**{name: v}) for name, values in changes.items() for v in values):
         assert not shape.fits(other), other
     assert shape.fits(shape)
     assert shape.fits(shape._replace(num_tokens=960, num_sequences=15))
     long = shape._replace(max_seqlen=1024)
     assert not long.fits(shape), "long sequences have other kernels"
     assert long.fits(long._replace(max_seqlen=512))
-
-
-def test_merged_graph_shape_covers_all_shapes(shape: GraphShape) -> None:
-    for other in vary(
-        shape, num_features=[768], num_labels=[192], num_tokens=[1088], num_sequences=[24]
-    ):
-        wider = shape.widen([other])
-        assert wider.fits(other)
-        assert wider.fits(shape)
-    assert shape.widen([*vary(shape, num_tokens=[2048], prefix_length=[4])]) == shape
 
 
 def test_feature_gradients_reach_the_encoder(samples: list[EncodedSample]) -> None:
@@ -286,3 +293,263 @@ def test_large_weight_gradient_is_written_directly(
     assert large.weight.grad.data_ptr() in came, "computed elsewhere, and copied"
     assert small.weight.grad.data_ptr() not in came
     assert fused._GRADIENT_BUFFERS == []
+
+
+def make_vision_model(folder: Path, family: str, tune: dict[str, Any] = ALL) -> VisionLanguageModel:
+    settings = TuneSettings.model_validate(tune)
+    return make_model(torch.float32, CPU, settings, ModelFolder(folder / family))
+
+
+def make_packs(folder: Path, family: str, each: int) -> list[PackedBatch]:
+    """Create three packs of `each` samples."""
+    samples = encode_samples(folder, ModelFolder(folder / family), max_pixels=30_000)
+    return [pack(samples[at : at + each]) for at in range(0, 3 * each, each)]
+
+
+def compute_loss(
+    model: VisionLanguageModel, h_LD: Tensor, labels_L: Tensor, weight: Tensor
+) -> Tensor:
+    return fused_linear_cross_entropy(h_LD, model.lm_head_weight, labels_L, weight)
+
+
+def assert_close_gradients(found: Tensor | None, expected: Tensor | None, most: float) -> None:
+    """Compare the norm of the error with the norm of the gradient."""
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        assert float((found - expected).norm()) < most * float(expected.norm().clamp(min=1e-12))
+
+
+def without_empty(segments: Segments) -> Segments:
+    """Without a kernel for segments of any length, empty ones have to be left out."""
+    full = [length for length in segments.cu_seqlens_S1.diff().tolist() if length]
+    return Segments.from_lengths(full, CPU)
+
+
+def compute_static_loss(model: VisionLanguageModel, inputs: GraphInputs) -> Tensor:
+    """Compute the loss of the pack in the buffers."""
+    vision_inputs = inputs.vision_inputs
+    segments = vision_inputs.layout.segments
+    filled = {id(own): without_empty(own) for own in segments}
+    layout = replace(vision_inputs.layout, segments=tuple(filled[id(own)] for own in segments))
+    features = replace(vision_inputs, layout=layout).encode(model.visual)
+    shape, batch = inputs.shape, inputs.batch
+    own = Segments(batch.lengths, batch.cu_seqlens_S1, shape.max_seqlen, shape.num_tokens)
+    sequences = without_empty(own)
+    batch = replace(batch, lengths=sequences.lengths, cu_seqlens_S1=sequences.cu_seqlens_S1)
+    # The kernel leaves rows without a target out; here those of the pack come first.
+    count = int((batch.labels_L >= 0).sum())
+    return compute_loss(model, model(batch, features), batch.labels_L[:count], inputs.loss_weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_padding_does_not_change_results(folder: Path, family: str) -> None:
+    """The buffers contained another pack before, and have more than one empty segment."""
+    model = make_vision_model(folder, family)
+    other, batch, _ = make_packs(folder, family, 3)
+    assert can_capture_vision(model)
+    encoder = model.visual
+    merge = encoder.config.merge_size
+    shapes = [GraphVisionShape.from_batch(one, encoder) for one in (other, batch)]
+    patches = max(shape.num_patches for shape in shapes) + 2 * PAD_MULTIPLE * merge**2
+    segment_shapes = tuple(
+        (max(a[0], b[0]) + 8, max(a[1], b[1]))
+        for a, b in zip(*(shape.segment_shapes for shape in shapes), strict=True)
+    )
+    shape = GraphShape.from_batch(batch)._replace(
+        vision_shape=GraphVisionShape(patches, shapes[1].patch_bytes, segment_shapes),
+        num_features=patches // merge**2,
+        num_tokens=2048,
+        num_sequences=16,
+        max_seqlen=1024,
+        num_labels=512,
+    )
+    inputs, weight = GraphInputs.allocate(shape, batch, None, encoder), torch.tensor(0.5)
+    inputs.copy_from(other, None, torch.tensor(2.0), encoder)
+    inputs.copy_from(batch, None, weight, encoder)
+    for own in inputs.vision_inputs.layout.segments:
+        lengths = own.cu_seqlens_S1.diff()
+        assert int(own.cu_seqlens_S1[-1]) == patches, "patches outside all segments"
+        assert 0 <= int(lengths.min()) <= int(lengths.max()) <= own.max_seqlen
+    losses = (
+        compute_static_loss(model, inputs),
+        compute_loss(model, model(batch), batch.labels_L, weight),
+    )
+    torch.testing.assert_close(*losses)
+    parameters = list(trainable_parameters(model).values())
+    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
+    for found, expected in zip(*gradients, strict=True):
+        assert_close_gradients(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_shape_fits_all_packs(folder: Path, family: str) -> None:
+    """Check that the cumulative lengths end at the last patch for all sizes of padding."""
+    encoder = make_vision_model(folder, family).visual
+    for each in (1, 2, 3, 5):
+        for batch in make_packs(folder, family, each):
+            vision_shape = GraphVisionShape.from_batch(batch, encoder)
+            shape = GraphShape.from_batch(batch, vision_shape)
+            patches = vision_shape.num_patches
+            assert shape.num_features * encoder.config.merge_size**2 == patches
+            inputs = GraphInputs.allocate(shape, batch, None, encoder)
+            inputs.copy_from(batch, None, torch.tensor(1.0), encoder)
+            for own in inputs.vision_inputs.layout.segments:
+                assert int(own.cu_seqlens_S1[-1]) == patches
+                assert int(own.cu_seqlens_S1.diff().max()) <= own.max_seqlen
+
+
+def test_capturable_vision_encoders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_captured(family: str, tune: dict[str, Any], checkpointed: float = 0.0) -> bool:
+        return can_capture_vision(
+            make_vision_model(folder, family, tune)
+        ) and should_capture_vision(100, checkpointed)
+
+    lora: dict[str, Any] = {"language": "lora", "vision": "lora"}
+    for family in FAMILIES:
+        assert is_captured(family, ALL)
+        assert is_captured(family, lora | {"lora": {"rank": 4, "dropout": 0.0}})
+        assert not is_captured(family, lora | {"lora": {"rank": 4, "dropout": 0.1}}), "dropout"
+        assert not is_captured(family, {"language": "full"}), "a frozen encoder"
+        assert not is_captured(family, ALL, checkpointed=1.0), "activation checkpointing"
+    assert not is_captured("qwen3_vl", ALL), "positions depend on sizes"
+    assert not is_captured("qwen", ALL)
+    odd = make_vision_model(folder, "qwen2_vl")
+    odd.visual.config = replace(odd.visual.config, num_heads=odd.visual.config.hidden_size // 4)
+    assert not can_capture_vision(odd), "an unsupported head dimension"
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", 99)
+    assert not is_captured("qwen2_vl", ALL)
+    assert not should_capture_vision(0, 0.0), "texts"
+
+
+@pytest.fixture
+def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run static buffers on a CPU, with attention over cumulative lengths and a loss without
+    padding."""
+    attend = attention.varlen_attention
+
+    def attend_nonempty(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments,
+        *,
+        causal: bool,
+        key_segments: None = None,
+    ) -> Tensor:
+        return attend(q, k, v, without_empty(segments), causal=causal)
+
+    def compute_loss_of_labels(
+        h_LD: Tensor, head_VD: Tensor, target_L: Tensor, scale: Tensor
+    ) -> Tensor:
+        count = int((target_L >= 0).sum())
+        return fused_linear_cross_entropy(h_LD, head_VD, target_L[:count], scale)
+
+    for module in (attention, layers):
+        monkeypatch.setattr(module, "varlen_attention", attend_nonempty)
+    monkeypatch.setattr(cuda_graphs, "fused_linear_cross_entropy", compute_loss_of_labels)
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda *_: True)
+    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", EagerGraphCache)
+    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
+
+
+def assert_matches_model(
+    runner: CudaGraphRunner,
+    model: VisionLanguageModel,
+    batch: PackedBatch,
+    rtol: float = 1.3e-6,
+    grad_tolerance: float = 1e-5,
+) -> None:
+    """Compare loss and gradients of a pack with those of the model itself.
+
+    The autograd graph ends here: its streams would break the next capture.
+    """
+    weight = torch.tensor(0.1, device=batch.ids_T.device)
+    loss, found = runner.forward_backward(batch, None, weight), collect_grads(model)
+    expected = compute_loss(model, model(batch), batch.labels_L, weight)
+    torch.testing.assert_close(loss, expected.detach(), rtol=rtol, atol=1e-5 if rtol < 1e-3 else 0)
+    parameters = list(trainable_parameters(model).values())
+    gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for mine, theirs in zip(found, gradients, strict=True):
+        assert_close_gradients(mine, None if theirs is None else theirs.float(), grad_tolerance)
+
+
+def without_images(batch: PackedBatch) -> PackedBatch:
+    empty = batch.patches_ND[:0], batch.visual_indices_M[:0]
+    return replace(batch, grid_thw=(), patches_ND=empty[0], visual_indices_M=empty[1])
+
+
+@pytest.mark.usefixtures("eager_graphs")
+@pytest.mark.parametrize("parts", [PARTS, ("merger", "language")], ids=len)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_pack_gets_its_own_gradients(
+    folder: Path, family: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs with small, large and no images alternate; gradients of one graph do not leak into the
+    next."""
+    model = make_vision_model(folder, family, dict.fromkeys(parts, "full"))
+    few, many = make_packs(folder, family, 1)[0], make_packs(folder, family, 5)[0]
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", len(many.patches_ND) - 1)
+    texts, runner = without_images(few), make_runner(model)
+    for batch in (few, texts, few, many, few, texts, many, few):
+        assert_matches_model(runner, model, batch)
+    assert len(runner.graphs.keys) == 8
+    has_vision = [shape.vision_shape is not None for shape in runner.static_inputs]
+    assert has_vision == [True, False, False]
+
+
+@pytest.mark.usefixtures("eager_graphs")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_graph_gives_each_pack_its_gradients(
+    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vision encoder runs eagerly; captured, it would need equal numbers of images."""
+    for module, name, value in (
+        (cuda_graphs, "MIN_STARVED_PACKS", 0),
+        (cuda_graphs, "NUM_WARMUP_PACKS", 100),
+        (cuda_graphs, "has_half_free", lambda device: True),
+        (graph_buffers, "MAX_PADDING_DIVISOR", 1),
+        (graph_buffers, "MAX_GRAPH_PATCHES", 0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    model = make_vision_model(folder, family, {"merger": "full", "language": "full"})
+    few, more = make_packs(folder, family, 2)[0], make_packs(folder, family, 3)[0]
+    texts, runner = without_images(few), make_runner(model)
+    assert GraphShape.from_batch(few) != GraphShape.from_batch(more)
+    runner.shape_counts.update(map(GraphShape.from_batch, (few, more)))
+    monkeypatch.setattr(runner.timer, "is_replay_faster", lambda tokens: True)
+    for batch in (few, more, texts, few, more, texts, few):
+        assert_matches_model(runner, model, batch)
+    assert runner.graphs.keys == [0, 0, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_rare_pack_sizes_exclude_the_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 3)
+    runner = make_runner(make_vision_model(folder, "qwen2_vl"))
+    batch, sizes = make_packs(folder, "qwen2_vl", 2)[0], iter(range(256, 10_000, 64))
+
+    def from_batch(*_: object) -> GraphVisionShape:
+        return GraphVisionShape(256, 588, ((8, next(sizes)),))
+
+    monkeypatch.setattr(GraphVisionShape, "from_batch", from_batch)
+    for _ in range(5):
+        runner.forward_backward(batch, None, torch.tensor(1.0))
+    assert [shape.vision_shape for shape in runner.static_inputs] == [None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_encoder_matches_eager_training(
+    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = torch.device("cuda")
+    model = make_vision_model(folder, family).to(cuda, torch.bfloat16)
+    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
+    runner = make_runner(model)
+    packs = [batch.to(cuda) for batch in make_packs(folder, family, 3)]
+    packs.append(without_images(packs[0]))
+    for batch in packs * 3:
+        assert_matches_model(runner, model, batch, rtol=2e-3, grad_tolerance=0.05)
+    assert runner.graphs is not None, "a capture failed"
+    assert any(inputs.vision_inputs is not None for inputs in runner.static_inputs.values())

@@ -147,7 +147,7 @@ def test_record_survives_saving_and_compares_common_samples(tmp_path: Path) -> N
 def test_damaged_image_may_be_repaired(task: TinyTask, on_invalid_sample: str) -> None:
     image, run = task.folder / "train4.png", task.folder / "run"
     full = image.read_bytes()
-    image.write_bytes(full[:60])
+    task.truncate_images("train4")
     settings = (f"data.on_invalid_sample={on_invalid_sample}", "train.save_every=1")
     if on_invalid_sample == "fail":
         with pytest.raises(UserError, match=r"train4\.png"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
+from tiny_task import TinyTask, act_before_step, read_final_files, read_losses, write_recipe
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from finesight import storage
@@ -26,8 +26,6 @@ from finesight.model.layers import GatedMlp
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train import trainer
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataloader import StepBatch
-from finesight.train.trainer import StepOutput, TrainState
 
 OOM_MESSAGE = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB left. And more.\nSee also"
@@ -153,20 +151,6 @@ def test_graph_memory_is_freed_before_packs_shrink(
     assert_bit_identical(task, plain_run)
 
 
-def from_third_step(
-    monkeypatch: pytest.MonkeyPatch, act: Callable[[TrainState, StepBatch], None]
-) -> None:
-    """Do something before every try of the third step and of those after it."""
-    real = trainer.train_step
-
-    def train_step(state: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
-        if step.step_index >= 2:
-            act(state, step)
-        return real(state, step, *rest)
-
-    monkeypatch.setattr(trainer, "train_step", train_step)
-
-
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_failed_pack_frees_its_tensors(task: TinyTask, checkpointed: bool) -> None:
     outputs: list[weakref.ref[torch.Tensor]] = []
@@ -246,11 +230,11 @@ def test_sample_that_never_fits_ends_with_checkpoint(
 ) -> None:
     is_full = False
 
-    def fill(state: TrainState, step: StepBatch) -> None:
+    def fill() -> None:
         nonlocal is_full
         is_full = True
 
-    from_third_step(monkeypatch, fill)
+    act_before_step(monkeypatch, 2, fill)
     recipe = task.recipe | {"output_dir": str(task.folder / "run")}
     path = write_recipe(task.folder / "recipe.yaml", recipe, save_every=6)
     with simulate_oom(lambda *_: is_full):
@@ -373,7 +357,7 @@ def test_real_gpu_out_of_memory(task: TinyTask, monkeypatch: pytest.MonkeyPatch)
     task.recipe |= {"image": {"min_pixels": 784_000, "max_pixels": 800_000}, "tune": tune}
     is_limited = False
 
-    def limit_memory(state: TrainState, step: StepBatch) -> None:
+    def limit_memory() -> None:
         nonlocal is_limited
         if is_limited:
             return
@@ -388,7 +372,7 @@ def test_real_gpu_out_of_memory(task: TinyTask, monkeypatch: pytest.MonkeyPatch)
 
     torch.cuda.reset_peak_memory_stats()
     task.run(*settings, name="unlimited")
-    from_third_step(monkeypatch, limit_memory)
+    act_before_step(monkeypatch, 2, limit_memory)
     try:
         task.run(*settings)
     finally:

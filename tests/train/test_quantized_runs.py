@@ -105,13 +105,6 @@ def test_full_model_has_published_weights(task: TinyTask, tune: dict[str, Any]) 
     assert not torch.equal(trained[name], base[name])
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp8"])
-def test_resumed_run_keeps_quantization(task: TinyTask, kind: str) -> None:
-    task.rewind_to_checkpoint()
-    with pytest.raises(UserError, match=rf"tune\.quantize is {{.*'{kind}': \['language'\].* now"):
-        task.run(f"tune.quantize.{kind}=[language]", resume=True)
-
-
 @pytest.mark.parametrize(("kind", "tune"), [("nf4", LANGUAGE), ("fp8", FP8)])
 def test_quantized_experts_are_rejected(task: TinyTask, kind: str, tune: dict[str, Any]) -> None:
     """Quantization is refused for their part, and adapters leave them as they are."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 from PIL import Image
 from tiny_model import TinyFamily
-from tiny_task import TinyTask, edit_samples, read_final_files, read_losses
+from tiny_task import TinyTask, act_before_step, edit_samples, read_final_files, read_losses
 from vision_cache_fixtures import (
     LORA,
     assert_features_match,
@@ -26,10 +26,9 @@ from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import TrainingInterrupted
 from finesight.report.run_reader import read_run
 from finesight.report.summary import compute_phases
-from finesight.train import trainer, vision_cache_builder
-from finesight.train.dataloader import StepBatch
+from finesight.train import vision_cache_builder
 from finesight.train.logging import count_flops
-from finesight.train.trainer import StepOutput, TrainState, train_step
+from finesight.train.trainer import train_step
 from finesight.train.training_run import StopRequest
 
 CACHES = ["memory", "disk"]
@@ -189,8 +188,7 @@ def test_gpu_oom_during_build_disables_the_cache(
 
 def test_corrupt_image_skips_only_its_sample(task: TinyTask) -> None:
     """The missing features of its chunk are not read from disk."""
-    image = task.folder / "train3.png"
-    image.write_bytes(image.read_bytes()[:-30])
+    task.truncate_images("train3")
     names = ("memory", "disk", "disk-again", "never")
     for name in names:
         task.run(f"train.vision_cache={name.partition('-')[0]}", name=name, tune=LORA)
@@ -202,18 +200,6 @@ def test_corrupt_image_skips_only_its_sample(task: TinyTask) -> None:
     assert cached[0] == pytest.approx(uncached, rel=1e-4)
     with pytest.raises(CorruptImageError, match=r"train3\.png: truncated"):
         task.run("data.on_invalid_sample=fail", name="refused", tune=LORA)
-
-
-def act_at_step(patch: pytest.MonkeyPatch, number: int, act: Any) -> None:
-    """Do something before a training step."""
-    real = trainer.train_step
-
-    def train_step(state: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
-        if step.step_index == number:
-            act()
-        return real(state, step, *rest)
-
-    patch.setattr(trainer, "train_step", train_step)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +224,7 @@ def test_resumed_run_equals_uninterrupted_run(
         raise TrainingInterrupted("interrupted")
 
     with pytest.MonkeyPatch.context() as patch:
-        act_at_step(patch, step, interrupt)
+        act_before_step(patch, step, interrupt)
         with pytest.raises(TrainingInterrupted):
             task.run(f"train.vision_cache={caches[0]}")
     assert len(read_losses(task.folder / "run")) == step
@@ -260,7 +246,7 @@ def test_lost_cache_files_end_with_checkpoint(
     task.recipe["tune"] = LORA
     task.run(*settings, name="whole")
     with monkeypatch.context() as patch:
-        act_at_step(patch, 1, lambda: [f.unlink() for f in assets.rglob("*.safetensors")])
+        act_before_step(patch, 1, lambda: [f.unlink() for f in assets.rglob("*.safetensors")])
         with pytest.raises(UnreadableFileError, match=r"cached image features cannot be read"):
             task.run(*settings)
     assert 2 <= len(read_losses(task.folder / "run")) < 6

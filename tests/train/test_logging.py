@@ -11,7 +11,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -208,47 +209,30 @@ def test_loss_spike_is_above_the_recent_level(
     assert is_loss_spike(loss, recent) == is_spike
 
 
-class Recorder:
+@pytest.fixture
+def tracker() -> mock.Mock:
     """Tracker manager that records all calls."""
-
-    is_active = True
-
-    def __init__(self) -> None:
-        self.records: list[tuple[Any, ...]] = []
-
-    def log_metrics(self, step: int, values: dict[str, float]) -> None:
-        self.records.append(("figures", step, values))
-
-    def log_images(self, step: int, images: list[Any]) -> None:
-        self.records.append(("images", step, len(images)))
-
-    def send_alert(self, level: str, title: str, text: str) -> None:
-        self.records.append((level, title, text))
+    return mock.Mock(is_active=True)
 
 
 @pytest.fixture
-def events(tmp_path: Path) -> tuple[TrackingEvents, Recorder]:
+def events(tmp_path: Path, tracker: mock.Mock) -> TrackingEvents:
     state: Any = SimpleNamespace(run_dir=RunDir(tmp_path))
-    recorder = Recorder()
-    return TrackingEvents(state, cast(Any, recorder)), recorder
+    return TrackingEvents(state, tracker)
 
 
 @pytest.mark.parametrize(
     ("name", "alert"),
-    [
-        ("", None),
-        ("nonfinite_samples", "non-finite step"),
-        ("loss_spike_samples", "loss spike"),
-    ],
+    [("", None), ("nonfinite_samples", "non-finite step"), ("loss_spike_samples", "loss spike")],
 )
 def test_steps_are_tracked(
-    events: tuple[TrackingEvents, Recorder], name: str, alert: str | None
+    events: TrackingEvents, tracker: mock.Mock, name: str, alert: str | None
 ) -> None:
     metrics = {"step": 7, "loss": 2.5, "lr": {"language": 1e-4}, "num_samples": 16}
     metrics |= {"grad_norm": None, "nonfinite_samples": (), "loss_spike_samples": ()}
-    events[0].log_step(metrics | {name: ("train.jsonl:3",)})
-    figures, *alerts = events[1].records
-    assert figures == ("figures", 7, {"loss": 2.5, "learning_rate/language": 1e-4})
+    events.log_step(metrics | {name: ("train.jsonl:3",)})
+    tracker.log_metrics.assert_called_once_with(7, {"loss": 2.5, "learning_rate/language": 1e-4})
+    alerts = [call.args for call in tracker.send_alert.mock_calls]
     assert [one[:2] for one in alerts] == ([("warning", alert)] if alert else [])
     assert all("step 7" in text for _, _, text in alerts)
 
@@ -265,14 +249,15 @@ def test_steps_are_tracked(
     ],
 )
 def test_worse_evaluation_sends_alert(
-    events: tuple[TrackingEvents, Recorder],
+    events: TrackingEvents,
+    tracker: mock.Mock,
     tmp_path: Path,
     headline: str | None,
     before: tuple[float, float],
     now: tuple[float, float],
     worse: str | None,
 ) -> None:
-    tracking, recorder = events
+    """The evaluation of other samples is not compared."""
     first, second = (
         EvalResult(step, loss, {headline: score} if headline else {}, headline)
         for step, (score, loss) in ((0, before), (4, now))
@@ -280,16 +265,15 @@ def test_worse_evaluation_sends_alert(
     lines = [json.dumps(one.as_json()) + "\n" for one in (first, second)]
     RunDir(tmp_path).metrics_path.write_text("".join(lines))
     full = replace(second, validation_loss=9.0)
-    tracking.log_evaluation(replace(second, full=full), "step-4")
+    events.log_evaluation(replace(second, full=full), "step-4")
+    events.log_evaluation(replace(second, sample_set="0af1"), "step-4")
     scores = {f"scores/{headline}": now[0]} if headline else {}
     all_scores = {f"all_samples/{name}": score for name, score in scores.items()}
-    alerts = [] if worse is None else [("warning", "worse than before training", worse)]
-    assert recorder.records == [
-        ("figures", 4, {"validation_loss": now[1], **scores}),
-        ("figures", 4, {"all_samples/validation_loss": 9.0, **all_scores}),
-        ("images", 4, 0),
-        *alerts,
+    assert tracker.log_metrics.mock_calls == [
+        mock.call(4, {"validation_loss": now[1], **scores}),
+        mock.call(4, {"all_samples/validation_loss": 9.0, **all_scores}),
+        mock.call(4, {"validation_loss": now[1], **scores}),
     ]
-    # The evaluation of other samples is not compared.
-    tracking.log_evaluation(replace(second, sample_set="0af1"), "step-4")
-    assert len(recorder.records) == 5 + len(alerts)
+    assert tracker.log_images.mock_calls == [mock.call(4, [])] * 2
+    alerts = [call.args for call in tracker.send_alert.mock_calls]
+    assert alerts == ([("warning", "worse than before training", worse)] if worse else [])

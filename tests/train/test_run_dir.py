@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from finesight.errors import UserError
-from finesight.recipe import recipe_from_dict
 from finesight.train.run_dir import RunDir
 
 
@@ -48,16 +45,6 @@ def test_finished_run_offers_a_free_folder(
     assert caught.value.remedy == f"set another folder: output_dir={tmp_path / expected}"
 
 
-def test_full_weights_are_available_after_the_run(tmp_path: Path) -> None:
-    settings = {"model": "finesight-tiny", "data": {"train": "a.jsonl"}, "output_dir": "run"}
-    run = RunDir(tmp_path / "run")
-    for mode, start in (("full", "after the run has finished"), ("lora", "from the checkpoint")):
-        recipe = recipe_from_dict(settings | {"tune": {"language": mode}})
-        text = run.suggest_restart(recipe, tmp_path / "step-2", {"train.batch_size": 3})
-        assert start in text
-        assert f": finesight train {tmp_path}/run/recipe.yaml train.batch_size=3" in text
-
-
 @pytest.mark.parametrize("resume", [False, True])
 def test_foreign_paths_are_rejected(tmp_path: Path, resume: bool) -> None:
     folder, link, loop = (tmp_path / name for name in ("folder", "link", "loop"))
@@ -75,27 +62,6 @@ def test_foreign_paths_are_rejected(tmp_path: Path, resume: bool) -> None:
     ):
         with pytest.raises(UserError, match=words):
             RunDir(path).check_available(resume)
-
-
-def test_run_folder_is_locked(tmp_path: Path) -> None:
-    script = f"""
-from pathlib import Path
-from finesight.errors import UserError
-from finesight.train.run_dir import RunDir
-try:
-    with RunDir(Path({str(tmp_path)!r})).lock():
-        print("entered")
-except UserError as error:
-    print(error.what)
-"""
-
-    def enter() -> str:
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        return done.stdout.strip()
-
-    with RunDir(tmp_path).lock():
-        assert enter() == f"another process is training in {tmp_path.name}"
-    assert enter() == "entered"
 
 
 @pytest.fixture
@@ -127,10 +93,3 @@ def test_truncated_last_line_is_removed(run: RunDir, truncated: str) -> None:
     run.append_metrics({"step": 6, "loss": 0.1})
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 5, 6]
-
-
-def test_result_file_marks_the_end(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    assert run.read_result() is None
-    run.write_result({"steps": 3})
-    assert json.loads(run.read_result() or "") == {"steps": 3}

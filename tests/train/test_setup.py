@@ -106,18 +106,6 @@ def test_resuming_with_a_new_schedule_names_the_commands(
     assert f"run/recipe.yaml {setting}={run} output_dir=" in task.console_output.replace("\n", " ")
 
 
-def test_continued_run_is_continued_by_the_same_setting(task: TinyTask) -> None:
-    task.run(tune=LORA, name="first")
-    for setting in ("model", "adapter"):
-        start = {setting: str(task.folder / "first")}
-        for resume in (False, True):
-            task.run(*ONE_STEP, tune=LORA, name=setting, resume=resume, **start)
-        run = task.folder / setting
-        words = task.console_output.replace("\n", " ").partition("finesight train ")[2].split()
-        assert words == [f"{run}/recipe.yaml", f"{setting}={run}", f"output_dir={run}-2"]
-        assert train(load_recipe(Path(words[0]), words[1:])).steps == 1
-
-
 @pytest.mark.parametrize(
     ("rule", "min_pixels"),
     [(PixelRange(min_pixels=1568, max_pixels=7056), 1568), (LongestSide(longest_side=56), 3136)],

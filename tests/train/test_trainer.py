@@ -324,7 +324,8 @@ def test_parts_without_gradient_are_rejected_before_the_first_step(
 
 def test_evaluation_shows_its_progress(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
-    task.run(*ONE_STEP, eval={"metric": "qa", "max_new_tokens": 2, "batch_size": 1})
+    evaluation = {"metric": "qa", "max_new_tokens": 2, "batch_size": 1}
+    task.run(*ONE_STEP, "train.batch_size=1", eval=evaluation)
     for stage in ("validation loss", "generation"):
         for name in ("before", "after"):
             # The first sample includes the warm-up, so its time is no estimate.

@@ -136,28 +136,6 @@ def test_state_of_other_version_is_rejected(
     assert str(folder / STATE_FILE) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("now", "before", "expected"),
-    [
-        ((1.0, None), None, True),
-        ((1.0, None), (2.0, None), True),
-        ((2.0, None), (2.0, None), False),
-        ((9.0, 0.6), (1.0, 0.5), True),
-        ((1.0, 0.4), (9.0, 0.5), False),
-        ((1.0, 0.5), (9.0, 0.5), True),
-        ((9.0, 0.0), (1.0, None), True),
-    ],
-)
-def test_primary_score_then_loss_decides_best(
-    now: tuple[float, float | None], before: tuple[float, float | None] | None, expected: bool
-) -> None:
-    def build(step: int, loss: float, score: float | None) -> BestEval:
-        metric = None if score is None else "f1"
-        return BestEval(step=step, validation_loss=loss, primary_metric=metric, primary_score=score)
-
-    assert build(2, *now).is_better_than(build(1, *before) if before else None) is expected
-
-
 class BlockingDisk(storage.FileSystem):
     """Makes no folder before it may."""
 

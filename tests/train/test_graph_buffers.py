@@ -116,10 +116,14 @@ def test_pack_padding_does_not_change_results(
 
 
 def make_pack(
-    template: PackedBatch, rng: random.Random, bounds: tuple[int, int], prefix: int, count: int
+    template: PackedBatch,
+    rng: random.Random,
+    length_range: tuple[int, int],
+    prefix: int,
+    count: int,
 ) -> PackedBatch:
-    """Create a pack of random sequence lengths within bounds, with arbitrary content."""
-    own = [rng.randint(*bounds) for _ in range(count)]
+    """Create a pack of random sequence lengths in a range, with arbitrary content."""
+    own = [rng.randint(*length_range) for _ in range(count)]
     lengths = (prefix, *own) if prefix else tuple(own)
     ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
     labels_L = torch.zeros(rng.randint(count, 3 * count), dtype=torch.int64)
@@ -163,9 +167,10 @@ def test_merged_graph_shape_accepts_its_packs(samples: list[EncodedSample]) -> N
     num_wider = 0
     for _ in range(100):
         prefix, most = rng.choice([0, 15, 200]), rng.choice([40, 140, 300])
-        count, bounds = rng.randint(3, 20), (most // 2, most)
+        count, length_range = rng.randint(3, 20), (most // 2, most)
         packs = [
-            make_pack(template, rng, bounds, prefix, count + rng.randint(0, 2)) for _ in range(6)
+            make_pack(template, rng, length_range, prefix, count + rng.randint(0, 2))
+            for _ in range(6)
         ]
         shapes = [GraphShape.from_batch(one) for one in packs]
         shape = shapes[0].widen(shapes[1:])
@@ -538,7 +543,6 @@ def test_rare_pack_sizes_exclude_the_encoder(folder: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graph_encoder_matches_eager_training(
     folder: Path, family: str, monkeypatch: pytest.MonkeyPatch

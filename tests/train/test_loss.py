@@ -68,7 +68,6 @@ def test_loss_scale_preserves_small_fp16_probabilities() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("words", "rows"), [(101, None), (151_936, 7), (5000, 16)])
 def test_kernel_error_is_not_larger_than_torch(

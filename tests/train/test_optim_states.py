@@ -37,7 +37,6 @@ SHAPES = {
     "model.layers.1.mlp.down_proj.weight": (5, 6),
     "model.embed_tokens.weight": (7, 6),
 }
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def make_parameters() -> dict[str, nn.Parameter]:
@@ -114,7 +113,6 @@ def test_stacked_steps_match_single_matrices(monkeypatch: pytest.MonkeyPatch, mo
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_cuda_graph_steps_match_eager_steps() -> None:
     generator = torch.Generator("cuda").manual_seed(4)
     shapes = [(64, 96), (64, 96), (128, 64)]
@@ -137,7 +135,6 @@ def test_cuda_graph_steps_match_eager_steps() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_skipped_step_changes_no_state(dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(5)
@@ -159,7 +156,6 @@ def test_skipped_step_changes_no_state(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_cuda_graph_uses_loaded_state() -> None:
     """A CUDA graph stores addresses, so a new state tensor would be ignored."""
     named, again = (

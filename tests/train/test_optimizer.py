@@ -84,11 +84,11 @@ def assert_equal_states(one: MasterWeightOptimizer, other: MasterWeightOptimizer
 
 def test_fp32_matches_torch_adamw_with_groups_and_clipping() -> None:
     named, baseline = make_parameters(), make_parameters()
-    rates = {"visual": 1e-3, "model.layers": 1e-2, "model.embed": 3e-3}
+    learning_rates = {"visual": 1e-3, "model.layers": 1e-2, "model.embed": 3e-3}
     groups = [
         {
             "params": [parameter],
-            "lr": 0.5 * next(rate for start, rate in rates.items() if name.startswith(start)),
+            "lr": 0.5 * next(lr for start, lr in learning_rates.items() if name.startswith(start)),
             "weight_decay": 0.1 if parameter.dim() > 1 else 0.0,
         }
         for name, parameter in baseline.items()

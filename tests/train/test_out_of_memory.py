@@ -348,7 +348,6 @@ def test_evaluation_batch_size_is_reduced(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_real_gpu_out_of_memory(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of a thousand tokens; from the third step on, half of the memory is available."""
     settings = ("train.device=cuda", "train.num_workers=2", "train.pack_tokens=16384")

@@ -1,10 +1,12 @@
-"""Complete runs of the tiny task: files, errors and console output."""
+"""Runs of the tiny task: files, errors and console output; training steps."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,20 @@ from safetensors.torch import load_file
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask, act_before_step, read_losses
 from torch.nn.modules.module import register_module_forward_pre_hook
+from vision_cache_fixtures import LORA, make_train_state
 
 from finesight import storage
 from finesight.data.image_header import CorruptImageError
-from finesight.errors import UserError
+from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
 from finesight.train import console, optimizer
+from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
+from finesight.train.trainer import StepOutput, TrainState, micro_batch_seed, train_step
+from finesight.train.training_run import StopRequest
 
 ONE_STEP = ("train.steps=1", "train.epochs=null")
 
@@ -260,7 +266,6 @@ def test_activation_checkpointing_changes_only_memory(task: TinyTask, tune: dict
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
     settings = ("train.device=cuda", "train.precision=bf16", "train.num_workers=2")
     first = task.run(*settings)
@@ -360,3 +365,81 @@ def test_default_evaluations_and_overfitting_warning(
     checkpoint = re.search(r"training loss fell.*\(checkpoint (\S+/step-\d+)\)", warning)
     assert checkpoint is not None
     assert Path(checkpoint[1]).is_dir()
+
+
+def make_state(folder: Path, precision: str = "fp32") -> tuple[TrainState, dict[str, torch.Tensor]]:
+    """Return a train state, and a copy of its master weights."""
+    state = make_train_state(folder, LORA | {"merger": "full"}, precision=precision)
+    return state, {name: value.clone() for name, value in state.optimizer.master_weights().items()}
+
+
+def take_step(state: TrainState, number: int = 0) -> StepOutput:
+    return train_step(state, state.step_dataset.get_step(number), StopRequest())
+
+
+def has_weights(state: TrainState, expected: dict[str, Any]) -> bool:
+    found = state.optimizer.master_weights()
+    return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_trains_with_fp32_masters(tmp_path: Path, precision: str) -> None:
+    state, masters = make_state(tmp_path / "task", precision)
+    outputs = [take_step(state) for _ in range(6)]
+    assert all(one.is_applied for one in outputs)
+    assert outputs[-1].wait()[0] < outputs[0].wait()[0] - 0.2
+    assert {value.dtype for value in masters.values()} == {torch.float32}
+    parameters = dict(state.model.named_parameters())
+    for name, value in state.optimizer.export_weights().items():
+        assert torch.equal(parameters[name].detach(), value.to(state.hardware.dtype))
+
+
+def test_interrupted_step_leaves_no_state(tmp_path: Path) -> None:
+    state, before = make_state(tmp_path / "task")
+    stop, step = StopRequest(), state.step_dataset.get_step(0)
+    assert len(step.packs) >= 2
+    state.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with stop.install_handlers(), pytest.raises(TrainingInterrupted):
+        train_step(state, step, stop)
+    assert has_weights(state, before)
+    assert state.optimizer.grad_norm() == 0
+
+
+def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path: Path) -> None:
+    state, before = make_state(tmp_path / "task", "fp16")
+    scaler = state.loss_scaler
+    scaler.scale = 2.0**40
+    assert not take_step(state).is_applied
+    assert (scaler.scale, scaler.num_skipped) == (2.0**39, 1)
+    assert has_weights(state, before)
+    assert state.optimizer.grad_norm() == 0
+    # An overflow at the minimum scale persists.
+    scaler.scale = scaler.MIN_SCALE
+    hook = state.model.register_forward_hook(lambda model, inputs, output: output * math.inf)
+    assert not math.isfinite(sum(take_step(state).wait()))
+    assert scaler.scale == scaler.MIN_SCALE
+    assert has_weights(state, before)
+    hook.remove()
+    assert math.isfinite(take_step(state).wait()[1])
+    assert not has_weights(state, before)
+
+
+def test_empty_step_does_not_update_parameters(tmp_path: Path) -> None:
+    state, before = make_state(tmp_path / "task")
+    output = train_step(state, StepBatch(0, (), (), ()), StopRequest())
+    assert not output.is_applied
+    assert output.wait() == (0.0, 0.0)
+    assert has_weights(state, before)
+
+
+def test_dropout_seeds_differ_and_are_reproducible(tmp_path: Path) -> None:
+    (state, _), (again, masters) = (make_state(tmp_path / name) for name in "ab")
+    seeds: list[int] = []
+    state.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    for one in (state, again):
+        torch.rand(len(masters))  # other random numbers in between do not matter
+        take_step(one, 0)
+        take_step(one, 1)
+    assert has_weights(state, again.optimizer.master_weights())
+    assert len(set(seeds)) == len(seeds) >= 4
+    assert micro_batch_seed(0, 1, 2) != micro_batch_seed(1, 1, 2)

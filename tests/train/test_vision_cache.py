@@ -276,7 +276,6 @@ def test_changed_cache_setting_is_reported(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_cache_tier_on_gpu(task: TinyTask) -> None:
     """The vision encoder is offloaded during steps, and reloaded for evaluation."""
     settings = "train.device=cuda", "train.precision=bf16", "train.num_workers=2"

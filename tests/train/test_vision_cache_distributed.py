@@ -87,21 +87,6 @@ def test_each_rank_encodes_its_shard(
     assert [bool(one.num_from_disk) for one in again] == [is_on_disk] * COUNT
 
 
-def test_damaged_image_is_known_to_all_ranks(tmp_path: Path, run_ranks: RunRanks) -> None:
-    make_train_state(tmp_path / "task")
-    image = tmp_path / "task" / "train3.png"
-    image.write_bytes(image.read_bytes()[:60])
-    errors = [
-        {sample: str(error) for sample, error in index.corrupt_samples.items()}
-        for index in (
-            result.cache.reader.image_index for result in run_ranks(make_states(tmp_path / "task"))
-        )
-    ]
-    assert errors == errors[:1] * COUNT
-    assert len(errors[0]) == 1
-    assert "train3.png" in str(errors[0])
-
-
 def test_rank_out_of_memory_disables_cache_for_all(tmp_path: Path, run_ranks: RunRanks) -> None:
     def encode(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("so much and no more")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +41,6 @@ def make_mixed_task(folder: Path) -> TinyTask:
     return task
 
 
-def run_training(task: TinyTask, count: int, name: str, *words: str, **train: Any) -> Path:
-    return run_to_completion(task, count, name, *words, tune=FULL_FINETUNE, **train)
-
-
 def read_trained_state(folder: Path) -> dict[str, Tensor]:
     """Weights and moments of the last checkpoint, put together of as many files as it has."""
     _, values, moments = CheckpointManager(folder / "checkpoints", 2).load(6, "")
@@ -74,31 +68,15 @@ def read_param_audit(folder: Path) -> list[list[Any]]:
     return [[row[name] for name in names] for row in rows]
 
 
-def test_single_process_does_not_import_fsdp(tmp_path: Path) -> None:
-    """The import of FSDP takes a second."""
-    task = TinyTask(tmp_path / "task")
-    recipe = task.recipe | {"output_dir": str(tmp_path / "run")}
-    file = write_recipe(tmp_path / "recipe.yaml", recipe, epochs=1)
-    code = (
-        "import sys; from finesight.cli.app import run_command; run_command(sys.argv[1:]);"
-        " open('modules.txt', 'w').write(' '.join(sys.modules))"
-    )
-    words = [sys.executable, "-c", code, "train", str(file)]
-    subprocess.run(words, check=True, cwd=tmp_path, capture_output=True)
-    loaded = set((tmp_path / "modules.txt").read_text().split())
-    assert "finesight.train.parallel.distributed" in loaded
-    assert not loaded & {"torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
-
-
 def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
     """Resume each run with another world size, another sharding and smaller packs.
 
     Some samples are then too long for one rank. Takes long: six runs of up to four processes.
     """
     task = make_mixed_task(tmp_path / "task")
-    alone = run_training(task, 1, "alone")
-    two = run_training(task, 2, "two", parallel="fsdp")
-    four = run_training(task, 4, "four", parallel="zero2")
+    alone = run_to_completion(task, 1, "alone", tune=FULL_FINETUNE)
+    two = run_to_completion(task, 2, "two", tune=FULL_FINETUNE, parallel="fsdp")
+    four = run_to_completion(task, 4, "four", tune=FULL_FINETUNE, parallel="zero2")
     for folder in (two, four):
         assert_close(folder, alone)
         assert read_param_audit(folder) == read_param_audit(alone)
@@ -120,8 +98,8 @@ def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
         assert not (last / name).exists()
     for folder, count, how in ((two, 1, "ddp"), (alone, 2, "fsdp"), (four, 2, "ddp")):
         before = read_losses(folder)
-        settings = {"parallel": how, "pack_tokens": 10}
-        run_training(task, count, rewind_to_checkpoint(folder).name, "--resume", **settings)
+        settings = {"tune": FULL_FINETUNE, "parallel": how, "pack_tokens": 10}
+        run_to_completion(task, count, rewind_to_checkpoint(folder).name, "--resume", **settings)
         assert [step for step, _ in read_losses(folder)] == [step for step, _ in before]
         assert dict(read_losses(folder)) == pytest.approx(dict(before), rel=1e-6)
         assert_close(folder, alone if folder is not alone else two)

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file
 from tiny_model import create_tiny_model
-from torch import Tensor
 
 from finesight import storage
 from finesight.recipe import load_recipe
@@ -146,22 +143,6 @@ class TinyTask:
     def read_metrics(self, name: str | Path = "run") -> list[dict[str, Any]]:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
-
-    def assert_layers_unchanged(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Assert that the trained full model has the layer matrices of the base model.
-
-        Returns:
-            The tensors of the base model and of the trained model.
-        """
-        base, trained = (
-            load_file(folder / "model.safetensors")
-            for folder in (self.folder / "tiny", self.folder / "run" / "model")
-        )
-        assert base.keys() == trained.keys()
-        for name, tensor in base.items():
-            if name.startswith(("model.layers.", "visual.blocks.")) and tensor.dim() == 2:
-                assert torch.equal(trained[name], tensor), name
-        return base, trained
 
     def truncate_images(self, *names: str) -> None:
         """Truncate images after their header, so that only decoding fails."""

@@ -13,7 +13,6 @@ import pytest
 import torch
 from cuda_graph_fixtures import (
     CPU,
-    FULL_FINETUNE,
     EagerGraphCache,
     collect_grads,
     encode_images,
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finesight.config import TuneSettings
-from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, compute_context_lengths, pack
+from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention, layers
 from finesight.model.attention import Segments
@@ -215,25 +214,6 @@ def test_graph_rejects_incompatible_packs(samples: list[EncodedSample]) -> None:
     assert long.fits(long._replace(max_seqlen=512))
 
 
-def test_feature_gradients_reach_the_encoder(samples: list[EncodedSample]) -> None:
-    """Gradients of padding features are ignored."""
-    model, batch = make_model(torch.float32, CPU, FULL_FINETUNE), pack(samples[:5])
-    features = model.encode_images(batch.patches_ND, batch.grid_thw)
-    shape = GraphShape.from_batch(batch)
-    inputs = GraphInputs.allocate(shape, batch, features, model.visual)
-    inputs.copy_from(batch, features, ONE, model.visual)
-    ((static, gradient),) = inputs.trainable_features
-    assert torch.equal(static[: len(features)], features)
-    gradient.copy_(torch.arange(gradient.numel()).view_as(gradient) / gradient.numel())
-    inputs.backward_features(features)
-    parameters = list(model.visual.parameters())
-    found = [parameter.grad for parameter in parameters]
-    again = model.encode_images(batch.patches_ND, batch.grid_thw)
-    expected = torch.autograd.grad((again * gradient[: len(again)]).sum(), parameters)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_static_gradients_keep_their_addresses() -> None:
     large = nn.Parameter(torch.ones(LARGE_PARAM_ELEMENTS))
     small, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
@@ -328,62 +308,6 @@ def without_empty(segments: Segments) -> Segments:
     """Without a kernel for segments of any length, empty ones have to be left out."""
     full = [length for length in segments.cu_seqlens_S1.diff().tolist() if length]
     return Segments.from_lengths(full, CPU)
-
-
-def compute_static_loss(model: VisionLanguageModel, inputs: GraphInputs) -> Tensor:
-    """Compute the loss of the pack in the buffers."""
-    vision_inputs = inputs.vision_inputs
-    segments = vision_inputs.layout.segments
-    filled = {id(own): without_empty(own) for own in segments}
-    layout = replace(vision_inputs.layout, segments=tuple(filled[id(own)] for own in segments))
-    features = replace(vision_inputs, layout=layout).encode(model.visual)
-    shape, batch = inputs.shape, inputs.batch
-    own = Segments(batch.lengths, batch.cu_seqlens_S1, shape.max_seqlen, shape.num_tokens)
-    sequences = without_empty(own)
-    batch = replace(batch, lengths=sequences.lengths, cu_seqlens_S1=sequences.cu_seqlens_S1)
-    # The kernel leaves rows without a target out; here those of the pack come first.
-    count = int((batch.labels_L >= 0).sum())
-    return compute_loss(model, model(batch, features), batch.labels_L[:count], inputs.loss_weight)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_image_padding_does_not_change_results(folder: Path, family: str) -> None:
-    """The buffers contained another pack before, and have more than one empty segment."""
-    model = make_vision_model(folder, family)
-    other, batch, _ = make_packs(folder, family, 3)
-    assert can_capture_vision(model)
-    encoder = model.visual
-    merge = encoder.config.merge_size
-    shapes = [GraphVisionShape.from_batch(one, encoder) for one in (other, batch)]
-    patches = max(shape.num_patches for shape in shapes) + 2 * PAD_MULTIPLE * merge**2
-    segment_shapes = tuple(
-        (max(a[0], b[0]) + 8, max(a[1], b[1]))
-        for a, b in zip(*(shape.segment_shapes for shape in shapes), strict=True)
-    )
-    shape = GraphShape.from_batch(batch)._replace(
-        vision_shape=GraphVisionShape(patches, shapes[1].patch_bytes, segment_shapes),
-        num_features=patches // merge**2,
-        num_tokens=2048,
-        num_sequences=16,
-        max_seqlen=1024,
-        num_labels=512,
-    )
-    inputs, weight = GraphInputs.allocate(shape, batch, None, encoder), torch.tensor(0.5)
-    inputs.copy_from(other, None, torch.tensor(2.0), encoder)
-    inputs.copy_from(batch, None, weight, encoder)
-    for own in inputs.vision_inputs.layout.segments:
-        lengths = own.cu_seqlens_S1.diff()
-        assert int(own.cu_seqlens_S1[-1]) == patches, "patches outside all segments"
-        assert 0 <= int(lengths.min()) <= int(lengths.max()) <= own.max_seqlen
-    losses = (
-        compute_static_loss(model, inputs),
-        compute_loss(model, model(batch), batch.labels_L, weight),
-    )
-    torch.testing.assert_close(*losses)
-    parameters = list(trainable_parameters(model).values())
-    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
-    for found, expected in zip(*gradients, strict=True):
-        assert_close_gradients(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

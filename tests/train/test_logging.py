@@ -90,9 +90,9 @@ def test_report_at_every_evaluation_and_at_the_end(task: TinyTask) -> None:
 
 def test_interrupted_run_has_a_report(task: TinyTask) -> None:
     task.recipe["eval"] = METRIC | {"every": None}
-    with use_file_system(disk := HistoryFileSystem(stop_at="step-2")):  # noqa: SIM117
-        with pytest.raises(TrainingInterrupted):
-            task.run()
+    disk = HistoryFileSystem(stop_at="step-2")
+    with use_file_system(disk), pytest.raises(TrainingInterrupted):
+        task.run()
     assert "not finished: " in disk.pages[0]
     assert "The run was interrupted after step " in disk.pages[-1]
     assert "stopped by SIGTERM" in disk.pages[-1]

@@ -190,7 +190,7 @@ def test_statistics_of_large_dataset_are_estimates(
     large_task.recipe["tune"] = {"language": "lora"}
     run = large_task.rewind_to_checkpoint()
     for text in (
-        f"too many for a full scan; {len(draw_subset(NUM_SAMPLES))} samples scanned, 0 of them inv",
+        "data.train: 11 samples, too many for a full scan; 3 samples scanned, 0 of them invalid",
         "data.eval: 3 samples, ",
         "the dataset is too large for a full scan",
     ):

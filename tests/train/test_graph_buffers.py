@@ -416,7 +416,8 @@ def test_each_pack_gets_its_own_gradients(
     """Packs with small, large and no images alternate; gradients of one graph do not leak into the
     next."""
     model = make_vision_model(folder, family, dict.fromkeys(parts, "full"))
-    few, many = make_packs(folder, family, 1)[0], make_packs(folder, family, 5)[0]
+    few, many = make_packs(folder, family, 3)[1], make_packs(folder, family, 5)[0]
+    assert len(few.patches_ND) < len(many.patches_ND)
     monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", len(many.patches_ND) - 1)
     texts, runner = without_images(few), make_runner(model)
     for batch in (few, texts, few, many, few, texts, many, few):

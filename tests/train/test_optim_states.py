@@ -103,8 +103,8 @@ def test_stacked_steps_match_single_matrices(monkeypatch: pytest.MonkeyPatch, mo
     matrices = [MatrixSlice(p, *shape) for p, shape in zip(locations, shapes, strict=True)]
     muon = Muon(SplitBf16Master(flat_E), grad_E, matrices)
     for of_step in grads:
-        grad_E.copy_(torch.cat([grad.flatten() for grad in of_step]))
-        muon.step(0.1, 0.5, torch.ones(()))
+        grad_E.copy_(torch.cat([4 * grad.flatten() for grad in of_step]))
+        muon.step(0.1, 0.5, torch.tensor(0.25))
     for location, master, of_matrix in zip(
         locations, masters, zip(*grads, strict=True), strict=True
     ):

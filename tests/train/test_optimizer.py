@@ -83,6 +83,7 @@ def assert_equal_states(one: MasterWeightOptimizer, other: MasterWeightOptimizer
 
 
 def test_fp32_matches_torch_adamw_with_groups_and_clipping() -> None:
+    """The loss scale is removed before clipping."""
     named, baseline = make_parameters(), make_parameters()
     learning_rates = {"visual": 1e-3, "model.layers": 1e-2, "model.embed": 3e-3}
     groups = [
@@ -101,7 +102,8 @@ def test_fp32_matches_torch_adamw_with_groups_and_clipping() -> None:
         torch.nn.utils.clip_grad_norm_(baseline.values(), 0.7)
         reference.step()
         reference.zero_grad()
-        take_step(masters, named, seed)
+        backward(named, seed, scale=1024.0)
+        masters.step(0.5, masters.grad_norm(), 1024.0)
     for name in SHAPES:
         torch.testing.assert_close(named[name].detach(), baseline[name].detach(), rtol=1e-6, atol=0)
 
@@ -126,17 +128,6 @@ def test_state_resumes_bit_exactly(
         take_step(others, again, seed)
     assert_equal_states(others, masters)
     assert read_state(others)["num_steps"] == (0 if names == (MATRIX,) else num_steps + 4)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_loss_scale_is_removed_before_clipping(kind: str) -> None:
-    one, other = make_parameters(), make_parameters()
-    for named, scale in ((one, 1.0), (other, 1024.0)):
-        masters = make_optimizer(named, kind)
-        backward(named, 8, scale)
-        masters.step(1.0, masters.grad_norm(), scale)
-    for name, parameter in one.items():
-        torch.testing.assert_close(parameter, other[name], msg=name)
 
 
 @each("kind", OPTIMIZERS)

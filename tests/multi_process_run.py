@@ -27,17 +27,17 @@ TUNE = {"merger": "full", "language": "lora", "lora": {"rank": 4, "alpha": 8, "d
 PRELOADED = ("multi_process_run", "finesight.train.training_run", "finesight.train.parallel.fsdp")
 
 
-def _write_recipe(task: TinyTask, name: str, tune: dict[str, Any], train: dict[str, Any]) -> Path:
+def _write_recipe(task: TinyTask, name: str, tune: dict[str, Any] = TUNE, **train: Any) -> Path:
     output = {"output_dir": str(task.folder / name), "tune": tune}
     settings = {"learning_rate": 1e-3} | train
     return write_recipe(task.folder / f"{name}.yaml", task.recipe | output, **settings)
 
 
 def start_run(
-    task: TinyTask, count: int, name: str, *words: str, tune: dict[str, Any] = TUNE, **train: Any
+    task: TinyTask, count: int, name: str, *words: str, **settings: Any
 ) -> subprocess.Popen[str]:
-    """Start a run by torchrun."""
-    recipe = _write_recipe(task, name, tune, train)
+    """Start a run by torchrun, with training settings and optionally `tune`."""
+    recipe = _write_recipe(task, name, **settings)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "finesight", "train", str(recipe), *words],
@@ -48,11 +48,9 @@ def start_run(
     )
 
 
-def run_to_completion(
-    task: TinyTask, count: int, name: str, *words: str, tune: dict[str, Any] = TUNE, **train: Any
-) -> Path:
+def run_to_completion(task: TinyTask, count: int, name: str, *words: str, **settings: Any) -> Path:
     """Train in this number of forked processes, without the launcher and its imports."""
-    with run_in_ranks(task, count, name, *words, tune=tune, **train) as ranks:
+    with run_in_ranks(task, count, name, *words, **settings) as ranks:
         pass
     texts = [(task.folder / f"{name}.rank{rank}.txt").read_text() for rank in range(count)]
     assert [process.exitcode for process in ranks] == [0] * count, "\n".join(texts)
@@ -61,12 +59,12 @@ def run_to_completion(
 
 @contextmanager
 def run_in_ranks(
-    task: TinyTask, count: int, name: str, *words: str, tune: dict[str, Any] = TUNE, **train: Any
+    task: TinyTask, count: int, name: str, *words: str, **settings: Any
 ) -> Iterator[list[ForkServerProcess]]:
     """Train in forked processes within the context, which waits for their end."""
     # As under torchrun, the launcher has the store: it lives until the last rank ends.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    recipe = _write_recipe(task, name, tune, train)
+    recipe = _write_recipe(task, name, **settings)
     outputs = [task.folder / f"{name}.rank{rank}.txt" for rank in range(count)]
     ranks = fork_ranks(store.port, outputs, run_command, ["train", str(recipe), *words])
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from tiny_model import TinyFamily, create_tiny_model
-from tiny_task import make_task, write_recipe
+from tiny_task import edit_samples, make_task, write_recipe
 from torch import Tensor
 
 from finesight.recipe import load_recipe
@@ -24,61 +24,68 @@ from finesight.train.vision_cache import VisionCache
 from finesight.train.vision_cache_builder import VisionCacheResult, open_vision_cache
 
 LORA = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
-CONSOLE = TrainingConsole(Console(file=sys.stderr))
 
 
 def make_train_state(
-    folder: Path,
-    tune: dict[str, Any] = LORA,
-    mixed: bool = False,
-    family: TinyFamily = "qwen2_vl",
-    **train: Any,
+    folder: Path, tune: dict[str, Any] = LORA, family: TinyFamily = "qwen2_vl", **train: Any
 ) -> TrainState:
     """Create the train state of a new or existing task."""
     if not folder.exists():
-        made = make_task(folder) | {"output_dir": str(folder / "run"), "tune": tune}
-        if mixed:
-            edit_images(folder / "train.jsonl")
+        recipe = make_task(folder) | {"output_dir": str(folder / "run"), "tune": tune}
         if family != "qwen2_vl":
-            create_tiny_model(folder / family, family)
-            made["model"] = str(folder / family)
+            recipe["model"] = str(create_tiny_model(folder / family, family))
         if family == "qwen":
             # It requires a single image size.
-            del made["image"]
-        (folder / "task.json").write_text(json.dumps(made))
+            del recipe["image"]
+        (folder / "task.json").write_text(json.dumps(recipe))
     recipe = json.loads((folder / "task.json").read_text())
     path = write_recipe(folder / "recipe.yaml", recipe, **train)
-    return build_train_state(load_recipe(path), RunDir(folder / "run"), CONSOLE, resume=False)
+    console = TrainingConsole(Console(file=io.StringIO()))
+    return build_train_state(load_recipe(path), RunDir(folder / "run"), console, resume=False)
 
 
-def edit_images(data: Path) -> None:
+def mix_images(data: Path) -> None:
     """Remove the images of samples 1 and 6, and add one to sample 2."""
-    samples = [json.loads(line) for line in data.read_text().splitlines()]
-    for number in (1, 6):
-        del samples[number]["messages"][0]["content"][0]
-    samples[2]["messages"][0]["content"].insert(0, {"type": "image", "image": "train0.png"})
-    data.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    with edit_samples(data) as samples:
+        for number in (1, 6):
+            del samples[number]["messages"][0]["content"][0]
+        image = {"type": "image", "image": "train0.png"}
+        samples[2]["messages"][0]["content"].insert(0, image)
 
 
 def decide_vision_cache(
-    session: TrainState, screen: TrainingConsole = CONSOLE, stop: StopRequest | None = None
+    state: TrainState, output: io.StringIO | None = None, stop: StopRequest | None = None
 ) -> VisionCacheResult:
     """Return the result of `open_vision_cache`; files are not evicted in tests."""
+    console = TrainingConsole(Console(file=output or io.StringIO(), width=300))
     with ExitStack() as stack:
-        return stack.enter_context(open_vision_cache(session, screen, stop or StopRequest()))
+        return stack.enter_context(open_vision_cache(state, console, stop or StopRequest()))
 
 
-def build_vision_cache(session: TrainState) -> VisionCache:
+def build_vision_cache(state: TrainState) -> VisionCache:
     """Return the vision cache of a train state."""
-    seen = decide_vision_cache(session).cache
-    assert seen is not None
-    return seen
+    cache = decide_vision_cache(state).cache
+    assert cache is not None
+    return cache
 
 
-def read_all_features(session: TrainState, seen: VisionCache) -> Tensor:
+def read_all_features(state: TrainState, cache: VisionCache | None) -> Tensor:
     """Return the features of all images, sample by sample."""
-    slots = session.train_data.stats.sample_indices
-    dtype, shape = seen.reader.tensor_spec(slots)
+    assert cache is not None
+    indices = state.train_data.stats.sample_indices
+    dtype, shape = cache.reader.tensor_spec(indices)
     buffer = torch.empty(shape, dtype=dtype)
-    seen.reader.write_to(slots, buffer)
-    return seen.load_features(buffer)
+    cache.reader.write_to(indices, buffer)
+    return cache.load_features(buffer)
+
+
+def assert_features_match(state: TrainState, cache: VisionCache) -> None:
+    """Compare the cached features of each pack with those of the encoder."""
+    cached_dataset = state.step_dataset.with_vision_cache(cache.reader)
+    for number in range(len(state.sampler)):
+        step, cached = state.step_dataset.get_step(number), cached_dataset.get_step(number)
+        for batch, other, inputs in zip(step.packs, cached.packs, cached.cache_inputs, strict=True):
+            assert (other.grid_thw, len(other.patches_ND)) == ((), 0)
+            assert torch.equal(batch.ids_T, other.ids_T)
+            expected = state.model.encode_images(batch.patches_ND, batch.grid_thw)
+            torch.testing.assert_close(cache.load_features(inputs), expected)

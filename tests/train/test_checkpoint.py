@@ -1,14 +1,17 @@
-"""Checkpoints: retention, verification and errors."""
+"""Checkpoints: retention, verification, errors, and snapshots that are written asynchronously."""
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from finesight import storage
 from finesight.errors import UserError
@@ -16,15 +19,20 @@ from finesight.train.checkpoint import (
     OPTIMIZER_FILE,
     STATE_FILE,
     WEIGHTS_FILE,
+    AsyncCheckpointer,
     BestEval,
     CheckpointManager,
     CheckpointState,
-    check_resume_config,
 )
 from finesight.train.oom import MemoryBudget
 
 
-def state(step: int, best: BestEval | None = None) -> CheckpointState:
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> CheckpointManager:
+    return CheckpointManager(tmp_path / "checkpoints", max_to_keep=2)
+
+
+def make_state(step: int, best: BestEval | None = None) -> CheckpointState:
     return CheckpointState(
         step=step,
         consumed_samples=4 * step,
@@ -32,46 +40,28 @@ def state(step: int, best: BestEval | None = None) -> CheckpointState:
         best=best,
         loss_scale={"scale": 1.0},
         budget=MemoryBudget(pack_tokens=100, activation_checkpointing=0.0),
-        resume_config={"train.batch_size": 4, "train.betas": [0.9, 0.999]},
+        resume_config={"train.batch_size": 4},
     )
 
 
-def tensors(step: int) -> dict[str, torch.Tensor]:
-    flat_E = torch.arange(256.0) + step
-    return {"a": flat_E[:100].view(10, 10), "b": flat_E[128:200]}
+def make_tensors(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, two slices of one tensor, and the optimizer state."""
+    flat_E = torch.arange(256.0) + value
+    weights = {"a": flat_E[:100].view(10, 10), "b": flat_E[128:200]}
+    return weights, {"num_steps": torch.tensor(float(value))}
 
 
-def save(checkpoints: CheckpointManager, step: int, best: BestEval | None = None) -> None:
-    checkpoints.save(state(step, best), tensors(step), {"num_steps": torch.tensor(float(step))})
+def save(checkpoints: CheckpointManager, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(make_state(step), *make_tensors(step))
 
 
-def test_checkpoint_roundtrip(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path / "checkpoints", max_to_keep=2)
-    assert checkpoints.load_latest(print) is None
-    save(checkpoints, 7)
-    found = checkpoints.load_latest(print)
-    assert found[0] == state(7)
-    assert {name: value.tolist() for name, value in found[1].items()} == {
-        name: value.tolist() for name, value in tensors(7).items()
-    }
-    assert found[2]["num_steps"] == 7
-
-
-def test_last_and_best_checkpoints_are_retained(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
-    for step in (2, 4, 10, 100):
-        save(checkpoints, step, BestEval(step=4, validation_loss=0.5) if step >= 4 else None)
-    assert checkpoints.steps() == [4, 10, 100]
-    save(checkpoints, 101, BestEval(step=100, validation_loss=0.4))
-    assert checkpoints.steps() == [100, 101]
-
-
-def test_existing_checkpoint_is_unchanged(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
-    save(checkpoints, 3)
-    before = (tmp_path / "step-3" / STATE_FILE).stat().st_mtime_ns
-    save(checkpoints, 3)
-    assert (tmp_path / "step-3" / STATE_FILE).stat().st_mtime_ns == before
+def assert_loads(checkpoints: CheckpointManager, step: int, value: float) -> None:
+    state, weights, moments = checkpoints.load_latest(print)
+    assert state == make_state(step)
+    expected_weights, expected_moments = make_tensors(value)
+    assert moments == expected_moments
+    assert all(torch.equal(dict(weights)[name], one) for name, one in expected_weights.items())
 
 
 def flip(path: Path) -> None:
@@ -80,57 +70,50 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def test_checkpoint_roundtrip(checkpoints: CheckpointManager) -> None:
+    assert checkpoints.load_latest(print) is None
+    save(checkpoints, 7)
+    assert_loads(checkpoints, 7, 7)
+    # An existing checkpoint is not written again, and leftovers of a crash are removed.
+    checkpoints.save(make_state(7), *make_tensors(9))
+    (checkpoints.checkpoint_dir / ".step-9.partial").mkdir()
+    (checkpoints.checkpoint_dir / ".step-9.partial" / WEIGHTS_FILE).write_bytes(b"half")
+    assert_loads(checkpoints, 7, 7)
+    assert [path.name for path in checkpoints.checkpoint_dir.iterdir()] == ["step-7"]
+
+
+def test_last_and_best_checkpoints_are_retained(checkpoints: CheckpointManager) -> None:
+    for step in (2, 4, 10, 100):
+        best = BestEval(step=4, validation_loss=0.5) if step >= 4 else None
+        checkpoints.save(make_state(step, best), *make_tensors(step))
+    assert checkpoints.steps() == [4, 10, 100]
+    checkpoints.save(make_state(101, BestEval(step=100, validation_loss=0.4)), *make_tensors(1))
+    assert checkpoints.steps() == [100, 101]
+
+
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE, storage.DIGESTS_FILE])
 @pytest.mark.parametrize(("spoil", "words"), [(flip, ""), (Path.unlink, "missing")])
 def test_damaged_checkpoint_falls_back_to_previous(
-    tmp_path: Path, name: str, spoil: Callable[[Path], None], words: str
+    checkpoints: CheckpointManager, name: str, spoil: Callable[[Path], None], words: str
 ) -> None:
-    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
-    save(checkpoints, 5)
-    save(checkpoints, 9)
-    spoil(tmp_path / "step-9" / name)
+    save(checkpoints, 5, 9)
+    damaged = checkpoints.checkpoint_dir / "step-9"
+    spoil(damaged / name)
     output: list[str] = []
-    found = checkpoints.load_latest(output.append)
-    assert found[0].step == 5
+    assert checkpoints.load_latest(output.append)[0].step == 5
     message, outcome = output
-    assert str(tmp_path / "step-9") in message
+    assert str(damaged) in message
     assert words in message
     assert "resuming from step 5" in outcome
     if spoil is flip and name != storage.DIGESTS_FILE:
         assert name in message
-        assert storage.sha256_file(tmp_path / "step-9" / name) in message
+        assert storage.sha256_file(damaged / name) in message
     checkpoints.quarantine_after(5)
     assert checkpoints.steps() == [5]
-    assert (tmp_path / "corrupt-step-9").is_dir()
-
-
-def test_single_damaged_checkpoint_raises(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
-    save(checkpoints, 5)
-    flip(tmp_path / "step-5" / WEIGHTS_FILE)
+    assert (checkpoints.checkpoint_dir / "corrupt-step-9").is_dir()
+    flip(checkpoints.checkpoint_dir / "step-5" / WEIGHTS_FILE)
     with pytest.raises(UserError, match="to restart the run from step 0"):
         checkpoints.load_latest(print)
-
-
-def test_leftover_files_of_a_crash_are_removed(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
-    save(checkpoints, 5)
-    (tmp_path / ".step-9.partial").mkdir()
-    (tmp_path / ".step-9.partial" / WEIGHTS_FILE).write_bytes(b"half")
-    found = checkpoints.load_latest(print)
-    assert found[0].step == 5
-    assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
-
-
-def rewrite(folder: Path, change: dict[str, Any]) -> None:
-    """Change the state of a valid checkpoint."""
-    content = json.loads((folder / STATE_FILE).read_text()) | change
-    others = {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
-    storage.remove_folder(folder)
-    with storage.write_folder(folder) as new:
-        (new / STATE_FILE).write_text(json.dumps(content))
-        for name, data in others.items():
-            (new / name).write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -138,54 +121,72 @@ def rewrite(folder: Path, change: dict[str, Any]) -> None:
     [({"format_version": 1}, "has format 1"), ({"extra": 1}, "extra"), ({"step": "x"}, "step")],
 )
 def test_state_of_other_version_is_rejected(
-    tmp_path: Path, change: dict[str, Any], words: str
+    checkpoints: CheckpointManager, change: dict[str, Any], words: str
 ) -> None:
-    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
     save(checkpoints, 5)
-    rewrite(tmp_path / "step-5", change)
+    folder = checkpoints.checkpoint_dir / "step-5"
+    files = {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
+    files[STATE_FILE] = json.dumps(json.loads((folder / STATE_FILE).read_text()) | change).encode()
+    storage.remove_folder(folder)
+    with storage.write_folder(folder) as new:
+        for name, data in files.items():
+            (new / name).write_bytes(data)
     with pytest.raises(UserError, match=words) as caught:
         checkpoints.load_latest(print)
-    assert str(tmp_path / "step-5" / STATE_FILE) in str(caught.value)
+    assert str(folder / STATE_FILE) in str(caught.value)
 
 
-def test_changed_settings_are_listed() -> None:
-    stored = state(1).resume_config
-    check_resume_config(stored, {"train.batch_size": 4, "train.betas": (0.9, 0.999)}, Path("x"))
-    with pytest.raises(UserError) as caught:
-        check_resume_config(stored, {"train.batch_size": 8, "train.betas": (0.9, 0.99)}, Path("x"))
-    assert caught.value.what == "train.batch_size is 8 now; train.betas is [0.9, 0.99] now"
-    assert caught.value.expected == "train.batch_size=4; train.betas=[0.9, 0.999]"
+class BlockingDisk(storage.FileSystem):
+    """Makes no folder before it may."""
+
+    def __init__(self) -> None:
+        self.may, self.started = Event(), Event()
+
+    def make_folder(self, path: Path) -> None:
+        self.started.set()
+        assert self.may.wait(20.0)
+        super().make_folder(path)
 
 
-@pytest.mark.parametrize(
-    ("now", "before", "expected"),
-    [
-        (BestEval(step=2, validation_loss=1.0), None, True),
-        (BestEval(step=2, validation_loss=1.0), BestEval(step=1, validation_loss=2.0), True),
-        (BestEval(step=2, validation_loss=2.0), BestEval(step=1, validation_loss=2.0), False),
-        (
-            BestEval(step=2, validation_loss=9, primary_metric="f1", primary_score=0.6),
-            BestEval(step=1, validation_loss=1, primary_metric="f1", primary_score=0.5),
-            True,
-        ),
-        (
-            BestEval(step=2, validation_loss=1, primary_metric="f1", primary_score=0.4),
-            BestEval(step=1, validation_loss=9, primary_metric="f1", primary_score=0.5),
-            False,
-        ),
-        (
-            BestEval(step=2, validation_loss=1, primary_metric="f1", primary_score=0.5),
-            BestEval(step=1, validation_loss=9, primary_metric="f1", primary_score=0.5),
-            True,
-        ),
-        (
-            BestEval(step=2, validation_loss=9, primary_metric="f1", primary_score=0.0),
-            BestEval(step=1, validation_loss=1),
-            True,
-        ),
-    ],
-)
-def test_primary_score_then_loss_decides_best(
-    now: BestEval, before: BestEval | None, expected: bool
-) -> None:
-    assert now.is_better_than(before) is expected
+class FullDisk(storage.FileSystem):
+    def create(self, path: Path) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    def sync_path(self, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_async_checkpoint_is_a_snapshot(checkpoints: CheckpointManager) -> None:
+    saving, disk = AsyncCheckpointer(checkpoints, is_async=True), BlockingDisk()
+    weights, moments = make_tensors(1)
+    with storage.use_file_system(disk):
+        saving.save(make_state(1), weights, moments)
+    assert disk.started.wait(20.0)
+    assert checkpoints.steps() == []
+    weights["a"].fill_(7.0)
+    disk.may.set()
+    saving.wait()
+    assert_loads(checkpoints, 1, 1)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_next_save_waits_for_previous(checkpoints: CheckpointManager, is_async: bool) -> None:
+    saving = AsyncCheckpointer(checkpoints, is_async=is_async)
+    for step in (1, 2, 3):
+        saving.save(make_state(step), *make_tensors(step))
+        assert (step - is_async) in {0, *checkpoints.steps()}
+    saving.wait()
+    assert checkpoints.steps() == [2, 3]
+
+
+def test_write_error_is_raised_by_next_call(checkpoints: CheckpointManager) -> None:
+    saving = AsyncCheckpointer(checkpoints, is_async=True)
+    with storage.use_file_system(FullDisk()):
+        saving.save(make_state(1), *make_tensors(1))
+    with pytest.raises(UserError, match="no space left"):
+        saving.save(make_state(2), *make_tensors(2))
+    assert checkpoints.steps() == []
+    # The error is raised once: the next checkpoint is written.
+    saving.save(make_state(2), *make_tensors(2))
+    saving.join()
+    assert checkpoints.steps() == [2]

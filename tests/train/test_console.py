@@ -1,4 +1,4 @@
-"""Progress of stages on a terminal and in a log."""
+"""Progress of stages and steps on a terminal and in a log."""
 
 from __future__ import annotations
 
@@ -11,23 +11,17 @@ from rich.console import Console
 from finesight.train import console
 from finesight.train.console import TrainingConsole
 
+EVERY_TEN_SECONDS = ["reading: 10/30, 20 s left", "reading: 20/30, 10 s left", "reading: 30/30"]
+# The first sample includes the warm-up.
+EVERY_SAMPLE = [
+    "reading: 1/30",
+    *(f"reading: {n}/30, {25 * (30 - n)} s left" for n in range(2, 30)),
+    "reading: 30/30",
+]
+
 
 @pytest.mark.parametrize(
-    ("step_s", "lines"),
-    [
-        (1.0, ["reading: 10/30, 20 s left", "reading: 20/30, 10 s left", "reading: 30/30"]),
-        # The first sample includes the warm-up.
-        (
-            25.0,
-            [
-                "reading: 1/30",
-                *(f"reading: {n}/30, {25 * (30 - n)} s left" for n in range(2, 30)),
-                "reading: 30/30",
-            ],
-        ),
-        (0.1, []),
-    ],
-    ids=["every-ten-seconds", "slow", "fast"],
+    ("step_s", "lines"), [(1.0, EVERY_TEN_SECONDS), (25.0, EVERY_SAMPLE), (0.1, [])]
 )
 def test_log_has_a_line_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, step_s: float, lines: list[str]
@@ -51,11 +45,8 @@ def test_terminal_shows_remaining_time() -> None:
         time.sleep(0.01)
     with terminal.activity("saving"):
         pass
-    assert "reading" in output.getvalue()
+    assert all(text in output.getvalue() for text in ("reading", "2/4", "0:00:0", "saving"))
     assert "4/4" not in output.getvalue()
-    assert "2/4" in output.getvalue()
-    assert "0:00:0" in output.getvalue()
-    assert "saving" in output.getvalue()
 
 
 @pytest.mark.parametrize(("interval_s", "lines"), [(0.01, ["saving ...", "saving: 0 s"]), (10, [])])
@@ -67,3 +58,22 @@ def test_activity_is_logged_if_long(
     with TrainingConsole(Console(file=output)).activity("saving"):
         time.sleep(0.1)
     assert output.getvalue().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("waits_s", "percent"),
+    # Data wait of the first step is ignored, because it includes the start of the workers.
+    [((0.9, 0.01, 0.02, 0.03), {}), ((0.9, 0.0, 0.3, 0.6), {2: 15, 3: 30})],
+)
+def test_significant_data_wait_is_shown(
+    waits_s: tuple[float, ...], percent: dict[int, int]
+) -> None:
+    output = io.StringIO()
+    metrics = {"loss": 1.0, "samples_per_s": 16.0, "tokens_per_s": 900.0, "mfu": None}
+    metrics |= {"peak_memory_gb": 1.0, "step_s": 1.0}
+    with TrainingConsole(Console(file=output, width=200)).step_progress(4, 0) as progress:
+        for step, wait_s in enumerate(waits_s, 1):
+            progress.update(metrics | {"step": step, "data_wait_s": wait_s})
+    for number, line in enumerate(output.getvalue().splitlines()):
+        expected = f"  peak 1.0 GB  {percent.get(number)} % waiting for data"
+        assert (expected in line) == ("waiting" in line) == (number in percent)

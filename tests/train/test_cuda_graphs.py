@@ -1,10 +1,11 @@
-"""CUDA graphs of small packs: selection, and equality with eager training."""
+"""CUDA graphs of small packs: selection, timing, and equality with eager training."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from cuda_graph_fixtures import (
     CPU,
     FULL_FINETUNE,
     LORA,
-    LORA_DROPOUT,
     VISION_LORA,
+    EagerGraphCache,
+    collect_grads,
     encode_images,
     encode_samples,
     make_model,
-    make_packs,
+    make_runner,
     pack_shared_prefix,
 )
 from tiny_model import create_tiny_model
@@ -31,13 +33,15 @@ from finesight.config import TuneSettings
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention
-from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train import cuda_graphs, graph_buffers
-from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.cuda_graphs import MIN_STARVED_PACKS, CudaGraphRunner, GraphTimer
 from finesight.train.graph_buffers import GraphInputs, GraphShape
+
+GraphStep = tuple[Tensor, list[Tensor | None]]
+"""Loss and gradients of a pack."""
+WEIGHT = torch.tensor(0.25)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,279 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
     make_task(folder)
     return folder
+
+
+def make_packs(
+    samples: Sequence[EncodedSample], monkeypatch: pytest.MonkeyPatch
+) -> list[PackedBatch]:
+    """Make small packs that share a CUDA graph, but differ in size by more than an eighth."""
+    monkeypatch.setattr(graph_buffers, "MAX_PADDING_DIVISOR", 2)
+    packs = [pack(samples[:4]), pack(samples[2:8]), pack(samples[4:8]), pack(samples[1:7])]
+    shapes = [GraphShape.from_batch(one) for one in packs]
+    assert len({*shapes}) == 2
+    assert all(shapes[0].widen(shapes).fits(shape) for shape in shapes)
+    return packs
+
+
+class FakeGpu:
+    """GPU with a setting for free memory, whose events are finished except each `ahead`th one."""
+
+    half_free = True
+    ahead = 1_000_000
+    num_queries = 0
+
+    def query(self) -> bool:
+        self.num_queries += 1
+        return self.num_queries % self.ahead > 0
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    gpu = FakeGpu()
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
+    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", EagerGraphCache)
+    monkeypatch.setattr(cuda_graphs, "record_event", lambda device: gpu)
+    monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: gpu.half_free)
+    # Empty segments of static buffers require a GPU.
+    monkeypatch.setattr(CudaGraphRunner, "run_static", lambda runner, static_inputs: WEIGHT)
+    return gpu
+
+
+def run_packs(runner: CudaGraphRunner, packs: Sequence[PackedBatch]) -> int:
+    """Run packs, and return the number of graph replays and captures."""
+    before = len(runner.graphs.keys)
+    for batch in packs:
+        runner.forward_backward(batch, None, WEIGHT)
+    return len(runner.graphs.keys) - before
+
+
+def test_larger_packs_are_captured_if_launch_bound(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu
+) -> None:
+    """Takes long: larger packs are captured only after many passes."""
+    model_folder = ModelFolder(folder / "tiny")
+    model = make_model(torch.float32, CPU, model_folder=model_folder).eval()
+    samples = encode_samples(folder, model_folder)
+    small, larger, longest = (pack(samples[:count]) for count in (4, 8, 12))
+    assert len(small.ids_T) < len(larger.ids_T) < len(longest.ids_T)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS", len(small.ids_T))
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS_STARVED", len(longest.ids_T) - 1)
+    several = MIN_STARVED_PACKS + cuda_graphs.NUM_WARMUP_PACKS + 2
+    few = cuda_graphs.NUM_WARMUP_PACKS + 2
+    assert run_packs(make_runner(model), [small] * few) == 2
+    assert run_packs(make_runner(model), [larger] * several) == several - MIN_STARVED_PACKS
+    assert run_packs(make_runner(model), [longest] * several) == 0, "too large for any card"
+    gpu.half_free = False
+    assert run_packs(make_runner(model), [larger] * several) == 0
+    assert run_packs(make_runner(model), [small] * few) == 2
+    gpu.half_free, gpu.ahead, gpu.num_queries = True, MIN_STARVED_PACKS, 0
+    assert run_packs(make_runner(model), [larger] * 4 * several) == 0, "not so often in a row"
+
+
+def test_packs_share_graphs_if_launch_bound(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu
+) -> None:
+    model = make_model(torch.float32, CPU).eval()
+    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", MIN_STARVED_PACKS)
+    packs = make_packs(encode_samples(folder), monkeypatch) * MIN_STARVED_PACKS
+
+    def count_graphs() -> tuple[int, int]:
+        """Return the number of eager passes, and of graphs."""
+        runner = make_runner(model)
+        return len(packs) - run_packs(runner, packs), len(runner.static_inputs)
+
+    assert count_graphs() == (MIN_STARVED_PACKS, 1)
+    # There may be hundreds of shapes: they are searched for each capture, not for each pack.
+    monkeypatch.setattr(GraphShape, "widen", None)
+    gpu.half_free = False
+    assert count_graphs() == (2 * MIN_STARVED_PACKS, 2), "each shape has its own graph"
+    gpu.half_free, gpu.ahead, gpu.num_queries = True, 2, 0
+    assert count_graphs() == (2 * MIN_STARVED_PACKS, 2), "the GPU was not idle"
+
+
+def test_smallest_fitting_graph_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow graph is not shared."""
+    runner = make_runner(make_model(torch.float32, CPU))
+    batch = pack(encode_samples(folder)[:4])
+    shape = GraphShape.from_batch(batch)._replace(num_tokens=1024)
+    sizes = [shape._replace(num_tokens=1088 + n, num_sequences=16) for n in (8, 0, 16)]
+    for size in (*sizes, sizes[1]._replace(num_labels=2 * shape.num_labels)):
+        runner.static_inputs[size] = GraphInputs.allocate(size, batch, None, runner.vision_encoder)
+    assert runner.find_wider_inputs(shape).shape == sizes[1]
+    monkeypatch.setattr(runner.timer, "is_replay_faster", lambda tokens: False)
+    assert runner.find_wider_inputs(shape) is None
+
+
+class FailingGraphCache(EagerGraphCache):
+    """Graph cache without memory for graphs; its error holds a tensor of the failed pass."""
+
+    leaked: weakref.ref[Tensor] | None = None
+
+    def run(self, key: int, function: Callable[[], Tensor]) -> Tensor:
+        self.keys.append(key)
+        tensor = torch.zeros(1)
+        FailingGraphCache.leaked = weakref.ref(tensor)
+        raise torch.OutOfMemoryError("out of memory during capture")
+
+
+def test_capture_out_of_memory_disables_graphs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
+    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
+    model = make_model(torch.float32, CPU).eval()
+    runner, baseline = make_runner(model), make_runner(model)
+    baseline.release_graphs()
+    run_eager, cache = runner.run_eager, runner.graphs
+
+    def run_after_release(*inputs: Any) -> Tensor:
+        leaked = FailingGraphCache.leaked
+        assert leaked is None or leaked() is None, "the memory of the capture is not freed"
+        return run_eager(*inputs)
+
+    monkeypatch.setattr(runner, "run_eager", run_after_release)
+    batch = pack(encode_samples(folder)[:4])
+    found = []
+    for own in (baseline, *[runner] * (cuda_graphs.NUM_WARMUP_PACKS + 2)):
+        found.append((own.forward_backward(batch, None, WEIGHT), collect_grads(model)))
+    assert len(cache.keys) == 1, "single shapes are not captured, one failure disables graphs"
+    assert runner.graphs is None
+    for (loss, grads), (other_loss, other_grads) in pairwise(found):
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(one, other) for one, other in zip(grads, other_grads, strict=True))
+
+
+def test_text_only_packs_give_encoder_no_gradients(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch with images may have a pack of texts only."""
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
+    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
+    tune = TuneSettings.model_validate({"vision": "lora", "language": "frozen"})
+    model = make_model(torch.float32, CPU, tune)
+    runner, batch = make_runner(model), pack(encode_samples(folder)[:2])
+    patches, indices = batch.patches_ND[:0], batch.visual_indices_M[:0]
+    texts = replace(batch, grid_thw=(), patches_ND=patches, visual_indices_M=indices)
+    for _ in range(cuda_graphs.NUM_WARMUP_PACKS + 2):
+        assert runner.forward_backward(texts, None, WEIGHT) > 0
+    assert all(grad is None for grad in collect_grads(model))
+    assert runner.graphs.keys == []
+    runner.forward_backward(batch, None, WEIGHT)
+    assert any(grad is not None for grad in collect_grads(model))
+
+
+class FakeEvent:
+    """CUDA event with a simulated clock and status."""
+
+    clock, is_finished = 0.0, False
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.clock
+
+    def query(self) -> bool:
+        return FakeEvent.is_finished
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return 1000 * (other.at - self.at)
+
+
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch) -> GraphTimer:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    FakeEvent.clock, FakeEvent.is_finished = 0.0, False
+    return GraphTimer()
+
+
+def replay(timer: GraphTimer, tokens: int, seconds: float) -> None:
+    with timer.time_replay(tokens):
+        FakeEvent.clock += seconds
+
+
+def test_fastest_launch_and_replay_are_compared(timer: GraphTimer) -> None:
+    """The time of a replay is known after the GPU finishes."""
+    replay(timer, 1000, 0.06)
+    for seconds in (3.0, 0.05, 0.2):
+        assert timer.is_replay_faster(1000) is None
+        timer.record_launch(seconds)
+    assert timer.is_replay_faster(1000) is None
+    replay(timer, 1000, 9.0)  # before the first one has finished
+    FakeEvent.is_finished = True
+    assert timer.is_replay_faster(1000) is False
+    replay(timer, 2000, 0.04)
+    assert [timer.is_replay_faster(tokens) for tokens in (1000, 2400, 2600)] == [True, True, False]
+    replay(timer, 1000, 0.06)
+    assert timer.is_replay_faster(1000) is True
+
+
+def test_launches_and_replays_are_timed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, timer: GraphTimer
+) -> None:
+    class ReplayingGraphCache(EagerGraphCache):
+        """Graph cache that replays from the third run on."""
+
+        def contains(self, key: int) -> bool:
+            return len(self.keys) > 1
+
+        def run(self, key: int, function: Callable[[], Tensor]) -> Tensor:
+            FakeEvent.clock += 1.0
+            return super().run(key, function)
+
+    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", ReplayingGraphCache)
+    FakeEvent.is_finished = True
+    batch = pack(encode_samples(folder)[:4])
+    runner = make_runner(make_model(torch.float32, CPU).eval())
+    run_packs(runner, [batch] * (cuda_graphs.NUM_WARMUP_PACKS + 2))
+    assert runner.timer.is_replay_faster(1) is None, "eager launches and captures are no replays"
+    run_packs(runner, [batch])
+    tokens = GraphShape.from_batch(batch).num_tokens
+    assert runner.timer.is_replay_faster(100 * tokens) is False
+    assert runner.timer.replay_s_per_token == 1 / tokens
+    assert 0 < runner.timer.launch_s < 100
+    runner.warm_up(batch)
+    assert runner.timer.is_replay_faster(tokens) is None
+
+
+@pytest.mark.gpu
+def test_dropout_is_equal_in_graph_and_eager(folder: Path) -> None:
+    """The vision encoder draws random numbers before the decoder seed."""
+    cuda = torch.device("cuda")
+    tune = VISION_LORA.model_copy(update={"lora": LORA.lora})
+    model = make_model(torch.bfloat16, cuda, tune)
+    batch = pack(encode_samples(folder)[:3]).to(cuda)
+    torch.manual_seed(5)
+    inside = model(batch)
+    torch.manual_seed(5)
+    features = model.encode_images(batch.patches_ND, batch.grid_thw)
+    torch.testing.assert_close(model(batch, features), inside)
+
+
+def train_packs(
+    model: VisionLanguageModel,
+    runner: CudaGraphRunner,
+    packs: Sequence[PackedBatch],
+    has_cache: bool = False,
+) -> list[GraphStep]:
+    """Return the losses and gradients of packs, with cached image features or without."""
+    results = []
+    for number, batch in enumerate(packs):
+        torch.manual_seed(number)
+        features = encode_images(model, batch) if has_cache else None
+        weight = torch.tensor(1.0 / batch.num_supervised_tokens, device="cuda")
+        loss = runner.forward_backward(batch, features, weight)
+        results.append((loss, collect_grads(model)))
+    return results
+
+
+def assert_close(result: GraphStep, expected: GraphStep) -> None:
+    """Compare losses and gradients."""
+    torch.testing.assert_close(result[0], expected[0], rtol=2e-3, atol=2e-3)
+    for one, other in zip(result[1], expected[1], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert float((one - other).norm()) <= 0.05 * float(other.norm()) + 1e-5
 
 
 WAYS = [
@@ -59,264 +336,9 @@ WAYS = [
 """Tuned parts, whether features are cached, and the fraction of checkpointed layers."""
 
 
-class FailingGraphCache:
-    """Graph cache without memory for graphs; its error holds a tensor of the failed pass."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.num_requests = 0
-
-    def contains(self, key: int) -> bool:
-        return False
-
-    def run(self, key: int, function: Callable[[], Tensor]) -> Tensor:
-        self.num_requests += 1
-        waiting = torch.zeros(1)
-        WAITING.append(weakref.ref(waiting))
-        raise torch.OutOfMemoryError("out of memory during capture")
-
-
-WAITING: list[weakref.ref[Tensor]] = []
-
-
-class CountingGraphCache:
-    """Graph cache that runs eagerly and counts its requests."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.num_requests = 0
-
-    def contains(self, key: int) -> bool:
-        return False
-
-    def run(self, key: int, function: Callable[[], Tensor]) -> Tensor:
-        self.num_requests += 1
-        return function()
-
-
-class FakeGpu:
-    """GPU whose events are usually finished, with a setting for free memory."""
-
-    half_free = True
-    ahead = 1_000_000
-    num_requests = 0
-
-    def query(self) -> bool:
-        self.num_requests += 1
-        return self.num_requests % self.ahead > 0
-
-
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    card = FakeGpu()
-    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
-    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", CountingGraphCache)
-    monkeypatch.setattr(cuda_graphs, "record_event", lambda device: card)
-    monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: card.half_free)
-    return card
-
-
-def make_runner(model: VisionLanguageModel) -> CudaGraphRunner:
-    return CudaGraphRunner(model, list(trainable_parameters(model).values()))
-
-
-def collect_grads(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
-    """Return the gradients, and clear them."""
-    grads = [p.grad.float().clone() for p in parameters if p.grad is not None]
-    for parameter in parameters:
-        parameter.grad = None
-    return grads
-
-
-def assert_close(
-    result: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]
-) -> None:
-    """Compare losses and gradients."""
-    torch.testing.assert_close(result[0], expected[0], rtol=2e-3, atol=2e-3)
-    for one, other in zip(result[1], expected[1], strict=True):
-        assert float((one - other).norm()) <= 0.05 * float(other.norm()) + 1e-5
-
-
-def test_larger_packs_are_captured_if_launch_bound(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, card: FakeGpu
-) -> None:
-    """Takes long: larger packs are captured only after many passes."""
-    model = make_model(torch.float32, CPU, model_folder=ModelFolder(folder / "tiny")).eval()
-    samples = encode_samples(folder, ModelFolder(folder / "tiny"))
-    batch, longer = pack(samples[:4]), pack(samples[:12])
-    monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS", len(batch.ids_T))
-    monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS_STARVED", len(longer.ids_T) - 1)
-    share = torch.tensor(0.25)
-
-    def count_requests(packs: list[PackedBatch]) -> int:
-        passes = make_runner(model)
-        # Empty segments of static buffers require a GPU.
-        monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
-        found = passes.graphs
-        for one in packs:
-            passes.forward_backward(one, None, share)
-        assert isinstance(found, CountingGraphCache)
-        return found.num_requests
-
-    larger = pack(samples[:8])
-    assert len(batch.ids_T) < len(larger.ids_T) < len(longer.ids_T)
-    several = cuda_graphs.MIN_STARVED_PACKS + cuda_graphs.NUM_WARMUP_PACKS + 2
-    assert count_requests([batch] * (cuda_graphs.NUM_WARMUP_PACKS + 2)) == 2
-    assert count_requests([larger] * several) == several - cuda_graphs.MIN_STARVED_PACKS
-    assert count_requests([longer] * several) == 0, "too large for any card"
-    card.half_free = False
-    assert count_requests([larger] * several) == 0
-    assert count_requests([batch] * (cuda_graphs.NUM_WARMUP_PACKS + 2)) == 2
-    card.half_free, card.ahead, card.num_requests = True, cuda_graphs.MIN_STARVED_PACKS, 0
-    assert count_requests([larger] * 4 * several) == 0, "not so often in a row"
-
-
-def test_packs_share_graphs_if_launch_bound(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, card: FakeGpu
-) -> None:
-    model = make_model(torch.float32, CPU).eval()
-    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", cuda_graphs.MIN_STARVED_PACKS)
-    packs = make_packs(encode_samples(folder), monkeypatch) * cuda_graphs.MIN_STARVED_PACKS
-    share = torch.tensor(0.25)
-
-    def count_graphs() -> tuple[int, int]:
-        passes = make_runner(model)
-        monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
-        found = passes.graphs
-        for one in packs:
-            passes.forward_backward(one, None, share)
-        assert isinstance(found, CountingGraphCache)
-        return len(packs) - found.num_requests, len(passes.static_inputs)
-
-    assert count_graphs() == (cuda_graphs.MIN_STARVED_PACKS, 1)
-    # There may be hundreds of shapes: they are searched for each capture, not for each pack.
-    monkeypatch.setattr(GraphShape, "widen", None)
-    card.half_free = False
-    assert count_graphs() == (2 * cuda_graphs.NUM_WARMUP_PACKS, 2), "each kind has its own"
-    card.half_free, card.ahead, card.num_requests = True, 2, 0
-    assert count_graphs() == (2 * cuda_graphs.NUM_WARMUP_PACKS, 2), (
-        "the card had something left to do"
-    )
-
-
-def test_slow_shared_graphs_are_dropped(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, card: FakeGpu
-) -> None:
-    model = make_model(torch.float32, CPU).eval()
-    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 100)
-    packs = make_packs(encode_samples(folder), monkeypatch)
-    larger = max(packs, key=lambda batch: len(batch.ids_T))
-    smaller = next(
-        one for one in packs if GraphShape.from_batch(one) != GraphShape.from_batch(larger)
-    )
-    passes, share = make_runner(model), torch.tensor(0.25)
-    monkeypatch.setattr(passes, "run_static", lambda static_inputs: share)
-    found = passes.graphs
-    assert isinstance(found, CountingGraphCache)
-    for one in [smaller, larger] * cuda_graphs.MIN_STARVED_PACKS:
-        passes.forward_backward(one, None, share)
-    assert found.num_requests == cuda_graphs.MIN_STARVED_PACKS, "both kinds, once they were late"
-    monkeypatch.setattr(passes.timer, "is_replay_faster", lambda tokens: False)
-    for one in [smaller, larger] * 3:
-        passes.forward_backward(one, None, share)
-    assert found.num_requests == cuda_graphs.MIN_STARVED_PACKS, "it is of neither's own kind"
-    monkeypatch.setattr(passes.timer, "is_replay_faster", lambda tokens: True)
-    card.ahead, card.num_requests = 1, 0
-    for one in [smaller, larger] * 3:
-        passes.forward_backward(one, None, share)
-    assert found.num_requests == cuda_graphs.MIN_STARVED_PACKS + 6, "however busy the card is"
-
-
-def test_smallest_fitting_graph_is_used(folder: Path) -> None:
-    passes = CudaGraphRunner(make_model(torch.float32, CPU), [torch.nn.Parameter(torch.zeros(1))])
-    batch = pack(encode_samples(folder)[:4])
-    kind = GraphShape.from_batch(batch)._replace(num_tokens=1024)
-    sizes = [kind._replace(num_tokens=1088 + n, num_sequences=16) for n in (8, 0, 16)]
-    for size in (*sizes, sizes[1]._replace(num_labels=2 * kind.num_labels)):
-        passes.static_inputs[size] = GraphInputs.allocate(size, batch, None, passes.vision_encoder)
-    found = passes.find_wider_inputs(kind)
-    assert found.shape == sizes[1]
-
-
-def test_capture_out_of_memory_disables_graphs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
-    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
-    model = make_model(torch.float32, CPU).eval()
-    learning = list(trainable_parameters(model).values())
-    passes, baseline = CudaGraphRunner(model, learning), CudaGraphRunner(model, learning)
-    baseline.release_graphs()
-    launch = passes.run_eager
-
-    def launched(*inputs: Any) -> Tensor:
-        assert [one() for one in WAITING] == [None] * len(WAITING), "memory is not given back yet"
-        return launch(*inputs)
-
-    monkeypatch.setattr(passes, "run_eager", launched)
-    full = passes.graphs
-    batch, share = pack(encode_samples(folder)[:4]), torch.tensor(0.25)
-    found = []
-    for own in (baseline, *[passes] * (cuda_graphs.NUM_WARMUP_PACKS + 2)):
-        loss = own.forward_backward(batch, None, share)
-        found.append((loss, collect_grads(learning)))
-    assert isinstance(full, FailingGraphCache)
-    assert full.num_requests == 1, "single shapes are not captured, and one failure disables graphs"
-    assert passes.graphs is None
-    (loss, grads), *others = found
-    for loss_1, grads_1 in others:
-        assert torch.equal(loss, loss_1)
-        assert all(torch.equal(one, other) for one, other in zip(grads, grads_1, strict=True))
-
-
-def test_text_only_packs_give_encoder_no_gradients(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Among pictured packs there may be one of texts alone."""
-    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
-    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
-    tune = TuneSettings.model_validate({"vision": "lora", "language": "frozen"})
-    model = make_model(torch.float32, CPU, tune)
-    learning = list(trainable_parameters(model).values())
-    passes = CudaGraphRunner(model, learning)
-    texts = replace(
-        pack(encode_samples(folder)[:2]),
-        grid_thw=(),
-        patches_ND=torch.empty(0, 588, dtype=torch.uint8),
-        visual_indices_M=torch.empty(0, dtype=torch.int64),
-    )
-    for _ in range(cuda_graphs.NUM_WARMUP_PACKS + 2):
-        assert passes.forward_backward(texts, None, torch.tensor(1.0)) > 0
-    assert all(parameter.grad is None for parameter in learning)
-    assert isinstance(passes.graphs, FailingGraphCache)
-    assert passes.graphs.num_requests == 0
-    passes.forward_backward(pack(encode_samples(folder)[:2]), None, torch.tensor(1.0))
-    assert any(parameter.grad is not None for parameter in learning)
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_dropout_is_equal_in_graph_and_eager(folder: Path) -> None:
-    """The vision encoder draws random numbers before the decoder seed."""
-    cuda = torch.device("cuda")
-    model = make_model(torch.bfloat16, cuda, LORA_DROPOUT)
-    batch = pack(encode_samples(folder)[:3]).to(cuda)
-    torch.manual_seed(5)
-    inside = model(batch)
-    torch.manual_seed(5)
-    features = model.encode_images(batch.patches_ND, batch.grid_thw)
-    torch.testing.assert_close(model(batch, features), inside)
-
-
-def test_large_trainable_models_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(torch.float32, CPU)
-    assert cuda_graphs.has_few_trainable_params(model)
-    monkeypatch.setattr(cuda_graphs, "MAX_TRAINABLE_PARAMS", 1000)
-    assert not cuda_graphs.has_few_trainable_params(model)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(
-    ("tune", "known", "checkpointed", "packed", "short"),
+    ("tune", "has_cache", "checkpointed", "packed", "max_triton_seqlen"),
     [
         *((*way, pack, 256) for way in WAYS),
         *((*way, pack_shared_prefix, 256) for way in WAYS),
@@ -327,10 +349,10 @@ def test_large_trainable_models_are_not_captured(monkeypatch: pytest.MonkeyPatch
 def test_graph_replay_matches_eager_training(
     folder: Path,
     tune: TuneSettings,
-    known: bool,
+    has_cache: bool,
     checkpointed: float,
     packed: Callable[[Sequence[EncodedSample]], PackedBatch],
-    short: int,
+    max_triton_seqlen: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda = torch.device("cuda")
@@ -338,71 +360,44 @@ def test_graph_replay_matches_eager_training(
     model.activation_checkpointing = checkpointed
     samples = encode_samples(folder)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
-    # So that some take their way by the hooks, and others not.
+    # Some parameters are large, others are not.
     monkeypatch.setattr(graph_buffers, "LARGE_PARAM_ELEMENTS", 10_000)
-    monkeypatch.setattr(attention, "MAX_TRITON_SEQLEN", short)
+    monkeypatch.setattr(attention, "MAX_TRITON_SEQLEN", max_triton_seqlen)
     packs = [packed(samples[start : start + 4]).to(cuda) for start in (0, 4, 0, 4, 2, 0)]
-    learning = list(trainable_parameters(model).values())
-    passes = CudaGraphRunner(model, learning)
-
-    def train_all(most: int) -> list[tuple[Tensor, list[Tensor]]]:
-        monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS", most)
-        results = []
-        for number, batch in enumerate(packs):
-            torch.manual_seed(number)
-            features = encode_images(model, batch) if known else None
-            share = torch.tensor(1.0 / batch.num_supervised_tokens, device=cuda)
-            loss = passes.forward_backward(batch, features, share)
-            results.append((loss, collect_grads(learning)))
-        return results
-
-    launched, first, again = train_all(0), train_all(6144), train_all(6144)
-    assert passes.graphs is not None, "capture failed"
-    assert len(passes.graphs), "nothing was captured"
-    for eager, replayed, (loss, grads) in zip(launched, first, again, strict=True):
+    runner, results = make_runner(model), []
+    for max_tokens in (0, 6144, 6144):
+        monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS", max_tokens)
+        results.append(train_packs(model, runner, packs, has_cache))
+    assert runner.graphs is not None, "capture failed"
+    assert len(runner.graphs), "nothing was captured"
+    for eager, replayed, (loss, grads) in zip(*results, strict=True):
         assert_close(replayed, eager)
         # From the same seed, a replay gives the same bits.
         assert torch.equal(loss, replayed[0])
-        assert all(torch.equal(one, other) for one, other in zip(grads, replayed[1], strict=True))
+        for one, other in zip(grads, replayed[1], strict=True):
+            assert one is other is None or torch.equal(one, other)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("prefix_length", [0, 70])
 def test_graphs_of_linear_attention_match_eager_training(
     tmp_path: Path, prefix_length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packs of several lengths in one graph, with and without a shared prefix."""
     cuda = torch.device("cuda")
-    model = load_model(
-        ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen3_5")), torch.bfloat16, cuda
-    )
-    configure_tuning(model, TuneSettings.model_validate({"lora": {"rank": 8, "dropout": 0.0}}), 0)
-    for name, parameter in trainable_parameters(model).items():
-        if ".adapter.lora_B" in name:
-            parameter.data.normal_(0, 0.1)
-    model.train()
+    tune = TuneSettings.model_validate({"lora": {"rank": 8, "dropout": 0.0}})
+    model_folder = ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen3_5"))
+    model = make_model(torch.bfloat16, cuda, tune, model_folder)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
-    packs = [
-        make_text_pack(lengths, prefix_length, seed).to(cuda)
-        for seed, lengths in enumerate([(80, 65, 1, 130), (64, 100, 90, 20), (80, 65, 1, 130)])
-    ]
-    learning = list(trainable_parameters(model).values())
-    passes = CudaGraphRunner(model, learning)
-
-    def train_all(max_tokens: int) -> list[tuple[Tensor, list[Tensor]]]:
+    lengths = [(80, 65, 1, 130), (64, 100, 90, 20), (80, 65, 1, 130)]
+    packs = [make_text_pack(one, prefix_length, seed).to(cuda) for seed, one in enumerate(lengths)]
+    runner, results = make_runner(model), []
+    for max_tokens in (0, 6144, 6144):
         monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS", max_tokens)
-        results = []
-        for batch in packs:
-            share = torch.tensor(1.0 / batch.num_supervised_tokens, device=cuda)
-            loss = passes.forward_backward(batch, None, share)
-            results.append((loss, collect_grads(learning)))
-        return results
-
-    eager, first, again = train_all(0), train_all(6144), train_all(6144)
-    assert passes.graphs is not None, "capture failed"
-    assert len(passes.graphs), "nothing was captured"
-    for expected, warm_up, replayed in zip(eager, first, again, strict=True):
+        results.append(train_packs(model, runner, packs))
+    assert runner.graphs is not None, "capture failed"
+    assert len(runner.graphs), "nothing was captured"
+    for expected, warm_up, replayed in zip(*results, strict=True):
         assert_close(warm_up, expected)
         assert_close(replayed, expected)
 
@@ -435,33 +430,22 @@ def make_text_pack(lengths: Sequence[int], prefix_length: int, seed: int) -> Pac
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_shared_graph_matches_eager_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     model = make_model(torch.bfloat16, cuda, VISION_LORA)
     packs = [one.to(cuda) for one in make_packs(encode_samples(folder), monkeypatch)]
-    learning = list(trainable_parameters(model).values())
-    passes = CudaGraphRunner(model, learning)
+    runner, results = make_runner(model), []
     monkeypatch.setattr(cuda_graphs, "MIN_STARVED_PACKS", 0)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 100)
     monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", 0)
-    # Of so few tokens a replay always is the sooner one; but a test hangs on no clock.
-    monkeypatch.setattr(passes.timer, "is_replay_faster", lambda tokens: True)
+    # A replay of so few tokens is always faster; but the test must not depend on the clock.
+    monkeypatch.setattr(runner.timer, "is_replay_faster", lambda tokens: True)
     # Simulate that each shape has occurred, and none was captured.
-    passes.shape_counts.update(GraphShape.from_batch(one) for one in packs)
-
-    def train_all(most: int) -> list[tuple[Tensor, list[Tensor]]]:
-        monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS_STARVED", most)
-        results = []
-        for batch in [*packs, *reversed(packs), *packs]:
-            torch.manual_seed(len(batch.ids_T))
-            share = torch.tensor(1.0 / batch.num_supervised_tokens, device=cuda)
-            loss = passes.forward_backward(batch, None, share)
-            results.append((loss, collect_grads(learning)))
-        return results
-
-    launched, shared = train_all(0), train_all(6144)
-    assert passes.graphs is not None, "capture failed"
-    assert len(passes.graphs) == len(passes.static_inputs) == 1
-    for eager, replayed in zip(launched, shared, strict=True):
+    runner.shape_counts.update(GraphShape.from_batch(one) for one in packs)
+    for max_tokens in (0, 6144):
+        monkeypatch.setattr(cuda_graphs, "MAX_GRAPH_TOKENS_STARVED", max_tokens)
+        results.append(train_packs(model, runner, [*packs, *reversed(packs), *packs]))
+    assert runner.graphs is not None, "capture failed"
+    assert len(runner.graphs) == len(runner.static_inputs) == 1
+    for eager, replayed in zip(*results, strict=True):
         assert_close(replayed, eager)

@@ -1,36 +1,37 @@
-"""Data loading: independence from the number of workers, and corrupt images."""
+"""Data loading: independence from the number of workers, corrupt images, and waiting for data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 from tiny_task import make_task
 from torch import Tensor
 
-from finesight.config import LongestSide, PixelRange, TrainFileSettings
-from finesight.data.corpus import Corpus, load_corpus
+from finesight.config import PixelRange, TrainFileSettings
+from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
+from finesight.train import dataloader
 from finesight.train.dataloader import (
+    DataWait,
     DataWorkerError,
     StepBatch,
     StepDataset,
-    StepTransfer,
-    TensorBlock,
     TensorSpec,
     catch_user_error,
     read_steps,
+    time_data_waits,
 )
 from finesight.train.sampler import SequentialSampler
-
-RULE = PixelRange(min_pixels=784, max_pixels=7056)
 
 
 @pytest.fixture
@@ -39,17 +40,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def steps_of(
-    folder: Path,
-    on_invalid_sample: Literal["skip", "fail"] = "skip",
-    budget: int = 100,
-    rule: PixelRange | LongestSide = RULE,
+def make_dataset(
+    folder: Path, on_invalid_sample: Literal["skip", "fail"] = "skip", budget: int = 100
 ) -> StepDataset:
-    corpus: Corpus = load_corpus((TrainFileSettings(path=folder / "train.jsonl"),))
-    renderer = NativeRenderer(ModelFolder(folder / "tiny"), rule)
-    return StepDataset(
-        corpus, renderer, SequentialSampler(range(len(corpus)), 4), budget, on_invalid_sample
-    )
+    corpus = load_corpus((TrainFileSettings(path=folder / "train.jsonl"),))
+    image_rule = PixelRange(min_pixels=784, max_pixels=7056)
+    renderer = NativeRenderer(ModelFolder(folder / "tiny"), image_rule)
+    sampler = SequentialSampler(range(len(corpus)), 4)
+    return StepDataset(corpus, renderer, sampler, budget, on_invalid_sample)
+
+
+def read_all(dataset: StepDataset, start: int = 0, workers: int = 0) -> list[StepBatch]:
+    return list(read_steps(dataset, start, workers, pin_memory=False))
 
 
 def to_nested_lists(batch: PackedBatch) -> list[object]:
@@ -67,66 +69,38 @@ def contents(steps: Sequence[StepBatch]) -> list[object]:
 
 
 def test_packs_are_equal_for_any_worker_count(folder: Path) -> None:
-    data = steps_of(folder)
-    direct = contents([data.get_step(number) for number in range(len(data))])
-    assert len(direct) == 3
+    """Each sample occurs once, in packs within the token budget."""
+    data = make_dataset(folder)
+    steps = [data.get_step(number) for number in range(len(data))]
     for workers in (0, 1, 2):
-        assert contents(list(read_steps(data, 0, workers, pin_memory=False))) == direct
-        assert contents(list(read_steps(data, 1, workers, pin_memory=False))) == direct[1:]
-
-
-def test_each_sample_once_within_token_budget(folder: Path) -> None:
-    steps = list(read_steps(steps_of(folder), 0, 0, pin_memory=False))
+        assert contents(read_all(data, 0, workers)) == contents(steps)
+        assert contents(read_all(data, 1, workers)) == contents(steps[1:])
     assert [step.num_samples for step in steps] == [4, 4, 3]
-    names = [name for step in steps for batch in step.packs for name in batch.sample_ids]
+    packs = [batch for step in steps for batch in step.packs]
+    names = [name for batch in packs for name in batch.sample_ids]
     assert sorted(names) == sorted(f"train{i}" for i in range(11))
-    assert all(sum(batch.lengths) <= 100 for step in steps for batch in step.packs)
-    assert sum(step.num_tokens for step in steps) == sum(
-        len(batch.ids_T) for step in steps for batch in step.packs
-    )
+    assert all(sum(batch.lengths) <= 100 for batch in packs)
+    assert sum(step.num_tokens for step in steps) == sum(len(batch.ids_T) for batch in packs)
 
 
 def test_budget_counts_only_required_tokens(folder: Path) -> None:
-    (full,) = steps_of(folder, budget=10_000).get_step(0).packs
+    (full,) = make_dataset(folder, budget=10_000).get_step(0).packs
     needed = sum(full.lengths)
-    assert len(steps_of(folder, budget=needed).get_step(0).packs) == 1
-    assert len(steps_of(folder, budget=needed - 1).get_step(0).packs) == 2
+    for budget, num_packs in ((needed, 1), (needed - 1, 2), (1, 4)):
+        packs = make_dataset(folder, budget=budget).get_step(0).packs
+        assert len(packs) == num_packs, "a sample over the budget is packed alone"
 
 
 def test_shared_prefix_is_stored_once_per_pack(folder: Path) -> None:
-    alone = [*read_steps(steps_of(folder), 0, 0, pin_memory=False)]
-    steps = [*read_steps(replace(steps_of(folder), use_shared_prefix=True), 0, 0, pin_memory=False)]
-    for step, other in zip(steps, alone, strict=True):
+    shared = replace(make_dataset(folder), use_shared_prefix=True)
+    for step, other in zip(read_all(shared), read_all(make_dataset(folder)), strict=True):
         assert sorted(sum(step.sample_indices, ())) == sorted(sum(other.sample_indices, ()))
-        assert (step.num_samples, step.num_supervised_tokens) == (
-            other.num_samples,
-            other.num_supervised_tokens,
-        )
+        assert step.num_supervised_tokens == other.num_supervised_tokens
         assert step.num_tokens == other.num_tokens, "of samples, whatever they share"
-        assert {batch.prefix_length for batch in step.packs if batch.num_samples > 1} == {15}
-        assert {batch.prefix_length for batch in step.packs if batch.num_samples == 1} <= {0}
-        assert all(len(batch.ids_T) <= 100 for batch in step.packs)
+        for batch in step.packs:
+            assert batch.prefix_length in ({15} if batch.num_samples > 1 else {0})
+            assert len(batch.ids_T) <= 100
         assert sum(len(batch.ids_T) for batch in step.packs) < step.num_tokens
-
-
-def test_shared_memory_transfer_roundtrip(folder: Path) -> None:
-    step, patches = steps_of(folder).build_step(0)
-    before = contents([step])
-    parcel = StepTransfer.from_step(step, patches)
-    for batch in parcel.step_batch.packs:
-        assert len(batch.ids_T) == 0
-        assert len(batch.patches_ND) == 0
-    opened = parcel.unpack()
-    assert contents([opened]) == before
-    base, other = (
-        block.bytes_N.untyped_storage().data_ptr()
-        for block in (parcel.image_block, parcel.tensor_block)
-    )
-    for batch, packed in zip(opened.packs, step.packs, strict=True):
-        assert batch.patches_ND.untyped_storage().data_ptr() == base
-        assert batch.patches_ND.data_ptr() == packed.patches_ND.data_ptr()
-        assert batch.ids_T.untyped_storage().data_ptr() == other
-        assert batch.ids_T.data_ptr() % 64 == other % 64
 
 
 def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +109,8 @@ def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("finesight.train.dataloader.get_worker_info", lambda: object())
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    found = catch_user_error(steps_of(folder).load_step, 0)
+    found = catch_user_error(make_dataset(folder).load_step, 0)
     assert isinstance(found, DataWorkerError), "the run saves a checkpoint before it ends"
-    assert "no shared memory for" in str(found)
     assert "--shm-size" in str(found)
 
 
@@ -158,20 +131,14 @@ class IndexFeatures:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_cached_features_replace_images(folder: Path, workers: int) -> None:
-    data = steps_of(folder).with_vision_cache(IndexFeatures())
-    expected = contents([data.get_step(number) for number in range(len(data))])
-    steps = list(read_steps(data, 0, workers, pin_memory=False))
-    assert contents(steps) == expected
+    data = make_dataset(folder).with_vision_cache(IndexFeatures())
+    steps = read_all(data, 0, workers)
+    assert contents(steps) == contents([data.get_step(number) for number in range(len(data))])
     for step in steps:
         assert all(batch.grid_thw == () and not len(batch.patches_ND) for batch in step.packs)
         for members, known in zip(step.sample_indices, step.cache_inputs, strict=True):
             assert known.tolist() == [[index, index] for index in members]
     assert [dropped.id for step in steps for dropped in step.skipped] == ["train3"]
-
-
-def test_transfer_of_step_without_packs() -> None:
-    step = StepBatch(3, (), (), ())
-    assert StepTransfer.from_step(step, TensorBlock.allocate()).unpack() == step
 
 
 def truncate(path: Path) -> None:
@@ -181,32 +148,67 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_image_is_skipped_and_named(folder: Path, workers: int) -> None:
-    truncate(folder / "train5.png")
-    steps = list(read_steps(steps_of(folder), 0, workers, pin_memory=False))
-    assert [step.num_samples for step in steps] == [4, 3, 3]
-    assert [dropped.id for step in steps for dropped in step.skipped] == ["train5"]
-    assert "train5.png" in steps[1].skipped[0].reason
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_image_raises_in_fail_mode(folder: Path, workers: int) -> None:
-    truncate(folder / "train5.png")
-    with pytest.raises(CorruptImageError, match=r"train5\.png"):
-        list(read_steps(steps_of(folder, "fail"), 0, workers, pin_memory=False))
-
-
-def test_step_with_only_corrupt_images(folder: Path) -> None:
-    for number in range(4):
+def test_corrupt_image_is_skipped_or_raises(folder: Path, workers: int) -> None:
+    for number in (0, 1, 2, 3, 5):
         truncate(folder / f"train{number}.png")
-    step = steps_of(folder).get_step(0)
-    assert (step.packs, step.num_samples, step.num_supervised_tokens) == ((), 0, 0)
-    assert len(step.skipped) == 4
+    steps = read_all(make_dataset(folder), 0, workers)
+    assert [step.num_samples for step in steps] == [0, 3, 3]
+    assert (steps[0].packs, steps[0].num_supervised_tokens, len(steps[0].skipped)) == ((), 0, 4)
+    assert [dropped.id for dropped in steps[1].skipped] == ["train5"]
+    assert "train5.png" in steps[1].skipped[0].reason
+    with pytest.raises(CorruptImageError, match=r"train5\.png"):
+        read_all(make_dataset(folder, "fail"), 1, workers)
 
 
-def test_sample_over_budget_is_packed_alone(folder: Path) -> None:
-    step = steps_of(folder, budget=1).get_step(0)
-    assert [len(batch.lengths) for batch in step.packs] == [1, 1, 1, 1]
-    assert torch.equal(
-        step.packs[0].cu_seqlens_S1, torch.tensor([0, step.packs[0].lengths[0]]).int()
-    )
+def late_steps(delays_s: Sequence[float], sleep: Any) -> Iterator[StepBatch]:
+    for number, delay_s in enumerate(delays_s):
+        sleep(delay_s)
+        yield StepBatch(number, (), (), ())
+
+
+def test_cpu_wait_is_blocked_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    def advance(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(dataloader, "time", SimpleNamespace(perf_counter=lambda: now))
+    found = []
+    for step, wait in time_data_waits(late_steps([2.0, 0.5, 0.0], advance), torch.device("cpu")):
+        advance(7.0)  # training
+        found.append((step.step_index, wait.seconds))
+    assert found == [(0, 2.0), (1, 0.5), (2, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("blocked_s", "arrived_ms", "expected"),
+    [
+        pytest.param(0.5, 1000.01, 0.0, id="busy all along"),
+        pytest.param(0.5, 1200.0, 0.2, id="done on the way"),
+        pytest.param(0.5, 1500.1, 0.5, id="idle from the start"),
+        pytest.param(0.001, 1050.0, 0.001, id="idle for another reason"),
+    ],
+)
+def test_gpu_wait_starts_after_queued_work(
+    blocked_s: float, arrived_ms: float, expected: float
+) -> None:
+    first: Any = SimpleNamespace(elapsed_time=lambda other: other.at - 1000.0)
+    last: Any = SimpleNamespace(at=arrived_ms)
+    assert DataWait(blocked_s, first, last).seconds == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("busy", [False, True])
+def test_gpu_wait_measurement(busy: bool) -> None:
+    waits = []
+    for _, wait in time_data_waits(late_steps([0.05] * 3, time.sleep), torch.device("cuda")):
+        waits.append(wait)
+        if busy:
+            # About a second, by the clock of the card, that the next data may take to come.
+            torch.cuda._sleep(2_000_000_000)
+    torch.cuda.synchronize()
+    # Nothing is queued before the first.
+    for wait in waits[1:]:
+        assert wait.blocked_s >= 0.05
+        assert (wait.seconds >= 0.04) is not busy

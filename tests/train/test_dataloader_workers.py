@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,36 +16,26 @@ from finesight.errors import UserError
 from finesight.train.dataloader import MAX_RESTARTS, prefetch_items
 
 
-class NumberItems:
-    """Item k is k, but for the one that does something else."""
+class Items:
+    """Item k is k, except one item that kills its process or raises an error."""
 
-    def __init__(self, odd: int = -1, signal_number: int = 0) -> None:
-        self.odd, self.signal_number, self.home = odd, signal_number, os.getpid()
+    def __init__(self, special: int = -1, effect: int | Exception = 0) -> None:
+        self.special, self.effect, self.home = special, effect, os.getpid()
 
     def __call__(self, number: int) -> int:
-        if number == self.odd and self.signal_number:
+        if number == self.special:
+            if isinstance(self.effect, Exception):
+                raise self.effect
             assert os.getpid() != self.home, "not in a worker"
-            os.kill(os.getpid(), self.signal_number)
-        elif number == self.odd:
-            raise UserError("it broke", where="here", expected="better", remedy="fix it")
+            os.kill(os.getpid(), self.effect)
         return number
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_items_are_ordered(workers: int) -> None:
-    assert list(prefetch_items(NumberItems(), range(3, 20, 2), workers, pin_memory=False)) == [
-        *range(3, 20, 2)
-    ]
+class TensorItems:
+    """Items that have to be fetched from the worker, if it still runs."""
 
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_worker_errors_are_reraised(workers: int) -> None:
-    items = prefetch_items(NumberItems(odd=3), range(6), workers, pin_memory=False)
-    assert [next(items) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(UserError) as caught:
-        next(items)
-    error = caught.value
-    assert (error.what, error.where, error.remedy) == ("it broke", "here", "fix it")
+    def __call__(self, number: int) -> torch.Tensor:
+        return torch.full((9,), number)
 
 
 class ProcessGroupItems:
@@ -53,49 +43,66 @@ class ProcessGroupItems:
         return os.getpgid(0)
 
 
+def read(items: Callable[[int], Any], indices: range, workers: int) -> Iterator[Any]:
+    return prefetch_items(items, indices, workers, pin_memory=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_items_are_ordered(workers: int) -> None:
+    """Reading does not use the random numbers of torch."""
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    assert list(read(Items(), range(3, 20, 2), workers)) == [*range(3, 20, 2)]
+    assert torch.equal(torch.rand(3), expected) or workers
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("it broke", where="here", expected="better", remedy="fix it"),
+        RuntimeError("it broke"),
+        FileNotFoundError("it broke"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_are_reraised_without_crash(error: Exception, workers: int) -> None:
+    items = read(Items(3, error), range(60), workers)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(type(error), match="it broke") as caught:
+        next(items)
+    if isinstance(caught.value, UserError):
+        assert (caught.value.where, caught.value.remedy) == ("here", "fix it")
+        assert multiprocessing.active_children() == []
+
+
 def test_workers_ignore_group_signals() -> None:
-    groups = set(prefetch_items(ProcessGroupItems(), range(6), 2, pin_memory=False))
+    groups = set(read(ProcessGroupItems(), range(6), 2))
     assert len(groups) == 2
     assert os.getpgid(0) not in groups
 
 
-def test_no_process_remains_after_error() -> None:
-    items = prefetch_items(NumberItems(odd=3), range(60), 2, pin_memory=False)
-    with pytest.raises(UserError) as caught:
-        list(items)
-    assert caught.tb is not None
-    assert multiprocessing.active_children() == []
-
-
 def test_no_process_remains_after_early_stop() -> None:
-    items = prefetch_items(NumberItems(), range(60), 2, pin_memory=False)
+    items = read(Items(), range(60), 2)
     next(items)
     assert len(multiprocessing.active_children()) == 2
     del items
     assert multiprocessing.active_children() == []
 
 
-def test_killed_worker_is_explained() -> None:
-    items = prefetch_items(NumberItems(2, signal.SIGKILL), range(50), 1, pin_memory=False)
+def test_repeatedly_killed_worker_is_explained() -> None:
     with pytest.raises(UserError, match=r"worker died[\s\S]*lower train\.num_workers") as caught:
-        list(items)
+        list(read(Items(2, signal.SIGKILL), range(50), 1))
     assert f"{MAX_RESTARTS + 1} times at the same item" in caught.value.what
 
 
-class TensorItems:
-    """What it sends has to be fetched from the worker, if it is still there."""
-
-    def __call__(self, number: int) -> torch.Tensor:
-        return torch.full((9,), number)
-
-
-@pytest.mark.parametrize("data", [NumberItems(), TensorItems()], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("data", [Items(), TensorItems()], ids=["numbers", "tensors"])
 def test_killed_worker_is_restarted_at_next_item(
     data: Callable[[int], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And is no loss: the worker is started again, with the item that was due."""
     before = signal.getsignal(signal.SIGCHLD)
-    items = prefetch_items(data, range(50), 1, pin_memory=False)
+    items = read(data, range(50), 1)
     for _ in range(5):
         next(items)
     assert signal.getsignal(signal.SIGCHLD) is before
@@ -111,33 +118,10 @@ def test_killed_worker_is_restarted_at_next_item(
     assert multiprocessing.active_children() == []
 
 
-class FailingItems:
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def __call__(self, number: int) -> int:
-        raise self.error
-
-
-@pytest.mark.parametrize("error", [RuntimeError("it broke"), FileNotFoundError("it broke")])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_worker_exception_is_not_a_crash(error: Exception, workers: int) -> None:
-    with pytest.raises(type(error), match="it broke"):
-        list(prefetch_items(FailingItems(error), range(3), workers, pin_memory=False))
-
-
-def test_reading_does_not_change_torch_rng() -> None:
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    list(prefetch_items(NumberItems(), range(3), 0, pin_memory=False))
-    assert torch.equal(torch.rand(3), expected)
-
-
 def test_ten_million_items_use_little_memory() -> None:
     tracemalloc.start()
     try:
-        items = prefetch_items(NumberItems(), range(10_000_000), 0, pin_memory=False)
+        items = read(Items(), range(10_000_000), 0)
         assert [next(items) for _ in range(3)] == [0, 1, 2]
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:

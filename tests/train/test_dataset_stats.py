@@ -1,4 +1,4 @@
-"""Dataset scan: every skipped sample is counted, and no sample is truncated."""
+"""Dataset scan: every skipped sample is counted, no sample is truncated, large data are sampled."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_task import make_task
+from tiny_task import TinyTask, edit_samples, make_task, read_final_files, read_losses
 
 from finesight.config import DataSettings, PixelRange, TrainFileSettings
-from finesight.data.corpus import load_corpus
+from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import find_shared_prefix_length
 from finesight.encode.renderer import NativeRenderer
@@ -26,130 +26,96 @@ from finesight.train.dataset_stats import (
     draw_subset,
 )
 
-RULE = PixelRange(min_pixels=784, max_pixels=7056)
+NUM_SAMPLES = 11
 
 
-def collect_stats(folder: Path, workers: int = 0, **settings: Any) -> DatasetStats:
-    file = TrainFileSettings(path=folder / "train.jsonl")
-    data = DataSettings(train=(file,), **settings)
-    renderer = NativeRenderer(ModelFolder(folder / "tiny"), RULE)
-    return compute_dataset_stats(load_corpus((file,)), renderer, data, workers)
+def open_task(folder: Path) -> tuple[Corpus, NativeRenderer]:
+    renderer = NativeRenderer(
+        ModelFolder(folder / "tiny"), PixelRange(min_pixels=784, max_pixels=7056)
+    )
+    return load_corpus((TrainFileSettings(path=folder / "train.jsonl"),)), renderer
 
 
-def test_all_samples_are_counted(tmp_path: Path) -> None:
+def collect_stats(
+    folder: Path, workers: int = 0, subset: list[int] | None = None, **settings: Any
+) -> DatasetStats:
+    data = DataSettings(train=(TrainFileSettings(path=folder / "train.jsonl"),), **settings)
+    return compute_dataset_stats(*open_task(folder), data, workers, subset=subset)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     make_task(tmp_path)
-    found = collect_stats(tmp_path)
-    assert found.sample_indices == tuple(range(11))
-    assert found.skipped == ()
-    renderer = NativeRenderer(ModelFolder(tmp_path / "tiny"), RULE)
-    outlines = [
-        renderer.tokenize(sample)
-        for sample in load_corpus(
-            (TrainFileSettings(path=tmp_path / "train.jsonl"),)
-        ).read_samples()
-    ]
+    return tmp_path
+
+
+def test_all_samples_are_counted(folder: Path) -> None:
+    found = collect_stats(folder)
+    assert (found.sample_indices, found.skipped) == (tuple(range(NUM_SAMPLES)), ())
+    corpus, renderer = open_task(folder)
+    outlines = [renderer.tokenize(sample) for sample in corpus.read_samples()]
+    for name in ("id", "num_tokens", "num_supervised_tokens", "num_patches"):
+        expected = [getattr(outline, name) for outline in outlines]
+        assert [getattr(sample, name) for sample in found.sample_stats] == expected
     assert found.num_tokens == sum(outline.num_tokens for outline in outlines)
     assert found.num_patches == sum(outline.num_patches for outline in outlines)
     assert found.max_sample_tokens == max(outline.num_tokens for outline in outlines)
-    assert [
-        (glance.id, glance.num_tokens, glance.num_supervised_tokens)
-        for glance in found.sample_stats
-    ] == [(outline.id, outline.num_tokens, outline.num_supervised_tokens) for outline in outlines]
-    assert [glance.num_patches for glance in found.sample_stats] == [
-        o.num_patches for o in outlines
-    ]
-
-
-def test_shared_prefix_is_found(tmp_path: Path) -> None:
-    make_task(tmp_path)
-    renderer = NativeRenderer(ModelFolder(tmp_path / "tiny"), RULE)
-    outlines = [
-        renderer.tokenize(sample)
-        for sample in load_corpus(
-            (TrainFileSettings(path=tmp_path / "train.jsonl"),)
-        ).read_samples()
-    ]
-    found = collect_stats(tmp_path)
     assert found.prefix_length == find_shared_prefix_length(outlines) == outlines[0].spans[0].start
-    table = tmp_path / "train.jsonl"
-    first, *others = table.read_text().splitlines()
-    row = json.loads(first)
-    row["messages"].insert(0, {"role": "system", "content": "Other words."})
-    table.write_text("\n".join([json.dumps(row), *others]) + "\n")
-    assert collect_stats(tmp_path).prefix_length < found.prefix_length
+    with edit_samples(folder / "train.jsonl") as samples:
+        samples[0]["messages"].insert(0, {"role": "system", "content": "Other words."})
+    assert collect_stats(folder).prefix_length < found.prefix_length
 
 
-def test_invalid_samples_are_skipped_with_reasons(tmp_path: Path) -> None:
-    make_task(tmp_path)
-    lengths = collect_stats(tmp_path).max_sample_tokens
-    (tmp_path / "train3.png").write_bytes(b"no picture")
-    found = collect_stats(tmp_path, max_length=lengths - 1)
+def test_invalid_samples_are_skipped_with_reasons(folder: Path) -> None:
+    longest = collect_stats(folder).max_sample_tokens
+    (folder / "train3.png").write_bytes(b"no picture")
+    found = collect_stats(folder, max_length=longest - 1)
     reasons = dict(found.skipped)
     assert "not an image" in reasons.pop("train3")
-    assert reasons
-    assert set(reasons.values()) == {f"over {lengths - 1} tokens"}
-    assert len(found.sample_indices) + len(found.skipped) == 11
+    assert set(reasons.values()) == {f"over {longest - 1} tokens"}
+    assert len(found.sample_indices) + len(found.skipped) == NUM_SAMPLES
     assert 3 not in found.sample_indices
-    assert found.max_sample_tokens < lengths
-
-
-def test_fail_mode_raises(tmp_path: Path) -> None:
-    make_task(tmp_path)
+    assert found.max_sample_tokens < longest
     with pytest.raises(UserError, match=r"expected: at most 40 tokens"):
-        collect_stats(tmp_path, max_length=40, on_invalid_sample="fail")
-    (tmp_path / "train3.png").unlink()
+        collect_stats(folder, max_length=40, on_invalid_sample="fail")
     with pytest.raises(CorruptImageError, match=r"train3\.png"):
-        collect_stats(tmp_path, on_invalid_sample="fail")
-
-
-def test_dataset_without_readable_images_raises(tmp_path: Path) -> None:
-    make_task(tmp_path)
-    for path in tmp_path.glob("train*.png"):
+        collect_stats(folder, on_invalid_sample="fail")
+    for path in folder.glob("train*.png"):
         path.unlink()
     with pytest.raises(UserError, match=r"none of 11 samples[\s\S]*train0\.png"):
-        collect_stats(tmp_path)
+        collect_stats(folder)
 
 
-def test_invalid_box_is_never_skipped(tmp_path: Path) -> None:
-    make_task(tmp_path)
-    lines = (tmp_path / "train.jsonl").read_text().splitlines()
-    sample = json.loads(lines[4])
-    box = {"type": "box", "label": "x", "xyxy": [0, 0, 5000, 5000]}
-    sample["messages"][1]["content"] = [box]
-    lines[4] = json.dumps(sample)
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+def test_invalid_box_is_never_skipped(folder: Path) -> None:
+    with edit_samples(folder / "train.jsonl") as samples:
+        box = {"type": "box", "label": "x", "xyxy": [0, 0, 5000, 5000]}
+        samples[4]["messages"][1]["content"] = [box]
     with pytest.raises(UserError, match="train4"):
-        collect_stats(tmp_path)
+        collect_stats(folder)
 
 
 def test_workers_give_equal_statistics(tmp_path: Path) -> None:
     make_task(tmp_path, num_samples=8 * SCAN_CHUNK_SIZE + 3)
     (tmp_path / "train70.png").write_bytes(b"")
-    assert collect_stats(tmp_path, workers=2) == collect_stats(tmp_path)
-    assert len(collect_stats(tmp_path).sample_indices) == 8 * SCAN_CHUNK_SIZE + 2
+    found = collect_stats(tmp_path)
+    assert collect_stats(tmp_path, workers=2) == found
+    assert len(found.sample_indices) == 8 * SCAN_CHUNK_SIZE + 2
 
 
-def test_large_dataset_is_sampled(tmp_path: Path) -> None:
-    make_task(tmp_path)
-    (tmp_path / "train3.png").write_bytes(b"no picture")
-    (tmp_path / "train7.png").write_bytes(b"no picture")
-    file = TrainFileSettings(path=tmp_path / "train.jsonl")
-    corpus, data = load_corpus((file,)), DataSettings(train=(file,))
-    renderer = NativeRenderer(ModelFolder(tmp_path / "tiny"), RULE)
-    all_of_them = compute_dataset_stats(corpus, renderer, data, 0)
-    some = compute_dataset_stats(corpus, renderer, data, 0, subset=[1, 3, 4, 9])
-    assert (some.is_complete, all_of_them.is_complete) == (False, True)
-    assert some.sample_indices == range(11)
-    assert some.num_scanned == 4
-    assert list(some.scanned_indices) == [1, 4, 9]
-    assert some.skipped == ()
-    assert some.num_tokens == round(11 / 4 * sum(glance.num_tokens for glance in some.sample_stats))
-    glances = SampleStatsMap(corpus, some, renderer, data.max_length)
-    assert {index: glances[index] for index in all_of_them.sample_indices} == dict(
-        zip(all_of_them.sample_indices, all_of_them.sample_stats, strict=True)
-    )
-    # What cannot be used costs nothing, wherever its share of a step is dealt out.
-    assert glances[3].num_tokens == glances[7].num_tokens == 0
+def test_statistics_of_a_subset_are_scaled(folder: Path) -> None:
+    for number in (3, 7):
+        (folder / f"train{number}.png").write_bytes(b"no picture")
+    full, some = collect_stats(folder), collect_stats(folder, subset=[1, 3, 4, 9])
+    assert (some.is_complete, full.is_complete) == (False, True)
+    assert (some.sample_indices, some.num_scanned) == (range(NUM_SAMPLES), 4)
+    assert (list(some.scanned_indices), some.skipped) == ([1, 4, 9], ())
+    assert some.num_tokens == round(11 / 4 * sum(one.num_tokens for one in some.sample_stats))
+    corpus, renderer = open_task(folder)
+    stats = SampleStatsMap(corpus, some, renderer, max_length=8192)
+    for index, expected in zip(full.sample_indices, full.sample_stats, strict=True):
+        assert stats[index] == expected
+    # An invalid sample costs nothing when the samples of a step are distributed.
+    assert stats[3].num_tokens == stats[7].num_tokens == 0
     assert SampleStatsMap(corpus, some, renderer, max_length=5)[0].num_tokens == 0
 
 
@@ -169,30 +135,107 @@ def test_frequent_prompts_are_listed_without_rare_ones(tmp_path: Path) -> None:
         **{"Read it.": (5, 5), "my secret": (1, 1), "my other secret": (7, 1), " Where? ": (4, 2)},
         **{"": (2, 2), "x" * (MAX_PROMPT_CHARS + 1): (9, 9)},
     }
-    samples = [
-        {
-            "id": f"{name[:9]} {number}",
-            "messages": [
+    lines = []
+    for prompt, (count, num_images) in counts.items():
+        for number in range(count):
+            image = {"type": "image", "image": f"{number % num_images}.png"}
+            turns = [
                 {"role": "system", "content": "Be brief."},
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": f"{number % num_images}.png"},
-                        {"type": "text", "text": name},
-                    ],
-                },
+                {"role": "user", "content": [image, {"type": "text", "text": prompt}]},
                 {"role": "assistant", "content": f"It {number}."},
                 {"role": "user", "content": "Again"},
                 {"role": "assistant", "content": "It."},
-            ],
-        }
-        for name, (count, num_images) in counts.items()
-        for number in range(count)
-    ]
+            ]
+            lines.append(json.dumps({"id": f"{prompt[:9]} {number}", "messages": turns}) + "\n")
     file = tmp_path / "train.jsonl"
-    file.write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
+    file.write_text("".join(lines))
     corpus = load_corpus((TrainFileSettings(path=file),))
-    stats = DatasetStats(range(len(samples)), (), 0, 0, 0)
-    assert TrainingData(corpus, stats).list_frequent_prompts() == ("Read it.", "Where?")
-    none = DatasetStats((), (), 0, 0, 0)
-    assert TrainingData(corpus, none).list_frequent_prompts() == ()
+    for indices, prompts in ((range(len(lines)), ("Read it.", "Where?")), ((), ())):
+        stats = DatasetStats(indices, (), 0, 0, 0)
+        assert TrainingData(corpus, stats).list_frequent_prompts() == prompts
+
+
+@pytest.fixture
+def large_task(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
+    """Task whose eleven samples count as a large dataset, of which three are scanned."""
+    monkeypatch.setattr("finesight.train.dataset_stats.MAX_FULL_SCAN_SAMPLES", NUM_SAMPLES - 1)
+    monkeypatch.setattr("finesight.train.dataset_stats.PARTIAL_SCAN_SAMPLES", 3)
+    return task
+
+
+def corrupt_samples(task: TinyTask) -> dict[str, str]:
+    """Corrupt four samples that are not scanned; return a part of each error."""
+    unscanned = [index for index in range(NUM_SAMPLES) if index not in draw_subset(NUM_SAMPLES)]
+    broken, reversed_, long, damaged = unscanned[:4]
+    path = task.folder / "train.jsonl"
+    with edit_samples(path) as samples:
+        samples[reversed_]["messages"].reverse()
+        samples[long]["messages"][1]["content"] = "red " * 200
+    lines = path.read_text().splitlines()
+    lines[broken] = lines[broken][:-5]
+    path.write_text("\n".join(lines) + "\n")
+    (task.folder / f"train{damaged}.png").write_bytes(b"none")
+    task.recipe["data"]["max_length"] = 100
+    return {
+        f"{path}:{broken + 1}": "broken JSON",
+        f"{path}:{reversed_ + 1}": "roles are assistant, user",
+        f"train{long}": "tokens",
+        f"train{damaged}": "not an image",
+    }
+
+
+def test_statistics_of_large_dataset_are_estimates(
+    large_task: TinyTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large_task.recipe["tune"] = {"language": "lora"}
+    run = large_task.rewind_to_checkpoint()
+    for text in (
+        "data.train: 11 samples, too many for a full scan; 3 samples scanned, 0 of them invalid",
+        "data.eval: 3 samples, ",
+        "the dataset is too large for a full scan",
+    ):
+        assert text in large_task.console_output
+    metrics = large_task.read_metrics()
+    steps = [line for line in metrics if "loss" in line]
+    assert sum(line["num_samples"] for line in steps) == 2 * NUM_SAMPLES
+    num_tokens = sum(line["num_tokens"] for line in steps) / 2
+    assert metrics[0]["data"]["train"]["num_tokens"] == pytest.approx(num_tokens, rel=0.2)
+    # A full scan belongs to another run.
+    monkeypatch.setattr("finesight.train.dataset_stats.MAX_FULL_SCAN_SAMPLES", NUM_SAMPLES)
+    with pytest.raises(UserError, match=r"samples of data\.train"):
+        large_task.run(resume=True)
+    assert not (run / "result.json").exists()
+
+
+def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task: TinyTask) -> None:
+    reasons = corrupt_samples(large_task)
+    large_task.run("train.epochs=1")
+    steps = [line for line in large_task.read_metrics() if "loss" in line]
+    skipped = [name for line in steps for name in line["skipped_samples"]]
+    assert sorted(skipped) == sorted(reasons)
+    assert sum(line["num_samples"] for line in steps) == NUM_SAMPLES - len(reasons)
+    lines = large_task.console_output.splitlines()
+    for name, reason in reasons.items():
+        (line,) = (line for line in lines if f"skipped {name}: " in line)
+        assert reason in line
+    with pytest.raises(UserError, match=r"broken JSON|roles are|tokens|not an image"):
+        large_task.run("data.on_invalid_sample=fail", name="strict")
+
+
+def test_invalid_scanned_sample_raises_before_first_step(large_task: TinyTask) -> None:
+    path = large_task.folder / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[draw_subset(NUM_SAMPLES)[0]] = "{"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="broken JSON"):
+        large_task.run()
+    assert not (large_task.folder / "run").exists()
+
+
+def test_resumed_run_on_large_dataset_equals_uninterrupted_run(large_task: TinyTask) -> None:
+    corrupt_samples(large_task)
+    large_task.run(name="whole")
+    run, whole = large_task.rewind_to_checkpoint(), large_task.folder / "whole"
+    large_task.run(resume=True)
+    assert read_losses(run) == read_losses(whole)
+    assert read_final_files(run) == read_final_files(whole)

@@ -1,3 +1,5 @@
+"""Evaluations of a run: the best one, comparable samples, and their records."""
+
 from __future__ import annotations
 
 import json
@@ -10,56 +12,49 @@ from finesight.evaluate.eval_case import select_eval_samples
 from finesight.train.evaluation import EvalResult, find_best_eval
 
 
-def _measured(*scores: float, headline: str | None = "exact") -> list[EvalResult]:
+def make_results(*scores: float, metric: str | None = "exact") -> list[EvalResult]:
     steps = enumerate(scores, start=1)
-    return [EvalResult(step, 1.0, {"exact": s, "cer": 0.5}, headline) for step, s in steps]
+    return [EvalResult(step, 1.0, {"exact": s, "cer": 0.5}, metric) for step, s in steps]
 
 
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [
-        ((0.5,), 0),
+def test_patience_counts_evaluations_since_best() -> None:
+    for scores, expected in (
         ((0.1, 0.2), 0),
         ((0.2, 0.1), 1),
         ((0.2, 0.2, 0.2), 2),
         ((0.1, 0.3, 0.2, 0.3), 2),
-    ],
-)
-def test_patience_counts_evaluations_since_best(scores, expected):
-    assert find_best_eval(_measured(*scores))[1] == expected
-
-
-def test_equal_scores_prefer_lower_loss():
-    base, *trained = _measured(0.9, 0.1, 0.2, 0.3)
+    ):
+        assert find_best_eval(make_results(*scores))[1] == expected
+    base, *trained = make_results(0.9, 0.1, 0.2, 0.3)
     assert find_best_eval([replace(base, step=0), *trained])[1] == 0
-    falling = [replace(one, validation_loss=1 / one.step) for one in _measured(0.2, 0.2, 0.2)]
+    # Equal scores prefer the lower loss.
+    falling = [replace(one, validation_loss=1 / one.step) for one in make_results(0.2, 0.2, 0.2)]
     assert find_best_eval(falling)[1] == 0
     assert find_best_eval([*falling, replace(falling[0], step=4)])[1] == 1
-
-
-def test_patience_needs_a_consistent_metric():
+    # Patience needs a consistent metric.
     assert find_best_eval([]) == (None, 0)
-    assert find_best_eval([*_measured(0.9, 0.8), *_measured(0.5, headline="cer")])[1] == 0
+    assert find_best_eval([*make_results(0.9, 0.8), *make_results(0.5, metric="cer")])[1] == 0
 
 
-def test_evaluations_of_other_samples_are_not_compared():
+def test_evaluations_of_other_samples_are_not_compared() -> None:
     first, second, third = (
-        replace(one, num_samples=64, num_loss_samples=64) for one in _measured(0.9, 0.3, 0.2)
+        replace(one, num_samples=64, num_loss_samples=64) for one in make_results(0.9, 0.3, 0.2)
     )
-    assert find_best_eval([replace(first, num_samples=9), second, third]) == (second, 1)
+    first = replace(first, num_samples=9)
+    assert find_best_eval([first, second, third]) == (second, 1)
     lower_loss = replace(second, step=4, validation_loss=0.5, num_loss_samples=200)
     assert find_best_eval([second, lower_loss]) == (second, 1)
     # An equal number of other samples.
     other = replace(second, step=5, sample_set="0af1")
     assert find_best_eval([second, lower_loss, other]) == (other, 0)
-    assert lower_loss.as_best_eval().is_better_than(replace(first, num_samples=9).as_best_eval())
+    assert lower_loss.as_best_eval().is_better_than(first.as_best_eval())
 
 
 @pytest.mark.parametrize("limit", [1, 64, 500, 1000, None])
-def test_common_subset_is_fixed_random_and_nested(limit):
+def test_common_subset_is_fixed_random_and_nested(limit: int | None) -> None:
     indices = [*range(0, 3000, 3)]
     chosen = select_eval_samples(indices, limit)
-    assert len(chosen) == min(limit or 1000, 1000)
+    assert len(chosen) == (limit or 1000)
     assert chosen == sorted({*chosen} & {*indices})
     assert {*select_eval_samples(indices, 1)} <= {*chosen}
     assert select_eval_samples(chosen, 1) == select_eval_samples(indices, 1)
@@ -70,7 +65,7 @@ def test_common_subset_is_fixed_random_and_nested(limit):
         assert 1000 < sum(chosen) / limit < 2000, "not the first rows"
 
 
-def test_evaluation_record_roundtrip():
+def test_evaluation_record_roundtrip() -> None:
     measured = EvalResult(
         7,
         1.25,
@@ -83,12 +78,10 @@ def test_evaluation_record_roundtrip():
         sample_set="0af1",
         full=EvalResult(7, 1.5, {"exact": 0.25}, "exact", num_samples=40),
     )
-    assert EvalResult.from_metrics(json.loads(json.dumps(measured.as_json()))) == measured
-    assert measured.primary_score == 0.5
+    record = json.loads(json.dumps(measured.as_json()))
+    assert EvalResult.from_metrics(record) == measured
     assert EvalResult.from_metrics({"step": 3, "loss": 1.0}) is None
-
-
-def test_old_record_has_no_intervals():
-    line = {"step": 0, "validation_loss": 2.0, "scores": {"exact": 0.0}, "primary_metric": "exact"}
-    measured = EvalResult.from_metrics(line)
-    assert (measured.intervals, measured.details) == ({}, {})
+    old = {"step": 0, "validation_loss": 2.0, "scores": {"exact": 0.0}, "primary_metric": "exact"}
+    result = EvalResult.from_metrics(old)
+    assert result is not None
+    assert (result.intervals, result.details) == ({}, {})

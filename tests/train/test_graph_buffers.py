@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,209 +13,205 @@ import pytest
 import torch
 from cuda_graph_fixtures import (
     CPU,
-    FULL_FINETUNE,
+    EagerGraphCache,
+    collect_grads,
     encode_images,
     encode_samples,
     make_model,
-    make_pack,
+    make_runner,
     pack_shared_prefix,
 )
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finesight.config import TuneSettings
 from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
 from finesight.encode.tokenization import EncodedSample
+from finesight.model import attention, layers
+from finesight.model.attention import Segments
 from finesight.model.linear import FusedLinear
 from finesight.model.lora import fused
 from finesight.model.lora.fused import LoraMatmul
+from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
-from finesight.train import graph_buffers
-from finesight.train.graph_buffers import GraphGradients, GraphInputs, GraphShape, GraphVisionShape
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model_folder import ModelFolder
+from finesight.train import cuda_graphs, graph_buffers
+from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.graph_buffers import (
+    GraphGradients,
+    GraphInputs,
+    GraphShape,
+    GraphVisionShape,
+    can_capture_vision,
+    should_capture_vision,
+)
+from finesight.train.loss import fused_linear_cross_entropy
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
+
+ONE = torch.tensor(1.0)
+PARTS = "vision", "merger", "language", "embeddings"
+ALL = dict.fromkeys(PARTS, "full")
+FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
     make_task(folder)
+    for family in (*FAMILIES, "qwen3_vl", "qwen"):
+        create_tiny_model(folder / family, family)
     return folder
+
+
+@pytest.fixture(scope="module")
+def samples(folder: Path) -> list[EncodedSample]:
+    return encode_samples(folder)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("packed", [pack, pack_shared_prefix])
 def test_pack_padding_does_not_change_results(
-    folder: Path,
+    samples: list[EncodedSample],
     packed: Callable[[Sequence[EncodedSample]], PackedBatch],
     shared: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The buffers contained another pack before."""
     model = make_model(torch.float32, CPU).eval()
-    samples = encode_samples(folder)
-    batch = packed(samples[:5])
+    batch, other = packed(samples[:5]), packed(samples[5:9])
     features = encode_images(model, batch)
-    kind = GraphShape.from_batch(batch)
+    shape = GraphShape.from_batch(batch)
     if shared:
-        monkeypatch.setattr("finesight.train.graph_buffers.MAX_PADDING_DIVISOR", 1)
+        monkeypatch.setattr(graph_buffers, "MAX_PADDING_DIVISOR", 1)
         larger = GraphShape.from_batch(packed(samples[:9]))
-        kind = kind.widen([larger])
-        assert kind.fits(larger)
-        assert kind != GraphShape.from_batch(batch)
-    static_inputs = GraphInputs.allocate(kind, batch, features, model.visual)
-    most = max(compute_context_lengths(batch.lengths, batch.prefix_length))
-    assert (
-        max(compute_context_lengths(static_inputs.batch.lengths, static_inputs.batch.prefix_length))
-        == static_inputs.shape.max_seqlen
-        >= most
+        shape = shape.widen([larger])
+        assert shape.fits(larger)
+        assert shape != GraphShape.from_batch(batch)
+    inputs = GraphInputs.allocate(shape, batch, features, model.visual)
+    static, longest = (
+        max(compute_context_lengths(one.lengths, one.prefix_length))
+        for one in (inputs.batch, batch)
     )
-    assert static_inputs.batch.prefix_length == batch.prefix_length
-    # Another one was there before.
-    other = packed(samples[5:9])
-    static_inputs.copy_from(other, encode_images(model, other), torch.tensor(2.0), model.visual)
-    static_inputs.copy_from(batch, features, torch.tensor(0.5), model.visual)
-    lengths = static_inputs.batch.cu_seqlens_S1.diff().tolist()
-    assert len(lengths) == static_inputs.shape.num_sequences
+    assert static == shape.max_seqlen >= longest
+    assert inputs.batch.prefix_length == batch.prefix_length
+    inputs.copy_from(other, encode_images(model, other), torch.tensor(2.0), model.visual)
+    inputs.copy_from(batch, features, torch.tensor(0.5), model.visual)
+    lengths = inputs.batch.cu_seqlens_S1.diff().tolist()
+    assert len(lengths) == shape.num_sequences
     assert lengths[: len(batch.lengths)] == list(batch.lengths)
     # Without a kernel for segments of any length, empty ones have to be left out.
-    full = [length for length in lengths if length]
-    cu_seqlens_S1 = static_inputs.batch.cu_seqlens_S1[: len(full) + 1]
-    filled = replace(static_inputs.batch, lengths=tuple(full), cu_seqlens_S1=cu_seqlens_S1)
-    found = model(filled, static_inputs.features_MKD)[: batch.num_supervised_tokens]
+    full = tuple(length for length in lengths if length)
+    cu_seqlens_S1 = inputs.batch.cu_seqlens_S1[: len(full) + 1]
+    filled = replace(inputs.batch, lengths=full, cu_seqlens_S1=cu_seqlens_S1)
+    num_labels = batch.num_supervised_tokens
+    found = model(filled, inputs.features_MKD)[:num_labels]
     torch.testing.assert_close(found, model(batch, features))
-    assert torch.equal(static_inputs.batch.labels_L[: batch.num_supervised_tokens], batch.labels_L)
-    assert set(static_inputs.batch.labels_L[batch.num_supervised_tokens :].tolist()) <= {-1}
-    assert static_inputs.loss_weight.item() == 0.5
+    assert torch.equal(inputs.batch.labels_L[:num_labels], batch.labels_L)
+    assert set(inputs.batch.labels_L[num_labels:].tolist()) <= {-1}
+    assert inputs.loss_weight.item() == 0.5
 
 
-def assert_filled(
-    static_inputs: GraphInputs, batch: PackedBatch, prefix: int, encoder: VisionEncoder
-) -> None:
+def make_pack(
+    template: PackedBatch,
+    rng: random.Random,
+    length_range: tuple[int, int],
+    prefix: int,
+    count: int,
+) -> PackedBatch:
+    """Create a pack of random sequence lengths in a range, with arbitrary content."""
+    own = [rng.randint(*length_range) for _ in range(count)]
+    lengths = (prefix, *own) if prefix else tuple(own)
+    ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
+    labels_L = torch.zeros(rng.randint(count, 3 * count), dtype=torch.int64)
+    return replace(
+        template,
+        lengths=lengths,
+        prefix_length=prefix,
+        ids_T=ids_T,
+        position_ids_3T=ids_T.expand(3, -1),
+        cu_seqlens_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        logit_indices_L=labels_L,
+        labels_L=labels_L,
+    )
+
+
+def assert_filled(inputs: GraphInputs, batch: PackedBatch, encoder: VisionEncoder) -> None:
     """Fill the buffers with a pack, and check the lengths of its sequences and of the padding."""
-    static_inputs.copy_from(batch, None, torch.tensor(1.0), encoder)
-    lengths = static_inputs.batch.cu_seqlens_S1.diff()
+    inputs.copy_from(batch, None, ONE, encoder)
+    lengths, prefix = inputs.batch.cu_seqlens_S1.diff(), batch.prefix_length
     assert lengths[: len(batch.lengths)].tolist() == list(batch.lengths)
-    assert int(lengths.sum()) == static_inputs.shape.num_tokens
+    assert int(lengths.sum()) == inputs.shape.num_tokens
     assert int(lengths.min()) >= 0
-    assert int(lengths[prefix > 0 :].max()) + prefix <= static_inputs.shape.max_seqlen
+    # Padding sequences continue from the shared prefix as well.
+    assert int(lengths[prefix > 0 :].max()) + prefix <= inputs.shape.max_seqlen
+    assert len(inputs.batch.labels_L) >= batch.num_supervised_tokens
 
 
-def test_padding_stays_within_graph_shape(folder: Path) -> None:
-    """Padding sequences continue from the shared prefix as well."""
-    model, chance = make_model(torch.float32, CPU), random.Random(0)
-    some = pack(encode_samples(folder)[:2])
+def test_padding_stays_within_graph_shape(samples: list[EncodedSample]) -> None:
+    model, rng, template = make_model(torch.float32, CPU), random.Random(0), pack(samples[:2])
     for _ in range(300):
-        prefix = chance.choice([0, 15, 200, 400])
-        own = chance.choice([5, 40, 140, 300])
-        count = chance.randint(2, min(60, 16_000 // own))
-        lengths = [chance.randint(1, own) for _ in range(count)]
-        lengths = [prefix, *lengths] if prefix else lengths
-        batch = make_pack(some, lengths, prefix, some.num_supervised_tokens)
-        kind = GraphShape.from_batch(batch)
-        static_inputs = GraphInputs.allocate(kind, batch, None, model.visual)
-        assert_filled(static_inputs, batch, prefix, model.visual)
+        prefix, longest = rng.choice([0, 15, 200, 400]), rng.choice([5, 40, 140, 300])
+        count = rng.randint(2, min(60, 16_000 // longest))
+        batch = make_pack(template, rng, (1, longest), prefix, count)
+        shape = GraphShape.from_batch(batch)
+        inputs = GraphInputs.allocate(shape, batch, None, model.visual)
+        assert_filled(inputs, batch, model.visual)
 
 
-def test_few_graph_shapes_are_used(folder: Path) -> None:
-    samples = encode_samples(folder)
-    packs = [pack(samples[start : start + 4]) for start in range(8)]
-    kinds = {GraphShape.from_batch(batch) for batch in packs}
-    assert len(kinds) < len({len(batch.ids_T) for batch in packs})
-    for batch in packs:
-        kind = GraphShape.from_batch(batch)
-        assert kind.num_tokens > len(batch.ids_T)
-        assert kind.num_sequences > len(batch.lengths)
-        assert kind.max_seqlen >= max(batch.lengths)
-        assert kind.num_features >= len(batch.visual_indices_M)
-        assert kind.num_labels >= batch.num_supervised_tokens
-
-
-def test_merged_graph_shape_accepts_its_packs(folder: Path) -> None:
-    model, chance = make_model(torch.float32, CPU), random.Random(0)
-    some, taken = pack(encode_samples(folder)[:2]), 0
+def test_merged_graph_shape_accepts_its_packs(samples: list[EncodedSample]) -> None:
+    model, rng, template = make_model(torch.float32, CPU), random.Random(0), pack(samples[:2])
+    num_wider = 0
     for _ in range(100):
-        prefix, most = chance.choice([0, 15, 200]), chance.choice([40, 140, 300])
-        count = chance.randint(3, 20)
-        packs = []
-        for _ in range(6):
-            lengths = [chance.randint(most // 2, most) for _ in range(count + chance.randint(0, 2))]
-            lengths = [prefix, *lengths] if prefix else lengths
-            labels = chance.randint(count, 3 * count)
-            packs.append(make_pack(some, lengths, prefix, labels))
-        kinds = [GraphShape.from_batch(one) for one in packs]
-        kind = kinds[0].widen(kinds[1:])
-        assert kind.fits(kinds[0])
-        assert kind.num_tokens <= kinds[0].num_tokens * 9 // 8
-        static_inputs = GraphInputs.allocate(kind, packs[0], None, model.visual)
-        for own, batch in zip(kinds, packs, strict=True):
-            if not kind.fits(own):
-                continue
-            taken += own != kind
-            assert_filled(static_inputs, batch, prefix, model.visual)
-            assert len(static_inputs.batch.labels_L) >= batch.num_supervised_tokens
-    assert taken > 100
+        prefix, most = rng.choice([0, 15, 200]), rng.choice([40, 140, 300])
+        count, length_range = rng.randint(3, 20), (most // 2, most)
+        packs = [
+            make_pack(template, rng, length_range, prefix, count + rng.randint(0, 2))
+            for _ in range(6)
+        ]
+        shapes = [GraphShape.from_batch(one) for one in packs]
+        shape = shapes[0].widen(shapes[1:])
+        assert shape.fits(shapes[0])
+        assert shape.num_tokens <= shapes[0].num_tokens * 9 // 8
+        inputs = GraphInputs.allocate(shape, packs[0], None, model.visual)
+        for own, batch in zip(shapes, packs, strict=True):
+            if shape.fits(own):
+                num_wider += own != shape
+                assert_filled(inputs, batch, model.visual)
+    assert num_wider > 100
 
 
-def test_graph_rejects_incompatible_packs(folder: Path) -> None:
-    samples = encode_samples(folder)
-    kind = GraphShape.from_batch(pack(samples[:4]))._replace(num_tokens=1024, num_sequences=16)
-    assert kind.fits(kind)
-    for other in (
-        kind._replace(prefix_length=8),
-        kind._replace(vision_shape=GraphVisionShape(256, 588, ((8, 64),))),
-        kind._replace(num_features=0),
-        kind._replace(num_tokens=kind.num_tokens * 7 // 8),
-        kind._replace(num_tokens=kind.num_tokens + 64),
-        # What fills it up is a sequence more.
-        kind._replace(num_tokens=kind.num_tokens - 64),
-        kind._replace(num_labels=kind.num_labels // 3),
-        kind._replace(num_labels=kind.num_labels + 64),
-        kind._replace(max_seqlen=kind.max_seqlen + 256),
-        kind._replace(num_features=kind.num_features + 64),
-        kind._replace(num_sequences=kind.num_sequences + 1),
-        kind._replace(num_sequences=kind.num_sequences // 2 - 1),
-    ):
-        assert not kind.fits(other), other
-    assert kind.fits(kind._replace(num_tokens=kind.num_tokens - 64, num_sequences=15))
-    long = kind._replace(max_seqlen=1024)
-    assert not long.fits(kind), "they have other kernels"
+def test_few_graph_shapes_are_used(samples: list[EncodedSample]) -> None:
+    packs = [pack(samples[start : start + 4]) for start in range(8)]
+    shapes = {GraphShape.from_batch(batch) for batch in packs}
+    assert len(shapes) < len({len(batch.ids_T) for batch in packs})
+    assert all(GraphShape.from_batch(one).num_tokens > len(one.ids_T) for one in packs)
+
+
+def test_graph_rejects_incompatible_packs(samples: list[EncodedSample]) -> None:
+    shape = GraphShape.from_batch(pack(samples[:4]))._replace(
+        num_tokens=1024, num_sequences=16, num_features=512, num_labels=128
+    )
+    vision_shape = GraphVisionShape(256, 588, ((8, 64),))
+    changes = {
+        "prefix_length": [8],
+        "vision_shape": [vision_shape],
+        # One padding sequence more is needed for 960 tokens.
+        "num_tokens": [896, 960, 1088],
+        "num_labels": [128 // 3, 192],
+        "max_seqlen": [shape.max_seqlen + 256],
+        "num_features": [0, 576],
+        "num_sequences": [7, 17],
+    }
+    for other in (shape._replace(**{name: v}) for name, values in changes.items() for v in values):
+        assert not shape.fits(other), other
+    assert shape.fits(shape)
+    assert shape.fits(shape._replace(num_tokens=960, num_sequences=15))
+    long = shape._replace(max_seqlen=1024)
+    assert not long.fits(shape), "long sequences have other kernels"
     assert long.fits(long._replace(max_seqlen=512))
-
-
-def test_merged_graph_shape_covers_all_shapes(folder: Path) -> None:
-    kind = GraphShape.from_batch(pack(encode_samples(folder)[:4]))._replace(
-        num_tokens=1024, num_features=512, num_labels=128
-    )
-    for other in (
-        kind._replace(num_features=768),
-        kind._replace(num_labels=192),
-        kind._replace(num_tokens=1088),
-        kind._replace(num_sequences=kind.num_sequences + 8),
-    ):
-        wider = kind.widen([other])
-        assert wider.fits(other)
-        assert wider.fits(kind)
-    assert kind.widen([kind._replace(num_tokens=2048), kind._replace(prefix_length=4)]) == kind
-
-
-def test_feature_gradients_reach_the_encoder(folder: Path) -> None:
-    model = make_model(torch.float32, CPU, FULL_FINETUNE)
-    batch = pack(encode_samples(folder)[:5])
-    features = model.encode_images(batch.patches_ND, batch.grid_thw)
-    static_inputs = GraphInputs.allocate(
-        GraphShape.from_batch(batch), batch, features, model.visual
-    )
-    static_inputs.copy_from(batch, features, torch.tensor(1.0), model.visual)
-    ((packed_value, back),) = static_inputs.trainable_features
-    assert torch.equal(packed_value[: len(features)], features)
-    # Gradients of padding features are ignored.
-    back.copy_(torch.arange(back.numel()).view_as(back) / back.numel())
-    static_inputs.backward_features(features)
-    parameters = list(model.visual.parameters())
-    found = [parameter.grad for parameter in parameters]
-    again = model.encode_images(batch.patches_ND, batch.grid_thw)
-    expected = torch.autograd.grad((again * back[: len(again)]).sum(), parameters)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_static_gradients_keep_their_addresses() -> None:
@@ -225,8 +222,7 @@ def test_static_gradients_keep_their_addresses() -> None:
     own = GraphGradients([large, small, idle, transposed])
     locations = []
     for factor in (2.0, 3.0):
-        # The large one is read twice, as a table is that is the head, too.
-        # The gradient of what is turned comes turned.
+        # The large parameter is used twice, as a tied embedding table is. A gradient is transposed.
         turned = (transposed.T * torch.arange(6.0).view(3, 2)).sum()
         loss = factor * (large.sum() + (large**2).sum() + small.sum() + features.sum() + turned)
         own.backward(loss, [(features, back)])
@@ -235,13 +231,13 @@ def test_static_gradients_keep_their_addresses() -> None:
         assert torch.equal(small.grad, torch.full_like(small, factor))
         assert torch.equal(back, torch.full_like(back, factor))
         assert idle.grad is None
-        assert transposed.grad.is_contiguous(), "not as the parameter lies: a step reads it so"
+        assert transposed.grad.is_contiguous()
         assert torch.equal(transposed.grad, factor * torch.arange(6.0).view(3, 2).T)
         locations.append((large.grad.data_ptr(), small.grad.data_ptr()))
     assert locations[0] == locations[1]
     loss = large.sum()
     loss.backward()
-    assert torch.equal(large.grad, torch.full_like(large, 10.0)), "a hook was left behind"
+    assert torch.equal(large.grad, torch.full_like(large, 10.0)), "a hook was not removed"
 
 
 class _Product(torch.autograd.Function):
@@ -279,6 +275,210 @@ def test_large_weight_gradient_is_written_directly(
         own.assign_grads()
         for weight in weights:
             torch.testing.assert_close(weight.grad, x.sum(0).expand_as(weight))
-    assert large.weight.grad.data_ptr() in came, "made elsewhere, and copied"
+    assert large.weight.grad.data_ptr() in came, "computed elsewhere, and copied"
     assert small.weight.grad.data_ptr() not in came
     assert fused._GRADIENT_BUFFERS == []
+
+
+def make_vision_model(folder: Path, family: str, tune: dict[str, Any] = ALL) -> VisionLanguageModel:
+    settings = TuneSettings.model_validate(tune)
+    return make_model(torch.float32, CPU, settings, ModelFolder(folder / family))
+
+
+def make_packs(folder: Path, family: str, each: int) -> list[PackedBatch]:
+    """Create three packs of `each` samples."""
+    samples = encode_samples(folder, ModelFolder(folder / family), max_pixels=30_000)
+    return [pack(samples[at : at + each]) for at in range(0, 3 * each, each)]
+
+
+def compute_loss(
+    model: VisionLanguageModel, h_LD: Tensor, labels_L: Tensor, weight: Tensor
+) -> Tensor:
+    return fused_linear_cross_entropy(h_LD, model.lm_head_weight, labels_L, weight)
+
+
+def assert_close_gradients(found: Tensor | None, expected: Tensor | None, most: float) -> None:
+    """Compare the norm of the error with the norm of the gradient."""
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        assert float((found - expected).norm()) < most * float(expected.norm().clamp(min=1e-12))
+
+
+def without_empty(segments: Segments) -> Segments:
+    """Without a kernel for segments of any length, empty ones have to be left out."""
+    full = [length for length in segments.cu_seqlens_S1.diff().tolist() if length]
+    return Segments.from_lengths(full, CPU)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_shape_fits_all_packs(folder: Path, family: str) -> None:
+    """Check that the cumulative lengths end at the last patch for all sizes of padding."""
+    encoder = make_vision_model(folder, family).visual
+    for each in (1, 2, 3, 5):
+        for batch in make_packs(folder, family, each):
+            vision_shape = GraphVisionShape.from_batch(batch, encoder)
+            shape = GraphShape.from_batch(batch, vision_shape)
+            patches = vision_shape.num_patches
+            assert shape.num_features * encoder.config.merge_size**2 == patches
+            inputs = GraphInputs.allocate(shape, batch, None, encoder)
+            inputs.copy_from(batch, None, torch.tensor(1.0), encoder)
+            for own in inputs.vision_inputs.layout.segments:
+                assert int(own.cu_seqlens_S1[-1]) == patches
+                assert int(own.cu_seqlens_S1.diff().max()) <= own.max_seqlen
+
+
+def test_capturable_vision_encoders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_captured(family: str, tune: dict[str, Any], checkpointed: float = 0.0) -> bool:
+        return can_capture_vision(
+            make_vision_model(folder, family, tune)
+        ) and should_capture_vision(100, checkpointed)
+
+    lora: dict[str, Any] = {"language": "lora", "vision": "lora"}
+    for family in FAMILIES:
+        assert is_captured(family, ALL)
+        assert is_captured(family, lora | {"lora": {"rank": 4, "dropout": 0.0}})
+        assert not is_captured(family, lora | {"lora": {"rank": 4, "dropout": 0.1}}), "dropout"
+        assert not is_captured(family, {"language": "full"}), "a frozen encoder"
+        assert not is_captured(family, ALL, checkpointed=1.0), "activation checkpointing"
+    assert not is_captured("qwen3_vl", ALL), "positions depend on sizes"
+    assert not is_captured("qwen", ALL)
+    odd = make_vision_model(folder, "qwen2_vl")
+    odd.visual.config = replace(odd.visual.config, num_heads=odd.visual.config.hidden_size // 4)
+    assert not can_capture_vision(odd), "an unsupported head dimension"
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", 99)
+    assert not is_captured("qwen2_vl", ALL)
+    assert not should_capture_vision(0, 0.0), "texts"
+
+
+@pytest.fixture
+def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run static buffers on a CPU, with attention over cumulative lengths and a loss without
+    padding."""
+    attend = attention.varlen_attention
+
+    def attend_nonempty(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments,
+        *,
+        causal: bool,
+        key_segments: None = None,
+    ) -> Tensor:
+        return attend(q, k, v, without_empty(segments), causal=causal)
+
+    def compute_loss_of_labels(
+        h_LD: Tensor, head_VD: Tensor, target_L: Tensor, scale: Tensor
+    ) -> Tensor:
+        count = int((target_L >= 0).sum())
+        return fused_linear_cross_entropy(h_LD, head_VD, target_L[:count], scale)
+
+    for module in (attention, layers):
+        monkeypatch.setattr(module, "varlen_attention", attend_nonempty)
+    monkeypatch.setattr(cuda_graphs, "fused_linear_cross_entropy", compute_loss_of_labels)
+    monkeypatch.setattr(cuda_graphs, "is_capturable", lambda *_: True)
+    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", EagerGraphCache)
+    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
+
+
+def assert_matches_model(
+    runner: CudaGraphRunner,
+    model: VisionLanguageModel,
+    batch: PackedBatch,
+    rtol: float = 1.3e-6,
+    grad_tolerance: float = 1e-5,
+) -> None:
+    """Compare loss and gradients of a pack with those of the model itself.
+
+    The autograd graph ends here: its streams would break the next capture.
+    """
+    weight = torch.tensor(0.1, device=batch.ids_T.device)
+    loss, found = runner.forward_backward(batch, None, weight), collect_grads(model)
+    expected = compute_loss(model, model(batch), batch.labels_L, weight)
+    torch.testing.assert_close(loss, expected.detach(), rtol=rtol, atol=1e-5 if rtol < 1e-3 else 0)
+    parameters = list(trainable_parameters(model).values())
+    gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for mine, theirs in zip(found, gradients, strict=True):
+        assert_close_gradients(mine, None if theirs is None else theirs.float(), grad_tolerance)
+
+
+def without_images(batch: PackedBatch) -> PackedBatch:
+    empty = batch.patches_ND[:0], batch.visual_indices_M[:0]
+    return replace(batch, grid_thw=(), patches_ND=empty[0], visual_indices_M=empty[1])
+
+
+@pytest.mark.usefixtures("eager_graphs")
+@pytest.mark.parametrize("parts", [PARTS, ("merger", "language")], ids=len)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_pack_gets_its_own_gradients(
+    folder: Path, family: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs with small, large and no images alternate; gradients of one graph do not leak into the
+    next."""
+    model = make_vision_model(folder, family, dict.fromkeys(parts, "full"))
+    few, many = make_packs(folder, family, 3)[1], make_packs(folder, family, 5)[0]
+    assert len(few.patches_ND) < len(many.patches_ND)
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", len(many.patches_ND) - 1)
+    texts, runner = without_images(few), make_runner(model)
+    for batch in (few, texts, few, many, few, texts, many, few):
+        assert_matches_model(runner, model, batch)
+    assert len(runner.graphs.keys) == 8
+    has_vision = [shape.vision_shape is not None for shape in runner.static_inputs]
+    assert has_vision == [True, False, False]
+
+
+@pytest.mark.usefixtures("eager_graphs")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_graph_gives_each_pack_its_gradients(
+    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vision encoder runs eagerly; captured, it would need equal numbers of images."""
+    for module, name, value in (
+        (cuda_graphs, "MIN_STARVED_PACKS", 0),
+        (cuda_graphs, "NUM_WARMUP_PACKS", 100),
+        (cuda_graphs, "has_half_free", lambda device: True),
+        (graph_buffers, "MAX_PADDING_DIVISOR", 1),
+        (graph_buffers, "MAX_GRAPH_PATCHES", 0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    model = make_vision_model(folder, family, {"merger": "full", "language": "full"})
+    few, more = make_packs(folder, family, 2)[0], make_packs(folder, family, 3)[0]
+    texts, runner = without_images(few), make_runner(model)
+    assert GraphShape.from_batch(few) != GraphShape.from_batch(more)
+    runner.shape_counts.update(map(GraphShape.from_batch, (few, more)))
+    monkeypatch.setattr(runner.timer, "is_replay_faster", lambda tokens: True)
+    for batch in (few, more, texts, few, more, texts, few):
+        assert_matches_model(runner, model, batch)
+    assert runner.graphs.keys == [0, 0, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_rare_pack_sizes_exclude_the_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 3)
+    runner = make_runner(make_vision_model(folder, "qwen2_vl"))
+    batch, sizes = make_packs(folder, "qwen2_vl", 2)[0], iter(range(256, 10_000, 64))
+
+    def from_batch(*_: object) -> GraphVisionShape:
+        return GraphVisionShape(256, 588, ((8, next(sizes)),))
+
+    monkeypatch.setattr(GraphVisionShape, "from_batch", from_batch)
+    for _ in range(5):
+        runner.forward_backward(batch, None, torch.tensor(1.0))
+    assert [shape.vision_shape for shape in runner.static_inputs] == [None]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_encoder_matches_eager_training(
+    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = torch.device("cuda")
+    model = make_vision_model(folder, family).to(cuda, torch.bfloat16)
+    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
+    runner = make_runner(model)
+    packs = [batch.to(cuda) for batch in make_packs(folder, family, 3)]
+    packs.append(without_images(packs[0]))
+    for batch in packs * 3:
+        assert_matches_model(runner, model, batch, rtol=2e-3, grad_tolerance=0.05)
+    assert runner.graphs is not None, "a capture failed"
+    assert any(inputs.vision_inputs is not None for inputs in runner.static_inputs.values())

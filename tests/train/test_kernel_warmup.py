@@ -12,7 +12,6 @@ from tiny_task import TinyTask
 from finesight.train import training_run as module
 from finesight.train.dataloader import StepDataset
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TUNES: dict[str, dict[str, Any]] = {
     "lora": {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
     "nf4": {"quantize": {"nf4": ["language"]}, "lora": {"rank": 4, "alpha": 8}},
@@ -27,7 +26,6 @@ def losses(task: TinyTask, tune: dict[str, Any], name: str) -> list[float]:
 
 
 @pytest.mark.gpu
-@GPU
 @pytest.mark.parametrize("tune", TUNES)
 def test_warmup_does_not_update_parameters(
     tune: str, task: TinyTask, monkeypatch: pytest.MonkeyPatch
@@ -39,7 +37,6 @@ def test_warmup_does_not_update_parameters(
 
 
 @pytest.mark.gpu
-@GPU
 def test_compilation_launches_no_kernel(tmp_path: Path) -> None:
     from finesight.model.kernels import elementwise
     from finesight.model.kernels.runtime import compile_in_parallel
@@ -66,7 +63,6 @@ def test_compilation_launches_no_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@GPU
 def test_pending_compilation_holds_no_memory() -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -97,7 +93,6 @@ def test_pending_compilation_holds_no_memory() -> None:
 
 
 @pytest.mark.gpu
-@GPU
 def test_compilation_errors_are_raised_at_the_end() -> None:
     pytest.importorskip("triton")
     from finesight.model.kernels.runtime import compile_in_parallel, jit

@@ -1,11 +1,15 @@
-"""Optimizers with fp32 master weights: AdamW, 8-bit AdamW, groups, clipping, scaling and state."""
+"""Optimizers with fp32 master weights: AdamW, 8-bit AdamW, accumulation, scaling and state."""
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
+from collections.abc import Iterable
 
 import pytest
 import torch
+from each_value import each
 from torch import Tensor, nn
 
 from finesight.config import TrainSettings
@@ -27,160 +31,136 @@ SHAPES = {
     VECTOR: (6,),
     "model.embed_tokens.weight": (70, 60),
 }
-LEARNING_RATES = {"default": 1e-2, "vision": 1e-3, "embeddings": 3e-3}
+OPTIMIZERS = ["adamw", "adamw_8bit", "muon"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def settings(optimizer: str = "adamw_8bit", **changes: object) -> TrainSettings:
-    given = {"optimizer": optimizer, "learning_rate": 1e-2, "weight_decay": 0.1, **changes}
-    return TrainSettings.model_validate(given)
+def make_optimizer(
+    named: dict[str, nn.Parameter], kind: str = "adamw_8bit", **changes: object
+) -> MasterWeightOptimizer:
+    given = {"optimizer": kind, "learning_rate": 1e-2, "weight_decay": 0.1, **changes}
+    return MasterWeightOptimizer(named, TrainSettings.model_validate(given))
 
 
-def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+def make_parameters(
+    dtype: torch.dtype = torch.float32, names: Iterable[str] = SHAPES
+) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
-        for name, shape in SHAPES.items()
-    }
+    values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    return {name: nn.Parameter(values[name].to(dtype)) for name in names}
 
 
-def backward(named: dict[str, nn.Parameter], seed: int, scale: float = 1.0) -> None:
+def backward(
+    named: dict[str, nn.Parameter], seed: int, scale: float = 1.0, without: str = ""
+) -> dict[str, Tensor]:
+    """Compute random gradients of all parameters but one, and return them."""
     generator = torch.Generator().manual_seed(seed)
-    terms = [(p * torch.randn(p.shape, generator=generator).to(p)).sum() for p in named.values()]
-    (torch.stack(terms).sum() * scale).backward()
+    drawn = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in named.items()}
+    drawn.pop(without, None)
+    (torch.stack([(named[n] * g).sum() for n, g in drawn.items()]).sum() * scale).backward()
+    return drawn
 
 
-def take(masters: MasterWeightOptimizer, named: dict[str, nn.Parameter], seed: int) -> None:
+def take_step(masters: MasterWeightOptimizer, named: dict[str, nn.Parameter], seed: int) -> None:
     backward(named, seed)
     masters.step(0.5, masters.grad_norm())
 
 
+def read_state(masters: MasterWeightOptimizer) -> dict[str, Tensor]:
+    state = {**masters.master_weights(), **masters.optimizer_state()}
+    return {name: value.clone() for name, value in state.items()}
+
+
+def assert_equal_states(one: MasterWeightOptimizer, other: MasterWeightOptimizer) -> None:
+    found, expected = read_state(one), read_state(other)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_fp32_matches_torch_adamw_with_groups_and_clipping() -> None:
-    named, baseline = parameters(torch.float32), parameters(torch.float32)
+    """The loss scale is removed before clipping."""
+    named, baseline = make_parameters(), make_parameters()
     learning_rates = {"visual": 1e-3, "model.layers": 1e-2, "model.embed": 3e-3}
-    reference = torch.optim.AdamW(
-        [
-            {
-                "params": [parameter],
-                "lr": 0.5
-                * next(value for start, value in learning_rates.items() if name.startswith(start)),
-                "weight_decay": 0.1 if parameter.dim() > 1 else 0.0,
-            }
-            for name, parameter in baseline.items()
-        ],
-    )
-    masters = MasterWeightOptimizer(
-        named, settings("adamw", learning_rate=LEARNING_RATES, max_grad_norm=0.7)
-    )
+    groups = [
+        {
+            "params": [parameter],
+            "lr": 0.5 * next(lr for start, lr in learning_rates.items() if name.startswith(start)),
+            "weight_decay": 0.1 if parameter.dim() > 1 else 0.0,
+        }
+        for name, parameter in baseline.items()
+    ]
+    reference = torch.optim.AdamW(groups)
+    learning_rate = {"default": 1e-2, "vision": 1e-3, "embeddings": 3e-3}
+    masters = make_optimizer(named, "adamw", learning_rate=learning_rate, max_grad_norm=0.7)
     for seed in range(5):
         backward(baseline, seed)
         torch.nn.utils.clip_grad_norm_(baseline.values(), 0.7)
         reference.step()
         reference.zero_grad()
-        take(masters, named, seed)
+        backward(named, seed, scale=1024.0)
+        masters.step(0.5, masters.grad_norm(), 1024.0)
     for name in SHAPES:
         torch.testing.assert_close(named[name].detach(), baseline[name].detach(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("taken", [0, 1, 4])
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [("adamw", SHAPES), ("adamw_8bit", SHAPES), ("muon", SHAPES), ("muon", (MATRIX,))],
-)
+@each("dtype", DTYPES[:2])
+@each("num_steps", [0, 1, 4])
+@each(("kind", "names"), [*((kind, SHAPES) for kind in OPTIMIZERS), ("muon", (MATRIX,))])
 def test_state_resumes_bit_exactly(
-    kind: str, names: tuple[str, ...], dtype: torch.dtype, taken: int
+    kind: str, names: Iterable[str], dtype: torch.dtype, num_steps: int
 ) -> None:
     """This includes a parameter that ends within a block, and Muon without AdamW parameters."""
-    named, again = ({name: parameters(dtype)[name] for name in names} for _ in range(2))
-    masters = MasterWeightOptimizer(named, settings(kind))
-    for seed in range(taken):
-        take(masters, named, seed)
-    others = MasterWeightOptimizer(again, settings(kind))
+    named, again = (make_parameters(dtype, names) for _ in range(2))
+    masters, others = make_optimizer(named, kind), make_optimizer(again, kind)
+    for seed in range(num_steps):
+        take_step(masters, named, seed)
     others.load_state(
         {name: value.clone() for name, value in masters.master_weights().items()},
         {name: value.clone() for name, value in masters.optimizer_state().items()},
     )
     for seed in range(10, 14):
-        take(masters, named, seed)
-        take(others, again, seed)
-    for group, other in zip(masters.param_groups, others.param_groups, strict=True):
-        full = slice(0, len(group.master_weights))
-        assert torch.equal(group.master_weights.read(full), other.master_weights.read(full))
-    retained = others.optimizer_state()
-    assert all(torch.equal(value, retained[n]) for n, value in masters.optimizer_state().items())
-    assert retained["num_steps"] == (0 if names == (MATRIX,) else taken + 4)
+        take_step(masters, named, seed)
+        take_step(others, again, seed)
+    assert_equal_states(others, masters)
+    assert read_state(others)["num_steps"] == (0 if names == (MATRIX,) else num_steps + 4)
 
 
-def test_state_with_other_names_is_rejected() -> None:
-    masters = MasterWeightOptimizer(parameters(torch.float32), settings())
-    values = dict(masters.master_weights())
-    values.pop("model.embed_tokens.weight")
-    with pytest.raises(AssertionError, match=r"model\.embed_tokens\.weight"):
-        masters.load_state(values, masters.optimizer_state())
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_loss_scale_is_removed_before_clipping(kind: str) -> None:
-    one, other = parameters(), parameters()
-    for named, scale in ((one, 1.0), (other, 1024.0)):
-        masters = MasterWeightOptimizer(named, settings(kind))
-        backward(named, 8, scale)
-        masters.step(1.0, masters.grad_norm(), scale)
-    for name, parameter in one.items():
-        torch.testing.assert_close(parameter, other[name], msg=name)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "muon"])
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@each("kind", OPTIMIZERS)
+@each("wrong", [math.nan, math.inf])
 def test_nonfinite_step_leaves_state_unchanged(kind: str, wrong: float) -> None:
-    """And the next one is as if it had not been."""
-    retained, others = parameters(torch.float32), parameters(torch.float32)
-    masters, without = (
-        MasterWeightOptimizer(retained, settings(kind)),
-        MasterWeightOptimizer(others, settings(kind)),
-    )
+    named, again = make_parameters(), make_parameters()
+    masters, without = make_optimizer(named, kind), make_optimizer(again, kind)
     for seed in range(3):
-        take(masters, retained, seed)
-        take(without, others, seed)
-        backward(retained, 10 + seed)
-        retained[VECTOR].grad[0] = wrong
+        take_step(masters, named, seed)
+        take_step(without, again, seed)
+        backward(named, 10 + seed)
+        named[VECTOR].grad[0] = wrong
         masters.step(1.0, masters.grad_norm())
         assert masters.grad_norm() == 0
-    for before, after in (
-        (without.master_weights(), masters.master_weights()),
-        (without.optimizer_state(), masters.optimizer_state()),
-    ):
-        assert before.keys() == after.keys()
-        for name in before:
-            assert torch.equal(before[name], after[name]), name
+    assert_equal_states(masters, without)
 
 
 def test_loss_scale_halves_on_overflow_and_recovers() -> None:
-    scale = LossScaler(is_enabled=True)
-    assert not scale.update(math.inf)
-    assert not scale.update(math.nan)
-    assert scale.scale == LossScaler.INIT_SCALE / 4
-    assert scale.num_skipped == 2
+    scaler = LossScaler(is_enabled=True)
+    assert not scaler.update(math.inf)
+    assert not scaler.update(math.nan)
+    assert (scaler.scale, scaler.num_skipped) == (LossScaler.INIT_SCALE / 4, 2)
     for _ in range(LossScaler.GROWTH_INTERVAL):
-        assert scale.update(1.0)
-    assert scale.scale == LossScaler.INIT_SCALE / 2
+        assert scaler.update(1.0)
+    assert scaler.scale == LossScaler.INIT_SCALE / 2
     other = LossScaler(is_enabled=True)
-    other.load_state_dict(scale.state_dict())
-    assert other.state_dict() == scale.state_dict()
-
-
-def test_overflow_at_minimum_scale_does_not_lower_it() -> None:
-    scale = LossScaler(is_enabled=True)
-    for _ in range(15):
-        assert not scale.update(math.nan)
-    assert scale.scale == 1.0
-    assert scale.update(math.nan)
-    assert (scale.scale, scale.num_skipped) == (1.0, 15)
+    other.load_state_dict(scaler.state_dict())
+    assert other.state_dict() == scaler.state_dict()
+    for _ in range(14):
+        assert not scaler.update(math.nan)
+    assert scaler.update(math.nan), "at the minimum scale, the optimizer skips the step"
+    assert (scaler.scale, scaler.num_skipped) == (1.0, 16)
     assert LossScaler(is_enabled=False).update(math.inf)
 
 
-@pytest.mark.parametrize("micro", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each("micro", [1, 3])
+@each("dtype", DTYPES)
 def test_master_weights_match_fp32_adamw(dtype: torch.dtype, micro: int) -> None:
     """Over many steps of sizes from far below to far above what the model's type can hold."""
     generator, shapes = torch.Generator().manual_seed(0), {MATRIX: (40, 32), BIAS: (64,)}
@@ -189,107 +169,68 @@ def test_master_weights_match_fp32_adamw(dtype: torch.dtype, micro: int) -> None
         for name, shape in shapes.items()
     }
     baseline = {name: nn.Parameter(p.detach().float()) for name, p in named.items()}
-    learning_rate, decay = 1e-3, 0.1
-    masters = MasterWeightOptimizer(
-        named, settings("adamw", learning_rate=learning_rate, max_grad_norm=None)
-    )
-    reference = torch.optim.AdamW(
-        [
-            {"params": [baseline[MATRIX]], "weight_decay": decay},
-            {"params": [baseline[BIAS]], "weight_decay": 0.0},
-        ],
-        foreach=False,
-        fused=False,
-    )
+    masters = make_optimizer(named, "adamw", learning_rate=1e-3, max_grad_norm=None)
+    groups = [
+        {"params": [baseline[MATRIX]], "weight_decay": 0.1},
+        {"params": [baseline[BIAS]], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, foreach=False, fused=False)
     for step in range(120):
         factor = 10.0 ** (step % 7 - 4)
         total = {name: torch.zeros(shape) for name, shape in shapes.items()}
         for number in range(micro):
             if number:
                 masters.accumulate_gradients()
-            drawn: dict[str, Tensor] = {
-                name: torch.randn(shape, generator=generator).to(dtype)
-                for name, shape in shapes.items()
-            }
-            torch.stack([(named[n] * g).sum() for n, g in drawn.items()]).sum().backward()
-            for name, gradient in drawn.items():
+            for name, gradient in backward(named, 10 * step + number).items():
                 total[name] += gradient
         for name, gradient in total.items():
             baseline[name].grad = gradient
         for group in reference.param_groups:
-            group["lr"] = learning_rate * factor
+            group["lr"] = 1e-3 * factor
         reference.step()
         masters.step(factor, masters.grad_norm())
+    found = read_state(masters)
     for name, expected in baseline.items():
-        assert torch.equal(masters.master_weights()[name], expected.detach()), name
+        assert torch.equal(found[name], expected.detach()), name
         state = reference.state[expected]
-        assert torch.equal(masters.optimizer_state()[f"exp_avg.{name}"], state["exp_avg"])
-        assert torch.equal(masters.optimizer_state()[f"exp_avg_sq.{name}"], state["exp_avg_sq"])
+        assert torch.equal(found[f"exp_avg.{name}"], state["exp_avg"])
+        assert torch.equal(found[f"exp_avg_sq.{name}"], state["exp_avg_sq"])
         equal = break_bf16_ties(expected.detach()) if dtype == torch.bfloat16 else expected.detach()
         assert torch.equal(named[name].detach(), equal.to(dtype))
         assert torch.equal(masters.export_weights()[name].to(dtype), named[name].detach())
 
 
-def test_memory_per_parameter() -> None:
-    named = {MATRIX: nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))}
-    for kind, moments in (("adamw", 8.0), ("adamw_8bit", 2 + 8 / 256)):
-        masters = MasterWeightOptimizer(named, settings(kind))
-        wide = masters.param_groups[0].master_weights
-        assert (wide.params_E.nbytes + wide.residual_E.nbytes) / 4096 == 4
-        retained = sum(
-            t.nbytes for name, t in masters.optimizer_state().items() if name != "num_steps"
-        )
-        assert retained / 4096 == moments
-
-
 @pytest.mark.parametrize("signed", [True, False])
-def test_quantization_levels_match_bitsandbytes(signed: bool) -> None:
-    theirs = import_bitsandbytes("test").functional.create_dynamic_map(signed=signed)
-    assert torch.equal(optim_states.create_dynamic_map(signed), theirs)
-
-
-@pytest.mark.parametrize("signed", [True, False])
-def test_values_round_to_nearest_level(signed: bool) -> None:
-    value_list = torch.randn(3 * BLOCK_SIZE, generator=torch.Generator().manual_seed(0)) ** 3
-    value_list = value_list if signed else value_list.abs()
-    value_list[BLOCK_SIZE : 2 * BLOCK_SIZE] = 0
-    moment, full = (
-        OptimState8bit(len(value_list), value_list.device, signed),
-        slice(0, 3 * BLOCK_SIZE),
-    )
+def test_values_round_to_nearest_level_of_bitsandbytes(signed: bool) -> None:
+    levels = optim_states.create_dynamic_map(signed)
+    published = import_bitsandbytes("test").functional.create_dynamic_map(signed=signed)
+    assert torch.equal(levels, published)
+    values_E = torch.randn(3 * BLOCK_SIZE, generator=torch.Generator().manual_seed(0)) ** 3
+    values_E = values_E if signed else values_E.abs()
+    values_E[BLOCK_SIZE : 2 * BLOCK_SIZE] = 0
+    full = slice(0, 3 * BLOCK_SIZE)
+    moment = OptimState8bit(len(values_E), values_E.device, signed)
     assert not moment.read(full).any()
-    moment.write(value_list, full)
-    scale_31 = value_list.view(-1, BLOCK_SIZE).abs().amax(1, keepdim=True)
-    every = scale_31[..., None] * optim_states.create_dynamic_map(signed)
-    nearest = (every - value_list.view(-1, BLOCK_SIZE, 1)).abs().amin(2)
-    off = (moment.read(full) - value_list).abs().view(-1, BLOCK_SIZE)
+    moment.write(values_E, full)
+    values_BN = values_E.view(-1, BLOCK_SIZE)
+    scale_B1 = values_BN.abs().amax(1, keepdim=True)
+    nearest_BN = (scale_B1[..., None] * levels - values_BN[..., None]).abs().amin(2)
+    error_BN = (moment.read(full) - values_E).abs().view(-1, BLOCK_SIZE)
     # The smallest ones of a moment without a sign are not rounded to zero.
-    large = value_list.view(-1, BLOCK_SIZE).abs() > 1e-6 * scale_31
-    torch.testing.assert_close(off[large], nearest[large], rtol=1e-3, atol=1e-7)
+    large = values_BN.abs() > 1e-6 * scale_B1
+    torch.testing.assert_close(error_BN[large], nearest_BN[large], rtol=1e-3, atol=1e-7)
     assert not moment.read(slice(BLOCK_SIZE, 2 * BLOCK_SIZE)).any()
-
-
-def test_nonzero_second_moment_never_becomes_zero() -> None:
-    value_list = torch.zeros(BLOCK_SIZE)
-    value_list[0], value_list[1] = 1.0, 1e-9
-    moment, full = OptimState8bit(BLOCK_SIZE, value_list.device, signed=False), slice(0, BLOCK_SIZE)
-    moment.write(value_list, full)
-    retained = moment.read(full)
-    assert retained[1] > 0
-    assert not retained[2:].any()
 
 
 def test_rare_gradient_gives_a_small_update() -> None:
     """Were its second moment rounded to zero, the next step would be far too long."""
     parameter = nn.Parameter(torch.zeros(1, BLOCK_SIZE))
-    masters = MasterWeightOptimizer(
-        {MATRIX: parameter}, settings(learning_rate=1e-3, weight_decay=0, max_grad_norm=None)
+    masters = make_optimizer(
+        {MATRIX: parameter}, learning_rate=1e-3, weight_decay=0, max_grad_norm=None
     )
     for step in range(20):
-        gradient = torch.zeros(1, BLOCK_SIZE)
-        gradient[0, 0] = 1.0
-        gradient[0, 1] = 1e-4 if step == 0 else 0.0
-        parameter.grad = gradient
+        parameter.grad = torch.zeros(1, BLOCK_SIZE)
+        parameter.grad[0, :2] = torch.tensor([1.0, 1e-4 if step == 0 else 0.0])
         masters.step(1.0, masters.grad_norm())
     master_E = masters.master_weights()[MATRIX].flatten()
     assert 0 < float(master_E[1].abs()) < 20e-3
@@ -299,99 +240,163 @@ def test_rare_gradient_gives_a_small_update() -> None:
 def test_steps_are_close_to_bitsandbytes() -> None:
     """Compare with AdamW8bit on complete blocks; its CPU version does not round to nearest."""
     values = torch.randn(40, 128, generator=torch.Generator().manual_seed(1))
-    theirs = nn.Parameter(values.clone())
-    optimizer = import_bitsandbytes("test").optim.AdamW8bit(
+    ours, theirs = nn.Parameter(values.clone()), nn.Parameter(values.clone())
+    published = import_bitsandbytes("test").optim.AdamW8bit(
         [theirs], lr=1e-2, weight_decay=0.1, min_8bit_size=0
     )
-    ours = nn.Parameter(values.clone())
-    masters = MasterWeightOptimizer({MATRIX: ours}, settings(max_grad_norm=None))
+    masters = make_optimizer({MATRIX: ours}, max_grad_norm=None)
     for seed in range(6):
         gradient = torch.randn(40, 128, generator=torch.Generator().manual_seed(seed)) / (seed + 1)
         theirs.grad = gradient.clone()
-        optimizer.step()
+        published.step()
         ours.grad = gradient
         masters.step(1.0, masters.grad_norm())
     changed = theirs.detach() - values
     assert float((ours.detach() - theirs.detach()).norm() / changed.norm()) < 1e-2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_are_close_to_adamw(dtype: torch.dtype) -> None:
-    values = []
-    for name in ("adamw", "adamw_8bit"):
-        named = parameters(dtype)
-        masters = MasterWeightOptimizer(named, settings(name))
-        start = {name: value.clone() for name, value in masters.master_weights().items()}
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_8bit_steps_are_close_to_adamw(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a step may begin and end within a parameter."""
+    changes = []
+    for kind, chunk in (("adamw", 1 << 20), ("adamw_8bit", 1 << 20), ("adamw_8bit", 512)):
+        monkeypatch.setattr(optimizer, "MAX_CHUNK_ELEMENTS", chunk)
+        named = make_parameters(dtype)
+        masters = make_optimizer(named, kind)
+        start = read_state(masters)
         for seed in range(20):
-            take(masters, named, seed)
-        values.append({name: v - start[name] for name, v in masters.master_weights().items()})
+            take_step(masters, named, seed)
+        changes.append({name: v - start[name] for name, v in masters.master_weights().items()})
     for name in SHAPES:
-        baseline, small = (updated[name] for updated in values)
-        off = float((small - baseline).norm() / baseline.norm())
+        baseline, small, chunked = (changed[name] for changed in changes)
+        assert torch.equal(small, chunked)
+        error = float((small - baseline).norm() / baseline.norm())
         # Vectors and embeddings keep their moments in fp32.
-        assert off == 0.0 if name not in (MATRIX, OTHER, EXPERTS) else 0.0 < off < 0.1, name
-
-
-def test_padding_between_parameters_stays_zero() -> None:
-    named = parameters()
-    masters = MasterWeightOptimizer(named, settings())
-    for seed in range(5):
-        take(masters, named, seed)
+        assert error == 0.0 if name not in (MATRIX, OTHER, EXPERTS) else 0.0 < error < 0.1, name
     group = next(g for g in masters.param_groups if g.param_slices[0].name == MATRIX)
     assert len(group.master_weights) == (7 + 8) * BLOCK_SIZE
-    assert not group.master_weights.read(slice(33 * 50, 7 * BLOCK_SIZE)).any()
-    assert not group.master_weights.read(slice(7 * BLOCK_SIZE + 3 * 20 * 30, 15 * BLOCK_SIZE)).any()
+    for padding in (slice(33 * 50, 7 * BLOCK_SIZE), slice(7 * BLOCK_SIZE + 1800, 15 * BLOCK_SIZE)):
+        assert not group.master_weights.read(padding).any()
 
 
-def test_chunked_steps_match(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which may begin and end within a parameter."""
-    changed = []
-    for most in (optimizer.MAX_CHUNK_ELEMENTS, 2 * BLOCK_SIZE):
-        monkeypatch.setattr(optimizer, "MAX_CHUNK_ELEMENTS", most)
-        named = parameters()
-        masters = MasterWeightOptimizer(named, settings())
-        for seed in range(3):
-            take(masters, named, seed)
-        changed.append({name: value.clone() for name, value in masters.master_weights().items()})
-    assert all(torch.equal(changed[0][name], changed[1][name]) for name in SHAPES)
+def test_optimizer_memory_is_released_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in a long-lived process, such as a notebook, frees its memory."""
+    monkeypatch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", 1)
+    named = make_parameters(torch.bfloat16)
+    masters = make_optimizer(named)
+    backward(named, 1)
+    alive = [weakref.ref(parameter) for parameter in named.values()]
+    del masters, named
+    gc.collect()
+    assert [one() for one in alive] == [None] * len(alive)
 
 
-def test_matrix_without_gradient_is_reported() -> None:
-    named = parameters()
-    masters = MasterWeightOptimizer(named, settings())
-    (named[MATRIX] * 1e-4).sum().backward()
+def read_gradients(masters: MasterWeightOptimizer) -> dict[str, Tensor | None]:
+    return {
+        piece.name: found
+        for group in masters.param_groups
+        for piece, found in zip(group.param_slices, group.gradients.per_parameter(), strict=True)
+    }
+
+
+def has_sums(masters: MasterWeightOptimizer) -> bool:
+    return any(one is not None for group in masters.param_groups for one in group.gradients.sums)
+
+
+def test_single_micro_batch_needs_no_accumulation() -> None:
+    named = make_parameters(torch.bfloat16)
+    masters = make_optimizer(named)
+    drawn = backward(named, 1, without=OTHER)
+    for name, found in read_gradients(masters).items():
+        assert found is named[name].grad
+        assert (found is None) == (name == OTHER)
+        assert found is None or torch.equal(found, drawn[name])
     masters.step(1.0, masters.grad_norm())
-    assert masters.params_with_grad() == {MATRIX}
+    assert masters.params_with_grad() == drawn.keys()
+    assert all(parameter.grad is None for parameter in named.values())
+    assert not has_sums(masters)
 
 
-def factors(total: int, **settings: object) -> list[float]:
+@each("large", [1, 100, 1 << 20])
+@each("dtype", DTYPES)
+def test_gradients_are_accumulated_in_fp32(dtype: torch.dtype, large: int) -> None:
+    """Some parameters get no gradient in some micro-batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", large)
+        named = make_parameters(dtype)
+        masters = make_optimizer(named, "adamw")
+    for step in range(3):
+        expected = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        for micro, without in enumerate(("", OTHER, MATRIX, OTHER)):
+            if micro:
+                masters.accumulate_gradients()
+                assert all(parameter.grad is None for parameter in named.values())
+            for name, drawn in backward(named, 10 * step + micro, without=without).items():
+                expected[name] += drawn.float()
+        found = read_gradients(masters)
+        assert all(torch.equal(found[name], total) for name, total in expected.items())
+        length = torch.cat([total.flatten() for total in expected.values()]).norm()
+        torch.testing.assert_close(masters.grad_norm(), length)
+        masters.step(1.0, masters.grad_norm())
+        assert masters.grad_norm() == 0
+
+
+def test_large_gradients_are_accumulated_during_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", 1000)
+    named = make_parameters(torch.bfloat16)
+    masters = make_optimizer(named)
+    backward(named, 1)
+    assert named[MATRIX].grad is not None
+    masters.accumulate_gradients()
+    # From here on, also of the first micro-batch of a step.
+    for seed in (2, 3):
+        backward(named, seed)
+        assert named[MATRIX].grad is None
+        assert named[BIAS].grad is not None
+        masters.step(1.0, masters.grad_norm())
+
+
+@each("kind", OPTIMIZERS)
+@each("dtype", DTYPES)
+def test_accumulated_single_gradient_gives_equal_step(dtype: torch.dtype, kind: str) -> None:
+    """Dropped gradients of an aborted step leave no state."""
+    named, again = make_parameters(dtype), make_parameters(dtype)
+    masters, others = make_optimizer(named, kind), make_optimizer(again, kind)
+    for seed in range(4):
+        backward(again, 7)
+        others.accumulate_gradients()
+        backward(again, 8)
+        others.zero_grad()
+        assert kind == "muon" or not has_sums(others)
+        assert others.grad_norm() == 0
+        for model in (named, again):
+            backward(model, seed, without=OTHER if seed == 2 else "")
+        others.accumulate_gradients()
+        for one in (masters, others):
+            one.step(1.0, one.grad_norm())
+    assert_equal_states(others, masters)
+
+
+def lr_factors(total: int, **settings: object) -> list[float]:
     schedule = LRSchedule(TrainSettings.model_validate(settings), total)
     return [schedule.lr_factor(step) for step in range(total)]
 
 
-def test_warmup_then_cosine() -> None:
-    values = factors(14, lr_schedule="cosine", warmup=4)
-    assert values[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert values[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 10)) for k in range(10)])
+@pytest.mark.parametrize(
+    ("kind", "warmup", "expected"),
+    [
+        ("cosine", 2, [0.5, 1, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
+        ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("constant", 2, [0.5, 1, 1, 1]),
+    ],
+)
+def test_learning_rate_schedule(kind: str, warmup: int, expected: list[float]) -> None:
+    assert lr_factors(len(expected), lr_schedule=kind, warmup=warmup) == pytest.approx(expected)
+    for total in (1, 2, 100):
+        assert all(0 < value <= 1 for value in lr_factors(total, lr_schedule=kind))
 
 
-def test_linear_and_constant() -> None:
-    assert factors(5, lr_schedule="linear", warmup=0) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
-    assert factors(4, lr_schedule="constant", warmup=2) == [0.5, 1, 1, 1]
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("total", [1, 2, 100])
-def test_every_step_has_a_positive_rate(kind: str, total: int) -> None:
-    assert all(0 < value <= 1 for value in factors(total, lr_schedule=kind))
-
-
-def test_fractions_round_up() -> None:
-    assert resolve_steps(0.03, 100) == 3
-    assert resolve_steps(0.03, 10) == 1
-    assert resolve_steps(7, 10) == 7
-
-
-def test_warmup_longer_than_run_is_rejected() -> None:
+def test_warmup_is_a_fraction_or_a_number_of_steps() -> None:
+    assert [resolve_steps(*one) for one in ((0.03, 100), (0.03, 10), (7, 10))] == [3, 1, 7]
     with pytest.raises(UserError, match="100 warmup steps in a run of 50"):
-        factors(50, warmup=100)
+        lr_factors(50, warmup=100)

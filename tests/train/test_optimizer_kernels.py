@@ -13,10 +13,7 @@ from finesight.train import optim_states
 from finesight.train.optim_states import OptimState8bit, SplitBf16Master
 from finesight.train.optimizer import AdamW, GradientAccumulator, ParamSlice
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(5000 * 16, 256, 4096), (5003, 77)]
 """Numbers of parameters: of which threads read several at once, and of which they cannot."""

@@ -1,91 +1,133 @@
-"""Which samples each step takes: a pure function, counted in samples."""
+"""Samples of each step: a pure function of seed, epoch and position, faithful to the weights."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pytest
+from each_value import each
 
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
 from finesight.data.line_index import SampleIndex
 from finesight.data.sample import JsonlSamples
-from finesight.train.sampler import SequentialSampler, TrainSampler
+from finesight.train.sampler import SampleOrder, SequentialSampler, TrainSampler, stable_argsort
 
 
-def corpus(sizes: tuple[int, ...], weights: tuple[float, ...]) -> Corpus:
+def epochs(order: SampleOrder, count: int) -> list[list[int]]:
+    return [order.epoch_indices(epoch).tolist() for epoch in range(count)]
+
+
+def test_expected_sample_order() -> None:
+    """Runs resume by this order, so it is written down."""
+    order = SampleOrder([5, 4, 3], [2, 0.5, 1 / 3], seed=0)
+    assert epochs(order, 2) == [
+        [2, 1, 4, 1, 4, 2, 3, 3, 0, 0, 6, 7, 11],
+        [3, 1, 4, 1, 3, 8, 10, 2, 2, 4, 0, 5, 0],
+    ]
+    assert SampleOrder([8], [1.0], seed=3).epoch_indices(5).tolist() != list(range(8))
+    first, second = epochs(SampleOrder([50], [1.0], seed=0), 2)
+    assert first != second
+    assert first != SampleOrder([50], [1.0], seed=1).epoch_indices(0).tolist()
+
+
+def test_order_is_a_function_of_position() -> None:
+    order = SampleOrder([5, 4], [1.0, 0.5], seed=1)
+    expected = [*chain(*epochs(order, 4))]
+    requested = [27, 0, 13, 13, 6, 7, 20, 1]
+    for one in (order, SampleOrder([5, 4], [1.0, 0.5], seed=1)):
+        assert [one.index_at(at) for at in requested] == [expected[at] for at in requested]
+        assert [one.index_at(position) for position in range(28)] == expected
+
+
+def test_whole_weights_are_exact_in_each_epoch() -> None:
+    for indices in epochs(SampleOrder([7, 3], [2.0, 1.0], seed=0), 5):
+        assert Counter(indices) == {i: 2 if i < 7 else 1 for i in range(10)}
+
+
+def test_half_weight_alternates_between_halves() -> None:
+    order = SampleOrder([8], [0.5], seed=4)
+    halves = [set(indices) for indices in epochs(order, 6)]
+    assert order.epoch_length == 4
+    for first, second in zip(halves[::2], halves[1::2], strict=True):
+        assert first | second == set(range(8))
+        assert not first & second
+    assert halves[0] != halves[2]
+    odd = SampleOrder([9], [0.5], seed=4)
+    assert odd.epoch_length == 5
+    assert {*chain(*epochs(odd, 2))} == set(range(9))
+
+
+@pytest.mark.parametrize(("weight", "size"), [(1.1, 50), (1.3, 10), (0.1, 30), (2.5, 4)])
+def test_fractional_weights_are_exact_over_epochs(weight: float, size: int) -> None:
+    order = SampleOrder([size], [weight], seed=0)
+    assert order.epoch_length == round(weight * size)
+    assert {*Counter(chain(*epochs(order, 10))).values()} == {round(10 * weight)}
+    assert SampleOrder([10, 3], [1.0, 0.01], seed=0).epoch_length == 11, "at least one sample"
+
+
+@each("upper", [0, 3, 2**40, 2**63])
+@each("size", [0, 1, 2, 3, 1000, 4096])
+def test_partition_sort_matches_stable_argsort(upper: int, size: int) -> None:
+    """Many draws agree in their upper bits, or in all."""
+    raw = np.random.Philox(np.random.SeedSequence((size, upper))).random_raw(size)
+    for draws in (raw, raw % np.uint64(500) + np.uint64(upper), raw | np.uint64(upper)):
+        assert stable_argsort(draws).tolist() == np.argsort(draws, kind="stable").tolist()
+
+
+def make_steps(
+    sizes: tuple[int, ...],
+    retained: list[int] | None = None,
+    weights: tuple[float, ...] | None = None,
+    **train: object,
+) -> tuple[TrainSampler, list[list[int]]]:
+    """Return a sampler over files of these sizes, and the samples of its steps."""
     empty = np.empty(0, np.int64)
     files = [
         JsonlSamples(Path(), SampleIndex(np.arange(size + 1), empty, ""), (0, 0)) for size in sizes
     ]
-    return Corpus(tuple(files), weights, "fingerprint")
-
-
-def make_sampler(
-    sizes: tuple[int, ...], retained: list[int] | None = None, **train: object
-) -> TrainSampler:
+    corpus = Corpus(tuple(files), weights or (1.0,) * len(sizes), "fingerprint")
     chosen = list(range(sum(sizes))) if retained is None else retained
-    return TrainSampler(
-        corpus(sizes, (1.0,) * len(sizes)), chosen, TrainSettings.model_validate(train)
-    )
+    sampler = TrainSampler(corpus, chosen, TrainSettings.model_validate(train))
+    return sampler, [list(sampler.batch_indices(step)) for step in range(len(sampler))]
 
 
 def test_steps_continue_across_epoch_boundaries() -> None:
-    run = make_sampler((7,), epochs=3, batch_size=5)
-    taken = [run.batch_indices(step) for step in range(len(run))]
+    _, taken = make_steps((7,), epochs=3, batch_size=5)
     assert [len(members) for members in taken] == [5, 5, 5, 5, 1]
-    row = [index for members in taken for index in members]
+    row = [*chain(*taken)]
     for epoch in range(3):
         assert sorted(row[7 * epoch : 7 * epoch + 7]) == list(range(7))
     assert row[:7] != row[7:14]
-
-
-def test_max_steps_and_fractional_epochs() -> None:
-    assert len(make_sampler((7,), steps=9, batch_size=5)) == 9
-    assert make_sampler((7,), steps=9, batch_size=5).num_samples == 45
-    assert make_sampler((8,), epochs=0.5, batch_size=3).num_samples == 4
-    assert make_sampler((8,), batch_size=3).num_samples == 8
+    for batch_size in (1, 21):
+        assert [*chain(*make_steps((7,), epochs=3, batch_size=batch_size)[1])] == row
+    assert [*chain(*make_steps((7,), epochs=3, data_seed=1)[1])] != row
 
 
 def test_steps_are_random_access() -> None:
-    forward_order, backward_order = (
-        make_sampler((5, 4), epochs=4, batch_size=3),
-        make_sampler((5, 4), epochs=4, batch_size=3),
-    )
-    expected = [forward_order.batch_indices(step) for step in range(len(forward_order))]
-    assert [
-        backward_order.batch_indices(step) for step in reversed(range(len(backward_order)))
-    ] == expected[::-1]
+    sampler, _ = make_steps((5, 4), epochs=4, batch_size=3)
+    again, expected = make_steps((5, 4), epochs=4, batch_size=3)
+    assert len(sampler) == len(again)
+    backward = [list(sampler.batch_indices(step)) for step in reversed(range(len(sampler)))]
+    assert backward == expected[::-1]
 
 
-def test_batch_size_does_not_change_the_order() -> None:
-    def row(batch: int) -> list[int]:
-        run = make_sampler((9,), epochs=2, batch_size=batch)
-        return [index for step in range(len(run)) for index in run.batch_indices(step)]
-
-    assert row(4) == row(1) == row(18)
-
-
-def test_skipped_samples_never_occur() -> None:
-    retained = [1, 3, 7, 8]
-    run = make_sampler((4, 3, 2), retained=retained, epochs=2, batch_size=3)
-    seen = Counter(index for step in range(len(run)) for index in run.batch_indices(step))
-    assert seen == dict.fromkeys(retained, 2)
+def test_run_length() -> None:
+    steps, _ = make_steps((7,), steps=9, batch_size=5)
+    assert (len(steps), steps.num_samples) == (9, 45)
+    assert make_steps((8,), epochs=0.5, batch_size=3)[0].num_samples == 4
+    assert make_steps((8,), batch_size=3)[0].num_samples == 8
 
 
-def test_weights_belong_to_their_files() -> None:
-    run = TrainSampler(
-        corpus((3, 2, 4), (1.0, 5.0, 2.0)), [0, 1, 2, 5, 6, 7, 8], TrainSettings(batch_size=100)
-    )
-    seen = Counter(run.batch_indices(0))
-    assert seen == {0: 1, 1: 1, 2: 1, 5: 2, 6: 2, 7: 2, 8: 2}
-
-
-def test_data_seed_changes_the_order() -> None:
-    assert make_sampler((50,), batch_size=50).batch_indices(0) != make_sampler(
-        (50,), batch_size=50, data_seed=1
-    ).batch_indices(0)
+def test_retained_samples_have_the_weight_of_their_file() -> None:
+    retained = [0, 1, 2, 5, 6, 7, 8]
+    _, (members,) = make_steps((3, 2, 4), retained, (1.0, 5.0, 2.0), batch_size=100)
+    assert Counter(members) == {0: 1, 1: 1, 2: 1, 5: 2, 6: 2, 7: 2, 8: 2}
+    _, taken = make_steps((4, 3, 2), [1, 3, 7, 8], epochs=2, batch_size=3)
+    assert Counter(chain(*taken)) == dict.fromkeys([1, 3, 7, 8], 2)
 
 
 def test_sequential_order_takes_each_sample_once() -> None:

@@ -1,4 +1,4 @@
-"""What a run starts from, and what it refuses before anything is written."""
+"""Setup of a run: its starting point, and settings that are rejected before anything is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_model import create_tiny_model
-from tiny_task import TinyTask
+from tiny_task import TinyTask, edit_samples
 
 from finesight.config import ImageRule, LongestSide, PixelRange
 from finesight.errors import UserError
@@ -22,50 +22,62 @@ from finesight.train.oom import translate_oom_errors
 from finesight.train.setup import BaseModelRef
 from finesight.train.training_run import train
 
-PIXEL_RANGE = PixelRange(min_pixels=1568, max_pixels=7056)
-LONGEST_SIDE = LongestSide(longest_side=56)
+LORA = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
+ONE_STEP = ("train.steps=1", "train.epochs=null")
 
 
 def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
-    lora = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
-    first = task.run(tune=lora, name="first")
-    checkpoint = str(task.folder / "first" / "checkpoints" / "step-6")
-    for number, start in enumerate(
-        (
-            {"model": str(task.folder / "first")},
-            {"adapter": str(task.folder / "first")},
-            {"adapter": str(task.folder / "first" / "adapter")},
-            {"model": checkpoint},
-            {"adapter": checkpoint},
-        )
+    """Each source has the weights, the image size and the system prompt of the first run."""
+    image_and_prompt = "image={height: 56, width: 28}", "data.system_prompt=Name colours."
+    first = task.run(*image_and_prompt, tune=LORA, name="first")
+    run = task.folder / "first"
+    task.recipe |= {"image": None, "tune": LORA}
+    checkpoint = run / "checkpoints" / "step-6"
+    for setting, source in (
+        *(("model", source) for source in (run, checkpoint)),
+        *(("adapter", source) for source in (run, checkpoint, run / "adapter")),
     ):
-        result = task.run(tune=lora, name=f"second{number}", **start)
-        assert result.before.validation_loss == pytest.approx(first.after.validation_loss, rel=1e-6)
-    with pytest.raises(UserError, match="rank 2"):
-        task.run(tune={"language": "lora"}, name="third", adapter=str(task.folder / "first"))
-    assert not (task.folder / "third").exists()
-    for path in (str(task.folder / "tiny"), "a" * 5000):
-        with pytest.raises(UserError, match=r"no adapter_config\.json"):
-            task.run(name="fourth", adapter=path)
-    with pytest.raises(UserError, match=r"already has an adapter[\s\S]*remove adapter"):
-        task.run(
-            tune=lora, name="fifth", model=str(task.folder / "first"), adapter=str(task.folder)
-        )
+        # An adapter folder has no manifest.
+        settings = image_and_prompt if source.name == "adapter" else ()
+        start, name = {setting: str(source)}, f"{setting}-{source.name}"
+        result = task.run(*ONE_STEP, *settings, name=name, **start)
+        loss = result.before.validation_loss
+        assert loss == pytest.approx(first.after.validation_loss, rel=1e-6)
+        manifest = json.loads((task.folder / name / "manifest.json").read_text())
+        assert manifest["image_rule"] == {"height": 56, "width": 28}
+        assert manifest["system_prompt"] == "Name colours."
+    other = "image={longest_side: 56}", "data.system_prompt=Speak."
+    task.run(*ONE_STEP, *other, name="other", adapter=str(run))
+    manifest = json.loads((task.folder / "other" / "manifest.json").read_text())
+    assert manifest["image_rule"] == {"longest_side": 56}
+    assert manifest["system_prompt"] == "Speak."
 
 
-@pytest.mark.parametrize("source", ["run", "run/checkpoints/step-1"])
-def test_fully_trained_run_is_no_adapter(task: TinyTask, source: str) -> None:
-    task.run("train.steps=1", "train.epochs=null", tune={"merger": "full"})
-    with pytest.raises(UserError, match="has fully trained parts") as caught:
-        task.run(tune={"language": "lora"}, name="second", adapter=str(task.folder / source))
-    assert caught.value.where == "adapter"
-    assert f"set model: {task.folder / 'run'} after" in caught.value.remedy
+def test_wrong_starting_points_are_rejected(task: TinyTask) -> None:
+    task.run(*ONE_STEP, tune=LORA, name="first")
+    task.run(*ONE_STEP, tune={"merger": "full"}, name="full")
+    run, full = str(task.folder / "first"), task.folder / "full"
+    other_rank = {"language": "lora", "lora": {"rank": 8}}
+    for tune, start, words in (
+        (other_rank, {"adapter": run}, "rank 2"),
+        (LORA, {"adapter": str(task.folder / "tiny")}, r"no adapter_config\.json"),
+        (LORA, {"adapter": "a" * 5000}, r"no adapter_config\.json"),
+        (LORA, {"model": run, "adapter": run}, r"already has an adapter[\s\S]*remove adapter"),
+        (LORA, {"adapter": str(full)}, "has fully trained parts"),
+        (LORA, {"adapter": f"{full}/checkpoints/step-1"}, "has fully trained parts"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            task.run(tune=tune, name="second", **start)
+        if "fully" in words:
+            assert caught.value.where == "adapter"
+            assert f"set model: {full} after" in caught.value.remedy
+    assert not (task.folder / "second").exists()
 
 
 @pytest.mark.parametrize(
     ("tune", "start"),
     [
-        ({"language": "lora", "lora": {"rank": 2}}, "adapter={0}/checkpoints/step-6"),
+        (LORA, "adapter={0}/checkpoints/step-6"),
         ({"merger": "full"}, "model={0}"),
         ({"merger": "full", "language": "lora"}, "model={0}"),
     ],
@@ -94,47 +106,10 @@ def test_resuming_with_a_new_schedule_names_the_commands(
     assert f"run/recipe.yaml {setting}={run} output_dir=" in task.console_output.replace("\n", " ")
 
 
-def test_continued_run_is_continued_by_the_same_setting(task: TinyTask) -> None:
-    lora = {"language": "lora", "lora": {"rank": 2}}
-    task.run(tune=lora, name="first")
-    for setting in ("model", "adapter"):
-        start = {setting: str(task.folder / "first")}
-        task.run("train.steps=1", "train.epochs=null", tune=lora, name=setting, **start)
-        task.run(tune=lora, name=setting, resume=True, **start)
-        run = task.folder / setting
-        words = task.console_output.replace("\n", " ").partition("finesight train ")[2].split()
-        assert words == [f"{run}/recipe.yaml", f"{setting}={run}", f"output_dir={run}-2"]
-        result = train(load_recipe(Path(words[0]), words[1:]))
-        assert result.steps == 1
-
-
 @pytest.mark.parametrize(
-    ("setting", "source"),
-    [("model", "one"), ("adapter", "one"), ("adapter", "one/checkpoints/step-6")],
+    ("rule", "min_pixels"),
+    [(PixelRange(min_pixels=1568, max_pixels=7056), 1568), (LongestSide(longest_side=56), 3136)],
 )
-def test_continued_run_keeps_image_size_and_prompt(
-    task: TinyTask, setting: str, source: str
-) -> None:
-    lora = {"language": "lora", "lora": {"rank": 2}}
-    task.run(
-        "data.system_prompt=Name colours.", "image={height: 56, width: 28}", tune=lora, name="one"
-    )
-    start = {setting: str(task.folder / source), "image": None}
-    task.run(tune=lora, name="two", **start)
-    task.run(
-        "data.system_prompt=Speak.", "image={longest_side: 56}", tune=lora, name="three", **start
-    )
-    manifests = [
-        json.loads((task.folder / name / "manifest.json").read_text())
-        for name in ("one", "two", "three")
-    ]
-    assert manifests[1]["image_rule"] == manifests[0]["image_rule"] == {"height": 56, "width": 28}
-    assert manifests[1]["system_prompt"] == manifests[0]["system_prompt"] == "Name colours."
-    assert manifests[2]["image_rule"] == {"longest_side": 56}
-    assert manifests[2]["system_prompt"] == "Speak."
-
-
-@pytest.mark.parametrize(("rule", "min_pixels"), [(PIXEL_RANGE, 1568), (LONGEST_SIDE, 3136)])
 def test_run_or_model_provides_missing_pixel_limit(rule: ImageRule, min_pixels: int) -> None:
     recipe = recipe_from_dict(
         {"model": TINY_MODEL, "data": {"train": "a.jsonl"}, "output_dir": "o"},
@@ -149,34 +124,27 @@ def test_run_or_model_provides_missing_pixel_limit(rule: ImageRule, min_pixels: 
 @pytest.mark.parametrize("num_thoughts", [0, 5, 6])
 def test_run_uses_thinking_mode_of_most_samples(task: TinyTask, num_thoughts: int) -> None:
     """Six of the eleven samples with reasoning select thinking mode; five do not."""
-    data = task.folder / "train.jsonl"
-    samples = [json.loads(line) for line in data.read_text().splitlines()]
-    for sample in samples[:num_thoughts]:
-        answer = sample["messages"][-1]
-        answer["content"] = f"<think>\nIt is plain.\n</think>\n\n{answer['content']}"
-    data.write_text("\n".join(map(json.dumps, samples)) + "\n")
-    model = create_tiny_model(task.folder / "qwen3_5", "qwen3_5")
-    task.recipe |= {"model": str(model), "tune": {"language": "lora", "lora": {"rank": 2}}}
-    result = task.run(
-        "train.steps=1", "train.epochs=null", eval={"metric": "qa", "max_new_tokens": 3}
-    )
+    run = task.folder / "run"
+    with edit_samples(task.folder / "train.jsonl") as samples:
+        for sample in samples[:num_thoughts]:
+            answer = sample["messages"][-1]
+            answer["content"] = f"<think>\nIt is plain.\n</think>\n\n{answer['content']}"
+    model = str(create_tiny_model(task.folder / "qwen3_5", "qwen3_5"))
+    task.run(*ONE_STEP, model=model, tune=LORA, eval={"metric": "qa", "max_new_tokens": 3})
     is_thinking = num_thoughts == 6
-    manifest = json.loads((task.folder / "run" / "manifest.json").read_text())
+    manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["enable_thinking"] is is_thinking
     assert (manifest["metric"], manifest["max_new_tokens"]) == ("qa", 3)
     assert manifest["prompts"] == ["Which colour?"]
-    assert (
-        load_inference_model(str(task.folder / "run"), "cpu").renderer.has_reasoning is is_thinking
-    )
-    lines = (task.folder / "run" / "predictions" / "before.jsonl").read_text().splitlines()
+    assert load_inference_model(str(run), "cpu").renderer.has_reasoning is is_thinking
+    lines = (run / "predictions" / "before.jsonl").read_text().splitlines()
     assert all(("reasoning" in json.loads(line)) is is_thinking for line in lines)
-    assert result.before is not None
 
 
 def test_images_in_both_splits_are_reported(task: TinyTask) -> None:
-    task.run()
+    task.run(*ONE_STEP)
     assert "are also in data.train" not in task.console_output
-    task.run(f"data.eval={task.folder / 'train.jsonl'}", name="leaky")
+    task.run(*ONE_STEP, f"data.eval={task.folder / 'train.jsonl'}", name="leaky")
     assert "11 images of data.eval also in data.train" in task.console_output
 
 
@@ -184,8 +152,8 @@ def test_resume_rejects_changed_settings_and_data(task: TinyTask) -> None:
     run = task.rewind_to_checkpoint()
     with pytest.raises(UserError) as caught:
         task.run("train.batch_size=5", "tune.lora.rank=4", "train.weight_decay=0.5", resume=True)
-    assert "train.batch_size is 5 now" in caught.value.what
-    assert "train.weight_decay=0.01" in caught.value.expected
+    assert caught.value.what == "train.batch_size is 5 now; train.weight_decay is 0.5 now"
+    assert caught.value.expected == "train.batch_size=4; train.weight_decay=0.01"
     assert str(run / "checkpoints" / "step-4") in caught.value.where
     with (task.folder / "train.jsonl").open("a") as file:
         file.write((task.folder / "train.jsonl").read_text().splitlines()[0].replace("0", "1"))
@@ -201,18 +169,10 @@ def test_eval_without_data_is_rejected(task: TinyTask) -> None:
 
 
 @pytest.mark.parametrize(
-    "allocate",
-    [
-        lambda: torch.empty(1 << 60, dtype=torch.uint8),
-        lambda: bytearray(1 << 62),
-    ],
-    ids=["tensor", "bytes"],
+    "allocate", [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: bytearray(1 << 62)]
 )
 def test_host_out_of_memory_is_reported(allocate: Callable[[], object]) -> None:
     with pytest.raises(UserError, match="the CPU memory is full"), translate_oom_errors():
         allocate()
-
-
-def test_other_errors_pass_through() -> None:
     with pytest.raises(RuntimeError, match="shapes"), translate_oom_errors():
         raise RuntimeError("shapes")

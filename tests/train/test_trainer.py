@@ -1,67 +1,63 @@
-"""Complete runs of the tiny task: files, errors and console output."""
+"""Runs of the tiny task: files, errors and console output; training steps."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from case_files import load_cases
 from safetensors.torch import load_file
 from tiny_model import create_tiny_model
-from tiny_task import TinyTask, read_losses
+from tiny_task import TinyTask, act_before_step, read_losses
 from torch.nn.modules.module import register_module_forward_pre_hook
+from vision_cache_fixtures import LORA, make_train_state
 
 from finesight import storage
 from finesight.data.image_header import CorruptImageError
-from finesight.errors import UserError
+from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
-from finesight.train import console, optimizer, trainer
+from finesight.train import console, optimizer
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
-from finesight.train.trainer import StepOutput, TrainState
+from finesight.train.trainer import StepOutput, TrainState, micro_batch_seed, train_step
+from finesight.train.training_run import StopRequest
 
-CASES = load_cases("trainer")
+ONE_STEP = ("train.steps=1", "train.epochs=null")
 
 
 def test_run_folder_contents(task: TinyTask) -> None:
     result = task.run(eval={"metric": "ocr", "every": 4, "max_new_tokens": 6})
     run = task.folder / "run"
-    assert sorted(path.name for path in run.iterdir()) == [
-        *("adapter", "checkpoints", "images.safetensors", "manifest.json"),
-        *(
-            "metrics.jsonl",
-            "model",
-            "param_audit.json",
-            "predictions",
-            "recipe.yaml",
-            "report.html",
-            "result.json",
-            "skipped_samples.jsonl",
-        ),
-    ]
+    files = "images.safetensors manifest.json metrics.jsonl param_audit.json recipe.yaml"
+    files += " report.html result.json skipped_samples.jsonl"
+    folders = "adapter checkpoints model predictions"
+    assert {path.name for path in run.iterdir()} == {*files.split(), *folders.split()}
     for folder in (run / "adapter", run / "model", run / "checkpoints" / "step-6"):
         storage.verify_folder(folder)
-    names = sorted(path.name for path in (run / "predictions").iterdir())
-    assert names == ["after.jsonl", "before.jsonl", "step-4.jsonl"]
+    names = {path.stem for path in (run / "predictions").iterdir()}
+    assert names == {"after", "before", "step-4"}
     assert load_recipe(run / "recipe.yaml").train.batch_size == 4
     assert RunResult.model_validate_json((run / "result.json").read_text()) == result
     assert result.after.validation_loss < result.before.validation_loss
     assert (result.steps, result.samples, result.skipped_samples) == (6, 22, 0)
-    assert "similarity" in task.console_output
-    assert (
-        "training merger full, language lora: 33,024 of 193,152 parameters; 6 steps"
-        in task.console_output
-    )
+    size = "training merger full, language lora: 33,024 of 193,152 parameters; 6 steps"
+    assert size in task.console_output
     assert re.search(r"step 6/6  loss .* samples/s .* tokens/s .* % MFU .* GB", task.console_output)
-    load_inference_model(str(run), "cpu")
+    # The adapter applies to the fully trained parts of the same run.
+    parameters = dict(load_inference_model(str(run), "cpu").model.named_parameters())
+    values = load_file(run / "checkpoints" / "step-6" / "trainable.safetensors")
+    assert len(values) > 20
+    for name, value in values.items():
+        assert torch.equal(parameters[name].detach(), value), name
 
 
 def test_metrics_of_each_step(task: TinyTask) -> None:
@@ -74,27 +70,17 @@ def test_metrics_of_each_step(task: TinyTask) -> None:
         assert line["lr"].keys() == {"merger", "language"}
         assert line["num_tokens"] > line["num_supervised_tokens"] > 0
         assert line["samples_per_s"] == pytest.approx(line["num_samples"] / line["step_s"])
-        assert line["mfu"] > 0
+        assert min(line["mfu"], line["peak_memory_gb"]) > 0
         assert 0 < line["data_wait_s"] < line["step_s"]
-        assert line["peak_memory_gb"] > 0
     assert lines[-1]["lr"]["merger"] < lines[1]["lr"]["merger"]
     measured = [line["step"] for line in task.read_metrics() if "validation_loss" in line]
     assert measured == [0, 2, 4, 6]
 
 
-def test_mfu_above_the_measured_peak_is_omitted(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("finesight.train.setup.measure_peak_flops", lambda *_: 1.0)
-    task.run("train.steps=1", "train.epochs=null")
-    assert [line["mfu"] for line in task.read_metrics() if "loss" in line] == [None]
-    assert "MFU" not in task.console_output
-
-
 def test_mfu_is_omitted_after_a_step_above_the_peak(
     task: TinyTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flops = iter([1e-9, 1e30, 1e-9, 1e-9])
+    flops = iter([1e-9, 1e30])
     monkeypatch.setattr("finesight.train.logging.count_flops", lambda *_: next(flops, 1e-9))
     monkeypatch.setattr("finesight.train.setup.measure_peak_flops", lambda *_: 1.0)
     task.run("train.steps=4", "train.epochs=null", "train.pack_tokens=8192")
@@ -103,12 +89,8 @@ def test_mfu_is_omitted_after_a_step_above_the_peak(
 
 
 def test_per_part_learning_rates(task: TinyTask) -> None:
-    learning_rates = {"default": 0.01, "merger": 1e-6}
-    train_settings = task.recipe["train"] | {
-        "learning_rate": learning_rates,
-        "lr_schedule": "constant",
-    }
-    result = task.run(train=train_settings)
+    learning_rates = "train.learning_rate={default: 0.01, merger: 1e-6}"
+    result = task.run(learning_rates, "train.lr_schedule=constant")
     changed = {row.part: row.relative_change for row in result.param_changes if row.is_trained}
     assert changed["merger"] < changed["language"] / 100
     first = next(line for line in task.read_metrics() if "lr" in line)
@@ -116,100 +98,70 @@ def test_per_part_learning_rates(task: TinyTask) -> None:
 
 
 def test_lora_writes_adapter_and_full_writes_model(task: TinyTask) -> None:
-    task.run(tune={"language": "lora", "lora": {"rank": 2}}, name="a")
-    assert not (task.folder / "a" / "model").exists()
-    task.run(tune={"language": "frozen", "vision": "full"}, name="b")
-    assert not (task.folder / "b" / "adapter").exists()
-    before = load_file(task.folder / "tiny" / "model.safetensors")
-    after = load_file(task.folder / "b" / "model" / "model.safetensors")
+    task.run(*ONE_STEP, tune={"language": "lora"}, name="lora")
+    assert not (task.folder / "lora" / "model").exists()
+    task.run(*ONE_STEP, tune={"language": "frozen", "vision": "full"}, name="full")
+    assert not (task.folder / "full" / "adapter").exists()
+    before, after = (
+        load_file(task.folder / name / "model.safetensors") for name in ("tiny", "full/model")
+    )
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(name.startswith("visual.") and "merger" not in name for name in changed)
 
 
-def test_mixed_run_uses_adapter_and_full_parts(task: TinyTask) -> None:
-    """The adapter applies to the fully trained parts of the same run."""
-    task.run()
-    answerer = load_inference_model(str(task.folder / "run"), "cpu")
-    values = load_file(task.folder / "run" / "checkpoints" / "step-6" / "trainable.safetensors")
-    parameters = dict(answerer.model.named_parameters())
-    assert len(values) > 20
-    for name, value in values.items():
-        assert torch.equal(parameters[name].detach(), value), name
-
-
 def test_existing_run_is_rejected(task: TinyTask) -> None:
-    first = task.run()
+    first, run = task.run(), task.folder / "run"
     with pytest.raises(UserError, match="contains a finished run"):
         task.run()
-    before = (task.folder / "run" / "metrics.jsonl").read_bytes()
+    before = (run / "metrics.jsonl").read_bytes()
     assert task.run(resume=True) == first
     assert "the run is already complete" in task.console_output
-    assert (task.folder / "run" / "metrics.jsonl").read_bytes() == before
-
-
-def test_resume_allows_non_numeric_settings(task: TinyTask) -> None:
-    task.rewind_to_checkpoint()
-    result = task.run(
-        "train.num_workers=1", "train.keep_checkpoints=5", "train.save_every=1", resume=True
-    )
-    assert result.steps == 6
-    assert [step for step, _ in read_losses(task.folder / "run")] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda folder: (folder / "optimizer.safetensors").unlink(), "optimizer.safetensors"),
-        (
-            lambda folder: (folder / "trainable.safetensors").write_bytes(b"x"),
-            "trainable.safetensors",
-        ),
-    ],
-)
-def test_resume_from_damaged_checkpoint(task: TinyTask, spoil: Any, words: str) -> None:
-    task.recipe["train"]["keep_checkpoints"] = 3
-    run = task.rewind_to_checkpoint()
-    spoil(run / "checkpoints" / "step-4")
-    assert task.run(resume=True).steps == 6
-    assert words in task.console_output
-    assert "resuming from step 2" in task.console_output
-    assert (run / "checkpoints" / "corrupt-step-4").is_dir()
-    spoil(run / "checkpoints" / "step-2")
-    (run / "result.json").unlink()
-    for step in (4, 6):
-        storage.remove_folder(run / "checkpoints" / f"step-{step}")
-    with pytest.raises(UserError) as caught:
+    assert (run / "metrics.jsonl").read_bytes() == before
+    # A damaged result is written again after its deletion.
+    (run / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"not a valid result[\s\S]*delete it"):
         task.run(resume=True)
-    assert words in str(caught.value)
+    (run / "result.json").unlink()
+    assert task.run(resume=True) == first
+
+
+def test_resume_from_damaged_checkpoint(task: TinyTask) -> None:
+    task.recipe["train"]["keep_checkpoints"] = 3
+    checkpoints = task.rewind_to_checkpoint() / "checkpoints"
+    (checkpoints / "step-4" / "trainable.safetensors").write_bytes(b"x")
+    assert task.run(resume=True).steps == 6
+    assert "resuming from step 2" in task.console_output
+    assert (checkpoints / "corrupt-step-4").is_dir()
+    (checkpoints / "step-2" / "optimizer.safetensors").unlink()
+    (task.folder / "run" / "result.json").unlink()
+    for step in (4, 6):
+        storage.remove_folder(checkpoints / f"step-{step}")
+    with pytest.raises(UserError, match=r"optimizer\.safetensors") as caught:
+        task.run(resume=True)
     assert "to restart the run from step 0" in caught.value.remedy
 
 
 def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
+    """One image has no header; another training and a validation image are truncated."""
     (task.folder / "train2.png").write_bytes(b"no picture")
-    full = (task.folder / "train5.png").read_bytes()
-    (task.folder / "train5.png").write_bytes(full[:-30])
+    task.truncate_images("train5", "eval0")
     result = task.run()
-    dropped = [name for line in task.read_metrics() for name in line.get("skipped_samples", [])]
-    assert dropped == ["train5", "train5"]
+    skipped = [name for line in task.read_metrics() for name in line.get("skipped_samples", [])]
+    assert skipped == ["train5", "train5"]
     listed = (task.folder / "run" / "skipped_samples.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in listed] == ["train2", "train5"]
+    assert [json.loads(line)["id"] for line in listed] == ["train2", "eval0", "train5"]
     assert result.skipped_samples == 3
-    assert "skipped train2" in task.console_output
-    assert "skipped train5" in task.console_output
+    for text in ("skipped train2", "skipped train5", "1 validation samples skipped, eval0: "):
+        assert text in task.console_output
     with pytest.raises(CorruptImageError, match=r"train2\.png"):
         task.run("data.on_invalid_sample=fail", name="strict")
     assert not (task.folder / "strict").exists()
 
 
-def test_corrupt_validation_images_are_counted(task: TinyTask) -> None:
-    for number in range(3):
-        path = task.folder / f"eval{number}.png"
-        path.write_bytes(path.read_bytes()[:-30])
-        if number == 0:
-            task.run()
-            assert "1 validation samples skipped, eval0: " in task.console_output
+def test_unreadable_validation_images_end_the_run(task: TinyTask) -> None:
+    task.truncate_images("eval0", "eval1", "eval2")
     with pytest.raises(UserError, match="none of 3 samples has decodable images"):
         task.run(name="blind")
     with pytest.raises(CorruptImageError, match=r"eval0\.png"):
@@ -220,33 +172,21 @@ def test_evaluations_describe_the_samples_that_were_read(task: TinyTask) -> None
     task.recipe["eval"] = {"metric": "ocr", "every": 4, "max_new_tokens": 3}
     run = task.rewind_to_checkpoint()
     # Its header is readable, so it is still in the list of samples.
-    path = task.folder / "eval1.png"
-    path.write_bytes(path.read_bytes()[:-30])
+    task.truncate_images("eval1")
     (run / "images.safetensors").unlink()
     result = task.run(resume=True)
     lines = [line for line in task.read_metrics() if "validation_loss" in line]
     first, last = lines[0], lines[-1]
     for key in ("num_samples", "num_loss_samples"):
         assert (first[key], last[key]) == (3, 2)
-    assert {first["sample_set"], first["score_set"]}.isdisjoint(
-        {last["sample_set"], last["score_set"]}
-    )
+    sets = [{line["sample_set"], line["score_set"]} for line in (first, last)]
+    assert sets[0].isdisjoint(sets[1])
     listed = [json.loads(line) for line in (run / "skipped_samples.jsonl").open()]
     assert [row["id"] for row in listed] == ["eval1"]
     assert "not compared" in task.console_output
     assert result.metric_differences == ()
-    assert "scores: not compared: the samples before (3) and after training (2) differ" in (
-        result.as_table()
-    )
-
-
-def test_damaged_result_is_rewritten(task: TinyTask) -> None:
-    first = task.run()
-    (task.folder / "run" / "result.json").write_text("{")
-    with pytest.raises(UserError, match=r"not a valid result[\s\S]*delete it"):
-        task.run(resume=True)
-    (task.folder / "run" / "result.json").unlink()
-    assert task.run(resume=True) == first
+    text = "scores: not compared: the samples before (3) and after training (2) differ"
+    assert text in result.as_table()
 
 
 def test_out_of_memory_error_has_advice(task: TinyTask) -> None:
@@ -255,17 +195,15 @@ def test_out_of_memory_error_has_advice(task: TinyTask) -> None:
 
     hook = register_module_forward_pre_hook(refuse)
     try:
-        with pytest.raises(
-            UserError, match=r"memory is full[\s\S]*tune\.quantize\.nf4=\[language\]"
-        ):
+        with pytest.raises(UserError, match=r"memory is full[\s\S]*quantize\.nf4=\[language\]"):
             task.run()
     finally:
         hook.remove()
 
 
 def test_concurrent_run_is_rejected(task: TinyTask) -> None:
-    task.rewind_to_checkpoint()
-    run = RunDir(task.folder / "run")
+    """Later, the run resumes, with other settings that do not change its numbers."""
+    run = RunDir(task.rewind_to_checkpoint())
     half_written = run.checkpoint_dir / ".step-6.partial"
     with run.lock():
         half_written.mkdir()
@@ -273,6 +211,9 @@ def test_concurrent_run_is_rejected(task: TinyTask) -> None:
             with pytest.raises(UserError, match="another process is training"):
                 task.run(resume=resume)
         assert half_written.exists()
+    settings = "train.num_workers=1", "train.keep_checkpoints=5", "train.save_every=1"
+    assert task.run(*settings, resume=True).steps == 6
+    assert [step for step, _ in read_losses(task.folder / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
@@ -292,43 +233,6 @@ def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
     assert [path.name for path in (task.folder / "run").iterdir()] == ["manifest.json"]
 
 
-def test_diverged_run_keeps_last_good_checkpoint(task: TinyTask) -> None:
-    settings = task.recipe["train"] | {
-        "learning_rate": 1e20,
-        "max_grad_norm": None,
-        "save_every": 1,
-        "lr_schedule": "constant",
-        "warmup": 3,
-    }
-    with pytest.raises(UserError, match=r"(loss|gradient norm) of step|(validation loss)"):
-        task.run(train=settings)
-    for folder in (task.folder / "run" / "checkpoints").glob("step-*"):
-        values = load_file(folder / "trainable.safetensors")
-        assert all(value.isfinite().all() for value in values.values())
-
-
-def test_full_disk_at_checkpoint_is_reported(task: TinyTask) -> None:
-    class FullDisk(storage.FileSystem):
-        def sync_path(self, path: Path) -> None:
-            if path.name == "optimizer.safetensors":
-                raise OSError(28, "No space left on device")
-            super().sync_path(path)
-
-    with storage.use_file_system(FullDisk()), pytest.raises(UserError, match="no space left"):
-        task.run()
-    assert list((task.folder / "run" / "checkpoints").iterdir()) == []
-    assert task.run(resume=True).steps == 6
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_training(task: TinyTask, precision: str) -> None:
-    result = task.run(f"train.precision={precision}")
-    assert result.after.validation_loss < result.before.validation_loss
-    stored = load_file(task.folder / "run" / "model" / "model.safetensors")
-    expected = torch.bfloat16 if precision == "bf16" else torch.float16
-    assert {tensor.dtype for tensor in stored.values()} == {expected}
-
-
 def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
     """16 patches per image, and packs with an odd number of tokens."""
     folder = create_tiny_model(task.folder / "square", "qwen")
@@ -336,31 +240,32 @@ def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
     config["visual"]["image_size"] = 56
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "sha256.json").unlink()
-    one = ("train.precision=bf16", "train.steps=1", "train.epochs=null", "train.pack_tokens=130")
-    assert task.run(*one, model=str(folder), image=None).steps == 1
+    settings = (*ONE_STEP, "train.precision=bf16", "train.pack_tokens=130")
+    assert task.run(*settings, model=str(folder), image=None).steps == 1
+    stored = load_file(task.folder / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
     "tune",
-    CASES["test_activation_checkpointing_changes_only_memory"],
-    ids=["adapters everywhere", "all whole", "vision frozen"],
+    [
+        {"vision": "lora", "merger": "lora", "language": "lora", "embeddings": "full"},
+        dict.fromkeys(("vision", "merger", "language", "embeddings"), "full"),
+        {"merger": "full", "language": "lora"},
+    ],
+    ids=["lora", "full", "vision frozen"],
 )
 def test_activation_checkpointing_changes_only_memory(task: TinyTask, tune: dict[str, Any]) -> None:
     tune = tune | {"lora": {"rank": 2, "dropout": 0.2}}
-    task.run(name="plain", tune=tune)
-    task.run("train.activation_checkpointing=true", name="checkpointed", tune=tune)
-    task.run("train.activation_checkpointing=0.5", name="half", tune=tune)
-    names = ("plain", "checkpointed", "half")
-    assert len({tuple(read_losses(task.folder / name)) for name in names}) == 1
-    weights = {
-        (task.folder / name / "checkpoints" / "step-6" / "trainable.safetensors").read_bytes()
-        for name in names
-    }
-    assert len(weights) == 1
+    values = {"plain": "false", "checkpointed": "true", "half": "0.5"}
+    for name, value in values.items():
+        task.run(f"train.activation_checkpointing={value}", name=name, tune=tune)
+    assert len({tuple(read_losses(task.folder / name)) for name in values}) == 1
+    file = Path("checkpoints", "step-6", "trainable.safetensors")
+    assert len({(task.folder / name / file).read_bytes() for name in values}) == 1
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
     settings = ("train.device=cuda", "train.precision=bf16", "train.num_workers=2")
     first = task.run(*settings)
@@ -380,24 +285,17 @@ def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
 def test_changed_data_file_ends_with_checkpoint(
     task: TinyTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run ends with a checkpoint, and resumes after the file is restored."""
+    """The run resumes after the file is restored."""
     file = task.folder / "train.jsonl"
     content, changed = file.read_bytes(), file.stat()
-    real = trainer.train_step
-
-    def taking(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
-        if step.step_index == 2:
-            file.write_bytes(content + b"\n")
-        return real(session, step, *rest)
-
-    monkeypatch.setattr(trainer, "train_step", taking)
-    with pytest.raises(UserError, match="has changed"):
-        task.run(train=task.recipe["train"] | {"save_every": 6})
+    with monkeypatch.context() as patch:
+        act_before_step(patch, 2, lambda: file.write_bytes(content + b"\n"))
+        with pytest.raises(UserError, match="has changed"):
+            task.run("train.save_every=6")
     assert [path.name for path in (task.folder / "run" / "checkpoints").iterdir()] == ["step-3"]
     file.write_bytes(content)
     os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns))
-    monkeypatch.undo()
-    assert task.run(train=task.recipe["train"] | {"save_every": 6}, resume=True).steps == 6
+    assert task.run("train.save_every=6", resume=True).steps == 6
 
 
 @pytest.mark.parametrize(
@@ -431,8 +329,8 @@ def test_parts_without_gradient_are_rejected_before_the_first_step(
 
 def test_evaluation_shows_its_progress(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
-    short = ("train.epochs=null", "train.steps=1", "train.batch_size=1")
-    task.run(*short, eval={"metric": "qa", "max_new_tokens": 2, "batch_size": 1})
+    evaluation = {"metric": "qa", "max_new_tokens": 2, "batch_size": 1}
+    task.run(*ONE_STEP, "train.batch_size=1", eval=evaluation)
     for stage in ("validation loss", "generation"):
         for name in ("before", "after"):
             # The first sample includes the warm-up, so its time is no estimate.
@@ -463,9 +361,85 @@ def test_default_evaluations_and_overfitting_warning(
     assert result["best_eval"]["step"] == min(losses, key=losses.__getitem__)
     for text in ("(common subset: 2 of 3 samples)", "(all 3 samples)"):
         assert text in task.console_output
-    warnings = [x for x in task.console_output.splitlines() if x.startswith("warning: Overfit")]
-    (warning,) = warnings
-    assert "the validation loss rose while the training loss fell" in warning
-    checkpoint = re.search(r"\(checkpoint (\S+/step-\d+)\)", warning)
+    (warning,) = re.findall(r"^warning: Overfit.*$", task.console_output, re.M)
+    checkpoint = re.search(r"training loss fell.*\(checkpoint (\S+/step-\d+)\)", warning)
     assert checkpoint is not None
     assert Path(checkpoint[1]).is_dir()
+
+
+def make_state(folder: Path, precision: str = "fp32") -> tuple[TrainState, dict[str, torch.Tensor]]:
+    """Return a train state, and a copy of its master weights."""
+    state = make_train_state(folder, LORA | {"merger": "full"}, precision=precision)
+    return state, {name: value.clone() for name, value in state.optimizer.master_weights().items()}
+
+
+def take_step(state: TrainState, number: int = 0) -> StepOutput:
+    return train_step(state, state.step_dataset.get_step(number), StopRequest())
+
+
+def has_weights(state: TrainState, expected: dict[str, Any]) -> bool:
+    found = state.optimizer.master_weights()
+    return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_trains_with_fp32_masters(tmp_path: Path, precision: str) -> None:
+    state, masters = make_state(tmp_path / "task", precision)
+    outputs = [take_step(state) for _ in range(6)]
+    assert all(one.is_applied for one in outputs)
+    assert outputs[-1].wait()[0] < outputs[0].wait()[0] - 0.2
+    assert {value.dtype for value in masters.values()} == {torch.float32}
+    parameters = dict(state.model.named_parameters())
+    for name, value in state.optimizer.export_weights().items():
+        assert torch.equal(parameters[name].detach(), value.to(state.hardware.dtype))
+
+
+def test_interrupted_step_leaves_no_state(tmp_path: Path) -> None:
+    state, before = make_state(tmp_path / "task")
+    stop, step = StopRequest(), state.step_dataset.get_step(0)
+    assert len(step.packs) >= 2
+    state.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with stop.install_handlers(), pytest.raises(TrainingInterrupted):
+        train_step(state, step, stop)
+    assert has_weights(state, before)
+    assert state.optimizer.grad_norm() == 0
+
+
+def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path: Path) -> None:
+    state, before = make_state(tmp_path / "task", "fp16")
+    scaler = state.loss_scaler
+    scaler.scale = 2.0**40
+    assert not take_step(state).is_applied
+    assert (scaler.scale, scaler.num_skipped) == (2.0**39, 1)
+    assert has_weights(state, before)
+    assert state.optimizer.grad_norm() == 0
+    # An overflow at the minimum scale persists.
+    scaler.scale = scaler.MIN_SCALE
+    hook = state.model.register_forward_hook(lambda model, inputs, output: output * math.inf)
+    assert not math.isfinite(sum(take_step(state).wait()))
+    assert scaler.scale == scaler.MIN_SCALE
+    assert has_weights(state, before)
+    hook.remove()
+    assert math.isfinite(take_step(state).wait()[1])
+    assert not has_weights(state, before)
+
+
+def test_empty_step_does_not_update_parameters(tmp_path: Path) -> None:
+    state, before = make_state(tmp_path / "task")
+    output = train_step(state, StepBatch(0, (), (), ()), StopRequest())
+    assert not output.is_applied
+    assert output.wait() == (0.0, 0.0)
+    assert has_weights(state, before)
+
+
+def test_dropout_seeds_differ_and_are_reproducible(tmp_path: Path) -> None:
+    (state, _), (again, masters) = (make_state(tmp_path / name) for name in "ab")
+    seeds: list[int] = []
+    state.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    for one in (state, again):
+        torch.rand(len(masters))  # other random numbers in between do not matter
+        take_step(one, 0)
+        take_step(one, 1)
+    assert has_weights(state, again.optimizer.master_weights())
+    assert len(set(seeds)) == len(seeds) >= 4
+    assert micro_batch_seed(0, 1, 2) != micro_batch_seed(1, 1, 2)

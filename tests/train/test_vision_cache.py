@@ -1,396 +1,394 @@
-"""Cached vision features: equality with features encoded in every step."""
+"""Cached vision features equal those encoded in every step, on one rank and on several."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import signal
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
+from fake_dist import FakeProcessGroup
 from PIL import Image
 from tiny_model import TinyFamily
-from tiny_task import TinyTask, make_task, read_final_files, read_losses, write_recipe
+from tiny_task import TinyTask, act_before_step, edit_samples, read_final_files, read_losses
 from vision_cache_fixtures import (
     LORA,
+    assert_features_match,
     build_vision_cache,
     decide_vision_cache,
     make_train_state,
+    mix_images,
     read_all_features,
 )
 
 from finesight.data.image_header import CorruptImageError
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.tokenization import TokenizedSample
-from finesight.errors import TrainingInterrupted
+from finesight.errors import TrainingInterrupted, UserError
 from finesight.report.run_reader import read_run
 from finesight.report.summary import compute_phases
-from finesight.storage import remove_folder
-from finesight.train import trainer, vision_cache_builder
-from finesight.train.checkpoint import WEIGHTS_FILE
-from finesight.train.dataloader import StepBatch
+from finesight.train import vision_cache, vision_cache_builder
 from finesight.train.logging import count_flops
-from finesight.train.trainer import StepOutput, TrainState, train_step
+from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankMonitor
+from finesight.train.trainer import TrainState, train_step
 from finesight.train.training_run import StopRequest
+from finesight.train.vision_cache_builder import VisionCacheResult
 
-TESTS = Path(__file__).parents[1]
-STARTS = {"started_at", "vision_cache_s"}
 CACHES = ["memory", "disk"]
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_cached_features_match_encoded_features(tmp_path: Path, cache: str) -> None:
-    session = make_train_state(tmp_path / "task", vision_cache=cache)
-    store = build_vision_cache(session)
-    bare = session.step_dataset.with_vision_cache(store.reader)
-    for number in range(len(session.sampler)):
-        step, without = session.step_dataset.get_step(number), bare.get_step(number)
-        assert step.sample_indices == without.sample_indices
-        for batch, other, known in zip(
-            step.packs, without.packs, without.cache_inputs, strict=True
-        ):
-            assert (other.grid_thw, len(other.patches_ND)) == ((), 0)
-            assert torch.equal(batch.ids_T, other.ids_T)
-            expected = session.model.encode_images(batch.patches_ND, batch.grid_thw)
-            torch.testing.assert_close(store.load_features(known), expected)
+def read_loss_values(task: TinyTask, name: str = "run") -> list[float]:
+    return [loss for _, loss in read_losses(task.folder / name)]
 
 
 @pytest.mark.parametrize("family", get_args(TinyFamily))
 def test_every_cache_tier_is_bit_exact(tmp_path: Path, family: TinyFamily) -> None:
-    """Chunk by chunk, with features of lower layers and of fixed size too; and where another run
-    found them."""
-    session = make_train_state(tmp_path / "task", mixed=True, family=family, vision_cache="memory")
-    store = build_vision_cache(session)
-    features_MKD, shown = store.reader.features_AKD, store.reader.image_index
-    assert len(shown.image_refs) < 10, "equal images are shared"
-    for chunk in shown.split_chunks():
-        spans = tuple(image_ref.span for image_ref in shown.image_refs[chunk.start : chunk.stop])
+    """Compare chunks, with features of lower layers and of fixed size too, and those on disk."""
+    folder = tmp_path / "task"
+    make_train_state(folder, family=family)
+    mix_images(folder / "train.jsonl")
+    state = make_train_state(folder, vision_cache="memory")
+    cache = build_vision_cache(state)
+    features_MKD, index = cache.reader.features_AKD, cache.reader.image_index
+    num_images = len(index.image_refs)
+    assert num_images < 10, "equal images are shared"
+    for chunk in index.split_chunks():
+        spans = tuple(image_ref.span for image_ref in index.image_refs[chunk.start : chunk.stop])
         empty = torch.empty(0, dtype=torch.int32).numpy()
         outline = TokenizedSample("", empty, empty > 0, empty.reshape(3, 0), spans)
-        patches = torch.from_numpy(session.renderer.load_patches(outline).patches_ND)
-        expected = session.model.encode_images(patches, [span.grid_thw for span in spans])
-        offsets = store.reader.feature_offsets_P1
-        assert torch.equal(features_MKD[offsets[chunk.start] : offsets[chunk.stop]], expected)
-    expected = read_all_features(session, store)
-    for cache, found in (
-        ("disk", 0),
-        ("disk", len(shown.image_refs)),
-        ("auto", len(shown.image_refs)),
-    ):
-        other = make_train_state(tmp_path / "task", vision_cache=cache)
+        patches = torch.from_numpy(state.renderer.load_patches(outline).patches_ND)
+        encoded = state.model.encode_images(patches, [span.grid_thw for span in spans])
+        offsets = cache.reader.feature_offsets_P1
+        assert torch.equal(features_MKD[offsets[chunk.start] : offsets[chunk.stop]], encoded)
+    expected = read_all_features(state, cache)
+    for setting, num_from_disk in (("disk", 0), ("disk", num_images), ("auto", num_images)):
+        other = make_train_state(folder, vision_cache=setting)
         outcome = decide_vision_cache(other)
-        assert (outcome.tier, outcome.num_from_disk) == (
-            "memory" if cache == "auto" else cache,
-            found,
-        )
-        assert outcome.cache is not None
+        assert outcome.tier == ("memory" if setting == "auto" else setting)
+        assert outcome.num_from_disk == num_from_disk
         assert torch.equal(read_all_features(other, outcome.cache), expected)
 
 
-def _insert_videos(data: Path, frames: dict[int, int]) -> None:
-    """Put a video of so many frames before the image of each of these samples."""
-    samples = [json.loads(line) for line in data.read_text().splitlines()]
-    for number, count in frames.items():
-        names = [f"{data.stem}-{number}-{frame}.png" for frame in range(count)]
-        for frame, name in enumerate(names):
-            Image.new("RGB", (56, 84), (frame * 40, number, 9)).save(data.parent / name)
-        video = {"type": "video", "frames": names, "fps": 1.0}
-        samples[number]["messages"][0]["content"].insert(0, video)
-    data.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+def insert_videos(data: Path, frames: dict[int, int]) -> None:
+    """Put a video with a number of frames before the image of some samples."""
+    with edit_samples(data) as samples:
+        for number, count in frames.items():
+            names = [f"{data.stem}-{number}-{frame}.png" for frame in range(count)]
+            for frame, name in enumerate(names):
+                Image.new("RGB", (56, 84), (frame * 40, number, 9)).save(data.parent / name)
+            video = {"type": "video", "frames": names, "fps": 1.0}
+            samples[number]["messages"][0]["content"].insert(0, video)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize("cache", CACHES)
-def test_videos_next_to_images(tmp_path: Path, family: TinyFamily, cache: str) -> None:
-    """Patches of a still hold one frame where no video is among them, and two in its company."""
+def test_features_of_videos_and_images_match(
+    tmp_path: Path, family: TinyFamily, cache: str
+) -> None:
+    """Patches of an image hold two frames if the same chunk has a video, otherwise one."""
     folder = tmp_path / "task"
     make_train_state(folder, family=family)
-    _insert_videos(folder / "train.jsonl", {3: 5, 7: 2})
-    session = make_train_state(folder, vision_cache=cache)
-    store = build_vision_cache(session)
+    insert_videos(folder / "train.jsonl", {3: 5, 7: 2})
+    state = make_train_state(folder, vision_cache=cache)
+    store = build_vision_cache(state)
     assert len(store.reader.image_indices([3])) > 1
-    for number in range(len(session.sampler)):
-        step = session.step_dataset.get_step(number)
-        bare = session.step_dataset.with_vision_cache(store.reader).get_step(number)
-        for batch, known in zip(step.packs, bare.cache_inputs, strict=True):
-            expected = session.model.encode_images(batch.patches_ND, batch.grid_thw)
-            torch.testing.assert_close(store.load_features(known), expected)
+    assert_features_match(state, store)
 
 
-def test_run_with_images_and_videos_matches_without_cache(tmp_path: Path) -> None:
-    """With the vision cache and without: the same losses and the same answers."""
-    task = TinyTask(tmp_path)
-    _insert_videos(tmp_path / "train.jsonl", {3: 5, 7: 2, 8: 1})
-    _insert_videos(tmp_path / "eval.jsonl", {1: 3, 2: 1})
-    settings = {"metric": "ocr", "every": 3, "batch_size": 8, "max_new_tokens": 3}
-    for cache in ("never", "memory"):
-        task.run(f"train.vision_cache={cache}", name=cache, tune=LORA, eval=settings)
-    first, second = (read_losses(tmp_path / cache) for cache in ("never", "memory"))
-    assert [loss for _, loss in first] == pytest.approx([loss for _, loss in second], rel=1e-5)
-    for name in ("before", "step-3", "after"):
-        file = Path("predictions") / f"{name}.jsonl"
-        assert (tmp_path / "never" / file).read_text() == (tmp_path / "memory" / file).read_text()
-
-
-def test_cached_run_matches_uncached_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = make_train_state(tmp_path / "anew")
-    steps = [session.step_dataset.get_step(number) for number in range(len(session.sampler))]
-    again = [train_step(session, step, StopRequest()).wait()[0] for step in steps]
-    task = TinyTask(tmp_path / "cached")
-    found = []
-    for number, name in enumerate(("memory", "disk", "disk-again", "auto")):
-        settings = f"train.vision_cache={name.partition('-')[0]}", f"train.num_workers={number % 3}"
+def test_cached_run_matches_uncached_run(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and answers are equal, with images and videos."""
+    insert_videos(task.folder / "train.jsonl", {3: 5, 7: 2, 8: 1})
+    insert_videos(task.folder / "eval.jsonl", {1: 3, 2: 1})
+    task.recipe["eval"] = {"metric": "ocr", "every": 3, "batch_size": 8, "max_new_tokens": 3}
+    names = ("never", "memory", "disk", "disk-again", "auto", "gpu")
+    for number, name in enumerate(names):
+        cache = "auto" if name == "gpu" else name.partition("-")[0]
+        if name == "gpu":
+            # Workers send only indices; the compute device gathers the features.
+            monkeypatch.setattr(vision_cache_builder, "choose_cache_tier", lambda *inputs: "gpu")
+        settings = f"train.vision_cache={cache}", f"train.num_workers={number % 3}"
         task.run(*settings, name=name, tune=LORA)
-        found.append(read_losses(tmp_path / "cached" / name))
-        # Only indices are sent then; the compute device gathers the features.
-    monkeypatch.setattr(vision_cache_builder, "choose_cache_tier", lambda *inputs: "gpu")
-    task.run(name="gpu", tune=LORA)
     assert "stored on the GPU" in task.console_output
-    found.append(read_losses(tmp_path / "cached" / "gpu"))
-    assert [loss for _, loss in found[0]] == pytest.approx(again, rel=1e-4)
-    assert found[1:] == found[:1] * 4, "the tier changes results"
+    uncached, *cached = (read_loss_values(task, name) for name in names)
+    assert cached == cached[:1] * 5, "the tier changes results"
+    assert cached[0] == pytest.approx(uncached, rel=1e-5)
+    for file in ("before", "step-3", "after"):
+        answers = {(task.folder / n / "predictions" / f"{file}.jsonl").read_text() for n in names}
+        assert len(answers) == 1
 
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("budget", [1, 96])
 def test_samples_with_zero_and_two_images(tmp_path: Path, budget: int, cache: str) -> None:
-    """Alone in a pack and among others."""
-    session, other = (
-        make_train_state(tmp_path / name, mixed=True, pack_tokens=budget, vision_cache=cache)
-        for name in ("cached", "encoded")
+    """They are alone in a pack, or among others."""
+    make_train_state(tmp_path / "task")
+    mix_images(tmp_path / "task" / "train.jsonl")
+    state, other = (
+        make_train_state(tmp_path / "task", pack_tokens=budget, vision_cache=cache)
+        for _ in range(2)
     )
-    store = build_vision_cache(session)
+    store = build_vision_cache(state)
     assert [number for number in range(11) if not store.reader.image_indices([number])] == [1, 6]
     assert len(store.reader.image_indices([2])) == 2
-    bare, texts, pairs = session.step_dataset.with_vision_cache(store.reader), 0, 0
-    for number in range(len(session.sampler)):
+    cached_dataset, texts, pairs = state.step_dataset.with_vision_cache(store.reader), 0, 0
+    for number in range(len(state.sampler)):
         step = other.step_dataset.get_step(number)
         texts += sum(not batch.grid_thw for batch in step.packs)
         pairs += sum(2 in members and len(members) > 1 for members in step.sample_indices)
-        again = train_step(other, step, StopRequest()).wait()
-        retained = train_step(session, bare.get_step(number), StopRequest(), store).wait()
-        assert retained == pytest.approx(again, rel=1e-4)
+        expected = train_step(other, step, StopRequest()).wait()
+        found = train_step(state, cached_dataset.get_step(number), StopRequest(), store).wait()
+        assert found == pytest.approx(expected, rel=1e-4)
     assert (texts, pairs) == ((4, 0) if budget == 1 else (0, 2))
 
 
-def test_cache_build_time_is_logged(tmp_path: Path) -> None:
-    task = TinyTask(tmp_path)
-    task.run(tune=LORA)
-    (tmp_path / "run" / "result.json").unlink()
-    remove_folder(tmp_path / "run" / "checkpoints" / "step-6")
-    task.run(tune=LORA, resume=True)
+def test_cache_build_time_is_logged(task: TinyTask) -> None:
+    """A finished run builds no cache when it is resumed."""
+    task.recipe["tune"] = LORA
+    run = task.rewind_to_checkpoint()
+    for _ in range(2):
+        task.run(resume=True)
+        (run / "result.json").unlink()
     lines = task.read_metrics()
+    assert sum("started_at" in line for line in lines) == 3
     noted = [line for line in lines if "vision_cache_s" in line]
-    images = noted[0]["images"]
     assert [line["step"] for line in noted] == [0, 4]
-    assert [line["features"]["images_from_disk"] for line in noted] == [0, images]
+    num_images = noted[0]["images"]
+    assert [line["features"]["images_from_disk"] for line in noted] == [0, num_images]
     assert all(line["vision_cache_s"] > 0 for line in noted)
     assert noted[0]["features"]["reason"] != noted[1]["features"]["reason"]
-    assert noted[1]["features"]["reason"] in task.console_output
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert lines.index(noted[0]) < next(i for i, line in enumerate(lines) if "loss" in line)
-    record = read_run(tmp_path / "run")
-    assert compute_phases(record)[1].seconds == pytest.approx(
-        sum(line["vision_cache_s"] for line in noted)
-    )
-
-
-def test_finished_run_builds_no_cache(tmp_path: Path) -> None:
-    task = TinyTask(tmp_path)
-    task.run(tune=LORA)
-    (tmp_path / "run" / "result.json").unlink()
-    task.run(tune=LORA, resume=True)
-    kinds = [
-        "started_at" if "started_at" in line else "store"
-        for line in task.read_metrics()
-        if STARTS & set(line)
-    ]
-    assert kinds == ["started_at", "store", "started_at"]
+    seconds = sum(line["vision_cache_s"] for line in noted)
+    assert compute_phases(read_run(run))[1].seconds == pytest.approx(seconds)
 
 
 def test_skipped_encoder_flops_are_not_counted(tmp_path: Path) -> None:
-    session = make_train_state(tmp_path / "task")
-    store, step = build_vision_cache(session), session.step_dataset.get_step(0)
-    bare = session.step_dataset.with_vision_cache(store.reader).get_step(0)
+    state = make_train_state(tmp_path / "task")
+    store = build_vision_cache(state)
+    cached_dataset = state.step_dataset.with_vision_cache(store.reader)
     full, cached = (
-        sum(count_flops(session, batch) for batch in step_batch.packs)
-        for step_batch in (step, bare)
+        sum(count_flops(state, batch) for batch in dataset.get_step(0).packs)
+        for dataset in (state.step_dataset, cached_dataset)
     )
     assert cached < full
+    with pytest.raises(CorruptImageError, match=r"png: an image has 99 tokens"):
+        store.reader.check(0, 99)  # an image of another size
 
 
 def test_gpu_oom_during_build_disables_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = make_train_state(tmp_path / "task", vision_cache="memory")
+    state = make_train_state(tmp_path / "task", vision_cache="memory")
 
-    def see(*_: object) -> None:
+    def encode(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
 
-    monkeypatch.setattr(session.model, "encode_images", see)
-    outcome = decide_vision_cache(session)
+    monkeypatch.setattr(state.model, "encode_images", encode)
+    outcome = decide_vision_cache(state)
     assert outcome.cache is None
     assert "memory is full (CUDA out of memory. Tried to allocate 2 GiB.)" in outcome.reason
 
 
-def test_corrupt_image_skips_only_its_sample(tmp_path: Path) -> None:
-    """In every run: what its chunk lacks is not taken from disk."""
-    task = TinyTask(tmp_path)
-    image = tmp_path / "train3.png"
-    image.write_bytes(image.read_bytes()[:-30])
-    found = []
-    for name in ("memory", "disk", "disk-again", "never"):
+def test_corrupt_image_skips_only_its_sample(task: TinyTask) -> None:
+    """The missing features of its chunk are not read from disk."""
+    task.truncate_images("train3")
+    names = ("memory", "disk", "disk-again", "never")
+    for name in names:
         task.run(f"train.vision_cache={name.partition('-')[0]}", name=name, tune=LORA)
         lines = task.read_metrics(name)
-        assert [id for line in lines for id in line.get("skipped_samples", ())] == [
-            "train3",
-            "train3",
-        ]
-        found.append([loss for _, loss in read_losses(tmp_path / name)])
-    assert found[0] == found[1] == found[2]
-    assert found[0] == pytest.approx(found[3], rel=1e-4)
-    refusing = task.recipe["data"] | {"on_invalid_sample": "fail"}
+        skipped = [id for line in lines for id in line.get("skipped_samples", ())]
+        assert skipped == ["train3", "train3"]
+    *cached, uncached = (read_loss_values(task, name) for name in names)
+    assert cached == cached[:1] * 3
+    assert cached[0] == pytest.approx(uncached, rel=1e-4)
     with pytest.raises(CorruptImageError, match=r"train3\.png: truncated"):
-        task.run(name="refused", tune=LORA, data=refusing)
+        task.run("data.on_invalid_sample=fail", name="refused", tune=LORA)
 
 
-def test_changed_image_size_raises(tmp_path: Path) -> None:
-    session = make_train_state(tmp_path / "task")
-    store = build_vision_cache(session)
-    with pytest.raises(CorruptImageError, match=r"png: an image has 99 tokens"):
-        store.reader.check(0, 99)
-
-
-def test_run_interrupted_after_cache_build_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assets: Path
+@pytest.mark.parametrize(
+    ("precision", "step", "caches"),
+    [
+        ("fp32", 0, ("auto", "disk")),
+        ("fp32", 0, ("auto", "auto")),
+        ("bf16", 0, ("disk", "memory")),
+        ("bf16", 4, ("auto", "auto")),
+        ("fp32", 4, ("disk", "auto")),
+    ],
+)
+def test_resumed_run_equals_uninterrupted_run(
+    task: TinyTask, assets: Path, precision: str, step: int, caches: tuple[str, str]
 ) -> None:
     """Features are loaded from disk, encoded again or stored in another tier, bit-identically."""
-    task = TinyTask(tmp_path)
-    task.run("train.vision_cache=memory", name="whole", tune=LORA)
+    task.recipe["tune"] = LORA | {"embeddings": "full"}
+    task.recipe["train"]["precision"] = precision
+    task.run("train.vision_cache=memory", name="whole")
 
-    def cut(*inputs: object) -> None:
-        raise TrainingInterrupted("cut off")
+    def interrupt() -> None:
+        raise TrainingInterrupted("interrupted")
 
-    for name, first, then in (
-        ("a", "auto", "disk"),
-        ("b", "auto", "auto"),
-        ("c", "disk", "memory"),
-    ):
-        with monkeypatch.context() as patched:
-            patched.setattr(trainer, "train_step", cut)
-            with pytest.raises(TrainingInterrupted, match="cut off"):
-                task.run(f"train.vision_cache={first}", name=name, tune=LORA)
-        if name == "b":
-            for file in assets.rglob("*.safetensors"):
-                file.unlink()
-        task.run(f"train.vision_cache={then}", name=name, tune=LORA, resume=True)
-        assert read_losses(tmp_path / name) == read_losses(tmp_path / "whole")
-        ends = [tmp_path / run / "checkpoints" / "step-6" / WEIGHTS_FILE for run in (name, "whole")]
-        assert ends[0].read_bytes() == ends[1].read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        act_before_step(patch, step, interrupt)
+        with pytest.raises(TrainingInterrupted):
+            task.run(f"train.vision_cache={caches[0]}")
+    assert len(read_losses(task.folder / "run")) == step
+    if caches == ("auto", "auto"):
+        for file in assets.rglob("*.safetensors"):
+            file.unlink()
+    task.run(f"train.vision_cache={caches[1]}", resume=True)
+    assert read_losses(task.folder / "run") == read_losses(task.folder / "whole")
+    found, expected = (read_final_files(task.folder / name) for name in ("run", "whole"))
+    assert found == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_lost_cache_files_end_with_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assets: Path, workers: int
+    task: TinyTask, monkeypatch: pytest.MonkeyPatch, assets: Path, workers: int
 ) -> None:
-    """The run ends with a checkpoint, and resumes with the same result."""
-    task = TinyTask(tmp_path)
+    """The resumed run has the same result."""
     settings = "train.vision_cache=disk", f"train.num_workers={workers}", "train.save_every=6"
-    task.run(*settings, name="whole", tune=LORA)
-    real = trainer.train_step
-
-    def taking(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
-        if step.step_index == 1:
-            for file in assets.rglob("*.safetensors"):
-                file.unlink()
-        return real(session, step, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer, "train_step", taking)
+    task.recipe["tune"] = LORA
+    task.run(*settings, name="whole")
+    with monkeypatch.context() as patch:
+        act_before_step(patch, 1, lambda: [f.unlink() for f in assets.rglob("*.safetensors")])
         with pytest.raises(UnreadableFileError, match=r"cached image features cannot be read"):
-            task.run(*settings, tune=LORA)
-    assert 2 <= len(read_losses(tmp_path / "run")) < 6
-    task.run(*settings, tune=LORA, resume=True)
-    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
+            task.run(*settings)
+    assert 2 <= len(read_losses(task.folder / "run")) < 6
+    task.run(*settings, resume=True)
+    assert read_losses(task.folder / "run") == read_losses(task.folder / "whole")
 
 
-def run_partially(task: TinyTask, *overrides: str) -> None:
-    """A run whose last two steps are still to come."""
-    task.run(*overrides, tune=LORA)
-    (task.folder / "run" / "result.json").unlink()
-    remove_folder(task.folder / "run" / "checkpoints" / "step-6")
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("never", "auto", "every step: the run started without the vision cache"),
+        ("auto", "never", "every step: train.vision_cache=never; previous steps used cached feat"),
+    ],
+)
+def test_changed_cache_setting_is_reported(
+    task: TinyTask, before: str, after: str, reason: str
+) -> None:
+    """A run that started without the cache resumes without it."""
+    task.recipe["tune"] = LORA
+    task.recipe["train"]["vision_cache"] = before
+    task.rewind_to_checkpoint()
+    losses = dict(read_losses(task.folder / "run"))
+    task.run(f"train.vision_cache={after}", resume=True)
+    assert reason in task.console_output
+    expected = losses if before == "never" else pytest.approx(losses, rel=1e-4)
+    assert dict(read_losses(task.folder / "run")) == expected
 
 
-def test_resumed_run_keeps_the_cache_setting(tmp_path: Path) -> None:
-    task = TinyTask(tmp_path)
-    run_partially(task, "train.vision_cache=never")
-    full = read_losses(tmp_path / "run")
-    task.run(tune=LORA, resume=True)
-    assert (
-        "images are encoded in every step: the run started without the vision cache"
-        in task.console_output
-    )
-    assert read_losses(tmp_path / "run") == full
+NUM_RANKS = 3
+RunRanks = Callable[..., list[Any]]
 
 
-def test_changed_cache_setting_is_reported(tmp_path: Path) -> None:
-    task = TinyTask(tmp_path)
-    run_partially(task)
-    full = read_losses(tmp_path / "run")
-    task.run("train.vision_cache=never", tune=LORA, resume=True)
-    assert (
-        "every step: train.vision_cache=never; previous steps used cached features"
-        in task.console_output
-    )
-    found = read_losses(tmp_path / "run")
-    assert found == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in full]
+@pytest.fixture
+def run_ranks(monkeypatch: pytest.MonkeyPatch) -> RunRanks:
+    """Return a function that decides on all ranks, and returns their results or errors."""
+    # Several rounds, and a last one in which not all have a chunk.
+    monkeypatch.setattr(vision_cache, "CHUNK_PATCHES", 20)
+    process_group = FakeProcessGroup(NUM_RANKS, monkeypatch)
+
+    def run_ranks(states: list[TrainState], stopped_rank: int = -1) -> list[Any]:
+        def run_rank(rank: int) -> VisionCacheResult | Exception:
+            stop = StopRequest()
+            if rank == stopped_rank:
+                stop.request(signal.SIGTERM)
+            try:
+                return decide_vision_cache(states[rank], stop=stop)
+            except Exception as error:
+                return error
+
+        return process_group.run_all(run_rank)
+
+    return run_ranks
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, precision: str) -> None:
-    """The run stops during its fifth model call and resumes in a new process."""
-    changed = make_task(tmp_path / "task") | {"tune": LORA | {"embeddings": "full"}}
-    recipe = write_recipe(tmp_path / "recipe.yaml", changed, precision=precision)
+def make_states(folder: Path, **train: Any) -> list[TrainState]:
+    """Create the states of processes on one machine."""
+    make_train_state(folder, **train)
+    store, states = dist.HashStore(), []
+    for rank in range(NUM_RANKS):
+        state = make_train_state(folder, **train)
+        ranks = ProcessGroup(rank, NUM_RANKS, rank, NUM_RANKS, RankMonitor(store, rank, NUM_RANKS))
+        states.append(replace(state, hardware=replace(state.hardware, process_group=ranks)))
+    return states
 
-    def trained(*points: str) -> list[str]:
-        command = [
-            sys.executable,
-            str(TESTS / "resume_worker.py"),
-            str(recipe),
-            str(tmp_path),
-            "term",
-        ]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-        done = subprocess.run([*command, *points], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return [line.split()[1] for line in done.stdout.splitlines()]
 
-    assert trained("whole:0", "parts:5") == ["done", "stopped"]
-    assert 0 < len(read_losses(tmp_path / "parts")) < 6
-    assert trained("parts:0") == ["done"]
-    started = json.loads((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()[0])
-    assert started["precision"] == precision
-    assert read_losses(tmp_path / "parts") == read_losses(tmp_path / "whole")
-    expected, found = (read_final_files(tmp_path / name) for name in ("whole", "parts"))
-    assert found == expected
+@pytest.mark.parametrize("cache", ["auto", "memory", "disk"])
+def test_each_rank_encodes_its_shard(
+    tmp_path: Path, run_ranks: RunRanks, assets: Path, cache: str
+) -> None:
+    folder = tmp_path / "task"
+    alone = make_train_state(folder, vision_cache="memory")
+    single = decide_vision_cache(alone).cache
+    expected = read_all_features(alone, single)
+    states = make_states(folder, vision_cache=cache)
+    patches = [0] * NUM_RANKS
+    for rank, state in enumerate(states):
+        encode = state.model.encode_images
+
+        def count(*inputs: Any, rank: int = rank, encode: Any = encode) -> torch.Tensor:
+            patches[rank] += len(inputs[0])
+            return encode(*inputs)
+
+        state.model.encode_images = count  # type: ignore[method-assign]
+    for state, result in zip(states, run_ranks(states), strict=True):
+        assert result.tier == ("disk" if cache == "disk" else "memory")
+        assert torch.allclose(read_all_features(state, result.cache), expected, atol=1e-6)
+    assert sum(patches) == sum(one.num_patches for one in single.reader.image_index.image_refs)
+    assert min(patches) > 0
+    is_on_disk = any(assets.rglob("*.safetensors"))
+    assert is_on_disk == (cache != "memory")
+    again = run_ranks(make_states(folder, vision_cache=cache))
+    assert [bool(one.num_from_disk) for one in again] == [is_on_disk] * NUM_RANKS
+
+
+def test_rank_out_of_memory_disables_cache_for_all(tmp_path: Path, run_ranks: RunRanks) -> None:
+    def encode(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("so much and no more")
+
+    states = make_states(tmp_path / "task")
+    states[1].model.encode_images = encode  # type: ignore[method-assign]
+    for result in run_ranks(states):
+        assert result.cache is None
+        assert "the GPU memory is full (so much and no more)" in result.reason
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, run_ranks: RunRanks, rank: int) -> None:
+    errors = run_ranks(make_states(tmp_path / "task"), stopped_rank=rank)
+    assert {type(error) for error in errors} == {TrainingInterrupted}
+
+
+def test_write_error_on_one_rank_fails_all(
+    tmp_path: Path, run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    states = make_states(tmp_path / "task", vision_cache="disk")
+    monkeypatch.setattr(vision_cache, "save_file", fail)
+    first, *others = run_ranks(states)
+    assert isinstance(first, UserError)
+    assert "cannot be written" in first.what
+    assert {type(error) for error in others} == {PeerFailedError}
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_every_cache_tier_on_gpu(tmp_path: Path) -> None:
+def test_every_cache_tier_on_gpu(task: TinyTask) -> None:
     """The vision encoder is offloaded during steps, and reloaded for evaluation."""
-    task = TinyTask(tmp_path)
     settings = "train.device=cuda", "train.precision=bf16", "train.num_workers=2"
-    found: dict[str, Any] = {}
+    task.recipe["eval"] = {"metric": "classification", "every": 2, "max_new_tokens": 4}
     for cache in ("never", "auto", "memory", "disk"):
-        evaluation = {"metric": "classification", "every": 2, "max_new_tokens": 4}
-        task.run(f"train.vision_cache={cache}", *settings, name=cache, tune=LORA, eval=evaluation)
-        found[cache] = [loss for _, loss in read_losses(tmp_path / cache)]
-        locations = [
+        task.run(f"train.vision_cache={cache}", *settings, name=cache, tune=LORA)
+        tiers = [
             line["features"]["tier"] for line in task.read_metrics(cache) if "features" in line
         ]
-        assert locations == [{"never": None, "auto": "gpu", "memory": "gpu"}.get(cache, cache)]
-        assert found[cache] == pytest.approx(found["never"], rel=0.02)
+        assert tiers == [{"never": None, "auto": "gpu", "memory": "gpu"}.get(cache, cache)]
+        losses, uncached = (read_loss_values(task, name) for name in (cache, "never"))
+        assert losses == pytest.approx(uncached, rel=0.02)

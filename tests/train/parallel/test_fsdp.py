@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from multi_process_run import TUNE, rewind_to_checkpoint, run_to_completion
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_task import TinyTask, read_losses, write_recipe
+from tiny_task import TinyTask, edit_samples, read_losses, write_recipe
 from torch import Tensor
 
 from finesight.errors import UserError
@@ -31,21 +29,16 @@ FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "f
 def make_mixed_task(folder: Path) -> TinyTask:
     """Create a task with images, videos and text, where some ranks have no image in a step."""
     task = TinyTask(folder)
-    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    for number, line in enumerate(lines):
-        requested = line["messages"][0]["content"]
-        if number % 3 == 0:
-            del requested[0]
-        elif number % 5 == 1:
-            with Image.open(folder / requested[0]["image"]) as image:
-                image.resize((56, 56)).save(folder / f"frame{number}.png")
-            requested[0] = {"type": "video", "frames": [f"frame{number}.png"] * 4}
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with edit_samples(folder / "train.jsonl") as samples:
+        for number, sample in enumerate(samples):
+            content = sample["messages"][0]["content"]
+            if number % 3 == 0:
+                del content[0]
+            elif number % 5 == 1:
+                with Image.open(folder / content[0]["image"]) as image:
+                    image.resize((56, 56)).save(folder / f"frame{number}.png")
+                content[0] = {"type": "video", "frames": [f"frame{number}.png"] * 4}
     return task
-
-
-def run_training(task: TinyTask, count: int, name: str, *words: str, **train: Any) -> Path:
-    return run_to_completion(task, count, name, *words, tune=FULL_FINETUNE, **train)
 
 
 def read_trained_state(folder: Path) -> dict[str, Tensor]:
@@ -69,30 +62,10 @@ def assert_close(folder: Path, other: Path) -> None:
         assert far.square().mean().sqrt() <= 1e-6, name
 
 
-def read_param_audit(folder: Path) -> list[tuple[Any, ...]]:
+def read_param_audit(folder: Path) -> list[list[Any]]:
     rows = json.loads((folder / "param_audit.json").read_text())
-    return [
-        tuple(row[n] for n in ("part", "num_tensors", "num_params", "num_changed", "num_with_grad"))
-        for row in rows
-    ]
-
-
-def test_single_process_does_not_import_fsdp(tmp_path: Path) -> None:
-    """The import of FSDP takes a second."""
-    task = TinyTask(tmp_path / "task")
-    recipe = task.recipe | {"output_dir": str(tmp_path / "run")}
-    file = write_recipe(tmp_path / "recipe.yaml", recipe, epochs=1)
-    code = (
-        "import sys\n"
-        "from finesight.cli.app import main\n"
-        "try:\n    main()\n"
-        "finally:\n    print(*sys.modules, file=open('modules.txt', 'w'))\n"
-    )
-    words = [sys.executable, "-c", code, "train", str(file)]
-    subprocess.run(words, check=True, cwd=tmp_path, capture_output=True)
-    loaded = set((tmp_path / "modules.txt").read_text().split())
-    assert "finesight.train.parallel.distributed" in loaded
-    assert not loaded & {"torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
+    names = ("part", "num_tensors", "num_params", "num_changed", "num_with_grad")
+    return [[row[name] for name in names] for row in rows]
 
 
 def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
@@ -101,16 +74,14 @@ def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
     Some samples are then too long for one rank. Takes long: six runs of up to four processes.
     """
     task = make_mixed_task(tmp_path / "task")
-    alone = run_training(task, 1, "alone")
-    two = run_training(task, 2, "two", parallel="fsdp")
-    four = run_training(task, 4, "four", parallel="zero2")
+    alone = run_to_completion(task, 1, "alone", tune=FULL_FINETUNE)
+    two = run_to_completion(task, 2, "two", tune=FULL_FINETUNE, parallel="fsdp")
+    four = run_to_completion(task, 4, "four", tune=FULL_FINETUNE, parallel="zero2")
     for folder in (two, four):
         assert_close(folder, alone)
         assert read_param_audit(folder) == read_param_audit(alone)
-        published, values = (
-            load_file(folder / "model" / "model.safetensors"),
-            read_trained_state(folder),
-        )
+        published = load_file(folder / "model" / "model.safetensors")
+        values = read_trained_state(folder)
         for name, tensor in load_file(alone / "model" / "model.safetensors").items():
             ours, (before, is_key, _) = published[name], name.partition("k_proj.bias")
             if is_key:
@@ -127,8 +98,8 @@ def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
         assert not (last / name).exists()
     for folder, count, how in ((two, 1, "ddp"), (alone, 2, "fsdp"), (four, 2, "ddp")):
         before = read_losses(folder)
-        settings = {"parallel": how, "pack_tokens": 10}
-        run_training(task, count, rewind_to_checkpoint(folder).name, "--resume", **settings)
+        settings = {"tune": FULL_FINETUNE, "parallel": how, "pack_tokens": 10}
+        run_to_completion(task, count, rewind_to_checkpoint(folder).name, "--resume", **settings)
         assert [step for step, _ in read_losses(folder)] == [step for step, _ in before]
         assert dict(read_losses(folder)) == pytest.approx(dict(before), rel=1e-6)
         assert_close(folder, alone if folder is not alone else two)
@@ -137,13 +108,10 @@ def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
 def test_lora_training_is_equal_when_sharded(tmp_path: Path) -> None:
     """The base model is frozen, the merger fully trained; the fp32 results are equal."""
     task = make_mixed_task(tmp_path / "task")
-    alone, two = (
-        run_to_completion(task, 1, "alone"),
-        run_to_completion(task, 2, "two", parallel="fsdp"),
-    )
-    frozen = run_to_completion(
-        task, 2, "frozen", tune=TUNE | {"merger": "frozen"}, parallel="zero2", epochs=1
-    )
+    alone = run_to_completion(task, 1, "alone")
+    two = run_to_completion(task, 2, "two", parallel="fsdp")
+    tune = TUNE | {"merger": "frozen"}
+    frozen = run_to_completion(task, 2, "frozen", tune=tune, parallel="zero2", epochs=1)
     assert "the vision encoder is sharded" in (frozen / "metrics.jsonl").read_text()
     assert_close(two, alone)
     assert read_param_audit(two) == read_param_audit(alone)
@@ -158,9 +126,8 @@ def test_unsupported_sharding_is_rejected(tmp_path: Path) -> None:
     task = TinyTask(tmp_path / "task")
     path = write_recipe(tmp_path / "recipe.yaml", task.recipe | {"output_dir": "run"})
     recipe = load_recipe(path, ["train.parallel=fsdp", "train.optimizer=muon"])
-    model = load_auto_model(
-        resolve_model_source(recipe.model).folder, torch.float32, torch.device("cpu")
-    )
+    source = resolve_model_source(recipe.model).folder
+    model = load_auto_model(source, torch.float32, torch.device("cpu"))
     with pytest.raises(UserError, match="does not support") as error:
         parallelize_model(recipe, model, torch.float32, ProcessGroup(0, 2))
     assert "train.optimizer=muon" in error.value.what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from multi_process_run import rewind_to_checkpoint, run_to_completion
 from safetensors.torch import load_file
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import TinyTask, read_losses
+from torch import Tensor
 
 from finesight.config import TrainSettings, TuneSettings
 from finesight.encode.packing import PackedBatch
 from finesight.model.trainable import configure_tuning, trainable_parameters
+from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train.optimizer import MasterWeightOptimizer
@@ -25,29 +28,80 @@ FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "f
 LORA = {"language": "lora", "lora": {"rank": 4}}
 
 
+def make_task(folder: Path, family: TinyFamily = "qwen3_5") -> TinyTask:
+    task = TinyTask(folder / "task")
+    task.recipe["model"] = str(create_tiny_model(folder / "model", family, seed=3))
+    return task
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_resumes_bit_exactly(task: TinyTask, run: Path, count: int, **settings: Any) -> None:
+    losses, expected = read_losses(run), read_weights(run)
+    run_to_completion(task, count, rewind_to_checkpoint(run).name, "--resume", **settings)
+    assert read_losses(run) == losses
+    found = read_weights(run)
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
 def test_losses_are_equal_for_one_and_two_ranks(family: TinyFamily, tmp_path: Path) -> None:
-    task = TinyTask(tmp_path / "task")
-    task.recipe["model"] = str(create_tiny_model(tmp_path / "model", family, seed=3))
+    task = make_task(tmp_path, family)
     alone = run_to_completion(task, 1, "alone", tune=FULL_FINETUNE)
     for parallel in ("ddp", "fsdp"):
         two = run_to_completion(task, 2, parallel, tune=FULL_FINETUNE, parallel=parallel)
         assert dict(read_losses(two)) == pytest.approx(dict(read_losses(alone)), rel=1e-5)
+    if family == "qwen3_5":
+        assert_resumes_bit_exactly(task, alone, 1, tune=FULL_FINETUNE)
 
 
 def test_bf16_adapters_train_with_sharded_weights(tmp_path: Path) -> None:
     """Decay parameters are frozen in fp32, the other weights in bf16."""
-    task = TinyTask(tmp_path / "task")
-    task.recipe["model"] = str(create_tiny_model(tmp_path / "model", "qwen3_5", seed=3))
+    task = make_task(tmp_path)
     alone = run_to_completion(task, 1, "alone", tune=LORA, precision="bf16")
     two = run_to_completion(task, 2, "two", tune=LORA, precision="bf16", parallel="fsdp")
     assert dict(read_losses(two)) == pytest.approx(dict(read_losses(alone)), rel=0.02)
 
 
+def test_sharded_decay_parameters_are_trained_and_resumed(tmp_path: Path) -> None:
+    """Each rank updates its rows, in fp32 next to bf16 weights; resumed runs have the same bits."""
+    task = make_task(tmp_path)
+    settings = {"precision": "bf16", "tune": FULL_FINETUNE}
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    alone = run_to_completion(task, 1, "alone", **settings)
+    two = run_to_completion(task, 2, "two", parallel="fsdp", **settings)
+    expected, found = read_weights(alone), read_weights(two)
+    names = [name for name in found if name.endswith(".A_log")]
+    assert names
+    for name in names:
+        assert not found[name].equal(before[name]), name
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
+    assert_resumes_bit_exactly(task, alone, 1, **settings)
+    assert_resumes_bit_exactly(task, two, 2, parallel="fsdp", **settings)
+
+
+@pytest.fixture
+def single_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def load_bf16_model(folder: Path, tune: dict[str, Any]) -> VisionLanguageModel:
+    path = folder / "model"
+    if not path.exists():
+        create_tiny_model(path, "qwen3_5", seed=3)
+    model = load_model(ModelFolder(path), torch.bfloat16, torch.device("cpu"))
+    configure_tuning(model, TuneSettings.model_validate(tune), 0)
+    return model
+
+
+@pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("tune", [FULL_FINETUNE, LORA])
 def test_sharded_model_computes_the_decay_in_fp32(tune: dict[str, Any], tmp_path: Path) -> None:
     """With one rank, the bf16 hidden states of the sharded model have the same bits."""
-    folder = ModelFolder(create_tiny_model(tmp_path / "model", "qwen3_5", seed=3))
     ids_T = torch.randint(0, 90, (70,), generator=torch.Generator().manual_seed(0))
     batch = PackedBatch(
         sample_ids=("text",),
@@ -61,79 +115,32 @@ def test_sharded_model_computes_the_decay_in_fp32(tune: dict[str, Any], tmp_path
         logit_indices_L=torch.arange(69),
         labels_L=ids_T[1:],
     )
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        hidden = []
-        for is_sharded in (False, True):
-            model = load_model(folder, torch.bfloat16, torch.device("cpu"))
-            configure_tuning(model, TuneSettings.model_validate(tune), 0)
-            decay = model.model.layers[0].linear_attn.A_log
-            with torch.no_grad():
-                decay.copy_(torch.linspace(-3.3, 0.7, len(decay)))
-            assert not torch.equal(decay, decay.bfloat16().float())
-            prepared = batch
-            if is_sharded:
-                prepared = FSDPStrategy(model, torch.bfloat16, "fsdp").prepare_batch(batch)
-            hidden.append(model.eval()(prepared))
-        assert torch.equal(*hidden)
-    finally:
-        dist.destroy_process_group()
+    hidden = []
+    for is_sharded in (False, True):
+        model = load_bf16_model(tmp_path, tune)
+        decay = model.model.layers[0].linear_attn.A_log
+        with torch.no_grad():
+            decay.copy_(torch.linspace(-3.3, 0.7, len(decay)))
+        assert not torch.equal(decay, decay.bfloat16().float())
+        prepared = batch
+        if is_sharded:
+            prepared = FSDPStrategy(model, torch.bfloat16, "fsdp").prepare_batch(batch)
+        hidden.append(model.eval()(prepared))
+    assert torch.equal(*hidden)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_run_is_bit_identical(precision: str, tmp_path: Path) -> None:
-    """All parameters are trained: those in fp32 and, in bf16, the others in bf16."""
-    task = TinyTask(tmp_path / "task")
-    task.recipe["model"] = str(create_tiny_model(tmp_path / "model", "qwen3_5", seed=3))
-    settings = {"precision": precision, "save_every": 2}
-    run = run_to_completion(task, 1, "run", tune=FULL_FINETUNE, **settings)
-    expected = load_file(run / "model" / "model.safetensors")
-    losses = dict(read_losses(run))
-    rewind_to_checkpoint(run)
-    run_to_completion(task, 1, "run", "--resume", tune=FULL_FINETUNE, **settings)
-    assert dict(read_losses(run)) == losses
-    found = load_file(run / "model" / "model.safetensors")
-    assert all(found[name].equal(expected[name]) for name in expected)
-
-
-def test_sharded_decay_parameters_are_trained_and_resumed(tmp_path: Path) -> None:
-    """Each rank updates its rows; the resumed run has the same bits."""
-    task = TinyTask(tmp_path / "task")
-    task.recipe["model"] = str(create_tiny_model(tmp_path / "model", "qwen3_5", seed=3))
-    settings = {"precision": "bf16", "save_every": 2, "tune": FULL_FINETUNE}
-    before = load_file(tmp_path / "model" / "model.safetensors")
-    alone = run_to_completion(task, 1, "alone", **settings)
-    run = run_to_completion(task, 2, "run", parallel="fsdp", **settings)
-    files = [folder / "model" / "model.safetensors" for folder in (alone, run)]
-    expected, found = (load_file(file) for file in files)
-    names = [name for name in found if name.endswith(".A_log")]
-    assert names
-    for name in names:
-        assert not found[name].equal(before[name]), name
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
-    rewind_to_checkpoint(run)
-    run_to_completion(task, 2, "run", "--resume", parallel="fsdp", **settings)
-    resumed = load_file(files[1])
-    assert all(resumed[name].equal(tensor) for name, tensor in found.items())
-
-
+@pytest.mark.usefixtures("single_rank")
 def test_lora_gradients_of_several_packs_add_up_in_fp32(tmp_path: Path) -> None:
     """LoRA weights are replicated, so FSDP does not sum their bf16 gradients."""
-    folder = ModelFolder(create_tiny_model(tmp_path / "model", "qwen3_5", seed=3))
-    model = load_model(folder, torch.bfloat16, torch.device("cpu"))
-    configure_tuning(model, TuneSettings.model_validate(LORA), 0)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        strategy = FSDPStrategy(model, torch.bfloat16, "fsdp")
-        optimizer = MasterWeightOptimizer(strategy.trainable_params, TrainSettings(), {})
-        for value in (1.0, 2**-12):
-            for parameter in trainable_parameters(model).values():
-                assert parameter.dtype == torch.bfloat16
-                parameter.grad = torch.full_like(parameter, value)
-            strategy.accumulate_gradients(optimizer)
-        strategy.reduce_gradients(optimizer)
-    finally:
-        dist.destroy_process_group()
+    model = load_bf16_model(tmp_path, LORA)
+    strategy = FSDPStrategy(model, torch.bfloat16, "fsdp")
+    optimizer = MasterWeightOptimizer(strategy.trainable_params, TrainSettings(), {})
+    for value in (1.0, 2**-12):
+        for parameter in trainable_parameters(model).values():
+            assert parameter.dtype == torch.bfloat16
+            parameter.grad = torch.full_like(parameter, value)
+        strategy.accumulate_gradients(optimizer)
+    strategy.reduce_gradients(optimizer)
     assert strategy.trainable_params.keys() == trainable_parameters(model).keys()
     for parameter in strategy.trainable_params.values():
         assert torch.equal(parameter.grad, torch.full_like(parameter, 1 + 2**-12))

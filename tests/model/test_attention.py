@@ -103,12 +103,6 @@ def test_varlen_kernel_is_unavailable_on_cpu() -> None:
     assert not supports_varlen_attention(torch.zeros(1, 1, 8, dtype=torch.bfloat16))
 
 
-ON_CARD = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
-
-
 def with_prefix_copies(lengths: list[int], q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
     """Compute reference attention of sequences with explicit copies of the prefix."""
     prefix_length, rows, start = lengths[0], [], 0
@@ -133,11 +127,11 @@ WITH_EMPTY_ONES = [33, 70, 12, 0, 0]
         ([3, 1], "cpu", torch.float64),
         (SHORT_ONES, "cpu", torch.bfloat16),
         *(
-            pytest.param(lengths, "cuda", dtype, marks=ON_CARD)
+            pytest.param(lengths, "cuda", dtype, marks=pytest.mark.gpu)
             for lengths in (SHORT_ONES, LONG_ONES, WITH_EMPTY_ONES, [256, *WITH_EMPTY_ONES])
             for dtype in (torch.bfloat16, torch.float16)
         ),
-        pytest.param(SHORT_ONES, "cuda", torch.float32, marks=ON_CARD),
+        pytest.param(SHORT_ONES, "cuda", torch.float32, marks=pytest.mark.gpu),
     ],
     ids=str,
 )

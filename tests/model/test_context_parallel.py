@@ -135,7 +135,6 @@ def test_context_shards_are_balanced(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_kernels_support_context_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,7 +60,6 @@ def test_capture_error_is_closed_and_raised(monkeypatch, spoiled):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("output", [True, False])
 def test_failed_capture_falls_back_to_eager(output):
     """Who waits for the card in it spoils it, whether or not he hears of that."""
@@ -97,7 +96,6 @@ def test_failed_capture_falls_back_to_eager(output):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_are_captured_once_per_key():
     """Request keys in any order; each call runs once, eagerly, captured or replayed."""
     total = torch.zeros(8, device=CARD)

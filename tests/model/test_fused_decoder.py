@@ -21,10 +21,7 @@ from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora import fused
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 LENGTHS = (140, 3, 271, 64)

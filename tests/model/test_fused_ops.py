@@ -116,7 +116,6 @@ def _with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> li
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_round_like_eager(shape: tuple[int, int, int], dtype: torch.dtype) -> None:

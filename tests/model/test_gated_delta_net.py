@@ -145,7 +145,6 @@ def test_layout_of_a_graph_has_the_chunks_of_the_actual_lengths():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 128), (32, 64)])
 def test_step_kernels_match_the_step_in_pytorch(key_dim, value_dim):
     """Outputs and states of three sequences of seven slots, for two tokens."""
@@ -188,7 +187,6 @@ def test_step_kernels_match_the_step_in_pytorch(key_dim, value_dim):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("trains_norm", [False, True])
 def test_kernels_of_gated_attention_match_pytorch(trains_norm):
     """Norm, partial rotation and gate of strided heads: outputs and gradients against fp64."""
@@ -225,7 +223,6 @@ def test_kernels_of_gated_attention_match_pytorch(trains_norm):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("lengths", [[1], [64, 63, 65], [5, 130, 1, 700], [4097]])
 @pytest.mark.parametrize("has_state", [False, True])
 def test_kernels_are_as_exact_as_bf16_operations(lengths, has_state, monkeypatch):

@@ -79,7 +79,6 @@ def test_cached_constants_support_backward() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("sizes", [(16, 16, 80), (40, 8, 128), (6, 2, 64), (1, 1, 16)])
 @pytest.mark.parametrize("fine", [torch.float32, torch.bfloat16])
 def test_rotary_kernel_overwrites_its_input(sizes: tuple[int, int, int], fine: torch.dtype) -> None:

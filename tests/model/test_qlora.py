@@ -380,7 +380,6 @@ def test_already_quantized_weights_are_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gpu_matches_cpu(family: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)
@@ -405,7 +404,6 @@ def test_gpu_matches_cpu(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_loading_peak_is_below_the_dense_model(tmp_path: Path) -> None:
     folder, card = locate_model("finesight-tiny"), torch.device("cuda")
     peaks = []

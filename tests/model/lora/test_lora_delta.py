@@ -20,11 +20,7 @@ from finesight.model.quant.int8 import Int8Matrix
 WIDTHS = {"gate_proj": 320, "up_proj": 192}
 Kind = Callable[[FusedLinear], None] | None
 RANK = 16
-ON_CARD = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=ON_CARD)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NARROW = [torch.bfloat16, torch.float16]
 SMALL = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15}
 """Delta relative to the base product, near the precision of each dtype."""

@@ -144,7 +144,6 @@ def test_multi_lora_matches_lora_linear(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @settings(FEW, max_examples=15)
 @given(st.lists(st.integers(16, 300), min_size=1, max_size=3), st.integers(16, 900), CONFIGS)
 @torch.no_grad()

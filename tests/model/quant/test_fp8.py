@@ -33,11 +33,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 OFF = 1 / 16
 """Largest relative error of an FP8 element with three mantissa bits."""
 
-on_card = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=on_card)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def random_values(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -311,7 +307,6 @@ def test_unsupported_gpu_is_rejected(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("inputs", [16, 1536, 8960, 16384, 17920])
 def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
@@ -333,7 +328,6 @@ def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("rows", [1, 33, 2000])
 @pytest.mark.parametrize("scale", [1, 16])
 def test_gpu_products_match_the_codes(rows: int, scale: int) -> None:

@@ -48,8 +48,6 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(40, 64), (8, 128), (24, 96), (16, 200)]
 FAMILIES: list[TinyFamily] = ["qwen", "qwen2_vl", "qwen2_5_vl"]
 
-on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
 
 def random_values(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
@@ -307,7 +305,6 @@ def test_stored_precision_ignores_quantized_tensors(source: ModelFolder, tmp_pat
     assert stored_precision(four) == stored_precision(dense) == "fp32"
 
 
-@on_card
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 200])

@@ -24,11 +24,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = {"q_proj": 40, "k_proj": 12, "v_proj": 12}
 INPUTS = 48
 
-on_card = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=on_card)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def random_values(
@@ -165,7 +161,6 @@ def test_output_and_gradients_match_dequantized(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 8, 40, 2000])
 @pytest.mark.parametrize("inputs", [48, 128])

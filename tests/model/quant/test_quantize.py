@@ -239,7 +239,6 @@ def test_quantized_model_accuracy_is_preserved(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(
@@ -267,7 +266,6 @@ def test_gpu_products_match_dequantized_weights(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("rows", [1, 5, MAX_GEMM_ROWS])
 def test_cuda_graph_product_matches(kind: str, rows: int) -> None:

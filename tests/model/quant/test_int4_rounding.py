@@ -23,10 +23,6 @@ def quantize(values: Tensor) -> RtnInt4Matrix:
     return matrix
 
 
-def expand_scales(matrix: RtnInt4Matrix, of_groups: Tensor) -> Tensor:
-    return of_groups.float().repeat_interleave(DEFAULT_GROUP_SIZE, 1)[:, : matrix.in_features]
-
-
 @each("shape", SHAPES)
 @each("shift", [-3.0, 0.0, 0.4, 3.0])
 @each("size", [1e-2, 1.0, 1e3])
@@ -38,13 +34,16 @@ def test_quantization_error_is_at_most_half_a_scale(
     at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Includes groups with one sign, and a smaller last group."""
+    """Includes groups with one sign, a smaller last group, and zeros, which stay zero."""
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
     values = (random_values(shape) + shift) * size
+    values[:, ::3] = 0
     matrix = quantize(values)
-    off = (matrix.dequantize(torch.float32) - values).abs()
+    found = matrix.dequantize(torch.float32)
+    scales_OI = matrix.scales_OG.float().repeat_interleave(DEFAULT_GROUP_SIZE, 1)[:, : shape[1]]
     # An fp16 scale is off by 2^-11, 15 codes by 15 times that.
-    assert bool((off <= expand_scales(matrix, matrix.scales_OG) * (0.5 + 15 * 2**-11)).all())
+    assert bool(((found - values).abs() <= scales_OI * (0.5 + 15 * 2**-11)).all())
+    assert not found[:, ::3].any()
 
 
 @each("size", [0.0, 1e-9, 1e-6])
@@ -55,30 +54,9 @@ def test_tiny_values_have_small_error(size: float) -> None:
     assert float((found - values).abs().max()) <= 2**-24 * 16
 
 
-def test_zero_stays_zero() -> None:
-    """Padding and pruned weights remain zero."""
-    values = random_values((16, 256)) + 1
-    values[:, ::3] = 0
-    assert not quantize(values).dequantize(torch.float32)[:, ::3].any()
-
-
 def test_columns_are_not_permuted() -> None:
     """Codes of the two halves of a row share bytes."""
     values = torch.zeros(2, 128)
     values[0, 5], values[1, 100] = 3.0, -2.0
     found = quantize(values).dequantize(torch.float32)
     torch.testing.assert_close(found, values, rtol=1e-3, atol=0)
-
-
-def test_quantization_error_is_about_ten_percent() -> None:
-    """Normally distributed values are off by about a tenth of their size, as in NF4."""
-    values = random_values((512, 512))
-    off = quantize(values).dequantize(torch.float32) - values
-    assert 0.07 < float(off.norm() / values.norm()) < 0.11
-
-
-def test_memory_per_weight_is_below_4_5_bits() -> None:
-    matrix = quantize(random_values((1024, 1024)))
-    taken = sum(buffer.nbytes for buffer in matrix.buffers())
-    # 24 bits of scale and zero point per 64 elements, and the column permutation.
-    assert 8 * taken / matrix.num_elements == pytest.approx(4 + 24 / 64 + 32 / 1024)

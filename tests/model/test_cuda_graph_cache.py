@@ -6,17 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finesight.infer.model_runner import pad_num_seqs
 from finesight.model import cuda_graph_cache as area
 from finesight.model.cuda_graph_cache import CudaGraphCache
 
 CARD = torch.device("cuda")
-
-
-def test_batch_sizes_are_rounded_to_few_graphs():
-    padded = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8, 9: 16, 16: 16, 17: 24}
-    assert {num_seqs: pad_num_seqs(num_seqs) for num_seqs in padded} == padded
-    assert len({pad_num_seqs(num_seqs) for num_seqs in range(1, 65)}) == 11
 
 
 class FakeGraph:

@@ -90,6 +90,7 @@ def test_dropout_rate_and_scaling(share: float, dtype: torch.dtype) -> None:
         covariance = (centred[lag:] * centred[:-lag]).mean()
         assert abs(covariance) < 6 * share * (1 - share) / (x.numel() - lag) ** 0.5
     assert not torch.equal(dropout(x, share)[0], dropped)
+    assert torch.equal(dropout(x, 1e-300)[0], x)
 
 
 def run_both(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -116,8 +116,7 @@ def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeyp
 def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monkeypatch):
     """Random requests, cancelled at random, in a cache that is too small for all of them; what is
     not cancelled is answered as alone."""
-    model, _ = loaded_model
-    rng = random.Random(seed)
+    model, rng = loaded_model[0], random.Random(seed)
     monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", rng.choice([8, 50, 8192]))
     monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", rng.choice([1, 20, 2048]))
     end_ids = {token for token in range(400) if rng.random() < 0.1}
@@ -126,16 +125,15 @@ def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monke
     engine._max_pending = late
     result: dict[int, RequestEvents] = {}
     requested: dict[int, tuple[int, int]] = {}
-    gone: set[int] = set()
+    cancelled: set[int] = set()
     for _ in range(120):
         if rng.random() < 0.3:
             which, tokens = rng.randrange(len(prompts)), rng.randrange(1, STEPS + 1)
             requested[engine.add_request(make_request(prompts[which], tokens))] = which, tokens
         if requested and rng.random() < 0.15:
-            ticket = rng.choice(list(requested))
-            engine.cancel(ticket)
-            engine.cancel(10**6)
-            gone.add(ticket)
+            cancelled.add(rng.choice(list(requested)))
+            for ticket in (*cancelled, 10**6):
+                engine.cancel(ticket)
         step_engine(engine, result)
         running = [*engine._scheduler.prefilling, *engine._scheduler.decoding]
         used = {block for sequence in running for block in sequence.prompt.block_ids}
@@ -143,13 +141,13 @@ def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monke
     run_engine(engine, result)
     assert engine.num_free_blocks == engine.num_blocks
     assert (engine.num_running, engine.num_waiting) == (0, 0)
-    assert set(result) == set(requested)
     assert not engine._runner.cache.seq_lens_R.any()
     assert not engine._runner.cache.block_table_RB.any()
+    assert set(result) == set(requested)
     for ticket, (which, tokens) in requested.items():
         full, found = alone[which].ids[:tokens], result[ticket]
         if found.finish_reason == "cancelled":
-            assert ticket in gone
+            assert ticket in cancelled
             assert found.ids == full[: len(found.ids)]
         else:
             assert found.ids == full
@@ -432,17 +430,16 @@ def questions(tmp_path: Path) -> dict[str, LocatedSample]:
     """Text, images, and videos of one, two, three and five frames, alone and in one sample."""
     for seed, (width, height) in enumerate([(84, 56), (112, 84)]):
         write_noise_image(tmp_path / f"image{seed}.png", width, height, seed)
-    frames = [
-        write_noise_image(tmp_path / f"frame{seed}.png", 84, 84, 10 + seed).name
-        for seed in range(5)
-    ]
+    frames = tuple(f"frame{number}.png" for number in range(5))
+    for seed, name in enumerate(frames):
+        write_noise_image(tmp_path / name, 84, 84, 10 + seed)
     contents: dict[str, tuple[str | tuple[str, ...], ...]] = {
         "text": ("Why is the sky blue?",),
         "image": ("image0.png", "What is it?"),
-        "one frame": (tuple(frames[:1]), "What happens?"),
-        "two frames": (tuple(frames[1:3]), "Who is there?"),
-        "five frames": (tuple(frames), "Count them."),
-        "both": ("image1.png", tuple(frames[:3]), "image0.png", "Which one moves?"),
+        "one frame": (frames[:1], "What happens?"),
+        "two frames": (frames[1:3], "Who is there?"),
+        "five frames": (frames, "Count them."),
+        "both": ("image1.png", frames[:3], "image0.png", "Which one moves?"),
     }
     return {name: make_sample(name, tmp_path, *content) for name, content in contents.items()}
 

@@ -101,19 +101,19 @@ def test_chunked_prefill_matches_full_attention(chunk):
     q, k, v = ([_random(n, heads, WIDTH, seed=s) for n in lengths] for s, heads in _HEADS)
     found: list[list[Tensor]] = [[] for _ in lengths]
     for start in range(0, max(lengths), chunk):
-        rows = [row for row, length in enumerate(lengths) if length > start]
+        unread = [row for row, length in enumerate(lengths) if length > start]
         chunks = [
             PrefillChunk(blocks[row], start, min(start + chunk, lengths[row]), lengths[row])
-            for row in rows
+            for row in unread
         ]
         sizes = [one.stop - one.start for one in chunks]
         attention = PrefillAttention(cache, chunks)
         contexts = [
-            lengths[row] for row, size in zip(rows, sizes, strict=True) for _ in range(size)
+            lengths[row] for row, size in zip(unread, sizes, strict=True) for _ in range(size)
         ]
         assert attention.context_lengths_T.tolist() == contexts
-        inputs = [torch.cat([x[row][start : start + chunk] for row in rows]) for x in (q, k, v)]
-        for row, piece in zip(rows, attention(1, *inputs).split(sizes), strict=True):
+        inputs = [torch.cat([x[row][start : start + chunk] for row in unread]) for x in (q, k, v)]
+        for row, piece in zip(unread, attention(1, *inputs).split(sizes), strict=True):
             found[row].append(piece)
     unused = torch.ones(num_blocks * block_size, dtype=torch.bool)
     for row, length in enumerate(lengths):

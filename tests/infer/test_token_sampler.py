@@ -139,9 +139,9 @@ def test_seeded_draws_are_independent_of_the_batch():
     found: list[list[int]] = [[] for _ in samplers]
     for number, step in enumerate(steps):
         order = np.random.default_rng(number).permutation(8).tolist()
-        for rows in filter(None, (order[: number % 9], order[number % 9 :])):
-            ids = _draw(step[rows], *(samplers[row] for row in rows))
-            for row, token in zip(rows, ids, strict=True):
+        for indices in filter(None, (order[: number % 9], order[number % 9 :])):
+            ids = _draw(step[indices], *(samplers[row] for row in indices))
+            for row, token in zip(indices, ids, strict=True):
                 found[row].append(token)
     assert found == alone
 

@@ -88,19 +88,13 @@ def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
     """
     import transformers
 
-    kinds = {
-        "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
-        "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
-        "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
-        "qwen3_5": transformers.Qwen3_5ForConditionalGeneration,
-    }
     four_bits = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    model = kinds[base.family].from_pretrained(
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
         base.path, quantization_config=four_bits, dtype=dtype, device_map="cpu"
     )
     return model.train()

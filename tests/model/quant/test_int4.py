@@ -34,7 +34,7 @@ from finesight.model.linear import FusedLinear
 from finesight.model.lora.peft_io import load_adapter, save_adapter
 from finesight.model.quant import base
 from finesight.model.quant.base import find_quantized_weights
-from finesight.model.quant.int4 import Int4Matrix
+from finesight.model.quant.int4 import DEFAULT_GROUP_SIZE, Int4Matrix, RtnInt4Matrix
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision
@@ -43,6 +43,7 @@ from finesight.model_folder import ModelFolder
 CPU = torch.device("cpu")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(40, 64), (8, 128), (24, 96), (16, 200)]
+RTN_SHAPES = [(40, 64), (8, 256), (24, 96), (5, 200), (3, 2)]
 FAMILIES: list[TinyFamily] = ["qwen", "qwen2_vl", "qwen2_5_vl"]
 
 
@@ -72,6 +73,51 @@ def test_dequantize_matches_reference(
     matrix = make_matrix(tensors, shape, way)
     for dtype in TYPES:
         assert torch.equal(matrix.dequantize(dtype), expected.to(dtype))
+
+
+def quantize(values: Tensor) -> RtnInt4Matrix:
+    matrix = RtnInt4Matrix(*values.shape)
+    matrix.quantize(values)
+    return matrix
+
+
+@each("shape", RTN_SHAPES)
+@each("shift", [-3.0, 0.0, 0.4, 3.0])
+@each("size", [1e-2, 1.0, 1e3])
+@each("at_once", [base.CHUNK_ELEMENTS, 300])
+def test_quantization_error_is_at_most_half_a_scale(
+    shape: tuple[int, int],
+    shift: float,
+    size: float,
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Includes groups with one sign, a smaller last group, and zeros, which stay zero."""
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
+    values = (random_values(shape) + shift) * size
+    values[:, ::3] = 0
+    matrix = quantize(values)
+    found = matrix.dequantize(torch.float32)
+    scales_OI = matrix.scales_OG.float().repeat_interleave(DEFAULT_GROUP_SIZE, 1)[:, : shape[1]]
+    # An fp16 scale is off by 2^-11, 15 codes by 15 times that.
+    assert bool(((found - values).abs() <= scales_OI * (0.5 + 15 * 2**-11)).all())
+    assert not found[:, ::3].any()
+
+
+@each("size", [0.0, 1e-9, 1e-6])
+def test_tiny_values_have_small_error(size: float) -> None:
+    values = random_values((4, 128)) * size
+    found = quantize(values).dequantize(torch.float32)
+    assert bool(found.isfinite().all())
+    assert float((found - values).abs().max()) <= 2**-24 * 16
+
+
+def test_columns_are_not_permuted() -> None:
+    """Codes of the two halves of a row share bytes."""
+    values = torch.zeros(2, 128)
+    values[0, 5], values[1, 100] = 3.0, -2.0
+    found = quantize(values).dequantize(torch.float32)
+    torch.testing.assert_close(found, values, rtol=1e-3, atol=0)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

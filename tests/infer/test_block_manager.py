@@ -129,9 +129,10 @@ def test_prompts_share_blocks_up_to_first_difference():
 
 
 def test_changed_image_changes_the_block_hash():
-    prompt = _prompt()
-    # Patch 0 belongs to the image at tokens 3 to 5, patch 3 to that at 9 to 12.
-    for patch, num_shared in ((0, 0), (2, 0), (3, 2), (6, 2)):
+    # Two images across blocks, and one within a block.
+    prompts = _prompt(18, ((3, 6), (9, 13))), _prompt(18, ((5, 7),))
+    for which, patch, num_shared in ((0, 0, 0), (0, 2, 0), (0, 3, 2), (0, 6, 2), (1, 0, 1)):
+        prompt = prompts[which]
         patches = prompt.patches_ND.copy()
         patches[patch, 1] ^= 1
         assert _num_shared_blocks(prompt, replace(prompt, patches_ND=patches)) == num_shared

@@ -20,6 +20,14 @@ from finesight.model_folder import PREPROCESSOR_DEFAULTS
 from finesight.vision.image_processing import GridTHW
 
 IMAGE, VIDEO, START, END = 96, 97, 98, 99
+TRANSFORMERS_NAMES = {
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe",
+    "qwen3_5": "Qwen3_5",
+    "qwen3_5_moe": "Qwen3_5Moe",
+}
 CPU = torch.device("cpu")
 
 
@@ -150,39 +158,19 @@ def _hybrid(family: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def make_reference_model(settings: dict[str, Any], seed: int = 0, attention: str = "sdpa") -> Any:
     """The transformers model of this config.json, every parameter random, in fp32."""
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2VLConfig,
-        Qwen2VLForConditionalGeneration,
-        Qwen3_5Config,
-        Qwen3_5ForConditionalGeneration,
-        Qwen3_5MoeConfig,
-        Qwen3_5MoeForConditionalGeneration,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLMoeConfig,
-        Qwen3VLMoeForConditionalGeneration,
-    )
+    import transformers
 
-    kinds = {
-        "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
-        "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
-        "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
-        "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
-        "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
-        "qwen3_5_moe": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
-    }
-    kind, model_kind = kinds[settings["model_type"]]
-    typed = kind.from_dict(deepcopy(settings))
+    family = settings["model_type"]
+    name = TRANSFORMERS_NAMES[family]
+    typed = getattr(transformers, f"{name}Config").from_dict(deepcopy(settings))
     typed._attn_implementation = attention
-    model = model_kind(typed).eval()
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(typed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.15, generator=generator)
             # The norms of Qwen3.5 are zero-centred, except that of linear attention.
-            is_centred = kind in (Qwen3_5Config, Qwen3_5MoeConfig) and ".visual." not in name
+            is_centred = family.startswith("qwen3_5") and ".visual." not in name
             is_norm = parameter.ndim == 1 and name.endswith("weight")
             if is_norm and (not is_centred or ".linear_attn." in name):
                 parameter.add_(1.0)

@@ -24,55 +24,15 @@ def _key(number: int) -> bytes:
     return number.to_bytes(2, "big")
 
 
-def test_blocks_are_allocated_and_freed():
-    manager = BlockManager(4)
-    taken = manager.allocate(3)
-    assert sorted(taken) == [1, 2, 3]
-    assert manager.num_free_blocks == 0
-    with pytest.raises(AssertionError, match="1 blocks requested, 0 free"):
-        manager.allocate(1)
-    manager.release(taken[1:])
-    assert manager.num_free_blocks == 2
-    assert sorted(manager.allocate(2)) == sorted(taken[1:])
-    with pytest.raises(AssertionError, match="num_blocks is 1"):
-        BlockManager(1)
-
-
-def test_cached_prefix_ends_at_first_unknown_block():
-    manager = BlockManager(8)
-    keys = [_key(n) for n in range(4)]
-    taken = manager.allocate(4)
-    manager.cache_blocks(keys, taken)
-    assert manager.acquire_cached([keys[0], keys[1], _key(9), keys[3]]) == taken[:2]
-    assert manager.acquire_cached([_key(9), *keys]) == []
-
-
 def test_prefix_blocks_are_evicted_last():
-    manager = BlockManager(4)
-    keys = [_key(n) for n in range(3)]
+    manager, keys = BlockManager(4), [_key(n) for n in range(3)]
     first = manager.allocate(3)
     manager.cache_blocks(keys, first)
     manager.release(first)
-    assert manager.num_free_blocks == 3
     assert manager.allocate(1) == [first[2]]
     assert manager.acquire_cached(keys) == first[:2]
-    # Both blocks are in use now.
-    assert manager.num_free_blocks == 0
-
-
-def test_first_of_two_equal_blocks_is_cached():
-    manager = BlockManager(5)
-    one, other = manager.allocate(1), manager.allocate(1)
-    manager.cache_blocks([_key(1)], one)
-    manager.cache_blocks([_key(1)], other)
-    assert manager.acquire_cached([_key(1)]) == one
-    manager.release(other)
-    manager.release(one)
-    assert manager.acquire_cached([_key(1)]) == one
-    manager.release(one)
-    manager.release(one)
-    assert manager.num_free_blocks == 4
-    assert sorted(manager.allocate(4)) == [1, 2, 3, 4]
+    with pytest.raises(AssertionError, match="1 blocks requested, 0 free"):
+        manager.allocate(1)
 
 
 class BlockLedger:
@@ -80,7 +40,7 @@ class BlockLedger:
 
     def __init__(self, manager: BlockManager) -> None:
         self.manager = manager
-        self.answers: list[list[int]] = []
+        self.sequences: list[list[int]] = []
         self.content: dict[int, bytes] = {}
 
     def start(self, keys: list[bytes], more: int) -> None:
@@ -92,18 +52,18 @@ class BlockLedger:
             self.manager.release(found)
             return
         new = self.manager.allocate(needed)
-        used = {block for answer in self.answers for block in answer} | {*found}
+        used = {*found}.union(*self.sequences)
         assert not used & {*new}
         assert len({*new}) == needed
         for block in new:
             self.content.pop(block, None)
-        answer = found + new
-        self.content.update(zip(answer, keys, strict=False))
-        self.manager.cache_blocks(keys, answer[: len(keys)])
-        self.answers.append(answer)
+        blocks = found + new
+        self.content.update(zip(blocks, keys, strict=False))
+        self.manager.cache_blocks(keys, blocks[: len(keys)])
+        self.sequences.append(blocks)
 
     def check(self) -> None:
-        used = Counter(block for answer in self.answers for block in answer)
+        used = Counter(block for blocks in self.sequences for block in blocks)
         assert 0 not in used
         assert self.manager.num_free_blocks == self.manager.num_blocks - 1 - len(used)
         assert self.manager._ref_counts == used
@@ -112,22 +72,20 @@ class BlockLedger:
 @each("seed", range(40))
 def test_random_operations_leak_no_blocks(seed):
     rng = random.Random(seed)
-    book = BlockLedger(BlockManager(rng.randrange(2, 30)))
+    manager = BlockManager(rng.randrange(2, 30))
+    ledger = BlockLedger(manager)
     for _ in range(300):
-        if book.answers and rng.random() < 0.5:
-            book.manager.release(book.answers.pop(rng.randrange(len(book.answers))))
+        if ledger.sequences and rng.random() < 0.5:
+            manager.release(ledger.sequences.pop(rng.randrange(len(ledger.sequences))))
         else:
             # Shared prefixes: the key of a block identifies all tokens before it.
             branch = rng.randrange(3)
             keys = [_key(100 * branch + n) for n in range(rng.randrange(8))]
-            book.start(keys, rng.randrange(1, 4))
-        book.check()
-    for answer in book.answers:
-        book.manager.release(answer)
-    assert book.manager.num_free_blocks == book.manager.num_blocks - 1
-    assert sorted(book.manager.allocate(book.manager.num_free_blocks)) == list(
-        range(1, book.manager.num_blocks)
-    )
+            ledger.start(keys, rng.randrange(1, 4))
+        ledger.check()
+    for blocks in ledger.sequences:
+        manager.release(blocks)
+    assert sorted(manager.allocate(manager.num_free_blocks)) == [*range(1, manager.num_blocks)]
 
 
 def _prompt(
@@ -151,55 +109,38 @@ def _keys(prompt: EncodedSample, cache_salt: str = "") -> list[BlockHash]:
     return compute_block_hashes(prompt.tokenized, hash_images(prompt), S, cache_salt)
 
 
-def _num_shared_blocks(
-    one: EncodedSample, other: EncodedSample, salts: tuple[str, str] = ("", "")
-) -> int:
-    """Return the number of shared blocks."""
-    pairs = zip(_keys(one, salts[0]), _keys(other, salts[1]), strict=False)
-    equal = [mine == theirs for mine, theirs in pairs]
+def _num_shared_blocks(one: EncodedSample, other: EncodedSample) -> int:
+    equal = [mine == theirs for mine, theirs in zip(_keys(one), _keys(other), strict=False)]
     assert equal == sorted(equal, reverse=True), "alike after a difference"
     return sum(equal)
 
 
-def test_only_full_blocks_have_hashes():
-    assert [len(_keys(_prompt(tokens, ()))) for tokens in (3, 4, 7, 8)] == [0, 1, 1, 2]
-
-
 def test_prompts_share_blocks_up_to_first_difference():
+    assert [len(_keys(_prompt(tokens, ()))) for tokens in (3, 4, 7, 8)] == [0, 1, 1, 2]
     prompt = _prompt()
     assert _num_shared_blocks(prompt, _prompt()) == 4
+    assert _keys(prompt, "0 ")[0] not in (_keys(prompt, "1 ")[0], _keys(prompt)[0])
     for at in range(16):
-        ids = prompt.tokenized.ids_T.copy()
-        ids[at] = 99
-        changed = replace(prompt.tokenized, ids_T=ids)
-        assert _num_shared_blocks(prompt, replace(prompt, tokenized=changed)) == at // S
-        positions = prompt.tokenized.position_ids_3T.copy()
-        positions[at % 3, at] = 99
-        changed = replace(prompt.tokenized, position_ids_3T=positions)
-        assert _num_shared_blocks(prompt, replace(prompt, tokenized=changed)) == at // S
+        for name, index in (("ids_T", at), ("position_ids_3T", (at % 3, at))):
+            values = getattr(prompt.tokenized, name).copy()
+            values[index] = 99
+            changed = replace(prompt.tokenized, **{name: values})
+            assert _num_shared_blocks(prompt, replace(prompt, tokenized=changed)) == at // S
 
 
-def test_changed_pixels_change_the_block_hash():
-    prompt = _prompt()
-    # Patch 0 belongs to the image at tokens 3 to 5, patch 3 to that at 9 to 12.
-    for patch, manager in ((0, 0), (2, 0), (3, 2), (6, 2)):
+def test_changed_image_changes_the_block_hash():
+    # Two images across blocks, and one within a block.
+    prompts = _prompt(18, ((3, 6), (9, 13))), _prompt(18, ((5, 7),))
+    for which, patch, num_shared in ((0, 0, 0), (0, 2, 0), (0, 3, 2), (0, 6, 2), (1, 0, 1)):
+        prompt = prompts[which]
         patches = prompt.patches_ND.copy()
         patches[patch, 1] ^= 1
-        assert _num_shared_blocks(prompt, replace(prompt, patches_ND=patches)) == manager
-
-
-def test_image_shape_is_part_of_the_block_hash():
+        assert _num_shared_blocks(prompt, replace(prompt, patches_ND=patches)) == num_shared
     prompt = _prompt(12, ((2, 6),))
     (span,) = prompt.tokenized.spans
-    square = replace(
-        prompt.tokenized, spans=(replace(span, grid_thw=(1, 2, 2), resized_size=(2, 2)),)
-    )
-    assert _num_shared_blocks(prompt, replace(prompt, tokenized=square)) == 0
-
-
-def test_adapters_share_no_blocks():
-    assert _num_shared_blocks(_prompt(), _prompt(), ("0 ", "1 ")) == 0
-    assert _num_shared_blocks(_prompt(), _prompt(), ("None ", "0 ")) == 0
+    square = replace(span, grid_thw=(1, 2, 2), resized_size=(2, 2))
+    reshaped = replace(prompt, tokenized=replace(prompt.tokenized, spans=(square,)))
+    assert _num_shared_blocks(prompt, reshaped) == 0
 
 
 def test_answer_hashes_match_the_next_prompt():

@@ -23,10 +23,7 @@ from finesight.model_folder import ModelFolder
 
 STEPS = 24
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 

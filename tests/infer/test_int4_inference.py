@@ -25,37 +25,41 @@ from finesight.model_folder import ModelFolder
 
 STEPS = 9
 FAMILIES: list[TinyFamily] = ["qwen", "qwen2_vl"]
-on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def write_quantized_and_dense(
-    tmp_path: Path, family: TinyFamily, way: GptqConfig
+    folder: Path, family: TinyFamily, config: GptqConfig
 ) -> tuple[ModelFolder, ModelFolder]:
     if family == "qwen":
         pytest.importorskip("tiktoken")
-    return write_quantized_model(
-        ModelFolder(create_tiny_model(tmp_path / "tiny", family)), tmp_path, way
-    )
+    tiny = ModelFolder(create_tiny_model(folder / "tiny", family))
+    return write_quantized_model(tiny, folder, config)
 
 
-def make_prompts(folder: ModelFolder, tmp_path: Path) -> list[EncodedSample]:
-    return encode_mixed_questions(NativeRenderer(folder), tmp_path)
+def write_and_load_quantized_head(folder: Path, device: torch.device) -> list[VisionLanguageModel]:
+    """A model with its head in NF4, and one with the dequantized head."""
+    untied = with_untied_head(write_quantized_and_dense(folder, "qwen2_vl", GptqConfig())[1])
+    models = [load_model(untied, torch.float32, device, ("embeddings",)).eval() for _ in range(2)]
+    assert models[1].lm_head is not None
+    models[1].lm_head.dequantize()
+    return models
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_match_the_dequantized_model(family: TinyFamily, tmp_path: Path) -> None:
-    folders = write_quantized_and_dense(
-        tmp_path, family, GptqConfig(act_order=True, symmetric=False)
-    )
-    prompts = make_prompts(folders[0], tmp_path)
+def make_prompts(folder: Path) -> list[EncodedSample]:
+    return encode_mixed_questions(NativeRenderer(ModelFolder(folder / "tiny")), folder)
+
+
+@pytest.mark.parametrize("source", [*FAMILIES, "quantized head"])
+def test_answers_match_the_dequantized_model(source: str, tmp_path: Path) -> None:
+    if source == "quantized head":
+        models = write_and_load_quantized_head(tmp_path, CPU)
+    else:
+        config = GptqConfig(act_order=True, symmetric=False)
+        folders = write_quantized_and_dense(tmp_path, source, config)
+        models = [load_inference_model(str(folder.path), "cpu").model for folder in folders]
     found, expected = (
-        generate(
-            load_inference_model(str(folder.path), "cpu").model,
-            prompts,
-            max_new_tokens=STEPS,
-            end_ids=(),
-        )
-        for folder in folders
+        generate(model, make_prompts(tmp_path), max_new_tokens=STEPS, end_ids=())
+        for model in models
     )
     assert found == expected
 
@@ -69,20 +73,18 @@ def force_decode(
 
 
 @pytest.mark.gpu
-@on_card
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_seqs", [1, MAX_GEMV_ROWS, MAX_GEMM_ROWS])
 @pytest.mark.parametrize(
-    "way", [GptqConfig(), GptqConfig(64, act_order=True, symmetric=False)], ids=str
+    "config", [GptqConfig(), GptqConfig(64, act_order=True, symmetric=False)], ids=str
 )
 @pytest.mark.parametrize("change", [None, install_request_adapters])
-def test_cuda_graph_steps_match_the_dequantized_model(family, num_seqs, way, change, tmp_path):
-    four, dense = write_quantized_and_dense(tmp_path, family, way)
-    prompts = [make_prompts(four, tmp_path)[0]] * num_seqs
+def test_cuda_graph_steps_match_the_dequantized_model(family, num_seqs, config, change, tmp_path):
+    folders = write_quantized_and_dense(tmp_path, family, config)
+    prompts = [make_prompts(tmp_path)[0]] * num_seqs
     tokens = [[(7 * step + row) % 200 for step in range(STEPS)] for row in range(num_seqs)]
-    card = torch.device("cuda")
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        models = [load_model(folder, dtype, card).eval() for folder in (four, dense)]
+        models = [load_model(folder, dtype, torch.device("cuda")).eval() for folder in folders]
         if change is not None:
             for model in models:
                 change(model)
@@ -92,9 +94,7 @@ def test_cuda_graph_steps_match_the_dequantized_model(family, num_seqs, way, cha
 
 
 @pytest.mark.gpu
-@on_card
-def test_small_batches_do_not_dequantize_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check several matrices as one, without memory for it in a wider dtype."""
+def test_small_batches_do_not_dequantize_the_matrix() -> None:
     outputs, inputs = 1024, 4096
     matrix = Int4Matrix(outputs, inputs, group_size=128, where="a test")
     values = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
@@ -112,32 +112,10 @@ def test_small_batches_do_not_dequantize_the_matrix(monkeypatch: pytest.MonkeyPa
         assert torch.cuda.max_memory_allocated() - before <= most
 
 
-def with_frozen_head(folder: ModelFolder, device: torch.device) -> list[VisionLanguageModel]:
-    """A model with its head in NF4, and one with the dense numbers of it."""
-    pair = [load_model(folder, torch.float32, device, ("embeddings",)).eval() for _ in range(2)]
-    assert pair[1].lm_head is not None
-    pair[1].lm_head.dequantize()
-    return pair
-
-
-def test_answers_with_quantized_lm_head(tmp_path: Path) -> None:
-    folder = with_untied_head(write_quantized_and_dense(tmp_path, "qwen2_vl", GptqConfig())[1])
-    prompts = make_prompts(folder, tmp_path)
-    found, expected = (
-        generate(model, prompts, max_new_tokens=STEPS, end_ids=())
-        for model in with_frozen_head(folder, CPU)
-    )
-    assert found == expected
-
-
 @pytest.mark.gpu
-@on_card
 def test_cuda_graph_steps_with_quantized_lm_head(tmp_path: Path) -> None:
-    folder = with_untied_head(write_quantized_and_dense(tmp_path, "qwen2_vl", GptqConfig())[1])
-    prompts = make_prompts(folder, tmp_path)[:1]
+    models = write_and_load_quantized_head(tmp_path, torch.device("cuda"))
     tokens = [[7 * step % 200 for step in range(STEPS)]]
-    four, dense = with_frozen_head(folder, torch.device("cuda"))
-    pairs = zip(
-        force_decode(four, prompts, tokens), force_decode(dense, prompts, tokens), strict=True
-    )
-    assert max(max_relative_error(ours, theirs) for ours, theirs in pairs) < 0.02
+    four, dense = (force_decode(model, make_prompts(tmp_path)[:1], tokens) for model in models)
+    for ours, theirs in zip(four, dense, strict=True):
+        assert max_relative_error(ours, theirs) < 0.02

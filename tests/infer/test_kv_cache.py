@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_model import TINY_PRESETS
 from torch import Tensor
 
 from finesight.infer.kv_cache import (
@@ -18,7 +17,7 @@ from finesight.infer.kv_cache import (
     get_kv_bytes_per_token,
     get_linear_state_bytes,
 )
-from finesight.model.attention import PackedAttention, Segments
+from finesight.model.attention import Segments
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.gated_delta_net import DeltaNetInputs, forward_packed
 
@@ -88,97 +87,77 @@ def _reference_attention(q_HD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def test_chunk_slots_follow_its_block_table():
-    chunk = PrefillChunk(block_ids=[5, 2, 7], start=3, stop=10, prompt_length=11)
-    assert chunk.compute_slot_mapping(4, chunk.start).tolist() == [23, 8, 9, 10, 11, 28, 29]
-    assert chunk.compute_slot_mapping(4, 0)[:4].tolist() == [20, 21, 22, 23]
-
-
-def _prefill(lengths: tuple[int, ...], block_size: int, chunk: int) -> tuple[KVCache, list[Tensor]]:
-    """What prompts read `chunk` tokens at a time see, each prompt's own, and the cache after."""
-    blocks, number = _scatter_blocks(lengths, block_size)
-    cache = _cache(len(lengths), number, block_size)
-    # What was there before does not matter.
-    cache.keys_LPSKD.fill_(3.0)
-    cache.values_LPSKD.fill_(3.0)
-    q, k, v = ([_random(n, heads, WIDTH, seed=s) for n in lengths] for s, heads in _HEADS)
-    seen: list[list[Tensor]] = [[] for _ in lengths]
-    for start in range(0, max(lengths), chunk):
-        here = [n for n, length in enumerate(lengths) if length > start]
-        chunks = [
-            PrefillChunk(blocks[n], start, min(start + chunk, lengths[n]), lengths[n]) for n in here
-        ]
-        attention = PrefillAttention(cache, chunks)
-        contexts = [
-            lengths[n] for n, c in zip(here, chunks, strict=True) for _ in range(c.start, c.stop)
-        ]
-        assert attention.context_lengths_T.tolist() == contexts
-        inputs = [
-            torch.cat([x[n][c.start : c.stop] for n, c in zip(here, chunks, strict=True)])
-            for x in (q, k, v)
-        ]
-        found = torch.split(attention(1, *inputs), [c.stop - c.start for c in chunks])
-        for n, piece in zip(here, found, strict=True):
-            seen[n].append(piece)
-    return cache, [torch.cat(pieces) for pieces in seen]
-
-
 _HEADS = ((0, HEADS), (1, KEY_HEADS), (2, KEY_HEADS))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 9, 13])
 def test_chunked_prefill_matches_full_attention(chunk):
-    lengths = (3, 13, 8, 1)
-    _, found = _prefill(lengths, 4, chunk)
-    for n, length in enumerate(lengths):
-        q, k, v = (_random(length, heads, WIDTH, seed=s) for s, heads in _HEADS)
-        for at in range(length):
-            wanted = _reference_attention(q[at], k[: at + 1], v[: at + 1])
-            torch.testing.assert_close(found[n][at].double(), wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_prompts_write_only_to_their_blocks():
-    lengths = (3, 13)
-    cache, _ = _prefill(lengths, 4, 5)
-    blocks, _ = _scatter_blocks(lengths, 4)
-    untouched = torch.ones(cache.keys_LPSKD.shape[1] * 4, dtype=torch.bool)
-    for own, length in zip(blocks, lengths, strict=True):
-        at = torch.from_numpy(PrefillChunk(own, 0, length, length).compute_slot_mapping(4, 0))
-        assert torch.equal(cache.flat_keys(1)[at], _random(length, KEY_HEADS, WIDTH, seed=1))
-        assert torch.equal(cache.flat_values(1)[at], _random(length, KEY_HEADS, WIDTH, seed=2))
-        untouched[at] = False
-    for store in (cache.flat_keys(1)[untouched], cache.flat_values(1)[untouched]):
-        assert bool((store == 3.0).all())
-    assert bool((cache.flat_keys(0) == 3.0).all())
+    """Prompts are written only to their own blocks of one layer."""
+    lengths, block_size, stale = (3, 13, 8, 1), 4, 3.0
+    blocks, num_blocks = _scatter_blocks(lengths, block_size)
+    cache = _cache(len(lengths), num_blocks, block_size)
+    for store in (cache.keys_LPSKD, cache.values_LPSKD):
+        store.fill_(stale)
+    q, k, v = ([_random(n, heads, WIDTH, seed=s) for n in lengths] for s, heads in _HEADS)
+    found: list[list[Tensor]] = [[] for _ in lengths]
+    for start in range(0, max(lengths), chunk):
+        unread = [row for row, length in enumerate(lengths) if length > start]
+        chunks = [
+            PrefillChunk(blocks[row], start, min(start + chunk, lengths[row]), lengths[row])
+            for row in unread
+        ]
+        sizes = [one.stop - one.start for one in chunks]
+        attention = PrefillAttention(cache, chunks)
+        contexts = [
+            lengths[row] for row, size in zip(unread, sizes, strict=True) for _ in range(size)
+        ]
+        assert attention.context_lengths_T.tolist() == contexts
+        inputs = [torch.cat([x[row][start : start + chunk] for row in unread]) for x in (q, k, v)]
+        for row, piece in zip(unread, attention(1, *inputs).split(sizes), strict=True):
+            found[row].append(piece)
+    unused = torch.ones(num_blocks * block_size, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        for at, found_HD in enumerate(torch.cat(found[row])):
+            wanted = _reference_attention(q[row][at], k[row][: at + 1], v[row][: at + 1])
+            torch.testing.assert_close(found_HD.double(), wanted, atol=1e-5, rtol=1e-5)
+        slots = [
+            blocks[row][at // block_size] * block_size + at % block_size for at in range(length)
+        ]
+        assert torch.equal(cache.flat_keys(1)[slots], k[row])
+        assert torch.equal(cache.flat_values(1)[slots], v[row])
+        unused[slots] = False
+    for store in (cache.flat_keys, cache.flat_values):
+        assert bool((store(1)[unused] == stale).all())
+        assert bool((store(0) == stale).all())
 
 
 @pytest.mark.parametrize("stale", [0.0, 3.0, float("nan"), float("inf")])
 def test_decode_attends_only_to_its_sequence(stale):
     """Check that values of an earlier sequence in its blocks have no effect, even infinities."""
     lengths, block_size = (3, 5, 8), 4
-    blocks, number = _scatter_blocks(lengths, block_size, more=2)
-    cache = _cache(4, number, block_size)
+    blocks, num_blocks = _scatter_blocks(lengths, block_size, more=2)
+    cache = _cache(4, num_blocks, block_size)
     cache.keys_LPSKD.fill_(stale)
     cache.values_LPSKD.fill_(stale)
     _start(cache, blocks, lengths)
     k, v = ([_random(n + 2, KEY_HEADS, WIDTH, seed=s) for n in lengths] for s in (1, 2))
     for own, length, k_TKD, v_TKD in zip(blocks, lengths, k, v, strict=True):
-        at = torch.from_numpy(
-            PrefillChunk(own, 0, length, length).compute_slot_mapping(block_size, 0)
-        )
-        cache.write(0, at, k_TKD[:length], v_TKD[:length])
-    for generated in (1, 2):
-        attention = DecodeAttention(cache, len(lengths), max(lengths) + generated)
-        q_RHD = _random(len(lengths), HEADS, WIDTH, seed=generated)
-        at = [length + generated - 1 for length in lengths]
-        now = [torch.stack([x[n] for x, n in zip(xs, at, strict=True)]) for xs in (k, v)]
+        chunk = PrefillChunk(own, 0, length, length)
+        slots = torch.from_numpy(chunk.compute_slot_mapping(block_size, 0))
+        cache.write(0, slots, k_TKD[:length], v_TKD[:length])
+    for step in (1, 2):
+        attention = DecodeAttention(cache, len(lengths), max(lengths) + step)
+        q_RHD = _random(len(lengths), HEADS, WIDTH, seed=step)
+        now = [
+            torch.stack([x[n + step - 1] for x, n in zip(xs, lengths, strict=True)])
+            for xs in (k, v)
+        ]
         found = attention(0, q_RHD, *now)
-        assert cache.seq_lens_R.tolist() == [n + generated for n in lengths] + [0]
+        assert cache.seq_lens_R.tolist() == [n + step for n in lengths] + [0]
         assert attention.context_lengths_T.tolist() == list(lengths)
         for row, length in enumerate(lengths):
-            wanted = _reference_attention(
-                q_RHD[row], k[row][: length + generated], v[row][: length + generated]
-            )
+            own = (x[row][: length + step] for x in (k, v))
+            wanted = _reference_attention(q_RHD[row], *own)
             torch.testing.assert_close(found[row].double(), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -191,24 +170,15 @@ def test_inactive_slot_does_not_advance_and_writes_to_block_0():
     assert written.tolist() == [0, 11]
 
 
-def test_context_lengths_of_packed_attention():
-    packed = PackedAttention(Segments.from_lengths((2, 3), CPU))
-    assert packed.context_lengths_T.tolist() == [2, 2, 3, 3, 3]
-
-
-def test_bytes_per_cached_token():
-    assert TINY_PRESETS["test"].num_layers == LAYERS
+def test_bytes_of_the_cache():
     cache = _cache(1, 3, 4, dtype=torch.bfloat16)
     taken = cache.keys_LPSKD.nbytes + cache.values_LPSKD.nbytes
     assert get_kv_bytes_per_token(SIZE, torch.bfloat16) * 12 == taken
-
-
-@pytest.mark.parametrize("max_num_seqs", [1, 3])
-def test_bytes_of_linear_states(max_num_seqs):
-    states = LinearStateCache(HYBRID, max_num_seqs, torch.bfloat16, CPU)
-    size = get_linear_state_bytes(HYBRID, torch.bfloat16, max_num_seqs)
-    assert size == sum(state.nbytes for state in states.get_layer(0))
-    assert get_linear_state_bytes(SIZE, torch.bfloat16, max_num_seqs) == 0
+    assert get_linear_state_bytes(SIZE, torch.bfloat16, 3) == 0
+    for max_num_seqs in (1, 3):
+        states = LinearStateCache(HYBRID, max_num_seqs, torch.bfloat16, CPU)
+        size = get_linear_state_bytes(HYBRID, torch.bfloat16, max_num_seqs)
+        assert size == sum(state.nbytes for state in states.get_layer(0))
 
 
 def test_first_chunks_do_not_read_linear_states():
@@ -242,7 +212,6 @@ def test_first_chunks_do_not_read_linear_states():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("stale", [0.0, float("nan")])
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.infer import scheduler as area
-from finesight.infer.kv_cache import append_tokens
 from finesight.infer.request import GenerationRequest
 from finesight.infer.scheduler import Scheduler, SequenceState
 
@@ -24,11 +22,7 @@ def _create_scheduler(max_num_seqs: int = 8) -> Scheduler:
 
 
 def _add_requests(
-    scheduler: Scheduler,
-    lengths: Sequence[int],
-    *,
-    max_new_tokens: int = 4,
-    adapters: Sequence[int | None] | None = None,
+    scheduler: Scheduler, lengths: Sequence[int], adapters: Sequence[int | None] = ()
 ) -> list[SequenceState]:
     """Queue prompts of the given lengths that share no prefix, and return their states."""
     for index, length in enumerate(lengths):
@@ -39,19 +33,13 @@ def _add_requests(
             position_ids_3T=np.tile(np.arange(length, dtype=np.int32), (3, 1)),
             spans=(),
         )
-        _add_prompt(scheduler, tokenized, max_new_tokens, adapters[index] if adapters else None)
-    return list(scheduler.waiting)[-len(lengths) :]
-
-
-def _add_prompt(
-    scheduler: Scheduler, tokenized: TokenizedSample, max_new_tokens: int, adapter: int | None
-) -> int:
-    request = GenerationRequest(
-        prompt=EncodedSample(tokenized, np.empty((0, 3), dtype=np.uint8)),
-        max_new_tokens=max_new_tokens,
-        adapter_index=adapter,
-    )
-    return scheduler.add_request(request, str(adapter))
+        request = GenerationRequest(
+            prompt=EncodedSample(tokenized, np.empty((0, 3), dtype=np.uint8)),
+            max_new_tokens=4,
+            adapter_index=adapters[index] if adapters else None,
+        )
+        scheduler.add_request(request, str(request.adapter_index))
+    return list(scheduler.waiting)
 
 
 def _admit_all(scheduler: Scheduler) -> list[int]:
@@ -93,16 +81,18 @@ def test_requests_are_admitted_in_fifo_order():
     assert (scheduler.num_running, len(scheduler.waiting)) == (2, 0)
 
 
-def test_admission_is_limited_to_max_num_seqs():
-    scheduler = _create_scheduler(max_num_seqs=2)
-    sequences = _add_requests(scheduler, [4, 4, 4])
+def test_rows_are_free_after_their_removal():
+    scheduler = _create_scheduler(max_num_seqs=4)
+    sequences = _add_requests(scheduler, [4] * 5)
     _run_prefill(scheduler)
-    assert (_request_ids(scheduler), scheduler.num_running) == ([0, 1], 2)
-    scheduler.finish(sequences[0])
-    # The row is free after the removal, not before.
+    assert (_request_ids(scheduler), scheduler.num_running) == ([0, 1, 2, 3], 4)
+    for index in (1, 3):
+        scheduler.finish(sequences[index])
     assert scheduler.admit_next() is None
-    scheduler.remove_finished()
-    assert scheduler.admit_next() is sequences[2]
+    # The last row replaces a removed one.
+    assert scheduler.remove_finished() == [(1, 3), (1, 2)]
+    assert _request_ids(scheduler) == [0, 2]
+    assert scheduler.admit_next() is sequences[4]
 
 
 def test_prefill_chunks_fit_the_token_budget(monkeypatch):
@@ -126,25 +116,6 @@ def test_prefill_batch_has_one_adapter():
     assert chunks == [[0, 2], [1, 4], [3]]
 
 
-def test_finish_releases_blocks_and_caches_the_completion():
-    scheduler = _create_scheduler()
-    (sequence,) = _add_requests(scheduler, [10], max_new_tokens=8)
-    _run_prefill(scheduler)
-    sequence.output_ids += [7] * 8
-    scheduler.finish(sequence)
-    assert sequence.prompt.block_ids == []
-    assert scheduler.block_manager.num_free_blocks == NUM_BLOCKS
-    tokenized = append_tokens(sequence.prompt.encoded.tokenized, sequence.output_ids)
-    _add_prompt(scheduler, tokenized, 4, None)
-    _add_prompt(scheduler, tokenized, 4, 0)
-    # The last of 18 tokens is not in the cache, and no token for another adapter.
-    for num_cached_tokens in (16, 0):
-        admitted = scheduler.admit_next()
-        assert admitted is not None
-        assert admitted.num_cached_tokens == num_cached_tokens
-        assert admitted.prompt.num_computed_tokens == num_cached_tokens
-
-
 @pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "paused"])
 def test_sequence_can_be_cancelled_in_any_state(state, monkeypatch):
     scheduler = _create_scheduler()
@@ -166,44 +137,3 @@ def test_sequence_can_be_cancelled_in_any_state(state, monkeypatch):
     # A partial prefill is not cached.
     expected = 2 if state in ("decoding", "paused") else 0
     assert len(scheduler.block_manager.acquire_cached(sequence.block_hashes)) == expected
-
-
-def test_last_row_replaces_a_removed_row():
-    scheduler = _create_scheduler()
-    sequences = _add_requests(scheduler, [4] * 5)
-    _run_prefill(scheduler)
-    for index in (1, 4, 3):
-        scheduler.finish(sequences[index])
-    assert _request_ids(scheduler) == [0, 1, 2, 3, 4]
-    assert scheduler.remove_finished() == [(1, 4), (1, 3), (1, 2)]
-    assert _request_ids(scheduler) == [0, 2]
-    assert scheduler.remove_finished() == []
-
-
-def test_sequence_at_maximum_length_stops_decoding():
-    """Its blocks are released when the host has read the last token."""
-    scheduler = _create_scheduler()
-    sequences = _add_requests(scheduler, [4, 4], max_new_tokens=2)
-    _run_prefill(scheduler)
-    scheduler.count_scheduled(sequences[:1])
-    assert scheduler.remove_finished() == [(0, 1)]
-    assert _request_ids(scheduler) == [1]
-    assert scheduler.block_manager.num_free_blocks == NUM_BLOCKS - 4
-    assert not sequences[0].is_finished
-
-
-def test_paused_sequence_resumes_with_its_blocks():
-    scheduler = _create_scheduler()
-    first, second = _add_requests(scheduler, [4, 4])
-    _run_prefill(scheduler)
-    block_ids = list(first.prompt.block_ids)
-    first.logits_V = torch.zeros(3)
-    scheduler.pause(first)
-    assert scheduler.remove_finished() == [(0, 1)]
-    assert (_request_ids(scheduler), scheduler.paused, first.is_paused) == ([1], [first], True)
-    assert scheduler.num_running == 2
-    scheduler.resume([first])
-    assert scheduler.add_to_batch(first) == 1
-    assert (_request_ids(scheduler), scheduler.paused) == ([1, 0], [])
-    assert first.prompt.block_ids == block_ids
-    assert second.batch_index == 0

@@ -8,13 +8,7 @@ from each_value import each
 from hf_reference import CPU, max_relative_error
 from torch import Tensor
 
-from finesight.model import attention
 from finesight.model.attention import (
-    LENGTH_MULTIPLE,
-    MAX_CPU_SEQLEN,
-    MAX_LENGTH_RATIO,
-    LengthBuckets,
-    PackedAttention,
     Segments,
     SharedPrefixAttention,
     bucket_by_length,
@@ -22,7 +16,6 @@ from finesight.model.attention import (
     bucket_with_padding,
     bucketed_attention,
     cpu_attention,
-    supports_varlen_attention,
     varlen_attention,
 )
 
@@ -47,66 +40,32 @@ def reference_attention(
     return o_THD
 
 
+def random_qkv(
+    total: int, heads: int, kv_heads: int, dtype: torch.dtype, width: int = 16
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(total, count, width) for count in (heads, kv_heads, kv_heads)]
+    values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [x.to(dtype).requires_grad_() for x in values]
+
+
+def with_gradients(found: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    # Values representable in bf16, so that every dtype has equal inputs.
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    return [found, *torch.autograd.grad((found * weights.to(found.dtype)).sum(), inputs)]
+
+
 @each("causal", [True, False])
 @each("kv_heads", [4, 2, 1])
-@each(
-    "lengths",
-    [[7], [4, 4, 4], [1, 5, 2], [3, 1, 3, 1, 1, 3], [5, 5, 2, 5, 2, 2, 1]],
-)
+@each("lengths", [[7], [4, 4, 4], [1, 5, 2], [3, 1, 3, 1, 1, 3], [5, 5, 2, 5, 2, 2, 1]])
 def test_segments_attend_only_to_themselves(
     lengths: list[int], kv_heads: int, causal: bool
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    total = sum(lengths)
-    q, k, v = (
-        torch.randn(total, heads, 8, generator=generator, dtype=torch.float64)
-        for heads in (4, kv_heads, kv_heads)
-    )
-    for x in (q, k, v):
-        x.requires_grad_()
-    found = varlen_attention(q, k, v, Segments.from_lengths(lengths, CPU), causal=causal)
-    expected = reference_attention(q, k, v, lengths, causal)
-    assert max_relative_error(found, expected) < 1e-12
-    weights = torch.randn(found.shape, generator=generator, dtype=torch.float64)
-    ours = torch.autograd.grad((found * weights).sum(), (q, k, v))
-    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
-    assert max(map(max_relative_error, ours, theirs)) < 1e-12
-
-
-def test_packed_attention_is_causal() -> None:
-    segments = Segments.from_lengths([3, 4], CPU)
-    q, k, v = (torch.randn(7, 2, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
-    causal = varlen_attention(q, k, v, segments, causal=True)
-    for layer in (0, 5):
-        assert torch.equal(PackedAttention(segments)(layer, q, k, v), causal)
-
-
-def test_cu_seqlens_are_cumulative_lengths() -> None:
-    segments = Segments.from_lengths([3, 1, 4], CPU)
-    assert segments.cu_seqlens_S1.tolist() == [0, 3, 4, 8]
-    assert segments.cu_seqlens_S1.dtype == torch.int32
-    assert segments.max_seqlen == 4
-
-
-def test_equal_lengths_are_batched() -> None:
-    inline = Segments.from_lengths([2, 2, 5], CPU).length_buckets
-    assert (inline.shapes, inline.order_T) == (((2, 2), (5, 1)), None)
-    mixed = Segments.from_lengths([2, 5, 2], CPU).length_buckets
-    assert mixed.shapes == ((2, 2), (5, 1))
-    assert mixed.order_T is not None
-    assert mixed.inverse_T is not None
-    assert mixed.order_T.tolist() == [0, 1, 7, 8, 2, 3, 4, 5, 6]
-    assert mixed.order_T[mixed.inverse_T].tolist() == list(range(9))
-
-
-def test_varlen_kernel_is_unavailable_on_cpu() -> None:
-    assert not supports_varlen_attention(torch.zeros(1, 1, 8, dtype=torch.bfloat16))
-
-
-ON_CARD = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-)
+    inputs = random_qkv(sum(lengths), 4, kv_heads, torch.float64)
+    found = varlen_attention(*inputs, Segments.from_lengths(lengths, CPU), causal=causal)
+    expected = reference_attention(*inputs, lengths, causal)
+    pairs = zip(with_gradients(found, inputs), with_gradients(expected, inputs), strict=True)
+    assert all(max_relative_error(one, other) < 1e-12 for one, other in pairs)
 
 
 def with_prefix_copies(lengths: list[int], q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
@@ -133,11 +92,11 @@ WITH_EMPTY_ONES = [33, 70, 12, 0, 0]
         ([3, 1], "cpu", torch.float64),
         (SHORT_ONES, "cpu", torch.bfloat16),
         *(
-            pytest.param(lengths, "cuda", dtype, marks=ON_CARD)
+            pytest.param(lengths, "cuda", dtype, marks=pytest.mark.gpu)
             for lengths in (SHORT_ONES, LONG_ONES, WITH_EMPTY_ONES, [256, *WITH_EMPTY_ONES])
             for dtype in (torch.bfloat16, torch.float16)
         ),
-        pytest.param(SHORT_ONES, "cuda", torch.float32, marks=ON_CARD),
+        pytest.param(SHORT_ONES, "cuda", torch.float32, marks=pytest.mark.gpu),
     ],
     ids=str,
 )
@@ -164,133 +123,7 @@ def test_shared_prefix_attention_matches_reference(
         assert float(away.norm() / other.detach().norm()) < most
 
 
-def test_shared_prefix_layout() -> None:
-    segments = Segments.from_lengths([4, 2, 3], CPU)
-    attention = SharedPrefixAttention(segments)
-    with pytest.raises(AssertionError, match="several sequences"):
-        attention.context_lengths_T  # noqa: B018
-    assert attention.full_segments.max_seqlen == 7
-    assert attention.full_segments.lengths == (4, 6, 7)
-    assert attention.full_segments.cu_seqlens_S1.tolist() == [0, 4, 10, 17]
-    assert attention.indices.source_indices_M.tolist() == [*range(4), *range(6), *range(4), 6, 7, 8]
-
-
-LENGTHS = [[5], [5, 5], [5, 9, 40, 33, 5, 64, 1, 70], [32, 33, 31, 65], [70, 3, 70]]
-
-
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_padded_buckets_contain_each_token_once(lengths: list[int]) -> None:
-    runs = bucket_with_padding(lengths, CPU)
-    locations = sum(length * count for length, count in runs.shapes)
-    assert sum(count for _, count in runs.shapes) == len(lengths)
-    tokens = torch.arange(sum(lengths))
-    order_P = tokens if runs.order_T is None else runs.order_T
-    back_T = tokens if runs.inverse_T is None else runs.inverse_T
-    assert len(order_P) == locations
-    assert torch.equal(order_P[back_T], tokens)
-    if runs.padding_P is None:
-        assert locations == len(tokens)
-    else:
-        assert int(runs.padding_P.sum()) == locations - len(tokens) > 0
-        assert not runs.padding_P[back_T].any()
-
-
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_segments_keep_their_order_in_padded_rows(lengths: list[int]) -> None:
-    runs = bucket_with_padding(lengths, CPU)
-    tokens = torch.arange(sum(lengths))
-    order_P = tokens if runs.order_T is None else runs.order_T
-    rows = [
-        row.tolist()
-        for (length, count), part in zip(
-            runs.shapes, order_P.split([n * count for n, count in runs.shapes]), strict=True
-        )
-        for row in part.view(count, length)
-    ]
-    segments = sorted((part.tolist() for part in tokens.split(lengths)), key=len)
-    for row, segment in zip(rows, segments, strict=True):
-        assert row[: len(segment)] == segment
-        assert len(row) % LENGTH_MULTIPLE == 0 or len(row) == len(segment)
-        assert len(row) < max(
-            MAX_LENGTH_RATIO * len(segment) + LENGTH_MULTIPLE, 2 * LENGTH_MULTIPLE
-        )
-
-
-def test_equal_lengths_need_no_padding() -> None:
-    lengths = [192, 64, 192]
-    assert bucket_with_padding(lengths, CPU).padding_P is None
-    assert (
-        bucket_with_padding(lengths, CPU).shapes
-        == bucket_by_length(lengths, CPU).shapes
-        == ((64, 1), (192, 2))
-    )
-
-
-def test_bucket_sizes_repeat() -> None:
-    """Packs of twenty texts have few distinct sizes in hundreds of batches."""
-    generator = torch.Generator().manual_seed(0)
-    packs = [torch.randint(60, 250, (20,), generator=generator).tolist() for _ in range(50)]
-    sizes = {length for lengths in packs for length, _ in bucket_with_padding(lengths, CPU).shapes}
-    assert sizes <= {64, 128, 192, 256}
-    assert all(len(bucket_with_padding(lengths, CPU).shapes) <= 3 for lengths in packs)
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_head_rows_roundtrip(lengths: list[int], heads: int) -> None:
-    runs = bucket_with_padding(lengths, CPU)
-    rows, tokens = runs.head_rows(heads), sum(lengths)
-    assert torch.equal(rows.order_X[rows.inverse_Y], torch.arange(tokens * heads))
-    padding = torch.arange(0) if rows.padding_Y is None else rows.padding_Y
-    locations = torch.cat([rows.inverse_Y, padding]).sort().values
-    assert torch.equal(locations, torch.arange(runs.num_positions * heads))
-    # The same head of a segment's tokens is contiguous.
-    length, count = runs.shapes[-1]
-    of_last = rows.order_X[-length * count * heads :].view(count, heads, length)
-    shortest = min(lengths)
-    expected = torch.arange(heads).view(1, heads, 1).expand(count, heads, shortest)
-    assert torch.equal(of_last[..., :shortest] % heads, expected)
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize(
-    "lengths", [(4, 2), (4, 2, 9, 1), (15, 60, 31, 33, 200, 1), (16, 16, 16)], ids=str
-)
-def test_shared_prefix_is_repeated_per_segment(lengths: tuple[int, ...], heads: int) -> None:
-    runs = bucket_shared_prefix(lengths)
-    prefix_length, tokens, others = lengths[0], sum(lengths), len(lengths) - 1
-    rows = runs.head_rows(heads)
-    assert torch.equal(rows.order_X[rows.inverse_Y], torch.arange(tokens * heads))
-    idle = torch.arange(0) if rows.padding_Y is None else rows.padding_Y
-    locations = torch.cat([rows.inverse_Y, idle]).sort().values
-    assert torch.equal(locations, torch.arange(runs.num_positions * heads))
-    if others == 1:
-        assert rows.copies_RC is None
-        return
-    assert rows.copies_RC is not None
-    assert rows.copies_RC.shape == (prefix_length * heads, others - 1)
-    expected = torch.arange(prefix_length * heads)[:, None].expand(-1, others - 1)
-    assert torch.equal(rows.order_X[rows.copies_RC], expected)
-    assert len(rows.copies_RC.unique()) == rows.copies_RC.numel()
-    assert not torch.isin(rows.copies_RC, rows.inverse_Y).any()
-
-
 CPU_LENGTHS = [[7], [4, 4], [5, 9, 40, 33, 5, 64, 1, 70]]
-
-
-def random_qkv(
-    total: int, heads: int, kv_heads: int, dtype: torch.dtype, width: int = 16
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(total, count, width) for count in (heads, kv_heads, kv_heads)]
-    values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    return [x.to(dtype).requires_grad_() for x in values]
-
-
-def with_gradients(found: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    # Values representable in bf16, so that every dtype has equal inputs.
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    return [found, *torch.autograd.grad((found * weights.to(found.dtype)).sum(), inputs)]
 
 
 @each("kv_heads", [4, 2, 1])
@@ -329,40 +162,28 @@ def test_bf16_error_is_close_to_fused_kernel(causal: bool, spread: int, width: i
         assert error(one, truth) < 1.5 * error(other, truth)
 
 
+@each("heads", [1, 3])
+@each("is_shared", [False, True])
+@each("lengths", [(4, 2), (4, 2, 9, 1), (15, 60, 31, 33, 200, 1), (16, 16, 16), (70, 3, 70)])
+def test_each_head_row_has_one_position(
+    lengths: tuple[int, ...], is_shared: bool, heads: int
+) -> None:
+    """The others are padding, or copies of a shared prefix."""
+    runs = bucket_shared_prefix(lengths) if is_shared else bucket_with_padding(lengths, CPU)
+    rows = runs.head_rows(heads)
+    assert torch.equal(rows.order_X[rows.inverse_Y], torch.arange(sum(lengths) * heads))
+    padding = torch.arange(0) if rows.padding_Y is None else rows.padding_Y
+    positions = torch.cat([rows.inverse_Y, padding]).sort().values
+    assert torch.equal(positions, torch.arange(runs.num_positions * heads))
+    assert (rows.copies_RC is not None) == (is_shared and len(lengths) > 2)
+    if rows.copies_RC is not None:
+        prefix_R1 = torch.arange(lengths[0] * heads)[:, None]
+        expected_RC = prefix_R1.expand(-1, len(lengths) - 2)
+        assert torch.equal(rows.order_X[rows.copies_RC], expected_RC)
+        assert len(rows.copies_RC.unique()) == rows.copies_RC.numel()
+        assert not torch.isin(rows.copies_RC, rows.inverse_Y).any()
+
+
 def error(found: Tensor, exact: Tensor) -> float:
     """Return the root mean square of the differences."""
     return float((found.detach().double() - exact.detach()).square().mean().sqrt())
-
-
-def test_long_sequences_use_the_fused_kernel() -> None:
-    segments = Segments.from_lengths([MAX_CPU_SEQLEN + 1], CPU)
-    inputs = random_qkv(MAX_CPU_SEQLEN + 1, 2, 1, torch.bfloat16)
-    fused = bucketed_attention(*inputs, segments.length_buckets, True)
-    assert torch.equal(varlen_attention(*inputs, segments, causal=True), fused)
-
-
-def test_non_causal_padding_is_rejected() -> None:
-    with pytest.raises(AssertionError, match="padded buckets"):
-        cpu_attention(
-            *random_qkv(3, 2, 2, torch.float64),
-            LengthBuckets(((2, 2),), None, None, torch.zeros(4)),
-            causal=False,
-        )
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("tiles", [True, False])
-def test_inference_uses_the_fused_kernel_with_tiles(
-    tiles: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "has_amx_bf16", lambda: tiles)
-    segments = Segments.from_lengths([40, 70, 40], CPU)
-    inputs = random_qkv(150, 4, 2, torch.bfloat16)
-    fused = bucketed_attention(*inputs, segments.length_buckets, causal)
-    runs = segments.padded_buckets if causal else segments.length_buckets
-    short = cpu_attention(*inputs, runs, causal=causal)
-    assert not torch.equal(fused, short)
-    assert torch.equal(varlen_attention(*inputs, segments, causal=causal), short)
-    with torch.no_grad():
-        found = varlen_attention(*inputs, segments, causal=causal)
-    assert torch.equal(found, fused if tiles else short)

@@ -31,10 +31,7 @@ from finesight.model.layers import GatedMlp, RmsNorm, add_norm
 from finesight.model.linear import FusedLinear
 from finesight.model.vlm import VisionLanguageModel
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 SAMPLES = [

@@ -20,11 +20,7 @@ from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 
-on_card = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=on_card)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HALF = [torch.bfloat16, torch.float16]
 WIDTHS = {"gate_proj": 48, "up_proj": 32}
 FAMILIES: dict[TinyFamily, int] = {"qwen2_vl": 3, "qwen2_5_vl": 2, "qwen3_vl": 2}
@@ -120,7 +116,6 @@ def test_fused_fp8_gelu_matches_two_steps(width: int, dtype: torch.dtype, device
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
 def test_non_finite_values_stay_in_their_row(wrong: float) -> None:
     group = make_fp8_layer(1280, torch.bfloat16, "cuda")
@@ -136,7 +131,6 @@ def test_non_finite_values_stay_in_their_row(wrong: float) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", [48, 1280, 2048])
 @pytest.mark.parametrize("kind", [nn.LayerNorm, RmsNorm])
@@ -160,7 +154,6 @@ def test_fused_fp8_norm_matches_two_steps(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("width", [48, 1536])

@@ -34,18 +34,16 @@ def angles(tokens: int, width: int, dtype: torch.dtype = torch.float64) -> tuple
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rotary_matches_complex_product(shape: tuple[int, int, int]) -> None:
-    x, (cos, sin) = random_values(*shape), angles(shape[0], shape[2])
-    half = shape[2] // 2
+def test_values_match_torch(shape: tuple[int, int, int]) -> None:
+    """Also of strided inputs; the rotation is a complex product."""
+    tokens, heads, width = shape
+    x, (cos, sin) = random_values(tokens, heads + 2, width)[:, 1:-1], angles(tokens, width)
+    half = width // 2
     as_complex = torch.complex(x[..., :half], x[..., half:])
     expected = as_complex * torch.complex(cos[..., :half], sin[..., half:])
-    torch.testing.assert_close(
-        apply_rotary(x, cos, sin), torch.cat([expected.real, expected.imag], -1)
-    )
-
-
-def test_values_match_torch() -> None:
-    x, y = random_values(7, 9), random_values(7, 9, seed=2)
+    rotated = apply_rotary(x, cos, sin)
+    torch.testing.assert_close(rotated, torch.cat([expected.real, expected.imag], -1))
+    y = random_values(*shape, seed=2)
     torch.testing.assert_close(quick_gelu(x), x * torch.sigmoid(1.702 * x))
     torch.testing.assert_close(swiglu(x, y), F.silu(x) * y)
 
@@ -92,13 +90,7 @@ def test_dropout_rate_and_scaling(share: float, dtype: torch.dtype) -> None:
         covariance = (centred[lag:] * centred[:-lag]).mean()
         assert abs(covariance) < 6 * share * (1 - share) / (x.numel() - lag) ** 0.5
     assert not torch.equal(dropout(x, share)[0], dropped)
-
-
-def test_strided_inputs() -> None:
-    wide, (cos, sin) = random_values(6, 9, 8), angles(6, 8)
-    torch.testing.assert_close(
-        apply_rotary(wide[:, 2:5], cos, sin), apply_rotary(wide[:, 2:5].clone(), cos, sin)
-    )
+    assert torch.equal(dropout(x, 1e-300)[0], x)
 
 
 def run_both(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -116,7 +108,6 @@ def _with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> li
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_round_like_eager(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -134,10 +125,3 @@ def test_kernels_round_like_eager(shape: tuple[int, int, int], dtype: torch.dtyp
             error = (found.double().cpu() - exact).abs()
             assert float((error - 4 * step * exact.abs()).max()) < 4 * step
     assert run_both(swiglu, x, y)[0][0].dtype == dtype
-
-
-def test_tiny_dropout_rate_keeps_all_values() -> None:
-    x = torch.ones(100, 60)
-    dropped, locations = dropout(x, 1e-300)
-    assert len(locations) == 0
-    assert torch.equal(dropped, x)

@@ -26,6 +26,10 @@ from finesight.model.layers import RotaryCosSin, ZeroCenteredRmsNorm, apply_part
 CPU = torch.device("cpu")
 
 
+def make_config(key_dim: int, value_dim: int) -> LinearAttentionConfig:
+    return LinearAttentionConfig((), 2, 4, key_dim, value_dim, 4)
+
+
 def make_inputs(num_tokens: int, seed: int, heads: int = 2, dim: int = 8, value_dim: int = 6):
     """Random normalized queries and keys, values, log decays and step sizes in fp64."""
     generator = torch.Generator().manual_seed(seed)
@@ -145,19 +149,11 @@ def test_layout_of_a_graph_has_the_chunks_of_the_actual_lengths():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 128), (32, 64)])
 def test_step_kernels_match_the_step_in_pytorch(key_dim, value_dim):
     """Outputs and states of three sequences of seven slots, for two tokens."""
     device, rows, slots = torch.device("cuda"), 3, torch.tensor([5, 1, 6], device="cuda")
-    config = LinearAttentionConfig(
-        full_attention_layers=(),
-        num_key_heads=2,
-        num_value_heads=4,
-        key_head_dim=key_dim,
-        value_head_dim=value_dim,
-        conv_kernel_size=4,
-    )
+    config = make_config(key_dim, value_dim)
     generator = torch.Generator(device).manual_seed(key_dim)
 
     def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -188,7 +184,6 @@ def test_step_kernels_match_the_step_in_pytorch(key_dim, value_dim):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("trains_norm", [False, True])
 def test_kernels_of_gated_attention_match_pytorch(trains_norm):
     """Norm, partial rotation and gate of strided heads: outputs and gradients against fp64."""
@@ -225,21 +220,13 @@ def test_kernels_of_gated_attention_match_pytorch(trains_norm):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("lengths", [[1], [64, 63, 65], [5, 130, 1, 700], [4097]])
 @pytest.mark.parametrize("has_state", [False, True])
 def test_kernels_are_as_exact_as_bf16_operations(lengths, has_state, monkeypatch):
     """Errors of outputs, states and gradients against fp64, next to those of the PyTorch path."""
     device, num_tokens = torch.device("cuda"), sum(lengths)
     generator = torch.Generator(device).manual_seed(num_tokens)
-    config = LinearAttentionConfig(
-        full_attention_layers=(),
-        num_key_heads=2,
-        num_value_heads=4,
-        key_head_dim=128,
-        value_head_dim=128,
-        conv_kernel_size=4,
-    )
+    config = make_config(128, 128)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)

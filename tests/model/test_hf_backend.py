@@ -8,6 +8,7 @@ import hf_models
 import pytest
 import torch
 from case_files import load_cases
+from lora_fixtures import randomize_parameters
 from safetensors.torch import load_file, save_file
 
 from finesight.config import TuneSettings
@@ -77,32 +78,26 @@ def test_each_part_follows_its_tune_setting(model: HfModel) -> None:
     assert all(".adapter." in name for name in learning if get_part(name) == "vision")
 
 
+@torch.no_grad()
 def test_adapter_roundtrip(
     model: HfModel, folder: Path, batch: PackedBatch, tmp_path: Path
 ) -> None:
-    configure_tuning(model, TuneSettings(vision="lora", merger="lora", language="lora"), seed=0)
-    model.eval()
-    with torch.no_grad():
-        for _, _, adapter in iter_adapters(model):
-            for parameter in adapter.parameters():
-                parameter.normal_(0.0, 0.1)
-        expected = model(batch)
-        (tmp_path / "adapter").mkdir()
-        save_adapter(tmp_path / "adapter", model, base_model=str(folder))
-        again = load_hf_model(ModelFolder(folder), torch.float32, CPU)
-        baseline = again(batch)
-        load_adapter(again, tmp_path / "adapter", base_folder=ModelFolder(folder))
-        assert torch.equal(again(batch), expected)
+    parts = dict.fromkeys(("vision", "merger", "language"), "lora")
+    configure_tuning(model, TuneSettings.model_validate(parts), seed=0)
+    randomize_parameters(p for _, _, adapter in iter_adapters(model) for p in adapter.parameters())
+    expected = model.eval()(batch)
+    save_adapter(tmp_path, model, base_model=str(folder))
+    again = load_hf_model(ModelFolder(folder), torch.float32, CPU)
+    baseline = again(batch)
+    load_adapter(again, tmp_path, base_folder=ModelFolder(folder))
+    assert torch.equal(again(batch), expected)
     assert not torch.allclose(baseline, expected, atol=1e-2)
 
 
-def test_post_processed_logits_are_rejected(model: HfModel, batch: PackedBatch) -> None:
+def test_unsupported_models_are_rejected(model: HfModel, batch: PackedBatch) -> None:
     model.inner.lm_head.register_forward_hook(lambda _, __, logits: 9 * torch.tanh(logits / 9))
     with pytest.raises(UserError, match="logits of llava differ"):
         model(batch)
-
-
-def test_unknown_parameters_are_rejected(model: HfModel) -> None:
     model.inner.model.audio_tower = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"model\.audio_tower\.weight belongs to no known part"):
         configure_tuning(model, TuneSettings(), seed=0)
@@ -113,33 +108,29 @@ def test_parts_are_recognized_by_hf_names(name: str, part: str) -> None:
     assert get_part(f"inner.{name}") == part
 
 
-@pytest.mark.parametrize("how", ["missing", "another shape"])
-def test_mismatched_tensors_are_rejected(folder: Path, tmp_path: Path, how: str) -> None:
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
-    if how == "missing":
-        del tensors[name]
-    else:
-        tensors[name] = tensors[name][:5].clone()
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"1 tensors are missing or of another shape.*up_proj"):
-        load_hf_model(ModelFolder(tmp_path), torch.float32, CPU)
-
-
-def test_pickled_weights_are_converted_and_verified(
-    model: HfModel, folder: Path, batch: PackedBatch, tmp_path: Path
+@pytest.mark.parametrize("how", ["missing", "another shape", "pickled"])
+def test_mismatched_tensors_are_rejected(
+    model: HfModel, folder: Path, batch: PackedBatch, tmp_path: Path, how: str
 ) -> None:
+    """Pickled weights are converted and verified."""
     for file in folder.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    again = load_hf_model(ModelFolder(tmp_path), torch.float32, CPU)
-    assert torch.equal(again(batch), model(batch))
-    (converted,) = ModelFolder(tmp_path).weight_files()
-    content = bytearray(converted.read_bytes())
-    content[-1] ^= 1
-    converted.write_bytes(content)
-    with pytest.raises(UserError, match="has changed since it was written"):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    message = r"1 tensors are missing or of another shape.*up_proj"
+    if how == "pickled":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        again = load_hf_model(ModelFolder(tmp_path), torch.float32, CPU)
+        assert torch.equal(again(batch), model(batch))
+        (converted,) = ModelFolder(tmp_path).weight_files()
+        content = bytearray(converted.read_bytes())
+        content[-1] ^= 1
+        converted.write_bytes(content)
+        message = "has changed since it was written"
+    else:
+        changed = {} if how == "missing" else {name: tensors[name][:5].clone()}
+        del tensors[name]
+        save_file(tensors | changed, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=message):
         load_hf_model(ModelFolder(tmp_path), torch.float32, CPU)

@@ -12,10 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from finesight.model.kernels.runtime import SeededDropout
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 RANKS = [1, 8, 24, 40, 64, 72, 100, 128, 192, 256, 300, 384]
 """Single ranks, small ones, ranks split into two blocks, and the maximum."""

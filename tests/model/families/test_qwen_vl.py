@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from case_files import load_cases
+from each_value import each
 from qwen_vl_reference import CONFIGS
 
 from finesight.errors import UserError
@@ -33,17 +34,6 @@ ARCHITECTURE = ARCHITECTURES["qwen"]
 CPU = torch.device("cpu")
 
 
-def _small(**changes: Any) -> dict[str, Any]:
-    config = CONFIGS["few queries"]
-    return config | {"visual": config["visual"] | changes.pop("visual", {})} | changes
-
-
-def _refused(config: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as caught:
-        init_random_model(config, 0, torch.float32, CPU)
-    return str(caught.value)
-
-
 @pytest.fixture(scope="module")
 def published() -> list[HubTensor]:
     if not ASSETS.is_dir():
@@ -60,7 +50,12 @@ def published() -> list[HubTensor]:
 def test_published_model_tensor_count_and_size(published: list[HubTensor]) -> None:
     # The sizes in the index that its weights were published with.
     assert len(published) == 853
-    assert 2 * sum(tensor.data.numel() for tensor in published) == 19_313_870_336
+    size = dict.fromkeys(MODEL_PARTS, 0)
+    for tensor in published:
+        size[get_part(tensor.name)] += tensor.data.numel()
+    assert 2 * sum(size.values()) == 19_313_870_336
+    millions = {part: round(numbers / 1e6) for part, numbers in size.items()}
+    assert millions == {"vision": 1843, "merger": 93, "language": 6477, "embeddings": 1245}
 
 
 def test_published_name_mapping_roundtrip(published: list[HubTensor]) -> None:
@@ -93,14 +88,6 @@ def test_published_name_mapping_roundtrip(published: list[HubTensor]) -> None:
     assert expected == {name: shapes[name] for name in expected}
 
 
-def test_every_tensor_belongs_to_a_part(published: list[HubTensor]) -> None:
-    size = dict.fromkeys(MODEL_PARTS, 0)
-    for tensor in published:
-        size[get_part(tensor.name)] += tensor.data.numel()
-    millions = {part: round(numbers / 1e6) for part, numbers in size.items()}
-    assert millions == {"vision": 1843, "merger": 93, "language": 6477, "embeddings": 1245}
-
-
 @pytest.mark.parametrize(
     ("side", "width", "products"), CASES["test_resampler_positions_match_published"]
 )
@@ -108,31 +95,29 @@ def test_resampler_positions_match_published(side: int, width: int, products: li
     found = sincos_positions(side, width)
     vectors = np.random.RandomState(5).standard_normal((3, found.size))
     assert np.abs(vectors @ found.flatten() - products).max() < 1e-3
-    model = init_random_model(_small(), 0, torch.float32, CPU)
+    model = init_random_model(CONFIGS["few queries"], 0, torch.float32, CPU)
     table = model.get_buffer("visual.merger.attn_pool.pos_embed")
     assert torch.equal(table, torch.from_numpy(sincos_positions(4, 256)))
 
 
-def test_ntk_base_increases_with_length() -> None:
+def test_positions_beyond_the_trained_length() -> None:
+    """The rotary base and the scale of queries."""
     lengths = torch.tensor([1, 2048, 2049, 4096, 4097, 8192, 8193])
     assert count_ntk_doublings(lengths, 2048).tolist() == [0, 0, 1, 1, 2, 2, 3]
     assert ntk_base(1e4, 128, 0) == 1e4
     assert ntk_base(1e4, 128, 1) == pytest.approx(1e4 * 3 ** (128 / 126))
+    scales = logn_scale(torch.tensor([0, 2047, 2048, 8191]), 2048).tolist()
+    expected = [1.0, 1.0, math.log(2049, 2048), math.log(8192, 2048)]
+    assert scales == pytest.approx(expected, abs=1e-7)
 
 
-def test_logn_scale_of_queries() -> None:
-    found = logn_scale(torch.tensor([0, 2047, 2048, 8191]), 2048)
-    assert found.tolist() == pytest.approx(
-        [1.0, 1.0, math.log(2049, 2048), math.log(8192, 2048)], abs=1e-7
-    )
-
-
-@pytest.mark.parametrize(("changes", "message"), CASES["test_unsupported_configs_are_rejected"])
+@each(
+    ("changes", "message"),
+    [*CASES["test_unsupported_configs_are_rejected"], ({"visual": None}, "visual is missing")],
+)
 def test_unsupported_configs_are_rejected(changes: dict[str, Any], message: str) -> None:
-    assert message in _refused(_small(**changes))
-
-
-def test_text_only_model_is_rejected() -> None:
-    config = _small()
-    del config["visual"]
-    assert "visual is missing" in _refused(config)
+    config = CONFIGS["few queries"]
+    if changes.get("visual"):
+        changes = changes | {"visual": config["visual"] | changes["visual"]}
+    with pytest.raises(UserError, match=message):
+        init_random_model(config | changes, 0, torch.float32, CPU)

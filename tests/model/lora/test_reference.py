@@ -103,18 +103,17 @@ def install_multi_lora(
     for configs in adapters:
         references.append(install_adapter(linear, configs) if configs else None)
         multi_lora.collect_adapter()
+        assert linear.adapter is None
     routing = multi_lora.install()
     assert routing is not None
     return routing, references
 
 
-def expected_rows(
-    linear: FusedLinear, references: list[LoraLinear | None], chosen: list[int], x_TI: Tensor
-) -> Tensor:
-    """Return the outputs of `LoraLinear`, with the chosen adapter of each row."""
+def expected_rows(linear: FusedLinear, adapters: list[LoraLinear | None], x_TI: Tensor) -> Tensor:
+    """Return the outputs of `LoraLinear`, with the adapter of each row."""
     installed, rows = linear.adapter, []
-    for row, index in enumerate(chosen):
-        linear.adapter = references[index]
+    for row, adapter in enumerate(adapters):
+        linear.adapter = adapter
         rows.append(torch.cat(linear(x_TI[row : row + 1]), 1))
     linear.adapter = installed
     return torch.cat(rows)
@@ -126,25 +125,52 @@ def expected_rows(
 def test_multi_lora_matches_lora_linear(
     data: st.DataObject, widths: list[int], inputs: int, bias: bool
 ) -> None:
-    """Adapters of any subset of the layers, with ranks and scales of their own."""
+    """Adapters of any subset of the layers, with ranks and scales of their own, or none."""
     linear = make_linear(widths, inputs, bias)
     layer_configs = st.dictionaries(st.sampled_from(list(linear.output_sizes)), CONFIGS)
     adapters = data.draw(st.lists(layer_configs, min_size=1, max_size=4).filter(any))
-    chosen = data.draw(st.lists(st.integers(0, len(adapters) - 1), min_size=1, max_size=6))
+    choices = st.none() | st.integers(0, len(adapters) - 1)
+    chosen = data.draw(st.lists(choices, min_size=1, max_size=6))
     routing, references = install_multi_lora(linear, adapters)
     x_TI = torch.randn(len(chosen), inputs, dtype=torch.float64)
+    of_rows = [None if index is None else references[index] for index in chosen]
+    expected_TO = expected_rows(linear, of_rows, x_TI)
     routing.set_mask(torch.cat([routing.build_mask(index) for index in chosen]))
-    expected_TO = expected_rows(linear, references, chosen, x_TI)
     # The scales of the ranks are in fp32.
     torch.testing.assert_close(torch.cat(linear(x_TI), 1), expected_TO, rtol=1e-5, atol=1e-4)
     multi = linear.adapter
     assert isinstance(multi, MultiLoraLinear)
     base_TO = nn.functional.linear(x_TI, linear.weight, linear.bias)
     torch.testing.assert_close(multi.add_delta(base_TO, x_TI), expected_TO, rtol=1e-5, atol=1e-4)
+    # One mask for all tokens, in batches as in a vision encoder.
+    routing.set_mask(routing.build_mask(chosen[0]))
+    found = torch.cat(linear(x_TI.unsqueeze(0)), -1)[0]
+    expected_TO = expected_rows(linear, of_rows[:1] * len(chosen), x_TI)
+    torch.testing.assert_close(found, expected_TO, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_scale_beyond_the_range_of_fp16() -> None:
+    """An adapter with tiny weights may have a large alpha."""
+    linear = make_linear([5], 6, dtype=torch.float16)
+    adapter = install_adapter(linear, {"layer_0": LoraConfig(1, 1e6)})
+    for parameter in adapter.parameters():
+        parameter.fill_(1e-4)
+    x_TI = torch.ones(2, 6, dtype=torch.float16)
+    (expected,) = linear(x_TI)
+    assert expected.isfinite().all()
+    multi_lora = MultiLora(nn.ModuleDict({"linear": linear}))
+    multi_lora.collect_adapter()
+    (base,) = linear(x_TI)
+    routing = multi_lora.install()
+    assert routing is not None
+    for index, output in ((0, expected), (None, base)):
+        routing.set_mask(routing.build_mask(index))
+        torch.testing.assert_close(linear(x_TI)[0], output)
+    assert not torch.allclose(base, expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @settings(FEW, max_examples=15)
 @given(st.lists(st.integers(16, 300), min_size=1, max_size=3), st.integers(16, 900), CONFIGS)
 @torch.no_grad()
@@ -159,7 +185,7 @@ def test_decode_kernel_matches_lora_linear(
     routing, references = install_multi_lora(linear.to("cuda"), adapters)
     routing.set_mask(routing.build_mask(1))
     x_1I = torch.randn(1, inputs, device="cuda")
-    expected_1O = expected_rows(linear, references, [1], x_1I)
+    expected_1O = expected_rows(linear, references[1:], x_1I)
     multi = linear.adapter
     assert isinstance(multi, MultiLoraLinear)
     low_1S = decoding.fused_gemv(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from finesight.model.linear import (
     linear_concat,
     linear_concat_backward,
 )
-from finesight.model.quant import fp8
 from finesight.model.quant.base import QuantizedWeight, find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8, require_fp8_support
 from finesight.model.trainable import get_part
@@ -33,11 +33,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 OFF = 1 / 16
 """Largest relative error of an FP8 element with three mantissa bits."""
 
-on_card = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=on_card)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def random_values(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -79,24 +75,20 @@ def compute_fused(group: FusedLinear, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
 def test_quantization_error_is_bounded(size: float) -> None:
-    x_TI = random_rows((50, 70))
+    """The largest value of a row is exact. Beyond the largest code there is only NaN."""
+    x_TI = random_rows((2048, 30))
     x_TI = x_TI / x_TI.abs().max() * size
     x_TI[3] = 0
-    by_I = random_values((70,), 5).abs()
-    for by, exact in ((None, x_TI), (by_I, x_TI * by_I)):
+    by_I = random_values((30,), 5).abs()
+    for by, exact_TI in ((None, x_TI), (by_I, x_TI * by_I)):
         codes_TI, scales_T1 = quantize_fp8(x_TI, by)
-        off = (codes_TI.float() * scales_T1 - exact).abs()
-        bound = torch.maximum(exact.abs() * OFF, scales_T1 * 2**-10) * (1 + 1e-5)
-        assert bool((off <= bound).all())
+        found_TI = codes_TI.float() * scales_T1
+        bound = torch.maximum(exact_TI.abs() * OFF, scales_T1 * 2**-10) * (1 + 1e-5)
+        assert bool(((found_TI - exact_TI).abs() <= bound).all())
         assert not codes_TI[3].float().any()
-
-
-def test_row_maximum_is_exact() -> None:
-    """Beyond the largest code there is only NaN."""
-    x_TI = random_rows((4096, 16))
-    codes_TI, scales_T1 = quantize_fp8(x_TI)
-    found = (codes_TI.float() * scales_T1).abs().amax(1)
-    torch.testing.assert_close(found, x_TI.abs().amax(1), rtol=1e-6, atol=0)
+        if size == 1.0:
+            largest_T, expected_T = (x.abs().amax(1) for x in (found_TI, exact_TI))
+            torch.testing.assert_close(largest_T, expected_T, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
@@ -105,12 +97,9 @@ def test_non_finite_values_stay_in_their_row(wrong: float, device: str) -> None:
     group = make_layer(torch.bfloat16, device)
     x_TI = random_values((3, INPUTS)).to(device, torch.bfloat16)
     x_TI[1, 7] = wrong
-    found = compute_fused(group, x_TI).isfinite().all(1)
-    assert found.tolist() == [True, False, True]
-    back = (
-        linear_concat_backward(compute_fused(group, x_TI), get_fp8_weight(group)).isfinite().all(1)
-    )
-    assert back.tolist() == [True, False, True]
+    y_TO = compute_fused(group, x_TI)
+    for found in (y_TO, linear_concat_backward(y_TO, get_fp8_weight(group))):
+        assert found.isfinite().all(1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -171,34 +160,6 @@ def test_rows_are_independent_of_batch(device: str) -> None:
     torch.testing.assert_close(many / largest_T1, few / largest_T1, rtol=0.0, atol=5e-7)
 
 
-def test_fused_layers_match_separate_layers() -> None:
-    """Includes inputs with more dimensions."""
-    group = make_layer()
-    x_TI = random_rows((12, INPUTS))
-    fused_TO = linear_concat(x_TI, get_fp8_weight(group), group.bias)
-    assert torch.equal(fused_TO, compute_fused(group, x_TI))
-    shaped = [tuple(y.shape) for y in group(x_TI.view(3, 4, INPUTS))]
-    assert shaped == [(3, 4, width) for width in WIDTHS.values()]
-    assert torch.equal(compute_fused(group, x_TI.view(3, 4, INPUTS)).view(12, -1), fused_TO)
-    assert [len(y) for y in group(x_TI[:0])] == [0, 0, 0]
-
-
-def test_inputs_and_gradients_are_quantized_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    group = make_layer()
-    shapes = []
-
-    def counted(x_TI: Tensor, by_I: Tensor | None = None) -> fp8.Fp8Rows:
-        shapes.append((tuple(x_TI.shape), by_I is None))
-        return quantize_fp8(x_TI, by_I)
-
-    monkeypatch.setattr(fp8, "quantize_fp8", counted)
-    x_TI = random_rows((7, INPUTS)).requires_grad_()
-    compute_fused(group, x_TI).sum().backward()
-    assert shapes == [((7, INPUTS), True), ((7, sum(WIDTHS.values())), False)]
-
-
 def test_evaluation_quantizes_only_weights() -> None:
     group, x_TI = make_layer().eval(), random_rows((12, INPUTS)).requires_grad_()
     dense_OI = torch.cat(list(get_fp8_weight(group).dequantize_layers()))
@@ -242,50 +203,26 @@ def test_adapter_uses_unquantized_inputs(training: bool) -> None:
         assert torch.equal(mine, dense)
 
 
-def test_transposed_weight_is_created_by_first_backward() -> None:
-    """Layers without a backward pass never create it; the codes are views."""
-    group = make_layer()
-    weight, x_TI = get_fp8_weight(group), random_rows((5, INPUTS))
-    total = sum(WIDTHS.values())
-    linear_concat(x_TI, weight, None)
-    assert weight.backward_codes is None
-    assert sum(buffer.nbytes for buffer in weight.buffers()) == total * INPUTS + 4 * total
-    assert len({buffer.untyped_storage().data_ptr() for buffer in weight.buffers()}) == 2
-    back_TI = linear_concat_backward(random_values((5, total)), weight)
-    assert weight.backward_codes is not None
-    assert weight.backward_codes.codes.nbytes == total * INPUTS
-    group.to(CPU)
-    assert weight.backward_codes is None
-    assert torch.equal(linear_concat_backward(random_values((5, total)), weight), back_TI)
-
-
 def test_layers_with_unsupported_sizes_are_unchanged(tmp_path: Path) -> None:
     """Only linear layers of the selected parts are quantized."""
     odd = dataclasses.replace(TINY_PRESETS["test"], intermediate_size=136)
     folder = create_tiny_model(tmp_path / "tiny", "qwen2_5_vl", preset=odd)
     (folder / "sha256.json").unlink()
     base = with_untied_head(ModelFolder(folder))
-    usual = load_model(base, torch.float32, CPU)
     model = load_model(base, torch.float32, CPU, ("embeddings",), fp8_parts=("vision", "language"))
-    groups = {
-        f"{path}.weight": module
-        for path, module in usual.named_modules()
-        if isinstance(module, FusedLinear)
-    }
     sizes = {
-        name: (group.in_features, *group.output_sizes.values()) for name, group in groups.items()
+        f"{path}.weight": (group.in_features, *group.output_sizes.values())
+        for path, group in load_model(base, torch.float32, CPU).named_modules()
+        if isinstance(group, FusedLinear)
     }
-    own = {name for name in groups if get_part(name) in ("vision", "language")}
+    own = {name for name in sizes if get_part(name) in ("vision", "language")}
     fitting = {name for name in own if not any(size % 16 for size in sizes[name])}
-    few = find_quantized_weights(model)
-    assert {name for name, weight in few.items() if isinstance(weight, Fp8Weight)} == fitting
-    assert few.keys() - fitting == {"lm_head.weight"}
+    quantized = find_quantized_weights(model)
+    assert {name for name, one in quantized.items() if isinstance(one, Fp8Weight)} == fitting
+    assert quantized.keys() - fitting == {"lm_head.weight"}
     assert fitting < own
     assert count_unquantized_layers(model, ("vision", "language")) == 6
     assert count_unquantized_layers(model, ("vision",)) == 0
-    language = {name for name in fitting if get_part(name) == "language"}
-    alone = load_model(base, torch.float32, CPU, fp8_parts=("language",))
-    assert find_quantized_weights(alone).keys() == language
 
 
 def test_other_quantization_has_priority(tmp_path: Path) -> None:
@@ -296,22 +233,22 @@ def test_other_quantization_has_priority(tmp_path: Path) -> None:
     assert {type(weight) for weight in few.values()} == {QuantizedWeight}
 
 
-@pytest.mark.parametrize("able", [(7, 5), (8, 0), (8, 6)])
+@pytest.mark.parametrize(
+    ("able", "is_supported"), [((7, 5), False), ((8, 0), False), ((8, 6), False), ((8, 9), True)]
+)
 def test_unsupported_gpu_is_rejected(
-    able: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    able: tuple[int, int], is_supported: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: able)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    with pytest.raises(UserError, match=rf"compute capability {able[0]}\.{able[1]}") as refused:
+    message = rf"compute capability {able[0]}\.{able[1]}"
+    refused = contextlib.nullcontext() if is_supported else pytest.raises(UserError, match=message)
+    with refused:
         require_fp8_support(torch.device("cuda"), "tune.quantize.fp8")
-    assert refused.value.where == "tune.quantize.fp8"
     require_fp8_support(CPU, "tune.quantize.fp8")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    require_fp8_support(torch.device("cuda"), "tune.quantize.fp8")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("inputs", [16, 1536, 8960, 16384, 17920])
 def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
@@ -333,7 +270,6 @@ def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("rows", [1, 33, 2000])
 @pytest.mark.parametrize("scale", [1, 16])
 def test_gpu_products_match_the_codes(rows: int, scale: int) -> None:

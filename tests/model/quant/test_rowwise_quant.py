@@ -12,18 +12,15 @@ from finesight.model.quant.fp8 import Fp8Matrix
 from finesight.model.quant.int8 import Int8Matrix, RowwiseMatrix
 
 KINDS = [Int8Matrix, Fp8Matrix]
-TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(40, 64), (7, 3), (33, 80), (1, 1), (300, 17)]
 
 
-def random_values(
-    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def random_values(shape: tuple[int, int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def quantize(kind: type[RowwiseMatrix], values: Tensor) -> RowwiseMatrix:
-    matrix = kind(*values.shape).to(values.device)
+    matrix = kind(*values.shape)
     matrix.quantize(values)
     return matrix
 
@@ -68,45 +65,8 @@ def test_row_maximum_is_exact(kind: type[RowwiseMatrix]) -> None:
 def test_values_are_rounded_once(
     kind: type[RowwiseMatrix], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Quantize in chunks and at once."""
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
     matrix = quantize(kind, random_values((33, 80)))
     exact = matrix.codes_OI.double() * matrix.scales_O[:, None].double()
-    for dtype in TYPES:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(matrix.dequantize(dtype), exact.float().to(dtype))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_quantization_error_is_that_of_eight_bits(kind: type[RowwiseMatrix]) -> None:
-    """Normally distributed values: below 1 % in INT8 and 3 % in FP8."""
-    values = random_values((512, 512))
-    off = quantize(kind, values).dequantize(torch.float32) - values
-    share = float(off.norm() / values.norm())
-    assert share < (0.01 if kind is Int8Matrix else 0.03)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_memory_per_weight_is_one_byte(kind: type[RowwiseMatrix]) -> None:
-    matrix = quantize(kind, random_values((256, 1024), torch.bfloat16))
-    taken = sum(buffer.nbytes for buffer in matrix.buffers())
-    assert taken == matrix.num_elements + 4 * 256
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_output_and_gradients_match_dequantized(
-    kind: type[RowwiseMatrix], dtype: torch.dtype
-) -> None:
-    matrix = quantize(kind, random_values((24, 48)))
-    bias, x = random_values((24,), dtype, 1), random_values((5, 48), dtype, 2).requires_grad_()
-    y = matrix(x, bias)
-    y.float().square().sum().backward()
-    dense = matrix.dequantize(dtype)
-    assert torch.equal(y, torch.nn.functional.linear(x, dense, bias))
-    assert x.grad is not None
-    assert torch.equal(x.grad, (2 * y.detach().float()).to(dtype) @ dense)
-
-
-def test_shape_mismatch_raises() -> None:
-    with pytest.raises(AssertionError, match=r"\(3, 5\), not \(5, 3\)"):
-        Int8Matrix(5, 3).quantize(random_values((3, 5)))

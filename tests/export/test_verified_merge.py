@@ -13,8 +13,9 @@ import yaml
 from hf_reference import CPU
 from lora_fixtures import tune_with_lora
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from finesight.config import Device, Precision, TuneSettings
+from finesight.config import Precision, TuneSettings
 from finesight.errors import UserError
 from finesight.export import verified_merge
 from finesight.export.hf_files import find_missing_files
@@ -28,27 +29,25 @@ from finesight.model.weights_io import load_model
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
 from finesight.storage import verify_folder
 
-PARTS = {"language": "lora", "vision": "lora", "merger": "lora"}
-TUNE: dict[str, Any] = PARTS | {"lora": {"rank": 4, "alpha": 4}}
+TUNE: dict[str, Any] = {
+    "language": "lora",
+    "vision": "lora",
+    "merger": "lora",
+    "lora": {"rank": 4, "alpha": 4},
+}
 PROMPT = "Describe the picture."
 
 
 class MergeableRun(NamedTuple):
-    """Make a run with an adapter on all parts of finesight-tiny."""
+    """Run with an adapter on all parts of finesight-tiny."""
 
     folder: Path
     image: Path
 
-    def merge(self, out: Path, **how: Any) -> VerifiedMerge:
-        output: list[str] = []
-        how = {"num_samples": 3, "device": "cpu", "log": output.append} | how
-        return merge_and_verify(
-            str(self.folder), resolve_model_source(str(self.folder)), out, **how
-        )
-
-    @property
-    def recipe(self) -> Path:
-        return self.folder / "recipe.yaml"
+    def merge(self, out: Path, base: Path | None = None, **options: Any) -> VerifiedMerge:
+        source = resolve_model_source(str(self.folder), str(base) if base else None)
+        options = {"num_samples": 3, "device": "cpu"} | options
+        return merge_and_verify(str(self.folder), source, out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +59,8 @@ def run_template(tmp_path_factory: pytest.TempPathFactory) -> MergeableRun:
     adapter.mkdir(parents=True)
     save_adapter(adapter, model, base_model=TINY_MODEL, base_fingerprint=base.fingerprint())
     # Half of it: enough to change answers, not to make them noise.
-    from safetensors.torch import load_file, save_file
-
-    tensors = {
-        key: 0.5 * tensor for key, tensor in load_file(adapter / ADAPTER_WEIGHTS_FILE).items()
-    }
-    save_file(tensors, adapter / ADAPTER_WEIGHTS_FILE)
+    weights = adapter / ADAPTER_WEIGHTS_FILE
+    save_file({key: 0.5 * tensor for key, tensor in load_file(weights).items()}, weights)
     manifest = Manifest(
         family="qwen2_vl",
         base_model=str(TINY_MODEL_FOLDER),
@@ -102,22 +97,24 @@ def run_predict(source: Path, image: Path) -> str:
     return result[0].raw_text
 
 
-def test_merged_manifest_has_no_local_path(merged: VerifiedMerge) -> None:
-    assert load_manifest(merged.folder / "manifest.json").base_model == TINY_MODEL_FOLDER.name
-
-
 def test_fp32_merge_is_exact_up_to_rounding(merged: VerifiedMerge) -> None:
-    verify_folder(merged.folder)
     parity = merged.parity
     assert (parity.num_prompts, parity.num_equal, parity.divergences) == (3, 3, ())
-    assert (parity.compute_precision, parity.weight_precision, parity.rounding_change) == (
-        "fp32",
-        "fp32",
-        None,
-    )
+    assert (parity.compute_precision, parity.weight_precision) == ("fp32", "fp32")
+    assert parity.rounding_change is None
     assert parity.adapter_change > 1e-2, "an adapter that changes nothing proves nothing"
     assert parity.merge_change <= 1e-5
     assert parity.reload_difference <= 1e-6
+
+
+def test_merged_folder_is_complete(merged: VerifiedMerge) -> None:
+    verify_folder(merged.folder)
+    assert list(merged.missing_files) == find_missing_files(ModelFolder(merged.folder)) == []
+    config = json.loads((merged.folder / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2VLForConditionalGeneration"]
+    assert len({path.stat().st_mode for path in merged.folder.iterdir()}) == 1, "who may read it"
+    base_model = load_manifest(merged.folder / "manifest.json").base_model
+    assert base_model == TINY_MODEL_FOLDER.name, "the manifest contains a path of this machine"
 
 
 def test_merged_model_answers_like_its_run(
@@ -170,24 +167,19 @@ def test_bf16_rounding_error_is_measured(run_template: MergeableRun, tmp_path: P
     assert parity.reload_difference <= 1e-6, "the file holds the rounded sum, to the last bit"
     assert parity.num_equal + len(parity.divergences) == 3
     assert all(parting.is_tie for parting in parity.divergences)
+    assert len(ModelFolder(proved.folder).weight_files()) == 1
 
 
-@pytest.mark.parametrize(
-    "how", [{"num_samples": 1}, {"precision": "fp16"}, {"max_shard_bytes": 3e6}]
-)
-def test_merge_options(run_template: MergeableRun, tmp_path: Path, how: dict[str, Any]) -> None:
-    proved = run_template.merge(tmp_path / "merged", **how)
-    assert proved.parity.num_prompts == how.get("num_samples", 3)
-    assert proved.precision == how.get("precision", "bf16")
+def test_small_shards_in_fp16(run_template: MergeableRun, tmp_path: Path) -> None:
+    proved = run_template.merge(
+        tmp_path / "merged", num_samples=1, precision="fp16", max_shard_bytes=3e6
+    )
+    assert (proved.parity.num_prompts, proved.precision) == (1, "fp16")
     files = ModelFolder(proved.folder).weight_files()
-    largest = max(file.stat().st_size for file in files)
-    if "max_shard_bytes" in how:
-        index = json.loads((proved.folder / "model.safetensors.index.json").read_text())
-        assert len(files) > 3
-        assert largest < 3.1e6
-        assert set(index["weight_map"].values()) == {file.name for file in files}
-    else:
-        assert len(files) == 1
+    assert len(files) > 3
+    assert max(file.stat().st_size for file in files) < 3.1e6
+    index = json.loads((proved.folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
 
 
 def test_validation_samples_of_run_are_compared(run: MergeableRun, tmp_path: Path) -> None:
@@ -202,7 +194,7 @@ def test_validation_samples_of_run_are_compared(run: MergeableRun, tmp_path: Pat
     (tmp_path / "eval.jsonl").write_text("".join(lines))
     data = {"train": str(tmp_path / "eval.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
     recipe = {"model": TINY_MODEL, "data": data, "tune": TUNE, "output_dir": str(run.folder)}
-    run.recipe.write_text(yaml.safe_dump(recipe))
+    (run.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     proved = run.merge(tmp_path / "merged")
     assert (proved.parity.origin, proved.parity.num_prompts) == ("validation images", 3)
     assert "validation images" in (proved.folder / "README.md").read_text()
@@ -217,7 +209,9 @@ def test_validation_samples_of_run_are_compared(run: MergeableRun, tmp_path: Pat
 def test_model_card_reports_the_measurements(run: MergeableRun, tmp_path: Path) -> None:
     data = {"train": "/secret/place/train.jsonl", "eval": [{"path": "secret/eval.jsonl"}]}
     recipe = {"model": "secret/acme/base", "adapter": "C:\\secret\\lora", "data": data}
-    run.recipe.write_text(yaml.safe_dump({**recipe, "eval": {"metric": "secret/a.py:score"}}))
+    (run.folder / "recipe.yaml").write_text(
+        yaml.safe_dump({**recipe, "eval": {"metric": "secret/a.py:score"}})
+    )
     measured = {"step": 9, "validation_loss": 1.25, "primary_metric": "exact"}
     result = {
         "run": "x",
@@ -266,13 +260,7 @@ def test_harmful_generation_settings_are_dropped(run: MergeableRun, tmp_path: Pa
     settings = json.loads((base / "generation_config.json").read_text())
     settings |= {"repetition_penalty": 1.05, "top_p": 0.001, "do_sample": True, "eos_token_id": 7}
     (base / "generation_config.json").write_text(json.dumps(settings))
-    proved = merge_and_verify(
-        str(run.folder),
-        resolve_model_source(str(run.folder), str(base)),
-        tmp_path / "merged",
-        num_samples=1,
-        device="cpu",
-    )
+    proved = run.merge(tmp_path / "merged", base, num_samples=1)
     assert proved.dropped_sampling == {"repetition_penalty": 1.05, "top_p": 0.001}
     written = json.loads((proved.folder / "generation_config.json").read_text())
     assert (written["repetition_penalty"], written["top_k"]) == (1.0, 1)
@@ -282,103 +270,90 @@ def test_harmful_generation_settings_are_dropped(run: MergeableRun, tmp_path: Pa
     assert "repetition_penalty" in (proved.folder / "README.md").read_text()
 
 
-def test_merged_folder_is_complete(merged: VerifiedMerge) -> None:
-    assert merged.missing_files == ()
-    assert find_missing_files(ModelFolder(merged.folder)) == []
-    config = json.loads((merged.folder / "config.json").read_text())
-    assert config["architectures"] == ["Qwen2VLForConditionalGeneration"]
-    assert len({path.stat().st_mode for path in merged.folder.iterdir()}) == 1, "who may read it"
-
-
 def test_missing_files_are_listed(tmp_path: Path) -> None:
     shutil.copytree(TINY_MODEL_FOLDER, tmp_path / "model")
     for name in ("tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
         (tmp_path / "model" / name).unlink()
-    found = find_missing_files(ModelFolder(tmp_path / "model"))
-    assert [lack.split()[0] for lack in found] == [
-        "tokenizer_config.json",
-        "preprocessor_config.json",
-        "a",
-    ]
-
-
-def has_no_leftovers(folder: Path) -> bool:
-    return not [path for path in folder.iterdir() if "merged" in path.name]
+    found = [lack.split()[0] for lack in find_missing_files(ModelFolder(tmp_path / "model"))]
+    assert found == ["tokenizer_config.json", "preprocessor_config.json", "a"]
 
 
 def test_fp16_overflow_is_rejected(run: MergeableRun, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     file = run.folder / "adapter" / ADAPTER_WEIGHTS_FILE
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith("o_proj.lora_B.weight"))
     tensors[name] = torch.full_like(tensors[name], 1e7)
     save_file(tensors, file)
-    with pytest.raises(
-        UserError, match=r"o_proj.weight reaches \d.*\n.*the largest of torch.float16"
-    ):
+    message = r"o_proj.weight reaches \d.*\n.*the largest of torch.float16"
+    with pytest.raises(UserError, match=message):
         run.merge(tmp_path / "merged", precision="fp16")
-    assert has_no_leftovers(tmp_path)
+    assert not list(tmp_path.glob("*merged*"))
 
 
-def test_inconsistent_config_is_rejected(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"rope_theta": 10000.0}, "saving and loading the folder changes"),
+        (
+            "manifest.json",
+            {"image_rule": {"min_pixels": 3136, "max_pixels": 12544}},
+            "the merged folder encodes generated 0 as",
+        ),
+    ],
+)
+def test_folder_with_other_settings_is_rejected(
+    run_template: MergeableRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    changes: dict[str, Any],
+    message: str,
 ) -> None:
-    """A fault of finesight as users have met them elsewhere: settings that came out as others."""
+    def damage(folder: Path, *arguments: object) -> None:
+        content = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps(content))
 
-    def damaged(folder: Path, *arguments: Any) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 10000.0}))
-
-    monkeypatch.setattr(verified_merge, "complete_hf_folder", damaged)
-    with pytest.raises(UserError, match="saving and loading the folder changes"):
-        run.merge(tmp_path / "merged")
-    assert has_no_leftovers(tmp_path)
-
-
-def test_changed_image_size_is_rejected(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def damaged(folder: Path, *arguments: Any) -> None:
-        text = (folder / "manifest.json").read_text()
-        (folder / "manifest.json").write_text(text.replace("50176", "12544"))
-
-    monkeypatch.setattr(verified_merge, "complete_hf_folder", damaged)
-    with pytest.raises(UserError, match="the merged folder encodes generated 0 as"):
-        run.merge(tmp_path / "merged")
-    assert has_no_leftovers(tmp_path)
+    monkeypatch.setattr(verified_merge, "complete_hf_folder", damage)
+    with pytest.raises(UserError, match=message):
+        run_template.merge(tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
 
 
 def test_disk_space_is_checked_first(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_template: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=20_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"0\.02 GB are free on this disk\s+expected: .* 0\.09"):
-        run.merge(tmp_path / "deep" / "merged")
+        run_template.merge(tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_interrupted_merge_leaves_no_files(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+    run_template: MergeableRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: type[BaseException],
 ) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupt(*arguments: object) -> None:
         raise stop
 
-    monkeypatch.setattr(verified_merge, "write_model_card", interrupted)
+    monkeypatch.setattr(verified_merge, "write_model_card", interrupt)
     with pytest.raises(stop):
-        run.merge(tmp_path / "merged")
-    assert has_no_leftovers(tmp_path)
+        run_template.merge(tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_low_memory_uses_the_weight_dtype(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+    run_template: MergeableRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Precision,
 ) -> None:
     monkeypatch.setattr(verified_merge, "_get_available_memory", lambda: 1e9)
-    device: Device = "cpu"
-    parity = run.merge(tmp_path / "merged", precision=precision, device=device).parity
+    parity = run_template.merge(tmp_path / "merged", precision=precision).parity
     assert (parity.compute_precision, parity.rounding_change) == ("bf16", None)
     assert parity.merge_change <= 0.1
     assert parity.reload_difference <= 1e-6

@@ -127,12 +127,12 @@ def test_run_id_is_reused_only_in_the_same_project(
     ids.parent.mkdir()
     ids.write_text("[{")
     output: list[str] = []
-    here, there = recipe(*({"kind": "swanlab", "project": name} for name in ("a", "b"))).track
-    requested = recipe(here.model_dump())
+    requested = recipe({"kind": "swanlab", "project": "a"})
     with start_trackers(requested, tmp_path, 2, output.append) as trackers:
         trackers.start_run({})
     assert "trackers start new runs" in output[0], "unreadable ids are not reported"
     (kept,) = json.loads(ids.read_text())
     assert (kept["tracker"]["project"], kept["id"]) == ("a", "fake")
-    assert trackers.get_run_id(here) == "fake"
-    assert trackers.get_run_id(there) is None
+    (tracker,) = requested.track
+    assert trackers.get_run_id(tracker) == "fake"
+    assert trackers.get_run_id(tracker.model_copy(update={"project": "b"})) is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_task import TinyTask, read_final_files, read_losses
+from tiny_task import TinyTask, assert_same_run
 
 from finesight.errors import UserError
 from finesight.train.checkpoint import CheckpointManager, CheckpointState
@@ -97,8 +97,7 @@ def test_damaged_checkpoint_falls_back_to_previous(
         *("corrupt-step-4", "step-2", "step-4", "step-6"),
     ]
     task.run(name="whole")
-    assert read_final_files(run) == read_final_files(task.folder / "whole")
-    assert read_losses(run) == read_losses(task.folder / "whole")
+    assert_same_run(run, task.folder / "whole")
 
 
 def test_no_files_change_without_valid_checkpoint(task: TinyTask) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from crash_disk import CrashingDisk, PowerLossDisk
 from rich.console import Console
-from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
+from tiny_task import TinyTask, assert_same_run, write_recipe
 
 from finesight import storage
 from finesight.recipe import load_recipe
@@ -50,13 +50,6 @@ def uninterrupted_run(task: TinyTask) -> Path:
     return task.folder / "whole"
 
 
-def assert_same(run: Path, full: Path) -> None:
-    expected, found = read_final_files(full), read_final_files(run)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
-    assert read_losses(run) == read_losses(full)
-
-
 def test_killed_run_resumes_bit_exactly(
     task: TinyTask, uninterrupted_run: Path, every_point: bool
 ) -> None:
@@ -74,10 +67,10 @@ def test_killed_run_resumes_bit_exactly(
         assert how in ("killed", "exit 0")
         kills += how == "killed"
         if how == "exit 0":
-            assert_same(task.folder / f"run{ends}", uninterrupted_run)
+            assert_same_run(task.folder / f"run{ends}", uninterrupted_run)
             ends += 1
     assert ending(start_or_resume(task, f"run{ends}")) == "exit 0"
-    assert_same(task.folder / f"run{ends}", uninterrupted_run)
+    assert_same_run(task.folder / f"run{ends}", uninterrupted_run)
 
 
 def test_crash_at_operation_resumes_bit_exactly(
@@ -98,7 +91,7 @@ def test_crash_at_operation_resumes_bit_exactly(
             assert how == "killed"
             deaths += 1
             assert ending(start_or_resume(task, f"{home.name}/run")) == "exit 0"
-            assert_same(home / "run", uninterrupted_run)
+            assert_same_run(home / "run", uninterrupted_run)
             assert read_evaluations(home / "run") == read_evaluations(uninterrupted_run)
         assert how == "exit 0"
         assert deaths > 1

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from mutations import at, mutated_bytes
+from mutations import mutated_bytes, mutated_value
 from test_bounded_files import LAUGHS, MERGED
 from tiny_task import make_task
 
@@ -25,26 +24,6 @@ from finesight.recipe import dump_recipe, load_recipe
 from finesight.train.dataset_stats import compute_dataset_stats
 
 LINES, RECIPES, COMMANDS = 1500, 600, 20
-
-REPLACEMENT_VALUES = (
-    None,
-    True,
-    0,
-    -1,
-    0.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-    10**400,
-    2**63,
-    [],
-    {},
-    [[]],
-)
-TEXTS = ("", "NaN", "\0", "a\0b", "\ud800", "\u202e", "1", "x" * 300, "a" * 100_000, "..", ".", "/")
-PATHS = ("/dev/zero", "/etc/passwd", "/proc/self/mem", "~", "file:///x", "train0.png\0")
-MARKS = ("<|im_end|>", "<|image_pad|>", "<|vision_start|>")
-WEIRD = (*REPLACEMENT_VALUES, *TEXTS, *PATHS, *MARKS)
 
 SAMPLE = {
     "id": "a",
@@ -82,47 +61,20 @@ FILE_CONTENTS = (
     *(b"[" * 20_000, b"{a: " * 20_000, b"- " * 20_000, b"null: 2", b"1.5: x", b"a: 1\na: 2"),
 )
 NAMES = (
-    "model",
-    "train.batch_size",
-    "train.learning_rate.default",
-    "data.train.0.path",
-    "data..x",
-    "",
+    *(
+        "model",
+        "train.batch_size",
+        "train.learning_rate.default",
+        "data.train.0.path",
+        "data..x",
+        "",
+    ),
 )
-
-
-def list_value_paths(node: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The ways to all values inside of one."""
-    yield path
-    inner = node.items() if isinstance(node, dict) else ()
-    for key, value in enumerate(node) if isinstance(node, list) else inner:
-        yield from list_value_paths(value, (*path, key))
-
-
-def corrupt_record(rng: random.Random, record: dict[str, Any]) -> dict[str, Any]:
-    """A copy with a few values exchanged, lost, added or wrapped."""
-    record = json.loads(json.dumps(record))
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        ways = [path for path in list_value_paths(record) if path]
-        if not ways:
-            break
-        *above, key = rng.choice(ways)
-        holder = at(record, tuple(above))
-        match rng.randrange(5):
-            case 0 | 1:
-                holder[key] = rng.choice(WEIRD)
-            case 2:
-                del holder[key]
-            case 3:
-                holder[key] = [holder[key]]
-            case _:
-                holder[key] = json.loads(json.dumps(at(record, rng.choice(ways))))
-    return record
 
 
 def corrupt_line(rng: random.Random, good: dict[str, Any]) -> bytes:
     """A line of a data file that something is wrong with, mostly."""
-    record = corrupt_record(rng, rng.choice((SAMPLE, good)))
+    record = mutated_value(rng, rng.choice((SAMPLE, good)))
     text = json.dumps(record, ensure_ascii=rng.random() < 0.5)
     content = text.encode("utf-8", "surrogatepass")
     match rng.randrange(12):
@@ -152,14 +104,12 @@ def corrupt_recipe(rng: random.Random, good: str) -> bytes:
         case _:
             lines = good.splitlines()
             for _ in range(rng.choice((1, 1, 2, 4))):
-                location = rng.randrange(len(lines))
-                key, colon, _ = lines[location].partition(":")
+                at = rng.randrange(len(lines))
+                key, colon, _ = lines[at].partition(":")
                 changed = f"{key}{colon or ':'} {rng.choice(VALUES)}"
-                updated = " " * rng.randrange(5) + lines[location].lstrip()
-                doubled = f"{lines[location]}\n{rng.choice(lines)}"
-                lines[location] = rng.choice(
-                    (changed, changed, updated, doubled, f"\t{lines[location]}")
-                )
+                indented = " " * rng.randrange(5) + lines[at].lstrip()
+                doubled = f"{lines[at]}\n{rng.choice(lines)}"
+                lines[at] = rng.choice((changed, changed, indented, doubled, f"\t{lines[at]}"))
             return "\n".join(lines).encode()
 
 

@@ -19,7 +19,6 @@ from finesight.track.tracker_records import (
     redact_tree,
 )
 
-
 SECRET = "hf_abcdefghijklmnopqrstuvwx"
 REDACTED_TEXTS = {
     "s3://me:planted@store/data.jsonl": "s3://store/data.jsonl",

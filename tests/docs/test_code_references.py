@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from case_files import load_cases
 from docs_code_blocks import list_pages
 from each_value import each
-
-CASES = load_cases("code_references")
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "finesight"
@@ -111,16 +106,3 @@ def test_code_named_in_docstrings_exists() -> None:
         for reference in iter_missing(str(node.value.value))
     ]
     assert missing == []
-
-
-@each("page", PAGES)
-def test_table_cells_name_each_path_once(page: Path) -> None:
-    for number, line in enumerate(page.read_text("utf-8").splitlines(), 1):
-        for cell in line.split("|") if line.startswith("|") else ():
-            counts = Counter(re.findall(r"`([\w/]+\.py)`", cell))
-            assert [path for path, count in counts.items() if count > 1] == [], f"line {number}"
-
-
-@pytest.mark.parametrize(("text", "missing"), CASES["test_missing_code_is_found"])
-def test_missing_code_is_found(text: str, missing: list[str]) -> None:
-    assert [*iter_missing(text)] == missing

@@ -29,13 +29,7 @@ def test_frames_are_paired_and_padded(tmp_path: Path) -> None:
     for number, still in enumerate(stills):
         one = still.reshape(24, 3, 196)
         np.testing.assert_array_equal(by_frame[number // 2, number % 2], one)
-
-
-def test_single_frame_equals_an_image(tmp_path: Path) -> None:
-    (file,) = write_frames(tmp_path, 1)
-    geometry = PatchConfig()
-    still = patchify([Image.open(file)], (56, 56), geometry)
-    np.testing.assert_array_equal(patchify_video([file], (56, 56), geometry), still)
+    np.testing.assert_array_equal(patchify_video(files[:1], (56, 84), geometry), stills[0])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
@@ -63,9 +57,8 @@ def test_frames_must_have_equal_size(tmp_path: Path) -> None:
     files = write_frames(tmp_path, 3)
     assert get_frame_size(files) == (56, 84)
     Image.new("RGB", (84, 57)).save(files[2])
-    with pytest.raises(
-        CorruptImageError, match="84 x 57 pixels, but the first frame has 84 x 56"
-    ) as raised:
+    message = "84 x 57 pixels, but the first frame has 84 x 56"
+    with pytest.raises(CorruptImageError, match=message) as raised:
         get_frame_size(files)
     assert raised.value.where == str(files[2])
     files[1].unlink()

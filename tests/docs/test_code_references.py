@@ -20,10 +20,6 @@ PAGES = [
 PATH = re.compile(r"(?<![\w./-])(?:[\w.-]+/)*[\w-]+\.py\b")
 DOTTED_NAME = re.compile(r"`(?:finesight\.)?([a-z_]\w*(?:\.\w+)+)(?:\(\))?`")
 
-PATH_WITH_NAMES = re.compile(r"`([\w/]+\.py)` ?[(\uff08]([^()\uff08\uff09]*)[)\uff09]")
-NAME_IN_PATH = re.compile(r"`([A-Za-z_][\w.]*)`\sin\s`([\w/]+\.py)`")
-PATH_THEN_NAME = re.compile(r"`([\w/]+\.py)` 中的 `([A-Za-z_][\w.]*)`")
-
 PLACEHOLDERS = re.compile(r"NAME|FILE|AREA/test_[xX]\.py|AREA/x\.py")
 USER_FILES = {
     *("ask.py", "draw.py", "metric.py", "train.py", "path/to/metric.py", "metrics/plates.py"),
@@ -75,21 +71,9 @@ def defines(module: Path, name: str) -> bool:
     return re.search(definition, module.read_text("utf-8"), re.MULTILINE) is not None
 
 
-def iter_names_in_modules(text: str) -> Iterator[tuple[str, str]]:
-    """Yield path and name of references such as `train/loss.py` (`name`) or `name` in a path."""
-    for path, names in PATH_WITH_NAMES.findall(text):
-        yield from ((path, name) for name in re.findall(r"`([A-Za-z_][\w.]*)`", names))
-    yield from ((path, name) for name, path in NAME_IN_PATH.findall(text))
-    yield from PATH_THEN_NAME.findall(text)
-
-
 def iter_missing(text: str) -> Iterator[str]:
     yield from (path for path in PATH.findall(text) if not exists_path(path))
     yield from (name for name in DOTTED_NAME.findall(text) if not exists_name(name))
-    for path, name in iter_names_in_modules(text):
-        modules = [root / path for root in (ROOT, PACKAGE) if (root / path).is_file()]
-        if modules and not defines(modules[0], name):
-            yield f"{name} in {path}"
 
 
 @each("page", PAGES)

@@ -59,7 +59,7 @@ def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
     """
     task = make_task(tmp_path / "task")
     valid = [
-        EdgeCaseImage(f"sound-{n}.png", encode_image(make_noise_image(), "PNG"), "taken")
+        EdgeCaseImage(f"sound-{n}.png", encode_image(make_noise_image(), "PNG"))
         for n in range(NUM_VALID)
     ]
     data = write_samples(tmp_path / "task", [*ODDS, *valid], "odd.jsonl")

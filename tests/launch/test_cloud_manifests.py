@@ -6,7 +6,6 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -22,62 +21,6 @@ from finesight.launch.launch_job import (
 )
 
 NASTY = 'it\'s $(touch stolen) `id` "x"'
-
-Shape = dict[str, Any]
-"""Keys and what they hold: a type, a shape, or a list of one; a key with ? may be missing."""
-
-SKYPILOT: Shape = {
-    "name": str,
-    "num_nodes": int,
-    "resources": {
-        "accelerators": str,
-        "image_id": str,
-        "job_recovery": {"max_restarts_on_errors": int},
-    },
-    "file_mounts": {"/finesight": {"source": str, "mode": str}},
-    "run": str,
-}
-"""Of https://docs.skypilot.co/en/latest/reference/yaml-spec.html, the fields that are used."""
-
-POD: Shape = {
-    "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}}],
-    "containers": [{"name": str, "volumeMounts": [{"name": str, "mountPath": str}]}],
-}
-
-JOB: Shape = {"name": str, "template": {"spec": {"template": {"spec": POD}}}}
-RUNTIME: Shape = {"template": {"spec": {"replicatedJobs": [JOB]}}}
-TRAIN_JOB: Shape = {
-    "apiVersion": str,
-    "kind": str,
-    "metadata": {"name": str},
-    "spec": {
-        "runtimeRef": {"name": str},
-        "trainer": {
-            "image": str,
-            "command": [str],
-            "env": [{"name": str, "value": str}],
-            "numNodes": int,
-            "numProcPerNode": int,
-            "resourcesPerNode": {"limits": {"nvidia.com/gpu": int}},
-        },
-        "runtimePatches": [{"manager": str, "trainingRuntimeSpec": RUNTIME}],
-    },
-}
-"""Of trainjob_types.go (v1alpha1) in github.com/kubeflow/trainer, the fields that are used."""
-
-
-def assert_shaped(content: object, shape: object, location: str = "") -> None:
-    if isinstance(shape, dict):
-        assert isinstance(content, dict), location
-        assert content.keys() == shape.keys(), location
-        for key, inner in shape.items():
-            assert_shaped(content[key], inner, f"{location}.{key}")
-    elif isinstance(shape, list):
-        assert isinstance(content, list), location
-        for item in content:
-            assert_shaped(item, shape[0], f"{location}[]")
-    else:
-        assert type(content) is shape, location
 
 
 def make_job(
@@ -116,13 +59,21 @@ TRAIN = ["-m", "finesight", "train", f"{NASTY}.yaml", f"data.system_prompt={NAST
 
 def test_skypilot_task(tmp_path: Path) -> None:
     task = yaml.safe_load(build_skypilot(make_job()))
-    assert_shaped(task, SKYPILOT)
-    assert task["resources"]["accelerators"] == "H100:8"
-    assert task["resources"]["image_id"] == "docker:registry.example/finesight:1"
-    assert task["num_nodes"] == 2
+    run = task.pop("run")
+    # The fields of https://docs.skypilot.co/en/latest/reference/yaml-spec.html.
+    assert task == {
+        "name": "first",
+        "num_nodes": 2,
+        "resources": {
+            "accelerators": "H100:8",
+            "image_id": "docker:registry.example/finesight:1",
+            "job_recovery": {"max_restarts_on_errors": 3},
+        },
+        "file_mounts": {"/finesight": {"source": "s3://bucket", "mode": "MOUNT_CACHED"}},
+    }
     (tmp_path / "folder").mkdir()
     found = run_shell(
-        task["run"],
+        run,
         tmp_path,
         SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
         SKYPILOT_NUM_NODES="2",
@@ -134,7 +85,6 @@ def test_skypilot_task(tmp_path: Path) -> None:
 
 def test_kubeflow_train_job(tmp_path: Path) -> None:
     found = yaml.safe_load(build_kubeflow(make_job()))
-    assert_shaped(found, TRAIN_JOB)
     assert (found["apiVersion"], found["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
     trainer = found["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 8)
@@ -155,21 +105,6 @@ def test_bucket_subfolder_is_the_working_directory() -> None:
         task = yaml.safe_load(build_skypilot(make_job(), store))
         assert task["file_mounts"]["/finesight"]["source"] == bucket
         assert task["run"].startswith(f"cd {folder} || exit 1\n")
-
-
-def test_skypilot_parses_the_task(tmp_path: Path) -> None:
-    sky = pytest.importorskip("sky", reason="skypilot is not installed")
-    file = tmp_path / "task.yaml"
-    for store in ("s3://bucket/folder", "gs://bucket", "cos://eu-de/bucket/folder"):
-        file.write_text(build_skypilot(make_job(), store))
-        task = sky.Task.from_yaml(str(file))
-        assert task.num_nodes == 2
-        (resources,) = task.resources
-        assert resources.accelerators == {"H100": 8}
-        # SkyPilot reads it later, when it requests the bucket.
-        mounted = task.storage_mounts["/finesight"]
-        validated = mounted._validate_source(mounted.source, mounted.mode, False)
-        assert validated == (mounted.source, False)
 
 
 def test_kubeflow_models_accept_the_job() -> None:

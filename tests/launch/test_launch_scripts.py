@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,16 +37,6 @@ def build_script(name: str, folder: Path, python: str = sys.executable) -> str:
         return build_torchrun_script(job)
     full = SlurmOptions("gpu,long", "me", "1-12:00:00")
     return build_slurm_script(job, full if name.endswith("of many") else SlurmOptions())
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@each("name", SCRIPTS)
-def test_shellcheck_has_no_warnings(name: str, tmp_path: Path) -> None:
-    # Its notes are about quotes that are meant to be as they are.
-    command = ["shellcheck", "--severity=warning", "-"]
-    text = build_script(name, tmp_path)
-    checked = subprocess.run(command, input=text, capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -99,19 +88,6 @@ def test_slurm_directives(tmp_path: Path) -> None:
         "#SBATCH --account=me",
         "#SBATCH --time=1-12:00:00",
     ]
-
-
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm is not installed")
-@each("name", ["slurm", "slurm of many"])
-def test_sbatch_accepts_the_script(name: str, tmp_path: Path) -> None:
-    """It reads all directives before it asks the cluster, which may have no such machines."""
-    text = build_script(name, tmp_path)
-    for script, known in ((text, True), (text.replace("--requeue", "--requeued"), False)):
-        (tmp_path / "run.sbatch").write_text(script)
-        command = ["sbatch", "--test-only", str(tmp_path / "run.sbatch")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        taken = done.returncode == 0 or "allocation failure" in done.stderr
-        assert taken is known, done.stderr
 
 
 @each("value", ["a b", "a\n#SBATCH --uid=0", "", "$(id)", "-x", "a'"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import torch
+from memory_profile import profile_memory
 from torch import Tensor
 
 from finesight.config import PixelRange, TrainFileSettings, TuneSettings
@@ -66,3 +68,27 @@ def compute_loss(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
 
 def run_forward_backward(model: VisionLanguageModel, batch: PackedBatch) -> None:
     compute_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+
+
+def measure_peak(
+    folder: ModelFolder,
+    batch: PackedBatch,
+    dtype: torch.dtype,
+    tune: Tune,
+    checkpointed_fraction: float,
+) -> tuple[int, int]:
+    """Return the estimated and the measured peak of a forward and backward pass on the CPU.
+
+    Both include gradients, but not memory that was allocated before.
+    """
+    model = make_model(folder, dtype, tune)
+    model.activation_checkpointing = checkpointed_fraction
+    run_forward_backward(model, batch)
+    model.zero_grad(set_to_none=True)
+    # Reference cycles of the previous model must not be freed while memory is measured.
+    gc.collect()
+    with profile_memory() as measured:
+        run_forward_backward(model, batch)
+    tracer = make_tracer(folder, ComputeTarget(is_cuda=False, dtype=dtype), tune)
+    memory = tracer.trace(make_planned_pack(batch), checkpointed_fraction)
+    return memory.total, measured.peak_bytes

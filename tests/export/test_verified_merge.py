@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,55 +183,55 @@ def test_small_shards_in_fp16(run_template: MergeableRun, tmp_path: Path) -> Non
     assert set(index["weight_map"].values()) == {file.name for file in files}
 
 
-def test_validation_samples_of_run_are_compared(run: MergeableRun, tmp_path: Path) -> None:
-    shutil.copy(run.image, tmp_path / "p.png")
+def write_run_record(run: Path, data: Path) -> None:
+    """Write samples, and the recipe, results and predictions of a finished run."""
+    data.parent.mkdir()
+    Image.new("RGB", (60, 40)).save(data.with_name("p.png"))
     lines = []
     for i in range(5):
-        content = [{"type": "text", "text": f"{i}?"}]
-        if i != 1:
-            content.insert(0, {"type": "image", "image": "p.png"})
+        images = [] if i == 1 else [{"type": "image", "image": "p.png"}]
+        content = [*images, {"type": "text", "text": f"{i}?"}]
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
-        lines.append(json.dumps({"id": f"s{i}", "messages": turns}) + "\n")
-    (tmp_path / "eval.jsonl").write_text("".join(lines))
-    data = {"train": str(tmp_path / "eval.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
-    recipe = {"model": TINY_MODEL, "data": data, "tune": TUNE, "output_dir": str(run.folder)}
-    (run.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    proved = run.merge(tmp_path / "merged")
-    assert (proved.parity.origin, proved.parity.num_prompts) == ("validation images", 3)
-    assert "validation images" in (proved.folder / "README.md").read_text()
-    for file in proved.folder.iterdir():
-        assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} tells where data lay"
+        lines.append({"id": f"s{i}", "messages": turns})
+    write_lines(data, lines)
+    recipe = {
+        "model": "secret/acme/base",
+        "adapter": "C:\\secret\\lora",
+        "data": {"train": "/secret/place/train.jsonl", "eval": [{"path": str(data)}]},
+        "eval": {"metric": "secret/a.py:score"},
+        "output_dir": str(run),
+    }
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    before = {"step": 9, "validation_loss": 1.25, "primary_metric": "exact"}
+    after = before | {"validation_loss": 0.5, "intervals": {"exact": [0.75, 1.0]}}
+    before, after = before | {"scores": {"exact": 0.25}}, after | {"scores": {"exact": 0.875}}
+    result = {"run": "x", "steps": 9, "before": before, "after": after}
+    (run / "result.json").write_text(json.dumps(result))
+    start = {"step": 0, "started_at": "now", "data": {"train": {"num_samples": 1234}}}
+    write_lines(run / "metrics.jsonl", [start])
+    (run / "predictions").mkdir()
+    prompts = ["Read it."] * 3 + ["Read\nthat."] * 2 + ["a", "a", "b", "c"]
+    predictions = run / "predictions" / "after.jsonl"
+    write_lines(predictions, [{"prompt": prompt} for prompt in prompts])
+    with predictions.open("a") as file:
+        file.write("damaged\n")
 
-    (tmp_path / "eval.jsonl").unlink()
-    again = run.merge(tmp_path / "again")
-    assert again.parity.origin == "generated images"
+
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_model_card_reports_the_measurements(run: MergeableRun, tmp_path: Path) -> None:
-    data = {"train": "/secret/place/train.jsonl", "eval": [{"path": "secret/eval.jsonl"}]}
-    recipe = {"model": "secret/acme/base", "adapter": "C:\\secret\\lora", "data": data}
-    (run.folder / "recipe.yaml").write_text(
-        yaml.safe_dump({**recipe, "eval": {"metric": "secret/a.py:score"}})
-    )
-    measured = {"step": 9, "validation_loss": 1.25, "primary_metric": "exact"}
-    result = {
-        "run": "x",
-        "steps": 9,
-        "before": measured | {"scores": {"exact": 0.25}},
-        "after": measured
-        | {"scores": {"exact": 0.875}, "intervals": {"exact": [0.75, 1.0]}, "validation_loss": 0.5},
-    }
-    (run.folder / "result.json").write_text(json.dumps(result))
-    start = {"step": 0, "started_at": "now", "data": {"train": {"num_samples": 1234}}}
-    (run.folder / "metrics.jsonl").write_text(json.dumps(start) + "\n")
-    requested = ["Read it."] * 3 + ["Read\nthat."] * 2 + ["a", "a", "b", "c"]
-    (run.folder / "predictions").mkdir()
-    lines = "".join(json.dumps({"prompt": one}) + "\n" for one in requested)
-    (run.folder / "predictions" / "after.jsonl").write_text(lines + "damaged\n")
-    card = (run.merge(tmp_path / "merged").folder / "README.md").read_text()
+    """Validation samples of the run are compared while they exist, and no path is published."""
+    data = tmp_path / "secret" / "eval.jsonl"
+    write_run_record(run.folder, data)
+    proved = run.merge(tmp_path / "merged")
+    assert (proved.parity.origin, proved.parity.num_prompts) == ("validation images", 3)
+    for file in proved.folder.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} tells where data lay"
+    card = (proved.folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["license"] == "apache-2.0"
-    assert front["pipeline_tag"] == "image-text-to-text"
+    assert (front["license"], front["pipeline_tag"]) == ("apache-2.0", "image-text-to-text")
     for output in (
         "# merged",
         "finesight-tiny (family qwen2_vl)",
@@ -238,19 +239,15 @@ def test_model_card_reports_the_measurements(run: MergeableRun, tmp_path: Path) 
         "> Read it.\n\n> Read\n> that.\n\n> a\n\nAnd 2 similar ones.",
         "| exact | 0.2500 | 0.8750 | 0.7500 to 1.0000 |",
         "| validation_loss | 1.2500 | 0.5000 | - |",
-        "finesight serve merged",
-        "model: base\n",
-        "adapter: lora\n",
-        "train: train.jsonl",
-        "- path: eval.jsonl",
-        "metric: a.py:score",
-        "Merged model equals trained model",
-        "vllm serve merged",
+        *("model: base\n", "adapter: lora\n", "train: train.jsonl", "- path: eval.jsonl"),
+        *("metric: a.py:score", "validation images", "Merged model equals trained model"),
+        *("finesight serve merged", "vllm serve merged", "(apache-2.0)"),
         "sglang.launch_server --model-path merged",
-        "(apache-2.0)",
     ):
         assert output in card
     assert "secret" not in card
+    data.unlink()
+    assert run.merge(tmp_path / "again", num_samples=1).parity.origin == "generated images"
 
 
 def test_harmful_generation_settings_are_dropped(run: MergeableRun, tmp_path: Path) -> None:

@@ -6,16 +6,16 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
+from each_value import each
 from hung_rank import train_with_short_timeout
 from multi_process_run import fork_ranks
 from nonfinite_step import before_steps
 from tiny_task import TinyTask, assert_same_run, read_losses, write_recipe
 
+from finesight.cli.app import run_command
 from finesight.storage import verify_folder
 
 
@@ -69,22 +69,14 @@ def test_lost_rank_is_named(task: TinyTask, lost: signal.Signals, world_size: in
     verify_folder(task.folder / "run" / "checkpoints" / f"step-{last}")
 
 
-def test_stop_signal_saves_a_checkpoint(task: TinyTask, every_point: bool) -> None:
+@each("name", ["SIGUSR1", "SIGUSR2", "SIGTERM"])
+def test_stop_signal_saves_a_checkpoint(
+    task: TinyTask, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     """Breaks: a job's time is over. Survive: a checkpoint of the last step, and exit code 75."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)[: 3 if every_point else 1]:
-        run = task.folder / number.name
-        recipe = task.recipe | {"output_dir": str(run)}
-        path = write_recipe(task.folder / "recipe.yaml", recipe, epochs=500)
-        command = [sys.executable, "-m", "finesight", "train", str(path)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        while len(read_losses(run)) <= 2:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.05)
-        process.send_signal(number)
-        output, _ = process.communicate()
-        assert process.returncode == 75, output
-        last = max(step for step, _ in read_losses(run))
-        assert f"stopped by {number.name}, checkpoint of step {last} written" in output
-        verify_folder(run / "checkpoints" / f"step-{last}")
+    run = task.folder / name
+    path = write_recipe(task.folder / "recipe.yaml", task.recipe | {"output_dir": str(run)})
+    with before_steps([3], lambda: signal.raise_signal(signal.Signals[name])):
+        assert run_command(["train", str(path)]) == 75
+    assert f"stopped by {name}, checkpoint of step 3 written" in capsys.readouterr().err
+    verify_folder(run / "checkpoints" / "step-3")

@@ -70,7 +70,7 @@ def test_glob_pattern_is_sorted_by_name(bucket: MemoryFileSystem) -> None:
 FAULTS = {
     "short": "file changed",
     "changed": "file changed",
-    "broken": r"line is down[\s\S]*check the connection",
+    "broken": r"line is down[\s\S]*connection",
     "forbidden": r"PermissionError[\s\S]*check the credentials",
     "no credentials": r"NoCredentialsError[\s\S]*credentials",
 }

@@ -221,7 +221,7 @@ def test_redirects_to_internal_hosts_are_rejected(model: RemoteModel, target: st
     assert "Signature" not in str(raised.value)
 
 
-def test_unusable_listings_are_rejected(model: RemoteModel) -> None:
+def test_invalid_listings_are_rejected(model: RemoteModel) -> None:
     del model.files["model.safetensors"]
     assert (model.fetch() / "pytorch_model.bin").read_bytes() == b"pickle"
     model.files["consolidated.pth"] = model.files.pop("pytorch_model.bin")

@@ -23,10 +23,7 @@ from finesight.train.training_run import train
 STEPS = 20
 """Of a mean."""
 
-on_card = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def tickets(folder: Path) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def train_with(
     return result, [fmean(losses[at : at + STEPS]) for at in range(0, len(losses), STEPS)]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_card)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 def test_fp8_training_loss_matches_bf16(tmp_path: Path, device: str) -> None:
     """Check that each mean over 20 steps and the validation loss are within 1 %.
 
@@ -76,6 +73,5 @@ def test_fp8_training_loss_matches_bf16(tmp_path: Path, device: str) -> None:
     assert found != losses
     assert found == pytest.approx(losses, rel=0.01)
     assert losses[-1] < 0.5 * losses[0]
-    assert multiplied.after.validation_loss == pytest.approx(
-        baseline.after.validation_loss, rel=0.01
-    )
+    expected = pytest.approx(baseline.after.validation_loss, rel=0.01)
+    assert multiplied.after.validation_loss == expected

@@ -149,10 +149,9 @@ def test_corrupt_lines_are_read_or_rejected(task: Path) -> None:
             samples = read_samples(path)
             write_samples(task / "again.jsonl", samples)
             assert repr(read_samples(task / "again.jsonl")) == repr(samples)
-            corpus = load_corpus(files)
-            for index in compute_dataset_stats(
-                corpus, renderer, DataSettings(train=files), 0
-            ).sample_indices:
+            corpus, settings = load_corpus(files), DataSettings(train=files)
+            stats = compute_dataset_stats(corpus, renderer, settings, 0)
+            for index in stats.sample_indices:
                 assert renderer.encode(corpus[index]).tokenized.num_supervised_tokens
             taken += 1
         except UserError as error:
@@ -180,16 +179,19 @@ def test_corrupt_recipes_are_read_or_rejected(task: Path) -> None:
     assert min(taken, len(refused)) > RECIPES // 50
 
 
-def codes(commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> set[int]:
-    """The exit codes of these commands, each of which says what is wrong if anything is."""
-    found = set()
+def run_commands(commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> set[int]:
+    """Return the exit codes of commands, each of which says what is wrong if anything is."""
+    codes = set()
     for command in commands:
         code = run_command(command)
         output = capsys.readouterr()
         assert (output.out + output.err).encode()
         assert code != 2 or "error" in output.out + output.err, command
-        found.add(code)
-    return found
+        codes.add(code)
+    return codes
+
+
+SHORT = ["train.steps=1", "train.epochs=null", "train.num_workers=0", "train.batch_size=2"]
 
 
 def test_commands_exit_cleanly_on_corrupt_data(
@@ -201,17 +203,15 @@ def test_commands_exit_cleanly_on_corrupt_data(
     for number in range(COMMANDS):
         lines = [json.dumps(good).encode(), corrupt_line(rng, good), json.dumps(good).encode()]
         path.write_bytes(b"\n".join(lines if number % 2 else lines[1:2]) + b"\n")
-        more = ["train.steps=1", "train.epochs=null", f"output_dir={task / f'run{number}'}"]
-        found |= codes(
-            [
-                ["train", recipe, *more],
-                ["check", str(path), "--fix", str(task / f"fixed{number}")],
-                ["show", recipe],
-                ["import", str(path), str(task / f"imported{number}")],
-                ["data", "export", str(path), str(task / f"out{number}"), "--to", "ms-swift"],
-            ],
-            capsys,
-        )
+        fixed, imported, exported = (str(task / f"{n}{number}") for n in ("fix", "import", "out"))
+        commands = [
+            ["train", recipe, *SHORT, f"output_dir={task / f'run{number}'}"],
+            ["check", str(path), "--fix", fixed],
+            ["show", recipe],
+            ["import", str(path), imported],
+            ["data", "export", str(path), exported, "--to", "ms-swift"],
+        ]
+        found |= run_commands(commands, capsys)
     assert {0, 2} <= found <= {0, 2, 3}
 
 
@@ -227,13 +227,6 @@ def test_commands_exit_cleanly_on_corrupt_recipes(
     for number in range(COMMANDS):
         path = task / "spoilt.yaml"
         path.write_bytes(corrupt_recipe(rng, good) if number else good.encode())
-        own = [f"output_dir={task / f'tuned{number}'}", "train.epochs=null", "train.steps=1"]
-        found |= codes(
-            [
-                ["train", str(path), *own, "train.num_workers=0", "train.batch_size=2"],
-                ["check", str(path)],
-                ["plan", str(path)],
-            ],
-            capsys,
-        )
+        train = ["train", str(path), *SHORT, f"output_dir={task / f'tuned{number}'}"]
+        found |= run_commands([train, ["check", str(path)], ["plan", str(path)]], capsys)
     assert {0, 2} <= found <= {0, 2, 3}

@@ -37,19 +37,10 @@ def train_with(folder: Path, parts: list[str] | None, optimizer: str, device: st
     return train(load_recipe(path), console=Console(file=io.StringIO()))
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-            ],
-        ),
-    ],
-)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 def test_nf4_training_matches_bf16_accuracy_and_loss(tmp_path: Path, device: str) -> None:
     """Check that all validation answers of both runs are correct, with a final loss below 0.05."""
     every = ["vision", "merger", "language"]

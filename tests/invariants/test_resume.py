@@ -128,9 +128,11 @@ def test_interrupted_repeatedly(
     assert_same_run(tmp_path / "run", uninterrupted_run.run)
 
 
-def interrupt_at_calls(recipe: Path, folder: Path, every: int) -> list[Path]:
+def interrupt_at_calls(
+    recipe: Path, folder: Path, every: int, in_new_interpreter: bool = False
+) -> list[Path]:
     """Train `whole`; then stop a run at every so many model calls, and resume each."""
-    (ending,) = train_runs(recipe, folder, {"whole": 0}, in_new_interpreter=True)
+    (ending,) = train_runs(recipe, folder, {"whole": 0}, "term", in_new_interpreter)
     assert ending.how == "done"
     points = {str(point): point for point in range(1, ending.calls, every)}
     endings = train_runs(recipe, folder, points)
@@ -155,7 +157,7 @@ def test_quantized_runs_and_optimizers_resume_bit_exactly(
     adapted = {"vision": "lora"} if "fp8" in quantize else {}
     changed = task | {"tune": task["tune"] | adapted | {"quantize": quantize}}
     recipe = write_recipe(tmp_path / "recipe.yaml", changed, optimizer=optimizer)
-    for run in interrupt_at_calls(recipe, tmp_path, every):
+    for run in interrupt_at_calls(recipe, tmp_path, every, optimizer == "muon"):
         assert_same_run(run, tmp_path / "whole")
 
 

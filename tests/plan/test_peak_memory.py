@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from memory_profile import profile_memory
 from plan_fixtures import (
     Tune,
     make_batch,
     make_model,
-    make_planned_pack,
     make_tracer,
+    measure_peak,
     run_forward_backward,
 )
 from tiny_model import create_tiny_model
 from tiny_task import make_task
 
 from finesight.config import TrainSettings
-from finesight.encode.packing import PackedBatch
 from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
 from finesight.model_folder import ModelFolder
@@ -50,32 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     return ModelFolder(create_tiny_model(folder / "deep", "qwen2_vl", preset="finesight-tiny"))
 
 
-def get_data(folder: ModelFolder) -> Path:
-    return folder.path.parent / "train.jsonl"
-
-
-def measure_peak(
-    folder: ModelFolder,
-    batch: PackedBatch,
-    dtype: torch.dtype,
-    tune: Tune,
-    checkpointed_fraction: float,
-) -> tuple[int, int]:
-    """Return the estimated and the measured peak of a forward and backward pass.
-
-    Both include gradients, but not memory that was allocated before.
-    """
-    model = make_model(folder, dtype, tune)
-    model.activation_checkpointing = checkpointed_fraction
-    run_forward_backward(model, batch)
-    model.zero_grad(set_to_none=True)
-    with profile_memory() as measured:
-        run_forward_backward(model, batch)
-    tracer = make_tracer(folder, ComputeTarget(is_cuda=False, dtype=dtype), tune)
-    memory = tracer.trace(make_planned_pack(batch), checkpointed_fraction)
-    return memory.total, measured.peak_bytes
-
-
 @each_fraction
 @each_tune
 @each_dtype
@@ -87,7 +58,7 @@ def test_peak_memory_of_pack_is_within_an_eighth(
     tune: Tune,
     checkpointed_fraction: float,
 ) -> None:
-    batch = make_batch(folder, get_data(folder), shares_prefix)
+    batch = make_batch(folder, folder.path.parent / "train.jsonl", shares_prefix)
     estimated, measured = measure_peak(folder, batch, dtype, tune, checkpointed_fraction)
     assert estimated == pytest.approx(measured, rel=0.125)
 
@@ -97,13 +68,12 @@ def test_peak_memory_of_pack_is_within_an_eighth(
 def test_long_sequence_peak_is_within_six_percent(
     folder: ModelFolder, tune: Tune, checkpointed_fraction: float
 ) -> None:
-    batch = make_batch(folder, get_data(folder))
+    batch = make_batch(folder, folder.path.parent / "train.jsonl")
     num_tokens = sum(batch.lengths)
     cu_seqlens_S1 = torch.tensor([0, num_tokens], dtype=torch.int32)
     long_batch = replace(batch, lengths=(num_tokens,), cu_seqlens_S1=cu_seqlens_S1)
-    estimated, measured = measure_peak(
-        folder, long_batch, torch.bfloat16, tune, checkpointed_fraction
-    )
+    dtype = torch.bfloat16
+    estimated, measured = measure_peak(folder, long_batch, dtype, tune, checkpointed_fraction)
     # The estimate of oneDNN buffers per thread is rough.
     assert estimated == pytest.approx(measured, rel=0.06)
 
@@ -126,7 +96,7 @@ def test_static_memory_matches_a_run(
     assert estimated.num_trainable == pytest.approx(num_values, rel=0.01)
     is_fp32 = dtype == torch.float32
     assert estimated.master_weight_bytes == (0 if is_fp32 else 2 * estimated.num_trainable)
-    run_forward_backward(model, make_batch(folder, get_data(folder)))
+    run_forward_backward(model, make_batch(folder, folder.path.parent / "train.jsonl"))
     grad_bytes = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     # Large gradients are accumulated into existing sums and then freed.
     accumulated_ids = estimated.accumulated_ids[False]

@@ -64,21 +64,16 @@ def test_unresponsive_tracker_is_dropped(tmp_path: Path, monkeypatch: pytest.Mon
     assert client.num_submitted == 7
 
 
-def test_records_over_the_queue_limit_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install_broken_tracker(monkeypatch, tmp_path, "hangs")
-    monkeypatch.setattr(tracker_manager, "MAX_QUEUED_RECORDS", 3)
-    client = start_tracker(tmp_path, steps=50)
-    client.kill()
-    assert client.wait(0)
-    assert client.num_submitted == 51
-    assert client.num_delivered <= 1
-    reason = "stopped before all records were delivered"
-    assert list(client.poll_responses())[-1] == TrackerStopped(reason)
+def list_batched(client: TrackerClient) -> list[str | list[int]]:
+    """Return the types of the queued records, or the steps of metrics."""
+    client.submit(FinishRecord(state="finished"))
+    return [
+        [row.step for row in record.steps] if isinstance(record, MetricsRecord) else record.type
+        for record in client.iter_batched()
+    ]
 
 
-def test_pending_metrics_are_batched_in_order(
+def test_records_are_batched_in_order_up_to_the_queue_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TrackerClient, "_run", lambda self: None)  # delivers nothing
@@ -86,12 +81,15 @@ def test_pending_metrics_are_batched_in_order(
     client = start_tracker(tmp_path, steps=5)
     client.submit(AlertRecord(step=5, level="info", title="t", text="t"))
     client.submit(figures(6))
-    client.submit(FinishRecord(state="finished"))
-    sent = [
-        [row.step for row in record.steps] if isinstance(record, MetricsRecord) else record.type
-        for record in client.iter_batched()
-    ]
-    assert sent == ["start", [0, 1, 2], [3, 4], "alert", [6], "finish"]
+    assert list_batched(client) == ["start", [0, 1, 2], [3, 4], "alert", [6], "finish"]
+    monkeypatch.setattr(tracker_manager, "MAX_QUEUED_RECORDS", 3)
+    client = start_tracker(tmp_path, steps=50)
+    assert list_batched(client) == ["start", [0, 1], "finish"]
+    assert client.num_submitted == 52
+    client.kill()
+    assert client.wait(0)
+    reason = "stopped before all records were delivered"
+    assert list(client.poll_responses()) == [TrackerStopped(reason)]
 
 
 @pytest.mark.usefixtures("working_tracker")

@@ -22,7 +22,7 @@ from finesight.model.lora.multi import MultiLora
 from finesight.model.vlm import VisionLanguageModel
 
 MIXES = 40
-"""Of each family: 200 in all."""
+"""Of each family."""
 
 CACHE_TOKENS = 1 << 14
 """Tokens of the cache of a request alone."""

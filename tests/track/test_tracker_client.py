@@ -44,8 +44,17 @@ def working_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_broken_tracker(monkeypatch, tmp_path, "raises")  # at the third step only
 
 
-def start_tracker(folder: Path, steps: int = 0) -> TrackerClient:
-    client = TrackerClient("swanlab", folder / "log")
+class IdleClient(TrackerClient):
+    """Client that delivers no records."""
+
+    def _run(self) -> None:
+        pass
+
+
+def start_tracker(
+    folder: Path, steps: int = 0, kind: type[TrackerClient] = TrackerClient
+) -> TrackerClient:
+    client = kind("swanlab", folder / "log")
     client.submit(begin(folder))
     for step in range(steps):
         client.submit(figures(step))
@@ -76,14 +85,13 @@ def list_batched(client: TrackerClient) -> list[str | list[int]]:
 def test_records_are_batched_in_order_up_to_the_queue_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TrackerClient, "_run", lambda self: None)  # delivers nothing
     monkeypatch.setattr(tracker_manager, "MAX_BATCHED_STEPS", 3)
-    client = start_tracker(tmp_path, steps=5)
+    client = start_tracker(tmp_path, 5, IdleClient)
     client.submit(AlertRecord(step=5, level="info", title="t", text="t"))
     client.submit(figures(6))
     assert list_batched(client) == ["start", [0, 1, 2], [3, 4], "alert", [6], "finish"]
     monkeypatch.setattr(tracker_manager, "MAX_QUEUED_RECORDS", 3)
-    client = start_tracker(tmp_path, steps=50)
+    client = start_tracker(tmp_path, 50, IdleClient)
     assert list_batched(client) == ["start", [0, 1], "finish"]
     assert client.num_submitted == 52
     client.kill()

@@ -10,17 +10,24 @@ import torch
 from memory_profile import profile_memory
 from torch import Tensor
 
-from finesight.config import PixelRange, TrainFileSettings, TuneSettings
+from finesight.config import (
+    PixelRange,
+    QuantizablePart,
+    Recipe,
+    TrainFileSettings,
+    TuneSettings,
+)
 from finesight.data.corpus import load_corpus
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
-from finesight.model_folder import ModelFolder
+from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import ComputeTarget, StepTracer
-from finesight.plan.planned_model import build_meta_model
+from finesight.plan.planned_model import PlannedModel, build_meta_model, build_planned_model
 from finesight.plan.planned_pack import PlannedPack
+from finesight.plan.target_device import TargetDevice
 from finesight.train.loss import fused_linear_cross_entropy
 
 GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
@@ -51,6 +58,25 @@ def make_model(
     model = load_model(folder, dtype, torch.device(device)).train()
     configure_tuning(model, TuneSettings.model_validate(tune), 0)
     return model
+
+
+def plan_tiny_model(
+    target: TargetDevice,
+    tune: Tune | None = None,
+    nf4_parts: tuple[QuantizablePart, ...] = (),
+    **train: Any,
+) -> PlannedModel:
+    """Plan a recipe of finesight-tiny with LoRA unless `tune` tells otherwise."""
+    recipe = Recipe.model_validate(
+        {
+            "model": "finesight-tiny",
+            "data": {"train": "none"},
+            "tune": {"language": "lora"} | (tune or {}),
+            "train": {"num_workers": 4, **train},
+            "output_dir": "none",
+        }
+    )
+    return build_planned_model(locate_model("finesight-tiny"), recipe, nf4_parts, target)
 
 
 def make_tracer(folder: ModelFolder, compute: ComputeTarget, tune: Tune) -> StepTracer:

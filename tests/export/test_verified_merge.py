@@ -6,20 +6,22 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
 import yaml
+from gptq_fixtures import GptqConfig, write_quantized_model
 from hf_reference import CPU
 from lora_fixtures import tune_with_lora
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.config import Precision, TuneSettings
 from finesight.errors import UserError
 from finesight.export import verified_merge
-from finesight.export.hf_files import find_missing_files
+from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files
 from finesight.export.model_card import VerifiedMerge
 from finesight.export.verified_merge import merge_and_verify
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
@@ -27,7 +29,7 @@ from finesight.infer.prediction import build_questions, predict
 from finesight.manifest import Manifest, load_manifest
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.weights_io import load_model
-from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
+from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 from finesight.storage import verify_folder
 
 TUNE: dict[str, Any] = {
@@ -36,6 +38,7 @@ TUNE: dict[str, Any] = {
     "merger": "lora",
     "lora": {"rank": 4, "alpha": 4},
 }
+SMALL_LORA = {"rank": 2, "alpha": 1}
 PROMPT = "Describe the picture."
 
 
@@ -51,14 +54,18 @@ class MergeableRun(NamedTuple):
         return merge_and_verify(str(self.folder), source, out, **options)
 
 
+def save_random_adapter(base: ModelFolder, folder: Path, tune: dict[str, Any]) -> Path:
+    model = tune_with_lora(load_model(base, torch.float32, CPU), tune)
+    folder.mkdir(parents=True)
+    save_adapter(folder, model, base_model=str(base.path), base_fingerprint=base.fingerprint())
+    return folder
+
+
 @pytest.fixture(scope="module")
 def run_template(tmp_path_factory: pytest.TempPathFactory) -> MergeableRun:
     folder = tmp_path_factory.mktemp("made")
     base = ModelFolder(TINY_MODEL_FOLDER)
-    model = tune_with_lora(load_model(base, torch.float32, CPU), TUNE)
-    adapter = folder / "run" / "adapter"
-    adapter.mkdir(parents=True)
-    save_adapter(adapter, model, base_model=TINY_MODEL, base_fingerprint=base.fingerprint())
+    adapter = save_random_adapter(base, folder / "run" / "adapter", TUNE)
     # Half of it: enough to change answers, not to make them noise.
     weights = adapter / ADAPTER_WEIGHTS_FILE
     save_file({key: 0.5 * tensor for key, tensor in load_file(weights).items()}, weights)
@@ -350,3 +357,43 @@ def test_low_memory_uses_the_weight_dtype(
     assert (parity.compute_precision, parity.rounding_change) == ("bf16", None)
     assert parity.merge_change <= 0.1
     assert parity.reload_difference <= 1e-6
+
+
+def merge_adapter(adapter: Path, out: Path, precision: Precision = "auto") -> VerifiedMerge:
+    """Merge an adapter with its base model, and check the measurements."""
+    source = resolve_model_source(str(adapter))
+    proved = merge_and_verify(
+        str(adapter), source, out, precision=precision, num_samples=2, device="cpu"
+    )
+    parity = proved.parity
+    assert parity.adapter_change > 1e-3
+    assert parity.merge_change < 1e-4
+    assert parity.reload_difference < 1e-5
+    assert parity.num_equal + len(parity.divergences) == 2
+    return proved
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+@pytest.mark.parametrize("family", get_args(TinyFamily))
+def test_every_family_is_merged_and_verified(
+    family: TinyFamily, precision: Precision, tmp_path: Path
+) -> None:
+    base = ModelFolder(create_tiny_model(tmp_path / "base", family))
+    adapter = save_random_adapter(base, tmp_path / "adapter", TUNE | {"lora": SMALL_LORA})
+    proved = merge_adapter(adapter, tmp_path / "out", precision)
+    assert (proved.parity.rounding_change is None) is (precision == "auto")
+    config = json.loads((proved.folder / "config.json").read_text())
+    if family in HF_ARCHITECTURES:
+        assert config["architectures"] == [HF_ARCHITECTURES[family]]
+    card = (proved.folder / "README.md").read_text()
+    assert ("vllm serve out" in card) is (family in HF_ARCHITECTURES)
+
+
+def test_adapter_on_four_bit_model(tmp_path: Path) -> None:
+    """Compared with the bits as they are, and written as what they stand for."""
+    source = ModelFolder(create_tiny_model(tmp_path / "source"))
+    base, _ = write_quantized_model(source, tmp_path, GptqConfig())
+    tune = {"language": "lora", "lora": SMALL_LORA}
+    proved = merge_adapter(save_random_adapter(base, tmp_path / "adapter", tune), tmp_path / "out")
+    assert proved.dequantized_layers == proved.merged_layers == 14
+    assert "14 layers were dequantized from 4 bits" in (proved.folder / "README.md").read_text()

@@ -44,6 +44,7 @@ from finesight.train.graph_buffers import (
     GraphVisionShape,
 )
 
+TINY = locate_model("finesight-tiny")
 LORA: Tune = {"language": "lora", "lora": {"rank": 8}}
 VISION_LORA = LORA | {"vision": "lora"}
 VISION_LORA_NO_DROPOUT = VISION_LORA | {"lora": {"rank": 8, "dropout": 0.0}}
@@ -54,7 +55,7 @@ VISION_LORA_NO_DROPOUT = VISION_LORA | {"lora": {"rank": 8, "dropout": 0.0}}
 def batch(tmp_path_factory: pytest.TempPathFactory) -> PackedBatch:
     folder = tmp_path_factory.mktemp("graphs")
     make_task(folder)
-    return make_batch(locate_model("finesight-tiny"), folder / "train.jsonl")
+    return make_batch(TINY, folder / "train.jsonl")
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def small_pack(batch: PackedBatch) -> PlannedPack:
 
 
 def tune_model(tune: Tune) -> VisionLanguageModel:
-    return make_model(locate_model("finesight-tiny"), torch.bfloat16, tune)
+    return make_model(TINY, torch.bfloat16, tune)
 
 
 def list_values(inputs: GraphInputs) -> list[object]:
@@ -131,7 +132,7 @@ def test_only_small_packs_are_captured(
 def compute_peak(
     tune: Tune, packs: Sequence[PlannedPack], checkpointed_fraction: float = 0.0
 ) -> PeakMemory:
-    tracer = make_tracer(locate_model("finesight-tiny"), GPU, tune)
+    tracer = make_tracer(TINY, GPU, tune)
     persistent = compute_persistent_memory(tracer.model, TrainSettings(), GPU)
     return compute_peak_memory(
         persistent, tracer, packs, checkpointed_fraction, has_multiple_packs=False
@@ -154,7 +155,7 @@ def test_cuda_graph_memory_includes_gradients(small_pack: PlannedPack) -> None:
 def test_encoder_is_in_the_graph_only_without_dropout(small_pack: PlannedPack) -> None:
     """Outside, its saved activations remain allocated during both passes of the decoder."""
     saved, outside_saved, inside_saved = (
-        make_tracer(locate_model("finesight-tiny"), GPU, tune).trace_vision(small_pack, 0.0).saved
+        make_tracer(TINY, GPU, tune).trace_vision(small_pack, 0.0).saved
         for tune in (LORA, VISION_LORA, VISION_LORA_NO_DROPOUT)
     )
     frozen, outside, inside = (

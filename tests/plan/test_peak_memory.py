@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +15,12 @@ from plan_fixtures import (
     measure_peak,
     run_forward_backward,
 )
-from tiny_model import create_tiny_model
 from tiny_task import make_task
 
 from finesight.config import TrainSettings
 from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
-from finesight.model_folder import ModelFolder
+from finesight.model_folder import locate_model
 from finesight.plan.dry_run import ComputeTarget
 from finesight.plan.peak_memory import (
     CPU_PROCESS_BYTES,
@@ -32,6 +32,7 @@ from finesight.plan.peak_memory import (
 )
 from finesight.train.optimizer import MasterWeightOptimizer
 
+TINY = locate_model("finesight-tiny")
 LORA: Tune = {"language": "lora", "lora": {"rank": 8, "dropout": 0.05}}
 ALL: Tune = {"language": "full", "embeddings": "full", "vision": "full", "merger": "full"}
 each_tune = pytest.mark.parametrize("tune", [LORA, ALL], ids=["lora", "all"])
@@ -40,11 +41,10 @@ each_fraction = pytest.mark.parametrize("checkpointed_fraction", [0.0, 0.6, 1.0]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    """Model of several layers, beside the samples of the tiny task."""
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     make_task(folder)
-    return ModelFolder(create_tiny_model(folder / "deep", "qwen2_vl", preset="finesight-tiny"))
+    return folder / "train.jsonl"
 
 
 @each_fraction
@@ -52,28 +52,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 @each_dtype
 @pytest.mark.parametrize("shares_prefix", [False, True])
 def test_peak_memory_of_pack_is_within_an_eighth(
-    folder: ModelFolder,
+    data: Path,
     shares_prefix: bool,
     dtype: torch.dtype,
     tune: Tune,
     checkpointed_fraction: float,
 ) -> None:
-    batch = make_batch(folder, folder.path.parent / "train.jsonl", shares_prefix)
-    estimated, measured = measure_peak(folder, batch, dtype, tune, checkpointed_fraction)
+    batch = make_batch(TINY, data, shares_prefix)
+    estimated, measured = measure_peak(TINY, batch, dtype, tune, checkpointed_fraction)
     assert estimated == pytest.approx(measured, rel=0.125)
 
 
 @each_fraction
 @each_tune
 def test_long_sequence_peak_is_within_six_percent(
-    folder: ModelFolder, tune: Tune, checkpointed_fraction: float
+    data: Path, tune: Tune, checkpointed_fraction: float
 ) -> None:
-    batch = make_batch(folder, folder.path.parent / "train.jsonl")
+    batch = make_batch(TINY, data)
     num_tokens = sum(batch.lengths)
     cu_seqlens_S1 = torch.tensor([0, num_tokens], dtype=torch.int32)
     long_batch = replace(batch, lengths=(num_tokens,), cu_seqlens_S1=cu_seqlens_S1)
     dtype = torch.bfloat16
-    estimated, measured = measure_peak(folder, long_batch, dtype, tune, checkpointed_fraction)
+    estimated, measured = measure_peak(TINY, long_batch, dtype, tune, checkpointed_fraction)
     # The estimate of oneDNN buffers per thread is rough.
     assert estimated == pytest.approx(measured, rel=0.06)
 
@@ -82,12 +82,12 @@ def test_long_sequence_peak_is_within_six_percent(
 @each_tune
 @each_dtype
 def test_static_memory_matches_a_run(
-    folder: ModelFolder, dtype: torch.dtype, tune: Tune, optimizer: str
+    data: Path, dtype: torch.dtype, tune: Tune, optimizer: str
 ) -> None:
     train = TrainSettings.model_validate({"optimizer": optimizer})
-    tracer = make_tracer(folder, ComputeTarget(is_cuda=False, dtype=dtype), tune)
+    tracer = make_tracer(TINY, ComputeTarget(is_cuda=False, dtype=dtype), tune)
     estimated = compute_persistent_memory(tracer.model, train, tracer.compute)
-    model = make_model(folder, dtype, tune)
+    model = make_model(TINY, dtype, tune)
     rows = stacked_row_counts(model)
     master_optimizer = MasterWeightOptimizer(trainable_parameters(model), train, rows)
     assert estimated.weight_bytes == sum(p.nbytes for p in model.parameters())
@@ -96,7 +96,7 @@ def test_static_memory_matches_a_run(
     assert estimated.num_trainable == pytest.approx(num_values, rel=0.01)
     is_fp32 = dtype == torch.float32
     assert estimated.master_weight_bytes == (0 if is_fp32 else 2 * estimated.num_trainable)
-    run_forward_backward(model, make_batch(folder, folder.path.parent / "train.jsonl"))
+    run_forward_backward(model, make_batch(TINY, data))
     grad_bytes = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     # Large gradients are accumulated into existing sums and then freed.
     accumulated_ids = estimated.accumulated_ids[False]
@@ -112,7 +112,7 @@ def test_static_memory_matches_a_run(
     assert estimated.optimizer_state_bytes == pytest.approx(state_bytes, rel=0.01)
 
 
-def test_memory_parts_sum_to_the_peak(folder: ModelFolder) -> None:
+def test_memory_parts_sum_to_the_peak() -> None:
     persistent = PersistentMemory(
         num_trainable=3,
         weight_bytes=10,
@@ -123,7 +123,7 @@ def test_memory_parts_sum_to_the_peak(folder: ModelFolder) -> None:
         optimizer_step_bytes=5,
     )
     gpu, cpu = (
-        make_tracer(folder, ComputeTarget(is_cuda=is_cuda, dtype=torch.bfloat16), LORA)
+        make_tracer(TINY, ComputeTarget(is_cuda=is_cuda, dtype=torch.bfloat16), LORA)
         for is_cuda in (True, False)
     )
     peak, multi_pack_peak, cpu_peak = (

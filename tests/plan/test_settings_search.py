@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
-import pytest
-from tiny_model import create_tiny_model
+from plan_fixtures import plan_tiny_model
 
-from finesight.config import QuantizablePart, Recipe
-from finesight.model_folder import ModelFolder
+from finesight.config import QuantizablePart
 from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION
-from finesight.plan.planned_model import PlannedModel, build_planned_model
+from finesight.plan.planned_model import PlannedModel
 from finesight.plan.settings_search import (
     MIN_EFFICIENT_PACK_TOKENS,
     PlannedSettings,
@@ -20,8 +17,6 @@ from finesight.plan.settings_search import (
 )
 from finesight.plan.target_device import build_named_target
 from finesight.train.dataset_stats import SampleStats
-
-MakeSearch = Callable[..., SettingsSearch]
 
 
 def choose(pack_tokens: int, activation_checkpointing: float = 0.0) -> PlannedSettings:
@@ -44,32 +39,18 @@ def make_steps(num_samples: int, num_tokens: int) -> PlannedSteps:
 STEPS = make_steps(20, 1000)
 
 
-@pytest.fixture(scope="module")
-def make_search(tmp_path_factory: pytest.TempPathFactory) -> MakeSearch:
-    path = create_tiny_model(tmp_path_factory.mktemp("model") / "deep", preset="finesight-tiny")
-    recipe = Recipe.model_validate(
-        {
-            "model": str(path),
-            "data": {"train": "none"},
-            "tune": {"language": "lora"},
-            "output_dir": "none",
-        }
-    )
-
-    @lru_cache
-    def plan_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
-        target = build_named_target("H200", "bf16")
-        return build_planned_model(ModelFolder(path), recipe, nf4_parts, target)
-
-    def make(
-        memory_gb: float = 141, steps: PlannedSteps = STEPS, can_resize: bool = True
-    ) -> SettingsSearch:
-        return SettingsSearch(plan_model, steps, round(memory_gb * 1e9), [()], can_resize)
-
-    return make
+def make_search(
+    memory_gb: float = 141, steps: PlannedSteps = STEPS, can_resize: bool = True
+) -> SettingsSearch:
+    return SettingsSearch(plan_model, steps, round(memory_gb * 1e9), [()], can_resize)
 
 
-def test_ample_memory_uses_one_pack_without_checkpointing(make_search: MakeSearch) -> None:
+@lru_cache
+def plan_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
+    return plan_tiny_model(build_named_target("H200", "bf16"), None, nf4_parts)
+
+
+def test_ample_memory_uses_one_pack_without_checkpointing() -> None:
     for start in (RECIPE_SETTINGS, choose(4096, 1.0)):
         chosen = make_search().find_best(start)
         assert (chosen.activation_checkpointing, chosen.nf4_parts) == (0.0, ())
@@ -77,14 +58,14 @@ def test_ample_memory_uses_one_pack_without_checkpointing(make_search: MakeSearc
     assert make_search(can_resize=False).find_best(RECIPE_SETTINGS).pack_tokens == 4096
 
 
-def test_settings_stay_unchanged_without_gain(make_search: MakeSearch) -> None:
+def test_settings_stay_unchanged_without_gain() -> None:
     small = make_search(steps=make_steps(3, 100))
     assert small.find_best(RECIPE_SETTINGS) is RECIPE_SETTINGS
     single_pack = choose(21_000)
     assert make_search().find_best(single_pack) is single_pack
 
 
-def test_cuda_graphs_never_cause_activation_checkpointing(make_search: MakeSearch) -> None:
+def test_cuda_graphs_never_cause_activation_checkpointing() -> None:
     """Without memory for graphs, packs run eagerly, with more host time."""
     steps = make_steps(3, 1000)
     ample = make_search(steps=steps).estimate(RECIPE_SETTINGS)
@@ -99,7 +80,7 @@ def test_cuda_graphs_never_cause_activation_checkpointing(make_search: MakeSearc
     assert estimate.step_time.host_s > ample.step_time.host_s
 
 
-def test_chosen_settings_are_the_largest_that_fit(make_search: MakeSearch) -> None:
+def test_chosen_settings_are_the_largest_that_fit() -> None:
     fractions = []
     for memory_gb in (4.0, 2.0, 1.5, 1.2, 1.1, 1.05, 1.0, 0.95, 0.9):
         search = make_search(memory_gb)
@@ -121,20 +102,20 @@ def test_chosen_settings_are_the_largest_that_fit(make_search: MakeSearch) -> No
     assert any(0 < fraction < 1 for fraction in fractions)
 
 
-def test_minimal_settings_are_reported_if_none_fit(make_search: MakeSearch) -> None:
+def test_minimal_settings_are_reported_if_none_fit() -> None:
     search = make_search(0.5)
     best = search.find_best(RECIPE_SETTINGS)
     assert best == choose(2000, 1.0)
     assert not search.estimate(best).fits
 
 
-def test_longest_sample_sets_the_minimum_pack_size(make_search: MakeSearch) -> None:
+def test_longest_sample_sets_the_minimum_pack_size() -> None:
     steps = make_steps(2, 6000)
     assert (steps.max_sample_tokens, steps.single_pack_budget) == (12_000, 18_000)
     assert make_search(steps=steps).find_best(RECIPE_SETTINGS).pack_tokens >= 12_000
 
 
-def test_more_packs_use_less_memory_and_more_time(make_search: MakeSearch) -> None:
+def test_more_packs_use_less_memory_and_more_time() -> None:
     one_pack, many_packs = (make_search().estimate(choose(tokens)) for tokens in (21_000, 2000))
     assert (one_pack.packs_per_step, many_packs.packs_per_step) == (1, 11)
     assert many_packs.peak.activations < one_pack.peak.activations

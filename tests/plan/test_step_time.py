@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_model import create_tiny_model
+from plan_fixtures import plan_tiny_model
 
-from finesight.config import Recipe
-from finesight.model_folder import ModelFolder
-from finesight.plan.planned_model import build_planned_model
 from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.step_time import FP8_SPEEDUP, StepTime, StepTimeEstimator
 from finesight.plan.target_device import TargetDevice, build_named_target, measure_local_target
@@ -22,24 +18,8 @@ FULL = {"language": "full", "vision": "full", "merger": "full", "embeddings": "f
 H200 = build_named_target("H200", "bf16")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return create_tiny_model(tmp_path_factory.mktemp("model") / "deep", preset="finesight-tiny")
-
-
-def make_timer(
-    folder: Path, target: TargetDevice = H200, tune: dict[str, Any] | None = None, **train: Any
-) -> StepTimeEstimator:
-    recipe = Recipe.model_validate(
-        {
-            "model": str(folder),
-            "data": {"train": "none"},
-            "tune": {"language": "lora"} | (tune or {}),
-            "train": {"num_workers": 4, **train},
-            "output_dir": "none",
-        }
-    )
-    return build_planned_model(ModelFolder(folder), recipe, (), target).step_timer
+def make_timer(target: TargetDevice = H200, **settings: Any) -> StepTimeEstimator:
+    return plan_tiny_model(target, **settings).step_timer
 
 
 def test_step_time_is_longest_part_plus_optimizer() -> None:
@@ -57,10 +37,10 @@ def test_step_time_is_longest_part_plus_optimizer() -> None:
     assert replace(step, is_loading_blocking=True).total == 6.5
 
 
-def test_time_scales_with_gpu_and_trained_parts(folder: Path) -> None:
-    timer = make_timer(folder)
+def test_time_scales_with_gpu_and_trained_parts() -> None:
+    timer = make_timer()
     baseline, half, full = (timer.estimate_step([PACK], part) for part in (0.0, 0.5, 1.0))
-    slow = make_timer(folder, build_named_target("RTX 3060", "bf16")).estimate_step([PACK], 0.0)
+    slow = make_timer(build_named_target("RTX 3060", "bf16")).estimate_step([PACK], 0.0)
     assert slow.matmul_s > 10 * baseline.matmul_s
     assert slow.memory_s > 10 * baseline.memory_s
     assert baseline.matmul_s < half.matmul_s < full.matmul_s
@@ -74,9 +54,9 @@ def test_time_scales_with_gpu_and_trained_parts(folder: Path) -> None:
     assert cached.data_loading_s == 0
 
 
-def test_fp8_products_are_faster(folder: Path) -> None:
+def test_fp8_products_are_faster() -> None:
     timers = [
-        make_timer(folder, tune={"quantize": {"fp8": parts}})
+        make_timer(tune={"quantize": {"fp8": parts}})
         for parts in (None, ["language"], ["language", "vision"])
     ]
     times = [timer.estimate_step([PACK], 0.0) for timer in timers]
@@ -91,9 +71,9 @@ def test_fp8_products_are_faster(folder: Path) -> None:
     assert language.matmul_s == both.matmul_s
 
 
-def test_fused_kernels_and_graphs_reduce_launch_time(folder: Path) -> None:
-    fused = make_timer(folder)
-    unfused = make_timer(folder, replace(H200, compute=build_named_target("T4", "bf16").compute))
+def test_fused_kernels_and_graphs_reduce_launch_time() -> None:
+    fused = make_timer()
+    unfused = make_timer(replace(H200, compute=build_named_target("T4", "bf16").compute))
     text_pack = PlannedPack((100,) * 8, (), 80)
     image_pack = replace(text_pack, grid_thw=((1, 20, 20),))
 
@@ -108,21 +88,21 @@ def test_fused_kernels_and_graphs_reduce_launch_time(folder: Path) -> None:
     assert launch_s(fused, PACK) > eager_s
 
 
-def test_optimizer_time_increases_with_parameters(folder: Path) -> None:
+def test_optimizer_time_increases_with_parameters() -> None:
     lora, full, adamw_8bit = (
         timer.estimate_step([PACK], 0.0).optimizer_s
         for timer in (
-            make_timer(folder),
-            make_timer(folder, tune=FULL),
-            make_timer(folder, tune=FULL, optimizer="adamw_8bit"),
+            make_timer(),
+            make_timer(tune=FULL),
+            make_timer(tune=FULL, optimizer="adamw_8bit"),
         )
     )
     assert lora < full < adamw_8bit
 
 
-def test_data_wait_depends_on_workers(folder: Path) -> None:
+def test_data_wait_depends_on_workers() -> None:
     main_process, workers = (
-        make_timer(folder, num_workers=count).estimate_step([PACK], 0.0) for count in (0, 8)
+        make_timer(num_workers=count).estimate_step([PACK], 0.0) for count in (0, 8)
     )
     assert main_process.is_loading_blocking
     assert not workers.is_loading_blocking

@@ -21,16 +21,8 @@ from PIL import Image, ImageCms
 
 ExpectedOutcome = Literal["taken", "refused"]
 
-FILE_SUFFIXES = {
-    "JPEG": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "TIFF": "tif",
-    "PPM": "ppm",
-    "JPEG2000": "jp2",
-    "AVIF": "avif",
+FILE_SUFFIXES = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"} | {
+    form: form.lower() for form in ("PNG", "WEBP", "BMP", "GIF", "PPM", "AVIF")
 }
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 HIGH_DEPTH_DTYPES = {"I": np.int32, "F": np.float32, "I;16": np.uint16, "I;16B": np.dtype(">u2")}
@@ -42,7 +34,7 @@ class EdgeCaseImage(NamedTuple):
 
     name: str
     content: bytes
-    expected: ExpectedOutcome
+    expected: ExpectedOutcome = "taken"
 
 
 def make_noise_image(width: int = 40, height: int = 24) -> Image.Image:
@@ -56,24 +48,16 @@ def encode_image(image: Image.Image, form: str, **settings: Any) -> bytes:
     return stream.getvalue()
 
 
+def encode_noise(form: str, **settings: Any) -> bytes:
+    return encode_image(make_noise_image(), form, **settings)
+
+
 def list_modes() -> Iterator[EdgeCaseImage]:
     """Every mode in every format that can hold it."""
-    for mode, (form, ending) in itertools.product(
-        (*MODES, *HIGH_DEPTH_DTYPES), FILE_SUFFIXES.items()
-    ):
-        if mode in HIGH_DEPTH_DTYPES:
-            values = np.arange(40 * 24).reshape(24, 40).astype(HIGH_DEPTH_DTYPES[mode])
-            image = Image.fromarray(values)
-        elif mode == "PA":
-            image = make_noise_image().convert("P").convert("PA")
-        else:
-            image = (
-                make_noise_image().convert("RGBA").convert(mode)
-                if mode == "RGBa"
-                else _convert_mode(mode)
-            )
+    modes = (*MODES, *HIGH_DEPTH_DTYPES)
+    for mode, (form, ending) in itertools.product(modes, FILE_SUFFIXES.items()):
         try:
-            content = encode_image(image, form)
+            content = encode_image(convert_mode(mode), form)
         except (OSError, ValueError, KeyError):  # Pillow's writers refuse in all three ways
             continue
         # Pillow writes YCbCr whole, and does not say so: by its own words such a TIFF has half the
@@ -82,9 +66,12 @@ def list_modes() -> Iterator[EdgeCaseImage]:
         yield EdgeCaseImage(f"mode-{mode.replace(';', '-')}.{ending}", content, fate)
 
 
-def _convert_mode(mode: str) -> Image.Image:
+def convert_mode(mode: str) -> Image.Image:
+    if mode in HIGH_DEPTH_DTYPES:
+        return Image.fromarray(np.arange(960).reshape(24, 40).astype(HIGH_DEPTH_DTYPES[mode]))
     if mode != "LAB":
-        return make_noise_image().convert(mode)
+        between = {"PA": "P", "RGBa": "RGBA"}.get(mode, "RGB")
+        return make_noise_image().convert(between).convert(mode)
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     turned = ImageCms.profileToProfile(make_noise_image(), srgb, lab, outputMode="LAB")
     assert turned is not None
@@ -97,9 +84,9 @@ def list_exif_orientations() -> Iterator[EdgeCaseImage]:
         exif = Image.Exif()
         exif[0x0112] = turn
         name = f"turn-{turn}.{FILE_SUFFIXES[form]}"
-        yield EdgeCaseImage(name, encode_image(make_noise_image(), form, exif=exif), "taken")
+        yield EdgeCaseImage(name, encode_noise(form, exif=exif))
     for form in ("JPEG", "PNG", "WEBP"):
-        content = encode_image(make_noise_image(), form, exif=b"Exif\0\0" + b"\xff" * 60)
+        content = encode_noise(form, exif=b"Exif\0\0" + b"\xff" * 60)
         # Pillow looks over it in a JPEG alone.
         fate: ExpectedOutcome = "taken" if form == "JPEG" else "refused"
         yield EdgeCaseImage(f"exif-of-nothing.{FILE_SUFFIXES[form]}", content, fate)
@@ -121,7 +108,7 @@ def list_shapes() -> Iterator[EdgeCaseImage]:
 def list_truncated() -> Iterator[EdgeCaseImage]:
     """Every format, with nothing to nine tenths of its bytes."""
     for (form, ending), tenth in itertools.product(FILE_SUFFIXES.items(), range(10)):
-        full_content = encode_image(make_noise_image(), form)
+        full_content = encode_noise(form)
         content = full_content[: len(full_content) * tenth // 10]
         yield EdgeCaseImage(f"cut-{tenth}.{ending}", content, "refused")
 
@@ -129,11 +116,9 @@ def list_truncated() -> Iterator[EdgeCaseImage]:
 def list_wrong_suffixes() -> Iterator[EdgeCaseImage]:
     """Yield each format with the suffix of another one, and files that are no images."""
     for form, ending in zip(FILE_SUFFIXES, (*list(FILE_SUFFIXES.values())[1:], "txt"), strict=True):
-        yield EdgeCaseImage(
-            f"{form.lower()}-as.{ending}", encode_image(make_noise_image(), form), "taken"
-        )
-    yield EdgeCaseImage("no-ending", encode_image(make_noise_image(), "PNG"), "taken")
-    for name, content in {
+        yield EdgeCaseImage(f"{form.lower()}-as.{ending}", encode_noise(form))
+    yield EdgeCaseImage("no-ending", encode_noise("PNG"))
+    no_images = {
         "text.jpg": b"hello",
         "page.png": b"<!DOCTYPE html><html></html>",
         "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
@@ -143,23 +128,20 @@ def list_wrong_suffixes() -> Iterator[EdgeCaseImage]:
         "icon.png": b"\0\0\1\0\1\0\1\1\0\0\1\0\x20\0\x30\0\0\0\x16\0\0\0" + bytes(48),
         "zeros.png": bytes(5000),
         "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-    }.items():
+    }
+    for name, content in no_images.items():
         yield EdgeCaseImage(f"no-image-{name}", content, "refused")
 
 
 def list_animated() -> Iterator[EdgeCaseImage]:
-    frames = [
-        make_noise_image(),
-        Image.new("RGB", (40, 24), "red"),
-        Image.new("RGB", (40, 24), "blue"),
-    ]
+    frames = [Image.new("RGB", (40, 24), color) for color in ("red", "lime", "blue")]
     for form in ("GIF", "PNG", "WEBP", "TIFF", "AVIF", "MPO"):
         content = encode_image(frames[0], form, save_all=True, append_images=frames[1:])
-        yield EdgeCaseImage(f"moving.{FILE_SUFFIXES.get(form, 'mpo')}", content, "taken")
+        yield EdgeCaseImage(f"moving.{FILE_SUFFIXES.get(form, 'mpo')}", content)
     clear = [Image.new("RGBA", (40, 24), (shade, 0, 0, 9)) for shade in (0, 90, 180)]
     for form in ("GIF", "PNG", "WEBP"):
         content = encode_image(clear[0], form, save_all=True, append_images=clear[1:], disposal=2)
-        yield EdgeCaseImage(f"moving-clear.{FILE_SUFFIXES[form]}", content, "taken")
+        yield EdgeCaseImage(f"moving-clear.{FILE_SUFFIXES[form]}", content)
 
 
 def list_color_profiles() -> Iterator[EdgeCaseImage]:
@@ -167,66 +149,49 @@ def list_color_profiles() -> Iterator[EdgeCaseImage]:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for name, profile in (("srgb", srgb), ("torn", srgb[:200]), ("nonsense", b"\xff" * 5000)):
         for form in ("JPEG", "PNG", "WEBP", "TIFF"):
-            content = encode_image(make_noise_image(), form, icc_profile=profile)
-            yield EdgeCaseImage(f"icc-{name}.{FILE_SUFFIXES[form]}", content, "taken")
+            content = encode_noise(form, icc_profile=profile)
+            yield EdgeCaseImage(f"icc-{name}.{FILE_SUFFIXES[form]}", content)
 
 
 def list_16_bit() -> Iterator[EdgeCaseImage]:
     wide = np.random.default_rng(0).integers(0, 65536, (24, 40), dtype=np.uint16)
     for form in ("PNG", "TIFF", "JPEG2000"):
         yield EdgeCaseImage(
-            f"grey-16.{FILE_SUFFIXES[form]}", encode_image(Image.fromarray(wide), form), "taken"
+            f"grey-16.{FILE_SUFFIXES[form]}", encode_image(Image.fromarray(wide), form)
         )
-    yield EdgeCaseImage("grey-16.pgm", b"P5 40 24 65535\n" + wide.astype(">u2").tobytes(), "taken")
+    yield EdgeCaseImage("grey-16.pgm", b"P5 40 24 65535\n" + wide.astype(">u2").tobytes())
     colour = np.repeat(wide[:, :, None], 3, axis=2).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in colour)
-    yield EdgeCaseImage("colour-16.png", build_png(40, 24, zlib.compress(rows), bits=16), "taken")
+    yield EdgeCaseImage("colour-16.png", build_png(40, 24, zlib.compress(rows), bits=16))
     for name, values in (("nan", [np.nan] * 4), ("inf", [np.inf, -np.inf, np.nan, 0])):
         floats = struct.pack("<4f", *values)
-        yield EdgeCaseImage(f"{name}.pfm", b"Pf\n2 2\n-1.0\n" + floats, "taken")
+        yield EdgeCaseImage(f"{name}.pfm", b"Pf\n2 2\n-1.0\n" + floats)
 
 
 def list_rare_encodings() -> Iterator[EdgeCaseImage]:
     """Other ways to write what is seldom met."""
-    yield EdgeCaseImage(
-        "progressive.jpg", encode_image(make_noise_image(), "JPEG", progressive=True), "taken"
-    )
-    yield EdgeCaseImage(
-        "restarts.jpg", encode_image(make_noise_image(), "JPEG", restart_marker_rows=1), "taken"
-    )
-    yield EdgeCaseImage(
-        "lossless.webp", encode_image(make_noise_image(), "WEBP", lossless=True), "taken"
-    )
-    yield EdgeCaseImage(
-        "interlaced.gif", encode_image(make_noise_image(), "GIF", interlace=True), "taken"
-    )
+    encodings: dict[str, tuple[str, dict[str, Any]]] = {
+        "progressive.jpg": ("JPEG", {"progressive": True}),
+        "restarts.jpg": ("JPEG", {"restart_marker_rows": 1}),
+        "lossless.webp": ("WEBP", {"lossless": True}),
+        "interlaced.gif": ("GIF", {"interlace": True}),
+    }
     for packing in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "lzma", "zstd"):
-        yield EdgeCaseImage(
-            f"{packing}.tif", encode_image(make_noise_image(), "TIFF", compression=packing), "taken"
-        )
+        encodings[f"{packing}.tif"] = "TIFF", {"compression": packing}
+    for name, (form, settings) in encodings.items():
+        yield EdgeCaseImage(name, encode_noise(form, **settings))
     bits = make_noise_image().convert("1")
     for packing in ("group3", "group4", "tiff_ccitt"):
-        yield EdgeCaseImage(
-            f"{packing}.tif", encode_image(bits, "TIFF", compression=packing), "taken"
-        )
-    yield EdgeCaseImage("plain.ppm", b"P3 2 1 255\n" + b"9 " * 6, "taken")
-    yield EdgeCaseImage(
-        "more-than-its-pixels.png",
-        encode_image(make_noise_image(), "PNG") + bytes(100_000),
-        "taken",
-    )
+        yield EdgeCaseImage(f"{packing}.tif", encode_image(bits, "TIFF", compression=packing))
+    yield EdgeCaseImage("plain.ppm", b"P3 2 1 255\n" + b"9 " * 6)
+    yield EdgeCaseImage("more-than-its-pixels.png", encode_noise("PNG") + bytes(100_000))
 
 
 def build_png(width: int, height: int, rows: bytes, *others: bytes, bits: int = 8) -> bytes:
     """Make an RGB PNG with these packed rows, and other chunks before them."""
     header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
-    parts = (
-        build_png_chunk(b"IHDR", header),
-        *others,
-        build_png_chunk(b"IDAT", rows),
-        build_png_chunk(b"IEND", b""),
-    )
-    return PNG_SIGNATURE + b"".join(parts)
+    data, end = build_png_chunk(b"IDAT", rows), build_png_chunk(b"IEND", b"")
+    return b"".join((PNG_SIGNATURE, build_png_chunk(b"IHDR", header), *others, data, end))
 
 
 def build_png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -235,18 +200,8 @@ def build_png_chunk(kind: bytes, data: bytes) -> bytes:
 
 def build_tiled_tiff(width: int, height: int, side: int, tile: bytes) -> bytes:
     """A grey TIFF in one tile of `side` x `side`, deflated."""
-    entries = {
-        256: width,
-        257: height,
-        258: 8,
-        259: 8,
-        262: 1,
-        277: 1,
-        322: side,
-        323: side,
-        324: 8,
-        325: len(tile),
-    }
+    entries = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1}
+    entries |= {322: side, 323: side, 324: 8, 325: len(tile)}
     table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
     at = 8 + len(tile)
     return b"II*\0" + struct.pack("<I", at) + tile + struct.pack("<H", 10) + table + bytes(4)
@@ -282,28 +237,21 @@ def list_huge_headers() -> Iterator[EdgeCaseImage]:
         yield EdgeCaseImage(f"pixels-{name}.ppm", b"P6 " + size + b" 255\n" + bytes(99), "refused")
     yield EdgeCaseImage("digits.ppm", b"P6 " + b"9" * 5000 + b" 1 255\n", "refused")
     webp = bytearray(
-        encode_image(
-            make_noise_image(),
-            "WEBP",
-            save_all=True,
-            append_images=[make_noise_image(40, 24).rotate(9)],
-        )
+        encode_noise("WEBP", save_all=True, append_images=[Image.new("RGB", (40, 24))])
     )
     at = webp.index(b"VP8X") + 12
     webp[at : at + 6] = struct.pack("<I", 16_383)[:3] * 2
     yield EdgeCaseImage("pixels.webp", bytes(webp), "refused")
-    stream = bytearray(encode_image(make_noise_image(), "JPEG2000"))
+    stream = bytearray(encode_noise("JPEG2000"))
     at = stream.index(b"\xff\x51") + 6
     stream[at : at + 8] = struct.pack(">II", 30_000, 30_000)
     yield EdgeCaseImage("pixels.jp2", bytes(stream), "refused")
     yield EdgeCaseImage("pixels.j2k", bytes(stream[at - 8 :]), "refused")
-    avif = bytearray(encode_image(make_noise_image(), "AVIF"))
+    avif = bytearray(encode_noise("AVIF"))
     at = avif.index(b"ispe") + 8
     avif[at : at + 8] = struct.pack(">II", 2**31, 2**31)
     yield EdgeCaseImage("pixels.avif", bytes(avif), "refused")
-    yield EdgeCaseImage(
-        "one-tile.tif", build_tiled_tiff(10, 10, 16, zlib.compress(bytes(256))), "taken"
-    )
+    yield EdgeCaseImage("one-tile.tif", build_tiled_tiff(10, 10, 16, zlib.compress(bytes(256))))
     yield EdgeCaseImage("wide-tile.tif", build_tiled_tiff(10, 10, 20_000, zeros), "refused")
     yield EdgeCaseImage("wide-strip.tif", build_tiled_tiff(60_000, 60_000, 16, zeros), "refused")
     yield from list_long_headers(zeros)
@@ -317,31 +265,23 @@ def list_long_headers(zeros: bytes) -> Iterator[EdgeCaseImage]:
         yield EdgeCaseImage(
             name, build_png(8, 8, row, build_png_chunk(kind, start + zeros)), "refused"
         )
-    yield EdgeCaseImage("rows-that-unpack.png", build_png(8, 8, zeros), "taken")
+    yield EdgeCaseImage("rows-that-unpack.png", build_png(8, 8, zeros))
     words = [build_png_chunk(b"tEXt", b"k%d\0" % number + b"x" * 10_000) for number in range(100)]
-    yield EdgeCaseImage("many-words.png", build_png(8, 8, row, *words), "taken")
+    yield EdgeCaseImage("many-words.png", build_png(8, 8, row, *words))
     small = encode_image(Image.new("RGB", (8, 8)), "JPEG")
     for name, marker in (("comments", b"\xff\xfe"), ("applications", b"\xff\xed")):
         segment = marker + struct.pack(">H", 65_000) + b"x" * 64_998
-        yield EdgeCaseImage(f"{name}.jpg", small[:2] + segment * 50 + small[2:], "taken")
+        yield EdgeCaseImage(f"{name}.jpg", small[:2] + segment * 50 + small[2:])
     yield EdgeCaseImage("padded.jpg", b"\xff\xd8" + b"\xff" * 300_000, "refused")
 
 
 def list_edge_case_images() -> list[EdgeCaseImage]:
     """All of them; names differ."""
-    groups: tuple[Iterable[EdgeCaseImage], ...] = (
-        list_modes(),
-        list_exif_orientations(),
-        list_shapes(),
-        list_truncated(),
-        list_wrong_suffixes(),
-        list_animated(),
-        list_color_profiles(),
-        list_16_bit(),
-        list_rare_encodings(),
-        list_huge_headers(),
+    groups = (
+        *(list_modes, list_exif_orientations, list_shapes, list_truncated, list_wrong_suffixes),
+        *(list_animated, list_color_profiles, list_16_bit, list_rare_encodings, list_huge_headers),
     )
-    found = [odd for group in groups for odd in group]
+    found = [odd for group in groups for odd in group()]
     assert len({odd.name for odd in found}) == len(found), "two images of one name"
     return found
 
@@ -352,10 +292,8 @@ def write_samples(folder: Path, odds: Iterable[EdgeCaseImage], name: str) -> Pat
     for odd in odds:
         (folder / odd.name).write_bytes(odd.content)
         user_content = [{"type": "image", "image": odd.name}, {"type": "text", "text": "Which?"}]
-        messages = [
-            {"role": "user", "content": user_content},
-            {"role": "assistant", "content": "red"},
-        ]
+        answer = {"role": "assistant", "content": "red"}
+        messages = [{"role": "user", "content": user_content}, answer]
         lines.append(json.dumps({"id": odd.name, "messages": messages}) + "\n")
     (folder / name).write_text("".join(lines))
     return folder / name
@@ -391,12 +329,8 @@ def main() -> None:
         except CorruptImageError as error:
             reason = str(error).splitlines()[0]
         (content,) = inspect_images([str(folder / odd.name)])
-        result = {
-            "name": odd.name,
-            "fate": odd.expected,
-            "reason": reason,
-            "fault": content.issue_code,
-        }
+        result = {"name": odd.name, "fate": odd.expected, "reason": reason}
+        result |= {"fault": content.issue_code}
         print(json.dumps(result | {"megabytes": peak() - before}), flush=True)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.data.sample import (
@@ -44,6 +45,8 @@ from finesight.model.attention import PackedAttention, Segments
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora.multi import MultiLora
 from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
 
 
 def write_noise_image(path: Path, width: int, height: int, seed: int = 0) -> Path:
@@ -89,6 +92,16 @@ def make_mixed_questions(folder: Path) -> list[LocatedSample]:
         ),
         make_sample("words", folder, "Tell me about the weather in three lines of plain text."),
     ]
+
+
+def make_random_model(
+    folder: Path, family: TinyFamily, seed: int = 0
+) -> tuple[VisionLanguageModel, NativeRenderer]:
+    """Load a tiny model of random fp32 weights, written to a folder."""
+    if family == "qwen":
+        pytest.importorskip("tiktoken")
+    tiny = ModelFolder(create_tiny_model(folder / "tiny", family, seed))
+    return load_model(tiny, torch.float32, torch.device("cpu")).eval(), NativeRenderer(tiny)
 
 
 def encode_mixed_questions(renderer: NativeRenderer, folder: Path) -> list[EncodedSample]:

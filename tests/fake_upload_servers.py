@@ -44,12 +44,6 @@ class UploadStorageHandler(LfsStorageHandler):
             self.server.blobs[path.strip("/")] = ("", data)
             self.send(200)
 
-    def send(self, status: int, body: bytes = b"", headers: Any = None) -> None:
-        """Also the body of an answer to a PUT."""
-        super().send(status, body, headers)
-        if self.command == "PUT":
-            self.wfile.write(body)
-
 
 class _UploadMixin:
     """What both have in common; `private` repositories are in `gated`."""
@@ -90,29 +84,25 @@ class UploadHuggingFaceHandler(_UploadMixin, HuggingFaceHandler):
         elif path == "/api/repos/create":
             self._create_repository(json.loads(body))
         elif path == "/api/validate-yaml":
-            self._reply({"errors": [], "warnings": []})
+            self.send_json({"errors": [], "warnings": []})
         elif "/preupload/" in path:
-            files = json.loads(body)["files"]
-            modes = [("lfs" if file["size"] >= LFS_THRESHOLD else "regular") for file in files]
-            file_modes = [
-                {"path": f["path"], "uploadMode": mode, "shouldIgnore": False}
-                for f, mode in zip(files, modes, strict=True)
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["size"] >= LFS_THRESHOLD else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
             ]
-            self._reply({"files": file_modes})
+            self.send_json({"files": modes})
         elif path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
             placed = [{**one, **self.upload_action(one["oid"])} for one in objects]
-            self._reply({"transfer": "basic", "objects": placed})
+            self.send_json({"transfer": "basic", "objects": placed})
         elif found:
             self._commit(f"models/{found[1]}", [json.loads(line) for line in body.splitlines()])
         else:
             self.send(404)
-
-    def send(self, status: int, body: bytes = b"", headers: Any = None) -> None:
-        """Also the body of an answer to a POST."""
-        super().send(status, body, headers)
-        if self.command == "POST":
-            self.wfile.write(body)
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)", path)
@@ -122,15 +112,12 @@ class UploadHuggingFaceHandler(_UploadMixin, HuggingFaceHandler):
             private = f"models/{found[1]}" in self.server.gated
             self.send_json({"id": found[1], "sha": COMMIT, "private": private, "siblings": []})
 
-    def _reply(self, content: object) -> None:
-        self.send_json(content)
-
     def _create_repository(self, body: dict[str, Any]) -> None:
         name = f"models/{body['organization']}/{body['name']}"
         self.server.repositories[name] = {}
         if body.get("visibility") == "private":
             self.server.gated.add(name)
-        self._reply({"url": f"{self.server.url}/{body['organization']}/{body['name']}"})
+        self.send_json({"url": f"{self.server.url}/{body['organization']}/{body['name']}"})
 
     def _commit(self, name: str, lines: list[dict[str, Any]]) -> None:
         files = self.server.repositories[name]
@@ -141,7 +128,7 @@ class UploadHuggingFaceHandler(_UploadMixin, HuggingFaceHandler):
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.read_stored(value["oid"])
         page = f"{self.server.url}/{name.removeprefix('models/')}"
-        self._reply({"commitUrl": f"{page}/commit/{COMMIT}", "commitOid": COMMIT})
+        self.send_json({"commitUrl": f"{page}/commit/{COMMIT}", "commitOid": COMMIT})
 
 
 class UploadModelScopeHandler(_UploadMixin, ModelScopeHandler):
@@ -171,12 +158,6 @@ class UploadModelScopeHandler(_UploadMixin, ModelScopeHandler):
             self._send_data({"Oid": COMMIT})
         else:
             self._send_error(404, 404, "no such endpoint")
-
-    def send(self, status: int, body: bytes = b"", headers: Any = None) -> None:
-        """Also the body of an answer to a POST."""
-        super().send(status, body, headers)
-        if self.command == "POST":
-            self.wfile.write(body)
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
         found = re.fullmatch(r"/api/v1/(models/[^/]+/[^/]+)", path)

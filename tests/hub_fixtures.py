@@ -86,16 +86,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     key, certificate_file = folder / "key.pem", folder / "certificate.pem"
     names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += [
-        "-keyout",
-        str(key),
-        "-out",
-        str(certificate_file),
-        "-subj",
-        "/CN=localhost",
-        "-addext",
-        names,
-    ]
+    command += ["-keyout", str(key), "-out", str(certificate_file)]
+    command += ["-subj", "/CN=localhost", "-addext", names]
     subprocess.run(command, check=True, capture_output=True)
     return certificate_file, key
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,20 @@ def corrupt_steps(kind: CorruptionKind, steps: Collection[int]) -> Iterator[None
             hook.remove()
 
     with patch.object(trainer, "train_step", corrupted_train_step):
+        yield
+
+
+@contextmanager
+def before_steps(steps: Collection[int], act: Callable[[], object]) -> Iterator[None]:
+    """Call a function before these steps, counted from 1, within the context."""
+    real = trainer.train_step
+
+    def acting_train_step(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
+        if step.step_index + 1 in steps:
+            act()
+        return real(session, step, *rest)
+
+    with patch.object(trainer, "train_step", acting_train_step):
         yield
 
 

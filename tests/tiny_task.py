@@ -118,6 +118,14 @@ def read_losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Assert that two runs have equal losses, weights and optimizer states."""
+    found_files, expected_files = read_final_files(run), read_final_files(expected)
+    assert found_files.keys() == expected_files.keys()
+    assert [name for name in found_files if found_files[name] != expected_files[name]] == []
+    assert read_losses(run) == read_losses(expected)
+
+
 class TinyTask:
     """Tiny task in a folder, with a method to train it."""
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from case_files import load_cases
 from docs_code_blocks import list_pages
 from each_value import each
-
-CASES = load_cases("code_references")
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "finesight"
@@ -24,10 +19,6 @@ PAGES = [
 ]
 PATH = re.compile(r"(?<![\w./-])(?:[\w.-]+/)*[\w-]+\.py\b")
 DOTTED_NAME = re.compile(r"`(?:finesight\.)?([a-z_]\w*(?:\.\w+)+)(?:\(\))?`")
-
-PATH_WITH_NAMES = re.compile(r"`([\w/]+\.py)` ?[(\uff08]([^()\uff08\uff09]*)[)\uff09]")
-NAME_IN_PATH = re.compile(r"`([A-Za-z_][\w.]*)`\sin\s`([\w/]+\.py)`")
-PATH_THEN_NAME = re.compile(r"`([\w/]+\.py)` 中的 `([A-Za-z_][\w.]*)`")
 
 PLACEHOLDERS = re.compile(r"NAME|FILE|AREA/test_[xX]\.py|AREA/x\.py")
 USER_FILES = {
@@ -80,21 +71,9 @@ def defines(module: Path, name: str) -> bool:
     return re.search(definition, module.read_text("utf-8"), re.MULTILINE) is not None
 
 
-def iter_names_in_modules(text: str) -> Iterator[tuple[str, str]]:
-    """Yield path and name of references such as `train/loss.py` (`name`) or `name` in a path."""
-    for path, names in PATH_WITH_NAMES.findall(text):
-        yield from ((path, name) for name in re.findall(r"`([A-Za-z_][\w.]*)`", names))
-    yield from ((path, name) for name, path in NAME_IN_PATH.findall(text))
-    yield from PATH_THEN_NAME.findall(text)
-
-
 def iter_missing(text: str) -> Iterator[str]:
     yield from (path for path in PATH.findall(text) if not exists_path(path))
     yield from (name for name in DOTTED_NAME.findall(text) if not exists_name(name))
-    for path, name in iter_names_in_modules(text):
-        modules = [root / path for root in (ROOT, PACKAGE) if (root / path).is_file()]
-        if modules and not defines(modules[0], name):
-            yield f"{name} in {path}"
 
 
 @each("page", PAGES)
@@ -111,16 +90,3 @@ def test_code_named_in_docstrings_exists() -> None:
         for reference in iter_missing(str(node.value.value))
     ]
     assert missing == []
-
-
-@each("page", PAGES)
-def test_table_cells_name_each_path_once(page: Path) -> None:
-    for number, line in enumerate(page.read_text("utf-8").splitlines(), 1):
-        for cell in line.split("|") if line.startswith("|") else ():
-            counts = Counter(re.findall(r"`([\w/]+\.py)`", cell))
-            assert [path for path, count in counts.items() if count > 1] == [], f"line {number}"
-
-
-@pytest.mark.parametrize(("text", "missing"), CASES["test_missing_code_is_found"])
-def test_missing_code_is_found(text: str, missing: list[str]) -> None:
-    assert [*iter_missing(text)] == missing

@@ -44,9 +44,8 @@ def test_both_languages_have_the_same_pages() -> None:
 def test_page_has_the_same_content_in_both_languages(name: str) -> None:
     english, chinese = ENGLISH[name], CHINESE[name]
     assert list_heading_levels(chinese) == list_heading_levels(english)
-    assert [normalize_block(block) for block in list_code_blocks(chinese)] == [
-        normalize_block(block) for block in list_code_blocks(english)
-    ]
+    blocks, english_blocks = map(list_code_blocks, (chinese, english))
+    assert list(map(normalize_block, blocks)) == list(map(normalize_block, english_blocks))
 
 
 def normalize_block(block: CodeBlock) -> tuple[str, str | None, str | None, str]:
@@ -78,11 +77,7 @@ def check_command(words: list[str], error_reported: str) -> None:
         name, *words = words
         assert name in command.commands, f"{error_reported}: no command {name}"
         command = command.commands[name]
-    known = {
-        flag
-        for parameter in command.params
-        for flag in (*parameter.opts, *parameter.secondary_opts)
-    }
+    known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
     flags = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
     assert flags <= known | {"--help"}, f"{error_reported}: no option {flags - known}"
 
@@ -101,7 +96,6 @@ def test_settings_in_code_blocks_are_valid(block: CodeBlock) -> None:
 
 @each("block", [b for b in BLOCKS if b.language == "json"])
 def test_json_code_blocks_are_valid(block: CodeBlock) -> None:
-    """Check JSON syntax; `make test-docs` runs the blocks."""
     json.loads(block.text)
 
 
@@ -112,9 +106,8 @@ def reader_env(
     if not request.config.getoption("--type-blocks"):
         pytest.skip("blocks are typed by `make test-docs`")
     folder = tmp_path_factory.mktemp("reader")
-    with run_fake_hubs(
-        build_model_repositories(folder / "models") | build_dataset_repositories(), folder / "home"
-    ) as env:
+    repositories = build_model_repositories(folder / "models") | build_dataset_repositories()
+    with run_fake_hubs(repositories, folder / "home") as env:
         yield env
 
 
@@ -130,14 +123,11 @@ def prepared_repositories(
     return folder
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n
-        for n, page in RUNNABLE_PAGES.items()
-        if any(b.language in TYPED for b in list_code_blocks(page))
-    ],
-)
+def has_typed_blocks(name: str) -> bool:
+    return any(block.language in TYPED for block in list_code_blocks(RUNNABLE_PAGES[name]))
+
+
+@pytest.mark.parametrize("name", filter(has_typed_blocks, RUNNABLE_PAGES))
 def test_code_blocks_of_page_run(
     name: str, reader_env: dict[str, str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -171,9 +161,3 @@ def normalize_output(text: str) -> str:
     # Bars and plots depend on numbers.
     text = re.sub(r"[#█▇▆▅▄▃▂▁━─]+", "", re.sub(r"\d[\d,.]*", "0", text))
     return " ".join(text.split())
-
-
-def test_missing_output_lines_are_found() -> None:
-    output = "step 1/16  loss 9.64  1,024 tokens/s\nsaved to runs/mine\n"
-    assert find_missing_lines("step 9/16  loss 0.5  80 tokens/s\n...\n", output) == []
-    assert find_missing_lines("saved to\nruns/other", output) == ["runs/other"]

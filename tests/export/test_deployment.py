@@ -23,16 +23,9 @@ from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 
 ASSETS = Path(__file__).parents[3] / "shared" / "qwen_assets"
 
-VLLM_FLAGS = {
-    "--served-model-name",
-    "--max-model-len",
-    "--mm-processor-kwargs",
-    "--override-generation-config",
-}
-"""Of `vllm serve`, as its engine arguments are documented."""
-
-SGLANG_FLAGS = {"--model-path", "--served-model-name", "--context-length", "--mm-process-config"}
-"""Of `python -m sglang.launch_server`, as its server arguments are documented."""
+NEEDS_ASSETS = pytest.mark.skipif(
+    not ASSETS.is_dir(), reason="published configurations are not there"
+)
 
 
 def options(line: str, words: int) -> dict[str, str]:
@@ -45,46 +38,41 @@ def of_tiny(rule: Any = None, system: str | None = None, path: str = "/m/my mode
     return format_serving_commands(ModelFolder(TINY_MODEL_FOLDER), path, "my model", rule, system)
 
 
-def test_vllm_command_has_training_limits() -> None:
-    rule = PixelRange(min_pixels=3136, max_pixels=50176)
-    line = of_tiny(rule).vllm
-    assert shlex.split(line)[:3] == ["vllm", "serve", "/m/my model"]
-    given = options(line, 3)
-    assert set(given) == VLLM_FLAGS
-    assert json.loads(given["--mm-processor-kwargs"]) == {"min_pixels": 3136, "max_pixels": 50176}
-    assert json.loads(given["--override-generation-config"]) == {"temperature": 0}
-    assert given["--served-model-name"] == "my model"
-
-
-def test_sglang_command_has_training_limits() -> None:
-    rule = PixelRange(min_pixels=3136, max_pixels=50176)
-    line = of_tiny(rule).sglang
-    assert shlex.split(line)[:3] == ["python", "-m", "sglang.launch_server"]
-    given = options(line, 3)
-    assert set(given) == SGLANG_FLAGS
-    assert given["--model-path"] == "/m/my model"
-    limits = json.loads(given["--mm-process-config"])
-    assert limits == {"image": {"min_pixels": 3136, "max_pixels": 50176}}
+def test_commands_have_the_limits_of_the_training() -> None:
+    """The options are those that vLLM and SGLang document."""
+    serving = of_tiny(PixelRange(min_pixels=3136, max_pixels=50176))
+    limits = {"min_pixels": 3136, "max_pixels": 50176}
+    assert shlex.split(serving.vllm)[:3] == ["vllm", "serve", "/m/my model"]
+    given = options(serving.vllm, 3)
+    assert given.pop("--served-model-name") == "my model"
+    assert given.pop("--max-model-len") == "4096"
+    assert json.loads(given.pop("--mm-processor-kwargs")) == limits
+    assert json.loads(given.pop("--override-generation-config")) == {"temperature": 0}
+    assert not given
+    assert shlex.split(serving.sglang)[:3] == ["python", "-m", "sglang.launch_server"]
+    given = options(serving.sglang, 3)
+    assert given.pop("--model-path") == "/m/my model"
+    assert given.pop("--served-model-name") == "my model"
+    assert given.pop("--context-length") == "4096"
+    assert json.loads(given.pop("--mm-process-config")) == {"image": limits}
+    assert not given
 
 
 @pytest.mark.parametrize(
-    ("most", "length"), [(50176, 4096), (3_000 * 784, 8192), (12_845_056, 32768), (10**9, 32768)]
+    ("most", "length"), [(3_000 * 784, 8192), (12_845_056, 32768), (10**9, 32768)]
 )
 def test_context_length_fits_the_largest_image(most: int, length: int) -> None:
     given = options(of_tiny(PixelRange(min_pixels=784, max_pixels=most)).vllm, 3)
     assert int(given["--max-model-len"]) == length
 
 
-def test_pixel_limits_of_folder_without_run() -> None:
-    given = options(of_tiny().vllm, 3)
-    assert json.loads(given["--mm-processor-kwargs"]) == {"min_pixels": 3136, "max_pixels": 200704}
-
-
-def test_request_keeps_special_tokens_for_boxes() -> None:
+def test_folder_without_run_has_its_pixel_limits_and_no_prompt() -> None:
     serving = of_tiny()
+    given = options(serving.vllm, 3)
+    assert json.loads(given["--mm-processor-kwargs"]) == {"min_pixels": 3136, "max_pixels": 200704}
     assert json.loads(serving.request) == {"temperature": 0, "skip_special_tokens": False}
-    assert "boxes lose their tokens" in serving.notes[0]
     assert serving.as_json()["request"]["skip_special_tokens"] is False
+    assert "boxes lose their tokens" in serving.notes[0]
 
 
 def test_unsupported_settings_are_noted() -> None:
@@ -96,17 +84,21 @@ def test_unsupported_settings_are_noted() -> None:
 
 
 def test_adapter_must_be_merged_first(tmp_path: Path) -> None:
+    tiny = ModelFolder(TINY_MODEL_FOLDER)
     with pytest.raises(UserError, match="vLLM ignores adapters of the vision encoder"):
-        build_serving_commands(
-            ModelSource(ModelFolder(TINY_MODEL_FOLDER), tmp_path, None), "runs/latex"
-        )
+        build_serving_commands(ModelSource(tiny, tmp_path, None), "runs/latex")
     with pytest.raises(UserError, match="is an adapter on a base"):
-        build_serving_commands(
-            ModelSource(ModelFolder(TINY_MODEL_FOLDER), None, None, ("language",)), "runs/latex"
-        )
+        build_serving_commands(ModelSource(tiny, None, None, ("language",)), "runs/latex")
 
 
-@pytest.mark.skipif(not ASSETS.is_dir(), reason="published configurations are not there")
+def test_model_of_run_is_named_after_the_run() -> None:
+    source = ModelSource(ModelFolder(TINY_MODEL_FOLDER), None, None)
+    line = build_serving_commands(source, "runs/latex").vllm
+    assert shlex.split(line)[:3] == ["vllm", "serve", str(TINY_MODEL_FOLDER)]
+    assert options(line, 3)["--served-model-name"] == "latex"
+
+
+@NEEDS_ASSETS
 @pytest.mark.parametrize("name", ["Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct"])
 def test_published_model_folders(name: str) -> None:
     serving = build_serving_commands(ModelSource(ModelFolder(ASSETS / name), None, None), name)
@@ -114,61 +106,41 @@ def test_published_model_folders(name: str) -> None:
     lacking = [note for note in serving.notes if note.startswith("missing files")]
     assert "model.safetensors" in lacking[0], "no weights are there"
     assert "tokenizer" not in lacking[0]
-
-
-@pytest.mark.skipif(not ASSETS.is_dir(), reason="published configurations are not there")
-def test_qwen_vl_is_not_supported() -> None:
     with pytest.raises(UserError, match="of the family qwen\n"):
         build_serving_commands(ModelSource(ModelFolder(ASSETS / "Qwen-VL-Chat"), None, None), "x")
 
 
-def test_model_of_run_is_named_after_the_run() -> None:
-    parts = ModelSource(ModelFolder(TINY_MODEL_FOLDER), None, None)
-    given = options(build_serving_commands(parts, "runs/latex").vllm, 3)
-    assert given["--served-model-name"] == "latex"
-    assert f"vllm serve {TINY_MODEL_FOLDER}" in build_serving_commands(parts, "runs/latex").vllm
-
-
-@pytest.mark.skipif(not ASSETS.is_dir(), reason="published configurations are not there")
+@NEEDS_ASSETS
 @pytest.mark.parametrize("name", ["Qwen3.5-2B", "Qwen3.5-4B", "Qwen3.8-27B"])
-def test_thinking_mode_is_selected_by_the_server(name: str) -> None:
+@pytest.mark.parametrize("enable_thinking", [None, True])
+def test_thinking_mode_of_the_run_is_selected(name: str, enable_thinking: bool | None) -> None:
     folder = ModelFolder(ASSETS / name)
-    serving = format_serving_commands(folder, "models/a", "a", None, None)
-    for line, words in ((serving.vllm, 3), (serving.sglang, 3)):
-        given = options(line, words)
-        assert json.loads(given["--default-chat-template-kwargs"]) == {"enable_thinking": False}
-    assert any('"chat_template_kwargs": {"enable_thinking": false}' in x for x in serving.notes)
-    line = format_llama_server_command(folder, GgufFiles(Path("a/model.gguf"), Path("a/m.gguf")))
-    given = shlex.split(line)
-    assert given[given.index("--chat-template-kwargs") + 1] == '{"enable_thinking": false}'
-
-
-@pytest.mark.skipif(not ASSETS.is_dir(), reason="published configurations are not there")
-def test_thinking_mode_of_the_run_is_selected() -> None:
-    folder = ModelFolder(ASSETS / "Qwen3.5-2B")
     manifest = Manifest(
         family=folder.family,
         base_model="base",
         base_fingerprint="0",
         image_rule=PixelRange(min_pixels=65536, max_pixels=262144),
         system_prompt=None,
-        enable_thinking=True,
+        enable_thinking=enable_thinking,
         eos_token="<|im_end|>",
         tune=TuneSettings(),
         versions={},
     )
-    serving = build_serving_commands(ModelSource(folder, None, manifest), "runs/mine")
+    run = manifest if enable_thinking else None
+    serving = build_serving_commands(ModelSource(folder, None, run), "runs/mine")
+    expected = {"enable_thinking": bool(enable_thinking)}
     for line in (serving.vllm, serving.sglang):
         given = options(line, 3)
-        assert json.loads(given["--default-chat-template-kwargs"]) == {"enable_thinking": True}
-        assert given["--reasoning-parser"] == "qwen3"
-    assert any('{"enable_thinking": true}' in note for note in serving.notes)
+        assert json.loads(given["--default-chat-template-kwargs"]) == expected
+        assert given.get("--reasoning-parser") == ("qwen3" if enable_thinking else None)
+    assert any(json.dumps(expected) in note for note in serving.notes)
     files = GgufFiles(Path("model.gguf"), Path("m.gguf"))
-    line = format_llama_server_command(folder, files, manifest.enable_thinking)
-    assert """--chat-template-kwargs '{"enable_thinking": true}'""" in line
+    given_words = shlex.split(format_llama_server_command(folder, files, enable_thinking))
+    at = given_words.index("--chat-template-kwargs")
+    assert json.loads(given_words[at + 1]) == expected
 
 
-@pytest.mark.skipif(not ASSETS.is_dir(), reason="published configurations are not there")
+@NEEDS_ASSETS
 def test_models_with_one_mode_have_no_template_options() -> None:
     folder = ModelFolder(ASSETS / "Qwen3-VL-Embedding-8B")
     assert "chat-template" not in format_serving_commands(folder, "a", "a", None, None).vllm

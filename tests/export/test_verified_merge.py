@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
 import yaml
+from gptq_fixtures import GptqConfig, write_quantized_model
 from hf_reference import CPU
 from lora_fixtures import tune_with_lora
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_model import TinyFamily, create_tiny_model
 
-from finesight.config import Device, Precision, TuneSettings
+from finesight.config import Precision, TuneSettings
 from finesight.errors import UserError
 from finesight.export import verified_merge
-from finesight.export.hf_files import find_missing_files
+from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files
 from finesight.export.model_card import VerifiedMerge
 from finesight.export.verified_merge import merge_and_verify
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
@@ -25,47 +29,46 @@ from finesight.infer.prediction import build_questions, predict
 from finesight.manifest import Manifest, load_manifest
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.weights_io import load_model
-from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
+from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 from finesight.storage import verify_folder
 
-PARTS = {"language": "lora", "vision": "lora", "merger": "lora"}
-TUNE: dict[str, Any] = PARTS | {"lora": {"rank": 4, "alpha": 4}}
+TUNE: dict[str, Any] = {
+    "language": "lora",
+    "vision": "lora",
+    "merger": "lora",
+    "lora": {"rank": 4, "alpha": 4},
+}
+SMALL_LORA = {"rank": 2, "alpha": 1}
 PROMPT = "Describe the picture."
 
 
 class MergeableRun(NamedTuple):
-    """Make a run with an adapter on all parts of finesight-tiny."""
+    """Run with an adapter on all parts of finesight-tiny."""
 
     folder: Path
     image: Path
 
-    def merge(self, out: Path, **how: Any) -> VerifiedMerge:
-        output: list[str] = []
-        how = {"num_samples": 3, "device": "cpu", "log": output.append} | how
-        return merge_and_verify(
-            str(self.folder), resolve_model_source(str(self.folder)), out, **how
-        )
+    def merge(self, out: Path, base: Path | None = None, **options: Any) -> VerifiedMerge:
+        source = resolve_model_source(str(self.folder), str(base) if base else None)
+        options = {"num_samples": 1, "device": "cpu"} | options
+        return merge_and_verify(str(self.folder), source, out, **options)
 
-    @property
-    def recipe(self) -> Path:
-        return self.folder / "recipe.yaml"
+
+def save_random_adapter(base: ModelFolder, folder: Path, tune: dict[str, Any]) -> Path:
+    model = tune_with_lora(load_model(base, torch.float32, CPU), tune)
+    folder.mkdir(parents=True)
+    save_adapter(folder, model, base_model=str(base.path), base_fingerprint=base.fingerprint())
+    return folder
 
 
 @pytest.fixture(scope="module")
 def run_template(tmp_path_factory: pytest.TempPathFactory) -> MergeableRun:
     folder = tmp_path_factory.mktemp("made")
     base = ModelFolder(TINY_MODEL_FOLDER)
-    model = tune_with_lora(load_model(base, torch.float32, CPU), TUNE)
-    adapter = folder / "run" / "adapter"
-    adapter.mkdir(parents=True)
-    save_adapter(adapter, model, base_model=TINY_MODEL, base_fingerprint=base.fingerprint())
+    adapter = save_random_adapter(base, folder / "run" / "adapter", TUNE)
     # Half of it: enough to change answers, not to make them noise.
-    from safetensors.torch import load_file, save_file
-
-    tensors = {
-        key: 0.5 * tensor for key, tensor in load_file(adapter / ADAPTER_WEIGHTS_FILE).items()
-    }
-    save_file(tensors, adapter / ADAPTER_WEIGHTS_FILE)
+    weights = adapter / ADAPTER_WEIGHTS_FILE
+    save_file({key: 0.5 * tensor for key, tensor in load_file(weights).items()}, weights)
     manifest = Manifest(
         family="qwen2_vl",
         base_model=str(TINY_MODEL_FOLDER),
@@ -91,7 +94,9 @@ def run(run_template: MergeableRun, tmp_path: Path) -> MergeableRun:
 
 @pytest.fixture(scope="module")
 def merged(run_template: MergeableRun, tmp_path_factory: pytest.TempPathFactory) -> VerifiedMerge:
-    return run_template.merge(tmp_path_factory.mktemp("merged") / "tiny", precision="fp32")
+    return run_template.merge(
+        tmp_path_factory.mktemp("merged") / "tiny", precision="fp32", num_samples=3
+    )
 
 
 def run_predict(source: Path, image: Path) -> str:
@@ -102,22 +107,24 @@ def run_predict(source: Path, image: Path) -> str:
     return result[0].raw_text
 
 
-def test_merged_manifest_has_no_local_path(merged: VerifiedMerge) -> None:
-    assert load_manifest(merged.folder / "manifest.json").base_model == TINY_MODEL_FOLDER.name
-
-
 def test_fp32_merge_is_exact_up_to_rounding(merged: VerifiedMerge) -> None:
-    verify_folder(merged.folder)
     parity = merged.parity
     assert (parity.num_prompts, parity.num_equal, parity.divergences) == (3, 3, ())
-    assert (parity.compute_precision, parity.weight_precision, parity.rounding_change) == (
-        "fp32",
-        "fp32",
-        None,
-    )
+    assert (parity.compute_precision, parity.weight_precision) == ("fp32", "fp32")
+    assert parity.rounding_change is None
     assert parity.adapter_change > 1e-2, "an adapter that changes nothing proves nothing"
     assert parity.merge_change <= 1e-5
     assert parity.reload_difference <= 1e-6
+
+
+def test_merged_folder_is_complete(merged: VerifiedMerge) -> None:
+    verify_folder(merged.folder)
+    assert list(merged.missing_files) == find_missing_files(ModelFolder(merged.folder)) == []
+    config = json.loads((merged.folder / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2VLForConditionalGeneration"]
+    assert len({path.stat().st_mode for path in merged.folder.iterdir()}) == 1, "who may read it"
+    base_model = load_manifest(merged.folder / "manifest.json").base_model
+    assert base_model == TINY_MODEL_FOLDER.name, "the manifest contains a path of this machine"
 
 
 def test_merged_model_answers_like_its_run(
@@ -161,7 +168,7 @@ def test_transformers_generates_the_same_tokens(
 
 
 def test_bf16_rounding_error_is_measured(run_template: MergeableRun, tmp_path: Path) -> None:
-    proved = run_template.merge(tmp_path / "merged")
+    proved = run_template.merge(tmp_path / "merged", num_samples=3)
     parity = proved.parity
     assert (proved.precision, parity.compute_precision) == ("bf16", "fp32")
     assert parity.rounding_change is not None
@@ -170,73 +177,68 @@ def test_bf16_rounding_error_is_measured(run_template: MergeableRun, tmp_path: P
     assert parity.reload_difference <= 1e-6, "the file holds the rounded sum, to the last bit"
     assert parity.num_equal + len(parity.divergences) == 3
     assert all(parting.is_tie for parting in parity.divergences)
+    assert len(ModelFolder(proved.folder).weight_files()) == 1
 
 
-@pytest.mark.parametrize(
-    "how", [{"num_samples": 1}, {"precision": "fp16"}, {"max_shard_bytes": 3e6}]
-)
-def test_merge_options(run_template: MergeableRun, tmp_path: Path, how: dict[str, Any]) -> None:
-    proved = run_template.merge(tmp_path / "merged", **how)
-    assert proved.parity.num_prompts == how.get("num_samples", 3)
-    assert proved.precision == how.get("precision", "bf16")
+def test_small_shards_in_fp16(run_template: MergeableRun, tmp_path: Path) -> None:
+    proved = run_template.merge(tmp_path / "merged", precision="fp16", max_shard_bytes=3e6)
+    assert (proved.parity.num_prompts, proved.precision) == (1, "fp16")
     files = ModelFolder(proved.folder).weight_files()
-    largest = max(file.stat().st_size for file in files)
-    if "max_shard_bytes" in how:
-        index = json.loads((proved.folder / "model.safetensors.index.json").read_text())
-        assert len(files) > 3
-        assert largest < 3.1e6
-        assert set(index["weight_map"].values()) == {file.name for file in files}
-    else:
-        assert len(files) == 1
+    assert len(files) > 3
+    assert max(file.stat().st_size for file in files) < 3.1e6
+    index = json.loads((proved.folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
 
 
-def test_validation_samples_of_run_are_compared(run: MergeableRun, tmp_path: Path) -> None:
-    shutil.copy(run.image, tmp_path / "p.png")
+def write_run_record(run: Path, data: Path) -> None:
+    """Write samples, and the recipe, results and predictions of a finished run."""
+    data.parent.mkdir()
+    Image.new("RGB", (60, 40)).save(data.with_name("p.png"))
     lines = []
     for i in range(5):
-        content = [{"type": "text", "text": f"{i}?"}]
-        if i != 1:
-            content.insert(0, {"type": "image", "image": "p.png"})
+        images = [] if i == 1 else [{"type": "image", "image": "p.png"}]
+        content = [*images, {"type": "text", "text": f"{i}?"}]
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
-        lines.append(json.dumps({"id": f"s{i}", "messages": turns}) + "\n")
-    (tmp_path / "eval.jsonl").write_text("".join(lines))
-    data = {"train": str(tmp_path / "eval.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
-    recipe = {"model": TINY_MODEL, "data": data, "tune": TUNE, "output_dir": str(run.folder)}
-    run.recipe.write_text(yaml.safe_dump(recipe))
-    proved = run.merge(tmp_path / "merged")
-    assert (proved.parity.origin, proved.parity.num_prompts) == ("validation images", 3)
-    assert "validation images" in (proved.folder / "README.md").read_text()
-    for file in proved.folder.iterdir():
-        assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} tells where data lay"
+        lines.append({"id": f"s{i}", "messages": turns})
+    write_lines(data, lines)
+    recipe = {
+        "model": "secret/acme/base",
+        "adapter": "C:\\secret\\lora",
+        "data": {"train": "/secret/place/train.jsonl", "eval": [{"path": str(data)}]},
+        "eval": {"metric": "secret/a.py:score"},
+        "output_dir": str(run),
+    }
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    before = {"step": 9, "validation_loss": 1.25, "primary_metric": "exact"}
+    after = before | {"validation_loss": 0.5, "intervals": {"exact": [0.75, 1.0]}}
+    before, after = before | {"scores": {"exact": 0.25}}, after | {"scores": {"exact": 0.875}}
+    result = {"run": "x", "steps": 9, "before": before, "after": after}
+    (run / "result.json").write_text(json.dumps(result))
+    start = {"step": 0, "started_at": "now", "data": {"train": {"num_samples": 1234}}}
+    write_lines(run / "metrics.jsonl", [start])
+    (run / "predictions").mkdir()
+    prompts = ["Read it."] * 3 + ["Read\nthat."] * 2 + ["a", "a", "b", "c"]
+    predictions = run / "predictions" / "after.jsonl"
+    write_lines(predictions, [{"prompt": prompt} for prompt in prompts])
+    with predictions.open("a") as file:
+        file.write("damaged\n")
 
-    (tmp_path / "eval.jsonl").unlink()
-    again = run.merge(tmp_path / "again")
-    assert again.parity.origin == "generated images"
+
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_model_card_reports_the_measurements(run: MergeableRun, tmp_path: Path) -> None:
-    data = {"train": "/secret/place/train.jsonl", "eval": [{"path": "secret/eval.jsonl"}]}
-    recipe = {"model": "secret/acme/base", "adapter": "C:\\secret\\lora", "data": data}
-    run.recipe.write_text(yaml.safe_dump({**recipe, "eval": {"metric": "secret/a.py:score"}}))
-    measured = {"step": 9, "validation_loss": 1.25, "primary_metric": "exact"}
-    result = {
-        "run": "x",
-        "steps": 9,
-        "before": measured | {"scores": {"exact": 0.25}},
-        "after": measured
-        | {"scores": {"exact": 0.875}, "intervals": {"exact": [0.75, 1.0]}, "validation_loss": 0.5},
-    }
-    (run.folder / "result.json").write_text(json.dumps(result))
-    start = {"step": 0, "started_at": "now", "data": {"train": {"num_samples": 1234}}}
-    (run.folder / "metrics.jsonl").write_text(json.dumps(start) + "\n")
-    requested = ["Read it."] * 3 + ["Read\nthat."] * 2 + ["a", "a", "b", "c"]
-    (run.folder / "predictions").mkdir()
-    lines = "".join(json.dumps({"prompt": one}) + "\n" for one in requested)
-    (run.folder / "predictions" / "after.jsonl").write_text(lines + "damaged\n")
-    card = (run.merge(tmp_path / "merged").folder / "README.md").read_text()
+    """Validation samples of the run are compared while they exist, and no path is published."""
+    data = tmp_path / "secret" / "eval.jsonl"
+    write_run_record(run.folder, data)
+    proved = run.merge(tmp_path / "merged", num_samples=3)
+    assert (proved.parity.origin, proved.parity.num_prompts) == ("validation images", 3)
+    for file in proved.folder.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} tells where data lay"
+    card = (proved.folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["license"] == "apache-2.0"
-    assert front["pipeline_tag"] == "image-text-to-text"
+    assert (front["license"], front["pipeline_tag"]) == ("apache-2.0", "image-text-to-text")
     for output in (
         "# merged",
         "finesight-tiny (family qwen2_vl)",
@@ -244,19 +246,15 @@ def test_model_card_reports_the_measurements(run: MergeableRun, tmp_path: Path) 
         "> Read it.\n\n> Read\n> that.\n\n> a\n\nAnd 2 similar ones.",
         "| exact | 0.2500 | 0.8750 | 0.7500 to 1.0000 |",
         "| validation_loss | 1.2500 | 0.5000 | - |",
-        "finesight serve merged",
-        "model: base\n",
-        "adapter: lora\n",
-        "train: train.jsonl",
-        "- path: eval.jsonl",
-        "metric: a.py:score",
-        "Merged model equals trained model",
-        "vllm serve merged",
+        *("model: base\n", "adapter: lora\n", "train: train.jsonl", "- path: eval.jsonl"),
+        *("metric: a.py:score", "validation images", "Merged model equals trained model"),
+        *("finesight serve merged", "vllm serve merged", "(apache-2.0)"),
         "sglang.launch_server --model-path merged",
-        "(apache-2.0)",
     ):
         assert output in card
     assert "secret" not in card
+    data.unlink()
+    assert run.merge(tmp_path / "again").parity.origin == "generated images"
 
 
 def test_harmful_generation_settings_are_dropped(run: MergeableRun, tmp_path: Path) -> None:
@@ -266,13 +264,7 @@ def test_harmful_generation_settings_are_dropped(run: MergeableRun, tmp_path: Pa
     settings = json.loads((base / "generation_config.json").read_text())
     settings |= {"repetition_penalty": 1.05, "top_p": 0.001, "do_sample": True, "eos_token_id": 7}
     (base / "generation_config.json").write_text(json.dumps(settings))
-    proved = merge_and_verify(
-        str(run.folder),
-        resolve_model_source(str(run.folder), str(base)),
-        tmp_path / "merged",
-        num_samples=1,
-        device="cpu",
-    )
+    proved = run.merge(tmp_path / "merged", base)
     assert proved.dropped_sampling == {"repetition_penalty": 1.05, "top_p": 0.001}
     written = json.loads((proved.folder / "generation_config.json").read_text())
     assert (written["repetition_penalty"], written["top_k"]) == (1.0, 1)
@@ -282,103 +274,126 @@ def test_harmful_generation_settings_are_dropped(run: MergeableRun, tmp_path: Pa
     assert "repetition_penalty" in (proved.folder / "README.md").read_text()
 
 
-def test_merged_folder_is_complete(merged: VerifiedMerge) -> None:
-    assert merged.missing_files == ()
-    assert find_missing_files(ModelFolder(merged.folder)) == []
-    config = json.loads((merged.folder / "config.json").read_text())
-    assert config["architectures"] == ["Qwen2VLForConditionalGeneration"]
-    assert len({path.stat().st_mode for path in merged.folder.iterdir()}) == 1, "who may read it"
-
-
 def test_missing_files_are_listed(tmp_path: Path) -> None:
     shutil.copytree(TINY_MODEL_FOLDER, tmp_path / "model")
     for name in ("tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
         (tmp_path / "model" / name).unlink()
-    found = find_missing_files(ModelFolder(tmp_path / "model"))
-    assert [lack.split()[0] for lack in found] == [
-        "tokenizer_config.json",
-        "preprocessor_config.json",
-        "a",
-    ]
-
-
-def has_no_leftovers(folder: Path) -> bool:
-    return not [path for path in folder.iterdir() if "merged" in path.name]
+    found = [lack.split()[0] for lack in find_missing_files(ModelFolder(tmp_path / "model"))]
+    assert found == ["tokenizer_config.json", "preprocessor_config.json", "a"]
 
 
 def test_fp16_overflow_is_rejected(run: MergeableRun, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     file = run.folder / "adapter" / ADAPTER_WEIGHTS_FILE
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith("o_proj.lora_B.weight"))
     tensors[name] = torch.full_like(tensors[name], 1e7)
     save_file(tensors, file)
-    with pytest.raises(
-        UserError, match=r"o_proj.weight reaches \d.*\n.*the largest of torch.float16"
-    ):
+    message = r"o_proj.weight reaches \d.*\n.*the largest of torch.float16"
+    with pytest.raises(UserError, match=message):
         run.merge(tmp_path / "merged", precision="fp16")
-    assert has_no_leftovers(tmp_path)
+    assert not list(tmp_path.glob("*merged*"))
 
 
-def test_inconsistent_config_is_rejected(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"rope_theta": 10000.0}, "saving and loading the folder changes"),
+        (
+            "manifest.json",
+            {"image_rule": {"min_pixels": 3136, "max_pixels": 12544}},
+            "the merged folder encodes generated 0 as",
+        ),
+    ],
+)
+def test_folder_with_other_settings_is_rejected(
+    run_template: MergeableRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    changes: dict[str, Any],
+    message: str,
 ) -> None:
-    """A fault of finesight as users have met them elsewhere: settings that came out as others."""
+    def damage(folder: Path, *arguments: object) -> None:
+        content = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps(content))
 
-    def damaged(folder: Path, *arguments: Any) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 10000.0}))
-
-    monkeypatch.setattr(verified_merge, "complete_hf_folder", damaged)
-    with pytest.raises(UserError, match="saving and loading the folder changes"):
-        run.merge(tmp_path / "merged")
-    assert has_no_leftovers(tmp_path)
-
-
-def test_changed_image_size_is_rejected(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def damaged(folder: Path, *arguments: Any) -> None:
-        text = (folder / "manifest.json").read_text()
-        (folder / "manifest.json").write_text(text.replace("50176", "12544"))
-
-    monkeypatch.setattr(verified_merge, "complete_hf_folder", damaged)
-    with pytest.raises(UserError, match="the merged folder encodes generated 0 as"):
-        run.merge(tmp_path / "merged")
-    assert has_no_leftovers(tmp_path)
+    monkeypatch.setattr(verified_merge, "complete_hf_folder", damage)
+    with pytest.raises(UserError, match=message):
+        run_template.merge(tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
 
 
 def test_disk_space_is_checked_first(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_template: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=20_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"0\.02 GB are free on this disk\s+expected: .* 0\.09"):
-        run.merge(tmp_path / "deep" / "merged")
+        run_template.merge(tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_interrupted_merge_leaves_no_files(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+    run_template: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: object) -> None:
-        raise stop
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(verified_merge, "write_model_card", interrupted)
-    with pytest.raises(stop):
-        run.merge(tmp_path / "merged")
-    assert has_no_leftovers(tmp_path)
+    monkeypatch.setattr(verified_merge, "write_model_card", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_template.merge(tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_low_memory_uses_the_weight_dtype(
-    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+    run_template: MergeableRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Precision,
 ) -> None:
     monkeypatch.setattr(verified_merge, "_get_available_memory", lambda: 1e9)
-    device: Device = "cpu"
-    parity = run.merge(tmp_path / "merged", precision=precision, device=device).parity
+    parity = run_template.merge(tmp_path / "merged", precision=precision).parity
     assert (parity.compute_precision, parity.rounding_change) == ("bf16", None)
     assert parity.merge_change <= 0.1
     assert parity.reload_difference <= 1e-6
+
+
+def merge_adapter(adapter: Path, out: Path, precision: Precision = "auto") -> VerifiedMerge:
+    """Merge an adapter with its base model, and check the measurements."""
+    source = resolve_model_source(str(adapter))
+    proved = merge_and_verify(
+        str(adapter), source, out, precision=precision, num_samples=2, device="cpu"
+    )
+    parity = proved.parity
+    assert parity.adapter_change > 1e-3
+    assert parity.merge_change < 1e-4
+    assert parity.reload_difference < 1e-5
+    assert parity.num_equal + len(parity.divergences) == 2
+    return proved
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+@pytest.mark.parametrize("family", get_args(TinyFamily))
+def test_every_family_is_merged_and_verified(
+    family: TinyFamily, precision: Precision, tmp_path: Path
+) -> None:
+    base = ModelFolder(create_tiny_model(tmp_path / "base", family))
+    adapter = save_random_adapter(base, tmp_path / "adapter", TUNE | {"lora": SMALL_LORA})
+    proved = merge_adapter(adapter, tmp_path / "out", precision)
+    assert (proved.parity.rounding_change is None) is (precision == "auto")
+    config = json.loads((proved.folder / "config.json").read_text())
+    if family in HF_ARCHITECTURES:
+        assert config["architectures"] == [HF_ARCHITECTURES[family]]
+    card = (proved.folder / "README.md").read_text()
+    assert ("vllm serve out" in card) is (family in HF_ARCHITECTURES)
+
+
+def test_adapter_on_four_bit_model(tmp_path: Path) -> None:
+    """Compared with the bits as they are, and written as what they stand for."""
+    source = ModelFolder(create_tiny_model(tmp_path / "source"))
+    base, _ = write_quantized_model(source, tmp_path, GptqConfig())
+    tune = {"language": "lora", "lora": SMALL_LORA}
+    proved = merge_adapter(save_random_adapter(base, tmp_path / "adapter", tune), tmp_path / "out")
+    assert proved.dequantized_layers == proved.merged_layers == 14
+    assert "14 layers were dequantized from 4 bits" in (proved.folder / "README.md").read_text()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_task import TinyTask, read_final_files, read_losses
+from tiny_task import TinyTask, assert_same_run
 
+from finesight import storage
 from finesight.errors import UserError
 from finesight.train.checkpoint import CheckpointManager, CheckpointState
 from finesight.train.oom import MemoryBudget
@@ -68,9 +70,24 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def unfinished(task: TinyTask) -> Path:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TinyTask:
+    task = TinyTask(tmp_path_factory.mktemp("damage") / "task")
     task.recipe["train"]["keep_checkpoints"] = 3
-    return task.rewind_to_checkpoint()
+    task.run()
+    (task.folder / "run").rename(task.folder / "whole")
+    return task
+
+
+@pytest.fixture
+def unfinished(finished: TinyTask) -> Path:
+    """Run that was interrupted after the checkpoint of step 4."""
+    run = finished.folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(finished.folder / "whole", run)
+    (run / "result.json").unlink()
+    storage.remove_folder(run / "checkpoints" / "step-6")
+    return run
 
 
 @pytest.mark.parametrize(
@@ -84,10 +101,10 @@ def unfinished(task: TinyTask) -> Path:
     ],
 )
 def test_damaged_checkpoint_falls_back_to_previous(
-    task: TinyTask, name: str, spoil: Callable[[Path], None]
+    finished: TinyTask, unfinished: Path, name: str, spoil: Callable[[Path], None]
 ) -> None:
     """Corrupt the newest checkpoint; the run resumes from the previous one with the same result."""
-    run = unfinished(task)
+    task, run = finished, unfinished
     spoil(run / "checkpoints" / "step-4" / name)
     task.run(resume=True)
     assert "the checkpoint of step 4 is corrupt: " in task.console_output
@@ -96,17 +113,15 @@ def test_damaged_checkpoint_falls_back_to_previous(
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         *("corrupt-step-4", "step-2", "step-4", "step-6"),
     ]
-    task.run(name="whole")
-    assert read_final_files(run) == read_final_files(task.folder / "whole")
-    assert read_losses(run) == read_losses(task.folder / "whole")
+    assert_same_run(run, task.folder / "whole")
 
 
-def test_no_files_change_without_valid_checkpoint(task: TinyTask) -> None:
+def test_no_files_change_without_valid_checkpoint(finished: TinyTask, unfinished: Path) -> None:
     """Corrupt every checkpoint; the run fails with an error, and all files remain unchanged."""
-    run = unfinished(task)
+    run = unfinished
     for folder in (run / "checkpoints").iterdir():
         flip(folder / "trainable.safetensors")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"step-4[\s\S]*to restart the run from step 0"):
-        task.run(resume=True)
+        finished.run(resume=True)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from crash_disk import FailingDisk
-from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
+from tiny_task import TinyTask, assert_same_run, write_recipe
 
 from finesight import storage
 from finesight.cli.app import run_command as command
@@ -40,11 +40,7 @@ def steps(run: Path) -> list[str]:
 def test_disk_full_at_any_write(
     task: TinyTask, every_point: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fill the disk at any write; earlier checkpoints stay valid, and the run resumes
-    bit-identically.
-
-    Takes long: each write is a run.
-    """
+    """Earlier checkpoints stay valid, and the run resumes. Takes long: each write is a run."""
     assert command(["train", recipe(task, "whole")]) == 0
     retained: list[int] = []
     for last in range(1, 1000, 4 if every_point else 29):
@@ -60,29 +56,27 @@ def test_disk_full_at_any_write(
         retained.append(len(steps(run)))
         assert not [path for path in run.rglob(".*") if path.is_file()]
         assert command(["train", path, "--resume"]) == 0
-        assert read_final_files(run) == read_final_files(task.folder / "whole")
-        assert read_losses(run) == read_losses(task.folder / "whole")
+        assert_same_run(run, task.folder / "whole")
     assert code == 0
     assert retained == sorted(retained)
     assert len({*retained}) > 2
 
 
-def test_run_without_disk_space_is_rejected_early(
-    task: TinyTask, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("questions", "message", "checkpoints"),
+    [(0, "0.0001 GB are free", []), (3, "a checkpoint of step 3", ["step-1", "step-2"])],
+)
+def test_missing_disk_space_is_detected_before_writing(
+    task: TinyTask,
+    capsys: pytest.CaptureFixture[str],
+    questions: int,
+    message: str,
+    checkpoints: list[str],
 ) -> None:
-    """Breaks: the disk is nearly full. Survives: everything: no file is written."""
-    with storage.use_file_system(NearlyFullDisk(0, then=100_000)):
+    """Before the run no file is written; before a checkpoint the run can resume."""
+    with storage.use_file_system(NearlyFullDisk(questions, then=100_000)):
         assert command(["train", recipe(task, "run")]) == 2
-    assert "0.0001 GB are free" in capsys.readouterr().err
-    assert not (task.folder / "run").exists()
-
-
-def test_checkpoint_without_disk_space_is_rejected_early(
-    task: TinyTask, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Fill the disk before the third checkpoint; two checkpoints remain, and the run can resume."""
-    with storage.use_file_system(NearlyFullDisk(3, then=100_000)):
-        assert command(["train", recipe(task, "run")]) == 2
-    assert "a checkpoint of step 3" in capsys.readouterr().err
-    assert steps(task.folder / "run") == ["step-1", "step-2"]
+    assert message in capsys.readouterr().err
+    assert steps(task.folder / "run") == checkpoints
+    assert (task.folder / "run").exists() is bool(checkpoints)
     assert command(["train", recipe(task, "run"), "--resume"]) == 0

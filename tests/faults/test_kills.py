@@ -9,12 +9,13 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from crash_disk import CrashingDisk, PowerLossDisk
 from rich.console import Console
-from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
+from tiny_task import TinyTask, assert_same_run, write_recipe
 
 from finesight import storage
 from finesight.recipe import load_recipe
@@ -43,48 +44,46 @@ def ending(child: int) -> str:
     return "killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
 
-@pytest.fixture
-def uninterrupted_run(task: TinyTask) -> Path:
+class UninterruptedRun(NamedTuple):
+    task: TinyTask
+    run: Path
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
     torch.set_num_threads(1)
+    task = TinyTask(tmp_path_factory.mktemp("kills") / "task")
+    start = time.perf_counter()
     assert ending(start_or_resume(task, "whole")) == "exit 0"
-    return task.folder / "whole"
+    return UninterruptedRun(task, task.folder / "whole", time.perf_counter() - start)
 
 
-def assert_same(run: Path, full: Path) -> None:
-    expected, found = read_final_files(full), read_final_files(run)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
-    assert read_losses(run) == read_losses(full)
-
-
-def test_killed_run_resumes_bit_exactly(
-    task: TinyTask, uninterrupted_run: Path, every_point: bool
-) -> None:
+def test_killed_run_resumes_bit_exactly(uninterrupted: UninterruptedRun, every_point: bool) -> None:
     """Kill a run repeatedly; final weights, optimizer state and losses are bit-identical."""
+    task, expected, seconds = uninterrupted
     wanted = 50 if every_point else 4
     kills, ends, rng = 0, 0, random.Random(0)
-    start = time.perf_counter()
-    assert ending(start_or_resume(task, "timed")) == "exit 0"
-    length = time.perf_counter() - start
     while kills < wanted:
         child = start_or_resume(task, f"run{ends}")
-        time.sleep(rng.uniform(0.0, length))
+        time.sleep(rng.uniform(0.0, seconds))
         os.kill(child, signal.SIGKILL)
         how = ending(child)
         assert how in ("killed", "exit 0")
         kills += how == "killed"
         if how == "exit 0":
-            assert_same(task.folder / f"run{ends}", uninterrupted_run)
+            assert_same_run(task.folder / f"run{ends}", expected)
             ends += 1
     assert ending(start_or_resume(task, f"run{ends}")) == "exit 0"
-    assert_same(task.folder / f"run{ends}", uninterrupted_run)
+    assert_same_run(task.folder / f"run{ends}", expected)
 
 
 def test_crash_at_operation_resumes_bit_exactly(
-    task: TinyTask, uninterrupted_run: Path, every_point: bool
+    uninterrupted: UninterruptedRun, every_point: bool
 ) -> None:
     """Breaks: the process, or the power, at an operation of a run. Survive: all bits, and every
     step and measurement of the metrics. Takes long: each operation is a run."""
+    task, expected, _ = uninterrupted
     # Processes die at some operations in tests/invariants/test_resume.py, too.
     for crash in ("power", "process") if every_point else ("power",):
         deaths = 0
@@ -98,8 +97,8 @@ def test_crash_at_operation_resumes_bit_exactly(
             assert how == "killed"
             deaths += 1
             assert ending(start_or_resume(task, f"{home.name}/run")) == "exit 0"
-            assert_same(home / "run", uninterrupted_run)
-            assert read_evaluations(home / "run") == read_evaluations(uninterrupted_run)
+            assert_same_run(home / "run", expected)
+            assert read_evaluations(home / "run") == read_evaluations(expected)
         assert how == "exit 0"
         assert deaths > 1
 

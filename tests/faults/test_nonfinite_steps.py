@@ -9,7 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from multi_process_run import fork_ranks
-from nonfinite_step import CorruptionKind, corrupt_steps, train_with_corrupt_steps
+from nonfinite_step import (
+    CorruptionKind,
+    before_steps,
+    corrupt_steps,
+    train_with_corrupt_steps,
+)
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
@@ -73,10 +78,8 @@ def test_nonfinite_step_is_logged_and_run_continues(task: TinyTask) -> None:
     assert math.isnan(lines[2]["grad_norm"])
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 1]
     assert len(lines[2]["nonfinite_samples"]) == 4
-    assert all(
-        sample.startswith(f"{task.folder / 'train.jsonl'}:")
-        for sample in lines[2]["nonfinite_samples"]
-    )
+    data = f"{task.folder / 'train.jsonl'}:"
+    assert all(sample.startswith(data) for sample in lines[2]["nonfinite_samples"])
     assert not any(line["nonfinite_samples"] for line in lines if line["step"] != 3)
     assert "skipped non-finite step 3: loss nan" in task.console_output
     assert result.loss == lines[-1]["loss"]
@@ -90,9 +93,8 @@ def test_repeated_nonfinite_steps_end_the_run(task: TinyTask) -> None:
         pytest.raises(UserError, match=f"{MAX_CONSECUTIVE_NONFINITE} steps in a row") as caught,
     ):
         task.run("train.save_every=2", "train.epochs=4")
-    assert [step for step, _ in read_losses(task.folder / "run")] == [
-        *range(1, MAX_CONSECUTIVE_NONFINITE + 2)
-    ]
+    steps = [step for step, _ in read_losses(task.folder / "run")]
+    assert steps == list(range(1, MAX_CONSECUTIVE_NONFINITE + 2))
     assert f"{task.folder / 'train.jsonl'}:" in caught.value.what
     for folder in (task.folder / "run" / "checkpoints").glob("step-*"):
         values = load_file(folder / WEIGHTS_FILE) | load_file(folder / OPTIMIZER_FILE)
@@ -106,19 +108,14 @@ def test_nonfinite_step_count_survives_resume(task: TinyTask) -> None:
     steps = range(2, 2 + MAX_CONSECUTIVE_NONFINITE)
     stop = 2 + MAX_CONSECUTIVE_NONFINITE // 2
 
-    def cut(*given: object) -> object:
-        if given[1].step_index == stop:  # type: ignore[attr-defined]
-            raise KeyboardInterrupt
-        return taking(*given)  # type: ignore[arg-type]
+    def interrupt() -> None:
+        raise KeyboardInterrupt
 
     with corrupt_steps("loss", steps):
         with pytest.raises(UserError, match="steps in a row") as full:
             task.run(*settings, name="whole", data=data)
-        taking = trainer.train_step
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(trainer, "train_step", cut)
-            with pytest.raises(KeyboardInterrupt):
-                task.run(*settings, data=data)
+        with before_steps([stop + 1], interrupt), pytest.raises(KeyboardInterrupt):
+            task.run(*settings, data=data)
         assert len(read_losses(task.folder / "run")) == stop
         with pytest.raises(UserError, match="steps in a row") as resumed:
             task.run(*settings, resume=True, data=data)

@@ -6,42 +6,33 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from typing import Any
 
 import pytest
+from each_value import each
 from hung_rank import train_with_short_timeout
 from multi_process_run import fork_ranks
-from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
+from nonfinite_step import before_steps
+from tiny_task import TinyTask, assert_same_run, read_losses, write_recipe
 
+from finesight.cli.app import run_command
 from finesight.storage import verify_folder
-from finesight.train import trainer
-from finesight.train.dataloader import StepBatch
-from finesight.train.trainer import StepOutput, TrainState
 
 
-def test_killed_data_worker_is_restarted(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_killed_data_worker_is_restarted(task: TinyTask, caplog: pytest.LogCaptureFixture) -> None:
     """Kill the data loader worker repeatedly; the run is bit-identical."""
     settings = ("train.num_workers=1", "train.epochs=4", "train.save_every=30")
     task.run(*settings, name="whole")
-    real = trainer.train_step
 
-    def taking(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
-        if step.step_index in (1, 5):
-            (reader,) = multiprocessing.active_children()
-            reader.kill()
-            reader.join()
-        return real(session, step, *rest)
+    def kill_worker() -> None:
+        (reader,) = multiprocessing.active_children()
+        reader.kill()
+        reader.join()
 
-    monkeypatch.setattr(trainer, "train_step", taking)
-    task.run(*settings)
+    with before_steps([2, 6], kill_worker):
+        task.run(*settings)
     assert sum("is restarted" in message for message in caplog.messages) == 2
-    assert read_final_files(task.folder / "run") == read_final_files(task.folder / "whole")
-    assert read_losses(task.folder / "run") == read_losses(task.folder / "whole")
+    assert_same_run(task.folder / "run", task.folder / "whole")
 
 
 @pytest.mark.parametrize("lost", [signal.SIGSTOP, signal.SIGKILL], ids=["hung", "killed"])
@@ -78,24 +69,15 @@ def test_lost_rank_is_named(task: TinyTask, lost: signal.Signals, world_size: in
     verify_folder(task.folder / "run" / "checkpoints" / f"step-{last}")
 
 
-def test_stop_signal_saves_a_checkpoint(task: TinyTask, every_point: bool) -> None:
+@each("name", ["SIGUSR1", "SIGUSR2", "SIGTERM"])
+def test_stop_signal_saves_a_checkpoint(
+    task: TinyTask, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     """Breaks: a job's time is over. Survive: a checkpoint of the last step, and exit code 75."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)[: 3 if every_point else 1]:
-        run = task.folder / number.name
-        recipe = task.recipe | {"output_dir": str(run)}
-        path = write_recipe(task.folder / "recipe.yaml", recipe, epochs=500)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "finesight", "train", str(path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        while len(read_losses(run)) <= 2:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.05)
-        process.send_signal(number)
-        output, _ = process.communicate()
-        assert process.returncode == 75, output
-        last = max(step for step, _ in read_losses(run))
-        assert f"stopped by {number.name}, checkpoint of step {last} written" in output
-        verify_folder(run / "checkpoints" / f"step-{last}")
+    run = task.folder / name
+    path = write_recipe(task.folder / "recipe.yaml", task.recipe | {"output_dir": str(run)})
+    with before_steps([3], lambda: signal.raise_signal(signal.Signals[name])):
+        assert run_command(["train", str(path)]) == 75
+    last = max(step for step, _ in read_losses(run))
+    assert f"stopped by {name}, checkpoint of step {last} written" in capsys.readouterr().err
+    verify_folder(run / "checkpoints" / f"step-{last}")

@@ -20,12 +20,9 @@ GUARD = 120.0
 
 def start(recipe: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start the command, with its output in a file next to the recipe."""
+    command = [sys.executable, "-m", "finesight", "train", str(recipe), *options]
     with recipe.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "finesight", "train", str(recipe), *options],
-            stdout=log,
-            stderr=log,
-        )
+        return subprocess.Popen(command, stdout=log, stderr=log)
 
 
 def wait_for_steps(recipe: Path, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -56,13 +53,9 @@ def running(pids: list[int]) -> list[int]:
 @pytest.fixture
 def recipe(task: TinyTask) -> Path:
     """A long run with two data loader workers, a tracker, and a validation after each step."""
-    settings = task.recipe | {
-        "output_dir": str(task.folder / "run"),
-        "track": [{"kind": "tensorboard"}],
-    }
-    return write_recipe(
-        task.folder / "recipe.yaml", settings, num_workers=2, epochs=2000, save_every=1
-    )
+    output = {"output_dir": str(task.folder / "run"), "track": [{"kind": "tensorboard"}]}
+    settings = {"num_workers": 2, "epochs": 2000, "save_every": 1}
+    return write_recipe(task.folder / "recipe.yaml", task.recipe | output, **settings)
 
 
 def test_run_is_unlocked_when_its_process_is_killed(recipe: Path) -> None:

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from each_value import each
 
 from finesight.data.row_reader import is_webdataset, open_webdataset
 from finesight.errors import UserError
@@ -19,27 +20,47 @@ from finesight.hub import archive
 from finesight.hub.archive import unpack_archive
 
 FILES = {"a/1.txt": b"one", "a/b/2.bin": bytes(100_000), "ü 3.txt": b"three"}
+SYSTEM_FILES = {"__MACOSX/a/._1.txt": b"x", "a/.DS_Store": b"x"}
+EVIL_NAMES = ("../evil", "/tmp/evil", "a/../../evil", "..\\evil", "C:\\evil")
+SPECIAL_TYPES = {
+    "symlink": tarfile.SYMTYPE,
+    "hard link": tarfile.LNKTYPE,
+    "character device": tarfile.CHRTYPE,
+    "block device": tarfile.BLKTYPE,
+    "pipe": tarfile.FIFOTYPE,
+}
 
 
-def write_zip(path: Path, files: dict[str, bytes], mode: int = 0o100644) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+def zipped(
+    files: dict[str, bytes], mode: int = 0o100644, compression: int = zipfile.ZIP_DEFLATED
+) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
         for name, data in files.items():
             info = zipfile.ZipInfo(name)
-            info.external_attr = mode << 16
-            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr, info.compress_type = mode << 16, compression
             file.writestr(info, data)
-    return path
+    return out.getvalue()
 
 
-def write_tar(path: Path, files: dict[str, bytes], member_type: bytes = tarfile.REGTYPE) -> Path:
-    compression = path.name.rpartition(".tar")[2].lstrip(".")
-    with tarfile.open(path, f"w:{compression}") as file:
+def tarred(
+    files: dict[str, bytes], suffix: str = "", kind: bytes = tarfile.REGTYPE, **header: str
+) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=f"w:{suffix}", format=tarfile.PAX_FORMAT) as file:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
-            info.type, info.size = member_type, len(data) if member_type == tarfile.REGTYPE else 0
-            info.linkname = "/etc/passwd"
+            info.type, info.size = kind, len(data) if kind == tarfile.REGTYPE else 0
+            info.linkname, info.pax_headers = "/etc/passwd", header
             file.addfile(info, io.BytesIO(data))
-    return path
+    return out.getvalue()
+
+
+def long_name_header(size: int) -> bytes:
+    """Return a GNU header that declares a name of this size."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, size
+    return header.tobuf(tarfile.GNU_FORMAT)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -47,80 +68,99 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def assert_rejected(tmp_path: Path, file: Path, message: str) -> UserError:
-    before = read_files(tmp_path)
+def assert_rejected(file: Path, message: str) -> None:
+    before = read_files(file.parent)
     with pytest.raises(UserError, match=message) as raised:
-        unpack_archive(file, tmp_path / "deep" / "target")
-    after = read_files(tmp_path)
-    outside = {name for name in after if not name.startswith("deep/target/")}
-    assert outside == before.keys(), "a file was written outside of the folder"
-    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
-    shutil.rmtree(tmp_path / "deep", ignore_errors=True)
-    assert raised.value.where
-    assert raised.value.expected
-    assert raised.value.remedy
-    return raised.value
+        unpack_archive(file, file.parent / "deep" / "target")
+    assert not any(path.is_symlink() for path in file.parent.rglob("*"))
+    shutil.rmtree(file.parent / "deep" / "target", ignore_errors=True)
+    assert read_files(file.parent) == before, "a file was written outside of the folder"
+    assert all((raised.value.where, raised.value.expected, raised.value.remedy))
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"])
-def test_files_are_extracted(tmp_path: Path, name: str) -> None:
-    write = write_zip if name.endswith("zip") else write_tar
-    unpack_archive(write(tmp_path / name, FILES), tmp_path / "target")
+@each("suffix", ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
+def test_files_are_extracted_without_system_files(tmp_path: Path, suffix: str) -> None:
+    files = FILES | SYSTEM_FILES
+    data = zipped(files) if suffix == "zip" else tarred(files, suffix[4:])
+    (tmp_path / f"a.{suffix}").write_bytes(data)
+    unpack_archive(tmp_path / f"a.{suffix}", tmp_path / "target")
     assert read_files(tmp_path / "target") == FILES
 
 
-def test_system_files_are_skipped(tmp_path: Path) -> None:
-    system_files = {"__MACOSX/a/._1.txt": b"x", "a/.DS_Store": b"x", "a/": b""}
-    unpack_archive(write_zip(tmp_path / "a.zip", {**FILES, **system_files}), tmp_path / "target")
-    assert read_files(tmp_path / "target") == FILES
+def encrypted() -> bytes:
+    data = bytearray(zipped({"a.txt": b"secret"}))
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(data)
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil.txt", "/tmp/evil.txt", "a/../../evil.txt", "..\\evil.txt", "C:\\evil.txt"]
-)
-@pytest.mark.parametrize("write", [write_zip, write_tar])
-def test_path_traversal_is_rejected(tmp_path: Path, write: object, name: str) -> None:
-    file = tmp_path / ("a.zip" if write is write_zip else "a.tar")
-    assert callable(write)
-    assert_rejected(tmp_path, write(file, {name: b"evil"}), "may be outside")
+BZIP2 = zipped({"aé.txt": bytes(range(256)) * 20}, compression=zipfile.ZIP_BZIP2)
+WHOLE = tarred(FILES, "gz")
+BAD_ARCHIVES: dict[str, tuple[str, bytes, str]] = {
+    **{f"zip {name}": ("zip", zipped({name: b"x"}), "may be outside") for name in EVIL_NAMES},
+    **{f"tar {name}": ("tar", tarred({name: b"x"}), "may be outside") for name in EVIL_NAMES},
+    **{
+        name: ("tar", tarred({"innocent": b""}, kind=kind), "a link or a device")
+        for name, kind in SPECIAL_TYPES.items()
+    },
+    "zip link": ("zip", zipped({"a": b"/etc/passwd"}, stat.S_IFLNK | 0o777), "a link or a device"),
+    "encrypted": ("zip", encrypted(), "is encrypted"),
+    "cut off": ("tar.gz", WHOLE[: len(WHOLE) // 2], "cannot be read"),
+    "no zip": ("zip", b"no zip at all", "cannot be read"),
+    "no bzip2": ("tar.bz2", b"hello world" * 100, "Invalid data stream"),
+    "invalid name": ("zip", BZIP2.replace("é".encode(), b"\xff\xfe"), "UnicodeDecodeError"),
+    "damaged data": ("zip", BZIP2[:60] + bytes(100) + BZIP2[160:], "Invalid data stream"),
+}
 
 
-@pytest.mark.parametrize(
-    "member_type",
-    [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE],
-)
-def test_links_and_devices_in_tar_are_rejected(tmp_path: Path, member_type: bytes) -> None:
-    assert_rejected(
-        tmp_path,
-        write_tar(tmp_path / "a.tar", {"innocent": b""}, member_type),
-        "a link or a device",
-    )
+@each("case", BAD_ARCHIVES)
+def test_malicious_and_damaged_archives_are_rejected(tmp_path: Path, case: str) -> None:
+    suffix, data, message = BAD_ARCHIVES[case]
+    (tmp_path / f"a.{suffix}").write_bytes(data)
+    assert_rejected(tmp_path / f"a.{suffix}", message)
 
 
-def test_links_in_zip_are_rejected(tmp_path: Path) -> None:
-    file = write_zip(tmp_path / "a.zip", {"innocent": b"/etc/passwd"}, stat.S_IFLNK | 0o777)
-    assert_rejected(tmp_path, file, "a link or a device")
+def test_duplicate_names_are_rejected(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "twins.tar", "w") as file:
+        for _ in range(2):
+            file.addfile(tarfile.TarInfo("a.txt"))
+    assert_rejected(tmp_path / "twins.tar", "two files with the name 'a.txt'")
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.tar.xz"])
-def test_decompression_bombs_are_rejected(tmp_path: Path, name: str) -> None:
-    write = write_zip if name.endswith("zip") else write_tar
-    file = write(tmp_path / name, {"bomb.txt": bytes(150_000_000)})
+BAD_TARS = {
+    "negative size": tarred({"a.txt": b"a"}, size="-1536"),
+    "negative size of a skipped file": tarred({"__MACOSX/a.txt": b"a"}, size="-1536"),
+    "invalid number": tarred({"a.txt": b"a"}, **{"GNU.sparse.map": "a,b", "GNU.sparse.size": "10"}),
+    "huge size": tarred({"a.txt": b"a"}, size="9" * 30),
+    "huge name": long_name_header(2**60) + bytes(2048),
+    "nested headers": tarred({"a": b"a"}, comment="b")[:1024] * 3000,
+}
+
+
+@each("case", BAD_TARS)
+def test_invalid_tar_headers(tmp_path: Path, case: str) -> None:
+    for name, pack in (("a.tar", bytes), ("a.tar.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(pack(BAD_TARS[case]))
+        assert_rejected(tmp_path / name, "cannot be read: ")
+    for read in (is_webdataset, open_webdataset):
+        with pytest.raises(UserError, match="cannot be read: "):
+            read(tmp_path / "a.tar")
+
+
+@each("suffix", ["zip", "tar.gz", "tar.xz"])
+def test_decompression_bombs_are_rejected(tmp_path: Path, suffix: str) -> None:
+    file, files = tmp_path / f"a.{suffix}", {"bomb.txt": bytes(150_000_000)}
+    file.write_bytes(zipped(files) if suffix == "zip" else tarred(files, suffix[4:]))
     assert file.stat().st_size < 200_000
-    assert_rejected(tmp_path, file, "more than 100 times the")
+    assert_rejected(file, "more than 100 times the")
 
 
-def test_endless_member_name_is_rejected(tmp_path: Path) -> None:
-    # A GNU header with a name of 300 MB.
-    file = tmp_path / "a.tar.gz"
-    header = tarfile.TarInfo("././@LongLink")
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 300_000_000
-    with gzip.open(file, "wb", 1) as out:
-        out.write(header.tobuf(tarfile.GNU_FORMAT))
+def test_endless_member_name_uses_little_memory(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.tar.gz", "wb", 1) as out:
+        out.write(long_name_header(300_000_000))
         for _ in range(300):
             out.write(b"a" * 1_000_000)
     tracemalloc.start()
-    assert_rejected(tmp_path, file, "a header of 3000")
+    assert_rejected(tmp_path / "a.tar.gz", "a header of 3000")
     assert tracemalloc.get_traced_memory()[1] < 50_000_000
     tracemalloc.stop()
 
@@ -128,97 +168,25 @@ def test_endless_member_name_is_rejected(tmp_path: Path) -> None:
 def test_wrong_declared_size_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The header declares 10 bytes of 2 million.
     monkeypatch.setattr(archive, "UNCHECKED_BYTES", 1000)
-    file = write_zip(tmp_path / "a.zip", {"a.txt": bytes(2_000_000)})
-    data = file.read_bytes().replace((2_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
-    file.write_bytes(data)
+    real, declared = ((size).to_bytes(4, "little") for size in (2_000_000, 10))
+    data = zipped({"a.txt": bytes(2_000_000)}).replace(real, declared)
+    (tmp_path / "a.zip").write_bytes(data)
     with pytest.raises(UserError, match=r"over 100 times|cannot be read"):
-        unpack_archive(file, tmp_path / "target")
+        unpack_archive(tmp_path / "a.zip", tmp_path / "target")
     assert sum(map(len, read_files(tmp_path / "target").values())) <= 10
 
 
 def test_member_and_size_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = dict.fromkeys(("a/", "b/", "c/"), b"")
+    archives = {
+        "files.tar": tarred(FILES),
+        "folders.tar": tarred(folders, kind=tarfile.DIRTYPE),
+        "folders.zip": zipped(folders),
+    }
     monkeypatch.setattr(archive, "MAX_MEMBERS", 2)
-    assert_rejected(tmp_path, write_tar(tmp_path / "a.tar", FILES), "more than 2 files")
+    for name, data in archives.items():
+        (tmp_path / name).write_bytes(data)
+        assert_rejected(tmp_path / name, "more than 2 files")
     monkeypatch.setattr(archive, "MAX_MEMBERS", 9)
     monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 50_000)
-    assert_rejected(tmp_path, write_tar(tmp_path / "b.tar", FILES), "more than 50000 bytes")
-
-
-def test_duplicate_encrypted_and_damaged_members(tmp_path: Path) -> None:
-    duplicate = tmp_path / "twins.tar"
-    with tarfile.open(duplicate, "w") as file:
-        for _ in range(2):
-            file.addfile(tarfile.TarInfo("a.txt"))
-    assert_rejected(tmp_path, duplicate, "two files with the name 'a.txt'")
-    encrypted = write_zip(tmp_path / "locked.zip", {"a.txt": b"secret"})
-    data = bytearray(encrypted.read_bytes())
-    data[data.index(b"PK\x01\x02") + 8] |= 1
-    encrypted.write_bytes(data)
-    assert_rejected(tmp_path, encrypted, "is encrypted")
-    data = write_tar(tmp_path / "whole.tar.gz", FILES).read_bytes()
-    (tmp_path / "cut.tar.gz").write_bytes(data[: len(data) // 2])
-    assert_rejected(tmp_path, tmp_path / "cut.tar.gz", "cannot be read")
-    (tmp_path / "none.zip").write_bytes(b"no zip at all")
-    assert_rejected(tmp_path, tmp_path / "none.zip", "cannot be read")
-
-
-def tar_with_header(name: str, **header: str) -> bytes:
-    """Return a tar with a file of one byte after this PAX header."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as out:
-        info = tarfile.TarInfo(name)
-        info.size, info.pax_headers = 1, header
-        out.addfile(info, io.BytesIO(b"a"))
-    return file.getvalue()
-
-
-def tar_with_long_name(size: int) -> bytes:
-    header = tarfile.TarInfo("././@LongLink")
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, size
-    return header.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
-
-
-BAD_TARS = {
-    "negative size": tar_with_header("a.txt", size="-1536"),
-    "negative size of a skipped file": tar_with_header("__MACOSX/a.txt", size="-1536"),
-    "invalid number": tar_with_header(
-        "a.txt", **{"GNU.sparse.map": "a,b", "GNU.sparse.size": "10"}
-    ),
-    "huge size": tar_with_header("a.txt", size="9" * 30),
-    "huge name": tar_with_long_name(2**60),
-    "nested headers": tar_with_header("a", comment="b")[:1024] * 3000,
-}
-
-
-@pytest.mark.parametrize("case", BAD_TARS)
-def test_invalid_tar_headers(tmp_path: Path, case: str) -> None:
-    for name, pack in (("a.tar", bytes), ("a.tar.gz", gzip.compress)):
-        (tmp_path / name).write_bytes(pack(BAD_TARS[case]))
-        assert_rejected(tmp_path, tmp_path / name, "cannot be read: ")
-    for read in (is_webdataset, open_webdataset):
-        with pytest.raises(UserError, match="cannot be read: "):
-            read(tmp_path / "a.tar")
-
-
-def test_corrupt_archives(tmp_path: Path) -> None:
-    (tmp_path / "none.tar.bz2").write_bytes(b"hello world" * 100)
-    assert_rejected(tmp_path, tmp_path / "none.tar.bz2", "Invalid data stream")
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_BZIP2) as out:
-        out.writestr("aé.txt", bytes(range(256)) * 20)
-    data = file.getvalue()
-    (tmp_path / "a.zip").write_bytes(data.replace("é".encode(), b"\xff\xfe"))
-    assert_rejected(tmp_path, tmp_path / "a.zip", "UnicodeDecodeError")
-    (tmp_path / "a.zip").write_bytes(data[:60] + bytes(100) + data[160:])
-    assert_rejected(tmp_path, tmp_path / "a.zip", "Invalid data stream")
-
-
-def test_folders_count_as_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MAX_MEMBERS", 2)
-    folders = write_tar(tmp_path / "a.tar", dict.fromkeys("abc", b""), tarfile.DIRTYPE)
-    assert_rejected(tmp_path, folders, "more than 2 files")
-    assert_rejected(
-        tmp_path,
-        write_zip(tmp_path / "a.zip", dict.fromkeys(("a/", "b/", "c/"), b"")),
-        "more than 2",
-    )
+    assert_rejected(tmp_path / "files.tar", "more than 50000 bytes")

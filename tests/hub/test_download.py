@@ -15,6 +15,9 @@ import finesight.hub.download
 from finesight.errors import UserError
 from finesight.hub.download import Downloader, HttpSite, RemoteFile
 
+CHUNKED = {"Transfer-Encoding": "chunked"}
+CHUNKS = b"2\r\nab\r\n0\r\n\r\n"
+
 
 class Server(ThreadingHTTPServer):
     """Returns the status, headers and body in `reply` for all requests."""
@@ -22,16 +25,16 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     reply: tuple[int, dict[str, str], bytes] = (200, {}, b"")
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/x?Signature=secret"
+    def download(self, folder: Path) -> bytes:
+        url = f"http://127.0.0.1:{self.server_address[1]}/x?Signature=secret"
+        site = HttpSite(lambda response, body: UserError(f"status {response.status_code}: {body}"))
+        with Downloader(site) as downloader:
+            downloader.download(RemoteFile("a", url), folder / "a")
+        return (folder / "a").read_bytes()
 
 
 class ReplyHandler(BaseHTTPRequestHandler):
     server: Server
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Disable logging."""
 
     def do_GET(self) -> None:
         status, headers, body = self.server.reply
@@ -52,50 +55,41 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server.server_close()
 
 
-def site() -> HttpSite:
-    return HttpSite(lambda response, body: UserError(f"status {response.status_code}: {body[:9]}"))
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (200, {}, "does not send the size of a"),
+        (302, {"Location": "http://[::1"}, "not an allowed address"),
+        (302, {"Location": "https://a..b/"}, "not an allowed address"),
+        (302, {"Location": f"https://{'a' * 70}.com/"}, "not an allowed address"),
+    ],
+)
+def test_invalid_responses_are_rejected(
+    server: Server, tmp_path: Path, status: int, headers: dict[str, str], message: str
+) -> None:
+    server.reply = (status, headers, b"ab")
+    with pytest.raises(UserError, match=message) as raised:
+        server.download(tmp_path)
+    assert "secret" not in str(raised.value)
+    assert not list(tmp_path.glob("a"))
+
+
+def test_invalid_retry_after_header(server: Server, tmp_path: Path) -> None:
+    server.reply = (503, {"Retry-After": "\xb2"}, b"")
+    with pytest.raises(UserError, match="received 0 bytes, then status 503"):
+        server.download(tmp_path)
+
+
+def test_chunked_responses_need_no_size(server: Server, tmp_path: Path) -> None:
+    for status, headers in ((200, {}), (206, {"Content-Range": f"bytes 0-1/{'9' * 5000}"})):
+        server.reply = (status, CHUNKED | headers, CHUNKS)
+        assert server.download(tmp_path / str(status)) == b"ab"
 
 
 def test_endless_error_body_is_bounded(server: Server, tmp_path: Path) -> None:
     server.reply = (404, {"Content-Encoding": "gzip"}, gzip.compress(bytes(100_000_000)))
     tracemalloc.start()
     with pytest.raises(UserError, match="status 404"):
-        download(server, tmp_path)
+        server.download(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
-
-
-@pytest.mark.parametrize("location", ["http://[::1", "https://a..b/", f"https://{'a' * 70}.com/"])
-def test_invalid_redirect_target(server: Server, tmp_path: Path, location: str) -> None:
-    server.reply = (302, {"Location": location}, b"")
-    with pytest.raises(UserError, match="not an allowed address") as raised:
-        download(server, tmp_path)
-    assert "secret" not in str(raised.value)
-
-
-def test_invalid_retry_after_header(server: Server, tmp_path: Path) -> None:
-    server.reply = (503, {"Retry-After": "\xb2"}, b"")
-    with pytest.raises(UserError, match="received 0 bytes, then status 503"):
-        download(server, tmp_path)
-    chunked = {"Transfer-Encoding": "chunked"}
-    server.reply = (206, {**chunked, "Content-Range": f"bytes 0-1/{'9' * 5000}"}, CHUNKS)
-    assert download(server, tmp_path) == b"ab"
-
-
-def test_missing_content_length(server: Server, tmp_path: Path) -> None:
-    server.reply = (200, {}, b"ab")
-    with pytest.raises(UserError, match="does not send the size of a") as raised:
-        download(server, tmp_path)
-    assert "secret" not in str(raised.value)
-    assert not list(tmp_path.glob("a"))
-    server.reply = (200, {"Transfer-Encoding": "chunked"}, CHUNKS)
-    assert download(server, tmp_path) == b"ab"
-
-
-CHUNKS = b"2\r\nab\r\n0\r\n\r\n"
-
-
-def download(server: Server, folder: Path) -> bytes:
-    with Downloader(site()) as downloader:
-        downloader.download(RemoteFile("a", server.url), folder / "a")
-    return (folder / "a").read_bytes()

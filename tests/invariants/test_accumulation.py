@@ -21,6 +21,7 @@ from finesight.train.trainer import TrainState, train_step
 from finesight.train.training_run import StopRequest
 
 FULL_FINETUNE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
+LORA = {"language": "lora", "lora": {"rank": 4, "dropout": 0.0}}
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +58,31 @@ def end_to_end(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(
-    "tune",
-    [FULL_FINETUNE, {"language": "lora", "lora": {"rank": 4, "dropout": 0.0}}],
-    ids=["full", "lora"],
-)
-def test_loss_and_gradients_are_independent_of_packing(
-    task: dict[str, Any], tmp_path: Path, tune: dict[str, Any], seed: int
-) -> None:
-    task = task | {"train": task["train"] | {"seed": seed, "data_seed": seed}}
+def gradients_of_packings(
+    task: dict[str, Any], folder: Path, tune: dict[str, Any], *, double: bool = False, **train: Any
+) -> dict[int, tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients of the first step by its number of packs."""
     found = {}
     for packs, budget in ((8, 1), (2, 230), (1, 8192)):
-        session = make_train_state(task, tmp_path, tune, budget)
+        changed = task | {"train": task["train"] | train}
+        session = make_train_state(changed, folder, tune, budget)
+        if double:
+            session.model.double()
         step = session.step_dataset.get_step(0)
         assert len(step.packs) == packs
         found[packs] = gradients(session, step)
-    loss, expected = found[1]
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("tune", [FULL_FINETUNE, LORA], ids=["full", "lora"])
+def test_loss_and_gradients_are_independent_of_packing(
+    task: dict[str, Any], tmp_path: Path, tune: dict[str, Any], seed: int
+) -> None:
+    found = gradients_of_packings(task, tmp_path, tune, seed=seed, data_seed=seed)
+    loss, expected = found.pop(1)
     assert max(gradient.abs().max().item() for gradient in expected.values()) > 1e-3
-    for packs in (2, 8):
-        other_loss, other = found[packs]
+    for packs, (other_loss, other) in found.items():
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert relative_error(end_to_end(other), end_to_end(expected)) <= 1e-6, f"{packs} packs"
 
@@ -88,25 +94,18 @@ def test_fp64_gradients_are_independent_of_packing(
     """The model in fp64, whose own roundings would hide it: how much those of fp32 make of a sum
     that nearly cancels depends on the processor. Nothing is clipped: one pack's norm is computed in
     fp64, where a sum's is in fp32."""
-    task = task | {
-        "train": task["train"] | {"seed": seed, "data_seed": seed, "max_grad_norm": None}
-    }
-    found = {}
-    for packs, budget in ((8, 1), (2, 230), (1, 8192)):
-        session = make_train_state(task, tmp_path, FULL_FINETUNE, budget)
-        session.model.double()
-        step = session.step_dataset.get_step(0)
-        assert len(step.packs) == packs
-        found[packs] = gradients(session, step)[1]
-    for packs in (2, 8):
-        for name, gradient in found[1].items():
+    settings = {"seed": seed, "data_seed": seed, "max_grad_norm": None}
+    found = gradients_of_packings(task, tmp_path, FULL_FINETUNE, double=True, **settings)
+    _, expected = found.pop(1)
+    for packs, (_, other) in found.items():
+        for name, gradient in expected.items():
             # Gradients are added up in fp32.
-            assert relative_error(found[packs][name], gradient) <= 3e-7, f"{name} in {packs} packs"
+            assert relative_error(other[name], gradient) <= 3e-7, f"{name} in {packs} packs"
 
 
 def test_loss_is_averaged_over_supervised_tokens(task: dict[str, Any], tmp_path: Path) -> None:
     """Answers of different lengths: a mean of the packs' means would be another number."""
-    session = make_train_state(task, tmp_path, {"language": "lora", "lora": {"dropout": 0.0}}, 1)
+    session = make_train_state(task, tmp_path, LORA, 1)
     step = session.step_dataset.get_step(0)
     assert len({batch.num_supervised_tokens for batch in step.packs}) > 1
     with torch.no_grad():

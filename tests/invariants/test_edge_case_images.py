@@ -39,30 +39,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_enough_images_of_every_kind() -> None:
-    assert len(ODDS) >= 300
+def test_each_image_is_encoded_or_rejected_with_reason(outcomes: list[dict[str, Any]]) -> None:
+    """Training and the data check agree. No image takes 30 MB, even those of 3.6 billion pixels."""
     assert len(REFUSED) >= 100
     assert len(ODDS) - len(REFUSED) >= 150
-
-
-def test_each_image_is_encoded_or_rejected_with_reason(outcomes: list[dict[str, Any]]) -> None:
     assert [one["name"] for one in outcomes] == [odd.name for odd in ODDS]
     for one in outcomes:
         assert bool(one["reason"]) == (one["fate"] == "refused"), one
         assert not one["reason"] or f"/{one['name']}: " in one["reason"], one
-
-
-def test_data_check_agrees_with_training(outcomes: list[dict[str, Any]]) -> None:
-    for one in outcomes:
         assert (one["fault"] is None) == (one["fate"] == "taken"), one
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is counted in kilobytes")
-def test_headers_do_not_exhaust_memory(outcomes: list[dict[str, Any]]) -> None:
-    """Check that no image takes 30 s, even those of 3.6 billion pixels or 100 MB unpacked."""
-    for one in outcomes:
-        assert one["megabytes"] < 30, one
-    assert sum(one["megabytes"] for one in outcomes) < 120
+        assert one["megabytes"] < 30 or sys.platform != "linux", one
+    assert sum(one["megabytes"] for one in outcomes) < 120 or sys.platform != "linux"
 
 
 def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
@@ -72,22 +59,19 @@ def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
     """
     task = make_task(tmp_path / "task")
     valid = [
-        EdgeCaseImage(f"sound-{n}.png", encode_image(make_noise_image(), "PNG"), "taken")
+        EdgeCaseImage(f"sound-{n}.png", encode_image(make_noise_image(), "PNG"))
         for n in range(NUM_VALID)
     ]
     data = write_samples(tmp_path / "task", [*ODDS, *valid], "odd.jsonl")
     task["data"] = {"train": str(data)}
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml",
-        task | {"output_dir": str(tmp_path / "run")},
-        epochs=1,
-        batch_size=64,
-    )
+    task["output_dir"] = str(tmp_path / "run")
+    recipe = write_recipe(tmp_path / "recipe.yaml", task, epochs=1, batch_size=64)
     assert run_command(["train", str(recipe)]) == 0
-    before = (tmp_path / "run" / "skipped_samples.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    dropped, steps = (
+        [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+        for name in ("skipped_samples.jsonl", "metrics.jsonl")
+    )
     late = [name for line in steps for name in line.get("skipped_samples", [])]
-    dropped = [json.loads(line) for line in before]
     assert all(one["reason"] for one in dropped)
     assert {one["id"] for one in dropped} | set(late) == REFUSED
     supervised = sum(line["num_samples"] for line in steps if "loss" in line)
@@ -104,6 +88,23 @@ def test_data_check_reports_invalid_images(
     assert errors == REFUSED
 
 
+MEASURE_LOADING = """
+import sys
+from pathlib import Path
+from finesight.vision import image_processing
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+before = peak()
+image = image_processing.load_image(Path(sys.argv[1]))
+used = peak() - before
+image_processing.MAX_BAND_PIXELS = 1 << 60
+assert image.tobytes() == image_processing.load_image(Path(sys.argv[1])).tobytes()
+print(used * 1024 / 4096**2)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is counted in kilobytes")
 @pytest.mark.parametrize("mode", ["F", "I", "I;16", "RGBA", "LA"])
 def test_high_bit_depth_conversion_is_memory_bounded(mode: str, tmp_path: Path) -> None:
@@ -117,21 +118,7 @@ def test_high_bit_depth_conversion_is_memory_bounded(mode: str, tmp_path: Path) 
         image = Image.fromarray((values % 256).astype(np.uint8)).convert(mode)
         image.putalpha(Image.fromarray((values // 256).astype(np.uint8)))
     image.save(tmp_path / "large.tif")
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from finesight.vision import image_processing\n"
-        "status = Path('/proc/self/status')\n"
-        "peak = lambda: int(status.read_text().split('VmHWM:')[1].split()[0])\n"
-        "before = peak()\n"
-        "image = image_processing.load_image(Path(sys.argv[1]))\n"
-        "used = peak() - before\n"
-        "image_processing.MAX_BAND_PIXELS = 1 << 60\n"
-        "assert image.tobytes() == image_processing.load_image(Path(sys.argv[1])).tobytes()\n"
-        "print(used * 1024 / 4096**2)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "large.tif")], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", MEASURE_LOADING, str(tmp_path / "large.tif")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 12

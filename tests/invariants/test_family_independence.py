@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from conversation_fixtures import make_folder
 from PIL import Image
 from rich.console import Console
-from tiny_model import create_tiny_model
+from tiny_model import TinyFamily, create_tiny_model
 
+from finesight.config import Recipe
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -21,43 +21,22 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
-    read_samples,
     write_samples,
 )
 from finesight.encode.renderer import FAMILIES, NativeRenderer
 from finesight.model_folder import ModelFolder
-from finesight.recipe import load_recipe
 from finesight.report.data_pages import render_sample_page
 from finesight.train.training_run import train
 
 
-def _step(
-    renderer: NativeRenderer, original: tuple[int, int], resized: tuple[int, int]
-) -> list[float]:
-    """Half of what one unit of the dialect's frame is worth in the original, across and down."""
-    height, width = resized if renderer.family.name == "qwen2_5_vl" else (1000, 1000)
-    return [original[1] / width / 2 + 1e-6, original[0] / height / 2 + 1e-6] * 2
+def make_box_sample(name: str, image: str, question: str, box: BoxPart) -> Sample:
+    content = (ImagePart(image=image), TextPart(text=question))
+    messages = Message(role="user", content=content), Message(role="assistant", content=(box,))
+    return Sample(id=name, messages=messages)
 
 
-def _compare(renderer: NativeRenderer, located_sample: LocatedSample) -> int:
-    """Boxes read back from the tokens of a sample, each within half a step; how many there were."""
-    outline = renderer.tokenize(located_sample)
-    supervised = outline.ids_T[outline.loss_mask_T]
-    raw = renderer.tokenizer.decode(supervised, skip_special_tokens=False)
-    wanted = [
-        part for part in located_sample.sample.messages[-1].content if isinstance(part, BoxPart)
-    ]
-    found = renderer.parse_boxes(raw, outline.spans, wanted[0].image)
-    assert [box.label for box in found] == [box.label for box in wanted]
-    span = outline.spans[wanted[0].image]
-    steps = _step(renderer, span.original_size, span.resized_size)
-    for box, right in zip(found, wanted, strict=True):
-        off = np.abs(np.subtract(box.xyxy, right.xyxy))
-        assert (off <= steps).all(), (box, right, steps)
-    return len(found)
-
-
-def _samples(folder: Path, number: int = 24) -> list[Sample]:
+def make_samples(folder: Path, number: int = 24) -> list[Sample]:
+    """Write images of a red rectangle, and samples with its box."""
     rng = np.random.default_rng(7)
     samples = []
     for n in range(number):
@@ -68,66 +47,71 @@ def _samples(folder: Path, number: int = 24) -> list[Sample]:
         image.paste((200, 30, 30), (x1, y1, x2, y2))
         image.save(folder / f"{n}.png")
         box = BoxPart(label="red", xyxy=(x1, y1, x2, y2))
-        requested = (ImagePart(image=f"{n}.png"), TextPart(text="Where is it red?"))
-        messages = (
-            Message(role="user", content=requested),
-            Message(role="assistant", content=(box,)),
-        )
-        samples.append(Sample(id=str(n), messages=messages))
+        samples.append(make_box_sample(str(n), f"{n}.png", "Where is it red?", box))
     return samples
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_box_error_is_within_half_a_step_for_each_family(family: str, tmp_path: Path) -> None:
-    renderer = NativeRenderer(ModelFolder(make_folder(tmp_path / "model", family)))
-    for sample in _samples(tmp_path):
-        assert _compare(renderer, LocatedSample(sample, tmp_path)) == 1
+def assert_box_is_read_back(renderer: NativeRenderer, sample: LocatedSample) -> None:
+    """Compare the box in the tokens of a sample within half a unit of the dialect's frame."""
+    outline = renderer.tokenize(sample)
+    supervised = outline.ids_T[outline.loss_mask_T]
+    raw = renderer.tokenizer.decode(supervised, skip_special_tokens=False)
+    (right,) = sample.sample.messages[-1].content
+    assert isinstance(right, BoxPart)
+    (box,) = renderer.parse_boxes(raw, outline.spans, right.image)
+    assert box.label == right.label
+    span = outline.spans[right.image]
+    frame = span.resized_size if renderer.family.name == "qwen2_5_vl" else (1000, 1000)
+    half_steps = np.divide(span.original_size, frame)[::-1] / 2 + 1e-6
+    off = np.abs(np.subtract(box.xyxy, right.xyxy))
+    assert (off <= np.tile(half_steps, 2)).all(), (box, right)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.fixture(params=FAMILIES)
+def renderer(request: pytest.FixtureRequest, tmp_path: Path) -> NativeRenderer:
+    return NativeRenderer(ModelFolder(make_folder(tmp_path / "model", request.param)))
+
+
+def test_box_error_is_within_half_a_step_for_each_family(
+    renderer: NativeRenderer, tmp_path: Path
+) -> None:
+    for sample in make_samples(tmp_path):
+        assert_box_is_read_back(renderer, LocatedSample(sample, tmp_path))
+
+
 def test_real_box_error_is_within_half_a_step_for_each_family(
-    family: str, tmp_path: Path, shared: Path
+    renderer: NativeRenderer, shared: Path
 ) -> None:
     folder = shared / "data" / "grounding"
-    renderer = NativeRenderer(ModelFolder(make_folder(tmp_path / "model", family)))
     rows = [json.loads(line) for line in (folder / "grounding.jsonl").read_text().splitlines()]
-    compared = 0
+    assert len(rows) > 500
     for row in rows:
         box = BoxPart(label=row["answer"], xyxy=tuple(row["bbox_xyxy"]))
-        requested = (ImagePart(image=row["image"]), TextPart(text=row["question"]))
-        turns = (Message(role="user", content=requested), Message(role="assistant", content=(box,)))
-        compared += _compare(renderer, LocatedSample(Sample(id=row["id"], messages=turns), folder))
-    assert compared == len(rows) > 500
+        sample = make_box_sample(row["id"], row["image"], row["question"], box)
+        assert_box_is_read_back(renderer, LocatedSample(sample, folder))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sample_page_draws_boxes_correctly(family: str, tmp_path: Path) -> None:
-    renderer = NativeRenderer(ModelFolder(make_folder(tmp_path / "model", family)))
-    samples = _samples(tmp_path, 6)
-    page = render_sample_page(
-        renderer, [LocatedSample(sample, tmp_path) for sample in samples], "here"
-    )
+def test_sample_page_draws_boxes_correctly(renderer: NativeRenderer, tmp_path: Path) -> None:
+    samples = [LocatedSample(sample, tmp_path) for sample in make_samples(tmp_path, 6)]
+    page = render_sample_page(renderer, samples, "here")
     text = page.partition('<script type="application/json" id="data">')[2]
     records = json.loads(text.partition("</script>")[0])["samples"]
     for record, sample in zip(records, samples, strict=True):
-        (box,) = record["boxes"]
-        (right,) = sample.messages[-1].content
-        (image,) = record["images"]
+        (box,), (image,) = record["boxes"], record["images"]
+        (right,) = sample.sample.messages[-1].content
         assert isinstance(right, BoxPart)
-        height, width = image["original_size"]
-        tall, wide = image["resized_size"]
-        scales = [wide / width, tall / height] * 2
-        drawn = [value * scale for value, scale in zip(right.xyxy, scales, strict=True)]
-        assert box["xyxy"] == pytest.approx(drawn, abs=0.51)
+        scales = np.divide(image["resized_size"], image["original_size"])[::-1]
+        assert box["xyxy"] == pytest.approx(np.multiply(right.xyxy, np.tile(scales, 2)), abs=0.51)
         assert box["label"] == "red"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_dataset_trains_every_family(family: str, tmp_path: Path) -> None:
-    create_tiny_model(tmp_path / family, family)
-    write_samples(tmp_path / "train.jsonl", _samples(tmp_path, 8))
+def test_one_dataset_trains_every_family(family: TinyFamily, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    write_samples(data, make_samples(tmp_path, 8))
     recipe = {
-        "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "train.jsonl")},
+        "model": str(create_tiny_model(tmp_path / family, family)),
+        "data": {"train": str(data), "eval": str(data)},
         "tune": {"language": "lora", "lora": {"rank": 4}},
         "train": {
             "steps": 4,
@@ -139,9 +123,7 @@ def test_one_dataset_trains_every_family(family: str, tmp_path: Path) -> None:
         "eval": {"metric": "grounding", "max_new_tokens": 4},
         "output_dir": str(tmp_path / "run"),
     }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe | {"model": str(tmp_path / family)}))
-    result = train(load_recipe(path), console=Console(file=io.StringIO()))
+    result = train(Recipe.model_validate(recipe), console=Console(file=io.StringIO()))
+    assert result is not None
     assert result.loss is not None
     assert "mean_iou" in result.after.scores
-    assert len(read_samples(tmp_path / "train.jsonl")) == 8

@@ -32,15 +32,10 @@ TREACHEROUS = (
     *("[", "]", "{", '"', "```json\n", "```", "Picture 1: ", "a.png", "\n", "\u2028", "<|im_end|>"),
 )
 FORMATS = (
-    "samples",
-    "ms-swift",
-    "llama-factory",
-    "openai",
-    "query-response",
-    "conversations",
-    "llava",
+    *("samples", "ms-swift", "llama-factory", "openai", "query-response", "conversations", "llava"),
 )
 """Those that need no options to be read, and move no box to a grid."""
+
 SAMPLES = 40
 
 
@@ -113,6 +108,4 @@ def test_random_samples_roundtrip_or_are_rejected(tmp_path: Path, name: str) -> 
     backs = [roundtrip(one, tmp_path, name, tmp_path / one.id) for one in drawn]
     supported = [(one, back) for one, back in zip(drawn, backs, strict=True) if back is not None]
     assert [back for _, back in supported] == [one for one, _ in supported]
-    assert len(supported) >= len(drawn) / 4, (
-        f"{len(supported)} of {len(drawn)} samples could be supported"
-    )
+    assert len(supported) >= len(drawn) / 4

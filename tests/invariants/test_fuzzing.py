@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from mutations import at, mutated_bytes
+from mutations import mutated_bytes, mutated_value
 from test_bounded_files import LAUGHS, MERGED
 from tiny_task import make_task
 
@@ -25,26 +24,6 @@ from finesight.recipe import dump_recipe, load_recipe
 from finesight.train.dataset_stats import compute_dataset_stats
 
 LINES, RECIPES, COMMANDS = 1500, 600, 20
-
-REPLACEMENT_VALUES = (
-    None,
-    True,
-    0,
-    -1,
-    0.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-    10**400,
-    2**63,
-    [],
-    {},
-    [[]],
-)
-TEXTS = ("", "NaN", "\0", "a\0b", "\ud800", "\u202e", "1", "x" * 300, "a" * 100_000, "..", ".", "/")
-PATHS = ("/dev/zero", "/etc/passwd", "/proc/self/mem", "~", "file:///x", "train0.png\0")
-MARKS = ("<|im_end|>", "<|image_pad|>", "<|vision_start|>")
-WEIRD = (*REPLACEMENT_VALUES, *TEXTS, *PATHS, *MARKS)
 
 SAMPLE = {
     "id": "a",
@@ -82,47 +61,20 @@ FILE_CONTENTS = (
     *(b"[" * 20_000, b"{a: " * 20_000, b"- " * 20_000, b"null: 2", b"1.5: x", b"a: 1\na: 2"),
 )
 NAMES = (
-    "model",
-    "train.batch_size",
-    "train.learning_rate.default",
-    "data.train.0.path",
-    "data..x",
-    "",
+    *(
+        "model",
+        "train.batch_size",
+        "train.learning_rate.default",
+        "data.train.0.path",
+        "data..x",
+        "",
+    ),
 )
-
-
-def list_value_paths(node: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The ways to all values inside of one."""
-    yield path
-    inner = node.items() if isinstance(node, dict) else ()
-    for key, value in enumerate(node) if isinstance(node, list) else inner:
-        yield from list_value_paths(value, (*path, key))
-
-
-def corrupt_record(rng: random.Random, record: dict[str, Any]) -> dict[str, Any]:
-    """A copy with a few values exchanged, lost, added or wrapped."""
-    record = json.loads(json.dumps(record))
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        ways = [path for path in list_value_paths(record) if path]
-        if not ways:
-            break
-        *above, key = rng.choice(ways)
-        holder = at(record, tuple(above))
-        match rng.randrange(5):
-            case 0 | 1:
-                holder[key] = rng.choice(WEIRD)
-            case 2:
-                del holder[key]
-            case 3:
-                holder[key] = [holder[key]]
-            case _:
-                holder[key] = json.loads(json.dumps(at(record, rng.choice(ways))))
-    return record
 
 
 def corrupt_line(rng: random.Random, good: dict[str, Any]) -> bytes:
     """A line of a data file that something is wrong with, mostly."""
-    record = corrupt_record(rng, rng.choice((SAMPLE, good)))
+    record = mutated_value(rng, rng.choice((SAMPLE, good)))
     text = json.dumps(record, ensure_ascii=rng.random() < 0.5)
     content = text.encode("utf-8", "surrogatepass")
     match rng.randrange(12):
@@ -152,14 +104,12 @@ def corrupt_recipe(rng: random.Random, good: str) -> bytes:
         case _:
             lines = good.splitlines()
             for _ in range(rng.choice((1, 1, 2, 4))):
-                location = rng.randrange(len(lines))
-                key, colon, _ = lines[location].partition(":")
+                at = rng.randrange(len(lines))
+                key, colon, _ = lines[at].partition(":")
                 changed = f"{key}{colon or ':'} {rng.choice(VALUES)}"
-                updated = " " * rng.randrange(5) + lines[location].lstrip()
-                doubled = f"{lines[location]}\n{rng.choice(lines)}"
-                lines[location] = rng.choice(
-                    (changed, changed, updated, doubled, f"\t{lines[location]}")
-                )
+                indented = " " * rng.randrange(5) + lines[at].lstrip()
+                doubled = f"{lines[at]}\n{rng.choice(lines)}"
+                lines[at] = rng.choice((changed, changed, indented, doubled, f"\t{lines[at]}"))
             return "\n".join(lines).encode()
 
 
@@ -199,10 +149,9 @@ def test_corrupt_lines_are_read_or_rejected(task: Path) -> None:
             samples = read_samples(path)
             write_samples(task / "again.jsonl", samples)
             assert repr(read_samples(task / "again.jsonl")) == repr(samples)
-            corpus = load_corpus(files)
-            for index in compute_dataset_stats(
-                corpus, renderer, DataSettings(train=files), 0
-            ).sample_indices:
+            corpus, settings = load_corpus(files), DataSettings(train=files)
+            stats = compute_dataset_stats(corpus, renderer, settings, 0)
+            for index in stats.sample_indices:
                 assert renderer.encode(corpus[index]).tokenized.num_supervised_tokens
             taken += 1
         except UserError as error:
@@ -230,16 +179,19 @@ def test_corrupt_recipes_are_read_or_rejected(task: Path) -> None:
     assert min(taken, len(refused)) > RECIPES // 50
 
 
-def codes(commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> set[int]:
-    """The exit codes of these commands, each of which says what is wrong if anything is."""
-    found = set()
+def run_commands(commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> set[int]:
+    """Return the exit codes of commands, each of which says what is wrong if anything is."""
+    codes = set()
     for command in commands:
         code = run_command(command)
         output = capsys.readouterr()
         assert (output.out + output.err).encode()
         assert code != 2 or "error" in output.out + output.err, command
-        found.add(code)
-    return found
+        codes.add(code)
+    return codes
+
+
+SHORT = ["train.steps=1", "train.epochs=null", "train.num_workers=0", "train.batch_size=2"]
 
 
 def test_commands_exit_cleanly_on_corrupt_data(
@@ -251,17 +203,15 @@ def test_commands_exit_cleanly_on_corrupt_data(
     for number in range(COMMANDS):
         lines = [json.dumps(good).encode(), corrupt_line(rng, good), json.dumps(good).encode()]
         path.write_bytes(b"\n".join(lines if number % 2 else lines[1:2]) + b"\n")
-        more = ["train.steps=1", "train.epochs=null", f"output_dir={task / f'run{number}'}"]
-        found |= codes(
-            [
-                ["train", recipe, *more],
-                ["check", str(path), "--fix", str(task / f"fixed{number}")],
-                ["show", recipe],
-                ["import", str(path), str(task / f"imported{number}")],
-                ["data", "export", str(path), str(task / f"out{number}"), "--to", "ms-swift"],
-            ],
-            capsys,
-        )
+        fixed, imported, exported = (str(task / f"{n}{number}") for n in ("fix", "import", "out"))
+        commands = [
+            ["train", recipe, *SHORT, f"output_dir={task / f'run{number}'}"],
+            ["check", str(path), "--fix", fixed],
+            ["show", recipe],
+            ["import", str(path), imported],
+            ["data", "export", str(path), exported, "--to", "ms-swift"],
+        ]
+        found |= run_commands(commands, capsys)
     assert {0, 2} <= found <= {0, 2, 3}
 
 
@@ -277,13 +227,6 @@ def test_commands_exit_cleanly_on_corrupt_recipes(
     for number in range(COMMANDS):
         path = task / "spoilt.yaml"
         path.write_bytes(corrupt_recipe(rng, good) if number else good.encode())
-        own = [f"output_dir={task / f'tuned{number}'}", "train.epochs=null", "train.steps=1"]
-        found |= codes(
-            [
-                ["train", str(path), *own, "train.num_workers=0", "train.batch_size=2"],
-                ["check", str(path)],
-                ["plan", str(path)],
-            ],
-            capsys,
-        )
+        train = ["train", str(path), *SHORT, f"output_dir={task / f'tuned{number}'}"]
+        found |= run_commands([train, ["check", str(path)], ["plan", str(path)]], capsys)
     assert {0, 2} <= found <= {0, 2, 3}

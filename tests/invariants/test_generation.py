@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -17,10 +17,11 @@ from engine_fixtures import (
     generate_cached,
     generate_uncached,
     make_mixed_questions,
+    make_random_model,
     run_engine,
     step_engine,
 )
-from tiny_model import create_tiny_model
+from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
@@ -35,8 +36,7 @@ from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 
 STEPS = 9
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"]
-on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class GenerationSetup(NamedTuple):
@@ -46,27 +46,22 @@ class GenerationSetup(NamedTuple):
     prompts: list[EncodedSample]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=get_args(TinyFamily))
 def setup(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> GenerationSetup:
     """A random model and prompts for it, with weights large enough that attention matters."""
-    if request.param == "qwen":
-        pytest.importorskip("tiktoken")
     folder = tmp_path_factory.mktemp(request.param)
     # Of the others' seed an answer is one token again and again, by chance.
     seed = {"qwen3_vl_moe": 2, "qwen3_5_moe": 3}.get(request.param, 0)
-    tiny = ModelFolder(create_tiny_model(folder / "tiny", request.param, seed))
-    model = load_model(tiny, torch.float32, torch.device("cpu")).eval()
+    model, renderer = make_random_model(folder, request.param, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and name.startswith("model.layers"):
                 parameter.mul_(2)
-    renderer = NativeRenderer(tiny)
     questions = make_mixed_questions(folder)
-    return GenerationSetup(
-        model, renderer, questions, [renderer.encode_prompt(one) for one in questions]
-    )
+    prompts = [renderer.encode_prompt(one) for one in questions]
+    return GenerationSetup(model, renderer, questions, prompts)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +69,11 @@ def uncached(setup: GenerationSetup) -> list[Generated]:
     return [generate_uncached(setup.model, prompt, STEPS) for prompt in setup.prompts]
 
 
-def _assert_equal(found: Generated, wanted: Generated) -> None:
-    assert found.tokens == wanted.tokens
-    for found_V, wanted_V in zip(found.logits, wanted.logits, strict=True):
-        assert (found_V - wanted_V).abs().max() <= 1e-5 * wanted_V.abs().max()
+def assert_equal(found: Sequence[Generated], wanted: Sequence[Generated]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.tokens == other.tokens
+        for found_V, wanted_V in zip(one.logits, other.logits, strict=True):
+            assert (found_V - wanted_V).abs().max() <= 1e-5 * wanted_V.abs().max()
 
 
 def test_answers_differ_between_questions_and_steps(uncached):
@@ -87,32 +83,22 @@ def test_answers_differ_between_questions_and_steps(uncached):
     assert all(len(set(answer)) > 2 for answer in answers)
 
 
-def test_cached_equals_uncached(setup, uncached):
-    for prompt, wanted in zip(setup.prompts, uncached, strict=True):
-        _assert_equal(generate_cached(setup.model, [prompt], STEPS)[0], wanted)
-
-
-def test_batched_equals_single(setup, uncached):
-    for found, wanted in zip(
-        generate_cached(setup.model, setup.prompts, STEPS), uncached, strict=True
-    ):
-        _assert_equal(found, wanted)
+def test_cached_and_batched_equal_uncached(setup, uncached):
+    single = [generate_cached(setup.model, [prompt], STEPS)[0] for prompt in setup.prompts]
+    assert_equal(single, uncached)
+    assert_equal(generate_cached(setup.model, setup.prompts, STEPS), uncached)
 
 
 def test_finished_sequences_do_not_affect_others(setup, uncached):
     generated = generate_cached(setup.model, setup.prompts, STEPS, drop_after=3)
-    for found, wanted in zip(generated[1::2], uncached[1::2], strict=True):
-        _assert_equal(found, wanted)
-    for found, wanted in zip(generated[::2], uncached[::2], strict=True):
-        _assert_equal(found, Generated(wanted.tokens[:4], wanted.logits[:4]))
+    dropped = [Generated(one.tokens[:4], one.logits[:4]) for one in uncached[::2]]
+    assert_equal(generated[1::2], uncached[1::2])
+    assert_equal(generated[::2], dropped)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 17, 40])
 def test_chunked_prefill_equals_full_prefill(setup, uncached, chunk):
-    for found, wanted in zip(
-        generate_cached(setup.model, setup.prompts, STEPS, chunk=chunk), uncached, strict=True
-    ):
-        _assert_equal(found, wanted)
+    assert_equal(generate_cached(setup.model, setup.prompts, STEPS, chunk=chunk), uncached)
 
 
 @pytest.mark.parametrize("budgets", [(1, 1), (7, 3), (40, 16), (64, 5), (200, 200)])
@@ -125,13 +111,10 @@ def test_prefill_budget_does_not_change_answers(setup, uncached, budgets, monkey
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 6])
 def test_generate_is_ordered_for_any_batch_size(setup, uncached, batch):
-    answers = [
-        answer
-        for start in range(0, len(setup.prompts), batch)
-        for answer in generate(
-            setup.model, setup.prompts[start : start + batch], max_new_tokens=STEPS, end_ids=()
-        )
-    ]
+    answers = []
+    for start in range(0, len(setup.prompts), batch):
+        prompts = setup.prompts[start : start + batch]
+        answers += generate(setup.model, prompts, max_new_tokens=STEPS, end_ids=())
     assert answers == [grown.tokens for grown in uncached]
 
 
@@ -159,34 +142,43 @@ def test_bfloat16_generation(setup):
     assert [len(answer) for answer in answers] == [3] * len(setup.prompts)
 
 
-def _requests(overrides: GenerationSetup) -> list[Callable[[], GenerationRequest]]:
-    """Requests of every kind, made anew each time: a constraint is for one answer."""
-    vocabulary = overrides.model.config.decoder.vocab_size
+def make_requests(setup: GenerationSetup) -> list[GenerationRequest]:
+    """Requests of every kind; a constraint is for one answer, so each engine needs new ones."""
+    vocabulary = setup.model.config.decoder.vocab_size
     output = [5 * step % 300 + 40 for step in range(STEPS)]
-    kinds: list[Callable[[], dict[str, Any]]] = [
-        dict,
-        lambda: {"sampling_params": SamplingParams(temperature=1.5, seed=3)},
-        lambda: {"sampling_params": SamplingParams(temperature=2.0, top_k=9, top_p=0.8, seed=4)},
-        lambda: {"sampling_params": SamplingParams(repetition_penalty=1.3), "logprobs": 3},
-        lambda: {"constraint": ForcedTokens(output, vocabulary), "logprobs": 0},
-        lambda: {
-            "sampling_params": SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=-1),
-            "constraint": ForcedTokens(output[::-1], vocabulary),
-        },
-    ]
-    return [
-        lambda prompt=prompt, kind=kind, tokens=tokens: GenerationRequest(
-            prompt=prompt, max_new_tokens=tokens, **kind()
+
+    def make_options() -> list[dict[str, Any]]:
+        greedy, warm = (
+            SamplingParams(repetition_penalty=1.3),
+            SamplingParams(temperature=1.5, seed=3),
         )
-        for n, prompt in enumerate(overrides.prompts)
-        for kind, tokens in ((kinds[n], STEPS), (kinds[(n + 1) % len(kinds)], 1 + n))
-    ]
+        narrow = SamplingParams(temperature=2.0, top_k=9, top_p=0.8, seed=4)
+        penalized = SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=-1)
+        backwards = ForcedTokens(output[::-1], vocabulary)
+        return [
+            {},
+            {"sampling_params": warm},
+            {"sampling_params": narrow},
+            {"sampling_params": greedy, "logprobs": 3},
+            {"constraint": ForcedTokens(output, vocabulary), "logprobs": 0},
+            {"sampling_params": penalized, "constraint": backwards},
+        ]
+
+    requests = []
+    for n, prompt in enumerate(setup.prompts):
+        for options, tokens in ((make_options()[n], STEPS), (make_options()[(n + 1) % 6], 1 + n)):
+            requests.append(GenerationRequest(prompt=prompt, max_new_tokens=tokens, **options))
+    return requests
 
 
-def _alone(model: VisionLanguageModel, request: GenerationRequest) -> RequestEvents:
-    engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
-    ticket = engine.add_request(request)
-    return run_engine(engine)[ticket]
+def answer_alone(setup: GenerationSetup) -> list[RequestEvents]:
+    """Answers of all requests, each in an engine of its own."""
+    answers = []
+    for request in make_requests(setup):
+        engine = Engine(setup.model, (), max_num_seqs=1, num_cache_tokens=1024)
+        ticket = engine.add_request(request)
+        answers.append(run_engine(engine)[ticket])
+    return answers
 
 
 @pytest.mark.parametrize(
@@ -194,15 +186,16 @@ def _alone(model: VisionLanguageModel, request: GenerationRequest) -> RequestEve
 )
 def test_mixed_requests_match_single_requests(setup, max_num_seqs, tokens, late):
     """Requests come one by one, while earlier ones grow, end, and are cancelled."""
-    wanted = [_alone(setup.model, request()) for request in _requests(setup)]
+    wanted = answer_alone(setup)
     assert len({tuple(told.ids) for told in wanted if len(told.ids) == STEPS}) == 6
     engine = Engine(setup.model, (), max_num_seqs=max_num_seqs, num_cache_tokens=tokens)
     engine._max_pending = late
     output: dict[int, RequestEvents] = {}
     tickets = []
-    for number, request in enumerate(_requests(setup)):
-        gone = engine.add_request(_requests(setup)[(number + 4) % len(wanted)]())
-        tickets.append(engine.add_request(request()))
+    cancelled = make_requests(setup)
+    for number, request in enumerate(make_requests(setup)):
+        gone = engine.add_request(cancelled[(number + 4) % len(wanted)])
+        tickets.append(engine.add_request(request))
         for _ in range(number % 3):
             step_engine(engine, output)
         engine.cancel(gone)
@@ -214,9 +207,8 @@ def test_mixed_requests_match_single_requests(setup, max_num_seqs, tokens, late)
             assert (token.logprob is None) == (other.logprob is None)
             if token.logprob is not None:
                 assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
-                assert [id_ for id_, _ in token.top_logprobs] == [
-                    id_ for id_, _ in other.top_logprobs
-                ]
+                best, other_best = dict(token.top_logprobs), dict(other.top_logprobs)
+                assert list(best) == list(other_best)
     assert engine.num_free_blocks == engine.num_blocks
 
 
@@ -238,8 +230,8 @@ def test_streamed_equals_non_streamed(setup):
 
 
 @pytest.mark.gpu
-@on_card
-@pytest.mark.parametrize("family", FAMILIES)
+@needs_gpu
+@pytest.mark.parametrize("family", get_args(TinyFamily))
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)]
 )
@@ -262,26 +254,21 @@ def test_gpu_batched_and_cached_equals_uncached(tmp_path, family, dtype, toleran
             assert difference <= tolerance * wanted_V.abs().max()
 
 
-def _on_card(overrides: GenerationSetup, record: bool) -> list[RequestEvents]:
-    """All requests at once, by an engine whose host is a step behind."""
-    model = copy.deepcopy(overrides.model).cuda()
-    engine = Engine(model, (), max_num_seqs=12, num_cache_tokens=8192, use_cuda_graphs=record)
-    tickets = [engine.add_request(request()) for request in _requests(overrides)]
-    result = run_engine(engine)
-    return [result[ticket] for ticket in tickets]
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("use_cuda_graphs", [False, True])
+def test_gpu_mixed_requests_match_cpu(setup, use_cuda_graphs):
+    """All fp32 requests at once, by an engine whose host is a step behind."""
+    model = copy.deepcopy(setup.model).cuda()
+    options = {"num_cache_tokens": 8192, "use_cuda_graphs": use_cuda_graphs}
+    engine = Engine(model, (), max_num_seqs=12, **options)
+    tickets = [engine.add_request(request) for request in make_requests(setup)]
+    found = run_engine(engine)
+    assert [found[ticket].ids for ticket in tickets] == [one.ids for one in answer_alone(setup)]
 
 
 @pytest.mark.gpu
-@on_card
-@pytest.mark.parametrize("record", [False, True])
-def test_gpu_mixed_requests_match_cpu(setup, record):
-    """fp32, with and without CUDA graphs."""
-    wanted = [_alone(setup.model, request()) for request in _requests(setup)]
-    assert [told.ids for told in _on_card(setup, record)] == [told.ids for told in wanted]
-
-
-@pytest.mark.gpu
-@on_card
+@needs_gpu
 def test_generation_frees_gpu_memory(tmp_path):
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     model = load_model(tiny, torch.bfloat16, torch.device("cuda")).eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -21,6 +22,7 @@ from finesight.config import EvalSettings, Recipe
 from finesight.data.sample import BoxPart, LocatedSample, TextPart, write_samples
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
+from finesight.train.finalize import RunResult
 from finesight.train.training_run import train
 
 SIZES = [(84, 56), (56, 56), (112, 56), (56, 112)]
@@ -28,7 +30,7 @@ CHARACTERS = "abcxyz0123456789+-=^_{}\\ é"
 STEPS = 130
 
 
-def _samples(folder: Path) -> list[LocatedSample]:
+def make_samples(folder: Path) -> list[LocatedSample]:
     """Write noise images, three of each size, with formulas of all lengths and boxes as answers.
 
     Only the image determines the correct answer.
@@ -45,72 +47,62 @@ def _samples(folder: Path) -> list[LocatedSample]:
     return samples
 
 
-def _recipe(folder: Path, family: str, tune: dict[str, object]) -> Recipe:
-    # The first Qwen-VL supports only its own image size.
-    image = {} if family == "qwen" else {"image": {"longest_side": 112}}
-    return Recipe.model_validate(
-        {
-            "model": str(folder / "tiny"),
-            "data": {"train": str(folder / "train.jsonl"), "system_prompt": "Be exact."},
-            **image,
-            "tune": tune,
-            "train": {
-                "steps": STEPS,
-                "batch_size": 12,
-                "learning_rate": 4e-3,
-                "device": "cpu",
-                "num_workers": 0,
-            },
-            "output_dir": str(folder / "run"),
-        }
-    )
+def train_and_predict(
+    folder: Path, family: str, tune: dict[str, object], samples: list[LocatedSample]
+) -> tuple[RunResult, list[dict[str, Any]]]:
+    """Train on the samples, and predict the answers for their images."""
+    write_samples(folder / "train.jsonl", [sample.sample for sample in samples])
+    recipe = {
+        "model": str(folder / "tiny"),
+        "data": {"train": str(folder / "train.jsonl"), "system_prompt": "Be exact."},
+        "tune": tune,
+        "train": {
+            "steps": STEPS,
+            "batch_size": 12,
+            "learning_rate": 4e-3,
+            "device": "cpu",
+            "num_workers": 0,
+        },
+        "output_dir": str(folder / "run"),
+    }
+    if family != "qwen":  # which supports only its own image size
+        recipe["image"] = {"longest_side": 112}
+    result = train(Recipe.model_validate(recipe))
+    assert result is not None
+    app = typer.Typer()
+    app.command()(predict)
+    images = [str(folder / f"{i}.png") for i in range(len(samples))]
+    words = [result.run_dir, *images, "--prompt", "Read it.", "--json", "--device", "cpu"]
+    predicted = CliRunner().invoke(app, words)
+    assert predicted.exit_code == 0, predicted.output
+    return result, [json.loads(line) for line in predicted.stdout.splitlines()]
 
 
 FULL = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
-LORA = {"rank": 32, "alpha": 32.0, "dropout": 0.0}
+LORA = FULL | {"language": "lora", "lora": {"rank": 32, "alpha": 32.0, "dropout": 0.0}}
 
 
 @pytest.mark.parametrize(
     ("family", "tune"),
     [
-        ("qwen2_vl", FULL),
-        ("qwen2_5_vl", FULL | {"language": "lora", "lora": LORA}),
-        ("qwen3_vl", FULL),
-        ("qwen3_vl", FULL | {"language": "lora", "lora": LORA}),
-        ("qwen", FULL),
-        ("qwen", FULL | {"language": "lora", "lora": LORA}),
-    ],
-    ids=[
-        "qwen2_vl-full",
-        "qwen2_5_vl-lora",
-        "qwen3_vl-full",
-        "qwen3_vl-lora",
-        "qwen-full",
-        "qwen-lora",
+        pytest.param("qwen2_vl", FULL, id="qwen2_vl-full"),
+        pytest.param("qwen2_5_vl", LORA, id="qwen2_5_vl-lora"),
+        pytest.param("qwen3_vl", FULL, id="qwen3_vl-full"),
+        pytest.param("qwen3_vl", LORA, id="qwen3_vl-lora"),
+        pytest.param("qwen", FULL, id="qwen-full"),
+        pytest.param("qwen", LORA, id="qwen-lora"),
     ],
 )
 def test_overfitted_run_generates_its_samples(tmp_path, family, tune):
     create_tiny_model(tmp_path / "tiny", family)
-    samples = _samples(tmp_path)
-    write_samples(tmp_path / "train.jsonl", [sample.sample for sample in samples])
-    result = train(_recipe(tmp_path, family, tune))
-    assert result.loss is not None
+    samples = make_samples(tmp_path)
+    result, predictions = train_and_predict(tmp_path, family, tune, samples)
     assert result.loss < 0.1
-
-    app = typer.Typer()
-    app.command()(predict)
-    images = [str(tmp_path / f"{i}.png") for i in range(12)]
-    predicted = CliRunner().invoke(
-        app, [result.run_dir, *images, "--prompt", "Read it.", "--json", "--device", "cpu"]
-    )
-    assert predicted.exit_code == 0, predicted.output
-    for sample, line in zip(samples, predicted.stdout.splitlines(), strict=True):
-        found = json.loads(line)
+    for sample, found in zip(samples, predictions, strict=True):
         (right,) = sample.sample.messages[-1].content
         assert found["raw_text"].endswith("<|im_end|>")
         if isinstance(right, TextPart):
-            assert found["answer"] == right.text
-            assert found["boxes"] == []
+            assert (found["answer"], found["boxes"]) == (right.text, [])
         else:
             (box,) = found["boxes"]
             assert box["label"] == right.label
@@ -127,17 +119,8 @@ def test_reasoning_model_separates_reasoning_from_answer(tmp_path):
         thought = f"<think>\nIt is {i}.\n</think>\n\n" if i % 2 else ""
         answer = f"{thought}Number {i}"
         samples.append(make_sample(str(i), tmp_path, f"{i}.png", "Read it.", answer=answer))
-    write_samples(tmp_path / "train.jsonl", [sample.sample for sample in samples])
-    result = train(_recipe(tmp_path, "qwen3_vl", FULL))
-
-    images = [str(tmp_path / f"{i}.png") for i in range(6)]
-    app = typer.Typer()
-    app.command()(predict)
-    words = [result.run_dir, *images, "--prompt", "Read it.", "--device", "cpu"]
-    predicted = CliRunner().invoke(app, [*words, "--json"])
-    assert predicted.exit_code == 0, predicted.output
-    for i, line in enumerate(predicted.stdout.splitlines()):
-        found = json.loads(line)
+    result, predictions = train_and_predict(tmp_path, "qwen3_vl", FULL, samples)
+    for i, found in enumerate(predictions):
         assert found["answer"] == f"Number {i}"
         assert found["raw_text"] == f"Number {i}<|im_end|>"
         assert found["reasoning"] == (f"It is {i}." if i % 2 else "")

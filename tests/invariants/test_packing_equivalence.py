@@ -28,10 +28,7 @@ SAMPLES = [
 )
 def test_packed_logits_and_gradients_equal_single_samples(family: str) -> None:
     theirs = make_reference_model(make_config(family))
-    packed_model, alone = (
-        make_native_model(make_config(family), theirs),
-        make_native_model(make_config(family), theirs),
-    )
+    packed_model, alone = (make_native_model(make_config(family), theirs) for _ in range(2))
     batch = pack_conversations(theirs, SAMPLES)
     found = packed_model.compute_logits(packed_model(batch))
     single = [pack_conversations(theirs, [sample]) for sample in SAMPLES]
@@ -40,9 +37,7 @@ def test_packed_logits_and_gradients_equal_single_samples(family: str) -> None:
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
-    packed_gradients, alone_gradients = collect_gradients(packed_model), collect_gradients(alone)
-    off = {
-        name: max_relative_error(packed_gradients[name], g) for name, g in alone_gradients.items()
-    }
+    packed_gradients, alone_gradients = map(collect_gradients, (packed_model, alone))
+    off = {n: max_relative_error(packed_gradients[n], g) for n, g in alone_gradients.items()}
     # Sums over tokens in another order: fp32 keeps about six figures of each tensor's largest.
     assert max(off.values()) <= 1e-5, sorted(off.items(), key=lambda item: -item[1])[:5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from finesight.cli.app import app
 from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import generate
-from finesight.infer.model_loader import InferenceModel, load_inference_model
+from finesight.infer.model_loader import load_inference_model
 from finesight.model_folder import ModelFolder
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
@@ -46,14 +47,15 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = ModelFolder(folder).weight_files()
-    return {name: value for file in files for name, value in load_file(file).items()}
+def read_weights(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    for file in ModelFolder(folder).weight_files():
+        weights |= load_file(file)
+    return {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def assert_mtp_is_unchanged(written: Path, source: Path) -> None:
-    expected = {n: t for n, t in read_weights(source).items() if n.startswith(MTP)}
-    found = {n: t for n, t in read_weights(written).items() if n.startswith(MTP)}
+    expected, found = read_weights(source, MTP), read_weights(written, MTP)
     assert found.keys() == expected.keys() != set()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
@@ -81,18 +83,15 @@ def generate_with_transformers(folder: Path, prompt: EncodedSample, side: int = 
     return completion
 
 
-def generate_natively(loaded: InferenceModel, prompts: list[EncodedSample]) -> list[list[int]]:
-    return generate(loaded.model, prompts, max_new_tokens=STEPS, end_ids=loaded.renderer.end_ids)
-
-
 def assert_equal_answers(folder: Path, tmp_path: Path) -> list[list[int]]:
     loaded = load_inference_model(str(folder), "cpu", precision="fp32")
-    samples = [
-        make_sample(tmp_path, (question, ""), num_images=number)
-        for number, question in ((1, "Which colour?"), (2, "Which is larger?"), (1, "Why?"))
+    questions = {"Which colour?": 1, "Which is larger?": 2, "Why?": 1}
+    prompts = [
+        loaded.renderer.encode_prompt(make_sample(tmp_path, (question, ""), num_images=number))
+        for question, number in questions.items()
     ]
-    prompts = [loaded.renderer.encode_prompt(sample) for sample in samples]
-    answers = generate_natively(loaded, prompts)
+    end_ids = loaded.renderer.end_ids
+    answers = generate(loaded.model, prompts, max_new_tokens=STEPS, end_ids=end_ids)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert generate_with_transformers(folder, prompt) == answer
     return answers
@@ -107,12 +106,8 @@ def test_greedy_answers_equal_transformers(folder: Path, tmp_path: Path) -> None
 def test_run_trains_evaluates_and_merges(folder: Path, how: str, tmp_path: Path) -> None:
     task = TinyTask(tmp_path / "task")
     task.recipe |= {"model": str(folder), "tune": TUNES[how]}
-    task.run(
-        "train.epochs=4",
-        "train.device=cpu",
-        "train.precision=fp32",
-        eval={"metric": "qa", "max_new_tokens": 5},
-    )
+    settings = ("train.epochs=4", "train.device=cpu", "train.precision=fp32")
+    task.run(*settings, eval={"metric": "qa", "max_new_tokens": 5})
     measured = [x["validation_loss"] for x in task.read_metrics() if "validation_loss" in x]
     assert measured[-1] < measured[0] - 0.3
     assert load_inference_model(str(task.folder / "run"), "cpu").renderer.end_ids
@@ -128,10 +123,7 @@ def test_run_trains_evaluates_and_merges(folder: Path, how: str, tmp_path: Path)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_decay_keeps_its_stored_dtype(folder: Path, stored: torch.dtype, tmp_path: Path) -> None:
     """A bf16 model with A_log in fp32 or bf16 is trained in bf16 and written as it was stored."""
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in folder.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
+    base = shutil.copytree(folder, tmp_path / "base")
     suffixes = (".A_log", ".linear_attn.norm.weight")
     weights = {
         name: value.to(stored if name.endswith(suffixes) else torch.bfloat16)

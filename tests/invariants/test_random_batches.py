@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
-import torch
 from conversation_fixtures import make_conversation, make_images
-from engine_fixtures import RequestEvents, run_engine, step_engine
+from engine_fixtures import RequestEvents, make_random_model, run_engine, step_engine
 from lora_fixtures import TUNE_SETTINGS, install_random_adapter
-from tiny_model import TinyFamily, create_tiny_model
+from tiny_model import TinyFamily
 
 from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
@@ -21,32 +20,12 @@ from finesight.infer.prediction import predict
 from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.model.lora.multi import MultiLora
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model
-from finesight.model_folder import ModelFolder
 
 MIXES = 40
-"""Of each family: 200 in all."""
+"""Of each family."""
 
-FAMILIES: list[TinyFamily] = [
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen",
-]
-CACHE_BYTES = 1 << 14
+CACHE_TOKENS = 1 << 14
 """Tokens of the cache of a request alone."""
-
-
-class RequestSetting(NamedTuple):
-    """What a request asks for, beside its conversation."""
-
-    conversation: int
-    adapter: int | None
-    tokens: int
-    sampling: SamplingParams
 
 
 class LoadedModel(NamedTuple):
@@ -56,63 +35,38 @@ class LoadedModel(NamedTuple):
     prompts: list[EncodedSample]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=get_args(TinyFamily))
 def loaded_model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> LoadedModel:
     """A random model that carries two adapters, and forty conversations."""
-    family: TinyFamily = request.param
-    if family == "qwen":
-        pytest.importorskip("tiktoken")
-    folder = tmp_path_factory.mktemp(family)
-    tiny = ModelFolder(create_tiny_model(folder / "tiny", family, 2))
-    renderer = NativeRenderer(tiny)
-    model = load_model(tiny, torch.float32, torch.device("cpu")).eval()
+    folder = tmp_path_factory.mktemp(request.param)
+    model, renderer = make_random_model(folder, request.param, seed=2)
     multi_lora = MultiLora(model)
-    for seed, tune in enumerate(
-        (TUNE_SETTINGS["all parts"], TUNE_SETTINGS["merger, vision encoder frozen"])
-    ):
-        install_random_adapter(model, seed, tune)
+    for seed, tune in enumerate(("all parts", "merger, vision encoder frozen")):
+        install_random_adapter(model, seed, TUNE_SETTINGS[tune])
         multi_lora.collect_adapter()
     model.lora_routing = multi_lora.install()
     (folder / "images").mkdir()
-    images = make_images(folder / "images")
-    conversations = [
-        make_conversation(number, images, videos=family != "qwen") for number in range(40)
-    ]
-    return LoadedModel(
-        model, renderer, conversations, [renderer.encode_prompt(one) for one in conversations]
-    )
+    images, videos = make_images(folder / "images"), request.param != "qwen"
+    conversations = [make_conversation(number, images, videos=videos) for number in range(40)]
+    prompts = [renderer.encode_prompt(one) for one in conversations]
+    return LoadedModel(model, renderer, conversations, prompts)
 
 
-def _draw_setting(chance: random.Random, conversations: int) -> RequestSetting:
+def draw_request(chance: random.Random, prompts: list[EncodedSample]) -> GenerationRequest:
     sampling = SamplingParams()
     if chance.random() < 0.3:
         sampling = SamplingParams(temperature=chance.choice([0.5, 1.5]), seed=chance.randrange(9))
     elif chance.random() < 0.2:
         sampling = SamplingParams(repetition_penalty=1.2)
-    return RequestSetting(
-        conversation=chance.randrange(conversations),
-        adapter=chance.choice([None, 0, 1]),
-        tokens=chance.randint(1, 12),
-        sampling=sampling,
-    )
-
-
-def _request(loaded: LoadedModel, setting: RequestSetting) -> GenerationRequest:
     return GenerationRequest(
-        prompt=loaded.prompts[setting.conversation],
-        max_new_tokens=setting.tokens,
-        sampling_params=setting.sampling,
+        prompt=chance.choice(prompts),
+        max_new_tokens=chance.randint(1, 12),
+        sampling_params=sampling,
         logprobs=1,
-        adapter_index=setting.adapter,
+        adapter_index=chance.choice([None, 0, 1]),
     )
-
-
-def _assert_equal(found: RequestEvents, alone: RequestEvents) -> None:
-    assert (found.ids, found.finish_reason) == (alone.ids, alone.finish_reason)
-    ours = [token.logprob for token in found.tokens]
-    assert ours == pytest.approx([token.logprob for token in alone.tokens], abs=1e-4)
 
 
 @pytest.mark.fuzz
@@ -120,39 +74,39 @@ def test_random_request_mixes_equal_single_requests(
     loaded_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check any batch size, cache size and prefill budget, with late requests."""
-    model, renderer = loaded_model.model, loaded_model.renderer
+    model, end_ids = loaded_model.model, loaded_model.renderer.end_ids
     answers: set[tuple[int, ...]] = set()
     for mix in range(MIXES):
         chance = random.Random(mix)
-        settings = [
-            _draw_setting(chance, len(loaded_model.prompts)) for _ in range(chance.randint(2, 8))
-        ]
+        requests = [draw_request(chance, loaded_model.prompts) for _ in range(chance.randint(2, 8))]
         alone = []
-        for setting in settings:
-            engine = Engine(model, renderer.end_ids, max_num_seqs=1, num_cache_tokens=CACHE_BYTES)
-            ticket = engine.add_request(_request(loaded_model, setting))
+        for request in requests:
+            engine = Engine(model, end_ids, max_num_seqs=1, num_cache_tokens=CACHE_TOKENS)
+            ticket = engine.add_request(request)
             alone.append(run_engine(engine)[ticket])
-        monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", chance.choice([64, 1000, 8192]))
-        monkeypatch.setattr(
-            scheduler_area, "MAX_MIXED_PREFILL_TOKENS", chance.choice([17, 300, 2048])
-        )
-        needed = [
-            len(loaded_model.prompts[s.conversation].tokenized.ids_T) + s.tokens for s in settings
-        ]
-        buffer = int(max(needed) * chance.choice([1, 1.5, 8]))
+        budget, mixed_budget = chance.choice([64, 1000, 8192]), chance.choice([17, 300, 2048])
+        monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", budget)
+        monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", mixed_budget)
+        longest = max(len(one.prompt.tokenized.ids_T) + one.max_new_tokens for one in requests)
         engine = Engine(
-            model, renderer.end_ids, max_num_seqs=chance.randint(1, 8), num_cache_tokens=buffer
+            model,
+            end_ids,
+            max_num_seqs=chance.randint(1, 8),
+            num_cache_tokens=int(longest * chance.choice([1, 1.5, 8])),
         )
         engine._max_pending = chance.randint(0, 1)
         result: dict[int, RequestEvents] = {}
         tickets = []
-        for setting in settings:
-            tickets.append(engine.add_request(_request(loaded_model, setting)))
+        for request in requests:
+            tickets.append(engine.add_request(request))
             for _ in range(chance.randint(0, 2)):
                 step_engine(engine, result)
         run_engine(engine, result)
         for ticket, expected in zip(tickets, alone, strict=True):
-            _assert_equal(result[ticket], expected)
+            found = result[ticket]
+            assert (found.ids, found.finish_reason) == (expected.ids, expected.finish_reason)
+            logprobs = [token.logprob for token in expected.tokens]
+            assert [token.logprob for token in found.tokens] == pytest.approx(logprobs, abs=1e-4)
         answers |= {tuple(one.ids) for one in alone}
     assert len(answers) > MIXES, "a model whose answers hardly differ shows nothing"
 
@@ -170,11 +124,7 @@ def test_random_sample_mixes_equal_single_samples(loaded_model: LoadedModel) -> 
                 one = [loaded_model.conversations[member]]
                 made = predict(model, renderer, one, max_new_tokens=tokens, batch_size=1)
                 alone[member, tokens] = made[0]
-        batched = predict(
-            model,
-            renderer,
-            [loaded_model.conversations[member] for member in members],
-            max_new_tokens=tokens,
-            batch_size=chance.randint(1, 8),
-        )
+        mixed = [loaded_model.conversations[member] for member in members]
+        size = chance.randint(1, 8)
+        batched = predict(model, renderer, mixed, max_new_tokens=tokens, batch_size=size)
         assert batched == [alone[member, tokens] for member in members]

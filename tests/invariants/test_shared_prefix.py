@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train.loss import fused_linear_cross_entropy
 
-CPU = torch.device("cpu")
 ALL = TuneSettings.model_validate(
     dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
 )
@@ -30,50 +30,48 @@ LORA = TuneSettings.model_validate({"lora": {"rank": 4, "dropout": 0.0}})
 BRIEF = "Say what you see. Name the colours, count the cats, and do not guess."
 
 
-def make_prefixed_conversation(sample: LocatedSample) -> LocatedSample:
-    """The conversation after a system prompt that all have."""
-    messages = [m for m in sample.sample.messages if m.role != "system"]
+def encode_samples(folder: Path, model: ModelFolder) -> list[EncodedSample]:
+    """Conversations after a system prompt that all have."""
+    images, renderer = make_images(folder), NativeRenderer(model)
     brief = Message(role="system", content=(TextPart(text=BRIEF),))
-    full = sample.sample.model_copy(update={"messages": (brief, *messages)})
-    return LocatedSample(full, sample.folder)
+    encoded = []
+    for number in range(6):
+        sample = make_conversation(number, images, videos=model.family != "qwen").sample
+        messages = [message for message in sample.messages if message.role != "system"]
+        full = sample.model_copy(update={"messages": (brief, *messages)})
+        encoded.append(renderer.encode(LocatedSample(full, folder)))
+    return encoded
+
+
+def tune_model(folder: ModelFolder, tune: TuneSettings, dtype: torch.dtype) -> VisionLanguageModel:
+    model = load_model(folder, dtype, torch.device("cpu")).train()
+    configure_tuning(model, tune, 0)
+    return model
 
 
 def compute_loss_and_gradients(model: VisionLanguageModel, batch: PackedBatch) -> dict[str, Tensor]:
-    """The loss and all gradients."""
     model.zero_grad()
-    loss = fused_linear_cross_entropy(
-        model(batch), model.lm_head_weight, batch.labels_L, torch.tensor(0.01)
-    )
+    h_LD, scale = model(batch), torch.tensor(0.01)
+    loss = fused_linear_cross_entropy(h_LD, model.lm_head_weight, batch.labels_L, scale)
     loss.backward()
     named = {n: p.grad for n, p in trainable_parameters(model).items() if p.grad is not None}
     return {"loss": loss.detach()} | {n: grad.clone() for n, grad in named.items()}
 
 
-def encoded(folder: Path, model: ModelFolder, *, videos: bool) -> list[EncodedSample]:
-    images, renderer = make_images(folder), NativeRenderer(model)
-    chats = (make_conversation(number, images, videos=videos) for number in range(6))
-    return [renderer.encode(make_prefixed_conversation(chat)) for chat in chats]
-
-
-@pytest.mark.parametrize(
-    "family",
-    ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"],
-)
+@pytest.mark.parametrize("family", get_args(TinyFamily))
 @pytest.mark.parametrize("tune", [ALL, LORA], ids=["all", "lora"])
 def test_shared_prefix_loss_and_gradients_match(
     tmp_path: Path, family: TinyFamily, tune: TuneSettings
 ) -> None:
     """Check padded packs, and activation checkpointing in all layers."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
-    samples = encoded(tmp_path, folder, videos=family != "qwen")
+    samples = encode_samples(tmp_path, folder)
     shared = find_shared_prefix_length([one.tokenized for one in samples])
     assert shared > 20, "no system prompt"
-    model = load_model(folder, torch.float32, CPU)
-    configure_tuning(model, tune, 0)
+    model = tune_model(folder, tune, torch.float32)
     for name, parameter in trainable_parameters(model).items():
         if ".adapter.lora_B" in name:
             parameter.data.normal_(0, 0.1)
-    model.train()
     expected = compute_loss_and_gradients(model, pack(samples))
     once = pack(samples, prefix_length=shared)
     assert len(once.ids_T) == len(pack(samples).ids_T) - 5 * shared
@@ -93,13 +91,10 @@ def test_shared_prefix_loss_and_gradients_match(
 def test_bf16_shared_prefix_error_is_not_larger(tmp_path: Path) -> None:
     """Gradients of what is shared are summed over samples: not rounded on the way."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model"))
-    samples = encoded(tmp_path, folder, videos=True)
+    samples = encode_samples(tmp_path, folder)
     shared = find_shared_prefix_length([one.tokenized for one in samples])
-    exact = load_model(folder, torch.float32, CPU)
-    configure_tuning(exact, ALL, 0)
-    expected = compute_loss_and_gradients(exact.train(), pack(samples))
-    model = load_model(folder, torch.bfloat16, CPU)
-    configure_tuning(model.train(), ALL, 0)
+    exact, model = (tune_model(folder, ALL, dtype) for dtype in (torch.float32, torch.bfloat16))
+    expected = compute_loss_and_gradients(exact, pack(samples))
     off = []
     for batch in (pack(samples), pack(samples, prefix_length=shared)):
         found = compute_loss_and_gradients(model, batch)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from each_value import each
 from launch_fixtures import TUNE, make_job, run_job_script, wait_for_steps
 from tiny_task import TinyTask, read_losses
 
@@ -26,44 +26,20 @@ from finesight.launch.launch_job import (
 NASTY = 'it\'s; $(touch stolen) `id` "x" \n *'
 
 
-def job(
-    folder: Path, machines: NodeSpec, python: str = sys.executable, output: str = "run"
-) -> LaunchJob:
+SCRIPTS = ("torchrun", "torchrun of many", "slurm", "slurm of many")
+
+
+def build_script(name: str, folder: Path, python: str = sys.executable) -> str:
     recipe, overrides = Path(f"{NASTY}.yaml"), (f"data.system_prompt={NASTY}",)
-    return LaunchJob("run", recipe, overrides, folder / output, folder, machines, python)
+    machines = NodeSpec(2, 4, 8) if name.endswith("of many") else NodeSpec(1, 1, 2)
+    job = LaunchJob("run", recipe, overrides, folder / "run", folder, machines, python)
+    if name.startswith("torchrun"):
+        return build_torchrun_script(job)
+    full = SlurmOptions("gpu,long", "me", "1-12:00:00")
+    return build_slurm_script(job, full if name.endswith("of many") else SlurmOptions())
 
 
-def scripts(folder: Path, python: str = sys.executable) -> dict[str, str]:
-    one, many = NodeSpec(1, 1, 2), NodeSpec(2, 4, 8)
-    return {
-        "torchrun": build_torchrun_script(job(folder, one, python)),
-        "torchrun of many": build_torchrun_script(job(folder, many, python)),
-        "slurm": build_slurm_script(job(folder, one, python), SlurmOptions()),
-        "slurm of many": build_slurm_script(
-            job(folder, many, python), SlurmOptions("gpu,long", "me", "1-12:00:00")
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", ["torchrun", "torchrun of many", "slurm", "slurm of many"])
-def test_scripts_are_valid_bash(name: str, tmp_path: Path) -> None:
-    text = scripts(tmp_path / NASTY)[name]
-    checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stderr
-    assert not checked.stderr
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("name", ["torchrun", "torchrun of many", "slurm", "slurm of many"])
-def test_shellcheck_has_no_warnings(name: str, tmp_path: Path) -> None:
-    text = scripts(tmp_path)[name]
-    # Its notes are about quotes that are meant to be as they are.
-    command = ["shellcheck", "--severity=warning", "-"]
-    checked = subprocess.run(command, input=text, capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout
-
-
-@pytest.mark.parametrize("name", ["torchrun", "torchrun of many", "slurm", "slurm of many"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_arguments_are_quoted_safely(name: str, tmp_path: Path) -> None:
     """Whatever stands in a path, a setting or a folder's name: nothing of it is carried out."""
     folder = tmp_path / NASTY
@@ -72,7 +48,7 @@ def test_arguments_are_quoted_safely(name: str, tmp_path: Path) -> None:
     code = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], open('seen', 'w'))"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
     python.chmod(0o755)
-    done = run_job_script(tmp_path, scripts(folder, str(python))[name], 1)
+    done = run_job_script(tmp_path, build_script(name, folder, str(python)), 1)
     output, _ = done.communicate(timeout=60)
     assert done.returncode == (75 if "slurm" in name else 0), output
     words, environment = json.loads((folder / "seen").read_text())
@@ -90,16 +66,14 @@ def test_arguments_are_quoted_safely(name: str, tmp_path: Path) -> None:
 
 
 def test_multi_node_script_needs_master_addr(tmp_path: Path) -> None:
-    text = build_torchrun_script(job(tmp_path, NodeSpec(2, 2, 1)))
-    done = subprocess.run(
-        ["bash"], input=text, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
-    )
+    text, environment = build_script("torchrun of many", tmp_path), {"PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, env=environment)
     assert done.returncode
     assert "MASTER_ADDR: must be the name of one node" in done.stderr
 
 
 def test_slurm_directives(tmp_path: Path) -> None:
-    text = scripts(tmp_path)["slurm of many"]
+    text = build_script("slurm of many", tmp_path)
     directives = [line for line in text.splitlines() if line.startswith("#SBATCH ")]
     assert directives == [
         "#SBATCH --job-name=run",
@@ -116,23 +90,7 @@ def test_slurm_directives(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm is not installed")
-@pytest.mark.parametrize("name", ["slurm", "slurm of many"])
-def test_sbatch_accepts_the_script(name: str, tmp_path: Path) -> None:
-    """It reads all directives before it asks the cluster, which may have no such machines."""
-    file = tmp_path / "run.sbatch"
-    for text, known in (
-        (scripts(tmp_path)[name], True),
-        (scripts(tmp_path)[name].replace("--requeue", "--requeued"), False),
-    ):
-        file.write_text(text)
-        command = ["sbatch", "--test-only", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        taken = done.returncode == 0 or "allocation failure" in done.stderr
-        assert taken is known, done.stderr
-
-
-@pytest.mark.parametrize("value", ["a b", "a\n#SBATCH --uid=0", "", "$(id)", "-x", "a'"])
+@each("value", ["a b", "a\n#SBATCH --uid=0", "", "$(id)", "-x", "a'"])
 def test_invalid_directive_values_are_rejected(value: str) -> None:
     with pytest.raises(UserError, match="is not a name") as caught:
         SlurmOptions(partition=value).format_directives()
@@ -167,23 +125,17 @@ def test_slurm_warning_requeues_and_run_completes(tmp_path: Path) -> None:
     assert json.loads((folder / "result.json").read_text())["steps"] == 55
     alone = task.run("train.epochs=20", "train.learning_rate=1e-3", name="alone", tune=TUNE)
     assert alone.steps == 55
-    assert dict(read_losses(folder)) == pytest.approx(
-        dict(read_losses(task.folder / "alone")), rel=1e-5
-    )
+    expected = dict(read_losses(task.folder / "alone"))
+    assert dict(read_losses(folder)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bash and processes as on clusters")
 def test_failed_or_cancelled_jobs_are_not_requeued(tmp_path: Path) -> None:
-    result = tmp_path / "slurm" / "told"
     python = tmp_path / "python"
-    for code, ends in ((2, 2), (75, 75), (1, 1)):
+    for code in (2, 75, 1):
         python.write_text(f"#!/bin/sh\nexit {code}\n")
         python.chmod(0o755)
-        process = run_job_script(
-            tmp_path,
-            build_slurm_script(job(tmp_path, NodeSpec(1, 1, 2), str(python)), SlurmOptions()),
-            2,
-        )
+        process = run_job_script(tmp_path, build_script("slurm", tmp_path, str(python)), 2)
         output, _ = process.communicate(timeout=60)
-        assert process.returncode == ends, output
-    assert "scontrol requeue" not in result.read_text()
+        assert process.returncode == code, output
+    assert "scontrol requeue" not in (tmp_path / "slurm" / "told").read_text()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finesight.config import QuantizablePart, Recipe, TrainFileSettings, TrainSettings, TuneSettings
+from finesight.config import QuantizablePart, Recipe
 from finesight.model_folder import ModelFolder
 from finesight.plan.peak_memory import compute_peak_memory
 from finesight.plan.planned_model import build_planned_model
@@ -24,6 +25,7 @@ TARGETS = {"target_modules": ["c_attn", "attn.c_proj", "w1", "w2"]}
 SCRIPT = {"language": "lora", "lora": ADAPTER | TARGETS}
 ALL = {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"}
 ALL_BUT_VISION = {"language": "full", "merger": "full", "embeddings": "full"}
+NOT_MEASURED = {("shared_prefix", False, False), ("needed_alone", True, True)}
 
 
 @dataclass(frozen=True)
@@ -60,53 +62,35 @@ class MeasuredRun:
 
 QWEN2, QWEN25 = "Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct"
 QWEN_VL = ("Qwen-VL-Chat", SCRIPT, 4, 512, 235, (1, 32, 32), 2, 1.0)
-CAPTIONS = (QWEN2, LORA, 64, 140, 14, (1, 20, 20))
-CAPTIONS_138 = (QWEN2, LORA, 64, 138, 14, (1, 20, 20))
-NEEDED_ALONE: Any = {"prefix_length": 15, "calls": "needed_alone"}
-LORA_BACKWARD: Any = {"prefix_length": 15, "calls": "lora_backward"}
+LATEX = MeasuredRun("latex_2b", QWEN2, LORA, 16, 172, 77, (1, 8, 36))
+CAPTIONS = MeasuredRun("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20))
+SMALL_CAPTIONS = replace(CAPTIONS, name="captions_2b", samples=16)
+FP8: tuple[QuantizablePart, ...] = ("language", "vision")
 RUNS = (
-    MeasuredRun("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20)),
-    MeasuredRun("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
-    MeasuredRun(
-        "latex_2b",
-        QWEN2,
-        LORA,
-        16,
-        172,
-        77,
-        (1, 8, 36),
-        largest_pack_ratio=1.11,
-        uses_cuda_graphs=False,
-    ),
+    CAPTIONS,
+    SMALL_CAPTIONS,
+    replace(LATEX, largest_pack_ratio=1.11, uses_cuda_graphs=False),
     MeasuredRun("7B LoRA", QWEN25, LORA, 16, 802, 21, (1, 46, 46)),
-    MeasuredRun("7B LoRA FP8", QWEN25, LORA, 16, 802, 21, (1, 46, 46), fp8=("language", "vision")),
+    MeasuredRun("7B LoRA FP8", QWEN25, LORA, 16, 802, 21, (1, 46, 46), fp8=FP8),
     MeasuredRun("3B full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 110, 15, (1, 14, 14)),
     MeasuredRun("lora", *QWEN_VL, uses_vision_cache=True),
     MeasuredRun("lora cached", *QWEN_VL[:2], 8, *QWEN_VL[3:6], uses_vision_cache=True),
     MeasuredRun("qlora", *QWEN_VL, "adamw_8bit", ("vision", "merger", "language")),
     MeasuredRun("full", QWEN_VL[0], ALL_BUT_VISION, *QWEN_VL[2:], "adamw_8bit"),
-    MeasuredRun("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20), prefix_length=15),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS, prefix_length=15, fp8=("language", "vision")),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS, prefix_length=15, uses_vision_cache=True),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **NEEDED_ALONE),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **NEEDED_ALONE, fp8=("language", "vision")),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **NEEDED_ALONE, uses_vision_cache=True),
-    MeasuredRun(
-        "captions_2b_batch64",
-        *CAPTIONS,
-        prefix_length=15,
-        uses_vision_cache=True,
-        fp8=("language", "vision"),
-    ),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD, fp8=("language", "vision")),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD, uses_vision_cache=True),
-    MeasuredRun(
-        "captions_2b_batch64",
-        *CAPTIONS_138,
-        **LORA_BACKWARD,
-        uses_vision_cache=True,
-        fp8=("language", "vision"),
+    replace(SMALL_CAPTIONS, prefix_length=15),
+    *(
+        replace(
+            CAPTIONS,
+            prefix_length=15,
+            calls=calls,
+            tokens=140 if calls == "shared_prefix" else 138,
+            fp8=fp8,
+            uses_vision_cache=uses_vision_cache,
+        )
+        for calls, fp8, uses_vision_cache in product(
+            ("shared_prefix", "needed_alone", "lora_backward"), ((), FP8), (False, True)
+        )
+        if (calls, bool(fp8), uses_vision_cache) not in NOT_MEASURED
     ),
 )
 
@@ -139,12 +123,14 @@ def _has_settings(run: MeasuredRun, call: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_memory_within_10_and_time_within_15_percent(shared: Path, run: MeasuredRun) -> None:
     target = build_named_target("H200", "bf16")
-    recipe = Recipe(
-        model=run.model,
-        data={"train": (TrainFileSettings(path=Path("none")),)},  # type: ignore[arg-type]
-        tune=TuneSettings.model_validate(run.tune | {"quantize": {"fp8": run.fp8 or None}}),
-        train=TrainSettings.model_validate({"optimizer": run.optimizer, "num_workers": 12}),
-        output_dir=Path("none"),
+    recipe = Recipe.model_validate(
+        {
+            "model": run.model,
+            "data": {"train": "none"},
+            "tune": run.tune | {"quantize": {"fp8": run.fp8 or None}},
+            "train": {"optimizer": run.optimizer, "num_workers": 12},
+            "output_dir": "none",
+        }
     )
     if run.nf4:
         pytest.importorskip("bitsandbytes")
@@ -173,11 +159,8 @@ def test_memory_within_10_and_time_within_15_percent(shared: Path, run: Measured
 
 
 def make_pack(run: MeasuredRun, token_ratio: float) -> PlannedPack:
-    num_samples, prefix_length = run.samples, run.prefix_length
-    return PlannedPack(
-        (prefix_length,) * (prefix_length > 0)
-        + (round(run.tokens * token_ratio) - prefix_length,) * num_samples,
-        (run.grid,) * num_samples,
-        round(run.labels * token_ratio) * num_samples,
-        prefix_length,
-    )
+    prefix = (run.prefix_length,) if run.prefix_length else ()
+    length = round(run.tokens * token_ratio) - run.prefix_length
+    num_labels = round(run.labels * token_ratio) * run.samples
+    lengths, grids = prefix + (length,) * run.samples, (run.grid,) * run.samples
+    return PlannedPack(lengths, grids, num_labels, run.prefix_length)

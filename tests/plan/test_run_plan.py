@@ -18,7 +18,7 @@ from finesight.config import Device, Precision
 from finesight.errors import UserError
 from finesight.plan import run_plan
 from finesight.plan.plan_format import format_plan, plan_to_dict
-from finesight.plan.run_plan import RunPlan, check_fit, plan_run
+from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit, plan_run
 from finesight.plan.target_device import TargetDevice, build_local_target, build_named_target
 from finesight.recipe import load_recipe
 from finesight.train.console import TrainingConsole
@@ -40,30 +40,23 @@ def make_plan(task: TinyTask, *overrides: str, gpu: str | None = "A10", **groups
 
 
 def test_counts_match_the_run(task: TinyTask) -> None:
+    task.recipe["train"] |= {"batch_size": 11, "pack_tokens": 10_000}
     plan = make_plan(task)
     assert not (task.folder / "run").exists()
     task.run()
-    (start_line, *_) = task.read_metrics()
-    steps = [line for line in task.read_metrics() if "loss" in line]
+    (start, *lines) = task.read_metrics()
+    steps = [line for line in lines if "loss" in line]
     assert (plan.total_steps, plan.num_samples) == (len(steps), 22)
-    assert plan.token_stats.num_samples == start_line["data"]["train"]["num_samples"]
-    assert plan.token_stats.num_tokens == start_line["data"]["train"]["num_tokens"]
-    assert sum(count for _, count in plan.token_stats.bins) == 11
-    last_bin_start = plan.token_stats.bins[-1][0]
-    assert (
-        last_bin_start <= plan.token_stats.max_tokens < last_bin_start + plan.token_stats.bin_width
-    )
+    stats = plan.token_stats
+    assert stats.num_samples == start["data"]["train"]["num_samples"]
+    assert stats.num_tokens == start["data"]["train"]["num_tokens"]
+    assert sum(count for _, count in stats.bins) == 11
+    last_bin_start = stats.bins[-1][0]
+    assert last_bin_start <= stats.max_tokens < last_bin_start + stats.bin_width
     assert plan.num_trainable < plan.num_params
-
-
-def test_operation_counts_match_the_run(task: TinyTask) -> None:
-    task.recipe["train"] |= {"epochs": 1, "batch_size": 11, "pack_tokens": 10_000}
-    plan = make_plan(task)
-    task.run()
-    (step,) = [line for line in task.read_metrics() if "loss" in line]
-    (start_line, *_) = task.read_metrics()
-    measured_flops = step["mfu"] * start_line["peak_tflops"] * 1e12 * step["step_s"]
-    assert 11 * sum(plan.flops_per_sample.values()) == pytest.approx(measured_flops, rel=0.02)
+    peak_flops = start["peak_tflops"] * 1e12
+    measured_flops = sum(step["mfu"] * peak_flops * step["step_s"] for step in steps)
+    assert 22 * sum(plan.flops_per_sample.values()) == pytest.approx(measured_flops, rel=0.02)
 
 
 def test_suggested_overrides_are_valid(task: TinyTask) -> None:
@@ -114,25 +107,25 @@ def test_precision_is_recommended_for_speed_or_memory(
 
 
 def test_evaluation_count_follows_the_recipe(task: TinyTask) -> None:
-    default_plan = make_plan(task)
-    assert (default_plan.evaluation.num_evaluations, default_plan.evaluation.num_samples) == (2, 3)
-    settings = {"metric": "qa", "every": 2, "max_new_tokens": 20, "limit": 2}
-    eval_plan = make_plan(task, eval=settings)
-    # By default, evaluations during training are at least 10 steps apart.
-    default = make_plan(task, "train.epochs=20", eval={"metric": "qa", "max_new_tokens": 20})
-    assert (default.total_steps, default.evaluation.num_evaluations) == (55, 6)
-    without = make_plan(task, "train.epochs=20", eval={"metric": "qa", "every": 0})
-    assert without.evaluation.num_evaluations == 2
+    def evaluate(*overrides: str, **settings: Any) -> EvaluationEstimate:
+        groups = {"eval": {"metric": "qa", **settings}} if settings else {}
+        return make_plan(task, *overrides, **groups).evaluation
+
+    without_metric = evaluate()
+    assert (without_metric.num_evaluations, without_metric.num_samples) == (2, 3)
     # Six steps: evaluations before, after, and after the second and fourth step.
-    assert (eval_plan.evaluation.num_evaluations, eval_plan.evaluation.num_samples) == (4, 2)
-    assert eval_plan.evaluation.total_s > default_plan.evaluation.total_s
-    assert eval_plan.evaluation.generation_bytes > 0
+    often = evaluate(every=2, max_new_tokens=20, limit=2)
+    assert (often.num_evaluations, often.num_samples) == (4, 2)
+    assert often.total_s > without_metric.total_s
+    assert often.generation_bytes > 0
+    # By default, evaluations during the 55 steps are at least 10 steps apart.
+    assert evaluate("train.epochs=20", max_new_tokens=20).num_evaluations == 6
+    assert evaluate("train.epochs=20", every=0).num_evaluations == 2
 
 
 def test_vision_cache_size_is_estimated(task: TinyTask) -> None:
     assert make_plan(task).feature_bytes is None
-    lora = {"language": "lora"}
-    plan = make_plan(task, tune=lora)
+    plan = make_plan(task, tune={"language": "lora"})
     hidden_size, element_size = 64, 2
     assert plan.feature_bytes == plan.token_stats.num_patches // 4 * hidden_size * element_size
     assert plan.chosen_estimate.cached_step_s is not None
@@ -151,42 +144,33 @@ def test_lines_and_record_are_consistent(task: TinyTask) -> None:
     text, record = "\n".join(format_plan(plan)), json.loads(json.dumps(plan_to_dict(plan)))
     assert "A10 (data sheet): 24 GB" in text
     assert f"the longest is {plan.token_stats.longest_sample_id}" in text
-    assert "          recipe          chosen" in text
     assert text.endswith(f"to use the chosen settings: {' '.join(record['overrides'])}")
     assert "train.precision" not in text
     lines = format_plan(replace(plan, overrides=("train.precision=bf16",), precision="bf16"))
     (row,) = [line.split() for line in lines if line.startswith("  train.precision ")]
     assert row == ["train.precision", "auto", "(fp32)", "bf16"]
     assert record["chosen"]["pack_tokens"] == plan.chosen_estimate.settings.pack_tokens
-    memory = record["recipe"]["memory"]
-    assert sum(memory.values()) == record["recipe"]["total_bytes"]
+    assert sum(record["recipe"]["memory"].values()) == record["recipe"]["total_bytes"]
     assert record["recipe"]["fits"] is True
 
 
 def test_plan_warns_about_answers_longer_than_max_new_tokens(task: TinyTask) -> None:
-    longest = make_plan(task, eval={"metric": "ocr"}).evaluation.max_answer_tokens
+    """Only the last answer of a conversation counts."""
+
+    def plan_with(max_new_tokens: int) -> RunPlan:
+        return make_plan(task, eval={"metric": "ocr", "max_new_tokens": max_new_tokens})
+
+    longest = plan_with(64).evaluation.max_answer_tokens
     for max_new_tokens, is_cut in ((longest, False), (longest - 1, True)):
-        settings = {"metric": "ocr", "max_new_tokens": max_new_tokens}
-        text = "\n".join(format_plan(make_plan(task, eval=settings)))
+        text = "\n".join(format_plan(plan_with(max_new_tokens)))
         assert (f"up to {longest} tokens" in text) == is_cut
-
-
-def test_only_the_last_answer_of_a_conversation_counts_for_max_new_tokens(task: TinyTask) -> None:
-    settings = {"metric": "ocr", "max_new_tokens": 64}
-    single = make_plan(task, eval=settings).evaluation.max_answer_tokens
     lines = [json.loads(line) for line in (task.folder / "eval.jsonl").read_text().splitlines()]
     for line in lines:
         earlier = {"role": "assistant", "content": "red " * 100}
         line["messages"][1:1] = [earlier, {"role": "user", "content": "And in one word?"}]
     (task.folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    evaluation = make_plan(task, eval=settings).evaluation
-    assert (evaluation.max_answer_tokens, evaluation.num_cut_answers) == (single, 0)
-
-
-def test_unknown_gpu_is_rejected_before_reading_data(task: TinyTask) -> None:
-    (task.folder / "train.jsonl").unlink()
-    with pytest.raises(UserError, match="unknown GPU 'H20000'"):
-        make_plan(task, gpu="H20000")
+    evaluation = plan_with(64).evaluation
+    assert (evaluation.max_answer_tokens, evaluation.num_cut_answers) == (longest, 0)
 
 
 def test_invalid_recipe_is_rejected(task: TinyTask) -> None:
@@ -194,6 +178,9 @@ def test_invalid_recipe_is_rejected(task: TinyTask) -> None:
         make_plan(task, "data.train=none.jsonl")
     with pytest.raises(UserError, match=r"tune\.lora\.target_modules"):
         make_plan(task, "tune.lora.target_modules=[nose]")
+    (task.folder / "train.jsonl").unlink()
+    with pytest.raises(UserError, match="unknown GPU 'H20000'"):
+        make_plan(task, gpu="H20000")
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 
-import pytest
-from tiny_model import create_tiny_model
+from plan_fixtures import plan_tiny_model
 
-from finesight.config import QuantizablePart, Recipe, TrainFileSettings, TuneSettings
-from finesight.model_folder import ModelFolder
+from finesight.config import QuantizablePart
 from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION
-from finesight.plan.planned_model import PlannedModel, build_planned_model
+from finesight.plan.planned_model import PlannedModel
 from finesight.plan.settings_search import (
     MIN_EFFICIENT_PACK_TOKENS,
     PlannedSettings,
@@ -21,30 +18,12 @@ from finesight.plan.settings_search import (
 from finesight.plan.target_device import build_named_target
 from finesight.train.dataset_stats import SampleStats
 
-RECIPE_SETTINGS = PlannedSettings(pack_tokens=4096, activation_checkpointing=0.0, nf4_parts=())
+
+def choose(pack_tokens: int, activation_checkpointing: float = 0.0) -> PlannedSettings:
+    return PlannedSettings(pack_tokens, activation_checkpointing, ())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return create_tiny_model(tmp_path_factory.mktemp("model") / "deep", preset="finesight-tiny")
-
-
-def make_search(
-    folder: Path, memory_gb: float, steps: PlannedSteps, can_resize: bool = True
-) -> SettingsSearch:
-    target = build_named_target("H200", "bf16")
-    recipe = Recipe(
-        model=str(folder),
-        data={"train": (TrainFileSettings(path=Path("none")),)},  # type: ignore[arg-type]
-        tune=TuneSettings(language="lora"),
-        output_dir=Path("none"),
-    )
-
-    @lru_cache
-    def plan_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
-        return build_planned_model(ModelFolder(folder), recipe, nf4_parts, target)
-
-    return SettingsSearch(plan_model, steps, round(memory_gb * 1e9), [()], can_resize)
+RECIPE_SETTINGS = choose(4096)
 
 
 def make_steps(num_samples: int, num_tokens: int) -> PlannedSteps:
@@ -57,38 +36,42 @@ def make_steps(num_samples: int, num_tokens: int) -> PlannedSteps:
     return PlannedSteps([samples])
 
 
-def test_ample_memory_uses_one_pack_without_checkpointing(folder: Path) -> None:
-    chosen = make_search(folder, 141, make_steps(20, 1000)).find_best(RECIPE_SETTINGS)
-    assert (chosen.activation_checkpointing, chosen.nf4_parts) == (0.0, ())
-    assert chosen.pack_tokens >= 21_000
-    assert chosen.pack_tokens - 21_000 < 256
+STEPS = make_steps(20, 1000)
 
 
-def test_settings_stay_unchanged_without_gain(folder: Path) -> None:
-    assert (
-        make_search(folder, 141, make_steps(3, 100)).find_best(RECIPE_SETTINGS) is RECIPE_SETTINGS
-    )
-    single_pack = PlannedSettings(pack_tokens=21_000, activation_checkpointing=0.0, nf4_parts=())
-    assert make_search(folder, 141, make_steps(20, 1000)).find_best(single_pack) is single_pack
+def make_search(
+    memory_gb: float = 141, steps: PlannedSteps = STEPS, can_resize: bool = True
+) -> SettingsSearch:
+    return SettingsSearch(plan_model, steps, round(memory_gb * 1e9), [()], can_resize)
 
 
-def test_activation_checkpointing_is_disabled_if_memory_allows(folder: Path) -> None:
-    checkpointed = PlannedSettings(pack_tokens=4096, activation_checkpointing=1.0, nf4_parts=())
-    assert (
-        make_search(folder, 141, make_steps(3, 100))
-        .find_best(checkpointed)
-        .activation_checkpointing
-        == 0.0
-    )
+@lru_cache
+def plan_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
+    return plan_tiny_model(build_named_target("H200", "bf16"), None, nf4_parts)
 
 
-def test_cuda_graphs_never_cause_activation_checkpointing(folder: Path) -> None:
+def test_ample_memory_uses_one_pack_without_checkpointing() -> None:
+    for start in (RECIPE_SETTINGS, choose(4096, 1.0)):
+        chosen = make_search().find_best(start)
+        assert (chosen.activation_checkpointing, chosen.nf4_parts) == (0.0, ())
+        assert 21_000 <= chosen.pack_tokens < 21_000 + 256
+    assert make_search(can_resize=False).find_best(RECIPE_SETTINGS).pack_tokens == 4096
+
+
+def test_settings_stay_unchanged_without_gain() -> None:
+    small = make_search(steps=make_steps(3, 100))
+    assert small.find_best(RECIPE_SETTINGS) is RECIPE_SETTINGS
+    single_pack = choose(21_000)
+    assert make_search().find_best(single_pack) is single_pack
+
+
+def test_cuda_graphs_never_cause_activation_checkpointing() -> None:
     """Without memory for graphs, packs run eagerly, with more host time."""
     steps = make_steps(3, 1000)
-    ample = make_search(folder, 141, steps).estimate(RECIPE_SETTINGS)
+    ample = make_search(steps=steps).estimate(RECIPE_SETTINGS)
     assert ample.peak.cuda_graphs > 0
     memory_gb = (ample.peak.total - ample.peak.cuda_graphs / 2) / USABLE_MEMORY_FRACTION / 1e9
-    search = make_search(folder, memory_gb, steps)
+    search = make_search(memory_gb, steps)
     best = search.find_best(RECIPE_SETTINGS)
     assert best.activation_checkpointing == 0.0
     estimate = search.estimate(best)
@@ -97,60 +80,43 @@ def test_cuda_graphs_never_cause_activation_checkpointing(folder: Path) -> None:
     assert estimate.step_time.host_s > ample.step_time.host_s
 
 
-def test_chosen_settings_are_the_largest_that_fit(folder: Path) -> None:
-    steps = make_steps(20, 1000)
+def test_chosen_settings_are_the_largest_that_fit() -> None:
     fractions = []
     for memory_gb in (4.0, 2.0, 1.5, 1.2, 1.1, 1.05, 1.0, 0.95, 0.9):
-        search = make_search(folder, memory_gb, steps)
+        search = make_search(memory_gb)
         best = search.find_best(RECIPE_SETTINGS)
-        estimate = search.estimate(best)
+        estimate, fraction = search.estimate(best), best.activation_checkpointing
         if not estimate.fits:
             break
         assert estimate.peak.total <= USABLE_MEMORY_FRACTION * memory_gb * 1e9
         assert best.pack_tokens >= 2000
-        if 0 < best.activation_checkpointing < 1:
+        if 0 < fraction < 1:
             # One of five layers less.
-            less_checkpointing = PlannedSettings(
-                min(MIN_EFFICIENT_PACK_TOKENS, best.pack_tokens),
-                round(best.activation_checkpointing - 0.2, 2),
-                (),
-            )
-            assert not search.estimate(less_checkpointing).fits
+            pack_tokens = min(MIN_EFFICIENT_PACK_TOKENS, best.pack_tokens)
+            assert not search.estimate(choose(pack_tokens, round(fraction - 0.2, 2))).fits
         if best.pack_tokens < 21_000:
-            larger_packs = PlannedSettings(
-                best.pack_tokens + 1024, best.activation_checkpointing, ()
-            )
-            assert not search.estimate(larger_packs).fits
-        fractions.append(best.activation_checkpointing)
+            assert not search.estimate(choose(best.pack_tokens + 1024, fraction)).fits
+        fractions.append(fraction)
     assert fractions == sorted(fractions)
     assert 0.0 in fractions
     assert any(0 < fraction < 1 for fraction in fractions)
 
 
-def test_minimal_settings_are_reported_if_none_fit(folder: Path) -> None:
-    search = make_search(folder, 0.5, make_steps(20, 1000))
+def test_minimal_settings_are_reported_if_none_fit() -> None:
+    search = make_search(0.5)
     best = search.find_best(RECIPE_SETTINGS)
-    assert best == PlannedSettings(pack_tokens=2000, activation_checkpointing=1.0, nf4_parts=())
+    assert best == choose(2000, 1.0)
     assert not search.estimate(best).fits
 
 
-def test_cpu_plan_uses_pack_size_of_recipe(folder: Path) -> None:
-    search = make_search(folder, 141, make_steps(20, 1000), can_resize=False)
-    assert search.find_best(RECIPE_SETTINGS).pack_tokens == 4096
-
-
-def test_longest_sample_sets_the_minimum_pack_size(folder: Path) -> None:
+def test_longest_sample_sets_the_minimum_pack_size() -> None:
     steps = make_steps(2, 6000)
     assert (steps.max_sample_tokens, steps.single_pack_budget) == (12_000, 18_000)
-    chosen = make_search(folder, 141, steps).find_best(RECIPE_SETTINGS)
-    assert chosen.pack_tokens >= 12_000
+    assert make_search(steps=steps).find_best(RECIPE_SETTINGS).pack_tokens >= 12_000
 
 
-def test_more_packs_use_less_memory_and_more_time(folder: Path) -> None:
-    search = make_search(folder, 141, make_steps(20, 1000))
-    one_pack, many_packs = (
-        search.estimate(PlannedSettings(pack_tokens, 0.0, ())) for pack_tokens in (21_000, 2000)
-    )
+def test_more_packs_use_less_memory_and_more_time() -> None:
+    one_pack, many_packs = (make_search().estimate(choose(tokens)) for tokens in (21_000, 2000))
     assert (one_pack.packs_per_step, many_packs.packs_per_step) == (1, 11)
     assert many_packs.peak.activations < one_pack.peak.activations
     assert many_packs.step_time.total > one_pack.step_time.total

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from case_files import load_cases
+from each_value import each
 
 from finesight.errors import UserError
-from finesight.plan.target_device import GPU_SPECS, find_gpu_spec
+from finesight.plan.target_device import GPU_SPECS, build_named_target, find_gpu_spec
 
 CASES = load_cases("target_device")
 
 
-@pytest.mark.parametrize(("spelling", "name"), CASES["test_gpu_name_spellings"])
+@each(("spelling", "name"), CASES["test_gpu_name_spellings"])
 def test_gpu_name_spellings(spelling: str, name: str) -> None:
     assert find_gpu_spec(spelling).name == name
 
 
 def test_unknown_gpu_suggests_similar_names() -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match="'RTX 4095'") as caught:
         find_gpu_spec("RTX 4095")
     assert caught.value.where == "--gpu"
-    assert "'RTX 4095'" in caught.value.what
     assert "RTX 4090" in caught.value.expected
     with pytest.raises(UserError, match=r"T4.*B200"):
         find_gpu_spec("abacus")
@@ -34,5 +36,14 @@ def test_gpu_specs_are_unique_and_plausible() -> None:
         assert 20 <= spec.tflops <= 3000
         # Arithmetic intensity of available GPUs: 50 to 500 FLOPs per byte.
         assert 50 <= spec.tflops * 1000 / spec.gb_per_s <= 500
-    assert not find_gpu_spec("T4").supports_bf16
-    assert find_gpu_spec("A10").supports_bf16
+
+
+@each(
+    ("name", "precision", "expected"),
+    [("T4", "auto", "fp16"), ("A10", "auto", "bf16"), ("A10", "fp32", "fp32")],
+)
+def test_precision_of_named_gpu(name: str, precision: Any, expected: str) -> None:
+    target = build_named_target(name, precision)
+    assert target.precision == expected
+    assert target.compute.has_varlen_attention == (expected == "bf16")
+    assert not target.is_measured

@@ -13,8 +13,12 @@ from finesight.synth import canvas
 WHITE = (255, 255, 255)
 
 
-def _white(angle=0.0, size=(200, 120)):
-    return canvas.Canvas(Image.new("RGB", size, WHITE), WHITE, angle)
+def make_page(angle=0.0):
+    return canvas.Canvas(Image.new("RGB", (200, 120), WHITE), WHITE, angle)
+
+
+def draw(page, text, left, base, size=20):
+    return page.draw_text(text, canvas.load_builtin_font(size), left, base, (0, 0, 0))
 
 
 def _ink_bounds(image):
@@ -27,34 +31,27 @@ def _ink_bounds(image):
 @each("angle", [0.0, 3.5, -6.0, 20.0])
 @each("text", ["Word", "jump", "...", "12:30"])
 def test_box_is_the_ink_bounds(angle, text):
-    page = _white(angle)
-    word = page.draw_text(text, canvas.load_builtin_font(28), 60, 70, (0, 0, 0))
+    page = make_page(angle)
+    word = draw(page, text, 60, 70, 28)
     assert word.text == text
     assert word.box == _ink_bounds(page.image)
 
 
 def test_rotation_is_counterclockwise_about_center():
-    left, right = (
-        _white(10).draw_text("x", canvas.load_builtin_font(20), x, 60, (0, 0, 0)).box
-        for x in (20, 160)
-    )
+    left, right = (draw(make_page(10), "x", x, 60).box for x in (20, 160))
+    above, below = (draw(make_page(10), "x", 95, y).box for y in (25, 105))
     assert left[1] > right[1], "what lies to the left comes down"
-    above, below = (
-        _white(10).draw_text("x", canvas.load_builtin_font(20), 95, y, (0, 0, 0)).box
-        for y in (25, 105)
-    )
     assert above[0] < below[0], "what lies above goes to the left"
 
 
 def test_text_that_does_not_fit_is_not_drawn():
-    for left, base in ((-5, 60), (170, 60), (60, 5), (60, 119)):
-        page = _white()
-        assert page.draw_text("gaps", canvas.load_builtin_font(30), left, base, (0, 0, 0)) is None
+    for text, left, base in (
+        *(("gaps", -5, 60), ("gaps", 170, 60), ("gaps", 60, 5), ("gaps", 60, 119)),
+        (" ", 60, 60),
+    ):
+        page = make_page()
+        assert draw(page, text, left, base, 30) is None
         assert page.image.getextrema() == ((255, 255),) * 3
-
-
-def test_spaces_have_no_box():
-    assert _white().draw_text(" ", canvas.load_builtin_font(30), 60, 60, (0, 0, 0)) is None
 
 
 def test_background_has_size_and_color():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finesight.config import TrackerSettings
+from finesight.config import TrackerKind, TrackerSettings
 from finesight.track.backends import TRACKERS
 from finesight.track.tracker_manager import TrackerClient
 from finesight.track.tracker_records import (
@@ -77,7 +77,10 @@ def proxy() -> Iterator[tuple[int, list[bytes]]]:
 
 @pytest.mark.parametrize("kind", TRACKERS)
 def test_offline_tracker_opens_no_connection(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: tuple[int, list[bytes]]
+    kind: TrackerKind,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    proxy: tuple[int, list[bytes]],
 ) -> None:
     if find_spec(kind) is None:
         pytest.skip(f"{kind} is not installed (extra `{TRACKERS[kind].extra}`)")
@@ -99,19 +102,20 @@ def test_offline_tracker_opens_no_connection(
     monkeypatch.chdir(tmp_path)
     jpeg = io.BytesIO()
     Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
-    lane = TrackerClient(kind, tmp_path / "log")
+    image = TrackedImage(jpeg=jpeg.getvalue(), caption="c")
     tracker = TrackerSettings(kind=kind, uri=OFFLINE.get(kind))
-    lane.submit(
-        StartRecord(tracker=tracker, name="x", folder=tmp_path / "track", settings={"a": 1})
-    )
-    lane.submit(MetricsRecord(steps=(StepMetrics(step=1, values={"loss": 1.0}),)))
-    lane.submit(ImagesRecord(step=1, images=(TrackedImage(jpeg=jpeg.getvalue(), caption="c"),)))
-    lane.submit(AlertRecord(step=1, level="error", title="t", text="x"))
-    # What failed is what packages report to their makers.
-    lane.submit(FinishRecord(state="failed", reason="why"))
-    # Also of its process: some packages report when Python ends.
-    lane.thread.join(100)
-    assert lane.wait(0), (tmp_path / "log").read_text()
-    assert lane.num_delivered == lane.num_submitted == 5, (tmp_path / "log").read_text()
+    records = [
+        StartRecord(tracker=tracker, name="x", folder=tmp_path / "track", settings={"a": 1}),
+        MetricsRecord(steps=(StepMetrics(step=1, values={"loss": 1.0}),)),
+        ImagesRecord(step=1, images=(image,)),
+        AlertRecord(step=1, level="error", title="t", text="x"),
+        FinishRecord(state="failed", reason="why"),  # packages report failures to their makers
+    ]
+    client = TrackerClient(kind, tmp_path / "log")
+    for record in records:
+        client.submit(record)
+    client.thread.join(100)  # also for its process: some packages report when Python ends
+    assert client.wait(0), (tmp_path / "log").read_text()
+    assert client.num_delivered == len(records), (tmp_path / "log").read_text()
     assert not refused.exists(), refused.read_text()
     assert requested == []

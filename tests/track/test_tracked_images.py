@@ -87,34 +87,30 @@ def test_same_samples_at_every_evaluation(tmp_path: Path, image_file: str) -> No
     for name in ("before", "step-2", "after"):
         lines = [line(image_file, id=str(i), answer=name) for i in range(101)]
         write(tmp_path / f"{name}.jsonl", *lines)
+    before = tmp_path / "before.jsonl"
     shown = [
-        [
-            one.caption.splitlines()[0]
-            for one in render_example_images(tmp_path / "before.jsonl", file)
-        ]
-        for file in (tmp_path / f"{name}.jsonl" for name in ("before", "step-2", "after"))
+        [one.caption.splitlines()[0] for one in render_example_images(before, file)]
+        for file in (before, tmp_path / "step-2.jsonl", tmp_path / "after.jsonl")
     ]
     assert shown[0] == shown[1] == shown[2]
     assert len(shown[0]) == MAX_SAMPLES
-    assert shown[0][0] == "id: 0"
-    assert shown[0][-1] == "id: 100"
+    assert (shown[0][0], shown[0][-1]) == ("id: 0", "id: 100")
 
 
 def test_image_referenced_by_boxes_is_used(tmp_path: Path, image_file: str) -> None:
-    small = tmp_path / "small.png"
-    Image.new("RGB", (40, 30)).save(small)
+    Image.new("RGB", (40, 30)).save(tmp_path / "small.png")
     box = {"image": 1, "label": "it", "xyxy": [1, 1, 20, 20]}
-    now = write(tmp_path / "a.jsonl", line([image_file, str(small)]) | {"boxes": [box]})
+    images = [image_file, str(tmp_path / "small.png")]
+    now = write(tmp_path / "a.jsonl", line(images) | {"boxes": [box]})
     (found,) = render_example_images(tmp_path / "none.jsonl", now)
     assert found.decode().size == (40, 30)
 
 
 def test_undrawable_samples_are_skipped(tmp_path: Path, image_file: str) -> None:
-    broken = tmp_path / "broken.png"
+    missing, broken = tmp_path / "none.jsonl", tmp_path / "broken.png"
     broken.write_bytes(Path(image_file).read_bytes()[:99])
     cases = [str(tmp_path / "gone.png"), str(broken), None, [], "nul\0byte", image_file]
     now = write(tmp_path / "a.jsonl", *(line(case, id=str(i)) for i, case in enumerate(cases)))
-    assert [one.caption[:5] for one in render_example_images(tmp_path / "none.jsonl", now)] == [
-        "id: 5"
-    ]
-    assert render_example_images(tmp_path / "none.jsonl", tmp_path / "none.jsonl") == []
+    (found,) = render_example_images(missing, now)
+    assert found.caption.startswith("id: 5")
+    assert render_example_images(missing, missing) == []

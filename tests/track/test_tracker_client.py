@@ -39,134 +39,117 @@ def figures(step: int, loss: float = 1.0) -> MetricsRecord:
     return MetricsRecord(steps=(StepMetrics(step=step, values={"loss": loss}),))
 
 
-def start_hanging_tracker(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+@pytest.fixture
+def working_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_broken_tracker(monkeypatch, tmp_path, "raises")  # at the third step only
+
+
+class IdleClient(TrackerClient):
+    """Client that delivers no records."""
+
+    def _run(self) -> None:
+        pass
+
+
+def start_tracker(
+    folder: Path, steps: int = 0, kind: type[TrackerClient] = TrackerClient
 ) -> TrackerClient:
-    """Start a tracker without responses and submit metrics of several steps."""
-    install_broken_tracker(monkeypatch, folder, "hangs")
-    one = TrackerClient("swanlab", folder / "log")
-    one.submit(begin(folder))
+    client = kind("swanlab", folder / "log")
+    client.submit(begin(folder))
     for step in range(steps):
-        one.submit(figures(step))
-    return one
+        client.submit(figures(step))
+    return client
 
 
 def test_unresponsive_tracker_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_broken_tracker(monkeypatch, tmp_path, "hangs")
     monkeypatch.setattr(tracker_manager, "RESPONSE_TIMEOUT_S", 0.3)
-    one = start_hanging_tracker(tmp_path, monkeypatch, 5)
-    assert one.wait(LONG)
-    assert one.num_delivered < one.num_submitted == 6
-    assert list(one.poll_responses())[-1] == TrackerStopped(
-        "no response for 0.3 s; the run continues without it"
-    )
-    one.submit(FinishRecord(state="finished"))
-    assert one.num_submitted == 7
+    client = start_tracker(tmp_path, steps=5)
+    assert client.wait(LONG)
+    assert client.num_delivered < client.num_submitted == 6
+    reason = "no response for 0.3 s; the run continues without it"
+    assert list(client.poll_responses())[-1] == TrackerStopped(reason)
+    client.submit(FinishRecord(state="finished"))
+    assert client.num_submitted == 7
 
 
-def test_records_over_the_queue_limit_are_dropped(
+def list_batched(client: TrackerClient) -> list[str | list[int]]:
+    """Return the types of the queued records, or the steps of metrics."""
+    client.submit(FinishRecord(state="finished"))
+    return [
+        [row.step for row in record.steps] if isinstance(record, MetricsRecord) else record.type
+        for record in client.iter_batched()
+    ]
+
+
+def test_records_are_batched_in_order_up_to_the_queue_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker_manager, "MAX_QUEUED_RECORDS", 3)
-    one = start_hanging_tracker(tmp_path, monkeypatch, 50)
-    one.kill()
-    assert one.wait(0)
-    assert one.num_submitted == 51
-    assert one.num_delivered <= 1
-    assert list(one.poll_responses())[-1] == TrackerStopped(
-        "stopped before all records were delivered"
-    )
-
-
-def test_pending_metrics_are_batched_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Still(TrackerClient):
-        """Client that delivers no records."""
-
-        def _run(self) -> None:
-            pass
-
     monkeypatch.setattr(tracker_manager, "MAX_BATCHED_STEPS", 3)
-    one = Still("swanlab", tmp_path / "log")
-    alert = AlertRecord(step=5, level="info", title="t", text="t")
-    given = [
-        begin(tmp_path),
-        *map(figures, range(5)),
-        alert,
-        figures(6),
-        FinishRecord(state="finished"),
-    ]
-    for record in given:
-        one.submit(record)
-    sent = list(one.iter_batched())
-    steps = [
-        [row.step for row in r.steps] if isinstance(r, MetricsRecord) else r.type for r in sent
-    ]
-    assert steps == ["start", [0, 1, 2], [3, 4], "alert", [6], "finish"]
+    client = start_tracker(tmp_path, 5, IdleClient)
+    client.submit(AlertRecord(step=5, level="info", title="t", text="t"))
+    client.submit(figures(6))
+    assert list_batched(client) == ["start", [0, 1, 2], [3, 4], "alert", [6], "finish"]
+    monkeypatch.setattr(tracker_manager, "MAX_QUEUED_RECORDS", 3)
+    client = start_tracker(tmp_path, 50, IdleClient)
+    assert list_batched(client) == ["start", [0, 1], "finish"]
+    assert client.num_submitted == 52
+    client.kill()
+    assert client.wait(0)
+    reason = "stopped before all records were delivered"
+    assert list(client.poll_responses()) == [TrackerStopped(reason)]
 
 
-def test_working_tracker_receives_all_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install_broken_tracker(monkeypatch, tmp_path, "raises")
-    one = TrackerClient("swanlab", tmp_path / "log")
-    one.submit(begin(tmp_path))
-    one.submit(figures(1, float("nan")))
-    one.submit(FinishRecord(state="finished"))
-    assert one.wait(LONG)
-    assert one.num_delivered == one.num_submitted == 3
-    (started,) = one.poll_responses()
+@pytest.mark.usefixtures("working_tracker")
+def test_working_tracker_receives_all_records(tmp_path: Path) -> None:
+    client = start_tracker(tmp_path)
+    client.submit(figures(1, float("nan")))
+    client.submit(FinishRecord(state="finished"))
+    assert client.wait(LONG)
+    assert client.num_delivered == client.num_submitted == 3
+    (started,) = client.poll_responses()
     assert isinstance(started, RunStarted)
     assert started.id == "fake"
-    one.kill()
-    assert list(one.poll_responses()) == [], "one that has ended is not ended again"
+    client.kill()
+    assert list(client.poll_responses()) == [], "one that has ended is not ended again"
 
 
 def test_tracker_process_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracker_manager.sys, "executable", str(tmp_path / "no-python"))
-    one = TrackerClient("swanlab", tmp_path / "log")
-    one.submit(begin(tmp_path))
-    assert one.wait(LONG)
-    (gone,) = one.poll_responses()
-    assert "No such file" in str(gone)
+    client = start_tracker(tmp_path)
+    assert client.wait(LONG)
+    (stopped,) = client.poll_responses()
+    assert "No such file" in str(stopped)
 
 
 PARENT = """
 import os, signal, sys
 from pathlib import Path
-from finesight.config import TrackerSettings
-from finesight.track.tracker_manager import TrackerClient
-from finesight.track.tracker_records import StartRecord
+from test_tracker_client import start_tracker
 
-folder = Path(sys.argv[1])
-one = TrackerClient("swanlab", folder / "log")
-tracker = TrackerSettings(kind="swanlab", uri="offline")
-record = StartRecord(tracker=tracker, name="x", folder=folder / "swanlab", settings={})
-one.submit(record)
-while not list(one.poll_responses()):
-    assert not one.wait(0.01)
+client = start_tracker(Path(sys.argv[1]))
+while not list(client.poll_responses()):
+    assert not client.wait(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.usefixtures("working_tracker")
 def test_tracker_of_killed_run_marks_it_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_broken_tracker(monkeypatch, tmp_path, "raises")
+    for folder in (Path(__file__).parent, Path(__file__).parents[1]):
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     killed = subprocess.run([sys.executable, "-c", PARENT, str(tmp_path)])
     assert killed.returncode == -signal.SIGKILL
-    closed = tmp_path / "swanlab" / "finished-crashed"
-    for _ in range(round(LONG / 0.02)):
-        if closed.exists():
-            return
+    deadline = time.monotonic() + LONG
+    while not (tmp_path / "swanlab" / "finished-crashed").exists():
+        assert time.monotonic() < deadline, "the run was not closed"
         time.sleep(0.02)
-    raise AssertionError("nobody has closed it")
 
 
-def test_tracker_ends_when_its_connection_is_reset(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install_broken_tracker(monkeypatch, tmp_path, "raises")
+@pytest.mark.usefixtures("working_tracker")
+def test_tracker_ends_when_its_connection_is_reset(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "finesight.track.tracker_process", "swanlab"]
     with theirs:
@@ -183,26 +166,21 @@ def test_tracker_ends_when_its_connection_is_reset(
     assert (tmp_path / "swanlab" / "finished-crashed").exists()
 
 
-def test_tracker_process_ignores_job_signals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install_broken_tracker(monkeypatch, tmp_path, "raises")
-    one = TrackerClient("swanlab", tmp_path / "log")
-    one.submit(begin(tmp_path))
-    while not (result := list(one.poll_responses())):
-        assert not one.wait(0.01)
-    assert isinstance(result[0], RunStarted)
+@pytest.mark.usefixtures("working_tracker")
+def test_tracker_process_ignores_job_signals(tmp_path: Path) -> None:
+    client = start_tracker(tmp_path)
+    while not list(client.poll_responses()):
+        assert not client.wait(0.01)
+    assert client.process is not None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        one.process.send_signal(number)
-    one.submit(FinishRecord(state="interrupted"))
-    assert one.wait(LONG)
-    assert one.num_delivered == 2
+        client.process.send_signal(number)
+    client.submit(FinishRecord(state="interrupted"))
+    assert client.wait(LONG)
+    assert client.num_delivered == 2
     assert (tmp_path / "swanlab" / "finished-aborted").exists()
 
 
-def test_hung_tracker_of_dead_run_is_killed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_hung_tracker_of_dead_run_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(tracker_process, "ORPHAN_TIMEOUT_S", 0.01)
     monkeypatch.setattr(tracker_process.os, "_exit", ended.append)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,12 @@ def test_image_beyond_a_limit_is_an_error_about_its_file(
     reader: ImageReader,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    data: object,
+    data: Callable[[], bytes],
     reason: str,
 ) -> None:
     monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.1)
     path = tmp_path / "a.png"
-    path.write_bytes(data())  # type: ignore[operator]
+    path.write_bytes(data())
     with pytest.raises(CorruptImageError, match=rf"a\.png: .*(?:{reason})"):
         reader.encode(path, 100)
 

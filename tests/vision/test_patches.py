@@ -72,9 +72,8 @@ def test_frames_roundtrip_through_patches(geometry: PatchConfig) -> None:
     rng = np.random.default_rng(0)
     size = 2 * geometry.resize_factor, 5 * geometry.resize_factor
     for count in (1, 2, 4):
-        frames = [
-            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)
-        ]
+        noise = rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
+        frames = [Image.fromarray(frame) for frame in noise]
         grid = geometry.compute_grid(size, count)
         patches = patchify(frames, size, geometry)
         found = unpatchify(repeat_still_frames(patches, geometry.patch_dim), grid, geometry)
@@ -124,35 +123,25 @@ def test_patch_value_order(geometry: PatchConfig) -> None:
     assert patches.shape == (t * h * w, geometry.patch_dim)
     assert geometry.count_tokens((t, h, w)) == t * 6
     filled = [*frames, frames[-1]]
-    at = 0
-    for time in range(t):
-        for block_row in range(h // m):
-            for block_column in range(w // m):
-                for row in range(block_row * m, block_row * m + m):
-                    for column in range(block_column * m, block_column * m + m):
-                        patch = [
-                            filled[time * depth + d][row * p : row * p + p, column * p :][:, :p, c]
-                            for c in range(3)
-                            for d in range(depth)
-                        ]
-                        np.testing.assert_array_equal(patches[at], np.stack(patch).ravel())
-                        at += 1
+    # Patches are ordered by frame pair, merged block and patch, values by channel and frame.
+    values = np.stack(filled[: t * depth]).reshape(t, depth, h // m, m, p, w // m, m, p, 3)
+    ordered = values.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    np.testing.assert_array_equal(patches, ordered.reshape(len(patches), -1))
 
 
 def test_patch_geometry_of_model(tmp_path: Path) -> None:
-    config = {
-        "model_type": "qwen2_vl",
-        "vision_config": {"patch_size": 14, "spatial_merge_size": 2},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    def write_config(vision: dict[str, int] | None) -> None:
+        config = {"model_type": "qwen2_vl", "vision_config": vision}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+
+    write_config({"patch_size": 14, "spatial_merge_size": 2})
     assert load_patch_config(ModelFolder(tmp_path)) == PatchConfig(14, 2, 2)
     (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 16}')
     with pytest.raises(UserError, match=r"patch_size 16 in .* patch_size 14 under"):
         load_patch_config(ModelFolder(tmp_path))
-    config["vision_config"] = {"patch_size": 16, "spatial_merge_size": 1}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_config({"patch_size": 16, "spatial_merge_size": 1})
     with pytest.raises(UserError, match=r"merge_size 2 in .* spatial_merge_size 1 under"):
         load_patch_config(ModelFolder(tmp_path))
     # Whether there is a vision_config at all is the model's to say.
-    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": None}))
+    write_config(None)
     assert load_patch_config(ModelFolder(tmp_path)) == PatchConfig(16, 2, 2)

@@ -63,9 +63,8 @@ def test_frames_must_have_equal_size(tmp_path: Path) -> None:
     files = write_frames(tmp_path, 3)
     assert get_frame_size(files) == (56, 84)
     Image.new("RGB", (84, 57)).save(files[2])
-    with pytest.raises(
-        CorruptImageError, match="84 x 57 pixels, but the first frame has 84 x 56"
-    ) as raised:
+    message = "84 x 57 pixels, but the first frame has 84 x 56"
+    with pytest.raises(CorruptImageError, match=message) as raised:
         get_frame_size(files)
     assert raised.value.where == str(files[2])
     files[1].unlink()

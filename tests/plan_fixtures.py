@@ -1,0 +1,120 @@
+"""Models, packed batches and traced steps for tests of estimated memory."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory_profile import profile_memory
+from torch import Tensor
+
+from finesight.config import (
+    PixelRange,
+    QuantizablePart,
+    Recipe,
+    TrainFileSettings,
+    TuneSettings,
+)
+from finesight.data.corpus import load_corpus
+from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
+from finesight.encode.renderer import NativeRenderer
+from finesight.model.trainable import configure_tuning
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder, locate_model
+from finesight.plan.dry_run import ComputeTarget, StepTracer
+from finesight.plan.planned_model import PlannedModel, build_meta_model, build_planned_model
+from finesight.plan.planned_pack import PlannedPack
+from finesight.plan.target_device import TargetDevice
+from finesight.train.loss import fused_linear_cross_entropy
+
+GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
+Tune = dict[str, Any]
+
+
+def make_batch(
+    folder: ModelFolder, data: Path, shares_prefix: bool = False, limit: int | None = None
+) -> PackedBatch:
+    """Pack the samples of a file, with a shared prefix or without."""
+    image_rule = None if folder.family == "qwen" else PixelRange(min_pixels=784, max_pixels=7056)
+    renderer = NativeRenderer(folder, image_rule)
+    corpus = load_corpus((TrainFileSettings(path=data),))
+    samples = [renderer.encode(sample) for sample in corpus.read_samples()[:limit]]
+    prefix = find_shared_prefix_length([sample.tokenized for sample in samples])
+    return pack(samples, prefix_length=prefix if shares_prefix else 0)
+
+
+def make_planned_pack(batch: PackedBatch) -> PlannedPack:
+    return PlannedPack(
+        batch.lengths, batch.grid_thw, batch.num_supervised_tokens, batch.prefix_length
+    )
+
+
+def make_model(
+    folder: ModelFolder, dtype: torch.dtype, tune: Tune, device: str = "cpu"
+) -> VisionLanguageModel:
+    model = load_model(folder, dtype, torch.device(device)).train()
+    configure_tuning(model, TuneSettings.model_validate(tune), 0)
+    return model
+
+
+def plan_tiny_model(
+    target: TargetDevice,
+    tune: Tune | None = None,
+    nf4_parts: tuple[QuantizablePart, ...] = (),
+    **train: Any,
+) -> PlannedModel:
+    """Plan a recipe of finesight-tiny with LoRA unless `tune` tells otherwise."""
+    recipe = Recipe.model_validate(
+        {
+            "model": "finesight-tiny",
+            "data": {"train": "none"},
+            "tune": {"language": "lora"} | (tune or {}),
+            "train": {"num_workers": 4, **train},
+            "output_dir": "none",
+        }
+    )
+    return build_planned_model(locate_model("finesight-tiny"), recipe, nf4_parts, target)
+
+
+def make_tracer(folder: ModelFolder, compute: ComputeTarget, tune: Tune) -> StepTracer:
+    model = build_meta_model(folder, compute.dtype, (), ()).train()
+    configure_tuning(model, TuneSettings.model_validate(tune), 0)
+    return StepTracer(model, compute)
+
+
+def compute_loss(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
+    device = batch.ids_T.device
+    h_LD = model(batch, dropout_seed_1=torch.ones(1, dtype=torch.int32, device=device))
+    scale = torch.tensor(1.0, device=device)
+    return fused_linear_cross_entropy(h_LD, model.lm_head_weight, batch.labels_L, scale)
+
+
+def run_forward_backward(model: VisionLanguageModel, batch: PackedBatch) -> None:
+    compute_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+
+
+def measure_peak(
+    folder: ModelFolder,
+    batch: PackedBatch,
+    dtype: torch.dtype,
+    tune: Tune,
+    checkpointed_fraction: float,
+) -> tuple[int, int]:
+    """Return the estimated and the measured peak of a forward and backward pass on the CPU.
+
+    Both include gradients, but not memory that was allocated before.
+    """
+    model = make_model(folder, dtype, tune)
+    model.activation_checkpointing = checkpointed_fraction
+    run_forward_backward(model, batch)
+    model.zero_grad(set_to_none=True)
+    # Reference cycles of the previous model must not be freed while memory is measured.
+    gc.collect()
+    with profile_memory() as measured:
+        run_forward_backward(model, batch)
+    tracer = make_tracer(folder, ComputeTarget(is_cuda=False, dtype=dtype), tune)
+    memory = tracer.trace(make_planned_pack(batch), checkpointed_fraction)
+    return memory.total, measured.peak_bytes

@@ -39,9 +39,6 @@ def make_bomb() -> bytes:
 BOMB = make_bomb()
 # Command line, changed files (None: removed), and words of the message.
 CASES: dict[str, tuple[str, dict[str, bytes | None], list[str]]] = {
-    "wrong-type": (f"{TRAIN} train.batch_size=many", {}, ["'many'", "an integer"]),
-    "endless-epochs": (f"{TRAIN} train.epochs=.inf", {}, ["train.epochs", "a finite number"]),
-    "missing-data": (f"{TRAIN} data.train=none.jsonl", {}, ["none.jsonl", "no such file"]),
     "missing-image": (STRICT, {"task/train3.png": None}, ["train3.png", "no such image"]),
     "missing-question": (PREDICT, {}, ["a.png", "no such image"]),
     "empty-data": (f"{TRAIN} data.train=a.jsonl", {"a.jsonl": b""}, ["a.jsonl", "no samples"]),
@@ -61,7 +58,6 @@ CASES: dict[str, tuple[str, dict[str, bytes | None], list[str]]] = {
     "bomb": (STRICT, {"task/train3.png": BOMB}, ["train3.png", "10000 x 10000", "at most"]),
     "bomb-for-predict": (PREDICT, {"a.png": BOMB}, ["a.png", "10000 x 10000", "at most"]),
     "model-without-weights": (TRAIN, {"task/tiny/model.safetensors": None}, ["tiny", "weights"]),
-    "missing-model": (f"{TRAIN} model=absent/model", {}, ["absent"]),
     "long-samples": (f"{TRAIN} data.max_length=3", {}, ["none of 11 samples"]),
     "long-warmup": (
         f"{TRAIN} train.warmup=50",
@@ -73,17 +69,6 @@ CASES: dict[str, tuple[str, dict[str, bytes | None], list[str]]] = {
         {},
         ["adapter", "already has an adapter", "remove adapter"],
     ),
-    "long-name": (
-        f"train recipe.yaml output_dir={'long' * 100}",
-        {},
-        ["longlong", "file name too long", "shorter"],
-    ),
-    "folder-below-file": (
-        "train recipe.yaml output_dir=recipe.yaml/run",
-        {},
-        ["recipe.yaml/run", "not a directory"],
-    ),
-    "other-files": ("train recipe.yaml output_dir=task", {}, ["task", "but no run"]),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from check_fixtures import make_record, write_records
 from container_fixtures import write_parquet, write_tar_shards
-from image_fixtures import write_gray_image
+from image_fixtures import write_gray_image, write_jsonl
 from tiny_model import create_tiny_model
 
 VALID_RECORD = make_record("0.png")
@@ -47,16 +47,31 @@ def test_exit_code_follows_most_severe_issue(folder, records, code, cli):
     assert cli("check", source, code=code).lines[-1] == f"next: finesight {command}"
 
 
-def test_fix_is_not_proposed_for_wrong_box_conventions(folder, cli):
-    """`--fix` writes no files then, and the issue names the option of the import."""
-    boxes = [[60 + n % 20, 30 + n % 9, 12, 9] for n in range(64)]
-    records = [make_record(f"{n % 8}.png", "Where?", None, box) for n, box in enumerate(boxes)]
-    source = write_records(folder / "data.jsonl", records)
+@pytest.mark.parametrize(
+    ("kind", "issue", "option"),
+    [
+        ("xywh", "boxes-xywh", "--box-format xywh"),
+        ("1000", "boxes-thousandths", "--box-units 1000"),
+    ],
+)
+def test_wrong_box_conventions_are_fixed_by_an_option_of_the_import(
+    folder, kind, issue, option, cli
+):
+    rows = []
+    for n in range(64):
+        box = [60 + n % 20, 30 + n % 9, 12, 9]
+        if kind == "1000":
+            box = [7 * n, 5 * n, 7 * n + 500, 5 * n + 600]
+        answer = json.dumps({"bbox_2d": box})
+        rows.append({"image": [f"{n % 8}.png"], "query": f"Where is {n}?", "response": answer})
+    source = write_jsonl(folder / "data.jsonl", rows)
     output = cli("check", source, code=2).out
-    assert "boxes-xywh" in output
+    assert issue in output
+    assert f"remedy: give {option}" in output
+    # `--fix` writes no files then, so it is not proposed.
     assert "next: " not in output
-    error = cli("check", source, "--fix", folder / "out", code=2).err
-    assert "no files were written" in error
+    assert "no files were written" in cli("check", source, "--fix", folder / "out", code=2).err
+    cli("check", source, *option.split())
 
 
 @pytest.mark.parametrize("source", ["hf:a/b", "modelscope:a/b:train", "https://h.com/a.zip", "zip"])

@@ -46,6 +46,7 @@ configs:
 - config_name: default
   data_files:
   - {split: train, path: data/train-*}
+  - {split: validation, path: data/validation-*}
 - config_name: full
   data_files:
   - {split: train, path: full/train-*}
@@ -73,39 +74,29 @@ def hub(request: pytest.FixtureRequest) -> tuple[str, FakeHubServer]:
     return request.param, request.getfixturevalue(name)
 
 
-def test_tutorial_captions_dataset(modelscope, tmp_path, cli):
-    modelscope.repositories["datasets/modelscope/coco_2014_caption"] = {
-        **shards("train", CAPTIONS, 4),
-        **shards("validation", CAPTIONS[:2], 1),
+def test_needed_files_of_a_subset_are_fetched(modelscope, tmp_path, cli):
+    modelscope.repositories["datasets/Some/set"] = {
+        **shards("train", FORMULAS, 4),
+        **shards("validation", FORMULAS[:2], 1),
+        "full/train-00000-of-00001.parquet": make_parquet(FORMULAS[:3]),
+        "README.md": LATEX_CARD,
         "dataset_infos.json": BROKEN,
+        "code.py": b"raise SystemExit",
     }
-    out = tmp_path / "captions"
-    columns = ("--map", "image=image", "--map", "answer=caption", "--prompt", "COCO Yes: ")
+    out, full = tmp_path / "out", tmp_path / "full"
     rows = ("--rows", "0:15", "--eval-last", "4")
-    output = cli("import", "modelscope:modelscope/coco_2014_caption", out, *columns, *rows).text
+    output = cli("import", "modelscope:Some/set:default/train", out, *COLUMNS, *rows).text
     validation = read(out, "eval")
     assert (len(read(out, "train")), len(validation)) == (11, 4)
-    assert get_text(validation[3], 1) == "Image 14."
+    assert get_text(validation[3], 1) == "x ^ { 14 }"
     assert read_image_bytes(validation[3], out) == make_png(14)
-    assert "split train, not validation" in output
     assert "2 of 4 files not downloaded" in output
     assert len(modelscope.lfs_requests) == 2
-
-
-def test_tutorial_formulas_dataset(modelscope, tmp_path, cli):
-    modelscope.repositories["datasets/AI-ModelScope/LaTeX_OCR"] = {
-        "README.md": LATEX_CARD,
-        "data/train-00000-of-00001.parquet": make_parquet(FORMULAS),
-        "full/train-00000-of-00001.parquet": make_parquet(FORMULAS[:3]),
-        "dataset_infos.json": BROKEN,
-        "LaTeX_OCR.py": b"raise SystemExit",
-    }
-    source, out = "modelscope:AI-ModelScope/LaTeX_OCR", tmp_path / "latex"
-    cli("import", f"{source}:default/train", out, *COLUMNS, "--limit", "20", "--eval-last", "4")
-    assert len(read(out, "train")) == 16
-    assert get_text(read(out, "eval")[0], 1) == "x ^ { 16 }"
-    cli("import", f"{source}:full", tmp_path / "full", *COLUMNS)
-    assert len(read(tmp_path / "full")) == 3
+    assert (
+        "split train, not validation" in cli("import", "modelscope:Some/set", full, *COLUMNS).text
+    )
+    cli("import", "modelscope:Some/set:full", tmp_path / "three", *COLUMNS)
+    assert len(read(tmp_path / "three")) == 3
 
 
 def test_tutorial_boxes_dataset(hub, tmp_path, cli):

@@ -95,6 +95,7 @@ def test_usage_error_exits_with_2(arguments, output, cli):
         (UserError("no", where="here"), 2),
         (TrainingInterrupted("stopped by SIGTERM; checkpoint of step 3 written"), 75),
         (KeyboardInterrupt(), 130),
+        (typer.Abort(), 130),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 0),
         (typer.Exit(3), 3),
         (ZeroDivisionError("internal"), None),

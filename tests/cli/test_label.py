@@ -130,6 +130,8 @@ def test_next_command_keeps_the_earlier_training_data(label, monkeypatch):
         ("a.jsonl", ["a.jsonl", "eval.jsonl"], (), f"check {REVIEWED}"),
         # The other files of the pattern would be missing.
         ("'[ab].jsonl'", ["a.jsonl"], (), f"check {REVIEWED}"),
+        # The labels are both training and validation samples.
+        ("a.jsonl", ["eval.jsonl"], ("--train-fraction", "0.5"), f"check {REVIEWED}"),
         (
             "a.jsonl",
             ["a.jsonl"],

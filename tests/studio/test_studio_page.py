@@ -49,7 +49,7 @@ from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 from finesight.studio.studio_jobs import JobStore
 from finesight.studio.studio_page import ServerAccess, StudioPage
-from finesight.studio.studio_view import STEPS, Selection, StudioView
+from finesight.studio.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
 from finesight.studio.workspace import UPLOAD_MARKER, Workspace
 
 WAIT_TIMEOUT_S = 60.0
@@ -405,6 +405,12 @@ def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query,
     message = click_button(page, button, query if "lang" in query else f"{query}&lang=en", *values)
     assert problem in message
     assert not re.search("finesight import|null", message)
+
+
+def test_names_of_fields_in_messages_are_labels_of_the_page(page):
+    blocks = page.blocks.blocks.values()
+    labels = [getattr(block, name, None) for block in blocks for name in ("label", "value")]
+    assert set(FIELD_NAMES.values()) <= {label for label in labels if isinstance(label, str)}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Datasets in archives, and imports by the command, for tests of where data come from."""
+"""Datasets in archives, for tests of the sources of an import."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import pytest
 from hub_fixtures import make_png
 
-from finesight.cli.app import run_command
 from finesight.data.sample import Sample
-
-
-def run_import(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    code = run_command(["import", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
 
 
 def get_text(sample: Sample, message: int) -> str:

@@ -142,10 +142,6 @@ class Browser:
         """Return elements without a label, and skipped heading levels."""
         return [str(found) for found in self.run(UNLABELED_SCRIPT)]
 
-    def save_screenshot(self, file: Path) -> None:
-        """Save a screenshot as PNG."""
-        file.write_bytes(self.driver.get_screenshot_as_png())
-
     def _send_command(self, command: str, parameters: dict[str, Any]) -> None:
         self.driver.execute_cdp_cmd(command, parameters)
 

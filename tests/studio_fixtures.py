@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ from urllib.parse import parse_qsl
 
 from fastapi.testclient import TestClient
 
+from finesight.storage import write_file
+from finesight.studio.studio_jobs import JOB_FILE, Job
 from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
 from finesight.studio.studio_view import StudioView
 from finesight.studio.workspace import Workspace
@@ -23,6 +26,33 @@ def open_client(folder: Path, password: str | None = None) -> Iterator[TestClien
         access = ServerAccess(password=password)
         app = make_studio_app(StudioView(Workspace(folder)), private_folder, access, True)
         yield TestClient(app, base_url="http://127.0.0.1", follow_redirects=False)
+
+
+def read_live(folder: Path, query: str) -> dict[str, str]:
+    """Return the URL and the shown HTML (`top`, `bottom`) of a step."""
+    with open_client(folder) as client:
+        return dict(client.get(f"/live?{query}").json())
+
+
+def write_job(
+    folder: Path, step: str, arguments: str, *, name: str = "1", log: str = "", **values: Any
+) -> Job:
+    """Write a job that ended with the exit code 2, if no other is given; with None, it runs."""
+    exit_code = values.pop("exit_code", 2)
+    values = {"target": "", "started_at": datetime.now(UTC)} | values
+    job_folder = folder / ".finesight/jobs" / name
+    job = Job(folder=job_folder, step=step, arguments=tuple(arguments.split()), **values)
+    write_file(job_folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
+    write_file(job_folder / "log.txt", log.encode())
+    if exit_code is not None:
+        write_file(job_folder / "exit_code", str(exit_code).encode())
+    return job
+
+
+def write_recipe(folder: Path, name: str, data: str) -> Path:
+    text = f"model: finesight-tiny\ndata: {{train: {data}}}\noutput_dir: runs/{name}\n"
+    (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{name}.yaml"
 
 
 def call_page(page: StudioPage, elem_id: str, query: dict[str, str], *values: object) -> Any:

@@ -1,4 +1,4 @@
-"""Tests of the command line: help, exit codes, error messages."""
+"""Tests of the command line: help, exit codes, error messages, threads."""
 
 from __future__ import annotations
 
@@ -12,176 +12,115 @@ import pytest
 import typer
 from case_files import load_cases
 
-from finesight.cli.app import app, data_app, run_command
+from finesight.cli import app as app_module
+from finesight.cli.app import (
+    LONG_SPIN_COUNT,
+    SHORT_SPIN_COUNT,
+    app,
+    configure_openmp_spin,
+    data_app,
+    run_command,
+)
 from finesight.errors import TrainingInterrupted, UserError
 
 CASES = load_cases("app")
-
-COMMANDS = (
-    ["init"],
-    ["quickstart"],
-    ["download"],
-    ["doctor"],
-    ["train"],
-    ["launch"],
-    ["eval"],
-    ["predict"],
-    ["merge"],
-    ["export"],
-    ["report"],
-    ["compare"],
-    ["convert"],
-    ["check"],
-    ["import"],
-    ["data", "export"],
-    ["data", "convert-boxes"],
-    ["plan"],
-    ["show"],
-)
-INTERACTIVE_COMMANDS = (["chat"], ["web"], ["serve"], ["studio"], ["label"])
+INTERACTIVE_COMMANDS = ("chat", "web", "serve", "studio", "label")
 """Commands that run until they are stopped and print no results."""
 
 HEAVY = ("torch", "numpy", "PIL", "transformers", "rich", "tokenizers", "fastapi", "gradio")
 
 
-def run_captured(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = run_command(arguments)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
-
-
-def test_all_commands_are_registered(capsys):
-    code, out, _ = run_captured("--help", capsys=capsys)
-    assert code == 0
-    registered = [*app.registered_commands, *data_app.registered_commands]
-    names = [command.name or command.callback.__name__ for command in registered]
-    known = (*COMMANDS, *INTERACTIVE_COMMANDS)
-    assert sorted(names) == sorted(command[-1] for command in known)
-    assert all(command[0] in out for command in known)
-
-
-@pytest.mark.parametrize("command", [[], ["data"], *COMMANDS, *INTERACTIVE_COMMANDS], ids=" ".join)
-def test_every_help_text_has_an_example(command, capsys):
-    code, out, _ = run_captured(*command, "--help", capsys=capsys)
-    assert code == 0
-    assert "Example: finesight" in out
-
-
-@pytest.mark.parametrize("command", [*COMMANDS, *INTERACTIVE_COMMANDS], ids=" ".join)
-def test_help_texts_have_plain_placeholders(command, capsys):
+def test_every_command_has_a_plain_help_text_with_an_example(cli):
     """Python types, and paths of pages that an installed package lacks, are not shown."""
-    _, out, _ = run_captured(*command, "--help", capsys=capsys)
-    assert not re.search(r"<(int|float|str|path|file|dir|list)|[{][A-Z]|\]\.\.\.\]|docs/", out)
+    overview = cli("--help").out
+    for words, group in ([], app), (["data"], data_app):
+        names = [one.name or one.callback.__name__ for one in group.registered_commands]
+        assert "Example: finesight" in cli(*words, "--help").out
+        for name in names:
+            text = cli(*words, name, "--help").out
+            assert "Example: finesight" in text, name
+            assert not re.search(r"<(int|float|str|path|file|dir|list)|[{][A-Z]|\]\.\.\.\]", text)
+            assert "docs/" not in text
+            assert "--json" in text or name in INTERACTIVE_COMMANDS, name
+            assert (words or [name])[0] in overview
+    assert "finesight train [OPTIONS] RECIPE [KEY=VALUE]..." in cli("train", "--help").out
+    assert "finesight compare [OPTIONS] RUN..." in cli("compare", "--help").out
 
 
-def test_usage_shows_required_and_repeated_arguments(capsys):
-    _, out, _ = run_captured("train", "--help", capsys=capsys)
-    assert "finesight train [OPTIONS] RECIPE [KEY=VALUE]..." in out
-    _, out, _ = run_captured("compare", "--help", capsys=capsys)
-    assert "finesight compare [OPTIONS] RUN..." in out
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_result_commands_support_json(command, capsys):
-    assert "--json" in run_captured(*command, "--help", capsys=capsys)[1]
-
-
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["--version"]], ids=" ".join)
-def test_help_does_not_import_heavy_packages(command):
+def test_help_does_not_import_heavy_packages():
     code = (
         "import sys\n"
         "from finesight.cli.app import run_command\n"
-        f"code = run_command({command!r})\n"
+        "codes = [run_command(one) for one in (['--help'], ['train', '--help'], ['--version'])]\n"
         f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
-        "sys.exit(f'imported {loaded}' if code or loaded else 0)\n"
+        "sys.exit(f'imported {loaded}' if any(codes) or loaded else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("finesight ")
 
 
-def test_python_module_is_the_command():
-    command = [sys.executable, "-m", "finesight", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("finesight ")
-
-
-def test_user_error_exits_with_2_and_message(tmp_path, capsys):
+def test_user_error_exits_with_2_and_message(tmp_path, cli):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\ndata: {train: a.jsonl}\noutput_dir: r\ntrain: {batchsize: 8}\n")
-    code, out, err = run_captured("train", str(recipe), capsys=capsys)
-    assert (code, out) == (2, "")
-    assert err == (
-        f"error: {recipe}:4: train.batchsize: unknown setting, given 8\n"
-        "  expected: one of epochs, steps, batch_size, pack_tokens, optimizer, learning_rate,"
-        " lr_schedule, warmup, weight_decay, betas, max_grad_norm, activation_checkpointing,"
-        " precision, device, seed, data_seed, num_workers, vision_cache, parallel, save_every,"
-        " keep_checkpoints\n"
-        "  remedy: did you mean train.batch_size?\n"
+    printed = cli("train", recipe, code=2)
+    problem, expected, remedy = printed.err.splitlines()
+    assert (printed.out, problem) == (
+        "",
+        f"error: {recipe}:4: train.batchsize: unknown setting, given 8",
     )
+    assert expected.startswith("  expected: one of epochs, steps, batch_size, ")
+    assert remedy == "  remedy: did you mean train.batch_size?"
 
 
 @pytest.mark.parametrize(
     ("options", "option", "remedy"), CASES["test_option_of_another_trainer_is_replaced"]
 )
-def test_option_of_another_trainer_is_replaced(options, option, remedy, capsys):
-    code, _, err = run_captured("train", "recipe.yaml", *options, capsys=capsys)
-    assert code == 2
-    assert f"no such option: {option}\n" in err
-    assert "as KEY=VALUE, without --" in err
-    assert f"remedy: {remedy}" in err
+def test_option_of_another_trainer_is_replaced(options, option, remedy, cli):
+    error = cli("train", "recipe.yaml", *options, code=2).err
+    assert f"no such option: {option}\n" in error
+    assert "as KEY=VALUE, without --" in error
+    assert f"remedy: {remedy}" in error
 
 
 @pytest.mark.parametrize(("arguments", "output"), CASES["test_usage_error_exits_with_2"])
-def test_usage_error_exits_with_2(arguments, output, capsys):
-    code, _, err = run_captured(*arguments, capsys=capsys)
-    assert code == 2
-    assert output in err
-    assert "Traceback" not in err
-
-
-def make_test_app(error: BaseException) -> typer.Typer:
-    """Make an app with two commands; a single command would not need its name. `fail` raises the
-    error."""
-    commands = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
-
-    @commands.command()
-    def fail() -> None:
-        raise error
-
-    @commands.command()
-    def idle() -> None:
-        pass
-
-    return commands
+def test_usage_error_exits_with_2(arguments, output, cli):
+    assert output in cli(*arguments, code=2).err
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
+        (None, 0),
         (UserError("no", where="here"), 2),
         (TrainingInterrupted("stopped by SIGTERM; checkpoint of step 3 written"), 75),
         (KeyboardInterrupt(), 130),
+        (typer.Abort(), 130),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 0),
         (typer.Exit(3), 3),
+        (ZeroDivisionError("internal"), None),
     ],
-    ids=["user", "interrupted", "ctrl-c", "pipe", "exit"],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_exit_codes(error, code, capsys):
-    assert run_command(["fail"], make_test_app(error)) == code
+    """An internal error keeps its traceback."""
+    commands = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @commands.command()
+    def fail() -> None:
+        if error is not None:
+            raise error
+
+    commands.command("other")(lambda: None)  # a single command would not need its name
+    if code is None:
+        with pytest.raises(ZeroDivisionError, match="internal"):
+            run_command(["fail"], commands)
+        return
+    assert run_command(["fail"], commands) == code
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     if isinstance(error, TrainingInterrupted):
         assert "step 3" in printed
-
-
-def test_successful_command_exits_with_0():
-    assert run_command(["idle"], make_test_app(ValueError("never raised"))) == 0
-
-
-def test_internal_error_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError, match="ours"):
-        run_command(["fail"], make_test_app(ZeroDivisionError("ours")))
 
 
 def test_broken_pipe_is_no_error():
@@ -214,3 +153,30 @@ def test_shell_completion(words, found):
     command = [sys.executable, "-m", "finesight"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | surroundings)
     assert done.stdout.split() == found
+
+
+@pytest.mark.parametrize(
+    ("loadavg", "cores", "variables", "expected"),
+    [
+        ("1.90 1.20 0.80 1/345 6789\n", 2, {}, LONG_SPIN_COUNT),
+        ("0.00 0.00 0.00 2/345 6789\n", 2, {}, SHORT_SPIN_COUNT),
+        ("0.00 0.00 0.00 2/345 6789\n", 16, {}, LONG_SPIN_COUNT),
+        ("0.00 0.00 0.00 9/345 6789\n", 16, {}, SHORT_SPIN_COUNT),
+        ("", 2, {}, SHORT_SPIN_COUNT),
+        (None, 2, {}, SHORT_SPIN_COUNT),
+        ("0.00 0.00 0.00 1/345 6789\n", 2, {"GOMP_SPINCOUNT": "7"}, 7),
+        ("0.00 0.00 0.00 1/345 6789\n", 2, {"WORLD_SIZE": "2"}, SHORT_SPIN_COUNT),
+        ("0.00 0.00 0.00 1/345 6789\n", 2, {"WORLD_SIZE": "two"}, SHORT_SPIN_COUNT),
+    ],
+)
+def test_openmp_threads_spin_long_only_on_idle_cores(
+    loadavg, cores, variables, expected, tmp_path, monkeypatch
+):
+    """Only currently running threads count, not the load average."""
+    if loadavg is not None:
+        (tmp_path / "loadavg").write_text(loadavg)
+    monkeypatch.setattr(app_module, "LOADAVG_PATH", tmp_path / "loadavg")
+    monkeypatch.setattr(app_module, "num_allowed_cpus", lambda: cores)
+    monkeypatch.setattr(os, "environ", variables)
+    configure_openmp_spin()
+    assert os.environ["GOMP_SPINCOUNT"] == str(expected)

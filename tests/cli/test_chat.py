@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ def image_question(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]
     return write_shape_image(tmp_path_factory.mktemp("images with blanks"), 0)
 
 
-def run_chat(*lines: str, options: tuple[str, ...] = ()) -> list[str]:
+def run_chat(
+    *lines: str, model: object = "finesight-tiny", options: Iterable[str] = ()
+) -> list[str]:
     """Return the printed lines; an error message is the last line."""
     typed = "".join(f"{line}\n" for line in lines)
-    command = ["chat", "finesight-tiny", "--device", "cpu", "--precision", "fp32", *options]
+    command = ["chat", str(model), "--device", "cpu", "--precision", "fp32", *options]
     result = CliRunner().invoke(app, command, input=typed)
     if isinstance(result.exception, UserError):
         return [*result.stdout.splitlines(), str(result.exception)]
@@ -47,81 +50,65 @@ def run_chat(*lines: str, options: tuple[str, ...] = ()) -> list[str]:
 def test_session_with_images_is_drawn_saved_and_undone(image_question, tmp_path):
     path, question = image_question
     drawn, saved = tmp_path / "drawn.png", tmp_path / "chat.jsonl"
-    lines = run_chat(
-        f"/image {path}",
-        question,
-        f"/box {drawn}",
-        "Why?",
-        "/undo",
-        f"/save {saved}",
-        "/again",
-        "/new",
-        "/undo",
-        "/help",
-        "/quit",
-        "never asked",
-    )
-    height_first = load_image(path).size
-    assert lines[0] == (
-        f"{path}: {height_first[0]} x {height_first[1]}, attached to the next question"
-    )
+    commands = [f"/box {drawn}", "Why?", "/undo", f"/save {saved}", "/again", "/new", "/undo"]
+    lines = run_chat(f"/image {path}", question, *commands, "/help", "/quit", "never asked")
+    width, height = load_image(path).size
+    assert lines[0] == f"{path}: {width} x {height}, attached to the next question"
     assert lines[2].startswith("  box "), lines[:4]
     assert lines[2].endswith("hollow gray hexagon")
     assert load_image(drawn).tobytes() != load_image(path).tobytes()
     assert "removed: Why?" in lines
     assert lines.count(lines[1]) == 2, "at temperature 0 the same question has the same answer"
     assert "nothing to undo" in lines
-    assert lines[-1].startswith("/quit")
     printed = [line for line in lines if line.partition(" ")[0] in COMMAND_HELP]
-    columns = {
-        line.index(text) for line, (_, text) in zip(printed, COMMAND_HELP.values(), strict=True)
-    }
-    assert len(columns) == 1, "the descriptions start in one column"
+    assert len(printed) == len(COMMAND_HELP)
+    assert lines[-1].startswith("/quit")
     [sample] = read_samples(saved)
-    assert [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)] == [
-        str(path)
-    ]
-    assert len(sample.messages) == 2
+    images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
+    assert (images, len(sample.messages)) == ([str(path)], 2)
 
 
 def test_several_images_in_one_question(image_question, tmp_path):
-    other, _ = write_shape_image(tmp_path, 10)
+    first, (other, _) = image_question[0], write_shape_image(tmp_path, 10)
     saved = tmp_path / "chat.jsonl"
-    lines = run_chat(
-        f"/image '{image_question[0]}' {other}", f"/image {other}", "Same?", f"/save {saved}"
-    )
-    assert [line.partition(":")[0] for line in lines[:3]] == [
-        str(image_question[0]),
-        *[str(other)] * 2,
-    ]
+    lines = run_chat(f"/image '{first}' {other}", f"/image {other}", "Same?", f"/save {saved}")
+    assert [line.partition(":")[0] for line in lines[:3]] == [str(first), str(other), str(other)]
     [sample] = read_samples(saved)
     assert sum(isinstance(part, ImagePart) for part in sample.messages[0].content) == 3
 
 
 @pytest.mark.parametrize(("line", "output"), CASES["test_script_ends_at_first_error"])
-def test_script_ends_at_first_error(line: str, output: str, monkeypatch, tmp_path):
+def test_script_ends_at_first_error(line, output, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert output in run_chat(line)[-1]
+    assert output in run_chat(line, "never asked")[-1]
+
+
+def run_terminal(
+    patch: pytest.MonkeyPatch, lines: Iterable[str], has_images: bool | None, is_interactive: bool
+) -> tuple[list[Any], list[str]]:
+    """Type lines into a terminal, and return the turns and the prompts of the terminal."""
+    manifest = Manifest.model_construct(has_images=has_images, prompts=("What is it?", "Why?"))
+    session = ChatSession(ScriptedService(manifest=manifest))  # type: ignore[arg-type]
+    prompts: list[str] = []
+    typed = iter(lines)
+
+    def read_line(prompt: str) -> str:
+        prompts.append(prompt)
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    patch.setattr("builtins.input", read_line)
+    ChatTerminal(session, GenerationOptions(), is_interactive).run()
+    return [(turn.text, turn.image_paths) for turn in session.turns], prompts
 
 
 @pytest.mark.parametrize("has_images", [True, False, None])
 @pytest.mark.parametrize("is_interactive", [True, False])
 def test_image_is_asked_for(image_question, monkeypatch, capsys, has_images, is_interactive):
-    manifest = Manifest.model_construct(has_images=has_images, prompts=("What is it?", "Why?"))
-    session = ChatSession(ScriptedService(manifest=manifest))  # type: ignore[arg-type]
-    prompts: list[str] = []
-    lines = iter(["What is it?", "missing.png", f"'{image_question[0]}'"])
-
-    def read_line(prompt: str) -> str:
-        prompts.append(prompt)
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", read_line)
-    ChatTerminal(session, GenerationOptions(), is_interactive).run()
-    sent = [(turn.text, turn.image_paths) for turn in session.turns]
+    lines = ["What is it?", "missing.png", f"'{image_question[0]}'"]
+    sent, prompts = run_terminal(monkeypatch, lines, has_images, is_interactive)
     printed = capsys.readouterr()
     assert ("Training prompt: What is it?\n" in printed.out) == is_interactive
     if is_interactive and has_images:
@@ -130,11 +117,7 @@ def test_image_is_asked_for(image_question, monkeypatch, capsys, has_images, is_
         assert "Attach an image with /image PATH." in printed.out
         assert "missing.png" in printed.err
     else:
-        assert [text for text, _ in sent] == [
-            "What is it?",
-            "missing.png",
-            f"'{image_question[0]}'",
-        ]
+        assert [text for text, _ in sent] == lines
         assert "ttach" not in printed.out
 
 
@@ -142,15 +125,10 @@ def test_commands_at_the_image_question(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     path, _ = write_shape_image(tmp_path / "images", 0)
-    session = ChatSession(  # type: ignore[arg-type]
-        ScriptedService(manifest=Manifest.model_construct(has_images=True, prompts=()))
-    )
-    lines = iter(["What is it?", "/help", "/undo", "/imagesX", f"/image {path}", "/quit"])
-    asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda prompt: [asked.append(prompt), next(lines)][1])
-    ChatTerminal(session, GenerationOptions(), is_interactive=True).run()
-    assert [turn.image_paths for turn in session.turns] == [(path,)]
-    assert asked.count("image, or Enter for none: ") == 4
+    lines = ["What is it?", "/help", "/undo", "/imagesX", f"/image {path}", "/quit"]
+    sent, prompts = run_terminal(monkeypatch, lines, has_images=True, is_interactive=True)
+    assert sent == [("What is it?", (path,))]
+    assert prompts.count("image, or Enter for none: ") == 4
     printed = capsys.readouterr()
     assert "print this list" in printed.out
     assert "nothing to undo" in printed.out
@@ -159,12 +137,11 @@ def test_commands_at_the_image_question(tmp_path, monkeypatch, capsys):
 
 def test_truncated_reply_depends_on_seed(image_question):
     options = ("--max-new-tokens", "3", "--temperature", "8", "--seed", "4")
-    lines = run_chat(f"/image {image_question[0]}", image_question[1], "/again", options=options)
+    attach = f"/image {image_question[0]}"
+    lines = run_chat(attach, image_question[1], "/again", options=options)
     assert lines[1].endswith("[truncated after 3 tokens]")
     assert lines[1] != lines[2]
-    assert (
-        run_chat(f"/image {image_question[0]}", image_question[1], options=options)[1] == lines[1]
-    )
+    assert run_chat(attach, image_question[1], options=options)[1] == lines[1]
 
 
 def test_chat_allocates_one_sequence(monkeypatch):
@@ -182,10 +159,8 @@ def test_chat_allocates_one_sequence(monkeypatch):
 
 
 def test_ctrl_c_cancels_reply_but_not_session():
-    command = [
-        *(sys.executable, "-m", "finesight", "chat", "finesight-tiny", "--device", "cpu"),
-        *("--max-new-tokens", "900", "--temperature", "90", "--seed", "1"),
-    ]
+    command = [sys.executable, "-m", "finesight", "chat", "finesight-tiny", "--device", "cpu"]
+    command += ["--max-new-tokens", "900", "--temperature", "90", "--seed", "1"]
     pipe = subprocess.PIPE
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as chat:
@@ -200,11 +175,7 @@ def test_ctrl_c_cancels_reply_but_not_session():
     assert lines[-1] == "removed: Tell me everything."
 
 
-@pytest.mark.parametrize(
-    ("options", "has_reasoning"), [((), True), (("--no-thinking",), False)], ids=["run", "option"]
-)
-def test_reasoning_is_printed_before_the_answer(thinking_run, options, has_reasoning):
-    command = ["chat", str(thinking_run), "--device", "cpu", "--precision", "fp32", *options]
-    result = CliRunner().invoke(app, command, input="Which colour?\n")
-    assert result.exit_code == 0, result.output
-    assert result.stdout == (f"{THOUGHT}\n\n" if has_reasoning else "") + f"{ANSWER}\n"
+def test_reasoning_is_printed_before_the_answer(thinking_run):
+    lines = run_chat("Which colour?", model=thinking_run)
+    assert "\n".join(lines) == f"{THOUGHT}\n\n{ANSWER}"
+    assert run_chat("Which colour?", model=thinking_run, options=["--no-thinking"]) == [ANSWER]

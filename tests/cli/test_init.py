@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE
@@ -19,19 +19,52 @@ from typing import Any
 
 import pytest
 import yaml
+from each_value import each
+from image_fixtures import write_jsonl
 from label_fixtures import ask_server, draw_dots
 from PIL import Image
 from typer.testing import CliRunner
 
 from finesight import model_folder
 from finesight.cli import init
-from finesight.cli.app import run_command
+from finesight.cli.app import app
 from finesight.data import import_source
+from finesight.data.sample import read_samples
 from finesight.errors import UserError, suggest_similar_path
 from finesight.model_folder import TINY_MODEL
 from finesight.plan import run_plan
 
 COLORS = ("red", "green", "blue", "white")
+JSON_HEADERS = {"content-type": "application/json"}
+YES = ("--yes", "--out", "out")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise UserError("no connection")
+
+    monkeypatch.setattr(run_plan, "plan_run", fail)
+    monkeypatch.setattr(model_folder, "locate_model", lambda name: None)
+
+
+@pytest.fixture
+def run_init(cli: Any) -> Callable[..., dict[str, Any]]:
+    return lambda *words: dict(cli("init", *words, "--json").json)
+
+
+def answer_questions(monkeypatch: pytest.MonkeyPatch, *answers: str) -> str:
+    """Run init with these answers in a terminal, and return its output."""
+    monkeypatch.setattr(init, "is_interactive", lambda: True)
+    result = CliRunner().invoke(app, ["init"], input="\n".join(answers) + "\n")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("]: ") == len(answers)
+    return result.output
 
 
 def write_image(path: Path, i: int) -> None:
@@ -39,85 +72,66 @@ def write_image(path: Path, i: int) -> None:
     Image.new("RGB", (56, 28 + i), COLORS[i % 4]).save(path)
 
 
-def write_table(folder: Path, num_rows: int, **columns: Any) -> Path:
-    """Write images and a CSV table; each column is a function of the row number."""
+def write_table(folder: str, num_rows: int, **columns: str | list[str]) -> Path:
+    """Write images and a CSV table.
+
+    Args:
+        columns: Cells by column: a text with the row number as {i}, or a list of texts that is
+            repeated.
+    """
     rows = []
     for i in range(num_rows):
-        write_image(folder / "images" / f"{i}.png", i)
-        rows.append({"file": f"images/{i}.png"} | {name: cell(i) for name, cell in columns.items()})
-    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        write_image(Path(folder, "images", f"{i}.png"), i)
+        cells = {
+            name: (cell if isinstance(cell, str) else cell[i % len(cell)]).replace("{i}", f"{i}")
+            for name, cell in columns.items()
+        }
+        rows.append({"file": f"images/{i}.png"} | cells)
+    with Path(folder, "labels.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    return folder
+    return Path(folder, "labels.csv")
 
 
-def run_init(*words: str | Path) -> dict[str, Any]:
-    result = CliRunner().invoke(init_app(), [*map(str, words), "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
-
-
-def init_app() -> Any:
-    import typer
-
-    app = typer.Typer()
-    app.command()(init.init)
-    return app
-
-
-def test_folder_of_images_becomes_a_trained_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    captions = {"caption": lambda i: f"a plain {COLORS[i % 4]} square number {i}"}
-    write_table(Path("photos"), 24, **captions, url=lambda i: i)
-    assert run_command(["init", "photos", "--yes"]) == 0
-    printed = capsys.readouterr().out
-    assert "task    captions (cider_d)\nexample <image> Describe the image. -> a plain " in printed
-    assert "image: file" in printed
-    assert "answer: caption\n        unused column: url\n" in printed
-    assert "24 rows\n        comma-separated, UTF-8\n" in printed
-    assert (
-        "check   24 images, 24 unique; no issues found\nrun     100 steps of 8 samples: " in printed
-    )
-    assert "FLOPs" not in printed
+def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
+    captions = [f"a plain {color} square number {{i}}" for color in COLORS]
+    write_table("photos", 24, caption=captions, url="{i}")
+    printed = cli("init", "photos", "--yes").out
+    for words in (
+        "task    captions (cider_d)\nexample <image> Describe the image. -> a plain ",
+        "image: file",
+        "answer: caption\n        unused column: url\n",
+        "24 rows\n        comma-separated, UTF-8\n",
+        "check   24 images, 24 unique; no issues found\nrun     100 steps of 8 samples: ",
+    ):
+        assert words in printed
     assert len(printed.splitlines()) < 20
-    assert printed.endswith(
-        "next:\n  finesight train photos-finetune/recipe.yaml\n"
-        "  finesight chat photos-finetune/run\n"
-    )
+    commands = ("train photos-finetune/recipe.yaml", "chat photos-finetune/run")
+    assert printed.endswith("next:\n" + "".join(f"  finesight {one}\n" for one in commands))
     content = Path("photos-finetune/recipe.yaml").read_text()
     assert content.count("#") >= 5
     recipe = yaml.safe_load(content)
-    assert recipe["model"] == TINY_MODEL
-    assert recipe["eval"]["metric"] == "captions"
-    assert recipe["train"]["steps"] == 100
+    assert (recipe["model"], recipe["eval"]["metric"]) == (TINY_MODEL, "captions")
     assert "steps: 100  # 42.1 epochs; at least 100 steps\n" in content
     short = ["train.steps=2", "eval.limit=2", "eval.max_new_tokens=4"]
-    assert run_command(["train", "photos-finetune/recipe.yaml", *short]) == 0
+    printed = cli("train", "photos-finetune/recipe.yaml", *short)
     # The complete command, with an image and the prompt of the training.
-    command = capsys.readouterr().err.partition("Try it:  finesight ")[2].splitlines()[0]
-    image = shlex.split(command)[2]
+    command = shlex.split(printed.err.partition("Try it:  finesight ")[2].splitlines()[0])
+    image = command[2]
     assert re.fullmatch(r"photos/images/\d+\.png", image)
-    assert shlex.split(command)[3:] == ["--prompt", "Describe the image."]
-    assert run_command(shlex.split(command)) == 0
-    assert run_command(["predict", "photos-finetune", image, "--prompt", "x"]) == 2
-    assert "did you mean photos-finetune/run?" in capsys.readouterr().err
-    monkeypatch.chdir("photos-finetune")
-    assert run_command(["train", "recipe.yaml", "train.epochs=1"]) == 2
-    printed = capsys.readouterr().err
-    assert "train.epochs replaces train.steps: 100 of the recipe" in printed
-    assert "run the command in the parent folder (cd ..)" in printed
-    monkeypatch.chdir(tmp_path)
-    question = ["photos/images/0.png", "--prompt", "Describe the image."]
-    assert run_command(["predict", "photos-finetune/run", *question]) == 0
-    assert "photos/images/0.png: " in capsys.readouterr().out
+    assert command[3:] == ["--prompt", "Describe the image."]
+    assert f"{image}: " in cli(*command).out
+    error = cli("predict", "photos-finetune", image, "--prompt", "x", code=2).err
+    assert "did you mean photos-finetune/run?" in error
+    with monkeypatch.context() as patch:
+        patch.chdir("photos-finetune")
+        error = cli("train", "recipe.yaml", "train.epochs=1", code=2).err
+    assert "train.epochs replaces train.steps: 100 of the recipe" in error
+    assert "run the command in the parent folder (cd ..)" in error
     files = {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")}
-    assert run_command(["init", "photos", "--yes"]) == 2
-    assert "photos-finetune: exists already and is never overwritten" in capsys.readouterr().err
+    error = cli("init", "photos", "--yes", code=2).err
+    assert "photos-finetune: exists already and is never overwritten" in error
     assert {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")} == files
 
 
@@ -133,17 +147,19 @@ def run_server(command: str) -> Iterator[tuple[str, list[str]]]:
         assert process.returncode == 0
 
 
-def test_unlabeled_images_become_a_served_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def read_json(address: str, body: object = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(address, data, JSON_HEADERS)) as answer:
+        return json.load(answer)
+
+
+def test_unlabeled_images_become_a_served_model(cli):
     colors = draw_dots(Path("photos"), 200)
-    assert run_command(["init", "photos", "--yes", "--prompt", "Which color?"]) == 0
-    label, train, serve = capsys.readouterr().out.partition("next:\n")[2].split("\n", 2)
-    assert run_command(shlex.split(train)[1:]) == 2
+    printed = cli("init", "photos", "--yes", "--prompt", "Which color?").out
+    label, train, serve = printed.partition("next:\n")[2].split("\n", 2)
     command = "finesight label MODEL IMAGES --out photos-finetune/data"
     remedy = f'label images first: {command} --prompt "..." --train-fraction 0.8'
-    assert remedy in capsys.readouterr().err
+    assert remedy in cli(*shlex.split(train)[1:], code=2).err
     # Without --train-fraction, all labels are training samples.
     labels = Path("photos-finetune/data/labels.jsonl")
     labels.parent.mkdir()
@@ -154,117 +170,64 @@ def test_unlabeled_images_become_a_served_model(
     labels.unlink()
     with run_server(label) as (address, errors):
         for index in range(30):
-            with urllib.request.urlopen(f"{address}/items/{index}") as answer:
-                sample_id = json.load(answer)["id"]
+            sample_id = read_json(f"{address}/items/{index}")["id"]
             decision = {"id": sample_id, "action": "save", "text": colors[Path(sample_id).name]}
-            headers = {"content-type": "application/json"}
-            body = json.dumps(decision).encode()
-            with urllib.request.urlopen(
-                urllib.request.Request(f"{address}/decision", body, headers)
-            ) as answer:
-                assert json.load(answer)["item"]["decision"] == "written"
+            answer = read_json(f"{address}/decision", decision)
+            assert answer["item"]["decision"] == "written"
     assert errors[-1] == f"next: {train.strip()}"
-    assert run_command([*shlex.split(train)[1:], "train.steps=30"]) == 0
-    assert f"next: {serve.strip()}\n" in capsys.readouterr().err
-    labels = Path("photos-finetune/data/labels.jsonl").read_text().splitlines()
-    image = Path("photos", Path(json.loads(labels[0])["id"]).name)
+    printed = cli(*shlex.split(train)[1:], "train.steps=30")
+    assert f"next: {serve.strip()}\n" in printed.err
+    image = Path("photos", Path(read_samples(labels)[0].id).name)
     with run_server(serve) as (address, _):
         assert ask_server(f"{address}/", image) == colors[image.name]
 
 
-@pytest.fixture
-def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
-        raise UserError("no connection")
+def ask_classes(*names: str) -> str:
+    classes = ", ".join(names)
+    return f"Which of these classes does the image show: {classes}? Answer with the class only."
 
-    monkeypatch.setattr(run_plan, "plan_run", fail)
-    monkeypatch.setattr(model_folder, "locate_model", lambda name: None)
+
+STATES = ("the invoice is still open", "the invoice is still paid", "the invoice is still sent")
+ORDERS = ("invoice open", "invoice paid", "order open", "order paid")
+DOORS = [f"a {COLORS[n % 4]} car with {n % 3 + n // 8} doors" for n in range(24)]
+HALVES = [f"{30 + n // 2}" for n in range(24)]
+LONG = "because of {i} " + "a b " * 3
+DESCRIBE = "Describe the image."
 
 
 @pytest.mark.usefixtures("no_plan")
-@pytest.mark.parametrize(
+@each(
     ("columns", "metric", "prompt"),
     [
-        ({"caption": lambda i: f"a photo of house {i} here"}, "captions", "Describe the image."),
-        ({"latex": lambda i: rf"\frac{{{i}}}{{2}}"}, "latex", "Write the formula as LaTeX."),
-        ({"plate": lambda i: f"AB {i}"}, "ocr", "Read the text."),
-        ({"reading": lambda i: f"{i // 2 + 30}"}, "ocr", "Read the text."),
+        ({"caption": "a photo of house {i} here"}, "captions", DESCRIBE),
+        ({"latex": r"\frac{{i}}{2}"}, "latex", "Write the formula as LaTeX."),
+        ({"plate": "AB {i}"}, "ocr", "Read the text."),
+        ({"reading": HALVES}, "ocr", "Read the text."),
+        ({"question": ["Read the line.", "Transcribe."], "answer": "line {i}"}, "ocr", None),
+        ({"question": ["Describe.", "Caption:"], "answer": "a dog on grass {i}"}, "captions", None),
+        ({"label": ["cat", "dog"]}, "classification", ask_classes("cat", "dog")),
         (
-            {
-                "question": lambda i: ("Read the line.", "Transcribe.")[i % 2],
-                "answer": lambda i: f"line {i}",
-            },
-            "ocr",
-            None,
-        ),
-        (
-            {
-                "question": lambda i: ("Describe.", "Caption:")[i % 2],
-                "answer": lambda i: f"a dog on grass {i}",
-            },
-            "captions",
-            None,
-        ),
-        (
-            {"label": lambda i: ("cat", "dog")[i % 2]},
-            "classification",
-            "Which of these classes does the image show: cat, dog? Answer with the class only.",
-        ),
-        (
-            {"shop": lambda i: f"s{i}", "invoice_id": lambda i: i, "id": lambda i: i},
+            {"shop": "s{i}", "invoice_id": "{i}", "id": "{i}"},
             "json",
             "Return shop, invoice_id as JSON.",
         ),
-        ({"question": lambda i: f"How many {i}?", "answer": lambda i: i}, "qa", None),
-        ({"question": lambda i: f"Is it {i % 3}?", "answer": lambda i: f"{i} of 9"}, "qa", None),
-        ({"question": lambda i: f"is it {i % 3}", "answer": lambda i: f"{i} of 9"}, "qa", None),
-        (
-            {"question": lambda i: f"Is it {i}?", "answer": lambda i: ("yes", "no", "2")[i % 3]},
-            "classification",
-            None,
-        ),
-        (
-            {
-                "question": lambda i: f"Why {i}?",
-                "answer": lambda i: f"because of {i} " + "a b " * 3,
-            },
-            "captions",
-            None,
-        ),
-        (
-            {"status": lambda i: f"{('invoice', 'order')[i % 2]} {('paid', 'open')[i % 3 // 2]}"},
-            "classification",
-            "Which of these classes does the image show: invoice open, invoice paid, order open, "
-            "order paid? Answer with the class only.",
-        ),
-        (
-            {"status": lambda i: f"the invoice is still {('paid', 'open', 'sent')[i % 3]}"},
-            "classification",
-            "Which of these classes does the image show: the invoice is still open, the invoice is "
-            "still paid, the invoice is still sent? Answer with the class only.",
-        ),
-        (
-            {"caption": lambda i: f"a {COLORS[i % 4]} car with {i % 3 + i // 8} doors"},
-            "captions",
-            "Describe the image.",
-        ),
-        (
-            {"bbox": lambda i: "[1, 2, 20, 20]", "label": lambda i: f"thing {i}"},
-            "grounding",
-            "Locate the object.",
-        ),
+        ({"question": "How many {i}?", "answer": "{i}"}, "qa", None),
+        ({"question": ["Is it 0?", "Is it 1?", "Is it 2?"], "answer": "{i} of 9"}, "qa", None),
+        ({"question": ["is it 0", "is it 1", "is it 2"], "answer": "{i} of 9"}, "qa", None),
+        ({"question": "Is it {i}?", "answer": ["yes", "no", "2"]}, "classification", None),
+        ({"question": "Why {i}?", "answer": LONG}, "captions", None),
+        ({"status": [*ORDERS]}, "classification", ask_classes(*ORDERS)),
+        ({"status": [*STATES]}, "classification", ask_classes(*STATES)),
+        ({"caption": DOORS}, "captions", DESCRIBE),
+        ({"bbox": "[1, 2, 20, 20]", "label": "thing {i}"}, "grounding", "Locate the object."),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_task_of_a_table_is_detected(
-    tmp_path: Path, columns: dict[str, Any], metric: str, prompt: str | None
-) -> None:
-    found = run_init(write_table(tmp_path, 24, **columns), "--out", tmp_path / "out")
+def test_task_of_a_table_is_detected(tmp_path, columns, metric, prompt, run_init):
+    found = run_init(write_table(f"{tmp_path}", 24, **columns), "--out", tmp_path / "out")
     assert (found["metric"], found["prompt"]) == (metric, prompt)
     assert found["columns"]["image"] == "file"
     assert sum(found["samples"].values()) == 24
-    assert found["samples"]["eval"] == 5
-    assert found["fits"] is None
+    assert (found["samples"]["eval"], found["fits"]) == (5, None)
 
 
 @pytest.mark.usefixtures("no_plan")
@@ -282,190 +245,156 @@ def test_task_of_a_table_is_detected(
         ("q", "a", ""),
     ],
 )
-def test_question_and_answer_are_known_by_name(
-    tmp_path: Path, question: str, answer: str, other: str
-) -> None:
+def test_question_and_answer_are_known_by_name(question, answer, other, run_init):
     names = filter(None, [answer, other, *question.split(",")])
-    columns = {name: (lambda i, name=name: f"{name} {i}") for name in names}
-    found = run_init(write_table(tmp_path, 20, **columns), "--out", tmp_path / "out")
+    table = write_table("data", 20, **{name: f"{name} {{i}}" for name in names})
+    found = run_init(table.parent, "--out", "out")
     assert found["columns"] == {"image": "file", "question": question, "answer": answer}
     assert found["prompt"] is None
-    sample = json.loads((tmp_path / "out" / "data" / "eval.jsonl").read_text().splitlines()[0])
-    asked, answered = (message["content"][-1]["text"] for message in sample["messages"])
+    sample = read_samples(Path("out/data/eval.jsonl"))[0]
+    asked, answered = (message.content[-1].text for message in sample.messages)
     assert [line.split()[0] for line in asked.split("\n")] == question.split(",")
     assert answered.split()[0] == answer
 
 
+MESSAGES = [{"role": "user", "content": "q {}"}, {"role": "assistant", "content": "a {}"}]
+
+
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(
-    ("image", "remedy"),
+    ("row", "remedy", "fixed"),
     [
-        ({"messages": None, "image_path": "{}.png"}, "rename the key image_path to images"),
-        ({"messages": None, "media": {"files": ["{}.png"]}}, "move media.files to the key images"),
+        (
+            {"messages": MESSAGES, "image_path": "{}.png"},
+            "rename the key image_path to images",
+            {"messages": MESSAGES, "images": "{}.png"},
+        ),
+        (
+            {"messages": MESSAGES, "media": {"files": ["{}.png"]}},
+            "move media.files to the key images",
+            {"messages": MESSAGES, "images": ["{}.png"]},
+        ),
         (
             {"query": "q {}", "response": "a {}", "pic": {"path": "{}.png"}},
             "give --map image=pic --map answer=response --map question=query",
+            None,
         ),
     ],
 )
-def test_unrecognized_images_are_no_text_task(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], image: dict[str, Any], remedy: str
-) -> None:
-    turns = [{"role": "user", "content": "q {}"}, {"role": "assistant", "content": "a {}"}]
-    row = json.dumps({key: value or turns for key, value in image.items()})
-    rows = []
+def test_unrecognized_images_are_no_text_task(row, remedy, fixed, cli):
+    def write(row: dict[str, Any]) -> None:
+        rows = [json.dumps(row).replace("{}", str(i)) for i in range(12)]
+        Path("rows.jsonl").write_text("\n".join(rows))
+
     for i in range(12):
-        write_image(tmp_path / f"{i}.png", i)
-        rows.append(row.replace("{}", str(i)))
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    words = ["init", str(tmp_path / "rows.jsonl"), "--yes", "--out", f"{tmp_path}/out"]
-    assert run_command(words) == 2
-    assert remedy in capsys.readouterr().err
-    if remedy.startswith("give"):
-        assert run_command([*words, *remedy.split()[1:]]) == 0
-    else:
-        file = tmp_path / "rows.jsonl"
-        content = (
-            file.read_text().replace('"media": {"files": ', '"images": ').replace('"]}}', '"]}')
-        )
-        file.write_text(content.replace('"image_path"', '"images"'))
-        assert run_command(words) == 0
-    assert "<image> q 0" in capsys.readouterr().out
+        write_image(Path(f"{i}.png"), i)
+    write(row)
+    assert remedy in cli("init", "rows.jsonl", *YES, code=2).err
+    write(fixed or row)
+    options = [] if fixed else remedy.split()[1:]
+    assert "<image> q 0" in cli("init", "rows.jsonl", *YES, *options).out
 
 
-OBJECTS = [((5, 6, 20, 16), "ball"), ((8, 20, 50, 27), "cube")]
-
-
-def make_object_records(layout: str) -> list[dict[str, Any]]:
-    """Return the rows of two objects in each of 12 images in a layout of known data sets."""
-    rows = []
-    for i in range(12):
-        image = {"file_name": f"{i}.png", "width": 56, "height": 40}
-        boxes = [box for box, _ in OBJECTS]
-        sizes = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in boxes]
-        labels = [label for _, label in OBJECTS]
-        if layout == "objects":
-            rows.append({**image, "objects": {"id": [1, 2], "bbox": sizes, "categories": labels}})
-        elif layout == "list of objects":
-            objects = [{"bbox": b, "category": c} for b, c in zip(sizes, labels, strict=True)]
-            rows.append({**image, "objects": objects})
-        elif layout in ("bbox_xyxy", "boxes", "bbox_xywh"):
-            rows.append({**image, layout: sizes if "xywh" in layout else boxes, "label": labels})
-        else:
-            for (x1, y1, x2, y2), label in OBJECTS:
-                values = (x1, y1, x2, y2)
-                if layout in ("x,y,w,h", "bbox"):
-                    values = (x1, y1, x2 - x1, y2 - y1)
-                elif layout == "cx,cy,width,height":
-                    values = ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
-                elif layout == "XMin,YMin,XMax,YMax":
-                    values = (x1 / 56, y1 / 40, x2 / 56, y2 / 40)
-                names = layout.split(",")
-                box = {layout: values} if len(names) == 1 else dict(zip(names, values, strict=True))
-                if layout == "cx,cy,width,height":
-                    image = {"file_name": f"{i}.png"}
-                rows.append({**image, "class": label, **box})
-    return rows
+BOXES = ((5, 6, 20, 16), (8, 20, 50, 27))
+LABELS = ("ball", "cube")
+SIZES = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in BOXES]
+CENTERS = [[(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1] for x1, y1, x2, y2 in BOXES]
+FRACTIONS = [[x1 / 56, y1 / 40, x2 / 56, y2 / 40] for x1, y1, x2, y2 in BOXES]
+OBJECTS = [{"bbox": box, "category": label} for box, label in zip(SIZES, LABELS, strict=True)]
+IMAGE_ROWS: list[dict[str, Any]] = [
+    {"objects": {"id": [1, 2], "bbox": SIZES, "categories": LABELS}},
+    {"objects": OBJECTS},
+    {"bbox_xyxy": BOXES, "label": LABELS},
+    {"boxes": BOXES, "label": LABELS},
+    {"bbox_xywh": SIZES, "label": LABELS},
+]
+"""Layouts of known data sets with one row per image."""
+OBJECT_ROWS = {
+    "bbox": [{"bbox": box} for box in SIZES],
+    "xmin,ymin,xmax,ymax": BOXES,
+    "x,y,w,h": SIZES,
+    "cx,cy,width,height": CENTERS,
+    "XMin,YMin,XMax,YMax": FRACTIONS,
+    "Roi.X1,Roi.Y1,Roi.X2,Roi.Y2": BOXES,
+}
+"""Layouts with one row per object: the columns, and the values of both objects."""
 
 
 @pytest.mark.usefixtures("no_plan")
-@pytest.mark.parametrize("metadata", ["rows.jsonl", "metadata.jsonl"])
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "objects",
-        "list of objects",
-        "bbox_xyxy",
-        "boxes",
-        "bbox_xywh",
-        "bbox",
-        "xmin,ymin,xmax,ymax",
-        "x,y,w,h",
-        "cx,cy,width,height",
-        "XMin,YMin,XMax,YMax",
-        "Roi.X1,Roi.Y1,Roi.X2,Roi.Y2",
-    ],
-)
-def test_boxes_of_an_image_are_one_sample(tmp_path: Path, layout: str, metadata: str) -> None:
-    rows = make_object_records(layout)
+@each("metadata", ["rows.jsonl", "metadata.jsonl"])
+@each("layout", [*range(len(IMAGE_ROWS)), *OBJECT_ROWS])
+def test_boxes_of_an_image_are_one_sample(tmp_path, layout, metadata, run_init):
+    source, out = tmp_path / "set", tmp_path / "out"
+    rows = []
     for i in range(12):
-        (tmp_path / "set").mkdir(exist_ok=True)
-        Image.new("RGB", (56, 40), (i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
-    (tmp_path / "set" / metadata).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    found = run_init(tmp_path / "set", "--out", tmp_path / "out")
-    assert found["samples"] == {"data": 12}
-    assert found["metric"] == "detection"
+        write_image(source / f"{i}.png", 0)
+        Image.new("RGB", (56, 40), (i, 0, 0)).save(source / f"{i}.png")
+        image = {"file_name": f"{i}.png"}
+        if layout != "cx,cy,width,height":
+            image |= {"width": 56, "height": 40}
+        if isinstance(layout, int):
+            rows.append(image | IMAGE_ROWS[layout])
+            continue
+        for values, label in zip(OBJECT_ROWS[layout], LABELS, strict=True):
+            named = values if "," not in layout else zip(layout.split(","), values, strict=True)
+            rows.append(image | {"class": label} | dict(named))
+    write_jsonl(source / metadata, rows)
+    found = run_init(source, "--out", out)
+    assert (found["samples"], found["metric"]) == ({"data": 12}, "detection")
     assert found["prompt"] == "Locate every object of these classes in the image: ball, cube."
-    for line in (tmp_path / "out" / "data" / "data.jsonl").read_text().splitlines():
-        parts = json.loads(line)["messages"][1]["content"]
-        assert [(tuple(map(round, part["xyxy"])), part["label"]) for part in parts] == OBJECTS
+    for sample in read_samples(out / "data" / "data.jsonl"):
+        parts = sample.messages[1].content
+        assert [tuple(map(round, part.xyxy)) for part in parts] == [*BOXES]
+        assert [part.label for part in parts] == [*LABELS]
 
 
-def write_coco(folder: Path) -> None:
+def write_coco(per_image: int, num_classes: int) -> None:
     boxes = [
-        {"id": i, "image_id": i // 2, "category_id": 1, "bbox": [i, 1, 9, 9]} for i in range(44)
+        {"id": i, "image_id": i // per_image, "category_id": i % num_classes, "bbox": [i, 1, 9, 9]}
+        for i in range(22 * per_image)
     ]
     images = [{"id": i, "file_name": f"images/{i}.png"} for i in range(22)]
-    classes = [{"id": 1, "name": "ball"}]
+    classes = [{"id": i, "name": LABELS[i]} for i in range(num_classes)]
     content = {"images": images, "annotations": boxes, "categories": classes}
-    (folder / "coco.json").write_text(json.dumps(content))
+    Path("coco.json").write_text(json.dumps(content))
 
 
-def write_coco_classes(folder: Path) -> None:
-    """Write one object per image, each of one of two classes."""
-    boxes = [
-        {"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [i, 1, 9, 9]} for i in range(22)
-    ]
-    images = [{"id": i, "file_name": f"images/{i}.png"} for i in range(22)]
-    classes = [{"id": 1, "name": "ball"}, {"id": 2, "name": "cube"}]
-    content = {"images": images, "annotations": boxes, "categories": classes}
-    (folder / "coco.json").write_text(json.dumps(content))
-
-
-def write_chats(folder: Path) -> None:
-    lines = [
-        {
-            "images": [f"images/{i}.png"],
-            "messages": [
-                {"role": "user", "content": "<image>What is it?"},
-                {"role": "assistant", "content": f"It is the photo number {i}."},
-            ],
-        }
-        for i in range(22)
-    ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_texts(folder: Path) -> None:
+def write_chats() -> None:
+    rows = []
     for i in range(22):
-        (folder / "images" / f"{i}.txt").write_text(f"x_{{{i}}}")
+        question = {"role": "user", "content": "<image>What is it?"}
+        answer = {"role": "assistant", "content": f"It is the photo number {i}."}
+        rows.append({"images": [f"images/{i}.png"], "messages": [question, answer]})
+    write_jsonl(Path("chats.jsonl"), rows)
+
+
+def write_texts() -> None:
+    for i in range(22):
+        Path(f"images/{i}.txt").write_text(f"x_{{{i}}}")
 
 
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(
     ("write", "source", "name", "metric", "prompt"),
     [
-        (write_coco, "coco.json", "coco", "detection", None),
-        (write_coco_classes, "coco.json", "coco", "detection", None),
+        (lambda: write_coco(2, 1), "coco.json", "coco", "detection", None),
+        (lambda: write_coco(1, 2), "coco.json", "coco", "detection", None),
         (write_chats, ".", "ms-swift", "captions", None),
         (write_texts, "images", "folder", "latex", "Write the formula as LaTeX."),
     ],
     ids=["boxes", "single-boxes", "conversations", "text-files"],
 )
-def test_other_formats_are_detected(
-    tmp_path: Path, write: Any, source: str, name: str, metric: str, prompt: str | None
-) -> None:
+def test_other_formats_are_detected(write, source, name, metric, prompt, run_init):
     for i in range(22):
-        write_image(tmp_path / "images" / f"{i}.png", i)
-    write(tmp_path)
-    found = run_init(tmp_path / source, "--out", tmp_path / "out", "--yes")
+        write_image(Path(f"images/{i}.png"), i)
+    write()
+    found = run_init(source, *YES)
     assert (found["format"], found["metric"], found["prompt"]) == (name, metric, prompt)
     assert found["has_data_errors"] is False
 
 
 @pytest.mark.usefixtures("no_plan")
-def test_split_of_the_source_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_split_of_the_source_is_kept(run_init):
     for i in range(24):
         split = "val" if i < 4 else "train"
         write_image(Path("user@home", "photos", split, COLORS[i % 2], f"{i}.png"), i)
@@ -475,93 +404,74 @@ def test_split_of_the_source_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("no_plan")
-def test_all_classes_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_classes_are_listed(monkeypatch, run_init):
     monkeypatch.setattr(import_source, "NUM_PREVIEW_ROWS", 10)
-    table = write_table(tmp_path, 24, label=lambda i: "ab"[i > 11] if i < 23 else "c")
-    found = run_init(table, "--out", tmp_path / "out")
+    table = write_table("data", 24, label=["a"] * 12 + ["b"] * 11 + ["c"])
+    found = run_init(table, "--out", "out")
     assert found["metric"] == "classification"
     assert "image show: a, b, c?" in found["prompt"]
 
 
 @pytest.mark.usefixtures("no_plan")
-def test_table_without_a_header_keeps_its_first_row(tmp_path: Path) -> None:
+def test_table_without_a_header_keeps_its_first_row(tmp_path, run_init):
     table = tmp_path / "pairs.csv"
     table.write_text("".join(f"Is {i} even?,{i % 2 == 0}\n" for i in range(6)))
     words = [table, "--yes", "--no-header", "--map", "question=1", "--map", "answer=2"]
     assert run_init(*words, "--out", tmp_path / "out")["samples"] == {"data": 6}
 
 
-def test_missing_model_is_an_error_before_the_import(tmp_path: Path) -> None:
-    words = ["init", str(write_table(tmp_path, 3, text=str)), "--yes", "--out", f"{tmp_path}/out"]
-    assert run_command([*words, "--model", "./missing"]) == 2
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize("source", ["labels.csv", "."])
-def test_bare_names_are_found_in_the_only_matching_subfolder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str
-) -> None:
-    table = write_table(tmp_path, 3, caption=lambda i: f"number {i}") / "labels.csv"
+def test_bare_names_are_found_in_the_only_matching_subfolder(tmp_path, source, cli):
+    table = write_table(".", 3, caption="number {i}")
     table.write_text(table.read_text().replace("images/", ""))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    assert run_command(["init", source, "--yes", "--out", "work"]) == 0
-    assert "table (columns; images found in images/), 3 rows" in capsys.readouterr().out
-    line = json.loads(Path("work/data/data.jsonl").read_text().splitlines()[0])
-    assert line["messages"][0]["content"][0]["image"] == "../../images/0.png"
+    Path("empty").mkdir()
+    printed = cli("init", source, *YES).out
+    assert "table (columns; images found in images/), 3 rows" in printed
+    sample = read_samples(Path("out/data/data.jsonl"))[0]
+    assert sample.messages[0].content[0].image == "../../images/0.png"
     # A second folder with the same files is ambiguous, and nothing is left of a failed command.
-    (tmp_path / "images").rename(tmp_path / "a")
+    Path("images").rename("a")
     shutil.copytree("a", "b")
-    assert run_command(["init", "labels.csv", "--yes", "--out", "work2"]) == 2
-    error = capsys.readouterr().err
+    error = cli("init", "labels.csv", "--yes", "--out", "second", code=2).err
     assert "0.png: no such image" in error
     assert error.count(str(tmp_path.resolve())) == 1
-    assert not Path("work2").exists()
+    assert not Path("second").exists()
 
 
 @pytest.mark.parametrize(
     ("memory_gb", "model"),
     [(0, TINY_MODEL), (4, TINY_MODEL), (12, "Qwen/Qwen3.5-2B"), (24, "Qwen/Qwen3.5-4B")],
 )
-def test_model_is_chosen_by_gpu_memory(memory_gb: int, model: str) -> None:
+def test_model_is_chosen_by_gpu_memory(memory_gb, model):
     assert init.choose_model(round(memory_gb * 1e9)) == model
 
 
 @pytest.mark.usefixtures("no_plan")
-def test_questions_change_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "is_interactive", lambda: True)
+def test_questions_change_the_settings(monkeypatch):
     monkeypatch.setattr(init, "find_device", lambda: ("RTX 4090", round(24e9)))
-    monkeypatch.chdir(write_table(tmp_path, 10, caption=lambda i: f"text {i}", shop=lambda i: i))
-    answers: Sequence[str] = ("labels.csv", "caption,shop", "poems", "json", "Read it.", "")
-    result = CliRunner().invoke(init_app(), [], input="\n".join(answers) + "\n")
-    assert result.exit_code == 0, result.output
-    assert result.output.count("]: ") == 6
-    assert "unknown task 'poems'" in result.output
-    assert "finesight train" not in result.output
+    write_table(".", 10, caption="text {i}", shop="{i}")
+    answers = ("labels.csv", "caption,shop", "poems", "json", "Read it.", "")
+    output = answer_questions(monkeypatch, *answers)
+    assert "unknown task 'poems'" in output
+    assert "finesight train" not in output
+    assert "the run was not planned" in output
     recipe = yaml.safe_load(Path("labels-finetune/recipe.yaml").read_text())
-    assert recipe["model"] == "Qwen/Qwen3.5-4B"
-    assert recipe["tune"]["language"] == "lora"
+    assert (recipe["model"], recipe["tune"]["language"]) == ("Qwen/Qwen3.5-4B", "lora")
     assert recipe["image"]["max_pixels"] > 0
     assert "eval" not in recipe  # too few rows for a validation split
-    assert "the run was not planned" in result.output
-    line = json.loads(Path("labels-finetune/data/data.jsonl").read_text().splitlines()[3])
-    assert line["messages"][0]["content"][1]["text"] == "Read it."
-    assert json.loads(line["messages"][1]["content"][0]["text"]) == {
-        "caption": "text 3",
-        "shop": "3",
-    }
+    question, answer = read_samples(Path("labels-finetune/data/data.jsonl"))[3].messages
+    assert question.content[1].text == "Read it."
+    assert json.loads(answer.content[0].text) == {"caption": "text 3", "shop": "3"}
 
 
-def test_labels_with_one_answer_column_or_several(tmp_path: Path, capsys: Any) -> None:
-    columns = {"No.": lambda i: i, "customer": lambda i: f"c{i}", "city": lambda i: f"t{i}"}
-    source = write_table(tmp_path / "photos", 4, **columns)
-    assert run_command(["init", str(source), "--yes", "--out", f"{tmp_path}/out"]) == 0
-    printed = capsys.readouterr().out
+def test_labels_with_one_answer_column_or_several(cli):
+    table = write_table("photos", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}"})
+    printed = cli("init", table, *YES).out
     assert "        fields: customer,city\n        unused column: No.\n" in printed
     assert "for one column only: --map image=file --map answer=COLUMN\n" in printed
-    hinted = ("--map", "image=file", "--map", "answer=city", "--out", tmp_path / "two")
-    assert run_init(source, *hinted)["columns"] == {"image": "file", "answer": "city"}
+    hinted = ("--map", "image=file", "--map", "answer=city", "--out", "two", "--json")
+    assert cli("init", table, *hinted).json["columns"] == {"image": "file", "answer": "city"}
 
 
 @pytest.mark.parametrize(
@@ -575,54 +485,55 @@ def test_labels_with_one_answer_column_or_several(tmp_path: Path, capsys: Any) -
         ("Describe the jsonl file.", "captions"),
     ],
 )
-def test_question_about_unlabeled_images_selects_the_metric(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str, metric: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_question_about_unlabeled_images_selects_the_metric(prompt, metric, run_init):
     draw_dots(Path("photos"), 3)
-    found = run_init("photos", "--yes", "--prompt", prompt)
-    assert found["metric"] == metric
+    assert run_init("photos", "--yes", "--prompt", prompt)["metric"] == metric
     recipe = Path("photos-finetune/recipe.yaml").read_text()
-    assert (
-        "steps: 100  # for a few dozen labels; with hundreds, replace it by epochs: 5\n" in recipe
-    )
+    comment = "for a few dozen labels; with hundreds, replace it by epochs: 5"
+    assert f"steps: 100  # {comment}\n" in recipe
     assert yaml.safe_load(recipe)["eval"]["metric"] == metric
 
 
-def test_option_sets_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_option_sets_the_task(run_init, cli):
     draw_dots(Path("photos"), 3)
     found = run_init("photos", "--yes", "--task", "json")
     assert (found["metric"], found["prompt"]) == ("json", "Return the fields as JSON.")
-    table = write_table(tmp_path / "table", 3, caption=lambda i: f"a photo of house {i}")
+    table = write_table("table", 3, caption="a photo of house {i}")
     found = run_init(table, "--task", "qa", "--out", "table-qa")
     assert (found["metric"], found["prompt"]) == ("qa", "Answer the question.")
     found = run_init(table, "--task", "classification", "--out", "table-classes")
     assert "image show: a photo of house 0, a photo of house 1, " in found["prompt"]
     # Answers that are no JSON cannot be evaluated as JSON.
-    assert run_command(["init", "table", "--task", "json", "--yes", "--out", "table-json"]) == 2
-    assert not Path("table-json").exists()
+    cli("init", table, "--task", "json", *YES, code=2)
+    cli("init", "photos", "--task", "poems", *YES, code=2)
+    assert not Path("out").exists()
     draw_dots(Path("one"), 1)
-    result = CliRunner().invoke(init_app(), ["one", "--yes"])
-    assert "data    one: 1 image without labels\n" in result.output
-    assert run_command(["init", "photos", "--task", "poems", "--out", "other"]) == 2
+    assert "data    one: 1 image without labels\n" in cli("init", "one", "--yes").out
 
 
-def test_classes_of_unlabeled_images_are_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(init, "is_interactive", lambda: True)
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize(
+    ("answers", "label", "metric"),
+    [
+        (
+            ("classification", "Which color?", "red,green", ""),
+            "--prompt 'Which color?' --out photos-finetune/data --classes red,green",
+            "classification",
+        ),
+        (
+            ("json", "", "total, date,", ""),
+            "--prompt 'Return total, date as JSON.' --out photos-finetune/data"
+            " --kind fields --fields total,date",
+            "json",
+        ),
+    ],
+)
+def test_names_of_unlabeled_images_are_asked(monkeypatch, answers, label, metric):
     draw_dots(Path("photos"), 3)
-    answers: Sequence[str] = ("photos", "classification", "Which color?", "red,green", "")
-    result = CliRunner().invoke(init_app(), [], input="\n".join(answers) + "\n")
-    assert result.exit_code == 0, result.output
-    assert result.output.count("]: ") == len(answers)
-    label = "finesight label finesight-tiny photos --prompt 'Which color?' --out photos-finetune"
-    options = "--classes red,green --no-suggestions --train-fraction 0.8"
-    assert f"{label}/data {options}\n" in result.output
+    output = answer_questions(monkeypatch, "photos", *answers)
+    command = f"finesight label finesight-tiny photos {label} --no-suggestions"
+    assert f"{command} --train-fraction 0.8\n" in output
     recipe = yaml.safe_load(Path("photos-finetune/recipe.yaml").read_text())
-    assert recipe["eval"]["metric"] == "classification"
+    assert recipe["eval"]["metric"] == metric
     assert recipe["data"]["eval"] == "photos-finetune/data/labels_eval.jsonl"
 
 
@@ -638,10 +549,7 @@ def test_classes_of_unlabeled_images_are_asked(
         ),
     ],
 )
-def test_names_of_unlabeled_images_are_proposed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], options: str, prompt: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_names_of_unlabeled_images_are_proposed(words, options, prompt, run_init):
     draw_dots(Path("photos"), 3)
     found = run_init("photos", "--yes", *words)
     assert found["prompt"] == prompt
@@ -649,42 +557,17 @@ def test_names_of_unlabeled_images_are_proposed(
     assert found["placeholder"] == ("A,B" if "A,B" in options else None)
 
 
-def test_fields_of_unlabeled_images_are_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(init, "is_interactive", lambda: True)
-    monkeypatch.chdir(tmp_path)
-    draw_dots(Path("photos"), 3)
-    answers = ("photos", "json", "", "total, date,", "")
-    result = CliRunner().invoke(init_app(), [], input="\n".join(answers) + "\n")
-    assert result.exit_code == 0, result.output
-    assert "--kind fields --fields total,date --no-suggestions" in result.output
-    assert "task    json; prompt: Return total, date as JSON.\n" in result.output
-
-
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize("num_missing", [0, 5])
-def test_rows_without_images_are_mentioned(tmp_path: Path, num_missing: int) -> None:
-    table = write_table(tmp_path, 24, label=lambda i: "ab"[i % 2])
+def test_rows_without_images_are_mentioned(num_missing, cli):
+    table = write_table("data", 24, label=["a", "b"])
     for i in range(num_missing):
-        (table / f"images/{i}.png").unlink()
-    words = [f"{table}/labels.csv", "--out", f"{tmp_path}/out", "--json"]
-    result = CliRunner().invoke(init_app(), words, catch_exceptions=False)
+        Path(f"data/images/{i}.png").unlink()
+    printed = cli("init", table, *YES, "--json")
     skipped = {"an image is missing or corrupt": num_missing} if num_missing else {}
-    assert json.loads(result.stdout.splitlines()[-1])["skipped_rows"] == skipped
+    assert printed.json["skipped_rows"] == skipped
     warning = "warning: 5 of 24 rows have no readable image and were skipped"
-    assert (warning in result.stderr) == bool(num_missing)
-
-
-def test_images_without_labels_lead_to_labelling(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_image(tmp_path / "photos" / "a.png", 0)
-    assert run_command(["import", "photos", "data"]) == 2
-    error = capsys.readouterr().err
-    assert "  expected: images with labels\n" in error
-    assert "or label them: finesight label MODEL photos --prompt TEXT" in error
+    assert (warning in printed.err) == bool(num_missing)
 
 
 @pytest.mark.parametrize(
@@ -696,23 +579,23 @@ def test_images_without_labels_lead_to_labelling(
     ],
     ids=["no-image-column", "no-answer-column", "missing"],
 )
-def test_unsuitable_data_are_rejected_without_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str
-) -> None:
-    file = tmp_path / "table.csv"
+def test_unsuitable_data_are_rejected_without_files(content, words, cli):
     if content:
-        file.write_text(content)
-    assert run_command(["init", str(file), "--yes", "--out", str(tmp_path / "out")]) == 2
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+        Path("table.csv").write_text(content)
+    assert words in cli("init", "table.csv", *YES, code=2).err
+    table = write_table("data", 3, text="{i}")
+    cli("init", table, *YES, "--model", "./missing", code=2)
+    assert not Path("out").exists()
+    # Images without labels lead to labelling.
+    error = cli("import", "data/images", "imported", code=2).err
+    assert "  expected: images with labels\n" in error
+    assert "or label them: finesight label MODEL data/images --prompt TEXT" in error
 
 
 @pytest.mark.usefixtures("no_plan")
-def test_unknown_columns_of_coordinates_are_no_classes(tmp_path: Path, capsys: Any) -> None:
-    corners = {name: (lambda i, n=n: 3 + 5 * n + i % 4) for n, name in enumerate("pqrs")}
-    source = str(write_table(tmp_path / "data", 8, **corners, label=lambda i: "ab"[i % 2]))
-    words = ["init", source, "--yes", "--out", f"{tmp_path}/out"]
-    assert run_command(words) == 2
+def test_unknown_columns_of_coordinates_are_no_classes(cli):
+    corners = {name: [f"{3 + 5 * n + i}" for i in range(4)] for n, name in enumerate("pqrs")}
+    table = write_table("data", 8, **corners, label=["a", "b"])
     remedy = "--map image=file --map box=p,q,r,s"
-    assert f"give {remedy}, or" in capsys.readouterr().err
-    assert run_command([*words, *remedy.split()]) == 0
+    assert f"give {remedy}, or" in cli("init", table, *YES, code=2).err
+    cli("init", table, *YES, *remedy.split())

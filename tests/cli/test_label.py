@@ -10,13 +10,12 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from label_fixtures import draw_images
-from typer.testing import CliRunner
 
-from finesight.cli.app import app
 from finesight.cli.label import find_label_command
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
 from finesight.label.label_store import LABELS_FILE, LabelStore
@@ -25,24 +24,63 @@ from finesight.train import console
 from finesight.web import web_server
 
 PROMPT = ("--prompt", "Describe the image.")
+TINY = ("finesight-tiny", "--device", "cpu", "--max-new-tokens", "8")
+FIRST_LABELS = "labels/labels.jsonl"
+REVIEWED = "labels-review/labels.jsonl"
 
 
-def run_label(*arguments: str | Path) -> tuple[int, str]:
-    options = ["--max-new-tokens", "8", "--device", "cpu"]
-    result = CliRunner().invoke(app, ["label", "finesight-tiny", *map(str, arguments), *options])
-    return result.exit_code, result.stdout or str(result.exception)
+@pytest.fixture(autouse=True)
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the images photos/0.png to photos/2.png into the working directory."""
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path)
 
 
-def test_suggestions_are_printed_once_and_answered_on_the_page(tmp_path: Path) -> None:
-    photos, out = draw_images(tmp_path), tmp_path / "labels"
-    arguments = (photos, *PROMPT, "--out", out)
-    printed = [run_label(*arguments, "--suggest-only", "--json")[1] for _ in range(2)]
-    assert printed[0] == printed[1]
-    items = [json.loads(line) for line in printed[0].splitlines()]
+@pytest.fixture
+def label(cli, monkeypatch) -> Callable[..., list[str]]:
+    """Label with a page that ends at once and has written one label; return the messages."""
+    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
+    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
+    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
+
+    def run(*words: object) -> list[str]:
+        return cli("label", *words, "--no-suggestions", "--port", "0").err.splitlines()
+
+    return run
+
+
+def write_data(name: str, *images: int, question: str = "Describe the image.") -> None:
+    """Write labeled samples about images of the folder photos."""
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    folder, samples = os.path.relpath("photos", Path(name).parent), []
+    for image in images:
+        content = (ImagePart(image=f"{folder}/{image}.png"), TextPart(text=question))
+        answer = Message(role="assistant", content="red")
+        messages = (Message(role="user", content=content), answer)
+        samples.append(Sample(id=f"{name}/{image}", messages=messages))
+    write_samples(Path(name), samples)
+
+
+def write_recipe(train: str, evaluation: str | None = None, run: str = "run") -> Path:
+    """Write the recipe of a run."""
+    Path(run).mkdir(parents=True, exist_ok=True)
+    data = (
+        f"{{train: {train}}}" if evaluation is None else f"{{train: {train}, eval: {evaluation}}}"
+    )
+    text = f"model: finesight-tiny\ndata: {data}\noutput_dir: {run}\n"
+    Path(run, "recipe.yaml").write_text(text)
+    return Path(run, "recipe.yaml")
+
+
+def test_suggestions_are_printed_once_and_answered_on_the_page(cli):
+    words = ("photos", *PROMPT, "--out", "labels")
+    printed = [cli("label", *TINY, *words, "--suggest-only", "--json") for _ in range(2)]
+    assert printed[0].out == printed[1].out
+    items = printed[0].records
     confidences = [item["confidence"] for item in items]
     assert (len(items), confidences) == (3, sorted(confidences))
-    command = [sys.executable, "-m", "finesight", "label", "finesight-tiny", *map(str, arguments)]
-    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as page:
+    command = [sys.executable, "-m", "finesight", "label", *TINY, *words, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as page:
         address = page.stdout.readline().strip()
         decision = {"id": items[0]["id"], "action": "save", "text": "a cat"}
         body, headers = json.dumps(decision).encode(), {"content-type": "application/json"}
@@ -51,281 +89,177 @@ def test_suggestions_are_printed_once_and_answered_on_the_page(tmp_path: Path) -
             assert json.load(answer)["item"]["decision"] == "corrected"
         page.send_signal(signal.SIGINT)
         assert page.wait(60) == 0
-    (sample,) = read_samples(out / LABELS_FILE)
+    (sample,) = read_samples(Path("labels", LABELS_FILE))
     assert sample.messages[-1].content == (TextPart(text="a cat"),)
 
 
-def test_port_in_use_is_reported_before_the_suggestions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = draw_images(tmp_path)
+def test_port_in_use_is_reported_before_the_suggestions(cli):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        code, text = run_label(photos, *PROMPT, "--out", tmp_path / "labels", "--port", port)
-    assert code != 0
-    assert text.startswith(f"cannot listen on 127.0.0.1:{port} (")
-    assert not (tmp_path / "labels").exists()
+        port = taken.getsockname()[1]
+        error = cli("label", *TINY, "photos", *PROMPT, "--port", port, code=2).err
+    assert error.startswith(f"error: cannot listen on 127.0.0.1:{port} (")
+    assert not Path("labels").exists()
 
 
-def test_next_command_keeps_the_earlier_training_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_command_keeps_the_earlier_training_data(label, monkeypatch):
     """`data.train` replaces the files of the recipe, so the command lists them again."""
-    monkeypatch.chdir(tmp_path)
-    draw_images(tmp_path)
-    Path("first").mkdir()
-    recipe = "model: finesight-tiny\ndata: {train: old.jsonl}\noutput_dir: first\n"
-    Path("first/recipe.yaml").write_text(recipe)
-    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
-    arguments = ["label", "first", "photos", *PROMPT, "--no-suggestions", "--port", "0"]
-    assert "next:" not in CliRunner().invoke(app, arguments).stderr
-    counts = {"open": 2, "accepted": 0, "corrected": 1, "skipped": 0}
-    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
-    assert CliRunner().invoke(app, arguments).stderr.splitlines()[-1] == (
-        "next: finesight train first/recipe.yaml"
-        ' \'data.train=["old.jsonl", "labels/labels.jsonl"]\''
-        " output_dir=first-2"
-    )
+    write_recipe("old.jsonl", run="first")
+    words = ("first", "photos", *PROMPT)
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelStore, "count_events", lambda store: {"open": 3, "skipped": 1})
+        assert not any(line.startswith("next:") for line in label(*words))
+    train = f'\'data.train=["old.jsonl", "{FIRST_LABELS}"]\' output_dir=first-2'
+    assert label(*words)[-1] == f"next: finesight train first/recipe.yaml {train}"
     # With the recipe of `finesight init`, which names the labels.
     recipe = "model: finesight-tiny\ndata: {train: data/labels.jsonl}\noutput_dir: first\n"
     Path("recipe.yaml").write_text(recipe)
     Path("first-2").mkdir()
-    last_line = CliRunner().invoke(app, [*arguments, "--out", "data"]).stderr.splitlines()[-1]
+    last_line = label(*words, "--out", "data")[-1]
     assert last_line == "next: finesight train recipe.yaml output_dir=first-3"
     Path("recipe.yaml").write_text(recipe.replace("}", ", eval: data/labels_eval.jsonl}"))
-    last_line = CliRunner().invoke(app, [*arguments, "--out", "data"]).stderr.splitlines()[-1]
-    expected = "next: finesight label first photos --out data --train-fraction 0.8"
-    assert last_line.replace(f"{tmp_path}/", "") == expected
+    last_line = label(*words, "--out", "data")[-1].replace(f"{Path.cwd()}/", "")
+    assert last_line == "next: finesight label first photos --out data --train-fraction 0.8"
     Path("first/recipe.yaml").write_text("model: [")
-    last_line = CliRunner().invoke(app, arguments).stderr.splitlines()[-1]
-    assert last_line == "next: finesight init labels/labels.jsonl"
+    assert label(*words)[-1] == f"next: finesight init {FIRST_LABELS}"
 
 
 @pytest.mark.parametrize(
     ("train", "reviewed", "fraction", "expected"),
     [
         # Training would use the validation samples, too.
-        ("a.jsonl", ["a.jsonl", "eval.jsonl"], (), "check labels-review/labels.jsonl"),
+        ("a.jsonl", ["a.jsonl", "eval.jsonl"], (), f"check {REVIEWED}"),
         # The other files of the pattern would be missing.
-        ("'[ab].jsonl'", ["a.jsonl"], (), "check labels-review/labels.jsonl"),
+        ("'[ab].jsonl'", ["a.jsonl"], (), f"check {REVIEWED}"),
+        # The labels are both training and validation samples.
+        ("a.jsonl", ["eval.jsonl"], ("--train-fraction", "0.5"), f"check {REVIEWED}"),
         (
             "a.jsonl",
             ["a.jsonl"],
             ("--train-fraction", "0.5"),
-            "train first/recipe.yaml 'data.train=[\"labels-review/labels.jsonl\"]'"
-            " data.eval=labels-review/labels_eval.jsonl output_dir=first-2",
+            f"train run/recipe.yaml 'data.train=[\"{REVIEWED}\"]'"
+            " data.eval=labels-review/labels_eval.jsonl output_dir=run-2",
         ),
     ],
 )
 def test_command_after_a_review_trains_no_validation_samples(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    train: str,
-    reviewed: list[str],
-    fraction: tuple[str, ...],
-    expected: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    draw_images(tmp_path, 1)
-    question = (ImagePart(image="photos/0.png"), TextPart(text="Describe the image."))
-    messages = (Message(role="user", content=question), Message(role="assistant", content="x"))
+    label, monkeypatch, train, reviewed, fraction, expected
+):
     for name in ("a", "b", "eval"):
-        samples = [Sample(id=f"{name}{index}", messages=messages) for index in range(8)]
-        write_samples(Path(f"{name}.jsonl"), samples)
-    Path("first").mkdir()
-    Path("first/recipe.yaml").write_text(
-        f"model: finesight-tiny\ndata: {{train: {train}, eval: eval.jsonl}}\noutput_dir: first\n"
-    )
+        write_data(f"{name}.jsonl", 0, 1, 2)
+    write_recipe(train, "eval.jsonl")
     written = Path("labels-review/labels_eval.jsonl")
-    monkeypatch.setattr(
-        web_server, "serve_app", lambda *page: written.touch() if fraction else None
-    )
-    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
-    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
-    options = ["--review", *fraction, "--no-suggestions", "--port", "0"]
-    result = CliRunner().invoke(app, ["label", "first", *reviewed, *options])
-    assert result.stderr.splitlines()[-1] == f"next: finesight {expected}"
+    if fraction:
+        monkeypatch.setattr(web_server, "serve_app", lambda *page: written.touch())
+    lines = label("run", *reviewed, "--review", *fraction)
+    assert lines[-1] == f"next: finesight {expected}"
+
+
+FILE_A = {"weight": 2.0, "limit": 5}
 
 
 @pytest.mark.parametrize(
     ("source", "split", "expected"),
     [
-        (
-            "photos",
-            "train",
-            [{"path": "a.jsonl", "weight": 2.0, "limit": 5}, "b.jsonl", "labels/labels.jsonl"],
-        ),
-        (
-            "a.jsonl",
-            "train",
-            ["b.jsonl", {"path": "labels-review/labels.jsonl", "weight": 2.0, "limit": 5}],
-        ),
-        ("eval.jsonl", "eval", [{"path": "labels-review/labels.jsonl", "limit": 9}]),
+        ("photos", "train", [{"path": "a.jsonl", **FILE_A}, "b.jsonl", FIRST_LABELS]),
+        ("a.jsonl", "train", ["b.jsonl", {"path": REVIEWED, **FILE_A}]),
+        ("eval.jsonl", "eval", [{"path": REVIEWED, "limit": 9}]),
     ],
 )
-def test_next_command_keeps_weight_and_limit_of_data_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, split: str, expected: list[object]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    draw_images(tmp_path, 1)
-    question = (ImagePart(image="photos/0.png"), TextPart(text="Describe the image."))
-    messages = (Message(role="user", content=question), Message(role="assistant", content="x"))
+def test_next_command_keeps_weight_and_limit_of_data_files(label, source, split, expected):
     for name in ("a", "eval"):
-        write_samples(Path(f"{name}.jsonl"), [Sample(id=name, messages=messages)])
-    Path("first").mkdir()
+        write_data(f"{name}.jsonl", 0)
     train = "[{path: a.jsonl, weight: 2, limit: 5}, b.jsonl]"
-    evaluation = "{path: eval.jsonl, limit: 9}"
-    recipe = (
-        f"model: finesight-tiny\ndata: {{train: {train}, eval: {evaluation}}}\noutput_dir: first\n"
-    )
-    Path("first/recipe.yaml").write_text(recipe)
-    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
-    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
-    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
+    recipe = write_recipe(train, "{path: eval.jsonl, limit: 9}")
     options = PROMPT if source == "photos" else ("--review",)
-    arguments = ["label", "first", source, *options, "--no-suggestions", "--port", "0"]
-    words = shlex.split(CliRunner().invoke(app, arguments).stderr.splitlines()[-1])
+    words = shlex.split(label("run", source, *options)[-1])
     override = next(word for word in words if word.startswith("data."))
     assert json.loads(override.removeprefix(f"data.{split}=")) == expected
-    data = load_recipe(Path("first/recipe.yaml"), [override]).data
+    data = load_recipe(recipe, [override]).data
     assert {(file.weight, file.limit) for file in data.train} == {(2.0, 5), (1.0, None)}
     assert data.eval[0].limit == 9
 
 
-def test_further_rounds_continue_the_labels_of_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    draw_images(tmp_path, 1)
-    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
-
-    def run(run_or_model: str, *options: str) -> str:
-        arguments = ["label", run_or_model, "photos", *PROMPT, "--no-suggestions", "--port", "0"]
-        return CliRunner().invoke(app, [*arguments, *options]).stderr
-
+def test_further_rounds_continue_the_labels_of_the_run(label):
     for out in ("mine", "labels"):
-        run("finesight-tiny", "--out", out)
-    Path("run").mkdir()
-    text = "model: finesight-tiny\ndata: {train: [old.jsonl, mine/labels.jsonl]}\noutput_dir: run\n"
-    Path("run/recipe.yaml").write_text(text)
-    recipe = load_recipe(Path("run/recipe.yaml"))
+        label("finesight-tiny", "photos", *PROMPT, "--out", out)
+    recipe = load_recipe(write_recipe("[old.jsonl, mine/labels.jsonl]"))
+    words = ("run", "photos", *PROMPT)
+    continuing = "continuing the labels in mine, training data of run"
     assert find_label_command(recipe) == ["finesight", "label", "run", "photos"]
-    assert "continuing the labels in mine, training data of run" in run("run")
-    assert run("run", "--out", "labels").endswith(
-        "1 open, 0 written, 0 accepted, 0 corrected, 0 skipped: labels\n"
-    )
+    assert continuing in label(*words)
+    assert "0 open, 0 accepted, 1 corrected, 0 skipped: labels" in label(*words, "--out", "labels")
     # A folder of reviewed labels contains no new images.
     Path("mine/sources.json").unlink()
     assert find_label_command(recipe) == []
-    assert "continuing" not in run("run")
+    assert continuing not in label(*words)
 
 
-def test_review_ranks_existing_answers(tmp_path: Path) -> None:
-    draw_images(tmp_path, 2)
+def test_review_ranks_existing_answers(cli):
     for index in range(2):
-        question = (ImagePart(image=f"photos/{index}.png"), TextPart(text="Describe the image."))
-        messages = (Message(role="user", content=question), Message(role="assistant", content="x"))
-        write_samples(tmp_path / f"{index}.jsonl", [Sample(id=f"{index}", messages=messages)])
-    files = [tmp_path / f"{index}.jsonl" for index in range(2)]
-    code, text = run_label(*files, "--review", "--suggest-only", "--out", tmp_path / "labels")
-    scores = [float(line.split()[0]) for line in text.splitlines()]
-    assert (code, len(scores), scores) == (0, 2, sorted(scores, reverse=True))
+        write_data(f"{index}.jsonl", index)
+    lines = cli("label", *TINY, "0.jsonl", "1.jsonl", "--review", "--suggest-only").lines
+    scores = [float(line.split()[0]) for line in lines]
+    assert (len(scores), scores) == (2, sorted(scores, reverse=True))
 
 
-def test_next_command_imports_labels_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_command_imports_labels_again(label):
     """The data of the first import contains the earlier labels, some of them for validation."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
-    draw_images(tmp_path, 3)
-    imported, reviewed = "labels-finetune/data/train", "labels-review/labels"
-    for name, indices in (("labels/labels", (0, 1)), (imported, (0,)), (reviewed, (0,))):
-        Path(name).parent.mkdir(parents=True)
-        samples, path = [], os.path.relpath("photos", Path(name).parent)
-        for index in indices:
-            question = (ImagePart(image=f"{path}/{index}.png"), TextPart(text="Color?"))
-            answer = Message(role="assistant", content="red")
-            messages = (Message(role="user", content=question), answer)
-            samples.append(Sample(id=f"photos/{index}.png", messages=messages))
-        write_samples(Path(f"{name}.jsonl"), samples)
-    run = Path("labels-finetune/run")
-    run.mkdir()
-    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
-    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
-    arguments = ["label", str(run), "photos/2.png", "--no-suggestions", "--port", "0"]
-    Path("labels-review/reviewed.json").write_text(json.dumps([f"{imported}.jsonl"]))
+    imported, run = "labels-finetune/data/train.jsonl", "labels-finetune/run"
+    write_data(FIRST_LABELS, 0, 1, question="Color?")
+    for name in (imported, REVIEWED):
+        write_data(name, 0, question="Color?")
+    Path("labels-review/reviewed.json").write_text(json.dumps([imported]))
     for data, expected in (
-        (imported, "init labels/labels.jsonl --out labels-finetune-2"),
-        (reviewed, "check labels/labels.jsonl"),
+        (imported, f"init {FIRST_LABELS} --out labels-finetune-2"),
+        (REVIEWED, f"check {FIRST_LABELS}"),
     ):
-        (run / "recipe.yaml").write_text(
-            f"model: finesight-tiny\ndata: {{train: {data}.jsonl}}\noutput_dir: {run}\n"
-        )
-        last_line = CliRunner().invoke(app, arguments).stderr.splitlines()[-1]
-        assert last_line == f"next: finesight {expected}"
+        write_recipe(data, run=run)
+        assert label(run, "photos/2.png")[-1] == f"next: finesight {expected}"
 
 
-def test_progress_in_a_log_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    photos = draw_images(tmp_path)
-    (photos / "1.png").write_bytes(b"no image")
+def test_progress_in_a_log_is_complete(cli, monkeypatch):
+    Path("photos/1.png").write_bytes(b"no image")
     monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
-    arguments = [photos, *PROMPT, "--out", tmp_path / "labels", "--suggest-only", "--device", "cpu"]
-    options = ["--max-new-tokens", "2", "--batch-size", "1"]
-    result = CliRunner().invoke(app, ["label", "finesight-tiny", *map(str, arguments), *options])
-    lines = [line for line in result.stderr.splitlines() if line.startswith("suggestions: ")]
+    errors = cli("label", *TINY, "photos", *PROMPT, "--suggest-only", "--batch-size", "1").err
+    lines = [line for line in errors.splitlines() if line.startswith("suggestions: ")]
     assert (lines[0], lines[-1]) == ("suggestions: 1/3", "suggestions: 3/3")
 
 
-def test_reviews_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reviews_have_a_folder_each(label):
     """The next command trains the reviewed training data, or keeps it for validation."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
-    counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
-    monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
-    draw_images(tmp_path, 1)
-    question = (ImagePart(image="photos/0.png"), TextPart(text="Describe the image."))
-    messages = (Message(role="user", content=question), Message(role="assistant", content="x"))
 
-    def label(*arguments: str, train: str = "a.jsonl", evaluation: str = "eval.jsonl") -> list[str]:
-        data = f"data: {{train: {train}, eval: {evaluation}}}"
-        Path("run/recipe.yaml").write_text(f"model: finesight-tiny\n{data}\noutput_dir: run\n")
-        arguments = ("label", "run", *arguments, "--no-suggestions", "--port", "0")
-        lines = CliRunner().invoke(app, arguments).stderr.splitlines()
+    def run(*words: str, train: str = "a.jsonl", evaluation: str = "eval.jsonl") -> list[str]:
+        write_recipe(train, evaluation)
+        lines = label("run", *words)
         return [line for line in lines if line.startswith(("reviewed", "continuing", "next"))]
 
-    Path("run").mkdir()
-    for name in ("a.jsonl", "eval.jsonl", "labels/labels.jsonl"):
-        Path(name).parent.mkdir(exist_ok=True)
-        write_samples(Path(name), [Sample(id=name, messages=messages)])
-    reviewed = {name: f"{name}/labels.jsonl" for name in ("labels-review", "labels-review-2")}
-    train = "next: finesight train run/recipe.yaml"
-    first = ["reviewed labels: labels-review"]
-    first += [f"{train} 'data.train=[\"labels-review/labels.jsonl\"]' output_dir=run-2"]
-    second = ["reviewed labels: labels-review-2"]
-    second += [f"{train} 'data.eval=[\"labels-review-2/labels.jsonl\"]' output_dir=run-2"]
-    assert label("a.jsonl", "--review") == first
-    assert label("eval.jsonl", "--review", train=reviewed["labels-review"]) == second
-    assert label("./a.jsonl", "--review") == first
-    # After the training with the reviewed validation data.
-    assert label("eval.jsonl", "--review", evaluation=reviewed["labels-review-2"]) == [
-        "reviewed labels: labels-review-2",
-        f"{train} output_dir=run-2",
+    for name in ("a.jsonl", "eval.jsonl", FIRST_LABELS):
+        write_data(name, 0)
+    second = "labels-review-2/labels.jsonl"
+    train, again = "next: finesight train run/recipe.yaml", "output_dir=run-2"
+    first_lines = [
+        "reviewed labels: labels-review",
+        f"{train} 'data.train=[\"{REVIEWED}\"]' {again}",
     ]
+    assert run("a.jsonl", "--review") == first_lines
+    assert run("eval.jsonl", "--review", train=REVIEWED) == [
+        "reviewed labels: labels-review-2",
+        f"{train} 'data.eval=[\"{second}\"]' {again}",
+    ]
+    assert run("./a.jsonl", "--review") == first_lines
+    # After the training with the reviewed validation data.
+    lines = ["reviewed labels: labels-review-2", f"{train} {again}"]
+    assert run("eval.jsonl", "--review", evaluation=second) == lines
     # New labels beside their own reviewed copies: the review is continued.
     Path("labels/sources.json").write_text('["photos"]')
-    trained = {"train": "[a.jsonl, labels-review-3/labels.jsonl]"}
-    assert label("labels/labels.jsonl", "--review", **trained) == [
-        "reviewed labels: labels-review-3",
-        f"{train} output_dir=run-2",
-    ]
-    assert find_label_command(load_recipe(Path("run/recipe.yaml"))) == [
-        "finesight",
-        "label",
-        "run",
-        "photos",
-    ]
-    assert label("photos", **trained) == [
+    trained = "[a.jsonl, labels-review-3/labels.jsonl]"
+    lines = ["reviewed labels: labels-review-3", f"{train} {again}"]
+    assert run(FIRST_LABELS, "--review", train=trained) == lines
+    command = find_label_command(load_recipe(Path("run/recipe.yaml")))
+    assert command == ["finesight", "label", "run", "photos"]
+    assert run("photos", train=trained) == [
         "continuing the labels in labels, training data of run",
-        "next: finesight label run labels/labels.jsonl --review --out labels-review-3",
+        f"next: finesight label run {FIRST_LABELS} --review --out labels-review-3",
     ]
 
 
@@ -334,12 +268,10 @@ def test_reviews_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         (["--json"], "--json with --suggest-only"),
         (["--suggest-only", "--no-suggestions"], "one of the two options"),
-        (["--kind", "other"], ""),
+        (["--kind", "other"], "--kind"),
         (["--kind", "text", "--fields", "name"], "--fields with --kind fields"),
         (["--classes", "a,b", "--fields", "name"], "--fields with --kind fields"),
     ],
 )
-def test_invalid_options_are_rejected(tmp_path: Path, options: list[str], message: str) -> None:
-    code, text = run_label(draw_images(tmp_path), *PROMPT, *options)
-    assert code != 0
-    assert message in text
+def test_invalid_options_are_rejected(options, message, cli):
+    assert message in cli("label", *TINY, "photos", *PROMPT, *options, code=2).err

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import fake_slurm
 import pytest
 
-from finesight.cli.app import run_command
+LAUNCH = ("launch", "recipe.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -22,81 +21,57 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def launch(*words: str) -> int:
-    return run_command(["launch", "recipe.yaml", *words])
-
-
-CLOUD = ("--image", "a/b:1", "--store", "s3://b/c")
+CLOUD = "--image a/b:1 --store s3://b/c --accelerator H100"
 
 
 @pytest.mark.parametrize(
-    ("words", "file", "command"),
+    ("options", "file", "command"),
     [
-        ((), "first.sh", "bash first.sh"),
-        (("--on", "slurm", "--nodes", "1:4"), "first.sbatch", "sbatch first.sbatch"),
+        ("", "first.sh", "bash first.sh"),
+        ("--on slurm --nodes 1:4", "first.sbatch", "sbatch first.sbatch"),
         (
-            ("--on", "skypilot", *CLOUD, "--accelerator", "H100"),
+            f"--on skypilot {CLOUD}",
             "first.sky.yaml",
             "sky jobs launch --yes first.sky.yaml",
         ),
         (
-            ("--on", "kubeflow", "--image", "a/b:1", "--store", "a-claim"),
+            "--on kubeflow --image a/b:1 --store a-claim",
             "first.trainjob.yaml",
             "kubectl create --filename first.trainjob.yaml",
         ),
     ],
 )
-def test_job_file_and_start_command(
-    words: tuple[str, ...],
-    file: str,
-    command: str,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert launch(*words) == 0
-    assert capsys.readouterr().out == f"{file}\nstart with: {command}\n"
-    assert "finesight train recipe.yaml --resume" in (folder / file).read_text()
-    assert launch(*words, "--json") == 0
-    result = json.loads(capsys.readouterr().out)
+def test_job_file_and_start_command(options, file, command, cli):
+    assert cli(*LAUNCH, *options.split()).out == f"{file}\nstart with: {command}\n"
+    assert "finesight train recipe.yaml --resume" in Path(file).read_text()
+    result = cli(*LAUNCH, *options.split(), "--json").json
     assert result == {"file": file, "command": command, "submitted": False, "output": None}
 
 
-def test_options_of_train_are_passed(folder: Path) -> None:
-    assert launch("--push", "hf:me/a@main") == 2
-    assert launch("--push", "hf:me/a", "--force") == 0
-    assert "recipe.yaml --resume --push hf:me/a --force" in (folder / "first.sh").read_text()
+def test_options_of_train_are_passed(cli):
+    cli(*LAUNCH, "--push", "hf:me/a@main", code=2)
+    cli(*LAUNCH, "--push", "hf:me/a", "--force")
+    assert "recipe.yaml --resume --push hf:me/a --force" in Path("first.sh").read_text()
 
 
-def test_slurm_job_is_submitted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_slurm_job_is_submitted(folder, monkeypatch, cli):
     commands = fake_slurm.install(folder / "slurm")
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(commands))
-    assert launch("--on", "slurm", "--submit", "--out", "-x.sbatch") == 0
-    assert "Submitted batch job 7" in capsys.readouterr().out
+    output = cli(*LAUNCH, "--on", "slurm", "--submit", "--out", "-x.sbatch").out
+    assert "Submitted batch job 7" in output
     assert (commands / "told").read_text() == "sbatch ./-x.sbatch\n"
+    (commands / "sbatch").write_text("#!/bin/sh\necho no such partition >&2; exit 1\n")
+    error = cli(*LAUNCH, "--on", "slurm", "--submit", code=2).err
+    assert "sbatch failed with exit code 1: no such partition" in error
 
 
-def test_submit_error_is_reported(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "bin").mkdir()
-    (folder / "bin" / "sbatch").write_text("#!/bin/sh\necho no such partition >&2; exit 1\n")
-    (folder / "bin" / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
-    assert launch("--on", "slurm", "--submit") == 2
-    assert "sbatch failed with exit code 1: no such partition" in capsys.readouterr().err
-
-
-def test_existing_user_file_is_not_overwritten(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert launch() == launch() == 0
-    (folder / "first.sh").write_text("mine")
-    assert launch() == 2
-    assert "never overwritten" in capsys.readouterr().err
-    assert (folder / "first.sh").read_text() == "mine"
+def test_existing_user_file_is_not_overwritten(cli):
+    cli(*LAUNCH)
+    cli(*LAUNCH)
+    Path("first.sh").write_text("mine")
+    assert "never overwritten" in cli(*LAUNCH, code=2).err
+    assert Path("first.sh").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -113,10 +88,7 @@ def test_existing_user_file_is_not_overwritten(
         (("train.bach=8",), "train.bach"),
     ],
 )
-def test_bad_input_is_rejected(
-    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert launch(*words) == 2
-    output = capsys.readouterr().err
-    assert message in output
-    assert "remedy: " in output
+def test_bad_input_is_rejected(words, message, cli):
+    error = cli(*LAUNCH, *words, code=2).err
+    assert message in error
+    assert "remedy: " in error

@@ -11,9 +11,6 @@ from urllib.error import HTTPError
 from urllib.request import HTTPCookieProcessor, build_opener
 
 import pytest
-from typer.testing import CliRunner
-
-from finesight.cli.app import app
 
 
 def test_page_shows_the_workspace(tmp_path: Path) -> None:
@@ -40,6 +37,6 @@ def test_page_shows_the_workspace(tmp_path: Path) -> None:
         assert studio.wait(60) == 0
 
 
-@pytest.mark.parametrize("options", [["missing"], [".", "--port", "99999"]])
-def test_invalid_arguments_are_rejected(options: list[str]) -> None:
-    assert CliRunner().invoke(app, ["studio", *options]).exit_code != 0
+def test_invalid_arguments_are_rejected(cli) -> None:
+    cli("studio", "missing", code=2)
+    cli("studio", ".", "--port", "99999", code=2)

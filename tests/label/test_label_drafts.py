@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 from browser import Browser
 from label_fixtures import (
-    CORNERS,
     MODEL,
     draw_images,
     make_suggestion,
-    open_boxes_session,
-    open_fields_session,
 )
 from label_page_driver import (
     check_layouts,
@@ -26,7 +23,6 @@ from label_page_driver import (
     wait_for,
 )
 
-from finesight.data.sample import BoxPart, read_samples
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
 
@@ -80,7 +76,7 @@ def open_image(browser: Browser, index: int) -> None:
     wait_for_name(browser, f"{index}.png")
 
 
-def test_typed_text_survives_saving_and_late_requests(tmp_path: Path, browser: Browser) -> None:
+def test_typed_text_survives_saving_and_late_requests(tmp_path, browser):
     count = "document.querySelector('#counts').textContent.includes('corrected {}')"
     with serve(open_texts_session(tmp_path)) as address:
         browser.visit(f"{address}/?lang=en")
@@ -129,7 +125,7 @@ def test_typed_text_survives_saving_and_late_requests(tmp_path: Path, browser: B
         assert get_value(browser) == "v1"
 
 
-def test_stale_page_overwrites_no_decision(tmp_path: Path, browser: Browser) -> None:
+def test_stale_page_overwrites_no_decision(tmp_path, browser):
     with open_client(open_texts_session(tmp_path)) as client:
         item = client.get("/items/0").json()
         save(client, item, revision=item["revision"], text="other tab")
@@ -157,7 +153,7 @@ def test_stale_page_overwrites_no_decision(tmp_path: Path, browser: Browser) -> 
         assert get_value(browser) == "mine"
 
 
-def test_unsaved_answers_belong_to_a_session(tmp_path: Path, browser: Browser) -> None:
+def test_unsaved_answers_belong_to_a_session(tmp_path, browser):
     keys = set()
     for prompt, names in (("Which color?", ()), ("Which size?", ()), ("Read.", ("shop", "total"))):
         options = {"kind": "fields", "field_names": names} if names else {}
@@ -202,7 +198,7 @@ def test_unsaved_answers_belong_to_a_session(tmp_path: Path, browser: Browser) -
     }
 
 
-def test_undo_needs_the_server_and_survives_a_reload(tmp_path: Path, browser: Browser) -> None:
+def test_undo_needs_the_server_and_survives_a_reload(tmp_path, browser):
     notice, decision = ("document.querySelector('#notice')", "document.querySelector('#decision')")
     with serve(open_texts_session(tmp_path)) as address:
         browser.visit(f"{address}/?lang=en")
@@ -232,9 +228,7 @@ def test_undo_needs_the_server_and_survives_a_reload(tmp_path: Path, browser: Br
 
 
 @pytest.mark.parametrize(("num_classes", "control"), [(3, "input[type=radio]"), (12, "option")])
-def test_only_classes_are_saved(
-    tmp_path: Path, browser: Browser, num_classes: int, control: str
-) -> None:
+def test_only_classes_are_saved(tmp_path, browser, num_classes, control):
     names = ("a1", *(f"class {number}" for number in range(2, num_classes + 1)))
     error, note = "document.querySelector('#error')", "document.querySelector('#form .note')"
     with serve(open_texts_session(tmp_path, choices=names, kind="classes")) as address:
@@ -268,145 +262,40 @@ def test_only_classes_are_saved(
     assert read_answers(tmp_path / "labels") == {"0.png": names[1], "1.png": names[2]}
 
 
-def test_letters_search_in_the_choice_of_a_class(tmp_path: Path, browser: Browser) -> None:
-    names = ("heron", "egret", "house", *(f"bird {number}" for number in range(9)))
-    choice, note = "document.querySelector('#answer')", "document.querySelector('#form .note')"
-    with serve(open_texts_session(tmp_path, choices=names, kind="classes")) as address:
-        browser.visit(f"{address}/?lang=en")
-        wait_for(browser, f"{note}?.textContent.includes('a0')")
-        browser.run(f"{choice}.focus();")
-        for key in "hou":
-            press(browser, key)
-        assert browser.run(f"return [answer.text, {choice}.value];") == ["house"] * 2
-        assert browser.run("return document.activeElement.id;") == "answer"
-        press(browser, "Enter")
-        wait_for_name(browser, "1.png")
-    assert read_answers(tmp_path / "labels") == {"0.png": "house"}
-
-
-def read_labels_of_boxes(folder: Path) -> list[list[str | None]]:
-    return [
-        [part.label for part in sample.messages[-1].content if isinstance(part, BoxPart)]
-        for sample in read_samples(folder / LABELS_FILE)
-    ]
-
-
-def test_other_labels_of_boxes_are_saved(tmp_path: Path, browser: Browser) -> None:
-    photos = draw_images(tmp_path)
-    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Find.", kind="boxes")
-    boxes = [
-        BoxPart(label=name, xyxy=xyxy)
-        for name, xyxy in zip(("shop", "total"), CORNERS, strict=True)
-    ]
-    suggestions = [make_suggestion(str(photos / f"{i}.png"), boxes, 0.4, 0.8) for i in range(3)]
-    session.store.add_suggestions([(one, None) for one in suggestions], MODEL)
-    session.complete_task()
-    names = "[...document.querySelectorAll('#names option')].map((name) => name.value)"
-    with serve(session) as address:
-        browser.visit(f"{address}/?lang=en")
-        wait_for(browser, "document.querySelector('#box-1')?.list.id === 'names'")
-        assert browser.run(f"return {names};") == ["shop", "total"]
-        type_text(browser, "tax 2")
-        assert browser.run("return overlay.querySelector('text').textContent;") == "tax 2"
-        check_layouts(browser, address)
-        browser.run("document.querySelector('#box-1').value = ''; answer.boxes[1].label = null;")
-        press(browser, "Enter")
-        wait_for_name(browser, "1.png")
-        press(browser, "b")
-        press(browser, "2")
-        press(browser, "Enter")
-        wait_for_name(browser, "2.png")
-    assert read_labels_of_boxes(tmp_path / "labels") == [["tax 2", None], ["total", "total"]]
-
-
-def test_other_classes_are_saved(tmp_path: Path, browser: Browser) -> None:
-    with open_client(open_texts_session(tmp_path)) as client:
+def open_review(folder: Path, **options: Any) -> LabelSession:
+    """Open a review of the classes red, rare and red."""
+    with open_client(open_texts_session(folder)) as client:
         for index, text in enumerate(("red", "rare", "red")):
             save(client, client.get(f"/items/{index}").json(), text=text)
-    sources, options = [tmp_path / "labels/labels.jsonl"], {"kind": "classes", "review": True}
-    session = open_session(tmp_path / "reviewed", MODEL, sources, **options)
+    options = {"kind": "classes", "review": True} | options
+    session = open_session(folder / "reviewed", MODEL, [folder / "labels" / LABELS_FILE], **options)
+    session.complete_task()
+    return session
+
+
+def test_other_classes_are_saved(tmp_path, browser):
     state = "[answer.text, other.value, document.querySelector('#form :checked')?.value ?? '']"
     other = "document.querySelector('#other')"
-    with serve(session) as address:
+    with serve(open_review(tmp_path)) as address:
         browser.visit(f"{address}/?lang=zh")
         wait_for(browser, f"{other}?.labels[0].textContent === '其他类别'")
-        for more in ("", "item.choices.push(...'abcdefghij'); showForm();"):
-            browser.run(f"{more} {other}.focus();")
-            browser.run("document.execCommand('insertText', false, 'rare');")
-            assert browser.run(f"return {state};") == ["rare", "rare", "rare"]
-            browser.run("document.execCommand('insertText', false, ' one');")
-            assert browser.run(f"return {state};") == ["rare one", "rare one", ""]
-            check_layouts(browser, address)
-            press(browser, "1")
-            assert browser.run(f"return {state};") == ["red", "", "red"]
         browser.run(f"{other}.focus();")
-        browser.run("document.execCommand('insertText', false, 'pin');")
+        browser.run("document.execCommand('insertText', false, 'rare');")
+        assert browser.run(f"return {state};") == ["rare", "rare", "rare"]
+        browser.run("document.execCommand('insertText', false, ' one');")
+        assert browser.run(f"return {state};") == ["rare one", "rare one", ""]
         press(browser, "Escape")
-        press(browser, "e")
+        press(browser, "1")
+        assert browser.run(f"return {state};") == ["red", "", "red"]
+        browser.run(f"{other}.focus();")
         browser.run("document.execCommand('insertText', false, 'pink');")
         press(browser, "Enter")
         wait_for(browser, "document.querySelector('#counts').textContent.includes('已修正 1')")
     assert "pink" in read_answers(tmp_path / "reviewed").values()
 
 
-def test_boxes_have_a_class(tmp_path: Path, browser: Browser) -> None:
-    session = open_boxes_session(tmp_path)
-    with open_client(session) as client:
-        item = client.get("/items/0").json()
-        for label, message in (("other", "'other' is not one"), (None, "box 1 has no class")):
-            refused = save(client, item, boxes=[{"label": label, "xyxy": CORNERS[0]}])
-            assert (refused.status_code, message in refused.text) == (422, True)
-    choice = "document.querySelector('#box-0')"
-    (tmp_path / "next").mkdir()
-    with serve(open_boxes_session(tmp_path / "next")) as address:
-        browser.visit(f"{address}/?lang=en")
-        wait_for(browser, choice)
-        # The keys of a selected box are those of its choice, too.
-        browser.run(f"{choice}.focus();")
-        press(browser, "ArrowRight")
-        press(browser, "2")
-        wait_for(browser, f"{choice}.value === 'total'")
-        assert browser.run("return answer.boxes[0].xyxy[0];") == CORNERS[0][0] + 1
-        browser.run("answer.boxes[0].label = null; showForm();")
-        note = "return document.querySelector('#form .note').textContent;"
-        assert browser.run(note) == "Choose a class"
-        browser.run(f"{choice}.focus();")
-        press(browser, "Delete")
-        wait_for(browser, "document.querySelectorAll('#overlay rect').length === 1")
-        # A finger scrolls the page until the boxes are drawn.
-        action = "getComputedStyle(document.querySelector('#overlay')).touchAction"
-        assert browser.run(f"return {action};") == "pan-y pinch-zoom"
-        browser.run("document.querySelector('#draw').click();")
-        assert browser.run(f"return {action};") == "none"
-        browser.run("return open(1);")
-        address = "document.querySelector('#language').hash"
-        assert browser.run(f"return {address};") == "#1"
-
-
-def test_narrow_page_shows_the_next_image_and_the_buttons(tmp_path: Path, browser: Browser) -> None:
-    with serve(open_fields_session(tmp_path)) as address:
-        browser.visit(f"{address}/?lang=en", 390, 600)
-        wait_for_name(browser, "2.png")
-        browser.run("window.scrollTo(0, 400);")
-        browser.run("document.querySelector('#save').click();")
-        wait_for_name(browser, "1.png")
-        wait_for(browser, "window.scrollY === 0")
-        bottom = browser.run(
-            "return document.querySelector('#save').getBoundingClientRect().bottom;"
-        )
-        assert bottom <= 600
-
-
-def test_reviewed_samples_may_keep_their_class(tmp_path: Path) -> None:
-    with open_client(open_texts_session(tmp_path)) as client:
-        for index, text in enumerate(("red", "rare", "red")):
-            save(client, client.get(f"/items/{index}").json(), text=text)
-    options: dict[str, Any] = {"kind": "classes", "choices": ("red", "blue"), "review": True}
-    session = open_session(
-        tmp_path / "reviewed", MODEL, [tmp_path / "labels/labels.jsonl"], **options
-    )
-    session.complete_task()
-    with open_client(session) as client:
+def test_reviewed_samples_may_keep_their_class(tmp_path):
+    with open_client(open_review(tmp_path, choices=("red", "blue"))) as client:
         items = [client.get(f"/items/{index}").json() for index in range(3)]
         item = next(one for one in items if one["answer"]["text"] == "rare")
         assert item["choices"] == ["red", "blue", "rare"]

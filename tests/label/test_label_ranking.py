@@ -11,7 +11,6 @@ from label_fixtures import draw_images
 
 from finesight.data.sample import (
     BoxPart,
-    ContentPart,
     ImagePart,
     LocatedSample,
     Message,
@@ -58,15 +57,11 @@ def make_sample(photos: Path, index: int, answer: str) -> LocatedSample:
         ([TextPart(text='{"a": "x"}')], [TextPart(text='{"a": "x"')], 0.1),
     ],
 )
-def test_disagreement(
-    label: list[ContentPart], suggestion: list[ContentPart], expected: float
-) -> None:
+def test_disagreement(label, suggestion, expected):
     assert measure_disagreement(label, suggestion) == pytest.approx(expected)
 
 
-def test_loss_of_the_own_answer_equals_that_of_the_label(
-    inference_model: InferenceModel, tmp_path: Path
-) -> None:
+def test_loss_of_the_own_answer_equals_that_of_the_label(inference_model, tmp_path):
     photos = draw_images(tmp_path, 2)
     questions = [make_sample(photos, index, "unused") for index in range(2)]
     suggestions, _ = suggest_labels(inference_model, questions, max_new_tokens=40)
@@ -80,7 +75,7 @@ def test_loss_of_the_own_answer_equals_that_of_the_label(
     )
 
 
-def test_wrong_labels_come_first(inference_model: InferenceModel, tmp_path: Path) -> None:
+def test_wrong_labels_come_first(inference_model, tmp_path):
     photos = draw_images(tmp_path, 3)
     questions = [make_sample(photos, index, "unused") for index in range(3)]
     suggestions, _ = suggest_labels(inference_model, questions, max_new_tokens=40)
@@ -92,7 +87,7 @@ def test_wrong_labels_come_first(inference_model: InferenceModel, tmp_path: Path
     assert reasons == {}
 
 
-def test_score_needs_loss_disagreement_and_confidence() -> None:
+def test_score_needs_loss_disagreement_and_confidence():
     for values in ((5.0, 0.0, 1.0), (0.0, 1.0, 1.0), (5.0, 1.0, 0.0)):
         assert combine_scores(*values) == 0
     assert combine_scores(math.log(2), 1.0, 0.5) == pytest.approx(0.25)

@@ -54,9 +54,14 @@ def write_answers(folder: Path, *texts: str | None) -> Path:
     return folder / "data.jsonl"
 
 
-def test_examples_of_sorted_data_have_all_classes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def answer(out: Path, sources: list[Path], *texts: str, **options: Any) -> None:
+    """Label the first samples of a session with these texts."""
+    with open_session(out, MODEL, sources, **options).store as store:
+        for item, text in zip(store.items, texts, strict=False):
+            store.save_label(item.sample.sample.id, (TextPart(text=text),))
+
+
+def test_examples_of_sorted_data_have_all_classes(tmp_path, monkeypatch):
     data = write_answers(tmp_path, *["cat"] * 6, *["dog"] * 6)
     recipe = {"model": MODEL, "data": {"train": str(data)}, "output_dir": str(tmp_path)}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
@@ -64,7 +69,7 @@ def test_examples_of_sorted_data_have_all_classes(
     assert detect_task(read_run_examples(str(tmp_path))).choices == ("cat", "dog")
 
 
-def test_known_classes_are_the_only_ones_if_the_user_gives_them(tmp_path: Path) -> None:
+def test_known_classes_are_the_only_ones_if_the_user_gives_them(tmp_path):
     data = write_answers(tmp_path, "red", None, "red", "red")
     for choices, status in (((), 200), (("red",), 422)):
         folder = tmp_path / f"labels-{status}"
@@ -74,7 +79,7 @@ def test_known_classes_are_the_only_ones_if_the_user_gives_them(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", ["", '{"time": "2026-01-01T00', '{"time": "2026\n'])
-def test_session_continues_after_a_crash(tmp_path: Path, damage: str) -> None:
+def test_session_continues_after_a_crash(tmp_path, damage):
     session = open_fields_session(tmp_path)
     ids = [item.sample.sample.id for item in session.store.items]
     session.store.save_label(ids[0], session.store.items[0].proposal)
@@ -93,23 +98,18 @@ def test_session_continues_after_a_crash(tmp_path: Path, damage: str) -> None:
     with open_session(tmp_path / "labels", MODEL, photos, prompt="Read.").store as store:
         assert journal.read_bytes() == before
         assert [item.sample.sample.id for item in store.items] == ids
-        assert store.count_events() == {
-            "open": 1,
-            "written": 0,
-            "accepted": 1,
-            "corrected": 0,
-            "skipped": 1,
-        }
+        counts = {"open": 1, "written": 0, "accepted": 1, "corrected": 0, "skipped": 1}
+        assert store.count_events() == counts
         assert [one.sample.id for one in store.list_unsuggested("other")] == [ids[2]]
         assert store.list_unsuggested(MODEL) == []
 
 
-def test_second_process_is_rejected(tmp_path: Path) -> None:
+def test_second_process_is_rejected(tmp_path):
     with open_fields_session(tmp_path).store, pytest.raises(UserError, match="another process"):
         open_session(tmp_path / "labels", MODEL, [tmp_path / "photos"], prompt="Read.")
 
 
-def test_labels_are_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_training_data(tmp_path, monkeypatch):
     with open_fields_session(tmp_path).store as store:
         for item in store.items:
             store.save_label(item.sample.sample.id, item.proposal)
@@ -190,7 +190,7 @@ def test_frames_and_videos_are_decoded_within_limits(
     assert ["took more than" in one for one in reasons.values()] == [True, True], reasons
 
 
-def test_review_replaces_answers_and_keeps_others(tmp_path: Path) -> None:
+def test_review_replaces_answers_and_keeps_others(tmp_path):
     data = write_answers(tmp_path, "red", "green", "blue", None)
     session = open_session(tmp_path / "labels", MODEL, [data], review=True)
     scores = {"s0": 0.1, "s1": 0.9, "s2": 0.5}
@@ -205,7 +205,7 @@ def test_review_replaces_answers_and_keeps_others(tmp_path: Path) -> None:
     assert list_texts(tmp_path / "labels") == ["red", "gray", "blue"]
 
 
-def test_labeled_samples_are_not_listed_without_review(tmp_path: Path) -> None:
+def test_labeled_samples_are_not_listed_without_review(tmp_path):
     data = write_answers(tmp_path, "red", None, "red", "red")
     session = open_session(tmp_path / "labels", MODEL, [data])
     assert (session.task.kind, session.task.choices) == ("classes", ("red",))
@@ -230,13 +230,7 @@ def test_labeled_samples_are_not_listed_without_review(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_invalid_sources_are_rejected(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    sources: list[str],
-    prompt: str | None,
-    message: str,
-) -> None:
+def test_invalid_sources_are_rejected(tmp_path, monkeypatch, sources, prompt, message):
     write_answers(tmp_path, None, None)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -260,9 +254,7 @@ def test_invalid_sources_are_rejected(
         (["a long caption", "another"], "text", None),
     ],
 )
-def test_task_is_detected_from_answers(
-    tmp_path: Path, answers: list[str], kind: str, template: object
-) -> None:
+def test_task_is_detected_from_answers(tmp_path, answers, kind, template):
     data = write_answers(tmp_path, *answers, None)
     session = open_session(tmp_path / "labels", MODEL, [data])
     session.store.close()
@@ -270,7 +262,7 @@ def test_task_is_detected_from_answers(
     assert json.loads(session.task.template or "null") == template
 
 
-def test_box_metadata_follows_reviewed_boxes(tmp_path: Path) -> None:
+def test_box_metadata_follows_reviewed_boxes(tmp_path):
     (photo,) = draw_images(tmp_path, 1).iterdir()
     corners = (*CORNERS, (1.0, 1.0, 9.0, 9.0))
     boxes = [BoxPart(label=a, xyxy=xyxy) for a, xyxy in zip("abc", corners, strict=True)]
@@ -296,7 +288,7 @@ def test_box_metadata_follows_reviewed_boxes(tmp_path: Path) -> None:
             assert sample.meta["split"] == "val"
 
 
-def test_names_that_are_not_utf8_are_user_errors(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_user_errors(tmp_path):
     photos = draw_images(tmp_path / "a", 1)
     (photos / "0.png").rename(photos / os.fsdecode(b"caf\xe9.png"))
     with pytest.raises(UserError, match="not UTF-8"):
@@ -311,20 +303,19 @@ def test_names_that_are_not_utf8_are_user_errors(tmp_path: Path) -> None:
         store.save_label("s0", (TextPart(text="blue"),))
 
 
-def test_labels_of_other_folders_are_kept(tmp_path: Path) -> None:
-    out = tmp_path / "labels"
+def test_labels_of_other_folders_are_kept(tmp_path):
+    out, options = tmp_path / "labels", {"kind": "text", "prompt": "Color?"}
     for name, text in (("first", "red"), ("second", "blue")):
         photos = [draw_images(tmp_path / name, 1)]
-        with open_session(out, MODEL, photos, kind="text", prompt="Color?").store as store:
-            store.save_label(store.items[0].sample.sample.id, (TextPart(text=text),))
+        answer(out, photos, text, **options)
     assert list_texts(out) == ["red", "blue"]
     # After a crash before the file was written, it is written from the journal.
     (out / LABELS_FILE).unlink()
-    open_session(out, MODEL, photos, kind="text", prompt="Color?").store.close()
+    answer(out, photos, **options)
     assert list_texts(out) == ["blue"]
 
 
-def test_answered_samples_of_other_sources_are_kept(tmp_path: Path) -> None:
+def test_answered_samples_of_other_sources_are_kept(tmp_path):
     """A later session with other sources loses no answer, reviewed or not."""
     out = tmp_path / "labels"
     data = write_answers(tmp_path / "first", "red", "green", "blue", None)
@@ -335,9 +326,7 @@ def test_answered_samples_of_other_sources_are_kept(tmp_path: Path) -> None:
         store.reopen("s3")
         # The page shows the corrected answer again.
         assert store.find("s1").proposal == (TextPart(text="gray"),)
-    photos = [draw_images(tmp_path / "second", 1)]
-    with open_session(out, MODEL, photos, kind="text", prompt="Color?").store as store:
-        store.save_label(store.items[0].sample.sample.id, (TextPart(text="white"),))
+    answer(out, [draw_images(tmp_path / "second", 1)], "white", kind="text", prompt="Color?")
     assert list_texts(out) == ["red", "green", "blue", "white"]
 
 
@@ -345,58 +334,43 @@ def test_answered_samples_of_other_sources_are_kept(tmp_path: Path) -> None:
     ("corrected", "references"),
     [("cat", ("cat", "kitty", "pet")), ("dog", ()), ("kitty", ("pet",))],
 )
-def test_references_follow_the_corrected_answer(
-    tmp_path: Path, corrected: str, references: tuple[str, ...]
-) -> None:
+def test_references_follow_the_corrected_answer(tmp_path, corrected, references):
     """An evaluation must not accept the replaced answer as correct."""
     (sample,) = read_samples(write_answers(tmp_path, "cat"))
     sample = sample.model_copy(update={"references": ("cat", "kitty", "pet")})
     write_samples(tmp_path / "data.jsonl", [sample])
-    sources = [tmp_path / "data.jsonl"]
-    with open_session(tmp_path / "labels", MODEL, sources, review=True).store as store:
-        store.save_label("s0", (TextPart(text=corrected),))
+    answer(tmp_path / "labels", [tmp_path / "data.jsonl"], corrected, review=True)
     (labeled,) = read_samples(tmp_path / "labels" / LABELS_FILE)
     assert get_reference_answer(labeled) == ((corrected, *references), ())
-
-
-def test_references_stay_with_a_corrected_box(tmp_path: Path) -> None:
-    """The text of the answer, to which the references are alternatives, has not changed."""
-    sample = read_samples(write_answers(tmp_path, "cat"))[0]
-    write_samples(tmp_path / "data.jsonl", [sample.model_copy(update={"references": ("kitty",)})])
+    # They stay with a corrected box: the text of the answer has not changed.
     box = BoxPart(label="cat", xyxy=(1, 1, 5, 5))
     sources = [tmp_path / "data.jsonl"]
-    with open_session(tmp_path / "labels", MODEL, sources, review=True).store as store:
+    with open_session(tmp_path / "boxes", MODEL, sources, review=True).store as store:
         store.save_label("s0", (TextPart(text="cat"), box))
-    assert read_samples(tmp_path / "labels" / LABELS_FILE)[0].references == ("kitty",)
+    (labeled,) = read_samples(tmp_path / "boxes" / LABELS_FILE)
+    assert labeled.references == ("cat", "kitty", "pet")
 
 
-def test_review_forgets_samples_that_were_removed(tmp_path: Path) -> None:
+def test_review_forgets_samples_that_were_removed(tmp_path):
     """A faulty sample that the user removed from the data is not trained."""
     samples = read_samples(write_answers(tmp_path, "red", "green"))
     for kept in (samples, samples[:1]):
         write_samples(tmp_path / "data.jsonl", kept)
-        with open_session(
-            tmp_path / "labels", MODEL, [tmp_path / "data.jsonl"], review=True
-        ).store as store:
-            store.save_label("s0", (TextPart(text="blue"),))
+        answer(tmp_path / "labels", [tmp_path / "data.jsonl"], "blue", review=True)
     assert list_texts(tmp_path / "labels") == ["blue"]
 
 
-def test_another_sample_with_the_same_id_is_rejected(tmp_path: Path) -> None:
-    out = tmp_path / "labels"
-    sources = [write_answers(tmp_path / name, None) for name in ("first", "second")]
-    with open_session(out, MODEL, [sources[0]]).store as store:
-        store.save_label("s0", (TextPart(text="blue"),))
+def test_another_sample_with_the_same_id_is_rejected(tmp_path):
+    first, second = (write_answers(tmp_path / name, None) for name in ("first", "second"))
+    answer(tmp_path / "labels", [first], "blue")
     with pytest.raises(UserError, match="another sample with the ID 's0'"):
-        open_session(out, MODEL, [sources[1]])
+        answer(tmp_path / "labels", [second])
 
 
-def test_review_needs_a_new_folder(tmp_path: Path) -> None:
+def test_review_needs_a_new_folder(tmp_path):
     """A review replaces all labels of its folder. It has the IDs of the labels under review."""
     photos, out = [draw_images(tmp_path, 2)], tmp_path / "labels"
-    with open_session(out, MODEL, photos, kind="text", prompt="Color?").store as store:
-        for item in store.items:
-            store.save_label(item.sample.sample.id, (TextPart(text="red"),))
+    answer(out, photos, "red", "red", kind="text", prompt="Color?")
     data = write_answers(tmp_path / "data", "green")
     (tmp_path / "labels-2").mkdir()
     for folder, source in ((out, data), (out, out / LABELS_FILE), (data.parent, data)):
@@ -406,14 +380,13 @@ def test_review_needs_a_new_folder(tmp_path: Path) -> None:
         assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
         free = tmp_path / "labels-3" if folder == out else tmp_path / "data-2"
         assert caught.value.remedy == f"choose a free folder: --out {free}"
-    with open_session(free, MODEL, [out / LABELS_FILE], review=True).store as store:
-        store.save_label(store.items[0].sample.sample.id, (TextPart(text="blue"),))
+    answer(free, [out / LABELS_FILE], "blue", review=True)
     with pytest.raises(UserError, match="samples that are not of this review"):
         open_session(free, MODEL, [data], review=True)
     assert sorted(list_texts(free)) == ["blue", "red"]
 
 
-def test_labels_keep_their_prompt(tmp_path: Path) -> None:
+def test_labels_keep_their_prompt(tmp_path):
     photos, out = [draw_images(tmp_path, 2)], tmp_path / "labels"
     with open_session(out, MODEL, photos, kind="text", prompt="Which color?").store as store:
         store.save_label(str(photos[0] / "0.png"), (TextPart(text="red"),))
@@ -428,24 +401,22 @@ def test_labels_keep_their_prompt(tmp_path: Path) -> None:
     assert {file.name for file in out.iterdir()} == {JOURNAL_FILE, LABELS_FILE, "sources.json"}
     # Without a prompt, each image keeps its own, and further images have the last one.
     more = [draw_images(tmp_path / "more", 1)]
-    with open_session(out, MODEL, more, prompt="Which shape?").store as store:
-        store.save_label(store.items[0].sample.sample.id, (TextPart(text="round"),))
+    answer(out, more, "round", prompt="Which shape?")
     more[0].joinpath("new.png").write_bytes(more[0].joinpath("0.png").read_bytes())
     session = open_session(out, MODEL, [*photos, *more])
     with session.store as store:
-        questions = {i.sample.sample.id: i.sample.sample.messages[0].content for i in store.items}
-        assert {Path(name).name: content[1].text for name, content in questions.items()} == {
-            "0.png": "Which shape?",
-            "1.png": "Which shape?",
-            "new.png": "Which shape?",
+        questions = {
+            Path(item.sample.sample.id).name: item.sample.sample.messages[0].content[1].text
+            for item in store.items
         }
+        assert questions == dict.fromkeys(("0.png", "1.png", "new.png"), "Which shape?")
         # A suggestion for another prompt is not used.
         assert [item.suggestion for item in store.items] == [None] * 4
     assert session.task.prompt == "Which shape?"
     assert (out / LABELS_FILE).read_bytes().startswith(before)
 
 
-def test_reviewed_sample_is_open_again_after_a_correction_of_its_source(tmp_path: Path) -> None:
+def test_reviewed_sample_is_open_again_after_a_correction_of_its_source(tmp_path):
     """An earlier decision about another answer does not bring the replaced answer back."""
     data, out = write_answers(tmp_path, "red", "green"), tmp_path / "labels"
     with open_session(out, MODEL, [data], review=True).store as store:
@@ -467,9 +438,7 @@ def test_reviewed_sample_is_open_again_after_a_correction_of_its_source(tmp_path
 
 
 @pytest.mark.parametrize("is_relative", [True, False])
-def test_image_is_recognized_under_another_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_relative: bool
-) -> None:
+def test_image_is_recognized_under_another_path(tmp_path, monkeypatch, is_relative):
     monkeypatch.chdir(draw_images(tmp_path, 2).parent)
     paths = [Path("photos"), tmp_path / "photos"]
     first, second = paths if is_relative else paths[::-1]
@@ -495,7 +464,7 @@ class FullDisk(FileSystem):
         return super().create(path)
 
 
-def test_decision_is_kept_if_the_labels_cannot_be_written(tmp_path: Path) -> None:
+def test_decision_is_kept_if_the_labels_cannot_be_written(tmp_path):
     photos, journal = [draw_images(tmp_path, 1)], tmp_path / "labels" / JOURNAL_FILE
     session = open_session(tmp_path / "labels", MODEL, photos, kind="text", prompt="Color?")
     with session.store as store:
@@ -511,7 +480,7 @@ def test_decision_is_kept_if_the_labels_cannot_be_written(tmp_path: Path) -> Non
     assert len(journal.read_bytes().splitlines()) == 1
 
 
-def test_moved_folder_is_reported(tmp_path: Path) -> None:
+def test_moved_folder_is_reported(tmp_path):
     photos, out = [draw_images(tmp_path, 2)], tmp_path / "labels"
     with open_session(out, MODEL, photos, kind="text", prompt="Color?").store as store:
         ids = [item.sample.sample.id for item in store.items]

@@ -12,7 +12,6 @@ import pytest
 from label_fixtures import draw_images
 
 from finesight.data.sample import LocatedSample, Message, Sample, TextPart
-from finesight.encode.family import ModelFamily
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.renderer import NativeRenderer, build_renderer
@@ -77,14 +76,7 @@ def suggest(
         ('{"shop": "Olp"', {"Olp": 0.5}, {(): 0.5}, 0.5),
     ],
 )
-def test_confidence_of_texts(
-    renderer: NativeRenderer,
-    tmp_path: Path,
-    answer: str,
-    uncertain: dict[str, float],
-    parts: dict[tuple[str | int, ...], float],
-    confidence: float,
-) -> None:
+def test_confidence_of_texts(renderer, tmp_path, answer, uncertain, parts, confidence):
     suggestion = suggest(renderer, tmp_path, answer, uncertain)
     assert {part.path: part.confidence for part in suggestion.parts} == pytest.approx(parts)
     assert suggestion.confidence == pytest.approx(confidence)
@@ -100,9 +92,7 @@ JSON_BOX = '{{"bbox_2d": [{1}, {2}, {3}, {4}], "label": "{0}"}}'
     ("family", "template", "separator"),
     [(Qwen2VL(), TOKEN_BOX, ""), (Qwen25VL(), JSON_BOX, ", ")],
 )
-def test_confidence_of_boxes(
-    renderer: NativeRenderer, tmp_path: Path, family: ModelFamily, template: str, separator: str
-) -> None:
+def test_confidence_of_boxes(renderer, tmp_path, family, template, separator):
     renderer = copy(renderer)
     renderer.family = family
     boxes = (("shop", 101, 102, 503, 504), ("total", 205, 206, 607, 608))
@@ -127,7 +117,7 @@ def test_confidence_of_boxes(
         ("none", []),
     ],
 )  # fmt: skip
-def test_json_leaves_are_located(text: str, leaves: list[tuple[str, str]]) -> None:
+def test_json_leaves_are_located(text, leaves):
     found = list(iter_json_leaves(text))
     assert [(".".join(map(str, one.path)), text[one.start : one.stop]) for one in found] == leaves
 
@@ -137,9 +127,7 @@ def inference_model() -> InferenceModel:
     return load_inference_model(TINY_MODEL, device="cpu")
 
 
-def test_least_certain_suggestions_come_first(
-    inference_model: InferenceModel, tmp_path: Path
-) -> None:
+def test_least_certain_suggestions_come_first(inference_model, tmp_path):
     photos = draw_images(tmp_path)
     (photos / "broken.png").write_bytes(b"no image")
     prompts = ("Describe the image.", "Give shop, date and total as JSON.")

@@ -10,6 +10,9 @@ from browser import browser as browser
 from PIL import Image
 
 from finesight.studio.studio_jobs import JobStore
+from finesight.studio.studio_page import ServerAccess, StudioPage
+from finesight.studio.studio_view import StudioView
+from finesight.studio.workspace import Workspace
 
 COLORS = ("red", "green", "blue", "gray")
 
@@ -25,6 +28,11 @@ def folder(tmp_path: Path) -> Path:
         Image.new("RGB", (56 + index, 56), color).save(file)
         file.with_suffix(".txt").write_text(f"{color}\n")
     return workspace
+
+
+@pytest.fixture
+def page(folder: Path) -> StudioPage:
+    return StudioPage(StudioView(Workspace(folder)), ServerAccess())
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
-"""Tests of the studio page: access without a browser, and the way to a chat reply in one."""
+"""Tests of the studio page: access and forms without a browser, and the way to a chat reply."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import html
 import json
 import os
@@ -19,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
 from axe import AxeChecker
@@ -28,17 +27,26 @@ from chat_page_driver import ChatPageDriver
 from comparison_fixtures import make_run, make_sign_answers
 from label_fixtures import COLORS, ask_server, draw_dots
 from run_dir_fixtures import MANIFEST, TUNE
-from studio_fixtures import call_page, click_button, open_client, read_fields
-from typer.testing import CliRunner
+from studio_fixtures import (
+    call_page,
+    click_button,
+    open_client,
+    read_fields,
+    read_live,
+    write_job,
+    write_recipe,
+)
 
-from finesight.cli.app import app
+from finesight.cli.app import run_command
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.label.label_session import AnswerKind
 from finesight.manifest import read_example
+from finesight.model_folder import TINY_MODEL
 from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
+from finesight.storage import write_file
 from finesight.studio.studio_jobs import JobStore
 from finesight.studio.studio_page import ServerAccess, StudioPage
 from finesight.studio.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
@@ -46,6 +54,9 @@ from finesight.studio.workspace import UPLOAD_MARKER, Workspace
 
 WAIT_TIMEOUT_S = 60.0
 NUM_LABELS = 30
+OPTIONS = ImportOptions(prompt="Which color?")
+LABEL_FORM = ("photos", "Color?", "labels", TINY_MODEL, "", "", "", "")
+RECIPE_FORM = ([], "r", TINY_MODEL, "", "", "", "")
 
 IS_LOADED = "!document.querySelector('#studio-top') || document.querySelector('.studio-form')"
 """Condition that Gradio shows the form of a step, unless another page is open."""
@@ -67,62 +78,71 @@ RELOAD_NOTES = (*GRADIO_NOTES, "Connection errored out.")
 """The same, and that about an event stream which a reload ends."""
 
 
-@pytest.mark.parametrize(
-    "columns", ["", "--map image=photo --map answer=text", "image=photo answer=text"]
-)
-def test_columns_are_detected_or_pasted_from_a_message(
-    folder: Path, columns: str, started: list[list[str]]
-) -> None:
-    rows = [f"photos/{index:02}.png,color {index}" for index in range(24)]
-    (folder / "table.csv").write_text("\n".join(["photo,text", *rows]))
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    values = ["table.csv", "a", "Which color?", columns, ""]
-    assert click_button(page, "import", "step=data", None, *values) == ""
-    assert started[0][5:] == ["--map", "image=photo", "--map", "answer=text"]
+def add_run(folder: Path, name: str = "runs/a") -> Path:
+    return make_run(folder / name, make_sign_answers(folder, [0.5, 1.0] * 4)).folder
+
+
+def add_data(folder: Path, *names: str) -> None:
+    for name in names:
+        import_dataset(folder / "photos", folder / "data" / name, OPTIONS)
+
+
+def upload_files(folder: Path) -> list[Path]:
+    """Return a table and the images that it names."""
+    files = [folder.parent / "t.csv", *sorted((folder / "photos").glob("*.png"))]
+    files[0].write_text("photo,text\n" + "".join(f"{file.name},red\n" for file in files[1:]))
+    return files
 
 
 @pytest.mark.parametrize(
-    ("source", "prompt", "fraction", "problem"),
+    ("source", "prompt", "columns", "more", "found"),
     [
-        ("images", "What?", "", "24 images without labels"),
-        ("images", "What?", "", "table.csv or label the images in the step Label"),
-        ("table.csv", "", "", "Prompt"),
-        ("table.csv", "What?", "90%", "fraction"),
-        ("table.csv", "What?", "1.5", "fraction"),
+        ("table.csv", "What?", "", [], ["--map", "image=photo", "--map", "answer=text"]),
+        ("table.csv", "What?", "--map image=photo --map answer=text", [], ["image=photo"]),
+        ("table.csv", "What?", "image=photo answer=text", [], ["--map", "answer=text"]),
+        ("table.csv", "What?", "", ["", "skip"], ["--on-invalid-row", "skip"]),
+        ("images", "What?", "", [], "24 images without labels"),
+        ("images", "What?", "", [], "table.csv or label the images in the step Label"),
+        ("table.csv", "", "", [], "Prompt"),
+        ("table.csv", "What?", "", ["90%"], "fraction"),
+        ("table.csv", "What?", "", ["1.5"], "fraction"),
     ],
 )
 def test_import_form_is_checked_before_the_command_starts(
-    folder: Path, source: str, prompt: str, fraction: str, problem: str, started: list[list[str]]
-) -> None:
+    folder, page, started, source, prompt, columns, more, found
+):
     draw_dots(folder / "images", 24)
-    (folder / "table.csv").write_text("photo,text\nphotos/00.png,red\nphotos/01.png,green\n")
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    values = [source, "a", prompt, "", fraction]
-    assert problem in click_button(page, "import", "step=data", None, *values)
-    assert started == []
+    (folder / "table.csv").write_text("photo,text\nphotos/00.png,a b\nphotos/01.png,c d\n")
+    message = click_button(page, "import", "step=data", None, source, "a", prompt, columns, *more)
+    if isinstance(found, str):
+        assert found in message
+        assert started == []
+    else:
+        assert message == ""
+        assert {*found} <= {*started[0]}
 
 
-def test_refused_or_failed_import_does_not_block_its_name(
-    folder: Path, started: list[list[str]]
-) -> None:
-    files = [folder.parent / "t.csv", *sorted((folder / "photos").glob("*.png"))]
-    files[0].write_text("photo,text\n" + "".join(f"{file.name},red\n" for file in files[1:]))
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+def test_refused_or_failed_import_does_not_block_its_name(folder, page, started):
+    files = upload_files(folder)
     assert "Prompt" in click_button(page, "import", "", files, "", "a", "", "", "")
     assert [*folder.glob("uploads/*")] == []
     # The command fails: its uploads stay for another attempt, with files of the next upload.
     for source in ("", "uploads/a/t.csv"):
         assert click_button(page, "import", "", files, source, "a", "Color?", "", "") == ""
-        assert started.pop()[1:3] == ["uploads/a/t.csv", "data/a"]
+        assert started[-1][1:3] == ["uploads/a/t.csv", "data/a"]
+    write_job(folder, "data", " ".join(started[-1][:3]))
+    assert "The uploaded files are kept" in read_live(folder, "lang=en")["bottom"]
+    # A refused upload changes nothing.
+    assert "Prompt" in click_button(page, "import", "", files[:1], "", "a", "", "", "")
+    assert len([*folder.glob("uploads/a/*.png")]) == 24
+    assert click_button(page, "import", "", files[:1], "", "a", "Color?", "", "") == ""
     assert click_button(page, "import", "", None, "uploads/a/t.csv", "a", "Color?", "", "") == ""
     message = click_button(page, "import", "", files, "photos", "a", "Color?", "", "")
     assert "an upload and a path are given" in message
 
 
 @pytest.mark.parametrize("archive", [True, False])
-def test_folders_and_columns_of_an_uploaded_table_are_found(
-    folder: Path, archive: bool, started: list[list[str]]
-) -> None:
+def test_folders_and_columns_of_an_uploaded_table_are_found(folder, page, archive, started):
     home = folder.parent / "upload"
     home.mkdir()
     for file in (folder / "photos").glob("*.png"):
@@ -135,44 +155,45 @@ def test_folders_and_columns_of_an_uploaded_table_are_found(
         for file in files[:-1]:
             file.rename(home / "shapes" / file.name)
         files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     assert click_button(page, "import", "", files, "", "a", "Which color?", "", "") == ""
     assert started[0][-4:] == ["--map", "image=image", "--map", "answer=class"]
     with contextlib.chdir(folder):
-        CliRunner().invoke(app, started[0], catch_exceptions=False)
+        assert run_command(started[0]) == 0
     assert len((folder / "data/a/data.jsonl").read_text().splitlines()) == 24
 
 
-def test_uploaded_images_without_labels_are_labeled_next(
-    folder: Path, started: list[list[str]]
-) -> None:
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+def test_uploaded_images_without_labels_are_labeled_next(folder, page, started):
+    # They precede the form of an earlier command.
+    form = ("photos", "Color?", "old", TINY_MODEL, "text", "", "", "0.8")
+    write_job(folder, "label", "label finesight-tiny photos", form=form)
     files = sorted((folder / "photos").glob("*.png"))
     message, url = call_page(page, "import", {"lang": "en"}, files, "", "dots", "", "", "0.9")
     query = dict(parse_qsl(urlsplit(url).query))
-    assert (message, query["step"]) == ("", "label")
+    assert (message, query["step"], started) == ("", "label", [])
+    names = ("images", "labels-name", "kind")
     fields = read_fields(page, query)
-    assert fields["images"]["value"] == "uploads/dots"
-    assert fields["labels-name"]["value"] == "dots"
-    with open_client(folder) as client:
-        assert "images=uploads%2Fdots" in client.get(f"/live{url[2:]}").json()["url"]
-    assert started == []
+    assert [fields[name].get("value") for name in names] == ["uploads/dots", "dots", None]
+    assert "images=uploads%2Fdots" in read_live(folder, url[3:])["url"]
+    assert "images" not in call_page(page, "start-labelling", query, *form)[1]
+    fields = read_fields(page, {"step": "label"})
+    assert [fields[name].get("value") for name in names] == ["photos", "old", "text"]
 
 
-def test_every_page_requires_the_password(folder: Path) -> None:
+def test_every_page_requires_the_password(folder):
     with open_client(folder, "right-password") as client:
         paths = ("/live", "/view/report?run=a", "/view/check", "/studio.css", "/config")
         assert [client.get(path).status_code for path in paths] == [401] * len(paths)
         assert client.get("/").headers["location"] == "sign-in"
         assert client.get("/page.css").status_code == 200
+        assert client.get("/favicon.ico").status_code == 204
         client.post("/sign-in", content="password=right-password")
         assert "finesight-studio-0" in client.cookies
         assert client.get("/live").status_code == 200
 
 
-def test_only_runs_of_the_workspace_are_shown(folder: Path) -> None:
+def test_only_runs_of_the_workspace_are_shown(folder):
     for name in ("runs/a", "runs/b", "../outside"):
-        make_run(folder / name, make_sign_answers(folder, [0.5, 1.0] * 4))
+        add_run(folder, name)
     (folder / "link").symlink_to(folder.parent)
     with open_client(folder) as client:
         for query in ("run=runs/a", "run=runs/a&run=runs/b", "run=runs/a&run=../outside"):
@@ -186,42 +207,37 @@ def test_only_runs_of_the_workspace_are_shown(folder: Path) -> None:
         assert ">../outside<" not in client.get("/live?step=results&run=../outside").json()["top"]
 
 
-@pytest.mark.parametrize("converter", [None, Path("/convert.py")])
-def test_only_the_converter_of_the_command_line_runs(folder: Path, converter: Path | None) -> None:
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess(converter=converter))
-    texts = [str(block.value) for block in page.blocks.blocks.values() if hasattr(block, "value")]
-    assert ("Write GGUF" in texts) == (converter is not None)
-    assert not any("convert" in (block.elem_id or "") for block in page.blocks.blocks.values())
-    with open_client(folder) as client:
-        assert "--converter convert_hf" in client.get("/live?step=export").json()["top"]
+def test_only_the_converter_of_the_command_line_runs(folder):
+    for converter in (None, Path("/convert.py")):
+        page = StudioPage(StudioView(Workspace(folder)), ServerAccess(converter=converter))
+        blocks = page.blocks.blocks.values()
+        texts = [str(block.value) for block in blocks if hasattr(block, "value")]
+        assert ("Write GGUF" in texts) == (converter is not None)
+        assert not any("convert" in (block.elem_id or "") for block in blocks)
+    assert "--converter convert_hf" in read_live(folder, "step=export")["top"]
 
 
-def test_file_names_are_escaped(folder: Path) -> None:
-    (folder / "<b>.yaml").write_text("model: finesight-tiny\ndata: {train: a.jsonl}\n")
-    with open_client(folder) as client:
-        for step in STEPS:
-            page = client.get(f"/live?step={step}&recipe=<b>.yaml&job=<b>").json()
-            assert "<b>" not in page["top"] + page["bottom"], step
+def test_file_names_are_escaped(folder):
+    write_recipe(folder, "<b>", "a.jsonl")
+    for step in STEPS:
+        shown = read_live(folder, f"step={step}&recipe=<b>.yaml&job=<b>")
+        assert "<b>" not in shown["top"] + shown["bottom"], step
 
 
-def test_url_names_the_shown_items_and_actions_use_no_others(folder: Path) -> None:
-    (folder / "a.yaml").write_text("model: finesight-tiny\ndata: {train: a.jsonl}\n")
+def test_url_names_the_shown_items_and_actions_use_no_others(folder):
+    write_recipe(folder, "a", "a.jsonl")
+    for query, shown in (("", "a.yaml"), ("&recipe=b.yaml", "b.yaml")):
+        url = read_live(folder, f"step=train{query}")["url"]
+        assert url.startswith(f"./?step=train&recipe={shown}&")
     view = StudioView(Workspace(folder))
-    with open_client(folder) as client:
-        for query, shown in (("", "a.yaml"), ("&recipe=b.yaml", "b.yaml")):
-            url = client.get(f"/live?step=train{query}").json()["url"]
-            assert url == f"./?step=train&recipe={shown}&lang=en"
     for selection, recipe in ((Selection(recipe="a.yaml"), Path("a.yaml")), (Selection(), None)):
         assert view.read_state(selection, use_newest=False).recipe == recipe
 
 
 @pytest.mark.parametrize("password", ["right-password", None])
-def test_served_api_needs_a_key_if_the_studio_has_a_password(
-    folder: Path, password: str | None, started: list[list[str]]
-) -> None:
-    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
-    view = StudioView(Workspace(folder))
-    page = StudioPage(view, ServerAccess(password=password))
+def test_served_api_needs_a_key_if_the_studio_has_a_password(folder, password, started):
+    add_run(folder)
+    page = StudioPage(StudioView(Workspace(folder)), ServerAccess(password=password))
     for _ in range(2):
         assert click_button(page, "start-the-server", "step=export&run=runs/a") == ""
     if password is None:
@@ -236,19 +252,17 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(
     assert not any(key in word for word in started[0])
 
 
-def test_label_form_offers_a_prompt_and_keeps_its_values(folder: Path) -> None:
-    view, query = StudioView(Workspace(folder)), {"step": "label", "lang": "en"}
-    page = StudioPage(view, ServerAccess())
+def test_label_form_offers_a_prompt_and_keeps_its_values(folder, page):
+    query = {"step": "label", "lang": "en"}
     prompt = read_fields(page, query)["label-prompt"]
     assert (prompt["value"], prompt["label"]) == ("", "Prompt (required)")
-    form = ["photos", "", "colors", "finesight-tiny", "wrong", "", "", "0.8"]
-    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Which color?"))
+    add_data(folder, "a")
     prompt = read_fields(page, query)["label-prompt"]
     assert (prompt["value"], prompt["label"]) == ("Which color?", "Prompt")
-    form[1] = "Color?"
+    form = ["photos", "Color?", "colors", TINY_MODEL, "wrong", "", "", "0.8"]
     message, url = call_page(page, "start-labelling", query, *form)
     assert message == ""
-    [job] = view.jobs.list_jobs("label")
+    [job] = JobStore(folder).list_jobs("label")
     while job.status == "running":
         time.sleep(0.05)
     assert job.status == "failed"
@@ -257,99 +271,78 @@ def test_label_form_offers_a_prompt_and_keeps_its_values(folder: Path) -> None:
     assert [fields[name]["value"] for name in (*names, "label-fraction")] == form
 
 
-def test_epochs_and_steps_are_refused_by_the_names_of_their_fields(folder: Path) -> None:
-    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Which color?"))
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    values = ([], "r", "finesight-tiny", "", "3", "100", "")
-    message = click_button(page, "create-the-recipe", "step=plan&data=data/a", *values)
-    assert "“Epochs” and “Steps instead of epochs”" in message
-    assert "null" not in message
-
-
-def test_export_form_names_the_merged_model(folder: Path, started: list[list[str]]) -> None:
-    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+def test_export_form_names_the_merged_model(folder, page, started):
+    add_run(folder)
     query = {"step": "export", "run": "runs/a", "lang": "en"}
     assert "Merge one" in click_button(page, "commands-for-vllm-and-sglang", "step=export", "")
-    for name in ("newer", "mine"):
-        (folder / "models" / name).mkdir(parents=True)
+    for age, name in enumerate(("newer", "mine")):
         for file in ("config.json", "model.safetensors"):
-            (folder / "models" / name / file).touch()
-        os.utime(folder / "models" / name, (len(name), len(name)))
+            write_file(folder / "models" / name / file, b"")
+        os.utime(folder / "models" / name, (9 - age, 9 - age))
     assert read_fields(page, query)["merged-name"]["value"] == "newer"
-    write_job(folder, "export", ["merge", "runs/a", "models/mine"], 0, "", target="runs/a")
+    write_job(folder, "export", "merge runs/a models/mine", exit_code=0, target="runs/a")
     assert read_fields(page, query)["merged-name"]["value"] == "mine"
     assert started == []
 
 
-def test_recipe_form_offers_the_other_data_sets(folder: Path) -> None:
-    for name in ("a", "b", "c"):
-        import_dataset(folder / "photos", folder / "data" / name, ImportOptions(prompt="Color?"))
+def test_recipe_form_offers_the_other_data_sets(folder, page):
+    add_data(folder, "a", "b", "c")
     query = {"step": "plan", "data": "data/b", "lang": "en"}
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     others = read_fields(page, query)["other-data"]
     assert (sorted(others["choices"]), others["visible"]) == (["data/a", "data/c"], True)
-    values = (["data/c"], "both", "finesight-tiny", "", "", "", "")
+    values = (["data/c"], "both", *RECIPE_FORM[2:])
     assert call_page(page, "create-the-recipe", query, *values)[0] == ""
     files = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data.train
     assert sorted(str(file.path) for file in files) == [f"data/{name}/data.jsonl" for name in "bc"]
 
 
-def test_unfinished_run_is_used_with_its_newest_checkpoint(
-    folder: Path, started: list[list[str]]
-) -> None:
-    run = make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
-    tune = {**TUNE, "merger": "lora"}
-    manifest = {**MANIFEST, "format_version": 2, "tune": tune, "prompts": ["Which color?"]}
-    run.write("manifest.json", json.dumps(manifest))
+def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started):
+    run = add_run(folder)
+    manifest = {**MANIFEST, "format_version": 2, "prompts": ["Which color?"]}
+    manifest["tune"] = {**TUNE, "merger": "lora"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
     for name in ("step-9", "step-20", "step-x", "best"):
-        (folder / "runs/a/checkpoints" / name).mkdir(parents=True)
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    (folder / "runs/a/adapter").rename(folder / "adapter")
-    label_form = ("photos", "Color?", "labels", "finesight-tiny", "", "", "")
+        (run / "checkpoints" / name).mkdir(parents=True)
+    (run / "adapter").rename(folder / "adapter")
     buttons = {"start-the-chat": (), "start-the-server": (), "merge": ("m",)}
-    for button, values in {**buttons, "start-labelling": label_form}.items():
+    for button, values in {**buttons, "start-labelling": LABEL_FORM}.items():
         step = {"start-the-chat": "chat", "start-labelling": "label"}.get(button, "export")
         assert click_button(page, button, f"step={step}&run=runs/a", *values) == ""
-        with open_client(folder) as client:
-            shown = client.get(f"/live?step={step}&lang=en").json()["top"]
+        shown = read_live(folder, f"step={step}&lang=en")["top"]
         assert "The run is not finished: its newest checkpoint is used" in shown
     assert [words[1] for words in started] == ["runs/a/checkpoints/step-20"] * 4
-    (folder / "runs/a/predictions/after.jsonl").unlink()
-    (folder / "runs/a/predictions/before.jsonl").write_text('{"image": "photos/00.png"}\n')
+    (run / "predictions/after.jsonl").unlink()
+    (run / "predictions/before.jsonl").write_text('{"image": "photos/00.png"}\n')
     with contextlib.chdir(folder):
         assert read_example(Path("runs/a")) == ("photos/00.png", "Which color?")
-    shutil.rmtree(folder / "runs/a/checkpoints")
+    shutil.rmtree(run / "checkpoints")
     for button, values in buttons.items():
         message = click_button(page, button, "step=export&run=runs/a", *values)
         assert "no weights yet" in message
         assert "step Train" in message
-    assert click_button(page, "start-labelling", "step=label&run=runs/a", *label_form) == ""
-    assert started[4][1] == "finesight-tiny"
-    with open_client(folder) as client:
-        shown = client.get("/live?step=label&run=runs/a&lang=en").json()["top"]
+    assert click_button(page, "start-labelling", "step=label&run=runs/a", *LABEL_FORM) == ""
+    assert started[4][1] == TINY_MODEL
+    shown = read_live(folder, "step=label&run=runs/a&lang=en")["top"]
     assert ("no weights yet" in shown, 'class="command"' in shown) == (True, False)
-    (folder / "adapter").rename(folder / "runs/a/adapter")
+    (folder / "adapter").rename(run / "adapter")
     assert click_button(page, "start-the-chat", "step=chat&run=runs/a") == ""
     assert started[5][1] == "runs/a"
 
 
-def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
-    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    form = ["photos", "Color?", "x", "finesight-tiny", "classes", "red, blue", "a, b", "0.8", ""]
+def test_labelling_needs_no_run(folder, page, started):
+    add_run(folder)
+    form = ["photos", "Color?", "x", TINY_MODEL, "classes", "red, blue", "a, b", "0.8", ""]
     kinds = read_fields(page, {"step": "label", "lang": "zh"})["kind"]["choices"]
     assert [kind for _, kind in kinds] == ["", *get_args(AnswerKind)]
     assert kinds[0][0] == "自动检测"
-    with open_client(folder) as client:
-        shown = client.get("/live?step=label&lang=en").json()["top"]
-        [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
-        query = urlsplit(html.unescape(link)).query
-        assert client.get(f"/live?{query}").json()["url"].count("run=-") == 1
-        # Other steps select the newest run again.
-        url = client.get(f"/live?{query.replace('step=label', 'step=chat')}").json()["url"]
-        assert "run=runs%2Fa" in url
-    for text, model in ((query, "finesight-tiny"), ("step=label&run=runs/a", "runs/a")):
+    shown = read_live(folder, "step=label&lang=en")["top"]
+    [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
+    query = urlsplit(html.unescape(link)).query
+    assert read_live(folder, query)["url"].count("run=-") == 1
+    # Other steps select the newest run again.
+    url = read_live(folder, query.replace("step=label", "step=chat"))["url"]
+    assert "run=runs%2Fa" in url
+    for text, model in ((query, TINY_MODEL), ("step=label&run=runs/a", "runs/a")):
         assert click_button(page, "start-labelling", text, *form) == ""
         words = started.pop()
         assert words[1] == model
@@ -362,56 +355,69 @@ def test_labelling_needs_no_run(folder: Path, started: list[list[str]]) -> None:
         assert ("--classes=red, blue" in words, "--fields=a, b" in words) == (True, False)
 
 
-def test_train_step_selects_the_run_of_the_recipe(folder: Path) -> None:
-    make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0]))
+def test_train_step_selects_the_run_of_the_recipe(folder):
+    add_run(folder)
     for name in ("a", "b"):
-        text = f"model: finesight-tiny\ndata: {{train: a.jsonl}}\noutput_dir: runs/{name}\n"
-        (folder / f"{name}.yaml").write_text(text)
-    with open_client(folder) as client:
-        for recipe, shown in (("a", "runs/b"), ("b", "runs/a")):
-            page = client.get(f"/live?step=train&recipe={recipe}.yaml&run={shown}").json()
-            assert f"run=runs%2F{recipe}" in page["url"]
-            assert ("charts" in page["bottom"]) == (recipe == "a")
-            assert page["top"].count("selected") == (2 if recipe == "a" else 1)
+        write_recipe(folder, name, "a.jsonl")
+    for recipe, shown in (("a", "runs/b"), ("b", "runs/a")):
+        found = read_live(folder, f"step=train&recipe={recipe}.yaml&run={shown}")
+        assert f"run=runs%2F{recipe}" in found["url"]
+        assert ("charts" in found["bottom"]) == (recipe == "a")
 
 
-def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
-    (folder / "data/a").mkdir(parents=True)
-    (folder / "data/a/data.jsonl").write_text('{"id": 1}\n')
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    labels = {
-        label
-        for block in page.blocks.blocks.values()
-        for label in (getattr(block, "label", None), getattr(block, "value", None))
-        if isinstance(label, str)
-    }
-    assert set(FIELD_NAMES.values()) <= labels
-    for lang, name in (("en", "the step “Data”"), ("zh", "步骤“数据”")):
-        values = ([], "r", "finesight-tiny", "", "", "", "")
-        message = click_button(
-            page, "create-the-recipe", f"step=plan&data=data/a&lang={lang}", *values
-        )
-        assert name in message
-        assert "finesight import" not in message
+@pytest.mark.parametrize(
+    ("button", "query", "values", "problem"),
+    [
+        ("check", "step=check", (), "step Data"),
+        ("estimate-memory-and-time", "step=plan", (), "step Plan"),
+        ("start-the-chat", "step=chat", (), "step Train"),
+        (
+            "estimate-memory-and-time",
+            "step=plan&recipe=mine.yaml",
+            (),
+            "the step “Plan”: the command is already running",
+        ),
+        (
+            "create-the-recipe",
+            "step=plan&data=data/a",
+            ([], "r", TINY_MODEL, "", "3", "100", ""),
+            "“Epochs” and “Steps instead of epochs”",
+        ),
+        ("create-the-recipe", "step=plan&data=data/bad&lang=zh", RECIPE_FORM, "步骤“数据”"),
+        ("create-the-recipe", "step=plan&data=data/bad", RECIPE_FORM, "the step “Data”"),
+        ("start-labelling", "step=label", ("", *LABEL_FORM[1:]), "<pre>No images are given."),
+        ("start-labelling", "step=label&lang=zh", ("", *LABEL_FORM[1:]), "<pre>未给出图像。"),
+        (
+            "review-existing-labels",
+            "step=label&data=data/a",
+            (*LABEL_FORM, "for validation"),
+            "The data set has no validation samples",
+        ),
+    ],
+)
+def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query, values, problem):
+    if "data=" in query:
+        add_data(folder, "a")
+        write_file(folder / "data/bad/data.jsonl", b'{"id": 1}\n')
+    if "recipe=" in query:
+        write_recipe(folder, "mine", "data/a/data.jsonl")
+        write_job(folder, "plan", "plan mine.yaml", target="mine.yaml", exit_code=None)
+    message = click_button(page, button, query if "lang" in query else f"{query}&lang=en", *values)
+    assert problem in message
+    assert not re.search("finesight import|null", message)
+
+
+def test_names_of_fields_in_messages_are_labels_of_the_page(page):
+    blocks = page.blocks.blocks.values()
+    labels = [getattr(block, name, None) for block in blocks for name in ("label", "value")]
+    assert set(FIELD_NAMES.values()) <= {label for label in labels if isinstance(label, str)}
 
 
 @pytest.mark.parametrize(
     ("step", "arguments", "exit_code", "log", "shown"),
     [
-        (
-            "data",
-            "import a",
-            0,
-            "next: finesight check a.jsonl --against b.jsonl",
-            "the step “Check”",
-        ),
-        (
-            "label",
-            "label m a",
-            0,
-            "next: finesight train r 'data.train=[\"a\"]'",
-            "the step “Plan”",
-        ),
+        ("data", "import a", 0, "next: finesight check a --against b", "the step “Check”"),
+        ("label", "label m a", 0, "next: finesight train r 'data.train=[]'", "the step “Plan”"),
         (
             "data",
             "import a b",
@@ -420,23 +426,11 @@ def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
             "with “Columns” image=a answer=b box=c, or “Prompt”",
         ),
         ("train", "train r", 2, "error: a\n  remedy: use --resume", "use “Start or resume”"),
-        (
-            "label",
-            "label m a",
-            2,
-            "Usage: finesight label X\nTry 'finesight label'.\n\nError: a",
-            "Error: a",
-        ),
+        ("label", "label a", 2, "Usage: finesight label X\nTry 'a'.\n\nError: a", "Error: a"),
         ("export", "export m", 0, "finesight serve m --port 1", "finesight serve m --port 1"),
         # Other lines may quote data.
         ("train", "train r", 2, "a: b\nfinesight train is fun", "\nfinesight train is fun"),
-        (
-            "train",
-            "train r",
-            2,
-            "error: finesight train/a.jsonl: the answer 'type --out a' is too long",
-            "finesight train/a.jsonl: the answer 'type --out a' is too long",
-        ),
+        ("train", "train r", 2, "error: finesight train/a.jsonl: 'type --out a'", "type --out a"),
         (
             "train",
             "train r",
@@ -444,123 +438,150 @@ def test_messages_name_fields_and_steps_of_the_page(folder: Path) -> None:
             "error: a\n  remedy: check the data (finesight check), or set a lower rate",
             "check the data (the step “Check”), or set a lower rate",
         ),
-        ("export", "merge m n", 0, "n: 9 tensors\nnext: finesight export n", "n: 9 tensors"),
-        (
-            "check",
-            "check a",
-            0,
-            "next: finesight check a --fix b",
-            "next: finesight check a --fix b",
-        ),
+        ("check", "check a", 0, "next: finesight check a --fix b", "finesight check a --fix b"),
     ],
 )
-def test_log_names_fields_and_steps_of_the_page(
-    folder: Path, step: str, arguments: str, exit_code: int, log: str, shown: str
-) -> None:
-    write_job(folder, step, arguments.split(), exit_code, log)
-    with open_client(folder) as client:
-        page = client.get(f"/live?step={step}&lang=en").json()["bottom"]
+def test_log_names_fields_and_steps_of_the_page(folder, step, arguments, exit_code, log, shown):
+    write_job(folder, step, arguments, exit_code=exit_code, log=log)
+    page = read_live(folder, f"step={step}&lang=en")["bottom"]
     [found] = re.findall(r"<pre class=\"log\"[^>]*>(.*?)</pre>", page, re.DOTALL)
     assert shown in html.unescape(found)
-    assert "Serve and export" not in found
     assert ("Usage" in found, "no field for" in found) == (False, "--fix" in shown)
     assert "exit code" not in page
 
 
-@pytest.mark.parametrize(
-    ("exit_code", "log", "shown"),
-    [
-        (2, "a.jsonl: 1 row\nerror: the image file is missing", "finished: errors found"),
-        (3, "a.jsonl: 1 row\nwarning: b", "finished: warnings found"),
-        (2, "error: a", "failed"),
-        (-9, "", "failed: ended by the system, often for lack of memory"),
-    ],
-)
-def test_outcome_of_a_check_is_shown_without_its_exit_code(
-    folder: Path, exit_code: int, log: str, shown: str
-) -> None:
-    write_job(folder, "check", ["check", "a"], exit_code, log, ok_exit_codes=[0, 2, 3])
-    with open_client(folder) as client:
-        page = client.get("/live?step=check&lang=en").json()["bottom"]
-    [chip] = re.findall(r"<h2 id=\"job-h\">.*?<span[^>]*>(.*?)</span>", page)
-    assert chip == shown
+def test_estimate_of_a_changed_recipe_is_marked(folder):
+    write_recipe(folder, "a", "a.jsonl")
+    for year, is_old in ((2000, True), (2100, False)):
+        started_at = f"{year}-01-01T00:00:00Z"
+        write_job(folder, "plan", "plan a.yaml", target="a.yaml", started_at=started_at)
+        shown = read_live(folder, "step=plan&recipe=a.yaml&lang=en")["bottom"]
+        assert ("has changed since" in shown) == is_old
 
 
-def write_job(
-    folder: Path, step: str, arguments: list[str], exit_code: int, log: str, **values: object
-) -> None:
-    job = {"step": step, "target": "", "arguments": arguments, **values}
-    job_folder = folder / ".finesight/jobs/1"
-    job_folder.mkdir(parents=True)
-    job["started_at"] = "2000-01-01T00:00:00Z"
-    (job_folder / "job.json").write_text(json.dumps(job))
-    (job_folder / "log.txt").write_text(log)
-    (job_folder / "exit_code").write_text(str(exit_code))
+def test_review_has_a_folder_of_its_own(folder, page, started):
+    add_data(folder, "a")
+    write_file(folder / "data/labels/journal.jsonl", b"")
+    form = ["photos", "Color?", "labels", TINY_MODEL, "fields", "", "a, b", "0.8"]
+    button = "review-existing-labels"
+
+    def review() -> tuple[str, str]:
+        assert click_button(page, button, "step=label&data=data/a", *form) == ""
+        words = started.pop()
+        assert "--fields=a, b" in words
+        assert not any(word.startswith("--train-fraction") for word in words)
+        return words[2], words[words.index("--out") + 1]
+
+    assert review() == ("data/a/data.jsonl", "data/a-review")
+    # The last review is continued, unless the folder is in use for something else.
+    reviewed = folder / "data/a-review/reviewed.json"
+    write_file(reviewed, json.dumps([str(folder / "data/a/data.jsonl")]).encode())
+    assert review() == ("data/a/data.jsonl", "data/a-review")
+    reviewed.unlink()
+    assert review() == ("data/a/data.jsonl", "data/a-review-2")
+    # Labels of images.
+    assert "No data set" in click_button(page, button, "step=label", *form)
+    for fraction in ("0.8", "0.5"):
+        form[7] = fraction
+        assert click_button(page, "start-labelling", "step=label", *form) == ""
+        words = started.pop()
+        assert words[words.index("--out") + 1] == "data/labels"
+        assert ("--train-fraction=0.5" in words) == (fraction == "0.5")
+        assert "--train-fraction=0.8" not in words
 
 
-def test_estimate_of_a_changed_recipe_is_marked(folder: Path) -> None:
-    (folder / "a.yaml").write_text("model: finesight-tiny\ndata: {train: a.jsonl}\n")
-    job = {"step": "plan", "target": "a.yaml", "arguments": ["plan", "a.yaml"]}
-    with open_client(folder) as client:
-        for started_at in ("2000-01-01T00:00:00Z", "2100-01-01T00:00:00Z"):
-            file = folder / ".finesight/jobs/1/job.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(job | {"started_at": started_at}))
-            page = client.get("/live?step=plan&recipe=a.yaml&lang=en").json()
-            assert ("has changed since" in page["bottom"]) == started_at.startswith("2000")
-            assert "saved 2" in page["top"]
+def test_reviewed_labels_replace_those_of_the_data_set(folder, page, started):
+    options = ImportOptions(prompt="Color?", train_fraction=0.75)
+    import_dataset(folder / "photos", folder / "data/a", options)
+    workspace = Workspace(folder)
+    form = ["", "", "labels", TINY_MODEL, "", "", "", "0.5"]
+    names = {"": "data/a-review", "for validation": "data/a-eval-review"}
+    for split, name in names.items():
+        # The review of reviewed labels is continued.
+        for data in ("data/a", name):
+            query = urlencode({"step": "label", "data": data})
+            assert click_button(page, "review-existing-labels", query, *form, split) == ""
+            words = started.pop()
+            assert words[2] == f"data/a/{'eval' if split else 'train'}.jsonl"
+            assert words[words.index("--out") + 1] == name
+            assert not any("--train-fraction" in word for word in words)
+            # The command creates these files.
+            (folder / name).mkdir(exist_ok=True)
+            reviewed = json.dumps([str(folder / words[2])])
+            (folder / name / "reviewed.json").write_text(reviewed)
+            shutil.copy(folder / words[2], folder / name / "labels.jsonl")
+    pair = ("data/a-review/labels.jsonl", "data/a-eval-review/labels.jsonl")
+    files = {str(one.path): one for one in workspace.scan().datasets}
+    assert files.keys() == {"data/a", *names.values()}
+    for name in names.values():
+        assert (str(files[name].train_file), str(files[name].eval_file)) == pair
+        assert (files[name].num_train, files[name].num_eval) == (18, 6)
+    top = read_live(folder, "step=label&data=data/a")["top"]
+    links = map(html.unescape, re.findall(r'<li><a href="./\?(.*?)"', top))
+    selected = {query["step"]: query["data"] for query in map(dict, map(parse_qsl, links))}
+    assert selected["label"] == "data/a"
+    assert selected["plan"] in names.values()
+    # A copy with the validation images of the other data set is refused beside it.
+    shutil.copytree(folder / "data/a", folder / "data/b")
+    query = {"step": "plan", "data": "data/a-review", "lang": "en"}
+    others = read_fields(page, query)["other-data"]["choices"]
+    assert others == ["data/b"]
+    shutil.copy(folder / "data/a/eval.jsonl", folder / "data/b/train.jsonl")
+    values = ("both", *RECIPE_FORM[2:])
+    message = click_button(page, "create-the-recipe", urlencode(query), others, *values)
+    assert "6 validation images of data/a-review are training images of data/b" in message
+    assert not (folder / "recipes").exists()
+    assert click_button(page, "create-the-recipe", urlencode(query), [], *values) == ""
+    data = workspace.load_recipe(Path("recipes/both.yaml")).data
+    assert (str(data.train[0].path), str(data.eval[0].path)) == pair
+    message = click_button(page, "ask-delete", "step=data&data=data/a")
+    assert "is used by the data set data/a-" in message
 
 
-def test_remedy_of_a_missing_item_names_its_step(folder: Path) -> None:
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    for button, step, problem in (
-        ("check", "check", "step Data"),
-        ("estimate-memory-and-time", "plan", "step Plan"),
-        ("start-the-chat", "chat", "step Train"),
-    ):
-        assert problem in click_button(page, button, f"step={step}")
+FORMS = {
+    "import": [None, "table.csv", "a", "What?", "image=photo answer=text", "0.9", ""],
+    "start-labelling": ["photos", "Read.", "b", TINY_MODEL, "classes", "a,b", "", "0.9", ""],
+    "create-the-recipe": [[], "c", TINY_MODEL, "", "", "", ""],
+    "save-the-recipe": ["model: a", ""],
+    "merge": ["d"],
+}
 
 
-def write_recipe(folder: Path, name: str, data: str) -> Path:
-    text = f"model: finesight-tiny\ndata: {{train: {data}}}\noutput_dir: runs/{name}\n"
-    (folder / f"{name}.yaml").write_text(text)
-    return folder / f"{name}.yaml"
+@pytest.mark.parametrize("text", ["a\0b", "a" * 5000, "a/" * 2500, "\ud800", "\x1b[0m", "nan"])
+def test_any_text_in_a_field_is_used_or_refused(folder, page, text, started):
+    (folder / "table.csv").write_text("photo,text\nphotos/00.png,red\nphotos/01.png,green\n")
+    for button, values in FORMS.items():
+        for index, value in enumerate(values):
+            if isinstance(value, str):
+                fields = [*values[:index], text, *values[index + 1 :]]
+                query = {"step": "data", "data": text, "job": text}
+                message, url = call_page(page, button, query, *fields)
+                assert bool(message) != bool(url)
+    assert all("\0" not in word for words in started for word in words)
 
 
-def test_command_that_runs_already_is_named_by_its_step(folder: Path) -> None:
-    write_recipe(folder, "mine", "data/a/data.jsonl")
-    view = StudioView(Workspace(folder))
-    view.jobs.start("plan", "mine.yaml", ["plan", "mine.yaml"])
-    page = StudioPage(view, ServerAccess())
-    message = click_button(page, "estimate-memory-and-time", "step=plan&recipe=mine.yaml&lang=en")
-    assert "the step “Plan”: the command is already running" in message
-
-
-def test_data_set_that_cannot_be_moved_stays(folder: Path, tmp_path: Path) -> None:
+def test_data_set_that_cannot_be_moved_stays(folder, page, tmp_path):
     """The page neither empties folders beyond the workspace nor leaves half a data set."""
-    shutil.copytree(folder / "photos", tmp_path / "other/a")
-    (tmp_path / "other/a" / UPLOAD_MARKER).touch()
+    other = shutil.copytree(folder / "photos", tmp_path / "other/a")
+    (other / UPLOAD_MARKER).touch()
     (folder / "uploads").symlink_to(tmp_path / "other")
-    import_dataset(folder / "photos", folder / "data/a", ImportOptions(prompt="Color?"))
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    add_data(folder, "a")
     message = click_button(page, "delete", "step=data&data=data/a")
     assert "cannot be moved to the trash: it is a link to another folder" in message
     assert (folder / "data/a/data.jsonl").exists()
-    assert len([*(tmp_path / "other/a").glob("[!.]*")]) == len([*folder.glob("photos/*")])
+    assert len([*other.glob("[!.]*")]) == len([*folder.glob("photos/*")])
     assert [*(folder / ".finesight/trash").iterdir()] == []
 
 
-def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
+def test_unused_data_set_is_deleted_with_its_uploads(folder, page):
     uploads = folder / "uploads"
     for name in "ab":
         shutil.copytree(folder / "photos", uploads / name)
         (uploads / name / UPLOAD_MARKER).touch()
-        import_dataset(uploads / name, folder / "data" / name, ImportOptions(prompt="Color?"))
-    import_dataset(folder / "photos", folder / "own", ImportOptions(prompt="Color?"))
+        import_dataset(uploads / name, folder / "data" / name, OPTIONS)
+    import_dataset(folder / "photos", folder / "own", OPTIONS)
     write_recipe(folder, "other", "data/aa/data.jsonl")
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
-    (folder / ".finesight/check").mkdir(parents=True)
-    (folder / ".finesight/check/data--a.html").write_text("old")
+    write_file(folder / ".finesight/check/data--a.html", b"old")
     assert "No data set" in click_button(page, "delete", "step=data&data=data/c")
     assert "not created by the studio" in click_button(page, "delete", "step=data&data=own")
     assert click_button(page, "ask-delete", "step=data&data=data/a") == ""
@@ -570,86 +591,31 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder: Path) -> None:
     assert sorted(path.name for path in uploads.iterdir()) == ["b"]
     assert [*(folder / ".finesight/check").iterdir()] == []
     (trash,) = (folder / ".finesight/trash").iterdir()
-    assert sorted(str(path.relative_to(trash)) for path in trash.glob("[du]*/*")) == [
-        "data/a",
-        "uploads/a",
-    ]
-    assert (trash / "data/a/data.jsonl").exists()
-    assert (trash / ".finesight/check/data--a.html").exists()
+    moved = ("data/a/data.jsonl", "uploads/a", ".finesight/check/data--a.html")
+    assert all((trash / path).exists() for path in moved)
     # Another data set keeps the uploads that it uses.
-    import_dataset(uploads / "b", folder / "data/c", ImportOptions(prompt="Color?"))
+    import_dataset(uploads / "b", folder / "data/c", OPTIONS)
     assert click_button(page, "delete", "step=data&data=data/b") == ""
     assert (uploads / "b/00.png").exists()
-    with open_client(folder) as client:
-        shown = client.get("/live?step=data").json()["top"]
-    assert shown.count('class="delete"') == 1
+    assert read_live(folder, "step=data")["top"].count('class="delete"') == 1
 
 
-@pytest.mark.parametrize("user", ["recipe", "pattern", "run", "data/a", "uploads/a", "labels"])
-def test_data_set_in_use_is_not_deleted(
-    folder: Path, user: str, request: pytest.FixtureRequest
-) -> None:
-    data = folder / "data/a"
-    options = ImportOptions(prompt="Color?", copy_images=True)
-    import_dataset(folder / "photos", data, options)
-    view = StudioView(Workspace(folder))
-    page = StudioPage(view, ServerAccess())
-    used_by = "the recipe mine.yaml"
-    if user == "recipe":
-        write_recipe(folder, "mine", "data/a/data.jsonl")
-    elif user == "pattern":
-        write_recipe(folder, "mine", "data/*/data.jsonl")
-    elif user == "run":
-        # A run that holds the lock of its folder is in progress.
-        run = make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0])).folder
-        (run / "result.json").unlink()
-        write_recipe(folder, "mine", "data/a/data.jsonl").rename(run / "recipe.yaml")
-        lock = os.open(run, os.O_RDONLY)
-        request.addfinalizer(lambda: os.close(lock))
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        used_by = "the recipe runs/a/recipe.yaml"
-    elif user in ("data/a", "uploads/a"):
-        command = ["label", "finesight-tiny", user, "--prompt=Color?", "--suggest-only"]
-        view.jobs.start("label", "", command)
-        used_by = "the running command in the step Label"
-    else:
-        labels = json.loads((data / "data.jsonl").read_text().splitlines()[0])
-        labels["messages"][0]["content"][0]["image"] = "../a/images/00.png"
-        (folder / "data/labels").mkdir()
-        (folder / "data/labels/labels.jsonl").write_text(f"{json.dumps(labels)}\n")
-        used_by = "the data set data/labels"
-    # The page asks for confirmation only after the first button.
-    for button in ("ask-delete", "delete"):
-        message = click_button(page, button, "step=data&data=data/a&lang=en")
-        assert f"data/a is used by {used_by}" in message
-        assert "Not deleted" in message
-    assert (data / "data.jsonl").exists()
-
-
-def test_recipe_without_an_unfinished_run_is_deleted(folder: Path) -> None:
+def test_recipe_without_an_unfinished_run_is_deleted(folder, page):
     (folder / "recipes").mkdir()
     file = write_recipe(folder, "a", "a.jsonl").rename(folder / "recipes/a.yaml")
     write_recipe(folder, "own", "a.jsonl")
-    run = make_run(folder / "runs/a", make_sign_answers(folder, [0.5, 1.0])).folder
+    run = add_run(folder)
     (run / "result.json").rename(folder / "result.json")
-    page = StudioPage(StudioView(Workspace(folder)), ServerAccess())
     query = "step=plan&recipe=recipes/a.yaml"
     assert "not created by" in click_button(page, "delete", "step=plan&recipe=own.yaml")
     assert "used by the unfinished run runs/a" in click_button(page, "ask-delete", query)
     (folder / "result.json").rename(run / "result.json")
-    with open_client(folder) as client:
-        assert client.get("/live?step=plan").json()["top"].count('class="delete"') == 1
+    assert read_live(folder, "step=plan")["top"].count('class="delete"') == 1
     assert click_button(page, "ask-delete", query) == ""
     assert file.exists()
     assert click_button(page, "delete", query) == ""
     assert not file.exists()
     assert (folder / "own.yaml").exists()
-
-
-def test_icon_is_answered_before_sign_in(folder: Path) -> None:
-    for password in ("right-password", None):
-        with open_client(folder, password) as client:
-            assert client.get("/favicon.ico").status_code == 204
 
 
 class StudioDriver:
@@ -727,80 +693,6 @@ def studio(folder: Path, browser: Browser) -> Iterator[StudioDriver]:
                     job.stop()
             process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
-
-
-def test_ticked_data_sets_are_in_the_recipe(folder: Path, studio: StudioDriver) -> None:
-    for name in ("a", "b", "c"):
-        import_dataset(folder / "photos", folder / "data" / name, ImportOptions(prompt="Color?"))
-    studio.open("plan")
-    studio.fill(recipe_name="both")
-    box = "document.querySelector('#other-data input[type=checkbox]')"
-    studio.wait_for(f"{box}?.offsetParent")
-    studio.browser.run(f"{box}.click();")
-    studio.browser.settle()
-    studio.click("create-the-recipe")
-    studio.wait_for("document.querySelector('#editor textarea')?.value.includes('train:\\n')")
-    data = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data
-    assert len({file.path for file in data.train}) == 2
-
-
-def test_two_marked_runs_are_compared(folder: Path, studio: StudioDriver) -> None:
-    for name in ("runs/a", "runs/b"):
-        make_run(folder / name, make_sign_answers(folder, [0.5, 1.0] * 4))
-    studio.open("results")
-    box = "document.querySelector('input[name=run]')"
-    assert (
-        studio.browser.run(f"{box}.click(); return getComputedStyle({box}).appearance;") == "auto"
-    )
-    is_sent = studio.browser.run(
-        "let isSent = true; document.addEventListener('submit', (event) => {"
-        " isSent = !event.defaultPrevented; event.preventDefault(); });"
-        " document.querySelector('button[data-missing]').click(); return isSent;"
-    )
-    assert not is_sent
-    assert len(studio.browser.driver.window_handles) == 1
-
-
-def test_deletion_is_confirmed(folder: Path, studio: StudioDriver) -> None:
-    for name in "ab":
-        import_dataset(folder / "photos", folder / "data" / name, ImportOptions(prompt="Color?"))
-    button = "document.querySelector('button.delete[data-url*=\"data%2Fb\"]')"
-    studio.open("data&data=data/a")
-    studio.browser.run(
-        f"window.confirm = (text) => (window.asked = text, false); {button}.click();"
-    )
-    studio.wait_for("window.asked?.includes('Move data/b with')")
-    studio.browser.settle()
-    assert (folder / "data/b").exists()
-    # The URL names the selected data set again, also after a refusal.
-    studio.wait_for("location.search.includes('data=data%2Fa')")
-    recipe = folder / "mine.yaml"
-    recipe.write_text("model: finesight-tiny\ndata: {train: data/b/data.jsonl}\n")
-    studio.browser.run(f"{button}.click();")
-    studio.wait_for("document.querySelector('#message')?.innerText.includes('mine.yaml')")
-    studio.wait_for("location.search.includes('data=data%2Fa')")
-    recipe.unlink()
-    studio.browser.run(f"window.confirm = () => true; {button}.click();")
-    studio.wait_for(f"document.querySelector('#studio-top nav') && !{button}")
-    assert sorted(path.name for path in folder.glob("data/*")) == ["a"]
-
-
-def test_edits_are_unsaved_until_saving_succeeds(folder: Path, studio: StudioDriver) -> None:
-    text = "model: finesight-tiny\ndata: {train: a.jsonl}\noutput_dir: runs/"
-    (folder / "a.yaml").write_text(f"{text}a")
-    asks = "!window.dispatchEvent(new Event('beforeunload', {cancelable: true}))"
-    studio.open("plan")
-    studio.fill(editor=f"{text}a\nunknown: 1")
-    studio.wait_for(asks)
-    studio.click("save-the-recipe")
-    studio.wait_for("document.querySelector('#message .error')?.innerText.includes('unknown')")
-    studio.wait_for(asks)
-    studio.fill(editor=f"{text}b")
-    studio.click("save-the-recipe")
-    is_shown = "document.querySelector('#editor textarea')?.value.includes('runs/b')"
-    studio.wait_for(f"!document.querySelector('#message .error') && {is_shown}")
-    studio.wait_for(f"!({asks})")
-    assert "runs/b" in (folder / "a.yaml").read_text()
 
 
 def test_unlabeled_images_become_a_served_model(

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from studio_fixtures import click_button
+from studio_fixtures import click_button, write_job, write_recipe
 
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.label.label_session import open_session
+from finesight.model_folder import TINY_MODEL
 from finesight.storage import write_file
-from finesight.studio.studio_jobs import JOB_FILE, Job
-from finesight.studio.studio_page import ServerAccess, StudioPage
-from finesight.studio.studio_view import StudioView
-from finesight.studio.workspace import UPLOAD_MARKER, Workspace, as_argument
+from finesight.studio.workspace import (
+    UPLOAD_MARKER,
+    Workspace,
+    WorkspaceDataset,
+    as_argument,
+)
+from finesight.train.run_dir import RunDir
 
 OPTIONS = ImportOptions(prompt="Which color?")
 
@@ -33,8 +38,15 @@ def workspace(folder: Path) -> Workspace:
     return Workspace(folder)
 
 
+def add_data(workspace: Workspace, name: str, options: ImportOptions = OPTIONS) -> WorkspaceDataset:
+    """Import the images of the workspace as a data set."""
+    import_dataset(workspace.folder / "photos", workspace.folder / "data" / name, options)
+    [found] = [one for one in workspace.scan().datasets if one.path == Path("data", name)]
+    return found
+
+
 @pytest.mark.parametrize("path", ["photos", " photos/00.png ", "./photos/../photos", "{}/photos"])
-def test_path_in_the_workspace(workspace: Workspace, path: str) -> None:
+def test_path_in_the_workspace(workspace, path):
     resolved = workspace.resolve(path.format(workspace.folder), "source")
     assert not resolved.is_absolute()
     assert resolved.parts[0] == "photos"
@@ -55,33 +67,32 @@ def test_path_in_the_workspace(workspace: Workspace, path: str) -> None:
         ("photo", "did you mean photos?"),
     ],
 )
-def test_other_paths_are_rejected(workspace: Workspace, path: str, problem: str) -> None:
+def test_other_paths_are_rejected(workspace, path, problem):
     with pytest.raises(UserError, match=r".") as raised:
         workspace.resolve(path, "source")
     assert problem in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["", "../a", "a/b", "-a", ".a", "photos"])
-def test_new_name_is_checked(workspace: Workspace, name: str) -> None:
+def test_new_name_is_checked(workspace, name):
     with pytest.raises(UserError, match=r"is not a valid name|exists"):
         workspace.check_new_name(".", name)
     assert workspace.check_new_name("data", "图-1") == Path("data/图-1")
 
 
-def test_model_is_a_hub_name_or_in_the_workspace(workspace: Workspace) -> None:
-    for name in ("finesight-tiny", "Qwen/Qwen2-VL-2B-Instruct", "modelscope:a/b@main", "photos"):
+def test_model_is_a_hub_name_or_in_the_workspace(workspace):
+    for name in (TINY_MODEL, "Qwen/Qwen2-VL-2B-Instruct", "modelscope:a/b@main", "photos"):
         assert workspace.check_model(name) == name
     for name in ("/models/qwen", "../models", "link/secret.txt", "missing"):
         with pytest.raises(UserError, match=r"outside|does not exist"):
             workspace.check_model(name)
 
 
-def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
-    import_dataset(workspace.folder / "photos", workspace.folder / "data" / "a", OPTIONS)
-    (dataset,) = workspace.scan().datasets
+def test_recipe_is_created_and_validated(workspace):
+    dataset = add_data(workspace, "a")
     assert (dataset.path, dataset.num_train, dataset.num_eval) == (Path("data/a"), 24, 0)
     settings = {"train.epochs": "2", "train.learning_rate": "", "eval.metric": ""}
-    path = workspace.create_recipe("a", [dataset], "finesight-tiny", settings)
+    path = workspace.create_recipe("a", [dataset], TINY_MODEL, settings)
     assert workspace.scan().recipes == [path] == [Path("recipes/a.yaml")]
     recipe = workspace.load_recipe(path)
     assert (recipe.train.epochs, recipe.output_dir) == (2, Path("runs/a"))
@@ -118,26 +129,24 @@ def test_recipe_is_created_and_validated(workspace: Workspace) -> None:
     assert workspace.read_recipe(path)[0] == text
     workspace.save_recipe(path, text, workspace.read_recipe(path)[1])
     with pytest.raises(UserError, match=r"train.epochs"):
-        workspace.create_recipe("b", [dataset], "finesight-tiny", {"train.epochs": "{3"})
+        workspace.create_recipe("b", [dataset], TINY_MODEL, {"train.epochs": "{3"})
     with pytest.raises(UserError, match=r"recipes/a.yaml exists"):
-        workspace.create_recipe("a", [dataset], "finesight-tiny", settings)
+        workspace.create_recipe("a", [dataset], TINY_MODEL, settings)
 
 
-def test_recipe_of_several_data_sets(workspace: Workspace) -> None:
+def test_recipe_of_several_data_sets(workspace):
     for name, fraction in (("a", None), ("b", 0.5)):
-        options = replace(OPTIONS, train_fraction=fraction)
         images = shutil.copytree(workspace.folder / "photos", workspace.folder / f"photos-{name}")
+        options = replace(OPTIONS, train_fraction=fraction)
         import_dataset(images, workspace.folder / "data" / name, options)
     datasets = sorted(workspace.scan().datasets, key=lambda one: one.path)
-    path = workspace.create_recipe("a", datasets, "finesight-tiny", {})
-    data = workspace.load_recipe(path).data
+    data = workspace.load_recipe(workspace.create_recipe("a", datasets, TINY_MODEL, {})).data
     assert [str(file.path) for file in data.train] == ["data/a/data.jsonl", "data/b/train.jsonl"]
     assert [str(file.path) for file in data.eval] == ["data/b/eval.jsonl"]
 
 
-def test_prompt_is_that_of_the_run_or_of_the_data_set(workspace: Workspace) -> None:
-    import_dataset(workspace.folder / "photos", workspace.folder / "data" / "a", OPTIONS)
-    (dataset,) = workspace.scan().datasets
+def test_prompt_is_that_of_the_run_or_of_the_data_set(workspace):
+    dataset = add_data(workspace, "a")
     assert workspace.read_prompt(None, None) == ""
     assert workspace.read_prompt(None, dataset) == "Which color?"
     run = workspace.folder / "runs" / "a"
@@ -151,7 +160,7 @@ def test_prompt_is_that_of_the_run_or_of_the_data_set(workspace: Workspace) -> N
     assert workspace.read_prompt(None, dataset) == ""
 
 
-def test_uploads_are_copied_into_a_new_folder(workspace: Workspace, tmp_path: Path) -> None:
+def test_uploads_are_copied_into_a_new_folder(workspace, tmp_path):
     files = [tmp_path / name for name in ("a.png", "b.png", "labels.csv")]
     for file in files:
         file.write_text(file.name)
@@ -166,7 +175,7 @@ def test_uploads_are_copied_into_a_new_folder(workspace: Workspace, tmp_path: Pa
     assert workspace.save_uploads(files[:1], "twice") == Path("uploads/twice/a.png")
 
 
-def test_ambiguous_folders_of_an_uploaded_table_are_refused(workspace: Workspace) -> None:
+def test_ambiguous_folders_of_an_uploaded_table_are_refused(workspace):
     table = workspace.folder.parent / "t.csv"
     table.write_text("image,class\na/00.png,red\nb/00.png,blue\n")
     with pytest.raises(UserError, match=r"names a/00.png and b/00.png[^!]*upload a zip archive"):
@@ -175,9 +184,7 @@ def test_ambiguous_folders_of_an_uploaded_table_are_refused(workspace: Workspace
 
 
 @pytest.mark.parametrize("new_name", ["t.csv", "corrected.csv"])
-def test_upload_of_the_same_name_is_added(
-    workspace: Workspace, tmp_path: Path, new_name: str
-) -> None:
+def test_upload_of_the_same_name_is_added(workspace, tmp_path, new_name):
     images = sorted((workspace.folder / "photos").glob("*.png"))
     table, outside = tmp_path / "t.csv", tmp_path / "outside.csv"
     table.write_text("image,class\n" + "".join(f"shapes/{file.name},red\n" for file in images))
@@ -200,7 +207,7 @@ def test_upload_of_the_same_name_is_added(
     assert outside.read_text() == "unchanged"
 
 
-def test_uploads_in_use_are_not_replaced(workspace: Workspace) -> None:
+def test_uploads_in_use_are_not_replaced(workspace):
     files = sorted((workspace.folder / "photos").iterdir())
     uploads = workspace.folder / workspace.save_uploads(files, "a")
     assert workspace.save_uploads(files[:24], "a") == Path("uploads/a")
@@ -219,7 +226,7 @@ def test_uploads_in_use_are_not_replaced(workspace: Workspace) -> None:
             workspace.save_uploads(files[:2], name)
 
 
-def test_files_that_cannot_be_read_are_skipped(workspace: Workspace) -> None:
+def test_files_that_cannot_be_read_are_skipped(workspace):
     for name in ("a", "b", "c", "d"):
         (workspace.folder / name).mkdir()
     (workspace.folder / "a" / "train.jsonl").write_text("{}\n")
@@ -236,29 +243,23 @@ def test_files_that_cannot_be_read_are_skipped(workspace: Workspace) -> None:
     assert as_argument(Path("-a.yaml")) == "./-a.yaml"
 
 
-def test_recipe_without_settings_has_the_values_of_init(workspace: Workspace) -> None:
-    options = ImportOptions(prompt="Which color?", train_fraction=0.75)
-    import_dataset(workspace.folder / "photos", workspace.folder / "data" / "a", options)
-    (dataset,) = workspace.scan().datasets
-    recipe = workspace.load_recipe(workspace.create_recipe("a", [dataset], "finesight-tiny", {}))
-    assert (recipe.train.steps, recipe.train.learning_rate.default) == (100, 2e-3)
-    assert recipe.eval is not None
-    assert (recipe.eval.metric, recipe.eval.max_new_tokens) == ("classification", 32)
+def test_recipe_without_settings_has_the_values_of_init(workspace):
+    dataset = add_data(workspace, "a", replace(OPTIONS, train_fraction=0.75))
     settings = {"train.steps": "7", "train.learning_rate": "1e-3", "eval.metric": "captions"}
-    recipe = workspace.load_recipe(
-        workspace.create_recipe("b", [dataset], "finesight-tiny", settings)
-    )
-    assert (recipe.train.steps, recipe.train.learning_rate.default) == (7, 1e-3)
-    assert recipe.eval is not None
-    assert recipe.eval.metric == "captions"
+    for name, given, expected in (
+        ("a", {}, (100, 2e-3, "classification")),
+        ("b", settings, (7, 1e-3, "captions")),
+    ):
+        path = workspace.create_recipe(name, [dataset], TINY_MODEL, given)
+        recipe = workspace.load_recipe(path)
+        found = (recipe.train.steps, recipe.train.learning_rate.default, recipe.eval.metric)
+        assert found == expected
     with pytest.raises(UserError, match=r"did you mean eval\.metric: captions"):
-        workspace.create_recipe("c", [dataset], "finesight-tiny", {"eval.metric": "caption"})
+        workspace.create_recipe("c", [dataset], TINY_MODEL, {"eval.metric": "caption"})
 
 
 @pytest.mark.parametrize("user", ["", "recipe", "labels", "foreign", "table"])
-def test_uploads_in_use_are_not_deleted_with_their_data_set(
-    workspace: Workspace, user: str
-) -> None:
+def test_uploads_in_use_are_not_deleted_with_their_data_set(workspace, user):
     folder = workspace.folder
     uploads = folder / workspace.save_uploads(sorted((folder / "photos").iterdir()), "a")
     import_dataset(uploads, folder / "data/a", OPTIONS)
@@ -281,51 +282,67 @@ def test_uploads_in_use_are_not_deleted_with_their_data_set(
 @pytest.mark.parametrize(
     ("user", "problem"),
     [
-        ("train: {stepz: 5}", "used by the recipe mine.yaml"),
-        ("train: [", "used by the recipe mine.yaml"),
-        ("data set", "contains data/a/v2"),
-        ("run", "contains data/a/run"),
+        ("recipe data/a/data.jsonl", "used by the recipe mine.yaml"),
+        ("recipe data/*/data.jsonl", "used by the recipe mine.yaml"),
+        ("recipe data/a/data.jsonl}\nstepz: {a: 5", "used by the recipe mine.yaml"),
+        ("recipe data/a/data.jsonl}\ntrain: [{", "used by the recipe mine.yaml"),
+        ("run in progress", "used by the recipe runs/a/recipe.yaml"),
+        ("run below data/a/run", "contains data/a/run"),
+        ("data set data/a/v2", "contains data/a/v2"),
+        ("labels of its images", "used by the data set data/labels"),
         ("session", "used by the labelling page of data/a"),
-        ("command", "used by the running command in the step Label"),
+        ("command data", "used by the running command in the step Label"),
+        ("command data/a", "used by the running command in the step Label"),
+        ("command uploads/a", "used by the running command in the step Label"),
     ],
 )
-def test_data_set_in_use_is_not_deleted(workspace: Workspace, user: str, problem: str) -> None:
-    folder, text = workspace.folder, f"data: {{train: data/a/data.jsonl}}\nmodel: a\n{user}\n"
-    import_dataset(folder / "photos", folder / "data/a", OPTIONS)
-    page = StudioPage(StudioView(workspace), ServerAccess())
-    if user == "data set":
-        import_dataset(folder / "photos", folder / "data/a/v2", OPTIONS)
-    elif user == "run":
-        for name in ("manifest.json", "recipe.yaml"):
-            write_file(folder / "data/a/run" / name, b"{}")
-    elif user == "session":
-        session = open_session(folder / "data/a", "finesight-tiny", [folder / "photos"], prompt="Q")
-    elif user == "command":
-        # Its folder contains the data set.
-        values = {"step": "label", "target": "", "started_at": datetime.now(UTC)}
-        job = Job(folder=folder, arguments=("label", "finesight-tiny", "data"), **values)
-        file = folder / ".finesight/jobs/1" / JOB_FILE
-        write_file(file, job.model_dump_json(exclude={"folder"}).encode())
-    else:
-        (folder / "mine.yaml").write_text(text)
-    for button in ("ask-delete", "delete"):
-        assert problem in click_button(page, button, "step=data&data=data/a")
+def test_data_set_in_use_is_not_deleted(workspace, page, user, problem):
+    folder, (kind, _, name) = workspace.folder, user.partition(" ")
+    add_data(workspace, "a", replace(OPTIONS, copy_images=True))
+    with ExitStack() as stack:
+        if kind == "recipe":
+            write_recipe(folder, "mine", name)
+        elif name == "in progress":
+            # A run that holds the lock of its folder is in progress.
+            run = folder / "runs/a"
+            write_file(run / "manifest.json", b"{}")
+            write_recipe(folder, "mine", "data/a/data.jsonl").rename(run / "recipe.yaml")
+            stack.enter_context(RunDir(run).lock())
+        elif kind == "run":
+            for file in ("manifest.json", "recipe.yaml"):
+                write_file(folder / "data/a/run" / file, b"{}")
+        elif kind == "data":
+            add_data(workspace, "a/v2")
+        elif kind == "labels":
+            labels = json.loads((folder / "data/a/data.jsonl").read_text().splitlines()[0])
+            labels["messages"][0]["content"][0]["image"] = "../a/images/00.png"
+            write_file(folder / "data/labels/labels.jsonl", json.dumps(labels).encode())
+        elif kind == "session":
+            photos = [folder / "photos"]
+            session = open_session(folder / "data/a", TINY_MODEL, photos, prompt="Q")
+            stack.enter_context(session.store)
+        else:
+            write_job(folder, "label", f"label finesight-tiny {name}", exit_code=None)
+        # The page asks for confirmation only after the first button.
+        for button in ("ask-delete", "delete"):
+            message = click_button(page, button, "step=data&data=data/a&lang=en")
+            assert problem in message
+            assert "Not deleted" in message
     assert (folder / "data/a/data.jsonl").exists()
-    if user == "session":
-        session.store.close()
+    if kind == "session":
         assert click_button(page, "delete", "step=data&data=data/a") == ""
 
 
-def test_words_of_a_command_that_are_no_folders_do_not_count(workspace: Workspace) -> None:
+def test_words_of_a_command_that_are_no_folders_do_not_count(workspace):
     for word in (".", "..", "/", "--out=data", "data/ab", "dat", "Read data"):
         assert not workspace.is_overlapping(word, Path("data/a")), word
     for word in ("data", "./data/", "data/a", "data/a/b.png", str(workspace.folder / "data")):
         assert workspace.is_overlapping(word, Path("data/a")), word
 
 
-def test_trash_that_cannot_be_written_is_reported(workspace: Workspace) -> None:
+def test_trash_that_cannot_be_written_is_reported(workspace):
     long_name = "a" * 250
-    import_dataset(workspace.folder / "photos", workspace.folder / "data/a", OPTIONS)
+    add_data(workspace, "a")
     (workspace.folder / "data" / long_name).mkdir()
     workspace.move_to_trash(Path("data", long_name))
     assert not (workspace.folder / "data" / long_name).exists()

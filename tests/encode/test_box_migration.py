@@ -84,67 +84,7 @@ def read_coordinates(text: str, family: str) -> list[int]:
     return [int(piece.strip("()")) for piece in pairs.split(",")]
 
 
-DOGS = "<ref>dogs</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box> and <box>(1,1),(2,2)</box>"
-CAT = "<ref>A dog</ref> barks at <ref>a cat</ref><box>(1,2),(3,4)</box>"
-WHOLE = '{"bbox_2d": [0, 0, 1000, 1000]}'
-
-
-@each(
-    ("text", "source", "target", "converted"),
-    [
-        (
-            DOGS,
-            "qwen_vl",
-            "qwen2_vl",
-            "<|object_ref_start|>dogs<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
-            "<|box_start|>(5,6),(7,8)<|box_end|> and <|box_start|>(1,1),(2,2)<|box_end|>",
-        ),
-        (
-            DOGS,
-            "qwen_vl",
-            "qwen3_vl",
-            '[{"bbox_2d": [1, 2, 3, 4], "label": "dogs"}, {"bbox_2d": [5, 6, 7, 8], "label":'
-            ' "dogs"}] and {"bbox_2d": [1, 1, 2, 2]}',
-        ),
-        # References without a box.
-        (
-            CAT,
-            "qwen_vl",
-            "qwen3_vl",
-            'A dog barks at {"bbox_2d": [1, 2, 3, 4], "label": "a cat"}',
-        ),
-        (
-            CAT,
-            "qwen_vl",
-            "qwen2_vl",
-            "<|object_ref_start|>A dog<|object_ref_end|> barks at <|object_ref_start|>a cat"
-            "<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>",
-        ),
-        (WHOLE, "qwen3_vl", "qwen_vl", "<box>(0,0),(999,999)</box>"),
-        (WHOLE, "qwen3_vl", "qwen2_vl", "<|box_start|>(0,0),(1000,1000)<|box_end|>"),
-        # Between JSON formats, only coordinates change.
-        (
-            '```json\n[\n\t{"bbox_2d": [56, 56.0,168,252], "score": 0.5},\n\t{"a": [1, 2]}]\n```',
-            "qwen2_5_vl",
-            "qwen3_vl",
-            '```json\n[\n\t{"bbox_2d": [100, 200, 300, 900], "score": 0.5},\n\t{"a": [1, 2]}]\n```',
-        ),
-        (
-            'So:\n```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5, 6, 7, 8]}]\n'
-            "```\n",
-            "qwen3_vl",
-            "qwen_vl",
-            "So:\n<ref>a</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>\n",
-        ),
-        # JSON around the boxes remains valid.
-        (
-            '{"cars": [{"place": "<box>(200,250),(600,700)</box>"}]}',
-            "qwen_vl",
-            "qwen3_vl",
-            '{"cars": [{"place": {"bbox_2d": [200, 250, 600, 700]}}]}',
-        ),
-    ],
-)
+@each(("text", "source", "target", "converted"), CASES["test_labels_lists_and_text_around_boxes"])
 def test_labels_lists_and_text_around_boxes(
     text: str, source: str, target: str, converted: str
 ) -> None:

@@ -151,6 +151,11 @@ def test_boxes_in_reasoning_are_supervised_but_not_the_answer(
         '{"bbox_2d": [100, 200, 300, 400], "label": "cat"}<|im_end|>'
     )
     assert get_reference_answer(located_sample.sample, has_reasoning=True) == (("",), (cat,))
+    only_box = (messages[0], Message(role="assistant", content=(cat,)))
+    without = LocatedSample(Sample(id="box", messages=only_box), tmp_path)
+    assert decode_supervised(thinking_renderer, without) == (
+        '\n</think>\n\n{"bbox_2d": [100, 200, 300, 400], "label": "cat"}<|im_end|>'
+    )
     outline = thinking_renderer.tokenize(located_sample)
     answer = thinking_renderer.decode_completion(outline.ids_T[outline.loss_mask_T].tolist())
     assert answer.text == '{"bbox_2d": [100, 200, 300, 400], "label": "cat"}'

@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,7 @@ from finesight.data.sample import (
     TextPart,
     VideoPart,
 )
+from finesight.encode.renderer import NativeRenderer
 
 WORDS = (
     "a cat sits on the table, and it's 42 years old.",
@@ -176,3 +178,21 @@ def make_folder(folder: Path, family: str) -> Path:
     preprocessor = {"min_pixels": 3136, "max_pixels": 50176, "patch_size": patch}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
+
+
+def make_text_sample(*turns: str, system: str | None = None) -> LocatedSample:
+    """Make a sample of alternating user and assistant texts."""
+    roles: tuple[Literal["user", "assistant"], ...] = ("user", "assistant")
+    messages = [
+        Message(role=roles[n % 2], content=(TextPart(text=text),)) for n, text in enumerate(turns)
+    ]
+    if system is not None:
+        messages.insert(0, Message(role="system", content=(TextPart(text=system),)))
+    return LocatedSample(Sample(id="chat", messages=tuple(messages)), Path())
+
+
+def decode_supervised(renderer: NativeRenderer, located_sample: LocatedSample) -> str:
+    """Return the supervised text of a sample."""
+    tokenized = renderer.tokenize(located_sample)
+    supervised = tokenized.ids_T[tokenized.loss_mask_T]
+    return renderer.tokenizer.decode(supervised, skip_special_tokens=False)

@@ -1,4 +1,4 @@
-"""The published way from a conversation to a model's inputs, through transformers."""
+"""Reference encoding of conversations by the published rules, through transformers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ EMBEDDING_SYSTEM = "<|im_start|>system\nRepresent the user's input.<|im_end|>\n"
 
 @dataclass(frozen=True)
 class ExpectedEncoding:
-    """What the reference makes of a conversation."""
+    """Encoding of a conversation by the reference."""
 
-    text: str
     ids_T: np.ndarray
     loss_mask_T: np.ndarray
     position_ids_3T: np.ndarray
@@ -68,15 +67,11 @@ class HFChatReference:
             for v in self._process_visuals(part, located_sample)
         ]
         sizes = [(v.original, v.resized) for v in seen if v.kind == "image"]
-        messages = [
-            {
-                "role": message.role,
-                "content": [
-                    _to_content(run, self.folder.family, sizes) for run in _group_boxes(message)
-                ],
-            }
-            for message in located_sample.sample.messages
-        ]
+        messages = []
+        for message in located_sample.sample.messages:
+            runs = _group_boxes(message)
+            content = [_to_content(run, self.folder.family, sizes) for run in runs]
+            messages.append({"role": message.role, "content": content})
         text = self._apply_template(messages)
         if self.newest:
             text = _insert_timestamps(text, located_sample)
@@ -89,7 +84,6 @@ class HFChatReference:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         patches = [visual.patches for visual in seen] or [np.empty((0, 6 * self.side**2))]
         return ExpectedEncoding(
-            text=text,
             ids_T=np.array(ids),
             loss_mask_T=self._compute_loss_mask(ids),
             position_ids_3T=self._rope_index(ids, seen),
@@ -114,10 +108,9 @@ class HFChatReference:
         p = self.side
         if isinstance(part, ImagePart):
             image = Image.open(located_sample.resolve_path(part.image))
-            original, patches, grid = image.size[::-1], *self._process_image(image)
-            return [
-                ProcessedVisual("image", original, (grid[1] * p, grid[2] * p), grid, patches, 0.0)
-            ]
+            patches, grid = self._process_image(image)
+            size = (grid[1] * p, grid[2] * p)
+            return [ProcessedVisual("image", image.size[::-1], size, grid, patches, 0.0)]
         if isinstance(part, VideoPart):
             # Without torchvision there is no video processor; the image processor is used.
             frames = [Image.open(located_sample.resolve_path(name)) for name in part.frames]
@@ -128,12 +121,9 @@ class HFChatReference:
             pairs = stills.reshape(t, 2, h * w, 3, 2, p, p)[:, :, :, :, 0]
             patches = pairs.transpose(0, 2, 3, 1, 4, 5).reshape(t * h * w, 6 * p * p)
             original, size, seconds = frames[0].size[::-1], (h * p, w * p), 2 / part.fps
-            if self.newest:
-                apart = np.split(patches, t)
-                return [
-                    ProcessedVisual("video", original, size, (1, h, w), x, seconds) for x in apart
-                ]
-            return [ProcessedVisual("video", original, size, (t, h, w), patches, seconds)]
+            parts = np.split(patches, t) if self.newest else [patches]
+            grid = (t // len(parts), h, w)
+            return [ProcessedVisual("video", original, size, grid, x, seconds) for x in parts]
         return []
 
     def _process_image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -215,7 +205,7 @@ class ProcessedVisual:
 
 
 def render_chat(messages: list[dict[str, Any]], system: str | None = DEFAULT_SYSTEM) -> str:
-    """The published chat template, said as code."""
+    """Apply the published chat template."""
     own = messages[0]["role"] == "system" or system is None
     turns = [] if own else [("system", system)]
     for message in messages:
@@ -230,7 +220,7 @@ def render_chat(messages: list[dict[str, Any]], system: str | None = DEFAULT_SYS
 
 
 def _insert_timestamps(text: str, located_sample: LocatedSample) -> str:
-    """Each video as its pairs of frames, with the time between the two in front."""
+    """Replace each video by its pairs of frames, each with its time in front."""
     for part in located_sample.sample.iter_parts():
         if isinstance(part, VideoPart):
             moments = [number / part.fps for number in range(len(part.frames))]
@@ -245,21 +235,22 @@ def _insert_timestamps(text: str, located_sample: LocatedSample) -> str:
 @cache
 def build_rope_model(family: str) -> Any:
     """A model of the family without numbers in its weights, for its rule of positions."""
-    vision = {"depth": 1, "spatial_merge_size": 2, "tokens_per_second": 2}
+    vision = {"depth": 1, "spatial_merge_size": 2}
     text = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    model, config = {
+        "qwen2_vl": (Qwen2VLModel, Qwen2VLConfig),
+        "qwen2_5_vl": (Qwen2_5_VLModel, Qwen2_5_VLConfig),
+        "qwen3_vl": (Qwen3VLModel, Qwen3VLConfig),
+    }[family]
+    if family == "qwen2_5_vl":
+        vision["tokens_per_second"] = 2
     with torch.device("meta"):
-        if family == "qwen2_vl":
-            del vision["tokens_per_second"]
-            return Qwen2VLModel(Qwen2VLConfig(text_config=text, vision_config=vision))
-        if family == "qwen3_vl":
-            del vision["tokens_per_second"]
-            return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
-        return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+        return model(config(text_config=text, vision_config=vision))
 
 
 def _group_boxes(message: Any) -> list[Any]:
-    """The parts of a turn, adjacent boxes gathered in lists."""
+    """Return the parts of a turn, with adjacent boxes in lists."""
     runs: list[Any] = []
     for part in message.content:
         if isinstance(part, BoxPart) and runs and isinstance(runs[-1], list):

@@ -1,23 +1,102 @@
-"""Whole files from one family to another, in every shape that conversations have."""
+"""Boxes in texts and data files, from the format of one family to that of another."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
+from each_value import each
 from image_fixtures import write_gray_image
 
 from finesight.config import ExactSize, PixelRange
-from finesight.encode.box_migration import MigrationResult, ResizeSpec, migrate_box_file
+from finesight.data.image_header import ImageSize
+from finesight.encode.box_migration import (
+    BOX_FORMATS,
+    MigrationResult,
+    ResizeSpec,
+    convert_boxes,
+    migrate_box_file,
+)
 from finesight.errors import UserError
 
-OLD = "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(100,200),(300,900)<|box_end|>"
-NEW = '{"bbox_2d": [100, 200, 300, 900], "label": "dog"}'
-PIXELS = '{"bbox_2d": [56, 56, 168, 252], "label": "dog"}'
+CASES = load_cases("box_migration")
+
+THOUSAND = (1000, 1000)
+RESIZED = (280, 560)
+# The same box: from 10 % to 30 % of the width, from 20 % to 90 % of the height.
+TEXTS = {
+    "qwen_vl": "<ref>dog</ref><box>(100,200),(300,900)</box>",
+    "qwen2_vl": "<|object_ref_start|>dog<|object_ref_end|>"
+    "<|box_start|>(100,200),(300,900)<|box_end|>",
+    "qwen2_5_vl": '{"bbox_2d": [56, 56, 168, 252], "label": "dog"}',
+    "qwen3_vl": '{"bbox_2d": [100, 200, 300, 900], "label": "dog"}',
+}
+OLD, NEW, PIXELS = TEXTS["qwen2_vl"], TEXTS["qwen3_vl"], TEXTS["qwen2_5_vl"]
 # An image of 1000 x 500 pixels becomes 560 x 280.
 RESIZING = ResizeSpec(PixelRange(min_pixels=3136, max_pixels=160000), 28)
+
+
+def convert(text: str, source: str, target: str, resized: ImageSize = RESIZED) -> tuple[str, int]:
+    old, new = (resized if name == "qwen2_5_vl" else THOUSAND for name in (source, target))
+    return convert_boxes(text, source, target, lambda: (old, new))
+
+
+@each(("source", "target"), itertools.permutations(BOX_FORMATS, 2))
+def test_conversion_between_all_families(source: str, target: str) -> None:
+    converted = convert(f"Here: {TEXTS[source]}, you see.", source, target)
+    assert converted == (f"Here: {TEXTS[target]}, you see.", 1)
+    for text in ("", "A dog.", '{"a": [1, 2]}', "(1,2),(3,4)", "[", "x < y"):
+        assert convert(text, source, target) == (text, 0)
+
+
+@each(("source", "target"), itertools.permutations(BOX_FORMATS, 2))
+@each("resized", [(56, 84), RESIZED, (2044, 3584)])
+def test_roundtrip_changes_coordinates_by_at_most_one(
+    source: str, target: str, resized: ImageSize
+) -> None:
+    """One unit of the coarser of the two frames."""
+    random.seed(f"{source} {target} {resized}")
+    frame, other = (resized if name == "qwen2_5_vl" else THOUSAND for name in (source, target))
+    limits = [max(1, size / 1000, 1000 / far) for size, far in zip(frame, other, strict=True)]
+    sides = [side if source == "qwen_vl" else side + 1 for side in frame]
+    for _ in range(200):
+        (y1, y2), (x1, x2) = (sorted(random.choices(range(side), k=2)) for side in sides)
+        if source in ("qwen2_5_vl", "qwen3_vl"):
+            text = json.dumps({"bbox_2d": [x1, y1, x2, y2], "label": "a b"})
+        else:
+            text = TEXTS[source].replace("(100,200),(300,900)", f"({x1},{y1}),({x2},{y2})")
+        there, _ = convert(text, source, target, resized)
+        back, _ = convert(there, target, source, resized)
+        corners = read_coordinates(back, source)
+        for before, after, limit in zip((x1, y1, x2, y2), corners, limits[::-1] * 2, strict=True):
+            assert abs(after - before) <= limit, f"{text} became {back}"
+
+
+def read_coordinates(text: str, family: str) -> list[int]:
+    if family in ("qwen2_5_vl", "qwen3_vl"):
+        return list(json.loads(text)["bbox_2d"])
+    pairs = text[text.index("(") : text.rindex(")") + 1]
+    return [int(piece.strip("()")) for piece in pairs.split(",")]
+
+
+@each(("text", "source", "target", "converted"), CASES["test_labels_lists_and_text_around_boxes"])
+def test_labels_lists_and_text_around_boxes(
+    text: str, source: str, target: str, converted: str
+) -> None:
+    assert convert(text, source, target)[0] == converted
+
+
+@each(("text", "source", "target", "what"), CASES["test_invalid_boxes_are_rejected"])
+def test_invalid_boxes_are_rejected(text: str, source: str, target: str, what: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        convert(text, source, target)
+    assert caught.value.expected
+    assert caught.value.remedy
 
 
 def run_migration(
@@ -30,48 +109,40 @@ def run_migration(
     return (folder / "new.json").read_bytes().decode(), done
 
 
-SHAPES: list[Any] = [
-    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": OLD}]},
-    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": OLD}]},
-    {"messages": [{"role": "assistant", "content": [{"type": "text", "text": OLD}]}]},
-    {"query": "q", "response": OLD, "history": [["q", OLD], ["q", "none"]]},
-    {"instruction": "q", "input": "", "output": OLD},
-    {"conversation": [{"human": "q", "assistant": OLD}]},
-    {"history": [{"role": "assistant", "content": OLD}], "rejected_response": OLD},
-    {"id": "identity_0", "extra": {"response": OLD}},
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_conversation_layout(tmp_path: Path, shape: Any) -> None:
-    text = json.dumps(shape)
+@each(
+    "record",
+    [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": OLD}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": OLD}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "text", "text": OLD}]}]},
+        {"query": "q", "response": OLD, "history": [["q", OLD], ["q", "none"]]},
+        {"instruction": "q", "input": "", "output": OLD},
+        {"conversation": [{"human": "q", "assistant": OLD}]},
+        {"history": [{"role": "assistant", "content": OLD}], "rejected_response": OLD},
+        {"id": "identity_0", "extra": {"response": OLD}},
+    ],
+)
+def test_every_conversation_layout(tmp_path: Path, record: Any) -> None:
+    text = json.dumps(record)
     written, done = run_migration(tmp_path, text)
     assert json.loads(written) == json.loads(text.replace(json.dumps(OLD), json.dumps(NEW)))
     assert done.num_boxes == text.count("<|box_start|>")
 
 
-def test_other_bytes_are_unchanged(tmp_path: Path) -> None:
-    text = (
+def test_other_bytes_of_all_file_layouts_are_unchanged(tmp_path: Path) -> None:
+    line = (
         '{ "id":1.50, "n" : 1e5, "n": NaN,\t"caption": "h\\u00fcndchen",\r\n'
         '  "response": "Ein H\\u00fcndchen %s", "query": "Hündchen\\/?\u2028"}\r\n'
     )
-    written, _ = run_migration(tmp_path, text % OLD)
-    assert written == text % json.dumps(NEW)[1:-1]
-
-
-def test_json_lines_arrays_and_single_records(tmp_path: Path) -> None:
-    record = {"query": "Where?\u2028", "response": OLD}
-    line = json.dumps(record, ensure_ascii=False)
-    expected = line.replace(json.dumps(OLD), json.dumps(NEW))
-    for text, want, records in (
-        (f"{line}\n\n{line}\n", f"{expected}\n\n{expected}\n", 2),
-        (f"{line}\n{line}", f"{expected}\n{expected}", 2),
-        (f"[{line},\n {line}]\n", f"[{expected},\n {expected}]\n", 2),
-        (line, expected, 1),
-    ):
-        written, done = run_migration(tmp_path, text)
-        assert written == want
-        assert done.num_records == done.num_boxes == done.answers_with_boxes == records
+    written, _ = run_migration(tmp_path, line % OLD)
+    assert written == line % json.dumps(NEW)[1:-1]
+    record = json.dumps({"query": "Where?\u2028", "response": OLD}, ensure_ascii=False)
+    expected = record.replace(json.dumps(OLD), json.dumps(NEW))
+    for layout in ("{0}\n\n{0}\n", "{0}\n{0}", "[{0},\n {0}]\n", "{0}"):
+        written, done = run_migration(tmp_path, layout.format(record))
+        assert written == layout.format(expected)
+        num_records = layout.count("{0}")
+        assert done.num_records == done.num_boxes == done.answers_with_boxes == num_records
 
 
 def test_only_answers_are_rewritten(tmp_path: Path) -> None:
@@ -85,10 +156,17 @@ def test_only_answers_are_rewritten(tmp_path: Path) -> None:
     assert written.count(json.dumps(OLD)[1:-1]) == 2
     assert done.unconverted == ("line 1", "line 2", "line 3")
     assert (done.num_boxes, done.answers_with_boxes, done.answers_without_boxes) == (3, 3, 1)
+    # Points are not converted.
+    text = json.dumps({"image": "a.png", "response": '{"point_2d": [112, 140], "label": "dog"}'})
+    written, done = run_migration(tmp_path, text, "qwen2_5_vl", "qwen3_vl", resize_spec=RESIZING)
+    assert (written, done.unconverted) == (text, ("the record",))
 
 
-@pytest.mark.parametrize(
-    "shown",
+PART = {"type": "image_url", "image_url": {"url": "a.png"}}
+
+
+@each(
+    "image",
     [
         {"image": "a.png"},
         {"images": ["a.png"]},
@@ -96,98 +174,66 @@ def test_only_answers_are_rewritten(tmp_path: Path) -> None:
         {"conversations": [{"from": "user", "value": "Picture 1: <img>a.png</img>\nWhere?"}]},
         {"query": "<|vision_start|>a.png<|vision_end|>Where?"},
         {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [{"type": "image_url", "image_url": {"url": "a.png"}}] * 2,
-                }
-            ]
-        },
+        {"messages": [{"role": "user", "content": [PART, PART]}]},
     ],
 )
-def test_pixels_refer_to_resized_image(tmp_path: Path, shown: dict[str, Any]) -> None:
+def test_pixels_refer_to_resized_image(tmp_path: Path, image: dict[str, Any]) -> None:
     write_gray_image(tmp_path / "a.png", 1000, 500)
-    there, _ = run_migration(
-        tmp_path, json.dumps({**shown, "response": OLD}), target="qwen2_5_vl", resize_spec=RESIZING
-    )
+    text = json.dumps({**image, "response": OLD})
+    there, _ = run_migration(tmp_path, text, target="qwen2_5_vl", resize_spec=RESIZING)
     assert json.loads(there)["response"] == PIXELS
     back, _ = run_migration(tmp_path, there, "qwen2_5_vl", "qwen2_vl", resize_spec=RESIZING)
     assert json.loads(back)["response"] == OLD
-
-
-def test_exact_image_size(tmp_path: Path) -> None:
     write_gray_image(tmp_path / "a.png", 33, 77)
-    text = json.dumps({"image": "a.png", "response": OLD})
     exact = ResizeSpec(ExactSize(height=280, width=560), 28)
     written, _ = run_migration(tmp_path, text, target="qwen2_5_vl", resize_spec=exact)
     assert json.loads(written)["response"] == PIXELS
 
 
-@pytest.mark.parametrize(
-    ("rows", "what"),
+@each(
+    ("row", "what"),
     [
-        ([{"response": OLD}], "a record of 0 images"),
-        ([{"images": ["a.png", "b.png"], "response": OLD}], "a record of 2 images"),
-        ([{"image": "missing.png", "response": OLD}], "no such image"),
-        ([{"image": "a.png", "response": "<|box_start|>"}], "invalid box in"),
+        ({"response": OLD}, "a record of 0 images"),
+        ({"images": ["a.png", "b.png"], "response": OLD}, "a record of 2 images"),
+        ({"image": "missing.png", "response": OLD}, "no such image"),
+        ({"image": "a.png", "response": "<|box_start|>"}, "invalid box in"),
     ],
 )
-def test_boxes_without_unique_image_are_rejected(
-    tmp_path: Path, rows: list[Any], what: str
-) -> None:
+def test_boxes_without_unique_image_are_rejected(tmp_path: Path, row: Any, what: str) -> None:
     write_gray_image(tmp_path / "a.png", 1000, 500)
     write_gray_image(tmp_path / "b.png")
-    good = {"image": "a.png", "response": OLD}
-    text = "\n".join(map(json.dumps, [good, *rows]))
+    rows = [{"image": "a.png", "response": OLD}, {"response": "A record without boxes."}, row]
+    text = "\n".join(map(json.dumps, rows))
     with pytest.raises(UserError, match=what) as caught:
         run_migration(tmp_path, text, target="qwen2_5_vl", resize_spec=RESIZING)
-    assert "line 2" in caught.value.what
+    assert "line 3" in caught.value.what
     assert "1 answers cannot be converted" in caught.value.what
     assert not (tmp_path / "new.json").exists()
 
 
-def test_record_without_boxes_needs_no_image(tmp_path: Path) -> None:
-    text = json.dumps({"response": "A dog."})
-    written, done = run_migration(tmp_path, text, target="qwen2_5_vl", resize_spec=RESIZING)
-    assert written == text
-    assert done.num_boxes == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
+@each(
+    ("content", "change", "message"),
     [
-        ({"target": "qwen2_vl"}, "both families are qwen2_vl"),
-        ({"target": "qwen4"}, "unknown family 'qwen4'"),
-        ({"target": "qwen2_5_vl"}, "not given for qwen2_vl to qwen2_5_vl"),
-        ({"resize_spec": RESIZING}, "given for qwen2_vl to qwen3_vl"),
+        ("[]", {"target": "qwen2_vl"}, "both families are qwen2_vl"),
+        ("[]", {"target": "qwen4"}, "unknown family 'qwen4'"),
+        ("[]", {"target": "qwen2_5_vl"}, "not given for qwen2_vl to qwen2_5_vl"),
+        ("[]", {"resize_spec": RESIZING}, "given for qwen2_vl to qwen3_vl"),
+        ('{"a": 1}\n{"a"\n', {}, r"old.json:2: invalid JSON"),
     ],
 )
-def test_invalid_arguments_are_rejected(tmp_path: Path, change: dict[str, Any], what: str) -> None:
-    with pytest.raises(UserError, match=what) as caught:
-        run_migration(tmp_path, "[]", **change)
+def test_invalid_arguments_and_files_are_rejected(
+    tmp_path: Path, content: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        run_migration(tmp_path, content, **change)
     assert caught.value.remedy
 
 
-def test_existing_output_is_not_overwritten(tmp_path: Path) -> None:
+def test_output_is_not_overwritten_and_input_must_exist(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[]", encoding="utf-8")
     (tmp_path / "b.json").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="the file exists"):
         migrate_box_file(tmp_path / "a.json", tmp_path / "b.json", "qwen_vl", "qwen2_vl")
     assert (tmp_path / "b.json").read_text(encoding="utf-8") == "mine"
-
-
-def test_broken_json(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="invalid JSON") as caught:
-        run_migration(tmp_path, '{"a": 1}\n{"a"\n')
-    assert caught.value.where.endswith("old.json:2")
     with pytest.raises(UserError, match="no such file"):
-        migrate_box_file(tmp_path / "x.json", tmp_path / "b.json", "qwen_vl", "qwen2_vl")
-
-
-def test_unconverted_points_are_reported(tmp_path: Path) -> None:
-    answer = '{"point_2d": [112, 140], "label": "dog"}'
-    text = json.dumps({"image": "a.png", "response": answer})
-    written, done = run_migration(tmp_path, text, "qwen2_5_vl", "qwen3_vl", resize_spec=RESIZING)
-    assert written == text
-    assert done.unconverted == ("the record",)
+        migrate_box_file(tmp_path / "x.json", tmp_path / "c.json", "qwen_vl", "qwen2_vl")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from case_files import load_cases
+from conversation_fixtures import decode_supervised, make_text_sample
+from each_value import each
 from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
@@ -23,14 +25,14 @@ from finesight.data.sample import (
 )
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.qwen3_5 import Qwen35
-from finesight.encode.renderer import NativeRenderer, build_renderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
 CASES = load_cases("encode_qwen3_5")
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets"
-needs_assets = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not (ASSETS / "Qwen3.5-4B" / "tokenizer.json").exists(), reason="no published files"
 )
 IMAGE_TOKENS = 4
@@ -106,21 +108,17 @@ def get_text(message: Message) -> str:
 
 
 @cache
-def load_published_tokenizer(file: Path) -> Any:
+def load_published_tokenizer() -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(file))
+    return Tokenizer.from_file(str(ASSETS / "Qwen3.5-4B" / "tokenizer.json"))
 
 
 @cache
 def compile_template(text: str) -> Any:
     jinja2 = pytest.importorskip("jinja2")
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = pytest.fail
     return environment.from_string(text)
 
 
@@ -143,7 +141,6 @@ def render_published(
     return text
 
 
-@needs_assets
 @pytest.mark.parametrize(
     ("name", "thinking", "effort"), CASES["test_tokens_equal_published_template"]
 )
@@ -152,17 +149,12 @@ def test_tokens_equal_published_template(
 ) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     folder = make_model_folder(name, tmp_path / "model")
-    renderer = build_renderer(folder)
-    assert isinstance(renderer, NativeRenderer)
-    family = renderer.family
-    assert isinstance(family, Qwen35)
-    assert family.preserves_reasoning == (name == "Qwen3.8-27B")
-    options = ThinkingOptions(
-        enable_thinking=thinking, reasoning_effort=effort if thinking else None
-    )
-    renderer = renderer.with_thinking(options)
+    effort_of_mode = effort if thinking else None
+    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=effort_of_mode)
+    renderer = NativeRenderer(folder).with_thinking(options)
     assert renderer.has_reasoning == thinking
-    published = load_published_tokenizer(folder.tokenizer_file.resolve())
+    assert isinstance(renderer.family, Qwen35)
+    assert renderer.family.preserves_reasoning == (name == "Qwen3.8-27B")
     rng = random.Random(f"{name} {thinking} {effort}")
     kwargs = {} if effort is None else {"reasoning_effort": effort}
     for number in range(200):
@@ -181,18 +173,15 @@ def test_tokens_equal_published_template(
                 **kwargs,
             )
             pad = "<|image_pad|>"
-            expected = published.encode(rendered.replace(pad, pad * IMAGE_TOKENS)).ids
+            text = rendered.replace(pad, pad * IMAGE_TOKENS)
             tokenize = renderer.tokenize_prompt if is_prompt else renderer.tokenize
             found = tokenize(LocatedSample(sample, tmp_path))
-            assert found.ids_T.tolist() == expected, rendered
+            assert found.ids_T.tolist() == load_published_tokenizer().encode(text).ids, rendered
             assert found.is_thinking == mode
 
 
-@needs_assets
-@pytest.mark.parametrize("thinking", [False, True])
-def test_answers_and_their_reasoning_are_supervised(thinking: bool, tmp_path: Path) -> None:
-    folder = make_model_folder("Qwen3.5-4B", tmp_path / "model")
-    renderer = NativeRenderer(folder).with_thinking(ThinkingOptions(enable_thinking=thinking))
+def test_answers_and_their_reasoning_are_supervised(tmp_path: Path) -> None:
+    renderer = NativeRenderer(make_model_folder("Qwen3.5-4B", tmp_path / "model"))
     thought, output = "<think>\nIt glows.\n</think>\n\n", "It glows.\n</think>\n\n"
     tool = "<tool_response>\n7\n</tool_response>"
     for turns, expected in (
@@ -202,40 +191,31 @@ def test_answers_and_their_reasoning_are_supervised(thinking: bool, tmp_path: Pa
         (("Which?", f"{thought}call", tool, f"{thought}red"), (f"{output}call", f"{output}red")),
         (("Which?", f"{thought}call", tool, "call", tool, "red"), (f"{output}call", "call", "red")),
     ):
-        messages = tuple(
-            Message(role=("user", "assistant")[n % 2], content=(TextPart(text=text),))
-            for n, text in enumerate(turns)
-        )
-        outline = renderer.tokenize(LocatedSample(Sample(id="s", messages=messages), tmp_path))
-        supervised = outline.ids_T[outline.loss_mask_T].tolist()
-        text = renderer.tokenizer.decode(supervised, skip_special_tokens=False)
-        assert text == "".join(f"{answer}<|im_end|>" for answer in expected)
+        text = "".join(f"{answer}<|im_end|>" for answer in expected)
+        for thinking in (False, True):
+            options = ThinkingOptions(enable_thinking=thinking)
+            found = decode_supervised(renderer.with_thinking(options), make_text_sample(*turns))
+            assert found == text
 
 
-@needs_assets
 @pytest.mark.parametrize("name", ["Qwen3.5-4B", "Qwen3.8-27B"])
-@pytest.mark.parametrize("answer", ["red", "<think>\nIt glows.\n</think>\n\nred"])
+@each("answer", ["red", "<think>\nIt glows.\n</think>\n\nred"])
 def test_prompt_in_mode_of_sample_is_its_prefix(name: str, answer: str, tmp_path: Path) -> None:
     renderer = NativeRenderer(make_model_folder(name, tmp_path / "model"))
-    turns = (
-        Message(role="user", content=(TextPart(text="Which?"),)),
-        Message(role="assistant", content=(TextPart(text=answer),)),
-    )
-    located_sample = LocatedSample(Sample(id="s", messages=turns), tmp_path)
+    located_sample = make_text_sample("Which?", answer)
     full = renderer.tokenize(located_sample)
     options = ThinkingOptions(enable_thinking=full.is_thinking)
     prompt = renderer.with_thinking(options).tokenize_prompt(located_sample)
+    start = prompt.num_tokens
     assert prompt.is_thinking == full.is_thinking == ("think" in answer)
-    assert prompt.ids_T.tolist() == full.ids_T[: prompt.num_tokens].tolist()
-    assert full.loss_mask_T[prompt.num_tokens :].tolist().count(False) == 1
-    completion = renderer.decode_completion(
-        full.ids_T[prompt.num_tokens :].tolist(), is_thinking=prompt.is_thinking
-    )
-    assert completion.text == "red"
-    assert completion.reasoning == ("It glows." if prompt.is_thinking else None)
+    assert prompt.ids_T.tolist() == full.ids_T[:start].tolist()
+    assert full.loss_mask_T[start:].tolist().count(False) == 1
+    ids = full.ids_T[start:].tolist()
+    completion = renderer.decode_completion(ids, is_thinking=prompt.is_thinking)
+    reasoning = "It glows." if prompt.is_thinking else None
+    assert (completion.text, completion.reasoning) == ("red", reasoning)
 
 
-@needs_assets
 def test_mode_without_support_is_rejected(tmp_path: Path) -> None:
     newest, older = (
         NativeRenderer(make_model_folder(name, tmp_path / name))
@@ -244,16 +224,13 @@ def test_mode_without_support_is_rejected(tmp_path: Path) -> None:
     assert newest.with_thinking(ThinkingOptions(reasoning_effort="low")).has_reasoning
     thinking = newest.with_thinking(ThinkingOptions(enable_thinking=True))
     assert not thinking.with_thinking(ThinkingOptions(reasoning_effort="none")).has_reasoning
-    for renderer, options, expected in (
-        (newest, ThinkingOptions(reasoning_effort="high"), "xhigh, medium, low"),
-        (newest, ThinkingOptions(enable_thinking=False, reasoning_effort="low"), "thinking mode"),
-        (
-            newest,
-            ThinkingOptions(enable_thinking=True, reasoning_effort="none"),
-            "xhigh, medium, low",
-        ),
-        (older, ThinkingOptions(reasoning_effort="low"), "no value"),
+    for renderer, enable_thinking, effort, expected in (
+        (newest, None, "high", "xhigh, medium, low"),
+        (newest, False, "low", "thinking mode"),
+        (newest, True, "none", "xhigh, medium, low"),
+        (older, None, "low", "no value"),
     ):
+        options = ThinkingOptions(enable_thinking=enable_thinking, reasoning_effort=effort)
         with pytest.raises(UserError) as caught:
             renderer.with_thinking(options)
         assert expected in caught.value.expected

@@ -1,4 +1,4 @@
-"""The first Qwen's tokenizer: the ids of the published code, and what is read of a file."""
+"""The tokenizer of the first Qwen: the ids of the published code, and invalid files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from case_files import load_cases
+from each_value import each
 from tokenizer_strings import TextPiece, make_strings
 
 from finesight.encode.tokenization import SPECIAL_TOKENS, TiktokenTokenizer
@@ -44,7 +45,7 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-def _ids(tokenizer: TiktokenTokenizer, pieces: list[TextPiece]) -> Iterator[int]:
+def encode_pieces(tokenizer: TiktokenTokenizer, pieces: list[TextPiece]) -> Iterator[int]:
     for kind, group in groupby(pieces, key=itemgetter(0)):
         texts = [text for _, text in group]
         if kind == "text":
@@ -61,22 +62,12 @@ def _ids(tokenizer: TiktokenTokenizer, pieces: list[TextPiece]) -> Iterator[int]
 
 def test_ids_match_published_code(published: TiktokenTokenizer) -> None:
     for number, pieces in enumerate(make_strings(500, 7)):
-        ids = np.array(list(_ids(published, pieces)), "<i4")
+        ids = np.array(list(encode_pieces(published, pieces)), "<i4")
         assert [len(ids), zlib.crc32(ids.tobytes())] == STORED["strings"][number], pieces
-
-
-def test_special_ids_follow_the_vocabulary(published: TiktokenTokenizer) -> None:
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<ref>", "<box>", "<img>", "<imgpad>")
     found = [published.token_to_id(name) for name in names]
     assert found == [151643, 151644, 151645, 151851, 151853, 151857, 151859]
     assert published.list_special_tokens() == SPECIAL_TOKENS
-
-
-def test_decode_inverts_encode(published: TiktokenTokenizer) -> None:
-    text = "Zürich 你好 😀\n\n  x_1 <|im_end|>"
-    ids = [*published.encode(text), published.token_to_id("<|im_end|>")]
-    assert published.decode(ids, skip_special_tokens=True) == text
-    assert published.decode(ids, skip_special_tokens=False) == f"{text}<|im_end|>"
 
 
 def test_user_text_never_becomes_a_special_token(published: TiktokenTokenizer) -> None:
@@ -85,7 +76,7 @@ def test_user_text_never_becomes_a_special_token(published: TiktokenTokenizer) -
         assert max(ids) < published.token_to_id("<|endoftext|>"), token
 
 
-def test_small_vocabulary_file(small: Path) -> None:
+def test_tokens_of_a_small_vocabulary(small: Path) -> None:
     tokenizer = pickle.loads(pickle.dumps(TiktokenTokenizer(small)))
     assert tokenizer.encode("abcab 图") == (257, 256, 258)
     assert tokenizer.encode("") == ()
@@ -95,9 +86,17 @@ def test_small_vocabulary_file(small: Path) -> None:
     assert names == ["abc", r"\xe5", "<|im_end|>", ""]
     with pytest.raises(UserError, match="no token <"):
         tokenizer.token_to_id("<|vision_start|>")
+    text = "Zürich 图 😀\n\n\xad x_1 <|im_end|>"
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.id_to_bytes, ids)).decode() == text
+    box = tokenizer.token_to_id("<box>")
+    assert tokenizer.decode([*ids, box], skip_special_tokens=True) == text
+    assert tokenizer.decode([*ids, box], skip_special_tokens=False) == f"{text}<box>"
+    assert tokenizer.id_to_bytes(box) == b"<box>"
+    assert tokenizer.id_to_bytes(10**6) == b""
 
 
-@pytest.mark.parametrize(("content", "output"), CASES["test_invalid_file_is_rejected"])
+@each(("content", "output"), CASES["test_invalid_file_is_rejected"])
 def test_invalid_file_is_rejected(tmp_path: Path, content: str, output: str) -> None:
     path = tmp_path / "qwen.tiktoken"
     path.write_text(content, encoding="utf-8")
@@ -110,11 +109,3 @@ def test_missing_tiktoken_names_the_extra(small: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="which is not installed") as caught:
         TiktokenTokenizer(small)
     assert caught.value.remedy == "pip install 'finesight[qwen-vl]'"
-
-
-def test_token_bytes_equal_text_bytes(small: Path) -> None:
-    tokenizer = TiktokenTokenizer(small)
-    text = "abc 图 😀\n\xad"
-    assert b"".join(map(tokenizer.id_to_bytes, tokenizer.encode(text))).decode() == text
-    assert tokenizer.id_to_bytes(tokenizer.token_to_id("<box>")) == b"<box>"
-    assert tokenizer.id_to_bytes(10**6) == b""

@@ -1,17 +1,35 @@
-"""Text stays text, whatever it spells."""
+"""Text stays text, whatever it spells; token tables and filters of tokenized samples."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conversation_fixtures import WORDS, make_folder
+from conversation_fixtures import (
+    WORDS,
+    make_conversation,
+    make_folder,
+    make_images,
+    make_text_sample,
+)
 from tiny_model import SPECIAL_TOKENS
 
-from finesight.encode.tokenization import TokenCache, Tokenizer
+from finesight.encode.renderer import NativeRenderer
+from finesight.encode.tokenization import (
+    TokenCache,
+    TokenizedSample,
+    Tokenizer,
+    filter_samples,
+    format_token_table,
+    iter_token_rows,
+    token_table_to_dict,
+)
 from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
 
 
 @pytest.fixture(scope="module")
@@ -21,45 +39,30 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_special_token_names_in_text_stay_text(path: Path) -> None:
     tokenizer = Tokenizer(path)
+    sent = pickle.loads(pickle.dumps(tokenizer))
     for special in SPECIAL_TOKENS:
         text = f"before {special} after"
         ids = tokenizer.encode(text)
         assert tokenizer.token_to_id(special) not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert sent.encode(text) == ids
 
 
-def test_decode_inverts_encode(path: Path) -> None:
-    tokenizer = Tokenizer(path)
-    for text in WORDS:
-        composed = text.replace("e\u0301", "é")
-        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == composed
-    assert tokenizer.encode("") == ()
-
-
-def test_decode_with_and_without_special_tokens(path: Path) -> None:
-    tokenizer = Tokenizer(path)
-    ids = [*tokenizer.encode("x"), tokenizer.token_to_id("<|im_end|>")]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "x"
-    assert tokenizer.decode(ids, skip_special_tokens=False) == "x<|im_end|>"
-    assert tokenizer.id_to_token(ids[-1]) == "<|im_end|>"
-    assert tokenizer.id_to_token(10**6) == ""
-
-
-def test_token_bytes_equal_text_bytes(path: Path) -> None:
+def test_tokens_decode_to_their_text(path: Path) -> None:
     tokenizer = Tokenizer(path)
     every = "".join(map(chr, range(0x20, 0x250))) + "\t\n\r\x00 你好 😀\xad"
     for text in (*WORDS, every):
-        ids = tokenizer.encode(text)
-        spelled = b"".join(map(tokenizer.id_to_bytes, ids))
-        assert spelled.decode() == unicodedata.normalize("NFC", text)
-    assert tokenizer.id_to_bytes(tokenizer.token_to_id("<|im_end|>")) == b"<|im_end|>"
-    assert tokenizer.id_to_bytes(10**6) == b""
-
-
-def test_pickled_tokenizer_treats_special_names_as_text(path: Path) -> None:
-    tokenizer = Tokenizer(path)
-    sent = pickle.loads(pickle.dumps(tokenizer))
-    assert sent.encode("<|im_end|>") == tokenizer.encode("<|im_end|>")
+        ids, composed = tokenizer.encode(text), unicodedata.normalize("NFC", text)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == composed
+        assert b"".join(map(tokenizer.id_to_bytes, ids)).decode() == composed
+    assert tokenizer.encode("") == ()
+    end = tokenizer.token_to_id("<|im_end|>")
+    ids = [*tokenizer.encode("x"), end]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "x"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "x<|im_end|>"
+    for token_id, token in ((end, "<|im_end|>"), (10**6, "")):
+        assert tokenizer.id_to_token(token_id) == token
+        assert tokenizer.id_to_bytes(token_id) == token.encode()
 
 
 def test_unknown_token_and_broken_file(path: Path, tmp_path: Path) -> None:
@@ -77,7 +80,7 @@ def test_non_special_added_tokens_are_encoded(shared: Path) -> None:
     assert 151655 not in newer.encode("<|image_pad|>")
 
 
-def test_the_cache_of_texts_is_bounded_in_bytes():
+def test_token_cache_is_bounded_in_bytes() -> None:
     requested: list[str] = []
 
     def tokenize(text: str) -> tuple[int, ...]:
@@ -90,23 +93,68 @@ def test_the_cache_of_texts_is_bounded_in_bytes():
         assert cache(text) == tuple(range(len(text)))
         assert 0 < cache.bytes <= 100_000
     requested.clear()
-    cache(texts[-1])
-    assert not requested
-    cache(texts[0])
+    for text in (texts[-1], texts[0]):
+        cache(text)
     assert requested == texts[:1]
-    # A text that would take much of it is not kept.
+    # A text that would take a large share is not cached.
     before, long = cache.bytes, "y" * 1000
     assert cache(long) == cache(long)
     assert requested[1:] == [long, long]
     assert cache.bytes == before
     cache.clear()
     assert cache.bytes == 0
+    cache(texts[0])
+    assert requested[-1] == texts[0]
 
 
-def test_texts_are_forgotten(path: Path):
-    tokenizer = Tokenizer(path)
-    before = tokenizer.encode("Hello")
-    assert tokenizer.token_cache.bytes > 0
-    tokenizer.token_cache.clear()
-    assert tokenizer.token_cache.bytes == 0
-    assert tokenizer.encode("Hello") == before
+def test_token_table_covers_every_token_once(path: Path, tmp_path: Path) -> None:
+    renderer, images = NativeRenderer(ModelFolder(path.parent)), make_images(tmp_path)
+    for number in range(20):
+        outline = renderer.tokenize(make_conversation(number, images, videos=True))
+        found = list(iter_token_rows(outline, renderer.tokenizer))
+        assert [row.start for row in found[1:]] == [row.stop for row in found[:-1]]
+        assert (found[0].start, found[-1].stop) == (0, outline.num_tokens)
+        assert tuple(row.span for row in found if row.span) == outline.spans
+        for row in found:
+            assert set(outline.ids_T[row.start : row.stop].tolist()) == {row.id}
+            assert set(outline.loss_mask_T[row.start : row.stop].tolist()) == {row.is_supervised}
+            assert row.first_position == tuple(outline.position_ids_3T[:, row.start])
+            assert row.last_position == tuple(outline.position_ids_3T[:, row.stop - 1])
+        record = json.loads(json.dumps(token_table_to_dict(outline, renderer.tokenizer)))
+        assert record["num_tokens"] == outline.num_tokens
+        assert record["num_supervised_tokens"] == outline.num_supervised_tokens
+        assert len(record["rows"]) == len(found)
+        assert len(list(format_token_table(outline, renderer.tokenizer))) == len(found) + 3
+    outline = renderer.tokenize(make_text_sample("x\n", "😀"))
+    lines = list(format_token_table(outline, renderer.tokenizer))
+    assert lines[0] == "sample chat"
+    assert lines[1].startswith(
+        f"tokens: {outline.num_tokens}, supervised: {outline.num_supervised_tokens}, images"
+    )
+    supervised = [line for line in lines[3:] if "*" in line]
+    assert len(supervised) == int(np.sum(outline.loss_mask_T))
+    assert supervised[-1].endswith("'<|im_end|>'")
+    assert not any("\ufffd" in line for line in lines)
+
+
+def make_tokenized(name: str, tokens: int, supervised: int = 1) -> TokenizedSample:
+    marks = np.arange(tokens) >= tokens - supervised
+    zeros = np.zeros(tokens, dtype=np.int32)
+    return TokenizedSample(name, zeros, marks, np.zeros((3, tokens), dtype=np.int32), ())
+
+
+def test_invalid_samples_are_skipped_or_rejected() -> None:
+    rows = (("a", 10), ("b", 11), ("c", 5, 0), ("d", 1), ("e", 9))
+    mixed = [make_tokenized(*row) for row in rows]
+    found = filter_samples(iter(mixed), 10, "skip")
+    assert (found.sample_indices, found.token_counts) == ((0, 4), (10, 9))
+    # No token before the only token of "d" could predict it.
+    assert (found.too_long_ids, found.unsupervised_ids) == (("b",), ("c", "d"))
+    assert found.num_skipped == 3
+    for max_length, what, name in ((10, "11 tokens", "b"), (11, "no supervised tokens", "c")):
+        with pytest.raises(UserError, match=what) as raised:
+            filter_samples(mixed, max_length, "fail")
+        assert raised.value.where == f"sample {name}"
+    assert filter_samples(mixed[:2], 11, "fail").sample_indices == (0, 1)
+    with pytest.raises(UserError, match=r"none of 5 samples .* 4 exceed 4 tokens .* 11\), 1 have"):
+        filter_samples(mixed, 4, "skip")

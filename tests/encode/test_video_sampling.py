@@ -36,7 +36,7 @@ from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenization import EncodedSample, iter_video_runs
+from finesight.encode.tokenization import iter_video_runs
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import (
@@ -99,36 +99,21 @@ def test_sampled_frames_match_transformers(family: ModelFamily, name: str) -> No
                 assert all(a < b for a, b in pairwise(found))
     # transformers fails on a single frame.
     assert family.sample_frames(1, 25.0, 2.0, 2) == [0]
-
-
-def test_frame_count_has_a_minimum_and_a_maximum() -> None:
-    assert len(Qwen2VL().sample_frames(250, 25.0, 2.0, 2)) == 20
-    assert len(Qwen3VL().sample_frames(25, 25.0, 2.0, 2)) == 4
-    for family in (Qwen2VL(), Qwen3VL()):
-        assert len(family.sample_frames(100_000, 30.0, 2.0, 2)) == 768
+    assert len(family.sample_frames(100_000, 30.0, 2.0, 2)) == 768
 
 
 def test_video_sizes_match_transformers() -> None:
     resize = load_function("qwen3_vl.video_processing_qwen3_vl", "smart_resize")
     config = PatchConfig(patch_size=16)
     rng = np.random.default_rng(0)
-    for limits in (
-        PixelRange(min_pixels=4096, max_pixels=25165824),
-        PixelRange(min_pixels=131072, max_pixels=786432),
-    ):
+    for least, most in ((4096, 25165824), (131072, 786432)):
+        limits = PixelRange(min_pixels=least, max_pixels=most)
         for _ in range(2000):
-            height, width = (int(side) for side in rng.integers(8, 1500, 2))
+            size = height, width = rng.integers(8, 1500, 2).tolist()
             num_frames = int(rng.integers(2, 300))
-            expected = resize(
-                num_frames,
-                height,
-                width,
-                factor=32,
-                min_pixels=limits.min_pixels,
-                max_pixels=limits.max_pixels,
-            )
-            found = compute_video_size((height, width), num_frames, LARGEST, limits, config)
-            assert found == expected
+            bounds = {"min_pixels": least, "max_pixels": most}
+            expected = resize(num_frames, height, width, factor=32, **bounds)
+            assert compute_video_size(size, num_frames, LARGEST, limits, config) == expected
 
 
 def test_image_rule_limits_each_frame() -> None:
@@ -155,23 +140,9 @@ def ask(part: VideoPart, *more: VideoPart, folder: Path) -> LocatedSample:
     )
 
 
-def assert_equal_input(first: EncodedSample, second: EncodedSample) -> None:
-    for name in ("ids_T", "loss_mask_T", "position_ids_3T"):
-        one, other = getattr(first.tokenized, name), getattr(second.tokenized, name)
-        assert one.tolist() == other.tolist()
-    assert [s.grid_thw for s in first.tokenized.spans] == [
-        s.grid_thw for s in second.tokenized.spans
-    ]
-    np.testing.assert_array_equal(first.patches_ND, second.patches_ND)
-
-
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.webm"])
-def test_video_file_equals_its_sampled_frames(
-    tmp_path: Path, renderer: NativeRenderer, name: str
-) -> None:
-    codec = "libx264" if name.endswith("mp4") else "libvpx-vp9"
-    clip = write_video(tmp_path / name, codec=codec)
-    encoded = renderer.encode(ask(VideoPart(video=name), folder=tmp_path))
+def test_video_file_equals_its_sampled_frames(tmp_path: Path, renderer: NativeRenderer) -> None:
+    clip = write_video(tmp_path / "clip.mp4")
+    encoded = renderer.encode(ask(VideoPart(video=clip.name), folder=tmp_path))
     spans = encoded.tokenized.spans
     indices = [index for span in spans for index in span.frame_indices]
     is_newer = renderer.family.name.startswith("qwen3")
@@ -182,7 +153,11 @@ def test_video_file_equals_its_sampled_frames(
     files = save_frames(tmp_path / "frames", frames)
     # The sampled frames are 5/8 and 4/8 of a second apart.
     part = VideoPart(frames=tuple(files), fps=1.6 if is_newer else 2.0)
-    assert_equal_input(encoded, renderer.encode(ask(part, folder=tmp_path)))
+    expected = renderer.encode(ask(part, folder=tmp_path))
+    for name in ("ids_T", "loss_mask_T", "position_ids_3T"):
+        found = getattr(encoded.tokenized, name)
+        np.testing.assert_array_equal(found, getattr(expected.tokenized, name))
+    np.testing.assert_array_equal(encoded.patches_ND, expected.patches_ND)
 
 
 def test_tokens_are_counted_without_decoding(

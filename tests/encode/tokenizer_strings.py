@@ -1,4 +1,4 @@
-"""Strings of many kinds, drawn from a seed: what tokenizers are compared on."""
+"""Strings of many kinds, drawn from a seed, to compare tokenizers."""
 
 from __future__ import annotations
 
@@ -19,21 +19,11 @@ img > <|im_end| !!! ??? ---- ==== //// @@ ##
 WORDS = _WORD_TEXT.split()
 SPACES = (" ", " ", " ", " ", "", "", "  ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u3000", "\u00a0")
 UNUSUAL_CHARACTERS = (
-    "e\u0301",
-    "A\u030a",
-    "\u1100\u1161",
-    "\u212b",
-    "\ufb01",
-    "\x00",
-    "\x7f",
-    "\u200b",
-    "\ufeff",
+    *("e\u0301", "A\u030a", "\u1100\u1161", "\u212b", "\ufb01"),
+    *("\x00", "\x7f", "\u200b", "\ufeff"),
 )
 IMAGE_NAMES = (
-    "a.png",
-    "data/图片 1.jpg",
-    "/mnt/x/y/very_long_name_of_a_folder/IMG_2023.jpeg",
-    "é.webp",
+    *("a.png", "data/图片 1.jpg", "/mnt/x/y/very_long_name_of_a_folder/IMG_2023.jpeg", "é.webp"),
 )
 
 TextPiece = tuple[str, str]
@@ -55,17 +45,11 @@ def random_markup(rng: random.Random) -> list[TextPiece]:
     for _ in range(rng.randrange(1, 6)):
         kind = rng.randrange(4)
         if kind == 0:
-            pieces += [
-                ("text", f"Picture {rng.randrange(1, 30)}: "),
-                ("image", rng.choice(IMAGE_NAMES)),
-            ]
-            pieces += [("text", "\n")]
+            pieces.append(("text", f"Picture {rng.randrange(1, 30)}: "))
+            pieces += [("image", rng.choice(IMAGE_NAMES)), ("text", "\n")]
         elif kind == 1:
-            pieces += [
-                ("special", "<ref>"),
-                ("text", random_text_without_specials(rng)),
-                ("special", "</ref>"),
-            ]
+            text = random_text_without_specials(rng)
+            pieces += [("special", "<ref>"), ("text", text), ("special", "</ref>")]
         elif kind == 2:
             corners = [rng.randrange(1000) for _ in range(4)]
             box = "({},{}),({},{})".format(*corners)

@@ -1,42 +1,50 @@
+"""Tokens of formulas, and their rendered equality."""
+
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from case_files import load_cases
+from each_value import each
 
+from finesight.evaluate import latex_rendering
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.latex_metrics import score_latex, tokenize_latex
-from finesight.evaluate.latex_rendering import is_ziamath_installed
+from finesight.evaluate.latex_rendering import (
+    MAX_FORMULA_LENGTH,
+    is_ziamath_installed,
+    render_digests,
+)
 
 CASES = load_cases("latex_metrics")
+needs_ziamath = pytest.mark.skipif(not is_ziamath_installed(), reason="ziamath is not installed")
 
 
-@pytest.mark.parametrize(("one", "other"), CASES["test_equivalent_latex_has_equal_tokens"])
-def test_equivalent_latex_has_equal_tokens(one, other):
+@each(("one", "other"), CASES["test_equivalent_latex_has_equal_tokens"])
+def test_equivalent_latex_has_equal_tokens(one: str, other: str) -> None:
     assert tokenize_latex(one) == tokenize_latex(other)
 
 
-@pytest.mark.parametrize(("one", "other"), CASES["test_different_typesetting_has_different_tokens"])
-def test_different_typesetting_has_different_tokens(one, other):
+@each(("one", "other"), CASES["test_different_typesetting_has_different_tokens"])
+def test_different_typesetting_has_different_tokens(one: str, other: str) -> None:
     assert tokenize_latex(one) != tokenize_latex(other)
 
 
-@pytest.mark.parametrize(
-    "broken", ["", "x^", "^_", "}}{", r"\text{a", "x^{a_", "\\", "_{}^{}", "$"]
-)
-def test_broken_latex_keeps_all_characters(broken):
+@each("broken", ["", "x^", "^_", "}}{", r"\text{a", "x^{a_", "\\", "_{}^{}", "$"])
+def test_broken_latex_keeps_all_characters(broken: str) -> None:
     assert "".join(tokenize_latex(broken)) == broken
 
 
-def test_normalizing_tokens_is_idempotent(shared):
+def test_normalizing_tokens_is_idempotent(shared: Path) -> None:
     lines = (shared / "data/latex_ocr/latex_ocr.jsonl").read_text().splitlines()
     for line in lines:
         tokens = tokenize_latex(json.loads(line)["latex"])
         assert tokenize_latex(" ".join(tokens)) == tokens
 
 
-def test_deeply_nested_scripts_are_ordered():
+def test_deeply_nested_scripts_are_ordered() -> None:
     deep = 20_000
     tokens = tokenize_latex("^{" * deep + "x" + "}_1" * deep)
     assert tokens[:4] == ["_", "1", "^", "{"]
@@ -44,7 +52,7 @@ def test_deeply_nested_scripts_are_ordered():
     assert tokenize_latex("^{" * deep) == ["^", "{"] * deep
 
 
-def test_best_reference_counts_and_bleu_uses_tokens():
+def test_best_reference_counts_and_bleu_uses_tokens() -> None:
     cases = [
         EvalCase("x^2", (), ("y + z", "x^{2}"), ()),
         EvalCase("a b c d", (), ("a b c e",), ()),
@@ -56,27 +64,54 @@ def test_best_reference_counts_and_bleu_uses_tokens():
     assert scores["bleu"] == pytest.approx((6 / 7 * 4 / 5 * 2 / 3 * 1e-15) ** (1 / 4), rel=1e-6)
 
 
-@pytest.mark.skipif(not is_ziamath_installed(), reason="ziamath is not installed")
-def test_rendered_equality_of_formulas():
+@needs_ziamath
+def test_rendered_equality_of_formulas() -> None:
     cases = [
-        EvalCase(r"\frac{1}{2}", (), (r"{1 \over 2}", r"{1}\over{2}"), ()),
+        EvalCase(r"\frac{1}{2}", (), (r"{1 \over 2}", r"\frac 12"), ()),
         EvalCase("$ a+b $", (), ("a + b",), ()),
         EvalCase("a+c", (), ("a + b",), ()),
         EvalCase(r"\left(", (), ("a",), ()),
         EvalCase("a", (), (r"\left(",), ()),
     ]
     scored = score_latex(cases)
-    assert ["rendered" in one for one in scored.per_sample] == [True, True, True, True, False]
-    assert [one["rendered"] for one in scored.per_sample[1:4]] == [1, 0, 0]
+    assert [one.get("rendered") for one in scored.per_sample] == [1, 1, 0, 0, None]
     assert scored.scores["rendered_share"] == pytest.approx(4 / 5)
-    covered = [one["rendered"] for one in scored.per_sample[:4]]
-    assert scored.scores["rendered"] == pytest.approx(sum(covered) / 4)
+    assert scored.scores["rendered"] == pytest.approx(2 / 4)
 
 
-@pytest.mark.skipif(not is_ziamath_installed(), reason="ziamath is not installed")
-def test_real_formulas_are_rendered(shared):
+@needs_ziamath
+def test_real_formulas_are_rendered(shared: Path) -> None:
     lines = (shared / "data/latex_ocr/latex_ocr.jsonl").read_text().splitlines()[::50]
     cases = [EvalCase("?", (), (json.loads(line)["latex"],), ()) for line in lines]
     scores = score_latex(cases).scores
-    assert scores["rendered_share"] == 1
-    assert scores["rendered"] == 0
+    assert (scores["rendered_share"], scores["rendered"]) == (1, 0)
+
+
+@needs_ziamath
+@each(
+    "formula",
+    [
+        *("", r"\left(", "a & b", "\ud800", "a\x00b"),
+        "{" * 1500 + "x" + "}" * 1500,
+        "x^" * 900,
+        r"\begin{array}{" + "c" * 1500 + "}" + "&" * 1500 + r"\end{array}",
+        "x" * (MAX_FORMULA_LENGTH + 1),
+        # Takes too long.
+        r"\frac{" * 80 + "x" + "}{y}" * 80,
+    ],
+)
+def test_invalid_formula_has_no_rendering(formula: str) -> None:
+    valid = (r"\frac{a}{b}", r"\frac ab", r"\frac{b}{a}")
+    renderings = render_digests([formula, *valid])
+    assert renderings[formula] is None
+    first, same, other = (renderings[one] for one in valid)
+    assert None not in (first, other)
+    assert first == same != other
+
+
+@needs_ziamath
+def test_killed_renderer_process_returns_empty() -> None:
+    with latex_rendering.start_render_process() as child:
+        child.kill()
+        child.wait()
+        assert latex_rendering.request_digest(child, "x") == ""

@@ -1,11 +1,17 @@
+"""Prediction files, and differences of two evaluations of the same samples."""
+
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from each_value import each
 
+from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES
 from finesight.evaluate.eval_case import EvalCase, MetricResult, mean_metrics
@@ -16,90 +22,99 @@ from finesight.evaluate.metric_difference import (
     compare_cases,
     compare_results,
     format_differences,
+    format_prediction_line,
+    read_predictions,
 )
+from finesight.infer.prediction import Prediction
 
 
-def _answers(*answers: str, truth: str = "abcd") -> list[EvalCase]:
+def make_answers(*answers: str, truth: str = "abcd") -> list[EvalCase]:
     return [EvalCase(answer, (), (truth,), (), f"s{i}") for i, answer in enumerate(answers)]
 
 
-def _by_name(differences: list[MetricDifference]) -> dict[str, MetricDifference]:
-    return {one.name: one for one in differences}
+def make_classes(pairs: list[tuple[str, str]]) -> list[EvalCase]:
+    return [EvalCase(a, (), (b,), (), str(i)) for i, (a, b) in enumerate(pairs)]
 
 
-def test_clear_gain_is_better():
-    found = _by_name(
-        compare_cases("ocr", _answers(*["wxyz"] * 20), _answers(*["abcd"] * 19, "abc"))
-    )
+def compare(
+    before: list[EvalCase], after: list[EvalCase], metric: str = "ocr"
+) -> dict[str, MetricDifference]:
+    return {one.name: one for one in compare_cases(metric, before, after)}
+
+
+def test_clear_gain_is_better() -> None:
+    found = compare(make_answers(*["wxyz"] * 20), make_answers(*["abcd"] * 19, "abc"))
     assert (found["similarity"].before, found["similarity"].after) == (0, pytest.approx(0.9875))
-    assert found["similarity"].verdict == "better"
-    assert found["cer"].verdict == "better"
+    assert found["similarity"].verdict == found["cer"].verdict == "better"
+    assert found["cer"].high is not None
     assert found["cer"].high < 0
     assert found["ended_with_eos"].verdict == "no clear change"
-    back = _by_name(compare_cases("ocr", _answers(*["abcd"] * 20), _answers(*["wxyz"] * 20)))
+    back = compare(make_answers(*["abcd"] * 20), make_answers(*["wxyz"] * 20))
     assert back["similarity"].verdict == back["cer"].verdict == "worse"
 
 
-def test_comparison_is_paired():
+def test_comparison_is_paired() -> None:
     """Each answer gains a little: clear in pairs, though the answers themselves differ much."""
     chance = random.Random(0)
     lengths = [chance.randrange(2, 60) for _ in range(40)]
-    before = _answers(*("a" * n for n in lengths), truth="a" * 64)
-    after = _answers(*("a" * (n + 1) for n in lengths), truth="a" * 64)
-    one = _by_name(compare_cases("ocr", before, after))["similarity"]
+    before = make_answers(*("a" * n for n in lengths), truth="a" * 64)
+    after = make_answers(*("a" * (n + 1) for n in lengths), truth="a" * 64)
+    one = compare(before, after)["similarity"]
     assert one.verdict == "better"
+    assert one.low is not None
+    assert one.high is not None
     assert 0.8 / 64 < one.low < 1 / 64 <= one.high < 1.2 / 64
-    assert 2 * np.std(lengths) / 64 / np.sqrt(40) > 3 / 64, "apart, the answers differ too much"
+    assert 2 * np.std(lengths) / 64 / np.sqrt(40) > 3 / 64, "the answers differ by more"
 
 
-def test_noise_is_no_clear_change():
-    before = _answers(*(["abcd"] * 10 + ["wxyz"] * 10))
-    after = _answers("wxyz", *(["abcd"] * 9), "abcd", *(["wxyz"] * 9))
-    one = _by_name(compare_cases("ocr", before, after))["similarity"]
+def test_noise_and_few_samples_give_no_verdict() -> None:
+    before = make_answers(*(["abcd"] * 10 + ["wxyz"] * 10))
+    after = make_answers("wxyz", *(["abcd"] * 10), *(["wxyz"] * 9))
+    one = compare(before, after)["similarity"]
+    assert one.low is not None
+    assert one.high is not None
     assert one.low < 0 < one.high
     assert one.verdict == "no clear change"
+    for count, verdict in ((MIN_SAMPLES - 1, "no clear change"), (MIN_SAMPLES, "better")):
+        found = compare(make_answers(*["x"] * count), make_answers(*["abcd"] * count))
+        assert found["exact"].verdict == verdict
 
 
-def test_too_few_samples_give_no_verdict():
-    few, enough = MIN_SAMPLES - 1, MIN_SAMPLES
-    for count, verdict in ((few, "no clear change"), (enough, "better")):
-        found = compare_cases("ocr", _answers(*["x"] * count), _answers(*["abcd"] * count))
-        assert _by_name(found)["exact"].verdict == verdict
-
-
-def test_interval_of_a_bounded_difference_is_bounded():
+def test_interval_of_a_bounded_difference_is_bounded() -> None:
     truth = "abcd" * 5
-    before = [EvalCase("no", (), (label,), (), str(i)) for i, label in enumerate(truth)]
-    after = [
-        EvalCase(a, (), (b,), (), str(i))
-        for i, (a, b) in enumerate(zip("b" + truth[1:], truth, strict=True))
-    ]
-    assert _by_name(compare_cases("classification", before, after))["f1_macro"].high == 1.0
+    before = make_classes([("no", label) for label in truth])
+    after = make_classes([("b", "a"), *((label, label) for label in truth[1:])])
+    assert compare(before, after, "classification")["f1_macro"].high == 1.0
 
 
-def test_answers_are_paired_by_sample_id():
-    before, after = _answers("abcd", "x", "abcd"), _answers("abcd", "abcd")
-    found = _by_name(compare_cases("ocr", before, after[::-1]))
-    assert (found["exact"].before, found["exact"].after) == (0.5, 1.0)
+def test_answers_are_paired_by_sample_id_and_in_order() -> None:
+    before, after = make_answers("abcd", "x", "abcd"), make_answers("abcd", "abcd")
+    exact = compare(before, after[::-1])["exact"]
+    assert (exact.before, exact.after) == (0.5, 1.0)
+    before = [EvalCase(a, (), ("a",), (), "same") for a in ("a", "b")]
+    after = [EvalCase(a, (), ("a",), (), "same") for a in ("b", "b")]
+    assert compare(before, after)["exact"].before == 0.5
     with pytest.raises(UserError, match="no sample in common"):
         compare_cases("ocr", before, [EvalCase("a", (), ("a",), (), "other")])
 
 
-def test_repeated_ids_are_paired_in_order():
-    before = [EvalCase(a, (), ("a",), (), "same") for a in ("a", "b")]
-    after = [EvalCase(a, (), ("a",), (), "same") for a in ("b", "b")]
-    assert _by_name(compare_cases("ocr", before, after))["exact"].before == 0.5
+@each(
+    ("name", "before", "after", "verdict"),
+    [
+        ("validation_loss", 2.0, 1.0, "better"),
+        ("validation_loss", 1.0, 1.0, "no clear change"),
+        ("exact", 1.0, 0.5, "worse"),
+        # A change displayed as -0.0000.
+        ("bleu", 4e-5, 0.0, "no clear change"),
+    ],
+)
+def test_metric_without_resamples_compares_values(
+    name: str, before: float, after: float, verdict: str
+) -> None:
+    assert build_unsampled_difference(name, before, after).verdict == verdict
 
 
-def test_metric_without_resamples_compares_values():
-    assert build_unsampled_difference("validation_loss", 2.0, 1.0).verdict == "better"
-    assert build_unsampled_difference("validation_loss", 1.0, 1.0).verdict == "no clear change"
-    assert build_unsampled_difference("exact", 1.0, 0.5).verdict == "worse"
-    # What is shown as -0.0000 is no change.
-    assert build_unsampled_difference("bleu", 4e-5, 0.0).verdict == "no clear change"
-
-
-def test_table_marks_the_primary_score():
+def test_table_marks_the_primary_score() -> None:
     rows = [
         build_unsampled_difference("validation_loss", 10.25, 1.5),
         MetricDifference("exact", 0.0, 0.25, -0.125, 0.5, "no clear change"),
@@ -113,16 +128,42 @@ def test_table_marks_the_primary_score():
     assert note == f"validation_loss: {REASON_UNSAMPLED}"
 
 
-def test_number_of_correct_answers_is_printed():
-    cases = [EvalCase("a", (), (answer,), (), str(i)) for i, answer in enumerate("aab")]
+def test_number_of_correct_answers_is_printed() -> None:
+    cases = make_classes([("a", answer) for answer in "aab"])
     wrong = [replace(case, answer="c", ended_with_eos=False) for case in cases]
     lines = format_differences(compare_cases("classification", wrong, cases)).splitlines()
     assert "accuracy: 0 of 3 answers correct before, 2 after" in lines
     assert not any("max_new_tokens" in line for line in lines)
+    lines = format_differences(compare_cases("classification", cases, wrong)).splitlines()
+    assert "ended_with_eos: share of answers that ended before eval.max_new_tokens" in lines
+    # Means of fractions do not count answers.
     fractions = [{"accuracy": value} for value in (0.3, 0.2, 0.1, 0.4)]
     halves = [{"accuracy": 0.5}] * 4
     for before, after in ((fractions, halves), (halves, halves)):
         results = (MetricResult(values, mean_metrics(values)) for values in (before, after))
         assert "correct" not in format_differences(compare_results(*results))
-    lines = format_differences(compare_cases("classification", cases, wrong)).splitlines()
-    assert "ended_with_eos: share of answers that ended before eval.max_new_tokens" in lines
+
+
+def test_predictions_roundtrip_exactly(tmp_path: Path) -> None:
+    box = BoxPart(label="dog", xyxy=(1 / 3, 2.0, 30.123456789, 40.0))
+    case = EvalCase(
+        "dog", (box,), ("a dog", "hound"), (box.model_copy(update={"image": 1}),), "s", False
+    )
+    prediction = Prediction("s", (), "Where?", "dog", "dog<end>", (box,), 4, "length")
+    path = tmp_path / "answers.jsonl"
+    path.write_text(format_prediction_line(prediction, case, {"iou": 1.0}) * 2)
+    first, second = read_predictions(path)
+    assert first.case == second.case == case
+    assert first.scores == {"iou": 1.0}
+    keys = "id image prompt answer raw_text boxes gold references gold_boxes scores num_tokens"
+    assert list(first.record) == [*keys.split(), "finish_reason"]
+    assert (first.record["raw_text"], first.record["num_tokens"]) == ("dog<end>", 4)
+
+
+@each("line", ["{}", "no", "[]", json.dumps({"answer": "a", "boxes": 3})])
+def test_invalid_line_is_reported(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError) as caught:
+        read_predictions(path)
+    assert caught.value.where == f"{path}:1"

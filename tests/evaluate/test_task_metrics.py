@@ -1,8 +1,11 @@
+"""The metric of each task: primary score, intervals and required references."""
+
 from __future__ import annotations
 
 from typing import get_args
 
 import pytest
+from each_value import each
 
 from finesight.config import TaskName
 from finesight.data.sample import BoxPart, Message, Sample, TextPart
@@ -16,30 +19,29 @@ from finesight.evaluate.task_metrics import (
 )
 
 
-def _case(answer: str, *truths: str) -> EvalCase:
-    return EvalCase(answer, (), truths, ())
-
-
-def test_every_recipe_metric_has_a_task():
-    assert set(TASK_METRICS) == set(get_args(TaskName))
-
-
-@pytest.mark.parametrize("metric", list(TASK_METRICS))
-def test_primary_score_increases_with_quality(metric):
-    target = BoxPart(xyxy=(0, 0, 10, 10))
-    right, wrong = ('{"a": "b c d"}', '{"y": "z"}') if metric == "json" else ("a b c d", "y z")
+@each("metric", get_args(TaskName))
+def test_every_score_of_a_task_has_an_interval(metric: TaskName) -> None:
+    target, near = BoxPart(xyxy=(0, 0, 10, 10)), BoxPart(xyxy=(0, 0, 10, 8))
+    text = '{"a": 1}' if metric == "json" else "a b c"
     cases = [
-        EvalCase(right, (target,), (right,), (target,)),
-        EvalCase("x", (), (wrong,), (target,)),
+        EvalCase(text, (near,), (text,), (target,)),
+        EvalCase("x", (), ("d e",) if metric == "captions" else (text,), (target,)),
+        EvalCase("y", (target, near), (text,), (target,)),
     ]
-    scored = compute_metrics(metric, cases)
-    assert TASK_METRICS[metric].primary_metric in scored.scores
-    assert TASK_METRICS[metric].primary_metric not in LOWER_IS_BETTER
-    assert len(scored.per_sample) == 2
+    scored = compute_metrics(metric, 7 * cases)
+    intervals, headline = scored.intervals(), str(TASK_METRICS[metric].primary_metric)
+    assert headline not in LOWER_IS_BETTER
+    assert intervals.keys() == scored.scores.keys()
+    missing = {name for name, interval in intervals.items() if interval is None}
+    assert missing <= scored.notes().keys()
+    low, high = intervals[headline] or (1, 0)
+    assert low < scored.scores[headline] < high, metric
+    assert len(scored.per_sample) == len(7 * cases)
 
 
-def test_ocr_character_error_rate_of_corpus():
-    scored = compute_metrics("ocr", [_case("ab", "abcd"), _case("Stop!", "STOP", "halt")])
+def test_ocr_character_error_rate_of_corpus() -> None:
+    cases = [EvalCase("ab", (), ("abcd",), ()), EvalCase("Stop!", (), ("STOP", "halt"), ())]
+    scored = compute_metrics("ocr", cases)
     assert scored.scores["cer"] == pytest.approx((2 + 4) / (4 + 4))
     assert scored.scores["exact"] == 0
     assert scored.scores["exact_folded"] == 0.5
@@ -47,43 +49,23 @@ def test_ocr_character_error_rate_of_corpus():
     assert scored.per_sample[0]["cer"] == 0.5
 
 
-def test_caption_scores_increase_with_correct_words():
+def test_caption_scores_increase_with_correct_words() -> None:
     truths = ("a dog runs on the beach", "a dog on sand")
-    better = compute_metrics(
-        "captions", [_case("A dog runs.", *truths), _case("Two cats.", "two cats sit")]
-    )
-    worse = compute_metrics(
-        "captions", [_case("A bird sits.", *truths), _case("Two cats.", "two cats sit")]
+    other = EvalCase("Two cats.", (), ("two cats sit",), ())
+    better, worse = (
+        compute_metrics("captions", [EvalCase(answer, (), truths, ()), other]).scores
+        for answer in ("A dog runs.", "A bird sits.")
     )
     for name in ("bleu_1", "rouge_l", "cider_d"):
-        assert better.scores[name] > worse.scores[name]
+        assert better[name] > worse[name]
 
 
-def test_truncated_answers_are_counted():
+def test_truncated_answers_are_counted() -> None:
     cases = [EvalCase("a", (), ("a",), ()), EvalCase("b", (), ("b",), (), ended_with_eos=False)]
     assert compute_metrics("ocr", cases).scores["ended_with_eos"] == 0.5
 
 
-def test_every_score_has_an_interval():
-    target = BoxPart(xyxy=(0, 0, 10, 10))
-    near = BoxPart(xyxy=(0, 0, 10, 8))
-    for metric in TASK_METRICS:
-        text = '{"a": 1}' if metric == "json" else "a b c"
-        cases = [
-            EvalCase(text, (near,), (text,), (target,)),
-            EvalCase("x", (), ("d e",) if metric == "captions" else (text,), (target,)),
-            EvalCase("y", (target, near), (text,), (target,)),
-        ]
-        scored = compute_metrics(metric, 7 * cases)
-        intervals = scored.intervals()
-        assert intervals.keys() == scored.scores.keys()
-        missing = {name for name, interval in intervals.items() if interval is None}
-        assert missing <= scored.notes().keys()
-        headline = TASK_METRICS[metric].primary_metric
-        assert intervals[headline].low < scored.scores[headline] < intervals[headline].high, metric
-
-
-def test_invalid_json_reference_is_rejected_early():
+def test_invalid_json_reference_is_rejected_early() -> None:
     check_references("json", [(('{"a": 1}',), ())])
     with pytest.raises(UserError, match="'a: 1' is not JSON"):
         check_references("json", [(('{"a": 1}',), ()), (("a: 1",), ())])
@@ -91,20 +73,11 @@ def test_invalid_json_reference_is_rejected_early():
         check_references("json", [(("a: 1",), ())])
 
 
-def test_references_include_answer_boxes_and_references():
+def test_references_include_answer_boxes_and_references() -> None:
     box = BoxPart(label="dog", xyxy=(1, 2, 3, 4))
-    sample = Sample(
-        id="s",
-        messages=(
-            Message(role="user", content=(TextPart(text="Where?"),)),
-            Message(role="assistant", content=(TextPart(text="here: "), box)),
-        ),
-        references=("there",),
-    )
+    question = Message(role="user", content=(TextPart(text="Where?"),))
+    answer = Message(role="assistant", content=(TextPart(text="here: "), box))
+    sample = Sample(id="s", messages=(question, answer), references=("there",))
     assert get_reference_answer(sample) == (("here: ", "there"), (box,))
-
-
-def test_sample_without_answer_is_rejected():
-    sample = Sample(id="s1", messages=(Message(role="user", content=(TextPart(text="Why?"),)),))
     with pytest.raises(UserError, match=r"s1.*user"):
-        get_reference_answer(sample)
+        get_reference_answer(Sample(id="s1", messages=(question,)))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 import re
 
 import pytest
+from each_value import each
 
+from finesight.manifest import count_half_octaves
 from finesight.report.charts import (
     HEIGHT,
     MARGIN_BOTTOM,
@@ -16,16 +20,18 @@ from finesight.report.charts import (
     WIDTH,
     ChartSeries,
     build_chart,
+    build_histogram,
     compute_ticks,
     downsample,
     filter_finite,
     format_compact,
     format_exact,
+    parse_counts,
     smooth_points,
 )
 
 
-@pytest.mark.parametrize(
+@each(
     ("low", "high", "ticks"),
     [
         (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
@@ -47,7 +53,7 @@ def test_step_ticks_are_integers() -> None:
     assert compute_ticks(1, 1200, 6, integer_only=True) == [200, 400, 600, 800, 1000, 1200]
 
 
-@pytest.mark.parametrize(
+@each(
     ("value", "text"),
     [
         *((0, "0"), (0.05, "0.05"), (2e-4, "2e-4"), (2.5e-5, "2.5e-5"), (1200, "1,200")),
@@ -58,7 +64,7 @@ def test_tick_labels_are_short(value: float, text: str) -> None:
     assert format_compact(value) == text
 
 
-@pytest.mark.parametrize(
+@each(
     ("value", "text"),
     [(0.123456, "0.1235"), (1.5e-5, "1.500e-05"), (12345.67, "12,345.7"), (0.0, "0")],
 )
@@ -76,12 +82,8 @@ def test_long_series_are_downsampled_with_spikes() -> None:
     assert retained == sorted(retained)
     assert set(retained) < set(points)
     assert downsample(points[:1000]) == points[:1000]
-
-
-def test_constant_series_is_downsampled() -> None:
-    retained = downsample([(float(step), 1.0) for step in range(5000)])
-    assert len(retained) == 500
-    assert len(set(retained)) == 500
+    constant = downsample([(float(step), 1.0) for step in range(5000)])
+    assert len(constant) == len(set(constant)) == 500
 
 
 def test_smoothing_has_no_initial_lag() -> None:
@@ -98,14 +100,10 @@ def test_non_finite_points_are_dropped() -> None:
     ) == [(1.0, 0.5)]
 
 
-def _parse_coordinates(path: str) -> list[float]:
-    return [float(number) for number in re.findall(r"-?[\d.]+", path)]
-
-
 def test_chart_stays_within_its_frame() -> None:
     points = [(float(step), 3.0 - step / 10) for step in range(1, 31)]
     drawing = build_chart("Loss", [ChartSeries("training", points)])
-    values = _parse_coordinates(drawing.lines[0].path)
+    values = [float(number) for number in re.findall(r"-?[\d.]+", drawing.lines[0].path)]
     across, up = values[::2], values[1::2]
     assert (min(across), max(across)) == (MARGIN_LEFT, WIDTH - MARGIN_RIGHT)
     assert min(up) >= MARGIN_TOP
@@ -128,14 +126,40 @@ def test_markers_and_error_bars_have_positions() -> None:
     assert (drawing.data["y"][0], drawing.data["y"][1]) == (0.2, 1.0)
 
 
-def test_single_point_is_a_marker() -> None:
-    drawing = build_chart("s", [ChartSeries("s", [(5, 1.0)]), ChartSeries("none", [])])
-    assert len(drawing.lines) == 1
-    assert drawing.lines[0].markers
+def test_single_point_is_a_marker_with_the_tick_of_its_step() -> None:
+    drawing = build_chart("s", [ChartSeries("s", [(0.0, 1.0)]), ChartSeries("none", [])])
+    assert drawing is not None
+    (line,) = drawing.lines
+    assert line.markers
+    assert [tick.label for tick in drawing.x_ticks] == ["0"]
     assert build_chart("s", [ChartSeries("s", [])]) is None
 
 
-def test_one_point_has_the_tick_of_its_step() -> None:
-    chart = build_chart("F1", [ChartSeries("F1", [(0.0, 0.5)], "marks")])
-    assert chart is not None
-    assert [tick.label for tick in chart.x_ticks] == ["0"]
+def test_values_fall_into_half_octave_bins() -> None:
+    chance = random.Random(0)
+    values = [chance.randint(1, 100_000) for _ in range(2000)] + [1, 2, 4, 1024, 65536]
+    for value in values:
+        (name,) = count_half_octaves([value])
+        # Exactly: the square of 2^(k/2) is 2^k.
+        assert 2 ** int(name) <= value**2 < 2 ** (int(name) + 1), value
+    counts = count_half_octaves(values)
+    assert sum(counts.values()) == len(values)
+    assert parse_counts(json.loads(json.dumps(counts))) == counts
+    assert count_half_octaves([0, -1]) == {}
+    odd = {"3": 1, "x": 1, "-1": 1, "999": 1, "4": -1, "5": "many", "6": None}
+    assert parse_counts(odd) == {"3": 1}
+    assert parse_counts([1]) == {}
+
+
+def test_histograms_of_runs_share_bins() -> None:
+    drawing = build_histogram(
+        "Tokens", "", [("A", {"10": 1, "12": 3}), ("B", {}), ("C", {"11": 5})]
+    )
+    assert drawing is not None
+    assert drawing.data["labels"] == ["32 to 45", "46 to 63", "64 to 90"]
+    percentages = {
+        one["name"]: [value for _, value, _ in one["points"]] for one in drawing.data["series"]
+    }
+    assert percentages == {"A": [25.0, 0.0, 75.0], "C": [0.0, 100.0, 0.0]}
+    assert "A mostly 64 to 90" in drawing.summary
+    assert build_histogram("Tokens", "", [("A", {})]) is None

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
 from check_fixtures import make_record, run_check, write_records
+from each_value import each
 from html_text import read_script_data, read_visible_text
 from image_fixtures import write_gray_image
+from page_checks import assert_nothing_executed, click, count, open_page, read_texts
 
 from finesight.check.check_issues import (
     ISSUE_TYPES,
@@ -90,15 +93,11 @@ def test_images_are_distributed_over_issue_kinds(tmp_path: Path) -> None:
 def test_images_are_embedded_once_per_page(tmp_path: Path) -> None:
     image = write_gray_image(tmp_path / "a.png")
     same = make_issue(1, "leaked-image", *[IssueImage(image)] * 9)
-    data = read_script_data(
-        render_check_page(make_result([same, make_issue(2, "box-tiny", IssueImage(image))]))
-    )
+    other = make_issue(2, "box-tiny", IssueImage(image))
+    data = read_script_data(render_check_page(make_result([same, other])))
     assert len(data["images"]) == 1
     assert len(data["issues"][0]["images"]) == MAX_IMAGES_PER_ISSUE
     assert data["issues"][0]["num_more"] == 9 - MAX_IMAGES_PER_ISSUE
-
-
-def test_page_without_issues() -> None:
     page = render_check_page(make_result([]))
     assert "No issues were found." in page
     assert read_script_data(page) == {"issues": [], "previews": [], "images": [], "charts": []}
@@ -139,11 +138,11 @@ def test_random_samples_depend_on_the_seed() -> None:
         for number in range(500):
             location = SampleLocation("a", f"a:{number}", "s", number, 0)
             sampler.add_sample(sample, location, is_validation=False)
-        selections.append([one.where for one in sampler.previews])
-    assert selections[0] == selections[1] != selections[2]
-    assert len(set(selections[0])) == MAX_PREVIEWS
-    numbers = [int(where.partition(":")[2]) for where in selections[0] + selections[2]]
-    assert 150 < sum(numbers) / len(numbers) < 350
+        selections.append([int(one.where.partition(":")[2]) for one in sampler.previews])
+    first, same, other = selections
+    assert first == same != other
+    assert len(set(first)) == MAX_PREVIEWS
+    assert 150 < sum(first + other) / (2 * MAX_PREVIEWS) < 350
 
 
 def test_every_issue_belongs_to_one_check() -> None:
@@ -156,43 +155,35 @@ def test_progress_counts_every_issue(mixed_result: CheckResult) -> None:
     assert sum(done) == len(mixed_result.issues)
 
 
-@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
-def test_page_in_browser(
-    browser: Browser, tmp_path: Path, mixed_result: CheckResult, width: int
-) -> None:
-    file = tmp_path / "check.html"
-    file.write_text(render_check_page(mixed_result))
-    browser.open(file, width)
-    assert browser.messages() == []
-    assert browser.requests() == [file.as_uri()]
-    assert browser.overflow_width() == 0
-    assert browser.unlabeled_elements() == []
-    cards = "return document.querySelectorAll('.feed > li').length;"
-    assert browser.run(cards) == 30
-    browser.run("document.querySelector('.more').click();")
-    assert browser.run(cards) == 50
+@pytest.fixture
+def file(tmp_path: Path, mixed_result: CheckResult) -> Path:
+    (tmp_path / "check.html").write_text(render_check_page(mixed_result))
+    return tmp_path / "check.html"
+
+
+@each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+def test_page_in_browser(browser: Browser, file: Path, width: int) -> None:
+    open_page(browser, file, width)
+    assert count(browser, ".feed > li") == 30
+    click(browser, ".more")
+    assert count(browser, ".feed > li") == 50
     assert browser.run("return document.querySelector('.more').hidden;")
-    browser.run("document.querySelector('[data-severity=error]').click();")
-    assert browser.run(cards) == 3
-    browser.run("document.querySelector('[data-code=box-tiny]').click();")
-    assert browser.run(cards) == 1
-    assert browser.run("return byId('num-shown').textContent;") == "1 of 50 issues"
+    click(browser, "[data-severity=error]")
+    assert count(browser, ".feed > li") == 3
+    click(browser, "[data-code=box-tiny]")
+    assert count(browser, ".feed > li") == 1
+    assert read_texts(browser, "#num-shown") == ["1 of 50 issues"]
     assert browser.run("return byId('issue-code').value;") == "box-tiny"
-    browser.run("document.querySelector('[data-severity=\"\"]').click();")
-    browser.run(
-        "byId('search').value = 'CAT.jsonl'; byId('search').dispatchEvent(new Event('input'));"
-    )
-    assert browser.run(cards) == 0
-    browser.run("byId('search').value = ':4'; byId('search').dispatchEvent(new Event('input'));")
-    assert browser.run("return byId('num-shown').textContent;") == "11 of 50 issues"
+    click(browser, '[data-severity=""]')
+    search = "byId('search').value = {!r}; byId('search').dispatchEvent(new Event('input'));"
+    browser.run(search.format("CAT.jsonl"))
+    assert count(browser, ".feed > li") == 0
+    browser.run(search.format(":4"))
+    assert read_texts(browser, "#num-shown") == ["11 of 50 issues"]
     assert browser.overflow_width() == 0
 
 
-def test_boxes_are_drawn_at_their_coordinates(
-    browser: Browser, tmp_path: Path, mixed_result: CheckResult
-) -> None:
-    file = tmp_path / "check.html"
-    file.write_text(render_check_page(mixed_result))
+def test_boxes_are_drawn_at_their_coordinates(browser: Browser, file: Path) -> None:
     browser.open(file)
     locations = browser.run(
         """return [...document.querySelectorAll('.image')].slice(0, 2).map((figure) => {
@@ -205,18 +196,13 @@ def test_boxes_are_drawn_at_their_coordinates(
           });
         });"""
     )
-    expected = [
-        [[10, 20, 60, 80], [150, 50, 240, 90]],
-        [[10, 20, 60, 80]],
-    ]
-    for found, right in zip(locations, expected, strict=True):
-        for corners, wanted in zip(found, right, strict=True):
-            assert corners == pytest.approx(wanted, abs=1), "in pixels of the original"
+    # In pixels of the original image.
+    outside, inverted = locations
+    np.testing.assert_allclose(outside, [[10, 20, 60, 80], [150, 50, 240, 90]], atol=1)
+    np.testing.assert_allclose(inverted, [[10, 20, 60, 80]], atol=1)
 
 
-def test_keyboard_navigation(browser: Browser, tmp_path: Path, mixed_result: CheckResult) -> None:
-    file = tmp_path / "check.html"
-    file.write_text(render_check_page(mixed_result))
+def test_keyboard_navigation(browser: Browser, file: Path) -> None:
     browser.open(file)
     where = "return document.activeElement.querySelector('.mono').textContent;"
     seen = []
@@ -233,48 +219,31 @@ def test_keyboard_navigation(browser: Browser, tmp_path: Path, mixed_result: Che
         if browser.run("return document.activeElement.dataset.severity === 'warning';"):
             break
     browser.press("Enter")
-    assert browser.run("return document.querySelectorAll('.feed > li .warning').length;") == 30
+    assert count(browser, ".feed > li .warning") == 30
 
 
 def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
-    findings = []
-    for number, payload in enumerate(XSS_PAYLOADS):
+    findings, previews = [], []
+    for payload in XSS_PAYLOADS:
         image = write_gray_image(tmp_path / f"{payload.replace('/', '|')}.png")
         shown = (IssueImage(image, 0, ((1, 2, 9, 9),), (payload,)), IssueImage(Path(payload)))
-        made = make_issue(number, "box-tiny", *shown, text=payload)
-        findings.append(
-            CheckIssue(
-                made.code, payload, payload, payload, payload, payload, shown, (payload,), "clipped"
-            )
-        )
+        texts = [payload] * 5
+        findings.append(CheckIssue("box-tiny", *texts, shown, (payload,), "clipped"))
+        previews.append(SamplePreview(payload, payload, False, payload, payload, shown))
     source = SourceStats(XSS_PAYLOADS[0], True, XSS_PAYLOADS[1], XSS_PAYLOADS[2], 1, 1)
     values = tuple((payload, 2) for payload in XSS_PAYLOADS)
+    profiles = {False: DatasetProfile(9, 9, {"num_boxes": {"0": 1}}, values, 9, values, 9)}
+    counts = {"box-tiny": 32}
     found = CheckResult(
-        (source,),
-        {"box-tiny": 32},
-        tuple(findings),
-        1,
-        1,
-        profiles={False: DatasetProfile(9, 9, {"num_boxes": {"0": 1}}, values, 9, values, 9)},
-        previews=tuple(
-            SamplePreview(payload, payload, False, payload, payload, one.images)
-            for payload, one in zip(XSS_PAYLOADS, findings, strict=True)
-        ),
+        (source,), counts, tuple(findings), 1, 1, profiles=profiles, previews=tuple(previews)
     )
     file = tmp_path / "check.html"
     file.write_text(render_check_page(found))
     browser.open(file)
-    browser.run("document.querySelector('.more').click();")
+    click(browser, ".more")
     browser.run("document.querySelector('details').open = true;")
-    shown = "return [...document.querySelectorAll('.previews .reference')].map(e => e.textContent);"
-    assert browser.run(shown) == list(XSS_PAYLOADS[:12])
-    browser.run("byId('other-samples').click();")
-    assert browser.run(shown) == list(XSS_PAYLOADS[12:24])
-    browser.settle()
-    assert browser.executed_payloads() == []
-    assert browser.messages() == []
-    assert browser.requests() == [file.as_uri()]
-    result = browser.run(
-        "return [...document.querySelectorAll('.feed .mono')].map((e) => e.textContent);"
-    )
-    assert result == list(XSS_PAYLOADS)
+    assert read_texts(browser, ".previews .reference") == list(XSS_PAYLOADS[:12])
+    click(browser, "#other-samples")
+    assert read_texts(browser, ".previews .reference") == list(XSS_PAYLOADS[12:24])
+    assert_nothing_executed(browser, file)
+    assert read_texts(browser, ".feed .mono") == list(XSS_PAYLOADS)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
 from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
+from each_value import each
 from html_text import read_script_data, read_visible_text
+from page_checks import assert_nothing_executed, count, open_page, read_texts
 from run_dir_fixtures import make_prediction_line
 
 from finesight.report.compare_page import compare_runs, render_compare_page, write_compare_page
@@ -16,8 +18,6 @@ from finesight.report.comparison import compare_samples
 from finesight.report.i18n import Language
 
 A, B, C = [0.5, 1.0, 0.5, 1.0] * 3, [1.0, 1.0, 0.5, 0.25] * 3, [0.75] * 12
-
-COUNT = "return document.querySelectorAll('.feed > li').length;"
 
 
 @pytest.fixture
@@ -63,24 +63,18 @@ def test_differing_samples_are_first(runs: list[Path]) -> None:
     assert [one.kind for one in few.displayed] == ["differ", "differ", "wrong", "right"]
 
 
-@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("language", ["en", "zh"])
+@each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+@each("dark", [False, True])
+@each("language", ["en", "zh"])
 def test_page_in_browser(
     browser: Browser, runs: list[Path], tmp_path: Path, width: int, dark: bool, language: Language
 ) -> None:
-    file = tmp_path / "page.html"
-    write_compare_page(runs, file, language)
-    browser.open(file, width, dark=dark)
-    assert browser.messages() == []
-    assert browser.requests() == [file.as_uri()]
-    assert browser.overflow_width() == 0
-    assert browser.unlabeled_elements() == []
-    assert browser.run(COUNT) == 12
+    write_compare_page(runs, tmp_path / "page.html", language)
+    open_page(browser, tmp_path / "page.html", width, dark=dark)
+    assert count(browser, ".feed > li") == 12
     assert browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth);")
-    # One box where all agree with each other, one more for each that does not.
-    boxes = "return document.querySelector('.feed > li').querySelectorAll('.box').length;"
-    assert browser.run(boxes) == 4
+    # One box if all runs agree, and one more for each that does not.
+    assert count(browser, ".feed > li:first-child .box") == 4
 
 
 def test_filters(browser: Browser, runs: list[Path], tmp_path: Path) -> None:
@@ -92,8 +86,9 @@ def test_filters(browser: Browser, runs: list[Path], tmp_path: Path) -> None:
         for name, value in chosen.items():
             field = f"byId({name!r})"
             browser.run(f"{field}.value = {value!r}; {field}.dispatchEvent(new Event('input'));")
-        assert browser.run("return byId('found').textContent;") == f"{browser.run(COUNT)} found"
-        return int(browser.run(COUNT))
+        number = count(browser, ".feed > li")
+        assert read_texts(browser, "#found") == [f"{number} found"]
+        return number
 
     assert found(kind="better 1") == 3
     assert found(kind="worse 1") == 3
@@ -133,10 +128,6 @@ def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
     write_compare_page(folders, page, "en")
     browser.open(page)
     browser.run("for (let i = 0; i < 9; i += 1) document.querySelector('.more').click();")
-    browser.settle()
-    assert browser.executed_payloads() == []
-    assert browser.messages() == []
-    assert browser.requests() == [page.as_uri()]
-    assert browser.run(COUNT) == len(XSS_PAYLOADS)
-    forbidden = "iframe, object, embed, form, article script"
-    assert browser.run(f"return document.querySelectorAll({forbidden!r}).length;") == 0
+    assert_nothing_executed(browser, page)
+    assert count(browser, ".feed > li") == len(XSS_PAYLOADS)
+    assert count(browser, "iframe, object, embed, form, article script") == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from each_value import each
 from PIL import Image
 from run_dir_fixtures import make_prediction_line
 
@@ -46,24 +47,19 @@ def image_path(tmp_path: Path) -> str:
 
 
 def test_example_has_both_answers(image_path: str) -> None:
-    before = make_prediction_line("s", "b", "gold", 0.25, image=image_path, finish_reason="length")
-    after = make_prediction_line("s", "a", "gold", 1.0, image=image_path, references=["", "other"])
-    (found,) = build_data(example(before, after))["examples"]
+    images = [image_path, image_path]
+    before = make_prediction_line("s", "b", "gold", 0.25, image=images, finish_reason="length")
+    after = make_prediction_line("s", "a", "gold", 1.0, image=images, references=["", "other"])
+    data = build_data(example(before, after), example(after=after))
+    found, _ = data["examples"]
     assert found["references"] == ["gold", "other"]
-    assert found["images"] == [0]
     assert (found["predictions"][0]["text"], found["predictions"][0]["is_complete"]) == ("b", False)
     assert found["predictions"][1]["scores"] == {"similarity": 1.0, "exact match": 1.0}
-
-
-def test_images_are_embedded_once_with_pixel_boxes(image_path: str) -> None:
-    lines = [
-        make_prediction_line(name, "", "", 1.0, image=[image_path, image_path]) for name in "ab"
-    ]
-    data = build_data(*(example(after=line) for line in lines))
-    assert len(data["images"]) == 1
+    # Images are embedded once.
+    (image,) = data["images"]
     assert [one["images"] for one in data["examples"]] == [[0, 0], [0, 0]]
-    assert (data["images"][0]["width"], data["images"][0]["height"]) == (80, 40)
-    assert data["images"][0]["src"].startswith("data:image/png;base64,")
+    assert (image["width"], image["height"]) == (80, 40)
+    assert image["src"].startswith("data:image/png;base64,")
 
 
 def test_later_page_renders_only_new_images(
@@ -105,7 +101,7 @@ def test_relative_paths_use_the_start_folder(image_path: str, tmp_path: Path) ->
     assert missing == {"path": "p.png", "error": "no such image"}
 
 
-@pytest.mark.parametrize("name", ["broken.png", "folder.png", "null\0.png", "x" * 5000])
+@each("name", ["broken.png", "folder.png", "null\0.png", "x" * 5000])
 def test_unreadable_image_has_a_reason(tmp_path: Path, name: str) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "folder.png").mkdir()
@@ -115,7 +111,7 @@ def test_unreadable_image_has_a_reason(tmp_path: Path, name: str) -> None:
     assert "src" not in found
 
 
-@pytest.mark.parametrize(
+@each(
     "box",
     [
         {"xyxy": [1, 2, 3]},
@@ -142,7 +138,7 @@ def test_long_answers_are_truncated() -> None:
     assert len(found["predictions"][1]["boxes"][0]["label"]) == 80
 
 
-@pytest.mark.parametrize(
+@each(
     ("answer", "reference", "pairs"),
     [
         ("the quick red fox", "the quick brown fox jumps", [("red", "brown"), ("", "jumps")]),
@@ -163,7 +159,7 @@ def test_differences_of_texts(
     assert found == pairs
 
 
-@pytest.mark.parametrize(
+@each(
     ("answer", "reference", "fields"),
     [
         ('{"n": 1.0, "x": null}', '{"n": 1}', {"differences": [], "num_equal": 1}),
@@ -188,18 +184,24 @@ def test_differences_of_json_fields(answer: str, reference: str, fields: object)
     assert (data["predictions"][1]["fields"] is None) == (fields is None)
 
 
-def test_formulas_are_rendered_for_latex_answers() -> None:
+def test_complete_formulas_of_latex_answers_are_rendered() -> None:
     pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
-    line = make_prediction_line("s", r"\frac ab", r"\frac{a}{b}", 1.0)
-    (found,) = ExampleDataBuilder((), FormulaConverter()).build([example(after=line)])["examples"]
-    assert found["formula"][0] == found["predictions"][1]["formula"][0] == "math"
-    assert build_data(example(after=line))["examples"][0]["formula"] is None
+    lines = [
+        make_prediction_line("s", answer, r"\frac{a}{b}", 0.0, finish_reason=reason)
+        for answer, reason in ((r"\frac ab", "stop"), ("orange " * 50, "length"))
+    ]
+    several = [example(after=line) for line in lines]
+    first, second = ExampleDataBuilder((), FormulaConverter()).build(several)["examples"]
+    assert first["formula"][0] == first["predictions"][1]["formula"][0] == "math"
+    assert second["predictions"][1]["formula"] is None
+    assert build_data(*several)["examples"][0]["formula"] is None
 
 
-def test_missing_keys_of_old_versions() -> None:
-    (found,) = build_data(example(after={"id": "s", "answer": "a"}))["examples"]
+def test_missing_keys_of_old_versions_and_long_ids() -> None:
+    (found,) = build_data(example(after={"id": "i" * 9000, "answer": "a"}))["examples"]
     assert (found["question"], found["references"], found["boxes"]) == ("", [], [])
     assert found["predictions"][1]["is_complete"] is True
+    assert len(found["id"]) < 300
 
 
 def test_box_coordinates_follow_decoded_image_size(tmp_path: Path) -> None:
@@ -242,20 +244,3 @@ def test_large_images_use_bounded_memory(tmp_path: Path) -> None:
     assert count == "8"
     # An image takes 147 MB as RGB, and 294 MB with its rotated or resized copy.
     assert float(megabytes) < 600
-
-
-def test_truncated_formula_is_not_rendered() -> None:
-    pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
-    lines = [
-        make_prediction_line("s", "orange " * 50, "x", 0.0, finish_reason=reason)
-        for reason in ("stop", "length")
-    ]
-    found = ExampleDataBuilder((), FormulaConverter()).build(
-        [example(after=line) for line in lines]
-    )["examples"]
-    assert [one["predictions"][1]["formula"] is None for one in found] == [False, True]
-
-
-def test_ids_are_truncated(image_path: str) -> None:
-    (found,) = build_data(example(after=make_prediction_line("i" * 9000, "", "", 1.0)))["examples"]
-    assert len(found["id"]) < 300

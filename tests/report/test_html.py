@@ -5,17 +5,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from each_value import each
 from jinja2 import UndefinedError
+from page_checks import open_page
+from PIL import Image
 
 from finesight.errors import UserError
-from finesight.report.html import render_page, write_page
+from finesight.report.html import build_inline_image, render_page, write_page
 
 TEMPLATES = Path(str(importlib.resources.files("finesight.report"))) / "templates"
 
@@ -130,9 +135,7 @@ def test_invalid_page_data_raises() -> None:
         render_page("base", [float("nan")], title="x")
     with pytest.raises(UndefinedError, match="title"):
         render_page("base", [])
-
-
-def test_undecodable_file_names() -> None:
+    # Undecodable file names are replaced.
     assert "caf?.png" in page_of("caf\udce9.png").encode().decode()
 
 
@@ -172,17 +175,40 @@ def test_content_security_policy_blocks_injected_scripts(browser: Browser, tmp_p
     assert any("Content Security Policy" in message for message in browser.messages())
 
 
-@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
-@pytest.mark.parametrize("dark", [False, True])
+@each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+@each("dark", [False, True])
 def test_empty_page_opens(browser: Browser, tmp_path: Path, width: int, dark: bool) -> None:
     file = tmp_path / "page.html"
     write_page(file, page_of("a heading", "w" * 300, *XSS_PAYLOADS))
-    browser.open(file, width, dark=dark)
-    assert browser.messages() == []
-    assert browser.requests() == [file.as_uri()]
-    assert browser.overflow_width() == 0
-    assert browser.unlabeled_elements() == []
+    open_page(browser, file, width, dark=dark)
     assert browser.executed_payloads() == []
     paper = browser.run("return getComputedStyle(document.body).backgroundColor;")
-    (brightness, *_) = (int(number) for number in re.findall(r"\d+", paper))
-    assert (brightness < 100) == dark
+    first_channel = int(re.findall(r"\d+", paper)[0])
+    assert (first_channel < 100) == dark
+
+
+def make_noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@each(
+    ("image", "size", "kind"),
+    [
+        (Image.new("RGB", (64, 32), (10, 200, 30)), (64, 32), "png"),
+        (make_noise(64, 32), (64, 32), "jpeg"),
+        (make_noise(400, 200), (100, 50), "jpeg"),
+        (make_noise(200, 400), (50, 100), "jpeg"),
+    ],
+)
+def test_inline_images_are_small_but_not_enlarged(
+    image: Image.Image, size: tuple[int, int], kind: str
+) -> None:
+    found = build_inline_image(image, 100)
+    assert (found["width"], found["height"]) == image.size
+    head, _, content = found["src"].partition(",")
+    assert head == f"data:image/{kind};base64"
+    decoded = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert decoded.size == size
+    if kind == "png":
+        assert np.array_equal(np.asarray(decoded), np.asarray(image))

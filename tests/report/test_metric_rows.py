@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from each_value import each
 from run_dir_fixtures import make_evaluation_line
 
-from finesight.evaluate.metric_difference import MetricDifference
+from finesight.evaluate.metric_difference import MetricDifference, Verdict
 from finesight.report.metric_rows import (
     MetricRow,
     build_metric_rows,
@@ -23,14 +26,10 @@ from finesight.report.metric_rows import (
 NONE = "no clear change"
 
 
-def row(low: float | None, high: float | None, verdict: str = "better") -> MetricRow:
-    scores = 0.2, 0.9, low, high
-    difference = MetricDifference("similarity", *scores, verdict)  # type: ignore[arg-type]
-    found = build_metric_rows(
-        [make_evaluation_line(0, 0.2), make_evaluation_line(9, 0.9)], {"similarity": difference}
-    )
-    assert found[0].name == "similarity"
-    return found[0]
+def build_rows(*scores: float, **differences: MetricDifference) -> list[MetricRow]:
+    """Build the rows of one or two evaluations."""
+    lines = [make_evaluation_line(9 * step, score) for step, score in enumerate(scores)]
+    return build_metric_rows(lines, differences)
 
 
 def test_number_of_correct_answers_is_shown() -> None:
@@ -52,12 +51,8 @@ def test_primary_score_is_first_and_loss_is_last() -> None:
     found = build_metric_rows([before, after], {})
     assert [one.name for one in found] == ["similarity", "ended_with_eos", "new", "validation_loss"]
     assert [one.is_primary for one in found] == [True, False, False, False]
-    assert ["lower is better" in describe_metric(one.name) for one in found] == [
-        False,
-        False,
-        False,
-        True,
-    ]
+    is_error = ["lower is better" in describe_metric(one.name) for one in found]
+    assert is_error == [False, False, False, True]
     assert found[0].before_interval == pytest.approx((0.15, 0.25))
     assert [one.verdict for one in found] == ["", "", "", "better"]  # no intervals
     assert found[2].before is None
@@ -65,83 +60,59 @@ def test_primary_score_is_first_and_loss_is_last() -> None:
 
 
 def test_lower_loss_is_better() -> None:
-    lines = [make_evaluation_line(0, 0.9), make_evaluation_line(9, 0.2)]
-    assert build_metric_rows(lines, {})[-1].verdict_text == "worse"
-    assert build_metric_rows(lines[::-1], {})[-1].verdict_text == "better"
+    assert build_rows(0.9, 0.2)[-1].verdict_text == "worse"
+    assert build_rows(0.2, 0.9)[-1].verdict_text == "better"
 
 
-@pytest.mark.parametrize(
+@each(
     ("low", "high", "verdict", "words", "output"),
     [
-        (
-            0.6,
-            0.8,
-            "better",
-            "better",
-            "increased by 0.7000, more than expected by chance: the 95 %",
-        ),
-        (
-            -0.1,
-            0.8,
-            NONE,
-            NONE,
-            "which may be due to chance: the 95 % interval of the difference is −0.1",
-        ),
+        (0.6, 0.8, "better", "better", "increased by 0.7000, more than expected by chance: the"),
+        (-0.1, 0.8, NONE, NONE, "which may be due to chance: the 95 % interval of the difference"),
         (0.1, 0.8, NONE, NONE, "on too few samples for a verdict"),
         (None, None, "better", "", "The confidence interval of the difference is unknown"),
     ],
 )
 def test_verdict_of_comparison_is_used(
-    low: float | None, high: float | None, verdict: str, words: str, output: str
+    low: float | None, high: float | None, verdict: Verdict, words: str, output: str
 ) -> None:
-    found = row(low, high, verdict)
-    assert found.verdict_text == words
+    difference = MetricDifference("similarity", 0.2, 0.9, low, high, verdict)
+    found = build_rows(0.2, 0.9, similarity=difference)[0]
+    assert (found.name, found.verdict_text) == ("similarity", words)
     assert output in describe_change(found)
+    fallen = replace(difference, before=0.9, after=0.2)
+    assert "decreased by 0.7000" in describe_change(build_rows(0.9, 0.2, similarity=fallen)[0])
 
 
-def test_unchanged_score_is_reported() -> None:
-    found = build_metric_rows([make_evaluation_line(0, 0.2), make_evaluation_line(9, 0.2)], {})
+def test_rows_without_a_verdict() -> None:
+    found = build_rows(0.2, 0.2)
     assert {one.verdict_text for one in found if one.name != "ended_with_eos"} == {"no change"}
     assert describe_change(found[0]) == "The similarity did not change."
-
-
-def test_single_evaluation_has_no_verdict() -> None:
-    found = build_metric_rows([make_evaluation_line(0, 0.2)], {})
+    found = build_rows(0.2)
     assert (found[0].before, found[0].after, found[0].verdict) == (0.2, None, "")
     assert "evaluated once" in describe_change(found[0])
+    lines = [make_evaluation_line(step, 0.2, scores={}) for step in (0, 9)]
+    missing = build_metric_rows(lines, {})[0]
+    assert (missing.before, missing.after) == (None, None)
+    assert describe_change(missing) == "The similarity could not be computed from these answers."
     assert build_metric_rows([], {}) == []
 
 
-@pytest.mark.parametrize("ends", [None, "ab", [1], [1, 2, 3], [None, 1], [1, float("nan")], 7])
+@each("ends", [None, "ab", [1], [1, 2, 3], [None, 1], [1, float("nan")], 7])
 def test_invalid_interval_is_hidden(ends: object) -> None:
     assert read_interval({"intervals": {"similarity": ends}}, "similarity") is None
     assert read_interval({}, "similarity") is None
     assert format_interval(None) == ""
 
 
-def test_signs_and_digits() -> None:
-    assert [format_change(value) for value in (0.5, -0.5, 0.0, -123.45)] == [
-        *("+0.5000", "−0.5000", "+0.0000", "−123.5")
-    ]
+def test_names_signs_and_digits() -> None:
+    changes = [format_change(value) for value in (0.5, -0.5, 0.0, -123.45)]
+    assert changes == ["+0.5000", "−0.5000", "+0.0000", "−123.5"]
+    values = [format_value(value) for value in (0.12345, 46.55, 560.12)]
+    assert values == ["0.1235", "46.55", "560.1"]
     assert format_interval((0.12345, 12.0)) == "0.123 to 12.0"
-    assert [format_value(value) for value in (0.12345, 46.55, 560.12)] == [
-        "0.1235",
-        "46.55",
-        "560.1",
-    ]
-
-
-def test_metric_display_names() -> None:
-    assert [format_metric_name(name) for name in ("validation_loss", "bleu_2", "my_own")] == [
-        *("validation loss", "BLEU-2", "my_own")
-    ]
-
-
-def test_missing_primary_score_is_reported() -> None:
-    lines = [make_evaluation_line(step, 0.2, scores={}) for step in (0, 9)]
-    found = build_metric_rows(lines, {})[0]
-    assert (found.before, found.after) == (None, None)
-    assert describe_change(found) == "The similarity could not be computed from these answers."
+    names = [format_metric_name(name) for name in ("validation_loss", "bleu_2", "my_own")]
+    assert names == ["validation loss", "BLEU-2", "my_own"]
 
 
 def test_notes_are_grouped_by_scores() -> None:

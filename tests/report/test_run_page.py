@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from each_value import each
 from html_text import read_script_data, read_visible_text
+from page_checks import assert_nothing_executed, click, count, open_page, read_texts
 from PIL import Image
 from run_dir_fixtures import (
     START_RECORD,
@@ -24,7 +25,6 @@ from run_dir_fixtures import (
     make_step_line,
 )
 
-from finesight.errors import UserError
 from finesight.evaluate.metric_difference import MetricDifference, read_predictions
 from finesight.report.charts import build_run_charts
 from finesight.report.metric_rows import read_metrics
@@ -68,17 +68,11 @@ def run(tmp_path: Path) -> FakeRunDir:
     return made
 
 
-@pytest.mark.parametrize(("name", "title"), [("runs/a", "a"), ("tickets/run", "tickets/run")])
-def test_title_identifies_the_run(name: str, title: str, tmp_path: Path) -> None:
-    page = render_run_page(FakeRunDir(tmp_path / name).folder)
-    assert f"<title>{title} · finesight</title>" in page
-
-
 def test_finished_run(run: FakeRunDir) -> None:
     page = render_run_page(run.folder)
     text = read_visible_text(page)
+    assert "<title>latex-2b · finesight</title>" in page
     for words in (
-        "latex-2b",
         "Qwen/Qwen2-VL-2B-Instruct fine-tuned on 950 samples",
         "0.2000 → 0.9000 better",
         "increased by 0.7000, more than expected by chance:",
@@ -117,19 +111,20 @@ def test_example_data_with_images_boxes_and_formulas(run: FakeRunDir) -> None:
 def test_omitted_examples_are_counted(run: FakeRunDir) -> None:
     page = render_run_page(run.folder, max_examples=6)
     assert len(read_script_data(page)["examples"]) == 6
-    assert (
-        "12 validation samples, classified by similarity: the maximum is correct, and an answer"
-        " that equals its reference; any other is incorrect. Not on this page: 2 improved, 2"
-        " incorrect without change and 2 still correct. The run folder contains all of them."
-    ) in html.unescape(read_visible_text(page))
-    assert "all 6" in read_visible_text(page)
+    text = html.unescape(read_visible_text(page))
+    assert "12 validation samples, classified by similarity" in text
+    omitted = "2 improved, 2 incorrect without change and 2 still correct"
+    assert f"Not on this page: {omitted}" in text
+    assert "all 6" in text
 
 
 def test_run_without_evaluation(tmp_path: Path) -> None:
-    made = FakeRunDir(tmp_path / "run", metric=None)
+    made = FakeRunDir(tmp_path / "tickets" / "run", metric=None)
     made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
     made.write_finished()
-    text = read_visible_text(render_run_page(made.folder))
+    page = render_run_page(made.folder)
+    assert "<title>tickets/run · finesight</title>" in page
+    text = read_visible_text(page)
     assert "The run has no evaluation, so the change in quality is unknown." in text
     assert "To evaluate a run" in text
     assert "Examples" not in text
@@ -138,15 +133,16 @@ def test_run_without_evaluation(tmp_path: Path) -> None:
 def test_run_before_first_step(tmp_path: Path) -> None:
     made = FakeRunDir(tmp_path / "run")
     made.write_lines("metrics.jsonl", [START_RECORD, make_evaluation_line(0, 0.2)])
-    made.write_predictions(
-        "before",
-        [make_prediction_line("a", "x", "y", 0.5), make_prediction_line("b", "y", "y", 1.0)],
-    )
+    made.write_predictions("before", [make_prediction_line("a", "x", "y", 0.5)])
     page = render_run_page(made.folder)
-    assert "not finished: 0 of 60 steps so far" in read_visible_text(page)
-    assert "evaluated once" in read_visible_text(page)
-    assert [one["predictions"][1] for one in read_script_data(page)["examples"]] == [None, None]
-    assert read_script_data(page)["evaluation_names"] == ["before"]
+    text, data = read_visible_text(page), read_script_data(page)
+    assert "not finished: 0 of 60 steps so far" in text
+    assert "evaluated once" in text
+    assert [one["predictions"][1] for one in data["examples"]] == [None]
+    assert data["evaluation_names"] == ["before"]
+    without = make_evaluation_line(0, 0.2, scores={"ended_with_eos": 1.0})
+    made.write_lines("metrics.jsonl", [START_RECORD, without])
+    assert "could not be computed" in read_visible_text(render_run_page(made.folder))
 
 
 def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
@@ -154,13 +150,10 @@ def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
     steps = [make_step_line(step) for step in range(1, 41)]
     lines = [START_RECORD, make_evaluation_line(0, 0.0), *steps, make_evaluation_line(40, 1.0)]
     made.write_lines("metrics.jsonl", lines)
-    names = [f"s{i}" for i in range(8)]
-    made.write_predictions(
-        "before", [make_prediction_line(name, "ab", "yz", 0.0) for name in names]
-    )
-    made.write_predictions(
-        "step-40", [make_prediction_line(name, "yz", "yz", 1.0) for name in names]
-    )
+    for name, answer in (("before", "ab"), ("step-40", "yz")):
+        score = float(answer == "yz")
+        answers = [make_prediction_line(f"s{i}", answer, "yz", score) for i in range(8)]
+        made.write_predictions(name, answers)
     page = render_run_page(made.folder)
     assert read_script_data(page)["evaluation_names"] == ["before", "after step 40"]
     # By the answers: every one of the eight became right.
@@ -169,40 +162,31 @@ def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
 
 
 def test_best_checkpoint_of_early_stopping(run: FakeRunDir) -> None:
-    best = make_evaluation_line(40, 0.95)
-    run.write_finished(
-        before=make_evaluation_line(0, 0.2), after=best, stopped_early=True, weights_step=40
-    )
+    before, best = make_evaluation_line(0, 0.2), make_evaluation_line(40, 0.95)
+    run.write_finished(before=before, after=best, stopped_early=True, weights_step=40)
     page = render_run_page(run.folder)
     assert read_script_data(page)["evaluation_names"] == ["before", "after step 40"]
     assert "the saved weights are from step 40, the best" in read_visible_text(page)
 
 
 def test_best_intermediate_score_is_reported(run: FakeRunDir) -> None:
-    lines = [(0, 0.2), (20, 0.95), (40, 0.7), (60, 0.9)]
-    losses = {20: 1.5, 40: 0.25}
-    run.write_lines(
-        "metrics.jsonl",
-        [
-            make_evaluation_line(s, f, **({"validation_loss": losses[s]} if s in losses else {}))
-            for s, f in lines
-        ],
-    )
+    lines = [make_evaluation_line(step, score) for step, score in ((0, 0.2), (60, 0.9))]
+    lines.insert(1, make_evaluation_line(20, 0.95, validation_loss=1.5))
+    lines.insert(2, make_evaluation_line(40, 0.7, validation_loss=0.25))
+    run.write_lines("metrics.jsonl", lines)
     text = read_visible_text(render_run_page(run.folder))
     assert "The similarity was best after step 20: 0.9500." in text
     assert "The validation loss was best after step 40: 0.2500." in text
-    after = {"primary_metric": "similarity", "scores": {"similarity": 0.0}}
-    run.write_finished(before=make_evaluation_line(0, 0.2), after=after)
-    assert "similarity was best after step 20: 0.9500." in read_visible_text(
-        render_run_page(run.folder)
-    )
+    run.write_finished(before=lines[0], after=lines[-1] | {"scores": {"similarity": 0.0}})
+    text = read_visible_text(render_run_page(run.folder))
+    assert "similarity was best after step 20: 0.9500." in text
     run.write_metrics()
     run.write_finished()
     assert "best after" not in read_visible_text(render_run_page(run.folder))
 
 
-@pytest.mark.parametrize("is_old", [False, True], ids=["subset", "earlier-version"])
-@pytest.mark.parametrize("losses", [(2.0, 1.18, 1.175), (2.0, 1.1, 1.175)], ids=["last", "best"])
+@each("is_old", [False, True])
+@each("losses", [(2.0, 1.18, 1.175), (2.0, 1.1, 1.175)])
 def test_evaluations_of_different_samples_are_not_compared(
     run: FakeRunDir, losses: tuple[float, ...], is_old: bool
 ) -> None:
@@ -219,13 +203,10 @@ def test_evaluations_of_different_samples_are_not_compared(
     run.write_finished(before=before, after=after)
     page = render_run_page(run.folder)
     text, data = read_visible_text(page), read_script_data(page)
-    assert ("2.2500" in text, "1.4250" in text) == (True, True)
-    (loss_points,) = [
-        one["points"]
-        for chart in data["charts"]
-        for one in chart["series"]
-        if one["name"] == "validation"
-    ]
+    assert "2.2500" in text
+    assert "1.4250" in text
+    series = (one for chart in data["charts"] for one in chart["series"])
+    (loss_points,) = (one["points"] for one in series if one["name"] == "validation")
     curve = [before["validation_loss"], after["validation_loss"]] if is_old else list(losses)
     assert [point[1] for point in loss_points] == curve
     best = "validation loss of the same 64 samples was best after step 20: 1.1000, and 1.1750"
@@ -235,7 +216,7 @@ def test_evaluations_of_different_samples_are_not_compared(
     assert "Overfitting" not in text
 
 
-@pytest.mark.parametrize(
+@each(
     ("sets", "before"),
     [
         ("AA AA BB", {}),
@@ -245,7 +226,7 @@ def test_evaluations_of_different_samples_are_not_compared(
         ("AA BB AA", {"validation_loss": 2.0, "similarity": 0.0}),
     ],
 )
-@pytest.mark.parametrize("is_finished", [False, True])
+@each("is_finished", [False, True])
 def test_latest_evaluation_is_paired_with_equal_samples(
     tmp_path: Path, sets: str, before: dict[str, float], is_finished: bool
 ) -> None:
@@ -270,64 +251,29 @@ def test_latest_evaluation_is_paired_with_equal_samples(
     assert ("the same 7 samples" in charts["Loss"]) == (len({s[0] for s in sets.split()}) > 1)
 
 
-def test_missing_primary_score(tmp_path: Path) -> None:
-    made = FakeRunDir(tmp_path / "run")
-    made.write_lines(
-        "metrics.jsonl",
-        [START_RECORD, make_evaluation_line(0, 0.2, scores={"ended_with_eos": 1.0})],
-    )
-    assert "could not be computed" in read_visible_text(render_run_page(made.folder))
-
-
 def test_run_of_older_version(run: FakeRunDir) -> None:
-    baseline = [
-        {"step": s, "validation_loss": 2.0 - f, "scores": {"similarity": f}}
-        for s, f in ((0, 0.2), (60, 0.9))
-    ]
-    before, after = (line | {"primary_metric": "similarity"} for line in baseline)
+    before, after = (
+        {"step": step, "validation_loss": 2.0 - score, "scores": {"similarity": score}}
+        | {"primary_metric": "similarity"}
+        for step, score in ((0, 0.2), (60, 0.9))
+    )
     run.write_lines("metrics.jsonl", [before, *map(make_step_line, range(1, 61)), after])
     run.write("result.json", json.dumps({"steps": 60, "before": before, "after": after}))
+    run.write("param_audit.json", "{")
     shutil.rmtree(run.folder / "predictions")
     text = read_visible_text(render_run_page(run.folder))
     assert "0.2000 → 0.9000 The similarity increased" in text  # no interval, so no verdict
     assert "device not recorded" in text
     assert "training data not recorded" in text
+    assert "Unreadable files, not shown: param_audit.json" in text
 
 
-def test_damaged_files_are_listed(run: FakeRunDir) -> None:
-    run.write("param_audit.json", "{")
-    assert "Unreadable files, not shown: param_audit.json" in read_visible_text(
-        render_run_page(run.folder)
-    )
-
-
-def test_custom_metric_is_not_executed(tmp_path: Path) -> None:
-    made = FakeRunDir(tmp_path / "run", metric="x")
-    file = tmp_path / "metric.py"
-    file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef mine(case): return 1.0\n")
-    made.write("recipe.yaml", f"eval: {{metric: {json.dumps(f'{file}:mine')}}}\n")
-    made.write_metrics()
-    for name in ("before", "after"):
-        made.write_predictions(
-            name, [make_prediction_line("a", "x", "y", 0.5, scores={"mine": 0.5})]
-        )
-    assert "latex" not in read_visible_text(render_run_page(made.folder))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_formulas_without_latex2mathml(run: FakeRunDir) -> None:
-    program = (
-        "import sys; sys.modules['latex2mathml'] = None;"
-        "from finesight.cli.app import run_command; run_command(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", program, "report", str(run.folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    page = (run.folder / "report.html").read_text()
+def test_formulas_without_latex2mathml(run: FakeRunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "latex2mathml.converter", None)
+    page = render_run_page(run.folder)
     assert "Formulas are shown as LaTeX source" in read_visible_text(page)
     assert "pip install 'finesight[latex]'" in html.unescape(read_visible_text(page))
     assert {one["formula"] for one in read_script_data(page)["examples"]} == {None}
-    assert "as LaTeX source" not in read_visible_text(render_run_page(run.folder))
 
 
 def test_confusion_and_field_tables(run: FakeRunDir) -> None:
@@ -340,47 +286,30 @@ def test_confusion_and_field_tables(run: FakeRunDir) -> None:
     assert "total 0.2500 0.5000 0.1250" in text
 
 
-def test_report_overwrites_only_reports(run: FakeRunDir, tmp_path: Path) -> None:
-    assert write_report(run.folder) == run.folder / "report.html"
-    assert write_report(run.folder) == run.folder / "report.html"
-    (tmp_path / "mine.html").write_text("precious")
-    with pytest.raises(UserError, match="is not a page of finesight"):
-        write_report(run.folder, tmp_path / "mine.html")
-    assert (tmp_path / "mine.html").read_text() == "precious"
-    with pytest.raises(UserError, match="is not a run directory"):
-        write_report(tmp_path)
-
-
-@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
-@pytest.mark.parametrize("dark", [False, True])
+@each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+@each("dark", [False, True])
 def test_page_in_browser(browser: Browser, run: FakeRunDir, width: int, dark: bool) -> None:
-    file = write_report(run.folder)
-    browser.open(file, width, dark=dark)
-    assert browser.messages() == []
-    assert browser.requests() == [file.as_uri()]
-    assert browser.overflow_width() == 0
-    assert browser.unlabeled_elements() == []
-    count = "return document.querySelectorAll('.feed > li').length;"
-    assert browser.run(count) == 12
-    assert browser.run("return document.querySelectorAll('.feed math mfrac').length;") == 12
-    assert browser.run("return document.querySelectorAll('.feed .box').length;") == 36
+    open_page(browser, write_report(run.folder), width, dark=dark)
+    assert count(browser, ".feed > li") == 12
+    assert count(browser, ".feed math mfrac") == 12
+    assert count(browser, ".feed .box") == 36
     assert browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth);")
-    browser.run("document.querySelector('[data-kind=better]').click();")
-    assert browser.run(count) == 3
-    assert browser.run("return byId('found').textContent;") == "3 found"
+    click(browser, "[data-kind=better]")
+    assert count(browser, ".feed > li") == 3
+    assert read_texts(browser, "#found") == ["3 found"]
 
 
 def test_chart_readout(browser: Browser, run: FakeRunDir) -> None:
     browser.open(write_report(run.folder))
     browser.run("document.querySelector('.chart > svg').focus();")
-    browser.press("ArrowRight", "ArrowRight")
-    readout = "return document.querySelector('.chart .readout').textContent;"
-    assert browser.run(readout).startswith("step 1 · training 2.954")
-    browser.press("End")
-    assert browser.run(readout).startswith("step 60 · training 0.2494 · ")
-    assert "validation 1.1" in browser.run(readout)
-    browser.press("ArrowLeft")
-    assert browser.run(readout).startswith("step 59 · ")
+    for keys, words in (
+        (("ArrowRight", "ArrowRight"), "step 1 · training 2.954"),
+        (("End",), "step 60 · training 0.2494 · "),
+        (("ArrowLeft",), "step 59 · "),
+        (("End",), "validation 1.1"),
+    ):
+        browser.press(*keys)
+        assert words in read_texts(browser, ".chart .readout")[0]
 
 
 def test_keyboard_navigation(browser: Browser, run: FakeRunDir) -> None:
@@ -392,11 +321,11 @@ def test_keyboard_navigation(browser: Browser, run: FakeRunDir) -> None:
         seen.append(browser.run(where))
     assert seen == ["s2", "s6", "s2"]
     browser.press("Enter")
-    assert browser.run("return document.querySelector('.example').classList.contains('wide');")
+    assert count(browser, ".example.wide") == 1
     browser.press("/")
     assert browser.run("return document.activeElement.id;") == "search"
     browser.press("s", "1", "1")
-    assert browser.run("return document.querySelectorAll('.feed > li').length;") == 1
+    assert count(browser, ".feed > li") == 1
     browser.press("Escape", "j")
     assert browser.run(where) == "s11"
 
@@ -432,16 +361,12 @@ def test_differences_from_reference_are_marked(browser: Browser, run: FakeRunDir
     run.write_predictions("before", lines)
     run.write_predictions("after", with_figures(lines, 0.4))
     browser.open(write_report(run.folder))
-    marks = """return [...document.querySelectorAll('.after ins, .after del')].map(
-      (e) => `${e.tagName} ${e.textContent}`);"""
-    assert browser.run(marks) == ["DEL brown", "INS red", "DEL  jumps"]
+    assert read_texts(browser, ".after ins") == ["red"]
+    assert read_texts(browser, ".after del") == ["brown", " jumps"]
 
 
 def test_examples_are_sorted_filtered_and_enlarged(browser: Browser, run: FakeRunDir) -> None:
     browser.open(write_report(run.folder))
-    shown = (
-        "return [...document.querySelectorAll('.feed .id')].slice(0, 4).map((e) => e.textContent);"
-    )
     choose = "byId('order').value = '{}'; byId('order').dispatchEvent(new Event('change'));"
     for order, ids in (
         ("incorrect", ["s2", "s6", "s10", "s0"]),
@@ -452,24 +377,22 @@ def test_examples_are_sorted_filtered_and_enlarged(browser: Browser, run: FakeRu
         ("file", ["s0", "s1", "s2", "s3"]),
     ):
         browser.run(choose.format(order))
-        assert browser.run(shown) == ids, order
-    browser.run("document.querySelector('[data-kind=worse]').click();")
-    assert browser.run(shown) == ["s0", "s4", "s8"]
-    browser.run("document.querySelector('[data-view=grid]').click();")
-    count_tiles = "return document.querySelectorAll('.tile').length;"
-    for kind, count in (("wrong", 9), ("worse", 3)):
-        browser.run(f"document.querySelector('[data-kind={kind}]').click();")
-        assert browser.run(count_tiles) == count
+        assert read_texts(browser, ".feed .id")[:4] == ids, order
+    click(browser, "[data-kind=worse]")
+    assert read_texts(browser, ".feed .id") == ["s0", "s4", "s8"]
+    click(browser, "[data-view=grid]")
+    for kind, number in (("wrong", 9), ("worse", 3)):
+        click(browser, f"[data-kind={kind}]")
+        assert count(browser, ".tile") == number
     assert browser.unlabeled_elements() == []
     browser.press("j")
     browser.press("Enter")
-    opened = "return byId('enlarged').open && byId('enlarged').querySelector('.id').textContent;"
-    assert browser.run(opened) == "s0"
+    assert read_texts(browser, "#enlarged[open] .id") == ["s0"]
     browser.press("ArrowRight", "ArrowRight", "ArrowRight")
-    assert browser.run(opened) == "s8"
-    assert browser.run("return byId('enlarged-position').textContent;") == "3 of 3"
-    browser.run("byId('enlarged-close').click();")
-    assert browser.run(opened) is False
+    assert read_texts(browser, "#enlarged[open] .id") == ["s8"]
+    assert read_texts(browser, "#enlarged-position") == ["3 of 3"]
+    click(browser, "#enlarged-close")
+    assert count(browser, "#enlarged[open]") == 0
 
 
 def test_copy_and_export(browser: Browser, run: FakeRunDir, tmp_path: Path) -> None:
@@ -490,9 +413,10 @@ def test_copy_and_export(browser: Browser, run: FakeRunDir, tmp_path: Path) -> N
     browser.settle()
     texts = ["Write the formula.", r"\frac{a}{b}", "x^2", "x^2"]
     assert browser.run("return copied;") == texts
-    assert browser.run("return document.querySelector('[role=status]').textContent;") == "Copied"
-    assert browser.run("return byId('save').textContent;") == "Save 9 incorrect as JSONL"
-    browser.run("document.querySelector('[data-kind=better]').click(); byId('save').click();")
+    assert read_texts(browser, "[role=status]")[0] == "Copied"
+    assert read_texts(browser, "#save") == ["Save 9 incorrect as JSONL"]
+    click(browser, "[data-kind=better]")
+    click(browser, "#save")
     file = folder / "latex-2b-incorrect.jsonl"
     for _ in range(50):
         browser.settle()
@@ -535,17 +459,7 @@ def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
     browser.open(file)
     browser.run("for (let i = 0; i < 9; i += 1) document.querySelector('.more').click();")
     browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; });")
-    browser.settle()
-    assert browser.executed_payloads() == []
-    assert browser.messages() == []
-    assert browser.requests() == [file.as_uri()]
-    assert browser.run("return document.querySelectorAll('.feed > li').length;") == len(
-        XSS_PAYLOADS
-    )
-    questions = browser.run(
-        "return [...document.querySelectorAll('.question')].map((e) => e.textContent);"
-    )
-    assert sorted(questions) == sorted(XSS_PAYLOADS)
-    assert (
-        browser.run("return document.querySelectorAll('iframe, object, embed, form').length;") == 0
-    )
+    assert_nothing_executed(browser, file)
+    assert count(browser, ".feed > li") == len(XSS_PAYLOADS)
+    assert sorted(read_texts(browser, ".question")) == sorted(XSS_PAYLOADS)
+    assert count(browser, "iframe, object, embed, form") == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from each_value import each
 from run_dir_fixtures import FakeRunDir, make_prediction_line, make_step_line
 
 from finesight.errors import UserError
@@ -23,12 +24,8 @@ def test_complete_run(tmp_path: Path) -> None:
     assert [line["step"] for line in record.steps] == [*range(1, 61)]
     assert [line["step"] for line in record.evaluations] == [0, 60]
     assert [line["device"] for line in record.starts] == ["NVIDIA H200"]
-    assert [path.stem for path in record.predictions_files] == [
-        "before",
-        "step-20",
-        "step-100",
-        "after",
-    ]
+    names = [path.stem for path in record.predictions_files]
+    assert names == ["before", "step-20", "step-100", "after"]
     assert list(record.weight_digests) == ["adapter/adapter_model.safetensors"]
     assert record.skipped_samples == [{"id": "x", "reason": "over 10 tokens"}]
     assert record.recipe["eval"] == {"metric": "latex"}
@@ -36,23 +33,21 @@ def test_complete_run(tmp_path: Path) -> None:
 
 
 def test_manifest_alone_is_sufficient(tmp_path: Path) -> None:
-    record = read_run(FakeRunDir(tmp_path / "run").folder)
-    assert (record.steps, record.evaluations, record.param_changes, record.result) == (
-        [],
-        [],
-        None,
-        None,
-    )
-    assert (record.weight_digests, record.checkpoint_identity, record.predictions_files) == (
-        {},
-        {},
-        [],
-    )
-
-
-def test_folder_without_manifest_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a run directory[\s\S]*manifest\.json"):
         read_run(tmp_path)
+    run = FakeRunDir(tmp_path / "run")
+    for is_typed in (True, False):
+        if not is_typed:
+            # Files of another type are empty.
+            for name in ("param_audit.json", "result.json", "adapter/sha256.json"):
+                run.write(name, "7")
+            run.write("metrics.jsonl", "7\n")
+            run.write("manifest.json", "[]")
+        record = read_run(run.folder)
+        assert (record.steps, record.evaluations, record.predictions_files) == ([], [], [])
+        assert (record.param_changes, record.result) == (None, None)
+        assert (record.weight_digests, record.checkpoint_identity) == ({}, {})
+    assert record.manifest == {}
 
 
 def test_damaged_files_are_listed(tmp_path: Path) -> None:
@@ -66,21 +61,6 @@ def test_damaged_files_are_listed(tmp_path: Path) -> None:
     assert sorted(record.unreadable_files) == ["param_audit.json", "recipe.yaml", "result.json"]
     assert (record.param_changes, record.result, record.recipe) == (None, None, {})
     assert len(record.steps) == 3
-
-
-def test_files_of_wrong_type_are_empty(tmp_path: Path) -> None:
-    run = FakeRunDir(tmp_path / "run")
-    for name in ("param_audit.json", "result.json", "adapter/sha256.json"):
-        run.write(name, "7")
-    run.write("metrics.jsonl", "7\n")
-    run.write("manifest.json", "[]")
-    record = read_run(run.folder)
-    assert (record.param_changes, record.result, record.steps, record.manifest) == (
-        None,
-        None,
-        [],
-        {},
-    )
 
 
 def test_fingerprints_of_newest_checkpoint(tmp_path: Path) -> None:
@@ -107,7 +87,7 @@ def test_damaged_line_is_skipped_and_listed(tmp_path: Path) -> None:
         assert record.unreadable_files == [f"{named} metrics.jsonl"]
 
 
-@pytest.mark.parametrize("value", ["x", [1, 2], {"a": 1}, 10**400, float("inf")])
+@each("value", ["x", [1, 2], {"a": 1}, 10**400, float("inf")])
 def test_invalid_values_count_as_missing(tmp_path: Path, value: object) -> None:
     run = FakeRunDir(tmp_path / "run")
     lines = [make_step_line(step) for step in range(1, 5)]

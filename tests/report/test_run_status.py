@@ -51,74 +51,52 @@ def lock_run(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def test_locked_run_is_running(run: FakeRunDir) -> None:
+def test_status_follows_the_lock_of_the_folder(run: FakeRunDir) -> None:
     with lock_run(run.folder):
         found = get_run_status(read_run(run.folder))
-    # 20 steps at half a second; a measurement of four seconds at the end, another one on the way.
-    assert (found.kind, found.step, found.total_steps, found.remaining_s) == (
-        "running",
-        40,
-        60,
-        18.0,
-    )
+    # 20 steps of half a second, an evaluation of four seconds at the end, and one before.
+    assert (found.kind, found.step, found.total_steps) == ("running", 40, 60)
+    assert found.remaining_s == 18.0
     assert found.description == "The run is in progress: step 40 of 60, about a minute remaining."
-
-
-def test_unlocked_unfinished_run_is_killed(run: FakeRunDir) -> None:
     found = get_run_status(read_run(run.folder))
     assert (found.kind, found.remaining_s) == ("killed", None)
     assert "was killed after step 40 of 60" in found.description
-
-
-@pytest.mark.parametrize("how", ["interrupted", "failed"])
-def test_end_reason_is_shown_until_resumed(run: FakeRunDir, how: str) -> None:
-    append_metrics(
-        run,
-        {"step": 40, "ended_at": "2026-01-02T04:00:00+00:00", "status": how, "reason": "<b>it</b>"},
-    )
-    with lock_run(run.folder):
-        found = get_run_status(read_run(run.folder))
-        assert (found.kind, found.reason) == (how, "<b>it</b>")
-        page = render_run_page(run.folder)
-        assert f"The run {'was ' if how == 'interrupted' else ''}{how} after step 40 of 60" in page
-        assert "&lt;b&gt;it&lt;/b&gt;" in page
-        again = START_RECORD | {"step": 40}
-        append_metrics(run, {"step": 40, "ended_at": "x", "status": how, "reason": "x"}, again)
-        assert get_run_status(read_run(run.folder)).kind == "running"
-
-
-def test_finished_run_has_no_status(run: FakeRunDir) -> None:
     run.write_finished()
     with lock_run(run.folder):
         assert get_run_status(read_run(run.folder)).kind == "finished"
         assert 'role="status"' not in render_run_page(run.folder)
 
 
-def test_run_before_first_step(tmp_path: Path) -> None:
-    made = FakeRunDir(tmp_path / "run")
-    found = get_run_status(read_run(made.folder), is_training=True)
-    assert found.description == "The run is in progress, before its first step."
+@pytest.mark.parametrize("how", ["interrupted", "failed"])
+def test_end_reason_is_shown_until_resumed(run: FakeRunDir, how: str) -> None:
+    end = {"step": 40, "ended_at": "2026-01-02T04:00:00+00:00", "status": how, "reason": "<b>it"}
+    append_metrics(run, end)
+    with lock_run(run.folder):
+        found = get_run_status(read_run(run.folder))
+        assert (found.kind, found.reason) == (how, "<b>it")
+        page = render_run_page(run.folder)
+        assert f"The run {'was ' if how == 'interrupted' else ''}{how} after step 40 of 60" in page
+        assert "&lt;b&gt;it" in page
+        append_metrics(run, end, START_RECORD | {"step": 40})
+        assert get_run_status(read_run(run.folder)).kind == "running"
 
 
-def test_remaining_time_of_one_hour(run: FakeRunDir) -> None:
-    run.write_lines(
-        "metrics.jsonl", [START_RECORD | {"total_steps": 7240}, *map(make_step_line, range(1, 41))]
-    )
+def test_remaining_time(run: FakeRunDir) -> None:
+    steps = [*map(make_step_line, range(1, 41))]
+    run.write_lines("metrics.jsonl", [START_RECORD | {"total_steps": 7240}, *steps])
     found = get_run_status(read_run(run.folder), is_training=True)
-    assert (
-        found.description == "The run is in progress: step 40 of 7,240, about 1 h 00 min remaining."
-    )
+    in_english = "The run is in progress: step 40 of 7,240, about 1 h 00 min remaining."
+    assert found.description == in_english
     with use_language("zh"):
-        assert (
-            found.description == "训练正在进行：第 40 步（共 7,240 步），大约还需 1 小时 00 分钟。"
-        )
-
-
-def test_remaining_time_is_unknown_without_a_finished_step(run: FakeRunDir) -> None:
-    """Step numbers below 1 occur only in a damaged file."""
+        in_chinese = "训练正在进行：第 40 步（共 7,240 步），大约还需 1 小时 00 分钟。"
+        assert found.description == in_chinese
+    # Step numbers below 1 occur only in a damaged file.
     run.write_lines("metrics.jsonl", [START_RECORD, make_step_line(0)])
     found = get_run_status(read_run(run.folder), is_training=True)
     assert (found.kind, found.remaining_s) == ("running", None)
+    run.write_lines("metrics.jsonl", [])
+    found = get_run_status(read_run(run.folder), is_training=True)
+    assert found.description == "The run is in progress, before its first step."
 
 
 def test_examples_are_rendered_again_only_for_new_answers(run: FakeRunDir) -> None:

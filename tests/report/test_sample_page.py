@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,9 @@ import numpy as np
 import pytest
 from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
 from conversation_fixtures import make_conversation, make_folder, make_images
+from each_value import each
+from html_text import read_script_data
+from page_checks import assert_nothing_executed, count, open_page, read_texts
 from PIL import Image, ImageDraw
 
 from finesight.config import ExactSize
@@ -38,13 +40,9 @@ def renderer(
     return NativeRenderer(ModelFolder(folder), ExactSize(height=224, width=448))
 
 
-def records_of(page: str) -> Any:
-    text = page.partition('<script type="application/json" id="data">')[2]
-    return json.loads(text.partition("</script>")[0])["samples"]
-
-
-def decode_data_url(data: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2])))
+def render(renderer: NativeRenderer, *samples: LocatedSample) -> Any:
+    """Return the data of a page with samples."""
+    return read_script_data(render_sample_page(renderer, samples, "here"))["samples"]
 
 
 def write_striped_image(path: Path, width: int, height: int) -> Path:
@@ -70,12 +68,10 @@ def test_tokens_match_the_tokenized_sample(renderer: NativeRenderer, tmp_path: P
     samples = [make_conversation(number, images, videos=True) for number in range(12)]
     page = render_sample_page(renderer, samples, "a source of samples")
     outlines = [renderer.tokenize(located_sample) for located_sample in samples]
-    for record, located_sample, outline in zip(records_of(page), samples, outlines, strict=True):
-        assert (record["num_tokens"], record["num_supervised_tokens"]) == (
-            outline.num_tokens,
-            outline.num_supervised_tokens,
-        )
-        assert record["num_patches"] == outline.num_patches
+    records = read_script_data(page)["samples"]
+    for record, located_sample, outline in zip(records, samples, outlines, strict=True):
+        for name in ("num_tokens", "num_supervised_tokens", "num_patches"):
+            assert record[name] == getattr(outline, name)
         result = [row for turn in record["turns"] for row in turn["rows"]]
         for row, found in zip(iter_token_rows(outline, renderer.tokenizer), result, strict=True):
             assert (found["start"], found["id"], found["text"]) == (row.start, row.id, row.text)
@@ -83,10 +79,8 @@ def test_tokens_match_the_tokenized_sample(renderer: NativeRenderer, tmp_path: P
             assert tuple(found["first_position"]) == row.first_position
             if row.span is not None:
                 assert outline.spans[found["image_index"]] == row.span
-                assert (found["end"] + 1, tuple(found["last_position"])) == (
-                    row.stop,
-                    row.last_position,
-                )
+                assert found["end"] + 1 == row.stop
+                assert tuple(found["last_position"]) == row.last_position
         roles = [message.role for message in located_sample.sample.messages]
         assert [turn["role"] for turn in record["turns"]][-len(roles) :] == roles
         kinds = {row["kind"] for row in result}
@@ -98,7 +92,7 @@ def test_tokens_match_the_tokenized_sample(renderer: NativeRenderer, tmp_path: P
 def test_image_is_the_model_input(renderer: NativeRenderer, tmp_path: Path) -> None:
     file = write_striped_image(tmp_path / "a.png", 300, 100)
     located_sample = make_sample(tmp_path, [ImagePart(image=file.name)], [TextPart(text="x")])
-    (record,) = records_of(render_sample_page(renderer, [located_sample], "here"))
+    (record,) = render(renderer, located_sample)
     (result,) = record["images"]
     patch = renderer.patch_config.patch_size
     assert (result["original_size"], result["resized_size"]) == ([100, 300], [224, 448])
@@ -106,7 +100,8 @@ def test_image_is_the_model_input(renderer: NativeRenderer, tmp_path: Path) -> N
     with Image.open(file) as image:
         resized = image.resize((448, 224), Image.Resampling.BICUBIC)
     (frame,) = result["frames"]
-    assert np.array_equal(np.asarray(decode_data_url(frame["src"])), np.asarray(resized))
+    pixels = Image.open(io.BytesIO(base64.b64decode(frame["src"].partition(",")[2])))
+    assert np.array_equal(np.asarray(pixels), np.asarray(resized))
 
 
 def test_boxes_are_parsed_from_tokens(renderer: NativeRenderer, tmp_path: Path) -> None:
@@ -118,14 +113,11 @@ def test_boxes_are_parsed_from_tokens(renderer: NativeRenderer, tmp_path: Path) 
         for image, label, xyxy in zip((0, 1, 0), ("cat", None, "猫"), corners, strict=True)
     ]
     question: list[ContentPart] = [ImagePart(image="a.png"), ImagePart(image="b.png")]
-    (record,) = records_of(
-        render_sample_page(renderer, [make_sample(tmp_path, question, [*boxes])], "here")
-    )
+    (record,) = render(renderer, make_sample(tmp_path, question, [*boxes]))
     assert record["num_sample_boxes"] == len(record["boxes"]) == 3
     assert [box["image_index"] for box in record["boxes"]] == [0, 1, 0]
-    for box, (width, height), original in zip(
-        record["boxes"], ((300, 100), (60, 400), (300, 100)), corners, strict=True
-    ):
+    sizes = ((300, 100), (60, 400), (300, 100))
+    for box, (width, height), original in zip(record["boxes"], sizes, corners, strict=True):
         across, down = 448 / width, 224 / height
         x1, y1, x2, y2 = original
         seen = (x1 * across, y1 * down, x2 * across, y2 * down)
@@ -137,7 +129,7 @@ def test_box_typed_as_text_is_detected(renderer: NativeRenderer, tmp_path: Path)
     write_striped_image(tmp_path / "a.png", 300, 100)
     typed = '{"bbox_2d": [5, 6, 70, 80]} (50,60),(700,800)'
     located_sample = make_sample(tmp_path, [ImagePart(image="a.png")], [TextPart(text=typed)])
-    (record,) = records_of(render_sample_page(renderer, [located_sample], "here"))
+    (record,) = render(renderer, located_sample)
     assert record["num_sample_boxes"] == 0
     (box,) = record["boxes"]
     expected = {
@@ -157,13 +149,10 @@ def page(renderer: NativeRenderer, tmp_path: Path) -> Path:
     samples = [
         make_sample(tmp_path, [image, TextPart(text="Where?")], [box], "first"),
         make_sample(tmp_path, [TextPart(text="a\tb \n😀")], [TextPart(text="x y")], "second"),
-        *(
-            make_sample(
-                tmp_path, [image, TextPart(text=payload)], [TextPart(text=payload)], payload
-            )
-            for payload in XSS_PAYLOADS
-        ),
     ]
+    for payload in XSS_PAYLOADS:
+        text = TextPart(text=payload)
+        samples.append(make_sample(tmp_path, [image, text], [text], payload))
     labelled = [BoxPart(label=payload, xyxy=(1, 2, 90, 90)) for payload in XSS_PAYLOADS]
     samples.append(make_sample(tmp_path, [image], [*labelled], "labels"))
     file = tmp_path / "page.html"
@@ -171,14 +160,10 @@ def page(renderer: NativeRenderer, tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+@each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
 def test_page_in_browser(browser: Browser, page: Path, width: int) -> None:
-    browser.open(page, width)
-    assert browser.messages() == []
-    assert browser.requests() == [page.as_uri()]
-    assert browser.overflow_width() == 0
-    assert browser.unlabeled_elements() == []
-    assert browser.run("return document.querySelector('h2').textContent;") == "Sample first"
+    open_page(browser, page, width)
+    assert read_texts(browser, "h2")[0] == "Sample first"
     (corners,) = browser.run(
         """const frame = document.querySelector('.image img').getBoundingClientRect();
         return [...document.querySelectorAll('.image .box')].map((box) => {
@@ -188,11 +173,7 @@ def test_page_in_browser(browser: Browser, page: Path, width: int) -> None:
         });"""
     )
     assert corners == pytest.approx([0.1, 0.2, 0.5, 0.6], abs=0.01)
-    supervised = "".join(
-        browser.run(
-            "return [...document.querySelectorAll('.turn .supervised')].map((e) => e.textContent);"
-        )
-    )
+    supervised = "".join(read_texts(browser, ".turn .supervised"))
     assert "cat" in supervised
     assert supervised.endswith("<|im_end|>")
     assert "Where" not in supervised
@@ -231,21 +212,18 @@ def test_keyboard_and_pointer(browser: Browser, page: Path) -> None:
 
 def test_order_of_samples(browser: Browser, page: Path) -> None:
     browser.open(page)
-    choose = (
+    browser.run(
         "const order = document.querySelector('.choice select'); order.value = 'boxes';"
         " order.dispatchEvent(new Event('change'));"
     )
-    browser.run(choose)
-    assert browser.run("return document.querySelector('h2').textContent;") == "Sample labels"
-    assert browser.run("return document.querySelectorAll('.chart').length;") == 4
+    assert read_texts(browser, "h2")[0] == "Sample labels"
+    assert count(browser, ".chart") == 4
 
 
 def test_invisible_characters_are_shown(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.press("j")
-    turns = "[...document.querySelectorAll('.turn')].map((turn) => turn.textContent)"
-    # Not every family puts a system turn before the user's.
-    (requested,) = browser.run(f"return {turns}.filter((text) => text.startsWith('user'));")
+    (requested,) = (text for text in read_texts(browser, ".turn") if text.startswith("user"))
     assert "a⇥b·↵\n" in requested
     result = browser.run(
         "return showInvisible('a\\u00a0\\u200b\\u202e\\rb').map((at) => at.textContent || at);"
@@ -256,17 +234,11 @@ def test_invisible_characters_are_shown(browser: Browser, page: Path) -> None:
 def test_html_payloads_are_escaped(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.press("j")
-    heading = "return document.querySelector('h2').textContent;"
     for payload in XSS_PAYLOADS:
         browser.press("j")
-        assert browser.run(heading) == f"Sample {payload}"
+        assert read_texts(browser, "h2")[0] == f"Sample {payload}"
     browser.press("j")
-    labels = browser.run(
-        "return [...document.querySelectorAll('.box b')].map((label) => label.textContent);"
-    )
+    labels = read_texts(browser, ".box b")
     assert len(labels) == len(XSS_PAYLOADS)
     assert labels[0].startswith("1 ")
-    browser.settle()
-    assert browser.executed_payloads() == []
-    assert browser.messages() == []
-    assert browser.requests() == [page.as_uri()]
+    assert_nothing_executed(browser, page)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from each_value import each
 from jinja2 import Environment
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter
@@ -31,8 +32,6 @@ from finesight.serve.preprocessing_jobs import (
     format_tool_calls,
     format_tool_result,
 )
-
-PAGE = Path(__file__).parents[2] / "docs" / "en" / "serving.md"
 
 OPENAI_PARAMETERS = {"frequency_penalty", "presence_penalty", "logit_bias", "modalities"}
 EXTENSIONS = {
@@ -121,25 +120,19 @@ def test_schema_is_a_subset_of_the_openai_types():
     assert problems == EXTENSIONS
 
 
-@pytest.mark.parametrize(
+@each(
     ("content", "message"),
     [
-        (
-            [{"type": "image_url", "image_url": "data:,"}],
-            "messages.0.user.content.0.image_url.image_url: Input should be an object",
-        ),
-        (
-            [{"type": "text", "text": "a", "b": 1}],
-            "messages.0.user.content.0.text.b: unknown field",
-        ),
-        (5, "messages.0.user.content.str: Input should be a valid string"),
+        ([{"type": "image_url", "image_url": "data:,"}], "0.image_url.image_url: Input should be"),
+        ([{"type": "text", "text": "a", "b": 1}], "0.text.b: unknown field"),
+        (5, "str: Input should be a valid string"),
     ],
 )
 def test_error_names_the_wrong_part_of_a_message(content, message):
     body = {"model": "m", "messages": [{"role": "user", "content": content}]}
     with pytest.raises(ApiError) as raised:
         parse_chat_request(json.dumps(body).encode())
-    assert message in str(raised.value)
+    assert f"messages.0.user.content.{message}" in str(raised.value)
 
 
 def test_every_openai_field_is_supported_or_known():
@@ -147,11 +140,6 @@ def test_every_openai_field_is_supported_or_known():
     ours = set(ChatCompletionRequest.model_fields)
     assert theirs - ours == UNSUPPORTED
     assert set(IGNORED_FIELDS) <= theirs
-
-
-def test_every_limit_is_documented():
-    assert all(limit.metadata["description"] for limit in fields(ServerLimits))
-    assert ServerLimits().to_markdown() in PAGE.read_text(encoding="utf-8")
 
 
 def test_option_defaults_match_limits():
@@ -167,9 +155,9 @@ def test_option_defaults_match_limits():
 def test_service_defaults_match_limits():
     limits = ServerLimits()
     assert limits.max_queue == DEFAULT_MAX_WAITING
-    # The documented default length of answers.
-    assert f"{DEFAULT_MAX_NEW_TOKENS:,}" in limits.to_markdown()
     assert limits.max_completion_tokens >= DEFAULT_MAX_NEW_TOKENS
+    # The default length of answers is documented.
+    assert f"{DEFAULT_MAX_NEW_TOKENS:,}" in limits.to_markdown()
 
 
 BOOK = {
@@ -200,26 +188,21 @@ def test_tool_prompt_matches_published_template(shared: Path):
         ],
         tools=tools,
     )
+    system_prompt = format_system_prompt("Be short.", [Tool.model_validate(tool) for tool in tools])
     turns = [
-        (
-            "system",
-            format_system_prompt("Be short.", [Tool.model_validate(tool) for tool in tools]),
-        ),
+        ("system", system_prompt),
         ("user", "Book."),
         ("assistant", "Yes.\n" + format_tool_calls([ToolCall.model_validate(call)] * 2)),
         ("user", f"{format_tool_result('done')}\n{format_tool_result('failed')}"),
     ]
     ours = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
     assert expected.startswith(ours)
-
-
-def test_tool_prompt_without_system_prompt():
     assert format_system_prompt(None, [Tool.model_validate(BOOK)]).startswith("# Tools")
     assert format_system_prompt("", [Tool.model_validate(BOOK)]).startswith("\n\n# Tools")
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
-@pytest.mark.parametrize(
+@each("step", [1, 2, 3, 7, 1000])
+@each(
     ("text", "shown", "names"),
     [
         ("No call.", "No call.", []),

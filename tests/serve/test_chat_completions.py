@@ -1,9 +1,12 @@
+"""Chat completions against the OpenAI client and `predict`."""
+
 from __future__ import annotations
 
 import asyncio
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +22,7 @@ from api_server_fixtures import (
     run_server,
     wait_until_idle,
 )
+from each_value import each
 from hostile_requests import make_schema_format
 from lora_fixtures import TUNE_SETTINGS, randomize_parameters
 from openai import APIError, AsyncOpenAI, BadRequestError, NotFoundError
@@ -44,12 +48,15 @@ def make_object_schema(**properties: Any) -> dict[str, Any]:
     return schema | {"additionalProperties": False}
 
 
-def test_list_models(client, server):
+def test_list_models(ask_about_scene, client, server):
     names = [model.id for model in client.models.list()]
     assert names == list(server.service.model_names)
     assert client.models.retrieve(names[0]).id == names[0]
     with pytest.raises(NotFoundError):
         client.models.retrieve("other")
+    with pytest.raises(NotFoundError) as raised:
+        ask_about_scene(client, model="other")
+    assert raised.value.code == "model_not_found"
 
 
 def test_answer_matches_predict(ask_about_scene, client, inference_model, scenes):
@@ -71,11 +78,15 @@ def test_answer_matches_predict(ask_about_scene, client, inference_model, scenes
     assert extra["boxes"] == expected.as_json()["boxes"]
 
 
-def test_stream_matches_response_with_usage(ask_about_scene, client, server):
+def join_stream(chunks: Any) -> str:
+    """Return the text of the first choice of a stream."""
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def test_stream_matches_response_with_usage(ask_about_scene, client):
     full = ask_about_scene(client)
     chunks = list(ask_about_scene(client, stream=True, stream_options={"include_usage": True}))
-    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert text == full.choices[0].message.content
+    assert join_stream(chunks) == full.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
     ends = [c.choices[0].finish_reason for c in chunks if c.choices]
     assert ends[-1] == full.choices[0].finish_reason
@@ -83,11 +94,10 @@ def test_stream_matches_response_with_usage(ask_about_scene, client, server):
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == full.usage.completion_tokens
     assert len({chunk.id for chunk in chunks}) == 1
-    without = list(ask_about_scene(client, stream=True))
-    assert all(chunk.usage is None for chunk in without)
+    assert all(chunk.usage is None for chunk in ask_about_scene(client, stream=True))
 
 
-def test_several_choices_and_seeds(ask_about_scene, client, server):
+def test_several_choices_and_seeds(ask_about_scene, client):
     given = {"n": 3, "temperature": 8.0, "seed": 7, "max_tokens": 8}
     first, again = ask_about_scene(client, **given), ask_about_scene(client, **given)
     texts = [choice.message.content for choice in first.choices]
@@ -103,7 +113,7 @@ def test_several_choices_and_seeds(ask_about_scene, client, server):
     assert alone.choices[0].message.content == texts[1]
 
 
-def test_logprobs(ask_about_scene, client, server):
+def test_logprobs(ask_about_scene, client):
     found = ask_about_scene(client, logprobs=True, top_logprobs=3, max_tokens=6)
     logprobs = found.choices[0].logprobs.content
     assert len(logprobs) == found.usage.completion_tokens
@@ -123,7 +133,7 @@ def test_logprobs(ask_about_scene, client, server):
     assert all(entry.top_logprobs == [] for entry in streamed)
 
 
-def test_stop_strings(ask_about_scene, client, server):
+def test_stop_strings(ask_about_scene, client):
     full = ask_about_scene(client).choices[0].message.content
     assert len(full) > 6, "the answer is too short to stop within"
     stop = full[4:6]
@@ -132,23 +142,15 @@ def test_stop_strings(ask_about_scene, client, server):
     assert found.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_json_schema_response(ask_about_scene, client, server, stream):
+@each("stream", [False, True])
+def test_json_schema_response(ask_about_scene, client, stream):
     row = {"type": "integer", "minimum": 1, "maximum": 9}
     schema = make_object_schema(row=row, kind={"enum": ["a", "b"]})
     shape = make_schema_format(schema)
     found = ask_about_scene(client, response_format=shape, max_tokens=60, stream=stream)
-    if stream:
-        text = "".join(c.choices[0].delta.content or "" for c in found)
-    else:
-        text = found.choices[0].message.content
-    value = json.loads(text)
+    value = json.loads(join_stream(found) if stream else found.choices[0].message.content)
     assert set(value) == {"row", "kind"}
     assert 1 <= value["row"] <= 9
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_oversized_schema_is_rejected(ask_about_scene, client, stream):
     properties = {f"p{number}": {"type": "string"} for number in range(3000)}
     shape = make_schema_format({"type": "object", "properties": properties})
     with pytest.raises(APIError, match="exceeds a limit"):
@@ -161,14 +163,10 @@ class Ticket(BaseModel):
 
 
 def test_parsed_python_objects(client, server):
+    given = {"max_tokens": 120, "seed": 1, "temperature": 1.0, "stop": None}
+    messages, name = make_messages("Book a seat."), server.service.model_names[0]
     found = client.chat.completions.parse(
-        model=server.service.model_names[0],
-        messages=make_messages("Book a seat."),
-        response_format=Ticket,
-        max_tokens=120,
-        seed=1,
-        temperature=1.0,
-        stop=None,
+        model=name, messages=messages, response_format=Ticket, **given
     )
     assert isinstance(found.choices[0].message.parsed, Ticket)
 
@@ -180,14 +178,13 @@ def test_async_client(server):
             given = {"model": name, "messages": make_messages("Who?"), "max_tokens": 5}
             full = await client.chat.completions.create(**given)
             stream = await client.chat.completions.create(**given, stream=True)
-            output = [chunk.choices[0].delta.content or "" async for chunk in stream]
-            return [full.choices[0].message.content, "".join(output)]
+            return [full.choices[0].message.content, join_stream([c async for c in stream])]
 
     full, streamed = asyncio.run(both())
     assert full == streamed
 
 
-def test_json_object_response(ask_about_scene, client, server):
+def test_json_object_response(ask_about_scene, client):
     shape = make_schema_format(make_object_schema())
     found = ask_about_scene(client, response_format=shape)
     assert json.loads(found.choices[0].message.content) == {}
@@ -195,19 +192,22 @@ def test_json_object_response(ask_about_scene, client, server):
     assert started.choices[0].message.content.startswith("{")
 
 
-def test_box_response(ask_about_scene, client, scenes):
-    messages = make_messages(
-        make_image_part(make_data_url(scenes[3].read_bytes())), "Locate each hollow gray hexagon."
-    )
-    free = ask_about_scene(client, messages=messages, max_tokens=60).choices[0].message
-    # OpenAI's client knows no such format; it takes it as an extra of the body.
+@pytest.fixture
+def locate(ask_about_scene, client, scenes):
+    """Ask for the box of the fourth scene."""
+    image = make_image_part(make_data_url(scenes[3].read_bytes()))
+    messages = make_messages(image, "Locate each hollow gray hexagon.")
+    return partial(ask_about_scene, client, messages=messages, max_tokens=60)
+
+
+def test_box_response(locate, ask_about_scene, client):
+    free = locate().choices[0].message
+    # The client passes unknown formats as extra fields.
     shape = {"response_format": {"type": "boxes"}}
-    answer = ask_about_scene(client, messages=messages, max_tokens=60, extra_body=shape)
-    held = answer.choices[0].message
+    held = locate(extra_body=shape).choices[0].message
     assert held.model_extra == free.model_extra
     (box,) = held.model_extra["boxes"]
     assert box["label"] == "hollow gray hexagon"
-    # What was drawn: 80, 88, 108, 120.
     assert box["xyxy"] == pytest.approx([80, 88, 108, 120], abs=8)
     assert "<|box_start|>" in held.model_extra["raw_text"]
     caption = ask_about_scene(client, extra_body=shape).choices[0].message
@@ -215,10 +215,7 @@ def test_box_response(ask_about_scene, client, scenes):
     assert caption.model_extra["raw_text"].startswith(starts)
 
 
-def test_parameters_of_vllm_clients(ask_about_scene, client, scenes):
-    messages = make_messages(
-        make_image_part(make_data_url(scenes[3].read_bytes())), "Locate each hollow gray hexagon."
-    )
+def test_parameters_of_vllm_clients(locate):
     neutral = {
         **{"top_k": -1, "min_p": 0.0, "min_tokens": 0, "length_penalty": 1.0, "best_of": 1},
         **{"use_beam_search": False, "ignore_eos": False, "include_stop_str_in_output": False},
@@ -226,24 +223,18 @@ def test_parameters_of_vllm_clients(ask_about_scene, client, scenes):
         **{"continue_final_message": False, "stop_token_ids": [], "bad_words": None},
         **{"repetition_penalty": 1.0, "skip_special_tokens": True},
     }
-    given = {"messages": messages, "max_tokens": 60}
-    plain = ask_about_scene(client, **given).choices[0].message
-    same = ask_about_scene(client, extra_body=neutral, **given).choices[0].message
-    assert same.to_dict() == plain.to_dict()
-    shown = ask_about_scene(client, extra_body=REQUEST_PARAMETERS, **given).choices[0].message
+    plain = locate().choices[0].message
+    assert locate(extra_body=neutral).choices[0].message.to_dict() == plain.to_dict()
+    shown = locate(extra_body=REQUEST_PARAMETERS).choices[0].message
     assert "<|box_start|>" in shown.content
     assert "<|box_start|>" not in plain.content
     assert plain.model_extra["raw_text"] == f"{shown.content}<|im_end|>"
     assert shown.model_extra == plain.model_extra
-    chunks = list(ask_about_scene(client, extra_body=REQUEST_PARAMETERS, stream=True, **given))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == shown.content
-    stopped = ask_about_scene(
-        client, stop="<|box_start|>", extra_body=REQUEST_PARAMETERS, **given
-    ).choices[0]
-    assert (stopped.finish_reason, stopped.message.content) == (
-        "stop",
-        shown.content.partition("<|box_start|>")[0],
-    )
+    chunks = locate(extra_body=REQUEST_PARAMETERS, stream=True)
+    assert join_stream(chunks) == shown.content
+    stopped = locate(stop="<|box_start|>", extra_body=REQUEST_PARAMETERS).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.message.content == shown.content.partition("<|box_start|>")[0]
 
 
 ROW = make_object_schema(row={"type": "integer", "minimum": 1, "maximum": 9})
@@ -253,51 +244,38 @@ TOOLS = [
 ]
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book"}}])
-def test_tool_call_and_result(ask_about_scene, client, server, choice):
-    found = ask_about_scene(client, tools=TOOLS, tool_choice=choice, max_tokens=80).choices[0]
+@each("choice", ["required", {"type": "function", "function": {"name": "book"}}])
+def test_tool_call_and_result(ask_about_scene, client, choice):
+    given = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 80}
+    found = ask_about_scene(client, **given).choices[0]
     assert found.finish_reason == "tool_calls"
     assert found.message.content is None
     (call,) = found.message.tool_calls
     assert call.type == "function"
     assert call.function.name in ({"book"} if choice != "required" else {"book", "stop"})
     assert isinstance(json.loads(call.function.arguments), dict)
-    chunks = list(
-        ask_about_scene(client, tools=TOOLS, tool_choice=choice, max_tokens=80, stream=True)
-    )
+    chunks = list(ask_about_scene(client, stream=True, **given))
     streamed = [c for k in chunks for x in k.choices for c in x.delta.tool_calls or []]
-    assert [c.function.name for c in streamed] == [call.function.name]
-    assert streamed[0].index == 0
+    assert [(c.index, c.function.name) for c in streamed] == [(0, call.function.name)]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
-    messages = [
-        *make_messages("Book a seat."),
-        found.message,
-        {"role": "tool", "tool_call_id": call.id, "content": "done"},
-    ]
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    messages = [*make_messages("Book a seat."), found.message, result]
     answered = ask_about_scene(client, messages=messages, tools=TOOLS, max_tokens=4)
     assert answered.usage.completion_tokens >= 1
 
 
-def test_conversation_with_system_prompt(ask_about_scene, client, server):
+def test_messages_of_a_conversation(ask_about_scene, client):
     first = make_messages("Who are you?")
     output = ask_about_scene(client, messages=first, max_tokens=6).choices[0].message
     more = [{"role": "system", "content": "Be short."}, *first, output, *make_messages("And now?")]
-    found = ask_about_scene(client, messages=more, max_tokens=6)
-    assert found.usage.prompt_tokens > 20
-    joined = ask_about_scene(
-        client, messages=[*make_messages("Who are"), *make_messages("you?")], max_tokens=1
-    )
-    assert joined.usage.prompt_tokens > 5
-
-
-def test_repeated_image_uses_prefix_cache(ask_about_scene, client, server):
-    messages = make_messages(
-        make_image_part(make_data_url(make_noise_png(168, 168, seed=99))),
-        "What does the image show, please?",
-    )
-    ask_about_scene(client, messages=messages, max_tokens=1)
-    again = ask_about_scene(client, messages=messages, max_tokens=1)
-    assert again.usage.prompt_tokens_details.cached_tokens <= again.usage.prompt_tokens
+    assert ask_about_scene(client, messages=more, max_tokens=6).usage.prompt_tokens > 20
+    # Clients send back the empty answer of a model that generated an end token first.
+    messages = [*make_messages("a"), *make_messages("b")]
+    expected = ask_about_scene(client, messages=messages, max_tokens=4)
+    for empty in (None, ""):
+        messages = [messages[0], {"role": "assistant", "content": empty}, messages[-1]]
+        found = ask_about_scene(client, messages=messages, max_tokens=4)
+        assert found.choices[0].message.content == expected.choices[0].message.content
 
 
 def test_uploaded_files(ask_about_scene, client, server, scenes):
@@ -326,7 +304,7 @@ def test_uploaded_files(ask_about_scene, client, server, scenes):
         client.files.create(file=("a.png", input_image), purpose="batch")
 
 
-@pytest.mark.parametrize(
+@each(
     ("given", "param"),
     [
         ({"temperature": -1}, None),
@@ -374,22 +352,6 @@ def test_invalid_requests_are_rejected(ask_about_scene, client, server, given, p
     assert body["message"]
 
 
-def test_unknown_model(ask_about_scene, client, server):
-    with pytest.raises(NotFoundError) as raised:
-        ask_about_scene(client, model="other")
-    assert raised.value.code == "model_not_found"
-
-
-@pytest.mark.parametrize("empty", [None, ""])
-def test_empty_assistant_message_is_accepted(ask_about_scene, client, empty):
-    """Clients send back the empty answer of a model that generated an end token first."""
-    messages = [*make_messages("a"), {"role": "assistant", "content": empty}, *make_messages("b")]
-    found = ask_about_scene(client, messages=messages, max_tokens=4)
-    messages = [*make_messages("a"), *make_messages("b")]
-    both = ask_about_scene(client, messages=messages, max_tokens=4)
-    assert found.choices[0].message.content == both.choices[0].message.content
-
-
 NAMES = ("tickets", "formulas")
 IMAGE_BYTES = make_noise_png(84, 84, seed=2)
 
@@ -420,18 +382,16 @@ def multi_adapter_server(
         yield server
 
 
-def test_adapter_named_base_is_rejected(folders, tmp_path):
-    """The name selects the base model."""
+def test_adapters_without_an_own_name_are_rejected(folders, tmp_path):
+    """The name base selects the base model."""
     named_base = shutil.copytree(folders[NAMES[0]], tmp_path / "base")
-    for first, more in ((named_base, ()), (folders[NAMES[1]], (named_base,))):
-        with pytest.raises(UserError, match="has the name base, which selects the base model"):
+    for first, more, message in (
+        (named_base, (), "has the name base, which selects the base model"),
+        (folders[NAMES[1]], (named_base,), "has the name base, which selects the base model"),
+        (folders[NAMES[0]], (folders["base"],), "is the base model, not an adapter"),
+    ):
+        with pytest.raises(UserError, match=message):
             load_multi_adapter_model(str(first), [str(path) for path in more], "cpu", "fp32")
-
-
-def test_base_model_among_adapters_is_rejected(folders):
-    first, base = str(folders[NAMES[0]]), str(folders["base"])
-    with pytest.raises(UserError, match="is the base model, not an adapter"):
-        load_multi_adapter_model(first, (base,), "cpu", "fp32")
 
 
 def test_each_adapter_answers_like_alone(multi_adapter_server, folders, tmp_path):
@@ -439,20 +399,15 @@ def test_each_adapter_answers_like_alone(multi_adapter_server, folders, tmp_path
     assert [model.id for model in client.models.list()] == [*NAMES, "base"]
     (tmp_path / "a.png").write_bytes(IMAGE_BYTES)
     parts = (ImagePart(image="a.png"), TextPart(text="What is it?"))
-    sample = LocatedSample(
-        Sample(id="a", messages=(Message(role="user", content=parts),)), tmp_path
-    )
+    messages = (Message(role="user", content=parts),)
+    sample = LocatedSample(Sample(id="a", messages=messages), tmp_path)
+    question = make_messages(make_image_part(make_data_url(IMAGE_BYTES)), "What is it?")
     answers = []
     for name, folder in folders.items():
         alone = load_inference_model(str(folder), "cpu", "fp32")
-        (expected,) = predict(
-            alone.model, alone.renderer, [sample], max_new_tokens=12, batch_size=1
-        )
-        found = client.chat.completions.create(
-            model=name,
-            messages=make_messages(make_image_part(make_data_url(IMAGE_BYTES)), "What is it?"),
-            max_tokens=12,
-        )
+        given = {"max_new_tokens": 12, "batch_size": 1}
+        (expected,) = predict(alone.model, alone.renderer, [sample], **given)
+        found = client.chat.completions.create(model=name, messages=question, max_tokens=12)
         assert found.model == name
         assert found.choices[0].message.model_extra["raw_text"] == expected.raw_text
         answers.append(expected.raw_text)

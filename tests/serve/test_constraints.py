@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from api_server_fixtures import LIMITS, get_worker_pool
+from each_value import each
 from engine_fixtures import list_allowed
 from hostile_requests import SCHEMAS
 
@@ -36,33 +36,20 @@ def factory(inference_model, vocab_size) -> ConstraintFactory:
     return ConstraintFactory(pool, limits, vocab_size, inference_model.renderer.end_ids)
 
 
-@pytest.fixture
-def constraint_of_ticket(factory) -> Iterator[WorkerConstraint]:
-    constraint = WorkerConstraint(factory, ("json_schema", (TICKET,)))
-    constraint.start()
-    yield constraint
-    constraint.close()
-
-
-@pytest.mark.parametrize(
-    "spec",
+@each(
+    ("compile_grammar", "spec"),
     [
-        ("json_schema", (TICKET,)),
-        ("json_object", ()),
-        ("boxes", ()),
-        ("calls", ([("book", TICKET), ("stop", None)],)),
+        (GrammarCompiler.compile_json_schema, ("json_schema", (TICKET,))),
+        (GrammarCompiler.compile_json_object, ("json_object", ())),
+        (GrammarCompiler.compile_boxes, ("boxes", ())),
+        (GrammarCompiler.compile_tool_calls, ("calls", ([("book", TICKET), ("stop", None)],))),
     ],
-    ids=lambda spec: spec[0],
 )
-def test_worker_bitmasks_match_the_grammar(inference_model, factory, vocab_size, spec):
+def test_worker_bitmasks_match_the_grammar(
+    inference_model, factory, vocab_size, compile_grammar, spec
+):
     grammars = GrammarCompiler(inference_model.renderer, vocab_size)
-    name, args = spec
-    local_constraint = {
-        "json_schema": grammars.compile_json_schema,
-        "json_object": grammars.compile_json_object,
-        "boxes": grammars.compile_boxes,
-        "calls": grammars.compile_tool_calls,
-    }[name](*args)
+    local_constraint = compile_grammar(grammars, *spec[1])
     worker_constraint = WorkerConstraint(factory, spec)
     worker_constraint.start()
     rng = random.Random(0)
@@ -79,23 +66,20 @@ def test_worker_bitmasks_match_the_grammar(inference_model, factory, vocab_size,
     worker_constraint.close()
 
 
-def test_exceeded_limit_allows_only_the_end_token(inference_model, factory):
-    slow_constraint = WorkerConstraint(factory, ("json_schema", (SCHEMAS["stars"],)))
-    slow_constraint.start()
+def test_exceeded_limits_allow_only_the_end_token(inference_model, factory):
     end = sorted(inference_model.renderer.end_ids)
-    assert list_allowed(slow_constraint) == end
-    assert slow_constraint.has_failed
-    slow_constraint.accept_token(end[0])
-    assert list_allowed(slow_constraint) == end
+    for schema, max_cpu_s in ((SCHEMAS["stars"], LIMITS.max_constraint_cpu_s), (TICKET, 0.0)):
+        factory.limits = replace(factory.limits, max_constraint_cpu_s=max_cpu_s)
+        constraint = WorkerConstraint(factory, ("json_schema", (schema,)))
+        constraint.start()
+        assert list_allowed(constraint) == end
+        assert constraint.has_failed
+        constraint.accept_token(end[0])
+        assert list_allowed(constraint) == end
+        constraint.close()
 
 
-def test_cpu_time_limit_covers_all_tokens(inference_model, factory, constraint_of_ticket):
-    factory.limits = replace(factory.limits, max_constraint_cpu_s=0.0)
-    assert list_allowed(constraint_of_ticket) == sorted(inference_model.renderer.end_ids)
-    assert constraint_of_ticket.has_failed
-
-
-@pytest.mark.parametrize("when", ["before", "while it computes", "between"])
+@each("when", ["before", "while it computes", "between"])
 def test_constraint_can_be_closed_at_any_time(factory, when):
     schema = SCHEMAS["stars"] if when == "while it computes" else TICKET
     factory.limits = replace(factory.limits, max_schema_cpu_s=60.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import io
 import ipaddress
 import ssl
@@ -24,6 +23,7 @@ from api_server_fixtures import (
     run_server,
 )
 from case_files import load_cases
+from each_value import each
 from hub_fixtures import certificate
 
 from finesight.errors import UserError
@@ -105,24 +105,23 @@ def public_and_local_servers(
     """Two servers at the same port: a public one, and a local one that must not be contacted."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    outside, inside = _at_one_port(certificate)
-    yield outside, inside
-    for web in (outside, inside):
-        web.shutdown()
-        web.server_close()
+    with contextlib.ExitStack() as stack:
+        inside = None
+        while inside is None:
+            # The port must be free at both addresses.
+            outside = stack.enter_context(TlsServer(OUTSIDE, 0, *certificate))
+            stack.callback(outside.shutdown)
+            with contextlib.suppress(OSError):
+                inside = TlsServer(INSIDE, outside.server_address[1], *certificate)
+        stack.enter_context(inside)
+        stack.callback(inside.shutdown)
+        yield outside, inside
 
 
-def _at_one_port(certificate: tuple[Path, Path]) -> tuple[TlsServer, TlsServer]:
-    """Start two servers at a port that is free at both addresses."""
-    while True:
-        outside = TlsServer(OUTSIDE, 0, *certificate)
-        try:
-            return outside, TlsServer(INSIDE, outside.server_address[1], *certificate)
-        except OSError as error:
-            outside.shutdown()
-            outside.server_close()
-            if error.errno != errno.EADDRINUSE:
-                raise
+@pytest.fixture
+def url(public_and_local_servers: tuple[TlsServer, TlsServer]) -> str:
+    """Address of the public server."""
+    return f"https://localhost:{public_and_local_servers[0].server_address[1]}"
 
 
 class FakeResolver:
@@ -153,31 +152,30 @@ def fetch_bytes(fetcher: ImageFetcher, url: str) -> bytes:
     return file.getvalue()
 
 
-def test_image_from_allowed_host(public_and_local_servers):
+def test_image_from_allowed_host(public_and_local_servers, url):
     outside, inside = public_and_local_servers
-    port = outside.server_address[1]
     names = FakeResolver([OUTSIDE])
-    assert fetch_bytes(fetcher(names), f"https://localhost:{port}/a.png?sign=1") == IMAGE_BYTES
+    assert fetch_bytes(fetcher(names), f"{url}/a.png?sign=1") == IMAGE_BYTES
     # The Host header is the name, the connection uses the address.
-    assert outside.requests == [("/a.png?sign=1", f"localhost:{port}")]
+    assert outside.requests == [("/a.png?sign=1", url.removeprefix("https://"))]
     assert names.lookups == ["localhost"]
-    assert fetch_bytes(fetcher(names), f"https://LOCALHOST:{port}/to//a.png") == IMAGE_BYTES
+    assert fetch_bytes(fetcher(names), f"{url.upper()}/to//a.png".replace("HTTPS", "https")) == (
+        IMAGE_BYTES
+    )
     assert not inside.requests
 
 
-def test_dns_rebinding_is_blocked(public_and_local_servers):
-    outside, inside = public_and_local_servers
-    port = outside.server_address[1]
+def test_dns_rebinding_is_blocked(public_and_local_servers, url):
+    inside = public_and_local_servers[1]
     names = FakeResolver([OUTSIDE], [INSIDE])
-    # Whatever it would mean a moment later: the address that was checked is connected to.
-    assert fetch_bytes(fetcher(names), f"https://localhost:{port}/a.png") == IMAGE_BYTES
+    # The connection uses the address that was checked.
+    assert fetch_bytes(fetcher(names), f"{url}/a.png") == IMAGE_BYTES
     assert names.lookups == ["localhost"]
-    names = FakeResolver([OUTSIDE], [INSIDE])
-    with pytest.raises(UserError, match="no public address"):
-        fetch_bytes(fetcher(names), f"https://localhost:{port}/to/https://localhost:{port}/a.png")
-    for found in ([OUTSIDE, INSIDE], [INSIDE, OUTSIDE], [INSIDE], []):
+    redirected = FakeResolver([OUTSIDE], [INSIDE]), f"{url}/to/{url}/a.png"
+    answers = ([OUTSIDE, INSIDE], [INSIDE, OUTSIDE], [INSIDE], [])
+    for names, location in (redirected, *((FakeResolver(one), f"{url}/a.png") for one in answers)):
         with pytest.raises(UserError, match="no public address"):
-            fetch_bytes(fetcher(FakeResolver(found)), f"https://localhost:{port}/a.png")
+            fetch_bytes(fetcher(names), location)
     assert not inside.requests
 
 
@@ -190,37 +188,32 @@ ftp://localhost/a.png https://localhost:0/ https://localhost:99999/ https://[::1
 """
 
 
-@pytest.mark.parametrize("location", FORBIDDEN_URLS.split())
-def test_forbidden_urls(public_and_local_servers, location):
+@each("location", FORBIDDEN_URLS.split())
+def test_forbidden_urls(public_and_local_servers, url, location):
     outside, inside = public_and_local_servers
-    port = outside.server_address[1]
-    location = location.format(port=port)
-    with pytest.raises(UserError, match="is not allowed"):
-        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), location)
-    with pytest.raises(UserError, match="is not allowed"):
-        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), f"https://localhost:{port}/to/{location}")
+    outside.requests.clear()
+    location = location.format(port=outside.server_address[1])
+    for address in (location, f"{url}/to/{location}"):
+        with pytest.raises(UserError, match="is not allowed"):
+            fetch_bytes(fetcher(FakeResolver([OUTSIDE])), address)
     assert [path for path, _ in outside.requests] == [f"/to/{location}"]
     assert not inside.requests
 
 
-def test_redirect_loop(public_and_local_servers):
-    port = public_and_local_servers[0].server_address[1]
-    location = f"https://localhost:{port}/"
+def test_redirect_loop(public_and_local_servers, url):
     with pytest.raises(UserError, match="redirects"):
-        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), location + f"to/{location}" * 9)
+        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), f"{url}/" + f"to/{url}/" * 9)
     assert len(public_and_local_servers[0].requests) == 6
 
 
-@pytest.mark.parametrize(("path", "output"), CASES["test_invalid_responses"])
-def test_invalid_responses(public_and_local_servers, path, output):
-    port = public_and_local_servers[0].server_address[1]
+@each(("path", "output"), CASES["test_invalid_responses"])
+def test_invalid_responses(url, path, output):
     patience = 0.3 if path == "slow" else 5.0
     with pytest.raises(UserError, match=output):
-        fetch_bytes(fetcher(FakeResolver([OUTSIDE]), patience), f"https://localhost:{port}/{path}")
+        fetch_bytes(fetcher(FakeResolver([OUTSIDE]), patience), f"{url}/{path}")
 
 
-def test_certificate_of_another_host(public_and_local_servers):
-    port = public_and_local_servers[0].server_address[1]
+def test_no_request_with_a_wrong_certificate_or_offline(public_and_local_servers, url, monkeypatch):
     other = ImageFetcher(
         ["other.example"],
         timeout_s=5,
@@ -229,15 +222,10 @@ def test_certificate_of_another_host(public_and_local_servers):
         is_allowed_address=lambda address: True,
     )
     with pytest.raises(UserError, match="could not be fetched"):
-        fetch_bytes(other, f"https://other.example:{port}/a.png")
-    assert not public_and_local_servers[0].requests
-
-
-def test_offline_mode_sends_no_requests(public_and_local_servers, monkeypatch):
+        fetch_bytes(other, f"{url.replace('localhost', 'other.example')}/a.png")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    port = public_and_local_servers[0].server_address[1]
     with pytest.raises(UserError, match="image URLs are disabled"):
-        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), f"https://localhost:{port}/a.png")
+        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), f"{url}/a.png")
     assert not public_and_local_servers[0].requests
 
 
@@ -285,27 +273,26 @@ gopher://127.0.0.1:{port}/ data:text/plain,hello data:image/png,hello data:image
 """
 
 
-@pytest.mark.parametrize("url", [*LOCAL_URLS.split(), "", "data:image/png;base64," + "A" * 40])
-def test_local_urls_are_rejected(open_server, public_and_local_servers, url):
-    url = url.format(port=public_and_local_servers[0].server_address[1])
+@each("location", [*LOCAL_URLS.split(), "", "data:image/png;base64," + "A" * 40])
+def test_local_urls_are_rejected(open_server, public_and_local_servers, location):
+    url = location.format(port=public_and_local_servers[0].server_address[1])
     status, error = post_chat(open_server, make_image_part(url), "What?")
     assert (status, error["param"]) == (400, "messages.0.content.0")
-    # Where the server keeps what it was sent is nobody's business.
+    # Errors do not contain folders of the server.
     assert str(open_server.folder) not in error["message"]
     assert not public_and_local_servers[0].requests
     assert not public_and_local_servers[1].requests
     assert list((open_server.folder / "requests").iterdir()) == []
 
 
-def test_question_about_web_image(inference_model, public_and_local_servers, tmp_path):
+def test_question_about_web_image(inference_model, public_and_local_servers, url, tmp_path):
     outside, inside = public_and_local_servers
-    url = f"https://localhost:{outside.server_address[1]}/a.png"
     with run_server(inference_model, tmp_path, fetcher=fetcher(FakeResolver([OUTSIDE]))) as server:
-        urls = url, make_data_url(IMAGE_BYTES)
+        urls = f"{url}/a.png", make_data_url(IMAGE_BYTES)
         found = [post_chat(server, make_image_part(at), "What?") for at in urls]
     assert [status for status, _ in found] == [200, 200]
-    contents = [output["choices"][0]["message"]["content"] for _, output in found]
-    assert contents[0] == contents[1]
+    first, second = (output["choices"][0]["message"]["content"] for _, output in found)
+    assert first == second
     assert len(outside.requests) == 1
     assert not inside.requests
 
@@ -318,15 +305,10 @@ def test_image_files_are_deleted_after_request(server):
         assert (server.folder / folder).stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("file_id", ["../../../etc/passwd", "/etc/passwd", "file-0", ""])
-def test_file_ids_are_not_paths(server, file_id):
-    part = {"type": "file", "file": {"file_id": file_id}}
-    assert post_chat(server, part, "What?")[0] == 404
-
-
-def test_images_are_allowed_only_in_user_messages(server):
-    messages = [
-        {"role": "system", "content": [make_image_part(make_data_url(IMAGE_BYTES))]},
-        *make_messages("What?"),
-    ]
+def test_invalid_image_references(server):
+    for file_id in ("../../../etc/passwd", "/etc/passwd", "file-0", ""):
+        part = {"type": "file", "file": {"file_id": file_id}}
+        assert post_chat(server, part, "What?")[0] == 404
+    image = make_image_part(make_data_url(IMAGE_BYTES))
+    messages = [{"role": "system", "content": [image]}, *make_messages("What?")]
     assert post_chat(server, messages=messages)[0] == 400

@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 from api_server_fixtures import (
+    CHAT,
     KEY,
     LIMITS,
+    POST_CHAT,
     RunningServer,
     make_auth_header,
     make_data_url,
@@ -28,6 +30,7 @@ from api_server_fixtures import (
     send_request,
     wait_until_idle,
 )
+from each_value import each
 
 from finesight.data.formats.label_studio import LabelControl
 from finesight.data.sample import BoxPart
@@ -110,7 +113,7 @@ def test_tasks_without_image_have_no_result(backend: RunningServer, scenes: list
     assert "--allow-media-host" in others[4]["error"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("body", "message"),
     [
         ({"tasks": [], "label_config": "<View/>"}, "no control for images"),
@@ -127,13 +130,12 @@ def test_invalid_requests(backend: RunningServer, body: Any, message: str) -> No
 
 def test_other_requests_of_the_protocol(backend: RunningServer, server: RunningServer) -> None:
     name, headers = backend.service.model_names[0], make_auth_header(KEY)
-    health = {"status": "UP", "model_class": name}
-    assert send_request(backend, "GET", "/label-studio/health", headers=headers)[:2] == (
-        200,
-        health,
-    )
-    versions = send_request(backend, "GET", "/label-studio/versions", headers=headers)[1]
-    assert versions == {"versions": [name]}
+    for path, content in (
+        ("health", {"status": "UP", "model_class": name}),
+        ("versions", {"versions": [name]}),
+    ):
+        answer = send_request(backend, "GET", f"/label-studio/{path}", headers=headers)
+        assert answer[:2] == (200, content)
     assert post(backend, "setup", {"access_token": "x"}) == (200, {"model_version": name})
     assert post(backend, "webhook", {"action": "ANNOTATION_CREATED"}) == (200, {})
     status, output = post(backend, "webhook", {"action": "START_TRAINING"})
@@ -156,7 +158,7 @@ def make_choice(answer: str, boxes: tuple[BoxPart, ...] = ()) -> ChoiceBuilder:
     return ChoiceBuilder(0, None, False, None, prediction=prediction)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
+@each(
     ("control", "answer", "value"),
     [
         (LabelControl("text", "a", "i", "d"), " A dog. ", {"text": ["A dog."]}),
@@ -256,7 +258,7 @@ def fetch_image(images: LabelStudioImages, reference: str) -> bytes:
 DOTS = ("..", "%2e%2e", "%2E.", "%252e%252e", "..%2f..", "..\\..", "..;", "a/../..", "%2e%2e%5c%2e")
 
 
-@pytest.mark.parametrize(
+@each(
     "references",
     [
         [f"/data/{dots}/api/token" for dots in DOTS],
@@ -298,10 +300,8 @@ def test_predictions_are_limited(
         view = f"<View>{IMAGE_TAG}{TEXT}</View>"
         tasks = [{"data": {"photo": name}}] * 200
         body = json.dumps({"tasks": tasks, "label_config": view}).encode()
-        head = (
-            b"POST /label-studio/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-        )
-        with there.connect(head % len(body) + body):
+        head = POST_CHAT.replace(CHAT.encode(), b"/label-studio/predict")
+        with there.connect(head + b"Content-Length: %d\r\n\r\n" % len(body) + body):
             time.sleep(0.2)
         wait_until_idle(there)
         while predict(there, TEXT, *[name] * 300)[0] == 429:
@@ -310,7 +310,7 @@ def test_predictions_are_limited(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize(
+@each(
     "build",
     [
         lambda: LabelStudioImages(None, "localhost:8080", None, LIMITS),

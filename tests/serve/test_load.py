@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from api_server_fixtures import (
     wait_until_idle,
 )
 from attack_client import list_process_tree
+from each_value import each
 from hostile_requests import (
     CHAT,
     HostileRequest,
@@ -32,7 +33,7 @@ from hostile_requests import (
     make_header_flood,
     make_image_content,
 )
-from openai import APIStatusError, RateLimitError
+from openai import APIError, APIStatusError, RateLimitError
 
 from finesight.serve import api_server
 
@@ -93,7 +94,7 @@ def test_full_queue_returns_retry_after(ask_about_scene, inference_model, tmp_pa
         wait_until_idle(server)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@each("stream", [False, True])
 def test_request_timeout(ask_about_scene, inference_model, tmp_path, stream):
     with run_server(inference_model, tmp_path, limits=replace(LIMITS, timeout=0.05)) as server:
         with pytest.raises(Exception, match="no complete answer within") as raised:
@@ -113,19 +114,27 @@ def test_shutdown_finishes_running_requests(ask_about_scene, inference_model, tm
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason in ("stop", "length")
         assert first.id == rest[-1].id
-        for _ in range(100):
+
+        def is_refused() -> bool:
             try:
-                ask_about_scene(server.client())
-            except Exception:
-                break
-            time.sleep(0.1)
-        else:
-            raise AssertionError("requests are still taken")
+                return not ask_about_scene(server.client())
+            except APIError:
+                return True
+
+        wait_for(is_refused)
 
 
 HERE = Path(__file__).parents[1]
 TEST_TIMEOUT_S = 120
 """Timeout for a server that does not end."""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -141,19 +150,12 @@ def busy_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subp
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline())
-        body = make_chat_body(
-            "finesight-tiny", [make_image_content(make_header_flood("GIF", 16 << 20))]
-        )
+        image = make_image_content(make_header_flood("GIF", 16 << 20))
+        ask = HostileRequest("slow", CHAT, make_chat_body("finesight-tiny", [image]))
         for _ in range(4):
-            ask = HostileRequest("slow", CHAT, body)
             threading.Thread(target=ask.send, args=(port, 600.0), daemon=True).start()
         requests = next(tmp_path.glob("finesight-serve-*/requests"))
-        for _ in range(600):
-            if len(list(requests.glob("*/image-1"))) == 4:
-                break
-            time.sleep(0.05)
-        else:
-            raise AssertionError("the images were not written")
+        wait_for(lambda: len(list(requests.glob("*/image-1"))) == 4)
         time.sleep(0.3)
         yield process
     finally:
@@ -175,12 +177,7 @@ def test_slow_images_do_not_delay_shutdown(busy_server, signals, tmp_path):
         busy_server.send_signal(number)
         time.sleep(0.5)
     assert busy_server.wait(TEST_TIMEOUT_S) == 0
-    for _ in range(100):
-        left = {pid for pid in workers if Path(f"/proc/{pid}").exists()}
-        if not left:
-            break
-        time.sleep(0.05)
-    assert not left
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     assert not list(tmp_path.iterdir()), "what clients sent is left"
 
 

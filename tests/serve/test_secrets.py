@@ -6,11 +6,11 @@ import ast
 import base64
 import json
 import logging
-import sys
 from functools import cache
 from pathlib import Path
 
 from api_server_fixtures import (
+    CHAT,
     KEY,
     make_auth_header,
     make_data_url,
@@ -51,24 +51,20 @@ def test_request_content_is_not_logged(inference_model, tmp_path, caplog, capfd,
     caplog.set_level(logging.DEBUG)
     with run_server(inference_model, tmp_path, keys=[KEY]) as server:
         input_image = make_noise_png(seed=5)
-        body = make_request_body(
-            server, make_image_part(make_data_url(input_image)), SECRET, stop=[SECRET], user=SECRET
-        )
-        status, output, _ = send_request(
-            server, "POST", "/v1/chat/completions", body, make_auth_header(KEY)
-        )
+        image, headers = make_image_part(make_data_url(input_image)), make_auth_header(KEY)
+        body = make_request_body(server, image, SECRET, stop=[SECRET], user=SECRET)
+        status, output, _ = send_request(server, "POST", CHAT, body, headers)
         assert status == 200
         answer = output["choices"][0]["message"]["content"]
         for path, given in (
-            ("/v1/chat/completions", body.replace(": 4", f': "{SECRET}"')),
-            ("/v1/chat/completions", body + SECRET),
+            (CHAT, body.replace(": 4", f': "{SECRET}"')),
+            (CHAT, body + SECRET),
             (f"/v1/files/{SECRET}", ""),
             (f"/{SECRET}?{SECRET}", ""),
         ):
-            status = send_request(server, "POST", path, given, make_auth_header(KEY))[0]
-            assert status in (400, 404, 405)
-        headers = make_auth_header(SECRET * 3)
-        assert send_request(server, "GET", "/v1/models", headers=headers)[0] == 401
+            assert send_request(server, "POST", path, given, headers)[0] in (400, 404, 405)
+        wrong = make_auth_header(SECRET * 3)
+        assert send_request(server, "GET", "/v1/models", headers=wrong)[0] == 401
         with server.client(KEY) as client:
             retained = client.files.create(file=(f"{SECRET}.png", input_image), purpose="vision")
         caplog.set_level(logging.DEBUG)
@@ -78,7 +74,7 @@ def test_request_content_is_not_logged(inference_model, tmp_path, caplog, capfd,
 
         monkeypatch.setattr(server.service, "submit", fail)
         for stream in (False, True):
-            status, error = post_chat(server, SECRET, stream=stream, headers=make_auth_header(KEY))
+            status, error = post_chat(server, SECRET, stream=stream, headers=headers)
             assert status == 500
             assert SECRET not in json.dumps(error)
     records = [r for r in caplog.records if not r.name.startswith(("openai", "httpcore2.client"))]
@@ -93,37 +89,27 @@ def test_request_content_is_not_logged(inference_model, tmp_path, caplog, capfd,
         assert not [secret for secret in hidden if secret in text]
 
 
-def test_no_telemetry_is_sent(inference_model, tmp_path, monkeypatch):
-    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    with run_server(inference_model, tmp_path) as server:
-        assert send_request(server, "GET", "/health")[0] == 200
-        # Starlette exports telemetry only through a middleware.
-        assert server.app.app.user_middleware == []
-    assert not [name for name in sys.modules if name.startswith("opentelemetry.exporter")]
-
-
 @cache
-def _modules() -> list[tuple[str, ast.Module]]:
-    return [
-        (str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8")))
+def parse_modules() -> dict[str, ast.Module]:
+    return {
+        str(path.relative_to(PACKAGE)): ast.parse(path.read_text(encoding="utf-8"))
         for path in sorted(PACKAGE.rglob("*.py"))
-    ]
+    }
 
 
 def test_only_one_function_opens_images():
     found = {
         name
-        for name, tree in _modules()
+        for name, tree in parse_modules().items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open")
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
     }
     assert found == set(OPENERS)
 
 
 def test_only_listed_modules_send_requests():
     found = set()
-    for name, tree in _modules():
+    for name, tree in parse_modules().items():
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
@@ -131,28 +117,3 @@ def test_only_listed_modules_send_requests():
             if NETWORK & set(names):
                 found.add(name)
     assert found <= CLIENTS, f"more modules send requests: {found - CLIENTS}"
-
-
-def _calling(*ends: str) -> set[str]:
-    """Return server modules that call a function with one of these suffixes."""
-    return {
-        name
-        for name, tree in _modules()
-        if name.startswith("serve/")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(ends)
-    }
-
-
-def test_server_opens_media_in_one_module():
-    assert _calling(".fetcher.fetch", "store.link") == {"serve/chat_completions.py"}
-
-
-def test_in_the_server_only_workers_read_what_clients_send():
-    names = "a2b_base64 read_image_size tokenize_prompt span_patches GrammarCompiler"
-    assert _calling(*names.split()) == {"serve/preprocessing_jobs.py"}
-    assert _calling("parse_chat_request", "model_validate_json") == {
-        "serve/preprocessing_jobs.py",
-        "serve/api_schema.py",
-    }
-    assert not _calling("load_image", "load_patches", "renderer.encode", "tokenizer.encode")

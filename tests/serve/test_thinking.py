@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from api_server_fixtures import RunningServer, run_server
+from each_value import each
 from openai import BadRequestError, OpenAI
 from thinking_fixtures import ANSWER, THOUGHT
 
@@ -43,21 +44,26 @@ def enable(value: bool, **more: str) -> dict[str, Any]:
     return {"chat_template_kwargs": {"enable_thinking": value, **more}}
 
 
-@pytest.mark.parametrize("given", [{}, enable(True), {"reasoning_effort": "xhigh"}])
-def test_reasoning_is_separated_from_answer(thinking_client: OpenAI, given: dict[str, Any]) -> None:
+@each(
+    ("given", "thinks"),
+    [
+        ({}, True),
+        (enable(True), True),
+        ({"reasoning_effort": "xhigh"}, True),
+        (enable(False), False),
+        ({"reasoning_effort": "none"}, False),
+    ],
+)
+def test_reasoning_is_separated_from_answer(
+    thinking_client: OpenAI, given: dict[str, Any], thinks: bool
+) -> None:
     message = ask(thinking_client, **given).choices[0].message
-    assert (message.reasoning_content, message.content) == (THOUGHT, ANSWER)
+    assert message.content == ANSWER
+    assert message.model_extra.get("reasoning_content") == (THOUGHT if thinks else None)
     assert "think" not in message.raw_text
 
 
-@pytest.mark.parametrize("given", [enable(False), {"reasoning_effort": "none"}])
-def test_non_thinking_mode_has_no_reasoning(thinking_client: OpenAI, given: dict[str, Any]) -> None:
-    message = ask(thinking_client, **given).choices[0].message
-    assert message.content == ANSWER
-    assert "reasoning_content" not in message.model_extra
-
-
-@pytest.mark.parametrize("thinks", [True, False])
+@each("thinks", [True, False])
 def test_stream_contains_reasoning_before_answer(thinking_client: OpenAI, thinks: bool) -> None:
     deltas = [
         chunk.choices[0].delta
@@ -73,20 +79,17 @@ def test_stream_contains_reasoning_before_answer(thinking_client: OpenAI, thinks
         assert not any(contents[:last])
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_schema_applies_to_answer_after_reasoning(thinking_client: OpenAI, stream: bool) -> None:
+@each("stream", [False, True])
+@each("thinks", [True, False])
+def test_schema_applies_to_answer_after_reasoning(
+    thinking_client: OpenAI, stream: bool, thinks: bool
+) -> None:
     schema = {"type": "json_schema", "json_schema": COLORS}
-    for thinks in (True, False):
-        found = ask(thinking_client, response_format=schema, stream=stream, **enable(thinks))
-        if stream:
-            deltas = [chunk.choices[0].delta for chunk in found]
-            content = "".join(delta.content or "" for delta in deltas)
-            reasoning = "".join(delta.model_extra.get("reasoning_content", "") for delta in deltas)
-        else:
-            message = found.choices[0].message
-            content, reasoning = message.content, message.model_extra.get("reasoning_content", "")
-        assert json.loads(content) in ("red", "blue")
-        assert reasoning == (THOUGHT if thinks else "")
+    found = ask(thinking_client, response_format=schema, stream=stream, **enable(thinks))
+    pieces = [c.choices[0].delta for c in found] if stream else [found.choices[0].message]
+    assert json.loads("".join(one.content or "" for one in pieces)) in ("red", "blue")
+    reasoning = "".join(one.model_extra.get("reasoning_content", "") for one in pieces)
+    assert reasoning == (THOUGHT if thinks else "")
 
 
 def test_effort_changes_prompt(thinking_client: OpenAI) -> None:
@@ -99,7 +102,7 @@ def test_effort_changes_prompt(thinking_client: OpenAI) -> None:
     assert ask(thinking_client, **given).usage.prompt_tokens == counts["low"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("given", "expected"),
     [
         ({"reasoning_effort": "high"}, "xhigh, medium, low"),
@@ -123,16 +126,13 @@ def test_model_without_thinking_rejects_the_mode(client: OpenAI) -> None:
             )
 
 
-def test_earlier_reasoning_is_sent_back(thinking_server: RunningServer, tmp_path: Path) -> None:
+def test_earlier_reasoning_is_sent_back(thinking_client: OpenAI) -> None:
     """The template of Qwen3.5 omits the reasoning of earlier turns, but it separates it."""
-    client = thinking_server.client()
-    first = ask(client).choices[0].message
-    counts = [
-        ask(client, [*QUESTION, answer, *QUESTION]).usage.prompt_tokens
-        for answer in (
-            first.model_dump(),
-            {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"},
-            {"role": "assistant", "content": ANSWER},
-        )
-    ]
-    assert len(set(counts)) == 1
+    first = ask(thinking_client).choices[0].message.model_dump()
+    inline = f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"
+    answers = [first, *({"role": "assistant", "content": text} for text in (inline, ANSWER))]
+    counts = {
+        ask(thinking_client, [*QUESTION, answer, *QUESTION]).usage.prompt_tokens
+        for answer in answers
+    }
+    assert len(counts) == 1

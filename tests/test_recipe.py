@@ -87,8 +87,8 @@ def test_invalid_settings(tmp_path, row):
 def test_invalid_overrides(tmp_path, row):
     override, *words = row
     error = _load_error(tmp_path, SHORTEST, override)
-    name = override.partition("=")[0]
-    assert error.where in ("command line", f"override {name}", f"override {override}")
+    location = f"override {override.partition('=')[0]}"
+    assert location in str(error) or error.where == "command line"
     assert _missing_words(error, words) == []
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+import plan_fixtures
 import pytest
 import torch
+from plan_fixtures import H200, make_planned_pack
 from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 
-from finesight.config import PixelRange, TrainFileSettings, TrainSettings, TuneSettings
-from finesight.data.corpus import load_corpus
-from finesight.encode.packing import PackedBatch, pack
-from finesight.encode.renderer import NativeRenderer
-from finesight.model.trainable import configure_tuning
+from finesight.config import TrainSettings
+from finesight.encode.packing import PackedBatch
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import ComputeTarget, StepTracer
 from finesight.plan.peak_memory import (
@@ -29,7 +28,6 @@ from finesight.plan.peak_memory import (
     compute_persistent_memory,
     plan_graph,
 )
-from finesight.plan.planned_model import build_meta_model
 from finesight.plan.planned_pack import PlannedPack, build_planned_pack
 from finesight.plan.settings_search import PlannedSteps
 from finesight.train import cuda_graphs
@@ -42,8 +40,7 @@ from finesight.train.graph_buffers import (
     GraphVisionShape,
 )
 
-CPU = torch.device("cpu")
-GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
+TINY = locate_model("finesight-tiny")
 LORA = {"language": "lora", "lora": {"rank": 8}}
 VISION_LORA = LORA | {"vision": "lora"}
 VISION_LORA_NO_DROPOUT = VISION_LORA | {"lora": {"rank": 8, "dropout": 0.0}}
@@ -54,21 +51,15 @@ VISION_LORA_NO_DROPOUT = VISION_LORA | {"lora": {"rank": 8, "dropout": 0.0}}
 def batch(tmp_path_factory: pytest.TempPathFactory) -> PackedBatch:
     folder = tmp_path_factory.mktemp("graphs")
     make_task(folder)
-    renderer = NativeRenderer(
-        locate_model("finesight-tiny"), PixelRange(min_pixels=784, max_pixels=7056)
-    )
-    corpus = load_corpus((TrainFileSettings(path=folder / "train.jsonl"),))
-    return pack([renderer.encode(sample) for sample in corpus.read_samples()])
+    return plan_fixtures.make_batch(TINY, folder / "train.jsonl")
 
 
 def make_model(tune: dict[str, object]) -> VisionLanguageModel:
-    model = load_model(locate_model("finesight-tiny"), torch.bfloat16, CPU).train()
-    configure_tuning(model, TuneSettings.model_validate(tune), 0)
-    return model
+    return plan_fixtures.make_model(TINY, torch.bfloat16, tune)
 
 
-def make_planned_pack(batch: PackedBatch) -> PlannedPack:
-    return PlannedPack(batch.lengths, batch.grid_thw, batch.num_supervised_tokens)
+def sum_bytes(values: Iterable[object]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 @pytest.mark.parametrize("tune", [LORA, VISION_LORA])
@@ -76,29 +67,24 @@ def test_graph_buffer_sizes_match_a_run(batch: PackedBatch, tune: dict[str, obje
     model = make_model(tune)
     features = model.encode_images(batch.patches_ND, batch.grid_thw)
     graph_inputs = GraphInputs.allocate(GraphShape.from_batch(batch), batch, features, model.visual)
-    graph_plan = plan_graph(model, GPU, 0.0, make_planned_pack(batch))
+    graph_plan = plan_graph(model, H200, 0.0, make_planned_pack(batch))
     assert graph_plan is not None
     assert graph_plan.shape == graph_inputs.shape
     assert graph_plan.padded_pack.num_tokens == graph_inputs.shape.num_tokens
     values = [getattr(graph_inputs.batch, field.name) for field in fields(graph_inputs.batch)]
-    tensors = [
-        value
-        for value in (*values, graph_inputs.features_MKD, graph_inputs.features_grad_MKD)
-        if isinstance(value, Tensor)
-    ]
-    assert graph_plan.buffer_bytes == sum(tensor.nbytes for tensor in tensors)
+    values += [graph_inputs.features_MKD, graph_inputs.features_grad_MKD]
+    assert graph_plan.buffer_bytes == sum_bytes(values)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_vision_graph_buffer_sizes_match_a_run(
     batch: PackedBatch, family: str, tmp_path: Path
 ) -> None:
-    create_tiny_model(tmp_path / family, family)
-    model = load_model(ModelFolder(tmp_path / family), torch.bfloat16, CPU).train()
-    configure_tuning(model, TuneSettings.model_validate(VISION_LORA_NO_DROPOUT), 0)
+    folder = ModelFolder(create_tiny_model(tmp_path / family, family))
+    model = plan_fixtures.make_model(folder, torch.bfloat16, VISION_LORA_NO_DROPOUT)
     shape = GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
     graph_inputs = GraphInputs.allocate(shape, batch, None, model.visual)
-    graph_plan = plan_graph(model, GPU, 0.0, make_planned_pack(batch))
+    graph_plan = plan_graph(model, H200, 0.0, make_planned_pack(batch))
     assert graph_plan is not None
     assert graph_plan.shape == shape
     assert graph_inputs.vision_inputs is not None
@@ -109,55 +95,42 @@ def test_vision_graph_buffer_sizes_match_a_run(
     values = [getattr(graph_inputs.batch, field.name) for field in fields(graph_inputs.batch)]
     layout = graph_inputs.vision_inputs.layout
     cu_seqlens = {id(segments): segments.cu_seqlens_S1 for segments in layout.segments}.values()
-    values += [
-        graph_inputs.vision_inputs.patches_NB,
-        layout.position_ids_N2,
-        layout.window_index_M,
-        layout.reverse_index_M,
-        *cu_seqlens,
-    ]
-    assert graph_plan.buffer_bytes == sum(
-        value.nbytes for value in values if isinstance(value, Tensor)
-    )
+    values += [graph_inputs.vision_inputs.patches_NB, layout.position_ids_N2]
+    values += [layout.window_index_M, layout.reverse_index_M, *cu_seqlens]
+    assert graph_plan.buffer_bytes == sum_bytes(values)
 
 
 def test_only_small_packs_are_captured(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     model, small_pack = make_model(LORA), make_planned_pack(batch)
+    partial_model = make_model(LORA | {"lora": {"rank": 8, "target_modules": ["q_proj"]}})
     long_pack = replace(small_pack, lengths=(MAX_GRAPH_TOKENS + 1,))
-    assert plan_graph(model, GPU, 0.0, small_pack) is not None
-    assert plan_graph(model, GPU, 0.5, small_pack) is not None
-    partial_model = make_model(
-        {"language": "lora", "lora": {"rank": 8, "target_modules": ["q_proj"]}}
-    )
-    assert plan_graph(partial_model, GPU, 0.0, small_pack) is not None
-    assert plan_graph(partial_model, GPU, 0.5, small_pack) is None
-    assert plan_graph(model, GPU, 0.0, long_pack) is None
-    assert plan_graph(model, GPU, 0.0, replace(small_pack, num_supervised_tokens=0)) is None
-    assert (
-        plan_graph(
-            model,
-            ComputeTarget(is_cuda=True, dtype=torch.float32, capability=(9, 0)),
-            0.0,
-            small_pack,
-        )
-        is None
-    )
-    assert plan_graph(make_model(VISION_LORA), GPU, 0.0, small_pack) is not None
+    unlabeled_pack = replace(small_pack, num_supervised_tokens=0)
+    fp32 = ComputeTarget(is_cuda=True, dtype=torch.float32, capability=(9, 0))
+
+    def is_captured(*arguments: Any) -> bool:
+        return plan_graph(*arguments) is not None
+
+    assert is_captured(model, H200, 0.0, small_pack)
+    assert is_captured(model, H200, 0.5, small_pack)
+    assert is_captured(partial_model, H200, 0.0, small_pack)
+    assert not is_captured(partial_model, H200, 0.5, small_pack)
+    assert not is_captured(model, H200, 0.0, long_pack)
+    assert not is_captured(model, H200, 0.0, unlabeled_pack)
+    assert not is_captured(model, fp32, 0.0, small_pack)
+    assert is_captured(make_model(VISION_LORA), H200, 0.0, small_pack)
     monkeypatch.setattr(cuda_graphs, "MAX_TRAINABLE_PARAMS", 1000)
-    assert plan_graph(model, GPU, 0.0, small_pack) is None
+    assert not is_captured(model, H200, 0.0, small_pack)
 
 
 def make_tracer(tune: dict[str, object]) -> StepTracer:
-    model = build_meta_model(locate_model("finesight-tiny"), torch.bfloat16, (), ()).train()
-    configure_tuning(model, TuneSettings.model_validate(tune), 0)
-    return StepTracer(model, GPU)
+    return plan_fixtures.make_tracer(TINY, H200, tune)
 
 
 def compute_peak(
     tune: dict[str, object], packs: list[PlannedPack], checkpointed_fraction: float = 0.0
 ) -> PeakMemory:
     tracer = make_tracer(tune)
-    persistent = compute_persistent_memory(tracer.model, TrainSettings(), GPU)
+    persistent = compute_persistent_memory(tracer.model, TrainSettings(), H200)
     return compute_peak_memory(
         persistent, tracer, packs, checkpointed_fraction, has_multiple_packs=False
     )
@@ -200,10 +173,8 @@ def test_captured_encoder_memory_is_in_the_graph(batch: PackedBatch) -> None:
 def test_excess_graph_shapes_run_eagerly(batch: PackedBatch) -> None:
     packs = [PlannedPack((64 * n,), (), 10) for n in range(1, MAX_GRAPHS + 1)]
     excess_pack = PlannedPack((MAX_GRAPH_TOKENS - 64,), (), 10)
-    captured_peak, excess_peak = (
-        compute_peak(LORA, packs),
-        compute_peak(LORA, [*packs, excess_pack]),
-    )
+    captured_peak = compute_peak(LORA, packs)
+    excess_peak = compute_peak(LORA, [*packs, excess_pack])
     assert excess_peak.activations > 2 * captured_peak.activations
     assert excess_peak.cuda_graphs == captured_peak.cuda_graphs
 
@@ -226,7 +197,7 @@ def test_one_pack_of_each_graph_shape_is_estimated(
     model = make_model(tune)
 
     def list_shapes(packs: Sequence[PlannedPack]) -> set[GraphShape]:
-        graphs = [plan_graph(model, GPU, 0.0, planned) for planned in packs]
+        graphs = [plan_graph(model, H200, 0.0, planned) for planned in packs]
         return {graph.shape for graph in graphs if graph is not None}
 
     planned_steps = PlannedSteps([[one] for one in stats])

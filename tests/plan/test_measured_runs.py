@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 
 from finesight.config import QuantizablePart, Recipe, TrainFileSettings, TrainSettings, TuneSettings
 from finesight.model_folder import ModelFolder
@@ -18,12 +19,7 @@ from finesight.plan.target_device import build_named_target
 from finesight.vision.image_processing import GridTHW
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-ADAPTER = {"rank": 64, "alpha": 16, "dropout": 0.05}
-LORA = {"language": "lora", "lora": ADAPTER}
-TARGETS = {"target_modules": ["c_attn", "attn.c_proj", "w1", "w2"]}
-SCRIPT = {"language": "lora", "lora": ADAPTER | TARGETS}
-ALL = {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"}
-ALL_BUT_VISION = {"language": "full", "merger": "full", "embeddings": "full"}
+RUNS = load_cases("measured_runs")
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,13 @@ class MeasuredRun:
 
     Each step has `packs` packs of `samples` samples. A sample has `tokens` tokens, `labels` labels
     and an image with this grid.
+
+    Attributes:
+        largest_pack_ratio: Tokens of the largest pack relative to the mean pack.
+        uses_cuda_graphs: False if most of 40 steps have new shapes, and run eagerly.
+        uses_vision_cache: Whether the image features were cached.
+        prefix_length: Tokens of the shared prefix.
+        calls: Key of the runs with a shared prefix in the report.
     """
 
     name: str
@@ -47,68 +50,10 @@ class MeasuredRun:
     nf4: tuple[QuantizablePart, ...] = ()
     fp8: tuple[QuantizablePart, ...] = ()
     largest_pack_ratio: float = 1.0
-    """Tokens of the largest pack relative to the mean pack."""
     uses_cuda_graphs: bool = True
-    """False if the shapes of 40 steps differ so much that most packs run eagerly."""
     uses_vision_cache: bool = False
-    """Whether the image features were cached."""
     prefix_length: int = 0
-    """Tokens of the shared prefix."""
     calls: str = "shared_prefix"
-    """Key of the runs with a shared prefix in the report."""
-
-
-QWEN2, QWEN25 = "Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct"
-QWEN_VL = ("Qwen-VL-Chat", SCRIPT, 4, 512, 235, (1, 32, 32), 2, 1.0)
-CAPTIONS = (QWEN2, LORA, 64, 140, 14, (1, 20, 20))
-CAPTIONS_138 = (QWEN2, LORA, 64, 138, 14, (1, 20, 20))
-NEEDED_ALONE: Any = {"prefix_length": 15, "calls": "needed_alone"}
-LORA_BACKWARD: Any = {"prefix_length": 15, "calls": "lora_backward"}
-RUNS = (
-    MeasuredRun("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20)),
-    MeasuredRun("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
-    MeasuredRun(
-        "latex_2b",
-        QWEN2,
-        LORA,
-        16,
-        172,
-        77,
-        (1, 8, 36),
-        largest_pack_ratio=1.11,
-        uses_cuda_graphs=False,
-    ),
-    MeasuredRun("7B LoRA", QWEN25, LORA, 16, 802, 21, (1, 46, 46)),
-    MeasuredRun("7B LoRA FP8", QWEN25, LORA, 16, 802, 21, (1, 46, 46), fp8=("language", "vision")),
-    MeasuredRun("3B full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 110, 15, (1, 14, 14)),
-    MeasuredRun("lora", *QWEN_VL, uses_vision_cache=True),
-    MeasuredRun("lora cached", *QWEN_VL[:2], 8, *QWEN_VL[3:6], uses_vision_cache=True),
-    MeasuredRun("qlora", *QWEN_VL, "adamw_8bit", ("vision", "merger", "language")),
-    MeasuredRun("full", QWEN_VL[0], ALL_BUT_VISION, *QWEN_VL[2:], "adamw_8bit"),
-    MeasuredRun("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20), prefix_length=15),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS, prefix_length=15, fp8=("language", "vision")),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS, prefix_length=15, uses_vision_cache=True),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **NEEDED_ALONE),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **NEEDED_ALONE, fp8=("language", "vision")),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **NEEDED_ALONE, uses_vision_cache=True),
-    MeasuredRun(
-        "captions_2b_batch64",
-        *CAPTIONS,
-        prefix_length=15,
-        uses_vision_cache=True,
-        fp8=("language", "vision"),
-    ),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD, fp8=("language", "vision")),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD, uses_vision_cache=True),
-    MeasuredRun(
-        "captions_2b_batch64",
-        *CAPTIONS_138,
-        **LORA_BACKWARD,
-        uses_vision_cache=True,
-        fp8=("language", "vision"),
-    ),
-)
 
 
 def measured_run(run: MeasuredRun) -> tuple[float, float]:
@@ -136,8 +81,11 @@ def _has_settings(run: MeasuredRun, call: dict[str, Any]) -> bool:
     return ("fp8" in command, "never" in command) == (bool(run.fp8), not run.uses_vision_cache)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_memory_within_10_and_time_within_15_percent(shared: Path, run: MeasuredRun) -> None:
+@pytest.mark.parametrize("settings", RUNS, ids=lambda settings: settings["name"])
+def test_memory_within_10_and_time_within_15_percent(
+    shared: Path, settings: dict[str, Any]
+) -> None:
+    run = MeasuredRun(**settings | {"grid": tuple(settings["grid"])})
     target = build_named_target("H200", "bf16")
     recipe = Recipe(
         model=run.model,

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from memory_profile import profile_memory
-from tiny_model import TinyFamily, create_tiny_model
+from plan_fixtures import (
+    H200,
+    compute_loss,
+    make_batch,
+    make_model,
+    make_planned_pack,
+    make_tracer,
+    profile_memory,
+)
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 
-from finesight.config import PixelRange, TrainFileSettings, TuneSettings
-from finesight.data.corpus import load_corpus
-from finesight.encode.packing import PackedBatch, pack
-from finesight.encode.renderer import NativeRenderer
-from finesight.model.trainable import configure_tuning
-from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import ComputeTarget, StepTracer
-from finesight.plan.planned_model import build_meta_model
 from finesight.plan.planned_pack import PlannedPack
-from finesight.train.loss import fused_linear_cross_entropy
 
-FAMILIES: tuple[TinyFamily, ...] = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen",
-)
-GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FAMILIES += ("qwen3_5", "qwen3_5_moe", "qwen")
+WITHOUT_DOWN_PROJ = ("qwen", "qwen3_vl_moe", "qwen3_5_moe")
 LORA = {"rank": 8, "dropout": 0.05}
 TUNES: dict[str, dict[str, Any]] = {
     "lora": {"language": "lora", "lora": LORA},
@@ -61,39 +52,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_batch(task: Path, family: str) -> PackedBatch:
-    image_rule = None if family == "qwen" else PixelRange(min_pixels=784, max_pixels=7056)
-    renderer = NativeRenderer(ModelFolder(task / family), image_rule)
-    corpus = load_corpus((TrainFileSettings(path=task / "train.jsonl"),))
-    return pack([renderer.encode(sample) for sample in corpus.read_samples()[:6]])
-
-
-def make_tracer(task: Path, family: str, compute: ComputeTarget, tune: str) -> StepTracer:
-    model = build_meta_model(ModelFolder(task / family), compute.dtype, (), ()).train()
-    configure_tuning(model, TuneSettings.model_validate(TUNES[tune]), 0)
-    return StepTracer(model, compute)
-
-
-def make_planned_pack(batch: PackedBatch) -> PlannedPack:
-    return PlannedPack(batch.lengths, batch.grid_thw, batch.num_supervised_tokens)
-
-
-def forward(model: VisionLanguageModel, batch: PackedBatch) -> torch.Tensor:
-    seed_1 = torch.ones(1, dtype=torch.int32, device=batch.ids_T.device)
-    h_LD = model(batch, dropout_seed_1=seed_1)
-    scale = torch.tensor(1.0, device=h_LD.device)
-    return fused_linear_cross_entropy(h_LD, model.lm_head_weight, batch.labels_L, scale)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Settings whose traced memory is compared."""
-
-    tune: str
-    checkpointed_fraction: float = 0.0
-
-
-CASES = [*map(Case, TUNES), Case("lora", 0.5), Case("all", 1.0)]
+CASES = [*((tune, 0.0) for tune in TUNES), ("lora", 0.5), ("all", 1.0)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -101,32 +60,32 @@ CASES = [*map(Case, TUNES), Case("lora", 0.5), Case("all", 1.0)]
 def test_traced_cpu_memory_matches_allocated_memory(
     task: Path, family: str, dtype: torch.dtype
 ) -> None:
-    batch = make_batch(task, family)
-    for case in CASES:
-        if family in ("qwen", "qwen3_vl_moe", "qwen3_5_moe") and case.tune == "partial lora":
+    folder, compute = ModelFolder(task / family), ComputeTarget(is_cuda=False, dtype=dtype)
+    batch = make_batch(folder, task / "train.jsonl", 6)
+    for tune, fraction in CASES:
+        if family in WITHOUT_DOWN_PROJ and tune == "partial lora":
             continue
-        model = load_model(ModelFolder(task / family), dtype, torch.device("cpu")).train()
-        configure_tuning(model, TuneSettings.model_validate(TUNES[case.tune]), 0)
-        model.activation_checkpointing = case.checkpointed_fraction
-        forward(model, batch).backward()  # type: ignore[no-untyped-call]
+        model = make_model(folder, dtype, TUNES[tune])
+        model.activation_checkpointing = fraction
+        compute_loss(model, batch).backward()
         model.zero_grad(set_to_none=True)
         # Reference cycles of the previous model must not be freed while memory is measured.
         gc.collect()
         with profile_memory() as measured:
-            forward(model, batch).backward()  # type: ignore[no-untyped-call]
-        tracer = make_tracer(task, family, ComputeTarget(is_cuda=False, dtype=dtype), case.tune)
-        traced = tracer.trace(make_planned_pack(batch), case.checkpointed_fraction)
+            compute_loss(model, batch).backward()
+        tracer = make_tracer(folder, compute, TUNES[tune])
+        traced = tracer.trace(make_planned_pack(batch), fraction)
         # With trainable embeddings, the trace is up to 6 % too high.
-        tolerance = 0.065 if case.tune == "all" else 0.02
-        assert traced.total == pytest.approx(measured.peak_bytes, rel=tolerance), case
+        tolerance = 0.065 if tune == "all" else 0.02
+        expected = pytest.approx(measured.peak_bytes, rel=tolerance)
+        assert traced.total == expected, f"{tune}, {fraction}"
 
 
 def test_fused_layer_saves_required_activations() -> None:
-    model = build_meta_model(locate_model("finesight-tiny"), GPU.dtype, (), ()).train()
-    configure_tuning(model, TuneSettings.model_validate(TUNES["lora"]), 0)
+    model = make_tracer(locate_model("finesight-tiny"), H200, TUNES["lora"]).model
     config, pack, saved = model.config.decoder, PlannedPack((512, 512), (), 256), []
     for _ in range(2):
-        saved.append(StepTracer(model, GPU).trace(pack, 0.0).saved)
+        saved.append(StepTracer(model, H200).trace(pack, 0.0).saved)
         del model.model.layers[2]
     hidden_size, kv_size = config.hidden_size, config.num_kv_heads * config.head_dim
     attention = 2 * hidden_size + 4 + 2 * 3 * 8  # input, its norm, three LoRA projections
@@ -139,8 +98,9 @@ def test_fused_layer_saves_required_activations() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activation_checkpointing_saves_less_on_a_gpu(task: Path, family: str) -> None:
-    planned_pack = make_planned_pack(make_batch(task, family))
-    tracer = make_tracer(task, family, GPU, "lora")
+    folder = ModelFolder(task / family)
+    planned_pack = make_planned_pack(make_batch(folder, task / "train.jsonl", 6))
+    tracer = make_tracer(folder, H200, TUNES["lora"])
     saved = [tracer.trace(planned_pack, fraction).saved for fraction in (0.0, 0.5, 1.0)]
     assert saved[1] < 0.55 * saved[0]
     assert saved[2] < 0.2 * saved[0]
@@ -150,20 +110,19 @@ def test_activation_checkpointing_saves_less_on_a_gpu(task: Path, family: str) -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_traced_gpu_memory_matches_allocated_memory(task: Path, family: str) -> None:
-    device, capability = torch.device("cuda"), torch.cuda.get_device_capability()
-    compute = ComputeTarget(True, torch.bfloat16, capability)
-    batch = make_batch(task, family)
+    folder = ModelFolder(task / family)
+    compute = ComputeTarget(True, torch.bfloat16, torch.cuda.get_device_capability())
+    batch = make_batch(folder, task / "train.jsonl", 6)
     for tune in TUNES:
-        if family in ("qwen", "qwen3_vl_moe", "qwen3_5_moe") and tune == "partial lora":
+        if family in WITHOUT_DOWN_PROJ and tune == "partial lora":
             continue
-        model = load_model(ModelFolder(task / family), compute.dtype, device).train()
-        configure_tuning(model, TuneSettings.model_validate(TUNES[tune]), 0)
-        device_batch = batch.to(device)
-        forward(model, device_batch).backward()  # type: ignore[no-untyped-call]
+        model = make_model(folder, compute.dtype, TUNES[tune], "cuda")
+        device_batch = batch.to(torch.device("cuda"))
+        compute_loss(model, device_batch).backward()
         model.zero_grad(set_to_none=True)
         before = torch.cuda.memory_allocated()
-        loss = forward(model, device_batch)
+        loss = compute_loss(model, device_batch)
         saved_bytes = torch.cuda.memory_allocated() - before
-        traced = make_tracer(task, family, compute, tune).trace(make_planned_pack(batch), 0.0)
+        traced = make_tracer(folder, compute, TUNES[tune]).trace(make_planned_pack(batch), 0.0)
         assert traced.saved == pytest.approx(saved_bytes, rel=0.05), tune
         del loss

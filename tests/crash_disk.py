@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from finesight import storage
 
@@ -27,31 +28,26 @@ class FailingDisk(storage.FileSystem):
         """Raise the error of a full disk."""
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def make_folder(self, path: Path) -> None:
-        self._count_operation()
-        super().make_folder(path)
-
-    def create(self, path: Path) -> int:
-        self._count_operation()
-        return super().create(path)
-
-    def open_append(self, path: Path) -> int:
-        self._count_operation()
-        return super().open_append(path)
-
     def write(self, file: int, data: memoryview) -> int:
         if self.operations_left == 1:
             super().write(file, data[: len(data) // 2])
         self._count_operation()
         return super().write(file, data)
 
-    def sync(self, file: int) -> None:
-        self._count_operation()
-        super().sync(file)
 
-    def sync_path(self, path: Path) -> None:
-        self._count_operation()
-        super().sync_path(path)
+def _count_operations(disk: type[FailingDisk], *names: str) -> None:
+    """Let a disk count these operations."""
+    for name in names:
+        operation = getattr(storage.FileSystem, name)
+
+        def count(self: FailingDisk, *arguments: Any, operation: Any = operation) -> Any:
+            self._count_operation()
+            return operation(self, *arguments)
+
+        setattr(disk, name, count)
+
+
+_count_operations(FailingDisk, "make_folder", "create", "open_append", "sync", "sync_path")
 
 
 class CrashingDisk(FailingDisk):
@@ -61,21 +57,8 @@ class CrashingDisk(FailingDisk):
         """Kill this process with SIGKILL."""
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def rename(self, source: Path, target: Path) -> None:
-        self._count_operation()
-        super().rename(source, target)
 
-    def truncate(self, path: Path, size: int) -> None:
-        self._count_operation()
-        super().truncate(path, size)
-
-    def remove_file(self, path: Path) -> None:
-        self._count_operation()
-        super().remove_file(path)
-
-    def remove_tree(self, path: Path) -> None:
-        self._count_operation()
-        super().remove_tree(path)
+_count_operations(CrashingDisk, "rename", "truncate", "remove_file", "remove_tree")
 
 
 class PowerLossDisk(CrashingDisk):

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -49,20 +49,13 @@ class HubFaults:
     stalled_event: threading.Event = field(default_factory=threading.Event)
 
 
-@dataclass(slots=True)
-class RecordedRequest:
-    """One request as it came."""
+class RecordedRequest(NamedTuple):
+    """One request."""
 
     path: str
     headers: Message
-
-    @property
-    def range(self) -> str | None:
-        return self.headers.get("Range")
-
-    @property
-    def token(self) -> str | None:
-        return self.headers.get("Authorization")
+    range: str | None
+    token: str | None
 
 
 class FakeHubServer(ThreadingHTTPServer):
@@ -74,44 +67,46 @@ class FakeHubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
-        self.faults = HubFaults()
+        self.faults = HubFaults() if storage is None else storage.faults
         self.requests: list[RecordedRequest] = []
+        self.lfs_requests = [] if storage is None else storage.requests
         self.page = 1000
         self.storage = storage
         self.blobs: dict[str, tuple[str, bytes]] = {}
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing on the screen: who asked may have been killed."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    @property
-    def lfs_requests(self) -> list[RecordedRequest]:
-        """The requests for large files."""
-        assert self.storage is not None
-        return self.storage.requests
+        """Print nothing: the client may have been killed."""
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """What both hubs and the storage behind them have in common."""
+    """Requests of both hubs and of their storage of large files."""
 
     server: FakeHubServer
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing on the screen."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
-        self.server.requests.append(RecordedRequest(self.path, self.headers))
-        self.respond(urlsplit(self.path).path, parse_qs(urlsplit(self.path).query))
+        """Record the request, and respond by its method."""
+        range_and_token = (self.headers.get(name) for name in ("Range", "Authorization"))
+        self.server.requests.append(RecordedRequest(self.path, self.headers, *range_and_token))
+        url = urlsplit(self.path)
+        if self.command in ("GET", "HEAD"):
+            self.respond(url.path, parse_qs(url.query))
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.receive(url.path, body)
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
         raise NotImplementedError
+
+    def receive(self, path: str, body: bytes) -> None:
+        """Respond to a request with a body, which only hubs of uploads support."""
+        self.send(501)
 
     def send(
         self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None
@@ -129,8 +124,11 @@ class HubHandler(BaseHTTPRequestHandler):
         kind = {"Content-Type": "application/json"}
         self.send(status, json.dumps(content).encode(), {**kind, **(headers or {})})
 
+    def has_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
     def send_file(self, name: str, data: bytes, headers: Mapping[str, str]) -> None:
-        """The file or the asked part of it, as far as the faults let it come."""
+        """Send a file or the requested range of it, with the faults of its name."""
         faults = self.server.faults
         if faults.statuses.get(name):
             return self.send(faults.statuses[name].pop(0), b"later", {"Retry-After": "0"})
@@ -145,8 +143,6 @@ class HubHandler(BaseHTTPRequestHandler):
                 return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             total = "*" if faults.without_sizes else len(data)
             more["Content-Range"] = f"bytes {first}-{len(data) - 1}/{total}"
-        cuts = faults.cuts.get(name)
-        end = first + cuts.pop(0) if cuts and self.command == "GET" else len(data)
         if faults.without_sizes:
             more["Connection"] = "close"
         else:
@@ -155,23 +151,28 @@ class HubHandler(BaseHTTPRequestHandler):
         for header, value in more.items():
             self.send_header(header, value)
         self.end_headers()
-        if self.command == "GET" and name in faults.stalls:
-            first, pause = first + faults.stalls[name], first
-            del faults.stalls[name]
+        if self.command == "GET":
+            self._write_with_faults(name, data, first)
+        return None
+
+    def _write_with_faults(self, name: str, data: bytes, first: int) -> None:
+        faults = self.server.faults
+        cuts = faults.cuts.get(name)
+        end = first + cuts.pop(0) if cuts else len(data)
+        if name in faults.stalls:
+            first, pause = first + faults.stalls.pop(name), first
             self.wfile.write(data[pause:first])
             self.wfile.flush()
             faults.stalled_event.set()
             faults.resume_event.wait(60)
-        if self.command == "GET":
-            with contextlib.suppress(OSError):  # who asked may be dead by now
-                self.wfile.write(data[first:end])
+        with contextlib.suppress(OSError):  # the client may have been killed
+            self.wfile.write(data[first:end])
         if end < len(data):
             self.wfile.flush()
             self.close_connection = True
-        return None
 
     def redirect(self, name: str, data: bytes, headers: Mapping[str, str]) -> None:
-        """To where large files lie, by their digest, signed in the query."""
+        """Redirect to the storage by digest, signed in the query."""
         assert self.server.storage is not None
         digest = hashlib.sha256(data).hexdigest()
         self.server.storage.blobs[digest] = (name, data)
@@ -180,46 +181,47 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 class LfsStorageHandler(HubHandler):
-    """Where large files lie. A token here would be a leak, and is refused as S3 refuses it."""
+    """Storage of large files, which rejects tokens as S3 does: here they would be a leak."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
         if "Authorization" in self.headers or "Cookie" in self.headers:
-            return self.send(400, b"Only one auth mechanism allowed")
-        name, data = self.server.blobs[path.strip("/")]
-        return self.send_file(name, data, {"ETag": f'"{path.strip("/")}"'})
+            self.send(400, b"Only one auth mechanism allowed")
+        else:
+            name, data = self.server.blobs[path.strip("/")]
+            self.send_file(name, data, {"ETag": f'"{path.strip("/")}"'})
 
 
 class HuggingFaceHandler(HubHandler):
     """Hugging Face's hub."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
-        if self.headers.get("Authorization") not in (None, f"Bearer {TOKEN}"):
-            message = "Invalid credentials in Authorization header"
-            return self.send_json({"error": message}, 401, {"X-Error-Message": message})
         resolve = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path)
-        if resolve:
+        if "Authorization" in self.headers and not self.has_token():
+            self.send_error_code(401, None, "Invalid credentials in Authorization header")
+        elif resolve:
             kind = (resolve[1] or "models/") + resolve[2]
             self._send_file(kind, unquote(resolve[3]), unquote(resolve[4]))
         elif api:
-            name, revision = f"{api[1]}/{api[2]}", unquote(api[4])
-            if self._check_revision(name, revision):
+            name = f"{api[1]}/{api[2]}"
+            if self.check_revision(name, unquote(api[4])):
                 self._send_info(api[2]) if api[3] == "revision" else self._send_tree(name, query)
         else:
             self.send(404)
-        return None
 
-    def _check_revision(self, name: str, revision: str) -> bool:
+    def send_error_code(self, status: int, code: str | None, message: str) -> None:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.send_json({"error": message}, status, headers)
+
+    def check_revision(self, name: str, revision: str) -> bool:
         if name not in self.server.repositories:
             # The hub does not tell a private repository from none.
-            code = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
-            self.send_json({"error": "Repository not found"}, 401, code)
-            return False
-        if revision not in ("main", "v1", "refs/pr/4", COMMIT):
-            code = {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}
-            self.send_json({"error": "Invalid rev id"}, 404, code)
-            return False
-        return True
+            self.send_error_code(401, "RepoNotFound", "Repository not found")
+        elif revision not in ("main", "v1", "refs/pr/4", COMMIT):
+            self.send_error_code(404, "RevisionNotFound", "Invalid rev id")
+        else:
+            return True
+        return False
 
     def _send_info(self, name: str) -> None:
         self.send_json({"_id": "1", "id": name, "sha": COMMIT, "siblings": [], "tags": []})
@@ -229,35 +231,25 @@ class HuggingFaceHandler(HubHandler):
         entries += [_make_hf_entry(*item) for item in self.server.repositories[name].items()]
         start = int(query.get("cursor", ["0"])[0])
         stop = start + self.server.page
-        path = urlsplit(self.path).path
-        following = f'<{self.server.url}{path}?recursive=True&cursor={stop}>; rel="next"'
-        self.send_json(
-            entries[start:stop], headers={"Link": following} if stop < len(entries) else None
-        )
+        url = f"{self.server.url}{urlsplit(self.path).path}?recursive=True&cursor={stop}"
+        link = {"Link": f'<{url}>; rel="next"'} if stop < len(entries) else None
+        self.send_json(entries[start:stop], headers=link)
 
     def _send_file(self, name: str, revision: str, path: str) -> None:
-        if not self._check_revision(name, revision):
+        if not self.check_revision(name, revision):
             return
-        if name in self.server.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            message = (
-                f"Access to {name} is restricted. You must have access to it and be authenticated"
-            )
-            code = {"X-Error-Code": "GatedRepo", "X-Error-Message": message}
-            self.send_json({"error": message}, 401, code)
-            return
-        if path not in self.server.repositories[name]:
+        files, headers = self.server.repositories[name], {"X-Repo-Commit": COMMIT}
+        if name in self.server.gated and not self.has_token():
+            message = f"Access to {name} is restricted. You must be authenticated to access it"
+            self.send_error_code(401, "GatedRepo", message)
+        elif path not in files:
             self.send(404, b"Entry not found", {"X-Error-Code": "EntryNotFound"})
-            return
-        data = self.server.repositories[name][path]
-        headers = {"X-Repo-Commit": COMMIT}
-        if len(data) < LFS_THRESHOLD:
+        elif len(data := files[path]) < LFS_THRESHOLD:
             self.send_file(path, data, {**headers, "ETag": f'"{git_blob_sha1(data)}"'})
         else:
-            linked = {
-                "X-Linked-Size": str(len(data)),
-                "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
-            }
-            self.redirect(path, data, {**headers, **linked})
+            headers["X-Linked-Size"] = str(len(data))
+            headers["X-Linked-Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+            self.redirect(path, data, headers)
 
 
 class ModelScopeHandler(HubHandler):
@@ -267,53 +259,53 @@ class ModelScopeHandler(HubHandler):
         found = re.fullmatch(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/tree|/files)?", path)
         name = f"{found[1]}/{found[2]}" if found else ""
         if not found or query.get("Revision", ["master"])[0] not in ("master", "v1"):
-            self._send_error(404, 10010205001, "Not found")
+            self.send_error_code(404, 10010205001, "Not found")
         elif name not in self.server.repositories:
-            self._send_error(404, 10010205001, f"获取数据集信息失败，信息不存在: {name}")
-        elif name in self.server.gated and not self._is_authorized():
-            self._send_error(403, 10030000001, "无访问权限")
+            self.send_error_code(404, 10010205001, f"获取数据集信息失败，信息不存在: {name}")
+        elif name in self.server.gated and not self.has_token():
+            self.send_error_code(403, 10030000001, "无访问权限")
         elif found[3] is None:
             self._send_file(name, query["FilePath"][0])
         elif found[3] == ("/tree" if found[1] == "datasets" else "/files"):
             self._send_tree(name, query, paged=found[1] == "datasets")
         else:
-            self._send_error(404, 404, "no such endpoint")
+            self.send_error_code(404, 404, "no such endpoint")
 
-    def _is_authorized(self) -> bool:
-        cookie = f"m_session_id={TOKEN}" in self.headers.get("Cookie", "")
-        return cookie or self.headers.get("Authorization") == f"Bearer {TOKEN}"
+    def has_token(self) -> bool:
+        return f"m_session_id={TOKEN}" in self.headers.get("Cookie", "") or super().has_token()
 
-    def _send_error(self, status: int, code: int, message: str) -> None:
+    def send_error_code(self, status: int, code: int, message: str) -> None:
         body = {"Code": code, "Message": message, "RequestId": "1", "Success": False}
         self.send_json(body, status)
+
+    def send_data(self, data: object) -> None:
+        self.send_json({"Code": 200, "Data": data, "Message": "success", "Success": True})
 
     def _send_tree(self, name: str, query: dict[str, list[str]], *, paged: bool) -> None:
         entries = [{"Name": "data", "Path": "data", "Size": 0, "Type": "tree", "Sha256": ""}]
         entries += [_make_ms_entry(*item) for item in self.server.repositories[name].items()]
+        number = int(query.get("PageNumber", ["1"])[0])
+        if paged and self.server.faults.statuses.get(f"page {number}"):
+            status = self.server.faults.statuses[f"page {number}"].pop(0)
+            self.send_error_code(status, 10030000001, "access denied")
+            return
         if paged:
-            number = int(query.get("PageNumber", ["1"])[0])
-            if self.server.faults.statuses.get(f"page {number}"):
-                status = self.server.faults.statuses[f"page {number}"].pop(0)
-                self._send_error(status, 10030000001, "access denied")
-                return
             size = min(self.server.page, int(query.get("PageSize", ["100"])[0]))
             entries = entries[(number - 1) * size : number * size]
-        data = {"Files": entries, "LatestCommitter": {"Name": "somebody"}}
-        self.send_json({"Code": 200, "Data": data, "Message": "success", "Success": True})
+        self.send_data({"Files": entries, "LatestCommitter": {"Name": "somebody"}})
 
     def _send_file(self, name: str, path: str) -> None:
-        if path not in self.server.repositories[name]:
-            self._send_error(404, 10010205001, "文件不存在")
-            return
-        data = self.server.repositories[name][path]
-        if len(data) < LFS_THRESHOLD:
+        data = self.server.repositories[name].get(path)
+        if data is None:
+            self.send_error_code(404, 10010205001, "文件不存在")
+        elif len(data) < LFS_THRESHOLD:
             self.send_file(path, data, {"ETag": f'"{git_blob_sha1(data)}"'})
         else:
             self.redirect(path, data, {"X-Linked-Etag": hashlib.sha256(data).hexdigest()})
 
 
 def git_blob_sha1(data: bytes) -> str:
-    """The digest by which git names a file of these bytes."""
+    """Return the digest by which git names a file of these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
@@ -326,37 +318,30 @@ def _make_hf_entry(path: str, data: bytes) -> dict[str, Any]:
 
 
 def _make_ms_entry(path: str, data: bytes) -> dict[str, Any]:
-    return {
-        "CommitMessage": "Upload",
-        "CommittedDate": 1700000000,
-        "IsLFS": len(data) >= LFS_THRESHOLD,
-        "Mode": "33188",
-        "Name": path.rpartition("/")[2],
-        "Path": path,
-        "Revision": "fedcba9876543210fedcba9876543210fedcba98",
-        "Sha256": hashlib.sha256(data).hexdigest(),
-        "Size": len(data),
-        "Type": "blob",
-    }
+    sha256, is_lfs = hashlib.sha256(data).hexdigest(), len(data) >= LFS_THRESHOLD
+    entry = {"Name": path.rpartition("/")[2], "Path": path, "Type": "blob", "Mode": "33188"}
+    entry |= {"Size": len(data), "Sha256": sha256, "IsLFS": is_lfs}
+    return entry | {"CommittedDate": 1700000000, "Revision": COMMIT[::-1]}
 
 
 @contextlib.contextmanager
 def run_hub_server(
     handler: type[HubHandler], storage_handler: type[HubHandler] = LfsStorageHandler
 ) -> Iterator[FakeHubServer]:
-    """A hub of that kind, and the storage behind it, for as long as the block lasts."""
+    """Run a hub and its storage of large files within the block."""
     storage = FakeHubServer(storage_handler)
     hub = FakeHubServer(handler, storage)
-    storage.faults = hub.faults
-    threads = [
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        for server in (storage, hub)
-    ]
-    for thread in threads:
-        thread.start()
-    try:
+    with contextlib.ExitStack() as stack:
+        for server in (storage, hub):
+            stack.enter_context(run_in_thread(server))
         yield hub
+
+
+@contextlib.contextmanager
+def run_in_thread(server: FakeHubServer) -> Iterator[None]:
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield
     finally:
-        for server in (hub, storage):
-            server.shutdown()
-            server.server_close()
+        server.shutdown()
+        server.server_close()

@@ -8,7 +8,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fake_hub_servers import (
     HuggingFaceHandler,
     ModelScopeHandler,
     run_hub_server,
+    run_in_thread,
 )
 from huggingface_hub import constants
 from PIL import Image
@@ -85,10 +85,11 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("certificate")
     key, certificate_file = folder / "key.pem", folder / "certificate.pem"
     names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-keyout", str(key), "-out", str(certificate_file)]
-    command += ["-subj", "/CN=localhost", "-addext", names]
-    subprocess.run(command, check=True, capture_output=True)
+    command = (
+        f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext {names}"
+    )
+    files = ["-keyout", str(key), "-out", str(certificate_file)]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
     return certificate_file, key
 
 
@@ -104,10 +105,8 @@ def web_server(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate_file, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with run_in_thread(server):
+        yield server
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from docs_code_blocks import DOCS, list_code_blocks
+from each_value import each
 from PIL import Image
-from tiny_model import create_tiny_model
 from tiny_task import make_task
 from video_fixtures import write_video
 
@@ -26,22 +27,21 @@ from finesight.recipe import dump_recipe, load_recipe, recipe_from_dict
 PAGE = list_code_blocks(DOCS / "en" / "api.md")
 BLOCKS = [block.text for block in PAGE if block.language == "python"]
 PRINTED = [block.text for block in PAGE if block.language == "text"]
-LINES_OF_A_BLOCK = 10
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The names that the page's blocks leave behind, run in their order, and the folder."""
+    """Run the blocks of the page in order; return their folder and the names they define."""
     work = tmp_path_factory.mktemp("page")
     for block in PAGE:
         if block.caption is not None:
             (work / block.caption).write_text(block.text, encoding="utf-8")
-    left: dict[str, object] = {}
+    names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
         for number, block in enumerate(BLOCKS):
-            exec(compile(block, f"block {number}", "exec"), left)
-    return work, left
+            exec(compile(block, f"block {number}", "exec"), names)
+    return work, names
 
 
 @pytest.fixture(scope="module")
@@ -61,50 +61,44 @@ def image_path(task):
 
 
 def test_documentation_page_detects_the_circle(page, monkeypatch):
-    work, left = page
+    work, names = page
     monkeypatch.chdir(work)
-    (box,) = left["answer"].boxes
+    (box,) = names["answer"].boxes
     assert box.label == "red circle"
     assert np.abs(np.array(box.xyxy) - (30, 40, 91, 101)).max() < 1
-    drawn = api.draw_boxes(left["answer"])
-    assert drawn.size == left["image"].size
-    assert drawn.getpixel((60, 40)) != left["image"].getpixel((60, 40))
+    drawn = api.draw_boxes(names["answer"])
+    assert drawn.size == names["image"].size
+    assert drawn.getpixel((60, 40)) != names["image"].getpixel((60, 40))
 
 
 def test_documentation_page_trains_and_evaluates(page):
-    work, left = page
+    work, names = page
     assert json.loads((work / "runs" / "mine" / "result.json").read_text())["samples"] == 24
-    assert left["result"].steps == 2
-    assert left["scores"].primary_metric == "f1"
-    assert len(left["scores"].predictions) == len(left["base"].predictions) == 8
-    assert set(left["scores"].intervals) == set(left["scores"].scores)
+    assert names["result"].steps == 2
+    assert names["scores"].primary_metric == "f1"
+    assert len(names["scores"].predictions) == len(names["base"].predictions) == 8
+    assert set(names["scores"].intervals) == set(names["scores"].scores)
 
 
 def test_documentation_page_output_is_correct(page, monkeypatch):
-    work, left = page
-    boxes = [f"{box.label} {[*map(round, box.xyxy)]}" for box in left["answer"].boxes]
-    assert PRINTED[0].splitlines() == [left["answer"].text, *boxes]
+    work, names = page
+    boxes = [f"{box.label} {[*map(round, box.xyxy)]}" for box in names["answer"].boxes]
+    assert PRINTED[0].splitlines() == [names["answer"].text, *boxes]
     for line in PRINTED[1].splitlines()[:-1]:
-        assert line == "..." or line in str(left["encoded"]).splitlines(), line
+        assert line == "..." or line in str(names["encoded"]).splitlines(), line
     monkeypatch.chdir(work)
     with pytest.raises(UserError) as caught:
         api.train("recipe.yaml", {"train.stesp": 10})
     assert PRINTED[-1] == f"{caught.value.where}: {caught.value.remedy}\n"
 
 
-def test_documentation_blocks_are_short():
-    assert len(BLOCKS) >= 10
-    for block in BLOCKS:
-        assert len(block.splitlines()) < LINES_OF_A_BLOCK, block
-
-
 def test_documentation_page_uses_the_full_api():
-    used = "".join(BLOCKS)
     methods = [name for name, _ in inspect.getmembers(api.Model, inspect.isfunction)]
     public = [*api.__all__, *(name for name in methods if not name.startswith("_"))]
-    unused = {name for name in public if not re.search(rf"\b{name}\b", used)}
+    unused = {name for name in public if not re.search(rf"\b{name}\b", "".join(BLOCKS))}
     # A run is not interrupted on the page; the classes are what `load_model` and `encode` give.
     assert unused == {"TrainingInterrupted", "Model", "Encoding"}
+    assert [name for name in api.__all__ if not inspect.getdoc(getattr(api, name))] == []
 
 
 @pytest.mark.parametrize("module", ["finesight", "finesight.api"])
@@ -116,17 +110,7 @@ def test_import_loads_no_heavy_packages(module):
     assert not loaded & {"torch", "numpy", "PIL", "pydantic", "huggingface_hub", "rich"}
 
 
-def test_public_api_is_annotated_and_documented():
-    for name in api.__all__:
-        member = getattr(api, name)
-        assert inspect.getdoc(member), name
-        if inspect.isfunction(member):
-            kinds = inspect.signature(member)
-            result = [kinds.return_annotation, *(p.annotation for p in kinds.parameters.values())]
-            assert inspect.Signature.empty not in result, name
-
-
-def test_batched_answers_match_single_answers(model, image_path):
+def test_batched_and_streamed_answers_match_single_answers(model, image_path):
     alone = model.generate(image_path, "Which colour?", max_new_tokens=8)
     requested = [api.build_question([], "Hello"), api.build_question(image_path, "Which colour?")]
     batched = model.generate_batch(requested, max_new_tokens=8)
@@ -134,6 +118,8 @@ def test_batched_answers_match_single_answers(model, image_path):
     assert batched[0].images == ()
     assert alone.text == alone.answer
     assert "".join(model.stream(image_path, "Which colour?", max_new_tokens=8)) == alone.text
+    both = model.generate([str(image_path), image_path], "Are they the same?", max_new_tokens=4)
+    assert both.images == (image_path, image_path)
 
 
 def test_stream_can_be_closed_early(model, image_path):
@@ -143,18 +129,11 @@ def test_stream_can_be_closed_early(model, image_path):
     assert list(pieces) == []
 
 
-def test_several_images_form_one_question(model, image_path):
-    both = model.generate([str(image_path), image_path], "Are they the same?", max_new_tokens=4)
-    assert both.images == (image_path, image_path)
-
-
 def test_video_file_is_a_question(model, tmp_path):
     clip = write_video(tmp_path / "clip.mp4")
     answer = model.generate(clip, "What moves?", max_new_tokens=4)
-    assert answer.id == str(clip)
-    assert answer.images == ()
-    deltas = model.stream(clip, "What moves?", max_new_tokens=4)
-    assert "".join(deltas) == answer.text
+    assert (answer.id, answer.images) == (str(clip), ())
+    assert "".join(model.stream(clip, "What moves?", max_new_tokens=4)) == answer.text
     question = api.build_question(clip, "What moves?")
     spans = model.encode(question, add_generation_prompt=True).visual_spans
     assert [(span.kind, span.frame_indices) for span in spans] == [("video", (0, 4, 8, 12))]
@@ -164,7 +143,7 @@ def test_video_file_is_a_question(model, tmp_path):
 
 def test_labels_are_the_supervised_ids(model, task):
     (sample,) = api.read_samples(task["data"]["train"], limit=1)
-    encoded = model.encode(sample)
+    encoded, prompt = model.encode(sample), model.encode(sample, add_generation_prompt=True)
     assert encoded.loss_mask.any()
     assert (encoded.labels[encoded.loss_mask] == encoded.input_ids[encoded.loss_mask]).all()
     assert (encoded.labels[~encoded.loss_mask] == api.IGNORE_INDEX).all()
@@ -173,14 +152,11 @@ def test_labels_are_the_supervised_ids(model, task):
     assert np.prod(span.grid_thw) == len(encoded.patches)
     starred = [line for line in str(encoded).splitlines() if re.search(r"^ +\d+ +\d+ \* ", line)]
     assert len(starred) == encoded.loss_mask.sum()
-
-
-def test_encode_gives_prompt_of_last_answer(model, task):
-    (sample,) = api.read_samples(task["data"]["train"], limit=1)
-    full, prompt = model.encode(sample), model.encode(sample, add_generation_prompt=True)
     assert not prompt.loss_mask.any()
-    assert prompt.input_ids.tolist() == full.input_ids[: full.loss_mask.argmax()].tolist()
-    assert (prompt.position_ids == full.position_ids[:, : len(prompt.input_ids)]).all()
+    assert prompt.input_ids.tolist() == encoded.input_ids[: encoded.loss_mask.argmax()].tolist()
+    assert (prompt.position_ids == encoded.position_ids[:, : len(prompt.input_ids)]).all()
+    assert repr(encoded) == str(encoded), "notebooks show the table"
+    assert repr(model) == f"Model(name={model.name!r})"
 
 
 def test_read_samples_accepts_files_and_questions(task, tmp_path):
@@ -193,86 +169,58 @@ def test_read_samples_accepts_files_and_questions(task, tmp_path):
     assert len(api.read_samples(requested, require_answer=False)) == 1
 
 
-@pytest.mark.parametrize(
-    ("call", "where"),
-    [
-        (
-            lambda model, image_path: model.generate(image_path, "Hi", max_new_tokens=0),
-            "max_new_tokens",
-        ),
-        (lambda model, _: model.generate_batch([], batch_size=0), "batch_size"),
-        (lambda model, _: model.generate("missing.png", "Hi"), "missing.png"),
-        (lambda model, _: next(model.stream("missing.png", "Hi")), "missing.png"),
-        (lambda model, _: api.draw_boxes(model.generate([], "Hi", max_new_tokens=1)), "draw"),
-        (lambda *_: api.read_samples("missing.jsonl"), "missing.jsonl"),
-        (lambda *_: api.read_samples("missing.jsonl", limit=0), "limit"),
-        (lambda *_: api.load_model("./missing"), "model"),
-        (lambda *_: api.evaluate("./missing", limit=-1), "limit"),
-        (lambda *_: api.evaluate("finesight-tiny", "missing.jsonl"), "metric"),
-        (lambda *_: api.evaluate("finesight-tiny", metric="qa"), "data"),
-        (lambda *_: api.load_model("finesight-tiny", device="cuda:1"), "device"),
-        (lambda *_: api.load_model("finesight-tiny", precision="bfloat16"), "precision"),
-        (lambda *_: api.load_model("finesight-tiny", weights="int3"), "weights"),
-        (lambda *_: api.train("missing.yaml"), "missing.yaml"),
-        (lambda *_: api.train({"model": "m"}), "recipe"),
-        (lambda *_: api.import_data("missing.csv", "out"), "missing.csv"),
-        (lambda *_: api.import_data("missing.csv", "out", limit=0), "limit"),
-        (lambda *_: api.import_data("missing.csv", "out", eval_last=0), "eval_last"),
-        (lambda *_: api.check_data("missing.jsonl"), "missing.jsonl"),
-    ],
-)
+TINY = "finesight-tiny"
+INVALID_CALLS = [
+    (lambda model, image: model.generate(image, "Hi", max_new_tokens=0), "max_new_tokens"),
+    (lambda model, _: model.generate_batch([], batch_size=0), "batch_size"),
+    (lambda model, _: model.generate("missing.png", "Hi"), "missing.png"),
+    (lambda model, _: next(model.stream("missing.png", "Hi")), "missing.png"),
+    (lambda model, _: api.draw_boxes(model.generate([], "Hi", max_new_tokens=1)), "draw"),
+    (lambda *_: api.read_samples("missing.jsonl"), "missing.jsonl"),
+    (lambda *_: api.read_samples("missing.jsonl", limit=0), "limit"),
+    (lambda *_: api.load_model("./missing"), "model"),
+    (lambda *_: api.load_model(TINY, device="cuda:1"), "device"),
+    (lambda *_: api.load_model(TINY, precision="bfloat16"), "precision"),
+    (lambda *_: api.load_model(TINY, weights="int3"), "weights"),
+    (lambda *_: api.evaluate("./missing", limit=-1), "limit"),
+    (lambda *_: api.evaluate(TINY, "missing.jsonl"), "metric"),
+    (lambda *_: api.evaluate(TINY, metric="qa"), "data"),
+    (lambda *_: api.train("missing.yaml"), "missing.yaml"),
+    (lambda *_: api.train({"model": "m"}), "recipe"),
+    (lambda *_: api.import_data("missing.csv", "out"), "missing.csv"),
+    (lambda *_: api.import_data("missing.csv", "out", limit=0), "limit"),
+    (lambda *_: api.import_data("missing.csv", "out", eval_last=0), "eval_last"),
+    (lambda *_: api.import_data("missing.csv", "out", train_fraction=2), "train_fraction"),
+    (
+        lambda *_: api.import_data("missing.csv", "out", train_fraction=0.5, eval_last=2),
+        "eval_last",
+    ),
+    (lambda *_: api.check_data("missing.jsonl"), "missing.jsonl"),
+]
+
+
+@each(("call", "where"), INVALID_CALLS)
 def test_invalid_calls_are_reported(model, image_path, tmp_path, monkeypatch, call, where):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         call(model, image_path)
     assert where in caught.value.where
     assert caught.value.remedy or "settings are wrong" in caught.value.what
+    assert "--" not in str(caught.value), "options of a command"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_mention_no_cli_options(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    calls = [
-        lambda: api.evaluate("finesight-tiny", "missing.jsonl"),
-        lambda: api.evaluate("finesight-tiny", metric="qa"),
-        lambda: api.import_data("missing.csv", "out", train_fraction=2),
-        lambda: api.import_data("missing.csv", "out", train_fraction=0.5, eval_last=2),
-    ]
-    for call in calls:
-        with pytest.raises(UserError) as caught:
-            call()
-        assert "--" not in str(caught.value)
+IN_MEMORY_IMAGE = Image.new("RGB", (40, 40))
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        Image.new("RGB", (40, 40)),
-        [Image.new("RGB", (40, 40))],
-        np.zeros((40, 40, 3), np.uint8),
-        b"\x89PNG",
-        None,
-        3,
-    ],
-    ids=lambda image_path: type(image_path).__name__,
-)
+@each("image", [IN_MEMORY_IMAGE, [IN_MEMORY_IMAGE], np.array(IN_MEMORY_IMAGE), b"\x89PNG", None, 3])
 def test_in_memory_images_are_rejected(model, image):
     with pytest.raises(UserError, match="instead of a file name") as caught:
         model.generate(image, "Hi")
     assert "image.save(" in caught.value.remedy
-
-
-def test_list_instead_of_name_is_rejected(model):
     for call in (api.read_samples, api.load_model, lambda names: api.evaluate(model, names, "qa")):
         with pytest.raises(UserError, match="a list instead"):
             call(["a.jsonl"])
-
-
-def test_notebook_representations(model, image_path):
-    assert repr(model) == f"Model(name={model.name!r})"
-    encoded = model.encode(api.build_question(image_path, "Hi"))
-    assert repr(encoded) == str(encoded)
-    assert "token" in str(encoded).splitlines()[1]
 
 
 def test_model_is_thread_safe(model, task):
@@ -288,34 +236,31 @@ def test_model_is_thread_safe(model, task):
 def test_training_works_inside_an_event_loop(task, tmp_path):
     """As in a notebook, whose kernel is such a loop, and in a thread, which gets no signals."""
     recipe = recipe_from_dict(task | {"output_dir": str(tmp_path / "run")}, {"train.epochs": 1})
+    other = {"output_dir": tmp_path / "other"}
 
-    async def both():
-        inside = api.train(recipe)
-        return inside, await asyncio.to_thread(
-            api.train, recipe, {"output_dir": tmp_path / "other"}
-        )
+    async def train_twice():
+        return api.train(recipe), await asyncio.to_thread(api.train, recipe, other)
 
-    first, second = asyncio.run(both())
+    first, second = asyncio.run(train_twice())
     assert first.after.validation_loss == second.after.validation_loss
 
 
 def test_recipe_from_file_dict_and_object_are_equal(task, tmp_path):
     settings = task | {"output_dir": str(tmp_path / "run")}
     before = json.dumps(settings)
-    made = recipe_from_dict(settings, {"train.batch_size": 2, "data.train": [task["data"]["eval"]]})
+    overrides = {"train.batch_size": 2, "data.train": [task["data"]["eval"]]}
+    made = recipe_from_dict(settings, overrides)
     assert json.dumps(settings) == before
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe_from_dict(settings)))
     typed = ["train.batch_size=2", f"data.train=[{task['data']['eval']}]"]
-    assert made == load_recipe(file, typed)
-    assert made == load_recipe(file, {"train.batch_size": 2, "data.train": [task["data"]["eval"]]})
+    assert made == load_recipe(file, typed) == load_recipe(file, overrides)
 
 
 def test_all_invalid_settings_are_reported():
+    settings = {"modle": "m", "data": {"train": 3}, "output_dir": "o"}
     with pytest.raises(UserError) as caught:
-        recipe_from_dict(
-            {"modle": "m", "data": {"train": 3}, "output_dir": "o"}, {"train.stesp": 3}
-        )
+        recipe_from_dict(settings, {"train.stesp": 3})
     result = str(caught.value)
     assert "recipe: modle: unknown setting" in result
     assert "override train.stesp=3: train.stesp: unknown setting" in result
@@ -323,13 +268,12 @@ def test_all_invalid_settings_are_reported():
 
 
 def test_resumed_run_returns_the_same_result(task, tmp_path, monkeypatch):
-    settings = task | {"output_dir": tmp_path / "run"}
-    recipe = recipe_from_dict(settings, {"train.epochs": 1})
+    recipe = recipe_from_dict(task | {"output_dir": tmp_path / "run"}, {"train.epochs": 1})
     result = api.train(recipe)
     with pytest.raises(UserError, match="run"):
         api.train(recipe)
     assert api.train(recipe, resume=True) == result
-    # What a process that follows another one comes back with.
+    # The result of a rank other than 0.
     monkeypatch.setattr("finesight.train.training_run.train", lambda *_, **__: None)
     assert api.train(recipe, resume=True) == result
     (tmp_path / "run" / "result.json").unlink()
@@ -338,13 +282,7 @@ def test_resumed_run_returns_the_same_result(task, tmp_path, monkeypatch):
 
 
 def test_loaded_model_evaluates_like_its_name(model, task, tmp_path):
-    data = task["data"]["eval"]
-    out = tmp_path / "answers.jsonl"
+    data, out = task["data"]["eval"], tmp_path / "answers.jsonl"
     loaded = api.evaluate(model, data, "captions", max_new_tokens=4, out=out)
     assert api.evaluate(Path(task["model"]), data, "captions", max_new_tokens=4) == loaded
     assert len(out.read_text().splitlines()) == len(loaded.predictions)
-
-
-def test_other_model_folder(tmp_path):
-    folder = create_tiny_model(tmp_path / "other")
-    assert api.load_model(folder).name == str(folder)

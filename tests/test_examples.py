@@ -44,30 +44,15 @@ def example_run(tmp_path_factory):
     return work, left
 
 
-def test_example_trains_and_evaluates(example_run):
+def test_example_trains_evaluates_and_predicts(example_run):
     work, left = example_run
     run = work / "tickets-example" / "run"
     assert json.loads((run / "result.json").read_text())["steps"] == 2
     assert left["result"].before.primary_metric == "f1"
     assert (run / "report.html").is_file()
     assert left["check"].issue_counts == {}
-
-
-def test_example_predicts_on_new_images(example_run):
-    _, left = example_run
-    assert [answer.images[0].name for answer in left["answers"]] == [
-        f"{number:04}.png" for number in range(3)
-    ]
-
-
-def test_example_is_split_into_cells():
-    """Markdown cells and code cells alternate."""
-    for path in EXAMPLES.glob("*.py"):
-        heads = [
-            line for line in path.read_text(encoding="utf-8").splitlines() if line[:4] == "# %%"
-        ]
-        assert heads[::2] == ["# %% [markdown]"] * (len(heads) // 2), path
-        assert set(heads[1::2]) == {"# %%"}, path
+    names = [answer.images[0].name for answer in left["answers"]]
+    assert names == [f"{number:04}.png" for number in range(3)]
 
 
 def test_example_settings_match_quickstart(example_run, tmp_path):
@@ -81,36 +66,26 @@ def test_example_settings_match_quickstart(example_run, tmp_path):
     assert (mine.tune, train, mine.eval) == (theirs.tune, theirs.train, theirs.eval)
 
 
-@pytest.fixture(scope="module")
-def cells():
-    """Return the code cells of the notebook without the installation."""
-    notebook = json.loads(NOTEBOOK.NOTEBOOK_PATH.read_text(encoding="utf-8"))
-    code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-    assert [number for number, cell in enumerate(code) if cell.startswith("%pip ")] == [0]
-    return code[1:]
-
-
-def test_notebook_matches_its_script():
-    script = NOTEBOOK.SCRIPT_PATH.read_text(encoding="utf-8")
-    made = NOTEBOOK.NOTEBOOK_PATH.read_text(encoding="utf-8")
-    assert made == NOTEBOOK.to_notebook(script), "run: python tools/make_notebook.py"
-
-
-def test_notebook_format_is_valid():
+def test_notebook_is_valid_and_matches_its_script():
     """Check the requirements of nbformat 4.5."""
-    notebook = json.loads(NOTEBOOK.NOTEBOOK_PATH.read_text(encoding="utf-8"))
+    script = NOTEBOOK.SCRIPT_PATH.read_text(encoding="utf-8")
+    text = NOTEBOOK.NOTEBOOK_PATH.read_text(encoding="utf-8")
+    assert text == NOTEBOOK.to_notebook(script), "run: python tools/make_notebook.py"
+    notebook = json.loads(text)
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-    ids = [cell["id"] for cell in notebook["cells"]]
-    assert len(ids) == len({*ids}), "two cells of one id"
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     for cell in notebook["cells"]:
         code = {"execution_count", "outputs"} if cell["cell_type"] == "code" else set()
         assert set(cell) == {"cell_type", "id", "metadata", "source"} | code
-        assert all(line.endswith("\n") for line in cell["source"][:-1])
 
 
-def test_notebook_runs_repeatedly(cells, tmp_path, monkeypatch, capsys):
+def test_notebook_runs_repeatedly(tmp_path, monkeypatch, capsys):
     """Run all cells on a CPU with small sizes, and again as after a restart."""
     monkeypatch.chdir(tmp_path)
+    notebook = json.loads(NOTEBOOK.NOTEBOOK_PATH.read_text(encoding="utf-8"))
+    code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    installation, *cells = code
+    assert installation.startswith("%pip ")
     model = create_tiny_model(tmp_path / "tiny", "qwen3_5")
     smaller = {
         f"{SIZES} = 660, 60, 75": f"{SIZES} = 20, 4, 2",

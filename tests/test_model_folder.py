@@ -1,4 +1,4 @@
-"""Model folders: what is read of them, and what is wrong with them."""
+"""Tests of model folders: their files, and errors about them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from each_value import each
 from safetensors.numpy import save_file
 
 from finesight.errors import UserError
@@ -50,13 +51,12 @@ def index(folder: Path, **names: str) -> Path:
 def test_local_folder_needs_no_network(folder: Path) -> None:
     found = locate_model(str(folder))
     assert found == ModelFolder(folder)
-    assert found.config == {"model_type": "qwen2_vl"}
-    assert found.family == "qwen2_vl"
+    assert (found.config, found.family) == ({"model_type": "qwen2_vl"}, "qwen2_vl")
     assert found.tokenizer_file == folder / "tokenizer.json"
     assert found.preprocessor_config == dict(PREPROCESSOR_DEFAULTS)
 
 
-@pytest.mark.parametrize(
+@each(
     "name",
     ["./none", "/none", "a/b/c", "none", "../a/b", "a b/c", "", "~nobody-at-all/a", "a" * 5000],
 )
@@ -76,29 +76,28 @@ def test_bundled_model_is_found_by_name(
     monkeypatch.chdir(tmp_path)
     assert get_portable_name(ModelFolder(Path("model"))) == str(folder.resolve())
     assert resolve_model_path(TINY_MODEL) == TINY_MODEL_FOLDER
-    assert (
-        resolve_model_path(f"./{TINY_MODEL}")
-        == resolve_model_path(f"{TINY_MODEL}/")
-        == Path(TINY_MODEL)
-    )
+    for name in (f"./{TINY_MODEL}", f"{TINY_MODEL}/"):
+        assert resolve_model_path(name) == Path(TINY_MODEL)
     assert resolve_model_path("~/a") == Path.home() / "a"
 
 
-def test_file_is_not_a_model_folder(folder: Path) -> None:
+def test_similar_folders_are_suggested(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="is a file") as raised:
         locate_model(str(folder / "config.json"))
     assert str(folder) in raised.value.remedy
-
-
-def test_mistyped_run_folder_is_not_requested_from_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no folder runs/mnie") as raised:
         locate_model("runs/mnie")
     assert raised.value.expected == "a folder in runs/: mine"
     assert raised.value.remedy == "use runs/mine, or give hf:runs/mnie for a model of the hub"
+    (tmp_path / "my photos-finetune").mkdir()
+    (tmp_path / "my photos-finetune" / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="no folder my photos-finetune/run") as raised:
+        locate_model("my photos-finetune/run")
+    assert "finesight train 'my photos-finetune/recipe.yaml'" in raised.value.remedy
 
 
 def test_run_may_contain_another_run(tmp_path: Path) -> None:
@@ -109,16 +108,6 @@ def test_run_may_contain_another_run(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match="but contains merged"):
         check_model_path(str(tmp_path))
-
-
-def test_run_of_a_recipe_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my photos-finetune").mkdir()
-    (tmp_path / "my photos-finetune" / "recipe.yaml").touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no folder my photos-finetune/run") as raised:
-        locate_model("my photos-finetune/run")
-    remedy = "train it first: finesight train 'my photos-finetune/recipe.yaml'"
-    assert raised.value.remedy == remedy
 
 
 def test_hub_name_without_connection(tmp_path: Path) -> None:
@@ -132,30 +121,27 @@ except UserError as error:
     print(error.what)
 """
     surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=surroundings, capture_output=True, text=True, check=True
-    )
-    (line,) = done.stdout.splitlines()
-    assert line.startswith("Nobody/no-such-model is not a local folder and cannot be downloaded")
+    output = subprocess.check_output([sys.executable, "-c", code], env=surroundings, text=True)
+    assert output.startswith("Nobody/no-such-model is not a local folder and cannot be downloaded")
 
 
 def test_hub_model_is_downloaded_without_code(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requested = []
+    requested = {}
 
     def open_model(address: HubAddress, wanted: tuple[str, ...]) -> repository.HubRepository:
-        requested.append((str(address), wanted))
+        requested[str(address)] = wanted
         return repository.HubRepository(address, "0123456", (), folder)
 
     monkeypatch.setattr(repository, "open_model_repository", open_model)
-    assert locate_model("Qwen/Qwen2-VL-2B-Instruct") == ModelFolder(folder)
-    assert locate_model("modelscope:Qwen/Qwen2-VL-2B-Instruct@v1") == ModelFolder(folder)
-    names = [name for name, _ in requested]
-    assert names == ["hf:Qwen/Qwen2-VL-2B-Instruct", "modelscope:Qwen/Qwen2-VL-2B-Instruct@v1"]
-    assert any(fnmatch("qwen.tiktoken", pattern) for _, wanted in requested for pattern in wanted)
-    for unwanted in ("modeling_qwen.py", "pytorch_model.bin", "model.pt", "notebook.ipynb"):
-        assert not any(fnmatch(unwanted, pattern) for _, wanted in requested for pattern in wanted)
+    name = "Qwen/Qwen2-VL-2B-Instruct"
+    assert locate_model(name) == locate_model(f"modelscope:{name}@v1") == ModelFolder(folder)
+    assert [*requested] == [f"hf:{name}", f"modelscope:{name}@v1"]
+    patterns = {pattern for wanted in requested.values() for pattern in wanted}
+    files = ("qwen.tiktoken", "modeling_qwen.py", "pytorch_model.bin", "model.pt", "notebook.ipynb")
+    downloaded = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
+    assert downloaded == ["qwen.tiktoken"]
 
 
 def test_symlinks_and_text_links_are_followed(folder: Path, tmp_path: Path) -> None:
@@ -177,18 +163,19 @@ def test_symlinks_and_text_links_are_followed(folder: Path, tmp_path: Path) -> N
 
 def test_preprocessor_of_transformers_4_and_5(folder: Path) -> None:
     path = folder / "preprocessor_config.json"
-    path.write_text('{"size": {"shortest_edge": 100, "longest_edge": 200}, "min_pixels": null}')
-    found = ModelFolder(folder).preprocessor_config
-    assert (found["min_pixels"], found["max_pixels"], found["patch_size"]) == (100, 200, 14)
-    path.write_text('{"size": {"shortest_edge": 100, "longest_edge": 200}, "max_pixels": 300}')
-    found = ModelFolder(folder).preprocessor_config
-    assert (found["min_pixels"], found["max_pixels"]) == (100, 300)
-    path.write_text('{"patch_size": "14"}')
-    with pytest.raises(UserError, match="patch_size is '14'"):
-        _ = ModelFolder(folder).preprocessor_config
-    path.write_text('{"min_pixels": 9, "max_pixels": 8}')
-    with pytest.raises(UserError, match="min_pixels 9 is above max_pixels 8"):
-        _ = ModelFolder(folder).preprocessor_config
+    size = '"size": {"shortest_edge": 100, "longest_edge": 200}'
+    for other, max_pixels in (('"min_pixels": null', 200), ('"max_pixels": 300', 300)):
+        path.write_text(f"{{{size}, {other}}}")
+        found = ModelFolder(folder).preprocessor_config
+        values = found["min_pixels"], found["max_pixels"], found["patch_size"]
+        assert values == (100, max_pixels, 14)
+    for content, message in (
+        ('{"patch_size": "14"}', "patch_size is '14'"),
+        ('{"min_pixels": 9, "max_pixels": 8}', "min_pixels 9 is above max_pixels 8"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            _ = ModelFolder(folder).preprocessor_config
 
 
 def test_qwen_vl_image_settings_are_read_from_config(folder: Path) -> None:
@@ -204,21 +191,21 @@ def test_qwen_vl_image_settings_are_read_from_config(folder: Path) -> None:
         _ = ModelFolder(folder).preprocessor_config
 
 
-@pytest.mark.parametrize("content", ['{"model_type": 3}', "{}", '{"model_type": null}'])
-def test_config_without_model_type(folder: Path, content: str) -> None:
-    (folder / "config.json").write_text(content)
-    with pytest.raises(UserError, match="model_type is"):
-        _ = ModelFolder(folder).family
-
-
-@pytest.mark.parametrize(
+@each(
     ("content", "message"),
-    [("{", "not readable"), ("[]", "contains a list"), ("\x80", "holds|not")],
+    [
+        ('{"model_type": 3}', "model_type is"),
+        ("{}", "model_type is"),
+        ('{"model_type": null}', "model_type is"),
+        ("{", "not readable"),
+        ("[]", "contains a list"),
+        ("\x80", "holds|not"),
+    ],
 )
-def test_broken_json(folder: Path, content: str, message: str) -> None:
+def test_invalid_config(folder: Path, content: str, message: str) -> None:
     (folder / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=message) as raised:
-        _ = ModelFolder(folder).config
+        _ = ModelFolder(folder).family
     assert raised.value.where == str(folder / "config.json")
 
 
@@ -249,7 +236,7 @@ def test_weights_by_index_or_single_file(folder: Path) -> None:
     assert ModelFolder(folder).weight_files() == expected
 
 
-@pytest.mark.parametrize(
+@each(
     "content",
     ["{}", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}'],
 )
@@ -274,7 +261,7 @@ def test_fingerprint_covers_headers_and_index(folder: Path) -> None:
     assert ModelFolder(folder).fingerprint() != first
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"\xff" * 9, bytes(8)])
+@each("content", [b"", b"version https://git-lfs", b"\xff" * 9, bytes(8)])
 def test_damaged_weight_file(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="do not start with a safetensors header") as raised:

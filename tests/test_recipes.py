@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from each_value import each
 from PIL import Image
 
 from finesight.cli.app import run_command
@@ -49,22 +50,20 @@ def source_data_folder(tmp_path, monkeypatch):
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    for name in ("data_vl.json", "dataset.json"):
-        Path(name).write_text(json.dumps([_conversation(row) for row in rows]))
-    Path("chat.json").write_text(json.dumps([_make_chat(row) for row in rows]))
+    questions = {
+        "data_vl.json": "COCO Yes: <|vision_start|>{image_path}<|vision_end|>",
+        "dataset.json": "COCO Yes: <|vision_start|>{image_path}<|vision_end|>",
+        # As the first Qwen-VL's script reads them.
+        "chat.json": "Picture 1: <img>{image_path}</img>\nWhat is it?",
+    }
+    for name, question in questions.items():
+        examples = [_conversation(row, question.format_map(row)) for row in rows]
+        Path(name).write_text(json.dumps(examples))
     _write_parquet(rows)
     return tmp_path
 
 
-def _conversation(row: dict[str, str]) -> dict[str, object]:
-    question = f"COCO Yes: <|vision_start|>{row['image_path']}<|vision_end|>"
-    turns = [{"from": "user", "value": question}, {"from": "assistant", "value": row["caption"]}]
-    return {"id": row["image_path"], "conversations": turns}
-
-
-def _make_chat(row: dict[str, str]) -> dict[str, object]:
-    """As the first Qwen-VL's script reads them."""
-    question = f"Picture 1: <img>{row['image_path']}</img>\nWhat is it?"
+def _conversation(row: dict[str, str], question: str) -> dict[str, object]:
     turns = [{"from": "user", "value": question}, {"from": "assistant", "value": row["caption"]}]
     return {"id": row["image_path"], "conversations": turns}
 
@@ -80,22 +79,8 @@ def _write_parquet(rows: list[dict[str, str]]) -> None:
     parquet.write_table(pyarrow.table(table), "textvqa.parquet")
 
 
-def test_tutorial_recipes_exist():
-    assert {recipe.stem for recipe in RECIPES} >= {
-        "chat_qwen_vl_7b",
-        "captions_qwen2_vl_2b",
-        "captions_qwen2_5_vl_7b",
-        "captions_qwen3_5_4b",
-        "document_json_qwen3_5_2b",
-        "grounding_qwen3_5_9b",
-        "grounding_qwen2_5_vl_3b",
-        "latex_ocr_qwen2_vl_2b",
-    }
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_short_and_valid(recipe):
-    assert len(recipe.read_text(encoding="utf-8").splitlines()) <= 25
+@each("recipe", RECIPES)
+def test_recipe_is_valid(recipe):
     loaded = load_recipe(recipe)
     assert loaded.data.eval, f"{recipe} has no validation data"
     assert loaded.eval is not None, f"{recipe} measures nothing"

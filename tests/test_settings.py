@@ -5,21 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 from case_files import load_cases
+from each_value import each
 
 from finesight.recipe import list_setting_names, load_recipe
 
 SETTINGS = load_cases("settings")
-
-
-def test_settings_match_the_list():
-    assert sorted(list_setting_names()) == sorted(SETTINGS)
-
-
-def test_at_most_sixty_settings():
-    assert len(list_setting_names()) <= 60
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "en" / "recipe.md").read_text(encoding="utf-8")
@@ -47,8 +39,9 @@ REQUIRED_SETTINGS = {
 """Settings that require another one."""
 
 
-def test_every_setting_is_documented():
-    assert set(ROWS) == set(SETTINGS)
+def test_settings_are_listed_and_documented():
+    assert sorted(list_setting_names()) == sorted(SETTINGS) == sorted(ROWS)
+    assert len(SETTINGS) <= 60
 
 
 def _list_documented_values(name: str) -> list[str]:
@@ -63,18 +56,16 @@ def _list_documented_values(name: str) -> list[str]:
     return re.findall("`([^`]+)`", " ".join(texts))
 
 
-@pytest.mark.parametrize("text", [pytest.param(LEAST + t, id=name) for name, t in RECIPES.items()])
-@pytest.mark.parametrize("name", SETTINGS)
+@each("text", RECIPES.values())
+@each("name", SETTINGS)
 def test_documented_values_can_be_overridden(tmp_path, text, name):
     values = _list_documented_values(name)
     assert values, "the page has neither a default nor an example"
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_text(LEAST + text)
     for value in values:
-        override = f"{name}={value}"
-        node = load_recipe(path, [override, *REQUIRED_SETTINGS.get(name, ())]).model_dump(
-            mode="json"
-        )
+        overrides = [f"{name}={value}", *REQUIRED_SETTINGS.get(name, ())]
+        node = load_recipe(path, overrides).model_dump(mode="json")
         for part in name.split("."):
             (node,) = node if isinstance(node, list) else (node,)
             node = node[part]

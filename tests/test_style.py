@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import pytest
 import yaml
+from each_value import each
 from module_loader import load_module
 
 ROOT = Path(__file__).parents[1]
-
-
-CODE_MEASURES = load_module("tools/house.py")
+HOUSE = load_module("tools/house.py")
 
 GOOD = '''"""Batch sizes."""
 
@@ -50,18 +49,6 @@ OFFENCES = {
     "areas in a cycle of imports": "def f() -> None:\n    from finesight.b import x\n",
     "test lines per source line, least": GOOD * 3,
 }
-
-
-def _project(folder: Path, text: str, name: str = "a") -> Path:
-    package = folder / "src" / "finesight"
-    package.mkdir(parents=True)
-    (package / f"{name}.py").write_text(text, encoding="utf-8")
-    (package / "b.py").write_text('"""Uses a."""\n\nfrom finesight.a import add\n')
-    (folder / "tests").mkdir()
-    (folder / "tests" / "test_a.py").write_text(GOOD)
-    return folder
-
-
 PAGE_OFFENCES = {
     "colloquial words per 1,000 in documentation": "Nobody keeps pictures.",
     "mean words of a sentence in documentation": "It is " + "very " * 28 + "long.",
@@ -69,48 +56,68 @@ PAGE_OFFENCES = {
 }
 # These require the whole package.
 OF_PACKAGE = {"newcomer searches without a hit", "unused glossary exceptions"}
+TRAINER = """from typing import TYPE_CHECKING
+
+from finesight.a import add
+
+if TYPE_CHECKING:
+    from finesight.b import A
+
+
+def _short():
+    from finesight.b import add
+    return add
+
+
+_short()
+"""
+
+
+def _project(folder: Path, text: str = GOOD, **others: str) -> Path:
+    """Write a project with this module, and other files by path."""
+    files = {"src/finesight/a.py": text, "tests/test_a.py": GOOD} | others
+    files = {"src/finesight/b.py": '"""Uses a."""\n\nfrom finesight.a import add\n'} | files
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
+
+
+def _measure(project: Path) -> dict[str, Any]:
+    return {one.name: one for one in HOUSE.measure_project(project)}
 
 
 def _missed(project: Path) -> set[str]:
-    return {one.name for one in CODE_MEASURES.measure_project(project) if not one.is_met}
+    return {name for name, measure in _measure(project).items() if not measure.is_met}
 
 
 def test_clean_project_has_no_violations(tmp_path):
-    assert _missed(_project(tmp_path, GOOD)) == OF_PACKAGE
+    assert _missed(_project(tmp_path)) == OF_PACKAGE
 
 
-@pytest.mark.parametrize("name", sorted(OFFENCES))
+@each("name", sorted(OFFENCES))
 def test_code_violation_is_detected(tmp_path, name):
     assert name in _missed(_project(tmp_path, OFFENCES[name]))
 
 
-@pytest.mark.parametrize("name", sorted(PAGE_OFFENCES))
+@each("name", sorted(PAGE_OFFENCES))
 def test_page_violation_is_detected(tmp_path, name):
-    project = _project(tmp_path, GOOD)
-    assert name not in _missed(project)
-    (project / "README.md").write_text(PAGE_OFFENCES[name])
-    assert name in _missed(project)
+    assert name in _missed(_project(tmp_path, **{"README.md": PAGE_OFFENCES[name]}))
 
 
-def test_repeated_module_names_are_detected(tmp_path):
-    project = _project(tmp_path, GOOD)
-    for folder in ("one", "two"):
-        (project / "src" / "finesight" / folder).mkdir()
-        for number in range(55):
-            (project / "src" / "finesight" / folder / f"m{number}.py").write_text("")
-    assert "module names used twice" in _missed(project)
-
-
-def test_too_many_test_lines_are_detected(tmp_path):
-    project = _project(tmp_path, GOOD)
-    (project / "tests" / "test_a.py").write_text(GOOD * 2)
-    assert "test lines per source line, most" in _missed(project)
+def test_violations_of_several_files_are_detected(tmp_path):
+    twice = {f"src/finesight/{f}/m{n}.py": "" for f in ("one", "two") for n in range(55)}
+    others = twice | {"src/finesight/utils.py": "", "tests/test_a.py": GOOD * 9}
+    assert _missed(_project(tmp_path, **others)) >= {
+        "module names used twice",
+        "vague names of files and folders",
+        "test lines per source line, most",
+    }
 
 
 def test_private_names_of_the_package_are_counted_in_tests(tmp_path):
     code = "_A = 1\n\n\nclass B:\n    def __init__(self) -> None:\n        self._c = self._d = 2\n"
-    project = _project(tmp_path, code)
-    (project / "tests" / "test_a.py").write_text(
+    test = (
         "from finesight.a import _A, B\n\n\nclass Own:\n    def __init__(self) -> None:\n"
         "        self._d = B()._c\n\n\n"
         "def test_b(monkeypatch):\n"
@@ -119,14 +126,10 @@ def test_private_names_of_the_package_are_counted_in_tests(tmp_path):
         "    monkeypatch.setattr('finesight.a._A', 2)\n"
         "    monkeypatch.setattr(B(), '_c', 2)\n"
     )
-    measures = {one.name: one for one in CODE_MEASURES.measure_project(project)}
-    uses = measures["private names of the package used in tests"]
-    lines = {int(where.split(" ")[0].rpartition(":")[2]) for where in uses.violations}
+    project = _project(tmp_path, code, **{"tests/test_a.py": test})
+    uses = _measure(project)["private names of the package used in tests"].violations
+    lines = {int(where.split(" ")[0].rpartition(":")[2]) for where in uses}
     assert lines == {1, 6, 10, 12, 13}
-
-
-def test_vague_names_are_detected(tmp_path):
-    assert "vague names of files and folders" in _missed(_project(tmp_path, GOOD, "utils"))
 
 
 GLOSSARY_MISUSES = {
@@ -155,27 +158,15 @@ GLOSSARY_USES = {
 }
 
 
-def _misuses(project: Path) -> tuple[str, ...]:
-    measures = {one.name: one for one in CODE_MEASURES.measure_project(project)}
-    return measures["misuses of glossary terms"].violations
+@each(("name", "text"), GLOSSARY_MISUSES.items())
+def test_glossary_misuse_is_detected(tmp_path, name, text):
+    misuses = _measure(_project(tmp_path, **{name: text}))["misuses of glossary terms"].violations
+    assert {violation.rpartition(": use")[0].split(":")[0] for violation in misuses} == {name}
 
 
-@pytest.mark.parametrize("name", GLOSSARY_MISUSES)
-def test_glossary_misuse_is_detected(tmp_path, name):
-    project = _project(tmp_path, GOOD)
-    (project / name).parent.mkdir(parents=True, exist_ok=True)
-    (project / name).write_text(GLOSSARY_MISUSES[name], encoding="utf-8")
-    assert {name} == {
-        violation.rpartition(": use")[0].split(":")[0] for violation in _misuses(project)
-    }
-
-
-@pytest.mark.parametrize("name", GLOSSARY_USES)
-def test_correct_use_is_no_misuse(tmp_path, name):
-    project = _project(tmp_path, GOOD)
-    (project / name).parent.mkdir(parents=True, exist_ok=True)
-    (project / name).write_text(GLOSSARY_USES[name], encoding="utf-8")
-    assert _misuses(project) == ()
+def test_correct_use_is_no_misuse(tmp_path):
+    project = _project(tmp_path, **GLOSSARY_USES)
+    assert _measure(project)["misuses of glossary terms"].violations == ()
 
 
 def test_glossary_page_lists_the_avoided_terms():
@@ -186,92 +177,40 @@ def test_glossary_page_lists_the_avoided_terms():
         assert page.rstrip().split("\n")[-len(rows) :] == rows
 
 
-BUDGETS = {
-    "source files",
-    "files under 60 lines",
-    "private functions under 4 lines with one use",
-    "modules that the trainer imports",
-    "lines that the trainer imports",
-}
-TRAINER = """from typing import TYPE_CHECKING
-
-from finesight.a import add
-
-if TYPE_CHECKING:
-    from finesight.b import A
-
-
-def _short():
-    from finesight.b import add
-    return add
-
-
-_short()
-"""
-
-
 def test_size_budgets(tmp_path):
     """The trainer imports itself and `a`; other imports are in a function or for types."""
-    project = _project(tmp_path, GOOD + "x = 1\n" * (60 - GOOD.count("\n")))
-    package = project / "src" / "finesight"
-    (package / "train").mkdir()
-    (package / "train" / "trainer.py").write_text(TRAINER)
-    (package / "c.py").write_text("")
-    measures = {one.name: one.value for one in CODE_MEASURES.measure_project(project)}
-    lines = {m: len((package / f"{m}.py").read_text().splitlines()) for m in ("a", "b")}
-    num_trainer_lines = TRAINER.count("\n")
-    assert {name: measures[name] for name in BUDGETS} == {
+    text = GOOD + "x = 1\n" * (60 - GOOD.count("\n"))
+    others = {"src/finesight/train/trainer.py": TRAINER, "src/finesight/c.py": ""}
+    measures = _measure(_project(tmp_path, text, **others))
+    values = {
         "source files": 4,
         "files under 60 lines": 3,
         "private functions under 4 lines with one use": 1,
         "modules that the trainer imports": 2,
-        "lines that the trainer imports": lines["a"] + num_trainer_lines,
+        "lines that the trainer imports": 60 + TRAINER.count("\n"),
     }
+    assert {name: measures[name].value for name in values} == values
 
 
 def test_each_package_has_a_budget(tmp_path):
     """Pages and tables count; modules of no listed package count together."""
-    project = _project(tmp_path, "x = 1\n" * 4)
-    package = project / "src" / "finesight"
-    for folder, name in (("web", "a.html"), ("cli", "a.py"), ("hub", "a.json"), ("new", "a.js")):
-        (package / folder).mkdir()
-        (package / folder / name).write_text("1\n" * 5)
-    (package / "trainer_settings.yaml").write_text("1\n" * 3)
-    budgets = (*CODE_MEASURES.PACKAGE_BUDGETS, CODE_MEASURES.OTHER_MODULES)
-    measures = {one.name: one for one in CODE_MEASURES.measure_project(project)}
-    lines = {b.packages[0]: measures[b.name].value for b in budgets}
-    other_lines = 4 + len((package / "b.py").read_text().splitlines()) + 5
-    assert {package: value for package, value in lines.items() if value} == {
-        "cli": 10,
-        "doctor": 3,
-        "other modules": other_lines,
-    }
-    hub = next(b for b in budgets if b.packages == ("hub",))
-    (package / "hub" / "a.css").write_text("1\n" * (hub.bound + 1))
-    measures = {one.name: one for one in CODE_MEASURES.measure_project(project)}
+    files = {f"src/finesight/{name}": "1\n" * 5 for name in ("cli/a.py", "web/a.html", "new/a.js")}
+    hub = next(b for b in HOUSE.PACKAGE_BUDGETS if b.packages == ("hub",))
+    files["src/finesight/hub/a.css"] = "1\n" * (hub.bound + 1)
+    files["src/finesight/trainer_settings.yaml"] = "1\n" * 3
+    measures = _measure(_project(tmp_path, "x = 1\n" * 4, **files))
+    budgets = (*HOUSE.PACKAGE_BUDGETS, HOUSE.OTHER_MODULES)
+    lines = {budget.packages[0]: measures[budget.name].value for budget in budgets}
+    assert (lines["cli"], lines["doctor"]) == (10, 3)
+    assert lines["other modules"] == 4 + 3 + 5
     assert [b.name for b in budgets if not measures[b.name].is_met] == ["lines of hub"]
 
 
-def test_every_measure_has_a_violation_case(tmp_path):
-    others = {
-        *("vague names of files and folders", "module names used twice"),
-        *("glossary exceptions", "unused glossary exceptions"),
-        *("test lines per source line, most", "private names of the package used in tests"),
-        *BUDGETS,
-        *(b.name for b in CODE_MEASURES.PACKAGE_BUDGETS),
-        CODE_MEASURES.OTHER_MODULES.name,
-    }
-    measures = CODE_MEASURES.measure_project(_project(tmp_path, GOOD))
-    assert {one.name for one in measures} == {*OFFENCES, *PAGE_OFFENCES, *others}
-
-
 def test_measures_are_printed_with_targets(tmp_path, monkeypatch, capsys):
-    project = _project(tmp_path, GOOD)
-    monkeypatch.setattr(CODE_MEASURES, "ROOT", project)
-    assert CODE_MEASURES.main() == 1
+    project = _project(tmp_path)
+    monkeypatch.setattr(HOUSE, "ROOT", project)
+    assert HOUSE.main() == 1
     printed = capsys.readouterr().out
-    measures = CODE_MEASURES.measure_project(project)
-    assert [line for line in printed.splitlines() if line[:3] in ("ok ", "NOT")] == [
-        str(one) for one in measures
-    ]
+    lines = [line for line in printed.splitlines() if line[:3] in ("ok ", "NOT")]
+    assert lines == [str(one) for one in HOUSE.measure_project(project)]
     assert "(target 40)" in printed

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-import pytest
+from each_value import each
 from tiers import (
     DEFAULT_MARKERS,
     END_TO_END,
@@ -40,7 +40,7 @@ def test_each_command_has_an_end_to_end_test_in_the_default_tier() -> None:
     assert not any(is_slow(f"{test}[a]") for test in END_TO_END.values())
 
 
-@pytest.mark.parametrize("test", [*SLOW, *LONGEST, *END_TO_END.values()])
+@each("test", [*SLOW, *LONGEST, *END_TO_END.values()])
 def test_listed_tests_exist(test: str) -> None:
     path, _, name = test.partition("::")
     assert (TESTS / path).is_dir() if test.endswith("/") else (TESTS / path).is_file()
@@ -49,23 +49,26 @@ def test_listed_tests_exist(test: str) -> None:
         assert name in {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
-def test_longest_tests_of_the_slow_tier_start_first() -> None:
+def test_tier_of_a_test() -> None:
+    assert is_slow("report/test_a.py::test_page", ["tmp_path", "browser"])
+    assert not is_slow("report/test_a.py::test_page", ["tmp_path"])
     assert all(is_slow(test, ["browser"]) for test in LONGEST)
     assert is_longest(f"{LONGEST[0]}[a]")
     assert not is_longest("report/test_a.py::test_page")
 
 
-def test_tests_in_a_browser_are_slow() -> None:
-    assert is_slow("report/test_a.py::test_page", ["tmp_path", "browser"])
-    assert not is_slow("report/test_a.py::test_page", ["tmp_path"])
-
-
 def test_files_with_tests_of_a_tier_are_collected() -> None:
+    """Slow fixtures have to be provided by the file or by the conftest.py of its folder."""
     skipped = dict.fromkeys((DEFAULT_MARKERS, SLOW_MARKERS), 0)
     for path in TESTS.rglob("test_*.py"):
         file, text = path.relative_to(TESTS).as_posix(), path.read_text("utf-8")
         slow = {is_slow(f"{file}::{name}") for name in re.findall(r"def (test_\w+)", text)}
-        slow |= {True} if "@pytest.mark." + SLOW_MARKERS in text else set()
+        functions = [
+            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
+        ]
+        arguments = {argument.arg for function in functions for argument in function.args.args}
+        if "@pytest.mark." + SLOW_MARKERS in text or not SLOW_FIXTURES.isdisjoint(arguments):
+            slow.add(True)
         assert True not in slow or may_contain_tests(file, SLOW_MARKERS), file
         assert False not in slow or may_contain_tests(file, DEFAULT_MARKERS), file
         for markers in skipped:
@@ -74,16 +77,3 @@ def test_files_with_tests_of_a_tier_are_collected() -> None:
     makefile = (TESTS.parent / "Makefile").read_text()
     assert f'-m "{DEFAULT_MARKERS}"' in makefile
     assert f"-m {SLOW_MARKERS}\n" in makefile
-
-
-def test_files_that_use_slow_fixtures_are_collected() -> None:
-    """Fixtures have to be provided by the file or by the conftest.py of its folder."""
-    found = []
-    for path in TESTS.rglob("test_*.py"):
-        nodes = ast.walk(ast.parse(path.read_text("utf-8")))
-        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-        used = {argument.arg for function in functions for argument in function.args.args}
-        if not SLOW_FIXTURES.isdisjoint(used):
-            found.append(path)
-            assert may_contain_tests(path.relative_to(TESTS).as_posix(), SLOW_MARKERS), path
-    assert len(found) > 5

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pool_jobs as jobs
@@ -19,10 +20,12 @@ from finesight import worker_pool as area
 from finesight.errors import UserError
 from finesight.worker_pool import (
     WORKER_NICENESS,
+    JobOutput,
     WorkerJobError,
     WorkerLimitError,
     WorkerLostError,
     WorkerPool,
+    WorkerReply,
 )
 
 MIB = 1 << 20
@@ -50,32 +53,58 @@ def pids(pool: WorkerPool, number: int = 2) -> set[int]:
         return set(threads.map(ask, range(number)))
 
 
+def call(pool: WorkerPool, job: Callable[..., JobOutput], *args: Any, **limits: Any) -> WorkerReply:
+    with pool.borrow_worker() as worker:
+        return worker.call(job, *args, **{"max_cpu_s": 1} | limits)
+
+
+def members(group: int) -> set[int]:
+    """Processes of a process group."""
+    found = set()
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(int(entry)) == group:
+                found.add(int(entry))
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Wait two seconds for the end of a process."""
+    for _ in range(100):
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except FileNotFoundError:
+            return False
+        if stat.rsplit(")", 1)[1].split()[0] in "ZX":
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def test_values_and_arrays_come_back(pool):
     array = np.arange(6, dtype=np.int16).reshape(2, 3)
-    with pool.borrow_worker() as worker:
-        reply = worker.call(jobs.describe, array, max_cpu_s=1)
+    reply = call(pool, jobs.describe, array)
     assert (reply.value["number"], reply.value["jobs"]) == (7, 1)
     assert [found.tolist() for found in reply.arrays] == [array.tolist(), array.T.tolist()]
     assert [found.dtype for found in reply.arrays] == [np.int16, np.float32]
     assert 0 <= reply.cpu_seconds < 1
     large = np.arange(3 * MIB, dtype=np.uint8)
-    with pool.borrow_worker() as worker:
-        assert np.array_equal(worker.call(jobs.describe, large, max_cpu_s=1).arrays[0], large)
+    assert np.array_equal(call(pool, jobs.describe, large).arrays[0], large)
 
 
 def test_workers_are_used_again(pool):
     first = pids(pool)
     assert len(first) == 2
     assert pids(pool) == first
-    with pool.borrow_worker() as worker:
-        with pytest.raises(UserError) as raised:
-            worker.call(jobs.refuse, max_cpu_s=1)
-        # An error of the user leaves the worker as it is.
-        assert worker.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"] in first
+    with pytest.raises(UserError) as raised:
+        call(pool, jobs.refuse)
     error = raised.value
     assert (error.what, error.where) == ("is 3", "field")
     assert (error.expected, error.remedy) == ("4", "correct it")
-    assert pids(pool) == first
+    assert pids(pool) == first, "an error of the user has replaced a worker"
+    hoarder = call(pool, jobs.hoard, area.MAX_RSS_INCREASE + 8 * MIB).value
+    assert hoarder in first
+    assert hoarder not in pids(pool)
 
 
 @pytest.mark.parametrize(
@@ -88,54 +117,34 @@ def test_workers_are_used_again(pool):
 )
 def test_a_job_beyond_its_limits_is_killed_and_its_worker_replaced(pool, job, args, reason):
     first = pids(pool)
-    with (
-        pool.borrow_worker() as worker,
-        pytest.raises(WorkerLimitError, match=reason),
-    ):
-        worker.call(job, *args, max_cpu_s=0.3)
+    with pytest.raises(WorkerLimitError, match=reason):
+        call(pool, job, *args, max_cpu_s=0.3)
     second = pids(pool)
-    assert len(second) == 2
-    assert len(first & second) == 1
+    assert (len(second), len(first & second)) == (2, 1)
 
 
-def test_a_job_within_its_limits_is_not_killed(pool):
-    with pool.borrow_worker() as worker:
-        assert worker.call(jobs.allocate_memory, 30 * MIB, max_cpu_s=1).value == 30 * MIB
-        # Waiting takes no CPU time.
-        assert worker.call(jobs.sleep, 0.5, max_cpu_s=0.3).value == 0.5
-
-
-def test_a_worker_of_ones_own_has_limits_of_its_own(pool):
+def test_limits_of_memory_and_time(pool):
+    assert call(pool, jobs.allocate_memory, 30 * MIB).value == 30 * MIB
+    assert call(pool, jobs.sleep, 0.5, max_cpu_s=0.3).value == 0.5, "waiting takes no CPU time"
     with pool.fork(8 * MIB) as worker, pytest.raises(WorkerLimitError):
         worker.call(jobs.allocate_memory, 30 * MIB, max_cpu_s=1)
     with pool.fork(200 * MIB) as worker:
         assert worker.call(jobs.allocate_memory, 100 * MIB, max_cpu_s=1).value == 100 * MIB
+    began = time.monotonic()
+    with pytest.raises(WorkerLimitError):
+        call(pool, jobs.sleep, 60.0, max_cpu_s=60, deadline=began + 0.2)
+    assert time.monotonic() - began < 10
 
 
 def test_worker_exception_reports_location_only(pool):
     first = pids(pool)
-    with pool.borrow_worker() as worker, pytest.raises(WorkerJobError) as raised:
-        worker.call(jobs.fail, max_cpu_s=1)
+    with pytest.raises(WorkerJobError) as raised:
+        call(pool, jobs.fail)
     assert raised.value.error_name == "ZeroDivisionError"
-    assert "in fail" in raised.value.traceback_text
-    assert "a secret" not in f"{raised.value} {raised.value.traceback_text}".replace(
-        '("a secret")', ""
-    )
+    text = f"{raised.value} {raised.value.traceback_text}"
+    assert "in fail" in text
+    assert "a secret" not in text.replace('("a secret")', ""), "the message is not reported"
     assert len(first & pids(pool)) == 1
-
-
-def test_a_worker_that_keeps_memory_is_replaced(pool):
-    with pool.borrow_worker() as worker:
-        hoarder = worker.call(jobs.hoard, area.MAX_RSS_INCREASE + 8 * MIB, max_cpu_s=1).value
-    assert hoarder not in pids(pool)
-
-
-def test_a_deadline_ends_the_wait(pool):
-    with pool.borrow_worker() as worker:
-        began = time.monotonic()
-        with pytest.raises(WorkerLimitError):
-            worker.call(jobs.sleep, 60.0, max_cpu_s=60, deadline=began + 0.2)
-    assert time.monotonic() - began < 10
 
 
 def test_waiting_without_blocking(pool):
@@ -199,19 +208,8 @@ def test_no_process_survives_its_parent():
     assert all(not alive(pid) for pid in group)
 
 
-def members(group: int) -> set[int]:
-    """Processes of a process group."""
-    found = set()
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(int(entry)) == group:
-                found.add(int(entry))
-    return found
-
-
 def test_workers_have_low_priority_and_no_pool_handles(pool):
-    with pool.borrow_worker() as worker:
-        found = worker.call(jobs.limits, max_cpu_s=1).value
+    found = call(pool, jobs.limits).value
     assert found["nice"] >= os.nice(0) + WORKER_NICENESS
     assert found["group"] != os.getpgrp()
     # Standard streams, its connection, and what lists the folder.
@@ -220,7 +218,7 @@ def test_workers_have_low_priority_and_no_pool_handles(pool):
     assert "FINESIGHT_KEY" not in found["environment"]
 
 
-def test_processes_that_were_killed_are_replaced(pool):
+def test_killed_processes_are_replaced_and_none_is_left(pool):
     for pid in pids(pool):
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.1)
@@ -229,31 +227,14 @@ def test_processes_that_were_killed_are_replaced(pool):
     pool.process.wait()
     with pool.fork() as worker:
         assert worker.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["number"] == 7
-
-
-def test_no_process_is_left(pool):
-    group = pool.process.pid
-    found = pids(pool)
+    processes = {pool.process.pid, *pids(pool)}
     pool.close()
-    assert all(not alive(pid) for pid in (group, *found))
-
-
-def alive(pid: int) -> bool:
-    for _ in range(100):
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except FileNotFoundError:
-            return False
-        if stat.rsplit(")", 1)[1].split()[0] in "ZX":
-            return False
-        time.sleep(0.02)
-    return True
+    assert all(not alive(pid) for pid in processes)
 
 
 def test_many_threads_at_once(pool):
     def ask(number: int) -> int:
-        with pool.borrow_worker() as worker:
-            return int(worker.call(jobs.describe, np.array([number]), max_cpu_s=1).arrays[0][0])
+        return int(call(pool, jobs.describe, np.array([number])).arrays[0][0])
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(ask, range(200))) == list(range(200))

@@ -111,8 +111,8 @@ def test_video_sizes_match_transformers() -> None:
         for _ in range(2000):
             size = height, width = rng.integers(8, 1500, 2).tolist()
             num_frames = int(rng.integers(2, 300))
-            bounds = {"min_pixels": least, "max_pixels": most}
-            expected = resize(num_frames, height, width, factor=32, **bounds)
+            pixels = {"min_pixels": least, "max_pixels": most}
+            expected = resize(num_frames, height, width, factor=32, **pixels)
             assert compute_video_size(size, num_frames, LARGEST, limits, config) == expected
 
 

@@ -110,6 +110,27 @@ NUM_DECADES = 7
 """Number of powers of ten below one that the 8-bit levels cover."""
 
 
+class AdamWHyperparams(NamedTuple):
+    """Hyperparameters of an AdamW step."""
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+
+    @property
+    def decay_factor(self) -> float:
+        """Factor that multiplies the weights for decoupled weight decay."""
+        return 1 - self.lr * self.weight_decay
+
+    def step_size(self, num_steps: int) -> float:
+        """Return the learning rate divided by the bias correction of the first moment."""
+        return self.lr / (1 - self.betas[0] ** num_steps)
+
+    def bias_correction2_sqrt(self, num_steps: int) -> float:
+        """Return the square root of the bias correction of the second moment."""
+        return float((1 - self.betas[1] ** num_steps) ** 0.5)
+
+
 class OptimState:
     """AdamW moment (first or second) of a parameter group in fp32, initially zero.
 

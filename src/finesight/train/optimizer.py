@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from finesight.config import EvalSettings, StepsOrFraction, TrainSettings
 from finesight.errors import UserError
 from finesight.model.kernels import adamw
-from finesight.model.kernels.adamw import ADAM_EPS, BLOCK_SIZE, AdamWHyperparams
+from finesight.model.kernels.adamw import ADAM_EPS, BLOCK_SIZE
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.trainable import (
     CONV_SUFFIX,
@@ -39,6 +39,7 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.train.optim_states import (
+    AdamWHyperparams,
     MatrixSlice,
     Muon,
     OptimState,
@@ -405,12 +406,14 @@ class AdamW:
                 unscaling.
         """
         hparams = AdamWHyperparams(lr, weight_decay, self._betas)
-        tiles, states = self._gradients.tiles, (self.exp_avg, self.exp_avg_sq)
+        tiles, master = self._gradients.tiles, self._master_weights
         gradients = self._gradients.per_parameter()
         if tiles is not None:
             step_counts = self._num_steps, self._next_num_steps
+            moments = [(one.values_E, one.scale_B) for one in (self.exp_avg, self.exp_avg_sq)]
+            group = tiles, gradients, (master.params_E, master.residual_E), moments
             adamw.adamw_step(
-                tiles, gradients, self._master_weights, states, grad_factor, step_counts, hparams
+                *group, grad_factor, step_counts, lr, hparams.decay_factor, self._betas
             )
             self._next_num_steps, self._num_steps = step_counts
             return

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,41 +22,6 @@ BLOCK_SIZE = 256
 
 ADAM_EPS = 1e-8
 """Epsilon of torch.optim.AdamW."""
-
-
-class AdamWHyperparams(NamedTuple):
-    """Hyperparameters of an AdamW step."""
-
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-
-    @property
-    def decay_factor(self) -> float:
-        """Factor that multiplies the weights for decoupled weight decay."""
-        return 1 - self.lr * self.weight_decay
-
-    def step_size(self, num_steps: int) -> float:
-        """Return the learning rate divided by the bias correction of the first moment."""
-        return self.lr / (1 - self.betas[0] ** num_steps)
-
-    def bias_correction2_sqrt(self, num_steps: int) -> float:
-        """Return the square root of the bias correction of the second moment."""
-        return float((1 - self.betas[1] ** num_steps) ** 0.5)
-
-
-class MasterWeights(Protocol):
-    """Master weights of a group: parameters, and the bits that their data type lacks."""
-
-    params_E: Tensor
-    residual_E: Tensor | None
-
-
-class Moment(Protocol):
-    """First or second moment of a group: fp32 values, or 8-bit codes with scales of blocks."""
-
-    values_E: Tensor
-    scale_B: Tensor | None
 
 
 TILE_ROWS = 8
@@ -359,33 +323,36 @@ def _adamw_kernel(
 def adamw_step(
     tiles: ParamTiles,
     gradients: Sequence[Tensor | None],
-    master_weights: MasterWeights,
-    states: tuple[Moment, Moment],
+    weights: tuple[Tensor, Tensor | None],
+    moments: Sequence[tuple[Tensor, Tensor | None]],
     grad_factor: Tensor,
     step_counts: tuple[Tensor, Tensor],
-    hparams: AdamWHyperparams,
+    lr: float,
+    decay_factor: float,
+    betas: tuple[float, float],
 ) -> None:
     """Apply an AdamW step to one parameter group with one kernel.
 
     Args:
         gradients: Gradient of each parameter; None counts as zero.
-        master_weights: Weights, updated in-place.
-        states: First and second moments, updated in-place.
+        weights: Parameters, and the bits that their data type lacks; updated in-place.
+        moments: Values of both moments, and the scales of 8-bit blocks; updated in-place.
         grad_factor: Scalar on the device that multiplies the gradients; NaN skips the step.
         step_counts: Number of previous steps, and output for the new count; scalars on the device.
+        decay_factor: Factor of the weights for decoupled weight decay.
     """
-    params_E, residual_E = master_weights.params_E, master_weights.residual_E
+    params_E, residual_E = weights
     gradients = _align_gradients(gradients)
     like = next((gradient for gradient in gradients if gradient is not None), params_E)
     residual_bytes = 0 if residual_E is None else residual_E.itemsize
-    beta_1, beta_2 = hparams.betas
-    exp_avg, exp_avg_sq = states
-    logs = [math.log(beta) if beta else -math.inf for beta in hparams.betas]
+    beta_1, beta_2 = betas
+    (exp_avg_E, exp_avg_B), (exp_avg_sq_E, exp_avg_sq_B) = moments
+    logs = [math.log(beta) if beta else -math.inf for beta in betas]
     _adamw_kernel[(len(tiles.param_index_T),)](
         tiles.param_index_T, tiles.param_table_P3, tiles.data_pointers(gradients), like,
         params_E.view(torch.int16) if residual_bytes == 2 else params_E, residual_E,
-        exp_avg.values_E, exp_avg.scale_B, exp_avg_sq.values_E, exp_avg_sq.scale_B, grad_factor,
-        *step_counts, *logs, hparams.decay_factor, hparams.lr, 1 - beta_1, beta_2, 1 - beta_2,
-        ADAM_EPS, residual_bytes=residual_bytes, is_8bit=exp_avg.scale_B is not None,
+        exp_avg_E, exp_avg_B, exp_avg_sq_E, exp_avg_sq_B, grad_factor,
+        *step_counts, *logs, decay_factor, lr, 1 - beta_1, beta_2, 1 - beta_2,
+        ADAM_EPS, residual_bytes=residual_bytes, is_8bit=exp_avg_B is not None,
         is_aligned=tiles.is_aligned, rows=TILE_ROWS, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -258,12 +258,10 @@ def check_images(
         else:
             note = f" (or one of {len(others)} others of its sample)" if others else ""
             changed.append(first + note)
-    moved = [
-        index
-        for index in np.setxor1d(current.samples_N, recorded.samples_N).tolist()
-        # A scan of more samples than at the start is no change of images.
-        if index in recorded.samples_N or json.dumps(corpus[index].sample.id) in reported_errors
-    ]
+    moved = np.setxor1d(current.samples_N, recorded.samples_N).tolist()
+    if split == "train":  # a scan of more samples than at the start is no change of images
+        known, errors = {*recorded.samples_N.tolist()}, reported_errors
+        moved = [n for n in moved if n in known or json.dumps(corpus[n].sample.id) in errors]
     if moved and data.stats.is_complete:
         files = {str(path) for index in moved for path in list_sample_images(corpus[index])}
         raise UserError(

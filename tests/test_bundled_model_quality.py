@@ -29,11 +29,11 @@ SAMPLES = 60
 
 CAPTION = f"{ROOT / 'pretraining' / 'caption_metric.py'}:caption"
 BOUNDS = [
-    ("word", "word", "ocr", {"exact": 0.9, "ended_with_eos": 1.0}),
+    ("word", "word", "ocr", {"exact": 0.9, "ended_with_eos": 0.999}),
     ("scene", "find_shapes", "detection", {"f1_at_0.5": 0.9, "parse_rate": 0.95}),
-    ("words", "find", "grounding", {"accuracy_at_0.5": 0.9, "ended_with_eos": 1.0}),
+    ("words", "find", "grounding", {"accuracy_at_0.5": 0.9, "ended_with_eos": 0.999}),
     ("formula", "formula", "latex", {"exact": 0.7}),
-    ("scene", "describe", CAPTION, {"exact": 0.9, "ended_with_eos": 1.0}),
+    ("scene", "describe", CAPTION, {"exact": 0.9, "ended_with_eos": 0.999}),
 ]
 
 
@@ -60,8 +60,10 @@ def test_scores_of_new_images(
         {"metric": metric, "max_new_tokens": 120, "batch_size": SAMPLES}
     )
     found = evaluate(tiny.model, tiny.renderer, samples, settings)
-    below = {name for name, bound in bounds.items() if found.scores[name] < bound}
+    below = {name for name, bound in bounds.items() if found.scores[name] <= bound}
     assert below == set(), found.as_table()
+    if task == "word":
+        assert found.scores["cer"] < 0.05, found.as_table()
 
 
 def test_short_finetune_improves_json_answers(tmp_path: Path) -> None:

@@ -222,11 +222,11 @@ def make_page_attacks(port: int, number: int) -> Iterator[Attack]:
 
 def make_label_attacks(port: int, number: int) -> Iterator[Attack]:
     """Yield attacks on the labelling page in a fixed random order."""
-    visitor, form = PageClient(port), FORM
+    visitor = PageClient(port)
     cookie = f"Cookie: {visitor.cookie}\r\n"
     requests = [
-        HostileRequest("wrong password", "/sign-in", b"password=guess", form),
-        HostileRequest("half a sign-in", "/sign-in", bytes(1 << 16), form, cut=0.5),
+        HostileRequest("wrong password", "/sign-in", b"password=guess", FORM),
+        HostileRequest("half a sign-in", "/sign-in", bytes(1 << 16), FORM, cut=0.5),
         HostileRequest("deep JSON", "/decision", b"[" * 500_000, headers=cookie),
         HostileRequest("half a decision", "/decision", bytes(1 << 20), cut=0.5, headers=cookie),
         HostileRequest("NaN", "/decision", b'{"index": NaN}', headers=cookie),

@@ -184,41 +184,6 @@ def test_only_constants_of_the_used_configuration_are_read(
     assert made["train"]["weight_decay"] == 0
 
 
-OPTIONS = """
-def parse():
-    parser = ArgumentParser()
-    group = parser.add_argument_group("training")
-    group.add_argument("-e", "--epochs", "--num-epochs", type=float, default=RATIO * 2)
-    group.add_argument("--decay", dest="weight_decay", default=0.1)
-    group.add_argument("--no-bf16", action="store_true")
-    group.add_argument("--seed", type=int, required=True)
-    return parser.parse_args()
-RATIO = 1.5
-{assignment}
-"""
-
-
-@pytest.mark.parametrize(
-    ("assignment", "epochs", "notes"),
-    [
-        ("args = parse()", 3, {"options", "seed"}),
-        ("args, other = parse()", 3, {"options", "seed"}),
-        ("args = parse()\nargs.epochs = 5", 3, {"options", "num_train_epochs", "seed"}),
-        ("args = parse()\nargs = load()", 3, {"num_train_epochs", "weight_decay", "seed"}),
-    ],
-)
-def test_defaults_of_script_options_are_read(assignment, epochs, notes, tmp_path):
-    arguments = "num_train_epochs=args.epochs, weight_decay=args.weight_decay"
-    arguments += ", bf16=args.no_bf16, seed=args.seed"
-    before = OPTIONS.format(assignment=assignment)
-    done, made = convert(
-        tmp_path, "a.py", SCRIPT.format(before=before, arguments=arguments, after="")
-    )
-    assert made["train"]["epochs"] == epochs
-    assert made["train"]["weight_decay"] == (0.1 if "options" in notes else 0)
-    assert {*notes_by_setting(done, "differs")} == {"dataset", *notes}
-
-
 def test_two_configurations_are_never_mixed(tmp_path):
     text = SCRIPT.format(before="", arguments="seed=1", after="cfg = SFTConfig(seed=2)")
     with pytest.raises(UserError, match="has several training arguments, in lines 5, 6"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import tracemalloc
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import pytest
@@ -43,6 +45,14 @@ class ProcessGroupItems:
         return os.getpgid(0)
 
 
+@pytest.fixture
+def list_workers() -> Callable[[], list[BaseProcess]]:
+    """Lists the processes that the test started; other tests may have left theirs."""
+    gc.collect()
+    before = set(multiprocessing.active_children())
+    return lambda: [one for one in multiprocessing.active_children() if one not in before]
+
+
 def read(items: Callable[[int], Any], indices: range, workers: int) -> Iterator[Any]:
     return prefetch_items(items, indices, workers, pin_memory=False)
 
@@ -67,14 +77,16 @@ def test_items_are_ordered(workers: int) -> None:
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("workers", [0, 2])
-def test_errors_are_reraised_without_crash(error: Exception, workers: int) -> None:
+def test_errors_are_reraised_without_crash(
+    error: Exception, workers: int, list_workers: Callable[[], list[BaseProcess]]
+) -> None:
     items = read(Items(3, error), range(60), workers)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(type(error), match="it broke") as caught:
         next(items)
     if isinstance(caught.value, UserError):
         assert (caught.value.where, caught.value.remedy) == ("here", "fix it")
-        assert multiprocessing.active_children() == []
+        assert list_workers() == []
 
 
 def test_workers_ignore_group_signals() -> None:
@@ -83,12 +95,14 @@ def test_workers_ignore_group_signals() -> None:
     assert os.getpgid(0) not in groups
 
 
-def test_no_process_remains_after_early_stop() -> None:
+def test_no_process_remains_after_early_stop(
+    list_workers: Callable[[], list[BaseProcess]],
+) -> None:
     items = read(Items(), range(60), 2)
     next(items)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(list_workers()) == 2
     del items
-    assert multiprocessing.active_children() == []
+    assert list_workers() == []
 
 
 def test_repeatedly_killed_worker_is_explained() -> None:
@@ -99,14 +113,16 @@ def test_repeatedly_killed_worker_is_explained() -> None:
 
 @pytest.mark.parametrize("data", [Items(), TensorItems()], ids=["numbers", "tensors"])
 def test_killed_worker_is_restarted_at_next_item(
-    data: Callable[[int], Any], caplog: pytest.LogCaptureFixture
+    data: Callable[[int], Any],
+    caplog: pytest.LogCaptureFixture,
+    list_workers: Callable[[], list[BaseProcess]],
 ) -> None:
     before = signal.getsignal(signal.SIGCHLD)
     items = read(data, range(50), 1)
     for _ in range(5):
         next(items)
     assert signal.getsignal(signal.SIGCHLD) is before
-    worker = multiprocessing.active_children()[0]
+    worker = list_workers()[0]
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
@@ -115,7 +131,7 @@ def test_killed_worker_is_restarted_at_next_item(
     (output,) = caplog.messages
     assert output.startswith("a data loader worker died and is restarted")
     assert signal.getsignal(signal.SIGCHLD) is before
-    assert multiprocessing.active_children() == []
+    assert list_workers() == []
 
 
 def test_ten_million_items_use_little_memory() -> None:

@@ -356,7 +356,9 @@ class DataChecker:
         text_claims = BoxClaimCollector()
         num_samples = num_unreadable = 0
         name = str(check_input.path)
-        for group in self._catalog.process_groups(_group_rows(source), _iter_image_paths):
+        rows = enumerate(source)
+        groups = iter(lambda: list(islice(rows, ROWS_PER_GROUP)), [])
+        for group in self._catalog.process_groups(groups, _iter_image_paths):
             for row_index, row in group:
                 where = format_location(name, row.location)
                 if row.error is not None:
@@ -515,12 +517,6 @@ def _open_source(check_input: CheckInput, output_folder: Path) -> UnvalidatedSou
     if isinstance(path, Path) and check_input.is_imported:
         return open_unvalidated(path, options, output_folder)
     return open_unvalidated_samples(path, options, output_folder)
-
-
-def _group_rows(source: UnvalidatedSource) -> Iterator[list[tuple[int, UnvalidatedRow]]]:
-    rows = enumerate(source)
-    while group := list(islice(rows, ROWS_PER_GROUP)):
-        yield group
 
 
 def _iter_image_paths(group: list[tuple[int, UnvalidatedRow]]) -> Iterator[str]:

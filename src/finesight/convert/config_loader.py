@@ -147,8 +147,7 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
             lines = "\n".join("".join(cell["source"]) for cell in cells)
             text = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
         calls = load_trainer_settings()["TRL"]["calls"]
-        script = Script(ast.parse(text))
-        arguments = list(script.iter_arguments(calls))
+        arguments = list(Script(ast.parse(text)).iter_arguments(calls))
     except AmbiguousConfigError as error:
         remedy = "keep only the one that the training uses in a copy of the script"
         raise _build_error(path, str(error), remedy) from error
@@ -176,8 +175,7 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
     is_unsloth = re.search(r"(?m)^\s*(?:from|import) unsloth\b", text)
     unresolved = {key: text for key, text in unresolved.items() if key not in values}
     program: SourceProgram = "Unsloth" if is_unsloth else "TRL"
-    options = script.option_defaults
-    return ExternalConfig(program, str(path), defaults | values, {}, False, unresolved, options)
+    return ExternalConfig(program, str(path), defaults | values, {}, unresolved=unresolved)
 
 
 def _config_from_script(text: str, path: Path) -> ExternalConfig:

@@ -74,9 +74,8 @@ class ExternalConfig:
     """Configuration of a training with another program.
 
     `is_recorded` is True for the args.json of an ms-swift run, which contains all settings.
-    `unresolved` are expressions of a Python script for settings without a constant value, and
-    `option_defaults` its own options, whose defaults are used. Methods that read a setting raise
-    UserError for values of another type.
+    `unresolved` are expressions of a Python script for settings without a constant value. Methods
+    that read a setting raise UserError for values of another type.
     """
 
     program: SourceProgram
@@ -85,7 +84,6 @@ class ExternalConfig:
     environment: Mapping[str, str]
     is_recorded: bool = False
     unresolved: Mapping[str, str] = field(default_factory=dict)
-    option_defaults: Sequence[str] = ()
 
     def has(self, *keys: str) -> bool:
         """Return whether the configuration sets one of the settings to a value other than null."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +23,16 @@ _CONFIG_ENDS = ("Config", "Arguments")
 _CONSUMER_ENDS = ("Trainer", "get_peft_model", "from_pretrained")
 """Ends of the names of calls that make a configuration, and of those that receive one."""
 
-_CHANGING_METHOD = re.compile("update|pop|popitem|clear|setdefault|append|extend|insert")
+_CHANGING_METHODS = (
+    "update",
+    "pop",
+    "popitem",
+    "clear",
+    "setdefault",
+    "append",
+    "extend",
+    "insert",
+)
 
 
 class AmbiguousConfigError(Exception):
@@ -114,7 +122,7 @@ def _count_assignments(tree: ast.Module) -> Counter[str]:
             changed = node.value if isinstance(node, ast.Subscript) else node
             counts[ast.unparse(changed)] += 1
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            counts[ast.unparse(node.func.value)] += bool(_CHANGING_METHOD.fullmatch(node.func.attr))
+            counts[ast.unparse(node.func.value)] += node.func.attr in _CHANGING_METHODS
         elif isinstance(node, ast.arg):
             counts[node.arg] += 1
         for name in {getattr(node, "name", None), getattr(node, "asname", None)} - {None}:
@@ -166,38 +174,6 @@ def _iter_assigned(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
             yield ast.unparse(target), node.value
 
 
-def _read_option_defaults(
-    nodes: Sequence[ast.AST], constants: Mapping[str, object], counts: Mapping[str, int]
-) -> dict[str, object]:
-    """Return the defaults of `argparse` options by attribute, such as `args.lr`.
-
-    Options without a constant default and those that two parsers define are left out.
-    """
-    calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
-    defaults: dict[str, object] = {}
-    for call in (call for call in calls if _split_callee(call)[1] == "add_argument"):
-        flags = [str(arg.value) for arg in call.args if isinstance(arg, ast.Constant)]
-        items = _merge_items([(item.arg, item.value) for item in call.keywords], constants)
-        is_flag = str(items.get("action")).startswith("store_")
-        default = items.get("default", items["action"] == "store_false" if is_flag else call)
-        long = [flag for flag in flags if flag.startswith("--")] or flags or [""]
-        name = str(items.get("dest", long[0].lstrip("-").replace("-", "_")))
-        defaults[name] = call if name in defaults else default
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    parsers = {"parse_args", "parse_known_args"}
-    parsers |= {node.name for node in functions if ".parse_args(" in ast.unparse(node)}
-    assigned = list(_iter_assigned(node for node in nodes if isinstance(node, ast.stmt)))
-    owners = [target.split(",")[0].strip("( ") for target, _ in assigned]
-    return {
-        f"{owner}.{name}": default
-        for owner, (_, value) in zip(owners, assigned, strict=True)
-        if isinstance(value, ast.Call) and _split_callee(value)[1] in parsers
-        for name, default in defaults.items()
-        if owners.count(owner) == 1 and not counts[f"{owner}.{name}"]
-        if not isinstance(default, ast.AST)
-    }
-
-
 class Script:
     """Calls in a Python script, with the constants that each of them can use."""
 
@@ -210,11 +186,7 @@ class Script:
         for function in functions:
             self._scopes |= dict.fromkeys(ast.walk(function), function)
         self._constants: dict[ast.AST, dict[str, object]] = {}
-        constants = _read_constants(tree.body, {}, self._counts)
-        known = _read_option_defaults(self._nodes, constants, self._counts)
-        used = {ast.unparse(node) for node in self._nodes if isinstance(node, ast.Attribute)}
-        self.option_defaults = sorted(used.intersection(known))
-        self._constants[tree] = _read_constants(tree.body, known, self._counts)
+        self._constants[tree] = _read_constants(tree.body, {}, self._counts)
         for function in functions:
             known = self._constants[tree]
             self._constants[function] = _read_constants(function.body, known, self._counts)

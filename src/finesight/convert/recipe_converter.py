@@ -83,9 +83,6 @@ def _iter_value_notes(
     """
     rules = load_rules(config.program)
     skipped_keys = rules.converted | {note.key for note in draft.notes}
-    if config.option_defaults:
-        text = "options of the script have their defaults: set what your command changes"
-        yield ConversionNote("differs", "options", ", ".join(config.option_defaults), text)
     for key, expression in config.unresolved.items():
         rule, is_noted = rules.other.get(key), key in ("", "dataset_name", "bf16", "fp16")
         if not is_noted and (rule is None or not rule.is_ignored):

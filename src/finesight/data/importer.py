@@ -158,7 +158,7 @@ def split_by_image(
 
     Rows that share an image stay together.
     """
-    groups = _group_rows(rows)
+    groups = group_rows(rows)
     num_eval_rows = max(1, round((1 - train_fraction) * len(rows)))
     eval_rows: list[int] = []
     random_values = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(groups))
@@ -178,7 +178,7 @@ def split_by_image(
     )
 
 
-def _group_rows(rows: Sequence[ImageKeys]) -> list[list[int]]:
+def group_rows(rows: Sequence[ImageKeys]) -> list[list[int]]:
     """Group rows that share images, directly or through other rows (union-find)."""
     parent = list(range(len(rows)))
 

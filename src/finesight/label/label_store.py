@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 from finesight.bounded_files import is_utf8
 from finesight.config import Recipe, is_url
 from finesight.data.image_header import CorruptImageError
-from finesight.data.importer import _group_rows
+from finesight.data.importer import group_rows
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -483,7 +483,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self.decode_images(labeled.values())
         paths = [map(os.path.realpath, list_sample_images(labeled[name])) for name in order]
         keys = [frozenset(self._decoded[path][0] for path in own) for own in paths]
-        for group in _group_rows(keys):
+        for group in group_rows(keys):
             if len(eval_ids) + len(group) <= num_eval:
                 eval_ids.update(order[index] for index in group)
         return eval_ids

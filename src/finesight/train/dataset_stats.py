@@ -258,14 +258,14 @@ def check_images(
         else:
             note = f" (or one of {len(others)} others of its sample)" if others else ""
             changed.append(first + note)
-    moved = np.setxor1d(current.samples_N, recorded.samples_N).tolist()
+    extra = np.setxor1d(current.samples_N, recorded.samples_N).tolist()
     if split == "train":  # a scan of more samples than at the start is no change of images
         known, errors = {*recorded.samples_N.tolist()}, reported_errors
-        moved = [n for n in moved if n in known or json.dumps(corpus[n].sample.id) in errors]
-    if moved and data.stats.is_complete:
-        files = {str(path) for index in moved for path in list_sample_images(corpus[index])}
+        extra = [n for n in extra if n in known or json.dumps(corpus[n].sample.id) in errors]
+    if extra and data.stats.is_complete:
+        files = {str(path) for index in extra for path in list_sample_images(corpus[index])}
         raise UserError(
-            f"data.{split}: {len(moved)} samples were skipped at the start of the run and are"
+            f"data.{split}: {len(extra)} samples were skipped at the start of the run and are"
             f" readable now, or the reverse: {_join_names(sorted(files))}",
             where=str(path),
             expected="the images of the start of the run, whose samples it fixed",

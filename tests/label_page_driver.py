@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,20 @@ from axe import AxeChecker
 from browser import Browser
 from starlette.testclient import TestClient
 
+from finesight.app.label_page import make_label_app
 from finesight.data.sample import read_samples
-from finesight.label.label_page import make_label_app
 from finesight.label.label_session import LabelSession
 from finesight.label.label_store import LABELS_FILE
+from finesight.vision.image_reader import create_image_pool
 
 WAIT_TIMEOUT_S = 30
 
 
 @contextmanager
 def open_client(session: LabelSession, password: str | None = None) -> Iterator[TestClient]:
-    app = make_label_app(session, session.store.folder, password, True, 0)
-    with session.store, TestClient(app, "http://127.0.0.1") as client:
+    pool = create_image_pool()
+    app = make_label_app(session, password, True, 0, pool)
+    with closing(pool), session.store, TestClient(app, "http://127.0.0.1") as client:
         yield client
 
 
@@ -40,7 +42,8 @@ def save(client: TestClient, item: dict[str, Any], **values: object) -> Any:
 
 @contextmanager
 def serve(session: LabelSession) -> Iterator[str]:
-    app = make_label_app(session, session.store.folder, None, True, 0)
+    pool = create_image_pool()
+    app = make_label_app(session, None, True, 0, pool)
     config = uvicorn.Config(app, port=0, log_level="critical")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -53,6 +56,7 @@ def serve(session: LabelSession) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         session.store.close()
+        pool.close()
 
 
 def wait_for(browser: Browser, condition: str) -> None:

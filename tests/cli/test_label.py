@@ -21,7 +21,7 @@ from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_sam
 from finesight.label.label_store import LABELS_FILE, LabelStore
 from finesight.recipe import load_recipe
 from finesight.train import console
-from finesight.web import web_server
+from finesight.app import server
 
 PROMPT = ("--prompt", "Describe the image.")
 TINY = ("finesight-tiny", "--device", "cpu", "--max-new-tokens", "8")
@@ -39,7 +39,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def label(cli, monkeypatch) -> Callable[..., list[str]]:
     """Label with a page that ends at once and has written one label; return the messages."""
-    monkeypatch.setattr(web_server, "serve_app", lambda *page: None)
+    monkeypatch.setattr(server, "serve_app", lambda *page: None)
     counts = {"open": 0, "accepted": 0, "corrected": 1, "skipped": 0}
     monkeypatch.setattr(LabelStore, "count_events", lambda store: counts)
 
@@ -149,7 +149,7 @@ def test_command_after_a_review_trains_no_validation_samples(
     write_recipe(train, "eval.jsonl")
     written = Path("labels-review/labels_eval.jsonl")
     if fraction:
-        monkeypatch.setattr(web_server, "serve_app", lambda *page: written.touch())
+        monkeypatch.setattr(server, "serve_app", lambda *page: written.touch())
     lines = label("run", *reviewed, "--review", *fraction)
     assert lines[-1] == f"next: finesight {expected}"
 

@@ -29,7 +29,7 @@ from finesight.cli.servers import (
     check_proxies,
     is_loopback,
     print_page_address,
-    require_gradio,
+    require_web,
     resolve_password,
 )
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError, format_command
@@ -155,8 +155,8 @@ def label(
     with ExitStack() as stack:
         listener = None
         if not suggest_only:
-            require_gradio("finesight label")
-            from finesight.web.web_server import bind_socket
+            require_web("finesight label")
+            from finesight.app.server import bind_socket
 
             # A port in use is reported before the suggestions, which take minutes.
             listener = stack.enter_context(bind_socket(host, port))
@@ -331,11 +331,10 @@ def _run_page(
     password: str | None,
     trusted_proxies: Sequence[str],
 ) -> None:
-    from finesight.label.label_page import make_label_app
+    from finesight.app.label_page import make_label_app
+    from finesight.app.server import serve_app
     from finesight.vision.image_reader import create_image_pool
-    from finesight.web.web_server import create_private_folder, serve_app
 
-    with create_private_folder() as folder:
-        port, pool = listener.getsockname()[1], create_image_pool()
-        app = make_label_app(session, folder, password, is_loopback(host), port, pool)
-        serve_app(app, listener, pool, trusted_proxies)
+    port, pool = listener.getsockname()[1], create_image_pool()
+    app = make_label_app(session, password, is_loopback(host), port, pool)
+    serve_app(app, listener, pool, trusted_proxies)

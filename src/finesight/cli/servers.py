@@ -323,7 +323,7 @@ def web(
 
     Example: finesight web runs/latex
     """
-    require_gradio("finesight web")
+    require_web("finesight web")
     proxies = check_proxies(trusted_proxy)
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
@@ -406,7 +406,7 @@ def studio(
 
     Example: finesight studio work
     """
-    require_gradio("finesight studio")
+    require_web("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.
     proxies = check_proxies(trusted_proxy)
     password, is_generated = resolve_password(
@@ -459,11 +459,12 @@ def print_page_address(
         threading.Thread(target=open_browser, daemon=True).start()
 
 
-def require_gradio(command: str) -> None:
+def require_web(command: str) -> None:
     """Raise UserError if the extra `web` of a command is not installed."""
-    if find_spec("gradio") is None:
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
         raise UserError(
-            "gradio is not installed",
+            f"{' and '.join(missing)} cannot be imported",
             where=command,
             expected="the extra web",
             remedy="pip install 'finesight[web]'",

@@ -1,20 +1,4 @@
-"use strict";
-const settings = JSON.parse(document.body.dataset.settings);
-const byId = (id) => document.getElementById(id);
-const translate = (text, ...values) => {
-  let translated = settings.texts[text] ?? text;
-  for (const value of values) translated = translated.replace("{}", value);
-  return translated;
-};
-const create = (name, attributes = {}, ...children) => {
-  const element = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== false) element.setAttribute(key, value);
-  }
-  element.append(...children);
-  return element;
-};
+import { byId, create, describe, request, settings, translate } from "./app.js";
 
 let decisions = []; // Of all items, in their order; "" for an open item.
 let item = null; // Item that the page shows, as the server sent it.
@@ -48,21 +32,8 @@ const keepDraft = () => {
 };
 addEventListener("pagehide", keepDraft);
 
-// Requests
+// Messages
 
-const request = async (url, body) => {
-  const headers = { "accept-language": document.documentElement.lang };
-  const options = body && {
-    method: "POST", headers: { ...headers, "content-type": "application/json" }, body: JSON.stringify(body) };
-  const response = await fetch(url, options ?? { headers });
-  if (response.status === 401) location.reload();
-  const content = await response.json();
-  if (!response.ok) throw new Error(content.error ?? response.status);
-  return content;
-};
-
-const describe = (error) =>
-  translate(error instanceof TypeError ? "The server does not answer." : error.message);
 const report = (title, error) => {
   byId("error").textContent = `${translate(title)}: ${describe(error)}`;
   byId("error").hidden = false;

@@ -11,16 +11,24 @@ import re
 import secrets
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from jinja2 import FileSystemLoader
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 
+from finesight.app.access import Access, AccessMiddleware
+from finesight.app.pages import (
+    create_app,
+    parse_body,
+    parse_query,
+    read_language,
+    render_page,
+    translate_texts,
+)
 from finesight.bounded_files import is_utf8
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
@@ -31,21 +39,9 @@ from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
 from finesight.label.label_store import LabelItem
 from finesight.label.suggestion import AnswerContent, get_text
-from finesight.report import i18n
-from finesight.report.html import create_environment
-from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, use_language
-from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
-from finesight.web.access_middleware import AccessMiddleware
-from finesight.web.chat_html import STATIC_FOLDER, select_ui_text
-from finesight.web.web_server import CHATS_FOLDER, UPLOADS_FOLDER
-from finesight.web.web_sessions import DiskBudget
+from finesight.report.i18n import Language, translate
+from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
 from finesight.worker_pool import WorkerPool
-
-LABEL_STATIC_FOLDER = Path(__file__).parent / "static"
-GET_ROUTES = re.compile(
-    r"/|/sign-in|/page\.css|/label\.(?:css|js)|/search|/items(?:/\d{1,9})?|/images/\d{1,9}/\d{1,4}"
-)
-POST_ROUTES = re.compile(r"/sign-in|/decision")
 
 MAX_LISTED_ITEMS, MAX_LISTED_CHARS = 100, 200
 """Maximum number of items and of characters per answer in one part of the list."""
@@ -140,34 +136,23 @@ class LabelPage:
         origin = json.dumps([folder, task.prompt, task.kind])
         self._key = hashlib.sha256(origin.encode()).hexdigest()[:16]
         self._index_by_id = {item.sample.sample.id: i for i, item in enumerate(self._items)}
-        templates = Path(i18n.__file__).parent / "templates"
-        self._environment = create_environment(FileSystemLoader(LABEL_STATIC_FOLDER))
-        files = (templates / "base.css", LABEL_STATIC_FOLDER / "label.css")
-        self.style = "".join(file.read_text(encoding="utf-8") for file in files)
-        self.script = (LABEL_STATIC_FOLDER / "label.js").read_text(encoding="utf-8")
 
     def render(self, language: Language) -> str:
         """Render the page."""
         task = self._session.task
-        with use_language(language):
-            settings = {
-                "kind": task.kind,
-                "session": self._key,
-                "version": self._version,
-                "choices": task.choices,
-                "names": task.choices or task.names,
-                "closed": task.has_fixed_choices,
-                "colors": BOX_COLORS,
-                "no_objects": NO_OBJECTS_ANSWER,
-                "texts": {text: translate(text) for text in SCRIPT_TEXTS},
-            }
-            return self._environment.get_template("label.html").render(
-                settings=settings,
-                task=task,
-                model=self._session.model,
-                language=LANGUAGE_TAGS[language],
-                other="en" if language == "zh" else "zh",
-            )
+        settings = {
+            "kind": task.kind,
+            "session": self._key,
+            "version": self._version,
+            "choices": task.choices,
+            "names": task.choices or task.names,
+            "closed": task.has_fixed_choices,
+            "colors": BOX_COLORS,
+            "no_objects": NO_OBJECTS_ANSWER,
+            "texts": translate_texts(SCRIPT_TEXTS, language),
+        }
+        values = {"settings": settings, "task": task, "model": self._session.model}
+        return render_page("label.html", language, **values)
 
     def list_items(self) -> dict[str, Any]:
         """Return decision and confidence of all items in their order."""
@@ -193,7 +178,7 @@ class LabelPage:
 
     def describe(self, index: int) -> dict[str, Any]:
         """Return an item with its choices and the sizes of its images."""
-        item = self._items[index]
+        item = self._find_item(index)
         images = []
         for number, path in enumerate(item.images):
             url, error = self._make_url(index, number), ""
@@ -223,7 +208,15 @@ class LabelPage:
 
     def read_image(self, index: int, number: int, side: int = MAX_DISPLAY_SIDE) -> bytes:
         """Return an image without metadata as WebP, reduced to a side."""
-        return self._images.encode(self._items[index].images[number], side)[1]
+        images = self._find_item(index).images
+        if number >= len(images):
+            raise HTTPException(404, "no such item")
+        return self._images.encode(images[number], side)[1]
+
+    def _find_item(self, index: int) -> LabelItem:
+        if index >= len(self._items):
+            raise HTTPException(404, "no such item")
+        return self._items[index]
 
     def decide(self, request: DecisionRequest) -> dict[str, Any]:
         """Save a decision, and return the item and the counts."""
@@ -339,97 +332,68 @@ def _translate_error(text: str) -> str:
     return text
 
 
+class SearchQuery(BaseModel, frozen=True):
+    """Query of a search in the list of items."""
+
+    text: Annotated[str, Field(max_length=1000)] = ""
+    state: ListState = ""
+    start: Annotated[int, Field(ge=0)] = 0
+
+
+def build_label_routes(session: LabelSession, pool: WorkerPool) -> list[Route]:
+    """Build the requests of the page of a session.
+
+    Args:
+        pool: Worker processes that read images.
+    """
+    page = LabelPage(session, ImageReader(pool))
+    image_limiter = CapacityLimiter(NUM_IMAGE_WORKERS)
+
+    def get_page(request: Request) -> Response:
+        return HTMLResponse(page.render(read_language(request)))
+
+    def get_items(request: Request) -> Response:
+        return JSONResponse(page.list_items())
+
+    def search_items(request: Request) -> Response:
+        query = parse_query(request, SearchQuery)
+        return JSONResponse(page.search(query.text, query.state, query.start))
+
+    def get_item(request: Request) -> Response:
+        return JSONResponse(page.describe(request.path_params["index"]))
+
+    async def get_image(request: Request) -> Response:
+        headers = {"cache-control": "private, max-age=3600"}
+        # Slow images wait for each other, and leave threads for the other requests.
+        side = THUMBNAIL_SIDE if "small" in request.query_params else MAX_DISPLAY_SIDE
+        index, number = request.path_params["index"], request.path_params["number"]
+        content = await to_thread.run_sync(
+            page.read_image, index, number, side, limiter=image_limiter
+        )
+        return Response(content, media_type="image/webp", headers=headers)
+
+    async def post_decision(request: Request) -> Response:
+        decision = await parse_body(request, DecisionRequest)
+        return JSONResponse(await to_thread.run_sync(page.decide, decision))
+
+    return [
+        Route("/", get_page),
+        Route("/items", get_items),
+        Route("/search", search_items),
+        Route("/items/{index:int}", get_item),
+        Route("/images/{index:int}/{number:int}", get_image),
+        Route("/decision", post_decision, methods=["POST"]),
+    ]
+
+
 def make_label_app(
-    session: LabelSession,
-    folder: Path,
-    password: str | None,
-    loopback_only: bool,
-    port: int,
-    pool: WorkerPool | None = None,
+    session: LabelSession, password: str | None, loopback_only: bool, port: int, pool: WorkerPool
 ) -> AccessMiddleware:
     """Build the page as an ASGI application with access control.
 
     Args:
-        folder: Private folder, which remains empty.
-        loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
-        pool: Worker processes that read images. None: new ones.
+        loopback_only: Whether the page is for this machine only. See `Access`.
+        pool: Worker processes that read images.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page = LabelPage(session, ImageReader(pool or create_image_pool()))
-    error_headers = {"cache-control": "no-store"}
-    image_limiter = CapacityLimiter(NUM_IMAGE_WORKERS)
-
-    @app.exception_handler(UserError)
-    def report_error(request: Request, error: UserError) -> Response:
-        names = request.headers.get("accept-language", "")
-        with use_language(select_ui_text(names).language):
-            return JSONResponse({"error": describe_error(error)}, 422, headers=error_headers)
-
-    @app.exception_handler(RequestValidationError)
-    def report_invalid(request: Request, error: RequestValidationError) -> Response:
-        # The inputs may be no JSON: NaN, or half of a surrogate pair.
-        problems = [f"{one['loc'][-1]!r:.80}: {one['msg']}" for one in error.errors()[:3]]
-        text = "; ".join(problems).encode(errors="replace").decode()
-        return JSONResponse({"error": text}, 422, headers=error_headers)
-
-    @app.exception_handler(IndexError)
-    def report_missing(request: Request, error: IndexError) -> Response:
-        return JSONResponse({"error": "no such item"}, 404, headers=error_headers)
-
-    @app.get("/")
-    def get_page(request: Request) -> Response:
-        # A supported language in the URL precedes those of the header.
-        names = (request.query_params.get("lang", ""), request.headers.get("accept-language", ""))
-        return HTMLResponse(page.render(select_ui_text(",".join(names)).language))
-
-    @app.get("/page.css")
-    def get_sign_in_style() -> Response:
-        style = (STATIC_FOLDER / "page.css").read_text(encoding="utf-8")
-        return Response(style, media_type="text/css")
-
-    @app.get("/label.{name}")
-    def get_static(name: Literal["css", "js"]) -> Response:
-        media_type = "text/css" if name == "css" else "text/javascript"
-        return Response(page.style if name == "css" else page.script, media_type=media_type)
-
-    @app.get("/items")
-    def get_items() -> Any:
-        return page.list_items()
-
-    @app.get("/search")
-    def search_items(
-        text: Annotated[str, Query(max_length=1000)] = "",
-        state: ListState = "",
-        start: Annotated[int, Query(ge=0)] = 0,
-    ) -> Any:
-        return page.search(text, state, start)
-
-    @app.get("/items/{index}")
-    def get_item(index: int) -> Any:
-        return page.describe(index)
-
-    @app.get("/images/{index}/{number}")
-    async def get_image(index: int, number: int, small: bool = False) -> Response:
-        headers = {"cache-control": "private, max-age=3600"}
-        # Slow images wait for each other, and leave threads for the other requests.
-        arguments = index, number, THUMBNAIL_SIDE if small else MAX_DISPLAY_SIDE
-        content = await to_thread.run_sync(page.read_image, *arguments, limiter=image_limiter)
-        return Response(content, media_type="image/webp", headers=headers)
-
-    @app.post("/decision")
-    def post_decision(decision: DecisionRequest) -> Any:
-        return page.decide(decision)
-
-    uploads = folder / UPLOADS_FOLDER
-    return AccessMiddleware(
-        app,
-        uploads,
-        DiskBudget(uploads, folder / CHATS_FOLDER),
-        {},
-        lambda name: False,
-        password,
-        loopback_only,
-        get_routes=GET_ROUTES,
-        post_routes=POST_ROUTES,
-        session_cookie=f"finesight-label-{port}",
-    )
+    access = Access(password, loopback_only, cookie=f"finesight-label-{port}")
+    return AccessMiddleware(create_app(build_label_routes(session, pool), describe_error), access)

@@ -1,0 +1,1 @@
+"""Web application: server, access control, uploads, and the pages of labelling, chat and studio."""

@@ -67,6 +67,12 @@ def wait_for(browser: Browser, condition: str) -> None:
         time.sleep(0.02)
 
 
+def run_in_page(browser: Browser, script: str) -> Any:
+    """Run a function body with the exports of the page's script as `page`."""
+    url = 'new URL("static/label.js", document.baseURI)'
+    return browser.run(f"return import({url}).then((page) => {{ {script} }});")
+
+
 def press(browser: Browser, key: str, modifiers: int = 0) -> None:
     """Press a key with modifiers: 2 for Ctrl, 8 for Shift."""
     code = {"Enter": 13, "Escape": 27, "Delete": 46, "ArrowLeft": 37, "ArrowRight": 39}

@@ -18,6 +18,7 @@ from label_page_driver import (
     open_client,
     press,
     read_answers,
+    run_in_page,
     save,
     serve,
     wait_for,
@@ -72,7 +73,7 @@ def wait_for_name(browser: Browser, name: str) -> None:
 
 
 def open_image(browser: Browser, index: int) -> None:
-    browser.run(f"return open({index});")
+    run_in_page(browser, f"return page.open({index});")
     wait_for_name(browser, f"{index}.png")
 
 
@@ -83,7 +84,7 @@ def test_typed_text_survives_saving_and_late_requests(tmp_path, browser):
         wait_for_name(browser, "0.png")
         # The answer to the first of two requests comes last.
         delay(browser, "items/1")
-        browser.run("open(1); open(2);")
+        run_in_page(browser, "page.open(1); page.open(2);")
         wait_for_name(browser, "2.png")
         release(browser)
         browser.settle()
@@ -91,7 +92,7 @@ def test_typed_text_survives_saving_and_late_requests(tmp_path, browser):
         # Text that is typed while it is saved remains, with its field.
         delay(browser, "decision")
         type_text(browser, "v1")
-        browser.run("decide('save');")
+        run_in_page(browser, "page.decide('save');")
         type_text(browser, "v1 and more")
         release(browser)
         wait_for(browser, count.format(1))
@@ -103,7 +104,7 @@ def test_typed_text_survives_saving_and_late_requests(tmp_path, browser):
         # Another image that was opened while an answer is saved stays open.
         open_image(browser, 0)
         type_text(browser, "first")
-        browser.run("decide('save');")
+        run_in_page(browser, "page.decide('save');")
         open_image(browser, 1)
         type_text(browser, "second")
         release(browser)
@@ -120,7 +121,7 @@ def test_typed_text_survives_saving_and_late_requests(tmp_path, browser):
         browser.run("document.querySelector('#list').open = true;")
         unsaved = "document.querySelectorAll('#list .draft').length"
         wait_for(browser, f"{unsaved} === 2")
-        browser.run("document.querySelector('#reset').click(); return showList();")
+        run_in_page(browser, "document.querySelector('#reset').click(); return page.showList();")
         wait_for(browser, f"{unsaved} === 1")
         assert get_value(browser) == "v1"
 
@@ -179,7 +180,7 @@ def test_unsaved_answers_belong_to_a_session(tmp_path, browser):
         wait_for(browser, "document.activeElement.id === 'field-0'")
         # An edit belongs to the name of its field, whatever the order of the fields.
         browser.run("document.execCommand('insertText', false, 'Olp');")
-        assert browser.run("return answer.edits;") == {'["shop"]': "Olp"}
+        assert run_in_page(browser, "return page.answer.edits;") == {'["shop"]': "Olp"}
         # The next key does not replace a restored edit.
         browser.driver.refresh()
         wait_for(browser, "document.querySelector('#field-0')?.value === 'Olp'")
@@ -217,12 +218,12 @@ def test_undo_needs_the_server_and_survives_a_reload(tmp_path, browser):
         press(browser, "u")
         wait_for(browser, "!document.querySelector('#error').hidden")
         assert browser.run(f"return {decision}.textContent;") == "accepted"
-        browser.run("window.fetch = window.realFetch; return open(1);")
+        run_in_page(browser, "window.fetch = window.realFetch; return page.open(1);")
         press(browser, "u")
         wait_for(browser, f"{notice}.textContent === 'Undone: accepted · 0.png'")
         assert browser.run(f"return [{decision}.textContent, undo.disabled];")[0] == "open"
         browser.run("window.fetch = async () => { throw new TypeError(); };")
-        browser.run("return open(2);")
+        run_in_page(browser, "return page.open(2);")
         error = browser.run("return document.querySelector('#error').textContent;")
         assert error == "Not loaded: The server does not answer."
 
@@ -255,7 +256,9 @@ def test_only_classes_are_saved(tmp_path, browser, num_classes, control):
             browser.driver.refresh()
         # The decisions that this tab knows may be older than the counts.
         open_image(browser, 0)
-        browser.run("decisions.fill('accepted'); document.querySelector('#review').click();")
+        run_in_page(
+            browser, "page.decisions.fill('accepted'); document.querySelector('#review').click();"
+        )
         wait_for_name(browser, "2.png")
         wait_for(browser, "document.querySelectorAll('#list-items li').length === 1")
         check_layouts(browser, address)
@@ -274,19 +277,19 @@ def open_review(folder: Path, **options: Any) -> LabelSession:
 
 
 def test_other_classes_are_saved(tmp_path, browser):
-    state = "[answer.text, other.value, document.querySelector('#form :checked')?.value ?? '']"
+    state = "[page.answer.text, other.value, document.querySelector('#form :checked')?.value ?? '']"
     other = "document.querySelector('#other')"
     with serve(open_review(tmp_path)) as address:
         browser.visit(f"{address}/?lang=zh")
         wait_for(browser, f"{other}?.labels[0].textContent === '其他类别'")
         browser.run(f"{other}.focus();")
         browser.run("document.execCommand('insertText', false, 'rare');")
-        assert browser.run(f"return {state};") == ["rare", "rare", "rare"]
+        assert run_in_page(browser, f"return {state};") == ["rare", "rare", "rare"]
         browser.run("document.execCommand('insertText', false, ' one');")
-        assert browser.run(f"return {state};") == ["rare one", "rare one", ""]
+        assert run_in_page(browser, f"return {state};") == ["rare one", "rare one", ""]
         press(browser, "Escape")
         press(browser, "1")
-        assert browser.run(f"return {state};") == ["red", "", "red"]
+        assert run_in_page(browser, f"return {state};") == ["red", "", "red"]
         browser.run(f"{other}.focus();")
         browser.run("document.execCommand('insertText', false, 'pink');")
         press(browser, "Enter")

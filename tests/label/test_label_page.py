@@ -26,6 +26,7 @@ from label_page_driver import (
     open_client,
     press,
     read_answers,
+    run_in_page,
     save,
     serve,
     wait_for,
@@ -436,9 +437,11 @@ def test_unreadable_images_are_shown_and_skipped(tmp_path, browser):
         counts = "document.querySelector('#counts').textContent"
         for key, count in (("s", 3), ("u", 2), ("s", 3), ("u", 2), ("u", 1)):
             press(browser, key)
-            wait_for(browser, f"{counts}.includes('skipped {count}') && !isSaving")
+            wait_for(browser, f"{counts}.includes('skipped {count}')")
+            while run_in_page(browser, "return page.isSaving;"):
+                browser.settle()
         assert browser.run("return document.activeElement.id;") == ""
-        browser.run("return open(2);")
+        run_in_page(browser, "return page.open(2);")
         browser.driver.refresh()
         # The empty text of a readable image has the focus: letters are no commands.
         wait_for(browser, "document.activeElement.id === 'answer'")

@@ -758,3 +758,5 @@ window.addEventListener("resize", () => { if (item?.images.length) drawBoxes(); 
     if (decisions.length) await open(isKnown ? index : Math.max(0, findOpen(-1)), true);
   } catch (error) { report("Not loaded", error); }
 })();
+
+export { answer, decide, decisions, isSaving, open, showList };

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -14,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from finesight.app.access import SIGNED_IN_KEY, AccessMiddleware
-from finesight.errors import build_bind_error
+from finesight.errors import UserError, build_bind_error
 from finesight.worker_pool import WorkerPool
 
 REQUEST_TIMEOUT_S, MAX_UNKNOWN_CONNECTIONS = 15.0, 100
@@ -129,3 +130,21 @@ def bind_socket(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise build_bind_error(host, port, error) from error
+
+
+def bind_unix_socket(file: Path) -> socket.socket:
+    """Return a socket at a path that only this user can connect to."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        file.unlink(missing_ok=True)
+        listener.bind(str(file))
+        file.chmod(0o600)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"cannot listen on the socket ({error.strerror or error})",
+            where=str(file),
+            expected="a path of at most 100 bytes in a folder of this user",
+            remedy="choose another path for --socket",
+        ) from error
+    return listener

@@ -1,0 +1,100 @@
+"""Requests under a prefix reach the page of a job over a Unix socket."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from finesight.app.access import Access, AccessMiddleware
+from finesight.app.pages import create_app
+from finesight.app.proxy import PREFIX_HEADER, make_proxy_route
+from finesight.app.server import bind_unix_socket
+from finesight.errors import UserError
+
+PASSWORD = "correct horse battery"
+
+
+async def describe(request: Request) -> Response:
+    body = (await request.body()).decode()
+    values = {"path": request.url.path, "query": request.url.query, "body": body}
+    response = JSONResponse(values | {"prefix": request.headers.get(PREFIX_HEADER)})
+    response.set_cookie("one", "1")
+    response.set_cookie("two", "2")
+    return response
+
+
+def stream(request: Request) -> Response:
+    return StreamingResponse(iter([b"first ", b"second"]), headers={"x-own": "kept"})
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Socket of a page. Its path is relative, because long paths cannot be bound."""
+    monkeypatch.chdir(tmp_path)
+    file = Path("socket")
+    page = Starlette(
+        routes=[Route("/stream", stream), Route("/{path:path}", describe, methods=["GET", "POST"])]
+    )
+    server = uvicorn.Server(uvicorn.Config(page, log_level="critical"))
+    with contextlib.closing(bind_unix_socket(file)) as listener:
+        thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield file
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def client(address: Path) -> TestClient:
+    def find_socket(job_id: str) -> Path:
+        if job_id not in ("1", "ended"):
+            raise UserError("unknown job")
+        return address if job_id == "1" else Path("missing")
+
+    app = AccessMiddleware(create_app([make_proxy_route(find_socket)]), Access(PASSWORD))
+    return TestClient(app, "http://localhost", follow_redirects=False)
+
+
+def test_requests_are_forwarded_after_the_sign_in(client: TestClient) -> None:
+    assert client.get("/pages/1/chats").status_code == 401
+    client.post("/sign-in", data={"password": PASSWORD})
+    answer = client.post(
+        "/pages/1/a%20b/c?x=%26&y", content=b"text", headers={PREFIX_HEADER: "/forged"}
+    )
+    expected = {"path": "/a b/c", "query": "x=%26&y", "body": "text", "prefix": "/pages/1"}
+    assert answer.json() == expected
+    assert {*answer.cookies} == {"one", "two"}
+    answer = client.get("/pages/1/stream")
+    assert (answer.text, answer.headers["x-own"]) == ("first second", "kept")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(("path", "status"), [("ended/", 503), ("other/", 422), ("1", 307)])
+def test_pages_that_do_not_answer_are_reported(client: TestClient, path: str, status: int) -> None:
+    client.post("/sign-in", data={"password": PASSWORD})
+    assert client.get(f"/pages/{path}").status_code == status
+
+
+def test_other_sites_cannot_send_requests(client: TestClient) -> None:
+    client.post("/sign-in", data={"password": PASSWORD})
+    answer = client.post("/pages/1/send", headers={"origin": "http://evil.example"})
+    assert answer.status_code == 403
+
+
+def test_socket_is_private(address: Path) -> None:
+    assert address.stat().st_mode & 0o077 == 0
+    with pytest.raises(UserError, match="cannot listen"):
+        bind_unix_socket(Path("x" * 200))

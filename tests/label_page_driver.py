@@ -14,6 +14,7 @@ from axe import AxeChecker
 from browser import Browser
 from starlette.testclient import TestClient
 
+from finesight.app.access import Access
 from finesight.app.label_page import make_label_app
 from finesight.data.sample import read_samples
 from finesight.label.label_session import LabelSession
@@ -26,7 +27,7 @@ WAIT_TIMEOUT_S = 30
 @contextmanager
 def open_client(session: LabelSession, password: str | None = None) -> Iterator[TestClient]:
     pool = create_image_pool()
-    app = make_label_app(session, password, True, 0, pool)
+    app = make_label_app(session, Access(password), pool)
     with closing(pool), session.store, TestClient(app, "http://127.0.0.1") as client:
         yield client
 
@@ -43,7 +44,7 @@ def save(client: TestClient, item: dict[str, Any], **values: object) -> Any:
 @contextmanager
 def serve(session: LabelSession) -> Iterator[str]:
     pool = create_image_pool()
-    app = make_label_app(session, None, True, 0, pool)
+    app = make_label_app(session, Access(), pool)
     config = uvicorn.Config(app, port=0, log_level="critical")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

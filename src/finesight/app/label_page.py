@@ -386,14 +386,10 @@ def build_label_routes(session: LabelSession, pool: WorkerPool) -> list[Route]:
     ]
 
 
-def make_label_app(
-    session: LabelSession, password: str | None, loopback_only: bool, port: int, pool: WorkerPool
-) -> AccessMiddleware:
+def make_label_app(session: LabelSession, access: Access, pool: WorkerPool) -> AccessMiddleware:
     """Build the page as an ASGI application with access control.
 
     Args:
-        loopback_only: Whether the page is for this machine only. See `Access`.
         pool: Worker processes that read images.
     """
-    access = Access(password, loopback_only, cookie=f"finesight-label-{port}")
     return AccessMiddleware(create_app(build_label_routes(session, pool), describe_error), access)

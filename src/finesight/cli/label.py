@@ -25,9 +25,11 @@ from finesight.cli.servers import (
     NoAuthOption,
     PageHostOption,
     PasswordFileOption,
+    SocketOption,
     TrustedProxyOption,
+    bind_page,
     check_proxies,
-    is_loopback,
+    make_access,
     print_page_address,
     require_web,
     resolve_password,
@@ -113,6 +115,7 @@ def label(
     password_file: PasswordFileOption = None,
     no_auth: NoAuthOption = False,
     trusted_proxy: TrustedProxyOption = None,
+    socket_file: SocketOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
@@ -156,10 +159,8 @@ def label(
         listener = None
         if not suggest_only:
             require_web("finesight label")
-            from finesight.app.server import bind_socket
-
             # A port in use is reported before the suggestions, which take minutes.
-            listener = stack.enter_context(bind_socket(host, port))
+            listener = stack.enter_context(bind_page(host, port, socket_file))
         options: dict[str, Any] = {"prompt": prompt, "kind": kind, "review": review}
         options |= {"choices": names, "field_names": field_names, "train_fraction": train_fraction}
         with TrainingConsole(Console(stderr=True)).activity("reading the samples"):
@@ -178,9 +179,10 @@ def label(
             _print_suggestions(session, as_json)
         else:
             # Answers are data of the user, so a page on the network needs a password.
+            no_auth = no_auth or socket_file is not None
             password, is_generated = resolve_password(host, password_file, no_auth, proxies)
             print_page_address(host, listener, password if is_generated else None)
-            _run_page(session, listener, host, password, proxies)
+            _run_page(session, listener, password, proxies)
     counts = session.store.count_events()
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     typer.echo(f"{text}: {out}", err=True)
@@ -327,7 +329,6 @@ def _print_suggestions(session: LabelSession, as_json: bool) -> None:
 def _run_page(
     session: LabelSession,
     listener: socket.socket,
-    host: str,
     password: str | None,
     trusted_proxies: Sequence[str],
 ) -> None:
@@ -335,6 +336,5 @@ def _run_page(
     from finesight.app.server import serve_app
     from finesight.vision.image_reader import create_image_pool
 
-    port, pool = listener.getsockname()[1], create_image_pool()
-    app = make_label_app(session, password, is_loopback(host), port, pool)
-    serve_app(app, listener, pool, trusted_proxies)
+    pool, access = create_image_pool(), make_access("label", listener, password)
+    serve_app(make_label_app(session, access, pool), listener, pool, trusted_proxies)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
+    from finesight.app.access import Access
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import InferenceModel
 
@@ -299,6 +300,15 @@ NoAuthOption = Annotated[
     bool, typer.Option("--no-auth", help="Require no password, also from the network.")
 ]
 
+SocketOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        metavar="FILE",
+        help="Listen on a Unix socket instead, for a proxy of this user, such as the studio. It "
+        "needs no password.",
+    ),
+]
 OpenOption = Annotated[bool, typer.Option("--open", help="Open the page in the default browser.")]
 
 
@@ -309,6 +319,7 @@ def web(
     password_file: PasswordFileOption = None,
     no_auth: NoAuthOption = False,
     trusted_proxy: TrustedProxyOption = None,
+    socket_file: SocketOption = None,
     open_page: OpenOption = False,
     thinking: ThinkingOption = None,
     reasoning_effort: ReasoningEffortOption = None,
@@ -325,6 +336,7 @@ def web(
     """
     require_web("finesight web")
     proxies = check_proxies(trusted_proxy)
+    no_auth = no_auth or socket_file is not None
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
     from finesight.encode.family import ThinkingOptions
@@ -332,10 +344,10 @@ def web(
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import load_multi_adapter_model
     from finesight.vision.image_reader import create_image_pool
-    from finesight.web.web_server import bind_socket, run_web_server
+    from finesight.web.web_server import run_web_server
 
     thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
-    with bind_socket(host, port) as listener:
+    with bind_page(host, port, socket_file) as listener:
         inference_model = load_multi_adapter_model(
             run_or_model, (), device, precision, weight_format, thinking_options
         )
@@ -434,6 +446,23 @@ def studio(
         serve_app(app, listener, view.report_pool, proxies)
 
 
+def bind_page(host: str, port: int, file: Path | None) -> socket.socket:
+    """Return a socket bound to a host and port, or to the file of a Unix socket."""
+    from finesight.app.server import bind_socket, bind_unix_socket
+
+    return bind_socket(host, port) if file is None else bind_unix_socket(file)
+
+
+def make_access(name: str, listener: socket.socket, password: str | None) -> Access:
+    """Return who may use a page. Names of cookies have the port, which cookies do not consider."""
+    from finesight.app.access import Access
+
+    bound = listener.getsockname()
+    if isinstance(bound, str):
+        return Access(loopback_only=False)
+    return Access(password, is_loopback(bound[0]), cookie=f"finesight-{name}-{bound[1]}")
+
+
 def print_page_address(
     host: str, listener: socket.socket, password: str | None, *, open_page: bool = False
 ) -> None:
@@ -441,7 +470,11 @@ def print_page_address(
 
     With `open_page`, the default browser opens the page. It waits for the server to start.
     """
-    address = f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}"
+    bound = listener.getsockname()
+    if isinstance(bound, str):
+        typer.echo(f"listening on {bound}")
+        return
+    address = f"http://{_get_reachable_host(host)}:{bound[1]}"
     typer.echo(address)
     if password is not None:
         typer.echo(f"password: {password}")

@@ -17,8 +17,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from finesight.app.access import Access, AccessMiddleware
-from finesight.app.pages import create_app
-from finesight.app.proxy import PREFIX_HEADER, make_proxy_route
+from finesight.app.pages import PREFIX_HEADER, create_app
+from finesight.app.proxy import make_proxy_route
 from finesight.app.server import bind_unix_socket
 from finesight.errors import UserError
 

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import (
     create_app,
+    find_studio,
     parse_body,
     parse_query,
     read_language,
@@ -137,8 +138,12 @@ class LabelPage:
         self._key = hashlib.sha256(origin.encode()).hexdigest()[:16]
         self._index_by_id = {item.sample.sample.id: i for i, item in enumerate(self._items)}
 
-    def render(self, language: Language) -> str:
-        """Render the page."""
+    def render(self, language: Language, studio: str = "") -> str:
+        """Render the page.
+
+        Args:
+            studio: URL of the studio that the page is part of.
+        """
         task = self._session.task
         settings = {
             "kind": task.kind,
@@ -152,7 +157,7 @@ class LabelPage:
             "texts": translate_texts(SCRIPT_TEXTS, language),
         }
         values = {"settings": settings, "task": task, "model": self._session.model}
-        return render_page("label.html", language, **values)
+        return render_page("label.html", language, **values, studio=studio)
 
     def list_items(self) -> dict[str, Any]:
         """Return decision and confidence of all items in their order."""
@@ -350,7 +355,7 @@ def build_label_routes(session: LabelSession, pool: WorkerPool) -> list[Route]:
     image_limiter = CapacityLimiter(NUM_IMAGE_WORKERS)
 
     def get_page(request: Request) -> Response:
-        return HTMLResponse(page.render(read_language(request)))
+        return HTMLResponse(page.render(read_language(request), find_studio(request)))
 
     def get_items(request: Request) -> Response:
         return JSONResponse(page.list_items())

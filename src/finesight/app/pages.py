@@ -32,6 +32,9 @@ STATIC_FILES = {
 
 UPLOADS_PATH = "/uploads"
 
+PREFIX_HEADER = "x-forwarded-prefix"
+"""Header by which a page knows that it is part of the studio."""
+
 FILE_HEADERS = {"content-security-policy": "default-src 'none'; sandbox"}
 """Headers of a file of a user, which runs nothing when it is opened in a tab."""
 
@@ -127,6 +130,11 @@ def render_page(name: str, language: Language, **values: Any) -> str:
             other_language="en" if language == "zh" else "zh",
             **values,
         )
+
+
+def find_studio(request: Request) -> str:
+    """Return the relative URL of the studio that a page is part of; empty for a page alone."""
+    return "../../" if PREFIX_HEADER in request.headers else ""
 
 
 def translate_texts(texts: Sequence[str], language: Language) -> dict[str, str]:

@@ -14,8 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-PREFIX_HEADER = "x-forwarded-prefix"
-"""Header by which a page knows that it is part of the studio."""
+from finesight.app.pages import PREFIX_HEADER
 
 HOP_BY_HOP_HEADERS = frozenset(
     {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", PREFIX_HEADER}

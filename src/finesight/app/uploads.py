@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 from anyio import to_thread
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from finesight.errors import UserError
 
@@ -125,24 +127,22 @@ class UploadStore:
     async def receive(self, request: Request) -> Response:
         """Store the body of a request, whose query has the name of the file. Return its ID."""
         size = int(request.headers.get("content-length", self._max_bytes))
-        try:
-            # In a thread, because all files are counted.
-            reservation = await to_thread.run_sync(self._budget.reserve, size)
-        except DiskFullError:
-            return PlainTextResponse("no disk space for more files", 507)
         upload_id, name = secrets.token_urlsafe(24), _clean_name(request.query_params.get("name"))
         folder = self._folder / upload_id
-        folder.mkdir(mode=0o700)
-        is_complete = False
         try:
-            with reservation, (folder / name).open("wb") as file:
-                async for chunk in request.stream():
-                    await to_thread.run_sync(file.write, chunk)
-                    reservation.write(len(chunk))
-            is_complete = True
-        finally:
-            if not is_complete:
-                shutil.rmtree(folder, ignore_errors=True)
+            # In a thread, because all files are counted.
+            with await to_thread.run_sync(self._budget.reserve, size) as reservation:
+                folder.mkdir(mode=0o700)
+                with (folder / name).open("wb") as file:
+                    async for chunk in request.stream():
+                        await to_thread.run_sync(file.write, chunk)
+                        reservation.write(len(chunk))
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            is_full = isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT)
+            if not is_full and not isinstance(error, DiskFullError):
+                raise
+            raise HTTPException(507, "no disk space for more files") from error
         return JSONResponse({"id": upload_id, "name": name})
 
     def find(self, upload_id: str) -> Path:

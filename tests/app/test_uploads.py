@@ -1,0 +1,106 @@
+"""Uploads are stored within limits, found by their secret ID, and leave nothing after failures."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from finesight.app import uploads
+from finesight.app.access import Access, AccessMiddleware
+from finesight.app.pages import create_app
+from finesight.app.uploads import DiskBudget, DiskFullError, UploadStore
+from finesight.errors import UserError
+
+LIMIT = 1000
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", 3 * LIMIT)
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "chats").mkdir()
+    return tmp_path / "uploads", tmp_path / "chats"
+
+
+@pytest.fixture
+def store(folders: tuple[Path, Path]) -> UploadStore:
+    return UploadStore(folders[0], DiskBudget(*folders), LIMIT)
+
+
+@pytest.fixture
+def client(store: UploadStore) -> Iterator[TestClient]:
+    routes = [Route("/uploads", store.receive, methods=["POST"])]
+    app = AccessMiddleware(create_app(routes), Access(max_upload_bytes=LIMIT))
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cat.png", "cat.png"),
+        ("../../etc/passwd", "passwd"),
+        ("..", "file"),
+        ("C:\\images\\猫.jpg", "猫.jpg"),
+        ("a\0b\n.png", "ab.png"),
+        ("é" * 300 + ".png", "é" * 98 + ".png"),
+    ],
+)
+def test_names_are_last_parts_of_paths(
+    client: TestClient, store: UploadStore, name: str, expected: str
+) -> None:
+    answer = client.post("/uploads", params={"name": name}, content=b"data").json()
+    file = store.find(answer["id"])
+    assert (file.name, answer["name"], file.read_bytes()) == (expected, expected, b"data")
+
+
+@pytest.mark.parametrize("upload_id", ["", "..", "x" * 32, "../" * 10 + "ab", "a/../" * 6 + "ab"])
+def test_unknown_ids_are_refused(store: UploadStore, upload_id: str) -> None:
+    with pytest.raises(UserError, match="expired"):
+        store.find(upload_id)
+
+
+def test_large_uploads_and_full_disks_leave_nothing(
+    client: TestClient, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client.post("/uploads?name=a", content=b"x" * (LIMIT + 1)).status_code == 413
+    chunks = (b"x" * LIMIT for _ in range(2))
+    assert client.post("/uploads?name=a", content=chunks).status_code == 413
+    assert [*folders[0].iterdir()] == []
+    (folders[1] / "image.png").write_bytes(b"x" * (2 * LIMIT + 1))
+    assert client.post("/uploads?name=a", content=b"x" * LIMIT).status_code == 507
+    (folders[1] / "image.png").unlink()
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "open", fail)
+    assert client.post("/uploads?name=a", content=b"x").status_code == 507
+    assert [*folders[0].iterdir()] == []
+
+
+def test_space_is_reserved_and_freed(folders: tuple[Path, Path]) -> None:
+    budget = DiskBudget(*folders)
+    with budget.reserve(2 * LIMIT) as reservation:
+        reservation.write(LIMIT)  # The file is not there, so its bytes are free again.
+        with pytest.raises(DiskFullError):
+            budget.reserve(2 * LIMIT + 1)
+    assert budget.reserve(3 * LIMIT).remaining == 3 * LIMIT
+
+
+def test_old_uploads_make_room(client: TestClient, store: UploadStore) -> None:
+    ids = [client.post("/uploads?name=a", content=b"x" * LIMIT).json()["id"] for _ in range(3)]
+    old = store.find(ids[0])
+    age_s = uploads.MIN_UPLOAD_TTL_S + 60
+    os.utime(old, (old.stat().st_mtime - age_s,) * 2)
+    assert client.post("/uploads?name=a", content=b"x" * LIMIT).status_code == 200
+    with pytest.raises(UserError):
+        store.find(ids[0])
+    assert store.find(ids[1]).is_file()
+    assert client.post("/uploads?name=a", content=b"x").status_code == 507
